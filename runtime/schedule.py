@@ -6,8 +6,9 @@ A plain value, read from and written to the manifest. Building one from presets,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from trio_edge.runtime.errors import ScheduleError
 
@@ -15,8 +16,7 @@ ProbeRows = Literal["reference", "answer"]
 Positions = Literal["compact", "preserved"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stage:
+class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One selection in front of decoder layer ``layer``."""
 
     layer: int
@@ -31,8 +31,7 @@ class Stage:
             raise ScheduleError(f"stage at layer {self.layer}: expected to keep >= 1 tokens, got {self.keep}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Schedule:
+class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All stages of a model, and the settings they share. No stage means keep-all."""
 
     stages: tuple[Stage, ...] = ()

@@ -1,0 +1,296 @@
+"""Exports a checkpoint into a bundle: traces the graphs, stores the weights, writes the manifest, renames into place.
+
+The order is: read and check everything that can be wrong, trace all graphs (no weights in memory), copy or convert
+the weights once, write graphs that point into them, manifest last. All of it happens in a folder beside the target,
+which is renamed when it is complete: a bundle that was not finished is not a bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from trio_edge.export.checkpoint import canonical_name, read_checkpoint
+from trio_edge.export.families import family_of
+from trio_edge.export.layout import Layout, text_buckets
+from trio_edge.export.model_cost import cost_of
+from trio_edge.export.onnx_graph import attach_weights, save
+from trio_edge.export.output_folder import check_output, folder_beside
+from trio_edge.export.text_files import write_text_files
+from trio_edge.export.tracing import trace_graphs
+from trio_edge.export.weights import bytes_to_write, store_constants, store_weights
+from trio_edge.runtime.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.image_processing import max_visual_tokens, num_visual_tokens
+from trio_edge.runtime.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Dimensions,
+    FileEntry,
+    GraphSpec,
+    Manifest,
+    StoredTensor,
+    json_from_manifest,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.export.families.base import FamilyModel
+    from trio_edge.export.tracing import TracedGraph
+    from trio_edge.runtime.image_processing import ImageProcessing
+    from trio_edge.runtime.manifest import DType
+    from trio_edge.runtime.schedule import Schedule
+
+EMBEDDING_NAME = "language_model.embed_tokens.weight"
+_LARGEST_INLINE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """What a user can choose. The fields hold the only defaults."""
+
+    model: str
+    """Alias, Hub id or checkpoint folder."""
+    out: Path
+    """Folder to create."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    dtype: Literal["auto", "float16", "float32"] = "auto"
+    """Element type of weights and activations; "auto" is float32 for a float32 checkpoint, else float16."""
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    """(width, height) of the pictures to come; none means any picture."""
+    max_text: int = 256
+    """Largest prompt in text tokens."""
+    max_new_tokens: int = 256
+    """Room in the KV caches for the answer."""
+    encoder_keep: int | None = None
+    """Patches per tile that the vision encoder keeps (the reference's encoder reduction); None keeps all."""
+    opset: int = 18
+    """ONNX opset; TensorRT 10.3 reads up to 19."""
+    force: bool = False
+    """Replace an existing bundle."""
+
+    def __post_init__(self) -> None:
+        for name, value, low in (("max-text", self.max_text, 8), ("max-new-tokens", self.max_new_tokens, 1)):
+            if not low <= value <= 1 << 20:
+                raise ScheduleError(f"--{name}: expected {low}..{1 << 20}, got {value}")
+        if not 17 <= self.opset <= 19:
+            raise ScheduleError(f"--opset: expected 17..19, got {self.opset}; TensorRT 10.3 reads no newer one")
+        for width, height in self.image_sizes:
+            if not (1 <= width <= 65535 and 1 <= height <= 65535):
+                raise ScheduleError(f"--image-size: expected sides of 1..65535 pixels, got {width}x{height}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """Callbacks for a progress display."""
+
+    step: Callable[[str], None] = lambda _text: None
+    """Called with what is done next."""
+    expect_bytes: Callable[[int], None] = lambda _count: None
+    """Called once with the bytes of weights to write."""
+    wrote_bytes: Callable[[int], None] = lambda _count: None
+    """Called with the bytes written since the last call."""
+
+
+def export_bundle(
+    options: ExportOptions,
+    *,
+    schedule_for: Callable[[int, int], Schedule],
+    progress: Progress = Progress(),  # noqa: B008 - immutable
+) -> Manifest:
+    """Write the bundle that ``options`` describe and return its manifest.
+
+    Args:
+        options: What to export, and where to.
+        schedule_for: Given the number of decoder layers and of visual tokens, returns the schedule.
+        progress: Callbacks for a progress display.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be exported, or the target exists or has no room.
+        ScheduleError: If the model cannot follow the schedule.
+    """
+    check_output(options.out, force=options.force)
+    progress.step("reading the checkpoint")
+    checkpoint = read_checkpoint(options.model, revision=options.revision)
+    family = family_of(checkpoint)
+    processing = family.image_processing(checkpoint, encoder_keep=options.encoder_keep)
+    max_visual = _max_visual(processing, options.image_sizes)
+    dtype = _dtype(checkpoint, options.dtype)
+
+    with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
+        model = family.build(checkpoint, encoder_keep=options.encoder_keep)
+        dimensions = _dimensions(model)
+        _check_tensors(checkpoint, model)
+        schedule = schedule_for(dimensions.num_layers, max_visual)
+        schedule.check_fits(num_layers=dimensions.num_layers, max_visual=max_visual)
+        _check_positions(model, options, max_visual)
+        layout = Layout(
+            max_visual=max_visual, schedule=schedule, text_buckets=text_buckets(options.max_text),
+            max_new_tokens=options.max_new_tokens, dtype=dtype, opset=options.opset,
+        )
+        traced = trace_graphs(
+            model, checkpoint, layout=layout, dimensions=dimensions, processing=processing, step=progress.step
+        )
+
+    names = {EMBEDDING_NAME}.union(*(graph.weights.values() for graph in traced))
+    needed = bytes_to_write(checkpoint, names, dtype=dtype)
+    with folder_beside(options.out, num_bytes=needed, force=options.force) as folder:
+        progress.step("writing the weights")
+        progress.expect_bytes(needed)
+        stored = store_weights(checkpoint, names, folder, dtype=dtype, on_bytes=progress.wrote_bytes)
+        constants = {
+            f"{graph.spec.name}.{name}": values for graph in traced for name, values in _large_constants(graph).items()
+        }
+        if constants:
+            stored |= store_constants(constants, folder)
+        progress.step("writing the graphs")
+        graphs = tuple(_write_graph(graph, stored, folder) for graph in traced)
+        text = write_text_files(checkpoint, folder, default_template=family.default_chat_template)
+        progress.step("hashing")
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            family=family.model_type,
+            model=Path(options.model).name if Path(options.model).is_dir() else options.model,
+            revision=options.revision,
+            dtype=dtype,
+            opset=options.opset,
+            dimensions=dimensions,
+            schedule=schedule,
+            max_visual=max_visual,
+            text_buckets=layout.text_buckets,
+            max_new_tokens=options.max_new_tokens,
+            max_position=int(model.text_config.max_position_embeddings),
+            text=text,
+            image_processing=processing.to_dict(),
+            token_embedding=stored[EMBEDDING_NAME],
+            graphs=graphs,
+            files=_file_entries(folder),
+            model_bytes=_model_bytes(checkpoint, dtype),
+            cost=cost_of(model, dimensions, schedule, processing=processing, max_visual=max_visual, dtype=dtype),
+            tools={name: version(name) for name in ("trio-edge", "torch", "transformers", "onnx-ir", "onnxscript")},
+        )
+        (folder / MANIFEST_NAME).write_bytes(json_from_manifest(manifest))
+    return manifest
+
+
+def _max_visual(processing: ImageProcessing, image_sizes: tuple[tuple[int, int], ...]) -> int:
+    """Return N: exact for a fixed camera, else the largest count that any picture gives."""
+    if not image_sizes:
+        return max_visual_tokens(processing)
+    return max(num_visual_tokens(width, height, processing) for width, height in image_sizes)
+
+
+def _dtype(checkpoint: Checkpoint, wanted: Literal["auto", "float16", "float32"]) -> DType:
+    if wanted != "auto":
+        return wanted
+    return "float32" if checkpoint.tensor(EMBEDDING_NAME).dtype == "F32" else "float16"
+
+
+@contextmanager
+def _default_dtype(dtype: DType) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _dimensions(model: FamilyModel) -> Dimensions:
+    text = model.text_config
+    heads = int(text.num_attention_heads)
+    return Dimensions(
+        num_layers=len(model.layers),
+        hidden_size=int(text.hidden_size),
+        num_heads=heads,
+        num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        head_size=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+        intermediate_size=int(text.intermediate_size),
+        vocab_size=int(text.vocab_size),
+    )
+
+
+def _check_tensors(checkpoint: Checkpoint, model: FamilyModel) -> None:
+    """Raise CheckpointError unless the checkpoint's tensors have the shapes that its configuration asks for."""
+    for name, parameter in model.root.named_parameters():
+        wanted = canonical_name(name)
+        if wanted not in checkpoint.tensors:
+            continue  # a tensor no graph uses may be missing; one that is used is missed when it is stored
+        got = checkpoint.tensors[wanted].shape
+        if got != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{checkpoint.folder} tensor {wanted!r}: expected shape {list(parameter.shape)} (config.json),"
+                f" got {list(got)}; configuration and weights belong to different models"
+            )
+
+
+def _check_positions(model: FamilyModel, options: ExportOptions, max_visual: int) -> None:
+    needed = max_visual + options.max_text + options.max_new_tokens
+    limit = int(model.text_config.max_position_embeddings)
+    if needed > limit:
+        raise ScheduleError(
+            f"sequence: expected at most {limit} positions (the model's limit), got {needed} = {max_visual} visual"
+            f" + {options.max_text} text + {options.max_new_tokens} new; lower --max-text or --max-new-tokens"
+        )
+    window = getattr(model.text_config, "sliding_window", None)
+    uses_window = getattr(model.text_config, "use_sliding_window", True)
+    if window is not None and uses_window and needed > window:
+        raise ScheduleError(
+            f"sequence: expected at most {window} positions (the model's sliding window), got {needed};"
+            " lower --max-text or --max-new-tokens"
+        )
+
+
+def _write_graph(graph: TracedGraph, stored: dict[str, StoredTensor], folder: Path) -> GraphSpec:
+    tensors = {name: stored[tensor] for name, tensor in graph.weights.items()}
+    large = _large_constants(graph)
+    tensors |= {name: stored[f"{graph.spec.name}.{name}"] for name in large}
+    small = {name: values for name, values in graph.constants.items() if name not in large}
+    weight_bytes = attach_weights(graph.model, tensors, small, bundle=folder)
+    save(graph.model, folder / graph.spec.file)
+    return msgspec.structs.replace(graph.spec, weight_bytes=weight_bytes)
+
+
+def _large_constants(graph: TracedGraph) -> dict[str, NDArray[np.float32]]:
+    """Return the constants that go into a file of their own; the others are written into the graph."""
+    return {name: values for name, values in graph.constants.items() if values.nbytes > _LARGEST_INLINE_BYTES}
+
+
+def _file_entries(folder: Path) -> tuple[FileEntry, ...]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return tuple(
+        FileEntry(path=path.relative_to(folder).as_posix(), num_bytes=path.stat().st_size, sha256=_sha256(path))
+        for path in files
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _model_bytes(checkpoint: Checkpoint, dtype: DType) -> int:
+    size = {"float32": 4, "float16": 2}[dtype]
+    total = 0
+    for tensor in checkpoint.tensors.values():
+        count = 1
+        for axis in tensor.shape:
+            count *= axis
+        total += count * size
+    return total

@@ -1,0 +1,141 @@
+"""``trio-export MODEL --out BUNDLE``: checkpoint to bundle."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from trio_edge.runtime.command_line import run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from trio_edge.runtime.manifest import Manifest
+    from trio_edge.runtime.schedule import Schedule
+
+_OPTION_DEFAULTS = {  # shown in the help; the dataclasses hold the values
+    "keep": "11.1%",
+}
+
+
+@click.command("trio-export", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", required=False)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to create (default: MODEL's name).")
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--keep", metavar="PERCENT", help="Average keep over all layers, for instance 11.1%; 'all' for no reduction. [default: 11.1%]")
+@click.option("--schedule", "stages", metavar="STAGES", help="Stages as LAYER:KEEP,…; instead of --keep.")
+@click.option("--method", type=click.Choice(["trio"]), help="How visual tokens are selected.")
+@click.option("--probe-rows", type=click.Choice(["reference", "answer"]), help="Rows with the proxy loss: S-5..S-2 or S-4..S-1.")
+@click.option("--num-probe-rows", type=int, help="How many of them.")
+@click.option("--nms-threshold", type=float, help="Cosine similarity at which a token suppresses another.")
+@click.option("--nms-rounds", type=int, help="Rounds of the parallel NMS.")
+@click.option("--positions", type=click.Choice(["compact", "preserved"]), help="Position ids after a stage.")
+@click.option("--encoder-keep", type=int, help="Patches per tile that the vision encoder keeps (a multiple of 32).")
+@click.option("--image-size", "image_sizes", multiple=True, metavar="WxH", help="Fixed camera; may be repeated.")
+@click.option("--max-text", type=int, help="Largest prompt in text tokens.")
+@click.option("--max-new-tokens", type=int, help="Room for the answer.")
+@click.option("--dtype", type=click.Choice(["auto", "float16", "float32"]), help="Element type of the graphs.")
+@click.option("--opset", type=int, help="ONNX opset, 17..19.")
+@click.option("--force", is_flag=True, default=None, help="Replace an existing bundle.")
+@click.option("--list", "list_models", is_flag=True, help="Print the known model names and exit.")
+@click.option("--quiet", is_flag=True, help="No progress display.")
+def command(
+    model: str | None, out: Path | None, keep: str | None, stages: str | None, list_models: bool, quiet: bool,
+    image_sizes: tuple[str, ...], method: str | None, **settings: Any,
+) -> int:
+    """Export MODEL (an alias, a Hub id or a checkpoint folder) into a bundle."""
+    if list_models:
+        _print_models()
+        return 0
+    if model is None:
+        raise click.UsageError("expected MODEL, got none; see --list")
+    if keep is not None and stages is not None:
+        raise click.UsageError("expected --keep or --schedule, got both; choose one")
+    sizes = tuple(_image_size(text) for text in image_sizes)
+    schedule_names = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions")
+    shared = {name: settings.pop(name) for name in schedule_names}
+    shared = {name: value for name, value in shared.items() if value is not None}
+    chosen = {name: value for name, value in settings.items() if value is not None}
+
+    from trio_edge.export.bundle import ExportOptions, export_bundle
+
+    target = out if out is not None else Path(Path(model).name + "-bundle")
+    options = ExportOptions(model=model, out=target, image_sizes=sizes, **chosen)
+    schedule_for = _schedule_rule(keep, stages, shared)
+    console = Console(stderr=True, quiet=quiet)
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(),
+        console=console, transient=True,
+    ) as bars:
+        manifest = export_bundle(options, schedule_for=schedule_for, progress=_progress(bars, console))
+    print(_summary(manifest, target))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run(command, argv)
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if match is None:
+        raise click.UsageError(f"--image-size: expected WIDTHxHEIGHT in pixels, got {text!r}; for instance 640x480")
+    return int(match[1]), int(match[2])
+
+
+def _schedule_rule(
+    keep: str | None, stages: str | None, shared: dict[str, Any]
+) -> Callable[[int, int], Schedule]:
+    """Return the function that makes the schedule once layers and visual tokens are known."""
+    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.trio.schedule import parse_keep, parse_schedule, schedule_for_keep
+
+    if stages is not None:
+        fixed = parse_schedule(stages, **shared)
+        return lambda _layers, _visual: fixed
+    text = keep if keep is not None else _OPTION_DEFAULTS["keep"]
+    if text == "all":
+        all_tokens = Schedule(**shared)
+        return lambda _layers, _visual: all_tokens
+    average = parse_keep(text)
+    return lambda layers, visual: schedule_for_keep(average, num_layers=layers, num_visual=visual, **shared)
+
+
+def _progress(bars: Progress, console: Console) -> Any:
+    from trio_edge.export.bundle import Progress as Callbacks
+
+    task = bars.add_task("starting", total=None)
+
+    def step(text: str) -> None:
+        bars.update(task, description=text)
+        if not console.is_terminal:
+            console.print(text)
+
+    return Callbacks(
+        step=step,
+        expect_bytes=lambda count: bars.update(task, total=count, completed=0),
+        wrote_bytes=lambda count: bars.advance(task, count),
+    )
+
+
+def _print_models() -> None:
+    from trio_edge.export.checkpoint import ALIASES
+
+    for alias, meaning in ALIASES.items():
+        print(f"{alias:24}{meaning}")
+
+
+def _summary(manifest: Manifest, out: Path) -> str:
+    stages = ", ".join(f"layer {stage.layer}: {stage.keep}" for stage in manifest.schedule.stages) or "none"
+    return (
+        f"{out}: {manifest.family}, {manifest.dimensions.num_layers} layers, {manifest.dtype},"
+        f" {manifest.max_visual} visual tokens, stages {stages}, average keep {100 * manifest.average_keep:.1f} %"
+    )
+
+

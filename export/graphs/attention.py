@@ -1,0 +1,75 @@
+"""Attention over past and new rows in two parts, registered with transformers under the name ``trio_edge``.
+
+Scores against the past buffer and against the new rows are joined before one softmax, so the KV cache is read where
+it lies and is never copied. MatMul and Softmax only: TensorRT 10.3 knows no other attention.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ATTENTION_NAME = "trio_edge"
+MASKED = -1e30
+"""Added to the score of a row that may not be seen; finite, so that a fully masked row gives no NaN."""
+
+
+def register_attention() -> None:
+    """Make ``attn_implementation="trio_edge"`` known to transformers."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, two_part_attention)
+
+
+def two_part_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    *,
+    scaling: float,
+    past: tuple[Tensor, Tensor],
+    present: list[Tensor],
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Return attention of the new rows over past and new rows, and append the new keys and values to ``present``.
+
+    Args:
+        module: The attention layer; unused, part of transformers' interface.
+        query: [1, H, S, E], rotated.
+        key: [1, G, S, E], rotated.
+        value: [1, G, S, E].
+        attention_mask: [S, C + S] float32, added to the scores.
+        scaling: Multiplied into the query before the product, which keeps fp16 scores in range.
+        past: Key and value buffers, [1, G, C, E] each.
+        present: Receives ``key`` and ``value``.
+
+    Returns:
+        [1, S, H, E] in the query's dtype, and None for the weights.
+    """
+    present += [key, value]
+    _, H, S, E = query.shape
+    G = key.shape[1]
+    grouped = (query * scaling).reshape(1, G, (H // G) * S, E)
+    past_scores = torch.matmul(grouped, past[0].transpose(-1, -2)).reshape(1, G, H // G, S, -1)
+    new_scores = torch.matmul(grouped, key.transpose(-1, -2)).reshape(1, G, H // G, S, -1)
+    scores = torch.cat([past_scores, new_scores], dim=-1).float() + attention_mask
+    weights = torch.softmax(scores, dim=-1).to(value.dtype).reshape(1, G, (H // G) * S, -1)
+    C = past[0].shape[2]
+    output = torch.matmul(weights[..., :C], past[1]) + torch.matmul(weights[..., C:], value)
+    return output.reshape(1, H, S, E).transpose(1, 2), None
+
+
+def causal_mask(num_rows: int, num_past: int, past_length: Tensor) -> Tensor:
+    """Return the additive mask [S, C + S], float32, of new rows over a partly filled past buffer and themselves."""
+    row_S = torch.arange(num_rows)
+    past_C = torch.arange(num_past)
+    sees_past = (past_C[None, :] < past_length.to(torch.int64)).expand(num_rows, num_past)
+    sees_new = row_S[None, :] <= row_S[:, None]
+    return torch.where(torch.cat([sees_past, sees_new], dim=-1), 0.0, MASKED)

@@ -1,0 +1,64 @@
+"""``vision``: picture tiles to visual tokens.
+
+| I/O tensor        | shape        | dtype   | filled or read by                                                       |
+|-------------------|--------------|---------|-------------------------------------------------------------------------|
+| in  pixel_values  | [B, 3, T, T] | float32 | runtime's image processing; B tiles, the base tile first                |
+| in  token_index   | [N]          | int32   | runtime: which feature row each visual token is                         |
+| out visual_tokens | [N, D]       | model   | runtime: placed into the prefix graph's ``inputs_embeds``               |
+
+Feature rows are tile-major, patches in raster order, and one newline row last. All of anyres tiling, unpadding and
+newline placement is in ``token_index``, so the graph has no picture-dependent shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ClipFeatures(nn.Module):
+    """Hidden states of chosen CLIP layers, as the LLaVA projector wants them. Layers nothing reads are not run."""
+
+    def __init__(self, tower: nn.Module, *, feature_layers: tuple[int, ...], drop_cls: bool) -> None:
+        """Take the parts of ``tower`` that are needed.
+
+        Args:
+            tower: transformers' CLIPVisionModel.
+            feature_layers: Indices into its hidden states (0 is the embedding, -1 the last layer's output).
+            drop_cls: Whether the CLS row is dropped ("default") or kept ("full").
+        """
+        super().__init__()
+        core = getattr(tower, "vision_model", tower)
+        num_states = len(core.encoder.layers) + 1
+        self.states = tuple(range(num_states)[layer] for layer in feature_layers)
+        self.embeddings = core.embeddings
+        self.pre_layrnorm = core.pre_layrnorm
+        self.layers = nn.ModuleList(core.encoder.layers[: max(self.states)])
+        self.drop_cls = drop_cls
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Return features [B, P, F] of all tiles."""
+        hidden = self.pre_layrnorm(self.embeddings(pixel_values))
+        states = [hidden]
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=None)
+            states.append(hidden)
+        features = torch.cat([states[index] for index in self.states], dim=-1)
+        return features[:, 1:] if self.drop_cls else features
+
+
+class Vision(nn.Module):
+    """Features, projector, newline row, and the gather that puts the visual tokens in order."""
+
+    def __init__(self, features: nn.Module, projector: nn.Module, newline: nn.Parameter | None) -> None:
+        super().__init__()
+        self.features = features
+        self.projector = projector
+        self.newline = newline
+
+    def forward(self, pixel_values: Tensor, token_index: Tensor) -> Tensor:
+        """Return the visual tokens [N, D]."""
+        rows_FD = self.projector(self.features(pixel_values)).flatten(0, 1)
+        newline_D = rows_FD[0] if self.newline is None else self.newline
+        rows_FD = torch.cat([rows_FD, newline_D[None]], dim=0)
+        return rows_FD.index_select(0, token_index)

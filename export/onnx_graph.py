@@ -1,0 +1,118 @@
+"""Turns a torch module into an ONNX file whose weights stay in the bundle's weight files.
+
+The module is traced under FakeTensorMode, so no weight is ever in memory; initializers become external data that
+points into the stored files. The optimizer runs with small size limits: without it TensorRT finds axes that are no
+constants, without limits it would fold the weights' transposes and write them into the graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import optimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from trio_edge.runtime.manifest import StoredTensor, TensorSpec
+
+_FOLD_INPUT_BYTES = 512
+_FOLD_OUTPUT_BYTES = 4096
+_TORCH_FROM_DTYPE = {
+    "float32": torch.float32, "float16": torch.float16, "int32": torch.int32, "int64": torch.int64
+}
+# Sizes that symbols get while tracing. All differ and none is 0 or 1, so that torch.export merges and fixes nothing.
+_TRACE_BASE = {"B": 3, "C": 11}
+
+
+def example_input(spec: TensorSpec, *, trace_sizes: Mapping[str, int]) -> torch.Tensor:
+    """Return an input for tracing; under FakeTensorMode it has no memory."""
+    sizes = {**_TRACE_BASE, **trace_sizes}
+    shape = [sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape]
+    return torch.zeros(shape, dtype=_TORCH_FROM_DTYPE[spec.dtype])
+
+
+def dynamic_axes(spec: TensorSpec, *, dims: Mapping[str, Any]) -> dict[int, Any]:
+    """Return torch.export's description of the axes of ``spec`` that are symbols."""
+    return {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+
+
+def trace(
+    module: nn.Module,
+    *,
+    args: tuple[Any, ...],
+    dynamic_shapes: tuple[Any, ...],
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    opset: int,
+) -> ir.Model:
+    """Return ``module`` as an ONNX model whose I/O tensors carry the names and shapes of ``inputs`` and ``outputs``."""
+    with warnings.catch_warnings(), torch.no_grad():
+        # torch 2.13 warns of equal axis names, and through copyreg on some releases; neither concerns the graph.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module.eval(), args, dynamo=True, optimize=False, verbose=False, opset_version=opset,
+            dynamic_shapes=dynamic_shapes,
+        )
+    if program is None:
+        raise AssertionError("torch.onnx.export with dynamo=True returns a program")
+    model = program.model
+    _name_values(model.graph.inputs, inputs)
+    _name_values(model.graph.outputs, outputs)
+    return model
+
+
+def _name_values(values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> None:
+    if len(values) != len(specs):
+        raise AssertionError(f"expected {len(specs)} I/O tensors, the trace has {[value.name for value in values]}")
+    for value, spec in zip(values, specs):
+        if value.dtype != ir.DataType.from_numpy(torch.empty(0, dtype=_TORCH_FROM_DTYPE[spec.dtype]).numpy().dtype):
+            raise AssertionError(f"{spec.name}: expected {spec.dtype}, the trace has {value.dtype}")
+        value.name = spec.name
+        value.shape = ir.Shape(spec.shape)
+
+
+def attach_weights(
+    model: ir.Model, stored: Mapping[str, StoredTensor], inline: Mapping[str, NDArray[Any]], *, bundle: Path
+) -> int:
+    """Give every initializer of ``model`` its values and return the bytes of the stored ones.
+
+    Args:
+        model: Traced model; initializers named as in ``stored`` and ``inline``.
+        stored: By initializer name; becomes external data.
+        inline: By initializer name; written into the graph.
+        bundle: Folder that the stored files' paths are relative to.
+    """
+    total = 0
+    for name, value in model.graph.initializers.items():
+        if name in inline:
+            value.const_value = ir.tensor(inline[name], name=name)
+            continue
+        tensor = stored[name]
+        value.const_value = ir.ExternalTensor(
+            tensor.file, tensor.offset, tensor.num_bytes, ir.DataType[_IR_FROM_DTYPE[tensor.dtype]],
+            shape=ir.Shape(tensor.shape), name=name, base_dir=bundle,
+        )
+        total += tensor.num_bytes
+    return total
+
+
+_IR_FROM_DTYPE = {"float32": "FLOAT", "float16": "FLOAT16", "int32": "INT32", "int64": "INT64"}
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Optimize ``model`` with small folding limits and write it; external data stays where it is."""
+    optimizer.optimize_ir(model, input_size_limit=_FOLD_INPUT_BYTES, output_size_limit=_FOLD_OUTPUT_BYTES)
+    model.producer_name, model.producer_version = "trio-edge", None
+    for node in model.graph:  # traces carry source paths and stacks of this machine: none of a bundle's business
+        node.metadata_props.clear()
+        node.doc_string = None
+    model.metadata_props.clear()
+    ir.save(model, path)

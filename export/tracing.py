@@ -1,0 +1,271 @@
+"""Traces every graph of a bundle from a family's modules. No weight is read here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from trio_edge.export.checkpoint import Checkpoint, canonical_name
+from trio_edge.export.graphs.decoder_range import DecoderRange
+from trio_edge.export.graphs.head import Head
+from trio_edge.export.graphs.rope import RotaryTables
+from trio_edge.export.graphs.select import Select
+from trio_edge.export.onnx_graph import dynamic_axes, example_input, trace
+from trio_edge.export.weights import read_tensor
+from trio_edge.runtime.image_processing import tile_counts
+from trio_edge.runtime.manifest import GraphSpec, Profile, TensorSpec
+from trio_edge.trio.nms import FeatureNms
+from trio_edge.trio.saliency import ProxySaliency, key_value_gram
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from trio_edge.export.families.base import FamilyModel
+    from trio_edge.export.layout import Layout
+    from trio_edge.runtime.image_processing import ImageProcessing
+    from trio_edge.runtime.manifest import Dimensions, DType
+
+_MIN_TRACE_ROWS = 37  # any number that no other axis has
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TracedGraph:
+    """A graph without weights, and which tensor each of its initializers is."""
+
+    spec: GraphSpec
+    """With ``weight_bytes`` still 0."""
+    model: ir.Model
+    weights: dict[str, str]
+    """Initializer name -> canonical tensor name in the checkpoint."""
+    constants: dict[str, NDArray[Any]]
+    """Initializer name, made unique by the graph's name -> values that export computed."""
+
+
+class _Tracer:
+    """Holds what all graphs of one export share while they are traced one after the other."""
+
+    def __init__(self, model: FamilyModel, checkpoint: Checkpoint, *, layout: Layout, dimensions: Dimensions) -> None:
+        self.model = model
+        self.checkpoint = checkpoint
+        self.layout = layout
+        self.dimensions = dimensions
+        self.names = {id(tensor): canonical_name(name) for name, tensor in model.root.named_parameters()}
+
+    def rotary(self) -> RotaryTables:
+        return RotaryTables(
+            torch.empty(len(self.model.inv_freq), dtype=torch.float32), attention_scaling=self.model.attention_scaling
+        )
+
+    def graph(
+        self, module: nn.Module, spec: GraphSpec, *, args: tuple[Any, ...], dynamic_shapes: tuple[Any, ...],
+        constants: Mapping[str, NDArray[Any]],
+    ) -> TracedGraph:
+        onnx_model = trace(
+            module, args=args, dynamic_shapes=dynamic_shapes, inputs=spec.inputs, outputs=spec.outputs,
+            opset=self.layout.opset,
+        )
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        weights, values = {}, {}
+        for name in onnx_model.graph.initializers:
+            if name in parameters:
+                weights[name] = self.names[id(parameters[name])]
+            else:
+                values[name] = constants[name]
+        return TracedGraph(spec=spec, model=onnx_model, weights=weights, constants=values)
+
+
+def trace_graphs(
+    model: FamilyModel,
+    checkpoint: Checkpoint,
+    *,
+    layout: Layout,
+    dimensions: Dimensions,
+    processing: ImageProcessing,
+    step: Callable[[str], None],
+) -> list[TracedGraph]:
+    """Return all graphs of the bundle in the order in which a prefill runs them; called under FakeTensorMode.
+
+    Args:
+        model: The family's modules, without values.
+        checkpoint: Read only where a constant must be computed from weights (grouped-query saliency).
+        layout: Shapes.
+        dimensions: Sizes of the decoder.
+        processing: For the vision graph's tiles.
+        step: Called with what is traced next.
+    """
+    tracer = _Tracer(model, checkpoint, layout=layout, dimensions=dimensions)
+    step("tracing vision")
+    graphs = [_vision(tracer, processing)]
+    ranges = layout.layer_ranges(dimensions.num_layers)
+    for index, layers in enumerate(ranges):
+        if index > 0:
+            step(f"tracing select_{index}")
+            graphs.append(_select(tracer, index - 1))
+        name = _range_name(index, len(ranges))
+        step(f"tracing {name}")
+        graphs.append(_range(tracer, index, layers, name=name))
+    step("tracing head")
+    graphs.append(_head(tracer))
+    return graphs
+
+
+def _range_name(index: int, num_ranges: int) -> str:
+    if index == 0:
+        return "prefix"
+    return "suffix" if index == num_ranges - 1 else f"segment_{index}"
+
+
+def _vision(tracer: _Tracer, processing: ImageProcessing) -> TracedGraph:
+    layout, hidden = tracer.layout, tracer.dimensions.hidden_size
+    side = processing.tile_size
+    inputs = (
+        TensorSpec(name="pixel_values", dtype="float32", shape=("B", 3, side, side)),
+        TensorSpec(name="token_index", dtype="int32", shape=(layout.max_visual,)),
+    )
+    outputs = [TensorSpec(name="visual_tokens", dtype=layout.dtype, shape=(layout.max_visual, hidden))]
+    if processing.encoder_keep is not None:
+        outputs.append(TensorSpec(name="kept_patches", dtype="int32", shape=("B", processing.encoder_keep)))
+    counts = tile_counts(processing)
+    spec = GraphSpec(
+        name="vision", role="vision", file="vision.onnx", inputs=inputs, outputs=tuple(outputs), weight_bytes=0,
+        profiles=tuple(Profile(name=f"tiles_{count}", sizes={"B": count}) for count in counts),
+    )
+    if len(counts) == 1:  # a fixed number of tiles: no dynamic axis to trace
+        fixed = {"B": counts[0]}
+        args = tuple(example_input(tensor, trace_sizes=fixed) for tensor in inputs)
+        dynamic: tuple[Any, ...] = ({}, {})
+    else:
+        dims = {"B": torch.export.Dim("B", min=1, max=4096)}
+        args = tuple(example_input(tensor, trace_sizes={}) for tensor in inputs)
+        dynamic = tuple(dynamic_axes(tensor, dims=dims) for tensor in inputs)
+    patches = (side // tracer.model.vision_config.patch_size) ** 2
+    constants = {
+        name: np.arange(patches + 1, dtype=np.int64)[None]
+        for name, _ in tracer.model.vision.named_buffers()
+        if name.endswith("position_ids")
+    }
+    return tracer.graph(tracer.model.vision, spec, args=args, dynamic_shapes=dynamic, constants=constants)
+
+
+def _range(tracer: _Tracer, index: int, layers: range, *, name: str) -> TracedGraph:
+    dims, dtype = tracer.dimensions, tracer.layout.dtype
+    past_shape = (1, dims.num_kv_heads, "C", dims.head_size)
+    new_shape = (1, dims.num_kv_heads, "S", dims.head_size)
+    hidden = TensorSpec(
+        name="inputs_embeds" if index == 0 else "hidden_states", dtype=dtype, shape=(1, "S", dims.hidden_size)
+    )
+    scalars = (
+        TensorSpec(name="position_ids", dtype="int32", shape=(1, "S")),
+        TensorSpec(name="past_length", dtype="int32", shape=(1,)),
+    )
+    past = tuple(
+        TensorSpec(name=f"past_key_values.{layer}.{part}", dtype=dtype, shape=past_shape)
+        for layer in layers for part in ("key", "value")
+    )
+    present = tuple(
+        TensorSpec(name=f"present.{layer}.{part}", dtype=dtype, shape=new_shape)
+        for layer in layers for part in ("key", "value")
+    )
+    out = TensorSpec(name="hidden_states_out", dtype=dtype, shape=(1, "S", dims.hidden_size))
+    spec = GraphSpec(
+        name=name, role=name.split("_")[0], file=f"{name}.onnx", inputs=(hidden, *scalars, *past),  # type: ignore[arg-type]
+        outputs=(out, *present), profiles=tracer.layout.range_profiles(index), weight_bytes=0,
+        first_layer=layers.start, num_layers=len(layers),
+    )
+    symbols = {"S": torch.export.Dim("S"), "C": torch.export.Dim("C")}
+    sizes = {"S": _MIN_TRACE_ROWS}
+    flat = [example_input(tensor, trace_sizes=sizes) for tensor in past]
+    pairs = list(zip(flat[::2], flat[1::2]))
+    axes = [dynamic_axes(tensor, dims=symbols) for tensor in past]
+    return tracer.graph(
+        DecoderRange([tracer.model.layers[layer] for layer in layers], tracer.rotary()),
+        spec,
+        args=(*(example_input(tensor, trace_sizes=sizes) for tensor in (hidden, *scalars)), pairs),
+        dynamic_shapes=(
+            *(dynamic_axes(tensor, dims=symbols) for tensor in (hidden, *scalars)), list(zip(axes[::2], axes[1::2]))
+        ),
+        constants={"rotary.inv_freq": tracer.model.inv_freq},
+    )
+
+
+def _select(tracer: _Tracer, stage: int) -> TracedGraph:
+    layout, dims = tracer.layout, tracer.dimensions
+    schedule = layout.schedule
+    layer_index, num_keep = schedule.stages[stage].layer, schedule.stages[stage].keep
+    num_visual = layout.visual_rows[stage]
+    saliency = ProxySaliency(
+        tracer.model.layers[layer_index], tracer.model.final_norm, tracer.model.lm_head, max_visual=num_visual,
+        num_probe_rows=schedule.num_probe_rows, last_probe_offset=schedule.last_probe_offset,
+    )
+    module = Select(
+        saliency, FeatureNms(num_keep=num_keep, threshold=schedule.nms_threshold, rounds=schedule.nms_rounds),
+        tracer.rotary(), max_visual=num_visual, preserve_positions=schedule.positions == "preserved",
+    )
+    inputs = (
+        TensorSpec(name="hidden_states", dtype=layout.dtype, shape=(1, "S", dims.hidden_size)),
+        TensorSpec(name="position_ids", dtype="int32", shape=(1, "S")),
+        *(TensorSpec(name=name, dtype="int32", shape=(1,)) for name in ("visual_start", "num_visual", "length")),
+    )
+    outputs = (
+        TensorSpec(name="kept_hidden_states", dtype=layout.dtype, shape=(1, "R", dims.hidden_size)),
+        TensorSpec(name="kept_position_ids", dtype="int32", shape=(1, "R")),
+        TensorSpec(name="kept_indices", dtype="int32", shape=(num_keep,)),
+        TensorSpec(name="scores", dtype="float32", shape=(num_visual,)),
+        TensorSpec(name="unsettled", dtype="int32", shape=(1,)),
+    )
+    spec = GraphSpec(
+        name=f"select_{stage + 1}", role="select", file=f"select_{stage + 1}.onnx", inputs=inputs, outputs=outputs,
+        profiles=layout.select_profiles(stage), weight_bytes=0, first_layer=layer_index,
+    )
+    constants: dict[str, NDArray[Any]] = {"rotary.inv_freq": tracer.model.inv_freq}
+    if any(name == "key_value_gram" for name, _ in saliency.named_buffers()):
+        constants["saliency.key_value_gram"] = _gram(tracer.checkpoint, layer_index)
+    symbols = {"S": torch.export.Dim.DYNAMIC}
+    sizes = {"S": num_visual + _MIN_TRACE_ROWS}
+    return tracer.graph(
+        module,
+        spec,
+        args=tuple(example_input(tensor, trace_sizes=sizes) for tensor in inputs),
+        dynamic_shapes=tuple(dynamic_axes(tensor, dims=symbols) for tensor in inputs),
+        constants=constants,
+    )
+
+
+def _gram(checkpoint: Checkpoint, layer: int) -> NDArray[np.float32]:
+    prefix = f"language_model.layers.{layer}"
+    with unset_fake_temporarily():
+        key, value, norm = (
+            read_tensor(checkpoint.tensor(f"{prefix}.{name}.weight"))
+            for name in ("self_attn.k_proj", "self_attn.v_proj", "input_layernorm")
+        )
+        gram: NDArray[np.float32] = key_value_gram(key, value, norm).to(torch.float32).numpy()
+        return gram
+
+
+def _head(tracer: _Tracer) -> TracedGraph:
+    dims = tracer.dimensions
+    inputs = (
+        TensorSpec(name="hidden_states", dtype=tracer.layout.dtype, shape=(1, "S", dims.hidden_size)),
+        TensorSpec(name="last_row", dtype="int32", shape=(1,)),
+    )
+    spec = GraphSpec(
+        name="head", role="head", file="head.onnx", inputs=inputs, weight_bytes=0,
+        outputs=(TensorSpec(name="logits", dtype="float32", shape=(1, dims.vocab_size)),),
+        profiles=tracer.layout.head_profiles(),
+    )
+    symbols = {"S": torch.export.Dim("S")}
+    return tracer.graph(
+        Head(tracer.model.final_norm, tracer.model.lm_head),
+        spec,
+        args=tuple(example_input(tensor, trace_sizes={"S": _MIN_TRACE_ROWS}) for tensor in inputs),
+        dynamic_shapes=tuple(dynamic_axes(tensor, dims=symbols) for tensor in inputs),
+        constants={},
+    )

@@ -1,0 +1,588 @@
+"""From a picture to the vision graph's inputs: pixel tiles, and which feature row each visual token is.
+
+What a reader needs, in order:
+
+1. ``ImageProcessing``: a bundle's image processing constants.
+2. ``prepare``: picture → ``PreparedPicture`` (``pixel_values``, ``token_index``).
+3. ``num_visual_tokens``, ``num_tiles``, ``max_visual_tokens``, ``max_tiles``: the same counts without pixels.
+4. ``token_boxes``: where in the picture each visual token looks.
+
+The vision graph outputs flat features of ``B * P + 1`` rows: the P patches of each of the B tiles in raster order,
+tile after tile, then one row ``image_newline``. All of LLaVA-NeXT's tiling, unpadding and newlines is one gather of
+these rows by ``token_index``, which is computed here, on the host.
+
+Source: LlavaNextImageProcessor, LlavaImageProcessor, CLIPImageProcessor and LlavaNextModel.pack_image_features of
+transformers 5.23. We resize with Pillow, Hugging Face by default with torchvision: at most one grey level apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from trio_edge.runtime.errors import CheckpointError, ImageError, ManifestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+Kind = Literal["single", "anyres"]
+ResizeMode = Literal["shortest_edge", "stretch"]
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+
+_RESAMPLE_IDS: dict[str, int] = {
+    "nearest": 0,
+    "lanczos": 1,
+    "bilinear": 2,
+    "bicubic": 3,
+    "box": 4,
+    "hamming": 5,
+}
+_MAX_RESIZED_PIXELS = 16_000_000  # above it only the part that is cropped anyway is computed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageProcessing:
+    """The image processing constants of a bundle. Sizes are in pixels."""
+
+    kind: Kind
+    """"single": one crop (LLaVA-1.5). "anyres": a base tile and a grid of tiles that fits the picture (LLaVA-NeXT)."""
+    tile_size: int
+    """T, side of the vision encoder's square input."""
+    patch_size: int
+    """Side of one of its patches; a tile has P = (T // patch_size)² visual tokens."""
+    resize_size: int
+    """Side to resize to before cropping to ``tile_size``; Hugging Face's ``size``."""
+    resize_mode: ResizeMode = "shortest_edge"
+    """"shortest_edge" keeps the aspect ratio, "stretch" makes a square."""
+    resample: Resample = "bicubic"
+    grid_pinpoints: tuple[tuple[int, int], ...] = ()
+    """(height, width) of every grid of "anyres", in multiples of ``tile_size``; empty for "single"."""
+    do_resize: bool = True
+    do_center_crop: bool = True
+    do_rescale: bool = True
+    do_normalize: bool = True
+    do_pad: bool = False
+    """Pad to a square with the mean colour before resizing ("single" only; LlavaImageProcessor's ``do_pad``)."""
+    rescale_factor: float = 1 / 255
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("kind", ("single", "anyres")),
+            ("resize_mode", ("shortest_edge", "stretch")),
+            ("resample", tuple(_RESAMPLE_IDS)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ManifestError(
+                    f"image_processing {name}: expected one of {choices}, got {getattr(self, name)!r}"
+                )
+        for name in ("tile_size", "patch_size", "resize_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ManifestError(f"image_processing {name}: expected a whole number >= 1, got {value!r}")
+        if self.patch_size > self.tile_size:
+            raise ManifestError(
+                f"image_processing patch_size: expected at most tile_size {self.tile_size}, got {self.patch_size}"
+            )
+        for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad"):
+            if type(getattr(self, name)) is not bool:
+                raise ManifestError(
+                    f"image_processing {name}: expected true or false, got {getattr(self, name)!r}"
+                )
+        self._check_colours()
+        self._check_pinpoints()
+        self._check_tiles_come_out_square()
+
+    def _check_colours(self) -> None:
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or len(values) != 3 or not all(map(_is_finite, values)):
+                raise ManifestError(f"image_processing {name}: expected three finite numbers, got {values!r}")
+        if min(self.image_std) <= 0:
+            raise ManifestError(f"image_processing image_std: expected numbers > 0, got {self.image_std}")
+        if not _is_finite(self.rescale_factor) or self.rescale_factor <= 0:
+            raise ManifestError(
+                f"image_processing rescale_factor: expected a number > 0, got {self.rescale_factor!r}"
+            )
+
+    def _check_pinpoints(self) -> None:
+        if (self.kind == "anyres") != bool(self.grid_pinpoints):
+            raise ManifestError(
+                f"image_processing grid_pinpoints: expected some for kind 'anyres' and none for 'single',"
+                f" got {len(self.grid_pinpoints)} for {self.kind!r}"
+            )
+        for pinpoint in self.grid_pinpoints:
+            whole = (
+                isinstance(pinpoint, tuple)
+                and len(pinpoint) == 2
+                and all(type(side) is int for side in pinpoint)
+            )
+            if not whole or any(side < 1 or side % self.tile_size for side in pinpoint):
+                raise ManifestError(
+                    f"image_processing grid_pinpoints: expected (height, width) in multiples of tile_size"
+                    f" {self.tile_size}, got {pinpoint!r}"
+                )
+        if self.kind == "anyres" and self.do_pad:
+            raise ManifestError("image_processing do_pad: expected false for kind 'anyres', got true")
+
+    def _check_tiles_come_out_square(self) -> None:
+        if self.do_center_crop:
+            return
+        keeps_size = self.resize_size == self.tile_size
+        squares = self.kind == "anyres" or (self.do_resize and (self.resize_mode == "stretch" or self.do_pad))
+        if not (keeps_size and squares):
+            raise ManifestError(
+                "image_processing do_center_crop: expected true unless resizing gives squares of tile_size"
+                f" {self.tile_size}, got false with resize_size {self.resize_size} and mode {self.resize_mode!r}"
+            )
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along one side of a tile."""
+        return self.tile_size // self.patch_size
+
+    @property
+    def patches_per_tile(self) -> int:
+        """P, visual tokens of one tile."""
+        return self.patches_per_side**2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        result = dataclasses.asdict(self)
+        result["grid_pinpoints"] = [list(pinpoint) for pinpoint in self.grid_pinpoints]
+        result["image_mean"] = list(self.image_mean)
+        result["image_std"] = list(self.image_std)
+        return result
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ImageProcessing:
+        """Return the constants that ``to_dict`` wrote.
+
+        Raises:
+            ManifestError: If a key is unknown or missing, or a value breaks a rule.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ManifestError(f"image_processing: expected keys among {sorted(known)}, got {unknown}")
+        try:
+            fields = dict(values)
+            for name in ("image_mean", "image_std"):
+                if name in fields:
+                    fields[name] = tuple(fields[name])
+            if "grid_pinpoints" in fields:
+                fields["grid_pinpoints"] = tuple(tuple(pinpoint) for pinpoint in fields["grid_pinpoints"])
+            return cls(**fields)
+        except TypeError as error:
+            raise ManifestError(
+                f"image_processing: expected all required keys and types, got {error}"
+            ) from error
+
+    @classmethod
+    def from_preprocessor_config(cls, config: Mapping[str, Any], *, patch_size: int) -> ImageProcessing:
+        """Return the constants of a checkpoint's ``preprocessor_config.json`` (or ``image_processor.to_dict()``).
+
+        Args:
+            config: Its content. Missing keys mean the defaults of Hugging Face's class.
+            patch_size: The vision encoder's; the file does not hold it.
+
+        Raises:
+            CheckpointError: If the processor is of another kind, or its values cannot be followed.
+        """
+        return _from_preprocessor_config(config, patch_size=patch_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PreparedPicture:
+    """One picture, ready for the vision graph."""
+
+    pixel_values: NDArray[np.float32]
+    """[B, 3, T, T], tiles; for "anyres" the base tile first."""
+    token_index: NDArray[np.int32]
+    """[N], row of the vision graph's flat features for each visual token."""
+    width: int
+    """Of the picture, in pixels."""
+    height: int
+    num_tiles: int
+    """Tiles that hold the picture; further ones are zeros."""
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """N."""
+        return len(self.token_index)
+
+
+def prepare(
+    picture: Image.Image, processing: ImageProcessing, *, pad_to_tiles: int | None = None
+) -> PreparedPicture:
+    """Return the vision graph's inputs for one RGB picture.
+
+    Args:
+        picture: An RGB picture, as ``open_picture`` returns it.
+        processing: The bundle's constants.
+        pad_to_tiles: B of the graph, when it is fixed: tiles of zeros are appended up to it.
+
+    Raises:
+        ImageError: If the picture is not RGB, is empty, or needs more than ``pad_to_tiles`` tiles.
+    """
+    if picture.mode != "RGB":
+        raise ImageError(f"picture: expected mode 'RGB', got {picture.mode!r}; read it with open_picture")
+    width, height = picture.size
+    used = num_tiles(width, height, processing)
+    total = used if pad_to_tiles is None else pad_to_tiles
+    if used > total:
+        raise ImageError(
+            f"picture: expected at most {total} tiles (the exported shapes), got {used} for {width}x{height} pixels;"
+            " resize it or export with a larger --image-size"
+        )
+    tiles = (
+        [_single_tile(picture, processing)]
+        if processing.kind == "single"
+        else _anyres_tiles(picture, processing)
+    )
+    pixels = np.zeros((total, 3, processing.tile_size, processing.tile_size), dtype=np.float32)
+    pixels[:used] = _normalized(np.stack(tiles), processing)
+    return PreparedPicture(
+        pixel_values=pixels,
+        token_index=token_index(width, height, processing, pad_to_tiles=total),
+        width=width,
+        height=height,
+        num_tiles=used,
+    )
+
+
+def num_tiles(width: int, height: int, processing: ImageProcessing) -> int:
+    """Return B, the tiles of a picture of this size."""
+    _check_size(width, height)
+    if processing.kind == "single":
+        return 1
+    best_height, best_width = _best_pinpoint(width, height, processing)
+    return 1 + (best_height // processing.tile_size) * (best_width // processing.tile_size)
+
+
+def num_visual_tokens(width: int, height: int, processing: ImageProcessing) -> int:
+    """Return N, the visual tokens of a picture of this size, newlines included."""
+    _check_size(width, height)
+    if processing.kind == "single":
+        return processing.patches_per_tile
+    rows, columns = _unpadded_grid(width, height, processing)
+    return processing.patches_per_tile + len(rows) * (len(columns) + 1)
+
+
+def max_tiles(processing: ImageProcessing) -> int:
+    """Return the largest B over all picture sizes: that of the largest grid, which a picture of its size uses."""
+    return max(
+        (num_tiles(width, height, processing) for height, width in processing.grid_pinpoints), default=1
+    )
+
+
+def max_visual_tokens(processing: ImageProcessing) -> int:
+    """Return the largest N over all picture sizes.
+
+    A grid of R x C patches gives P + R(C + 1) tokens less what unpadding removes. A picture of exactly the grid's
+    size selects that grid (no grid covers more of it, none wastes less) and loses nothing, so the bound is reached.
+    """
+    return max(
+        (num_visual_tokens(width, height, processing) for height, width in processing.grid_pinpoints),
+        default=processing.patches_per_tile,
+    )
+
+
+def token_index(
+    width: int, height: int, processing: ImageProcessing, *, pad_to_tiles: int | None = None
+) -> NDArray[np.int32]:
+    """Return, for each visual token of a picture of this size, its row in the vision graph's flat features.
+
+    Order of the result: the base tile's patches, then the grid's rows from top to bottom, each followed by a newline.
+
+    Args:
+        width: Of the picture, in pixels.
+        height: Of the picture, in pixels.
+        processing: The bundle's constants.
+        pad_to_tiles: B of the graph, if larger than the picture needs; the newline is row ``pad_to_tiles * P``.
+
+    Returns:
+        int32 [N].
+    """
+    used = num_tiles(width, height, processing)
+    num_patches, per_side = processing.patches_per_tile, processing.patches_per_side
+    base = np.arange(num_patches, dtype=np.int32)
+    if processing.kind == "single":
+        return base
+    newline = (used if pad_to_tiles is None else pad_to_tiles) * num_patches
+    grid_columns = _best_pinpoint(width, height, processing)[1] // processing.tile_size
+    row_range, column_range = _unpadded_grid(width, height, processing)
+    rows, columns = (
+        np.arange(row_range.start, row_range.stop),
+        np.arange(column_range.start, column_range.stop),
+    )
+    tiles = 1 + (rows // per_side)[:, None] * grid_columns + (columns // per_side)[None, :]
+    patches = (rows % per_side)[:, None] * per_side + (columns % per_side)[None, :]
+    grid = tiles * num_patches + patches
+    lines = np.concatenate([grid, np.full((len(rows), 1), newline)], axis=1)
+    return np.concatenate([base, lines.ravel().astype(np.int32)])
+
+
+def token_boxes(width: int, height: int, processing: ImageProcessing) -> NDArray[np.float32]:
+    """Return the part of the picture that each visual token's patch covers.
+
+    Returns:
+        float32 [N, 4], (x0, y0, x1, y1) in the picture's pixels, clipped to it, in the order of ``token_index``.
+        Newlines are NaN. A patch of nothing but padding has no area.
+    """
+    _check_size(width, height)
+    edges = np.arange(processing.patches_per_side + 1) * processing.patch_size
+    if processing.kind == "single":
+        return _clipped(_boxes(*_single_edges(edges, width, height, processing)), width, height)
+    # base tile, and where tiles are resized again, the same part of each tile of the grid
+    unit = _cropped_fraction(edges, processing)
+    base = _boxes(unit * width, unit * height)
+    best_height, best_width = _best_pinpoint(width, height, processing)
+    new_height, new_width = _fitted_size(width, height, (best_height, best_width))
+    x_scale, y_scale = width / new_width, height / new_height
+    rows, columns = _unpadded_grid(width, height, processing)
+    x = (_grid_edges(unit, columns, processing) - (best_width - new_width) // 2) * x_scale
+    y = (_grid_edges(unit, rows, processing) - (best_height - new_height) // 2) * y_scale
+    grid = np.full((len(rows), len(columns) + 1, 4), np.nan)
+    grid[:, :-1, 0], grid[:, :-1, 2] = x[None, :, 0], x[None, :, 1]
+    grid[:, :-1, 1], grid[:, :-1, 3] = y[:, None, 0], y[:, None, 1]
+    return _clipped(np.concatenate([base, grid.reshape(-1, 4)]), width, height)
+
+
+# --- LLaVA-NeXT's choice of a grid ------------------------------------------------------------------------------
+
+
+def _best_pinpoint(width: int, height: int, processing: ImageProcessing) -> tuple[int, int]:
+    """Return the (height, width) that shows most of the picture's pixels, and of these wastes least.
+
+    Source: select_best_resolution. A picture so thin that it fits no grid with a whole pixel gets the smallest grid.
+    """
+    best, best_effective, best_wasted = processing.grid_pinpoints[0], -1, 0
+    for pinpoint in processing.grid_pinpoints:
+        scale = min(pinpoint[1] / width, pinpoint[0] / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        wasted = pinpoint[0] * pinpoint[1] - effective
+        if effective > best_effective or (effective == best_effective and wasted < best_wasted):
+            best, best_effective, best_wasted = pinpoint, effective, wasted
+    return best
+
+
+def _fitted_size(width: int, height: int, pinpoint: tuple[int, int]) -> tuple[int, int]:
+    """Return the (height, width) of the picture scaled into the grid. Source: get_patch_output_size."""
+    scale_x, scale_y = pinpoint[1] / width, pinpoint[0] / height
+    if scale_x < scale_y:
+        return min(math.ceil(height * scale_x), pinpoint[0]), pinpoint[1]
+    return pinpoint[0], min(math.ceil(width * scale_y), pinpoint[1])
+
+
+def _unpadded_grid(width: int, height: int, processing: ImageProcessing) -> tuple[range, range]:
+    """Return the rows and columns of the grid's patches that are left without padding. Source: unpad_image.
+
+    A very thin picture can be left without rows (no token but the base tile's) or without columns (newlines only).
+    """
+    pinpoint = _best_pinpoint(width, height, processing)
+    num_rows, num_columns = (side // processing.tile_size * processing.patches_per_side for side in pinpoint)
+    if width / height > num_columns / num_rows:
+        padding = (num_rows - int(round(height * (num_columns / width), 7))) // 2
+        return range(padding, num_rows - padding), range(num_columns)
+    padding = (num_columns - int(round(width * (num_rows / height), 7))) // 2
+    return range(num_rows), range(padding, num_columns - padding)
+
+
+# --- pixels -----------------------------------------------------------------------------------------------------
+
+
+def _resized(picture: Image.Image, size: tuple[int, int], processing: ImageProcessing) -> Image.Image:
+    """Return the picture at (height, width)."""
+    return picture.resize((size[1], size[0]), Image.Resampling(_RESAMPLE_IDS[processing.resample]))
+
+
+def _single_tile(picture: Image.Image, processing: ImageProcessing) -> NDArray[np.uint8]:
+    if processing.do_pad and picture.width != picture.height:
+        side = max(picture.size)
+        square = Image.new("RGB", (side, side), _background(processing))
+        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        picture = square
+    if not processing.do_resize:
+        return _cropped(picture, processing)
+    height, width = _single_resized_size(picture.width, picture.height, processing)
+    tile = processing.tile_size
+    if height * width <= _MAX_RESIZED_PIXELS or not processing.do_center_crop or min(height, width) < tile:
+        return _cropped(_resized(picture, (height, width), processing), processing)
+    top, left = (height - tile) // 2, (width - tile) // 2
+    x_scale, y_scale = picture.width / width, picture.height / height
+    box = (left * x_scale, top * y_scale, (left + tile) * x_scale, (top + tile) * y_scale)
+    resample = Image.Resampling(_RESAMPLE_IDS[processing.resample])
+    return np.asarray(picture.resize((tile, tile), resample, box=box))
+
+
+def _anyres_tiles(picture: Image.Image, processing: ImageProcessing) -> list[NDArray[np.uint8]]:
+    side, tile = processing.resize_size, processing.tile_size
+    best_height, best_width = pinpoint = _best_pinpoint(picture.width, picture.height, processing)
+    fitted = _resized(picture, _fitted_size(picture.width, picture.height, pinpoint), processing)
+    grid = Image.new("RGB", (best_width, best_height))
+    grid.paste(fitted, ((best_width - fitted.width) // 2, (best_height - fitted.height) // 2))
+    tiles = [_resized(picture, (side, side), processing)]
+    tiles += [
+        grid.crop((x, y, x + tile, y + tile))
+        for y in range(0, best_height, tile)
+        for x in range(0, best_width, tile)
+    ]
+    if processing.do_resize:
+        tiles = [_resized(piece, (side, side), processing) for piece in tiles]
+    return [_cropped(piece, processing) for piece in tiles]
+
+
+def _cropped(picture: Image.Image, processing: ImageProcessing) -> NDArray[np.uint8]:
+    """Return the middle [T, T, 3], with black around it where the picture is smaller."""
+    tile = processing.tile_size
+    if not processing.do_center_crop or picture.size == (tile, tile):
+        return np.asarray(picture)
+    left, top = _crop_offset(picture.width, tile), _crop_offset(picture.height, tile)
+    return np.asarray(picture.crop((left, top, left + tile, top + tile)))
+
+
+def _crop_offset(size: int, tile: int) -> int:
+    """Return where the crop starts; negative where the picture is smaller (torchvision pads less before than after)."""
+    return (size - tile) // 2 if size >= tile else -((tile - size) // 2)
+
+
+def _normalized(tiles: NDArray[np.uint8], processing: ImageProcessing) -> NDArray[np.float32]:
+    """Return [B, 3, T, T] from [B, T, T, 3]; one subtraction and one division, as torchvision does it."""
+    pixels = tiles.transpose(0, 3, 1, 2).astype(np.float32)
+    factor = processing.rescale_factor if processing.do_rescale else 1.0
+    if not processing.do_normalize:
+        return pixels * np.float32(factor)
+    mean = np.asarray(processing.image_mean, np.float32) * np.float32(1.0 / factor)
+    std = np.asarray(processing.image_std, np.float32) * np.float32(1.0 / factor)
+    return (pixels - mean[:, None, None]) / std[:, None, None]
+
+
+def _background(processing: ImageProcessing) -> tuple[int, int, int]:
+    red, green, blue = (int(value * 255) for value in processing.image_mean)
+    return red, green, blue
+
+
+def _single_resized_size(width: int, height: int, processing: ImageProcessing) -> tuple[int, int]:
+    """Return the (height, width) that a "single" picture is resized to. Source: get_resize_output_image_size."""
+    size = processing.resize_size
+    if processing.resize_mode == "stretch":
+        return size, size
+    long_side = int(size * max(width, height) / min(width, height))
+    return (long_side, size) if width <= height else (size, long_side)
+
+
+# --- boxes ------------------------------------------------------------------------------------------------------
+
+
+def _single_edges(
+    edges: NDArray[Any], width: int, height: int, processing: ImageProcessing
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the x and y of the patches' edges in the picture's pixels, from those in the tile's."""
+    side = max(width, height)
+    padded_width, padded_height = (side, side) if processing.do_pad else (width, height)
+    resized_height, resized_width = padded_height, padded_width
+    if processing.do_resize:
+        resized_height, resized_width = _single_resized_size(padded_width, padded_height, processing)
+    x = (edges + _crop_offset(resized_width, processing.tile_size)) * (padded_width / resized_width)
+    y = (edges + _crop_offset(resized_height, processing.tile_size)) * (padded_height / resized_height)
+    return x - (padded_width - width) // 2, y - (padded_height - height) // 2
+
+
+def _cropped_fraction(edges: NDArray[Any], processing: ImageProcessing) -> NDArray[Any]:
+    """Return tile pixels as a fraction of what was resized to ``resize_size`` and then cropped."""
+    return (edges + _crop_offset(processing.resize_size, processing.tile_size)) / processing.resize_size
+
+
+def _grid_edges(unit: NDArray[Any], patches: range, processing: ImageProcessing) -> NDArray[Any]:
+    """Return [len(patches), 2]: start and end of each patch along one axis, in the grid's pixels."""
+    if not processing.do_resize:  # the grid's tiles are not resized, only the base tile is
+        unit = np.arange(processing.patches_per_side + 1) * processing.patch_size / processing.tile_size
+    index = np.arange(patches.start, patches.stop)
+    tiles, inside = index // processing.patches_per_side, index % processing.patches_per_side
+    return np.stack([tiles + unit[inside], tiles + unit[inside + 1]], axis=-1) * processing.tile_size
+
+
+def _boxes(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
+    """Return the [P, 4] boxes between edges, in raster order."""
+    x0, y0 = np.meshgrid(x[:-1], y[:-1])
+    x1, y1 = np.meshgrid(x[1:], y[1:])
+    return np.stack([x0, y0, x1, y1], axis=-1).reshape(-1, 4)
+
+
+def _clipped(boxes: NDArray[Any], width: int, height: int) -> NDArray[np.float32]:
+    return np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise ImageError(f"picture: expected at least 1x1 pixels, got {width}x{height}")
+
+
+def _from_preprocessor_config(config: Mapping[str, Any], *, patch_size: int) -> ImageProcessing:
+    name = str(config.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil")
+    if name not in ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor"):
+        raise CheckpointError(
+            "preprocessor_config image_processor_type: expected CLIPImageProcessor, LlavaImageProcessor or"
+            f" LlavaNextImageProcessor, got {config.get('image_processor_type')!r}"
+        )
+    values = {key: value for key, value in config.items() if value is not None}
+    is_anyres = name == "LlavaNextImageProcessor"
+    if not values.get("do_convert_rgb", True):
+        raise CheckpointError("preprocessor_config do_convert_rgb: expected true, got false")
+    try:
+        resize_size, resize_mode = _square_side(values.get("size", {"shortest_edge": 224}), name="size")
+        tile_size, _ = _square_side(values.get("crop_size", {"height": 224, "width": 224}), name="crop_size")
+        default_pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+        pinpoints = values.get("image_grid_pinpoints", default_pinpoints) if is_anyres else []
+        resamples = {number: text for text, number in _RESAMPLE_IDS.items()}
+        fields = {
+            key: values[key]
+            for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "rescale_factor")
+            if key in values
+        }
+        fields |= {key: tuple(values[key]) for key in ("image_mean", "image_std") if key in values}
+        return ImageProcessing(
+            kind="anyres" if is_anyres else "single",
+            tile_size=tile_size,
+            patch_size=patch_size,
+            resize_size=resize_size,
+            resize_mode=resize_mode,
+            resample=resamples[int(values.get("resample", 3))],  # type: ignore[arg-type]
+            grid_pinpoints=tuple((int(height), int(width)) for height, width in pinpoints),
+            # of the others, CLIP's pads nothing by default and LLaVA-NeXT's do_pad is about batches
+            do_pad=name == "LlavaImageProcessor" and bool(values.get("do_pad", False)),
+            **fields,
+        )
+    except (ManifestError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"preprocessor_config: expected values that trio-edge can follow, got {error}"
+        ) from error
+
+
+def _square_side(size: Any, *, name: str) -> tuple[int, ResizeMode]:
+    """Return the side, and how to reach it, from {"shortest_edge": 336}, {"height": 336, "width": 336} or 336."""
+    if isinstance(size, int):
+        return size, "shortest_edge"
+    sides = {key: value for key, value in dict(size).items() if value is not None}
+    if set(sides) == {"shortest_edge"}:
+        return int(sides["shortest_edge"]), "shortest_edge"
+    if set(sides) == {"height", "width"} and sides["height"] == sides["width"]:
+        return int(sides["height"]), "stretch"
+    raise CheckpointError(f"preprocessor_config {name}: expected a square or a shortest edge, got {sides}")

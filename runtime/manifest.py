@@ -1,0 +1,279 @@
+"""The manifest (``trio.json``): the only description of a bundle. Export writes it once, everything else reads it.
+
+Symbols in shapes: B picture tiles, N visual tokens (padded), S sequence rows of a graph (padded), C rows of its
+past KV cache, R rows of the sequence after a selection (padded). All other axes are numbers.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import msgspec
+
+from trio_edge.runtime.errors import ManifestError
+from trio_edge.runtime.schedule import Schedule
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "trio.json"
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8}
+
+DType = Literal["float32", "float16", "int32", "int64"]
+Role = Literal["vision", "prefix", "select", "segment", "suffix", "head"]
+
+
+class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every manifest value: immutable, keyword-only, unknown keys rejected."""
+
+
+class TensorSpec(_Spec, frozen=True):
+    """Name, dtype and shape of one graph input or output."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+    """Numbers, or one of the symbols of this module's head."""
+
+
+class Profile(_Spec, frozen=True):
+    """One set of fixed sizes that a graph runs at."""
+
+    name: str
+    """"prefill_64" (64 is the text bucket), "decode", "tiles_5"."""
+    sizes: dict[str, int]
+    """Value of each symbol in the graph's shapes."""
+
+
+class GraphSpec(_Spec, frozen=True):
+    """One ONNX graph of the bundle."""
+
+    name: str
+    role: Role
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Profile, ...]
+    weight_bytes: int
+    """Bytes of weights that an engine of this graph holds."""
+    first_layer: int | None = None
+    """First decoder layer of a prefix, segment or suffix; of a select graph the layer that it probes."""
+    num_layers: int = 0
+    """Decoder layers that run in this graph and own a KV cache."""
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs in graph order."""
+        return tuple(tensor.name for tensor in self.inputs)
+
+
+class StoredTensor(_Spec, frozen=True):
+    """An array inside one of the bundle's weight files."""
+
+    file: str
+    dtype: DType
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the file."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the array in bytes."""
+        count = _DTYPE_BYTES[self.dtype]
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class FileEntry(_Spec, frozen=True):
+    """A file of the bundle and what it must contain."""
+
+    path: str
+    """Relative to the bundle, forward slashes, no '..'."""
+    num_bytes: int
+    sha256: str
+
+
+class Dimensions(_Spec, frozen=True):
+    """Sizes of the decoder."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    intermediate_size: int
+    vocab_size: int
+
+
+class TextSpec(_Spec, frozen=True):
+    """Tokens with a meaning, and where the tokenizer's files are."""
+
+    tokenizer: str
+    chat_template: str
+    image_token: str
+    image_token_id: int
+    bos_token: str
+    eos_token: str
+    stop_token_ids: tuple[int, ...]
+
+
+class Cost(_Spec, frozen=True):
+    """FLOPs and KV bytes of one answer's prefill, counted by ``trio_edge.trio.cost``, at ``num_text`` text tokens."""
+
+    num_visual: int
+    num_text: int
+    full_flops: dict[str, int]
+    """Per part ("vision", "decoder", "head") without reduction."""
+    reduced_flops: dict[str, int]
+    """Per part, with "select" for the probes and the NMS."""
+    full_kv_bytes: int
+    reduced_kv_bytes: int
+
+
+class Manifest(_Spec, frozen=True):
+    """Everything that a runtime must know about a bundle."""
+
+    schema_version: int
+    family: str
+    model: str
+    """Alias, Hub id or folder name that was exported."""
+    revision: str | None
+    dtype: Literal["float32", "float16"]
+    opset: int
+    dimensions: Dimensions
+    schedule: Schedule
+    max_visual: int
+    """N, rows of the visual span in every prefill."""
+    text_buckets: tuple[int, ...]
+    """Text tokens (before and after the picture together) are padded to one of these, ascending."""
+    max_new_tokens: int
+    max_position: int
+    """Positions the model was made for."""
+    text: TextSpec
+    image_processing: dict[str, Any]
+    token_embedding: StoredTensor
+    graphs: tuple[GraphSpec, ...]
+    """In the order in which a prefill runs them."""
+    files: tuple[FileEntry, ...]
+    """Every file of the bundle except the manifest itself."""
+    model_bytes: int
+    """Bytes of the whole model's weights in ``dtype``, each tensor once."""
+    cost: Cost
+    tools: dict[str, str]
+    """Versions of the packages that made the bundle."""
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise ManifestError(
+                f"manifest has schema_version {self.schema_version}, this release reads {SCHEMA_VERSION};"
+                " export the bundle again"
+            )
+        if not self.text_buckets or list(self.text_buckets) != sorted(set(self.text_buckets)):
+            raise ManifestError(f"text_buckets: expected ascending sizes, got {self.text_buckets}; export again")
+        known = {entry.path for entry in self.files}
+        used = {graph.file for graph in self.graphs} | {
+            self.text.tokenizer, self.text.chat_template, self.token_embedding.file
+        }
+        for path in sorted(known | used):
+            _check_relative(path)
+        if missing := sorted(used - known):
+            raise ManifestError(f"files: expected an entry for {missing[0]!r}, got none; export the bundle again")
+        self._check_graphs()
+
+    def _check_graphs(self) -> None:
+        roles = [graph.role for graph in self.graphs]
+        num_stages = len(self.schedule.stages)
+        expected = ["vision", "prefix"]
+        for stage in range(num_stages):
+            expected += ["select", "suffix" if stage == num_stages - 1 else "segment"]
+        expected.append("head")
+        if roles != expected:
+            raise ManifestError(f"graphs: expected roles {expected}, got {roles}; export the bundle again")
+        next_layer = 0
+        for graph in self.ranges:
+            if graph.first_layer != next_layer or graph.num_layers < 1:
+                raise ManifestError(
+                    f"graph {graph.name!r}: expected to start at layer {next_layer}, got {graph.first_layer}"
+                )
+            next_layer += graph.num_layers
+        if next_layer != self.dimensions.num_layers:
+            raise ManifestError(f"graphs: expected {self.dimensions.num_layers} decoder layers, got {next_layer}")
+
+    def graph(self, name: str) -> GraphSpec:
+        """Return the graph called ``name``."""
+        return next(graph for graph in self.graphs if graph.name == name)
+
+    @property
+    def ranges(self) -> tuple[GraphSpec, ...]:
+        """The decoder layer ranges in order: prefix, segments, suffix."""
+        return tuple(graph for graph in self.graphs if graph.role in ("prefix", "segment", "suffix"))
+
+    @property
+    def selects(self) -> tuple[GraphSpec, ...]:
+        """The select graphs in order of their stages."""
+        return tuple(graph for graph in self.graphs if graph.role == "select")
+
+    @property
+    def visual_rows(self) -> tuple[int, ...]:
+        """Rows of the visual span in each layer range: N, then K of every stage."""
+        return (self.max_visual, *(stage.keep for stage in self.schedule.stages))
+
+    @property
+    def kv_capacities(self) -> tuple[int, ...]:
+        """C, token rows of each layer range's KV cache: the largest prefill and all new tokens."""
+        largest = self.text_buckets[-1]
+        return tuple(rows + largest + self.max_new_tokens for rows in self.visual_rows)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all KV caches as allocated, at full capacity."""
+        dims = self.dimensions
+        row = 2 * dims.num_kv_heads * dims.head_size * _DTYPE_BYTES[self.dtype]
+        return sum(graph.num_layers * rows * row for graph, rows in zip(self.ranges, self.kv_capacities))
+
+    @property
+    def device_weight_ratio(self) -> float:
+        """Weights in all graphs over the model's weights: what the repeated probe layers and heads cost."""
+        return sum(graph.weight_bytes for graph in self.graphs) / self.model_bytes
+
+    @property
+    def average_keep(self) -> float:
+        """Mean over layers of the visual tokens processed, as a fraction of ``cost.num_visual``."""
+        return self.schedule.average_keep(num_layers=self.dimensions.num_layers, num_visual=self.cost.num_visual)
+
+
+def _check_relative(path: str) -> None:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or not pure.parts:
+        raise ManifestError(f"files: expected a path inside the bundle, got {path!r}; export the bundle again")
+
+
+def manifest_from_json(text: bytes, *, where: str) -> Manifest:
+    """Return the manifest written in ``text``.
+
+    Args:
+        text: The bytes of ``trio.json``.
+        where: Name for error messages.
+
+    Raises:
+        ManifestError: If it is not JSON, has unknown or missing keys, wrong types or another schema version.
+    """
+    try:
+        head = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ManifestError(f"{where}: expected JSON, got something else ({error}); export the bundle again") from None
+    version = head.get("schema_version") if isinstance(head, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ManifestError(
+            f"{where}: manifest has schema_version {version!r}, this release reads {SCHEMA_VERSION};"
+            " export the bundle again"
+        )
+    try:
+        return msgspec.convert(head, Manifest, strict=True)
+    except msgspec.ValidationError as error:
+        raise ManifestError(f"{where}: {error}; export the bundle again") from None
+
+
+def json_from_manifest(manifest: Manifest) -> bytes:
+    """Return ``manifest`` as indented JSON; ``manifest_from_json`` reads it back to an equal value."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
