@@ -1,8 +1,8 @@
 """Messages to prompt text: a checkpoint's own Jinja chat template, rendered in a sandbox.
 
-Same environment and same template variables as Hugging Face's ``apply_chat_template``, so that the prompt is the same
-character for character. Templates come from downloaded files: they run sandboxed, see plain JSON values only, and
-their output is bounded.
+Same environment and same template variables as Hugging Face's ``apply_chat_template``, so that the prompt is
+the same character for character. Templates come from downloaded files: they run sandboxed, see plain JSON
+values only, and their output is bounded.
 
 Source: transformers 5.23, utils/chat_template_utils.py.
 """
@@ -22,7 +22,6 @@ import jinja2.runtime
 import jinja2.utils
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from trio_edge.runtime.errors import BundleError, ShapeError
 
 if TYPE_CHECKING:
@@ -33,33 +32,37 @@ Message: TypeAlias = dict[str, Any]
 MAX_PROMPT_CHARACTERS = 4_000_000
 """Longest text that a template may produce, and longest string that it may build by repetition."""
 
+_TEXTS = "message['content'] | selectattr('type', 'equalto', 'text')"
+_IMAGES = (
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}"
+)
+_REFUSE_ROLE = "{{ raise_exception('expected roles system, user and assistant, got ' + message['role']) }}"
+
 VICUNA_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ 'USER: ' }}"
     "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' }}"
-    "{% elif message['role'] != 'system' %}"
-    "{{ raise_exception('expected roles system, user and assistant, got ' + message['role']) }}{% endif %}"
+    "{% elif message['role'] != 'system' %}" + _REFUSE_ROLE + "{% endif %}"
     "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
+    + _IMAGES
+    + "{% for part in "
+    + _TEXTS
+    + " %}{{ part['text'] + ' ' }}{% endfor %}"
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-"""``USER: <image>\\n… ASSISTANT:`` of LLaVA-1.5 and LLaVA-NeXT (Vicuna), for checkpoints without a template."""
+"""``USER: <image>\\n… ASSISTANT:`` of LLaVA-1.5 and LLaVA-NeXT (Vicuna), where a checkpoint has none."""
 
 MISTRAL_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['content'] is string %}{% set text = message['content'] %}{% else %}"
-    "{% set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') %}"
-    "{% endif %}"
+    "{% set text = " + _TEXTS + " | map(attribute='text') | join('') %}{% endif %}"
     "{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + text + '\n<</SYS>>\n\n' }}"
     "{% elif message['role'] == 'user' %}{{ '[INST] ' }}"
-    "{% if message['content'] is not string %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% endif %}{{ text + ' [/INST]' }}"
+    "{% if message['content'] is not string %}" + _IMAGES + "{% endif %}{{ text + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ ' ' + text + (eos_token or '</s>') + ' ' }}"
-    "{% else %}{{ raise_exception('expected roles system, user and assistant, got ' + message['role']) }}{% endif %}"
-    "{% endfor %}"
+    "{% else %}" + _REFUSE_ROLE + "{% endif %}{% endfor %}"
 )
 """``[INST] <image>\\n… [/INST]`` of LLaVA-NeXT (Mistral), for checkpoints without a template."""
 
@@ -119,9 +122,7 @@ def render_chat(
     num_characters = 0
     try:
         for piece in compiled.generate(_plain(values)):
-            num_characters += len(piece)
-            if num_characters > MAX_PROMPT_CHARACTERS:
-                raise _TooLongError
+            num_characters = _checked_length(num_characters + len(piece))
             pieces.append(piece)
     except _TemplateRefusal as error:
         raise ShapeError(f"messages: refused by the chat template: {_one_line(error)}") from error
@@ -202,7 +203,7 @@ class _GenerationTag(Extension):
 class _Namespace(jinja2.utils.Namespace):
     """Jinja's namespace without underscore names, which reach into the interpreter."""
 
-    def __init__(*args: Any, **values: Any) -> None:  # noqa: N805  # jinja2's own signature: "self" may be a name
+    def __init__(*args: Any, **values: Any) -> None:  # jinja2's own signature: "self" may be a name
         self, *rest = args
         attributes = dict(*rest, **values)
         for name in attributes:
@@ -227,6 +228,12 @@ class _Dict:
 
     def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
         return dict.fromkeys(keys, value)
+
+
+def _checked_length(length: int) -> int:
+    if length > MAX_PROMPT_CHARACTERS:
+        raise _TooLongError
+    return length
 
 
 def _tojson(

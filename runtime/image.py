@@ -1,16 +1,17 @@
 """Reading a picture: from a file, bytes or a PIL image to upright 8-bit RGB, or one ImageError.
 
-The result is what Hugging Face makes of the same argument, so that exported and original model see the same pixels:
+The result is what Hugging Face makes of the same argument, so that exported and original model see the same
+pixels. Of a path or bytes, like its ``load_image``: upright by the EXIF tag, then ``convert("RGB")``. Of a
+PIL image, upright too, then like its image processors' ``do_convert_rgb``.
 
-| picture | result |
-|---|---|
-| path, bytes | ``transformers.image_utils.load_image``: upright by its EXIF tag, then ``convert("RGB")`` |
-| PIL image | upright by its EXIF tag, then the image processors' own ``do_convert_rgb`` |
-| transparent (RGBA, LA, palette or GIF with a transparent colour) | path, bytes: alpha is dropped and the colour under it shows; PIL image: laid over white. Hugging Face differs in the same way |
-| palette, 1-bit, grayscale, CMYK, YCbCr | Pillow's conversion to RGB |
-| 16-bit or 32-bit grayscale, float | values are clipped to 0..255, not scaled: what Hugging Face does. A warning is logged |
-| 16-bit RGB | Pillow's decoder keeps the high byte |
-| several frames (GIF, TIFF, WebP) | the first one |
+| picture                                | result                                                         |
+|----------------------------------------|----------------------------------------------------------------|
+| transparent, from a path or bytes      | alpha is dropped, the colour under it shows                    |
+| transparent, from a PIL image          | laid over white (Hugging Face makes the same difference)       |
+| palette, 1-bit, grayscale, CMYK, YCbCr | Pillow's conversion to RGB                                     |
+| 16- or 32-bit grayscale, float         | clipped to 0..255, not scaled; a warning is logged if it shows |
+| 16-bit RGB                             | the high bytes                                                 |
+| several frames (GIF, TIFF, WebP)       | the first one                                                  |
 """
 
 from __future__ import annotations
@@ -22,14 +23,13 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
-
+from PIL import Image, ImageOps, UnidentifiedImageError
 from trio_edge.runtime.errors import ImageError
 
 MAX_PICTURE_PIXELS = 178_956_970
 """Pixels above which a picture is refused before decoding; the bound at which Pillow itself refuses."""
 
-_MAX_ALIKE_RGB = 255
+_MAX_LEVEL = 255
 _FORMATS_NOT_READ = frozenset({"EPS"})  # Pillow hands EPS files to Ghostscript, which runs them as programs
 _logger = logging.getLogger(__name__)
 _warning_filters = threading.Lock()  # warnings.catch_warnings changes the whole process
@@ -42,8 +42,8 @@ def open_picture(source: str | Path | bytes | Image.Image) -> Image.Image:
         source: A file's path, the bytes of such a file, or a PIL image, which is not changed. No URLs.
 
     Raises:
-        ImageError: If there is no such file, or it is no picture, damaged, cut short, has no pixels, or has more than
-            ``MAX_PICTURE_PIXELS``.
+        ImageError: If there is no such file, or it is no picture, damaged, cut short, has no pixels, or has
+            more than ``MAX_PICTURE_PIXELS``.
     """
     if isinstance(source, Image.Image):
         return _decode(source, name="picture", drop_alpha=False)
@@ -87,7 +87,7 @@ def _decode_file(data: bytes, *, name: str) -> Image.Image:
         raise ImageError(
             f"{name}: expected at most {MAX_PICTURE_PIXELS} pixels, got more; scale it down"
         ) from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ImageError(
             f"{name}: expected a picture (PNG, JPEG, WebP, …), got {len(data)} bytes of no known format"
         ) from error
@@ -136,15 +136,15 @@ def _rgb(picture: Image.Image, *, name: str, drop_alpha: bool) -> Image.Image:
 
 
 def _rgb_from_wide(picture: Image.Image, *, name: str) -> Image.Image:
-    """Clip to 0..255 by hand: which modes Pillow converts, and whether it shifts or clips, differs by release."""
+    """Clip to 0..255 here: whether Pillow can convert the mode, and shifts or clips, differs by release."""
     values = np.asarray(picture)
-    if values.max() > _MAX_ALIKE_RGB:
+    if values.max() > _MAX_LEVEL:
         _logger.warning(
             "%s: %s values above 255 become white, as in Hugging Face; convert it to 8 bits first",
             name,
             picture.mode,
         )
-    return Image.fromarray(np.nan_to_num(values).clip(0, _MAX_ALIKE_RGB).astype(np.uint8)).convert("RGB")
+    return Image.fromarray(np.nan_to_num(values).clip(0, _MAX_LEVEL).astype(np.uint8)).convert("RGB")
 
 
 def _short(source: object) -> str:

@@ -7,12 +7,12 @@ What a reader needs, in order:
 3. ``num_visual_tokens``, ``num_tiles``, ``max_visual_tokens``, ``max_tiles``: the same counts without pixels.
 4. ``token_boxes``: where in the picture each visual token looks.
 
-The vision graph outputs flat features of ``B * P + 1`` rows: the P patches of each of the B tiles in raster order,
-tile after tile, then one row ``image_newline``. All of LLaVA-NeXT's tiling, unpadding and newlines is one gather of
-these rows by ``token_index``, which is computed here, on the host.
+The vision graph outputs flat features of ``B * P + 1`` rows: the P patches of each of the B tiles in raster
+order, tile after tile, then one row ``image_newline``. All of LLaVA-NeXT's tiling, unpadding and newlines is
+one gather of these rows by ``token_index``, which is computed here, on the host.
 
-Source: LlavaNextImageProcessor, LlavaImageProcessor, CLIPImageProcessor and LlavaNextModel.pack_image_features of
-transformers 5.23. We resize with Pillow, Hugging Face by default with torchvision: at most one grey level apart.
+Source: LlavaNextImageProcessor, LlavaImageProcessor, CLIPImageProcessor and
+LlavaNextModel.pack_image_features of transformers 5.23.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
-
 from trio_edge.runtime.errors import CheckpointError, ImageError, ManifestError
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class ImageProcessing:
     """The image processing constants of a bundle. Sizes are in pixels."""
 
     kind: Kind
-    """"single": one crop (LLaVA-1.5). "anyres": a base tile and a grid of tiles that fits the picture (LLaVA-NeXT)."""
+    """"single": one crop (LLaVA-1.5). "anyres": a base tile and a grid of tiles (LLaVA-NeXT)."""
     tile_size: int
     """T, side of the vision encoder's square input."""
     patch_size: int
@@ -69,7 +68,7 @@ class ImageProcessing:
     do_rescale: bool = True
     do_normalize: bool = True
     do_pad: bool = False
-    """Pad to a square with the mean colour before resizing ("single" only; LlavaImageProcessor's ``do_pad``)."""
+    """Pad to a square of the mean colour before resizing: LlavaImageProcessor's; "single" only."""
     rescale_factor: float = 1 / 255
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
@@ -90,7 +89,7 @@ class ImageProcessing:
                 raise ManifestError(f"image_processing {name}: expected a whole number >= 1, got {value!r}")
         if self.patch_size > self.tile_size:
             raise ManifestError(
-                f"image_processing patch_size: expected at most tile_size {self.tile_size}, got {self.patch_size}"
+                f"image_processing patch_size: expected <= tile_size {self.tile_size}, got {self.patch_size}"
             )
         for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad"):
             if type(getattr(self, name)) is not bool:
@@ -141,7 +140,7 @@ class ImageProcessing:
         if not (keeps_size and squares):
             raise ManifestError(
                 "image_processing do_center_crop: expected true unless resizing gives squares of tile_size"
-                f" {self.tile_size}, got false with resize_size {self.resize_size} and mode {self.resize_mode!r}"
+                f" {self.tile_size}, got false with resize_size {self.resize_size} ({self.resize_mode})"
             )
 
     @property
@@ -187,7 +186,7 @@ class ImageProcessing:
 
     @classmethod
     def from_preprocessor_config(cls, config: Mapping[str, Any], *, patch_size: int) -> ImageProcessing:
-        """Return the constants of a checkpoint's ``preprocessor_config.json`` (or ``image_processor.to_dict()``).
+        """Return the constants of a ``preprocessor_config.json``, or of ``image_processor.to_dict()``.
 
         Args:
             config: Its content. Missing keys mean the defaults of Hugging Face's class.
@@ -239,8 +238,8 @@ def prepare(
     total = used if pad_to_tiles is None else pad_to_tiles
     if used > total:
         raise ImageError(
-            f"picture: expected at most {total} tiles (the exported shapes), got {used} for {width}x{height} pixels;"
-            " resize it or export with a larger --image-size"
+            f"picture: expected at most {total} tiles (the exported shapes), got {used} for"
+            f" {width}x{height} pixels; resize it or export with a larger --image-size"
         )
     tiles = (
         [_single_tile(picture, processing)]
@@ -277,7 +276,7 @@ def num_visual_tokens(width: int, height: int, processing: ImageProcessing) -> i
 
 
 def max_tiles(processing: ImageProcessing) -> int:
-    """Return the largest B over all picture sizes: that of the largest grid, which a picture of its size uses."""
+    """Return the largest B over all picture sizes: that of the largest grid."""
     return max(
         (num_tiles(width, height, processing) for height, width in processing.grid_pinpoints), default=1
     )
@@ -286,8 +285,9 @@ def max_tiles(processing: ImageProcessing) -> int:
 def max_visual_tokens(processing: ImageProcessing) -> int:
     """Return the largest N over all picture sizes.
 
-    A grid of R x C patches gives P + R(C + 1) tokens less what unpadding removes. A picture of exactly the grid's
-    size selects that grid (no grid covers more of it, none wastes less) and loses nothing, so the bound is reached.
+    A grid of R x C patches gives P + R(C + 1) tokens less what unpadding removes. A picture of exactly the
+    grid's size selects that grid (no grid covers more of it, none wastes less) and loses nothing, so the bound
+    is reached.
     """
     return max(
         (num_visual_tokens(width, height, processing) for height, width in processing.grid_pinpoints),
@@ -300,13 +300,13 @@ def token_index(
 ) -> NDArray[np.int32]:
     """Return, for each visual token of a picture of this size, its row in the vision graph's flat features.
 
-    Order of the result: the base tile's patches, then the grid's rows from top to bottom, each followed by a newline.
+    Order of the result: the base tile's patches, then the grid's rows, each followed by a newline.
 
     Args:
         width: Of the picture, in pixels.
         height: Of the picture, in pixels.
         processing: The bundle's constants.
-        pad_to_tiles: B of the graph, if larger than the picture needs; the newline is row ``pad_to_tiles * P``.
+        pad_to_tiles: B of the graph, if larger than needed; the newline is row ``pad_to_tiles * P``.
 
     Returns:
         int32 [N].
@@ -334,7 +334,7 @@ def token_boxes(width: int, height: int, processing: ImageProcessing) -> NDArray
     """Return the part of the picture that each visual token's patch covers.
 
     Returns:
-        float32 [N, 4], (x0, y0, x1, y1) in the picture's pixels, clipped to it, in the order of ``token_index``.
+        float32 [N, 4], (x0, y0, x1, y1) in the picture's pixels, clipped to it, ordered as ``token_index``.
         Newlines are NaN. A patch of nothing but padding has no area.
     """
     _check_size(width, height)
@@ -356,13 +356,13 @@ def token_boxes(width: int, height: int, processing: ImageProcessing) -> NDArray
     return _clipped(np.concatenate([base, grid.reshape(-1, 4)]), width, height)
 
 
-# --- LLaVA-NeXT's choice of a grid ------------------------------------------------------------------------------
+# LLaVA-NeXT's choice of a grid
 
 
 def _best_pinpoint(width: int, height: int, processing: ImageProcessing) -> tuple[int, int]:
     """Return the (height, width) that shows most of the picture's pixels, and of these wastes least.
 
-    Source: select_best_resolution. A picture so thin that it fits no grid with a whole pixel gets the smallest grid.
+    Source: select_best_resolution. A picture so thin that no grid shows a pixel of it gets the smallest grid.
     """
     best, best_effective, best_wasted = processing.grid_pinpoints[0], -1, 0
     for pinpoint in processing.grid_pinpoints:
@@ -385,7 +385,7 @@ def _fitted_size(width: int, height: int, pinpoint: tuple[int, int]) -> tuple[in
 def _unpadded_grid(width: int, height: int, processing: ImageProcessing) -> tuple[range, range]:
     """Return the rows and columns of the grid's patches that are left without padding. Source: unpad_image.
 
-    A very thin picture can be left without rows (no token but the base tile's) or without columns (newlines only).
+    A very thin picture can be left without rows (only the base tile's tokens) or columns (and newlines).
     """
     pinpoint = _best_pinpoint(width, height, processing)
     num_rows, num_columns = (side // processing.tile_size * processing.patches_per_side for side in pinpoint)
@@ -396,7 +396,7 @@ def _unpadded_grid(width: int, height: int, processing: ImageProcessing) -> tupl
     return range(num_rows), range(padding, num_columns - padding)
 
 
-# --- pixels -----------------------------------------------------------------------------------------------------
+# Pixels
 
 
 def _resized(picture: Image.Image, size: tuple[int, int], processing: ImageProcessing) -> Image.Image:
@@ -450,7 +450,7 @@ def _cropped(picture: Image.Image, processing: ImageProcessing) -> NDArray[np.ui
 
 
 def _crop_offset(size: int, tile: int) -> int:
-    """Return where the crop starts; negative where the picture is smaller (torchvision pads less before than after)."""
+    """Return where the crop starts; negative where the picture is smaller, as torchvision pads."""
     return (size - tile) // 2 if size >= tile else -((tile - size) // 2)
 
 
@@ -462,7 +462,8 @@ def _normalized(tiles: NDArray[np.uint8], processing: ImageProcessing) -> NDArra
         return pixels * np.float32(factor)
     mean = np.asarray(processing.image_mean, np.float32) * np.float32(1.0 / factor)
     std = np.asarray(processing.image_std, np.float32) * np.float32(1.0 / factor)
-    return (pixels - mean[:, None, None]) / std[:, None, None]
+    normalized: NDArray[np.float32] = (pixels - mean[:, None, None]) / std[:, None, None]
+    return normalized
 
 
 def _background(processing: ImageProcessing) -> tuple[int, int, int]:
@@ -471,7 +472,7 @@ def _background(processing: ImageProcessing) -> tuple[int, int, int]:
 
 
 def _single_resized_size(width: int, height: int, processing: ImageProcessing) -> tuple[int, int]:
-    """Return the (height, width) that a "single" picture is resized to. Source: get_resize_output_image_size."""
+    """Return the (height, width) to resize to. Source: get_resize_output_image_size."""
     size = processing.resize_size
     if processing.resize_mode == "stretch":
         return size, size
@@ -479,7 +480,7 @@ def _single_resized_size(width: int, height: int, processing: ImageProcessing) -
     return (long_side, size) if width <= height else (size, long_side)
 
 
-# --- boxes ------------------------------------------------------------------------------------------------------
+# Boxes
 
 
 def _single_edges(
@@ -518,10 +519,11 @@ def _boxes(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
 
 
 def _clipped(boxes: NDArray[Any], width: int, height: int) -> NDArray[np.float32]:
-    return np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
+    clipped: NDArray[np.float32] = np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
+    return clipped
 
 
-# --- checks -----------------------------------------------------------------------------------------------------
+# Checks
 
 
 def _is_finite(value: object) -> bool:
@@ -550,7 +552,7 @@ def _from_preprocessor_config(config: Mapping[str, Any], *, patch_size: int) -> 
         default_pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
         pinpoints = values.get("image_grid_pinpoints", default_pinpoints) if is_anyres else []
         resamples = {number: text for text, number in _RESAMPLE_IDS.items()}
-        fields = {
+        fields: dict[str, Any] = {
             key: values[key]
             for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "rescale_factor")
             if key in values
@@ -577,7 +579,7 @@ def _from_preprocessor_config(config: Mapping[str, Any], *, patch_size: int) -> 
 
 
 def _square_side(size: Any, *, name: str) -> tuple[int, ResizeMode]:
-    """Return the side, and how to reach it, from {"shortest_edge": 336}, {"height": 336, "width": 336} or 336."""
+    """Return the side and how to reach it, from {"shortest_edge": 336} or {"height": 336, "width": 336}."""
     if isinstance(size, int):
         return size, "shortest_edge"
     sides = {key: value for key, value in dict(size).items() if value is not None}
