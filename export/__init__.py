@@ -1,1 +1,1 @@
-"""Checkpoint to bundle."""
+"""Checkpoint to bundle. Needs torch, transformers and onnx (``pip install "trio-edge[export]"``)."""

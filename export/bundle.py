@@ -126,7 +126,7 @@ def export_bundle(
     progress.step("reading the checkpoint")
     checkpoint = read_checkpoint(options.model, revision=options.revision)
     family = family_of(checkpoint)
-    processing = family.image_processing(checkpoint, encoder_keep=options.encoder_keep)
+    processing = family.image_processing(checkpoint)
     max_visual = _max_visual(processing, options.image_sizes)
     dtype = _dtype(checkpoint, options.dtype)
 
@@ -158,7 +158,7 @@ def export_bundle(
             stored |= store_constants(constants, folder)
         progress.step("writing the graphs")
         graphs = tuple(_write_graph(graph, stored, folder) for graph in traced)
-        text = write_text_files(checkpoint, folder, default_template=family.default_chat_template)
+        text = write_text_files(checkpoint, folder, default_template=family.default_chat_template(checkpoint))
         progress.step("hashing")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,

@@ -28,6 +28,7 @@ _FOLD_OUTPUT_BYTES = 4096
 _TORCH_FROM_DTYPE = {
     "float32": torch.float32, "float16": torch.float16, "int32": torch.int32, "int64": torch.int64
 }
+_IR_FROM_DTYPE = {"float32": "FLOAT", "float16": "FLOAT16", "int32": "INT32", "int64": "INT64"}
 # Sizes that symbols get while tracing. All differ and none is 0 or 1, so that torch.export merges and fixes nothing.
 _TRACE_BASE = {"B": 3, "C": 11}
 
@@ -73,7 +74,7 @@ def _name_values(values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> Non
     if len(values) != len(specs):
         raise AssertionError(f"expected {len(specs)} I/O tensors, the trace has {[value.name for value in values]}")
     for value, spec in zip(values, specs):
-        if value.dtype != ir.DataType.from_numpy(torch.empty(0, dtype=_TORCH_FROM_DTYPE[spec.dtype]).numpy().dtype):
+        if value.dtype != ir.DataType[_IR_FROM_DTYPE[spec.dtype]]:
             raise AssertionError(f"{spec.name}: expected {spec.dtype}, the trace has {value.dtype}")
         value.name = spec.name
         value.shape = ir.Shape(spec.shape)
@@ -102,9 +103,6 @@ def attach_weights(
         )
         total += tensor.num_bytes
     return total
-
-
-_IR_FROM_DTYPE = {"float32": "FLOAT", "float16": "FLOAT16", "int32": "INT32", "int64": "INT64"}
 
 
 def save(model: ir.Model, path: Path) -> None:

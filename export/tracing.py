@@ -16,7 +16,6 @@ from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
 from trio_edge.export.onnx_graph import dynamic_axes, example_input, trace
 from trio_edge.export.weights import read_tensor
-from trio_edge.runtime.image_processing import tile_counts
 from trio_edge.runtime.manifest import GraphSpec, Profile, TensorSpec
 from trio_edge.trio.nms import FeatureNms
 from trio_edge.trio.saliency import ProxySaliency, key_value_gram
@@ -131,9 +130,7 @@ def _vision(tracer: _Tracer, processing: ImageProcessing) -> TracedGraph:
         TensorSpec(name="token_index", dtype="int32", shape=(layout.max_visual,)),
     )
     outputs = [TensorSpec(name="visual_tokens", dtype=layout.dtype, shape=(layout.max_visual, hidden))]
-    if processing.encoder_keep is not None:
-        outputs.append(TensorSpec(name="kept_patches", dtype="int32", shape=("B", processing.encoder_keep)))
-    counts = tile_counts(processing)
+    counts = _tile_counts(processing)
     spec = GraphSpec(
         name="vision", role="vision", file="vision.onnx", inputs=inputs, outputs=tuple(outputs), weight_bytes=0,
         profiles=tuple(Profile(name=f"tiles_{count}", sizes={"B": count}) for count in counts),
@@ -153,6 +150,12 @@ def _vision(tracer: _Tracer, processing: ImageProcessing) -> TracedGraph:
         if name.endswith("position_ids")
     }
     return tracer.graph(tracer.model.vision, spec, args=args, dynamic_shapes=dynamic, constants=constants)
+
+
+def _tile_counts(processing: ImageProcessing) -> list[int]:
+    """Return every number of tiles that a picture can have."""
+    side = processing.tile_size
+    return sorted({1 + (height // side) * (width // side) for height, width in processing.grid_pinpoints} or {1})
 
 
 def _range(tracer: _Tracer, index: int, layers: range, *, name: str) -> TracedGraph:

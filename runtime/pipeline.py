@@ -199,9 +199,14 @@ class Pipeline:
         self, prompt: str, *, has_image: bool, history: Sequence[tuple[str, str]], system: str | None
     ) -> PromptIds:
         text = self.manifest.text
+        turns = [
+            {"role": role, "content": content}
+            for pair in history
+            for role, content in zip(("user", "assistant"), pair)
+        ]
         rendered = render_chat(
-            self._template,
-            build_messages(prompt, has_image=has_image, history=history, system=system),
+            build_messages(prompt, has_image=has_image, history=turns, system=system),
+            template=self._template,
             special_tokens={"bos_token": text.bos_token, "eos_token": text.eos_token},
         )
         return self._tokenizer.encode_prompt(

@@ -41,9 +41,8 @@ class Family(Protocol):
     def model_type(self) -> str:
         """``model_type`` in config.json."""
 
-    @property
-    def default_chat_template(self) -> str:
-        """Jinja template for checkpoints that bring none."""
+    def default_chat_template(self, checkpoint: Checkpoint) -> str:
+        """Return the Jinja template for a checkpoint that brings none."""
 
     def build(self, checkpoint: Checkpoint, *, encoder_keep: int | None) -> FamilyModel:
         """Return the model's modules; called under FakeTensorMode with the wanted default dtype.

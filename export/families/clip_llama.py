@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +9,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from trio_edge.export.checkpoint import read_json
 from trio_edge.export.families.base import FamilyModel
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision import ClipFeatures, Vision
 from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.image_processing import ImageProcessing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,6 +53,11 @@ def read_config(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.folder}: expected a CLIP vision tower, got {vision.model_type!r};"
             " this architecture cannot be exported"
         )
+    if config.vision_feature_select_strategy != "default":
+        raise CheckpointError(
+            f"{checkpoint.folder}: expected vision_feature_select_strategy 'default', got"
+            f" {config.vision_feature_select_strategy!r}; this variant cannot be exported"
+        )
     if "quantization_config" in checkpoint.config:
         raise CheckpointError(
             f"{checkpoint.folder}: expected floating point weights, got a quantized checkpoint; export the original"
@@ -73,10 +79,9 @@ def build(
         rotary = LlamaRotaryEmbedding(text)
         inv_freq = rotary.inv_freq.to(torch.float32).numpy()
     layer = config.vision_feature_layer
-    drop_cls = config.vision_feature_select_strategy == "default"
     feature_layers = (layer,) if isinstance(layer, int) else tuple(layer)
     if encoder_keep is None:
-        features: nn.Module = ClipFeatures(inner.vision_tower, feature_layers=feature_layers, drop_cls=drop_cls)
+        features: nn.Module = ClipFeatures(inner.vision_tower, feature_layers=feature_layers)
         vision_graph: nn.Module = Vision(features, inner.multi_modal_projector, getattr(inner, "image_newline", None))
     else:
         from trio_edge.export.graphs.vision_reduced import ReducedVision
@@ -97,6 +102,38 @@ def build(
     )
 
 
-def _defaults_of(processor_class: type) -> dict[str, Any]:
-    """Return the class-level defaults of a Hugging Face image processor."""
-    return {name: value for name, value in inspect.getmembers(processor_class) if not name.startswith("__")}
+def image_processing(checkpoint: Checkpoint, *, default_type: str) -> ImageProcessing:
+    """Return the constants of the checkpoint's image processor.
+
+    Args:
+        checkpoint: With ``preprocessor_config.json``, or ``processor_config.json`` as transformers 5 writes it.
+        default_type: Hugging Face's class for files that do not name one.
+    """
+    folder = checkpoint.folder
+    values: dict[str, Any] | None = None
+    if (folder / "preprocessor_config.json").exists():
+        values = read_json(folder / "preprocessor_config.json")
+    elif (folder / "processor_config.json").exists():
+        values = read_json(folder / "processor_config.json").get("image_processor")
+    if not isinstance(values, dict):
+        raise CheckpointError(
+            f"{folder}: expected preprocessor_config.json or processor_config.json with an image processor, got none;"
+            " download it with the weights"
+        )
+    config = read_config(checkpoint)
+    processing = ImageProcessing.from_preprocessor_config(
+        {"image_processor_type": default_type, **values}, patch_size=config.vision_config.patch_size
+    )
+    if processing.tile_size != config.vision_config.image_size:
+        raise CheckpointError(
+            f"{folder}: expected crop_size {config.vision_config.image_size} (the vision tower's), got"
+            f" {processing.tile_size}; preprocessor and weights belong to different models"
+        )
+    pinpoints = checkpoint.config.get("image_grid_pinpoints")
+    if processing.kind == "anyres" and pinpoints is not None:
+        if [list(pinpoint) for pinpoint in processing.grid_pinpoints] != [list(pinpoint) for pinpoint in pinpoints]:
+            raise CheckpointError(
+                f"{folder}: expected the same image_grid_pinpoints in config.json and preprocessor, got {pinpoints} and"
+                f" {[list(pinpoint) for pinpoint in processing.grid_pinpoints]}; make them agree"
+            )
+    return processing

@@ -17,15 +17,14 @@ from torch import Tensor, nn
 
 
 class ClipFeatures(nn.Module):
-    """Hidden states of chosen CLIP layers, as the LLaVA projector wants them. Layers nothing reads are not run."""
+    """Hidden states of chosen CLIP layers without the CLS row. Layers that nothing reads are not run."""
 
-    def __init__(self, tower: nn.Module, *, feature_layers: tuple[int, ...], drop_cls: bool) -> None:
+    def __init__(self, tower: nn.Module, *, feature_layers: tuple[int, ...]) -> None:
         """Take the parts of ``tower`` that are needed.
 
         Args:
             tower: transformers' CLIPVisionModel.
             feature_layers: Indices into its hidden states (0 is the embedding, -1 the last layer's output).
-            drop_cls: Whether the CLS row is dropped ("default") or kept ("full").
         """
         super().__init__()
         core = getattr(tower, "vision_model", tower)
@@ -34,7 +33,6 @@ class ClipFeatures(nn.Module):
         self.embeddings = core.embeddings
         self.pre_layrnorm = core.pre_layrnorm
         self.layers = nn.ModuleList(core.encoder.layers[: max(self.states)])
-        self.drop_cls = drop_cls
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Return features [B, P, F] of all tiles."""
@@ -44,7 +42,7 @@ class ClipFeatures(nn.Module):
             hidden = layer(hidden, attention_mask=None)
             states.append(hidden)
         features = torch.cat([states[index] for index in self.states], dim=-1)
-        return features[:, 1:] if self.drop_cls else features
+        return features[:, 1:]
 
 
 class Vision(nn.Module):

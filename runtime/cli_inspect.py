@@ -1,0 +1,147 @@
+"""``trio-inspect BUNDLE``: what a bundle holds and what it costs, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.command_line import run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trio_edge.runtime.manifest import GraphSpec, Manifest, TensorSpec
+
+
+@click.command("trio-inspect", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
+@click.option("--io", "show_io", is_flag=True, help="Also list every input and output.")
+@click.option("--verify", is_flag=True, help="Hash every file, large weights too.")
+def command(bundle: Path, as_json: bool, show_io: bool, verify: bool) -> int:
+    """Show the graphs, sizes, schedule and cost of BUNDLE."""
+    manifest = open_bundle(bundle, hash_all=verify).manifest
+    if as_json:
+        print(json.dumps(summary(manifest), indent=1))
+    else:
+        _print(manifest, show_io=show_io)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run(command, argv)
+
+
+def summary(manifest: Manifest) -> dict[str, Any]:
+    """Return what ``--json`` prints. Sizes in bytes, ``average_keep`` as a fraction."""
+    cost = manifest.cost
+    full, reduced = sum(cost.full_flops.values()), sum(cost.reduced_flops.values())
+    return {
+        "model": manifest.model,
+        "family": manifest.family,
+        "dtype": manifest.dtype,
+        "opset": manifest.opset,
+        "max_visual": manifest.max_visual,
+        "text_buckets": list(manifest.text_buckets),
+        "max_new_tokens": manifest.max_new_tokens,
+        "schedule": {
+            "stages": [{"layer": stage.layer, "keep": stage.keep} for stage in manifest.schedule.stages],
+            "probe_rows": manifest.schedule.probe_rows,
+            "num_probe_rows": manifest.schedule.num_probe_rows,
+            "nms_threshold": manifest.schedule.nms_threshold,
+            "nms_rounds": manifest.schedule.nms_rounds,
+            "positions": manifest.schedule.positions,
+        },
+        "average_keep": manifest.average_keep,
+        "flops": {
+            "num_visual": cost.num_visual,
+            "num_text": cost.num_text,
+            "full": cost.full_flops,
+            "reduced": cost.reduced_flops,
+            "ratio": full / reduced,
+        },
+        "kv": {
+            "allocated_bytes": manifest.kv_bytes,
+            "prefill_bytes": cost.reduced_kv_bytes,
+            "full_prefill_bytes": cost.full_kv_bytes,
+            "ratio": cost.full_kv_bytes / cost.reduced_kv_bytes,
+        },
+        "weights": {
+            "model_bytes": manifest.model_bytes,
+            "device_ratio": manifest.device_weight_ratio,
+            "bundle_bytes": sum(entry.num_bytes for entry in manifest.files),
+        },
+        "graphs": [_graph_summary(graph) for graph in manifest.graphs],
+        "tools": manifest.tools,
+    }
+
+
+def _graph_summary(graph: GraphSpec) -> dict[str, Any]:
+    return {
+        "name": graph.name,
+        "role": graph.role,
+        "file": graph.file,
+        "layers": _layers(graph),
+        "weight_bytes": graph.weight_bytes,
+        "inputs": [_io(tensor) for tensor in graph.inputs],
+        "outputs": [_io(tensor) for tensor in graph.outputs],
+        "profiles": [{"name": profile.name, "sizes": profile.sizes} for profile in graph.profiles],
+    }
+
+
+def _io(tensor: TensorSpec) -> dict[str, Any]:
+    return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+
+
+def _layers(graph: GraphSpec) -> str:
+    if graph.first_layer is None:
+        return ""
+    if graph.num_layers == 0:
+        return f"probes {graph.first_layer}"
+    return f"{graph.first_layer}..{graph.first_layer + graph.num_layers - 1}"
+
+
+def _print(manifest: Manifest, *, show_io: bool) -> None:
+    console, facts = Console(width=None), summary(manifest)
+    schedule, flops, kv, weights = facts["schedule"], facts["flops"], facts["kv"], facts["weights"]
+    stages = ", ".join(f"layer {stage['layer']} keeps {stage['keep']}" for stage in schedule["stages"]) or "none"
+    lines = (
+        ("model", f"{manifest.model} ({manifest.family}), {manifest.dtype}, opset {manifest.opset}"),
+        ("visual tokens", f"{manifest.max_visual}; text buckets {list(manifest.text_buckets)};"
+                          f" {manifest.max_new_tokens} new tokens"),
+        ("stages", f"{stages} ({schedule['probe_rows']} probe rows, {schedule['positions']} positions)"),
+        ("average keep", f"{100 * manifest.average_keep:.1f} %"),
+        ("FLOPs", f"{sum(flops['reduced'].values()) / 1e9:.2f} G against {sum(flops['full'].values()) / 1e9:.2f} G"
+                  f" ({flops['ratio']:.2f}x) at {flops['num_visual']} visual and {flops['num_text']} text tokens"),
+        ("KV cache", f"{kv['prefill_bytes'] / 1e6:.2f} MB against {kv['full_prefill_bytes'] / 1e6:.2f} MB"
+                     f" ({kv['ratio']:.2f}x); {kv['allocated_bytes'] / 1e6:.2f} MB allocated"),
+        ("weights", f"{weights['model_bytes'] / 1e6:.1f} MB model, {weights['device_ratio']:.3f}x in the graphs;"
+                    f" bundle {weights['bundle_bytes'] / 1e6:.1f} MB"),
+    )
+    for name, text in lines:
+        console.print(f"[bold]{name:14}[/] {text}", highlight=False)
+    table = Table("graph", "layers", "weights MB", "profiles")
+    for graph in manifest.graphs:
+        profiles = ", ".join(
+            f"{profile.name}({' '.join(f'{k}={v}' for k, v in profile.sizes.items())})" for profile in graph.profiles
+        )
+        table.add_row(graph.name, _layers(graph), f"{graph.weight_bytes / 1e6:.2f}", profiles)
+    console.print(table)
+    if show_io:
+        _print_io(console, manifest)
+
+
+def _print_io(console: Console, manifest: Manifest) -> None:
+    table = Table("graph", "direction", "tensor", "dtype", "shape")
+    for graph in manifest.graphs:
+        for direction, tensors in (("in", graph.inputs), ("out", graph.outputs)):
+            for tensor in tensors:
+                table.add_row(graph.name, direction, tensor.name, tensor.dtype, str(list(tensor.shape)))
+    console.print(table)
