@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trio_edge.export.checkpoint import canonical_name, read_checkpoint
 from trio_edge.export.families import family_of
+from trio_edge.export.graphs.vision_reduced import check_encoder_keep
 from trio_edge.export.layout import Layout, text_buckets
 from trio_edge.export.model_cost import cost_of
 from trio_edge.export.onnx_graph import attach_weights, save
@@ -28,7 +29,7 @@ from trio_edge.export.text_files import write_text_files
 from trio_edge.export.tracing import trace_graphs
 from trio_edge.export.weights import bytes_to_write, store_constants, store_weights
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
-from trio_edge.runtime.image_processing import max_visual_tokens, num_visual_tokens
+from trio_edge.runtime.image_processing import max_tiles, max_visual_tokens, num_tiles, num_visual_tokens
 from trio_edge.runtime.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -127,7 +128,9 @@ def export_bundle(
     checkpoint = read_checkpoint(options.model, revision=options.revision)
     family = family_of(checkpoint)
     processing = family.image_processing(checkpoint)
-    max_visual = _max_visual(processing, options.image_sizes)
+    if options.encoder_keep is not None:
+        check_encoder_keep(options.encoder_keep, patches_per_side=processing.patches_per_side)
+    max_visual = _max_visual(processing, options)
     dtype = _dtype(checkpoint, options.dtype)
 
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
@@ -142,7 +145,8 @@ def export_bundle(
             max_new_tokens=options.max_new_tokens, dtype=dtype, opset=options.opset,
         )
         traced = trace_graphs(
-            model, checkpoint, layout=layout, dimensions=dimensions, processing=processing, step=progress.step
+            model, checkpoint, layout=layout, dimensions=dimensions, processing=processing,
+            encoder_keep=options.encoder_keep, step=progress.step,
         )
 
     names = {EMBEDDING_NAME}.union(*(graph.weights.values() for graph in traced))
@@ -175,6 +179,7 @@ def export_bundle(
             max_position=int(model.text_config.max_position_embeddings),
             text=text,
             image_processing=processing.to_dict(),
+            encoder_keep=options.encoder_keep,
             token_embedding=stored[EMBEDDING_NAME],
             graphs=graphs,
             files=_file_entries(folder),
@@ -186,11 +191,14 @@ def export_bundle(
     return manifest
 
 
-def _max_visual(processing: ImageProcessing, image_sizes: tuple[tuple[int, int], ...]) -> int:
+def _max_visual(processing: ImageProcessing, options: ExportOptions) -> int:
     """Return N: exact for a fixed camera, else the largest count that any picture gives."""
-    if not image_sizes:
-        return max_visual_tokens(processing)
-    return max(num_visual_tokens(width, height, processing) for width, height in image_sizes)
+    sizes, keep = options.image_sizes, options.encoder_keep
+    if keep is not None:
+        tiles = [num_tiles(width, height, processing) for width, height in sizes] or [max_tiles(processing)]
+        return keep * max(tiles)
+    return max((num_visual_tokens(width, height, processing) for width, height in sizes),
+               default=max_visual_tokens(processing))
 
 
 def _dtype(checkpoint: Checkpoint, wanted: Literal["auto", "float16", "float32"]) -> DType:

@@ -88,6 +88,7 @@ def trace_graphs(
     layout: Layout,
     dimensions: Dimensions,
     processing: ImageProcessing,
+    encoder_keep: int | None,
     step: Callable[[str], None],
 ) -> list[TracedGraph]:
     """Return all graphs of the bundle in the order in which a prefill runs them; called under FakeTensorMode.
@@ -98,11 +99,12 @@ def trace_graphs(
         layout: Shapes.
         dimensions: Sizes of the decoder.
         processing: For the vision graph's tiles.
+        encoder_keep: Patches per tile that the vision graph keeps, or None for all.
         step: Called with what is traced next.
     """
     tracer = _Tracer(model, checkpoint, layout=layout, dimensions=dimensions)
     step("tracing vision")
-    graphs = [_vision(tracer, processing)]
+    graphs = [_vision(tracer, processing, encoder_keep)]
     ranges = layout.layer_ranges(dimensions.num_layers)
     for index, layers in enumerate(ranges):
         if index > 0:
@@ -122,7 +124,7 @@ def _range_name(index: int, num_ranges: int) -> str:
     return "suffix" if index == num_ranges - 1 else f"segment_{index}"
 
 
-def _vision(tracer: _Tracer, processing: ImageProcessing) -> TracedGraph:
+def _vision(tracer: _Tracer, processing: ImageProcessing, encoder_keep: int | None) -> TracedGraph:
     layout, hidden = tracer.layout, tracer.dimensions.hidden_size
     side = processing.tile_size
     inputs = (
@@ -130,6 +132,8 @@ def _vision(tracer: _Tracer, processing: ImageProcessing) -> TracedGraph:
         TensorSpec(name="token_index", dtype="int32", shape=(layout.max_visual,)),
     )
     outputs = [TensorSpec(name="visual_tokens", dtype=layout.dtype, shape=(layout.max_visual, hidden))]
+    if encoder_keep is not None:
+        outputs.append(TensorSpec(name="kept_patches", dtype="int32", shape=("B", encoder_keep)))
     counts = _tile_counts(processing)
     spec = GraphSpec(
         name="vision", role="vision", file="vision.onnx", inputs=inputs, outputs=tuple(outputs), weight_bytes=0,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, final
 
 import numpy as np
 
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from trio_edge.runtime.manifest import GraphSpec, Manifest
 
 
+Choose: TypeAlias = "Callable[[int, NDArray[np.int32], int], NDArray[np.int32]]"
+"""Given the stage, the tokens that enter it (original indices) and K, returns the kept ones as ascending indices
+into the entering tokens."""
+
+
 @dataclass(slots=True)
 class PrefillResult:
     """What a prefill gives besides filled KV caches."""
@@ -36,6 +41,14 @@ class PrefillResult:
     """Per stage the saliency of the tokens that entered it."""
     num_repaired: int = 0
     """Stages whose parallel NMS had not settled and were redone exactly on the host."""
+
+
+class _Span(NamedTuple):
+    """Where a sequence's visual tokens lie, and where it ends."""
+
+    start: int
+    count: int
+    length: int
 
 
 @final
@@ -78,7 +91,8 @@ class Decoder:
         return min(cache.capacity - cache.length for cache in self._caches)
 
     def prefill(
-        self, inputs_embeds: NDArray[Any], *, visual_start: int, num_visual: int, length: int
+        self, inputs_embeds: NDArray[Any], *, visual_start: int, num_visual: int, length: int,
+        choose: Choose | None = None,
     ) -> PrefillResult:
         """Run the prompt through all stages and fill the KV caches.
 
@@ -87,6 +101,7 @@ class Decoder:
             visual_start: First row of the visual span.
             num_visual: Real visual tokens, at most N; the text after them follows at once.
             length: Real rows.
+            choose: Selects on the host in place of the select graphs; for comparisons with other selections.
 
         Raises:
             ShapeError: If an array does not fit the graphs.
@@ -101,9 +116,12 @@ class Decoder:
         original = np.arange(num_visual, dtype=np.int32)
         for index, spec in enumerate(self._ranges):
             if index:
-                hidden, positions, kept = self._select(
-                    index - 1, hidden, positions, visual_start, num_visual, length, result
-                )
+                span = _Span(visual_start, num_visual, length)
+                if choose is None:
+                    hidden, positions, kept = self._select(index - 1, hidden, positions, span, result)
+                else:
+                    kept = choose(index - 1, original, min(self._keep(index - 1), num_visual))
+                    hidden, positions = self._gather(index - 1, hidden, positions, kept, span)
                 original = original[kept]
                 result.kept.append(original)
                 length -= num_visual - len(kept)
@@ -158,41 +176,44 @@ class Decoder:
         cache.append(outputs, num_rows=num_rows)
         return outputs["hidden_states_out"]
 
+    def _keep(self, stage: int) -> int:
+        return self._manifest.schedule.stages[stage].keep
+
     def _select(
-        self, stage: int, hidden: NDArray[Any], positions: NDArray[np.int32], visual_start: int, num_visual: int,
-        length: int, result: PrefillResult,
+        self, stage: int, hidden: NDArray[Any], positions: NDArray[np.int32], span: _Span, result: PrefillResult
     ) -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int32]]:
         """Return the reduced rows, their positions, and the kept indices into the span that entered."""
-        spec = self._selects[stage]
-        outputs = self._run(spec.name, {
+        outputs = self._run(self._selects[stage].name, {
             "hidden_states": hidden,
             "position_ids": positions,
-            "visual_start": np.array([visual_start], np.int32),
-            "num_visual": np.array([num_visual], np.int32),
-            "length": np.array([length], np.int32),
+            "visual_start": np.array([span.start], np.int32),
+            "num_visual": np.array([span.count], np.int32),
+            "length": np.array([span.length], np.int32),
         })
-        num_kept = min(self._manifest.schedule.stages[stage].keep, num_visual)
-        scores = outputs["scores"][:num_visual]
+        num_kept = min(self._keep(stage), span.count)
+        scores = outputs["scores"][: span.count]
         result.scores.append(scores)
         if outputs["unsettled"][0] == 0:
             return outputs["kept_hidden_states"], outputs["kept_position_ids"], outputs["kept_indices"][:num_kept]
         result.num_repaired += 1
-        features = hidden[0, visual_start : visual_start + num_visual]
         kept = greedy_nms(
-            features, scores, num_keep=num_kept, threshold=self._manifest.schedule.nms_threshold
+            hidden[0, span.start : span.start + span.count], scores, num_keep=num_kept,
+            threshold=self._manifest.schedule.nms_threshold,
         )
-        return (*self._gather(outputs, hidden, positions, kept, visual_start, num_visual, length), kept)
+        return (*self._gather(stage, hidden, positions, kept, span), kept)
 
     def _gather(
-        self, outputs: Mapping[str, NDArray[Any]], hidden: NDArray[Any], positions: NDArray[np.int32],
-        kept: NDArray[np.int32], visual_start: int, num_visual: int, length: int,
+        self, stage: int, hidden: NDArray[Any], positions: NDArray[np.int32], kept: NDArray[np.int32], span: _Span
     ) -> tuple[NDArray[Any], NDArray[np.int32]]:
-        """Do on the host what the select graph's gather does, with other kept tokens."""
+        """Do on the host what the select graph's gather does: rows [1, R, D] and position ids [1, R]."""
+        entering, leaving = self._manifest.visual_rows[stage : stage + 2]
+        num_rows = hidden.shape[1] - entering + leaving
         rows = np.concatenate([
-            np.arange(visual_start), visual_start + kept, np.arange(visual_start + num_visual, length)
+            np.arange(span.start), span.start + kept, np.arange(span.start + span.count, span.length)
         ])
-        kept_hidden, kept_positions = outputs["kept_hidden_states"].copy(), outputs["kept_position_ids"].copy()
+        kept_hidden = np.zeros((1, num_rows, hidden.shape[2]), dtype=hidden.dtype)
         kept_hidden[0, : len(rows)] = hidden[0, rows]
+        kept_positions = np.arange(num_rows, dtype=np.int32)[None]
         if self._manifest.schedule.positions == "preserved":
             kept_positions[0, : len(rows)] = positions[0, rows]
         return kept_hidden, kept_positions

@@ -151,6 +151,8 @@ class Manifest(_Spec, frozen=True):
     """Positions the model was made for."""
     text: TextSpec
     image_processing: dict[str, Any]
+    encoder_keep: int | None
+    """Patches per tile that the vision graph keeps, or None for all."""
     token_embedding: StoredTensor
     graphs: tuple[GraphSpec, ...]
     """In the order in which a prefill runs them."""

@@ -18,7 +18,7 @@ import numpy as np
 from trio_edge.runtime.backend import Backend, Session, make_backend
 from trio_edge.runtime.bundle import Bundle, open_bundle
 from trio_edge.runtime.chat import build_messages, render_chat
-from trio_edge.runtime.decoder import Decoder
+from trio_edge.runtime.decoder import Choose, Decoder
 from trio_edge.runtime.errors import ShapeError
 from trio_edge.runtime.image import open_picture
 from trio_edge.runtime.image_processing import ImageProcessing, PreparedPicture, prepare, token_boxes
@@ -148,6 +148,7 @@ class Pipeline:
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int | None = None,
+        choose: Choose | None = None,
     ) -> Generation:
         """Return the answer to ``prompt`` about ``image``, to be streamed.
 
@@ -161,6 +162,7 @@ class Pipeline:
             top_p: Smallest set of tokens with this probability is sampled from.
             top_k: Only the k most likely tokens are sampled from; 0 means all.
             seed: Makes sampling repeatable.
+            choose: Selects visual tokens on the host in place of the select graphs; for comparisons.
 
         Raises:
             ImageError: If the picture cannot be read.
@@ -180,7 +182,9 @@ class Pipeline:
         self._check_sizes(ids, prepared)
 
         def steps(generation: Generation) -> Iterator[str]:
-            return self._steps(generation, ids, prepared, limit=limit, sample=sample, start=start)
+            return self._steps(
+                generation, ids, prepared, limit=limit, sample=sample, start=start, choose=choose
+            )
 
         return Generation(steps)
 
@@ -223,51 +227,71 @@ class Pipeline:
             )
         if num_text == 0:
             raise ShapeError("prompt: expected at least one token, got none; write a question")
-        if prepared is not None and len(prepared.token_index) > self.manifest.max_visual:
+        if prepared is not None and len(self._token_index(prepared)) > self.manifest.max_visual:
             raise ShapeError(
-                f"picture: expected at most {self.manifest.max_visual} visual tokens, got {len(prepared.token_index)};"
-                " export without --image-size, or for this size"
+                f"picture: expected at most {self.manifest.max_visual} visual tokens,"
+                f" got {len(self._token_index(prepared))}; export without --image-size, or for this size"
             )
 
-    def _embed_prompt(self, ids: PromptIds, prepared: PreparedPicture | None) -> tuple[NDArray[Any], float]:
-        """Return inputs_embeds [1, S, D], right-padded to the text bucket, and the vision graph's milliseconds."""
+    def _token_index(self, prepared: PreparedPicture) -> NDArray[np.int32]:
+        """Return the vision graph's row of each visual token; an encoder that reduces has only rows that it kept."""
+        if self.manifest.encoder_keep is None:
+            return prepared.token_index
+        return np.arange(prepared.num_tiles * self.manifest.encoder_keep, dtype=np.int32)
+
+    def _boxes(self, prepared: PreparedPicture, kept_patches: NDArray[np.int32] | None) -> NDArray[np.float32]:
+        """Return the box [N, 4] of each visual token on the picture in pixels; NaN where it shows nothing of it."""
+        boxes = token_boxes(prepared.width, prepared.height, self.processing)
+        if kept_patches is None:
+            return boxes
+        num_patches = self.processing.patches_per_tile
+        box_of_patch = np.full((prepared.num_tiles * num_patches + 1, 4), np.nan, np.float32)
+        box_of_patch[prepared.token_index] = boxes
+        tile_start = np.arange(prepared.num_tiles)[:, None] * num_patches
+        return box_of_patch[(tile_start + kept_patches[: prepared.num_tiles]).ravel()]
+
+    def _see(self, prepared: PreparedPicture) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """Return the picture's visual tokens [N, D] without padding, and their boxes on it."""
+        used = self._token_index(prepared)
+        index = np.zeros(self.manifest.max_visual, dtype=np.int32)
+        index[: len(used)] = used
+        outputs = self._vision.run({"pixel_values": prepared.pixel_values, "token_index": index})
+        return outputs["visual_tokens"][: len(used)], self._boxes(prepared, outputs.get("kept_patches"))
+
+    def _embed_prompt(self, ids: PromptIds, visual_tokens: NDArray[Any]) -> NDArray[Any]:
+        """Return inputs_embeds [1, S, D]: text, visual tokens, text, and padding up to the text bucket."""
         manifest = self.manifest
         num_text = len(ids.before) + len(ids.after)
         bucket = next(size for size in manifest.text_buckets if size >= num_text)
         embeds = np.zeros(
             (1, manifest.max_visual + bucket, manifest.dimensions.hidden_size), dtype=manifest.dtype
         )
-        row, vision_ms = len(ids.before), 0.0
+        row = len(ids.before)
         embeds[0, :row] = self._embedding[ids.before]
-        if prepared is not None:
-            start = time.perf_counter()
-            count = len(prepared.token_index)
-            index = np.zeros(manifest.max_visual, dtype=np.int32)
-            index[:count] = prepared.token_index
-            tokens = self._vision.run({"pixel_values": prepared.pixel_values, "token_index": index})["visual_tokens"]
-            embeds[0, row : row + count] = tokens[:count]
-            row += count
-            vision_ms = 1e3 * (time.perf_counter() - start)
+        embeds[0, row : row + len(visual_tokens)] = visual_tokens
+        row += len(visual_tokens)
         embeds[0, row : row + len(ids.after)] = self._embedding[ids.after]
-        return embeds, vision_ms
+        return embeds
 
     def _steps(
         self, generation: Generation, ids: PromptIds, prepared: PreparedPicture | None, *, limit: int,
-        sample: Callable[[NDArray[np.float32]], int], start: float,
+        sample: Callable[[NDArray[np.float32]], int], start: float, choose: Choose | None,
     ) -> Iterator[str]:
         self._running, statistics = generation, generation.statistics
-        num_visual = 0 if prepared is None else len(prepared.token_index)
         num_text = len(ids.before) + len(ids.after)
-        embeds, vision_ms = self._embed_prompt(ids, prepared)
+        vision_start = time.perf_counter()
+        visual_tokens: NDArray[Any] = np.empty((0, self.manifest.dimensions.hidden_size), self.manifest.dtype)
+        if prepared is not None:
+            visual_tokens, generation.boxes = self._see(prepared)
+        num_visual, vision_ms = len(visual_tokens), 1e3 * (time.perf_counter() - vision_start)
         prefill_start = time.perf_counter()
         result = self._decoder.prefill(
-            embeds, visual_start=len(ids.before), num_visual=num_visual, length=num_visual + num_text
+            self._embed_prompt(ids, visual_tokens), visual_start=len(ids.before), num_visual=num_visual,
+            length=num_visual + num_text, choose=choose,
         )
         token = sample(result.logits)
         now = time.perf_counter()
         generation.first_logits, generation.kept = result.logits, result.kept
-        if prepared is not None:
-            generation.boxes = token_boxes(prepared, self.processing)
         statistics.visual_tokens, statistics.text_tokens = num_visual, num_text
         statistics.kept_tokens = tuple(len(kept) for kept in result.kept)
         statistics.average_keep = self.manifest.schedule.average_keep(

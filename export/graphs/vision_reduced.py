@@ -1,0 +1,130 @@
+"""``vision`` with encoder reduction: each tile keeps T patches, and the dropped ones are merged into them.
+
+| I/O tensor        | shape        | dtype   | filled or read by                                               |
+|-------------------|--------------|---------|-----------------------------------------------------------------|
+| in  pixel_values  | [B, 3, T, T] | float32 | as in ``vision.py``                                             |
+| in  token_index   | [N]          | int32   | runtime: row of the B * T kept rows for each visual token        |
+| out visual_tokens | [N, D]       | model   | as in ``vision.py``                                             |
+| out kept_patches  | [B, T]       | int32   | runtime: kept patches of each tile in raster order, for drawing |
+
+Half of the budget goes to windows (the best patches of each of 16 windows by the CLS row of an early layer's
+attention), half to the picture as a whole (the CLS row of the second-to-last layer). Every dropped patch is added to
+the kept one that is most like it after the projector, and each kept one is divided by one plus what it received.
+
+Source: the TRIO reference code's encoder stage for CLIP. We differ for LLaVA-NeXT: every tile keeps T patches and no
+newline token remains, so the count is fixed; the reference unpads afterwards and its count depends on the picture.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trio_edge.runtime.errors import ScheduleError
+
+WINDOWS_PER_SIDE = 4
+KEEP_MULTIPLE = 2 * WINDOWS_PER_SIDE**2
+_LOCAL_LAYER_SHARE = 5 / 24  # layer 5 of CLIP-L's 24
+
+
+def check_encoder_keep(num_keep: int, *, patches_per_side: int) -> None:
+    """Raise ScheduleError unless a tile of this many patches can keep ``num_keep`` of them."""
+    num_patches = patches_per_side**2
+    if patches_per_side % WINDOWS_PER_SIDE:
+        raise ScheduleError(
+            f"--encoder-keep: expected tiles of {WINDOWS_PER_SIDE} x {WINDOWS_PER_SIDE} equal windows,"
+            f" got {patches_per_side} patches a side; export without it"
+        )
+    if num_keep % KEEP_MULTIPLE or not KEEP_MULTIPLE <= num_keep < num_patches:
+        raise ScheduleError(
+            f"--encoder-keep: expected a multiple of {KEEP_MULTIPLE} below {num_patches} (patches of a tile),"
+            f" got {num_keep}"
+        )
+
+
+class ReducedVision(nn.Module):
+    """CLIP tower, projector, selection of T patches per tile, and merging of the others."""
+
+    def __init__(
+        self, tower: nn.Module, projector: nn.Module, *, feature_layers: tuple[int, ...], num_keep: int
+    ) -> None:
+        super().__init__()
+        core = getattr(tower, "vision_model", tower)
+        num_layers = len(core.encoder.layers)
+        self.states = tuple(range(num_layers + 1)[layer] for layer in feature_layers)
+        self.global_layer = num_layers - 2
+        self.local_layer = min(round(_LOCAL_LAYER_SHARE * num_layers), self.global_layer)
+        self.embeddings = core.embeddings
+        self.pre_layrnorm = core.pre_layrnorm
+        self.layers = nn.ModuleList(core.encoder.layers[: max(*self.states, self.global_layer + 1)])
+        self.projector = projector
+        self.num_keep = num_keep
+
+    def forward(self, pixel_values: Tensor, token_index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the visual tokens [N, D] and the kept patches [B, T]."""
+        hidden = self.pre_layrnorm(self.embeddings(pixel_values))
+        states, attention = [hidden], {}
+        for index, layer in enumerate(self.layers):
+            if index in (self.local_layer, self.global_layer):
+                attention[index] = cls_attention(layer, hidden)
+            hidden = layer(hidden, attention_mask=None)
+            states.append(hidden)
+        features = torch.cat([states[index] for index in self.states], dim=-1)[:, 1:]
+        tokens_BPD = self.projector(features)
+        kept_BT = select_patches(
+            attention[self.local_layer], attention[self.global_layer], num_keep=self.num_keep
+        )
+        rows = merge_dropped(tokens_BPD, kept_BT).flatten(0, 1)
+        return rows.index_select(0, token_index), kept_BT.to(torch.int32)
+
+
+def cls_attention(layer: nn.Module, hidden_BPD: Tensor) -> Tensor:
+    """Return the attention of the CLS row to the patches in ``layer``, mean over heads: [B, P] float32."""
+    attention = layer.self_attn
+    normed = layer.layer_norm1(hidden_BPD)
+    heads, size = attention.num_heads, attention.head_dim
+    query = attention.q_proj(normed[:, :1]).unflatten(-1, (heads, size)).transpose(1, 2)
+    key = attention.k_proj(normed).unflatten(-1, (heads, size)).transpose(1, 2)
+    scores = torch.matmul(query * attention.scale, key.transpose(-1, -2)).float()
+    return torch.softmax(scores, dim=-1).mean(dim=1)[:, 0, 1:]
+
+
+def select_patches(local_BP: Tensor, global_BP: Tensor, *, num_keep: int) -> Tensor:
+    """Return the kept patches of each tile in raster order: [B, T] int64.
+
+    Args:
+        local_BP: Scores for the best patches of each window.
+        global_BP: Scores for the rest of the budget, among all other patches.
+        num_keep: T, a multiple of 32.
+    """
+    B, P = local_BP.shape
+    side = round(P**0.5)
+    window = side // WINDOWS_PER_SIDE
+    per_window = num_keep // KEEP_MULTIPLE
+    grid = torch.arange(P).reshape(WINDOWS_PER_SIDE, window, WINDOWS_PER_SIDE, window)
+    patch_of_window = grid.permute(0, 2, 1, 3).reshape(WINDOWS_PER_SIDE**2, window * window)
+    windowed = local_BP[:, patch_of_window.flatten()].reshape(B, WINDOWS_PER_SIDE**2, window * window)
+    best = windowed.topk(per_window, dim=-1).indices
+    offset = torch.arange(WINDOWS_PER_SIDE**2)[None, :, None] * (window * window)
+    local = patch_of_window.flatten()[(best + offset).flatten()].reshape(B, num_keep // 2)
+    patch_P = torch.arange(P)
+    is_local_BP = (local[:, :, None] == patch_P).any(dim=1)
+    rest = global_BP.masked_fill(is_local_BP, -1.0).topk(num_keep - num_keep // 2, dim=-1).indices
+    is_kept_BP = is_local_BP | (rest[:, :, None] == patch_P).any(dim=1)
+    raster = torch.where(is_kept_BP, (P - patch_P).to(torch.float32), 0.0)
+    return raster.topk(num_keep, dim=-1).indices
+
+
+def merge_dropped(tokens_BPD: Tensor, kept_BT: Tensor) -> Tensor:
+    """Return the kept tokens [B, T, D] with every dropped token averaged into the kept one most like it (cosine)."""
+    index = kept_BT[:, :, None].expand(-1, -1, tokens_BPD.shape[-1])
+    kept_BTD = tokens_BPD.gather(1, index)
+    values = tokens_BPD.float()
+    unit = values / values.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    unit_kept = unit.gather(1, index)
+    nearest_BP = torch.matmul(unit, unit_kept.transpose(-1, -2)).argmax(dim=-1)
+    is_kept_BP = (kept_BT[:, :, None] == torch.arange(tokens_BPD.shape[1])).any(dim=1)
+    slots = torch.arange(kept_BT.shape[1])
+    takes_BTP = ((nearest_BP[:, None, :] == slots[None, :, None]) & ~is_kept_BP[:, None, :]).float()
+    merged = (kept_BTD.float() + torch.matmul(takes_BTP, values)) / (1.0 + takes_BTP.sum(dim=-1, keepdim=True))
+    return merged.to(tokens_BPD.dtype)

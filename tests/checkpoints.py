@@ -1,0 +1,83 @@
+"""Small random checkpoints, written by save_pretrained, for tests that export."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PINPOINTS = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
+WORDS = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "USER", ":", "ASSISTANT", *(f"w{i}" for i in range(92))]
+
+
+def make_tokenizer() -> Any:
+    """Return a word-level tokenizer with a leading <s>, like Llama's."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        additional_special_tokens=["<image>"],
+    )
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    family: Literal["llava", "llava_next"] = "llava_next",
+    text: Literal["llama", "mistral", "qwen2"] = "llama",
+    num_layers: int = 4,
+    num_kv_heads: int = 2,
+    tie: bool = False,
+    dtype: torch.dtype = torch.float32,
+    patch_size: int = 8,
+    seed: int = 0,
+) -> Path:
+    """Write a random model with its processor into ``folder`` and return it.
+
+    The weights are large enough for logits that differ clearly from token to token.
+    """
+    import transformers as hf
+
+    torch.manual_seed(seed)
+    vision = hf.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=24,
+        patch_size=patch_size, projection_dim=32,
+    )
+    text_class = {"llama": hf.LlamaConfig, "mistral": hf.MistralConfig, "qwen2": hf.Qwen2Config}[text]
+    decoder = text_class(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=num_layers, num_attention_heads=4,
+        num_key_value_heads=num_kv_heads, vocab_size=len(WORDS), max_position_embeddings=1024, initializer_range=0.2,
+        bos_token_id=1, eos_token_id=2, tie_word_embeddings=tie, **({"sliding_window": None} if text == "mistral" else {}),
+    )
+    tiles: dict[str, Any] = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
+    shared: dict[str, Any] = {
+        "patch_size": patch_size, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1
+    }
+    if family == "llava_next":
+        config = hf.LlavaNextConfig(
+            vision_config=vision, text_config=decoder, image_grid_pinpoints=PINPOINTS, image_token_index=4,
+            tie_word_embeddings=tie,
+        )
+        model = hf.LlavaNextForConditionalGeneration(config)
+        images = hf.LlavaNextImageProcessor(image_grid_pinpoints=PINPOINTS, **tiles)
+        processor = hf.LlavaNextProcessor(images, make_tokenizer(), **shared)
+    else:
+        config = hf.LlavaConfig(
+            vision_config=vision, text_config=decoder, image_token_index=4, tie_word_embeddings=tie
+        )
+        model = hf.LlavaForConditionalGeneration(config)
+        processor = hf.LlavaProcessor(hf.CLIPImageProcessor(**tiles), make_tokenizer(), **shared)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # ones would hide a forgotten norm weight
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

@@ -1,0 +1,55 @@
+"""The original model: Hugging Face's own generate, on the CPU in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from PIL import Image
+
+
+@dataclass
+class Original:
+    """A checkpoint loaded by transformers."""
+
+    model: Any
+    processor: Any
+
+    @classmethod
+    def load(cls, folder: Path) -> Original:
+        """Load model and processor as a user would."""
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        return cls(model, AutoProcessor.from_pretrained(folder))
+
+    def generate(
+        self, picture: Image.Image | None, text: str, *, num_tokens: int, pixel_values: NDArray[np.float32] | None = None
+    ) -> tuple[list[int], NDArray[np.float32]]:
+        """Return the greedy tokens and the logits [steps, V] behind them.
+
+        Args:
+            picture: The picture, or None.
+            text: The rendered prompt.
+            num_tokens: Steps.
+            pixel_values: [B, 3, T, T] to use instead of the processor's own: torchvision and Pillow round
+                differently by up to one grey level, which has tests of its own.
+        """
+        images = {} if picture is None else {"images": picture}
+        inputs = self.processor(text=text, return_tensors="pt", **images)
+        if pixel_values is not None:
+            inputs["pixel_values"] = torch.from_numpy(pixel_values).reshape(inputs["pixel_values"].shape)
+        with torch.no_grad():
+            output = self.model.generate(
+                **inputs, do_sample=False, max_new_tokens=num_tokens, return_dict_in_generate=True,
+                output_logits=True, use_cache=True,
+            )
+        tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        return tokens, torch.stack(output.logits)[:, 0].numpy()
