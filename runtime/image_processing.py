@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 from trio_edge.runtime.errors import CheckpointError, ImageError, ManifestError
+from trio_edge.runtime.image_resize import Resample, resize
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,17 +34,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["single", "anyres"]
 ResizeMode = Literal["shortest_edge", "stretch"]
-Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
-
-_RESAMPLE_IDS: dict[str, int] = {
-    "nearest": 0,
-    "lanczos": 1,
-    "bilinear": 2,
-    "bicubic": 3,
-    "box": 4,
-    "hamming": 5,
-}
-_MAX_RESIZED_PIXELS = 16_000_000  # above it only the part that is cropped anyway is computed
+_RESAMPLE_OF_ID: dict[object, Resample] = {2: "bilinear", 3: "bicubic"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +68,7 @@ class ImageProcessing:
         for name, choices in (
             ("kind", ("single", "anyres")),
             ("resize_mode", ("shortest_edge", "stretch")),
-            ("resample", tuple(_RESAMPLE_IDS)),
+            ("resample", tuple(_RESAMPLE_OF_ID.values())),
         ):
             if getattr(self, name) not in choices:
                 raise ManifestError(
@@ -286,8 +277,8 @@ def max_visual_tokens(processing: ImageProcessing) -> int:
     """Return the largest N over all picture sizes.
 
     A grid of R x C patches gives P + R(C + 1) tokens less what unpadding removes. A picture of exactly the
-    grid's size selects that grid (no grid covers more of it, none wastes less) and loses nothing, so the bound
-    is reached.
+    grid's size selects that grid (no grid shows more of it, none wastes less) and loses nothing, so the
+    bound is reached.
     """
     return max(
         (num_visual_tokens(width, height, processing) for height, width in processing.grid_pinpoints),
@@ -401,7 +392,9 @@ def _unpadded_grid(width: int, height: int, processing: ImageProcessing) -> tupl
 
 def _resized(picture: Image.Image, size: tuple[int, int], processing: ImageProcessing) -> Image.Image:
     """Return the picture at (height, width)."""
-    return picture.resize((size[1], size[0]), Image.Resampling(_RESAMPLE_IDS[processing.resample]))
+    if size == (picture.height, picture.width):
+        return picture
+    return Image.fromarray(resize(picture, size, resample=processing.resample))
 
 
 def _single_tile(picture: Image.Image, processing: ImageProcessing) -> NDArray[np.uint8]:
@@ -414,13 +407,10 @@ def _single_tile(picture: Image.Image, processing: ImageProcessing) -> NDArray[n
         return _cropped(picture, processing)
     height, width = _single_resized_size(picture.width, picture.height, processing)
     tile = processing.tile_size
-    if height * width <= _MAX_RESIZED_PIXELS or not processing.do_center_crop or min(height, width) < tile:
+    if not processing.do_center_crop or min(height, width) < tile:
         return _cropped(_resized(picture, (height, width), processing), processing)
-    top, left = (height - tile) // 2, (width - tile) // 2
-    x_scale, y_scale = picture.width / width, picture.height / height
-    box = (left * x_scale, top * y_scale, (left + tile) * x_scale, (top + tile) * y_scale)
-    resample = Image.Resampling(_RESAMPLE_IDS[processing.resample])
-    return np.asarray(picture.resize((tile, tile), resample, box=box))
+    crop = ((height - tile) // 2, (width - tile) // 2, tile, tile)
+    return resize(picture, (height, width), resample=processing.resample, crop=crop)
 
 
 def _anyres_tiles(picture: Image.Image, processing: ImageProcessing) -> list[NDArray[np.uint8]]:
@@ -551,7 +541,6 @@ def _from_preprocessor_config(config: Mapping[str, Any], *, patch_size: int) -> 
         tile_size, _ = _square_side(values.get("crop_size", {"height": 224, "width": 224}), name="crop_size")
         default_pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
         pinpoints = values.get("image_grid_pinpoints", default_pinpoints) if is_anyres else []
-        resamples = {number: text for text, number in _RESAMPLE_IDS.items()}
         fields: dict[str, Any] = {
             key: values[key]
             for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "rescale_factor")
@@ -564,7 +553,7 @@ def _from_preprocessor_config(config: Mapping[str, Any], *, patch_size: int) -> 
             patch_size=patch_size,
             resize_size=resize_size,
             resize_mode=resize_mode,
-            resample=resamples[int(values.get("resample", 3))],  # type: ignore[arg-type]
+            resample=_RESAMPLE_OF_ID[values.get("resample", 3)],
             grid_pinpoints=tuple((int(height), int(width)) for height, width in pinpoints),
             # of the others, CLIP's pads nothing by default and LLaVA-NeXT's do_pad is about batches
             do_pad=name == "LlavaImageProcessor" and bool(values.get("do_pad", False)),

@@ -1,0 +1,101 @@
+"""Choosing the next token from logits: greedy, or temperature, top-k and top-p, in Hugging Face's order."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from trio_edge.runtime.errors import BackendError, ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    Sampler = Callable[[NDArray[np.float32]], int]
+
+
+def make_sampler(
+    temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None
+) -> Sampler:
+    """Return a function from logits [V] to a token id.
+
+    Args:
+        temperature: Divides the logits; 0 always takes the most likely token, of equals the lowest id.
+        top_p: Sample from the smallest set of most likely tokens whose probabilities sum to this, in (0, 1].
+        top_k: Sample from the k most likely tokens and equals of the last one; 0 means all.
+        seed: Makes the sequence of choices repeatable; None takes one from the operating system.
+
+    Raises:
+        ShapeError: If an argument is out of range.
+
+    The returned function raises BackendError for logits that are NaN, +inf or all -inf: the graph overflowed.
+    """
+    if not _is_number(temperature) or not 0.0 <= temperature < math.inf:
+        raise ShapeError(
+            f"temperature: expected a number >= 0, got {temperature!r}; use 0 for greedy decoding"
+        )
+    if not _is_number(top_p) or not 0.0 < top_p <= 1.0:
+        raise ShapeError(f"top_p: expected 0 < top_p <= 1, got {top_p!r}; use 1 to switch it off")
+    if not _is_whole(top_k) or top_k < 0:
+        raise ShapeError(f"top_k: expected a whole number >= 0, got {top_k!r}; use 0 to switch it off")
+    if seed is not None and (not _is_whole(seed) or seed < 0):
+        raise ShapeError(f"seed: expected a whole number >= 0 or None, got {seed!r}")
+    if temperature == 0.0:
+        return _greedy
+    generator = np.random.default_rng(seed)
+
+    def sample(logits_V: NDArray[np.float32]) -> int:
+        scores_V = _checked(logits_V).astype(np.float64) / temperature
+        probabilities_V = _nucleus(_softmax(_most_likely(scores_V, top_k)), top_p)
+        return int(generator.choice(len(probabilities_V), p=probabilities_V))
+
+    return sample
+
+
+def _greedy(logits_V: NDArray[np.float32]) -> int:
+    return int(np.argmax(_checked(logits_V)))
+
+
+def _checked(logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
+    if logits_V.ndim != 1 or logits_V.size == 0:
+        raise ShapeError(f"logits: expected [V], got {list(logits_V.shape)}")
+    largest = logits_V.max()  # NaN if any is
+    if not np.isfinite(largest):
+        raise BackendError(
+            f"logits: expected finite numbers, got a maximum of {largest}; export with another --dtype"
+        )
+    return logits_V
+
+
+def _most_likely(scores_V: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:
+    if top_k == 0 or top_k >= len(scores_V):
+        return scores_V
+    return np.where(scores_V >= np.partition(scores_V, -top_k)[-top_k], scores_V, -np.inf)
+
+
+def _softmax(scores_V: NDArray[np.float64]) -> NDArray[np.float64]:
+    weights_V = np.exp(scores_V - scores_V.max())
+    probabilities_V: NDArray[np.float64] = weights_V / weights_V.sum()
+    return probabilities_V
+
+
+def _nucleus(probabilities_V: NDArray[np.float64], top_p: float) -> NDArray[np.float64]:
+    """Return the probabilities with the tail beyond ``top_p`` removed; of equals the lower id stays."""
+    if top_p == 1.0:
+        return probabilities_V
+    order_V = np.argsort(-probabilities_V, kind="stable")
+    num_kept = int(np.searchsorted(np.cumsum(probabilities_V[order_V]), top_p)) + 1
+    kept_V = np.zeros_like(probabilities_V)
+    kept_V[order_V[:num_kept]] = probabilities_V[order_V[:num_kept]]
+    normalized_V: NDArray[np.float64] = kept_V / kept_V.sum()
+    return normalized_V
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
