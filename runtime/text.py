@@ -117,8 +117,8 @@ class Tokenizer:
 class DetokenizeStream:
     """Text of token ids that come one at a time; all pieces together equal ``Tokenizer.decode`` of all ids.
 
-    A piece is held back until it cannot change any more: while a character's bytes are incomplete, and within a
-    run of byte tokens, which SentencePiece's decoder accepts or rejects as a whole.
+    A piece is held back until it cannot change any more: while a character's bytes are incomplete, and within
+    a run of byte tokens, which SentencePiece's decoder accepts or rejects as a whole.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
