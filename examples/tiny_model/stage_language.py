@@ -1,0 +1,292 @@
+"""Stage 2: the decoder learns to answer, 4 layers first, then 8, then 16, on visual tokens of the frozen tower.
+
+Many short questions share one picture per step. In most steps visual tokens are dropped early, object patches
+preferred, and positions close up again: cheaper, and the model gets used to token reduction.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from data import Group, questions_of
+from model import EOS, PAD, TOKEN_ID, Drop, decode, head_logits, pack, tile_features
+from stage_vision import PatchReader
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlavaNextForConditionalGeneration
+from trio_edge.calibration.shapes_questions import KINDS
+from trio_edge.calibration.shapes_scene import CANVASES, PLACES, make_scene
+
+MAX_QUESTION = 13
+OPENINGS = ("", "look at this picture .", "answer the question .", "please answer .", "look .", "you see this image .")
+
+
+@dataclass
+class Lesson:
+    """One group ready for the decoder: patch features, token labels, and questions.
+
+    `ids` is `[n, Q, 13]` (question, assistant:, answer), `where` the index of `assistant:`, `kind` the kind's number.
+    """
+
+    group: Group
+    features: Tensor
+    labels: Tensor
+    ids: np.ndarray
+    where: np.ndarray
+    kind: np.ndarray
+
+
+def encode(question: str, answer: str) -> list[int]:
+    """Returns token ids of `question assistant: answer`."""
+    return [TOKEN_ID[word] for word in (*question.split(), "assistant:", answer)]
+
+
+def _question_arrays(group: Group, count: int, weights: list[float] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns tokenised questions of all pictures of a group; short lists are repeated to `count`."""
+    n = len(group.seeds)
+    ids = np.full((n, count, MAX_QUESTION), PAD, np.int64)
+    where, kinds = np.zeros((n, count), np.int64), np.zeros((n, count), np.int64)
+    for row, (seed, canvas) in enumerate(zip(group.seeds, group.canvases)):
+        scene = make_scene(seed, canvas=CANVASES[canvas])
+        asked = questions_of(scene, f"ask {seed}", count=count, weights=weights)
+        for place in range(count):
+            kind, question, answer = asked[place % len(asked)]
+            line = encode(question, answer)
+            ids[row, place, : len(line)] = line
+            where[row, place] = len(line) - 2
+            kinds[row, place] = KINDS.index(kind)
+    return ids, where, kinds
+
+
+@torch.no_grad()
+def make_lessons(
+    model: LlavaNextForConditionalGeneration, groups: list[Group], *, questions: int, weights: list[float] | None = None
+) -> list[Lesson]:
+    """Runs the frozen vision tower once over all pictures and tokenises their questions."""
+    lessons = []
+    for group in groups:
+        kept = [g for g in range(len(group.seeds))]
+        parts = [
+            tile_features(model, torch.from_numpy(group.tiles[kept[i : i + 64]]).to(model.device)).half().cpu()
+            for i in range(0, len(kept), 64)
+        ]
+        order = torch.tensor(group.layout.order)
+        labels = torch.from_numpy(group.labels).long()
+        labels = torch.cat([labels, torch.zeros_like(labels[:, :1])], 1)
+        labels = labels[:, torch.where(order < 0, labels.shape[1] - 1, order)].to(torch.int8)
+        lessons.append(Lesson(group, torch.cat(parts), labels, *_question_arrays(group, questions, weights)))
+    return lessons
+
+
+def opening_ids(text: str) -> list[int]:
+    """Returns token ids of the text before the picture."""
+    return [TOKEN_ID[word] for word in (*text.split(), "user:")]
+
+
+def make_prefix(
+    model: LlavaNextForConditionalGeneration, lesson: Lesson, rows: np.ndarray, opening: list[int]
+) -> Tensor:
+    """Returns embeddings `[B, P, D]` of the opening text and the visual tokens."""
+    features = lesson.features[rows].to(model.device).float()
+    visual = pack(model, features, lesson.group.layout)
+    ids = torch.tensor(opening, device=model.device)
+    text = model.model.language_model.embed_tokens(ids).expand(len(rows), -1, -1)
+    return torch.cat([text, visual], 1)
+
+
+def choose_kept(labels: Tensor, opening: int, keep: int, *, bonus: float, center_bonus: float) -> Tensor:
+    """Returns sorted prefix rows `[B, opening + keep]`: random visual tokens, object patches preferred by a bonus."""
+    score = torch.rand(labels.shape[:2]) + bonus * (labels[..., 0] > 0) + center_bonus * labels[..., 4]
+    picked = score.topk(min(keep, labels.shape[1]), dim=1).indices.sort(1).values + opening
+    text = torch.arange(opening).expand(len(labels), -1)
+    return torch.cat([text, picked], 1)
+
+
+@dataclass
+class Recipe:
+    """One phase of decoder training."""
+
+    seconds: float
+    rate: float
+    batch: int = 8
+    questions: int = 16
+    final_rate: float = 1.0
+    full_share: float = 0.3
+    full_share_end: float = 0.3
+    deep: float = 0.4
+    drop_layers: tuple[int, ...] = (1, 1, 1, 2, 3)
+    keep: tuple[int, ...] = (24, 32, 48, 64, 80)
+
+
+def _make_drops(rng: random.Random, recipe: Recipe, labels: Tensor, opening: int, num_layers: int) -> list[Drop]:
+    """Returns one drop, sometimes a second one deeper."""
+    bonus, center = rng.choice((1.0, 1.0, 0.5, 0.3)), rng.choice((0.0, 1.0, 1.0))
+    layer, keep = rng.choice(recipe.drop_layers), rng.choice(recipe.keep)
+    device_keep = choose_kept(labels, opening, keep, bonus=bonus, center_bonus=center)
+    drops = [Drop(layer, device_keep)]
+    if num_layers > 4 and rng.random() < 0.4:
+        kept = labels.gather(1, (device_keep[:, opening:] - opening)[..., None].expand(-1, -1, labels.shape[-1]))
+        half = max(10, kept.shape[1] // 2)
+        again = choose_kept(kept, opening, half, bonus=1.0, center_bonus=1.0)
+        drops.append(Drop(rng.randint(layer + 1, num_layers - 1), again))
+    return drops
+
+
+def answer_losses(
+    model: LlavaNextForConditionalGeneration, states: list[Tensor], ids: Tensor, where: Tensor, *, deep: float, with_eos: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns the weighted loss (final layer plus deep supervision) and the share of right answers."""
+    answer = ids.gather(2, where[..., None] + 1)[..., 0]
+    weights = [deep / max(1, len(states) - 2)] * (len(states) - 1) + [1.0]
+    weights[0] = 0.0
+    total = torch.zeros((), device=ids.device)
+    at = where[..., None, None].expand(-1, -1, 1, states[0].shape[-1])
+    for weight, state in zip(weights, states):
+        if weight == 0.0:
+            continue
+        logits = head_logits(model, state.gather(2, at)[:, :, 0])
+        total = total + weight * F.cross_entropy(logits.flatten(0, 1), answer.flatten())
+    right = (logits.argmax(-1) == answer).float().mean()
+    if with_eos:
+        end = head_logits(model, states[-1].gather(2, at + 1)[:, :, 0]).flatten(0, 1)
+        total = total + 0.3 * F.cross_entropy(end, torch.full((len(end),), EOS, device=ids.device))
+    return total, right
+
+
+class PlaceReader(nn.Module):
+    """Training aid: asks every visual token, after the first layers, where in the picture it is and if it is base."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.place = nn.ModuleList(nn.Linear(width, len(PLACES)) for _ in range(2))
+        self.base = nn.ModuleList(nn.Linear(width, 1) for _ in range(2))
+
+    def loss(self, prefixes: list[Tensor], labels: Tensor, opening: int) -> Tensor:
+        """Returns the loss after layers 0 and 1, as long as no token was dropped."""
+        count = labels.shape[1]
+        is_base = (torch.arange(count, device=labels.device) < 36).float().expand(len(labels), -1)
+        there = labels[..., 0] > 0
+        total = torch.zeros((), device=labels.device)
+        for index in range(2):
+            hidden = prefixes[index]
+            if hidden.shape[1] != opening + count:
+                break
+            visual = hidden[:, opening:]
+            total = total + F.cross_entropy(self.place[index](visual[there]), labels[..., 3][there].long())
+            total = total + F.binary_cross_entropy_with_logits(self.base[index](visual)[..., 0], is_base)
+        return total
+
+
+def train_language(
+    model: LlavaNextForConditionalGeneration, lessons: list[Lesson], aid: PlaceReader, recipe: Recipe, *,
+    seed: int, name: str, validation: list[Lesson], save: str | None = None, report_seconds: float = 150,
+) -> None:  # fmt: skip
+    """Trains the decoder, the embeddings, the head and the newline embedding in place for a wall-clock time."""
+    rng, numbers = random.Random(seed), np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    weights = [*model.model.language_model.parameters(), model.lm_head.weight, model.model.image_newline]
+    weights += list(aid.parameters())
+    decay = [w for w in weights if w.ndim >= 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.03}, {"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.0}],
+        lr=recipe.rate, betas=(0.9, 0.98),
+    )  # fmt: skip
+    shares = np.array([len(x.ids) for x in lessons], float)
+    shares /= shares.sum()
+    start, step, seen, mean, reported = time.time(), 0, 0, [3.0, 0.1], 0.0
+    num_layers = len(model.model.language_model.layers)
+    while (spent := time.time() - start) < recipe.seconds:
+        used = spent / recipe.seconds
+        ease = 1.0 if used < 0.3 else 1.0 - (used - 0.3) / 0.7
+        lr = recipe.rate * min(1, (step + 1) / 150) * (recipe.final_rate + (1 - recipe.final_rate) * ease)
+        for part in optimizer.param_groups:
+            part["lr"] = lr
+        loss, right = _step_loss(model, lessons[numbers.choice(len(lessons), p=shares)], aid, recipe, rng, numbers, used)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        step, seen = step + 1, seen + recipe.batch
+        mean = [0.99 * mean[0] + 0.01 * loss.item(), 0.99 * mean[1] + 0.01 * right.item()]
+        if step % 200 == 0:
+            print(f"{name} L{num_layers} step {step} {spent:.0f}s {seen / (time.time() - start):.0f} img/s "
+                  f"loss {mean[0]:.3f} right {100 * mean[1]:.1f}", flush=True)  # fmt: skip
+        if spent - reported > report_seconds:
+            reported = spent
+            print(name, "validation", evaluate(model, validation, limit=96), flush=True)
+            if save:
+                torch.save(model.state_dict(), save)
+    if save:
+        torch.save(model.state_dict(), save)
+    print(name, "end", evaluate(model, validation), flush=True)
+
+
+def _step_loss(
+    model: LlavaNextForConditionalGeneration, lesson: Lesson, aid: PlaceReader, recipe: Recipe, rng: random.Random,
+    numbers: np.random.Generator, used: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns loss and share of right answers of one random batch."""
+    rows = numbers.integers(0, len(lesson.ids), recipe.batch)
+    picks = numbers.permutation(lesson.ids.shape[1])[: recipe.questions]
+    with_eos = rng.random() < 0.25
+    where = torch.from_numpy(lesson.where[rows][:, picks])
+    width = int(where.max()) + (2 if with_eos else 1)
+    every = torch.from_numpy(lesson.ids[rows][:, picks])
+    opening = opening_ids(rng.choice(OPENINGS) if rng.random() < 0.5 else "")
+    labels = lesson.labels[rows]
+    prefix = make_prefix(model, lesson, rows, opening)
+    num_layers = len(model.model.language_model.layers)
+    full_share = recipe.full_share + (recipe.full_share_end - recipe.full_share) * used
+    drops = []
+    if rng.random() >= full_share:
+        drops = _make_drops(rng, recipe, labels, len(opening), num_layers)
+        drops = [Drop(d.layer, d.keep.to(model.device)) for d in drops]
+    every, where, labels = every.to(model.device), where.to(model.device), labels.to(model.device)
+    states, prefixes = decode(model, prefix, every[..., :width], drops=drops)
+    loss, right = answer_losses(model, states, every, where, deep=recipe.deep, with_eos=with_eos)
+    return loss + 0.1 * aid.loss(prefixes, labels, len(opening)), right
+
+
+@torch.no_grad()
+def evaluate(
+    model: LlavaNextForConditionalGeneration, lessons: Sequence[Lesson], *, limit: int | None = None, other: bool = False,
+    base_only: bool = False, layers: Sequence[int] = (), batch: int = 16,
+) -> dict[str, float]:  # fmt: skip
+    """Returns exact-match percentages (answer and end token) by kind, over all kinds equally, and by early layer.
+
+    Args:
+        model: the model.
+        lessons: pictures and questions.
+        limit: pictures of the largest group used; smaller groups in proportion.
+        other: shows each question the next picture instead of its own.
+        base_only: shows the base tile only.
+        layers: early layers whose lens accuracy is reported too.
+        batch: pictures per step.
+    """
+    right, seen = np.zeros((1 + len(layers), len(KINDS))), np.zeros(len(KINDS))
+    share = 1.0 if limit is None else limit / max(len(x.ids) for x in lessons)
+    for lesson in lessons:
+        for first in range(0, max(2, round(share * len(lesson.ids))), batch):
+            rows = np.arange(first, min(first + batch, len(lesson.ids)))
+            shown = (rows + 1) % len(lesson.ids) if other else rows
+            prefix = make_prefix(model, lesson, shown, opening_ids(""))
+            prefix = prefix[:, :37] if base_only else prefix
+            ids, where = (torch.from_numpy(x[rows]).to(model.device) for x in (lesson.ids, lesson.where))
+            states, _ = decode(model, prefix, ids)
+            at = where[..., None, None].expand(-1, -1, 1, prefix.shape[-1])
+            answer = ids.gather(2, where[..., None] + 1)[..., 0]
+            ended = head_logits(model, states[-1].gather(2, at + 1)[:, :, 0]).argmax(-1) == EOS
+            for slot, layer in enumerate((len(states) - 1, *layers)):
+                ok = head_logits(model, states[layer].gather(2, at)[:, :, 0]).argmax(-1) == answer
+                ok = (ok & ended if slot == 0 else ok).cpu().numpy()
+                right[slot] += np.bincount(lesson.kind[rows].ravel(), ok.ravel(), len(KINDS))
+            seen += np.bincount(lesson.kind[rows].ravel(), minlength=len(KINDS))
+    result = {"all": float((right[0] / seen).mean()), "mixed": float(right[0].sum() / seen.sum())}
+    result |= {kind: float(right[0, i] / seen[i]) for i, kind in enumerate(KINDS)}
+    result |= {f"layer {layer}": float((right[1 + i] / seen).mean()) for i, layer in enumerate(layers)}
+    return {key: round(100 * value, 1) for key, value in result.items()} | {"n": int(seen.sum())}
