@@ -36,9 +36,9 @@ def draw_kept(
 ) -> Image.Image:
     """Return the picture once per stage, with the tokens that the stage kept.
 
-    Patches of the grid (or of the only tile) that were kept stay bright, the rest is dark and grey. Patches of
-    the base tile that were kept are orange outlines, because they lie over the same places. Newlines cannot be
-    drawn, but count in the caption.
+    Patches of the grid (or of the only tile) that were kept stay bright, the rest is dark and grey. Patches
+    of the base tile that were kept are orange outlines, because they lie over the same places. Newlines
+    cannot be drawn, but count in the caption.
 
     Args:
         picture: RGB.

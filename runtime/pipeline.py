@@ -203,6 +203,8 @@ class Pipeline:
         self, prompt: str, *, has_image: bool, history: Sequence[tuple[str, str]], system: str | None
     ) -> PromptIds:
         text = self.manifest.text
+        for user_text in (prompt, system or "", *(turn for pair in history for turn in pair)):
+            self._tokenizer.check_user_text(user_text)
         turns = [
             {"role": role, "content": content}
             for pair in history
@@ -214,8 +216,8 @@ class Pipeline:
             special_tokens={"bos_token": text.bos_token, "eos_token": text.eos_token},
         )
         return self._tokenizer.encode_prompt(
-            rendered, image_token=text.image_token, image_token_id=text.image_token_id, bos_token=text.bos_token,
-            has_image=has_image,
+            rendered, image_token=text.image_token, image_token_id=text.image_token_id, has_image=has_image,
+            bos_token=text.bos_token,
         )
 
     def _check_sizes(self, ids: PromptIds, prepared: PreparedPicture | None) -> None:

@@ -32,6 +32,10 @@ class FamilyModel:
     text_config: Any
     """transformers' configuration of the decoder."""
     vision_config: Any
+    num_vision_layers: int
+    """Vision layers that run."""
+    vision_features: int
+    """Width of the features that enter the projector."""
 
 
 class Family(Protocol):

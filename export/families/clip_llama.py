@@ -13,6 +13,7 @@ from trio_edge.export.checkpoint import read_json
 from trio_edge.export.families.base import FamilyModel
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision import ClipFeatures, Vision
+from trio_edge.export.graphs.vision_reduced import ReducedVision
 from trio_edge.runtime.errors import CheckpointError
 from trio_edge.runtime.image_processing import ImageProcessing
 
@@ -81,14 +82,14 @@ def build(
     layer = config.vision_feature_layer
     feature_layers = (layer,) if isinstance(layer, int) else tuple(layer)
     if encoder_keep is None:
-        features: nn.Module = ClipFeatures(inner.vision_tower, feature_layers=feature_layers)
-        vision_graph: nn.Module = Vision(features, inner.multi_modal_projector, getattr(inner, "image_newline", None))
+        features = ClipFeatures(inner.vision_tower, feature_layers=feature_layers)
+        vision_layers = features.layers
+        vision_graph: Vision | ReducedVision = Vision(features, inner.multi_modal_projector, getattr(inner, "image_newline", None))
     else:
-        from trio_edge.export.graphs.vision_reduced import ReducedVision
-
         vision_graph = ReducedVision(
             inner.vision_tower, inner.multi_modal_projector, feature_layers=feature_layers, num_keep=encoder_keep
         )
+        vision_layers = vision_graph.layers
     return FamilyModel(
         root=root,
         vision=vision_graph,
@@ -99,6 +100,8 @@ def build(
         attention_scaling=float(rotary.attention_scaling),
         text_config=text,
         vision_config=vision,
+        num_vision_layers=len(vision_layers),
+        vision_features=len(feature_layers) * vision.hidden_size,
     )
 
 

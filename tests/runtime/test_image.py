@@ -1,0 +1,167 @@
+import io
+import logging
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers.image_transforms import convert_to_rgb
+from transformers.image_utils import load_image
+
+from trio_edge.runtime.errors import ImageError
+from trio_edge.runtime.image import MAX_PICTURE_PIXELS, open_picture
+
+
+def _noise(*shape: int, dtype: type = np.uint8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, shape, dtype=dtype)
+
+
+def _palette() -> Image.Image:
+    return Image.fromarray(_noise(20, 30, 3)).quantize(16)
+
+
+def _rotated() -> tuple[Image.Image, dict]:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return Image.fromarray(_noise(20, 30, 3)), {"exif": exif}
+
+
+FILES = {
+    "rgb png": lambda: (Image.fromarray(_noise(20, 30, 3)), "PNG", {}),
+    "rgba png": lambda: (Image.fromarray(_noise(20, 30, 4)), "PNG", {}),
+    "gray with alpha": lambda: (Image.fromarray(_noise(20, 30, 2), "LA"), "PNG", {}),
+    "palette": lambda: (_palette(), "PNG", {}),
+    "palette with a transparent colour": lambda: (_palette(), "PNG", {"transparency": 0}),
+    "gray": lambda: (Image.fromarray(_noise(20, 30)), "PNG", {}),
+    "1-bit": lambda: (Image.fromarray(_noise(20, 30)).convert("1"), "PNG", {}),
+    "16-bit gray png": lambda: (Image.fromarray(_noise(20, 30, dtype=np.uint16)), "PNG", {}),
+    "16-bit gray, dark": lambda: (Image.fromarray(_noise(20, 30).astype(np.uint16)), "PNG", {}),
+    "16-bit gray tiff": lambda: (Image.fromarray(_noise(20, 30, dtype=np.uint16)), "TIFF", {}),
+    "32-bit gray tiff": lambda: (Image.fromarray(_noise(20, 30, dtype=np.int32) - 2**30), "TIFF", {}),
+    "float tiff": lambda: (Image.fromarray(_noise(20, 30).astype(np.float32) * 2 - 40.5), "TIFF", {}),
+    "cmyk jpeg": lambda: (Image.fromarray(_noise(20, 30, 3)).convert("CMYK"), "JPEG", {}),
+    "exif-rotated jpeg": lambda: (_rotated()[0], "JPEG", _rotated()[1]),
+    "animated gif": lambda: (_palette(), "GIF", {"save_all": True, "append_images": [Image.new("P", (30, 20))]}),
+    "webp": lambda: (Image.fromarray(_noise(20, 30, 3)), "WEBP", {}),
+}
+
+
+def _png(width: int, height: int) -> bytes:
+    """A PNG whose header claims any size, with no pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_gives_the_pixels_of_hugging_face_load_image(name, tmp_path):
+    picture, file_format, options = FILES[name]()
+    path = tmp_path / "picture"
+    picture.save(path, format=file_format, **options)
+
+    ours = open_picture(path)
+
+    assert ours.mode == "RGB"
+    np.testing.assert_allclose(np.asarray(ours, int), np.asarray(load_image(str(path)), int), atol=1)
+    np.testing.assert_array_equal(np.asarray(open_picture(path.read_bytes())), np.asarray(ours))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "exif" not in name])
+def test_a_pil_image_gives_the_pixels_of_hugging_face_image_processors(name, tmp_path):
+    picture, file_format, options = FILES[name]()
+    picture.save(tmp_path / "picture", format=file_format, **options)
+    with Image.open(tmp_path / "picture") as opened:
+        expected = convert_to_rgb(opened, return_numpy=True)
+        np.testing.assert_allclose(np.asarray(open_picture(opened), int), expected.astype(int), atol=1)
+
+
+def test_a_rotated_picture_is_turned_upright():
+    picture, options = _rotated()
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", **options)
+    assert picture.size == (30, 20)
+    assert open_picture(buffer.getvalue()).size == (20, 30)
+
+
+def test_transparency_from_a_file_is_dropped_and_from_a_pil_image_laid_over_white():
+    clear_red = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    buffer = io.BytesIO()
+    clear_red.save(buffer, format="PNG")
+    assert open_picture(buffer.getvalue()).getpixel((0, 0)) == (255, 0, 0)
+    assert open_picture(clear_red).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_clipping_a_16_bit_picture_is_logged(caplog):
+    with caplog.at_level(logging.WARNING):
+        open_picture(Image.fromarray(np.full((2, 2), 4000, np.uint16)))
+    assert "values above 255 become white" in caplog.text
+
+
+def test_the_callers_pil_image_is_not_changed():
+    picture = Image.new("RGB", (2, 2))
+    open_picture(picture).putpixel((0, 0), (9, 9, 9))
+    assert picture.getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_unreadable_exif_data_leaves_the_pixels(tmp_path):
+    Image.new("RGB", (4, 2)).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00nonsense")
+    assert open_picture(tmp_path / "a.jpg").size == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected a picture, got an empty file"),
+        (b"hello, I am text", "no known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "no known format"),
+        (b"\x89PNG\r\n\x1a\n", "expected a "),
+        (_png(10, 10), "expected a whole picture"),
+        (_png(0, 10), "expected "),
+        (_png(100_000, 100_000), f"expected at most {MAX_PICTURE_PIXELS} pixels"),
+        (_png(17_000, 12_000), f"expected at most {MAX_PICTURE_PIXELS} pixels"),
+    ],
+    ids=["empty", "text", "eps", "header only", "no pixels stored", "zero width", "bomb", "slightly too large"],
+)
+def test_bytes_that_are_no_picture_are_refused_in_one_line(content, message):
+    with pytest.raises(ImageError, match=message) as caught:
+        open_picture(content)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_a_file_cut_short_is_refused(file_format):
+    buffer = io.BytesIO()
+    Image.fromarray(_noise(64, 64, 3)).save(buffer, format=file_format)
+    with pytest.raises(ImageError, match=r"expected a (whole|readable) picture|no known format"):
+        open_picture(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+
+
+def test_a_large_picture_below_the_limit_passes_pillows_size_warning():
+    with pytest.raises(ImageError, match="expected a whole picture"):  # not a DecompressionBombWarning
+        open_picture(_png(12_000, 9_000))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no/such/file.png", "expected an existing file"),
+        (".", "got a directory"),
+        ("/dev/null", "expected a regular file"),
+        ("a\0b.png", "expected "),
+        ("x" * 5000, "expected "),
+        ("https://example.org/a.png", "download it first"),
+        (12, "got int"),
+    ],
+    ids=["missing", "directory", "device", "null byte", "long name", "url", "number"],
+)
+def test_a_source_that_is_no_file_is_refused_in_one_line(source, message):
+    with pytest.raises(ImageError, match=message) as caught:
+        open_picture(source)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_pil_image_without_pixels_is_refused():
+    with pytest.raises(ImageError, match="expected at least 1x1 pixels, got 0x5"):
+        open_picture(Image.new("RGB", (0, 5)))

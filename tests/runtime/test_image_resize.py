@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms.v2 import functional
+
+from trio_edge.runtime import image_resize
+from trio_edge.runtime.image_resize import resize
+
+
+def _picture(width: int, height: int, *, binary: bool = False) -> Image.Image:
+    pixels = np.random.default_rng(width * 7 + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(np.where(pixels > 127, 255, 0).astype(np.uint8) if binary else pixels)
+
+
+def _by_torchvision(picture: Image.Image, size: tuple[int, int], resample: str) -> np.ndarray:
+    tensor = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
+    mode = functional.InterpolationMode(resample)
+    return functional.resize(tensor, list(size), interpolation=mode, antialias=True).permute(1, 2, 0).numpy()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    *[st.integers(1, 150)] * 4,
+    st.sampled_from(["bicubic", "bilinear"]),
+    st.booleans(),
+)
+def test_resizing_equals_torchvision(width, height, new_width, new_height, resample, binary):
+    picture, size = _picture(width, height, binary=binary), (new_height, new_width)
+    ours, theirs = resize(picture, size, resample=resample), _by_torchvision(picture, size, resample)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_crop_is_the_middle_of_the_whole():
+    picture = _picture(60, 31)
+    whole = resize(picture, (100, 193), resample="bicubic")
+    part = resize(picture, (100, 193), resample="bicubic", crop=(3, 50, 40, 70))
+    np.testing.assert_array_equal(part, whole[3:43, 50:120])
+
+
+def test_a_crop_of_a_huge_enlargement_needs_no_huge_memory():
+    assert resize(_picture(4000, 1), (336, 1_344_000), resample="bicubic", crop=(0, 671_832, 336, 336)).shape == (
+        336, 336, 3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("crop", [None, (5, 10, 20, 30)], ids=["whole", "crop"])
+def test_the_faster_way_for_large_pictures_is_within_one_level(crop, monkeypatch):
+    picture = _picture(400, 300)
+    exact = resize(picture, (60, 80), resample="bicubic", crop=crop)
+    monkeypatch.setattr(image_resize, "MAX_EXACT_PIXELS", 0)
+    fast = resize(picture, (60, 80), resample="bicubic", crop=crop)
+    np.testing.assert_allclose(fast.astype(int), exact.astype(int), atol=1)
