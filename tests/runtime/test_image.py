@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
-
 from trio_edge.runtime.errors import ImageError
 from trio_edge.runtime.image import MAX_PICTURE_PIXELS, open_picture
 
@@ -42,7 +41,11 @@ FILES = {
     "float tiff": lambda: (Image.fromarray(_noise(20, 30).astype(np.float32) * 2 - 40.5), "TIFF", {}),
     "cmyk jpeg": lambda: (Image.fromarray(_noise(20, 30, 3)).convert("CMYK"), "JPEG", {}),
     "exif-rotated jpeg": lambda: (_rotated()[0], "JPEG", _rotated()[1]),
-    "animated gif": lambda: (_palette(), "GIF", {"save_all": True, "append_images": [Image.new("P", (30, 20))]}),
+    "animated gif": lambda: (
+        _palette(),
+        "GIF",
+        {"save_all": True, "append_images": [Image.new("P", (30, 20))]},
+    ),
     "webp": lambda: (Image.fromarray(_noise(20, 30, 3)), "WEBP", {}),
 }
 
@@ -51,7 +54,9 @@ def _png(width: int, height: int) -> bytes:
     """A PNG whose header claims any size, with no pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -63,7 +68,8 @@ def test_a_file_gives_the_pixels_of_hugging_face_load_image(name, tmp_path):
     ours = open_picture(path)
 
     assert ours.mode == "RGB"
-    np.testing.assert_allclose(np.asarray(ours, int), np.asarray(load_image(str(path)), int), atol=1)
+    with Image.open(path) as opened:  # load_image leaves the file of a path open
+        np.testing.assert_allclose(np.asarray(ours, int), np.asarray(load_image(opened), int), atol=1)
     np.testing.assert_array_equal(np.asarray(open_picture(path.read_bytes())), np.asarray(ours))
 
 
@@ -121,7 +127,16 @@ def test_unreadable_exif_data_leaves_the_pixels(tmp_path):
         (_png(100_000, 100_000), f"expected at most {MAX_PICTURE_PIXELS} pixels"),
         (_png(17_000, 12_000), f"expected at most {MAX_PICTURE_PIXELS} pixels"),
     ],
-    ids=["empty", "text", "eps", "header only", "no pixels stored", "zero width", "bomb", "slightly too large"],
+    ids=[
+        "empty",
+        "text",
+        "eps",
+        "header only",
+        "no pixels stored",
+        "zero width",
+        "bomb",
+        "slightly too large",
+    ],
 )
 def test_bytes_that_are_no_picture_are_refused_in_one_line(content, message):
     with pytest.raises(ImageError, match=message) as caught:

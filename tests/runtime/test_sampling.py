@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from trio_edge.runtime.errors import BackendError, ShapeError
 from trio_edge.runtime.sampling import make_sampler
 
@@ -30,10 +29,14 @@ def test_a_low_temperature_approaches_greedy():
 
 
 def test_top_k_leaves_only_the_k_most_likely():
-    np.testing.assert_array_equal(_frequencies(make_sampler(1.0, top_k=2, seed=0)) > 0, [False, True, True, False])
+    np.testing.assert_array_equal(
+        _frequencies(make_sampler(1.0, top_k=2, seed=0)) > 0, [False, True, True, False]
+    )
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.4, [1]), (0.6, [1, 2]), (0.9, [1, 2, 3]), (1.0, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.4, [1]), (0.6, [1, 2]), (0.9, [1, 2, 3]), (1.0, [0, 1, 2, 3])]
+)
 def test_top_p_leaves_the_smallest_set_that_reaches_it(top_p, kept):
     assert np.flatnonzero(_frequencies(make_sampler(1.0, top_p=top_p, seed=0))).tolist() == kept
 
@@ -61,7 +64,9 @@ def test_any_setting_returns_a_token_of_the_vocabulary(logits, temperature, top_
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("logits", [[0, np.nan], [0, np.inf], [-np.inf, -np.inf]], ids=["nan", "inf", "all -inf"])
+@pytest.mark.parametrize(
+    "logits", [[0, np.nan], [0, np.inf], [-np.inf, -np.inf]], ids=["nan", "inf", "all -inf"]
+)
 def test_broken_logits_are_an_error(logits, temperature):
     with pytest.raises(BackendError, match="expected finite numbers"):
         make_sampler(temperature)(np.array(logits, np.float32))

@@ -1,0 +1,136 @@
+from datetime import datetime
+
+import numpy as np
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+from trio_edge.runtime import chat
+from trio_edge.runtime.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE, build_messages, render_chat
+from trio_edge.runtime.errors import BundleError, ShapeError
+
+# llava-hf's own template of LLaVA-1.5, with the training tag that transformers adds to Jinja
+LLAVA_HF_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+TEMPLATES = {
+    "vicuna": VICUNA_TEMPLATE,
+    "mistral": MISTRAL_TEMPLATE,
+    "llava-hf": LLAVA_HF_TEMPLATE,
+    "bos and json": "{{ bos_token }}{{ messages | tojson(indent=2) }}{{ tools is none }}",
+    "loop controls": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+    "trimmed blocks": "a\n  {% if true %}\n  b\n  {% endif %}\nc\n",
+    "namespace and dict": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+    "{{ ns.n }}{{ dict(a=1) }}{{ dict.fromkeys('ab') }}",
+    "undefined variable": "{{ nothing }}{{ messages[9] }}",
+}
+CONVERSATION = [
+    {"role": "system", "content": [{"type": "text", "text": 'Be <brief> & "kind" – 你好'}]},
+    {"role": "user", "content": [{"type": "image", "image": np.zeros(3)}, {"type": "text", "text": "What?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+    {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
+]
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_rendering_equals_hugging_face(name, add_generation_prompt):
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    expected, _ = render_jinja_template(
+        [CONVERSATION], chat_template=TEMPLATES[name], add_generation_prompt=add_generation_prompt, **tokens
+    )
+    ours = render_chat(
+        CONVERSATION,
+        template=TEMPLATES[name],
+        special_tokens=tokens,
+        add_generation_prompt=add_generation_prompt,
+    )
+    assert ours == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (VICUNA_TEMPLATE, "USER: <image>\nWhat? ASSISTANT:"),
+        (MISTRAL_TEMPLATE, "[INST] <image>\nWhat? [/INST]"),
+    ],
+    ids=["vicuna", "mistral"],
+)
+def test_the_fallback_templates_give_llavas_prompt(template, expected):
+    assert render_chat(build_messages("What?", has_image=True), template=template) == expected
+
+
+@pytest.mark.parametrize("template", [VICUNA_TEMPLATE, MISTRAL_TEMPLATE], ids=["vicuna", "mistral"])
+def test_the_fallback_templates_take_plain_strings(template):
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in conversation]
+    assert render_chat(conversation, template=template) == render_chat(parts, template=template)
+
+
+def test_the_time_is_available_to_templates():
+    assert render_chat([], template="{{ strftime_now('%Y') }}") == str(datetime.now().year)
+
+
+def test_the_image_goes_into_the_first_user_message():
+    history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    messages = build_messages("c", has_image=True, history=history, system="s")
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
+    assert messages[1]["content"] == [{"type": "image"}, {"type": "text", "text": "a"}]
+    assert messages[3]["content"] == [{"type": "text", "text": "c"}]
+    assert history[0] == {"role": "user", "content": "a"}
+
+
+def test_an_image_in_the_history_is_not_added_again():
+    history = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
+    messages = build_messages("c", has_image=True, history=history)
+    assert sum(part["type"] == "image" for message in messages for part in message["content"]) == 1
+
+
+def test_a_template_that_refuses_the_messages_is_the_users_error():
+    with pytest.raises(ShapeError, match="refused by the chat template: .*roles must alternate"):
+        render_chat([], template="{{ raise_exception('roles must\nalternate') }}")
+    with pytest.raises(ShapeError, match="got tool"):
+        render_chat([{"role": "tool", "content": "x"}], template=VICUNA_TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if %}",
+        "{{ messages[0].nothing.more }}",
+        "{{ 1 / 0 }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception.__globals__.keys() }}",
+        "{% set ns = namespace(_a=1) %}",
+        "{% set ns = namespace() %}{% set ns._a = 1 %}",
+        "{{ range(10 ** 9) | list }}",
+        "{% include '/etc/passwd' %}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    ],
+)
+def test_a_broken_or_hostile_template_is_one_error_line(template):
+    with pytest.raises(BundleError, match=r"^chat template: ") as caught:
+        render_chat([{"role": "user"}], template=template)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10 ** 12 }}",
+        "{{ 10 ** (10 ** 9) }}",
+        "{{ 10 ** 12 * 'a' }}",
+        "{% for i in range(9999) %}{% for j in range(9999) %}{{ 'abc' }}{% endfor %}{% endfor %}",
+    ],
+)
+def test_output_and_repetition_are_bounded(template, monkeypatch):
+    monkeypatch.setattr(chat, "MAX_PROMPT_CHARACTERS", 10_000)
+    with pytest.raises(BundleError, match="expected at most 10000 characters of text, got more"):
+        render_chat([], template=template)

@@ -1,0 +1,344 @@
+import json
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoImageProcessor
+from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
+from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
+from trio_edge.runtime.errors import CheckpointError, ImageError, ManifestError
+from trio_edge.runtime.image import open_picture
+from trio_edge.runtime.image_processing import (
+    ImageProcessing,
+    max_tiles,
+    max_visual_tokens,
+    num_tiles,
+    num_visual_tokens,
+    prepare,
+    token_boxes,
+    token_index,
+)
+from trio_edge.runtime.image_resize import MAX_EXACT_PIXELS
+
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+SQUARE = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+CONFIGS = {
+    "LLaVA-NeXT": {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "image_grid_pinpoints": PINPOINTS,
+        **SQUARE,
+    },
+    "LLaVA-1.5": {"image_processor_type": "CLIPImageProcessor", **SQUARE},
+    "LLaVA-1.5 padded": {"image_processor_type": "LlavaImageProcessor", "do_pad": True, **SQUARE},
+    "resized more than cropped": {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 64},
+        "crop_size": {"height": 56, "width": 56},
+        "resample": 2,
+    },
+    "tiles resized again": {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "image_grid_pinpoints": [[56, 112], [112, 112]],
+        "size": {"shortest_edge": 64},
+        "crop_size": {"height": 56, "width": 56},
+    },
+    "cropped from smaller": {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 51},
+        "crop_size": {"height": 56, "width": 56},
+    },
+    "not resized": {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": False,
+        "crop_size": {"height": 56, "width": 56},
+    },
+    "stretched, not cropped": {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"height": 56, "width": 56},
+        "crop_size": {"height": 56, "width": 56},
+        "do_center_crop": False,
+    },
+    "not normalized": {"image_processor_type": "CLIPImageProcessor", "do_normalize": False, **SQUARE},
+}
+SIZES = [
+    (1, 1),
+    (1, 7),
+    (2, 3),
+    (50, 3),
+    (1, 400),
+    (333, 77),
+    (336, 336),
+    (640, 480),
+    (601, 673),
+    (4000, 300),
+]
+NEXT = ImageProcessing.from_preprocessor_config(CONFIGS["LLaVA-NeXT"], patch_size=14)
+SINGLE = ImageProcessing.from_preprocessor_config(CONFIGS["LLaVA-1.5"], patch_size=14)
+SMALL = ImageProcessing(
+    kind="anyres",
+    tile_size=28,
+    patch_size=4,
+    resize_size=28,
+    grid_pinpoints=((28, 56), (56, 28), (56, 56), (28, 84)),
+)
+VALID = NEXT.to_dict()
+
+
+def _noise(width: int, height: int, *, channels: int = 3) -> Image.Image:
+    pixels = np.random.default_rng(width + height).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def _hugging_face(config: dict, folder) -> object:
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    return AutoImageProcessor.from_pretrained(folder)
+
+
+def _levels(pixel_values: np.ndarray, processing: ImageProcessing) -> np.ndarray:
+    if not processing.do_normalize:
+        return pixel_values / processing.rescale_factor
+    mean, std = (np.array(values)[:, None, None] for values in (processing.image_mean, processing.image_std))
+    return (pixel_values * std + mean) / processing.rescale_factor
+
+
+def _reference_pack(
+    width: int, height: int, processing: ImageProcessing, features: torch.Tensor
+) -> torch.Tensor:
+    vision = SimpleNamespace(image_size=processing.tile_size, patch_size=processing.patch_size)
+    pinpoints = [list(pinpoint) for pinpoint in processing.grid_pinpoints]
+    model = SimpleNamespace(config=SimpleNamespace(vision_config=vision, image_grid_pinpoints=pinpoints))
+    per_tile = features[:-1].view(-1, processing.patches_per_tile, features.shape[-1])
+    packed, _ = LlavaNextModel.pack_image_features(
+        model, [per_tile], [(height, width)], "default", image_newline=features[-1]
+    )
+    return packed[0]
+
+
+def _reference_num_tokens(width: int, height: int, processing: ImageProcessing) -> int:
+    pinpoints = [list(pinpoint) for pinpoint in processing.grid_pinpoints]
+    processor = SimpleNamespace(
+        image_processor=SimpleNamespace(image_grid_pinpoints=pinpoints),
+        patch_size=processing.patch_size,
+        num_additional_image_tokens=1,
+    )
+    processor._get_unpadded_features = partial(LlavaNextProcessor._get_unpadded_features, processor)
+    side = processing.tile_size
+    return LlavaNextProcessor._get_number_of_features(processor, height, width, side, side) - 1
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_pixels_equal_the_processor_that_hugging_face_uses_by_default(name, size, tmp_path):
+    if name == "cropped from smaller" and max(size) > 20 * min(size):
+        pytest.skip("Hugging Face builds a huge picture")
+    reference = _hugging_face(CONFIGS[name], tmp_path)
+    assert reference.backend == "torchvision"
+    processing = ImageProcessing.from_preprocessor_config(CONFIGS[name], patch_size=14)
+    picture = _noise(*size)
+
+    ours = prepare(picture, processing).pixel_values
+    theirs = reference(picture, return_tensors="np")["pixel_values"]
+
+    theirs = theirs[0] if processing.kind == "anyres" else theirs
+    assert ours.shape == theirs.shape
+    by_pillow = processing.do_pad and max(size) ** 2 > MAX_EXACT_PIXELS
+    levels, expected = _levels(ours, processing), _levels(theirs, processing)
+    np.testing.assert_allclose(levels, expected, atol=1.01 if by_pillow else 0.01)
+
+
+def test_a_picture_larger_than_the_exact_limit_is_within_one_level(tmp_path):
+    picture = _noise(2300, 1800)
+    theirs = _hugging_face(CONFIGS["LLaVA-NeXT"], tmp_path)(picture, return_tensors="np")["pixel_values"][0]
+    ours = prepare(picture, NEXT).pixel_values
+    np.testing.assert_allclose(_levels(ours, NEXT), _levels(theirs, NEXT), atol=1.01)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "I;16", "L", "CMYK"])
+def test_pil_images_of_other_modes_equal_hugging_face(mode, tmp_path):
+    if mode == "I;16":
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 600, (90, 70), dtype=np.uint16))
+    else:
+        picture = (
+            _noise(70, 90, channels=4).convert(mode)
+            if mode in ("RGBA", "LA")
+            else _noise(70, 90).convert(mode)
+        )
+    theirs = _hugging_face(CONFIGS["LLaVA-1.5"], tmp_path)(picture, return_tensors="np")["pixel_values"]
+    ours = prepare(open_picture(picture), SINGLE).pixel_values
+    np.testing.assert_allclose(_levels(ours, SINGLE), _levels(theirs, SINGLE), atol=1.01)
+
+
+def test_a_picture_of_one_row_needs_no_huge_memory():
+    assert prepare(_noise(4000, 1), SINGLE).pixel_values.shape == (1, 3, 336, 336)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([SMALL, NEXT]))
+def test_the_gather_equals_hugging_face_pack_image_features(width, height, processing):
+    num_rows = num_tiles(width, height, processing) * processing.patches_per_tile + 1
+    features = torch.arange(num_rows, dtype=torch.float32)[:, None]
+    index = token_index(width, height, processing)
+    assert index.dtype == np.int32
+    packed = _reference_pack(width, height, processing, features)
+    np.testing.assert_array_equal(index, packed[:, 0].numpy().astype(int))
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (4000, 1), (1, 4000), (4000, 3), (7, 4000), (5000, 40), (672, 336), (1008, 336)], ids=str
+)
+def test_the_gather_equals_hugging_face_for_extreme_sizes(size):
+    num_rows = num_tiles(*size, NEXT) * NEXT.patches_per_tile + 1
+    packed = _reference_pack(*size, NEXT, torch.arange(num_rows, dtype=torch.float32)[:, None])
+    np.testing.assert_array_equal(token_index(*size, NEXT), packed[:, 0].numpy().astype(int))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([SMALL, NEXT]))
+def test_the_number_of_visual_tokens_equals_hugging_face_placeholders(width, height, processing):
+    assert num_visual_tokens(width, height, processing) == _reference_num_tokens(width, height, processing)
+    assert len(token_index(width, height, processing)) == num_visual_tokens(width, height, processing)
+
+
+def test_a_single_tile_uses_every_patch_once():
+    np.testing.assert_array_equal(token_index(640, 480, SINGLE), np.arange(576))
+
+
+def test_padding_tiles_moves_the_newline_and_adds_zeros():
+    plain, padded = prepare(_noise(30, 50), SMALL), prepare(_noise(30, 50), SMALL, pad_to_tiles=7)
+    newline, patches = plain.num_tiles * SMALL.patches_per_tile, SMALL.patches_per_tile
+    np.testing.assert_array_equal(
+        np.where(plain.token_index == newline, 7 * patches, plain.token_index), padded.token_index
+    )
+    np.testing.assert_array_equal(padded.pixel_values[: plain.num_tiles], plain.pixel_values)
+    assert not padded.pixel_values[plain.num_tiles :].any()
+    assert plain.num_visual_tokens == num_visual_tokens(30, 50, SMALL)
+
+
+@pytest.mark.parametrize("processing", [SMALL, SINGLE], ids=["anyres", "single"])
+def test_no_picture_size_exceeds_the_maxima_and_some_reach_them(processing):
+    sizes = [(width, height) for width in range(1, 130) for height in range(1, 130)]
+    assert max(num_visual_tokens(*size, processing) for size in sizes) == max_visual_tokens(processing)
+    assert max(num_tiles(*size, processing) for size in sizes) == max_tiles(processing)
+
+
+def test_llava_next_has_at_most_2928_visual_tokens_in_5_tiles():
+    assert (max_visual_tokens(NEXT), max_tiles(NEXT)) == (2928, 5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("size", [(90, 60), (60, 91), (200, 13)], ids=str)
+def test_boxes_lie_in_the_picture_and_newlines_have_none(name, size):
+    processing = ImageProcessing.from_preprocessor_config(CONFIGS[name], patch_size=14)
+    boxes = token_boxes(*size, processing)
+    index = token_index(*size, processing)
+    assert boxes.shape == (len(index), 4)
+    assert boxes.dtype == np.float32
+    newline = num_tiles(*size, processing) * processing.patches_per_tile
+    np.testing.assert_array_equal(np.isnan(boxes[:, 0]), index == newline)
+    real = boxes[index != newline]
+    assert (real[:, :2] <= real[:, 2:]).all()
+    assert (real >= 0).all()
+    assert (real[:, 2:] <= size).all()
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "LLaVA-1.5", "LLaVA-1.5 padded", "tiles resized again"])
+@pytest.mark.parametrize("size", [(500, 300), (300, 500)], ids=str)
+def test_a_box_shows_what_its_patch_sees(name, size):
+    """A horizontal and a vertical ramp: a patch's mean colour tells where in the picture it looks."""
+    processing = ImageProcessing.from_preprocessor_config(CONFIGS[name], patch_size=14)
+    x, y = np.meshgrid(np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5)
+    pixels = np.stack([x / size[0] * 255, y / size[1] * 255, np.full_like(x, 128)], axis=-1)
+    prepared = prepare(Image.fromarray(pixels.round().astype(np.uint8)), processing)
+
+    n, p = processing.patches_per_side, processing.patch_size
+    levels = _levels(prepared.pixel_values, processing).reshape(-1, 3, n, p, n, p).mean(axis=(3, 5))
+    seen = levels.transpose(0, 2, 3, 1).reshape(-1, 3)[
+        np.minimum(prepared.token_index, levels[:, 0].size - 1)
+    ]
+    boxes = token_boxes(*size, processing)
+    middle = (boxes[:, :2] + boxes[:, 2:]) / 2 / size * 255
+    inside = (
+        np.isfinite(boxes[:, 0])
+        & (boxes[:, :2] > 2).all(axis=1)
+        & (boxes[:, 2:] < np.array(size) - 2).all(axis=1)
+    )
+    assert inside.sum() > 0.5 * np.isfinite(boxes[:, 0]).sum() * (0.6 if "padded" in name else 1)
+    np.testing.assert_allclose(seen[inside][:, :2], middle[inside], atol=3)
+
+
+def test_constants_survive_json():
+    assert ImageProcessing.from_dict(json.loads(json.dumps(VALID))) == NEXT
+
+
+def test_an_unknown_key_is_refused():
+    with pytest.raises(ManifestError, match=r"got \['colour'\]"):
+        ImageProcessing.from_dict({**VALID, "colour": 1})
+
+
+def test_a_missing_key_is_refused():
+    with pytest.raises(ManifestError, match="patch_size"):
+        ImageProcessing.from_dict({key: value for key, value in VALID.items() if key != "patch_size"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "many"}, "kind: expected one of"),
+        ({"resample": "nearest"}, "resample: expected one of"),
+        ({"tile_size": 0}, "tile_size: expected a whole number >= 1, got 0"),
+        ({"patch_size": 1000}, "patch_size: expected <= tile_size 336, got 1000"),
+        ({"do_resize": 1}, "do_resize: expected true or false, got 1"),
+        ({"image_std": [0, 1, 1]}, "image_std: expected numbers > 0"),
+        ({"image_mean": [1, 2]}, "image_mean: expected three finite numbers"),
+        ({"rescale_factor": 0}, "rescale_factor: expected a number > 0, got 0"),
+        ({"grid_pinpoints": []}, "grid_pinpoints: expected some"),
+        ({"grid_pinpoints": [[336, 500]]}, r"multiples of tile_size 336, got \(336, 500\)"),
+        ({"do_pad": True}, "do_pad: expected false"),
+        ({"do_center_crop": False, "resize_size": 400}, "do_center_crop: expected true unless"),
+        ({"image_mean": 3}, "expected all required keys and types"),
+    ],
+)
+def test_values_that_break_a_rule_are_refused(change, message):
+    with pytest.raises(ManifestError, match=message):
+        ImageProcessing.from_dict({**VALID, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_processor_type": "SiglipImageProcessor"}, "got 'SiglipImageProcessor'"),
+        ({"size": {"height": 336, "width": 224}}, "size: expected a square or a shortest edge"),
+        ({"resample": 0}, "expected values that trio-edge can follow"),
+        ({"do_convert_rgb": False}, "do_convert_rgb: expected true, got false"),
+    ],
+)
+def test_preprocessor_configs_that_cannot_be_followed_are_refused(change, message):
+    with pytest.raises(CheckpointError, match=message):
+        ImageProcessing.from_preprocessor_config({**CONFIGS["LLaVA-1.5"], **change}, patch_size=14)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_loaded_processor_gives_the_same_constants_as_its_file(name, tmp_path):
+    loaded = _hugging_face(CONFIGS[name], tmp_path).to_dict()
+    from_file = ImageProcessing.from_preprocessor_config(CONFIGS[name], patch_size=14)
+    assert ImageProcessing.from_preprocessor_config(loaded, patch_size=14) == from_file
+
+
+def test_a_picture_that_is_not_rgb_is_refused():
+    with pytest.raises(ImageError, match="expected mode 'RGB', got 'L'; read it with open_picture"):
+        prepare(Image.new("L", (4, 4)), SINGLE)
+
+
+def test_a_picture_with_too_many_tiles_is_refused():
+    with pytest.raises(ImageError, match="expected at most 2 tiles"):
+        prepare(_noise(60, 60), SMALL, pad_to_tiles=2)
+
+
+def test_a_size_without_pixels_is_refused():
+    with pytest.raises(ImageError, match="expected at least 1x1 pixels, got 0x4"):
+        num_visual_tokens(0, 4, SINGLE)
