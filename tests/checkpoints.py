@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from trio_edge.runtime.chat import VICUNA_TEMPLATE
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -14,17 +16,40 @@ PINPOINTS = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "USER", ":", "ASSISTANT", *(f"w{i}" for i in range(92))]
 
 
-def make_tokenizer() -> Any:
+def make_tokenizer(vocab_size: int = len(WORDS)) -> Any:
     """Return a word-level tokenizer with a leading <s>, like Llama's."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words = WORDS + [f"w{i}" for i in range(len(WORDS) - 8, vocab_size - 8)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
         additional_special_tokens=["<image>"],
     )
+
+
+def write_processor(
+    folder: Path, *, family: Literal["llava", "llava_next"], tile_size: int, patch_size: int, vocab_size: int = len(WORDS)
+) -> None:
+    """Write tokenizer, image processor and chat template of a checkpoint."""
+    import transformers as hf
+
+    tiles: dict[str, Any] = {
+        "size": {"shortest_edge": tile_size}, "crop_size": {"height": tile_size, "width": tile_size}
+    }
+    shared: dict[str, Any] = {
+        "patch_size": patch_size, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1
+    }
+    tokenizer = make_tokenizer(vocab_size)
+    if family == "llava_next":
+        images = hf.LlavaNextImageProcessor(image_grid_pinpoints=PINPOINTS, **tiles)
+        processor = hf.LlavaNextProcessor(images, tokenizer, **shared)
+    else:
+        processor = hf.LlavaProcessor(hf.CLIPImageProcessor(**tiles), tokenizer, **shared)
+    processor.chat_template = VICUNA_TEMPLATE
+    processor.save_pretrained(folder)
 
 
 def save_checkpoint(
@@ -56,28 +81,21 @@ def save_checkpoint(
         num_key_value_heads=num_kv_heads, vocab_size=len(WORDS), max_position_embeddings=1024, initializer_range=0.2,
         bos_token_id=1, eos_token_id=2, tie_word_embeddings=tie, **({"sliding_window": None} if text == "mistral" else {}),
     )
-    tiles: dict[str, Any] = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
-    shared: dict[str, Any] = {
-        "patch_size": patch_size, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1
-    }
     if family == "llava_next":
         config = hf.LlavaNextConfig(
             vision_config=vision, text_config=decoder, image_grid_pinpoints=PINPOINTS, image_token_index=4,
             tie_word_embeddings=tie,
         )
         model = hf.LlavaNextForConditionalGeneration(config)
-        images = hf.LlavaNextImageProcessor(image_grid_pinpoints=PINPOINTS, **tiles)
-        processor = hf.LlavaNextProcessor(images, make_tokenizer(), **shared)
     else:
         config = hf.LlavaConfig(
             vision_config=vision, text_config=decoder, image_token_index=4, tie_word_embeddings=tie
         )
         model = hf.LlavaForConditionalGeneration(config)
-        processor = hf.LlavaProcessor(hf.CLIPImageProcessor(**tiles), make_tokenizer(), **shared)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:  # ones would hide a forgotten norm weight
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    write_processor(folder, family=family, tile_size=24, patch_size=patch_size)
     return folder

@@ -30,6 +30,15 @@ class Original:
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         return cls(model, AutoProcessor.from_pretrained(folder))
 
+    def render(self, prompt: str, *, has_image: bool = True) -> str:
+        """Return the prompt text of one question, by the processor's own chat template."""
+        content: list[dict[str, str]] = [{"type": "image"}] if has_image else []
+        content.append({"type": "text", "text": prompt})
+        text: str = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        return text
+
     def generate(
         self, picture: Image.Image | None, text: str, *, num_tokens: int, pixel_values: NDArray[np.float32] | None = None
     ) -> tuple[list[int], NDArray[np.float32]]:
@@ -42,7 +51,7 @@ class Original:
             pixel_values: [B, 3, T, T] to use instead of the processor's own: torchvision and Pillow round
                 differently by up to one grey level, which has tests of its own.
         """
-        images = {} if picture is None else {"images": picture}
+        images: dict[str, Any] = {} if picture is None else {"images": picture}
         inputs = self.processor(text=text, return_tensors="pt", **images)
         if pixel_values is not None:
             inputs["pixel_values"] = torch.from_numpy(pixel_values).reshape(inputs["pixel_values"].shape)

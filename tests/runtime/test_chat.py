@@ -9,11 +9,11 @@ from trio_edge.runtime.errors import BundleError, ShapeError
 
 # llava-hf's own template of LLaVA-1.5, with the training tag that transformers adds to Jinja
 LLAVA_HF_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"  # noqa: E501
     "{# Render all images first #}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"  # noqa: E501
     "{% if message['role'] != 'assistant' %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"  # noqa: E501
     "{% endfor %}{% else %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
     "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
@@ -24,9 +24,9 @@ TEMPLATES = {
     "mistral": MISTRAL_TEMPLATE,
     "llava-hf": LLAVA_HF_TEMPLATE,
     "bos and json": "{{ bos_token }}{{ messages | tojson(indent=2) }}{{ tools is none }}",
-    "loop controls": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+    "loop controls": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",  # noqa: E501
     "trimmed blocks": "a\n  {% if true %}\n  b\n  {% endif %}\nc\n",
-    "namespace and dict": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+    "namespace and dict": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"  # noqa: E501
     "{{ ns.n }}{{ dict(a=1) }}{{ dict.fromkeys('ab') }}",
     "undefined variable": "{{ nothing }}{{ messages[9] }}",
 }
@@ -93,7 +93,7 @@ def test_an_image_in_the_history_is_not_added_again():
 
 
 def test_a_template_that_refuses_the_messages_is_the_users_error():
-    with pytest.raises(ShapeError, match="refused by the chat template: .*roles must alternate"):
+    with pytest.raises(ShapeError, match=r"refused by the chat template: .*roles must alternate"):
         render_chat([], template="{{ raise_exception('roles must\nalternate') }}")
     with pytest.raises(ShapeError, match="got tool"):
         render_chat([{"role": "tool", "content": "x"}], template=VICUNA_TEMPLATE)

@@ -44,7 +44,7 @@ def test_keep_all_bundle_gives_the_tokens_of_hugging_face(pair: tuple[Original, 
     picture = random_picture(width, height, seed=case)
     pixels = prepare(picture, pipeline.processing).pixel_values
     tokens, logits = original.generate(
-        picture, f"USER: <image>\n{prompt} ASSISTANT:", num_tokens=NUM_STEPS, pixel_values=pixels
+        picture, original.render(prompt), num_tokens=NUM_STEPS, pixel_values=pixels
     )
     answer = pipeline.generate(picture, prompt, max_new_tokens=NUM_STEPS)
     _ = answer.text

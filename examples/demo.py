@@ -1,0 +1,39 @@
+"""``make demo``: asks the packaged model about a real picture through an exported bundle, and draws the kept tokens.
+
+Everything after the export runs without torch: see ``trio_edge.runtime``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from trio_edge.runtime.cli_run import main as trio_run
+
+PICTURES = Path(__file__).parent / "pictures"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", required=True, help="bundle of the packaged model, from trio-export tiny")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the drawing")
+    parser.add_argument("--question", type=int, default=0, help="which question of examples/pictures/questions.json")
+    arguments = parser.parse_args()
+    entry = json.loads((PICTURES / "questions.json").read_text(encoding="utf-8"))[arguments.question]
+    picture = PICTURES / entry["file"]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    drawing = arguments.out / "kept.png"
+    print(f"picture:  {picture.name}")
+    print(f"question: {entry['question']}  (expected: {entry['answer']})")
+    print("answer:   ", end="", flush=True)
+    code = trio_run(
+        [arguments.bundle, "--image", str(picture), "--prompt", entry["question"], "--show-kept", str(drawing)]
+    )
+    if code == 0:
+        print(f"kept tokens drawn in {drawing}")
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,80 @@
+"""The exported graphs on ONNX Runtime reproduce the reference implementation, stage by stage and token by token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from tests.bundles import export
+from tests.goldens import GOLDEN_NAMES, Golden, load_golden, needs_goldens, save_golden_checkpoint
+from tests.tolerances import LOGITS_FLOAT32, SALIENCY_FLOAT32
+from trio_edge.runtime.backend import make_backend
+from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.decoder import Decoder, PrefillResult
+from trio_edge.runtime.schedule import Schedule, Stage
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+pytestmark = needs_goldens
+
+
+class Run:
+    """A golden's prompt through the exported graphs: prefill and six decode steps with the golden's tokens."""
+
+    def __init__(self, golden: Golden, decoder: Decoder, *, max_visual: int, bucket: int) -> None:
+        embeds = golden.arrays["inputs_embeds"]
+        padded = np.zeros((1, max_visual + bucket, embeds.shape[1]), np.float32)
+        padded[0, : len(embeds)] = embeds
+        self.golden = golden
+        self.prefill: PrefillResult = decoder.prefill(
+            padded, visual_start=golden.settings["visual_start"], num_visual=golden.settings["visual_tokens"],
+            length=len(embeds),
+        )
+        table = golden.weights["model.embed_tokens.weight"].numpy()
+        steps = [decoder.decode(table[token][None, None]) for token in golden.arrays["tokens"]]
+        self.logits: NDArray[np.float32] = np.stack([self.prefill.logits, *steps])
+        self.kv_lengths = [cache.length for cache in decoder.caches]
+
+
+@pytest.fixture(scope="module", params=GOLDEN_NAMES)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    golden, folder = load_golden(request.param), tmp_path_factory.mktemp(request.param)
+    settings = golden.settings
+    schedule = Schedule(
+        stages=tuple(Stage(layer=at, keep=keep) for at, keep in zip(settings["stage_layers"], settings["stage_keep"])),
+        num_probe_rows=settings["probe_positions"], nms_threshold=settings["nms_threshold"],
+    )
+    bundle = open_bundle(export(save_golden_checkpoint(golden, folder / "ck"), folder / "bundle", schedule=schedule))
+    backend = make_backend()
+    decoder = Decoder(bundle.manifest, lambda spec: backend.load(bundle.folder, spec))
+    return Run(golden, decoder, max_visual=bundle.manifest.max_visual, bucket=bundle.manifest.text_buckets[0])
+
+
+def test_kept_tokens_are_equal_at_every_stage(run: Run) -> None:
+    original = np.arange(run.golden.settings["visual_tokens"])
+    for stage in range(run.golden.num_stages):
+        original = original[run.golden.arrays[f"stage{stage}_kept"]]
+        np.testing.assert_array_equal(run.prefill.kept[stage], original)
+
+
+def test_scores_are_equal_at_every_stage(run: Run) -> None:
+    for stage in range(run.golden.num_stages):
+        np.testing.assert_allclose(
+            run.prefill.scores[stage], run.golden.arrays[f"stage{stage}_scores"], **SALIENCY_FLOAT32
+        )
+
+
+def test_logits_of_prefill_and_decode_are_equal(run: Run) -> None:
+    np.testing.assert_allclose(run.logits, run.golden.arrays["logits"], **LOGITS_FLOAT32)
+
+
+def test_no_stage_needed_repair(run: Run) -> None:
+    assert run.prefill.num_repaired == 0
+
+
+def test_kv_caches_hold_as_many_rows_as_the_reference(run: Run) -> None:
+    starts = [0, *run.golden.settings["stage_layers"]]
+    layers = run.golden.arrays["kv_len"]
+    assert run.kv_lengths == [int(layers[start]) for start in starts]
