@@ -40,9 +40,8 @@ def test_a_crop_is_the_middle_of_the_whole():
 
 
 def test_a_crop_of_a_huge_enlargement_needs_no_huge_memory():
-    assert resize(_picture(4000, 1), (336, 1_344_000), resample="bicubic", crop=(0, 671_832, 336, 336)).shape == (
-        336, 336, 3,
-    )  # fmt: skip
+    crop = (0, 671_832, 336, 336)
+    assert resize(_picture(4000, 1), (336, 1_344_000), resample="bicubic", crop=crop).shape == (336, 336, 3)
 
 
 @pytest.mark.parametrize("crop", [None, (5, 10, 20, 30)], ids=["whole", "crop"])
