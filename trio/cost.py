@@ -1,141 +1,261 @@
-"""Counts the FLOPs and KV bytes of an answer's prefill, with and without reduction. Needs no torch.
+"""What a prefill costs with and without token reduction: FLOPs and KV bytes, counted from shapes.
 
-One multiply-add is two FLOPs. Counted are the matrix products of every decoder layer (q, k, v, o, the three MLP
-matrices) and its attention, the vision tower and projector, the head on one row, the probe and the NMS. Norms,
-softmax, RoPE and activations are left out: they are below 1 % and memory-bound.
+A multiplication and an addition are two FLOPs; only matrix products and the pairwise work of the NMS count, element-wise work does
+not. ``S`` is the rows of a layer, text and visual.
 
-Attention is counted in full (4 S² H E): an exported graph masks with a softmax and computes the upper half as well.
+    decoder layer   2 S (D H E + 2 D G E + H E D + 3 D I) + 4 S² H E
+    vision tower    per tile of P patches: L (2 P (4 D² + 2 D I) + 4 P² D)
+    projector       2 N (D_vision D + D D)
+    head            2 D V for the one row that is answered
+    KV cache        2 G E bytes_per_element per layer and row
+
+Attention counts the full S², not its causal half: that is what a padded graph and most kernels of this size compute, and what
+the paper counts. Letters as in ``saliency``; I intermediate size, L layers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from trio_edge.runtime.schedule import Schedule
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecoderShape:
-    """Sizes of a decoder."""
-
-    num_layers: int
-    hidden: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    intermediate: int
-    vocab: int
-
-    @property
-    def query_size(self) -> int:
-        """H E."""
-        return self.num_heads * self.head_size
-
-    @property
-    def kv_size(self) -> int:
-        """G E."""
-        return self.num_kv_heads * self.head_size
-
-    @property
-    def layer_weights(self) -> int:
-        """Weights of the seven matrices of one layer."""
-        attention = self.hidden * (2 * self.query_size + 2 * self.kv_size)
-        return attention + 3 * self.hidden * self.intermediate
+SaliencyForm = Literal["direct", "key_gram", "key_value_gram"]
+SALIENCY_FORMS: tuple[SaliencyForm, ...] = ("direct", "key_gram", "key_value_gram")
+_MIRROR_SHARE = {
+    True: 5 / 8,
+    False: 1.0,
+}  # of the similarity matrix that ``nms`` computes, from 1024 tokens on
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class VisionShape:
-    """Sizes of a CLIP tower and its projector."""
+    """Sizes of a vision tower and its projector."""
 
     num_layers: int
-    """Layers that run."""
-    hidden: int
-    intermediate: int
-    patch_size: int
-    rows: int
-    """Patches of a tile and the CLS row."""
-    features: int
-    """Width of what enters the projector."""
+    """Layers that run: the feature layer's and those before."""
+    hidden_size: int
+    intermediate_size: int
+    patches_per_tile: int
+    """With the class token."""
+    num_tiles: int
 
 
-def layer_flops(shape: DecoderShape, *, num_tokens: int) -> int:
-    """Return FLOPs of one decoder layer on S tokens: 2 S (weights) + 4 S² H E."""
-    return 2 * num_tokens * shape.layer_weights + 4 * num_tokens**2 * shape.query_size
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes of a vision-language model, as far as they decide its cost."""
+
+    num_layers: int
+    hidden_size: int
+    """D."""
+    num_heads: int
+    """H."""
+    num_kv_heads: int
+    """G."""
+    head_size: int
+    """E."""
+    intermediate_size: int
+    """I."""
+    vocab_size: int
+    """V."""
+    vision: VisionShape | None = None
+    bytes_per_element: int = 2
+    """Of the KV cache."""
 
 
-def head_flops(shape: DecoderShape, *, num_rows: int = 1) -> int:
-    """Return FLOPs of lm_head on some rows: 2 R D V."""
-    return 2 * num_rows * shape.hidden * shape.vocab
+LLAVA_NEXT_7B = ModelShape(
+    num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=32, head_size=128, intermediate_size=11008,
+    vocab_size=32064,
+    vision=VisionShape(
+        num_layers=23, hidden_size=1024, intermediate_size=4096, patches_per_tile=577, num_tiles=5
+    ),
+)  # fmt: skip
+"""CLIP ViT-L/14-336 up to its second-to-last layer on five tiles, and Vicuna-7B."""
 
 
-def vision_flops(shape: VisionShape, decoder: DecoderShape, *, num_tiles: int) -> int:
-    """Return FLOPs of tower and projector on B tiles.
+@dataclass(frozen=True, kw_only=True)
+class ReductionCost:
+    """One prefill with a schedule, beside the same prefill with every token."""
 
-    Per tile: patches 2 P F (3 p²); per layer 2 F-wide products (4 F² + 2 F I) on all rows and 4 rows² F of attention;
-    projector 2 P (F' D + D²).
-    """
-    rows, hidden, patches = shape.rows, shape.hidden, shape.rows - 1
-    embed = 2 * patches * hidden * 3 * shape.patch_size**2
-    layer = 2 * rows * (4 * hidden**2 + 2 * hidden * shape.intermediate) + 4 * rows**2 * hidden
-    project = 2 * patches * (shape.features * decoder.hidden + decoder.hidden**2)
-    return num_tiles * (embed + shape.num_layers * layer + project)
+    full_flops: float
+    """Vision, decoder and head with every visual token."""
+    decoder_flops: float
+    """Decoder layers and head under the schedule."""
+    vision_flops: float
+    """Vision tower and projector, the same with and without reduction."""
+    select_flops: float
+    """Probes and NMS of all stages."""
+    full_kv_bytes: int
+    kv_bytes: int
 
+    @property
+    def reduced_flops(self) -> float:
+        """FLOPs of the whole prefill under the schedule."""
+        return self.vision_flops + self.decoder_flops + self.select_flops
 
-def probe_flops(shape: DecoderShape, *, num_tokens: int, num_visual: int, num_rows: int) -> int:
-    """Return FLOPs of the closed-form saliency, in its cheaper form.
+    @property
+    def flops_ratio(self) -> float:
+        """How many times fewer FLOPs the schedule takes."""
+        return self.full_flops / self.reduced_flops
 
-    All S rows: keys 2 S D GE; probe attention 2 HR S E and the mix of normed rows 2 HR S D. R rows, forward and back:
-    4 R (layer without k) + 4 R D V. N visual rows: da 2 HR N D, dk 2 HR N E, and the norm, either direct
-    2 N (GE D + HR D) or by the Gram matrix 2 N (2 GE)² + 2 HR N E.
-    """
-    heads_rows = shape.num_heads * num_rows
-    keys = 2 * num_tokens * shape.hidden * shape.kv_size
-    attention = 2 * heads_rows * num_tokens * (shape.head_size + shape.hidden)
-    rows = 4 * num_rows * (shape.layer_weights + shape.hidden * shape.vocab)
-    back = 2 * heads_rows * num_visual * (shape.hidden + shape.head_size)
-    direct = 2 * num_visual * (shape.kv_size * shape.hidden + heads_rows * shape.hidden)
-    gram = 2 * num_visual * (2 * shape.kv_size) ** 2 + 2 * heads_rows * num_visual * shape.head_size
-    return keys + attention + rows + back + min(direct, gram)
+    @property
+    def decoder_flops_ratio(self) -> float:
+        """``flops_ratio`` of the decoder alone, its stages included, without the vision tower."""
+        return (self.full_flops - self.vision_flops) / (self.decoder_flops + self.select_flops)
 
+    @property
+    def kv_ratio(self) -> float:
+        """How many times fewer bytes of KV cache the schedule leaves after prefill."""
+        return self.full_kv_bytes / self.kv_bytes
 
-def reference_probe_flops(shape: DecoderShape, *, num_tokens: int) -> int:
-    """Return FLOPs of the paper's code: the layer and the head on all S rows, forward, and back for the input.
-
-    Backward for the activations costs as much as forward (no weight gradients); attention's backward costs twice.
-    """
-    forward = layer_flops(shape, num_tokens=num_tokens) + head_flops(shape, num_rows=num_tokens)
-    return 2 * forward + 4 * num_tokens**2 * shape.query_size
-
-
-def nms_flops(shape: DecoderShape, *, num_visual: int, num_rounds: int) -> int:
-    """Return FLOPs of the similarities, 2 N² D, and of the rounds, 2 N² each."""
-    return 2 * num_visual**2 * (shape.hidden + num_rounds)
+    @property
+    def select_share(self) -> float:
+        """Share of the stages in the reduced prefill."""
+        return self.select_flops / self.reduced_flops
 
 
-def select_flops(shape: DecoderShape, schedule: Schedule, *, num_visual: int, num_text: int) -> int:
-    """Return FLOPs of all stages' probes and NMS."""
-    total = 0
-    tokens = schedule.tokens_per_layer(num_layers=shape.num_layers, num_visual=num_visual)
+def reduction_cost(shape: ModelShape, schedule: Schedule, *, num_visual: int, num_text: int) -> ReductionCost:
+    """Return the cost of one prefill of ``num_visual`` visual and ``num_text`` text tokens, full and reduced."""
+    kept = schedule.tokens_per_layer(num_layers=shape.num_layers, num_visual=num_visual)
+    rows = [count + num_text for count in kept]
+    vision = vision_flops(shape, num_visual=num_visual)
+    select = 0.0
     for stage in schedule.stages:
-        entering = tokens[stage.layer - 1]
-        total += probe_flops(
-            shape, num_tokens=entering + num_text, num_visual=entering, num_rows=schedule.num_probe_rows
+        entering = kept[stage.layer - 1]
+        select += nms_flops(entering, hidden_size=shape.hidden_size, rounds=schedule.nms_rounds)
+        select += probe_flops(
+            shape, num_rows=entering + num_text, num_visual=entering, num_probe_rows=schedule.num_probe_rows
         )
-        total += nms_flops(shape, num_visual=entering, num_rounds=schedule.nms_rounds)
-    return total
+    row_bytes = 2 * shape.num_kv_heads * shape.head_size * shape.bytes_per_element
+    return ReductionCost(
+        full_flops=vision
+        + shape.num_layers * decoder_layer_flops(shape, num_rows=num_visual + num_text)
+        + head_flops(shape),
+        decoder_flops=sum(decoder_layer_flops(shape, num_rows=count) for count in rows) + head_flops(shape),
+        vision_flops=vision,
+        select_flops=select,
+        full_kv_bytes=row_bytes * shape.num_layers * (num_visual + num_text),
+        kv_bytes=row_bytes * sum(rows),
+    )
 
 
-def decoder_flops(shape: DecoderShape, schedule: Schedule, *, num_visual: int, num_text: int) -> int:
-    """Return FLOPs of all decoder layers under a schedule, without selection."""
-    tokens = schedule.tokens_per_layer(num_layers=shape.num_layers, num_visual=num_visual)
-    return sum(layer_flops(shape, num_tokens=count + num_text) for count in tokens)
+def decoder_layer_flops(shape: ModelShape, *, num_rows: int) -> float:
+    """Return ``2 S weights + 4 S² H E``."""
+    attention = 4 * num_rows**2 * shape.num_heads * shape.head_size
+    return 2.0 * num_rows * _layer_weights(shape) + attention
 
 
-def kv_bytes(
-    shape: DecoderShape, schedule: Schedule, *, num_visual: int, num_text: int, element_bytes: int
-) -> int:
-    """Return bytes of the KV rows after a prefill: sum over layers of 2 S GE elements."""
-    tokens = schedule.tokens_per_layer(num_layers=shape.num_layers, num_visual=num_visual)
-    return sum(2 * (count + num_text) * shape.kv_size * element_bytes for count in tokens)
+def vision_flops(shape: ModelShape, *, num_visual: int) -> float:
+    """Return the vision tower's and the two-layer projector's FLOPs; 0 without a vision shape."""
+    vision = shape.vision
+    if vision is None:
+        return 0.0
+    tokens, width = vision.patches_per_tile, vision.hidden_size
+    layer = 2 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * tokens**2 * width
+    tower = vision.num_tiles * vision.num_layers * layer
+    return tower + 2.0 * num_visual * (width * shape.hidden_size + shape.hidden_size**2)
+
+
+def head_flops(shape: ModelShape, *, num_rows: int = 1) -> float:
+    """Return ``2 rows D V``."""
+    return 2.0 * num_rows * shape.hidden_size * shape.vocab_size
+
+
+def probe_flops(
+    shape: ModelShape,
+    *,
+    num_rows: int,
+    num_visual: int,
+    num_probe_rows: int = 4,
+    form: SaliencyForm | None = None,
+) -> float:
+    """Return the FLOPs of one closed-form probe: saliency of ``num_visual`` of ``num_rows`` rows.
+
+    The R probe rows pass queries, output projection, MLP and head forwards and backwards, ``4 R weights``; the rest is
+    ``saliency_flops`` of the form, the cheapest one by default.
+    """
+    sizes = {
+        "num_rows": num_rows, "num_visual": num_visual, "hidden_size": shape.hidden_size, "num_heads": shape.num_heads,
+        "num_kv_heads": shape.num_kv_heads, "head_size": shape.head_size, "num_probe_rows": num_probe_rows,
+    }  # fmt: skip
+    weights = shape.hidden_size * (2 * shape.num_heads * shape.head_size + 3 * shape.intermediate_size)
+    head = 2 * head_flops(shape, num_rows=num_probe_rows)
+    return 4.0 * num_probe_rows * weights + head + saliency_flops(form or cheapest_form(**sizes), **sizes)
+
+
+def saliency_flops(
+    form: SaliencyForm,
+    *,
+    num_rows: int,
+    num_visual: int,
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    num_probe_rows: int,
+) -> float:
+    """Return the FLOPs of everything in the closed form that grows with S, by form.
+
+    With P = R H and K = G E:
+
+        all             2 S D K  keys,  4 P E S  scores and dk,  2 P S D  Σ a h,  4 P E D  p and W_v Σ a h
+        direct          + 2 N P D  da,   2 N D (K + P)  u
+        key_gram        + 2 N P D  da,   2 P D (K + P)  the small Gram matrices,  2 N (K² + P K + P²)
+        key_value_gram  + 2 N D K  V,    4 N P E  da and dv,  2 N (2K)²
+    """
+    S, N, D, P = num_rows, num_visual, hidden_size, num_probe_rows * num_heads
+    K = num_kv_heads * head_size
+    common = 2 * S * D * K + 4 * P * head_size * S + 2 * P * S * D + 4 * P * head_size * D
+    if form == "direct":
+        return float(common + 2 * N * P * D + 2 * N * D * (K + P))
+    if form == "key_gram":
+        return float(common + 2 * N * P * D + 2 * P * D * (K + P) + 2 * N * (K * K + P * K + P * P))
+    return float(common + 2 * N * D * K + 4 * N * P * head_size + 8 * N * K * K)
+
+
+def cheapest_form(
+    *,
+    num_rows: int,
+    num_visual: int,
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    num_probe_rows: int,
+) -> SaliencyForm:
+    """Return the form with the fewest FLOPs; of equals the one without a Gram matrix."""
+
+    def flops(form: SaliencyForm) -> float:
+        return saliency_flops(
+            form, num_rows=num_rows, num_visual=num_visual, hidden_size=hidden_size, num_heads=num_heads,
+            num_kv_heads=num_kv_heads, head_size=head_size, num_probe_rows=num_probe_rows,
+        )  # fmt: skip
+
+    return min(SALIENCY_FORMS, key=flops)
+
+
+def nms_flops(num_visual: int, *, hidden_size: int, rounds: int = 16) -> float:
+    """Return ``2 N² D`` for the similarities (5/8 of it from 1024 tokens on), and 2 N² for every round."""
+    similarity = 2 * num_visual**2 * hidden_size * _MIRROR_SHARE[num_visual >= 1024]
+    return similarity + 2.0 * rounds * num_visual**2
+
+
+def reference_probe_flops(shape: ModelShape, *, num_rows: int) -> float:
+    """Return the reference's probe: the layer and the whole head over all rows, forwards and backwards.
+
+    Only the input's gradient is counted (the weights of a frozen model get none), so backwards costs what forwards
+    costs for the weights, and twice that for the attention, where both factors of each product depend on the input.
+    """
+    attention = 4 * num_rows**2 * shape.num_heads * shape.head_size
+    return 4.0 * num_rows * _layer_weights(shape) + 3.0 * attention + 2 * head_flops(shape, num_rows=num_rows)
+
+
+def reference_nms_flops(num_visual: int, *, num_keep: int, hidden_size: int) -> float:
+    """Return the greedy host loop's: similarity of at most K kept tokens to all, ``2 K N D``."""
+    return 2.0 * num_keep * num_visual * hidden_size
+
+
+def _layer_weights(shape: ModelShape) -> int:
+    queries, keys = shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size
+    return shape.hidden_size * (2 * queries + 2 * keys + 3 * shape.intermediate_size)

@@ -1,75 +1,129 @@
-"""Feature-space NMS with a fixed number of parallel rounds: shapes never depend on the data.
+"""Feature-space non-maximum suppression with a fixed shape: which K of N visual tokens stay.
 
-Greedy NMS takes tokens by descending saliency and suppresses what is similar to a taken one. The same set is the fixed
-point of ``keep_i <- no kept j before i is similar to i``; after t rounds every token whose chain of dependencies is
-shorter than t is final (Cluster-NMS). The graph also says how many tokens the last round still changed.
+Greedy suppression in descending score is the fixed point of
+
+    keep_i <- not any_j (keep_j and A[j, i]),   A[j, i] = 1 if j comes before i and cos(x_j, x_i) >= τ
+
+(Cluster-NMS, arXiv 2005.03572). A token is final once every token it depends on is; a chain of t dependencies needs t
+rounds, and one more to see that nothing changes. The number of rounds is fixed here, so the graph has no loop, no
+data-dependent shape and no host round trip; ``unsettled`` says whether the rounds were enough.
+
+Cost: N^2 D for the similarities (half of the matrix is computed, the rest is its mirror image) and 2 N^2 a round.
+Letters: N visual tokens (padded), K kept, D hidden size.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int, Int32, Int64
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from trio_edge.runtime.errors import ScheduleError
+
+_MIRROR_BLOCKS = 4
+_MIRROR_MIN_TOKENS = 1024
 
 
 class FeatureNms(nn.Module):
-    """Selects K of N tokens: salient ones that are unlike each other first, then the most salient of the others."""
+    """Greedy suppression of similar tokens, in parallel; no parameters."""
 
     def __init__(self, *, num_keep: int, threshold: float, rounds: int) -> None:
-        """Fix the shapes.
+        """Fix the shape of the selection.
 
         Args:
-            num_keep: K, at most N.
+            num_keep: K, tokens to keep; at most N of the later call, and at most 3840 for TensorRT's TopK.
             threshold: τ; a cosine similarity at or above it suppresses.
-            rounds: Parallel rounds.
+            rounds: Iterations of the fixed point.
+
+        Raises:
+            ScheduleError: If a value is out of range.
         """
         super().__init__()
-        self.num_keep, self.threshold, self.rounds = num_keep, threshold, rounds
+        if num_keep < 1:
+            raise ScheduleError(f"num_keep: expected >= 1, got {num_keep}; keep at least one token")
+        if not 0.0 < threshold <= 1.0:
+            raise ScheduleError(f"nms_threshold: expected 0 < τ <= 1, got {threshold}; the paper uses 0.8")
+        if rounds < 1:
+            raise ScheduleError(f"nms_rounds: expected >= 1, got {rounds}; 16 settles common pictures")
+        self.num_keep = num_keep
+        self.threshold = threshold
+        self.rounds = rounds
 
     def forward(
-        self, features_ND: Float[Tensor, "N D"], scores_N: Float[Tensor, " N"], num_visual: Int[Tensor, "..."]
-    ) -> tuple[Int64[Tensor, " K"], Int32[Tensor, " 1"]]:
-        """Return the kept indices in ascending order and the number of unsettled tokens.
+        self, features_ND: Float[Tensor, "N D"], scores_N: Float[Tensor, "N"], num_visual: Int[Tensor, "*one"]
+    ) -> tuple[Int[Tensor, "K"], Int[Tensor, "1"]]:
+        """Return the kept tokens in raster order, and how many tokens the last round still changed.
 
-        Ties go to the lower index. Rows from ``num_visual`` on are padding: they suppress nothing and come last, so of
-        the result exactly the first min(K, num_visual) entries are real.
+        Survivors come first, in descending score; if fewer than K survive, the best suppressed ones follow. Of equal
+        scores the lower index comes first. Padding neither suppresses nor is suppressed and ranks after every real
+        token: with fewer than K real tokens the result is 0..num_visual-1 and then padding.
 
         Args:
-            features_ND: Hidden states of the tokens.
-            scores_N: Saliency.
-            num_visual: Real tokens.
+            features_ND: Rows to compare, any float type; compared in float32. A zero row is similar to nothing.
+            scores_N: Saliency, higher is better. Its values at padding are not read.
+            num_visual: Real tokens, 0-d or [1]; the rows from there on are padding.
 
-        Source:
-            arXiv 2602.04657; greedy order and top-up as in the reference code, ties left open there.
+        Returns:
+            Kept indices into the N axis, int64, strictly increasing; and the number of tokens that changed in the last
+            round, int32: 0 means that the result equals the greedy one.
+
+        Raises:
+            ScheduleError: If N < K.
         """
         N = features_ND.shape[0]
-        index_N = torch.arange(N)
-        real_N = index_N < num_visual.reshape(1).long()
+        if self.num_keep > N:
+            raise ScheduleError(
+                f"num_keep: expected <= {N} (all tokens of the span), got {self.num_keep}; keep fewer"
+            )
+        index_N = torch.arange(N, device=features_ND.device)
+        real_N = index_N < num_visual.reshape(1)
         scores_N = torch.where(real_N, scores_N, torch.finfo(scores_N.dtype).min)
-        # before[j, i]: token j comes before token i in saliency order
-        before_NN = scores_N[:, None] > scores_N[None, :]
-        before_NN = before_NN | ((scores_N[:, None] == scores_N[None, :]) & (index_N[:, None] < index_N[None, :]))
-        similar_NN = self._similar(features_ND) & real_N[:, None] & real_N[None, :]
-        suppresses_NN = (before_NN & similar_NN).to(torch.float32)
+        before_NN = (scores_N[:, None] > scores_N[None, :]) | (
+            (scores_N[:, None] == scores_N[None, :]) & (index_N[:, None] < index_N[None, :])
+        )
+        rank_N = before_NN.to(torch.float32).sum(0)
+        # Only "is it zero" is asked of the counts, so half precision is exact and halves the traffic of every round.
+        dtype = features_ND.dtype if features_ND.dtype.itemsize == 2 else torch.float32
+        adjacency_NN = (before_NN & self._similar(features_ND, real_N)).to(dtype)
+        kept_N, unsettled = self._fixed_point(adjacency_NN)
+        order_N = rank_N + N * (1.0 - kept_N.to(torch.float32)) + 2 * N * (1.0 - real_N.to(torch.float32))
+        chosen_K = torch.topk(order_N, self.num_keep, largest=False).indices
+        # Indices are exact in float32, the type that every TopK kernel has.
+        kept_K = torch.topk(chosen_K.to(torch.float32), self.num_keep, largest=False, sorted=True).values
+        return kept_K.to(torch.int64), unsettled
 
-        keep_N = torch.ones(N, dtype=torch.float32)
-        changed = torch.zeros(1, dtype=torch.float32)
+    def _similar(self, features_ND: Tensor, real_N: Tensor) -> Bool[Tensor, "N N"]:
+        features_ND = features_ND.to(torch.float32)
+        square_N1 = (features_ND * features_ND).sum(-1, keepdim=True)
+        usable_N1 = real_N[:, None] & (square_N1 > 0)
+        unit_ND = torch.where(
+            usable_N1, features_ND * torch.rsqrt(torch.where(usable_N1, square_N1, 1.0)), 0.0
+        )
+        return _symmetric_product(unit_ND) >= self.threshold
+
+    def _fixed_point(self, adjacency_NN: Tensor) -> tuple[Bool[Tensor, "N"], Int[Tensor, "1"]]:
+        kept_N = torch.ones_like(adjacency_NN[0], dtype=torch.bool)
+        earlier_N = kept_N
         for _ in range(self.rounds):
-            hits_N = torch.matmul(keep_N[None], suppresses_NN)[0]
-            next_N = (hits_N < 0.5).to(torch.float32)
-            changed = (next_N - keep_N).abs().sum()
-            keep_N = next_N
+            earlier_N = kept_N
+            kept_N = torch.matmul(earlier_N.to(adjacency_NN.dtype)[None, :], adjacency_NN)[0] == 0
+        return kept_N, (kept_N ^ earlier_N).to(torch.int32).sum(0, keepdim=True, dtype=torch.int32)
 
-        # survivors in saliency order, then the suppressed ones in saliency order
-        rank_N = before_NN.to(torch.float32).sum(dim=0) + N * (1.0 - keep_N)
-        taken = (-rank_N).topk(self.num_keep).indices
-        is_taken_N = (taken[:, None] == index_N[None, :]).any(dim=0)
-        kept_K = torch.where(is_taken_N, (N - index_N).to(torch.float32), 0.0).topk(self.num_keep).indices
-        return kept_K, changed.reshape(1).to(torch.int32)
 
-    def _similar(self, features_ND: Tensor) -> Tensor:
-        values = features_ND.to(torch.float32)
-        # scaled by the largest entry first, so that squares neither overflow nor vanish
-        values = values / values.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        unit = values / values.square().sum(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
-        return torch.matmul(unit, unit.T) >= self.threshold
+def num_mirror_blocks(num_tokens: int) -> int:
+    """Return into how many row blocks the similarity matrix is cut; b blocks compute (b + 1) / 2b of it."""
+    return _MIRROR_BLOCKS if num_tokens >= _MIRROR_MIN_TOKENS else 1
+
+
+def _symmetric_product(unit_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N N"]:
+    """Return X Xᵀ from its upper block triangle; the mirrored half is exactly equal."""
+    blocks = num_mirror_blocks(unit_ND.shape[0])
+    if blocks == 1:
+        return unit_ND @ unit_ND.T
+    bounds = [unit_ND.shape[0] * block // blocks for block in range(blocks + 1)]
+    upper = [unit_ND[low:high] @ unit_ND[low:].T for low, high in zip(bounds, bounds[1:])]
+    rows = []
+    for block, (low, high) in enumerate(zip(bounds, bounds[1:])):
+        left = [upper[k][:, low - bounds[k] : high - bounds[k]].T for k in range(block)]
+        rows.append(torch.cat([*left, upper[block]], dim=1))
+    return torch.cat(rows, dim=0)

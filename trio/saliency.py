@@ -1,57 +1,110 @@
-"""Saliency of visual tokens in closed form: the gradient of the probe's proxy loss without any backward pass.
+"""TRIO's saliency in closed form: how strongly each visual token moves the model's own answer, without autograd.
 
-One probe of decoder layer l runs for R rows only. Their loss reaches a visual token through the layer's keys and
-values alone, so its gradient norm follows from R rows of attention (``docs/how-it-works.md``). No row but the R probe
-rows goes through the MLP or the head, values are never projected for S rows, and nothing needs autograd.
+For hidden states x about to enter decoder layer l, the score of visual token i is ‖∂loss/∂x_i‖₂, where loss is the mean
+cross-entropy of R probe rows of ``lm_head(final_norm(layer(x)))`` against their own argmax. Only the probe rows carry loss and
+a visual token reaches them only through its key and its value, so
+
+    n_i = x_i / rms(x_i),  h_i = w ⊙ n_i                           input norm, with weight w
+    k_i = W_k h_i (+ bias),  s = q · RoPE(k_i) / √E,  a = softmax(s)   R queries per head
+    dy -> do                                                       backwards through R rows: head, norms, MLP, W_o
+    p[h, r] = W_v,hᵀ do[h, r]                                      the pull of one head and row on the normed input
+    da_i = p · h_i,  ds = a ⊙ (da − Σ a ⊙ da) / √E,  dk_i = RoPEᵀ(Σ_r ds q)
+    u_i = w ⊙ (W_kᵀ dk_i + Σ a p),  c_i = n_i · u_i = (W_k h_i) · dk_i + Σ a ⊙ da
+    ‖g_i‖² = r_i² (‖u_i‖² − 2 c_i²/D + c_i² ‖n_i‖²/D²)             r_i = 1/rms(x_i)
+
+V is never projected, c_i needs no D-sized product, and three forms of ‖u_i‖² are exact; ``cheapest_form`` counts them:
+
+    "direct"          u_i itself, D numbers per token                          multi-head attention
+    "key_gram"        keys by the constant Gram matrix W_k w² W_kᵀ, values by the small one of the vectors p
+    "key_value_gram"  keys and values by the constant Gram matrix, V projected: many probe rows, few key/value heads
+
+Precision. Row-wise arithmetic (norms, softmax, RoPE, all gradients) is float32, or float64 in a float64 model. Products with a
+weight run in the weight's own type and their result is cast: on the tensor cores where that is half precision, and because a
+float32 copy of half-precision weights (TensorRT would store one) costs more memory than the whole stage. Every gradient is scaled to
+unit length, row by row, before such a product and back after it, so nothing underflows and the scores carry no loss scale.
+
+Weights are used as they are, never folded or copied: the exporter maps every parameter to the checkpoint.
+Letters: S rows, N visual tokens (padded), D hidden, H query heads, G key/value heads, E head size, V vocabulary, R probe rows,
+P = H R pairs of head and probe row, ordered by key/value head.
+
+Source: arXiv 2602.04657, proxy saliency. The reference computes it by autograd over all rows and the whole head.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trio_edge.runtime.errors import CheckpointError
+from trio_edge.trio.cost import SaliencyForm, cheapest_form
 
-Form = Literal["direct", "gram"]
-PADDING_SCORE = -1.0
-"""Score of rows that hold no visual token: below every real one, which is a norm."""
-_MASKED = -1e30
+_SILU = {"SiLU", "SiLUActivation"}
 
 
-def key_value_gram(
-    key_weight: Shaped[Tensor, "GE D"], value_weight: Shaped[Tensor, "GE D"], norm_weight: Shaped[Tensor, " D"]
-) -> Float32[Tensor, "GE2 GE2"]:
-    """Return W diag(w²) Wᵀ with W = [W_k; W_v] and w the input norm's weight, float32.
+@dataclass(frozen=True, kw_only=True)
+class ProbeState:
+    """What the forward half of the probe leaves for the backward half.
 
-    With it the squared norm of Wᵀe costs (2GE)² instead of 2GE·D: cheaper for grouped-query layers.
+    The two halves are apart so that a graph of its own can hold the head between them.
     """
-    stacked = torch.cat([key_weight, value_weight]).double() * norm_weight.double()
-    return (stacked @ stacked.T).float()
+
+    output_RD: Tensor
+    """y, the layer's output on the probe rows."""
+    middle_RD: Tensor
+    """The residual stream after attention, on the probe rows."""
+    gate_RI: Tensor
+    up_RI: Tensor
+    query_GME: Tensor
+    """Rotated queries, by key/value head; M = H/G · R."""
+    attended_PD: Tensor
+    """Σ_i a h_i: the attention's mean of the normed inputs."""
+    attention_GMN: Tensor
+    """a at the visual tokens."""
+    normed_ND: Tensor
+    """h at the visual tokens, in the weights' type."""
+    key_NGE: Tensor
+    """W_k h at the visual tokens, without bias and rotation."""
+    inverse_rms_N1: Tensor
+    mean_square_N1: Tensor
+    """‖n_i‖²/D: 1 but for the norm's epsilon."""
+    cos_NE: Tensor
+    sin_NE: Tensor
 
 
-def form_flops(*, hidden: int, kv_size: int, num_rows_heads: int) -> dict[Form, int]:
-    """Return multiply-add FLOPs per visual token of each form's gradient norm.
+class ProbeHead(nn.Module):
+    """Gradient of the proxy loss with respect to the probed layer's output, on the probe rows."""
 
-    "direct": keys back through W_kᵀ and values as a mixture of R·H vectors. "gram": dv gathered per kv head, and eᵀ G e.
-    """
-    return {
-        "direct": 2 * kv_size * hidden + 2 * num_rows_heads * hidden,
-        "gram": 2 * (2 * kv_size) ** 2 + 2 * num_rows_heads * kv_size,
-    }
+    def __init__(self, final_norm: nn.Module, lm_head: nn.Module) -> None:
+        super().__init__()
+        self.final_norm = final_norm
+        self.lm_head = lm_head
+
+    def forward(self, output_RD: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
+        """Return ∂loss/∂y for the mean cross-entropy of all rows against their own argmax."""
+        weight = self.lm_head.weight
+        scaled_RD, inverse_rms_R1, _ = _normalize(output_RD, self.final_norm)
+        normed_RD = (scaled_RD * self.final_norm.weight.to(scaled_RD.dtype)).to(weight.dtype)
+        logits_RV = self.lm_head(normed_RD).to(output_RD.dtype)
+        probability_RV = torch.softmax(logits_RV, dim=-1)
+        best_R1 = logits_RV.argmax(dim=-1, keepdim=True)
+        is_best_RV = torch.arange(logits_RV.shape[-1], device=logits_RV.device)[None, :] == best_R1
+        # p - 1 cancels where the model is sure; the sum of the other probabilities does not.
+        others_RV = torch.where(is_best_RV, 0.0, probability_RV)
+        gradient_RV = (
+            torch.where(is_best_RV, -others_RV.sum(-1, keepdim=True), others_RV) / logits_RV.shape[0]
+        )
+        gradient_RD = _scaled_product(gradient_RV, weight)
+        return _normalize_backward(gradient_RD, scaled_RD, inverse_rms_R1, self.final_norm)
 
 
 class ProxySaliency(nn.Module):
-    """Gradient norm of the proxy loss with respect to every visual token entering a decoder layer.
-
-    Products over S rows run in the layer's own dtype, which is where tensor cores help; everything of the R probe rows
-    and the final sums run in float32.
-    """
-
-    key_value_gram: Tensor
+    """Scores of the visual tokens that are about to enter ``layer``; holds Hugging Face's own modules."""
 
     def __init__(
         self,
@@ -60,42 +113,59 @@ class ProxySaliency(nn.Module):
         lm_head: nn.Module,
         *,
         max_visual: int,
-        num_probe_rows: int,
-        last_probe_offset: int,
-        form: Literal["auto", "direct", "gram"] = "auto",
+        num_probe_rows: int = 4,
+        last_probe_offset: int = 2,
+        form: Literal["auto"] | SaliencyForm = "auto",
     ) -> None:
-        """Wrap a Hugging Face decoder layer (Llama, Mistral, Qwen2).
+        """Choose the cheapest exact form for the layer's shapes.
 
         Args:
-            layer: The layer that the probe runs; its parameters are used where they are.
-            final_norm: The model's final RMS norm.
-            lm_head: The model's head.
-            max_visual: N, rows of the visual span.
+            layer: A Llama, Mistral or Qwen2 decoder layer (q, k and v may have biases; the MLP is SwiGLU).
+            final_norm: The decoder's final RMS norm.
+            lm_head: The decoder's head, a linear layer.
+            max_visual: N, rows of the visual span with its padding.
             num_probe_rows: R.
             last_probe_offset: The last probe row is ``length - last_probe_offset``.
-            form: How the gradient norm is computed; "auto" takes the one with fewer FLOPs for these shapes.
+            form: "auto" counts FLOPs. The Gram forms hold a float32 buffer ``key_value_gram`` [2GE, 2GE]; under
+                FakeTensorMode or on the meta device it has no values, and the exporter fills it in the graph.
 
         Raises:
             CheckpointError: If the MLP's activation is not SiLU.
         """
         super().__init__()
-        self.layer, self.final_norm, self.lm_head = layer, final_norm, lm_head
-        self.max_visual, self.num_probe_rows, self.last_probe_offset = max_visual, num_probe_rows, last_probe_offset
-        attention: Any = layer.self_attn
-        self.head_size = int(attention.head_dim)
-        self.num_kv_heads = attention.k_proj.out_features // self.head_size
-        self.num_heads = attention.q_proj.out_features // self.head_size
-        self.scaling = float(attention.scaling)
         activation = type(layer.mlp.act_fn).__name__
-        if activation not in ("SiLUActivation", "SiLU"):
-            raise CheckpointError(f"probe layer: expected a SiLU MLP, got {activation}; this decoder cannot be probed")
-        hidden, kv_size = attention.k_proj.in_features, attention.k_proj.out_features
-        costs = form_flops(hidden=hidden, kv_size=kv_size, num_rows_heads=num_probe_rows * self.num_heads)
-        self.form: Form = min(costs, key=lambda name: costs[name]) if form == "auto" else form
-        if self.form == "gram":
-            gram = key_value_gram(
-                attention.k_proj.weight.detach(), attention.v_proj.weight.detach(), layer.input_layernorm.weight.detach()
+        if activation not in _SILU:
+            raise CheckpointError(
+                f"mlp.act_fn: expected SiLU, got {activation}; the saliency's derivative is written for SwiGLU decoders"
             )
+        attention: Any = layer.self_attn
+        self.layer = layer
+        self.head = ProbeHead(final_norm, lm_head)
+        self.max_visual = max_visual
+        self.num_probe_rows = num_probe_rows
+        self.last_probe_offset = last_probe_offset
+        self.head_size = int(attention.head_dim)
+        self.num_kv_heads = attention.k_proj.weight.shape[0] // self.head_size
+        self.num_heads = attention.q_proj.weight.shape[0] // self.head_size
+        self.sliding_window = _sliding_window(attention)
+        self.form: SaliencyForm = (
+            form
+            if form != "auto"
+            else cheapest_form(
+                num_rows=max_visual,
+                num_visual=max_visual,
+                hidden_size=attention.k_proj.weight.shape[1],
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_size=self.head_size,
+                num_probe_rows=num_probe_rows,
+            )
+        )
+        if self.form != "direct":
+            with torch.no_grad():
+                gram = key_value_gram(
+                    attention.k_proj.weight, attention.v_proj.weight, layer.input_layernorm.weight
+                )
             self.register_buffer("key_value_gram", gram)
 
     def forward(
@@ -103,183 +173,264 @@ class ProxySaliency(nn.Module):
         hidden_SD: Float[Tensor, "S D"],
         cos_SE: Float[Tensor, "S E"],
         sin_SE: Float[Tensor, "S E"],
-        visual_start: Int[Tensor, "..."],
-        num_visual: Int[Tensor, "..."],
-        length: Int[Tensor, "..."],
-    ) -> Float[Tensor, " N"]:
-        """Return the saliency of the N rows from ``visual_start`` on; rows without a token get ``PADDING_SCORE``.
+        visual_start: Int[Tensor, "*one"],
+        num_visual: Int[Tensor, "*one"],
+        length: Int[Tensor, "*one"],
+    ) -> Float[Tensor, "{self.max_visual}"]:
+        """Return the saliency of each row of the visual span, and -1 where there is no visual token.
+
+        Gradients flow through keys and values only, which is all there is as long as the probe rows lie behind the
+        visual span. A visual token that is itself a probe row (text after the image shorter than R + offset - 1) gets no
+        credit for its own residual path; autograd would give it one. A probe row before the first row of the prompt is
+        replaced by row 0.
 
         Args:
-            hidden_SD: Hidden states entering the layer, right-padded.
-            cos_SE: Rotary tables of the rows' positions (M-RoPE already merged).
-            sin_SE: Likewise.
-            visual_start: First visual row.
-            num_visual: Visual tokens, at most N.
-            length: Real rows. Probe rows before row 0 of a very short prompt repeat row 0.
+            hidden_SD: Hidden states about to enter the layer, right-padded.
+            cos_SE: Rotary table, already merged for M-RoPE.
+            sin_SE: Rotary table, already merged for M-RoPE.
+            visual_start: First row of the visual span, 0-d or [1].
+            num_visual: Visual tokens in the span, at most ``max_visual``; 0-d or [1].
+            length: Real rows; nothing behind them is read. 0-d or [1].
 
-        Source:
-            arXiv 2602.04657, proxy loss; closed form in ``docs/how-it-works.md``.
+        Returns:
+            Scores >= 0, float32 (float64 in a float64 model), without any scale; -1 at padding.
         """
-        S = hidden_SD.shape[0]
-        start, count = visual_start.reshape(1).long(), num_visual.reshape(1).long()
-        last = length.reshape(1).long() - self.last_probe_offset
-        row_R = (last + torch.arange(1 - self.num_probe_rows, 1)).clamp(min=0)
-        visual_N = (start + torch.arange(self.max_visual)).clamp(max=S - 1)
+        state = self.attend(hidden_SD, cos_SE, sin_SE, visual_start, length)
+        return self.scores(state, self.head(state.output_RD), num_visual)
 
+    def attend(
+        self, hidden_SD: Tensor, cos_SE: Tensor, sin_SE: Tensor, visual_start: Tensor, length: Tensor
+    ) -> ProbeState:
+        """Return the layer's output on the probe rows, and what the way back needs."""
         attention: Any = self.layer.self_attn
-        inverse_rms_S1 = inverse_rms(hidden_SD, self.layer.input_layernorm)
-        normed_SD = apply_norm(hidden_SD, inverse_rms_S1, self.layer.input_layernorm)
-        key_SGE = self._heads(F.linear(normed_SD, attention.k_proj.weight, attention.k_proj.bias), self.num_kv_heads)
-        rotated_SGE = rotate(key_SGE, cos_SE, sin_SE)
-        query_RHE = self._heads(
-            F.linear(normed_SD.index_select(0, row_R), attention.q_proj.weight, attention.q_proj.bias), self.num_heads
+        weight_dtype = attention.k_proj.weight.dtype
+        dtype = torch.promote_types(weight_dtype, torch.float32)
+        length = length.to(torch.int64).reshape(1)
+        last_row = hidden_SD.shape[0] - 1
+        index_S = torch.arange(hidden_SD.shape[0], device=hidden_SD.device)
+        visual_N = visual_start.to(torch.int64).reshape(1) + torch.arange(
+            self.max_visual, device=hidden_SD.device
         )
-        query_RHE = rotate(query_RHE, cos_SE.index_select(0, row_R), sin_SE.index_select(0, row_R)) * self.scaling
+        visual_N = visual_N.clamp(max=last_row)
+        probe_R = (
+            torch.arange(1 - self.num_probe_rows, 1, device=hidden_SD.device)
+            + length
+            - self.last_probe_offset
+        )
+        probe_R = probe_R.clamp(min=0)
 
-        weights_QS = self._attention(query_RHE, rotated_SGE, row_R)  # Q = G * (H/G) * R rows
-        mixed_QD = torch.matmul(weights_QS.to(normed_SD.dtype), normed_SD).to(normed_SD.dtype)
-        gradient_RHE = self._output_gradient(hidden_SD.index_select(0, row_R), mixed_QD)
-        carrier_QD = self._through_values(gradient_RHE)
+        hidden_SD = torch.where((index_S < length)[:, None], hidden_SD, 0.0).to(dtype)
+        cos_SE, sin_SE = cos_SE.to(dtype), sin_SE.to(dtype)
+        scaled_SD, inverse_rms_S1, mean_square_S1 = _normalize(hidden_SD, self.layer.input_layernorm)
+        normed_SD = (scaled_SD * self.layer.input_layernorm.weight.to(dtype)).to(weight_dtype)
 
-        weights_QN = weights_QS.index_select(1, visual_N)
-        visual_ND = normed_SD.index_select(0, visual_N)
-        value_gradient_QN = torch.matmul(carrier_QD.to(visual_ND.dtype), visual_ND.T).float()
-        mean_Q1 = (carrier_QD.float() * mixed_QD.float()).sum(dim=-1, keepdim=True)
-        score_gradient_QN = weights_QN * (value_gradient_QN - mean_Q1)
-        key_gradient_NGE = self._key_gradient(score_gradient_QN, query_RHE, cos_SE, sin_SE, visual_N)
+        key_SGE = F.linear(normed_SD, attention.k_proj.weight).to(dtype).unflatten(-1, (-1, self.head_size))
+        rotated_SGE = _rotate(_add_bias(key_SGE, attention.k_proj), cos_SE[:, None], sin_SE[:, None])
+        query_RHE = (
+            attention.q_proj(normed_SD.index_select(0, probe_R)).to(dtype).unflatten(-1, (-1, self.head_size))
+        )
+        query_RHE = _rotate(
+            query_RHE, cos_SE.index_select(0, probe_R)[:, None], sin_SE.index_select(0, probe_R)[:, None]
+        )
+        query_GME = self._by_kv_head(query_RHE)
 
-        plain_NGE = key_SGE.index_select(0, visual_N).float()
-        if attention.k_proj.bias is not None:
-            plain_NGE = plain_NGE - self._heads(attention.k_proj.bias[None], self.num_kv_heads).float()
-        inverse_rms_N = inverse_rms_S1.index_select(0, visual_N)[:, 0]
-        dot_N = (plain_NGE * key_gradient_NGE).sum(dim=(1, 2)) + (weights_QN * value_gradient_QN).sum(dim=0)
-        dot_N = dot_N / inverse_rms_N
-        if self.form == "gram":
-            square_N = self._gram_square(key_gradient_NGE, weights_QN, gradient_RHE)
+        scores_GMS = torch.matmul(query_GME, rotated_SGE.permute(1, 2, 0)) / math.sqrt(self.head_size)
+        visible_RS = index_S[None, :] <= probe_R[:, None]
+        if self.sliding_window is not None:
+            visible_RS = visible_RS & (index_S[None, :] > probe_R[:, None] - self.sliding_window)
+        visible_MS = visible_RS.repeat(self.num_heads // self.num_kv_heads, 1)
+        scores_GMS = torch.where(visible_MS[None], scores_GMS, torch.finfo(dtype).min)
+        attention_GMS = torch.softmax(scores_GMS, dim=-1)
+        attended_PD = _scaled_product(attention_GMS.flatten(0, 1), normed_SD)
+
+        out_RD = self._attention_output(attended_PD)
+        middle_RD = hidden_SD.index_select(0, probe_R) + out_RD
+        output_RD, gate_RI, up_RI = self._mlp(middle_RD)
+        return ProbeState(
+            output_RD=output_RD, middle_RD=middle_RD, gate_RI=gate_RI, up_RI=up_RI, query_GME=query_GME,
+            attended_PD=attended_PD, attention_GMN=attention_GMS.index_select(2, visual_N),
+            normed_ND=normed_SD.index_select(0, visual_N), key_NGE=key_SGE.index_select(0, visual_N),
+            inverse_rms_N1=inverse_rms_S1.index_select(0, visual_N),
+            mean_square_N1=mean_square_S1.index_select(0, visual_N),
+            cos_NE=cos_SE.index_select(0, visual_N), sin_NE=sin_SE.index_select(0, visual_N),
+        )  # fmt: skip
+
+    def scores(
+        self, state: ProbeState, gradient_RD: Float[Tensor, "R D"], num_visual: Int[Tensor, "*one"]
+    ) -> Float[Tensor, "{self.max_visual}"]:
+        """Return the scores from ∂loss/∂y on the probe rows."""
+        # Squares of a sure model's gradients underflow in float32: bring the largest to 1, and undo it at the end.
+        largest = gradient_RD.abs().amax()
+        scale = torch.where(largest > 0, largest, 1.0)
+        gradient_RD = gradient_RD / scale
+        gradient_GME = self._by_kv_head(
+            self._output_gradient(state, gradient_RD).unflatten(-1, (-1, self.head_size))
+        )
+        value_GED = self.layer.self_attn.v_proj.weight.unflatten(0, (-1, self.head_size))
+        pull_PD = _scaled_product(gradient_GME, value_GED).flatten(0, 1)
+        a_GMN = state.attention_GMN
+        if self.form == "key_value_gram":
+            value_GNE = F.linear(state.normed_ND, self.layer.self_attn.v_proj.weight).to(a_GMN.dtype)
+            value_GNE = value_GNE.unflatten(-1, (-1, self.head_size)).transpose(0, 1)
+            da_GMN = torch.matmul(gradient_GME, value_GNE.transpose(1, 2))
         else:
-            square_N = self._direct_square(key_gradient_NGE, weights_QN, carrier_QD)
-        D = hidden_SD.shape[1]
-        energy_N = hidden_SD.index_select(0, visual_N).float().square().sum(dim=-1)
-        squared = inverse_rms_N**2 * square_N
-        squared = squared - 2.0 / D * inverse_rms_N**4 * dot_N**2 + inverse_rms_N**6 * dot_N**2 * energy_N / D**2
-        scores_N = squared.clamp(min=0.0).sqrt()
-        return torch.where(torch.arange(self.max_visual) < count, scores_N, PADDING_SCORE)
-
-    def _heads(self, rows: Tensor, num_heads: int) -> Tensor:
-        return rows.unflatten(-1, (num_heads, self.head_size))
-
-    def _grouped(self, rows_RHE: Tensor) -> Tensor:
-        """[R, H, X] to [G, H/G * R, X]: query rows beside the kv head that they read."""
-        R, H, X = rows_RHE.shape
-        return rows_RHE.reshape(R, self.num_kv_heads, H // self.num_kv_heads, X).permute(1, 2, 0, 3).reshape(
-            self.num_kv_heads, -1, X
+            da_GMN = _scaled_product(pull_PD, state.normed_ND.T).unflatten(0, (self.num_kv_heads, -1))
+        # Σ_S a ⊙ da = p · Σ_S a h; a bias of the values shifts da and its mean alike.
+        mean_da_GM1 = (
+            (pull_PD * state.attended_PD).sum(-1, keepdim=True).unflatten(0, (self.num_kv_heads, -1))
         )
+        ds_GMN = a_GMN * (da_GMN - mean_da_GM1) / math.sqrt(self.head_size)
+        dk_NGE = torch.matmul(ds_GMN.transpose(1, 2), state.query_GME).transpose(0, 1)
+        dk_NGE = _rotate_back(dk_NGE, state.cos_NE[:, None], state.sin_NE[:, None])
+        dk_NK = dk_NGE.flatten(1)
+        a_PN = a_GMN.flatten(0, 1)
 
-    def _attention(self, query_RHE: Tensor, key_SGE: Tensor, row_R: Tensor) -> Tensor:
-        """Return the causal attention of the probe rows over all rows: [Q, S], wide."""
-        grouped_GQE = self._grouped(query_RHE)
-        scores_GQS = wide(torch.matmul(grouped_GQE, key_SGE.permute(1, 2, 0)))
-        S, heads_per_group = key_SGE.shape[0], self.num_heads // self.num_kv_heads
-        mask_RS = torch.where(torch.arange(S) <= row_R[:, None], 0.0, _MASKED)
-        scores_GQS = scores_GQS + mask_RS.repeat(heads_per_group, 1)
-        return torch.softmax(scores_GQS, dim=-1).flatten(0, 1)
+        c_N = (state.key_NGE.flatten(1) * dk_NK).sum(-1) + (a_GMN * da_GMN).sum((0, 1))
+        if self.form == "key_value_gram":
+            dv_NK = torch.matmul(a_GMN.transpose(1, 2), gradient_GME).transpose(0, 1).flatten(1)
+            square_N = self._square_by_key_value_gram(dk_NK, dv_NK)
+        elif self.form == "key_gram":
+            square_N = self._square_by_key_gram(dk_NK, a_PN.T, pull_PD)
+        else:
+            square_N = self._square_direct(dk_NK, a_PN.T, pull_PD)
+        D = state.normed_ND.shape[1]
+        square_N = square_N - c_N * c_N * (2.0 - state.mean_square_N1[:, 0]) / D
+        scores_N = torch.sqrt(square_N.clamp(min=0.0)) * (state.inverse_rms_N1[:, 0] * scale)
+        index_N = torch.arange(self.max_visual, device=scores_N.device)
+        return torch.where(index_N < num_visual.reshape(1), scores_N, -1.0)
 
-    def _output_gradient(self, rows_RD: Tensor, mixed_QD: Tensor) -> Tensor:
-        """Run the probe rows through layer, norm and head, and the loss back to the attention output: [R, H, E]."""
-        layer, attention = self.layer, self.layer.self_attn
-        R, G = self.num_probe_rows, self.num_kv_heads
-        value_GED = attention.v_proj.weight.unflatten(0, (G, self.head_size))
-        output_GQE = torch.matmul(mixed_QD.unflatten(0, (G, -1)), value_GED.transpose(-1, -2))
-        if attention.v_proj.bias is not None:  # attention weights add up to one
-            output_GQE = output_GQE + attention.v_proj.bias.reshape(G, 1, self.head_size)
-        output_RHE = output_GQE.unflatten(1, (-1, R)).permute(2, 0, 1, 3).reshape(R, -1)
-        middle_RD = rows_RD + F.linear(output_RHE, attention.o_proj.weight, attention.o_proj.bias)
+    def _by_kv_head(self, rows_RHE: Tensor) -> Tensor:
+        """[R, H, E] -> [G, M, E], the heads of a group and the probe rows side by side."""
+        return rows_RHE.transpose(0, 1).reshape(self.num_kv_heads, -1, self.head_size)
 
-        post, mlp = layer.post_attention_layernorm, layer.mlp
-        normed_RD = apply_norm(middle_RD, inverse_rms(middle_RD, post), post)
-        gate, up = mlp.gate_proj(normed_RD), mlp.up_proj(normed_RD)
-        probe_RD = middle_RD + mlp.down_proj(F.silu(gate) * up)
-
-        last_RD = apply_norm(probe_RD, inverse_rms(probe_RD, self.final_norm), self.final_norm)
-        logits_RV = wide(self.lm_head(last_RD))
-        top_RV = torch.nn.functional.one_hot(logits_RV.argmax(dim=-1), logits_RV.shape[-1])
-        gradient_RV = (torch.softmax(logits_RV, dim=-1) - top_RV) / R
-
-        gradient_RD = norm_gradient(probe_RD, backward(gradient_RV, self.lm_head.weight), self.final_norm)
-        inner = backward(gradient_RD, mlp.down_proj.weight)
-        sigmoid = torch.sigmoid(wide(gate))
-        slope = sigmoid * (1.0 + wide(gate) * (1.0 - sigmoid))
-        through = backward(inner * wide(up) * slope, mlp.gate_proj.weight)
-        through = through + backward(inner * wide(F.silu(gate)), mlp.up_proj.weight)
-        gradient_RD = gradient_RD + norm_gradient(middle_RD, through, post)
-        return self._heads(backward(gradient_RD, attention.o_proj.weight), self.num_heads)
-
-    def _through_values(self, gradient_RHE: Tensor) -> Tensor:
-        """Return W_vᵀ of the output gradient, one row per probe row and head: [Q, D]."""
-        value_GED = self.layer.self_attn.v_proj.weight.unflatten(0, (self.num_kv_heads, self.head_size))
-        return torch.matmul(self._grouped(gradient_RHE), wide(value_GED)).flatten(0, 1)
-
-    def _key_gradient(
-        self, score_gradient_QN: Tensor, query_RHE: Tensor, cos_SE: Tensor, sin_SE: Tensor, visual_N: Tensor
-    ) -> Tensor:
-        """Return the gradient of the keys before rotation: [N, G, E]. The query already carries the scaling."""
-        grouped_GQE = wide(self._grouped(query_RHE))
-        rotated_GNE = torch.matmul(score_gradient_QN.unflatten(0, (self.num_kv_heads, -1)).transpose(-1, -2), grouped_GQE)
-        return rotate_back(
-            rotated_GNE.transpose(0, 1), cos_SE.index_select(0, visual_N), sin_SE.index_select(0, visual_N)
+    def _attention_output(self, attended_PD: Tensor) -> Tensor:
+        attention: Any = self.layer.self_attn
+        value_GED = attention.v_proj.weight.unflatten(0, (-1, self.head_size))
+        out_GME = _scaled_product(
+            attended_PD.unflatten(0, (self.num_kv_heads, -1)), value_GED.transpose(1, 2)
         )
+        if attention.v_proj.bias is not None:  # attention sums to one, so the bias passes unchanged
+            out_GME = out_GME + attention.v_proj.bias.to(out_GME.dtype).unflatten(0, (-1, 1, self.head_size))
+        out_HRE = out_GME.reshape(self.num_heads, -1, self.head_size)
+        out_RF = out_HRE.transpose(0, 1).flatten(1)
+        return _forward_product(out_RF, attention.o_proj)
 
-    def _direct_square(self, key_gradient_NGE: Tensor, weights_QN: Tensor, carrier_QD: Tensor) -> Tensor:
-        key_weight, norm_weight = self.layer.self_attn.k_proj.weight, self.layer.input_layernorm.weight
-        back_ND = wide(torch.matmul(key_gradient_NGE.flatten(1).to(key_weight.dtype), key_weight))
-        back_ND = back_ND + torch.matmul(weights_QN.T, carrier_QD)
-        return (back_ND * wide(norm_weight)).square().sum(dim=-1)
+    def _mlp(self, middle_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mlp: Any = self.layer.mlp
+        norm = self.layer.post_attention_layernorm
+        normed_RD = _normalize(middle_RD, norm)[0] * norm.weight.to(middle_RD.dtype)
+        gate_RI, up_RI = _forward_product(normed_RD, mlp.gate_proj), _forward_product(normed_RD, mlp.up_proj)
+        return middle_RD + _forward_product(F.silu(gate_RI) * up_RI, mlp.down_proj), gate_RI, up_RI
 
-    def _gram_square(self, key_gradient_NGE: Tensor, weights_QN: Tensor, gradient_RHE: Tensor) -> Tensor:
-        grouped_GQE = self._grouped(gradient_RHE)
-        value_gradient_GNE = torch.matmul(weights_QN.unflatten(0, (self.num_kv_heads, -1)).transpose(-1, -2), grouped_GQE)
-        stacked = torch.cat([key_gradient_NGE.flatten(1), value_gradient_GNE.transpose(0, 1).flatten(1)], dim=-1)
-        gram = self.key_value_gram.to(stacked.dtype)
-        return (torch.matmul(stacked, gram) * stacked).sum(dim=-1)
+    def _output_gradient(self, state: ProbeState, gradient_RD: Tensor) -> Tensor:
+        """Return do [R, H E]: back through MLP, post-attention norm and output projection."""
+        mlp: Any = self.layer.mlp
+        sigmoid_RI = torch.sigmoid(state.gate_RI)
+        silu_RI = state.gate_RI * sigmoid_RI
+        slope_RI = sigmoid_RI + silu_RI * (1.0 - sigmoid_RI)
+        inner_RI = _scaled_product(gradient_RD, mlp.down_proj.weight)
+        normed_RD = _scaled_product(inner_RI * silu_RI, mlp.up_proj.weight) + _scaled_product(
+            inner_RI * state.up_RI * slope_RI, mlp.gate_proj.weight
+        )
+        norm = self.layer.post_attention_layernorm
+        scaled_RD, inverse_rms_R1, _ = _normalize(state.middle_RD, norm)
+        middle_RD = gradient_RD + _normalize_backward(normed_RD, scaled_RD, inverse_rms_R1, norm)
+        return _scaled_product(middle_RD, self.layer.self_attn.o_proj.weight)
 
+    def _square_direct(self, dk_NK: Tensor, a_NP: Tensor, pull_PD: Tensor) -> Tensor:
+        weight: Tensor = self.layer.self_attn.k_proj.weight
+        unit_PD, norm_P1 = _unit_rows(pull_PD)
+        u_ND = _scaled_product(dk_NK, weight) + _scaled_product(
+            a_NP * norm_P1[:, 0], unit_PD.to(weight.dtype)
+        )
+        u_ND = u_ND * self.layer.input_layernorm.weight.to(u_ND.dtype)
+        return (u_ND * u_ND).sum(-1)
 
-def wide(values: Tensor) -> Tensor:
-    """Return ``values`` in float32, or float64 if they are float64."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    def _square_by_key_gram(self, dk_NK: Tensor, a_NP: Tensor, pull_PD: Tensor) -> Tensor:
+        weight: Tensor = self.layer.self_attn.k_proj.weight
+        weighted_PD = pull_PD * self.layer.input_layernorm.weight.to(pull_PD.dtype)
+        cross_PK = _scaled_product(
+            weighted_PD * self.layer.input_layernorm.weight.to(pull_PD.dtype), weight.T
+        )
+        key_gram_KK = self.key_value_gram[: weight.shape[0], : weight.shape[0]]
+        key_part_N = ((dk_NK @ key_gram_KK + 2.0 * (a_NP @ cross_PK)) * dk_NK).sum(-1)
+        return key_part_N + ((a_NP @ (weighted_PD @ weighted_PD.T)) * a_NP).sum(-1)
 
-
-def inverse_rms(rows_SD: Tensor, norm: Any) -> Tensor:
-    """Return 1 / rms of each row, [S, 1], wide."""
-    return torch.rsqrt(wide(rows_SD).square().mean(dim=-1, keepdim=True) + norm.variance_epsilon)
-
-
-def apply_norm(rows_SD: Tensor, inverse_rms_S1: Tensor, norm: Any) -> Tensor:
-    """Return the RMS norm of the rows in their own dtype, as Hugging Face computes it."""
-    return norm.weight * (wide(rows_SD) * inverse_rms_S1).to(rows_SD.dtype)
-
-
-def norm_gradient(rows_RD: Tensor, gradient_RD: Tensor, norm: Any) -> Tensor:
-    """Return the gradient before an RMS norm from the gradient behind it, wide."""
-    values, inverse = wide(rows_RD), inverse_rms(rows_RD, norm)
-    weighted = gradient_RD * wide(norm.weight)
-    mean = (weighted * values).mean(dim=-1, keepdim=True)
-    return inverse * weighted - inverse**3 * values * mean
-
-
-def backward(gradient: Tensor, weight: Tensor) -> Tensor:
-    """Return the gradient before a linear layer, wide; the product runs in the gradient's dtype."""
-    return torch.matmul(gradient, wide(weight))
-
-
-def rotate(heads_SGE: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
-    """Return the rows turned to their positions, as Hugging Face's apply_rotary_pos_emb does, in their own dtype."""
-    cos, sin = cos_SE[:, None].to(heads_SGE.dtype), sin_SE[:, None].to(heads_SGE.dtype)
-    first, second = heads_SGE.chunk(2, dim=-1)
-    return heads_SGE * cos + torch.cat([-second, first], dim=-1) * sin
+    def _square_by_key_value_gram(self, dk_NK: Tensor, dv_NK: Tensor) -> Tensor:
+        e_NK = torch.cat([dk_NK, dv_NK], dim=-1)
+        return ((e_NK @ self.key_value_gram) * e_NK).sum(-1)
 
 
-def rotate_back(heads_NGE: Tensor, cos_NE: Tensor, sin_NE: Tensor) -> Tensor:
-    """Return the transpose of ``rotate``: gradients of rotated rows become gradients of plain ones."""
-    cos, sin = cos_NE[:, None].to(heads_NGE.dtype), sin_NE[:, None].to(heads_NGE.dtype)
-    first, second = (heads_NGE * sin).chunk(2, dim=-1)
-    return heads_NGE * cos + torch.cat([second, -first], dim=-1)
+def key_value_gram(
+    key_weight: Float[Tensor, "GE D"], value_weight: Float[Tensor, "GE D"], norm_weight: Float[Tensor, "D"]
+) -> Float[Tensor, "2*GE 2*GE"]:
+    """Return W Wᵀ of W = [W_k; W_v] with the input norm's weight folded in, float32 (float64 for float64 weights).
+
+    ``eᵀ (W Wᵀ) e`` is the squared length of ``Wᵀ e``, for e = [dk; dv] of one token. Its first quarter is the keys' own.
+    """
+    dtype = torch.promote_types(key_weight.dtype, torch.float32)
+    weight = torch.cat([key_weight, value_weight]).to(dtype) * norm_weight.to(dtype)
+    return weight @ weight.T
+
+
+def _sliding_window(attention: Any) -> int | None:
+    """Return the attention's window; Qwen2 has it per layer, Mistral in its configuration, Llama has none."""
+    if type(attention).__name__.startswith("Mistral"):
+        return attention.config.sliding_window  # type: ignore[no-any-return]
+    return getattr(attention, "sliding_window", None)
+
+
+def _normalize(rows_D: Float[Tensor, "rows D"], norm: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return n = x / rms(x) without the norm's weight, 1 / rms(x), and the mean square of n."""
+    mean_square_1 = (rows_D * rows_D).mean(-1, keepdim=True)
+    inverse_rms_1 = torch.rsqrt(mean_square_1 + norm.variance_epsilon)
+    return rows_D * inverse_rms_1, inverse_rms_1, mean_square_1 * inverse_rms_1 * inverse_rms_1
+
+
+def _normalize_backward(gradient_RD: Tensor, scaled_RD: Tensor, inverse_rms_R1: Tensor, norm: Any) -> Tensor:
+    """Return the gradient of an RMS norm's input from that of its output."""
+    gradient_RD = gradient_RD * norm.weight.to(gradient_RD.dtype)
+    return inverse_rms_R1 * (gradient_RD - scaled_RD * (scaled_RD * gradient_RD).mean(-1, keepdim=True))
+
+
+def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return rows * cos + _half_turn(rows) * sin
+
+
+def _rotate_back(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Transpose of ``_rotate``; not its inverse where the tables carry a scale."""
+    return rows * cos - _half_turn(rows * sin)
+
+
+def _half_turn(rows: Tensor) -> Tensor:
+    first, second = rows.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+def _add_bias(rows_SGE: Tensor, linear: Any) -> Tensor:
+    if linear.bias is None:
+        return rows_SGE
+    return rows_SGE + linear.bias.to(rows_SGE.dtype).unflatten(0, (-1, rows_SGE.shape[-1]))
+
+
+def _forward_product(rows: Tensor, linear: Any) -> Tensor:
+    """Apply a linear layer in its own type; the result has the type of ``rows``."""
+    result: Tensor = linear(rows.to(linear.weight.dtype)).to(rows.dtype)
+    return result
+
+
+def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows scaled to length 1 and their lengths; a zero row stays zero."""
+    largest = rows.abs().amax(-1, keepdim=True)
+    safe = torch.where(largest > 0, largest, 1.0)
+    rows = rows / safe
+    length = torch.where(largest > 0, (rows * rows).sum(-1, keepdim=True).sqrt(), 1.0)
+    return rows / length, length * safe
+
+
+def _scaled_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return ``rows @ weight`` in the type of ``rows``; a narrower weight is met by rows of length 1."""
+    if rows.dtype == weight.dtype:
+        return rows @ weight
+    unit, length = _unit_rows(rows)
+    return torch.matmul(unit.to(weight.dtype), weight).to(rows.dtype) * length

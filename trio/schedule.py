@@ -1,166 +1,295 @@
-"""Makes schedules: from a preset, from a wished average keep, or from text."""
+"""Schedules from presets, from text and from a wished average keep.
+
+The *average keep* is the mean over all decoder layers of the visual tokens that a layer processes, as a fraction of those that the
+picture has.
+"""
 
 from __future__ import annotations
 
-import re
-from typing import Any
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.schedule import Schedule, Stage
 
-MAX_TOPK = 3839
-"""Largest K of TensorRT's TopK, so the largest number of tokens that a stage may keep."""
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-PRESETS: dict[tuple[int, int], dict[float, tuple[tuple[int, int], ...]]] = {
-    (32, 576): {  # LLaVA-1.5-7B
-        0.111: ((1, 92), (10, 54), (15, 22)),
-        0.222: ((1, 218), (10, 128), (15, 54)),
-        0.333: ((1, 344), (10, 202), (15, 86)),
-    },
-    (32, 2880): {0.111: ((1, 460), (10, 270), (15, 110))},  # LLaVA-NeXT-7B
+MAX_TOPK = 3840
+"""The most tokens that a stage can keep: TensorRT's TopK takes no larger K."""
+
+_SHAPE_LAYERS = (1, 10, 15)
+_SHAPE_KEEPS = (460, 270, 110)
+_SHAPE_NUM_LAYERS = 32
+_PRINTED = 0.0005
+"""Half of the last digit of a percentage printed with one decimal: 11.1 % means 64 of 576."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A schedule that is published for one model, or derived from one that is."""
+
+    name: str
+    """As wished on a command line: ``11.1%``."""
+    stages: tuple[tuple[int, int], ...]
+    """(layer, visual tokens kept)."""
+    num_layers: int
+    num_visual: int
+    """Visual tokens of a picture before any reduction."""
+    source: str
+    """"reference", "reference benchmark script", "continued linearly" or "derived"."""
+    encoder_keep: int | None = None
+    """Visual tokens per tile that an encoder-side selector passes on; None without one."""
+
+    def schedule(self, **settings: Any) -> Schedule:
+        """Return the preset with ``Schedule``'s other fields set."""
+        return _schedule(self.stages, settings)
+
+    @property
+    def average_keep(self) -> float:
+        """Mean over layers of the visual tokens processed, as a fraction of ``num_visual``."""
+        entering = self.num_visual if self.encoder_keep is None else self.encoder_keep
+        schedule = self.schedule()
+        return (
+            schedule.average_keep(num_layers=self.num_layers, num_visual=entering)
+            * entering
+            / self.num_visual
+        )
+
+
+def _llava(
+    name: str, *stages: tuple[int, int], num_visual: int, source: str, encoder_keep: int | None = None
+) -> Preset:
+    return Preset(
+        name=name,
+        stages=stages,
+        num_layers=32,
+        num_visual=num_visual,
+        source=source,
+        encoder_keep=encoder_keep,
+    )
+
+
+PRESETS: dict[str, tuple[Preset, ...]] = {
+    "llava-1.5-7b": (
+        _llava("11.1%", (1, 92), (10, 54), (15, 22), num_visual=576, source="reference"),
+        _llava("22.2%", (1, 218), (10, 128), (15, 54), num_visual=576, source="reference"),
+        _llava("33.3%", (1, 344), (10, 202), (15, 86), num_visual=576, source="continued linearly"),
+    ),
+    "llava-1.5-7b-encoder": (
+        _llava("11.1%", (16, 32), num_visual=576, source="reference", encoder_keep=96),
+        _llava("22.2%", (16, 64), num_visual=576, source="same pattern", encoder_keep=192),
+        _llava("33.3%", (16, 96), num_visual=576, source="same pattern", encoder_keep=288),
+    ),
+    "llava-next-7b": (
+        _llava("11.1%", (1, 460), (10, 270), (15, 110), num_visual=2880, source="derived"),
+        _llava("12.0%", (1, 436), (10, 255), (15, 173), num_visual=2880, source="reference benchmark script"),
+    ),
 }
-"""(decoder layers, visual tokens) -> average keep -> (layer, keep) of each stage. Source: the reference code; the third
-row is its linear continuation, the LLaVA-NeXT row five times LLaVA-1.5's."""
+"""By model key, most reduced first. ``llava-1.5-7b-encoder`` goes with the encoder-side selector."""
 
-_SHAPE_LAYERS = 32
-_STAGE_LAYERS = (1, 10, 15)
-_STAGE_SHAPE = (460, 270, 110)
-_PRESET_TOLERANCE = 0.0006  # "11.1%" means the preset made for 1/9
+
+def preset_schedule(model: str, keep: str, **settings: Any) -> Schedule:
+    """Return the preset ``keep`` (for example ``11.1%``) of ``model``.
+
+    Raises:
+        ScheduleError: If there is no such model key or budget; the message names those that there are.
+    """
+    if model not in PRESETS:
+        raise ScheduleError(
+            f"preset: expected one of {', '.join(PRESETS)}, got {model!r}; or give a schedule"
+        )
+    for preset in PRESETS[model]:
+        if abs(parse_keep(preset.name) - parse_keep(keep)) < _PRINTED:
+            return preset.schedule(**settings)
+    names = ", ".join(preset.name for preset in PRESETS[model])
+    raise ScheduleError(f"preset of {model}: expected one of {names}, got {keep!r}; or give a schedule")
 
 
 def parse_schedule(text: str, **settings: Any) -> Schedule:
-    """Return the schedule written as ``LAYER:KEEP,LAYER:KEEP,…``.
-
-    Args:
-        text: For instance ``1:460,10:270,15:110``.
-        settings: Further fields of ``Schedule``.
+    """Return the schedule written as ``layer:kept`` pairs, ``1:460,10:270,15:110``; settings are ``Schedule``'s fields.
 
     Raises:
-        ScheduleError: If the text has another form or the stages are impossible.
+        ScheduleError: If the text is not of that form, or the stages are not in order.
     """
     stages = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,6}):(\d{1,6})\s*", part)
-        if match is None:
-            raise ScheduleError(f"--schedule: expected LAYER:KEEP,…, got {part!r}; for instance 1:460,10:270,15:110")
-        stages.append(Stage(layer=int(match[1]), keep=int(match[2])))
-    return _checked(Schedule(stages=tuple(stages), **settings))
+        layer, colon, keep = part.strip().partition(":")
+        if not (colon and layer.isdecimal() and layer.isascii() and keep.isdecimal() and keep.isascii()):
+            raise ScheduleError(
+                f"schedule {text!r}: expected LAYER:KEPT pairs, got {part.strip()!r}; write it as 1:460,10:270,15:110"
+            )
+        stages.append((int(layer), int(keep)))
+    return _schedule(stages, settings)
 
 
 def parse_keep(text: str) -> float:
-    """Return a fraction from ``11.1%`` or ``0.111``.
+    """Return the fraction written as ``11.1%`` or ``0.111``.
 
     Raises:
-        ScheduleError: If it is no number in (0, 1].
+        ScheduleError: If the text is no number, or not in (0, 1].
     """
-    match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,9})?|\.\d{1,9})\s*(%?)\s*", text)
-    if match is None:
-        raise ScheduleError(f"--keep: expected a percentage such as 11.1%, got {text!r}")
-    value = float(match[1]) / (100.0 if match[2] else 1.0)
+    stripped = text.strip()
+    try:
+        value = float(stripped.removesuffix("%")) / (100 if stripped.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
     if not 0.0 < value <= 1.0:
-        raise ScheduleError(f"--keep: expected more than 0% and at most 100%, got {text!r}")
+        raise ScheduleError(
+            f"keep {text!r}: expected a fraction in (0, 1], got {text!r}; write it as 11.1% or 0.111"
+        )
     return value
 
 
-def schedule_for_keep(
-    average: float, *, num_layers: int, num_visual: int, layers: tuple[int, ...] | None = None, **settings: Any
-) -> Schedule:
-    """Return a schedule whose average keep over all layers is as near to ``average`` as integers allow, never above.
+def default_stage_layers(num_layers: int) -> tuple[int, ...]:
+    """Return the stage layers for a decoder of ``num_layers``: the preset's 1, 10, 15 of 32 in proportion.
 
-    A known model gets its preset. Any other gets the preset's form: stage layers at 1/32, 10/32 and 15/32 of the depth,
-    and keeps in the ratio 460 : 270 : 110; shallow models get fewer stages.
+    Each is rounded to the nearest layer, is at least 1 and lies behind the one before it; layers past the end are left
+    out, so a decoder of 3 layers has two stages, one of 2 layers has one, and one of a single layer has none.
+    """
+    layers: list[int] = []
+    for layer in _SHAPE_LAYERS:
+        scaled = math.floor(layer * num_layers / _SHAPE_NUM_LAYERS + 0.5)
+        layers.append(max(scaled, layers[-1] + 1 if layers else 1))
+    return tuple(layer for layer in layers if layer < num_layers)
+
+
+def schedule_for_keep(
+    average: float, *, num_layers: int, num_visual: int, layers: Sequence[int] | None = None, **settings: Any
+) -> Schedule:
+    """Return a schedule whose average keep is as near to ``average`` as whole tokens allow, and never above it.
+
+    Where number of layers and of visual tokens are a preset's and ``average`` is its budget as printed (11.1 % stands for
+    64 of 576), the preset itself is returned. Otherwise the stages keep tokens in the proportion 460 : 270 : 110; where that
+    would keep more than there are, later stages keep more instead, and a stage that would keep everything is left
+    out. With too few tokens or layers for three stages there are two, or one.
 
     Args:
-        average: Wished mean of the visual tokens per layer, as a fraction of ``num_visual``.
-        num_layers: Decoder layers.
-        num_visual: Visual tokens that enter layer 0.
-        layers: Stage layers to use instead.
-        settings: Further fields of ``Schedule``.
+        average: Wished average keep, in (0, 1]; 1 gives a schedule without stages.
+        num_layers: L, decoder layers.
+        num_visual: N, visual tokens of the picture.
+        layers: Stage layers, ascending; by default ``default_stage_layers``.
+        settings: ``Schedule``'s other fields.
 
     Raises:
-        ScheduleError: If the layers before the first stage already exceed the average, or a stage would keep nothing.
+        ScheduleError: If the layers before the first stage alone exceed the wished average, or a stage would keep
+            more than ``MAX_TOPK``.
     """
-    if average >= 1.0:
-        return Schedule(**settings)
-    if layers is None:
-        for known, stages in PRESETS.get((num_layers, num_visual), {}).items():
-            if abs(known - average) < _PRESET_TOLERANCE:
-                return Schedule(stages=tuple(Stage(layer=at, keep=keep) for at, keep in stages), **settings)
-    chosen = _stage_layers(num_layers) if layers is None else layers
-    if not chosen or chosen[0] >= num_layers:
-        raise ScheduleError(f"--keep: expected at least 2 decoder layers, got {num_layers}; export with --keep all")
-    budget = int(average * num_layers * num_visual + 1e-9) - chosen[0] * num_visual
-    keeps = _keeps(budget, chosen, num_layers=num_layers, num_visual=num_visual)
-    if keeps is None:
-        smallest = (chosen[0] * num_visual + sum(_minimal(chosen, num_layers))) / (num_layers * num_visual)
+    if not 0.0 < average <= 1.0:
         raise ScheduleError(
-            f"--keep: expected at least {100 * smallest:.1f}% (layers before {chosen[0]} see all tokens and {num_layers}"
-            f" layers is not many), got {100 * average:.1f}%; keep more"
+            f"keep {average}: expected a fraction in (0, 1], got {average}; write it as 11.1% or 0.111"
         )
-    stages = tuple(Stage(layer=at, keep=keep) for at, keep in zip(chosen, keeps))
-    return _checked(Schedule(stages=stages, **settings))
+    if average == 1.0:
+        return _schedule((), settings)
+    if layers is None:
+        for presets in PRESETS.values():
+            for preset in presets:
+                fits = (preset.num_layers, preset.num_visual, preset.encoder_keep) == (
+                    num_layers,
+                    num_visual,
+                    None,
+                )
+                if fits and abs(preset.average_keep - average) < _PRINTED:
+                    return preset.schedule(**settings)
+        layers = default_stage_layers(num_layers)
+    _check_layers(layers, num_layers=num_layers)
+    budget = math.floor(average * num_layers * num_visual + 1e-6)
+    for count in range(len(layers), 0, -1):
+        chosen = tuple(layers[:count])
+        keeps = _keeps(budget, layers=chosen, num_layers=num_layers, num_visual=num_visual)
+        if keeps is not None:
+            stages = [(layer, keep) for layer, keep in zip(chosen, keeps) if keep < num_visual]
+            _check_topk(stages)
+            return _schedule(stages, settings)
+    first = layers[0] if layers else num_layers
+    least = (first * num_visual + num_layers - first) / (num_layers * num_visual)
+    raise ScheduleError(
+        f"keep {average:.1%}: expected an average of at least {math.ceil(least * 1000) / 10:.1f}% (layers 0..{first - 1} of"
+        f" {num_layers} see all {num_visual} visual tokens), got {average:.1%}; keep more"
+    )
 
 
-def _stage_layers(num_layers: int) -> tuple[int, ...]:
-    """Return the preset's stage layers scaled to the depth: at least 1, ascending, at least one layer apart."""
-    layers: list[int] = []
-    for at in _STAGE_LAYERS:
-        layer = max(1, round(at * num_layers / _SHAPE_LAYERS))
-        if layers:
-            layer = max(layer, layers[-1] + 1)
-        if layer < num_layers:
-            layers.append(layer)
-    return tuple(layers)
+def _schedule(stages: Sequence[tuple[int, int]], settings: dict[str, Any]) -> Schedule:
+    return Schedule(stages=tuple(Stage(layer=layer, keep=keep) for layer, keep in stages), **settings)
 
 
-def _spans(layers: tuple[int, ...], num_layers: int) -> list[int]:
-    """Return how many decoder layers each stage's tokens go through."""
-    return [stop - start for start, stop in zip(layers, (*layers[1:], num_layers))]
+def _check_layers(layers: Sequence[int], *, num_layers: int) -> None:
+    ascending = all(earlier < later for earlier, later in zip(layers, layers[1:]))
+    if layers and not (ascending and layers[0] >= 1 and layers[-1] < num_layers):
+        raise ScheduleError(
+            f"stage layers: expected ascending layers in 1..{num_layers - 1}, got {', '.join(map(str, layers))};"
+            f" choose layers of the decoder"
+        )
 
 
-def _minimal(layers: tuple[int, ...], num_layers: int) -> list[int]:
-    """Return the token-layers of each stage when the last keeps one token, the one before two, and so on."""
-    count = len(layers)
-    return [span * (count - index) for index, span in enumerate(_spans(layers, num_layers))]
-
-
-def _keeps(budget: int, layers: tuple[int, ...], *, num_layers: int, num_visual: int) -> list[int] | None:
-    """Return strictly decreasing keeps whose token-layers come as near below ``budget`` as possible, or None."""
-    spans, shape = _spans(layers, num_layers), _STAGE_SHAPE[: len(layers)]
-    if budget < sum(_minimal(layers, num_layers)):
-        return None
-    scale = budget / sum(part * span for part, span in zip(shape, spans))
-    count = len(layers)
-    keeps = [max(count - index, int(part * scale)) for index, part in enumerate(shape)]
-    keeps[0] = min(keeps[0], num_visual)
-    for index in range(1, count):
-        keeps[index] = min(keeps[index], keeps[index - 1] - 1)
-    while sum(keep * span for keep, span in zip(keeps, spans)) > budget:  # minima pushed it over: take from the top
-        index = max(range(count), key=lambda i: keeps[i] - (keeps[i + 1] if i + 1 < count else 0))
-        keeps[index] -= 1
-    _spend_rest(keeps, spans, budget, num_visual=num_visual)
-    return keeps if keeps[-1] >= 1 else None
-
-
-def _spend_rest(keeps: list[int], spans: list[int], budget: int, *, num_visual: int) -> None:
-    """Give single tokens to stages, dearest first, while the budget lasts and keeps stay strictly decreasing."""
-    progress = True
-    while progress:
-        progress = False
-        for index in sorted(range(len(keeps)), key=lambda i: -spans[i]):
-            left = budget - sum(keep * span for keep, span in zip(keeps, spans))
-            limit = keeps[index - 1] - 1 if index else num_visual
-            if spans[index] <= left and keeps[index] < limit:
-                keeps[index] += 1
-                progress = True
-                break
-
-
-def _checked(schedule: Schedule) -> Schedule:
-    for stage in schedule.stages:
-        if stage.keep > MAX_TOPK:
+def _check_topk(stages: Sequence[tuple[int, int]]) -> None:
+    for layer, keep in stages:
+        if keep > MAX_TOPK:
             raise ScheduleError(
-                f"stage at layer {stage.layer}: expected to keep at most {MAX_TOPK} (TensorRT's TopK limit),"
-                f" got {stage.keep}; keep fewer"
+                f"stage at layer {layer}: expected to keep <= {MAX_TOPK} tokens (TensorRT's TopK), got {keep}; keep fewer"
             )
-    return schedule
+
+
+def _keeps(
+    budget: int, *, layers: tuple[int, ...], num_layers: int, num_visual: int
+) -> tuple[int, ...] | None:
+    """Return strictly decreasing keeps that use the budget as fully as whole tokens allow; None if there are none."""
+    weights = [end - start for start, end in zip(layers, (*layers[1:], num_layers))]
+    budget -= layers[0] * num_visual
+    least = sum(weight * (len(weights) - index) for index, weight in enumerate(weights))
+    if budget < least or num_visual < len(weights):
+        return None
+    keeps = [math.floor(keep) for keep in _real_keeps(budget, weights=weights, num_visual=num_visual)]
+    for index in range(len(keeps) - 1, -1, -1):  # strictly decreasing, at least 1
+        keeps[index] = min(
+            max(keeps[index], keeps[index + 1] + 1 if index + 1 < len(keeps) else 1), num_visual - index
+        )
+    for index in range(
+        len(keeps)
+    ):  # raising small keeps may have overdrawn the budget: take it from the largest
+        floor = len(keeps) - index
+        while sum(w * k for w, k in zip(weights, keeps)) > budget and keeps[index] > floor:
+            if index + 1 < len(keeps) and keeps[index] == keeps[index + 1] + 1:
+                break
+            keeps[index] -= 1
+    return _spend_rest(budget, weights=weights, keeps=keeps, num_visual=num_visual)
+
+
+def _real_keeps(budget: float, *, weights: Sequence[int], num_visual: int) -> list[float]:
+    """Return keeps of the preset's shape, real numbers; past its largest size, between that and keeping all."""
+    count = len(weights)
+    if count == len(_SHAPE_KEEPS):
+        shape: list[float] = [float(keep) for keep in _SHAPE_KEEPS]
+    else:  # geometric between the same ends
+        ratio = _SHAPE_KEEPS[-1] / _SHAPE_KEEPS[0]
+        shape = [_SHAPE_KEEPS[0] * ratio ** (index / max(count - 1, 1)) for index in range(count)]
+    unit = sum(weight * keep for weight, keep in zip(weights, shape))
+    largest = [keep * num_visual / shape[0] for keep in shape]
+    most = sum(weight * keep for weight, keep in zip(weights, largest))
+    if budget <= most:
+        return [keep * budget / unit for keep in shape]
+    share = (budget - most) / (num_visual * sum(weights) - most)
+    return [keep + share * (num_visual - keep) for keep in largest]
+
+
+def _spend_rest(
+    budget: int, *, weights: Sequence[int], keeps: list[int], num_visual: int
+) -> tuple[int, ...] | None:
+    """Return keeps near ``keeps`` that leave the least of the budget, and of those the nearest."""
+    candidates: list[tuple[int, ...]] = [()]
+    reach = [max(weights) if index < 2 else 0 for index in range(len(keeps) - 1)]
+    for keep, distance in zip(keeps, reach):
+        steps = range(-distance, distance + 1)
+        candidates = [(*head, keep + step) for head in candidates for step in steps]
+    best: tuple[tuple[int, int], tuple[int, ...]] | None = None
+    for head in candidates:
+        rest = budget - sum(weight * keep for weight, keep in zip(weights, head))
+        last = min(rest // weights[-1], (head[-1] - 1) if head else num_visual)
+        full = (*head, last)
+        if last < 1 or full[0] > num_visual or any(a <= b for a, b in zip(full, full[1:])):
+            continue
+        cost = (rest - last * weights[-1], sum(abs(a - b) for a, b in zip(full, keeps)))
+        if best is None or cost < best[0]:
+            best = (cost, full)
+    return None if best is None else best[1]
