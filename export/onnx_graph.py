@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.manifest import StoredTensor, TensorSpec
 
-_FOLD_INPUT_BYTES = 512
-_FOLD_OUTPUT_BYTES = 4096
+_FOLD_INPUT_SIZE = 512
+_FOLD_OUTPUT_SIZE = 4096
 _TORCH_FROM_DTYPE = {
     "float32": torch.float32, "float16": torch.float16, "int32": torch.int32, "int64": torch.int64
 }
@@ -105,12 +105,23 @@ def attach_weights(
     return total
 
 
+def _never_weights(node: ir.Node) -> bool | None:
+    """Return False for a node that reads a stored weight, else None (default rules); some ops ignore size limits."""
+    if any(value is not None and isinstance(value.const_value, ir.ExternalTensor) for value in node.inputs):
+        return False
+    return None
+
+
 def save(model: ir.Model, path: Path) -> None:
     """Optimize ``model`` with small folding limits and write it; external data stays where it is."""
-    optimizer.optimize_ir(model, input_size_limit=_FOLD_INPUT_BYTES, output_size_limit=_FOLD_OUTPUT_BYTES)
+    optimizer.optimize_ir(
+        model, input_size_limit=_FOLD_INPUT_SIZE, output_size_limit=_FOLD_OUTPUT_SIZE, should_fold=_never_weights
+    )
     model.producer_name, model.producer_version = "trio-edge", None
     for node in model.graph:  # traces carry source paths and stacks of this machine: none of a bundle's business
         node.metadata_props.clear()
         node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
     model.metadata_props.clear()
     ir.save(model, path)

@@ -67,7 +67,7 @@ class Decoder:
         self._selects = manifest.selects
         self._head = manifest.graph("head")
         self._sessions = {spec.name: load(spec) for spec in (*self._ranges, *self._selects, self._head)}
-        self._caches = [
+        self.caches = [
             KVCache(spec, manifest.dimensions, capacity=capacity, dtype=manifest.dtype)
             for spec, capacity in zip(self._ranges, manifest.kv_capacities)
         ]
@@ -78,17 +78,17 @@ class Decoder:
     @property
     def kv_bytes(self) -> int:
         """Bytes of KV rows that are in use."""
-        return sum(cache.used_bytes for cache in self._caches)
+        return sum(cache.used_bytes for cache in self.caches)
 
     @property
     def allocated_kv_bytes(self) -> int:
         """Bytes of the KV buffers."""
-        return sum(cache.num_bytes for cache in self._caches)
+        return sum(cache.num_bytes for cache in self.caches)
 
     @property
     def max_new_tokens(self) -> int:
         """Tokens that can still be decoded after the last prefill."""
-        return min(cache.capacity - cache.length for cache in self._caches)
+        return min(cache.capacity - cache.length for cache in self.caches)
 
     def prefill(
         self, inputs_embeds: NDArray[Any], *, visual_start: int, num_visual: int, length: int,
@@ -107,7 +107,7 @@ class Decoder:
             ShapeError: If an array does not fit the graphs.
         """
         self.graph_ms = {}
-        for cache in self._caches:
+        for cache in self.caches:
             cache.clear()
         self._length = length
         hidden = inputs_embeds
@@ -126,7 +126,7 @@ class Decoder:
                 result.kept.append(original)
                 length -= num_visual - len(kept)
                 num_visual = len(kept)
-            hidden = self._run_range(spec, self._caches[index], hidden, positions, num_rows=length)
+            hidden = self._run_range(spec, self.caches[index], hidden, positions, num_rows=length)
         result.logits = self._logits(hidden, last_row=length - 1)
         return result
 
@@ -146,7 +146,7 @@ class Decoder:
             )
         hidden = embedding
         compact = self._manifest.schedule.positions == "compact"
-        for spec, cache in zip(self._ranges, self._caches):
+        for spec, cache in zip(self._ranges, self.caches):
             position = cache.length if compact else self._length
             hidden = self._run_range(spec, cache, hidden, np.array([[position]], np.int32), num_rows=1)
         self._length += 1

@@ -123,7 +123,7 @@ class Cost(_Spec, frozen=True):
     num_visual: int
     num_text: int
     full_flops: dict[str, int]
-    """Per part ("vision", "decoder", "head") without reduction."""
+    """Per part ("vision", "decoder" with its head) without reduction."""
     reduced_flops: dict[str, int]
     """Per part, with "select" for the probes and the NMS."""
     full_kv_bytes: int

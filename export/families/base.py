@@ -34,8 +34,6 @@ class FamilyModel:
     vision_config: Any
     num_vision_layers: int
     """Vision layers that run."""
-    vision_features: int
-    """Width of the features that enter the projector."""
 
 
 class Family(Protocol):

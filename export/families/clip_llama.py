@@ -101,7 +101,6 @@ def build(
         text_config=text,
         vision_config=vision,
         num_vision_layers=len(vision_layers),
-        vision_features=len(feature_layers) * vision.hidden_size,
     )
 
 
