@@ -260,7 +260,7 @@ class ProxySaliency(nn.Module):
     ) -> Float[Tensor, "{self.max_visual}"]:
         """Return the scores from ∂loss/∂y on the probe rows."""
         # Squares of a sure model's gradients underflow in float32: bring the largest to 1, and undo it at the end.
-        largest = gradient_RD.abs().amax()
+        largest = gradient_RD.abs().flatten().amax(0)
         scale = torch.where(largest > 0, largest, 1.0)
         gradient_RD = gradient_RD / scale
         gradient_GME = self._by_kv_head(

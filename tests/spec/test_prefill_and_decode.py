@@ -1,0 +1,182 @@
+"""Decode continues a prefill exactly; buckets, padding and missing pictures change nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from tests.bundles import export
+from tests.hugging_face import Original
+from tests.pictures import random_picture
+from tests.tolerances import LOGITS_FLOAT32
+from trio_edge.runtime.errors import ShapeError
+from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.schedule import Schedule, Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+PROMPT = "w1 w2 w3 w4 w5"
+
+
+@pytest.fixture(scope="module")
+def keep_all(keep_all_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.from_bundle(keep_all_bundle) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def reduced(reduced_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.from_bundle(reduced_bundle) as pipeline:
+        yield pipeline
+
+
+def first_logits(pipeline: Pipeline, *arguments: Any, **settings: Any) -> np.ndarray[Any, Any]:
+    answer = pipeline.generate(*arguments, **settings)
+    next(iter(answer), None)
+    return answer.first_logits
+
+
+def test_decode_equals_a_longer_prefill(keep_all: Pipeline) -> None:
+    """The logits after n decoded tokens are those of a prefill whose prompt ends with these tokens."""
+    generator = np.random.default_rng(0)
+    decoder, hidden = keep_all._decoder, keep_all.manifest.dimensions.hidden_size
+    size, steps = keep_all.manifest.max_visual + 32, 6
+    rows = generator.standard_normal((40 + steps, hidden)).astype(np.float32)
+
+    def padded(count: int) -> np.ndarray[Any, Any]:
+        embeds = np.zeros((1, size, hidden), np.float32)
+        embeds[0, :count] = rows[:count]
+        return embeds
+
+    decoder.prefill(padded(40), visual_start=3, num_visual=20, length=40)
+    for step in range(steps):
+        logits = decoder.decode(rows[40 + step][None, None])
+    whole = decoder.prefill(padded(40 + steps), visual_start=3, num_visual=20, length=40 + steps)
+    np.testing.assert_allclose(logits, whole.logits, **LOGITS_FLOAT32)
+
+
+@pytest.mark.parametrize("kind", ["keep_all", "reduced"])
+def test_every_bucket_gives_the_same_answer(kind: str, request: pytest.FixtureRequest) -> None:
+    pipeline: Pipeline = request.getfixturevalue(kind)
+    picture = random_picture(60, 45)
+    small, large = pipeline.manifest.text_buckets[0], pipeline.manifest.text_buckets[-1]
+    ids = pipeline._encode(PROMPT, has_image=True, history=(), system=None)
+    assert len(ids.before) + len(ids.after) <= small < large
+    tokens, _ = pipeline._see(_prepared(pipeline, picture))
+    results = []
+    for bucket in (small, large):
+        embeds = np.zeros((1, pipeline.manifest.max_visual + bucket, tokens.shape[1]), np.float32)
+        exact = pipeline._embed_prompt(ids, tokens)[0]
+        embeds[0, : min(len(exact), embeds.shape[1])] = exact[: embeds.shape[1]]
+        length = len(ids.before) + len(tokens) + len(ids.after)
+        result = pipeline._decoder.prefill(
+            embeds, visual_start=len(ids.before), num_visual=len(tokens), length=length
+        )
+        steps = [pipeline._decoder.decode(np.full((1, 1, tokens.shape[1]), 0.1, np.float32)) for _ in range(3)]
+        results.append(np.stack([result.logits, *steps]))
+    np.testing.assert_allclose(results[0], results[1], **LOGITS_FLOAT32)
+
+
+def _prepared(pipeline: Pipeline, picture: Any) -> Any:
+    from trio_edge.runtime.image_processing import prepare
+
+    return prepare(picture, pipeline.processing)
+
+
+def test_text_only_equals_hugging_face(checkpoint: Path, keep_all: Pipeline) -> None:
+    original = Original.load(checkpoint)
+    tokens, logits = original.generate(None, original.render(PROMPT, has_image=False), num_tokens=12)
+    answer = keep_all.generate(None, PROMPT, max_new_tokens=12)
+    _ = answer.text
+    assert answer.token_ids == tokens
+    np.testing.assert_allclose(answer.first_logits, logits[0], **LOGITS_FLOAT32)
+
+
+def test_text_only_is_the_same_with_reduction(keep_all: Pipeline, reduced: Pipeline) -> None:
+    whole, less = keep_all.generate(None, PROMPT), reduced.generate(None, PROMPT)
+    assert less.text == whole.text
+    assert less.token_ids == whole.token_ids
+
+
+def test_a_picture_smaller_than_every_stage_is_not_reduced(checkpoint: Path, keep_all: Pipeline, tmp_path: Path) -> None:
+    """A stage may keep all of the largest picture; smaller ones then pass whole."""
+    schedule = Schedule(stages=(Stage(layer=1, keep=keep_all.manifest.max_visual),))
+    with Pipeline.from_bundle(export(checkpoint, tmp_path / "b", schedule=schedule)) as pipeline:
+        for size in ((48, 48), (24, 24), (30, 70)):
+            picture = random_picture(*size)
+            whole, all_kept = keep_all.generate(picture, PROMPT), pipeline.generate(picture, PROMPT)
+            assert all_kept.text == whole.text
+            assert all_kept.statistics.kept_tokens == (whole.statistics.visual_tokens,)
+            np.testing.assert_allclose(all_kept.first_logits, whole.first_logits, **LOGITS_FLOAT32)
+
+
+def test_image_size_shapes_give_the_same_answer_as_the_general_ones(
+    checkpoint: Path, reduced: Pipeline, tmp_path: Path
+) -> None:
+    fixed = export(
+        checkpoint, tmp_path / "fixed", schedule=reduced.manifest.schedule, image_sizes=((40, 20),)
+    )
+    picture = random_picture(40, 20)
+    with Pipeline.from_bundle(fixed) as pipeline:
+        ours, general = pipeline.generate(picture, PROMPT), reduced.generate(picture, PROMPT)
+        assert ours.text == general.text
+        assert pipeline.manifest.max_visual == ours.statistics.visual_tokens < reduced.manifest.max_visual
+        assert [kept.tolist() for kept in ours.kept] == [kept.tolist() for kept in general.kept]
+        with pytest.raises(ShapeError, match="export without --image-size"):
+            pipeline.generate(random_picture(48, 48), PROMPT)
+
+
+def test_history_reaches_the_model(checkpoint: Path, keep_all: Pipeline) -> None:
+    original, picture = Original.load(checkpoint), random_picture(48, 24)
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w1 w2"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "w3"}]},
+        {"role": "user", "content": [{"type": "text", "text": "w4 w5"}]},
+    ]
+    text = original.processor.apply_chat_template(messages, add_generation_prompt=True)
+    pixels = _prepared(keep_all, picture).pixel_values
+    tokens, _ = original.generate(picture, text, num_tokens=10, pixel_values=pixels)
+    answer = keep_all.generate(picture, "w4 w5", history=[("w1 w2", "w3")], max_new_tokens=10)
+    _ = answer.text
+    assert answer.token_ids == tokens
+
+
+def test_statistics_count_what_happened(reduced: Pipeline) -> None:
+    answer = reduced.generate(random_picture(48, 48), PROMPT, max_new_tokens=5)
+    _ = answer.text
+    statistics = answer.statistics
+    assert statistics.visual_tokens == 9 + 6 * 7
+    assert statistics.kept_tokens == (14, 6)
+    assert statistics.average_keep == pytest.approx((51 + 14 + 6) / (3 * 51))
+    assert statistics.new_tokens == len(answer.token_ids) <= 5
+    assert set(statistics.graph_ms) == {graph.name for graph in reduced.manifest.graphs}
+    rows = [51 + statistics.text_tokens, 14 + statistics.text_tokens, 6 + statistics.text_tokens]
+    decoded = statistics.new_tokens - 1
+    assert statistics.kv_bytes == sum(2 * 2 * 16 * 4 * (count + decoded) for count in rows)
+
+
+def test_kept_tokens_of_later_stages_are_among_those_of_earlier_ones(reduced: Pipeline) -> None:
+    answer = reduced.generate(random_picture(48, 48), PROMPT, max_new_tokens=1)
+    _ = answer.text
+    first, second = (set(kept.tolist()) for kept in answer.kept)
+    assert second < first
+    assert answer.boxes.shape == (51, 4)
+
+
+def test_a_seed_makes_sampling_repeatable(reduced: Pipeline) -> None:
+    settings = {"temperature": 1.5, "top_p": 0.9, "seed": 7, "max_new_tokens": 12}
+    picture = random_picture(48, 24)
+    texts = [reduced.generate(picture, PROMPT, **settings).text for _ in range(2)]
+    assert texts[0] == texts[1]
+
+
+def test_two_answers_at_once_are_refused(reduced: Pipeline) -> None:
+    picture = random_picture(24, 24)
+    first = iter(reduced.generate(picture, PROMPT, max_new_tokens=20, temperature=1.0, seed=1))
+    next(first)
+    next(iter(reduced.generate(picture, PROMPT, max_new_tokens=2)), None)
+    with pytest.raises(ShapeError, match="one answer at a time"):
+        list(first)
