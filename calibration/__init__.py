@@ -1,1 +1,1 @@
-"""Calibration and evaluation on samples."""
+"""Measures a bundle on samples: synthetic pictures, evaluation of accuracy."""

@@ -26,18 +26,34 @@ if TYPE_CHECKING:
 
 @click.command("trio-eval", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--data", default="shapes", show_default=True, help="'shapes' (synthetic, held out) or a JSON-lines file.")
+@click.option(
+    "--data", default="shapes", show_default=True, help="'shapes' (synthetic, held out) or a JSON-lines file."
+)
 @click.option("--count", type=click.IntRange(1), default=500, show_default=True, help="Questions at most.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the synthetic set.")
-@click.option("--selection", type=click.Choice(["bundle", *BASELINES]), default="bundle", show_default=True,
-              help="The bundle's own selection, or a baseline at the same schedule.")
+@click.option(
+    "--selection",
+    type=click.Choice(["bundle", *BASELINES]),
+    default="bundle",
+    show_default=True,
+    help="The bundle's own selection, or a baseline at the same schedule.",
+)
 @click.option("--backend", default="auto", show_default=True, help="onnxruntime, or auto.")
-@click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 lets the backend choose.")
+@click.option(
+    "--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 lets the backend choose."
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all outcomes to this file.")
 @click.option("--quiet", is_flag=True, help="No progress display.")
 def command(
-    bundle: Path, data: str, count: int, seed: int, selection: str, backend: str, threads: int,
-    json_file: Path | None, quiet: bool,
+    bundle: Path,
+    data: str,
+    count: int,
+    seed: int,
+    selection: str,
+    backend: str,
+    threads: int,
+    json_file: Path | None,
+    quiet: bool,
 ) -> int:
     """Measure the accuracy of BUNDLE."""
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):

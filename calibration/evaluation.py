@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trio_edge.calibration.baselines import baseline
@@ -13,6 +12,7 @@ from trio_edge.runtime.errors import ShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
 
     from PIL import Image
 
@@ -26,15 +26,24 @@ class Question(Protocol):
     """One question about one picture; ``trio_edge.calibration.shapes.Sample`` is one."""
 
     @property
-    def picture(self) -> Image.Image | Path: ...
+    def picture(self) -> Image.Image | Path:
+        """The picture, or where it is."""
+
     @property
-    def question(self) -> str: ...
+    def question(self) -> str:
+        """What is asked."""
+
     @property
-    def answer(self) -> str: ...
+    def answer(self) -> str:
+        """The expected answer."""
+
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """Type of question, for the breakdown."""
+
     @property
-    def sample_id(self) -> str: ...
+    def sample_id(self) -> str:
+        """Name that pairs outcomes of different runs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,9 @@ class ExportOptions:
             if not low <= value <= 1 << 20:
                 raise ScheduleError(f"--{name}: expected {low}..{1 << 20}, got {value}")
         if not 17 <= self.opset <= 19:
-            raise ScheduleError(f"--opset: expected 17..19, got {self.opset}; TensorRT 10.3 reads no newer one")
+            raise ScheduleError(
+                f"--opset: expected 17..19, got {self.opset}; TensorRT 10.3 reads no newer one"
+            )
         for width, height in self.image_sizes:
             if not (1 <= width <= 65535 and 1 <= height <= 65535):
                 raise ScheduleError(f"--image-size: expected sides of 1..65535 pixels, got {width}x{height}")
@@ -110,7 +112,7 @@ def export_bundle(
     options: ExportOptions,
     *,
     schedule_for: Callable[[int, int], Schedule],
-    progress: Progress = Progress(),  # noqa: B008 - immutable
+    progress: Progress = Progress(),
 ) -> Manifest:
     """Write the bundle that ``options`` describe and return its manifest.
 
@@ -141,12 +143,21 @@ def export_bundle(
         schedule.check_fits(num_layers=dimensions.num_layers, max_visual=max_visual)
         _check_positions(model, options, max_visual)
         layout = Layout(
-            max_visual=max_visual, schedule=schedule, text_buckets=text_buckets(options.max_text),
-            max_new_tokens=options.max_new_tokens, dtype=dtype, opset=options.opset,
+            max_visual=max_visual,
+            schedule=schedule,
+            text_buckets=text_buckets(options.max_text),
+            max_new_tokens=options.max_new_tokens,
+            dtype=dtype,
+            opset=options.opset,
         )
         traced = trace_graphs(
-            model, checkpoint, layout=layout, dimensions=dimensions, processing=processing,
-            encoder_keep=options.encoder_keep, step=progress.step,
+            model,
+            checkpoint,
+            layout=layout,
+            dimensions=dimensions,
+            processing=processing,
+            encoder_keep=options.encoder_keep,
+            step=progress.step,
         )
 
     names = {EMBEDDING_NAME}.union(*(graph.weights.values() for graph in traced))
@@ -156,7 +167,9 @@ def export_bundle(
         progress.expect_bytes(needed)
         stored = store_weights(checkpoint, names, folder, dtype=dtype, on_bytes=progress.wrote_bytes)
         constants = {
-            f"{graph.spec.name}.{name}": values for graph in traced for name, values in _large_constants(graph).items()
+            f"{graph.spec.name}.{name}": values
+            for graph in traced
+            for name, values in _large_constants(graph).items()
         }
         if constants:
             stored |= store_constants(constants, folder)
@@ -184,8 +197,13 @@ def export_bundle(
             graphs=graphs,
             files=_file_entries(folder),
             model_bytes=_model_bytes(checkpoint, dtype),
-            cost=cost_of(model, dimensions, schedule, processing=processing, max_visual=max_visual, dtype=dtype),
-            tools={name: version(name) for name in ("trio-edge", "torch", "transformers", "onnx-ir", "onnxscript")},
+            cost=cost_of(
+                model, dimensions, schedule, processing=processing, max_visual=max_visual, dtype=dtype
+            ),
+            tools={
+                name: version(name)
+                for name in ("trio-edge", "torch", "transformers", "onnx-ir", "onnxscript")
+            },
         )
         (folder / MANIFEST_NAME).write_bytes(json_from_manifest(manifest))
     return manifest
@@ -197,8 +215,10 @@ def _max_visual(processing: ImageProcessing, options: ExportOptions) -> int:
     if keep is not None:
         tiles = [num_tiles(width, height, processing) for width, height in sizes] or [max_tiles(processing)]
         return keep * max(tiles)
-    return max((num_visual_tokens(width, height, processing) for width, height in sizes),
-               default=max_visual_tokens(processing))
+    return max(
+        (num_visual_tokens(width, height, processing) for width, height in sizes),
+        default=max_visual_tokens(processing),
+    )
 
 
 def _dtype(checkpoint: Checkpoint, wanted: Literal["auto", "float16", "float32"]) -> DType:
@@ -280,7 +300,9 @@ def _large_constants(graph: TracedGraph) -> dict[str, NDArray[np.float32]]:
 def _file_entries(folder: Path) -> tuple[FileEntry, ...]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return tuple(
-        FileEntry(path=path.relative_to(folder).as_posix(), num_bytes=path.stat().st_size, sha256=_sha256(path))
+        FileEntry(
+            path=path.relative_to(folder).as_posix(), num_bytes=path.stat().st_size, sha256=_sha256(path)
+        )
         for path in files
     )
 

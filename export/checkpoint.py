@@ -26,7 +26,18 @@ ALIASES = {
 TINY_FOLDER = Path(__file__).parent / "tiny"
 
 _MAX_HEADER_BYTES = 100_000_000
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 # Checkpoints name the same tensor in several ways (before and after transformers 4.52); these rules give one name.
 _CANONICAL_RULES = (
@@ -97,7 +108,9 @@ def locate(model: str, *, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError(f"{model}: expected a checkpoint folder, got a file; name the folder that holds config.json")
+        raise CheckpointError(
+            f"{model}: expected a checkpoint folder, got a file; name the folder that holds config.json"
+        )
     repository = ALIASES.get(model, model)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise CheckpointError(
@@ -109,15 +122,24 @@ def locate(model: str, *, revision: str | None = None) -> Path:
 
 def _download(repository: str, *, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
     except HFValidationError:
-        raise CheckpointError(f"{repository}: expected a Hub id, got a malformed one; check the spelling") from None
+        raise CheckpointError(
+            f"{repository}: expected a Hub id, got a malformed one; check the spelling"
+        ) from None
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{repository}: the Hub answered: {reason}; check the name, revision and token") from None
+        raise CheckpointError(
+            f"{repository}: the Hub answered: {reason}; check the name, revision and token"
+        ) from None
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError):
         raise CheckpointError(
             f"{repository}: expected the Hub or a cached copy, got no connection and none in the cache;"
@@ -149,9 +171,13 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path.parent}: expected a checkpoint with {path.name}, got none; name the folder that save_pretrained wrote"
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected JSON, got something else ({error}); download it again") from None
+        raise CheckpointError(
+            f"{path}: expected JSON, got something else ({error}); download it again"
+        ) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}; download it again")
+        raise CheckpointError(
+            f"{path}: expected a JSON object, got {type(value).__name__}; download it again"
+        )
     return value
 
 
@@ -160,13 +186,19 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{index}: expected a 'weight_map' of file names, got another form; download it again")
+            raise CheckpointError(
+                f"{index}: expected a 'weight_map' of file names, got another form; download it again"
+            )
         files = [folder / name for name in sorted(set(weight_map.values()))]
         for file in files:
             if file.parent != folder:
-                raise CheckpointError(f"{index}: expected plain file names, got {file.name!r} elsewhere; refused")
+                raise CheckpointError(
+                    f"{index}: expected plain file names, got {file.name!r} elsewhere; refused"
+                )
             if not file.exists():
-                raise CheckpointError(f"{file}: expected this shard (named by the index), got no file; download it again")
+                raise CheckpointError(
+                    f"{file}: expected this shard (named by the index), got no file; download it again"
+                )
         return files
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
@@ -175,7 +207,9 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder}: expected safetensors, got pickled weights, which are never read;"
             " save them with save_pretrained(safe_serialization=True)"
         )
-    raise CheckpointError(f"{folder}: expected model.safetensors or its index, got neither; download the weights")
+    raise CheckpointError(
+        f"{folder}: expected model.safetensors or its index, got neither; download the weights"
+    )
 
 
 def read_safetensors_header(file: Path) -> dict[str, SourceTensor]:
@@ -184,8 +218,11 @@ def read_safetensors_header(file: Path) -> dict[str, SourceTensor]:
     Raises:
         CheckpointError: If the header is broken or the file is shorter or longer than the header says.
     """
+
     def broken(reason: str) -> CheckpointError:
-        return CheckpointError(f"{file}: expected a complete safetensors file, got {reason}; download it again")
+        return CheckpointError(
+            f"{file}: expected a complete safetensors file, got {reason}; download it again"
+        )
 
     try:
         size = file.stat().st_size

@@ -27,26 +27,47 @@ _OPTION_DEFAULTS = {  # shown in the help; the dataclasses hold the values
 @click.argument("model", required=False)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to create (default: MODEL's name).")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
-@click.option("--keep", metavar="PERCENT", help="Average keep over all layers, for instance 11.1%; 'all' for no reduction. [default: 11.1%]")
+@click.option(
+    "--keep",
+    metavar="PERCENT",
+    help="Average keep over all layers, for instance 11.1%; 'all' for no reduction. [default: 11.1%]",
+)
 @click.option("--schedule", "stages", metavar="STAGES", help="Stages as LAYER:KEEP,…; instead of --keep.")
 @click.option("--method", type=click.Choice(["trio"]), help="How visual tokens are selected.")
-@click.option("--probe-rows", type=click.Choice(["reference", "answer"]), help="Rows with the proxy loss: S-5..S-2 or S-4..S-1.")
+@click.option(
+    "--probe-rows",
+    type=click.Choice(["reference", "answer"]),
+    help="Rows with the proxy loss: S-5..S-2 or S-4..S-1.",
+)
 @click.option("--num-probe-rows", type=int, help="How many of them.")
 @click.option("--nms-threshold", type=float, help="Cosine similarity at which a token suppresses another.")
 @click.option("--nms-rounds", type=int, help="Rounds of the parallel NMS.")
 @click.option("--positions", type=click.Choice(["compact", "preserved"]), help="Position ids after a stage.")
-@click.option("--encoder-keep", type=int, help="Patches per tile that the vision encoder keeps (a multiple of 32).")
-@click.option("--image-size", "image_sizes", multiple=True, metavar="WxH", help="Fixed camera; may be repeated.")
+@click.option(
+    "--encoder-keep", type=int, help="Patches per tile that the vision encoder keeps (a multiple of 32)."
+)
+@click.option(
+    "--image-size", "image_sizes", multiple=True, metavar="WxH", help="Fixed camera; may be repeated."
+)
 @click.option("--max-text", type=int, help="Largest prompt in text tokens.")
 @click.option("--max-new-tokens", type=int, help="Room for the answer.")
-@click.option("--dtype", type=click.Choice(["auto", "float16", "float32"]), help="Element type of the graphs.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float16", "float32"]), help="Element type of the graphs."
+)
 @click.option("--opset", type=int, help="ONNX opset, 17..19.")
 @click.option("--force", is_flag=True, default=None, help="Replace an existing bundle.")
 @click.option("--list", "list_models", is_flag=True, help="Print the known model names and exit.")
 @click.option("--quiet", is_flag=True, help="No progress display.")
 def command(
-    model: str | None, out: Path | None, keep: str | None, stages: str | None, list_models: bool, quiet: bool,
-    image_sizes: tuple[str, ...], method: str | None, **settings: Any,
+    model: str | None,
+    out: Path | None,
+    keep: str | None,
+    stages: str | None,
+    list_models: bool,
+    quiet: bool,
+    image_sizes: tuple[str, ...],
+    method: str | None,
+    **settings: Any,
 ) -> int:
     """Export MODEL (an alias, a Hub id or a checkpoint folder) into a bundle."""
     if list_models:
@@ -69,8 +90,13 @@ def command(
     schedule_for = _schedule_rule(keep, stages, shared)
     console = Console(stderr=True, quiet=quiet)
     with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(),
-        console=console, transient=True,
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
     ) as bars:
         manifest = export_bundle(options, schedule_for=schedule_for, progress=_progress(bars, console))
     print(_summary(manifest, target))
@@ -85,7 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _image_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
     if match is None:
-        raise click.UsageError(f"--image-size: expected WIDTHxHEIGHT in pixels, got {text!r}; for instance 640x480")
+        raise click.UsageError(
+            f"--image-size: expected WIDTHxHEIGHT in pixels, got {text!r}; for instance 640x480"
+        )
     return int(match[1]), int(match[2])
 
 
@@ -137,5 +165,3 @@ def _summary(manifest: Manifest, out: Path) -> str:
         f"{out}: {manifest.family}, {manifest.dimensions.num_layers} layers, {manifest.dtype},"
         f" {manifest.max_visual} visual tokens, stages {stages}, average keep {100 * manifest.average_keep:.1f} %"
     )
-
-

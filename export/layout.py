@@ -54,7 +54,8 @@ class Layout:
         """Return the prefill profiles (one per text bucket) and the decode profile of layer range ``index``."""
         rows = self.visual_rows[index]
         prefill = [
-            Profile(name=f"prefill_{bucket}", sizes={"S": rows + bucket, "C": 0}) for bucket in self.text_buckets
+            Profile(name=f"prefill_{bucket}", sizes={"S": rows + bucket, "C": 0})
+            for bucket in self.text_buckets
         ]
         capacity = rows + self.text_buckets[-1] + self.max_new_tokens
         return (*prefill, Profile(name="decode", sizes={"S": 1, "C": capacity}))
@@ -70,5 +71,7 @@ class Layout:
     def head_profiles(self) -> tuple[Profile, ...]:
         """Return the profiles of the head, which reads the last range's output."""
         rows = self.visual_rows[-1]
-        prefill = [Profile(name=f"prefill_{bucket}", sizes={"S": rows + bucket}) for bucket in self.text_buckets]
+        prefill = [
+            Profile(name=f"prefill_{bucket}", sizes={"S": rows + bucket}) for bucket in self.text_buckets
+        ]
         return (*prefill, Profile(name="decode", sizes={"S": 1}))

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 _FOLD_INPUT_SIZE = 512
 _FOLD_OUTPUT_SIZE = 4096
 _TORCH_FROM_DTYPE = {
-    "float32": torch.float32, "float16": torch.float16, "int32": torch.int32, "int64": torch.int64
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "int32": torch.int32,
+    "int64": torch.int64,
 }
 _IR_FROM_DTYPE = {"float32": "FLOAT", "float16": "FLOAT16", "int32": "INT32", "int64": "INT64"}
 # Sizes that symbols get while tracing. All differ and none is 0 or 1, so that torch.export merges and fixes nothing.
@@ -59,7 +62,12 @@ def trace(
         # torch 2.13 warns of equal axis names, and through copyreg on some releases; neither concerns the graph.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            module.eval(), args, dynamo=True, optimize=False, verbose=False, opset_version=opset,
+            module.eval(),
+            args,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=opset,
             dynamic_shapes=dynamic_shapes,
         )
     if program is None:
@@ -72,7 +80,9 @@ def trace(
 
 def _name_values(values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> None:
     if len(values) != len(specs):
-        raise AssertionError(f"expected {len(specs)} I/O tensors, the trace has {[value.name for value in values]}")
+        raise AssertionError(
+            f"expected {len(specs)} I/O tensors, the trace has {[value.name for value in values]}"
+        )
     for value, spec in zip(values, specs):
         if value.dtype != ir.DataType[_IR_FROM_DTYPE[spec.dtype]]:
             raise AssertionError(f"{spec.name}: expected {spec.dtype}, the trace has {value.dtype}")
@@ -98,8 +108,13 @@ def attach_weights(
             continue
         tensor = stored[name]
         value.const_value = ir.ExternalTensor(
-            tensor.file, tensor.offset, tensor.num_bytes, ir.DataType[_IR_FROM_DTYPE[tensor.dtype]],
-            shape=ir.Shape(tensor.shape), name=name, base_dir=bundle,
+            tensor.file,
+            tensor.offset,
+            tensor.num_bytes,
+            ir.DataType[_IR_FROM_DTYPE[tensor.dtype]],
+            shape=ir.Shape(tensor.shape),
+            name=name,
+            base_dir=bundle,
         )
         total += tensor.num_bytes
     return total
@@ -115,10 +130,15 @@ def _never_weights(node: ir.Node) -> bool | None:
 def save(model: ir.Model, path: Path) -> None:
     """Optimize ``model`` with small folding limits and write it; external data stays where it is."""
     optimizer.optimize_ir(
-        model, input_size_limit=_FOLD_INPUT_SIZE, output_size_limit=_FOLD_OUTPUT_SIZE, should_fold=_never_weights
+        model,
+        input_size_limit=_FOLD_INPUT_SIZE,
+        output_size_limit=_FOLD_OUTPUT_SIZE,
+        should_fold=_never_weights,
     )
     model.producer_name, model.producer_version = "trio-edge", None
-    for node in model.graph:  # traces carry source paths and stacks of this machine: none of a bundle's business
+    for (
+        node
+    ) in model.graph:  # traces carry source paths and stacks of this machine: none of a bundle's business
         node.metadata_props.clear()
         node.doc_string = None
         for value in node.outputs:

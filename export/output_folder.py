@@ -23,11 +23,17 @@ def check_output(out: Path, *, force: bool) -> None:
     if not out.exists() and not out.is_symlink():
         return
     if not force:
-        raise CheckpointError(f"{out}: expected no such folder, it exists; choose another --out or add --force")
+        raise CheckpointError(
+            f"{out}: expected no such folder, it exists; choose another --out or add --force"
+        )
     if not out.is_dir() or out.is_symlink():
-        raise CheckpointError(f"{out}: expected a bundle to replace, got a file or a link; choose another --out")
+        raise CheckpointError(
+            f"{out}: expected a bundle to replace, got a file or a link; choose another --out"
+        )
     if not (out / MANIFEST_NAME).exists() and any(out.iterdir()):
-        raise CheckpointError(f"{out}: expected a bundle to replace, got a folder of other files; choose another --out")
+        raise CheckpointError(
+            f"{out}: expected a bundle to replace, got a folder of other files; choose another --out"
+        )
 
 
 @contextmanager
@@ -60,7 +66,9 @@ def folder_beside(out: Path, *, num_bytes: int, force: bool) -> Iterator[Path]:
         _replace(partial, out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(f"{out}: no space left on the device; free some or choose another --out") from None
+            raise CheckpointError(
+                f"{out}: no space left on the device; free some or choose another --out"
+            ) from None
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.layout import Layout
     from trio_edge.runtime.image_processing import ImageProcessing
-    from trio_edge.runtime.manifest import Dimensions, DType
+    from trio_edge.runtime.manifest import Dimensions
 
 _MIN_TRACE_ROWS = 37  # any number that no other axis has
 
@@ -51,7 +51,9 @@ class TracedGraph:
 class _Tracer:
     """Holds what all graphs of one export share while they are traced one after the other."""
 
-    def __init__(self, model: FamilyModel, checkpoint: Checkpoint, *, layout: Layout, dimensions: Dimensions) -> None:
+    def __init__(
+        self, model: FamilyModel, checkpoint: Checkpoint, *, layout: Layout, dimensions: Dimensions
+    ) -> None:
         self.model = model
         self.checkpoint = checkpoint
         self.layout = layout
@@ -60,15 +62,25 @@ class _Tracer:
 
     def rotary(self) -> RotaryTables:
         return RotaryTables(
-            torch.empty(len(self.model.inv_freq), dtype=torch.float32), attention_scaling=self.model.attention_scaling
+            torch.empty(len(self.model.inv_freq), dtype=torch.float32),
+            attention_scaling=self.model.attention_scaling,
         )
 
     def graph(
-        self, module: nn.Module, spec: GraphSpec, *, args: tuple[Any, ...], dynamic_shapes: tuple[Any, ...],
+        self,
+        module: nn.Module,
+        spec: GraphSpec,
+        *,
+        args: tuple[Any, ...],
+        dynamic_shapes: tuple[Any, ...],
         constants: Mapping[str, NDArray[Any]],
     ) -> TracedGraph:
         onnx_model = trace(
-            module, args=args, dynamic_shapes=dynamic_shapes, inputs=spec.inputs, outputs=spec.outputs,
+            module,
+            args=args,
+            dynamic_shapes=dynamic_shapes,
+            inputs=spec.inputs,
+            outputs=spec.outputs,
             opset=self.layout.opset,
         )
         parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -136,7 +148,12 @@ def _vision(tracer: _Tracer, processing: ImageProcessing, encoder_keep: int | No
         outputs.append(TensorSpec(name="kept_patches", dtype="int32", shape=("B", encoder_keep)))
     counts = _tile_counts(processing)
     spec = GraphSpec(
-        name="vision", role="vision", file="vision.onnx", inputs=inputs, outputs=tuple(outputs), weight_bytes=0,
+        name="vision",
+        role="vision",
+        file="vision.onnx",
+        inputs=inputs,
+        outputs=tuple(outputs),
+        weight_bytes=0,
         profiles=tuple(Profile(name=f"tiles_{count}", sizes={"B": count}) for count in counts),
     )
     if len(counts) == 1:  # a fixed number of tiles: no dynamic axis to trace
@@ -159,7 +176,9 @@ def _vision(tracer: _Tracer, processing: ImageProcessing, encoder_keep: int | No
 def _tile_counts(processing: ImageProcessing) -> list[int]:
     """Return every number of tiles that a picture can have."""
     side = processing.tile_size
-    return sorted({1 + (height // side) * (width // side) for height, width in processing.grid_pinpoints} or {1})
+    return sorted(
+        {1 + (height // side) * (width // side) for height, width in processing.grid_pinpoints} or {1}
+    )
 
 
 def _range(tracer: _Tracer, index: int, layers: range, *, name: str) -> TracedGraph:
@@ -175,17 +194,25 @@ def _range(tracer: _Tracer, index: int, layers: range, *, name: str) -> TracedGr
     )
     past = tuple(
         TensorSpec(name=f"past_key_values.{layer}.{part}", dtype=dtype, shape=past_shape)
-        for layer in layers for part in ("key", "value")
+        for layer in layers
+        for part in ("key", "value")
     )
     present = tuple(
         TensorSpec(name=f"present.{layer}.{part}", dtype=dtype, shape=new_shape)
-        for layer in layers for part in ("key", "value")
+        for layer in layers
+        for part in ("key", "value")
     )
     out = TensorSpec(name="hidden_states_out", dtype=dtype, shape=(1, "S", dims.hidden_size))
     spec = GraphSpec(
-        name=name, role=name.split("_")[0], file=f"{name}.onnx", inputs=(hidden, *scalars, *past),  # type: ignore[arg-type]
-        outputs=(out, *present), profiles=tracer.layout.range_profiles(index), weight_bytes=0,
-        first_layer=layers.start, num_layers=len(layers),
+        name=name,
+        role=name.split("_")[0],
+        file=f"{name}.onnx",
+        inputs=(hidden, *scalars, *past),  # type: ignore[arg-type]
+        outputs=(out, *present),
+        profiles=tracer.layout.range_profiles(index),
+        weight_bytes=0,
+        first_layer=layers.start,
+        num_layers=len(layers),
     )
     symbols = {"S": torch.export.Dim("S"), "C": torch.export.Dim("C")}
     sizes = {"S": _MIN_TRACE_ROWS}
@@ -197,7 +224,8 @@ def _range(tracer: _Tracer, index: int, layers: range, *, name: str) -> TracedGr
         spec,
         args=(*(example_input(tensor, trace_sizes=sizes) for tensor in (hidden, *scalars)), pairs),
         dynamic_shapes=(
-            *(dynamic_axes(tensor, dims=symbols) for tensor in (hidden, *scalars)), list(zip(axes[::2], axes[1::2]))
+            *(dynamic_axes(tensor, dims=symbols) for tensor in (hidden, *scalars)),
+            list(zip(axes[::2], axes[1::2])),
         ),
         constants={"rotary.inv_freq": tracer.model.inv_freq},
     )
@@ -209,17 +237,27 @@ def _select(tracer: _Tracer, stage: int) -> TracedGraph:
     layer_index, num_keep = schedule.stages[stage].layer, schedule.stages[stage].keep
     num_visual = layout.visual_rows[stage]
     saliency = ProxySaliency(
-        tracer.model.layers[layer_index], tracer.model.final_norm, tracer.model.lm_head, max_visual=num_visual,
-        num_probe_rows=schedule.num_probe_rows, last_probe_offset=schedule.last_probe_offset,
+        tracer.model.layers[layer_index],
+        tracer.model.final_norm,
+        tracer.model.lm_head,
+        max_visual=num_visual,
+        num_probe_rows=schedule.num_probe_rows,
+        last_probe_offset=schedule.last_probe_offset,
     )
     module = Select(
-        saliency, FeatureNms(num_keep=num_keep, threshold=schedule.nms_threshold, rounds=schedule.nms_rounds),
-        tracer.rotary(), max_visual=num_visual, preserve_positions=schedule.positions == "preserved",
+        saliency,
+        FeatureNms(num_keep=num_keep, threshold=schedule.nms_threshold, rounds=schedule.nms_rounds),
+        tracer.rotary(),
+        max_visual=num_visual,
+        preserve_positions=schedule.positions == "preserved",
     )
     inputs = (
         TensorSpec(name="hidden_states", dtype=layout.dtype, shape=(1, "S", dims.hidden_size)),
         TensorSpec(name="position_ids", dtype="int32", shape=(1, "S")),
-        *(TensorSpec(name=name, dtype="int32", shape=(1,)) for name in ("visual_start", "num_visual", "length")),
+        *(
+            TensorSpec(name=name, dtype="int32", shape=(1,))
+            for name in ("visual_start", "num_visual", "length")
+        ),
     )
     outputs = (
         TensorSpec(name="kept_hidden_states", dtype=layout.dtype, shape=(1, "R", dims.hidden_size)),
@@ -229,8 +267,14 @@ def _select(tracer: _Tracer, stage: int) -> TracedGraph:
         TensorSpec(name="unsettled", dtype="int32", shape=(1,)),
     )
     spec = GraphSpec(
-        name=f"select_{stage + 1}", role="select", file=f"select_{stage + 1}.onnx", inputs=inputs, outputs=outputs,
-        profiles=layout.select_profiles(stage), weight_bytes=0, first_layer=layer_index,
+        name=f"select_{stage + 1}",
+        role="select",
+        file=f"select_{stage + 1}.onnx",
+        inputs=inputs,
+        outputs=outputs,
+        profiles=layout.select_profiles(stage),
+        weight_bytes=0,
+        first_layer=layer_index,
     )
     constants: dict[str, NDArray[Any]] = {"rotary.inv_freq": tracer.model.inv_freq}
     if any(name == "key_value_gram" for name, _ in saliency.named_buffers()):
@@ -264,7 +308,11 @@ def _head(tracer: _Tracer) -> TracedGraph:
         TensorSpec(name="last_row", dtype="int32", shape=(1,)),
     )
     spec = GraphSpec(
-        name="head", role="head", file="head.onnx", inputs=inputs, weight_bytes=0,
+        name="head",
+        role="head",
+        file="head.onnx",
+        inputs=inputs,
+        weight_bytes=0,
         outputs=(TensorSpec(name="logits", dtype="float32", shape=(1, dims.vocab_size)),),
         profiles=tracer.layout.head_profiles(),
     )

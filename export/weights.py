@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 
 WEIGHTS_FOLDER = "weights"
 _SAFETENSORS_FROM_DTYPE = {"float32": "F32", "float16": "F16"}
-_TORCH_FROM_SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TORCH_FROM_SAFETENSORS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 _COPY_CHUNK_BYTES = 64 << 20
 
 
@@ -88,7 +93,9 @@ def _copy(source: Path, target: Path, *, on_bytes: Callable[[int], None]) -> Non
         remaining = os.fstat(reader.fileno()).st_size
         while remaining:
             try:
-                copied = os.copy_file_range(reader.fileno(), writer.fileno(), min(remaining, _COPY_CHUNK_BYTES))
+                copied = os.copy_file_range(
+                    reader.fileno(), writer.fileno(), min(remaining, _COPY_CHUNK_BYTES)
+                )
             except (AttributeError, OSError):  # not on this platform, or between these two file systems
                 shutil.copyfileobj(reader, writer, _COPY_CHUNK_BYTES)
                 on_bytes(remaining)
@@ -111,7 +118,8 @@ def _convert(
             stream.write(values.data)
             on_bytes(values.nbytes)
     return {
-        name: StoredTensor(file=path, dtype=dtype, shape=shape, offset=offsets[name]) for name, shape in shapes.items()
+        name: StoredTensor(file=path, dtype=dtype, shape=shape, offset=offsets[name])
+        for name, shape in shapes.items()
     }
 
 
@@ -124,7 +132,9 @@ def _safetensors_header(
     for name, shape in shapes.items():
         end = begin + size * int(np.prod(shape, dtype=np.int64))
         entries[name] = {
-            "dtype": _SAFETENSORS_FROM_DTYPE[dtype], "shape": list(shape), "data_offsets": [begin, end]
+            "dtype": _SAFETENSORS_FROM_DTYPE[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
         }
         begins[name] = begin
         begin = end

@@ -66,7 +66,9 @@ def make_backend(name: str = "auto", *, threads: int = 0) -> Backend:
         BackendError: If there is no such backend, or its package is not installed.
     """
     if name not in ("auto", *BACKENDS):
-        raise BackendError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {name!r}; choose one of them")
+        raise BackendError(
+            f"backend: expected one of auto, {', '.join(BACKENDS)}, got {name!r}; choose one of them"
+        )
     if find_spec("onnxruntime") is None:
         raise BackendError(
             'backend: expected onnxruntime to be installed, it is not; run pip install "trio-edge[ort]"'

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from trio_edge.runtime.manifest import GraphSpec, TensorSpec
 
 _ORT_FROM_DTYPE = {
-    "float32": "tensor(float)", "float16": "tensor(float16)", "int32": "tensor(int32)", "int64": "tensor(int64)"
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int32": "tensor(int32)",
+    "int64": "tensor(int64)",
 }
 
 
@@ -72,7 +75,9 @@ class OnnxRuntimeSession:
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """See ``Session.run``."""
         if self._session is None:
-            raise BackendError(f"{self._spec.name}: expected an open session, got a closed one; load the bundle again")
+            raise BackendError(
+                f"{self._spec.name}: expected an open session, got a closed one; load the bundle again"
+            )
         check_inputs(self._spec, inputs)
         try:
             values = self._session.run(self._output_names, dict(inputs))

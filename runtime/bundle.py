@@ -36,7 +36,9 @@ class Bundle:
         try:
             return self.path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{self.path(name)}: expected UTF-8 text ({error}); export the bundle again") from None
+            raise BundleError(
+                f"{self.path(name)}: expected UTF-8 text ({error}); export the bundle again"
+            ) from None
 
     def map_tensor(self, tensor: StoredTensor) -> NDArray[Any]:
         """Return a stored tensor as a read-only memory map."""
@@ -44,7 +46,9 @@ class Bundle:
         try:
             size = path.stat().st_size
             if tensor.offset + tensor.num_bytes > size:
-                raise BundleError(f"{path}: expected {tensor.offset + tensor.num_bytes} bytes, got {size}; export again")
+                raise BundleError(
+                    f"{path}: expected {tensor.offset + tensor.num_bytes} bytes, got {size}; export again"
+                )
             return np.memmap(path, dtype=tensor.dtype, mode="r", offset=tensor.offset, shape=tensor.shape)
         except OSError as error:
             raise BundleError(f"{path}: cannot be read ({error.strerror}); export the bundle again") from None
@@ -68,7 +72,9 @@ def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        raise BundleError(f"{folder}: expected {MANIFEST_NAME}, got none; the export did not finish, run it again") from None
+        raise BundleError(
+            f"{folder}: expected {MANIFEST_NAME}, got none; the export did not finish, run it again"
+        ) from None
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror}); export the bundle again") from None
     manifest = manifest_from_json(text, where=str(path))
@@ -81,7 +87,9 @@ def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
             raise BundleError(f"{file}: expected this file, got none; export the bundle again")
         size = file.stat().st_size
         if size != entry.num_bytes:
-            raise BundleError(f"{file}: expected {entry.num_bytes} bytes, got {size}; export the bundle again")
+            raise BundleError(
+                f"{file}: expected {entry.num_bytes} bytes, got {size}; export the bundle again"
+            )
         if (hash_all or size <= LARGEST_HASHED_BYTES) and (digest := sha256_of(file)) != entry.sha256:
             raise BundleError(
                 f"{file}: expected SHA-256 {entry.sha256[:12]}…, got {digest[:12]}…; the file was changed,"

@@ -22,6 +22,7 @@ import jinja2.runtime
 import jinja2.utils
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from trio_edge.runtime.errors import BundleError, ShapeError
 
 if TYPE_CHECKING:

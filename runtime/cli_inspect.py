@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from trio_edge.runtime.bundle import open_bundle
@@ -109,28 +110,37 @@ def _layers(graph: GraphSpec) -> str:
 
 
 def _print(manifest: Manifest, *, show_io: bool) -> None:
-    console, facts = Console(width=None), summary(manifest)
+    console, facts = Console(), summary(manifest)
     schedule, flops, kv, weights = facts["schedule"], facts["flops"], facts["kv"], facts["weights"]
-    stages = ", ".join(f"layer {stage['layer']} keeps {stage['keep']}" for stage in schedule["stages"]) or "none"
-    lines = (
-        ("model", f"{manifest.model} ({manifest.family}), {manifest.dtype}, opset {manifest.opset}"),
-        ("visual tokens", f"{manifest.max_visual}; text buckets {list(manifest.text_buckets)};"
-                          f" {manifest.max_new_tokens} new tokens"),
-        ("stages", f"{stages} ({schedule['probe_rows']} probe rows, {schedule['positions']} positions)"),
-        ("average keep", f"{100 * manifest.average_keep:.1f} %"),
-        ("FLOPs", f"{sum(flops['reduced'].values()) / 1e9:.2f} G against {sum(flops['full'].values()) / 1e9:.2f} G"
-                  f" ({flops['ratio']:.2f}x) at {flops['num_visual']} visual and {flops['num_text']} text tokens"),
-        ("KV cache", f"{kv['prefill_bytes'] / 1e6:.2f} MB against {kv['full_prefill_bytes'] / 1e6:.2f} MB"
-                     f" ({kv['ratio']:.2f}x); {kv['allocated_bytes'] / 1e6:.2f} MB allocated"),
-        ("weights", f"{weights['model_bytes'] / 1e6:.1f} MB model, {weights['device_ratio']:.3f}x in the graphs;"
-                    f" bundle {weights['bundle_bytes'] / 1e6:.1f} MB"),
+    stages = (
+        ", ".join(f"layer {stage['layer']} keeps {stage['keep']}" for stage in schedule["stages"]) or "none"
     )
-    for name, text in lines:
-        console.print(f"[bold]{name:14}[/] {text}", highlight=False)
+    total = {name: sum(flops[name].values()) / 1e9 for name in ("reduced", "full")}
+    lines = {
+        "model": f"{manifest.model} ({manifest.family}), {manifest.dtype}, opset {manifest.opset}",
+        "visual tokens": f"{manifest.max_visual}; text buckets {list(manifest.text_buckets)}; {manifest.max_new_tokens} new tokens",
+        "stages": f"{stages} ({schedule['probe_rows']} probe rows, {schedule['positions']} positions)",
+        "average keep": f"{100 * manifest.average_keep:.1f} %",
+        "FLOPs": (
+            f"{total['reduced']:.2f} G against {total['full']:.2f} G ({flops['ratio']:.2f}x)"
+            f" at {flops['num_visual']} visual and {flops['num_text']} text tokens"
+        ),
+        "KV cache": (
+            f"{kv['prefill_bytes'] / 1e6:.2f} MB against {kv['full_prefill_bytes'] / 1e6:.2f} MB"
+            f" ({kv['ratio']:.2f}x); {kv['allocated_bytes'] / 1e6:.2f} MB allocated"
+        ),
+        "weights": (
+            f"{weights['model_bytes'] / 1e6:.1f} MB model, {weights['device_ratio']:.3f}x in the graphs;"
+            f" bundle {weights['bundle_bytes'] / 1e6:.1f} MB"
+        ),
+    }
+    for name, text in lines.items():
+        console.print(f"[bold]{name:14}[/] {escape(text)}", highlight=False, soft_wrap=True)
     table = Table("graph", "layers", "weights MB", "profiles")
     for graph in manifest.graphs:
         profiles = ", ".join(
-            f"{profile.name}({' '.join(f'{k}={v}' for k, v in profile.sizes.items())})" for profile in graph.profiles
+            f"{profile.name}({' '.join(f'{k}={v}' for k, v in profile.sizes.items())})"
+            for profile in graph.profiles
         )
         table.add_row(graph.name, _layers(graph), f"{graph.weight_bytes / 1e6:.2f}", profiles)
     console.print(table)

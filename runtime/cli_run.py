@@ -23,17 +23,32 @@ if TYPE_CHECKING:
 @click.option("--prompt", required=True, help="The question.")
 @click.option("--system", help="System prompt.")
 @click.option("--backend", default="auto", show_default=True, help="onnxruntime, or auto.")
-@click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 lets the backend choose.")
+@click.option(
+    "--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 lets the backend choose."
+)
 @click.option("--max-new-tokens", type=int, help="At most this many tokens. [default: the bundle's room]")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling.")
 @click.option("--top-k", type=int, default=0, show_default=True, help="0 means all tokens.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
-@click.option("--show-kept", type=click.Path(path_type=Path), help="Write the picture with the kept tokens drawn.")
-@click.option("--compare-full", type=click.Path(path_type=Path), metavar="BUNDLE", help="Also run this keep-all bundle and compare.")
+@click.option(
+    "--show-kept", type=click.Path(path_type=Path), help="Write the picture with the kept tokens drawn."
+)
+@click.option(
+    "--compare-full",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Also run this keep-all bundle and compare.",
+)
 def command(
-    bundle: Path, image: Path | None, prompt: str, backend: str, threads: int, show_kept: Path | None,
-    compare_full: Path | None, **settings: Any,
+    bundle: Path,
+    image: Path | None,
+    prompt: str,
+    backend: str,
+    threads: int,
+    show_kept: Path | None,
+    compare_full: Path | None,
+    **settings: Any,
 ) -> int:
     """Answer a question about a picture with BUNDLE."""
     if show_kept is not None:
@@ -53,7 +68,9 @@ def command(
     if compare_full is not None:
         with Pipeline.from_bundle(compare_full, backend=backend, threads=threads) as full:
             if full.manifest.schedule.stages:
-                raise BundleError(f"{compare_full}: expected a keep-all bundle, got one with stages; export --keep all")
+                raise BundleError(
+                    f"{compare_full}: expected a keep-all bundle, got one with stages; export --keep all"
+                )
             reference = full.generate(image, prompt, **settings)
             _ = reference.text
         _print_comparison(answer, reference)
@@ -77,7 +94,9 @@ def _tokens_line(answer: Generation) -> str:
 def _statistics_line(answer: Generation) -> str:
     statistics = answer.statistics
     graphs = ", ".join(f"{name} {ms:.1f}" for name, ms in statistics.graph_ms.items())
-    repaired = f"; {statistics.repaired_stages} stages redone on the host" if statistics.repaired_stages else ""
+    repaired = (
+        f"; {statistics.repaired_stages} stages redone on the host" if statistics.repaired_stages else ""
+    )
     return (
         f"first token {statistics.ttft_ms:.1f} ms ({graphs}), {statistics.tokens_per_second:.1f} tokens/s,"
         f" KV {statistics.kv_bytes / 1e6:.2f} MB, kept per stage {list(statistics.kept_tokens)}{repaired}"

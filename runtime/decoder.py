@@ -91,7 +91,12 @@ class Decoder:
         return min(cache.capacity - cache.length for cache in self.caches)
 
     def prefill(
-        self, inputs_embeds: NDArray[Any], *, visual_start: int, num_visual: int, length: int,
+        self,
+        inputs_embeds: NDArray[Any],
+        *,
+        visual_start: int,
+        num_visual: int,
+        length: int,
         choose: Choose | None = None,
     ) -> PrefillResult:
         """Run the prompt through all stages and fill the KV caches.
@@ -164,7 +169,13 @@ class Decoder:
         return outputs
 
     def _run_range(
-        self, spec: GraphSpec, cache: KVCache, hidden: NDArray[Any], positions: NDArray[np.int32], *, num_rows: int
+        self,
+        spec: GraphSpec,
+        cache: KVCache,
+        hidden: NDArray[Any],
+        positions: NDArray[np.int32],
+        *,
+        num_rows: int,
     ) -> NDArray[Any]:
         inputs = {
             spec.inputs[0].name: hidden,
@@ -180,37 +191,56 @@ class Decoder:
         return self._manifest.schedule.stages[stage].keep
 
     def _select(
-        self, stage: int, hidden: NDArray[Any], positions: NDArray[np.int32], span: _Span, result: PrefillResult
+        self,
+        stage: int,
+        hidden: NDArray[Any],
+        positions: NDArray[np.int32],
+        span: _Span,
+        result: PrefillResult,
     ) -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int32]]:
         """Return the reduced rows, their positions, and the kept indices into the span that entered."""
-        outputs = self._run(self._selects[stage].name, {
-            "hidden_states": hidden,
-            "position_ids": positions,
-            "visual_start": np.array([span.start], np.int32),
-            "num_visual": np.array([span.count], np.int32),
-            "length": np.array([span.length], np.int32),
-        })
+        outputs = self._run(
+            self._selects[stage].name,
+            {
+                "hidden_states": hidden,
+                "position_ids": positions,
+                "visual_start": np.array([span.start], np.int32),
+                "num_visual": np.array([span.count], np.int32),
+                "length": np.array([span.length], np.int32),
+            },
+        )
         num_kept = min(self._keep(stage), span.count)
         scores = outputs["scores"][: span.count]
         result.scores.append(scores)
         if outputs["unsettled"][0] == 0:
-            return outputs["kept_hidden_states"], outputs["kept_position_ids"], outputs["kept_indices"][:num_kept]
+            return (
+                outputs["kept_hidden_states"],
+                outputs["kept_position_ids"],
+                outputs["kept_indices"][:num_kept],
+            )
         result.num_repaired += 1
         kept = greedy_nms(
-            hidden[0, span.start : span.start + span.count], scores, num_keep=num_kept,
+            hidden[0, span.start : span.start + span.count],
+            scores,
+            num_keep=num_kept,
             threshold=self._manifest.schedule.nms_threshold,
         )
         return (*self._gather(stage, hidden, positions, kept, span), kept)
 
     def _gather(
-        self, stage: int, hidden: NDArray[Any], positions: NDArray[np.int32], kept: NDArray[np.int32], span: _Span
+        self,
+        stage: int,
+        hidden: NDArray[Any],
+        positions: NDArray[np.int32],
+        kept: NDArray[np.int32],
+        span: _Span,
     ) -> tuple[NDArray[Any], NDArray[np.int32]]:
         """Do on the host what the select graph's gather does: rows [1, R, D] and position ids [1, R]."""
         entering, leaving = self._manifest.visual_rows[stage : stage + 2]
         num_rows = hidden.shape[1] - entering + leaving
-        rows = np.concatenate([
-            np.arange(span.start), span.start + kept, np.arange(span.start + span.count, span.length)
-        ])
+        rows = np.concatenate(
+            [np.arange(span.start), span.start + kept, np.arange(span.start + span.count, span.length)]
+        )
         kept_hidden = np.zeros((1, num_rows, hidden.shape[2]), dtype=hidden.dtype)
         kept_hidden[0, : len(rows)] = hidden[0, rows]
         kept_positions = np.arange(num_rows, dtype=np.int32)[None]

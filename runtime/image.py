@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
 from trio_edge.runtime.errors import ImageError
 
 MAX_PICTURE_PIXELS = 178_956_970

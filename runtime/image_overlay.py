@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
+
 from trio_edge.runtime.errors import ShapeError
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
+
 from trio_edge.runtime.errors import CheckpointError, ImageError, ManifestError
 from trio_edge.runtime.image_resize import Resample, resize
 

@@ -171,15 +171,21 @@ class Manifest(_Spec, frozen=True):
                 " export the bundle again"
             )
         if not self.text_buckets or list(self.text_buckets) != sorted(set(self.text_buckets)):
-            raise ManifestError(f"text_buckets: expected ascending sizes, got {self.text_buckets}; export again")
+            raise ManifestError(
+                f"text_buckets: expected ascending sizes, got {self.text_buckets}; export again"
+            )
         known = {entry.path for entry in self.files}
         used = {graph.file for graph in self.graphs} | {
-            self.text.tokenizer, self.text.chat_template, self.token_embedding.file
+            self.text.tokenizer,
+            self.text.chat_template,
+            self.token_embedding.file,
         }
         for path in sorted(known | used):
             _check_relative(path)
         if missing := sorted(used - known):
-            raise ManifestError(f"files: expected an entry for {missing[0]!r}, got none; export the bundle again")
+            raise ManifestError(
+                f"files: expected an entry for {missing[0]!r}, got none; export the bundle again"
+            )
         self._check_graphs()
 
     def _check_graphs(self) -> None:
@@ -199,7 +205,9 @@ class Manifest(_Spec, frozen=True):
                 )
             next_layer += graph.num_layers
         if next_layer != self.dimensions.num_layers:
-            raise ManifestError(f"graphs: expected {self.dimensions.num_layers} decoder layers, got {next_layer}")
+            raise ManifestError(
+                f"graphs: expected {self.dimensions.num_layers} decoder layers, got {next_layer}"
+            )
 
     def graph(self, name: str) -> GraphSpec:
         """Return the graph called ``name``."""
@@ -241,13 +249,17 @@ class Manifest(_Spec, frozen=True):
     @property
     def average_keep(self) -> float:
         """Mean over layers of the visual tokens processed, as a fraction of ``cost.num_visual``."""
-        return self.schedule.average_keep(num_layers=self.dimensions.num_layers, num_visual=self.cost.num_visual)
+        return self.schedule.average_keep(
+            num_layers=self.dimensions.num_layers, num_visual=self.cost.num_visual
+        )
 
 
 def _check_relative(path: str) -> None:
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or not pure.parts:
-        raise ManifestError(f"files: expected a path inside the bundle, got {path!r}; export the bundle again")
+        raise ManifestError(
+            f"files: expected a path inside the bundle, got {path!r}; export the bundle again"
+        )
 
 
 def manifest_from_json(text: bytes, *, where: str) -> Manifest:
@@ -263,7 +275,9 @@ def manifest_from_json(text: bytes, *, where: str) -> Manifest:
     try:
         head = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ManifestError(f"{where}: expected JSON, got something else ({error}); export the bundle again") from None
+        raise ManifestError(
+            f"{where}: expected JSON, got something else ({error}); export the bundle again"
+        ) from None
     version = head.get("schema_version") if isinstance(head, dict) else None
     if version != SCHEMA_VERSION:
         raise ManifestError(

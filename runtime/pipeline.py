@@ -1,10 +1,10 @@
 """Picture and prompt in, streamed answer out: the runtime's front door.
 
-    pipeline = Pipeline.from_bundle("tiny-bundle")
-    answer = pipeline.generate("cat.jpg", "What is in the picture?")
-    for piece in answer:
-        print(piece, end="")
-    print(answer.statistics.visual_tokens, answer.statistics.kept_tokens)
+pipeline = Pipeline.from_bundle("tiny-bundle")
+answer = pipeline.generate("cat.jpg", "What is in the picture?")
+for piece in answer:
+    print(piece, end="")
+print(answer.statistics.visual_tokens, answer.statistics.kept_tokens)
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ class Statistics:
     @property
     def tokens_per_second(self) -> float:
         """Decode speed after the first token; 0 if there was no second one."""
-        return 1e3 * (self.new_tokens - 1) / self.decode_ms if self.new_tokens > 1 and self.decode_ms > 0 else 0.0
+        return (
+            1e3 * (self.new_tokens - 1) / self.decode_ms
+            if self.new_tokens > 1 and self.decode_ms > 0
+            else 0.0
+        )
 
 
 @final
@@ -216,7 +220,10 @@ class Pipeline:
             special_tokens={"bos_token": text.bos_token, "eos_token": text.eos_token},
         )
         return self._tokenizer.encode_prompt(
-            rendered, image_token=text.image_token, image_token_id=text.image_token_id, has_image=has_image,
+            rendered,
+            image_token=text.image_token,
+            image_token_id=text.image_token_id,
+            has_image=has_image,
             bos_token=text.bos_token,
         )
 
@@ -241,7 +248,9 @@ class Pipeline:
             return prepared.token_index
         return np.arange(prepared.num_tiles * self.manifest.encoder_keep, dtype=np.int32)
 
-    def _boxes(self, prepared: PreparedPicture, kept_patches: NDArray[np.int32] | None) -> NDArray[np.float32]:
+    def _boxes(
+        self, prepared: PreparedPicture, kept_patches: NDArray[np.int32] | None
+    ) -> NDArray[np.float32]:
         """Return the box [N, 4] of each visual token on the picture in pixels; NaN where it shows nothing of it."""
         boxes = token_boxes(prepared.width, prepared.height, self.processing)
         if kept_patches is None:
@@ -276,8 +285,15 @@ class Pipeline:
         return embeds
 
     def _steps(
-        self, generation: Generation, ids: PromptIds, prepared: PreparedPicture | None, *, limit: int,
-        sample: Callable[[NDArray[np.float32]], int], start: float, choose: Choose | None,
+        self,
+        generation: Generation,
+        ids: PromptIds,
+        prepared: PreparedPicture | None,
+        *,
+        limit: int,
+        sample: Callable[[NDArray[np.float32]], int],
+        start: float,
+        choose: Choose | None,
     ) -> Iterator[str]:
         self._running, statistics = generation, generation.statistics
         num_text = len(ids.before) + len(ids.after)
@@ -288,8 +304,11 @@ class Pipeline:
         num_visual, vision_ms = len(visual_tokens), 1e3 * (time.perf_counter() - vision_start)
         prefill_start = time.perf_counter()
         result = self._decoder.prefill(
-            self._embed_prompt(ids, visual_tokens), visual_start=len(ids.before), num_visual=num_visual,
-            length=num_visual + num_text, choose=choose,
+            self._embed_prompt(ids, visual_tokens),
+            visual_start=len(ids.before),
+            num_visual=num_visual,
+            length=num_visual + num_text,
+            choose=choose,
         )
         token = sample(result.logits)
         now = time.perf_counter()
@@ -320,7 +339,9 @@ class Pipeline:
             if statistics.new_tokens >= limit:
                 break
             if self._running is not generation:
-                raise ShapeError("answer: expected one answer at a time, another was started; finish streaming first")
+                raise ShapeError(
+                    "answer: expected one answer at a time, another was started; finish streaming first"
+                )
             start = time.perf_counter()
             logits = self._decoder.decode(np.asarray(self._embedding[token])[None, None])
             token = sample(logits)

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from trio_edge.runtime.errors import BackendError, ShapeError
 
 if TYPE_CHECKING:

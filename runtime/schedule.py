@@ -26,7 +26,9 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     def __post_init__(self) -> None:
         if self.layer < 1:
-            raise ScheduleError(f"stage at layer {self.layer}: expected a layer >= 1, layer 0 always sees all tokens")
+            raise ScheduleError(
+                f"stage at layer {self.layer}: expected a layer >= 1, layer 0 always sees all tokens"
+            )
         if self.keep < 1:
             raise ScheduleError(f"stage at layer {self.layer}: expected to keep >= 1 tokens, got {self.keep}")
 
@@ -100,4 +102,6 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Return the mean over layers of the visual tokens processed, as a fraction of ``num_visual``."""
         if num_visual == 0:
             return 1.0
-        return sum(self.tokens_per_layer(num_layers=num_layers, num_visual=num_visual)) / (num_layers * num_visual)
+        return sum(self.tokens_per_layer(num_layers=num_layers, num_visual=num_visual)) / (
+            num_layers * num_visual
+        )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import tokenizers
+
 from trio_edge.runtime.errors import BundleError, ShapeError
 
 if TYPE_CHECKING:

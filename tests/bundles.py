@@ -15,6 +15,7 @@ def export(checkpoint: Path | str, out: Path, *, schedule: Schedule = Schedule()
     """Export with small text sizes and return the bundle's folder."""
     settings = {"max_text": 64, "max_new_tokens": 40, **options}
     export_bundle(
-        ExportOptions(model=str(checkpoint), out=out, **settings), schedule_for=lambda _layers, _visual: schedule
+        ExportOptions(model=str(checkpoint), out=out, **settings),
+        schedule_for=lambda _layers, _visual: schedule,
     )
     return out

@@ -25,22 +25,34 @@ def make_tokenizer(vocab_size: int = len(WORDS)) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
         additional_special_tokens=["<image>"],
     )
 
 
 def write_processor(
-    folder: Path, *, family: Literal["llava", "llava_next"], tile_size: int, patch_size: int, vocab_size: int = len(WORDS)
+    folder: Path,
+    *,
+    family: Literal["llava", "llava_next"],
+    tile_size: int,
+    patch_size: int,
+    vocab_size: int = len(WORDS),
 ) -> None:
     """Write tokenizer, image processor and chat template of a checkpoint."""
     import transformers as hf
 
     tiles: dict[str, Any] = {
-        "size": {"shortest_edge": tile_size}, "crop_size": {"height": tile_size, "width": tile_size}
+        "size": {"shortest_edge": tile_size},
+        "crop_size": {"height": tile_size, "width": tile_size},
     }
     shared: dict[str, Any] = {
-        "patch_size": patch_size, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1
+        "patch_size": patch_size,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
     }
     tokenizer = make_tokenizer(vocab_size)
     if family == "llava_next":
@@ -72,18 +84,35 @@ def save_checkpoint(
 
     torch.manual_seed(seed)
     vision = hf.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=24,
-        patch_size=patch_size, projection_dim=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=24,
+        patch_size=patch_size,
+        projection_dim=32,
     )
     text_class = {"llama": hf.LlamaConfig, "mistral": hf.MistralConfig, "qwen2": hf.Qwen2Config}[text]
     decoder = text_class(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=num_layers, num_attention_heads=4,
-        num_key_value_heads=num_kv_heads, vocab_size=len(WORDS), max_position_embeddings=1024, initializer_range=0.2,
-        bos_token_id=1, eos_token_id=2, tie_word_embeddings=tie, **({"sliding_window": None} if text == "mistral" else {}),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=num_kv_heads,
+        vocab_size=len(WORDS),
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=tie,
+        **({"sliding_window": None} if text == "mistral" else {}),
     )
     if family == "llava_next":
         config = hf.LlavaNextConfig(
-            vision_config=vision, text_config=decoder, image_grid_pinpoints=PINPOINTS, image_token_index=4,
+            vision_config=vision,
+            text_config=decoder,
+            image_grid_pinpoints=PINPOINTS,
+            image_token_index=4,
             tie_word_embeddings=tie,
         )
         model = hf.LlavaNextForConditionalGeneration(config)

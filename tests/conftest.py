@@ -27,7 +27,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LLaVA-NeXT with 3 decoder layers and grouped-query attention."""
     from tests.checkpoints import save_checkpoint
 
-    return save_checkpoint(tmp_path_factory.mktemp("shared") / "checkpoint", num_layers=3, num_kv_heads=2, seed=5)
+    return save_checkpoint(
+        tmp_path_factory.mktemp("shared") / "checkpoint", num_layers=3, num_kv_heads=2, seed=5
+    )
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,12 @@ def save_golden_checkpoint(golden: Golden, folder: Path) -> Path:
     torch.manual_seed(0)
     side = 4 * _PATCHES_PER_SIDE[golden.settings["visual_tokens"]]
     vision = hf.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=side, patch_size=4,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=side,
+        patch_size=4,
         projection_dim=16,
     )
     text = hf.LlamaConfig(**golden.settings["config"], bos_token_id=1, eos_token_id=2)

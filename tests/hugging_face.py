@@ -40,7 +40,12 @@ class Original:
         return text
 
     def generate(
-        self, picture: Image.Image | None, text: str, *, num_tokens: int, pixel_values: NDArray[np.float32] | None = None
+        self,
+        picture: Image.Image | None,
+        text: str,
+        *,
+        num_tokens: int,
+        pixel_values: NDArray[np.float32] | None = None,
     ) -> tuple[list[int], NDArray[np.float32]]:
         """Return the greedy tokens and the logits [steps, V] behind them.
 
@@ -57,8 +62,12 @@ class Original:
             inputs["pixel_values"] = torch.from_numpy(pixel_values).reshape(inputs["pixel_values"].shape)
         with torch.no_grad():
             output = self.model.generate(
-                **inputs, do_sample=False, max_new_tokens=num_tokens, return_dict_in_generate=True,
-                output_logits=True, use_cache=True,
+                **inputs,
+                do_sample=False,
+                max_new_tokens=num_tokens,
+                return_dict_in_generate=True,
+                output_logits=True,
+                use_cache=True,
             )
         tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         return tokens, torch.stack(output.logits)[:, 0].numpy()

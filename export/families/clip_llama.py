@@ -42,7 +42,9 @@ def read_config(checkpoint: Checkpoint) -> Any:
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a broken config.json
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{checkpoint.folder}/config.json: expected a valid configuration, got: {reason}") from None
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json: expected a valid configuration, got: {reason}"
+        ) from None
     text, vision = config.text_config, config.vision_config
     if text.model_type not in _TEXT_TYPES:
         raise CheckpointError(
@@ -66,9 +68,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
     return config
 
 
-def build(
-    model_class: Callable[[Any], nn.Module], config: Any, *, encoder_keep: int | None
-) -> FamilyModel:
+def build(model_class: Callable[[Any], nn.Module], config: Any, *, encoder_keep: int | None) -> FamilyModel:
     """Return the parts of ``model_class(config)``; under FakeTensorMode this takes no memory."""
     register_attention()
     text, vision = config.text_config, config.vision_config
@@ -84,10 +84,15 @@ def build(
     if encoder_keep is None:
         features = ClipFeatures(inner.vision_tower, feature_layers=feature_layers)
         vision_layers = features.layers
-        vision_graph: Vision | ReducedVision = Vision(features, inner.multi_modal_projector, getattr(inner, "image_newline", None))
+        vision_graph: Vision | ReducedVision = Vision(
+            features, inner.multi_modal_projector, getattr(inner, "image_newline", None)
+        )
     else:
         vision_graph = ReducedVision(
-            inner.vision_tower, inner.multi_modal_projector, feature_layers=feature_layers, num_keep=encoder_keep
+            inner.vision_tower,
+            inner.multi_modal_projector,
+            feature_layers=feature_layers,
+            num_keep=encoder_keep,
         )
         vision_layers = vision_graph.layers
     return FamilyModel(
@@ -131,11 +136,11 @@ def image_processing(checkpoint: Checkpoint, *, default_type: str) -> ImageProce
             f"{folder}: expected crop_size {config.vision_config.image_size} (the vision tower's), got"
             f" {processing.tile_size}; preprocessor and weights belong to different models"
         )
-    pinpoints = checkpoint.config.get("image_grid_pinpoints")
-    if processing.kind == "anyres" and pinpoints is not None:
-        if [list(pinpoint) for pinpoint in processing.grid_pinpoints] != [list(pinpoint) for pinpoint in pinpoints]:
-            raise CheckpointError(
-                f"{folder}: expected the same image_grid_pinpoints in config.json and preprocessor, got {pinpoints} and"
-                f" {[list(pinpoint) for pinpoint in processing.grid_pinpoints]}; make them agree"
-            )
+    theirs = [list(pinpoint) for pinpoint in checkpoint.config.get("image_grid_pinpoints") or []]
+    ours = [list(pinpoint) for pinpoint in processing.grid_pinpoints]
+    if processing.kind == "anyres" and theirs and ours != theirs:
+        raise CheckpointError(
+            f"{folder}: expected the same image_grid_pinpoints in config.json and preprocessor, got {theirs} and"
+            f" {ours}; make them agree"
+        )
     return processing

@@ -37,7 +37,11 @@ class DecoderRange(nn.Module):
         self.rotary = rotary
 
     def forward(
-        self, hidden_states: Tensor, position_ids: Tensor, past_length: Tensor, past: list[tuple[Tensor, Tensor]]
+        self,
+        hidden_states: Tensor,
+        position_ids: Tensor,
+        past_length: Tensor,
+        past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, ...]:
         """Return the hidden states after the layers, then key and value of the new rows layer by layer."""
         cos, sin = self.rotary(position_ids)
@@ -46,6 +50,10 @@ class DecoderRange(nn.Module):
         present: list[Tensor] = []
         for layer, layer_past in zip(self.layers, past):
             hidden_states = layer(
-                hidden_states, attention_mask=mask, position_embeddings=tables, past=layer_past, present=present
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=tables,
+                past=layer_past,
+                present=present,
             )
         return hidden_states, *present

@@ -18,19 +18,29 @@ The graph holds the probed layer and the head a second time (on the device; on d
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from trio_edge.trio.compaction import compact_rows
-from trio_edge.trio.nms import FeatureNms
-from trio_edge.trio.saliency import ProxySaliency
+
+if TYPE_CHECKING:
+    from trio_edge.trio.nms import FeatureNms
+    from trio_edge.trio.saliency import ProxySaliency
 
 
 class Select(nn.Module):
     """Saliency of the probe on layer l, feature-space NMS, and the gather of what stays."""
 
     def __init__(
-        self, saliency: ProxySaliency, nms: FeatureNms, rotary: nn.Module, *, max_visual: int, preserve_positions: bool
+        self,
+        saliency: ProxySaliency,
+        nms: FeatureNms,
+        rotary: nn.Module,
+        *,
+        max_visual: int,
+        preserve_positions: bool,
     ) -> None:
         super().__init__()
         self.saliency = saliency
@@ -40,16 +50,28 @@ class Select(nn.Module):
         self.preserve_positions = preserve_positions
 
     def forward(
-        self, hidden_states: Tensor, position_ids: Tensor, visual_start: Tensor, num_visual: Tensor, length: Tensor
+        self,
+        hidden_states: Tensor,
+        position_ids: Tensor,
+        visual_start: Tensor,
+        num_visual: Tensor,
+        length: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return kept hidden states, kept position ids, kept indices, scores and the unsettled count."""
         hidden_SD = hidden_states[0]
         cos, sin = self.rotary(position_ids)
         scores_N = self.saliency(hidden_SD, cos[0], sin[0], visual_start, num_visual, length)
-        visual_N = (visual_start.to(torch.int64) + torch.arange(self.max_visual)).clamp(max=hidden_SD.shape[0] - 1)
+        visual_N = (visual_start.to(torch.int64) + torch.arange(self.max_visual)).clamp(
+            max=hidden_SD.shape[0] - 1
+        )
         kept_K, unsettled = self.nms(hidden_SD.index_select(0, visual_N), scores_N, num_visual)
         rows_R, _ = compact_rows(
-            kept_K, visual_start, num_visual, length, padded_length=hidden_SD.shape[0], max_visual=self.max_visual
+            kept_K,
+            visual_start,
+            num_visual,
+            length,
+            padded_length=hidden_SD.shape[0],
+            max_visual=self.max_visual,
         )
         if self.preserve_positions:
             positions_R = position_ids[0].index_select(0, rows_R)

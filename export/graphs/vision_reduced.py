@@ -126,5 +126,7 @@ def merge_dropped(tokens_BPD: Tensor, kept_BT: Tensor) -> Tensor:
     is_kept_BP = (kept_BT[:, :, None] == torch.arange(tokens_BPD.shape[1])).any(dim=1)
     slots = torch.arange(kept_BT.shape[1])
     takes_BTP = ((nearest_BP[:, None, :] == slots[None, :, None]) & ~is_kept_BP[:, None, :]).float()
-    merged = (kept_BTD.float() + torch.matmul(takes_BTP, values)) / (1.0 + takes_BTP.sum(dim=-1, keepdim=True))
+    merged = (kept_BTD.float() + torch.matmul(takes_BTP, values)) / (
+        1.0 + takes_BTP.sum(dim=-1, keepdim=True)
+    )
     return merged.to(tokens_BPD.dtype)

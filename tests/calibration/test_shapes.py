@@ -6,6 +6,7 @@ import random
 from collections import Counter
 
 import pytest
+
 from trio_edge.calibration.shapes import HELD_OUT_OFFSET, KINDS, VOCABULARY, held_out
 from trio_edge.calibration.shapes_questions import COUNT_WORDS, PLURALS, ask
 from trio_edge.calibration.shapes_scene import CANVASES, SIZES, Scene, Thing, make_scene, render

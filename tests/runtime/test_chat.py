@@ -3,17 +3,18 @@ from datetime import datetime
 import numpy as np
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
+
 from trio_edge.runtime import chat
 from trio_edge.runtime.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE, build_messages, render_chat
 from trio_edge.runtime.errors import BundleError, ShapeError
 
 # llava-hf's own template of LLaVA-1.5, with the training tag that transformers adds to Jinja
 LLAVA_HF_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"  # noqa: E501
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{# Render all images first #}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"  # noqa: E501
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
     "{% if message['role'] != 'assistant' %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"  # noqa: E501
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
     "{% endfor %}{% else %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
     "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
@@ -24,9 +25,9 @@ TEMPLATES = {
     "mistral": MISTRAL_TEMPLATE,
     "llava-hf": LLAVA_HF_TEMPLATE,
     "bos and json": "{{ bos_token }}{{ messages | tojson(indent=2) }}{{ tools is none }}",
-    "loop controls": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",  # noqa: E501
+    "loop controls": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
     "trimmed blocks": "a\n  {% if true %}\n  b\n  {% endif %}\nc\n",
-    "namespace and dict": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"  # noqa: E501
+    "namespace and dict": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
     "{{ ns.n }}{{ dict(a=1) }}{{ dict.fromkeys('ab') }}",
     "undefined variable": "{{ nothing }}{{ messages[9] }}",
 }

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
+
 from trio_edge.runtime.errors import ImageError
 from trio_edge.runtime.image import MAX_PICTURE_PIXELS, open_picture
 

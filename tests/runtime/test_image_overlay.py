@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+
 from trio_edge.runtime.errors import ShapeError
 from trio_edge.runtime.image_overlay import draw_kept
 from trio_edge.runtime.image_processing import ImageProcessing, token_boxes

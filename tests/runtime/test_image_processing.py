@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
+
 from trio_edge.runtime.errors import CheckpointError, ImageError, ManifestError
 from trio_edge.runtime.image import open_picture
 from trio_edge.runtime.image_processing import (

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2 import functional
+
 from trio_edge.runtime import image_resize
 from trio_edge.runtime.image_resize import resize
 

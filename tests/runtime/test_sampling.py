@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from trio_edge.runtime.errors import BackendError, ShapeError
 from trio_edge.runtime.sampling import make_sampler
 

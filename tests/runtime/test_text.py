@@ -9,6 +9,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llava_next.image_processing_llava_next import LlavaNextImageProcessor
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
+
 from trio_edge.runtime.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE, build_messages, render_chat
 from trio_edge.runtime.errors import BundleError, ShapeError
 from trio_edge.runtime.text import DetokenizeStream, Tokenizer

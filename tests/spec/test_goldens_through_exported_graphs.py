@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
 from tests.bundles import export
 from tests.goldens import GOLDEN_NAMES, Golden, load_golden, needs_goldens, save_golden_checkpoint
 from tests.tolerances import LOGITS_FLOAT32, SALIENCY_FLOAT32
@@ -29,7 +30,9 @@ class Run:
         padded[0, : len(embeds)] = embeds
         self.golden = golden
         self.prefill: PrefillResult = decoder.prefill(
-            padded, visual_start=golden.settings["visual_start"], num_visual=golden.settings["visual_tokens"],
+            padded,
+            visual_start=golden.settings["visual_start"],
+            num_visual=golden.settings["visual_tokens"],
             length=len(embeds),
         )
         table = golden.weights["model.embed_tokens.weight"].numpy()
@@ -43,10 +46,15 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     golden, folder = load_golden(request.param), tmp_path_factory.mktemp(request.param)
     settings = golden.settings
     schedule = Schedule(
-        stages=tuple(Stage(layer=at, keep=keep) for at, keep in zip(settings["stage_layers"], settings["stage_keep"])),
-        num_probe_rows=settings["probe_positions"], nms_threshold=settings["nms_threshold"],
+        stages=tuple(
+            Stage(layer=at, keep=keep) for at, keep in zip(settings["stage_layers"], settings["stage_keep"])
+        ),
+        num_probe_rows=settings["probe_positions"],
+        nms_threshold=settings["nms_threshold"],
     )
-    bundle = open_bundle(export(save_golden_checkpoint(golden, folder / "ck"), folder / "bundle", schedule=schedule))
+    bundle = open_bundle(
+        export(save_golden_checkpoint(golden, folder / "ck"), folder / "bundle", schedule=schedule)
+    )
     backend = make_backend()
     decoder = Decoder(bundle.manifest, lambda spec: backend.load(bundle.folder, spec))
     return Run(golden, decoder, max_visual=bundle.manifest.max_visual, bucket=bundle.manifest.text_buckets[0])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+
 from tests.bundles import export
 from tests.hugging_face import Original
 from tests.pictures import random_picture
@@ -75,7 +76,9 @@ def test_every_bucket_gives_the_same_answer(kind: str, request: pytest.FixtureRe
         result = pipeline._decoder.prefill(
             embeds, visual_start=len(ids.before), num_visual=len(tokens), length=length
         )
-        steps = [pipeline._decoder.decode(np.full((1, 1, tokens.shape[1]), 0.1, np.float32)) for _ in range(3)]
+        steps = [
+            pipeline._decoder.decode(np.full((1, 1, tokens.shape[1]), 0.1, np.float32)) for _ in range(3)
+        ]
         results.append(np.stack([result.logits, *steps]))
     np.testing.assert_allclose(results[0], results[1], **LOGITS_FLOAT32)
 
@@ -101,7 +104,9 @@ def test_text_only_is_the_same_with_reduction(keep_all: Pipeline, reduced: Pipel
     assert less.token_ids == whole.token_ids
 
 
-def test_a_picture_smaller_than_every_stage_is_not_reduced(checkpoint: Path, keep_all: Pipeline, tmp_path: Path) -> None:
+def test_a_picture_smaller_than_every_stage_is_not_reduced(
+    checkpoint: Path, keep_all: Pipeline, tmp_path: Path
+) -> None:
     """A stage may keep all of the largest picture; smaller ones then pass whole."""
     schedule = Schedule(stages=(Stage(layer=1, keep=keep_all.manifest.max_visual),))
     with Pipeline.from_bundle(export(checkpoint, tmp_path / "b", schedule=schedule)) as pipeline:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
 from tests.hugging_face import Original
@@ -38,7 +39,9 @@ def causal_layer(model: Any, index: int, hidden: torch.Tensor, positions: torch.
     return text.layers[index](hidden, attention_mask=mask, position_embeddings=tables)
 
 
-def autograd_saliency(model: Any, layer: int, hidden: torch.Tensor, positions: torch.Tensor, *, offset: int) -> Any:
+def autograd_saliency(
+    model: Any, layer: int, hidden: torch.Tensor, positions: torch.Tensor, *, offset: int
+) -> Any:
     """Return the gradient norm of every row: the whole layer and head over all rows, by autograd."""
     leaf = hidden.detach().requires_grad_(True)
     out = causal_layer(model, layer, leaf, positions)
@@ -65,7 +68,9 @@ def reduced_logits(
             kept = greedy_nms(features, scores, num_keep=min(stages[layer], len(original)), threshold=0.8)
             rows = [*range(start), *(start + kept), *range(start + len(original), hidden.shape[1])]
             hidden, original = hidden[:, rows], original[kept]
-            positions = positions[:, rows] if schedule.positions == "preserved" else torch.arange(len(rows))[None]
+            positions = (
+                positions[:, rows] if schedule.positions == "preserved" else torch.arange(len(rows))[None]
+            )
             kept_all.append(original.tolist())
         with torch.no_grad():
             hidden = causal_layer(model, layer, hidden, positions)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
 from tests.hugging_face import Original
@@ -29,15 +30,22 @@ MODELS = {
 
 
 @pytest.fixture(scope="module", params=list(MODELS), ids=list(MODELS))
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Original, Pipeline]:
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Original, Pipeline]:
     folder: Path = tmp_path_factory.mktemp(request.param)
     checkpoint = save_checkpoint(folder / "checkpoint", num_layers=3, **MODELS[request.param])
     return Original.load(checkpoint), Pipeline.from_bundle(export(checkpoint, folder / "bundle"))
 
 
-@pytest.mark.parametrize("case", range(len(SIZES) * len(PROMPTS)), ids=[
-    f"{width}x{height}-{len(prompt.split())}words" for (width, height), prompt in itertools.product(SIZES, PROMPTS)
-])
+@pytest.mark.parametrize(
+    "case",
+    range(len(SIZES) * len(PROMPTS)),
+    ids=[
+        f"{width}x{height}-{len(prompt.split())}words"
+        for (width, height), prompt in itertools.product(SIZES, PROMPTS)
+    ],
+)
 def test_keep_all_bundle_gives_the_tokens_of_hugging_face(pair: tuple[Original, Pipeline], case: int) -> None:
     original, pipeline = pair
     (width, height), prompt = list(itertools.product(SIZES, PROMPTS))[case]
