@@ -30,7 +30,8 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p trio_edge
+	rm -rf out/typed && $(BIN)/python -m pip install --quiet --no-deps --target out/typed .
+	MYPYPATH=out/typed $(BIN)/mypy --explicit-package-bases -p trio_edge
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

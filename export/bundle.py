@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.tracing import TracedGraph
     from trio_edge.runtime.image_processing import ImageProcessing
-    from trio_edge.runtime.manifest import DType
+    from trio_edge.runtime.manifest import FloatType
     from trio_edge.runtime.schedule import Schedule
 
 EMBEDDING_NAME = "language_model.embed_tokens.weight"
@@ -221,14 +221,14 @@ def _max_visual(processing: ImageProcessing, options: ExportOptions) -> int:
     )
 
 
-def _dtype(checkpoint: Checkpoint, wanted: Literal["auto", "float16", "float32"]) -> DType:
+def _dtype(checkpoint: Checkpoint, wanted: Literal["auto", "float16", "float32"]) -> FloatType:
     if wanted != "auto":
         return wanted
     return "float32" if checkpoint.tensor(EMBEDDING_NAME).dtype == "F32" else "float16"
 
 
 @contextmanager
-def _default_dtype(dtype: DType) -> Iterator[None]:
+def _default_dtype(dtype: FloatType) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
@@ -315,7 +315,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _model_bytes(checkpoint: Checkpoint, dtype: DType) -> int:
+def _model_bytes(checkpoint: Checkpoint, dtype: FloatType) -> int:
     size = {"float32": 4, "float16": 2}[dtype]
     total = 0
     for tensor in checkpoint.tensors.values():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from trio_edge.runtime.manifest import Profile
 
 if TYPE_CHECKING:
-    from trio_edge.runtime.manifest import DType
+    from trio_edge.runtime.manifest import FloatType
     from trio_edge.runtime.schedule import Schedule
 
 _SMALLEST_BUCKET = 32
@@ -32,7 +32,7 @@ class Layout:
     schedule: Schedule
     text_buckets: tuple[int, ...]
     max_new_tokens: int
-    dtype: DType
+    dtype: FloatType
     opset: int
 
     @property

@@ -11,7 +11,7 @@ from trio_edge.trio.cost import ModelShape, VisionShape, reduction_cost
 if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.runtime.image_processing import ImageProcessing
-    from trio_edge.runtime.manifest import DType
+    from trio_edge.runtime.manifest import FloatType
     from trio_edge.runtime.schedule import Schedule
 
 COST_TEXT_TOKENS = 40
@@ -25,7 +25,7 @@ def cost_of(
     *,
     processing: ImageProcessing,
     max_visual: int,
-    dtype: DType,
+    dtype: FloatType,
 ) -> Cost:
     """Return the cost of a prefill with ``max_visual`` visual tokens and ``COST_TEXT_TOKENS`` text tokens."""
     vision = model.vision_config

@@ -30,7 +30,7 @@ def write_text_files(checkpoint: Checkpoint, bundle: Path, *, default_template: 
     backend = tokenizer.backend_tokenizer
     image_token_id = checkpoint.config.get("image_token_index", checkpoint.config.get("image_token_id"))
     image_token = backend.id_to_token(image_token_id) if isinstance(image_token_id, int) else None
-    if image_token is None:
+    if image_token is None or not isinstance(image_token_id, int):
         raise CheckpointError(
             f"{checkpoint.folder}: expected image_token_index to name a token of the tokenizer, got {image_token_id};"
             " use the checkpoint's own tokenizer files"

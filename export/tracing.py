@@ -122,18 +122,19 @@ def trace_graphs(
         if index > 0:
             step(f"tracing select_{index}")
             graphs.append(_select(tracer, index - 1))
-        name = _range_name(index, len(ranges))
+        role = _range_role(index, len(ranges))
+        name = f"segment_{index}" if role == "segment" else role
         step(f"tracing {name}")
-        graphs.append(_range(tracer, index, layers, name=name))
+        graphs.append(_range(tracer, index, layers, name=name, role=role))
     step("tracing head")
     graphs.append(_head(tracer))
     return graphs
 
 
-def _range_name(index: int, num_ranges: int) -> str:
+def _range_role(index: int, num_ranges: int) -> Role:
     if index == 0:
         return "prefix"
-    return "suffix" if index == num_ranges - 1 else f"segment_{index}"
+    return "suffix" if index == num_ranges - 1 else "segment"
 
 
 def _vision(tracer: _Tracer, processing: ImageProcessing, encoder_keep: int | None) -> TracedGraph:
@@ -181,7 +182,7 @@ def _tile_counts(processing: ImageProcessing) -> list[int]:
     )
 
 
-def _range(tracer: _Tracer, index: int, layers: range, *, name: str) -> TracedGraph:
+def _range(tracer: _Tracer, index: int, layers: range, *, name: str, role: Role) -> TracedGraph:
     dims, dtype = tracer.dimensions, tracer.layout.dtype
     past_shape = (1, dims.num_kv_heads, "C", dims.head_size)
     new_shape = (1, dims.num_kv_heads, "S", dims.head_size)
@@ -205,9 +206,9 @@ def _range(tracer: _Tracer, index: int, layers: range, *, name: str) -> TracedGr
     out = TensorSpec(name="hidden_states_out", dtype=dtype, shape=(1, "S", dims.hidden_size))
     spec = GraphSpec(
         name=name,
-        role=name.split("_")[0],
+        role=role,
         file=f"{name}.onnx",
-        inputs=(hidden, *scalars, *past),  # type: ignore[arg-type]
+        inputs=(hidden, *scalars, *past),
         outputs=(out, *present),
         profiles=tracer.layout.range_profiles(index),
         weight_bytes=0,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.export.checkpoint import Checkpoint, SourceTensor
-    from trio_edge.runtime.manifest import DType
+    from trio_edge.runtime.manifest import FloatType
 
 WEIGHTS_FOLDER = "weights"
 _SAFETENSORS_FROM_DTYPE = {"float32": "F32", "float16": "F16"}
@@ -38,7 +38,12 @@ _COPY_CHUNK_BYTES = 64 << 20
 
 
 def store_weights(
-    checkpoint: Checkpoint, names: set[str], bundle: Path, *, dtype: DType, on_bytes: Callable[[int], None]
+    checkpoint: Checkpoint,
+    names: set[str],
+    bundle: Path,
+    *,
+    dtype: FloatType,
+    on_bytes: Callable[[int], None],
 ) -> dict[str, StoredTensor]:
     """Write the tensors ``names`` of ``checkpoint`` into ``bundle`` and return where each one is.
 
@@ -65,7 +70,7 @@ def store_weights(
     return _convert(sources, bundle, dtype=dtype, on_bytes=on_bytes)
 
 
-def bytes_to_write(checkpoint: Checkpoint, names: set[str], *, dtype: DType) -> int:
+def bytes_to_write(checkpoint: Checkpoint, names: set[str], *, dtype: FloatType) -> int:
     """Return how many bytes ``store_weights`` is going to write, for progress and for the check of free space."""
     sources = [checkpoint.tensor(name) for name in names]
     if all(source.dtype == _SAFETENSORS_FROM_DTYPE[dtype] for source in sources):
@@ -75,7 +80,7 @@ def bytes_to_write(checkpoint: Checkpoint, names: set[str], *, dtype: DType) -> 
 
 
 def _copy_files(
-    sources: Mapping[str, SourceTensor], bundle: Path, *, dtype: DType, on_bytes: Callable[[int], None]
+    sources: Mapping[str, SourceTensor], bundle: Path, *, dtype: FloatType, on_bytes: Callable[[int], None]
 ) -> dict[str, StoredTensor]:
     for file in sorted({source.file for source in sources.values()}):
         _copy(file, bundle / WEIGHTS_FOLDER / file.name, on_bytes=on_bytes)
@@ -105,7 +110,7 @@ def _copy(source: Path, target: Path, *, on_bytes: Callable[[int], None]) -> Non
 
 
 def _convert(
-    sources: Mapping[str, SourceTensor], bundle: Path, *, dtype: DType, on_bytes: Callable[[int], None]
+    sources: Mapping[str, SourceTensor], bundle: Path, *, dtype: FloatType, on_bytes: Callable[[int], None]
 ) -> dict[str, StoredTensor]:
     size = np.dtype(dtype).itemsize
     shapes = {name: source.shape for name, source in sources.items()}
@@ -124,7 +129,7 @@ def _convert(
 
 
 def _safetensors_header(
-    shapes: Mapping[str, tuple[int, ...]], *, dtype: DType, size: int
+    shapes: Mapping[str, tuple[int, ...]], *, dtype: FloatType, size: int
 ) -> tuple[bytes, dict[str, int]]:
     """Return a file's header and the absolute offset of each tensor behind it."""
     entries: dict[str, Any] = {}
@@ -144,7 +149,7 @@ def _safetensors_header(
     return len(text).to_bytes(8, "little") + text, {name: start + offset for name, offset in begins.items()}
 
 
-def _converted(name: str, source: SourceTensor, *, dtype: DType) -> NDArray[Any]:
+def _converted(name: str, source: SourceTensor, *, dtype: FloatType) -> NDArray[Any]:
     wanted = getattr(torch, dtype)
     raw = read_tensor(source)
     values = raw.to(wanted)

@@ -19,6 +19,7 @@ MANIFEST_NAME = "trio.json"
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8}
 
 DType = Literal["float32", "float16", "int32", "int64"]
+FloatType = Literal["float32", "float16"]
 Role = Literal["vision", "prefix", "select", "segment", "suffix", "head"]
 
 
@@ -138,7 +139,7 @@ class Manifest(_Spec, frozen=True):
     model: str
     """Alias, Hub id or folder name that was exported."""
     revision: str | None
-    dtype: Literal["float32", "float16"]
+    dtype: FloatType
     opset: int
     dimensions: Dimensions
     schedule: Schedule

@@ -36,7 +36,7 @@ def two_part_attention(
     scaling: float,
     past: tuple[Tensor, Tensor],
     present: list[Tensor],
-    **_: Any,
+    **_unused: Any,
 ) -> tuple[Tensor, None]:
     """Return attention of the new rows over past and new rows, and append the new keys and values to ``present``.
 

@@ -24,4 +24,5 @@ class Head(nn.Module):
     def forward(self, hidden_states: Tensor, last_row: Tensor) -> Tensor:
         """Return the logits [1, V] of row ``last_row``, float32."""
         row_1D = hidden_states[0].index_select(0, last_row)
-        return self.lm_head(self.final_norm(row_1D)).to(torch.float32)
+        logits: Tensor = self.lm_head(self.final_norm(row_1D)).to(torch.float32)
+        return logits

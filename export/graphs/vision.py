@@ -12,6 +12,8 @@ newline placement is in ``token_index``, so the graph has no picture-dependent s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,11 +29,11 @@ class ClipFeatures(nn.Module):
             feature_layers: Indices into its hidden states (0 is the embedding, -1 the last layer's output).
         """
         super().__init__()
-        core = getattr(tower, "vision_model", tower)
+        core: Any = getattr(tower, "vision_model", tower)
         num_states = len(core.encoder.layers) + 1
         self.states = tuple(range(num_states)[layer] for layer in feature_layers)
-        self.embeddings = core.embeddings
-        self.pre_layrnorm = core.pre_layrnorm
+        self.embeddings: nn.Module = core.embeddings
+        self.pre_layrnorm: nn.Module = core.pre_layrnorm
         self.layers = nn.ModuleList(core.encoder.layers[: max(self.states)])
 
     def forward(self, pixel_values: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ newline token remains, so the count is fixed; the reference unpads afterwards an
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,20 +51,20 @@ class ReducedVision(nn.Module):
         self, tower: nn.Module, projector: nn.Module, *, feature_layers: tuple[int, ...], num_keep: int
     ) -> None:
         super().__init__()
-        core = getattr(tower, "vision_model", tower)
+        core: Any = getattr(tower, "vision_model", tower)
         num_layers = len(core.encoder.layers)
         self.states = tuple(range(num_layers + 1)[layer] for layer in feature_layers)
         self.global_layer = num_layers - 2
         self.local_layer = min(round(_LOCAL_LAYER_SHARE * num_layers), self.global_layer)
-        self.embeddings = core.embeddings
-        self.pre_layrnorm = core.pre_layrnorm
+        self.embeddings: nn.Module = core.embeddings
+        self.pre_layrnorm: nn.Module = core.pre_layrnorm
         self.layers = nn.ModuleList(core.encoder.layers[: max(*self.states, self.global_layer + 1)])
         self.projector = projector
         self.num_keep = num_keep
 
     def forward(self, pixel_values: Tensor, token_index: Tensor) -> tuple[Tensor, Tensor]:
         """Return the visual tokens [N, D] and the kept patches [B, T]."""
-        hidden = self.pre_layrnorm(self.embeddings(pixel_values))
+        hidden: Tensor = self.pre_layrnorm(self.embeddings(pixel_values))
         states, attention = [hidden], {}
         for index, layer in enumerate(self.layers):
             if index in (self.local_layer, self.global_layer):
@@ -78,7 +80,7 @@ class ReducedVision(nn.Module):
         return rows.index_select(0, token_index), kept_BT.to(torch.int32)
 
 
-def cls_attention(layer: nn.Module, hidden_BPD: Tensor) -> Tensor:
+def cls_attention(layer: Any, hidden_BPD: Tensor) -> Tensor:
     """Return the attention of the CLS row to the patches in ``layer``, mean over heads: [B, P] float32."""
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden_BPD)
