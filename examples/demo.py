@@ -18,7 +18,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", required=True, help="bundle of the packaged model, from trio-export tiny")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the drawing")
-    parser.add_argument("--question", type=int, default=0, help="which question of examples/pictures/questions.json")
+    parser.add_argument(
+        "--question", type=int, default=0, help="which question of examples/pictures/questions.json"
+    )
     arguments = parser.parse_args()
     entry = json.loads((PICTURES / "questions.json").read_text(encoding="utf-8"))[arguments.question]
     picture = PICTURES / entry["file"]
@@ -28,7 +30,15 @@ def main() -> int:
     print(f"question: {entry['question']}  (expected: {entry['answer']})")
     print("answer:   ", end="", flush=True)
     code = trio_run(
-        [arguments.bundle, "--image", str(picture), "--prompt", entry["question"], "--show-kept", str(drawing)]
+        [
+            arguments.bundle,
+            "--image",
+            str(picture),
+            "--prompt",
+            entry["question"],
+            "--show-kept",
+            str(drawing),
+        ]
     )
     if code == 0:
         print(f"kept tokens drawn in {drawing}")

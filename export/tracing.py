@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.layout import Layout
     from trio_edge.runtime.image_processing import ImageProcessing
-    from trio_edge.runtime.manifest import Dimensions
+    from trio_edge.runtime.manifest import Dimensions, Role
 
 _MIN_TRACE_ROWS = 37  # any number that no other axis has
 

@@ -47,7 +47,7 @@ class _Span(NamedTuple):
     """Where a sequence's visual tokens lie, and where it ends."""
 
     start: int
-    count: int
+    num_visual: int
     length: int
 
 
@@ -205,12 +205,12 @@ class Decoder:
                 "hidden_states": hidden,
                 "position_ids": positions,
                 "visual_start": np.array([span.start], np.int32),
-                "num_visual": np.array([span.count], np.int32),
+                "num_visual": np.array([span.num_visual], np.int32),
                 "length": np.array([span.length], np.int32),
             },
         )
-        num_kept = min(self._keep(stage), span.count)
-        scores = outputs["scores"][: span.count]
+        num_kept = min(self._keep(stage), span.num_visual)
+        scores = outputs["scores"][: span.num_visual]
         result.scores.append(scores)
         if outputs["unsettled"][0] == 0:
             return (
@@ -220,7 +220,7 @@ class Decoder:
             )
         result.num_repaired += 1
         kept = greedy_nms(
-            hidden[0, span.start : span.start + span.count],
+            hidden[0, span.start : span.start + span.num_visual],
             scores,
             num_keep=num_kept,
             threshold=self._manifest.schedule.nms_threshold,
@@ -239,7 +239,7 @@ class Decoder:
         entering, leaving = self._manifest.visual_rows[stage : stage + 2]
         num_rows = hidden.shape[1] - entering + leaving
         rows = np.concatenate(
-            [np.arange(span.start), span.start + kept, np.arange(span.start + span.count, span.length)]
+            [np.arange(span.start), span.start + kept, np.arange(span.start + span.num_visual, span.length)]
         )
         kept_hidden = np.zeros((1, num_rows, hidden.shape[2]), dtype=hidden.dtype)
         kept_hidden[0, : len(rows)] = hidden[0, rows]

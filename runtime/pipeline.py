@@ -259,7 +259,8 @@ class Pipeline:
         box_of_patch = np.full((prepared.num_tiles * num_patches + 1, 4), np.nan, np.float32)
         box_of_patch[prepared.token_index] = boxes
         tile_start = np.arange(prepared.num_tiles)[:, None] * num_patches
-        return box_of_patch[(tile_start + kept_patches[: prepared.num_tiles]).ravel()]
+        kept: NDArray[np.float32] = box_of_patch[(tile_start + kept_patches[: prepared.num_tiles]).ravel()]
+        return kept
 
     def _see(self, prepared: PreparedPicture) -> tuple[NDArray[Any], NDArray[np.float32]]:
         """Return the picture's visual tokens [N, D] without padding, and their boxes on it."""

@@ -24,10 +24,12 @@ def compact_rows(
 ) -> tuple[Int[Tensor, "rows"], Int[Tensor, "1"]]:
     """Return the row of the old sequence that each row of the reduced one is, and the reduced real length.
 
-    With fewer visual tokens than K all of them stay and the text after follows directly; the rows saved become padding.
+    With fewer visual tokens than K all of them stay and the text after follows directly; the rows saved
+    become padding.
 
     Args:
-        kept_K: Kept tokens, int64, ascending indices into the visual span; the first min(K, num_visual) are real.
+        kept_K: Kept tokens, int64, ascending indices into the visual span; the first min(K, num_visual) are
+            real.
         visual_start: First row of the visual span, 0-d or [1].
         num_visual: Real visual tokens, 0-d or [1], at most ``max_visual``.
         length: Real rows of the old sequence, 0-d or [1].
@@ -35,8 +37,8 @@ def compact_rows(
         max_visual: N, visual rows that the old sequence has room for.
 
     Returns:
-        Rows in [0, S), int64 of S - N + K entries (those of padding point at any row in range), and the new real length,
-        int64.
+        Rows in [0, S), int64 of S - N + K entries (those of padding point at any row in range), and the new
+        real length, int64.
     """
     num_keep = kept_K.shape[0]
     start, visual, length = (value.to(torch.int64).reshape(1) for value in (visual_start, num_visual, length))

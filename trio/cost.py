@@ -1,7 +1,7 @@
 """What a prefill costs with and without token reduction: FLOPs and KV bytes, counted from shapes.
 
-A multiplication and an addition are two FLOPs; only matrix products and the pairwise work of the NMS count, element-wise work does
-not. ``S`` is the rows of a layer, text and visual.
+A multiplication and an addition are two FLOPs; only matrix products and the pairwise work of the NMS count,
+element-wise work does not. ``S`` is the rows of a layer, text and visual.
 
     decoder layer   2 S (D H E + 2 D G E + H E D + 3 D I) + 4 S² H E
     vision tower    per tile of P patches: L (2 P (4 D² + 2 D I) + 4 P² D)
@@ -9,8 +9,8 @@ not. ``S`` is the rows of a layer, text and visual.
     head            2 D V for the one row that is answered
     KV cache        2 G E bytes_per_element per layer and row
 
-Attention counts the full S², not its causal half: that is what a padded graph and most kernels of this size compute, and what
-the paper counts. Letters as in ``saliency``; I intermediate size, L layers.
+Attention counts the full S², not its causal half: that is what a padded graph and most kernels of this size
+compute, and what the paper counts. Letters as in ``saliency``; I intermediate size, L layers.
 """
 
 from __future__ import annotations
@@ -65,12 +65,17 @@ class ModelShape:
 
 
 LLAVA_NEXT_7B = ModelShape(
-    num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=32, head_size=128, intermediate_size=11008,
+    num_layers=32,
+    hidden_size=4096,
+    num_heads=32,
+    num_kv_heads=32,
+    head_size=128,
+    intermediate_size=11008,
     vocab_size=32064,
     vision=VisionShape(
         num_layers=23, hidden_size=1024, intermediate_size=4096, patches_per_tile=577, num_tiles=5
     ),
-)  # fmt: skip
+)
 """CLIP ViT-L/14-336 up to its second-to-last layer on five tiles, and Vicuna-7B."""
 
 
@@ -116,7 +121,7 @@ class ReductionCost:
 
 
 def reduction_cost(shape: ModelShape, schedule: Schedule, *, num_visual: int, num_text: int) -> ReductionCost:
-    """Return the cost of one prefill of ``num_visual`` visual and ``num_text`` text tokens, full and reduced."""
+    """Return the cost of one prefill with every token, and of the same one under the schedule."""
     kept = schedule.tokens_per_layer(num_layers=shape.num_layers, num_visual=num_visual)
     rows = [count + num_text for count in kept]
     vision = vision_flops(shape, num_visual=num_visual)
@@ -172,13 +177,18 @@ def probe_flops(
 ) -> float:
     """Return the FLOPs of one closed-form probe: saliency of ``num_visual`` of ``num_rows`` rows.
 
-    The R probe rows pass queries, output projection, MLP and head forwards and backwards, ``4 R weights``; the rest is
-    ``saliency_flops`` of the form, the cheapest one by default.
+    The R probe rows pass queries, output projection, MLP and head forwards and backwards, ``4 R weights``;
+    the rest is ``saliency_flops`` of the form, the cheapest one by default.
     """
     sizes = {
-        "num_rows": num_rows, "num_visual": num_visual, "hidden_size": shape.hidden_size, "num_heads": shape.num_heads,
-        "num_kv_heads": shape.num_kv_heads, "head_size": shape.head_size, "num_probe_rows": num_probe_rows,
-    }  # fmt: skip
+        "num_rows": num_rows,
+        "num_visual": num_visual,
+        "hidden_size": shape.hidden_size,
+        "num_heads": shape.num_heads,
+        "num_kv_heads": shape.num_kv_heads,
+        "head_size": shape.head_size,
+        "num_probe_rows": num_probe_rows,
+    }
     weights = shape.hidden_size * (2 * shape.num_heads * shape.head_size + 3 * shape.intermediate_size)
     head = 2 * head_flops(shape, num_rows=num_probe_rows)
     return 4.0 * num_probe_rows * weights + head + saliency_flops(form or cheapest_form(**sizes), **sizes)
@@ -228,9 +238,15 @@ def cheapest_form(
 
     def flops(form: SaliencyForm) -> float:
         return saliency_flops(
-            form, num_rows=num_rows, num_visual=num_visual, hidden_size=hidden_size, num_heads=num_heads,
-            num_kv_heads=num_kv_heads, head_size=head_size, num_probe_rows=num_probe_rows,
-        )  # fmt: skip
+            form,
+            num_rows=num_rows,
+            num_visual=num_visual,
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_size=head_size,
+            num_probe_rows=num_probe_rows,
+        )
 
     return min(SALIENCY_FORMS, key=flops)
 
@@ -244,8 +260,9 @@ def nms_flops(num_visual: int, *, hidden_size: int, rounds: int = 16) -> float:
 def reference_probe_flops(shape: ModelShape, *, num_rows: int) -> float:
     """Return the reference's probe: the layer and the whole head over all rows, forwards and backwards.
 
-    Only the input's gradient is counted (the weights of a frozen model get none), so backwards costs what forwards
-    costs for the weights, and twice that for the attention, where both factors of each product depend on the input.
+    Only the input's gradient is counted (the weights of a frozen model get none), so backwards costs what
+    forwards costs for the weights, and twice that for the attention, where both factors of each product
+    depend on the input.
     """
     attention = 4 * num_rows**2 * shape.num_heads * shape.head_size
     return 4.0 * num_rows * _layer_weights(shape) + 3.0 * attention + 2 * head_flops(shape, num_rows=num_rows)

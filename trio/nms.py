@@ -4,11 +4,12 @@ Greedy suppression in descending score is the fixed point of
 
     keep_i <- not any_j (keep_j and A[j, i]),   A[j, i] = 1 if j comes before i and cos(x_j, x_i) >= τ
 
-(Cluster-NMS, arXiv 2005.03572). A token is final once every token it depends on is; a chain of t dependencies needs t
-rounds, and one more to see that nothing changes. The number of rounds is fixed here, so the graph has no loop, no
-data-dependent shape and no host round trip; ``unsettled`` says whether the rounds were enough.
+(Cluster-NMS, arXiv 2005.03572). A token is final once every token it depends on is; a chain of t dependencies
+needs t rounds, and one more to see that nothing changes. The number of rounds is fixed here, so the graph has
+no loop, no data-dependent shape and no host round trip; ``unsettled`` says whether the rounds were enough.
 
-Cost: N^2 D for the similarities (half of the matrix is computed, the rest is its mirror image) and 2 N^2 a round.
+Cost: N² D for the similarities (about half of the matrix is computed, the rest is its mirror image), and 2 N²
+for every round.
 Letters: N visual tokens (padded), K kept, D hidden size.
 """
 
@@ -54,18 +55,19 @@ class FeatureNms(nn.Module):
     ) -> tuple[Int[Tensor, "K"], Int[Tensor, "1"]]:
         """Return the kept tokens in raster order, and how many tokens the last round still changed.
 
-        Survivors come first, in descending score; if fewer than K survive, the best suppressed ones follow. Of equal
-        scores the lower index comes first. Padding neither suppresses nor is suppressed and ranks after every real
-        token: with fewer than K real tokens the result is 0..num_visual-1 and then padding.
+        Survivors come first, in descending score; if fewer than K survive, the best suppressed ones follow.
+        Of equal scores the lower index comes first. Padding neither suppresses nor is suppressed and ranks
+        after every real token: with fewer than K real ones the result is 0..num_visual-1 and then padding.
 
         Args:
-            features_ND: Rows to compare, any float type; compared in float32. A zero row is similar to nothing.
+            features_ND: Rows to compare, any float type; compared in float32. A zero row is similar to
+                nothing.
             scores_N: Saliency, higher is better. Its values at padding are not read.
             num_visual: Real tokens, 0-d or [1]; the rows from there on are padding.
 
         Returns:
-            Kept indices into the N axis, int64, strictly increasing; and the number of tokens that changed in the last
-            round, int32: 0 means that the result equals the greedy one.
+            Kept indices into the N axis, int64, strictly increasing; and the number of tokens that changed in
+            the last round, int32: 0 means that the result equals the greedy one.
 
         Raises:
             ScheduleError: If N < K.
@@ -93,12 +95,13 @@ class FeatureNms(nn.Module):
         return kept_K.to(torch.int64), unsettled
 
     def _similar(self, features_ND: Tensor, real_N: Tensor) -> Bool[Tensor, "N N"]:
+        # Scaled by the largest entry first: squares neither overflow nor vanish.
         features_ND = features_ND.to(torch.float32)
-        square_N1 = (features_ND * features_ND).sum(-1, keepdim=True)
-        usable_N1 = real_N[:, None] & (square_N1 > 0)
-        unit_ND = torch.where(
-            usable_N1, features_ND * torch.rsqrt(torch.where(usable_N1, square_N1, 1.0)), 0.0
-        )
+        largest_N1 = features_ND.abs().amax(-1, keepdim=True)
+        usable_N1 = real_N[:, None] & (largest_N1 > 0)
+        scaled_ND = torch.where(usable_N1, features_ND / torch.where(usable_N1, largest_N1, 1.0), 0.0)
+        square_N1 = (scaled_ND * scaled_ND).sum(-1, keepdim=True)
+        unit_ND = scaled_ND / torch.where(usable_N1, square_N1, 1.0).sqrt()
         return _symmetric_product(unit_ND) >= self.threshold
 
     def _fixed_point(self, adjacency_NN: Tensor) -> tuple[Bool[Tensor, "N"], Int[Tensor, "1"]]:

@@ -1,33 +1,40 @@
-"""TRIO's saliency in closed form: how strongly each visual token moves the model's own answer, without autograd.
+"""TRIO's saliency in closed form: how strongly each visual token moves the model's answer, without autograd.
 
-For hidden states x about to enter decoder layer l, the score of visual token i is ‖∂loss/∂x_i‖₂, where loss is the mean
-cross-entropy of R probe rows of ``lm_head(final_norm(layer(x)))`` against their own argmax. Only the probe rows carry loss and
-a visual token reaches them only through its key and its value, so
+For hidden states x about to enter decoder layer l, the score of visual token i is ‖∂loss/∂x_i‖₂, where loss
+is the mean cross-entropy of R probe rows of ``lm_head(final_norm(layer(x)))`` against their own argmax. Only
+the probe rows carry loss, and a visual token reaches them only through its key and its value:
 
-    n_i = x_i / rms(x_i),  h_i = w ⊙ n_i                           input norm, with weight w
-    k_i = W_k h_i (+ bias),  s = q · RoPE(k_i) / √E,  a = softmax(s)   R queries per head
-    dy -> do                                                       backwards through R rows: head, norms, MLP, W_o
-    p[h, r] = W_v,hᵀ do[h, r]                                      the pull of one head and row on the normed input
-    da_i = p · h_i,  ds = a ⊙ (da − Σ a ⊙ da) / √E,  dk_i = RoPEᵀ(Σ_r ds q)
-    u_i = w ⊙ (W_kᵀ dk_i + Σ a p),  c_i = n_i · u_i = (W_k h_i) · dk_i + Σ a ⊙ da
-    ‖g_i‖² = r_i² (‖u_i‖² − 2 c_i²/D + c_i² ‖n_i‖²/D²)             r_i = 1/rms(x_i)
+    h_i   = w ⊙ n_i,  n_i = x_i r_i,  r_i = 1/rms(x_i)        input norm with weight w
+    a     = softmax(q · RoPE(W_k h_i + bias) / √E)            attention of R queries per head
+    do    : from ∂loss/∂y on R rows, back through MLP, post-attention norm and W_o
+    p_hr  = W_v,hᵀ do_hr                                      pull of one head and probe row on h
+    da_i  = p · h_i,  ds = a ⊙ (da − Σ a ⊙ da) / √E
+    dk_i  = RoPEᵀ(Σ_r ds q)
+    u_i   = w ⊙ (W_kᵀ dk_i + Σ a p)                           gradient of n_i
+    c_i   = n_i · u_i = (W_k h_i) · dk_i + Σ a ⊙ da
+    ‖g_i‖² = r_i² (‖u_i‖² − 2 c_i²/D + c_i² ‖n_i‖²/D²)        through the norm
 
-V is never projected, c_i needs no D-sized product, and three forms of ‖u_i‖² are exact; ``cheapest_form`` counts them:
+V is never projected and c_i needs no D-sized product. Three forms of ‖u_i‖² are exact; ``cheapest_form``
+counts them:
 
-    "direct"          u_i itself, D numbers per token                          multi-head attention
-    "key_gram"        keys by the constant Gram matrix W_k w² W_kᵀ, values by the small one of the vectors p
-    "key_value_gram"  keys and values by the constant Gram matrix, V projected: many probe rows, few key/value heads
+    "direct"          u_i itself, D numbers per token; for multi-head attention
+    "key_gram"        keys by the constant Gram matrix W_k w² W_kᵀ, values by the small one of the vectors p;
+                      for grouped-query attention
+    "key_value_gram"  keys and values by the constant Gram matrix, V projected; for many probe rows and few
+                      key/value heads
 
-Precision. Row-wise arithmetic (norms, softmax, RoPE, all gradients) is float32, or float64 in a float64 model. Products with a
-weight run in the weight's own type and their result is cast: on the tensor cores where that is half precision, and because a
-float32 copy of half-precision weights (TensorRT would store one) costs more memory than the whole stage. Every gradient is scaled to
-unit length, row by row, before such a product and back after it, so nothing underflows and the scores carry no loss scale.
+Precision. Row-wise arithmetic (norms, softmax, RoPE, gradients) is float32, or float64 in a float64 model.
+Products with a weight run in the weight's own type and their result is cast: on the tensor cores where that is
+half precision, and because a float32 copy of half-precision weights (TensorRT would store one) costs more
+memory than the whole stage. Every gradient is scaled to unit length, row by row, before such a product and
+back after it, so nothing underflows and the scores carry no loss scale.
 
 Weights are used as they are, never folded or copied: the exporter maps every parameter to the checkpoint.
-Letters: S rows, N visual tokens (padded), D hidden, H query heads, G key/value heads, E head size, V vocabulary, R probe rows,
-P = H R pairs of head and probe row, ordered by key/value head.
 
-Source: arXiv 2602.04657, proxy saliency. The reference computes it by autograd over all rows and the whole head.
+Letters: S rows, N visual tokens (padded), D hidden, I intermediate, H query heads, G key/value heads, E head
+size, V vocabulary, R probe rows; M = R H/G, P = R H (head, probe row) pairs, K = G E.
+
+Source: arXiv 2602.04657, proxy saliency. The reference computes it by autograd, over all rows and the head.
 """
 
 from __future__ import annotations
@@ -80,6 +87,9 @@ class ProbeState:
 class ProbeHead(nn.Module):
     """Gradient of the proxy loss with respect to the probed layer's output, on the probe rows."""
 
+    final_norm: Any
+    lm_head: Any
+
     def __init__(self, final_norm: nn.Module, lm_head: nn.Module) -> None:
         super().__init__()
         self.final_norm = final_norm
@@ -106,9 +116,14 @@ class ProbeHead(nn.Module):
 class ProxySaliency(nn.Module):
     """Scores of the visual tokens that are about to enter ``layer``; holds Hugging Face's own modules."""
 
+    layer: Any
+    head: ProbeHead
+    key_value_gram: Tensor
+    """Only in the Gram forms."""
+
     def __init__(
         self,
-        layer: nn.Module,
+        layer: Any,
         final_norm: nn.Module,
         lm_head: nn.Module,
         *,
@@ -126,8 +141,9 @@ class ProxySaliency(nn.Module):
             max_visual: N, rows of the visual span with its padding.
             num_probe_rows: R.
             last_probe_offset: The last probe row is ``length - last_probe_offset``.
-            form: "auto" counts FLOPs. The Gram forms hold a float32 buffer ``key_value_gram`` [2GE, 2GE]; under
-                FakeTensorMode or on the meta device it has no values, and the exporter fills it in the graph.
+            form: "auto" counts FLOPs. The Gram forms hold a float32 buffer ``key_value_gram`` [2GE, 2GE];
+                under FakeTensorMode or on the meta device it has no values, and the exporter fills it in the
+                graph.
 
         Raises:
             CheckpointError: If the MLP's activation is not SiLU.
@@ -179,10 +195,10 @@ class ProxySaliency(nn.Module):
     ) -> Float[Tensor, "{self.max_visual}"]:
         """Return the saliency of each row of the visual span, and -1 where there is no visual token.
 
-        Gradients flow through keys and values only, which is all there is as long as the probe rows lie behind the
-        visual span. A visual token that is itself a probe row (text after the image shorter than R + offset - 1) gets no
-        credit for its own residual path; autograd would give it one. A probe row before the first row of the prompt is
-        replaced by row 0.
+        Gradients flow through keys and values only, which is all there is as long as the probe rows lie
+        behind the visual span. A visual token that is itself a probe row (text after the image shorter than R
+        + offset - 1) gets no credit for its own residual path; autograd would give it one. A probe row before
+        the first row of the prompt is replaced by row 0.
 
         Args:
             hidden_SD: Hidden states about to enter the layer, right-padded.
@@ -247,13 +263,20 @@ class ProxySaliency(nn.Module):
         middle_RD = hidden_SD.index_select(0, probe_R) + out_RD
         output_RD, gate_RI, up_RI = self._mlp(middle_RD)
         return ProbeState(
-            output_RD=output_RD, middle_RD=middle_RD, gate_RI=gate_RI, up_RI=up_RI, query_GME=query_GME,
-            attended_PD=attended_PD, attention_GMN=attention_GMS.index_select(2, visual_N),
-            normed_ND=normed_SD.index_select(0, visual_N), key_NGE=key_SGE.index_select(0, visual_N),
+            output_RD=output_RD,
+            middle_RD=middle_RD,
+            gate_RI=gate_RI,
+            up_RI=up_RI,
+            query_GME=query_GME,
+            attended_PD=attended_PD,
+            attention_GMN=attention_GMS.index_select(2, visual_N),
+            normed_ND=normed_SD.index_select(0, visual_N),
+            key_NGE=key_SGE.index_select(0, visual_N),
             inverse_rms_N1=inverse_rms_S1.index_select(0, visual_N),
             mean_square_N1=mean_square_S1.index_select(0, visual_N),
-            cos_NE=cos_SE.index_select(0, visual_N), sin_NE=sin_SE.index_select(0, visual_N),
-        )  # fmt: skip
+            cos_NE=cos_SE.index_select(0, visual_N),
+            sin_NE=sin_SE.index_select(0, visual_N),
+        )
 
     def scores(
         self, state: ProbeState, gradient_RD: Float[Tensor, "R D"], num_visual: Int[Tensor, "*one"]
@@ -364,9 +387,12 @@ class ProxySaliency(nn.Module):
 def key_value_gram(
     key_weight: Float[Tensor, "GE D"], value_weight: Float[Tensor, "GE D"], norm_weight: Float[Tensor, "D"]
 ) -> Float[Tensor, "2*GE 2*GE"]:
-    """Return W Wᵀ of W = [W_k; W_v] with the input norm's weight folded in, float32 (float64 for float64 weights).
+    """Return W Wᵀ of W = [W_k; W_v] with the input norm's weight folded in.
 
-    ``eᵀ (W Wᵀ) e`` is the squared length of ``Wᵀ e``, for e = [dk; dv] of one token. Its first quarter is the keys' own.
+    float32, or float64 for float64 weights.
+
+    ``eᵀ (W Wᵀ) e`` is the squared length of ``Wᵀ e``, for e = [dk; dv] of one token. Its first quarter is the
+    keys' own.
     """
     dtype = torch.promote_types(key_weight.dtype, torch.float32)
     weight = torch.cat([key_weight, value_weight]).to(dtype) * norm_weight.to(dtype)

@@ -1,7 +1,7 @@
 """Schedules from presets, from text and from a wished average keep.
 
-The *average keep* is the mean over all decoder layers of the visual tokens that a layer processes, as a fraction of those that the
-picture has.
+The *average keep* is the mean over all decoder layers of the visual tokens that a layer processes, as a
+fraction of those that the picture has.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def preset_schedule(model: str, keep: str, **settings: Any) -> Schedule:
 
 
 def parse_schedule(text: str, **settings: Any) -> Schedule:
-    """Return the schedule written as ``layer:kept`` pairs, ``1:460,10:270,15:110``; settings are ``Schedule``'s fields.
+    """Return the schedule written as ``layer:kept`` pairs, for instance ``1:460,10:270,15:110``.
+
+    ``settings`` are ``Schedule``'s other fields.
 
     Raises:
         ScheduleError: If the text is not of that form, or the stages are not in order.
@@ -145,8 +147,9 @@ def parse_keep(text: str) -> float:
 def default_stage_layers(num_layers: int) -> tuple[int, ...]:
     """Return the stage layers for a decoder of ``num_layers``: the preset's 1, 10, 15 of 32 in proportion.
 
-    Each is rounded to the nearest layer, is at least 1 and lies behind the one before it; layers past the end are left
-    out, so a decoder of 3 layers has two stages, one of 2 layers has one, and one of a single layer has none.
+    Each is rounded to the nearest layer, is at least 1 and lies behind the one before it; layers past the end
+    are left out, so a decoder of 3 layers has two stages, one of 2 layers has one, and one of a single layer
+    has none.
     """
     layers: list[int] = []
     for layer in _SHAPE_LAYERS:
@@ -158,12 +161,13 @@ def default_stage_layers(num_layers: int) -> tuple[int, ...]:
 def schedule_for_keep(
     average: float, *, num_layers: int, num_visual: int, layers: Sequence[int] | None = None, **settings: Any
 ) -> Schedule:
-    """Return a schedule whose average keep is as near to ``average`` as whole tokens allow, and never above it.
+    """Return a schedule whose average keep is as near to ``average`` as integers allow, never above.
 
-    Where number of layers and of visual tokens are a preset's and ``average`` is its budget as printed (11.1 % stands for
-    64 of 576), the preset itself is returned. Otherwise the stages keep tokens in the proportion 460 : 270 : 110; where that
-    would keep more than there are, later stages keep more instead, and a stage that would keep everything is left
-    out. With too few tokens or layers for three stages there are two, or one.
+    Where number of layers and of visual tokens are a preset's and ``average`` is its budget as printed (11.1
+    % stands for 64 of 576), the preset itself is returned. Otherwise the stages keep tokens in the proportion
+    460 : 270 : 110; where that would keep more than there are, later stages keep more instead, and a stage
+    that would keep everything is left out. With too few tokens or layers for three stages there are two, or
+    one.
 
     Args:
         average: Wished average keep, in (0, 1]; 1 gives a schedule without stages.
@@ -173,8 +177,8 @@ def schedule_for_keep(
         settings: ``Schedule``'s other fields.
 
     Raises:
-        ScheduleError: If the layers before the first stage alone exceed the wished average, or a stage would keep
-            more than ``MAX_TOPK``.
+        ScheduleError: If the layers before the first stage alone exceed the wished average, or a stage would
+            keep more than ``MAX_TOPK``.
     """
     if not 0.0 < average <= 1.0:
         raise ScheduleError(
@@ -234,7 +238,7 @@ def _check_topk(stages: Sequence[tuple[int, int]]) -> None:
 def _keeps(
     budget: int, *, layers: tuple[int, ...], num_layers: int, num_visual: int
 ) -> tuple[int, ...] | None:
-    """Return strictly decreasing keeps that use the budget as fully as whole tokens allow; None if there are none."""
+    """Return strictly decreasing keeps that use the budget as fully as they can; None if there are none."""
     weights = [end - start for start, end in zip(layers, (*layers[1:], num_layers))]
     budget -= layers[0] * num_visual
     least = sum(weight * (len(weights) - index) for index, weight in enumerate(weights))
@@ -257,7 +261,7 @@ def _keeps(
 
 
 def _real_keeps(budget: float, *, weights: Sequence[int], num_visual: int) -> list[float]:
-    """Return keeps of the preset's shape, real numbers; past its largest size, between that and keeping all."""
+    """Return real-valued keeps of the preset's shape; past its largest size, between that and keeping all."""
     count = len(weights)
     if count == len(_SHAPE_KEEPS):
         shape: list[float] = [float(keep) for keep in _SHAPE_KEEPS]

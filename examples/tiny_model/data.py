@@ -13,9 +13,19 @@ from multiprocessing import Pool
 
 import numpy as np
 from PIL import Image
+
 from trio_edge.calibration.shapes_questions import KINDS, ask
 from trio_edge.calibration.shapes_scene import (
-    CANVASES, COLOR_NAMES, DIGITS, PLACES, SHAPES, SIZES, Canvas, Scene, make_scene, render,
+    CANVASES,
+    COLOR_NAMES,
+    DIGITS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Canvas,
+    Scene,
+    make_scene,
+    render,
 )  # fmt: skip
 
 TILE, PATCH = 48, 8

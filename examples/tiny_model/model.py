@@ -14,6 +14,7 @@ from data import PINPOINTS, TILE, Layout
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
 from trio_edge.calibration.shapes_questions import VOCABULARY
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "user:", "assistant:")

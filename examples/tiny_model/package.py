@@ -8,7 +8,10 @@ from data import PINPOINTS, TILE
 from model import EOS, PAD, SPECIAL, TOKEN_ID, TOKENS, clone
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
-    GenerationConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessor, LlavaNextProcessor,
+    GenerationConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     PreTrainedTokenizerFast,
 )  # fmt: skip
 

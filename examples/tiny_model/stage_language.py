@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from stage_vision import PatchReader
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration
+
 from trio_edge.calibration.shapes_questions import KINDS
 from trio_edge.calibration.shapes_scene import CANVASES, PLACES, make_scene
 
@@ -63,18 +64,49 @@ def _question_arrays(group: Group, count: int, weights: list[float] | None) -> t
     return ids, where, kinds
 
 
+class ThreadTuner:
+    """Picks the faster number of CPU threads now and then: on a busy machine one thread can beat two."""
+
+    def __init__(self, *, every_seconds: float = 30, steps: int = 4) -> None:
+        self.choices = sorted({1, torch.get_num_threads()})
+        self.every, self.steps = every_seconds, steps
+        self.trials: list[tuple[float, int]] = []
+        self.left, self.since = 0, time.time() - every_seconds
+        self.waiting: list[int] = []
+
+    def step(self) -> None:
+        """Is called before every training step."""
+        now = time.time()
+        if self.left > 0:
+            self.left -= 1
+            if self.left > 0:
+                return
+            self.trials.append((now - self.since, torch.get_num_threads()))
+            if not self.waiting:
+                torch.set_num_threads(min(self.trials)[1])
+                self.since = now
+                return
+        elif now - self.since < self.every or len(self.choices) == 1:
+            return
+        else:
+            self.trials, self.waiting = [], list(self.choices)
+        torch.set_num_threads(self.waiting.pop())
+        self.left, self.since = self.steps, now
+
+
 @torch.no_grad()
 def make_lessons(
     model: LlavaNextForConditionalGeneration, groups: list[Group], *, questions: int, weights: list[float] | None = None
 ) -> list[Lesson]:
     """Runs the frozen vision tower once over all pictures and tokenises their questions."""
-    lessons = []
+    lessons, tuner = [], ThreadTuner(every_seconds=10, steps=2)
     for group in groups:
-        kept = [g for g in range(len(group.seeds))]
-        parts = [
-            tile_features(model, torch.from_numpy(group.tiles[kept[i : i + 64]]).to(model.device)).half().cpu()
-            for i in range(0, len(kept), 64)
-        ]
+        kept = list(range(len(group.seeds)))
+        parts = []
+        for i in range(0, len(kept), 64):
+            tuner.step()
+            tiles = torch.from_numpy(group.tiles[kept[i : i + 64]]).to(model.device)
+            parts.append(tile_features(model, tiles).half().cpu())
         order = torch.tensor(group.layout.order)
         labels = torch.from_numpy(group.labels).long()
         labels = torch.cat([labels, torch.zeros_like(labels[:, :1])], 1)
@@ -184,7 +216,7 @@ class PlaceReader(nn.Module):
 
 def train_language(
     model: LlavaNextForConditionalGeneration, lessons: list[Lesson], aid: PlaceReader, recipe: Recipe, *,
-    seed: int, name: str, validation: list[Lesson], save: str | None = None, report_seconds: float = 150,
+    seed: int, name: str, validation: list[Lesson], save: Callable[[LlavaNextForConditionalGeneration], None] | None = None, report_seconds: float = 150,
 ) -> None:  # fmt: skip
     """Trains the decoder, the embeddings, the head and the newline embedding in place for a wall-clock time."""
     rng, numbers = random.Random(seed), np.random.default_rng(seed)
@@ -200,7 +232,9 @@ def train_language(
     shares /= shares.sum()
     start, step, seen, mean, reported = time.time(), 0, 0, [3.0, 0.1], 0.0
     num_layers = len(model.model.language_model.layers)
+    tuner = ThreadTuner()
     while (spent := time.time() - start) < recipe.seconds:
+        tuner.step()
         used = spent / recipe.seconds
         ease = 1.0 if used < 0.3 else 1.0 - (used - 0.3) / 0.7
         lr = recipe.rate * min(1, (step + 1) / 150) * (recipe.final_rate + (1 - recipe.final_rate) * ease)
@@ -215,14 +249,12 @@ def train_language(
         mean = [0.99 * mean[0] + 0.01 * loss.item(), 0.99 * mean[1] + 0.01 * right.item()]
         if step % 200 == 0:
             print(f"{name} L{num_layers} step {step} {spent:.0f}s {seen / (time.time() - start):.0f} img/s "
-                  f"loss {mean[0]:.3f} right {100 * mean[1]:.1f}", flush=True)  # fmt: skip
+                  f"loss {mean[0]:.3f} right {100 * mean[1]:.1f} threads {torch.get_num_threads()}", flush=True)  # fmt: skip
         if spent - reported > report_seconds:
             reported = spent
             print(name, "validation", evaluate(model, validation, limit=96), flush=True)
             if save:
-                torch.save(model.state_dict(), save)
-    if save:
-        torch.save(model.state_dict(), save)
+                save(model)
     print(name, "end", evaluate(model, validation), flush=True)
 
 

@@ -15,6 +15,7 @@ from model import TOKEN_ID, tile_features
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration
+
 from trio_edge.calibration.shapes_scene import COLOR_NAMES, PLACES, SIZES
 
 
