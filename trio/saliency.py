@@ -240,10 +240,10 @@ class ProxySaliency(nn.Module):
         scaled_SD, inverse_rms_S1, mean_square_S1 = _normalize(hidden_SD, self.layer.input_layernorm)
         normed_SD = (scaled_SD * self.layer.input_layernorm.weight.to(dtype)).to(weight_dtype)
 
-        key_SGE = F.linear(normed_SD, attention.k_proj.weight).to(dtype).unflatten(-1, (-1, self.head_size))
+        key_SGE = _unflatten(F.linear(normed_SD, attention.k_proj.weight).to(dtype), -1, (-1, self.head_size))
         rotated_SGE = _rotate(_add_bias(key_SGE, attention.k_proj), cos_SE[:, None], sin_SE[:, None])
-        query_RHE = (
-            attention.q_proj(normed_SD.index_select(0, probe_R)).to(dtype).unflatten(-1, (-1, self.head_size))
+        query_RHE = _unflatten(
+            attention.q_proj(normed_SD.index_select(0, probe_R)).to(dtype), -1, (-1, self.head_size)
         )
         query_RHE = _rotate(
             query_RHE, cos_SE.index_select(0, probe_R)[:, None], sin_SE.index_select(0, probe_R)[:, None]
@@ -287,20 +287,20 @@ class ProxySaliency(nn.Module):
         scale = torch.where(largest > 0, largest, 1.0)
         gradient_RD = gradient_RD / scale
         gradient_GME = self._by_kv_head(
-            self._output_gradient(state, gradient_RD).unflatten(-1, (-1, self.head_size))
+            _unflatten(self._output_gradient(state, gradient_RD), -1, (-1, self.head_size))
         )
-        value_GED = self.layer.self_attn.v_proj.weight.unflatten(0, (-1, self.head_size))
+        value_GED = _unflatten(self.layer.self_attn.v_proj.weight, 0, (-1, self.head_size))
         pull_PD = _scaled_product(gradient_GME, value_GED).flatten(0, 1)
         a_GMN = state.attention_GMN
         if self.form == "key_value_gram":
             value_GNE = F.linear(state.normed_ND, self.layer.self_attn.v_proj.weight).to(a_GMN.dtype)
-            value_GNE = value_GNE.unflatten(-1, (-1, self.head_size)).transpose(0, 1)
+            value_GNE = _unflatten(value_GNE, -1, (-1, self.head_size)).transpose(0, 1)
             da_GMN = torch.matmul(gradient_GME, value_GNE.transpose(1, 2))
         else:
-            da_GMN = _scaled_product(pull_PD, state.normed_ND.T).unflatten(0, (self.num_kv_heads, -1))
+            da_GMN = _unflatten(_scaled_product(pull_PD, state.normed_ND.T), 0, (self.num_kv_heads, -1))
         # Σ_S a ⊙ da = p · Σ_S a h; a bias of the values shifts da and its mean alike.
-        mean_da_GM1 = (
-            (pull_PD * state.attended_PD).sum(-1, keepdim=True).unflatten(0, (self.num_kv_heads, -1))
+        mean_da_GM1 = _unflatten(
+            (pull_PD * state.attended_PD).sum(-1, keepdim=True), 0, (self.num_kv_heads, -1)
         )
         ds_GMN = a_GMN * (da_GMN - mean_da_GM1) / math.sqrt(self.head_size)
         dk_NGE = torch.matmul(ds_GMN.transpose(1, 2), state.query_GME).transpose(0, 1)
@@ -328,12 +328,14 @@ class ProxySaliency(nn.Module):
 
     def _attention_output(self, attended_PD: Tensor) -> Tensor:
         attention: Any = self.layer.self_attn
-        value_GED = attention.v_proj.weight.unflatten(0, (-1, self.head_size))
+        value_GED = _unflatten(attention.v_proj.weight, 0, (-1, self.head_size))
         out_GME = _scaled_product(
-            attended_PD.unflatten(0, (self.num_kv_heads, -1)), value_GED.transpose(1, 2)
+            _unflatten(attended_PD, 0, (self.num_kv_heads, -1)), value_GED.transpose(1, 2)
         )
         if attention.v_proj.bias is not None:  # attention sums to one, so the bias passes unchanged
-            out_GME = out_GME + attention.v_proj.bias.to(out_GME.dtype).unflatten(0, (-1, 1, self.head_size))
+            out_GME = out_GME + _unflatten(
+                attention.v_proj.bias.to(out_GME.dtype), 0, (-1, 1, self.head_size)
+            )
         out_HRE = out_GME.reshape(self.num_heads, -1, self.head_size)
         out_RF = out_HRE.transpose(0, 1).flatten(1)
         return _forward_product(out_RF, attention.o_proj)
@@ -367,7 +369,8 @@ class ProxySaliency(nn.Module):
             a_NP * norm_P1[:, 0], unit_PD.to(weight.dtype)
         )
         u_ND = u_ND * self.layer.input_layernorm.weight.to(u_ND.dtype)
-        return (u_ND * u_ND).sum(-1)
+        square_N: Tensor = (u_ND * u_ND).sum(-1)
+        return square_N
 
     def _square_by_key_gram(self, dk_NK: Tensor, a_NP: Tensor, pull_PD: Tensor) -> Tensor:
         weight: Tensor = self.layer.self_attn.k_proj.weight
@@ -377,7 +380,8 @@ class ProxySaliency(nn.Module):
         )
         key_gram_KK = self.key_value_gram[: weight.shape[0], : weight.shape[0]]
         key_part_N = ((dk_NK @ key_gram_KK + 2.0 * (a_NP @ cross_PK)) * dk_NK).sum(-1)
-        return key_part_N + ((a_NP @ (weighted_PD @ weighted_PD.T)) * a_NP).sum(-1)
+        square_N: Tensor = key_part_N + ((a_NP @ (weighted_PD @ weighted_PD.T)) * a_NP).sum(-1)
+        return square_N
 
     def _square_by_key_value_gram(self, dk_NK: Tensor, dv_NK: Tensor) -> Tensor:
         e_NK = torch.cat([dk_NK, dv_NK], dim=-1)
@@ -436,12 +440,19 @@ def _half_turn(rows: Tensor) -> Tensor:
 def _add_bias(rows_SGE: Tensor, linear: Any) -> Tensor:
     if linear.bias is None:
         return rows_SGE
-    return rows_SGE + linear.bias.to(rows_SGE.dtype).unflatten(0, (-1, rows_SGE.shape[-1]))
+    bias_GE = _unflatten(linear.bias.to(rows_SGE.dtype), 0, (-1, rows_SGE.shape[-1]))
+    return rows_SGE + bias_GE
 
 
 def _forward_product(rows: Tensor, linear: Any) -> Tensor:
     """Apply a linear layer in its own type; the result has the type of ``rows``."""
     result: Tensor = linear(rows.to(linear.weight.dtype)).to(rows.dtype)
+    return result
+
+
+def _unflatten(rows: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
+    """``Tensor.unflatten``, which torch leaves untyped."""
+    result: Tensor = rows.unflatten(axis, sizes)  # type: ignore[no-untyped-call]
     return result
 
 
