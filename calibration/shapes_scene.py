@@ -274,7 +274,11 @@ STROKES: dict[str, list[list[tuple[float, float]]]] = {
 
 
 def _draw_digit(
-    draw: ImageDraw.ImageDraw, name: str, center: tuple[float, float], half: tuple[float, float], rng: random.Random
+    draw: ImageDraw.ImageDraw,
+    name: str,
+    center: tuple[float, float],
+    half: tuple[float, float],
+    rng: random.Random,
 ) -> None:
     """Draws a digit as polyline strokes of varying thickness and slant."""
     thickness = rng.uniform(0.14, 0.2) * 2 * half[1]

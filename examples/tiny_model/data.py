@@ -91,7 +91,9 @@ def tiles_of(picture: Image.Image) -> np.ndarray:
     """Returns the tiles `[T, 48, 48, 3]` uint8 of a picture, base tile first."""
     layout = layout_of(*picture.size)
     base = np.asarray(picture.resize((TILE, TILE), Image.Resampling.BICUBIC))
-    inner = picture if picture.size == layout.inner else picture.resize(layout.inner, Image.Resampling.BICUBIC)
+    inner = (
+        picture if picture.size == layout.inner else picture.resize(layout.inner, Image.Resampling.BICUBIC)
+    )
     wide, high = layout.outer
     canvas = np.zeros((high, wide, 3), np.uint8)
     left, top = layout.offset
@@ -105,10 +107,17 @@ def labels_of(scene: Scene) -> np.ndarray:
     layout = layout_of(scene.canvas.width, scene.canvas.height)
     (wide, high), (left, top) = layout.outer, layout.offset
     tiles = (wide // TILE) * (high // TILE)
-    base = _grid_labels(scene, TILE / scene.canvas.layout_width, TILE / scene.canvas.layout_height, (0, 0), (SIDE, SIDE))
-    x_scale, y_scale = layout.inner[0] / scene.canvas.layout_width, layout.inner[1] / scene.canvas.layout_height
+    base = _grid_labels(
+        scene, TILE / scene.canvas.layout_width, TILE / scene.canvas.layout_height, (0, 0), (SIDE, SIDE)
+    )
+    x_scale, y_scale = (
+        layout.inner[0] / scene.canvas.layout_width,
+        layout.inner[1] / scene.canvas.layout_height,
+    )
     fine = _grid_labels(scene, x_scale, y_scale, (left, top), (high // PATCH, wide // PATCH))
-    fine = fine.reshape(high // TILE, SIDE, wide // TILE, SIDE, 5).swapaxes(1, 2).reshape(tiles * SIDE * SIDE, 5)
+    fine = (
+        fine.reshape(high // TILE, SIDE, wide // TILE, SIDE, 5).swapaxes(1, 2).reshape(tiles * SIDE * SIDE, 5)
+    )
     return np.concatenate([base.reshape(-1, 5), fine])
 
 

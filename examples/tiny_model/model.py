@@ -127,7 +127,11 @@ def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def decode(
-    model: LlavaNextForConditionalGeneration, prefix: Tensor, question_ids: Tensor, *, drops: list[Drop] | None = None
+    model: LlavaNextForConditionalGeneration,
+    prefix: Tensor,
+    question_ids: Tensor,
+    *,
+    drops: list[Drop] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Returns, after every layer, the hidden states of the questions `[B, Q, T, D]` and of the prefix `[B, P, D]`.
 
@@ -153,7 +157,9 @@ def decode(
     return questions, prefixes
 
 
-def _ropes(P: int, Q: int, T: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _ropes(
+    P: int, Q: int, T: int, device: torch.device
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Returns the rotary tables of P prefix rows and of Q questions of T rows after them."""
     ahead = torch.arange(P, device=device)
     return _rope(ahead), _rope((P + torch.arange(T, device=device)).repeat(Q))
@@ -182,7 +188,9 @@ def _layer(
     return hidden[:, :P], hidden[:, P:]
 
 
-def _attend_questions(q: Tensor, k: Tensor, v: Tensor, P: int, shape: tuple[int, int], causal: Tensor) -> Tensor:
+def _attend_questions(
+    q: Tensor, k: Tensor, v: Tensor, P: int, shape: tuple[int, int], causal: Tensor
+) -> Tensor:
     """Returns attention `[B, H, Q * T, E]` of question rows over the prefix and their own question."""
     (Q, T), (B, H, _, E) = shape, q.shape
     scale = E**-0.5

@@ -49,7 +49,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_processor() -> LlavaNextProcessor:
     """Returns the Hugging Face processor of the model."""
     images = LlavaNextImageProcessor(
-        size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, image_grid_pinpoints=PINPOINTS
+        size={"shortest_edge": TILE},
+        crop_size={"height": TILE, "width": TILE},
+        image_grid_pinpoints=PINPOINTS,
     )
     return LlavaNextProcessor(
         image_processor=images, tokenizer=make_tokenizer(), patch_size=8, vision_feature_select_strategy="default",

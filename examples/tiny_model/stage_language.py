@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from data import Group, questions_of
 from model import EOS, PAD, TOKEN_ID, Drop, decode, head_logits, pack, tile_features
-from stage_vision import PatchReader
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration
@@ -24,7 +23,14 @@ from trio_edge.calibration.shapes_questions import KINDS
 from trio_edge.calibration.shapes_scene import CANVASES, PLACES, make_scene
 
 MAX_QUESTION = 13
-OPENINGS = ("", "look at this picture .", "answer the question .", "please answer .", "look .", "you see this image .")
+OPENINGS = (
+    "",
+    "look at this picture .",
+    "answer the question .",
+    "please answer .",
+    "look .",
+    "you see this image .",
+)
 
 
 @dataclass
@@ -47,7 +53,9 @@ def encode(question: str, answer: str) -> list[int]:
     return [TOKEN_ID[word] for word in (*question.split(), "assistant:", answer)]
 
 
-def _question_arrays(group: Group, count: int, weights: list[float] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _question_arrays(
+    group: Group, count: int, weights: list[float] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns tokenised questions of all pictures of a group; short lists are repeated to `count`."""
     n = len(group.seeds)
     ids = np.full((n, count, MAX_QUESTION), PAD, np.int64)
@@ -96,7 +104,11 @@ class ThreadTuner:
 
 @torch.no_grad()
 def make_lessons(
-    model: LlavaNextForConditionalGeneration, groups: list[Group], *, questions: int, weights: list[float] | None = None
+    model: LlavaNextForConditionalGeneration,
+    groups: list[Group],
+    *,
+    questions: int,
+    weights: list[float] | None = None,
 ) -> list[Lesson]:
     """Runs the frozen vision tower once over all pictures and tokenises their questions."""
     lessons, tuner = [], ThreadTuner(every_seconds=10, steps=2)
@@ -155,14 +167,18 @@ class Recipe:
     keep: tuple[int, ...] = (24, 32, 48, 64, 80)
 
 
-def _make_drops(rng: random.Random, recipe: Recipe, labels: Tensor, opening: int, num_layers: int) -> list[Drop]:
+def _make_drops(
+    rng: random.Random, recipe: Recipe, labels: Tensor, opening: int, num_layers: int
+) -> list[Drop]:
     """Returns one drop, sometimes a second one deeper."""
     bonus, center = rng.choice((1.0, 1.0, 0.5, 0.3)), rng.choice((0.0, 1.0, 1.0))
     layer, keep = rng.choice(recipe.drop_layers), rng.choice(recipe.keep)
     device_keep = choose_kept(labels, opening, keep, bonus=bonus, center_bonus=center)
     drops = [Drop(layer, device_keep)]
     if num_layers > 4 and rng.random() < 0.4:
-        kept = labels.gather(1, (device_keep[:, opening:] - opening)[..., None].expand(-1, -1, labels.shape[-1]))
+        kept = labels.gather(
+            1, (device_keep[:, opening:] - opening)[..., None].expand(-1, -1, labels.shape[-1])
+        )
         half = max(10, kept.shape[1] // 2)
         again = choose_kept(kept, opening, half, bonus=1.0, center_bonus=1.0)
         drops.append(Drop(rng.randint(layer + 1, num_layers - 1), again))
@@ -240,7 +256,9 @@ def train_language(
         lr = recipe.rate * min(1, (step + 1) / 150) * (recipe.final_rate + (1 - recipe.final_rate) * ease)
         for part in optimizer.param_groups:
             part["lr"] = lr
-        loss, right = _step_loss(model, lessons[numbers.choice(len(lessons), p=shares)], aid, recipe, rng, numbers, used)
+        loss, right = _step_loss(
+            model, lessons[numbers.choice(len(lessons), p=shares)], aid, recipe, rng, numbers, used
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)

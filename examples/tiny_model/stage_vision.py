@@ -39,7 +39,9 @@ class PatchReader(nn.Module):
         """Returns logits over words."""
         return self.scale * (hidden @ embeddings[_ids(words)].T)
 
-    def losses(self, hidden: Tensor, labels: Tensor, embeddings: Tensor, *, is_base: Tensor | None) -> dict[str, Tensor]:
+    def losses(
+        self, hidden: Tensor, labels: Tensor, embeddings: Tensor, *, is_base: Tensor | None
+    ) -> dict[str, Tensor]:
         """Returns one loss per label of patches `[M, D]`; places are asked of base-tile patches or, without, of all."""
         names = torch.cat(
             [self.scale * (hidden @ self.nothing)[:, None], self.word_logits(hidden, embeddings, NAMES)], 1
@@ -84,7 +86,9 @@ def train_vision(
         group = groups[rng.choice(len(groups), p=shares)]
         rows = rng.integers(0, len(group.tiles), batch)
         losses = vision_losses(model, reader, group, rows, embed.weight)
-        total = 2 * losses["name"] + losses["color"] + 0.5 * (losses["size"] + losses["center"] + losses["place"])
+        total = (
+            2 * losses["name"] + losses["color"] + 0.5 * (losses["size"] + losses["center"] + losses["place"])
+        )
         total = total + 0.2 * losses["where"]
         optimizer.zero_grad(set_to_none=True)
         total.backward()
@@ -105,7 +109,11 @@ def train_vision(
 
 
 def vision_losses(
-    model: LlavaNextForConditionalGeneration, reader: PatchReader, group: Group, rows: np.ndarray, embeddings: Tensor
+    model: LlavaNextForConditionalGeneration,
+    reader: PatchReader,
+    group: Group,
+    rows: np.ndarray,
+    embeddings: Tensor,
 ) -> dict[str, Tensor]:
     """Returns the losses of some pictures of a group."""
     device = embeddings.device
@@ -116,7 +124,9 @@ def vision_losses(
     flat = hidden.flatten(0, 1)
     losses = reader.losses(flat, labels.flatten(0, 1), embeddings, is_base=is_base)
     spot = torch.arange(36, device=device).repeat(len(flat) // 36)
-    losses["where"] = F.cross_entropy(reader.row(flat), spot // 6) + F.cross_entropy(reader.col(flat), spot % 6)
+    losses["where"] = F.cross_entropy(reader.row(flat), spot // 6) + F.cross_entropy(
+        reader.col(flat), spot % 6
+    )
     return losses
 
 
