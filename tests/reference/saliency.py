@@ -1,0 +1,48 @@
+"""Saliency by autograd over the whole layer, norm and head: slow, obvious, in the type of its inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def autograd_saliency(
+    layer: Any, final_norm: Any, lm_head: Any, hidden: Tensor, cos: Tensor, sin: Tensor, probe_rows: list[int]
+) -> Tensor:
+    """Return ‖∂loss/∂x_i‖ of every row; loss is the probe rows' mean cross-entropy against their own argmax."""
+    hidden = hidden.detach().clone().requires_grad_(True)
+    logits = lm_head(rms_norm(decoder_layer(layer, hidden, cos, sin), final_norm))[probe_rows]
+    loss = F.cross_entropy(logits, logits.argmax(-1))
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    return gradient.norm(dim=-1)
+
+
+def decoder_layer(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return the layer's output [S, D], without the float32 casts inside Hugging Face's norms."""
+    attention, size = layer.self_attn, layer.self_attn.head_dim
+    normed = rms_norm(hidden, layer.input_layernorm)
+    query, key, value = (
+        projection(normed).unflatten(-1, (-1, size)).transpose(0, 1)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    groups = query.shape[0] // key.shape[0]
+    query, key = rotate(query, cos, sin), rotate(key, cos, sin).repeat_interleave(groups, 0)
+    scores = query @ key.transpose(1, 2) / size**0.5
+    distance = torch.arange(len(hidden))[:, None] - torch.arange(len(hidden))[None, :]
+    window = getattr(attention.config, "sliding_window", None) or len(hidden)
+    scores = scores.masked_fill((distance < 0) | (distance >= window), float("-inf"))
+    mixed = scores.softmax(-1) @ value.repeat_interleave(groups, 0)
+    hidden = hidden + attention.o_proj(mixed.transpose(0, 1).flatten(1))
+    return hidden + layer.mlp(rms_norm(hidden, layer.post_attention_layernorm))
+
+
+def rms_norm(rows: Tensor, norm: Any) -> Tensor:
+    return norm.weight * rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+def rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = rows.chunk(2, -1)
+    return rows * cos + torch.cat([-second, first], -1) * sin

@@ -1,0 +1,67 @@
+"""Small random decoder layers of each family, with the norm and head behind them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+_FAMILIES = {
+    "llama": (hf.LlamaConfig, LlamaDecoderLayer),
+    "mistral": (hf.MistralConfig, MistralDecoderLayer),
+    "qwen2": (hf.Qwen2Config, Qwen2DecoderLayer),
+}
+HIDDEN, HEADS, HEAD_SIZE, VOCAB = 64, 4, 16, 97
+
+
+@dataclass
+class Decoder:
+    """One layer and what is behind it."""
+
+    layer: Any
+    final_norm: Any
+    lm_head: Any
+
+
+def random_decoder(
+    family: str = "llama", *, num_kv_heads: int = HEADS, dtype: torch.dtype = torch.float64, **config: Any
+) -> Decoder:
+    torch.manual_seed(7)
+    config_class, layer_class = _FAMILIES[family]
+    settings = config_class(
+        hidden_size=HIDDEN, intermediate_size=112, num_attention_heads=HEADS, num_key_value_heads=num_kv_heads,
+        num_hidden_layers=1, vocab_size=VOCAB, head_dim=HEAD_SIZE, **config,
+    )
+    decoder = Decoder(layer_class(settings, 0), LlamaRMSNorm(HIDDEN), nn.Linear(HIDDEN, VOCAB, bias=False))
+    with torch.no_grad():
+        for module in (decoder.layer, decoder.final_norm, decoder.lm_head):
+            for name, parameter in module.named_parameters():
+                if "norm" in name or parameter.shape == (HIDDEN,) and module is decoder.final_norm:
+                    parameter.uniform_(0.5, 1.5)
+                else:
+                    parameter.normal_(std=0.2)
+            module.to(dtype).requires_grad_(False)
+    return decoder
+
+
+def rotary_tables(positions: Tensor, *, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Return cos and sin [S, E] for positions [S]."""
+    frequency = 1e4 ** (-torch.arange(0, HEAD_SIZE, 2, dtype=torch.float64) / HEAD_SIZE)
+    angle = positions.double()[:, None] * frequency
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def merged_rotary_tables(positions: Tensor, sections: list[int]) -> tuple[Tensor, Tensor]:
+    """Return M-RoPE's tables from positions [3, S]: each section of the channels follows one of the three axes."""
+    tables = []
+    for axis_tables in zip(*(rotary_tables(axis) for axis in positions)):
+        chunks = [table.split(sections * 2, -1) for table in axis_tables]
+        tables.append(torch.cat([chunks[index % 3][index] for index in range(2 * len(sections))], -1))
+    return tables[0], tables[1]
