@@ -25,7 +25,7 @@ from trio_edge.export.layout import Layout, text_buckets
 from trio_edge.export.model_cost import cost_of
 from trio_edge.export.onnx_graph import attach_weights, save
 from trio_edge.export.output_folder import check_output, folder_beside
-from trio_edge.export.text_files import write_text_files
+from trio_edge.export.text_files import read_text_files
 from trio_edge.export.tracing import trace_graphs
 from trio_edge.export.weights import bytes_to_write, store_constants, store_weights
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
@@ -134,6 +134,7 @@ def export_bundle(
         check_encoder_keep(options.encoder_keep, patches_per_side=processing.patches_per_side)
     max_visual = _max_visual(processing, options)
     dtype = _dtype(checkpoint, options.dtype)
+    text = read_text_files(checkpoint, default_template=family.default_chat_template(checkpoint))
 
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
         model = family.build(checkpoint, encoder_keep=options.encoder_keep)
@@ -175,7 +176,7 @@ def export_bundle(
             stored |= store_constants(constants, folder)
         progress.step("writing the graphs")
         graphs = tuple(_write_graph(graph, stored, folder) for graph in traced)
-        text = write_text_files(checkpoint, folder, default_template=family.default_chat_template(checkpoint))
+        text.write(folder)
         progress.step("hashing")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -190,7 +191,7 @@ def export_bundle(
             text_buckets=layout.text_buckets,
             max_new_tokens=options.max_new_tokens,
             max_position=int(model.text_config.max_position_embeddings),
-            text=text,
+            text=text.spec,
             image_processing=processing.to_dict(),
             encoder_keep=options.encoder_keep,
             token_embedding=stored[EMBEDDING_NAME],
@@ -252,12 +253,12 @@ def _dimensions(model: FamilyModel) -> Dimensions:
 
 
 def _check_tensors(checkpoint: Checkpoint, model: FamilyModel) -> None:
-    """Raise CheckpointError unless the checkpoint's tensors have the shapes that its configuration asks for."""
+    """Raise CheckpointError unless the checkpoint has the decoder's tensors, and all tensors have the right shapes."""
     for name, parameter in model.root.named_parameters():
         wanted = canonical_name(name)
-        if wanted not in checkpoint.tensors:
-            continue  # a tensor no graph uses may be missing; one that is used is missed when it is stored
-        got = checkpoint.tensors[wanted].shape
+        if wanted.startswith("vision_tower.") and wanted not in checkpoint.tensors:
+            continue  # no graph may use it; one that is used is missed before anything is written
+        got = checkpoint.tensor(wanted).shape
         if got != tuple(parameter.shape):
             raise CheckpointError(
                 f"{checkpoint.folder} tensor {wanted!r}: expected shape {list(parameter.shape)} (config.json),"

@@ -1,7 +1,8 @@
-"""Writes the tokenizer and the chat template of a checkpoint into a bundle."""
+"""Takes the tokenizer and the chat template from a checkpoint and writes them into a bundle."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.export.checkpoint import read_json
@@ -17,8 +18,22 @@ TOKENIZER_NAME = "tokenizer.json"
 TEMPLATE_NAME = "chat_template.jinja"
 
 
-def write_text_files(checkpoint: Checkpoint, bundle: Path, *, default_template: str) -> TextSpec:
-    """Write ``tokenizer.json`` and ``chat_template.jinja``, and return what the manifest says about text.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextFiles:
+    """What a bundle holds about text: the manifest's part, and two files."""
+
+    spec: TextSpec
+    tokenizer: str
+    chat_template: str
+
+    def write(self, bundle: Path) -> None:
+        """Write both files."""
+        (bundle / TOKENIZER_NAME).write_text(self.tokenizer, encoding="utf-8")
+        (bundle / TEMPLATE_NAME).write_text(self.chat_template, encoding="utf-8")
+
+
+def read_text_files(checkpoint: Checkpoint, *, default_template: str) -> TextFiles:
+    """Return the tokenizer and the chat template of a checkpoint.
 
     The tokenizer is the one that transformers uses for this checkpoint, saved as one file: some releases build parts
     of it in code, so the checkpoint's own tokenizer.json alone may tokenize differently.
@@ -37,10 +52,7 @@ def write_text_files(checkpoint: Checkpoint, bundle: Path, *, default_template: 
         )
     backend.no_padding()
     backend.no_truncation()
-    (bundle / TOKENIZER_NAME).write_text(backend.to_str(), encoding="utf-8")
-    template = _chat_template(checkpoint) or default_template
-    (bundle / TEMPLATE_NAME).write_text(template, encoding="utf-8")
-    return TextSpec(
+    spec = TextSpec(
         tokenizer=TOKENIZER_NAME,
         chat_template=TEMPLATE_NAME,
         image_token=image_token,
@@ -49,6 +61,8 @@ def write_text_files(checkpoint: Checkpoint, bundle: Path, *, default_template: 
         eos_token=tokenizer.eos_token or "",
         stop_token_ids=_stop_token_ids(checkpoint, tokenizer),
     )
+    template = _chat_template(checkpoint) or default_template
+    return TextFiles(spec=spec, tokenizer=backend.to_str(), chat_template=template)
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> Any:

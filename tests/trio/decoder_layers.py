@@ -46,7 +46,9 @@ def random_decoder(
                     parameter.uniform_(0.5, 1.5)
                 else:
                     parameter.normal_(std=0.2)
-            module.to(dtype).requires_grad_(False)
+            module.requires_grad_(False)
+            if dtype != torch.float32:  # fake parameters cannot be converted
+                module.to(dtype)
     return decoder
 
 

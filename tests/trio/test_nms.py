@@ -102,7 +102,7 @@ def test_keeping_all_tokens_is_the_identity() -> None:
 
 def test_similarity_at_the_threshold_suppresses() -> None:
     module = FeatureNms(num_keep=2, threshold=0.5, rounds=4)
-    features = torch.tensor([[1.0, 1, 0, 0], [1.0, 0, 1, 0], [0, 0, 0, 1.0]])  # cos is 1/2
+    features = torch.tensor([[1.0, 1, 1, 1], [1.0, 0, 0, 0], [0.0, 0, 1, -1]])  # cos is exactly 1/2
     kept, _ = module(features * 2, torch.tensor([3.0, 2.0, 1.0]), torch.tensor(3))
     assert kept.tolist() == [0, 2]
 

@@ -204,7 +204,7 @@ def test_gram_matrix_gives_the_squared_length_of_the_product() -> None:
 
 def test_gram_buffer_stays_without_values_under_fake_tensors() -> None:
     with FakeTensorMode():
-        decoder = random_decoder(num_kv_heads=1, dtype=torch.float16)
+        decoder = random_decoder(num_kv_heads=1, dtype=torch.float32)
         module = ProxySaliency(
             decoder.layer, decoder.final_norm, decoder.lm_head, max_visual=NUM_VISUAL, form="key_gram"
         )

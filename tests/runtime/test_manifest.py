@@ -1,0 +1,48 @@
+"""The manifest: read back as written, and strict."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.errors import ManifestError
+from trio_edge.runtime.manifest import json_from_manifest, manifest_from_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_a_manifest_reads_back_as_it_was_written(reduced_bundle: Path) -> None:
+    manifest = open_bundle(reduced_bundle).manifest
+    assert manifest_from_json(json_from_manifest(manifest), where="test") == manifest
+
+
+def test_layer_ranges_must_cover_every_layer(reduced_bundle: Path) -> None:
+    content = json.loads((reduced_bundle / "trio.json").read_text())
+    content["dimensions"]["num_layers"] = 4
+    with pytest.raises(ManifestError, match="expected 4 decoder layers, got 3"):
+        manifest_from_json(json.dumps(content).encode(), where="trio.json")
+
+
+def test_graphs_must_come_in_order(reduced_bundle: Path) -> None:
+    content = json.loads((reduced_bundle / "trio.json").read_text())
+    content["graphs"].reverse()
+    with pytest.raises(ManifestError, match="expected roles"):
+        manifest_from_json(json.dumps(content).encode(), where="trio.json")
+
+
+def test_no_graph_file_holds_weights(reduced_bundle: Path) -> None:
+    manifest = open_bundle(reduced_bundle).manifest
+    sizes = {entry.path: entry.num_bytes for entry in manifest.files}
+    weights = sum(size for path, size in sizes.items() if path.startswith("weights/"))
+    graphs = {path: size for path, size in sizes.items() if path.endswith(".onnx")}
+    assert max(graphs.values()) < 100_000
+    assert weights < 1.02 * manifest.model_bytes + 20_000  # headers of a very small model
+
+
+def test_weights_on_the_device_count_the_probed_layers_twice(keep_all_bundle: Path, reduced_bundle: Path) -> None:
+    keep_all, reduced = (open_bundle(folder).manifest for folder in (keep_all_bundle, reduced_bundle))
+    assert keep_all.device_weight_ratio < 1.0 < reduced.device_weight_ratio

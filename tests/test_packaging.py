@@ -1,0 +1,86 @@
+"""What the installed package is: its top-level names, its light runtime, its commands."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import trio_edge.runtime
+
+ROOT = Path(__file__).parents[1]
+BLOCKED = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "jaxtyping")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built with the setuptools that is installed."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(ROOT),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_has_no_other_top_level_name(wheel: Path) -> None:
+    names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {name for name in names if not name.endswith(".dist-info")} == {"trio_edge"}
+
+
+def test_the_wheel_holds_the_packaged_model_below_12_megabytes(wheel: Path) -> None:
+    sizes = {entry.filename: entry.file_size for entry in zipfile.ZipFile(wheel).infolist()}
+    assert 1_000_000 < sizes["trio_edge/export/tiny/model.safetensors"] < 12_000_000
+    assert "trio_edge/export/tiny/tokenizer.json" in sizes
+
+
+def test_runtime_imports_without_torch_transformers_and_onnx() -> None:
+    code = f"""
+import sys
+for name in {BLOCKED!r}:
+    sys.modules[name] = None
+import trio_edge.runtime, trio_edge.runtime.cli_run, trio_edge.runtime.cli_inspect
+import trio_edge.runtime.image_overlay, trio_edge.runtime.backend_onnxruntime
+import trio_edge.calibration.cli_eval, trio_edge.calibration.shapes
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_public_names_are_exactly_those_declared() -> None:
+    declared = set(trio_edge.runtime.__all__)
+    assert declared == {name for name in declared if hasattr(trio_edge.runtime, name)}
+    assert list(trio_edge.runtime.__all__) == sorted(trio_edge.runtime.__all__)
+
+
+def test_the_repositorys_trio_folder_does_not_shadow_pypis_package() -> None:
+    assert not (ROOT / "trio" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("command", ["trio-export", "trio-inspect", "trio-run", "trio-eval"])
+def test_every_command_prints_help(command: str) -> None:
+    path = Path(sys.executable).parent / command
+    result = subprocess.run([path, "--help"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert result.stdout.startswith("Usage: " + command)
+
+
+def test_shape_annotations_are_checked_in_tests() -> None:
+    import torch
+
+    from trio_edge.trio.nms import FeatureNms
+
+    nms = FeatureNms(num_keep=2, threshold=0.8, rounds=2)
+    with pytest.raises(Exception, match=r"Type-check error"):
+        nms(torch.zeros(4, 3), torch.zeros(5), torch.tensor([4]))
