@@ -151,10 +151,10 @@ def test_half_precision_scores_follow_the_exact_ones(dtype: torch.dtype, form: S
 @pytest.mark.parametrize("form", FORMS)
 def test_sure_half_precision_model_still_ranks_its_tokens(form: SaliencyForm) -> None:
     decoder = random_decoder(num_kv_heads=2, dtype=torch.float16)
-    decoder.lm_head.weight.mul_(12)  # p is 1 but for about 1e-14: float16 gradients would vanish
+    decoder.lm_head.weight.mul_(48)  # gradients near 1e-11, which float16 rounds to zero
     tables = rotary_tables(torch.arange(LENGTH), dtype=torch.float16)
     scores = _scores(decoder, _hidden(torch.float16), tables, form=form)
-    assert 0 < scores.max() < 1e-3
+    assert 0 < scores.min() < scores.max() < 1e-9
     assert len(scores.unique()) == NUM_VISUAL
 
 
