@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.progress import track
 
@@ -28,6 +27,7 @@ from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.schedule import Schedule
 from trio_edge.trio.schedule import schedule_for_keep
 
+_SHIFT = 101  # samples between a question and the picture of the guesser: several questions share a picture
 BUDGETS = {"33.3": 1 / 3, "22.2": 2 / 9, "11.1": 1 / 9}
 
 
@@ -102,17 +102,13 @@ def run(variant: Variant | None, budget: float, arguments: argparse.Namespace) -
     return result
 
 
-def guesser_accuracy(result: Evaluation) -> float:
-    """Return how often the keep-all answers fit another question of the same kind: what guessing from the text gives."""
-    by_kind: dict[str, list[tuple[str, str]]] = {}
-    for outcome in result.outcomes:
-        by_kind.setdefault(outcome.kind, []).append((outcome.answered, outcome.expected))
-    hits = [
-        answered == expected
-        for pairs in by_kind.values()
-        for (answered, _), (_, expected) in zip(pairs, np.roll(np.array(pairs), 7, axis=0).tolist())
-    ]
-    return float(np.mean(hits))
+def guesser(arguments: argparse.Namespace) -> Evaluation:
+    """Ask every question about another sample's picture: what can be answered without seeing."""
+    samples = list(held_out(arguments.count, seed=arguments.seed))
+    others = samples[_SHIFT:] + samples[:_SHIFT]
+    swapped = [replace(sample, picture=other.picture) for sample, other in zip(samples, others)]
+    with Pipeline.from_bundle(bundle_for(None, 1.0, arguments.out, arguments.model)) as pipeline:
+        return evaluate(pipeline, swapped)
 
 
 def cell(result: Evaluation) -> str:

@@ -12,8 +12,8 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .shapes_questions import KINDS, VOCABULARY, ask
-from .shapes_scene import Scene, make_scene, render
+from trio_edge.calibration.shapes_questions import KINDS, VOCABULARY, ask
+from trio_edge.calibration.shapes_scene import Scene, make_scene, render
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
