@@ -260,7 +260,7 @@ def _keeps(
     return _spend_rest(budget, weights=weights, keeps=keeps, num_visual=num_visual)
 
 
-def _real_keeps(budget: float, *, weights: Sequence[int], num_visual: int) -> list[float]:
+def _real_keeps(budget: int, *, weights: Sequence[int], num_visual: int) -> list[float]:
     """Return real-valued keeps of the preset's shape; past its largest size, between that and keeping all."""
     count = len(weights)
     if count == len(_SHAPE_KEEPS):

@@ -35,14 +35,20 @@ def random_decoder(
     torch.manual_seed(7)
     config_class, layer_class = _FAMILIES[family]
     settings = config_class(
-        hidden_size=HIDDEN, intermediate_size=112, num_attention_heads=HEADS, num_key_value_heads=num_kv_heads,
-        num_hidden_layers=1, vocab_size=VOCAB, head_dim=HEAD_SIZE, **config,
+        hidden_size=HIDDEN,
+        intermediate_size=112,
+        num_attention_heads=HEADS,
+        num_key_value_heads=num_kv_heads,
+        num_hidden_layers=1,
+        vocab_size=VOCAB,
+        head_dim=HEAD_SIZE,
+        **config,
     )
     decoder = Decoder(layer_class(settings, 0), LlamaRMSNorm(HIDDEN), nn.Linear(HIDDEN, VOCAB, bias=False))
     with torch.no_grad():
         for module in (decoder.layer, decoder.final_norm, decoder.lm_head):
             for name, parameter in module.named_parameters():
-                if "norm" in name or parameter.shape == (HIDDEN,) and module is decoder.final_norm:
+                if "norm" in name or (parameter.shape == (HIDDEN,) and module is decoder.final_norm):
                     parameter.uniform_(0.5, 1.5)
                 else:
                     parameter.normal_(std=0.2)

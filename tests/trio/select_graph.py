@@ -24,7 +24,13 @@ class SelectGraph(nn.Module):
         self.saliency, self.nms = saliency, nms
 
     def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, visual_start: Tensor, num_visual: Tensor, length: Tensor
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        visual_start: Tensor,
+        num_visual: Tensor,
+        length: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         scores = self.saliency(hidden, cos, sin, visual_start, num_visual, length)
         visual = visual_start.long() + torch.arange(self.saliency.max_visual)
@@ -45,10 +51,12 @@ def example_inputs(module: SelectGraph, *, rows: int, dtype: torch.dtype) -> tup
     return hidden, angle.cos(), angle.sin(), *(torch.tensor([n], dtype=torch.int32) for n in (3, count, rows))
 
 
-def export_select(module: SelectGraph, path: Path, *, opset: int = 18, dtype: torch.dtype = torch.float32) -> Path:
+def export_select(
+    module: SelectGraph, path: Path, *, opset: int = 18, dtype: torch.dtype = torch.float32
+) -> Path:
     """Write ``module`` as ONNX with the row axis dynamic."""
-    rows = torch.export.Dim("rows", min=module.saliency.max_visual + 4, max=8192)
-    axes: tuple[Any, ...] = ({0: rows}, {0: rows}, {0: rows}, None, None, None)
+    rows = {0: torch.export.Dim.DYNAMIC}
+    axes: tuple[Any, ...] = (rows, rows, rows, None, None, None)
     program = torch.onnx.export(
         module.eval(), example_inputs(module, rows=module.saliency.max_visual + 21, dtype=dtype), dynamo=True,
         opset_version=opset, input_names=INPUTS, output_names=OUTPUTS, dynamic_shapes=axes, verbose=False,

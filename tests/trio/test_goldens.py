@@ -23,7 +23,7 @@ STAGES = [(name, stage) for name in GOLDEN_NAMES for stage in range(3 if name ==
 
 
 def _model(golden: Golden) -> Any:
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**golden.settings["config"]))
+    model: Any = hf.LlamaForCausalLM(hf.LlamaConfig(**golden.settings["config"]))
     model.load_state_dict(golden.weights)
     return model.eval().requires_grad_(False)
 

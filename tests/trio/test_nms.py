@@ -34,9 +34,7 @@ def _near_threshold(features: NDArray[np.float32]) -> bool:
     return bool((np.abs(cosine_similarity(features) - THRESHOLD) < 1e-6).any())
 
 
-def _clustered(
-    rng: np.random.Generator, count: int, *, clusters: int, spread: float
-) -> NDArray[np.float32]:
+def _clustered(rng: np.random.Generator, count: int, *, clusters: int, spread: float) -> NDArray[np.float32]:
     centres = rng.normal(size=(clusters, 12))
     rows = centres[rng.integers(0, clusters, count)] + spread * rng.normal(size=(count, 12))
     return rows.astype(np.float32)

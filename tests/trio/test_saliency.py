@@ -28,14 +28,18 @@ FORMS = get_args(SaliencyForm)
 
 
 def _hidden(dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(LENGTH, HIDDEN, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+    return torch.randn(LENGTH, HIDDEN, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(
+        dtype
+    )
 
 
 def _scores(
     decoder: Decoder, hidden: Tensor, tables: tuple[Tensor, Tensor], *, length: int = LENGTH,
     max_visual: int = NUM_VISUAL, num_visual: int = NUM_VISUAL, start: int = START, **settings: Any,
 ) -> Tensor:  # fmt: skip
-    module = ProxySaliency(decoder.layer, decoder.final_norm, decoder.lm_head, max_visual=max_visual, **settings)
+    module = ProxySaliency(
+        decoder.layer, decoder.final_norm, decoder.lm_head, max_visual=max_visual, **settings
+    )
     scalars = (torch.tensor([value], dtype=torch.int32) for value in (start, num_visual, length))
     with torch.no_grad():
         return module(hidden, *tables, *scalars)
@@ -167,7 +171,9 @@ def test_reference_layer_equals_hugging_faces(family: str) -> None:
     expected = decoder.layer(
         hidden[None], attention_mask=mask, position_embeddings=tuple(table[None] for table in tables)
     )
-    torch.testing.assert_close(decoder_layer(decoder.layer, hidden, *tables), expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        decoder_layer(decoder.layer, hidden, *tables), expected[0], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_halves_with_the_head_between_equal_the_whole() -> None:
@@ -189,7 +195,9 @@ def test_multi_head_attention_is_computed_directly() -> None:
 def test_weights_are_the_layers_own() -> None:
     decoder = random_decoder(num_kv_heads=1)
     module = ProxySaliency(decoder.layer, decoder.final_norm, decoder.lm_head, max_visual=NUM_VISUAL)
-    owned = {id(p) for part in (decoder.layer, decoder.final_norm, decoder.lm_head) for p in part.parameters()}
+    owned = {
+        id(p) for part in (decoder.layer, decoder.final_norm, decoder.lm_head) for p in part.parameters()
+    }
     assert {id(parameter) for parameter in module.parameters()} == owned
 
 

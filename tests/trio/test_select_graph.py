@@ -1,0 +1,108 @@
+"""What the exported selection is made of, and that a real TensorRT takes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from tests.trio.decoder_layers import VOCAB, random_decoder
+from tests.trio.select_graph import INPUTS, SelectGraph, example_inputs, export_select
+from trio_edge.trio.nms import FeatureNms
+from trio_edge.trio.saliency import ProxySaliency
+
+DYNAMIC_OUTPUT_OPERATORS = {"NonZero", "Unique", "Compress", "NonMaxSuppression", "If", "Loop", "Scan"}
+CASES = {
+    "multi-head float32, mirrored similarities": (4, "direct", torch.float32, 1030),
+    "grouped-query float16": (2, "key_gram", torch.float16, 40),
+    "multi-query float16 with all probe rows": (1, "key_value_gram", torch.float16, 40),
+}
+
+
+def _module(num_kv_heads: int, form: Any, dtype: torch.dtype, max_visual: int) -> SelectGraph:
+    decoder = random_decoder("qwen2", num_kv_heads=num_kv_heads, dtype=dtype)
+    saliency = ProxySaliency(
+        decoder.layer, decoder.final_norm, decoder.lm_head, max_visual=max_visual, form=form
+    )
+    return SelectGraph(saliency, FeatureNms(num_keep=12, threshold=0.8, rounds=4))
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[SelectGraph, Path]:
+    num_kv_heads, form, dtype, max_visual = request.param
+    module = _module(num_kv_heads, form, dtype, max_visual)
+    return module, export_select(module, tmp_path_factory.mktemp("select") / "select.onnx", dtype=dtype)
+
+
+def test_graph_uses_standard_operators_of_opset_19_or_less(exported: tuple[SelectGraph, Path]) -> None:
+    model = onnx.load(exported[1])
+    assert [(entry.domain, entry.version <= 19) for entry in model.opset_import] == [("", True)]
+    assert {node.domain for node in model.graph.node} == {""}
+    assert not model.functions
+
+
+def test_graph_has_no_data_dependent_shape_and_no_fused_attention(exported: tuple[SelectGraph, Path]) -> None:
+    operators = {node.op_type for node in onnx.load(exported[1]).graph.node}
+    assert not operators & (DYNAMIC_OUTPUT_OPERATORS | {"Attention", "RotaryEmbedding", "RMSNormalization"})
+
+
+def test_only_the_row_axis_is_dynamic(exported: tuple[SelectGraph, Path]) -> None:
+    graph = onnx.load(exported[1]).graph
+    shapes = {
+        value.name: [axis.dim_value or "S" for axis in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    visual = exported[0].saliency.max_visual
+    assert shapes["hidden"] == ["S", 64]
+    assert shapes["kept"] == [12]
+    assert shapes["scores"] == [visual]
+    assert shapes["unsettled"] == [1]
+
+
+def test_products_with_the_head_and_the_keys_keep_the_weights_type(
+    exported: tuple[SelectGraph, Path],
+) -> None:
+    """A float32 copy of half-precision weights would cost more memory than the stage."""
+    module, path = exported
+    weights = [tensor for tensor in onnx.load(path).graph.initializer if list(tensor.dims) == [VOCAB, 64]]
+    expected = onnx.TensorProto.FLOAT16 if module.saliency.head.lm_head.weight.dtype == torch.float16 else 1
+    assert [tensor.data_type for tensor in weights] == [expected]
+
+
+def test_onnx_runtime_agrees_with_torch_at_another_length(exported: tuple[SelectGraph, Path]) -> None:
+    module, path = exported
+    dtype = module.saliency.layer.self_attn.k_proj.weight.dtype
+    inputs = list(example_inputs(module, rows=module.saliency.max_visual + 77, dtype=dtype))
+    inputs[4], inputs[5] = torch.tensor([33], dtype=torch.int32), torch.tensor([70], dtype=torch.int32)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    kept, scores, _, rows, new_length = session.run(None, {k: v.numpy() for k, v in zip(INPUTS, inputs)})
+    expected = module(*inputs)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    np.testing.assert_allclose(scores, expected[1], rtol=tolerance, atol=tolerance * float(expected[1].max()))
+    assert new_length == 70 - 33 + 12
+    if dtype == torch.float32:
+        np.testing.assert_array_equal(kept, expected[0])
+        np.testing.assert_array_equal(rows, expected[3])
+
+
+def test_tensorrt_parses_and_builds_a_strongly_typed_engine(exported: tuple[SelectGraph, Path]) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="needs the rtx extra")
+    module, path = exported
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(path.read_bytes()), [str(parser.get_error(i)) for i in range(parser.num_errors)]
+    profile, visual = builder.create_optimization_profile(), module.saliency.max_visual
+    for name, width in (("hidden", 64), ("cos", 16), ("sin", 16)):
+        profile.set_shape(name, *((visual + text, width) for text in (8, 40, 512)))
+    config = builder.create_builder_config()
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None
