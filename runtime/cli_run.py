@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 @click.command("trio-run", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--image", type=click.Path(path_type=Path), help="Picture to ask about; none for text only.")
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Picture to ask about; none for text only.",
+)
 @click.option("--prompt", required=True, help="The question.")
 @click.option("--system", help="System prompt.")
 @click.option("--backend", default="auto", show_default=True, help="onnxruntime, or auto.")
@@ -42,7 +48,7 @@ if TYPE_CHECKING:
 )
 def command(
     bundle: Path,
-    image: Path | None,
+    images: tuple[Path, ...],
     prompt: str,
     backend: str,
     threads: int,
@@ -51,6 +57,11 @@ def command(
     **settings: Any,
 ) -> int:
     """Answer a question about a picture with BUNDLE."""
+    if len(images) > 1:
+        raise click.UsageError(
+            f"--image: expected one picture a prompt, got {len(images)}; ask about one at a time"
+        )
+    image = images[0] if images else None
     if show_kept is not None:
         if image is None:
             raise click.UsageError("--show-kept: expected --image as well, got none; name the picture")

@@ -79,7 +79,8 @@ def _resized_axis(
     for line, (start, weight) in enumerate(zip(starts, weights)):
         np.dot(weight, lines[start : start + len(weight)], out=sums[line])
     levels = np.floor((sums + 2 ** (num_bits - 1)) / 2**num_bits)
-    return levels.clip(0, 255).astype(np.uint8).reshape(len(wanted), *pixels.shape[1:])
+    resized: NDArray[np.uint8] = levels.clip(0, 255).astype(np.uint8).reshape(len(wanted), *pixels.shape[1:])
+    return resized
 
 
 def _integer_weights(

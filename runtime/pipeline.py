@@ -49,7 +49,7 @@ class Statistics:
     """Prompt tokens without the visual ones."""
     new_tokens: int = 0
     ttft_ms: float = 0.0
-    """From the call to the first token: picture, vision, prefill."""
+    """Work up to the first token: reading the picture, vision, prefill, sampling."""
     prefill_ms: float = 0.0
     """Decoder part of the first token."""
     decode_ms: float = 0.0
@@ -180,15 +180,20 @@ class Pipeline:
                 " export with a larger --max-new-tokens"
             )
         sample = make_sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        if isinstance(image, (list, tuple)):
+            raise ShapeError(
+                f"image: expected one picture a prompt, got {len(image)}; ask about one at a time"
+            )
         picture = None if image is None else open_picture(image)
         ids = self._encode(prompt, has_image=picture is not None, history=history, system=system)
         prepared = None if picture is None else prepare(picture, self.processing)
         self._check_sizes(ids, prepared)
 
+        prepare_ms = 1e3 * (time.perf_counter() - start)
+
         def steps(generation: Generation) -> Iterator[str]:
-            return self._steps(
-                generation, ids, prepared, limit=limit, sample=sample, start=start, choose=choose
-            )
+            generation.statistics.ttft_ms = prepare_ms
+            return self._steps(generation, ids, prepared, limit=limit, sample=sample, choose=choose)
 
         return Generation(steps)
 
@@ -293,16 +298,15 @@ class Pipeline:
         *,
         limit: int,
         sample: Callable[[NDArray[np.float32]], int],
-        start: float,
         choose: Choose | None,
     ) -> Iterator[str]:
         self._running, statistics = generation, generation.statistics
         num_text = len(ids.before) + len(ids.after)
-        vision_start = time.perf_counter()
+        start = time.perf_counter()
         visual_tokens: NDArray[Any] = np.empty((0, self.manifest.dimensions.hidden_size), self.manifest.dtype)
         if prepared is not None:
             visual_tokens, generation.boxes = self._see(prepared)
-        num_visual, vision_ms = len(visual_tokens), 1e3 * (time.perf_counter() - vision_start)
+        num_visual, vision_ms = len(visual_tokens), 1e3 * (time.perf_counter() - start)
         prefill_start = time.perf_counter()
         result = self._decoder.prefill(
             self._embed_prompt(ids, visual_tokens),
@@ -319,7 +323,8 @@ class Pipeline:
         statistics.average_keep = self.manifest.schedule.average_keep(
             num_layers=self.manifest.dimensions.num_layers, num_visual=num_visual
         )
-        statistics.ttft_ms, statistics.prefill_ms = 1e3 * (now - start), 1e3 * (now - prefill_start)
+        statistics.ttft_ms += 1e3 * (now - start)
+        statistics.prefill_ms = 1e3 * (now - prefill_start)
         statistics.graph_ms = ({"vision": vision_ms} if prepared is not None else {}) | self._decoder.graph_ms
         statistics.repaired_stages = result.num_repaired
         yield from self._decode(generation, token, limit=limit, sample=sample)

@@ -10,7 +10,7 @@ import pytest
 from tests.bundles import export
 from tests.hugging_face import Original
 from tests.pictures import random_picture
-from tests.tolerances import LOGITS_FLOAT32
+from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.runtime.errors import ShapeError
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.schedule import Schedule, Stage
@@ -185,3 +185,11 @@ def test_two_answers_at_once_are_refused(reduced: Pipeline) -> None:
     next(iter(reduced.generate(picture, PROMPT, max_new_tokens=2)), None)
     with pytest.raises(ShapeError, match="one answer at a time"):
         list(first)
+
+
+def test_float16_bundle_answers_like_float32(checkpoint: Path, keep_all: Pipeline, tmp_path: Path) -> None:
+    with Pipeline.from_bundle(export(checkpoint, tmp_path / "half", dtype="float16")) as half:
+        picture = random_picture(48, 48)
+        np.testing.assert_allclose(
+            first_logits(half, picture, PROMPT), first_logits(keep_all, picture, PROMPT), **LOGITS_FLOAT16
+        )
