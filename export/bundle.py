@@ -7,7 +7,6 @@ which is renamed when it is complete: a bundle that was not finished is not a bu
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,6 +27,7 @@ from trio_edge.export.output_folder import check_output, folder_beside
 from trio_edge.export.text_files import read_text_files
 from trio_edge.export.tracing import trace_graphs
 from trio_edge.export.weights import bytes_to_write, store_constants, store_weights
+from trio_edge.runtime.bundle import sha256_of
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.image_processing import max_tiles, max_visual_tokens, num_tiles, num_visual_tokens
 from trio_edge.runtime.manifest import (
@@ -302,18 +302,10 @@ def _file_entries(folder: Path) -> tuple[FileEntry, ...]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return tuple(
         FileEntry(
-            path=path.relative_to(folder).as_posix(), num_bytes=path.stat().st_size, sha256=_sha256(path)
+            path=path.relative_to(folder).as_posix(), num_bytes=path.stat().st_size, sha256=sha256_of(path)
         )
         for path in files
     )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _model_bytes(checkpoint: Checkpoint, dtype: FloatType) -> int:
