@@ -1,0 +1,213 @@
+"""One selection stage, the paper's way and ours: FLOPs and time side by side.
+
+    python benchmarks/select_cost.py --sizes 576 --hidden 1024 --repeats 3
+
+The reference runs autograd over all rows of one decoder layer and the whole head, then a greedy loop on the
+host. Ours is the closed form and the parallel NMS of ``trio_edge.trio``, in eager torch. Weights and hidden states
+are random: times do not depend on their values, except that of the host's loop, which depends on how many survive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from trio_edge.trio.cost import (
+    LLAVA_NEXT_7B,
+    ModelShape,
+    nms_flops,
+    probe_flops,
+    reduction_cost,
+    reference_nms_flops,
+    reference_probe_flops,
+)
+from trio_edge.trio.nms import FeatureNms
+from trio_edge.trio.saliency import ProxySaliency
+from trio_edge.trio.schedule import preset_schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NUM_TEXT, START, THRESHOLD, ROUNDS, HEAD_SIZE, VOCAB = 50, 35, 0.8, 16, 128, 32064
+
+
+def decoder_shape(hidden: int, *, grouped: bool) -> ModelShape:
+    heads = hidden // HEAD_SIZE
+    return ModelShape(
+        num_layers=32, hidden_size=hidden, num_heads=heads, num_kv_heads=heads // 4 if grouped else heads,
+        head_size=HEAD_SIZE, intermediate_size=hidden * 11008 // 4096, vocab_size=VOCAB,
+    )  # fmt: skip
+
+
+class Stage:
+    """A random layer with its norm and head, and a picture of clustered features."""
+
+    def __init__(self, shape: ModelShape, *, num_visual: int, device: str, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        config = hf.LlamaConfig(
+            hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size, vocab_size=VOCAB,
+            num_attention_heads=shape.num_heads, num_key_value_heads=shape.num_kv_heads, num_hidden_layers=1,
+            attn_implementation="sdpa",
+        )  # fmt: skip
+        with torch.device(device):
+            self.layer: Any = LlamaDecoderLayer(config, 0).to(dtype)
+            self.norm = LlamaRMSNorm(shape.hidden_size).to(dtype)
+            self.lm_head = nn.Linear(shape.hidden_size, VOCAB, bias=False, dtype=dtype)
+            centres = torch.randn(num_visual // 5, shape.hidden_size)
+            rows = torch.randn(num_visual + NUM_TEXT, shape.hidden_size)
+            rows[START : START + num_visual] *= 0.4
+            rows[START : START + num_visual] += centres[torch.randint(len(centres), (num_visual,))]
+            self.hidden = rows.to(dtype)
+            cos, sin = LlamaRotaryEmbedding(config)(self.hidden, torch.arange(len(rows))[None])
+        for module in (self.layer, self.norm, self.lm_head):
+            module.requires_grad_(False)
+        self.cos, self.sin, self.num_visual, self.num_keep = (
+            cos[0],
+            sin[0],
+            num_visual,
+            round(num_visual * 0.16),
+        )
+        self.scalars = [torch.tensor([n], device=device) for n in (START, num_visual, num_visual + NUM_TEXT)]
+        self.saliency = ProxySaliency(self.layer, self.norm, self.lm_head, max_visual=num_visual)
+        self.nms = FeatureNms(num_keep=self.num_keep, threshold=THRESHOLD, rounds=ROUNDS)
+
+    def reference_scores(self) -> Tensor:
+        """Autograd over the layer and the head on all rows, as the paper's code does it."""
+        with torch.enable_grad():
+            hidden = self.hidden.clone().requires_grad_(True)
+            tables = (self.cos[None], self.sin[None])
+            logits = self.lm_head(self.norm(self.layer(hidden[None], position_embeddings=tables)))[0]
+            probe = logits[-5:-1].float()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(probe, probe.argmax(-1)), hidden)
+        return gradient[START : START + self.num_visual].float().norm(dim=-1)
+
+    def reference_nms(self, scores: Tensor) -> list[int]:
+        """One kept token at a time, decided on the host."""
+        unit = F.normalize(self.hidden[START : START + self.num_visual].float(), dim=-1)
+        order = scores.argsort(descending=True, stable=True).tolist()
+        suppressed = torch.zeros(self.num_visual, dtype=torch.bool, device=unit.device)
+        kept: list[int] = []
+        for token in order:
+            if len(kept) == self.num_keep:
+                break
+            if not suppressed[token].item():
+                kept.append(token)
+                suppressed |= unit @ unit[token] >= THRESHOLD
+        taken = set(kept)
+        kept += [token for token in order if token not in taken][: self.num_keep - len(kept)]
+        return sorted(kept)
+
+    def scores(self) -> Tensor:
+        return self.saliency(self.hidden, self.cos, self.sin, *self.scalars)
+
+    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        return self.nms(self.hidden[START : START + self.num_visual], scores, self.scalars[1])
+
+
+def median_ms(function: Callable[[], Any], *, repeats: int, device: str) -> float:
+    times = []
+    for index in range(repeats + 1):
+        _synchronize(device)
+        start = time.perf_counter()
+        function()
+        _synchronize(device)
+        if index:  # the first one warms up
+            times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(shape: ModelShape, *, num_visual: int, repeats: int, device: str, dtype: torch.dtype) -> str:
+    stage = Stage(shape, num_visual=num_visual, device=device, dtype=dtype)
+    rows = num_visual + NUM_TEXT
+    scores = stage.scores()
+    kept, unsettled = stage.select(scores)
+    same = kept.tolist() == stage.reference_nms(scores)
+    reference = stage.reference_scores()
+    error = float(((scores - reference).abs() / reference).max())
+    ref_probe = median_ms(stage.reference_scores, repeats=repeats, device=device)
+    ref_nms = median_ms(lambda: stage.reference_nms(scores), repeats=repeats, device=device)
+    probe = median_ms(stage.scores, repeats=repeats, device=device)
+    nms = median_ms(lambda: stage.select(scores), repeats=repeats, device=device)
+    ref_flops = reference_probe_flops(shape, num_rows=rows)
+    flops = probe_flops(shape, num_rows=rows, num_visual=num_visual)
+    ref_nms_flops = reference_nms_flops(num_visual, num_keep=stage.num_keep, hidden_size=shape.hidden_size)
+    own_nms_flops = nms_flops(num_visual, hidden_size=shape.hidden_size, rounds=ROUNDS)
+    kind = "gqa" if shape.num_kv_heads < shape.num_heads else "mha"
+    return (
+        f"{kind} {shape.hidden_size:>5} {num_visual:>5} {stage.saliency.form:>14} |"
+        f" {ref_flops / 1e9:>8.1f} {flops / 1e9:>7.1f} {ref_flops / flops:>6.1f}x |"
+        f" {ref_probe:>9.1f} {probe:>8.1f} {ref_probe / probe:>6.1f}x |"
+        f" {ref_nms_flops / 1e9:>6.1f} {own_nms_flops / 1e9:>6.1f} {ref_nms:>8.1f} {nms:>8.1f} {ref_nms / nms:>6.1f}x |"
+        f" {(ref_probe + ref_nms) / (probe + nms):>6.1f}x | {error:.0e} {'same' if same else 'DIFFERENT'} {int(unsettled)}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=[576, 1152, 2880], help="visual tokens N")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 4096], help="hidden sizes D")
+    parser.add_argument("--attention", nargs="+", choices=["mha", "gqa"], default=["mha", "gqa"])
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs; the median is printed")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CPU, and CUDA if there"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(False)
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices if options.device == "auto" else [options.device]:
+        dtype = torch.float16 if device == "cuda" else torch.float32
+        name = (
+            torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+        )
+        print(
+            f"\n{device} ({name}), {str(dtype).removeprefix('torch.')}, {options.threads} CPU threads, torch"
+            f" {torch.__version__}, transformers {hf.__version__}, median of {options.repeats}, one stage,"
+            f" {NUM_TEXT} text tokens, K = 0.16 N, {ROUNDS} NMS rounds"
+        )
+        print(
+            "      D     N           form |  probe GFLOPs: ref, ours |       probe ms: ref, ours  |"
+            "   NMS GFLOPs: ref, ours; ms: ref, ours   |  total | score error, kept, unsettled"
+        )
+        for attention in options.attention:
+            for hidden in options.hidden:
+                for size in options.sizes:
+                    shape = decoder_shape(hidden, grouped=attention == "gqa")
+                    line = measure(
+                        shape, num_visual=size, repeats=options.repeats, device=device, dtype=dtype
+                    )
+                    print(line, flush=True)
+    print(f"\n{_prefill_share()}")
+
+
+def _prefill_share() -> str:
+    cost = reduction_cost(
+        LLAVA_NEXT_7B, preset_schedule("llava-next-7b", "11.1%"), num_visual=2880, num_text=NUM_TEXT
+    )
+    decoder = cost.decoder_flops + cost.select_flops
+    return (
+        f"LLaVA-NeXT-7B, 11.1%, N = 2880, by count: three stages take {cost.select_flops / 1e12:.3f} TFLOPs,"
+        f" {cost.select_share:.1%} of the pruned prefill ({cost.reduced_flops / 1e12:.2f} TFLOPs with the vision"
+        f" tower), {cost.select_flops / decoder:.1%} of its decoder part ({decoder / 1e12:.2f} TFLOPs)"
+    )
+
+
+if __name__ == "__main__":
+    main()
