@@ -32,7 +32,18 @@ _QUESTION_WORDS = (
 )  # fmt: skip
 VOCABULARY: tuple[str, ...] = tuple(
     dict.fromkeys(
-        ("yes", "no", *COLOR_NAMES, *SHAPES, *PLURALS.values(), *DIGITS, *SIZES, *PLACES, *COUNT_WORDS, *_QUESTION_WORDS)
+        (
+            "yes",
+            "no",
+            *COLOR_NAMES,
+            *SHAPES,
+            *PLURALS.values(),
+            *DIGITS,
+            *SIZES,
+            *PLACES,
+            *COUNT_WORDS,
+            *_QUESTION_WORDS,
+        )
     )
 )
 

@@ -32,7 +32,7 @@ TILE, PATCH = 48, 8
 SIDE = TILE // PATCH
 PINPOINTS = [[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]]
 NAMES = (*SHAPES, *DIGITS)
-LABELS = ("name", "color", "size", "place", "center")
+LABELS = ("name", "color", "size", "place", "center", "thing")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def tiles_of(picture: Image.Image) -> np.ndarray:
 
 
 def labels_of(scene: Scene) -> np.ndarray:
-    """Returns int8 labels `[T * 36, 5]`: name (0 is nothing), colour, size, place, centre flag."""
+    """Returns int8 labels `[T * 36, 6]`: name (0 is nothing), colour, size, place, centre flag, number of the object from 1."""
     layout = layout_of(scene.canvas.width, scene.canvas.height)
     (wide, high), (left, top) = layout.outer, layout.offset
     tiles = (wide // TILE) * (high // TILE)
@@ -116,20 +116,20 @@ def labels_of(scene: Scene) -> np.ndarray:
     )
     fine = _grid_labels(scene, x_scale, y_scale, (left, top), (high // PATCH, wide // PATCH))
     fine = (
-        fine.reshape(high // TILE, SIDE, wide // TILE, SIDE, 5).swapaxes(1, 2).reshape(tiles * SIDE * SIDE, 5)
+        fine.reshape(high // TILE, SIDE, wide // TILE, SIDE, 6).swapaxes(1, 2).reshape(tiles * SIDE * SIDE, 6)
     )
-    return np.concatenate([base.reshape(-1, 5), fine])
+    return np.concatenate([base.reshape(-1, 6), fine])
 
 
 def _grid_labels(
     scene: Scene, x_scale: float, y_scale: float, offset: tuple[int, int], shape: tuple[int, int]
 ) -> np.ndarray:
-    """Returns labels `[rows, cols, 5]`; a patch belongs to the object that covers most of it."""
+    """Returns labels `[rows, cols, 6]`; a patch belongs to the object that covers most of it."""
     rows, cols = shape
-    labels = np.zeros((rows, cols, 5), np.int8)
+    labels = np.zeros((rows, cols, 6), np.int8)
     best = np.zeros((rows, cols))
     left, top = np.arange(cols) * PATCH, np.arange(rows) * PATCH
-    for thing in scene.things:
+    for number, thing in enumerate(scene.things):
         x, y = thing.x * x_scale + offset[0], thing.y * y_scale + offset[1]
         w, h = thing.half_width * x_scale, thing.half_height * y_scale
         across = np.clip(np.minimum(left + PATCH, x + w) - np.maximum(left, x - w), 0, None)
@@ -144,6 +144,7 @@ def _grid_labels(
             PLACES.index(thing.place),
         )  # fmt: skip
         labels[take, 4] = 0
+        labels[take, 5] = 1 + number
         if take[row, col]:
             labels[row, col, 4] = 1
     return labels
@@ -173,7 +174,7 @@ def _draw(task: tuple[int, Canvas]) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class Group:
-    """Pictures of one layout: tiles `[n, T, 48, 48, 3]`, labels `[n, T * 36, 5]`, their seeds and canvas numbers."""
+    """Pictures of one layout: tiles `[n, T, 48, 48, 3]`, labels `[n, T * 36, 6]`, their seeds and canvas numbers."""
 
     layout: Layout
     tiles: np.ndarray

@@ -113,17 +113,26 @@ class Drop:
     keep: Tensor
 
 
+@dataclass
+class Watch:
+    """Collects attention `[B, heads, Q, T, P]` of the first heads of some layers over the prefix."""
+
+    layers: tuple[int, ...]
+    heads: int
+    seen: list[Tensor]
+
+
 def _rope(positions: Tensor, theta: float = 1e6, size: int = 32) -> tuple[Tensor, Tensor]:
     """Returns cosines and sines `[S, 32]` of rotary positions."""
     inverse = theta ** (-torch.arange(0, size, 2, device=positions.device).float() / size)
     angles = torch.cat([positions[:, None] * inverse] * 2, -1)
-    return angles.cos(), angles.sin()
+    sign = torch.tensor([-1.0, 1.0], device=positions.device).repeat_interleave(size // 2)
+    return angles.cos(), angles.sin() * sign
 
 
 def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Applies rotary positions to the last axis."""
-    first, second = x.chunk(2, -1)
-    return x * rope[0] + torch.cat([-second, first], -1) * rope[1]
+    return torch.addcmul(x * rope[0], x.roll(x.shape[-1] // 2, -1), rope[1])
 
 
 def decode(
@@ -132,6 +141,7 @@ def decode(
     question_ids: Tensor,
     *,
     drops: list[Drop] | None = None,
+    watch: Watch | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Returns, after every layer, the hidden states of the questions `[B, Q, T, D]` and of the prefix `[B, P, D]`.
 
@@ -140,6 +150,7 @@ def decode(
         prefix: embeddings `[B, P, D]` of the text before the picture and of the visual tokens.
         question_ids: `[B, Q, T]` right-padded; each question sees the prefix and itself only.
         drops: where prefix rows are dropped.
+        watch: collects the attention of some heads, for guidance.
     """
     B, Q, T = question_ids.shape
     question = model.model.language_model.embed_tokens(question_ids).flatten(1, 2)
@@ -151,7 +162,8 @@ def decode(
             if drop.layer == index:
                 prefix = prefix.gather(1, drop.keep[..., None].expand(-1, -1, prefix.shape[-1]))
                 ropes = _ropes(prefix.shape[1], Q, T, prefix.device)
-        prefix, question = _layer(layer, prefix, question, (Q, T), ropes, causal)
+        seen = watch if watch and index in watch.layers else None
+        prefix, question = _layer(layer, prefix, question, (Q, T), ropes, causal, seen)
         questions.append(question.view(B, Q, T, -1))
         prefixes.append(prefix)
     return questions, prefixes
@@ -165,32 +177,40 @@ def _ropes(
     return _rope(ahead), _rope((P + torch.arange(T, device=device)).repeat(Q))
 
 
+def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Returns the RMS norm of x."""
+    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+
+
 def _layer(
     layer: nn.Module, prefix: Tensor, question: Tensor, shape: tuple[int, int],
     ropes: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], causal: Tensor,
+    watch: Watch | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns prefix and question rows after one decoder layer."""
     P = prefix.shape[1]
     hidden = torch.cat([prefix, question], 1)
     B, S, D = hidden.shape
-    normed = layer.input_layernorm(hidden)
+    normed = _norm(layer.input_layernorm, hidden)
     attn = layer.self_attn
     rope = (torch.cat([ropes[0][0], ropes[1][0]]), torch.cat([ropes[0][1], ropes[1][1]]))
-    q, k, v = (f(normed).view(B, S, -1, 32).transpose(1, 2) for f in (attn.q_proj, attn.k_proj, attn.v_proj))
-    q, k = _rotate(q, rope), _rotate(k, rope)
+    qkv = F.linear(normed, torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]))
+    q, k, v = qkv.view(B, S, 3, -1, 32).permute(2, 0, 3, 1, 4)
+    q, k = _rotate(torch.stack([q, k]), rope)
     seen = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True)
-    asked = _attend_questions(q[:, :, P:], k, v, P, shape, causal)
+    asked = _attend_questions(q[:, :, P:], k, v, P, shape, causal, watch)
     mixed = torch.cat([seen, asked], 2).transpose(1, 2).reshape(B, S, D)
     hidden = hidden + attn.o_proj(mixed)
-    normed = layer.post_attention_layernorm(hidden)
+    normed = _norm(layer.post_attention_layernorm, hidden)
     mlp = layer.mlp
     hidden = hidden + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
     return hidden[:, :P], hidden[:, P:]
 
 
 def _attend_questions(
-    q: Tensor, k: Tensor, v: Tensor, P: int, shape: tuple[int, int], causal: Tensor
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, P: int, shape: tuple[int, int], causal: Tensor,
+    watch: Watch | None,
+) -> Tensor:  # fmt: skip
     """Returns attention `[B, H, Q * T, E]` of question rows over the prefix and their own question."""
     (Q, T), (B, H, _, E) = shape, q.shape
     scale = E**-0.5
@@ -198,6 +218,8 @@ def _attend_questions(
     own = [x.reshape(B, H, Q, T, E) for x in (q, k[:, :, P:], v[:, :, P:])]
     near = own[0] @ own[1].transpose(-1, -2)
     weights = torch.cat([far * scale, near * scale + causal], -1).softmax(-1)
+    if watch:
+        watch.seen.append(weights[:, : watch.heads, ..., :P])
     far_out = (weights[..., :P].reshape(B, H, Q * T, P) @ v[:, :, :P]).view(B, H, Q, T, E)
     return (far_out + weights[..., P:] @ own[2]).view(B, H, Q * T, E)
 

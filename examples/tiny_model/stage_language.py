@@ -1,7 +1,8 @@
 """Stage 2: the decoder learns to answer, 4 layers first, then 8, then 16, on visual tokens of the frozen tower.
 
 Many short questions share one picture per step. In most steps visual tokens are dropped early, object patches
-preferred, and positions close up again: cheaper, and the model gets used to token reduction.
+preferred, and positions close up again: cheaper, and the model gets used to token reduction. Two heads of three
+early layers are guided: they learn to look at the objects that a question is about.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from data import Group, questions_of
-from model import EOS, PAD, TOKEN_ID, Drop, decode, head_logits, pack, tile_features
+from model import EOS, PAD, TOKEN_ID, Drop, Watch, decode, head_logits, pack, tile_features
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaNextForConditionalGeneration
 
-from trio_edge.calibration.shapes_questions import KINDS
-from trio_edge.calibration.shapes_scene import CANVASES, PLACES, make_scene
+from trio_edge.calibration.shapes_questions import KINDS, PLURALS
+from trio_edge.calibration.shapes_scene import CANVASES, PLACES, Scene, make_scene
 
 MAX_QUESTION = 13
 OPENINGS = (
@@ -37,7 +38,8 @@ OPENINGS = (
 class Lesson:
     """One group ready for the decoder: patch features, token labels, and questions.
 
-    `ids` is `[n, Q, 13]` (question, assistant:, answer), `where` the index of `assistant:`, `kind` the kind's number.
+    `ids` is `[n, Q, 13]` (question, assistant:, answer), `where` the index of `assistant:`, `kind` the kind's number,
+    `about` the objects asked about, one bit each.
     """
 
     group: Group
@@ -46,6 +48,7 @@ class Lesson:
     ids: np.ndarray
     where: np.ndarray
     kind: np.ndarray
+    about: np.ndarray
 
 
 def encode(question: str, answer: str) -> list[int]:
@@ -53,29 +56,61 @@ def encode(question: str, answer: str) -> list[int]:
     return [TOKEN_ID[word] for word in (*question.split(), "assistant:", answer)]
 
 
-def _question_arrays(
-    group: Group, count: int, weights: list[float] | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _about(scene: Scene, kind: str, question: str) -> int:
+    """Returns the objects that a question asks about as bits."""
+    words = question.split()
+    parts = {
+        "color": [words[4:-1]],
+        "shape": [words[4:-1]],
+        "count": [words[2:-3]],
+        "digit": [["digit", words[-2]]],
+    }
+    parts |= {"place": [words[3:-1]], "existence": [words[3:-1]]}
+    if kind == "comparison":
+        than = words.index("than")
+        parts[kind] = [words[2:than], words[than + 1 : -1]]
+    bits = 0
+    for number, thing in enumerate(scene.things):
+        facts = {
+            thing.name,
+            thing.color,
+            thing.size,
+            thing.place,
+            "object",
+            "objects",
+            "in",
+            "the",
+            "more",
+            "larger",
+        }
+        facts |= {"digit", "digits"} if thing.is_digit else {PLURALS[thing.name]}
+        if any(facts.issuperset(part) for part in parts[kind]):
+            bits |= 1 << number
+    return bits
+
+
+def _question_arrays(group: Group, count: int, weights: list[float] | None) -> tuple[np.ndarray, ...]:
     """Returns tokenised questions of all pictures of a group; short lists are repeated to `count`."""
     n = len(group.seeds)
     ids = np.full((n, count, MAX_QUESTION), PAD, np.int64)
-    where, kinds = np.zeros((n, count), np.int64), np.zeros((n, count), np.int64)
+    where, kinds, about = (np.zeros((n, count), np.int64) for _ in range(3))
     for row, (seed, canvas) in enumerate(zip(group.seeds, group.canvases)):
         scene = make_scene(seed, canvas=CANVASES[canvas])
         asked = questions_of(scene, f"ask {seed}", count=count, weights=weights)
-        for place in range(count):
-            kind, question, answer = asked[place % len(asked)]
+        repeated = [asked[place % len(asked)] for place in range(count)]
+        for place, (kind, question, answer) in enumerate(sorted(repeated, key=lambda x: len(x[1].split()))):
             line = encode(question, answer)
             ids[row, place, : len(line)] = line
             where[row, place] = len(line) - 2
             kinds[row, place] = KINDS.index(kind)
-    return ids, where, kinds
+            about[row, place] = _about(scene, kind, question)
+    return ids, where, kinds, about
 
 
 class ThreadTuner:
     """Picks the faster number of CPU threads now and then: on a busy machine one thread can beat two."""
 
-    def __init__(self, *, every_seconds: float = 30, steps: int = 4) -> None:
+    def __init__(self, *, every_seconds: float = 30, steps: int = 8) -> None:
         self.choices = sorted({1, torch.get_num_threads()})
         self.every, self.steps = every_seconds, steps
         self.trials: list[tuple[float, int]] = []
@@ -160,9 +195,10 @@ class Recipe:
     batch: int = 8
     questions: int = 16
     final_rate: float = 1.0
-    full_share: float = 0.3
-    full_share_end: float = 0.3
+    full_share: float = 0.15
+    full_share_end: float = 0.15
     deep: float = 0.4
+    guide: float = 0.4
     drop_layers: tuple[int, ...] = (1, 1, 1, 2, 3)
     keep: tuple[int, ...] = (24, 32, 48, 64, 80)
 
@@ -232,7 +268,8 @@ class PlaceReader(nn.Module):
 
 def train_language(
     model: LlavaNextForConditionalGeneration, lessons: list[Lesson], aid: PlaceReader, recipe: Recipe, *,
-    seed: int, name: str, validation: list[Lesson], save: Callable[[LlavaNextForConditionalGeneration], None] | None = None, report_seconds: float = 150,
+    seed: int, name: str, validation: list[Lesson],
+    save: Callable[[LlavaNextForConditionalGeneration], None] | None = None, report_seconds: float = 150,
 ) -> None:  # fmt: skip
     """Trains the decoder, the embeddings, the head and the newline embedding in place for a wall-clock time."""
     rng, numbers = random.Random(seed), np.random.default_rng(seed)
@@ -276,13 +313,42 @@ def train_language(
     print(name, "end", evaluate(model, validation), flush=True)
 
 
+GUIDED = (1, 2, 3)
+
+
+def guidance_loss(watch: Watch, drops: list[Drop], things: Tensor, about: Tensor, where: Tensor) -> Tensor:
+    """Returns how little the watched heads look at what is asked about, from the last two rows of a question.
+
+    Args:
+        watch: collected attention.
+        drops: what was dropped, in order.
+        things: number of the object under every prefix row `[B, P]`, 0 for none.
+        about: objects asked about `[B, Q]`, one bit each.
+        where: row of `assistant:` `[B, Q]`.
+    """
+    total = torch.zeros((), device=where.device)
+    for layer, weights in zip(watch.layers, watch.seen):
+        under = things
+        for drop in drops:
+            if drop.layer <= layer:
+                under = under.gather(1, drop.keep)
+        wanted = ((about[..., None] >> (under[:, None] - 1).clamp(min=0)) & 1).bool() & (under[:, None] > 0)
+        some = wanted.any(-1)
+        for back in (0, 1):
+            at = (where - back)[:, None, :, None, None].expand(-1, weights.shape[1], -1, 1, weights.shape[-1])
+            mass = (weights.gather(3, at)[:, :, :, 0] * wanted[:, None]).sum(-1)
+            total = total - (mass + 1e-4).log().mean(1)[some].mean()
+    return total / (2 * len(watch.layers))
+
+
 def _step_loss(
     model: LlavaNextForConditionalGeneration, lesson: Lesson, aid: PlaceReader, recipe: Recipe, rng: random.Random,
     numbers: np.random.Generator, used: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns loss and share of right answers of one random batch."""
     rows = numbers.integers(0, len(lesson.ids), recipe.batch)
-    picks = numbers.permutation(lesson.ids.shape[1])[: recipe.questions]
+    first = numbers.integers(0, max(1, lesson.ids.shape[1] - recipe.questions + 1))
+    picks = np.arange(lesson.ids.shape[1])[first : first + recipe.questions]
     with_eos = rng.random() < 0.25
     where = torch.from_numpy(lesson.where[rows][:, picks])
     width = int(where.max()) + (2 if with_eos else 1)
@@ -297,8 +363,14 @@ def _step_loss(
         drops = _make_drops(rng, recipe, labels, len(opening), num_layers)
         drops = [Drop(d.layer, d.keep.to(model.device)) for d in drops]
     every, where, labels = every.to(model.device), where.to(model.device), labels.to(model.device)
-    states, prefixes = decode(model, prefix, every[..., :width], drops=drops)
+    watch = Watch(GUIDED[: num_layers - 1], 2, []) if recipe.guide else None
+    states, prefixes = decode(model, prefix, every[..., :width], drops=drops, watch=watch)
     loss, right = answer_losses(model, states, every, where, deep=recipe.deep, with_eos=with_eos)
+    if watch:
+        things = F.pad(labels[..., 5].long(), (len(opening), 0))
+        about = torch.from_numpy(lesson.about[rows][:, picks]).to(model.device)
+        guide = recipe.guide * guidance_loss(watch, drops, things, about, where)
+        loss = loss + guide * min(1.0, 2 * (1 - used))
     return loss + 0.1 * aid.loss(prefixes, labels, len(opening)), right
 
 

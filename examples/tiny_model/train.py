@@ -22,7 +22,7 @@ from transformers import LlavaNextForConditionalGeneration
 
 TRAIN_SEED = 1_000_000
 VALIDATION_SEED = 500_000_000
-SHARES = {"vision": 0.21, "depth4": 0.18, "depth8": 0.22, "depth16": 0.39}
+SHARES = {"vision": 0.23, "depth4": 0.18, "depth8": 0.30, "depth16": 0.29}
 PLACES_IN_8 = [0, 1, 3, 5]
 PLACES_IN_16 = [0, 1, 2, 4, 6, 8, 10, 12]
 KIND_WEIGHTS = [1.0, 1.0, 1.0, 1.2, 1.4, 1.2, 0.8]
@@ -58,7 +58,7 @@ def _recipes(seconds: float) -> dict[str, tuple[int, list[int], Recipe]]:
         "depth16": (
             16,
             PLACES_IN_16,
-            Recipe(part["depth16"], 1.2e-3, final_rate=0.02, full_share=0.2, full_share_end=0.6, deep=0.2),
+            Recipe(part["depth16"], 1.2e-3, final_rate=0.02, full_share=0.15, full_share_end=0.4, deep=0.2),
         ),
     }
 

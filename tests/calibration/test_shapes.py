@@ -97,7 +97,11 @@ def test_place_questions_name_exactly_one_object() -> None:
 def test_attribute_questions_name_exactly_one_object(kind: str, answer_of: str) -> None:
     for scene, words, answer in _asked(kind):
         noun = words[4:-1]
-        named = [t for t in scene.things if t.place == noun[-1]] if "in" in noun else [t for t in scene.things if _fits(t, noun)]
+        named = (
+            [t for t in scene.things if t.place == noun[-1]]
+            if "in" in noun
+            else [t for t in scene.things if _fits(t, noun)]
+        )
         assert [getattr(t, answer_of) for t in named] == [answer]
 
 
