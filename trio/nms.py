@@ -32,7 +32,7 @@ class FeatureNms(nn.Module):
         """Fix the shape of the selection.
 
         Args:
-            num_keep: K, tokens to keep; at most N of the later call, and at most 3840 for TensorRT's TopK.
+            num_keep: K, tokens to keep; at most N of the later call, and at most 3839 for TensorRT's TopK.
             threshold: τ; a cosine similarity at or above it suppresses.
             rounds: Iterations of the fixed point.
 

@@ -16,8 +16,8 @@ from trio_edge.runtime.schedule import Schedule, Stage
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MAX_TOPK = 3840
-"""The most tokens that a stage can keep: TensorRT's TopK takes no larger K."""
+MAX_TOPK = 3839
+"""The most tokens that a stage can keep: TensorRT's TopK is documented to take K up to 3840, or less than it."""
 
 _SHAPE_LAYERS = (1, 10, 15)
 _SHAPE_KEEPS = (460, 270, 110)

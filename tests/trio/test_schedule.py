@@ -201,5 +201,5 @@ def test_impossible_wishes_are_one_clear_line(
 
 
 def test_more_than_tensorrts_topk_is_refused() -> None:
-    with pytest.raises(ScheduleError, match=r"expected to keep <= 3840 tokens"):
+    with pytest.raises(ScheduleError, match=r"expected to keep <= 3839 tokens"):
         schedule_for_keep(0.9, num_layers=32, num_visual=9000)
