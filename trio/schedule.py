@@ -7,6 +7,7 @@ fraction of those that the picture has.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -113,16 +114,17 @@ def parse_schedule(text: str, **settings: Any) -> Schedule:
     ``settings`` are ``Schedule``'s other fields.
 
     Raises:
-        ScheduleError: If the text is not of that form, or the stages are not in order.
+        ScheduleError: If the text is not of that form, the stages are not in order, or one keeps more than ``MAX_TOPK``.
     """
     stages = []
     for part in text.split(","):
         layer, colon, keep = part.strip().partition(":")
-        if not (colon and layer.isdecimal() and layer.isascii() and keep.isdecimal() and keep.isascii()):
+        if not (colon and re.fullmatch("[0-9]{1,9}", layer) and re.fullmatch("[0-9]{1,9}", keep)):
             raise ScheduleError(
                 f"schedule {text!r}: expected LAYER:KEPT pairs, got {part.strip()!r}; write it as 1:460,10:270,15:110"
             )
         stages.append((int(layer), int(keep)))
+    _check_topk(stages)
     return _schedule(stages, settings)
 
 

@@ -57,7 +57,7 @@ FLAGS = {
     "stages_not_ascending": (["M", "--schedule", "2:9,1:5"], "ascending"),
     "keeps_not_decreasing": (["M", "--schedule", "1:5,2:5"], "keep"),
     "keeps_more_than_there_are": (["M", "--schedule", "1:52"], "keep <= 51"),
-    "topk_limit": (["M", "--schedule", "1:4000"], "keep"),
+    "topk_limit": (["M", "--schedule", "1:4000"], "TensorRT's TopK"),
     "keep_nothing": (["M", "--schedule", "1:0"], "keep"),
     "image_size_malformed": (["M", "--image-size", "640"], "--image-size"),
     "image_size_zero": (["M", "--image-size", "0x10"], "--image-size"),
