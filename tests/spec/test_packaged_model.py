@@ -1,0 +1,69 @@
+"""The packaged model really sees: through exported bundles it answers held-out questions, and less so without its picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.bundles import export
+from trio_edge.calibration.evaluation import evaluate
+from trio_edge.calibration.shapes import held_out
+from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.trio.schedule import schedule_for_keep
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+QUESTIONS = 280
+FLOOR = 0.85
+REDUCED_FLOOR = 0.5
+"""Far above guessing; the README's table has the numbers."""
+
+
+@pytest.fixture(scope="module")
+def keep_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    folder = tmp_path_factory.mktemp("tiny")
+    with Pipeline.from_bundle(export("tiny", folder / "all", dtype="float32")) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def reduced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    folder = tmp_path_factory.mktemp("tiny")
+    schedule = schedule_for_keep(1 / 9, num_layers=16, num_visual=192)
+    with Pipeline.from_bundle(export("tiny", folder / "reduced", dtype="float32", schedule=schedule)) as pipeline:
+        yield pipeline
+
+
+def test_all_tokens_answer_held_out_questions(keep_all: Pipeline) -> None:
+    assert evaluate(keep_all, held_out(QUESTIONS, seed=1)).accuracy.value >= FLOOR
+
+
+def test_another_picture_does_not_answer_them(keep_all: Pipeline) -> None:
+    samples = list(held_out(QUESTIONS, seed=1))
+    swapped = [replace(a, picture=b.picture) for a, b in zip(samples, samples[91:] + samples[:91])]
+    assert evaluate(keep_all, swapped).accuracy.value < 0.45
+
+
+def test_a_ninth_of_the_tokens_still_sees(reduced: Pipeline) -> None:
+    result = evaluate(reduced, held_out(QUESTIONS, seed=1))
+    assert result.accuracy.value >= REDUCED_FLOOR
+    assert result.average_keep < 0.125  # pictures with fewer tokens than 192 keep a larger share
+
+
+def test_the_demo_pictures_are_answered(keep_all: Pipeline) -> None:
+    folder = ROOT / "examples" / "pictures"
+    for entry in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
+        assert keep_all.generate(folder / entry["file"], entry["question"]).text == entry["answer"]
+
+
+def test_a_typical_picture_has_at_least_190_visual_tokens(reduced: Pipeline) -> None:
+    answer = reduced.generate(ROOT / "examples" / "pictures" / "shapes-96x96.png", "what color is the circle ?")
+    _ = answer.text
+    assert answer.statistics.visual_tokens >= 190
+    assert reduced.manifest.dimensions.num_layers >= 12
