@@ -93,7 +93,7 @@ def run(variant: Variant | None, budget: float, arguments: argparse.Namespace) -
     )
     questions = held_out(arguments.count, seed=arguments.seed)
     selection = "bundle" if variant is None else variant.selection
-    with Pipeline.from_bundle(bundle_for(variant, budget, arguments.out, arguments.model)) as pipeline:
+    with Pipeline.from_bundle(bundle_for(variant, budget, arguments.out, arguments.model), threads=1) as pipeline:
         asked = track(
             questions, total=arguments.count, description=name, console=Console(stderr=True), transient=True
         )
@@ -107,7 +107,7 @@ def guesser(arguments: argparse.Namespace) -> Evaluation:
     samples = list(held_out(arguments.count, seed=arguments.seed))
     others = samples[_SHIFT:] + samples[:_SHIFT]
     swapped = [replace(sample, picture=other.picture) for sample, other in zip(samples, others)]
-    with Pipeline.from_bundle(bundle_for(None, 1.0, arguments.out, arguments.model)) as pipeline:
+    with Pipeline.from_bundle(bundle_for(None, 1.0, arguments.out, arguments.model), threads=1) as pipeline:
         return evaluate(pipeline, swapped)
 
 
@@ -132,7 +132,7 @@ def main() -> None:
 
     full = run(None, 1.0, arguments)
     print(
-        f"{arguments.model}, {arguments.count} held-out questions (seed {arguments.seed}), ONNX Runtime CPU, float32,"
+        f"{arguments.model}, {arguments.count} held-out questions (seed {arguments.seed}), ONNX Runtime CPU (1 thread), float32,"
     )
     print(
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}; exact match in %, 95 % Wilson interval"

@@ -43,6 +43,9 @@ class OnnxRuntimeBackend:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
+        # Each session has threads of its own; spinning while another session runs, they would take its cores
+        # (measured on 2 cores with 9 sessions: 107 ms instead of 26 ms for one answer of the packaged model).
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             session = ort.InferenceSession(folder / spec.file, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions have no common public base
