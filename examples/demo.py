@@ -28,8 +28,9 @@ def main() -> int:
     drawing = arguments.out / "kept.png"
     print(f"picture:  {picture.name}")
     print(f"question: {entry['question']}  (expected: {entry['answer']})")
+    print(f"drawing:  {drawing} (the kept tokens of each stage)")
     print("answer:   ", end="", flush=True)
-    code = trio_run(
+    return trio_run(
         [
             arguments.bundle,
             "--image",
@@ -40,9 +41,6 @@ def main() -> int:
             str(drawing),
         ]
     )
-    if code == 0:
-        print(f"kept tokens drawn in {drawing}")
-    return code
 
 
 if __name__ == "__main__":
