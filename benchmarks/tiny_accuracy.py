@@ -93,7 +93,9 @@ def run(variant: Variant | None, budget: float, arguments: argparse.Namespace) -
     )
     questions = held_out(arguments.count, seed=arguments.seed)
     selection = "bundle" if variant is None else variant.selection
-    with Pipeline.from_bundle(bundle_for(variant, budget, arguments.out, arguments.model), threads=1) as pipeline:
+    with Pipeline.from_bundle(
+        bundle_for(variant, budget, arguments.out, arguments.model), threads=1
+    ) as pipeline:
         asked = track(
             questions, total=arguments.count, description=name, console=Console(stderr=True), transient=True
         )

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def questions(tmp_path: Path) -> Path:
     """Three questions about one picture, the second with an answer that no model gives."""
     random_picture(48, 48).save(tmp_path / "p.png")
-    lines = [{"image": "p.png", "question": f"w{i}", "answer": "no such words", "kind": "k"} for i in range(3)]
+    lines = [
+        {"image": "p.png", "question": f"w{i}", "answer": "no such words", "kind": "k"} for i in range(3)
+    ]
     path = tmp_path / "questions.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines))
     return path
@@ -52,7 +54,14 @@ def test_wilson_interval_of_a_known_case() -> None:
 def test_evaluation_writes_every_outcome(
     selection: str, reduced_bundle: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(reduced_bundle), "--data", str(questions), "--json", str(tmp_path / "out.json"), "--quiet"]
+    arguments = [
+        str(reduced_bundle),
+        "--data",
+        str(questions),
+        "--json",
+        str(tmp_path / "out.json"),
+        "--quiet",
+    ]
     assert cli_eval.main([*arguments, "--selection", selection]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["questions"] == 3
@@ -63,7 +72,14 @@ def test_evaluation_writes_every_outcome(
 
 
 def test_a_right_answer_counts(reduced_bundle: Path, questions: Path, tmp_path: Path) -> None:
-    arguments = [str(reduced_bundle), "--data", str(questions), "--json", str(tmp_path / "out.json"), "--quiet"]
+    arguments = [
+        str(reduced_bundle),
+        "--data",
+        str(questions),
+        "--json",
+        str(tmp_path / "out.json"),
+        "--quiet",
+    ]
     assert cli_eval.main(arguments) == 0
     answered = json.loads((tmp_path / "out.json").read_text())["outcomes"]
     lines = [json.loads(line) for line in questions.read_text().splitlines()]

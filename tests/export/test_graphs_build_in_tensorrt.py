@@ -14,10 +14,21 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.manifest import GraphSpec, Profile
 
-trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx, which has wheels for x86-64 Linux only; runs in CI")
+trt = pytest.importorskip(
+    "tensorrt_rtx", reason="needs tensorrt-rtx, which has wheels for x86-64 Linux only; runs in CI"
+)
 
 GRAPHS = ["vision", "prefix", "select_1", "segment_1", "select_2", "suffix", "head"]
-NOT_IN_TENSORRT_10_3 = {"NonZero", "Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter", "Compress", "If", "Loop"}
+NOT_IN_TENSORRT_10_3 = {
+    "NonZero",
+    "Attention",
+    "RotaryEmbedding",
+    "RMSNormalization",
+    "TensorScatter",
+    "Compress",
+    "If",
+    "Loop",
+}
 
 
 def build(bundle: Bundle, spec: GraphSpec) -> int:

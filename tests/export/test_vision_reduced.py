@@ -27,7 +27,11 @@ def plain_selection(local: NDArray[np.float64], overall: NDArray[np.float64], *,
     window, chosen = side // 4, []
     for top in range(0, side, window):
         for left in range(0, side, window):
-            patches = [row * side + column for row in range(top, top + window) for column in range(left, left + window)]
+            patches = [
+                row * side + column
+                for row in range(top, top + window)
+                for column in range(left, left + window)
+            ]
             chosen += sorted(patches, key=lambda patch: -local[patch])[: keep // 32]
     others = [patch for patch in np.argsort(-overall) if patch not in chosen]
     return sorted([*chosen, *(int(patch) for patch in others[: keep // 2])])

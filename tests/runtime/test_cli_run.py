@@ -30,7 +30,9 @@ def copy(reduced_bundle: Path, tmp_path: Path) -> Path:
     return shutil.copytree(reduced_bundle, tmp_path / "bundle")
 
 
-def assert_refused(main: Callable[[list[str]], int], arguments: list[Any], capsys: Any, *, expected: str) -> None:
+def assert_refused(
+    main: Callable[[list[str]], int], arguments: list[Any], capsys: Any, *, expected: str
+) -> None:
     code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     assert code == 2
@@ -58,7 +60,15 @@ def test_show_kept_draws_a_panel_for_each_stage(reduced_bundle: Path, picture: P
 def test_compare_full_prints_both_answers_and_ratios(
     reduced_bundle: Path, keep_all_bundle: Path, picture: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(reduced_bundle), "--image", str(picture), "--prompt", "w1", "--compare-full", str(keep_all_bundle)]
+    arguments = [
+        str(reduced_bundle),
+        "--image",
+        str(picture),
+        "--prompt",
+        "w1",
+        "--compare-full",
+        str(keep_all_bundle),
+    ]
     assert cli_run.main(arguments) == 0
     output = capsys.readouterr().out
     assert "keep-all answer:" in output
@@ -69,7 +79,15 @@ def test_compare_full_prints_both_answers_and_ratios(
 def test_compare_full_of_a_bundle_with_itself_has_no_divergence(
     keep_all_bundle: Path, picture: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(keep_all_bundle), "--image", str(picture), "--prompt", "w1", "--compare-full", str(keep_all_bundle)]
+    arguments = [
+        str(keep_all_bundle),
+        "--image",
+        str(picture),
+        "--prompt",
+        "w1",
+        "--compare-full",
+        str(keep_all_bundle),
+    ]
     assert cli_run.main(arguments) == 0
     assert "KL of the first token: 0.0000 nats" in capsys.readouterr().out
 
@@ -101,9 +119,16 @@ def test_bad_request_gives_one_line(
 ) -> None:
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.png").write_text("no picture")
-    places = {"P": picture, "EMPTY": tmp_path / "empty.png", "TEXT": tmp_path / "text.png", "B": reduced_bundle}
+    places = {
+        "P": picture,
+        "EMPTY": tmp_path / "empty.png",
+        "TEXT": tmp_path / "text.png",
+        "B": reduced_bundle,
+    }
     arguments, expected = REQUESTS[name]
-    code = cli_run.main([str(reduced_bundle), *(str(places.get(argument, argument)) for argument in arguments)])
+    code = cli_run.main(
+        [str(reduced_bundle), *(str(places.get(argument, argument)) for argument in arguments)]
+    )
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trio-run: ")]
     assert code == 2
     assert len(errors) == 1
@@ -143,7 +168,10 @@ BREAKAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "wrong_type": (lambda folder: edit_manifest(folder, max_visual="many"), "max_visual"),
     "missing_graph": (lambda folder: (folder / "head.onnx").unlink(), "head.onnx"),
     "changed_byte_in_graph": (lambda folder: flip_byte(folder / "prefix.onnx"), "SHA-256"),
-    "changed_byte_in_weights": (lambda folder: flip_byte(folder / "weights" / "model.safetensors"), "SHA-256"),
+    "changed_byte_in_weights": (
+        lambda folder: flip_byte(folder / "weights" / "model.safetensors"),
+        "SHA-256",
+    ),
     "truncated_graph": (
         lambda folder: (folder / "select_1.onnx").write_bytes((folder / "select_1.onnx").read_bytes()[:99]),
         "bytes",

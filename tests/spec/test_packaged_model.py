@@ -36,7 +36,9 @@ def keep_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
 def reduced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     folder = tmp_path_factory.mktemp("tiny")
     schedule = schedule_for_keep(1 / 9, num_layers=16, num_visual=192)
-    with Pipeline.from_bundle(export("tiny", folder / "reduced", dtype="float32", schedule=schedule)) as pipeline:
+    with Pipeline.from_bundle(
+        export("tiny", folder / "reduced", dtype="float32", schedule=schedule)
+    ) as pipeline:
         yield pipeline
 
 
@@ -63,7 +65,9 @@ def test_the_demo_pictures_are_answered(keep_all: Pipeline) -> None:
 
 
 def test_a_typical_picture_has_at_least_190_visual_tokens(reduced: Pipeline) -> None:
-    answer = reduced.generate(ROOT / "examples" / "pictures" / "shapes-96x96.png", "what color is the circle ?")
+    answer = reduced.generate(
+        ROOT / "examples" / "pictures" / "shapes-96x96.png", "what color is the circle ?"
+    )
     _ = answer.text
     assert answer.statistics.visual_tokens >= 190
     assert reduced.manifest.dimensions.num_layers >= 12
