@@ -143,7 +143,9 @@ def test_average_keep_is_never_above_and_within_a_stage_of_the_wish(
         return  # a preset stands for its printed percentage, which may lie just below it
     spent = schedule.average_keep(num_layers=num_layers, num_visual=num_visual) * num_layers * num_visual
     assert spent <= average * num_layers * num_visual + 1e-5
-    assert average * num_layers * num_visual - spent <= num_layers
+    most = [num_visual - index for index in range(len(schedule.stages))]  # keeps decrease strictly
+    at_most = [stage.keep for stage in schedule.stages] == most
+    assert at_most or average * num_layers * num_visual - spent <= num_layers
 
 
 @pytest.mark.parametrize(
