@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# A CPU build for development and CI; users bring their own torch.
+# For development and CI; users bring their own torch. torchvision, which the tests need, may replace it by its own match.
 TORCH ?= torch==2.13.0
 BUNDLE := out/tiny
 

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.manifest import Manifest
     from trio_edge.runtime.schedule import Schedule
 
-_OPTION_DEFAULTS = {  # shown in the help; the dataclasses hold the values
-    "keep": "11.1%",
-}
+DEFAULT_KEEP = "11.1%"
 
 
 @click.command("trio-export", context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,7 +28,7 @@ _OPTION_DEFAULTS = {  # shown in the help; the dataclasses hold the values
 @click.option(
     "--keep",
     metavar="PERCENT",
-    help="Average keep over all layers, for instance 11.1%; 'all' for no reduction. [default: 11.1%]",
+    help=f"Average keep over all layers, for instance 11.1%; 'all' for no reduction. [default: {DEFAULT_KEEP}]",
 )
 @click.option("--schedule", "stages", metavar="STAGES", help="Stages as LAYER:KEEP,…; instead of --keep.")
 @click.option("--method", type=click.Choice(["trio"]), help="How visual tokens are selected.")
@@ -127,7 +125,7 @@ def _schedule_rule(
     if stages is not None:
         fixed = parse_schedule(stages, **shared)
         return lambda _layers, _visual: fixed
-    text = keep if keep is not None else _OPTION_DEFAULTS["keep"]
+    text = keep if keep is not None else DEFAULT_KEEP
     if text == "all":
         all_tokens = Schedule(**shared)
         return lambda _layers, _visual: all_tokens

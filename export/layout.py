@@ -40,11 +40,6 @@ class Layout:
         """Rows of the visual span in each layer range: N, then K of every stage."""
         return (self.max_visual, *(stage.keep for stage in self.schedule.stages))
 
-    @property
-    def total_tokens(self) -> int:
-        """Rows of the largest sequence: all visual tokens, the largest prompt, the longest answer."""
-        return self.max_visual + self.text_buckets[-1] + self.max_new_tokens
-
     def layer_ranges(self, num_layers: int) -> tuple[range, ...]:
         """Return the decoder layers of each range."""
         starts = [0, *(stage.layer for stage in self.schedule.stages), num_layers]

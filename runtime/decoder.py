@@ -81,11 +81,6 @@ class Decoder:
         return sum(cache.used_bytes for cache in self.caches)
 
     @property
-    def allocated_kv_bytes(self) -> int:
-        """Bytes of the KV buffers."""
-        return sum(cache.num_bytes for cache in self.caches)
-
-    @property
     def max_new_tokens(self) -> int:
         """Tokens that can still be decoded after the last prefill."""
         return min(cache.capacity - cache.length for cache in self.caches)
