@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from trio_edge.runtime.errors import CheckpointError, ImageError, ManifestError
+from trio_edge.runtime.image_normalize import check_pixel_constants, normalized
 from trio_edge.runtime.image_resize import Resample, resize
 
 if TYPE_CHECKING:
@@ -83,26 +84,14 @@ class ImageProcessing:
             raise ManifestError(
                 f"image_processing patch_size: expected <= tile_size {self.tile_size}, got {self.patch_size}"
             )
-        for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad"):
+        for name in ("do_resize", "do_center_crop", "do_pad"):
             if type(getattr(self, name)) is not bool:
                 raise ManifestError(
                     f"image_processing {name}: expected true or false, got {getattr(self, name)!r}"
                 )
-        self._check_colours()
+        check_pixel_constants(self)
         self._check_pinpoints()
         self._check_tiles_come_out_square()
-
-    def _check_colours(self) -> None:
-        for name in ("image_mean", "image_std"):
-            values = getattr(self, name)
-            if not isinstance(values, tuple) or len(values) != 3 or not all(map(_is_finite, values)):
-                raise ManifestError(f"image_processing {name}: expected three finite numbers, got {values!r}")
-        if min(self.image_std) <= 0:
-            raise ManifestError(f"image_processing image_std: expected numbers > 0, got {self.image_std}")
-        if not _is_finite(self.rescale_factor) or self.rescale_factor <= 0:
-            raise ManifestError(
-                f"image_processing rescale_factor: expected a number > 0, got {self.rescale_factor!r}"
-            )
 
     def _check_pinpoints(self) -> None:
         if (self.kind == "anyres") != bool(self.grid_pinpoints):
@@ -239,7 +228,7 @@ def prepare(
         else _anyres_tiles(picture, processing)
     )
     pixels = np.zeros((total, 3, processing.tile_size, processing.tile_size), dtype=np.float32)
-    pixels[:used] = _normalized(np.stack(tiles), processing)
+    pixels[:used] = normalized(np.stack(tiles), processing).transpose(0, 3, 1, 2)
     return PreparedPicture(
         pixel_values=pixels,
         token_index=token_index(width, height, processing, pad_to_tiles=total),
@@ -445,18 +434,6 @@ def _crop_offset(size: int, tile: int) -> int:
     return (size - tile) // 2 if size >= tile else -((tile - size) // 2)
 
 
-def _normalized(tiles: NDArray[np.uint8], processing: ImageProcessing) -> NDArray[np.float32]:
-    """Return [B, 3, T, T] from [B, T, T, 3]; one subtraction and one division, as torchvision does it."""
-    pixels = tiles.transpose(0, 3, 1, 2).astype(np.float32)
-    factor = processing.rescale_factor if processing.do_rescale else 1.0
-    if not processing.do_normalize:
-        return pixels * np.float32(factor)
-    mean = np.asarray(processing.image_mean, np.float32) * np.float32(1.0 / factor)
-    std = np.asarray(processing.image_std, np.float32) * np.float32(1.0 / factor)
-    normalized: NDArray[np.float32] = (pixels - mean[:, None, None]) / std[:, None, None]
-    return normalized
-
-
 def _background(processing: ImageProcessing) -> tuple[int, int, int]:
     red, green, blue = (int(value * 255) for value in processing.image_mean)
     return red, green, blue
@@ -515,10 +492,6 @@ def _clipped(boxes: NDArray[Any], width: int, height: int) -> NDArray[np.float32
 
 
 # Checks
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_size(width: int, height: int) -> None:
