@@ -76,7 +76,8 @@ class Stage:
             num_visual,
             round(num_visual * 0.16),
         )
-        self.scalars = [torch.tensor([n], device=device) for n in (START, num_visual, num_visual + NUM_TEXT)]
+        self.visual_rows = torch.arange(START, START + num_visual, device=device)
+        self.scalars = [torch.tensor([n], device=device) for n in (num_visual, num_visual + NUM_TEXT)]
         self.saliency = ProxySaliency(self.layer, self.norm, self.lm_head, max_visual=num_visual)
         self.nms = FeatureNms(num_keep=self.num_keep, threshold=THRESHOLD, rounds=ROUNDS)
 
@@ -107,10 +108,10 @@ class Stage:
         return sorted(kept)
 
     def scores(self) -> Tensor:
-        return self.saliency(self.hidden, self.cos, self.sin, *self.scalars)
+        return self.saliency(self.hidden, self.cos, self.sin, self.visual_rows, *self.scalars)
 
     def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        return self.nms(self.hidden[START : START + self.num_visual], scores, self.scalars[1])
+        return self.nms(self.hidden[START : START + self.num_visual], scores, self.scalars[0])
 
 
 def median_ms(function: Callable[[], Any], *, repeats: int, device: str) -> float:

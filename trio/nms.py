@@ -120,7 +120,9 @@ def num_mirror_blocks(num_tokens: int) -> int:
 
 def _symmetric_product(unit_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N N"]:
     """Return X Xᵀ from its upper block triangle; the mirrored half is exactly equal."""
-    blocks = num_mirror_blocks(unit_ND.shape[0])
+    num_tokens = unit_ND.shape[0]
+    # Under export N may be symbolic: one graph for several picture sizes. Then the plain product is traced.
+    blocks = num_mirror_blocks(num_tokens) if isinstance(num_tokens, int) else 1
     if blocks == 1:
         return unit_ND @ unit_ND.T
     bounds = [unit_ND.shape[0] * block // blocks for block in range(blocks + 1)]

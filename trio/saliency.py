@@ -138,7 +138,7 @@ class ProxySaliency(nn.Module):
             layer: A Llama, Mistral or Qwen2 decoder layer (q, k and v may have biases; the MLP is SwiGLU).
             final_norm: The decoder's final RMS norm.
             lm_head: The decoder's head, a linear layer.
-            max_visual: N, rows of the visual span with its padding.
+            max_visual: Largest N, rows of the visual span with its padding; the form is chosen for it.
             num_probe_rows: R.
             last_probe_offset: The last probe row is ``length - last_probe_offset``.
             form: "auto" counts FLOPs. The Gram forms hold a float32 buffer ``key_value_gram`` [2GE, 2GE];
@@ -157,7 +157,6 @@ class ProxySaliency(nn.Module):
         attention: Any = layer.self_attn
         self.layer = layer
         self.head = ProbeHead(final_norm, lm_head)
-        self.max_visual = max_visual
         self.num_probe_rows = num_probe_rows
         self.last_probe_offset = last_probe_offset
         self.head_size = int(attention.head_dim)
@@ -189,10 +188,10 @@ class ProxySaliency(nn.Module):
         hidden_SD: Float[Tensor, "S D"],
         cos_SE: Float[Tensor, "S E"],
         sin_SE: Float[Tensor, "S E"],
-        visual_start: Int[Tensor, "*one"],
+        visual_rows_N: Int[Tensor, "N"],
         num_visual: Int[Tensor, "*one"],
         length: Int[Tensor, "*one"],
-    ) -> Float[Tensor, "{self.max_visual}"]:
+    ) -> Float[Tensor, "N"]:
         """Return the saliency of each row of the visual span, and -1 where there is no visual token.
 
         Gradients flow through keys and values only, which is all there is as long as the probe rows lie
@@ -204,18 +203,18 @@ class ProxySaliency(nn.Module):
             hidden_SD: Hidden states about to enter the layer, right-padded.
             cos_SE: Rotary table, already merged for M-RoPE.
             sin_SE: Rotary table, already merged for M-RoPE.
-            visual_start: First row of the visual span, 0-d or [1].
-            num_visual: Visual tokens in the span, at most ``max_visual``; 0-d or [1].
+            visual_rows_N: Row of each visual token, and any rows where the span is padded. N may be symbolic.
+            num_visual: Visual tokens in the span, at most N; 0-d or [1].
             length: Real rows; nothing behind them is read. 0-d or [1].
 
         Returns:
             Scores >= 0, float32 (float64 in a float64 model), without any scale; -1 at padding.
         """
-        state = self.attend(hidden_SD, cos_SE, sin_SE, visual_start, length)
+        state = self.attend(hidden_SD, cos_SE, sin_SE, visual_rows_N, length)
         return self.scores(state, self.head(state.output_RD), num_visual)
 
     def attend(
-        self, hidden_SD: Tensor, cos_SE: Tensor, sin_SE: Tensor, visual_start: Tensor, length: Tensor
+        self, hidden_SD: Tensor, cos_SE: Tensor, sin_SE: Tensor, visual_rows_N: Tensor, length: Tensor
     ) -> ProbeState:
         """Return the layer's output on the probe rows, and what the way back needs."""
         attention: Any = self.layer.self_attn
@@ -224,10 +223,7 @@ class ProxySaliency(nn.Module):
         length = length.to(torch.int64).reshape(1)
         last_row = hidden_SD.shape[0] - 1
         index_S = torch.arange(hidden_SD.shape[0], device=hidden_SD.device)
-        visual_N = visual_start.to(torch.int64).reshape(1) + torch.arange(
-            self.max_visual, device=hidden_SD.device
-        )
-        visual_N = visual_N.clamp(max=last_row)
+        visual_N = visual_rows_N.to(torch.int64).clamp(max=last_row)
         probe_R = (
             torch.arange(1 - self.num_probe_rows, 1, device=hidden_SD.device)
             + length
@@ -280,7 +276,7 @@ class ProxySaliency(nn.Module):
 
     def scores(
         self, state: ProbeState, gradient_RD: Float[Tensor, "R D"], num_visual: Int[Tensor, "*one"]
-    ) -> Float[Tensor, "{self.max_visual}"]:
+    ) -> Float[Tensor, "N"]:
         """Return the scores from ∂loss/∂y on the probe rows."""
         # Squares of a sure model's gradients underflow in float32: bring the largest to 1, and undo it at the end.
         largest = gradient_RD.abs().flatten().amax(0)
@@ -319,7 +315,7 @@ class ProxySaliency(nn.Module):
         D = state.normed_ND.shape[1]
         square_N = square_N - c_N * c_N * (2.0 - state.mean_square_N1[:, 0]) / D
         scores_N = torch.sqrt(square_N.clamp(min=0.0)) * (state.inverse_rms_N1[:, 0] * scale)
-        index_N = torch.arange(self.max_visual, device=scores_N.device)
+        index_N = torch.arange(scores_N.shape[0], device=scores_N.device)
         return torch.where(index_N < num_visual.reshape(1), scores_N, -1.0)
 
     def _by_kv_head(self, rows_RHE: Tensor) -> Tensor:

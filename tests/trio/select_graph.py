@@ -1,4 +1,4 @@
-"""The saliency and the NMS as one exported graph, with a dynamic number of rows."""
+"""The saliency and the NMS as one exported graph, with a dynamic number of rows, and of visual tokens if wanted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trio_edge.trio.compaction import compact_rows
 from trio_edge.trio.nms import FeatureNms
 from trio_edge.trio.saliency import ProxySaliency
 
-INPUTS = ("hidden", "cos", "sin", "visual_start", "num_visual", "length")
+INPUTS = ("hidden", "cos", "sin", "visual_rows", "num_visual", "length")
 OUTPUTS = ("kept", "scores", "unsettled", "rows", "new_length")
 
 
@@ -28,37 +28,45 @@ class SelectGraph(nn.Module):
         hidden: Tensor,
         cos: Tensor,
         sin: Tensor,
-        visual_start: Tensor,
+        visual_rows: Tensor,
         num_visual: Tensor,
         length: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        scores = self.saliency(hidden, cos, sin, visual_start, num_visual, length)
-        visual = visual_start.long() + torch.arange(self.saliency.max_visual)
-        features = hidden.index_select(0, visual.clamp(max=hidden.shape[0] - 1))
-        kept, unsettled = self.nms(features, scores, num_visual)
+        scores = self.saliency(hidden, cos, sin, visual_rows, num_visual, length)
+        kept, unsettled = self.nms(hidden.index_select(0, visual_rows), scores, num_visual)
         rows, new_length = compact_rows(
-            kept, visual_start, num_visual, length, padded_length=hidden.shape[0],
-            max_visual=self.saliency.max_visual,
+            kept, visual_rows[:1], num_visual, length, padded_length=hidden.shape[0],
+            max_visual=visual_rows.shape[0],
         )  # fmt: skip
         return kept, scores, unsettled, rows, new_length
 
 
-def example_inputs(module: SelectGraph, *, rows: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def example_inputs(
+    module: SelectGraph, *, num_visual: int, num_text: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
     layer: Any = module.saliency.layer
+    rows = num_visual + num_text
     hidden = torch.randn(rows, layer.hidden_size, dtype=dtype)
     angle = torch.randn(rows, module.saliency.head_size, dtype=dtype)
-    count = module.saliency.max_visual
-    return hidden, angle.cos(), angle.sin(), *(torch.tensor([n], dtype=torch.int32) for n in (3, count, rows))
+    visual_rows = torch.arange(3, 3 + num_visual, dtype=torch.int32)
+    scalars = (torch.tensor([n], dtype=torch.int32) for n in (num_visual, rows))
+    return hidden, angle.cos(), angle.sin(), visual_rows, *scalars
 
 
 def export_select(
-    module: SelectGraph, path: Path, *, opset: int = 18, dtype: torch.dtype = torch.float32
+    module: SelectGraph,
+    path: Path,
+    *,
+    num_visual: int,
+    several_sizes: bool = False,
+    opset: int = 18,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write ``module`` as ONNX with the row axis dynamic."""
+    """Write ``module`` as ONNX with the row axis dynamic, and the visual one if there are several sizes."""
     rows = {0: torch.export.Dim.DYNAMIC}
-    axes: tuple[Any, ...] = (rows, rows, rows, None, None, None)
+    axes: tuple[Any, ...] = (rows, rows, rows, rows if several_sizes else None, None, None)
     program = torch.onnx.export(
-        module.eval(), example_inputs(module, rows=module.saliency.max_visual + 21, dtype=dtype), dynamo=True,
+        module.eval(), example_inputs(module, num_visual=num_visual, num_text=21, dtype=dtype), dynamo=True,
         opset_version=opset, input_names=INPUTS, output_names=OUTPUTS, dynamic_shapes=axes, verbose=False,
     )  # fmt: skip
     assert program is not None

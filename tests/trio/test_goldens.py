@@ -41,8 +41,9 @@ def _select(golden: Golden, model: Any, stage: int) -> SelectGraph:
 def _inputs(golden: Golden, model: Any, stage: int) -> tuple[Tensor, ...]:
     hidden = torch.from_numpy(golden.arrays[f"stage{stage}_features"])
     cos, sin = model.model.rotary_emb(hidden, torch.arange(len(hidden))[None])
-    scalars = (golden.settings["visual_start"], len(golden.arrays[f"stage{stage}_scores"]), len(hidden))
-    return hidden, cos[0], sin[0], *(torch.tensor([value], dtype=torch.int32) for value in scalars)
+    start, num_visual = golden.settings["visual_start"], len(golden.arrays[f"stage{stage}_scores"])
+    scalars = (torch.tensor([value], dtype=torch.int32) for value in (num_visual, len(hidden)))
+    return hidden, cos[0], sin[0], torch.arange(start, start + num_visual, dtype=torch.int32), *scalars
 
 
 @pytest.mark.parametrize(("name", "stage"), STAGES)
@@ -83,7 +84,10 @@ def test_rows_gathered_between_stages_are_the_reference_rows() -> None:
 def test_exported_graph_reproduces_the_reference_stage(name: str, stage: int, tmp_path: Path) -> None:
     golden = load_golden(name)
     model = _model(golden)
-    path = export_select(_select(golden, model, stage), tmp_path / "select.onnx", opset=19 if stage else 18)
+    path = export_select(
+        _select(golden, model, stage), tmp_path / "select.onnx", opset=19 if stage else 18,
+        num_visual=len(golden.arrays[f"stage{stage}_scores"]),
+    )  # fmt: skip
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     padded = [*_inputs(golden, model, stage)]
     padded[:3] = [torch.cat([table, torch.full_like(table[:9], 5.0)]) for table in padded[:3]]

@@ -40,9 +40,9 @@ def _scores(
     module = ProxySaliency(
         decoder.layer, decoder.final_norm, decoder.lm_head, max_visual=max_visual, **settings
     )
-    scalars = (torch.tensor([value], dtype=torch.int32) for value in (start, num_visual, length))
+    scalars = (torch.tensor([value], dtype=torch.int32) for value in (num_visual, length))
     with torch.no_grad():
-        return module(hidden, *tables, *scalars)
+        return module(hidden, *tables, torch.arange(start, start + max_visual), *scalars)
 
 
 def _reference(
@@ -118,7 +118,8 @@ def test_rows_behind_the_visual_tokens_score_minus_one(form: SaliencyForm) -> No
 def test_scalars_may_be_zero_dimensional_or_int64() -> None:
     decoder, hidden, tables = random_decoder(), _hidden(), rotary_tables(torch.arange(LENGTH))
     module = ProxySaliency(decoder.layer, decoder.final_norm, decoder.lm_head, max_visual=NUM_VISUAL)
-    scores = module(hidden, *tables, *(torch.tensor(value) for value in (START, NUM_VISUAL, LENGTH)))
+    rows = torch.arange(START, START + NUM_VISUAL)
+    scores = module(hidden, *tables, rows, *(torch.tensor(value) for value in (NUM_VISUAL, LENGTH)))
     torch.testing.assert_close(scores, _reference(decoder, hidden, tables), **SALIENCY_FLOAT64)
 
 
@@ -179,10 +180,11 @@ def test_reference_layer_equals_hugging_faces(family: str) -> None:
 def test_halves_with_the_head_between_equal_the_whole() -> None:
     decoder, hidden, tables = random_decoder(num_kv_heads=2), _hidden(), rotary_tables(torch.arange(LENGTH))
     module = ProxySaliency(decoder.layer, decoder.final_norm, decoder.lm_head, max_visual=NUM_VISUAL)
-    start, visual, length = (torch.tensor([value]) for value in (START, NUM_VISUAL, LENGTH))
-    state = module.attend(hidden, *tables, start, length)
+    visual, length = torch.tensor([NUM_VISUAL]), torch.tensor([LENGTH])
+    rows = torch.arange(START, START + NUM_VISUAL)
+    state = module.attend(hidden, *tables, rows, length)
     scores = module.scores(state, module.head(state.output_RD), visual)
-    assert torch.equal(scores, module(hidden, *tables, start, visual, length))
+    assert torch.equal(scores, module(hidden, *tables, rows, visual, length))
 
 
 def test_multi_head_attention_is_computed_directly() -> None:

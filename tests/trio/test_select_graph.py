@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -21,6 +21,7 @@ CASES = {
     "multi-head float32, mirrored similarities": (4, "direct", torch.float32, 1030),
     "grouped-query float16": (2, "key_gram", torch.float16, 40),
     "multi-query float16 with all probe rows": (1, "key_value_gram", torch.float16, 40),
+    "several picture sizes": (4, "direct", torch.float32, 50),
 }
 
 
@@ -32,54 +33,64 @@ def _module(num_kv_heads: int, form: Any, dtype: torch.dtype, max_visual: int) -
     return SelectGraph(saliency, FeatureNms(num_keep=12, threshold=0.8, rounds=4))
 
 
+class Exported(NamedTuple):
+    module: SelectGraph
+    path: Path
+    num_visual: int
+    several_sizes: bool
+
+
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
-def exported(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[SelectGraph, Path]:
-    num_kv_heads, form, dtype, max_visual = request.param
-    module = _module(num_kv_heads, form, dtype, max_visual)
-    return module, export_select(module, tmp_path_factory.mktemp("select") / "select.onnx", dtype=dtype)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    num_kv_heads, form, dtype, num_visual = request.param
+    module = _module(num_kv_heads, form, dtype, num_visual)
+    path = tmp_path_factory.mktemp("select") / "select.onnx"
+    several = request.node.callspec.id == "several picture sizes"
+    return Exported(
+        module, export_select(module, path, num_visual=num_visual, several_sizes=several, dtype=dtype),
+        num_visual, several,
+    )  # fmt: skip
 
 
-def test_graph_uses_standard_operators_of_opset_19_or_less(exported: tuple[SelectGraph, Path]) -> None:
-    model = onnx.load(exported[1])
+def test_graph_uses_standard_operators_of_opset_19_or_less(exported: Exported) -> None:
+    model = onnx.load(exported.path)
     assert [(entry.domain, entry.version <= 19) for entry in model.opset_import] == [("", True)]
     assert {node.domain for node in model.graph.node} == {""}
     assert not model.functions
 
 
-def test_graph_has_no_data_dependent_shape_and_no_fused_attention(exported: tuple[SelectGraph, Path]) -> None:
-    operators = {node.op_type for node in onnx.load(exported[1]).graph.node}
+def test_graph_has_no_data_dependent_shape_and_no_fused_attention(exported: Exported) -> None:
+    operators = {node.op_type for node in onnx.load(exported.path).graph.node}
     assert not operators & (DYNAMIC_OUTPUT_OPERATORS | {"Attention", "RotaryEmbedding", "RMSNormalization"})
 
 
-def test_only_the_row_axis_is_dynamic(exported: tuple[SelectGraph, Path]) -> None:
-    graph = onnx.load(exported[1]).graph
+def test_only_rows_and_visual_tokens_are_dynamic(exported: Exported) -> None:
+    graph = onnx.load(exported.path).graph
     shapes = {
-        value.name: [axis.dim_value or "S" for axis in value.type.tensor_type.shape.dim]
+        value.name: [axis.dim_value or "any" for axis in value.type.tensor_type.shape.dim]
         for value in (*graph.input, *graph.output)
     }
-    visual = exported[0].saliency.max_visual
-    assert shapes["hidden"] == ["S", 64]
+    assert shapes["hidden"] == ["any", 64]
     assert shapes["kept"] == [12]
-    assert shapes["scores"] == [visual]
+    assert shapes["scores"] == ["any" if exported.several_sizes else exported.num_visual]
     assert shapes["unsettled"] == [1]
 
 
 def test_products_with_the_head_and_the_keys_keep_the_weights_type(
-    exported: tuple[SelectGraph, Path],
+    exported: Exported,
 ) -> None:
     """A float32 copy of half-precision weights would cost more memory than the stage."""
-    module, path = exported
+    module, path = exported.module, exported.path
     weights = [tensor for tensor in onnx.load(path).graph.initializer if list(tensor.dims) == [VOCAB, 64]]
     expected = onnx.TensorProto.FLOAT16 if module.saliency.head.lm_head.weight.dtype == torch.float16 else 1
     assert [tensor.data_type for tensor in weights] == [expected]
 
 
-def test_onnx_runtime_agrees_with_torch_at_another_length(exported: tuple[SelectGraph, Path]) -> None:
-    module, path = exported
+def test_onnx_runtime_agrees_with_torch_at_another_length(exported: Exported) -> None:
+    module, path = exported.module, exported.path
     dtype = module.saliency.layer.self_attn.k_proj.weight.dtype
-    inputs = list(example_inputs(module, rows=module.saliency.max_visual + 77, dtype=dtype))
+    num_visual = exported.num_visual - 7 if exported.several_sizes else exported.num_visual
+    inputs = list(example_inputs(module, num_visual=num_visual, num_text=77, dtype=dtype))
     inputs[4], inputs[5] = torch.tensor([33], dtype=torch.int32), torch.tensor([70], dtype=torch.int32)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     kept, scores, _, rows, new_length = session.run(None, {k: v.numpy() for k, v in zip(INPUTS, inputs)})
@@ -92,17 +103,19 @@ def test_onnx_runtime_agrees_with_torch_at_another_length(exported: tuple[Select
         np.testing.assert_array_equal(rows, expected[3])
 
 
-def test_tensorrt_parses_and_builds_a_strongly_typed_engine(exported: tuple[SelectGraph, Path]) -> None:
+def test_tensorrt_parses_and_builds_a_strongly_typed_engine(exported: Exported) -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="needs the rtx extra")
-    module, path = exported
+    path, visual = exported.path, exported.num_visual
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     assert parser.parse(path.read_bytes()), [str(parser.get_error(i)) for i in range(parser.num_errors)]
-    profile, visual = builder.create_optimization_profile(), module.saliency.max_visual
+    profile = builder.create_optimization_profile()
     for name, width in (("hidden", 64), ("cos", 16), ("sin", 16)):
         profile.set_shape(name, *((visual + text, width) for text in (8, 40, 512)))
+    if exported.several_sizes:
+        profile.set_shape("visual_rows", (visual,), (visual,), (visual,))
     config = builder.create_builder_config()
     config.add_optimization_profile(profile)
     assert builder.build_serialized_network(network, config) is not None
