@@ -18,7 +18,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trio_edge.export.checkpoint import canonical_name, read_checkpoint
-from trio_edge.export.families import family_of
+from trio_edge.export.decoder_config import check_positions, max_positions
+from trio_edge.export.families import check_architecture, family_of
 from trio_edge.export.graphs.vision_reduced import check_encoder_keep
 from trio_edge.export.layout import Layout, text_buckets
 from trio_edge.export.model_cost import cost_of
@@ -42,7 +43,7 @@ from trio_edge.runtime.manifest import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -127,7 +128,9 @@ def export_bundle(
     """
     check_output(options.out, force=options.force)
     progress.step("reading the checkpoint")
-    checkpoint = read_checkpoint(options.model, revision=options.revision)
+    checkpoint = read_checkpoint(
+        options.model, revision=options.revision, check_config=check_architecture
+    )
     family = family_of(checkpoint)
     processing = family.image_processing(checkpoint)
     if options.encoder_keep is not None:
@@ -142,7 +145,12 @@ def export_bundle(
         _check_tensors(checkpoint, model)
         schedule = schedule_for(dimensions.num_layers, max_visual)
         schedule.check_fits(num_layers=dimensions.num_layers, max_visual=max_visual)
-        _check_positions(model, options, max_visual)
+        check_positions(
+            model.text_config,
+            num_visual=max_visual,
+            max_text=options.max_text,
+            max_new_tokens=options.max_new_tokens,
+        )
         layout = Layout(
             max_visual=max_visual,
             schedule=schedule,
@@ -166,7 +174,8 @@ def export_bundle(
     with folder_beside(options.out, num_bytes=needed, force=options.force) as folder:
         progress.step("writing the weights")
         progress.expect_bytes(needed)
-        stored = store_weights(checkpoint, names, folder, dtype=dtype, on_bytes=progress.wrote_bytes)
+        written = store_weights(checkpoint, names, folder, dtype=dtype, on_bytes=progress.wrote_bytes)
+        stored = dict(written.tensors)
         constants = {
             f"{graph.spec.name}.{name}": values
             for graph in traced
@@ -182,7 +191,7 @@ def export_bundle(
             schema_version=SCHEMA_VERSION,
             family=family.model_type,
             model=Path(options.model).name if Path(options.model).is_dir() else options.model,
-            revision=options.revision,
+            revision=checkpoint.revision,
             dtype=dtype,
             opset=options.opset,
             dimensions=dimensions,
@@ -190,13 +199,13 @@ def export_bundle(
             max_visual=max_visual,
             text_buckets=layout.text_buckets,
             max_new_tokens=options.max_new_tokens,
-            max_position=int(model.text_config.max_position_embeddings),
+            max_position=max_positions(model.text_config),
             text=text.spec,
             image_processing=processing.to_dict(),
             encoder_keep=options.encoder_keep,
             token_embedding=stored[EMBEDDING_NAME],
             graphs=graphs,
-            files=_file_entries(folder),
+            files=_file_entries(folder, known=written.sha256),
             model_bytes=_model_bytes(checkpoint, dtype),
             cost=cost_of(
                 model, dimensions, schedule, processing=processing, max_visual=max_visual, dtype=dtype
@@ -266,23 +275,6 @@ def _check_tensors(checkpoint: Checkpoint, model: FamilyModel) -> None:
             )
 
 
-def _check_positions(model: FamilyModel, options: ExportOptions, max_visual: int) -> None:
-    needed = max_visual + options.max_text + options.max_new_tokens
-    limit = int(model.text_config.max_position_embeddings)
-    if needed > limit:
-        raise ScheduleError(
-            f"sequence: expected at most {limit} positions (the model's limit), got {needed} = {max_visual} visual"
-            f" + {options.max_text} text + {options.max_new_tokens} new; lower --max-text or --max-new-tokens"
-        )
-    window = getattr(model.text_config, "sliding_window", None)
-    uses_window = getattr(model.text_config, "use_sliding_window", True)
-    if window is not None and uses_window and needed > window:
-        raise ScheduleError(
-            f"sequence: expected at most {window} positions (the model's sliding window), got {needed};"
-            " lower --max-text or --max-new-tokens"
-        )
-
-
 def _write_graph(graph: TracedGraph, stored: dict[str, StoredTensor], folder: Path) -> GraphSpec:
     tensors = {name: stored[tensor] for name, tensor in graph.weights.items()}
     large = _large_constants(graph)
@@ -298,13 +290,12 @@ def _large_constants(graph: TracedGraph) -> dict[str, NDArray[np.float32]]:
     return {name: values for name, values in graph.constants.items() if values.nbytes > _LARGEST_INLINE_BYTES}
 
 
-def _file_entries(folder: Path) -> tuple[FileEntry, ...]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def _file_entries(folder: Path, *, known: Mapping[str, str]) -> tuple[FileEntry, ...]:
+    """Return all files of ``folder``; those with a ``known`` SHA-256 were hashed while they were written."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return tuple(
-        FileEntry(
-            path=path.relative_to(folder).as_posix(), num_bytes=path.stat().st_size, sha256=sha256_of(path)
-        )
-        for path in files
+        FileEntry(path=name, num_bytes=path.stat().st_size, sha256=known.get(name) or sha256_of(path))
+        for name, path in sorted(files.items())
     )
 
 

@@ -13,6 +13,8 @@ from trio_edge.runtime.errors import BundleError
 from trio_edge.runtime.manifest import MANIFEST_NAME, Manifest, StoredTensor, manifest_from_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
 _HASH_CHUNK_BYTES = 4 << 20
@@ -98,13 +100,22 @@ def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
     return Bundle(folder=folder, manifest=manifest)
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
+def sha256_of(path: Path, *, on_bytes: Callable[[int], None] = lambda _count: None) -> str:
+    """Return the SHA-256 of a file in hexadecimal.
+
+    Args:
+        path: The file.
+        on_bytes: Called with the number of bytes just hashed, for progress.
+
+    Raises:
+        BundleError: If it cannot be read.
+    """
     digest = hashlib.sha256()
     try:
         with path.open("rb") as stream:
             while chunk := stream.read(_HASH_CHUNK_BYTES):
                 digest.update(chunk)
+                on_bytes(len(chunk))
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     return digest.hexdigest()
