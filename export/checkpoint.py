@@ -2,26 +2,52 @@
 
 A checkpoint is a folder as ``save_pretrained`` writes it: ``config.json``, safetensors files (one, or shards with an
 index), tokenizer and processor files. ``locate`` turns what a user types into such a folder: a local path, the
-packaged model ``tiny``, an alias, or a Hub id (through ``huggingface_hub``, so its cache, token and offline mode hold).
+packaged model ``tiny``, an alias, or a Hub id (``export/hub.py``). Only safetensors are read, and no code is run.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
+from trio_edge.export.hub import SAFETENSORS_WAY_OUT, download_description, download_weights
 from trio_edge.runtime.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alias:
+    """A short name for a checkpoint."""
+
+    name: str
+    repository: str | None
+    """Hub id; None for the model that comes with the package."""
+    family: str
+    """For people."""
+
+
 ALIASES = {
-    "tiny": "the packaged demo model",
-    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
-    "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
-    "llava-next-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
-    "llava-next-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
-    "llava-next-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
+    alias.name: alias
+    for alias in (
+        Alias(name="tiny", repository=None, family="LLaVA-NeXT, Llama (demo)"),
+        Alias(name="llava-1.5-7b", repository="llava-hf/llava-1.5-7b-hf", family="LLaVA-1.5, Vicuna"),
+        Alias(name="llava-1.5-13b", repository="llava-hf/llava-1.5-13b-hf", family="LLaVA-1.5, Vicuna"),
+        Alias(name="llava-next-7b", repository="llava-hf/llava-v1.6-vicuna-7b-hf", family="LLaVA-NeXT, Vicuna"),
+        Alias(
+            name="llava-next-mistral-7b",
+            repository="llava-hf/llava-v1.6-mistral-7b-hf",
+            family="LLaVA-NeXT, Mistral",
+        ),
+        Alias(name="llava-next-13b", repository="llava-hf/llava-v1.6-vicuna-13b-hf", family="LLaVA-NeXT, Vicuna"),
+        Alias(name="qwen2.5-vl-3b", repository="Qwen/Qwen2.5-VL-3B-Instruct", family="Qwen2.5-VL"),
+        Alias(name="qwen2.5-vl-7b", repository="Qwen/Qwen2.5-VL-7B-Instruct", family="Qwen2.5-VL"),
+    )
 }
 TINY_FOLDER = Path(__file__).parent / "tiny"
 
@@ -38,7 +64,9 @@ _DTYPE_BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_WEIGHTS = "model.safetensors"
+_WEIGHTS_INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "pytorch_model.bin.index.json")
 # Checkpoints name the same tensor in several ways (before and after transformers 4.52); these rules give one name.
 _CANONICAL_RULES = (
     (re.compile(r"^(?:model\.)?language_model\.lm_head\."), "lm_head."),
@@ -70,6 +98,7 @@ class Checkpoint:
     name: str
     """What the user asked for."""
     revision: str | None
+    """Commit of a Hub repository; what the user asked for otherwise."""
     config: dict[str, Any]
     tensors: dict[str, SourceTensor]
 
@@ -96,70 +125,76 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def locate(model: str, *, revision: str | None = None) -> Path:
-    """Return the folder of ``model``: a local folder, an alias or a Hub id (downloaded into the Hub's cache).
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Location:
+    """Where a checkpoint lies."""
+
+    folder: Path
+    repository: str | None = None
+    """Hub id, if ``folder`` is a snapshot in the Hub's cache, where weights may still be missing."""
+
+
+def locate(model: str, *, revision: str | None = None) -> Location:
+    """Return where ``model`` lies: a local folder, an alias or a Hub id (described, without weights, in its cache).
 
     Raises:
         CheckpointError: If there is no such folder, alias or Hub repository, or the Hub cannot be reached.
     """
     if model == "tiny":
-        return TINY_FOLDER
+        return Location(folder=TINY_FOLDER)
     path = Path(model).expanduser()
     if path.is_dir():
-        return path
+        return Location(folder=path)
     if path.exists():
         raise CheckpointError(
             f"{model}: expected a checkpoint folder, got a file; name the folder that holds config.json"
         )
-    repository = ALIASES.get(model, model)
+    repository = ALIASES[model].repository if model in ALIASES else model
+    if repository is None or model.startswith((".", "/", "~")):
+        raise CheckpointError(f"{model}: expected a checkpoint folder, got none there; check the path")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise CheckpointError(
             f"{model}: expected a folder, a Hub id (owner/name) or one of {', '.join(ALIASES)}, got none of them;"
-            " check the spelling"
+            f" {_suggestion(model)}"
         )
-    return _download(repository, revision=revision)
+    return Location(folder=download_description(repository, revision=revision), repository=repository)
 
 
-def _download(repository: str, *, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
-
-    try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
-    except HFValidationError:
-        raise CheckpointError(
-            f"{repository}: expected a Hub id, got a malformed one; check the spelling"
-        ) from None
-    except HfHubHTTPError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{repository}: the Hub answered: {reason}; check the name, revision and token"
-        ) from None
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError):
-        raise CheckpointError(
-            f"{repository}: expected the Hub or a cached copy, got no connection and none in the cache;"
-            " download it first or name a local folder"
-        ) from None
+def _suggestion(model: str) -> str:
+    near = difflib.get_close_matches(model.lower(), ALIASES, n=1)
+    return f"did you mean {near[0]}?" if near else "check the spelling"
 
 
-def read_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
+def read_checkpoint(
+    model: str,
+    *,
+    revision: str | None = None,
+    check_config: Callable[[Path, dict[str, Any]], None] = lambda _folder, _config: None,
+) -> Checkpoint:
     """Return the checkpoint that ``model`` names, with all weight files checked for completeness.
+
+    Args:
+        model: Local folder, alias or Hub id.
+        revision: Branch, tag or commit on the Hub.
+        check_config: Called with the folder and the configuration before weights are downloaded or read; raises
+            CheckpointError for what cannot be exported.
 
     Raises:
         CheckpointError: If configuration or weights are missing, broken, truncated, or not safetensors.
     """
-    folder = locate(model, revision=revision)
-    config = read_json(folder / "config.json")
+    location = locate(model, revision=revision)
+    config = read_json(location.folder / "config.json")
+    check_config(location.folder, config)
+    if location.repository is not None:
+        download_weights(location.repository, _weight_names(location.folder), snapshot=location.folder)
+        revision = location.folder.name
     tensors: dict[str, SourceTensor] = {}
-    for file in _weight_files(folder):
+    for file in _weight_files(location.folder):
         for name, tensor in read_safetensors_header(file).items():
             tensors[canonical_name(name)] = tensor
-    return Checkpoint(folder=folder, name=model, revision=revision, config=config, tensors=tensors)
+    return Checkpoint(
+        folder=location.folder, name=model, revision=revision, config=config, tensors=tensors
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -181,34 +216,41 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(
-                f"{index}: expected a 'weight_map' of file names, got another form; download it again"
-            )
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-        for file in files:
-            if file.parent != folder:
-                raise CheckpointError(
-                    f"{index}: expected plain file names, got {file.name!r} elsewhere; refused"
-                )
-            if not file.exists():
-                raise CheckpointError(
-                    f"{file}: expected this shard (named by the index), got no file; download it again"
-                )
-        return files
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
+def _weight_names(folder: Path) -> list[str]:
+    """Return the names of the weight files: the index's, or the one that needs no index."""
+    index = folder / _WEIGHTS_INDEX
+    if not index.exists():
+        return [_WEIGHTS]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(
-            f"{folder}: expected safetensors, got pickled weights, which are never read;"
-            " save them with save_pretrained(safe_serialization=True)"
+            f"{index}: expected a 'weight_map' of file names, got another form; download it again"
+        )
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if PurePosixPath(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index}: expected plain names of safetensors files, got {name!r}; refused"
+            )
+    return names
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the weight files, all of which exist. In the Hub's cache they are links, which is fine: they are copied."""
+    files = [folder / name for name in _weight_names(folder)]
+    missing = [file for file in files if not file.exists()]
+    if not missing:
+        return files
+    if (folder / _WEIGHTS_INDEX).exists():
+        raise CheckpointError(
+            f"{missing[0]}: expected this shard (named by the index), got no file; download it again"
+        )
+    if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
+        raise CheckpointError(
+            f"{folder}: expected safetensors, got pickled weights, which are never read; {SAFETENSORS_WAY_OUT}"
         )
     raise CheckpointError(
-        f"{folder}: expected model.safetensors or its index, got neither; download the weights"
+        f"{folder}: expected {_WEIGHTS} or its index, got neither; download the weights"
     )
 
 
@@ -241,11 +283,13 @@ def read_safetensors_header(file: Path) -> dict[str, SourceTensor]:
     start, tensors, end = 8 + header_bytes, {}, 8 + header_bytes
     for name, entry in header.items():
         try:
-            begin, stop = entry["data_offsets"]
+            begin, stop = (int(offset) for offset in entry["data_offsets"])
             shape = tuple(int(axis) for axis in entry["shape"])
             count = _DTYPE_BYTES.get(entry["dtype"], 0)
         except (KeyError, TypeError, ValueError):
             raise broken(f"a broken entry {name!r}") from None
+        if not 0 <= begin <= stop:
+            raise broken(f"offsets {begin}..{stop} for {name!r}")
         for axis in shape:
             count *= axis
         if entry["dtype"] in _DTYPE_BYTES and count != stop - begin:
