@@ -15,6 +15,7 @@ from trio_edge.runtime.command_line import run
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from trio_edge.export.bundle import ScheduleInputs
     from trio_edge.runtime.manifest import Manifest
     from trio_edge.runtime.schedule import Schedule
 
@@ -45,9 +46,18 @@ DEFAULT_KEEP = "11.1%"
     "--encoder-keep", type=int, help="Patches per tile that the vision encoder keeps (a multiple of 32)."
 )
 @click.option(
-    "--image-size", "image_sizes", multiple=True, metavar="WxH", help="Fixed camera; may be repeated."
+    "--image-size",
+    "image_sizes",
+    multiple=True,
+    metavar="WxH",
+    help="Exact shapes for pictures of this size (a fixed camera); may be repeated.",
 )
+@click.option(
+    "--only-image-sizes", is_flag=True, default=None, help="No shapes for pictures of any other size."
+)
+@click.option("--max-visual", type=int, help="Visual tokens that Qwen2.5-VL scales other pictures down to.")
 @click.option("--max-text", type=int, help="Largest prompt in text tokens.")
+@click.option("--text-buckets", metavar="N,N,…", help="Sizes that prompts are padded to, below --max-text.")
 @click.option("--max-new-tokens", type=int, help="Room for the answer.")
 @click.option(
     "--dtype", type=click.Choice(["auto", "float16", "float32"]), help="Element type of the graphs."
@@ -64,10 +74,15 @@ def command(
     list_models: bool,
     quiet: bool,
     image_sizes: tuple[str, ...],
+    text_buckets: str | None,
     method: str | None,
     **settings: Any,
 ) -> int:
-    """Export MODEL (an alias, a Hub id or a checkpoint folder) into a bundle."""
+    """Export MODEL (an alias, a Hub id or a checkpoint folder) into a bundle.
+
+    Hub downloads use huggingface_hub's own settings: the token of 'hf auth login' or HF_TOKEN, the cache under
+    HF_HOME, and HF_HUB_OFFLINE=1 for no network.
+    """
     if list_models:
         _print_models()
         return 0
@@ -76,6 +91,7 @@ def command(
     if keep is not None and stages is not None:
         raise click.UsageError("expected --keep or --schedule, got both; choose one")
     sizes = tuple(_image_size(text) for text in image_sizes)
+    buckets = () if text_buckets is None else _text_buckets(text_buckets)
     schedule_names = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions")
     shared = {name: settings.pop(name) for name in schedule_names}
     shared = {name: value for name, value in shared.items() if value is not None}
@@ -84,7 +100,7 @@ def command(
     from trio_edge.export.bundle import ExportOptions, export_bundle
 
     target = out if out is not None else Path(Path(model).name + "-bundle")
-    options = ExportOptions(model=model, out=target, image_sizes=sizes, **chosen)
+    options = ExportOptions(model=model, out=target, image_sizes=sizes, text_buckets=buckets, **chosen)
     schedule_for = _schedule_rule(keep, stages, shared)
     console = Console(stderr=True, quiet=quiet)
     with Progress(
@@ -115,22 +131,38 @@ def _image_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _text_buckets(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.UsageError(
+            f"--text-buckets: expected numbers with commas between, got {text!r}; for instance 32,64"
+        ) from None
+
+
 def _schedule_rule(
     keep: str | None, stages: str | None, shared: dict[str, Any]
-) -> Callable[[int, int], Schedule]:
+) -> Callable[[ScheduleInputs], Schedule]:
     """Return the function that makes the schedule once layers and visual tokens are known."""
     from trio_edge.runtime.schedule import Schedule
     from trio_edge.trio.schedule import parse_keep, parse_schedule, schedule_for_keep
 
-    if stages is not None:
-        fixed = parse_schedule(stages, **shared)
-        return lambda _layers, _visual: fixed
     text = keep if keep is not None else DEFAULT_KEEP
-    if text == "all":
-        all_tokens = Schedule(**shared)
-        return lambda _layers, _visual: all_tokens
-    average = parse_keep(text)
-    return lambda layers, visual: schedule_for_keep(average, num_layers=layers, num_visual=visual, **shared)
+    average = None if stages is not None or text == "all" else parse_keep(text)
+    if stages is not None:
+        parse_schedule(stages, **shared)  # a wrong one is told before the checkpoint is read
+
+    def schedule_for(inputs: ScheduleInputs) -> Schedule:
+        settings = {"positions": inputs.positions, **shared}
+        if stages is not None:
+            return parse_schedule(stages, **settings)
+        if average is None:
+            return Schedule(**settings)
+        return schedule_for_keep(
+            average, num_layers=inputs.num_layers, num_visual=inputs.num_visual, **settings
+        )
+
+    return schedule_for
 
 
 def _progress(bars: Progress, console: Console) -> Any:
@@ -153,8 +185,13 @@ def _progress(bars: Progress, console: Console) -> Any:
 def _print_models() -> None:
     from trio_edge.export.checkpoint import ALIASES
 
-    for alias, meaning in ALIASES.items():
-        print(f"{alias:24}{meaning}")
+    rows = [("MODEL", "CHECKPOINT", "FAMILY")]
+    rows += [
+        (alias.name, alias.repository or "comes with this package", alias.family) for alias in ALIASES.values()
+    ]
+    widths = [max(len(row[column]) for row in rows) + 2 for column in range(2)]
+    for name, repository, family in rows:
+        print(f"{name:{widths[0]}}{repository:{widths[1]}}{family}")
 
 
 def _summary(manifest: Manifest, out: Path) -> str:

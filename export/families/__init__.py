@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trio_edge.export.families.llava import Llava
 from trio_edge.export.families.llava_next import LlavaNext
 from trio_edge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from trio_edge.export.checkpoint import Checkpoint
     from trio_edge.export.families.base import Family
 
-__all__ = ["FAMILIES", "family_of"]
+__all__ = ["FAMILIES", "check_architecture", "family_of"]
 
 FAMILIES: tuple[Family, ...] = (Llava(), LlavaNext())
+
+
+def check_architecture(folder: Path, config: dict[str, Any]) -> None:
+    """Raise CheckpointError if the checkpoint in ``folder`` needs remote code, is quantized, or is of no family here.
+
+    ``config`` is its ``config.json``; this needs no weights, which may still have to be downloaded.
+    """
+    if "auto_map" in config:
+        raise CheckpointError(
+            f"{folder}: expected an architecture of transformers, got one with remote code, which is never"
+            " run; use a checkpoint in the transformers format (names ending in -hf)"
+        )
+    if "quantization_config" in config:
+        raise CheckpointError(
+            f"{folder}: expected floating point weights, got a quantized checkpoint; export the original"
+        )
+    _family(folder, config)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -23,11 +42,15 @@ def family_of(checkpoint: Checkpoint) -> Family:
     Raises:
         CheckpointError: If no family exports this architecture.
     """
-    model_type = checkpoint.config.get("model_type")
+    return _family(checkpoint.folder, checkpoint.config)
+
+
+def _family(folder: Path, config: dict[str, Any]) -> Family:
+    model_type = config.get("model_type")
     for family in FAMILIES:
         if family.model_type == model_type:
             return family
     known = ", ".join(family.model_type for family in FAMILIES)
     raise CheckpointError(
-        f"{checkpoint.folder}: expected model_type {known}, got {model_type!r}; this architecture cannot be exported"
+        f"{folder}: expected model_type {known}, got {model_type!r}; this architecture cannot be exported"
     )

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from trio_edge.export.checkpoint import read_json
-from trio_edge.export.families.base import FamilyModel
+from trio_edge.export.decoder_config import check_decoder
+from trio_edge.export.families.base import FamilyModel, VisionGraph
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision import ClipFeatures, Vision
-from trio_edge.export.graphs.vision_reduced import ReducedVision
-from trio_edge.runtime.errors import CheckpointError
+from trio_edge.export.graphs.vision_reduced import ReducedVision, check_encoder_keep
+from trio_edge.runtime.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.image_processing import ImageProcessing
+from trio_edge.runtime.manifest import TensorSpec
+from trio_edge.runtime.vision_inputs import KEPT_NAME, TilePictures
+from trio_edge.trio.cost import VisionShape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,13 +35,8 @@ def read_config(checkpoint: Checkpoint) -> Any:
     """Return transformers' configuration of ``checkpoint``, checked for what the graphs can express.
 
     Raises:
-        CheckpointError: If it cannot be read, needs remote code, or names another decoder or vision tower.
+        CheckpointError: If it cannot be read, or names another decoder or vision tower.
     """
-    if "auto_map" in checkpoint.config:
-        raise CheckpointError(
-            f"{checkpoint.folder}: expected an architecture of transformers, got one with remote code, which is never"
-            " run; use a checkpoint in the transformers format (names ending in -hf)"
-        )
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a broken config.json
@@ -61,14 +60,13 @@ def read_config(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.folder}: expected vision_feature_select_strategy 'default', got"
             f" {config.vision_feature_select_strategy!r}; this variant cannot be exported"
         )
-    if "quantization_config" in checkpoint.config:
-        raise CheckpointError(
-            f"{checkpoint.folder}: expected floating point weights, got a quantized checkpoint; export the original"
-        )
+    check_decoder(text, folder=checkpoint.folder)
     return config
 
 
-def build(model_class: Callable[[Any], nn.Module], config: Any, *, encoder_keep: int | None) -> FamilyModel:
+def build(
+    model_class: Callable[[Any], nn.Module], config: Any, *, processing: TilePictures, dtype: str
+) -> FamilyModel:
     """Return the parts of ``model_class(config)``; under FakeTensorMode this takes no memory."""
     register_attention()
     text, vision = config.text_config, config.vision_config
@@ -77,45 +75,86 @@ def build(model_class: Callable[[Any], nn.Module], config: Any, *, encoder_keep:
     root: Any = model_class(config)
     inner = root.model
     with unset_fake_temporarily():
-        rotary = LlamaRotaryEmbedding(text)
+        rotary: Any = type(inner.language_model.rotary_emb)(text)
         inv_freq = rotary.inv_freq.to(torch.float32).numpy()
     layer = config.vision_feature_layer
     feature_layers = (layer,) if isinstance(layer, int) else tuple(layer)
-    if encoder_keep is None:
-        features = ClipFeatures(inner.vision_tower, feature_layers=feature_layers)
-        vision_layers = features.layers
-        vision_graph: Vision | ReducedVision = Vision(
-            features, inner.multi_modal_projector, getattr(inner, "image_newline", None)
-        )
-    else:
-        vision_graph = ReducedVision(
-            inner.vision_tower,
-            inner.multi_modal_projector,
-            feature_layers=feature_layers,
-            num_keep=encoder_keep,
-        )
-        vision_layers = vision_graph.layers
+    graph = _vision_graph(inner, feature_layers, processing=processing, dtype=dtype)
+    num_layers = len(graph.module.tower_layers())
     return FamilyModel(
         root=root,
-        vision=vision_graph,
+        vision=graph,
+        vision_shape=lambda sizes: VisionShape(
+            num_layers=num_layers,
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
+            patches_per_tile=processing.processing.patches_per_tile + 1,
+            num_tiles=sizes["B"],
+        ),
         layers=tuple(inner.language_model.layers),
         final_norm=inner.language_model.norm,
         lm_head=root.lm_head,
         inv_freq=inv_freq,
         attention_scaling=float(rotary.attention_scaling),
         text_config=text,
-        vision_config=vision,
-        num_vision_layers=len(vision_layers),
     )
 
 
-def image_processing(checkpoint: Checkpoint, *, default_type: str) -> ImageProcessing:
-    """Return the constants of the checkpoint's image processor.
+def _vision_graph(
+    inner: Any, feature_layers: tuple[int, ...], *, processing: TilePictures, dtype: str
+) -> VisionGraph:
+    constants, keep = processing.processing, processing.encoder_keep
+    hidden = inner.language_model.config.hidden_size
+    outputs = [TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", hidden))]
+    module: Vision | ReducedVision
+    if keep is None:
+        features = ClipFeatures(inner.vision_tower, feature_layers=feature_layers)
+        module = Vision(features, inner.multi_modal_projector, getattr(inner, "image_newline", None))
+    else:
+        module = ReducedVision(
+            inner.vision_tower, inner.multi_modal_projector, feature_layers=feature_layers, num_keep=keep
+        )
+        outputs.append(TensorSpec(name=KEPT_NAME, dtype="int32", shape=("B", keep)))
+    side = constants.tile_size
+    return VisionGraph(
+        module=module,
+        inputs=(
+            TensorSpec(name="pixel_values", dtype="float32", shape=("B", 3, side, side)),
+            TensorSpec(name="token_index", dtype="int32", shape=("N",)),
+        ),
+        outputs=tuple(outputs),
+        constants={
+            name: np.arange(constants.patches_per_tile + 1, dtype=np.int64)[None]
+            for name, _ in module.named_buffers()
+            if name.endswith("position_ids")
+        },
+    )
+
+
+def picture_processing(
+    checkpoint: Checkpoint, *, default_type: str, encoder_keep: int | None, max_visual: int | None
+) -> TilePictures:
+    """Return the tiles of the checkpoint's image processor; see ``Family.picture_processing``.
 
     Args:
         checkpoint: With ``preprocessor_config.json``, or ``processor_config.json`` as transformers 5 writes it.
         default_type: Hugging Face's class for files that do not name one.
+        encoder_keep: Patches per tile that the vision encoder keeps.
+        max_visual: Not for these families: their tilings decide.
     """
+    if max_visual is not None:
+        raise ScheduleError(
+            f"--max-visual: expected none for {checkpoint.config.get('model_type')}, whose pictures are not scaled to"
+            f" a number of tokens, got {max_visual}; use --image-size"
+        )
+    processing = _image_processing(checkpoint, default_type=default_type)
+    if encoder_keep is not None:
+        check_encoder_keep(encoder_keep, patches_per_side=processing.patches_per_side)
+    return TilePictures(processing, encoder_keep=encoder_keep)
+
+
+def _image_processing(checkpoint: Checkpoint, *, default_type: str) -> ImageProcessing:
+    """Return the constants of the checkpoint's image processor."""
     folder = checkpoint.folder
     values: dict[str, Any] | None = None
     if (folder / "preprocessor_config.json").exists():

@@ -1,0 +1,114 @@
+"""Checks a decoder's configuration for what the graphs replace: rotary tables, attention masks and their lengths.
+
+Everything else in a decoder comes with transformers' own layers, which the graphs wrap: biases, head sizes that differ
+from ``hidden_size / num_attention_heads``, tied embeddings. Rotary tables are constants of a graph, so RoPE types whose
+frequencies follow the sequence length are exported only where they cannot change; the graphs' causal mask has no
+window, so a sliding window is exported only where it cannot cut anything off.
+
+| RoPE type                  | exported                                                                |
+|----------------------------|-------------------------------------------------------------------------|
+| default, linear, llama3    | yes                                                                     |
+| yarn                       | yes, with its factor on the tables                                      |
+| dynamic                    | up to ``max_position_embeddings``, where it is the default type         |
+| longrope                   | up to ``original_max_position_embeddings``, with its short factors      |
+| others, partial or by layer | no                                                                     |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trio_edge.runtime.errors import CheckpointError, ScheduleError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_GROWING_ROPE_TYPES = ("dynamic", "longrope")
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def check_decoder(text_config: Any, *, folder: Path) -> None:
+    """Raise CheckpointError if the graphs cannot express the decoder that ``text_config`` describes at any length.
+
+    Args:
+        text_config: transformers' configuration of the decoder.
+        folder: The checkpoint's, for the message.
+    """
+    rope = _rope(text_config)
+    rope_type, known = rope.get("rope_type"), (*_FIXED_ROPE_TYPES, *_GROWING_ROPE_TYPES)
+    if rope_type not in known:
+        raise CheckpointError(
+            f"{folder}/config.json rope_type: expected one for all layers, of {', '.join(known)}, got {rope_type!r};"
+            " this decoder cannot be exported"
+        )
+    rotary = rope.get("partial_rotary_factor", 1.0)
+    if rotary != 1.0:
+        raise CheckpointError(
+            f"{folder}/config.json partial_rotary_factor: expected 1, got {rotary}; this decoder cannot be exported"
+        )
+    unknown = set(getattr(text_config, "layer_types", None) or ()) - set(_LAYER_TYPES)
+    if unknown:
+        raise CheckpointError(
+            f"{folder}/config.json layer_types: expected {' or '.join(_LAYER_TYPES)}, got {', '.join(sorted(unknown))};"
+            " this decoder cannot be exported"
+        )
+
+
+def max_positions(text_config: Any) -> int:
+    """Return how many positions the decoder is made for.
+
+    That is ``max_position_embeddings``, or the RoPE scaling's factor times its original length where that is more:
+    checkpoints differ in whether they raise the former with the latter.
+    """
+    limit, rope = int(text_config.max_position_embeddings), _rope(text_config)
+    if rope["rope_type"] == "longrope":
+        return int(rope["original_max_position_embeddings"])
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if rope["rope_type"] in ("yarn", "llama3") and original and factor:
+        return max(limit, int(original * factor))
+    return limit
+
+
+def sliding_window(text_config: Any) -> int | None:
+    """Return how many rows a row of some layer sees at most, or None if every row sees all before it."""
+    layer_types = getattr(text_config, "layer_types", None)
+    # Mistral has no layer types, its window holds for all layers; transformers' Llama ignores the setting.
+    windowed = "sliding_attention" in layer_types if layer_types else text_config.model_type == "mistral"
+    window = getattr(text_config, "sliding_window", None)
+    return int(window) if windowed and window is not None else None
+
+
+def check_positions(text_config: Any, *, num_visual: int, max_text: int, max_new_tokens: int) -> None:
+    """Raise ScheduleError if the longest sequence does not fit the decoder that ``check_decoder`` accepted.
+
+    Args:
+        text_config: transformers' configuration of the decoder.
+        num_visual: Largest number of visual tokens.
+        max_text: Largest prompt, in text tokens.
+        max_new_tokens: Longest answer.
+    """
+    needed = num_visual + max_text + max_new_tokens
+    parts = f"{needed} = {num_visual} visual + {max_text} text + {max_new_tokens} new"
+    limit, rope_type = max_positions(text_config), _rope(text_config)["rope_type"]
+    if needed > limit:
+        reason = (
+            f"where RoPE type {rope_type!r} begins to change with the length"
+            if rope_type in _GROWING_ROPE_TYPES
+            else "the model's limit"
+        )
+        raise ScheduleError(
+            f"sequence: expected at most {limit} positions ({reason}), got {parts};"
+            " lower --max-text or --max-new-tokens"
+        )
+    window = sliding_window(text_config)
+    if window is not None and needed > window:
+        raise ScheduleError(
+            f"sequence: expected at most {window} positions (the model's sliding window), got {parts};"
+            " lower --max-text or --max-new-tokens"
+        )
+
+
+def _rope(text_config: Any) -> dict[str, Any]:
+    """Return the RoPE parameters; transformers has brought old forms (``rope_theta``, ``rope_scaling``) into this one."""
+    return getattr(text_config, "rope_parameters", None) or {"rope_type": "default"}

@@ -1,0 +1,120 @@
+"""Downloads a checkpoint from the Hub through ``huggingface_hub``: its cache, token, offline mode and progress hold.
+
+It happens in two steps. ``download_description`` brings configuration and tokenizer, a few megabytes, so that a model
+that cannot be exported is refused before its weights are on their way; ``download_weights`` then brings exactly the
+safetensors files that the index names. Pickles and code are never asked for, whatever else a repository holds.
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trio_edge.runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DESCRIPTION_FILES = ("*.json", "*.jinja", "tokenizer.model")
+SAFETENSORS_WAY_OUT = (
+    "save it once with transformers, AutoModelForImageTextToText.from_pretrained(OLD).save_pretrained(NEW),"
+    " and export NEW"
+)
+
+
+def download_description(repository: str, *, revision: str | None) -> Path:
+    """Return the cached snapshot folder of ``repository`` with everything but the weights; its name is the commit.
+
+    Raises:
+        CheckpointError: If the Hub refuses or cannot be reached and the cache has no copy.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=list(DESCRIPTION_FILES),
+                ignore_patterns=["*/*"],  # other formats and original code releases lie in folders
+            )
+        )
+    except Exception as error:  # HTTP libraries differ between releases of huggingface_hub
+        raise _mendable(error, repository, revision=revision) from None
+
+
+def download_weights(repository: str, names: Sequence[str], *, snapshot: Path) -> None:
+    """Bring the files ``names`` of ``repository`` into ``snapshot``, one after the other, unless they are there.
+
+    One after the other, because Ctrl-C then ends the download at once; a large file is parallel in itself.
+
+    Raises:
+        CheckpointError: If a file is neither on the Hub nor in the cache.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for name in names:
+        if (snapshot / name).exists():
+            continue
+        try:
+            hf_hub_download(repository, name, revision=snapshot.name)
+        except LocalEntryNotFoundError:
+            raise CheckpointError(
+                f"{repository}: expected {name} in the cache, as the Hub cannot be reached, got an incomplete copy"
+                f" ({snapshot}); run again with a connection"
+            ) from None
+        except EntryNotFoundError:
+            raise CheckpointError(
+                f"{repository}: expected {name}, got a repository without it; only safetensors are read, never pickles:"
+                f" {SAFETENSORS_WAY_OUT}"
+            ) from None
+        except Exception as error:
+            raise _mendable(error, repository, revision=snapshot.name) from None
+
+
+def _mendable(error: Exception, repository: str, *, revision: str | None) -> CheckpointError:
+    """Return what a user can do about a failed download."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, HFValidationError):
+        return CheckpointError(f"{repository}: expected a Hub id, got a malformed one; check the spelling")
+    if isinstance(error, GatedRepoError):
+        return CheckpointError(
+            f"{repository}: expected access to this gated repository, got none; accept its terms on"
+            f" https://huggingface.co/{repository}, then 'hf auth login' or set HF_TOKEN"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return CheckpointError(
+            f"{repository}: expected a Hub repository or a local folder, got neither (or a private one);"
+            " check the spelling, or 'hf auth login' or set HF_TOKEN"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return CheckpointError(
+            f"{repository}: expected a branch, tag or commit for --revision, got {revision!r}, which it does not have;"
+            " check the spelling"
+        )
+    if isinstance(error, LocalEntryNotFoundError):
+        at = "" if revision is None else f" at revision {revision!r}"
+        return CheckpointError(
+            f"{repository}: expected the Hub or a complete cached copy{at}, got no connection and none in the cache;"
+            " download it first or name a local folder"
+        )
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, HfHubHTTPError):
+        return CheckpointError(
+            f"{repository}: expected a download, the Hub answered: {reason}; try again later"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CheckpointError(
+            f"{repository}: expected room in the Hub's cache, got a full disk; free some or set HF_HOME to another disk"
+        )
+    return CheckpointError(f"{repository}: expected a download, got: {reason}; try again")
