@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from trio_edge.runtime.command_line import run
+from trio_edge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -97,13 +99,21 @@ def command(
     shared = {name: value for name, value in shared.items() if value is not None}
     chosen = {name: value for name, value in settings.items() if value is not None}
 
-    from trio_edge.export.bundle import ExportOptions, export_bundle
+    try:
+        from trio_edge.export.bundle import ExportOptions, export_bundle
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"trio-export: expected the exporter's packages, got no {error.name}; pip install 'trio-edge[export]'"
+        ) from None
+    if quiet:
+        from huggingface_hub.utils import disable_progress_bars
 
+        disable_progress_bars()
     target = out if out is not None else Path(Path(model).name + "-bundle")
     options = ExportOptions(model=model, out=target, image_sizes=sizes, text_buckets=buckets, **chosen)
     schedule_for = _schedule_rule(keep, stages, shared)
     console = Console(stderr=True, quiet=quiet)
-    with Progress(
+    bars = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
@@ -111,8 +121,11 @@ def command(
         TimeElapsedColumn(),
         console=console,
         transient=True,
-    ) as bars:
+    )
+    try:
         manifest = export_bundle(options, schedule_for=schedule_for, progress=_progress(bars, console))
+    finally:
+        bars.stop()
     print(_summary(manifest, target))
     return 0
 
@@ -168,10 +181,13 @@ def _schedule_rule(
 def _progress(bars: Progress, console: Console) -> Any:
     from trio_edge.export.bundle import Progress as Callbacks
 
-    task = bars.add_task("starting", total=None)
+    task = bars.add_task("", total=None)
+    steps = itertools.count()
 
     def step(text: str) -> None:
         bars.update(task, description=text)
+        if next(steps) == 1:  # not in the first step: a download shows huggingface_hub's own progress
+            bars.start()
         if not console.is_terminal:
             console.print(text)
 
