@@ -7,6 +7,7 @@
     ├── ScheduleError          an impossible reduction schedule                        (also a ValueError)
     ├── CheckpointError        a checkpoint cannot be exported                         (also a ValueError)
     ├── ImageError             a picture cannot be read                                (also a ValueError)
+    ├── TargetError            a device that nothing is known of                       (also a ValueError)
     └── BackendError           a backend cannot load or run a graph                    (also a RuntimeError)
 
 A message reads ``<where>: expected <rule>, got <value>; <what to do>``.
@@ -39,6 +40,10 @@ class CheckpointError(TrioEdgeError, ValueError):
 
 class ImageError(TrioEdgeError, ValueError):
     """A picture that cannot be read or is out of bounds."""
+
+
+class TargetError(TrioEdgeError, ValueError):
+    """A device that is not in the table of targets."""
 
 
 class BackendError(TrioEdgeError, RuntimeError):
