@@ -38,13 +38,17 @@ ALIASES = {
         Alias(name="tiny", repository=None, family="LLaVA-NeXT, Llama (demo)"),
         Alias(name="llava-1.5-7b", repository="llava-hf/llava-1.5-7b-hf", family="LLaVA-1.5, Vicuna"),
         Alias(name="llava-1.5-13b", repository="llava-hf/llava-1.5-13b-hf", family="LLaVA-1.5, Vicuna"),
-        Alias(name="llava-next-7b", repository="llava-hf/llava-v1.6-vicuna-7b-hf", family="LLaVA-NeXT, Vicuna"),
+        Alias(
+            name="llava-next-7b", repository="llava-hf/llava-v1.6-vicuna-7b-hf", family="LLaVA-NeXT, Vicuna"
+        ),
         Alias(
             name="llava-next-mistral-7b",
             repository="llava-hf/llava-v1.6-mistral-7b-hf",
             family="LLaVA-NeXT, Mistral",
         ),
-        Alias(name="llava-next-13b", repository="llava-hf/llava-v1.6-vicuna-13b-hf", family="LLaVA-NeXT, Vicuna"),
+        Alias(
+            name="llava-next-13b", repository="llava-hf/llava-v1.6-vicuna-13b-hf", family="LLaVA-NeXT, Vicuna"
+        ),
         Alias(name="qwen2.5-vl-3b", repository="Qwen/Qwen2.5-VL-3B-Instruct", family="Qwen2.5-VL"),
         Alias(name="qwen2.5-vl-7b", repository="Qwen/Qwen2.5-VL-7B-Instruct", family="Qwen2.5-VL"),
     )
@@ -192,9 +196,7 @@ def read_checkpoint(
     for file in _weight_files(location.folder):
         for name, tensor in read_safetensors_header(file).items():
             tensors[canonical_name(name)] = tensor
-    return Checkpoint(
-        folder=location.folder, name=model, revision=revision, config=config, tensors=tensors
-    )
+    return Checkpoint(folder=location.folder, name=model, revision=revision, config=config, tensors=tensors)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -249,9 +251,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder}: expected safetensors, got pickled weights, which are never read; {SAFETENSORS_WAY_OUT}"
         )
-    raise CheckpointError(
-        f"{folder}: expected {_WEIGHTS} or its index, got neither; download the weights"
-    )
+    raise CheckpointError(f"{folder}: expected {_WEIGHTS} or its index, got neither; download the weights")
 
 
 def read_safetensors_header(file: Path) -> dict[str, SourceTensor]:

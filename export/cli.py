@@ -103,7 +103,7 @@ def command(
         from trio_edge.export.bundle import ExportOptions, export_bundle
     except ModuleNotFoundError as error:
         raise CheckpointError(
-            f"trio-export: expected the exporter's packages, got no {error.name}; pip install 'trio-edge[export]'"
+            f"export: expected its packages to be installed, got no {error.name}; pip install 'trio-edge[export]'"
         ) from None
     if quiet:
         from huggingface_hub.utils import disable_progress_bars
@@ -203,7 +203,8 @@ def _print_models() -> None:
 
     rows = [("MODEL", "CHECKPOINT", "FAMILY")]
     rows += [
-        (alias.name, alias.repository or "comes with this package", alias.family) for alias in ALIASES.values()
+        (alias.name, alias.repository or "comes with this package", alias.family)
+        for alias in ALIASES.values()
     ]
     widths = [max(len(row[column]) for row in rows) + 2 for column in range(2)]
     for name, repository, family in rows:
