@@ -3,8 +3,11 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# For development and CI; users bring their own torch. torchvision, which the tests need, may replace it by its own match.
+# For development and CI; users bring their own torch.
 TORCH ?= torch==2.13.0
+# Its match. Tests compare with the Hugging Face processors that need it. It goes to a folder of its own, on no path and without
+# dependencies: on the package index its wheel is built for CUDA, and pip would replace a CPU torch to suit it.
+TORCHVISION ?= torchvision==0.28.0
 BUNDLE := out/tiny
 
 .PHONY: demo test lint format bundle clean
@@ -14,6 +17,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/torchvision "$(TORCHVISION)"
 	touch $(READY)
 
 $(BUNDLE)/trio.json: $(READY) $(wildcard export/tiny/*)
@@ -25,7 +29,7 @@ demo: $(BUNDLE)/trio.json
 	$(BIN)/python examples/demo.py --bundle $(BUNDLE) --out out
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,21 +1,50 @@
-"""Exports test checkpoints once per test session: tracing takes seconds, so tests share bundles."""
+"""Exports test checkpoints, each once in a test run: tracing takes seconds, so tests and worker processes share bundles."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
 
+from tests.shared_folder import made_once
 from trio_edge.export.bundle import ExportOptions, export_bundle
+from trio_edge.export.checkpoint import TINY_FOLDER
 from trio_edge.runtime.schedule import Schedule
 
-if TYPE_CHECKING:
-    from pathlib import Path
 
+def export(
+    checkpoint: Path | str,
+    copy: Path | None = None,
+    *,
+    schedule: Schedule = Schedule(),  # noqa: B008
+    **options: Any,
+) -> Path:
+    """Return a bundle of ``checkpoint`` with small text sizes, exported once for all who ask for the same.
 
-def export(checkpoint: Path | str, out: Path, *, schedule: Schedule = Schedule(), **options: Any) -> Path:  # noqa: B008
-    """Export with small text sizes and return the bundle's folder."""
+    Args:
+        checkpoint: A folder, or "tiny".
+        copy: Where to put a copy that the caller may change. Without it, nobody may change the bundle.
+        schedule: The reduction.
+        **options: Other fields of ``ExportOptions``.
+    """
+    source = TINY_FOLDER if checkpoint == "tiny" else Path(checkpoint)
     settings = {"max_text": 64, "max_new_tokens": 40, **options}
-    export_bundle(
-        ExportOptions(model=str(checkpoint), out=out, **settings),
-        schedule_for=lambda _layers, _visual: schedule,
-    )
-    return out
+
+    def make(out: Path) -> None:
+        export_bundle(
+            ExportOptions(model=str(source), out=out, **settings),
+            schedule_for=lambda _inputs: schedule,
+        )
+
+    wanted = f"{_digest(source)} {schedule} {sorted(settings.items())}"
+    bundle = made_once(f"bundle-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}", make)
+    return bundle if copy is None else shutil.copytree(bundle, copy)
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

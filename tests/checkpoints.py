@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from trio_edge.runtime.chat import VICUNA_TEMPLATE
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
@@ -56,10 +58,10 @@ def write_processor(
     }
     tokenizer = make_tokenizer(vocab_size)
     if family == "llava_next":
-        images = hf.LlavaNextImageProcessor(image_grid_pinpoints=PINPOINTS, **tiles)
+        images = hf.LlavaNextImageProcessorPil(image_grid_pinpoints=PINPOINTS, **tiles)
         processor = hf.LlavaNextProcessor(images, tokenizer, **shared)
     else:
-        processor = hf.LlavaProcessor(hf.CLIPImageProcessor(**tiles), tokenizer, **shared)
+        processor = hf.LlavaProcessor(hf.CLIPImageProcessorPil(**tiles), tokenizer, **shared)
     processor.chat_template = VICUNA_TEMPLATE
     processor.save_pretrained(folder)
 
@@ -75,10 +77,13 @@ def save_checkpoint(
     dtype: torch.dtype = torch.float32,
     patch_size: int = 8,
     seed: int = 0,
+    text_settings: Mapping[str, Any] = MappingProxyType({}),
+    random_biases: bool = False,
 ) -> Path:
     """Write a random model with its processor into ``folder`` and return it.
 
-    The weights are large enough for logits that differ clearly from token to token.
+    The weights are large enough for logits that differ clearly from token to token. ``text_settings`` go into the
+    decoder's configuration; biases are zero, as transformers makes them, unless ``random_biases``.
     """
     import transformers as hf
 
@@ -93,20 +98,21 @@ def save_checkpoint(
         projection_dim=32,
     )
     text_class = {"llama": hf.LlamaConfig, "mistral": hf.MistralConfig, "qwen2": hf.Qwen2Config}[text]
-    decoder = text_class(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=num_kv_heads,
-        vocab_size=len(WORDS),
-        max_position_embeddings=1024,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=tie,
+    settings: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": num_kv_heads,
+        "vocab_size": len(WORDS),
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": tie,
         **({"sliding_window": None} if text == "mistral" else {}),
-    )
+    }
+    decoder = text_class(**{**settings, **text_settings})
     if family == "llava_next":
         config = hf.LlavaNextConfig(
             vision_config=vision,
@@ -124,6 +130,8 @@ def save_checkpoint(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:  # ones would hide a forgotten norm weight
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif random_biases and name.endswith("bias"):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(folder)
     write_processor(folder, family=family, tile_size=24, patch_size=patch_size)

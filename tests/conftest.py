@@ -1,30 +1,48 @@
-"""Shared fixtures: one random small checkpoint and its bundles, exported once per session."""
+"""Shared fixtures: one random small checkpoint, its bundles, and what Hugging Face's processors give."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test asks the Hub
+from tests.shared_folder import create_shared_folder, made_once, remove_shared_folder
+from tests.torchvision_reference import TorchvisionReference
 
-if TYPE_CHECKING:
-    from pathlib import Path
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test asks the Hub
 
 # The same examples on every run and every machine; HYPOTHESIS_PROFILE=default looks for new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
+ROOT = Path(__file__).parents[1]
+TORCHVISION_FOLDER = Path(sys.prefix) / "torchvision"
 REDUCED_STAGES = ((1, 14), (2, 6))
 
 
+def pytest_configure() -> None:
+    if not _is_worker():
+        create_shared_folder()
+
+
+def pytest_unconfigure() -> None:
+    if not _is_worker():
+        remove_shared_folder()
+
+
+def _is_worker() -> bool:
+    return "PYTEST_XDIST_WORKER" in os.environ
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _few_threads() -> None:
+def _one_thread() -> None:
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # there are as many processes as cores
 
 
 @pytest.fixture(scope="session")
@@ -39,17 +57,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def keep_all_bundle(checkpoint: Path) -> Path:
-    """The checkpoint without reduction."""
+    """The checkpoint without reduction. No test may change it."""
     from tests.bundles import export
 
-    return export(checkpoint, checkpoint.parent / "keep_all")
+    return export(checkpoint)
 
 
 @pytest.fixture(scope="session")
 def reduced_bundle(checkpoint: Path) -> Path:
-    """The checkpoint with two stages."""
+    """The checkpoint with two stages. No test may change it."""
     from tests.bundles import export
     from trio_edge.runtime.schedule import Schedule, Stage
 
     schedule = Schedule(stages=tuple(Stage(layer=layer, keep=keep) for layer, keep in REDUCED_STAGES))
-    return export(checkpoint, checkpoint.parent / "reduced", schedule=schedule)
+    return export(checkpoint, schedule=schedule)
+
+
+@pytest.fixture(scope="session")
+def torchvision_reference() -> TorchvisionReference:
+    """What Hugging Face's default image processors give, from a process that has torchvision."""
+    if not TORCHVISION_FOLDER.is_dir():
+        pytest.skip(f"needs torchvision in {TORCHVISION_FOLDER}, where `make test` puts it; runs in CI")
+    command = [sys.executable, "-m", "tests.torchvision_reference", str(TORCHVISION_FOLDER)]
+    path = made_once(
+        "torchvision_reference.npz", lambda out: subprocess.run([*command, str(out)], check=True, cwd=ROOT)
+    )
+    return TorchvisionReference(path)

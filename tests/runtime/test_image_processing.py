@@ -8,10 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoImageProcessor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
+from tests.pictures import noise_picture
+from tests.torchvision_reference import (
+    LARGER_THAN_EXACT,
+    MODES,
+    MODES_SIZE,
+    PROCESSORS,
+    TorchvisionReference,
+    load_processor,
+)
 from trio_edge.runtime.errors import CheckpointError, ImageError, ManifestError
 from trio_edge.runtime.image import open_picture
 from trio_edge.runtime.image_processing import (
@@ -26,58 +34,13 @@ from trio_edge.runtime.image_processing import (
 )
 from trio_edge.runtime.image_resize import MAX_EXACT_PIXELS
 
-PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-SQUARE = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
-CONFIGS = {
-    "LLaVA-NeXT": {
-        "image_processor_type": "LlavaNextImageProcessor",
-        "image_grid_pinpoints": PINPOINTS,
-        **SQUARE,
-    },
-    "LLaVA-1.5": {"image_processor_type": "CLIPImageProcessor", **SQUARE},
-    "LLaVA-1.5 padded": {"image_processor_type": "LlavaImageProcessor", "do_pad": True, **SQUARE},
-    "resized more than cropped": {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": 64},
-        "crop_size": {"height": 56, "width": 56},
-        "resample": 2,
-    },
-    "tiles resized again": {
-        "image_processor_type": "LlavaNextImageProcessor",
-        "image_grid_pinpoints": [[56, 112], [112, 112]],
-        "size": {"shortest_edge": 64},
-        "crop_size": {"height": 56, "width": 56},
-    },
-    "cropped from smaller": {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": 51},
-        "crop_size": {"height": 56, "width": 56},
-    },
-    "not resized": {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": False,
-        "crop_size": {"height": 56, "width": 56},
-    },
-    "stretched, not cropped": {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"height": 56, "width": 56},
-        "crop_size": {"height": 56, "width": 56},
-        "do_center_crop": False,
-    },
-    "not normalized": {"image_processor_type": "CLIPImageProcessor", "do_normalize": False, **SQUARE},
+LLAVA_CLASSES = ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor")
+LLAVA = {
+    name: processor
+    for name, processor in PROCESSORS.items()
+    if processor.config["image_processor_type"] in LLAVA_CLASSES
 }
-SIZES = [
-    (1, 1),
-    (1, 7),
-    (2, 3),
-    (50, 3),
-    (1, 400),
-    (333, 77),
-    (336, 336),
-    (640, 480),
-    (601, 673),
-    (4000, 300),
-]
+CONFIGS = {name: processor.config for name, processor in LLAVA.items()}
 NEXT = ImageProcessing.from_preprocessor_config(CONFIGS["LLaVA-NeXT"], patch_size=14)
 SINGLE = ImageProcessing.from_preprocessor_config(CONFIGS["LLaVA-1.5"], patch_size=14)
 SMALL = ImageProcessing(
@@ -88,16 +51,6 @@ SMALL = ImageProcessing(
     grid_pinpoints=((28, 56), (56, 28), (56, 56), (28, 84)),
 )
 VALID = NEXT.to_dict()
-
-
-def _noise(width: int, height: int, *, channels: int = 3) -> Image.Image:
-    pixels = np.random.default_rng(width + height).integers(0, 256, (height, width, channels), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def _hugging_face(config: dict, folder) -> object:
-    (folder / "preprocessor_config.json").write_text(json.dumps(config))
-    return AutoImageProcessor.from_pretrained(folder)
 
 
 def _levels(pixel_values: np.ndarray, processing: ImageProcessing) -> np.ndarray:
@@ -132,18 +85,22 @@ def _reference_num_tokens(width: int, height: int, processing: ImageProcessing) 
     return LlavaNextProcessor._get_number_of_features(processor, height, width, side, side) - 1
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_pixels_equal_the_processor_that_hugging_face_uses_by_default(name, size, tmp_path):
-    if name == "cropped from smaller" and max(size) > 20 * min(size):
-        pytest.skip("Hugging Face builds a huge picture")
-    reference = _hugging_face(CONFIGS[name], tmp_path)
-    assert reference.backend == "torchvision"
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        pytest.param(name, size, id=f"{name}-{size}")
+        for name, processor in LLAVA.items()
+        for size in processor.sizes
+        if size != LARGER_THAN_EXACT
+    ],
+)
+def test_pixels_equal_the_processor_that_hugging_face_uses_by_default(
+    name, size, torchvision_reference: TorchvisionReference
+):
     processing = ImageProcessing.from_preprocessor_config(CONFIGS[name], patch_size=14)
-    picture = _noise(*size)
 
-    ours = prepare(picture, processing).pixel_values
-    theirs = reference(picture, return_tensors="np")["pixel_values"]
+    ours = prepare(noise_picture(*size), processing).pixel_values
+    theirs = torchvision_reference.theirs(name, size)["pixel_values"]
 
     theirs = theirs[0] if processing.kind == "anyres" else theirs
     assert ours.shape == theirs.shape
@@ -152,30 +109,21 @@ def test_pixels_equal_the_processor_that_hugging_face_uses_by_default(name, size
     np.testing.assert_allclose(levels, expected, atol=1.01 if by_pillow else 0.01)
 
 
-def test_a_picture_larger_than_the_exact_limit_is_within_one_level(tmp_path):
-    picture = _noise(2300, 1800)
-    theirs = _hugging_face(CONFIGS["LLaVA-NeXT"], tmp_path)(picture, return_tensors="np")["pixel_values"][0]
-    ours = prepare(picture, NEXT).pixel_values
+def test_a_picture_larger_than_the_exact_limit_is_within_one_level(torchvision_reference):
+    theirs = torchvision_reference.theirs("LLaVA-NeXT", LARGER_THAN_EXACT)["pixel_values"][0]
+    ours = prepare(noise_picture(*LARGER_THAN_EXACT), NEXT).pixel_values
     np.testing.assert_allclose(_levels(ours, NEXT), _levels(theirs, NEXT), atol=1.01)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "I;16", "L", "CMYK"])
-def test_pil_images_of_other_modes_equal_hugging_face(mode, tmp_path):
-    if mode == "I;16":
-        picture = Image.fromarray(np.random.default_rng(0).integers(0, 600, (90, 70), dtype=np.uint16))
-    else:
-        picture = (
-            _noise(70, 90, channels=4).convert(mode)
-            if mode in ("RGBA", "LA")
-            else _noise(70, 90).convert(mode)
-        )
-    theirs = _hugging_face(CONFIGS["LLaVA-1.5"], tmp_path)(picture, return_tensors="np")["pixel_values"]
-    ours = prepare(open_picture(picture), SINGLE).pixel_values
+@pytest.mark.parametrize("mode", MODES)
+def test_pil_images_of_other_modes_equal_hugging_face(mode, torchvision_reference):
+    theirs = torchvision_reference.theirs("LLaVA-1.5", MODES_SIZE, mode=mode)["pixel_values"]
+    ours = prepare(open_picture(noise_picture(*MODES_SIZE, mode=mode)), SINGLE).pixel_values
     np.testing.assert_allclose(_levels(ours, SINGLE), _levels(theirs, SINGLE), atol=1.01)
 
 
 def test_a_picture_of_one_row_needs_no_huge_memory():
-    assert prepare(_noise(4000, 1), SINGLE).pixel_values.shape == (1, 3, 336, 336)
+    assert prepare(noise_picture(4000, 1), SINGLE).pixel_values.shape == (1, 3, 336, 336)
 
 
 @settings(max_examples=150, deadline=None)
@@ -210,7 +158,10 @@ def test_a_single_tile_uses_every_patch_once():
 
 
 def test_padding_tiles_moves_the_newline_and_adds_zeros():
-    plain, padded = prepare(_noise(30, 50), SMALL), prepare(_noise(30, 50), SMALL, pad_to_tiles=7)
+    plain, padded = (
+        prepare(noise_picture(30, 50), SMALL),
+        prepare(noise_picture(30, 50), SMALL, pad_to_tiles=7),
+    )
     newline, patches = plain.num_tiles * SMALL.patches_per_tile, SMALL.patches_per_tile
     np.testing.assert_array_equal(
         np.where(plain.token_index == newline, 7 * patches, plain.token_index), padded.token_index
@@ -324,10 +275,17 @@ def test_preprocessor_configs_that_cannot_be_followed_are_refused(change, messag
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_loaded_processor_gives_the_same_constants_as_its_file(name, tmp_path):
-    loaded = _hugging_face(CONFIGS[name], tmp_path).to_dict()
+def test_a_loaded_processor_gives_the_same_constants_as_its_file(name, torchvision_reference):
+    constants = torchvision_reference.constants(name)
     from_file = ImageProcessing.from_preprocessor_config(CONFIGS[name], patch_size=14)
-    assert ImageProcessing.from_preprocessor_config(loaded, patch_size=14) == from_file
+    assert ImageProcessing.from_preprocessor_config(constants, patch_size=14) == from_file
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_processor_loaded_without_torchvision_gives_the_same_constants_as_its_file(name):
+    constants = load_processor(CONFIGS[name]).to_dict()
+    from_file = ImageProcessing.from_preprocessor_config(CONFIGS[name], patch_size=14)
+    assert ImageProcessing.from_preprocessor_config(constants, patch_size=14) == from_file
 
 
 def test_a_picture_that_is_not_rgb_is_refused():
@@ -337,7 +295,7 @@ def test_a_picture_that_is_not_rgb_is_refused():
 
 def test_a_picture_with_too_many_tiles_is_refused():
     with pytest.raises(ImageError, match="expected at most 2 tiles"):
-        prepare(_noise(60, 60), SMALL, pad_to_tiles=2)
+        prepare(noise_picture(60, 60), SMALL, pad_to_tiles=2)
 
 
 def test_a_size_without_pixels_is_refused():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-from transformers.models.llava_next.image_processing_llava_next import LlavaNextImageProcessor
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from trio_edge.runtime.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE, build_messages, render_chat
@@ -75,7 +75,7 @@ def _hugging_face(backend: tokenizers.Tokenizer, template: str) -> LlavaNextProc
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
         additional_special_tokens=["<image>"],
     )  # fmt: skip
-    images = LlavaNextImageProcessor(
+    images = LlavaNextImageProcessorPil(
         size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=[[28, 56]]
     )
     return LlavaNextProcessor(

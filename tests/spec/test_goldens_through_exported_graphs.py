@@ -13,6 +13,7 @@ from tests.tolerances import LOGITS_FLOAT32, SALIENCY_FLOAT32
 from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.decoder import Decoder, PrefillResult
+from trio_edge.runtime.positions import plain_positions
 from trio_edge.runtime.schedule import Schedule, Stage
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class Run:
         self.golden = golden
         self.prefill: PrefillResult = decoder.prefill(
             padded,
+            positions=plain_positions(num_rows=padded.shape[1], length=len(embeds)),
+            visual_rows=max_visual,
             visual_start=golden.settings["visual_start"],
             num_visual=golden.settings["visual_tokens"],
             length=len(embeds),
@@ -52,9 +55,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         num_probe_rows=settings["probe_positions"],
         nms_threshold=settings["nms_threshold"],
     )
-    bundle = open_bundle(
-        export(save_golden_checkpoint(golden, folder / "ck"), folder / "bundle", schedule=schedule)
-    )
+    bundle = open_bundle(export(save_golden_checkpoint(golden, folder / "ck"), schedule=schedule))
     backend = make_backend()
     decoder = Decoder(bundle.manifest, lambda spec: backend.load(bundle.folder, spec))
     return Run(golden, decoder, max_visual=bundle.manifest.max_visual, bucket=bundle.manifest.text_buckets[0])

@@ -26,19 +26,15 @@ REDUCED_FLOOR = 0.5
 
 
 @pytest.fixture(scope="module")
-def keep_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
-    folder = tmp_path_factory.mktemp("tiny")
-    with Pipeline.from_bundle(export("tiny", folder / "all", dtype="float32")) as pipeline:
+def keep_all() -> Iterator[Pipeline]:
+    with Pipeline.from_bundle(export("tiny", dtype="float32")) as pipeline:
         yield pipeline
 
 
 @pytest.fixture(scope="module")
-def reduced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
-    folder = tmp_path_factory.mktemp("tiny")
+def reduced() -> Iterator[Pipeline]:
     schedule = schedule_for_keep(1 / 9, num_layers=16, num_visual=192)
-    with Pipeline.from_bundle(
-        export("tiny", folder / "reduced", dtype="float32", schedule=schedule)
-    ) as pipeline:
+    with Pipeline.from_bundle(export("tiny", dtype="float32", schedule=schedule)) as pipeline:
         yield pipeline
 
 

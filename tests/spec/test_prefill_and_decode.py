@@ -11,8 +11,10 @@ from tests.bundles import export
 from tests.hugging_face import Original
 from tests.pictures import random_picture
 from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
+from trio_edge.runtime.decoder import PrefillResult
 from trio_edge.runtime.errors import ShapeError
 from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.positions import plain_positions
 from trio_edge.runtime.schedule import Schedule, Stage
 
 if TYPE_CHECKING:
@@ -52,11 +54,16 @@ def test_decode_equals_a_longer_prefill(keep_all: Pipeline) -> None:
         embeds[0, :count] = rows[:count]
         return embeds
 
-    decoder.prefill(padded(40), visual_start=3, num_visual=20, length=40)
+    def prefill(count: int) -> PrefillResult:
+        positions = plain_positions(num_rows=size, length=count)
+        return decoder.prefill(
+            padded(count), positions=positions, visual_rows=size - 32, visual_start=3, num_visual=20, length=count
+        )
+
+    prefill(40)
     for step in range(steps):
         logits = decoder.decode(rows[40 + step][None, None])
-    whole = decoder.prefill(padded(40 + steps), visual_start=3, num_visual=20, length=40 + steps)
-    np.testing.assert_allclose(logits, whole.logits, **LOGITS_FLOAT32)
+    np.testing.assert_allclose(logits, prefill(40 + steps).logits, **LOGITS_FLOAT32)
 
 
 @pytest.mark.parametrize("kind", ["keep_all", "reduced"])
@@ -65,28 +72,26 @@ def test_every_bucket_gives_the_same_answer(kind: str, request: pytest.FixtureRe
     picture = random_picture(60, 45)
     small, large = pipeline.manifest.text_buckets[0], pipeline.manifest.text_buckets[-1]
     ids = pipeline._encode(PROMPT, has_image=True, history=(), system=None)
-    assert len(ids.before) + len(ids.after) <= small < large
-    tokens, _ = pipeline._see(_prepared(pipeline, picture))
+    assert ids.num_tokens <= small < large
+    seen = pipeline._see(pipeline._prepare(picture))
+    hidden, num_visual = seen.tokens.shape[1], len(seen.tokens)
     results = []
     for bucket in (small, large):
-        embeds = np.zeros((1, pipeline.manifest.max_visual + bucket, tokens.shape[1]), np.float32)
-        exact = pipeline._embed_prompt(ids, tokens)[0]
+        embeds = np.zeros((1, seen.rows + bucket, hidden), np.float32)
+        exact = pipeline._embed_prompt(ids, seen)[0]
         embeds[0, : min(len(exact), embeds.shape[1])] = exact[: embeds.shape[1]]
-        length = len(ids.before) + len(tokens) + len(ids.after)
+        length = num_visual + ids.num_tokens
         result = pipeline._decoder.prefill(
-            embeds, visual_start=len(ids.before), num_visual=len(tokens), length=length
+            embeds,
+            positions=plain_positions(num_rows=embeds.shape[1], length=length),
+            visual_rows=seen.rows,
+            visual_start=len(ids.before),
+            num_visual=num_visual,
+            length=length,
         )
-        steps = [
-            pipeline._decoder.decode(np.full((1, 1, tokens.shape[1]), 0.1, np.float32)) for _ in range(3)
-        ]
+        steps = [pipeline._decoder.decode(np.full((1, 1, hidden), 0.1, np.float32)) for _ in range(3)]
         results.append(np.stack([result.logits, *steps]))
     np.testing.assert_allclose(results[0], results[1], **LOGITS_FLOAT32)
-
-
-def _prepared(pipeline: Pipeline, picture: Any) -> Any:
-    from trio_edge.runtime.image_processing import prepare
-
-    return prepare(picture, pipeline.processing)
 
 
 def test_text_only_equals_hugging_face(checkpoint: Path, keep_all: Pipeline) -> None:
@@ -104,12 +109,10 @@ def test_text_only_is_the_same_with_reduction(keep_all: Pipeline, reduced: Pipel
     assert less.token_ids == whole.token_ids
 
 
-def test_a_picture_smaller_than_every_stage_is_not_reduced(
-    checkpoint: Path, keep_all: Pipeline, tmp_path: Path
-) -> None:
+def test_a_picture_smaller_than_every_stage_is_not_reduced(checkpoint: Path, keep_all: Pipeline) -> None:
     """A stage may keep all of the largest picture; smaller ones then pass whole."""
     schedule = Schedule(stages=(Stage(layer=1, keep=keep_all.manifest.max_visual),))
-    with Pipeline.from_bundle(export(checkpoint, tmp_path / "b", schedule=schedule)) as pipeline:
+    with Pipeline.from_bundle(export(checkpoint, schedule=schedule)) as pipeline:
         for size in ((48, 48), (24, 24), (30, 70)):
             picture = random_picture(*size)
             whole, all_kept = keep_all.generate(picture, PROMPT), pipeline.generate(picture, PROMPT)
@@ -119,18 +122,36 @@ def test_a_picture_smaller_than_every_stage_is_not_reduced(
 
 
 def test_image_size_shapes_give_the_same_answer_as_the_general_ones(
-    checkpoint: Path, reduced: Pipeline, tmp_path: Path
+    checkpoint: Path, reduced: Pipeline
 ) -> None:
-    fixed = export(
-        checkpoint, tmp_path / "fixed", schedule=reduced.manifest.schedule, image_sizes=((40, 20),)
-    )
-    picture = random_picture(40, 20)
+    fixed = export(checkpoint, schedule=reduced.manifest.schedule, image_sizes=((40, 20), (24, 24)))
     with Pipeline.from_bundle(fixed) as pipeline:
-        ours, general = pipeline.generate(picture, PROMPT), reduced.generate(picture, PROMPT)
-        assert ours.text == general.text
-        assert pipeline.manifest.max_visual == ours.statistics.visual_tokens < reduced.manifest.max_visual
-        assert [kept.tolist() for kept in ours.kept] == [kept.tolist() for kept in general.kept]
-        with pytest.raises(ShapeError, match="export without --image-size"):
+        for width, height in ((40, 20), (24, 24), (48, 48)):
+            picture = random_picture(width, height)
+            ours, general = pipeline.generate(picture, PROMPT), reduced.generate(picture, PROMPT)
+            assert ours.text == general.text
+            assert [kept.tolist() for kept in ours.kept] == [kept.tolist() for kept in general.kept]
+            np.testing.assert_allclose(ours.first_logits, general.first_logits, **LOGITS_FLOAT32)
+
+
+def test_image_sizes_leave_no_visual_padding(checkpoint: Path, reduced: Pipeline) -> None:
+    fixed = export(checkpoint, schedule=reduced.manifest.schedule, image_sizes=((40, 20), (24, 24)))
+    with Pipeline.from_bundle(fixed) as pipeline:
+        manifest = pipeline.manifest
+        assert [size.num_visual for size in manifest.image_sizes] == [size.rows for size in manifest.image_sizes]
+        assert manifest.max_visual == reduced.manifest.max_visual
+        for size in manifest.image_sizes:
+            prepared = pipeline._prepare(random_picture(size.width, size.height))
+            assert len(prepared.inputs["token_index"]) == prepared.num_visual == size.num_visual
+
+
+def test_only_image_sizes_refuses_a_larger_picture(checkpoint: Path, reduced: Pipeline) -> None:
+    fixed = export(
+        checkpoint, schedule=reduced.manifest.schedule, image_sizes=((40, 20),), only_image_sizes=True
+    )
+    with Pipeline.from_bundle(fixed) as pipeline:
+        assert pipeline.manifest.max_visual < reduced.manifest.max_visual
+        with pytest.raises(ShapeError, match="export for this size, or without --only-image-sizes"):
             pipeline.generate(random_picture(48, 48), PROMPT)
 
 
@@ -142,7 +163,7 @@ def test_history_reaches_the_model(checkpoint: Path, keep_all: Pipeline) -> None
         {"role": "user", "content": [{"type": "text", "text": "w4 w5"}]},
     ]
     text = original.processor.apply_chat_template(messages, add_generation_prompt=True)
-    pixels = _prepared(keep_all, picture).pixel_values
+    pixels = keep_all._prepare(picture).inputs["pixel_values"]
     tokens, _ = original.generate(picture, text, num_tokens=10, pixel_values=pixels)
     answer = keep_all.generate(picture, "w4 w5", history=[("w1 w2", "w3")], max_new_tokens=10)
     _ = answer.text
@@ -187,8 +208,8 @@ def test_two_answers_at_once_are_refused(reduced: Pipeline) -> None:
         list(first)
 
 
-def test_float16_bundle_answers_like_float32(checkpoint: Path, keep_all: Pipeline, tmp_path: Path) -> None:
-    with Pipeline.from_bundle(export(checkpoint, tmp_path / "half", dtype="float16")) as half:
+def test_float16_bundle_answers_like_float32(checkpoint: Path, keep_all: Pipeline) -> None:
+    with Pipeline.from_bundle(export(checkpoint, dtype="float16")) as half:
         picture = random_picture(48, 48)
         np.testing.assert_allclose(
             first_logits(half, picture, PROMPT), first_logits(keep_all, picture, PROMPT), **LOGITS_FLOAT16

@@ -83,12 +83,12 @@ def test_reduced_bundle_equals_plain_torch(name: str, tmp_path: Path) -> None:
     text = "mistral" if "answer" in name else "llama"
     checkpoint = save_checkpoint(tmp_path / "ck", num_layers=4, num_kv_heads=2, text=text, seed=11)
     original = Original.load(checkpoint)
-    with Pipeline.from_bundle(export(checkpoint, tmp_path / "b", schedule=CASES[name])) as pipeline:
+    with Pipeline.from_bundle(export(checkpoint, schedule=CASES[name])) as pipeline:
         for size in ((48, 48), (70, 30), (24, 90)):
             picture = random_picture(*size, seed=size[0])
             answer = pipeline.generate(picture, "w1 w2 w3 w4 w5 w6", max_new_tokens=1)
             _ = answer.text
-            pixels = prepare(picture, pipeline.processing).pixel_values
+            pixels = prepare(picture, pipeline.pictures.processing).pixel_values
             inputs = original.processor(
                 images=picture, text=original.render("w1 w2 w3 w4 w5 w6"), return_tensors="pt"
             )

@@ -41,9 +41,7 @@ def pair(
         checkpoint = TINY_FOLDER
     else:
         checkpoint = save_checkpoint(folder / "checkpoint", num_layers=3, **MODELS[request.param])
-    return Original.load(checkpoint), Pipeline.from_bundle(
-        export(checkpoint, folder / "bundle", dtype="float32")
-    )
+    return Original.load(checkpoint), Pipeline.from_bundle(export(checkpoint, dtype="float32"))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +59,7 @@ def test_keep_all_bundle_gives_the_tokens_of_hugging_face(
     (width, height), prompt = list(itertools.product(SIZES, TINY_PROMPTS if is_tiny else PROMPTS))[case]
     scale = 2 if is_tiny else 1
     picture = random_picture(scale * width, scale * height, seed=case)
-    pixels = prepare(picture, pipeline.processing).pixel_values
+    pixels = prepare(picture, pipeline.pictures.processing).pixel_values
     tokens, logits = original.generate(
         picture, original.render(prompt), num_tokens=NUM_STEPS, pixel_values=pixels
     )

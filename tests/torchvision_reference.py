@@ -1,0 +1,191 @@
+"""Runs Hugging Face's default image processors, which need torchvision, and stores what they give.
+
+    python -m tests.torchvision_reference FOLDER OUT.npz
+
+A process of its own, because torchvision lies in a folder of its own (``make`` fills ``.venv/torchvision``): its
+wheel on the package index is built for CUDA, and pip would replace the pinned CPU torch by the one it asks for.
+To compare another processor, add an entry to ``PROCESSORS``; ``theirs(name, size)`` of the fixture
+``torchvision_reference`` then returns every array of its output.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tests.pictures import noise_picture
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+
+    from numpy.typing import NDArray
+
+Size = tuple[int, int]
+
+SIZES: tuple[Size, ...] = (
+    (1, 1),
+    (1, 7),
+    (2, 3),
+    (50, 3),
+    (1, 400),
+    (333, 77),
+    (336, 336),
+    (640, 480),
+    (601, 673),
+    (4000, 300),
+)
+LARGER_THAN_EXACT: Size = (2300, 1800)
+"""More pixels than ``trio_edge.runtime.image_resize.MAX_EXACT_PIXELS``."""
+MODES = ("RGBA", "P", "LA", "I;16", "L", "CMYK")
+MODES_SIZE: Size = (70, 90)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processor:
+    """One configuration and the pictures it is run on."""
+
+    config: dict[str, Any]
+    """Contents of preprocessor_config.json; ``image_processor_type`` chooses the class."""
+    sizes: tuple[Size, ...] = SIZES
+    """(width, height) of the RGB pictures, in pixels."""
+    modes: tuple[str, ...] = ()
+    """Pillow modes of further pictures of ``MODES_SIZE``."""
+
+    def pictures(self) -> Iterator[tuple[Size, str]]:
+        """Yield size and mode of every picture."""
+        yield from ((size, "RGB") for size in self.sizes)
+        yield from ((MODES_SIZE, mode) for mode in self.modes)
+
+
+_SQUARE = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+_CROP_56 = {"crop_size": {"height": 56, "width": 56}}
+PROCESSORS = {
+    "LLaVA-NeXT": Processor(
+        config={
+            "image_processor_type": "LlavaNextImageProcessor",
+            "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+            **_SQUARE,
+        },
+        sizes=(*SIZES, LARGER_THAN_EXACT),
+    ),
+    "LLaVA-1.5": Processor(config={"image_processor_type": "CLIPImageProcessor", **_SQUARE}, modes=MODES),
+    "LLaVA-1.5 padded": Processor(
+        config={"image_processor_type": "LlavaImageProcessor", "do_pad": True, **_SQUARE}
+    ),
+    "resized more than cropped": Processor(
+        config={
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": 64},
+            "resample": 2,
+            **_CROP_56,
+        }
+    ),
+    "tiles resized again": Processor(
+        config={
+            "image_processor_type": "LlavaNextImageProcessor",
+            "image_grid_pinpoints": [[56, 112], [112, 112]],
+            "size": {"shortest_edge": 64},
+            **_CROP_56,
+        }
+    ),
+    "cropped from smaller": Processor(
+        config={"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 51}, **_CROP_56},
+        sizes=tuple(
+            size for size in SIZES if max(size) <= 20 * min(size)
+        ),  # of others it builds a huge picture
+    ),
+    "not resized": Processor(
+        config={"image_processor_type": "CLIPImageProcessor", "do_resize": False, **_CROP_56}
+    ),
+    "stretched, not cropped": Processor(
+        config={
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"height": 56, "width": 56},
+            "do_center_crop": False,
+            **_CROP_56,
+        }
+    ),
+    "not normalized": Processor(
+        config={"image_processor_type": "CLIPImageProcessor", "do_normalize": False, **_SQUARE}
+    ),
+}
+
+
+class TorchvisionReference:
+    """What Hugging Face's default image processors gave, read from the file that this module writes."""
+
+    def __init__(self, path: Path) -> None:
+        self._arrays = np.load(path)
+
+    def theirs(self, name: str, size: Size, *, mode: str = "RGB") -> dict[str, NDArray[Any]]:
+        """Return the outputs of processor ``name`` for ``noise_picture(*size, mode=mode)``, by their names."""
+        start = _key(name, size, mode, "")
+        return {
+            key.removeprefix(start): self._arrays[key] for key in self._arrays.files if key.startswith(start)
+        }
+
+    def constants(self, name: str) -> dict[str, Any]:
+        """Return the loaded processor's ``to_dict()``."""
+        constants: dict[str, Any] = json.loads(str(self._arrays[f"{name}/constants"]))
+        return constants
+
+
+def load_processor(config: dict[str, Any]) -> Any:
+    """Return the image processor that transformers chooses for this preprocessor_config.json."""
+    from transformers import AutoImageProcessor
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(config))
+        return AutoImageProcessor.from_pretrained(folder)
+
+
+def import_torchvision(folder: Path) -> ModuleType:
+    """Import torchvision from a folder that is on no path.
+
+    A torchvision built for another torch cannot load its compiled operators, and then fails to describe two of
+    them. Resizing, padding and normalizing use none, so it is enough to declare these two.
+    """
+    import torch
+
+    sys.path.append(str(folder))
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "operator torchvision::nms does not exist" not in str(error):
+            raise
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torchvision = importlib.import_module("torchvision")
+    torchvision.trio_edge_operators = library  # torch forgets the operators together with this object
+    return torchvision
+
+
+def main(folder: Path, out: Path) -> None:
+    """Write the outputs of all ``PROCESSORS`` to ``out``."""
+    import_torchvision(folder)
+    arrays: dict[str, Any] = {}
+    for name, processor in PROCESSORS.items():
+        loaded = load_processor(processor.config)
+        assert loaded.backend == "torchvision", f"{name}: {type(loaded)}"
+        arrays[f"{name}/constants"] = json.dumps(loaded.to_dict())
+        for size, mode in processor.pictures():
+            outputs = loaded(noise_picture(*size, mode=mode), return_tensors="np")
+            arrays |= {_key(name, size, mode, output): values for output, values in outputs.items()}
+    np.savez(out, **arrays)
+
+
+def _key(name: str, size: Size, mode: str, output: str) -> str:
+    return f"{name}/{size[0]}x{size[1]}/{mode}/{output}"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
