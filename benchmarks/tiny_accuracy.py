@@ -22,7 +22,7 @@ from rich.progress import track
 from trio_edge.calibration.baselines import BASELINES
 from trio_edge.calibration.evaluation import Evaluation, evaluate
 from trio_edge.calibration.shapes import held_out
-from trio_edge.export.bundle import ExportOptions, export_bundle
+from trio_edge.export.bundle import ExportOptions, ScheduleInputs, export_bundle
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.schedule import Schedule
 from trio_edge.trio.schedule import schedule_for_keep
@@ -68,13 +68,13 @@ def bundle_for(variant: Variant | None, budget: float, folder: Path, model: str)
     if path.exists():
         return path
 
-    def schedule(num_layers: int, num_visual: int) -> Schedule:
+    def schedule(inputs: ScheduleInputs) -> Schedule:
         if variant is None:
             return Schedule()
         return schedule_for_keep(
             budget,
-            num_layers=num_layers,
-            num_visual=num_visual,
+            num_layers=inputs.num_layers,
+            num_visual=inputs.num_visual,
             probe_rows=variant.probe_rows,
             positions=variant.positions,
         )

@@ -23,7 +23,7 @@ def baseline(name: str, *, seed: int, base_tokens: int) -> Choose:
     Args:
         name: One of ``BASELINES``.
         seed: Of "random"; give each sample its own.
-        base_tokens: Visual tokens of the base tile, which come first.
+        base_tokens: Visual tokens of the base tile, which come first; 0 without one, then all are alike.
     """
     if name == "random":
         return _random(seed)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trio_edge.calibration.baselines import baseline
 from trio_edge.runtime.errors import ShapeError
+from trio_edge.runtime.vision_inputs import TilePictures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -151,7 +152,8 @@ def evaluate(
         on_answer: Called after every question, for progress.
     """
     outcomes = []
-    base_tokens = pipeline.processing.patches_per_tile
+    pictures = pipeline.pictures
+    base_tokens = pictures.processing.patches_per_tile if isinstance(pictures, TilePictures) else 0
     for index, question in enumerate(questions):
         choose = None if selection == "bundle" else baseline(selection, seed=index, base_tokens=base_tokens)
         limit = min(_MAX_ANSWER_TOKENS, pipeline.manifest.max_new_tokens)

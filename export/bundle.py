@@ -17,30 +17,32 @@ import msgspec
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trio_edge.export.checkpoint import canonical_name, read_checkpoint
+from trio_edge.export.checkpoint import EMBEDDING_NAME, canonical_name, read_checkpoint
 from trio_edge.export.decoder_config import check_positions, max_positions
 from trio_edge.export.families import check_architecture, family_of
-from trio_edge.export.graphs.vision_reduced import check_encoder_keep
-from trio_edge.export.layout import Layout, text_buckets
+from trio_edge.export.fit import check_fit, fit_inputs
+from trio_edge.export.layout import Layout, text_buckets, vision_profiles
 from trio_edge.export.model_cost import cost_of
 from trio_edge.export.onnx_graph import attach_weights, save
 from trio_edge.export.output_folder import check_output, folder_beside
+from trio_edge.export.tensorrt_check import require_supported
 from trio_edge.export.text_files import read_text_files
 from trio_edge.export.tracing import trace_graphs
 from trio_edge.export.weights import bytes_to_write, store_constants, store_weights
 from trio_edge.runtime.bundle import sha256_of
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
-from trio_edge.runtime.image_processing import max_tiles, max_visual_tokens, num_tiles, num_visual_tokens
 from trio_edge.runtime.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     Dimensions,
     FileEntry,
     GraphSpec,
+    ImageSize,
     Manifest,
     StoredTensor,
     json_from_manifest,
 )
+from trio_edge.runtime.targets import find_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -49,13 +51,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.export.checkpoint import Checkpoint
-    from trio_edge.export.families.base import FamilyModel
+    from trio_edge.export.families.base import Family, FamilyModel
     from trio_edge.export.tracing import TracedGraph
-    from trio_edge.runtime.image_processing import ImageProcessing
     from trio_edge.runtime.manifest import FloatType
-    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.runtime.schedule import Positions, Schedule
+    from trio_edge.runtime.vision_inputs import PictureProcessing
 
-EMBEDDING_NAME = "language_model.embed_tokens.weight"
 _LARGEST_INLINE_BYTES = 1 << 20
 
 
@@ -72,9 +73,15 @@ class ExportOptions:
     dtype: Literal["auto", "float16", "float32"] = "auto"
     """Element type of weights and activations; "auto" is float32 for a float32 checkpoint, else float16."""
     image_sizes: tuple[tuple[int, int], ...] = ()
-    """(width, height) of the pictures to come; none means any picture."""
+    """(width, height) of the pictures to come, which then have no padding; the schedule is made for the largest."""
+    only_image_sizes: bool = False
+    """Make no shapes for pictures of other sizes, which are then refused unless they need no more room."""
+    max_visual: int | None = None
+    """Visual tokens that pictures of any size are scaled down to, in families that scale (Qwen2.5-VL)."""
     max_text: int = 256
     """Largest prompt in text tokens."""
+    text_buckets: tuple[int, ...] = ()
+    """Sizes that prompts are padded to, up to ``max_text``; none means doublings from 32."""
     max_new_tokens: int = 256
     """Room in the KV caches for the answer."""
     encoder_keep: int | None = None
@@ -83,8 +90,12 @@ class ExportOptions:
     """ONNX opset; TensorRT 10.3 reads up to 19."""
     force: bool = False
     """Replace an existing bundle."""
+    target: str | None = None
+    """Device to warn about if the bundle cannot fit its memory; changes nothing in the bundle."""
 
     def __post_init__(self) -> None:
+        if self.target is not None:
+            find_target(self.target)
         for name, value, low in (("max-text", self.max_text, 8), ("max-new-tokens", self.max_new_tokens, 1)):
             if not low <= value <= 1 << 20:
                 raise ScheduleError(f"--{name}: expected {low}..{1 << 20}, got {value}")
@@ -92,6 +103,12 @@ class ExportOptions:
             raise ScheduleError(
                 f"--opset: expected 17..19, got {self.opset}; TensorRT 10.3 reads no newer one"
             )
+        if any(not 8 <= bucket <= self.max_text for bucket in self.text_buckets):
+            raise ScheduleError(
+                f"--text-buckets: expected sizes in 8..{self.max_text} (--max-text), got {list(self.text_buckets)}"
+            )
+        if self.only_image_sizes and not self.image_sizes:
+            raise ScheduleError("--only-image-sizes: expected --image-size beside it, got none; add the camera's")
         for width, height in self.image_sizes:
             if not (1 <= width <= 65535 and 1 <= height <= 65535):
                 raise ScheduleError(f"--image-size: expected sides of 1..65535 pixels, got {width}x{height}")
@@ -107,19 +124,33 @@ class Progress:
     """Called once with the bytes of weights to write."""
     wrote_bytes: Callable[[int], None] = lambda _count: None
     """Called with the bytes written since the last call."""
+    warn: Callable[[str], None] = lambda _text: None
+    """Called with one line that the user should read; the export goes on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleInputs:
+    """What a schedule depends on, known once the checkpoint is read."""
+
+    num_layers: int
+    """Decoder layers."""
+    num_visual: int
+    """Visual tokens of the largest picture that is exported for."""
+    positions: Positions
+    """The family's default position rule."""
 
 
 def export_bundle(
     options: ExportOptions,
     *,
-    schedule_for: Callable[[int, int], Schedule],
+    schedule_for: Callable[[ScheduleInputs], Schedule],
     progress: Progress = Progress(),
 ) -> Manifest:
     """Write the bundle that ``options`` describe and return its manifest.
 
     Args:
         options: What to export, and where to.
-        schedule_for: Given the number of decoder layers and of visual tokens, returns the schedule.
+        schedule_for: Returns the schedule.
         progress: Callbacks for a progress display.
 
     Raises:
@@ -132,41 +163,46 @@ def export_bundle(
         options.model, revision=options.revision, check_config=check_architecture
     )
     family = family_of(checkpoint)
-    processing = family.image_processing(checkpoint)
-    if options.encoder_keep is not None:
-        check_encoder_keep(options.encoder_keep, patches_per_side=processing.patches_per_side)
-    max_visual = _max_visual(processing, options)
+    processing = family.picture_processing(
+        checkpoint, encoder_keep=options.encoder_keep, max_visual=options.max_visual
+    )
+    pictures, primary = _picture_sizes(processing, options)
     dtype = _dtype(checkpoint, options.dtype)
     text = read_text_files(checkpoint, default_template=family.default_chat_template(checkpoint))
 
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
-        model = family.build(checkpoint, encoder_keep=options.encoder_keep)
+        model = family.build(checkpoint, processing=processing, dtype=dtype)
         dimensions = _dimensions(model)
         _check_tensors(checkpoint, model)
-        schedule = schedule_for(dimensions.num_layers, max_visual)
-        schedule.check_fits(num_layers=dimensions.num_layers, max_visual=max_visual)
-        check_positions(
-            model.text_config,
-            num_visual=max_visual,
-            max_text=options.max_text,
-            max_new_tokens=options.max_new_tokens,
+        schedule = schedule_for(
+            ScheduleInputs(
+                num_layers=dimensions.num_layers, num_visual=primary["N"], positions=family.positions[0]
+            )
         )
+        schedule.check_fits(num_layers=dimensions.num_layers, max_visual=primary["N"])
+        _check_position_rule(schedule, family)
         layout = Layout(
-            max_visual=max_visual,
+            vision_sizes=vision_profiles(pictures, schedule=schedule),
             schedule=schedule,
-            text_buckets=text_buckets(options.max_text),
+            text_buckets=_text_buckets(options),
             max_new_tokens=options.max_new_tokens,
             dtype=dtype,
             opset=options.opset,
         )
+        check_positions(
+            model.text_config,
+            num_visual=layout.visual_sizes[-1],
+            max_text=options.max_text,
+            max_new_tokens=options.max_new_tokens,
+        )
+        if options.target is not None:
+            target = find_target(options.target)
+            progress.step(f"checking the fit on {target.name}")
+            warning = check_fit(fit_inputs(model, dimensions, layout=layout, processing=processing), target)
+            if warning is not None:
+                progress.warn(warning)
         traced = trace_graphs(
-            model,
-            checkpoint,
-            layout=layout,
-            dimensions=dimensions,
-            processing=processing,
-            encoder_keep=options.encoder_keep,
-            step=progress.step,
+            model, checkpoint, layout=layout, dimensions=dimensions, step=progress.step
         )
 
     names = {EMBEDDING_NAME}.union(*(graph.weights.values() for graph in traced))
@@ -196,20 +232,20 @@ def export_bundle(
             opset=options.opset,
             dimensions=dimensions,
             schedule=schedule,
-            max_visual=max_visual,
+            visual_sizes=layout.visual_sizes,
+            image_sizes=_image_sizes(processing, options, layout),
             text_buckets=layout.text_buckets,
             max_new_tokens=options.max_new_tokens,
             max_position=max_positions(model.text_config),
+            position_axes=3 if model.mrope_sections else 1,
             text=text.spec,
             image_processing=processing.to_dict(),
-            encoder_keep=options.encoder_keep,
+            encoder_keep=processing.encoder_keep,
             token_embedding=stored[EMBEDDING_NAME],
             graphs=graphs,
             files=_file_entries(folder, known=written.sha256),
             model_bytes=_model_bytes(checkpoint, dtype),
-            cost=cost_of(
-                model, dimensions, schedule, processing=processing, max_visual=max_visual, dtype=dtype
-            ),
+            cost=cost_of(model, dimensions, schedule, vision_sizes=primary, dtype=dtype),
             tools={
                 name: version(name)
                 for name in ("trio-edge", "torch", "transformers", "onnx-ir", "onnxscript")
@@ -219,16 +255,39 @@ def export_bundle(
     return manifest
 
 
-def _max_visual(processing: ImageProcessing, options: ExportOptions) -> int:
-    """Return N: exact for a fixed camera, else the largest count that any picture gives."""
-    sizes, keep = options.image_sizes, options.encoder_keep
-    if keep is not None:
-        tiles = [num_tiles(width, height, processing) for width, height in sizes] or [max_tiles(processing)]
-        return keep * max(tiles)
-    return max(
-        (num_visual_tokens(width, height, processing) for width, height in sizes),
-        default=max_visual_tokens(processing),
-    )
+def _picture_sizes(
+    processing: PictureProcessing, options: ExportOptions
+) -> tuple[list[dict[str, int]], dict[str, int]]:
+    """Return the sizes of all pictures to make shapes for, and of the one that schedule and cost are made for."""
+    exact = [processing.sizes(width, height) for width, height in options.image_sizes]
+    any_picture = [] if options.only_image_sizes else list(processing.any_picture_sizes())
+    primary = max(exact or any_picture, key=lambda sizes: (sizes["N"], *sizes.values()))
+    return exact + any_picture, primary
+
+
+def _image_sizes(
+    processing: PictureProcessing, options: ExportOptions, layout: Layout
+) -> tuple[ImageSize, ...]:
+    result = []
+    for width, height in options.image_sizes:
+        num_visual = processing.sizes(width, height)["N"]
+        rows = next(size for size in layout.visual_sizes if size >= num_visual)
+        result.append(ImageSize(width=width, height=height, num_visual=num_visual, rows=rows))
+    return tuple(result)
+
+
+def _text_buckets(options: ExportOptions) -> tuple[int, ...]:
+    if not options.text_buckets:
+        return text_buckets(options.max_text)
+    return tuple(sorted({*options.text_buckets, options.max_text}))
+
+
+def _check_position_rule(schedule: Schedule, family: Family) -> None:
+    if schedule.positions not in family.positions:
+        raise ScheduleError(
+            f"positions: expected {' or '.join(family.positions)} for {family.model_type}, got {schedule.positions};"
+            " leave --positions away"
+        )
 
 
 def _dtype(checkpoint: Checkpoint, wanted: Literal["auto", "float16", "float32"]) -> FloatType:
@@ -282,6 +341,8 @@ def _write_graph(graph: TracedGraph, stored: dict[str, StoredTensor], folder: Pa
     small = {name: values for name, values in graph.constants.items() if name not in large}
     weight_bytes = attach_weights(graph.model, tensors, small, bundle=folder)
     save(graph.model, folder / graph.spec.file)
+    symbols = {symbol for profile in graph.spec.profiles for symbol in profile.sizes}
+    require_supported(graph.model, name=graph.spec.name, symbols=symbols)
     return msgspec.structs.replace(graph.spec, weight_bytes=weight_bytes)
 
 

@@ -65,6 +65,7 @@ DEFAULT_KEEP = "11.1%"
     "--dtype", type=click.Choice(["auto", "float16", "float32"]), help="Element type of the graphs."
 )
 @click.option("--opset", type=int, help="ONNX opset, 17..19.")
+@click.option("--target", metavar="DEVICE", help="Warn if the bundle cannot fit it: docs/targets.md has the names.")
 @click.option("--force", is_flag=True, default=None, help="Replace an existing bundle.")
 @click.option("--list", "list_models", is_flag=True, help="Print the known model names and exit.")
 @click.option("--quiet", is_flag=True, help="No progress display.")
@@ -191,8 +192,13 @@ def _progress(bars: Progress, console: Console) -> Any:
         if not console.is_terminal:
             console.print(text)
 
+    def warn(text: str) -> None:
+        visible = Console(stderr=True) if console.quiet else console
+        visible.print(f"trio-export: warning: {text}", soft_wrap=True, markup=False, highlight=False)
+
     return Callbacks(
         step=step,
+        warn=warn,
         expect_bytes=lambda count: bars.update(task, total=count, completed=0),
         wrote_bytes=lambda count: bars.advance(task, count),
     )

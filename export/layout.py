@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from trio_edge.runtime.manifest import Profile
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from trio_edge.runtime.manifest import FloatType
     from trio_edge.runtime.schedule import Schedule
 
@@ -23,12 +25,28 @@ def text_buckets(max_text: int) -> tuple[int, ...]:
     return (*sizes, max_text)
 
 
+def vision_profiles(
+    pictures: Sequence[Mapping[str, int]], *, schedule: Schedule
+) -> tuple[Mapping[str, int], ...]:
+    """Return the sizes that the vision graph runs at, cheapest decoder first.
+
+    Args:
+        pictures: For each kind of picture to come its sizes, N among them.
+        schedule: A selection needs at least as many rows as it keeps, so N is raised to the first stage's K.
+    """
+    least = schedule.stages[0].keep if schedule.stages else 1
+    raised = {tuple(sorted({**sizes, "N": max(sizes["N"], least)}.items())) for sizes in pictures}
+    return tuple(
+        sorted(map(dict, raised), key=lambda sizes: (sizes["N"], *(sizes[name] for name in sorted(sizes))))
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
     """What the shapes of all graphs follow from."""
 
-    max_visual: int
-    """N, rows of the visual span."""
+    vision_sizes: tuple[Mapping[str, int], ...]
+    """Sizes of the vision graph's profiles, N among them."""
     schedule: Schedule
     text_buckets: tuple[int, ...]
     max_new_tokens: int
@@ -36,37 +54,58 @@ class Layout:
     opset: int
 
     @property
-    def visual_rows(self) -> tuple[int, ...]:
-        """Rows of the visual span in each layer range: N, then K of every stage."""
-        return (self.max_visual, *(stage.keep for stage in self.schedule.stages))
+    def visual_sizes(self) -> tuple[int, ...]:
+        """Every N, ascending."""
+        return tuple(sorted({sizes["N"] for sizes in self.vision_sizes}))
+
+    def visual_rows(self, index: int) -> tuple[int, ...]:
+        """Return the rows that layer range ``index`` can have for the visual span: every N, or K of its stage."""
+        return self.visual_sizes if index == 0 else (self.schedule.stages[index - 1].keep,)
 
     def layer_ranges(self, num_layers: int) -> tuple[range, ...]:
         """Return the decoder layers of each range."""
         starts = [0, *(stage.layer for stage in self.schedule.stages), num_layers]
         return tuple(range(start, stop) for start, stop in zip(starts, starts[1:]))
 
+    def vision_profiles(self) -> tuple[Profile, ...]:
+        """Return the vision graph's profiles in the order in which a runtime tries them."""
+        return tuple(
+            Profile(
+                name="_".join(f"{name.lower()}{size}" for name, size in sizes.items()), sizes=dict(sizes)
+            )
+            for sizes in self.vision_sizes
+        )
+
     def range_profiles(self, index: int) -> tuple[Profile, ...]:
-        """Return the prefill profiles (one per text bucket) and the decode profile of layer range ``index``."""
-        rows = self.visual_rows[index]
+        """Return the prefill profiles (per visual size and text bucket) and the decode profile of a layer range."""
         prefill = [
-            Profile(name=f"prefill_{bucket}", sizes={"S": rows + bucket, "C": 0})
-            for bucket in self.text_buckets
+            Profile(name=name, sizes={"S": rows + bucket, "C": 0})
+            for name, rows, bucket in self._prefills(index)
         ]
-        capacity = rows + self.text_buckets[-1] + self.max_new_tokens
+        capacity = max(self.visual_rows(index)) + self.text_buckets[-1] + self.max_new_tokens
         return (*prefill, Profile(name="decode", sizes={"S": 1, "C": capacity}))
 
     def select_profiles(self, stage: int) -> tuple[Profile, ...]:
-        """Return the profiles of the select graph of ``stage``, one per text bucket."""
-        entering, leaving = self.visual_rows[stage], self.visual_rows[stage + 1]
+        """Return the profiles of the select graph of ``stage``."""
+        keep = self.schedule.stages[stage].keep
         return tuple(
-            Profile(name=f"prefill_{bucket}", sizes={"S": entering + bucket, "R": leaving + bucket})
-            for bucket in self.text_buckets
+            Profile(name=name, sizes={"N": rows, "S": rows + bucket, "R": keep + bucket})
+            for name, rows, bucket in self._prefills(stage)
         )
 
     def head_profiles(self) -> tuple[Profile, ...]:
         """Return the profiles of the head, which reads the last range's output."""
-        rows = self.visual_rows[-1]
         prefill = [
-            Profile(name=f"prefill_{bucket}", sizes={"S": rows + bucket}) for bucket in self.text_buckets
+            Profile(name=name, sizes={"S": rows + bucket})
+            for name, rows, bucket in self._prefills(len(self.schedule.stages))
         ]
         return (*prefill, Profile(name="decode", sizes={"S": 1}))
+
+    def _prefills(self, index: int) -> list[tuple[str, int, int]]:
+        """Return name, visual rows and text bucket of every prefill of layer range ``index``."""
+        sizes = self.visual_rows(index)
+        return [
+            (f"prefill_{bucket}" if len(sizes) == 1 else f"prefill_{rows}+{bucket}", rows, bucket)
+            for rows in sizes
+            for bucket in self.text_buckets
+        ]

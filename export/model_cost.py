@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trio_edge.runtime.image_processing import max_tiles
 from trio_edge.runtime.manifest import Cost, Dimensions
-from trio_edge.trio.cost import ModelShape, VisionShape, reduction_cost
+from trio_edge.trio.cost import ModelShape, reduction_cost
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from trio_edge.export.families.base import FamilyModel
-    from trio_edge.runtime.image_processing import ImageProcessing
     from trio_edge.runtime.manifest import FloatType
     from trio_edge.runtime.schedule import Schedule
 
@@ -23,12 +23,11 @@ def cost_of(
     dimensions: Dimensions,
     schedule: Schedule,
     *,
-    processing: ImageProcessing,
-    max_visual: int,
+    vision_sizes: Mapping[str, int],
     dtype: FloatType,
 ) -> Cost:
-    """Return the cost of a prefill with ``max_visual`` visual tokens and ``COST_TEXT_TOKENS`` text tokens."""
-    vision = model.vision_config
+    """Return the cost of a prefill with a picture of ``vision_sizes`` and ``COST_TEXT_TOKENS`` text tokens."""
+    num_visual = vision_sizes["N"]
     shape = ModelShape(
         num_layers=dimensions.num_layers,
         hidden_size=dimensions.hidden_size,
@@ -38,18 +37,12 @@ def cost_of(
         intermediate_size=dimensions.intermediate_size,
         vocab_size=dimensions.vocab_size,
         bytes_per_element=2 if dtype == "float16" else 4,
-        vision=VisionShape(
-            num_layers=model.num_vision_layers,
-            hidden_size=vision.hidden_size,
-            intermediate_size=vision.intermediate_size,
-            patches_per_tile=processing.patches_per_tile + 1,
-            num_tiles=max_tiles(processing),
-        ),
+        vision=model.vision_shape(vision_sizes),
     )
-    cost = reduction_cost(shape, schedule, num_visual=max_visual, num_text=COST_TEXT_TOKENS)
+    cost = reduction_cost(shape, schedule, num_visual=num_visual, num_text=COST_TEXT_TOKENS)
     vision_part = round(cost.vision_flops)
     return Cost(
-        num_visual=max_visual,
+        num_visual=num_visual,
         num_text=COST_TEXT_TOKENS,
         full_flops={"vision": vision_part, "decoder": round(cost.full_flops) - vision_part},
         reduced_flops={

@@ -44,8 +44,10 @@ def example_input(spec: TensorSpec, *, trace_sizes: Mapping[str, int]) -> torch.
 
 
 def dynamic_axes(spec: TensorSpec, *, dims: Mapping[str, Any]) -> dict[int, Any]:
-    """Return torch.export's description of the axes of ``spec`` that are symbols."""
-    return {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+    """Return torch.export's description of the axes of ``spec`` whose symbols are in ``dims``; others are fixed."""
+    return {
+        axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str) and size in dims
+    }
 
 
 def trace(

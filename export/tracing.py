@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -16,7 +15,7 @@ from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
 from trio_edge.export.onnx_graph import dynamic_axes, example_input, trace
 from trio_edge.export.weights import read_tensor
-from trio_edge.runtime.manifest import GraphSpec, Profile, TensorSpec
+from trio_edge.runtime.manifest import GraphSpec, TensorSpec
 from trio_edge.trio.nms import FeatureNms
 from trio_edge.trio.saliency import ProxySaliency, key_value_gram
 
@@ -29,10 +28,11 @@ if TYPE_CHECKING:
 
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.layout import Layout
-    from trio_edge.runtime.image_processing import ImageProcessing
     from trio_edge.runtime.manifest import Dimensions, Role
 
 _MIN_TRACE_ROWS = 37  # any number that no other axis has
+_MORE_VISUAL = 3
+_VISION_TRACE_SIZES = {"B": 3, "N": 53, "P": 148, "W": 7}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,12 @@ class _Tracer:
         return RotaryTables(
             torch.empty(len(self.model.inv_freq), dtype=torch.float32),
             attention_scaling=self.model.attention_scaling,
+            mrope_sections=self.model.mrope_sections,
         )
+
+    @property
+    def position_axes(self) -> int:
+        return 3 if self.model.mrope_sections else 1
 
     def graph(
         self,
@@ -99,8 +104,6 @@ def trace_graphs(
     *,
     layout: Layout,
     dimensions: Dimensions,
-    processing: ImageProcessing,
-    encoder_keep: int | None,
     step: Callable[[str], None],
 ) -> list[TracedGraph]:
     """Return all graphs of the bundle in the order in which a prefill runs them; called under FakeTensorMode.
@@ -110,13 +113,11 @@ def trace_graphs(
         checkpoint: Read only where a constant must be computed from weights (grouped-query saliency).
         layout: Shapes.
         dimensions: Sizes of the decoder.
-        processing: For the vision graph's tiles.
-        encoder_keep: Patches per tile that the vision graph keeps, or None for all.
         step: Called with what is traced next.
     """
     tracer = _Tracer(model, checkpoint, layout=layout, dimensions=dimensions)
     step("tracing vision")
-    graphs = [_vision(tracer, processing, encoder_keep)]
+    graphs = [_vision(tracer)]
     ranges = layout.layer_ranges(dimensions.num_layers)
     for index, layers in enumerate(ranges):
         if index > 0:
@@ -137,49 +138,36 @@ def _range_role(index: int, num_ranges: int) -> Role:
     return "suffix" if index == num_ranges - 1 else "segment"
 
 
-def _vision(tracer: _Tracer, processing: ImageProcessing, encoder_keep: int | None) -> TracedGraph:
-    layout, hidden = tracer.layout, tracer.dimensions.hidden_size
-    side = processing.tile_size
-    inputs = (
-        TensorSpec(name="pixel_values", dtype="float32", shape=("B", 3, side, side)),
-        TensorSpec(name="token_index", dtype="int32", shape=(layout.max_visual,)),
-    )
-    outputs = [TensorSpec(name="visual_tokens", dtype=layout.dtype, shape=(layout.max_visual, hidden))]
-    if encoder_keep is not None:
-        outputs.append(TensorSpec(name="kept_patches", dtype="int32", shape=("B", encoder_keep)))
-    counts = _tile_counts(processing)
+def _vision(tracer: _Tracer) -> TracedGraph:
+    vision = tracer.model.vision
     spec = GraphSpec(
         name="vision",
         role="vision",
         file="vision.onnx",
-        inputs=inputs,
-        outputs=tuple(outputs),
+        inputs=vision.inputs,
+        outputs=vision.outputs,
         weight_bytes=0,
-        profiles=tuple(Profile(name=f"tiles_{count}", sizes={"B": count}) for count in counts),
+        profiles=tracer.layout.vision_profiles(),
     )
-    if len(counts) == 1:  # a fixed number of tiles: no dynamic axis to trace
-        fixed = {"B": counts[0]}
-        args = tuple(example_input(tensor, trace_sizes=fixed) for tensor in inputs)
-        dynamic: tuple[Any, ...] = ({}, {})
-    else:
-        dims = {"B": torch.export.Dim("B", min=1, max=4096)}
-        args = tuple(example_input(tensor, trace_sizes={}) for tensor in inputs)
-        dynamic = tuple(dynamic_axes(tensor, dims=dims) for tensor in inputs)
-    patches = (side // tracer.model.vision_config.patch_size) ** 2
-    constants = {
-        name: np.arange(patches + 1, dtype=np.int64)[None]
-        for name, _ in tracer.model.vision.named_buffers()
-        if name.endswith("position_ids")
-    }
-    return tracer.graph(tracer.model.vision, spec, args=args, dynamic_shapes=dynamic, constants=constants)
+    sizes, dims = _trace_sizes(spec, several=_VISION_TRACE_SIZES)
+    return tracer.graph(
+        vision.module,
+        spec,
+        args=tuple(example_input(tensor, trace_sizes=sizes) for tensor in spec.inputs),
+        dynamic_shapes=tuple(dynamic_axes(tensor, dims=dims) for tensor in spec.inputs),
+        constants=vision.constants,
+    )
 
 
-def _tile_counts(processing: ImageProcessing) -> list[int]:
-    """Return every number of tiles that a picture can have."""
-    side = processing.tile_size
-    return sorted(
-        {1 + (height // side) * (width // side) for height, width in processing.grid_pinpoints} or {1}
-    )
+def _trace_sizes(spec: GraphSpec, *, several: Mapping[str, int]) -> tuple[dict[str, int], dict[str, Any]]:
+    """Return the sizes to trace at, and torch.export's dynamic dimension of the axes that have several sizes.
+
+    An axis that has one size in all profiles is traced as that number: TensorRT plans better with constants.
+    """
+    values = {name: {profile.sizes[name] for profile in spec.profiles} for name in spec.profiles[0].sizes}
+    sizes = {name: several[name] if len(found) > 1 else min(found) for name, found in values.items()}
+    dims = {name: torch.export.Dim.DYNAMIC for name, found in values.items() if len(found) > 1}
+    return sizes, dims
 
 
 def _range(tracer: _Tracer, index: int, layers: range, *, name: str, role: Role) -> TracedGraph:
@@ -190,7 +178,7 @@ def _range(tracer: _Tracer, index: int, layers: range, *, name: str, role: Role)
         name="inputs_embeds" if index == 0 else "hidden_states", dtype=dtype, shape=(1, "S", dims.hidden_size)
     )
     scalars = (
-        TensorSpec(name="position_ids", dtype="int32", shape=(1, "S")),
+        TensorSpec(name="position_ids", dtype="int32", shape=(tracer.position_axes, "S")),
         TensorSpec(name="past_length", dtype="int32", shape=(1,)),
     )
     past = tuple(
@@ -236,12 +224,12 @@ def _select(tracer: _Tracer, stage: int) -> TracedGraph:
     layout, dims = tracer.layout, tracer.dimensions
     schedule = layout.schedule
     layer_index, num_keep = schedule.stages[stage].layer, schedule.stages[stage].keep
-    num_visual = layout.visual_rows[stage]
+    rows = layout.visual_rows(stage)
     saliency = ProxySaliency(
         tracer.model.layers[layer_index],
         tracer.model.final_norm,
         tracer.model.lm_head,
-        max_visual=num_visual,
+        max_visual=max(rows),
         num_probe_rows=schedule.num_probe_rows,
         last_probe_offset=schedule.last_probe_offset,
     )
@@ -249,22 +237,19 @@ def _select(tracer: _Tracer, stage: int) -> TracedGraph:
         saliency,
         FeatureNms(num_keep=num_keep, threshold=schedule.nms_threshold, rounds=schedule.nms_rounds),
         tracer.rotary(),
-        max_visual=num_visual,
         preserve_positions=schedule.positions == "preserved",
     )
     inputs = (
         TensorSpec(name="hidden_states", dtype=layout.dtype, shape=(1, "S", dims.hidden_size)),
-        TensorSpec(name="position_ids", dtype="int32", shape=(1, "S")),
-        *(
-            TensorSpec(name=name, dtype="int32", shape=(1,))
-            for name in ("visual_start", "num_visual", "length")
-        ),
+        TensorSpec(name="position_ids", dtype="int32", shape=(tracer.position_axes, "S")),
+        TensorSpec(name="visual_rows", dtype="int32", shape=("N",)),
+        *(TensorSpec(name=name, dtype="int32", shape=(1,)) for name in ("num_visual", "length")),
     )
     outputs = (
         TensorSpec(name="kept_hidden_states", dtype=layout.dtype, shape=(1, "R", dims.hidden_size)),
-        TensorSpec(name="kept_position_ids", dtype="int32", shape=(1, "R")),
+        TensorSpec(name="kept_position_ids", dtype="int32", shape=(tracer.position_axes, "R")),
         TensorSpec(name="kept_indices", dtype="int32", shape=(num_keep,)),
-        TensorSpec(name="scores", dtype="float32", shape=(num_visual,)),
+        TensorSpec(name="scores", dtype="float32", shape=("N",)),
         TensorSpec(name="unsettled", dtype="int32", shape=(1,)),
     )
     spec = GraphSpec(
@@ -280,8 +265,8 @@ def _select(tracer: _Tracer, stage: int) -> TracedGraph:
     constants: dict[str, NDArray[Any]] = {"rotary.inv_freq": tracer.model.inv_freq}
     if any(name == "key_value_gram" for name, _ in saliency.named_buffers()):
         constants["saliency.key_value_gram"] = _gram(tracer.checkpoint, layer_index)
-    symbols = {"S": torch.export.Dim.DYNAMIC}
-    sizes = {"S": num_visual + _MIN_TRACE_ROWS}
+    several = {"N": max(rows) + _MORE_VISUAL, "S": max(rows) + _MORE_VISUAL + _MIN_TRACE_ROWS, "R": 0}
+    sizes, symbols = _trace_sizes(spec, several=several)
     return tracer.graph(
         module,
         spec,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.backend import Session
     from trio_edge.runtime.manifest import GraphSpec, Manifest
+    from trio_edge.runtime.positions import PromptPositions
 
 
 Choose: TypeAlias = "Callable[[int, NDArray[np.int32], int], NDArray[np.int32]]"
@@ -44,10 +45,11 @@ class PrefillResult:
 
 
 class _Span(NamedTuple):
-    """Where a sequence's visual tokens lie, and where it ends."""
+    """Where a sequence's visual tokens lie, how many rows are reserved for them, and where it ends."""
 
     start: int
     num_visual: int
+    rows: int
     length: int
 
 
@@ -71,7 +73,7 @@ class Decoder:
             KVCache(spec, manifest.dimensions, capacity=capacity, dtype=manifest.dtype)
             for spec, capacity in zip(self._ranges, manifest.kv_capacities)
         ]
-        self._length = 0
+        self._next_position = 0
         self.graph_ms: dict[str, float] = {}
         """Milliseconds spent in each graph since the last prefill began."""
 
@@ -89,6 +91,8 @@ class Decoder:
         self,
         inputs_embeds: NDArray[Any],
         *,
+        positions: PromptPositions,
+        visual_rows: int,
         visual_start: int,
         num_visual: int,
         length: int,
@@ -98,6 +102,8 @@ class Decoder:
 
         Args:
             inputs_embeds: [1, S, D], right-padded: N visual rows reserved plus a text bucket.
+            positions: Of its S rows.
+            visual_rows: N, one of the manifest's visual sizes.
             visual_start: First row of the visual span.
             num_visual: Real visual tokens, at most N; the text after them follows at once.
             length: Real rows.
@@ -109,24 +115,23 @@ class Decoder:
         self.graph_ms = {}
         for cache in self.caches:
             cache.clear()
-        self._length = length
-        hidden = inputs_embeds
-        positions = np.arange(hidden.shape[1], dtype=np.int32)[None]
+        self._next_position = positions.next
+        hidden, ids = inputs_embeds, positions.ids
         result = PrefillResult(logits=np.empty(0, np.float32), kept=[])
         original = np.arange(num_visual, dtype=np.int32)
         for index, spec in enumerate(self._ranges):
             if index:
-                span = _Span(visual_start, num_visual, length)
+                span = _Span(visual_start, num_visual, visual_rows, length)
                 if choose is None:
-                    hidden, positions, kept = self._select(index - 1, hidden, positions, span, result)
+                    hidden, ids, kept = self._select(index - 1, hidden, ids, span, result)
                 else:
                     kept = choose(index - 1, original, min(self._keep(index - 1), num_visual))
-                    hidden, positions = self._gather(index - 1, hidden, positions, kept, span)
+                    hidden, ids = self._gather(index - 1, hidden, ids, kept, span)
                 original = original[kept]
                 result.kept.append(original)
                 length -= num_visual - len(kept)
-                num_visual = len(kept)
-            hidden = self._run_range(spec, self.caches[index], hidden, positions, num_rows=length)
+                num_visual, visual_rows = len(kept), self._keep(index - 1)
+            hidden = self._run_range(spec, self.caches[index], hidden, ids, num_rows=length)
         result.logits = self._logits(hidden, last_row=length - 1)
         return result
 
@@ -145,11 +150,12 @@ class Decoder:
                 " export with a larger --max-new-tokens"
             )
         hidden = embedding
-        compact = self._manifest.schedule.positions == "compact"
+        compact, axes = self._manifest.schedule.positions == "compact", self._manifest.position_axes
         for spec, cache in zip(self._ranges, self.caches):
-            position = cache.length if compact else self._length
-            hidden = self._run_range(spec, cache, hidden, np.array([[position]], np.int32), num_rows=1)
-        self._length += 1
+            position = cache.length if compact else self._next_position
+            ids = np.full((axes, 1), position, np.int32)
+            hidden = self._run_range(spec, cache, hidden, ids, num_rows=1)
+        self._next_position += 1
         return self._logits(hidden, last_row=0)
 
     def close(self) -> None:
@@ -199,7 +205,7 @@ class Decoder:
             {
                 "hidden_states": hidden,
                 "position_ids": positions,
-                "visual_start": np.array([span.start], np.int32),
+                "visual_rows": np.arange(span.start, span.start + span.rows, dtype=np.int32),
                 "num_visual": np.array([span.num_visual], np.int32),
                 "length": np.array([span.length], np.int32),
             },
@@ -230,17 +236,18 @@ class Decoder:
         kept: NDArray[np.int32],
         span: _Span,
     ) -> tuple[NDArray[Any], NDArray[np.int32]]:
-        """Do on the host what the select graph's gather does: rows [1, R, D] and position ids [1, R]."""
-        entering, leaving = self._manifest.visual_rows[stage : stage + 2]
-        num_rows = hidden.shape[1] - entering + leaving
+        """Do on the host what the select graph's gather does: rows [1, R, D] and position ids [A, R]."""
+        num_rows = hidden.shape[1] - span.rows + self._keep(stage)
         rows = np.concatenate(
             [np.arange(span.start), span.start + kept, np.arange(span.start + span.num_visual, span.length)]
         )
         kept_hidden = np.zeros((1, num_rows, hidden.shape[2]), dtype=hidden.dtype)
         kept_hidden[0, : len(rows)] = hidden[0, rows]
-        kept_positions = np.arange(num_rows, dtype=np.int32)[None]
+        kept_positions = np.broadcast_to(
+            np.arange(num_rows, dtype=np.int32), (len(positions), num_rows)
+        ).copy()
         if self._manifest.schedule.positions == "preserved":
-            kept_positions[0, : len(rows)] = positions[0, rows]
+            kept_positions[:, : len(rows)] = positions[:, rows]
         return kept_hidden, kept_positions
 
     def _logits(self, hidden: NDArray[Any], *, last_row: int) -> NDArray[np.float32]:

@@ -1,7 +1,8 @@
 """The manifest (``trio.json``): the only description of a bundle. Export writes it once, everything else reads it.
 
-Symbols in shapes: B picture tiles, N visual tokens (padded), S sequence rows of a graph (padded), C rows of its
-past KV cache, R rows of the sequence after a selection (padded). All other axes are numbers.
+Symbols in shapes: N visual tokens (padded), S sequence rows of a graph (padded), C rows of its past KV cache, R rows
+of the sequence after a selection (padded); of a vision graph also B picture tiles, or P patches and W windows. All
+other axes are numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import msgspec
 from trio_edge.runtime.errors import ManifestError
 from trio_edge.runtime.schedule import Schedule
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "trio.json"
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8}
 
@@ -40,7 +41,7 @@ class Profile(_Spec, frozen=True):
     """One set of fixed sizes that a graph runs at."""
 
     name: str
-    """"prefill_64" (64 is the text bucket), "decode", "tiles_5"."""
+    """"prefill_2928+64" (visual rows and text bucket), "prefill_64" where only one visual size is left, "decode"."""
     sizes: dict[str, int]
     """Value of each symbol in the graph's shapes."""
 
@@ -118,6 +119,18 @@ class TextSpec(_Spec, frozen=True):
     stop_token_ids: tuple[int, ...]
 
 
+class ImageSize(_Spec, frozen=True):
+    """A picture size that the bundle has exact shapes for."""
+
+    width: int
+    height: int
+    """In pixels."""
+    num_visual: int
+    """Visual tokens that such a picture gives."""
+    rows: int
+    """N that it runs at; more than ``num_visual`` only where a stage keeps more than the picture has."""
+
+
 class Cost(_Spec, frozen=True):
     """FLOPs and KV bytes of one answer's prefill, counted by ``trio_edge.trio.cost``, at ``num_text`` text tokens."""
 
@@ -143,17 +156,21 @@ class Manifest(_Spec, frozen=True):
     opset: int
     dimensions: Dimensions
     schedule: Schedule
-    max_visual: int
-    """N, rows of the visual span in every prefill."""
+    visual_sizes: tuple[int, ...]
+    """Every N, rows of the visual span in a prefill, ascending; pictures are padded to one of them."""
+    image_sizes: tuple[ImageSize, ...]
+    """Picture sizes that were exported for; empty if any picture is as good as another."""
     text_buckets: tuple[int, ...]
     """Text tokens (before and after the picture together) are padded to one of these, ascending."""
     max_new_tokens: int
     max_position: int
     """Positions the model was made for."""
+    position_axes: Literal[1, 3]
+    """A, rows of position ids: 1, or 3 for M-RoPE (time, row, column)."""
     text: TextSpec
     image_processing: dict[str, Any]
     encoder_keep: int | None
-    """Patches per tile that the vision graph keeps, or None for all."""
+    """Patches per tile, or visual tokens of the picture, that the vision graph keeps; None for all."""
     token_embedding: StoredTensor
     graphs: tuple[GraphSpec, ...]
     """In the order in which a prefill runs them."""
@@ -174,6 +191,10 @@ class Manifest(_Spec, frozen=True):
         if not self.text_buckets or list(self.text_buckets) != sorted(set(self.text_buckets)):
             raise ManifestError(
                 f"text_buckets: expected ascending sizes, got {self.text_buckets}; export again"
+            )
+        if not self.visual_sizes or list(self.visual_sizes) != sorted(set(self.visual_sizes)):
+            raise ManifestError(
+                f"visual_sizes: expected ascending sizes, got {self.visual_sizes}; export again"
             )
         known = {entry.path for entry in self.files}
         used = {graph.file for graph in self.graphs} | {
@@ -225,8 +246,13 @@ class Manifest(_Spec, frozen=True):
         return tuple(graph for graph in self.graphs if graph.role == "select")
 
     @property
+    def max_visual(self) -> int:
+        """Largest N."""
+        return self.visual_sizes[-1]
+
+    @property
     def visual_rows(self) -> tuple[int, ...]:
-        """Rows of the visual span in each layer range: N, then K of every stage."""
+        """Rows of the visual span in each layer range: the largest N, then K of every stage."""
         return (self.max_visual, *(stage.keep for stage in self.schedule.stages))
 
     @property

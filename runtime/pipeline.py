@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
@@ -21,9 +21,10 @@ from trio_edge.runtime.chat import build_messages, render_chat
 from trio_edge.runtime.decoder import Choose, Decoder
 from trio_edge.runtime.errors import ShapeError
 from trio_edge.runtime.image import open_picture
-from trio_edge.runtime.image_processing import ImageProcessing, PreparedPicture, prepare, token_boxes
+from trio_edge.runtime.positions import PromptPositions, mrope_positions, plain_positions
 from trio_edge.runtime.sampling import make_sampler
 from trio_edge.runtime.text import DetokenizeStream, PromptIds, Tokenizer
+from trio_edge.runtime.vision_inputs import KEPT_NAME, picture_processing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +72,31 @@ class Statistics:
         )
 
 
+class _Prepared(NamedTuple):
+    """A picture as the vision graph takes it."""
+
+    inputs: dict[str, NDArray[Any]]
+    width: int
+    height: int
+    num_visual: int
+    visual_rows: int
+    """N of the profile."""
+
+
+class _Seen(NamedTuple):
+    """What the decoder and the user are told of the picture."""
+
+    tokens: NDArray[Any]
+    """[num_visual, D]."""
+    rows: int
+    """N, rows reserved for them."""
+    boxes: NDArray[np.float32]
+    """[num_visual, 4]."""
+    positions: NDArray[np.int32]
+    """[3, num_visual] with M-RoPE, else [3, 0]."""
+    position_span: int
+
+
 @final
 class Generation:
     """One answer: iterate to stream its pieces; ``text`` is all of it. Runs once, lazily."""
@@ -112,7 +138,7 @@ class Pipeline:
         manifest = bundle.manifest
         self.manifest: Manifest = manifest
         self.backend_name = backend.name
-        self.processing = ImageProcessing.from_dict(manifest.image_processing)
+        self.pictures = picture_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
         self._tokenizer = Tokenizer.from_file(bundle.path(manifest.text.tokenizer))
         self._template = bundle.read_text(manifest.text.chat_template)
         self._embedding = bundle.map_tensor(manifest.token_embedding)
@@ -186,8 +212,8 @@ class Pipeline:
             )
         picture = None if image is None else open_picture(image)
         ids = self._encode(prompt, has_image=picture is not None, history=history, system=system)
-        prepared = None if picture is None else prepare(picture, self.processing)
-        self._check_sizes(ids, prepared)
+        self._check_text(ids)
+        prepared = None if picture is None else self._prepare(picture)
 
         prepare_ms = 1e3 * (time.perf_counter() - start)
 
@@ -232,8 +258,8 @@ class Pipeline:
             bos_token=text.bos_token,
         )
 
-    def _check_sizes(self, ids: PromptIds, prepared: PreparedPicture | None) -> None:
-        num_text, largest = len(ids.before) + len(ids.after), self.manifest.text_buckets[-1]
+    def _check_text(self, ids: PromptIds) -> None:
+        num_text, largest = ids.num_tokens, self.manifest.text_buckets[-1]
         if num_text > largest:
             raise ShapeError(
                 f"prompt: expected at most {largest} text tokens (the largest bucket), got {num_text};"
@@ -241,84 +267,103 @@ class Pipeline:
             )
         if num_text == 0:
             raise ShapeError("prompt: expected at least one token, got none; write a question")
-        if prepared is not None and len(self._token_index(prepared)) > self.manifest.max_visual:
-            raise ShapeError(
-                f"picture: expected at most {self.manifest.max_visual} visual tokens,"
-                f" got {len(self._token_index(prepared))}; export without --image-size, or for this size"
-            )
 
-    def _token_index(self, prepared: PreparedPicture) -> NDArray[np.int32]:
-        """Return the vision graph's row of each visual token; an encoder that reduces has only rows that it kept."""
-        if self.manifest.encoder_keep is None:
-            return prepared.token_index
-        return np.arange(prepared.num_tiles * self.manifest.encoder_keep, dtype=np.int32)
+    def _prepare(self, picture: Image.Image) -> _Prepared:
+        """Return the vision graph's inputs, padded to its first profile that has room for the picture."""
+        width, height = picture.size
+        needed = self.pictures.sizes(width, height)
+        for profile in self.manifest.graph("vision").profiles:
+            if all(profile.sizes[name] >= size for name, size in needed.items()):
+                inputs = self.pictures.prepare(picture, profile.sizes)
+                return _Prepared(
+                    inputs=inputs,
+                    width=width,
+                    height=height,
+                    num_visual=needed["N"],
+                    visual_rows=profile.sizes["N"],
+                )
+        raise ShapeError(
+            f"picture: expected at most {self.manifest.max_visual} visual tokens in the exported shapes, got"
+            f" {needed['N']} for {width}x{height} pixels; export for this size, or without --only-image-sizes"
+        )
 
-    def _boxes(
-        self, prepared: PreparedPicture, kept_patches: NDArray[np.int32] | None
-    ) -> NDArray[np.float32]:
-        """Return the box [N, 4] of each visual token on the picture in pixels; NaN where it shows nothing of it."""
-        boxes = token_boxes(prepared.width, prepared.height, self.processing)
-        if kept_patches is None:
-            return boxes
-        num_patches = self.processing.patches_per_tile
-        box_of_patch = np.full((prepared.num_tiles * num_patches + 1, 4), np.nan, np.float32)
-        box_of_patch[prepared.token_index] = boxes
-        tile_start = np.arange(prepared.num_tiles)[:, None] * num_patches
-        kept: NDArray[np.float32] = box_of_patch[(tile_start + kept_patches[: prepared.num_tiles]).ravel()]
-        return kept
+    def _see(self, prepared: _Prepared) -> _Seen:
+        """Run the vision graph."""
+        outputs = self._vision.run(prepared.inputs)
+        size, kept = (prepared.width, prepared.height), outputs.get(KEPT_NAME)
+        mrope = self.manifest.position_axes == 3
+        return _Seen(
+            tokens=outputs["visual_tokens"][: prepared.num_visual],
+            rows=prepared.visual_rows,
+            boxes=self.pictures.boxes(*size, kept),
+            positions=self.pictures.positions(*size, kept) if mrope else np.empty((3, 0), np.int32),
+            position_span=self.pictures.position_span(*size) if mrope else 0,
+        )
 
-    def _see(self, prepared: PreparedPicture) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        """Return the picture's visual tokens [N, D] without padding, and their boxes on it."""
-        used = self._token_index(prepared)
-        index = np.zeros(self.manifest.max_visual, dtype=np.int32)
-        index[: len(used)] = used
-        outputs = self._vision.run({"pixel_values": prepared.pixel_values, "token_index": index})
-        return outputs["visual_tokens"][: len(used)], self._boxes(prepared, outputs.get("kept_patches"))
+    def _nothing_seen(self) -> _Seen:
+        """Return what a prompt without a picture has."""
+        return _Seen(
+            tokens=np.empty((0, self.manifest.dimensions.hidden_size), self.manifest.dtype),
+            rows=self.manifest.visual_sizes[0],
+            boxes=np.empty((0, 4), np.float32),
+            positions=np.empty((3, 0), np.int32),
+            position_span=0,
+        )
 
-    def _embed_prompt(self, ids: PromptIds, visual_tokens: NDArray[Any]) -> NDArray[Any]:
+    def _embed_prompt(self, ids: PromptIds, seen: _Seen) -> NDArray[Any]:
         """Return inputs_embeds [1, S, D]: text, visual tokens, text, and padding up to the text bucket."""
-        manifest = self.manifest
-        num_text = len(ids.before) + len(ids.after)
-        bucket = next(size for size in manifest.text_buckets if size >= num_text)
+        bucket = next(size for size in self.manifest.text_buckets if size >= ids.num_tokens)
         embeds = np.zeros(
-            (1, manifest.max_visual + bucket, manifest.dimensions.hidden_size), dtype=manifest.dtype
+            (1, seen.rows + bucket, self.manifest.dimensions.hidden_size), dtype=self.manifest.dtype
         )
         row = len(ids.before)
         embeds[0, :row] = self._embedding[ids.before]
-        embeds[0, row : row + len(visual_tokens)] = visual_tokens
-        row += len(visual_tokens)
+        embeds[0, row : row + len(seen.tokens)] = seen.tokens
+        row += len(seen.tokens)
         embeds[0, row : row + len(ids.after)] = self._embedding[ids.after]
         return embeds
+
+    def _positions(self, ids: PromptIds, seen: _Seen, *, num_rows: int) -> PromptPositions:
+        if self.manifest.position_axes == 1:
+            return plain_positions(num_rows=num_rows, length=len(seen.tokens) + ids.num_tokens)
+        return mrope_positions(
+            seen.positions,
+            picture_span=seen.position_span,
+            num_before=len(ids.before),
+            num_after=len(ids.after),
+            num_rows=num_rows,
+        )
 
     def _steps(
         self,
         generation: Generation,
         ids: PromptIds,
-        prepared: PreparedPicture | None,
+        prepared: _Prepared | None,
         *,
         limit: int,
         sample: Callable[[NDArray[np.float32]], int],
         choose: Choose | None,
     ) -> Iterator[str]:
         self._running, statistics = generation, generation.statistics
-        num_text = len(ids.before) + len(ids.after)
         start = time.perf_counter()
-        visual_tokens: NDArray[Any] = np.empty((0, self.manifest.dimensions.hidden_size), self.manifest.dtype)
-        if prepared is not None:
-            visual_tokens, generation.boxes = self._see(prepared)
-        num_visual, vision_ms = len(visual_tokens), 1e3 * (time.perf_counter() - start)
+        seen = self._nothing_seen() if prepared is None else self._see(prepared)
+        generation.boxes = seen.boxes
+        num_visual, vision_ms = len(seen.tokens), 1e3 * (time.perf_counter() - start)
         prefill_start = time.perf_counter()
+        embeds = self._embed_prompt(ids, seen)
         result = self._decoder.prefill(
-            self._embed_prompt(ids, visual_tokens),
+            embeds,
+            positions=self._positions(ids, seen, num_rows=embeds.shape[1]),
+            visual_rows=seen.rows,
             visual_start=len(ids.before),
             num_visual=num_visual,
-            length=num_visual + num_text,
+            length=num_visual + ids.num_tokens,
             choose=choose,
         )
         token = sample(result.logits)
         now = time.perf_counter()
         generation.first_logits, generation.kept = result.logits, result.kept
-        statistics.visual_tokens, statistics.text_tokens = num_visual, num_text
+        statistics.visual_tokens, statistics.text_tokens = num_visual, ids.num_tokens
         statistics.kept_tokens = tuple(len(kept) for kept in result.kept)
         statistics.average_keep = self.manifest.schedule.average_keep(
             num_layers=self.manifest.dimensions.num_layers, num_visual=num_visual

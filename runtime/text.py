@@ -30,6 +30,11 @@ class PromptIds:
     after: NDArray[np.int32]
     has_image: bool
 
+    @property
+    def num_tokens(self) -> int:
+        """Text tokens, without the image's."""
+        return len(self.before) + len(self.after)
+
 
 class Tokenizer:
     """A bundle's ``tokenizer.json``."""

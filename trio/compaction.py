@@ -20,7 +20,7 @@ def compact_rows(
     length: Int[Tensor, "*one"],
     *,
     padded_length: int | torch.SymInt,
-    max_visual: int,
+    max_visual: int | torch.SymInt,
 ) -> tuple[Int[Tensor, "rows"], Int[Tensor, "1"]]:
     """Return the row of the old sequence that each row of the reduced one is, and the reduced real length.
 
@@ -34,7 +34,7 @@ def compact_rows(
         num_visual: Real visual tokens, 0-d or [1], at most ``max_visual``.
         length: Real rows of the old sequence, 0-d or [1].
         padded_length: S, rows of the old sequence with padding; may be symbolic under export.
-        max_visual: N, visual rows that the old sequence has room for.
+        max_visual: N, visual rows that the old sequence has room for; may be symbolic too.
 
     Returns:
         Rows in [0, S), int64 of S - N + K entries (those of padding point at any row in range), and the new

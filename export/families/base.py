@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     import numpy as np
     from numpy.typing import NDArray
     from torch import nn
 
     from trio_edge.export.checkpoint import Checkpoint
-    from trio_edge.runtime.image_processing import ImageProcessing
+    from trio_edge.runtime.manifest import TensorSpec
+    from trio_edge.runtime.schedule import Positions
+    from trio_edge.runtime.vision_inputs import PictureProcessing
+    from trio_edge.trio.cost import VisionShape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionGraph:
+    """The ``vision`` graph of a family: a module and its I/O tensors."""
+
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    """``token_index`` [N] among them, and what ``PictureProcessing.prepare`` fills."""
+    outputs: tuple[TensorSpec, ...]
+    """``visual_tokens`` [N, D] first; with encoder reduction what it kept second."""
+    constants: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Buffers that have no values under FakeTensorMode."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,8 +38,9 @@ class FamilyModel:
 
     root: nn.Module
     """The Hugging Face model; its parameter names, made canonical, name the checkpoint's tensors."""
-    vision: nn.Module
-    """Graph module: pixel_values, token_index -> visual tokens (see ``export/graphs/vision.py``)."""
+    vision: VisionGraph
+    vision_shape: Callable[[Mapping[str, int]], VisionShape]
+    """Given the sizes of a vision profile, what counts for its cost."""
     layers: tuple[nn.Module, ...]
     final_norm: nn.Module
     lm_head: nn.Module
@@ -31,9 +50,8 @@ class FamilyModel:
     """Factor on the rotary tables (1 without RoPE scaling)."""
     text_config: Any
     """transformers' configuration of the decoder."""
-    vision_config: Any
-    num_vision_layers: int
-    """Vision layers that run."""
+    mrope_sections: tuple[int, ...] = ()
+    """Frequencies per axis with M-RoPE; empty for ordinary positions."""
 
 
 class Family(Protocol):
@@ -43,19 +61,36 @@ class Family(Protocol):
     def model_type(self) -> str:
         """``model_type`` in config.json."""
 
+    @property
+    def positions(self) -> tuple[Positions, ...]:
+        """Position rules that the family can follow; the first one is its default."""
+
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
         """Return the Jinja template for a checkpoint that brings none."""
 
-    def build(self, checkpoint: Checkpoint, *, encoder_keep: int | None) -> FamilyModel:
+    def build(self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: str) -> FamilyModel:
         """Return the model's modules; called under FakeTensorMode with the wanted default dtype.
 
         Args:
             checkpoint: Where the configuration is.
-            encoder_keep: Patches per tile that the vision encoder keeps, or None for all.
+            processing: With the encoder reduction that the vision graph shall do.
+            dtype: Of the graph's floating point outputs.
 
         Raises:
             CheckpointError: If the configuration describes something that the graphs cannot express.
         """
 
-    def image_processing(self, checkpoint: Checkpoint) -> ImageProcessing:
-        """Return the constants of the checkpoint's image processor."""
+    def picture_processing(
+        self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
+    ) -> PictureProcessing:
+        """Return how pictures become the vision graph's inputs.
+
+        Args:
+            checkpoint: With its preprocessor's configuration.
+            encoder_keep: What the vision encoder keeps, or None for all.
+            max_visual: Visual tokens that a picture of any size is scaled down to, where the family scales.
+
+        Raises:
+            CheckpointError: If the checkpoint's processor cannot be followed.
+            ScheduleError: If an option does not fit the family.
+        """

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
-from trio_edge.export.families.clip_llama import build, image_processing, read_config
+from trio_edge.export.families.clip_llama import build, picture_processing, read_config
 from trio_edge.runtime.chat import VICUNA_TEMPLATE
 
 if TYPE_CHECKING:
     from trio_edge.export.checkpoint import Checkpoint
     from trio_edge.export.families.base import FamilyModel
-    from trio_edge.runtime.image_processing import ImageProcessing
+    from trio_edge.runtime.schedule import Positions
+    from trio_edge.runtime.vision_inputs import PictureProcessing
 
 
 @final
@@ -18,17 +19,22 @@ class Llava:
     """See ``Family``."""
 
     model_type = "llava"
+    positions: tuple[Positions, ...] = ("compact", "preserved")
 
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
         """Return Vicuna's template; every released LLaVA-1.5 is a Vicuna."""
         return VICUNA_TEMPLATE
 
-    def build(self, checkpoint: Checkpoint, *, encoder_keep: int | None) -> FamilyModel:
+    def build(self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: str) -> FamilyModel:
         """See ``Family.build``."""
         from transformers import LlavaForConditionalGeneration
 
-        return build(LlavaForConditionalGeneration, read_config(checkpoint), encoder_keep=encoder_keep)
+        return build(LlavaForConditionalGeneration, read_config(checkpoint), processing=processing, dtype=dtype)
 
-    def image_processing(self, checkpoint: Checkpoint) -> ImageProcessing:
-        """See ``Family.image_processing``."""
-        return image_processing(checkpoint, default_type="CLIPImageProcessor")
+    def picture_processing(
+        self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
+    ) -> PictureProcessing:
+        """See ``Family.picture_processing``."""
+        return picture_processing(
+            checkpoint, default_type="CLIPImageProcessor", encoder_keep=encoder_keep, max_visual=max_visual
+        )

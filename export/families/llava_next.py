@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
-from trio_edge.export.families.clip_llama import build, image_processing, read_config
+from trio_edge.export.families.clip_llama import build, picture_processing, read_config
 from trio_edge.runtime.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE
 
 if TYPE_CHECKING:
     from trio_edge.export.checkpoint import Checkpoint
     from trio_edge.export.families.base import FamilyModel
-    from trio_edge.runtime.image_processing import ImageProcessing
+    from trio_edge.runtime.schedule import Positions
+    from trio_edge.runtime.vision_inputs import PictureProcessing
 
 
 @final
@@ -18,18 +19,23 @@ class LlavaNext:
     """See ``Family``."""
 
     model_type = "llava_next"
+    positions: tuple[Positions, ...] = ("compact", "preserved")
 
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
         """Return the template of the decoder's own family."""
         text_type = checkpoint.config.get("text_config", {}).get("model_type")
         return MISTRAL_TEMPLATE if text_type == "mistral" else VICUNA_TEMPLATE
 
-    def build(self, checkpoint: Checkpoint, *, encoder_keep: int | None) -> FamilyModel:
+    def build(self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: str) -> FamilyModel:
         """See ``Family.build``."""
         from transformers import LlavaNextForConditionalGeneration
 
-        return build(LlavaNextForConditionalGeneration, read_config(checkpoint), encoder_keep=encoder_keep)
+        return build(LlavaNextForConditionalGeneration, read_config(checkpoint), processing=processing, dtype=dtype)
 
-    def image_processing(self, checkpoint: Checkpoint) -> ImageProcessing:
-        """See ``Family.image_processing``."""
-        return image_processing(checkpoint, default_type="LlavaNextImageProcessor")
+    def picture_processing(
+        self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
+    ) -> PictureProcessing:
+        """See ``Family.picture_processing``."""
+        return picture_processing(
+            checkpoint, default_type="LlavaNextImageProcessor", encoder_keep=encoder_keep, max_visual=max_visual
+        )

@@ -3,12 +3,12 @@
 | I/O tensor            | shape     | dtype   | filled or read by                                                    |
 |-----------------------|-----------|---------|----------------------------------------------------------------------|
 | in  hidden_states     | [1, S, D] | model   | the layer range before; [text | visual | text | padding]             |
-| in  position_ids      | [1, S]    | int32   | what that range used                                                 |
-| in  visual_start      | [1]       | int32   | runtime: first row of the visual span                                |
+| in  position_ids      | [A, S]    | int32   | what that range used; A = 1, or 3 for M-RoPE                         |
+| in  visual_rows       | [N]       | int32   | runtime: row of each visual token, ascending from the span's start   |
 | in  num_visual        | [1]       | int32   | runtime: real visual tokens in the span, at most N                   |
 | in  length            | [1]       | int32   | runtime: real rows; the rest is padding                              |
 | out kept_hidden_states| [1, R, D] | model   | next layer range; R = S - N + K                                      |
-| out kept_position_ids | [1, R]    | int32   | next layer range: 0..R-1 ("compact") or gathered ("preserved")       |
+| out kept_position_ids | [A, R]    | int32   | next layer range: 0..R-1 ("compact") or gathered ("preserved")       |
 | out kept_indices      | [K]       | int32   | runtime: ascending, into the span that entered; min(K, num_visual) valid |
 | out scores            | [N]       | float32 | runtime: saliency, -1 where there is no token                        |
 | out unsettled         | [1]       | int32   | runtime: not 0 means that the NMS needs more rounds than exported     |
@@ -39,43 +39,38 @@ class Select(nn.Module):
         nms: FeatureNms,
         rotary: nn.Module,
         *,
-        max_visual: int,
         preserve_positions: bool,
     ) -> None:
         super().__init__()
         self.saliency = saliency
         self.nms = nms
         self.rotary = rotary
-        self.max_visual = max_visual
         self.preserve_positions = preserve_positions
 
     def forward(
         self,
         hidden_states: Tensor,
         position_ids: Tensor,
-        visual_start: Tensor,
+        visual_rows: Tensor,
         num_visual: Tensor,
         length: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return kept hidden states, kept position ids, kept indices, scores and the unsettled count."""
         hidden_SD = hidden_states[0]
         cos, sin = self.rotary(position_ids)
-        scores_N = self.saliency(hidden_SD, cos[0], sin[0], visual_start, num_visual, length)
-        visual_N = (visual_start.to(torch.int64) + torch.arange(self.max_visual)).clamp(
-            max=hidden_SD.shape[0] - 1
-        )
-        kept_K, unsettled = self.nms(hidden_SD.index_select(0, visual_N), scores_N, num_visual)
+        scores_N = self.saliency(hidden_SD, cos[0], sin[0], visual_rows, num_visual, length)
+        kept_K, unsettled = self.nms(hidden_SD.index_select(0, visual_rows), scores_N, num_visual)
         rows_R, _ = compact_rows(
             kept_K,
-            visual_start,
+            visual_rows[:1],
             num_visual,
             length,
             padded_length=hidden_SD.shape[0],
-            max_visual=self.max_visual,
+            max_visual=visual_rows.shape[0],
         )
         if self.preserve_positions:
-            positions_R = position_ids[0].index_select(0, rows_R)
+            positions_AR = position_ids.index_select(1, rows_R)
         else:
-            positions_R = torch.arange(rows_R.shape[0]).to(torch.int32)
+            positions_AR = torch.arange(rows_R.shape[0]).to(torch.int32).expand(position_ids.shape[0], -1)
         kept_states = hidden_SD.index_select(0, rows_R)
-        return kept_states[None], positions_R[None], kept_K.to(torch.int32), scores_N, unsettled
+        return kept_states[None], positions_AR, kept_K.to(torch.int32), scores_N, unsettled

@@ -50,11 +50,15 @@ class ClipFeatures(nn.Module):
 class Vision(nn.Module):
     """Features, projector, newline row, and the gather that puts the visual tokens in order."""
 
-    def __init__(self, features: nn.Module, projector: nn.Module, newline: nn.Parameter | None) -> None:
+    def __init__(self, features: ClipFeatures, projector: nn.Module, newline: nn.Parameter | None) -> None:
         super().__init__()
         self.features = features
         self.projector = projector
         self.newline = newline
+
+    def tower_layers(self) -> nn.ModuleList:
+        """The vision layers that run."""
+        return self.features.layers
 
     def forward(self, pixel_values: Tensor, token_index: Tensor) -> Tensor:
         """Return the visual tokens [N, D]."""

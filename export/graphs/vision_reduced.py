@@ -62,6 +62,10 @@ class ReducedVision(nn.Module):
         self.projector = projector
         self.num_keep = num_keep
 
+    def tower_layers(self) -> nn.ModuleList:
+        """The vision layers that run."""
+        return self.layers
+
     def forward(self, pixel_values: Tensor, token_index: Tensor) -> tuple[Tensor, Tensor]:
         """Return the visual tokens [N, D] and the kept patches [B, T]."""
         hidden: Tensor = self.pre_layrnorm(self.embeddings(pixel_values))
