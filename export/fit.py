@@ -1,0 +1,330 @@
+"""Whether a bundle fits a device's memory, estimated before any work, and which changes would make it fit.
+
+Pure functions of plain numbers. In memory at the same time are, with the letters of ``trio.saliency``, I the
+intermediate size, b bytes per element and w bytes per decoder weight (4-bit blocks: 0.30 of float16, scales and
+padding included):
+
+    decoder weights     L (2 D H E + 2 D G E + 3 D I) w
+    head, vision        V D b, and the vision tower's and projector's parameters times b
+    repeated weights    per stage one decoder layer and the head, which its ``select`` graph holds again
+    KV caches           per layer 2 G E b times its rows: visual rows of its range + largest text + new tokens
+    activations         the largest of these graphs at its largest prefill of S rows
+      layer range         3 S D b + layers 2 G E S b + 4 S² + max(S (H + 2 G) E b + H S² (4 + b), 3 S I b)
+      select              3 S D b + 8 S D + 8 N² + R V (4 + b)
+      vision              6 P F b + max((F / 64) P² 2 b, 2 P J b) per tile of P patches, width F, MLP width J
+      head                S D b + 4 V
+
+Attention scores are counted in float32 and once more in the model's type: TensorRT may fuse them away. Graphs run one
+after the other, so their activations are taken to share one buffer. Not counted: the workspace of TensorRT's
+tactics, building (which takes several times an engine's weights), and the token embeddings, which stay in a mapped file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.schedule import Schedule, Stage
+from trio_edge.trio.cost import ModelShape, VisionShape
+from trio_edge.trio.schedule import parse_keep, schedule_for_keep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from trio_edge.export.families.base import FamilyModel
+    from trio_edge.export.layout import Layout
+    from trio_edge.runtime.manifest import Dimensions
+    from trio_edge.runtime.targets import Target
+    from trio_edge.runtime.vision_inputs import PictureProcessing
+
+INT4_SHARE = 0.30
+"""Bytes of 4-bit blocks over those of the same weights in float16: 4.125 / 16 with scales, and some padding."""
+SMALL_TEXT = 64
+"""Text tokens, and new tokens, of the remedy that shortens the text."""
+USUAL_KEEP = "11.1%"
+"""Average keep of the remedy that reduces tokens."""
+_SMALL_PICTURE = (336, 336)
+_VISION_HEAD_SIZE = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """The largest picture that a bundle has shapes for."""
+
+    num_visual: int
+    """N, rows of the visual span."""
+    vision: VisionShape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitInputs:
+    """What the memory of a bundle follows from."""
+
+    model: ModelShape
+    """``bytes_per_element`` is that of all weights, activations and KV caches; ``vision`` is not read."""
+    vision_params: int
+    """Parameters of the vision tower and the projector."""
+    picture: Picture
+    schedule: Schedule
+    max_text: int
+    """Largest prompt in text tokens."""
+    max_new_tokens: int
+    int4_decoder: bool = False
+    """Whether the decoder's linear weights are 4-bit blocks."""
+    small_picture: tuple[str, Picture] | None = None
+    """Option and sizes of a smaller camera, where the family has smaller pictures."""
+
+    @property
+    def layers_and_rows(self) -> tuple[tuple[int, int], ...]:
+        """Number of layers and visual rows of every layer range."""
+        starts = [0, *(stage.layer for stage in self.schedule.stages), self.model.num_layers]
+        rows = [self.picture.num_visual, *(stage.keep for stage in self.schedule.stages)]
+        return tuple((stop - start, count) for start, stop, count in zip(starts, starts[1:], rows))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """Bytes that must be in memory at once, against those that a device has."""
+
+    parts: dict[str, int]
+    """Bytes per category."""
+    usable_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of all categories."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether they are no more than the device has."""
+        return self.total_bytes <= self.usable_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Remedy:
+    """A change and what it would come to."""
+
+    label: str
+    fit: Fit
+
+
+def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
+    """Return the bytes of every category against ``usable_bytes``; the formulas are this module's head."""
+    model = inputs.model
+    size = model.bytes_per_element
+    weight_bytes = 2 * INT4_SHARE if inputs.int4_decoder else size
+    layer = round(_layer_params(model) * weight_bytes)
+    head = model.vocab_size * model.hidden_size * size
+    parts = {
+        "decoder weights": model.num_layers * layer,
+        "head and vision weights": head + inputs.vision_params * size,
+        "repeated weights": len(inputs.schedule.stages) * (layer + head),
+        "KV caches": _kv_bytes(inputs),
+        "activations": _activation_bytes(inputs),
+    }
+    return Fit(parts=parts, usable_bytes=usable_bytes)
+
+
+def remedies(inputs: FitInputs, *, usable_bytes: int) -> list[Remedy]:
+    """Return what each change, and then all up to each, would come to; changes that change nothing are left out."""
+    alone, together = [], []
+    current, labels = inputs, list[str]()
+    for label, change in _CHANGES:
+        changed = change(inputs)
+        if changed is None:
+            continue
+        name = inputs.small_picture[0] if label is None and inputs.small_picture else str(label)
+        alone.append(Remedy(label=name, fit=estimate(changed, usable_bytes=usable_bytes)))
+        current, labels = change(current) or current, [*labels, name]
+        if len(labels) > 1:
+            fit = estimate(current, usable_bytes=usable_bytes)
+            together.append(Remedy(label=" + ".join(labels), fit=fit))
+    return alone + together
+
+
+def check_fit(inputs: FitInputs, target: Target) -> str | None:
+    """Return one line that says why the bundle cannot fit ``target`` and what would; None if it fits."""
+    fit = estimate(inputs, usable_bytes=target.usable_bytes)
+    if fit.fits:
+        return None
+    parts = ", ".join(f"{name} {_gib(count)}" for name, count in fit.parts.items())
+    advice = _advice(remedies(inputs, usable_bytes=target.usable_bytes))
+    return (
+        f"--target {target.name}: expected at most {_gib(target.usable_bytes)} GiB ({_gib(target.memory_bytes)} less"
+        f" {_gib(target.reserve_bytes)} for the system), got an estimate of {_gib(fit.total_bytes)} ({parts}); {advice}"
+    )
+
+
+def _advice(options: Sequence[Remedy]) -> str:
+    """Return the single changes that fit; if there is none the first combination that does, beside the best single one."""
+    if not options:
+        return "no option makes it smaller; choose a smaller model"
+    single = [option for option in options if " + " not in option.label]
+    fitting = [option for option in single if option.fit.fits]
+    if fitting:
+        return " or ".join(f"{option.label} would fit ({_gib(option.fit.total_bytes)})" for option in fitting)
+    best = min(single, key=lambda option: option.fit.total_bytes)
+    text = f"{best.label} alone would not fit ({_gib(best.fit.total_bytes)})"
+    combined = next((option for option in options if option.fit.fits), None)
+    if combined is not None:
+        return f"{text}; {combined.label} would fit ({_gib(combined.fit.total_bytes)})"
+    last = options[-1]
+    if last is not best:
+        text += f", nor {last.label} ({_gib(last.fit.total_bytes)})"
+    return f"{text}; choose a smaller model"
+
+
+def _layer_params(model: ModelShape) -> int:
+    """Return the elements of one decoder layer's linear weights."""
+    queries, keys = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
+    return model.hidden_size * (2 * queries + 2 * keys + 3 * model.intermediate_size)
+
+
+def _kv_row_bytes(model: ModelShape) -> int:
+    """Return the bytes of one row of one layer's keys and values."""
+    return 2 * model.num_kv_heads * model.head_size * model.bytes_per_element
+
+
+def _kv_bytes(inputs: FitInputs) -> int:
+    more = inputs.max_text + inputs.max_new_tokens
+    return _kv_row_bytes(inputs.model) * sum(
+        layers * (rows + more) for layers, rows in inputs.layers_and_rows
+    )
+
+
+def _activation_bytes(inputs: FitInputs) -> int:
+    model, ranges = inputs.model, inputs.layers_and_rows
+    candidates = [_vision_bytes(inputs.picture.vision, size=model.bytes_per_element)]
+    for layers, rows in ranges:
+        candidates.append(_range_bytes(model, num_layers=layers, num_rows=rows + inputs.max_text))
+    for _layers, rows in ranges[:-1]:
+        candidates.append(_select_bytes(inputs, num_visual=rows))
+    last_rows = ranges[-1][1] + inputs.max_text
+    candidates.append(last_rows * model.hidden_size * model.bytes_per_element + 4 * model.vocab_size)
+    return max(candidates)
+
+
+def _range_bytes(model: ModelShape, *, num_layers: int, num_rows: int) -> int:
+    size, rows = model.bytes_per_element, num_rows
+    heads, width = model.num_heads + 2 * model.num_kv_heads, model.head_size
+    attention = rows * heads * width * size + model.num_heads * rows**2 * (4 + size)
+    mlp = 3 * rows * model.intermediate_size * size
+    shared = 3 * rows * model.hidden_size * size + 4 * rows**2
+    return shared + num_layers * rows * _kv_row_bytes(model) + max(attention, mlp)
+
+
+def _select_bytes(inputs: FitInputs, *, num_visual: int) -> int:
+    model, rows = inputs.model, num_visual + inputs.max_text
+    size = model.bytes_per_element
+    probe = inputs.schedule.num_probe_rows * model.vocab_size * (4 + size)
+    return rows * model.hidden_size * (3 * size + 8) + 8 * num_visual**2 + probe
+
+
+def _vision_bytes(vision: VisionShape, *, size: int) -> int:
+    patches, width = vision.patches_per_tile, vision.hidden_size
+    scores = width // _VISION_HEAD_SIZE * patches**2 * 2 * size
+    mlp = 2 * patches * vision.intermediate_size * size
+    return vision.num_tiles * (6 * patches * width * size + max(scores, mlp))
+
+
+def _with_float16(inputs: FitInputs) -> FitInputs | None:
+    if inputs.model.bytes_per_element <= 2:
+        return None
+    return dataclasses.replace(inputs, model=dataclasses.replace(inputs.model, bytes_per_element=2))
+
+
+def _with_int4(inputs: FitInputs) -> FitInputs | None:
+    return None if inputs.int4_decoder else dataclasses.replace(inputs, int4_decoder=True)
+
+
+def _with_keep(inputs: FitInputs) -> FitInputs | None:
+    try:
+        wished = schedule_for_keep(
+            parse_keep(USUAL_KEEP), num_layers=inputs.model.num_layers, num_visual=inputs.picture.num_visual
+        )
+    except ScheduleError:
+        return None  # too few layers or tokens for it
+    changed = dataclasses.replace(inputs, schedule=wished)
+    return changed if _kv_bytes(changed) < _kv_bytes(inputs) else None
+
+
+def _with_small_picture(inputs: FitInputs) -> FitInputs | None:
+    if inputs.small_picture is None:
+        return None
+    picture = inputs.small_picture[1]
+    share = picture.num_visual / inputs.picture.num_visual
+    try:
+        stages = tuple(
+            Stage(layer=stage.layer, keep=max(1, round(stage.keep * share)))
+            for stage in inputs.schedule.stages
+        )
+        schedule = msgspec.structs.replace(inputs.schedule, stages=stages)
+    except ScheduleError:
+        return None  # so few tokens that two stages would keep the same number
+    return dataclasses.replace(inputs, picture=picture, schedule=schedule, small_picture=None)
+
+
+def _with_short_text(inputs: FitInputs) -> FitInputs | None:
+    text, new = min(inputs.max_text, SMALL_TEXT), min(inputs.max_new_tokens, SMALL_TEXT)
+    if (text, new) == (inputs.max_text, inputs.max_new_tokens):
+        return None
+    return dataclasses.replace(inputs, max_text=text, max_new_tokens=new)
+
+
+_CHANGES: tuple[tuple[str | None, Callable[[FitInputs], FitInputs | None]], ...] = (
+    ("--dtype float16", _with_float16),
+    ("int4 decoder weights", _with_int4),
+    (f"--keep {USUAL_KEEP}", _with_keep),
+    (None, _with_small_picture),
+    (f"--max-text {SMALL_TEXT} --max-new-tokens {SMALL_TEXT}", _with_short_text),
+)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f}"
+
+
+def fit_inputs(
+    model: FamilyModel,
+    dimensions: Dimensions,
+    *,
+    layout: Layout,
+    processing: PictureProcessing,
+) -> FitInputs:
+    """Return the numbers of a model that is about to be exported; reads no weight.
+
+    Args:
+        model: The family's modules, without values.
+        dimensions: Sizes of the decoder.
+        layout: Shapes of all graphs.
+        processing: Gives the sizes of a small picture.
+    """
+    largest = max(layout.vision_sizes, key=lambda sizes: (sizes["N"], *sizes.values()))
+    picture = Picture(num_visual=largest["N"], vision=model.vision_shape(largest))
+    width, height = _SMALL_PICTURE
+    sizes = processing.sizes(width, height)
+    small = Picture(num_visual=sizes["N"], vision=model.vision_shape(sizes))
+    option = f"--image-size {width}x{height} --only-image-sizes"
+    return FitInputs(
+        model=ModelShape(
+            num_layers=dimensions.num_layers,
+            hidden_size=dimensions.hidden_size,
+            num_heads=dimensions.num_heads,
+            num_kv_heads=dimensions.num_kv_heads,
+            head_size=dimensions.head_size,
+            intermediate_size=dimensions.intermediate_size,
+            vocab_size=dimensions.vocab_size,
+            bytes_per_element=2 if layout.dtype == "float16" else 4,
+        ),
+        vision_params=sum(parameter.numel() for parameter in model.vision.module.parameters()),
+        picture=picture,
+        schedule=layout.schedule,
+        max_text=layout.text_buckets[-1],
+        max_new_tokens=layout.max_new_tokens,
+        small_picture=(option, small) if small.num_visual < picture.num_visual else None,
+    )

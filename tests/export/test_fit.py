@@ -1,0 +1,187 @@
+"""Does a model fit a device: the estimate against real bundles, verdicts for known models, and what would fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from trio_edge.export.cli import main
+from trio_edge.export.fit import FitInputs, Picture, check_fit, estimate, remedies
+from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.targets import TARGETS, find_target
+from trio_edge.trio.cost import LLAVA_NEXT_7B, ModelShape, VisionShape
+from trio_edge.trio.schedule import preset_schedule
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GIB = 1 << 30
+CLIP = VisionShape(num_layers=23, hidden_size=1024, intermediate_size=4096, patches_per_tile=577, num_tiles=5)
+SMALL = ("--image-size 336x336", Picture(num_visual=1176, vision=dataclasses.replace(CLIP, num_tiles=2)))
+
+
+def llava_next_7b(**changes: Any) -> FitInputs:
+    """LLaVA-NeXT-7B in float16 at 11.1 %."""
+    inputs = FitInputs(
+        model=LLAVA_NEXT_7B,
+        vision_params=325_000_000,
+        picture=Picture(num_visual=2880, vision=CLIP),
+        schedule=preset_schedule("llava-next-7b", "11.1%"),
+        max_text=256,
+        max_new_tokens=256,
+        small_picture=SMALL,
+    )
+    return dataclasses.replace(inputs, **changes)
+
+
+def usable(name: str) -> int:
+    return find_target(name).usable_bytes
+
+
+def test_float16_7b_does_not_fit_orin_nano_and_int4_alone_would_not_either() -> None:
+    warning = check_fit(llava_next_7b(), find_target("orin-nano-8"))
+    assert warning is not None
+    assert "\n" not in warning
+    assert warning.startswith(
+        "--target jetson-orin-nano-8: expected at most 5.9 GiB (8.0 less 2.1 for the system)"
+    )
+    assert "int4 decoder weights alone would not fit (7.9)" in warning
+
+
+def test_float16_7b_does_not_fit_orin_nx_and_int4_would() -> None:
+    warning = check_fit(llava_next_7b(), find_target("orin-nx-16"))
+    assert warning is not None
+    assert warning.endswith("int4 decoder weights would fit (7.9)")
+
+
+@pytest.mark.parametrize("name", ["agx-orin-64", "agx-orin-32", "rtx-4090"])
+def test_float16_7b_fits_large_devices(name: str) -> None:
+    assert check_fit(llava_next_7b(), find_target(name)) is None
+
+
+def test_combination_is_offered_where_no_single_change_fits() -> None:
+    warning = check_fit(llava_next_7b(), find_target("rtx-4060"))
+    assert warning is not None
+    assert warning.endswith("; int4 decoder weights + --image-size 336x336 would fit (6.3)")
+
+
+def test_model_that_nothing_makes_small_enough_is_said_so() -> None:
+    target = dataclasses.replace(find_target("orin-nano-8"), memory_bytes=3 * GIB)
+    warning = check_fit(llava_next_7b(), target)
+    assert warning is not None
+    assert warning.endswith("choose a smaller model")
+
+
+def test_boundary_belongs_to_what_fits() -> None:
+    total = estimate(llava_next_7b(), usable_bytes=0).total_bytes
+    assert estimate(llava_next_7b(), usable_bytes=total).fits
+    assert not estimate(llava_next_7b(), usable_bytes=total - 1).fits
+
+
+def test_every_remedy_is_smaller_than_the_request() -> None:
+    inputs = llava_next_7b(schedule=Schedule(), model=dataclasses.replace(LLAVA_NEXT_7B, bytes_per_element=4))
+    before = estimate(inputs, usable_bytes=0).total_bytes
+    options = remedies(inputs, usable_bytes=0)
+    assert [option.label for option in options[:5]] == [
+        "--dtype float16",
+        "int4 decoder weights",
+        "--keep 11.1%",
+        "--image-size 336x336",
+        "--max-text 64 --max-new-tokens 64",
+    ]
+    weights_of_stages = estimate(
+        dataclasses.replace(inputs, schedule=llava_next_7b().schedule), usable_bytes=0
+    ).parts["repeated weights"]
+    for option in options:
+        assert option.fit.total_bytes < before + weights_of_stages, option.label
+    assert options[-1].fit.total_bytes == min(option.fit.total_bytes for option in options)
+
+
+def test_changes_that_are_made_already_are_not_offered() -> None:
+    inputs = llava_next_7b(int4_decoder=True, small_picture=None, max_text=64, max_new_tokens=64)
+    assert remedies(inputs, usable_bytes=0) == []
+    warning = check_fit(inputs, dataclasses.replace(find_target("orin-nano-8"), memory_bytes=3 * GIB))
+    assert warning is not None
+    assert warning.endswith("no option makes it smaller; choose a smaller model")
+
+
+def test_int4_weights_take_thirty_percent_and_leave_the_rest() -> None:
+    full, small = (estimate(llava_next_7b(int4_decoder=flag), usable_bytes=0).parts for flag in (False, True))
+    assert small["decoder weights"] == pytest.approx(0.30 * full["decoder weights"])
+    assert small["head and vision weights"] == full["head and vision weights"]
+    assert small["KV caches"] == full["KV caches"]
+
+
+def test_activations_hold_the_attention_scores_of_the_first_range() -> None:
+    rows = 2880 + 256
+    assert estimate(llava_next_7b(), usable_bytes=0).parts["activations"] > 32 * rows**2 * (4 + 2)
+
+
+@pytest.mark.parametrize("fixture", ["keep_all_bundle", "reduced_bundle"])
+def test_weights_and_caches_are_those_of_the_exported_bundle(
+    fixture: str, request: pytest.FixtureRequest
+) -> None:
+    manifest = open_bundle(request.getfixturevalue(fixture)).manifest
+    dims = manifest.dimensions
+    vision = VisionShape(num_layers=2, hidden_size=32, intermediate_size=64, patches_per_tile=10, num_tiles=5)
+    inputs = FitInputs(
+        model=ModelShape(
+            num_layers=dims.num_layers,
+            hidden_size=dims.hidden_size,
+            num_heads=dims.num_heads,
+            num_kv_heads=dims.num_kv_heads,
+            head_size=dims.head_size,
+            intermediate_size=dims.intermediate_size,
+            vocab_size=dims.vocab_size,
+            bytes_per_element=4,
+        ),
+        vision_params=manifest.graph("vision").weight_bytes // 4,
+        picture=Picture(num_visual=manifest.visual_sizes[-1], vision=vision),
+        schedule=manifest.schedule,
+        max_text=manifest.text_buckets[-1],
+        max_new_tokens=manifest.max_new_tokens,
+    )
+    parts = estimate(inputs, usable_bytes=0).parts
+    weights = sum(count for name, count in parts.items() if name.endswith("weights"))
+    assert weights == pytest.approx(sum(graph.weight_bytes for graph in manifest.graphs), rel=0.05)
+    assert parts["KV caches"] == manifest.kv_bytes
+
+
+def test_unknown_target_gives_one_line_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["nonsense", "--target", "orin-nano-9", "--out", str(tmp_path / "bundle")])
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert [line for line in lines if line.startswith("trio-export: --target: expected one of ")] == lines
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("memory_bytes", "warns"), [(1 << 20, True), (1 << 34, False)])
+def test_export_warns_before_tracing_when_the_target_is_too_small(
+    memory_bytes: int,
+    warns: bool,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*_arguments: object, **_settings: object) -> None:
+        raise CheckpointError("stopped where tracing starts")
+
+    target = dataclasses.replace(
+        find_target("orin-nano-8"), name="toy", memory_bytes=memory_bytes, reserve_bytes=1
+    )
+    monkeypatch.setitem(TARGETS, "toy", target)
+    monkeypatch.setattr("trio_edge.export.bundle.trace_graphs", stop)
+    main([str(checkpoint), "--keep", "all", "--target", "toy", "--quiet", "--out", str(tmp_path / "bundle")])
+    lines = capsys.readouterr().err.splitlines()
+    warnings = [
+        line for line in lines if line.startswith("trio-export: warning: --target toy: expected at most")
+    ]
+    assert len(warnings) == warns
+    assert lines[-1] == "trio-export: stopped where tracing starts"
