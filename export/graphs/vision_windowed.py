@@ -23,10 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VLVisionRotaryEmbedding,
-    apply_rotary_pos_emb_vision,
-)
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionRotaryEmbedding
 
 from trio_edge.export.graphs.attention import MASKED
 
@@ -88,8 +85,8 @@ class WindowedVision(nn.Module):
 class Rows(NamedTuple):
     """What attention must know of B groups of R rows that see each other: of all windows, or of the whole picture."""
 
-    cos_BRE: Tensor
-    sin_BRE: Tensor
+    cos_BR1E: Tensor
+    sin_BR1E: Tensor
     mask_B11R: Tensor
     """Added to the scores, float32."""
 
@@ -99,9 +96,7 @@ class WindowedEncoder(nn.Module):
 
     inv_freq: Tensor
 
-    def __init__(
-        self, visual: nn.Module, *, inv_freq: Tensor, observed_blocks: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, visual: nn.Module, *, inv_freq: Tensor, observed_blocks: tuple[int, ...] = ()) -> None:
         """Take the parts of ``visual``.
 
         Args:
@@ -159,8 +154,8 @@ class WindowedEncoder(nn.Module):
     def _rows(self, positions: Tensor, is_real: Tensor) -> Rows:
         """Return the tables of patches at ``positions`` [2, R] or [2, B, R]."""
         row, column = positions.to(torch.float32)[..., None] * self.inv_freq
-        angles = torch.cat([row, column, row, column], dim=-1)
-        if angles.dim() == 2:
+        angles = torch.cat([row, column, row, column], dim=-1).unsqueeze(-2)
+        if is_real.dim() == 1:
             angles, is_real = angles[None], is_real[None]
         # not torch.where on two numbers: its result has the default dtype, where MASKED may be infinite
         mask = (1.0 - is_real.to(torch.float32)) * MASKED
@@ -175,16 +170,23 @@ def attention(module: Any, qkv_BRX: Tensor, rows: Rows) -> tuple[Tensor, Tensor]
         qkv_BRX: [B, R, 3 D], queries, keys and values.
         rows: Of the same B and R.
     """
-    heads, dim = (module.num_heads, module.head_dim), module.dim
-    query, key, value = (
-        qkv_BRX[..., part * dim : (part + 1) * dim].unflatten(-1, heads) for part in range(3)
-    )
-    query, key = apply_rotary_pos_emb_vision(query, key, rows.cos_BRE, rows.sin_BRE)
+    heads, size = module.num_heads, module.head_dim
+    rotated = _rotated(qkv_BRX[..., : 2 * module.dim].unflatten(-1, (2 * heads, size)), rows)
+    query, key = rotated[:, :, :heads], rotated[:, :, heads:]
+    value = qkv_BRX[..., 2 * module.dim :].unflatten(-1, (heads, size))
     # scaling the query, not the scores, keeps float16 scores in range
     scores_BHRR = torch.matmul((query * module.scaling).transpose(1, 2), key.permute(0, 2, 3, 1))
     weights_BHRR = torch.softmax(scores_BHRR.float() + rows.mask_B11R, dim=-1)
     mixed_BHRE = torch.matmul(weights_BHRR.to(value.dtype), value.transpose(1, 2))
     return mixed_BHRE.transpose(1, 2).flatten(2), weights_BHRR
+
+
+def _rotated(states_BRHE: Tensor, rows: Rows) -> Tensor:
+    """Return the states rotated to their positions; in float32, as Hugging Face does it."""
+    states = states_BRHE.float()
+    half = states.shape[-1] // 2
+    turned = torch.cat([-states[..., half:], states[..., :half]], dim=-1)
+    return (states * rows.cos_BR1E + turned * rows.sin_BR1E).to(states_BRHE.dtype)
 
 
 def received_attention(weights_HPP: Tensor, is_real_P: Tensor) -> Tensor:
