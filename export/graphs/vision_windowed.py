@@ -43,15 +43,6 @@ def inverse_frequencies(vision_config: Any) -> NDArray[np.float32]:
         return values
 
 
-def symbolic_axes(merge_size: int) -> dict[str, Any]:
-    """Return torch.export's description of P, W and N; P is a multiple of ``merge_size``²."""
-    return {
-        "P": merge_size**2 * torch.export.Dim("T", min=1),
-        "W": torch.export.Dim("W", min=1),
-        "N": torch.export.Dim("N", min=1),
-    }
-
-
 class WindowedVision(nn.Module):
     """Encoder, merger of neighbouring patches, and the gather that puts the visual tokens in order."""
 

@@ -22,7 +22,6 @@ from trio_edge.export.graphs.vision_windowed import (
     INV_FREQ_NAME,
     WindowedVision,
     inverse_frequencies,
-    symbolic_axes,
 )
 from trio_edge.export.onnx_graph import attach_weights, dynamic_axes, example_input, save, trace
 from trio_edge.export.tensorrt_check import require_supported
@@ -178,7 +177,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     values = {name: value.numpy().astype(dtype) for name, value in module.named_parameters()}
     save_file(values, folder / "weights.safetensors")
     inputs, outputs = io_tensors(dtype)
-    axes, sizes = symbolic_axes(2), {"P": 92, "W": 7, "N": 19}
+    sizes = {"P": 92, "W": 7, "N": 19}
+    axes = dict.fromkeys(sizes, torch.export.Dim.DYNAMIC)
     with FakeTensorMode(), default_dtype(dtype):
         visual = Qwen2_5_VisionTransformerPretrainedModel(vision_config(**SMALL))
         model = trace(
