@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.export.checkpoint import read_json
+from trio_edge.export.checkpoint import EMBEDDING_NAME, read_json
 from trio_edge.runtime.errors import CheckpointError
 from trio_edge.runtime.manifest import TextSpec
 
@@ -39,7 +39,8 @@ def read_text_files(checkpoint: Checkpoint, *, default_template: str) -> TextFil
     of it in code, so the checkpoint's own tokenizer.json alone may tokenize differently.
 
     Raises:
-        CheckpointError: If there is no tokenizer, or its image token is not a single known token.
+        CheckpointError: If there is no tokenizer, its image token is not a single known token, or it has tokens without
+            a row in the embedding table.
     """
     tokenizer = _load_tokenizer(checkpoint)
     backend = tokenizer.backend_tokenizer
@@ -50,6 +51,7 @@ def read_text_files(checkpoint: Checkpoint, *, default_template: str) -> TextFil
             f"{checkpoint.folder}: expected image_token_index to name a token of the tokenizer, got {image_token_id};"
             " use the checkpoint's own tokenizer files"
         )
+    _check_vocabulary(checkpoint, backend)
     backend.no_padding()
     backend.no_truncation()
     spec = TextSpec(
@@ -63,6 +65,17 @@ def read_text_files(checkpoint: Checkpoint, *, default_template: str) -> TextFil
     )
     template = _chat_template(checkpoint) or default_template
     return TextFiles(spec=spec, tokenizer=backend.to_str(), chat_template=template)
+
+
+def _check_vocabulary(checkpoint: Checkpoint, backend: Any) -> None:
+    """Raise CheckpointError if a token has no embedding; rows without a token are common padding."""
+    num_rows = checkpoint.tensor(EMBEDDING_NAME).shape[0]
+    token, token_id = max(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+    if token_id >= num_rows:
+        raise CheckpointError(
+            f"{checkpoint.folder}: expected token ids below {num_rows} (rows of the embedding table), got {token_id} for"
+            f" {token!r}; resize the embeddings (resize_token_embeddings) or use the checkpoint's own tokenizer files"
+        )
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -99,12 +112,19 @@ def _chat_template(checkpoint: Checkpoint) -> str | None:
 
 
 def _stop_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
+    """Return what ends an answer: the first of the places where transformers looks that names any tokens."""
     path = checkpoint.folder / "generation_config.json"
-    ids = read_json(path).get("eos_token_id") if path.exists() else None
-    if ids is None:
-        ids = checkpoint.config.get("text_config", {}).get("eos_token_id")
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
-        return ()
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+    config = checkpoint.config
+    places = (
+        read_json(path) if path.exists() else {},
+        config,
+        config.get("text_config") or {},
+        {"eos_token_id": tokenizer.eos_token_id},
+    )
+    ids = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), ())
+    ids = (ids,) if isinstance(ids, int) else tuple(ids)
+    if not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
+        raise CheckpointError(
+            f"{checkpoint.folder}: expected eos_token_id to be token ids, got {list(ids)}; correct generation_config.json"
+        )
+    return ids
