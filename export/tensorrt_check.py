@@ -112,6 +112,8 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """The content of ``tensorrt_rules.json``."""
 
     about: str
+    notes: tuple[str, ...]
+    """Where the sources disagree."""
     sources: dict[str, str]
     type_sets: dict[str, tuple[str, ...]]
     releases: dict[str, _Release]
