@@ -108,7 +108,9 @@ class ExportOptions:
                 f"--text-buckets: expected sizes in 8..{self.max_text} (--max-text), got {list(self.text_buckets)}"
             )
         if self.only_image_sizes and not self.image_sizes:
-            raise ScheduleError("--only-image-sizes: expected --image-size beside it, got none; add the camera's")
+            raise ScheduleError(
+                "--only-image-sizes: expected --image-size beside it, got none; add the camera's"
+            )
         for width, height in self.image_sizes:
             if not (1 <= width <= 65535 and 1 <= height <= 65535):
                 raise ScheduleError(f"--image-size: expected sides of 1..65535 pixels, got {width}x{height}")
@@ -159,9 +161,7 @@ def export_bundle(
     """
     check_output(options.out, force=options.force)
     progress.step("reading the checkpoint")
-    checkpoint = read_checkpoint(
-        options.model, revision=options.revision, check_config=check_architecture
-    )
+    checkpoint = read_checkpoint(options.model, revision=options.revision, check_config=check_architecture)
     family = family_of(checkpoint)
     processing = family.picture_processing(
         checkpoint, encoder_keep=options.encoder_keep, max_visual=options.max_visual
@@ -201,9 +201,7 @@ def export_bundle(
             warning = check_fit(fit_inputs(model, dimensions, layout=layout, processing=processing), target)
             if warning is not None:
                 progress.warn(warning)
-        traced = trace_graphs(
-            model, checkpoint, layout=layout, dimensions=dimensions, step=progress.step
-        )
+        traced = trace_graphs(model, checkpoint, layout=layout, dimensions=dimensions, step=progress.step)
 
     names = {EMBEDDING_NAME}.union(*(graph.weights.values() for graph in traced))
     needed = bytes_to_write(checkpoint, names, dtype=dtype)

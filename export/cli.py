@@ -65,7 +65,9 @@ DEFAULT_KEEP = "11.1%"
     "--dtype", type=click.Choice(["auto", "float16", "float32"]), help="Element type of the graphs."
 )
 @click.option("--opset", type=int, help="ONNX opset, 17..19.")
-@click.option("--target", metavar="DEVICE", help="Warn if the bundle cannot fit it: docs/targets.md has the names.")
+@click.option(
+    "--target", metavar="DEVICE", help="Warn if the bundle cannot fit it: docs/targets.md has the names."
+)
 @click.option("--force", is_flag=True, default=None, help="Replace an existing bundle.")
 @click.option("--list", "list_models", is_flag=True, help="Print the known model names and exit.")
 @click.option("--quiet", is_flag=True, help="No progress display.")

@@ -70,9 +70,7 @@ class Layout:
     def vision_profiles(self) -> tuple[Profile, ...]:
         """Return the vision graph's profiles in the order in which a runtime tries them."""
         return tuple(
-            Profile(
-                name="_".join(f"{name.lower()}{size}" for name, size in sizes.items()), sizes=dict(sizes)
-            )
+            Profile(name="_".join(f"{name.lower()}{size}" for name, size in sizes.items()), sizes=dict(sizes))
             for sizes in self.vision_sizes
         )
 

@@ -13,6 +13,7 @@ from trio_edge.export.graphs.decoder_range import DecoderRange
 from trio_edge.export.graphs.head import Head
 from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
+from trio_edge.export.layer_stack import stack_layers
 from trio_edge.export.onnx_graph import dynamic_axes, example_input, trace
 from trio_edge.export.weights import read_tensor
 from trio_edge.runtime.manifest import GraphSpec, TensorSpec
@@ -59,6 +60,8 @@ class _Tracer:
         self.layout = layout
         self.dimensions = dimensions
         self.names = {id(tensor): canonical_name(name) for name, tensor in model.root.named_parameters()}
+        self.layer: ir.Model | None = None
+        """Trace of one decoder layer, once there is one."""
 
     def rotary(self) -> RotaryTables:
         return RotaryTables(
@@ -80,7 +83,7 @@ class _Tracer:
         dynamic_shapes: tuple[Any, ...],
         constants: Mapping[str, NDArray[Any]],
     ) -> TracedGraph:
-        onnx_model = trace(
+        model = trace(
             module,
             args=args,
             dynamic_shapes=dynamic_shapes,
@@ -88,14 +91,20 @@ class _Tracer:
             outputs=spec.outputs,
             opset=self.layout.opset,
         )
+        return self.described(model, module, spec, constants=constants)
+
+    def described(
+        self, model: ir.Model, module: nn.Module, spec: GraphSpec, *, constants: Mapping[str, NDArray[Any]]
+    ) -> TracedGraph:
+        """Return ``model`` with what each of its initializers, named as in ``module``, is."""
         parameters = dict(module.named_parameters(remove_duplicate=False))
         weights, values = {}, {}
-        for name in onnx_model.graph.initializers:
+        for name in model.graph.initializers:
             if name in parameters:
                 weights[name] = self.names[id(parameters[name])]
             else:
                 values[name] = constants[name]
-        return TracedGraph(spec=spec, model=onnx_model, weights=weights, constants=values)
+        return TracedGraph(spec=spec, model=model, weights=weights, constants=values)
 
 
 def trace_graphs(
@@ -171,52 +180,66 @@ def _trace_sizes(spec: GraphSpec, *, several: Mapping[str, int]) -> tuple[dict[s
 
 
 def _range(tracer: _Tracer, index: int, layers: range, *, name: str, role: Role) -> TracedGraph:
-    dims, dtype = tracer.dimensions, tracer.layout.dtype
-    past_shape = (1, dims.num_kv_heads, "C", dims.head_size)
-    new_shape = (1, dims.num_kv_heads, "S", dims.head_size)
-    hidden = TensorSpec(
-        name="inputs_embeds" if index == 0 else "hidden_states", dtype=dtype, shape=(1, "S", dims.hidden_size)
-    )
-    scalars = (
-        TensorSpec(name="position_ids", dtype="int32", shape=(tracer.position_axes, "S")),
-        TensorSpec(name="past_length", dtype="int32", shape=(1,)),
-    )
-    past = tuple(
-        TensorSpec(name=f"past_key_values.{layer}.{part}", dtype=dtype, shape=past_shape)
-        for layer in layers
-        for part in ("key", "value")
-    )
-    present = tuple(
-        TensorSpec(name=f"present.{layer}.{part}", dtype=dtype, shape=new_shape)
-        for layer in layers
-        for part in ("key", "value")
-    )
-    out = TensorSpec(name="hidden_states_out", dtype=dtype, shape=(1, "S", dims.hidden_size))
+    inputs, outputs = _range_io(tracer, layers, hidden="inputs_embeds" if index == 0 else "hidden_states")
     spec = GraphSpec(
         name=name,
         role=role,
         file=f"{name}.onnx",
-        inputs=(hidden, *scalars, *past),
-        outputs=(out, *present),
+        inputs=inputs,
+        outputs=outputs,
         profiles=tracer.layout.range_profiles(index),
         weight_bytes=0,
         first_layer=layers.start,
         num_layers=len(layers),
     )
+    if tracer.layer is None:
+        tracer.layer = _one_layer(tracer)
+    model = stack_layers(tracer.layer, inputs=inputs, outputs=outputs, num_layers=len(layers))
+    module = DecoderRange([tracer.model.layers[layer] for layer in layers], tracer.rotary())
+    return tracer.described(model, module, spec, constants={"rotary.inv_freq": tracer.model.inv_freq})
+
+
+def _range_io(
+    tracer: _Tracer, layers: range, *, hidden: str
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Return inputs and outputs of the decoder layers ``layers``."""
+    dims, dtype = tracer.dimensions, tracer.layout.dtype
+    past_shape = (1, dims.num_kv_heads, "C", dims.head_size)
+    new_shape = (1, dims.num_kv_heads, "S", dims.head_size)
+    hidden_shape = (1, "S", dims.hidden_size)
+    parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
+    inputs = (
+        TensorSpec(name=hidden, dtype=dtype, shape=hidden_shape),
+        TensorSpec(name="position_ids", dtype="int32", shape=(tracer.position_axes, "S")),
+        TensorSpec(name="past_length", dtype="int32", shape=(1,)),
+        *(TensorSpec(name=f"past_key_values.{part}", dtype=dtype, shape=past_shape) for part in parts),
+    )
+    outputs = (
+        TensorSpec(name="hidden_states_out", dtype=dtype, shape=hidden_shape),
+        *(TensorSpec(name=f"present.{part}", dtype=dtype, shape=new_shape) for part in parts),
+    )
+    return inputs, outputs
+
+
+def _one_layer(tracer: _Tracer) -> ir.Model:
+    """Trace the first decoder layer; the others have the same structure."""
+    structures = {
+        (type(layer), tuple((name, tuple(value.shape)) for name, value in layer.named_parameters()))
+        for layer in tracer.model.layers
+    }
+    if len(structures) != 1:
+        raise AssertionError(f"expected decoder layers of one structure, got {len(structures)}")
+    inputs, outputs = _range_io(tracer, range(1), hidden="hidden_states")
     symbols = {"S": torch.export.Dim("S"), "C": torch.export.Dim("C")}
-    sizes = {"S": _MIN_TRACE_ROWS}
-    flat = [example_input(tensor, trace_sizes=sizes) for tensor in past]
-    pairs = list(zip(flat[::2], flat[1::2]))
-    axes = [dynamic_axes(tensor, dims=symbols) for tensor in past]
-    return tracer.graph(
-        DecoderRange([tracer.model.layers[layer] for layer in layers], tracer.rotary()),
-        spec,
-        args=(*(example_input(tensor, trace_sizes=sizes) for tensor in (hidden, *scalars)), pairs),
-        dynamic_shapes=(
-            *(dynamic_axes(tensor, dims=symbols) for tensor in (hidden, *scalars)),
-            list(zip(axes[::2], axes[1::2])),
-        ),
-        constants={"rotary.inv_freq": tracer.model.inv_freq},
+    *args, key, value = (example_input(tensor, trace_sizes={"S": _MIN_TRACE_ROWS}) for tensor in inputs)
+    *axes, key_axes, value_axes = (dynamic_axes(tensor, dims=symbols) for tensor in inputs)
+    return trace(
+        DecoderRange(tracer.model.layers[:1], tracer.rotary()),
+        args=(*args, [(key, value)]),
+        dynamic_shapes=(*axes, [(key_axes, value_axes)]),
+        inputs=inputs,
+        outputs=outputs,
+        opset=tracer.layout.opset,
     )
 
 

@@ -106,12 +106,10 @@ class TilePictures:
         """See ``PictureProcessing.any_picture_sizes``: the largest N with every possible number of tiles."""
         processing, side = self.processing, self.processing.tile_size
         largest = max_tiles(processing)
-        rows = (
-            max_visual_tokens(processing) if self.encoder_keep is None else largest * self.encoder_keep
-        )
-        counts = {
-            1 + (height // side) * (width // side) for height, width in processing.grid_pinpoints
-        } or {1}
+        rows = max_visual_tokens(processing) if self.encoder_keep is None else largest * self.encoder_keep
+        counts = {1 + (height // side) * (width // side) for height, width in processing.grid_pinpoints} or {
+            1
+        }
         return tuple({"B": count, "N": rows} for count in sorted(counts))
 
     def prepare(self, picture: Image.Image, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:

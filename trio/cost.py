@@ -4,8 +4,9 @@ A multiplication and an addition are two FLOPs; only matrix products and the pai
 element-wise work does not. ``S`` is the rows of a layer, text and visual.
 
     decoder layer   2 S (D H E + 2 D G E + H E D + 3 D I) + 4 S² H E
-    vision tower    per tile of P patches: L (2 P (4 D² + 2 D I) + 4 P² D)
-    projector       2 N (D_vision D + D D)
+    vision tower    per tile of P patches: L (2 P (4 D² + m D I) + 4 P A D), m matrices in the MLP, each
+                    patch attending to A others: all P, or those of its window
+    projector       2 N weights, of two layers D_vision D + D D
     head            2 D V for the one row that is answered
     KV cache        2 G E bytes_per_element per layer and row
 
@@ -38,8 +39,16 @@ class VisionShape:
     hidden_size: int
     intermediate_size: int
     patches_per_tile: int
-    """With the class token."""
+    """With the class token, where there is one."""
     num_tiles: int
+    mlp_matrices: int = 2
+    """m: 2, or 3 where the MLP has a gate."""
+    patches_per_window: int | None = None
+    """A in layers with window attention; None if all layers attend to the whole tile."""
+    num_full_layers: int = 0
+    """Layers that attend to the whole tile beside those with windows."""
+    projector_weights: int | None = None
+    """Weights that each visual token is multiplied with; None for LLaVA's two layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,14 +161,21 @@ def decoder_layer_flops(shape: ModelShape, *, num_rows: int) -> float:
 
 
 def vision_flops(shape: ModelShape, *, num_visual: int) -> float:
-    """Return the vision tower's and the two-layer projector's FLOPs; 0 without a vision shape."""
+    """Return the vision tower's and the projector's FLOPs; 0 without a vision shape."""
     vision = shape.vision
     if vision is None:
         return 0.0
     tokens, width = vision.patches_per_tile, vision.hidden_size
-    layer = 2 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * tokens**2 * width
-    tower = vision.num_tiles * vision.num_layers * layer
-    return tower + 2.0 * num_visual * (width * shape.hidden_size + shape.hidden_size**2)
+    weights = 4 * width**2 + vision.mlp_matrices * width * vision.intermediate_size
+    full_layers, window = vision.num_layers, 0
+    if vision.patches_per_window is not None:
+        full_layers, window = vision.num_full_layers, vision.patches_per_window
+    attended = full_layers * tokens + (vision.num_layers - full_layers) * window
+    tower = vision.num_tiles * (vision.num_layers * 2 * tokens * weights + 4 * tokens * attended * width)
+    projector = vision.projector_weights
+    if projector is None:
+        projector = width * shape.hidden_size + shape.hidden_size**2
+    return tower + 2.0 * num_visual * projector
 
 
 def head_flops(shape: ModelShape, *, num_rows: int = 1) -> float:

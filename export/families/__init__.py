@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from trio_edge.export.families.llava import Llava
 from trio_edge.export.families.llava_next import LlavaNext
+from trio_edge.export.families.qwen2_5_vl import Qwen25Vl
 from trio_edge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "check_architecture", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (Llava(), LlavaNext())
+FAMILIES: tuple[Family, ...] = (Llava(), LlavaNext(), Qwen25Vl())
 
 
 def check_architecture(folder: Path, config: dict[str, Any]) -> None:

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import AutoConfig
 
-from trio_edge.export.checkpoint import read_json
 from trio_edge.export.decoder_config import check_decoder
 from trio_edge.export.families.base import FamilyModel, VisionGraph
+from trio_edge.export.families.config_files import load_config, read_image_processor
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision import ClipFeatures, Vision
 from trio_edge.export.graphs.vision_reduced import ReducedVision, check_encoder_keep
@@ -37,13 +36,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: If it cannot be read, or names another decoder or vision tower.
     """
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many types for a broken config.json
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{checkpoint.folder}/config.json: expected a valid configuration, got: {reason}"
-        ) from None
+    config = load_config(checkpoint)
     text, vision = config.text_config, config.vision_config
     if text.model_type not in _TEXT_TYPES:
         raise CheckpointError(
@@ -155,17 +148,7 @@ def picture_processing(
 
 def _image_processing(checkpoint: Checkpoint, *, default_type: str) -> ImageProcessing:
     """Return the constants of the checkpoint's image processor."""
-    folder = checkpoint.folder
-    values: dict[str, Any] | None = None
-    if (folder / "preprocessor_config.json").exists():
-        values = read_json(folder / "preprocessor_config.json")
-    elif (folder / "processor_config.json").exists():
-        values = read_json(folder / "processor_config.json").get("image_processor")
-    if not isinstance(values, dict):
-        raise CheckpointError(
-            f"{folder}: expected preprocessor_config.json or processor_config.json with an image processor, got none;"
-            " download it with the weights"
-        )
+    folder, values = checkpoint.folder, read_image_processor(checkpoint)
     config = read_config(checkpoint)
     processing = ImageProcessing.from_preprocessor_config(
         {"image_processor_type": default_type, **values}, patch_size=config.vision_config.patch_size

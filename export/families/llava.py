@@ -29,7 +29,9 @@ class Llava:
         """See ``Family.build``."""
         from transformers import LlavaForConditionalGeneration
 
-        return build(LlavaForConditionalGeneration, read_config(checkpoint), processing=processing, dtype=dtype)
+        return build(
+            LlavaForConditionalGeneration, read_config(checkpoint), processing=processing, dtype=dtype
+        )
 
     def picture_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None

@@ -30,12 +30,17 @@ class LlavaNext:
         """See ``Family.build``."""
         from transformers import LlavaNextForConditionalGeneration
 
-        return build(LlavaNextForConditionalGeneration, read_config(checkpoint), processing=processing, dtype=dtype)
+        return build(
+            LlavaNextForConditionalGeneration, read_config(checkpoint), processing=processing, dtype=dtype
+        )
 
     def picture_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
     ) -> PictureProcessing:
         """See ``Family.picture_processing``."""
         return picture_processing(
-            checkpoint, default_type="LlavaNextImageProcessor", encoder_keep=encoder_keep, max_visual=max_visual
+            checkpoint,
+            default_type="LlavaNextImageProcessor",
+            encoder_keep=encoder_keep,
+            max_visual=max_visual,
         )

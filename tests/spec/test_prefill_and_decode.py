@@ -57,7 +57,12 @@ def test_decode_equals_a_longer_prefill(keep_all: Pipeline) -> None:
     def prefill(count: int) -> PrefillResult:
         positions = plain_positions(num_rows=size, length=count)
         return decoder.prefill(
-            padded(count), positions=positions, visual_rows=size - 32, visual_start=3, num_visual=20, length=count
+            padded(count),
+            positions=positions,
+            visual_rows=size - 32,
+            visual_start=3,
+            num_visual=20,
+            length=count,
         )
 
     prefill(40)
@@ -138,7 +143,9 @@ def test_image_sizes_leave_no_visual_padding(checkpoint: Path, reduced: Pipeline
     fixed = export(checkpoint, schedule=reduced.manifest.schedule, image_sizes=((40, 20), (24, 24)))
     with Pipeline.from_bundle(fixed) as pipeline:
         manifest = pipeline.manifest
-        assert [size.num_visual for size in manifest.image_sizes] == [size.rows for size in manifest.image_sizes]
+        assert [size.num_visual for size in manifest.image_sizes] == [
+            size.rows for size in manifest.image_sizes
+        ]
         assert manifest.max_visual == reduced.manifest.max_visual
         for size in manifest.image_sizes:
             prepared = pipeline._prepare(random_picture(size.width, size.height))

@@ -1,0 +1,49 @@
+"""Reads a checkpoint's configuration files for the families: model and image processor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig
+
+from trio_edge.export.checkpoint import read_json
+from trio_edge.runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from trio_edge.export.checkpoint import Checkpoint
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """Return transformers' configuration of ``checkpoint``.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types for a broken config.json
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json: expected a valid configuration, got: {reason}"
+        ) from None
+
+
+def read_image_processor(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the image processor's constants, from ``preprocessor_config.json`` or, of transformers 5,
+    ``processor_config.json``.
+
+    Raises:
+        CheckpointError: If neither is there.
+    """
+    folder = checkpoint.folder
+    values: dict[str, Any] | None = None
+    if (folder / "preprocessor_config.json").exists():
+        values = read_json(folder / "preprocessor_config.json")
+    elif (folder / "processor_config.json").exists():
+        values = read_json(folder / "processor_config.json").get("image_processor")
+    if not isinstance(values, dict):
+        raise CheckpointError(
+            f"{folder}: expected preprocessor_config.json or processor_config.json with an image processor, got none;"
+            " download it with the weights"
+        )
+    return values

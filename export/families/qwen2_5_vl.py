@@ -1,0 +1,150 @@
+"""Qwen2.5-VL: dynamic-resolution encoder with window attention, M-RoPE, Qwen2 decoder layers with biases.
+
+The probe runs the next layer with the model's own head, as for LLaVA. The reference's Qwen code probes the layer that
+has just run, and can take the input embeddings for the head; those are defects that are not followed here.
+Kept tokens keep their M-RoPE positions, as in the reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from trio_edge.export.decoder_config import check_decoder
+from trio_edge.export.families.base import FamilyModel, VisionGraph
+from trio_edge.export.families.config_files import load_config, read_image_processor
+from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
+from trio_edge.export.graphs.vision_windowed import INV_FREQ_NAME, WindowedVision, inverse_frequencies
+from trio_edge.runtime.chat import QWEN2_5_VL_TEMPLATE
+from trio_edge.runtime.errors import CheckpointError, ManifestError, ScheduleError
+from trio_edge.runtime.image_patches import PatchProcessing
+from trio_edge.runtime.manifest import TensorSpec
+from trio_edge.runtime.vision_inputs import PatchPictures
+from trio_edge.trio.cost import VisionShape
+
+if TYPE_CHECKING:
+    from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.runtime.schedule import Positions
+    from trio_edge.runtime.vision_inputs import PictureProcessing
+
+DEFAULT_MAX_VISUAL = 1280
+"""Visual tokens that a picture is scaled down to unless asked otherwise: a megapixel, where the model allows 16384."""
+
+
+@final
+class Qwen25Vl:
+    """See ``Family``."""
+
+    model_type = "qwen2_5_vl"
+    positions: tuple[Positions, ...] = ("preserved",)
+
+    def default_chat_template(self, checkpoint: Checkpoint) -> str:
+        """Return ChatML with the vision marks."""
+        return QWEN2_5_VL_TEMPLATE
+
+    def build(self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: str) -> FamilyModel:
+        """See ``Family.build``."""
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        register_attention()
+        config = _read_config(checkpoint)
+        text, vision = config.text_config, config.vision_config
+        text._attn_implementation = ATTENTION_NAME
+        root: Any = Qwen2_5_VLForConditionalGeneration(config)
+        inner = root.model
+        with unset_fake_temporarily():
+            rotary: Any = type(inner.language_model.rotary_emb)(text)
+            inv_freq = rotary.inv_freq.to(torch.float32).numpy()
+        return FamilyModel(
+            root=root,
+            vision=_vision_graph(inner, vision, processing=processing, dtype=dtype),
+            vision_shape=lambda sizes: VisionShape(
+                num_layers=vision.depth,
+                hidden_size=vision.hidden_size,
+                intermediate_size=vision.intermediate_size,
+                patches_per_tile=sizes["P"],
+                num_tiles=1,
+                mlp_matrices=3,
+                patches_per_window=(vision.window_size // vision.patch_size) ** 2,
+                num_full_layers=len(vision.fullatt_block_indexes),
+                projector_weights=_merger_weights(vision),
+            ),
+            layers=tuple(inner.language_model.layers),
+            final_norm=inner.language_model.norm,
+            lm_head=root.lm_head,
+            inv_freq=inv_freq,
+            attention_scaling=float(rotary.attention_scaling),
+            text_config=text,
+            mrope_sections=tuple(int(size) for size in rotary.mrope_section),
+        )
+
+    def picture_processing(
+        self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
+    ) -> PictureProcessing:
+        """See ``Family.picture_processing``."""
+        if encoder_keep is not None:
+            raise ScheduleError(
+                f"--encoder-keep: expected none for {self.model_type}, got {encoder_keep}; leave it away"
+            )
+        vision = _read_config(checkpoint).vision_config
+        processing = PatchProcessing.from_preprocessor_config(
+            {"image_processor_type": "Qwen2VLImageProcessor", **read_image_processor(checkpoint)},
+            window_size=vision.window_size,
+        )
+        theirs = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+        ours = (processing.patch_size, processing.temporal_patch_size, processing.merge_size)
+        if ours != theirs:
+            raise CheckpointError(
+                f"{checkpoint.folder}: expected patch sizes {theirs} (the vision tower's), got {ours};"
+                " preprocessor and weights belong to different models"
+            )
+        return PatchPictures(_scaled_down(processing, max_visual), encoder_keep=None)
+
+
+def _read_config(checkpoint: Checkpoint) -> Any:
+    config = load_config(checkpoint)
+    check_decoder(config.text_config, folder=checkpoint.folder)
+    return config
+
+
+def _scaled_down(processing: PatchProcessing, max_visual: int | None) -> PatchProcessing:
+    """Return the processing with at most ``max_visual`` visual tokens a picture."""
+    wanted = DEFAULT_MAX_VISUAL if max_visual is None else max_visual
+    most = min(processing.max_pixels, wanted * processing.token_size**2)
+    least = min(processing.min_pixels, most) if max_visual is None else processing.min_pixels
+    try:
+        return dataclasses.replace(processing, max_pixels=most, min_pixels=least)
+    except ManifestError:
+        fewest = -(-processing.min_pixels // processing.token_size**2)
+        raise ScheduleError(
+            f"--max-visual: expected at least {fewest} (the processor's min_pixels), got {max_visual}; raise it"
+        ) from None
+
+
+def _vision_graph(inner: Any, vision: Any, *, processing: PictureProcessing, dtype: str) -> VisionGraph:
+    values = inverse_frequencies(vision)
+    patch_values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    slots = (vision.window_size // vision.patch_size // vision.spatial_merge_size) ** 2
+    slots *= vision.spatial_merge_size**2
+    module = WindowedVision(inner.visual, inv_freq=torch.empty(len(values), dtype=torch.float32))
+    return VisionGraph(
+        module=module,
+        inputs=(
+            TensorSpec(name="pixel_values", dtype="float32", shape=("P", patch_values)),
+            TensorSpec(name="patch_positions", dtype="int32", shape=(2, "P")),
+            TensorSpec(name="window_slots", dtype="int32", shape=("W", slots)),
+            TensorSpec(name="patch_slot", dtype="int32", shape=("P",)),
+            TensorSpec(name="num_patches", dtype="int32", shape=(1,)),
+            TensorSpec(name="token_index", dtype="int32", shape=("N",)),
+        ),
+        outputs=(TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", vision.out_hidden_size)),),
+        constants={INV_FREQ_NAME: values},
+    )
+
+
+def _merger_weights(vision: Any) -> int:
+    merged = vision.hidden_size * vision.spatial_merge_size**2
+    return int(merged * merged + merged * vision.out_hidden_size)

@@ -1,0 +1,99 @@
+"""A small random Qwen2.5-VL checkpoint, and Hugging Face's inputs for it without its processor.
+
+Hugging Face's Qwen2.5-VL processor needs torchvision (for videos); token ids, patches and grid are put together here.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from PIL import Image
+
+    from trio_edge.runtime.pipeline import Pipeline
+
+MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+WORDS = ("<unk>", "system", "user", "assistant", *(f"w{index}" for index in range(84)))
+VOCABULARY = (*WORDS, *MARKS)
+IMAGE_ID, END_ID = VOCABULARY.index("<|image_pad|>"), VOCABULARY.index("<|im_end|>")
+PIXELS = {"min_pixels": 4 * 28 * 28, "max_pixels": 30 * 28 * 28}
+
+
+def save_qwen_checkpoint(
+    folder: Path, *, tie: bool = False, num_layers: int = 4, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write a random model with tokenizer and image processor into ``folder`` and return it.
+
+    The chat template is left away: the exporter brings the family's.
+    """
+    import transformers as hf
+
+    torch.manual_seed(17)
+    config = hf.Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": num_layers, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": len(VOCABULARY), "max_position_embeddings": 1024,
+            "initializer_range": 0.2, "bos_token_id": 90, "eos_token_id": END_ID, "tie_word_embeddings": tie,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={
+            "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+            "window_size": 56, "fullatt_block_indexes": [1], "initializer_range": 0.2,
+        },
+        image_token_id=IMAGE_ID,
+        vision_start_token_id=VOCABULARY.index("<|vision_start|>"),
+        vision_end_token_id=VOCABULARY.index("<|vision_end|>"),
+        tie_word_embeddings=tie,
+    )  # fmt: skip
+    model = hf.Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):  # ones and zeros would hide a forgotten one
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    processor = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2, **PIXELS}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def _tokenizer() -> Any:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+
+
+def hugging_face_inputs(
+    pipeline: Pipeline, picture: Image.Image | None, prompt: str
+) -> dict[str, torch.Tensor]:
+    """Return what Hugging Face's processor would give: token ids, and patches in its own order.
+
+    The patches' numbers are the runtime's, which has tests of its own against Hugging Face's image processor.
+    """
+    ids = pipeline._encode(prompt, has_image=picture is not None, history=(), system=None)
+    if picture is None:
+        return {"input_ids": torch.from_numpy(ids.before.astype(np.int64))[None]}
+    processing: Any = pipeline.pictures.processing  # type: ignore[attr-defined]
+    inputs = processing.prepare(picture)
+    rows, columns = processing.grid(*picture.size)
+    tokens = inputs["token_index"]
+    by_token: NDArray[np.float32] = inputs["pixel_values"].reshape(len(tokens), 4, -1)
+    input_ids = np.concatenate([ids.before, np.full(len(tokens), IMAGE_ID), ids.after]).astype(np.int64)
+    return {
+        "input_ids": torch.from_numpy(input_ids)[None],
+        "mm_token_type_ids": torch.from_numpy((input_ids == IMAGE_ID).astype(np.int32))[None],
+        "pixel_values": torch.from_numpy(by_token[tokens].reshape(len(tokens) * 4, -1)),
+        "image_grid_thw": torch.tensor([[1, rows, columns]]),
+    }

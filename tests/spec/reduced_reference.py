@@ -1,0 +1,78 @@
+"""The reduction in plain torch, as the paper states it: autograd over layer and head, greedy suppression, cut layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from trio_edge.runtime.greedy_nms import greedy_nms
+
+if TYPE_CHECKING:
+    from trio_edge.runtime.schedule import Schedule
+
+
+def causal_layer(model: Any, index: int, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Run one Hugging Face decoder layer with an additive causal mask."""
+    text = model.model.language_model
+    rows = hidden.shape[1]
+    mask = torch.full((1, 1, rows, rows), float("-inf"), dtype=hidden.dtype).triu(1)
+    tables = text.rotary_emb(hidden, positions)
+    return text.layers[index](hidden, attention_mask=mask, position_embeddings=tables)
+
+
+def autograd_saliency(
+    model: Any, layer: int, hidden: torch.Tensor, positions: torch.Tensor, *, offset: int
+) -> Any:
+    """Return the gradient norm of every row: the whole layer and head over all rows, by autograd."""
+    leaf = hidden.detach().requires_grad_(True)
+    out = causal_layer(model, layer, leaf, positions)
+    logits = model.lm_head(model.model.language_model.norm(out))[0]
+    last = logits.shape[0] - offset
+    rows = logits[last - 3 : last + 1]
+    torch.nn.functional.cross_entropy(rows, rows.argmax(-1)).backward()
+    assert leaf.grad is not None
+    return leaf.grad[0].norm(dim=-1)
+
+
+def reduced_logits(
+    model: Any,
+    embeds: torch.Tensor,
+    schedule: Schedule,
+    *,
+    start: int,
+    count: int,
+    positions: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, list[list[int]]]:
+    """Return the last row's logits and the kept original indices of every stage.
+
+    Args:
+        model: Hugging Face's, with its language model and head.
+        embeds: [1, S, D].
+        schedule: The stages.
+        start: First visual row.
+        count: Visual rows.
+        positions: [1, S], or M-RoPE's [3, 1, S]; 0..S-1 by default.
+    """
+    hidden = embeds
+    if positions is None:
+        positions = torch.arange(embeds.shape[1])[None]
+    original, kept_all = np.arange(count), []
+    stages = {stage.layer: stage.keep for stage in schedule.stages}
+    for layer in range(len(model.model.language_model.layers)):
+        if layer in stages:
+            saliency = autograd_saliency(model, layer, hidden, positions, offset=schedule.last_probe_offset)
+            scores = saliency[start : start + len(original)].numpy()
+            features = hidden[0, start : start + len(original)].detach().numpy()
+            kept = greedy_nms(features, scores, num_keep=min(stages[layer], len(original)), threshold=0.8)
+            rows = [*range(start), *(start + kept), *range(start + len(original), hidden.shape[1])]
+            hidden, original = hidden[:, rows], original[kept]
+            positions = (
+                positions[..., rows] if schedule.positions == "preserved" else torch.arange(len(rows))[None]
+            )
+            kept_all.append(original.tolist())
+        with torch.no_grad():
+            hidden = causal_layer(model, layer, hidden, positions)
+    with torch.no_grad():
+        return model.lm_head(model.model.language_model.norm(hidden))[0, -1], kept_all

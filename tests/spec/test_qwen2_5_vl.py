@@ -1,0 +1,173 @@
+"""Qwen2.5-VL through export and runtime: keep-all equals Hugging Face, reduced equals plain torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.bundles import export
+from tests.pictures import random_picture
+from tests.qwen_checkpoints import hugging_face_inputs, save_qwen_checkpoint
+from tests.spec.reduced_reference import reduced_logits
+from tests.tolerances import LOGITS_FLOAT32
+from trio_edge.runtime.errors import ScheduleError, ShapeError
+from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.schedule import Schedule, Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+KEEP_ALL = Schedule(positions="preserved")
+REDUCED = Schedule(
+    stages=(Stage(layer=1, keep=9), Stage(layer=2, keep=4)), positions="preserved", probe_rows="answer"
+)
+CAMERA = (150, 100)
+SIZES = [CAMERA, (28, 28), (300, 40), (40, 300), (61, 59), (200, 200), (90, 33)]
+PROMPTS = ["w1 w2 w3", "w9", "w5 w4 w3 w2 w1 w0 w7 w7"]
+NUM_STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_qwen_checkpoint(tmp_path_factory.mktemp("qwen") / "ck")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def keep_all(folder: Path) -> Iterator[Pipeline]:
+    with Pipeline.from_bundle(export(folder, schedule=KEEP_ALL, image_sizes=(CAMERA,))) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def reduced(folder: Path) -> Iterator[Pipeline]:
+    with Pipeline.from_bundle(export(folder, schedule=REDUCED, image_sizes=(CAMERA,))) as pipeline:
+        yield pipeline
+
+
+def answer_with_logits(
+    pipeline: Pipeline, picture: Any, prompt: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[int], np.ndarray[Any, Any]]:
+    seen: list[Any] = []
+    decode = pipeline._decoder.decode
+    monkeypatch.setattr(pipeline._decoder, "decode", lambda row: seen.append(decode(row)) or seen[-1])
+    answer = pipeline.generate(picture, prompt, max_new_tokens=NUM_STEPS)
+    _ = answer.text
+    return answer.token_ids, np.stack([answer.first_logits, *seen])
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[list[int], np.ndarray[Any, Any]]:
+    model.model.rope_deltas = None
+    with torch.no_grad():
+        output = model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=NUM_STEPS,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    return tokens, torch.stack(output.logits)[:, 0].numpy()
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_keep_all_bundle_gives_the_tokens_of_hugging_face(
+    model: Any, keep_all: Pipeline, size: tuple[int, int], prompt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = random_picture(*size, seed=size[0])
+    tokens, logits = generate(model, hugging_face_inputs(keep_all, picture, prompt))
+    ours, our_logits = answer_with_logits(keep_all, picture, prompt, monkeypatch)
+    assert ours == tokens
+    np.testing.assert_allclose(our_logits, logits, **LOGITS_FLOAT32)
+
+
+def test_text_only_equals_hugging_face(
+    model: Any, keep_all: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, logits = generate(model, hugging_face_inputs(keep_all, None, PROMPTS[0]))
+    ours, our_logits = answer_with_logits(keep_all, None, PROMPTS[0], monkeypatch)
+    assert ours == tokens
+    np.testing.assert_allclose(our_logits, logits, **LOGITS_FLOAT32)
+
+
+@pytest.mark.parametrize("size", [CAMERA, (300, 40), (61, 59)], ids=str)
+def test_reduced_bundle_equals_plain_torch(model: Any, reduced: Pipeline, size: tuple[int, int]) -> None:
+    """Kept tokens, logits of the prefill, and of decode steps at the original length (a longer prefill)."""
+    picture, prompt = random_picture(*size, seed=3), "w1 w2 w3 w4 w5 w6"
+    inputs = hugging_face_inputs(reduced, picture, prompt)
+    answer = reduced.generate(picture, prompt, max_new_tokens=1)
+    _ = answer.text
+    with torch.no_grad():
+        features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output[0]
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+    spots = inputs["mm_token_type_ids"][0] == 1
+    embeds[0, spots] = features
+    positions, _ = model.model.get_rope_index(
+        inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
+    )
+    logits, kept = reduced_logits(
+        model, embeds, REDUCED, start=int(spots.nonzero()[0]), count=int(spots.sum()), positions=positions
+    )
+    assert [indices.tolist() for indices in answer.kept] == kept
+    np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
+
+
+def test_decode_after_a_reduction_goes_on_at_the_original_positions(
+    model: Any, reduced: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = []
+    run = reduced._decoder._sessions["suffix"].run
+    monkeypatch.setattr(
+        reduced._decoder._sessions["suffix"],
+        "run",
+        lambda inputs: ids.append(inputs["position_ids"]) or run(inputs),
+    )
+    picture = random_picture(*CAMERA, seed=1)
+    _ = reduced.generate(picture, PROMPTS[0], max_new_tokens=3).text
+    inputs = hugging_face_inputs(reduced, picture, PROMPTS[0])
+    positions, _ = model.model.get_rope_index(
+        inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
+    )
+    following = int(positions.max()) + 1
+    assert [step.ravel().tolist() for step in ids[1:]] == [[following] * 3, [following + 1] * 3]
+
+
+def test_the_camera_has_no_padding(reduced: Pipeline) -> None:
+    prepared = reduced._prepare(random_picture(*CAMERA))
+    inputs = prepared.inputs
+    assert len(inputs["token_index"]) == prepared.num_visual
+    assert inputs["num_patches"][0] == len(inputs["pixel_values"])
+
+
+def test_compact_positions_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ScheduleError, match="positions: expected preserved for qwen2_5_vl, got compact"):
+        export(folder, schedule=Schedule(positions="compact"))
+
+
+def test_a_picture_too_thin_for_the_model_is_refused(reduced: Pipeline) -> None:
+    with pytest.raises((ShapeError, ValueError), match="200"):
+        reduced.generate(random_picture(4100, 20), PROMPTS[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+def test_tied_bfloat16_checkpoint_is_exported_as_float16(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Qwen2.5-VL-3B ties its head to its embeddings, and its weights are bfloat16."""
+    folder = save_qwen_checkpoint(tmp_path / "ck", tie=True, num_layers=2, dtype=dtype)
+    bundle = export(folder, schedule=Schedule(stages=(Stage(layer=1, keep=6),), positions="preserved"))
+    with Pipeline.from_bundle(bundle) as pipeline:
+        assert pipeline.manifest.dtype == "float16"
+        answer = pipeline.generate(random_picture(*CAMERA), PROMPTS[0], max_new_tokens=2)
+        assert answer.text is not None
+        assert np.isfinite(answer.first_logits).all()
+        assert pipeline.manifest.device_weight_ratio < 3
