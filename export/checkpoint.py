@@ -54,6 +54,8 @@ ALIASES = {
     )
 }
 TINY_FOLDER = Path(__file__).parent / "tiny"
+EMBEDDING_NAME = "language_model.embed_tokens.weight"
+"""Canonical name of the token embeddings."""
 
 _MAX_HEADER_BYTES = 100_000_000
 _DTYPE_BYTES = {
@@ -78,6 +80,8 @@ _CANONICAL_RULES = (
     (re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"), "vision_tower."),
     (re.compile(r"^(?:model\.)?multi_modal_projector\."), "multi_modal_projector."),
     (re.compile(r"^(?:model\.)?image_newline$"), "image_newline"),
+    (re.compile(r"^(?:model\.)?visual\."), "visual."),
+    (re.compile(r"^model\.(?=layers\.|embed_tokens\.|norm\.)"), "language_model."),
 )
 
 

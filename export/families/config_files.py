@@ -29,8 +29,9 @@ def load_config(checkpoint: Checkpoint) -> Any:
 
 
 def read_image_processor(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the image processor's constants, from ``preprocessor_config.json`` or, of transformers 5,
-    ``processor_config.json``.
+    """Return the image processor's constants.
+
+    They are in ``preprocessor_config.json`` or, as transformers 5 writes it, ``processor_config.json``.
 
     Raises:
         CheckpointError: If neither is there.
