@@ -50,6 +50,16 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "dtype": manifest.dtype,
         "opset": manifest.opset,
         "max_visual": manifest.max_visual,
+        "visual_sizes": list(manifest.visual_sizes),
+        "image_sizes": [
+            {
+                "width": size.width,
+                "height": size.height,
+                "num_visual": size.num_visual,
+                "padding": size.rows - size.num_visual,
+            }
+            for size in manifest.image_sizes
+        ],
         "text_buckets": list(manifest.text_buckets),
         "max_new_tokens": manifest.max_new_tokens,
         "schedule": {
@@ -109,6 +119,18 @@ def _layers(graph: GraphSpec) -> str:
     return f"{graph.first_layer}..{graph.first_layer + graph.num_layers - 1}"
 
 
+def _visual_sizes(manifest: Manifest) -> str:
+    """Return the counts that pictures are padded to, and what padding is left."""
+    parts = [
+        f"{size.num_visual} for {size.width}x{size.height}"
+        + (f" (+{size.rows - size.num_visual} padding)" if size.rows > size.num_visual else " (no padding)")
+        for size in manifest.image_sizes
+    ]
+    if manifest.max_visual > max((size.rows for size in manifest.image_sizes), default=0):
+        parts.append(f"any picture padded to {manifest.max_visual}")
+    return ", ".join(parts)
+
+
 def _print(manifest: Manifest, *, show_io: bool) -> None:
     console, facts = Console(), summary(manifest)
     schedule, flops, kv, weights = facts["schedule"], facts["flops"], facts["kv"], facts["weights"]
@@ -118,7 +140,8 @@ def _print(manifest: Manifest, *, show_io: bool) -> None:
     total = {name: sum(flops[name].values()) / 1e9 for name in ("reduced", "full")}
     lines = {
         "model": f"{manifest.model} ({manifest.family}), {manifest.dtype}, opset {manifest.opset}",
-        "visual tokens": f"{manifest.max_visual}; text buckets {list(manifest.text_buckets)}; {manifest.max_new_tokens} new tokens",
+        "visual tokens": _visual_sizes(manifest),
+        "text": f"padded to {list(manifest.text_buckets)} tokens; {manifest.max_new_tokens} new tokens",
         "stages": f"{stages} ({schedule['probe_rows']} probe rows, {schedule['positions']} positions)",
         "average keep": f"{100 * manifest.average_keep:.1f} %",
         "FLOPs": (
