@@ -7,7 +7,9 @@ constants, without limits it would fold the weights' transposes and write them i
 
 from __future__ import annotations
 
+import logging
 import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -15,7 +17,7 @@ import torch
 from onnxscript import optimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -50,6 +52,12 @@ def dynamic_axes(spec: TensorSpec, *, dims: Mapping[str, Any]) -> dict[int, Any]
     }
 
 
+def graph_value(spec: TensorSpec) -> ir.Value:
+    """Return a graph input or output as ``spec`` describes it."""
+    kind = ir.TensorType(ir.DataType[_IR_FROM_DTYPE[spec.dtype]])
+    return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=kind)
+
+
 def trace(
     module: nn.Module,
     *,
@@ -60,9 +68,7 @@ def trace(
     opset: int,
 ) -> ir.Model:
     """Return ``module`` as an ONNX model whose I/O tensors carry the names and shapes of ``inputs`` and ``outputs``."""
-    with warnings.catch_warnings(), torch.no_grad():
-        # torch 2.13 warns of equal axis names, and through copyreg on some releases; neither concerns the graph.
-        warnings.simplefilter("ignore")
+    with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module.eval(),
             args,
@@ -78,6 +84,24 @@ def trace(
     _name_values(model.graph.inputs, inputs)
     _name_values(model.graph.outputs, outputs)
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what torch.onnx says of itself.
+
+    torch 2.13 warns of equal axis names, through copyreg on some releases, and logs for each trace which operators of
+    torchvision it leaves out when that is not installed; none of it concerns the graph.
+    """
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _name_values(values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> None:
