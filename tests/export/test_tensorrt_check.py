@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import msgspec
 import onnx
 import onnx_ir as ir
 import pytest
 
+from tests.checkpoints import save_checkpoint
+from trio_edge.export import tensorrt_check
+from trio_edge.export.cli import main
 from trio_edge.export.tensorrt_check import RELEASES, check_graph, load_rules, require_supported
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.errors import CheckpointError
@@ -270,6 +274,25 @@ def test_exported_graphs_have_no_finding(
         symbols = {symbol for profile in spec.profiles for symbol in profile.sizes}
         model = ir.load(bundle.path(spec.file))
         assert check_graph(model, release=release, symbols=symbols) == [], spec.name
+
+
+def test_export_of_a_graph_that_breaks_a_rule_gives_one_line_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = load_rules()
+    older = {name: msgspec.structs.replace(rules.releases[name], max_opset=17) for name in RELEASES}
+    old_rules = msgspec.structs.replace(rules, releases=older)
+    monkeypatch.setattr(tensorrt_check, "load_rules", lambda: old_rules)
+    source = save_checkpoint(tmp_path / "ck", family="llava", num_layers=1)
+    code = main(
+        [str(source), "--keep", "all", "--max-text", "32", "--quiet", "--out", str(tmp_path / "bundle")]
+    )
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert lines[-1].startswith(
+        "trio-export: graph 'vision', opset: expected 9..17 (TensorRT 10.3), got 18; "
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["ck"]
 
 
 def test_a_public_checker_finds_nothing_critical_in_the_exported_graphs(
