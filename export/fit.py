@@ -47,7 +47,8 @@ SMALL_TEXT = 64
 """Text tokens, and new tokens, of the remedy that shortens the text."""
 USUAL_KEEP = "11.1%"
 """Average keep of the remedy that reduces tokens."""
-_SMALL_PICTURE = (336, 336)
+SMALL_PICTURE = (336, 336)
+"""Width and height of the remedy with a smaller camera."""
 _VISION_HEAD_SIZE = 64
 
 
@@ -75,8 +76,8 @@ class FitInputs:
     max_new_tokens: int
     int4_decoder: bool = False
     """Whether the decoder's linear weights are 4-bit blocks."""
-    small_picture: tuple[str, Picture] | None = None
-    """Option and sizes of a smaller camera, where the family has smaller pictures."""
+    small_picture: Picture | None = None
+    """A picture of ``SMALL_PICTURE``, where it is smaller than ``picture``."""
 
     @property
     def layers_and_rows(self) -> tuple[tuple[int, int], ...]:
@@ -135,12 +136,12 @@ def remedies(inputs: FitInputs, *, usable_bytes: int) -> list[Remedy]:
     alone, together = [], []
     current, labels = inputs, list[str]()
     for label, change in _CHANGES:
-        changed = change(inputs)
-        if changed is None:
+        changed, changed_too = change(inputs), change(current)
+        if changed is not None:
+            alone.append(Remedy(label=label, fit=estimate(changed, usable_bytes=usable_bytes)))
+        if changed_too is None:
             continue
-        name = inputs.small_picture[0] if label is None and inputs.small_picture else str(label)
-        alone.append(Remedy(label=name, fit=estimate(changed, usable_bytes=usable_bytes)))
-        current, labels = change(current) or current, [*labels, name]
+        current, labels = changed_too, [*labels, label]
         if len(labels) > 1:
             fit = estimate(current, usable_bytes=usable_bytes)
             together.append(Remedy(label=" + ".join(labels), fit=fit))
@@ -256,7 +257,7 @@ def _with_keep(inputs: FitInputs) -> FitInputs | None:
 def _with_small_picture(inputs: FitInputs) -> FitInputs | None:
     if inputs.small_picture is None:
         return None
-    picture = inputs.small_picture[1]
+    picture = inputs.small_picture
     share = picture.num_visual / inputs.picture.num_visual
     try:
         stages = tuple(
@@ -276,11 +277,11 @@ def _with_short_text(inputs: FitInputs) -> FitInputs | None:
     return dataclasses.replace(inputs, max_text=text, max_new_tokens=new)
 
 
-_CHANGES: tuple[tuple[str | None, Callable[[FitInputs], FitInputs | None]], ...] = (
+_CHANGES: tuple[tuple[str, Callable[[FitInputs], FitInputs | None]], ...] = (
     ("--dtype float16", _with_float16),
     ("int4 decoder weights", _with_int4),
     (f"--keep {USUAL_KEEP}", _with_keep),
-    (None, _with_small_picture),
+    ("--image-size {}x{} --only-image-sizes".format(*SMALL_PICTURE), _with_small_picture),
     (f"--max-text {SMALL_TEXT} --max-new-tokens {SMALL_TEXT}", _with_short_text),
 )
 
@@ -306,10 +307,8 @@ def fit_inputs(
     """
     largest = max(layout.vision_sizes, key=lambda sizes: (sizes["N"], *sizes.values()))
     picture = Picture(num_visual=largest["N"], vision=model.vision_shape(largest))
-    width, height = _SMALL_PICTURE
-    sizes = processing.sizes(width, height)
+    sizes = processing.sizes(*SMALL_PICTURE)
     small = Picture(num_visual=sizes["N"], vision=model.vision_shape(sizes))
-    option = f"--image-size {width}x{height} --only-image-sizes"
     return FitInputs(
         model=ModelShape(
             num_layers=dimensions.num_layers,
@@ -326,5 +325,5 @@ def fit_inputs(
         schedule=layout.schedule,
         max_text=layout.text_buckets[-1],
         max_new_tokens=layout.max_new_tokens,
-        small_picture=(option, small) if small.num_visual < picture.num_visual else None,
+        small_picture=small if small.num_visual < picture.num_visual else None,
     )

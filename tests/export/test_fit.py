@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 CLIP = VisionShape(num_layers=23, hidden_size=1024, intermediate_size=4096, patches_per_tile=577, num_tiles=5)
-SMALL = ("--image-size 336x336", Picture(num_visual=1176, vision=dataclasses.replace(CLIP, num_tiles=2)))
+SMALL = Picture(num_visual=1176, vision=dataclasses.replace(CLIP, num_tiles=2))
 
 
 def llava_next_7b(**changes: Any) -> FitInputs:
@@ -66,7 +66,9 @@ def test_float16_7b_fits_large_devices(name: str) -> None:
 def test_combination_is_offered_where_no_single_change_fits() -> None:
     warning = check_fit(llava_next_7b(), find_target("rtx-4060"))
     assert warning is not None
-    assert warning.endswith("; int4 decoder weights + --image-size 336x336 would fit (6.3)")
+    assert warning.endswith(
+        "; int4 decoder weights + --image-size 336x336 --only-image-sizes would fit (6.3)"
+    )
 
 
 def test_model_that_nothing_makes_small_enough_is_said_so() -> None:
@@ -90,7 +92,7 @@ def test_every_remedy_is_smaller_than_the_request() -> None:
         "--dtype float16",
         "int4 decoder weights",
         "--keep 11.1%",
-        "--image-size 336x336",
+        "--image-size 336x336 --only-image-sizes",
         "--max-text 64 --max-new-tokens 64",
     ]
     weights_of_stages = estimate(
