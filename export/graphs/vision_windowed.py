@@ -118,7 +118,7 @@ class WindowedEncoder(nn.Module):
         is_used_WQ = window_slots >= 0
         patch_of_slot = torch.where(is_used_WQ, window_slots, 0).flatten()
         shape_WQ = window_slots.shape
-        in_windows = patch_positions.index_select(1, patch_of_slot).unflatten(1, shape_WQ)
+        in_windows = torch.unflatten(patch_positions.index_select(1, patch_of_slot), 1, shape_WQ)
         windows = self._rows(in_windows, is_used_WQ)
         received = []
         block: Any
@@ -130,7 +130,7 @@ class WindowedEncoder(nn.Module):
                 if index in self.observed_blocks:
                     received.append(received_attention(weights_1HPP[0], is_real_P))
             else:
-                qkv_WQ = qkv_P.index_select(0, patch_of_slot).unflatten(0, shape_WQ)
+                qkv_WQ = torch.unflatten(qkv_P.index_select(0, patch_of_slot), 0, shape_WQ)
                 mixed_PD = attention(block.attn, qkv_WQ, windows)[0].flatten(0, 1).index_select(0, patch_slot)
             hidden_PD = hidden_PD + block.attn.proj(mixed_PD)
             hidden_PD = hidden_PD + block.mlp(block.norm2(hidden_PD))
@@ -162,9 +162,9 @@ def attention(module: Any, qkv_BRX: Tensor, rows: Rows) -> tuple[Tensor, Tensor]
         rows: Of the same B and R.
     """
     heads, size = module.num_heads, module.head_dim
-    rotated = _rotated(qkv_BRX[..., : 2 * module.dim].unflatten(-1, (2 * heads, size)), rows)
+    rotated = _rotated(torch.unflatten(qkv_BRX[..., : 2 * module.dim], -1, (2 * heads, size)), rows)
     query, key = rotated[:, :, :heads], rotated[:, :, heads:]
-    value = qkv_BRX[..., 2 * module.dim :].unflatten(-1, (heads, size))
+    value = torch.unflatten(qkv_BRX[..., 2 * module.dim :], -1, (heads, size))
     # scaling the query, not the scores, keeps float16 scores in range
     scores_BHRR = torch.matmul((query * module.scaling).transpose(1, 2), key.permute(0, 2, 3, 1))
     weights_BHRR = torch.softmax(scores_BHRR.float() + rows.mask_B11R, dim=-1)

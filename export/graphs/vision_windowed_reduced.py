@@ -89,10 +89,11 @@ class ReducedWindowedVision(nn.Module):
         tokens_MD = self.merger(hidden_PD)
         merged = self.merge_size**2
         local_M, global_M = (
-            scores_P.unflatten(0, (-1, merged)).mean(dim=-1) for scores_P in (received[0], received[-1])
+            torch.unflatten(scores_P, 0, (-1, merged)).mean(dim=-1)
+            for scores_P in (received[0], received[-1])
         )
         is_real_M = torch.arange(tokens_MD.shape[0]) * merged < num_patches
-        first_2M = patch_positions.unflatten(1, (-1, merged))[:, :, 0].to(torch.float32)
+        first_2M = torch.unflatten(patch_positions, 1, (-1, merged))[:, :, 0].to(torch.float32)
         row_M, column_M = torch.floor(first_2M / self.merge_size)
         kept_K = select_tokens(local_M, global_M, row_M, column_M, is_real_M, num_keep=self.num_keep)
         rows_KD = merge_into_kept(tokens_MD, kept_K, is_real_M)
