@@ -19,7 +19,9 @@ EXIT_INTERRUPTED = 130
 def run(command: click.Command, argv: Sequence[str] | None) -> int:
     """Run a click command and return its exit code; errors of our own and of usage print one line."""
     try:
-        result = command.main(args=None if argv is None else list(argv), standalone_mode=False)
+        result = command.main(
+            args=None if argv is None else list(argv), prog_name=command.name, standalone_mode=False
+        )
     except click.exceptions.Abort:
         print(f"{command.name}: interrupted", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED

@@ -36,7 +36,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_has_no_other_top_level_name(wheel: Path) -> None:
     names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert {name for name in names if not name.endswith(".dist-info")} == {"trio_edge"}
+    assert {name for name in names if not name.endswith(".dist-info")} == {"trio_edge", "optimum"}
+
+
+def test_the_wheel_adds_one_file_to_optimums_namespace_and_no_package(wheel: Path) -> None:
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("optimum/")]
+    assert names == ["optimum/commands/register/register_trio_edge.py"]
 
 
 def test_the_wheel_holds_the_packaged_model_below_12_megabytes(wheel: Path) -> None:

@@ -1,0 +1,43 @@
+"""``optimum-cli export trio``: optimum imports every file in its namespace ``optimum.commands.register``, so also this one.
+
+It is imported for every optimum command, so it imports nothing of trio-edge and never fails: the exporter itself is
+imported when the command runs. The arguments are the exporter's own, which reads them: optimum's parser hands them on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+REGISTER_COMMANDS: list[object] = []
+"""What optimum looks for: pairs of a command and the command that it belongs to."""
+
+try:
+    from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+    from optimum.commands.export.base import ExportCommand
+except ImportError:  # another release of optimum: without this command rather than without any
+    pass
+else:
+    if TYPE_CHECKING:
+        from argparse import ArgumentParser
+
+    class TrioExportCommand(BaseOptimumCLICommand):
+        """Hands everything after ``trio`` to the exporter."""
+
+        COMMAND = CommandInfo(
+            name="trio", help="Export a vision-language model with TRIO token reduction (trio-edge)."
+        )
+
+        @staticmethod
+        def parse_args(parser: ArgumentParser) -> None:
+            """Take all arguments, options and --help too, as they are."""
+            parser.prefix_chars = "\0"  # no argument looks like an option, or argparse would refuse it
+            parser.add_argument("arguments", nargs=argparse.REMAINDER)
+
+        def run(self) -> None:
+            """Export, and exit with the exporter's code."""
+            from trio_edge.export.cli_optimum import main
+
+            raise SystemExit(main(self.args.arguments))
+
+    REGISTER_COMMANDS = [(TrioExportCommand, ExportCommand)]
