@@ -126,7 +126,9 @@ def _draw(pipeline: Pipeline, answer: Generation, image: Path, target: Path) -> 
     from trio_edge.runtime.image_overlay import draw_kept
 
     captions = [f"layer {stage.layer}" for stage in pipeline.manifest.schedule.stages]
-    drawing = draw_kept(open_picture(image), answer.boxes, answer.kept, captions=captions)
+    picture = open_picture(image)
+    overview = pipeline.pictures.overview_tokens(*picture.size)
+    drawing = draw_kept(picture, answer.boxes, answer.kept, captions=captions, overview=overview)
     try:
         drawing.save(target)
     except (OSError, ValueError) as error:

@@ -33,21 +33,21 @@ def draw_kept(
     kept: Sequence[NDArray[np.integer]],
     *,
     captions: Sequence[str] = (),
-    num_base_tokens: int | None = None,
+    overview: range | None = None,
 ) -> Image.Image:
     """Return the picture once per stage, with the tokens that the stage kept.
 
     Patches of the grid (or of the only tile) that were kept stay bright, the rest is dark and grey. Patches
-    of the base tile that were kept are orange outlines, because they lie over the same places. Newlines
-    cannot be drawn, but count in the caption.
+    of the tile that shows the whole picture (LLaVA-NeXT's base tile, InternVL's thumbnail) that were kept are
+    orange outlines, because they lie over the same places. Newlines cannot be drawn, but count in the caption.
 
     Args:
         picture: RGB.
         boxes: [N, 4], from ``token_boxes``.
         kept: For each stage the indices of its tokens among the N original ones.
         captions: For each stage a title such as "layer 5".
-        num_base_tokens: How many of the first tokens belong to the base tile. By default as many as come
-            before the boxes start again at the top; none if they never do.
+        overview: Tokens of the tile that shows the whole picture. By default those that come before the boxes
+            start again at the top, as in LLaVA-NeXT; none if they never do.
 
     Raises:
         ShapeError: If the arrays do not fit each other.
@@ -60,13 +60,13 @@ def draw_kept(
         lowest, highest = (int(indices.min()), int(indices.max())) if len(indices) else (0, -1)
         if lowest < 0 or highest >= len(boxes):
             raise ShapeError(f"kept: expected indices in 0..{len(boxes) - 1}, got {lowest}..{highest}")
-    num_base = _num_base_tokens(boxes) if num_base_tokens is None else num_base_tokens
+    outlined = _first_run(boxes) if overview is None else overview
     stages = list(kept) or [np.arange(len(boxes))]
     titles = list(captions) or (
         [f"stage {i + 1}" for i in range(len(kept))] if len(kept) else ["no selection"]
     )
     panels = [
-        _panel(picture, boxes, indices, num_base=num_base, title=title)
+        _panel(picture, boxes, indices, outlined=outlined, title=title)
         for indices, title in zip(stages, titles)
     ]
     width = sum(panel.width for panel in panels) + _MARGIN * (len(panels) + 1)
@@ -78,10 +78,10 @@ def draw_kept(
     return sheet
 
 
-def _num_base_tokens(boxes: NDArray[np.float32]) -> int:
+def _first_run(boxes: NDArray[np.float32]) -> range:
     tops = boxes[:, 1]
     restarts = np.flatnonzero(tops[1:] < tops[:-1])  # false where a newline's NaN is compared
-    return int(restarts[0]) + 1 if len(restarts) else 0
+    return range(int(restarts[0]) + 1 if len(restarts) else 0)
 
 
 def _panel(
@@ -89,23 +89,26 @@ def _panel(
     boxes: NDArray[np.float32],
     indices: NDArray[np.integer],
     *,
-    num_base: int,
+    outlined: range,
     title: str,
 ) -> Image.Image:
     scale = _PANEL_SIDE / max(picture.size)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     bright = picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
-    patches = _pixel_boxes(boxes, indices[indices >= num_base], scale=scale)
-    base = _pixel_boxes(boxes, indices[indices < num_base], scale=scale)
+    is_outlined = (indices >= outlined.start) & (indices < outlined.stop)
+    patches = _pixel_boxes(boxes, indices[~is_outlined], scale=scale)
+    outlines = _pixel_boxes(boxes, indices[is_outlined], scale=scale)
     mask = Image.new("L", size, 0)
     mask_draw = ImageDraw.Draw(mask)
     for box in patches:
         mask_draw.rectangle(box, fill=255)
     drawn = Image.composite(bright, _darkened(bright), mask)
     draw = ImageDraw.Draw(drawn)
-    for x0, y0, x1, y1 in base:  # inset, so that neighbours stay apart
+    for x0, y0, x1, y1 in outlines:  # inset, so that neighbours stay apart
         draw.rectangle((x0 + 1, y0 + 1, max(x0 + 1, x1 - 1), max(y0 + 1, y1 - 1)), outline=_BASE_COLOUR)
-    return _captioned(drawn, title=title, num_kept=len(indices), num_tokens=len(boxes), has_base=num_base > 0)
+    return _captioned(
+        drawn, title=title, num_kept=len(indices), num_tokens=len(boxes), has_outlines=len(outlined) > 0
+    )
 
 
 def _darkened(picture: Image.Image) -> Image.Image:
@@ -121,11 +124,11 @@ def _pixel_boxes(boxes: NDArray[np.float32], indices: NDArray[np.integer], *, sc
 
 
 def _captioned(
-    drawn: Image.Image, *, title: str, num_kept: int, num_tokens: int, has_base: bool
+    drawn: Image.Image, *, title: str, num_kept: int, num_tokens: int, has_outlines: bool
 ) -> Image.Image:
     lines = [(title, _INK, 20), (f"{num_kept} of {num_tokens} visual tokens kept", _FAINT_INK, 15)]
     fonts = [ImageFont.load_default(size) for _, _, size in lines]
-    legend = "orange outlines: base tile" if has_base else ""
+    legend = "orange outlines: overview tile" if has_outlines else ""
     width = max(drawn.width, *(int(font.getlength(text)) + 8 for font, (text, _, _) in zip(fonts, lines)))
     panel = Image.new("RGB", (width, drawn.height + _CAPTION_HEIGHT), _PAPER)
     panel.paste(drawn, ((width - drawn.width) // 2, _CAPTION_HEIGHT))

@@ -1,7 +1,8 @@
 """From a picture to the vision graph's inputs, whatever the family: sizes first, then arrays padded to a profile.
 
-``PictureProcessing`` is all that the exporter and the pipeline know of pictures. Tiles (LLaVA) and window-ordered
-patches (Qwen2.5-VL) are its two kinds; their arithmetic is in ``image_processing`` and ``image_patches``.
+``PictureProcessing`` is all that the exporter and the pipeline know of pictures. Its kinds are tiles with newlines
+(LLaVA), window-ordered patches (Qwen2.5-VL) and a grid of tiles with a thumbnail (InternVL); their arithmetic is in
+``image_processing``, ``image_patches`` and ``image_grid_tiles``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol, final
 import numpy as np
 
 from trio_edge.runtime.errors import ManifestError
+from trio_edge.runtime.image_grid_tiles import KIND as GRID_TILES
+from trio_edge.runtime.image_grid_tiles import GridTileProcessing
 from trio_edge.runtime.image_patches import PatchProcessing
 from trio_edge.runtime.image_processing import (
     ImageProcessing,
@@ -65,6 +68,9 @@ class PictureProcessing(Protocol):
             kept: The vision graph's second output, if it reduces.
         """
 
+    def overview_tokens(self, width: int, height: int) -> range:
+        """Return which visual tokens are of a tile that shows the whole picture beside finer ones; for drawing."""
+
     def positions(self, width: int, height: int, kept: NDArray[np.int32] | None) -> NDArray[np.int32]:
         """Return [3, N]: time, row and column of each visual token for M-RoPE, counted from 0."""
 
@@ -80,6 +86,8 @@ def picture_processing(values: Mapping[str, Any], *, encoder_keep: int | None) -
     """
     if values.get("kind") == "patches":
         return PatchPictures(PatchProcessing.from_dict(values), encoder_keep=encoder_keep)
+    if values.get("kind") == GRID_TILES:
+        return GridTilePictures(GridTileProcessing.from_dict(values))
     return TilePictures(ImageProcessing.from_dict(values), encoder_keep=encoder_keep)
 
 
@@ -134,6 +142,12 @@ class TilePictures:
         box_of_token: NDArray[np.float32] = box_of_patch[(tile_start + kept[:tiles]).ravel()]
         return box_of_token
 
+    def overview_tokens(self, width: int, height: int) -> range:
+        """See ``PictureProcessing.overview_tokens``: the base tile's, which come first."""
+        if self.processing.kind == "single":
+            return range(0)
+        return range(self.processing.patches_per_tile if self.encoder_keep is None else self.encoder_keep)
+
     def positions(self, width: int, height: int, kept: NDArray[np.int32] | None) -> NDArray[np.int32]:
         """Raise: models with tiles have ordinary positions."""
         raise ManifestError("position_axes: expected 1 with picture tiles, got 3; export the bundle again")
@@ -178,6 +192,10 @@ class PatchPictures:
         boxes = self.processing.token_boxes(width, height)
         return boxes if kept is None else boxes[self._real(kept, width, height)]
 
+    def overview_tokens(self, width: int, height: int) -> range:
+        """See ``PictureProcessing.overview_tokens``: none."""
+        return range(0)
+
     def positions(self, width: int, height: int, kept: NDArray[np.int32] | None) -> NDArray[np.int32]:
         """See ``PictureProcessing.positions``."""
         rows, columns = np.indices(self.processing.token_grid(width, height), dtype=np.int32)
@@ -190,3 +208,45 @@ class PatchPictures:
 
     def _real(self, kept: NDArray[np.int32], width: int, height: int) -> NDArray[np.int32]:
         return kept[: self.sizes(width, height)["N"]]
+
+
+@final
+class GridTilePictures:
+    """Tiles of a grid, row by row, and a thumbnail of the whole picture last; as many visual tokens of each."""
+
+    encoder_keep: int | None = None
+
+    def __init__(self, processing: GridTileProcessing) -> None:
+        self.processing = processing
+
+    def to_dict(self) -> dict[str, Any]:
+        """See ``PictureProcessing.to_dict``."""
+        return self.processing.to_dict()
+
+    def sizes(self, width: int, height: int) -> dict[str, int]:
+        """See ``PictureProcessing.sizes``; B is the number of tiles, the thumbnail among them."""
+        return self.processing.sizes(width, height)
+
+    def any_picture_sizes(self) -> tuple[dict[str, int], ...]:
+        """See ``PictureProcessing.any_picture_sizes``: the largest N with a few numbers of tiles."""
+        return self.processing.any_picture_sizes()
+
+    def prepare(self, picture: Image.Image, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+        """See ``PictureProcessing.prepare``."""
+        return self.processing.prepare(picture, sizes)
+
+    def boxes(self, width: int, height: int, kept: NDArray[np.int32] | None) -> NDArray[np.float32]:
+        """See ``PictureProcessing.boxes``."""
+        return self.processing.token_boxes(width, height)
+
+    def overview_tokens(self, width: int, height: int) -> range:
+        """See ``PictureProcessing.overview_tokens``: the thumbnail's."""
+        return self.processing.thumbnail_tokens(width, height)
+
+    def positions(self, width: int, height: int, kept: NDArray[np.int32] | None) -> NDArray[np.int32]:
+        """Raise: models with tiles have ordinary positions."""
+        raise ManifestError("position_axes: expected 1 with picture tiles, got 3; export the bundle again")
+
+    def position_span(self, width: int, height: int) -> int:
+        """See ``positions``."""
+        raise ManifestError("position_axes: expected 1 with picture tiles, got 3; export the bundle again")

@@ -1,0 +1,310 @@
+"""From a picture to tiles of a grid and a thumbnail of the whole (InternVL): counts, pixels and boxes.
+
+What a reader needs, in order:
+
+1. ``GridTileProcessing``: a bundle's constants.
+2. ``prepare``: picture → the vision graph's inputs by name, padded to the sizes that the graph was built for.
+3. ``grid``, ``sizes``, ``any_picture_sizes``: the same counts without pixels.
+4. ``token_boxes``, ``thumbnail_tokens``: where in the picture each visual token looks.
+
+The picture is stretched to the grid whose aspect ratio is nearest to its own and cut into tiles, row by row; if there is
+more than one, the picture stretched to a single tile follows them. Every tile has the same number of visual tokens, in
+raster order, so the vision graph's rows are the visual tokens already, and padding is all at their end.
+
+Source: GotOcr2ImageProcessor of transformers 5.23, which InternVLProcessor always calls with ``crop_to_patches``.
+Letters: B tiles, N visual tokens, T side of a tile in pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trio_edge.runtime.errors import CheckpointError, ImageError, ManifestError
+from trio_edge.runtime.image_normalize import check_pixel_constants, normalized
+from trio_edge.runtime.image_resize import Resample, resize
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+    from PIL import Image
+
+KIND = "grid_tiles"
+_RESAMPLE_OF_ID: dict[object, Resample] = {2: "bilinear", 3: "bicubic"}
+_PROCESSOR = "GotOcr2ImageProcessor"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GridTileProcessing:
+    """The image processing constants of a bundle."""
+
+    tile_size: int
+    """T, side of the vision encoder's square input in pixels."""
+    tokens_per_side: int
+    """Visual tokens along one side of a tile."""
+    min_tiles: int = 1
+    """Fewest tiles of a grid, without the thumbnail."""
+    max_tiles: int = 12
+    """Most tiles of a grid, without the thumbnail."""
+    resample: Resample = "bicubic"
+    do_rescale: bool = True
+    do_normalize: bool = True
+    rescale_factor: float = 1 / 255
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self) -> None:
+        for name in ("tile_size", "tokens_per_side", "min_tiles", "max_tiles"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ManifestError(f"image_processing {name}: expected a whole number >= 1, got {value!r}")
+        if self.tokens_per_side > self.tile_size:
+            raise ManifestError(
+                f"image_processing tokens_per_side: expected <= tile_size {self.tile_size}, got {self.tokens_per_side}"
+            )
+        if self.min_tiles > self.max_tiles:
+            raise ManifestError(
+                f"image_processing min_tiles: expected <= max_tiles {self.max_tiles}, got {self.min_tiles}"
+            )
+        if self.resample not in _RESAMPLE_OF_ID.values():
+            raise ManifestError(
+                f"image_processing resample: expected one of {tuple(_RESAMPLE_OF_ID.values())},"
+                f" got {self.resample!r}"
+            )
+        check_pixel_constants(self)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Visual tokens of one tile."""
+        return self.tokens_per_side**2
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Return the rows and columns of tiles of a picture of this size; 1, 1 has no thumbnail.
+
+        Raises:
+            ImageError: If the picture is empty.
+        """
+        if width < 1 or height < 1:
+            raise ImageError(f"picture: expected at least 1x1 pixels, got {width}x{height}")
+        return _best_grid(width, height, self)
+
+    def sizes(self, width: int, height: int) -> dict[str, int]:
+        """Return the sizes of the graph's axes B and N that fit a picture of this size exactly."""
+        rows, columns = self.grid(width, height)
+        tiles = _with_thumbnail(rows * columns)
+        return {"B": tiles, "N": tiles * self.tokens_per_tile}
+
+    def any_picture_sizes(self) -> tuple[dict[str, int], ...]:
+        """Return sizes that have room for every picture: the largest N with a few numbers of tiles, ascending.
+
+        Each number of tiles is about half of the next one: an engine has few profiles, and no picture pays for much more
+        than twice its tiles.
+        """
+        counts = sorted({_with_thumbnail(columns * rows) for columns, rows in _grids(self)})
+        wanted, limit = {counts[0], counts[-1]}, counts[-1]
+        while limit > counts[0]:
+            limit = (limit + 1) // 2
+            wanted.add(max((count for count in counts if count <= limit), default=counts[0]))
+        most = counts[-1] * self.tokens_per_tile
+        return tuple({"B": count, "N": most} for count in sorted(wanted))
+
+    def prepare(
+        self, picture: Image.Image, sizes: Mapping[str, int] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Return the vision graph's inputs for one RGB picture.
+
+        Args:
+            picture: An RGB picture, as ``open_picture`` returns it.
+            sizes: B and N of the graph; the picture's own for those that are missing.
+
+        Returns:
+            ``pixel_values`` float32 [B, 3, T, T], padded with tiles of zeros; ``token_index`` int32 [N], padded with 0.
+
+        Raises:
+            ImageError: If the picture is not RGB, is empty, or needs more than ``sizes``.
+        """
+        if picture.mode != "RGB":
+            raise ImageError(f"picture: expected mode 'RGB', got {picture.mode!r}; read it with open_picture")
+        own = self.sizes(*picture.size)
+        padded = {axis: (sizes or own).get(axis, size) for axis, size in own.items()}
+        for axis, what in (("B", "tiles"), ("N", "visual tokens")):
+            if own[axis] > padded[axis]:
+                raise ImageError(
+                    f"picture: expected at most {padded[axis]} {what} (the exported shapes), got {own[axis]} for"
+                    f" {picture.width}x{picture.height} pixels; resize it or export with a larger --image-size"
+                )
+        pixels = np.zeros((padded["B"], 3, self.tile_size, self.tile_size), np.float32)
+        pixels[: own["B"]] = normalized(_tiles(picture, self), self).transpose(0, 3, 1, 2)
+        index = np.zeros(padded["N"], np.int32)
+        index[: own["N"]] = np.arange(own["N"])
+        return {"pixel_values": pixels, "token_index": index}
+
+    def token_boxes(self, width: int, height: int) -> NDArray[np.float32]:
+        """Return the part of a picture of this size that each visual token covers.
+
+        Returns:
+            float32 [N, 4], (x0, y0, x1, y1) in the picture's pixels, ordered as the visual tokens.
+        """
+        rows, columns = self.grid(width, height)
+        x = np.linspace(0, width, columns * self.tokens_per_side + 1)
+        y = np.linspace(0, height, rows * self.tokens_per_side + 1)
+        by_tile = _boxes(x, y).reshape(rows, self.tokens_per_side, columns, self.tokens_per_side, 4)
+        boxes = by_tile.transpose(0, 2, 1, 3, 4).reshape(-1, 4)
+        if rows * columns > 1:
+            side = np.linspace(0, 1, self.tokens_per_side + 1)
+            boxes = np.concatenate([boxes, _boxes(side * width, side * height).reshape(-1, 4)])
+        return boxes.astype(np.float32)
+
+    def thumbnail_tokens(self, width: int, height: int) -> range:
+        """Return which visual tokens are of the thumbnail; none where there is a single tile."""
+        num_visual = self.sizes(width, height)["N"]
+        first = num_visual if self.grid(width, height) == (1, 1) else num_visual - self.tokens_per_tile
+        return range(first, num_visual)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types, and "kind": "grid_tiles"."""
+        result = {"kind": KIND, **dataclasses.asdict(self)}
+        result["image_mean"] = list(self.image_mean)
+        result["image_std"] = list(self.image_std)
+        return result
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GridTileProcessing:
+        """Return the constants that ``to_dict`` wrote.
+
+        Raises:
+            ManifestError: If a key is unknown or missing, or a value breaks a rule.
+        """
+        if values.get("kind") != KIND:
+            raise ManifestError(f"image_processing kind: expected {KIND!r}, got {values.get('kind')!r}")
+        fields = {key: value for key, value in values.items() if key != "kind"}
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ManifestError(f"image_processing: expected keys among {sorted(known)}, got {unknown}")
+        try:
+            for name in {"image_mean", "image_std"} & set(fields):
+                fields[name] = tuple(fields[name])
+            return cls(**fields)
+        except TypeError as error:
+            raise ManifestError(
+                f"image_processing: expected all required keys and types, got {error}"
+            ) from error
+
+    @classmethod
+    def from_preprocessor_config(
+        cls, config: Mapping[str, Any], *, tokens_per_side: int
+    ) -> GridTileProcessing:
+        """Return the constants of a ``preprocessor_config.json``, or of ``image_processor.to_dict()``.
+
+        Args:
+            config: Its content. Missing keys mean the defaults of Hugging Face's class.
+            tokens_per_side: The model's; the file does not hold it.
+
+        Raises:
+            CheckpointError: If the processor is of another kind, or its values cannot be followed.
+        """
+        return _from_preprocessor_config(config, tokens_per_side=tokens_per_side)
+
+
+# Counts
+
+
+@lru_cache
+def _grids(processing: GridTileProcessing) -> tuple[tuple[int, int], ...]:
+    """Return (columns, rows) of every grid, those of fewer tiles first. Source: get_all_supported_aspect_ratios."""
+    least, most = processing.min_tiles, processing.max_tiles
+    grids = [
+        (columns, rows)
+        for columns in range(1, most + 1)
+        for rows in range(1, most + 1)
+        if least <= columns * rows <= most
+    ]
+    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+
+
+def _best_grid(width: int, height: int, processing: GridTileProcessing) -> tuple[int, int]:
+    """Return (rows, columns) of the grid with the nearest aspect ratio. Source: get_optimal_tiled_canvas.
+
+    Of grids with the same ratio a larger one is taken if the picture has more than half of its pixels.
+    """
+    best, smallest = (1, 1), float("inf")
+    for columns, rows in _grids(processing):
+        difference = abs(width / height - columns / rows)
+        has_pixels = width * height > 0.5 * processing.tile_size**2 * columns * rows
+        if difference < smallest or (difference == smallest and has_pixels):
+            best, smallest = (rows, columns), difference
+    return best
+
+
+def _with_thumbnail(tiles: int) -> int:
+    return tiles if tiles == 1 else tiles + 1
+
+
+# Pixels and boxes
+
+
+def _tiles(picture: Image.Image, processing: GridTileProcessing) -> NDArray[np.uint8]:
+    """Return the levels of all tiles, [B, T, T, 3]."""
+    side = processing.tile_size
+    rows, columns = processing.grid(*picture.size)
+    levels = resize(picture, (rows * side, columns * side), resample=processing.resample)
+    tiles = levels.reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4).reshape(-1, side, side, 3)
+    if len(tiles) == 1:
+        return tiles
+    return np.concatenate([tiles, resize(picture, (side, side), resample=processing.resample)[None]])
+
+
+def _boxes(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
+    """Return the boxes [rows, columns, 4] between edges."""
+    left, top = np.meshgrid(x[:-1], y[:-1])
+    right, bottom = np.meshgrid(x[1:], y[1:])
+    return np.stack([left, top, right, bottom], axis=-1)
+
+
+# Checks
+
+
+def _from_preprocessor_config(config: Mapping[str, Any], *, tokens_per_side: int) -> GridTileProcessing:
+    name = str(config.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil")
+    if name != _PROCESSOR:
+        raise CheckpointError(
+            f"preprocessor_config image_processor_type: expected {_PROCESSOR}, got"
+            f" {config.get('image_processor_type')!r}"
+        )
+    values = {key: value for key, value in config.items() if value is not None}
+    for key in ("do_convert_rgb", "do_resize"):
+        if not values.get(key, True):
+            raise CheckpointError(f"preprocessor_config {key}: expected true, got false")
+    try:
+        fields = {
+            key: values[key] for key in ("do_rescale", "do_normalize", "rescale_factor") if key in values
+        }
+        fields |= {key: tuple(values[key]) for key in ("image_mean", "image_std") if key in values}
+        return GridTileProcessing(
+            tile_size=_square_side(values.get("size", {"height": 384, "width": 384})),
+            tokens_per_side=tokens_per_side,
+            min_tiles=values.get("min_patches", 1),
+            max_tiles=values.get("max_patches", 12),
+            resample=_RESAMPLE_OF_ID[values.get("resample", 3)],
+            **fields,
+        )
+    except (ManifestError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"preprocessor_config: expected values that trio-edge can follow, got {error}"
+        ) from error
+
+
+def _square_side(size: Any) -> int:
+    sides = {key: value for key, value in dict(size).items() if value is not None}
+    if set(sides) != {"height", "width"} or sides["height"] != sides["width"]:
+        raise CheckpointError(
+            f"preprocessor_config size: expected a square 'height' and 'width', got {sides}"
+        )
+    return int(sides["height"])
