@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from trio_edge.export.interruption import interruptible
 from trio_edge.runtime.command_line import run
 from trio_edge.runtime.errors import CheckpointError
 
@@ -102,35 +103,38 @@ def command(
     shared = {name: value for name, value in shared.items() if value is not None}
     chosen = {name: value for name, value in settings.items() if value is not None}
 
-    try:
-        from trio_edge.export.bundle import ExportOptions, export_bundle
-    except ModuleNotFoundError as error:
-        raise CheckpointError(
-            f"export: expected its packages to be installed, got no {error.name}; pip install 'trio-edge[export]'"
-        ) from None
-    if quiet:
-        from huggingface_hub.utils import disable_progress_bars
+    with interruptible() as check:
+        try:
+            from trio_edge.export.bundle import ExportOptions, export_bundle
+        except ModuleNotFoundError as error:
+            raise CheckpointError(
+                f"export: expected its packages to be installed, got no {error.name}; pip install 'trio-edge[export]'"
+            ) from None
+        if quiet:
+            from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # as documented
 
-        disable_progress_bars()
-    target = out if out is not None else Path(Path(model).name + "-bundle")
-    options = ExportOptions(model=model, out=target, image_sizes=sizes, text_buckets=buckets, **chosen)
-    schedule_for = _schedule_rule(keep, stages, shared)
-    console = Console(stderr=True, quiet=quiet)
-    bars = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
-    try:
-        manifest = export_bundle(options, schedule_for=schedule_for, progress=_progress(bars, console))
-    finally:
-        bars.stop()
-    print(_summary(manifest, target))
-    return 0
+            disable_progress_bars()
+        target = out if out is not None else Path(Path(model).name + "-bundle")
+        options = ExportOptions(model=model, out=target, image_sizes=sizes, text_buckets=buckets, **chosen)
+        schedule_for = _schedule_rule(keep, stages, shared)
+        console = Console(stderr=True, quiet=quiet)
+        bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        try:
+            manifest = export_bundle(
+                options, schedule_for=schedule_for, progress=_progress(bars, console, check)
+            )
+        finally:
+            bars.stop()
+        print(_summary(manifest, target))
+        return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,13 +185,14 @@ def _schedule_rule(
     return schedule_for
 
 
-def _progress(bars: Progress, console: Console) -> Any:
+def _progress(bars: Progress, console: Console, check: Callable[[], None]) -> Any:
     from trio_edge.export.bundle import Progress as Callbacks
 
     task = bars.add_task("", total=None)
     steps = itertools.count()
 
     def step(text: str) -> None:
+        check()
         bars.update(task, description=text)
         if next(steps) == 1:  # not in the first step: a download shows huggingface_hub's own progress
             bars.start()
@@ -198,11 +203,15 @@ def _progress(bars: Progress, console: Console) -> Any:
         visible = Console(stderr=True) if console.quiet else console
         visible.print(f"trio-export: warning: {text}", soft_wrap=True, markup=False, highlight=False)
 
+    def wrote_bytes(count: int) -> None:
+        check()
+        bars.advance(task, count)
+
     return Callbacks(
         step=step,
         warn=warn,
         expect_bytes=lambda count: bars.update(task, total=count, completed=0),
-        wrote_bytes=lambda count: bars.advance(task, count),
+        wrote_bytes=wrote_bytes,
     )
 
 

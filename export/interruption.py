@@ -1,0 +1,54 @@
+"""Ctrl-C that is not lost.
+
+Python drops an exception that is raised in a finalizer or a callback, and torch and transformers turn some into errors of
+their own. So a Ctrl-C that came is remembered: work asks from time to time, and an error after it counts as the Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], None]]:
+    """Yield a function that raises KeyboardInterrupt if Ctrl-C was pressed since the block began.
+
+    Raises:
+        KeyboardInterrupt: At Ctrl-C, and instead of any error that follows one.
+    """
+    pressed = threading.Event()
+
+    def remember(_number: int, _frame: FrameType | None) -> None:
+        pressed.set()
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield check
+        return
+    handler, hook = signal.signal(signal.SIGINT, remember), sys.unraisablehook
+
+    def report(lost: sys.UnraisableHookArgs) -> None:
+        if not issubclass(lost.exc_type, KeyboardInterrupt):  # that one is remembered
+            hook(lost)
+
+    sys.unraisablehook = report
+    try:
+        yield check
+    except Exception:
+        check()
+        raise
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        sys.unraisablehook = hook
