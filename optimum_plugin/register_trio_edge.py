@@ -9,8 +9,16 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-REGISTER_COMMANDS: list[object] = []
-"""What optimum looks for: pairs of a command and the command that it belongs to."""
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+    from collections.abc import Iterator
+
+REGISTER_COMMANDS: Iterator[object] = iter(())
+"""What optimum looks for: pairs of a command and the command that it belongs to.
+
+An iterator, because optimum reads this once for each folder of the namespace, and two installations (a virtual
+environment over the system's) are two folders; a second command of the same name would break all of optimum's.
+"""
 
 try:
     from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -18,8 +26,6 @@ try:
 except ImportError:  # another release of optimum: without this command rather than without any
     pass
 else:
-    if TYPE_CHECKING:
-        from argparse import ArgumentParser
 
     class TrioExportCommand(BaseOptimumCLICommand):
         """Hands everything after ``trio`` to the exporter."""
@@ -40,4 +46,4 @@ else:
 
             raise SystemExit(main(self.args.arguments))
 
-    REGISTER_COMMANDS = [(TrioExportCommand, ExportCommand)]
+    REGISTER_COMMANDS = iter([(TrioExportCommand, ExportCommand)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,14 +24,16 @@ main()
 """
 
 
-def optimum_cli(*arguments: object, blocked: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Run optimum's command line where the modules ``blocked`` cannot be imported."""
+def optimum_cli(
+    *arguments: object, blocked: tuple[str, ...] = (), path: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run optimum's command line where the modules ``blocked`` cannot be imported and ``path`` can be imported from."""
     return subprocess.run(
         [sys.executable, "-c", RUN.format(blocked=blocked), *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "COLUMNS": "200"},
+        env={**os.environ, "COLUMNS": "200", "PYTHONPATH": "" if path is None else str(path)},
     )
 
 
@@ -80,7 +83,7 @@ def test_options_are_those_of_trio_export_with_model_and_out_in_optimums_way() -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "nonsense", "out"], "nonsense: expected a folder, a Hub id"),
+        (["--model", "nonsense", "no-such-folder"], "nonsense: expected a folder, a Hub id"),
         (["--model", "tiny", "--max-text", "x"], "--max-text"),
         (["--nonsense"], "--nonsense"),
         ([], "expected MODEL"),
@@ -116,6 +119,15 @@ def test_other_commands_of_optimum_work(blocked: tuple[str, ...]) -> None:
     assert "Export a vision-language model with TRIO token reduction" in result.stdout
 
 
+def test_two_installations_give_one_command(tmp_path: Path) -> None:
+    other = tmp_path / "optimum" / "commands" / "register"
+    other.mkdir(parents=True)
+    shutil.copy(PLUG_IN, other)
+    result = optimum_cli("export", "--help", path=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "{trio}" in result.stdout
+
+
 def test_missing_packages_are_named_when_the_command_runs(tmp_path: Path) -> None:
     result = optimum_cli("export", "trio", "--model", "tiny", tmp_path / "b", blocked=("torch",))
     assert result.returncode == 2
@@ -127,7 +139,7 @@ def test_unknown_release_of_optimum_gets_no_command_instead_of_an_error() -> Non
     code = f"""
 import runpy, sys
 sys.modules["optimum.commands.export.base"] = None
-assert runpy.run_path({str(PLUG_IN)!r})["REGISTER_COMMANDS"] == []
+assert list(runpy.run_path({str(PLUG_IN)!r})["REGISTER_COMMANDS"]) == []
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
