@@ -340,7 +340,14 @@ class ProxySaliency(nn.Module):
         mlp: Any = self.layer.mlp
         norm = self.layer.post_attention_layernorm
         normed_RD = _normalize(middle_RD, norm)[0] * norm.weight.to(middle_RD.dtype)
-        gate_RI, up_RI = _forward_product(normed_RD, mlp.gate_proj), _forward_product(normed_RD, mlp.up_proj)
+        gate_RI = _forward_product(normed_RD, mlp.gate_proj)
+        # Two products of the same rows would be fused by TensorRT into one with both weights side by side, a second
+        # copy of them beside the one for the way back. Halving is exact, and keeps the rows apart.
+        up_RI = 2.0 * F.linear((0.5 * normed_RD).to(mlp.up_proj.weight.dtype), mlp.up_proj.weight).to(
+            normed_RD.dtype
+        )
+        if mlp.up_proj.bias is not None:
+            up_RI = up_RI + mlp.up_proj.bias.to(up_RI.dtype)
         return middle_RD + _forward_product(F.silu(gate_RI) * up_RI, mlp.down_proj), gate_RI, up_RI
 
     def _output_gradient(self, state: ProbeState, gradient_RD: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaDecoderLayer, LlamaRMSNorm
 
 from tests.trio.decoder_layers import VOCAB, random_decoder
 from tests.trio.select_graph import INPUTS, SelectGraph, example_inputs, export_select
@@ -18,10 +20,10 @@ from trio_edge.trio.saliency import ProxySaliency
 
 DYNAMIC_OUTPUT_OPERATORS = {"NonZero", "Unique", "Compress", "NonMaxSuppression", "If", "Loop", "Scan"}
 CASES = {
-    "multi-head float32, mirrored similarities": (4, "direct", torch.float32, 1030),
-    "grouped-query float16": (2, "key_gram", torch.float16, 40),
-    "multi-query float16 with all probe rows": (1, "key_value_gram", torch.float16, 40),
-    "several picture sizes": (4, "direct", torch.float32, 50),
+    "multi-head float32, mirrored similarities": (4, "direct", torch.float32, 1030, False),
+    "grouped-query float16": (2, "key_gram", torch.float16, 40, False),
+    "multi-query float16 with all probe rows": (1, "key_value_gram", torch.float16, 40, False),
+    "several picture sizes": (4, "direct", torch.float32, 50, True),
 }
 
 
@@ -42,10 +44,9 @@ class Exported(NamedTuple):
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    num_kv_heads, form, dtype, num_visual = request.param
+    num_kv_heads, form, dtype, num_visual, several = request.param
     module = _module(num_kv_heads, form, dtype, num_visual)
     path = tmp_path_factory.mktemp("select") / "select.onnx"
-    several = request.node.callspec.id == "several picture sizes"
     return Exported(
         module, export_select(module, path, num_visual=num_visual, several_sizes=several, dtype=dtype),
         num_visual, several,
@@ -103,19 +104,44 @@ def test_onnx_runtime_agrees_with_torch_at_another_length(exported: Exported) ->
         np.testing.assert_array_equal(rows, expected[3])
 
 
-def test_tensorrt_parses_and_builds_a_strongly_typed_engine(exported: Exported) -> None:
+def _build(path: Path, *, num_visual: int, hidden: int, head_size: int, several_sizes: bool = False) -> int:
+    """Build an engine for one length and return its size in bytes."""
     trt = pytest.importorskip("tensorrt_rtx", reason="needs the rtx extra")
-    path, visual = exported.path, exported.num_visual
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     assert parser.parse(path.read_bytes()), [str(parser.get_error(i)) for i in range(parser.num_errors)]
     profile = builder.create_optimization_profile()
-    for name, width in (("hidden", 64), ("cos", 16), ("sin", 16)):
-        profile.set_shape(name, *((visual + text, width) for text in (8, 40, 512)))
-    if exported.several_sizes:
-        profile.set_shape("visual_rows", (visual,), (visual,), (visual,))
+    for name, width in (("hidden", hidden), ("cos", head_size), ("sin", head_size)):
+        profile.set_shape(name, *((num_visual + text, width) for text in (8, 40, 512)))
+    if several_sizes:
+        profile.set_shape("visual_rows", *[(num_visual,)] * 3)
     config = builder.create_builder_config()
     config.add_optimization_profile(profile)
-    assert builder.build_serialized_network(network, config) is not None
+    engine = builder.build_serialized_network(network, config)
+    assert engine is not None
+    return int(engine.nbytes)
+
+
+def test_tensorrt_parses_and_builds_a_strongly_typed_engine(exported: Exported) -> None:
+    several = exported.several_sizes
+    _build(exported.path, num_visual=exported.num_visual, hidden=64, head_size=16, several_sizes=several)
+
+
+def test_tensorrt_stores_a_weight_once_that_is_used_forwards_and_backwards(tmp_path: Path) -> None:
+    """The probe multiplies with every weight in both directions; a second copy would cost as much as the layer."""
+    settings = LlamaConfig(
+        hidden_size=512, intermediate_size=4096, num_attention_heads=4, num_key_value_heads=4, vocab_size=4096
+    )
+    layer = LlamaDecoderLayer(settings, 0).half().requires_grad_(False)
+    norm, head = LlamaRMSNorm(512).half(), nn.Linear(512, 4096, bias=False).half()
+    saliency = ProxySaliency(layer, norm.requires_grad_(False), head.requires_grad_(False), max_visual=40)
+    module = SelectGraph(saliency, FeatureNms(num_keep=12, threshold=0.8, rounds=4))
+    path = export_select(module, tmp_path / "select.onnx", num_visual=40, dtype=torch.float16)
+    weights = 2 * sum(parameter.numel() for parameter in saliency.parameters())
+    smallest_of_mlp = 2 * layer.mlp.up_proj.weight.numel()
+    engine = _build(path, num_visual=40, hidden=512, head_size=128)
+    assert (
+        weights < engine < weights + 1.5 * smallest_of_mlp
+    )  # code and tables of the engine, but not two weights
