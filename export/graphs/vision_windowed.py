@@ -12,8 +12,12 @@
 
 Most blocks attend inside windows: queries, keys and values are gathered into [W, Q] and the result is gathered back, so
 their cost grows with P * Q. A few attend over all P patches. All that depends on the picture is in the index inputs.
-P is a multiple of the patches of a visual token. Padding patches must be finite: their values reach no real patch, but
-they are multiplied by weights that are zero.
+P is a multiple of the patches of a visual token.
+
+Padding patches must be finite: their values reach no real patch, but they are multiplied by weights that are zero.
+
+In float16 the sum of the blocks stays float32, and the MLPs' last product is taken of scaled-down numbers: trained
+encoders reach beyond 65504 there, in the last block and with some pictures only.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_HEADROOM = 64.0  # a power of two: scaling by it rounds nothing
 INV_FREQ_NAME = "encoder.inv_freq"
 """The graph's one constant; ``inverse_frequencies`` gives its values."""
 
@@ -69,8 +74,7 @@ class WindowedVision(nn.Module):
     ) -> Tensor:
         """Return the visual tokens [N, D]."""
         hidden_PD, _ = self.encoder(pixel_values, patch_positions, window_slots, patch_slot, num_patches)
-        tokens: Tensor = self.merger(hidden_PD)
-        return tokens.index_select(0, token_index)
+        return merged_tokens(self.merger, hidden_PD).index_select(0, token_index)
 
 
 class Rows(NamedTuple):
@@ -111,8 +115,11 @@ class WindowedEncoder(nn.Module):
         patch_slot: Tensor,
         num_patches: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the patches' hidden states [P, D], and the attention that they received [P] in each observed block."""
-        hidden_PD = self._embedded(pixel_values)
+        """Return the patches' hidden states [P, D] and, of each observed block, the attention that they received [P].
+
+        Both are float32.
+        """
+        hidden_PD = self._embedded(pixel_values).float()
         is_real_P = torch.arange(pixel_values.shape[0]) < num_patches
         picture = self._rows(patch_positions, is_real_P)
         is_used_WQ = window_slots >= 0
@@ -123,7 +130,7 @@ class WindowedEncoder(nn.Module):
         received = []
         block: Any
         for index, block in enumerate(self.blocks):
-            qkv_P = block.attn.qkv(block.norm1(hidden_PD))
+            qkv_P = block.attn.qkv(block.norm1(hidden_PD).to(block.attn.qkv.weight.dtype))
             if index in self.full_blocks:
                 mixed_1PD, weights_1HPP = attention(block.attn, qkv_P[None], picture)
                 mixed_PD = mixed_1PD[0]
@@ -132,8 +139,8 @@ class WindowedEncoder(nn.Module):
             else:
                 qkv_WQ = torch.unflatten(qkv_P.index_select(0, patch_of_slot), 0, shape_WQ)
                 mixed_PD = attention(block.attn, qkv_WQ, windows)[0].flatten(0, 1).index_select(0, patch_slot)
-            hidden_PD = hidden_PD + block.attn.proj(mixed_PD)
-            hidden_PD = hidden_PD + block.mlp(block.norm2(hidden_PD))
+            hidden_PD = hidden_PD + block.attn.proj(mixed_PD).float()
+            hidden_PD = hidden_PD + _mlp(block.mlp, block.norm2(hidden_PD))
         return hidden_PD, received
 
     def _embedded(self, pixel_values: Tensor) -> Tensor:
@@ -151,6 +158,25 @@ class WindowedEncoder(nn.Module):
         # not torch.where on two numbers: its result has the default dtype, where MASKED may be infinite
         mask = (1.0 - is_real.to(torch.float32)) * MASKED
         return Rows(angles.cos(), angles.sin(), mask[:, None, None])
+
+
+def merged_tokens(merger: nn.Module, hidden_PD: Tensor) -> Tensor:
+    """Return the visual tokens of all patches in their order, [P / patches of a token, D] in the weights' dtype."""
+    parts: Any = merger
+    normed_PD = parts.ln_q(hidden_PD).to(parts.mlp[0].weight.dtype)
+    tokens: Tensor = parts.mlp(normed_PD.view(-1, parts.hidden_size))
+    return tokens
+
+
+def _mlp(mlp: Any, normed_PD: Tensor) -> Tensor:
+    """Return the gated MLP's output, [P, D] float32; its last product cannot overflow in float16."""
+    down = mlp.down_proj
+    states = normed_PD.to(down.weight.dtype)
+    gated: Tensor = mlp.act_fn(mlp.gate_proj(states)) * mlp.up_proj(states)
+    if gated.dtype != torch.float16:
+        return nn.functional.linear(gated, down.weight, down.bias).float()
+    product = nn.functional.linear(gated * (1 / _HEADROOM), down.weight).float() * _HEADROOM
+    return torch.add(product, down.bias.float())
 
 
 def attention(module: Any, qkv_BRX: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

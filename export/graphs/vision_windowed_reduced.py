@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from trio_edge.export.graphs.vision_windowed import WindowedEncoder
+from trio_edge.export.graphs.vision_windowed import WindowedEncoder, merged_tokens
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.trio.schedule import MAX_TOPK
 
@@ -86,7 +86,7 @@ class ReducedWindowedVision(nn.Module):
         hidden_PD, received = self.encoder(
             pixel_values, patch_positions, window_slots, patch_slot, num_patches
         )
-        tokens_MD = self.merger(hidden_PD)
+        tokens_MD = merged_tokens(self.merger, hidden_PD)
         merged = self.merge_size**2
         local_M, global_M = (
             torch.unflatten(scores_P, 0, (-1, merged)).mean(dim=-1)

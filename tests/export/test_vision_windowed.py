@@ -99,6 +99,18 @@ def test_values_of_padding_reach_no_token(
     np.testing.assert_allclose(tokens[: len(expected)], expected, **TOLERANCES["float32"])
 
 
+def test_float16_holds_activations_beyond_its_range() -> None:
+    visual = random_vision_encoder(**FEW_BLOCKS)
+    for projection in (visual.blocks[-1].mlp.up_proj, visual.blocks[-1].mlp.down_proj):
+        projection.weight.data *= 600
+    inputs = PROCESSING.prepare(random_picture(100, 60))
+    expected = hugging_face_tokens(visual, inputs, (100, 60))
+    half = visual.half()
+    assert not np.isfinite(hugging_face_tokens(half, inputs, (100, 60))).all()
+    tokens = WindowedVision(half, inv_freq=inv_freq_of(half))(*map(torch.from_numpy, inputs.values()))
+    np.testing.assert_allclose(tokens.numpy(), expected, **TOLERANCES["float16"])
+
+
 @pytest.fixture(scope="module", params=["float32", "float16"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     dtype = request.param
