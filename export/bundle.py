@@ -168,7 +168,11 @@ def export_bundle(
     )
     pictures, primary = _picture_sizes(processing, options)
     dtype = _dtype(checkpoint, options.dtype)
-    text = read_text_files(checkpoint, default_template=family.default_chat_template(checkpoint))
+    text = read_text_files(
+        checkpoint,
+        default_template=family.default_chat_template(checkpoint),
+        image_marks=family.image_marks,
+    )
 
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
         model = family.build(checkpoint, processing=processing, dtype=dtype)

@@ -51,6 +51,9 @@ ALIASES = {
         ),
         Alias(name="qwen2.5-vl-3b", repository="Qwen/Qwen2.5-VL-3B-Instruct", family="Qwen2.5-VL"),
         Alias(name="qwen2.5-vl-7b", repository="Qwen/Qwen2.5-VL-7B-Instruct", family="Qwen2.5-VL"),
+        Alias(name="internvl3-1b", repository="OpenGVLab/InternVL3-1B-hf", family="InternVL3"),
+        Alias(name="internvl3-2b", repository="OpenGVLab/InternVL3-2B-hf", family="InternVL3"),
+        Alias(name="internvl3-8b", repository="OpenGVLab/InternVL3-8B-hf", family="InternVL3"),
     )
 }
 TINY_FOLDER = Path(__file__).parent / "tiny"

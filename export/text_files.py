@@ -32,15 +32,22 @@ class TextFiles:
         (bundle / TEMPLATE_NAME).write_text(self.chat_template, encoding="utf-8")
 
 
-def read_text_files(checkpoint: Checkpoint, *, default_template: str) -> TextFiles:
+def read_text_files(
+    checkpoint: Checkpoint, *, default_template: str, image_marks: tuple[str, str] = ("", "")
+) -> TextFiles:
     """Return the tokenizer and the chat template of a checkpoint.
 
     The tokenizer is the one that transformers uses for this checkpoint, saved as one file: some releases build parts
     of it in code, so the checkpoint's own tokenizer.json alone may tokenize differently.
 
+    Args:
+        checkpoint: With its tokenizer's files.
+        default_template: For a checkpoint without a chat template.
+        image_marks: What is written into the template before and after its image token.
+
     Raises:
-        CheckpointError: If there is no tokenizer, its image token is not a single known token, or it has tokens without
-            a row in the embedding table.
+        CheckpointError: If there is no tokenizer, its image token is not a single known token or not in the template
+            that needs marks, or it has tokens without a row in the embedding table.
     """
     tokenizer = _load_tokenizer(checkpoint)
     backend = tokenizer.backend_tokenizer
@@ -64,7 +71,19 @@ def read_text_files(checkpoint: Checkpoint, *, default_template: str) -> TextFil
         stop_token_ids=_stop_token_ids(checkpoint, tokenizer),
     )
     template = _chat_template(checkpoint) or default_template
+    if any(image_marks):
+        template = _with_marks(template, image_token, image_marks, checkpoint)
     return TextFiles(spec=spec, tokenizer=backend.to_str(), chat_template=template)
+
+
+def _with_marks(template: str, image_token: str, marks: tuple[str, str], checkpoint: Checkpoint) -> str:
+    """Return the template with marks around its image token: no code of the processor runs after it."""
+    if image_token not in template:
+        raise CheckpointError(
+            f"{checkpoint.folder}: expected a chat template with {image_token!r}, which this model's pictures need, got"
+            " one without; use the template of the checkpoint's newest revision"
+        )
+    return template.replace(image_token, f"{marks[0]}{image_token}{marks[1]}")
 
 
 def _check_vocabulary(checkpoint: Checkpoint, backend: Any) -> None:

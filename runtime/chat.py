@@ -71,6 +71,20 @@ QWEN2_5_VL_TEMPLATE = (
 )
 """ChatML with vision marks of Qwen2.5-VL, where a checkpoint has none."""
 
+INTERNVL_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ('system', 'user', 'assistant') %}" + _REFUSE_ROLE + "{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML of InternVL3, where a checkpoint has none; the exporter adds the marks around the picture."""
+
 MISTRAL_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['content'] is string %}{% set text = message['content'] %}{% else %}"

@@ -67,6 +67,12 @@ class Processor:
 
 _SQUARE = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
 _CROP_56 = {"crop_size": {"height": 56, "width": 56}}
+_INTERNVL = {
+    "image_processor_type": "GotOcr2ImageProcessor",
+    "crop_to_patches": True,  # InternVLProcessor passes it whatever the file says
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
 PROCESSORS = {
     "LLaVA-NeXT": Processor(
         config={
@@ -115,6 +121,17 @@ PROCESSORS = {
     ),
     "not normalized": Processor(
         config={"image_processor_type": "CLIPImageProcessor", "do_normalize": False, **_SQUARE}
+    ),
+    "InternVL3": Processor(config={**_INTERNVL, "size": {"height": 448, "width": 448}}, sizes=((601, 673),)),
+    "InternVL3 small": Processor(config={**_INTERNVL, "size": {"height": 56, "width": 56}}),
+    "InternVL3 bilinear": Processor(
+        config={
+            **_INTERNVL,
+            "size": {"height": 40, "width": 40},
+            "min_patches": 2,
+            "max_patches": 5,
+            "resample": 2,
+        }
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from trio_edge.export.families.internvl import InternVl
 from trio_edge.export.families.llava import Llava
 from trio_edge.export.families.llava_next import LlavaNext
 from trio_edge.export.families.qwen2_5_vl import Qwen25Vl
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "check_architecture", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (Llava(), LlavaNext(), Qwen25Vl())
+FAMILIES: tuple[Family, ...] = (Llava(), LlavaNext(), Qwen25Vl(), InternVl())
 
 
 def check_architecture(folder: Path, config: dict[str, Any]) -> None:

@@ -65,6 +65,10 @@ class Family(Protocol):
     def positions(self) -> tuple[Positions, ...]:
         """Position rules that the family can follow; the first one is its default."""
 
+    @property
+    def image_marks(self) -> tuple[str, str]:
+        """What Hugging Face's processor writes before and after a picture's tokens, if the chat template does not."""
+
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
         """Return the Jinja template for a checkpoint that brings none."""
 

@@ -20,6 +20,7 @@ class Llava:
 
     model_type = "llava"
     positions: tuple[Positions, ...] = ("compact", "preserved")
+    image_marks = ("", "")
 
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
         """Return Vicuna's template; every released LLaVA-1.5 is a Vicuna."""

@@ -20,6 +20,7 @@ class LlavaNext:
 
     model_type = "llava_next"
     positions: tuple[Positions, ...] = ("compact", "preserved")
+    image_marks = ("", "")
 
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
         """Return the template of the decoder's own family."""

@@ -40,6 +40,7 @@ class Qwen25Vl:
 
     model_type = "qwen2_5_vl"
     positions: tuple[Positions, ...] = ("preserved",)
+    image_marks = ("", "")
 
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
         """Return ChatML with the vision marks."""

@@ -1,0 +1,180 @@
+"""InternVL3 (and InternVL 2.5 in the transformers format): InternViT tiles with pixel shuffle, Qwen2 or Llama decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, final
+
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from trio_edge.export.decoder_config import check_decoder
+from trio_edge.export.families.base import FamilyModel, VisionGraph
+from trio_edge.export.families.config_files import load_config, read_image_processor
+from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
+from trio_edge.export.graphs.vision_internvl import (
+    TILE_ATTENTION_NAME,
+    TileVision,
+    register_tile_attention,
+)
+from trio_edge.runtime.chat import INTERNVL_TEMPLATE
+from trio_edge.runtime.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.image_grid_tiles import GridTileProcessing
+from trio_edge.runtime.manifest import TensorSpec
+from trio_edge.runtime.vision_inputs import GridTilePictures
+from trio_edge.trio.cost import VisionShape
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.runtime.schedule import Positions
+    from trio_edge.runtime.vision_inputs import PictureProcessing
+
+_TEXT_TYPES = ("qwen2", "llama")
+
+
+@final
+class InternVl:
+    """See ``Family``."""
+
+    model_type = "internvl"
+    positions: tuple[Positions, ...] = ("compact", "preserved")
+    image_marks = ("<img>", "</img>")
+
+    def default_chat_template(self, checkpoint: Checkpoint) -> str:
+        """Return ChatML; the marks around the picture come from ``image_marks``."""
+        return INTERNVL_TEMPLATE
+
+    def build(self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: str) -> FamilyModel:
+        """See ``Family.build``."""
+        from transformers import InternVLForConditionalGeneration
+
+        register_attention()
+        register_tile_attention()
+        config = _read_config(checkpoint)
+        text, vision = config.text_config, config.vision_config
+        text._attn_implementation = ATTENTION_NAME
+        vision._attn_implementation = TILE_ATTENTION_NAME
+        root: Any = InternVLForConditionalGeneration(config)
+        inner = root.model
+        with unset_fake_temporarily():
+            rotary: Any = type(inner.language_model.rotary_emb)(text)
+            inv_freq = rotary.inv_freq.float().numpy()
+        merged = vision.hidden_size * _merge(config) ** 2
+        return FamilyModel(
+            root=root,
+            vision=_vision_graph(inner, config, dtype=dtype),
+            vision_shape=lambda sizes: VisionShape(
+                num_layers=vision.num_hidden_layers,
+                hidden_size=vision.hidden_size,
+                intermediate_size=vision.intermediate_size,
+                patches_per_tile=_patches_per_side(config) ** 2 + 1,
+                num_tiles=sizes["B"],
+                projector_weights=(merged + text.hidden_size) * text.hidden_size,
+            ),
+            layers=tuple(inner.language_model.layers),
+            final_norm=inner.language_model.norm,
+            lm_head=root.lm_head,
+            inv_freq=inv_freq,
+            attention_scaling=float(rotary.attention_scaling),
+            text_config=text,
+        )
+
+    def picture_processing(
+        self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
+    ) -> PictureProcessing:
+        """See ``Family.picture_processing``; ``max_visual`` lowers the number of tiles."""
+        if encoder_keep is not None:
+            raise ScheduleError(
+                f"--encoder-keep: expected none for {self.model_type}, got {encoder_keep}; leave it away"
+            )
+        config = _read_config(checkpoint)
+        processing = GridTileProcessing.from_preprocessor_config(
+            {"image_processor_type": "GotOcr2ImageProcessor", **read_image_processor(checkpoint)},
+            tokens_per_side=_patches_per_side(config) // _merge(config),
+        )
+        if processing.tile_size != config.vision_config.image_size[0]:
+            raise CheckpointError(
+                f"{checkpoint.folder}: expected size {config.vision_config.image_size[0]} (the vision tower's), got"
+                f" {processing.tile_size}; preprocessor and weights belong to different models"
+            )
+        return GridTilePictures(_with_fewer_tiles(processing, max_visual))
+
+
+def _read_config(checkpoint: Checkpoint) -> Any:
+    """Return transformers' configuration, checked for what the graphs can express."""
+    config = load_config(checkpoint)
+    folder, text, vision = checkpoint.folder, config.text_config, config.vision_config
+    if text.model_type not in _TEXT_TYPES:
+        raise CheckpointError(
+            f"{folder}: expected a decoder of type {', '.join(_TEXT_TYPES)}, got {text.model_type!r};"
+            " this architecture cannot be exported"
+        )
+    if vision.model_type != "internvl_vision":
+        raise CheckpointError(
+            f"{folder}: expected a vision tower 'internvl_vision', got {vision.model_type!r};"
+            " this architecture cannot be exported"
+        )
+    for name, wanted in (("vision_feature_layer", -1), ("vision_feature_select_strategy", "default")):
+        if getattr(config, name) != wanted:
+            raise CheckpointError(
+                f"{folder}: expected {name} {wanted!r}, got {getattr(config, name)!r}; this variant cannot be exported"
+            )
+    _check_sides(config, folder)
+    check_decoder(text, folder=folder)
+    # Files saved before transformers 5 say nothing of tying, which now means yes, but may hold a head of their own; like
+    # transformers, take the head that is there.
+    config.tie_word_embeddings = config.tie_word_embeddings and "lm_head.weight" not in checkpoint.tensors
+    return config
+
+
+def _check_sides(config: Any, folder: Path) -> None:
+    vision = config.vision_config
+    for name in ("image_size", "patch_size"):
+        height, width = getattr(vision, name)
+        if height != width:
+            raise CheckpointError(
+                f"{folder}: expected a square vision {name}, got {height}x{width}; this variant cannot be exported"
+            )
+    merge = _merge(config)
+    if merge * config.downsample_ratio != 1 or _patches_per_side(config) % merge:
+        raise CheckpointError(
+            f"{folder}: expected downsample_ratio 1 / n with n dividing {_patches_per_side(config)} (patches along a"
+            f" tile), got {config.downsample_ratio}; this variant cannot be exported"
+        )
+
+
+def _merge(config: Any) -> int:
+    """Return the patches along one side of a visual token."""
+    return round(1 / config.downsample_ratio)
+
+
+def _patches_per_side(config: Any) -> int:
+    return int(config.vision_config.image_size[0] // config.vision_config.patch_size[0])
+
+
+def _with_fewer_tiles(processing: GridTileProcessing, max_visual: int | None) -> GridTileProcessing:
+    """Return the processing with at most ``max_visual`` visual tokens a picture."""
+    if max_visual is None:
+        return processing
+    tiles = max_visual // processing.tokens_per_tile
+    most = min(processing.max_tiles, max(tiles - 1, 1))
+    if tiles < 1 or most < processing.min_tiles:
+        fewest = processing.min_tiles + (processing.min_tiles > 1)
+        raise ScheduleError(
+            f"--max-visual: expected at least {fewest * processing.tokens_per_tile} ({fewest} tiles of"
+            f" {processing.tokens_per_tile}), got {max_visual}; raise it"
+        )
+    return dataclasses.replace(processing, max_tiles=most)
+
+
+def _vision_graph(inner: Any, config: Any, *, dtype: str) -> VisionGraph:
+    side = config.vision_config.image_size[0]
+    return VisionGraph(
+        module=TileVision(inner.vision_tower, inner.multi_modal_projector, merge=_merge(config)),
+        inputs=(
+            TensorSpec(name="pixel_values", dtype="float32", shape=("B", 3, side, side)),
+            TensorSpec(name="token_index", dtype="int32", shape=("N",)),
+        ),
+        outputs=(TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", config.text_config.hidden_size)),),
+    )

@@ -1,0 +1,95 @@
+"""``vision`` of the InternVL family: picture tiles to visual tokens, four neighbouring patches to each.
+
+| I/O tensor        | shape        | dtype   | filled or read by                                                       |
+|-------------------|--------------|---------|-------------------------------------------------------------------------|
+| in  pixel_values  | [B, 3, T, T] | float32 | runtime's image processing; B tiles, the thumbnail last                 |
+| in  token_index   | [N]          | int32   | runtime: which row each visual token is; the first rows, then padding   |
+| out visual_tokens | [N, D]       | model   | runtime: placed into the prefix graph's ``inputs_embeds``               |
+
+Rows are tile-major, tokens in raster order. Embeddings, layers, norms and projector are transformers' own modules; the
+attention inside the layers is ``tile_attention``, and the pixel shuffle is one reshape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TILE_ATTENTION_NAME = "trio_edge_tiles"
+
+
+def register_tile_attention() -> None:
+    """Make ``attn_implementation="trio_edge_tiles"`` known to transformers."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(TILE_ATTENTION_NAME, tile_attention)
+
+
+def tile_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    **_unused: Any,
+) -> tuple[Tensor, None]:
+    """Return attention of each tile's rows over themselves, and None for the weights.
+
+    transformers' own takes the softmax of InternVL's scores in the model's type and scales after the product; in float16
+    that loses digits and can overflow.
+
+    Args:
+        module: The attention layer; unused, part of transformers' interface.
+        query: [B, H, R, E].
+        key: [B, H, R, E].
+        value: [B, H, R, E].
+        attention_mask: Always None: tiles have no padding inside.
+        scaling: Multiplied into the query.
+
+    Returns:
+        [B, R, H, E] in the query's dtype, and None for the weights.
+    """
+    scores_BHRR = torch.matmul(query * scaling, key.transpose(-1, -2))
+    weights_BHRR = torch.softmax(scores_BHRR.float(), dim=-1).to(value.dtype)
+    return torch.matmul(weights_BHRR, value).transpose(1, 2), None
+
+
+class TileVision(nn.Module):
+    """InternViT, pixel shuffle, projector, and the gather that pads the visual tokens."""
+
+    def __init__(self, tower: nn.Module, projector: nn.Module, *, merge: int) -> None:
+        """Take the parts of ``tower`` that are needed.
+
+        Args:
+            tower: transformers' InternVLVisionModel, whose last layer's output is projected.
+            projector: Its InternVLMultiModalProjector.
+            merge: Patches along one side of a visual token.
+        """
+        super().__init__()
+        core: Any = tower
+        self.embeddings: nn.Module = core.embeddings
+        self.layers: nn.ModuleList = core.encoder.layer
+        self.layernorm: nn.Module = core.layernorm
+        self.projector = projector
+        self.merge = merge
+
+    def forward(self, pixel_values: Tensor, token_index: Tensor) -> Tensor:
+        """Return the visual tokens [N, D]."""
+        hidden = self.embeddings(pixel_values)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        patches_BPF = self.layernorm(hidden)[:, 1:]
+        rows: Tensor = self.projector(shuffled(patches_BPF, merge=self.merge)).flatten(0, 1)
+        return rows.index_select(0, token_index)
+
+
+def shuffled(patches_BPF: Tensor, *, merge: int) -> Tensor:
+    """Return the features of ``merge`` x ``merge`` neighbouring patches side by side: [B, P / merge², F * merge²]."""
+    B, P, F = patches_BPF.shape
+    side = round(P**0.5) // merge
+    blocks = patches_BPF.reshape(B, side, merge, side, merge, F).transpose(2, 3)
+    return blocks.reshape(B, side**2, merge**2 * F)

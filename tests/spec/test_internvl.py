@@ -1,0 +1,242 @@
+"""InternVL3 through export and runtime: keep-all equals Hugging Face, reduced equals plain torch."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.bundles import export
+from tests.internvl_checkpoints import IMAGE_ID, TOKENS_PER_TILE, processor, save_internvl_checkpoint
+from tests.pictures import random_picture
+from tests.spec.reduced_reference import reduced_logits
+from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
+from trio_edge.export.checkpoint import read_checkpoint
+from trio_edge.export.families.internvl import InternVl
+from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.schedule import Schedule, Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+REDUCED = Schedule(stages=(Stage(layer=1, keep=13), Stage(layer=2, keep=5)))
+CAMERA = (101, 37)
+SIZES = [CAMERA, (32, 32), (7, 9), (65, 63), (300, 41), (41, 300), (1, 90)]
+PROMPTS = ["w1 w2 w3", "w5 w4 w3 w2 w1 w0 w7 w7"]
+NUM_STEPS = 12
+GRAPHS = ["vision", "prefix", "select_1", "segment_1", "select_2", "suffix", "head"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_internvl_checkpoint(tmp_path_factory.mktemp("internvl") / "ck")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def keep_all(folder: Path) -> Iterator[Pipeline]:
+    with Pipeline.from_bundle(export(folder)) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def reduced(folder: Path) -> Iterator[Pipeline]:
+    with Pipeline.from_bundle(reduced_bundle(folder)) as pipeline:
+        yield pipeline
+
+
+def load(folder: Path) -> Any:
+    from transformers import InternVLForConditionalGeneration
+
+    return InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def reduced_bundle(folder: Path) -> Path:
+    return export(folder, schedule=REDUCED, image_sizes=(CAMERA,))
+
+
+def hugging_face_inputs(
+    pipeline: Pipeline, picture: Any, prompt: str, **images: int
+) -> dict[str, torch.Tensor]:
+    """Return what Hugging Face's processor gives, with the runtime's pixels, which have tests of their own."""
+    theirs = processor()
+    content = [{"type": "image"}] if picture is not None else []
+    text = theirs.apply_chat_template(
+        [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}],
+        add_generation_prompt=True,
+    )
+    inputs = dict(theirs(images=picture, text=text, return_tensors="pt", **images))
+    if picture is not None:
+        sizes = pipeline.pictures.sizes(*picture.size)
+        pixels = torch.from_numpy(pipeline.pictures.prepare(picture, sizes)["pixel_values"])
+        assert pixels.shape == inputs["pixel_values"].shape
+        inputs["pixel_values"] = pixels
+    return inputs
+
+
+def answer_with_logits(
+    pipeline: Pipeline, picture: Any, prompt: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[int], np.ndarray[Any, Any]]:
+    seen: list[Any] = []
+    decode = pipeline._decoder.decode
+    monkeypatch.setattr(pipeline._decoder, "decode", lambda row: seen.append(decode(row)) or seen[-1])
+    answer = pipeline.generate(picture, prompt, max_new_tokens=NUM_STEPS)
+    _ = answer.text
+    return answer.token_ids, np.stack([answer.first_logits, *seen])
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[list[int], np.ndarray[Any, Any]]:
+    with torch.no_grad():
+        output = model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=NUM_STEPS,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    return tokens, torch.stack(output.logits)[:, 0].numpy()
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_keep_all_bundle_gives_the_tokens_of_hugging_face(
+    model: Any, keep_all: Pipeline, size: tuple[int, int], prompt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = random_picture(*size, seed=size[0])
+    tokens, logits = generate(model, hugging_face_inputs(keep_all, picture, prompt))
+    ours, our_logits = answer_with_logits(keep_all, picture, prompt, monkeypatch)
+    assert ours == tokens
+    np.testing.assert_allclose(our_logits, logits, **LOGITS_FLOAT32)
+
+
+def test_text_only_equals_hugging_face(
+    model: Any, keep_all: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, logits = generate(model, hugging_face_inputs(keep_all, None, PROMPTS[0]))
+    ours, our_logits = answer_with_logits(keep_all, None, PROMPTS[0], monkeypatch)
+    assert ours == tokens
+    np.testing.assert_allclose(our_logits, logits, **LOGITS_FLOAT32)
+
+
+@pytest.mark.parametrize("size", [CAMERA, (65, 63), (20, 300), (7, 9)], ids=str)
+def test_reduced_bundle_equals_plain_torch(model: Any, reduced: Pipeline, size: tuple[int, int]) -> None:
+    picture, prompt = random_picture(*size, seed=3), "w1 w2 w3 w4 w5 w6"
+    inputs = hugging_face_inputs(reduced, picture, prompt)
+    answer = reduced.generate(picture, prompt, max_new_tokens=1)
+    _ = answer.text
+    with torch.no_grad():
+        features = model.get_image_features(inputs["pixel_values"]).pooler_output.flatten(0, 1)
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+    spots = inputs["input_ids"][0] == IMAGE_ID
+    embeds[0, spots] = features
+    logits, kept = reduced_logits(
+        model, embeds, REDUCED, start=int(spots.nonzero()[0]), count=int(spots.sum())
+    )
+    assert [indices.tolist() for indices in answer.kept] == kept
+    np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
+
+
+def test_the_camera_has_no_padding(reduced: Pipeline) -> None:
+    prepared = reduced._prepare(random_picture(*CAMERA))
+    assert len(prepared.inputs["token_index"]) == prepared.num_visual == 4 * TOKENS_PER_TILE
+    assert len(prepared.inputs["pixel_values"]) == 4
+
+
+def test_the_thumbnail_is_drawn_as_an_overview(reduced: Pipeline) -> None:
+    picture = random_picture(*CAMERA)
+    answer = reduced.generate(picture, PROMPTS[0], max_new_tokens=1)
+    _ = answer.text
+    overview = reduced.pictures.overview_tokens(*picture.size)
+    np.testing.assert_allclose(answer.boxes[overview[0], :2], 0)
+    np.testing.assert_allclose(answer.boxes[overview[-1], 2:], CAMERA)
+    assert len(answer.boxes) == overview.stop == 4 * TOKENS_PER_TILE
+
+
+def test_marks_stand_around_the_picture_as_hugging_faces_processor_puts_them(keep_all: Pipeline) -> None:
+    ids = keep_all._encode(PROMPTS[0], has_image=True, history=(), system=None)
+    theirs = hugging_face_inputs(keep_all, random_picture(32, 32), PROMPTS[0])["input_ids"][0]
+    assert [*ids.before, *[IMAGE_ID] * TOKENS_PER_TILE, *ids.after] == theirs.tolist()
+
+
+def test_a_head_in_the_checkpoint_is_used_where_the_configuration_does_not_say_that_it_is_tied(
+    folder: Path, model: Any
+) -> None:
+    assert "tie_word_embeddings" not in json.loads((folder / "config.json").read_text())
+    assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graph_builds_in_tensorrt_with_all_its_profiles(name: str, folder: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 Linux only; runs in CI")
+    from tests.export.test_graphs_build_in_tensorrt import build
+
+    bundle = open_bundle(reduced_bundle(folder))
+    assert build(bundle, bundle.manifest.graph(name)) > 1000
+
+
+def test_tied_bfloat16_checkpoint_is_exported_as_float16(tmp_path: Path) -> None:
+    folder = save_internvl_checkpoint(tmp_path / "ck", tie=True, num_layers=1, dtype=torch.bfloat16)
+    with Pipeline.from_bundle(export(folder, max_visual=TOKENS_PER_TILE)) as pipeline:
+        assert (pipeline.manifest.dtype, pipeline.manifest.max_visual) == ("float16", TOKENS_PER_TILE)
+        picture = random_picture(*CAMERA)
+        answer = pipeline.generate(picture, PROMPTS[0], max_new_tokens=1)
+        _ = answer.text
+        _, logits = generate(load(folder), hugging_face_inputs(pipeline, picture, PROMPTS[0], max_patches=1))
+        np.testing.assert_allclose(answer.first_logits, logits[0], **LOGITS_FLOAT16)
+
+
+def test_max_visual_limits_the_tiles(folder: Path) -> None:
+    checkpoint = read_checkpoint(str(folder))
+    limited = InternVl().picture_processing(checkpoint, encoder_keep=None, max_visual=4 * TOKENS_PER_TILE + 3)
+    assert limited.to_dict()["max_tiles"] == 3
+    assert limited.any_picture_sizes()[-1]["N"] == 4 * TOKENS_PER_TILE
+
+
+def test_fewer_visual_tokens_than_a_tile_has_are_refused(folder: Path) -> None:
+    with pytest.raises(
+        ScheduleError, match=r"--max-visual: expected at least 16 \(1 tiles of 16\), got 15; raise it"
+    ):
+        export(folder, max_visual=TOKENS_PER_TILE - 1)
+
+
+def test_encoder_reduction_is_refused(folder: Path) -> None:
+    with pytest.raises(ScheduleError, match="--encoder-keep: expected none for internvl, got 32"):
+        export(folder, encoder_keep=32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_feature_layer": -2}, "expected vision_feature_layer -1, got -2"),
+        ({"vision_feature_select_strategy": "full"}, "select_strategy 'default', got 'full'"),
+        ({"downsample_ratio": 0.4}, r"expected downsample_ratio 1 / n with n dividing 8 .* got 0.4"),
+        ({"text_config": {"model_type": "qwen3"}}, "decoder of type qwen2, llama, got 'qwen3'"),
+        (
+            {"vision_config": {"model_type": "internvl_vision", "image_size": [32, 64]}},
+            "square vision image_size",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_configurations_that_cannot_be_followed_are_refused(
+    folder: Path, change: dict[str, Any], message: str
+) -> None:
+    checkpoint = read_checkpoint(str(folder))
+    original = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(json.dumps({**json.loads(original), **change}))
+    try:
+        with pytest.raises(CheckpointError, match=message):
+            InternVl().picture_processing(checkpoint, encoder_keep=None, max_visual=None)
+    finally:
+        (folder / "config.json").write_text(original)
