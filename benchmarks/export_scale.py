@@ -32,7 +32,7 @@ import torch
 import transformers as hf
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
-from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.bundle import Bundle, open_bundle
 from trio_edge.runtime.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE
 from trio_edge.runtime.manifest import MANIFEST_NAME
 
@@ -345,25 +345,32 @@ def forget(files: Iterable[Path]) -> None:
         os.close(descriptor)
 
 
-def time_copy(files: list[Path], folder: Path) -> float:
-    """Return the seconds of one plain copy of ``files``, which is deleted again."""
+def time_copy(files: list[Path], folder: Path) -> Step:
+    """Return what one plain copy of ``files`` took; the copy is deleted again."""
     forget(files)
     folder.mkdir()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     for file in files:
         shutil.copyfile(file, folder / file.name)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     shutil.rmtree(folder)
-    return seconds
+    return Step("a plain copy of the weight files, for comparison", seconds, cpu_seconds)
 
 
-def time_export(
-    checkpoint: Path, bundle: Path, arguments: list[str]
-) -> tuple[list[tuple[str, float]], Peaks]:
-    """Run ``trio-export`` and return its steps with the seconds that each took, and its peak memory."""
+@dataclass(frozen=True)
+class Step:
+    """A step of ``trio-export``: what it printed at its start, and what the step took."""
+
+    name: str
+    seconds: float
+    cpu_seconds: float
+
+
+def time_export(checkpoint: Path, bundle: Path, arguments: list[str]) -> tuple[list[Step], Peaks]:
+    """Run ``trio-export`` and return its steps and its peak memory."""
     code = "import sys; from trio_edge.export.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, str(checkpoint), "--out", str(bundle), *arguments]
-    peaks, steps, last_line = Peaks(), [("starting", time.perf_counter())], ""
+    peaks, marks, last_line = Peaks(), [("starting", time.perf_counter(), 0.0)], ""
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}
     ) as child:
@@ -372,24 +379,33 @@ def time_export(
         for line in child.stderr:
             last_line = line.strip()
             if last_line.startswith(STEPS):
-                steps.append((last_line, time.perf_counter()))
+                marks.append((last_line, time.perf_counter(), _cpu_seconds(child.pid)))
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
-        steps.append(("", time.perf_counter()))
+        marks.append(("", time.perf_counter(), usage.ru_utime + usage.ru_stime))
         peaks.stop()
         watcher.join()
     if child.returncode:
         raise SystemExit(last_line)
     peaks.resident = max(peaks.resident, 1024 * usage.ru_maxrss)
-    return [(name, after - before) for (name, before), (_, after) in zip(steps, steps[1:])], peaks
+    steps = [
+        Step(name, after - before, cpu_after - cpu_before)
+        for (name, before, cpu_before), (_, after, cpu_after) in zip(marks, marks[1:])
+    ]
+    return steps, peaks
 
 
-def time_graph(bundle: Path, name: str, threads: int) -> str:
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def time_graph(bundle: Path, name: str, *, mapped: bool, threads: int) -> str:
     """Load and run one graph in a process of its own; return a row of the table."""
     forget(bundle.rglob("*.safetensors"))
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
-    child = context.Process(target=_run_graph, args=(bundle, name, threads, writer))
+    child = context.Process(target=_run_graph, args=(bundle, name, mapped, threads, writer))
     peaks = Peaks()
     child.start()
     watcher = peaks.watch(child.pid or 0)
@@ -404,41 +420,66 @@ def time_graph(bundle: Path, name: str, threads: int) -> str:
     child.join()
     watcher.join()
     return (
-        f"| {name} | {rows} | {weights / 1e9:.2f} GB | {load:.1f} s | {run:.1f} s | {gigabytes(peaks.resident)}"
-        f" | {gigabytes(peaks.anonymous)} | {gigabytes(peaks.mapped)} |"
+        f"| {name} | {'mapped' if mapped else 'as trio-run loads it'} | {rows} | {gigabytes(weights)} | {load:.1f} s"
+        f" | {run:.1f} s | {gigabytes(peaks.resident)} | {gigabytes(peaks.anonymous)} | {gigabytes(peaks.mapped)} |"
     )
 
 
-def _run_graph(bundle: Path, name: str, threads: int, writer: Any) -> None:
+def _run_graph(bundle: Path, name: str, mapped: bool, threads: int, writer: Any) -> None:
     """Load and run ``name`` at its smallest profile with random inputs."""
-    from trio_edge.runtime.backend_onnxruntime import OnnxRuntimeBackend
-
     opened = open_bundle(bundle)
     spec = opened.manifest.graph(name)
     sizes = spec.profiles[0].sizes
     generator = np.random.default_rng(0)
-    scalars = {
-        "visual_start": 10, "num_visual": opened.manifest.max_visual, "past_length": 0, "last_row": 0,
-        "length": sizes.get("S", 1),
-    }  # fmt: skip
+    indices = {"position_ids": 0, "visual_rows": 10}  # first of ascending values
+    scalars = {"num_visual": sizes.get("N", 0), "length": sizes.get("S", 1)}  # others are 0
     inputs = {}
     for tensor in spec.inputs:
         shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
-        if tensor.name == "position_ids":
-            inputs[tensor.name] = np.arange(shape[1], dtype=np.int32)[None]
+        if tensor.name in indices:
+            ascending = indices[tensor.name] + np.arange(shape[-1], dtype=np.int32)
+            inputs[tensor.name] = np.broadcast_to(ascending, shape).copy()
         elif tensor.dtype == "int32":
             inputs[tensor.name] = np.full(shape, scalars.get(tensor.name, 0), np.int32)
         else:
             inputs[tensor.name] = generator.standard_normal(shape, dtype=np.float32).astype(tensor.dtype)
     start = time.perf_counter()
-    session = OnnxRuntimeBackend(threads=threads).load(opened.folder, spec)
+    run = (
+        _mapped_session(opened.folder / spec.file, threads)
+        if mapped
+        else _usual_session(opened, name, threads)
+    )
     loaded = time.perf_counter()
-    outputs = session.run(inputs)
+    outputs = run(inputs)
     done = time.perf_counter()
-    finite = all(np.isfinite(values).all() for values in outputs.values())
-    if not finite:
+    if not all(np.isfinite(values).all() for values in outputs):
         raise SystemExit(f"{name}: the outputs are not finite")
     writer.send((sizes.get("S", sizes.get("B")), spec.weight_bytes, loaded - start, done - loaded))
+
+
+def _usual_session(bundle: Bundle, name: str, threads: int) -> Callable[[dict[str, Any]], Iterable[Any]]:
+    from trio_edge.runtime.backend_onnxruntime import OnnxRuntimeBackend
+
+    session = OnnxRuntimeBackend(threads=threads).load(bundle.folder, bundle.manifest.graph(name))
+    return lambda inputs: session.run(inputs).values()
+
+
+def _mapped_session(file: Path, threads: int) -> Callable[[dict[str, Any]], Iterable[Any]]:
+    """Load a graph so that its weights stay in the file: nothing transposes, converts or packs them beforehand.
+
+    On x86, ONNX Runtime's CPU has no float16 products. Its extended optimizations turn all weights into float32 in memory when
+    it loads a graph; without them each is converted when it is used, and forgotten.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    session = ort.InferenceSession(
+        file, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+    )
+    return lambda inputs: session.run(None, inputs)
 
 
 # --------------------------------------------------------------------------------------------------- the table
@@ -461,17 +502,17 @@ def conditions(options: argparse.Namespace, num_layers: int, folder: Path) -> st
     )
 
 
-def export_table(steps: list[tuple[str, float]], copy_seconds: float, peaks: Peaks) -> list[str]:
-    groups: dict[str, float] = {}
-    for name, seconds in steps:
-        group = "tracing" if name.startswith("tracing") else name
-        groups[group] = groups.get(group, 0.0) + seconds
-    total = sum(groups.values())
+def export_table(steps: list[Step], copy: Step, peaks: Peaks) -> list[str]:
+    groups: dict[str, list[Step]] = {}
+    for step in steps:
+        groups.setdefault("tracing" if step.name.startswith("tracing") else step.name, []).append(step)
+    rows = [*groups.items(), ("**all of trio-export**", steps), (copy.name, [copy])]
     return [
-        "| step | seconds |", "|---|---|",
-        *(f"| {name} | {seconds:.1f} |" for name, seconds in groups.items()),
-        f"| **all of trio-export** | **{total:.1f}** |",
-        f"| a plain copy of the weight files, for comparison | {copy_seconds:.1f} |",
+        "| step | seconds | CPU seconds |", "|---|---|---|",
+        *(
+            f"| {name} | {sum(step.seconds for step in group):.1f} | {sum(step.cpu_seconds for step in group):.1f} |"
+            for name, group in rows
+        ),
         "",
         f"peak memory {gigabytes(peaks.resident)}, of it at most {gigabytes(peaks.anonymous)} anonymous",
     ]  # fmt: skip
@@ -528,22 +569,23 @@ def main() -> None:
 def report(checkpoint: Path, bundle: Path, options: argparse.Namespace) -> None:
     files = sorted(checkpoint.glob("*.safetensors"))
     if not (bundle / MANIFEST_NAME).exists():
-        copy_seconds = time_copy(files, options.folder / "copy")
+        copy = time_copy(files, options.folder / "copy")
         forget(files)
         steps, peaks = time_export(checkpoint, bundle, options.export)
         manifest = open_bundle(bundle).manifest
         source, target = folder_bytes(checkpoint), folder_bytes(bundle)
         print(conditions(options, manifest.dimensions.num_layers, bundle))
-        print("\n".join(export_table(steps, copy_seconds, peaks)))
+        print("\n".join(export_table(steps, copy, peaks)))
         print(
             f"checkpoint {gigabytes(source)}, bundle {gigabytes(target)} ({target / source:.4f}x)\n",
             flush=True,
         )
     if options.graphs:
-        print("| graph | rows | weights | load | first run | peak memory | anonymous | mapped |")
-        print("|---|---|---|---|---|---|---|---|")
+        print("| graph | session | rows | weights | load | first run | peak memory | anonymous | mapped |")
+        print("|---|---|---|---|---|---|---|---|---|")
     for name in options.graphs:
-        print(time_graph(bundle, name, options.threads), flush=True)
+        for mapped in (False, True):
+            print(time_graph(bundle, name, mapped=mapped, threads=options.threads), flush=True)
 
 
 if __name__ == "__main__":
