@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from tests.shared_folder import create_shared_folder, made_once, remove_shared_folder
 from tests.torchvision_reference import TorchvisionReference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test asks the Hub
 
@@ -43,6 +49,20 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)  # there are as many processes as cores
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_table_of_onnx_functions() -> Iterator[None]:
+    """torch reads its table of ONNX functions anew for each graph, 0.5 s; the exporter does not change it."""
+    with pytest.MonkeyPatch.context() as patch:
+        with contextlib.suppress(
+            ImportError, AttributeError
+        ):  # private to torch; without it, tests take longer
+            from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+            read_once = functools.cache(ONNXRegistry.from_torchlib)
+            patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(read_once))
+        yield
 
 
 @pytest.fixture(scope="session")

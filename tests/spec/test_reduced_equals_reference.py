@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pytest
 import torch
 
 from tests.bundles import export
@@ -21,21 +20,26 @@ from trio_edge.runtime.schedule import Schedule, Stage
 if TYPE_CHECKING:
     from pathlib import Path
 
-STAGES = ((1, 16), (2, 7))
-CASES = {
-    "compact_reference_rows": Schedule(stages=tuple(Stage(layer=a, keep=k) for a, k in STAGES)),
-    "preserved_answer_rows": Schedule(
-        stages=tuple(Stage(layer=a, keep=k) for a, k in STAGES), positions="preserved", probe_rows="answer"
-    ),
-}
+PRESERVED_ANSWER_ROWS = Schedule(
+    stages=(Stage(layer=1, keep=16), Stage(layer=2, keep=7)), positions="preserved", probe_rows="answer"
+)
 
 
-@pytest.mark.parametrize("name", list(CASES))
-def test_reduced_bundle_equals_plain_torch(name: str, tmp_path: Path) -> None:
-    text = "mistral" if "answer" in name else "llama"
-    checkpoint = save_checkpoint(tmp_path / "ck", num_layers=4, num_kv_heads=2, text=text, seed=11)
+def test_compact_positions_and_reference_rows_equal_plain_torch(
+    checkpoint: Path, reduced_bundle: Path
+) -> None:
+    assert_equals_plain_torch(checkpoint, reduced_bundle)
+
+
+def test_preserved_positions_and_answer_rows_equal_plain_torch(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "ck", num_layers=3, num_kv_heads=2, text="mistral", seed=11)
+    assert_equals_plain_torch(checkpoint, export(checkpoint, schedule=PRESERVED_ANSWER_ROWS))
+
+
+def assert_equals_plain_torch(checkpoint: Path, bundle: Path) -> None:
     original = Original.load(checkpoint)
-    with Pipeline.from_bundle(export(checkpoint, schedule=CASES[name])) as pipeline:
+    with Pipeline.from_bundle(bundle) as pipeline:
+        schedule = pipeline.manifest.schedule
         for size in ((48, 48), (70, 30), (24, 90)):
             picture = random_picture(*size, seed=size[0])
             answer = pipeline.generate(picture, "w1 w2 w3 w4 w5 w6", max_new_tokens=1)
@@ -52,7 +56,7 @@ def test_reduced_bundle_equals_plain_torch(name: str, tmp_path: Path) -> None:
             spots = inputs["input_ids"][0] == original.model.config.image_token_id
             embeds[0, spots] = features
             logits, kept = reduced_logits(
-                original.model, embeds, CASES[name], start=int(spots.nonzero()[0]), count=int(spots.sum())
+                original.model, embeds, schedule, start=int(spots.nonzero()[0]), count=int(spots.sum())
             )
             assert [indices.tolist() for indices in answer.kept] == kept
             np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
