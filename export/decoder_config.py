@@ -23,6 +23,9 @@ from trio_edge.runtime.errors import CheckpointError, ScheduleError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from trio_edge.export.checkpoint import Checkpoint
+
+HEAD_NAME = "lm_head.weight"
 _FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _GROWING_ROPE_TYPES = ("dynamic", "longrope")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -53,6 +56,19 @@ def check_decoder(text_config: Any, *, folder: Path) -> None:
             f"{folder}/config.json layer_types: expected {' or '.join(_LAYER_TYPES)}, got {', '.join(sorted(unknown))};"
             " this decoder cannot be exported"
         )
+
+
+def untie_stored_head(config: Any, checkpoint: Checkpoint) -> None:
+    """Switch ``config.tie_word_embeddings`` off where the checkpoint stores a head.
+
+    Fine-tuning can leave checkpoints behind whose head differs from the embedding table that they claim it is tied to;
+    transformers then uses the head that is there.
+
+    Args:
+        config: transformers' configuration of the whole model; changed.
+        checkpoint: Where the tensors are.
+    """
+    config.tie_word_embeddings = config.tie_word_embeddings and HEAD_NAME not in checkpoint.tensors
 
 
 def max_positions(text_config: Any) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from trio_edge.export.decoder_config import check_decoder
+from trio_edge.export.decoder_config import check_decoder, untie_stored_head
 from trio_edge.export.families.base import FamilyModel, VisionGraph
 from trio_edge.export.families.config_files import load_config, read_image_processor
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
@@ -17,7 +17,7 @@ from trio_edge.export.graphs.vision_reduced import ReducedVision, check_encoder_
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.image_processing import ImageProcessing
 from trio_edge.runtime.manifest import TensorSpec
-from trio_edge.runtime.vision_inputs import KEPT_NAME, TilePictures
+from trio_edge.runtime.vision_inputs import KEPT_PATCHES, TilePictures
 from trio_edge.trio.cost import VisionShape
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
             f" {config.vision_feature_select_strategy!r}; this variant cannot be exported"
         )
     check_decoder(text, folder=checkpoint.folder)
+    untie_stored_head(config, checkpoint)
     return config
 
 
@@ -107,7 +108,7 @@ def _vision_graph(
         module = ReducedVision(
             inner.vision_tower, inner.multi_modal_projector, feature_layers=feature_layers, num_keep=keep
         )
-        outputs.append(TensorSpec(name=KEPT_NAME, dtype="int32", shape=("B", keep)))
+        outputs.append(TensorSpec(name=KEPT_PATCHES, dtype="int32", shape=("B", keep)))
     side = constants.tile_size
     return VisionGraph(
         module=module,

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from trio_edge.export.decoder_config import check_decoder
+from trio_edge.export.decoder_config import check_decoder, untie_stored_head
 from trio_edge.export.families.base import FamilyModel, VisionGraph
 from trio_edge.export.families.config_files import load_config, read_image_processor
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision_windowed import INV_FREQ_NAME, WindowedVision, inverse_frequencies
+from trio_edge.export.graphs.vision_windowed_reduced import ReducedWindowedVision, check_windowed_keep
 from trio_edge.runtime.chat import QWEN2_5_VL_TEMPLATE
 from trio_edge.runtime.errors import CheckpointError, ManifestError, ScheduleError
 from trio_edge.runtime.image_patches import PatchProcessing
 from trio_edge.runtime.manifest import TensorSpec
-from trio_edge.runtime.vision_inputs import PatchPictures
+from trio_edge.runtime.vision_inputs import KEPT_TOKENS, PatchPictures
 from trio_edge.trio.cost import VisionShape
 
 if TYPE_CHECKING:
@@ -86,10 +87,6 @@ class Qwen25Vl:
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
     ) -> PictureProcessing:
         """See ``Family.picture_processing``."""
-        if encoder_keep is not None:
-            raise ScheduleError(
-                f"--encoder-keep: expected none for {self.model_type}, got {encoder_keep}; leave it away"
-            )
         vision = _read_config(checkpoint).vision_config
         processing = PatchProcessing.from_preprocessor_config(
             {"image_processor_type": "Qwen2VLImageProcessor", **read_image_processor(checkpoint)},
@@ -102,12 +99,17 @@ class Qwen25Vl:
                 f"{checkpoint.folder}: expected patch sizes {theirs} (the vision tower's), got {ours};"
                 " preprocessor and weights belong to different models"
             )
-        return PatchPictures(_scaled_down(processing, max_visual), encoder_keep=None)
+        processing = _scaled_down(processing, max_visual)
+        if encoder_keep is not None:
+            most = processing.max_visual_tokens()
+            check_windowed_keep(encoder_keep, max_visual=most, vision_config=vision)
+        return PatchPictures(processing, encoder_keep=encoder_keep)
 
 
 def _read_config(checkpoint: Checkpoint) -> Any:
     config = load_config(checkpoint)
     check_decoder(config.text_config, folder=checkpoint.folder)
+    untie_stored_head(config, checkpoint)
     return config
 
 
@@ -130,7 +132,14 @@ def _vision_graph(inner: Any, vision: Any, *, processing: PictureProcessing, dty
     patch_values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     slots = (vision.window_size // vision.patch_size // vision.spatial_merge_size) ** 2
     slots *= vision.spatial_merge_size**2
-    module = WindowedVision(inner.visual, inv_freq=torch.empty(len(values), dtype=torch.float32))
+    inv_freq, keep = torch.empty(len(values), dtype=torch.float32), processing.encoder_keep
+    outputs = [TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", vision.out_hidden_size))]
+    module: WindowedVision | ReducedWindowedVision
+    if keep is None:
+        module = WindowedVision(inner.visual, inv_freq=inv_freq)
+    else:
+        module = ReducedWindowedVision(inner.visual, inv_freq=inv_freq, num_keep=keep)
+        outputs.append(TensorSpec(name=KEPT_TOKENS, dtype="int32", shape=(keep,)))
     return VisionGraph(
         module=module,
         inputs=(
@@ -141,7 +150,7 @@ def _vision_graph(inner: Any, vision: Any, *, processing: PictureProcessing, dty
             TensorSpec(name="num_patches", dtype="int32", shape=(1,)),
             TensorSpec(name="token_index", dtype="int32", shape=("N",)),
         ),
-        outputs=(TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", vision.out_hidden_size)),),
+        outputs=tuple(outputs),
         constants={INV_FREQ_NAME: values},
     )
 

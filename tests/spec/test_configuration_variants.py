@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.bundles import export
 from tests.checkpoints import make_tokenizer, save_checkpoint
@@ -17,6 +18,7 @@ from tests.pictures import random_picture
 from tests.spec.reduced_reference import reduced_logits
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.export.checkpoint import read_checkpoint
+from trio_edge.export.families.clip_llama import read_config
 from trio_edge.export.text_files import read_text_files
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.image_processing import prepare
@@ -170,6 +172,20 @@ def test_tied_embeddings_are_stored_once_for_table_and_head(old_checkpoint: Path
     )
     stored = sum(path.stat().st_size for path in (old_bundle / "weights").iterdir())
     assert stored <= (old_checkpoint / "model.safetensors").stat().st_size
+
+
+def test_stored_head_counts_more_than_the_tied_setting_as_in_transformers(
+    old_checkpoint: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(old_checkpoint, tmp_path / "ck")
+    tensors = load_file(copy / "model.safetensors")
+    (table,) = [name for name in tensors if "embed_tokens" in name]
+    tensors["lm_head.weight"] = 2.0 * tensors[table]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    model = Original.load(copy).model
+    assert torch.equal(model.lm_head.weight, 2.0 * model.get_input_embeddings().weight)
+    assert read_config(read_checkpoint(str(old_checkpoint))).tie_word_embeddings
+    assert not read_config(read_checkpoint(str(copy))).tie_word_embeddings
 
 
 def test_every_stop_token_of_the_generation_config_ends_the_answer(
