@@ -281,7 +281,7 @@ def _from_preprocessor_config(config: Mapping[str, Any], *, tokens_per_side: int
         if not values.get(key, True):
             raise CheckpointError(f"preprocessor_config {key}: expected true, got false")
     try:
-        fields = {
+        fields: dict[str, Any] = {
             key: values[key] for key in ("do_rescale", "do_normalize", "rescale_factor") if key in values
         }
         fields |= {key: tuple(values[key]) for key in ("image_mean", "image_std") if key in values}

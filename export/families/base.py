@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trio_edge.export.checkpoint import Checkpoint
-    from trio_edge.runtime.manifest import TensorSpec
+    from trio_edge.runtime.manifest import FloatType, TensorSpec
     from trio_edge.runtime.schedule import Positions
     from trio_edge.runtime.vision_inputs import PictureProcessing
     from trio_edge.trio.cost import VisionShape
@@ -72,7 +72,9 @@ class Family(Protocol):
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
         """Return the Jinja template for a checkpoint that brings none."""
 
-    def build(self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: str) -> FamilyModel:
+    def build(
+        self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: FloatType
+    ) -> FamilyModel:
         """Return the model's modules; called under FakeTensorMode with the wanted default dtype.
 
         Args:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.runtime.manifest import FloatType
     from trio_edge.runtime.schedule import Positions
     from trio_edge.runtime.vision_inputs import PictureProcessing
 
@@ -45,7 +46,9 @@ class InternVl:
         """Return ChatML; the marks around the picture come from ``image_marks``."""
         return INTERNVL_TEMPLATE
 
-    def build(self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: str) -> FamilyModel:
+    def build(
+        self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: FloatType
+    ) -> FamilyModel:
         """See ``Family.build``."""
         from transformers import InternVLForConditionalGeneration
 
@@ -146,7 +149,7 @@ def _check_sides(config: Any, folder: Path) -> None:
 
 def _merge(config: Any) -> int:
     """Return the patches along one side of a visual token."""
-    return round(1 / config.downsample_ratio)
+    return int(1 / config.downsample_ratio)
 
 
 def _patches_per_side(config: Any) -> int:
@@ -168,7 +171,7 @@ def _with_fewer_tiles(processing: GridTileProcessing, max_visual: int | None) ->
     return dataclasses.replace(processing, max_tiles=most)
 
 
-def _vision_graph(inner: Any, config: Any, *, dtype: str) -> VisionGraph:
+def _vision_graph(inner: Any, config: Any, *, dtype: FloatType) -> VisionGraph:
     side = config.vision_config.image_size[0]
     return VisionGraph(
         module=TileVision(inner.vision_tower, inner.multi_modal_projector, merge=_merge(config)),

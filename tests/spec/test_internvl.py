@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -16,7 +18,9 @@ from tests.spec.reduced_reference import reduced_logits
 from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.export.checkpoint import read_checkpoint
 from trio_edge.export.families.internvl import InternVl
+from trio_edge.export.text_files import read_text_files
 from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.chat import INTERNVL_TEMPLATE, build_messages, render_chat
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.schedule import Schedule, Stage
@@ -169,11 +173,43 @@ def test_marks_stand_around_the_picture_as_hugging_faces_processor_puts_them(kee
     assert [*ids.before, *[IMAGE_ID] * TOKENS_PER_TILE, *ids.after] == theirs.tolist()
 
 
-def test_a_head_in_the_checkpoint_is_used_where_the_configuration_does_not_say_that_it_is_tied(
+@pytest.mark.parametrize("own_template", [False, True], ids=["default", "of_the_checkpoint"])
+def test_the_bundles_template_writes_the_marks(folder: Path, tmp_path: Path, own_template: bool) -> None:
+    checkpoint = with_template(folder, tmp_path, INTERNVL_TEMPLATE) if own_template else folder
+    text = read_text_files(
+        read_checkpoint(str(checkpoint)),
+        default_template=INTERNVL_TEMPLATE,
+        image_marks=InternVl.image_marks,
+    )
+    rendered = render_chat(build_messages("w1", has_image=True, system="w2"), template=text.chat_template)
+    assert rendered == (
+        "<|im_start|>system\nw2<|im_end|>\n"
+        "<|im_start|>user\n<img><IMG_CONTEXT></img>\nw1<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_template_with_another_image_token_is_refused(folder: Path, tmp_path: Path) -> None:
+    checkpoint = with_template(folder, tmp_path, "{{ '<image>' }}")
+    with pytest.raises(CheckpointError, match="expected a chat template with '<IMG_CONTEXT>'"):
+        export(checkpoint)
+
+
+def with_template(folder: Path, tmp_path: Path, template: str) -> Path:
+    copy = shutil.copytree(folder, tmp_path / "with_template")
+    (copy / "chat_template.jinja").write_text(template)
+    return copy
+
+
+def test_a_head_in_the_checkpoint_is_used_although_transformers_ties_by_default(
     folder: Path, model: Any
 ) -> None:
     assert "tie_word_embeddings" not in json.loads((folder / "config.json").read_text())
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+    bundle = open_bundle(export(folder))
+    head = onnx.load(bundle.path("head.onnx"), load_external_data=False).graph.initializer
+    offsets = {entry.value for tensor in head for entry in tensor.external_data if entry.key == "offset"}
+    assert len(offsets) == 2  # norm and head
+    assert str(bundle.manifest.token_embedding.offset) not in offsets
 
 
 @pytest.mark.parametrize("name", GRAPHS)
