@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.manifest import Dimensions, Role
 
 _MIN_TRACE_ROWS = 37  # any number that no other axis has
-_MORE_VISUAL = 3
-_VISION_TRACE_SIZES = {"B": 3, "N": 53, "P": 148, "W": 7}
+_VISION_MORE = {"B": 3, "N": 5, "P": 148, "W": 7}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +157,7 @@ def _vision(tracer: _Tracer) -> TracedGraph:
         weight_bytes=0,
         profiles=tracer.layout.vision_profiles(),
     )
-    sizes, dims = _trace_sizes(spec, several=_VISION_TRACE_SIZES)
+    sizes, dims = _trace_sizes(spec, several=_VISION_MORE)
     return tracer.graph(
         vision.module,
         spec,
@@ -171,10 +170,14 @@ def _vision(tracer: _Tracer) -> TracedGraph:
 def _trace_sizes(spec: GraphSpec, *, several: Mapping[str, int]) -> tuple[dict[str, int], dict[str, Any]]:
     """Return the sizes to trace at, and torch.export's dynamic dimension of the axes that have several sizes.
 
+    Dynamic axes are traced at ``several`` more than their largest size, so that no two axes look alike.
+
     An axis that has one size in all profiles is traced as that number: TensorRT plans better with constants.
     """
     values = {name: {profile.sizes[name] for profile in spec.profiles} for name in spec.profiles[0].sizes}
-    sizes = {name: several[name] if len(found) > 1 else min(found) for name, found in values.items()}
+    sizes = {
+        name: max(found) + several[name] if len(found) > 1 else min(found) for name, found in values.items()
+    }
     dims = {name: torch.export.Dim.DYNAMIC for name, found in values.items() if len(found) > 1}
     return sizes, dims
 
@@ -288,8 +291,7 @@ def _select(tracer: _Tracer, stage: int) -> TracedGraph:
     constants: dict[str, NDArray[Any]] = {"rotary.inv_freq": tracer.model.inv_freq}
     if any(name == "key_value_gram" for name, _ in saliency.named_buffers()):
         constants["saliency.key_value_gram"] = _gram(tracer.checkpoint, layer_index)
-    several = {"N": max(rows) + _MORE_VISUAL, "S": max(rows) + _MORE_VISUAL + _MIN_TRACE_ROWS, "R": 0}
-    sizes, symbols = _trace_sizes(spec, several=several)
+    sizes, symbols = _trace_sizes(spec, several={"N": 3, "S": _MIN_TRACE_ROWS, "R": 0})
     return tracer.graph(
         module,
         spec,

@@ -24,7 +24,7 @@ from trio_edge.runtime.image import open_picture
 from trio_edge.runtime.positions import PromptPositions, mrope_positions, plain_positions
 from trio_edge.runtime.sampling import make_sampler
 from trio_edge.runtime.text import DetokenizeStream, PromptIds, Tokenizer
-from trio_edge.runtime.vision_inputs import KEPT_NAME, picture_processing
+from trio_edge.runtime.vision_inputs import KEPT_PATCHES, KEPT_TOKENS, picture_processing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -290,7 +290,7 @@ class Pipeline:
     def _see(self, prepared: _Prepared) -> _Seen:
         """Run the vision graph."""
         outputs = self._vision.run(prepared.inputs)
-        size, kept = (prepared.width, prepared.height), outputs.get(KEPT_NAME)
+        size, kept = (prepared.width, prepared.height), outputs.get(KEPT_PATCHES, outputs.get(KEPT_TOKENS))
         mrope = self.manifest.position_axes == 3
         return _Seen(
             tokens=outputs["visual_tokens"][: prepared.num_visual],

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-KEPT_NAME = "kept_patches"
-"""Second output of a vision graph that reduces."""
+KEPT_PATCHES = "kept_patches"
+KEPT_TOKENS = "kept_tokens"
+"""Second output of a vision graph that reduces: patches of each tile, or visual tokens of the picture."""
 
 
 class PictureProcessing(Protocol):
@@ -171,21 +172,21 @@ class PatchPictures:
 
     def sizes(self, width: int, height: int) -> dict[str, int]:
         """See ``PictureProcessing.sizes``; P is the number of patches, W that of windows."""
-        sizes = dict(self.processing.sizes(width, height))
-        if self.encoder_keep is not None:
-            sizes["N"] = min(sizes["N"], self.encoder_keep)
-        return sizes
+        return self._reduced(self.processing.sizes(width, height))
 
     def any_picture_sizes(self) -> tuple[dict[str, int], ...]:
         """See ``PictureProcessing.any_picture_sizes``: one size, that of the largest pictures."""
-        sizes = dict(self.processing.max_sizes())
-        if self.encoder_keep is not None:
-            sizes["N"] = min(sizes["N"], self.encoder_keep)
-        return (sizes,)
+        return (self._reduced(self.processing.max_sizes()),)
 
     def prepare(self, picture: Image.Image, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:
         """See ``PictureProcessing.prepare``."""
-        return self.processing.prepare(picture, sizes)
+        if self.encoder_keep is None:
+            return self.processing.prepare(picture, sizes)
+        inputs = self.processing.prepare(picture, {name: sizes[name] for name in ("P", "W")})
+        index = np.zeros(sizes["N"], np.int32)  # the graph's rows are the kept tokens
+        num_kept = self.sizes(*picture.size)["N"]
+        index[:num_kept] = np.arange(num_kept)
+        return {**inputs, "token_index": index}
 
     def boxes(self, width: int, height: int, kept: NDArray[np.int32] | None) -> NDArray[np.float32]:
         """See ``PictureProcessing.boxes``."""
@@ -208,6 +209,17 @@ class PatchPictures:
 
     def _real(self, kept: NDArray[np.int32], width: int, height: int) -> NDArray[np.int32]:
         return kept[: self.sizes(width, height)["N"]]
+
+    def _reduced(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return the sizes with the encoder's reduction, whose selection needs room for all that it keeps."""
+        keep = self.encoder_keep
+        if keep is None:
+            return dict(sizes)
+        return {
+            **sizes,
+            "P": max(sizes["P"], keep * self.processing.merge_size**2),
+            "N": min(sizes["N"], keep),
+        }
 
 
 @final
@@ -233,7 +245,13 @@ class GridTilePictures:
 
     def prepare(self, picture: Image.Image, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:
         """See ``PictureProcessing.prepare``."""
-        return self.processing.prepare(picture, sizes)
+        if self.encoder_keep is None:
+            return self.processing.prepare(picture, sizes)
+        inputs = self.processing.prepare(picture, {name: sizes[name] for name in ("P", "W")})
+        index = np.zeros(sizes["N"], np.int32)  # the graph's rows are the kept tokens
+        num_kept = self.sizes(*picture.size)["N"]
+        index[:num_kept] = np.arange(num_kept)
+        return {**inputs, "token_index": index}
 
     def boxes(self, width: int, height: int, kept: NDArray[np.int32] | None) -> NDArray[np.float32]:
         """See ``PictureProcessing.boxes``."""

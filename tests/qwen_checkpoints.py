@@ -46,8 +46,8 @@ def save_qwen_checkpoint(
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
         },
         vision_config={
-            "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
-            "window_size": 56, "fullatt_block_indexes": [1], "initializer_range": 0.2,
+            "depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+            "window_size": 56, "fullatt_block_indexes": [1, 3], "initializer_range": 0.2,
         },
         image_token_id=IMAGE_ID,
         vision_start_token_id=VOCABULARY.index("<|vision_start|>"),

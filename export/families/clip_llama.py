@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.runtime.manifest import FloatType
+    from trio_edge.runtime.vision_inputs import PictureProcessing
 
 _TEXT_TYPES = ("llama", "mistral", "qwen2")
 
@@ -59,9 +61,10 @@ def read_config(checkpoint: Checkpoint) -> Any:
 
 
 def build(
-    model_class: Callable[[Any], nn.Module], config: Any, *, processing: TilePictures, dtype: str
+    model_class: Callable[[Any], nn.Module], config: Any, *, processing: PictureProcessing, dtype: FloatType
 ) -> FamilyModel:
     """Return the parts of ``model_class(config)``; under FakeTensorMode this takes no memory."""
+    assert isinstance(processing, TilePictures)  # as the families' picture_processing makes it
     register_attention()
     text, vision = config.text_config, config.vision_config
     text._attn_implementation = ATTENTION_NAME
@@ -73,8 +76,7 @@ def build(
         inv_freq = rotary.inv_freq.to(torch.float32).numpy()
     layer = config.vision_feature_layer
     feature_layers = (layer,) if isinstance(layer, int) else tuple(layer)
-    graph = _vision_graph(inner, feature_layers, processing=processing, dtype=dtype)
-    num_layers = len(graph.module.tower_layers())
+    graph, num_layers = _vision_graph(inner, feature_layers, processing=processing, dtype=dtype)
     return FamilyModel(
         root=root,
         vision=graph,
@@ -95,8 +97,9 @@ def build(
 
 
 def _vision_graph(
-    inner: Any, feature_layers: tuple[int, ...], *, processing: TilePictures, dtype: str
-) -> VisionGraph:
+    inner: Any, feature_layers: tuple[int, ...], *, processing: TilePictures, dtype: FloatType
+) -> tuple[VisionGraph, int]:
+    """Return the graph and how many layers of the vision tower run in it."""
     constants, keep = processing.processing, processing.encoder_keep
     hidden = inner.language_model.config.hidden_size
     outputs = [TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", hidden))]
@@ -110,7 +113,7 @@ def _vision_graph(
         )
         outputs.append(TensorSpec(name=KEPT_PATCHES, dtype="int32", shape=("B", keep)))
     side = constants.tile_size
-    return VisionGraph(
+    graph = VisionGraph(
         module=module,
         inputs=(
             TensorSpec(name="pixel_values", dtype="float32", shape=("B", 3, side, side)),
@@ -123,6 +126,7 @@ def _vision_graph(
             if name.endswith("position_ids")
         },
     )
+    return graph, len(module.tower_layers())
 
 
 def picture_processing(

@@ -72,4 +72,6 @@ def causal_mask(num_rows: int, num_past: int, past_length: Tensor) -> Tensor:
     past_C = torch.arange(num_past)
     sees_past = (past_C[None, :] < past_length.to(torch.int64)).expand(num_rows, num_past)
     sees_new = row_S[None, :] <= row_S[:, None]
-    return torch.where(torch.cat([sees_past, sees_new], dim=-1), 0.0, MASKED)
+    seen = torch.cat([sees_past, sees_new], dim=-1)
+    # not torch.where on two numbers: its result has the default dtype, where MASKED may be infinite
+    return (1.0 - seen.to(torch.float32)) * MASKED

@@ -71,6 +71,14 @@ FLAGS = {
     "rounds_zero": (["M", "--keep", "50%", "--nms-rounds", "0"], "nms_rounds"),
     "encoder_keep_impossible": (["M", "--encoder-keep", "32"], "--encoder-keep"),
     "not_an_integer": (["M", "--max-text", "x"], "--max-text"),
+    "text_buckets_malformed": (["M", "--text-buckets", "32;64"], "--text-buckets: expected numbers"),
+    "text_bucket_above_max_text": (
+        ["M", "--max-text", "64", "--text-buckets", "32,128"],
+        "8..64 (--max-text)",
+    ),
+    "text_bucket_zero": (["M", "--text-buckets", "0"], "--text-buckets"),
+    "only_image_sizes_without_any": (["M", "--only-image-sizes"], "expected --image-size beside it"),
+    "max_visual_for_tiles": (["M", "--max-visual", "100"], "--max-visual: expected none for llava_next"),
 }
 
 

@@ -150,6 +150,23 @@ def test_the_camera_has_no_padding(reduced: Pipeline) -> None:
     assert inputs["num_patches"][0] == len(inputs["pixel_values"])
 
 
+def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(folder: Path) -> None:
+    """With an encoder that keeps 8 of 20 tokens in front of a stage; a smaller picture passes whole."""
+    schedule = Schedule(stages=(Stage(layer=2, keep=4),), positions="preserved")
+    bundle = export(folder, schedule=schedule, image_sizes=(CAMERA,), encoder_keep=8)
+    with Pipeline.from_bundle(bundle) as pipeline:
+        seen = pipeline._see(pipeline._prepare(random_picture(*CAMERA, seed=2)))
+        assert seen.tokens.shape[0] == seen.rows == seen.boxes.shape[0] == seen.positions.shape[1] == 8
+        assert seen.position_span == 5
+        corners = seen.positions[[2, 1]].T * [150 / 5, 100 / 4]
+        np.testing.assert_allclose(seen.boxes[:, :2], corners, atol=1e-4)
+        answer = pipeline.generate(random_picture(*CAMERA, seed=2), PROMPTS[0], max_new_tokens=3)
+        assert answer.text is not None
+        assert answer.statistics.visual_tokens == 8
+        assert answer.statistics.kept_tokens == (4,)
+        assert len(pipeline._see(pipeline._prepare(random_picture(56, 56))).tokens) == 4
+
+
 def test_compact_positions_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ScheduleError, match="positions: expected preserved for qwen2_5_vl, got compact"):
         export(folder, schedule=Schedule(positions="compact"))
