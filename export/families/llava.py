@@ -10,6 +10,7 @@ from trio_edge.runtime.chat import VICUNA_TEMPLATE
 if TYPE_CHECKING:
     from trio_edge.export.checkpoint import Checkpoint
     from trio_edge.export.families.base import FamilyModel
+    from trio_edge.runtime.manifest import FloatType
     from trio_edge.runtime.schedule import Positions
     from trio_edge.runtime.vision_inputs import PictureProcessing
 
@@ -26,7 +27,9 @@ class Llava:
         """Return Vicuna's template; every released LLaVA-1.5 is a Vicuna."""
         return VICUNA_TEMPLATE
 
-    def build(self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: str) -> FamilyModel:
+    def build(
+        self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: FloatType
+    ) -> FamilyModel:
         """See ``Family.build``."""
         from transformers import LlavaForConditionalGeneration
 

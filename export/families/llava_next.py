@@ -10,6 +10,7 @@ from trio_edge.runtime.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE
 if TYPE_CHECKING:
     from trio_edge.export.checkpoint import Checkpoint
     from trio_edge.export.families.base import FamilyModel
+    from trio_edge.runtime.manifest import FloatType
     from trio_edge.runtime.schedule import Positions
     from trio_edge.runtime.vision_inputs import PictureProcessing
 
@@ -27,7 +28,9 @@ class LlavaNext:
         text_type = checkpoint.config.get("text_config", {}).get("model_type")
         return MISTRAL_TEMPLATE if text_type == "mistral" else VICUNA_TEMPLATE
 
-    def build(self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: str) -> FamilyModel:
+    def build(
+        self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: FloatType
+    ) -> FamilyModel:
         """See ``Family.build``."""
         from transformers import LlavaNextForConditionalGeneration
 
