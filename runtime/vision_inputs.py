@@ -88,6 +88,10 @@ def picture_processing(values: Mapping[str, Any], *, encoder_keep: int | None) -
     if values.get("kind") == "patches":
         return PatchPictures(PatchProcessing.from_dict(values), encoder_keep=encoder_keep)
     if values.get("kind") == GRID_TILES:
+        if encoder_keep is not None:
+            raise ManifestError(
+                f"encoder_keep: expected none with a grid of tiles, got {encoder_keep}; export the bundle again"
+            )
         return GridTilePictures(GridTileProcessing.from_dict(values))
     return TilePictures(ImageProcessing.from_dict(values), encoder_keep=encoder_keep)
 

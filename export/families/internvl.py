@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from trio_edge.export.decoder_config import check_decoder
+from trio_edge.export.decoder_config import check_decoder, untie_stored_head
 from trio_edge.export.families.base import FamilyModel, VisionGraph
 from trio_edge.export.families.config_files import load_config, read_image_processor
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
@@ -125,9 +125,8 @@ def _read_config(checkpoint: Checkpoint) -> Any:
             )
     _check_sides(config, folder)
     check_decoder(text, folder=folder)
-    # Files saved before transformers 5 say nothing of tying, which now means yes, but may hold a head of their own; like
-    # transformers, take the head that is there.
-    config.tie_word_embeddings = config.tie_word_embeddings and "lm_head.weight" not in checkpoint.tensors
+    # transformers 5 takes a configuration that says nothing of tying for tied, older releases wrote such for untied ones
+    untie_stored_head(config, checkpoint)
     return config
 
 

@@ -153,6 +153,11 @@ def test_a_manifests_constants_give_the_grid_of_tiles() -> None:
     assert pictures.processing == SMALL
 
 
+def test_a_manifest_with_encoder_reduction_is_refused() -> None:
+    with pytest.raises(ManifestError, match="encoder_keep: expected none with a grid of tiles, got 32"):
+        picture_processing(SMALL.to_dict(), encoder_keep=32)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -16,7 +16,7 @@ from tests.internvl_checkpoints import IMAGE_ID, TOKENS_PER_TILE, processor, sav
 from tests.pictures import random_picture
 from tests.spec.reduced_reference import reduced_logits
 from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
-from trio_edge.export.checkpoint import read_checkpoint
+from trio_edge.export.checkpoint import ALIASES, canonical_name, read_checkpoint
 from trio_edge.export.families.internvl import InternVl
 from trio_edge.export.text_files import read_text_files
 from trio_edge.runtime.bundle import open_bundle
@@ -244,6 +244,21 @@ def test_fewer_visual_tokens_than_a_tile_has_are_refused(folder: Path) -> None:
         ScheduleError, match=r"--max-visual: expected at least 16 \(1 tiles of 16\), got 15; raise it"
     ):
         export(folder, max_visual=TOKENS_PER_TILE - 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_aliases_name_the_published_checkpoints(size: int) -> None:
+    assert ALIASES[f"internvl3-{size}b"].repository == f"OpenGVLab/InternVL3-{size}B-hf"
+
+
+@pytest.mark.parametrize("prefix", ["", "model."], ids=["old", "new"])
+def test_names_of_old_and_new_releases_are_one(prefix: str) -> None:
+    layer = "vision_tower.encoder.layer.0.lambda_1"
+    assert canonical_name(prefix + layer) == layer
+    assert (
+        canonical_name(f"{prefix}multi_modal_projector.linear_1.weight")
+        == "multi_modal_projector.linear_1.weight"
+    )
 
 
 def test_encoder_reduction_is_refused(folder: Path) -> None:
