@@ -420,16 +420,17 @@ def time_graph(bundle: Path, name: str, *, mapped: bool, threads: int) -> str:
     child.join()
     watcher.join()
     return (
-        f"| {name} | {'mapped' if mapped else 'as trio-run loads it'} | {rows} | {gigabytes(weights)} | {load:.1f} s"
+        f"| {name} | {'mapped' if mapped else 'usual'} | {rows} | {gigabytes(weights)} | {load:.1f} s"
         f" | {run:.1f} s | {gigabytes(peaks.resident)} | {gigabytes(peaks.anonymous)} | {gigabytes(peaks.mapped)} |"
     )
 
 
-def _run_graph(bundle: Path, name: str, mapped: bool, threads: int, writer: Any) -> None:
-    """Load and run ``name`` at its smallest profile with random inputs."""
+def _run_graph(bundle: Path, graph: str, mapped: bool, threads: int, writer: Any) -> None:
+    """Load and run ``graph`` with random inputs."""
     opened = open_bundle(bundle)
+    name, _, profile = graph.partition(":")
     spec = opened.manifest.graph(name)
-    sizes = spec.profiles[0].sizes
+    sizes = next(entry.sizes for entry in spec.profiles if profile in ("", entry.name))
     generator = np.random.default_rng(0)
     indices = {"position_ids": 0, "visual_rows": 10}  # first of ascending values
     scalars = {"num_visual": sizes.get("N", 0), "length": sizes.get("S", 1)}  # others are 0
@@ -536,7 +537,13 @@ def main() -> None:
         "--folder", type=Path, default=Path("out/export-scale"), help="new folder for everything"
     )
     parser.add_argument("--export", nargs=argparse.REMAINDER, default=[], help="the rest goes to trio-export")
-    parser.add_argument("--graphs", nargs="*", default=["prefix", "select_1"], help="graphs to run")
+    parser.add_argument(
+        "--graphs",
+        nargs="*",
+        default=["prefix", "select_1"],
+        help="graphs to run, at their smallest profile or at GRAPH:PROFILE",
+    )
+    parser.add_argument("--sessions", nargs="+", choices=["usual", "mapped"], default=["usual", "mapped"])
     parser.add_argument("--threads", type=int, default=2, help="ONNX Runtime's")
     parser.add_argument("--checkpoint-only", action="store_true", help="make the checkpoint, keep it, stop")
     parser.add_argument(
@@ -584,8 +591,8 @@ def report(checkpoint: Path, bundle: Path, options: argparse.Namespace) -> None:
         print("| graph | session | rows | weights | load | first run | peak memory | anonymous | mapped |")
         print("|---|---|---|---|---|---|---|---|---|")
     for name in options.graphs:
-        for mapped in (False, True):
-            print(time_graph(bundle, name, mapped=mapped, threads=options.threads), flush=True)
+        for session in options.sessions:
+            print(time_graph(bundle, name, mapped=session == "mapped", threads=options.threads), flush=True)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _SPARE_BYTES = 64 << 20  # graphs, tokenizer and manifest beside the weights
-_FULL = {
-    errno.ENOSPC: "the device is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file may not grow that large",
-}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux
 
 
@@ -85,7 +81,7 @@ def folder_beside(out: Path, *, num_bytes: int, force: bool) -> Iterator[Path]:
         if error.errno not in _FULL:
             raise
         raise CheckpointError(
-            f"{out}: expected room for the whole bundle, got '{os.strerror(error.errno)}' ({_FULL[error.errno]});"
+            f"{out}: expected room for the whole bundle, got '{error.strerror}';"
             " nothing is left behind, free some space or choose another --out"
         ) from None
     finally:
