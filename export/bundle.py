@@ -21,6 +21,7 @@ from trio_edge.export.checkpoint import EMBEDDING_NAME, canonical_name, read_che
 from trio_edge.export.decoder_config import check_positions, max_positions
 from trio_edge.export.families import check_architecture, family_of
 from trio_edge.export.fit import check_fit, fit_inputs
+from trio_edge.export.graphs.vision_reduced import KEEP_MULTIPLE
 from trio_edge.export.layout import Layout, text_buckets, vision_profiles
 from trio_edge.export.model_cost import cost_of
 from trio_edge.export.onnx_graph import attach_weights, save
@@ -84,8 +85,9 @@ class ExportOptions:
     """Sizes that prompts are padded to, up to ``max_text``; none means doublings from 32."""
     max_new_tokens: int = 256
     """Room in the KV caches for the answer."""
-    encoder_keep: int | None = None
-    """Patches per tile that the vision encoder keeps (the reference's encoder reduction); None keeps all."""
+    encoder_keep: int | float | None = None
+    """What the vision encoder keeps (the reference's encoder reduction): patches per tile or visual tokens of the
+    picture, or a share of them below 1; None keeps all."""
     opset: int = 18
     """ONNX opset; TensorRT 10.3 reads up to 19."""
     force: bool = False
@@ -164,7 +166,7 @@ def export_bundle(
     checkpoint = read_checkpoint(options.model, revision=options.revision, check_config=check_architecture)
     family = family_of(checkpoint)
     processing = family.picture_processing(
-        checkpoint, encoder_keep=options.encoder_keep, max_visual=options.max_visual
+        checkpoint, encoder_keep=_encoder_keep(family, checkpoint, options), max_visual=options.max_visual
     )
     pictures, primary = _picture_sizes(processing, options)
     dtype = _dtype(checkpoint, options.dtype)
@@ -265,6 +267,19 @@ def _picture_sizes(
     any_picture = [] if options.only_image_sizes else list(processing.any_picture_sizes())
     primary = max(exact or any_picture, key=lambda sizes: (sizes["N"], *sizes.values()))
     return exact + any_picture, primary
+
+
+def _encoder_keep(family: Family, checkpoint: Checkpoint, options: ExportOptions) -> int | None:
+    """Return how much the vision encoder keeps, as a number; a share is one of the picture that decides the schedule."""
+    keep = options.encoder_keep
+    if keep is None or isinstance(keep, int):
+        return keep
+    whole = family.picture_processing(checkpoint, encoder_keep=None, max_visual=options.max_visual)
+    _, primary = _picture_sizes(whole, options)
+    if "B" not in primary:
+        return int(keep * primary["N"])
+    wanted = keep * primary["N"] / primary["B"]
+    return max(1, round(wanted / KEEP_MULTIPLE)) * KEEP_MULTIPLE
 
 
 def _image_sizes(

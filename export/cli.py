@@ -46,7 +46,9 @@ DEFAULT_KEEP = "11.1%"
 @click.option("--nms-rounds", type=int, help="Rounds of the parallel NMS.")
 @click.option("--positions", type=click.Choice(["compact", "preserved"]), help="Position ids after a stage.")
 @click.option(
-    "--encoder-keep", type=int, help="Patches per tile that the vision encoder keeps (a multiple of 32)."
+    "--encoder-keep",
+    metavar="N|PERCENT",
+    help="What the vision encoder keeps: patches per tile (a multiple of 32), tokens of a picture (Qwen2.5-VL), or 33.3%.",
 )
 @click.option(
     "--image-size",
@@ -81,6 +83,7 @@ def command(
     quiet: bool,
     image_sizes: tuple[str, ...],
     text_buckets: str | None,
+    encoder_keep: str | None,
     method: str | None,
     **settings: Any,
 ) -> int:
@@ -98,6 +101,7 @@ def command(
         raise click.UsageError("expected --keep or --schedule, got both; choose one")
     sizes = tuple(_image_size(text) for text in image_sizes)
     buckets = () if text_buckets is None else _text_buckets(text_buckets)
+    in_encoder = None if encoder_keep is None else _encoder_keep(encoder_keep)
     schedule_names = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions")
     shared = {name: settings.pop(name) for name in schedule_names}
     shared = {name: value for name, value in shared.items() if value is not None}
@@ -115,7 +119,14 @@ def command(
 
             disable_progress_bars()
         target = out if out is not None else Path(Path(model).name + "-bundle")
-        options = ExportOptions(model=model, out=target, image_sizes=sizes, text_buckets=buckets, **chosen)
+        options = ExportOptions(
+            model=model,
+            out=target,
+            image_sizes=sizes,
+            text_buckets=buckets,
+            encoder_keep=in_encoder,
+            **chosen,
+        )
         schedule_for = _schedule_rule(keep, stages, shared)
         console = Console(stderr=True, quiet=quiet)
         bars = Progress(
@@ -149,6 +160,15 @@ def _image_size(text: str) -> tuple[int, int]:
             f"--image-size: expected WIDTHxHEIGHT in pixels, got {text!r}; for instance 640x480"
         )
     return int(match[1]), int(match[2])
+
+
+def _encoder_keep(text: str) -> int | float:
+    match = re.fullmatch(r"(\d{1,2}(?:\.\d+)?)%|(\d{1,6})", text)
+    if match is None or (match[1] is not None and float(match[1]) == 0):
+        raise click.UsageError(
+            f"--encoder-keep: expected a number or a percentage, got {text!r}; for instance 96 or 16.7%"
+        )
+    return int(match[2]) if match[1] is None else float(match[1]) / 100
 
 
 def _text_buckets(text: str) -> tuple[int, ...]:

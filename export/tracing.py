@@ -23,6 +23,7 @@ from trio_edge.trio.saliency import ProxySaliency, key_value_gram
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    import numpy as np
     import onnx_ir as ir
     from numpy.typing import NDArray
     from torch import nn

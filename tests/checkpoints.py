@@ -129,9 +129,8 @@ def save_checkpoint(
         model = hf.LlavaForConditionalGeneration(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # ones would hide a forgotten norm weight
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            elif random_biases and name.endswith("bias"):
+            # ones and zeros would hide a forgotten norm weight or bias
+            if "norm" in name or (random_biases and name.endswith("bias")):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(folder)
     write_processor(folder, family=family, tile_size=24, patch_size=patch_size)

@@ -8,6 +8,8 @@ Letters: S rows before, N visual rows before, K kept.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -19,8 +21,8 @@ def compact_rows(
     num_visual: Int[Tensor, "*one"],
     length: Int[Tensor, "*one"],
     *,
-    padded_length: int | torch.SymInt,
-    max_visual: int | torch.SymInt,
+    padded_length: Any,
+    max_visual: Any,
 ) -> tuple[Int[Tensor, "rows"], Int[Tensor, "1"]]:
     """Return the row of the old sequence that each row of the reduced one is, and the reduced real length.
 
@@ -33,7 +35,7 @@ def compact_rows(
         visual_start: First row of the visual span, 0-d or [1].
         num_visual: Real visual tokens, 0-d or [1], at most ``max_visual``.
         length: Real rows of the old sequence, 0-d or [1].
-        padded_length: S, rows of the old sequence with padding; may be symbolic under export.
+        padded_length: S, rows of the old sequence with padding; an int, or torch.SymInt under export.
         max_visual: N, visual rows that the old sequence has room for; may be symbolic too.
 
     Returns:

@@ -28,6 +28,7 @@ from trio_edge.trio.cost import VisionShape
 
 if TYPE_CHECKING:
     from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.runtime.manifest import FloatType
     from trio_edge.runtime.schedule import Positions
     from trio_edge.runtime.vision_inputs import PictureProcessing
 
@@ -47,7 +48,9 @@ class Qwen25Vl:
         """Return ChatML with the vision marks."""
         return QWEN2_5_VL_TEMPLATE
 
-    def build(self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: str) -> FamilyModel:
+    def build(
+        self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: FloatType
+    ) -> FamilyModel:
         """See ``Family.build``."""
         from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -127,7 +130,7 @@ def _scaled_down(processing: PatchProcessing, max_visual: int | None) -> PatchPr
         ) from None
 
 
-def _vision_graph(inner: Any, vision: Any, *, processing: PictureProcessing, dtype: str) -> VisionGraph:
+def _vision_graph(inner: Any, vision: Any, *, processing: PictureProcessing, dtype: FloatType) -> VisionGraph:
     values = inverse_frequencies(vision)
     patch_values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     slots = (vision.window_size // vision.patch_size // vision.spatial_merge_size) ** 2

@@ -43,7 +43,7 @@ class RotaryTables(nn.Module):
         """
         angles = position_ids_AS[..., None].to(torch.float32) * self.inv_freq
         if self.mrope_sections:
-            parts = angles.split(self.mrope_sections, dim=-1)
+            parts = torch.split(angles, list(self.mrope_sections), dim=-1)
             angles = torch.cat([part[index % 3] for index, part in enumerate(parts)], dim=-1)[None]
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling

@@ -69,6 +69,7 @@ FLAGS = {
     "dtype_unknown": (["M", "--dtype", "int3"], "--dtype"),
     "threshold_out_of_range": (["M", "--keep", "50%", "--nms-threshold", "1.5"], "nms_threshold"),
     "rounds_zero": (["M", "--keep", "50%", "--nms-rounds", "0"], "nms_rounds"),
+    "encoder_keep_malformed": (["M", "--encoder-keep", "100%"], "--encoder-keep: expected a number or"),
     "encoder_keep_impossible": (["M", "--encoder-keep", "32"], "--encoder-keep"),
     "not_an_integer": (["M", "--max-text", "x"], "--max-text"),
     "text_buckets_malformed": (["M", "--text-buckets", "32;64"], "--text-buckets: expected numbers"),

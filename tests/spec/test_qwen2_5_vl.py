@@ -153,7 +153,7 @@ def test_the_camera_has_no_padding(reduced: Pipeline) -> None:
 def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(folder: Path) -> None:
     """With an encoder that keeps 8 of 20 tokens in front of a stage; a smaller picture passes whole."""
     schedule = Schedule(stages=(Stage(layer=2, keep=4),), positions="preserved")
-    bundle = export(folder, schedule=schedule, image_sizes=(CAMERA,), encoder_keep=8)
+    bundle = export(folder, schedule=schedule, image_sizes=(CAMERA,), encoder_keep=0.4)
     with Pipeline.from_bundle(bundle) as pipeline:
         seen = pipeline._see(pipeline._prepare(random_picture(*CAMERA, seed=2)))
         assert seen.tokens.shape[0] == seen.rows == seen.boxes.shape[0] == seen.positions.shape[1] == 8
