@@ -23,7 +23,7 @@ def prefix(keep_all_bundle: Path) -> onnx.ModelProto:
 def test_mask_and_rotary_tables_are_computed_once(prefix: onnx.ModelProto) -> None:
     count = Counter(node.op_type for node in prefix.graph.node)
     assert count["Softmax"] == 3
-    assert [count[name] for name in ("LessOrEqual", "Where", "Cos", "Sin")] == [1, 1, 1, 1]
+    assert [count[name] for name in ("LessOrEqual", "Cos", "Sin")] == [1, 1, 1]
 
 
 def test_each_layer_has_its_own_weights(prefix: onnx.ModelProto) -> None:
