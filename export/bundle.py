@@ -78,7 +78,7 @@ class ExportOptions:
     only_image_sizes: bool = False
     """Make no shapes for pictures of other sizes, which are then refused unless they need no more room."""
     max_visual: int | None = None
-    """Visual tokens that pictures of any size are scaled down to, in families that scale (Qwen2.5-VL)."""
+    """Visual tokens that pictures of any size are scaled down to, in families that can: Qwen2.5-VL (pixels), InternVL3 (tiles)."""
     max_text: int = 256
     """Largest prompt in text tokens."""
     text_buckets: tuple[int, ...] = ()
