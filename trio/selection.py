@@ -1,0 +1,141 @@
+"""The contract of every selector: what a selection may look at, and what it must say.
+
+In the decoder a selector sees the rows that are about to enter a layer (``StageInputs``); in front of it, a picture's
+tokens (``TokenInputs``). Both answer with a ``Selection`` of exactly K rows. All shapes are fixed by N and K; real counts
+are scalars. Of equal scores the lower index comes first. With no more than K real tokens all of them are kept, in order.
+
+Letters: S rows, N visual tokens (padded), K kept, D hidden size, E head size, F rows of the whole prompt, T text tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Prompt(NamedTuple):
+    """The prompt as it entered layer 0, for selectors that look at the text's own embeddings."""
+
+    embeds_FD: Tensor
+    """[F, D], right-padded: [text | visual | text | padding]."""
+    num_visual: Tensor
+    """[1] int32, visual tokens of the picture."""
+    length: Tensor
+    """[1] int32, real rows."""
+
+
+class StageInputs(NamedTuple):
+    """What a selector in front of decoder layer l may look at."""
+
+    hidden_SD: Tensor
+    """[S, D], about to enter layer l; right-padded."""
+    cos_SE: Tensor
+    """[S, E] float32 rotary table of the rows, already merged for M-RoPE."""
+    sin_SE: Tensor
+    visual_rows_N: Tensor
+    """[N] int32, row of each visual token; ascending from the span's first row."""
+    num_visual: Tensor
+    """[1] int32, real visual tokens, at most N."""
+    length: Tensor
+    """[1] int32, real rows."""
+    previous_SD: Tensor | None = None
+    """[S, D], what entered layer l - 1; for selectors with ``needs_previous``."""
+    prompt: Prompt | None = None
+    """For selectors with ``needs_prompt``."""
+
+
+class TokenInputs(NamedTuple):
+    """What a selector in front of the decoder may look at."""
+
+    tokens_ND: Tensor
+    """[N, D], visual tokens after the projector, in the order in which the decoder reads them."""
+    num_visual: Tensor
+    """[1] int32, real tokens."""
+    is_newline_N: Tensor | None = None
+    """[N] bool, tokens that show no part of the picture."""
+    features_NF: Tensor | None = None
+    """[N, F], vision encoder's features before the projector; 0 at newlines. With ``needs_features``."""
+    keys_NE: Tensor | None = None
+    """[N, E], encoder's attention keys, mean over heads, of the layer before the last. With ``needs_features``."""
+    attention_N: Tensor | None = None
+    """[N] float32, attention of the class row (or attention received), mean over heads; 0 at newlines. With
+    ``needs_features``."""
+    text_TD: Tensor | None = None
+    """[T, D], embeddings of the user's text after the picture. With ``needs_text``."""
+    num_text: Tensor | None = None
+    """[1] int32, real text tokens."""
+
+
+class Selection(NamedTuple):
+    """Which tokens go on."""
+
+    kept_K: Tensor
+    """[K] int64 indices into the N axis. Ascending, but for rows that merge others: those come last, each with the index
+    of the token that stands for it. Entries from ``num_visual`` on are padding."""
+    scores_N: Tensor
+    """[N] float32, higher is better; -1 at padding."""
+    unsettled: Tensor
+    """[1] int32; not 0 if the fixed number of rounds was too small for an exact result."""
+    weights_KN: Tensor | None = None
+    """[K, N] float32, rows that go on as sums of tokens; None if each is the kept token itself."""
+
+
+class StageSelector(Protocol):
+    """A selector in front of a decoder layer; a ``torch.nn.Module``."""
+
+    num_keep: int
+    """K."""
+    needs_previous: bool
+    needs_prompt: bool
+
+    def __call__(self, inputs: StageInputs) -> Selection:
+        """Return the selection."""
+
+
+class TokenSelector(Protocol):
+    """A selector in front of the decoder; a ``torch.nn.Module`` without parameters."""
+
+    num_keep: int
+    needs_features: bool
+    needs_text: bool
+
+    def __call__(self, inputs: TokenInputs) -> Selection:
+        """Return the selection."""
+
+
+def best_tokens(scores_N: Tensor, num_visual: Tensor, *, num_keep: int) -> Tensor:
+    """Return the ``num_keep`` best of the first ``num_visual`` tokens as ascending indices, int64 [K].
+
+    Args:
+        scores_N: Any finite values; those of padding are not read.
+        num_visual: Real tokens, [1].
+        num_keep: K, at most N.
+    """
+    index_N = torch.arange(scores_N.shape[0], device=scores_N.device)
+    real_N = index_N < num_visual.reshape(1)
+    order_N = ranks(scores_N, real_N) + scores_N.shape[0] * (1.0 - real_N.to(torch.float32))
+    return ascending(torch.topk(order_N, num_keep, largest=False).indices)
+
+
+def ranks(scores_N: Tensor, real_N: Tensor) -> Tensor:
+    """Return the place of each token in descending score, float32 [N]; of equal scores the lower index comes first."""
+    index_N = torch.arange(scores_N.shape[0], device=scores_N.device)
+    scores_N = torch.where(real_N, scores_N, torch.finfo(scores_N.dtype).min)
+    return comes_before(scores_N, index_N).to(torch.float32).sum(0)
+
+
+def comes_before(scores_N: Tensor, index_N: Tensor) -> Tensor:
+    """Return [N, N] bool: whether the token of the row comes before that of the column."""
+    return (scores_N[:, None] > scores_N[None, :]) | (
+        (scores_N[:, None] == scores_N[None, :]) & (index_N[:, None] < index_N[None, :])
+    )
+
+
+def ascending(index_K: Tensor) -> Tensor:
+    """Return indices in ascending order, int64; exact in float32, the type that every TopK kernel has."""
+    ordered = torch.topk(index_K.to(torch.float32), index_K.shape[0], largest=False, sorted=True).values
+    return ordered.to(torch.int64)
