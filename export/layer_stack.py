@@ -26,7 +26,12 @@ _HIDDEN, _FIRST_PAST = (
 
 
 def stack_layers(
-    layer: ir.Model, *, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], num_layers: int
+    layer: ir.Model,
+    *,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    num_layers: int,
+    last_input: TensorSpec | None = None,
 ) -> ir.Model:
     """Return ``num_layers`` copies of ``layer``, one behind the other; ``layer`` itself does not change.
 
@@ -35,6 +40,7 @@ def stack_layers(
         inputs: I/O tensors of the result in the order of ``DecoderRange``.
         outputs: Likewise: hidden states, then key and value of each layer.
         num_layers: How many; layer i's weights become initializers ``layers.{i}.…``.
+        last_input: A further output, behind the others: the hidden states that enter the last layer.
     """
     source = layer.graph
     own = _own_values(source)
@@ -47,6 +53,7 @@ def stack_layers(
             initializers.append(shared[value])
     hidden = graph_inputs[_HIDDEN]
     for index in range(num_layers):
+        enters_last = hidden
         past = graph_inputs[_FIRST_PAST + 2 * index :][:2]
         values = {**shared, source.inputs[_HIDDEN]: hidden, **dict(zip(source.inputs[_FIRST_PAST:], past))}
         for value in source.initializers.values():
@@ -63,6 +70,11 @@ def stack_layers(
         hidden, *new_rows = (values[value] for value in source.outputs)
         present += new_rows
     results = [hidden, *present]
+    if last_input is not None:
+        # a copy: with one layer it would be an input of the graph, which cannot be an output as well
+        same = ir.Node("", "Identity", [enters_last], num_outputs=1, name="last_input")
+        nodes.append(same)
+        results, outputs = [*results, same.outputs[0]], [*outputs, last_input]
     for value, spec in zip(results, outputs):
         named = graph_value(spec)
         value.name, value.shape, value.type = named.name, named.shape, named.type

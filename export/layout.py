@@ -83,12 +83,21 @@ class Layout:
         capacity = max(self.visual_rows(index)) + self.text_buckets[-1] + self.max_new_tokens
         return (*prefill, Profile(name="decode", sizes={"S": 1, "C": capacity}))
 
-    def select_profiles(self, stage: int) -> tuple[Profile, ...]:
-        """Return the profiles of the select graph of ``stage``."""
+    def select_profiles(self, stage: int, *, with_prompt: bool) -> tuple[Profile, ...]:
+        """Return the profiles of the select graph of ``stage``; F is the rows of the whole prompt, if it needs them."""
         keep = self.schedule.stages[stage].keep
+        if not with_prompt:
+            return tuple(
+                Profile(name=name, sizes={"N": rows, "S": rows + bucket, "R": keep + bucket})
+                for name, rows, bucket in self._prefills(stage)
+            )
         return tuple(
-            Profile(name=name, sizes={"N": rows, "S": rows + bucket, "R": keep + bucket})
+            Profile(
+                name=name if stage == 0 else f"prefill_{whole}+{bucket}",
+                sizes={"N": rows, "S": rows + bucket, "R": keep + bucket, "F": whole + bucket},
+            )
             for name, rows, bucket in self._prefills(stage)
+            for whole in ((rows,) if stage == 0 else self.visual_sizes)
         )
 
     def head_profiles(self) -> tuple[Profile, ...]:

@@ -17,8 +17,8 @@ from trio_edge.export.layer_stack import stack_layers
 from trio_edge.export.onnx_graph import dynamic_axes, example_input, trace
 from trio_edge.export.weights import read_tensor
 from trio_edge.runtime.manifest import GraphSpec, TensorSpec
-from trio_edge.trio.nms import FeatureNms
-from trio_edge.trio.saliency import ProxySaliency, key_value_gram
+from trio_edge.export.stage_selectors import needs_previous, stage_selector
+from trio_edge.trio.saliency import key_value_gram
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from trio_edge.export.layout import Layout
     from trio_edge.runtime.manifest import Dimensions, Role
 
+PREVIOUS_NAME = "previous_hidden_states"
+"""What entered the layer before a stage's; output of a layer range, input of the select graph behind it."""
 _MIN_TRACE_ROWS = 37  # any number that no other axis has
 _VISION_MORE = {"B": 3, "N": 5, "P": 148, "W": 7}
 
@@ -185,12 +187,13 @@ def _trace_sizes(spec: GraphSpec, *, several: Mapping[str, int]) -> tuple[dict[s
 
 def _range(tracer: _Tracer, index: int, layers: range, *, name: str, role: Role) -> TracedGraph:
     inputs, outputs = _range_io(tracer, layers, hidden="inputs_embeds" if index == 0 else "hidden_states")
+    last_input = _last_input(tracer) if role != "suffix" and needs_previous(tracer.layout.schedule) else None
     spec = GraphSpec(
         name=name,
         role=role,
         file=f"{name}.onnx",
         inputs=inputs,
-        outputs=outputs,
+        outputs=outputs if last_input is None else (*outputs, last_input),
         profiles=tracer.layout.range_profiles(index),
         weight_bytes=0,
         first_layer=layers.start,
@@ -198,7 +201,9 @@ def _range(tracer: _Tracer, index: int, layers: range, *, name: str, role: Role)
     )
     if tracer.layer is None:
         tracer.layer = _one_layer(tracer)
-    model = stack_layers(tracer.layer, inputs=inputs, outputs=outputs, num_layers=len(layers))
+    model = stack_layers(
+        tracer.layer, inputs=inputs, outputs=outputs, num_layers=len(layers), last_input=last_input
+    )
     module = DecoderRange([tracer.model.layers[layer] for layer in layers], tracer.rotary())
     return tracer.described(model, module, spec, constants={"rotary.inv_freq": tracer.model.inv_freq})
 
@@ -247,31 +252,33 @@ def _one_layer(tracer: _Tracer) -> ir.Model:
     )
 
 
+def _last_input(tracer: _Tracer) -> TensorSpec:
+    hidden = tracer.dimensions.hidden_size
+    return TensorSpec(name=PREVIOUS_NAME, dtype=tracer.layout.dtype, shape=(1, "S", hidden))
+
+
 def _select(tracer: _Tracer, stage: int) -> TracedGraph:
     layout, dims = tracer.layout, tracer.dimensions
     schedule = layout.schedule
     layer_index, num_keep = schedule.stages[stage].layer, schedule.stages[stage].keep
     rows = layout.visual_rows(stage)
-    saliency = ProxySaliency(
-        tracer.model.layers[layer_index],
-        tracer.model.final_norm,
-        tracer.model.lm_head,
-        max_visual=max(rows),
-        num_probe_rows=schedule.num_probe_rows,
-        last_probe_offset=schedule.last_probe_offset,
-    )
-    module = Select(
-        saliency,
-        FeatureNms(num_keep=num_keep, threshold=schedule.nms_threshold, rounds=schedule.nms_rounds),
-        tracer.rotary(),
-        preserve_positions=schedule.positions == "preserved",
-    )
-    inputs = (
-        TensorSpec(name="hidden_states", dtype=layout.dtype, shape=(1, "S", dims.hidden_size)),
+    selector: Any = stage_selector(tracer.model, schedule, stage=stage, max_visual=max(rows))
+    module = Select(selector, tracer.rotary(), preserve_positions=schedule.positions == "preserved")
+    hidden = TensorSpec(name="hidden_states", dtype=layout.dtype, shape=(1, "S", dims.hidden_size))
+    inputs = [
+        hidden,
         TensorSpec(name="position_ids", dtype="int32", shape=(tracer.position_axes, "S")),
         TensorSpec(name="visual_rows", dtype="int32", shape=("N",)),
         *(TensorSpec(name=name, dtype="int32", shape=(1,)) for name in ("num_visual", "length")),
-    )
+    ]
+    if selector.needs_previous:
+        inputs.append(_last_input(tracer))
+    if selector.needs_prompt:
+        inputs.append(TensorSpec(name="prompt_embeds", dtype=layout.dtype, shape=(1, "F", dims.hidden_size)))
+        inputs += [
+            TensorSpec(name=name, dtype="int32", shape=(1,))
+            for name in ("prompt_num_visual", "prompt_length")
+        ]
     outputs = (
         TensorSpec(name="kept_hidden_states", dtype=layout.dtype, shape=(1, "R", dims.hidden_size)),
         TensorSpec(name="kept_position_ids", dtype="int32", shape=(tracer.position_axes, "R")),
@@ -283,16 +290,18 @@ def _select(tracer: _Tracer, stage: int) -> TracedGraph:
         name=f"select_{stage + 1}",
         role="select",
         file=f"select_{stage + 1}.onnx",
-        inputs=inputs,
+        inputs=tuple(inputs),
         outputs=outputs,
-        profiles=layout.select_profiles(stage),
+        profiles=layout.select_profiles(stage, with_prompt=selector.needs_prompt),
         weight_bytes=0,
         first_layer=layer_index,
     )
     constants: dict[str, NDArray[Any]] = {"rotary.inv_freq": tracer.model.inv_freq}
-    if any(name == "key_value_gram" for name, _ in saliency.named_buffers()):
-        constants["saliency.key_value_gram"] = _gram(tracer.checkpoint, layer_index)
-    sizes, symbols = _trace_sizes(spec, several={"N": 3, "S": _MIN_TRACE_ROWS, "R": 0})
+    if any(name == "saliency.key_value_gram" for name, _ in selector.named_buffers()):
+        constants["selector.saliency.key_value_gram"] = _gram(tracer.checkpoint, layer_index)
+    sizes, symbols = _trace_sizes(
+        spec, several={"N": 3, "S": _MIN_TRACE_ROWS, "R": 0, "F": 2 * _MIN_TRACE_ROWS}
+    )
     return tracer.graph(
         module,
         spec,

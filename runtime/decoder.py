@@ -37,7 +37,8 @@ class PrefillResult:
     logits: NDArray[np.float32]
     """[V], of the prompt's last row."""
     kept: list[NDArray[np.int32]]
-    """Per stage the kept tokens, ascending, as indices into the picture's original visual tokens."""
+    """Per stage the kept tokens as indices into the picture's original visual tokens: ascending, but for rows that merge
+    several, which come last."""
     scores: list[NDArray[np.float32]] = field(default_factory=list)
     """Per stage the saliency of the tokens that entered it."""
     num_repaired: int = 0
@@ -119,11 +120,16 @@ class Decoder:
         hidden, ids = inputs_embeds, positions.ids
         result = PrefillResult(logits=np.empty(0, np.float32), kept=[])
         original = np.arange(num_visual, dtype=np.int32)
+        more = {  # what the selectors of some methods look at
+            "prompt_embeds": inputs_embeds,
+            "prompt_num_visual": np.array([num_visual], np.int32),
+            "prompt_length": np.array([length], np.int32),
+        }
         for index, spec in enumerate(self._ranges):
             if index:
                 span = _Span(visual_start, num_visual, visual_rows, length)
                 if choose is None:
-                    hidden, ids, kept = self._select(index - 1, hidden, ids, span, result)
+                    hidden, ids, kept = self._select(index - 1, hidden, ids, span, result, more=more)
                 else:
                     kept = choose(index - 1, original, min(self._keep(index - 1), num_visual))
                     hidden, ids = self._gather(index - 1, hidden, ids, kept, span)
@@ -131,7 +137,8 @@ class Decoder:
                 result.kept.append(original)
                 length -= num_visual - len(kept)
                 num_visual, visual_rows = len(kept), self._keep(index - 1)
-            hidden = self._run_range(spec, self.caches[index], hidden, ids, num_rows=length)
+            outputs = self._run_range(spec, self.caches[index], hidden, ids, num_rows=length)
+            hidden, more = outputs["hidden_states_out"], more | outputs
         result.logits = self._logits(hidden, last_row=length - 1)
         return result
 
@@ -154,7 +161,7 @@ class Decoder:
         for spec, cache in zip(self._ranges, self.caches):
             position = cache.length if compact else self._next_position
             ids = np.full((axes, 1), position, np.int32)
-            hidden = self._run_range(spec, cache, hidden, ids, num_rows=1)
+            hidden = self._run_range(spec, cache, hidden, ids, num_rows=1)["hidden_states_out"]
         self._next_position += 1
         return self._logits(hidden, last_row=0)
 
@@ -177,7 +184,7 @@ class Decoder:
         positions: NDArray[np.int32],
         *,
         num_rows: int,
-    ) -> NDArray[Any]:
+    ) -> dict[str, NDArray[Any]]:
         inputs = {
             spec.inputs[0].name: hidden,
             "position_ids": positions,
@@ -186,7 +193,7 @@ class Decoder:
         }
         outputs = self._run(spec.name, inputs)
         cache.append(outputs, num_rows=num_rows)
-        return outputs["hidden_states_out"]
+        return outputs
 
     def _keep(self, stage: int) -> int:
         return self._manifest.schedule.stages[stage].keep
@@ -198,18 +205,20 @@ class Decoder:
         positions: NDArray[np.int32],
         span: _Span,
         result: PrefillResult,
+        *,
+        more: Mapping[str, NDArray[Any]],
     ) -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int32]]:
         """Return the reduced rows, their positions, and the kept indices into the span that entered."""
-        outputs = self._run(
-            self._selects[stage].name,
-            {
-                "hidden_states": hidden,
-                "position_ids": positions,
-                "visual_rows": np.arange(span.start, span.start + span.rows, dtype=np.int32),
-                "num_visual": np.array([span.num_visual], np.int32),
-                "length": np.array([span.length], np.int32),
-            },
-        )
+        spec = self._selects[stage]
+        inputs = {
+            "hidden_states": hidden,
+            "position_ids": positions,
+            "visual_rows": np.arange(span.start, span.start + span.rows, dtype=np.int32),
+            "num_visual": np.array([span.num_visual], np.int32),
+            "length": np.array([span.length], np.int32),
+        }
+        inputs |= {name: more[name] for name in spec.input_names if name in more and name not in inputs}
+        outputs = self._run(spec.name, inputs)
         num_kept = min(self._keep(stage), span.num_visual)
         scores = outputs["scores"][: span.num_visual]
         result.scores.append(scores)

@@ -6,12 +6,13 @@ A plain value, read from and written to the manifest. Building one from presets,
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
 from trio_edge.runtime.errors import ScheduleError
 
+Method = Literal["trio", "fastv", "pyramiddrop", "dart", "sparsevlm"]
 ProbeRows = Literal["reference", "answer"]
 Positions = Literal["compact", "preserved"]
 
@@ -38,6 +39,8 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     stages: tuple[Stage, ...] = ()
     """In ascending order of layer, with strictly decreasing ``keep``."""
+    method: Method = "trio"
+    """Which selector runs in every stage; probe rows and NMS are TRIO's."""
     probe_rows: ProbeRows = "reference"
     """Rows that carry the proxy loss: "reference" ends at S-2 (the paper's code), "answer" ends at S-1."""
     num_probe_rows: int = 4
@@ -60,6 +63,8 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                     f"stage at layer {later.layer}: expected to keep < {earlier.keep} (the stage before it),"
                     f" got {later.keep}; keep fewer tokens in later stages"
                 )
+        if self.method not in get_args(Method):
+            raise ScheduleError(f"method: expected one of {', '.join(get_args(Method))}, got {self.method!r}")
         if self.probe_rows not in ("reference", "answer"):
             raise ScheduleError(f"probe_rows: expected 'reference' or 'answer', got {self.probe_rows!r}")
         if self.positions not in ("compact", "preserved"):

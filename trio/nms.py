@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from trio_edge.runtime.errors import ScheduleError
+from trio_edge.trio.selection import ascending, comes_before
 
 _MIRROR_BLOCKS = 4
 _MIRROR_MIN_TOKENS = 1024
@@ -80,19 +81,14 @@ class FeatureNms(nn.Module):
         index_N = torch.arange(N, device=features_ND.device)
         real_N = index_N < num_visual.reshape(1)
         scores_N = torch.where(real_N, scores_N, torch.finfo(scores_N.dtype).min)
-        before_NN = (scores_N[:, None] > scores_N[None, :]) | (
-            (scores_N[:, None] == scores_N[None, :]) & (index_N[:, None] < index_N[None, :])
-        )
+        before_NN = comes_before(scores_N, index_N)
         rank_N = before_NN.to(torch.float32).sum(0)
         # Only "is it zero" is asked of the counts, so half precision is exact and halves the traffic of every round.
         dtype = features_ND.dtype if features_ND.dtype.itemsize == 2 else torch.float32
         adjacency_NN = (before_NN & self._similar(features_ND, real_N)).to(dtype)
         kept_N, unsettled = self._fixed_point(adjacency_NN)
         order_N = rank_N + N * (1.0 - kept_N.to(torch.float32)) + 2 * N * (1.0 - real_N.to(torch.float32))
-        chosen_K = torch.topk(order_N, self.num_keep, largest=False).indices
-        # Indices are exact in float32, the type that every TopK kernel has.
-        kept_K = torch.topk(chosen_K.to(torch.float32), self.num_keep, largest=False, sorted=True).values
-        return kept_K.to(torch.int64), unsettled
+        return ascending(torch.topk(order_N, self.num_keep, largest=False).indices), unsettled
 
     def _similar(self, features_ND: Tensor, real_N: Tensor) -> Bool[Tensor, "N N"]:
         # Scaled by the largest entry first: squares neither overflow nor vanish.

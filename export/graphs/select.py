@@ -7,43 +7,40 @@
 | in  visual_rows       | [N]       | int32   | runtime: row of each visual token, ascending from the span's start   |
 | in  num_visual        | [1]       | int32   | runtime: real visual tokens in the span, at most N                   |
 | in  length            | [1]       | int32   | runtime: real rows; the rest is padding                              |
+| in  previous_hidden_states | [1, S, D] | model | the layer range before: what entered its last layer (some methods)  |
+| in  prompt_embeds     | [1, F, D] | model   | runtime: ``inputs_embeds`` of the prefill (some methods)             |
+| in  prompt_num_visual | [1]       | int32   | runtime: visual tokens of the picture (some methods)                 |
+| in  prompt_length     | [1]       | int32   | runtime: real rows of the prompt (some methods)                      |
 | out kept_hidden_states| [1, R, D] | model   | next layer range; R = S - N + K                                      |
 | out kept_position_ids | [A, R]    | int32   | next layer range: 0..R-1 ("compact") or gathered ("preserved")       |
 | out kept_indices      | [K]       | int32   | runtime: ascending, into the span that entered; min(K, num_visual) valid |
-| out scores            | [N]       | float32 | runtime: saliency, -1 where there is no token                        |
+| out scores            | [N]       | float32 | runtime: the method's scores, -1 where there is no token             |
 | out unsettled         | [1]       | int32   | runtime: not 0 means that the NMS needs more rounds than exported     |
 
-The graph holds the probed layer and the head a second time (on the device; on disk they are stored once).
+The graph holds the layer that it looks at, and for TRIO the head, a second time on the device; on disk they are stored
+once.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from trio_edge.trio.compaction import compact_rows
+from trio_edge.trio.selection import Prompt, StageInputs
 
 if TYPE_CHECKING:
-    from trio_edge.trio.nms import FeatureNms
-    from trio_edge.trio.saliency import ProxySaliency
+    from trio_edge.trio.selection import Selection, StageSelector
 
 
 class Select(nn.Module):
-    """Saliency of the probe on layer l, feature-space NMS, and the gather of what stays."""
+    """A selector, and the gather of what stays."""
 
-    def __init__(
-        self,
-        saliency: ProxySaliency,
-        nms: FeatureNms,
-        rotary: nn.Module,
-        *,
-        preserve_positions: bool,
-    ) -> None:
+    def __init__(self, selector: StageSelector, rotary: nn.Module, *, preserve_positions: bool) -> None:
         super().__init__()
-        self.saliency = saliency
-        self.nms = nms
+        self.selector: Any = selector
         self.rotary = rotary
         self.preserve_positions = preserve_positions
 
@@ -54,14 +51,19 @@ class Select(nn.Module):
         visual_rows: Tensor,
         num_visual: Tensor,
         length: Tensor,
+        *others: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return kept hidden states, kept position ids, kept indices, scores and the unsettled count."""
         hidden_SD = hidden_states[0]
         cos, sin = self.rotary(position_ids)
-        scores_N = self.saliency(hidden_SD, cos[0], sin[0], visual_rows, num_visual, length)
-        kept_K, unsettled = self.nms(hidden_SD.index_select(0, visual_rows), scores_N, num_visual)
+        rest = list(others)
+        previous_SD = rest.pop(0)[0] if self.selector.needs_previous else None
+        prompt = Prompt(rest[0][0], rest[1], rest[2]) if self.selector.needs_prompt else None
+        selection: Selection = self.selector(
+            StageInputs(hidden_SD, cos[0], sin[0], visual_rows, num_visual, length, previous_SD, prompt)
+        )
         rows_R, _ = compact_rows(
-            kept_K,
+            selection.kept_K,
             visual_rows[:1],
             num_visual,
             length,
@@ -72,5 +74,22 @@ class Select(nn.Module):
             positions_AR = position_ids.index_select(1, rows_R)
         else:
             positions_AR = torch.arange(rows_R.shape[0]).to(torch.int32).expand(position_ids.shape[0], -1)
-        kept_states = hidden_SD.index_select(0, rows_R)
-        return kept_states[None], positions_AR, kept_K.to(torch.int32), scores_N, unsettled
+        kept_RD = hidden_SD.index_select(0, rows_R)
+        if selection.weights_KN is not None:
+            kept_RD = _with_merged(kept_RD, selection.weights_KN, hidden_SD, visual_rows, num_visual)
+        kept_indices = selection.kept_K.to(torch.int32)
+        return kept_RD[None], positions_AR, kept_indices, selection.scores_N, selection.unsettled
+
+
+def _with_merged(
+    kept_RD: Tensor, weights_KN: Tensor, hidden_SD: Tensor, visual_rows_N: Tensor, num_visual: Tensor
+) -> Tensor:
+    """Return the rows with those of the visual span replaced by their weighted sums of tokens."""
+    num_keep = weights_KN.shape[0]
+    visual_ND = hidden_SD.index_select(0, visual_rows_N).to(torch.float32)
+    real_N = torch.arange(visual_ND.shape[0]) < num_visual
+    merged_KD = torch.matmul(weights_KN, torch.where(real_N[:, None], visual_ND, 0.0)).to(kept_RD.dtype)
+    place_R = torch.arange(kept_RD.shape[0]) - visual_rows_N[:1]
+    in_span_R = (place_R >= 0) & (place_R < num_visual.clamp(max=num_keep))
+    spread_RD = merged_KD.index_select(0, place_R.clamp(0, num_keep - 1).to(torch.int64))
+    return torch.where(in_span_R[:, None], spread_RD, kept_RD)

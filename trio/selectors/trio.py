@@ -1,0 +1,45 @@
+"""TRIO (arXiv 2602.04657): gradient saliency of a layer-local proxy loss, then feature-space NMS.
+
+Scores are ‖∂loss/∂x_i‖₂ of the next layer with the model's own head (``saliency``); features of the NMS are the hidden
+states that enter that layer (``nms``). Defaults: 4 probe rows, τ = 0.8. Where we differ from the paper's code:
+docs/how-it-works.md.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from trio_edge.trio.selection import Selection, StageInputs
+
+if TYPE_CHECKING:
+    from trio_edge.trio.nms import FeatureNms
+    from trio_edge.trio.saliency import ProxySaliency
+
+
+class Trio(nn.Module):
+    """See ``StageSelector``."""
+
+    needs_previous = False
+    needs_prompt = False
+
+    def __init__(self, saliency: ProxySaliency, nms: FeatureNms) -> None:
+        super().__init__()
+        self.saliency = saliency
+        self.nms = nms
+        self.num_keep = nms.num_keep
+
+    def forward(self, inputs: StageInputs) -> Selection:
+        """Return the most salient tokens that are unlike each other."""
+        scores_N = self.saliency(
+            inputs.hidden_SD,
+            inputs.cos_SE,
+            inputs.sin_SE,
+            inputs.visual_rows_N,
+            inputs.num_visual,
+            inputs.length,
+        )
+        features_ND = inputs.hidden_SD.index_select(0, inputs.visual_rows_N)
+        kept_K, unsettled = self.nms(features_ND, scores_N, inputs.num_visual)
+        return Selection(kept_K, scores_N, unsettled)
