@@ -60,7 +60,11 @@ DEFAULT_KEEP = "11.1%"
 @click.option(
     "--only-image-sizes", is_flag=True, default=None, help="No shapes for pictures of any other size."
 )
-@click.option("--max-visual", type=int, help="Most visual tokens of a picture, where the family can scale down: Qwen2.5-VL (pixels), InternVL3 (tiles).")
+@click.option(
+    "--max-visual",
+    type=int,
+    help="Most visual tokens of a picture, where the family can scale down: Qwen2.5-VL (pixels), InternVL3 (tiles).",
+)
 @click.option("--max-text", type=int, help="Largest prompt in text tokens.")
 @click.option("--text-buckets", metavar="N,N,…", help="Sizes that prompts are padded to, below --max-text.")
 @click.option("--max-new-tokens", type=int, help="Room for the answer.")

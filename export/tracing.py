@@ -15,9 +15,9 @@ from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
 from trio_edge.export.layer_stack import stack_layers
 from trio_edge.export.onnx_graph import dynamic_axes, example_input, trace
+from trio_edge.export.stage_selectors import needs_previous, stage_selector
 from trio_edge.export.weights import read_tensor
 from trio_edge.runtime.manifest import GraphSpec, TensorSpec
-from trio_edge.export.stage_selectors import needs_previous, stage_selector
 from trio_edge.trio.saliency import key_value_gram
 
 if TYPE_CHECKING:
