@@ -8,6 +8,7 @@
     ├── CheckpointError        a checkpoint cannot be exported                         (also a ValueError)
     ├── ImageError             a picture cannot be read                                (also a ValueError)
     ├── TargetError            a device that nothing is known of                       (also a ValueError)
+    ├── DataError              a file of questions or of outcomes is broken            (also a ValueError)
     └── BackendError           a backend cannot load or run a graph                    (also a RuntimeError)
 
 A message reads ``<where>: expected <rule>, got <value>; <what to do>``.
@@ -44,6 +45,10 @@ class ImageError(TrioEdgeError, ValueError):
 
 class TargetError(TrioEdgeError, ValueError):
     """A device that is not in the table of targets."""
+
+
+class DataError(TrioEdgeError, ValueError):
+    """A file of questions, or a folder of outcomes, that cannot be used."""
 
 
 class BackendError(TrioEdgeError, RuntimeError):
