@@ -28,6 +28,7 @@ from trio_edge.export.onnx_graph import attach_weights, save
 from trio_edge.export.output_folder import check_output, folder_beside
 from trio_edge.export.tensorrt_check import require_supported
 from trio_edge.export.text_files import read_text_files
+from trio_edge.export.token_selectors import token_selector
 from trio_edge.export.tracing import trace_graphs
 from trio_edge.export.weights import bytes_to_write, store_constants, store_weights
 from trio_edge.runtime.bundle import sha256_of
@@ -44,6 +45,7 @@ from trio_edge.runtime.manifest import (
     json_from_manifest,
 )
 from trio_edge.runtime.targets import find_target
+from trio_edge.trio.schedule import MAX_TOPK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
     from trio_edge.export.checkpoint import Checkpoint
     from trio_edge.export.families.base import Family, FamilyModel
     from trio_edge.export.tracing import TracedGraph
-    from trio_edge.runtime.manifest import FloatType
+    from trio_edge.runtime.manifest import FloatType, TokenMethod
     from trio_edge.runtime.schedule import Positions, Schedule
     from trio_edge.runtime.vision_inputs import PictureProcessing
 
@@ -88,6 +90,10 @@ class ExportOptions:
     encoder_keep: int | float | None = None
     """What the vision encoder keeps (the reference's encoder reduction): patches per tile or visual tokens of the
     picture, or a share of them below 1; None keeps all."""
+    token_method: TokenMethod | None = None
+    """Selection among the picture's visual tokens before the decoder; combines with any schedule."""
+    token_keep: int | float | None = None
+    """Visual tokens of a picture that it passes on, or a share of them below 1."""
     opset: int = 18
     """ONNX opset; TensorRT 10.3 reads up to 19."""
     force: bool = False
@@ -112,6 +118,11 @@ class ExportOptions:
         if self.only_image_sizes and not self.image_sizes:
             raise ScheduleError(
                 "--only-image-sizes: expected --image-size beside it, got none; add the camera's"
+            )
+        if (self.token_method is None) != (self.token_keep is None):
+            raise ScheduleError(
+                f"--token-method and --token-keep: expected both or none, got {self.token_method} and"
+                f" {self.token_keep}; give the other one too"
             )
         for width, height in self.image_sizes:
             if not (1 <= width <= 65535 and 1 <= height <= 65535):
@@ -140,8 +151,8 @@ class ScheduleInputs:
     """Decoder layers."""
     num_visual: int
     """Visual tokens of the largest picture that is exported for."""
-    positions: Positions
-    """The family's default position rule."""
+    positions: tuple[Positions, ...]
+    """Position rules that the family can follow; the first one is its default."""
 
 
 def export_bundle(
@@ -169,6 +180,8 @@ def export_bundle(
         checkpoint, encoder_keep=_encoder_keep(family, checkpoint, options), max_visual=options.max_visual
     )
     pictures, primary = _picture_sizes(processing, options)
+    token_keep = _token_keep(options, num_visual=primary["N"])
+    entering = primary["N"] if token_keep is None else token_keep
     dtype = _dtype(checkpoint, options.dtype)
     text = read_text_files(
         checkpoint,
@@ -177,19 +190,26 @@ def export_bundle(
     )
 
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
-        model = family.build(checkpoint, processing=processing, dtype=dtype)
+        selector = None
+        if options.token_method is not None and token_keep is not None:
+            selector = token_selector(options.token_method, num_keep=token_keep)
+        model = family.build(
+            checkpoint,
+            processing=processing,
+            dtype=dtype,
+            with_features=selector is not None and selector.needs_features,
+        )
         dimensions = _dimensions(model)
         _check_tensors(checkpoint, model)
         schedule = schedule_for(
-            ScheduleInputs(
-                num_layers=dimensions.num_layers, num_visual=primary["N"], positions=family.positions[0]
-            )
+            ScheduleInputs(num_layers=dimensions.num_layers, num_visual=entering, positions=family.positions)
         )
-        schedule.check_fits(num_layers=dimensions.num_layers, max_visual=primary["N"])
+        schedule.check_fits(num_layers=dimensions.num_layers, max_visual=entering)
         _check_position_rule(schedule, family)
         layout = Layout(
-            vision_sizes=vision_profiles(pictures, schedule=schedule),
+            vision_sizes=vision_profiles(pictures, schedule=schedule, token_keep=token_keep),
             schedule=schedule,
+            token_keep=token_keep,
             text_buckets=_text_buckets(options),
             max_new_tokens=options.max_new_tokens,
             dtype=dtype,
@@ -207,7 +227,14 @@ def export_bundle(
             warning = check_fit(fit_inputs(model, dimensions, layout=layout, processing=processing), target)
             if warning is not None:
                 progress.warn(warning)
-        traced = trace_graphs(model, checkpoint, layout=layout, dimensions=dimensions, step=progress.step)
+        traced = trace_graphs(
+            model,
+            checkpoint,
+            layout=layout,
+            dimensions=dimensions,
+            selector=selector,
+            step=progress.step,
+        )
 
     names = {EMBEDDING_NAME}.union(*(graph.weights.values() for graph in traced))
     needed = bytes_to_write(checkpoint, names, dtype=dtype)
@@ -245,11 +272,15 @@ def export_bundle(
             text=text.spec,
             image_processing=processing.to_dict(),
             encoder_keep=processing.encoder_keep,
+            token_method=options.token_method,
+            token_keep=token_keep,
             token_embedding=stored[EMBEDDING_NAME],
             graphs=graphs,
             files=_file_entries(folder, known=written.sha256),
             model_bytes=_model_bytes(checkpoint, dtype),
-            cost=cost_of(model, dimensions, schedule, vision_sizes=primary, dtype=dtype),
+            cost=cost_of(
+                model, dimensions, schedule, vision_sizes=primary, token_keep=token_keep, dtype=dtype
+            ),
             tools={
                 name: version(name)
                 for name in ("trio-edge", "torch", "transformers", "onnx-ir", "onnxscript")
@@ -282,13 +313,28 @@ def _encoder_keep(family: Family, checkpoint: Checkpoint, options: ExportOptions
     return max(1, round(wanted / KEEP_MULTIPLE)) * KEEP_MULTIPLE
 
 
+def _token_keep(options: ExportOptions, *, num_visual: int) -> int | None:
+    """Return K of the selection before the decoder, as a number."""
+    keep = options.token_keep
+    if keep is None:
+        return None
+    count = keep if isinstance(keep, int) else int(keep * num_visual)
+    most = min(num_visual - 1, MAX_TOPK)
+    if not 1 <= count <= most:
+        raise ScheduleError(
+            f"--token-keep: expected 1..{most} of the picture's {num_visual} visual tokens, got {count};"
+            " choose a number in this range"
+        )
+    return count
+
+
 def _image_sizes(
     processing: PictureProcessing, options: ExportOptions, layout: Layout
 ) -> tuple[ImageSize, ...]:
     result = []
     for width, height in options.image_sizes:
         num_visual = processing.sizes(width, height)["N"]
-        rows = next(size for size in layout.visual_sizes if size >= num_visual)
+        rows = next(size for size in layout.picture_sizes if size >= num_visual)
         result.append(ImageSize(width=width, height=height, num_visual=num_visual, rows=rows))
     return tuple(result)
 

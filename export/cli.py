@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from rich.console import Console
@@ -14,6 +14,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 from trio_edge.export.interruption import interruptible
 from trio_edge.runtime.command_line import run
 from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.manifest import TokenMethod
+from trio_edge.runtime.schedule import Method
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,7 +37,15 @@ DEFAULT_KEEP = "11.1%"
     help=f"Average keep over all layers, for instance 11.1%; 'all' for no reduction. [default: {DEFAULT_KEEP}]",
 )
 @click.option("--schedule", "stages", metavar="STAGES", help="Stages as LAYER:KEEP,…; instead of --keep.")
-@click.option("--method", type=click.Choice(["trio"]), help="How visual tokens are selected.")
+@click.option(
+    "--method", type=click.Choice(get_args(Method)), help="How visual tokens are selected inside the decoder."
+)
+@click.option(
+    "--token-method",
+    type=click.Choice(get_args(TokenMethod)),
+    help="Selection among the picture's tokens before the decoder; combines with --keep all or any --method.",
+)
+@click.option("--token-keep", metavar="N|PERCENT", help="Visual tokens that --token-method passes on.")
 @click.option(
     "--probe-rows",
     type=click.Choice(["reference", "answer"]),
@@ -88,7 +98,8 @@ def command(
     image_sizes: tuple[str, ...],
     text_buckets: str | None,
     encoder_keep: str | None,
-    method: str | None,
+    method: Method | None,
+    token_keep: str | None,
     **settings: Any,
 ) -> int:
     """Export MODEL (an alias, a Hub id or a checkpoint folder) into a bundle.
@@ -105,7 +116,8 @@ def command(
         raise click.UsageError("expected --keep or --schedule, got both; choose one")
     sizes = tuple(_image_size(text) for text in image_sizes)
     buckets = () if text_buckets is None else _text_buckets(text_buckets)
-    in_encoder = None if encoder_keep is None else _encoder_keep(encoder_keep)
+    in_encoder = None if encoder_keep is None else _count("--encoder-keep", encoder_keep)
+    before_decoder = None if token_keep is None else _count("--token-keep", token_keep)
     schedule_names = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions")
     shared = {name: settings.pop(name) for name in schedule_names}
     shared = {name: value for name, value in shared.items() if value is not None}
@@ -129,9 +141,10 @@ def command(
             image_sizes=sizes,
             text_buckets=buckets,
             encoder_keep=in_encoder,
+            token_keep=before_decoder,
             **chosen,
         )
-        schedule_for = _schedule_rule(keep, stages, shared)
+        schedule_for = _schedule_rule(keep, stages, shared, method=method or "trio")
         console = Console(stderr=True, quiet=quiet)
         bars = Progress(
             SpinnerColumn(),
@@ -166,11 +179,12 @@ def _image_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _encoder_keep(text: str) -> int | float:
+def _count(option: str, text: str) -> int | float:
+    """Return a number, or a share below 1 for a percentage."""
     match = re.fullmatch(r"(\d{1,2}(?:\.\d+)?)%|(\d{1,6})", text)
     if match is None or (match[1] is not None and float(match[1]) == 0):
         raise click.UsageError(
-            f"--encoder-keep: expected a number or a percentage, got {text!r}; for instance 96 or 16.7%"
+            f"{option}: expected a number or a percentage, got {text!r}; for instance 96 or 16.7%"
         )
     return int(match[2]) if match[1] is None else float(match[1]) / 100
 
@@ -185,11 +199,12 @@ def _text_buckets(text: str) -> tuple[int, ...]:
 
 
 def _schedule_rule(
-    keep: str | None, stages: str | None, shared: dict[str, Any]
+    keep: str | None, stages: str | None, shared: dict[str, Any], *, method: Method
 ) -> Callable[[ScheduleInputs], Schedule]:
     """Return the function that makes the schedule once layers and visual tokens are known."""
     from trio_edge.runtime.schedule import Schedule
-    from trio_edge.trio.schedule import parse_keep, parse_schedule, schedule_for_keep
+    from trio_edge.trio.schedule import parse_keep, parse_schedule
+    from trio_edge.trio.selectors.schedules import default_positions, method_schedule
 
     text = keep if keep is not None else DEFAULT_KEEP
     average = None if stages is not None or text == "all" else parse_keep(text)
@@ -197,13 +212,15 @@ def _schedule_rule(
         parse_schedule(stages, **shared)  # a wrong one is told before the checkpoint is read
 
     def schedule_for(inputs: ScheduleInputs) -> Schedule:
-        settings = {"positions": inputs.positions, **shared}
+        own = default_positions(method)
+        positions = own if own in inputs.positions else inputs.positions[0]
+        settings = {"positions": positions, **shared}
         if stages is not None:
-            return parse_schedule(stages, **settings)
+            return parse_schedule(stages, method=method, **settings)
         if average is None:
             return Schedule(**settings)
-        return schedule_for_keep(
-            average, num_layers=inputs.num_layers, num_visual=inputs.num_visual, **settings
+        return method_schedule(
+            method, average, num_layers=inputs.num_layers, num_visual=inputs.num_visual, **settings
         )
 
     return schedule_for

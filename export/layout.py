@@ -26,15 +26,18 @@ def text_buckets(max_text: int) -> tuple[int, ...]:
 
 
 def vision_profiles(
-    pictures: Sequence[Mapping[str, int]], *, schedule: Schedule
+    pictures: Sequence[Mapping[str, int]], *, schedule: Schedule, token_keep: int | None
 ) -> tuple[Mapping[str, int], ...]:
     """Return the sizes that the vision graph runs at, cheapest decoder first.
 
     Args:
         pictures: For each kind of picture to come its sizes, N among them.
         schedule: A selection needs at least as many rows as it keeps, so N is raised to the first stage's K.
+        token_keep: K of the selection before the decoder, if there is one.
     """
     least = schedule.stages[0].keep if schedule.stages else 1
+    if token_keep is not None:
+        least = token_keep
     raised = {tuple(sorted({**sizes, "N": max(sizes["N"], least)}.items())) for sizes in pictures}
     return tuple(
         sorted(map(dict, raised), key=lambda sizes: (sizes["N"], *(sizes[name] for name in sorted(sizes))))
@@ -48,15 +51,32 @@ class Layout:
     vision_sizes: tuple[Mapping[str, int], ...]
     """Sizes of the vision graph's profiles, N among them."""
     schedule: Schedule
+    token_keep: int | None
+    """K of the selection before the decoder."""
     text_buckets: tuple[int, ...]
     max_new_tokens: int
     dtype: FloatType
     opset: int
 
     @property
-    def visual_sizes(self) -> tuple[int, ...]:
-        """Every N, ascending."""
+    def picture_sizes(self) -> tuple[int, ...]:
+        """Every N of the vision graph, ascending."""
         return tuple(sorted({sizes["N"] for sizes in self.vision_sizes}))
+
+    @property
+    def visual_sizes(self) -> tuple[int, ...]:
+        """Every N of the prefix, ascending."""
+        return self.picture_sizes if self.token_keep is None else (self.token_keep,)
+
+    def reduce_profiles(self, *, with_text: bool) -> tuple[Profile, ...]:
+        """Return the profiles of the selection before the decoder; T is the rows of the text, if it needs them."""
+        if not with_text:
+            return tuple(Profile(name=f"n{rows}", sizes={"N": rows}) for rows in self.picture_sizes)
+        return tuple(
+            Profile(name=f"n{rows}+{bucket}", sizes={"N": rows, "T": bucket})
+            for rows in self.picture_sizes
+            for bucket in self.text_buckets
+        )
 
     def visual_rows(self, index: int) -> tuple[int, ...]:
         """Return the rows that layer range ``index`` can have for the visual span: every N, or K of its stage."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trio_edge.runtime.manifest import Cost, Dimensions
+from trio_edge.runtime.schedule import Schedule
 from trio_edge.trio.cost import ModelShape, reduction_cost
 
 if TYPE_CHECKING:
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
 
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.runtime.manifest import FloatType
-    from trio_edge.runtime.schedule import Schedule
 
 COST_TEXT_TOKENS = 40
 """Text tokens of the prompt that costs are given for: LLaVA's system prompt and a short question."""
@@ -24,9 +24,13 @@ def cost_of(
     schedule: Schedule,
     *,
     vision_sizes: Mapping[str, int],
+    token_keep: int | None,
     dtype: FloatType,
 ) -> Cost:
-    """Return the cost of a prefill with a picture of ``vision_sizes`` and ``COST_TEXT_TOKENS`` text tokens."""
+    """Return the cost of a prefill with a picture of ``vision_sizes`` and ``COST_TEXT_TOKENS`` text tokens.
+
+    The selection before the decoder and stages of other methods than TRIO are not counted themselves; they cost less.
+    """
     num_visual = vision_sizes["N"]
     shape = ModelShape(
         num_layers=dimensions.num_layers,
@@ -39,17 +43,19 @@ def cost_of(
         bytes_per_element=2 if dtype == "float16" else 4,
         vision=model.vision_shape(vision_sizes),
     )
-    cost = reduction_cost(shape, schedule, num_visual=num_visual, num_text=COST_TEXT_TOKENS)
-    vision_part = round(cost.vision_flops)
+    entering = num_visual if token_keep is None else min(token_keep, num_visual)
+    whole = reduction_cost(shape, Schedule(), num_visual=num_visual, num_text=COST_TEXT_TOKENS)
+    cost = reduction_cost(shape, schedule, num_visual=entering, num_text=COST_TEXT_TOKENS)
+    vision_part = round(whole.vision_flops)
     return Cost(
         num_visual=num_visual,
         num_text=COST_TEXT_TOKENS,
-        full_flops={"vision": vision_part, "decoder": round(cost.full_flops) - vision_part},
+        full_flops={"vision": vision_part, "decoder": round(whole.full_flops) - vision_part},
         reduced_flops={
             "vision": vision_part,
             "decoder": round(cost.decoder_flops),
-            "select": round(cost.select_flops),
+            "select": round(cost.select_flops) if schedule.method == "trio" else 0,
         },
-        full_kv_bytes=cost.full_kv_bytes,
+        full_kv_bytes=whole.full_kv_bytes,
         reduced_kv_bytes=cost.kv_bytes,
     )

@@ -162,9 +162,8 @@ def save(model: ir.Model, path: Path) -> None:
         should_fold=_never_weights,
     )
     model.producer_name, model.producer_version = "trio-edge", None
-    for (
-        node
-    ) in model.graph:  # traces carry source paths and stacks of this machine: none of a bundle's business
+    # Traces carry source paths and stacks of this machine, in loops' bodies too: none of a bundle's business.
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
         node.metadata_props.clear()
         node.doc_string = None
         for value in node.outputs:

@@ -314,6 +314,16 @@ def _constant(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
             yield f"a constant as {_input_name(node, index)}", f"the computed {value.name!r}"
 
 
+def _fixed_steps(node: ir.Node, _limit: _Limit) -> Iterator[tuple[str, str]]:
+    count = int(_attribute_value(node, "num_scan_inputs", default=0))
+    axes = _attribute_value(node, "scan_input_axes", default=[0] * count)
+    for value, axis in zip(node.inputs[len(node.inputs) - count :], axes):
+        steps = None if value is None or value.shape is None else value.shape[axis]
+        if not isinstance(steps, int):
+            name = None if value is None else value.name
+            yield "a fixed number of steps", f"{steps} of {name!r}"
+
+
 def _constant_at_most(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
     for index in limit.inputs:
         largest = max((int(number) for number in _numbers(_input(node, index))), default=0)
@@ -402,6 +412,7 @@ _CHECKS: dict[str, Callable[[ir.Node, _Limit], Iterator[tuple[str, str]]]] = {
     "never": _never,
     "constant": _constant,
     "constant_at_most": _constant_at_most,
+    "fixed_steps": _fixed_steps,
     "attribute": _attribute,
     "attribute_absent": _attribute_absent,
     "attribute_all_ones": _attribute_all_ones,

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from trio_edge.export.checkpoint import Checkpoint, canonical_name
 from trio_edge.export.graphs.decoder_range import DecoderRange
 from trio_edge.export.graphs.head import Head
+from trio_edge.export.graphs.reduce import FEATURE_NAMES, Reduce
 from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
 from trio_edge.export.layer_stack import stack_layers
@@ -21,7 +22,7 @@ from trio_edge.runtime.manifest import GraphSpec, TensorSpec
 from trio_edge.trio.saliency import key_value_gram
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     import onnx_ir as ir
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.layout import Layout
     from trio_edge.runtime.manifest import Dimensions, Role
+    from trio_edge.trio.selection import TokenSelector
 
 PREVIOUS_NAME = "previous_hidden_states"
 """What entered the layer before a stage's; output of a layer range, input of the select graph behind it."""
@@ -115,6 +117,7 @@ def trace_graphs(
     *,
     layout: Layout,
     dimensions: Dimensions,
+    selector: TokenSelector | None,
     step: Callable[[str], None],
 ) -> list[TracedGraph]:
     """Return all graphs of the bundle in the order in which a prefill runs them; called under FakeTensorMode.
@@ -124,11 +127,15 @@ def trace_graphs(
         checkpoint: Read only where a constant must be computed from weights (grouped-query saliency).
         layout: Shapes.
         dimensions: Sizes of the decoder.
+        selector: The selection before the decoder, if there is one.
         step: Called with what is traced next.
     """
     tracer = _Tracer(model, checkpoint, layout=layout, dimensions=dimensions)
     step("tracing vision")
     graphs = [_vision(tracer)]
+    if selector is not None:
+        step("tracing reduce")
+        graphs.append(_reduce(tracer, selector, vision=graphs[0].spec))
     ranges = layout.layer_ranges(dimensions.num_layers)
     for index, layers in enumerate(ranges):
         if index > 0:
@@ -183,6 +190,49 @@ def _trace_sizes(spec: GraphSpec, *, several: Mapping[str, int]) -> tuple[dict[s
     }
     dims = {name: torch.export.Dim.DYNAMIC for name, found in values.items() if len(found) > 1}
     return sizes, dims
+
+
+def _reduce(tracer: _Tracer, selector: Any, *, vision: GraphSpec) -> TracedGraph:
+    layout, hidden = tracer.layout, tracer.dimensions.hidden_size
+    outputs_of_vision = {tensor.name: tensor for tensor in vision.outputs}
+    inputs = [
+        outputs_of_vision["visual_tokens"],
+        TensorSpec(name="num_visual", dtype="int32", shape=(1,)),
+        TensorSpec(name="is_newline", dtype="int32", shape=("N",)),
+    ]
+    if selector.needs_features:
+        inputs += [outputs_of_vision[name] for name in FEATURE_NAMES]
+    if selector.needs_text:
+        inputs += [
+            TensorSpec(name="text_embeds", dtype=layout.dtype, shape=("T", hidden)),
+            TensorSpec(name="num_text", dtype="int32", shape=(1,)),
+        ]
+    spec = GraphSpec(
+        name="reduce",
+        role="reduce",
+        file="reduce.onnx",
+        inputs=tuple(inputs),
+        outputs=(
+            TensorSpec(name="reduced_tokens", dtype=layout.dtype, shape=(selector.num_keep, hidden)),
+            TensorSpec(name="kept_tokens", dtype="int32", shape=(selector.num_keep,)),
+        ),
+        weight_bytes=0,
+        profiles=layout.reduce_profiles(with_text=selector.needs_text),
+    )
+    sizes, dims = _trace_sizes(spec, several={"N": 5, "T": 3})
+    return tracer.graph(
+        Reduce(selector),
+        spec,
+        args=tuple(example_input(tensor, trace_sizes=sizes) for tensor in inputs),
+        dynamic_shapes=_with_others(inputs, dims=dims, named=3),
+        constants={},
+    )
+
+
+def _with_others(inputs: Sequence[TensorSpec], *, dims: Mapping[str, Any], named: int) -> tuple[Any, ...]:
+    """Return the dynamic axes of a ``forward`` whose arguments after ``named`` ones are ``*others``."""
+    axes = [dynamic_axes(tensor, dims=dims) for tensor in inputs]
+    return (*axes[:named], tuple(axes[named:])) if len(axes) > named else tuple(axes)
 
 
 def _range(tracer: _Tracer, index: int, layers: range, *, name: str, role: Role) -> TracedGraph:
@@ -306,7 +356,7 @@ def _select(tracer: _Tracer, stage: int) -> TracedGraph:
         module,
         spec,
         args=tuple(example_input(tensor, trace_sizes=sizes) for tensor in inputs),
-        dynamic_shapes=tuple(dynamic_axes(tensor, dims=symbols) for tensor in inputs),
+        dynamic_shapes=_with_others(inputs, dims=symbols, named=5),
         constants=constants,
     )
 

@@ -21,7 +21,9 @@ _DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8}
 
 DType = Literal["float32", "float16", "int32", "int64"]
 FloatType = Literal["float32", "float16"]
-Role = Literal["vision", "prefix", "select", "segment", "suffix", "head"]
+Role = Literal["vision", "reduce", "prefix", "select", "segment", "suffix", "head"]
+TokenMethod = Literal["visionzip", "holov", "scope", "divprune", "cdpruner", "eadp", "uniform"]
+"""Selections among a picture's visual tokens before the decoder."""
 
 
 class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -171,6 +173,10 @@ class Manifest(_Spec, frozen=True):
     image_processing: dict[str, Any]
     encoder_keep: int | None
     """Patches per tile, or visual tokens of the picture, that the vision graph keeps; None for all."""
+    token_method: TokenMethod | None
+    """What the reduce graph between vision and prefix selects by; None without one."""
+    token_keep: int | None
+    """K, visual tokens that the reduce graph passes on."""
     token_embedding: StoredTensor
     graphs: tuple[GraphSpec, ...]
     """In the order in which a prefill runs them."""
@@ -213,7 +219,7 @@ class Manifest(_Spec, frozen=True):
     def _check_graphs(self) -> None:
         roles = [graph.role for graph in self.graphs]
         num_stages = len(self.schedule.stages)
-        expected = ["vision", "prefix"]
+        expected = ["vision", "prefix"] if self.token_method is None else ["vision", "reduce", "prefix"]
         for stage in range(num_stages):
             expected += ["select", "suffix" if stage == num_stages - 1 else "segment"]
         expected.append("head")
@@ -276,9 +282,15 @@ class Manifest(_Spec, frozen=True):
     @property
     def average_keep(self) -> float:
         """Mean over layers of the visual tokens processed, as a fraction of ``cost.num_visual``."""
-        return self.schedule.average_keep(
-            num_layers=self.dimensions.num_layers, num_visual=self.cost.num_visual
-        )
+        return self.average_keep_of(self.cost.num_visual)
+
+    def average_keep_of(self, num_visual: int) -> float:
+        """Return the mean over layers of the visual tokens processed, as a fraction of a picture's ``num_visual``."""
+        if num_visual == 0:
+            return 1.0
+        entering = num_visual if self.token_keep is None else min(self.token_keep, num_visual)
+        share = self.schedule.average_keep(num_layers=self.dimensions.num_layers, num_visual=entering)
+        return share * entering / num_visual
 
 
 def _check_relative(path: str) -> None:

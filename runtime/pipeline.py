@@ -87,14 +87,17 @@ class _Seen(NamedTuple):
     """What the decoder and the user are told of the picture."""
 
     tokens: NDArray[Any]
-    """[num_visual, D]."""
+    """[M, D], visual tokens that enter the decoder."""
+    num_visual: int
+    """Visual tokens of the picture, M unless a selection before the decoder dropped some."""
     rows: int
     """N, rows reserved for them."""
     boxes: NDArray[np.float32]
-    """[num_visual, 4]."""
+    """[M, 4]."""
     positions: NDArray[np.int32]
-    """[3, num_visual] with M-RoPE, else [3, 0]."""
+    """[3, M] with M-RoPE, else [3, 0]."""
     position_span: int
+    graph_ms: dict[str, float]
 
 
 @final
@@ -147,6 +150,7 @@ class Pipeline:
             return backend.load(bundle.folder, spec)
 
         self._vision = load(manifest.graph("vision"))
+        self._reduce = load(manifest.graph("reduce")) if manifest.token_method is not None else None
         self._decoder = Decoder(manifest, load)
         self._running: Generation | None = None  # whose rows the KV caches hold
 
@@ -226,6 +230,8 @@ class Pipeline:
     def close(self) -> None:
         """Release all graphs."""
         self._vision.close()
+        if self._reduce is not None:
+            self._reduce.close()
         self._decoder.close()
 
     def __enter__(self) -> Pipeline:
@@ -287,27 +293,64 @@ class Pipeline:
             f" {needed['N']} for {width}x{height} pixels; export for this size, or without --only-image-sizes"
         )
 
-    def _see(self, prepared: _Prepared) -> _Seen:
-        """Run the vision graph."""
+    def _see(self, prepared: _Prepared, ids: PromptIds) -> _Seen:
+        """Run the vision graph, and the selection before the decoder if there is one."""
+        start = time.perf_counter()
         outputs = self._vision.run(prepared.inputs)
+        milliseconds = {"vision": 1e3 * (time.perf_counter() - start)}
         size, kept = (prepared.width, prepared.height), outputs.get(KEPT_PATCHES, outputs.get(KEPT_TOKENS))
         mrope = self.manifest.position_axes == 3
-        return _Seen(
+        seen = _Seen(
             tokens=outputs["visual_tokens"][: prepared.num_visual],
+            num_visual=prepared.num_visual,
             rows=prepared.visual_rows,
             boxes=self.pictures.boxes(*size, kept),
             positions=self.pictures.positions(*size, kept) if mrope else np.empty((3, 0), np.int32),
             position_span=self.pictures.position_span(*size) if mrope else 0,
+            graph_ms=milliseconds,
         )
+        if self._reduce is None:
+            return seen
+        start = time.perf_counter()
+        reduced = self._reduce.run(self._reduce_inputs(prepared, ids, outputs, seen))
+        milliseconds["reduce"] = 1e3 * (time.perf_counter() - start)
+        num_kept = min(len(reduced["kept_tokens"]), prepared.num_visual)
+        tokens = reduced["kept_tokens"][:num_kept]
+        return seen._replace(
+            tokens=reduced["reduced_tokens"][:num_kept],
+            rows=len(reduced["kept_tokens"]),
+            boxes=seen.boxes[tokens],
+            positions=seen.positions[:, tokens] if mrope else seen.positions,
+        )
+
+    def _reduce_inputs(
+        self, prepared: _Prepared, ids: PromptIds, outputs: dict[str, NDArray[Any]], seen: _Seen
+    ) -> dict[str, NDArray[Any]]:
+        names = self.manifest.graph("reduce").input_names
+        is_newline = np.zeros(prepared.visual_rows, np.int32)
+        is_newline[: seen.num_visual] = np.isnan(seen.boxes[:, 0])
+        inputs = {
+            "num_visual": np.array([seen.num_visual], np.int32),
+            "is_newline": is_newline,
+            **{name: outputs[name] for name in outputs if name in names},
+        }
+        if "text_embeds" in names:
+            bucket = next(size for size in self.manifest.text_buckets if size >= ids.num_tokens)
+            text = np.zeros((bucket, self.manifest.dimensions.hidden_size), self.manifest.dtype)
+            text[: len(ids.after)] = self._embedding[ids.after]
+            inputs |= {"text_embeds": text, "num_text": np.array([len(ids.after)], np.int32)}
+        return inputs
 
     def _nothing_seen(self) -> _Seen:
         """Return what a prompt without a picture has."""
         return _Seen(
             tokens=np.empty((0, self.manifest.dimensions.hidden_size), self.manifest.dtype),
+            num_visual=0,
             rows=self.manifest.visual_sizes[0],
             boxes=np.empty((0, 4), np.float32),
             positions=np.empty((3, 0), np.int32),
             position_span=0,
+            graph_ms={},
         )
 
     def _embed_prompt(self, ids: PromptIds, seen: _Seen) -> NDArray[Any]:
@@ -346,9 +389,9 @@ class Pipeline:
     ) -> Iterator[str]:
         self._running, statistics = generation, generation.statistics
         start = time.perf_counter()
-        seen = self._nothing_seen() if prepared is None else self._see(prepared)
+        seen = self._nothing_seen() if prepared is None else self._see(prepared, ids)
         generation.boxes = seen.boxes
-        num_visual, vision_ms = len(seen.tokens), 1e3 * (time.perf_counter() - start)
+        num_visual = len(seen.tokens)
         prefill_start = time.perf_counter()
         embeds = self._embed_prompt(ids, seen)
         result = self._decoder.prefill(
@@ -363,14 +406,12 @@ class Pipeline:
         token = sample(result.logits)
         now = time.perf_counter()
         generation.first_logits, generation.kept = result.logits, result.kept
-        statistics.visual_tokens, statistics.text_tokens = num_visual, ids.num_tokens
+        statistics.visual_tokens, statistics.text_tokens = seen.num_visual, ids.num_tokens
         statistics.kept_tokens = tuple(len(kept) for kept in result.kept)
-        statistics.average_keep = self.manifest.schedule.average_keep(
-            num_layers=self.manifest.dimensions.num_layers, num_visual=num_visual
-        )
+        statistics.average_keep = self.manifest.average_keep_of(seen.num_visual)
         statistics.ttft_ms += 1e3 * (now - start)
         statistics.prefill_ms = 1e3 * (now - prefill_start)
-        statistics.graph_ms = ({"vision": vision_ms} if prepared is not None else {}) | self._decoder.graph_ms
+        statistics.graph_ms = seen.graph_ms | self._decoder.graph_ms
         statistics.repaired_stages = result.num_repaired
         yield from self._decode(generation, token, limit=limit, sample=sample)
 

@@ -10,28 +10,21 @@ from pathlib import Path
 import pytest
 
 import trio_edge.runtime
+from tests.shared_folder import made_once
 
 ROOT = Path(__file__).parents[1]
 BLOCKED = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "jaxtyping")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built with the setuptools that is installed."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(folder),
-        str(ROOT),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    return next(folder.glob("*.whl"))
+def wheel() -> Path:
+    """The wheel, built once with the setuptools that is installed: two builds at a time would share one folder."""
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+
+    def make(folder: Path) -> None:
+        subprocess.run([*pip, "-w", str(folder), str(ROOT)], check=True, capture_output=True)
+
+    return next(made_once("wheel", make).glob("*.whl"))
 
 
 def test_the_wheel_has_no_other_top_level_name(wheel: Path) -> None:

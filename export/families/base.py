@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trio_edge.runtime.errors import ScheduleError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -73,7 +75,12 @@ class Family(Protocol):
         """Return the Jinja template for a checkpoint that brings none."""
 
     def build(
-        self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: FloatType
+        self,
+        checkpoint: Checkpoint,
+        *,
+        processing: PictureProcessing,
+        dtype: FloatType,
+        with_features: bool,
     ) -> FamilyModel:
         """Return the model's modules; called under FakeTensorMode with the wanted default dtype.
 
@@ -81,9 +88,11 @@ class Family(Protocol):
             checkpoint: Where the configuration is.
             processing: With the encoder reduction that the vision graph shall do.
             dtype: Of the graph's floating point outputs.
+            with_features: Whether the vision graph gives what ``TokenSelector.needs_features`` names.
 
         Raises:
             CheckpointError: If the configuration describes something that the graphs cannot express.
+            ScheduleError: If the family's vision encoder has no class row to give features of.
         """
 
     def picture_processing(
@@ -100,3 +109,12 @@ class Family(Protocol):
             CheckpointError: If the checkpoint's processor cannot be followed.
             ScheduleError: If an option does not fit the family.
         """
+
+
+def refuse_features(model_type: str, *, with_features: bool) -> None:
+    """Raise ScheduleError if features are wanted of a family whose vision encoder has no class row."""
+    if with_features:
+        raise ScheduleError(
+            f"--token-method: expected one that needs no class token for {model_type} (divprune, cdpruner, eadp, uniform),"
+            " got one that does; choose another"
+        )

@@ -12,7 +12,9 @@ from trio_edge.export.decoder_config import check_decoder, untie_stored_head
 from trio_edge.export.families.base import FamilyModel, VisionGraph
 from trio_edge.export.families.config_files import load_config, read_image_processor
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
+from trio_edge.export.graphs.reduce import FEATURE_NAMES
 from trio_edge.export.graphs.vision import ClipFeatures, Vision
+from trio_edge.export.graphs.vision_features import VisionWithFeatures
 from trio_edge.export.graphs.vision_reduced import ReducedVision, check_encoder_keep
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.image_processing import ImageProcessing
@@ -61,7 +63,12 @@ def read_config(checkpoint: Checkpoint) -> Any:
 
 
 def build(
-    model_class: Callable[[Any], nn.Module], config: Any, *, processing: PictureProcessing, dtype: FloatType
+    model_class: Callable[[Any], nn.Module],
+    config: Any,
+    *,
+    processing: PictureProcessing,
+    dtype: FloatType,
+    with_features: bool,
 ) -> FamilyModel:
     """Return the parts of ``model_class(config)``; under FakeTensorMode this takes no memory."""
     assert isinstance(processing, TilePictures)  # as the families' picture_processing makes it
@@ -76,7 +83,9 @@ def build(
         inv_freq = rotary.inv_freq.to(torch.float32).numpy()
     layer = config.vision_feature_layer
     feature_layers = (layer,) if isinstance(layer, int) else tuple(layer)
-    graph, num_layers = _vision_graph(inner, feature_layers, processing=processing, dtype=dtype)
+    graph, num_layers = _vision_graph(
+        inner, feature_layers, processing=processing, dtype=dtype, with_features=with_features
+    )
     return FamilyModel(
         root=root,
         vision=graph,
@@ -97,16 +106,37 @@ def build(
 
 
 def _vision_graph(
-    inner: Any, feature_layers: tuple[int, ...], *, processing: TilePictures, dtype: FloatType
+    inner: Any,
+    feature_layers: tuple[int, ...],
+    *,
+    processing: TilePictures,
+    dtype: FloatType,
+    with_features: bool,
 ) -> tuple[VisionGraph, int]:
     """Return the graph and how many layers of the vision tower run in it."""
     constants, keep = processing.processing, processing.encoder_keep
     hidden = inner.language_model.config.hidden_size
     outputs = [TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", hidden))]
-    module: Vision | ReducedVision
-    if keep is None:
+    newline, vision = getattr(inner, "image_newline", None), inner.vision_tower.config
+    module: Vision | VisionWithFeatures | ReducedVision
+    if with_features:
+        if keep is not None:
+            raise ScheduleError(
+                "--token-method: expected one that needs no class token beside --encoder-keep, got one that does;"
+                " leave --encoder-keep away"
+            )
+        observed = vision.num_hidden_layers - 2
         features = ClipFeatures(inner.vision_tower, feature_layers=feature_layers)
-        module = Vision(features, inner.multi_modal_projector, getattr(inner, "image_newline", None))
+        module = VisionWithFeatures(features, inner.multi_modal_projector, newline, observed=observed)
+        widths = (vision.hidden_size * len(feature_layers), vision.hidden_size // vision.num_attention_heads)
+        outputs += [
+            TensorSpec(name=name, dtype=dtype, shape=("N", width))
+            for name, width in zip(FEATURE_NAMES, widths)
+        ]
+        outputs.append(TensorSpec(name=FEATURE_NAMES[2], dtype="float32", shape=("N",)))
+    elif keep is None:
+        features = ClipFeatures(inner.vision_tower, feature_layers=feature_layers)
+        module = Vision(features, inner.multi_modal_projector, newline)
     else:
         module = ReducedVision(
             inner.vision_tower, inner.multi_modal_projector, feature_layers=feature_layers, num_keep=keep

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from trio_edge.export.decoder_config import check_decoder, untie_stored_head
-from trio_edge.export.families.base import FamilyModel, VisionGraph
+from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_features
 from trio_edge.export.families.config_files import load_config, read_image_processor
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision_internvl import (
@@ -47,9 +47,15 @@ class InternVl:
         return INTERNVL_TEMPLATE
 
     def build(
-        self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: FloatType
+        self,
+        checkpoint: Checkpoint,
+        *,
+        processing: PictureProcessing,
+        dtype: FloatType,
+        with_features: bool,
     ) -> FamilyModel:
         """See ``Family.build``."""
+        refuse_features(self.model_type, with_features=with_features)
         from transformers import InternVLForConditionalGeneration
 
         register_attention()

@@ -28,13 +28,22 @@ class Llava:
         return VICUNA_TEMPLATE
 
     def build(
-        self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: FloatType
+        self,
+        checkpoint: Checkpoint,
+        *,
+        processing: PictureProcessing,
+        dtype: FloatType,
+        with_features: bool,
     ) -> FamilyModel:
         """See ``Family.build``."""
         from transformers import LlavaForConditionalGeneration
 
         return build(
-            LlavaForConditionalGeneration, read_config(checkpoint), processing=processing, dtype=dtype
+            LlavaForConditionalGeneration,
+            read_config(checkpoint),
+            processing=processing,
+            dtype=dtype,
+            with_features=with_features,
         )
 
     def picture_processing(

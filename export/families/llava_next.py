@@ -29,13 +29,22 @@ class LlavaNext:
         return MISTRAL_TEMPLATE if text_type == "mistral" else VICUNA_TEMPLATE
 
     def build(
-        self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: FloatType
+        self,
+        checkpoint: Checkpoint,
+        *,
+        processing: PictureProcessing,
+        dtype: FloatType,
+        with_features: bool,
     ) -> FamilyModel:
         """See ``Family.build``."""
         from transformers import LlavaNextForConditionalGeneration
 
         return build(
-            LlavaNextForConditionalGeneration, read_config(checkpoint), processing=processing, dtype=dtype
+            LlavaNextForConditionalGeneration,
+            read_config(checkpoint),
+            processing=processing,
+            dtype=dtype,
+            with_features=with_features,
         )
 
     def picture_processing(

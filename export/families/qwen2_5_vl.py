@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from trio_edge.export.decoder_config import check_decoder, untie_stored_head
-from trio_edge.export.families.base import FamilyModel, VisionGraph
+from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_features
 from trio_edge.export.families.config_files import load_config, read_image_processor
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision_windowed import INV_FREQ_NAME, WindowedVision, inverse_frequencies
@@ -49,9 +49,15 @@ class Qwen25Vl:
         return QWEN2_5_VL_TEMPLATE
 
     def build(
-        self, checkpoint: Checkpoint, *, processing: PictureProcessing, dtype: FloatType
+        self,
+        checkpoint: Checkpoint,
+        *,
+        processing: PictureProcessing,
+        dtype: FloatType,
+        with_features: bool,
     ) -> FamilyModel:
         """See ``Family.build``."""
+        refuse_features(self.model_type, with_features=with_features)
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         register_attention()

@@ -79,6 +79,18 @@ FLAGS = {
     ),
     "text_bucket_zero": (["M", "--text-buckets", "0"], "--text-buckets"),
     "only_image_sizes_without_any": (["M", "--only-image-sizes"], "expected --image-size beside it"),
+    "token_method_without_token_keep": (["M", "--token-method", "divprune"], "expected both or none"),
+    "token_keep_without_token_method": (["M", "--token-keep", "9"], "expected both or none"),
+    "token_keep_malformed": (
+        ["M", "--token-method", "divprune", "--token-keep", "x"],
+        "--token-keep: expected",
+    ),
+    "token_keep_of_more_than_there_are": (
+        ["M", "--keep", "all", "--token-method", "divprune", "--token-keep", "51"],
+        "--token-keep: expected 1..50",
+    ),
+    "method_unknown": (["M", "--method", "best"], "--method"),
+    "keep_impossible_for_the_method": (["M", "--method", "fastv", "--keep", "20%"], "for fastv"),
     "max_visual_for_tiles": (["M", "--max-visual", "100"], "--max-visual: expected none for llava_next"),
 }
 
@@ -223,7 +235,7 @@ def test_the_option_list_changes_only_on_purpose() -> None:
     options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
     assert options == {
         "--out", "--revision", "--keep", "--schedule", "--method", "--probe-rows", "--num-probe-rows",
-        "--nms-threshold", "--nms-rounds", "--positions", "--encoder-keep", "--image-size", "--only-image-sizes",
+        "--token-method", "--token-keep", "--nms-threshold", "--nms-rounds", "--positions", "--encoder-keep", "--image-size", "--only-image-sizes",
         "--max-visual", "--max-text", "--text-buckets", "--max-new-tokens", "--dtype", "--opset", "--target",
         "--force", "--list", "--quiet",
     }  # fmt: skip

@@ -78,7 +78,7 @@ def test_every_bucket_gives_the_same_answer(kind: str, request: pytest.FixtureRe
     small, large = pipeline.manifest.text_buckets[0], pipeline.manifest.text_buckets[-1]
     ids = pipeline._encode(PROMPT, has_image=True, history=(), system=None)
     assert ids.num_tokens <= small < large
-    seen = pipeline._see(pipeline._prepare(picture))
+    seen = pipeline._see(pipeline._prepare(picture), ids)
     hidden, num_visual = seen.tokens.shape[1], len(seen.tokens)
     results = []
     for bucket in (small, large):

@@ -16,6 +16,7 @@ from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.runtime.errors import ScheduleError, ShapeError
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.schedule import Schedule, Stage
+from trio_edge.runtime.text import PromptIds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +30,7 @@ CAMERA = (150, 100)
 SIZES = [CAMERA, (28, 28), (300, 40), (40, 300), (61, 59), (200, 200), (90, 33)]
 PROMPTS = ["w1 w2 w3", "w9", "w5 w4 w3 w2 w1 w0 w7 w7"]
 NUM_STEPS = 12
+NO_TEXT = PromptIds(before=np.zeros(1, np.int32), after=np.zeros(1, np.int32), has_image=True)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +157,7 @@ def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(folder: Pa
     schedule = Schedule(stages=(Stage(layer=2, keep=4),), positions="preserved")
     bundle = export(folder, schedule=schedule, image_sizes=(CAMERA,), encoder_keep=0.4)
     with Pipeline.from_bundle(bundle) as pipeline:
-        seen = pipeline._see(pipeline._prepare(random_picture(*CAMERA, seed=2)))
+        seen = pipeline._see(pipeline._prepare(random_picture(*CAMERA, seed=2)), NO_TEXT)
         assert seen.tokens.shape[0] == seen.rows == seen.boxes.shape[0] == seen.positions.shape[1] == 8
         assert seen.position_span == 5
         corners = seen.positions[[2, 1]].T * [150 / 5, 100 / 4]
@@ -164,7 +166,7 @@ def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(folder: Pa
         assert answer.text is not None
         assert answer.statistics.visual_tokens == 8
         assert answer.statistics.kept_tokens == (4,)
-        assert len(pipeline._see(pipeline._prepare(random_picture(56, 56))).tokens) == 4
+        assert len(pipeline._see(pipeline._prepare(random_picture(56, 56)), NO_TEXT).tokens) == 4
 
 
 def test_compact_positions_are_refused(folder: Path, tmp_path: Path) -> None:

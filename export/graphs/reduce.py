@@ -1,0 +1,56 @@
+"""``reduce``: a selection among the picture's visual tokens before the decoder.
+
+| I/O tensor          | shape  | dtype   | filled or read by                                                     |
+|---------------------|--------|---------|-----------------------------------------------------------------------|
+| in  visual_tokens   | [N, D] | model   | the vision graph                                                      |
+| in  num_visual      | [1]    | int32   | runtime: real visual tokens, at most N                                |
+| in  is_newline      | [N]    | int32   | runtime: 1 at tokens that show no part of the picture                 |
+| in  features        | [N, F] | model   | the vision graph: before the projector (some methods)                 |
+| in  keys            | [N, E] | model   | the vision graph: attention keys, mean over heads (some methods)      |
+| in  class_attention | [N]    | float32 | the vision graph: attention of the class row (some methods)           |
+| in  text_embeds     | [T, D] | model   | runtime: embeddings of the text behind the picture (some methods)     |
+| in  num_text        | [1]    | int32   | runtime: how many of them are real (some methods)                     |
+| out reduced_tokens  | [K, D] | model   | runtime: placed into the prefix graph's ``inputs_embeds``             |
+| out kept_tokens     | [K]    | int32   | runtime: which tokens these are, for positions and drawing            |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trio_edge.trio.selection import Selection, TokenInputs
+
+if TYPE_CHECKING:
+    from trio_edge.trio.selection import TokenSelector
+
+FEATURE_NAMES = ("features", "keys", "class_attention")
+TEXT_NAMES = ("text_embeds", "num_text")
+
+
+class Reduce(nn.Module):
+    """A selector, and the gather or the sums of what stays."""
+
+    def __init__(self, selector: TokenSelector) -> None:
+        super().__init__()
+        self.selector: Any = selector
+
+    def forward(
+        self, visual_tokens: Tensor, num_visual: Tensor, is_newline: Tensor, *others: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the reduced tokens [K, D] and which ones they are [K]."""
+        rest = list(others)
+        features = rest[:3] if self.selector.needs_features else [None] * 3
+        text = rest[-2:] if self.selector.needs_text else [None] * 2
+        selection: Selection = self.selector(
+            TokenInputs(visual_tokens, num_visual, is_newline > 0, *features, *text)
+        )
+        if selection.weights_KN is None:
+            reduced_KD = visual_tokens.index_select(0, selection.kept_K)
+        else:
+            real_N = torch.arange(visual_tokens.shape[0]) < num_visual
+            values_ND = torch.where(real_N[:, None], visual_tokens.to(torch.float32), 0.0)
+            reduced_KD = torch.matmul(selection.weights_KN, values_ND).to(visual_tokens.dtype)
+        return reduced_KD, selection.kept_K.to(torch.int32)
