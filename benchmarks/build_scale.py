@@ -1,0 +1,157 @@
+"""What building engines costs at full size: time, peak memory and size of each graph's engine, by tensorrt-rtx without a GPU.
+
+    python benchmarks/build_scale.py --family llava-next-7b --folder /tmp/scale
+
+The checkpoint is that of export_scale.py: a released model's shapes and random weights. It is deleted when the bundle is
+there, so free space for two copies of the weights is needed. "Anonymous" memory is what a process cannot give back;
+"mapped" are the weight files, which the system reads again if it takes their pages away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from export_scale import FAMILIES, folder_bytes, gigabytes, make_checkpoint
+
+from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.engine_build import BuildOptions, BuildPlan, BuildProgress, build_engines, plan_build
+from trio_edge.runtime.engines import ENGINES_FOLDER, EngineEntry
+
+SAMPLE_SECONDS = 0.05
+
+
+@dataclass
+class ChildMemory:
+    """Largest memory of this process's children since the last ``take``, in bytes."""
+
+    anonymous: int = 0
+    mapped: int = 0
+    resident: int = 0
+    _done: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> ChildMemory:
+        threading.Thread(target=self._sample, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    def take(self) -> tuple[int, int, int]:
+        """Return largest resident, anonymous and mapped memory, and begin again."""
+        peaks = self.resident, self.anonymous, self.mapped
+        self.resident = self.anonymous = self.mapped = 0
+        return peaks
+
+    def _sample(self) -> None:
+        while not self._done.wait(SAMPLE_SECONDS):
+            for child in multiprocessing.active_children():
+                try:
+                    text = Path(f"/proc/{child.pid}/status").read_text()
+                except OSError:
+                    continue
+                kib = {
+                    name: int(count) for name, count in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)
+                }
+                if "RssAnon" in kib:
+                    self.anonymous = max(self.anonymous, 1024 * kib["RssAnon"])
+                    self.mapped = max(self.mapped, 1024 * (kib["RssFile"] + kib["RssShmem"]))
+                    self.resident = max(self.resident, 1024 * kib["VmHWM"])
+
+
+def make_bundle(bundle: Path, options: argparse.Namespace) -> None:
+    """Make a checkpoint, export it to ``bundle`` and delete the checkpoint."""
+    checkpoint = options.folder / "checkpoint"
+    make_checkpoint(
+        checkpoint,
+        family=FAMILIES[options.family],
+        num_layers=options.layers,
+        dtype="float16",
+        shard_bytes=int(5e9),
+    )
+    print(f"made {gigabytes(folder_bytes(checkpoint))}", flush=True)
+    code = "import sys; from trio_edge.export.cli import main; sys.exit(main())"
+    arguments = [str(checkpoint), "--out", str(bundle), "--quiet", *options.export]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+    shutil.rmtree(checkpoint)
+
+
+def row(plan: BuildPlan, entry: EngineEntry, memory: tuple[int, int, int]) -> str:
+    graph = next(graph for graph in plan.graphs if graph.spec.name == entry.graph)
+    layers = f" ({graph.spec.num_layers})" if graph.spec.num_layers else ""
+    resident, anonymous, mapped = memory
+    sizes = graph.spec.weight_bytes, entry.num_bytes
+    return (
+        f"| {entry.graph}{layers} | {len(entry.profiles)} | {gigabytes(sizes[0])} | {gigabytes(sizes[1])}"
+        f" | {sizes[1] / sizes[0]:.3f} | {entry.build_seconds:.1f} s | {gigabytes(max(resident, entry.peak_memory_bytes or 0))}"
+        f" | {gigabytes(anonymous)} | {gigabytes(mapped)} | {gigabytes(graph.memory.peak_bytes)} |"
+    )
+
+
+def report(bundle: Path, options: argparse.Namespace) -> None:
+    opened = open_bundle(bundle)
+    capabilities = tuple(int(number) for number in options.compute_capability.split(","))
+    chosen: dict[str, Any] = {"graphs": tuple(options.graphs), "split_lm_head": options.split_lm_head}
+    plan = plan_build(opened, BuildOptions(compute_capabilities=capabilities, force=True, **chosen))
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    print(
+        f"{options.family}, {opened.manifest.dimensions.num_layers} decoder layers, {opened.manifest.dtype};"
+        f" {plan.tensorrt.backend} {plan.tensorrt.version} for {options.compute_capability}, {os.cpu_count()} CPUs"
+        f" ({model[1] if model else platform.machine()}), Python {platform.python_version()}\n"
+    )
+    print(
+        "| graph (layers) | profiles | weights | engine | ratio | time | peak memory | anonymous | mapped | estimate |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    start = time.perf_counter()
+    with ChildMemory() as memory:
+        progress = BuildProgress(
+            graph=lambda _graph: None if memory.take() else None,
+            done=lambda entry: print(row(plan, entry, memory.take()), flush=True),
+            warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True),
+        )
+        engine_set = build_engines(plan, progress=progress)
+    weights = sum(graph.spec.weight_bytes for graph in plan.graphs)
+    print(
+        f"\n{len(engine_set.engines)} engines, {gigabytes(engine_set.num_bytes)} for {gigabytes(weights)} of weights"
+        f" ({engine_set.num_bytes / opened.manifest.model_bytes:.3f} times the model), {time.perf_counter() - start:.0f} s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--family", choices=list(FAMILIES), default="llava-next-7b")
+    parser.add_argument("--layers", type=int, help="decoder layers (default: the family's)")
+    parser.add_argument("--folder", type=Path, default=Path("out/build-scale"), help="folder for everything")
+    parser.add_argument("--compute-capability", default="86", help="as trio-build's")
+    parser.add_argument("--graphs", nargs="*", default=[], help="graphs to build (default: all)")
+    parser.add_argument("--split-lm-head", type=int, default=1, help="as trio-build's")
+    parser.add_argument("--keep-files", action="store_true", help="keep the bundle, reuse it next time")
+    parser.add_argument("--export", nargs=argparse.REMAINDER, default=[], help="the rest goes to trio-export")
+    options = parser.parse_args()
+    bundle = options.folder / "bundle"
+    if not bundle.exists():
+        make_bundle(bundle, options)
+    try:
+        report(bundle, options)
+    finally:
+        shutil.rmtree(bundle / ENGINES_FOLDER, ignore_errors=True)
+        if not options.keep_files:
+            shutil.rmtree(bundle, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

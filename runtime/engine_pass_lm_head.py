@@ -1,0 +1,102 @@
+"""A pass that cuts the lm_head's matrix product into blocks of the vocabulary.
+
+On small Jetsons, TensorRT's product with the whole lm_head asks for about 1 GB of contiguous memory and fails
+(hokwangchoi/jetson-orin-nano-benchmarks). Logits are concatenated blocks; the probe's backward product is a sum over
+blocks, in float32. The blocks are views into the parsed weight: nothing is copied.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trio_edge.runtime.engine_network import block_sizes
+from trio_edge.runtime.errors import BackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trio_edge.runtime.engine_network import Network, WeightProduct
+
+
+def split_lm_head(network: Network, *, vocab_size: int, hidden_size: int, num_blocks: int) -> int:
+    """Replace each product with the lm_head's weight by ``num_blocks`` smaller ones and return how many were replaced.
+
+    Args:
+        network: Of a head or select graph.
+        vocab_size: V, rows of the weight.
+        hidden_size: D, its columns.
+        num_blocks: At least 2; block sizes are multiples of 8, so there may be fewer.
+
+    Raises:
+        BackendError: If no product has such a weight.
+    """
+    shape = (vocab_size, hidden_size)
+    products = [entry for entry in network.weight_products() if tuple(entry.weight.shape) == shape]
+    if not products:
+        raise BackendError(
+            f"--split-lm-head: expected a product with an lm_head of {list(shape)}, got none; build without the option"
+        )
+    blocks: dict[str, list[Any]] = {}
+    for product in products:
+        name = product.weight.get_output(0).name
+        if name not in blocks:
+            blocks[name] = _blocks(network, product, block_sizes(vocab_size, num_blocks))
+        split = _split_outputs if product.transposed else _split_inputs
+        network.connect(product.layer.get_output(0), split(network, product.layer, blocks[name]))
+    return len(products)
+
+
+def _blocks(network: Network, product: WeightProduct, sizes: Sequence[int]) -> list[Any]:
+    weight = network.values(product.weight)
+    starts = np.cumsum([0, *sizes[:-1]])
+    return [network.constant(weight[start : start + size]) for start, size in zip(starts, sizes)]
+
+
+def _split_outputs(network: Network, layer: Any, blocks: list[Any]) -> Any:
+    """Return logits: the products with the transposed blocks, concatenated."""
+    operation, definition = network.trt.MatrixOperation, network.definition
+    parts = [
+        definition.add_matrix_multiply(
+            layer.get_input(0), layer.op0, _of_rank(network, block, layer), operation.TRANSPOSE
+        ).get_output(0)
+        for block in blocks
+    ]
+    joined = definition.add_concatenation(parts)
+    joined.axis = len(layer.get_output(0).shape) - 1
+    return joined.get_output(0)
+
+
+def _split_inputs(network: Network, layer: Any, blocks: list[Any]) -> Any:
+    """Return the sum of the products of the input's columns with the blocks."""
+    trt, definition = network.trt, network.definition
+    source = layer.get_input(0)
+    rows = tuple(source.shape)[:-1]
+    total, start = None, 0
+    for block in blocks:
+        size = block.shape[0]
+        columns = definition.add_slice(
+            source, (0,) * len(rows) + (start,), (*rows, size), (1,) * (len(rows) + 1)
+        )
+        part = definition.add_matrix_multiply(
+            columns.get_output(0), layer.op0, _of_rank(network, block, layer), trt.MatrixOperation.NONE
+        ).get_output(0)
+        wide = definition.add_cast(part, trt.float32).get_output(0)
+        total = (
+            wide
+            if total is None
+            else definition.add_elementwise(total, wide, trt.ElementWiseOperation.SUM).get_output(0)
+        )
+        start += size
+    return definition.add_cast(total, layer.get_output(0).dtype).get_output(0)
+
+
+def _of_rank(network: Network, block: Any, layer: Any) -> Any:
+    """Return ``block`` with the leading axes of 1 that the product's first operand needs."""
+    missing = len(layer.get_input(0).shape) - len(block.shape)
+    if missing == 0:
+        return block
+    shuffle = network.definition.add_shuffle(block)
+    shuffle.reshape_dims = (1,) * missing + tuple(block.shape)
+    return shuffle.get_output(0)
