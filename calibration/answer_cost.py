@@ -1,0 +1,79 @@
+"""What one answer's prefill costs in FLOPs, at the picture's own tokens and the prompt's own length.
+
+The decoder is counted layer by layer from the visual tokens that it really processed. The manifest has the vision
+tower's and the stages' FLOPs for one picture size: the first is scaled by visual tokens, the second as TRIO's probes
+and NMS grow.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trio_edge.trio.cost import ModelShape, decoder_layer_flops, head_flops, reduction_cost
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trio_edge.runtime.manifest import Manifest
+
+
+def tokens_per_layer(manifest: Manifest, *, num_visual: int, kept: Sequence[int]) -> list[int]:
+    """Return the visual tokens that each decoder layer processed.
+
+    Args:
+        manifest: The bundle's.
+        num_visual: Visual tokens that entered the decoder.
+        kept: Per stage what was left.
+    """
+    return [
+        count
+        for graph, count in zip(manifest.ranges, (num_visual, *kept), strict=True)
+        for _ in range(graph.num_layers)
+    ]
+
+
+def processed_tokens(manifest: Manifest, *, num_visual: int, kept: Sequence[int]) -> float:
+    """Return the mean over decoder layers of the visual tokens processed."""
+    return sum(tokens_per_layer(manifest, num_visual=num_visual, kept=kept)) / manifest.dimensions.num_layers
+
+
+def prefill_flops(
+    manifest: Manifest, *, num_visual: int, kept: Sequence[int], num_text: int, select: bool = True
+) -> float:
+    """Return the FLOPs of one prefill: vision tower, decoder, head, and the stages if ``select``.
+
+    Args:
+        manifest: The bundle's.
+        num_visual: Visual tokens that entered the decoder.
+        kept: Per stage what was left.
+        num_text: Text tokens of the prompt.
+        select: False for selections that compute nothing.
+    """
+    shape = _decoder_shape(manifest)
+    rows = [count + num_text for count in tokens_per_layer(manifest, num_visual=num_visual, kept=kept)]
+    decoder = sum(decoder_layer_flops(shape, num_rows=count) for count in rows) + head_flops(shape)
+    vision = manifest.cost.reduced_flops["vision"] * num_visual / manifest.cost.num_visual
+    stages = _select_flops(manifest, shape, num_visual=num_visual, num_text=num_text) if select else 0.0
+    return decoder + vision + stages
+
+
+def _select_flops(manifest: Manifest, shape: ModelShape, *, num_visual: int, num_text: int) -> float:
+    if not manifest.schedule.stages or not num_visual:
+        return 0.0
+    cost = manifest.cost
+    here = reduction_cost(shape, manifest.schedule, num_visual=num_visual, num_text=num_text)
+    there = reduction_cost(shape, manifest.schedule, num_visual=cost.num_visual, num_text=cost.num_text)
+    return cost.reduced_flops["select"] * here.select_flops / there.select_flops
+
+
+def _decoder_shape(manifest: Manifest) -> ModelShape:
+    sizes = manifest.dimensions
+    return ModelShape(
+        num_layers=sizes.num_layers,
+        hidden_size=sizes.hidden_size,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_size=sizes.head_size,
+        intermediate_size=sizes.intermediate_size,
+        vocab_size=sizes.vocab_size,
+    )
