@@ -246,7 +246,26 @@ def _keeps(
     least = sum(weight * (len(weights) - index) for index, weight in enumerate(weights))
     if budget < least or num_visual < len(weights):
         return None
-    keeps = [math.floor(keep) for keep in _real_keeps(budget, weights=weights, num_visual=num_visual)]
+    return integer_keeps(
+        _real_keeps(budget, weights=weights, num_visual=num_visual),
+        budget=budget,
+        weights=weights,
+        num_visual=num_visual,
+    )
+
+
+def integer_keeps(
+    real_keeps: Sequence[float], *, budget: int, weights: Sequence[int], num_visual: int
+) -> tuple[int, ...] | None:
+    """Return strictly decreasing keeps near ``real_keeps`` that leave the least of the budget; None if there are none.
+
+    Args:
+        real_keeps: Wished visual tokens of each stage.
+        budget: Sum over the layers behind the first stage of the visual tokens that they may process.
+        weights: Layers that each stage's tokens go through.
+        num_visual: N.
+    """
+    keeps = [math.floor(keep) for keep in real_keeps]
     for index in range(len(keeps) - 1, -1, -1):  # strictly decreasing, at least 1
         keeps[index] = min(
             max(keeps[index], keeps[index + 1] + 1 if index + 1 < len(keeps) else 1), num_visual - index

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
+from trio_edge.runtime.errors import ScheduleError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -139,3 +141,25 @@ def ascending(index_K: Tensor) -> Tensor:
     """Return indices in ascending order, int64; exact in float32, the type that every TopK kernel has."""
     ordered = torch.topk(index_K.to(torch.float32), index_K.shape[0], largest=False, sorted=True).values
     return ordered.to(torch.int64)
+
+
+def indices_by_group(group_N: Tensor, *, num_keep: int) -> Tensor:
+    """Return the first ``num_keep`` indices, those of the lowest group first and each group in order; int64.
+
+    Args:
+        group_N: Small whole numbers >= 0, float32.
+        num_keep: K, at most N.
+    """
+    index_N = torch.arange(group_N.shape[0], device=group_N.device)
+    place_N = group_N * group_N.shape[0] + index_N.to(torch.float32)
+    return torch.topk(place_N, num_keep, largest=False, sorted=True).indices
+
+
+def check_num_keep(num_keep: int, num_tokens: int | torch.SymInt | None = None) -> None:
+    """Raise ScheduleError unless 1 <= K <= N; a symbolic N is left to the graph."""
+    if num_keep < 1:
+        raise ScheduleError(f"num_keep: expected >= 1, got {num_keep}; keep at least one token")
+    if isinstance(num_tokens, int) and num_keep > num_tokens:
+        raise ScheduleError(
+            f"num_keep: expected <= {num_tokens} (all tokens of the span), got {num_keep}; keep fewer"
+        )

@@ -1,0 +1,147 @@
+"""DART (arXiv 2502.11494): tokens that repeat a few pivots go; importance is not asked.
+
+    pivots  = the 4 visual tokens and the 4 rows of the text after the picture whose key in layer l - 1 has the largest
+              L1 norm (after RoPE, all heads side by side)
+    for each pivot, visual ones in reading order and then those of the text:
+        take the t tokens of the pool that are least similar to it, by the cosine of final_norm(x_l); they leave the pool
+    kept    = visual pivots and all tokens taken, in reading order;   t = ceil((K - 4) / 8)
+
+One stage, in front of layer 2 (counted from 0); position ids are kept ("preserved").
+
+Where we differ from the original, or fix what it leaves open:
+- Exactly K tokens are kept. 8 t is up to 7 more than K - 4, so a pivot takes min(t, what is still missing): the last
+  pivots take fewer.
+- The original visits pivots in the order of a Python set; here it is the order above.
+- With fewer than 4 text rows after the picture the pivots that there are share the work: t = ceil((K - 4) / (4 + rows)).
+- With K < 4 only the K visual tokens of the largest norm are kept.
+- Of equal norms or similarities the lower index comes first.
+- Keys of grouped-query attention are not repeated: that multiplies every norm by the same number.
+
+There is no score in this method. ``scores_N`` shows what happened: 1 for visual pivots, (1 - cosine)/2 with the pivot that
+took it for a token that was taken, 0 for the others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from trio_edge.trio.selection import (
+    Selection,
+    StageInputs,
+    best_tokens,
+    check_num_keep,
+    indices_by_group,
+    ranks,
+)
+from trio_edge.trio.selectors.row_attention import (
+    TextRows,
+    normed_rows,
+    real_rows,
+    real_tokens,
+    rms_norm,
+    rotated_keys,
+    settled,
+    text_after,
+    visual_rows,
+)
+
+NUM_PIVOTS = 4
+"""Of each kind."""
+
+
+class Dart(nn.Module):
+    """See ``StageSelector``."""
+
+    method = "dart"
+    needs_previous = True
+    needs_prompt = False
+
+    def __init__(self, layer: Any, final_norm: Any, *, num_keep: int) -> None:
+        """Hold the layer before the stage and the decoder's last norm.
+
+        Args:
+            layer: Decoder layer l - 1.
+            final_norm: The decoder's final RMS norm.
+            num_keep: K.
+
+        Raises:
+            ScheduleError: If K is below 1.
+        """
+        super().__init__()
+        check_num_keep(num_keep)
+        self.layer = layer
+        self.final_norm = final_norm
+        self.num_keep = num_keep
+        self.num_visual_pivots = min(NUM_PIVOTS, num_keep)
+
+    def forward(self, inputs: StageInputs) -> Selection:
+        """Return the pivots and the tokens least similar to them.
+
+        Raises:
+            ScheduleError: If there are fewer than K visual rows.
+        """
+        check_num_keep(self.num_keep, inputs.visual_rows_N.shape[0])
+        visual_N, real_N, text = visual_rows(inputs), real_tokens(inputs), text_after(inputs)
+        norm_S = self._key_norms(inputs)
+        pivot_V = best_tokens(
+            norm_S.index_select(0, visual_N), inputs.num_visual, num_keep=self.num_visual_pivots
+        )
+        text_pivot_X = _text_pivots(norm_S, text)
+        unit_SD = self._unit_rows(inputs)
+        pivot_rows_P = torch.cat([visual_N.index_select(0, pivot_V), text_pivot_X])
+        cosine_PN = torch.matmul(unit_SD.index_select(0, pivot_rows_P), unit_SD.index_select(0, visual_N).T)
+        index_N = torch.arange(inputs.visual_rows_N.shape[0], device=visual_N.device)
+        is_pivot_N = real_N & (index_N[:, None] == pivot_V[None, :]).any(1)
+        taken_N, distance_N = self._take(cosine_PN, real_N & ~is_pivot_N, text.num_text)
+        chosen_N = is_pivot_N | taken_N
+        group_N = 2.0 - chosen_N.to(torch.float32) - real_N.to(torch.float32)
+        scores_N = torch.where(is_pivot_N, 1.0, torch.where(taken_N, distance_N, 0.0))
+        scores_N = torch.where(real_N, scores_N, -1.0)
+        kept_K = indices_by_group(group_N, num_keep=self.num_keep)
+        return Selection(kept_K, scores_N, settled(inputs))
+
+    def _key_norms(self, inputs: StageInputs) -> Float[Tensor, "S"]:
+        assert inputs.previous_SD is not None, "needs_previous"
+        normed_SD = normed_rows(self.layer, inputs.previous_SD, inputs.length)
+        key_SGE = rotated_keys(self.layer, normed_SD, inputs.cos_SE, inputs.sin_SE)
+        return key_SGE.abs().sum((1, 2))
+
+    def _unit_rows(self, inputs: StageInputs) -> Float[Tensor, "S D"]:
+        normed_SD = rms_norm(real_rows(inputs.hidden_SD, inputs.length), self.final_norm)
+        square_S1 = (normed_SD * normed_SD).sum(-1, keepdim=True)
+        return normed_SD * torch.rsqrt(torch.where(square_S1 > 0, square_S1, 1.0))
+
+    def _take(
+        self, cosine_PN: Tensor, pool_N: Tensor, num_text: Tensor
+    ) -> tuple[Bool[Tensor, "N"], Float[Tensor, "N"]]:
+        """Return which tokens the pivots take, and their distance from the pivot that did."""
+        missing = self.num_keep - self.num_visual_pivots
+        if not missing:
+            return torch.zeros_like(pool_N), torch.zeros_like(cosine_PN[0])
+        shares = [-(-missing // (self.num_visual_pivots + rows)) for rows in range(NUM_PIVOTS + 1)]
+        num_text_pivots = num_text.clamp(max=NUM_PIVOTS)
+        share_1 = torch.tensor(shares, dtype=torch.float32).index_select(0, num_text_pivots)
+        left_1 = torch.full((1,), float(missing))
+        taken_N, distance_N = torch.zeros_like(pool_N), torch.zeros_like(cosine_PN[0])
+        for pivot in range(self.num_visual_pivots + NUM_PIVOTS):
+            quota_1 = torch.minimum(share_1, left_1)
+            if pivot >= self.num_visual_pivots:
+                quota_1 = torch.where(pivot - self.num_visual_pivots < num_text_pivots, quota_1, 0.0)
+            now_N = pool_N & (ranks(-cosine_PN[pivot], pool_N) < quota_1)
+            distance_N = torch.where(now_N, (0.5 - 0.5 * cosine_PN[pivot]).clamp(0.0, 1.0), distance_N)
+            taken_N, pool_N = taken_N | now_N, pool_N & ~now_N
+            left_1 = left_1 - quota_1
+        return taken_N, distance_N
+
+
+def _text_pivots(norm_S: Tensor, text: TextRows) -> Int[Tensor, "4"]:
+    """Return the rows of the largest norm in order; where there are fewer, the rest is any row."""
+    chosen_T = text.real_T & (ranks(norm_S.index_select(0, text.rows_T), text.real_T) < NUM_PIVOTS)
+    last_row = norm_S.shape[0] - 1
+    rows_T = torch.where(chosen_T, text.rows_T, last_row).to(torch.float32)
+    rows_T = torch.cat([rows_T, torch.ones(NUM_PIVOTS) * last_row])  # TopK wants at least 4
+    return torch.topk(rows_T, NUM_PIVOTS, largest=False, sorted=True).values.to(torch.int64)

@@ -1,0 +1,56 @@
+"""FastV (arXiv 2403.06764): the visual tokens that the last row of the prompt looked at most, one layer before.
+
+    score_i = mean over heads of softmax(q_last · k / √E)_i        in layer l - 1, which has just run
+    kept    = the K largest, in reading order
+
+One stage, in front of layer 2 (counted from 0); position ids are kept ("preserved").
+
+Where we differ from the original. The row is computed again from what entered layer l - 1, so that the layer itself may
+run with any attention kernel; the numbers are the same. Of equal scores the lower index comes first (there: TopK's
+choice). K is a number of the graph instead of round((1 - R) N) of each picture. Selection runs once, in the prefill, like
+the original's variant with a KV cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from trio_edge.trio.selection import Selection, StageInputs, best_tokens, check_num_keep
+from trio_edge.trio.selectors.row_attention import RowAttention, settled
+
+
+class FastV(nn.Module):
+    """See ``StageSelector``."""
+
+    method = "fastv"
+    needs_previous = True
+    needs_prompt = False
+
+    def __init__(self, layer: Any, *, num_keep: int) -> None:
+        """Hold the layer before the stage.
+
+        Args:
+            layer: Decoder layer l - 1.
+            num_keep: K.
+
+        Raises:
+            ScheduleError: If K is below 1.
+        """
+        super().__init__()
+        check_num_keep(num_keep)
+        self.attention = RowAttention(layer)
+        self.num_keep = num_keep
+
+    def forward(self, inputs: StageInputs) -> Selection:
+        """Return the tokens that the last real row attended to most in layer l - 1.
+
+        Raises:
+            ScheduleError: If there are fewer than K visual rows.
+        """
+        assert inputs.previous_SD is not None, "needs_previous"
+        check_num_keep(self.num_keep, inputs.visual_rows_N.shape[0])
+        scores_N = self.attention.last_row(inputs.previous_SD, inputs)
+        kept_K = best_tokens(scores_N, inputs.num_visual, num_keep=self.num_keep)
+        return Selection(kept_K, scores_N, settled(inputs))

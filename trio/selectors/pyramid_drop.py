@@ -1,0 +1,55 @@
+"""PyramidDrop (arXiv 2410.17247): the visual tokens that the last instruction token is about to look at most.
+
+    score_i = mean over heads of softmax(q_last · k / √E)_i        in layer l, the next one, with the current positions
+    kept    = the K largest, in reading order
+
+Stages in front of layers 8, 16 and 24 of 32, each keeping λ of the tokens before it, λ = 0.5; position ids are numbered
+again after each ("compact").
+
+Where we differ from the original. The last instruction token is the last real row of the prompt, which is what the
+original's index comes to when the prompt ends there. Of equal scores the lower index comes first. K is a number of the
+graph instead of a share of each picture's tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from trio_edge.trio.selection import Selection, StageInputs, best_tokens, check_num_keep
+from trio_edge.trio.selectors.row_attention import RowAttention, settled
+
+
+class PyramidDrop(nn.Module):
+    """See ``StageSelector``."""
+
+    method = "pyramiddrop"
+    needs_previous = False
+    needs_prompt = False
+
+    def __init__(self, layer: Any, *, num_keep: int) -> None:
+        """Hold the layer behind the stage.
+
+        Args:
+            layer: Decoder layer l.
+            num_keep: K.
+
+        Raises:
+            ScheduleError: If K is below 1.
+        """
+        super().__init__()
+        check_num_keep(num_keep)
+        self.attention = RowAttention(layer)
+        self.num_keep = num_keep
+
+    def forward(self, inputs: StageInputs) -> Selection:
+        """Return the tokens that the last real row attends to most in layer l.
+
+        Raises:
+            ScheduleError: If there are fewer than K visual rows.
+        """
+        check_num_keep(self.num_keep, inputs.visual_rows_N.shape[0])
+        scores_N = self.attention.last_row(inputs.hidden_SD, inputs)
+        kept_K = best_tokens(scores_N, inputs.num_visual, num_keep=self.num_keep)
+        return Selection(kept_K, scores_N, settled(inputs))

@@ -1,0 +1,183 @@
+"""Attention of a few rows over all rows of one Hugging Face decoder layer, and what selectors read from it.
+
+    h = w ⊙ x / rms(x)                          input norm
+    q = RoPE(W_q h + bias) of the given rows,   k = RoPE(W_k h + bias) of all rows
+    a = softmax(q · k / √E)                     over the real rows that a row may see, per head
+
+Nothing else of the layer runs: no values, no output projection, no MLP, and no map of all rows against all rows. Weights
+are used as they are, in their own type; everything between the products is float32, or float64 in a float64 model.
+The queries' rows are gathered before their product, so that TensorRT does not fuse both products into one with a second
+copy of both weights.
+
+Letters: S rows, R query rows, N visual tokens (padded), D hidden size, H query heads, G key/value heads, E head size, T
+text rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from trio_edge.trio.selection import StageInputs  # noqa: TC001 -- the tests' shape checks read annotations
+
+
+class RowAttention(nn.Module):
+    """Attention probabilities of given rows in ``layer``; holds Hugging Face's own module."""
+
+    layer: Any
+
+    def __init__(self, layer: Any) -> None:
+        """Hold a Llama, Mistral, Qwen2 or Qwen2.5-VL decoder layer (q and k may have biases)."""
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self,
+        hidden_SD: Float[Tensor, "S D"],
+        cos_SE: Float[Tensor, "S E"],
+        sin_SE: Float[Tensor, "S E"],
+        rows_R: Int[Tensor, "R"],
+        length: Int[Tensor, "*one"],
+    ) -> Float[Tensor, "R H S"]:
+        """Return the attention of each row, per head.
+
+        Args:
+            hidden_SD: Hidden states that enter the layer, right-padded. Padding is not read.
+            cos_SE: Rotary table, already merged for M-RoPE.
+            sin_SE: Rotary table, already merged for M-RoPE.
+            rows_R: Rows to look from, in [0, S). R may be symbolic.
+            length: Real rows; 0-d or [1].
+
+        Returns:
+            Probabilities, float32 (float64 in a float64 model); 0 where a row does not look.
+        """
+        attention: Any = self.layer.self_attn
+        size = int(attention.head_dim)
+        rows_R = rows_R.to(torch.int64)
+        normed_SD = normed_rows(self.layer, hidden_SD, length)
+        cos_SE, sin_SE = cos_SE.to(normed_SD.dtype), sin_SE.to(normed_SD.dtype)
+        key_SGE = rotated_keys(self.layer, normed_SD, cos_SE, sin_SE)
+        query_RHE = _projected(attention.q_proj, normed_SD.index_select(0, rows_R), size)
+        query_RHE = _rotate(query_RHE, cos_SE.index_select(0, rows_R), sin_SE.index_select(0, rows_R))
+        G, H = key_SGE.shape[1], query_RHE.shape[1]
+        query_GME = query_RHE.transpose(0, 1).reshape(G, -1, size)  # heads of a group and rows side by side
+        scores_GMS = torch.matmul(query_GME, key_SGE.permute(1, 2, 0)) / math.sqrt(size)
+        visible_MS = self._visible(rows_R, hidden_SD.shape[0], length).repeat(H // G, 1)
+        scores_GMS = torch.where(visible_MS[None], scores_GMS, torch.finfo(scores_GMS.dtype).min)
+        probability_GMS = torch.softmax(scores_GMS, dim=-1)
+        return probability_GMS.reshape(H, -1, hidden_SD.shape[0]).transpose(0, 1)
+
+    def last_row(self, hidden_SD: Tensor, inputs: StageInputs) -> Float[Tensor, "N"]:
+        """Return the last real row's attention to each visual token, mean over heads; -1 at padding."""
+        last_1 = inputs.length.to(torch.int64).reshape(1) - 1
+        attention_RHS = self(hidden_SD, inputs.cos_SE, inputs.sin_SE, last_1, inputs.length)
+        return at_visual_tokens(attention_RHS.mean(1)[0], inputs)
+
+    def _visible(self, rows_R: Tensor, num_rows: Any, length: Tensor) -> Tensor:
+        index_S = torch.arange(num_rows, device=rows_R.device)
+        visible_RS = (index_S[None, :] <= rows_R[:, None]) & (index_S < length.reshape(1))[None, :]
+        window = _sliding_window(self.layer.self_attn)
+        if window is not None:
+            visible_RS = visible_RS & (index_S[None, :] > rows_R[:, None] - window)
+        return visible_RS
+
+
+class TextRows(NamedTuple):
+    """The text after the picture; T = S - N, the text's room, bounds it."""
+
+    rows_T: Tensor
+    """[T] int64, within [0, S)."""
+    real_T: Tensor
+    """[T] bool."""
+    num_text: Tensor
+    """[1] int64."""
+
+
+def text_after(inputs: StageInputs) -> TextRows:
+    """Return the rows of the text behind the visual span."""
+    num_rows = inputs.hidden_SD.shape[0]
+    start, num_visual, length = (
+        value.to(torch.int64).reshape(1)
+        for value in (inputs.visual_rows_N[:1], inputs.num_visual, inputs.length)
+    )
+    first = start + num_visual
+    index_T = torch.arange(num_rows - inputs.visual_rows_N.shape[0], device=first.device)
+    num_text = (length - first).clamp(min=0)
+    return TextRows((first + index_T).clamp(0, num_rows - 1), index_T < num_text, num_text)
+
+
+def visual_rows(inputs: StageInputs) -> Int[Tensor, "N"]:
+    """Return the visual tokens' rows as int64, those of padding within the sequence."""
+    return inputs.visual_rows_N.to(torch.int64).clamp(max=inputs.hidden_SD.shape[0] - 1)
+
+
+def real_tokens(inputs: StageInputs) -> Tensor:
+    """Return which of the N visual tokens are real, bool [N]."""
+    index_N = torch.arange(inputs.visual_rows_N.shape[0], device=inputs.visual_rows_N.device)
+    return index_N < inputs.num_visual.reshape(1)
+
+
+def at_visual_tokens(scores_S: Tensor, inputs: StageInputs) -> Float[Tensor, "N"]:
+    """Return the scores of the rows that are visual tokens; -1 at padding."""
+    return torch.where(real_tokens(inputs), scores_S.index_select(0, visual_rows(inputs)), -1.0)
+
+
+def settled(inputs: StageInputs) -> Int[Tensor, "1"]:
+    """Return 0: nothing here takes rounds. Computed, because a graph's output should not be a constant."""
+    return inputs.num_visual.reshape(1).to(torch.int32) * 0
+
+
+def real_rows(hidden_SD: Float[Tensor, "S D"], length: Int[Tensor, "*one"]) -> Float[Tensor, "S D"]:
+    """Return hidden states in at least float32, with 0 at padding, whatever was there."""
+    index_S = torch.arange(hidden_SD.shape[0], device=hidden_SD.device)
+    hidden_SD = hidden_SD.to(torch.promote_types(hidden_SD.dtype, torch.float32))
+    return torch.where((index_S < length.reshape(1))[:, None], hidden_SD, 0.0)
+
+
+def rms_norm(rows_SD: Float[Tensor, "S D"], norm: Any) -> Float[Tensor, "S D"]:
+    """Return an RMS norm of float32 or float64 rows, in that type."""
+    mean_square_S1 = (rows_SD * rows_SD).mean(-1, keepdim=True)
+    normed_SD: Tensor = rows_SD * torch.rsqrt(mean_square_S1 + norm.variance_epsilon)
+    return normed_SD * norm.weight.to(rows_SD.dtype)
+
+
+def normed_rows(
+    layer: Any, hidden_SD: Float[Tensor, "S D"], length: Int[Tensor, "*one"]
+) -> Float[Tensor, "S D"]:
+    """Return what enters the attention of ``layer``, in at least float32; 0 at padding."""
+    return rms_norm(real_rows(hidden_SD, length), layer.input_layernorm)
+
+
+def rotated_keys(
+    layer: Any,
+    normed_SD: Float[Tensor, "S D"],
+    cos_SE: Float[Tensor, "S E"],
+    sin_SE: Float[Tensor, "S E"],
+) -> Float[Tensor, "S G E"]:
+    """Return the keys of all rows, rotated."""
+    attention: Any = layer.self_attn
+    return _rotate(_projected(attention.k_proj, normed_SD, int(attention.head_dim)), cos_SE, sin_SE)
+
+
+def _projected(linear: Any, rows_RD: Tensor, head_size: int) -> Tensor:
+    """Apply a linear layer in its own type, and split its result into heads; the type is that of the rows."""
+    rows: Tensor = linear(rows_RD.to(linear.weight.dtype)).to(rows_RD.dtype)
+    return rows.reshape(-1, linear.weight.shape[0] // head_size, head_size)
+
+
+def _rotate(rows_RHE: Tensor, cos_RE: Tensor, sin_RE: Tensor) -> Tensor:
+    first, second = rows_RHE.chunk(2, dim=-1)
+    half_turn_RHE = torch.cat([-second, first], dim=-1)
+    cos_R1E, sin_R1E = cos_RE[:, None].to(rows_RHE.dtype), sin_RE[:, None].to(rows_RHE.dtype)
+    return rows_RHE * cos_R1E + half_turn_RHE * sin_R1E
+
+
+def _sliding_window(attention: Any) -> int | None:
+    """Return the attention's window; Qwen2 has it per layer, Mistral in its configuration, Llama has none."""
+    if type(attention).__name__.startswith("Mistral"):
+        return attention.config.sliding_window  # type: ignore[no-any-return]
+    return getattr(attention, "sliding_window", None)
