@@ -1,0 +1,96 @@
+"""Which tokens a selector in front of the decoder may choose, and rows that can be compared.
+
+Padding may hold anything, NaN included, so it is replaced before any arithmetic. Work is done in float32, in float64 for
+float64 inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from trio_edge.trio.selection import Selection, TokenInputs, ascending, check_num_keep, indices_by_group
+
+
+def real_tokens(inputs: TokenInputs, *, num_keep: int) -> Bool[Tensor, "N"]:
+    """Return which tokens are no padding.
+
+    Raises:
+        ScheduleError: If there are fewer rows than ``num_keep``.
+    """
+    N = inputs.tokens_ND.shape[0]
+    check_num_keep(num_keep, N)
+    return torch.arange(N, device=inputs.tokens_ND.device) < inputs.num_visual.reshape(1)
+
+
+def picture_tokens(inputs: TokenInputs, *, num_keep: int) -> Bool[Tensor, "N"]:
+    """Return which tokens show a part of the picture: neither padding nor newlines."""
+    real_N = real_tokens(inputs, num_keep=num_keep)
+    return real_N if inputs.is_newline_N is None else real_N & ~inputs.is_newline_N.to(torch.bool)
+
+
+def given(value: Tensor | None, name: str) -> Tensor:
+    """Return ``value``, which a selector that asks for it always gets."""
+    if value is None:
+        raise AssertionError(f"{name}: missing, though the selector asks for it")
+    return value
+
+
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """Return float64 for float64, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def masked(values: Tensor, usable: Tensor, *, fill: float = 0.0) -> Tensor:
+    """Return ``values`` in the working type, with ``fill`` where ``usable`` (leading axis) is false."""
+    usable = usable.reshape(-1, *[1] * (values.ndim - 1))
+    return torch.where(usable, values.to(working_dtype(values)), fill)
+
+
+def unit_rows(rows_XD: Float[Tensor, "X D"], usable_X: Bool[Tensor, "X"]) -> Float[Tensor, "X D"]:
+    """Return the rows at length 1 in the working type; zero rows and unusable ones are 0, similar to nothing."""
+    rows_XD = masked(rows_XD, usable_X)
+    # Scaled by the largest entry first: squares neither overflow nor vanish.
+    largest_X1 = rows_XD.abs().amax(-1, keepdim=True)
+    scaled_XD = rows_XD / torch.where(largest_X1 > 0, largest_X1, 1.0)
+    square_X1 = (scaled_XD * scaled_XD).sum(-1, keepdim=True)
+    return scaled_XD / torch.where(square_X1 > 0, square_X1, 1.0).sqrt()
+
+
+def scaled_to_one(
+    values_N: Float[Tensor, "N"], usable_N: Bool[Tensor, "N"], *, floor: float
+) -> Float[Tensor, "N"]:
+    """Return ``(x − min + floor) / (max − min)`` over the usable ones: 1 if all are equal, 0 elsewhere."""
+    largest = torch.finfo(values_N.dtype).max
+    low = torch.where(usable_N, values_N, largest).amin(0)
+    span = torch.where(usable_N, values_N, -largest).amax(0) - low
+    # Differences that rounding makes are none: equal relevance must not become a random order.
+    equal = span <= 16 * torch.finfo(torch.float32).eps
+    scaled_N = torch.where(equal, 1.0, (values_N - low + floor) / torch.where(equal, 1.0, span))
+    return torch.where(usable_N, scaled_N, 0.0)
+
+
+def selection_of(
+    chosen_N: Bool[Tensor, "N"],
+    scores_N: Float[Tensor, "N"],
+    real_N: Bool[Tensor, "N"],
+    *,
+    num_keep: int,
+) -> Selection:
+    """Return the chosen tokens as a selection of exactly ``num_keep``.
+
+    Where too few are chosen, the first real ones that are not follow, then padding.
+
+    Args:
+        chosen_N: At most ``num_keep`` real tokens.
+        scores_N: Higher is better.
+        real_N: Which tokens are no padding.
+        num_keep: K, at most N.
+    """
+    group_N = 2.0 - chosen_N.to(torch.float32) - real_N.to(torch.float32)
+    return Selection(
+        kept_K=ascending(indices_by_group(group_N, num_keep=num_keep)),
+        scores_N=torch.where(real_N, scores_N.to(torch.float32), -1.0),
+        unsettled=torch.zeros(1, dtype=torch.int32, device=chosen_N.device),
+    )

@@ -1,0 +1,129 @@
+"""CDPruner: a determinantal point process of relevance and difference, solved greedily.
+
+Source: arXiv 2506.10967.
+
+    L_ij = r_i cos(x_i, x_j) r_j,      choose the next token by the largest gain in det L of the chosen ones
+
+With Cholesky rows c_s of the steps so far and d²_i = L_ii − Σ_s c_si², step t takes j = argmax d², then
+
+    c_ti = (L_ji − Σ_{s<t} c_sj c_si) / d_j,      d²_i ← d²_i − c_ti²
+
+x are the visual tokens after the projector. r is the relevance ``sign · mean over text tokens of cos(x_i, text)``, brought
+to 0..1 by (r − min + 1e-6) / (max − min) over the picture.
+
+The sign: the paper takes the relevance from CLIP (its visual projection and text encoder) and negates the cosine, since
+CLIP's patches score inversely. Here both sides are in the decoder's embedding space, the form for models without a CLIP text
+tower; there OpenVINO GenAI takes the cosine as it is (our default, sign = 1), while EADP's port for Qwen negates it
+(sign = -1). The CLIP form is not implemented.
+
+Where we differ: one pool for the whole picture (the original gives every crop of LLaVA-NeXT the same share); newlines take
+no part (the original drops them) and fill up only where the picture has fewer than K tokens; where all are equally
+relevant, as without text, r = 1 instead of a division by zero; a token of which the chosen ones explain all but 1e-4 counts
+as explained entirely, since float32 knows no better, and such tokens follow in the order of relevance, where the original
+takes the square root of what rounding left. K steps of K N each, in float32.
+Letters: N visual tokens (padded), K kept, D hidden size, T text tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from trio_edge.runtime.errors import ScheduleError
+from trio_edge.trio.selection import Selection, TokenInputs, check_num_keep
+from trio_edge.trio.selectors.candidates import (
+    given,
+    picture_tokens,
+    real_tokens,
+    scaled_to_one,
+    unit_rows,
+)
+from trio_edge.trio.selectors.greedy import State, greedy_selection, row_at
+
+_FLOOR = 1e-6
+_EXPLAINED = 1e-4
+
+
+class CdPruner(nn.Module):
+    """CDPruner with relevance in the decoder's embedding space; no parameters."""
+
+    method = "cdpruner"
+    needs_features = False
+    needs_text = True
+
+    def __init__(self, *, num_keep: int, sign: int = 1) -> None:
+        """Fix the shape of the selection.
+
+        Args:
+            num_keep: K.
+            sign: 1 if tokens like the text are relevant, -1 if those unlike it are.
+
+        Raises:
+            ScheduleError: If a value is out of range.
+        """
+        super().__init__()
+        check_num_keep(num_keep)
+        self.num_keep = num_keep
+        if sign not in (1, -1):
+            raise ScheduleError(f"sign: expected 1 or -1, got {sign}; -1 negates the cosine")
+        self.sign = sign
+
+    def forward(self, inputs: TokenInputs) -> Selection:
+        """Return the selection; scores tell the order of choice, K for the first."""
+        real_N = real_tokens(inputs, num_keep=self.num_keep)
+        shown_N = picture_tokens(inputs, num_keep=self.num_keep)
+        unit_ND = unit_rows(inputs.tokens_ND, shown_N)
+        text_D = mean_text(given(inputs.text_TD, "text_TD"), given(inputs.num_text, "num_text"))
+        relevance_N = self.sign * (unit_ND * text_D.to(unit_ND.dtype)).sum(-1)
+        relevance_N = scaled_to_one(relevance_N, shown_N, floor=_FLOOR)
+        scaled_ND = relevance_N[:, None] * unit_ND
+        return _most_determinant(scaled_ND, relevance_N, shown_N, real_N, num_keep=self.num_keep)
+
+
+def mean_text(text_TD: Float[Tensor, "T D"], num_text: Tensor) -> Float[Tensor, "D"]:
+    """Return the mean of the text's unit rows, 0 without text: its dot product with a unit row is the mean cosine."""
+    T = text_TD.shape[0]
+    used_T = torch.arange(T, device=text_TD.device) < num_text.reshape(1)
+    unit_TD = unit_rows(text_TD, used_T)
+    return unit_TD.sum(0) / num_text.clamp(min=1).to(unit_TD.dtype)
+
+
+def _most_determinant(
+    scaled_ND: Float[Tensor, "N D"],
+    relevance_N: Float[Tensor, "N"],
+    shown_N: Bool[Tensor, "N"],
+    real_N: Bool[Tensor, "N"],
+    *,
+    num_keep: int,
+) -> Selection:
+    kernel_NN = scaled_ND @ scaled_ND.T
+    diagonal_N = (scaled_ND * scaled_ND).sum(-1)
+    step_K1 = torch.arange(num_keep, device=kernel_NN.device).to(torch.float32)[:, None]
+    explained_N = relevance_N - 3.0  # below every d², in the order of relevance, which is below 2
+
+    rows_KN = torch.zeros_like(kernel_NN[:1]).expand(num_keep, -1).clone()
+    return greedy_selection(
+        shown_N,
+        real_N,
+        num_keep=num_keep,
+        state=(diagonal_N, rows_KN),
+        constants=(kernel_NN, diagonal_N.clone(), explained_N, step_K1),
+        gain=_variance_left,
+        update=_explain,
+    )
+
+
+def _variance_left(state: State, constants: State) -> Tensor:
+    return torch.where(state[0] > 0, state[0], constants[2])
+
+
+def _explain(state: State, constants: State, best: Tensor, number: Tensor) -> State:
+    (square_N, rows_KN), (kernel_NN, diagonal_N, _, step_K1) = state, constants
+    square = square_N.index_select(0, best)
+    usable = square > 0
+    rest_N = row_at(kernel_NN, best) - (rows_KN.index_select(1, best) * rows_KN).sum(0)
+    row_N = torch.where(usable, rest_N / torch.where(usable, square, 1.0).sqrt(), 0.0)
+    left_N = square_N - row_N * row_N
+    left_N = torch.where(left_N > _EXPLAINED * diagonal_N, left_N, 0.0)
+    return left_N, torch.where(step_K1 == number, row_N[None, :], rows_KN)

@@ -1,0 +1,70 @@
+"""DivPrune: the K tokens whose smallest distance to each other is large (max-min), greedily.
+
+Source: arXiv 2503.02175.
+
+    distance(i, j) = 1 − cos(x_i, x_j)
+    first:  argmax_i  min over j ≠ i of distance(i, j)
+    then:   argmax_i  min over taken t of distance(i, t)
+
+x are the visual tokens as the decoder reads them. As in the original, LLaVA-NeXT's newlines take part like any other
+token (one pool, unpadded). Defaults: none; the original keeps round(r N). Where we differ: a zero row is at distance 1
+from every other (the original divides by zero). K steps of N.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trio_edge.trio.selection import Selection, TokenInputs, check_num_keep
+from trio_edge.trio.selectors.candidates import real_tokens, unit_rows
+from trio_edge.trio.selectors.greedy import State, greedy_selection, row_at
+
+_FAR = 4.0  # beyond every distance, which are at most 2
+
+
+class DivPrune(nn.Module):
+    """DivPrune; no parameters."""
+
+    method = "divprune"
+    needs_features = False
+    needs_text = False
+
+    def __init__(self, *, num_keep: int) -> None:
+        """Fix K.
+
+        Raises:
+            ScheduleError: If it is below 1.
+        """
+        super().__init__()
+        check_num_keep(num_keep)
+        self.num_keep = num_keep
+
+    def forward(self, inputs: TokenInputs) -> Selection:
+        """Return the selection; scores tell the order of choice, K for the first."""
+        real_N = real_tokens(inputs, num_keep=self.num_keep)
+        unit_ND = unit_rows(inputs.tokens_ND, real_N)
+        distance_NN = 1.0 - unit_ND @ unit_ND.T
+        index_N = torch.arange(real_N.shape[0], device=real_N.device)
+        other_NN = (index_N[:, None] != index_N[None, :]) & real_N[None, :]
+        nearest_N = torch.where(other_NN, distance_NN, _FAR).amin(-1)
+
+        return greedy_selection(
+            real_N,
+            real_N,
+            num_keep=self.num_keep,
+            state=(nearest_N,),
+            constants=(distance_NN,),
+            gain=_distance,
+            update=_nearest_taken,
+        )
+
+
+def _distance(state: State, _constants: State) -> Tensor:
+    return state[0]
+
+
+def _nearest_taken(state: State, constants: State, best: Tensor, number: Tensor) -> State:
+    # What decided the first step, the nearest neighbours, is no distance to a taken token.
+    earlier_N = torch.where(number > 0, state[0], _FAR)
+    return (torch.minimum(earlier_N, row_at(constants[0], best)),)

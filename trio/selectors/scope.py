@@ -1,0 +1,63 @@
+"""SCOPE: saliency times newly covered similarity, greedily.
+
+Source: arXiv 2510.24214.
+
+    gain_i = a_i^α Σ_j max(0, cos(x_i, x_j) − max over taken t of cos(x_t, x_j)),   α = 1
+
+x are the vision encoder's features before the projector, a the class row's attention (mean over heads; the sum of the
+original differs by a factor, which changes no order). The cover starts at 0. The weight sits on the candidate, the
+cosine is raw: that is the difference to EADP.
+
+Where we differ: one pool for the whole picture, where the original gives every crop of LLaVA-NeXT the same share.
+Newlines neither cover nor are covered (the original drops them) and fill up only where the picture has fewer than K
+tokens. K steps of N² each.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from trio_edge.runtime.errors import ScheduleError
+from trio_edge.trio.selection import Selection, TokenInputs, check_num_keep
+from trio_edge.trio.selectors.candidates import (
+    given,
+    masked,
+    picture_tokens,
+    real_tokens,
+    unit_rows,
+)
+from trio_edge.trio.selectors.greedy import cover
+
+
+class Scope(nn.Module):
+    """SCOPE; no parameters."""
+
+    method = "scope"
+    needs_features = True
+    needs_text = False
+
+    def __init__(self, *, num_keep: int, exponent: float = 1.0) -> None:
+        """Fix the shape of the selection.
+
+        Args:
+            num_keep: K.
+            exponent: α of the saliency; 0 covers without it.
+
+        Raises:
+            ScheduleError: If a value is out of range.
+        """
+        super().__init__()
+        check_num_keep(num_keep)
+        self.num_keep = num_keep
+        if exponent < 0.0:
+            raise ScheduleError(f"exponent: expected >= 0, got {exponent}; the paper uses 1")
+        self.exponent = exponent
+
+    def forward(self, inputs: TokenInputs) -> Selection:
+        """Return the selection; scores tell the order of choice, K for the first."""
+        real_N = real_tokens(inputs, num_keep=self.num_keep)
+        shown_N = picture_tokens(inputs, num_keep=self.num_keep)
+        unit_NF = unit_rows(given(inputs.features_NF, "features_NF"), shown_N)
+        attention_N = masked(given(inputs.attention_N, "attention_N"), shown_N).clamp(min=0.0)
+        weight_N = attention_N if self.exponent == 1.0 else attention_N**self.exponent
+        return cover(unit_NF @ unit_NF.T, weight_N.to(unit_NF.dtype), shown_N, real_N, num_keep=self.num_keep)

@@ -1,0 +1,47 @@
+"""Evenly spaced tokens: the floor that a real selector must beat.
+
+Token k of K is the one in the middle of its equal share of the real tokens, ⌊(2k + 1) n / 2K⌋, newlines included. It looks
+at positions only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from trio_edge.trio.selection import Selection, TokenInputs, check_num_keep
+from trio_edge.trio.selectors.candidates import real_tokens
+
+
+class Uniform(nn.Module):
+    """Evenly spaced tokens; no parameters."""
+
+    method = "uniform"
+    needs_features = False
+    needs_text = False
+
+    def __init__(self, *, num_keep: int) -> None:
+        """Fix K.
+
+        Raises:
+            ScheduleError: If it is below 1.
+        """
+        super().__init__()
+        check_num_keep(num_keep)
+        self.num_keep = num_keep
+
+    def forward(self, inputs: TokenInputs) -> Selection:
+        """Return the selection; scores are 1 for the kept tokens and 0 for the others."""
+        K = self.num_keep
+        real_N = real_tokens(inputs, num_keep=K)
+        place_K = torch.arange(K, device=real_N.device)
+        count = inputs.num_visual.reshape(1).to(torch.int64)
+        spaced_K = torch.div((2 * place_K + 1) * count, 2 * K, rounding_mode="trunc")
+        kept_K = torch.where(count > K, spaced_K, place_K)
+        index_N = torch.arange(real_N.shape[0], device=real_N.device)
+        kept_N = (kept_K[:, None] == index_N[None, :]).to(torch.float32).amax(0)
+        return Selection(
+            kept_K=kept_K,
+            scores_N=torch.where(real_N, kept_N, -1.0),
+            unsettled=torch.zeros(1, dtype=torch.int32, device=real_N.device),
+        )
