@@ -46,6 +46,26 @@ VIOLATIONS: dict[str, tuple[str, str, int, tuple[str, ...]]] = {
         " else_branch = b () => (float[2] e) { e = Abs(x) }> }"),
         "(If): expected another operator", 18, BOTH,
     ),
+    "loop": (
+        ("(int64 n, bool c, float[2] x) => (float[2] y) { y = Loop (n, c, x) <body = b (int64 i, bool a, float[2] s)"
+         " => (bool a2, float[2] t) { a2 = Identity(a) t = Neg(s) }> }"),
+        "(Loop): expected another operator", 18, BOTH,
+    ),
+    "scan_of_a_dynamic_length": (
+        ("(float[2] x, float[K] k) => (float[2] y) { y = Scan <num_scan_inputs = 1, body = b (float[2] s, float i)"
+         " => (float[2] t) { t = Add(s, i) }> (x, k) }"),
+        "(Scan): expected a fixed number of steps", 18, BOTH,
+    ),
+    "scan_with_an_integer_state": (
+        ("(int64[2] x, float[3] k) => (int64[2] y) { y = Scan <num_scan_inputs = 1, body = b (int64[2] s, float i)"
+         " => (int64[2] t) { t = Neg(s) }> (x, k) }"),
+        "(Scan): expected FLOAT, FLOAT16, BFLOAT16 for 'x'", 18, BOTH,
+    ),
+    "operator_inside_a_scan": (
+        ("(float[2, 2] x, float[3] k) => (float[2, 2] y) { y = Scan <num_scan_inputs = 1, body = b (float[2, 2] s,"
+         " float i) => (float[2, 2] t) { d = Det(s) t = Add(s, d) }> (x, k) }"),
+        "(Det): expected an operator that the parser reads", 18, BOTH,
+    ),
     "operator_inside_a_branch": (
         ("(bool c, float[2] x) => (float[2] y) { y = If (c) <then_branch = a () => (float[2] t) { t = Neg(x) },"
         " else_branch = b () => (float[2] e) { e = Det(x) }> }"),
@@ -210,6 +230,15 @@ def test_symmetric_int4_weights_in_blocks_pass(release: str) -> None:
         " { d = DequantizeLinear <axis = 0, block_size = 2> (w, s) y = MatMul(x, d) }"
     )
     assert findings(graph(text, opset=21), release) == []
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_scan_of_a_fixed_number_of_steps_passes(release: str) -> None:
+    text = (
+        "(float[N, 2] x, float[3] k) => (float[N, 2] y) { y = Scan <num_scan_inputs = 1,"
+        " body = b (float[N, 2] s, float i) => (float[N, 2] t) { t = Add(s, i) }> (x, k) }"
+    )
+    assert findings(graph(text), release) == []
 
 
 def test_dynamic_axis_must_be_a_symbol_that_a_profile_gives_a_size() -> None:
