@@ -141,8 +141,8 @@ def real_rows(hidden_SD: Float[Tensor, "S D"], length: Int[Tensor, "*one"]) -> F
 def rms_norm(rows_SD: Float[Tensor, "S D"], norm: Any) -> Float[Tensor, "S D"]:
     """Return an RMS norm of float32 or float64 rows, in that type."""
     mean_square_S1 = (rows_SD * rows_SD).mean(-1, keepdim=True)
-    normed_SD: Tensor = rows_SD * torch.rsqrt(mean_square_S1 + norm.variance_epsilon)
-    return normed_SD * norm.weight.to(rows_SD.dtype)
+    weight_D: Tensor = norm.weight.to(rows_SD.dtype)
+    return rows_SD * torch.rsqrt(mean_square_S1 + norm.variance_epsilon) * weight_D
 
 
 def normed_rows(

@@ -1,0 +1,192 @@
+"""Every method as a bundle keeps what its torch module keeps on Hugging Face's own hidden states, and gives its logits.
+
+The modules themselves are compared with plain references in tests/trio/selectors; here it is the wiring that is shown:
+the layer before, the prompt, the vision tower's features, the text, positions, merged rows.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.bundles import export
+from tests.hugging_face import Original
+from tests.pictures import random_picture
+from tests.spec.reduced_reference import causal_layer
+from tests.tolerances import LOGITS_FLOAT32
+from trio_edge.export.stage_selectors import stage_selector
+from trio_edge.export.token_selectors import token_selector
+from trio_edge.runtime.image_processing import prepare, token_index
+from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.schedule import Schedule, Stage
+from trio_edge.trio.selection import Prompt, Selection, StageInputs, TokenInputs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PROMPT = "w1 w2 w3 w4 w5 w6"
+STAGE_METHODS = {
+    "fastv": Schedule(stages=(Stage(layer=2, keep=9),), method="fastv", positions="preserved"),
+    "pyramiddrop": Schedule(stages=(Stage(layer=1, keep=20), Stage(layer=2, keep=9)), method="pyramiddrop"),
+    "dart": Schedule(stages=(Stage(layer=2, keep=14),), method="dart", positions="preserved"),
+    "sparsevlm": Schedule(stages=(Stage(layer=1, keep=20), Stage(layer=2, keep=9)), method="sparsevlm"),
+}
+TOKEN_METHODS = ["visionzip", "divprune", "cdpruner"]
+"""One with features and merged rows, one with steps that depend on each other, one with text."""
+
+
+@pytest.fixture(scope="module")
+def original(checkpoint: Path) -> Original:
+    return Original.load(checkpoint)
+
+
+class Sequence:
+    """A prompt's rows on their way through Hugging Face's decoder layers."""
+
+    def __init__(self, original: Original, pipeline: Pipeline, picture: Any) -> None:
+        self.model = original.model
+        processing: Any = pipeline.pictures.processing  # type: ignore[attr-defined]
+        self.pixels = torch.from_numpy(prepare(picture, processing).pixel_values)
+        self.index = torch.from_numpy(token_index(*picture.size, processing)).long()
+        inputs = original.processor(images=picture, text=original.render(PROMPT), return_tensors="pt")
+        with torch.no_grad():
+            self.tokens = self.model.get_image_features(
+                self.pixels[None], image_sizes=inputs["image_sizes"]
+            ).pooler_output[0]
+            self.embeds = self.model.get_input_embeddings()(inputs["input_ids"])
+        spots = inputs["input_ids"][0] == self.model.config.image_token_id
+        self.embeds[0, spots] = self.tokens
+        self.start, self.count = int(spots.nonzero()[0]), int(spots.sum())
+        self.after = self.embeds[0, self.start + self.count :]
+
+
+def scalar(value: int) -> torch.Tensor:
+    return torch.tensor([value], dtype=torch.int32)
+
+
+def rows_after(selection: Selection, hidden: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """Return the reduced rows: gathered, or summed where the selection merges."""
+    visual = hidden[0, start : start + count]
+    kept = visual[selection.kept_K] if selection.weights_KN is None else selection.weights_KN @ visual
+    return torch.cat([hidden[0, :start], kept, hidden[0, start + count :]])[None]
+
+
+@torch.no_grad()
+def through_the_decoder(
+    sequence: Sequence, embeds: torch.Tensor, count: int, schedule: Schedule
+) -> tuple[np.ndarray[Any, Any], list[list[int]]]:
+    """Return the last row's logits and the kept original tokens of every stage."""
+    model, start, hidden = sequence.model, sequence.start, embeds
+    text = model.model.language_model
+    family: Any = SimpleNamespace(layers=text.layers, final_norm=text.norm, lm_head=model.lm_head)
+    prompt = Prompt(embeds[0], scalar(count), scalar(embeds.shape[1]))
+    positions, previous = torch.arange(hidden.shape[1])[None], hidden
+    original, kept_all, stages = np.arange(count), [], [stage.layer for stage in schedule.stages]
+    for layer in range(len(text.layers)):
+        if layer in stages:
+            selector = stage_selector(family, schedule, stage=stages.index(layer), max_visual=count)
+            cos, sin = text.rotary_emb(hidden, positions)
+            rows = torch.arange(start, start + count, dtype=torch.int32)
+            selection = selector(
+                StageInputs(
+                    hidden[0],
+                    cos[0],
+                    sin[0],
+                    rows,
+                    scalar(count),
+                    scalar(hidden.shape[1]),
+                    previous[0],
+                    prompt,
+                )
+            )
+            hidden = rows_after(selection, hidden, start, count)
+            picked = [
+                *range(start),
+                *(start + selection.kept_K).tolist(),
+                *range(start + count, positions.shape[1]),
+            ]
+            positions = positions[:, picked]
+            if schedule.positions == "compact":
+                positions = torch.arange(hidden.shape[1])[None]
+            original, count = original[selection.kept_K.numpy()], len(selection.kept_K)
+            kept_all.append(original.tolist())
+        previous = hidden
+        hidden = causal_layer(model, layer, hidden, positions)
+    return model.lm_head(text.norm(hidden))[0, -1].numpy(), kept_all
+
+
+@pytest.mark.parametrize("method", STAGE_METHODS)
+def test_a_method_inside_the_decoder_equals_its_module(
+    method: str, checkpoint: Path, original: Original
+) -> None:
+    schedule = STAGE_METHODS[method]
+    with Pipeline.from_bundle(export(checkpoint, schedule=schedule)) as pipeline:
+        for size in ((48, 48), (70, 30)):
+            picture = random_picture(*size, seed=size[0])
+            answer = pipeline.generate(picture, PROMPT, max_new_tokens=1)
+            _ = answer.text
+            sequence = Sequence(original, pipeline, picture)
+            logits, kept = through_the_decoder(sequence, sequence.embeds, sequence.count, schedule)
+            assert [indices.tolist() for indices in answer.kept] == kept
+            np.testing.assert_allclose(answer.first_logits, logits, **LOGITS_FLOAT32)
+
+
+def tower_features(sequence: Sequence) -> dict[str, torch.Tensor]:
+    """Return features, mean keys and class attention of each visual token, by Hugging Face's own outputs."""
+    tower: Any = sequence.model.model.vision_tower
+    tower.config._attn_implementation = "eager"
+    with torch.no_grad():
+        output = tower(sequence.pixels, output_hidden_states=True, output_attentions=True)
+        core = getattr(tower, "vision_model", tower)
+        layer, entering = core.encoder.layers[-2], output.hidden_states[-3]
+        keys = layer.self_attn.k_proj(layer.layer_norm1(entering))[:, 1:].unflatten(-1, (2, 16)).mean(2)
+
+    def gathered(rows: torch.Tensor) -> torch.Tensor:
+        flat = rows.flatten(0, 1)
+        return torch.cat([flat, torch.zeros_like(flat[:1])])[sequence.index]
+
+    return {
+        "features_NF": gathered(output.hidden_states[-2][:, 1:]),
+        "keys_NE": gathered(keys),
+        "attention_N": gathered(output.attentions[-2].mean(1)[:, 0, 1:]),
+    }
+
+
+@pytest.mark.parametrize("method", TOKEN_METHODS)
+def test_a_method_before_the_decoder_equals_its_module(
+    method: Any, checkpoint: Path, original: Original
+) -> None:
+    bundle = export(checkpoint, token_method=method, token_keep=15)
+    with Pipeline.from_bundle(bundle) as pipeline:
+        for size in ((48, 48), (70, 30)):
+            picture = random_picture(*size, seed=size[0])
+            answer = pipeline.generate(picture, PROMPT, max_new_tokens=1)
+            _ = answer.text
+            sequence = Sequence(original, pipeline, picture)
+            selector = token_selector(method, num_keep=15)
+            is_newline = sequence.index == len(sequence.pixels) * 9
+            more = tower_features(sequence) if selector.needs_features else {}
+            if selector.needs_text:
+                more |= {"text_TD": sequence.after, "num_text": scalar(len(sequence.after))}
+            selection = selector(TokenInputs(sequence.tokens, scalar(sequence.count), is_newline, **more))
+            embeds = rows_after(selection, sequence.embeds, sequence.start, sequence.count)
+            logits, _ = through_the_decoder(sequence, embeds, 15, Schedule())
+            np.testing.assert_allclose(answer.first_logits, logits, **LOGITS_FLOAT32)
+            assert answer.statistics.visual_tokens == sequence.count
+            assert answer.statistics.average_keep == pytest.approx(15 / sequence.count)
+
+
+def test_a_selection_before_the_decoder_combines_with_stages_inside(checkpoint: Path) -> None:
+    schedule = Schedule(stages=(Stage(layer=2, keep=6),))
+    with Pipeline.from_bundle(
+        export(checkpoint, schedule=schedule, token_method="visionzip", token_keep=15)
+    ) as pipeline:
+        answer = pipeline.generate(random_picture(48, 48), PROMPT, max_new_tokens=2)
+        assert answer.text is not None
+        assert answer.statistics.kept_tokens == (6,)
+        assert answer.statistics.average_keep == pytest.approx((15 + 15 + 6) / (3 * 51))
+        assert list(answer.statistics.graph_ms)[:2] == ["vision", "reduce"]
