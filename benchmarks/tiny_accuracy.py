@@ -2,9 +2,9 @@
 
     python benchmarks/tiny_accuracy.py --count 1000 --out out/accuracy
 
-Exports each bundle once into the output folder (again runs reuse it), asks the same held-out questions of all, writes every
-outcome as JSON, and prints one Markdown table with 95 % Wilson intervals. On a 16-layer model an export takes about half a
-minute and 1,000 questions take about as long.
+Exports each bundle once into the output folder, lets `trio-eval`'s code ask all of them the same held-out questions (again
+runs go on where the last one stopped), writes report.json and prints one Markdown table with 95 %
+intervals. On a 16-layer model an export takes about half a minute and 1,000 questions take about as long.
 """
 
 from __future__ import annotations
@@ -12,20 +12,27 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 from rich.console import Console
-from rich.progress import track
 
 from trio_edge.calibration.baselines import BASELINES
-from trio_edge.calibration.evaluation import Evaluation, evaluate
+from trio_edge.calibration.comparison import RunReport, compare
+from trio_edge.calibration.evaluation import evaluate
+from trio_edge.calibration.questions import digest_of, synthetic_questions
+from trio_edge.calibration.report_table import per_cent
+from trio_edge.calibration.runs import Run, Settings, answer_runs, keys_of, plan_runs
 from trio_edge.calibration.shapes import held_out
 from trio_edge.export.bundle import ExportOptions, ScheduleInputs, export_bundle
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.schedule import Schedule
 from trio_edge.trio.schedule import schedule_for_keep
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _SHIFT = 101  # samples between a question and the picture of the guesser: several questions share a picture
 BUDGETS = {"33.3": 1 / 3, "22.2": 2 / 9, "11.1": 1 / 9}
@@ -33,90 +40,92 @@ BUDGETS = {"33.3": 1 / 3, "22.2": 2 / 9, "11.1": 1 / 9}
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to select at one budget."""
+    """One way to select: a line of the table."""
 
-    selection: str
-    probe_rows: str = "reference"
-    positions: str = "compact"
+    name: str
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """``schedule_for_keep``'s settings."""
+    export: dict[str, Any] = field(default_factory=dict)
+    """``ExportOptions``' other fields."""
+    selection: str = "bundle"
+    """The bundle's own, or a baseline on its schedule."""
 
-    @property
-    def name(self) -> str:
-        """For the table."""
-        if self.selection != "bundle":
-            return f"{self.selection}, {self.positions}"
-        return f"TRIO, {self.probe_rows} rows, {self.positions}"
+    def folder(self, budget: str) -> str:
+        """Name of the bundle, the same for variants that share one."""
+        settings = [f"{key}={value}" for key, value in sorted((self.schedule | self.export).items())]
+        return "-".join([budget, *settings])
 
 
-VARIANTS = [
+VARIANTS = (
+    Variant("TRIO, reference rows, compact", {"probe_rows": "reference", "positions": "compact"}),
+    Variant("TRIO, reference rows, preserved", {"probe_rows": "reference", "positions": "preserved"}),
+    Variant("TRIO, answer rows, compact", {"probe_rows": "answer", "positions": "compact"}),
+    Variant("TRIO, answer rows, preserved", {"probe_rows": "answer", "positions": "preserved"}),
     *(
-        Variant("bundle", rows, positions)
-        for rows, positions in product(("reference", "answer"), ("compact", "preserved"))
+        Variant(f"{name}, {positions}", {"probe_rows": "reference", "positions": positions}, selection=name)
+        for name in BASELINES
+        for positions in ("compact", "preserved")
     ),
-    *(
-        Variant(selection, positions=positions)
-        for selection, positions in product(BASELINES, ("compact", "preserved"))
-    ),
-]
+)
 
 
-def bundle_for(variant: Variant | None, budget: float, folder: Path, model: str) -> Path:
+def bundle_for(variant: Variant | None, budget: str, arguments: argparse.Namespace) -> Path:
     """Return the bundle of a variant, exporting it if it is not there yet; None is keep-all."""
-    if variant is None:
-        path = folder / "bundles" / "all"
-    else:
-        path = folder / "bundles" / f"{100 * budget:.1f}-{variant.probe_rows}-{variant.positions}"
+    path = Path(arguments.out) / "bundles" / ("all" if variant is None else variant.folder(budget))
     if path.exists():
         return path
 
     def schedule(inputs: ScheduleInputs) -> Schedule:
         if variant is None:
             return Schedule()
-        return schedule_for_keep(
-            budget,
-            num_layers=inputs.num_layers,
-            num_visual=inputs.num_visual,
-            probe_rows=variant.probe_rows,
-            positions=variant.positions,
-        )
+        sizes = {"num_layers": inputs.num_layers, "num_visual": inputs.num_visual}
+        return schedule_for_keep(BUDGETS[budget], **sizes, **variant.schedule)
 
-    options = ExportOptions(model=model, out=path, dtype="float32", max_text=32, max_new_tokens=8)
-    export_bundle(options, schedule_for=schedule)
+    options = ExportOptions(model=arguments.model, out=path, dtype="float32", max_text=32, max_new_tokens=8)
+    export_bundle(replace(options, **(variant.export if variant else {})), schedule_for=schedule)
     return path
 
 
-def run(variant: Variant | None, budget: float, arguments: argparse.Namespace) -> Evaluation:
-    """Evaluate one variant on the held-out questions and keep its outcomes."""
-    name = (
-        "all"
-        if variant is None
-        else f"{variant.selection}-{variant.probe_rows}-{variant.positions}-{100 * budget:.1f}"
+def planned(variants: Sequence[Variant], arguments: argparse.Namespace) -> list[Run]:
+    """Return keep-all and every variant at every budget."""
+    full = bundle_for(None, "", arguments)
+    runs = plan_runs([], reference=full)
+    for variant in variants:
+        for budget in arguments.budgets:
+            bundle = bundle_for(variant, budget, arguments)
+            label = f"{variant.name} {budget} %"
+            (run,) = plan_runs([bundle], selections=[variant.selection], labels=[label])
+            runs.append(Run(msgspec.structs.replace(run.info, label=label, method=variant.name), run.bundle))
+    return runs
+
+
+def measured(runs: list[Run], arguments: argparse.Namespace) -> list[RunReport]:
+    """Ask all questions and compare with keep-all."""
+    questions = synthetic_questions(arguments.count, seed=arguments.seed)
+    settings = Settings(workers=arguments.workers, answer_tokens=8)
+    keys = keys_of(runs, settings, data_sha256=digest_of(questions, metric=settings.metric))
+    work = arguments.out / f"work-{arguments.count}-{arguments.seed}"
+    console = Console(stderr=True)
+    answers = answer_runs(
+        runs,
+        keys,
+        questions,
+        settings,
+        folder=work,
+        on_start=lambda run, _done: console.print(run.info.label),
     )
-    questions = held_out(arguments.count, seed=arguments.seed)
-    selection = "bundle" if variant is None else variant.selection
-    with Pipeline.from_bundle(
-        bundle_for(variant, budget, arguments.out, arguments.model), threads=1
-    ) as pipeline:
-        asked = track(
-            questions, total=arguments.count, description=name, console=Console(stderr=True), transient=True
-        )
-        result = evaluate(pipeline, asked, selection=selection)
-    (arguments.out / f"{name}.json").write_text(json.dumps(result.to_dict()), encoding="utf-8")
-    return result
+    return compare(answers.runs, metric=settings.metric)
 
 
-def guesser(arguments: argparse.Namespace) -> Evaluation:
+def guesser(arguments: argparse.Namespace) -> str:
     """Ask every question about another sample's picture: what can be answered without seeing."""
     samples = list(held_out(arguments.count, seed=arguments.seed))
     others = samples[_SHIFT:] + samples[:_SHIFT]
     swapped = [replace(sample, picture=other.picture) for sample, other in zip(samples, others)]
-    with Pipeline.from_bundle(bundle_for(None, 1.0, arguments.out, arguments.model), threads=1) as pipeline:
-        return evaluate(pipeline, swapped)
-
-
-def cell(result: Evaluation) -> str:
-    """Return accuracy and interval in per cent."""
-    low, high = result.accuracy.interval
-    return f"{100 * result.accuracy.value:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+    with Pipeline.from_bundle(bundle_for(None, "", arguments), threads=1) as pipeline:
+        accuracy = evaluate(pipeline, swapped).accuracy
+    low, high = accuracy.interval
+    return f"{100 * accuracy.value:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
 def main() -> None:
@@ -127,26 +136,30 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/accuracy"))
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread")
     parser.add_argument("--budgets", nargs="*", choices=list(BUDGETS), default=list(BUDGETS))
     parser.add_argument("--skip", nargs="*", default=[], help="variants to leave out: words of their names")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
 
-    full = run(None, 1.0, arguments)
+    variants = [v for v in VARIANTS if not any(word in v.name for word in arguments.skip)]
+    full, *others = measured(planned(variants, arguments), arguments)
+    (arguments.out / "report.json").write_text(
+        json.dumps([msgspec.to_builtins(run) for run in (full, *others)]), encoding="utf-8"
+    )
     print(
         f"{arguments.model}, {arguments.count} held-out questions (seed {arguments.seed}), ONNX Runtime CPU (1 thread), float32,"
     )
     print(
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}; exact match in %, 95 % Wilson interval"
     )
-    print(f"\nall visual tokens: {cell(full)}; another sample's picture: {cell(guesser(arguments))}\n")
+    print(f"\nall visual tokens: {per_cent(full.accuracy)}; another sample's picture: {guesser(arguments)}\n")
     print("| selection | " + " | ".join(f"{name} %" for name in arguments.budgets) + " |")
     print("|---|" + "---|" * len(arguments.budgets))
-    for variant in VARIANTS:
-        if any(word in variant.name for word in arguments.skip):
-            continue
-        cells = [cell(run(variant, BUDGETS[name], arguments)) for name in arguments.budgets]
-        print(f"| {variant.name} | " + " | ".join(cells) + " |", flush=True)
+    reports = iter(others)
+    for variant in variants:
+        cells = [per_cent(next(reports).accuracy) for _ in arguments.budgets]
+        print(f"| {variant.name} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ def tokens_per_layer(manifest: Manifest, *, num_visual: int, kept: Sequence[int]
 
     Args:
         manifest: The bundle's.
-        num_visual: Visual tokens that entered the decoder.
+        num_visual: Visual tokens of the picture.
         kept: Per stage what was left.
     """
     return [
         count
-        for graph, count in zip(manifest.ranges, (num_visual, *kept), strict=True)
+        for graph, count in zip(manifest.ranges, (_entering(manifest, num_visual), *kept), strict=True)
         for _ in range(graph.num_layers)
     ]
 
@@ -44,7 +44,7 @@ def prefill_flops(
 
     Args:
         manifest: The bundle's.
-        num_visual: Visual tokens that entered the decoder.
+        num_visual: Visual tokens of the picture.
         kept: Per stage what was left.
         num_text: Text tokens of the prompt.
         select: False for selections that compute nothing.
@@ -57,13 +57,21 @@ def prefill_flops(
     return decoder + vision + stages
 
 
+def _entering(manifest: Manifest, num_visual: int) -> int:
+    """Return the visual tokens that enter the decoder."""
+    return num_visual if manifest.token_keep is None else min(manifest.token_keep, num_visual)
+
+
 def _select_flops(manifest: Manifest, shape: ModelShape, *, num_visual: int, num_text: int) -> float:
-    if not manifest.schedule.stages or not num_visual:
+    counted = manifest.cost.reduced_flops["select"]
+    if not counted or not num_visual:
         return 0.0
-    cost = manifest.cost
-    here = reduction_cost(shape, manifest.schedule, num_visual=num_visual, num_text=num_text)
-    there = reduction_cost(shape, manifest.schedule, num_visual=cost.num_visual, num_text=cost.num_text)
-    return cost.reduced_flops["select"] * here.select_flops / there.select_flops
+
+    def stages(tokens: int, text: int) -> float:
+        entering = _entering(manifest, tokens)
+        return reduction_cost(shape, manifest.schedule, num_visual=entering, num_text=text).select_flops
+
+    return counted * stages(num_visual, num_text) / stages(manifest.cost.num_visual, manifest.cost.num_text)
 
 
 def _decoder_shape(manifest: Manifest) -> ModelShape:

@@ -38,7 +38,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the metric compared of it."""
     score: float
     visual_tokens: int
-    """Visual tokens that entered the decoder."""
+    """Visual tokens of the picture, before any selection that is a graph of its own."""
     processed_tokens: float
     """Mean over decoder layers of the visual tokens processed."""
     text_tokens: int

@@ -85,7 +85,7 @@ class RunReport(_Part, frozen=True):
     yes_no: YesNoRates | None
     """With the metric yes-no."""
     visual_tokens: float
-    """Mean that entered the decoder."""
+    """Mean of the pictures, before any selection that is a graph of its own."""
     processed_tokens: float
     """Mean over questions and decoder layers of the visual tokens processed."""
     average_keep: float
@@ -145,15 +145,17 @@ def method_of(manifest: Manifest, selection: str) -> str:
     schedule = manifest.schedule
     if selection != OWN_SELECTION:
         return selection if schedule.positions == "compact" else f"{selection}, {schedule.positions}"
-    encoder = [] if manifest.encoder_keep is None else ["encoder"]
+    before = [] if manifest.encoder_keep is None else ["encoder"]
+    if manifest.token_method is not None:
+        before.append(manifest.token_method)
     decoder = []
     if schedule.stages:
         settings = [
-            *(["answer rows"] if schedule.probe_rows == "answer" else []),
+            *(["answer rows"] if schedule.method == "trio" and schedule.probe_rows == "answer" else []),
             *(["preserved"] if schedule.positions == "preserved" and manifest.position_axes == 1 else []),
         ]
-        decoder = [", ".join(["TRIO", *settings])]
-    return " + ".join([*encoder, *decoder]) or "keep-all"
+        decoder = [", ".join([schedule.method, *settings])]
+    return " + ".join([*before, *decoder]) or "keep-all"
 
 
 def compare(runs: Sequence[tuple[RunInfo, Mapping[int, Outcome]]], *, metric: str) -> list[RunReport]:

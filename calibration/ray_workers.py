@@ -5,6 +5,7 @@ Pictures travel with the questions; the bundle must lie at the same path on ever
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 _TASKS_PER_ACTOR = 2
+_CONNECT_SECONDS = 10
 
 
 def check_ray() -> None:
@@ -44,9 +46,10 @@ def answer_on_cluster(
     check_ray()
     import ray
 
+    _check_reachable(address)
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise BackendError(
             f"--ray {address}: expected a running Ray cluster ({str(error).splitlines()[0]}); start one with ray start"
         ) from None
@@ -82,6 +85,20 @@ def _answers(ray: Any, asking: Asking, tasks: Iterable[Task], *, workers: int) -
         for reference in done:
             give(owner.pop(reference))
             yield ray.get(reference)
+
+
+def _check_reachable(address: str) -> None:
+    """Raise BackendError at once where ray itself would go on trying for a minute."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return
+    try:
+        with socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS):
+            pass
+    except (OSError, ValueError, OverflowError) as error:
+        raise BackendError(
+            f"--ray {address}: expected a running Ray cluster, got no answer ({error}); start one with ray start"
+        ) from None
 
 
 def _portable(task: Task) -> Task:

@@ -252,7 +252,7 @@ def _names(bundles: Sequence[Path]) -> list[str]:
 
 def _check_reference(reference: Bundle, bundles: Sequence[Bundle]) -> None:
     manifest = reference.manifest
-    if manifest.schedule.stages or manifest.encoder_keep is not None:
+    if manifest.schedule.stages or manifest.encoder_keep is not None or manifest.token_keep is not None:
         raise DataError(
             f"--reference {reference.folder}: expected a keep-all bundle, got one that keeps"
             f" {100 * manifest.average_keep:.1f} %; export one with --keep 100%"

@@ -46,7 +46,7 @@ def report(
 
 def test_the_reference_comes_first_and_every_selection_is_a_run(report: dict[str, Any]) -> None:
     methods = [(run["run"]["method"], run["run"]["is_reference"]) for run in report["runs"]]
-    assert methods == [("keep-all", True), ("TRIO", False), ("random", False)]
+    assert methods == [("keep-all", True), ("trio", False), ("random", False)]
 
 
 def test_visual_tokens_are_the_true_average_over_layers(report: dict[str, Any]) -> None:
