@@ -8,8 +8,8 @@ Ties are common: of two tokens that cover only each other, both gain the same, b
 every runtime. So a gain within 1e-5 (relative) of the best one is a tie.
 
 ``Scan`` and not ``Loop``: torch.onnx writes a ``while_loop`` as a Loop that ends by a condition, whose number of steps no
-build can know. ``ArgMax`` is avoided: it has no tolerance, and TensorRT's takes no vector. Exporting needs torch 2.9, the
-first that translates ``scan``.
+build can know. ``ArgMax`` is avoided: it has no tolerance, and TensorRT's takes no vector. torch.onnx translates ``scan``
+since pytorch/pytorch#154513 (mid-2025); tried with torch 2.13.
 Letters: N visual tokens (padded), K kept = steps.
 """
 
