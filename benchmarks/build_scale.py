@@ -34,7 +34,7 @@ SAMPLE_SECONDS = 0.05
 
 @dataclass
 class ChildMemory:
-    """Largest memory of this process's children since the last ``take``, in bytes."""
+    """Largest memory of this process's children since the last ``forget``, in bytes."""
 
     anonymous: int = 0
     mapped: int = 0
@@ -48,11 +48,9 @@ class ChildMemory:
     def __exit__(self, *_: object) -> None:
         self._done.set()
 
-    def take(self) -> tuple[int, int, int]:
-        """Return largest resident, anonymous and mapped memory, and begin again."""
-        peaks = self.resident, self.anonymous, self.mapped
+    def forget(self) -> None:
+        """Begin again."""
         self.resident = self.anonymous = self.mapped = 0
-        return peaks
 
     def _sample(self) -> None:
         while not self._done.wait(SAMPLE_SECONDS):
@@ -87,15 +85,15 @@ def make_bundle(bundle: Path, options: argparse.Namespace) -> None:
     shutil.rmtree(checkpoint)
 
 
-def row(plan: BuildPlan, entry: EngineEntry, memory: tuple[int, int, int]) -> str:
+def row(plan: BuildPlan, entry: EngineEntry, memory: ChildMemory) -> str:
     graph = next(graph for graph in plan.graphs if graph.spec.name == entry.graph)
     layers = f" ({graph.spec.num_layers})" if graph.spec.num_layers else ""
-    resident, anonymous, mapped = memory
     sizes = graph.spec.weight_bytes, entry.num_bytes
     return (
         f"| {entry.graph}{layers} | {len(entry.profiles)} | {gigabytes(sizes[0])} | {gigabytes(sizes[1])}"
-        f" | {sizes[1] / sizes[0]:.3f} | {entry.build_seconds:.1f} s | {gigabytes(max(resident, entry.peak_memory_bytes or 0))}"
-        f" | {gigabytes(anonymous)} | {gigabytes(mapped)} | {gigabytes(graph.memory.peak_bytes)} |"
+        f" | {sizes[1] / sizes[0]:.3f} | {entry.build_seconds:.1f} s"
+        f" | {gigabytes(max(memory.resident, entry.peak_memory_bytes or 0))}"
+        f" | {gigabytes(memory.anonymous)} | {gigabytes(memory.mapped)} | {gigabytes(graph.memory.peak_bytes)} |"
     )
 
 
@@ -117,8 +115,8 @@ def report(bundle: Path, options: argparse.Namespace) -> None:
     start = time.perf_counter()
     with ChildMemory() as memory:
         progress = BuildProgress(
-            graph=lambda _graph: None if memory.take() else None,
-            done=lambda entry: print(row(plan, entry, memory.take()), flush=True),
+            graph=lambda _graph: memory.forget(),
+            done=lambda entry: print(row(plan, entry, memory), flush=True),
             warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True),
         )
         engine_set = build_engines(plan, progress=progress)

@@ -124,9 +124,7 @@ def _print_plan(bundle: Bundle, options: BuildOptions) -> None:
         plan = plan_build(bundle, options)
     except BackendError:
         count = max(1, len(options.compute_capabilities))
-        _print_graphs(
-            planned_graphs(bundle, options.graphs, backend=options.backend, num_architectures=count)
-        )
+        _print_graphs(planned_graphs(bundle, options.graphs, num_architectures=count))
         raise
     _print_graphs(plan.graphs)
     for name, text in _plan_lines(plan).items():

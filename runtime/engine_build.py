@@ -9,10 +9,11 @@ import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.bundle import sha256_of
-from trio_edge.runtime.engine_child import Job, run_job
+from trio_edge.runtime.engine_child import HEAD_ROLES, Job, run_job
 from trio_edge.runtime.engine_folder import engines_beside
 from trio_edge.runtime.engine_host import Host, available_memory_bytes, find_host
 from trio_edge.runtime.engine_memory import BuildMemory, estimate_memory
@@ -122,9 +123,15 @@ class BuildProgress:
 
 
 def planned_graphs(
-    bundle: Bundle, names: Sequence[str], *, backend: str, num_architectures: int
+    bundle: Bundle, names: Sequence[str], *, tensorrt: TensorRT | None = None, num_architectures: int = 1
 ) -> tuple[PlannedGraph, ...]:
     """Return the graphs called ``names``, or all, in the bundle's order, with their estimates.
+
+    Args:
+        bundle: The bundle.
+        names: Graphs; empty for all.
+        tensorrt: What builds them. [default: something like tensorrt-rtx]
+        num_architectures: Compute capabilities that they are built for.
 
     Raises:
         BackendError: If there is no such graph.
@@ -134,14 +141,14 @@ def planned_graphs(
         raise BackendError(
             f"--graphs: expected some of {', '.join(known)}, got {unknown[0]!r}; choose among them"
         )
-    chosen = [spec for spec in bundle.manifest.graphs if not names or spec.name in names]
-    kind = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
-    return tuple(
-        PlannedGraph(
-            spec=spec, memory=estimate_memory(spec, backend=kind, num_architectures=num_architectures)
-        )
-        for spec in chosen
+    estimate = partial(
+        estimate_memory,
+        backend="tensorrt-rtx" if tensorrt is None else tensorrt.backend,
+        streams_engines=tensorrt is None or tensorrt.streams_engines,
+        num_architectures=num_architectures,
     )
+    chosen = [spec for spec in bundle.manifest.graphs if not names or spec.name in names]
+    return tuple(PlannedGraph(spec=spec, memory=estimate(spec)) for spec in chosen)
 
 
 def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = None) -> BuildPlan:
@@ -160,7 +167,12 @@ def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = Non
         raise BackendError(
             f"--split-lm-head: expected 1 or more blocks, got {options.split_lm_head}; 4 is usual"
         )
-    planned_graphs(bundle, options.graphs, backend="tensorrt-rtx", num_architectures=1)
+    graphs = planned_graphs(bundle, options.graphs)
+    if options.split_lm_head > 1 and not any(graph.spec.role in HEAD_ROLES for graph in graphs):
+        raise BackendError(
+            f"--split-lm-head: expected head or a select graph in --graphs, got {', '.join(options.graphs)};"
+            " leave one of the options away"
+        )
     backend = choose_backend(options.backend, host=host, ahead_of_time=bool(options.compute_capabilities))
     tensorrt = load_tensorrt(backend)
     capabilities = resolve_capabilities(options.compute_capabilities, tensorrt=tensorrt, host=host)
@@ -172,7 +184,7 @@ def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = Non
         host=host,
         folder=folder,
         compute_capabilities=capabilities,
-        graphs=planned_graphs(bundle, options.graphs, backend=backend, num_architectures=len(capabilities)),
+        graphs=planned_graphs(bundle, options.graphs, tensorrt=tensorrt, num_architectures=len(capabilities)),
         kept=_kept_engines(folder, bundle, options, tensorrt=tensorrt, host=host),
         options=options,
     )

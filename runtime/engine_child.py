@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.manifest import GraphSpec, Profile
 
+HEAD_ROLES = ("head", "select")
+"""Graphs that hold the lm_head."""
 _STEP_SECONDS = 0.1  # steps are reported at most this often
 _PIECE_BYTES = 16 << 20
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG
@@ -131,7 +133,7 @@ def _run_passes(job: Job, network: Network) -> None:
     rows = {profile.sizes.get("S", 0) for profile in job.spec.profiles}
     if 1 in rows and len(rows) > 1:
         separate_products(network)
-    if job.split_lm_head > 1 and job.spec.role in ("head", "select"):
+    if job.split_lm_head > 1 and job.spec.role in HEAD_ROLES:
         split_lm_head(
             network, vocab_size=job.vocab_size, hidden_size=job.hidden_size, num_blocks=job.split_lm_head
         )

@@ -3,12 +3,15 @@
 W are the graph's weights, in bytes:
 
     engine   W + profiles * architectures * 3 MB of kernels
-    peak     W        the weight files, which the parser maps: the system can take these pages back
-           + 2 * W    TensorRT's own copy and the serialized engine
-           + W        with ``tensorrt`` only: the copy on the GPU on which tactics are timed (a Jetson's memory is the same)
-           + 0.4 GB   Python, TensorRT's libraries, the optimizer
+    peak     W                 the weight files, which the parser maps: the system can take these pages back
+           + W                 TensorRT's copy, out of which the engine is written piece by piece
+           + W                 where the release cannot do so (before 10.13 or so): the serialized engine
+           + W                 with ``tensorrt``: the copy on the GPU on which tactics are timed; on a Jetson it is the same memory
+           + min(W, 0.6 GB)    what the optimizer works on
+           + 0.4 GB            Python and TensorRT's libraries
 
-Checked with tensorrt-rtx 1.7 on the graphs of LLaVA-NeXT-7B (docs/build.md); the line for ``tensorrt`` is not measured.
+The lines of tensorrt-rtx are fitted to version 1.7 on the graphs of LLaVA-NeXT-7B (docs/build.md has them beside what
+was measured); the two others are not measured.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 _KERNELS_BYTES = 3_000_000
 _BASE_BYTES = 400_000_000
+_WORK_BYTES = 600_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,18 +40,21 @@ class BuildMemory:
     """Resident memory of the process that builds it."""
 
 
-def estimate_memory(spec: GraphSpec, *, backend: EngineBackend, num_architectures: int) -> BuildMemory:
+def estimate_memory(
+    spec: GraphSpec, *, backend: EngineBackend, streams_engines: bool, num_architectures: int
+) -> BuildMemory:
     """Return what building the engine of ``spec`` is expected to take.
 
     Args:
         spec: The graph.
         backend: "tensorrt" keeps the weights on the GPU while it builds.
+        streams_engines: As ``TensorRT.streams_engines``.
         num_architectures: Compute capabilities that the engine is for.
     """
     weights = spec.weight_bytes
-    on_gpu = weights if backend == "tensorrt" else 0
+    copies = 2 + (backend == "tensorrt") + (not streams_engines)
     return BuildMemory(
         engine_bytes=weights + len(spec.profiles) * num_architectures * _KERNELS_BYTES,
         mapped_bytes=weights,
-        peak_bytes=3 * weights + on_gpu + _BASE_BYTES,
+        peak_bytes=copies * weights + min(weights, _WORK_BYTES) + _BASE_BYTES,
     )
