@@ -13,6 +13,7 @@ from rich.table import Table
 
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.command_line import run
+from trio_edge.runtime.engines import engine_sets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,9 +30,10 @@ def command(bundle: Path, as_json: bool, show_io: bool, verify: bool) -> int:
     """Show the graphs, sizes, schedule and cost of BUNDLE."""
     manifest = open_bundle(bundle, hash_all=verify).manifest
     if as_json:
-        print(json.dumps(summary(manifest), indent=1))
+        print(json.dumps({**summary(manifest), "engines": _engines(bundle)}, indent=1))
     else:
         _print(manifest, show_io=show_io)
+        _print_engines(_engines(bundle))
     return 0
 
 
@@ -107,6 +109,22 @@ def _graph_summary(graph: GraphSpec) -> dict[str, Any]:
     }
 
 
+def _engines(bundle: Path) -> list[dict[str, Any]]:
+    """Return the engines that lie in the bundle, whether or not they run on this machine."""
+    return [
+        {
+            "target": target,
+            "backend": engines.backend,
+            "tensorrt_version": engines.tensorrt_version,
+            "compute_capabilities": list(engines.compute_capabilities),
+            "platform": engines.platform,
+            "num_bytes": engines.num_bytes,
+            "graphs": [entry.graph for entry in engines.engines],
+        }
+        for target, engines in engine_sets(bundle).items()
+    ]
+
+
 def _io(tensor: TensorSpec) -> dict[str, Any]:
     return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
 
@@ -178,3 +196,12 @@ def _print_io(console: Console, manifest: Manifest) -> None:
             for tensor in tensors:
                 table.add_row(graph.name, direction, tensor.name, tensor.dtype, str(list(tensor.shape)))
     console.print(table)
+
+
+def _print_engines(engines: list[dict[str, Any]]) -> None:
+    for entry in engines:
+        text = (
+            f"{entry['target']}: {len(entry['graphs'])} graphs, {entry['num_bytes'] / 1e6:.1f} MB,"
+            f" {entry['backend']} {entry['tensorrt_version']}, {entry['platform']}"
+        )
+        Console().print(f"[bold]{'engines':14}[/] {escape(text)}", highlight=False, soft_wrap=True)

@@ -272,6 +272,7 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
     Raises:
         BackendError: If a graph cannot be built, the memory or the disk does not suffice, or it cannot be written.
     """
+    gpu = plan.host.gpu
     manifest_digest = sha256_of(plan.bundle.folder / MANIFEST_NAME)
     with engines_beside(plan.folder, num_bytes=plan.disk_bytes) as folder:
         for entry in plan.kept:
@@ -287,8 +288,8 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
             tensorrt_version=plan.tensorrt.version,
             compute_capabilities=plan.compute_capabilities,
             platform=plan.host.platform,
-            gpu=plan.host.gpu and plan.host.gpu.name,
-            driver=plan.host.gpu and plan.host.gpu.driver,
+            gpu=None if gpu is None else gpu.name,
+            driver=None if gpu is None else gpu.driver,
             manifest_sha256=manifest_digest,
             detailed_layers=plan.options.detailed_layers,
             split_lm_head=plan.options.split_lm_head,

@@ -8,6 +8,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _CUDA_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
@@ -78,16 +79,16 @@ def find_gpu(library: str = _CUDA_LIBRARY) -> Gpu | None:
         return None
     device, major, minor, version = (ctypes.c_int() for _ in range(4))
     name, memory = ctypes.create_string_buffer(_NAME_BYTES), ctypes.c_size_t()
-    calls = (
-        lambda: cuda.cuInit(0),
-        lambda: cuda.cuDeviceGet(ctypes.byref(device), 0),
-        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device),
-        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device),
-        lambda: cuda.cuDeviceGetName(name, _NAME_BYTES, device),
-        lambda: cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device),
-        lambda: cuda.cuDriverGetVersion(ctypes.byref(version)),
+    calls: tuple[tuple[str, tuple[Any, ...]], ...] = (
+        ("cuInit", (0,)),
+        ("cuDeviceGet", (ctypes.byref(device), 0)),
+        ("cuDeviceGetAttribute", (ctypes.byref(major), _MAJOR, device)),
+        ("cuDeviceGetAttribute", (ctypes.byref(minor), _MINOR, device)),
+        ("cuDeviceGetName", (name, _NAME_BYTES, device)),
+        ("cuDeviceTotalMem_v2", (ctypes.byref(memory), device)),
+        ("cuDriverGetVersion", (ctypes.byref(version),)),
     )
-    if any(call() != 0 for call in calls):
+    if any(getattr(cuda, function)(*arguments) != 0 for function, arguments in calls):
         return None
     cuda_version = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
     kernel = _kernel_driver()
