@@ -349,7 +349,7 @@ def _fail(answers: Answers) -> int:
 def _progress(total: int, *, quiet: bool) -> Iterator[tuple[Callable[[Run, int], None], Callable[[], None]]]:
     """Yield what to call at the start of a run and after each answer."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]}"),

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, final
 
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
-from loguru import logger
 from PIL import Image
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import track
 
 from trio_edge.calibration.answer_cost import processed_tokens
 from trio_edge.runtime.errors import ShapeError
@@ -66,7 +66,8 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return the answer to each request, greedily unless its task asks for a temperature."""
         answers, entered, processed = [], 0.0, 0.0
-        for request in tqdm(requests, desc=NAME, disable=self.rank != 0):
+        console = Console(stderr=True)
+        for request in track(requests, description=NAME, console=console, disable=self.rank != 0):
             context, settings, doc_to_visual, doc_id, task, split = request.args
             pictures = doc_to_visual(self.task_dict[task][split][doc_id]) or []
             generation = self._pipeline.generate(
@@ -80,7 +81,7 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
                 self._pipeline.manifest, num_visual=statistics.visual_tokens, kept=statistics.kept_tokens
             )
         count = max(len(answers), 1)
-        logger.info(f"visual tokens: {entered / count:.1f} in, {processed / count:.1f} kept on average")
+        console.print(f"visual tokens: {entered / count:.1f} in, {processed / count:.1f} kept on average")
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:

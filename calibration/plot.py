@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from trio_edge.calibration.report_table import flops_unit
 from trio_edge.runtime.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def draw_plot(report: Report, path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    unit, size = ("TFLOPs", 1e12) if max(run.flops for run in report.runs) >= 1e12 else ("GFLOPs", 1e9)
+    unit, size = flops_unit(max(run.flops for run in report.runs))
     methods = list(dict.fromkeys(run.run.method for run in report.runs))
     for number, method in enumerate(methods):
         runs = sorted((run for run in report.runs if run.run.method == method), key=lambda run: run.flops)

@@ -6,7 +6,8 @@ import shutil
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from trio_edge.calibration.comparison import AgainstReference, Estimate, Report, RunReport
@@ -28,6 +29,7 @@ def print_report(report: Report) -> None:
         f"{data.name}: {data.compared} of {data.questions} questions, metric {data.metric}; {conditions.backend},"
         f" {conditions.workers} x {conditions.threads} threads; 95 % intervals",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -39,18 +41,22 @@ def per_cent(estimate: Estimate, *, signed: bool = False) -> str:
     return f"{100 * estimate.value:{sign}.1f} ({100 * low:{sign}.1f} – {100 * high:{sign}.1f})"
 
 
-def format_flops(flops: float) -> str:
-    """Return FLOPs with a fitting unit."""
-    for unit, size in (("T", 1e12), ("G", 1e9)):
-        if flops >= size:
-            return f"{flops / size:.2f} {unit}FLOPs"
-    return f"{flops / 1e6:.2f} MFLOPs"
+def flops_unit(largest: float) -> tuple[str, float]:
+    """Return a unit that fits FLOPs up to ``largest``, and its size."""
+    for unit, size in (("TFLOPs", 1e12), ("GFLOPs", 1e9)):
+        if largest >= size:
+            return unit, size
+    return "MFLOPs", 1e6
+
+
+def _run_column() -> Column:
+    return Column("run", overflow="fold")  # the end of a name tells runs apart
 
 
 def _accuracy_table(report: Report) -> Table:
-    table = Table("run", "accuracy %", "minus keep-all", "retained %", "same answer %", "KL, nats")
+    table = Table(_run_column(), "accuracy %", "minus keep-all", "retained %", "same answer %", "KL, nats")
     for run in report.runs:
-        table.add_row(run.run.label, per_cent(run.accuracy), *_against(run.against_reference))
+        table.add_row(escape(run.run.label), per_cent(run.accuracy), *_against(run.against_reference))
     return table
 
 
@@ -66,16 +72,17 @@ def _against(against: AgainstReference | None) -> tuple[str, str, str, str]:
 
 
 def _cost_table(report: Report) -> Table:
+    unit, size = flops_unit(max(run.flops for run in report.runs))
     table = Table(
-        "run", "tokens in", "kept on average", "FLOPs", "fewer", "first token ms", "faster", "tokens/s"
+        _run_column(), "tokens in", "kept on average", unit, "fewer", "first token ms", "faster", "tokens/s"
     )
     for run in report.runs:
         against = run.against_reference
         table.add_row(
-            run.run.label,
+            escape(run.run.label),
             f"{run.visual_tokens:.1f}",
             f"{run.processed_tokens:.1f} ({100 * run.average_keep:.1f} %)",
-            format_flops(run.flops),
+            f"{run.flops / size:.2f}",
             "" if against is None else f"{against.flops_ratio:.2f}x",
             f"{run.ttft_ms:.1f}",
             "" if against is None else f"{against.ttft_ratio:.2f}x",
@@ -85,19 +92,21 @@ def _cost_table(report: Report) -> Table:
 
 
 def _yes_no_table(report: Report) -> Table:
-    table = Table("run", "accuracy %", "precision %", "recall %", "F1 %", "yes %")
+    table = Table(_run_column(), "accuracy %", "precision %", "recall %", "F1 %", "yes %")
     for run in report.runs:
         if (rates := run.yes_no) is not None:
             values = (rates.accuracy, rates.precision, rates.recall, rates.f1, rates.yes_ratio)
-            table.add_row(run.run.label, *(f"{100 * value:.1f}" for value in values))
+            table.add_row(escape(run.run.label), *(f"{100 * value:.1f}" for value in values))
     return table
 
 
 def _kind_table(report: Report) -> Table:
     kinds = list(report.runs[0].by_kind)
-    table = Table("run", *(f"{kind} ({report.runs[0].by_kind[kind].questions})" for kind in kinds))
+    table = Table(
+        _run_column(), *(f"{escape(kind)} ({report.runs[0].by_kind[kind].questions})" for kind in kinds)
+    )
     for run in report.runs:
-        table.add_row(run.run.label, *_kind_cells(run, kinds))
+        table.add_row(escape(run.run.label), *_kind_cells(run, kinds))
     return table
 
 

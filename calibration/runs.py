@@ -106,7 +106,7 @@ def plan_runs(
             continue
         for selection in selections:
             _check_selection(bundle, selection)
-            label = name if selection == OWN_SELECTION else f"{name} [{selection}]"
+            label = name if selection == OWN_SELECTION else f"{name} ({selection})"
             runs.append(_run(bundle, label, selection, is_reference=False))
     wanted = [(run.info.bundle_sha256, run.info.selection) for run in runs]
     for index, run in enumerate(runs):

@@ -131,9 +131,9 @@ def test_tables_are_printed(
     keep_all_bundle: Path, reduced_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [str(reduced_bundle), "--reference", str(keep_all_bundle), "--count", "3", "--quiet"]
-    assert cli_eval.main(arguments) == 0
+    assert cli_eval.main([*arguments, "--selection", "random"]) == 0
     output = capsys.readouterr().out
-    for words in ("accuracy %", "minus keep-all", "kept on average", "FLOPs", "3 of 3 questions"):
+    for words in ("(random)", "accuracy %", "minus keep-all", "kept on average", "FLOPs", "3 of 3 questions"):
         assert words in output
 
 

@@ -1,0 +1,64 @@
+"""lmms-eval runs a local task through a bundle, found by the package's entry point. Needs lmms-eval, which CI does not install."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.calibration.question_files import questions_about, write_questions
+from trio_edge.calibration import cli_eval
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TASK = """
+task: trio_edge_local
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function functions.doc_to_visual
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {max_new_tokens: 16, temperature: 0, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+FUNCTIONS = """
+from pathlib import Path
+from PIL import Image
+
+def doc_to_visual(doc):
+    return [Image.open(Path(__file__).parent / doc["image"])]
+"""
+
+
+def test_the_package_names_its_model_for_lmms_eval() -> None:
+    (found,) = (entry for entry in entry_points(group="lmms_eval.models") if entry.name == "trio_edge")
+    assert found.value == "trio_edge.calibration.lmms_eval_model:manifest"
+
+
+def test_lmms_eval_gets_the_answers_that_trio_eval_gets(reduced_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lmms_eval", reason="needs pip install lmms-eval")
+    data = write_questions(tmp_path, questions_about(6))
+    (tmp_path / "local.yaml").write_text(TASK.replace("DATA", str(data)))
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+    command = [
+        sys.executable, "-m", "lmms_eval", "--model", "trio_edge", "--model_args",
+        f"pretrained={reduced_bundle},threads=1", "--tasks", "trio_edge_local", "--include_path", str(tmp_path),
+        "--batch_size", "1", "--output_path", str(tmp_path / "out"), "--log_samples",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, env={**os.environ, "HF_HOME": str(tmp_path / "home")}, timeout=300)
+    (samples,) = (tmp_path / "out").rglob("*samples*.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    theirs = [line["filtered_resps"][0] for line in sorted(lines, key=lambda line: line["doc_id"])]
+    report = tmp_path / "report.json"
+    arguments = [str(reduced_bundle), "--data", str(data), "--json", str(report), "--quiet"]
+    assert cli_eval.main(arguments) == 0
+    outcomes = json.loads(report.read_text())["runs"][0]["outcomes"]
+    assert theirs == [outcome["text"].strip() for outcome in outcomes]
