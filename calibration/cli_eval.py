@@ -243,7 +243,7 @@ def _ask(options: _DataOptions) -> _Asked:
         questions = synthetic_questions(count, seed=options.seed)
     else:
         path = Path(options.data)
-        questions = read_questions(path, split=options.split, suffix=options.suffix)[: options.count]
+        questions = read_questions(path, split=options.split, suffix=options.suffix, count=options.count)
     metric = _metric(options, questions)
     check_metric(questions, metric)
     part = shard_of(questions, shard=shard, num_shards=num_shards)

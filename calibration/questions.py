@@ -92,7 +92,9 @@ def synthetic_questions(count: int, *, seed: int) -> list[Question]:
     return questions_of(held_out(count, seed=seed))
 
 
-def read_questions(path: Path, *, split: str | None = None, suffix: str = "") -> list[Question]:
+def read_questions(
+    path: Path, *, split: str | None = None, suffix: str = "", count: int | None = None
+) -> list[Question]:
     """Return the questions of a JSON-lines file, one object a line.
 
     Fields: ``image`` (a path relative to the file), ``question``, ``answers`` (a list) or ``answer``; optional ``id``,
@@ -102,6 +104,7 @@ def read_questions(path: Path, *, split: str | None = None, suffix: str = "") ->
         path: The file.
         split: Only lines with this ``split``.
         suffix: Appended to every prompt, after a line break.
+        count: Questions at most; later lines are not looked at.
 
     Raises:
         DataError: If the file cannot be read, has no question, or a line is not of that form or names a picture that
@@ -116,6 +119,8 @@ def read_questions(path: Path, *, split: str | None = None, suffix: str = "") ->
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        if len(questions) == count:
+            break
         where = f"{path}:{number}"
         entry = _entry(line, where=where)
         if split is not None and entry.get("split") != split:

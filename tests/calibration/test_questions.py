@@ -48,6 +48,12 @@ def test_a_split_takes_its_lines_only(tmp_path: Path) -> None:
     assert [(question.index, question.sample_id) for question in questions] == [(0, "random"), (1, "random")]
 
 
+def test_a_count_stops_before_later_lines(tmp_path: Path) -> None:
+    path = write_questions(tmp_path, [LINE, LINE])
+    path.write_text(path.read_text() + "{", encoding="utf-8")
+    assert len(read_questions(path, count=2)) == 2
+
+
 BAD_LINES: dict[str, tuple[str, str]] = {
     "not_json": ("{", "expected one JSON object"),
     "a_list": ("[]", "expected one JSON object"),
