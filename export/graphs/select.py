@@ -89,7 +89,10 @@ def _with_merged(
     visual_ND = hidden_SD.index_select(0, visual_rows_N).to(torch.float32)
     real_N = torch.arange(visual_ND.shape[0]) < num_visual
     merged_KD = torch.matmul(weights_KN, torch.where(real_N[:, None], visual_ND, 0.0)).to(kept_RD.dtype)
+    is_merged_K = (weights_KN > 0).to(torch.float32).sum(-1) > 1.0
     place_R = torch.arange(kept_RD.shape[0]) - visual_rows_N[:1]
     in_span_R = (place_R >= 0) & (place_R < num_visual.clamp(max=num_keep))
-    spread_RD = merged_KD.index_select(0, place_R.clamp(0, num_keep - 1).to(torch.int64))
-    return torch.where(in_span_R[:, None], spread_RD, kept_RD)
+    place_R = place_R.clamp(0, num_keep - 1).to(torch.int64)
+    # only these rows: a product with a single 1 may round where TensorRT takes TF32
+    takes_R = in_span_R & is_merged_K.index_select(0, place_R)
+    return torch.where(takes_R[:, None], merged_KD.index_select(0, place_R), kept_RD)

@@ -68,13 +68,11 @@ class VisionWithFeatures(nn.Module):
         tokens_RD = self.projector(features_BPF).flatten(0, 1)
         newline_D = tokens_RD[0] if self.newline is None else self.newline
         tokens_RD = torch.cat([tokens_RD, newline_D[None]], dim=0)
-        return (
-            tokens_RD.index_select(0, token_index),
-            *(
-                _with_empty_row(rows).index_select(0, token_index)
-                for rows in (features_BPF.flatten(0, 1), keys_BPE.flatten(0, 1), attention_BP.flatten(0, 1))
-            ),
+        features_N, keys_N, attention_N = (
+            _with_empty_row(rows.flatten(0, 1)).index_select(0, token_index)
+            for rows in (features_BPF, keys_BPE, attention_BP)
         )
+        return tokens_RD.index_select(0, token_index), features_N, keys_N, attention_N
 
 
 def _mean_keys(layer: Any, hidden_BPD: Tensor) -> Tensor:

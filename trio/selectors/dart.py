@@ -125,7 +125,9 @@ class Dart(nn.Module):
         shares = [-(-missing // (self.num_visual_pivots + rows)) for rows in range(NUM_PIVOTS + 1)]
         num_text_pivots = num_text.clamp(max=NUM_PIVOTS)
         share_1 = torch.zeros(1)
-        for rows, share in enumerate(shares):  # a table would be a constant, which has no values while a graph is traced
+        for rows, share in enumerate(
+            shares
+        ):  # a table would be a constant, which has no values while a graph is traced
             share_1 = torch.where(num_text_pivots == rows, float(share), share_1)
         left_1 = torch.full((1,), float(missing))
         taken_N, distance_N = torch.zeros_like(pool_N), torch.zeros_like(cosine_PN[0])
