@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trio_edge.calibration.questions import Question
+    from trio_edge.runtime.vision_inputs import PictureProcessing
 
 OWN_SELECTION = "bundle"
 DEFAULT_ANSWER_TOKENS = 16
@@ -98,8 +99,7 @@ class Answerer:
         self._pipeline = pipeline or Pipeline.from_bundle(
             asking.bundle, backend=asking.backend, threads=asking.threads
         )
-        pictures = self._pipeline.pictures
-        self._base_tokens = pictures.processing.patches_per_tile if isinstance(pictures, TilePictures) else 0
+        self._base_tokens = _base_tokens(self._pipeline.pictures)
 
     def answer(self, task: Task) -> Outcome | Failure:
         """Ask one question."""
@@ -149,3 +149,10 @@ class Answerer:
             first_token_kl=None if reference is None else first_token_kl(reference, logits),
             first_token=summary_of(logits) if asking.is_reference else None,
         )
+
+
+def _base_tokens(pictures: PictureProcessing) -> int:
+    """Return the visual tokens of the tile that shows the whole picture and comes first; 0 without one."""
+    if not isinstance(pictures, TilePictures):
+        return 0
+    return pictures.encoder_keep or pictures.processing.patches_per_tile

@@ -271,3 +271,8 @@ def _check_selection(bundle: Bundle, selection: str) -> None:
             f"--selection {selection}: expected a bundle with stages, got {bundle.folder} without any;"
             " leave it out or give it as --reference"
         )
+    if selection == "base-tile-first" and bundle.manifest.token_keep is not None:
+        raise DataError(
+            f"--selection {selection}: expected a bundle whose decoder sees tile after tile, got {bundle.folder} with a"
+            " selection before it; leave it out"
+        )
