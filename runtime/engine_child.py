@@ -117,7 +117,7 @@ def build_engine(job: Job, reporter: Reporter) -> None:
     network = Network(tensorrt, definition)  # keeps what the passes add alive while the engine is built
     _run_passes(job, network)
     config = _config(job, tensorrt, builder, reporter)
-    num_bytes, digest = _write_engine(tensorrt, builder, definition, config, job.engine_file)
+    num_bytes, digest = write_engine(tensorrt, builder, definition, config, job.engine_file)
     if tensorrt.has_timing_cache:
         write_timing_cache(config, job.timing_cache)
     reporter.send(
@@ -148,7 +148,7 @@ def _network_flags(trt: Any) -> int:
 def _config(job: Job, tensorrt: TensorRT, builder: Any, reporter: Reporter) -> Any:
     trt, config = tensorrt.module, builder.create_builder_config()
     for profile in job.spec.profiles:
-        config.add_optimization_profile(_optimization_profile(builder, job.spec, profile))
+        config.add_optimization_profile(optimization_profile(builder, job.spec, profile))
     if job.compute_capabilities:
         config.num_compute_capabilities = len(job.compute_capabilities)
         for index, capability in enumerate(job.compute_capabilities):
@@ -162,7 +162,7 @@ def _config(job: Job, tensorrt: TensorRT, builder: Any, reporter: Reporter) -> A
     return config
 
 
-def _optimization_profile(builder: Any, spec: GraphSpec, profile: Profile) -> Any:
+def optimization_profile(builder: Any, spec: GraphSpec, profile: Profile) -> Any:
     """Return a profile with one shape per input: min, opt and max are the same."""
     result = builder.create_optimization_profile()
     for tensor in spec.inputs:
@@ -190,7 +190,7 @@ def write_timing_cache(config: Any, file: Path) -> None:
         file.write_bytes(memoryview(config.get_timing_cache().serialize()))
 
 
-def _write_engine(
+def write_engine(
     tensorrt: TensorRT, builder: Any, definition: Any, config: Any, file: Path
 ) -> tuple[int, str]:
     """Build and write the engine; return its size and SHA-256."""

@@ -5,13 +5,13 @@ W are the graph's weights, in bytes:
     engine   W + profiles * architectures * 3 MB of kernels
     peak     W                 the weight files, which the parser maps: the system can take these pages back
            + W                 TensorRT's copy, out of which the engine is written piece by piece
-           + W                 where the release cannot do so (before 10.13 or so): the serialized engine
+           + W                 where the release cannot do so, as 10.3: the serialized engine
            + W                 with ``tensorrt``: the copy on the GPU on which tactics are timed; on a Jetson it is the same memory
            + min(W, 0.6 GB)    what the optimizer works on
            + 0.4 GB            Python and TensorRT's libraries
 
-The lines of tensorrt-rtx are fitted to version 1.7 on the graphs of LLaVA-NeXT-7B (docs/build.md has them beside what
-was measured); the two others are not measured.
+Fitted to tensorrt-rtx 1.7 on the graphs of LLaVA-NeXT-7B, with and without writing in pieces: docs/build.md has it beside
+what was measured. The line for ``tensorrt`` is not measured.
 """
 
 from __future__ import annotations

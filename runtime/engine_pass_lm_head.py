@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trio_edge.runtime.engine_network import block_sizes
+from trio_edge.runtime.engine_pass_separate import equal_tensor
 from trio_edge.runtime.errors import BackendError
 
 if TYPE_CHECKING:
@@ -55,14 +56,17 @@ def _blocks(network: Network, product: WeightProduct, sizes: Sequence[int]) -> l
 
 
 def _split_outputs(network: Network, layer: Any, blocks: list[Any]) -> Any:
-    """Return logits: the products with the transposed blocks, concatenated."""
+    """Return logits: the products with the transposed blocks, concatenated.
+
+    Each has an input of its own: from a common one TensorRT would make one product of them again.
+    """
     operation, definition = network.trt.MatrixOperation, network.definition
-    parts = [
-        definition.add_matrix_multiply(
-            layer.get_input(0), layer.op0, _of_rank(network, block, layer), operation.TRANSPOSE
-        ).get_output(0)
-        for block in blocks
-    ]
+    parts, source = [], layer.get_input(0)
+    for index, block in enumerate(blocks):
+        own = source if index == 0 else equal_tensor(network, source) or source
+        weight = _of_rank(network, block, layer)
+        part = definition.add_matrix_multiply(own, layer.op0, weight, operation.TRANSPOSE)
+        parts.append(part.get_output(0))
     joined = definition.add_concatenation(parts)
     joined.axis = len(layer.get_output(0).shape) - 1
     return joined.get_output(0)

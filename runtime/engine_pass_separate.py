@@ -27,24 +27,32 @@ def separate_products(network: Network) -> int:
     added = 0
     for layers in users.values():
         for layer in layers[1:]:
-            if (tensor := _same_product(network, layer.get_input(0))) is not None:
+            if (tensor := equal_tensor(network, layer.get_input(0))) is not None:
                 layer.set_input(0, tensor)
                 added += 1
     return added
 
 
-def _same_product(network: Network, tensor: Any) -> Any | None:
-    """Return a new tensor equal to ``tensor``, which must be a constant vector times something."""
+def equal_tensor(network: Network, tensor: Any) -> Any | None:
+    """Return a new tensor with the values of ``tensor`` that TensorRT does not see to be the same.
+
+    None unless ``tensor`` is a constant vector times something, or that cast to another type.
+    """
     trt, maker = network.trt, network.maker(tensor)
-    if maker is None or maker.type != trt.LayerType.ELEMENTWISE or maker.op != trt.ElementWiseOperation.PROD:
+    if maker is None:
+        return None
+    if maker.type == trt.LayerType.CAST:
+        inner = equal_tensor(network, maker.get_input(0))
+        return None if inner is None else network.definition.add_cast(inner, tensor.dtype).get_output(0)
+    if maker.type != trt.LayerType.ELEMENTWISE or maker.op != trt.ElementWiseOperation.PROD:
         return None
     operands = [maker.get_input(0), maker.get_input(1)]
     for operand, other in (operands, operands[::-1]):
         constant = network.maker(operand)
-        if constant is not None and constant.type == trt.LayerType.SHUFFLE:  # the parser's broadcast
+        while constant is not None and constant.type in (trt.LayerType.SHUFFLE, trt.LayerType.CAST):
             constant = network.maker(constant.get_input(0))
         if constant is not None and constant.type == trt.LayerType.CONSTANT:
-            copy = network.values(constant).reshape(tuple(operand.shape)).copy()
+            copy = network.values(constant).astype(trt.nptype(operand.dtype)).reshape(tuple(operand.shape))
             factor = network.constant(copy)
             return network.definition.add_elementwise(
                 factor, other, trt.ElementWiseOperation.PROD

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,12 @@ from tests.engine_bundles import HOST, bundle_with_engines, engine_folder, link_
 from trio_edge.runtime import cli_build
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.engine_build import BuildOptions, BuildProgress, build_engines, plan_build
-from trio_edge.runtime.engine_child import read_timing_cache, write_timing_cache
+from trio_edge.runtime.engine_child import (
+    optimization_profile,
+    read_timing_cache,
+    write_engine,
+    write_timing_cache,
+)
 from trio_edge.runtime.engine_host import Host, find_gpu
 from trio_edge.runtime.engine_network import Network, block_sizes
 from trio_edge.runtime.engine_package import TensorRT, choose_backend, load_tensorrt
@@ -418,6 +424,7 @@ def test_a_split_head_has_the_same_weight_in_blocks(
         joined = np.concatenate([after.values(product.weight) for product in blocks[first : first + 3]])
         np.testing.assert_array_equal(joined, whole)
     assert len(blocks) == 3 * num_replaced
+    assert len({product.layer.get_input(0).name for product in blocks}) == len(blocks)
     renamed = [network.definition.get_output(index).name for index in range(network.definition.num_outputs)]
     assert sorted(renamed) == sorted(outputs)
     assert alive
@@ -449,6 +456,26 @@ def test_a_graph_without_head_cannot_be_split(reduced_bundle: Path) -> None:
     ):
         split_lm_head(network, vocab_size=7, hidden_size=64, num_blocks=2)
     assert alive
+
+
+def test_a_release_that_cannot_stream_engines_writes_the_same_file(
+    reduced_bundle: Path, tmp_path: Path
+) -> None:
+    """TensorRT 10.3 has no build_serialized_network_to_stream."""
+    spec = open_bundle(reduced_bundle).manifest.graph("prefix")
+    files, without = [], TensorRT(backend="tensorrt-rtx", module=SimpleNamespace(Builder=object), version="")
+    for tensorrt in (load_tensorrt("tensorrt-rtx"), without):
+        (_, builder, _), network = alive = parsed(reduced_bundle, "prefix")
+        config = builder.create_builder_config()
+        for profile in spec.profiles:
+            config.add_optimization_profile(optimization_profile(builder, spec, profile))
+        file = tmp_path / f"{len(files)}.engine"
+        size, digest = write_engine(tensorrt, builder, network.definition, config, file)
+        assert size == file.stat().st_size > 100_000
+        assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
+        files.append(size)
+        assert alive
+    assert files[0] == files[1]
 
 
 def test_the_timing_cache_is_written_and_read_again(tmp_path: Path) -> None:
