@@ -173,7 +173,7 @@ def _bars(console: Console, *, count: int) -> Iterator[BuildProgress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         graphs, phases = bars.add_task("", total=count), bars.add_task("", total=None)
 
         def graph(planned: PlannedGraph) -> None:
