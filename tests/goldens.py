@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.bundles import export
 from tests.checkpoints import write_processor
+from trio_edge.runtime.schedule import Schedule, Stage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,3 +79,16 @@ def save_golden_checkpoint(golden: Golden, folder: Path) -> Path:
     model.save_pretrained(folder)
     write_processor(folder, family="llava", tile_size=side, patch_size=4, vocab_size=256)
     return folder
+
+
+def golden_bundle(golden: Golden, folder: Path) -> Path:
+    """Return the bundle of the golden's checkpoint under its own schedule, exported once for all who ask."""
+    settings = golden.settings
+    schedule = Schedule(
+        stages=tuple(
+            Stage(layer=at, keep=keep) for at, keep in zip(settings["stage_layers"], settings["stage_keep"])
+        ),
+        num_probe_rows=settings["probe_positions"],
+        nms_threshold=settings["nms_threshold"],
+    )
+    return export(save_golden_checkpoint(golden, folder), schedule=schedule)

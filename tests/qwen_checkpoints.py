@@ -13,6 +13,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from trio_edge.runtime.schedule import Schedule, Stage
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -26,6 +28,10 @@ WORDS = ("<unk>", "system", "user", "assistant", *(f"w{index}" for index in rang
 VOCABULARY = (*WORDS, *MARKS)
 IMAGE_ID, END_ID = VOCABULARY.index("<|image_pad|>"), VOCABULARY.index("<|im_end|>")
 PIXELS = {"min_pixels": 4 * 28 * 28, "max_pixels": 30 * 28 * 28}
+CAMERA = (150, 100)
+REDUCED = Schedule(
+    stages=(Stage(layer=1, keep=9), Stage(layer=2, keep=4)), positions="preserved", probe_rows="answer"
+)
 
 
 def save_qwen_checkpoint(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from trio_edge.runtime.greedy_nms import greedy_nms
+from trio_edge.runtime.schedule import Schedule, Stage
 
-if TYPE_CHECKING:
-    from trio_edge.runtime.schedule import Schedule
+PRESERVED_ANSWER_ROWS = Schedule(
+    stages=(Stage(layer=1, keep=16), Stage(layer=2, keep=7)), positions="preserved", probe_rows="answer"
+)
 
 
 def causal_layer(model: Any, index: int, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from tests.bundles import export
-from tests.goldens import GOLDEN_NAMES, Golden, load_golden, needs_goldens, save_golden_checkpoint
+from tests.goldens import GOLDEN_NAMES, Golden, golden_bundle, load_golden, needs_goldens
 from tests.tolerances import LOGITS_FLOAT32, SALIENCY_FLOAT32
 from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.decoder import Decoder, PrefillResult
 from trio_edge.runtime.positions import plain_positions
-from trio_edge.runtime.schedule import Schedule, Stage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,15 +45,7 @@ class Run:
 @pytest.fixture(scope="module", params=GOLDEN_NAMES)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     golden, folder = load_golden(request.param), tmp_path_factory.mktemp(request.param)
-    settings = golden.settings
-    schedule = Schedule(
-        stages=tuple(
-            Stage(layer=at, keep=keep) for at, keep in zip(settings["stage_layers"], settings["stage_keep"])
-        ),
-        num_probe_rows=settings["probe_positions"],
-        nms_threshold=settings["nms_threshold"],
-    )
-    bundle = open_bundle(export(save_golden_checkpoint(golden, folder / "ck"), schedule=schedule))
+    bundle = open_bundle(golden_bundle(golden, folder / "ck"))
     backend = make_backend()
     decoder = Decoder(bundle.manifest, lambda spec: backend.load(bundle.folder, spec))
     return Run(golden, decoder, max_visual=bundle.manifest.max_visual, bucket=bundle.manifest.text_buckets[0])

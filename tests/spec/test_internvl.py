@@ -34,7 +34,6 @@ CAMERA = (101, 37)
 SIZES = [CAMERA, (32, 32), (7, 9), (65, 63), (300, 41), (41, 300), (1, 90)]
 PROMPTS = ["w1 w2 w3", "w5 w4 w3 w2 w1 w0 w7 w7"]
 NUM_STEPS = 12
-GRAPHS = ["vision", "prefix", "select_1", "segment_1", "select_2", "suffix", "head"]
 
 
 @pytest.fixture(scope="module")
@@ -212,13 +211,12 @@ def test_a_head_in_the_checkpoint_is_used_although_transformers_ties_by_default(
     assert str(bundle.manifest.token_embedding.offset) not in offsets
 
 
-@pytest.mark.parametrize("name", GRAPHS)
-def test_graph_builds_in_tensorrt_with_all_its_profiles(name: str, folder: Path) -> None:
+def test_every_graph_is_parsed_by_tensorrt(folder: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 Linux only; runs in CI")
-    from tests.export.test_graphs_build_in_tensorrt import build
+    from tests.export.test_graphs_in_tensorrt import parse
 
     bundle = open_bundle(reduced_bundle(folder))
-    assert build(bundle, bundle.manifest.graph(name)) > 1000
+    assert all(parse(bundle, spec).num_layers > 1 for spec in bundle.manifest.graphs)
 
 
 def test_tied_bfloat16_checkpoint_is_exported_as_float16(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from tests.bundles import export
 from tests.pictures import random_picture
-from tests.qwen_checkpoints import hugging_face_inputs, save_qwen_checkpoint
+from tests.qwen_checkpoints import CAMERA, REDUCED, hugging_face_inputs, save_qwen_checkpoint
 from tests.spec.reduced_reference import reduced_logits
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.runtime.errors import ScheduleError, ShapeError
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KEEP_ALL = Schedule(positions="preserved")
-REDUCED = Schedule(
-    stages=(Stage(layer=1, keep=9), Stage(layer=2, keep=4)), positions="preserved", probe_rows="answer"
-)
-CAMERA = (150, 100)
 SIZES = [CAMERA, (28, 28), (300, 40), (40, 300), (61, 59), (200, 200), (90, 33)]
 PROMPTS = ["w1 w2 w3", "w9", "w5 w4 w3 w2 w1 w0 w7 w7"]
 NUM_STEPS = 12

@@ -11,18 +11,13 @@ from tests.bundles import export
 from tests.checkpoints import save_checkpoint
 from tests.hugging_face import Original
 from tests.pictures import random_picture
-from tests.spec.reduced_reference import reduced_logits
+from tests.spec.reduced_reference import PRESERVED_ANSWER_ROWS, reduced_logits
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.runtime.image_processing import prepare
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.schedule import Schedule, Stage
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-PRESERVED_ANSWER_ROWS = Schedule(
-    stages=(Stage(layer=1, keep=16), Stage(layer=2, keep=7)), positions="preserved", probe_rows="answer"
-)
 
 
 def test_compact_positions_and_reference_rows_equal_plain_torch(
