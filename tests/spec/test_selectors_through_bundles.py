@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 PROMPT = "w1 w2 w3 w4 w5 w6"
 STAGE_METHODS = {
     "fastv": Schedule(stages=(Stage(layer=2, keep=9),), method="fastv", positions="preserved"),
-    "pyramiddrop": Schedule(stages=(Stage(layer=1, keep=20), Stage(layer=2, keep=9)), method="pyramiddrop"),
+    "pyramiddrop": Schedule(stages=(Stage(layer=2, keep=9),), method="pyramiddrop"),
     "dart": Schedule(stages=(Stage(layer=2, keep=14),), method="dart", positions="preserved"),
     "sparsevlm": Schedule(stages=(Stage(layer=1, keep=20), Stage(layer=2, keep=9)), method="sparsevlm"),
 }
+"""Two stages where the second one looks back at the whole prompt."""
 TOKEN_METHODS = ["visionzip", "divprune", "cdpruner"]
 """One with features and merged rows, one with steps that depend on each other, one with text."""
 
