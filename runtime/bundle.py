@@ -69,9 +69,9 @@ def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
-    if not folder.is_dir():
-        raise BundleError(f"{folder}: expected a bundle folder, got none; make one with trio-export")
     try:
+        if not folder.is_dir():
+            raise BundleError(f"{folder}: expected a bundle folder, got none; make one with trio-export")
         text = path.read_bytes()
     except FileNotFoundError:
         raise BundleError(
