@@ -17,11 +17,11 @@ import numpy as np
 
 from trio_edge.runtime.backend import Backend, Session, make_backend
 from trio_edge.runtime.bundle import Bundle, open_bundle
-from trio_edge.runtime.chat import build_messages, render_chat
 from trio_edge.runtime.decoder import Choose, Decoder
 from trio_edge.runtime.errors import ShapeError
 from trio_edge.runtime.image import open_picture
 from trio_edge.runtime.positions import PromptPositions, mrope_positions, plain_positions
+from trio_edge.runtime.question_ids import question_ids
 from trio_edge.runtime.sampling import make_sampler
 from trio_edge.runtime.text import DetokenizeStream, PromptIds, Tokenizer
 from trio_edge.runtime.vision_inputs import KEPT_PATCHES, KEPT_TOKENS, picture_processing
@@ -243,25 +243,14 @@ class Pipeline:
     def _encode(
         self, prompt: str, *, has_image: bool, history: Sequence[tuple[str, str]], system: str | None
     ) -> PromptIds:
-        text = self.manifest.text
-        for user_text in (prompt, system or "", *(turn for pair in history for turn in pair)):
-            self._tokenizer.check_user_text(user_text)
-        turns = [
-            {"role": role, "content": content}
-            for pair in history
-            for role, content in zip(("user", "assistant"), pair)
-        ]
-        rendered = render_chat(
-            build_messages(prompt, has_image=has_image, history=turns, system=system),
+        return question_ids(
+            prompt,
+            tokenizer=self._tokenizer,
             template=self._template,
-            special_tokens={"bos_token": text.bos_token, "eos_token": text.eos_token},
-        )
-        return self._tokenizer.encode_prompt(
-            rendered,
-            image_token=text.image_token,
-            image_token_id=text.image_token_id,
+            text=self.manifest.text,
             has_image=has_image,
-            bos_token=text.bos_token,
+            history=history,
+            system=system,
         )
 
     def _check_text(self, ids: PromptIds) -> None:

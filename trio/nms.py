@@ -85,20 +85,10 @@ class FeatureNms(nn.Module):
         rank_N = before_NN.to(torch.float32).sum(0)
         # Only "is it zero" is asked of the counts, so half precision is exact and halves the traffic of every round.
         dtype = features_ND.dtype if features_ND.dtype.itemsize == 2 else torch.float32
-        adjacency_NN = (before_NN & self._similar(features_ND, real_N)).to(dtype)
+        adjacency_NN = (before_NN & similar_tokens(features_ND, real_N, threshold=self.threshold)).to(dtype)
         kept_N, unsettled = self._fixed_point(adjacency_NN)
         order_N = rank_N + N * (1.0 - kept_N.to(torch.float32)) + 2 * N * (1.0 - real_N.to(torch.float32))
         return ascending(torch.topk(order_N, self.num_keep, largest=False).indices), unsettled
-
-    def _similar(self, features_ND: Tensor, real_N: Tensor) -> Bool[Tensor, "N N"]:
-        # Scaled by the largest entry first: squares neither overflow nor vanish.
-        features_ND = features_ND.to(torch.float32)
-        largest_N1 = features_ND.abs().amax(-1, keepdim=True)
-        usable_N1 = real_N[:, None] & (largest_N1 > 0)
-        scaled_ND = torch.where(usable_N1, features_ND / torch.where(usable_N1, largest_N1, 1.0), 0.0)
-        square_N1 = (scaled_ND * scaled_ND).sum(-1, keepdim=True)
-        unit_ND = scaled_ND / torch.where(usable_N1, square_N1, 1.0).sqrt()
-        return _symmetric_product(unit_ND) >= self.threshold
 
     def _fixed_point(self, adjacency_NN: Tensor) -> tuple[Bool[Tensor, "N"], Int[Tensor, "1"]]:
         kept_N = torch.ones_like(adjacency_NN[0], dtype=torch.bool)
@@ -107,6 +97,26 @@ class FeatureNms(nn.Module):
             earlier_N = kept_N
             kept_N = torch.matmul(earlier_N.to(adjacency_NN.dtype)[None, :], adjacency_NN)[0] == 0
         return kept_N, (kept_N ^ earlier_N).to(torch.int32).sum(0, keepdim=True, dtype=torch.int32)
+
+
+def similar_tokens(
+    features_ND: Float[Tensor, "N D"], real_N: Bool[Tensor, "N"], *, threshold: float
+) -> Bool[Tensor, "N N"]:
+    """Return which pairs have a cosine similarity of at least ``threshold``; zero and unreal rows are similar to nothing.
+
+    Args:
+        features_ND: Any float type; compared in float32.
+        real_N: Rows that are no padding.
+        threshold: τ.
+    """
+    # Scaled by the largest entry first: squares neither overflow nor vanish.
+    features_ND = features_ND.to(torch.float32)
+    largest_N1 = features_ND.abs().amax(-1, keepdim=True)
+    usable_N1 = real_N[:, None] & (largest_N1 > 0)
+    scaled_ND = torch.where(usable_N1, features_ND / torch.where(usable_N1, largest_N1, 1.0), 0.0)
+    square_N1 = (scaled_ND * scaled_ND).sum(-1, keepdim=True)
+    unit_ND = scaled_ND / torch.where(usable_N1, square_N1, 1.0).sqrt()
+    return _symmetric_product(unit_ND) >= threshold
 
 
 def num_mirror_blocks(num_tokens: int) -> int:
