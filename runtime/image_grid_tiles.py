@@ -17,14 +17,26 @@ Letters: B tiles, N visual tokens, T side of a tile in pixels.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trio_edge.runtime.errors import CheckpointError, ImageError, ManifestError
+from trio_edge.runtime.errors import CheckpointError, ManifestError
+from trio_edge.runtime.image_checks import boxes_between, check_not_empty, check_rgb, check_room
+from trio_edge.runtime.image_constants import (
+    CLIP_MEAN,
+    CLIP_STD,
+    check_resample,
+    check_whole_numbers,
+    constants_from_dict,
+    dict_from_constants,
+    only_checkpoint_errors,
+    pixel_fields,
+    processor_values,
+    square_side,
+)
 from trio_edge.runtime.image_normalize import check_pixel_constants, normalized
 from trio_edge.runtime.image_resize import Resample, resize
 
@@ -35,7 +47,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 KIND = "grid_tiles"
-_RESAMPLE_OF_ID: dict[object, Resample] = {2: "bilinear", 3: "bicubic"}
 _PROCESSOR = "GotOcr2ImageProcessor"
 
 
@@ -55,14 +66,11 @@ class GridTileProcessing:
     do_rescale: bool = True
     do_normalize: bool = True
     rescale_factor: float = 1 / 255
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
-        for name in ("tile_size", "tokens_per_side", "min_tiles", "max_tiles"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ManifestError(f"image_processing {name}: expected a whole number >= 1, got {value!r}")
+        check_whole_numbers(self, "tile_size", "tokens_per_side", "min_tiles", "max_tiles")
         if self.tokens_per_side > self.tile_size:
             raise ManifestError(
                 f"image_processing tokens_per_side: expected <= tile_size {self.tile_size}, got {self.tokens_per_side}"
@@ -71,11 +79,7 @@ class GridTileProcessing:
             raise ManifestError(
                 f"image_processing min_tiles: expected <= max_tiles {self.max_tiles}, got {self.min_tiles}"
             )
-        if self.resample not in _RESAMPLE_OF_ID.values():
-            raise ManifestError(
-                f"image_processing resample: expected one of {tuple(_RESAMPLE_OF_ID.values())},"
-                f" got {self.resample!r}"
-            )
+        check_resample(self)
         check_pixel_constants(self)
 
     @property
@@ -89,8 +93,7 @@ class GridTileProcessing:
         Raises:
             ImageError: If the picture is empty.
         """
-        if width < 1 or height < 1:
-            raise ImageError(f"picture: expected at least 1x1 pixels, got {width}x{height}")
+        check_not_empty(width, height)
         return _best_grid(width, height, self)
 
     def sizes(self, width: int, height: int) -> dict[str, int]:
@@ -128,16 +131,10 @@ class GridTileProcessing:
         Raises:
             ImageError: If the picture is not RGB, is empty, or needs more than ``sizes``.
         """
-        if picture.mode != "RGB":
-            raise ImageError(f"picture: expected mode 'RGB', got {picture.mode!r}; read it with open_picture")
+        check_rgb(picture)
         own = self.sizes(*picture.size)
         padded = {axis: (sizes or own).get(axis, size) for axis, size in own.items()}
-        for axis, what in (("B", "tiles"), ("N", "visual tokens")):
-            if own[axis] > padded[axis]:
-                raise ImageError(
-                    f"picture: expected at most {padded[axis]} {what} (the exported shapes), got {own[axis]} for"
-                    f" {picture.width}x{picture.height} pixels; resize it or export with a larger --image-size"
-                )
+        check_room(own, padded, width=picture.width, height=picture.height)
         pixels = np.zeros((padded["B"], 3, self.tile_size, self.tile_size), np.float32)
         pixels[: own["B"]] = normalized(_tiles(picture, self), self).transpose(0, 3, 1, 2)
         index = np.zeros(padded["N"], np.int32)
@@ -153,11 +150,11 @@ class GridTileProcessing:
         rows, columns = self.grid(width, height)
         x = np.linspace(0, width, columns * self.tokens_per_side + 1)
         y = np.linspace(0, height, rows * self.tokens_per_side + 1)
-        by_tile = _boxes(x, y).reshape(rows, self.tokens_per_side, columns, self.tokens_per_side, 4)
+        by_tile = boxes_between(x, y).reshape(rows, self.tokens_per_side, columns, self.tokens_per_side, 4)
         boxes = by_tile.transpose(0, 2, 1, 3, 4).reshape(-1, 4)
         if rows * columns > 1:
             side = np.linspace(0, 1, self.tokens_per_side + 1)
-            boxes = np.concatenate([boxes, _boxes(side * width, side * height).reshape(-1, 4)])
+            boxes = np.concatenate([boxes, boxes_between(side * width, side * height).reshape(-1, 4)])
         return boxes.astype(np.float32)
 
     def thumbnail_tokens(self, width: int, height: int) -> range:
@@ -168,10 +165,7 @@ class GridTileProcessing:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types, and "kind": "grid_tiles"."""
-        result = {"kind": KIND, **dataclasses.asdict(self)}
-        result["image_mean"] = list(self.image_mean)
-        result["image_std"] = list(self.image_std)
-        return result
+        return dict_from_constants(self, kind=KIND)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GridTileProcessing:
@@ -180,20 +174,7 @@ class GridTileProcessing:
         Raises:
             ManifestError: If a key is unknown or missing, or a value breaks a rule.
         """
-        if values.get("kind") != KIND:
-            raise ManifestError(f"image_processing kind: expected {KIND!r}, got {values.get('kind')!r}")
-        fields = {key: value for key, value in values.items() if key != "kind"}
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            raise ManifestError(f"image_processing: expected keys among {sorted(known)}, got {unknown}")
-        try:
-            for name in {"image_mean", "image_std"} & set(fields):
-                fields[name] = tuple(fields[name])
-            return cls(**fields)
-        except TypeError as error:
-            raise ManifestError(
-                f"image_processing: expected all required keys and types, got {error}"
-            ) from error
+        return constants_from_dict(cls, values, kind=KIND)
 
     @classmethod
     def from_preprocessor_config(
@@ -259,52 +240,22 @@ def _tiles(picture: Image.Image, processing: GridTileProcessing) -> NDArray[np.u
     return np.concatenate([tiles, resize(picture, (side, side), resample=processing.resample)[None]])
 
 
-def _boxes(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
-    """Return the boxes [rows, columns, 4] between edges."""
-    left, top = np.meshgrid(x[:-1], y[:-1])
-    right, bottom = np.meshgrid(x[1:], y[1:])
-    return np.stack([left, top, right, bottom], axis=-1)
-
-
 # Checks
 
 
 def _from_preprocessor_config(config: Mapping[str, Any], *, tokens_per_side: int) -> GridTileProcessing:
-    name = str(config.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil")
-    if name != _PROCESSOR:
-        raise CheckpointError(
-            f"preprocessor_config image_processor_type: expected {_PROCESSOR}, got"
-            f" {config.get('image_processor_type')!r}"
-        )
-    values = {key: value for key, value in config.items() if value is not None}
-    for key in ("do_convert_rgb", "do_resize"):
-        if not values.get(key, True):
-            raise CheckpointError(f"preprocessor_config {key}: expected true, got false")
-    try:
-        fields: dict[str, Any] = {
-            key: values[key] for key in ("do_rescale", "do_normalize", "rescale_factor") if key in values
-        }
-        fields |= {key: tuple(values[key]) for key in ("image_mean", "image_std") if key in values}
+    _, values = processor_values(config, processors=(_PROCESSOR,), always=("do_convert_rgb", "do_resize"))
+    size = values.get("size", {"height": 384, "width": 384})
+    with only_checkpoint_errors():
+        tile_size = square_side(size)
+        if tile_size is None:
+            raise CheckpointError(
+                f"preprocessor_config size: expected a square 'height' and 'width', got {size}"
+            )
         return GridTileProcessing(
-            tile_size=_square_side(values.get("size", {"height": 384, "width": 384})),
+            tile_size=tile_size,
             tokens_per_side=tokens_per_side,
             min_tiles=values.get("min_patches", 1),
             max_tiles=values.get("max_patches", 12),
-            resample=_RESAMPLE_OF_ID[values.get("resample", 3)],
-            **fields,
+            **pixel_fields(values),
         )
-    except (ManifestError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"preprocessor_config: expected values that trio-edge can follow, got {error}"
-        ) from error
-
-
-def _square_side(size: Any) -> int:
-    sides = {key: value for key, value in dict(size).items() if value is not None}
-    if set(sides) != {"height", "width"} or sides["height"] != sides["width"]:
-        raise CheckpointError(
-            f"preprocessor_config size: expected a square 'height' and 'width', got {sides}"
-        )
-    return int(sides["height"])

@@ -18,7 +18,6 @@ Letters: P patches, W windows, Q slots (patches of a full window), N visual toke
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trio_edge.runtime.errors import CheckpointError, ImageError, ManifestError
+from trio_edge.runtime.image_checks import boxes_between, check_not_empty, check_rgb, check_room
+from trio_edge.runtime.image_constants import (
+    CLIP_MEAN,
+    CLIP_STD,
+    check_resample,
+    check_whole_numbers,
+    constants_from_dict,
+    dict_from_constants,
+    only_checkpoint_errors,
+    pixel_fields,
+    processor_values,
+)
 from trio_edge.runtime.image_normalize import check_pixel_constants, normalized
 from trio_edge.runtime.image_resize import Resample, resize
 
@@ -39,7 +50,6 @@ KIND = "patches"
 MAX_ASPECT_RATIO = 200
 """Hugging Face's processor refuses pictures that are thinner."""
 _SLACK = 1 + 1e-9  # of bounds that are compared with what Hugging Face calculates in float64
-_RESAMPLE_OF_ID: dict[object, Resample] = {2: "bilinear", 3: "bicubic"}
 _PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")
 
 
@@ -63,21 +73,12 @@ class PatchProcessing:
     do_rescale: bool = True
     do_normalize: bool = True
     rescale_factor: float = 1 / 255
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
-        for name in (
-            "patch_size",
-            "window_size",
-            "temporal_patch_size",
-            "merge_size",
-            "min_pixels",
-            "max_pixels",
-        ):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ManifestError(f"image_processing {name}: expected a whole number >= 1, got {value!r}")
+        check_whole_numbers(self, "patch_size", "window_size", "temporal_patch_size", "merge_size")
+        check_whole_numbers(self, "min_pixels", "max_pixels")
         if self.window_size < self.token_size:
             raise ManifestError(
                 f"image_processing window_size: expected >= {self.token_size} (patch_size * merge_size),"
@@ -87,11 +88,7 @@ class PatchProcessing:
             raise ManifestError(
                 f"image_processing min_pixels: expected <= max_pixels {self.max_pixels}, got {self.min_pixels}"
             )
-        if self.resample not in _RESAMPLE_OF_ID.values():
-            raise ManifestError(
-                f"image_processing resample: expected one of {tuple(_RESAMPLE_OF_ID.values())},"
-                f" got {self.resample!r}"
-            )
+        check_resample(self)
         check_pixel_constants(self)
 
     @property
@@ -181,12 +178,11 @@ class PatchProcessing:
         Raises:
             ImageError: If the picture is not RGB, is empty or too thin, or needs more than ``sizes``.
         """
-        if picture.mode != "RGB":
-            raise ImageError(f"picture: expected mode 'RGB', got {picture.mode!r}; read it with open_picture")
+        check_rgb(picture)
         rows, columns = self.token_grid(*picture.size)
         own = self._sizes(rows, columns)
         padded = {axis: (sizes or own).get(axis, size) for axis, size in own.items()}
-        _check_fits(own, padded, picture.size)
+        check_room(own, padded, width=picture.width, height=picture.height)
         token_order, window_of_token = _window_order(rows, columns, side=self.tokens_per_window_side)
         slots, patch_slot = _slots(window_of_token, self, num_windows=padded["W"])
         return {
@@ -208,16 +204,12 @@ class PatchProcessing:
         """
         rows, columns = self.token_grid(width, height)
         x, y = np.linspace(0, width, columns + 1), np.linspace(0, height, rows + 1)
-        left, top = np.meshgrid(x[:-1], y[:-1])
-        right, bottom = np.meshgrid(x[1:], y[1:])
-        return np.stack([left, top, right, bottom], axis=-1).reshape(-1, 4).astype(np.float32)
+        boxes: NDArray[np.float32] = boxes_between(x, y).reshape(-1, 4).astype(np.float32)
+        return boxes
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types, and "kind": "patches"."""
-        result = {"kind": KIND, **dataclasses.asdict(self)}
-        result["image_mean"] = list(self.image_mean)
-        result["image_std"] = list(self.image_std)
-        return result
+        return dict_from_constants(self, kind=KIND)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PatchProcessing:
@@ -226,20 +218,7 @@ class PatchProcessing:
         Raises:
             ManifestError: If a key is unknown or missing, or a value breaks a rule.
         """
-        if values.get("kind") != KIND:
-            raise ManifestError(f"image_processing kind: expected {KIND!r}, got {values.get('kind')!r}")
-        fields = {key: value for key, value in values.items() if key != "kind"}
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            raise ManifestError(f"image_processing: expected keys among {sorted(known)}, got {unknown}")
-        try:
-            for name in {"image_mean", "image_std"} & set(fields):
-                fields[name] = tuple(fields[name])
-            return cls(**fields)
-        except TypeError as error:
-            raise ManifestError(
-                f"image_processing: expected all required keys and types, got {error}"
-            ) from error
+        return constants_from_dict(cls, values, kind=KIND)
 
     @classmethod
     def from_preprocessor_config(cls, config: Mapping[str, Any], *, window_size: int) -> PatchProcessing:
@@ -353,52 +332,24 @@ def _padded_rows(rows: NDArray[Any], count: int) -> NDArray[Any]:
 
 
 def _check_picture_size(width: int, height: int) -> None:
-    if width < 1 or height < 1:
-        raise ImageError(f"picture: expected at least 1x1 pixels, got {width}x{height}")
+    check_not_empty(width, height)
     if max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
         raise ImageError(
             f"picture: expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {width}x{height} pixels; crop it"
         )
 
 
-def _check_fits(own: Mapping[str, int], padded: Mapping[str, int], size: tuple[int, int]) -> None:
-    for axis, what in (("N", "visual tokens"), ("P", "patches"), ("W", "attention windows")):
-        if own[axis] > padded[axis]:
-            raise ImageError(
-                f"picture: expected at most {padded[axis]} {what} (the exported shapes), got {own[axis]} for"
-                f" {size[0]}x{size[1]} pixels; resize it or export with a larger --image-size"
-            )
-
-
 def _from_preprocessor_config(config: Mapping[str, Any], *, window_size: int) -> PatchProcessing:
-    name = str(config.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil")
-    if name not in _PROCESSORS:
-        raise CheckpointError(
-            f"preprocessor_config image_processor_type: expected {_PROCESSORS[0]}, got"
-            f" {config.get('image_processor_type')!r}"
-        )
-    values = {key: value for key, value in config.items() if value is not None}
-    for key in ("do_convert_rgb", "do_resize"):
-        if not values.get(key, True):
-            raise CheckpointError(f"preprocessor_config {key}: expected true, got false")
-    keys = ("patch_size", "temporal_patch_size", "merge_size", "do_rescale", "do_normalize", "rescale_factor")
-    try:
-        fields = {"patch_size": 14} | {key: values[key] for key in keys if key in values}
-        fields |= {key: tuple(values[key]) for key in ("image_mean", "image_std") if key in values}
+    _, values = processor_values(config, processors=_PROCESSORS, always=("do_convert_rgb", "do_resize"))
+    with only_checkpoint_errors():
         min_pixels, max_pixels = _pixel_range(values)
+        fields = pixel_fields(values, "patch_size", "temporal_patch_size", "merge_size")
         return PatchProcessing(
             window_size=window_size,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
-            resample=_RESAMPLE_OF_ID[values.get("resample", 3)],
-            **fields,
+            **{"patch_size": 14, **fields},
         )
-    except (ManifestError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"preprocessor_config: expected values that trio-edge can follow, got {error}"
-        ) from error
 
 
 def _pixel_range(values: Mapping[str, Any]) -> tuple[int, int]:

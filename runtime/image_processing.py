@@ -17,15 +17,28 @@ LlavaNextModel.pack_image_features of transformers 5.23.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
 
-from trio_edge.runtime.errors import CheckpointError, ImageError, ManifestError
+from trio_edge.runtime.errors import CheckpointError, ManifestError
+from trio_edge.runtime.image_checks import boxes_between, check_not_empty, check_rgb, check_room
+from trio_edge.runtime.image_constants import (
+    CLIP_MEAN,
+    CLIP_STD,
+    check_choice,
+    check_resample,
+    check_whole_numbers,
+    constants_from_dict,
+    dict_from_constants,
+    only_checkpoint_errors,
+    pixel_fields,
+    processor_values,
+    square_side,
+)
 from trio_edge.runtime.image_normalize import check_pixel_constants, normalized
 from trio_edge.runtime.image_resize import Resample, resize
 
@@ -36,7 +49,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["single", "anyres"]
 ResizeMode = Literal["shortest_edge", "stretch"]
-_RESAMPLE_OF_ID: dict[object, Resample] = {2: "bilinear", 3: "bicubic"}
+_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,23 +76,14 @@ class ImageProcessing:
     do_pad: bool = False
     """Pad to a square of the mean colour before resizing: LlavaImageProcessor's; "single" only."""
     rescale_factor: float = 1 / 255
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("kind", ("single", "anyres")),
-            ("resize_mode", ("shortest_edge", "stretch")),
-            ("resample", tuple(_RESAMPLE_OF_ID.values())),
-        ):
-            if getattr(self, name) not in choices:
-                raise ManifestError(
-                    f"image_processing {name}: expected one of {choices}, got {getattr(self, name)!r}"
-                )
-        for name in ("tile_size", "patch_size", "resize_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ManifestError(f"image_processing {name}: expected a whole number >= 1, got {value!r}")
+        check_choice(self, "kind", get_args(Kind))
+        check_choice(self, "resize_mode", get_args(ResizeMode))
+        check_resample(self)
+        check_whole_numbers(self, "tile_size", "patch_size", "resize_size")
         if self.patch_size > self.tile_size:
             raise ManifestError(
                 f"image_processing patch_size: expected <= tile_size {self.tile_size}, got {self.patch_size}"
@@ -136,11 +140,7 @@ class ImageProcessing:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""
-        result = dataclasses.asdict(self)
-        result["grid_pinpoints"] = [list(pinpoint) for pinpoint in self.grid_pinpoints]
-        result["image_mean"] = list(self.image_mean)
-        result["image_std"] = list(self.image_std)
-        return result
+        return dict_from_constants(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImageProcessing:
@@ -149,21 +149,7 @@ class ImageProcessing:
         Raises:
             ManifestError: If a key is unknown or missing, or a value breaks a rule.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ManifestError(f"image_processing: expected keys among {sorted(known)}, got {unknown}")
-        try:
-            fields = dict(values)
-            for name in ("image_mean", "image_std"):
-                if name in fields:
-                    fields[name] = tuple(fields[name])
-            if "grid_pinpoints" in fields:
-                fields["grid_pinpoints"] = tuple(tuple(pinpoint) for pinpoint in fields["grid_pinpoints"])
-            return cls(**fields)
-        except TypeError as error:
-            raise ManifestError(
-                f"image_processing: expected all required keys and types, got {error}"
-            ) from error
+        return constants_from_dict(cls, values)
 
     @classmethod
     def from_preprocessor_config(cls, config: Mapping[str, Any], *, patch_size: int) -> ImageProcessing:
@@ -212,16 +198,11 @@ def prepare(
     Raises:
         ImageError: If the picture is not RGB, is empty, or needs more than ``pad_to_tiles`` tiles.
     """
-    if picture.mode != "RGB":
-        raise ImageError(f"picture: expected mode 'RGB', got {picture.mode!r}; read it with open_picture")
+    check_rgb(picture)
     width, height = picture.size
     used = num_tiles(width, height, processing)
     total = used if pad_to_tiles is None else pad_to_tiles
-    if used > total:
-        raise ImageError(
-            f"picture: expected at most {total} tiles (the exported shapes), got {used} for"
-            f" {width}x{height} pixels; resize it or export with a larger --image-size"
-        )
+    check_room({"B": used}, {"B": total}, width=width, height=height)
     tiles = (
         [_single_tile(picture, processing)]
         if processing.kind == "single"
@@ -240,7 +221,7 @@ def prepare(
 
 def num_tiles(width: int, height: int, processing: ImageProcessing) -> int:
     """Return B, the tiles of a picture of this size."""
-    _check_size(width, height)
+    check_not_empty(width, height)
     if processing.kind == "single":
         return 1
     best_height, best_width = _best_pinpoint(width, height, processing)
@@ -249,7 +230,7 @@ def num_tiles(width: int, height: int, processing: ImageProcessing) -> int:
 
 def num_visual_tokens(width: int, height: int, processing: ImageProcessing) -> int:
     """Return N, the visual tokens of a picture of this size, newlines included."""
-    _check_size(width, height)
+    check_not_empty(width, height)
     if processing.kind == "single":
         return processing.patches_per_tile
     rows, columns = _unpadded_grid(width, height, processing)
@@ -318,13 +299,13 @@ def token_boxes(width: int, height: int, processing: ImageProcessing) -> NDArray
         float32 [N, 4], (x0, y0, x1, y1) in the picture's pixels, clipped to it, ordered as ``token_index``.
         Newlines are NaN. A patch of nothing but padding has no area.
     """
-    _check_size(width, height)
+    check_not_empty(width, height)
     edges = np.arange(processing.patches_per_side + 1) * processing.patch_size
     if processing.kind == "single":
-        return _clipped(_boxes(*_single_edges(edges, width, height, processing)), width, height)
+        return _clipped(boxes_between(*_single_edges(edges, width, height, processing)), width, height)
     # base tile, and where tiles are resized again, the same part of each tile of the grid
     unit = _cropped_fraction(edges, processing)
-    base = _boxes(unit * width, unit * height)
+    base = boxes_between(unit * width, unit * height).reshape(-1, 4)
     best_height, best_width = _best_pinpoint(width, height, processing)
     new_height, new_width = _fitted_size(width, height, (best_height, best_width))
     x_scale, y_scale = width / new_width, height / new_height
@@ -479,75 +460,46 @@ def _grid_edges(unit: NDArray[Any], patches: range, processing: ImageProcessing)
     return np.stack([tiles + unit[inside], tiles + unit[inside + 1]], axis=-1) * processing.tile_size
 
 
-def _boxes(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
-    """Return the [P, 4] boxes between edges, in raster order."""
-    x0, y0 = np.meshgrid(x[:-1], y[:-1])
-    x1, y1 = np.meshgrid(x[1:], y[1:])
-    return np.stack([x0, y0, x1, y1], axis=-1).reshape(-1, 4)
-
-
 def _clipped(boxes: NDArray[Any], width: int, height: int) -> NDArray[np.float32]:
-    clipped: NDArray[np.float32] = np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
-    return clipped
+    """Return the boxes [..., 4] on a picture of this size, as [N, 4]."""
+    clipped: NDArray[np.float32] = np.clip(boxes.reshape(-1, 4), 0, [width, height, width, height])
+    return clipped.astype(np.float32)
 
 
 # Checks
 
 
-def _check_size(width: int, height: int) -> None:
-    if width < 1 or height < 1:
-        raise ImageError(f"picture: expected at least 1x1 pixels, got {width}x{height}")
-
-
 def _from_preprocessor_config(config: Mapping[str, Any], *, patch_size: int) -> ImageProcessing:
-    name = str(config.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil")
-    if name not in ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor"):
-        raise CheckpointError(
-            "preprocessor_config image_processor_type: expected CLIPImageProcessor, LlavaImageProcessor or"
-            f" LlavaNextImageProcessor, got {config.get('image_processor_type')!r}"
-        )
-    values = {key: value for key, value in config.items() if value is not None}
+    name, values = processor_values(config, processors=_PROCESSORS, always=("do_convert_rgb",))
     is_anyres = name == "LlavaNextImageProcessor"
-    if not values.get("do_convert_rgb", True):
-        raise CheckpointError("preprocessor_config do_convert_rgb: expected true, got false")
-    try:
-        resize_size, resize_mode = _square_side(values.get("size", {"shortest_edge": 224}), name="size")
-        tile_size, _ = _square_side(values.get("crop_size", {"height": 224, "width": 224}), name="crop_size")
+    with only_checkpoint_errors():
+        resize_size, resize_mode = _side(values.get("size", {"shortest_edge": 224}), name="size")
+        tile_size, _ = _side(values.get("crop_size", {"height": 224, "width": 224}), name="crop_size")
         default_pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
         pinpoints = values.get("image_grid_pinpoints", default_pinpoints) if is_anyres else []
-        fields: dict[str, Any] = {
-            key: values[key]
-            for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "rescale_factor")
-            if key in values
-        }
-        fields |= {key: tuple(values[key]) for key in ("image_mean", "image_std") if key in values}
         return ImageProcessing(
             kind="anyres" if is_anyres else "single",
             tile_size=tile_size,
             patch_size=patch_size,
             resize_size=resize_size,
             resize_mode=resize_mode,
-            resample=_RESAMPLE_OF_ID[values.get("resample", 3)],
             grid_pinpoints=tuple((int(height), int(width)) for height, width in pinpoints),
             # of the others, CLIP's pads nothing by default and LLaVA-NeXT's do_pad is about batches
             do_pad=name == "LlavaImageProcessor" and bool(values.get("do_pad", False)),
-            **fields,
+            **pixel_fields(values, "do_resize", "do_center_crop"),
         )
-    except (ManifestError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"preprocessor_config: expected values that trio-edge can follow, got {error}"
-        ) from error
 
 
-def _square_side(size: Any, *, name: str) -> tuple[int, ResizeMode]:
+def _side(size: Any, *, name: str) -> tuple[int, ResizeMode]:
     """Return the side and how to reach it, from {"shortest_edge": 336} or {"height": 336, "width": 336}."""
     if isinstance(size, int):
         return size, "shortest_edge"
     sides = {key: value for key, value in dict(size).items() if value is not None}
     if set(sides) == {"shortest_edge"}:
         return int(sides["shortest_edge"]), "shortest_edge"
-    if set(sides) == {"height", "width"} and sides["height"] == sides["width"]:
-        return int(sides["height"]), "stretch"
-    raise CheckpointError(f"preprocessor_config {name}: expected a square or a shortest edge, got {sides}")
+    side = square_side(sides)
+    if side is None:
+        raise CheckpointError(
+            f"preprocessor_config {name}: expected a square or a shortest edge, got {sides}"
+        )
+    return side, "stretch"

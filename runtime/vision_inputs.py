@@ -249,13 +249,7 @@ class GridTilePictures:
 
     def prepare(self, picture: Image.Image, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:
         """See ``PictureProcessing.prepare``."""
-        if self.encoder_keep is None:
-            return self.processing.prepare(picture, sizes)
-        inputs = self.processing.prepare(picture, {name: sizes[name] for name in ("P", "W")})
-        index = np.zeros(sizes["N"], np.int32)  # the graph's rows are the kept tokens
-        num_kept = self.sizes(*picture.size)["N"]
-        index[:num_kept] = np.arange(num_kept)
-        return {**inputs, "token_index": index}
+        return self.processing.prepare(picture, sizes)
 
     def boxes(self, width: int, height: int, kept: NDArray[np.int32] | None) -> NDArray[np.float32]:
         """See ``PictureProcessing.boxes``."""
