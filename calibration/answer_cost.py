@@ -1,14 +1,14 @@
 """What one answer's prefill costs in FLOPs, at the picture's own tokens and the prompt's own length.
 
-The decoder is counted layer by layer from the visual tokens that it really processed. The manifest has the vision
-tower's and the stages' FLOPs for one picture size: the first is scaled by visual tokens, the second as TRIO's probes
-and NMS grow.
+The decoder is counted layer by layer from the visual tokens that it really processed, selections by their methods'
+formulas. The vision tower's FLOPs are in the manifest for one picture size, and scaled by visual tokens.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trio_edge.export.model_cost import reduce_flops
 from trio_edge.trio.cost import ModelShape, decoder_layer_flops, head_flops, reduction_cost
 
 if TYPE_CHECKING:
@@ -40,21 +40,23 @@ def processed_tokens(manifest: Manifest, *, num_visual: int, kept: Sequence[int]
 def prefill_flops(
     manifest: Manifest, *, num_visual: int, kept: Sequence[int], num_text: int, select: bool = True
 ) -> float:
-    """Return the FLOPs of one prefill: vision tower, decoder, head, and the stages if ``select``.
+    """Return the FLOPs of one prefill: vision tower, selection before the decoder, decoder, head, stages if ``select``.
 
     Args:
         manifest: The bundle's.
         num_visual: Visual tokens of the picture.
         kept: Per stage what was left.
         num_text: Text tokens of the prompt.
-        select: False for selections that compute nothing.
+        select: False for stages that compute nothing.
     """
     shape = _decoder_shape(manifest)
     rows = [count + num_text for count in tokens_per_layer(manifest, num_visual=num_visual, kept=kept)]
     decoder = sum(decoder_layer_flops(shape, num_rows=count) for count in rows) + head_flops(shape)
     vision = manifest.cost.reduced_flops["vision"] * num_visual / manifest.cost.num_visual
+    if not num_visual:
+        return decoder
     stages = _select_flops(manifest, shape, num_visual=num_visual, num_text=num_text) if select else 0.0
-    return decoder + vision + stages
+    return decoder + vision + stages + _reduce_flops(manifest, num_visual=num_visual, num_text=num_text)
 
 
 def _entering(manifest: Manifest, num_visual: int) -> int:
@@ -63,15 +65,25 @@ def _entering(manifest: Manifest, num_visual: int) -> int:
 
 
 def _select_flops(manifest: Manifest, shape: ModelShape, *, num_visual: int, num_text: int) -> float:
-    counted = manifest.cost.reduced_flops["select"]
-    if not counted or not num_visual:
+    return reduction_cost(
+        shape,
+        manifest.schedule,
+        num_visual=_entering(manifest, num_visual),
+        num_text=num_text,
+        one_size=len(manifest.visual_sizes) == 1,
+    ).select_flops
+
+
+def _reduce_flops(manifest: Manifest, *, num_visual: int, num_text: int) -> float:
+    if manifest.token_method is None or manifest.token_keep is None:
         return 0.0
-
-    def stages(tokens: int, text: int) -> float:
-        entering = _entering(manifest, tokens)
-        return reduction_cost(shape, manifest.schedule, num_visual=entering, num_text=text).select_flops
-
-    return counted * stages(num_visual, num_text) / stages(manifest.cost.num_visual, manifest.cost.num_text)
+    return reduce_flops(
+        manifest.graph("reduce"),
+        manifest.token_method,
+        num_visual=num_visual,
+        num_keep=manifest.token_keep,
+        num_text=num_text,
+    )
 
 
 def _decoder_shape(manifest: Manifest) -> ModelShape:

@@ -279,7 +279,15 @@ def export_bundle(
             files=_file_entries(folder, known=written.sha256),
             model_bytes=_model_bytes(checkpoint, dtype),
             cost=cost_of(
-                model, dimensions, schedule, vision_sizes=primary, token_keep=token_keep, dtype=dtype
+                model,
+                dimensions,
+                schedule,
+                vision_sizes=primary,
+                num_visual_sizes=len(layout.visual_sizes),
+                token_method=options.token_method,
+                token_keep=token_keep,
+                graphs=graphs,
+                dtype=dtype,
             ),
             tools={
                 name: version(name)

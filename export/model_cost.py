@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from trio_edge.runtime.manifest import Cost, Dimensions
 from trio_edge.runtime.schedule import Schedule
 from trio_edge.trio.cost import ModelShape, reduction_cost
+from trio_edge.trio.selectors.cost import token_flops
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from trio_edge.export.families.base import FamilyModel
-    from trio_edge.runtime.manifest import FloatType
+    from trio_edge.runtime.manifest import FloatType, GraphSpec, TokenMethod
 
 COST_TEXT_TOKENS = 40
 """Text tokens of the prompt that costs are given for: LLaVA's system prompt and a short question."""
@@ -24,12 +25,24 @@ def cost_of(
     schedule: Schedule,
     *,
     vision_sizes: Mapping[str, int],
+    num_visual_sizes: int,
+    token_method: TokenMethod | None,
     token_keep: int | None,
+    graphs: Sequence[GraphSpec],
     dtype: FloatType,
 ) -> Cost:
     """Return the cost of a prefill with a picture of ``vision_sizes`` and ``COST_TEXT_TOKENS`` text tokens.
 
-    The selection before the decoder and stages of other methods than TRIO are not counted themselves; they cost less.
+    Args:
+        model: The family's.
+        dimensions: Of the decoder.
+        schedule: Its stages.
+        vision_sizes: Of the picture.
+        num_visual_sizes: How many N the prefix has.
+        token_method: Of the selection before the decoder.
+        token_keep: What that passes on.
+        graphs: Of the bundle; the ``reduce`` graph's inputs tell its widths.
+        dtype: Of the KV cache.
     """
     num_visual = vision_sizes["N"]
     shape = ModelShape(
@@ -45,17 +58,51 @@ def cost_of(
     )
     entering = num_visual if token_keep is None else min(token_keep, num_visual)
     whole = reduction_cost(shape, Schedule(), num_visual=num_visual, num_text=COST_TEXT_TOKENS)
-    cost = reduction_cost(shape, schedule, num_visual=entering, num_text=COST_TEXT_TOKENS)
+    cost = reduction_cost(
+        shape,
+        schedule,
+        num_visual=entering,
+        num_text=COST_TEXT_TOKENS,
+        one_size=num_visual_sizes == 1,
+    )
     vision_part = round(whole.vision_flops)
+    reduced = {
+        "vision": vision_part,
+        "decoder": round(cost.decoder_flops),
+        "select": round(cost.select_flops),
+    }
+    if token_method is not None and token_keep is not None:
+        (graph,) = (graph for graph in graphs if graph.role == "reduce")
+        reduced["reduce"] = round(
+            reduce_flops(graph, token_method, num_visual=num_visual, num_keep=token_keep)
+        )
     return Cost(
         num_visual=num_visual,
         num_text=COST_TEXT_TOKENS,
         full_flops={"vision": vision_part, "decoder": round(whole.full_flops) - vision_part},
-        reduced_flops={
-            "vision": vision_part,
-            "decoder": round(cost.decoder_flops),
-            "select": round(cost.select_flops) if schedule.method == "trio" else 0,
-        },
+        reduced_flops=reduced,
         full_kv_bytes=whole.full_kv_bytes,
         reduced_kv_bytes=cost.kv_bytes,
     )
+
+
+def reduce_flops(
+    graph: GraphSpec,
+    method: TokenMethod,
+    *,
+    num_visual: int,
+    num_keep: int,
+    num_text: int = COST_TEXT_TOKENS,
+) -> float:
+    """Return the FLOPs of the selection before the decoder, its products and its greedy steps.
+
+    Args:
+        graph: The ``reduce`` graph.
+        method: What it selects by.
+        num_visual: Visual tokens of the picture.
+        num_keep: What it passes on.
+        num_text: Text tokens of the prompt; those before the picture are few.
+    """
+    widths = {tensor.name: size for tensor in graph.inputs if isinstance(size := tensor.shape[-1], int)}
+    flops = token_flops(method, num_visual=num_visual, num_keep=num_keep, num_text=num_text, widths=widths)
+    return flops.products + flops.steps

@@ -141,7 +141,7 @@ class Cost(_Spec, frozen=True):
     full_flops: dict[str, int]
     """Per part ("vision", "decoder" with its head) without reduction."""
     reduced_flops: dict[str, int]
-    """Per part, with "select" for the probes and the NMS."""
+    """Per part, with "select" for the stages and, where there is one, "reduce" for the selection before the decoder."""
     full_kv_bytes: int
     reduced_kv_bytes: int
 

@@ -11,13 +11,16 @@ element-wise work does not. ``S`` is the rows of a layer, text and visual.
     KV cache        2 G E bytes_per_element per layer and row
 
 Attention counts the full S², not its causal half: that is what a padded graph and most kernels of this size
-compute, and what the paper counts. Letters as in ``saliency``; I intermediate size, L layers.
+compute, and what the paper counts. Selections are counted here for TRIO, in ``selectors.cost`` for the other methods.
+Letters as in ``saliency``; I intermediate size, L layers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from trio_edge.trio.selectors.cost import StageSizes, stage_flops
 
 if TYPE_CHECKING:
     from trio_edge.runtime.schedule import Schedule
@@ -99,7 +102,7 @@ class ReductionCost:
     vision_flops: float
     """Vision tower and projector, the same with and without reduction."""
     select_flops: float
-    """Probes and NMS of all stages."""
+    """Selections of all stages."""
     full_kv_bytes: int
     kv_bytes: int
 
@@ -129,18 +132,25 @@ class ReductionCost:
         return self.select_flops / self.reduced_flops
 
 
-def reduction_cost(shape: ModelShape, schedule: Schedule, *, num_visual: int, num_text: int) -> ReductionCost:
-    """Return the cost of one prefill with every token, and of the same one under the schedule."""
+def reduction_cost(
+    shape: ModelShape, schedule: Schedule, *, num_visual: int, num_text: int, one_size: bool = True
+) -> ReductionCost:
+    """Return the cost of one prefill with every token, and of the same one under the schedule.
+
+    Args:
+        shape: Of the model.
+        schedule: With its method.
+        num_visual: Visual tokens that enter the decoder.
+        num_text: Text tokens of the prompt.
+        one_size: Whether the first stage's graph is made for one number of visual tokens; it computes less then.
+    """
     kept = schedule.tokens_per_layer(num_layers=shape.num_layers, num_visual=num_visual)
     rows = [count + num_text for count in kept]
     vision = vision_flops(shape, num_visual=num_visual)
     select = 0.0
-    for stage in schedule.stages:
-        entering = kept[stage.layer - 1]
-        select += nms_flops(entering, hidden_size=shape.hidden_size, rounds=schedule.nms_rounds)
-        select += probe_flops(
-            shape, num_rows=entering + num_text, num_visual=entering, num_probe_rows=schedule.num_probe_rows
-        )
+    for place, stage in enumerate(schedule.stages):
+        entering = StageSizes(kept[stage.layer - 1], stage.keep, num_text, num_visual, one_size or place > 0)
+        select += selection_flops(shape, schedule, entering)
     row_bytes = 2 * shape.num_kv_heads * shape.head_size * shape.bytes_per_element
     return ReductionCost(
         full_flops=vision
@@ -151,6 +161,24 @@ def reduction_cost(shape: ModelShape, schedule: Schedule, *, num_visual: int, nu
         select_flops=select,
         full_kv_bytes=row_bytes * shape.num_layers * (num_visual + num_text),
         kv_bytes=row_bytes * sum(rows),
+    )
+
+
+def selection_flops(shape: ModelShape, schedule: Schedule, sizes: StageSizes) -> float:
+    """Return the FLOPs of one stage's selection, by the schedule's method."""
+    if schedule.method != "trio":
+        return stage_flops(schedule.method, shape, sizes)
+    suppression = nms_flops(
+        sizes.num_visual,
+        hidden_size=shape.hidden_size,
+        rounds=schedule.nms_rounds,
+        one_size=sizes.one_size,
+    )
+    return suppression + probe_flops(
+        shape,
+        num_rows=sizes.num_visual + sizes.num_text,
+        num_visual=sizes.num_visual,
+        num_probe_rows=schedule.num_probe_rows,
     )
 
 
@@ -193,8 +221,8 @@ def probe_flops(
 ) -> float:
     """Return the FLOPs of one closed-form probe: saliency of ``num_visual`` of ``num_rows`` rows.
 
-    The R probe rows pass queries, output projection, MLP and head forwards and backwards, ``4 R weights``;
-    the rest is ``saliency_flops`` of the form, the cheapest one by default.
+    The R probe rows pass output projection, MLP and head forwards and backwards, ``4 R weights``, and queries forwards
+    only; the rest is ``saliency_flops`` of the form, the cheapest one by default.
     """
     sizes = {
         "num_rows": num_rows,
@@ -205,9 +233,11 @@ def probe_flops(
         "head_size": shape.head_size,
         "num_probe_rows": num_probe_rows,
     }
-    weights = shape.hidden_size * (2 * shape.num_heads * shape.head_size + 3 * shape.intermediate_size)
+    queries = shape.hidden_size * shape.num_heads * shape.head_size
+    weights = queries + 3 * shape.hidden_size * shape.intermediate_size
     head = 2 * head_flops(shape, num_rows=num_probe_rows)
-    return 4.0 * num_probe_rows * weights + head + saliency_flops(form or cheapest_form(**sizes), **sizes)
+    rows = 4.0 * num_probe_rows * weights + 2.0 * num_probe_rows * queries
+    return rows + head + saliency_flops(form or cheapest_form(**sizes), **sizes)
 
 
 def saliency_flops(
@@ -225,14 +255,14 @@ def saliency_flops(
 
     With P = R H and K = G E:
 
-        all             2 S D K  keys,  4 P E S  scores and dk,  2 P S D  Σ a h,  4 P E D  p and W_v Σ a h
+        all             2 S D K  keys,  2 P E S  scores,  2 P E N  dk,  2 P S D  Σ a h,  4 P E D  p and W_v Σ a h
         direct          + 2 N P D  da,   2 N D (K + P)  u
         key_gram        + 2 N P D  da,   2 P D (K + P)  the small Gram matrices,  2 N (K² + P K + P²)
         key_value_gram  + 2 N D K  V,    4 N P E  da and dv,  2 N (2K)²
     """
     S, N, D, P = num_rows, num_visual, hidden_size, num_probe_rows * num_heads
     K = num_kv_heads * head_size
-    common = 2 * S * D * K + 4 * P * head_size * S + 2 * P * S * D + 4 * P * head_size * D
+    common = 2 * S * D * K + 2 * P * head_size * (S + N) + 2 * P * S * D + 4 * P * head_size * D
     if form == "direct":
         return float(common + 2 * N * P * D + 2 * N * D * (K + P))
     if form == "key_gram":
@@ -267,9 +297,9 @@ def cheapest_form(
     return min(SALIENCY_FORMS, key=flops)
 
 
-def nms_flops(num_visual: int, *, hidden_size: int, rounds: int = 16) -> float:
-    """Return ``2 N² D`` for the similarities (5/8 of it from 1024 tokens on), and 2 N² for every round."""
-    similarity = 2 * num_visual**2 * hidden_size * _MIRROR_SHARE[num_visual >= 1024]
+def nms_flops(num_visual: int, *, hidden_size: int, rounds: int = 16, one_size: bool = True) -> float:
+    """Return ``2 N² D`` for the similarities (5/8 of it from 1024 tokens on in a graph for one N), and 2 N² a round."""
+    similarity = 2 * num_visual**2 * hidden_size * _MIRROR_SHARE[one_size and num_visual >= 1024]
     return similarity + 2.0 * rounds * num_visual**2
 
 

@@ -61,6 +61,7 @@ from trio_edge.trio.selectors.row_attention import (
     text_after,
     visual_rows,
 )
+from trio_edge.trio.selectors.sparse_vlm_split import split_of
 
 _ABOVE_MEAN = 1e-4
 _SAME_POINT = 1e-5
@@ -142,16 +143,6 @@ class SparseVlm(nn.Module):
         kept_K = indices_by_group(group_N, num_keep=self.num_keep)
         member_KN = (owner_N[None, :] == kept_K[:, None].to(torch.float32)).to(torch.float32)
         return kept_K, member_KN / member_KN.sum(1, keepdim=True)
-
-
-def split_of(num_visual: int, num_keep: int) -> tuple[int, int, int]:
-    """Return how many tokens are kept, how many clusters there are and how many tokens are in one."""
-    excess = num_visual - num_keep
-    if excess <= 0:
-        return num_keep, 0, 0
-    num_merged = min((100 * excess + 10) // 97 + 1 - excess, num_keep // 2)
-    num_removed = num_visual - (num_keep - num_merged)
-    return num_keep - num_merged, num_merged, 3 * num_removed // 10 + 1
 
 
 class _Split(NamedTuple):

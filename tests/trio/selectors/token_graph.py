@@ -53,6 +53,13 @@ class Case:
             num_text=torch.tensor([self.num_text], dtype=torch.int32),
         )  # fmt: skip
 
+    def feeds(self) -> dict[str, Array]:
+        return {
+            "tokens": self.tokens, "num_visual": np.array([self.num_visual], np.int32),
+            "newline": self.newline.astype(np.int32), "features": self.features, "keys": self.keys,
+            "attention": self.attention, "text": self.text, "num_text": np.array([self.num_text], np.int32),
+        }  # fmt: skip
+
 
 def random_case(
     seed: int = 0, *, num_tokens: int = 40, num_visual: int | None = None, newline_every: int = 0
@@ -165,11 +172,7 @@ def export_selector(selector: Any, path: Path, *, num_tokens: int | str = "N") -
 
 def run_graph(path: Path, case: Case) -> list[Array]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    feeds = {
-        "tokens": case.tokens, "num_visual": np.array([case.num_visual], np.int32),
-        "newline": case.newline.astype(np.int32), "features": case.features, "keys": case.keys,
-        "attention": case.attention, "text": case.text, "num_text": np.array([case.num_text], np.int32),
-    }  # fmt: skip
+    feeds = case.feeds()
     used = {value.name for value in session.get_inputs()}
     result: list[Array] = session.run(None, {name: feeds[name] for name in feeds if name in used})
     return result

@@ -1,0 +1,74 @@
+"""Every method's own FLOPs, counted by formula, against the matrix products of the graph that was exported for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, get_args
+
+import pytest
+
+from tests.bundles import export
+from tests.matmul_flops import example_feeds, matmul_flops
+from tests.spec.test_selectors_through_bundles import STAGE_METHODS
+from tests.trio.selectors.token_graph import NUM_KEEP, D, E, F, T, export_selector, random_case
+from trio_edge.calibration.answer_cost import prefill_flops
+from trio_edge.export.token_selectors import token_selector
+from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.manifest import TokenMethod
+from trio_edge.runtime.schedule import Schedule, Stage
+from trio_edge.trio.cost import ModelShape, selection_flops
+from trio_edge.trio.selectors.cost import StageSizes, token_flops
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SCHEDULES = {"trio": Schedule(stages=(Stage(layer=1, keep=14), Stage(layer=2, keep=6))), **STAGE_METHODS}
+WIDTHS = {"visual_tokens": D, "features": F, "keys": E}
+
+
+@pytest.mark.parametrize("method", SCHEDULES)
+def test_stages_compute_the_products_that_the_formula_counts(method: str, checkpoint: Path) -> None:
+    schedule = SCHEDULES[method]
+    bundle = export(checkpoint, schedule=schedule)
+    manifest = open_bundle(bundle).manifest
+    dims = manifest.dimensions
+    shape = ModelShape(**{name: getattr(dims, name) for name in dims.__struct_fields__})
+    for stage, graph in zip(schedule.stages, manifest.selects, strict=True):
+        sizes = graph.profiles[-1].sizes
+        num_text = sizes["S"] - sizes["N"]
+        counted = StageSizes(sizes["N"], stage.keep, num_text, sizes.get("F", 0) - num_text)
+        feeds = example_feeds(graph, graph.profiles[-1])
+        assert selection_flops(shape, schedule, counted) == matmul_flops(bundle / graph.file, feeds)
+
+
+@pytest.mark.parametrize("method", get_args(TokenMethod))
+def test_selections_before_the_decoder_compute_the_products_that_the_formula_counts(
+    method: Any, tmp_path: Path
+) -> None:
+    graph = export_selector(token_selector(method, num_keep=NUM_KEEP), tmp_path / "reduce.onnx")
+    flops = token_flops(method, num_visual=40, num_keep=NUM_KEEP, num_text=T, widths=WIDTHS)
+    # the sums of merged rows are no part of the selector alone
+    merged = 2 * NUM_KEEP * 40 * D if method == "visionzip" else 0
+    assert flops.products - merged == matmul_flops(graph, random_case().feeds())
+
+
+def test_the_reduce_graph_computes_the_merged_rows_too(checkpoint: Path) -> None:
+    bundle = export(checkpoint, token_method="visionzip", token_keep=15)
+    manifest = open_bundle(bundle).manifest
+    graph = manifest.graph("reduce")
+    sizes, widths = graph.profiles[-1].sizes, {tensor.name: tensor.shape[-1] for tensor in graph.inputs}
+    flops = token_flops("visionzip", num_visual=sizes["N"], num_keep=15, num_text=0, widths=widths)  # type: ignore[arg-type]
+    feeds = example_feeds(graph, graph.profiles[-1])
+    assert flops.products == matmul_flops(bundle / graph.file, feeds)
+    reduced = manifest.cost.reduced_flops
+    assert reduced["reduce"] == flops.products
+    answer = prefill_flops(manifest, num_visual=manifest.cost.num_visual, kept=(), num_text=40)
+    assert answer == pytest.approx(sum(reduced.values()), rel=1e-6)
+
+
+def test_greedy_steps_count_beside_the_products() -> None:
+    sizes = {"num_visual": 100, "num_keep": 10, "num_text": 9, "widths": WIDTHS}
+    steps = {method: token_flops(method, **sizes).steps for method in get_args(TokenMethod)}  # type: ignore[arg-type]
+    assert steps == {
+        "visionzip": 0, "holov": 0, "uniform": 0, "divprune": 10 * 100, "cdpruner": 2 * 10 * 10 * 100,
+        "scope": 2 * 10 * 100**2, "eadp": 2 * 10 * 100**2,
+    }  # fmt: skip
