@@ -30,6 +30,7 @@ from trio_edge.export.tensorrt_check import require_supported
 from trio_edge.export.text_files import read_text_files
 from trio_edge.export.token_selectors import token_selector
 from trio_edge.export.tracing import trace_graphs
+from trio_edge.export.vision_dimensions import vision_dimensions
 from trio_edge.export.weights import bytes_to_write, store_constants, store_weights
 from trio_edge.runtime.bundle import sha256_of
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
@@ -289,6 +290,7 @@ def export_bundle(
                 graphs=graphs,
                 dtype=dtype,
             ),
+            vision=vision_dimensions(model, sizes=primary, hidden_size=dimensions.hidden_size),
             tools={
                 name: version(name)
                 for name in ("trio-edge", "torch", "transformers", "onnx-ir", "onnxscript")

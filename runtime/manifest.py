@@ -109,6 +109,25 @@ class Dimensions(_Spec, frozen=True):
     vocab_size: int
 
 
+class VisionDimensions(_Spec, frozen=True):
+    """Sizes of the vision tower and its projector, as far as they decide what the vision graph computes."""
+
+    num_layers: int
+    """Layers that run."""
+    hidden_size: int
+    intermediate_size: int
+    patches_per_tile: int | None
+    """With the class token; None where the whole picture of P patches is one tile."""
+    projector_weights: int
+    """Weights that each visual token is multiplied with."""
+    mlp_matrices: int = 2
+    """2, or 3 where the MLP has a gate."""
+    patches_per_window: int | None = None
+    """Patches that a patch attends to in layers with windows; None if all layers attend to the whole tile."""
+    num_full_layers: int = 0
+    """Layers that attend to the whole tile beside those with windows."""
+
+
 class TextSpec(_Spec, frozen=True):
     """Tokens with a meaning, and where the tokenizer's files are."""
 
@@ -187,6 +206,8 @@ class Manifest(_Spec, frozen=True):
     cost: Cost
     tools: dict[str, str]
     """Versions of the packages that made the bundle."""
+    vision: VisionDimensions | None = None
+    """None in bundles of releases that did not write it."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:

@@ -1,0 +1,235 @@
+"""One answer on a device that is not at hand: time of every graph, to the first token, per token, and memory.
+
+A ``Setting`` is what a bundle would be exported with and asked; ``graph_runs`` lists the graphs that it runs and their
+counted work, ``predict`` times them. Rows are those of the prompt: a bundle's padding to text buckets is the caller's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from trio_edge.runtime.prediction.counting import (
+    Work,
+    counted_work,
+    head_work,
+    range_work,
+    select_work,
+    vision_work,
+)
+from trio_edge.runtime.prediction.efficiency import UNFUSED_SCORE_PASSES, fitted_for, rates_of
+from trio_edge.runtime.prediction.shapes import layer_weights, tower_weights
+from trio_edge.runtime.prediction.speed import BYTES_PER_WEIGHT, Formats, GraphTime, graph_time
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trio_edge.runtime.prediction.shapes import Model
+    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.runtime.targets import Target
+
+Precision = Literal["float16", "int8", "int4"]
+PRECISIONS: tuple[Precision, ...] = ("float16", "int8", "int4")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """A model, how it is exported, and what is asked of it."""
+
+    model: Model
+    schedule: Schedule
+    sizes: Mapping[str, int]
+    """Of the vision profile: N visual tokens, and B tiles or P patches."""
+    num_text: int
+    num_new: int
+    """Tokens of the answer."""
+    precision: Precision
+    """Of the decoder's linear weights; the rest is float16."""
+    entering: int | None = None
+    """Visual tokens that enter the decoder where a selection before it leaves fewer than N."""
+    vision_flops: float | None = None
+    """Counted elsewhere, where the model says nothing of its vision tower."""
+    reduce_flops: float | None = None
+    """Of the selection before the decoder."""
+    select_flops: tuple[float, ...] | None = None
+    """Per stage, where the method is not TRIO."""
+
+    @property
+    def visual_rows(self) -> tuple[int, ...]:
+        """Visual rows of each layer range."""
+        first = self.sizes["N"] if self.entering is None else self.entering
+        rows = [first]
+        for stage in self.schedule.stages:
+            rows.append(min(stage.keep, rows[-1]))
+        return tuple(rows)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers of each range."""
+        starts = [0, *(stage.layer for stage in self.schedule.stages), self.model.decoder.num_layers]
+        return tuple(stop - start for start, stop in zip(starts, starts[1:]))
+
+    @property
+    def formats(self) -> Formats:
+        """What the numbers are stored as."""
+        return Formats(layer=self.precision, other="float16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphRun:
+    """One graph that an answer runs."""
+
+    name: str
+    phase: Literal["prefill", "decode"]
+    work: Work
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimedRun:
+    """A graph and its predicted time."""
+
+    run: GraphRun
+    time: GraphTime
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes that must be there at once."""
+
+    weights: int
+    kv_caches: int
+    activations: int
+    usable: int
+    """What the device has for them."""
+
+    @property
+    def total(self) -> int:
+        """Sum of the three."""
+        return self.weights + self.kv_caches + self.activations
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has as much."""
+        return self.total <= self.usable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """What one device would do with one setting."""
+
+    target: Target
+    setting: Setting
+    runs: tuple[TimedRun, ...]
+    unfused_seconds: float
+    """What the prefill would take more if attention scores went through memory."""
+    memory: Memory
+
+    def seconds(self, phase: Literal["prefill", "decode"]) -> float:
+        """Return the sum over a phase's graphs: to the first token, or per further token."""
+        return sum(timed.time.seconds for timed in self.runs if timed.run.phase == phase)
+
+    @property
+    def answer_seconds(self) -> float:
+        """Of the whole answer, without the host's work on picture and text."""
+        return self.seconds("prefill") + (self.setting.num_new - 1) * self.seconds("decode")
+
+
+def predict(setting: Setting, target: Target) -> Prediction:
+    """Return what ``target`` would take for ``setting``, by the fitted efficiencies of its kind."""
+    efficiency, rates = fitted_for(target).efficiency, rates_of(target)
+    unfused = dataclasses.replace(efficiency, score_passes=UNFUSED_SCORE_PASSES)
+    runs, more = [], 0.0
+    for run in graph_runs(setting):
+        time = graph_time(run.work, formats=setting.formats, rates=rates, efficiency=efficiency)
+        runs.append(TimedRun(run=run, time=time))
+        if run.phase == "prefill":
+            slower = graph_time(run.work, formats=setting.formats, rates=rates, efficiency=unfused)
+            more += slower.seconds - time.seconds
+    return Prediction(
+        target=target,
+        setting=setting,
+        runs=tuple(runs),
+        unfused_seconds=more,
+        memory=memory_of(setting, usable=target.usable_bytes),
+    )
+
+
+def graph_runs(setting: Setting) -> list[GraphRun]:
+    """Return the graphs of a prefill in order, and those of one decode step with every KV buffer at its capacity."""
+    decoder, rows = setting.model.decoder, setting.visual_rows
+    works: list[tuple[str, Work]] = [("vision", _vision(setting))]
+    if setting.reduce_flops is not None:
+        works.append(("reduce", counted_work(setting.reduce_flops, rows=setting.sizes["N"])))
+    for index, layers in enumerate(setting.layers):
+        if index:
+            works.append((f"select_{index}", _select(setting, index - 1)))
+        work = range_work(decoder, num_layers=layers, rows=rows[index] + setting.num_text, past=0)
+        works.append((range_name(index, len(rows)), work))
+    works.append(("head", head_work(decoder)))
+    runs = [GraphRun(name=name, phase="prefill", work=work) for name, work in works]
+    for index, layers in enumerate(setting.layers):
+        past = rows[index] + setting.num_text + setting.num_new
+        work = range_work(decoder, num_layers=layers, rows=1, past=past)
+        runs.append(GraphRun(name=range_name(index, len(rows)), phase="decode", work=work))
+    runs.append(GraphRun(name="head", phase="decode", work=head_work(decoder)))
+    return runs
+
+
+def range_name(index: int, count: int) -> str:
+    """Return the name of layer range ``index`` of ``count``, as the exporter gives it."""
+    if index == 0:
+        return "prefix"
+    return "suffix" if index == count - 1 else f"segment_{index}"
+
+
+def memory_of(setting: Setting, *, usable: int) -> Memory:
+    """Return the memory of weights, of KV caches at full capacity and of the largest graph's activations.
+
+    The formulas are those of ``trio-export --target``: repeated weights of the stages count, and attention scores are
+    taken to be in memory, in float32 and once more in float16.
+    """
+    decoder, rows = setting.model.decoder, setting.visual_rows
+    layer = layer_weights(decoder) * BYTES_PER_WEIGHT[setting.precision]
+    head = 2 * decoder.vocab_size * decoder.hidden_size
+    vision = 0 if setting.model.vision is None else 2 * tower_weights(setting.model.vision)
+    stages = len(setting.schedule.stages)
+    row_bytes = 4 * decoder.num_kv_heads * decoder.head_size
+    capacity = setting.num_text + setting.num_new
+    return Memory(
+        weights=round((decoder.num_layers + stages) * layer + (1 + stages) * head + vision),
+        kv_caches=row_bytes * sum(layers * (count + capacity) for layers, count in zip(setting.layers, rows)),
+        activations=max(
+            _range_activations(setting, layers=layers, rows=count + setting.num_text)
+            for layers, count in zip(setting.layers, rows)
+        ),
+        usable=usable,
+    )
+
+
+def _range_activations(setting: Setting, *, layers: int, rows: int) -> int:
+    decoder = setting.model.decoder
+    heads = decoder.num_heads + 2 * decoder.num_kv_heads
+    attention = 2 * rows * heads * decoder.head_size + 6 * decoder.num_heads * rows**2
+    hidden = 6 * rows * decoder.hidden_size + 4 * rows**2
+    new_rows = layers * rows * 4 * decoder.num_kv_heads * decoder.head_size
+    return hidden + new_rows + max(attention, 6 * rows * decoder.intermediate_size)
+
+
+def _vision(setting: Setting) -> Work:
+    if setting.vision_flops is not None:
+        return counted_work(setting.vision_flops, rows=setting.sizes["N"])
+    assert setting.model.vision is not None
+    return vision_work(setting.model.vision, setting.sizes)
+
+
+def _select(setting: Setting, stage: int) -> Work:
+    entering = setting.visual_rows[stage]
+    if setting.select_flops is not None:
+        return counted_work(setting.select_flops[stage], rows=entering)
+    return select_work(
+        setting.model.decoder,
+        setting.schedule,
+        rows=entering + setting.num_text,
+        num_visual=entering,
+    )

@@ -1,0 +1,307 @@
+"""What one run of a graph computes and moves: its products, its attention, and the rest, from shapes alone.
+
+    range     per layer the seven products of S rows, and attention of S rows to C + S
+    select    TRIO: keys of S rows, R probe rows forwards and backwards through layer and head, the saliency's
+              cheapest form, similarities of N tokens and the rounds of the NMS
+    head      one row
+    vision    per layer the products of all patches, and attention inside tiles or windows; the projector per token
+
+A multiplication and an addition are two FLOPs; only products count, as in ``trio_edge.trio.cost``, whose sums are these.
+``moved_bytes`` is the least that must pass through memory: every operand and every result once, weights once, and
+attention scores never, as in a fused kernel; ``score_elements`` says how many scores there are where they are not.
+Letters as in ``runtime.manifest``; R probe rows, P = R H, K = G E.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from trio_edge.runtime.prediction.shapes import layer_matrices, tiles_and_patches
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trio_edge.runtime.manifest import Dimensions, VisionDimensions
+    from trio_edge.runtime.schedule import Schedule
+
+WeightKind = Literal["layer", "head", "vision", "none"]
+"""Which weights a product reads; "none" if both factors are activations. Quantization differs by kind."""
+_MIRRORED_FROM = 1024
+_MIRROR_SHARE = 5 / 8
+"""Of the similarities that the NMS computes in a graph for one N of at least ``_MIRRORED_FROM``."""
+_VISION_HEAD_SIZE = 64
+_LAUNCHES_PER_LAYER = 10
+"""Kernels of a fused decoder or vision layer: two norms with their sums, four products, rotation, attention, gate, sum."""
+_LAUNCHES_PER_HEAD = 3
+_LAUNCHES_PER_PROBE = 60
+_LAUNCHES_PER_ROUND = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Product:
+    """``count`` products [rows, inner] x [inner, columns]."""
+
+    rows: int
+    inner: int
+    columns: int
+    count: float = 1.0
+    """Not whole where only a share of a product is computed."""
+    weights: WeightKind = "none"
+
+    @property
+    def flops(self) -> float:
+        """Two for each multiplication and addition."""
+        return 2.0 * self.rows * self.inner * self.columns * self.count
+
+    @property
+    def matrix_elements(self) -> float:
+        """Elements of the second factors."""
+        return self.inner * self.columns * self.count
+
+    @property
+    def row_elements(self) -> float:
+        """Elements of the first factors and the results."""
+        return self.rows * (self.inner + self.columns) * self.count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """``count`` times attention of ``rows`` to ``context`` rows in each of ``num_heads``."""
+
+    rows: int
+    context: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    count: int = 1
+
+    @property
+    def flops(self) -> float:
+        """Scores and weighted sum, without leaving out what a causal mask hides."""
+        return 4.0 * self.rows * self.context * self.num_heads * self.head_size * self.count
+
+    @property
+    def moved_elements(self) -> float:
+        """Queries and outputs, and keys and values of the whole context."""
+        queries = 2 * self.rows * self.num_heads
+        return float((queries + 2 * self.context * self.num_kv_heads) * self.head_size * self.count)
+
+    @property
+    def score_elements(self) -> float:
+        """Scores, which a fused kernel never writes."""
+        return float(self.rows * self.context * self.num_heads * self.count)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """One run of one graph."""
+
+    products: tuple[Product, ...]
+    attention: tuple[Attention, ...] = ()
+    other_elements: float = 0.0
+    """Of activations that element-wise kernels read and write: norms, sums, rotations, gates."""
+    launches: int = 1
+
+    @property
+    def flops(self) -> float:
+        """Of all products and attentions."""
+        return sum(part.flops for part in (*self.products, *self.attention))
+
+    @property
+    def num_weights(self) -> float:
+        """Weights that are read, each as often as it is."""
+        return sum(self.weights_of(kind) for kind in ("layer", "head", "vision"))
+
+    @property
+    def score_elements(self) -> float:
+        """Attention scores."""
+        return sum(part.score_elements for part in self.attention)
+
+    def weights_of(self, kind: WeightKind) -> float:
+        """Return how many weights of one kind are read."""
+        return sum(part.matrix_elements for part in self.products if part.weights == kind)
+
+    def moved_bytes(self, bytes_per_weight: Mapping[WeightKind, float], *, bytes_per_element: int) -> float:
+        """Return the bytes that must pass through memory.
+
+        Args:
+            bytes_per_weight: By kind of weight.
+            bytes_per_element: Of activations and the KV cache.
+        """
+        elements = self.other_elements + sum(part.moved_elements for part in self.attention)
+        moved = 0.0
+        for part in self.products:
+            elements += part.row_elements
+            if part.weights == "none":
+                elements += part.matrix_elements
+            else:
+                moved += part.matrix_elements * bytes_per_weight[part.weights]
+        return moved + elements * bytes_per_element
+
+
+def range_work(decoder: Dimensions, *, num_layers: int, rows: int, past: int) -> Work:
+    """Return the work of ``num_layers`` decoder layers.
+
+    Args:
+        decoder: Sizes.
+        num_layers: Of the range.
+        rows: S, new rows.
+        past: C, rows of the KV buffers that are read.
+    """
+    products = tuple(
+        Product(rows=rows, inner=inner, columns=columns, count=num_layers, weights="layer")
+        for inner, columns in layer_matrices(decoder)
+    )
+    attention = Attention(
+        rows=rows,
+        context=past + rows,
+        num_heads=decoder.num_heads,
+        num_kv_heads=decoder.num_kv_heads,
+        head_size=decoder.head_size,
+        count=num_layers,
+    )
+    rotated = (decoder.num_heads + decoder.num_kv_heads) * decoder.head_size
+    around = rows * (8 * decoder.hidden_size + 2 * rotated + 3 * decoder.intermediate_size)
+    return Work(
+        products=products,
+        attention=(attention,),
+        other_elements=float(num_layers * around),
+        launches=num_layers * _LAUNCHES_PER_LAYER,
+    )
+
+
+def head_work(decoder: Dimensions) -> Work:
+    """Return the work of the final norm and the head on one row."""
+    product = Product(rows=1, inner=decoder.hidden_size, columns=decoder.vocab_size, weights="head")
+    return Work(products=(product,), launches=_LAUNCHES_PER_HEAD)
+
+
+def select_work(
+    decoder: Dimensions, schedule: Schedule, *, rows: int, num_visual: int, one_size: bool = True
+) -> Work:
+    """Return the work of one of TRIO's stages: the probe and the NMS.
+
+    Args:
+        decoder: Sizes.
+        schedule: For the probe rows and the rounds.
+        rows: S, text and visual.
+        num_visual: N.
+        one_size: Whether the graph is made for one N; it computes fewer similarities then.
+    """
+    probe_rows, hidden, heads = schedule.num_probe_rows, decoder.hidden_size, decoder.num_heads
+    share = _MIRROR_SHARE if one_size and num_visual >= _MIRRORED_FROM else 1.0
+    queries = heads * decoder.head_size
+    there_and_back = (
+        (queries, hidden),
+        (hidden, decoder.intermediate_size),
+        (hidden, decoder.intermediate_size),
+        (decoder.intermediate_size, hidden),
+    )
+    products = [
+        Product(rows=probe_rows, inner=inner, columns=columns, count=2, weights="layer")
+        for inner, columns in there_and_back
+    ]
+    products += [
+        Product(rows=probe_rows, inner=hidden, columns=queries, weights="layer"),
+        Product(rows=probe_rows, inner=hidden, columns=decoder.vocab_size, count=2, weights="head"),
+    ]
+    products += _saliency(decoder, rows=rows, num_visual=num_visual, probes=probe_rows * heads)
+    products.append(Product(rows=num_visual, inner=hidden, columns=num_visual, count=share))
+    products.append(Product(rows=1, inner=num_visual, columns=num_visual, count=schedule.nms_rounds))
+    return Work(
+        products=tuple(products),
+        other_elements=float(6 * rows * hidden + 4 * num_visual**2),
+        launches=_LAUNCHES_PER_PROBE + schedule.nms_rounds * _LAUNCHES_PER_ROUND,
+    )
+
+
+def _saliency(decoder: Dimensions, *, rows: int, num_visual: int, probes: int) -> list[Product]:
+    """Return what grows with S: what all forms do, and the form with the fewest FLOPs."""
+    hidden, size = decoder.hidden_size, decoder.head_size
+    keys = decoder.num_kv_heads * size
+    shared = [
+        Product(rows=rows, inner=hidden, columns=keys, weights="layer"),
+        Product(rows=probes, inner=size, columns=rows),
+        Product(rows=probes, inner=num_visual, columns=size),
+        Product(rows=probes, inner=rows, columns=hidden),
+        Product(rows=probes, inner=size, columns=hidden, count=2),
+    ]
+    from_rows = Product(rows=num_visual, inner=hidden, columns=probes)
+    direct = [from_rows, Product(rows=num_visual, inner=keys + probes, columns=hidden)]
+    key_gram = [
+        from_rows,
+        Product(rows=probes, inner=hidden, columns=keys + probes),
+        Product(rows=num_visual, inner=keys, columns=keys + probes),
+        Product(rows=num_visual, inner=probes, columns=probes),
+    ]
+    key_value_gram = [
+        Product(rows=num_visual, inner=hidden, columns=keys, weights="layer"),
+        Product(rows=num_visual, inner=probes, columns=size, count=2),
+        Product(rows=num_visual, inner=2 * keys, columns=2 * keys),
+    ]
+    forms = (direct, key_gram, key_value_gram)
+    return shared + min(forms, key=lambda form: sum(product.flops for product in form))
+
+
+def vision_work(tower: VisionDimensions, sizes: Mapping[str, int]) -> Work:
+    """Return the work of the vision tower and the projector.
+
+    Args:
+        tower: Sizes of both.
+        sizes: Of the profile: B tiles or P patches, and N visual tokens.
+    """
+    tiles, patches = tiles_and_patches(tower, sizes)
+    rows, width, inner = tiles * patches, tower.hidden_size, tower.intermediate_size
+    products = [
+        Product(rows=rows, inner=width, columns=width, count=4 * tower.num_layers, weights="vision"),
+        Product(
+            rows=rows,
+            inner=width,
+            columns=inner,
+            count=tower.mlp_matrices * tower.num_layers,
+            weights="vision",
+        ),
+        _square(sizes["N"], tower.projector_weights, weights="vision"),
+    ]
+    return Work(
+        products=tuple(products),
+        attention=_vision_attention(tower, tiles=tiles, patches=patches),
+        other_elements=float(tower.num_layers * rows * (10 * width + 2 * inner)),
+        launches=(tower.num_layers + 1) * _LAUNCHES_PER_LAYER,
+    )
+
+
+def _vision_attention(tower: VisionDimensions, *, tiles: int, patches: int) -> tuple[Attention, ...]:
+    windows = tower.patches_per_window
+    full = tower.num_layers if windows is None else tower.num_full_layers
+    layers = {patches: full} if windows is None else {patches: full, windows: tower.num_layers - full}
+    heads = tower.hidden_size // _VISION_HEAD_SIZE
+    return tuple(
+        Attention(
+            rows=patches,
+            context=context,
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_size=_VISION_HEAD_SIZE,
+            count=count * tiles,
+        )
+        for context, count in layers.items()
+    )
+
+
+def counted_work(flops: float, *, rows: int) -> Work:
+    """Return work of which only the FLOPs are known, as one product of ``rows`` rows.
+
+    Args:
+        flops: Of the graph.
+        rows: That it works on.
+    """
+    return Work(products=(_square(rows, flops / (2 * rows), weights="none"),), launches=_LAUNCHES_PER_PROBE)
+
+
+def _square(rows: int, elements: float, *, weights: WeightKind) -> Product:
+    """Return a product with as many elements in its second factor, about as wide as high."""
+    side = max(1, math.isqrt(round(elements)))
+    return Product(rows=rows, inner=side, columns=side, count=elements / side**2, weights=weights)

@@ -1,0 +1,203 @@
+"""Sizes of a vision-language model, as far as they decide what its graphs compute; of released models without a bundle.
+
+Letters: D hidden size, H query heads, G key/value heads, E head size, I intermediate size, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from trio_edge.runtime.errors import TargetError
+from trio_edge.runtime.image_grid_tiles import GridTileProcessing
+from trio_edge.runtime.image_patches import PatchProcessing
+from trio_edge.runtime.image_processing import ImageProcessing
+from trio_edge.runtime.manifest import Dimensions, VisionDimensions
+from trio_edge.runtime.vision_inputs import (
+    GridTilePictures,
+    PatchPictures,
+    TilePictures,
+    picture_processing,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trio_edge.runtime.manifest import Manifest
+    from trio_edge.runtime.vision_inputs import PictureProcessing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A model that times can be predicted for."""
+
+    name: str
+    decoder: Dimensions
+    vision: VisionDimensions | None
+    """None where nothing is known of it, or none is wanted."""
+    pictures: PictureProcessing | None = None
+    """How many visual tokens a picture has."""
+
+
+def model_of(manifest: Manifest) -> Model:
+    """Return the model that a bundle was made of; its vision tower where the manifest describes it."""
+    pictures = picture_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
+    return Model(name=manifest.model, decoder=manifest.dimensions, vision=manifest.vision, pictures=pictures)
+
+
+def tiles_and_patches(tower: VisionDimensions, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Return the number of tiles and of patches in each, for the sizes of a vision profile."""
+    if tower.patches_per_tile is None:
+        return 1, sizes["P"]
+    return sizes["B"], tower.patches_per_tile
+
+
+def tower_weights(tower: VisionDimensions) -> int:
+    """Return the elements of the vision tower's and the projector's matrices."""
+    width = tower.hidden_size
+    layer = 4 * width**2 + tower.mlp_matrices * width * tower.intermediate_size
+    return tower.num_layers * layer + tower.projector_weights
+
+
+def layer_weights(decoder: Dimensions) -> int:
+    """Return the elements of one decoder layer's matrices."""
+    return sum(inputs * outputs for inputs, outputs in layer_matrices(decoder))
+
+
+def layer_matrices(decoder: Dimensions) -> tuple[tuple[int, int], ...]:
+    """Return inputs and outputs of one decoder layer's matrices: queries, keys, values, output, gate, up, down."""
+    hidden, inner = decoder.hidden_size, decoder.intermediate_size
+    queries = decoder.num_heads * decoder.head_size
+    keys = decoder.num_kv_heads * decoder.head_size
+    return (
+        (hidden, queries),
+        (hidden, keys),
+        (hidden, keys),
+        (queries, hidden),
+        (hidden, inner),
+        (hidden, inner),
+        (inner, hidden),
+    )
+
+
+def find_model(name: str) -> Model:
+    """Return the released model called ``name``.
+
+    Raises:
+        TargetError: If there is none; the message has the nearest name and all others.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    near = difflib.get_close_matches(name, MODELS, n=1)
+    hint = f"did you mean {near[0]}?" if near else "choose one of these, or predict from a bundle"
+    raise TargetError(f"--model: expected one of {', '.join(MODELS)}, got {name!r}; {hint}")
+
+
+_CLIP = VisionDimensions(
+    num_layers=23,
+    hidden_size=1024,
+    intermediate_size=4096,
+    patches_per_tile=577,
+    projector_weights=0,
+)
+_QWEN_VISION = VisionDimensions(
+    num_layers=32,
+    hidden_size=1280,
+    intermediate_size=3420,
+    patches_per_tile=None,
+    mlp_matrices=3,
+    patches_per_window=64,
+    num_full_layers=4,
+    projector_weights=0,
+)
+_INTERN_VIT = VisionDimensions(
+    num_layers=24,
+    hidden_size=1024,
+    intermediate_size=4096,
+    patches_per_tile=1025,
+    projector_weights=0,
+)
+_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+
+def _decoder(
+    num_layers: int,
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    intermediate_size: int,
+    vocab_size: int,
+    *,
+    head_size: int = 128,
+) -> Dimensions:
+    return Dimensions(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        intermediate_size=intermediate_size,
+        vocab_size=vocab_size,
+    )
+
+
+def _llava(name: str, decoder: Dimensions, *, tiles: bool) -> Model:
+    processing = ImageProcessing(
+        kind="anyres" if tiles else "single",
+        tile_size=336,
+        patch_size=14,
+        resize_size=336,
+        grid_pinpoints=_PINPOINTS if tiles else (),
+    )
+    hidden = decoder.hidden_size
+    return Model(
+        name=name,
+        decoder=decoder,
+        vision=msgspec.structs.replace(_CLIP, projector_weights=(1024 + hidden) * hidden),
+        pictures=TilePictures(processing, encoder_keep=None),
+    )
+
+
+def _qwen(name: str, decoder: Dimensions) -> Model:
+    processing = PatchProcessing(patch_size=14, window_size=112, max_pixels=12845056)
+    merged = 1280 * 4
+    return Model(
+        name=name,
+        decoder=decoder,
+        vision=msgspec.structs.replace(
+            _QWEN_VISION, projector_weights=merged * (merged + decoder.hidden_size)
+        ),
+        pictures=PatchPictures(processing, encoder_keep=None),
+    )
+
+
+def _intern(name: str, decoder: Dimensions) -> Model:
+    processing = GridTileProcessing(tile_size=448, tokens_per_side=16)
+    hidden = decoder.hidden_size
+    return Model(
+        name=name,
+        decoder=decoder,
+        vision=msgspec.structs.replace(_INTERN_VIT, projector_weights=(4 * 1024 + hidden) * hidden),
+        pictures=GridTilePictures(processing),
+    )
+
+
+_VICUNA_7B = _decoder(32, 4096, 32, 32, 11008, 32064)
+_VICUNA_13B = _decoder(40, 5120, 40, 40, 13824, 32064)
+_ALL = (
+    _llava("llava-1.5-7b", _VICUNA_7B, tiles=False),
+    _llava("llava-1.5-13b", _VICUNA_13B, tiles=False),
+    _llava("llava-next-7b", _VICUNA_7B, tiles=True),
+    _llava("llava-next-mistral-7b", _decoder(32, 4096, 32, 8, 14336, 32064), tiles=True),
+    _llava("llava-next-13b", _VICUNA_13B, tiles=True),
+    _qwen("qwen2.5-vl-3b", _decoder(36, 2048, 16, 2, 11008, 151936)),
+    _qwen("qwen2.5-vl-7b", _decoder(28, 3584, 28, 4, 18944, 152064)),
+    _intern("internvl3-1b", _decoder(24, 896, 14, 2, 4864, 151674, head_size=64)),
+    _intern("internvl3-2b", _decoder(28, 1536, 12, 2, 8960, 151674)),
+    _intern("internvl3-8b", _decoder(28, 3584, 28, 4, 18944, 151674)),
+)
+MODELS: dict[str, Model] = {model.name: model for model in _ALL}
+"""Released models by the alias that ``trio-export`` knows them by."""

@@ -1,0 +1,145 @@
+"""Seconds of a graph: each product and each attention takes what the slower of arithmetic and memory takes.
+
+    product      max(FLOPs / (peak e), bytes / (bandwidth b)),   e = plateau rows / (rows + rows_for_half);
+                 e = plateau below 16 rows, which other kernels than those for matrices multiply
+    attention    max(FLOPs / (peak a), bytes / (bandwidth b)) + scores · passes · 4 / (bandwidth b)
+    the rest     bytes / (bandwidth b)
+    launches     each a constant
+
+``peak`` and ``bandwidth`` are a device's; the other values are an ``Efficiency``, fitted to measured times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trio_edge.runtime.prediction.counting import Attention, Product, WeightKind, Work
+
+WeightFormat = Literal["float32", "float16", "int8", "int4"]
+_VECTOR_ROWS = 16
+BYTES_PER_WEIGHT: dict[WeightFormat, float] = {
+    "float32": 4.0,
+    "float16": 2.0,
+    "int8": 1.0,
+    "int4": 4.125 / 8,
+}
+"""INT4 with one float16 scale for 128 weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """What a device can do at most."""
+
+    flops: float
+    """Per second, dense."""
+    bandwidth: float
+    """Bytes per second."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Efficiency:
+    """How much of a device's rates a runtime gets out of it."""
+
+    plateau: dict[WeightFormat, float]
+    """Share of the peak that a product with very many rows reaches, by the format of its weights."""
+    rows_for_half: float
+    """Rows at which a product reaches half of its plateau."""
+    attention: float
+    """Share of the peak in attention."""
+    bandwidth: float
+    """Share of the bandwidth."""
+    launch_s: float
+    """Seconds of one kernel that does nothing."""
+    score_passes: float = 0.0
+    """How often each attention score passes through memory in float32; 0 where attention is one kernel."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Formats:
+    """What the numbers of a bundle are stored as."""
+
+    layer: WeightFormat
+    """Linear weights of the decoder."""
+    other: WeightFormat
+    """Head and vision."""
+    bytes_per_element: int = 2
+    """Of activations and KV caches."""
+
+    def of(self, kind: WeightKind) -> WeightFormat:
+        """Return the format of one kind of weights."""
+        return self.layer if kind == "layer" else self.other
+
+    def bytes_per_weight(self) -> Mapping[WeightKind, float]:
+        """Return the bytes of a weight by kind."""
+        kinds: tuple[WeightKind, ...] = ("layer", "head", "vision")
+        return {kind: BYTES_PER_WEIGHT[self.of(kind)] for kind in kinds}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphTime:
+    """Predicted time of one run of one graph."""
+
+    seconds: float
+    compute_seconds: float
+    """If memory were infinitely fast."""
+    memory_seconds: float
+    """If arithmetic were."""
+    launch_seconds: float
+
+    @property
+    def bound(self) -> Literal["compute", "memory", "launch"]:
+        """What takes longest."""
+        parts: dict[Literal["compute", "memory", "launch"], float] = {
+            "compute": self.compute_seconds,
+            "memory": self.memory_seconds,
+            "launch": self.launch_seconds,
+        }
+        return max(parts, key=parts.__getitem__)
+
+
+def graph_time(work: Work, *, formats: Formats, rates: Rates, efficiency: Efficiency) -> GraphTime:
+    """Return the time of one run of a graph by this module's formulas."""
+    bandwidth = rates.bandwidth * efficiency.bandwidth
+    pairs = [
+        (_product_compute(part, formats, rates, efficiency), _product_bytes(part, formats) / bandwidth)
+        for part in work.products
+    ]
+    pairs += [
+        (
+            part.flops / (rates.flops * efficiency.attention),
+            part.moved_elements * formats.bytes_per_element / bandwidth,
+        )
+        for part in work.attention
+    ]
+    scores = _score_bytes(work.attention, efficiency) / bandwidth
+    rest = work.other_elements * formats.bytes_per_element / bandwidth
+    launches = work.launches * efficiency.launch_s
+    return GraphTime(
+        seconds=sum(max(pair) for pair in pairs) + scores + rest + launches,
+        compute_seconds=sum(compute for compute, _ in pairs),
+        memory_seconds=sum(memory for _, memory in pairs) + scores + rest,
+        launch_seconds=launches,
+    )
+
+
+def _product_compute(part: Product, formats: Formats, rates: Rates, efficiency: Efficiency) -> float:
+    weights = formats.other if part.weights == "none" else formats.of(part.weights)
+    share = efficiency.plateau[weights]
+    if part.rows >= _VECTOR_ROWS:
+        share *= part.rows / (part.rows + efficiency.rows_for_half)
+    return part.flops / (rates.flops * share)
+
+
+def _product_bytes(part: Product, formats: Formats) -> float:
+    matrix: float = formats.bytes_per_element
+    if part.weights != "none":
+        matrix = BYTES_PER_WEIGHT[formats.of(part.weights)]
+    return part.matrix_elements * matrix + part.row_elements * formats.bytes_per_element
+
+
+def _score_bytes(parts: tuple[Attention, ...], efficiency: Efficiency) -> float:
+    return 4.0 * efficiency.score_passes * sum(part.score_elements for part in parts)

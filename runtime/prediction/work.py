@@ -1,0 +1,113 @@
+"""What one run of a bundle's graph computes and moves, from its manifest.
+
+FLOPs of layer ranges, head, vision tower and TRIO's stages are counted from shapes. Stages of other methods, the selection
+before the decoder, and vision graphs of bundles that say nothing of their tower have the manifest's ``cost``, which is
+for one picture: it is scaled by the square of the tokens where tokens are compared, and by tokens otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trio_edge.runtime.prediction.counting import (
+    Work,
+    counted_work,
+    head_work,
+    range_work,
+    select_work,
+    vision_work,
+)
+
+if TYPE_CHECKING:
+    from trio_edge.runtime.manifest import GraphSpec, Manifest, Profile
+
+_ELEMENT_BYTES = {"float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphWork:
+    """One run of a graph at one profile."""
+
+    flops: float
+    weight_bytes: int
+    """Weights that the graph holds, in the bundle's own formats; a run reads each at least once."""
+    moved_bytes: float
+    """The least that must pass through memory: the weights once, every operand and result once, attention scores never."""
+    launches: int
+    """Kernels of a fused implementation."""
+
+
+def graph_work(manifest: Manifest, graph: GraphSpec, profile: Profile) -> GraphWork:
+    """Return the work of one run of ``graph`` at the sizes of ``profile``."""
+    work = counted(manifest, graph, profile)
+    moved = work.moved_bytes(
+        dict.fromkeys(("layer", "head", "vision"), 0.0),
+        bytes_per_element=_ELEMENT_BYTES[manifest.dtype],
+    )
+    return GraphWork(
+        flops=work.flops,
+        weight_bytes=graph.weight_bytes,
+        moved_bytes=moved + graph.weight_bytes,
+        launches=work.launches,
+    )
+
+
+def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
+    """Return the products of one run of ``graph``, with sizes that the graph fixes taken from its inputs."""
+    sizes = {**_fixed_sizes(graph), **profile.sizes}
+    decoder = manifest.dimensions
+    if graph.role in ("prefix", "segment", "suffix"):
+        return range_work(decoder, num_layers=graph.num_layers, rows=sizes["S"], past=sizes["C"])
+    if graph.role == "head":
+        return head_work(decoder)
+    if graph.role == "vision":
+        if manifest.vision is None:
+            return counted_work(vision_flops(manifest, num_visual=sizes["N"]), rows=sizes["N"])
+        return vision_work(manifest.vision, sizes)
+    if graph.role == "reduce":
+        return counted_work(reduce_flops(manifest, num_visual=sizes["N"]), rows=sizes["N"])
+    if manifest.schedule.method != "trio":
+        stage = manifest.selects.index(graph)
+        return counted_work(stage_flops(manifest)[stage], rows=sizes["N"])
+    first = graph is manifest.selects[0] or graph == manifest.selects[0]
+    one_size = not first or len(manifest.visual_sizes) == 1
+    return select_work(decoder, manifest.schedule, rows=sizes["S"], num_visual=sizes["N"], one_size=one_size)
+
+
+def vision_flops(manifest: Manifest, *, num_visual: int) -> float:
+    """Return the vision graph's FLOPs as the manifest counts them, scaled to ``num_visual`` tokens."""
+    return manifest.cost.full_flops["vision"] * num_visual / max(manifest.cost.num_visual, 1)
+
+
+def reduce_flops(manifest: Manifest, *, num_visual: int) -> float:
+    """Return those of the selection before the decoder, scaled by the square of the tokens."""
+    counted_flops = manifest.cost.reduced_flops.get("reduce", 0)
+    return counted_flops * (num_visual / max(manifest.cost.num_visual, 1)) ** 2
+
+
+def stage_flops(manifest: Manifest) -> tuple[float, ...]:
+    """Return those of each stage, the manifest's sum divided by the tokens that enter the stages."""
+    entering = manifest.visual_rows[:-1]
+    share = manifest.cost.reduced_flops["select"] / max(sum(entering), 1)
+    return tuple(share * rows for rows in entering)
+
+
+def _fixed_sizes(graph: GraphSpec) -> dict[str, int]:
+    """Return the sizes of axes that are numbers in the graph because all profiles have the same."""
+    names = {
+        "hidden_states": {1: "S"},
+        "inputs_embeds": {1: "S"},
+        "visual_rows": {0: "N"},
+        "visual_tokens": {0: "N"},
+        "pixel_values": {0: "B"},
+        "patch_positions": {1: "P"},
+        "token_index": {0: "N"},
+    }
+    sizes: dict[str, int] = {}
+    for tensor in graph.inputs:
+        for axis, symbol in names.get(tensor.name, {}).items():
+            size = tensor.shape[axis]
+            if isinstance(size, int):
+                sizes[symbol] = size
+    return sizes
