@@ -1,4 +1,4 @@
-"""The folder beside the target: complete or absent, and what killed exports leave is deleted by the next one."""
+"""The folder beside the target: complete or absent, and what killed writers leave is deleted by the next one."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import errno
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from trio_edge.export import output_folder
-from trio_edge.export.output_folder import delete_leftovers, folder_beside
+from trio_edge.runtime import folder_beside as module
 from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.folder_beside import delete_leftovers, folder_beside
 from trio_edge.runtime.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 
@@ -30,13 +31,19 @@ def leave(folder: Path) -> Path:
     return folder
 
 
-def write_bundle(out: Path, text: str, *, force: bool = False) -> None:
-    with folder_beside(out, num_bytes=0, force=force) as folder:
+def beside(out: Path, **settings: Any) -> AbstractContextManager[Path]:
+    return folder_beside(
+        out, num_bytes=0, error=CheckpointError, what="bundle", way_out="choose another --out", **settings
+    )
+
+
+def write_bundle(out: Path, text: str) -> None:
+    with beside(out) as folder:
         (folder / MANIFEST_NAME).write_text(text)
 
 
 def test_the_folder_appears_under_its_name_at_the_end(tmp_path: Path) -> None:
-    with folder_beside(tmp_path / "bundle", num_bytes=0, force=False) as folder:
+    with beside(tmp_path / "bundle") as folder:
         (folder / MANIFEST_NAME).write_text("new")
         assert not (tmp_path / "bundle").exists()
     assert names(tmp_path) == ["bundle"]
@@ -46,7 +53,7 @@ def test_the_folder_appears_under_its_name_at_the_end(tmp_path: Path) -> None:
 def test_nothing_stays_when_the_block_fails(error: type[BaseException], tmp_path: Path) -> None:
     with (
         pytest.raises(error, match="stop"),
-        folder_beside(tmp_path / "bundle", num_bytes=0, force=False) as folder,
+        beside(tmp_path / "bundle") as folder,
     ):
         (folder / "file").write_text("half")
         raise error("stop")
@@ -68,8 +75,22 @@ def test_other_folders_stay(name: str, tmp_path: Path) -> None:
     assert names(tmp_path) == [name]
 
 
+def test_a_refusal_before_the_renaming_keeps_the_old_one(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise CheckpointError("not this one")
+
+    write_bundle(tmp_path / "bundle", "old")
+    with (
+        pytest.raises(CheckpointError, match="not this one"),
+        beside(tmp_path / "bundle", before_rename=refuse) as folder,
+    ):
+        (folder / MANIFEST_NAME).write_text("new")
+    assert names(tmp_path) == ["bundle"]
+    assert (tmp_path / "bundle" / MANIFEST_NAME).read_text() == "old"
+
+
 def test_a_running_export_keeps_its_folder(tmp_path: Path) -> None:
-    with folder_beside(tmp_path / "bundle", num_bytes=0, force=True) as first:
+    with beside(tmp_path / "bundle") as first:
         (first / MANIFEST_NAME).write_text("first")
         write_bundle(tmp_path / "bundle", "second")
         assert (first / MANIFEST_NAME).read_text() == "first"
@@ -80,8 +101,9 @@ def test_a_running_export_keeps_its_folder(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from trio_edge.export.output_folder import folder_beside
-with folder_beside(Path(sys.argv[1]), num_bytes=0, force=False) as folder:
+from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.folder_beside import folder_beside
+with folder_beside(Path(sys.argv[1]), num_bytes=0, error=CheckpointError, what="bundle", way_out="stop") as folder:
     print(folder, flush=True)
     time.sleep(60)
 """
@@ -104,9 +126,9 @@ def test_an_old_bundle_is_replaced_and_nothing_else_stays(
     at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not at_once:  # what happens on systems without renameat2
-        monkeypatch.setattr(output_folder, "_exchange", lambda _first, _second: False)
+        monkeypatch.setattr(module, "_exchange", lambda _first, _second: False)
     write_bundle(tmp_path / "bundle", "old")
-    write_bundle(tmp_path / "bundle", "new", force=True)
+    write_bundle(tmp_path / "bundle", "new")
     assert names(tmp_path) == ["bundle"]
     assert (tmp_path / "bundle" / MANIFEST_NAME).read_text() == "new"
 
@@ -115,7 +137,7 @@ def test_an_old_bundle_stays_when_the_export_fails(tmp_path: Path) -> None:
     write_bundle(tmp_path / "bundle", "old")
     with (
         pytest.raises(KeyboardInterrupt, match="stop"),
-        folder_beside(tmp_path / "bundle", num_bytes=0, force=True),
+        beside(tmp_path / "bundle"),
     ):
         raise KeyboardInterrupt("stop")
     assert names(tmp_path) == ["bundle"]
@@ -128,7 +150,7 @@ def test_a_full_disk_is_one_error_of_ours(number: int, tmp_path: Path) -> None:
         pytest.raises(
             CheckpointError, match=r"expected room for the whole bundle, got '.*nothing is left behind"
         ),
-        folder_beside(tmp_path / "bundle", num_bytes=0, force=False) as folder,
+        beside(tmp_path / "bundle") as folder,
     ):
         (folder / "file").write_text("half")
         raise OSError(number, os.strerror(number))
@@ -138,6 +160,6 @@ def test_a_full_disk_is_one_error_of_ours(number: int, tmp_path: Path) -> None:
 def test_another_error_of_the_system_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
     with (
         pytest.raises(PermissionError, match="not yours"),
-        folder_beside(tmp_path / "bundle", num_bytes=0, force=False),
+        beside(tmp_path / "bundle"),
     ):
         raise PermissionError(errno.EACCES, "not yours")
