@@ -183,7 +183,7 @@ def export_bundle(
     pictures, primary = _picture_sizes(processing, options)
     token_keep = _token_keep(options, num_visual=primary["N"])
     entering = primary["N"] if token_keep is None else token_keep
-    dtype = _dtype(checkpoint, options.dtype)
+    dtype = bundle_dtype(checkpoint, options.dtype)
     text = read_text_files(
         checkpoint,
         default_template=family.default_chat_template(checkpoint),
@@ -200,7 +200,7 @@ def export_bundle(
             dtype=dtype,
             with_features=selector is not None and selector.needs_features,
         )
-        dimensions = _dimensions(model)
+        dimensions = dimensions_of(model)
         _check_tensors(checkpoint, model)
         schedule = schedule_for(
             ScheduleInputs(num_layers=dimensions.num_layers, num_visual=entering, positions=family.positions)
@@ -363,7 +363,8 @@ def _check_position_rule(schedule: Schedule, family: Family) -> None:
         )
 
 
-def _dtype(checkpoint: Checkpoint, wanted: Literal["auto", "float16", "float32"]) -> FloatType:
+def bundle_dtype(checkpoint: Checkpoint, wanted: Literal["auto", "float16", "float32"]) -> FloatType:
+    """Return the element type of a bundle's graphs."""
     if wanted != "auto":
         return wanted
     return "float32" if checkpoint.tensor(EMBEDDING_NAME).dtype == "F32" else "float16"
@@ -379,7 +380,8 @@ def _default_dtype(dtype: FloatType) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _dimensions(model: FamilyModel) -> Dimensions:
+def dimensions_of(model: FamilyModel) -> Dimensions:
+    """Return the sizes of the decoder."""
     text = model.text_config
     heads = int(text.num_attention_heads)
     return Dimensions(
