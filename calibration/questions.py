@@ -93,7 +93,12 @@ def synthetic_questions(count: int, *, seed: int) -> list[Question]:
 
 
 def read_questions(
-    path: Path, *, split: str | None = None, suffix: str = "", count: int | None = None
+    path: Path,
+    *,
+    split: str | None = None,
+    suffix: str = "",
+    count: int | None = None,
+    need_answers: bool = True,
 ) -> list[Question]:
     """Return the questions of a JSON-lines file, one object a line.
 
@@ -105,6 +110,7 @@ def read_questions(
         split: Only lines with this ``split``.
         suffix: Appended to every prompt, after a line break.
         count: Questions at most; later lines are not looked at.
+        need_answers: Whether a line without ``answer`` and ``answers`` is refused; else it has none.
 
     Raises:
         DataError: If the file cannot be read, has no question, or a line is not of that form or names a picture that
@@ -125,10 +131,19 @@ def read_questions(
         entry = _entry(line, where=where)
         if split is not None and entry.get("split") != split:
             continue
-        question = _question(entry, index=len(questions), number=number, path=path, suffix=suffix)
+        if not need_answers and "answer" not in entry:
+            entry = {"answers": [], **entry}
+        question = _question(
+            entry,
+            index=len(questions),
+            number=number,
+            path=path,
+            suffix=suffix,
+            need_answers=need_answers,
+        )
         picture = path.parent / question.picture_name
         if picture not in picture_ids:
-            picture_ids[picture] = _picture_id(picture, where=where)
+            picture_ids[picture] = picture_id(picture, where=where)
         questions.append(replace(question, picture=picture, picture_id=picture_ids[picture]))
     if not questions:
         wanted = "" if split is None else f" of split {split!r}"
@@ -182,13 +197,15 @@ def _entry(line: str, *, where: str) -> dict[str, Any]:
     return entry
 
 
-def _question(entry: dict[str, Any], *, index: int, number: int, path: Path, suffix: str) -> Question:
+def _question(
+    entry: dict[str, Any], *, index: int, number: int, path: Path, suffix: str, need_answers: bool
+) -> Question:
     where = f"{path}:{number}"
     for name in ("image", "question"):
         if not isinstance(entry.get(name), str) or not entry[name].strip():
             raise DataError(f"{where}: expected a text {name!r}, got {entry.get(name)!r}; mend the line")
     answers = _texts(entry["answers"] if "answers" in entry else [entry.get("answer")])
-    if not answers:
+    if answers is None or (need_answers and not answers):
         raise DataError(f"{where}: expected 'answer' or a list 'answers' of texts, got none; mend the line")
     choices = _texts(entry.get("choices", []))
     if choices is None:
@@ -215,7 +232,16 @@ def _texts(values: object) -> tuple[str, ...] | None:
     return tuple(str(value) for value in values)
 
 
-def _picture_id(path: Path, *, where: str) -> str:
+def picture_id(path: Path, *, where: str) -> str:
+    """Return the digest of a picture's file.
+
+    Args:
+        path: The file.
+        where: For messages.
+
+    Raises:
+        DataError: If it cannot be read or is no picture; damage behind its header shows later.
+    """
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:

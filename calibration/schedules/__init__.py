@@ -1,0 +1,1 @@
+"""Schedules found from samples: which layers drop which visual tokens, and what that costs."""

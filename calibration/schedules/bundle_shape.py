@@ -1,0 +1,127 @@
+"""What the bundle of a calibration is going to be like: its fixed shapes, what they cost, and whether they fit the target."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from trio_edge.calibration.schedules.fixed_shapes import picture_sizes, text_buckets
+from trio_edge.calibration.schedules.predicted_time import Situation, TimeModel
+from trio_edge.export.bundle import bundle_dtype, dimensions_of
+from trio_edge.export.decoder_config import check_positions
+from trio_edge.export.fit import check_fit, fit_inputs
+from trio_edge.export.layout import Layout
+from trio_edge.runtime.targets import find_target
+from trio_edge.trio.cost import ModelShape
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from trio_edge.calibration.schedules.prompts import SampleShape
+    from trio_edge.calibration.schedules.torch_model import TorchModel
+    from trio_edge.runtime.manifest import FloatType
+    from trio_edge.runtime.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleShape:
+    """The fixed shapes that the samples ask for."""
+
+    image_sizes: tuple[tuple[int, int], ...]
+    """(width, height), the one with the most visual tokens first."""
+    text_buckets: tuple[int, ...]
+    dtype: FloatType
+    max_new_tokens: int
+    profiles: tuple[Mapping[str, int], ...]
+    """Sizes of the vision graph at each of ``image_sizes``."""
+
+    @property
+    def num_visual(self) -> int:
+        """N of the largest picture, which the schedule is made for."""
+        return max(sizes["N"] for sizes in self.profiles)
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Of weights, activations and KV rows."""
+        return 2 if self.dtype == "float16" else 4
+
+
+def bundle_shape(
+    model: TorchModel,
+    samples: Sequence[SampleShape],
+    *,
+    dtype: Literal["auto", "float16", "float32"],
+    max_new_tokens: int,
+) -> BundleShape:
+    """Return the shapes that fit the samples.
+
+    Raises:
+        ScheduleError: If the longest sequence does not fit the model.
+    """
+    sizes = picture_sizes(samples)
+    shape = BundleShape(
+        image_sizes=sizes,
+        text_buckets=text_buckets(samples),
+        dtype=bundle_dtype(model.checkpoint, dtype),
+        max_new_tokens=max_new_tokens,
+        profiles=tuple(model.pictures.sizes(*size) for size in sizes),
+    )
+    check_positions(
+        model.parts.text_config,
+        num_visual=shape.num_visual,
+        max_text=shape.text_buckets[-1],
+        max_new_tokens=max_new_tokens,
+    )
+    return shape
+
+
+def time_model(model: TorchModel, shape: BundleShape, samples: Sequence[SampleShape], *, target: str) -> TimeModel:
+    """Return what predicts times on ``target`` for pictures and prompts like the samples'."""
+    dims = dimensions_of(model.parts)
+    runs_at = Counter(_padded(shape, sample) for sample in samples)
+    return TimeModel(
+        situations=[
+            Situation(
+                share=count / len(samples),
+                shape=ModelShape(
+                    num_layers=dims.num_layers,
+                    hidden_size=dims.hidden_size,
+                    num_heads=dims.num_heads,
+                    num_kv_heads=dims.num_kv_heads,
+                    head_size=dims.head_size,
+                    intermediate_size=dims.intermediate_size,
+                    vocab_size=dims.vocab_size,
+                    vision=model.parts.vision_shape(shape.profiles[profile]),
+                    bytes_per_element=shape.bytes_per_element,
+                ),
+                num_visual=shape.profiles[profile]["N"],
+                num_text=bucket,
+            )
+            for (profile, bucket), count in sorted(runs_at.items())
+        ],
+        target=find_target(target),
+        vision_params=sum(parameter.numel() for parameter in model.parts.vision.module.parameters()),
+    )
+
+
+def memory_warning(model: TorchModel, shape: BundleShape, schedule: Schedule, *, target: str) -> str | None:
+    """Return one line that says why a bundle with ``schedule`` cannot fit the target's memory; None if it fits."""
+    layout = Layout(
+        vision_sizes=shape.profiles,
+        schedule=schedule,
+        token_keep=None,
+        text_buckets=shape.text_buckets,
+        max_new_tokens=shape.max_new_tokens,
+        dtype=shape.dtype,
+        opset=18,
+    )
+    inputs = fit_inputs(model.parts, dimensions_of(model.parts), layout=layout, processing=model.pictures)
+    return check_fit(inputs, find_target(target))
+
+
+def _padded(shape: BundleShape, sample: SampleShape) -> tuple[int, int]:
+    """Return which profile and which text bucket a sample runs at."""
+    room = [index for index, sizes in enumerate(shape.profiles) if sizes["N"] >= sample.sizes["N"]]
+    profile = min(room, key=lambda index: shape.profiles[index]["N"])
+    return profile, next(bucket for bucket in shape.text_buckets if bucket >= sample.num_text)

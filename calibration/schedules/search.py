@@ -1,0 +1,241 @@
+"""Finds the schedules worth having: the front of predicted time against divergence from keep-all.
+
+Four steps, each measured on the search samples only:
+
+    settings   position rule, probe rows and τ, one after the other, on the schedules that ``trio-export`` would make; a value
+               replaces the default only where its divergence is lower with 95 % confidence
+    table      every single stage: each candidate layer with each budget
+    estimate   every list of stages; its divergence is taken to be the sum of its stages' own. The first fronts of predicted
+               time against that sum are measured, and those next to what the user asked for
+    refine     neighbours of the measured front (a stage one layer on, a budget a quarter up or down, one stage less or
+               more) until none is better or the allowance is used up
+
+The space is small, discrete and ordered, and candidates that begin alike are cheap together, so all of it is ranked and
+hundreds are measured for the price of a few dozen. A general optimizer (Optuna was looked at: well kept, but its samplers
+ask for one point at a time and know nothing of shared beginnings) would measure fewer at a higher price each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from trio_edge.calibration.intervals import paired_interval
+from trio_edge.calibration.schedules.pareto import first_fronts, pareto_front
+from trio_edge.calibration.schedules.space import (
+    SETTING_KEEPS,
+    setting_variants,
+    usual_schedules,
+    with_stages,
+)
+from trio_edge.runtime.schedule import Schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.schedules.measurements import Measurements
+    from trio_edge.calibration.schedules.measuring import Measured
+    from trio_edge.calibration.schedules.predicted_time import TimeModel
+    from trio_edge.calibration.schedules.space import Space
+    from trio_edge.calibration.schedules.wish import Wish
+    from trio_edge.runtime.schedule import Positions
+
+USUAL_KEEPS = (0.06, 0.08, 0.111, 0.15, 0.222, 0.333, 0.5)
+"""Average keeps whose ``trio-export`` schedules are measured beside the others."""
+_FIRST_SHARE = 0.5
+"""Of the allowance that the estimate's fronts may use."""
+_WISHED = 16
+"""Estimated schedules measured because they are next to what the user asked for."""
+
+
+class Tried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One value of a setting against the default, on the same schedules and samples."""
+
+    setting: str
+    value: str
+    kl: float
+    """Mean, nats."""
+    minus_default: float
+    interval_95: tuple[float, float]
+    """Of ``minus_default``; paired, by picture."""
+    chosen: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A measured schedule."""
+
+    schedule: Schedule
+    milliseconds: float
+    """Predicted, to the first token."""
+    results: list[Measured]
+    """One for each search sample."""
+
+    @property
+    def kl(self) -> float:
+        """Mean over the samples, nats."""
+        return sum(result.kl for result in self.results) / len(self.results)
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """Time and error."""
+        return self.milliseconds, self.kl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search leaves."""
+
+    settings: Schedule
+    """Without stages."""
+    tried: list[Tried]
+    single: dict[tuple[int, int], float]
+    """Mean divergence of every single stage, by layer and budget."""
+    candidates: list[Candidate]
+    """All that were measured with the chosen settings, keep-all first."""
+
+    @property
+    def front(self) -> list[Candidate]:
+        """Fastest first."""
+        return pareto_front(self.candidates, key=lambda candidate: candidate.point)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Searching:
+    """What a search works with."""
+
+    space: Space
+    measurements: Measurements
+    questions: Sequence[Question]
+    time: TimeModel
+    positions: Sequence[Positions]
+    thresholds: Sequence[float]
+    evaluations: int
+    """Lists of several stages that may be measured."""
+    on_step: Callable[[str], None]
+    """Called with what begins; every step asks for all samples once."""
+
+
+def search(searching: Searching, wish: Wish) -> Found:
+    """Return what was found; ``wish`` only directs where to look more closely."""
+    settings, tried = _settings(searching)
+    searching.on_step("single stages")
+    singles = [
+        with_stages(settings, [(layer, keep)])
+        for layer in searching.space.layers
+        for keep in searching.space.keeps
+    ]
+    candidates = _measured(searching, [settings, *singles])
+    single = {
+        (candidate.schedule.stages[0].layer, candidate.schedule.stages[0].keep): candidate.kl
+        for candidate in candidates[1:]
+    }
+    searching.on_step("several stages")
+    promising = _promising(searching, settings, single, wish)
+    usual = usual_schedules(searching.space, settings, [*USUAL_KEEPS, *wish.average_keeps])
+    candidates = _with(candidates, _measured(searching, [*promising, *usual]))
+    left = searching.evaluations - len(promising)
+    while left > 0:
+        near = _neighbours(searching, candidates, wish)[:left]
+        if not near:
+            break
+        searching.on_step("refining the front")
+        left -= len(near)
+        before = _front_points(candidates)
+        candidates = _with(candidates, _measured(searching, near))
+        if _front_points(candidates) == before:
+            break
+    return Found(settings=settings, tried=tried, single=single, candidates=candidates)
+
+
+def _front_points(candidates: list[Candidate]) -> list[tuple[float, float]]:
+    points = [candidate.point for candidate in candidates]
+    return pareto_front(points, key=lambda point: point)
+
+
+def _settings(searching: Searching) -> tuple[Schedule, list[Tried]]:
+    """Return the settings without stages, and all values that were compared."""
+    settings, tried = Schedule(positions=searching.positions[0]), list[Tried]()
+    for values in setting_variants(searching.positions, searching.thresholds):
+        name = _differing(values)
+        searching.on_step(f"comparing {name.replace('_', ' ')}")
+        options = [msgspec.structs.replace(settings, **{name: getattr(value, name)}) for value in values]
+        kls = [_sample_kls(searching, option) for option in options]
+        if not kls[0]:
+            continue  # so small a decoder that trio-export makes no schedule for it
+        pictures = [question.picture_id for question in searching.questions]
+        intervals = [paired_interval(kl, kls[0], pictures) for kl in kls]
+        surely_lower = [index for index, (_, high) in enumerate(intervals) if high < 0]
+        best = min(surely_lower, key=lambda index: sum(kls[index]), default=0)
+        settings = options[best]
+        tried += [
+            Tried(
+                setting=name,
+                value=str(getattr(option, name)),
+                kl=sum(kl) / len(kl),
+                minus_default=(sum(kl) - sum(kls[0])) / len(kl),
+                interval_95=interval,
+                chosen=index == best,
+            )
+            for index, (option, kl, interval) in enumerate(zip(options, kls, intervals))
+        ]
+    return settings, tried
+
+
+def _differing(values: Sequence[Schedule]) -> str:
+    first, second = values[0], values[1]
+    return next(
+        name for name in first.__struct_fields__ if getattr(first, name) != getattr(second, name)
+    )
+
+
+def _sample_kls(searching: Searching, settings: Schedule) -> list[float]:
+    """Return for each sample the mean divergence of the schedules that settings are compared on."""
+    schedules = usual_schedules(searching.space, settings, SETTING_KEEPS)
+    table = searching.measurements.of(schedules, searching.questions)
+    return [sum(result.kl for result in results) / len(results) for results in zip(*table.values())]
+
+
+def _promising(
+    searching: Searching, settings: Schedule, single: dict[tuple[int, int], float], wish: Wish
+) -> list[Schedule]:
+    """Return the lists of stages whose estimates are on the first fronts, or next to the wish."""
+    space, time = searching.space, searching.time
+    estimates = []
+    for stages in space.stage_lists():
+        if len(stages) > 1:
+            kl = sum(single[stage] for stage in stages)
+            milliseconds = time.staged_ms(stages, num_probe_rows=settings.num_probe_rows)
+            estimates.append(((milliseconds, kl), stages))
+    count = max(1, int(_FIRST_SHARE * searching.evaluations))
+    chosen = [stages for _, stages in first_fronts(estimates, key=lambda entry: entry[0], count=count)]
+    chosen += [stages for stages in wish.nearest(estimates, space, count=_WISHED) if stages not in chosen]
+    return [with_stages(settings, stages) for stages in chosen[: searching.evaluations]]
+
+
+def _neighbours(searching: Searching, candidates: list[Candidate], wish: Wish) -> list[Schedule]:
+    """Return what is next to the front and not measured yet, next to what would be chosen now first."""
+    known = {candidate.schedule for candidate in candidates}
+    front = pareto_front(candidates, key=lambda candidate: candidate.point)
+    chosen = wish.choice(candidates, searching.space)
+    around = [*([] if chosen is None else [chosen]), *front]
+    near = [other for candidate in around for other in searching.space.neighbours(candidate.schedule)]
+    return [schedule for schedule in dict.fromkeys(near) if schedule not in known]
+
+
+def _measured(searching: Searching, schedules: Sequence[Schedule]) -> list[Candidate]:
+    table = searching.measurements.of(list(dict.fromkeys(schedules)), searching.questions)
+    return [
+        Candidate(
+            schedule=schedule, milliseconds=searching.time.first_token_ms(schedule), results=results
+        )
+        for schedule, results in table.items()
+    ]
+
+
+def _with(candidates: list[Candidate], more: list[Candidate]) -> list[Candidate]:
+    known = {candidate.schedule for candidate in candidates}
+    return candidates + [candidate for candidate in more if candidate.schedule not in known]

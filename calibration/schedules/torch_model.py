@@ -1,0 +1,211 @@
+"""A checkpoint as the exporter's own torch modules, with values: what calibration runs candidates on.
+
+The modules are the ones that the graphs are traced from, so a schedule found here does the same in the bundle. They are
+built without values; a weight that is stored in the wanted type is mapped from its file and read when it is used, so a
+model that does not fit into the memory runs too, slowly.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from trio_edge.export.checkpoint import EMBEDDING_NAME, canonical_name, read_checkpoint
+from trio_edge.export.families import check_architecture, family_of
+from trio_edge.export.graphs.rope import RotaryTables
+from trio_edge.export.text_files import read_text_files
+from trio_edge.runtime.errors import BackendError, CheckpointError
+from trio_edge.runtime.text import Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from trio_edge.export.checkpoint import Checkpoint, SourceTensor
+    from trio_edge.export.families.base import FamilyModel
+    from trio_edge.runtime.manifest import TextSpec
+    from trio_edge.runtime.schedule import Positions
+    from trio_edge.runtime.vision_inputs import PictureProcessing
+
+_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MEMORY_SHARE = 0.5
+"""Of the free memory that float32 weights may take; what is larger stays in the checkpoint's type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchModel:
+    """A family's modules with values, and what turns questions into their inputs."""
+
+    parts: FamilyModel
+    rotary: RotaryTables
+    embedding_VD: Tensor
+    """Token embeddings, in the compute type."""
+    pictures: PictureProcessing
+    tokenizer: Tokenizer
+    template: str
+    text: TextSpec
+    positions: tuple[Positions, ...]
+    """Rules that the family can follow, its default first."""
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    """Compute type."""
+    device: torch.device
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.parts.layers)
+
+
+def load_model(
+    model: str, *, revision: str | None = None, max_visual: int | None = None, device: str = "cpu"
+) -> TorchModel:
+    """Return the checkpoint that ``model`` names, ready to run.
+
+    Args:
+        model: Alias, Hub id or folder.
+        revision: Branch, tag or commit on the Hub.
+        max_visual: Visual tokens that pictures are scaled down to, in families that can.
+        device: torch's name.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read or exported.
+        BackendError: If the device is not there.
+    """
+    place = _device(device)
+    checkpoint = read_checkpoint(model, revision=revision, check_config=check_architecture)
+    family = family_of(checkpoint)
+    pictures = family.picture_processing(checkpoint, encoder_keep=None, max_visual=max_visual)
+    text = read_text_files(
+        checkpoint,
+        default_template=family.default_chat_template(checkpoint),
+        image_marks=family.image_marks,
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        parts = family.build(checkpoint, processing=pictures, dtype="float32", with_features=False)
+    dtype = _compute_type(checkpoint)
+    values = _Values(checkpoint, dtype=dtype, device=place)
+    _fill(parts, values)
+    return TorchModel(
+        parts=parts,
+        rotary=RotaryTables(
+            torch.from_numpy(parts.inv_freq).to(place),
+            attention_scaling=parts.attention_scaling,
+            mrope_sections=parts.mrope_sections,
+        ),
+        embedding_VD=values.of(EMBEDDING_NAME),
+        pictures=pictures,
+        tokenizer=Tokenizer(tokenizers.Tokenizer.from_str(text.tokenizer)),
+        template=text.chat_template,
+        text=text.spec,
+        positions=family.positions,
+        checkpoint=checkpoint,
+        dtype=dtype,
+        device=place,
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        reason = " ".join(str(error).split())[:120]
+        raise BackendError(f"--device: expected one that torch has, got {name!r} ({reason}); use cpu") from None
+    return device
+
+
+def _compute_type(checkpoint: Checkpoint) -> torch.dtype:
+    """Return float32 if the model's weights fit the memory in it, else the type in which they are stored."""
+    num_bytes = sum(4 * _count(tensor) for tensor in checkpoint.tensors.values())
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if os.name == "posix" else 0
+    if num_bytes <= max(_MEMORY_SHARE * free, 1 << 30):
+        return torch.float32
+    return _TYPES.get(checkpoint.tensor(EMBEDDING_NAME).dtype, torch.float32)
+
+
+def _count(tensor: SourceTensor) -> int:
+    count = 1
+    for size in tensor.shape:
+        count *= size
+    return count
+
+
+class _Values:
+    """Tensors of a checkpoint by canonical name; one that several modules use is there once."""
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
+        self._checkpoint = checkpoint
+        self._dtype, self._device = dtype, device
+        self._files: dict[Path, mmap.mmap] = {}
+        self._tensors: dict[str, Tensor] = {}
+
+    def has(self, name: str) -> bool:
+        return name in self._checkpoint.tensors
+
+    def of(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raw = self._mapped(self._checkpoint.tensor(name))
+            self._tensors[name] = raw.to(device=self._device, dtype=self._dtype)
+        return self._tensors[name]
+
+    def _mapped(self, source: SourceTensor) -> Tensor:
+        if source.dtype not in _TYPES:
+            raise CheckpointError(
+                f"{source.file}: expected floating point weights, got {source.dtype}; use the checkpoint that was"
+                " not quantized"
+            )
+        if source.file not in self._files:
+            with source.file.open("rb") as stream:  # private: torch wants memory that it could write to
+                self._files[source.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        values = torch.frombuffer(
+            self._files[source.file],
+            dtype=_TYPES[source.dtype],
+            count=_count(source),
+            offset=source.offset,
+        )
+        return values.reshape(source.shape)
+
+
+def _fill(parts: FamilyModel, values: _Values) -> None:
+    """Put values in place of the fake parameters and buffers that the modules were built with."""
+    real = {}
+    for name, parameter in parts.root.named_parameters():
+        known = canonical_name(name)
+        if known.startswith("vision_tower.") and not values.has(known):
+            continue  # behind the last layer that is used
+        tensor = values.of(known)
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(
+                f"tensor {known!r}: expected shape {list(parameter.shape)} (config.json), got {list(tensor.shape)};"
+                " configuration and weights belong to different models"
+            )
+        real[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+    for module in _modules(parts):
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in real:
+                module._parameters[leaf] = real[id(parameter)]
+    for name, constant in parts.vision.constants.items():
+        _set_buffer(parts.vision.module, name, constant, device=values.of(EMBEDDING_NAME).device)
+
+
+def _modules(parts: FamilyModel) -> Iterator[nn.Module]:
+    yield from parts.root.modules()
+    yield from parts.vision.module.modules()
+
+
+def _set_buffer(module: nn.Module, name: str, constant: NDArray[np.generic], *, device: torch.device) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner: Any = module.get_submodule(path)
+    owner._buffers[leaf] = torch.from_numpy(constant).to(device)
