@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import re
-import shutil
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +22,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from trio_edge.runtime.build_needs import BuildNeeds, build_needs
 from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.command_line import run
+from trio_edge.runtime.command_line import EXIT_USER_ERROR, run
 from trio_edge.runtime.engine_build import (
     BuildOptions,
     BuildPlan,
@@ -29,16 +32,13 @@ from trio_edge.runtime.engine_build import (
     PlannedGraph,
     build_engines,
     plan_build,
-    planned_graphs,
 )
-from trio_edge.runtime.engine_host import available_memory_bytes
+from trio_edge.runtime.engine_host import l4t_release
 from trio_edge.runtime.engine_package import ENGINES_BACKENDS_HELP
-from trio_edge.runtime.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from trio_edge.runtime.bundle import Bundle
     from trio_edge.runtime.engines import EngineEntry, EngineSet
 
 
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     "--verbose-layers", is_flag=True, default=None, help="Keep layer names and shapes, for profiling."
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be built and what it takes; build nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON on standard output.")
 @click.option("--force", is_flag=True, default=None, help="Replace existing engines.")
 @click.option("--quiet", is_flag=True, help="No progress display.")
 def command(
@@ -70,6 +71,7 @@ def command(
     graphs: tuple[str, ...],
     verbose_layers: bool | None,
     dry_run: bool,
+    as_json: bool,
     quiet: bool,
     **settings: Any,
 ) -> int:
@@ -81,10 +83,11 @@ def command(
         detailed_layers=bool(verbose_layers),
         **chosen,
     )
+    if as_json and not dry_run:
+        raise click.UsageError("--json: expected --dry-run beside it, got none; add it, or read engines.json")
     opened = open_bundle(bundle)
     if dry_run:
-        _print_plan(opened, options)
-        return 0
+        return _report(build_needs(opened, options), as_json=as_json)
     plan = plan_build(opened, options)
     console = Console(stderr=True, quiet=quiet)
     for text in plan.warnings:
@@ -114,41 +117,70 @@ def _warn(text: str) -> None:
     Console(stderr=True).print(f"trio-build: warning: {text}", soft_wrap=True, markup=False, highlight=False)
 
 
-def _print_plan(bundle: Bundle, options: BuildOptions) -> None:
-    """Print what would be built; where that is impossible, first what it would take.
-
-    Raises:
-        BackendError: If it is impossible.
-    """
-    try:
-        plan = plan_build(bundle, options)
-    except BackendError:
-        count = max(1, len(options.compute_capabilities))
-        _print_graphs(planned_graphs(bundle, options.graphs, num_architectures=count))
-        raise
-    _print_graphs(plan.graphs)
-    for name, text in _plan_lines(plan).items():
-        print(f"{name:14}{text}")
-    for text in plan.warnings:
-        _warn(text)
+def _report(needs: BuildNeeds, *, as_json: bool) -> int:
+    """Print what a build needs and whether it can start; return the exit code."""
+    if as_json:
+        print(json.dumps(needs.to_dict(), indent=1))
+    else:
+        _print_graphs(needs.graphs)
+        for name, text in _lines(needs).items():
+            print(f"{name:14}{text}")
+        for text in needs.warnings:
+            _warn(text)
+    for text in needs.problems:
+        print(f"trio-build: {text}", file=sys.stderr)
+    return EXIT_USER_ERROR if needs.problems else 0
 
 
-def _plan_lines(plan: BuildPlan) -> dict[str, str]:
-    gpu, available = plan.host.gpu, available_memory_bytes()
-    free = shutil.disk_usage(plan.bundle.folder).free
-    weights = sum(graph.spec.weight_bytes for graph in plan.graphs)
-    kept = ", ".join(entry.graph for entry in plan.kept)
+def _lines(needs: BuildNeeds) -> dict[str, str]:
+    """Return the report's lines by name."""
+    gpu, plan, manifest = needs.host.gpu, needs.plan, needs.bundle.manifest
+    release = l4t_release()
+    kept = "" if plan is None else ", ".join(entry.graph for entry in plan.kept)
+    available = (
+        "" if needs.available_bytes is None else f"; {needs.available_bytes / 1e9:.2f} GB are available"
+    )
     return {
-        "backend": f"{plan.tensorrt.backend} {plan.tensorrt.version}",
-        "GPU": "none" if gpu is None else f"{gpu.name}, {gpu.memory_bytes / 1e9:.1f} GB, driver {gpu.driver}",
-        "built for": ", ".join(f"sm{number}" for number in plan.compute_capabilities),
-        "folder": str(plan.folder) + (f" (keeps {kept})" if kept else ""),
-        "disk": f"about {plan.disk_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
-        "memory": f"peak about {plan.peak_bytes / 1e9:.2f} GB"
-        + ("" if available is None else f", {available / 1e9:.2f} GB are available"),
-        "to run": f"{weights / 1e9:.2f} GB of weights and {plan.bundle.manifest.kv_bytes / 1e9:.2f} GB of KV caches,"
+        "machine": f"{needs.host.platform}, Python {platform.python_version()}"
+        + ("" if release is None else f", Jetson Linux {release}"),
+        "TensorRT": ", ".join(
+            f"{name} {version or 'not installed'}" for name, version in needs.tensorrt.items()
+        ),
+        "GPU": "none"
+        if gpu is None
+        else f"{gpu.name}, compute capability {gpu.compute_capability / 10:.1f}, {gpu.memory_bytes / 1e9:.1f} GB,"
+        f" driver {gpu.driver}",
+        "built for": "nothing" if plan is None else ", ".join(f"sm{n}" for n in plan.compute_capabilities),
+        "folder": "–" if plan is None else f"{plan.folder}{f' (keeps {kept})' if kept else ''}",
+        "time": f"about {_duration(needs.seconds)}" + _time_note(plan),
+        "disk": f"about {needs.disk_bytes / 1e9:.2f} GB; {needs.free_disk_bytes / 1e9:.2f} GB are free",
+        "memory": f"peak about {needs.peak_bytes / 1e9:.2f} GB, of it {needs.mapped_bytes / 1e9:.2f} GB that the system"
+        f" can take back{available}",
+        "to run": f"{needs.weight_bytes / 1e9:.2f} GB of weights and {manifest.kv_bytes / 1e9:.2f} GB of KV caches,"
         " activations and TensorRT's own memory besides",
+        "verdict": _verdict(needs),
     }
+
+
+def _verdict(needs: BuildNeeds) -> str:
+    if needs.problems:
+        return f"cannot be built here: {_count(len(needs.problems), 'problem')}, below"
+    warned = f", with {_count(len(needs.warnings), 'warning')}" if needs.warnings else ""
+    return f"ready{warned}; run {needs.command}"
+
+
+def _time_note(plan: BuildPlan | None) -> str:
+    if plan is not None and plan.tensorrt.backend == "tensorrt":
+        return " and what trying tactics on the GPU takes, which is not known"
+    return " for one compute capability, on two CPUs"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number > 1 else ''}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def _print_graphs(graphs: tuple[PlannedGraph, ...]) -> None:

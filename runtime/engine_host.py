@@ -56,6 +56,15 @@ def is_jetson() -> bool:
     return _TEGRA.exists()
 
 
+def l4t_release() -> str | None:
+    """Return the release of a Jetson's Linux, for instance "36.4.3" (JetPack 6.2); None elsewhere."""
+    try:
+        found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", _TEGRA.read_text())
+    except OSError:
+        return None
+    return None if found is None else f"{found[1]}.{found[2]}"
+
+
 def available_memory_bytes() -> int | None:
     """Return how much memory new processes can have without swapping; None where the system does not say."""
     try:

@@ -1,4 +1,4 @@
-"""How much memory building an engine takes, and how large it becomes, before any work.
+"""How much memory and time building an engine takes, and how large it becomes, before any work.
 
 W are the graph's weights, in bytes:
 
@@ -9,9 +9,11 @@ W are the graph's weights, in bytes:
            + W                 with ``tensorrt``: the copy on the GPU on which tactics are timed; on a Jetson it is the same memory
            + min(W, 0.6 GB)    what the optimizer works on
            + 0.4 GB            Python and TensorRT's libraries
+    time     3 s + 15 s per GB of weights
 
 Fitted to tensorrt-rtx 1.7 on the graphs of LLaVA-NeXT-7B, with and without writing in pieces: docs/build.md has it beside
-what was measured. The line for ``tensorrt`` is not measured.
+what was measured; times were between half and twice the estimate, on two CPUs. The line for ``tensorrt`` is not measured,
+nor is its time: it tries tactics on the GPU, which tensorrt-rtx leaves to the first run.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 _KERNELS_BYTES = 3_000_000
 _BASE_BYTES = 400_000_000
 _WORK_BYTES = 600_000_000
+_BASE_SECONDS, _SECONDS_PER_BYTE = 3.0, 15e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,3 +61,8 @@ def estimate_memory(
         mapped_bytes=weights,
         peak_bytes=copies * weights + min(weights, _WORK_BYTES) + _BASE_BYTES,
     )
+
+
+def estimate_seconds(spec: GraphSpec) -> float:
+    """Return about how long building the engine of ``spec`` takes, for one compute capability."""
+    return _BASE_SECONDS + _SECONDS_PER_BYTE * spec.weight_bytes
