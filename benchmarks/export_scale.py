@@ -430,7 +430,8 @@ def _run_graph(bundle: Path, graph: str, mapped: bool, threads: int, writer: Any
     opened = open_bundle(bundle)
     name, _, profile = graph.partition(":")
     spec = opened.manifest.graph(name)
-    sizes = next(entry.sizes for entry in spec.profiles if profile in ("", entry.name))
+    chosen = next(entry for entry in spec.profiles if profile in ("", entry.name))
+    sizes = chosen.sizes
     generator = np.random.default_rng(0)
     indices = {"position_ids": 0, "visual_rows": 10}  # first of ascending values
     scalars = {"num_visual": sizes.get("N", 0), "length": sizes.get("S", 1)}  # others are 0
@@ -448,7 +449,7 @@ def _run_graph(bundle: Path, graph: str, mapped: bool, threads: int, writer: Any
     run = (
         _mapped_session(opened.folder / spec.file, threads)
         if mapped
-        else _usual_session(opened, name, threads)
+        else _usual_session(opened, name, chosen.name, threads)
     )
     loaded = time.perf_counter()
     outputs = run(inputs)
@@ -458,11 +459,14 @@ def _run_graph(bundle: Path, graph: str, mapped: bool, threads: int, writer: Any
     writer.send((sizes.get("S", sizes.get("B")), spec.weight_bytes, loaded - start, done - loaded))
 
 
-def _usual_session(bundle: Bundle, name: str, threads: int) -> Callable[[dict[str, Any]], Iterable[Any]]:
-    from trio_edge.runtime.backend_onnxruntime import OnnxRuntimeBackend
+def _usual_session(
+    bundle: Bundle, name: str, profile: str, threads: int
+) -> Callable[[dict[str, Any]], Iterable[Any]]:
+    from trio_edge.runtime.backend import make_backend
+    from trio_edge.runtime.graph_run import GraphRun
 
-    session = OnnxRuntimeBackend(threads=threads).load(bundle.folder, bundle.manifest.graph(name))
-    return lambda inputs: session.run(inputs).values()
+    graphs = make_backend("onnxruntime", threads=threads).load(bundle, [name])
+    return lambda inputs: GraphRun(graphs, name, profile=profile).run(inputs).values()
 
 
 def _mapped_session(file: Path, threads: int) -> Callable[[dict[str, Any]], Iterable[Any]]:

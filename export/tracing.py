@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from trio_edge.export.checkpoint import Checkpoint, canonical_name
 from trio_edge.export.graphs.decoder_range import DecoderRange
-from trio_edge.export.graphs.head import Head
+from trio_edge.export.graphs.head import MAX_CANDIDATES, Head
 from trio_edge.export.graphs.reduce import FEATURE_NAMES, Reduce
 from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
@@ -374,6 +374,7 @@ def _gram(checkpoint: Checkpoint, layer: int) -> NDArray[np.float32]:
 
 def _head(tracer: _Tracer) -> TracedGraph:
     dims = tracer.dimensions
+    num_candidates = min(MAX_CANDIDATES, dims.vocab_size)
     inputs = (
         TensorSpec(name="hidden_states", dtype=tracer.layout.dtype, shape=(1, "S", dims.hidden_size)),
         TensorSpec(name="last_row", dtype="int32", shape=(1,)),
@@ -384,7 +385,11 @@ def _head(tracer: _Tracer) -> TracedGraph:
         file="head.onnx",
         inputs=inputs,
         weight_bytes=0,
-        outputs=(TensorSpec(name="logits", dtype="float32", shape=(1, dims.vocab_size)),),
+        outputs=(
+            TensorSpec(name="logits", dtype="float32", shape=(1, dims.vocab_size)),
+            TensorSpec(name="top_logits", dtype="float32", shape=(num_candidates,)),
+            TensorSpec(name="top_ids", dtype="int32", shape=(num_candidates,)),
+        ),
         profiles=tracer.layout.head_profiles(),
     )
     symbols = {"S": torch.export.Dim("S")}

@@ -1,43 +1,28 @@
-"""The interface of a backend, the check of its inputs, and the choice of one by name.
+"""The interface of a backend, what all backends check, and the choice of one by name.
 
-A backend loads one graph into a ``Session``; a session runs on named I/O tensors. That is all a backend must do.
+A backend loads a bundle's graphs onto a device: see ``trio_edge.runtime.device`` for what it gives.
 """
 
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from trio_edge.runtime.device import shape_at
 from trio_edge.runtime.errors import BackendError, ShapeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
-    from numpy.typing import NDArray
+    from trio_edge.runtime.bundle import Bundle
+    from trio_edge.runtime.device import DeviceTensor, LoadedGraphs
+    from trio_edge.runtime.manifest import GraphSpec, Profile
 
-    from trio_edge.runtime.manifest import GraphSpec
-
-BACKENDS = ("onnxruntime",)
-"""In the order in which "auto" tries them."""
-
-
-class Session(Protocol):
-    """One loaded graph."""
-
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Return all outputs by name.
-
-        Args:
-            inputs: Exactly the graph's inputs by name, with its dtypes and shapes.
-
-        Raises:
-            ShapeError: If an input is missing, unknown, or of another dtype or shape.
-            BackendError: If the backend fails while running.
-        """
-
-    def close(self) -> None:
-        """Release everything; the session cannot run afterwards."""
+BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt", "onnxruntime-cuda", "onnxruntime")
+BACKENDS_HELP = (
+    "auto, or one of tensorrt, tensorrt-rtx (engines from trio-build), onnxruntime-tensorrt, onnxruntime-cuda,"
+    " onnxruntime (CPU)."
+)
 
 
 class Backend(Protocol):
@@ -47,25 +32,39 @@ class Backend(Protocol):
     def name(self) -> str:
         """Name for messages and statistics."""
 
-    def load(self, folder: Path, spec: GraphSpec) -> Session:
-        """Return a session of the graph ``spec`` of the bundle in ``folder``.
+    def load(self, bundle: Bundle, names: Sequence[str] | None = None) -> LoadedGraphs:
+        """Return graphs of a bundle on a device of their own.
+
+        Args:
+            bundle: An opened bundle.
+            names: Which graphs; None means all.
 
         Raises:
-            BackendError: If the graph cannot be loaded, or is not what the manifest says.
+            BackendError: If a graph cannot be loaded or is not what the manifest says, or the device has not enough memory.
         """
 
 
-def make_backend(name: str = "auto", *, threads: int = 0) -> Backend:
-    """Return the backend called ``name``, or the first installed one for "auto".
+def make_backend(name: str = "auto", *, bundle: Bundle | None = None, threads: int = 0) -> Backend:
+    """Return the backend called ``name``; for "auto" the fastest that can run ``bundle`` here.
+
+    "auto" takes the bundle's TensorRT engines if they fit this machine, else ONNX Runtime's CUDA provider if there is a
+    GPU, else ONNX Runtime on the CPU.
 
     Args:
         name: "auto" or one of ``BACKENDS``.
+        bundle: What is to be run; without it "auto" takes no engines.
         threads: CPU threads for one graph; 0 lets the backend choose.
 
     Raises:
-        BackendError: If there is no such backend, or its package is not installed.
+        BackendError: If there is no such backend, or something that it needs is missing.
     """
-    if name not in ("auto", *BACKENDS):
+    if name == "auto":
+        return _fastest(bundle, threads=threads)
+    if name in ("tensorrt", "tensorrt-rtx"):
+        from trio_edge.runtime.backend_tensorrt import TensorRTBackend
+
+        return TensorRTBackend(name)
+    if name not in BACKENDS:
         raise BackendError(
             f"backend: expected one of auto, {', '.join(BACKENDS)}, got {name!r}; choose one of them"
         )
@@ -75,29 +74,51 @@ def make_backend(name: str = "auto", *, threads: int = 0) -> Backend:
         )
     from trio_edge.runtime.backend_onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(threads=threads)
+    return OnnxRuntimeBackend(name, threads=threads)
 
 
-def check_inputs(spec: GraphSpec, inputs: Mapping[str, NDArray[Any]]) -> None:
-    """Raise ShapeError unless ``inputs`` are exactly the inputs of ``spec`` in name, dtype and shape.
+def _fastest(bundle: Bundle | None, *, threads: int) -> Backend:
+    from trio_edge.runtime.device_cuda import cuda_problem
 
-    A symbol in the shapes must have one value over all inputs.
+    if cuda_problem() is None:
+        if bundle is not None:
+            from trio_edge.runtime.backend_tensorrt import TensorRTBackend, engines_that_run
+
+            if (found := engines_that_run(bundle)) is not None:
+                return TensorRTBackend(found)
+        if find_spec("onnxruntime") is not None:
+            from trio_edge.runtime.backend_onnxruntime import has_provider
+
+            if has_provider("onnxruntime-cuda"):
+                return make_backend("onnxruntime-cuda", threads=threads)
+    return make_backend("onnxruntime", threads=threads)
+
+
+def selected_graphs(bundle: Bundle, names: Sequence[str] | None) -> list[GraphSpec]:
+    """Return the entries of the graphs called ``names``, in the manifest's order; None means all.
+
+    Raises:
+        BackendError: If the bundle has no such graph.
     """
-    if inputs.keys() != set(spec.input_names):
-        missing = [name for name in spec.input_names if name not in inputs]
-        unknown = [name for name in inputs if name not in spec.input_names]
-        raise ShapeError(
-            f"{spec.name}: expected inputs {', '.join(spec.input_names[:5])}…, missing {missing}, unknown {unknown}"
+    graphs = bundle.manifest.graphs
+    known = [spec.name for spec in graphs]
+    if unknown := [name for name in names or () if name not in known]:
+        raise BackendError(
+            f"{bundle.folder}: expected one of the graphs {', '.join(known)}, got {unknown[0]!r}; choose one of them"
         )
-    symbols: dict[str, int] = {}
-    for tensor in spec.inputs:
-        array = inputs[tensor.name]
-        fits = len(array.shape) == len(tensor.shape) and all(
-            (symbols.setdefault(size, axis) if isinstance(size, str) else size) == axis
-            for size, axis in zip(tensor.shape, array.shape)
-        )
-        if array.dtype != tensor.dtype or not fits:
+    return [spec for spec in graphs if names is None or spec.name in names]
+
+
+def check_tensors(spec: GraphSpec, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> None:
+    """Raise ShapeError unless ``tensors`` are exactly the inputs and outputs of ``spec`` in name, dtype and shape."""
+    expected = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
+    if tensors.keys() != expected.keys():
+        odd = sorted(tensors.keys() ^ expected.keys())
+        raise ShapeError(f"{spec.name}: expected the tensors {', '.join(list(expected)[:5])}…, odd are {odd}")
+    for name, tensor in expected.items():
+        shape, got = shape_at(tensor.shape, profile), tensors[name]
+        if got.dtype != tensor.dtype or got.shape != shape:
             raise ShapeError(
-                f"{spec.name} input {tensor.name!r}: expected {tensor.dtype} {list(tensor.shape)}"
-                f" with {symbols}, got {array.dtype} {list(array.shape)}"
+                f"{spec.name} {name!r}: expected {tensor.dtype} {list(shape)} in profile {profile.name}, got"
+                f" {got.dtype} {list(got.shape)}"
             )

@@ -1,22 +1,36 @@
-"""The ONNX Runtime backend, on the CPU. The only file that imports onnxruntime."""
+"""ONNX Runtime: on the CPU, or on a GPU through its CUDA and TensorRT execution providers. The only file that imports it.
+
+Every tensor is bound to an address of the device, so hidden states and KV caches stay where they are in all three.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
+import numpy as np
 import onnxruntime as ort
 
-from trio_edge.runtime.backend import check_inputs
+from trio_edge.runtime.backend import check_tensors, selected_graphs
+from trio_edge.runtime.device import LoadedGraphs, shape_at
+from trio_edge.runtime.device_cuda import CudaDevice, load_cuda
+from trio_edge.runtime.device_host import HostDevice
+from trio_edge.runtime.device_memory import check_memory, estimate
 from trio_edge.runtime.errors import BackendError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from numpy.typing import NDArray
+    from trio_edge.runtime.bundle import Bundle
+    from trio_edge.runtime.device import Device, DeviceTensor
+    from trio_edge.runtime.manifest import GraphSpec, Profile, TensorSpec
 
-    from trio_edge.runtime.manifest import GraphSpec, TensorSpec
-
+OnnxRuntimeName = Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt"]
+_PROVIDERS: dict[OnnxRuntimeName, str] = {
+    "onnxruntime": "CPUExecutionProvider",
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+}
 _ORT_FROM_DTYPE = {
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
@@ -25,37 +39,115 @@ _ORT_FROM_DTYPE = {
 }
 
 
+def has_provider(name: OnnxRuntimeName) -> bool:
+    """Whether the installed onnxruntime has the execution provider of a backend."""
+    return _PROVIDERS[name] in ort.get_available_providers()
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
 @final
 class OnnxRuntimeBackend:
-    """Loads graphs into ONNX Runtime's CPU execution provider."""
+    """Loads graphs into ONNX Runtime."""
 
-    name = "onnxruntime"
+    def __init__(self, name: OnnxRuntimeName = "onnxruntime", *, threads: int = 0) -> None:
+        """Check that the installed onnxruntime has what ``name`` needs.
 
-    def __init__(self, *, threads: int = 0) -> None:
+        Raises:
+            BackendError: If it has not.
+        """
+        if not has_provider(name):
+            raise BackendError(
+                f"backend: expected onnxruntime {ort.__version__} with {_PROVIDERS[name]}, it has"
+                f" {', '.join(ort.get_available_providers())}; run pip install onnxruntime-gpu in place of onnxruntime"
+            )
+        self._name: OnnxRuntimeName = name
         self._threads = threads
 
-    def load(self, folder: Path, spec: GraphSpec) -> OnnxRuntimeSession:
+    @property
+    def name(self) -> str:
+        """See ``Backend.name``."""
+        return self._name
+
+    def load(self, bundle: Bundle, names: Sequence[str] | None = None) -> LoadedGraphs:
         """See ``Backend.load``."""
+        specs = selected_graphs(bundle, names)
+        memory = estimate(bundle.manifest, specs, weight_bytes=sum(spec.weight_bytes for spec in specs))
+        device, stream = self._open_device()
+        loaded = LoadedGraphs(device=device, engines={}, memory=memory)
+        try:
+            check_memory(device, memory)
+            for spec in specs:
+                session = self._session(bundle.folder / spec.file, stream, bundle.folder, spec)
+                _check_interface(spec.inputs, session.get_inputs(), where=f"{spec.file} inputs")
+                _check_interface(spec.outputs, session.get_outputs(), where=f"{spec.file} outputs")
+                loaded.engines[spec.name] = OnnxRuntimeEngine(session, spec, on_gpu=stream is not None)
+        except BaseException:
+            loaded.close()
+            raise
+        return loaded
+
+    def _open_device(self) -> tuple[Device, int | None]:
+        """Return the device, and its stream if it is a GPU."""
+        if self._name == "onnxruntime":
+            return HostDevice(), None
+        device = CudaDevice(load_cuda())
+        return device, device.stream
+
+    def _session(self, file: Path, stream: int | None, folder: Path, spec: GraphSpec) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
         # Each session has threads of its own; spinning while another session runs, they would take its cores
         # (measured on 2 cores with 9 sessions: 107 ms instead of 26 ms for one answer of the packaged model).
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        wanted = _PROVIDERS[self._name]
         try:
-            session = ort.InferenceSession(folder / spec.file, options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(file, options, providers=self._providers(stream, folder, spec))
         except Exception as error:  # onnxruntime's exceptions have no common public base
             raise BackendError(
-                f"{folder / spec.file}: expected a graph that onnxruntime {ort.__version__} loads, got:"
+                f"{file}: expected a graph that onnxruntime {ort.__version__} loads, got:"
                 f" {_first_line(error)}; export the bundle again"
             ) from None
-        _check_interface(spec.inputs, session.get_inputs(), where=f"{spec.file} inputs")
-        _check_interface(spec.outputs, session.get_outputs(), where=f"{spec.file} outputs")
-        return OnnxRuntimeSession(session, spec)
+        if wanted not in session.get_providers():  # it falls back to the CPU in silence
+            raise BackendError(
+                f"backend: expected {wanted} to start, onnxruntime {ort.__version__} fell back to"
+                f" {session.get_providers()[0]}; install the CUDA and cuDNN that it was built for"
+            )
+        return session
+
+    def _providers(self, stream: int | None, folder: Path, spec: GraphSpec) -> list[Any]:
+        if stream is None:
+            return [_PROVIDERS[self._name]]
+        cuda = {
+            "device_id": "0",
+            "user_compute_stream": str(stream),
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+        found: list[Any] = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
+        if self._name == "onnxruntime-tensorrt":
+            found.insert(0, (_PROVIDERS[self._name], _tensorrt_options(stream, folder, spec)))
+        return found
+
+
+def _tensorrt_options(stream: int, folder: Path, spec: GraphSpec) -> dict[str, str]:
+    """Return the TensorRT provider's options: its engines have the manifest's profiles, and are kept beside the bundle's."""
+    shapes = ",".join(
+        f"{tensor.name}:{'x'.join(map(str, shape_at(tensor.shape, profile)))}"
+        for profile in spec.profiles
+        for tensor in spec.inputs
+    )
+    return {
+        "device_id": "0",
+        "user_compute_stream": str(stream),
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder / "engines" / "onnxruntime-tensorrt"),
+        "trt_profile_min_shapes": shapes,
+        "trt_profile_opt_shapes": shapes,
+        "trt_profile_max_shapes": shapes,
+    }
 
 
 def _check_interface(expected: tuple[TensorSpec, ...], got: list[Any], *, where: str) -> None:
@@ -67,27 +159,67 @@ def _check_interface(expected: tuple[TensorSpec, ...], got: list[Any], *, where:
 
 
 @final
-class OnnxRuntimeSession:
+class OnnxRuntimeEngine:
     """One graph in ONNX Runtime."""
 
-    def __init__(self, session: ort.InferenceSession, spec: GraphSpec) -> None:
+    capturable = False
+    """A session may compute shapes on the host, which a captured sequence cannot hold."""
+
+    def __init__(self, session: ort.InferenceSession, spec: GraphSpec, *, on_gpu: bool) -> None:
         self._session: ort.InferenceSession | None = session
         self._spec = spec
-        self._output_names = [tensor.name for tensor in spec.outputs]
+        self._device_type = "cuda" if on_gpu else "cpu"
+        self._run_options = ort.RunOptions()
+        if on_gpu:  # the stream is ours, and the next graph is enqueued on it
+            self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """See ``Session.run``."""
+    @property
+    def spec(self) -> GraphSpec:
+        """See ``Engine.spec``."""
+        return self._spec
+
+    def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> OnnxRuntimeLaunch:
+        """See ``Engine.prepare``."""
+        session = self._open_session()
+        check_tensors(self._spec, profile, tensors)
+        binding = session.io_binding()
+        for binds, specs in (
+            (binding.bind_input, self._spec.inputs),
+            (binding.bind_output, self._spec.outputs),
+        ):
+            for spec in specs:
+                tensor = tensors[spec.name]
+                binds(spec.name, self._device_type, 0, np.dtype(spec.dtype), tensor.shape, tensor.address)
+        return OnnxRuntimeLaunch(self, binding)
+
+    def run(self, binding: ort.IOBinding) -> None:
+        """Run what ``prepare`` bound."""
+        try:
+            self._open_session().run_with_iobinding(binding, self._run_options)
+        except BackendError:
+            raise
+        except Exception as error:  # onnxruntime's exceptions have no common public base
+            raise BackendError(f"{self._spec.name}: onnxruntime failed: {_first_line(error)}") from None
+
+    def close(self) -> None:
+        """See ``Engine.close``."""
+        self._session = None
+
+    def _open_session(self) -> ort.InferenceSession:
         if self._session is None:
             raise BackendError(
                 f"{self._spec.name}: expected an open session, got a closed one; load the bundle again"
             )
-        check_inputs(self._spec, inputs)
-        try:
-            values = self._session.run(self._output_names, dict(inputs))
-        except Exception as error:  # onnxruntime's exceptions have no common public base
-            raise BackendError(f"{self._spec.name}: onnxruntime failed: {_first_line(error)}") from None
-        return dict(zip(self._output_names, values))
+        return self._session
 
-    def close(self) -> None:
-        """See ``Session.close``."""
-        self._session = None
+
+@final
+class OnnxRuntimeLaunch:
+    """One profile of a graph bound to addresses."""
+
+    def __init__(self, engine: OnnxRuntimeEngine, binding: ort.IOBinding) -> None:
+        self._engine, self._binding = engine, binding
+
+    def enqueue(self) -> None:
+        """See ``Launch.enqueue``."""
+        self._engine.run(self._binding)

@@ -1,27 +1,34 @@
-"""The reduced decoder: chains prefix, select, segments, suffix and head over one backend, and owns the KV caches.
+"""The reduced decoder: chains prefix, select, segments, suffix and head on one stream of a device.
 
-Knows embeddings and rows, nothing of pictures, prompts or sampling.
+Nothing waits for the device before the first token: lengths and positions follow from the known K's and are sent ahead,
+hidden states and KV rows stay on the device, and what the host wants to know comes back in one copy. A decode step sends one
+block, runs one captured sequence of all ranges and the head, and waits once, for the most likely tokens.
+
+Knows embeddings and rows, nothing of pictures, prompts or sampling. docs/runtime.md describes it.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, final
 
 import numpy as np
 
+from trio_edge.runtime.decoder_buffers import TOP, DecoderBuffers
+from trio_edge.runtime.device import DeviceTensor, PitchedRows, find_profile
+from trio_edge.runtime.device_timeline import Timeline
 from trio_edge.runtime.errors import ShapeError
 from trio_edge.runtime.greedy_nms import greedy_nms
-from trio_edge.runtime.kv_cache import KVCache
+from trio_edge.runtime.sampling import TopTokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.backend import Session
-    from trio_edge.runtime.manifest import GraphSpec, Manifest
+    from trio_edge.runtime.device import Launch, LoadedGraphs
+    from trio_edge.runtime.kv_cache import NewRows
+    from trio_edge.runtime.manifest import Manifest
     from trio_edge.runtime.positions import PromptPositions
 
 
@@ -30,12 +37,42 @@ Choose: TypeAlias = "Callable[[int, NDArray[np.int32], int], NDArray[np.int32]]"
 into the entering tokens."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """The rows of a prefill: text, visual tokens, text, and padding up to ``visual_rows + text_bucket``."""
+
+    before: NDArray[Any]
+    """[T1, D], embeddings of the text before the picture."""
+    visual: DeviceTensor | NDArray[Any]
+    """[M, D], visual tokens, on the device or on the host; M = 0 without a picture."""
+    after: NDArray[Any]
+    """[T2, D], embeddings of the text after the picture."""
+    visual_rows: int
+    """N, rows reserved for the visual tokens: one of the manifest's visual sizes, at least M."""
+    text_bucket: int
+    """Rows reserved for the text: one of the manifest's buckets, at least T1 + T2."""
+    positions: PromptPositions
+    """Of all N + bucket rows."""
+
+    @property
+    def num_visual(self) -> int:
+        """M."""
+        return self.visual.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Rows that are no padding."""
+        return len(self.before) + self.num_visual + len(self.after)
+
+
 @dataclass(slots=True)
 class PrefillResult:
     """What a prefill gives besides filled KV caches."""
 
     logits: NDArray[np.float32]
     """[V], of the prompt's last row."""
+    top: TopTokens
+    """The most likely of them."""
     kept: list[NDArray[np.int32]]
     """Per stage the kept tokens as indices into the picture's original visual tokens: ascending, but for rows that merge
     several, which come last."""
@@ -46,37 +83,53 @@ class PrefillResult:
 
 
 class _Span(NamedTuple):
-    """Where a sequence's visual tokens lie, how many rows are reserved for them, and where it ends."""
+    """The rows that enter a layer range: where the visual tokens lie, how many, and where the sequence ends."""
 
     start: int
     num_visual: int
     rows: int
+    """Reserved for the visual tokens."""
     length: int
+
+
+class _Chain(NamedTuple):
+    """The launches of one bucket."""
+
+    ranges: list[Launch]
+    new_rows: list[NewRows]
+    selects: list[Launch]
+    head: Launch
 
 
 @final
 class Decoder:
     """Runs prefill and decode of one sequence. Not thread-safe: it owns one set of KV caches."""
 
-    def __init__(self, manifest: Manifest, load: Callable[[GraphSpec], Session]) -> None:
-        """Load all decoder graphs.
+    def __init__(self, manifest: Manifest, graphs: LoadedGraphs) -> None:
+        """Allocate all buffers and bind decode's.
 
         Args:
             manifest: The bundle's.
-            load: Returns a session for a graph.
+            graphs: The decoder's graphs, loaded; the decoder does not close them.
+
+        Raises:
+            BackendError: If the device has not enough memory.
         """
-        self._manifest = manifest
-        self._ranges = manifest.ranges
-        self._selects = manifest.selects
-        self._head = manifest.graph("head")
-        self._sessions = {spec.name: load(spec) for spec in (*self._ranges, *self._selects, self._head)}
-        self.caches = [
-            KVCache(spec, manifest.dimensions, capacity=capacity, dtype=manifest.dtype)
-            for spec, capacity in zip(self._ranges, manifest.kv_capacities)
+        self._manifest, self._device, self._engines = manifest, graphs.device, graphs.engines
+        self._buffers = DecoderBuffers(manifest, graphs.device)
+        self.caches = self._buffers.caches
+        self._timeline = Timeline(graphs.device)
+        self._chains: dict[tuple[int, int], _Chain] = {}
+        self._step = [
+            self._engines[spec.name].prepare(*self._buffers.step_tensors(index))
+            for index, spec in enumerate(self._buffers.ranges)
         ]
+        self._step.append(self._engines["head"].prepare(*self._buffers.step_head_tensors()))
+        self._captured: Callable[[], None] | None = None
+        self._num_steps = 0
+        self._done = graphs.device.event()
+        self._logits: NDArray[np.float32] | None = None
         self._next_position = 0
-        self.graph_ms: dict[str, float] = {}
-        """Milliseconds spent in each graph since the last prefill began."""
 
     @property
     def kv_bytes(self) -> int:
@@ -88,178 +141,299 @@ class Decoder:
         """Tokens that can still be decoded after the last prefill."""
         return min(cache.capacity - cache.length for cache in self.caches)
 
-    def prefill(
-        self,
-        inputs_embeds: NDArray[Any],
-        *,
-        positions: PromptPositions,
-        visual_rows: int,
-        visual_start: int,
-        num_visual: int,
-        length: int,
-        choose: Choose | None = None,
-    ) -> PrefillResult:
+    @property
+    def graph_ms(self) -> dict[str, float]:
+        """Milliseconds that the device spent in each graph in the last prefill."""
+        return self._timeline.milliseconds()
+
+    def prefill(self, prompt: Prompt, *, choose: Choose | None = None) -> PrefillResult:
         """Run the prompt through all stages and fill the KV caches.
 
         Args:
-            inputs_embeds: [1, S, D], right-padded: N visual rows reserved plus a text bucket.
-            positions: Of its S rows.
-            visual_rows: N, one of the manifest's visual sizes.
-            visual_start: First row of the visual span.
-            num_visual: Real visual tokens, at most N; the text after them follows at once.
-            length: Real rows.
-            choose: Selects on the host in place of the select graphs; for comparisons with other selections.
+            prompt: The rows.
+            choose: Selects on the host in place of the select graphs, which are not run; for comparisons.
 
         Raises:
-            ShapeError: If an array does not fit the graphs.
+            ShapeError: If the prompt does not fit its bucket.
+            BackendError: If a graph fails.
         """
-        self.graph_ms = {}
-        for cache in self.caches:
-            cache.clear()
-        self._next_position = positions.next
-        hidden, ids = inputs_embeds, positions.ids
-        result = PrefillResult(logits=np.empty(0, np.float32), kept=[])
-        original = np.arange(num_visual, dtype=np.int32)
-        more = {  # what the selectors of some methods look at
-            "prompt_embeds": inputs_embeds,
-            "prompt_num_visual": np.array([num_visual], np.int32),
-            "prompt_length": np.array([length], np.int32),
-        }
-        for index, spec in enumerate(self._ranges):
-            if index:
-                span = _Span(visual_start, num_visual, visual_rows, length)
-                if choose is None:
-                    hidden, ids, kept = self._select(index - 1, hidden, ids, span, result, more=more)
-                else:
-                    kept = choose(index - 1, original, min(self._keep(index - 1), num_visual))
-                    hidden, ids = self._gather(index - 1, hidden, ids, kept, span)
-                original = original[kept]
-                result.kept.append(original)
-                length -= num_visual - len(kept)
-                num_visual, visual_rows = len(kept), self._keep(index - 1)
-            outputs = self._run_range(spec, self.caches[index], hidden, ids, num_rows=length)
-            hidden, more = outputs["hidden_states_out"], more | outputs
-        result.logits = self._logits(hidden, last_row=length - 1)
-        return result
+        self._check(prompt)
+        spans = self._spans(prompt)
+        chain = self._chain(prompt.visual_rows, prompt.text_bucket)
+        self._timeline.clear()
+        self._next_position = prompt.positions.next
+        self._send(prompt, spans)
+        kept_of: dict[int, NDArray[np.int32]] = {}
+        if choose is None:
+            self._run(chain, spans, first=0)
+        else:
+            original = np.arange(prompt.num_visual, dtype=np.int32)
+            for stage in range(len(chain.selects)):
+                self._run_range(chain, spans, stage)
+                kept_of[stage] = choose(stage, original, spans[stage + 1].num_visual)
+                original = original[kept_of[stage]]
+                self._replace(stage, kept_of[stage], spans, prompt)
+            self._run(chain, spans, first=len(chain.selects))
+        self._fetch()
+        num_repaired = 0
+        while choose is None and (stage := self._unsettled(after=max(kept_of, default=-1))) is not None:
+            num_repaired += 1
+            kept_of[stage] = self._exact(stage, spans[stage])
+            self._replace(stage, kept_of[stage], spans, prompt)
+            self._run(chain, spans, first=stage + 1)
+            self._fetch()
+        return self._result(spans, kept_of, with_scores=choose is None, num_repaired=num_repaired)
 
-    def decode(self, embedding: NDArray[Any]) -> NDArray[np.float32]:
-        """Run one new token through all layers and return the logits [V] of the next one.
+    def decode(self, embedding: NDArray[Any]) -> TopTokens:
+        """Run one new token through all layers and return the most likely next ones.
 
         Args:
-            embedding: [1, 1, D], the token's embedding.
+            embedding: The token's, D numbers in any shape.
 
         Raises:
             ShapeError: If the KV caches are full.
+            BackendError: If a graph fails.
         """
         if self.max_new_tokens < 1:
             raise ShapeError(
                 f"decode: expected at most {self._manifest.max_new_tokens} new tokens, the KV caches are full;"
                 " export with a larger --max-new-tokens"
             )
-        hidden = embedding
+        step, device = self._buffers.step, self._device
+        step.host("embedding", (embedding.size,))[:] = embedding.reshape(-1)
         compact, axes = self._manifest.schedule.positions == "compact", self._manifest.position_axes
-        for spec, cache in zip(self._ranges, self.caches):
-            position = cache.length if compact else self._next_position
-            ids = np.full((axes, 1), position, np.int32)
-            hidden = self._run_range(spec, cache, hidden, ids, num_rows=1)["hidden_states_out"]
+        for index, cache in enumerate(self.caches):
+            step.host(f"position_ids.{index}", (axes,))[:] = cache.length if compact else self._next_position
+            step.host(f"past_length.{index}", (1,))[0] = cache.length
+        step.upload(device)
+        self._enqueue_step()
+        self._buffers.step_top.download(device)
+        self._done.record()
+        for cache, row in zip(self.caches, self._buffers.new_row):  # while the host samples
+            cache.append(device, row, num_rows=1)
         self._next_position += 1
-        return self._logits(hidden, last_row=0)
+        self._logits = None
+        self._done.wait()
+        return self._top(self._buffers.step_top)
 
-    def close(self) -> None:
-        """Close all sessions."""
-        for session in self._sessions.values():
-            session.close()
+    def logits(self) -> NDArray[np.float32]:
+        """Return all logits [V] of the last prefill or decode step; after a decode step they are fetched now."""
+        if self._logits is None:
+            block, shape = self._buffers.step_logits, (self._manifest.dimensions.vocab_size,)
+            block.download(self._device)
+            self._device.synchronize()
+            self._logits = block.host("logits", shape).copy()
+        return self._logits
 
-    def _run(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        start = time.perf_counter()
-        outputs = self._sessions[name].run(inputs)
-        self.graph_ms[name] = self.graph_ms.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
-        return outputs
+    # Prefill
 
-    def _run_range(
-        self,
-        spec: GraphSpec,
-        cache: KVCache,
-        hidden: NDArray[Any],
-        positions: NDArray[np.int32],
-        *,
-        num_rows: int,
-    ) -> dict[str, NDArray[Any]]:
-        inputs = {
-            spec.inputs[0].name: hidden,
-            "position_ids": positions,
-            "past_length": np.array([cache.length], np.int32),
-            **cache.inputs(),
-        }
-        outputs = self._run(spec.name, inputs)
-        cache.append(outputs, num_rows=num_rows)
-        return outputs
+    def _check(self, prompt: Prompt) -> None:
+        num_text = len(prompt.before) + len(prompt.after)
+        if not 1 <= num_text <= prompt.text_bucket:
+            raise ShapeError(
+                f"prompt: expected 1..{prompt.text_bucket} text tokens (the bucket), got {num_text}; use a larger one"
+            )
+        if prompt.num_visual > prompt.visual_rows:
+            raise ShapeError(
+                f"prompt: expected at most {prompt.visual_rows} visual tokens, got {prompt.num_visual}; use more rows"
+            )
+        shape = (self._manifest.position_axes, prompt.visual_rows + prompt.text_bucket)
+        if prompt.positions.ids.shape != shape:
+            raise ShapeError(
+                f"prompt: expected position ids {list(shape)}, got {list(prompt.positions.ids.shape)}; count all rows"
+            )
+        width, dtype = self._manifest.dimensions.hidden_size, np.dtype(self._manifest.dtype)
+        for rows in (prompt.before, prompt.visual, prompt.after):
+            if tuple(rows.shape[1:]) != (width,) or np.dtype(rows.dtype) != dtype:
+                raise ShapeError(
+                    f"prompt: expected {dtype} rows of {width} numbers, got {rows.dtype} {list(rows.shape)}"
+                )
 
     def _keep(self, stage: int) -> int:
         return self._manifest.schedule.stages[stage].keep
 
-    def _select(
-        self,
-        stage: int,
-        hidden: NDArray[Any],
-        positions: NDArray[np.int32],
-        span: _Span,
-        result: PrefillResult,
-        *,
-        more: Mapping[str, NDArray[Any]],
-    ) -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int32]]:
-        """Return the reduced rows, their positions, and the kept indices into the span that entered."""
-        spec = self._selects[stage]
-        inputs = {
-            "hidden_states": hidden,
-            "position_ids": positions,
-            "visual_rows": np.arange(span.start, span.start + span.rows, dtype=np.int32),
-            "num_visual": np.array([span.num_visual], np.int32),
-            "length": np.array([span.length], np.int32),
+    def _spans(self, prompt: Prompt) -> list[_Span]:
+        """Return what enters each layer range; it follows from the K's, so the device need not say."""
+        spans = [_Span(len(prompt.before), prompt.num_visual, prompt.visual_rows, prompt.length)]
+        for stage in range(len(self._buffers.selects)):
+            last, keep = spans[-1], self._keep(stage)
+            kept = min(keep, last.num_visual)
+            spans.append(_Span(last.start, kept, keep, last.length - last.num_visual + kept))
+        return spans
+
+    def _chain(self, visual_rows: int, text_bucket: int) -> _Chain:
+        """Return the launches of a bucket, bound when it is first used."""
+        key = (visual_rows, text_bucket)
+        if key in self._chains:
+            return self._chains[key]
+        buffers, ranges, new_rows, selects = self._buffers, [], [], []
+        num_rows = [visual_rows, *(stage.keep for stage in self._manifest.schedule.stages)]
+        sizes = [rows + text_bucket for rows in num_rows]
+        for index, spec in enumerate(buffers.ranges):
+            profile = find_profile(spec, {"S": sizes[index], "C": 0})
+            ranges.append(self._engines[spec.name].prepare(profile, buffers.range_tensors(index, profile)))
+            new_rows.append(buffers.new_rows(index, sizes[index]))
+        for stage, spec in enumerate(buffers.selects):
+            wanted = {"N": num_rows[stage], "S": sizes[stage], "R": sizes[stage + 1], "F": sizes[0]}
+            profile = find_profile(spec, {name: wanted[name] for name in spec.profiles[0].sizes})
+            selects.append(self._engines[spec.name].prepare(profile, buffers.select_tensors(stage, profile)))
+        profile = find_profile(buffers.head, {"S": sizes[-1]})
+        head = self._engines["head"].prepare(profile, buffers.head_tensors(profile))
+        self._chains[key] = _Chain(ranges, new_rows, selects, head)
+        return self._chains[key]
+
+    def _send(self, prompt: Prompt, spans: list[_Span]) -> None:
+        """Enqueue everything that the host knows: embeddings, positions, lengths."""
+        inputs, device, embeds = self._buffers.inputs, self._device, self._buffers.embeds
+        ids = prompt.positions.ids
+        inputs.host("position_ids", ids.shape)[...] = ids
+        values = {
+            "last_row": spans[-1].length - 1,
+            "prompt_num_visual": prompt.num_visual,
+            "prompt_length": prompt.length,
         }
-        inputs |= {name: more[name] for name in spec.input_names if name in more and name not in inputs}
-        outputs = self._run(spec.name, inputs)
-        num_kept = min(self._keep(stage), span.num_visual)
-        scores = outputs["scores"][: span.num_visual]
-        result.scores.append(scores)
-        if outputs["unsettled"][0] == 0:
-            return (
-                outputs["kept_hidden_states"],
-                outputs["kept_position_ids"],
-                outputs["kept_indices"][:num_kept],
-            )
-        result.num_repaired += 1
-        kept = greedy_nms(
-            hidden[0, span.start : span.start + span.num_visual],
-            scores,
-            num_keep=num_kept,
+        for stage, span in enumerate(spans[:-1]):
+            inputs.host(f"visual_rows.{stage}", (span.rows,))[:] = span.start + np.arange(span.rows)
+            values |= {f"num_visual.{stage}": span.num_visual, f"length.{stage}": span.length}
+        for name, value in values.items():
+            inputs.host(name, (1,))[0] = value
+        inputs.upload(device)
+        text, num_before, num_text = (
+            self._buffers.text,
+            len(prompt.before),
+            len(prompt.before) + len(prompt.after),
+        )
+        text[:num_before], text[num_before:num_text] = prompt.before, prompt.after
+        start = num_before + prompt.num_visual
+        device.upload(embeds.rows(0, num_before), text[:num_before])
+        device.upload(embeds.rows(start, num_text - num_before), text[num_before:num_text])
+        self._place(prompt.visual, embeds.rows(num_before, prompt.num_visual))
+        device.clear(embeds.rows(prompt.length, prompt.visual_rows + prompt.text_bucket - prompt.length))
+
+    def _place(self, visual: DeviceTensor | NDArray[Any], target: DeviceTensor) -> None:
+        if not isinstance(visual, DeviceTensor):
+            self._device.upload(target, np.ascontiguousarray(visual))
+            self._device.synchronize()  # the array is not pinned, and the caller's
+            return
+        size = target.num_bytes
+        if size:
+            source = PitchedRows(visual.address, size)
+            self._device.copy_rows(PitchedRows(target.address, size), source, row_bytes=size, num_rows=1)
+
+    def _run(self, chain: _Chain, spans: list[_Span], *, first: int) -> None:
+        """Enqueue the chain from layer range ``first`` on."""
+        for index in range(first, len(chain.ranges)):
+            self._run_range(chain, spans, index)
+            if index < len(chain.selects):
+                self._timeline.enqueue(self._buffers.selects[index].name, chain.selects[index])
+        self._timeline.enqueue("head", chain.head)
+
+    def _run_range(self, chain: _Chain, spans: list[_Span], index: int) -> None:
+        self._timeline.enqueue(self._buffers.ranges[index].name, chain.ranges[index])
+        cache = self.caches[index]
+        cache.clear()
+        cache.append(self._device, chain.new_rows[index], num_rows=spans[index].length)
+
+    def _fetch(self) -> None:
+        self._buffers.results.download(self._device)
+        self._done.record()
+        self._done.wait()
+
+    def _unsettled(self, *, after: int) -> int | None:
+        """Return the first stage behind ``after`` whose NMS was not settled."""
+        for stage in range(after + 1, len(self._buffers.selects)):
+            if self._buffers.results.host(f"unsettled.{stage}", (1,))[0] != 0:
+                return stage
+        return None
+
+    def _exact(self, stage: int, span: _Span) -> NDArray[np.int32]:
+        hidden = self._download(self._buffers.hidden_out[stage].rows(span.start, span.num_visual))
+        return greedy_nms(
+            hidden,
+            self._buffers.results.host(f"scores.{stage}", (span.num_visual,)),
+            num_keep=min(self._keep(stage), span.num_visual),
             threshold=self._manifest.schedule.nms_threshold,
         )
-        return (*self._gather(stage, hidden, positions, kept, span), kept)
 
-    def _gather(
-        self,
-        stage: int,
-        hidden: NDArray[Any],
-        positions: NDArray[np.int32],
-        kept: NDArray[np.int32],
-        span: _Span,
-    ) -> tuple[NDArray[Any], NDArray[np.int32]]:
-        """Do on the host what the select graph's gather does: rows [1, R, D] and position ids [A, R]."""
-        num_rows = hidden.shape[1] - span.rows + self._keep(stage)
+    def _replace(self, stage: int, kept: NDArray[np.int32], spans: list[_Span], prompt: Prompt) -> None:
+        """Do on the host what the select graph's gather does, and put it where the next range reads.
+
+        Args:
+            stage: Whose selection is replaced.
+            kept: Indices into its visual tokens.
+            spans: What enters each range.
+            prompt: For the positions that enter the first stage.
+        """
+        span, num_rows = spans[stage], self._keep(stage) + prompt.text_bucket
+        num_entering, axes = span.rows + prompt.text_bucket, self._manifest.position_axes
+        hidden = self._download(self._buffers.hidden_out[stage].rows(0, num_entering))
         rows = np.concatenate(
             [np.arange(span.start), span.start + kept, np.arange(span.start + span.num_visual, span.length)]
         )
-        kept_hidden = np.zeros((1, num_rows, hidden.shape[2]), dtype=hidden.dtype)
-        kept_hidden[0, : len(rows)] = hidden[0, rows]
-        kept_positions = np.broadcast_to(
-            np.arange(num_rows, dtype=np.int32), (len(positions), num_rows)
-        ).copy()
+        kept_hidden = np.zeros((num_rows, hidden.shape[1]), dtype=hidden.dtype)
+        kept_hidden[: len(rows)] = hidden[rows]
+        positions = np.broadcast_to(np.arange(num_rows, dtype=np.int32), (axes, num_rows)).copy()
         if self._manifest.schedule.positions == "preserved":
-            kept_positions[:, : len(rows)] = positions[:, rows]
-        return kept_hidden, kept_positions
+            entering = prompt.positions.ids
+            if stage > 0:
+                entering = self._download(self._buffers.kept_positions[stage - 1], shape=(axes, num_entering))
+            positions[:, : len(rows)] = entering[:, rows]
+        self._device.upload(self._buffers.kept_hidden[stage], kept_hidden)
+        self._device.upload(self._buffers.kept_positions[stage], positions)
+        self._device.synchronize()  # the arrays are not pinned
 
-    def _logits(self, hidden: NDArray[Any], *, last_row: int) -> NDArray[np.float32]:
-        outputs = self._run("head", {"hidden_states": hidden, "last_row": np.array([last_row], np.int32)})
-        logits: NDArray[np.float32] = outputs["logits"][0]
-        return logits
+    def _download(self, source: DeviceTensor, *, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+        array = np.empty(source.shape if shape is None else shape, source.dtype)
+        self._device.download(array, source)
+        self._device.synchronize()
+        return array
+
+    def _result(
+        self,
+        spans: list[_Span],
+        kept_of: dict[int, NDArray[np.int32]],
+        *,
+        with_scores: bool,
+        num_repaired: int,
+    ) -> PrefillResult:
+        """Return what came back; ``kept_of`` has the stages that were selected on the host."""
+        results = self._buffers.results
+        self._logits = results.host("logits", (self._manifest.dimensions.vocab_size,)).copy()
+        result = PrefillResult(
+            logits=self._logits, top=self._top(results), kept=[], num_repaired=num_repaired
+        )
+        original = np.arange(spans[0].num_visual, dtype=np.int32)
+        for stage in range(len(spans) - 1):
+            indices = kept_of.get(stage)
+            if indices is None:
+                indices = results.host(f"kept_indices.{stage}", (spans[stage + 1].num_visual,))
+            original = original[indices]
+            result.kept.append(original)
+            if with_scores:
+                result.scores.append(results.host(f"scores.{stage}", (spans[stage].num_visual,)).copy())
+        return result
+
+    # Decode
+
+    def _enqueue_step(self) -> None:
+        """Enqueue all ranges and the head: one by one the first time, which warms them up, then captured as a whole."""
+        self._num_steps += 1
+        if self._num_steps == 1:
+            self._launch_step()
+        elif self._captured is not None:
+            self._captured()
+        elif all(self._engines[spec.name].capturable for spec in (*self._buffers.ranges, self._buffers.head)):
+            self._captured = self._device.capture(self._launch_step)
+            self._captured()
+        else:
+            self._launch_step()
+
+    def _launch_step(self) -> None:
+        for launch in self._step:
+            launch.enqueue()
+
+    def _top(self, block: Any) -> TopTokens:
+        shape = self._buffers.head.outputs[1].shape
+        size = (int(shape[0]),)
+        logits, ids = (block.host(name, size).copy() for name in TOP)
+        return TopTokens(ids=ids, logits=logits)

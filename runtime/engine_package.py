@@ -57,6 +57,11 @@ class TensorRT:
         """Whether tactics are timed on a GPU while building; tensorrt-rtx chooses its kernels on the device later."""
         return self.backend == "tensorrt"
 
+    @property
+    def compiles_on_device(self) -> bool:
+        """Whether kernels are compiled on the device, in the background unless a context says otherwise."""
+        return getattr(self.module, "DynamicShapesKernelSpecializationStrategy", None) is not None
+
 
 def system_folders() -> tuple[Path, ...]:
     """Return where a system's package manager puts Python packages: JetPack's TensorRT lies there."""

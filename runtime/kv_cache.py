@@ -1,69 +1,59 @@
-"""KV buffers of one decoder layer range: allocated once, written row by row, read where they lie."""
+"""KV buffers of one decoder layer range: allocated once, written row by row on the device, read where they lie."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
-import numpy as np
-
+from trio_edge.runtime.device_block import Stack
 from trio_edge.runtime.errors import ShapeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from numpy.typing import NDArray
-
-    from trio_edge.runtime.manifest import Dimensions, GraphSpec
+    from trio_edge.runtime.device import Allocator, Device, DeviceTensor
+    from trio_edge.runtime.manifest import GraphSpec
 
 
 @final
 class KVCache:
-    """Keys and values of the layers of one range, [layers, 1, G, C, E] each, of which ``length`` rows are valid."""
+    """Keys and values of the layers of one range, [1, G, C, E] each, of which ``length`` rows are valid.
 
-    def __init__(self, spec: GraphSpec, dimensions: Dimensions, *, capacity: int, dtype: str) -> None:
+    A range's graph returns its new rows in a stack of their own (``NewRows``); ``append`` copies them behind the valid ones.
+    """
+
+    def __init__(self, allocator: Allocator, spec: GraphSpec) -> None:
         """Allocate the buffers.
 
         Args:
-            spec: The range's graph; its inputs and outputs name the layers.
-            dimensions: For G and E.
-            capacity: C, rows.
-            dtype: Element type.
+            allocator: Gives the memory.
+            spec: The range's graph; its inputs name the layers, its decode profile has the capacity C.
         """
-        shape = (spec.num_layers, 1, dimensions.num_kv_heads, capacity, dimensions.head_size)
-        first = spec.first_layer or 0
-        self.capacity = capacity
+        past = [tensor for tensor in spec.inputs if tensor.name.startswith("past_key_values.")]
+        self.capacity = max(profile.sizes["C"] for profile in spec.profiles)
         self.length = 0
-        self._buffers: dict[str, NDArray[Any]] = {}
-        self._rows_of: dict[str, str] = {}
-        self._no_rows: dict[str, NDArray[Any]] = {}
-        for part in ("key", "value"):
-            buffer = np.zeros(shape, dtype=dtype)
-            for index in range(spec.num_layers):
-                name = f"past_key_values.{first + index}.{part}"
-                self._buffers[name] = buffer[index]
-                self._no_rows[name] = np.zeros((*shape[1:3], 0, shape[4]), dtype=dtype)
-                self._rows_of[name] = f"present.{first + index}.{part}"
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        self._names = [tensor.name for tensor in past]
+        shape = tuple(self.capacity if axis == "C" else int(axis) for axis in past[0].shape)
+        size = Stack(0, count=len(past), shape=shape, dtype=past[0].dtype).num_bytes
+        address = allocator.allocate(size, purpose=f"the KV cache of {spec.name}")
+        self._stack = Stack(address, count=len(past), shape=shape, dtype=past[0].dtype)
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the valid rows."""
-        return self.num_bytes * self.length // self.capacity
+        return self._stack.bytes_per_row * self.length
 
     def clear(self) -> None:
         """Forget all rows; the buffers stay."""
         self.length = 0
 
-    def inputs(self) -> dict[str, NDArray[Any]]:
-        """Return the graph inputs that hold the past: views of the buffers, or no rows before a prefill."""
-        return self._buffers if self.length else self._no_rows
+    def no_rows(self) -> dict[str, DeviceTensor]:
+        """Return the graph inputs of a prefill: no past."""
+        return {name: self._stack.empty(index) for index, name in enumerate(self._names)}
 
-    def append(self, outputs: Mapping[str, NDArray[Any]], *, num_rows: int) -> None:
-        """Write the first ``num_rows`` new rows of a graph's ``present`` outputs behind the valid ones.
+    def all_rows(self) -> dict[str, DeviceTensor]:
+        """Return the graph inputs of a decode step: the whole buffers."""
+        return {name: self._stack.tensor(index) for index, name in enumerate(self._names)}
+
+    def append(self, device: Device, new: NewRows, *, num_rows: int) -> None:
+        """Enqueue the copy of the first ``num_rows`` new rows behind the valid ones.
 
         Raises:
             ShapeError: If they do not fit.
@@ -73,6 +63,21 @@ class KVCache:
             raise ShapeError(
                 f"KV cache: expected at most {self.capacity} rows, got {end}; export with a larger --max-new-tokens"
             )
-        for name, buffer in self._buffers.items():
-            buffer[:, :, self.length : end] = outputs[self._rows_of[name]][:, :, :num_rows]
+        new.stack.copy_to(device, self._stack, first_row=self.length, num_rows=num_rows)
         self.length = end
+
+
+@final
+class NewRows:
+    """Where a layer range writes keys and values of the rows it has just seen, [1, G, S, E] each."""
+
+    def __init__(self, address: int, spec: GraphSpec, *, rows: int) -> None:
+        """Lay the outputs of ``spec`` out from ``address`` on, for S = ``rows``."""
+        present = [tensor for tensor in spec.outputs if tensor.name.startswith("present.")]
+        shape = tuple(rows if axis == "S" else int(axis) for axis in present[0].shape)
+        self.stack = Stack(address, count=len(present), shape=shape, dtype=present[0].dtype)
+        self._names = [tensor.name for tensor in present]
+
+    def outputs(self) -> dict[str, DeviceTensor]:
+        """Return the graph outputs."""
+        return {name: self.stack.tensor(index) for index, name in enumerate(self._names)}

@@ -15,7 +15,7 @@ import msgspec
 from trio_edge.runtime.errors import ManifestError
 from trio_edge.runtime.schedule import Schedule
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "trio.json"
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8}
 

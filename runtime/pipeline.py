@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
-from trio_edge.runtime.backend import Backend, Session, make_backend
+from trio_edge.runtime.backend import Backend, make_backend
 from trio_edge.runtime.bundle import Bundle, open_bundle
-from trio_edge.runtime.decoder import Choose, Decoder
+from trio_edge.runtime.decoder import Choose, Decoder, Prompt
 from trio_edge.runtime.errors import ShapeError
 from trio_edge.runtime.image import open_picture
 from trio_edge.runtime.positions import PromptPositions, mrope_positions, plain_positions
 from trio_edge.runtime.question_ids import question_ids
-from trio_edge.runtime.sampling import make_sampler
+from trio_edge.runtime.sampling import Sampler, TopTokens, make_sampler
 from trio_edge.runtime.text import DetokenizeStream, PromptIds, Tokenizer
-from trio_edge.runtime.vision_inputs import KEPT_PATCHES, KEPT_TOKENS, picture_processing
+from trio_edge.runtime.vision import Vision
+from trio_edge.runtime.vision_inputs import picture_processing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    from trio_edge.runtime.manifest import Manifest
+    from trio_edge.runtime.device import DeviceTensor
+    from trio_edge.runtime.manifest import Manifest, Profile
 
 
 @dataclass(slots=True)
@@ -56,7 +58,7 @@ class Statistics:
     decode_ms: float = 0.0
     """All tokens after the first."""
     graph_ms: dict[str, float] = field(default_factory=dict)
-    """Time inside each graph during the prefill."""
+    """Time that the device spent in each graph up to the first token."""
     kv_bytes: int = 0
     """KV rows in use at the end."""
     repaired_stages: int = 0
@@ -79,25 +81,27 @@ class _Prepared(NamedTuple):
     width: int
     height: int
     num_visual: int
-    visual_rows: int
-    """N of the profile."""
+    profile: Profile
+    """Of the vision graph."""
+
+    @property
+    def visual_rows(self) -> int:
+        """N of the profile."""
+        return self.profile.sizes["N"]
 
 
 class _Seen(NamedTuple):
-    """What the decoder and the user are told of the picture."""
+    """What the decoder is told of the picture. The device may still be at work on it."""
 
-    tokens: NDArray[Any]
+    tokens: DeviceTensor | NDArray[Any]
     """[M, D], visual tokens that enter the decoder."""
     num_visual: int
     """Visual tokens of the picture, M unless a selection before the decoder dropped some."""
     rows: int
     """N, rows reserved for them."""
-    boxes: NDArray[np.float32]
-    """[M, 4]."""
     positions: NDArray[np.int32]
     """[3, M] with M-RoPE, else [3, 0]."""
     position_span: int
-    graph_ms: dict[str, float]
 
 
 @final
@@ -145,13 +149,13 @@ class Pipeline:
         self._tokenizer = Tokenizer.from_file(bundle.path(manifest.text.tokenizer))
         self._template = bundle.read_text(manifest.text.chat_template)
         self._embedding = bundle.map_tensor(manifest.token_embedding)
-
-        def load(spec: Any) -> Session:
-            return backend.load(bundle.folder, spec)
-
-        self._vision = load(manifest.graph("vision"))
-        self._reduce = load(manifest.graph("reduce")) if manifest.token_method is not None else None
-        self._decoder = Decoder(manifest, load)
+        self._graphs = backend.load(bundle)
+        try:
+            self._vision = Vision(manifest, self._graphs)
+            self._decoder = Decoder(manifest, self._graphs)
+        except BaseException:
+            self._graphs.close()
+            raise
         self._running: Generation | None = None  # whose rows the KV caches hold
 
     @classmethod
@@ -166,9 +170,10 @@ class Pipeline:
         Raises:
             BundleError: If the bundle is broken.
             ManifestError: If its manifest is broken or of another schema.
-            BackendError: If the backend is missing or cannot load a graph.
+            BackendError: If the backend is missing or cannot load a graph, or the device has not enough memory.
         """
-        return cls(open_bundle(path), make_backend(backend, threads=threads))
+        bundle = open_bundle(path)
+        return cls(bundle, make_backend(backend, bundle=bundle, threads=threads))
 
     def generate(
         self,
@@ -228,11 +233,9 @@ class Pipeline:
         return Generation(steps)
 
     def close(self) -> None:
-        """Release all graphs."""
-        self._vision.close()
-        if self._reduce is not None:
-            self._reduce.close()
-        self._decoder.close()
+        """Release all graphs and all memory of the device."""
+        self._running = None
+        self._graphs.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -275,7 +278,7 @@ class Pipeline:
                     width=width,
                     height=height,
                     num_visual=needed["N"],
-                    visual_rows=profile.sizes["N"],
+                    profile=profile,
                 )
         raise ShapeError(
             f"picture: expected at most {self.manifest.max_visual} visual tokens in the exported shapes, got"
@@ -283,52 +286,64 @@ class Pipeline:
         )
 
     def _see(self, prepared: _Prepared, ids: PromptIds) -> _Seen:
-        """Run the vision graph, and the selection before the decoder if there is one."""
-        start = time.perf_counter()
-        outputs = self._vision.run(prepared.inputs)
-        milliseconds = {"vision": 1e3 * (time.perf_counter() - start)}
-        size, kept = (prepared.width, prepared.height), outputs.get(KEPT_PATCHES, outputs.get(KEPT_TOKENS))
-        mrope = self.manifest.position_axes == 3
-        seen = _Seen(
-            tokens=outputs["visual_tokens"][: prepared.num_visual],
-            num_visual=prepared.num_visual,
-            rows=prepared.visual_rows,
-            boxes=self.pictures.boxes(*size, kept),
-            positions=self.pictures.positions(*size, kept) if mrope else np.empty((3, 0), np.int32),
+        """Enqueue the vision graph, and the selection before the decoder if there is one.
+
+        The host waits for the device only where it needs what the graphs kept: to number positions with M-RoPE, and to tell
+        the reduce graph what shows nothing of the picture.
+        """
+        num_visual, mrope = prepared.num_visual, self.manifest.position_axes == 3
+        visual = self._vision.look(prepared.inputs, prepared.profile)
+        tokens, rows = visual.rows(0, num_visual), prepared.visual_rows
+        token_keep = self.manifest.token_keep
+        if self.manifest.encoder_keep is not None and (mrope or token_keep is not None):
+            self._graphs.device.synchronize()
+        if token_keep is not None:
+            inputs, sizes = self._reduce_inputs(prepared, ids)
+            num_kept, rows = min(token_keep, num_visual), token_keep
+            tokens = self._vision.reduce(inputs, sizes=sizes).rows(0, num_kept)
+            if mrope:
+                self._graphs.device.synchronize()
+        size = (prepared.width, prepared.height)
+        return _Seen(
+            tokens=tokens,
+            num_visual=num_visual,
+            rows=rows,
+            positions=self._picture_positions(prepared) if mrope else np.empty((3, 0), np.int32),
             position_span=self.pictures.position_span(*size) if mrope else 0,
-            graph_ms=milliseconds,
-        )
-        if self._reduce is None:
-            return seen
-        start = time.perf_counter()
-        reduced = self._reduce.run(self._reduce_inputs(prepared, ids, outputs, seen))
-        milliseconds["reduce"] = 1e3 * (time.perf_counter() - start)
-        num_kept = min(len(reduced["kept_tokens"]), prepared.num_visual)
-        tokens = reduced["kept_tokens"][:num_kept]
-        return seen._replace(
-            tokens=reduced["reduced_tokens"][:num_kept],
-            rows=len(reduced["kept_tokens"]),
-            boxes=seen.boxes[tokens],
-            positions=seen.positions[:, tokens] if mrope else seen.positions,
         )
 
+    def _picture_positions(self, prepared: _Prepared) -> NDArray[np.int32]:
+        """Return the M-RoPE positions [3, M] of the tokens that enter the decoder, once it is known which ones."""
+        positions = self.pictures.positions(prepared.width, prepared.height, self._vision.kept_by("vision"))
+        kept = self._kept_by_reduce(prepared)
+        return positions if kept is None else positions[:, kept]
+
+    def _boxes(self, prepared: _Prepared) -> NDArray[np.float32]:
+        """Return the boxes [M, 4] of the tokens that entered the decoder, once the device has been waited for."""
+        boxes, kept = self._picture_boxes(prepared), self._kept_by_reduce(prepared)
+        return boxes if kept is None else boxes[kept]
+
+    def _picture_boxes(self, prepared: _Prepared) -> NDArray[np.float32]:
+        return self.pictures.boxes(prepared.width, prepared.height, self._vision.kept_by("vision"))
+
+    def _kept_by_reduce(self, prepared: _Prepared) -> NDArray[np.int32] | None:
+        kept = self._vision.kept_by("reduce")
+        return None if kept is None else kept[: prepared.num_visual]
+
     def _reduce_inputs(
-        self, prepared: _Prepared, ids: PromptIds, outputs: dict[str, NDArray[Any]], seen: _Seen
-    ) -> dict[str, NDArray[Any]]:
-        names = self.manifest.graph("reduce").input_names
+        self, prepared: _Prepared, ids: PromptIds
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, int]]:
+        """Return what the reduce graph needs beside the vision graph's outputs, and its sizes."""
+        boxes = self._picture_boxes(prepared)
         is_newline = np.zeros(prepared.visual_rows, np.int32)
-        is_newline[: seen.num_visual] = np.isnan(seen.boxes[:, 0])
-        inputs = {
-            "num_visual": np.array([seen.num_visual], np.int32),
-            "is_newline": is_newline,
-            **{name: outputs[name] for name in outputs if name in names},
-        }
-        if "text_embeds" in names:
-            bucket = next(size for size in self.manifest.text_buckets if size >= ids.num_tokens)
+        is_newline[: prepared.num_visual] = np.isnan(boxes[:, 0])
+        inputs = {"num_visual": np.array([prepared.num_visual], np.int32), "is_newline": is_newline}
+        bucket = self._bucket(ids)
+        if "text_embeds" in self.manifest.graph("reduce").input_names:
             text = np.zeros((bucket, self.manifest.dimensions.hidden_size), self.manifest.dtype)
             text[: len(ids.after)] = self._embedding[ids.after]
             inputs |= {"text_embeds": text, "num_text": np.array([len(ids.after)], np.int32)}
-        return inputs
+        return inputs, {"N": prepared.visual_rows, "T": bucket}
 
     def _nothing_seen(self) -> _Seen:
         """Return what a prompt without a picture has."""
@@ -336,28 +351,26 @@ class Pipeline:
             tokens=np.empty((0, self.manifest.dimensions.hidden_size), self.manifest.dtype),
             num_visual=0,
             rows=self.manifest.visual_sizes[0],
-            boxes=np.empty((0, 4), np.float32),
             positions=np.empty((3, 0), np.int32),
             position_span=0,
-            graph_ms={},
         )
 
-    def _embed_prompt(self, ids: PromptIds, seen: _Seen) -> NDArray[Any]:
-        """Return inputs_embeds [1, S, D]: text, visual tokens, text, and padding up to the text bucket."""
-        bucket = next(size for size in self.manifest.text_buckets if size >= ids.num_tokens)
-        embeds = np.zeros(
-            (1, seen.rows + bucket, self.manifest.dimensions.hidden_size), dtype=self.manifest.dtype
+    def _bucket(self, ids: PromptIds) -> int:
+        return next(size for size in self.manifest.text_buckets if size >= ids.num_tokens)
+
+    def _prompt(self, ids: PromptIds, seen: _Seen, *, bucket: int) -> Prompt:
+        return Prompt(
+            before=self._embedding[ids.before],
+            visual=seen.tokens,
+            after=self._embedding[ids.after],
+            visual_rows=seen.rows,
+            text_bucket=bucket,
+            positions=self._positions(ids, seen, num_rows=seen.rows + bucket),
         )
-        row = len(ids.before)
-        embeds[0, :row] = self._embedding[ids.before]
-        embeds[0, row : row + len(seen.tokens)] = seen.tokens
-        row += len(seen.tokens)
-        embeds[0, row : row + len(ids.after)] = self._embedding[ids.after]
-        return embeds
 
     def _positions(self, ids: PromptIds, seen: _Seen, *, num_rows: int) -> PromptPositions:
         if self.manifest.position_axes == 1:
-            return plain_positions(num_rows=num_rows, length=len(seen.tokens) + ids.num_tokens)
+            return plain_positions(num_rows=num_rows, length=seen.tokens.shape[0] + ids.num_tokens)
         return mrope_positions(
             seen.positions,
             picture_span=seen.position_span,
@@ -373,40 +386,30 @@ class Pipeline:
         prepared: _Prepared | None,
         *,
         limit: int,
-        sample: Callable[[NDArray[np.float32]], int],
+        sample: Sampler,
         choose: Choose | None,
     ) -> Iterator[str]:
         self._running, statistics = generation, generation.statistics
         start = time.perf_counter()
         seen = self._nothing_seen() if prepared is None else self._see(prepared, ids)
-        generation.boxes = seen.boxes
-        num_visual = len(seen.tokens)
         prefill_start = time.perf_counter()
-        embeds = self._embed_prompt(ids, seen)
-        result = self._decoder.prefill(
-            embeds,
-            positions=self._positions(ids, seen, num_rows=embeds.shape[1]),
-            visual_rows=seen.rows,
-            visual_start=len(ids.before),
-            num_visual=num_visual,
-            length=num_visual + ids.num_tokens,
-            choose=choose,
-        )
-        token = sample(result.logits)
+        result = self._decoder.prefill(self._prompt(ids, seen, bucket=self._bucket(ids)), choose=choose)
+        token = self._choose_token(result.top, sample)
         now = time.perf_counter()
+        if prepared is not None:
+            generation.boxes = self._boxes(prepared)
+            statistics.graph_ms = self._vision.graph_ms
         generation.first_logits, generation.kept = result.logits, result.kept
         statistics.visual_tokens, statistics.text_tokens = seen.num_visual, ids.num_tokens
         statistics.kept_tokens = tuple(len(kept) for kept in result.kept)
         statistics.average_keep = self.manifest.average_keep_of(seen.num_visual)
         statistics.ttft_ms += 1e3 * (now - start)
         statistics.prefill_ms = 1e3 * (now - prefill_start)
-        statistics.graph_ms = seen.graph_ms | self._decoder.graph_ms
+        statistics.graph_ms |= self._decoder.graph_ms
         statistics.repaired_stages = result.num_repaired
         yield from self._decode(generation, token, limit=limit, sample=sample)
 
-    def _decode(
-        self, generation: Generation, token: int, *, limit: int, sample: Callable[[NDArray[np.float32]], int]
-    ) -> Iterator[str]:
+    def _decode(self, generation: Generation, token: int, *, limit: int, sample: Sampler) -> Iterator[str]:
         """Yield the pieces of the answer that starts with ``token``."""
         statistics, stream = generation.statistics, DetokenizeStream(self._tokenizer)
         while True:
@@ -424,8 +427,13 @@ class Pipeline:
                     "answer: expected one answer at a time, another was started; finish streaming first"
                 )
             start = time.perf_counter()
-            logits = self._decoder.decode(np.asarray(self._embedding[token])[None, None])
-            token = sample(logits)
+            top = self._decoder.decode(np.asarray(self._embedding[token]))
+            token = self._choose_token(top, sample)
             statistics.decode_ms += 1e3 * (time.perf_counter() - start)
         if rest := stream.finish():
             yield rest
+
+    def _choose_token(self, top: TopTokens, sample: Sampler) -> int:
+        """Return the next token; all logits are fetched only if the most likely ones do not decide it."""
+        token = sample.from_top(top)
+        return sample(self._decoder.logits()) if token is None else token

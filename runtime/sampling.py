@@ -1,26 +1,77 @@
-"""Choosing the next token from logits: greedy, or temperature, top-k and top-p, in Hugging Face's order."""
+"""Choosing the next token from logits: greedy, or temperature, top-k and top-p, in Hugging Face's order.
+
+The most likely tokens alone, which a device returns, suffice for greedy decoding and for a small top-k.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, final
 
 import numpy as np
 
 from trio_edge.runtime.errors import BackendError, ShapeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
-    Sampler = Callable[[NDArray[np.float32]], int]
+
+class TopTokens(NamedTuple):
+    """The most likely tokens, descending; the order of equals is free."""
+
+    ids: NDArray[np.int32]
+    """[T]."""
+    logits: NDArray[np.float32]
+    """[T]."""
+
+
+@final
+class Sampler:
+    """Chooses tokens; see ``make_sampler``."""
+
+    def __init__(
+        self, *, temperature: float, top_p: float, top_k: int, generator: np.random.Generator
+    ) -> None:
+        self._temperature, self._top_p, self._top_k = temperature, top_p, top_k
+        self._generator = generator
+
+    def __call__(self, logits_V: NDArray[np.float32]) -> int:
+        """Return the next token.
+
+        Args:
+            logits_V: Of all tokens.
+
+        Raises:
+            BackendError: If they are NaN, +inf or all -inf: the graph overflowed.
+        """
+        logits_V = _checked(logits_V)
+        return int(np.argmax(logits_V)) if self._temperature == 0.0 else self._draw(logits_V)
+
+    def from_top(self, top: TopTokens) -> int | None:
+        """Return the token that all logits would give, or None if the most likely ones do not decide it.
+
+        Raises:
+            BackendError: As with all logits.
+        """
+        logits_T = _checked(top.logits)
+        needed = 1 if self._temperature == 0.0 else self._top_k
+        if not 1 <= needed < len(logits_T) or logits_T[-1] == logits_T[needed - 1]:
+            return None  # equals of the last one needed may not be among them
+        order = np.argsort(top.ids)
+        ids, logits_T = top.ids[order], logits_T[order]
+        chosen = int(np.argmax(logits_T)) if self._temperature == 0.0 else self._draw(logits_T)
+        return int(ids[chosen])
+
+    def _draw(self, logits: NDArray[np.float32]) -> int:
+        scores = logits.astype(np.float64) / self._temperature
+        probabilities = _nucleus(_softmax(_most_likely(scores, self._top_k)), self._top_p)
+        return int(self._generator.choice(len(probabilities), p=probabilities))
 
 
 def make_sampler(
     temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None
 ) -> Sampler:
-    """Return a function from logits [V] to a token id.
+    """Return what chooses a token id from logits.
 
     Args:
         temperature: Divides the logits; 0 always takes the most likely token, of equals the lowest id.
@@ -30,8 +81,6 @@ def make_sampler(
 
     Raises:
         ShapeError: If an argument is out of range.
-
-    The returned function raises BackendError for logits that are NaN, +inf or all -inf: the graph overflowed.
     """
     if not _is_number(temperature) or not 0.0 <= temperature < math.inf:
         raise ShapeError(
@@ -43,20 +92,7 @@ def make_sampler(
         raise ShapeError(f"top_k: expected a whole number >= 0, got {top_k!r}; use 0 to switch it off")
     if seed is not None and (not _is_whole(seed) or seed < 0):
         raise ShapeError(f"seed: expected a whole number >= 0 or None, got {seed!r}")
-    if temperature == 0.0:
-        return _greedy
-    generator = np.random.default_rng(seed)
-
-    def sample(logits_V: NDArray[np.float32]) -> int:
-        scores_V = _checked(logits_V).astype(np.float64) / temperature
-        probabilities_V = _nucleus(_softmax(_most_likely(scores_V, top_k)), top_p)
-        return int(generator.choice(len(probabilities_V), p=probabilities_V))
-
-    return sample
-
-
-def _greedy(logits_V: NDArray[np.float32]) -> int:
-    return int(np.argmax(_checked(logits_V)))
+    return Sampler(temperature=temperature, top_p=top_p, top_k=top_k, generator=np.random.default_rng(seed))
 
 
 def _checked(logits_V: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ from tests.goldens import GOLDEN_NAMES, Golden, golden_bundle, load_golden, need
 from tests.tolerances import LOGITS_FLOAT32, SALIENCY_FLOAT32
 from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.decoder import Decoder, PrefillResult
+from trio_edge.runtime.decoder import Decoder, PrefillResult, Prompt
 from trio_edge.runtime.positions import plain_positions
 
 if TYPE_CHECKING:
@@ -24,21 +24,26 @@ class Run:
     """A golden's prompt through the exported graphs: prefill and six decode steps with the golden's tokens."""
 
     def __init__(self, golden: Golden, decoder: Decoder, *, max_visual: int, bucket: int) -> None:
-        embeds = golden.arrays["inputs_embeds"]
-        padded = np.zeros((1, max_visual + bucket, embeds.shape[1]), np.float32)
-        padded[0, : len(embeds)] = embeds
+        embeds = golden.arrays["inputs_embeds"].astype(np.float32)
+        start = golden.settings["visual_start"]
+        end = start + golden.settings["visual_tokens"]
         self.golden = golden
         self.prefill: PrefillResult = decoder.prefill(
-            padded,
-            positions=plain_positions(num_rows=padded.shape[1], length=len(embeds)),
-            visual_rows=max_visual,
-            visual_start=golden.settings["visual_start"],
-            num_visual=golden.settings["visual_tokens"],
-            length=len(embeds),
+            Prompt(
+                before=embeds[:start],
+                visual=embeds[start:end],
+                after=embeds[end:],
+                visual_rows=max_visual,
+                text_bucket=bucket,
+                positions=plain_positions(num_rows=max_visual + bucket, length=len(embeds)),
+            )
         )
         table = golden.weights["model.embed_tokens.weight"].numpy()
-        steps = [decoder.decode(table[token][None, None]) for token in golden.arrays["tokens"]]
-        self.logits: NDArray[np.float32] = np.stack([self.prefill.logits, *steps])
+        logits = [self.prefill.logits]
+        for token in golden.arrays["tokens"]:
+            decoder.decode(table[token])
+            logits.append(decoder.logits())
+        self.logits: NDArray[np.float32] = np.stack(logits)
         self.kv_lengths = [cache.length for cache in decoder.caches]
 
 
@@ -46,8 +51,7 @@ class Run:
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     golden, folder = load_golden(request.param), tmp_path_factory.mktemp(request.param)
     bundle = open_bundle(golden_bundle(golden, folder / "ck"))
-    backend = make_backend()
-    decoder = Decoder(bundle.manifest, lambda spec: backend.load(bundle.folder, spec))
+    decoder = Decoder(bundle.manifest, make_backend("onnxruntime").load(bundle))
     return Run(golden, decoder, max_visual=bundle.manifest.max_visual, bucket=bundle.manifest.text_buckets[0])
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.bundles import export
+from tests.decode_logits import record_logits
 from tests.internvl_checkpoints import IMAGE_ID, TOKENS_PER_TILE, processor, save_internvl_checkpoint
 from tests.pictures import random_picture
 from tests.spec.reduced_reference import reduced_logits
@@ -90,9 +91,7 @@ def hugging_face_inputs(
 def answer_with_logits(
     pipeline: Pipeline, picture: Any, prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[int], np.ndarray[Any, Any]]:
-    seen: list[Any] = []
-    decode = pipeline._decoder.decode
-    monkeypatch.setattr(pipeline._decoder, "decode", lambda row: seen.append(decode(row)) or seen[-1])
+    seen = record_logits(pipeline, monkeypatch)
     answer = pipeline.generate(picture, prompt, max_new_tokens=NUM_STEPS)
     _ = answer.text
     return answer.token_ids, np.stack([answer.first_logits, *seen])

@@ -11,7 +11,7 @@ from tests.bundles import export
 from tests.hugging_face import Original
 from tests.pictures import random_picture
 from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
-from trio_edge.runtime.decoder import PrefillResult
+from trio_edge.runtime.decoder import PrefillResult, Prompt
 from trio_edge.runtime.errors import ShapeError
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.positions import plain_positions
@@ -49,25 +49,22 @@ def test_decode_equals_a_longer_prefill(keep_all: Pipeline) -> None:
     size, steps = keep_all.manifest.max_visual + 32, 6
     rows = generator.standard_normal((40 + steps, hidden)).astype(np.float32)
 
-    def padded(count: int) -> np.ndarray[Any, Any]:
-        embeds = np.zeros((1, size, hidden), np.float32)
-        embeds[0, :count] = rows[:count]
-        return embeds
-
     def prefill(count: int) -> PrefillResult:
-        positions = plain_positions(num_rows=size, length=count)
         return decoder.prefill(
-            padded(count),
-            positions=positions,
-            visual_rows=size - 32,
-            visual_start=3,
-            num_visual=20,
-            length=count,
+            Prompt(
+                before=rows[:3],
+                visual=rows[3:23],
+                after=rows[23:count],
+                visual_rows=size - 32,
+                text_bucket=32,
+                positions=plain_positions(num_rows=size, length=count),
+            )
         )
 
     prefill(40)
     for step in range(steps):
-        logits = decoder.decode(rows[40 + step][None, None])
+        decoder.decode(rows[40 + step])
+    logits = decoder.logits()
     np.testing.assert_allclose(logits, prefill(40 + steps).logits, **LOGITS_FLOAT32)
 
 
@@ -79,23 +76,14 @@ def test_every_bucket_gives_the_same_answer(kind: str, request: pytest.FixtureRe
     ids = pipeline._encode(PROMPT, has_image=True, history=(), system=None)
     assert ids.num_tokens <= small < large
     seen = pipeline._see(pipeline._prepare(picture), ids)
-    hidden, num_visual = seen.tokens.shape[1], len(seen.tokens)
+    hidden = pipeline.manifest.dimensions.hidden_size
     results = []
     for bucket in (small, large):
-        embeds = np.zeros((1, seen.rows + bucket, hidden), np.float32)
-        exact = pipeline._embed_prompt(ids, seen)[0]
-        embeds[0, : min(len(exact), embeds.shape[1])] = exact[: embeds.shape[1]]
-        length = num_visual + ids.num_tokens
-        result = pipeline._decoder.prefill(
-            embeds,
-            positions=plain_positions(num_rows=embeds.shape[1], length=length),
-            visual_rows=seen.rows,
-            visual_start=len(ids.before),
-            num_visual=num_visual,
-            length=length,
-        )
-        steps = [pipeline._decoder.decode(np.full((1, 1, hidden), 0.1, np.float32)) for _ in range(3)]
-        results.append(np.stack([result.logits, *steps]))
+        logits = [pipeline._decoder.prefill(pipeline._prompt(ids, seen, bucket=bucket)).logits]
+        for _ in range(3):
+            pipeline._decoder.decode(np.full(hidden, 0.1, np.float32))
+            logits.append(pipeline._decoder.logits())
+        results.append(np.stack(logits))
     np.testing.assert_allclose(results[0], results[1], **LOGITS_FLOAT32)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.bundles import export
+from tests.decode_logits import record_logits
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import CAMERA, REDUCED, hugging_face_inputs, save_qwen_checkpoint
 from tests.spec.reduced_reference import reduced_logits
@@ -56,9 +57,7 @@ def reduced(folder: Path) -> Iterator[Pipeline]:
 def answer_with_logits(
     pipeline: Pipeline, picture: Any, prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[int], np.ndarray[Any, Any]]:
-    seen: list[Any] = []
-    decode = pipeline._decoder.decode
-    monkeypatch.setattr(pipeline._decoder, "decode", lambda row: seen.append(decode(row)) or seen[-1])
+    seen = record_logits(pipeline, monkeypatch)
     answer = pipeline.generate(picture, prompt, max_new_tokens=NUM_STEPS)
     _ = answer.text
     return answer.token_ids, np.stack([answer.first_logits, *seen])
@@ -124,13 +123,16 @@ def test_reduced_bundle_equals_plain_torch(model: Any, reduced: Pipeline, size: 
 def test_decode_after_a_reduction_goes_on_at_the_original_positions(
     model: Any, reduced: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = []
-    run = reduced._decoder._sessions["suffix"].run
-    monkeypatch.setattr(
-        reduced._decoder._sessions["suffix"],
-        "run",
-        lambda inputs: ids.append(inputs["position_ids"]) or run(inputs),
-    )
+    ids: list[list[int]] = []
+    decoder = reduced._decoder
+    decode, last_range = decoder.decode, len(decoder.caches) - 1
+
+    def decode_and_record(row: Any) -> Any:
+        top = decode(row)
+        ids.append(decoder._buffers.step.host(f"position_ids.{last_range}", (3,)).tolist())
+        return top
+
+    monkeypatch.setattr(decoder, "decode", decode_and_record)
     picture = random_picture(*CAMERA, seed=1)
     _ = reduced.generate(picture, PROMPTS[0], max_new_tokens=3).text
     inputs = hugging_face_inputs(reduced, picture, PROMPTS[0])
@@ -138,7 +140,7 @@ def test_decode_after_a_reduction_goes_on_at_the_original_positions(
         inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
     )
     following = int(positions.max()) + 1
-    assert [step.ravel().tolist() for step in ids[1:]] == [[following] * 3, [following + 1] * 3]
+    assert ids == [[following] * 3, [following + 1] * 3]
 
 
 def test_the_camera_has_no_padding(reduced: Pipeline) -> None:
@@ -153,16 +155,18 @@ def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(folder: Pa
     schedule = Schedule(stages=(Stage(layer=2, keep=4),), positions="preserved")
     bundle = export(folder, schedule=schedule, image_sizes=(CAMERA,), encoder_keep=0.4)
     with Pipeline.from_bundle(bundle) as pipeline:
-        seen = pipeline._see(pipeline._prepare(random_picture(*CAMERA, seed=2)), NO_TEXT)
-        assert seen.tokens.shape[0] == seen.rows == seen.boxes.shape[0] == seen.positions.shape[1] == 8
+        prepared = pipeline._prepare(random_picture(*CAMERA, seed=2))
+        seen = pipeline._see(prepared, NO_TEXT)
+        boxes = pipeline._boxes(prepared)
+        assert seen.tokens.shape[0] == seen.rows == boxes.shape[0] == seen.positions.shape[1] == 8
         assert seen.position_span == 5
         corners = seen.positions[[2, 1]].T * [150 / 5, 100 / 4]
-        np.testing.assert_allclose(seen.boxes[:, :2], corners, atol=1e-4)
+        np.testing.assert_allclose(boxes[:, :2], corners, atol=1e-4)
         answer = pipeline.generate(random_picture(*CAMERA, seed=2), PROMPTS[0], max_new_tokens=3)
         assert answer.text is not None
         assert answer.statistics.visual_tokens == 8
         assert answer.statistics.kept_tokens == (4,)
-        assert len(pipeline._see(pipeline._prepare(random_picture(56, 56)), NO_TEXT).tokens) == 4
+        assert pipeline._see(pipeline._prepare(random_picture(56, 56)), NO_TEXT).tokens.shape[0] == 4
 
 
 def test_compact_positions_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
+from tests.decode_logits import record_logits
 from tests.hugging_face import Original
 from tests.pictures import random_picture
 from tests.shared_folder import made_once
@@ -70,11 +70,7 @@ def test_keep_all_bundle_gives_the_tokens_of_hugging_face(
     tokens, logits = original.generate(
         picture, original.render(prompt), num_tokens=NUM_STEPS, pixel_values=pixels
     )
-    seen: list[Any] = []
-    decode = pipeline._decoder.decode
-    monkeypatch.setattr(
-        pipeline._decoder, "decode", lambda embedding: seen.append(decode(embedding)) or seen[-1]
-    )
+    seen = record_logits(pipeline, monkeypatch)
     answer = pipeline.generate(picture, prompt, max_new_tokens=NUM_STEPS)
     _ = answer.text
     assert answer.token_ids == tokens

@@ -1,0 +1,248 @@
+"""TensorRT engines that ``trio-build`` made, run by ``tensorrt`` or ``tensorrt-rtx``.
+
+Each engine is loaded once. Its decode profile has an execution context of its own, which never switches so that it can be
+captured; all prefill profiles share another. All contexts of all engines share one workspace: they run one after the other on one
+stream.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+
+from trio_edge.runtime.backend import check_tensors, selected_graphs
+from trio_edge.runtime.device import LoadedGraphs, shape_at
+from trio_edge.runtime.device_cuda import CudaDevice, load_cuda
+from trio_edge.runtime.device_memory import check_memory, estimate
+from trio_edge.runtime.engine_host import find_host
+from trio_edge.runtime.engine_package import ENGINE_BACKENDS, load_tensorrt
+from trio_edge.runtime.engines import engine_sets, open_engines
+from trio_edge.runtime.errors import BackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from trio_edge.runtime.bundle import Bundle
+    from trio_edge.runtime.device import DeviceTensor
+    from trio_edge.runtime.engine_package import EngineBackend, TensorRT
+    from trio_edge.runtime.manifest import GraphSpec, Profile
+
+_DECODE = "decode"
+
+
+def engines_that_run(bundle: Bundle) -> EngineBackend | None:
+    """Return the backend whose engines of ``bundle`` run on this machine; None if there are none."""
+    built = {engines.backend for engines in engine_sets(bundle.folder).values()}
+    for backend in ENGINE_BACKENDS:
+        if backend in built:
+            try:
+                open_engines(
+                    bundle, backend=backend, version=load_tensorrt(backend).version, host=find_host()
+                )
+            except BackendError:
+                continue
+            return backend
+    return None
+
+
+@final
+class TensorRTBackend:
+    """Loads a bundle's engines."""
+
+    def __init__(self, name: EngineBackend) -> None:
+        """Import the package.
+
+        Raises:
+            BackendError: If it is not installed.
+        """
+        self._tensorrt = load_tensorrt(name)
+
+    @property
+    def name(self) -> str:
+        """See ``Backend.name``."""
+        return self._tensorrt.backend
+
+    def load(self, bundle: Bundle, names: Sequence[str] | None = None) -> LoadedGraphs:
+        """See ``Backend.load``; the engines must fit this machine, as ``open_engines`` checks."""
+        specs = selected_graphs(bundle, names)
+        tensorrt = self._tensorrt
+        engines = open_engines(bundle, backend=tensorrt.backend, version=tensorrt.version, host=find_host())
+        sizes = [engines.path(spec.name).stat().st_size for spec in specs]
+        memory = estimate(bundle.manifest, specs, weight_bytes=sum(sizes))
+        device = CudaDevice(load_cuda())
+        loaded = LoadedGraphs(device=device, engines={}, memory=memory)
+        try:
+            check_memory(device, memory)
+            workspace = Workspace(device)
+            runtime = tensorrt.module.Runtime(tensorrt.module.Logger(tensorrt.module.Logger.ERROR))
+            for spec in specs:
+                engine = _read_engine(runtime, engines.path(spec.name), device)
+                loaded.engines[spec.name] = TensorRTEngine(engine, spec, tensorrt, device, workspace)
+            memory["workspace"] = workspace.allocate()
+        except BaseException:
+            loaded.close()
+            raise
+        return loaded
+
+
+def _read_engine(runtime: Any, file: Path, device: CudaDevice) -> Any:
+    engine = runtime.deserialize_cuda_engine(np.memmap(file, dtype=np.uint8, mode="r"))
+    if engine is None:
+        free = device.free_bytes() or 0
+        raise BackendError(
+            f"{file}: expected an engine that this GPU loads with {file.stat().st_size / 1e6:.1f} MB of its memory, got"
+            f" none ({free / 1e6:.1f} MB free); close other programs, or run trio-build {file.parents[2]} --force"
+        )
+    return engine
+
+
+@final
+class Workspace:
+    """Device memory for activations, shared by all engines of a bundle."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self.address = 0
+        self.num_bytes = 0
+
+    def reserve(self, num_bytes: int) -> None:
+        """Take note of what an engine needs; before ``allocate``."""
+        self.num_bytes = max(self.num_bytes, num_bytes)
+
+    def allocate(self) -> int:
+        """Allocate the largest size that was reserved, and return it.
+
+        Raises:
+            BackendError: If there is not enough memory.
+        """
+        self.address = self._device.allocate(self.num_bytes, purpose="TensorRT's workspace")
+        return self.num_bytes
+
+
+@final
+class TensorRTEngine:
+    """One graph's engine and its two execution contexts."""
+
+    def __init__(
+        self, engine: Any, spec: GraphSpec, tensorrt: TensorRT, device: CudaDevice, workspace: Workspace
+    ) -> None:
+        self._engine, self._spec, self._tensorrt = engine, spec, tensorrt
+        self._device, self._workspace = device, workspace
+        self._contexts: dict[bool, _Context] = {}
+        workspace.reserve(_workspace_bytes(engine))
+
+    @property
+    def spec(self) -> GraphSpec:
+        """See ``Engine.spec``."""
+        return self._spec
+
+    @property
+    def capturable(self) -> bool:
+        """See ``Engine.capturable``; tensorrt-rtx tells it of a context that has run."""
+        context = self._contexts.get(True)
+        return context is not None and context.is_capturable()
+
+    def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> TensorRTLaunch:
+        """See ``Engine.prepare``."""
+        check_tensors(self._spec, profile, tensors)
+        index = self._spec.profiles.index(profile)
+        is_decode = profile.name == _DECODE
+        if is_decode not in self._contexts:
+            context = _new_context(self._engine, self._tensorrt)
+            if context is None:
+                raise BackendError(
+                    f"{self._spec.name}: expected {self._tensorrt.backend} to make an execution context, it did not; close"
+                    " other programs, or use --backend onnxruntime"
+                )
+            context.set_device_memory(self._workspace.address, self._workspace.num_bytes)
+            self._contexts[is_decode] = _Context(context, self._spec, stream=self._device.stream)
+        return TensorRTLaunch(self._contexts[is_decode], index, tensors)
+
+    def close(self) -> None:
+        """See ``Engine.close``. Contexts go before their engine."""
+        for context in self._contexts.values():
+            context.close()
+        self._contexts.clear()
+        self._engine = None
+
+
+@final
+class TensorRTLaunch:
+    """One profile of an engine bound to addresses."""
+
+    def __init__(self, context: _Context, profile_index: int, tensors: Mapping[str, DeviceTensor]) -> None:
+        self._context, self.profile_index, self.tensors = context, profile_index, dict(tensors)
+
+    def enqueue(self) -> None:
+        """See ``Launch.enqueue``: the context is bound again only if another launch used it in between."""
+        self._context.enqueue(self)
+
+
+@final
+class _Context:
+    """An execution context and the launch that it is bound to."""
+
+    def __init__(self, context: Any, spec: GraphSpec, *, stream: int) -> None:
+        self._context, self._spec, self._stream = context, spec, stream
+        self._bound: TensorRTLaunch | None = None
+        self._profile_index: int | None = None
+
+    def enqueue(self, launch: TensorRTLaunch) -> None:
+        if launch is not self._bound:
+            self._bind(launch)
+        self._check(self._context.execute_async_v3(self._stream), "to run")
+
+    def is_capturable(self) -> bool:
+        asked = getattr(
+            self._context, "is_stream_capturable", None
+        )  # of tensorrt-rtx; TensorRT has no such question
+        return True if asked is None else bool(asked(self._stream))
+
+    def close(self) -> None:
+        self._context = self._bound = None
+
+    def _bind(self, launch: TensorRTLaunch) -> None:
+        context, index = self._context, launch.profile_index
+        if index != self._profile_index:
+            switched = context.set_optimization_profile_async(index, self._stream)
+            self._check(switched, f"to take profile {self._spec.profiles[index].name}")
+            self._profile_index = index
+        for tensor in self._spec.inputs:
+            shape = shape_at(tensor.shape, self._spec.profiles[index])
+            self._check(context.set_input_shape(tensor.name, shape), f"to take {tensor.name} {list(shape)}")
+        for name, bound in launch.tensors.items():
+            self._check(context.set_tensor_address(name, bound.address), f"to take the address of {name}")
+        self._bound = launch
+
+    def _check(self, accepted: bool, what: str) -> None:
+        if not accepted:
+            self._bound = None
+            raise BackendError(
+                f"{self._spec.name}: expected its engine {what}, it refused; run trio-build again with --force"
+            )
+
+
+def _workspace_bytes(engine: Any) -> int:
+    """Return what an engine's contexts need at any profile; the older name is that of releases before 10.1."""
+    size = getattr(engine, "device_memory_size_v2", None)
+    return int(engine.device_memory_size if size is None else size)
+
+
+def _new_context(engine: Any, tensorrt: TensorRT) -> Any:
+    """Return a context without memory of its own.
+
+    tensorrt-rtx compiles kernels for a shape in the background and changes them while it runs unless it is told to have them
+    at once; a captured sequence would keep the slow ones.
+    """
+    module = tensorrt.module
+    strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
+    if not tensorrt.compiles_on_device:
+        return engine.create_execution_context(strategy)
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(strategy)
+    config.dynamic_shapes_kernel_specialization_strategy = (
+        module.DynamicShapesKernelSpecializationStrategy.EAGER
+    )
+    return engine.create_execution_context(config)
