@@ -151,7 +151,9 @@ class ScheduleInputs:
     num_layers: int
     """Decoder layers."""
     num_visual: int
-    """Visual tokens of the largest picture that is exported for."""
+    """Visual tokens of the largest picture that is exported for, as many as enter the decoder."""
+    picture_tokens: int
+    """Visual tokens of that picture before any reduction; an average keep is a share of them."""
     positions: tuple[Positions, ...]
     """Position rules that the family can follow; the first one is its default."""
 
@@ -177,10 +179,15 @@ def export_bundle(
     progress.step("reading the checkpoint")
     checkpoint = read_checkpoint(options.model, revision=options.revision, check_config=check_architecture)
     family = family_of(checkpoint)
-    processing = family.picture_processing(
-        checkpoint, encoder_keep=_encoder_keep(family, checkpoint, options), max_visual=options.max_visual
-    )
+    processing = family.picture_processing(checkpoint, encoder_keep=None, max_visual=options.max_visual)
     pictures, primary = _picture_sizes(processing, options)
+    picture_tokens = primary["N"]
+    if options.encoder_keep is not None:
+        in_encoder = _encoder_keep(options.encoder_keep, primary)
+        processing = family.picture_processing(
+            checkpoint, encoder_keep=in_encoder, max_visual=options.max_visual
+        )
+        pictures, primary = _picture_sizes(processing, options)
     token_keep = _token_keep(options, num_visual=primary["N"])
     entering = primary["N"] if token_keep is None else token_keep
     dtype = bundle_dtype(checkpoint, options.dtype)
@@ -203,7 +210,12 @@ def export_bundle(
         dimensions = dimensions_of(model)
         _check_tensors(checkpoint, model)
         schedule = schedule_for(
-            ScheduleInputs(num_layers=dimensions.num_layers, num_visual=entering, positions=family.positions)
+            ScheduleInputs(
+                num_layers=dimensions.num_layers,
+                num_visual=entering,
+                picture_tokens=picture_tokens,
+                positions=family.positions,
+            )
         )
         schedule.check_fits(num_layers=dimensions.num_layers, max_visual=entering)
         _check_position_rule(schedule, family)
@@ -284,6 +296,7 @@ def export_bundle(
                 dimensions,
                 schedule,
                 vision_sizes=primary,
+                picture_tokens=picture_tokens,
                 num_visual_sizes=len(layout.visual_sizes),
                 token_method=options.token_method,
                 token_keep=token_keep,
@@ -310,13 +323,10 @@ def _picture_sizes(
     return exact + any_picture, primary
 
 
-def _encoder_keep(family: Family, checkpoint: Checkpoint, options: ExportOptions) -> int | None:
+def _encoder_keep(keep: int | float, primary: Mapping[str, int]) -> int:
     """Return how much the vision encoder keeps, as a number; a share is one of the picture that decides the schedule."""
-    keep = options.encoder_keep
-    if keep is None or isinstance(keep, int):
+    if isinstance(keep, int):
         return keep
-    whole = family.picture_processing(checkpoint, encoder_keep=None, max_visual=options.max_visual)
-    _, primary = _picture_sizes(whole, options)
     if "B" not in primary:
         return int(keep * primary["N"])
     wanted = keep * primary["N"] / primary["B"]

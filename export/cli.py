@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 
 from trio_edge.export.interruption import interruptible
 from trio_edge.runtime.command_line import run
-from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.manifest import TokenMethod
 from trio_edge.runtime.schedule import Method
 
@@ -34,7 +34,8 @@ DEFAULT_KEEP = "11.1%"
 @click.option(
     "--keep",
     metavar="PERCENT",
-    help=f"Average keep over all layers, for instance 11.1%; 'all' for no reduction. [default: {DEFAULT_KEEP}]",
+    help="Average over all layers, of the picture's tokens before any reduction, for instance 11.1%; 'all' for no"
+    f" reduction in the decoder. [default: {DEFAULT_KEEP}]",
 )
 @click.option("--schedule", "stages", metavar="STAGES", help="Stages as LAYER:KEEP,…; instead of --keep.")
 @click.option(
@@ -204,7 +205,7 @@ def _schedule_rule(
     """Return the function that makes the schedule once layers and visual tokens are known."""
     from trio_edge.runtime.schedule import Schedule
     from trio_edge.trio.schedule import parse_keep, parse_schedule
-    from trio_edge.trio.selectors.schedules import default_positions, method_schedule
+    from trio_edge.trio.selectors.schedules import combined_schedule, default_positions
 
     text = keep if keep is not None else DEFAULT_KEEP
     average = None if stages is not None or text == "all" else parse_keep(text)
@@ -219,8 +220,19 @@ def _schedule_rule(
             return parse_schedule(stages, method=method, **settings)
         if average is None:
             return Schedule(**settings)
-        return method_schedule(
-            method, average, num_layers=inputs.num_layers, num_visual=inputs.num_visual, **settings
+        if keep is not None and average * inputs.picture_tokens >= inputs.num_visual + 1:
+            raise ScheduleError(
+                f"--keep: expected at most {inputs.num_visual / inputs.picture_tokens:.1%}, which is what enters the"
+                f" decoder of the picture's {inputs.picture_tokens} visual tokens, got {keep}; give 'all' for no"
+                " reduction in the decoder"
+            )
+        return combined_schedule(
+            method,
+            average,
+            num_layers=inputs.num_layers,
+            picture_tokens=inputs.picture_tokens,
+            entering=inputs.num_visual,
+            **settings,
         )
 
     return schedule_for

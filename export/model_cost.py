@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trio_edge.runtime.manifest import Cost, Dimensions
@@ -25,6 +26,7 @@ def cost_of(
     schedule: Schedule,
     *,
     vision_sizes: Mapping[str, int],
+    picture_tokens: int,
     num_visual_sizes: int,
     token_method: TokenMethod | None,
     token_keep: int | None,
@@ -38,6 +40,7 @@ def cost_of(
         dimensions: Of the decoder.
         schedule: Its stages.
         vision_sizes: Of the picture.
+        picture_tokens: Its visual tokens before any reduction.
         num_visual_sizes: How many N the prefix has.
         token_method: Of the selection before the decoder.
         token_keep: What that passes on.
@@ -57,7 +60,8 @@ def cost_of(
         vision=model.vision_shape(vision_sizes),
     )
     entering = num_visual if token_keep is None else min(token_keep, num_visual)
-    whole = reduction_cost(shape, Schedule(), num_visual=num_visual, num_text=COST_TEXT_TOKENS)
+    unmerged = replace(shape, vision=replace(model.vision_shape(vision_sizes), merged_into=0))
+    whole = reduction_cost(unmerged, Schedule(), num_visual=picture_tokens, num_text=COST_TEXT_TOKENS)
     cost = reduction_cost(
         shape,
         schedule,
@@ -67,7 +71,7 @@ def cost_of(
     )
     vision_part = round(whole.vision_flops)
     reduced = {
-        "vision": vision_part,
+        "vision": round(cost.vision_flops),
         "decoder": round(cost.decoder_flops),
         "select": round(cost.select_flops),
     }
@@ -83,6 +87,7 @@ def cost_of(
         reduced_flops=reduced,
         full_kv_bytes=whole.full_kv_bytes,
         reduced_kv_bytes=cost.kv_bytes,
+        picture_tokens=None if picture_tokens == num_visual else picture_tokens,
     )
 
 

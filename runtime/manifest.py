@@ -156,6 +156,7 @@ class Cost(_Spec, frozen=True):
     """FLOPs and KV bytes of one answer's prefill, counted by ``trio_edge.trio.cost``, at ``num_text`` text tokens."""
 
     num_visual: int
+    """Visual tokens that the vision graph gives."""
     num_text: int
     full_flops: dict[str, int]
     """Per part ("vision", "decoder" with its head) without reduction."""
@@ -163,6 +164,8 @@ class Cost(_Spec, frozen=True):
     """Per part, with "select" for the stages and, where there is one, "reduce" for the selection before the decoder."""
     full_kv_bytes: int
     reduced_kv_bytes: int
+    picture_tokens: int | None = None
+    """Visual tokens of the same picture without encoder reduction; None if they are ``num_visual``."""
 
 
 class Manifest(_Spec, frozen=True):
@@ -302,8 +305,9 @@ class Manifest(_Spec, frozen=True):
 
     @property
     def average_keep(self) -> float:
-        """Mean over layers of the visual tokens processed, as a fraction of ``cost.num_visual``."""
-        return self.average_keep_of(self.cost.num_visual)
+        """Mean over layers of the visual tokens processed, as a fraction of the picture's before any reduction."""
+        whole = self.cost.picture_tokens or self.cost.num_visual
+        return self.average_keep_of(self.cost.num_visual) * self.cost.num_visual / whole
 
     def average_keep_of(self, num_visual: int) -> float:
         """Return the mean over layers of the visual tokens processed, as a fraction of a picture's ``num_visual``."""

@@ -36,7 +36,7 @@ def matmul_flops(graph: Path, feeds: dict[str, NDArray[Any]]) -> int:
 
 
 def example_feeds(spec: GraphSpec, profile: Profile) -> dict[str, NDArray[Any]]:
-    """Return inputs for one profile of a bundle's select or reduce graph: every row real, the picture first."""
+    """Return inputs for one profile of a vision, reduce or select graph: every row real, the picture first."""
     sizes = profile.sizes
     counts = {
         "num_visual": "N",
@@ -53,7 +53,7 @@ def example_feeds(spec: GraphSpec, profile: Profile) -> dict[str, NDArray[Any]]:
             values = np.array([sizes[counts[tensor.name]]])
         elif tensor.dtype == "int32":
             values = np.broadcast_to(np.arange(shape[-1]), shape)
-        if tensor.name == "is_newline":
+        if tensor.name in ("is_newline", "token_index"):
             values = np.zeros(shape)
         feeds[tensor.name] = values.astype(tensor.dtype)
     return feeds

@@ -6,10 +6,12 @@ element-wise work does not. ``S`` is the rows of a layer, text and visual.
     decoder layer   2 S (D H E + 2 D G E + H E D + 3 D I) + 4 S² H E
     vision tower    per tile of P patches: L (2 P (4 D² + m D I) + 4 P A D), m matrices in the MLP, each
                     patch attending to A others: all P, or those of its window
-    projector       2 N weights, of two layers D_vision D + D D
+    projector       2 N weights, of two layers D_vision D + D D, for every token that the tower gives
+    merging         4 N T D where the encoder itself reduces to T tokens: similarity to them, and sums
     head            2 D V for the one row that is answered
     KV cache        2 G E bytes_per_element per layer and row
 
+Where a class row's attention is looked at, that one row is not counted: it is below 1e-4 of the tower.
 Attention counts the full S², not its causal half: that is what a padded graph and most kernels of this size
 compute, and what the paper counts. Selections are counted here for TRIO, in ``selectors.cost`` for the other methods.
 Letters as in ``saliency``; I intermediate size, L layers.
@@ -52,6 +54,10 @@ class VisionShape:
     """Layers that attend to the whole tile beside those with windows."""
     projector_weights: int | None = None
     """Weights that each visual token is multiplied with; None for LLaVA's two layers."""
+    projected_tokens: int | None = None
+    """Tokens that the projector sees, of all tiles; None for the decoder's."""
+    merged_into: int = 0
+    """Tokens of a tile that the encoder's own reduction keeps; 0 without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +209,9 @@ def vision_flops(shape: ModelShape, *, num_visual: int) -> float:
     projector = vision.projector_weights
     if projector is None:
         projector = width * shape.hidden_size + shape.hidden_size**2
-    return tower + 2.0 * num_visual * projector
+    projected = num_visual if vision.projected_tokens is None else vision.projected_tokens
+    merging = 4.0 * projected * vision.merged_into * shape.hidden_size
+    return tower + 2.0 * projected * projector + merging
 
 
 def head_flops(shape: ModelShape, *, num_rows: int = 1) -> float:

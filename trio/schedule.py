@@ -23,7 +23,7 @@ MAX_TOPK = 3839
 _SHAPE_LAYERS = (1, 10, 15)
 _SHAPE_KEEPS = (460, 270, 110)
 _SHAPE_NUM_LAYERS = 32
-_PRINTED = 0.0005
+PRINTED = 0.0005
 """Half of the last digit of a percentage printed with one decimal: 11.1 % means 64 of 576."""
 
 
@@ -102,7 +102,7 @@ def preset_schedule(model: str, keep: str, **settings: Any) -> Schedule:
             f"preset: expected one of {', '.join(PRESETS)}, got {model!r}; or give a schedule"
         )
     for preset in PRESETS[model]:
-        if abs(parse_keep(preset.name) - parse_keep(keep)) < _PRINTED:
+        if abs(parse_keep(preset.name) - parse_keep(keep)) < PRINTED:
             return preset.schedule(**settings)
     names = ", ".join(preset.name for preset in PRESETS[model])
     raise ScheduleError(f"preset of {model}: expected one of {names}, got {keep!r}; or give a schedule")
@@ -196,7 +196,7 @@ def schedule_for_keep(
                     num_visual,
                     None,
                 )
-                if fits and abs(preset.average_keep - average) < _PRINTED:
+                if fits and abs(preset.average_keep - average) < PRINTED:
                     return preset.schedule(**settings)
         layers = default_stage_layers(num_layers)
     _check_layers(layers, num_layers=num_layers)

@@ -95,6 +95,8 @@ def build(
             intermediate_size=vision.intermediate_size,
             patches_per_tile=processing.processing.patches_per_tile + 1,
             num_tiles=sizes["B"],
+            projected_tokens=sizes["B"] * processing.processing.patches_per_tile,
+            merged_into=processing.encoder_keep or 0,
         ),
         layers=tuple(inner.language_model.layers),
         final_norm=inner.language_model.norm,

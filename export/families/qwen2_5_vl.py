@@ -82,6 +82,8 @@ class Qwen25Vl:
                 patches_per_window=(vision.window_size // vision.patch_size) ** 2,
                 num_full_layers=len(vision.fullatt_block_indexes),
                 projector_weights=_merger_weights(vision),
+                projected_tokens=sizes["P"] // vision.spatial_merge_size**2,
+                merged_into=processing.encoder_keep or 0,
             ),
             layers=tuple(inner.language_model.layers),
             final_norm=inner.language_model.norm,

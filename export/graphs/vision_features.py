@@ -78,7 +78,7 @@ class VisionWithFeatures(nn.Module):
 def _mean_keys(layer: Any, hidden_BPD: Tensor) -> Tensor:
     """Return the attention keys of the patches, mean over heads: [B, P, E]."""
     attention = layer.self_attn
-    keys = attention.k_proj(layer.layer_norm1(hidden_BPD)[:, 1:])
+    keys = attention.k_proj(layer.layer_norm1(hidden_BPD))[:, 1:]  # the product that the layer itself has
     mean: Tensor = keys.unflatten(-1, (attention.num_heads, attention.head_dim)).mean(dim=2)
     return mean
 

@@ -89,6 +89,10 @@ FLAGS = {
         ["M", "--keep", "all", "--token-method", "divprune", "--token-keep", "51"],
         "--token-keep: expected 1..50",
     ),
+    "keep_of_more_than_enters": (
+        ["M", "--keep", "50%", "--token-method", "divprune", "--token-keep", "9"],
+        "--keep: expected at most 17.6%, which is what enters the decoder",
+    ),
     "method_unknown": (["M", "--method", "best"], "--method"),
     "keep_impossible_for_the_method": (["M", "--method", "fastv", "--keep", "20%"], "for fastv"),
     "max_visual_for_tiles": (["M", "--max-visual", "100"], "--max-visual: expected none for llava_next"),

@@ -10,10 +10,13 @@ import torch
 
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
+from tests.matmul_flops import example_feeds, matmul_flops
 from tests.pictures import random_picture
 from trio_edge.export.graphs.vision_reduced import check_encoder_keep, merge_dropped, select_patches
+from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.schedule import Schedule, Stage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,14 +74,39 @@ def test_impossible_budgets_are_refused(keep: int, side: int, reason: str) -> No
         check_encoder_keep(keep, patches_per_side=side)
 
 
-def test_a_bundle_with_encoder_reduction_answers_and_draws(tmp_path: Path) -> None:
-    checkpoint = save_checkpoint(tmp_path / "ck", num_layers=2, patch_size=3)  # 8 x 8 patches a tile
-    with Pipeline.from_bundle(export(checkpoint, tmp_path / "b", encoder_keep=32)) as pipeline:
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tile keeps 32 of its 64 patches, and layer 1 on 40 of the picture's 5 * 32."""
+    checkpoint = save_checkpoint(tmp_path_factory.mktemp("ck") / "ck", num_layers=2, patch_size=3)
+    return export(checkpoint, schedule=Schedule(stages=(Stage(layer=1, keep=40),)), encoder_keep=32)
+
+
+def test_encoder_reduction_combines_with_stages_and_draws(bundle: Path) -> None:
+    with Pipeline.from_bundle(bundle) as pipeline:
         answer = pipeline.generate(random_picture(48, 48), "w1 w2", max_new_tokens=3)
         _ = answer.text
         assert pipeline.manifest.max_visual == 5 * 32
         assert answer.statistics.visual_tokens == 5 * 32
+        assert answer.statistics.kept_tokens == (40,)
         assert answer.boxes.shape == (160, 4)
         small = pipeline.generate(random_picture(24, 40), "w1 w2", max_new_tokens=3)
         _ = small.text
         assert small.statistics.visual_tokens == 3 * 32
+
+
+def test_the_average_keep_is_a_share_of_the_picture_without_encoder_reduction(bundle: Path) -> None:
+    """5 tiles of 64 patches, and newlines that encoder reduction has none of; two layers see 160 and 40."""
+    manifest = open_bundle(bundle).manifest
+    assert manifest.cost.picture_tokens is not None
+    assert manifest.cost.picture_tokens > 5 * 64 > manifest.cost.num_visual == 5 * 32
+    assert manifest.average_keep == pytest.approx((160 + 40) / (2 * manifest.cost.picture_tokens))
+    assert manifest.cost.full_kv_bytes / manifest.cost.reduced_kv_bytes > 2.5
+
+
+def test_the_merging_of_dropped_patches_is_counted(bundle: Path) -> None:
+    """Beside the class row of one layer, local and global one here: query and scores, 2 F² + 2 P F in each of 5 tiles."""
+    manifest = open_bundle(bundle).manifest
+    graph = manifest.graph("vision")
+    products = matmul_flops(bundle / graph.file, example_feeds(graph, graph.profiles[-1]))
+    class_row = 5 * (2 * 32**2 + 2 * 65 * 32)
+    assert manifest.cost.reduced_flops["vision"] == products - class_row

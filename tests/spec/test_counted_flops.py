@@ -72,3 +72,14 @@ def test_greedy_steps_count_beside_the_products() -> None:
         "visionzip": 0, "holov": 0, "uniform": 0, "divprune": 10 * 100, "cdpruner": 2 * 10 * 10 * 100,
         "scope": 2 * 10 * 100**2, "eadp": 2 * 10 * 100**2,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [None, "visionzip"], ids=["plain", "with what VisionZip looks at"])
+def test_the_vision_graph_computes_what_the_manifest_says(method: Any, checkpoint: Path) -> None:
+    """Beside the class row of one layer: query and scores, 2 F² + 2 P F in each of 5 tiles."""
+    bundle = export(checkpoint, **({} if method is None else {"token_method": method, "token_keep": 15}))
+    manifest = open_bundle(bundle).manifest
+    graph = manifest.graph("vision")
+    looked = matmul_flops(bundle / graph.file, example_feeds(graph, graph.profiles[-1]))
+    class_row = 0 if method is None else 5 * (2 * 32**2 + 2 * 10 * 32)
+    assert manifest.cost.reduced_flops["vision"] == looked - class_row

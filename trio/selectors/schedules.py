@@ -17,6 +17,8 @@ solved to spend the budget as fully as whole numbers can (``schedule.integer_kee
 
 If even the earliest stages are too many for the budget's last few tokens, the last ones are left out.
 
+Behind a reduction in front of the decoder the average is still a share of all the picture's tokens (``combined_schedule``).
+
 The scoring layer of SparseVLM runs before its tokens are dropped, so the published "192, 128, 96, 64" process 206.5,
 145.4, 114.1 and 82.2 of 576 on average.
 """
@@ -28,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.schedule import Method, Positions, Schedule, Stage
-from trio_edge.trio.schedule import MAX_TOPK, integer_keeps, schedule_for_keep
+from trio_edge.trio.schedule import MAX_TOPK, PRESETS, PRINTED, integer_keeps, schedule_for_keep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -103,6 +105,41 @@ def method_schedule(
     raise ScheduleError(
         f"keep {average:.1%}: expected an average of at least {math.ceil(least * 1000) / 10:.1f}% for {method} (layers"
         f" 0..{first - 1} of {num_layers} see all {num_visual} visual tokens), got {average:.1%}; keep more"
+    )
+
+
+def combined_schedule(
+    method: Method, average: float, *, num_layers: int, picture_tokens: int, entering: int, **settings: Any
+) -> Schedule:
+    """Return the schedule of a decoder that only some of the picture's tokens reach.
+
+    TRIO then has one stage halfway down, as in the paper's mode with encoder reduction, where the budget allows it.
+
+    Args:
+        method: Of the stages.
+        average: Wished mean over all layers, as a share of ``picture_tokens``; no stages if ``entering`` are no more.
+        num_layers: L, decoder layers.
+        picture_tokens: Visual tokens of the picture before any reduction.
+        entering: Those that enter the decoder.
+        settings: ``Schedule``'s other fields.
+
+    Raises:
+        ScheduleError: As ``method_schedule``.
+    """
+    share = min(average * picture_tokens / entering, 1.0)
+    if entering < picture_tokens and (average + PRINTED) * picture_tokens >= entering:
+        share = 1.0
+    halfway = num_layers // 2
+    if method != "trio" or entering == picture_tokens or share == 1.0 or halfway < 1:
+        return method_schedule(method, share, num_layers=num_layers, num_visual=entering, **settings)
+    for preset in PRESETS["llava-1.5-7b-encoder"]:
+        sizes = (preset.num_layers, preset.num_visual, preset.encoder_keep)
+        if sizes == (num_layers, picture_tokens, entering) and abs(preset.average_keep - average) < PRINTED:
+            return preset.schedule(**settings)
+    enough = share * num_layers * entering >= halfway * entering + num_layers - halfway
+    layers = (halfway,) if enough else None
+    return method_schedule(
+        method, share, num_layers=num_layers, num_visual=entering, layers=layers, **settings
     )
 
 

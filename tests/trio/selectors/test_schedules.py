@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.schedule import Method
 from trio_edge.trio.schedule import schedule_for_keep
-from trio_edge.trio.selectors.schedules import default_layers, default_positions, method_schedule
+from trio_edge.trio.selectors.schedules import (
+    combined_schedule,
+    default_layers,
+    default_positions,
+    method_schedule,
+)
 
 OTHERS: tuple[Method, ...] = ("fastv", "pyramiddrop", "dart", "sparsevlm")
 LLAVA = {"num_layers": 32, "num_visual": 576}
@@ -136,3 +141,34 @@ def test_impossible_budgets_are_refused(
 def test_given_layers_must_lie_in_the_decoder() -> None:
     with pytest.raises(ScheduleError, match=r"expected ascending layers in 1..31, got 32"):
         method_schedule("fastv", 0.5, layers=(32,), **LLAVA)
+
+
+@pytest.mark.parametrize(
+    ("method", "average", "entering", "stages"),
+    [
+        ("trio", 0.111, 96, [(16, 32)]),
+        ("trio", 0.222, 192, [(16, 64)]),
+        ("trio", 0.111, 100, [(16, 27)]),
+        ("trio", 0.111, 64, []),
+        ("trio", 0.05, 32, [(16, 25)]),
+        ("fastv", 0.1, 96, [(2, 55)]),
+    ],
+)
+def test_behind_another_reduction_the_average_is_still_one_of_all_tokens(
+    method: Method, average: float, entering: int, stages: list[tuple[int, int]]
+) -> None:
+    """The first two are the paper's schedules with encoder reduction."""
+    schedule = combined_schedule(method, average, num_layers=32, picture_tokens=576, entering=entering)
+    assert [(stage.layer, stage.keep) for stage in schedule.stages] == stages
+    spent = sum(schedule.tokens_per_layer(num_layers=32, num_visual=entering))
+    assert spent <= (average + 0.0005) * 32 * 576
+
+
+def test_too_small_a_rest_for_one_stage_halfway_takes_the_usual_ones() -> None:
+    schedule = combined_schedule("trio", 0.1, num_layers=32, picture_tokens=576, entering=300)
+    assert [stage.layer for stage in schedule.stages] == [1, 10, 15]
+
+
+def test_without_another_reduction_the_schedule_is_the_methods_own() -> None:
+    sizes = {"picture_tokens": 576, "entering": 576, "num_layers": 32}
+    assert combined_schedule("trio", 1 / 9, **sizes) == method_schedule("trio", 1 / 9, **LLAVA)
