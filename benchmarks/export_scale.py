@@ -112,23 +112,36 @@ def tiny() -> Any:
     return llava_next(text, vision, PINPOINTS)
 
 
-def qwen2_5_vl_3b() -> Any:
-    text = {
+def qwen2_5_vl(*, text: dict[str, Any], vision: dict[str, Any], tie: bool) -> Any:
+    """Return Qwen2.5-VL's configuration with the sizes of one release; those of 3B are given where none are."""
+    text_sizes = {
         "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
         "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
-        "max_window_layers": 70, "use_sliding_window": False, "sliding_window": 32768, "tie_word_embeddings": True,
+        "max_window_layers": 70, "use_sliding_window": False, "sliding_window": 32768, "tie_word_embeddings": tie,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
         "bos_token_id": 151643, "eos_token_id": 151645,
     }  # fmt: skip
-    vision = {
+    vision_sizes = {
         "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048,
         "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
         "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "in_channels": 3,
     }  # fmt: skip
     return hf.Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=151655,
-        video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653,
+        text_config={**text_sizes, **text}, vision_config={**vision_sizes, **vision}, tie_word_embeddings=tie,
+        image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653,
     )  # fmt: skip
+
+
+def qwen2_5_vl_3b() -> Any:
+    return qwen2_5_vl(text={}, vision={}, tie=True)
+
+
+def qwen2_5_vl_7b() -> Any:
+    text = {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "max_window_layers": 28,
+    }  # fmt: skip
+    return qwen2_5_vl(text=text, vision={"out_hidden_size": 3584}, tie=False)
 
 
 LLAVA_RENAMES = (
@@ -171,6 +184,13 @@ def _llava_next_family(config: Callable[[], Any], template: str = VICUNA_TEMPLAT
     )  # fmt: skip
 
 
+def _qwen_family(config: Callable[[], Any]) -> Family:
+    return Family(
+        config=config, model="Qwen2_5_VLForConditionalGeneration", renames=QWEN_RENAMES,
+        preprocessor=QWEN_PREPROCESSOR, chat_template=QWEN_TEMPLATE, special_tokens=QWEN_TOKENS,
+    )  # fmt: skip
+
+
 FAMILIES = {
     "llava-next-7b": _llava_next_family(lambda: llava_next(vicuna_7b(), clip_large(), PINPOINTS)),
     "llava-next-mistral-7b": _llava_next_family(
@@ -186,14 +206,8 @@ FAMILIES = {
         chat_template=VICUNA_TEMPLATE,
         special_tokens=LLAMA_TOKENS,
     ),
-    "qwen2.5-vl-3b": Family(
-        config=qwen2_5_vl_3b,
-        model="Qwen2_5_VLForConditionalGeneration",
-        renames=QWEN_RENAMES,
-        preprocessor=QWEN_PREPROCESSOR,
-        chat_template=QWEN_TEMPLATE,
-        special_tokens=QWEN_TOKENS,
-    ),
+    "qwen2.5-vl-3b": _qwen_family(qwen2_5_vl_3b),
+    "qwen2.5-vl-7b": _qwen_family(qwen2_5_vl_7b),
     "tiny": _llava_next_family(tiny),
 }
 

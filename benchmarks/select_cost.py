@@ -16,8 +16,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 import transformers as hf
+from reference_stage import autograd_scores, host_nms
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
@@ -83,29 +83,17 @@ class Stage:
 
     def reference_scores(self) -> Tensor:
         """Autograd over the layer and the head on all rows, as the paper's code does it."""
-        with torch.enable_grad():
-            hidden = self.hidden.clone().requires_grad_(True)
-            tables = (self.cos[None], self.sin[None])
-            logits = self.lm_head(self.norm(self.layer(hidden[None], position_embeddings=tables)))[0]
-            probe = logits[-5:-1].float()
-            (gradient,) = torch.autograd.grad(F.cross_entropy(probe, probe.argmax(-1)), hidden)
-        return gradient[START : START + self.num_visual].float().norm(dim=-1)
+        tables = (self.cos[None], self.sin[None])
+
+        def logits(rows: Tensor) -> Tensor:
+            return self.lm_head(self.norm(self.layer(rows[None], position_embeddings=tables)))[0]
+
+        return autograd_scores(logits, self.hidden)[START : START + self.num_visual]
 
     def reference_nms(self, scores: Tensor) -> list[int]:
         """One kept token at a time, decided on the host."""
-        unit = F.normalize(self.hidden[START : START + self.num_visual].float(), dim=-1)
-        order = scores.argsort(descending=True, stable=True).tolist()
-        suppressed = torch.zeros(self.num_visual, dtype=torch.bool, device=unit.device)
-        kept: list[int] = []
-        for token in order:
-            if len(kept) == self.num_keep:
-                break
-            if not suppressed[token].item():
-                kept.append(token)
-                suppressed |= unit @ unit[token] >= THRESHOLD
-        taken = set(kept)
-        kept += [token for token in order if token not in taken][: self.num_keep - len(kept)]
-        return sorted(kept)
+        features = self.hidden[START : START + self.num_visual]
+        return host_nms(features, scores, num_keep=self.num_keep, threshold=THRESHOLD)
 
     def scores(self) -> Tensor:
         return self.saliency(self.hidden, self.cos, self.sin, self.visual_rows, *self.scalars)

@@ -1,0 +1,208 @@
+"""Times every graph on any NVIDIA GPU, beside the whole model and the paper's own code in torch, on the same weights.
+
+    python benchmarks/gpu.py --count                                  # what it must cost, by count; runs anywhere
+    python benchmarks/gpu.py                                          # three 7B models, random weights made on the GPU
+    python benchmarks/gpu.py --families llava-next-7b --json out/gpu.json
+    python benchmarks/gpu.py --device cpu --shapes small              # all of it on a CPU, at small sizes
+
+Installs nothing. Ways are measured one after the other on one set of weights: the whole model in torch (fused attention,
+fixed KV buffers, each part a CUDA graph, layers compiled as well), TRIO as the paper's code does it, and the graphs of a
+bundle as torch modules. All times are the device's own, medians over several runs; pictures are on the device already,
+tokens stay there. A way that fails has a line that says why. Without a GPU: one line, exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+from gpu_parts.ceilings import Ceilings, measure_ceilings
+from gpu_parts.count import Counted
+from gpu_parts.graphs_in_torch import GraphsInTorch
+from gpu_parts.layers_in_torch import LayersInTorch
+from gpu_parts.measure import Measured, measure
+from gpu_parts.subjects import BUDGETS, SHAPES, Subject, random_subject, sizes_of
+from gpu_parts.tables import Row, count_tables, measured_table
+from gpu_parts.way import Way
+
+EXIT_NO_GPU = 2
+_MAX_SHAPES = 64
+"""Sizes that torch may compile one layer for: each range's prefill and decode."""
+_ROOM_FOR_TOKENS = 2
+"""Caches have room for this many times the timed tokens: those that warm up need some."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark and return its exit code."""
+    options = _options(argv)
+    if options.count:
+        print(count_tables(_counted(options)))
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "gpu.py: expected an NVIDIA GPU that torch can use, got none; run with --device cpu --shapes small, or --count",
+            file=sys.stderr,
+        )
+        return EXIT_NO_GPU
+    device = torch.device(options.device)
+    dtype = getattr(torch, options.dtype)
+    torch.set_default_device(device)  # the graph modules make their masks where they run
+    try:
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=_MAX_SHAPES):
+            ceilings = measure_ceilings(device, dtype)
+            conditions = _conditions(options, device, ceilings)
+            print(_as_text(conditions), flush=True)
+            rows = [row for family in options.families for row in _family_rows(family, options, device)]
+    finally:
+        torch.set_default_device(None)
+    print(f"\n{measured_table(rows, ceilings)}\n")
+    for row in rows:
+        for note in () if row.measured is None else row.measured.notes:
+            print(f"{row.model}, {row.keep:.1%}, {row.way}: {note}")
+    if options.json is not None:
+        report = {"conditions": conditions, "rows": [dataclasses.asdict(row) for row in rows]}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1))
+    return 0 if any(row.measured for row in rows) else 1
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    families = list(SHAPES["full"])
+    parser.add_argument("--families", nargs="+", choices=families, default=families)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--shapes", choices=list(SHAPES), default="full", help="small: seconds on a CPU")
+    parser.add_argument(
+        "--keep",
+        type=float,
+        nargs="+",
+        default=[100 * budget for budget in BUDGETS],
+        help="average keeps in %%",
+    )
+    parser.add_argument(
+        "--dtype", choices=["float16", "float32"], help="[default: float16, float32 on a CPU]"
+    )
+    parser.add_argument("--text", type=int, default=64, help="text tokens of the prompt")
+    parser.add_argument("--repeats", type=int, default=10, help="timed prefills; medians are printed")
+    parser.add_argument("--tokens", type=int, default=32, help="timed decode steps")
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel from Python")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--count", action="store_true", help="print FLOPs and bytes by count, measure nothing"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
+    options = parser.parse_args(argv)
+    if options.dtype is None:
+        options.dtype = "float16" if options.device == "cuda" or options.count else "float32"
+    options.keeps = [_keep(percent) for percent in options.keep]
+    if 1.0 not in options.keeps:  # what everything is compared with
+        options.keeps.insert(0, 1.0)
+    return options
+
+
+def _keep(percent: float) -> float:
+    """Return the share; a printed 33.3 or 22.2 means a third or two ninths."""
+    return next((budget for budget in BUDGETS if abs(100 * budget - percent) < 0.05), percent / 100)
+
+
+def _counted(options: argparse.Namespace) -> dict[tuple[str, float], Counted]:
+    counted = {}
+    for family in options.families:
+        sizes = sizes_of(SHAPES[options.shapes][family], dtype=options.dtype)
+        for keep in options.keeps:
+            counted[family, keep] = sizes.count(keep, num_text=options.text)
+    return counted
+
+
+def _family_rows(family: str, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Measure all ways of one model on the same weights."""
+    subject = random_subject(
+        SHAPES[options.shapes][family], num_text=options.text, device=device, dtype=options.dtype
+    )
+    print(f"{family}: {subject.sizes.num_visual} visual and {options.text} text tokens", flush=True)
+    for compiled in (False,) if options.no_compile else (False, True):
+        for keep in options.keeps:
+            for way in (LayersInTorch, GraphsInTorch):
+                if not (
+                    compiled and keep < 1.0 and way is LayersInTorch
+                ):  # autograd and a host loop gain nothing
+                    yield _row(family, keep, partial(way, subject, compiled=compiled), subject, options)
+
+
+def _row(
+    family: str,
+    keep: float,
+    make_way: partial[Way],
+    subject: Subject,
+    options: argparse.Namespace,
+) -> Row:
+    schedule, counted = subject.sizes.schedule(keep), subject.sizes.count(keep, num_text=options.text)
+    measured: Measured | None = None
+    problem, name = "", make_way.func.__name__
+    torch.compiler.reset()
+    try:
+        way = make_way(schedule, max_new_tokens=_ROOM_FOR_TOKENS * options.tokens + 8)
+        name = way.name
+        measured = measure(
+            way, repeats=options.repeats, num_tokens=options.tokens, cuda_graphs=not options.no_cuda_graphs
+        )
+        del way
+    except (
+        RuntimeError,
+        MemoryError,
+    ) as error:  # out of memory, or a kernel that this GPU lacks: the others go on
+        problem = f"failed: {str(error).strip().splitlines()[0]}"
+    gc.collect()
+    line = (
+        problem if measured is None else f"TTFT {measured.ttft_ms:.1f} ms, {measured.decode_ms:.2f} ms/token"
+    )
+    print(f"  {keep:.1%}, {name}: {line}", flush=True)
+    return Row(model=family, keep=keep, counted=counted, measured=measured, way=name, problem=problem)
+
+
+def _conditions(options: argparse.Namespace, device: torch.device, ceilings: Ceilings) -> dict[str, Any]:
+    conditions: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "command": " ".join(["python benchmarks/gpu.py", *sys.argv[1:]]),
+        "device": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "dtype": options.dtype,
+        "shapes": options.shapes,
+        "repeats": options.repeats,
+        "ceilings": dataclasses.asdict(ceilings),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        conditions["device"] = properties.name
+        conditions["compute_capability"] = f"{properties.major}.{properties.minor}"
+        conditions["memory_bytes"] = properties.total_memory
+        conditions["cuda"] = torch.version.cuda
+    return conditions
+
+
+def _as_text(conditions: dict[str, Any]) -> str:
+    ceilings = conditions["ceilings"]
+    return (
+        f"{conditions['date']}, {conditions['device']}, torch {conditions['torch']}, {conditions['dtype']},"
+        f" {conditions['shapes']} shapes, medians of {conditions['repeats']} runs\n"
+        f"ceilings: {ceilings['flops_per_s'] / 1e12:.3g} TFLOP/s (product of {ceilings['matmul_size']}² matrices),"
+        f" {ceilings['bytes_per_s'] / 1e9:.3g} GB/s (copy of {ceilings['copy_bytes'] / 1e6:.0f} MB)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
