@@ -29,32 +29,61 @@ _REPORT_BYTES = 16 << 20
 
 @click.command("trio-calibrate", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", required=False)
-@click.option("--samples", help="'shapes' (synthetic), a JSON-lines file, or a folder of pictures with --prompt.")
-@click.option("--target", metavar="DEVICE", help="Device to predict times for: docs/targets.md has the names.")
+@click.option(
+    "--samples", help="'shapes' (synthetic), a JSON-lines file, or a folder of pictures with --prompt."
+)
+@click.option(
+    "--target", metavar="DEVICE", help="Device to predict times for: docs/targets.md has the names."
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to create.")
-@click.option("--config", type=click.Path(path_type=Path), help="Repeat a calibration.json; other options win.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="Repeat a calibration.json; other options win."
+)
 @click.option("--prompt", help="What is asked about every picture of a folder.")
 @click.option("--count", type=click.IntRange(2), help="Samples at most.")
-@click.option("--seed", type=click.IntRange(0), help="Of the split, and of the synthetic samples. [default: 0]")
-@click.option("--held-out", metavar="PERCENT", help="Pictures that only the report looks at. [default: 33.3%]")
-@click.option("--max-kl", type=float, metavar="NATS", help="Choose the fastest within this KL. [default: 0.05]")
-@click.option("--target-ms", type=float, metavar="MS", help="Choose the lowest KL within this predicted time.")
+@click.option(
+    "--seed", type=click.IntRange(0), help="Of the split, and of the synthetic samples. [default: 0]"
+)
+@click.option(
+    "--held-out", metavar="PERCENT", help="Pictures that only the report looks at. [default: 33.3%]"
+)
+@click.option(
+    "--max-kl", type=float, metavar="NATS", help="Choose the fastest within this KL. [default: 0.05]"
+)
+@click.option(
+    "--target-ms", type=float, metavar="MS", help="Choose the lowest KL within this predicted time."
+)
 @click.option("--keep", metavar="PERCENT", help="Choose the lowest KL within this average keep.")
 @click.option("--answer-tokens", type=int, help="Answer tokens compared with keep-all's. [default: 4]")
 @click.option("--layers", metavar="N,N,…", help="Candidate stage layers. [default: evenly spread]")
-@click.option("--keeps", metavar="PERCENT,…", help="Candidate budgets of the largest picture's visual tokens.")
+@click.option(
+    "--keeps", metavar="PERCENT,…", help="Candidate budgets of the largest picture's visual tokens."
+)
 @click.option("--max-stages", type=int, help="Stages at most. [default: 3]")
-@click.option("--nms-thresholds", metavar="τ,…", help="Candidate similarity thresholds. [default: 0.7,0.8,0.9]")
+@click.option(
+    "--nms-thresholds", metavar="τ,…", help="Candidate similarity thresholds. [default: 0.7,0.8,0.9]"
+)
 @click.option("--evaluations", type=int, help="Schedules of several stages measured, at most. [default: 120]")
+@click.option(
+    "--cost",
+    type=click.Choice(["auto", "time", "flops"]),
+    help="What is traded against error. [default: auto: time where a schedule is predicted to save some]",
+)
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
-@click.option("--dtype", type=click.Choice(["auto", "float16", "float32"]), help="Element type of the bundle.")
-@click.option("--max-visual", type=int, help="Most visual tokens of a picture, where the family can scale down.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float16", "float32"]), help="Element type of the bundle."
+)
+@click.option(
+    "--max-visual", type=int, help="Most visual tokens of a picture, where the family can scale down."
+)
 @click.option("--max-new-tokens", type=int, help="Room for the answer. [default: 256]")
 @click.option(
     "--only-image-sizes", is_flag=True, default=None, help="No shapes for pictures larger than the samples."
 )
 @click.option("--device", help="torch's device to run samples on. [default: cpu]")
-@click.option("--work", type=click.Path(path_type=Path), help="Folder of measurements; an interrupted run goes on.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), help="Folder of measurements; an interrupted run goes on."
+)
 @click.option("--no-export", is_flag=True, help="Write calibration.json and the page only, no bundle.")
 @click.option("--force", is_flag=True, help="Replace an existing calibration.")
 @click.option("--quiet", is_flag=True, help="No progress display.")
@@ -109,9 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(command, argv)
 
 
-def _options(
-    model: str | None, config: Path | None, given: dict[str, Any]
-) -> tuple[Options, str | None]:
+def _options(model: str | None, config: Path | None, given: dict[str, Any]) -> tuple[Options, str | None]:
     """Return the options, and the digest of the samples that a config was made with if they are asked for again."""
     import msgspec
 
@@ -140,9 +167,7 @@ def _check_out(out: Path, *, force: bool) -> None:
     if not force:
         raise DataError(f"{out}: expected no such folder, it exists; choose another --out or add --force")
     if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not (out / CALIBRATION_NAME).exists()):
-        raise DataError(
-            f"{out}: expected a calibration to replace, got something else; choose another --out"
-        )
+        raise DataError(f"{out}: expected a calibration to replace, got something else; choose another --out")
 
 
 def _write(calibrated: Calibrated, folder: Path, progress: Callbacks, *, export: bool) -> None:
@@ -214,14 +239,16 @@ def _summary(calibration: Calibration, out: Path, *, exported: bool) -> str:
     chosen = calibration.chosen
     stages = ", ".join(f"layer {layer}: {keep}" for layer, keep in chosen.stages) or "none"
     kl, agreement = chosen.held_out.kl, chosen.held_out.agreement
+    within = f"({kl.interval_95[0]:.4f} to {kl.interval_95[1]:.4f})"
+    same = f"({100 * agreement.interval_95[0]:.1f} to {100 * agreement.interval_95[1]:.1f})"
+    flops, milliseconds = chosen.flops / 1e9, chosen.first_token_ms
+    whole_flops, whole_ms = calibration.keep_all_flops / 1e9, calibration.keep_all_ms
     lines = [
         f"{calibration.rule}: stages {stages}, average keep {100 * chosen.average_keep:.1f} %",
-        f"held out ({chosen.held_out.samples} samples): KL {kl.value:.4f} ({kl.interval_95[0]:.4f} to"
-        f" {kl.interval_95[1]:.4f}) nats, same answer {100 * agreement.value:.1f} %"
-        f" ({100 * agreement.interval_95[0]:.1f} to {100 * agreement.interval_95[1]:.1f})",
-        f"predicted for {calibration.options.target}: {chosen.first_token_ms:.3g} ms to the first token,"
-        f" {calibration.keep_all_ms / chosen.first_token_ms:.2f} times less than keep-all",
-        f"{out / REPORT_NAME}" + (f", {out / BUNDLE_NAME}" if exported else ""),
+        f"held out, {chosen.held_out.samples} samples: KL {kl.value:.4f} {within} nats, same answer {100 * agreement.value:.1f} {same} %",
+        f"to the first token: {flops:.4g} GFLOPs (keep-all {whole_flops:.4g})",
+        f"predicted for {calibration.options.target}: {milliseconds:.3g} ms (keep-all {whole_ms:.3g})",
+        f"{out / REPORT_NAME}{f', {out / BUNDLE_NAME}' if exported else ''}",
     ]
     return "\n".join(lines)
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from trio_edge.calibration.schedules.fixed_shapes import picture_sizes, text_buckets
-from trio_edge.calibration.schedules.predicted_time import Situation, TimeModel
+from trio_edge.calibration.schedules.prefill_cost import PrefillCost, Situation
 from trio_edge.export.bundle import bundle_dtype, dimensions_of
 from trio_edge.export.decoder_config import check_positions
 from trio_edge.export.fit import check_fit, fit_inputs
 from trio_edge.export.layout import Layout
+from trio_edge.export.vision_dimensions import vision_dimensions
 from trio_edge.runtime.targets import find_target
-from trio_edge.trio.cost import ModelShape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,11 +40,6 @@ class BundleShape:
     def num_visual(self) -> int:
         """N of the largest picture, which the schedule is made for."""
         return max(sizes["N"] for sizes in self.profiles)
-
-    @property
-    def bytes_per_element(self) -> int:
-        """Of weights, activations and KV rows."""
-        return 2 if self.dtype == "float16" else 4
 
 
 def bundle_shape(
@@ -76,32 +71,20 @@ def bundle_shape(
     return shape
 
 
-def time_model(model: TorchModel, shape: BundleShape, samples: Sequence[SampleShape], *, target: str) -> TimeModel:
-    """Return what predicts times on ``target`` for pictures and prompts like the samples'."""
-    dims = dimensions_of(model.parts)
+def prefill_cost(
+    model: TorchModel, shape: BundleShape, samples: Sequence[SampleShape], *, target: str
+) -> PrefillCost:
+    """Return what schedules cost on ``target`` for pictures and prompts like the samples'."""
+    decoder = dimensions_of(model.parts)
     runs_at = Counter(_padded(shape, sample) for sample in samples)
-    return TimeModel(
+    return PrefillCost(
+        decoder=decoder,
+        vision=vision_dimensions(model.parts, sizes=shape.profiles[0], hidden_size=decoder.hidden_size),
         situations=[
-            Situation(
-                share=count / len(samples),
-                shape=ModelShape(
-                    num_layers=dims.num_layers,
-                    hidden_size=dims.hidden_size,
-                    num_heads=dims.num_heads,
-                    num_kv_heads=dims.num_kv_heads,
-                    head_size=dims.head_size,
-                    intermediate_size=dims.intermediate_size,
-                    vocab_size=dims.vocab_size,
-                    vision=model.parts.vision_shape(shape.profiles[profile]),
-                    bytes_per_element=shape.bytes_per_element,
-                ),
-                num_visual=shape.profiles[profile]["N"],
-                num_text=bucket,
-            )
+            Situation(share=count / len(samples), sizes=shape.profiles[profile], num_text=bucket)
             for (profile, bucket), count in sorted(runs_at.items())
         ],
         target=find_target(target),
-        vision_params=sum(parameter.numel() for parameter in model.parts.vision.module.parameters()),
     )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from trio_edge.calibration.schedules.bundle_shape import bundle_shape, memory_warning, time_model
+from trio_edge.calibration.schedules.bundle_shape import bundle_shape, memory_warning, prefill_cost
 from trio_edge.calibration.schedules.calibration_file import (
     SCHEMA_VERSION,
     Calibration,
@@ -40,6 +40,7 @@ from trio_edge.calibration.schedules.torch_model import load_model
 from trio_edge.calibration.schedules.wish import DEFAULT_MAX_KL, Wish, average_keep, stages_of
 from trio_edge.runtime.errors import DataError
 from trio_edge.runtime.image_overlay import draw_kept
+from trio_edge.runtime.prediction.efficiency import fitted_for
 from trio_edge.runtime.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.questions import Question
     from trio_edge.calibration.schedules.measurements import Measured
-    from trio_edge.calibration.schedules.predicted_time import TimeModel
+    from trio_edge.calibration.schedules.prefill_cost import PrefillCost
     from trio_edge.calibration.schedules.prompts import SampleShape
     from trio_edge.calibration.schedules.samples import Split
     from trio_edge.calibration.schedules.search import Candidate
@@ -94,7 +95,11 @@ class Calibrated:
 
 
 def calibrate(
-    options: Options, *, work: Path | None = None, samples_sha256: str | None = None, progress: Progress = Progress()
+    options: Options,
+    *,
+    work: Path | None = None,
+    samples_sha256: str | None = None,
+    progress: Progress = Progress(),
 ) -> Calibrated:
     """Return the calibration that ``options`` describe.
 
@@ -110,13 +115,13 @@ def calibrate(
         ScheduleError: If no schedule can do what is asked for; the message names the nearest that can.
     """
     progress.step("reading the samples", 0)
-    questions = read_samples(
-        options.samples, prompt=options.prompt, count=options.count, seed=options.seed
-    )
+    questions = read_samples(options.samples, prompt=options.prompt, count=options.count, seed=options.seed)
     split = split_samples(questions, held_out=options.held_out, seed=options.seed)
     digest = _digest(questions)
     if samples_sha256 not in (None, digest):
-        progress.warn(f"--config: expected the samples {samples_sha256[:12]}… of that file, got {digest[:12]}…")  # type: ignore[index]
+        progress.warn(
+            f"--config: expected the samples {samples_sha256[:12]}… of that file, got {digest[:12]}…"
+        )  # type: ignore[index]
     progress.step("reading the checkpoint", 0)
     model = load_model(
         options.model, revision=options.revision, max_visual=options.max_visual, device=options.device
@@ -131,9 +136,15 @@ def calibrate(
         keeps=options.keeps,
         max_stages=options.max_stages,
     )
-    time = time_model(model, shape, samples, target=options.target)
+    cost = prefill_cost(model, shape, samples, target=options.target)
     wish = wish_of(options)
-    wish.check(space, time, target=options.target)
+    wish.check(space, cost)
+    kind = wish.kind(options.cost, space, cost)
+    if kind == "flops" and options.cost == "auto":
+        progress.warn(
+            f"no schedule is predicted to be faster than keep-all on {cost.target.name}: what a selection launches takes"
+            " longer than the layers save; schedules are compared by FLOPs instead"
+        )
     smallest = with_stages(Schedule(), [(space.layers[0], space.keeps[-1])])
     if (warning := memory_warning(model, shape, smallest, target=options.target)) is not None:
         progress.warn(f"even with the smallest schedule: {warning}")
@@ -166,7 +177,8 @@ def calibrate(
                 space=space,
                 measurements=measurements,
                 questions=split.search,
-                time=time,
+                cost=cost,
+                kind=kind,
                 positions=model.positions,
                 thresholds=options.nms_thresholds,
                 evaluations=options.evaluations,
@@ -176,9 +188,11 @@ def calibrate(
         )
         chosen = wish.choice(found.candidates, space)
         if chosen is None:
-            raise AssertionError("expected a candidate that the wish allows: it was checked before the search")
+            raise AssertionError(
+                "expected a candidate that the wish allows: it was checked before the search"
+            )
         reporting = _Reporting(
-            space, time, measurements, split, Schedule(positions=model.positions[0]), progress
+            space, cost, measurements, split, Schedule(positions=model.positions[0]), progress
         )
         front, chosen_point, usual, held_out = reporting.points(found.front, chosen)
     progress.step("answering held-out samples", len(split.held_out))
@@ -188,14 +202,15 @@ def calibrate(
         schema_version=SCHEMA_VERSION,
         options=options,
         data=_data(questions, split, samples, digest),
-        rule=wish.text,
+        rule=wish.text(kind),
         schedule=msgspec.structs.replace(chosen.schedule, nms_rounds=rounds_with_margin(rounds)),
-        shapes=Shapes(
-            image_sizes=shape.image_sizes, text_buckets=shape.text_buckets, largest_rounds=rounds
-        ),
+        shapes=Shapes(image_sizes=shape.image_sizes, text_buckets=shape.text_buckets, largest_rounds=rounds),
         chosen=chosen_point,
         usual=usual,
-        keep_all_ms=time.staged_ms([]),
+        compared_by=kind,
+        keep_all_ms=cost.of_stages([]).milliseconds,
+        keep_all_flops=cost.of_stages([]).flops,
+        prediction=fitted_for(cost.target).sentence(cost.target.name),
         accuracy=scores,
         front=front,
         settings=found.tried,
@@ -228,7 +243,7 @@ class _Reporting:
     """Looks at the held-out samples, once."""
 
     space: Space
-    time: TimeModel
+    cost: PrefillCost
     measurements: Measurements
     split: Split
     usual_settings: Schedule
@@ -250,9 +265,11 @@ class _Reporting:
 
         def point(schedule: Schedule) -> FrontPoint:
             stages = tuple((stage.layer, stage.keep) for stage in schedule.stages)
+            cost = self.cost.of(schedule)
             return FrontPoint(
                 stages=stages,
-                first_token_ms=self.time.first_token_ms(schedule),
+                first_token_ms=cost.milliseconds,
+                flops=cost.flops,
                 average_keep=average_keep(stages, self.space),
                 search=fidelity(searched[schedule], self.split.search),
                 held_out=fidelity(held_out[schedule], self.split.held_out),
@@ -293,9 +310,7 @@ def _weights_digest(model: TorchModel) -> str:
     return digest.hexdigest()
 
 
-def _data(
-    questions: Sequence[Question], split: Split, samples: Sequence[SampleShape], digest: str
-) -> Data:
+def _data(questions: Sequence[Question], split: Split, samples: Sequence[SampleShape], digest: str) -> Data:
     visual = [sample.sizes["N"] for sample in samples]
     text = [sample.num_text for sample in samples]
     return Data(
@@ -338,4 +353,3 @@ def _overlays(
             )
         )
     return overlays
-

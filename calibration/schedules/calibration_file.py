@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from trio_edge.calibration.schedules.importance import LayerImportance
+from trio_edge.calibration.schedules.prefill_cost import CostKind
 from trio_edge.calibration.schedules.search import Tried
 from trio_edge.calibration.schedules.space import DEFAULT_KEEPS, DEFAULT_THRESHOLDS
 from trio_edge.runtime.errors import DataError, ScheduleError
@@ -58,6 +59,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Candidate τ."""
     evaluations: int = 120
     """Schedules of several stages that are measured, at most."""
+    cost: Literal["auto", "time", "flops"] = "auto"
+    """What is traded against error: predicted time on the target, or counted FLOPs; "auto" is time where any schedule is
+    predicted to be faster than keep-all."""
     dtype: Literal["auto", "float16", "float32"] = "auto"
     """Of the bundle."""
     max_visual: int | None = None
@@ -74,7 +78,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         rules = [name for name in ("max_kl", "target_ms", "keep") if getattr(self, name) is not None]
         if len(rules) > 1:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in rules)
-            raise ScheduleError(f"--max-kl, --target-ms, --keep: expected one of them, got {names}; choose one")
+            raise ScheduleError(
+                f"--max-kl, --target-ms, --keep: expected one of them, got {names}; choose one"
+            )
         bounds = (
             ("held-out", self.held_out, 0.0 < self.held_out < 1.0, "a share between 0 and 100%"),
             ("answer-tokens", self.answer_tokens, 1 <= self.answer_tokens <= 64, "1..64"),
@@ -108,12 +114,14 @@ class Fidelity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class FrontPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A schedule that no faster one beats on the search samples."""
+    """A schedule that no cheaper one beats on the search samples."""
 
     stages: tuple[tuple[int, int], ...]
     """(layer, keep)."""
     first_token_ms: float
-    """Predicted, a lower bound."""
+    """Predicted."""
+    flops: float
+    """Of the prefill with the vision tower, mean over the samples."""
     average_keep: float
     """Of the largest picture."""
     search: Fidelity
@@ -176,8 +184,12 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     chosen: FrontPoint
     usual: FrontPoint | None
     """``trio-export``'s schedule of the average keep nearest below the chosen one's, with default settings."""
+    compared_by: CostKind
     keep_all_ms: float
     """Predicted time without any stage."""
+    keep_all_flops: float
+    prediction: str
+    """How far off such predictions were where they could be compared."""
     accuracy: Accuracy | None
     front: list[FrontPoint]
     settings: list[Tried]

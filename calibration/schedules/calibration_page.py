@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
-from trio_edge.calibration.schedules.calibration_file import Calibration
 from trio_edge.calibration.schedules.plots import front_plot, importance_plot, layers_plot
 from trio_edge.runtime.errors import DataError
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trio_edge.calibration.schedules.calibrate import Overlay
-    from trio_edge.calibration.schedules.calibration_file import Measure
+    from trio_edge.calibration.schedules.calibration_file import Calibration, Measure
 
 _TEMPLATE = Path(__file__).parent / "calibration_page.html.jinja"
 

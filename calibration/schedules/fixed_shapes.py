@@ -58,9 +58,9 @@ def picture_sizes(shapes: Sequence[SampleShape]) -> tuple[tuple[int, int], ...]:
     chosen = [max(of_count)]
 
     def mean_rows(counts: Sequence[int]) -> float:
-        return sum(
-            min(count for count in counts if count >= shape.sizes["N"]) for shape in shapes
-        ) / len(shapes)
+        return sum(min(count for count in counts if count >= shape.sizes["N"]) for shape in shapes) / len(
+            shapes
+        )
 
     others = set(of_count) - set(chosen)
     while others and len(chosen) < MAX_PICTURE_SIZES:

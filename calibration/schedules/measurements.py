@@ -62,7 +62,9 @@ class Measurements:
             else:
                 self._importance[line.index] = line.layers
 
-    def of(self, schedules: Sequence[Schedule], questions: Sequence[Question]) -> dict[Schedule, list[Measured]]:
+    def of(
+        self, schedules: Sequence[Schedule], questions: Sequence[Question]
+    ) -> dict[Schedule, list[Measured]]:
         """Return what each schedule does to each of the questions, in their order.
 
         Raises:

@@ -59,9 +59,7 @@ class Measured(NamedTuple):
 def keep_all(model: TorchModel, prompt: Prompt, *, probes: Probes, num_tokens: int) -> KeepAll:
     """Return the sample's own answer, up to ``num_tokens`` tokens, and what entered every layer."""
     answer = greedy_answer(model, prompt, Schedule(), probes=probes, max_tokens=num_tokens)
-    return KeepAll(
-        inputs=answer.inputs, tokens=answer.tokens, log_probs_TV=_log_probs(answer.logits_TV)
-    )
+    return KeepAll(inputs=answer.inputs, tokens=answer.tokens, log_probs_TV=_log_probs(answer.logits_TV))
 
 
 def measure(

@@ -21,7 +21,9 @@ def pareto_front(points: Iterable[Point], *, key: Callable[[Point], tuple[float,
     return front
 
 
-def first_fronts(points: Iterable[Point], *, key: Callable[[Point], tuple[float, float]], count: int) -> list[Point]:
+def first_fronts(
+    points: Iterable[Point], *, key: Callable[[Point], tuple[float, float]], count: int
+) -> list[Point]:
     """Return at most ``count`` points: the front, then that of what is left, and so on."""
     left, chosen = list(points), list[Point]()
     while left and len(chosen) < count:

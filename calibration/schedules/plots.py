@@ -17,13 +17,13 @@ _LEAST_KL = 1e-5
 
 
 def front_plot(calibration: Calibration) -> str:
-    """Return divergence and agreement against predicted time, with 95 % intervals of the held-out samples."""
+    """Return divergence and agreement against cost, with 95 % intervals of the held-out samples."""
     figure = _figure(height=4.0)
     left, right = figure.subplots(1, 2)
     front = calibration.front
-    times = [point.first_token_ms for point in front]
+    costs = [_cost(calibration, point) for point in front]
     left.plot(
-        times,
+        costs,
         [_visible(point.search.kl.value) for point in front],
         "o-",
         color=_SEARCH,
@@ -31,8 +31,8 @@ def front_plot(calibration: Calibration) -> str:
         linewidth=1,
         label="search samples",
     )
-    _with_intervals(left, front, "kl", color=_HELD_OUT, label="held-out samples")
-    _with_intervals(right, front, "agreement", color=_HELD_OUT, label="held-out samples")
+    _with_intervals(left, costs, front, "kl", color=_HELD_OUT, label="held-out samples")
+    _with_intervals(right, costs, front, "agreement", color=_HELD_OUT, label="held-out samples")
     marked = [(calibration.chosen, "*", _CHOSEN, "chosen")]
     if calibration.usual is not None:
         marked.append((calibration.usual, "D", _USUAL, "trio-export's own, same keep"))
@@ -42,14 +42,16 @@ def front_plot(calibration: Calibration) -> str:
             (right, 100 * point.held_out.agreement.value),
         ):
             size = 13 if marker == "*" else 6
-            axes.plot([point.first_token_ms], [value], marker, color=color, markersize=size, label=label, zorder=5)
+            axes.plot(
+                [point.first_token_ms], [value], marker, color=color, markersize=size, label=label, zorder=5
+            )
     if calibration.options.max_kl:
         left.axhline(calibration.options.max_kl, color=_CHOSEN, linewidth=0.8, linestyle="--")
     left.set_yscale("log")
     left.set_ylabel("KL to keep-all, nats")
     right.set_ylabel("same answer as keep-all, %")
     for axes in (left, right):
-        axes.set_xlabel(f"predicted ms to the first token, {calibration.options.target}")
+        axes.set_xlabel(_cost_label(calibration))
     left.legend(frameon=False, fontsize=8)
     return _svg(figure, name="front")
 
@@ -62,7 +64,8 @@ def layers_plot(calibration: Calibration) -> str:
     colors = _shades(len(keeps))
     for keep, color in zip(keeps, colors):
         stages = sorted(
-            (stage for stage in calibration.single_stages if stage.keep == keep), key=lambda stage: stage.layer
+            (stage for stage in calibration.single_stages if stage.keep == keep),
+            key=lambda stage: stage.layer,
         )
         axes.plot(
             [stage.layer for stage in stages],
@@ -120,12 +123,14 @@ def _svg(figure: Any, *, name: str) -> str:
         figure.savefig(out, format="svg", metadata=nothing)
     text = out.getvalue()
     element = text[text.index("<svg") :]
-    for prefix in ('id="', 'url(#', 'href="#'):
+    for prefix in ('id="', "url(#", 'href="#'):
         element = element.replace(prefix, f"{prefix}{name}-")
     return element
 
 
-def _with_intervals(axes: Any, front: Sequence[FrontPoint], measure: str, *, color: str, label: str) -> None:
+def _with_intervals(
+    axes: Any, costs: Sequence[float], front: Sequence[FrontPoint], measure: str, *, color: str, label: str
+) -> None:
     found = [getattr(point.held_out, measure) for point in front]
     scaled = [
         (_visible(one.value), *map(_visible, one.interval_95))
@@ -136,7 +141,7 @@ def _with_intervals(axes: Any, front: Sequence[FrontPoint], measure: str, *, col
     below = [max(0.0, value - low) for value, low, _ in scaled]
     above = [max(0.0, high - value) for value, _, high in scaled]
     axes.errorbar(
-        [point.first_token_ms for point in front],
+        list(costs),
         [value for value, _, _ in scaled],
         yerr=(below, above),
         fmt="o",
@@ -147,6 +152,16 @@ def _with_intervals(axes: Any, front: Sequence[FrontPoint], measure: str, *, col
         color=color,
         label=label,
     )
+
+
+def _cost(calibration: Calibration, point: FrontPoint) -> float:
+    return point.first_token_ms if calibration.compared_by == "time" else point.flops / 1e9
+
+
+def _cost_label(calibration: Calibration) -> str:
+    if calibration.compared_by == "time":
+        return f"predicted ms to the first token, {calibration.options.target}"
+    return "GFLOPs of the prefill with the vision encoder"
 
 
 def _mark_stages(axes: Any, calibration: Calibration) -> None:

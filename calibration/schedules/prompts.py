@@ -78,7 +78,9 @@ def make_prompt(model: TorchModel, question: Question) -> Prompt:
     tensors[pixels] = tensors[pixels].to(model.dtype)
     outputs = graph.module(*tensors)
     visual_ND = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-    before, after = (model.embedding_VD[torch.from_numpy(part.astype(np.int64))] for part in (ids.before, ids.after))
+    before, after = (
+        model.embedding_VD[torch.from_numpy(part.astype(np.int64))] for part in (ids.before, ids.after)
+    )
     embeds_SD = torch.cat([before, visual_ND[: sizes["N"]].to(model.dtype), after])
     positions = _positions(model, ids, picture, num_visual=sizes["N"])
     return Prompt(
@@ -117,7 +119,9 @@ def _read(model: TorchModel, question: Question) -> tuple[Image.Image, PromptIds
     return picture, ids
 
 
-def _positions(model: TorchModel, ids: PromptIds, picture: Image.Image, *, num_visual: int) -> PromptPositions:
+def _positions(
+    model: TorchModel, ids: PromptIds, picture: Image.Image, *, num_visual: int
+) -> PromptPositions:
     length = ids.num_tokens + num_visual
     if not model.parts.mrope_sections:
         return plain_positions(num_rows=length, length=length)

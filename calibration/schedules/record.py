@@ -89,7 +89,9 @@ def open_record(folder: Path, key: RecordKey) -> tuple[Record, list[Line]]:
         found = _decoded(lines, key, path)
         file = path.open("ab", buffering=0)
     except OSError as error:
-        raise DataError(f"--work {folder}: cannot be used ({error.strerror}); choose another folder") from None
+        raise DataError(
+            f"--work {folder}: cannot be used ({error.strerror}); choose another folder"
+        ) from None
     file.truncate(len(whole) + 1 if whole else 0)
     record = Record(file, path)
     if not lines:

@@ -1,12 +1,12 @@
-"""Finds the schedules worth having: the front of predicted time against divergence from keep-all.
+"""Finds the schedules worth having: the front of cost (predicted time, or FLOPs) against divergence from keep-all.
 
 Four steps, each measured on the search samples only:
 
     settings   position rule, probe rows and τ, one after the other, on the schedules that ``trio-export`` would make; a value
                replaces the default only where its divergence is lower with 95 % confidence
     table      every single stage: each candidate layer with each budget
-    estimate   every list of stages; its divergence is taken to be the sum of its stages' own. The first fronts of predicted
-               time against that sum are measured, and those next to what the user asked for
+    estimate   every list of stages; its divergence is taken to be the sum of its stages' own. The first fronts of cost
+               against that sum are measured, and those next to what the user asked for
     refine     neighbours of the measured front (a stage one layer on, a budget a quarter up or down, one stage less or
                more) until none is better or the allowance is used up
 
@@ -18,7 +18,7 @@ ask for one point at a time and know nothing of shared beginnings) would measure
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.questions import Question
     from trio_edge.calibration.schedules.measurements import Measurements
     from trio_edge.calibration.schedules.measuring import Measured
-    from trio_edge.calibration.schedules.predicted_time import TimeModel
+    from trio_edge.calibration.schedules.prefill_cost import Cost, CostKind, PrefillCost
     from trio_edge.calibration.schedules.space import Space
     from trio_edge.calibration.schedules.wish import Wish
     from trio_edge.runtime.schedule import Positions
@@ -69,8 +69,9 @@ class Candidate:
     """A measured schedule."""
 
     schedule: Schedule
-    milliseconds: float
-    """Predicted, to the first token."""
+    cost: Cost
+    kind: CostKind
+    """What it is compared by."""
     results: list[Measured]
     """One for each search sample."""
 
@@ -81,8 +82,17 @@ class Candidate:
 
     @property
     def point(self) -> tuple[float, float]:
-        """Time and error."""
-        return self.milliseconds, self.kl
+        """Cost and error."""
+        return self.cost.of(self.kind), self.kl
+
+
+class Estimate(NamedTuple):
+    """A list of stages that was not measured."""
+
+    cost: Cost
+    kl: float
+    """Sum of its stages' own."""
+    stages: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +109,7 @@ class Found:
 
     @property
     def front(self) -> list[Candidate]:
-        """Fastest first."""
+        """Cheapest first."""
         return pareto_front(self.candidates, key=lambda candidate: candidate.point)
 
 
@@ -110,7 +120,9 @@ class Searching:
     space: Space
     measurements: Measurements
     questions: Sequence[Question]
-    time: TimeModel
+    cost: PrefillCost
+    kind: CostKind
+    """What is traded against error."""
     positions: Sequence[Positions]
     thresholds: Sequence[float]
     evaluations: int
@@ -187,9 +199,7 @@ def _settings(searching: Searching) -> tuple[Schedule, list[Tried]]:
 
 def _differing(values: Sequence[Schedule]) -> str:
     first, second = values[0], values[1]
-    return next(
-        name for name in first.__struct_fields__ if getattr(first, name) != getattr(second, name)
-    )
+    return next(name for name in first.__struct_fields__ if getattr(first, name) != getattr(second, name))
 
 
 def _sample_kls(searching: Searching, settings: Schedule) -> list[float]:
@@ -203,16 +213,19 @@ def _promising(
     searching: Searching, settings: Schedule, single: dict[tuple[int, int], float], wish: Wish
 ) -> list[Schedule]:
     """Return the lists of stages whose estimates are on the first fronts, or next to the wish."""
-    space, time = searching.space, searching.time
-    estimates = []
+    space = searching.space
+    estimates = list[Estimate]()
     for stages in space.stage_lists():
         if len(stages) > 1:
             kl = sum(single[stage] for stage in stages)
-            milliseconds = time.staged_ms(stages, num_probe_rows=settings.num_probe_rows)
-            estimates.append(((milliseconds, kl), stages))
+            estimates.append(Estimate(searching.cost.of_stages(stages, settings), kl, stages))
     count = max(1, int(_FIRST_SHARE * searching.evaluations))
-    chosen = [stages for _, stages in first_fronts(estimates, key=lambda entry: entry[0], count=count)]
-    chosen += [stages for stages in wish.nearest(estimates, space, count=_WISHED) if stages not in chosen]
+
+    def point(estimate: Estimate) -> tuple[float, float]:
+        return estimate.cost.of(searching.kind), estimate.kl
+
+    chosen = [estimate.stages for estimate in first_fronts(estimates, key=point, count=count)]
+    chosen += [stages for stages in wish.nearest(estimates, searching, count=_WISHED) if stages not in chosen]
     return [with_stages(settings, stages) for stages in chosen[: searching.evaluations]]
 
 
@@ -230,7 +243,10 @@ def _measured(searching: Searching, schedules: Sequence[Schedule]) -> list[Candi
     table = searching.measurements.of(list(dict.fromkeys(schedules)), searching.questions)
     return [
         Candidate(
-            schedule=schedule, milliseconds=searching.time.first_token_ms(schedule), results=results
+            schedule=schedule,
+            cost=searching.cost.of(schedule),
+            kind=searching.kind,
+            results=results,
         )
         for schedule, results in table.items()
     ]

@@ -88,7 +88,13 @@ def advanced(model: TorchModel, sequence: Sequence, layers: range) -> Sequence:
 
 
 def run_layers(
-    model: TorchModel, hidden_SD: Tensor, positions_AS: Tensor, layers: range, *, past: Past, present: list[Tensor]
+    model: TorchModel,
+    hidden_SD: Tensor,
+    positions_AS: Tensor,
+    layers: range,
+    *,
+    past: Past,
+    present: list[Tensor],
 ) -> Tensor:
     """Return the hidden states of new rows after ``layers``, as the exported layer ranges do.
 

@@ -61,7 +61,9 @@ class Space:
         if 0 < len(stages) < self.max_stages:
             last_layer, last_keep = stages[-1]
             later = [layer for layer in self.layers if layer > last_layer]
-            lists += [[*stages, (layer, max(1, last_keep // 2))] for layer in later[:: max(1, len(later) // 2)]]
+            lists += [
+                [*stages, (layer, max(1, last_keep // 2))] for layer in later[:: max(1, len(later) // 2)]
+            ]
         result = [with_stages(schedule, found) for found in lists if found and self._possible(found)]
         return list(dict.fromkeys(result))
 

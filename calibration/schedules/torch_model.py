@@ -122,7 +122,9 @@ def _device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
         reason = " ".join(str(error).split())[:120]
-        raise BackendError(f"--device: expected one that torch has, got {name!r} ({reason}); use cpu") from None
+        raise BackendError(
+            f"--device: expected one that torch has, got {name!r} ({reason}); use cpu"
+        ) from None
     return device
 
 

@@ -10,8 +10,8 @@ from trio_edge.runtime.errors import ScheduleError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.calibration.schedules.predicted_time import TimeModel
-    from trio_edge.calibration.schedules.search import Candidate
+    from trio_edge.calibration.schedules.prefill_cost import CostKind, PrefillCost
+    from trio_edge.calibration.schedules.search import Candidate, Estimate, Searching
     from trio_edge.calibration.schedules.space import Space
 
     Stages = tuple[tuple[int, int], ...]
@@ -37,23 +37,47 @@ class Wish:
         """Average keeps whose usual schedule must be among the candidates."""
         return (self.bound,) if self.rule == "keep" else ()
 
-    @property
-    def text(self) -> str:
-        """The rule in words."""
+    def text(self, kind: CostKind) -> str:
+        """Return the rule in words."""
         if self.rule == "max_kl":
-            return f"the fastest with a KL of at most {self.bound:g} nats"
+            return (
+                f"the {'fastest' if kind == 'time' else 'cheapest'} with a KL of at most {self.bound:g} nats"
+            )
         if self.rule == "target_ms":
             return f"the lowest KL within {self.bound:g} ms"
         return f"the lowest KL with an average keep of at most {100 * self.bound:.1f} %"
 
-    def check(self, space: Space, time: TimeModel, *, target: str) -> None:
+    def kind(self, wanted: Literal["auto", "time", "flops"], space: Space, cost: PrefillCost) -> CostKind:
+        """Return what schedules are compared by.
+
+        Raises:
+            ScheduleError: If it shall be time, no schedule is predicted to be faster than keep-all, and nothing but
+                an error bounds the choice.
+        """
+        if wanted == "flops":
+            return "flops"
+        fastest = min(space.stage_lists(), key=lambda stages: cost.of_stages(stages).milliseconds)
+        least, whole = (cost.of_stages(stages).milliseconds for stages in (fastest, ()))
+        if least < whole:
+            return "time"
+        if wanted == "auto":
+            return "flops"
+        if self.rule == "max_kl":
+            raise ScheduleError(
+                f"--cost time: expected a schedule faster than keep-all ({whole:.3g} ms predicted for"
+                f" {cost.target.name}), got {least:.3g} ms at best ({_written(fastest)}); use --cost flops"
+            )
+        return "time"
+
+    def check(self, space: Space, cost: PrefillCost) -> None:
         """Raise ScheduleError, naming the nearest that is possible, if no schedule of the space can do it."""
         if self.rule == "target_ms":
-            fastest = min(space.stage_lists(), key=time.staged_ms)
-            least = min(time.staged_ms(fastest), time.staged_ms([]))
+            lists = [(), *space.stage_lists()]
+            fastest = min(lists, key=lambda stages: cost.of_stages(stages).milliseconds)
+            least = cost.of_stages(fastest).milliseconds
             if least > self.bound:
                 raise ScheduleError(
-                    f"--target-ms: expected at least {_up(least)} (predicted for {target}, {_written(fastest)}),"
+                    f"--target-ms: expected at least {_up(least)} (predicted for {cost.target.name}, {_written(fastest)}),"
                     f" got {self.bound:g}; allow more time, a smaller picture or another target"
                 )
         if self.rule == "keep":
@@ -65,23 +89,23 @@ class Wish:
                     " keep more, or allow earlier --layers or smaller --keeps"
                 )
 
-    def nearest(
-        self, estimates: Sequence[tuple[tuple[float, float], Stages]], space: Space, *, count: int
-    ) -> list[Stages]:
-        """Return at most ``count`` lists of stages that are likely to be chosen.
+    def nearest(self, estimates: Sequence[Estimate], searching: Searching, *, count: int) -> list[Stages]:
+        """Return at most ``count`` lists of stages that are likely to be chosen."""
 
-        Args:
-            estimates: Predicted milliseconds and estimated divergence of each list of stages.
-            space: That they are of.
-            count: How many.
-        """
+        def cost(estimate: Estimate) -> float:
+            return estimate.cost.of(searching.kind)
+
         if self.rule == "max_kl":
-            within = [entry for entry in estimates if entry[0][1] <= _HOPEFUL * self.bound]
-            ranked = sorted(within, key=lambda entry: entry[0])
+            within = [estimate for estimate in estimates if estimate.kl <= _HOPEFUL * self.bound]
+            ranked = sorted(within, key=lambda estimate: (cost(estimate), estimate.kl))
         else:
-            within = [entry for entry in estimates if self._allows(entry[0][0], entry[1], space)]
-            ranked = sorted(within, key=lambda entry: entry[0][::-1])
-        return [stages for _, stages in ranked[:count]]
+            within = [
+                estimate
+                for estimate in estimates
+                if self._allows(estimate.cost.milliseconds, estimate.stages, searching.space)
+            ]
+            ranked = sorted(within, key=lambda estimate: (estimate.kl, cost(estimate)))
+        return [estimate.stages for estimate in ranked[:count]]
 
     def choice(self, candidates: Sequence[Candidate], space: Space) -> Candidate | None:
         """Return what the rule chooses; None if nothing fits."""
@@ -91,7 +115,7 @@ class Wish:
         within = [
             candidate
             for candidate in candidates
-            if self._allows(candidate.milliseconds, stages_of(candidate), space)
+            if self._allows(candidate.cost.milliseconds, stages_of(candidate), space)
         ]
         return min(within, key=lambda candidate: candidate.point[::-1], default=None)
 
@@ -115,7 +139,7 @@ def average_keep(stages: Stages, space: Space) -> float:
 
 
 def _written(stages: Stages) -> str:
-    return "stages " + ",".join(f"{layer}:{keep}" for layer, keep in stages)
+    return "stages " + (",".join(f"{layer}:{keep}" for layer, keep in stages) or "none")
 
 
 def _up(value: float) -> str:
