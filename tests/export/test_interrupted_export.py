@@ -1,6 +1,7 @@
 """Exports that are stopped: by Ctrl-C, by a kill, by a full disk. No half bundle stays, and the next export succeeds.
 
-Every export is a process of its own, forked from one that has imported torch already, which saves seconds for each.
+Every export is a process of its own, forked from one that has exported the same checkpoint already: what is stopped
+while it writes takes over that one's traced graphs instead of tracing them once more.
 """
 
 from __future__ import annotations
@@ -29,13 +30,26 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and lim
 
 FORK = """
 import os, resource, sys
-import trio_edge.export.bundle
+from trio_edge.export import bundle
 from trio_edge.export.cli import main
 
+trace, traced = bundle.trace_graphs, []
+
+def trace_and_keep(*args, **settings):
+    traced[:] = trace(*args, **settings)
+    raise SystemExit  # before the graphs get their weights
+
+bundle.trace_graphs = trace_and_keep
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+
 for line in sys.stdin:
-    limit, *arguments = line.rstrip("\\n").split("\\t")
+    limit, traces, *arguments = line.rstrip("\\n").split("\\t")
     child = os.fork()
     if child == 0:
+        bundle.trace_graphs = trace if traces else lambda *_, **__: list(traced)
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
         sys.exit(main(arguments))
@@ -53,7 +67,13 @@ class Exports:
     source: Path
 
     def run(
-        self, out: Path, *, stop_at: str | None = None, by: signal.Signals | None = None, limit: str = ""
+        self,
+        out: Path,
+        *,
+        stop_at: str | None = None,
+        by: signal.Signals | None = None,
+        limit: str = "",
+        traces: bool = False,
     ) -> tuple[int, list[str]]:
         """Export into ``out`` and return the exit code (negative for a signal) and what was printed.
 
@@ -62,9 +82,10 @@ class Exports:
             stop_at: Start of the progress line at which the signal ``by`` is sent.
             by: The signal.
             limit: Largest file in bytes.
+            traces: Whether it traces its graphs itself.
         """
-        arguments = [str(self.source), "--out", str(out), "--keep", "all", "--max-text", "32", "--force"]
-        print("\t".join([limit, *arguments]), file=self.server.stdin, flush=True)
+        arguments = export_arguments(self.source, out)
+        print("\t".join([limit, "itself" if traces else "", *arguments]), file=self.server.stdin, flush=True)
         process, lines = 0, []
         for line in self.server.stderr or ():
             if line.startswith("process "):
@@ -78,13 +99,17 @@ class Exports:
         raise AssertionError(lines)
 
 
+def export_arguments(source: Path, out: Path) -> list[str]:
+    return [str(source), "--out", str(out), "--keep", "all", "--max-text", "32", "--force"]
+
+
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exports]:
     """Exports of a small checkpoint with one large tensor that no graph uses."""
     source = save_checkpoint(tmp_path_factory.mktemp("source") / "ck", num_layers=1)
     tensors = load_file(source / "model.safetensors")
     save_file({**tensors, "padding": torch.zeros(PADDING_BYTES // 4)}, source / "model.safetensors")
-    command = [sys.executable, "-c", FORK]
+    command = [sys.executable, "-c", FORK, *export_arguments(source, source.parent / "bundle"), "--quiet"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stderr=pipe, stdout=subprocess.DEVNULL, text=True) as server:
         yield Exports(server, source)
@@ -94,7 +119,9 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exports]:
 
 @pytest.mark.parametrize("moment", ["tracing vision", "writing the weights"])
 def test_control_c_prints_one_line_and_leaves_nothing(moment: str, exports: Exports, tmp_path: Path) -> None:
-    code, lines = exports.run(tmp_path / "bundle", stop_at=moment, by=signal.SIGINT)
+    code, lines = exports.run(
+        tmp_path / "bundle", stop_at=moment, by=signal.SIGINT, traces=moment.startswith("tracing")
+    )
     assert code == 130
     assert lines[-1] == "trio-export: interrupted"
     assert not any("Traceback" in line or "Error" in line for line in lines)

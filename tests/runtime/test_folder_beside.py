@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -32,9 +33,8 @@ def leave(folder: Path) -> Path:
 
 
 def beside(out: Path, **settings: Any) -> AbstractContextManager[Path]:
-    return folder_beside(
-        out, num_bytes=0, error=CheckpointError, what="bundle", way_out="choose another --out", **settings
-    )
+    defaults = {"num_bytes": 0, "error": CheckpointError, "what": "bundle", "way_out": "choose another --out"}
+    return folder_beside(out, **{**defaults, **settings})
 
 
 def write_bundle(out: Path, text: str) -> None:
@@ -154,6 +154,18 @@ def test_a_full_disk_is_one_error_of_ours(number: int, tmp_path: Path) -> None:
     ):
         (folder / "file").write_text("half")
         raise OSError(number, os.strerror(number))
+    assert names(tmp_path) == []
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=2_000_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+    expected = r"expected 2\.50 GB of free space, got 2\.00 GB; free some or choose another --out$"
+    room = {"num_bytes": 2_500_000_000, "elsewhere": " or choose another --out"}
+    with pytest.raises(CheckpointError, match=expected), beside(tmp_path / "bundle", **room):
+        raise AssertionError("no folder is made")
     assert names(tmp_path) == []
 
 
