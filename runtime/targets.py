@@ -236,8 +236,12 @@ TARGETS: dict[str, Target] = {target.name: target for target in _ALL}
 """Known devices by name."""
 
 
-def find_target(name: str) -> Target:
+def find_target(name: str, *, option: str = "--target") -> Target:
     """Return the device called ``name``, written with or without "jetson-".
+
+    Args:
+        name: As the user wrote it.
+        option: Where, for the message.
 
     Raises:
         TargetError: If no device is called so; the message has the nearest names and all others.
@@ -248,4 +252,4 @@ def find_target(name: str) -> Target:
     names = sorted(TARGETS)
     near = difflib.get_close_matches(name, [*names, *(entry.removeprefix("jetson-") for entry in names)], n=1)
     hint = f"did you mean {near[0]}?" if near else "choose one of these"
-    raise TargetError(f"--target: expected one of {', '.join(names)}, got {name!r}; {hint}")
+    raise TargetError(f"{option}: expected one of {', '.join(names)}, got {name!r}; {hint}")

@@ -38,7 +38,7 @@ class Model:
     decoder: Dimensions
     vision: VisionDimensions | None
     """None where nothing is known of it, or none is wanted."""
-    pictures: PictureProcessing | None = None
+    pictures: PictureProcessing
     """How many visual tokens a picture has."""
 
 

@@ -44,8 +44,8 @@ class Rates:
 class Efficiency:
     """How much of a device's rates a runtime gets out of it."""
 
-    plateau: dict[WeightFormat, float]
-    """Share of the peak that a product with very many rows reaches, by the format of its weights."""
+    plateau: float
+    """Share of the peak that a product with very many rows reaches, whatever the format of its weights."""
     rows_for_half: float
     """Rows at which a product reaches half of its plateau."""
     attention: float
@@ -105,7 +105,7 @@ def graph_time(work: Work, *, formats: Formats, rates: Rates, efficiency: Effici
     """Return the time of one run of a graph by this module's formulas."""
     bandwidth = rates.bandwidth * efficiency.bandwidth
     pairs = [
-        (_product_compute(part, formats, rates, efficiency), _product_bytes(part, formats) / bandwidth)
+        (_product_compute(part, rates, efficiency), _product_bytes(part, formats) / bandwidth)
         for part in work.products
     ]
     pairs += [
@@ -126,9 +126,8 @@ def graph_time(work: Work, *, formats: Formats, rates: Rates, efficiency: Effici
     )
 
 
-def _product_compute(part: Product, formats: Formats, rates: Rates, efficiency: Efficiency) -> float:
-    weights = formats.other if part.weights == "none" else formats.of(part.weights)
-    share = efficiency.plateau[weights]
+def _product_compute(part: Product, rates: Rates, efficiency: Efficiency) -> float:
+    share = efficiency.plateau
     if part.rows >= _VECTOR_ROWS:
         share *= part.rows / (part.rows + efficiency.rows_for_half)
     return part.flops / (rates.flops * share)

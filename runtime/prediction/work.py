@@ -55,7 +55,7 @@ def graph_work(manifest: Manifest, graph: GraphSpec, profile: Profile) -> GraphW
 
 def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
     """Return the products of one run of ``graph``, with sizes that the graph fixes taken from its inputs."""
-    sizes = {**_fixed_sizes(graph), **profile.sizes}
+    sizes = {**fixed_sizes(graph), **profile.sizes}
     decoder = manifest.dimensions
     if graph.role in ("prefix", "segment", "suffix"):
         return range_work(decoder, num_layers=graph.num_layers, rows=sizes["S"], past=sizes["C"])
@@ -93,7 +93,7 @@ def stage_flops(manifest: Manifest) -> tuple[float, ...]:
     return tuple(share * rows for rows in entering)
 
 
-def _fixed_sizes(graph: GraphSpec) -> dict[str, int]:
+def fixed_sizes(graph: GraphSpec) -> dict[str, int]:
     """Return the sizes of axes that are numbers in the graph because all profiles have the same."""
     names = {
         "hidden_states": {1: "S"},

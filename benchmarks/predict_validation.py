@@ -1,0 +1,259 @@
+"""How far predictions are from measured times: fits the efficiencies, and leaves figures out to see.
+
+    python benchmarks/predict_validation.py          # published figures, each with its error, and the fitted constants
+    python benchmarks/predict_validation.py --cpu    # the same for decoder layers that are measured here, ONNX Runtime
+
+``published_figures.json`` has the figures with their sources and conditions. Efficiencies are fitted per kind of device to
+the logarithms of the times. The error of a figure is that of a fit which saw no figure of the same decoder; further
+columns leave out the device, or the source. ``--cpu`` leaves out a whole hidden size at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from trio_edge.runtime.manifest import Dimensions, VisionDimensions
+from trio_edge.runtime.prediction.counting import Work, head_work, range_work, vision_work
+from trio_edge.runtime.prediction.shapes import MODELS
+from trio_edge.runtime.prediction.speed import Efficiency, Formats, Rates, graph_time
+from trio_edge.runtime.targets import TARGETS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+FIGURES = Path(__file__).parent / "published_figures.json"
+KINDS = {"jetson": "Jetson Orin", "rtx": "GeForce RTX"}
+ASSUMED_RATES = {
+    ("edge-llm-0.10", "jetson-orin-nx-16"): Rates(flops=19.2e12, bandwidth=102.4e9),
+    ("edge-llm-0.10", "jetson-orin-nano-8"): Rates(flops=10.2e12, bandwidth=68e9),
+}
+"""Where a page does not state the power mode and its figures fit another one than the table's: the NX in Super mode
+(8 SMs at 1.173 GHz), the Nano without it (0.625 GHz, 68 GB/s). Assumed, not known."""
+RANGES = {
+    "plateau": (0.6, 0.05, 1.2),
+    "rows_for_half": (30.0, 0.1, 400.0),
+    "attention": (0.4, 0.05, 1.0),
+    "bandwidth": (0.8, 0.3, 1.2),
+    "launch_s": (5e-6, 1e-7, 1e-3),
+    "score_passes": (2.0, 0.1, 20.0),
+}
+"""Of each fitted value: where the search starts, the least and the most."""
+GPU_VALUES = ("plateau", "rows_for_half", "attention", "bandwidth", "launch_s")
+CPU_VALUES = (*GPU_VALUES, "score_passes")
+CPU_RUNS = ((64, 0), (128, 0), (256, 0), (512, 0), (1024, 0), (1, 256), (1, 1024), (1, 2944))
+"""New rows and rows of the cache of the layers that are measured."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One published time."""
+
+    source: str
+    device: str
+    model: str
+    decoder: str
+    format: str
+    what: str
+    tokens: int
+    ms: float
+
+    @property
+    def kind(self) -> str:
+        return self.device.split("-")[0]
+
+    @property
+    def rates(self) -> Rates:
+        target = TARGETS[self.device]
+        known = Rates(flops=target.fp16_flops, bandwidth=target.bandwidth_bytes_per_s)
+        return ASSUMED_RATES.get((self.source, self.device), known)
+
+
+def read_figures() -> tuple[list[Figure], dict[str, Any]]:
+    """Return the figures, and what the file says beside them."""
+    values = json.loads(FIGURES.read_text(encoding="utf-8"))
+    figures = [Figure(**{"decoder": entry["model"], **entry}) for entry in values.pop("figures")]
+    values["work"] = functools.cache(lambda figure: _work(figure, values))
+    return figures, values
+
+
+def predicted_ms(figure: Figure, efficiency: Efficiency, known: dict[str, Any]) -> float:
+    """Return the predicted time of a figure."""
+    formats = Formats(layer=figure.format, other="float16")  # type: ignore[arg-type]
+    times = [
+        graph_time(part, formats=formats, rates=figure.rates, efficiency=efficiency)
+        for part in known["work"](figure)
+    ]
+    return 1e3 * sum(time.seconds for time in times)
+
+
+def _work(figure: Figure, known: dict[str, Any]) -> list[Work]:
+    if figure.what == "vision":
+        return [_vision(figure, known)]
+    decoder = Dimensions(**dict(zip(_DIMENSIONS, known["decoders"][figure.decoder])))
+    rows, past = (1, figure.tokens) if figure.what == "decode" else (figure.tokens, 0)
+    return [range_work(decoder, num_layers=decoder.num_layers, rows=rows, past=past), head_work(decoder)]
+
+
+_DIMENSIONS = (
+    "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size", "intermediate_size", "vocab_size",
+)  # fmt: skip
+
+
+def _vision(figure: Figure, known: dict[str, Any]) -> Work:
+    if figure.model == "Qwen2.5-VL-7B":
+        tower = MODELS["qwen2.5-vl-7b"].vision
+        assert tower is not None
+    else:
+        tower = VisionDimensions(**known["vision"][figure.model])
+    return vision_work(tower, {"P": 4 * figure.tokens, "N": figure.tokens})
+
+
+def efficiency_of(names: Sequence[str], values: Sequence[float]) -> Efficiency:
+    """Return the efficiencies with fitted logarithms ``values`` of ``names``."""
+    return Efficiency(**dict(zip(names, map(math.exp, values))))
+
+
+def fit(
+    entries: Sequence[Any], predicted: Callable[[Any, Efficiency], float], names: Sequence[str]
+) -> Efficiency:
+    """Return the efficiencies with the least squares of log errors, large ones weighed less."""
+
+    def residuals(values: Any) -> Any:
+        efficiency = efficiency_of(names, values)
+        return np.array([math.log(predicted(entry, efficiency) / entry.ms) for entry in entries])
+
+    start, low, high = np.log([RANGES[name] for name in names]).T
+    result = least_squares(residuals, start, bounds=(low, high), loss="soft_l1", f_scale=0.1)
+    return efficiency_of(names, result.x)
+
+
+def errors_left_out(
+    entries: Sequence[Any],
+    predicted: Callable[[Any, Efficiency], float],
+    names: Sequence[str],
+    same: Callable[[Any], Any],
+) -> dict[Any, float]:
+    """Return for each entry the error of a fit without all that are the ``same``; nothing where none is left."""
+    errors = {}
+    for group in {same(entry) for entry in entries}:
+        rest = [entry for entry in entries if same(entry) != group]
+        if rest:
+            efficiency = fit(rest, predicted, names)
+            errors |= {
+                entry: predicted(entry, efficiency) / entry.ms - 1
+                for entry in entries
+                if same(entry) == group
+            }
+    return errors
+
+
+def spread(errors: Iterable[float]) -> str:
+    """Return the median and the ninth tenth of the errors' sizes."""
+    sizes = sorted(map(abs, errors))
+    if not sizes:
+        return "no figure"
+    tenth = sizes[math.ceil(0.9 * len(sizes)) - 1]
+    return f"{len(sizes)} figures: median {statistics.median(sizes):.1%}, nine in ten within {tenth:.1%}, worst {sizes[-1]:.1%}"
+
+
+def print_published(kind: str) -> None:
+    """Print every published figure of one kind of device."""
+    figures, known = read_figures()
+    chosen = [entry for entry in figures if entry.kind == kind]
+
+    def predicted(figure: Figure, efficiency: Efficiency) -> float:
+        return predicted_ms(figure, efficiency, known)
+
+    efficiency = fit(chosen, predicted, GPU_VALUES)
+    left_out = {
+        name: errors_left_out(chosen, predicted, GPU_VALUES, lambda entry, name=name: getattr(entry, name))
+        for name in ("decoder", "device", "source")
+    }
+    print(f"\n## {KINDS[kind]}\n\n{efficiency}\n")
+    print("| source | device | model | weights | what | tokens | published ms | predicted | fitted | without its decoder"
+          " | without its device | without its source |\n|---|---|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for entry in chosen:
+        ms = predicted(entry, efficiency)
+        errors = [ms / entry.ms - 1, *(errors.get(entry, math.nan) for errors in left_out.values())]
+        cells = ["" if math.isnan(error) else f"{error:+.0%}" for error in errors]
+        print(f"| {entry.source} | {entry.device} | {entry.model} | {entry.format} | {entry.what} | {entry.tokens} |"
+              f" {entry.ms:.1f} | {ms:.1f} | {' | '.join(cells)} |")  # fmt: skip
+    print()
+    for name, errors in left_out.items():
+        print(f"without its {name}: {spread(errors.values())}")
+        for what in ("prefill", "decode", "vision"):
+            print(f"    {what}: {spread(error for entry, error in errors.items() if entry.what == what)}")
+    for source, facts in known["sources"].items():
+        print(f"{source}: {facts['title']}, {facts['url']} ({facts['conditions']})")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One time of this CPU."""
+
+    hidden: int
+    rows: int
+    past: int
+    ms: float
+
+
+def print_cpu(hidden_sizes: Sequence[int]) -> None:
+    """Measure decoder layers of several sizes in ONNX Runtime on one thread, and print each with its error."""
+    from layer_graphs import LayerGraphs, dimensions, measured_rates, median_seconds
+
+    rates = measured_rates()
+    entries = []
+    for hidden in hidden_sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            graphs = LayerGraphs(hidden, Path(folder))
+            session = graphs.range_session()
+            for rows, past in CPU_RUNS:
+                feeds = graphs.range_feeds(rows=rows, past=past)
+                seconds = median_seconds(lambda: session.run(None, feeds))  # noqa: B023
+                entries.append(Measured(hidden, rows, past, 1e3 * seconds))
+    formats = Formats(layer="float32", other="float32", bytes_per_element=4)
+
+    def predicted(entry: Measured, efficiency: Efficiency) -> float:
+        work = range_work(dimensions(entry.hidden), num_layers=1, rows=entry.rows, past=entry.past)
+        return 1e3 * graph_time(work, formats=formats, rates=rates, efficiency=efficiency).seconds
+
+    efficiency = fit(entries, predicted, CPU_VALUES)
+    errors = errors_left_out(entries, predicted, CPU_VALUES, lambda entry: entry.hidden)
+    print(f"{rates}\n{efficiency}\n")
+    print(
+        "| hidden | rows | cache | measured ms | predicted | fitted | without its hidden size |\n|---|---|---|---|---|---|---|"
+    )
+    for entry in entries:
+        ms = predicted(entry, efficiency)
+        print(f"| {entry.hidden} | {entry.rows} | {entry.past} | {entry.ms:.2f} | {ms:.2f} | {ms / entry.ms - 1:+.0%} |"
+              f" {errors[entry]:+.0%} |")  # fmt: skip
+    print(f"\nwithout its hidden size: {spread(errors.values())}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cpu", action="store_true", help="measure decoder layers here instead")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 2048, 4096], help="sizes for --cpu")
+    options = parser.parse_args()
+    if options.cpu:
+        print_cpu(options.hidden)
+        return
+    for kind in KINDS:
+        print_published(kind)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""``trio-profile --predict``: the options, and what they print; ``runtime.cli_profile`` attaches them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.errors import TargetError
+from trio_edge.runtime.prediction.answer import PRECISIONS
+from trio_edge.runtime.prediction.plan import plan_for
+from trio_edge.runtime.prediction.printing import print_prediction, print_sweep, print_wish, summary_of
+from trio_edge.runtime.prediction.sweep import choose, parse_size, parse_sweep, parse_wish, sweep
+from trio_edge.runtime.targets import TARGETS, find_target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from trio_edge.runtime.prediction.answer import Precision
+    from trio_edge.runtime.targets import Target
+
+_WISHED_AXES = "keep,image-size,dtype"
+_OPTIONS = (
+    click.option(
+        "--predict",
+        metavar="DEVICE",
+        help="Predict the times on a device that is not at hand, measure nothing; names with commas, or all.",
+    ),
+    click.option("--model", metavar="NAME", help="With --predict: a released model instead of a bundle."),
+    click.option("--keep", metavar="PERCENT", help="With --predict: another average keep than the bundle's."),
+    click.option(
+        "--image-size", metavar="WxH", help="With --predict: another picture than the bundle's largest."
+    ),
+    click.option("--dtype", type=click.Choice(PRECISIONS), help="With --predict: of the decoder's weights."),
+    click.option(
+        "--text", type=click.IntRange(1), default=40, show_default=True, help="With --predict: text tokens."
+    ),
+    click.option(
+        "--sweep",
+        metavar="AXES",
+        help="With --predict: every combination of keep, image-size, dtype, as keep=33.3%/11.1%,dtype.",
+    ),
+    click.option(
+        "--want",
+        metavar="METRIC=NUMBER",
+        help="With --predict: what is needed for answers-per-second, tokens-per-second or ttft-ms.",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictOptions:
+    """What the options say."""
+
+    predict: str | None
+    model: str | None
+    keep: str | None
+    image_size: str | None
+    dtype: Precision | None
+    text: int
+    sweep: str | None
+    want: str | None
+
+    def check_unused(self) -> None:
+        """Raise TargetError if an option that only goes with --predict is there without it."""
+        for name in ("model", "keep", "image_size", "dtype", "sweep", "want"):
+            if getattr(self, name) is not None:
+                raise TargetError(
+                    f"--{name.replace('_', '-')}: expected --predict DEVICE beside it, got none; add --predict, or"
+                    " leave it away"
+                )
+
+
+def predict_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` with the options of ``PredictOptions``, which it receives by their names."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def run_prediction(
+    options: PredictOptions, *, bundle: Path | None, num_new: int, print_json: bool = False
+) -> dict[str, Any]:
+    """Print what ``options`` ask for, and return it as JSON types.
+
+    Args:
+        options: With ``predict``.
+        bundle: Folder of a bundle, unless a model is named.
+        num_new: Tokens of each answer.
+        print_json: Print the result instead of tables.
+
+    Raises:
+        TargetError: If a name, a sweep or a wish cannot be read, or no setting meets the wish.
+        TrioEdgeError: If the bundle cannot be read, or cannot be shaped as wished.
+    """
+    if (bundle is None) == (options.model is None):
+        raise TargetError("--predict: expected a BUNDLE or --model NAME, got both or none; give one of them")
+    targets = _targets(options.predict or "")
+    plan = plan_for(
+        manifest=None if bundle is None else open_bundle(bundle).manifest,
+        model=options.model,
+        keep=options.keep,
+        picture=None if options.image_size is None else parse_size(options.image_size),
+        precision=options.dtype,
+        num_text=options.text,
+        num_new=num_new,
+    )
+    wish = None if options.want is None else parse_wish(options.want)
+    axes = options.sweep or (_WISHED_AXES if wish else None)
+    found = sweep(plan, {} if axes is None else parse_sweep(axes), targets)
+    console = Console(quiet=print_json)
+    if axes is None:
+        for one, prediction in found:
+            print_prediction(console, one, prediction)
+    else:
+        print_sweep(console, found)
+    result: dict[str, Any] = {"prediction": True, "found": [summary_of(*entry) for entry in found]}
+    if wish is not None:
+        chosen = [choose([entry for entry in found if entry[1].target == target], wish) for target in targets]
+        for one, prediction in chosen:
+            print_wish(console, wish, one, prediction)
+        result["chosen"] = [summary_of(*entry) for entry in chosen]
+    if print_json:
+        click.echo(json.dumps(result, indent=1))
+    return result
+
+
+def _targets(text: str) -> list[Target]:
+    if text.strip() == "all":
+        return list(TARGETS.values())
+    return [find_target(name.strip(), option="--predict") for name in text.split(",")]

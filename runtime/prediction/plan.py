@@ -1,0 +1,148 @@
+"""What a prediction is asked for: a bundle or a released model, how much is kept, the picture, the precision.
+
+A bundle's own schedule and shapes are taken unless another keep, picture or precision is wished, which is then predicted
+"as if exported so".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.prediction.answer import Precision, Setting
+from trio_edge.runtime.prediction.shapes import find_model, model_of
+from trio_edge.runtime.prediction.work import fixed_sizes, reduce_flops, stage_flops, vision_flops
+from trio_edge.runtime.schedule import Schedule
+
+if TYPE_CHECKING:
+    from trio_edge.runtime.manifest import Manifest
+    from trio_edge.runtime.prediction.shapes import Model
+
+KEEP_ALL = "100%"
+USUAL_PICTURE = (672, 672)
+"""Width and height of a picture for a released model, where none is wished."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One combination of what can be wished."""
+
+    model: Model
+    manifest: Manifest | None
+    """Of the bundle; None for a released model by name."""
+    keep: str | None
+    """Average keep as ``11.1%``; None for the bundle's own schedule."""
+    picture: tuple[int, int] | None
+    """Width and height; None for the bundle's largest shapes."""
+    precision: Precision
+    num_text: int
+    num_new: int
+
+    def described(self) -> str:
+        """Return the wishes in words."""
+        keep = "the bundle's schedule" if self.keep is None else f"keep {self.keep}"
+        picture = "its largest picture" if self.picture is None else "{}x{}".format(*self.picture)
+        return f"{keep}, {picture}, {self.precision}"
+
+    def setting(self) -> Setting:
+        """Return the sizes that follow.
+
+        Raises:
+            ScheduleError: If the model cannot keep so little.
+            ImageError: If the picture cannot be processed.
+        """
+        sizes = self._sizes()
+        entering = None if self.manifest is None else self.manifest.token_keep
+        schedule = self._schedule(sizes["N"] if entering is None else min(entering, sizes["N"]))
+        setting = Setting(
+            model=self.model,
+            schedule=schedule,
+            sizes=sizes,
+            num_text=self.num_text,
+            num_new=self.num_new,
+            precision=self.precision,
+            entering=entering,
+        )
+        if self.manifest is None:
+            return setting
+        return dataclasses.replace(setting, **_from_cost(self.manifest, setting, own=self.keep is None))
+
+    def _sizes(self) -> dict[str, int]:
+        if self.picture is not None or self.manifest is None:
+            return self.model.pictures.sizes(*(self.picture or USUAL_PICTURE))
+        graph = self.manifest.graph("vision")
+        return {**fixed_sizes(graph), **graph.profiles[-1].sizes}
+
+    def _schedule(self, num_visual: int) -> Schedule:
+        if self.keep is None:
+            return Schedule() if self.manifest is None else self.manifest.schedule
+        # Arithmetic without torch, and the exporter's own: a prediction must not choose other stages than it would.
+        from trio_edge.trio.schedule import parse_keep, schedule_for_keep
+
+        average = parse_keep(self.keep)
+        return schedule_for_keep(average, num_layers=self.model.decoder.num_layers, num_visual=num_visual)
+
+
+def plan_for(
+    *,
+    manifest: Manifest | None = None,
+    model: str | None = None,
+    keep: str | None = None,
+    picture: tuple[int, int] | None = None,
+    precision: Precision | None = None,
+    num_text: int = 40,
+    num_new: int = 16,
+) -> Plan:
+    """Return the plan for a bundle's manifest or a model's name.
+
+    Args:
+        manifest: Of a bundle.
+        model: Alias of a released model, where there is no bundle.
+        keep: As ``11.1%``; the bundle's own schedule, or everything for a model, by default.
+        picture: Width and height.
+        precision: The bundle's own, or float16, by default.
+        num_text: Text tokens of the prompt.
+        num_new: Tokens of the answer.
+
+    Raises:
+        TargetError: If no model is called so.
+        ScheduleError: If a number of tokens is not positive.
+    """
+    for name, value in (("--text", num_text), ("--new-tokens", num_new)):
+        if value < 1:
+            raise ScheduleError(f"{name}: expected at least 1 token, got {value}; raise it")
+    if manifest is None:
+        known, keep, picture = find_model(model or ""), keep or KEEP_ALL, picture or USUAL_PICTURE
+    else:
+        known = model_of(manifest)
+    return Plan(
+        model=known,
+        manifest=manifest,
+        keep=keep,
+        picture=picture,
+        precision=precision or _precision_of(manifest),
+        num_text=num_text,
+        num_new=num_new,
+    )
+
+
+def _precision_of(manifest: Manifest | None) -> Precision:
+    """Return the precision of the first layers; float32, which no device here is rated for, counts as float16."""
+    quantization = None if manifest is None else getattr(manifest, "quantization", None)
+    formats = {} if quantization is None else quantization.formats
+    precision: Precision = formats.get("prefix", formats.get("segments", "float16"))
+    return precision
+
+
+def _from_cost(manifest: Manifest, setting: Setting, *, own: bool) -> dict[str, Any]:
+    """Return the FLOPs that only the manifest's ``cost`` knows."""
+    num_visual, more = setting.sizes["N"], dict[str, Any]()
+    if manifest.vision is None:
+        more["vision_flops"] = vision_flops(manifest, num_visual=num_visual)
+    if manifest.token_method is not None:
+        more["reduce_flops"] = reduce_flops(manifest, num_visual=num_visual)
+    if own and manifest.schedule.method != "trio":
+        more["select_flops"] = stage_flops(manifest)
+    return more

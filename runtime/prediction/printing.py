@@ -1,0 +1,141 @@
+"""Predictions as tables for people and as JSON types for programs; both say that nothing was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from trio_edge.runtime.prediction.efficiency import fitted_for
+from trio_edge.runtime.prediction.sweep import metric_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from trio_edge.runtime.prediction.answer import Prediction
+    from trio_edge.runtime.prediction.plan import Plan
+    from trio_edge.runtime.prediction.sweep import Wish
+
+GIB = 1 << 30
+NOTE = "PREDICTED, nothing was measured: counted work, the device's rates and efficiencies of tuned runtimes"
+
+
+def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
+    """Return a prediction as JSON types; milliseconds, bytes, and errors as fractions."""
+    setting, fitted, memory = prediction.setting, fitted_for(prediction.target), prediction.memory
+    return {
+        "device": prediction.target.name,
+        "model": setting.model.name,
+        "keep": plan.keep,
+        "picture": None if plan.picture is None else list(plan.picture),
+        "precision": setting.precision,
+        "visual_tokens": list(setting.visual_rows),
+        "stages": [{"layer": stage.layer, "keep": stage.keep} for stage in setting.schedule.stages],
+        "text_tokens": setting.num_text,
+        "new_tokens": setting.num_new,
+        "ttft_ms": 1e3 * prediction.seconds("prefill"),
+        "ttft_ms_unfused_attention": 1e3 * (prediction.seconds("prefill") + prediction.unfused_seconds),
+        "ms_per_token": 1e3 * prediction.seconds("decode"),
+        "answer_ms": 1e3 * prediction.answer_seconds,
+        "memory": {
+            "weights": memory.weights,
+            "kv_caches": memory.kv_caches,
+            "activations": memory.activations,
+            "usable": memory.usable,
+            "fits": memory.fits,
+        },
+        "error": {
+            "num_figures": fitted.num_figures,
+            "new_model": dataclasses.asdict(fitted.new_model),
+            "new_runtime": dataclasses.asdict(fitted.new_runtime),
+            "device_validated": prediction.target.name in fitted.devices,
+        },
+        "graphs": [
+            {
+                "name": timed.run.name,
+                "phase": timed.run.phase,
+                "flops": timed.run.work.flops,
+                "milliseconds": 1e3 * timed.time.seconds,
+                "bound": timed.time.bound,
+            }
+            for timed in prediction.runs
+        ],
+    }
+
+
+def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> None:
+    """Print the time of every graph, and what they come to."""
+    setting, target = prediction.setting, prediction.target
+    table = Table("graph", "phase", "GFLOP", "ms", "bound by", title=f"{setting.model.name} on {target.name}")
+    for timed in prediction.runs:
+        run, time = timed.run, timed.time
+        table.add_row(
+            run.name, run.phase, f"{run.work.flops / 1e9:.1f}", f"{1e3 * time.seconds:.2f}", time.bound
+        )
+    console.print(table)
+    lines = {
+        "setting": f"{plan.described()}: {' > '.join(map(str, setting.visual_rows))} visual tokens,"
+        f" {setting.num_text} text, {setting.num_new} new",
+        "first token": f"{1e3 * prediction.seconds('prefill'):.0f} ms, up to"
+        f" {1e3 * (prediction.seconds('prefill') + prediction.unfused_seconds):.0f} ms if attention is not one kernel",
+        "next tokens": f"{1e3 * prediction.seconds('decode'):.1f} ms each,"
+        f" {metric_of(prediction, 'tokens-per-second'):.1f} a second",
+        "answer": f"{1e3 * prediction.answer_seconds:.0f} ms,"
+        f" {metric_of(prediction, 'answers-per-second'):.2f} a second, without the host's work",
+        "memory": _memory(prediction),
+    }
+    for name, text in lines.items():
+        console.print(f"[bold]{name:12}[/] {text}", highlight=False, soft_wrap=True)
+    _print_note(console, [prediction])
+
+
+def print_sweep(console: Console, found: Sequence[tuple[Plan, Prediction]]) -> None:
+    """Print one line for every combination."""
+    table = Table(
+        "device", "setting", "visual tokens", "first token ms", "ms / token", "answers / s", "memory"
+    )
+    for plan, prediction in found:
+        table.add_row(
+            prediction.target.name,
+            plan.described(),
+            " > ".join(map(str, prediction.setting.visual_rows)),
+            f"{1e3 * prediction.seconds('prefill'):.0f}",
+            f"{1e3 * prediction.seconds('decode'):.1f}",
+            f"{metric_of(prediction, 'answers-per-second'):.2f}",
+            f"{prediction.memory.total / GIB:.1f} GiB" + ("" if prediction.memory.fits else ", too much"),
+        )
+    console.print(table)
+    _print_note(console, [prediction for _, prediction in found])
+
+
+def print_wish(console: Console, wish: Wish, plan: Plan, prediction: Prediction) -> None:
+    """Print the setting that meets a wish."""
+    console.print(
+        f"[bold]{wish.metric} {wish.value:g}[/] on {prediction.target.name}: {plan.described()}"
+        f" ({metric_of(prediction, wish.metric):.3g})",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _memory(prediction: Prediction) -> str:
+    memory = prediction.memory
+    verdict = "fits" if memory.fits else "does NOT fit"
+    return (
+        f"{memory.total / GIB:.1f} GiB ({memory.weights / GIB:.1f} weights, {memory.kv_caches / GIB:.2f} KV caches,"
+        f" {memory.activations / GIB:.2f} activations) of {memory.usable / GIB:.1f}: {verdict}"
+    )
+
+
+def _print_note(console: Console, predictions: Sequence[Prediction]) -> None:
+    """Print the note and, once for each device, its error and the rates that nobody verified."""
+    console.print(f"[bold]{NOTE}.[/]", highlight=False, soft_wrap=True)
+    for target in {prediction.target.name: prediction.target for prediction in predictions}.values():
+        text = f"{target.name}: {fitted_for(target).sentence(target.name)}"
+        doubtful = [name for name in ("bandwidth_bytes_per_s", "fp16_flops") if not target.is_verified(name)]
+        if doubtful:
+            text += "; not verified in the vendor's own output: " + ", ".join(doubtful)
+        console.print(text + ".", highlight=False, soft_wrap=True)

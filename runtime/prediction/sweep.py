@@ -1,0 +1,181 @@
+"""Many predictions: every combination of wished values, and which of them reach a wished speed.
+
+A sweep is written ``keep,image-size,dtype``, with values of one's own behind a sign: ``keep=33.3%/11.1%``. A wish is
+written ``answers-per-second=10``. Settings that lose least come first: more tokens kept, a larger picture, finer weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trio_edge.runtime.errors import ScheduleError, TargetError
+from trio_edge.runtime.prediction.answer import PRECISIONS, Prediction, predict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from trio_edge.runtime.prediction.plan import Plan
+    from trio_edge.runtime.targets import Target
+
+AXES: dict[str, tuple[str, ...]] = {
+    "keep": ("100%", "33.3%", "22.2%", "11.1%"),
+    "image-size": ("1008x1008", "672x672", "336x336"),
+    "dtype": PRECISIONS,
+}
+"""What can be swept, and the values where none are given."""
+METRICS = {"answers-per-second": False, "tokens-per-second": False, "ttft-ms": True}
+"""What can be wished, and whether less is better."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wish:
+    """A speed that is wanted."""
+
+    metric: str
+    value: float
+
+    def met_by(self, prediction: Prediction) -> bool:
+        """Return whether ``prediction`` is as fast, and fits the device."""
+        return prediction.memory.fits and self.shortfall(prediction) <= 1.0
+
+    def shortfall(self, prediction: Prediction) -> float:
+        """Return how many times too slow ``prediction`` is; at most 1 if it is fast enough."""
+        got = metric_of(prediction, self.metric)
+        return got / self.value if METRICS[self.metric] else self.value / got
+
+
+def metric_of(prediction: Prediction, metric: str) -> float:
+    """Return one of ``METRICS``."""
+    if metric == "ttft-ms":
+        return 1e3 * prediction.seconds("prefill")
+    if metric == "tokens-per-second":
+        return 1.0 / prediction.seconds("decode")
+    return 1.0 / prediction.answer_seconds
+
+
+def parse_wish(text: str) -> Wish:
+    """Return the wish written in ``text``.
+
+    Raises:
+        TargetError: If it is not of the form METRIC=NUMBER.
+    """
+    metric, _, number = text.partition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if metric not in METRICS or not 0 < value < math.inf:
+        raise TargetError(
+            f"--want: expected METRIC=NUMBER with one of {', '.join(METRICS)}, got {text!r};"
+            " write it as answers-per-second=10"
+        )
+    return Wish(metric=metric, value=value)
+
+
+def parse_sweep(text: str) -> dict[str, tuple[str, ...]]:
+    """Return the values of each axis that ``text`` names.
+
+    Raises:
+        TargetError: If an axis is unknown, twice there, or has a value that cannot be read.
+    """
+    axes: dict[str, tuple[str, ...]] = {}
+    for part in text.split(","):
+        name, sign, values = part.strip().partition("=")
+        if name not in AXES or name in axes:
+            raise TargetError(
+                f"--sweep: expected each of {', '.join(AXES)} at most once, got {part.strip()!r} in {text!r};"
+                " write it as keep,image-size,dtype or keep=33.3%/11.1%"
+            )
+        axes[name] = tuple(values.split("/")) if sign else AXES[name]
+        for value in axes[name]:
+            changed(name, value)
+    return axes
+
+
+def changed(axis: str, value: str) -> dict[str, Any]:
+    """Return the fields of a plan that ``value`` of ``axis`` sets.
+
+    Raises:
+        TargetError: If the value cannot be read.
+    """
+    if axis == "keep":
+        return {"keep": value}
+    if axis == "image-size":
+        return {"picture": parse_size(value)}
+    if value not in PRECISIONS:
+        raise TargetError(
+            f"dtype: expected one of {', '.join(PRECISIONS)}, got {value!r}; choose one of these"
+        )
+    return {"precision": value}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return width and height written as ``672x672``.
+
+    Raises:
+        TargetError: If the text is not of that form.
+    """
+    match = re.fullmatch("([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+    if match is None:
+        raise TargetError(f"image-size: expected WIDTHxHEIGHT in pixels, got {text!r}; write it as 672x672")
+    return int(match[1]), int(match[2])
+
+
+def sweep(
+    plan: Plan, axes: dict[str, tuple[str, ...]], targets: Sequence[Target]
+) -> list[tuple[Plan, Prediction]]:
+    """Return a prediction for every combination, for all targets; impossible keeps and equal shapes are left out.
+
+    Raises:
+        ScheduleError: If no combination is possible.
+    """
+    found: list[tuple[Plan, Prediction]] = []
+    refused: ScheduleError | None = None
+    for target in targets:
+        seen = set()
+        for one in _plans(plan, axes):
+            try:
+                setting = one.setting()
+            except ScheduleError as error:
+                refused = error
+                continue
+            shape = (tuple(setting.sizes.items()), setting.schedule, setting.precision)
+            if shape not in seen:
+                seen.add(shape)
+                found.append((one, predict(setting, target)))
+    if not found and refused is not None:
+        raise refused
+    return found
+
+
+def _plans(plan: Plan, axes: dict[str, tuple[str, ...]]) -> Iterator[Plan]:
+    for values in itertools.product(*axes.values()):
+        fields: dict[str, Any] = {}
+        for axis, value in zip(axes, values):
+            fields |= changed(axis, value)
+        yield dataclasses.replace(plan, **fields)
+
+
+def choose(found: Sequence[tuple[Plan, Prediction]], wish: Wish) -> tuple[Plan, Prediction]:
+    """Return the first combination that meets ``wish``: the one that loses least.
+
+    Raises:
+        TargetError: If none does; the message has the nearest one.
+    """
+    for plan, prediction in found:
+        if wish.met_by(prediction):
+            return plan, prediction
+    fitting = [entry for entry in found if entry[1].memory.fits] or list(found)
+    plan, prediction = min(fitting, key=lambda entry: wish.shortfall(entry[1]))
+    memory = "" if prediction.memory.fits else ", which does not fit its memory"
+    side = "at most" if METRICS[wish.metric] else "at least"
+    raise TargetError(
+        f"--want: expected a setting with {wish.metric} of {side} {wish.value:g} on {prediction.target.name}, got"
+        f" {metric_of(prediction, wish.metric):.3g} as the nearest of {len(found)} ({plan.described()}{memory});"
+        " sweep more values, ask for fewer --new-tokens, or choose another device"
+    )
