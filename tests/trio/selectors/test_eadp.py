@@ -1,95 +1,18 @@
-"""EADP against plain loops, as a graph on ONNX Runtime, and as a TensorRT engine."""
+"""What only EADP does, and what it refuses; ``test_token_selectors`` compares it with plain loops."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.trio.selectors.token_graph import (
-    CASES,
-    NUM_KEEP,
-    Case,
-    assert_chosen,
-    build_engine,
-    cosine,
-    export_selector,
-    filled,
-    findings,
-    first_best,
-    random_case,
-)
+from tests.reference.token_selectors import cover, importance
+from tests.trio.selectors.token_graph import random_case
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.trio.selectors.eadp import Eadp
-
-
-def scaled(values: dict[int, float]) -> dict[int, float]:
-    low, high = min(values.values(), default=0.0), max(values.values(), default=0.0)
-    return {i: 1.0 if high - low < 1e-6 else (value - low) / (high - low) for i, value in values.items()}
-
-
-def importance(case: Case, *, text_share: float = 0.2, global_share: float = 0.5) -> dict[int, float]:
-    words = range(case.num_text)
-    mean = case.text[: case.num_text].astype(np.float64).sum(0)
-    whole = {i: -cosine(mean, case.tokens[i]) for i in case.shown}
-    single = [{i: -cosine(case.text[t], case.tokens[i]) for i in case.shown} for t in words]
-    entropy = []
-    for t in words:
-        top = max(single[t].values(), default=0.0)
-        mass = {i: math.exp(100 * (value - top)) for i, value in single[t].items()}
-        shares = [value / sum(mass.values()) for value in mass.values()]
-        entropy.append(-sum(p * math.log(p) for p in shares if p > 0))
-    counted = sorted(words, key=lambda t: entropy[t])[: max(1, math.floor(text_share * len(words) + 1e-4))]
-    weights = {t: math.exp(-(entropy[t] - entropy[counted[0]]) / 0.01) for t in counted}
-    total = sum(weights.values())
-    dense = {i: sum(weights[t] / total * single[t][i] for t in counted) for i in case.shown}
-    return scaled({i: global_share * whole[i] + (1 - global_share) * dense[i] for i in case.shown})
-
-
-def cover(case: Case, weights: dict[int, float], num_keep: int) -> list[int]:
-    shown = case.shown
-    similarity = {(i, j): (1 + cosine(case.tokens[i], case.tokens[j])) / 2 for i in shown for j in shown}
-    covered = dict.fromkeys(shown, 0.0)
-    chosen: list[int] = []
-    while len(chosen) < min(num_keep, len(shown)):
-        best = first_best({
-            i: sum(weights[j] * max(0.0, similarity[i, j] - covered[j]) for j in shown)
-            for i in shown if i not in chosen
-        })  # fmt: skip
-        chosen.append(best)
-        covered = {j: max(covered[j], similarity[best, j]) for j in shown}
-    return filled(chosen, case, num_keep)
-
-
-def reference(case: Case, num_keep: int = NUM_KEEP) -> list[int]:
-    return cover(case, {i: value**2 for i, value in importance(case).items()}, num_keep)
-
-
-@pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_selector(Eadp(num_keep=NUM_KEEP), tmp_path_factory.mktemp("eadp") / "eadp.onnx")
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_module_and_graph_choose_what_plain_loops_choose(name: str, graph: Path) -> None:
-    case = CASES[name]
-    assert_chosen(Eadp(num_keep=NUM_KEEP), graph, case, reference(case))
-
-
-@pytest.mark.parametrize("num_keep", [1, 40])
-def test_one_token_and_all_tokens_can_be_kept(num_keep: int) -> None:
-    case = random_case(11, num_visual=38)
-    kept = Eadp(num_keep=num_keep)(case.inputs(torch.float64)).kept_K.tolist()
-    assert kept == reference(case, num_keep)
-
-
-def test_graph_passes_the_static_check_and_tensorrt_builds_it(graph: Path) -> None:
-    assert findings(graph) == []
-    build_engine(graph)
 
 
 def test_importance_on_a_grid_is_smoothed_with_mirrored_edges() -> None:

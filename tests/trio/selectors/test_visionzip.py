@@ -17,7 +17,7 @@ from tests.trio.selectors.token_graph import (
     assert_chosen,
     build_engine,
     cosine,
-    export_selector,
+    export_once,
     filled,
     findings,
     random_case,
@@ -57,9 +57,8 @@ def closest(case: Case, token: int, targets: list[int]) -> int:
 
 
 @pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    selector = VisionZip(num_keep=NUM_KEEP, num_contextual=3)
-    return export_selector(selector, tmp_path_factory.mktemp("visionzip") / "visionzip.onnx")
+def graph() -> Path:
+    return export_once("visionzip", VisionZip(num_keep=NUM_KEEP, num_contextual=3))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tests.shared_folder import made_once
 from trio_edge.export.onnx_graph import dynamic_axes, example_input, save, trace
 from trio_edge.export.tensorrt_check import RELEASES, check_graph
 from trio_edge.runtime.manifest import TensorSpec
@@ -170,8 +172,18 @@ def export_selector(selector: Any, path: Path, *, num_tokens: int | str = "N") -
     return path
 
 
+def export_once(name: str, selector: Any) -> Path:
+    """Return the graph of ``selector`` for several sizes, made by the first of all processes that asks for ``name``."""
+    return made_once(f"{name}.onnx", lambda path: export_selector(selector, path))
+
+
+@functools.cache
+def _session(path: Path) -> Any:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
 def run_graph(path: Path, case: Case) -> list[Array]:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = _session(path)
     feeds = case.feeds()
     used = {value.name for value in session.get_inputs()}
     result: list[Array] = session.run(None, {name: feeds[name] for name in feeds if name in used})
