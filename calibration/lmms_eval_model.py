@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from trio_edge.calibration.answer_cost import processed_tokens
-from trio_edge.runtime.errors import ShapeError
+from trio_edge.runtime.errors import DataError, ShapeError
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -85,14 +85,18 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Refuse: a bundle returns the logits of the last row only."""
-        raise NotImplementedError(f"{NAME}: expected a task of type generate_until, got loglikelihood")
+        """Raise DataError: it takes the logits of every row of an answer, a bundle returns those of its last row."""
+        raise _other_task("loglikelihood")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Refuse: one question a request."""
-        raise NotImplementedError(
-            f"{NAME}: expected a task of type generate_until, got generate_until_multi_round"
-        )
+        """Raise DataError: later rounds ask for all answers and pictures so far, a bundle takes one picture."""
+        raise _other_task("generate_until_multi_round")
+
+
+def _other_task(kind: str) -> DataError:
+    return DataError(
+        f"{NAME}: expected a task of type generate_until, got {kind}, which a bundle cannot answer; choose another task"
+    )
 
 
 def _picture(pictures: Sequence[Any]) -> Image.Image | None:

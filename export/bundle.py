@@ -108,9 +108,9 @@ class ExportOptions:
         for name, value, low in (("max-text", self.max_text, 8), ("max-new-tokens", self.max_new_tokens, 1)):
             if not low <= value <= 1 << 20:
                 raise ScheduleError(f"--{name}: expected {low}..{1 << 20}, got {value}")
-        if not 17 <= self.opset <= 19:
+        if self.opset not in (18, 19):
             raise ScheduleError(
-                f"--opset: expected 17..19, got {self.opset}; TensorRT 10.3 reads no newer one"
+                f"--opset: expected 18 or 19, got {self.opset}; leave it away, or choose one of these"
             )
         if any(not 8 <= bucket <= self.max_text for bucket in self.text_buckets):
             raise ScheduleError(
@@ -233,6 +233,7 @@ def export_bundle(
             num_visual=layout.visual_sizes[-1],
             max_text=options.max_text,
             max_new_tokens=options.max_new_tokens,
+            schedule=schedule,
         )
         if options.target is not None:
             target = find_target(options.target)

@@ -82,7 +82,7 @@ DEFAULT_KEEP = "11.1%"
 @click.option(
     "--dtype", type=click.Choice(["auto", "float16", "float32"]), help="Element type of the graphs."
 )
-@click.option("--opset", type=int, help="ONNX opset, 17..19.")
+@click.option("--opset", type=int, help="ONNX opset, 18 or 19.")
 @click.option(
     "--target", metavar="DEVICE", help="Warn if the bundle cannot fit it: docs/targets.md has the names."
 )

@@ -3,7 +3,7 @@
 Everything else in a decoder comes with transformers' own layers, which the graphs wrap: biases, head sizes that differ
 from ``hidden_size / num_attention_heads``, tied embeddings. Rotary tables are constants of a graph, so RoPE types whose
 frequencies follow the sequence length are exported only where they cannot change; the graphs' causal mask has no
-window, so a sliding window is exported only where it cannot cut anything off.
+window, so a sliding window is exported only where it cannot cut anything off of what a schedule leaves.
 
 | RoPE type                  | exported                                                                |
 |----------------------------|-------------------------------------------------------------------------|
@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.schedule import Schedule
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 HEAD_NAME = "lm_head.weight"
 _FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _GROWING_ROPE_TYPES = ("dynamic", "longrope")
-_LAYER_TYPES = ("full_attention", "sliding_attention")
+_WINDOWED = "sliding_attention"
+_LAYER_TYPES = ("full_attention", _WINDOWED)
 
 
 def check_decoder(text_config: Any, *, folder: Path) -> None:
@@ -86,16 +88,28 @@ def max_positions(text_config: Any) -> int:
     return limit
 
 
-def sliding_window(text_config: Any) -> int | None:
-    """Return how many rows a row of some layer sees at most, or None if every row sees all before it."""
-    layer_types = getattr(text_config, "layer_types", None)
+def sliding_window(text_config: Any) -> tuple[int, int] | None:
+    """Return the first layer whose rows see only so many rows, and how many; None if every row sees all before it."""
+    window, layer_types = (
+        getattr(text_config, "sliding_window", None),
+        getattr(text_config, "layer_types", None),
+    )
+    if window is None:
+        return None
+    if layer_types:
+        return (layer_types.index(_WINDOWED), int(window)) if _WINDOWED in layer_types else None
     # Mistral has no layer types, its window holds for all layers; transformers' Llama ignores the setting.
-    windowed = "sliding_attention" in layer_types if layer_types else text_config.model_type == "mistral"
-    window = getattr(text_config, "sliding_window", None)
-    return int(window) if windowed and window is not None else None
+    return (0, int(window)) if text_config.model_type == "mistral" else None
 
 
-def check_positions(text_config: Any, *, num_visual: int, max_text: int, max_new_tokens: int) -> None:
+def check_positions(
+    text_config: Any,
+    *,
+    num_visual: int,
+    max_text: int,
+    max_new_tokens: int,
+    schedule: Schedule = Schedule(),  # noqa: B008
+) -> None:
     """Raise ScheduleError if the longest sequence does not fit the decoder that ``check_decoder`` accepted.
 
     Args:
@@ -103,6 +117,8 @@ def check_positions(text_config: Any, *, num_visual: int, max_text: int, max_new
         num_visual: Largest number of visual tokens.
         max_text: Largest prompt, in text tokens.
         max_new_tokens: Longest answer.
+        schedule: Decides what reaches the layers with a window, which counts rows, not positions. A stage in front of
+            such a layer probes it with the rows that it had before.
     """
     needed = num_visual + max_text + max_new_tokens
     parts = f"{needed} = {num_visual} visual + {max_text} text + {max_new_tokens} new"
@@ -117,11 +133,19 @@ def check_positions(text_config: Any, *, num_visual: int, max_text: int, max_new
             f"sequence: expected at most {limit} positions ({reason}), got {parts};"
             " lower --max-text or --max-new-tokens"
         )
-    window = sliding_window(text_config)
-    if window is not None and needed > window:
+    windowed = sliding_window(text_config)
+    if windowed is None:
+        return
+    layer, window = windowed
+    left = schedule.tokens_per_layer(num_layers=int(text_config.num_hidden_layers), num_visual=num_visual)[
+        max(layer - 1, 0)
+    ]
+    needed = left + max_text + max_new_tokens
+    if needed > window:
         raise ScheduleError(
-            f"sequence: expected at most {window} positions (the model's sliding window), got {parts};"
-            " lower --max-text or --max-new-tokens"
+            f"sequence: expected at most {window} positions (the model's sliding window), got"
+            f" {needed} = {left} visual + {max_text} text + {max_new_tokens} new in front of layer {layer};"
+            " lower --max-text or --max-new-tokens, or reduce earlier"
         )
 
 

@@ -34,6 +34,11 @@ _TORCH_FROM_DTYPE = {
     "int64": torch.int64,
 }
 _IR_FROM_DTYPE = {"float32": "FLOAT", "float16": "FLOAT16", "int32": "INT32", "int64": "INT64"}
+# torch 2.13 warns of equal axis names, through copyreg on some releases, and logs for each trace which operators of
+# torchvision it leaves out when that is not installed; none of it concerns the graph.
+_TRACING_LOG = "torch.onnx._internal.exporter._registration"
+# onnx_ir 0.1 logs every constant that it cannot merge with another because it is an output.
+_OPTIMIZER_LOG = "onnx_ir.passes.common.initializer_deduplication"
 # Sizes that symbols get while tracing. All differ and none is 0 or 1, so that torch.export merges and fixes nothing.
 _TRACE_BASE = {"B": 3, "C": 11}
 
@@ -68,7 +73,8 @@ def trace(
     opset: int,
 ) -> ir.Model:
     """Return ``module`` as an ONNX model whose I/O tensors carry the names and shapes of ``inputs`` and ``outputs``."""
-    with _quiet(), torch.no_grad():
+    with _errors_only(_TRACING_LOG), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module.eval(),
             args,
@@ -87,19 +93,13 @@ def trace(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back what torch.onnx says of itself.
-
-    torch 2.13 warns of equal axis names, through copyreg on some releases, and logs for each trace which operators of
-    torchvision it leaves out when that is not installed; none of it concerns the graph.
-    """
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+def _errors_only(log: str) -> Iterator[None]:
+    """Hold back what the logger ``log`` says below its errors."""
+    logger = logging.getLogger(log)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         logger.setLevel(level)
 
@@ -155,12 +155,13 @@ def _never_weights(node: ir.Node) -> bool | None:
 
 def save(model: ir.Model, path: Path) -> None:
     """Optimize ``model`` with small folding limits and write it; external data stays where it is."""
-    optimizer.optimize_ir(
-        model,
-        input_size_limit=_FOLD_INPUT_SIZE,
-        output_size_limit=_FOLD_OUTPUT_SIZE,
-        should_fold=_never_weights,
-    )
+    with _errors_only(_OPTIMIZER_LOG):
+        optimizer.optimize_ir(
+            model,
+            input_size_limit=_FOLD_INPUT_SIZE,
+            output_size_limit=_FOLD_OUTPUT_SIZE,
+            should_fold=_never_weights,
+        )
     model.producer_name, model.producer_version = "trio-edge", None
     # Traces carry source paths and stacks of this machine, in loops' bodies too: none of a bundle's business.
     for node in ir.traversal.RecursiveGraphIterator(model.graph):

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from trio_edge.export.decoder_config import check_decoder, check_positions, max_positions, sliding_window
 from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.schedule import Schedule, Stage
 
 FOLDER = Path("checkpoint")
 LONG_FACTORS = {"short_factor": [1.5] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 100}
@@ -101,7 +102,7 @@ def test_decoder_that_graphs_cannot_express_is_refused(config: Any, message: str
 @pytest.mark.parametrize(
     ("config", "window"),
     [
-        (MistralConfig(), 4096),
+        (MistralConfig(), (0, 4096)),
         (MistralConfig(sliding_window=None), None),
         (llama(sliding_window=50), None),  # transformers' Llama knows no window
         (Qwen2Config(sliding_window=50), None),
@@ -111,13 +112,13 @@ def test_decoder_that_graphs_cannot_express_is_refused(config: Any, message: str
         ),
         (
             Qwen2Config(sliding_window=50, use_sliding_window=True, num_hidden_layers=4, max_window_layers=3),
-            50,
+            (3, 50),
         ),
         (Qwen2_5_VLConfig().text_config, None),
     ],
     ids=["mistral", "mistral_none", "llama", "qwen2_off", "qwen2_no_layer", "qwen2_last_layer", "qwen2_5_vl"],
 )
-def test_window_is_that_of_some_layer(config: Any, window: int | None) -> None:
+def test_window_is_that_of_the_first_layer_with_one(config: Any, window: tuple[int, int] | None) -> None:
     assert sliding_window(config) == window
 
 
@@ -126,6 +127,38 @@ def test_window_may_hold_the_whole_sequence_but_not_less() -> None:
     check_positions(config, num_visual=70, max_text=20, max_new_tokens=10)
     with pytest.raises(ScheduleError, match=r"at most 100 positions \(the model's sliding window\), got 101"):
         check_positions(config, num_visual=71, max_text=20, max_new_tokens=10)
+
+
+@pytest.mark.parametrize(
+    ("layer", "fits"),
+    [(1, True), (2, True), (3, False)],
+    ids=["early", "just_before", "at_the_windowed_layer"],
+)
+def test_window_counts_the_rows_that_a_schedule_leaves_in_front_of_its_layer(layer: int, fits: bool) -> None:
+    """Also a stage at the first such layer: its probe runs the layer on all rows."""
+    config = Qwen2Config(
+        sliding_window=100, use_sliding_window=True, num_hidden_layers=5, max_window_layers=3
+    )
+    sizes = {"num_visual": 500, "max_text": 20, "max_new_tokens": 10}
+    schedule = Schedule(stages=(Stage(layer=layer, keep=70),))
+    if fits:
+        check_positions(config, **sizes, schedule=schedule)
+        schedule = Schedule(stages=(Stage(layer=layer, keep=71),))
+    got = "101 = 71 visual" if fits else "530 = 500 visual"
+    with pytest.raises(ScheduleError, match=rf"sliding window\), got {got} .* in front of layer 3"):
+        check_positions(config, **sizes, schedule=schedule)
+
+
+def test_window_of_every_layer_has_to_hold_all_tokens_whatever_the_schedule() -> None:
+    config = MistralConfig(sliding_window=100)
+    with pytest.raises(ScheduleError, match=r"got 101 = 71 visual"):
+        check_positions(
+            config,
+            num_visual=71,
+            max_text=20,
+            max_new_tokens=10,
+            schedule=Schedule(stages=(Stage(layer=1, keep=5),)),
+        )
 
 
 def test_multimodal_rope_of_qwen_is_accepted() -> None:
