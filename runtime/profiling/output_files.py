@@ -1,0 +1,59 @@
+"""Files that a profile writes: checked before anything is measured, and there completely or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from trio_edge.runtime.errors import DataError
+
+
+def check_output(option: str, path: Path) -> None:
+    """Raise DataError unless a file can be written at ``path``; nothing stays there.
+
+    Args:
+        option: Its name on the command line.
+        path: The file; one that exists will be replaced.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise DataError(f"{option}: expected a file in an existing folder, got {path}; create the folder")
+    try:
+        _new_file_beside(path).unlink()
+    except OSError as error:
+        raise DataError(
+            f"{option} {path}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
+
+
+def write_output(option: str, path: Path, content: bytes) -> None:
+    """Write ``content`` beside ``path`` and rename it.
+
+    Args:
+        option: Its name on the command line.
+        path: The file.
+        content: All of it.
+
+    Raises:
+        DataError: If it cannot be written; what was there stays.
+    """
+    partial = None
+    try:
+        partial = _new_file_beside(path)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"{option} {path}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+
+
+def _new_file_beside(path: Path) -> Path:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
+    os.close(handle)
+    partial = Path(name)
+    partial.chmod(0o644)  # mkstemp makes it private; a report is an ordinary file
+    return partial

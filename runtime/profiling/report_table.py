@@ -1,0 +1,140 @@
+"""A profile as tables on the terminal."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from trio_edge.runtime.profiling.distribution import Distribution
+    from trio_edge.runtime.profiling.report import BundleProfile, Comparison, Report
+
+_LEAST_WIDTH = 130  # where the output is no terminal
+_SHOWN_LAYERS = 10
+
+
+def print_profile(report: Report) -> None:
+    """Print the report to standard output."""
+    console = Console(width=max(shutil.get_terminal_size().columns, _LEAST_WIDTH))
+    for line in _heading(report):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(_summary_table(report))
+    for comparison in report.comparisons:
+        console.print(_comparison_table(comparison))
+    for bundle in report.bundles:
+        console.print(_graph_table(bundle))
+        console.print(_memory_line(bundle), highlight=False, soft_wrap=True)
+        if bundle.layers:
+            console.print(_layer_table(bundle))
+    for line in report.conditions.missing:
+        console.print(f"not measured: {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _heading(report: Report) -> list[str]:
+    device, conditions = report.device, report.conditions
+    lines = [
+        f"{device.name}, {device.cores} cores{f', {device.gpu}' if device.gpu else ''}; {conditions.backend},"
+        f" graphs timed by {conditions.clock}"
+        + (f"; power mode {conditions.power_mode}" if conditions.power_mode else ""),
+        (
+            f"{conditions.runs} runs in turns ({conditions.stopped}) after {conditions.warm_up} to warm up;"
+            f" {conditions.picture}, {conditions.new_tokens} new tokens"
+        ),
+    ]
+    if report.ceilings is not None:
+        ceilings = report.ceilings
+        lines.append(
+            f"reached on the spot: {ceilings.flops_per_s / 1e9:.1f} GFLOP/s ({ceilings.matmul}),"
+            f" {ceilings.bytes_per_s / 1e9:.1f} GB/s (copy of {ceilings.copy})"
+        )
+    return lines
+
+
+def _summary_table(report: Report) -> Table:
+    table = Table(
+        "bundle", "tokens in", "processed", "first token ms", "p95", "p99", "token ms", "tokens/s", "first load ms",
+        "J per answer",
+    )  # fmt: skip
+    for bundle in report.bundles:
+        table.add_row(
+            escape(bundle.label),
+            str(bundle.visual_tokens),
+            f"{bundle.processed_tokens:.1f}",
+            with_interval(bundle.ttft_ms),
+            f"{bundle.ttft_ms.p95:.2f}",
+            f"{bundle.ttft_ms.p99:.2f}",
+            "-" if bundle.token_ms is None else f"{bundle.token_ms.p50:.2f}",
+            "-" if bundle.tokens_per_s is None else f"{bundle.tokens_per_s:.1f}",
+            f"{bundle.load.open_ms + bundle.load.graphs_ms:.0f}",
+            ", ".join(f"{escape(where)} {value:.3g}" for where, value in bundle.energy_j.items()) or "-",
+        )
+    return table
+
+
+def with_interval(values: Distribution) -> str:
+    """Return the median and its interval: ``25.31 (25.10 – 25.52)``."""
+    low, high = values.interval_95
+    return f"{values.p50:.2f} ({low:.2f} – {high:.2f})"
+
+
+def _comparison_table(comparison: Comparison) -> Table:
+    table = Table(
+        "quantity", "ratio", "95 %", title=escape(f"{comparison.label} over {comparison.reference}")
+    )
+    for name, ratio in comparison.ratios.items():
+        low, high = ratio.interval_95
+        table.add_row(name, f"{ratio.value:.3f}", f"{low:.3f} – {high:.3f}")
+    for name, value in comparison.sizes.items():
+        table.add_row(escape(name), f"{value:.3f}", "")
+    return table
+
+
+def _graph_table(bundle: BundleProfile) -> Table:
+    table = Table(
+        "graph", "profile", "calls", "ms", "p95", "spread", "of answer", "GFLOP/s", "GB/s", "roofline",
+        title=escape(f"{bundle.label}: {bundle.selection}"),
+    )  # fmt: skip
+    for graph in bundle.graphs:
+        table.add_row(
+            graph.name,
+            graph.profile,
+            f"{graph.calls_per_answer:.0f}",
+            f"{graph.call_ms.p50:.3f}",
+            f"{graph.call_ms.p95:.3f}",
+            f"{graph.call_ms.spread:.3f}",
+            f"{100 * graph.share:.1f} %",
+            "-" if graph.flops_per_s is None else f"{graph.flops_per_s / 1e9:.1f}",
+            "-" if graph.bytes_per_s is None else f"{graph.bytes_per_s / 1e9:.2f}",
+            graph.verdict or "-",
+        )
+    table.add_row(
+        "outside", "prefill", "", f"{bundle.host_first_ms.p50:.3f}", f"{bundle.host_first_ms.p95:.3f}"
+    )
+    if bundle.host_token_ms is not None:
+        table.add_row("outside", "decode", "", f"{bundle.host_token_ms:.3f}")
+    return table
+
+
+def _memory_line(bundle: BundleProfile) -> str:
+    memory = bundle.memory
+    parts = {
+        "weights": memory.weights,
+        "KV caches": memory.kv_allocated,
+        "buffers": memory.buffers,
+        "workspace": memory.workspace,
+        "other": memory.other,
+        "peak of the process": memory.peak_rss,
+    }
+    text = ", ".join(f"{name} {count / 1e6:.1f}" for name, count in parts.items() if count is not None)
+    return f"[bold]memory MB[/] {text}; KV rows in use {memory.kv_used / 1e6:.2f}"
+
+
+def _layer_table(bundle: BundleProfile) -> Table:
+    table = Table("graph", "phase", "layer", "kind", "ms per answer", title="slowest layers")
+    for layer in sorted(bundle.layers, key=lambda one: -one.answer_ms)[:_SHOWN_LAYERS]:
+        table.add_row(layer.graph, layer.phase, escape(layer.name), layer.kind, f"{layer.answer_ms:.3f}")
+    return table

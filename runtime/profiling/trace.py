@@ -1,0 +1,85 @@
+"""A measurement as a Chrome trace: one process per bundle, answers above the graphs they ran, sensors as counters.
+
+chrome://tracing and ui.perfetto.dev open the file. Format: "Trace Event Format", events X (complete), C (counter), M (names).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from trio_edge.runtime.profiling.answers import Answer
+    from trio_edge.runtime.profiling.measuring import Measurement
+
+_ANSWERS, _GRAPHS = 1, 2
+_SENSOR_PROCESS = 0
+
+
+def trace_json(measurement: Measurement, labels: Sequence[str]) -> bytes:
+    """Return the trace of all timed answers.
+
+    Args:
+        measurement: What was seen.
+        labels: Of its bundles.
+    """
+    origin = min(one.answers[0].start for one in measurement.measured)
+    events: list[dict[str, Any]] = [_name("process_name", _SENSOR_PROCESS, 0, "sensors")]
+    for sample in measurement.samples:
+        if sample.seconds >= origin:
+            for name, value in sample.readings.items():
+                events.append(
+                    {
+                        "ph": "C",
+                        "name": name,
+                        "pid": _SENSOR_PROCESS,
+                        "ts": _microseconds(sample.seconds - origin),
+                        "args": {"value": value},
+                    }
+                )
+    for index, (measured, label) in enumerate(zip(measurement.measured, labels)):
+        process = index + 1
+        events += [
+            _name("process_name", process, 0, label),
+            _name("thread_name", process, _ANSWERS, "answers"),
+            _name("thread_name", process, _GRAPHS, "graphs"),
+        ]
+        for number, answer in enumerate(measured.answers):
+            events += _answer_events(answer, number, process=process, origin=origin)
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode()
+
+
+def _answer_events(answer: Answer, number: int, *, process: int, origin: float) -> Iterator[dict[str, Any]]:
+    moments = [answer.start, *answer.token_moments]
+    for index, (start, end) in enumerate(zip(moments, moments[1:])):
+        name = "first token" if index == 0 else "token"
+        args = {"answer": number, "token": index, "id": answer.token_ids[index]}
+        yield _complete(name, process, _ANSWERS, start - origin, end - start, args)
+    for call in answer.calls:
+        start = answer.first_launch - origin + call.start_ms / 1e3
+        args = {"answer": number, "profile": call.profile}
+        yield _complete(call.graph, process, _GRAPHS, start, call.milliseconds / 1e3, args)
+
+
+def _complete(
+    name: str, process: int, thread: int, start: float, seconds: float, args: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "ph": "X",
+        "name": name,
+        "pid": process,
+        "tid": thread,
+        "ts": _microseconds(start),
+        "dur": _microseconds(seconds),
+        "args": args,
+    }
+
+
+def _name(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": {"name": name}}
+
+
+def _microseconds(seconds: float) -> float:
+    return round(1e6 * seconds, 3)

@@ -1,0 +1,80 @@
+"""Percentiles, intervals, ratios, the roofline's verdicts, the product that ceilings are measured with."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from trio_edge.runtime.profiling.distribution import distribution, median_interval, median_ratio
+from trio_edge.runtime.profiling.matmul_graph import matmul_model, random_matrix
+from trio_edge.runtime.profiling.report import Ceilings
+from trio_edge.runtime.profiling.roofline import judge
+
+
+def test_a_distribution_has_the_percentiles_of_its_values() -> None:
+    found = distribution(list(range(101)))
+    assert (found.p50, found.p95, found.p99, found.least, found.most) == (50, 95, 99, 0, 100)
+    assert (found.mean, found.spread, found.count) == (50, 50, 101)
+
+
+def test_the_medians_interval_holds_the_true_median_in_95_of_100_samples() -> None:
+    generator = np.random.default_rng(0)
+    for size in (10, 40):
+        held = 0
+        for _ in range(1000):
+            low, high = median_interval(list(generator.exponential(size=size)))
+            held += low <= np.log(2) <= high
+        assert 0.93 <= held / 1000 <= 0.995
+
+
+def test_few_values_have_the_widest_interval() -> None:
+    assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    assert distribution([7.0]).interval_95 == (7.0, 7.0)
+
+
+def test_what_disturbs_both_bundles_leaves_their_ratio_certain() -> None:
+    disturbance = np.random.default_rng(1).uniform(1, 10, 30)
+    paired = median_ratio(list(2 * disturbance), list(disturbance))
+    assert paired.value == pytest.approx(2)
+    assert paired.interval_95 == pytest.approx((2, 2))
+    shuffled = median_ratio(list(2 * disturbance[::-1]), list(disturbance))
+    assert shuffled.interval_95[1] - shuffled.interval_95[0] > 0.1
+
+
+def test_a_ratio_needs_pairs() -> None:
+    with pytest.raises(ValueError, match="expected as many values as in the reference, got 2 and 1"):
+        median_ratio([1.0, 2.0], [1.0])
+
+
+CEILINGS = Ceilings(flops_per_s=1e12, matmul="", bytes_per_s=1e11, copy="")  # ridge at 10 FLOPs a byte
+
+
+@pytest.mark.parametrize(
+    ("flops", "moved", "milliseconds", "bound", "text"),
+    [
+        pytest.param(1e6, 7.1e6, 0.1, "memory", "memory-bound, 71 % of bandwidth", id="memory"),
+        pytest.param(5e9, 1e7, 10, "compute", "compute-bound, 50 % of the matmul rate", id="compute"),
+        pytest.param(1e6, 1e6, 1, "neither", "bound by neither: 1 % of bandwidth", id="neither"),
+        pytest.param(
+            1e6, 2e7, 0.1, "memory", "memory-bound, 200 % of bandwidth: its data stays in caches", id="caches"
+        ),
+    ],
+)
+def test_the_verdict_is_by_the_nearer_ceiling(
+    flops: float, moved: float, milliseconds: float, bound: str, text: str
+) -> None:
+    verdict = judge(flops=flops, moved_bytes=moved, milliseconds=milliseconds, ceilings=CEILINGS)
+    assert (verdict.bound, verdict.text) == (bound, text)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_written_model_is_valid_and_multiplies(dtype: str) -> None:
+    content = matmul_model(rows=3, size=200, dtype=dtype, opset=18)
+    onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
+    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+    rows = random_matrix(rows=3, columns=200, dtype=dtype)
+    (product,) = session.run(None, {"rows": rows})
+    expected = rows.astype(np.float64) @ random_matrix(rows=200, columns=200, dtype=dtype).astype(np.float64)
+    np.testing.assert_allclose(product, expected, rtol=0.02, atol=0.1 if dtype == "float16" else 1e-4)
