@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from trio_edge.runtime.manifest import Dimensions, VisionDimensions
 from trio_edge.runtime.prediction.counting import Work, head_work, range_work, vision_work
@@ -128,6 +127,7 @@ def fit(
     entries: Sequence[Any], predicted: Callable[[Any, Efficiency], float], names: Sequence[str]
 ) -> Efficiency:
     """Return the efficiencies with the least squares of log errors, large ones weighed less."""
+    from scipy.optimize import least_squares
 
     def residuals(values: Any) -> Any:
         efficiency = efficiency_of(names, values)

@@ -1,6 +1,6 @@
 """Fitted efficiencies by kind of device, and how far off they were on figures that they were not fitted to.
 
-``benchmarks/predict_validation.py`` fits them and prints every figure's error; a test repeats its last step.
+``benchmarks/predict_validation.py`` fits them and prints every figure's error; a test holds them to these figures.
 """
 
 from __future__ import annotations

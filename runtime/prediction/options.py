@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 
 from trio_edge.runtime.bundle import open_bundle
@@ -66,14 +67,24 @@ class PredictOptions:
     sweep: str | None
     want: str | None
 
-    def check_unused(self) -> None:
-        """Raise TargetError if an option that only goes with --predict is there without it."""
-        for name in ("model", "keep", "image_size", "dtype", "sweep", "want"):
-            if getattr(self, name) is not None:
-                raise TargetError(
-                    f"--{name.replace('_', '-')}: expected --predict DEVICE beside it, got none; add --predict, or"
-                    " leave it away"
-                )
+
+_SHARED = ("bundle", "new_tokens", "json_file")
+"""Parameters of the command that measuring and predicting both have."""
+
+
+def check_given(*, predicting: bool) -> None:
+    """Raise TargetError if the running command was given an option that goes with the other half only."""
+    context = click.get_current_context()
+    mine = {field.name for field in dataclasses.fields(PredictOptions)}
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in _SHARED or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        if (name in mine) != predicting:
+            text = (
+                "--predict DEVICE beside it, got none; add it" if name in mine else "no --predict beside it"
+            )
+            raise TargetError(f"{parameter.opts[0]}: expected {text}, or leave {parameter.opts[0]} away")
 
 
 def predict_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,23 +94,21 @@ def predict_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def run_prediction(
-    options: PredictOptions, *, bundle: Path | None, num_new: int, print_json: bool = False
-) -> dict[str, Any]:
+def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int) -> dict[str, Any]:
     """Print what ``options`` ask for, and return it as JSON types.
 
     Args:
         options: With ``predict``.
         bundle: Folder of a bundle, unless a model is named.
         num_new: Tokens of each answer.
-        print_json: Print the result instead of tables.
 
     Raises:
         TargetError: If a name, a sweep or a wish cannot be read, or no setting meets the wish.
         TrioEdgeError: If the bundle cannot be read, or cannot be shaped as wished.
     """
     if (bundle is None) == (options.model is None):
-        raise TargetError("--predict: expected a BUNDLE or --model NAME, got both or none; give one of them")
+        got = "none" if bundle is None else "both"
+        raise TargetError(f"--predict: expected a BUNDLE or --model NAME, got {got}; give one of them")
     targets = _targets(options.predict or "")
     plan = plan_for(
         manifest=None if bundle is None else open_bundle(bundle).manifest,
@@ -113,7 +122,7 @@ def run_prediction(
     wish = None if options.want is None else parse_wish(options.want)
     axes = options.sweep or (_WISHED_AXES if wish else None)
     found = sweep(plan, {} if axes is None else parse_sweep(axes), targets)
-    console = Console(quiet=print_json)
+    console = Console()
     if axes is None:
         for one, prediction in found:
             print_prediction(console, one, prediction)
@@ -125,8 +134,6 @@ def run_prediction(
         for one, prediction in chosen:
             print_wish(console, wish, one, prediction)
         result["chosen"] = [summary_of(*entry) for entry in chosen]
-    if print_json:
-        click.echo(json.dumps(result, indent=1))
     return result
 
 

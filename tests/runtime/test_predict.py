@@ -1,0 +1,210 @@
+"""Predicted times: what must grow and shrink, how near published figures are, and one line for every wrong option."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from benchmarks.predict_validation import predicted_ms, read_figures
+from trio_edge.runtime import cli_profile
+from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.errors import TargetError
+from trio_edge.runtime.prediction.answer import predict
+from trio_edge.runtime.prediction.counting import range_work
+from trio_edge.runtime.prediction.efficiency import FITTED, fitted_for, rates_of
+from trio_edge.runtime.prediction.plan import plan_for
+from trio_edge.runtime.prediction.shapes import MODELS
+from trio_edge.runtime.prediction.speed import Formats, Rates, graph_time
+from trio_edge.runtime.prediction.sweep import choose, parse_sweep, parse_wish, sweep
+from trio_edge.runtime.targets import TARGETS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trio_edge.runtime.prediction.answer import Prediction
+
+ORIN = TARGETS["jetson-agx-orin-64"]
+NX = TARGETS["jetson-orin-nx-16"]
+LLAMA = MODELS["llava-next-7b"].decoder
+HALF = Formats(layer="float16", other="float16")
+
+
+def predicted(**wishes: Any) -> Prediction:
+    """LLaVA-NeXT-7B on an AGX Orin, or as wished."""
+    target = wishes.pop("target", ORIN)
+    return predict(plan_for(**{"model": "llava-next-7b", **wishes}).setting(), target)
+
+
+def layer_seconds(*, rows: int, past: int = 0, rates: Rates | None = None) -> float:
+    work = range_work(LLAMA, num_layers=1, rows=rows, past=past)
+    efficiency = fitted_for(ORIN).efficiency
+    return graph_time(work, formats=HALF, rates=rates or rates_of(ORIN), efficiency=efficiency).seconds
+
+
+# What a prediction must obey
+
+
+def test_more_rows_and_a_longer_context_never_take_less_time() -> None:
+    by_rows = [layer_seconds(rows=rows) for rows in range(16, 3000, 37)]
+    by_context = [layer_seconds(rows=1, past=past) for past in range(0, 3000, 37)]
+    assert by_rows == sorted(by_rows)
+    assert by_context == sorted(by_context)
+
+
+@pytest.mark.parametrize("field", ["flops", "bandwidth"])
+def test_a_faster_device_never_takes_more_time(field: str) -> None:
+    rates = rates_of(ORIN)
+    faster = dataclasses.replace(rates, **{field: 2 * getattr(rates, field)})
+    for rows in (1, 64, 1024):
+        assert layer_seconds(rows=rows, rates=faster) <= layer_seconds(rows=rows)
+
+
+def test_prefill_is_bound_by_arithmetic_and_decode_by_memory() -> None:
+    bounds = {(timed.run.name, timed.run.phase): timed.time.bound for timed in predicted().runs}
+    assert bounds["prefix", "prefill"] == "compute"
+    assert bounds["prefix", "decode"] == "memory"
+
+
+def test_fewer_tokens_answer_sooner_and_need_smaller_caches() -> None:
+    ladder = [predicted(keep=keep) for keep in ("100%", "33.3%", "22.2%", "11.1%")]
+    times = [prediction.seconds("prefill") for prediction in ladder]
+    caches = [prediction.memory.kv_caches for prediction in ladder]
+    assert times == sorted(times, reverse=True)
+    assert caches == sorted(caches, reverse=True)
+    assert times[0] / times[-1] > 4
+
+
+def test_int4_decodes_faster_and_prefills_no_slower() -> None:
+    half, fourth = predicted(), predicted(precision="int4")
+    assert fourth.seconds("decode") < 0.5 * half.seconds("decode")
+    assert fourth.seconds("prefill") <= half.seconds("prefill")
+
+
+def test_attention_that_is_not_one_kernel_costs_more_the_more_tokens_there_are() -> None:
+    assert predicted().unfused_seconds > 5 * predicted(keep="11.1%").unfused_seconds > 0
+
+
+def test_a_7b_model_in_float16_does_not_fit_an_orin_nx_and_in_int4_it_does() -> None:
+    assert not predicted(target=NX).memory.fits
+    assert predicted(target=NX, precision="int4").memory.fits
+
+
+# Published figures
+
+
+@pytest.mark.parametrize("kind", FITTED)
+def test_published_times_are_within_the_errors_that_are_stated(kind: str) -> None:
+    figures, known = read_figures()
+    chosen = [entry for entry in figures if entry.kind == kind]
+    fitted = FITTED[kind]
+    errors = sorted(abs(predicted_ms(entry, fitted.efficiency, known) / entry.ms - 1) for entry in chosen)
+    assert len(chosen) == fitted.num_figures
+    assert {entry.device for entry in chosen} == set(fitted.devices)
+    assert statistics.median(errors) <= fitted.new_model.median + 0.005
+    assert errors[math.ceil(0.9 * len(errors)) - 1] <= fitted.new_model.nine_in_ten + 0.005
+
+
+# Plans, sweeps and wishes
+
+
+def test_a_bundle_is_predicted_with_its_own_graphs_in_their_order(reduced_bundle: Path) -> None:
+    manifest = open_bundle(reduced_bundle).manifest
+    prediction = predict(plan_for(manifest=manifest).setting(), ORIN)
+    prefill = [timed.run.name for timed in prediction.runs if timed.run.phase == "prefill"]
+    assert prefill == [graph.name for graph in manifest.graphs]
+    assert prediction.setting.visual_rows == manifest.visual_rows
+
+
+def test_a_sweep_predicts_every_combination_once() -> None:
+    found = sweep(
+        plan_for(model="llava-1.5-7b"),
+        parse_sweep("keep=100%/11.1%,dtype,image-size=336x336/672x672"),
+        [ORIN, NX],
+    )
+    assert len(found) == 2 * 3 * 2  # one crop whatever the picture's size
+
+
+def test_impossible_keeps_are_left_out_of_a_sweep() -> None:
+    found = sweep(plan_for(model="llava-1.5-7b"), parse_sweep("keep=50%/0.1%"), [ORIN])
+    assert [plan.keep for plan, _ in found] == ["50%"]
+
+
+def test_a_wish_chooses_what_loses_least() -> None:
+    found = sweep(plan_for(model="llava-next-7b"), parse_sweep("keep,dtype"), [ORIN])
+    plan, prediction = choose(found, parse_wish("ttft-ms=1000"))
+    assert (plan.keep, plan.precision) == ("33.3%", "float16")
+    assert prediction.seconds("prefill") <= 1.0
+
+
+def test_a_wish_is_not_met_by_what_does_not_fit_the_memory() -> None:
+    found = sweep(plan_for(model="llava-1.5-7b"), parse_sweep("dtype=float16"), [NX])
+    with pytest.raises(TargetError, match=r"tokens-per-second .* which does not fit its memory"):
+        choose(found, parse_wish("tokens-per-second=1"))
+
+
+# The command
+
+
+def test_the_command_says_that_it_predicts_and_how_far_off_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_profile.main(["--model", "llava-next-7b", "--predict", "agx-orin-64", "--keep", "11.1%"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "PREDICTED, nothing was measured" in text
+    assert "100 published times of other runtimes" in text
+    assert "2928 > 467 > 273 > 112 visual tokens" in text
+
+
+def test_all_predicts_every_device_and_json_has_every_graph(
+    reduced_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prediction.json"
+    assert cli_profile.main([str(reduced_bundle), "--predict", "all", "--json", str(file)]) == 0
+    values = json.loads(file.read_text())
+    assert values["prediction"] is True
+    assert {entry["device"] for entry in values["found"]} == set(TARGETS)
+    first = values["found"][0]
+    prefill = sum(graph["milliseconds"] for graph in first["graphs"] if graph["phase"] == "prefill")
+    assert prefill == pytest.approx(first["ttft_ms"])
+    assert "none of them is of rtx-3090" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_wish_that_is_met_is_named_with_its_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "internvl3-1b", "--predict", "orin-nx-16", "--want", "answers-per-second=2"]
+    assert cli_profile.main(arguments) == 0
+    assert "answers-per-second 2 on jetson-orin-nx-16: keep" in capsys.readouterr().out
+
+
+MODEL = ["--model", "llava-1.5-7b", "--predict", "agx-orin-64"]
+WRONG = {
+    "device": (["--model", "llava-1.5-7b", "--predict", "orin-nx"], "did you mean orin-nx-16"),
+    "model": (["--model", "llava-1.5-8b", "--predict", "all"], "did you mean llava-1.5-7b"),
+    "neither bundle nor model": (["--predict", "all"], "expected a BUNDLE or --model NAME, got none"),
+    "both": (["bundle", *MODEL], "expected a BUNDLE or --model NAME, got both"),
+    "no bundle at all": ([], "BUNDLE: expected a bundle folder, got none"),
+    "option without --predict": (
+        ["bundle", "--keep", "11.1%"],
+        "--keep: expected --predict DEVICE beside it",
+    ),
+    "axis": ([*MODEL, "--sweep", "keep,colour"], "expected each of keep, image-size, dtype at most once"),
+    "axis twice": ([*MODEL, "--sweep", "keep,keep"], "at most once, got 'keep'"),
+    "value": ([*MODEL, "--sweep", "dtype=float8"], "expected one of float16, int8, int4, got 'float8'"),
+    "keep": ([*MODEL, "--sweep", "keep=lots"], "expected a fraction"),
+    "picture": ([*MODEL, "--image-size", "672"], "expected WIDTHxHEIGHT in pixels, got '672'"),
+    "wish": ([*MODEL, "--want", "speed=10"], "expected METRIC=NUMBER with one of answers-per-second"),
+    "wish of nothing": ([*MODEL, "--want", "ttft-ms=0"], "got 'ttft-ms=0'"),
+    "unreachable wish": ([*MODEL, "--want", "answers-per-second=10"], "as the nearest of 12 (keep 11.1%"),
+    "impossible keep": ([*MODEL, "--keep", "0.1%"], "expected an average of at least"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options_are_one_line_and_exit_code_2(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, expected = WRONG[case]
+    assert cli_profile.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert expected in error
