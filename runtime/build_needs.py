@@ -12,6 +12,7 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trio_edge.runtime.device_memory import estimate
 from trio_edge.runtime.engine_build import BuildOptions, BuildPlan, PlannedGraph, plan_build, planned_graphs
 from trio_edge.runtime.engine_host import Host, available_memory_bytes, find_host, l4t_release
 from trio_edge.runtime.engine_memory import estimate_seconds
@@ -19,6 +20,8 @@ from trio_edge.runtime.engine_package import ENGINE_BACKENDS, load_tensorrt
 from trio_edge.runtime.errors import BackendError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from trio_edge.runtime.bundle import Bundle
 
 
@@ -62,9 +65,9 @@ class BuildNeeds:
         return sum(estimate_seconds(graph.spec) for graph in self.graphs)
 
     @property
-    def weight_bytes(self) -> int:
-        """Weights of all engines of the bundle, which are in memory when it runs."""
-        return sum(spec.weight_bytes for spec in self.bundle.manifest.graphs)
+    def run_bytes(self) -> dict[str, int]:
+        """Device memory that running the whole bundle takes, by what it is for."""
+        return _run_bytes(self.bundle)
 
     @property
     def command(self) -> str:
@@ -87,7 +90,7 @@ class BuildNeeds:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON types."""
-        gpu, plan, manifest = self.host.gpu, self.plan, self.bundle.manifest
+        gpu, plan = self.host.gpu, self.plan
         return {
             "ready": not self.problems,
             "problems": list(self.problems),
@@ -115,7 +118,7 @@ class BuildNeeds:
             "peak_bytes": self.peak_bytes,
             "mapped_bytes": self.mapped_bytes,
             "available_bytes": self.available_bytes,
-            "run": {"weight_bytes": self.weight_bytes, "kv_bytes": manifest.kv_bytes},
+            "run_bytes": self.run_bytes,
             "graphs": [
                 {
                     "name": graph.spec.name,
@@ -192,15 +195,25 @@ def _cannot_run(bundle: Bundle, host: Host, plan: BuildPlan | None) -> list[str]
     gpu = host.gpu
     if gpu is None or plan is None or gpu.compute_capability not in plan.compute_capabilities:
         return []
-    weights = sum(spec.weight_bytes for spec in bundle.manifest.graphs)
-    needed = weights + bundle.manifest.kv_bytes
+    parts = _run_bytes(bundle)
+    needed = sum(parts.values())
     if needed <= gpu.memory_bytes:
         return []
     text = (
-        f"running needs at least {needed / 1e9:.1f} GB on the GPU ({weights / 1e9:.1f} GB of weights, and KV caches),"
-        f" {gpu.name} has {gpu.memory_bytes / 1e9:.1f} GB; export with fewer stages, less text or smaller weights"
+        f"running needs about {needed / 1e9:.1f} GB on the GPU ({in_words(parts)}), {gpu.name} has"
+        f" {gpu.memory_bytes / 1e9:.1f} GB; export with fewer stages, less text or smaller weights"
     )
     return [text]
+
+
+def in_words(parts: Mapping[str, int]) -> str:
+    """Return gigabytes by what they are for."""
+    return ", ".join(f"{name} {count / 1e9:.2f}" for name, count in parts.items())
+
+
+def _run_bytes(bundle: Bundle) -> dict[str, int]:
+    graphs = bundle.manifest.graphs
+    return estimate(bundle.manifest, graphs, weight_bytes=sum(spec.weight_bytes for spec in graphs))
 
 
 def _gb_up(num_bytes: int) -> str:

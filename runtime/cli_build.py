@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from trio_edge.runtime.build_needs import BuildNeeds, build_needs
+from trio_edge.runtime.build_needs import BuildNeeds, build_needs, in_words
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.command_line import EXIT_USER_ERROR, run
 from trio_edge.runtime.engine_build import (
@@ -134,7 +134,7 @@ def _report(needs: BuildNeeds, *, as_json: bool) -> int:
 
 def _lines(needs: BuildNeeds) -> dict[str, str]:
     """Return the report's lines by name."""
-    gpu, plan, manifest = needs.host.gpu, needs.plan, needs.bundle.manifest
+    gpu, plan = needs.host.gpu, needs.plan
     release = l4t_release()
     kept = "" if plan is None else ", ".join(entry.graph for entry in plan.kept)
     available = (
@@ -156,8 +156,7 @@ def _lines(needs: BuildNeeds) -> dict[str, str]:
         "disk": f"about {needs.disk_bytes / 1e9:.2f} GB; {needs.free_disk_bytes / 1e9:.2f} GB are free",
         "memory": f"peak about {needs.peak_bytes / 1e9:.2f} GB, of it {needs.mapped_bytes / 1e9:.2f} GB that the system"
         f" can take back{available}",
-        "to run": f"{needs.weight_bytes / 1e9:.2f} GB of weights and {manifest.kv_bytes / 1e9:.2f} GB of KV caches,"
-        " activations and TensorRT's own memory besides",
+        "to run": f"about {sum(needs.run_bytes.values()) / 1e9:.2f} GB on the device ({in_words(needs.run_bytes)})",
         "verdict": _verdict(needs),
     }
 

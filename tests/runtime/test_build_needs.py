@@ -45,8 +45,10 @@ def test_a_machine_with_all_that_is_needed_is_ready(reduced_bundle: Path) -> Non
 
 def test_sizes_are_those_of_all_graphs_and_the_peak_that_of_the_largest(reduced_bundle: Path) -> None:
     needs, manifest = needs_of(reduced_bundle), open_bundle(reduced_bundle).manifest
-    assert needs.weight_bytes == sum(spec.weight_bytes for spec in manifest.graphs)
-    assert needs.disk_bytes > needs.weight_bytes
+    weights = sum(spec.weight_bytes for spec in manifest.graphs)
+    assert needs.run_bytes["weights"] == weights < needs.disk_bytes
+    assert needs.run_bytes["KV caches"] == manifest.kv_bytes
+    assert needs.run_bytes["buffers"] > 0
     assert needs.mapped_bytes == max(spec.weight_bytes for spec in manifest.graphs)
     assert needs.peak_bytes > 2 * needs.mapped_bytes
 
@@ -121,7 +123,7 @@ def test_json_has_the_same_report(reduced_bundle: Path, capsys: pytest.CaptureFi
     graphs = {graph["name"]: graph for graph in report["graphs"]}
     assert graphs.keys() == {spec.name for spec in open_bundle(reduced_bundle).manifest.graphs}
     assert report["peak_bytes"] == max(graph["peak_bytes"] for graph in graphs.values())
-    assert report["run"]["weight_bytes"] == sum(graph["weight_bytes"] for graph in graphs.values())
+    assert report["run_bytes"]["weights"] == sum(graph["weight_bytes"] for graph in graphs.values())
 
 
 def test_json_is_for_dry_runs(reduced_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
