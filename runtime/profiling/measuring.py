@@ -5,9 +5,12 @@ Bundles take turns (A B A B), so whatever disturbs the machine disturbs all of t
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trio_edge.runtime.backend import make_backend
@@ -17,6 +20,9 @@ from trio_edge.runtime.image import open_picture
 from trio_edge.runtime.profiling.answers import Answer, Question, Subject
 from trio_edge.runtime.profiling.ceilings import measure_ceilings
 from trio_edge.runtime.profiling.distribution import distribution
+from trio_edge.runtime.profiling.layers import layer_times
+from trio_edge.runtime.profiling.layers_onnxruntime import runs_of_trace
+from trio_edge.runtime.profiling.layers_tensorrt import runs_of_engine
 from trio_edge.runtime.profiling.pictures import PROMPT, PictureSize, picture_sizes, random_picture
 from trio_edge.runtime.profiling.process_memory import peak_bytes, reset_peak, resident_bytes
 from trio_edge.runtime.profiling.sampling_thread import Sample, SamplingThread
@@ -25,7 +31,6 @@ from trio_edge.runtime.profiling.surroundings import find_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
     from PIL import Image
 
@@ -38,6 +43,7 @@ MOST_RUNS = 500
 _SIZE_RUNS = 5
 _MOST_SIZES = 5
 _STEP_RUNS = 10
+_LAYER_RUNS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +144,9 @@ def measure(options: Options, *, on_step: Callable[[str], None] = lambda _step: 
                 on_step(f"pictures of other sizes: {one.subject.bundle.folder}")
                 _measure_sizes(one, question)
     for one in measured:
+        if options.layers:
+            on_step(f"layers: {one.subject.bundle.folder}")
+            one.layers = _measure_layers(one, question, options)
         if one.subject.recording.captured:
             on_step(f"decode steps one by one: {one.subject.bundle.folder}")
             _measure_steps(one, question, options)
@@ -231,6 +240,25 @@ def _measure_sizes(measured: Measured, question: Question) -> None:
         asked = Question(picture=random_picture(size), prompt=question.prompt, new_tokens=1)
         measured.subject.answer(asked)
         measured.sizes.append((size, [measured.subject.answer(asked) for _ in range(_SIZE_RUNS)]))
+
+
+def _measure_layers(measured: Measured, question: Question, options: Options) -> list[LayerTime]:
+    """Time the layers of every graph in runs of their own: the backend's profiler slows them down."""
+    bundle, name = measured.subject.bundle, measured.subject.pipeline.backend_name
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        backend = make_backend(name, bundle=bundle, threads=options.threads, layer_times=folder)
+        with _closing(Subject(bundle.folder, backend, capture=False)) as subject:
+            warm_up = subject.answer(question).calls
+            calls = [call for _ in range(_LAYER_RUNS) for call in subject.answer(question).calls]
+        layers = []
+        for graph in dict.fromkeys(call.graph for call in calls):
+            written = json.loads((folder / f"{graph}.json").read_bytes())
+            runs = runs_of_trace(written) if isinstance(written, list) else runs_of_engine(written)
+            profiles = [call.profile for call in calls if call.graph == graph]
+            skipped = sum(call.graph == graph for call in warm_up)
+            layers += layer_times(runs[skipped:], graph=graph, profiles=profiles, num_answers=_LAYER_RUNS)
+    return layers
 
 
 def _measure_steps(measured: Measured, question: Question, options: Options) -> None:

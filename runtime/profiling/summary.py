@@ -9,7 +9,7 @@ from trio_edge.runtime.bundle import sha256_of
 from trio_edge.runtime.manifest import MANIFEST_NAME
 from trio_edge.runtime.prediction.work import graph_work
 from trio_edge.runtime.profiling.distribution import distribution, median_ratio
-from trio_edge.runtime.profiling.operators import operator_times, slowest_layers
+from trio_edge.runtime.profiling.layers import operator_times, slowest_layers
 from trio_edge.runtime.profiling.recording import DECODE
 from trio_edge.runtime.profiling.report import (
     SCHEMA_VERSION,
