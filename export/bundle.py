@@ -8,7 +8,7 @@ which is renamed when it is complete: a bundle that was not finished is not a bu
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,6 +26,11 @@ from trio_edge.export.layout import Layout, text_buckets, vision_profiles
 from trio_edge.export.model_cost import cost_of
 from trio_edge.export.onnx_graph import attach_weights, save
 from trio_edge.export.output_folder import check_output, folder_beside
+from trio_edge.export.quantize.assign import embedding_key, plain_tensors, quantization_of, quantize_graphs
+from trio_edge.export.quantize.graph import SCALE_SUFFIX
+from trio_edge.export.quantize.plan import QuantizePlan
+from trio_edge.export.quantize.scales import CalibratedScales
+from trio_edge.export.quantize.store import quantized_bytes, store_quantized
 from trio_edge.export.tensorrt_check import require_supported
 from trio_edge.export.text_files import read_text_files
 from trio_edge.export.token_selectors import token_selector
@@ -95,8 +100,10 @@ class ExportOptions:
     """Selection among the picture's visual tokens before the decoder; combines with any schedule."""
     token_keep: int | float | None = None
     """Visual tokens of a picture that it passes on, or a share of them below 1."""
+    quantize: QuantizePlan = field(default_factory=QuantizePlan)
+    """Which parts are stored in four or eight bits."""
     opset: int = 18
-    """ONNX opset; TensorRT 10.3 reads up to 19."""
+    """ONNX opset; TensorRT 10.3 reads up to 19. Graphs with quantized types have a higher one."""
     force: bool = False
     """Replace an existing bundle."""
     target: str | None = None
@@ -250,12 +257,20 @@ def export_bundle(
             step=progress.step,
         )
 
-    names = {EMBEDDING_NAME}.union(*(graph.weights.values() for graph in traced))
-    needed = bytes_to_write(checkpoint, names, dtype=dtype)
+    scales = CalibratedScales()
+    traced, forms = quantize_graphs(traced, options.quantize, scales, checkpoint=checkpoint)
+    names, whole_files = plain_tensors(traced, forms), not forms
+    needed = bytes_to_write(checkpoint, names, dtype=dtype, whole_files=whole_files)
+    needed += quantized_bytes(checkpoint, forms, dtype=dtype)
     with folder_beside(options.out, num_bytes=needed, force=options.force) as folder:
         progress.step("writing the weights")
         progress.expect_bytes(needed)
-        written = store_weights(checkpoint, names, folder, dtype=dtype, on_bytes=progress.wrote_bytes)
+        written = store_weights(
+            checkpoint, names, folder, dtype=dtype, whole_files=whole_files, on_bytes=progress.wrote_bytes
+        )
+        if forms:
+            more = store_quantized(checkpoint, forms, folder, dtype=dtype, on_bytes=progress.wrote_bytes)
+            written = written.with_more(more)
         stored = dict(written.tensors)
         constants = {
             f"{graph.spec.name}.{name}": values
@@ -288,7 +303,9 @@ def export_bundle(
             encoder_keep=processing.encoder_keep,
             token_method=options.token_method,
             token_keep=token_keep,
-            token_embedding=stored[EMBEDDING_NAME],
+            token_embedding=stored[embedding_key(options.quantize)],
+            token_embedding_scales=stored.get(embedding_key(options.quantize) + SCALE_SUFFIX),
+            quantization=quantization_of(forms, options.quantize, scales),
             graphs=graphs,
             files=_file_entries(folder, known=written.sha256),
             model_bytes=_model_bytes(checkpoint, dtype),

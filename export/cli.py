@@ -82,6 +82,11 @@ DEFAULT_KEEP = "11.1%"
 @click.option(
     "--dtype", type=click.Choice(["auto", "float16", "float32"]), help="Element type of the graphs."
 )
+@click.option(
+    "--quantize",
+    metavar="FORMAT|PART=FORMAT,…",
+    help="int4 or int8 for the decoder, or by part: suffix=int4,head=int8,vision=none (docs/quantization.md).",
+)
 @click.option("--opset", type=int, help="ONNX opset, 18 or 19.")
 @click.option(
     "--target", metavar="DEVICE", help="Warn if the bundle cannot fit it: docs/targets.md has the names."
@@ -101,6 +106,7 @@ def command(
     encoder_keep: str | None,
     method: Method | None,
     token_keep: str | None,
+    quantize: str | None,
     **settings: Any,
 ) -> int:
     """Export MODEL (an alias, a Hub id or a checkpoint folder) into a bundle.
@@ -127,6 +133,7 @@ def command(
     with interruptible() as check:
         try:
             from trio_edge.export.bundle import ExportOptions, export_bundle
+            from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
         except ModuleNotFoundError as error:
             raise CheckpointError(
                 f"export: expected its packages to be installed, got no {error.name}; pip install 'trio-edge[export]'"
@@ -143,6 +150,7 @@ def command(
             text_buckets=buckets,
             encoder_keep=in_encoder,
             token_keep=before_decoder,
+            quantize=QuantizePlan() if quantize is None else parse_plan(quantize),
             **chosen,
         )
         schedule_for = _schedule_rule(keep, stages, shared, method=method or "trio")

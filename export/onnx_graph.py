@@ -33,7 +33,14 @@ _TORCH_FROM_DTYPE = {
     "int32": torch.int32,
     "int64": torch.int64,
 }
-_IR_FROM_DTYPE = {"float32": "FLOAT", "float16": "FLOAT16", "int32": "INT32", "int64": "INT64"}
+_IR_FROM_DTYPE = {
+    "float32": "FLOAT",
+    "float16": "FLOAT16",
+    "int32": "INT32",
+    "int64": "INT64",
+    "int8": "INT8",
+    "int4": "INT4",
+}
 # torch 2.13 warns of equal axis names, through copyreg on some releases, and logs for each trace which operators of
 # torchvision it leaves out when that is not installed; none of it concerns the graph.
 _TRACING_LOG = "torch.onnx._internal.exporter._registration"

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from trio_edge.runtime.manifest import FloatType
 
 WEIGHTS_FOLDER = "weights"
-_SAFETENSORS_FROM_DTYPE = {"float32": "F32", "float16": "F16"}
+SAFETENSORS_FROM_DTYPE = {"float32": "F32", "float16": "F16"}
+_ELEMENT_BYTES = {"F32": 4, "F16": 2, "I8": 1, "U8": 1}
 _TORCH_FROM_SAFETENSORS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -53,6 +54,10 @@ class StoredWeights:
     sha256: dict[str, str]
     """Of every file written, by its path in the bundle."""
 
+    def with_more(self, other: StoredWeights) -> StoredWeights:
+        """Return what both say."""
+        return StoredWeights(tensors=self.tensors | other.tensors, sha256=self.sha256 | other.sha256)
+
 
 def store_weights(
     checkpoint: Checkpoint,
@@ -60,6 +65,7 @@ def store_weights(
     bundle: Path,
     *,
     dtype: FloatType,
+    whole_files: bool = True,
     on_bytes: Callable[[int], None],
 ) -> StoredWeights:
     """Write the tensors ``names`` of ``checkpoint`` into ``bundle``; memory does not grow with the model.
@@ -72,6 +78,7 @@ def store_weights(
         names: Canonical names that the graphs and the embedding table use.
         bundle: Folder being written.
         dtype: Wanted element type of all weights.
+        whole_files: Whether files that need no change are copied as they are, with tensors that are not in ``names``.
         on_bytes: Called with the number of bytes just written (and hashed), for progress.
 
     Raises:
@@ -86,15 +93,17 @@ def store_weights(
                 " export the checkpoint that was not quantized"
             )
     (bundle / WEIGHTS_FOLDER).mkdir(exist_ok=True)
-    if all(source.dtype == _SAFETENSORS_FROM_DTYPE[dtype] for source in sources.values()):
+    if whole_files and all(source.dtype == SAFETENSORS_FROM_DTYPE[dtype] for source in sources.values()):
         return _copy_files(sources, bundle, dtype=dtype, on_bytes=on_bytes)
     return _convert(sources, bundle, dtype=dtype, on_bytes=on_bytes)
 
 
-def bytes_to_write(checkpoint: Checkpoint, names: set[str], *, dtype: FloatType) -> int:
+def bytes_to_write(
+    checkpoint: Checkpoint, names: set[str], *, dtype: FloatType, whole_files: bool = True
+) -> int:
     """Return how many bytes ``store_weights`` is going to write, for progress and for the check of free space."""
     sources = [checkpoint.tensor(name) for name in names]
-    if all(source.dtype == _SAFETENSORS_FROM_DTYPE[dtype] for source in sources):
+    if whole_files and all(source.dtype == SAFETENSORS_FROM_DTYPE[dtype] for source in sources):
         return sum(file.stat().st_size for file in {source.file for source in sources})
     size = np.dtype(dtype).itemsize
     return sum(size * math.prod(source.shape) for source in sources)
@@ -120,7 +129,7 @@ def _copy(source: Path, target: Path, *, on_bytes: Callable[[int], None]) -> str
     """Copy a file, by reflink where the file system shares extents, and return its SHA-256."""
     if _clone(source, target):
         return sha256_of(target, on_bytes=on_bytes)
-    with _HashedFile(target) as writer:
+    with HashedFile(target) as writer:
         for piece in _pieces(source, offset=0, num_bytes=source.stat().st_size):
             writer.write(piece)
             on_bytes(len(piece))
@@ -142,7 +151,7 @@ def _clone(source: Path, target: Path) -> bool:
     return True
 
 
-class _HashedFile:
+class HashedFile:
     """A new file; a second thread hashes each piece while it is written."""
 
     def __init__(self, path: Path) -> None:
@@ -150,7 +159,7 @@ class _HashedFile:
         self._digest = sha256()
         self._thread = ThreadPoolExecutor(max_workers=1)
 
-    def __enter__(self) -> _HashedFile:
+    def __enter__(self) -> HashedFile:
         return self
 
     def __exit__(
@@ -196,11 +205,11 @@ def _pieces(file: Path, *, offset: int, num_bytes: int) -> Iterator[memoryview]:
 def _convert(
     sources: Mapping[str, SourceTensor], bundle: Path, *, dtype: FloatType, on_bytes: Callable[[int], None]
 ) -> StoredWeights:
-    size = np.dtype(dtype).itemsize
+    kind = SAFETENSORS_FROM_DTYPE[dtype]
     shapes = {name: source.shape for name, source in sources.items()}
-    header, offsets = _safetensors_header(shapes, dtype=dtype, size=size)
+    header, offsets = safetensors_header({name: (kind, shape) for name, shape in shapes.items()})
     path = f"{WEIGHTS_FOLDER}/model.safetensors"
-    with _HashedFile(bundle / path) as writer:
+    with HashedFile(bundle / path) as writer:
         writer.write(header)
         for name, source in sources.items():
             for piece in _pieces(source.file, offset=source.offset, num_bytes=source.num_bytes):
@@ -215,19 +224,17 @@ def _convert(
     return StoredWeights(tensors=tensors, sha256={path: digest})
 
 
-def _safetensors_header(
-    shapes: Mapping[str, tuple[int, ...]], *, dtype: FloatType, size: int
-) -> tuple[bytes, dict[str, int]]:
-    """Return a file's header and the absolute offset of each tensor behind it."""
+def safetensors_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+    """Return a file's header and the absolute offset of each tensor behind it.
+
+    Args:
+        tensors: Safetensors dtype and shape, in the order in which the values will follow.
+    """
     entries: dict[str, Any] = {}
     begin, begins = 0, {}
-    for name, shape in shapes.items():
-        end = begin + size * math.prod(shape)
-        entries[name] = {
-            "dtype": _SAFETENSORS_FROM_DTYPE[dtype],
-            "shape": list(shape),
-            "data_offsets": [begin, end],
-        }
+    for name, (dtype, shape) in tensors.items():
+        end = begin + _ELEMENT_BYTES[dtype] * math.prod(shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
         begins[name] = begin
         begin = end
     text = json.dumps(entries).encode()
@@ -242,14 +249,22 @@ def _converted(piece: memoryview, name: str, source: SourceTensor, *, dtype: Flo
     values = raw.to(getattr(torch, dtype))
     if _all_finite(values):
         return values
-    where = f"{source.file} tensor {name!r}"
+    check_finite(raw, source, name=name)
     bad = raw[~torch.isfinite(values)][0].item()
-    if not math.isfinite(bad):
-        raise CheckpointError(f"{where}: expected finite weights, got {bad}; download the checkpoint again")
     raise CheckpointError(
-        f"{where}: expected values that {dtype} holds (at most {torch.finfo(values.dtype).max:.6g}), got {bad:.6g};"
+        f"{source.file} tensor {name!r}: expected values that {dtype} holds (at most"
+        f" {torch.finfo(values.dtype).max:.6g}), got {bad:.6g};"
         " export with --dtype float32"
     )
+
+
+def check_finite(values: torch.Tensor, source: SourceTensor, *, name: str) -> None:
+    """Raise CheckpointError if one of the ``values`` of tensor ``name`` is infinite or not a number."""
+    if not _all_finite(values):
+        bad = values[~torch.isfinite(values)][0].item()
+        raise CheckpointError(
+            f"{source.file} tensor {name!r}: expected finite weights, got {bad}; download the checkpoint again"
+        )
 
 
 def _all_finite(values: torch.Tensor) -> bool:
@@ -277,7 +292,7 @@ def read_tensor(source: SourceTensor) -> torch.Tensor:
 def store_constants(constants: Mapping[str, NDArray[np.float32]], bundle: Path) -> dict[str, StoredTensor]:
     """Write arrays that export computed (float32) into a file of their own and return where each one is."""
     shapes = {name: values.shape for name, values in constants.items()}
-    header, offsets = _safetensors_header(shapes, dtype="float32", size=4)
+    header, offsets = safetensors_header({name: ("F32", shape) for name, shape in shapes.items()})
     path = f"{WEIGHTS_FOLDER}/constants.safetensors"
     with (bundle / path).open("xb") as stream:
         stream.write(header)

@@ -7,6 +7,7 @@ other axes are numbers.
 
 from __future__ import annotations
 
+import math
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -17,10 +18,12 @@ from trio_edge.runtime.schedule import Schedule
 
 SCHEMA_VERSION = 3
 MANIFEST_NAME = "trio.json"
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8}
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8, "int8": 1}
 
 DType = Literal["float32", "float16", "int32", "int64"]
 FloatType = Literal["float32", "float16"]
+StoredType = Literal["float32", "float16", "int32", "int64", "int8", "int4"]
+"""Of arrays in weight files; INT4 has two elements in a byte, the first in its low half."""
 Role = Literal["vision", "reduce", "prefix", "select", "segment", "suffix", "head"]
 TokenMethod = Literal["visionzip", "holov", "scope", "divprune", "cdpruner", "eadp", "uniform"]
 """Selections among a picture's visual tokens before the decoder."""
@@ -63,6 +66,8 @@ class GraphSpec(_Spec, frozen=True):
     """First decoder layer of a prefix, segment or suffix; of a select graph the layer that it probes."""
     num_layers: int = 0
     """Decoder layers that run in this graph and own a KV cache."""
+    opset: int | None = None
+    """ONNX opset where it is another than the manifest's: quantized types came later."""
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -74,7 +79,7 @@ class StoredTensor(_Spec, frozen=True):
     """An array inside one of the bundle's weight files."""
 
     file: str
-    dtype: DType
+    dtype: StoredType
     shape: tuple[int, ...]
     offset: int
     """Bytes from the start of the file."""
@@ -82,10 +87,21 @@ class StoredTensor(_Spec, frozen=True):
     @property
     def num_bytes(self) -> int:
         """Size of the array in bytes."""
-        count = _DTYPE_BYTES[self.dtype]
-        for size in self.shape:
-            count *= size
-        return count
+        count = math.prod(self.shape)
+        return (count + 1) // 2 if self.dtype == "int4" else count * _DTYPE_BYTES[self.dtype]
+
+
+class Quantization(_Spec, frozen=True):
+    """How the weights were rounded."""
+
+    formats: dict[str, Literal["int4", "int8"]]
+    """Of each quantized part: "vision", "prefix", "segments", "suffix", "select", "head", "embedding"."""
+    method: Literal["round-to-nearest", "awq", "smoothquant", "checkpoint"]
+    """How scales were found; "checkpoint" where its own integers were taken over."""
+    block_size: int | None = None
+    """Inputs that share an INT4 scale, where their number is a multiple of it."""
+    num_samples: int = 0
+    """Samples that activations were collected from; the tokens that the bundle's stages drop were dropped."""
 
 
 class FileEntry(_Spec, frozen=True):
@@ -211,6 +227,10 @@ class Manifest(_Spec, frozen=True):
     """Versions of the packages that made the bundle."""
     vision: VisionDimensions | None = None
     """None in bundles of releases that did not write it."""
+    token_embedding_scales: StoredTensor | None = None
+    """[V] of an INT8 table, one for each row."""
+    quantization: Quantization | None = None
+    """None where all weights are in ``dtype``."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -232,6 +252,13 @@ class Manifest(_Spec, frozen=True):
             self.text.chat_template,
             self.token_embedding.file,
         }
+        if self.token_embedding_scales is not None:
+            used.add(self.token_embedding_scales.file)
+        if (self.token_embedding.dtype == "int8") != (self.token_embedding_scales is not None):
+            raise ManifestError(
+                f"token_embedding: expected scales beside INT8 rows and nowhere else, got {self.token_embedding.dtype};"
+                " export the bundle again"
+            )
         for path in sorted(known | used):
             _check_relative(path)
         if missing := sorted(used - known):

@@ -18,6 +18,7 @@ import numpy as np
 from trio_edge.runtime.backend import Backend, make_backend
 from trio_edge.runtime.bundle import Bundle, open_bundle
 from trio_edge.runtime.decoder import Choose, Decoder, Prompt
+from trio_edge.runtime.embedding import EmbeddingTable
 from trio_edge.runtime.errors import ShapeError
 from trio_edge.runtime.image import open_picture
 from trio_edge.runtime.positions import PromptPositions, mrope_positions, plain_positions
@@ -148,7 +149,7 @@ class Pipeline:
         self.pictures = picture_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
         self._tokenizer = Tokenizer.from_file(bundle.path(manifest.text.tokenizer))
         self._template = bundle.read_text(manifest.text.chat_template)
-        self._embedding = bundle.map_tensor(manifest.token_embedding)
+        self._embedding = EmbeddingTable(bundle)
         self._graphs = backend.load(bundle)
         try:
             self._vision = Vision(manifest, self._graphs)

@@ -214,5 +214,5 @@ def test_the_option_list_changes_only_on_purpose() -> None:
         "--out", "--revision", "--keep", "--schedule", "--method", "--probe-rows", "--num-probe-rows",
         "--token-method", "--token-keep", "--nms-threshold", "--nms-rounds", "--positions", "--encoder-keep",
         "--image-size", "--only-image-sizes", "--max-visual", "--max-text", "--text-buckets", "--max-new-tokens",
-        "--dtype", "--opset", "--target", "--force", "--list", "--quiet",
+        "--dtype", "--quantize", "--opset", "--target", "--force", "--list", "--quiet",
     }  # fmt: skip

@@ -1,0 +1,196 @@
+"""Decides how each initializer of each graph is stored: in floating point, rounded, with moved factors or without.
+
+A tensor that several graphs want in the same form is stored once. A probe in floating point therefore keeps a second
+copy of its layer beside the quantized one.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from trio_edge.export.checkpoint import EMBEDDING_NAME
+from trio_edge.export.quantize.graph import SCALE_SUFFIX, LinearForm, is_linear, quantize_graph
+from trio_edge.export.quantize.numerics import BLOCK_SIZE, Format, block_size
+from trio_edge.export.quantize.plan import OPSETS, PARTS
+from trio_edge.runtime.manifest import Quantization
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.export.quantize.plan import QuantizePlan
+    from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
+    from trio_edge.export.tracing import TracedGraph
+
+_LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
+DECODER_LINEAR = re.compile(
+    r"language_model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight|lm_head\.weight"
+)
+"""Weights that probes read in both directions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredForm:
+    """One tensor in the form in which it is written."""
+
+    name: str
+    """Canonical, in the checkpoint."""
+    kind: Format
+    block: int | None = None
+    smoothing: Smoothing | None = None
+    is_table: bool = False
+    """Whether it is a table of rows, stored as it lies."""
+
+    @property
+    def key(self) -> str:
+        """Name in the bundle; a tensor as it is in the checkpoint keeps its own."""
+        moved = ".rows" if self.is_table else "" if self.smoothing is None else ".smoothed"
+        return self.name + moved + ("" if self.kind == "none" else f".{self.kind}")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the values are the checkpoint's own."""
+        return self.kind == "none" and self.smoothing is None
+
+
+def quantize_graphs(
+    graphs: Sequence[TracedGraph], plan: QuantizePlan, scales: CalibratedScales, *, checkpoint: Checkpoint
+) -> tuple[list[TracedGraph], tuple[StoredForm, ...]]:
+    """Return the graphs with quantized linear layers, and what must be stored for them besides plain tensors.
+
+    The weights of the returned graphs are keys of the stored forms, with ``SCALE_SUFFIX`` for their scales.
+
+    Args:
+        graphs: All of the bundle, traced, before their weights are attached.
+        plan: The format of every part.
+        scales: From calibration; empty without.
+        checkpoint: For the shapes, and the blocks of one that is quantized already.
+    """
+    layer_formats = _layer_formats(graphs, plan)
+    table = _embedding_form(plan)
+    stored = {} if table.is_plain else {table.key: table}
+    result = []
+    for graph in graphs:
+        forms = {
+            name: _form(graph, name, tensor, plan, scales, layer_formats, checkpoint)
+            for name, tensor in graph.weights.items()
+        }
+        stored |= {form.key: form for form in forms.values() if not form.is_plain}
+        result.append(_rewritten(graph, forms, plan, scales))
+    return result, tuple(stored.values())
+
+
+def _layer_formats(graphs: Iterable[TracedGraph], plan: QuantizePlan) -> dict[int, Format]:
+    """Return the format of each decoder layer's own graph."""
+    return {
+        layer: plan.of_role(graph.spec.role)
+        for graph in graphs
+        if graph.spec.role in ("prefix", "segment", "suffix") and graph.spec.first_layer is not None
+        for layer in range(graph.spec.first_layer, graph.spec.first_layer + graph.spec.num_layers)
+    }
+
+
+def _form(
+    graph: TracedGraph,
+    name: str,
+    tensor: str,
+    plan: QuantizePlan,
+    scales: CalibratedScales,
+    layer_formats: Mapping[int, Format],
+    checkpoint: Checkpoint,
+) -> StoredForm:
+    kind = plan.of_role(graph.spec.role)
+    layer = _LAYER.match(tensor)
+    # A probe reads its layer with the factors that were moved in it only where it shares the layer's weights.
+    shares = layer is not None and kind != "none" and layer_formats[int(layer[1])] == kind
+    smoothing = scales.smoothing.get(tensor) if shares else None
+    value = graph.model.graph.initializers[name]
+    may = is_linear(value) or (graph.spec.role == "select" and _is_decoder_linear(tensor))
+    block = _block(checkpoint, tensor) if kind == "int4" else None
+    if kind == "none" or not may or (kind == "int4" and block is None):
+        kind, block = "none", None
+    return StoredForm(name=tensor, kind=kind, block=block, smoothing=smoothing)
+
+
+def _is_decoder_linear(tensor: str) -> bool:
+    return DECODER_LINEAR.fullmatch(tensor) is not None or tensor == EMBEDDING_NAME  # of a tied head
+
+
+def _block(checkpoint: Checkpoint, tensor: str) -> int | None:
+    """Return the inputs of an INT4 block of ``tensor``; None if it cannot be INT4: TensorRT wants even rows [I, O]."""
+    shape = checkpoint.tensor(tensor).shape
+    return block_size(shape[1]) if len(shape) == 2 and shape[0] % 2 == 0 else None
+
+
+def _rewritten(
+    graph: TracedGraph, forms: Mapping[str, StoredForm], plan: QuantizePlan, scales: CalibratedScales
+) -> TracedGraph:
+    quantized = {name: form for name, form in forms.items() if form.kind != "none"}
+    weights = {name: form.key for name, form in forms.items()}
+    if not quantized:
+        return replace(graph, weights=weights)
+    weights |= {name + SCALE_SUFFIX: form.key + SCALE_SUFFIX for name, form in quantized.items()}
+    ranges = {} if graph.spec.role == "select" else scales.activation_max
+    opset = max(graph.model.opset_imports[""], OPSETS[plan.of_role(graph.spec.role)])
+    constants: dict[str, NDArray[Any]] = quantize_graph(
+        graph.model,
+        {
+            name: LinearForm(
+                kind=form.kind,
+                block=form.block,
+                activation_max=ranges.get(form.name) if form.kind == "int8" else None,
+            )
+            for name, form in quantized.items()
+        },
+        opset=opset,
+    )
+    return replace(
+        graph,
+        spec=msgspec.structs.replace(graph.spec, opset=opset),
+        weights=weights,
+        constants={**graph.constants, **constants},
+    )
+
+
+def plain_tensors(graphs: Iterable[TracedGraph], forms: Iterable[StoredForm]) -> set[str]:
+    """Return the tensors that are stored as the checkpoint has them, the embeddings among them unless they are in ``forms``."""
+    others = {key for form in forms for key in (form.key, form.key + SCALE_SUFFIX)}
+    tables = {form.name for form in forms if form.is_table}
+    used = {key for graph in graphs for key in graph.weights.values()} - others
+    return used | ({EMBEDDING_NAME} - tables)
+
+
+def embedding_key(plan: QuantizePlan) -> str:
+    """Return the name in the bundle of the token embeddings."""
+    return _embedding_form(plan).key
+
+
+def _embedding_form(plan: QuantizePlan) -> StoredForm:
+    kind = plan.of_part("embedding")
+    return StoredForm(name=EMBEDDING_NAME, kind=kind, is_table=kind != "none")
+
+
+def quantization_of(
+    forms: Sequence[StoredForm], plan: QuantizePlan, scales: CalibratedScales
+) -> Quantization | None:
+    """Return what the manifest says of ``forms``; None without any."""
+    if not forms:
+        return None
+    return Quantization(
+        formats={part: kind for part in PARTS if (kind := plan.of_part(part)) != "none"},
+        method=scales.method,
+        block_size=largest_block(forms),
+        num_samples=scales.num_samples,
+    )
+
+
+def largest_block(forms: Iterable[StoredForm]) -> int | None:
+    """Return the usual INT4 block of ``forms``: 128 unless no weight has inputs for it; None without INT4."""
+    blocks = {form.block for form in forms if form.kind == "int4" and form.block is not None}
+    return BLOCK_SIZE if BLOCK_SIZE in blocks else max(blocks, default=None)

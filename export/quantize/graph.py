@@ -1,0 +1,175 @@
+"""Rewrites a traced graph so that linear layers read quantized weights through explicit DequantizeLinear.
+
+    x ─────────────────────────────┐
+    values [I, O] INT4 ── DequantizeLinear(axis 0, block) ── MatMul        INT4, and INT8 without activation ranges
+    scales [I/block, O] ──┘
+
+    x ── QuantizeLinear ── DequantizeLinear ──┐
+    values [I, O] INT8 ── DequantizeLinear ── MatMul                       INT8 with activation ranges
+
+A weight lies with its inputs first: that is the operand that the product reads, so the trace's transposes disappear. What reads
+the weight in another way (the way back of a probe) gets it transposed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import version_converter
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from trio_edge.export.quantize.numerics import Format
+
+SCALE_SUFFIX = ".scale"
+"""What the name of a weight's scales ends with, behind the weight's own name."""
+_IR_FROM_FORMAT = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearForm:
+    """How one weight of a graph is read."""
+
+    kind: Format
+    block: int | None
+    """Inputs that share a scale; None for one scale an output."""
+    activation_max: float | None = None
+    """Largest absolute input of the product; None leaves the inputs in floating point."""
+
+
+def is_linear(weight: ir.Value) -> bool:
+    """Return whether ``weight`` is a matrix [O, I] that products alone read, as x Wᵀ."""
+    if weight.shape is None or len(weight.shape) != 2:
+        return False
+    uses = [_product_input(node, index) for node, index in weight.uses()]
+    return bool(uses) and all(uses)
+
+
+def _product_input(node: ir.Node, index: int) -> bool:
+    if node.op_type == "Gemm":
+        return index == 1 and _is_transposed(node)
+    if node.op_type != "Transpose":
+        return False
+    return all(user.op_type == "MatMul" and place == 1 for user, place in node.outputs[0].uses())
+
+
+def _is_transposed(gemm: ir.Node) -> bool:
+    attribute = gemm.attributes.get("transB")
+    return attribute is not None and attribute.as_int() == 1
+
+
+def quantize_graph(
+    model: ir.Model, forms: Mapping[str, LinearForm], *, opset: int
+) -> dict[str, NDArray[Any]]:
+    """Let ``model`` read the initializers in ``forms`` quantized, in place; return the constants that came in.
+
+    The initializer of a weight keeps its name and becomes [I, O] of its format; its scales become an initializer of that name with
+    ``SCALE_SUFFIX``. Both still need their values, the constants too.
+
+    Args:
+        model: Traced graph, before its weights are attached.
+        forms: By initializer name.
+        opset: What the graph is raised to.
+    """
+    if model.opset_imports[""] < opset:
+        version_converter.convert_version(model, opset)
+    constants: dict[str, NDArray[Any]] = {}
+    quantized_inputs: dict[ir.Value, ir.Value] = {}
+    for name, form in forms.items():
+        weight = _dequantized(model.graph, name, form)
+        if form.activation_max is not None:
+            for node, index in list(weight.uses()):
+                if node.op_type in ("MatMul", "Gemm") and index == 1:
+                    source = node.inputs[0]
+                    assert source is not None
+                    if source not in quantized_inputs:
+                        quantized_inputs[source] = _quantized(model.graph, source, form, constants)
+                    node.replace_input_with(0, quantized_inputs[source])
+    model.graph.sort()
+    return constants
+
+
+def _dequantized(graph: ir.Graph, name: str, form: LinearForm) -> ir.Value:
+    """Replace the initializer ``name`` [O, I] by its quantized form; return the dequantized value [I, O]."""
+    old = graph.initializers[name]
+    assert old.shape is not None and old.dtype is not None
+    num_outputs, num_inputs = (int(size) for size in old.shape.numpy())
+    del graph.initializers[name]
+    old.name = f"{name}.unquantized"
+    values = ir.Value(
+        name=name, shape=ir.Shape((num_inputs, num_outputs)), type=ir.TensorType(_IR_FROM_FORMAT[form.kind])
+    )
+    shape = (num_outputs,) if form.block is None else (num_inputs // form.block, num_outputs)
+    scales = ir.Value(name=name + SCALE_SUFFIX, shape=ir.Shape(shape), type=ir.TensorType(old.dtype))
+    graph.initializers[name], graph.initializers[name + SCALE_SUFFIX] = values, scales
+    attributes = {"axis": 1} if form.block is None else {"axis": 0, "block_size": form.block}
+    node = _node(
+        "DequantizeLinear", [values, scales], f"{name}.dequantized", old.dtype, values.shape, attributes
+    )
+    graph.append(node)
+    _redirect(graph, old, node.outputs[0])
+    return node.outputs[0]
+
+
+def _redirect(graph: ir.Graph, old: ir.Value, weight: ir.Value) -> None:
+    """Give ``weight`` [I, O] to all that read ``old`` [O, I]."""
+    transposed: ir.Value | None = None
+    for node, index in list(old.uses()):
+        if node.op_type == "Transpose":
+            ir.convenience.replace_all_uses_with(node.outputs[0], weight)
+            graph.remove(node, safe=True)
+        elif node.op_type == "Gemm" and index == 1 and _is_transposed(node):
+            node.attributes["transB"] = ir.AttrInt64("transB", 0)
+            node.replace_input_with(1, weight)
+        else:
+            if transposed is None:
+                assert old.dtype is not None
+                back = _node(
+                    "Transpose", [weight], f"{weight.name}.T", old.dtype, old.shape, {"perm": [1, 0]}
+                )
+                graph.append(back)
+                transposed = back.outputs[0]
+            node.replace_input_with(index, transposed)
+
+
+def _quantized(
+    graph: ir.Graph, source: ir.Value, form: LinearForm, constants: dict[str, NDArray[Any]]
+) -> ir.Value:
+    """Return ``source`` rounded to INT8 and back, with one scale."""
+    assert source.dtype is not None and form.activation_max is not None
+    kind = source.dtype
+    scale = np.array(max(form.activation_max, 1e-4) / 127, kind.numpy())
+    names = f"{source.name}.scale", f"{source.name}.zero"
+    inputs = [
+        ir.Value(name=names[0], shape=ir.Shape(()), type=ir.TensorType(kind)),
+        ir.Value(name=names[1], shape=ir.Shape(()), type=ir.TensorType(ir.DataType.INT8)),
+    ]
+    constants |= {names[0]: scale, names[1]: np.array(0, np.int8)}
+    for value in inputs:
+        graph.initializers[str(value.name)] = value
+    down = _node(
+        "QuantizeLinear", [source, *inputs], f"{source.name}.quantized", ir.DataType.INT8, source.shape, {}
+    )
+    up = _node(
+        "DequantizeLinear", [down.outputs[0], *inputs], f"{source.name}.rounded", kind, source.shape, {}
+    )
+    graph.extend([down, up])
+    return up.outputs[0]
+
+
+def _node(
+    kind: str,
+    inputs: list[ir.Value],
+    name: str,
+    dtype: ir.DataType,
+    shape: ir.Shape | None,
+    attributes: dict[str, Any],
+) -> ir.Node:
+    output = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
+    return ir.node(kind, inputs, attributes, outputs=[output], name=name)

@@ -1,0 +1,99 @@
+"""Symmetric quantization of a linear layer's weight, and the bytes that ONNX wants.
+
+INT4 has a scale for each block of inputs of each output, INT8 one for each output. Scales are rounded to the graph's
+element type before the integers are chosen, so that a graph reads back exactly what was rounded to.
+
+Letters: O outputs, I inputs, B blocks of inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trio_edge.runtime.manifest import FloatType
+
+Format = Literal["none", "int4", "int8"]
+FORMATS: tuple[Format, ...] = ("none", "int4", "int8")
+BLOCK_SIZE = 128
+"""Inputs that share an INT4 scale, where the number of inputs is a multiple of it."""
+_BLOCK_STEP = 16
+_LARGEST = {"int4": 7, "int8": 127}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizedWeight:
+    """Integers and scales of one weight."""
+
+    values_OI: Tensor
+    """int8; of INT4 within -8..7."""
+    scales_OB: Tensor
+    """In the graph's element type; one block for INT8."""
+
+    def dequantized(self) -> Tensor:
+        """Return [O, I] in the type of the scales, as a graph computes it."""
+        blocks = self.values_OI.reshape(*self.scales_OB.shape, -1).to(self.scales_OB.dtype)
+        result: Tensor = (blocks * self.scales_OB[..., None]).flatten(1)
+        return result
+
+
+def block_size(num_inputs: int) -> int | None:
+    """Return the inputs of an INT4 block: 128, else the largest multiple of 16 below that divides; None without one."""
+    if num_inputs % BLOCK_SIZE == 0:
+        return BLOCK_SIZE
+    sizes = range(_BLOCK_STEP, BLOCK_SIZE, _BLOCK_STEP)
+    return max((size for size in sizes if num_inputs % size == 0), default=None)
+
+
+def quantize(
+    weight_OI: Tensor, *, kind: Format, dtype: FloatType, block: int | None = None
+) -> QuantizedWeight:
+    """Return ``weight_OI`` rounded to the nearest integer of its block's scale.
+
+    Args:
+        weight_OI: Any floating point type; the arithmetic is float32.
+        kind: "int4" or "int8".
+        dtype: Type of the scales.
+        block: Inputs that share a scale; all of them for INT8.
+    """
+    blocks_OBK = weight_OI.to(torch.float32).reshape(len(weight_OI), -1, block or weight_OI.shape[1])
+    largest = _LARGEST[kind]
+    scales_OB = (blocks_OBK.abs().amax(-1) / largest).to(getattr(torch, dtype))
+    scales_OB = torch.where(scales_OB > 0, scales_OB, 1.0)
+    values = torch.round(blocks_OBK / scales_OB.to(torch.float32)[..., None])
+    return QuantizedWeight(
+        values_OI=values.clamp(-largest - 1, largest).to(torch.int8).flatten(1), scales_OB=scales_OB
+    )
+
+
+def stored_bytes(weight: QuantizedWeight, *, kind: Format) -> tuple[Tensor, Tensor]:
+    """Return values [I, O] (INT4: two in a byte, the first in the low half) and scales [B, O] or [O], contiguous.
+
+    Inputs come first: that is the operand that a matrix product reads, and the layout that TensorRT and ONNX Runtime
+    know INT4 products by.
+    """
+    values_IO = weight.values_OI.T.contiguous()
+    scales = weight.scales_OB.T.contiguous()
+    return (pack_int4(values_IO), scales) if kind == "int4" else (values_IO, scales[0])
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """Return int8 values of -8..7 as bytes, two in each, the first in the low half; an odd end is filled with 0."""
+    flat = values.reshape(-1)
+    if len(flat) % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    pairs = (flat & 0xF).to(torch.uint8).reshape(-1, 2)
+    return pairs[:, 0] | (pairs[:, 1] << 4)
+
+
+def unpack_int4(packed: Tensor, *, count: int) -> Tensor:
+    """Return the first ``count`` int8 values of ``pack_int4``."""
+    low, high = packed & 0xF, packed >> 4
+    flat = torch.stack([low, high], dim=-1).reshape(-1)[:count].to(torch.int8)
+    signed: Tensor = torch.where(flat > 7, flat - 16, flat)
+    return signed

@@ -1,0 +1,93 @@
+"""Which parts of a bundle are quantized, and how: what ``--quantize`` says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, get_args
+
+from trio_edge.export.quantize.numerics import FORMATS, Format
+from trio_edge.runtime.errors import ScheduleError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trio_edge.runtime.manifest import Role
+
+Part = Literal["vision", "prefix", "segments", "suffix", "select", "head", "embedding"]
+PARTS: tuple[Part, ...] = get_args(Part)
+_GROUPS: dict[str, tuple[Part, ...]] = {
+    "decoder": ("prefix", "segments", "suffix"),
+    "all": ("vision", "prefix", "segments", "suffix", "select", "head"),
+}
+_PART_FROM_ROLE: dict[Role, Part] = {
+    "vision": "vision",
+    "prefix": "prefix",
+    "segment": "segments",
+    "suffix": "suffix",
+    "select": "select",
+    "head": "head",
+}
+OPSETS: dict[Format, int] = {"int4": 21, "int8": 19}
+"""First ONNX opset with INT4, and with float16 in QuantizeLinear."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizePlan:
+    """The format of every part; parts that are not named stay in floating point."""
+
+    formats: Mapping[Part, Format] = field(default_factory=dict)
+
+    def of_part(self, part: Part) -> Format:
+        """Return the format of ``part``."""
+        return self.formats.get(part, "none")
+
+    def of_role(self, role: Role) -> Format:
+        """Return the format of graphs with ``role``."""
+        return self.of_part(_PART_FROM_ROLE[role]) if role in _PART_FROM_ROLE else "none"
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is quantized."""
+        return all(kind == "none" for kind in self.formats.values())
+
+
+def parse_plan(text: str) -> QuantizePlan:
+    """Return what ``--quantize`` means: FORMAT for the decoder, or PART=FORMAT,…; later entries win.
+
+    PART is one of ``PARTS``, or "decoder" (prefix, segments, suffix) or "all" (every graph).
+
+    Raises:
+        ScheduleError: If it is not of that form.
+    """
+    formats: dict[Part, Format] = {}
+    for entry in text.split(","):
+        name, equals, value = entry.strip().rpartition("=")
+        kind = _format(value)
+        for part in _parts(name if equals else "decoder"):
+            formats[part] = kind
+    if formats.get("embedding") == "int4":
+        raise ScheduleError(
+            "--quantize: expected embedding=int8 or none, got int4; its rows are read by the host, one scale each"
+        )
+    return QuantizePlan(formats=formats)
+
+
+def _format(text: str) -> Format:
+    for kind in FORMATS:
+        if text == kind:
+            return kind
+    hint = "; fp8 runs on Ada and later only and is not offered" if text.startswith("fp8") else ""
+    raise ScheduleError(
+        f"--quantize: expected {', '.join(FORMATS)}, got {text!r}{hint or '; for instance int4 or suffix=int4,head=int8'}"
+    )
+
+
+def _parts(name: str) -> tuple[Part, ...]:
+    if name in _GROUPS:
+        return _GROUPS[name]
+    for part in PARTS:
+        if name == part:
+            return (part,)
+    raise ScheduleError(
+        f"--quantize: expected one of {', '.join((*PARTS, *_GROUPS))}, got {name!r}; for instance suffix=int4,head=int8"
+    )

@@ -1,0 +1,47 @@
+"""What calibration finds: factors that are moved between layers, and the largest activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+Calibrated = Literal["round-to-nearest", "awq", "smoothquant", "checkpoint"]
+"""How integers were chosen."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Smoothing:
+    """Factors of one tensor that cancel with another's, so that the model computes the same."""
+
+    inputs: Tensor | None = None
+    """[I], multiplied into the columns of a weight [O, I]."""
+    outputs: Tensor | None = None
+    """[O], divides the rows of a weight, or the elements of a norm's weight or of a bias."""
+
+    def apply(self, values: Tensor) -> Tensor:
+        """Return ``values`` with the factors in them, float32."""
+        result = values.to(torch.float32)
+        if self.inputs is not None:
+            result = result * self.inputs
+        if self.outputs is not None:
+            result = result / (self.outputs if result.dim() == 1 else self.outputs[:, None])
+        return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CalibratedScales:
+    """The result of a calibration, by the canonical names of the checkpoint's tensors."""
+
+    smoothing: Mapping[str, Smoothing] = field(default_factory=dict)
+    """Of weights, norms and biases in decoder layers."""
+    activation_max: Mapping[str, float] = field(default_factory=dict)
+    """Largest absolute input of a linear layer, by its weight, after smoothing; there for parts in INT8."""
+    method: Calibrated = "round-to-nearest"
+    num_samples: int = 0

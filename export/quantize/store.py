@@ -1,0 +1,126 @@
+"""Writes quantized tensors into a bundle, one after the other: one tensor is in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from trio_edge.export.quantize.graph import SCALE_SUFFIX
+from trio_edge.export.quantize.numerics import quantize, stored_bytes
+from trio_edge.export.weights import (
+    SAFETENSORS_FROM_DTYPE,
+    WEIGHTS_FOLDER,
+    HashedFile,
+    StoredWeights,
+    check_finite,
+    read_tensor,
+    safetensors_header,
+)
+from trio_edge.runtime.manifest import StoredTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from trio_edge.export.checkpoint import Checkpoint, SourceTensor
+    from trio_edge.export.quantize.assign import StoredForm
+    from trio_edge.runtime.manifest import FloatType, StoredType
+
+_FILE = f"{WEIGHTS_FOLDER}/quantized.safetensors"
+
+
+def store_quantized(
+    checkpoint: Checkpoint,
+    forms: Sequence[StoredForm],
+    bundle: Path,
+    *,
+    dtype: FloatType,
+    on_bytes: Callable[[int], None],
+) -> StoredWeights:
+    """Write ``forms`` into one file of ``bundle`` and return where each is; memory is that of the largest tensor.
+
+    Args:
+        checkpoint: Source of the weights.
+        forms: What to write; weights [O, I] become [I, O], tables stay as they are.
+        bundle: Folder being written.
+        dtype: Element type of scales, and of what stays in floating point.
+        on_bytes: Called with the number of bytes just written, for progress.
+
+    Raises:
+        CheckpointError: If a tensor is missing or has values that are not finite.
+    """
+    writers = [_Writer(checkpoint, form, dtype=dtype) for form in forms]
+    described = {name: entry for writer in writers for name, entry in writer.described().items()}
+    header, offsets = safetensors_header(
+        {name: (_SAFETENSORS[kind], _file_shape(kind, shape)) for name, (kind, shape) in described.items()}
+    )
+    (bundle / WEIGHTS_FOLDER).mkdir(exist_ok=True)
+    with HashedFile(bundle / _FILE) as stream:
+        stream.write(header)
+        for writer in writers:
+            for values in writer.tensors():
+                stream.write(values.contiguous().view(torch.uint8).flatten().numpy().data)
+                on_bytes(values.nbytes)
+        digest = stream.hexdigest()
+    tensors = {
+        name: StoredTensor(file=_FILE, dtype=kind, shape=shape, offset=offsets[name])
+        for name, (kind, shape) in described.items()
+    }
+    return StoredWeights(tensors=tensors, sha256={_FILE: digest})
+
+
+_SAFETENSORS = {**SAFETENSORS_FROM_DTYPE, "int8": "I8", "int4": "U8"}
+
+
+def quantized_bytes(checkpoint: Checkpoint, forms: Sequence[StoredForm], *, dtype: FloatType) -> int:
+    """Return how many bytes ``store_quantized`` is going to write for ``forms``."""
+    writers = [_Writer(checkpoint, form, dtype=dtype) for form in forms]
+    return sum(
+        StoredTensor(file=_FILE, dtype=kind, shape=shape, offset=0).num_bytes
+        for writer in writers
+        for kind, shape in writer.described().values()
+    )
+
+
+def _file_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that the file's header gives: safetensors has no INT4, so it counts bytes."""
+    return (math.ceil(math.prod(shape) / 2),) if kind == "int4" else shape
+
+
+class _Writer:
+    """One tensor on its way into the file: first what it will be, later its bytes."""
+
+    def __init__(self, checkpoint: Checkpoint, form: StoredForm, *, dtype: FloatType) -> None:
+        self.source: SourceTensor = checkpoint.tensor(form.name)
+        self.form = form
+        self.dtype = dtype
+
+    def described(self) -> dict[str, tuple[StoredType, tuple[int, ...]]]:
+        """Return dtype and shape of each array, by its name in the bundle, in the order of ``tensors``."""
+        form, shape = self.form, self.source.shape
+        if form.kind == "none":
+            return {form.key: (self.dtype, shape)}
+        num_outputs, num_inputs = shape
+        scales = (num_outputs,) if form.block is None else (num_inputs // form.block, num_outputs)
+        values = shape if form.is_table else (num_inputs, num_outputs)
+        return {form.key: (form.kind, values), form.key + SCALE_SUFFIX: (self.dtype, scales)}
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the arrays."""
+        form = self.form
+        weight = read_tensor(self.source)
+        check_finite(weight, self.source, name=form.name)
+        if form.smoothing is not None:
+            weight = form.smoothing.apply(weight)
+        if form.kind == "none":
+            yield weight.to(getattr(torch, self.dtype))
+            return
+        quantized = quantize(weight, kind=form.kind, dtype=self.dtype, block=form.block)
+        if form.is_table:
+            yield from (quantized.values_OI, quantized.scales_OB[:, 0])
+        else:
+            yield from stored_bytes(quantized, kind=form.kind)

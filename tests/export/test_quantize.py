@@ -1,0 +1,209 @@
+"""Quantized bundles: the numbers, what --quantize means, and graphs that compute with exactly the rounded weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from tests.bundles import export
+from tests.conftest import REDUCED_STAGES
+from trio_edge.export.checkpoint import canonical_name, read_checkpoint
+from trio_edge.export.quantize.graph import SCALE_SUFFIX
+from trio_edge.export.quantize.numerics import block_size, pack_int4, quantize, stored_bytes, unpack_int4
+from trio_edge.export.quantize.plan import parse_plan
+from trio_edge.export.weights import read_tensor
+from trio_edge.runtime.bundle import Bundle, open_bundle
+from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.schedule import Schedule, Stage
+
+PLAN = parse_plan("all=int4,head=int8,embedding=int8")
+SCHEDULE = Schedule(stages=tuple(Stage(layer=layer, keep=keep) for layer, keep in REDUCED_STAGES))
+
+
+@pytest.fixture(scope="module")
+def quantized(checkpoint: Path) -> Bundle:
+    """The shared checkpoint with everything quantized. No test may change it."""
+    return open_bundle(export(checkpoint, schedule=SCHEDULE, quantize=PLAN))
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize("count", [8, 7])
+def test_unpacking_int4_gives_what_was_packed(count: int) -> None:
+    values = torch.tensor([-8, 7, 0, -1, 3, -5, 1, 2], dtype=torch.int8)[:count]
+    packed = pack_int4(values)
+    assert packed.shape == (4,)
+    assert torch.equal(unpack_int4(packed, count=count), values)
+
+
+def test_int4_bytes_are_what_onnx_reads() -> None:
+    values = torch.arange(-8, 8, dtype=torch.int8).reshape(4, 4)
+    raw = pack_int4(values).numpy().tobytes()
+    tensor = onnx.TensorProto(data_type=onnx.TensorProto.INT4, dims=[4, 4], raw_data=raw)
+    assert np.array_equal(onnx.numpy_helper.to_array(tensor).astype(np.int8), values.numpy())
+
+
+@pytest.mark.parametrize(("kind", "block"), [("int4", 32), ("int8", None)])
+def test_rounding_is_off_by_half_a_scale_at_most(kind: Any, block: int | None) -> None:
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    rounded = quantize(weight, kind=kind, dtype="float32", block=block)
+    scale = rounded.scales_OB.repeat_interleave(64 // rounded.scales_OB.shape[1], dim=1)
+    assert ((rounded.dequantized() - weight).abs() <= 0.5001 * scale).all()
+
+
+def test_a_block_of_zeros_stays_zero() -> None:
+    rounded = quantize(torch.zeros(2, 32), kind="int4", dtype="float16", block=16)
+    assert torch.equal(rounded.dequantized(), torch.zeros(2, 32, dtype=torch.float16))
+
+
+def test_values_and_scales_are_stored_inputs_first() -> None:
+    weight = torch.arange(1, 65, dtype=torch.float32).reshape(2, 32)
+    values, scales = stored_bytes(quantize(weight, kind="int4", dtype="float32", block=16), kind="int4")
+    assert scales.shape == (2, 2)
+    assert scales[0, 1] == pytest.approx(48 / 7)
+    # the first byte holds both outputs of input 0: 1 of a block up to 16, 33 of one up to 48
+    assert unpack_int4(values, count=2).tolist() == [round(1 / (16 / 7)), round(33 / (48 / 7))]
+
+
+@pytest.mark.parametrize(("num_inputs", "size"), [(4096, 128), (288, 96), (96, 96), (112, 112), (3420, None)])
+def test_a_block_is_128_or_the_largest_multiple_of_16_that_divides(num_inputs: int, size: int | None) -> None:
+    assert block_size(num_inputs) == size
+
+
+# ---------------------------------------------------------------------------------------------- --quantize
+
+
+@pytest.mark.parametrize(
+    ("text", "formats"),
+    [
+        ("int4", {"prefix": "int4", "segments": "int4", "suffix": "int4"}),
+        ("suffix=int4,head=int8", {"suffix": "int4", "head": "int8"}),
+        ("int8,suffix=none", {"prefix": "int8", "segments": "int8", "suffix": "none"}),
+        ("embedding=int8", {"embedding": "int8"}),
+    ],
+    ids=["the decoder", "by part", "later entries win", "the table"],
+)
+def test_a_plan_names_parts_and_formats(text: str, formats: dict[str, str]) -> None:
+    assert parse_plan(text).formats == formats
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("int3", "expected none, int4, int8, got 'int3'"),
+        ("fp8", "Ada and later"),
+        ("tail=int4", "expected one of vision, .*, got 'tail'"),
+        ("embedding=int4", "embedding=int8 or none"),
+    ],
+)
+def test_a_plan_that_is_none_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        parse_plan(text)
+
+
+# ------------------------------------------------------------------------------------------------- bundles
+
+
+def twin_of(graph: str, full: Bundle, checkpoint: Path) -> ort.InferenceSession:
+    """Return the unquantized ``graph`` with its linear weights replaced by their rounded values."""
+    source = read_checkpoint(str(checkpoint))
+    tensors = {canonical_name(name): tensor for name, tensor in source.tensors.items()}
+    model = ir.load(full.path(f"{graph}.onnx"))
+    first = full.manifest.graph(graph).first_layer or 0
+    for name, value in model.graph.initializers.items():
+        if not isinstance(value.const_value, ir.ExternalTensor):
+            continue
+        values = value.const_value.numpy()
+        layer, _, rest = name.partition("layers.")[2].partition(".")
+        stored = tensors.get(f"language_model.layers.{first + int(layer or 0)}.{rest}")
+        if stored is not None and len(stored.shape) == 2:
+            block = block_size(stored.shape[1])
+            rounded = quantize(read_tensor(stored), kind="int4", dtype="float32", block=block)
+            values = rounded.dequantized().numpy()
+        value.const_value = ir.tensor(values, name=name)
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def test_a_quantized_range_computes_with_exactly_the_rounded_weights(
+    quantized: Bundle, reduced_bundle: Path, checkpoint: Path
+) -> None:
+    spec = quantized.manifest.graph("suffix")
+    sizes = spec.profiles[0].sizes
+    random = np.random.default_rng(0)
+    inputs = {
+        tensor.name: random.standard_normal([sizes.get(str(size), size) for size in tensor.shape]).astype(
+            tensor.dtype
+        )
+        for tensor in spec.inputs
+    }
+    inputs["position_ids"] = np.arange(sizes["S"], dtype=np.int32)[None]
+    inputs["past_length"] = np.zeros(1, np.int32)
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32 products
+    session = ort.InferenceSession(quantized.path(spec.file), options, providers=["CPUExecutionProvider"])
+    twin = twin_of("suffix", open_bundle(reduced_bundle), checkpoint)
+    for got, expected in zip(session.run(None, inputs), twin.run(None, inputs)):
+        np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_the_manifest_says_what_was_quantized_and_which_opset_it_took(quantized: Bundle) -> None:
+    manifest = quantized.manifest
+    assert manifest.quantization is not None
+    assert manifest.quantization.method == "round-to-nearest"
+    assert manifest.quantization.formats["select"] == "int4"
+    assert {spec.name: spec.opset for spec in manifest.graphs} == {
+        "vision": 21, "prefix": 21, "select_1": 21, "segment_1": 21, "select_2": 21, "suffix": 21, "head": 19,
+    }  # fmt: skip
+    for spec in manifest.graphs:
+        assert ir.load(quantized.path(spec.file)).opset_imports[""] == spec.opset
+
+
+def test_a_quantized_probe_shares_the_weights_of_its_layer(quantized: Bundle) -> None:
+    def places(graph: str) -> dict[str, int | None]:
+        initializers = ir.load(quantized.path(f"{graph}.onnx")).graph.initializers
+        return {
+            name.partition("self_attn.")[2]: value.const_value.offset
+            for name, value in initializers.items()
+            if "k_proj.weight" in name and isinstance(value.const_value, ir.ExternalTensor)
+        }
+
+    assert places("select_2") == places("suffix")
+    assert set(places("suffix")) == {"k_proj.weight", "k_proj.weight" + SCALE_SUFFIX}
+
+
+def test_the_bundle_holds_no_tensor_that_nothing_reads(quantized: Bundle, reduced_bundle: Path) -> None:
+    def weight_bytes(bundle: Bundle) -> int:
+        return sum(entry.num_bytes for entry in bundle.manifest.files if entry.path.endswith(".safetensors"))
+
+    # float32 to 4 bits, one float32 scale for 16 to 96 of them, and norms, biases and patch embeddings as they were
+    assert weight_bytes(quantized) < 0.25 * weight_bytes(open_bundle(reduced_bundle))
+
+
+def test_a_quantized_bundle_answers(quantized: Bundle) -> None:
+    from PIL import Image
+
+    with Pipeline.from_bundle(quantized.folder, threads=1) as pipeline:
+        answer = pipeline.generate(Image.new("RGB", (30, 24), "red"), "w1 w2", max_new_tokens=4)
+        assert len(answer.text) > 0
+        assert answer.statistics.kept_tokens == tuple(keep for _, keep in REDUCED_STAGES)
+
+
+def test_tensorrt_builds_quantized_graphs(quantized: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 Linux only; runs in CI")
+    from tests.engine_bundles import link_bundle
+    from trio_edge.runtime.cli_build import main
+
+    copy = link_bundle(quantized.folder, tmp_path / "bundle")
+    graphs = ["--graphs", "suffix,select_2,head"]
+    assert (
+        main([str(copy), "--backend", "tensorrt-rtx", "--compute-capability", "86", "--quiet", *graphs]) == 0
+    )
