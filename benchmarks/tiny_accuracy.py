@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,19 +21,22 @@ import msgspec
 from rich.console import Console
 
 from trio_edge.calibration.baselines import BASELINES
-from trio_edge.calibration.comparison import RunReport, compare
+from trio_edge.calibration.comparison import RunInfo, RunReport, compare
 from trio_edge.calibration.evaluation import evaluate
 from trio_edge.calibration.questions import digest_of, synthetic_questions
 from trio_edge.calibration.report_table import per_cent
 from trio_edge.calibration.runs import Run, Settings, answer_runs, keys_of, plan_runs
 from trio_edge.calibration.shapes import held_out
 from trio_edge.export.bundle import ExportOptions, ScheduleInputs, export_bundle
+from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.schedule import Schedule
-from trio_edge.trio.schedule import schedule_for_keep
+from trio_edge.runtime.schedule import Schedule, Stage
+from trio_edge.trio.schedule import integer_keeps, schedule_for_keep
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from trio_edge.calibration.answering import Outcome
 
 _SHIFT = 101  # samples between a question and the picture of the guesser: several questions share a picture
 BUDGETS = {"33.3": 1 / 3, "22.2": 2 / 9, "11.1": 1 / 9}
@@ -44,7 +48,7 @@ class Variant:
 
     name: str
     schedule: dict[str, Any] = field(default_factory=dict)
-    """``schedule_for_keep``'s settings."""
+    """``schedule_for_keep``'s settings, or ``shaped_schedule``'s where "shape" is among them."""
     export: dict[str, Any] = field(default_factory=dict)
     """``ExportOptions``' other fields."""
     selection: str = "bundle"
@@ -52,8 +56,36 @@ class Variant:
 
     def folder(self, budget: str) -> str:
         """Name of the bundle, the same for variants that share one."""
-        settings = [f"{key}={value}" for key, value in sorted((self.schedule | self.export).items())]
+        settings = [f"{key}={_plain(value)}" for key, value in sorted((self.schedule | self.export).items())]
         return "-".join([budget, *settings])
+
+
+def _plain(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def shaped_schedule(
+    average: float,
+    *,
+    num_layers: int,
+    num_visual: int,
+    layers: tuple[int, ...],
+    shape: tuple[float, ...],
+    **settings: Any,
+) -> Schedule:
+    """Return stages at ``layers`` whose tokens are in the proportion ``shape``, as many as the average allows."""
+    weights = [end - start for start, end in zip(layers, (*layers[1:], num_layers))]
+    budget = math.floor(average * num_layers * num_visual + 1e-6) - layers[0] * num_visual
+    unit = sum(weight * share for weight, share in zip(weights, shape))
+    keeps = integer_keeps(
+        [share * budget / unit for share in shape], budget=budget, weights=weights, num_visual=num_visual
+    )
+    if keeps is None:
+        raise ScheduleError(
+            f"stages at {layers}: expected a budget for them, got {average:.1%}; choose others"
+        )
+    stages = tuple(Stage(layer=layer, keep=keep) for layer, keep in zip(layers, keeps))
+    return Schedule(stages=stages, **settings)
 
 
 VARIANTS = (
@@ -79,7 +111,8 @@ def bundle_for(variant: Variant | None, budget: str, arguments: argparse.Namespa
         if variant is None:
             return Schedule()
         sizes = {"num_layers": inputs.num_layers, "num_visual": inputs.num_visual}
-        return schedule_for_keep(BUDGETS[budget], **sizes, **variant.schedule)
+        make = shaped_schedule if "shape" in variant.schedule else schedule_for_keep
+        return make(BUDGETS[budget], **sizes, **variant.schedule)
 
     options = ExportOptions(model=arguments.model, out=path, dtype="float32", max_text=32, max_new_tokens=8)
     export_bundle(replace(options, **(variant.export if variant else {})), schedule_for=schedule)
@@ -101,20 +134,24 @@ def planned(variants: Sequence[Variant], arguments: argparse.Namespace) -> list[
 
 def measured(runs: list[Run], arguments: argparse.Namespace) -> list[RunReport]:
     """Ask all questions and compare with keep-all."""
+    return compare(answered(runs, arguments), metric=Settings().metric)
+
+
+def answered(runs: list[Run], arguments: argparse.Namespace) -> list[tuple[RunInfo, dict[int, Outcome]]]:
+    """Ask all questions that the work folder has no answer to."""
     questions = synthetic_questions(arguments.count, seed=arguments.seed)
     settings = Settings(workers=arguments.workers, answer_tokens=8)
     keys = keys_of(runs, settings, data_sha256=digest_of(questions, metric=settings.metric))
     work = arguments.out / f"work-{arguments.count}-{arguments.seed}"
     console = Console(stderr=True)
-    answers = answer_runs(
+    return answer_runs(
         runs,
         keys,
         questions,
         settings,
         folder=work,
         on_start=lambda run, _done: console.print(run.info.label),
-    )
-    return compare(answers.runs, metric=settings.metric)
+    ).runs
 
 
 def guesser(arguments: argparse.Namespace) -> str:
@@ -128,16 +165,21 @@ def guesser(arguments: argparse.Namespace) -> str:
     return f"{100 * accuracy.value:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
+def add_common_options(parser: argparse.ArgumentParser, *, out: Path, budgets: list[str]) -> None:
+    """Add what every comparison of bundles on generated questions needs."""
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread")
+    parser.add_argument("--budgets", nargs="*", choices=list(BUDGETS), default=budgets)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out/accuracy"))
-    parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread")
-    parser.add_argument("--budgets", nargs="*", choices=list(BUDGETS), default=list(BUDGETS))
+    add_common_options(parser, out=Path("out/accuracy"), budgets=list(BUDGETS))
     parser.add_argument("--skip", nargs="*", default=[], help="variants to leave out: words of their names")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from tests.hugging_face import Original
 from tests.pictures import random_picture
 from tests.spec.reduced_reference import causal_layer
 from tests.tolerances import LOGITS_FLOAT32
+from trio_edge.calibration.answer_cost import prefill_flops, processed_tokens
 from trio_edge.export.stage_selectors import stage_selector
 from trio_edge.export.token_selectors import token_selector
 from trio_edge.runtime.image_processing import prepare, token_index
@@ -191,3 +192,8 @@ def test_a_selection_before_the_decoder_combines_with_stages_inside(checkpoint: 
         assert answer.statistics.kept_tokens == (6,)
         assert answer.statistics.average_keep == pytest.approx((15 + 15 + 6) / (3 * 51))
         assert list(answer.statistics.graph_ms)[:2] == ["vision", "reduce"]
+        manifest = pipeline.manifest
+        assert processed_tokens(manifest, num_visual=51, kept=(6,)) == (15 + 15 + 6) / 3
+        flops = prefill_flops(manifest, num_visual=51, kept=(6,), num_text=manifest.cost.num_text)
+        assert flops == pytest.approx(sum(manifest.cost.reduced_flops.values()), rel=1e-6)
+        assert manifest.cost.reduced_flops["reduce"] > 0 < manifest.cost.reduced_flops["select"]
