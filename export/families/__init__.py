@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from trio_edge.export.families.clip_llama import ClipLlama
 from trio_edge.export.families.internvl import InternVl
-from trio_edge.export.families.llava import Llava
-from trio_edge.export.families.llava_next import LlavaNext
 from trio_edge.export.families.qwen2_5_vl import Qwen25Vl
+from trio_edge.runtime.chat import MISTRAL_TEMPLATE
 from trio_edge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -18,7 +18,23 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "check_architecture", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (Llava(), LlavaNext(), Qwen25Vl(), InternVl())
+FAMILIES: tuple[Family, ...] = (
+    # one CLIP crop per picture
+    ClipLlama(
+        model_type="llava",
+        architecture="LlavaForConditionalGeneration",
+        image_processor="CLIPImageProcessor",
+    ),
+    # a base tile and a grid of CLIP tiles with newline tokens
+    ClipLlama(
+        model_type="llava_next",
+        architecture="LlavaNextForConditionalGeneration",
+        image_processor="LlavaNextImageProcessor",
+        mistral_template=MISTRAL_TEMPLATE,
+    ),
+    Qwen25Vl(),
+    InternVl(),
+)
 
 
 def check_architecture(folder: Path, config: dict[str, Any]) -> None:

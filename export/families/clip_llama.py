@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
-import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from trio_edge.export.decoder_config import check_decoder, untie_stored_head
 from trio_edge.export.families.base import FamilyModel, VisionGraph
-from trio_edge.export.families.config_files import load_config, read_image_processor
+from trio_edge.export.families.config_files import read_image_processor
+from trio_edge.export.families.decoder import family_model, read_config
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.reduce import FEATURE_NAMES
 from trio_edge.export.graphs.vision import ClipFeatures, Vision
 from trio_edge.export.graphs.vision_features import VisionWithFeatures
 from trio_edge.export.graphs.vision_reduced import ReducedVision, check_encoder_keep
+from trio_edge.runtime.chat import VICUNA_TEMPLATE
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.image_processing import ImageProcessing
 from trio_edge.runtime.manifest import TensorSpec
@@ -29,24 +29,69 @@ if TYPE_CHECKING:
 
     from trio_edge.export.checkpoint import Checkpoint
     from trio_edge.runtime.manifest import FloatType
+    from trio_edge.runtime.schedule import Positions
     from trio_edge.runtime.vision_inputs import PictureProcessing
 
 _TEXT_TYPES = ("llama", "mistral", "qwen2")
 
 
-def read_config(checkpoint: Checkpoint) -> Any:
+@final
+@dataclass(frozen=True, kw_only=True)
+class ClipLlama:
+    """A LLaVA; see ``Family``."""
+
+    model_type: str
+    architecture: str
+    """Hugging Face's class."""
+    image_processor: str
+    """Hugging Face's class for files that do not name one."""
+    mistral_template: str = VICUNA_TEMPLATE
+    positions: tuple[Positions, ...] = ("compact", "preserved")
+    image_marks: tuple[str, str] = ("", "")
+
+    def default_chat_template(self, checkpoint: Checkpoint) -> str:
+        """Return Vicuna's template, or Mistral's where the family has one for such decoders."""
+        text_type = checkpoint.config.get("text_config", {}).get("model_type")
+        return self.mistral_template if text_type == "mistral" else VICUNA_TEMPLATE
+
+    def build(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        processing: PictureProcessing,
+        dtype: FloatType,
+        with_features: bool,
+    ) -> FamilyModel:
+        """See ``Family.build``."""
+        import transformers
+
+        model_class = getattr(transformers, self.architecture)
+        config = read_clip_config(checkpoint)
+        return _build(model_class, config, processing=processing, dtype=dtype, with_features=with_features)
+
+    def picture_processing(
+        self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
+    ) -> PictureProcessing:
+        """See ``Family.picture_processing``; ``max_visual`` is not for tilings."""
+        if max_visual is not None:
+            raise ScheduleError(
+                f"--max-visual: expected none for {self.model_type}, whose pictures are not scaled to"
+                f" a number of tokens, got {max_visual}; use --image-size"
+            )
+        processing = _image_processing(checkpoint, default_type=self.image_processor)
+        if encoder_keep is not None:
+            check_encoder_keep(encoder_keep, patches_per_side=processing.patches_per_side)
+        return TilePictures(processing, encoder_keep=encoder_keep)
+
+
+def read_clip_config(checkpoint: Checkpoint) -> Any:
     """Return transformers' configuration of ``checkpoint``, checked for what the graphs can express.
 
     Raises:
         CheckpointError: If it cannot be read, or names another decoder or vision tower.
     """
-    config = load_config(checkpoint)
-    text, vision = config.text_config, config.vision_config
-    if text.model_type not in _TEXT_TYPES:
-        raise CheckpointError(
-            f"{checkpoint.folder}: expected a decoder of type {', '.join(_TEXT_TYPES)}, got {text.model_type!r};"
-            " this architecture cannot be exported"
-        )
+    config = read_config(checkpoint, text_types=_TEXT_TYPES)
+    vision = config.vision_config
     if vision.model_type != "clip_vision_model":
         raise CheckpointError(
             f"{checkpoint.folder}: expected a CLIP vision tower, got {vision.model_type!r};"
@@ -57,12 +102,10 @@ def read_config(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.folder}: expected vision_feature_select_strategy 'default', got"
             f" {config.vision_feature_select_strategy!r}; this variant cannot be exported"
         )
-    check_decoder(text, folder=checkpoint.folder)
-    untie_stored_head(config, checkpoint)
     return config
 
 
-def build(
+def _build(
     model_class: Callable[[Any], nn.Module],
     config: Any,
     *,
@@ -78,16 +121,13 @@ def build(
     vision._attn_implementation = "eager"
     root: Any = model_class(config)
     inner = root.model
-    with unset_fake_temporarily():
-        rotary: Any = type(inner.language_model.rotary_emb)(text)
-        inv_freq = rotary.inv_freq.to(torch.float32).numpy()
     layer = config.vision_feature_layer
     feature_layers = (layer,) if isinstance(layer, int) else tuple(layer)
     graph, num_layers = _vision_graph(
         inner, feature_layers, processing=processing, dtype=dtype, with_features=with_features
     )
-    return FamilyModel(
-        root=root,
+    return family_model(
+        root,
         vision=graph,
         vision_shape=lambda sizes: VisionShape(
             num_layers=num_layers,
@@ -98,12 +138,6 @@ def build(
             projected_tokens=sizes["B"] * processing.processing.patches_per_tile,
             merged_into=processing.encoder_keep or 0,
         ),
-        layers=tuple(inner.language_model.layers),
-        final_norm=inner.language_model.norm,
-        lm_head=root.lm_head,
-        inv_freq=inv_freq,
-        attention_scaling=float(rotary.attention_scaling),
-        text_config=text,
     )
 
 
@@ -159,28 +193,6 @@ def _vision_graph(
         },
     )
     return graph, len(module.tower_layers())
-
-
-def picture_processing(
-    checkpoint: Checkpoint, *, default_type: str, encoder_keep: int | None, max_visual: int | None
-) -> TilePictures:
-    """Return the tiles of the checkpoint's image processor; see ``Family.picture_processing``.
-
-    Args:
-        checkpoint: With ``preprocessor_config.json``, or ``processor_config.json`` as transformers 5 writes it.
-        default_type: Hugging Face's class for files that do not name one.
-        encoder_keep: Patches per tile that the vision encoder keeps.
-        max_visual: Not for these families: their tilings decide.
-    """
-    if max_visual is not None:
-        raise ScheduleError(
-            f"--max-visual: expected none for {checkpoint.config.get('model_type')}, whose pictures are not scaled to"
-            f" a number of tokens, got {max_visual}; use --image-size"
-        )
-    processing = _image_processing(checkpoint, default_type=default_type)
-    if encoder_keep is not None:
-        check_encoder_keep(encoder_keep, patches_per_side=processing.patches_per_side)
-    return TilePictures(processing, encoder_keep=encoder_keep)
 
 
 def _image_processing(checkpoint: Checkpoint, *, default_type: str) -> ImageProcessing:

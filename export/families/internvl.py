@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, final
 
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-from trio_edge.export.decoder_config import check_decoder, untie_stored_head
 from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_features
-from trio_edge.export.families.config_files import load_config, read_image_processor
+from trio_edge.export.families.config_files import read_image_processor
+from trio_edge.export.families.decoder import family_model, read_config
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision_internvl import (
     TILE_ATTENTION_NAME,
@@ -65,14 +63,10 @@ class InternVl:
         text._attn_implementation = ATTENTION_NAME
         vision._attn_implementation = TILE_ATTENTION_NAME
         root: Any = InternVLForConditionalGeneration(config)
-        inner = root.model
-        with unset_fake_temporarily():
-            rotary: Any = type(inner.language_model.rotary_emb)(text)
-            inv_freq = rotary.inv_freq.float().numpy()
         merged = vision.hidden_size * _merge(config) ** 2
-        return FamilyModel(
-            root=root,
-            vision=_vision_graph(inner, config, dtype=dtype),
+        return family_model(
+            root,
+            vision=_vision_graph(root.model, config, dtype=dtype),
             vision_shape=lambda sizes: VisionShape(
                 num_layers=vision.num_hidden_layers,
                 hidden_size=vision.hidden_size,
@@ -81,12 +75,6 @@ class InternVl:
                 num_tiles=sizes["B"],
                 projector_weights=(merged + text.hidden_size) * text.hidden_size,
             ),
-            layers=tuple(inner.language_model.layers),
-            final_norm=inner.language_model.norm,
-            lm_head=root.lm_head,
-            inv_freq=inv_freq,
-            attention_scaling=float(rotary.attention_scaling),
-            text_config=text,
         )
 
     def picture_processing(
@@ -112,13 +100,8 @@ class InternVl:
 
 def _read_config(checkpoint: Checkpoint) -> Any:
     """Return transformers' configuration, checked for what the graphs can express."""
-    config = load_config(checkpoint)
-    folder, text, vision = checkpoint.folder, config.text_config, config.vision_config
-    if text.model_type not in _TEXT_TYPES:
-        raise CheckpointError(
-            f"{folder}: expected a decoder of type {', '.join(_TEXT_TYPES)}, got {text.model_type!r};"
-            " this architecture cannot be exported"
-        )
+    config = read_config(checkpoint, text_types=_TEXT_TYPES)
+    folder, vision = checkpoint.folder, config.vision_config
     if vision.model_type != "internvl_vision":
         raise CheckpointError(
             f"{folder}: expected a vision tower 'internvl_vision', got {vision.model_type!r};"
@@ -130,9 +113,6 @@ def _read_config(checkpoint: Checkpoint) -> Any:
                 f"{folder}: expected {name} {wanted!r}, got {getattr(config, name)!r}; this variant cannot be exported"
             )
     _check_sides(config, folder)
-    check_decoder(text, folder=folder)
-    # transformers 5 takes a configuration that says nothing of tying for tied, older releases wrote such for untied ones
-    untie_stored_head(config, checkpoint)
     return config
 
 

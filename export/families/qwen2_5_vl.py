@@ -11,11 +11,10 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, final
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from trio_edge.export.decoder_config import check_decoder, untie_stored_head
 from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_features
-from trio_edge.export.families.config_files import load_config, read_image_processor
+from trio_edge.export.families.config_files import read_image_processor
+from trio_edge.export.families.decoder import family_model, read_config
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision_windowed import INV_FREQ_NAME, WindowedVision, inverse_frequencies
 from trio_edge.export.graphs.vision_windowed_reduced import ReducedWindowedVision, check_windowed_keep
@@ -61,17 +60,13 @@ class Qwen25Vl:
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         register_attention()
-        config = _read_config(checkpoint)
+        config = read_config(checkpoint)
         text, vision = config.text_config, config.vision_config
         text._attn_implementation = ATTENTION_NAME
         root: Any = Qwen2_5_VLForConditionalGeneration(config)
-        inner = root.model
-        with unset_fake_temporarily():
-            rotary: Any = type(inner.language_model.rotary_emb)(text)
-            inv_freq = rotary.inv_freq.to(torch.float32).numpy()
-        return FamilyModel(
-            root=root,
-            vision=_vision_graph(inner, vision, processing=processing, dtype=dtype),
+        return family_model(
+            root,
+            vision=_vision_graph(root.model, vision, processing=processing, dtype=dtype),
             vision_shape=lambda sizes: VisionShape(
                 num_layers=vision.depth,
                 hidden_size=vision.hidden_size,
@@ -85,20 +80,14 @@ class Qwen25Vl:
                 projected_tokens=sizes["P"] // vision.spatial_merge_size**2,
                 merged_into=processing.encoder_keep or 0,
             ),
-            layers=tuple(inner.language_model.layers),
-            final_norm=inner.language_model.norm,
-            lm_head=root.lm_head,
-            inv_freq=inv_freq,
-            attention_scaling=float(rotary.attention_scaling),
-            text_config=text,
-            mrope_sections=tuple(int(size) for size in rotary.mrope_section),
+            has_mrope=True,
         )
 
     def picture_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
     ) -> PictureProcessing:
         """See ``Family.picture_processing``."""
-        vision = _read_config(checkpoint).vision_config
+        vision = read_config(checkpoint).vision_config
         processing = PatchProcessing.from_preprocessor_config(
             {"image_processor_type": "Qwen2VLImageProcessor", **read_image_processor(checkpoint)},
             window_size=vision.window_size,
@@ -115,13 +104,6 @@ class Qwen25Vl:
             most = processing.max_visual_tokens()
             check_windowed_keep(encoder_keep, max_visual=most, vision_config=vision)
         return PatchPictures(processing, encoder_keep=encoder_keep)
-
-
-def _read_config(checkpoint: Checkpoint) -> Any:
-    config = load_config(checkpoint)
-    check_decoder(config.text_config, folder=checkpoint.folder)
-    untie_stored_head(config, checkpoint)
-    return config
 
 
 def _scaled_down(processing: PatchProcessing, max_visual: int | None) -> PatchProcessing:

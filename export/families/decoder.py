@@ -1,0 +1,68 @@
+"""What all families take from transformers alike: a checked configuration, and the decoder's parts of a built model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from trio_edge.export.decoder_config import check_decoder, untie_stored_head
+from trio_edge.export.families.base import FamilyModel, VisionGraph
+from trio_edge.export.families.config_files import load_config
+from trio_edge.runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.trio.cost import VisionShape
+
+
+def read_config(checkpoint: Checkpoint, *, text_types: tuple[str, ...] = ()) -> Any:
+    """Return transformers' configuration of ``checkpoint``; its decoder is checked, a head in the checkpoint untied.
+
+    Args:
+        checkpoint: Where the configuration is.
+        text_types: Decoders that the family's language model may be; empty where it can be one only.
+
+    Raises:
+        CheckpointError: If it cannot be read, or describes a decoder that the graphs cannot express.
+    """
+    config = load_config(checkpoint)
+    text = config.text_config
+    if text_types and text.model_type not in text_types:
+        raise CheckpointError(
+            f"{checkpoint.folder}: expected a decoder of type {', '.join(text_types)}, got {text.model_type!r};"
+            " this architecture cannot be exported"
+        )
+    check_decoder(text, folder=checkpoint.folder)
+    # transformers 5 takes a configuration that says nothing of tying for tied, older releases wrote such for untied ones
+    untie_stored_head(config, checkpoint)
+    return config
+
+
+def family_model(
+    root: Any,
+    *,
+    vision: VisionGraph,
+    vision_shape: Callable[[Mapping[str, int]], VisionShape],
+    has_mrope: bool = False,
+) -> FamilyModel:
+    """Return Hugging Face's model ``root``, built without weights, taken apart; called under FakeTensorMode."""
+    decoder = root.model.language_model
+    with unset_fake_temporarily():
+        rotary: Any = type(decoder.rotary_emb)(decoder.config)
+        inv_freq = rotary.inv_freq.to(torch.float32).numpy()
+    return FamilyModel(
+        root=root,
+        vision=vision,
+        vision_shape=vision_shape,
+        layers=tuple(decoder.layers),
+        final_norm=decoder.norm,
+        lm_head=root.lm_head,
+        inv_freq=inv_freq,
+        attention_scaling=float(rotary.attention_scaling),
+        text_config=decoder.config,
+        mrope_sections=tuple(int(size) for size in rotary.mrope_section) if has_mrope else (),
+    )
