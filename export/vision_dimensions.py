@@ -20,17 +20,20 @@ def vision_dimensions(model: FamilyModel, *, sizes: Mapping[str, int], hidden_si
         sizes: Of any profile of the vision graph.
         hidden_size: D, of the decoder.
     """
-    shape = model.vision_shape(sizes)
-    projector = shape.projector_weights
+    shape, patches = model.vision_shape(sizes), "P" in sizes
+    projected, projector = shape.projected_tokens, shape.projector_weights
     if projector is None:
         projector = (shape.hidden_size + hidden_size) * hidden_size
     return VisionDimensions(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
-        patches_per_tile=None if "P" in sizes else shape.patches_per_tile,
+        patches_per_tile=None if patches else shape.patches_per_tile,
         projector_weights=projector,
         mlp_matrices=shape.mlp_matrices,
         patches_per_window=shape.patches_per_window,
         num_full_layers=shape.num_full_layers,
+        projected_per_tile=None if patches or projected is None else projected // shape.num_tiles,
+        patches_per_token=sizes["P"] // projected if patches and projected is not None else None,
+        merged_weights=2 * shape.merged_into * hidden_size,
     )

@@ -142,6 +142,12 @@ class VisionDimensions(_Spec, frozen=True):
     """Patches that a patch attends to in layers with windows; None if all layers attend to the whole tile."""
     num_full_layers: int = 0
     """Layers that attend to the whole tile beside those with windows."""
+    projected_per_tile: int | None = None
+    """Tokens of each tile that the projector sees; None where it sees the decoder's, or P patches are one tile."""
+    patches_per_token: int | None = None
+    """Patches that are one token of the projector, where P patches are one tile."""
+    merged_weights: int = 0
+    """Weights that would cost what the encoder's own reduction does for each token of the projector."""
 
 
 class TextSpec(_Spec, frozen=True):

@@ -4,7 +4,7 @@
     select    TRIO: keys of S rows, R probe rows forwards and backwards through layer and head, the saliency's
               cheapest form, similarities of N tokens and the rounds of the NMS
     head      one row
-    vision    per layer the products of all patches, and attention inside tiles or windows; the projector per token
+    vision    per layer the products of all patches, and attention inside tiles or windows; the projector per token that it sees
 
 A multiplication and an addition are two FLOPs; only products count, as in ``trio_edge.trio.cost``, whose sums are these.
 ``moved_bytes`` is the least that must pass through memory: every operand and every result once, weights once, and
@@ -254,6 +254,11 @@ def vision_work(tower: VisionDimensions, sizes: Mapping[str, int]) -> Work:
     """
     tiles, patches = tiles_and_patches(tower, sizes)
     rows, width, inner = tiles * patches, tower.hidden_size, tower.intermediate_size
+    projected = sizes["N"]
+    if tower.projected_per_tile is not None:
+        projected = tiles * tower.projected_per_tile
+    elif tower.patches_per_token is not None:
+        projected = patches // tower.patches_per_token
     products = [
         Product(rows=rows, inner=width, columns=width, count=4 * tower.num_layers, weights="vision"),
         Product(
@@ -263,8 +268,10 @@ def vision_work(tower: VisionDimensions, sizes: Mapping[str, int]) -> Work:
             count=tower.mlp_matrices * tower.num_layers,
             weights="vision",
         ),
-        _square(sizes["N"], tower.projector_weights, weights="vision"),
+        _square(projected, tower.projector_weights, weights="vision"),
     ]
+    if tower.merged_weights:
+        products.append(_square(projected, tower.merged_weights, weights="none"))
     return Work(
         products=tuple(products),
         attention=_vision_attention(tower, tiles=tiles, patches=patches),
@@ -277,14 +284,14 @@ def _vision_attention(tower: VisionDimensions, *, tiles: int, patches: int) -> t
     windows = tower.patches_per_window
     full = tower.num_layers if windows is None else tower.num_full_layers
     layers = {patches: full} if windows is None else {patches: full, windows: tower.num_layers - full}
-    heads = tower.hidden_size // _VISION_HEAD_SIZE
+    heads = max(1, tower.hidden_size // _VISION_HEAD_SIZE)
     return tuple(
         Attention(
             rows=patches,
             context=context,
             num_heads=heads,
             num_kv_heads=heads,
-            head_size=_VISION_HEAD_SIZE,
+            head_size=tower.hidden_size // heads,
             count=count * tiles,
         )
         for context, count in layers.items()

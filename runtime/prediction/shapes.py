@@ -101,6 +101,7 @@ _CLIP = VisionDimensions(
     hidden_size=1024,
     intermediate_size=4096,
     patches_per_tile=577,
+    projected_per_tile=576,
     projector_weights=0,
 )
 _QWEN_VISION = VisionDimensions(
@@ -108,6 +109,7 @@ _QWEN_VISION = VisionDimensions(
     hidden_size=1280,
     intermediate_size=3420,
     patches_per_tile=None,
+    patches_per_token=4,
     mlp_matrices=3,
     patches_per_window=64,
     num_full_layers=4,

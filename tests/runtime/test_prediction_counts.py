@@ -1,0 +1,144 @@
+"""Counted work of graphs: the same sums as ``trio_edge.trio.cost``, and the products that the exported graphs really have."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.matmul_flops import example_feeds, matmul_flops
+from trio_edge.export.checkpoint import ALIASES
+from trio_edge.export.fit import FitInputs, Picture, estimate
+from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.prediction.answer import memory_of
+from trio_edge.runtime.prediction.counting import (
+    counted_work,
+    head_work,
+    range_work,
+    select_work,
+    vision_work,
+)
+from trio_edge.runtime.prediction.plan import plan_for
+from trio_edge.runtime.prediction.shapes import MODELS, tiles_and_patches, tower_weights
+from trio_edge.runtime.prediction.work import graph_work
+from trio_edge.runtime.schedule import Schedule
+from trio_edge.trio.cost import (
+    LLAVA_NEXT_7B,
+    ModelShape,
+    VisionShape,
+    decoder_layer_flops,
+    head_flops,
+    selection_flops,
+    vision_flops,
+)
+from trio_edge.trio.schedule import preset_schedule
+from trio_edge.trio.selectors.cost import StageSizes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PICTURE = (672, 672)
+
+
+def shape_of(name: str) -> ModelShape:
+    """The same model as ``trio_edge.trio.cost`` describes it, with a picture of ``PICTURE``."""
+    model = MODELS[name]
+    tower, decoder = model.vision, model.decoder
+    assert tower is not None
+    tiles, patches = tiles_and_patches(tower, model.pictures.sizes(*PICTURE))
+    projected = None if tower.projected_per_tile is None else tiles * tower.projected_per_tile
+    vision = VisionShape(
+        num_layers=tower.num_layers, hidden_size=tower.hidden_size, intermediate_size=tower.intermediate_size,
+        patches_per_tile=patches, num_tiles=tiles, mlp_matrices=tower.mlp_matrices,
+        patches_per_window=tower.patches_per_window, num_full_layers=tower.num_full_layers,
+        projector_weights=tower.projector_weights, projected_tokens=projected,
+    )  # fmt: skip
+    sizes = {name: getattr(decoder, name) for name in decoder.__struct_fields__}
+    return ModelShape(**sizes, vision=vision)
+
+
+def test_models_without_a_bundle_are_those_that_can_be_exported() -> None:
+    assert set(MODELS) == set(ALIASES) - {"tiny"}
+
+
+def test_llava_next_7b_is_the_model_that_costs_are_published_for() -> None:
+    shape = shape_of("llava-next-7b")
+    assert dataclasses.replace(shape, vision=None) == dataclasses.replace(LLAVA_NEXT_7B, vision=None)
+    assert vision_flops(shape, num_visual=2880) == vision_flops(LLAVA_NEXT_7B, num_visual=2880)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_vision_decoder_and_head_have_the_flops_of_the_cost_formulas(name: str) -> None:
+    model, shape = MODELS[name], shape_of(name)
+    assert model.vision is not None
+    sizes = model.pictures.sizes(*PICTURE)
+    rows = sizes["N"] + 40
+    assert vision_work(model.vision, sizes).flops == pytest.approx(
+        vision_flops(shape, num_visual=sizes["N"]), rel=1e-12
+    )
+    assert range_work(model.decoder, num_layers=3, rows=rows, past=0).flops == 3 * decoder_layer_flops(
+        shape, num_rows=rows
+    )
+    assert head_work(model.decoder).flops == head_flops(shape)
+
+
+@pytest.mark.parametrize("num_visual", [300, 1100, 2880])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_stage_has_the_flops_of_the_cost_formulas(name: str, num_visual: int) -> None:
+    work = select_work(MODELS[name].decoder, Schedule(), rows=num_visual + 40, num_visual=num_visual)
+    sizes = StageSizes(num_visual, 10, 40, num_visual)
+    assert work.flops == pytest.approx(selection_flops(shape_of(name), Schedule(), sizes), rel=1e-12)
+
+
+@pytest.mark.parametrize("profile", ["first", "decode"])
+@pytest.mark.parametrize("role", ["prefix", "segment", "suffix", "select", "head"])
+def test_graphs_of_a_bundle_have_the_products_that_are_counted(
+    role: str, profile: str, reduced_bundle: Path
+) -> None:
+    manifest = open_bundle(reduced_bundle).manifest
+    graph = next(graph for graph in manifest.graphs if graph.role == role)
+    chosen = graph.profiles[0 if profile == "first" else -1]
+    products = matmul_flops(reduced_bundle / graph.file, example_feeds(graph, chosen))
+    assert graph_work(manifest, graph, chosen).flops == products
+
+
+def test_a_vision_graph_has_the_products_that_are_counted(reduced_bundle: Path) -> None:
+    manifest = open_bundle(reduced_bundle).manifest
+    graph = manifest.graph("vision")
+    for profile in graph.profiles:
+        products = matmul_flops(reduced_bundle / graph.file, example_feeds(graph, profile))
+        assert graph_work(manifest, graph, profile).flops == pytest.approx(products, rel=1e-9)
+
+
+def test_a_run_moves_at_least_the_weights(reduced_bundle: Path) -> None:
+    manifest = open_bundle(reduced_bundle).manifest
+    for graph in manifest.graphs:
+        assert graph_work(manifest, graph, graph.profiles[-1]).moved_bytes > graph.weight_bytes
+
+
+def test_work_that_is_only_known_as_flops_keeps_them() -> None:
+    assert counted_work(123456.0, rows=7).flops == pytest.approx(123456.0)
+
+
+@pytest.mark.parametrize("keep", ["100%", "11.1%"])
+def test_memory_is_what_the_exporter_estimates(keep: str) -> None:
+    model = MODELS["llava-next-7b"]
+    assert model.vision is not None
+    setting = plan_for(model="llava-next-7b", keep=keep, num_text=256, num_new=256).setting()
+    shape = shape_of("llava-next-7b")
+    assert shape.vision is not None
+    inputs = FitInputs(
+        model=shape, vision_params=tower_weights(model.vision), schedule=setting.schedule, max_text=256,
+        picture=Picture(num_visual=setting.sizes["N"], vision=shape.vision), max_new_tokens=256,
+    )  # fmt: skip
+    theirs = estimate(inputs, usable_bytes=0)
+    ours = memory_of(setting, usable=0)
+    assert ours.kv_caches == theirs.parts["KV caches"]
+    assert ours.total == pytest.approx(theirs.total_bytes, rel=0.02)
+
+
+def test_a_keep_gives_the_exporters_stages() -> None:
+    setting = plan_for(model="llava-1.5-7b", keep="11.1%").setting()
+    assert setting.schedule == preset_schedule("llava-1.5-7b", "11.1%")
+    assert setting.visual_rows == (576, 92, 54, 22)
