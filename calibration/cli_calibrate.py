@@ -245,7 +245,8 @@ def _summary(calibration: Calibration, out: Path, *, exported: bool) -> str:
     whole_flops, whole_ms = calibration.keep_all_flops / 1e9, calibration.keep_all_ms
     lines = [
         f"{calibration.rule}: stages {stages}, average keep {100 * chosen.average_keep:.1f} %",
-        f"held out, {chosen.held_out.samples} samples: KL {kl.value:.4f} {within} nats, same answer {100 * agreement.value:.1f} {same} %",
+        f"held out, {chosen.held_out.samples} samples: KL {kl.value:.4f} {within} nats",
+        f"same answer as keep-all: {100 * agreement.value:.1f} {same} %",
         f"to the first token: {flops:.4g} GFLOPs (keep-all {whole_flops:.4g})",
         f"predicted for {calibration.options.target}: {milliseconds:.3g} ms (keep-all {whole_ms:.3g})",
         f"{out / REPORT_NAME}{f', {out / BUNDLE_NAME}' if exported else ''}",

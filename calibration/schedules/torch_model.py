@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from trio_edge.runtime.vision_inputs import PictureProcessing
 
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TINY_BYTES = 1 << 30
+"""Of float32 weights that are never too many."""
 _MEMORY_SHARE = 0.5
 """Of the free memory that float32 weights may take; what is larger stays in the checkpoint's type."""
 
@@ -132,7 +134,7 @@ def _compute_type(checkpoint: Checkpoint) -> torch.dtype:
     """Return float32 if the model's weights fit the memory in it, else the type in which they are stored."""
     num_bytes = sum(4 * _count(tensor) for tensor in checkpoint.tensors.values())
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if os.name == "posix" else 0
-    if num_bytes <= max(_MEMORY_SHARE * free, 1 << 30):
+    if num_bytes <= max(_MEMORY_SHARE * free, _TINY_BYTES):
         return torch.float32
     return _TYPES.get(checkpoint.tensor(EMBEDDING_NAME).dtype, torch.float32)
 

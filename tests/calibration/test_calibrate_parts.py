@@ -1,0 +1,237 @@
+"""The parts of a calibration that need no model: samples, shapes, fronts, wishes and costs."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.calibration.question_files import questions_about, write_questions
+from tests.pictures import random_picture
+from trio_edge.calibration.schedules.calibration_file import Options, read_options
+from trio_edge.calibration.schedules.fixed_shapes import picture_sizes, rounds_with_margin, text_buckets
+from trio_edge.calibration.schedules.measuring import Measured
+from trio_edge.calibration.schedules.pareto import first_fronts, pareto_front
+from trio_edge.calibration.schedules.prefill_cost import Cost, PrefillCost, Situation
+from trio_edge.calibration.schedules.prompts import SampleShape
+from trio_edge.calibration.schedules.samples import read_samples, split_samples
+from trio_edge.calibration.schedules.search import Candidate
+from trio_edge.calibration.schedules.space import make_space
+from trio_edge.calibration.schedules.wish import Wish
+from trio_edge.runtime.errors import DataError, ScheduleError
+from trio_edge.runtime.manifest import Dimensions, VisionDimensions
+from trio_edge.runtime.prediction.answer import Setting, predict
+from trio_edge.runtime.prediction.shapes import Model
+from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.targets import find_target
+from trio_edge.trio.schedule import parse_schedule
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DECODER = Dimensions(
+    num_layers=32,
+    hidden_size=4096,
+    num_heads=32,
+    num_kv_heads=32,
+    head_size=128,
+    intermediate_size=11008,
+    vocab_size=32064,
+)
+VISION = VisionDimensions(
+    num_layers=23,
+    hidden_size=1024,
+    intermediate_size=4096,
+    patches_per_tile=577,
+    projector_weights=(1024 + 4096) * 4096,
+    mlp_matrices=2,
+    patches_per_window=None,
+    num_full_layers=0,
+)
+ANY_PICTURES: Any = None
+"""Costs follow from sizes; no picture is processed here."""
+SIZES = {"B": 5, "N": 2880}
+SPACE = make_space(num_layers=32, num_visual=2880, layers=(1, 10, 15), keeps=(0.04, 0.1, 0.3), max_stages=3)
+
+
+def sample(num_visual: int, num_text: int, *, size: tuple[int, int] = (48, 48)) -> SampleShape:
+    return SampleShape(width=size[0], height=size[1], sizes={"N": num_visual}, num_text=num_text)
+
+
+def cost_on(target: str, *situations: Situation) -> PrefillCost:
+    return PrefillCost(decoder=DECODER, vision=VISION, situations=situations, target=find_target(target))
+
+
+def candidate(stages: str | None, *, kl: float) -> Candidate:
+    schedule = Schedule() if stages is None else parse_schedule(stages)
+    cost = cost_on("orin-nx-16", Situation(1.0, SIZES, 40)).of(schedule)
+    return Candidate(schedule=schedule, cost=cost, kind="time", results=[Measured(kl, True, 3)])
+
+
+def test_samples_may_lack_answers(tmp_path: Path) -> None:
+    lines = questions_about(3)
+    del lines[1]["answer"]
+    questions = read_samples(str(write_questions(tmp_path, lines)), prompt=None, count=None, seed=0)
+    assert [question.answers for question in questions] == [("w0",), (), ("w2",)]
+
+
+def test_a_folder_of_pictures_is_asked_one_prompt(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for number, name in enumerate(("b.png", "deep/a.jpg")):
+        random_picture(48, 48, seed=number).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    questions = read_samples(str(tmp_path), prompt="w1 ?", count=None, seed=0)
+    assert [question.sample_id for question in questions] == ["b.png", "deep/a.jpg"]
+    assert {question.question for question in questions} == {"w1 ?"}
+
+
+def test_no_picture_is_on_both_sides_of_the_split(tmp_path: Path) -> None:
+    path = write_questions(tmp_path, questions_about(12))
+    questions = read_samples(str(path), prompt=None, count=None, seed=0)
+    split = split_samples(questions, held_out=0.3, seed=0)
+    sides = [{question.picture_id for question in side} for side in split]
+    assert not sides[0] & sides[1]
+    assert (len(split.search), len(split.held_out)) == (8, 4)
+    assert split == split_samples(questions, held_out=0.3, seed=0)
+    assert any(split != split_samples(questions, held_out=0.3, seed=seed) for seed in range(1, 6))
+
+
+def test_text_buckets_have_room_to_spare_and_short_ones_where_they_pay() -> None:
+    assert text_buckets([sample(2880, 20), sample(2880, 60)]) == (80,)
+    assert text_buckets([sample(50, 9)] * 99 + [sample(50, 60)]) == (16, 80)
+
+
+def test_picture_sizes_cover_the_largest_and_the_common_ones() -> None:
+    common, rare = sample(100, 9, size=(64, 48)), sample(60, 9, size=(48, 64))
+    assert picture_sizes([common, common, rare]) == ((64, 48), (48, 64))
+    assert picture_sizes([common] * 99 + [rare]) == ((64, 48),)
+    other = sample(100, 9, size=(65, 48))
+    assert picture_sizes([other, common, common]) == ((64, 48),)
+
+
+@pytest.mark.parametrize(("largest", "rounds"), [(1, 3), (8, 10), (20, 25)])
+def test_rounds_have_a_margin(largest: int, rounds: int) -> None:
+    assert rounds_with_margin(largest) == rounds
+
+
+def test_a_front_holds_what_nothing_cheaper_beats() -> None:
+    points = [(1.0, 5.0), (2.0, 5.0), (2.0, 4.0), (3.0, 4.5), (4.0, 1.0)]
+    assert pareto_front(points, key=lambda point: point) == [(1.0, 5.0), (2.0, 4.0), (4.0, 1.0)]
+    assert first_fronts(points, key=lambda point: point, count=4)[3:] == [(3.0, 4.5)]
+    assert first_fronts(points, key=lambda point: point, count=2) == [(1.0, 5.0), (4.0, 1.0)]
+
+
+def test_a_space_lists_each_order_of_layers_and_budgets_once() -> None:
+    lists = list(SPACE.stage_lists())
+    assert len(lists) == 9 + 9 + 1
+    assert lists[-1] == ((1, 864), (10, 288), (15, 115))
+    assert len(set(lists)) == len(lists)
+
+
+def test_neighbours_are_possible_schedules_one_step_away() -> None:
+    schedule = parse_schedule("1:864,10:288", nms_threshold=0.7)
+    near = SPACE.neighbours(schedule)
+    assert parse_schedule("2:864,10:288", nms_threshold=0.7) in near
+    assert parse_schedule("1:864,10:360", nms_threshold=0.7) in near
+    assert parse_schedule("10:288", nms_threshold=0.7) in near
+    assert schedule not in near
+    for other in near:
+        other.check_fits(num_layers=32, max_visual=2880)
+
+
+@pytest.mark.parametrize("target", ["jetson-orin-nx-16", "rtx-4090"])
+@pytest.mark.parametrize("stages", [None, "15:115", "1:460,10:270,15:110"])
+def test_costs_are_those_of_trio_profiles_prediction(target: str, stages: str | None) -> None:
+    schedule = Schedule() if stages is None else parse_schedule(stages)
+    setting = Setting(
+        model=Model(name="llava-next-7b", decoder=DECODER, vision=VISION, pictures=ANY_PICTURES),
+        schedule=schedule,
+        sizes=SIZES,
+        num_text=40,
+        num_new=1,
+        precision="float16",
+    )
+    prediction = predict(setting, find_target(target))
+    cost = cost_on(target, Situation(1.0, SIZES, 40)).of(schedule)
+    assert cost.milliseconds == pytest.approx(1e3 * prediction.seconds("prefill"))
+    prefill = [timed.run.work.flops for timed in prediction.runs if timed.run.phase == "prefill"]
+    assert cost.flops == pytest.approx(sum(prefill))
+
+
+def test_the_cost_is_the_mean_over_the_samples_shapes() -> None:
+    small = Situation(1.0, {"B": 3, "N": 1000}, 32)
+    large = Situation(1.0, SIZES, 64)
+    both = cost_on("orin-nx-16", small._replace(share=0.25), large._replace(share=0.75))
+    schedule = parse_schedule("5:300")
+    apart = [cost_on("orin-nx-16", situation).of(schedule) for situation in (small, large)]
+    expected = Cost(0.0, 0.0).plus(apart[0], 0.25).plus(apart[1], 0.75)
+    assert both.of(schedule) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("wish", "chosen"),
+    [
+        (Wish(rule="max_kl", bound=0.05), "1:460"),
+        (Wish(rule="max_kl", bound=0.005), None),
+        (Wish(rule="target_ms", bound=2300.0), "10:270"),
+        (Wish(rule="keep", bound=0.40), "10:270"),
+        (Wish(rule="keep", bound=0.20), "1:460"),
+    ],
+)
+def test_a_wish_chooses_within_its_bound(wish: Wish, chosen: str | None) -> None:
+    candidates = [candidate(None, kl=0.0), candidate("10:270", kl=0.02), candidate("1:460", kl=0.04)]
+    candidates.append(candidate("1:110", kl=0.3))
+    expected = next(
+        one for one in candidates if one.schedule == (parse_schedule(chosen) if chosen else Schedule())
+    )
+    assert wish.choice(candidates, SPACE) == expected
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        (
+            Wish(rule="target_ms", bound=1.0),
+            r"--target-ms: expected at least \d+ \(predicted for jetson-orin-nx-16",
+        ),
+        (Wish(rule="keep", bound=0.02), r"--keep: expected at least 7% \(stages 1:115\), got 2%"),
+    ],
+)
+def test_what_no_schedule_can_do_is_told_with_the_nearest(wish: Wish, message: str) -> None:
+    cost = cost_on("orin-nx-16", Situation(1.0, SIZES, 40))
+    with pytest.raises(ScheduleError, match=message):
+        wish.check(SPACE, cost)
+
+
+def test_the_nearest_that_is_told_can_be_had() -> None:
+    cost = cost_on("orin-nx-16", Situation(1.0, SIZES, 40))
+    with pytest.raises(ScheduleError, match="--target-ms") as refusal:
+        Wish(rule="target_ms", bound=1.0).check(SPACE, cost)
+    nearest = float(str(refusal.value).split("at least ")[1].split()[0])
+    Wish(rule="target_ms", bound=nearest).check(SPACE, cost)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": "orin"}, "--target: expected one of"),
+        ({"max_kl": 0.1, "keep": 0.2}, "expected one of them, got --max-kl, --keep"),
+        ({"held_out": 1.0}, "--held-out: expected a share"),
+        ({"nms_thresholds": (0.0,)}, "--nms-thresholds: expected values"),
+        ({"answer_tokens": 0}, "--answer-tokens: expected 1..64, got 0"),
+    ],
+)
+def test_impossible_options_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ScheduleError, ValueError), match=message):
+        Options(**{"model": "tiny", "samples": "shapes", "target": "orin-nx-16", **settings})
+
+
+def test_options_alone_are_a_config(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    wanted = {"model": "tiny", "samples": "shapes", "target": "orin-nx-16", "layers": [1, 4]}
+    path.write_text(json.dumps({"options": wanted}))
+    assert read_options(path) == (Options(**{**wanted, "layers": (1, 4)}), None)
+    path.write_text(json.dumps({"options": {**wanted, "layer": 3}}))
+    with pytest.raises(DataError, match=r"expected a calibration\.json"):
+        read_options(path)

@@ -1,0 +1,322 @@
+"""trio-calibrate: what it writes, that it repeats, and one line for everything a user can do wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.calibration.question_files import questions_about, write_questions
+from trio_edge.calibration import cli_calibrate
+from trio_edge.calibration.schedules.calibrate import Progress, calibrate
+from trio_edge.calibration.schedules.calibration_file import Options
+from trio_edge.calibration.schedules.record import RECORD_NAME
+from trio_edge.calibration.schedules.torch_model import load_model
+from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.schedule import Schedule
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SMALL_SEARCH = ("--keeps", "10%,30%", "--evaluations", "4", "--answer-tokens", "2", "--max-new-tokens", "8")
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_questions(tmp_path_factory.mktemp("samples"), questions_about(6))
+
+
+@pytest.fixture(scope="module")
+def calibrated(checkpoint: Path, samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration with its bundle. No test may change it."""
+    out = tmp_path_factory.mktemp("calibrated") / "out"
+    arguments = [str(checkpoint), "--samples", str(samples), "--target", "orin-nx-16", "--out", str(out)]
+    assert cli_calibrate.main([*arguments, "--keep", "50%", *SMALL_SEARCH, "--quiet"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(calibrated: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((calibrated / "calibration.json").read_bytes())
+    return content
+
+
+def test_the_bundle_has_the_chosen_schedule_and_shapes(calibrated: Path, report: dict[str, Any]) -> None:
+    with Pipeline.from_bundle(calibrated / "bundle", threads=1) as pipeline:
+        manifest = pipeline.manifest
+        stages = [[stage.layer, stage.keep] for stage in manifest.schedule.stages]
+        assert stages == report["chosen"]["stages"]
+        assert stages
+        assert manifest.schedule.nms_rounds > report["shapes"]["largest_rounds"]
+        assert list(manifest.text_buckets) == report["shapes"]["text_buckets"]
+        sizes = [[size.width, size.height] for size in manifest.image_sizes]
+        assert sizes == report["shapes"]["image_sizes"]
+        assert manifest.average_keep <= 0.5
+
+
+def test_the_wish_holds_and_the_parts_do_not_overlap(report: dict[str, Any]) -> None:
+    assert report["chosen"]["average_keep"] <= 0.5005
+    data = report["data"]
+    assert (data["samples"], data["search"], data["held_out"], data["pictures"]) == (6, 4, 2, 3)
+    assert report["chosen"]["held_out"]["samples"] == 2
+    assert report["chosen"]["search"]["samples"] == 4
+    assert report["accuracy"]["samples"] == 2
+
+
+def test_the_front_is_ordered_and_ends_with_keep_all(report: dict[str, Any]) -> None:
+    front = report["front"]
+    assert report["compared_by"] == "flops"  # so small a model gains no time on any device
+    assert [point["flops"] for point in front] == sorted(point["flops"] for point in front)
+    errors = [point["search"]["kl"]["value"] for point in front]
+    assert errors == sorted(errors, reverse=True)
+    assert (front[-1]["stages"], errors[-1]) == ([], 0.0)
+    assert front[-1]["flops"] == pytest.approx(report["keep_all_flops"])
+
+
+def test_every_single_stage_and_layer_is_reported(report: dict[str, Any]) -> None:
+    assert {(one["layer"], one["keep"]) for one in report["single_stages"]} == {
+        (layer, keep) for layer in (1, 2) for keep in (5, 15)
+    }
+    assert [one["layer"] for one in report["importance"]] == [1, 2]
+    for layer in report["importance"]:
+        assert 0.0 < layer["attention_share"] < 1.0
+        assert 0.0 < layer["effective_share"] <= 1.0
+        assert layer["saliency_mass"] > 0.0
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(calibrated: Path, report: dict[str, Any]) -> None:
+    text = (calibrated / "calibration.html").read_text(encoding="utf-8")
+    page = _Page()
+    page.feed(text)
+    page.close()
+    assert page.open == []
+    assert page.count["svg"] == 3
+    assert page.count["script"] == page.count["link"] == page.count["iframe"] == 0
+    assert page.count["img"] == 1  # as many pictures as are held out
+    assert all(url.startswith(("data:image/png;base64,", "#")) for url in page.urls)
+    assert len(page.ids) == len(set(page.ids))
+    assert all(url[1:] in page.ids for url in page.urls if url.startswith("#"))
+    stages = ", ".join("{}:{}".format(*stage) for stage in report["chosen"]["stages"])
+    assert f"Chosen: {stages}" in page.text
+    assert "trio-export" in page.text
+
+
+def test_a_name_cannot_write_into_the_page(calibrated: Path) -> None:
+    import msgspec
+
+    from trio_edge.calibration.schedules.calibration_file import Calibration
+    from trio_edge.calibration.schedules.calibration_page import page_of
+
+    calibration = msgspec.json.decode((calibrated / "calibration.json").read_bytes(), type=Calibration)
+    evil = msgspec.structs.replace(calibration.options, model="<script>alert(1)</script>")
+    page = page_of(msgspec.structs.replace(calibration, options=evil), [], command="<b>")
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "<b>" not in page
+
+
+def test_a_config_repeats_the_calibration(calibrated: Path, report: dict[str, Any], tmp_path: Path) -> None:
+    config = str(calibrated / "calibration.json")
+    arguments = ["--config", config, "--out", str(tmp_path / "again"), "--no-export", "--quiet"]
+    assert cli_calibrate.main(arguments) == 0
+    assert json.loads((tmp_path / "again" / "calibration.json").read_bytes()) == report
+    first, second = (path / "calibration.html" for path in (calibrated, tmp_path / "again"))
+    assert first.read_bytes() == second.read_bytes()
+    assert not (tmp_path / "again" / "bundle").exists()
+
+
+def test_an_interrupted_calibration_goes_on_and_leaves_no_output(
+    checkpoint: Path, samples: Path, report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Options(**{**report["options"], **_tuples(report["options"])})
+    work = tmp_path / "work"
+    seen = []
+
+    def stop() -> None:
+        seen.append(1)
+        if len(seen) == 15:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(options, work=work, progress=Progress(sample=stop))
+    done = (work / RECORD_NAME).read_bytes()
+    (work / RECORD_NAME).write_bytes(done + b'{"type":"sched')  # a kill in the middle of a line
+    arguments = ["--config", str(_config(tmp_path, report)), "--work", str(work), "--no-export", "--quiet"]
+    assert cli_calibrate.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    lines = (work / RECORD_NAME).read_bytes()
+    assert lines.startswith(done)
+    assert len(set(lines.splitlines())) == len(lines.splitlines())
+    again = json.loads((tmp_path / "out" / "calibration.json").read_bytes())
+    assert again["front"] == report["front"]
+
+    monkeypatch.setattr("trio_edge.calibration.cli_calibrate._write", _interrupted)
+    assert cli_calibrate.main([*arguments, "--out", str(tmp_path / "other")]) == 130
+    assert not list(tmp_path.glob("*other*"))
+
+
+def test_a_work_folder_of_other_samples_is_refused(
+    report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, work = _config(tmp_path, report), tmp_path / "work"
+    arguments = ["--config", str(config), "--work", str(work), "--no-export", "--quiet"]
+    assert cli_calibrate.main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    assert cli_calibrate.main([*arguments, "--out", str(tmp_path / "two"), "--count", "5"]) == 2
+    assert "samples_sha256 differ); choose another --work" in capsys.readouterr().err
+
+
+def test_another_wish_replaces_the_configs(report: dict[str, Any], tmp_path: Path) -> None:
+    arguments = ["--config", str(_config(tmp_path, report)), "--out", str(tmp_path / "out"), "--max-kl", "0"]
+    assert cli_calibrate.main([*arguments, "--no-export", "--quiet"]) == 0
+    changed = json.loads((tmp_path / "out" / "calibration.json").read_bytes())
+    assert changed["chosen"]["stages"] == []  # only keep-all has no divergence
+    assert (changed["options"]["keep"], changed["options"]["max_kl"]) == (None, 0.0)
+
+
+def test_a_sample_file_without_answers_has_no_accuracy(
+    checkpoint: Path, report: dict[str, Any], tmp_path: Path
+) -> None:
+    lines = [{key: line[key] for key in ("image", "question")} for line in questions_about(4)]
+    path = write_questions(tmp_path, lines)
+    arguments = [
+        str(checkpoint),
+        "--samples",
+        str(path),
+        "--target",
+        "orin-nx-16",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert cli_calibrate.main([*arguments, *SMALL_SEARCH, "--no-export", "--quiet"]) == 0
+    assert json.loads((tmp_path / "out" / "calibration.json").read_bytes())["accuracy"] is None
+
+
+def test_half_precision_weights_are_mapped_where_they_are_too_large_for_the_memory(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr("trio_edge.calibration.schedules.torch_model._TINY_BYTES", 0)
+    monkeypatch.setattr("trio_edge.calibration.schedules.torch_model._MEMORY_SHARE", 0.0)
+    model = load_model("tiny")
+    assert model.dtype == torch.float16
+    assert load_model(str(checkpoint)).dtype == torch.float32  # as it is stored
+    assert {parameter.dtype for parameter in model.parts.layers[0].parameters()} == {torch.float16}
+
+
+BAD_CASES: dict[str, tuple[list[str], str]] = {
+    "no samples": (["--samples", "{tmp}/none"], "got no such file"),
+    "an empty folder": (["--samples", "{empty}", "--prompt", "w1"], "expected pictures"),
+    "a folder without a prompt": (["--samples", "{empty}"], "expected --prompt"),
+    "a prompt for a file": (["--prompt", "w1"], "expected --prompt with a folder"),
+    "one picture": (
+        ["--count", "2", "--samples", "{one}", "--prompt", "w1"],
+        "at least 2 different pictures",
+    ),
+    "a damaged picture": (["--samples", "{damaged}", "--prompt", "w1"], "damaged.png"),
+    "a special token in a prompt": (["--samples", "{pictures}", "--prompt", "<image>"], "special token"),
+    "an unknown target": (["--target", "orin-nx-17"], "did you mean"),
+    "a time nothing reaches": (["--target-ms", "0.001"], "--target-ms: expected at least"),
+    "a keep nothing reaches": (["--keep", "1%"], "--keep: expected at least"),
+    "time where none is saved": (["--cost", "time"], "--cost time: expected a schedule faster than keep-all"),
+    "an unknown layer": (["--layers", "7"], "--layers: expected layers in 1..2"),
+    "no layer": (["--layers", "one"], "--layers: expected numbers"),
+    "a whole budget": (["--keeps", "100%"], "--keeps: expected shares"),
+    "two wishes": (["--keep", "50%", "--max-kl", "0.1"], "expected one of them"),
+    "too long an answer": (["--max-new-tokens", "2000"], "sequence: expected at most 1024 positions"),
+    "no device": (["--device", "cudo"], "--device: expected one that torch has"),
+    "an existing folder": (["--out", "{empty}"], "it exists"),
+    "a folder of something else": (["--out", "{pictures}", "--force"], "expected a calibration to replace"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CASES)
+def test_mistakes_are_one_line(
+    name: str, checkpoint: Path, samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"tmp": tmp_path}
+    for folder, files in (("empty", 0), ("one", 1), ("pictures", 2), ("damaged", 2)):
+        places[folder] = tmp_path / folder
+        places[folder].mkdir()
+        for number in range(files):
+            (places[folder] / f"{number}.png").write_bytes((samples.parent / f"p{number}.png").read_bytes())
+    whole = (samples.parent / "p2.png").read_bytes()
+    (tmp_path / "damaged" / "damaged.png").write_bytes(whole[: len(whole) // 2])
+    given, expected = BAD_CASES[name]
+    arguments = {"--samples": str(samples), "--target": "orin-nx-16", "--out": str(tmp_path / "out")}
+    arguments |= {
+        key: value.format(**places) for key, value in zip(given[::2], given[1::2]) if key != "--force"
+    }
+    words = [word for pair in arguments.items() for word in pair]
+    words += ["--force"] if "--force" in given else []
+    assert cli_calibrate.main([str(checkpoint), *words, "--no-export", "--quiet"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert expected in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_export_command_on_the_page_names_every_choice(report: dict[str, Any], calibrated: Path) -> None:
+    text = (calibrated / "calibration.html").read_text(encoding="utf-8")
+    command = re.search(r"trio-export [^<]+", text)
+    assert command is not None
+    schedule = Schedule(**{**report["schedule"], "stages": ()})
+    for words in (
+        "--schedule " + ",".join("{}:{}".format(*stage) for stage in report["chosen"]["stages"]),
+        f"--positions {schedule.positions}",
+        f"--probe-rows {schedule.probe_rows}",
+        f"--nms-threshold {schedule.nms_threshold:g}",
+        f"--nms-rounds {schedule.nms_rounds}",
+        "--max-text 16",
+    ):
+        assert words in command[0]
+
+
+class _Page(HTMLParser):
+    """Collects what a page loads, names and leaves open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.urls: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self.count = dict.fromkeys(("svg", "img", "script", "link", "iframe"), 0)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in self.count:
+            self.count[tag] += 1
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href") and value is not None:
+                self.urls.append(value)
+            if name == "id" and value is not None:
+                self.ids.append(value)
+        if tag not in ("meta", "img", "br", "!doctype"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def _interrupted(*_arguments: Any, **_options: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _config(folder: Path, report: dict[str, Any]) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps({"options": report["options"], "data": report["data"]}))
+    return path
+
+
+def _tuples(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
