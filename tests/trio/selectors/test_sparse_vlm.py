@@ -10,13 +10,35 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.matmul_flops import matmul_flops
 from tests.reference.stage_selectors import Rows, density_peaks, raters, sparse_vlm, split_by_search
-from tests.trio.decoder_layers import random_decoder
-from tests.trio.selectors.stage_graph import CASES, ROOM, Case, OnnxStage, agree, build, export_stage
+from tests.trio.decoder_layers import HEAD_SIZE, HEADS, HIDDEN, VOCAB, random_decoder
+from tests.trio.selectors.stage_graph import (
+    CASES,
+    NAMES,
+    ROOM,
+    Case,
+    OnnxStage,
+    agree,
+    build,
+    export_stage,
+    flat,
+)
+from trio_edge.trio.cost import ModelShape
 from trio_edge.trio.selectors import sparse_vlm as module
+from trio_edge.trio.selectors.cost import StageSizes, stage_flops
 from trio_edge.trio.selectors.sparse_vlm import SparseVlm, rater_weights, split_of
 
 KEEP = 30
+SHAPE = ModelShape(
+    num_layers=1,
+    hidden_size=HIDDEN,
+    num_heads=HEADS,
+    num_kv_heads=2,
+    head_size=HEAD_SIZE,
+    intermediate_size=112,
+    vocab_size=VOCAB,
+)
 SEVERAL_CLUSTERS = {
     name: replace(case, num_rows=150, num_visual=case.num_visual * (15 if case.num_visual > 12 else 4) // 4)
     for name, case in CASES.items()
@@ -53,6 +75,18 @@ def test_torch_equals_the_reference(case: Case) -> None:
 def test_onnx_runtime_equals_the_reference(graph: OnnxStage) -> None:
     for case in SEVERAL_CLUSTERS.values():
         agree(graph(case.inputs(torch.float32)), *_expected(case))
+
+
+def test_the_graph_computes_the_products_that_are_counted(graph: OnnxStage) -> None:
+    """A graph for several picture sizes clusters all tokens, masked; sums of merged rows are no part of the selector."""
+    inputs = SEVERAL_CLUSTERS["random"].inputs(torch.float32)
+    feeds = {name: value.numpy() for name, value in zip(NAMES, flat(inputs))}
+    shapes = {value.name: value.shape for value in graph.session.get_inputs()}
+    one_size = isinstance(shapes["visual_rows"][0], int)
+    prompt_visual = len(feeds["prompt_embeds"]) - ROOM
+    sizes = StageSizes(150, KEEP, num_text=ROOM, prompt_visual=prompt_visual, one_size=one_size)
+    counted = stage_flops("sparsevlm", SHAPE, sizes) - 2 * KEEP * 150 * HIDDEN
+    assert counted == matmul_flops(graph.path, feeds)
 
 
 @pytest.mark.parametrize("num_keep", [1, 40])
