@@ -2,13 +2,16 @@
 
     python benchmarks/gpu.py --count                                  # what it must cost, by count; runs anywhere
     python benchmarks/gpu.py                                          # three 7B models, random weights made on the GPU
-    python benchmarks/gpu.py --families llava-next-7b --json out/gpu.json
+    python benchmarks/gpu.py --families llava-next-7b --json out/gpu.json --export out/gpu
     python benchmarks/gpu.py --device cpu --shapes small              # all of it on a CPU, at small sizes
 
-Installs nothing. Ways are measured one after the other on one set of weights: the whole model in torch (fused attention,
-fixed KV buffers, each part a CUDA graph, layers compiled as well), TRIO as the paper's code does it, and the graphs of a
-bundle as torch modules. All times are the device's own, medians over several runs; pictures are on the device already,
-tokens stay there. A way that fails has a line that says why. Without a GPU: one line, exit code 2.
+Installs nothing. First the packaged model tells which backends run here and whether they are right (--no-parity leaves that
+out). Then ways are measured one after the other on one set of weights: the whole model in torch (fused attention, fixed KV
+buffers, each part a CUDA graph, layers compiled as well), TRIO as the paper's code does it, and the graphs of a bundle as
+torch modules. With --export FOLDER the weights are a checkpoint there, of which trio-export makes bundles, trio-build
+engines where TensorRT runs, and every backend of the runtime is measured too; that takes 50 GB of disk at full size.
+All times are the device's own, medians over several runs. A way that fails has a line that says why. Without a GPU: one
+line, exit code 2.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import gc
 import json
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -27,20 +32,35 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from gpu_parts.bundles_at_runtime import build_for, measure_bundle
 from gpu_parts.ceilings import Ceilings, measure_ceilings
 from gpu_parts.count import Counted
+from gpu_parts.exported import export_packaged_model, exported_bundle, random_checkpoint
 from gpu_parts.graphs_in_torch import GraphsInTorch
 from gpu_parts.layers_in_torch import LayersInTorch
 from gpu_parts.measure import Measured, measure
-from gpu_parts.subjects import BUDGETS, SHAPES, Subject, random_subject, sizes_of
-from gpu_parts.tables import Row, count_tables, measured_table
-from gpu_parts.way import Way
+from gpu_parts.parity import REFERENCE, Compared, compare
+from gpu_parts.subjects import (
+    BUDGETS,
+    SHAPES,
+    Sizes,
+    Subject,
+    random_picture,
+    random_subject,
+    sizes_of,
+    subject_of,
+)
+from gpu_parts.tables import Row, count_tables, measured_table, parity_table
+
+from trio_edge.export.checkpoint import TINY_FOLDER, read_checkpoint
+from trio_edge.runtime.backend import BACKENDS
+from trio_edge.runtime.errors import TrioEdgeError
+from trio_edge.runtime.schedule import Schedule
 
 EXIT_NO_GPU = 2
 _MAX_SHAPES = 64
 """Sizes that torch may compile one layer for: each range's prefill and decode."""
-_ROOM_FOR_TOKENS = 2
-"""Caches have room for this many times the timed tokens: those that warm up need some."""
+_PARITY_PICTURE = (96, 96)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +83,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             ceilings = measure_ceilings(device, dtype)
             conditions = _conditions(options, device, ceilings)
             print(_as_text(conditions), flush=True)
-            rows = [row for family in options.families for row in _family_rows(family, options, device)]
+            compared = [] if options.no_parity else _parity(options, device)
+            if compared:
+                print(f"\n{parity_table(compared)}\n", flush=True)
+            backends = [this.way for this in compared if this.runs and this.way in BACKENDS]
+            if device.type == "cpu":
+                backends.append(REFERENCE)
+            rows = [
+                row for family in options.families for row in _family_rows(family, options, device, backends)
+            ]
     finally:
         torch.set_default_device(None)
     print(f"\n{measured_table(rows, ceilings)}\n")
@@ -71,7 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for note in () if row.measured is None else row.measured.notes:
             print(f"{row.model}, {row.keep:.1%}, {row.way}: {note}")
     if options.json is not None:
-        report = {"conditions": conditions, "rows": [dataclasses.asdict(row) for row in rows]}
+        report = {
+            "conditions": conditions,
+            "parity": [dataclasses.asdict(this) for this in compared],
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1))
     return 0 if any(row.measured for row in rows) else 1
@@ -100,6 +132,17 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32, help="timed decode steps")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel from Python")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-parity", action="store_true", help="measure without comparing anything first")
+    parser.add_argument(
+        "--parity",
+        type=Path,
+        nargs=2,
+        metavar=("CHECKPOINT", "BUNDLE"),
+        help="compare on these. [default: the packaged model]",
+    )
+    parser.add_argument(
+        "--export", type=Path, metavar="FOLDER", help="measure the runtime's backends as well"
+    )
     parser.add_argument(
         "--count", action="store_true", help="print FLOPs and bytes by count, measure nothing"
     )
@@ -127,11 +170,47 @@ def _counted(options: argparse.Namespace) -> dict[tuple[str, float], Counted]:
     return counted
 
 
-def _family_rows(family: str, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+def _parity(options: argparse.Namespace, device: torch.device) -> list[Compared]:
+    if options.parity is not None:
+        checkpoint, bundle = options.parity
+        return compare(
+            checkpoint, bundle, picture=random_picture(_PARITY_PICTURE), num_text=24, device=device
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "tiny"
+        export_packaged_model(bundle, dtype=options.dtype)
+        return compare(
+            TINY_FOLDER, bundle, picture=random_picture(_PARITY_PICTURE), num_text=24, device=device
+        )
+
+
+def _family_rows(
+    family: str, options: argparse.Namespace, device: torch.device, backends: Sequence[str]
+) -> Iterator[Row]:
     """Measure all ways of one model on the same weights."""
-    subject = random_subject(
-        SHAPES[options.shapes][family], num_text=options.text, device=device, dtype=options.dtype
-    )
+    shapes = SHAPES[options.shapes][family]
+    if options.export is None:
+        subject = random_subject(shapes, num_text=options.text, device=device, dtype=options.dtype)
+        yield from _torch_rows(family, subject, options)
+        return
+    options.export.mkdir(parents=True, exist_ok=True)
+    with random_checkpoint(shapes, options.export, dtype=options.dtype) as checkpoint:
+        subject = subject_of(
+            read_checkpoint(str(checkpoint)),
+            picture=random_picture(shapes.picture),
+            num_text=options.text,
+            device=device,
+            dtype=options.dtype,
+        )
+        sizes = subject.sizes
+        yield from _torch_rows(family, subject, options)
+        del subject
+        gc.collect()
+        for keep in options.keeps:
+            yield from _bundle_rows(family, keep, checkpoint, sizes, options, backends)
+
+
+def _torch_rows(family: str, subject: Subject, options: argparse.Namespace) -> Iterator[Row]:
     print(f"{family}: {subject.sizes.num_visual} visual and {options.text} text tokens", flush=True)
     for compiled in (False,) if options.no_compile else (False, True):
         for keep in options.keeps:
@@ -139,38 +218,94 @@ def _family_rows(family: str, options: argparse.Namespace, device: torch.device)
                 if not (
                     compiled and keep < 1.0 and way is LayersInTorch
                 ):  # autograd and a host loop gain nothing
-                    yield _row(family, keep, partial(way, subject, compiled=compiled), subject, options)
+                    torch.compiler.reset()
+                    make = partial(
+                        _measured, way, subject, subject.sizes.schedule(keep), options, compiled=compiled
+                    )
+                    name = way.name_for(subject.sizes.schedule(keep), compiled=compiled)
+                    yield _row(family, keep, name, make, subject.sizes, options)
+
+
+def _measured(
+    way: type[LayersInTorch] | type[GraphsInTorch],
+    subject: Subject,
+    schedule: Schedule,
+    options: argparse.Namespace,
+    *,
+    compiled: bool,
+) -> Measured:
+    return measure(
+        way(subject, schedule, max_new_tokens=_room(options), compiled=compiled),
+        repeats=options.repeats,
+        num_tokens=options.tokens,
+        cuda_graphs=not options.no_cuda_graphs,
+    )
+
+
+def _bundle_rows(
+    family: str,
+    keep: float,
+    checkpoint: Path,
+    sizes: Sizes,
+    options: argparse.Namespace,
+    backends: Sequence[str],
+) -> Iterator[Row]:
+    """Export one bundle and measure it on each backend."""
+    picture, num_text = SHAPES[options.shapes][family].picture, options.text
+    made = exported_bundle(
+        checkpoint,
+        sizes.schedule(keep),
+        picture=picture,
+        num_text=num_text,
+        max_new_tokens=_room(options),
+        dtype=options.dtype,
+    )
+
+    def run(bundle: Path, backend: str) -> Measured:
+        build_for(bundle, backend)
+        return measure_bundle(
+            bundle,
+            backend,
+            picture=random_picture(picture),
+            num_text=num_text,
+            repeats=options.repeats,
+            num_tokens=options.tokens,
+        )
+
+    with ExitStack() as stack:
+        try:
+            bundle = stack.enter_context(made)
+        except RuntimeError as error:  # the rows that are measured already must not be lost
+            print(f"  {keep:.1%}: {error}", flush=True)
+            return
+        for backend in backends:
+            yield _row(family, keep, backend, partial(run, bundle, backend), sizes, options)
+
+
+def _room(options: argparse.Namespace) -> int:
+    """Return the new tokens that caches have room for: the timed ones, and those that warm up."""
+    return int(options.tokens) + 8
 
 
 def _row(
     family: str,
     keep: float,
-    make_way: partial[Way],
-    subject: Subject,
+    way: str,
+    run: Callable[[], Measured],
+    sizes: Sizes,
     options: argparse.Namespace,
 ) -> Row:
-    schedule, counted = subject.sizes.schedule(keep), subject.sizes.count(keep, num_text=options.text)
-    measured: Measured | None = None
-    problem, name = "", make_way.func.__name__
-    torch.compiler.reset()
+    """Return what ``run`` measured; the others go on if it fails, out of memory or for a kernel that this GPU lacks."""
+    measured, problem = None, ""
     try:
-        way = make_way(schedule, max_new_tokens=_ROOM_FOR_TOKENS * options.tokens + 8)
-        name = way.name
-        measured = measure(
-            way, repeats=options.repeats, num_tokens=options.tokens, cuda_graphs=not options.no_cuda_graphs
-        )
-        del way
-    except (
-        RuntimeError,
-        MemoryError,
-    ) as error:  # out of memory, or a kernel that this GPU lacks: the others go on
-        problem = f"failed: {str(error).strip().splitlines()[0]}"
+        measured = run()
+        line = f"TTFT {measured.ttft_ms:.1f} ms, {measured.decode_ms:.2f} ms/token"
+    except (RuntimeError, MemoryError, TrioEdgeError) as error:
+        line = problem = f"failed: {str(error).strip().splitlines()[0]}"
     gc.collect()
-    line = (
-        problem if measured is None else f"TTFT {measured.ttft_ms:.1f} ms, {measured.decode_ms:.2f} ms/token"
-    )
-    print(f"  {keep:.1%}, {name}: {line}", flush=True)
-    return Row(model=family, keep=keep, counted=counted, measured=measured, way=name, problem=problem)
+    print(f"  {keep:.1%}, {way}: {line}", flush=True)
+    counted = sizes.count(keep, num_text=options.text)
+    return Row(model=family, keep=keep, counted=counted, measured=measured, way=way, problem=problem)
 
 
 def _conditions(options: argparse.Namespace, device: torch.device, ceilings: Ceilings) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class GraphsInTorch:
         self, subject: Subject, schedule: Schedule, *, max_new_tokens: int, compiled: bool = False
     ) -> None:
         """Put the subject's modules into graphs; the weights are shared with all other ways."""
-        self.name, self.subject = "graphs in torch" + ", compiled" * compiled, subject
+        self.name, self.subject = self.name_for(schedule, compiled=compiled), subject
         self.buffers = buffers = Buffers(subject, schedule, max_new_tokens=max_new_tokens)
         model, rotary = subject.model, rotary_tables(subject)
         self._ranges = [
@@ -54,6 +54,11 @@ class GraphsInTorch:
                 self.parts.append(Part(f"select_{index}", self._selection(index - 1)))
             self.parts.append(Part(range_name(index, len(buffers.layers)), self._prefill(index)))
         self.parts.append(Part("head", lambda: self._answer(buffers.leaving[-1], self._last_row)))
+
+    @staticmethod
+    def name_for(_schedule: Schedule, *, compiled: bool) -> str:
+        """Return the name in tables."""
+        return "graphs in torch" + ", compiled" * compiled
 
     def decode(self) -> None:
         """See ``Way``."""

@@ -47,7 +47,7 @@ class LayersInTorch:
         self, subject: Subject, schedule: Schedule, *, max_new_tokens: int, compiled: bool = False
     ) -> None:
         """Use the subject's modules directly."""
-        self.name = (PAPERS_CODE if schedule.stages else WHOLE_MODEL) + ", compiled" * compiled
+        self.name = self.name_for(schedule, compiled=compiled)
         self.subject, self._schedule = subject, schedule
         self.buffers = buffers = Buffers(subject, schedule, max_new_tokens=max_new_tokens)
         self._rotary = rotary_tables(subject)
@@ -60,6 +60,11 @@ class LayersInTorch:
                 self.parts.append(Part(f"select_{index}", self._selection(index - 1), capturable=False))
             self.parts.append(Part(range_name(index, len(buffers.layers)), self._prefill(index)))
         self.parts.append(Part("head", lambda: self._answer(buffers.leaving[-1])))
+
+    @staticmethod
+    def name_for(schedule: Schedule, *, compiled: bool) -> str:
+        """Return the name in tables."""
+        return (PAPERS_CODE if schedule.stages else WHOLE_MODEL) + ", compiled" * compiled
 
     def decode(self) -> None:
         """See ``Way``."""

@@ -12,7 +12,8 @@ from gpu_parts.clock import differences_ms, mark, wait
 from gpu_parts.way import Part, Way
 
 DECODE = "decode"
-_WARM_UPS = 3
+WARM_UPS = {"cuda": 3, "cpu": 1}
+"""Runs before those that are timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +52,10 @@ def measure(way: Way, *, repeats: int, num_tokens: int, cuda_graphs: bool) -> Me
         torch.cuda.reset_peak_memory_stats(device)
     runs = [part.run for part in way.parts]
     decode: Callable[[], Any] = way.decode
-    for _ in range(_WARM_UPS):
+    for _ in range(WARM_UPS[device.type]):
         for run in runs:
             run()
-    for _ in range(_WARM_UPS):
+    for _ in range(WARM_UPS[device.type]):
         decode()
     captured, notes = _Captured(device), []
     if cuda_graphs and device.type == "cuda":

@@ -18,6 +18,7 @@ import torch
 import transformers as hf
 from export_scale import FAMILIES, QWEN_PREPROCESSOR, clip_large, llava_next, qwen2_5_vl, vicuna_7b
 from gpu_parts.count import Counted, count
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,8 +35,8 @@ from trio_edge.trio.cost import ModelShape
 from trio_edge.trio.schedule import schedule_for_keep
 
 BUDGETS = (1.0, 1 / 3, 2 / 9, 0.111)
-NUM_BEFORE = 35
-"""Text tokens before the picture: LLaVA's system prompt."""
+_NUM_BEFORE = 35
+"""Text tokens before the picture, where there is room for them: LLaVA's system prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,9 @@ class Shapes:
 def _small_text(**changes: Any) -> dict[str, Any]:
     sizes = {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 12, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2,
+        "num_key_value_heads": 2,
     }  # fmt: skip
-    return {**sizes, **changes}
+    return {**sizes, **changes}  # vocabularies keep their size: tokenizers come with them
 
 
 def _small_clip(side: int) -> Any:
@@ -256,16 +257,16 @@ def subject_of(
     prepared = processing.prepare(picture, sizes)
     root: Any = model.root
     table = root.get_input_embeddings().weight
-    ids = torch.randint(8, len(table), (num_text,), device=device, generator=generator)
-    num_before = min(NUM_BEFORE, num_text // 2)
+    ids = torch.from_numpy(prompt_ids(len(table), num_text=num_text, seed=seed)).to(device)
+    before = num_before(num_text)
     num_rows = sizes["N"] + num_text
     positions = plain_positions(num_rows=num_rows, length=num_rows)
     if model.mrope_sections:
         positions = mrope_positions(
             processing.positions(*picture.size, None),
             picture_span=processing.position_span(*picture.size),
-            num_before=num_before,
-            num_after=num_text - num_before,
+            num_before=before,
+            num_after=num_text - before,
             num_rows=num_rows,
         )
     return Subject(
@@ -280,10 +281,20 @@ def subject_of(
         },
         token_embeddings=table.detach(),
         text_embeds=table.detach()[ids],
-        num_before=num_before,
+        num_before=before,
         position_ids=torch.from_numpy(positions.ids).to(device),
         next_position=positions.next,
     )
+
+
+def prompt_ids(vocab_size: int, *, num_text: int, seed: int) -> NDArray[np.int64]:
+    """Return random token ids [T]."""
+    return np.random.default_rng(seed).integers(0, vocab_size, num_text)
+
+
+def num_before(num_text: int) -> int:
+    """Return how many of a prompt's text tokens come before the picture."""
+    return min(_NUM_BEFORE, num_text // 2)
 
 
 def random_picture(size: tuple[int, int], *, seed: int = 0) -> Image.Image:

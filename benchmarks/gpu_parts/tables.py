@@ -9,6 +9,7 @@ from gpu_parts.ceilings import Ceilings
 from gpu_parts.count import DECODE, Counted, Work, flops, seconds
 from gpu_parts.layers_in_torch import WHOLE_MODEL
 from gpu_parts.measure import Measured
+from gpu_parts.parity import Compared
 
 from trio_edge.runtime.targets import TARGETS
 
@@ -114,6 +115,21 @@ def _per_graph(graphs: Mapping[str, Work]) -> list[str]:
         )
 
     return [cell(name) for name in ("vision", "prefix", "selects", "segments", "suffix", "head", DECODE)]
+
+
+def parity_table(compared: Sequence[Compared]) -> str:
+    """Return what runs here, and how it compares with ONNX Runtime on the CPU."""
+    rows = []
+    for this in compared:
+        cells = (f"does not run: {this.reason}", "", "")
+        if this.runs:
+            cells = (
+                "the same" if this.same_kept else "DIFFERENT",
+                f"{this.largest_difference:.1e}",
+                "yes" if this.within else "NO",
+            )
+        rows.append((this.way, *cells))
+    return markdown(("backend", "kept tokens", "largest difference of a logit", "within tolerance"), rows)
 
 
 def measured_table(rows: Sequence[Row], ceilings: Ceilings) -> str:

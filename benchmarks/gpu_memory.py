@@ -1,0 +1,120 @@
+"""What fits which Jetson: memory to run and to build each model, estimated from its shapes; no weights, no GPU.
+
+    python benchmarks/gpu_memory.py
+
+"Run" is what ``trio-export --target`` checks: weights with those that select graphs repeat, KV caches at full capacity,
+activations. "Build" is what the largest graph's build must have at its peak, as ``trio-build --dry-run`` estimates it,
+without the mapped weight files, whose pages the system can take back. JetPack's TensorRT 10.3 (6.2) cannot write an engine
+in pieces, 10.16 (7.2) can. Rows with int4 assume 4-bit blocks for the decoder's products.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from gpu_parts.count import layer_weights
+from gpu_parts.subjects import SHAPES, Sizes, sizes_of
+from gpu_parts.tables import markdown, percent
+
+from trio_edge.export.fit import INT4_SHARE, Fit, FitInputs, Picture, estimate
+from trio_edge.runtime.engine_memory import estimate_memory
+from trio_edge.runtime.manifest import GraphSpec, Profile
+from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.targets import TARGETS
+
+_KEEPS = (1.0, 0.111)
+_UNLIMITED = 1 << 62
+
+
+def fit_inputs(sizes: Sizes, schedule: Schedule, options: argparse.Namespace, *, int4: bool) -> FitInputs:
+    assert sizes.shape.vision is not None
+    return FitInputs(
+        model=sizes.shape,
+        vision_params=sizes.vision_weights,
+        picture=Picture(num_visual=sizes.num_visual, vision=sizes.shape.vision),
+        schedule=schedule,
+        max_text=options.max_text,
+        max_new_tokens=options.max_new_tokens,
+        int4_decoder=int4,
+    )
+
+
+def build_peak(sizes: Sizes, schedule: Schedule, *, int4: bool, streams_engines: bool) -> int:
+    """Return what building the graph with the most weights must have at its peak."""
+    starts = [0, *(stage.layer for stage in schedule.stages), sizes.shape.num_layers]
+    most = max(stop - start for start, stop in zip(starts, starts[1:]))
+    share = INT4_SHARE if int4 else 1.0
+    weights = round(most * layer_weights(sizes.shape) * sizes.shape.bytes_per_element * share)
+    spec = GraphSpec(
+        name="", role="suffix", file="", inputs=(), outputs=(), weight_bytes=weights,
+        profiles=(Profile(name="decode", sizes={}),),
+    )  # fmt: skip
+    memory = estimate_memory(spec, backend="tensorrt", streams_engines=streams_engines, num_architectures=1)
+    return memory.peak_bytes - memory.mapped_bytes
+
+
+def fits_on(run: Fit, peaks: tuple[int, int]) -> str:
+    """Return on which Jetsons it runs; a mark where building there needs more memory than there is."""
+    cells = []
+    for target in TARGETS.values():
+        if not target.name.startswith("jetson") or run.total_bytes > target.usable_bytes:
+            continue
+        name = target.name.removeprefix("jetson-")
+        unbuildable = [
+            release for release, peak in zip(("10.3", "10.16"), peaks) if peak > target.usable_bytes
+        ]
+        cells.append(name + (f" (cannot build with {' or '.join(unbuildable)})" if unbuildable else ""))
+    return ", ".join(cells) or "none"
+
+
+def rows(options: argparse.Namespace) -> list[tuple[str, ...]]:
+    found = []
+    for family, shapes in SHAPES["full"].items():
+        sizes = sizes_of(shapes, dtype="float16")
+        for keep in _KEEPS:
+            for int4 in (False, True):
+                schedule = sizes.schedule(keep)
+                run = estimate(fit_inputs(sizes, schedule, options, int4=int4), usable_bytes=_UNLIMITED)
+                peaks = tuple(
+                    build_peak(sizes, schedule, int4=int4, streams_engines=streams)
+                    for streams in (False, True)
+                )
+                parts = run.parts
+                numbers = (
+                    parts["decoder weights"],
+                    parts["head and vision weights"],
+                    parts["repeated weights"],
+                    parts["KV caches"],
+                    parts["activations"],
+                    run.total_bytes,
+                    *peaks,
+                )
+                found.append(
+                    (
+                        family,
+                        percent(keep),
+                        "int4" if int4 else "fp16",
+                        *(f"{number / 2**30:.2f}" for number in numbers),
+                        fits_on(run, (peaks[0], peaks[1])),
+                    )
+                )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--max-text", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    options = parser.parse_args()
+    heads = (
+        "model", "keep", "decoder", "decoder weights", "head, vision", "repeated", "KV caches", "activations", "**run**",
+        "**build** 10.3", "**build** 10.16", "runs on",
+    )  # fmt: skip
+    print(f"GiB; {options.max_text} text tokens, {options.max_new_tokens} new ones\n")
+    print(markdown(heads, rows(options)))
+
+
+if __name__ == "__main__":
+    main()

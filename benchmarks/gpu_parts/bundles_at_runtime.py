@@ -1,0 +1,166 @@
+"""Bundles on the runtime's own backends: which of them run here, whether they are right, and how long they take."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_parts.measure import WARM_UPS, Measured
+from gpu_parts.subjects import num_before, prompt_ids
+from numpy.typing import NDArray
+from PIL import Image
+
+from trio_edge.runtime.backend import make_backend
+from trio_edge.runtime.bundle import Bundle, open_bundle
+from trio_edge.runtime.decoder import Decoder, PrefillResult, Prompt
+from trio_edge.runtime.device import LoadedGraphs
+from trio_edge.runtime.engine_build import BuildOptions, build_engines, plan_build
+from trio_edge.runtime.positions import PromptPositions, mrope_positions, plain_positions
+from trio_edge.runtime.vision import Vision
+from trio_edge.runtime.vision_inputs import picture_processing
+
+ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """A bundle's graphs on a device, and one picture with a prompt around it."""
+
+    bundle: Bundle
+    graphs: LoadedGraphs
+    vision: Vision
+    decoder: Decoder
+    inputs: dict[str, NDArray[Any]]
+    profile: Any
+    num_visual: int
+    before: NDArray[Any]
+    after: NDArray[Any]
+    positions: PromptPositions
+    bucket: int
+
+    def prefill(self) -> PrefillResult:
+        """Run vision and decoder, from arrays on the host to the first token there."""
+        visual = self.vision.look(self.inputs, self.profile).rows(0, self.num_visual)
+        prompt = Prompt(
+            before=self.before,
+            visual=visual,
+            after=self.after,
+            visual_rows=self.profile.sizes["N"],
+            text_bucket=self.bucket,
+            positions=self.positions,
+        )
+        return self.decoder.prefill(prompt)
+
+
+def build_for(bundle: Path, backend: str) -> None:
+    """Build the bundle's engines for this machine's GPU, if ``backend`` runs engines."""
+    if backend in ENGINE_BACKENDS:
+        build_engines(plan_build(open_bundle(bundle), BuildOptions(backend=backend, force=True)))
+
+
+def first_answer(
+    bundle: Path, backend: str, *, picture: Image.Image, num_text: int, seed: int = 0
+) -> PrefillResult:
+    """Return the logits and kept tokens of one prefill."""
+    with _loaded(bundle, backend, picture=picture, num_text=num_text, seed=seed) as loaded:
+        return loaded.prefill()
+
+
+def measure_bundle(
+    bundle: Path, backend: str, *, picture: Image.Image, num_text: int, repeats: int, num_tokens: int
+) -> Measured:
+    """Return what one backend takes for a bundle; the picture's copy to the device is in its TTFT.
+
+    Args:
+        bundle: Folder, with engines if the backend runs engines.
+        backend: One of ``trio_edge.runtime.backend.BACKENDS``.
+        picture: RGB.
+        num_text: Text tokens of the prompt, random ones.
+        repeats: Timed prefills.
+        num_tokens: Timed decode steps.
+    """
+    warm_ups = WARM_UPS["cuda" if torch.cuda.is_available() else "cpu"]
+    free_before = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    with _loaded(bundle, backend, picture=picture, num_text=num_text, seed=0) as loaded:
+        device, decoder = loaded.graphs.device, loaded.decoder
+        start, end = device.event(), device.event()
+        parts: list[dict[str, float]] = []
+        ttft, kv_bytes = [], 0
+        for index in range(warm_ups + repeats):
+            start.record()
+            loaded.prefill()
+            end.record()
+            end.wait()
+            kv_bytes = decoder.kv_bytes
+            if index >= warm_ups:
+                ttft.append(end.milliseconds_since(start))
+                parts.append(loaded.vision.graph_ms | decoder.graph_ms)
+        tokens = []
+        for index in range(min(warm_ups + num_tokens, decoder.max_new_tokens)):
+            start.record()
+            decoder.decode(loaded.before[0])
+            end.record()
+            end.wait()
+            if index >= warm_ups:
+                tokens.append(end.milliseconds_since(start))
+        peak = None
+        if free_before is not None:
+            peak = free_before - torch.cuda.mem_get_info()[0]
+    return Measured(
+        way=backend,
+        parts_ms={name: statistics.median(run[name] for run in parts) for name in parts[0]},
+        ttft_ms=statistics.median(ttft),
+        decode_ms=statistics.median(tokens),
+        peak_bytes=peak,
+        kv_bytes=kv_bytes,
+    )
+
+
+@contextmanager
+def _loaded(
+    folder: Path, backend: str, *, picture: Image.Image, num_text: int, seed: int
+) -> Iterator[_Loaded]:
+    bundle = open_bundle(folder)
+    manifest = bundle.manifest
+    processing = picture_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
+    needed = processing.sizes(*picture.size)
+    profile = next(
+        entry
+        for entry in manifest.graph("vision").profiles
+        if all(entry.sizes[name] >= size for name, size in needed.items())
+    )
+    bucket = next(size for size in manifest.text_buckets if size >= num_text)
+    ids = prompt_ids(manifest.dimensions.vocab_size, num_text=num_text, seed=seed)
+    rows, split = bundle.map_tensor(manifest.token_embedding)[ids], num_before(num_text)
+    num_rows = profile.sizes["N"] + bucket
+    positions = plain_positions(num_rows=num_rows, length=needed["N"] + num_text)
+    if manifest.position_axes > 1:
+        positions = mrope_positions(
+            processing.positions(*picture.size, None),
+            picture_span=processing.position_span(*picture.size),
+            num_before=split,
+            num_after=num_text - split,
+            num_rows=num_rows,
+        )
+    graphs = make_backend(backend, bundle=bundle).load(bundle)
+    try:
+        yield _Loaded(
+            bundle=bundle,
+            graphs=graphs,
+            vision=Vision(manifest, graphs),
+            decoder=Decoder(manifest, graphs),
+            inputs=processing.prepare(picture, profile.sizes),
+            profile=profile,
+            num_visual=needed["N"],
+            before=rows[:split],
+            after=rows[split:],
+            positions=positions,
+            bucket=bucket,
+        )
+    finally:
+        graphs.close()
