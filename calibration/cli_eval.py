@@ -33,6 +33,7 @@ from trio_edge.calibration.questions import (
 from trio_edge.calibration.ray_workers import check_ray
 from trio_edge.calibration.report_table import print_report
 from trio_edge.calibration.runs import Answers, Settings, answer_runs, keys_of, plan_runs
+from trio_edge.runtime.backend import BACKENDS_HELP
 from trio_edge.runtime.command_line import EXIT_USER_ERROR, run
 from trio_edge.runtime.errors import DataError
 
@@ -117,7 +118,7 @@ class _Asked:
     show_default=True,
     help="The bundle's own selection, or a baseline at the same schedule; repeatable.",
 )
-@click.option("--backend", default="auto", show_default=True, help="onnxruntime, or auto.")
+@click.option("--backend", default="auto", show_default=True, help=BACKENDS_HELP)
 @click.option(
     "--threads",
     type=click.IntRange(0, 1024),

@@ -121,7 +121,6 @@ def keys_of(runs: Sequence[Run], settings: Settings, *, data_sha256: str) -> lis
     Raises:
         BackendError: If the backend is not there.
     """
-    backend = make_backend(settings.backend, threads=settings.threads).name
     reference = next((run.info.bundle_sha256 for run in runs if run.info.is_reference), None)
     return [
         RunKey(
@@ -131,7 +130,7 @@ def keys_of(runs: Sequence[Run], settings: Settings, *, data_sha256: str) -> lis
             selection=run.info.selection,
             reference_sha256=reference,
             answer_tokens=settings.answer_tokens,
-            backend=backend,
+            backend=make_backend(settings.backend, bundle=run.bundle, threads=settings.threads).name,
         )
         for run in runs
     ]

@@ -6,19 +6,23 @@ A backend loads a bundle's graphs onto a device: see ``trio_edge.runtime.device`
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from trio_edge.runtime.device import shape_at
+from trio_edge.runtime.engine_package import ENGINE_BACKENDS
 from trio_edge.runtime.errors import BackendError, ShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from trio_edge.runtime.bundle import Bundle
     from trio_edge.runtime.device import DeviceTensor, LoadedGraphs
     from trio_edge.runtime.manifest import GraphSpec, Profile
 
-BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-tensorrt", "onnxruntime-cuda", "onnxruntime")
+OnnxRuntimeName = Literal["onnxruntime-tensorrt", "onnxruntime-cuda", "onnxruntime"]
+_ONNX_RUNTIMES: tuple[OnnxRuntimeName, ...] = ("onnxruntime-tensorrt", "onnxruntime-cuda", "onnxruntime")
+BACKENDS = (*ENGINE_BACKENDS, *_ONNX_RUNTIMES)
 BACKENDS_HELP = (
     "auto, or one of tensorrt, tensorrt-rtx (engines from trio-build), onnxruntime-tensorrt, onnxruntime-cuda,"
     " onnxruntime (CPU)."
@@ -44,7 +48,13 @@ class Backend(Protocol):
         """
 
 
-def make_backend(name: str = "auto", *, bundle: Bundle | None = None, threads: int = 0) -> Backend:
+def make_backend(
+    name: str = "auto",
+    *,
+    bundle: Bundle | None = None,
+    threads: int = 0,
+    layer_times: Path | None = None,
+) -> Backend:
     """Return the backend called ``name``; for "auto" the fastest that can run ``bundle`` here.
 
     "auto" takes the bundle's TensorRT engines if they fit this machine, else ONNX Runtime's CUDA provider if there is a
@@ -54,17 +64,21 @@ def make_backend(name: str = "auto", *, bundle: Bundle | None = None, threads: i
         name: "auto" or one of ``BACKENDS``.
         bundle: What is to be run; without it "auto" takes no engines.
         threads: CPU threads for one graph; 0 lets the backend choose.
+        layer_times: Folder into which each graph, when it is closed, writes what its layers took in every run, as the
+            backend's own profiler says it: ``<graph>.json``. It slows the graphs down.
 
     Raises:
         BackendError: If there is no such backend, or something that it needs is missing.
     """
     if name == "auto":
-        return _fastest(bundle, threads=threads)
-    if name in ("tensorrt", "tensorrt-rtx"):
-        from trio_edge.runtime.backend_tensorrt import TensorRTBackend
+        name = _fastest(bundle)
+    for engine_backend in ENGINE_BACKENDS:
+        if name == engine_backend:
+            from trio_edge.runtime.backend_tensorrt import TensorRTBackend
 
-        return TensorRTBackend(name)
-    if name not in BACKENDS:
+            return TensorRTBackend(engine_backend, layer_times=layer_times)
+    onnx_runtime = next((known for known in _ONNX_RUNTIMES if known == name), None)
+    if onnx_runtime is None:
         raise BackendError(
             f"backend: expected one of auto, {', '.join(BACKENDS)}, got {name!r}; choose one of them"
         )
@@ -74,24 +88,24 @@ def make_backend(name: str = "auto", *, bundle: Bundle | None = None, threads: i
         )
     from trio_edge.runtime.backend_onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(name, threads=threads)
+    return OnnxRuntimeBackend(onnx_runtime, threads=threads, layer_times=layer_times)
 
 
-def _fastest(bundle: Bundle | None, *, threads: int) -> Backend:
+def _fastest(bundle: Bundle | None) -> str:
     from trio_edge.runtime.device_cuda import cuda_problem
 
     if cuda_problem() is None:
         if bundle is not None:
-            from trio_edge.runtime.backend_tensorrt import TensorRTBackend, engines_that_run
+            from trio_edge.runtime.backend_tensorrt import engines_that_run
 
             if (found := engines_that_run(bundle)) is not None:
-                return TensorRTBackend(found)
+                return found
         if find_spec("onnxruntime") is not None:
             from trio_edge.runtime.backend_onnxruntime import has_provider
 
             if has_provider("onnxruntime-cuda"):
-                return make_backend("onnxruntime-cuda", threads=threads)
-    return make_backend("onnxruntime", threads=threads)
+                return "onnxruntime-cuda"
+    return "onnxruntime"
 
 
 def selected_graphs(bundle: Bundle, names: Sequence[str] | None) -> list[GraphSpec]:

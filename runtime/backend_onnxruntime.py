@@ -5,7 +5,8 @@ Every tensor is bound to an address of the device, so hidden states and KV cache
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import onnxruntime as ort
@@ -19,13 +20,12 @@ from trio_edge.runtime.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
+    from trio_edge.runtime.backend import OnnxRuntimeName
     from trio_edge.runtime.bundle import Bundle
     from trio_edge.runtime.device import Device, DeviceTensor
     from trio_edge.runtime.manifest import GraphSpec, Profile, TensorSpec
 
-OnnxRuntimeName = Literal["onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt"]
 _PROVIDERS: dict[OnnxRuntimeName, str] = {
     "onnxruntime": "CPUExecutionProvider",
     "onnxruntime-cuda": "CUDAExecutionProvider",
@@ -52,8 +52,10 @@ def _first_line(error: Exception) -> str:
 class OnnxRuntimeBackend:
     """Loads graphs into ONNX Runtime."""
 
-    def __init__(self, name: OnnxRuntimeName = "onnxruntime", *, threads: int = 0) -> None:
-        """Check that the installed onnxruntime has what ``name`` needs.
+    def __init__(
+        self, name: OnnxRuntimeName = "onnxruntime", *, threads: int = 0, layer_times: Path | None = None
+    ) -> None:
+        """Check that the installed onnxruntime has what ``name`` needs; see ``make_backend``.
 
         Raises:
             BackendError: If it has not.
@@ -65,6 +67,7 @@ class OnnxRuntimeBackend:
             )
         self._name: OnnxRuntimeName = name
         self._threads = threads
+        self._layer_times = layer_times
 
     @property
     def name(self) -> str:
@@ -83,7 +86,9 @@ class OnnxRuntimeBackend:
                 session = self._session(bundle.folder / spec.file, stream, bundle.folder, spec)
                 _check_interface(spec.inputs, session.get_inputs(), where=f"{spec.file} inputs")
                 _check_interface(spec.outputs, session.get_outputs(), where=f"{spec.file} outputs")
-                loaded.engines[spec.name] = OnnxRuntimeEngine(session, spec, on_gpu=stream is not None)
+                loaded.engines[spec.name] = OnnxRuntimeEngine(
+                    session, spec, on_gpu=stream is not None, layer_times=self._layer_times
+                )
         except BaseException:
             loaded.close()
             raise
@@ -105,6 +110,9 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Its default rounds the inputs of products with INT4 weights to 8 bits; 1 is float32.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if self._layer_times is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self._layer_times / f".{spec.name}")
         wanted = _PROVIDERS[self._name]
         try:
             session = ort.InferenceSession(file, options, providers=self._providers(stream, folder, spec))
@@ -164,12 +172,12 @@ def _check_interface(expected: tuple[TensorSpec, ...], got: list[Any], *, where:
 class OnnxRuntimeEngine:
     """One graph in ONNX Runtime."""
 
-    capturable = False
-    """A session may compute shapes on the host, which a captured sequence cannot hold."""
-
-    def __init__(self, session: ort.InferenceSession, spec: GraphSpec, *, on_gpu: bool) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, spec: GraphSpec, *, on_gpu: bool, layer_times: Path | None
+    ) -> None:
         self._session: ort.InferenceSession | None = session
         self._spec = spec
+        self._layer_times = layer_times
         self._device_type = "cuda" if on_gpu else "cpu"
         self._run_options = ort.RunOptions()
         if on_gpu:  # the stream is ours, and the next graph is enqueued on it
@@ -205,6 +213,8 @@ class OnnxRuntimeEngine:
 
     def close(self) -> None:
         """See ``Engine.close``."""
+        if self._session is not None and self._layer_times is not None:
+            Path(self._session.end_profiling()).replace(self._layer_times / f"{self._spec.name}.json")
         self._session = None
 
     def _open_session(self) -> ort.InferenceSession:
@@ -218,6 +228,9 @@ class OnnxRuntimeEngine:
 @final
 class OnnxRuntimeLaunch:
     """One profile of a graph bound to addresses."""
+
+    capturable = False
+    """A session may compute shapes on the host, which a captured sequence cannot hold."""
 
     def __init__(self, engine: OnnxRuntimeEngine, binding: ort.IOBinding) -> None:
         self._engine, self._binding = engine, binding

@@ -16,6 +16,7 @@ from trio_edge.runtime.device import LoadedGraphs, shape_at
 from trio_edge.runtime.device_cuda import CudaDevice, load_cuda
 from trio_edge.runtime.device_memory import check_memory, estimate
 from trio_edge.runtime.engine_host import find_host
+from trio_edge.runtime.engine_layer_times import EngineLayerTimes
 from trio_edge.runtime.engine_package import ENGINE_BACKENDS, load_tensorrt
 from trio_edge.runtime.engines import engine_sets, open_engines
 from trio_edge.runtime.errors import BackendError
@@ -51,13 +52,14 @@ def engines_that_run(bundle: Bundle) -> EngineBackend | None:
 class TensorRTBackend:
     """Loads a bundle's engines."""
 
-    def __init__(self, name: EngineBackend) -> None:
-        """Import the package.
+    def __init__(self, name: EngineBackend, *, layer_times: Path | None = None) -> None:
+        """Import the package; see ``make_backend``.
 
         Raises:
             BackendError: If it is not installed.
         """
         self._tensorrt = load_tensorrt(name)
+        self._layer_times = layer_times
 
     @property
     def name(self) -> str:
@@ -79,12 +81,18 @@ class TensorRTBackend:
             runtime = tensorrt.module.Runtime(tensorrt.module.Logger(tensorrt.module.Logger.ERROR))
             for spec in specs:
                 engine = _read_engine(runtime, engines.path(spec.name), device)
-                loaded.engines[spec.name] = TensorRTEngine(engine, spec, tensorrt, device, workspace)
+                layers = self._layers_of(engine, spec)
+                loaded.engines[spec.name] = TensorRTEngine(engine, spec, tensorrt, device, workspace, layers)
             memory["workspace"] = workspace.allocate()
         except BaseException:
             loaded.close()
             raise
         return loaded
+
+    def _layers_of(self, engine: Any, spec: GraphSpec) -> EngineLayerTimes | None:
+        if self._layer_times is None:
+            return None
+        return EngineLayerTimes(self._tensorrt.module, engine, self._layer_times / f"{spec.name}.json")
 
 
 def _read_engine(runtime: Any, file: Path, device: CudaDevice) -> Any:
@@ -126,10 +134,16 @@ class TensorRTEngine:
     """One graph's engine and its two execution contexts."""
 
     def __init__(
-        self, engine: Any, spec: GraphSpec, tensorrt: TensorRT, device: CudaDevice, workspace: Workspace
+        self,
+        engine: Any,
+        spec: GraphSpec,
+        tensorrt: TensorRT,
+        device: CudaDevice,
+        workspace: Workspace,
+        layers: EngineLayerTimes | None = None,
     ) -> None:
         self._engine, self._spec, self._tensorrt = engine, spec, tensorrt
-        self._device, self._workspace = device, workspace
+        self._device, self._workspace, self._layers = device, workspace, layers
         self._contexts: dict[bool, _Context] = {}
         workspace.reserve(_workspace_bytes(engine))
 
@@ -137,12 +151,6 @@ class TensorRTEngine:
     def spec(self) -> GraphSpec:
         """See ``Engine.spec``."""
         return self._spec
-
-    @property
-    def capturable(self) -> bool:
-        """See ``Engine.capturable``; tensorrt-rtx tells it of a context that has run."""
-        context = self._contexts.get(True)
-        return context is not None and context.is_capturable()
 
     def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> TensorRTLaunch:
         """See ``Engine.prepare``."""
@@ -157,7 +165,9 @@ class TensorRTEngine:
                     " other programs, or use --backend onnxruntime"
                 )
             context.set_device_memory(self._workspace.address, self._workspace.num_bytes)
-            self._contexts[is_decode] = _Context(context, self._spec, stream=self._device.stream)
+            self._contexts[is_decode] = _Context(
+                context, self._spec, stream=self._device.stream, layers=self._layers
+            )
         return TensorRTLaunch(self._contexts[is_decode], index, tensors)
 
     def close(self) -> None:
@@ -165,6 +175,8 @@ class TensorRTEngine:
         for context in self._contexts.values():
             context.close()
         self._contexts.clear()
+        if self._engine is not None and self._layers is not None:
+            self._layers.write()
         self._engine = None
 
 
@@ -175,6 +187,11 @@ class TensorRTLaunch:
     def __init__(self, context: _Context, profile_index: int, tensors: Mapping[str, DeviceTensor]) -> None:
         self._context, self.profile_index, self.tensors = context, profile_index, dict(tensors)
 
+    @property
+    def capturable(self) -> bool:
+        """See ``Launch.capturable``."""
+        return self._context.is_capturable()
+
     def enqueue(self) -> None:
         """See ``Launch.enqueue``: the context is bound again only if another launch used it in between."""
         self._context.enqueue(self)
@@ -184,8 +201,12 @@ class TensorRTLaunch:
 class _Context:
     """An execution context and the launch that it is bound to."""
 
-    def __init__(self, context: Any, spec: GraphSpec, *, stream: int) -> None:
-        self._context, self._spec, self._stream = context, spec, stream
+    def __init__(
+        self, context: Any, spec: GraphSpec, *, stream: int, layers: EngineLayerTimes | None
+    ) -> None:
+        self._context, self._spec, self._stream, self._layers = context, spec, stream, layers
+        if layers is not None:
+            layers.attach(context)
         self._bound: TensorRTLaunch | None = None
         self._profile_index: int | None = None
 
@@ -193,11 +214,14 @@ class _Context:
         if launch is not self._bound:
             self._bind(launch)
         self._check(self._context.execute_async_v3(self._stream), "to run")
+        if self._layers is not None:
+            self._layers.end_run()
 
     def is_capturable(self) -> bool:
-        asked = getattr(
-            self._context, "is_stream_capturable", None
-        )  # of tensorrt-rtx; TensorRT has no such question
+        """Ask tensorrt-rtx; TensorRT cannot be asked, and captures what has no control flow."""
+        if self._layers is not None:
+            return False  # its profiler waits after every run
+        asked = getattr(self._context, "is_stream_capturable", None)
         return True if asked is None else bool(asked(self._stream))
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
+from trio_edge.runtime.backend import BACKENDS_HELP
 from trio_edge.runtime.command_line import run
 from trio_edge.runtime.errors import BundleError, ImageError
 from trio_edge.runtime.pipeline import Generation, Pipeline
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option("--prompt", required=True, help="The question.")
 @click.option("--system", help="System prompt.")
-@click.option("--backend", default="auto", show_default=True, help="onnxruntime, or auto.")
+@click.option("--backend", default="auto", show_default=True, help=BACKENDS_HELP)
 @click.option(
     "--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 lets the backend choose."
 )
@@ -71,7 +72,7 @@ def command(
         for piece in answer:
             print(piece, end="", flush=True)
         print()
-        print(_statistics_line(answer), file=sys.stderr)
+        print(f"{pipeline.backend_name}: {_statistics_line(answer)}", file=sys.stderr)
         if show_kept is not None and image is not None:
             _draw(pipeline, answer, image, show_kept)
         if image is not None:

@@ -176,11 +176,11 @@ class Decoder:
             self._run(chain, spans, first=len(chain.selects))
         self._fetch()
         num_repaired = 0
-        while choose is None and (stage := self._unsettled(after=max(kept_of, default=-1))) is not None:
+        while choose is None and (found := self._unsettled(after=max(kept_of, default=-1))) is not None:
             num_repaired += 1
-            kept_of[stage] = self._exact(stage, spans[stage])
-            self._replace(stage, kept_of[stage], spans, prompt)
-            self._run(chain, spans, first=stage + 1)
+            kept_of[found] = self._exact(found, spans[found])
+            self._replace(found, kept_of[found], spans, prompt)
+            self._run(chain, spans, first=found + 1)
             self._fetch()
         return self._result(spans, kept_of, with_scores=choose is None, num_repaired=num_repaired)
 
@@ -311,14 +311,15 @@ class Decoder:
         device.clear(embeds.rows(prompt.length, prompt.visual_rows + prompt.text_bucket - prompt.length))
 
     def _place(self, visual: DeviceTensor | NDArray[Any], target: DeviceTensor) -> None:
-        if not isinstance(visual, DeviceTensor):
-            self._device.upload(target, np.ascontiguousarray(visual))
-            self._device.synchronize()  # the array is not pinned, and the caller's
-            return
         size = target.num_bytes
-        if size:
+        if size == 0:
+            return
+        if isinstance(visual, DeviceTensor):
             source = PitchedRows(visual.address, size)
             self._device.copy_rows(PitchedRows(target.address, size), source, row_bytes=size, num_rows=1)
+        else:
+            self._device.upload(target, np.ascontiguousarray(visual))
+            self._device.synchronize()  # the array is not pinned, and the caller's
 
     def _run(self, chain: _Chain, spans: list[_Span], *, first: int) -> None:
         """Enqueue the chain from layer range ``first`` on."""
@@ -422,7 +423,7 @@ class Decoder:
             self._launch_step()
         elif self._captured is not None:
             self._captured()
-        elif all(self._engines[spec.name].capturable for spec in (*self._buffers.ranges, self._buffers.head)):
+        elif all(launch.capturable for launch in self._step):
             self._captured = self._device.capture(self._launch_step)
             self._captured()
         else:

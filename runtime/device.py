@@ -138,6 +138,10 @@ class Device(Allocator, Protocol):
 class Launch(Protocol):
     """One profile of an engine at fixed addresses."""
 
+    @property
+    def capturable(self) -> bool:
+        """Whether ``Device.capture`` may capture it, once it has run."""
+
     def enqueue(self) -> None:
         """Run it on the device's stream.
 
@@ -152,10 +156,6 @@ class Engine(Protocol):
     @property
     def spec(self) -> GraphSpec:
         """The graph's entry in the manifest."""
-
-    @property
-    def capturable(self) -> bool:
-        """Whether ``Device.capture`` may capture its launches, once they have run."""
 
     def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> Launch:
         """Return a launch of ``profile`` whose inputs and outputs lie at ``tensors``.

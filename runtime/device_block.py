@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
-from trio_edge.runtime.device import DeviceTensor, PitchedRows, aligned
+from trio_edge.runtime.device import ALIGNMENT, DeviceTensor, PitchedRows, aligned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,47 +65,43 @@ class Block:
 
 @final
 class Stack:
-    """Equal tensors [1, G, rows, E] one after the other: keys and values of the layers of one range."""
+    """Equal tensors [1, G, rows, E] one after the other: keys and values of the layers of one range.
+
+    Where G rows of E elements are no multiple of ``ALIGNMENT`` there is room for more than G groups, so that all tensors start at
+    aligned addresses and all groups of all tensors are equally far apart: one copy reaches them.
+    """
 
     def __init__(self, address: int, *, count: int, shape: tuple[int, ...], dtype: str) -> None:
         self._address, self._count, self._shape, self._dtype = address, count, shape, dtype
         self._row_bytes = shape[-1] * np.dtype(dtype).itemsize
         self._pitch_bytes = shape[-2] * self._row_bytes
-        self._tensor_bytes = math.prod(shape[:-1]) * self._row_bytes
-        self._stride_bytes = aligned(self._tensor_bytes)
+        multiple = ALIGNMENT // math.gcd(ALIGNMENT, self._row_bytes)
+        self._groups = -(-shape[-3] // multiple) * multiple
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole stack."""
-        return self._count * self._stride_bytes
+        return self._count * self._groups * self._pitch_bytes
 
     @property
     def bytes_per_row(self) -> int:
         """Bytes that one row has in all tensors together."""
-        return self._count * math.prod(self._shape[:-2]) * self._row_bytes
+        return self._count * self._shape[-3] * self._row_bytes
 
     def tensor(self, index: int) -> DeviceTensor:
         """Return the tensor at ``index``."""
-        return DeviceTensor(self._address + index * self._stride_bytes, self._shape, self._dtype)
+        address = self._address + index * self._groups * self._pitch_bytes
+        return DeviceTensor(address, self._shape, self._dtype)
 
     def empty(self, index: int) -> DeviceTensor:
         """Return the tensor at ``index`` without any row."""
         return self.tensor(index)._replace(shape=(*self._shape[:-2], 0, self._shape[-1]))
 
     def copy_to(self, device: Device, target: Stack, *, first_row: int, num_rows: int) -> None:
-        """Write the first ``num_rows`` rows of all tensors into ``target``'s, from ``first_row`` on.
-
-        One copy, unless the tensors had to be padded to aligned addresses.
-        """
-        groups = math.prod(self._shape[:-2])
-        whole = all(stack._tensor_bytes == stack._stride_bytes for stack in (self, target))
-        for index in range(1 if whole else self._count):
-            device.copy_rows(
-                PitchedRows(
-                    target._address + index * target._stride_bytes + first_row * target._row_bytes,
-                    target._pitch_bytes,
-                ),
-                PitchedRows(self._address + index * self._stride_bytes, self._pitch_bytes),
-                row_bytes=num_rows * self._row_bytes,
-                num_rows=groups * (self._count if whole else 1),
-            )
+        """Enqueue the copy of the first ``num_rows`` rows of all tensors into ``target``'s, from ``first_row`` on."""
+        device.copy_rows(
+            PitchedRows(target._address + first_row * target._row_bytes, target._pitch_bytes),
+            PitchedRows(self._address, self._pitch_bytes),
+            row_bytes=num_rows * self._row_bytes,
+            num_rows=self._count * self._groups,
+        )

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, final
 
 from trio_edge.runtime.device import DeviceTensor, Event, PitchedRows, array_at
-from trio_edge.runtime.engine_host import find_gpu
+from trio_edge.runtime.engine_host import available_memory_bytes, find_gpu, is_jetson
 from trio_edge.runtime.errors import BackendError
 
 if TYPE_CHECKING:
@@ -140,8 +140,9 @@ class CudaDevice:
         self._call("cudaStreamSynchronize", self._stream)
 
     def free_bytes(self) -> int | None:
-        """See ``Device.free_bytes``."""
-        return int(self._call("cudaMemGetInfo")[0])
+        """See ``Device.free_bytes``; on a Jetson with what the system can take back, which CUDA does not count."""
+        free = int(self._call("cudaMemGetInfo")[0])
+        return max(free, available_memory_bytes() or 0) if is_jetson() else free
 
     def close(self) -> None:
         """See ``Device.close``. Goes on if the driver refuses, so that what can be released is."""

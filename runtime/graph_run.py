@@ -16,7 +16,7 @@ from trio_edge.runtime.device_block import Block
 from trio_edge.runtime.errors import BackendError, ShapeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
@@ -60,6 +60,7 @@ class GraphRun:
         }
         tensors = {key: block.tensor(key, self._shapes[key]) for key, block in self._blocks.items()}
         self._launch = self._engine.prepare(found, tensors)
+        self._enqueue: Callable[[], None] = self._launch.enqueue
         self._start, self._end = self._device.event(), self._device.event()
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -101,18 +102,15 @@ class GraphRun:
         """Return the mean time of ``count`` runs enqueued one behind the other, with the inputs that were sent last."""
         self._start.record()
         for _ in range(count):
-            self._launch.enqueue()
+            self._enqueue()
         self._end.record()
         self._end.wait()
         return self._end.milliseconds_since(self._start) / count
 
     def capture(self) -> None:
-        """Let later runs replay a captured sequence, where the engine can; it must have run once."""
-        if self._engine.capturable:
-            self._launch = _Captured(self._device.capture(self._launch.enqueue))
+        """Replay a captured sequence in ``milliseconds``, where the backend can; the graph must have run once.
 
-
-@final
-class _Captured:
-    def __init__(self, enqueue: Any) -> None:
-        self.enqueue = enqueue
+        It is valid until another profile of this graph runs.
+        """
+        if self._launch.capturable:
+            self._enqueue = self._device.capture(self._launch.enqueue)

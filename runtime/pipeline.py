@@ -58,6 +58,8 @@ class Statistics:
     """Decoder part of the first token."""
     decode_ms: float = 0.0
     """All tokens after the first."""
+    token_ms: list[float] = field(default_factory=list)
+    """Each of them."""
     graph_ms: dict[str, float] = field(default_factory=dict)
     """Time that the device spent in each graph up to the first token."""
     kv_bytes: int = 0
@@ -430,7 +432,8 @@ class Pipeline:
             start = time.perf_counter()
             top = self._decoder.decode(np.asarray(self._embedding[token]))
             token = self._choose_token(top, sample)
-            statistics.decode_ms += 1e3 * (time.perf_counter() - start)
+            statistics.token_ms.append(1e3 * (time.perf_counter() - start))
+            statistics.decode_ms += statistics.token_ms[-1]
         if rest := stream.finish():
             yield rest
 

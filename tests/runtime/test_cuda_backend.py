@@ -1,0 +1,351 @@
+"""What the runtime asks of CUDA and TensorRT, written down call by call on a GPU that is none (tests/cuda_on_host.py)."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from tests.cuda_on_host import Context, CudaOnHost, Engine, RuntimeConfig, pretend_gpu, write_engines
+from tests.engine_bundles import HOST, link_bundle, replace_bytes
+from tests.pictures import random_picture
+from trio_edge.runtime import backend_tensorrt, device_cuda
+from trio_edge.runtime.backend import make_backend
+from trio_edge.runtime.bundle import open_bundle, sha256_of
+from trio_edge.runtime.cli_run import main
+from trio_edge.runtime.device import array_at
+from trio_edge.runtime.engine_host import Host
+from trio_edge.runtime.errors import BackendError
+from trio_edge.runtime.graph_run import GraphRun
+from trio_edge.runtime.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PROMPT = "w1 w2 w3"
+LONG_PROMPT = " ".join(["w7"] * 40)
+WAITS = ("cudaEventSynchronize", "cudaStreamSynchronize")
+CHAIN = ["vision", "prefix", "select_1", "segment_1", "select_2", "suffix", "head"]
+STEP = ["prefix", "segment_1", "suffix", "head"]
+
+
+@pytest.fixture
+def folder(reduced_bundle: Path, tmp_path: Path) -> Path:
+    copy = link_bundle(reduced_bundle, tmp_path / "bundle")
+    write_engines(copy, host=HOST)
+    return copy
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> CudaOnHost:
+    cuda = CudaOnHost()
+    pretend_gpu(monkeypatch, cuda, HOST)
+    return cuda
+
+
+@pytest.fixture
+def pipeline(folder: Path, cuda: CudaOnHost) -> Iterator[Pipeline]:
+    with Pipeline.from_bundle(folder, backend="tensorrt") as opened:
+        cuda.calls.clear()
+        yield opened
+
+
+def answer(pipeline: Pipeline, *, tokens: int = 1, prompt: str = PROMPT, seed: int = 0) -> Any:
+    """Ask about a picture; random weights do not stop by themselves within a few tokens."""
+    generation = pipeline.generate(random_picture(60, 40, seed=seed), prompt, max_new_tokens=tokens)
+    _ = generation.text
+    assert generation.statistics.new_tokens == tokens
+    return generation
+
+
+def named(calls: list[Any], *names: str) -> list[Any]:
+    return [call for call in calls if call[0] in names]
+
+
+def launches(calls: list[Any]) -> list[str]:
+    return [call[1] for call in named(calls, "enqueue")]
+
+
+def test_the_chain_is_enqueued_before_the_host_waits_once(pipeline: Pipeline, cuda: CudaOnHost) -> None:
+    answer(pipeline)
+    assert launches(cuda.calls) == CHAIN
+    assert [call[0] for call in cuda.calls if call[0] in ("enqueue", *WAITS)] == ["enqueue"] * 7 + [WAITS[0]]
+
+
+def test_each_graph_reads_where_the_one_before_wrote(pipeline: Pipeline, cuda: CudaOnHost) -> None:
+    answer(pipeline)
+    bound = {call[1]: call[3] for call in named(cuda.calls, "enqueue")}
+    for giver, output, taker, taken in (
+        ("prefix", "hidden_states_out", "select_1", "hidden_states"),
+        ("select_1", "kept_hidden_states", "segment_1", "hidden_states"),
+        ("select_1", "kept_position_ids", "segment_1", "position_ids"),
+        ("select_1", "kept_position_ids", "select_2", "position_ids"),
+        ("segment_1", "hidden_states_out", "select_2", "hidden_states"),
+        ("select_2", "kept_hidden_states", "suffix", "hidden_states"),
+        ("suffix", "hidden_states_out", "head", "hidden_states"),
+    ):
+        assert bound[giver][output] == bound[taker][taken]
+
+
+def test_addresses_never_change(pipeline: Pipeline, cuda: CudaOnHost) -> None:
+    for seed in range(2):
+        answer(pipeline, tokens=2, seed=seed)
+        answer(pipeline, tokens=2, prompt=LONG_PROMPT)
+    seen: dict[tuple[str, str], Any] = {}
+    for _, graph, profile, tensors in named(cuda.calls, "enqueue"):
+        assert seen.setdefault((graph, profile), tensors) == tensors
+
+
+def test_only_results_leave_the_device(pipeline: Pipeline, cuda: CudaOnHost) -> None:
+    """One copy for the first token, with the logits; one for each later one, with the ids and logits of the most likely."""
+    answer(pipeline, tokens=4)
+    sizes = [call[3] for call in named(cuda.calls, "cudaMemcpyAsync") if call[4] == "to host"]
+    dims, top = pipeline.manifest.dimensions, 2 * 256
+    assert len(sizes) == 4
+    assert dims.vocab_size * 4 < sizes[0] < dims.vocab_size * 4 + top + 7 * 256
+    assert sizes[1:] == [top] * 3
+
+
+def test_a_decoded_token_is_one_upload_one_sequence_one_download_and_one_wait(
+    pipeline: Pipeline, cuda: CudaOnHost
+) -> None:
+    answer(pipeline)
+    cuda.calls.clear()
+    answer(pipeline, tokens=4)
+    calls = [call for call in cuda.calls if call[0] not in ("switch", "cudaStreamBeginCapture")]
+    starts = [index for index, call in enumerate(calls) if call[0] == WAITS[0]]
+    names = [call[0] for call in calls]
+    after_first = names[starts[0] + 1 :]
+    copies = ["cudaMemcpy2DAsync"] * 3  # one for each range, behind the copy of the ids
+    step = ["cudaMemcpyAsync", *["enqueue"] * 4, "cudaMemcpyAsync", *copies, WAITS[0]]
+    captured = ["cudaMemcpyAsync", *["enqueue"] * 4, "cudaGraphLaunch", "cudaMemcpyAsync", *copies, WAITS[0]]
+    replayed = ["cudaMemcpyAsync", "cudaGraphLaunch", "cudaMemcpyAsync", *copies, WAITS[0]]
+    assert after_first == step + captured + replayed
+
+
+def test_decode_is_captured_once_over_all_ranges_and_the_head(pipeline: Pipeline, cuda: CudaOnHost) -> None:
+    answer(pipeline, tokens=5)
+    answer(pipeline, tokens=5)
+    assert len(named(cuda.calls, "cudaStreamBeginCapture")) == 1
+    assert [call[1] for call in named(cuda.calls, "cudaGraphLaunch")] == [len(STEP)] * 7
+
+
+def test_new_kv_rows_go_behind_the_valid_ones(pipeline: Pipeline, cuda: CudaOnHost) -> None:
+    """One copy for each range, which has one layer here. Its 2 heads take the room of 4 for aligned addresses."""
+    answer(pipeline, tokens=3)
+    dims = pipeline.manifest.dimensions
+    row, height = dims.head_size * 4, 2 * 4
+    lengths = [cache.length - 2 for cache in pipeline._decoder.caches]  # after the prefill
+    visual, *copies = [call[1:] for call in named(cuda.calls, "cudaMemcpy2DAsync")]
+    assert visual[-1] == 1  # the picture's tokens, which lie together
+    prefill, first, second = copies[:3], copies[3:6], copies[6:]
+    assert len(second) == 3
+    for index, capacity in enumerate(pipeline.manifest.kv_capacities):
+        base = prefill[index][0]
+        assert prefill[index][1] == capacity * row
+        assert prefill[index][4:] == (lengths[index] * row, height)
+        for step, copy in enumerate((first[index], second[index])):
+            assert copy[0] == base + (lengths[index] + step) * row
+            assert copy[4:] == (row, height)
+
+
+def test_every_range_is_told_its_own_length_and_position(pipeline: Pipeline, cuda: CudaOnHost) -> None:
+    """With compact positions both are the rows of the range's own cache."""
+    answer(pipeline, tokens=2)
+    told = []
+    for _, graph, profile, tensors in named(cuda.calls, "enqueue"):
+        if profile == "decode" and graph != "head":
+            read = [
+                array_at(tensors[name][0], shape=(4,)).view(np.int32)[0]
+                for name in ("position_ids", "past_length")
+            ]
+            told.append(read)
+    assert told == [[cache.length - 1] * 2 for cache in pipeline._decoder.caches]
+
+
+def test_another_bucket_switches_the_prefill_contexts_and_never_those_of_decode(
+    pipeline: Pipeline, cuda: CudaOnHost
+) -> None:
+    answer(pipeline, tokens=3)
+    first = [call[1] for call in named(cuda.calls, "switch")]
+    assert sorted(first) == sorted([*CHAIN, *STEP])
+    cuda.calls.clear()
+    answer(pipeline, tokens=3)
+    assert named(cuda.calls, "switch") == []
+    answer(pipeline, tokens=3, prompt=LONG_PROMPT)
+    switched = [call[1] for call in named(cuda.calls, "switch")]
+    assert switched == [name for name in CHAIN if name != "vision"]
+
+
+def test_all_contexts_share_one_workspace(folder: Path, cuda: CudaOnHost) -> None:
+    backend = make_backend("tensorrt")
+    graphs = backend.load(open_bundle(folder))
+    sizes = [call[1] for call in named(cuda.calls, "cudaMalloc")]
+    assert sizes == [Engine.device_memory_size_v2] == [graphs.memory["workspace"]]
+    graphs.close()
+
+
+def test_closing_releases_everything(folder: Path, cuda: CudaOnHost) -> None:
+    for _ in range(2):
+        with Pipeline.from_bundle(folder, backend="tensorrt") as pipeline:
+            answer(pipeline, tokens=4)
+            assert len(cuda.engines) == 7
+        del pipeline
+        assert (cuda.used_bytes, len(cuda.pinned), cuda.open_handles, len(cuda.engines)) == (0, 0, 0, 0)
+
+
+def test_one_graph_alone_is_timed_and_captured(folder: Path, cuda: CudaOnHost) -> None:
+    graphs = make_backend("tensorrt").load(open_bundle(folder), ["head"])
+    head = GraphRun(graphs, "head", profile="decode")
+    hidden = np.ones((*head.spec.inputs[0].shape[:1], 1, *head.spec.inputs[0].shape[2:]), np.float32)
+    outputs = head.run({"hidden_states": hidden, "last_row": np.zeros(1, np.int32)})
+    order = np.argsort(-outputs["logits"][0], kind="stable")[: len(outputs["top_ids"])]
+    np.testing.assert_array_equal(outputs["top_ids"], order)
+    np.testing.assert_array_equal(outputs["top_logits"], outputs["logits"][0][order])
+    head.capture()
+    assert head.milliseconds(3) > 0
+    assert len(named(cuda.calls, "cudaGraphLaunch")) == 3
+    graphs.close()
+
+
+def test_too_little_memory_is_told_before_anything_is_loaded(folder: Path, cuda: CudaOnHost) -> None:
+    cuda.memory_bytes = 100_000
+    with pytest.raises(
+        BackendError, match=r"GPU memory: expected .* GB free \(weights .*, got 0.00 GB; close"
+    ):
+        Pipeline.from_bundle(folder, backend="tensorrt")
+    assert (cuda.used_bytes, cuda.open_handles, len(cuda.engines)) == (0, 0, 0)
+
+
+def test_an_allocation_that_fails_says_what_it_was_for_and_releases_the_rest(
+    folder: Path, cuda: CudaOnHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_tensorrt, "check_memory", lambda *_: None)
+    with Pipeline.from_bundle(folder, backend="tensorrt"):
+        cuda.memory_bytes = cuda.used_bytes - 1
+    with pytest.raises(
+        BackendError, match=r"GPU memory: expected .* MB for .*, got .* MB free of .* MB; close"
+    ):
+        Pipeline.from_bundle(folder, backend="tensorrt")
+    assert (cuda.used_bytes, len(cuda.pinned), cuda.open_handles, len(cuda.engines)) == (0, 0, 0, 0)
+
+
+def test_the_estimate_counts_what_is_allocated(folder: Path, cuda: CudaOnHost) -> None:
+    with Pipeline.from_bundle(folder, backend="tensorrt") as pipeline:
+        memory = pipeline._graphs.memory
+        wanted = memory["KV caches"] + memory["buffers"] + memory["workspace"]
+        assert wanted == pytest.approx(cuda.used_bytes, rel=0.01)
+
+
+def test_an_engine_that_does_not_load_is_told_in_one_line(folder: Path, cuda: CudaOnHost) -> None:
+    file = folder / "engines" / "tensorrt-10.3-sm86" / "suffix.engine"
+    description, old_sha256 = file.parent / "engines.json", sha256_of(file)
+    replace_bytes(file, b"broken".ljust(file.stat().st_size))
+    replace_bytes(
+        description, description.read_bytes().replace(old_sha256.encode(), sha256_of(file).encode())
+    )
+    with pytest.raises(BackendError, match=r"suffix.engine: expected"):
+        Pipeline.from_bundle(folder, backend="tensorrt")
+    assert (cuda.used_bytes, cuda.open_handles) == (0, 0)
+
+
+# What is chosen, and what is told without a GPU
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tensorrt-rtx", "run trio-build"),
+        ("onnxruntime-cuda", "CUDAExecutionProvider"),
+        ("onnxruntime-tensorrt", "TensorrtExecutionProvider"),
+        ("abacus", "expected one of auto, tensorrt"),
+    ],
+)
+def test_without_a_gpu_a_backend_ends_in_one_line(
+    name: str, message: str, reduced_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(reduced_bundle), "--prompt", PROMPT, "--backend", name]) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.count("\n") == 1
+
+
+def test_engines_without_a_gpu_are_refused_in_one_line(
+    folder: Path, cuda: CudaOnHost, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        backend_tensorrt, "find_host", lambda: Host(machine=HOST.machine, system=HOST.system, gpu=None)
+    )
+    assert main([str(folder), "--prompt", PROMPT, "--backend", "tensorrt"]) == 2
+    error = capsys.readouterr().err
+    assert "expected an NVIDIA GPU and its driver on this machine, got none" in error
+    assert error.count("\n") == 1
+
+
+def test_auto_takes_engines_where_a_gpu_runs_them(folder: Path, cuda: CudaOnHost) -> None:
+    assert make_backend("auto", bundle=open_bundle(folder)).name == "tensorrt"
+
+
+def test_auto_takes_onnxruntime_where_engines_do_not_fit(
+    folder: Path, cuda: CudaOnHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Host(machine="aarch64", system="Linux", gpu=HOST.gpu)
+    monkeypatch.setattr(backend_tensorrt, "find_host", lambda: other)
+    assert make_backend("auto", bundle=open_bundle(folder)).name == "onnxruntime"
+
+
+def test_auto_takes_the_cpu_without_a_gpu(folder: Path) -> None:
+    assert make_backend("auto", bundle=open_bundle(folder)).name == "onnxruntime"
+
+
+# The packages have what is called
+
+
+def test_cuda_python_has_every_function_that_is_called() -> None:
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    enums = (runtime.cudaError_t, runtime.cudaMemcpyKind, runtime.cudaStreamCaptureMode)
+    known = {*dir(runtime), *(member.name for enum in enums for member in enum)}
+    called = set(re.findall(r"cuda[A-Z]\w+", inspect.getsource(device_cuda)))
+    assert len(called) > 25
+    assert called <= known, called - known
+
+
+def test_the_functions_of_the_pretended_cuda_take_what_the_real_ones_take() -> None:
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    for name, method in inspect.getmembers(CudaOnHost, inspect.isfunction):
+        if name.startswith("cuda"):
+            first_line = getattr(runtime, name).__doc__.splitlines()[0]
+            inside = first_line[first_line.index("(") + 1 : first_line.rindex(")")]
+            wanted = [part.split(":")[0].split()[-1] for part in inside.split(",") if part.strip()]
+            assert list(inspect.signature(method).parameters)[1:] == wanted, first_line
+
+
+@pytest.mark.parametrize("package", ["tensorrt_rtx", "tensorrt"])
+def test_tensorrt_has_every_name_that_is_used(package: str) -> None:
+    module = pytest.importorskip(package)
+    has_strategy = package == "tensorrt_rtx"  # of kernels compiled on the device
+    used = {
+        module.IExecutionContext: _public(Context),
+        module.ICudaEngine: _public(Engine)
+        - {"compute"}
+        - (set() if has_strategy else {"create_runtime_config"}),
+        module.Runtime: {"deserialize_cuda_engine"},
+        module.ExecutionContextAllocationStrategy: {"USER_MANAGED"},
+        module.Logger: {"ERROR"},
+    }
+    if has_strategy:
+        used[module.IRuntimeConfig] = {
+            *_public(RuntimeConfig),
+            "dynamic_shapes_kernel_specialization_strategy",
+        }
+        used[module.DynamicShapesKernelSpecializationStrategy] = {"EAGER"}
+    for real, names in used.items():
+        assert names <= set(dir(real)), (real, names - set(dir(real)))
+
+
+def _public(ours: type) -> set[str]:
+    return {name for name in vars(ours) if not name.startswith("_")}
