@@ -1,0 +1,333 @@
+"""trio-profile on two small bundles: what it measures, what it writes, and that it changes no answer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import pytest
+import tensorrt_rtx
+
+from tests.engine_bundles import link_bundle
+from trio_edge.runtime.backend import make_backend
+from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.cli_profile import main
+from trio_edge.runtime.engine_layer_times import EngineLayerTimes
+from trio_edge.runtime.errors import DataError
+from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.profiling import measuring
+from trio_edge.runtime.profiling.answers import Question, Subject
+from trio_edge.runtime.profiling.layers import SLOWEST, layer_times
+from trio_edge.runtime.profiling.layers_tensorrt import runs_of_engine
+from trio_edge.runtime.profiling.output_files import write_output
+from trio_edge.runtime.profiling.pictures import PROMPT, picture_sizes, random_picture
+from trio_edge.runtime.profiling.recording import Recording, RecordingBackend
+from trio_edge.runtime.profiling.report import Report
+
+RUNS, NEW_TOKENS = 3, 4
+STAGES = 2
+ODD_NAME = "reduced <b>&amp; 'odd'"
+
+
+class Profile(NamedTuple):
+    """What one call of the command printed and wrote."""
+
+    printed: str
+    report: Report
+    values: dict[str, Any]
+    trace: list[dict[str, Any]]
+    page: str
+
+
+@pytest.fixture(scope="module")
+def profile(reduced_bundle: Path, keep_all_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    """A profile of the reduced bundle, under a name that HTML must escape, and of the one that keeps all."""
+    folder = tmp_path_factory.mktemp("profile")
+    bundle = link_bundle(reduced_bundle, folder / ODD_NAME)
+    files = {kind: folder / f"profile.{kind}" for kind in ("json", "html", "trace")}
+    options = [argument for kind, file in files.items() for argument in (f"--{kind}", str(file))]
+    with pytest.MonkeyPatch.context() as patch, (folder / "printed").open("w") as printed:
+        patch.setattr("sys.stdout", printed)
+        patch.setattr("trio_edge.runtime.profiling.ceilings._SECONDS", 0.05)
+        settings = ["--threads", "1", "--runs", str(RUNS), "--new-tokens", str(NEW_TOKENS), "--warm-up", "0"]
+        code = main([str(bundle), "--compare", str(keep_all_bundle), *settings, *options])
+    assert code == 0
+    content = files["json"].read_bytes()
+    return Profile(
+        printed=(folder / "printed").read_text(),
+        report=msgspec.json.decode(content, type=Report),
+        values=json.loads(content),
+        trace=json.loads(files["trace"].read_bytes())["traceEvents"],
+        page=files["html"].read_text(encoding="utf-8"),
+    )
+
+
+def test_every_graph_is_timed_in_prefill_and_the_ranges_and_the_head_in_decode(profile: Profile) -> None:
+    reduced, full = profile.report.bundles
+    prefill = [graph.name for graph in reduced.graphs if graph.phase == "prefill"]
+    assert prefill == ["vision", "prefix", "select_1", "segment_1", "select_2", "suffix", "head"]
+    decode = {graph.name: graph.calls_per_answer for graph in reduced.graphs if graph.phase == "decode"}
+    assert decode == dict.fromkeys(("prefix", "segment_1", "suffix", "head"), NEW_TOKENS - 1)
+    assert [graph.name for graph in full.graphs] == ["vision", "prefix", "head", "prefix", "head"]
+    assert all(graph.call_ms.count == RUNS * graph.calls_per_answer for graph in reduced.graphs)
+
+
+def test_graphs_and_the_time_outside_of_them_make_up_the_first_token(profile: Profile) -> None:
+    for bundle in profile.report.bundles:
+        inside = sum(graph.call_ms.mean for graph in bundle.graphs if graph.phase == "prefill")
+        assert inside + bundle.host_first_ms.mean == pytest.approx(bundle.ttft_ms.mean)
+        assert bundle.host_first_ms.least > 0
+        assert bundle.ttft_ms.mean + bundle.token_ms.mean * (NEW_TOKENS - 1) == pytest.approx(
+            bundle.answer_ms.mean, rel=0.2
+        )
+
+
+def test_each_decoded_token_has_its_context(profile: Profile) -> None:
+    bundle = profile.report.bundles[0]
+    start = bundle.visual_tokens + bundle.text_tokens
+    assert [step.context for step in bundle.decode] == [start, start + 1, start + 2]
+
+
+def test_rates_are_work_over_time_and_verdicts_name_a_ceiling(profile: Profile) -> None:
+    for graph in profile.report.bundles[0].graphs:
+        assert graph.flops_per_s == pytest.approx(1e3 * graph.flops / graph.call_ms.p50)
+        assert graph.bytes_per_s == pytest.approx(1e3 * graph.moved_bytes / graph.call_ms.p50)
+        assert "of bandwidth" in graph.verdict or "of the matmul rate" in graph.verdict
+
+
+def test_memory_is_told_apart_by_what_it_is_for(profile: Profile, reduced_bundle: Path) -> None:
+    manifest, memory = open_bundle(reduced_bundle).manifest, profile.report.bundles[0].memory
+    assert memory.weights == sum(graph.weight_bytes for graph in manifest.graphs)
+    assert memory.kv_allocated == manifest.kv_bytes
+    assert 0 < memory.kv_used < memory.kv_allocated
+    known = memory.weights + memory.kv_allocated + memory.buffers + memory.workspace
+    assert memory.other == memory.peak_rss - known
+
+
+def test_first_tokens_are_measured_at_every_size_of_picture_most_tokens_first(profile: Profile) -> None:
+    tokens = [size.visual_tokens for size in profile.report.bundles[0].sizes]
+    assert len(tokens) > 1
+    assert tokens == sorted(set(tokens), reverse=True)
+    assert tokens[0] == profile.report.bundles[0].visual_tokens
+
+
+def test_layers_are_told_apart_by_graph_phase_and_operator(profile: Profile) -> None:
+    bundle = profile.report.bundles[0]
+    assert {layer.graph for layer in bundle.layers} == {graph.name for graph in bundle.graphs}
+    suffix = [layer for layer in bundle.layers if (layer.graph, layer.phase) == ("suffix", "decode")]
+    assert len(suffix) == SLOWEST
+    assert all(layer.calls_per_answer == NEW_TOKENS - 1 for layer in suffix)
+    assert any(layer.shapes.startswith("float[1,") for layer in suffix)
+    products = [one for one in bundle.operators if one.kind.endswith(("MatMul", "Gemm"))]
+    assert {one.graph for one in products} == {graph.name for graph in bundle.graphs}
+
+
+def test_comparison_has_paired_ratios_and_sizes(profile: Profile) -> None:
+    (comparison,) = profile.report.comparisons
+    assert comparison.reference == ODD_NAME
+    assert set(comparison.ratios) == {"ttft_ms", "prefill_ms", "answer_ms", "token_ms"}
+    for ratio in comparison.ratios.values():
+        assert ratio.rounds == RUNS
+        assert ratio.interval_95[0] <= ratio.value <= ratio.interval_95[1]
+    assert comparison.sizes["kv_used"] > 1
+    assert comparison.sizes["processed_tokens"] > 2
+
+
+def test_the_terminal_shows_bundles_graphs_and_what_is_missing(profile: Profile) -> None:
+    assert ODD_NAME in profile.printed
+    for name in ("segment_1", "select_2", "decode", "memory MB", "slowest layers", "roofline"):
+        assert name in profile.printed
+    for line in profile.report.conditions.missing:
+        assert f"not measured: {line}" in profile.printed
+
+
+def test_the_trace_has_graphs_within_their_answers(profile: Profile) -> None:
+    complete = [event for event in profile.trace if event["ph"] == "X"]
+    names = {
+        event["pid"]: event["args"]["name"] for event in profile.trace if event["name"] == "process_name"
+    }
+    assert ODD_NAME in names.values()
+    for process in (1, 2):
+        tokens = [event for event in complete if (event["pid"], event["tid"]) == (process, 1)]
+        assert len(tokens) == RUNS * NEW_TOKENS
+        spans: dict[int, list[float]] = {}
+        for event in tokens:
+            spans.setdefault(event["args"]["answer"], []).extend((event["ts"], event["ts"] + event["dur"]))
+        for event in complete:
+            if (event["pid"], event["tid"]) == (process, 2):
+                span = spans[event["args"]["answer"]]
+                assert min(span) - 1 <= event["ts"]
+                assert event["ts"] + event["dur"] <= max(span) + 1
+
+
+def test_recording_changes_neither_logits_nor_ids_nor_kept_tokens(reduced_bundle: Path) -> None:
+    backend = make_backend("onnxruntime", threads=1)
+    recording = Recording()
+    answers = []
+    for wrapped in (
+        backend,
+        RecordingBackend(backend, recording),
+        RecordingBackend(backend, recording, capture=False),
+    ):
+        with Pipeline(open_bundle(reduced_bundle), wrapped) as pipeline:
+            picture = random_picture(picture_sizes(pipeline)[0])
+            answer = pipeline.generate(picture, PROMPT, max_new_tokens=8)
+            assert answer.text is not None
+            answers.append(answer)
+    plain, *recorded = answers
+    for answer in recorded:
+        assert answer.token_ids == plain.token_ids
+        np.testing.assert_array_equal(answer.first_logits, plain.first_logits)
+        for ours, theirs in zip(answer.kept, plain.kept, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert recording.take()
+
+
+def test_calls_are_what_the_decoders_own_timeline_says(reduced_bundle: Path) -> None:
+    subject = Subject(reduced_bundle, make_backend("onnxruntime", threads=1))
+    picture = random_picture(picture_sizes(subject.pipeline)[0])
+    answer = subject.answer(Question(picture=picture, prompt=PROMPT, new_tokens=3))
+    subject.close()
+    prefill = {call.graph: call.milliseconds for call in answer.calls if call.profile != "decode"}
+    assert prefill.keys() == answer.statistics.graph_ms.keys()
+    for graph, milliseconds in answer.statistics.graph_ms.items():
+        assert prefill[graph] <= milliseconds <= prefill[graph] + 1
+    assert len(answer.token_ids) == 3
+
+
+def test_no_token_ends_an_answer_while_it_is_measured(reduced_bundle: Path) -> None:
+    with Pipeline.from_bundle(reduced_bundle, backend="onnxruntime", threads=1) as pipeline:
+        picture = random_picture(picture_sizes(pipeline)[0])
+        answer = pipeline.generate(picture, PROMPT, max_new_tokens=6)
+        assert answer.text is not None
+    subject = Subject(reduced_bundle, make_backend("onnxruntime", threads=1))
+    measured = subject.answer(Question(picture=picture, prompt=PROMPT, new_tokens=6))
+    subject.close()
+    assert len(measured.token_ids) == 6
+    assert measured.token_ids[: len(answer.token_ids)] == answer.token_ids
+
+
+def test_runs_end_when_the_time_is_over_but_not_before_there_are_a_few(
+    keep_all_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "NARROW", 0.0)
+    monkeypatch.setattr("trio_edge.runtime.profiling.ceilings._SECONDS", 0.01)
+    file = tmp_path / "profile.json"
+    arguments = [
+        str(keep_all_bundle),
+        "--no-layers",
+        "--seconds",
+        "0.001",
+        "--new-tokens",
+        "1",
+        "--json",
+        str(file),
+    ]
+    assert main(arguments) == 0
+    report = msgspec.json.decode(file.read_bytes(), type=Report)
+    assert (report.conditions.runs, report.conditions.stopped) == (measuring.LEAST_RUNS, "0 s were over")
+    assert report.bundles[0].token_ms is None
+    assert report.bundles[0].layers == ()
+
+
+def test_a_picture_of_the_users_is_asked_about(
+    keep_all_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trio_edge.runtime.profiling.ceilings._SECONDS", 0.01)
+    file, image = tmp_path / "profile.json", Path(__file__).parents[2] / "examples/pictures/shapes-96x96.png"
+    options = ["--image", str(image), "--prompt", "w1 w2", "--runs", "1", "--no-layers", "--json", str(file)]
+    assert main([str(keep_all_bundle), *options]) == 0
+    conditions = json.loads(file.read_bytes())["conditions"]
+    assert (conditions["picture"], conditions["prompt"]) == (image.name, "w1 w2")
+
+
+@pytest.mark.parametrize("option", ["--json", "--html", "--trace"])
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(
+    option: str,
+    keep_all_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("trio_edge.runtime.cli_profile.measure", None)
+    for path in (tmp_path, tmp_path / "none" / "file"):
+        assert main([str(keep_all_bundle), option, str(path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"trio-profile: {option}: expected a file in an existing folder, got {path}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_bundle_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"trio-profile: {tmp_path}: expected trio.json, got none")
+
+
+def test_ctrl_c_leaves_no_file_and_closes_the_graphs(
+    keep_all_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed = []
+    monkeypatch.setattr("trio_edge.runtime.profiling.ceilings._SECONDS", 0.01)
+    monkeypatch.setattr(Subject, "answer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Pipeline, "close", lambda pipeline: closed.append(pipeline))
+    assert main([str(keep_all_bundle), "--json", str(tmp_path / "profile.json")]) == 130
+    assert capsys.readouterr().err.strip().endswith("trio-profile: interrupted")
+    assert list(tmp_path.iterdir()) == []
+    assert len(closed) == 1
+
+
+def test_a_file_that_cannot_be_finished_leaves_what_was_there(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    write_output("--json", file, b"old")
+    with pytest.raises(TypeError, match="bytes-like"):
+        write_output("--json", file, None)  # type: ignore[arg-type]
+    assert file.read_bytes() == b"old"
+    shutil.rmtree(tmp_path)
+    with pytest.raises(DataError, match=r"--json .*: cannot be written \(No such file or directory\)"):
+        write_output("--json", file, b"new")
+
+
+class _FakeEngine:
+    """Gives an inspector's list, as TensorRT writes it for an engine with detailed layers; engines need a GPU."""
+
+    LAYERS = (
+        {
+            "Name": "matmul",
+            "LayerType": "gemm",
+            "Inputs": [{"Format/Datatype": "Half", "Dimensions": [1, 8]}],
+        },
+        "an engine without details lists names",
+    )
+
+    def create_engine_inspector(self) -> _FakeEngine:
+        return self
+
+    def get_engine_information(self, _: object) -> str:
+        return json.dumps({"Layers": self.LAYERS})
+
+
+class _Context:
+    profiler: Any = None
+
+
+def test_tensorrts_profiler_and_inspector_become_layers(tmp_path: Path) -> None:
+    times, context = EngineLayerTimes(tensorrt_rtx, _FakeEngine(), tmp_path / "suffix.json"), _Context()
+    times.attach(context)
+    assert isinstance(context.profiler, tensorrt_rtx.IProfiler)
+    for milliseconds in (2.0, 0.25, 0.75):
+        context.profiler.report_layer_time("matmul", milliseconds)
+        context.profiler.report_layer_time("softmax", 1.0)
+        times.end_run()
+    times.write()
+    runs = runs_of_engine(json.loads((tmp_path / "suffix.json").read_bytes()))
+    found = layer_times(runs, graph="suffix", profiles=["prefill_64", "decode", "decode"], num_answers=1)
+    assert [(layer.phase, layer.name, layer.kind, layer.answer_ms) for layer in found] == [
+        ("prefill", "matmul", "gemm", 2.0),
+        ("prefill", "softmax", "", 1.0),
+        ("decode", "matmul", "gemm", 1.0),
+        ("decode", "softmax", "", 2.0),
+    ]
+    assert found[0].shapes == "Half[1, 8]"
