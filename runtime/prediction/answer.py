@@ -20,7 +20,7 @@ from trio_edge.runtime.prediction.counting import (
 )
 from trio_edge.runtime.prediction.efficiency import UNFUSED_SCORE_PASSES, fitted_for, rates_of
 from trio_edge.runtime.prediction.shapes import layer_weights, tower_weights
-from trio_edge.runtime.prediction.speed import BYTES_PER_WEIGHT, Formats, GraphTime, graph_time
+from trio_edge.runtime.prediction.speed import Formats, GraphTime, graph_time
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,7 +45,9 @@ class Setting:
     num_new: int
     """Tokens of the answer."""
     precision: Precision
-    """Of the decoder's linear weights; the rest is float16."""
+    """Of the decoder's linear weights."""
+    head_precision: Precision = "float16"
+    vision_precision: Precision = "float16"
     entering: int | None = None
     """Visual tokens that enter the decoder where a selection before it leaves fewer than N."""
     vision_flops: float | None = None
@@ -73,7 +75,9 @@ class Setting:
     @property
     def formats(self) -> Formats:
         """What the numbers are stored as."""
-        return Formats(layer=self.precision, other="float16")
+        return Formats(
+            layer=self.precision, other="float16", head=self.head_precision, vision=self.vision_precision
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,10 +193,10 @@ def memory_of(setting: Setting, *, usable: int) -> Memory:
     The formulas are those of ``trio-export --target``: repeated weights of the stages count, and attention scores are
     taken to be in memory, in float32 and once more in float16.
     """
-    decoder, rows = setting.model.decoder, setting.visual_rows
-    layer = layer_weights(decoder) * BYTES_PER_WEIGHT[setting.precision]
-    head = 2 * decoder.vocab_size * decoder.hidden_size
-    vision = 0 if setting.model.vision is None else 2 * tower_weights(setting.model.vision)
+    decoder, rows, sizes = setting.model.decoder, setting.visual_rows, setting.formats.bytes_per_weight()
+    layer = layer_weights(decoder) * sizes["layer"]
+    head = decoder.vocab_size * decoder.hidden_size * sizes["head"]
+    vision = 0 if setting.model.vision is None else tower_weights(setting.model.vision) * sizes["vision"]
     stages = len(setting.schedule.stages)
     row_bytes = 4 * decoder.num_kv_heads * decoder.head_size
     capacity = setting.num_text + setting.num_new

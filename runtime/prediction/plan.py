@@ -67,7 +67,7 @@ class Plan:
         )
         if self.manifest is None:
             return setting
-        return dataclasses.replace(setting, **_from_cost(self.manifest, setting, own=self.keep is None))
+        return dataclasses.replace(setting, **_from_manifest(self.manifest, setting, own=self.keep is None))
 
     def _sizes(self) -> dict[str, int]:
         if self.picture is not None or self.manifest is None:
@@ -130,15 +130,24 @@ def plan_for(
 
 def _precision_of(manifest: Manifest | None) -> Precision:
     """Return the precision of the first layers; float32, which no device here is rated for, counts as float16."""
-    quantization = None if manifest is None else getattr(manifest, "quantization", None)
-    formats = {} if quantization is None else quantization.formats
-    precision: Precision = formats.get("prefix", formats.get("segments", "float16"))
-    return precision
+    formats = _formats(manifest)
+    return formats.get("prefix") or formats.get("segments") or "float16"
 
 
-def _from_cost(manifest: Manifest, setting: Setting, *, own: bool) -> dict[str, Any]:
-    """Return the FLOPs that only the manifest's ``cost`` knows."""
-    num_visual, more = setting.sizes["N"], dict[str, Any]()
+def _formats(manifest: Manifest | None) -> dict[str, Precision]:
+    """Return the formats of the quantized parts."""
+    if manifest is None or manifest.quantization is None:
+        return {}
+    return dict(manifest.quantization.formats)
+
+
+def _from_manifest(manifest: Manifest, setting: Setting, *, own: bool) -> dict[str, Any]:
+    """Return the formats of head and vision, and the FLOPs that only ``cost`` knows."""
+    num_visual, formats = setting.sizes["N"], _formats(manifest)
+    more: dict[str, Any] = {
+        "head_precision": formats.get("head", "float16"),
+        "vision_precision": formats.get("vision", "float16"),
+    }
     if manifest.vision is None:
         more["vision_flops"] = vision_flops(manifest, num_visual=num_visual)
     if manifest.token_method is not None:

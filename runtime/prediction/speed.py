@@ -65,13 +65,17 @@ class Formats:
     layer: WeightFormat
     """Linear weights of the decoder."""
     other: WeightFormat
-    """Head and vision."""
+    """Head and vision, where they have none of their own."""
+    head: WeightFormat | None = None
+    vision: WeightFormat | None = None
     bytes_per_element: int = 2
     """Of activations and KV caches."""
 
     def of(self, kind: WeightKind) -> WeightFormat:
         """Return the format of one kind of weights."""
-        return self.layer if kind == "layer" else self.other
+        if kind == "layer":
+            return self.layer
+        return (self.head if kind == "head" else self.vision) or self.other
 
     def bytes_per_weight(self) -> Mapping[WeightKind, float]:
         """Return the bytes of a weight by kind."""
