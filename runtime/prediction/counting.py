@@ -107,7 +107,7 @@ class Work:
     @property
     def flops(self) -> float:
         """Of all products and attentions."""
-        return sum(part.flops for part in (*self.products, *self.attention))
+        return sum(part.flops for part in self.products) + sum(part.flops for part in self.attention)
 
     @property
     def num_weights(self) -> float:
