@@ -116,7 +116,7 @@ def command(
         from trio_edge.calibration.schedules.calibration_page import check_plots
 
         check_plots()
-        options, expected_samples = _options(model, config, given)
+        options, expected_samples = read_given(model, config, given)
         _check_out(out, force=force)
         with _progress(check, quiet=quiet) as progress:
             calibrated = calibrate(options, work=work, samples_sha256=expected_samples, progress=progress)
@@ -138,8 +138,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(command, argv)
 
 
-def _options(model: str | None, config: Path | None, given: dict[str, Any]) -> tuple[Options, str | None]:
-    """Return the options, and the digest of the samples that a config was made with if they are asked for again."""
+def read_given(model: str | None, config: Path | None, given: dict[str, Any]) -> tuple[Options, str | None]:
+    """Return the options, and the digest of the samples that a config was made with if they are asked for again.
+
+    Args:
+        model: MODEL, if it was given.
+        config: A ``calibration.json``, if one was given.
+        given: Fields of ``Options`` that were given beside it, which win.
+
+    Raises:
+        UsageError: If without a config something is missing.
+        DataError: If the config is not one.
+    """
     import msgspec
 
     from trio_edge.calibration.schedules.calibration_file import Options, read_options

@@ -11,6 +11,7 @@ from tests.calibration.question_files import questions_about, write_questions
 from tests.pictures import random_picture
 from trio_edge.calibration.schedules.calibration_file import Options, read_options
 from trio_edge.calibration.schedules.fixed_shapes import picture_sizes, rounds_with_margin, text_buckets
+from trio_edge.calibration.schedules.held_out import accuracy
 from trio_edge.calibration.schedules.measuring import Measured
 from trio_edge.calibration.schedules.pareto import first_fronts, pareto_front
 from trio_edge.calibration.schedules.prefill_cost import Cost, PrefillCost, Situation
@@ -74,6 +75,13 @@ def test_samples_may_lack_answers(tmp_path: Path) -> None:
     del lines[1]["answer"]
     questions = read_samples(str(write_questions(tmp_path, lines)), prompt=None, count=None, seed=0)
     assert [question.answers for question in questions] == [("w0",), (), ("w2",)]
+
+
+def test_samples_without_answers_have_no_accuracy(tmp_path: Path) -> None:
+    lines = [{key: line[key] for key in ("image", "question")} for line in questions_about(2)]
+    questions = read_samples(str(write_questions(tmp_path, lines)), prompt=None, count=None, seed=0)
+    never: Any = None
+    assert accuracy(never, questions, Schedule(), probes=never, on_sample=never) is None
 
 
 def test_a_folder_of_pictures_is_asked_one_prompt(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ import re
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from tests.calibration.question_files import questions_about, write_questions
 from trio_edge.calibration import cli_calibrate
-from trio_edge.calibration.schedules.calibrate import Progress, calibrate
-from trio_edge.calibration.schedules.calibration_file import Options
-from trio_edge.calibration.schedules.record import RECORD_NAME
+from trio_edge.calibration.schedules.calibrate import Calibrated, Progress, calibrate
+from trio_edge.calibration.schedules.calibration_file import Calibration, Options, json_of
+from trio_edge.calibration.schedules.calibration_page import page_of
+from trio_edge.calibration.schedules.record import RECORD_NAME, RecordKey, open_record
 from trio_edge.calibration.schedules.torch_model import load_model
+from trio_edge.runtime.errors import DataError
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.schedule import Schedule
 
@@ -105,12 +108,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else(calibrated: Path, report
 
 
 def test_a_name_cannot_write_into_the_page(calibrated: Path) -> None:
-    import msgspec
-
-    from trio_edge.calibration.schedules.calibration_file import Calibration
-    from trio_edge.calibration.schedules.calibration_page import page_of
-
-    calibration = msgspec.json.decode((calibrated / "calibration.json").read_bytes(), type=Calibration)
+    calibration = _read(calibrated)
     evil = msgspec.structs.replace(calibration.options, model="<script>alert(1)</script>")
     page = page_of(msgspec.structs.replace(calibration, options=evil), [], command="<b>")
     assert "<script" not in page
@@ -128,69 +126,54 @@ def test_a_config_repeats_the_calibration(calibrated: Path, report: dict[str, An
     assert not (tmp_path / "again" / "bundle").exists()
 
 
-def test_an_interrupted_calibration_goes_on_and_leaves_no_output(
-    checkpoint: Path, samples: Path, report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_calibration_goes_on_where_it_stopped(report: dict[str, Any], tmp_path: Path) -> None:
     options = Options(**{**report["options"], **_tuples(report["options"])})
-    work = tmp_path / "work"
-    seen = []
+    record, samples_seen = tmp_path / RECORD_NAME, iter(range(15))
 
     def stop() -> None:
-        seen.append(1)
-        if len(seen) == 15:
+        if next(samples_seen, None) is None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        calibrate(options, work=work, progress=Progress(sample=stop))
-    done = (work / RECORD_NAME).read_bytes()
-    (work / RECORD_NAME).write_bytes(done + b'{"type":"sched')  # a kill in the middle of a line
-    arguments = ["--config", str(_config(tmp_path, report)), "--work", str(work), "--no-export", "--quiet"]
-    assert cli_calibrate.main([*arguments, "--out", str(tmp_path / "out")]) == 0
-    lines = (work / RECORD_NAME).read_bytes()
+        calibrate(options, work=tmp_path, progress=Progress(sample=stop))
+    done = record.read_bytes()
+    record.write_bytes(done + b'{"type":"sched')  # a kill in the middle of a line
+    again = calibrate(options, work=tmp_path).calibration
+    assert json.loads(json_of(again)) == report
+    lines = record.read_bytes()
     assert lines.startswith(done)
     assert len(set(lines.splitlines())) == len(lines.splitlines())
-    again = json.loads((tmp_path / "out" / "calibration.json").read_bytes())
-    assert again["front"] == report["front"]
-
-    monkeypatch.setattr("trio_edge.calibration.cli_calibrate._write", _interrupted)
-    assert cli_calibrate.main([*arguments, "--out", str(tmp_path / "other")]) == 130
-    assert not list(tmp_path.glob("*other*"))
 
 
-def test_a_work_folder_of_other_samples_is_refused(
-    report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_ctrl_c_leaves_no_output(
+    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, work = _config(tmp_path, report), tmp_path / "work"
-    arguments = ["--config", str(config), "--work", str(work), "--no-export", "--quiet"]
-    assert cli_calibrate.main([*arguments, "--out", str(tmp_path / "one")]) == 0
-    assert cli_calibrate.main([*arguments, "--out", str(tmp_path / "two"), "--count", "5"]) == 2
-    assert "samples_sha256 differ); choose another --work" in capsys.readouterr().err
+    done = Calibrated(calibration=_read(calibrated), overlays=[])
+    module = "trio_edge.calibration.schedules.calibrate.calibrate"
+    monkeypatch.setattr(module, lambda *_arguments, **_options: done)
+    monkeypatch.setattr("trio_edge.export.bundle.export_bundle", _interrupted)
+    config = str(calibrated / "calibration.json")
+    assert cli_calibrate.main(["--config", config, "--out", str(tmp_path / "out"), "--quiet"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
-def test_another_wish_replaces_the_configs(report: dict[str, Any], tmp_path: Path) -> None:
-    arguments = ["--config", str(_config(tmp_path, report)), "--out", str(tmp_path / "out"), "--max-kl", "0"]
-    assert cli_calibrate.main([*arguments, "--no-export", "--quiet"]) == 0
-    changed = json.loads((tmp_path / "out" / "calibration.json").read_bytes())
-    assert changed["chosen"]["stages"] == []  # only keep-all has no divergence
-    assert (changed["options"]["keep"], changed["options"]["max_kl"]) == (None, 0.0)
+def test_a_work_folder_of_other_samples_is_refused(tmp_path: Path) -> None:
+    key = RecordKey(
+        model="tiny", weights="w", samples_sha256="a", answer_tokens=4, dtype="float32", max_visual=9
+    )
+    record, known = open_record(tmp_path, key)
+    record.close()
+    assert known == []
+    with pytest.raises(DataError, match=r"got others \(samples_sha256 differ\); choose another --work"):
+        open_record(tmp_path, msgspec.structs.replace(key, samples_sha256="b"))
 
 
-def test_a_sample_file_without_answers_has_no_accuracy(
-    checkpoint: Path, report: dict[str, Any], tmp_path: Path
-) -> None:
-    lines = [{key: line[key] for key in ("image", "question")} for line in questions_about(4)]
-    path = write_questions(tmp_path, lines)
-    arguments = [
-        str(checkpoint),
-        "--samples",
-        str(path),
-        "--target",
-        "orin-nx-16",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert cli_calibrate.main([*arguments, *SMALL_SEARCH, "--no-export", "--quiet"]) == 0
-    assert json.loads((tmp_path / "out" / "calibration.json").read_bytes())["accuracy"] is None
+def test_another_wish_replaces_the_configs(calibrated: Path, report: dict[str, Any]) -> None:
+    config = calibrated / "calibration.json"
+    options, samples = cli_calibrate.read_given(None, config, {"max_kl": 0.1})
+    assert (options.keep, options.max_kl, samples) == (None, 0.1, report["data"]["sha256"])
+    assert cli_calibrate.read_given(None, config, {"count": 5})[1] is None
 
 
 def test_half_precision_weights_are_mapped_where_they_are_too_large_for_the_memory(
@@ -312,10 +295,8 @@ def _interrupted(*_arguments: Any, **_options: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _config(folder: Path, report: dict[str, Any]) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps({"options": report["options"], "data": report["data"]}))
-    return path
+def _read(folder: Path) -> Calibration:
+    return msgspec.json.decode((folder / "calibration.json").read_bytes(), type=Calibration)
 
 
 def _tuples(options: dict[str, Any]) -> dict[str, Any]:
