@@ -95,6 +95,15 @@ def test_count_prints_graphs_and_devices_without_any_gpu(capsys: pytest.CaptureF
 # ---------------------------------------------------------------------------------------------------- the ways
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_subject_lies_on_its_device_whatever_the_default_device(family: str) -> None:
+    with torch.device("meta"):  # as a GPU would be: no value of it can be read on the host
+        subject = small_subject(family)
+    tensors = [*subject.vision_inputs.values(), subject.text_embeds, subject.position_ids]
+    tensors += [*subject.root.parameters(), *subject.model.vision.module.parameters()]
+    assert {tensor.device for tensor in tensors} == {CPU}
+
+
 @pytest.mark.parametrize("keep", [1.0, 0.111], ids=["every token", "reduced"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_and_graphs_answer_alike(family: str, keep: float) -> None:
