@@ -16,6 +16,7 @@ from trio_edge.runtime.device import LoadedGraphs, shape_at
 from trio_edge.runtime.device_cuda import CudaDevice, load_cuda
 from trio_edge.runtime.device_host import HostDevice
 from trio_edge.runtime.device_memory import check_memory, estimate
+from trio_edge.runtime.engines import ENGINES_FOLDER
 from trio_edge.runtime.errors import BackendError
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ class OnnxRuntimeBackend:
             "device_id": "0",
             "user_compute_stream": str(stream),
             "arena_extend_strategy": "kSameAsRequested",
+            "use_tf32": "0",  # so that float32 bundles keep the tokens that they keep elsewhere
         }
         found: list[Any] = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
         if self._name == "onnxruntime-tensorrt":
@@ -148,16 +150,16 @@ def _tensorrt_options(stream: int, folder: Path, spec: GraphSpec) -> dict[str, s
         f"{tensor.name}:{'x'.join(map(str, shape_at(tensor.shape, profile)))}"
         for profile in spec.profiles
         for tensor in spec.inputs
+        if any(isinstance(size, str) for size in tensor.shape)
     )
-    return {
-        "device_id": "0",
-        "user_compute_stream": str(stream),
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(folder / "engines" / "onnxruntime-tensorrt"),
-        "trt_profile_min_shapes": shapes,
-        "trt_profile_opt_shapes": shapes,
-        "trt_profile_max_shapes": shapes,
-    }
+    options = {"device_id": "0", "user_compute_stream": str(stream)}
+    options |= {f"trt_profile_{bound}_shapes": shapes for bound in ("min", "opt", "max")}
+    cache = folder / ENGINES_FOLDER / "onnxruntime-tensorrt"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a bundle that cannot be written to: engines are built at every start
+        return options
+    return options | {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
 
 
 def _check_interface(expected: tuple[TensorSpec, ...], got: list[Any], *, where: str) -> None:

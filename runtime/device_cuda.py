@@ -136,8 +136,9 @@ class CudaDevice:
         return lambda: self._call("cudaGraphLaunch", executable, self._stream)
 
     def synchronize(self) -> None:
-        """See ``Device.synchronize``."""
-        self._call("cudaStreamSynchronize", self._stream)
+        """See ``Device.synchronize``; a closed device has nothing to wait for."""
+        if self._open:
+            self._call("cudaStreamSynchronize", self._stream)
 
     def free_bytes(self) -> int | None:
         """See ``Device.free_bytes``; on a Jetson with what the system can take back, which CUDA does not count."""

@@ -19,7 +19,7 @@ from trio_edge.runtime.backend import Backend, make_backend
 from trio_edge.runtime.bundle import Bundle, open_bundle
 from trio_edge.runtime.decoder import Choose, Decoder, Prompt
 from trio_edge.runtime.embedding import EmbeddingTable
-from trio_edge.runtime.errors import ShapeError
+from trio_edge.runtime.errors import BackendError, ShapeError
 from trio_edge.runtime.image import open_picture
 from trio_edge.runtime.positions import PromptPositions, mrope_positions, plain_positions
 from trio_edge.runtime.question_ids import question_ids
@@ -160,6 +160,7 @@ class Pipeline:
             self._graphs.close()
             raise
         self._running: Generation | None = None  # whose rows the KV caches hold
+        self._is_open = True
 
     @classmethod
     def from_bundle(cls, path: str | Path, *, backend: str = "auto", threads: int = 0) -> Pipeline:
@@ -209,7 +210,9 @@ class Pipeline:
         Raises:
             ImageError: If the picture cannot be read.
             ShapeError: If prompt, picture or request exceed what the bundle was exported for.
+            BackendError: If the pipeline is closed; while streaming also if a graph fails.
         """
+        self._check_open()
         start = time.perf_counter()
         limit = self.manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
         if not 1 <= limit <= self.manifest.max_new_tokens:
@@ -236,9 +239,13 @@ class Pipeline:
         return Generation(steps)
 
     def close(self) -> None:
-        """Release all graphs and all memory of the device."""
-        self._running = None
+        """Release all graphs and all memory of the device; a second time does nothing."""
+        self._is_open = False
         self._graphs.close()
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise BackendError("pipeline: expected an open one, got a closed one; load the bundle again")
 
     def __enter__(self) -> Pipeline:
         return self
@@ -392,6 +399,7 @@ class Pipeline:
         sample: Sampler,
         choose: Choose | None,
     ) -> Iterator[str]:
+        self._check_open()
         self._running, statistics = generation, generation.statistics
         start = time.perf_counter()
         seen = self._nothing_seen() if prepared is None else self._see(prepared, ids)
@@ -425,6 +433,7 @@ class Pipeline:
                 yield piece
             if statistics.new_tokens >= limit:
                 break
+            self._check_open()
             if self._running is not generation:
                 raise ShapeError(
                     "answer: expected one answer at a time, another was started; finish streaming first"

@@ -6,6 +6,8 @@ also show that nothing is read or overwritten too early.
 
 from __future__ import annotations
 
+import gc
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +21,9 @@ from tests.engine_bundles import HOST, link_bundle
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import CAMERA, REDUCED, save_qwen_checkpoint
 from tests.reference.plain_decoder import PlainDecoder
+from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.errors import BackendError
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.schedule import Schedule, Stage
 
@@ -153,3 +157,34 @@ def test_every_answer_equals_that_of_the_graphs_alone(
         assert answer.repaired == wanted.repaired
         np.testing.assert_array_equal(answer.logits, wanted.logits)
     assert (plain.num_repaired > 0) == (pipeline.manifest.schedule == UNSETTLED)
+
+
+def test_a_closed_pipeline_refuses_to_answer(keep_all_bundle: Path) -> None:
+    pipeline = Pipeline.from_bundle(keep_all_bundle, backend="onnxruntime", threads=1)
+    lazy = pipeline.generate(None, PROMPTS[0], max_new_tokens=3)
+    half = pipeline.generate(None, PROMPTS[0], max_new_tokens=3)
+    next(iter(half))
+    pipeline.close()
+    pipeline.close()
+    for ask in (lambda: pipeline.generate(None, PROMPTS[0]), lambda: lazy.text, lambda: half.text):
+        with pytest.raises(BackendError, match="pipeline: expected an open one, got a closed one"):
+            ask()
+
+
+def test_loading_and_closing_again_and_again_keeps_no_memory(keep_all_bundle: Path) -> None:
+    """benchmarks/load_cycles.py does so a thousand times."""
+    bundle = open_bundle(keep_all_bundle)
+    sizes = {}
+    for cycle in range(20):
+        with Pipeline(bundle, make_backend("onnxruntime", threads=1)) as pipeline:
+            _ = pipeline.generate(None, PROMPTS[0], max_new_tokens=2).text
+        del pipeline
+        if cycle in (7, 19):
+            sizes[cycle] = resident_bytes()
+    assert sizes[19] - sizes[7] < 5e6  # a session alone is 2 MB
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    found = re.search(r"^VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0

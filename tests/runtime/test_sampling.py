@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trio_edge.runtime.errors import BackendError, ShapeError
-from trio_edge.runtime.sampling import make_sampler
+from trio_edge.runtime.sampling import TopTokens, make_sampler
 
 LOGITS_V = np.log(np.array([0.05, 0.5, 0.3, 0.15], np.float32))
 
@@ -94,3 +94,44 @@ def test_logits_of_another_rank_are_an_error():
 def test_arguments_out_of_range_are_an_error(arguments, message):
     with pytest.raises(ShapeError, match=message):
         make_sampler(**arguments)
+
+
+def top_of(logits_V: np.ndarray, count: int) -> TopTokens:
+    """The largest logits in descending order, of equals the higher id first: a device may order them so."""
+    ids = np.lexsort((-np.arange(len(logits_V)), -logits_V))[:count].astype(np.int32)
+    return TopTokens(ids=ids, logits=logits_V[ids])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.floats(-5, 5, width=16), min_size=9, max_size=30),
+    st.sampled_from([0.0, 0.7, 2.0]),
+    st.sampled_from([1.0, 0.5]),
+    st.integers(0, 8),
+    st.integers(0, 1000),
+)
+def test_the_most_likely_tokens_give_what_all_logits_give_or_do_not_decide(
+    values, temperature, top_p, top_k, seed
+):
+    logits = np.array(values, np.float32)
+    chosen = make_sampler(temperature, top_p, top_k, seed).from_top(top_of(logits, 8))
+    assert chosen in (None, make_sampler(temperature, top_p, top_k, seed)(logits))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "decides"), [(0.0, 0, True), (1.0, 2, True), (1.0, 3, False), (1.0, 0, False)]
+)
+def test_greedy_and_a_small_top_k_need_only_the_most_likely_tokens(temperature, top_k, decides):
+    chosen = make_sampler(temperature, top_k=top_k, seed=0).from_top(top_of(LOGITS_V, 3))
+    assert (chosen is not None) == decides
+
+
+def test_a_tie_that_goes_on_behind_the_most_likely_tokens_is_not_decided():
+    assert make_sampler().from_top(top_of(np.array([1.0, 1.0, 1.0, 0.0], np.float32), 3)) is None
+
+
+def test_most_likely_tokens_that_are_not_finite_are_refused():
+    with pytest.raises(BackendError, match="expected finite numbers, got a maximum of nan"):
+        make_sampler().from_top(
+            TopTokens(ids=np.arange(2, dtype=np.int32), logits=np.full(2, np.nan, np.float32))
+        )
