@@ -48,7 +48,7 @@ _REPORT_BYTES = 16 << 20
     "--held-out", metavar="PERCENT", help="Pictures that only the report looks at. [default: 33.3%]"
 )
 @click.option(
-    "--max-kl", type=float, metavar="NATS", help="Choose the fastest within this KL. [default: 0.05]"
+    "--max-kl", type=float, metavar="NATS", help="Choose the cheapest surely within this KL. [default: 0.05]"
 )
 @click.option(
     "--target-ms", type=float, metavar="MS", help="Choose the lowest KL within this predicted time."

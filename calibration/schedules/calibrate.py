@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trio_edge.calibration.questions import Question
-    from trio_edge.calibration.schedules.measurements import Measured
+    from trio_edge.calibration.schedules.measuring import Measured
     from trio_edge.calibration.schedules.prefill_cost import PrefillCost
     from trio_edge.calibration.schedules.prompts import SampleShape
     from trio_edge.calibration.schedules.samples import Split
@@ -118,10 +118,10 @@ def calibrate(
     questions = read_samples(options.samples, prompt=options.prompt, count=options.count, seed=options.seed)
     split = split_samples(questions, held_out=options.held_out, seed=options.seed)
     digest = _digest(questions)
-    if samples_sha256 not in (None, digest):
+    if samples_sha256 is not None and samples_sha256 != digest:
         progress.warn(
             f"--config: expected the samples {samples_sha256[:12]}… of that file, got {digest[:12]}…"
-        )  # type: ignore[index]
+        )
     progress.step("reading the checkpoint", 0)
     model = load_model(
         options.model, revision=options.revision, max_visual=options.max_visual, device=options.device
@@ -195,6 +195,11 @@ def calibrate(
             space, cost, measurements, split, Schedule(positions=model.positions[0]), progress
         )
         front, chosen_point, usual, held_out = reporting.points(found.front, chosen)
+    if wish.rule == "max_kl" and chosen_point.held_out.kl.value > wish.bound:
+        progress.warn(
+            f"the held-out KL is {chosen_point.held_out.kl.value:.4f}, above --max-kl {wish.bound:g}; give more samples,"
+            " or a smaller bound"
+        )
     progress.step("answering held-out samples", len(split.held_out))
     scores = accuracy(model, split.held_out, chosen.schedule, probes=probes, on_sample=progress.sample)
     rounds = max(result.rounds for result in (*chosen.results, *held_out))

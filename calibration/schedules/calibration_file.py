@@ -45,7 +45,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     answer_tokens: int = 4
     """Answer tokens that are compared with keep-all's."""
     max_kl: float | None = None
-    """Nats; the fastest schedule within it is chosen."""
+    """Nats; the cheapest schedule within it, with 95 % confidence, is chosen."""
     target_ms: float | None = None
     """Predicted milliseconds to the first token; the schedule of lowest KL within it is chosen."""
     keep: float | None = None

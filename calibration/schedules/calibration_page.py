@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
+from trio_edge.calibration.schedules.pareto import spread
 from trio_edge.calibration.schedules.plots import front_plot, importance_plot, layers_plot
 from trio_edge.runtime.errors import DataError
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from trio_edge.calibration.schedules.calibrate import Overlay
     from trio_edge.calibration.schedules.calibration_file import Calibration, Measure
 
+MAX_ROWS = 20
+"""Of the table of a front; calibration.json has all of it."""
 _TEMPLATE = Path(__file__).parent / "calibration_page.html.jinja"
 
 
@@ -46,6 +49,7 @@ def page_of(calibration: Calibration, overlays: Sequence[Overlay], *, command: s
     return template.render(
         calibration=calibration,
         command=command,
+        front=spread(calibration.front, MAX_ROWS),
         front_plot=front_plot(calibration),
         layers_plot=layers_plot(calibration),
         importance_plot=importance_plot(calibration),

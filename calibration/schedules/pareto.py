@@ -30,11 +30,11 @@ def first_fronts(
         front = pareto_front(left, key=key)
         taken = {id(point) for point in front}
         left = [point for point in left if id(point) not in taken]
-        chosen += _spread(front, count - len(chosen))
+        chosen += spread(front, count - len(chosen))
     return chosen
 
 
-def _spread(front: list[Point], count: int) -> list[Point]:
+def spread(front: list[Point], count: int) -> list[Point]:
     """Return ``count`` points of a front, evenly along it, its ends among them."""
     if len(front) <= count:
         return front

@@ -43,7 +43,13 @@ def front_plot(calibration: Calibration) -> str:
         ):
             size = 13 if marker == "*" else 6
             axes.plot(
-                [_cost(calibration, point)], [value], marker, color=color, markersize=size, label=label, zorder=5
+                [_cost(calibration, point)],
+                [value],
+                marker,
+                color=color,
+                markersize=size,
+                label=label,
+                zorder=5,
             )
     if calibration.options.max_kl:
         left.axhline(calibration.options.max_kl, color=_CHOSEN, linewidth=0.8, linestyle="--")

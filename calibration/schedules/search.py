@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from trio_edge.calibration.intervals import paired_interval
+from trio_edge.calibration.intervals import bootstrap_interval, paired_interval
 from trio_edge.calibration.schedules.pareto import first_fronts, pareto_front
 from trio_edge.calibration.schedules.space import (
     SETTING_KEEPS,
@@ -74,11 +74,20 @@ class Candidate:
     """What it is compared by."""
     results: list[Measured]
     """One for each search sample."""
+    pictures: list[str]
+    """Theirs."""
 
     @property
     def kl(self) -> float:
         """Mean over the samples, nats."""
         return sum(result.kl for result in self.results) / len(self.results)
+
+    def is_within(self, kl: float) -> bool:
+        """Return whether the divergence is at most ``kl`` with 95 % confidence."""
+        if self.kl > kl:
+            return False
+        values = [result.kl for result in self.results]
+        return bootstrap_interval(values, self.pictures)[1] <= kl
 
     @property
     def point(self) -> tuple[float, float]:
@@ -247,6 +256,7 @@ def _measured(searching: Searching, schedules: Sequence[Schedule]) -> list[Candi
             cost=searching.cost.of(schedule),
             kind=searching.kind,
             results=results,
+            pictures=[question.picture_id for question in searching.questions],
         )
         for schedule, results in table.items()
     ]

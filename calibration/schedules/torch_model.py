@@ -197,9 +197,9 @@ def _fill(parts: FamilyModel, values: _Values) -> None:
             )
         real[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
     for module in _modules(parts):
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in real:
-                module._parameters[leaf] = real[id(parameter)]
+        for leaf, fake in module._parameters.items():
+            if fake is not None and id(fake) in real:
+                module._parameters[leaf] = real[id(fake)]
     for name, constant in parts.vision.constants.items():
         _set_buffer(parts.vision.module, name, constant, device=values.of(EMBEDDING_NAME).device)
 

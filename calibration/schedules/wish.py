@@ -40,9 +40,7 @@ class Wish:
     def text(self, kind: CostKind) -> str:
         """Return the rule in words."""
         if self.rule == "max_kl":
-            return (
-                f"the {'fastest' if kind == 'time' else 'cheapest'} with a KL of at most {self.bound:g} nats"
-            )
+            return f"the {'fastest' if kind == 'time' else 'cheapest'} whose KL is at most {self.bound:g} nats with 95 % confidence"
         if self.rule == "target_ms":
             return f"the lowest KL within {self.bound:g} ms"
         return f"the lowest KL with an average keep of at most {100 * self.bound:.1f} %"
@@ -110,8 +108,8 @@ class Wish:
     def choice(self, candidates: Sequence[Candidate], space: Space) -> Candidate | None:
         """Return what the rule chooses; None if nothing fits."""
         if self.rule == "max_kl":
-            within = [candidate for candidate in candidates if candidate.kl <= self.bound]
-            return min(within, key=lambda candidate: candidate.point, default=None)
+            cheapest_first = sorted(candidates, key=lambda candidate: candidate.point)
+            return next((one for one in cheapest_first if one.is_within(self.bound)), None)
         within = [
             candidate
             for candidate in candidates
