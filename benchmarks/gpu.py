@@ -40,12 +40,12 @@ from gpu_parts.graphs_in_torch import GraphsInTorch
 from gpu_parts.layers_in_torch import LayersInTorch
 from gpu_parts.measure import Measured, measure
 from gpu_parts.parity import REFERENCE, Compared, compare
+from gpu_parts.prompts import random_picture
 from gpu_parts.subjects import (
     BUDGETS,
     SHAPES,
     Sizes,
     Subject,
-    random_picture,
     random_subject,
     sizes_of,
     subject_of,

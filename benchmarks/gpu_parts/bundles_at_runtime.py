@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from gpu_parts.measure import WARM_UPS, Measured
-from gpu_parts.subjects import num_before, prompt_ids
+from gpu_parts.prompts import num_before, prompt_ids, prompt_positions
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -20,7 +20,7 @@ from trio_edge.runtime.bundle import Bundle, open_bundle
 from trio_edge.runtime.decoder import Decoder, PrefillResult, Prompt
 from trio_edge.runtime.device import LoadedGraphs
 from trio_edge.runtime.engine_build import BuildOptions, build_engines, plan_build
-from trio_edge.runtime.positions import PromptPositions, mrope_positions, plain_positions
+from trio_edge.runtime.positions import PromptPositions
 from trio_edge.runtime.vision import Vision
 from trio_edge.runtime.vision_inputs import picture_processing
 
@@ -135,18 +135,15 @@ def _loaded(
         if all(entry.sizes[name] >= size for name, size in needed.items())
     )
     bucket = next(size for size in manifest.text_buckets if size >= num_text)
-    ids = prompt_ids(manifest.dimensions.vocab_size, num_text=num_text, seed=seed)
+    ids = prompt_ids(manifest.token_embedding.shape[0], num_text=num_text, seed=seed)
     rows, split = bundle.map_tensor(manifest.token_embedding)[ids], num_before(num_text)
-    num_rows = profile.sizes["N"] + bucket
-    positions = plain_positions(num_rows=num_rows, length=needed["N"] + num_text)
-    if manifest.position_axes > 1:
-        positions = mrope_positions(
-            processing.positions(*picture.size, None),
-            picture_span=processing.position_span(*picture.size),
-            num_before=split,
-            num_after=num_text - split,
-            num_rows=num_rows,
-        )
+    positions = prompt_positions(
+        processing,
+        picture,
+        mrope=manifest.position_axes > 1,
+        num_text=num_text,
+        num_rows=profile.sizes["N"] + bucket,
+    )
     graphs = make_backend(backend, bundle=bundle).load(bundle)
     try:
         yield _Loaded(

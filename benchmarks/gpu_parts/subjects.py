@@ -18,7 +18,7 @@ import torch
 import transformers as hf
 from export_scale import FAMILIES, QWEN_PREPROCESSOR, clip_large, llava_next, qwen2_5_vl, vicuna_7b
 from gpu_parts.count import Counted, count
-from numpy.typing import NDArray
+from gpu_parts.prompts import num_before, prompt_ids, prompt_positions, random_picture
 from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,15 +28,12 @@ from trio_edge.export.families import family_of
 from trio_edge.export.families.base import FamilyModel
 from trio_edge.export.weights import read_tensor
 from trio_edge.runtime.manifest import FloatType
-from trio_edge.runtime.positions import mrope_positions, plain_positions
 from trio_edge.runtime.schedule import Positions, Schedule
 from trio_edge.runtime.vision_inputs import PictureProcessing
 from trio_edge.trio.cost import ModelShape
 from trio_edge.trio.schedule import schedule_for_keep
 
 BUDGETS = (1.0, 1 / 3, 2 / 9, 0.111)
-_NUM_BEFORE = 35
-"""Text tokens before the picture, where there is room for them: LLaVA's system prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,17 +255,9 @@ def subject_of(
     root: Any = model.root
     table = root.get_input_embeddings().weight
     ids = torch.from_numpy(prompt_ids(len(table), num_text=num_text, seed=seed)).to(device)
-    before = num_before(num_text)
-    num_rows = sizes["N"] + num_text
-    positions = plain_positions(num_rows=num_rows, length=num_rows)
-    if model.mrope_sections:
-        positions = mrope_positions(
-            processing.positions(*picture.size, None),
-            picture_span=processing.position_span(*picture.size),
-            num_before=before,
-            num_after=num_text - before,
-            num_rows=num_rows,
-        )
+    positions = prompt_positions(
+        processing, picture, mrope=bool(model.mrope_sections), num_text=num_text, num_rows=sizes["N"] + num_text
+    )  # fmt: skip
     return Subject(
         sizes=_sizes(model, sizes, dtype=dtype, checkpoint=checkpoint),
         root=root,
@@ -281,26 +270,10 @@ def subject_of(
         },
         token_embeddings=table.detach(),
         text_embeds=table.detach()[ids],
-        num_before=before,
+        num_before=num_before(num_text),
         position_ids=torch.from_numpy(positions.ids).to(device),
         next_position=positions.next,
     )
-
-
-def prompt_ids(vocab_size: int, *, num_text: int, seed: int) -> NDArray[np.int64]:
-    """Return random token ids [T]."""
-    return np.random.default_rng(seed).integers(0, vocab_size, num_text)
-
-
-def num_before(num_text: int) -> int:
-    """Return how many of a prompt's text tokens come before the picture."""
-    return min(_NUM_BEFORE, num_text // 2)
-
-
-def random_picture(size: tuple[int, int], *, seed: int = 0) -> Image.Image:
-    """Return a picture of random colours, ``size`` is its width and height."""
-    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(values)
 
 
 def _fill(

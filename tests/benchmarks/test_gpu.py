@@ -177,7 +177,7 @@ def test_without_a_gpu_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_graphs_in_torch_keep_what_the_bundle_keeps(checkpoint: Path, reduced_bundle: Path) -> None:
     from gpu_parts.parity import compare
-    from gpu_parts.subjects import random_picture
+    from gpu_parts.prompts import random_picture
 
     with torch.no_grad():
         found = compare(
@@ -190,7 +190,7 @@ def test_graphs_in_torch_keep_what_the_bundle_keeps(checkpoint: Path, reduced_bu
 
 def test_a_bundle_is_timed_graph_by_graph(reduced_bundle: Path) -> None:
     from gpu_parts.bundles_at_runtime import measure_bundle
-    from gpu_parts.subjects import random_picture
+    from gpu_parts.prompts import random_picture
 
     picture = random_picture((48, 48))
     measured = measure_bundle(

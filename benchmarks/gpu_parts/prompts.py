@@ -1,0 +1,46 @@
+"""The same random picture and prompt for every way: token ids, where the picture stands, positions."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from trio_edge.runtime.positions import PromptPositions, mrope_positions, plain_positions
+from trio_edge.runtime.vision_inputs import PictureProcessing
+
+_NUM_BEFORE = 35
+"""Text tokens before the picture, where there is room for them: LLaVA's system prompt."""
+
+
+def random_picture(size: tuple[int, int], *, seed: int = 0) -> Image.Image:
+    """Return a picture of random colours, ``size`` is its width and height."""
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def prompt_ids(vocab_size: int, *, num_text: int, seed: int) -> NDArray[np.int64]:
+    """Return random token ids [T]."""
+    return np.random.default_rng(seed).integers(0, vocab_size, num_text)
+
+
+def num_before(num_text: int) -> int:
+    """Return how many of a prompt's text tokens come before the picture."""
+    return min(_NUM_BEFORE, num_text // 2)
+
+
+def prompt_positions(
+    processing: PictureProcessing, picture: Image.Image, *, mrope: bool, num_text: int, num_rows: int
+) -> PromptPositions:
+    """Return the positions of a prompt around ``picture``, padded to ``num_rows``."""
+    if not mrope:
+        length = processing.sizes(*picture.size)["N"] + num_text
+        return plain_positions(num_rows=num_rows, length=length)
+    before = num_before(num_text)
+    return mrope_positions(
+        processing.positions(*picture.size, None),
+        picture_span=processing.position_span(*picture.size),
+        num_before=before,
+        num_after=num_text - before,
+        num_rows=num_rows,
+    )
