@@ -1,32 +1,35 @@
-"""What profiling costs: answers of one bundle with and without hooks and sensors, in turns, and the ratio of their medians.
+"""What profiling costs, twice: answers with and without it in turns, and the hooks alone around launches that do nothing.
 
     python benchmarks/profile_overhead.py out/tiny --answers 300
 
-Without: the pipeline as ``trio-run`` uses it. With: events around every launch of every graph, a moment for every token, and
-all sensors of the machine read five times a second, as in ``trio-profile``.
+With: events around every launch of every graph, a moment for every token, and all sensors of the machine read five times a
+second, as in ``trio-profile``. Without: the same loaded graphs with none of it. The order changes from pair to pair.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.profiling.answers import Question, Subject, endless
+from trio_edge.runtime.device import LoadedGraphs
+from trio_edge.runtime.device_host import HostDevice
+from trio_edge.runtime.profiling.answers import Question, Subject
 from trio_edge.runtime.profiling.distribution import distribution, median_ratio
 from trio_edge.runtime.profiling.pictures import PROMPT, picture_sizes, random_picture
+from trio_edge.runtime.profiling.recording import Recording
 from trio_edge.runtime.profiling.report_table import with_interval
-from trio_edge.runtime.profiling.sampling_thread import SamplingThread
+from trio_edge.runtime.profiling.sampling_thread import INTERVAL_SECONDS, SamplingThread
 from trio_edge.runtime.profiling.sensor import open_sensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-WARM_UP = 5
+WARM_UP, REPEATS = 5, 50
 
 
 class Cost(NamedTuple):
@@ -35,33 +38,68 @@ class Cost(NamedTuple):
     """Of all threads; other programs on the machine do not count."""
 
 
+class _Nothing:
+    capturable = False
+
+    def enqueue(self) -> None:
+        pass
+
+
 def cost_of(run: Callable[[], object]) -> Cost:
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     return Cost(1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu))
 
 
-def plain(pipeline: Pipeline, question: Question) -> Cost:
+def plain(subject: Subject, question: Question) -> Cost:
     def run() -> None:
-        answer = pipeline.generate(question.picture, question.prompt, max_new_tokens=question.new_tokens)
-        for _ in answer:
+        for _ in subject.pipeline.generate(
+            question.picture, question.prompt, max_new_tokens=question.new_tokens
+        ):
             pass
 
-    return cost_of(run)
+    subject.recording.enabled = False
+    try:
+        return cost_of(run)
+    finally:
+        subject.recording.enabled = True
 
 
-def hooked(subject: Subject, question: Question) -> Cost:
+def profiled(subject: Subject, question: Question) -> Cost:
     sensors, _ = open_sensors()
     with SamplingThread(sensors):
         return cost_of(lambda: subject.answer(question))
 
 
-def print_cost(name: str, without: Sequence[float], with_hooks: Sequence[float]) -> None:
-    ratio = median_ratio(with_hooks, without)
+def hooks_ms(num_launches: int) -> float:
+    """Return the least time of recording that many launches and reading their times."""
+    recording, launch = Recording(), _Nothing()
+    recording.attach(LoadedGraphs(device=HostDevice(), engines={}, memory={}))
+
+    def run() -> None:
+        for _ in range(num_launches):
+            recording.enqueue("graph", "decode", launch)
+        recording.take()
+
+    return min(cost_of(run).wall_ms for _ in range(REPEATS))
+
+
+def sensors_ms() -> float:
+    """Return the least time of reading all sensors once."""
+    sensors, _ = open_sensors()
+    found = min(cost_of(lambda: [sensor.read() for sensor in sensors]).wall_ms for _ in range(REPEATS))
+    for sensor in sensors:
+        sensor.close()
+    return found
+
+
+def print_cost(name: str, without: Sequence[float], with_it: Sequence[float]) -> None:
+    ratio = median_ratio(with_it, without)
     low, high = (100 * (end - 1) for end in ratio.interval_95)
-    texts = [with_interval(distribution(values)) for values in (without, with_hooks)]
-    print(f"{name}: {texts[0]} ms without, {texts[1]} ms with")
-    print(f"{name}: profiling adds {100 * (ratio.value - 1):+.2f} % ({low:+.2f} – {high:+.2f})")
+    texts = [with_interval(distribution(values)) for values in (without, with_it)]
+    print(
+        f"{name}: {texts[0]} ms without, {texts[1]} ms with: {100 * (ratio.value - 1):+.2f} % ({low:+.2f} – {high:+.2f})"
+    )
 
 
 def main() -> None:
@@ -77,18 +115,28 @@ def main() -> None:
     bundle = open_bundle(options.bundle)
     backend = make_backend(options.backend, bundle=bundle, threads=options.threads)
     subject = Subject(options.bundle, backend)
-    with Pipeline(endless(bundle), backend) as pipeline:
-        question = Question(
-            picture=random_picture(picture_sizes(pipeline)[0]),
-            prompt=PROMPT,
-            new_tokens=min(options.new_tokens, bundle.manifest.max_new_tokens),
-        )
-        pairs = [
-            (plain(pipeline, question), hooked(subject, question)) for _ in range(options.answers + WARM_UP)
-        ][WARM_UP:]
+    question = Question(
+        picture=random_picture(picture_sizes(subject.pipeline)[0]),
+        prompt=PROMPT,
+        new_tokens=min(options.new_tokens, bundle.manifest.max_new_tokens),
+    )
+    num_launches = len(subject.answer(question).calls)
+    without, with_it = [], []
+    for number in range(options.answers + WARM_UP):
+        kinds = [(plain, without), (profiled, with_it)]
+        for kind, costs in kinds if number % 2 else reversed(kinds):
+            costs.append(kind(subject, question))
     subject.close()
-    print_cost("wall time", [one.wall_ms for one, _ in pairs], [two.wall_ms for _, two in pairs])
-    print_cost("CPU time", [one.cpu_ms for one, _ in pairs], [two.cpu_ms for _, two in pairs])
+    without, with_it = without[WARM_UP:], with_it[WARM_UP:]
+    print_cost("wall time", [one.wall_ms for one in without], [one.wall_ms for one in with_it])
+    print_cost("CPU time", [one.cpu_ms for one in without], [one.cpu_ms for one in with_it])
+    least = min(one.cpu_ms for one in without)
+    hooks, sensors = hooks_ms(num_launches), sensors_ms()
+    share = 100 * (hooks / least + sensors / (1e3 * INTERVAL_SECONDS))
+    print(
+        f"hooks alone: {num_launches} launches {1e3 * hooks:.0f} us, sensors {1e3 * sensors:.0f} us: {share:.2f} % of the"
+        f" fastest answer ({least:.1f} ms; median {statistics.median(one.cpu_ms for one in without):.1f} ms of CPU time)"
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class EngineLayerTimes:
         self._run: list[tuple[str, float]] = []
         run = self._run
 
-        class Profiler(module.IProfiler):  # type: ignore[misc,name-defined]
+        class Profiler(module.IProfiler):  # type: ignore[misc]
             def __init__(self) -> None:
                 module.IProfiler.__init__(self)  # what TensorRT's binding asks for in place of super()
 

@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
-from trio_edge.runtime.bundle import Bundle
 from trio_edge.runtime.device import PitchedRows
+from trio_edge.runtime.engine_build import BuildOptions, build_engines, plan_build
+from trio_edge.runtime.engine_package import ENGINE_BACKENDS
 from trio_edge.runtime.graph_run import GraphRun
-from trio_edge.runtime.manifest import FileEntry, Profile, TensorSpec
-from trio_edge.runtime.profiling.matmul_graph import INPUT, OUTPUT, matmul_model, random_matrix
+from trio_edge.runtime.profiling.matmul_graph import INPUT, random_matrix
+from trio_edge.runtime.profiling.product_bundle import PRODUCT_GRAPH, PRODUCT_PROFILE, write_product_bundle
 from trio_edge.runtime.profiling.report import Ceilings
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ _SECONDS = 0.4
 _SIZES = {True: 1024, False: 4096}
 """Of the product's matrices, on a CPU and on a GPU."""
 _COPY_BYTES = 256 << 20
-_GRAPH, _FILE = "head", "matmul.onnx"
-_PROFILE = Profile(name="matmul", sizes={})
 
 
 def measure_ceilings(backend: Backend, manifest: Manifest, *, cores: int) -> Ceilings:
@@ -46,14 +44,17 @@ def measure_ceilings(backend: Backend, manifest: Manifest, *, cores: int) -> Cei
         cores: Threads that copy at once on a CPU.
 
     Raises:
-        BackendError: If the backend does not run graphs that have not been built for it.
+        BackendError: If the backend cannot run the product.
     """
     on_host = backend.name == _HOST_BACKEND
     size = _SIZES[on_host]
     with tempfile.TemporaryDirectory() as folder:
-        graphs = backend.load(_product_bundle(Path(folder), manifest, size=size), [_GRAPH])
+        bundle = write_product_bundle(Path(folder), manifest, size=size)
+        if backend.name in ENGINE_BACKENDS:
+            build_engines(plan_build(bundle, BuildOptions(backend=backend.name)))
+        graphs = backend.load(bundle, [PRODUCT_GRAPH])
         try:
-            product = GraphRun(graphs, _GRAPH, profile=_PROFILE.name)
+            product = GraphRun(graphs, PRODUCT_GRAPH, profile=PRODUCT_PROFILE)
             product.run({INPUT: random_matrix(rows=size, columns=size, dtype=manifest.dtype)})
             milliseconds = _least(lambda: product.milliseconds(1))
             moved, copy_ms = _copy(graphs.device, cores=cores, on_host=on_host)
@@ -66,26 +67,6 @@ def measure_ceilings(backend: Backend, manifest: Manifest, *, cores: int) -> Cei
         copy=f"{moved // 2 >> 20} MB, read and written"
         + (f" by {cores} threads" if on_host else " on the GPU"),
     )
-
-
-def _product_bundle(folder: Path, manifest: Manifest, *, size: int) -> Bundle:
-    """Return a bundle whose head is the product; only that graph can be loaded from it."""
-    model = matmul_model(rows=size, size=size, dtype=manifest.dtype, opset=manifest.opset)
-    (folder / _FILE).write_bytes(model)
-    tensors = {
-        name: TensorSpec(name=name, dtype=manifest.dtype, shape=(size, size)) for name in (INPUT, OUTPUT)
-    }
-    product = msgspec.structs.replace(
-        manifest.graph(_GRAPH),
-        file=_FILE,
-        inputs=(tensors[INPUT],),
-        outputs=(tensors[OUTPUT],),
-        profiles=(_PROFILE,),
-        weight_bytes=len(model),
-    )
-    graphs = tuple(product if graph.name == _GRAPH else graph for graph in manifest.graphs)
-    files = (*manifest.files, FileEntry(path=_FILE, num_bytes=len(model), sha256=""))
-    return Bundle(folder=folder, manifest=msgspec.structs.replace(manifest, graphs=graphs, files=files))
 
 
 def _copy(device: Device, *, cores: int, on_host: bool) -> tuple[int, float]:

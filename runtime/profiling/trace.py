@@ -55,12 +55,12 @@ def _answer_events(answer: Answer, number: int, *, process: int, origin: float) 
     moments = [answer.start, *answer.token_moments]
     for index, (start, end) in enumerate(zip(moments, moments[1:])):
         name = "first token" if index == 0 else "token"
-        args = {"answer": number, "token": index, "id": answer.token_ids[index]}
-        yield _complete(name, process, _ANSWERS, start - origin, end - start, args)
+        token = {"answer": number, "token": index, "id": answer.token_ids[index]}
+        yield _complete(name, process, _ANSWERS, start - origin, end - start, token)
     for call in answer.calls:
         start = answer.first_launch - origin + call.start_ms / 1e3
-        args = {"answer": number, "profile": call.profile}
-        yield _complete(call.graph, process, _GRAPHS, start, call.milliseconds / 1e3, args)
+        launch = {"answer": number, "profile": call.profile}
+        yield _complete(call.graph, process, _GRAPHS, start, call.milliseconds / 1e3, launch)
 
 
 def _complete(

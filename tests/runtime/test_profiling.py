@@ -19,7 +19,7 @@ from trio_edge.runtime.cli_profile import main
 from trio_edge.runtime.engine_layer_times import EngineLayerTimes
 from trio_edge.runtime.errors import DataError
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.profiling import measuring
+from trio_edge.runtime.profiling import ceilings, measuring
 from trio_edge.runtime.profiling.answers import Question, Subject
 from trio_edge.runtime.profiling.layers import SLOWEST, layer_times
 from trio_edge.runtime.profiling.layers_tensorrt import runs_of_engine
@@ -43,6 +43,19 @@ class Profile(NamedTuple):
     page: str
 
 
+def measure_quickly(patch: pytest.MonkeyPatch) -> None:
+    """Let ceilings be measured with little work; test_profiling_numbers.py measures them as they are."""
+    patch.setattr(ceilings, "_SECONDS", 0.01)
+    patch.setattr(ceilings, "_COPY_BYTES", 1 << 20)
+    patch.setattr(ceilings, "_SIZES", {True: 64})
+    patch.setattr(measuring, "_SIZE_RUNS", 2)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_quickly(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def profile(reduced_bundle: Path, keep_all_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Profile:
     """A profile of the reduced bundle, under a name that HTML must escape, and of the one that keeps all."""
@@ -52,7 +65,7 @@ def profile(reduced_bundle: Path, keep_all_bundle: Path, tmp_path_factory: pytes
     options = [argument for kind, file in files.items() for argument in (f"--{kind}", str(file))]
     with pytest.MonkeyPatch.context() as patch, (folder / "printed").open("w") as printed:
         patch.setattr("sys.stdout", printed)
-        patch.setattr("trio_edge.runtime.profiling.ceilings._SECONDS", 0.05)
+        measure_quickly(patch)
         settings = ["--threads", "1", "--runs", str(RUNS), "--new-tokens", str(NEW_TOKENS), "--warm-up", "0"]
         code = main([str(bundle), "--compare", str(keep_all_bundle), *settings, *options])
     assert code == 0
@@ -215,13 +228,14 @@ def test_runs_end_when_the_time_is_over_but_not_before_there_are_a_few(
     keep_all_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measuring, "NARROW", 0.0)
-    monkeypatch.setattr("trio_edge.runtime.profiling.ceilings._SECONDS", 0.01)
     file = tmp_path / "profile.json"
     arguments = [
         str(keep_all_bundle),
         "--no-layers",
         "--seconds",
         "0.001",
+        "--threads",
+        "1",
         "--new-tokens",
         "1",
         "--json",
@@ -234,10 +248,7 @@ def test_runs_end_when_the_time_is_over_but_not_before_there_are_a_few(
     assert report.bundles[0].layers == ()
 
 
-def test_a_picture_of_the_users_is_asked_about(
-    keep_all_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("trio_edge.runtime.profiling.ceilings._SECONDS", 0.01)
+def test_a_picture_of_the_users_is_asked_about(keep_all_bundle: Path, tmp_path: Path) -> None:
     file, image = tmp_path / "profile.json", Path(__file__).parents[2] / "examples/pictures/shapes-96x96.png"
     options = ["--image", str(image), "--prompt", "w1 w2", "--runs", "1", "--no-layers", "--json", str(file)]
     assert main([str(keep_all_bundle), *options]) == 0
@@ -270,7 +281,6 @@ def test_ctrl_c_leaves_no_file_and_closes_the_graphs(
     keep_all_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     closed = []
-    monkeypatch.setattr("trio_edge.runtime.profiling.ceilings._SECONDS", 0.01)
     monkeypatch.setattr(Subject, "answer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     monkeypatch.setattr(Pipeline, "close", lambda pipeline: closed.append(pipeline))
     assert main([str(keep_all_bundle), "--json", str(tmp_path / "profile.json")]) == 130

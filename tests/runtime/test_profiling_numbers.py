@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 
+from tests.engine_bundles import HOST
+from trio_edge.runtime.backend import make_backend
+from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.engine_build import BuildOptions, build_engines, plan_build
+from trio_edge.runtime.profiling import ceilings
+from trio_edge.runtime.profiling.ceilings import measure_ceilings
 from trio_edge.runtime.profiling.distribution import distribution, median_interval, median_ratio
 from trio_edge.runtime.profiling.matmul_graph import matmul_model, random_matrix
+from trio_edge.runtime.profiling.product_bundle import write_product_bundle
 from trio_edge.runtime.profiling.report import Ceilings
 from trio_edge.runtime.profiling.roofline import judge
 
@@ -78,3 +87,23 @@ def test_the_written_model_is_valid_and_multiplies(dtype: str) -> None:
     (product,) = session.run(None, {"rows": rows})
     expected = rows.astype(np.float64) @ random_matrix(rows=200, columns=200, dtype=dtype).astype(np.float64)
     np.testing.assert_allclose(product, expected, rtol=0.02, atol=0.1 if dtype == "float16" else 1e-4)
+
+
+def test_tensorrt_builds_the_product_for_a_gpu_that_is_not_there(
+    reduced_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = write_product_bundle(tmp_path, open_bundle(reduced_bundle).manifest, size=64)
+    options = BuildOptions(backend="tensorrt-rtx", compute_capabilities=(86,), graphs=("head",))
+    engines = build_engines(plan_build(bundle, options, host=HOST))
+    assert [entry.graph for entry in engines.engines] == ["head"]
+
+
+def test_ceilings_are_what_a_product_and_a_copy_reach(
+    reduced_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ceilings, "_SECONDS", 0.05)
+    manifest = open_bundle(reduced_bundle).manifest
+    found = measure_ceilings(make_backend("onnxruntime", threads=1), manifest, cores=1)
+    assert 1e8 < found.flops_per_s < 1e14
+    assert 1e7 < found.bytes_per_s < 1e13
+    assert found.matmul == "float32 [1024, 1024] x [1024, 1024] through onnxruntime"
