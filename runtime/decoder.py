@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, final
 
 import numpy as np
 
-from trio_edge.runtime.decoder_buffers import TOP, DecoderBuffers
+from trio_edge.runtime.decoder_buffers import DecoderBuffers
 from trio_edge.runtime.device import DeviceTensor, PitchedRows, find_profile
 from trio_edge.runtime.device_timeline import Timeline
 from trio_edge.runtime.errors import ShapeError
@@ -125,6 +125,8 @@ class Decoder:
             for index, spec in enumerate(self._buffers.ranges)
         ]
         self._step.append(self._engines["head"].prepare(*self._buffers.step_head_tensors()))
+        self._sent, self._step_top = self._buffers.sent_by_step(), self._buffers.top(self._buffers.step_top)
+        self._is_compact = manifest.schedule.positions == "compact"
         self._captured: Callable[[], None] | None = None
         self._num_steps = 0
         self._done = graphs.device.event()
@@ -199,13 +201,12 @@ class Decoder:
                 f"decode: expected at most {self._manifest.max_new_tokens} new tokens, the KV caches are full;"
                 " export with a larger --max-new-tokens"
             )
-        step, device = self._buffers.step, self._device
-        step.host("embedding", (embedding.size,))[:] = embedding.reshape(-1)
-        compact, axes = self._manifest.schedule.positions == "compact", self._manifest.position_axes
-        for index, cache in enumerate(self.caches):
-            step.host(f"position_ids.{index}", (axes,))[:] = cache.length if compact else self._next_position
-            step.host(f"past_length.{index}", (1,))[0] = cache.length
-        step.upload(device)
+        device, sent = self._device, self._sent
+        sent.embedding[:] = embedding.reshape(-1)
+        for cache, positions, past_length in zip(self.caches, sent.positions, sent.past_lengths):
+            positions[:] = cache.length if self._is_compact else self._next_position
+            past_length[0] = cache.length
+        self._buffers.step.upload(device)
         self._enqueue_step()
         self._buffers.step_top.download(device)
         self._done.record()
@@ -214,7 +215,7 @@ class Decoder:
         self._next_position += 1
         self._logits = None
         self._done.wait()
-        return self._top(self._buffers.step_top)
+        return _copied(self._step_top)
 
     def logits(self) -> NDArray[np.float32]:
         """Return all logits [V] of the last prefill or decode step; after a decode step they are fetched now."""
@@ -401,7 +402,7 @@ class Decoder:
         results = self._buffers.results
         self._logits = results.host("logits", (self._manifest.dimensions.vocab_size,)).copy()
         result = PrefillResult(
-            logits=self._logits, top=self._top(results), kept=[], num_repaired=num_repaired
+            logits=self._logits, top=_copied(self._buffers.top(results)), kept=[], num_repaired=num_repaired
         )
         original = np.arange(spans[0].num_visual, dtype=np.int32)
         for stage in range(len(spans) - 1):
@@ -433,8 +434,7 @@ class Decoder:
         for launch in self._step:
             launch.enqueue()
 
-    def _top(self, block: Any) -> TopTokens:
-        shape = self._buffers.head.outputs[1].shape
-        size = (int(shape[0]),)
-        logits, ids = (block.host(name, size).copy() for name in TOP)
-        return TopTokens(ids=ids, logits=logits)
+
+def _copied(top: TopTokens) -> TopTokens:
+    """Return what the next step does not overwrite."""
+    return TopTokens(ids=top.ids.copy(), logits=top.logits.copy())

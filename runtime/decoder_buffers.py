@@ -7,16 +7,19 @@ Only the new KV rows of a prefill share one place: they are copied away before t
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
 from trio_edge.runtime.device import DeviceTensor, find_profile, shape_at
 from trio_edge.runtime.device_block import Block
 from trio_edge.runtime.kv_cache import KVCache, NewRows
+from trio_edge.runtime.sampling import TopTokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from numpy.typing import NDArray
 
     from trio_edge.runtime.device import Allocator
     from trio_edge.runtime.manifest import GraphSpec, Manifest, Profile, TensorSpec
@@ -24,6 +27,17 @@ if TYPE_CHECKING:
 PREVIOUS = "previous_hidden_states"
 """What some selectors look at beside their own input; an output of the range before."""
 TOP = ("top_logits", "top_ids")
+
+
+class StepInputs(NamedTuple):
+    """What a decode step is told, in pinned memory."""
+
+    embedding: NDArray[Any]
+    """[D]."""
+    positions: list[NDArray[np.int32]]
+    """[A] of each layer range."""
+    past_lengths: list[NDArray[np.int32]]
+    """[1] of each layer range."""
 
 
 @final
@@ -34,6 +48,7 @@ class DecoderBuffers:
         """Allocate everything for the largest profiles of ``manifest``'s graphs."""
         self._manifest = manifest
         self.ranges, self.selects, self.head = manifest.ranges, manifest.selects, manifest.graph("head")
+        self._head_outputs = {tensor.name: tensor for tensor in self.head.outputs}
         self.caches = [KVCache(allocator, spec) for spec in self.ranges]
         self.embeds = self._largest(allocator, self.ranges[0], self.ranges[0].inputs[0])
         self.hidden_out = [self._largest(allocator, spec, spec.outputs[0]) for spec in self.ranges]
@@ -89,7 +104,7 @@ class DecoderBuffers:
         return fields
 
     def _head_fields(self, names: tuple[str, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        found = {tensor.name: tensor for tensor in self.head.outputs}
+        found = self._head_outputs
         return {name: (found[name].dtype, _most(self.head, found[name])) for name in names}
 
     def _step_fields(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -174,6 +189,20 @@ class DecoderBuffers:
         if any(tensor.name == PREVIOUS for tensor in spec.outputs):
             tensors[PREVIOUS] = self.previous[index]
         return profile, _at_profile(spec, tensors, profile)
+
+    def sent_by_step(self) -> StepInputs:
+        """Return what the host writes before each decode step: views, made once as a step takes microseconds."""
+        axes, count = self._manifest.position_axes, range(len(self.ranges))
+        return StepInputs(
+            embedding=self.step.host("embedding", (self._manifest.dimensions.hidden_size,)),
+            positions=[self.step.host(f"position_ids.{index}", (axes,)) for index in count],
+            past_lengths=[self.step.host(f"past_length.{index}", (1,)) for index in count],
+        )
+
+    def top(self, block: Block) -> TopTokens:
+        """Return the most likely tokens in ``block``, the results of a prefill or a decode step: views."""
+        logits, ids = (block.host(name, _most(self.head, self._head_outputs[name])) for name in TOP)
+        return TopTokens(ids=ids, logits=logits)
 
     def step_head_tensors(self) -> tuple[Profile, dict[str, DeviceTensor]]:
         """Return profile and tensors of the head in a decode step."""

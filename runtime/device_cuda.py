@@ -62,6 +62,7 @@ class CudaDevice:
             BackendError: If the driver refuses.
         """
         self._cuda = cuda
+        self._success = cuda.cudaError_t.cudaSuccess
         self._memory: list[int] = []
         self._pinned: list[int] = []
         self._events: list[_CudaEvent] = []
@@ -178,13 +179,13 @@ class CudaDevice:
 
     def _call(self, function: str, *arguments: Any) -> Any:
         """Call a function of the CUDA runtime and return what it gives: nothing, one value or a tuple."""
-        status, *values = getattr(self._cuda, function)(*arguments)
-        if status != self._cuda.cudaError_t.cudaSuccess:
-            self._check(function, status)
-        return values[0] if len(values) == 1 else tuple(values)
+        result = getattr(self._cuda, function)(*arguments)
+        if result[0] != self._success:
+            self._check(function, result[0])
+        return result[1] if len(result) == 2 else result[1:]
 
     def _check(self, function: str, status: Any) -> None:
-        if status == self._cuda.cudaError_t.cudaSuccess:
+        if status == self._success:
             return
         _, name = self._cuda.cudaGetErrorName(status)
         _, text = self._cuda.cudaGetErrorString(status)
