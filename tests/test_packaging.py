@@ -50,7 +50,7 @@ for name in {BLOCKED!r}:
     sys.modules[name] = None
 import trio_edge.runtime, trio_edge.runtime.cli_run, trio_edge.runtime.cli_inspect
 import trio_edge.runtime.image_overlay, trio_edge.runtime.backend_onnxruntime
-import trio_edge.runtime.cli_build
+import trio_edge.runtime.cli_build, trio_edge.runtime.cli_profile, trio_edge.runtime.profiling.page
 import trio_edge.calibration.cli_eval, trio_edge.calibration.shapes
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -67,7 +67,9 @@ def test_the_repositorys_trio_folder_does_not_shadow_pypis_package() -> None:
     assert not (ROOT / "trio" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("command", ["trio-export", "trio-inspect", "trio-build", "trio-run", "trio-eval"])
+@pytest.mark.parametrize(
+    "command", ["trio-export", "trio-inspect", "trio-build", "trio-run", "trio-profile", "trio-eval"]
+)
 def test_every_command_prints_help(command: str) -> None:
     path = Path(sys.executable).parent / command
     result = subprocess.run([path, "--help"], capture_output=True, text=True, check=False)

@@ -76,7 +76,8 @@ def make_prompt(model: TorchModel, question: Question) -> Prompt:
     tensors = [torch.from_numpy(inputs[spec.name]).to(model.device) for spec in graph.inputs]
     pixels = [spec.name for spec in graph.inputs].index("pixel_values")
     tensors[pixels] = tensors[pixels].to(model.dtype)
-    outputs = graph.module(*tensors)
+    with model.device:  # where the graph's own constants are made
+        outputs = graph.module(*tensors)
     visual_ND = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
     before, after = (
         model.embedding_VD[torch.from_numpy(part.astype(np.int64))] for part in (ids.before, ids.after)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +134,9 @@ def _device(name: str) -> torch.device:
 def _compute_type(checkpoint: Checkpoint) -> torch.dtype:
     """Return float32 if the model's weights fit the memory in it, else the type in which they are stored."""
     num_bytes = sum(4 * _count(tensor) for tensor in checkpoint.tensors.values())
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if os.name == "posix" else 0
+    free = 0
+    if sys.platform == "linux":  # elsewhere a large model stays in its own type
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if num_bytes <= max(_MEMORY_SHARE * free, _TINY_BYTES):
         return torch.float32
     return _TYPES.get(checkpoint.tensor(EMBEDDING_NAME).dtype, torch.float32)

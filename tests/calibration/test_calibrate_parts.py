@@ -21,9 +21,8 @@ from trio_edge.calibration.schedules.search import Candidate
 from trio_edge.calibration.schedules.space import make_space
 from trio_edge.calibration.schedules.wish import Wish
 from trio_edge.runtime.errors import DataError, ScheduleError
-from trio_edge.runtime.manifest import Dimensions, VisionDimensions
 from trio_edge.runtime.prediction.answer import Setting, predict
-from trio_edge.runtime.prediction.shapes import Model
+from trio_edge.runtime.prediction.shapes import find_model
 from trio_edge.runtime.schedule import Schedule
 from trio_edge.runtime.targets import find_target
 from trio_edge.trio.schedule import parse_schedule
@@ -31,27 +30,7 @@ from trio_edge.trio.schedule import parse_schedule
 if TYPE_CHECKING:
     from pathlib import Path
 
-DECODER = Dimensions(
-    num_layers=32,
-    hidden_size=4096,
-    num_heads=32,
-    num_kv_heads=32,
-    head_size=128,
-    intermediate_size=11008,
-    vocab_size=32064,
-)
-VISION = VisionDimensions(
-    num_layers=23,
-    hidden_size=1024,
-    intermediate_size=4096,
-    patches_per_tile=577,
-    projector_weights=(1024 + 4096) * 4096,
-    mlp_matrices=2,
-    patches_per_window=None,
-    num_full_layers=0,
-)
-ANY_PICTURES: Any = None
-"""Costs follow from sizes; no picture is processed here."""
+MODEL = find_model("llava-next-7b")
 SIZES = {"B": 5, "N": 2880}
 SPACE = make_space(num_layers=32, num_visual=2880, layers=(1, 10, 15), keeps=(0.04, 0.1, 0.3), max_stages=3)
 
@@ -61,7 +40,9 @@ def sample(num_visual: int, num_text: int, *, size: tuple[int, int] = (48, 48)) 
 
 
 def cost_on(target: str, *situations: Situation) -> PrefillCost:
-    return PrefillCost(decoder=DECODER, vision=VISION, situations=situations, target=find_target(target))
+    return PrefillCost(
+        decoder=MODEL.decoder, vision=MODEL.vision, situations=situations, target=find_target(target)
+    )
 
 
 def candidate(stages: str | None, *, kl: float) -> Candidate:
@@ -154,7 +135,7 @@ def test_neighbours_are_possible_schedules_one_step_away() -> None:
 def test_costs_are_those_of_trio_profiles_prediction(target: str, stages: str | None) -> None:
     schedule = Schedule() if stages is None else parse_schedule(stages)
     setting = Setting(
-        model=Model(name="llava-next-7b", decoder=DECODER, vision=VISION, pictures=ANY_PICTURES),
+        model=MODEL,
         schedule=schedule,
         sizes=SIZES,
         num_text=40,

@@ -181,6 +181,20 @@ def test_another_bucket_switches_the_prefill_contexts_and_never_those_of_decode(
     assert switched == [name for name in CHAIN if name != "vision"]
 
 
+def test_tensorrt_rtx_compiles_its_kernels_before_they_are_captured(
+    keep_all_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Context creation here accepts no other setting."""
+    folder = link_bundle(keep_all_bundle, tmp_path / "bundle")
+    write_engines(folder, host=HOST, backend="tensorrt-rtx")
+    cuda = CudaOnHost()
+    pretend_gpu(monkeypatch, cuda, HOST, backend="tensorrt-rtx")
+    with Pipeline.from_bundle(folder) as pipeline:  # "auto" finds them, too
+        assert pipeline.backend_name == "tensorrt-rtx"
+        answer(pipeline, tokens=3)
+    assert len(named(cuda.calls, "cudaGraphLaunch")) == 1
+
+
 def test_all_contexts_share_one_workspace(folder: Path, cuda: CudaOnHost) -> None:
     backend = make_backend("tensorrt")
     graphs = backend.load(open_bundle(folder))

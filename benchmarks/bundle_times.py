@@ -1,0 +1,99 @@
+"""Processor time of every graph of several bundles, on one thread of ONNX Runtime: for machines that others use as well.
+
+    trio-export tiny --out tiny-100 --keep 100% --dtype float32     # and so on for other keeps
+    python benchmarks/bundle_times.py tiny-100 tiny-33.3 tiny-22.2 tiny-11.1
+
+``trio-profile`` measures answers by the wall clock, with all that is around the graphs; other work on the machine disturbs it.
+Here each graph runs alone on made-up inputs, whose values times do not depend on, at the largest picture and the smallest
+text bucket. Medians; a decode step reads its KV buffers at full capacity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime
+from layer_graphs import median_seconds, single_thread_session
+
+from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.prediction.work import fixed_sizes, graph_work
+
+if TYPE_CHECKING:
+    from trio_edge.runtime.manifest import GraphSpec, Manifest, Profile
+
+COUNTS = {"num_visual": "N", "length": "S"}
+
+
+def feeds(graph: GraphSpec, profile: Profile) -> dict[str, Any]:
+    """Return inputs for one profile: every row real, visual tokens first."""
+    sizes, random, values = {**fixed_sizes(graph), **profile.sizes}, np.random.default_rng(0), {}
+    for tensor in graph.inputs:
+        shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
+        if tensor.name in COUNTS:
+            value: Any = np.array([sizes[COUNTS[tensor.name]]])
+        elif tensor.name == "past_length":
+            value = np.array([sizes["C"]])
+        elif tensor.dtype == "int32":
+            value = np.broadcast_to(np.arange(shape[-1]) % max(shape[-1] - 1, 1), shape)
+            value = np.zeros(shape) if tensor.name in ("token_index", "last_row") else value
+        else:
+            value = random.standard_normal(shape)
+        values[tensor.name] = value.astype(tensor.dtype)
+    return values
+
+
+def chosen_profile(graph: GraphSpec, phase: str) -> Profile | None:
+    """Return the profile for the largest picture and the smallest text, or the one of a decode step."""
+    if phase == "decode":
+        return next((entry for entry in graph.profiles if entry.name == "decode"), None)
+    prefill = [entry for entry in graph.profiles if entry.name != "decode"]
+    return prefill[-1] if graph.role == "vision" else prefill[0]
+
+
+def measured(folder: Path, manifest: Manifest, *, repeats: int) -> dict[tuple[str, str], tuple[float, float]]:
+    """Return milliseconds and GFLOP of every graph, by phase and name."""
+    found = {}
+    for graph in manifest.graphs:
+        session = single_thread_session(folder / graph.file)
+        for phase in ("prefill", "decode"):
+            profile = chosen_profile(graph, phase)
+            if profile is None:
+                continue
+            run = functools.partial(session.run, None, feeds(graph, profile))
+            seconds = median_seconds(run, repeats=repeats)
+            found[phase, graph.name] = (1e3 * seconds, graph_work(manifest, graph, profile).flops / 1e9)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundles", type=Path, nargs="+")
+    parser.add_argument("--repeats", type=int, default=31)
+    options = parser.parse_args()
+    manifests = [open_bundle(folder).manifest for folder in options.bundles]
+    results = [measured(*entry, repeats=options.repeats) for entry in zip(options.bundles, manifests)]
+    print(f"ONNX Runtime {onnxruntime.__version__}, {platform.machine()}, one thread; processor ms (GFLOP)\n")
+    print("| graph | phase | " + " | ".join(f"{entry.average_keep:.1%}" for entry in manifests) + " |")
+    print("|---" * (len(results) + 2) + "|")
+    for phase in ("prefill", "decode"):
+        names = [name for kind, name in max(results, key=len) if kind == phase]
+        for name in names:
+            cells = [result.get((phase, name)) for result in results]
+            text = ["" if cell is None else f"{cell[0]:.2f} ({cell[1]:.3f})" for cell in cells]
+            print(f"| {name} | {phase} | " + " | ".join(text) + " |")
+        sums = [[cell for (kind, _), cell in result.items() if kind == phase] for result in results]
+        text = [
+            f"{sum(ms for ms, _ in cells):.2f} ({sum(count for _, count in cells):.3f})" for cells in sums
+        ]
+        print(f"| **all** | {phase} | " + " | ".join(text) + " |")
+
+
+if __name__ == "__main__":
+    main()
