@@ -114,10 +114,15 @@ class Tokenizer:
         """Return the text of the ids without special tokens."""
         return self._tokenizer.decode([int(token_id) for token_id in token_ids], skip_special_tokens=True)
 
-    def is_byte(self, token_id: int) -> bool:
-        """Return whether the token stands for one byte of a character that the vocabulary lacks."""
+    def ends_text(self, token_id: int) -> bool:
+        """Return whether no later token changes the text up to this one, apart from a character's missing bytes.
+
+        Byte tokens wait for the rest of their run, which tokens that ``decode`` skips do not interrupt.
+        """
         token = self._tokenizer.id_to_token(token_id)
-        return token is not None and _BYTE_TOKEN.fullmatch(token) is not None
+        if token is None or token in self._special_tokens:
+            return False
+        return _BYTE_TOKEN.fullmatch(token) is None
 
 
 class DetokenizeStream:
@@ -135,7 +140,7 @@ class DetokenizeStream:
     def push(self, token_id: int) -> str:
         """Add a token and return the text that became complete, often nothing."""
         self._token_ids.append(int(token_id))
-        if self._tokenizer.is_byte(int(token_id)):
+        if not self._tokenizer.ends_text(int(token_id)):
             return ""
         return self._send(self._tokenizer.decode(self._token_ids).rstrip(_INCOMPLETE))
 

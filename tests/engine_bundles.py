@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from typing import TYPE_CHECKING
 
@@ -18,9 +17,9 @@ HOST = Host(machine="x86_64", system="Linux", gpu=GPU)
 """A machine that the engines run on, if it has the TensorRT that built them."""
 
 
-def link_bundle(source: Path, target: Path) -> Path:
-    """Return ``target``, a copy of hard links: files may be replaced there, not written into."""
-    return shutil.copytree(source, target, copy_function=os.link)
+def copy_bundle(source: Path, target: Path) -> Path:
+    """Return ``target``, a copy of the bundle; hard links would do, but onnx refuses files that have several."""
+    return shutil.copytree(source, target)
 
 
 def bundle_with_engines(reduced_bundle: Path) -> Path:

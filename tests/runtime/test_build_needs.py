@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine_bundles import GPU, HOST, link_bundle
+from tests.engine_bundles import GPU, HOST, copy_bundle
 from trio_edge.runtime import build_needs as module
 from trio_edge.runtime import cli_build, engine_host
 from trio_edge.runtime.build_needs import BuildNeeds, build_needs
@@ -54,7 +54,7 @@ def test_sizes_are_those_of_all_graphs_and_the_peak_that_of_the_largest(reduced_
 
 
 def test_the_command_repeats_the_options_and_quotes_the_folder(reduced_bundle: Path, tmp_path: Path) -> None:
-    bundle = link_bundle(reduced_bundle, tmp_path / "my bundle")
+    bundle = copy_bundle(reduced_bundle, tmp_path / "my bundle")
     options: dict[str, Any] = {"graphs": ("head", "prefix"), "compute_capabilities": (86, 89), "force": True}
     command = needs_of(bundle, split_lm_head=4, detailed_layers=True, **options).command
     assert command == (

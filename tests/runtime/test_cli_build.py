@@ -24,7 +24,7 @@ import torch
 
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
-from tests.engine_bundles import HOST, bundle_with_engines, engine_folder, link_bundle, replace_bytes
+from tests.engine_bundles import HOST, bundle_with_engines, engine_folder, copy_bundle, replace_bytes
 from trio_edge.runtime import cli_build
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.engine_build import BuildOptions, BuildProgress, build_engines, plan_build
@@ -57,13 +57,13 @@ def built(reduced_bundle: Path) -> Path:
 @pytest.fixture
 def copy(reduced_bundle: Path, tmp_path: Path) -> Path:
     """A bundle without engines."""
-    return link_bundle(reduced_bundle, tmp_path / "bundle")
+    return copy_bundle(reduced_bundle, tmp_path / "bundle")
 
 
 @pytest.fixture
 def built_copy(built: Path, tmp_path: Path) -> Path:
     """A bundle with engines."""
-    return link_bundle(built, tmp_path / "bundle")
+    return copy_bundle(built, tmp_path / "bundle")
 
 
 def refused(arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> str:
@@ -157,7 +157,7 @@ def test_a_layer_as_wide_as_a_7b_holds_its_weights_once_for_prefill_and_decode(t
     }
     checkpoint = save_checkpoint(tmp_path / "wide", num_layers=1, dtype=torch.float16, text_settings=wide)
     bundle = export(checkpoint, max_text=32, max_new_tokens=32)
-    folder = link_bundle(bundle, tmp_path / "bundle")
+    folder = copy_bundle(bundle, tmp_path / "bundle")
     assert cli_build.main([str(folder), *AHEAD, "--graphs", "prefix"]) == 0
     spec = open_bundle(folder).manifest.graph("prefix")
     entry = read_engine_set(engine_folder(folder)).entry("prefix")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.cuda_on_host import Context, CudaOnHost, Engine, RuntimeConfig, pretend_gpu, write_engines
-from tests.engine_bundles import HOST, link_bundle, replace_bytes
+from tests.engine_bundles import HOST, copy_bundle, replace_bytes
 from tests.pictures import random_picture
 from trio_edge.runtime import backend_tensorrt, device_cuda
 from trio_edge.runtime.backend import make_backend
@@ -35,7 +35,7 @@ STEP = ["prefix", "segment_1", "suffix", "head"]
 
 @pytest.fixture
 def folder(reduced_bundle: Path, tmp_path: Path) -> Path:
-    copy = link_bundle(reduced_bundle, tmp_path / "bundle")
+    copy = copy_bundle(reduced_bundle, tmp_path / "bundle")
     write_engines(copy, host=HOST)
     return copy
 
@@ -185,7 +185,7 @@ def test_tensorrt_rtx_compiles_its_kernels_before_they_are_captured(
     keep_all_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Context creation here accepts no other setting."""
-    folder = link_bundle(keep_all_bundle, tmp_path / "bundle")
+    folder = copy_bundle(keep_all_bundle, tmp_path / "bundle")
     write_engines(folder, host=HOST, backend="tensorrt-rtx")
     cuda = CudaOnHost()
     pretend_gpu(monkeypatch, cuda, HOST, backend="tensorrt-rtx")

@@ -17,7 +17,7 @@ import pytest
 from tests.bundles import export
 from tests.cuda_on_host import CudaOnHost, pretend_gpu, write_engines
 from tests.decode_logits import record_logits
-from tests.engine_bundles import HOST, link_bundle
+from tests.engine_bundles import HOST, copy_bundle
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import CAMERA, REDUCED, save_qwen_checkpoint
 from tests.reference.plain_decoder import PlainDecoder
@@ -134,7 +134,7 @@ def pipeline(
         with Pipeline.from_bundle(bundle, backend="onnxruntime", threads=1) as opened:
             yield opened
         return
-    copy = link_bundle(bundle, tmp_path / "bundle")
+    copy = copy_bundle(bundle, tmp_path / "bundle")
     write_engines(copy, host=HOST)
     cuda = CudaOnHost()
     pretend_gpu(monkeypatch, cuda, HOST)

@@ -15,7 +15,7 @@ from tests.engine_bundles import (
     HOST,
     bundle_with_engines,
     engine_folder,
-    link_bundle,
+    copy_bundle,
     replace_bytes,
 )
 from trio_edge.runtime import cli_inspect
@@ -43,7 +43,7 @@ def built(reduced_bundle: Path) -> Path:
 
 @pytest.fixture
 def copy(built: Path, tmp_path: Path) -> Path:
-    return link_bundle(built, tmp_path / "bundle")
+    return copy_bundle(built, tmp_path / "bundle")
 
 
 def opened(

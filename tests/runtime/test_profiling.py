@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorrt_rtx
 
-from tests.engine_bundles import link_bundle
+from tests.engine_bundles import copy_bundle
 from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.cli_profile import main
@@ -60,7 +60,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def profile(reduced_bundle: Path, keep_all_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Profile:
     """A profile of the reduced bundle, under a name that HTML must escape, and of the one that keeps all."""
     folder = tmp_path_factory.mktemp("profile")
-    bundle = link_bundle(reduced_bundle, folder / ODD_NAME)
+    bundle = copy_bundle(reduced_bundle, folder / ODD_NAME)
     files = {kind: folder / f"profile.{kind}" for kind in ("json", "html", "trace")}
     options = [argument for kind, file in files.items() for argument in (f"--{kind}", str(file))]
     with pytest.MonkeyPatch.context() as patch, (folder / "printed").open("w") as printed:

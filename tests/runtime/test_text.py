@@ -223,6 +223,13 @@ def test_text_streams_token_by_token():
     assert stream.finish() == ""
 
 
+def test_a_skipped_token_does_not_end_a_run_of_bytes():
+    ids = [BACKENDS["llama"].token_to_id(token) for token in ("<0x00>", "<unk>", "<0x80>")]
+    stream = DetokenizeStream(LLAMA)
+    assert [stream.push(token_id) for token_id in ids] == ["", "", ""]
+    assert stream.finish() == LLAMA.decode(ids)
+
+
 def test_special_tokens_are_not_streamed():
     stream = DetokenizeStream(LLAMA)
     assert stream.push(2) + stream.finish() == ""
