@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from trio_edge.export.checkpoint import Checkpoint, canonical_name
 from trio_edge.export.graphs.decoder_range import DecoderRange
-from trio_edge.export.graphs.head import MAX_CANDIDATES, Head
+from trio_edge.export.graphs.head import Head
 from trio_edge.export.graphs.reduce import FEATURE_NAMES, Reduce
 from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
@@ -18,6 +18,7 @@ from trio_edge.export.layer_stack import stack_layers
 from trio_edge.export.onnx_graph import dynamic_axes, example_input, trace
 from trio_edge.export.stage_selectors import needs_previous, stage_selector
 from trio_edge.export.weights import read_tensor
+from trio_edge.runtime.graph_tensors import head_tensors, range_tensors, select_tensors
 from trio_edge.runtime.manifest import GraphSpec, TensorSpec
 from trio_edge.trio.saliency import key_value_gram
 
@@ -31,11 +32,10 @@ if TYPE_CHECKING:
 
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.layout import Layout
+    from trio_edge.runtime.graph_tensors import GraphTensors
     from trio_edge.runtime.manifest import Dimensions, Role
     from trio_edge.trio.selection import TokenSelector
 
-PREVIOUS_NAME = "previous_hidden_states"
-"""What entered the layer before a stage's; output of a layer range, input of the select graph behind it."""
 _MIN_TRACE_ROWS = 37  # any number that no other axis has
 _VISION_MORE = {"B": 3, "N": 5, "P": 148, "W": 7}
 
@@ -236,14 +236,14 @@ def _with_others(inputs: Sequence[TensorSpec], *, dims: Mapping[str, Any], named
 
 
 def _range(tracer: _Tracer, index: int, layers: range, *, name: str, role: Role) -> TracedGraph:
-    inputs, outputs = _range_io(tracer, layers, hidden="inputs_embeds" if index == 0 else "hidden_states")
-    last_input = _last_input(tracer) if role != "suffix" and needs_previous(tracer.layout.schedule) else None
+    with_previous = role != "suffix" and needs_previous(tracer.layout.schedule)
+    inputs, outputs = _range_tensors(tracer, layers, with_previous=with_previous)
     spec = GraphSpec(
         name=name,
         role=role,
         file=f"{name}.onnx",
         inputs=inputs,
-        outputs=outputs if last_input is None else (*outputs, last_input),
+        outputs=outputs,
         profiles=tracer.layout.range_profiles(index),
         weight_bytes=0,
         first_layer=layers.start,
@@ -251,33 +251,26 @@ def _range(tracer: _Tracer, index: int, layers: range, *, name: str, role: Role)
     )
     if tracer.layer is None:
         tracer.layer = _one_layer(tracer)
+    *layer_outputs, previous = outputs if with_previous else (*outputs, None)
     model = stack_layers(
-        tracer.layer, inputs=inputs, outputs=outputs, num_layers=len(layers), last_input=last_input
+        tracer.layer,
+        inputs=inputs,
+        outputs=tuple(layer_outputs),
+        num_layers=len(layers),
+        last_input=previous,
     )
     module = DecoderRange([tracer.model.layers[layer] for layer in layers], tracer.rotary())
     return tracer.described(model, module, spec, constants={"rotary.inv_freq": tracer.model.inv_freq})
 
 
-def _range_io(
-    tracer: _Tracer, layers: range, *, hidden: str
-) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Return inputs and outputs of the decoder layers ``layers``."""
-    dims, dtype = tracer.dimensions, tracer.layout.dtype
-    past_shape = (1, dims.num_kv_heads, "C", dims.head_size)
-    new_shape = (1, dims.num_kv_heads, "S", dims.head_size)
-    hidden_shape = (1, "S", dims.hidden_size)
-    parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
-    inputs = (
-        TensorSpec(name=hidden, dtype=dtype, shape=hidden_shape),
-        TensorSpec(name="position_ids", dtype="int32", shape=(tracer.position_axes, "S")),
-        TensorSpec(name="past_length", dtype="int32", shape=(1,)),
-        *(TensorSpec(name=f"past_key_values.{part}", dtype=dtype, shape=past_shape) for part in parts),
+def _range_tensors(tracer: _Tracer, layers: range, *, with_previous: bool = False) -> GraphTensors:
+    return range_tensors(
+        layers,
+        dimensions=tracer.dimensions,
+        dtype=tracer.layout.dtype,
+        position_axes=tracer.position_axes,
+        with_previous=with_previous,
     )
-    outputs = (
-        TensorSpec(name="hidden_states_out", dtype=dtype, shape=hidden_shape),
-        *(TensorSpec(name=f"present.{part}", dtype=dtype, shape=new_shape) for part in parts),
-    )
-    return inputs, outputs
 
 
 def _one_layer(tracer: _Tracer) -> ir.Model:
@@ -288,7 +281,7 @@ def _one_layer(tracer: _Tracer) -> ir.Model:
     }
     if len(structures) != 1:
         raise AssertionError(f"expected decoder layers of one structure, got {len(structures)}")
-    inputs, outputs = _range_io(tracer, range(1), hidden="hidden_states")
+    inputs, outputs = _range_tensors(tracer, range(1))
     symbols = {"S": torch.export.Dim("S"), "C": torch.export.Dim("C")}
     *args, key, value = (example_input(tensor, trace_sizes={"S": _MIN_TRACE_ROWS}) for tensor in inputs)
     *axes, key_axes, value_axes = (dynamic_axes(tensor, dims=symbols) for tensor in inputs)
@@ -302,45 +295,25 @@ def _one_layer(tracer: _Tracer) -> ir.Model:
     )
 
 
-def _last_input(tracer: _Tracer) -> TensorSpec:
-    hidden = tracer.dimensions.hidden_size
-    return TensorSpec(name=PREVIOUS_NAME, dtype=tracer.layout.dtype, shape=(1, "S", hidden))
-
-
 def _select(tracer: _Tracer, stage: int) -> TracedGraph:
-    layout, dims = tracer.layout, tracer.dimensions
-    schedule = layout.schedule
+    layout, schedule = tracer.layout, tracer.layout.schedule
     layer_index, num_keep = schedule.stages[stage].layer, schedule.stages[stage].keep
     rows = layout.visual_rows(stage)
     selector: Any = stage_selector(tracer.model, schedule, stage=stage, max_visual=max(rows))
     module = Select(selector, tracer.rotary(), preserve_positions=schedule.positions == "preserved")
-    hidden = TensorSpec(name="hidden_states", dtype=layout.dtype, shape=(1, "S", dims.hidden_size))
-    inputs = [
-        hidden,
-        TensorSpec(name="position_ids", dtype="int32", shape=(tracer.position_axes, "S")),
-        TensorSpec(name="visual_rows", dtype="int32", shape=("N",)),
-        *(TensorSpec(name=name, dtype="int32", shape=(1,)) for name in ("num_visual", "length")),
-    ]
-    if selector.needs_previous:
-        inputs.append(_last_input(tracer))
-    if selector.needs_prompt:
-        inputs.append(TensorSpec(name="prompt_embeds", dtype=layout.dtype, shape=(1, "F", dims.hidden_size)))
-        inputs += [
-            TensorSpec(name=name, dtype="int32", shape=(1,))
-            for name in ("prompt_num_visual", "prompt_length")
-        ]
-    outputs = (
-        TensorSpec(name="kept_hidden_states", dtype=layout.dtype, shape=(1, "R", dims.hidden_size)),
-        TensorSpec(name="kept_position_ids", dtype="int32", shape=(tracer.position_axes, "R")),
-        TensorSpec(name="kept_indices", dtype="int32", shape=(num_keep,)),
-        TensorSpec(name="scores", dtype="float32", shape=("N",)),
-        TensorSpec(name="unsettled", dtype="int32", shape=(1,)),
+    inputs, outputs = select_tensors(
+        num_keep,
+        dimensions=tracer.dimensions,
+        dtype=layout.dtype,
+        position_axes=tracer.position_axes,
+        with_previous=selector.needs_previous,
+        with_prompt=selector.needs_prompt,
     )
     spec = GraphSpec(
         name=f"select_{stage + 1}",
         role="select",
         file=f"select_{stage + 1}.onnx",
-        inputs=tuple(inputs),
+        inputs=inputs,
         outputs=outputs,
         profiles=layout.select_profiles(stage, with_prompt=selector.needs_prompt),
         weight_bytes=0,
@@ -373,24 +346,15 @@ def _gram(checkpoint: Checkpoint, layer: int) -> NDArray[np.float32]:
 
 
 def _head(tracer: _Tracer) -> TracedGraph:
-    dims = tracer.dimensions
-    num_candidates = min(MAX_CANDIDATES, dims.vocab_size)
-    inputs = (
-        TensorSpec(name="hidden_states", dtype=tracer.layout.dtype, shape=(1, "S", dims.hidden_size)),
-        TensorSpec(name="last_row", dtype="int32", shape=(1,)),
-    )
+    inputs, outputs = head_tensors(dimensions=tracer.dimensions, dtype=tracer.layout.dtype)
     spec = GraphSpec(
         name="head",
         role="head",
         file="head.onnx",
         inputs=inputs,
-        weight_bytes=0,
-        outputs=(
-            TensorSpec(name="logits", dtype="float32", shape=(1, dims.vocab_size)),
-            TensorSpec(name="top_logits", dtype="float32", shape=(num_candidates,)),
-            TensorSpec(name="top_ids", dtype="int32", shape=(num_candidates,)),
-        ),
+        outputs=outputs,
         profiles=tracer.layout.head_profiles(),
+        weight_bytes=0,
     )
     symbols = {"S": torch.export.Dim("S")}
     return tracer.graph(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trio_edge.runtime.errors import BundleError
+from trio_edge.runtime.graph_tensors import check_tensors
 from trio_edge.runtime.manifest import MANIFEST_NAME, Manifest, StoredTensor, manifest_from_json
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror}); export the bundle again") from None
     manifest = manifest_from_json(text, where=str(path))
+    check_tensors(manifest, where=str(path))
     root = folder.resolve()
     for entry in manifest.files:
         file = folder / entry.path

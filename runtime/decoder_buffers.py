@@ -13,6 +13,7 @@ import numpy as np
 
 from trio_edge.runtime.device import DeviceTensor, find_profile, shape_at
 from trio_edge.runtime.device_block import Block
+from trio_edge.runtime.graph_tensors import PREVIOUS
 from trio_edge.runtime.kv_cache import KVCache, NewRows
 from trio_edge.runtime.sampling import TopTokens
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from trio_edge.runtime.device import Allocator
     from trio_edge.runtime.manifest import GraphSpec, Manifest, Profile, TensorSpec
 
-PREVIOUS = "previous_hidden_states"
-"""What some selectors look at beside their own input; an output of the range before."""
 TOP = ("top_logits", "top_ids")
 
 

@@ -16,8 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-MAX_CANDIDATES = 64
-"""T where the vocabulary is larger: room for top-k sampling, and for the ties that float16 makes."""
+from trio_edge.runtime.graph_tensors import MAX_CANDIDATES
 
 
 class Head(nn.Module):

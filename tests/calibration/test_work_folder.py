@@ -109,13 +109,13 @@ def test_a_broken_bundle_is_one_line_from_workers_too(
 
     copy = shutil.copytree(reduced_bundle, tmp_path / "copy")
     manifest = json.loads((copy / "trio.json").read_text())
-    head = next(graph for graph in manifest["graphs"] if graph["name"] == "head")
-    head["outputs"][0]["name"] = "other"
+    vision = next(graph for graph in manifest["graphs"] if graph["name"] == "vision")
+    vision["outputs"][0]["dtype"] = "int32"
     (copy / "trio.json").write_text(json.dumps(manifest))
     assert cli_eval.main([str(copy), "--data", str(questions), "--workers", "2", "--quiet"]) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1
-    assert "head.onnx" in error
+    assert "vision.onnx" in error
 
 
 def test_shards_of_two_machines_merge(arguments: list[str], uninterrupted: list[Any], tmp_path: Path) -> None:

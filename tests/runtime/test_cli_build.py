@@ -24,7 +24,7 @@ import torch
 
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
-from tests.engine_bundles import HOST, bundle_with_engines, engine_folder, copy_bundle, replace_bytes
+from tests.engine_bundles import HOST, bundle_with_engines, copy_bundle, engine_folder, replace_bytes
 from trio_edge.runtime import cli_build
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.engine_build import BuildOptions, BuildProgress, build_engines, plan_build

@@ -14,8 +14,8 @@ from tests.engine_bundles import (
     GPU,
     HOST,
     bundle_with_engines,
-    engine_folder,
     copy_bundle,
+    engine_folder,
     replace_bytes,
 )
 from trio_edge.runtime import cli_inspect
