@@ -4,7 +4,8 @@ In the decoder a selector sees the rows that are about to enter a layer (``Stage
 tokens (``TokenInputs``). Both answer with a ``Selection`` of exactly K rows. All shapes are fixed by N and K; real counts
 are scalars. Of equal scores the lower index comes first. With no more than K real tokens all of them are kept, in order.
 
-Letters: S rows, N visual tokens (padded), K kept, D hidden size, E head size, F rows of the whole prompt, T text tokens.
+Letters: S rows, N visual tokens (padded), K kept, D hidden size, E head size, F rows of the whole prompt, T text tokens;
+of CLIP M texts, L tokens of a text, P width of the space that texts and pictures share.
 """
 
 from __future__ import annotations
@@ -50,6 +51,19 @@ class StageInputs(NamedTuple):
     """For selectors with ``needs_prompt``."""
 
 
+class ClipInputs(NamedTuple):
+    """A picture and a question in the space of a CLIP model, whose texts are short: a long question is several."""
+
+    patches_NP: Tensor
+    """[N, P], each visual token's patch; 0 at newlines."""
+    texts_MLP: Tensor
+    """[M, L, P], every token of every text: start, words, end, padding."""
+    ends_M: Tensor
+    """[M] int32, place of each text's end token, whose row stands for the text."""
+    num_texts: Tensor
+    """[1] int32, real texts."""
+
+
 class TokenInputs(NamedTuple):
     """What a selector in front of the decoder may look at."""
 
@@ -70,6 +84,8 @@ class TokenInputs(NamedTuple):
     """[T, D], embeddings of the user's text after the picture. With ``needs_text``."""
     num_text: Tensor | None = None
     """[1] int32, real text tokens."""
+    clip: ClipInputs | None = None
+    """With ``needs_clip``."""
 
 
 class Selection(NamedTuple):
@@ -104,6 +120,7 @@ class TokenSelector(Protocol):
     num_keep: int
     needs_features: bool
     needs_text: bool
+    needs_clip: bool
 
     def __call__(self, inputs: TokenInputs) -> Selection:
         """Return the selection."""
@@ -124,17 +141,21 @@ def best_tokens(scores_N: Tensor, num_visual: Tensor, *, num_keep: int) -> Tenso
 
 
 def ranks(scores_N: Tensor, real_N: Tensor) -> Tensor:
-    """Return the place of each token in descending score, float32 [N]; of equal scores the lower index comes first."""
-    index_N = torch.arange(scores_N.shape[0], device=scores_N.device)
+    """Return the place of each token in descending score, float32; of equal scores the lower index comes first.
+
+    Args:
+        scores_N: [N], or several rows of them.
+        real_N: Which may be read; the others come last.
+    """
+    index_N = torch.arange(scores_N.shape[-1], device=scores_N.device)
     scores_N = torch.where(real_N, scores_N, torch.finfo(scores_N.dtype).min)
-    return comes_before(scores_N, index_N).to(torch.float32).sum(0)
+    return comes_before(scores_N, index_N).to(torch.float32).sum(-2)
 
 
 def comes_before(scores_N: Tensor, index_N: Tensor) -> Tensor:
-    """Return [N, N] bool: whether the token of the row comes before that of the column."""
-    return (scores_N[:, None] > scores_N[None, :]) | (
-        (scores_N[:, None] == scores_N[None, :]) & (index_N[:, None] < index_N[None, :])
-    )
+    """Return [N, N] bool, for each row of scores: whether the token of the row comes before that of the column."""
+    first, second = scores_N[..., :, None], scores_N[..., None, :]
+    return (first > second) | ((first == second) & (index_N[:, None] < index_N[None, :]))
 
 
 def ascending(index_K: Tensor) -> Tensor:

@@ -11,17 +11,20 @@ With Cholesky rows c_s of the steps so far and d²_i = L_ii − Σ_s c_si², ste
 x are the visual tokens after the projector. r is the relevance ``sign · mean over text tokens of cos(x_i, text)``, brought
 to 0..1 by (r − min + 1e-6) / (max − min) over the picture.
 
-The sign: the paper takes the relevance from CLIP (its visual projection and text encoder) and negates the cosine, since
-CLIP's patches score inversely. Here both sides are in the decoder's embedding space, the form for models without a CLIP text
-tower; there OpenVINO GenAI takes the cosine as it is (our default, sign = 1), while EADP's port for Qwen negates it
-(sign = -1). The CLIP form is not implemented.
+With ``clip``, the paper's own form for LLaVA, the relevance is taken in CLIP's space instead: of each token's patch, after
+CLIP's last norm and visual projection, and of the question's texts as a whole; cosines are then negated, since CLIP's
+patches score inversely.
 
-Where we differ: one pool for the whole picture (the original gives every crop of LLaVA-NeXT the same share); newlines take
+Without it both sides are in the decoder's embedding space, the form for models without a CLIP text tower; there OpenVINO
+GenAI takes the cosine as it is (our default, sign = 1), while EADP's port for Qwen negates it (sign = -1).
+
+Where we differ: a question longer than one of CLIP's texts is several whole texts, each with start and end (the original
+cuts the marked tokens into runs of 77, of which only the last has an end); one pool for the whole picture (the original gives every crop of LLaVA-NeXT the same share); newlines take
 no part (the original drops them) and fill up only where the picture has fewer than K tokens; where all are equally
 relevant, as without text, r = 1 instead of a division by zero; a token of which the chosen ones explain all but 1e-4 counts
 as explained entirely, since float32 knows no better, and such tokens follow in the order of relevance, where the original
 takes the square root of what rounding left. K steps of K N each, in float32.
-Letters: N visual tokens (padded), K kept, D hidden size, T text tokens.
+Letters: N visual tokens (padded), K kept, D hidden size, T text tokens, M texts of CLIP, P width of its space.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from trio_edge.trio.selectors.candidates import (
     scaled_to_one,
     unit_rows,
 )
+from trio_edge.trio.selectors.clip_texts import clip_texts
 from trio_edge.trio.selectors.greedy import State, greedy_selection, row_at
 
 _FLOOR = 1e-6
@@ -46,18 +50,18 @@ _EXPLAINED = 1e-4
 
 
 class CdPruner(nn.Module):
-    """CDPruner with relevance in the decoder's embedding space; no parameters."""
+    """CDPruner with relevance in the decoder's embedding space or in CLIP's; no parameters."""
 
     method = "cdpruner"
     needs_features = False
-    needs_text = True
 
-    def __init__(self, *, num_keep: int, sign: int = 1) -> None:
+    def __init__(self, *, num_keep: int, sign: int | None = None, clip: bool = False) -> None:
         """Fix the shape of the selection.
 
         Args:
             num_keep: K.
-            sign: 1 if tokens like the text are relevant, -1 if those unlike it are.
+            sign: 1 if tokens like the text are relevant, -1 if those unlike it are; None is -1 with ``clip``, else 1.
+            clip: Whether the relevance is taken in CLIP's space.
 
         Raises:
             ScheduleError: If a value is out of range.
@@ -65,20 +69,32 @@ class CdPruner(nn.Module):
         super().__init__()
         check_num_keep(num_keep)
         self.num_keep = num_keep
-        if sign not in (1, -1):
+        if sign not in (1, -1, None):
             raise ScheduleError(f"sign: expected 1 or -1, got {sign}; -1 negates the cosine")
-        self.sign = sign
+        self.sign = (-1 if clip else 1) if sign is None else sign
+        self.needs_clip, self.needs_text = clip, not clip
 
     def forward(self, inputs: TokenInputs) -> Selection:
         """Return the selection; scores tell the order of choice, K for the first."""
         real_N = real_tokens(inputs, num_keep=self.num_keep)
         shown_N = picture_tokens(inputs, num_keep=self.num_keep)
         unit_ND = unit_rows(inputs.tokens_ND, shown_N)
-        text_D = mean_text(given(inputs.text_TD, "text_TD"), given(inputs.num_text, "num_text"))
-        relevance_N = self.sign * (unit_ND * text_D.to(unit_ND.dtype)).sum(-1)
-        relevance_N = scaled_to_one(relevance_N, shown_N, floor=_FLOOR)
+        cosine_N = self._cosine(inputs, unit_ND, shown_N)
+        relevance_N = scaled_to_one(self.sign * cosine_N, shown_N, floor=_FLOOR)
         scaled_ND = relevance_N[:, None] * unit_ND
         return _most_determinant(scaled_ND, relevance_N, shown_N, real_N, num_keep=self.num_keep)
+
+    def _cosine(
+        self, inputs: TokenInputs, unit_ND: Float[Tensor, "N D"], shown_N: Bool[Tensor, "N"]
+    ) -> Float[Tensor, "N"]:
+        """Return each token's mean cosine with the text."""
+        if inputs.clip is None or not self.needs_clip:
+            text_D = mean_text(given(inputs.text_TD, "text_TD"), given(inputs.num_text, "num_text"))
+            return (unit_ND * text_D.to(unit_ND.dtype)).sum(-1)
+        texts = clip_texts(inputs.clip)
+        whole_P = torch.where(texts.is_end_ML[..., None], texts.unit_MLP, 0.0).sum((0, 1))
+        mean_P = whole_P / inputs.clip.num_texts.clamp(min=1).to(whole_P.dtype)
+        return (unit_rows(inputs.clip.patches_NP, shown_N) * mean_P).sum(-1)
 
 
 def mean_text(text_TD: Float[Tensor, "T D"], num_text: Tensor) -> Float[Tensor, "D"]:

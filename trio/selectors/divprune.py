@@ -29,6 +29,7 @@ class DivPrune(nn.Module):
     method = "divprune"
     needs_features = False
     needs_text = False
+    needs_clip = False
 
     def __init__(self, *, num_keep: int) -> None:
         """Fix K.

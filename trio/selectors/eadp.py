@@ -1,28 +1,35 @@
 """EADP: covers the picture, weighted by how much the text asks for each token (facility location).
 
-Source: arXiv 2607.02484, in its form for Qwen: the text is the decoder's input embeddings of the instruction.
+Source: arXiv 2607.02484. In its form for Qwen the text is the decoder's input embeddings of the instruction; in that for
+LLaVA (``clip``) text and patches are compared in the space of the CLIP model whose tower LLaVA has.
 
     c_li = −cos(text_l, x_i)                 for every text token l; all cosines are negated, as in the original
-    global_i = −cos(mean of the text's embeddings, x_i)
+    global_i = −cos(mean of the text's embeddings, x_i); with CLIP the embedding of the text's end token
     h_l = entropy of softmax_i(100 c_li)     of the tokens l, the max(1, ⌊q L⌋) of the lowest entropy count
     dense_i = Σ_l softmax_l(−h_l / 0.01) c_li
     m = minmax(α global + (1 − α) dense),    smoothed by a 3 × 3 Gaussian (σ 1, edges mirrored) where the tokens are a grid
     gain_i = Σ_j m_j^β max(0, s_ij − max over taken t of s_tj),    s = (1 + cos(x_i, x_j)) / 2
 
-Defaults: q = 0.2 (the original's code; its paper's best is 0.3), α = 0.5, β = 2 (Qwen; 1 for LLaVA).
+With CLIP, x_i in c and global is the token's patch after CLIP's last norm and visual projection; s stays what it is, of the
+tokens after the projector. A question longer than one of CLIP's texts is several, whose α global + (1 − α) dense are averaged.
 
-Where we differ: the form for LLaVA takes the relevance from CLIP's own text encoder and visual projection; it needs a graph
-of its own and is left for later: here every family uses the decoder's embedding space. One pool for the whole picture (the
+Defaults: q = 0.2 (the original's code; its paper's best is 0.3), α = 0.5 (the paper's; the original's scripts for LLaVA set
+1, which leaves single tokens out), β = 2, with CLIP 1.
+
+Where we differ: of CLIP's texts only words count one by one (the original's code takes start, end and padding too, its paper
+all but the end), and a long question is several whole texts, each with start and end (the original cuts the marked tokens
+into runs of 77). One pool for the whole picture (the
 original's "joint" mode, its only one with an exact budget). Newlines take no part (the original drops them) and fill up
 only where the picture has fewer than K tokens; with them, or where tokens form more than one grid, there is no smoothing.
 Without text, or where all tokens are equally relevant, every token weighs 1.
 K steps of N² each: the paper itself finds this to be nearly all of the selector's time.
-Letters: N visual tokens (padded), K kept, D hidden size, T text tokens.
+Letters: N visual tokens (padded), K kept, D hidden size, T text tokens, M texts of L tokens, P width of CLIP's space.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -38,6 +45,7 @@ from trio_edge.trio.selectors.candidates import (
     scaled_to_one,
     unit_rows,
 )
+from trio_edge.trio.selectors.clip_texts import clip_texts
 from trio_edge.trio.selectors.greedy import cover
 
 _SHARPNESS = 100.0
@@ -46,11 +54,10 @@ _NEVER = -1e6  # of a softmax's input; finite, so that its product with a probab
 
 
 class Eadp(nn.Module):
-    """EADP with relevance in the decoder's embedding space; no parameters."""
+    """EADP with relevance in the decoder's embedding space or in CLIP's; no parameters."""
 
     method = "eadp"
     needs_features = False
-    needs_text = True
 
     def __init__(
         self,
@@ -58,8 +65,9 @@ class Eadp(nn.Module):
         num_keep: int,
         text_share: float = 0.2,
         global_share: float = 0.5,
-        exponent: float = 2.0,
+        exponent: float | None = None,
         grid: tuple[int, int] | None = None,
+        clip: bool = False,
     ) -> None:
         """Fix the shape of the selection.
 
@@ -67,8 +75,9 @@ class Eadp(nn.Module):
             num_keep: K.
             text_share: q, the part of the text tokens that counts one by one.
             global_share: α, weight of the text's mean against single tokens.
-            exponent: β of the importance.
+            exponent: β of the importance; None is 1 with ``clip``, else 2.
             grid: Rows and columns if the N tokens are one full grid; None leaves out the smoothing.
+            clip: Whether the relevance is taken in CLIP's space.
 
         Raises:
             ScheduleError: If a value is out of range.
@@ -79,6 +88,7 @@ class Eadp(nn.Module):
         for name, value in (("text_share", text_share), ("global_share", global_share)):
             if not 0.0 <= value <= 1.0:
                 raise ScheduleError(f"{name}: expected 0..1, got {value}; give a fraction")
+        exponent = (1.0 if clip else 2.0) if exponent is None else exponent
         if exponent <= 0.0:
             raise ScheduleError(f"exponent: expected > 0, got {exponent}; the paper uses 1 or 2")
         if grid is not None and min(grid) < 2:
@@ -87,6 +97,7 @@ class Eadp(nn.Module):
         self.global_share = global_share
         self.exponent = exponent
         self.grid = grid
+        self.needs_clip, self.needs_text = clip, not clip
 
     def forward(self, inputs: TokenInputs) -> Selection:
         """Return the selection; scores tell the order of choice, K for the first."""
@@ -100,34 +111,68 @@ class Eadp(nn.Module):
     def _importance(
         self, inputs: TokenInputs, unit_ND: Float[Tensor, "N D"], shown_N: Bool[Tensor, "N"]
     ) -> Float[Tensor, "N"]:
-        text_TD, num_text = given(inputs.text_TD, "text_TD"), given(inputs.num_text, "num_text")
-        used_T = torch.arange(text_TD.shape[0], device=text_TD.device) < num_text.reshape(1)
-        sum_1D = masked(text_TD, used_T).sum(0, keepdim=True)  # points where the mean does
-        global_N = -(unit_rows(sum_1D, torch.ones_like(used_T[:1])).to(unit_ND.dtype) * unit_ND).sum(-1)
-        cosine_TN = -(unit_rows(text_TD, used_T).to(unit_ND.dtype) @ unit_ND.T)
-        dense_N = self._dense(cosine_TN, used_T, shown_N, num_text)
-        fused_N = self.global_share * global_N + (1.0 - self.global_share) * dense_N
+        texts = _in_clip(inputs, shown_N) if self.needs_clip else _in_embeddings(inputs, unit_ND)
+        dense_MN = self._dense(texts, shown_N)
+        fused_MN = self.global_share * texts.whole_MN + (1.0 - self.global_share) * dense_MN
+        used_M1 = texts.is_real_M[:, None].to(fused_MN.dtype)
+        fused_N = (used_M1 * fused_MN).sum(0) / used_M1.sum().clamp(min=1.0)
         importance_N = scaled_to_one(fused_N, shown_N, floor=0.0)
         if self.grid is not None:
             importance_N = torch.where(shown_N, _smoothed(importance_N, self.grid), 0.0)
         return importance_N**self.exponent
 
-    def _dense(
-        self,
-        cosine_TN: Float[Tensor, "T N"],
-        used_T: Bool[Tensor, "T"],
-        shown_N: Bool[Tensor, "N"],
-        num_text: Tensor,
-    ) -> Float[Tensor, "N"]:
-        log_TN = torch.log_softmax(torch.where(shown_N, _SHARPNESS * cosine_TN, _NEVER), dim=-1)
-        entropy_T = -(log_TN.exp() * log_TN).sum(-1)
+    def _dense(self, texts: _Cosines, shown_N: Bool[Tensor, "N"]) -> Float[Tensor, "M N"]:
+        log_MLN = torch.log_softmax(torch.where(shown_N, _SHARPNESS * texts.words_MLN, _NEVER), dim=-1)
+        entropy_ML = -(log_MLN.exp() * log_MLN).sum(-1)
+        num_M1 = texts.is_word_ML.to(torch.float32).sum(-1, keepdim=True)
         # A share of 0.2 has no exact binary form: without the addend ⌊0.2 · 5⌋ could be 0.
-        count = torch.floor(self.text_share * num_text.to(torch.float32) + 1e-4).clamp(min=1.0)
-        counted_T = used_T & (ranks(-entropy_T, used_T) < count)
-        # As one row: TensorRT's softmax takes no vector.
-        sharpened_1T = torch.where(counted_T, -entropy_T / _ENTROPY_SCALE, _NEVER)[None, :]
-        weight_T = torch.where(counted_T, torch.softmax(sharpened_1T, dim=-1)[0], 0.0)
-        return (weight_T[:, None] * cosine_TN).sum(0)
+        count_M1 = torch.floor(self.text_share * num_M1 + 1e-4).clamp(min=1.0)
+        counted_ML = texts.is_word_ML & (ranks(-entropy_ML, texts.is_word_ML) < count_M1)
+        sharpened_ML = torch.where(counted_ML, -entropy_ML / _ENTROPY_SCALE, _NEVER)
+        weight_ML = torch.where(counted_ML, torch.softmax(sharpened_ML, dim=-1), 0.0)
+        return (weight_ML[..., None] * texts.words_MLN).sum(1)
+
+
+class _Cosines(NamedTuple):
+    """What the text says of each token: negated cosines."""
+
+    words_MLN: Tensor
+    """Of each word."""
+    whole_MN: Tensor
+    """Of each text as a whole."""
+    is_word_ML: Tensor
+    is_real_M: Tensor
+
+
+def _in_embeddings(inputs: TokenInputs, unit_ND: Float[Tensor, "N D"]) -> _Cosines:
+    """Return the cosines in the decoder's embedding space, where all words are one text and their mean is its whole."""
+    text_TD, num_text = given(inputs.text_TD, "text_TD"), given(inputs.num_text, "num_text")
+    used_T = torch.arange(text_TD.shape[0], device=text_TD.device) < num_text.reshape(1)
+    sum_1D = masked(text_TD, used_T).sum(0, keepdim=True)  # points where the mean does
+    whole_1D = unit_rows(sum_1D, torch.ones_like(used_T[:1])).to(unit_ND.dtype)
+    words_TD = unit_rows(text_TD, used_T).to(unit_ND.dtype)
+    return _Cosines(
+        words_MLN=-(words_TD @ unit_ND.T)[None],
+        whole_MN=-(whole_1D * unit_ND).sum(-1)[None],
+        is_word_ML=used_T[None],
+        is_real_M=torch.ones_like(used_T[:1]),
+    )
+
+
+def _in_clip(inputs: TokenInputs, shown_N: Bool[Tensor, "N"]) -> _Cosines:
+    """Return the cosines in CLIP's space, where a text's end stands for its whole."""
+    clip = inputs.clip
+    if clip is None:
+        raise AssertionError("clip: missing, though the selector asks for it")
+    texts = clip_texts(clip)
+    unit_NP = unit_rows(clip.patches_NP, shown_N)
+    cosine_MLN = -(texts.unit_MLP.to(unit_NP.dtype) @ unit_NP.T)
+    return _Cosines(
+        words_MLN=cosine_MLN,
+        whole_MN=torch.where(texts.is_end_ML[..., None], cosine_MLN, 0.0).sum(1),
+        is_word_ML=texts.is_word_ML,
+        is_real_M=texts.is_real_M,
+    )
 
 
 def _smoothed(values_N: Float[Tensor, "N"], grid: tuple[int, int]) -> Float[Tensor, "N"]:

@@ -19,6 +19,7 @@ class Uniform(nn.Module):
     method = "uniform"
     needs_features = False
     needs_text = False
+    needs_clip = False
 
     def __init__(self, *, num_keep: int) -> None:
         """Fix K.

@@ -44,6 +44,7 @@ class VisionZip(nn.Module):
     method = "visionzip"
     needs_features = True
     needs_text = False
+    needs_clip = False
 
     def __init__(
         self,
