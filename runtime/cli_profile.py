@@ -17,7 +17,7 @@ from trio_edge.runtime.command_line import run
 from trio_edge.runtime.errors import BundleError
 from trio_edge.runtime.prediction.options import PredictOptions, check_given, predict_options, run_prediction
 from trio_edge.runtime.profiling.measuring import Options, measure
-from trio_edge.runtime.profiling.output_files import check_output, write_output
+from trio_edge.runtime.profiling.output_files import check_outputs, write_output
 from trio_edge.runtime.profiling.report import Conditions
 from trio_edge.runtime.profiling.report_table import print_profile
 from trio_edge.runtime.profiling.summary import report_of
@@ -91,9 +91,7 @@ def command(
     wishes = PredictOptions(**prediction)
     check_given(predicting=wishes.predict is not None)
     files = {"--json": json_file, "--html": html_file, "--trace": trace_file}
-    for option, path in files.items():
-        if path is not None:
-            check_output(option, path)
+    check_outputs({option: path for option, path in files.items() if path is not None})
     if wishes.predict is not None:
         result = run_prediction(wishes, bundle=bundle, num_new=new_tokens)
         if json_file is not None:

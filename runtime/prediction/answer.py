@@ -48,6 +48,8 @@ class Setting:
     """Of the decoder's linear weights."""
     head_precision: Precision = "float16"
     vision_precision: Precision = "float16"
+    one_size: bool = True
+    """Whether the first stage's graph is made for one N."""
     entering: int | None = None
     """Visual tokens that enter the decoder where a selection before it leaves fewer than N."""
     vision_flops: float | None = None
@@ -236,4 +238,5 @@ def _select(setting: Setting, stage: int) -> Work:
         setting.schedule,
         rows=entering + setting.num_text,
         num_visual=entering,
+        one_size=stage > 0 or setting.one_size,
     )

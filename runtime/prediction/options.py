@@ -8,15 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.errors import TargetError
 from trio_edge.runtime.prediction.answer import PRECISIONS
 from trio_edge.runtime.prediction.plan import plan_for
 from trio_edge.runtime.prediction.printing import print_prediction, print_sweep, print_wish, summary_of
-from trio_edge.runtime.prediction.sweep import choose, parse_size, parse_sweep, parse_wish, sweep
+from trio_edge.runtime.prediction.sweep import (
+    choose,
+    parse_size,
+    parse_sweep,
+    parse_wish,
+    sweep,
+    unmet_text,
+)
 from trio_edge.runtime.targets import TARGETS, find_target
+from trio_edge.runtime.wide_console import wide_console
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,7 +129,7 @@ def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int
     wish = None if options.want is None else parse_wish(options.want)
     axes = options.sweep or (_WISHED_AXES if wish else None)
     found = sweep(plan, {} if axes is None else parse_sweep(axes), targets)
-    console = Console()
+    console = wide_console()
     if axes is None:
         for one, prediction in found:
             print_prediction(console, one, prediction)
@@ -130,10 +137,15 @@ def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int
         print_sweep(console, found)
     result: dict[str, Any] = {"prediction": True, "found": [summary_of(*entry) for entry in found]}
     if wish is not None:
-        chosen = [choose([entry for entry in found if entry[1].target == target], wish) for target in targets]
-        for one, prediction in chosen:
-            print_wish(console, wish, one, prediction)
-        result["chosen"] = [summary_of(*entry) for entry in chosen]
+        choices = [
+            choose([entry for entry in found if entry[1].target == target], wish) for target in targets
+        ]
+        met = [choice for choice in choices if choice.met]
+        if not met:
+            raise TargetError(unmet_text(wish, choices))
+        for choice in choices:
+            print_wish(console, wish, choice)
+        result["chosen"] = [summary_of(choice.plan, choice.prediction) for choice in met]
     return result
 
 

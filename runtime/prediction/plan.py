@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.prediction.answer import Precision, Setting
+from trio_edge.runtime.prediction.selections import reduce_flops, stage_flops
 from trio_edge.runtime.prediction.shapes import find_model, model_of
-from trio_edge.runtime.prediction.work import fixed_sizes, reduce_flops, stage_flops, vision_flops
+from trio_edge.runtime.prediction.work import fixed_sizes, vision_flops
 from trio_edge.runtime.schedule import Schedule
 
 if TYPE_CHECKING:
     from trio_edge.runtime.manifest import Manifest
-    from trio_edge.runtime.prediction.shapes import Model
+from trio_edge.runtime.prediction.shapes import Model
 
 KEEP_ALL = "100%"
+_SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions")
+"""Of a bundle's schedule, which another keep leaves as they are."""
 USUAL_PICTURE = (672, 672)
 """Width and height of a picture for a released model, where none is wished."""
 
@@ -55,7 +58,7 @@ class Plan:
         """
         sizes = self._sizes()
         entering = None if self.manifest is None else self.manifest.token_keep
-        schedule = self._schedule(sizes["N"] if entering is None else min(entering, sizes["N"]))
+        schedule = self._schedule(sizes["N"], entering)
         setting = Setting(
             model=self.model,
             schedule=schedule,
@@ -67,7 +70,7 @@ class Plan:
         )
         if self.manifest is None:
             return setting
-        return dataclasses.replace(setting, **_from_manifest(self.manifest, setting, own=self.keep is None))
+        return dataclasses.replace(setting, **_from_manifest(self.manifest, setting))
 
     def _sizes(self) -> dict[str, int]:
         if self.picture is not None or self.manifest is None:
@@ -75,14 +78,30 @@ class Plan:
         graph = self.manifest.graph("vision")
         return {**fixed_sizes(graph), **graph.profiles[-1].sizes}
 
-    def _schedule(self, num_visual: int) -> Schedule:
+    def _schedule(self, num_visual: int, token_keep: int | None) -> Schedule:
         if self.keep is None:
             return Schedule() if self.manifest is None else self.manifest.schedule
         # Arithmetic without torch, and the exporter's own: a prediction must not choose other stages than it would.
-        from trio_edge.trio.schedule import parse_keep, schedule_for_keep
+        from trio_edge.trio.schedule import parse_keep
+        from trio_edge.trio.selectors.schedules import combined_schedule
 
-        average = parse_keep(self.keep)
-        return schedule_for_keep(average, num_layers=self.model.decoder.num_layers, num_visual=num_visual)
+        own = Schedule() if self.manifest is None else self.manifest.schedule
+        settings = {name: getattr(own, name) for name in _SETTINGS}
+        return combined_schedule(
+            own.method,
+            parse_keep(self.keep),
+            num_layers=self.model.decoder.num_layers,
+            picture_tokens=self._picture_tokens(num_visual),
+            entering=num_visual if token_keep is None else min(token_keep, num_visual),
+            **settings,
+        )
+
+    def _picture_tokens(self, num_visual: int) -> int:
+        """Return the visual tokens of the picture before the encoder removes any, which a keep is a share of."""
+        if self.manifest is None or self.manifest.cost.picture_tokens is None:
+            return num_visual
+        cost = self.manifest.cost
+        return round(num_visual * cost.picture_tokens / cost.num_visual)
 
 
 def plan_for(
@@ -141,17 +160,37 @@ def _formats(manifest: Manifest | None) -> dict[str, Precision]:
     return dict(manifest.quantization.formats)
 
 
-def _from_manifest(manifest: Manifest, setting: Setting, *, own: bool) -> dict[str, Any]:
-    """Return the formats of head and vision, and the FLOPs that only ``cost`` knows."""
+def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
+    """Return the formats of head and vision, and the FLOPs of what is counted apart."""
     num_visual, formats = setting.sizes["N"], _formats(manifest)
+    one_size = len(manifest.visual_sizes) == 1
     more: dict[str, Any] = {
+        "one_size": one_size,
         "head_precision": formats.get("head", "float16"),
         "vision_precision": formats.get("vision", "float16"),
     }
     if manifest.vision is None:
         more["vision_flops"] = vision_flops(manifest, num_visual=num_visual)
-    if manifest.token_method is not None:
-        more["reduce_flops"] = reduce_flops(manifest, num_visual=num_visual)
-    if own and manifest.schedule.method != "trio":
-        more["select_flops"] = stage_flops(manifest)
+    if manifest.token_method is not None and manifest.token_keep is not None:
+        more["reduce_flops"] = reduce_flops(
+            manifest.graph("reduce"),
+            manifest.token_method,
+            num_visual=num_visual,
+            num_keep=manifest.token_keep,
+            num_text=setting.num_text,
+        )
+    if setting.schedule.method != "trio":
+        rows = setting.visual_rows
+        more["select_flops"] = tuple(
+            stage_flops(
+                manifest.dimensions,
+                setting.schedule,
+                stage=stage,
+                num_visual=rows[stage],
+                num_text=setting.num_text,
+                prompt_visual=rows[0],
+                one_size=stage > 0 or one_size,
+            )
+            for stage in range(len(setting.schedule.stages))
+        )
     return more

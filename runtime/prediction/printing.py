@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from trio_edge.runtime.prediction.efficiency import fitted_for
-from trio_edge.runtime.prediction.sweep import metric_of
+from trio_edge.runtime.prediction.sweep import metric_of, nearest_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.prediction.answer import Prediction
     from trio_edge.runtime.prediction.plan import Plan
-    from trio_edge.runtime.prediction.sweep import Wish
+    from trio_edge.runtime.prediction.sweep import Choice, Wish
 
 GIB = 1 << 30
 NOTE = "PREDICTED, nothing was measured: counted work, the device's rates and efficiencies of tuned runtimes"
@@ -111,11 +111,15 @@ def print_sweep(console: Console, found: Sequence[tuple[Plan, Prediction]]) -> N
     _print_note(console, [prediction for _, prediction in found])
 
 
-def print_wish(console: Console, wish: Wish, plan: Plan, prediction: Prediction) -> None:
-    """Print the setting that meets a wish."""
+def print_wish(console: Console, wish: Wish, choice: Choice) -> None:
+    """Print the setting that meets a wish, or that none does."""
+    prediction = choice.prediction
+    if choice.met:
+        text = f"{choice.plan.described()} ({metric_of(prediction, wish.metric):.3g})"
+    else:
+        text = f"no setting; {nearest_text(wish, choice)}"
     console.print(
-        f"[bold]{wish.metric} {wish.value:g}[/] on {prediction.target.name}: {plan.described()}"
-        f" ({metric_of(prediction, wish.metric):.3g})",
+        f"[bold]{wish.metric} {wish.value:g}[/] on {prediction.target.name}: {text}",
         highlight=False,
         soft_wrap=True,
     )

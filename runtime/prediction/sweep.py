@@ -161,21 +161,53 @@ def _plans(plan: Plan, axes: dict[str, tuple[str, ...]]) -> Iterator[Plan]:
         yield dataclasses.replace(plan, **fields)
 
 
-def choose(found: Sequence[tuple[Plan, Prediction]], wish: Wish) -> tuple[Plan, Prediction]:
-    """Return the first combination that meets ``wish``: the one that loses least.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What a wish comes to on one device."""
 
-    Raises:
-        TargetError: If none does; the message has the nearest one.
+    plan: Plan
+    prediction: Prediction
+    met: bool
+    """Whether this meets the wish; else it is the nearest to it."""
+    num_settings: int
+    """That it was chosen from."""
+
+
+def choose(found: Sequence[tuple[Plan, Prediction]], wish: Wish) -> Choice:
+    """Return the first combination that meets ``wish``: the one that loses least; the nearest one if none does.
+
+    Args:
+        found: On one device; at least one.
+        wish: The speed that is wanted.
     """
     for plan, prediction in found:
         if wish.met_by(prediction):
-            return plan, prediction
+            return Choice(plan=plan, prediction=prediction, met=True, num_settings=len(found))
     fitting = [entry for entry in found if entry[1].memory.fits] or list(found)
     plan, prediction = min(fitting, key=lambda entry: wish.shortfall(entry[1]))
-    memory = "" if prediction.memory.fits else ", which does not fit its memory"
+    return Choice(plan=plan, prediction=prediction, met=False, num_settings=len(found))
+
+
+def unmet_text(wish: Wish, choices: Sequence[Choice]) -> str:
+    """Return the message for a wish that no device meets, with the nearest setting of the nearest device."""
+    nearest = min(choices, key=lambda choice: wish.shortfall(choice.prediction))
     side = "at most" if METRICS[wish.metric] else "at least"
-    raise TargetError(
-        f"--want: expected a setting with {wish.metric} of {side} {wish.value:g} on {prediction.target.name}, got"
-        f" {metric_of(prediction, wish.metric):.3g} as the nearest of {len(found)} ({plan.described()}{memory});"
+    return (
+        f"--want: expected a setting with {wish.metric} of {side} {wish.value:g} on"
+        f" {', '.join(choice.prediction.target.name for choice in choices)}, got {nearest_text(wish, nearest)}"
+        f"{f' on {nearest.prediction.target.name}' if len(choices) > 1 else ''};"
         " sweep more values, ask for fewer --new-tokens, or choose another device"
+    )
+
+
+def nearest_text(wish: Wish, choice: Choice) -> str:
+    """Return the nearest setting in words, and what it lacks."""
+    prediction = choice.prediction
+    lacks = [] if prediction.memory.fits else ["does not fit the memory"]
+    shortfall = wish.shortfall(prediction)
+    if shortfall > 1:
+        lacks.append(f"{shortfall:.2g} times too slow")
+    return (
+        f"{metric_of(prediction, wish.metric):.3g} as the nearest of {choice.num_settings}"
+        f" ({choice.plan.described()}: {' and '.join(lacks)})"
     )

@@ -1,8 +1,7 @@
 """What one run of a bundle's graph computes and moves, from its manifest.
 
-FLOPs of layer ranges, head, vision tower and TRIO's stages are counted from shapes. Stages of other methods, the selection
-before the decoder, and vision graphs of bundles that say nothing of their tower have the manifest's ``cost``, which is
-for one picture: it is scaled by the square of the tokens where tokens are compared, and by tokens otherwise.
+All of it is counted from shapes, but for vision graphs of bundles that say nothing of their tower: these have the manifest's
+``cost``, which is for one picture and is scaled by its tokens.
 """
 
 from __future__ import annotations
@@ -18,8 +17,11 @@ from trio_edge.runtime.prediction.counting import (
     select_work,
     vision_work,
 )
+from trio_edge.runtime.prediction.selections import reduce_flops, stage_flops
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from trio_edge.runtime.manifest import GraphSpec, Manifest, Profile
 
 _ELEMENT_BYTES = {"float16": 2, "float32": 4}
@@ -66,12 +68,12 @@ def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
             return counted_work(vision_flops(manifest, num_visual=sizes["N"]), rows=sizes["N"])
         return vision_work(manifest.vision, sizes)
     if graph.role == "reduce":
-        return counted_work(reduce_flops(manifest, num_visual=sizes["N"]), rows=sizes["N"])
+        return counted_work(_reduce_flops(manifest, graph, sizes), rows=sizes["N"])
+    stage = manifest.selects.index(graph)
+    one_size = stage > 0 or len(manifest.visual_sizes) == 1
     if manifest.schedule.method != "trio":
-        stage = manifest.selects.index(graph)
-        return counted_work(stage_flops(manifest)[stage], rows=sizes["N"])
-    first = graph is manifest.selects[0] or graph == manifest.selects[0]
-    one_size = not first or len(manifest.visual_sizes) == 1
+        flops = _stage_flops(manifest, sizes, stage=stage, one_size=one_size)
+        return counted_work(flops, rows=sizes["N"])
     return select_work(decoder, manifest.schedule, rows=sizes["S"], num_visual=sizes["N"], one_size=one_size)
 
 
@@ -80,17 +82,30 @@ def vision_flops(manifest: Manifest, *, num_visual: int) -> float:
     return manifest.cost.full_flops["vision"] * num_visual / max(manifest.cost.num_visual, 1)
 
 
-def reduce_flops(manifest: Manifest, *, num_visual: int) -> float:
-    """Return those of the selection before the decoder, scaled by the square of the tokens."""
-    counted_flops = manifest.cost.reduced_flops.get("reduce", 0)
-    return counted_flops * (num_visual / max(manifest.cost.num_visual, 1)) ** 2
+def _reduce_flops(manifest: Manifest, graph: GraphSpec, sizes: Mapping[str, int]) -> float:
+    assert (
+        manifest.token_method is not None and manifest.token_keep is not None
+    )  # else there is no such graph
+    return reduce_flops(
+        graph,
+        manifest.token_method,
+        num_visual=sizes["N"],
+        num_keep=manifest.token_keep,
+        num_text=sizes.get("T", 0),
+    )
 
 
-def stage_flops(manifest: Manifest) -> tuple[float, ...]:
-    """Return those of each stage, the manifest's sum divided by the tokens that enter the stages."""
-    entering = manifest.visual_rows[:-1]
-    share = manifest.cost.reduced_flops["select"] / max(sum(entering), 1)
-    return tuple(share * rows for rows in entering)
+def _stage_flops(manifest: Manifest, sizes: Mapping[str, int], *, stage: int, one_size: bool) -> float:
+    num_text = sizes["S"] - sizes["N"]
+    return stage_flops(
+        manifest.dimensions,
+        manifest.schedule,
+        stage=stage,
+        num_visual=sizes["N"],
+        num_text=num_text,
+        prompt_visual=sizes.get("F", num_text) - num_text,
+        one_size=one_size,
+    )
 
 
 def fixed_sizes(graph: GraphSpec) -> dict[str, int]:
@@ -103,6 +118,8 @@ def fixed_sizes(graph: GraphSpec) -> dict[str, int]:
         "pixel_values": {0: "B"},
         "patch_positions": {1: "P"},
         "token_index": {0: "N"},
+        "prompt_embeds": {1: "F"},
+        "text_embeds": {0: "T"},
     }
     sizes: dict[str, int] = {}
     for tensor in graph.inputs:

@@ -5,17 +5,30 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trio_edge.runtime.errors import DataError
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
-def check_output(option: str, path: Path) -> None:
-    """Raise DataError unless a file can be written at ``path``; nothing stays there.
+
+def check_outputs(paths: Mapping[str, Path]) -> None:
+    """Raise DataError unless a file can be written at each path, and no two are one file; nothing stays there.
 
     Args:
-        option: Its name on the command line.
-        path: The file; one that exists will be replaced.
+        paths: Files by the options that name them; those that exist will be replaced.
     """
+    named: dict[Path, str] = {}
+    for option, path in paths.items():
+        _check_output(option, path)
+        if (other := named.setdefault(path.resolve(), option)) != option:
+            raise DataError(
+                f"{option}: expected another file than {other}'s, got {path} for both; rename one"
+            )
+
+
+def _check_output(option: str, path: Path) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise DataError(f"{option}: expected a file in an existing folder, got {path}; create the folder")
     try:

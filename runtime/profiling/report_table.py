@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from trio_edge.runtime.wide_console import wide_console
 
 if TYPE_CHECKING:
     from trio_edge.runtime.profiling.distribution import Distribution
     from trio_edge.runtime.profiling.report import BundleProfile, Comparison, Report
 
-_LEAST_WIDTH = 130  # where the output is no terminal
 _SHOWN_LAYERS = 10
 
 
 def print_profile(report: Report) -> None:
     """Print the report to standard output."""
-    console = Console(width=max(shutil.get_terminal_size().columns, _LEAST_WIDTH))
+    console = wide_console()
     for line in _heading(report):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(_summary_table(report))

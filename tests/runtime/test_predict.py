@@ -13,14 +13,13 @@ import pytest
 from benchmarks.predict_validation import predicted_ms, read_figures
 from trio_edge.runtime import cli_profile
 from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.errors import TargetError
 from trio_edge.runtime.prediction.answer import predict
 from trio_edge.runtime.prediction.counting import range_work
 from trio_edge.runtime.prediction.efficiency import FITTED, fitted_for, rates_of
 from trio_edge.runtime.prediction.plan import plan_for
 from trio_edge.runtime.prediction.shapes import MODELS
 from trio_edge.runtime.prediction.speed import Formats, Rates, graph_time
-from trio_edge.runtime.prediction.sweep import choose, parse_sweep, parse_wish, sweep
+from trio_edge.runtime.prediction.sweep import choose, nearest_text, parse_sweep, parse_wish, sweep
 from trio_edge.runtime.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -136,15 +135,18 @@ def test_impossible_keeps_are_left_out_of_a_sweep() -> None:
 
 def test_a_wish_chooses_what_loses_least() -> None:
     found = sweep(plan_for(model="llava-next-7b"), parse_sweep("keep,dtype"), [ORIN])
-    plan, prediction = choose(found, parse_wish("ttft-ms=1000"))
-    assert (plan.keep, plan.precision) == ("33.3%", "float16")
-    assert prediction.seconds("prefill") <= 1.0
+    choice = choose(found, parse_wish("ttft-ms=1000"))
+    assert choice.met
+    assert (choice.plan.keep, choice.plan.precision) == ("33.3%", "float16")
+    assert choice.prediction.seconds("prefill") <= 1.0
 
 
 def test_a_wish_is_not_met_by_what_does_not_fit_the_memory() -> None:
     found = sweep(plan_for(model="llava-1.5-7b"), parse_sweep("dtype=float16"), [NX])
-    with pytest.raises(TargetError, match=r"tokens-per-second .* which does not fit its memory"):
-        choose(found, parse_wish("tokens-per-second=1"))
+    wish = parse_wish("tokens-per-second=1")
+    choice = choose(found, wish)
+    assert not choice.met
+    assert "float16: does not fit the memory)" in nearest_text(wish, choice)
 
 
 # The command
@@ -178,6 +180,20 @@ def test_a_wish_that_is_met_is_named_with_its_setting(capsys: pytest.CaptureFixt
     assert "answers-per-second 2 on jetson-orin-nx-16: keep" in capsys.readouterr().out
 
 
+def test_a_wish_that_one_device_meets_tells_what_the_others_lack(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prediction.json"
+    arguments = ["--model", "internvl3-1b", "--predict", "orin-nx-16,agx-orin-64", "--new-tokens", "4"]
+    assert cli_profile.main([*arguments, "--want", "answers-per-second=10", "--json", str(file)]) == 0
+    output = capsys.readouterr().out
+    assert "answers-per-second 10 on jetson-orin-nx-16: no setting; 6.54 as" in output
+    assert "times too slow)" in output
+    assert "answers-per-second 10 on jetson-agx-orin-64: keep" in output
+    (chosen,) = json.loads(file.read_bytes())["chosen"]
+    assert chosen["device"] == "jetson-agx-orin-64"
+
+
 MODEL = ["--model", "llava-1.5-7b", "--predict", "agx-orin-64"]
 WRONG = {
     "device": (["--model", "llava-1.5-7b", "--predict", "orin-nx"], "did you mean orin-nx-16"),
@@ -196,7 +212,10 @@ WRONG = {
     "picture": ([*MODEL, "--image-size", "672"], "expected WIDTHxHEIGHT in pixels, got '672'"),
     "wish": ([*MODEL, "--want", "speed=10"], "expected METRIC=NUMBER with one of answers-per-second"),
     "wish of nothing": ([*MODEL, "--want", "ttft-ms=0"], "got 'ttft-ms=0'"),
-    "unreachable wish": ([*MODEL, "--want", "answers-per-second=10"], "as the nearest of 12 (keep 11.1%"),
+    "unreachable wish": (
+        [*MODEL, "--want", "answers-per-second=10"],
+        "as the nearest of 12 (keep 11.1%, 1008x1008, int4: 4.8 times too slow)",
+    ),
     "impossible keep": ([*MODEL, "--keep", "0.1%"], "expected an average of at least"),
 }
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.bundles import export
 from tests.matmul_flops import example_feeds, matmul_flops
+from tests.spec.test_selectors_through_bundles import STAGE_METHODS
 from trio_edge.export.checkpoint import ALIASES
 from trio_edge.export.fit import FitInputs, Picture, estimate
 from trio_edge.runtime.bundle import open_bundle
@@ -34,6 +36,7 @@ from trio_edge.trio.cost import (
 )
 from trio_edge.trio.schedule import preset_schedule
 from trio_edge.trio.selectors.cost import StageSizes
+from trio_edge.trio.selectors.schedules import method_schedule
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,6 +112,31 @@ def test_a_vision_graph_has_the_products_that_are_counted(reduced_bundle: Path) 
     for profile in graph.profiles:
         products = matmul_flops(reduced_bundle / graph.file, example_feeds(graph, profile))
         assert graph_work(manifest, graph, profile).flops == pytest.approx(products, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", STAGE_METHODS)
+def test_stages_of_other_methods_have_the_products_that_are_counted(method: str, checkpoint: Path) -> None:
+    bundle = export(checkpoint, schedule=STAGE_METHODS[method])
+    manifest = open_bundle(bundle).manifest
+    for graph in manifest.selects:
+        products = matmul_flops(bundle / graph.file, example_feeds(graph, graph.profiles[-1]))
+        assert graph_work(manifest, graph, graph.profiles[-1]).flops == pytest.approx(products, rel=1e-9)
+
+
+def test_a_selection_before_the_decoder_has_the_products_that_are_counted(checkpoint: Path) -> None:
+    bundle = export(checkpoint, token_method="visionzip", token_keep=15)
+    manifest = open_bundle(bundle).manifest
+    graph = manifest.graph("reduce")
+    products = matmul_flops(bundle / graph.file, example_feeds(graph, graph.profiles[-1]))
+    assert graph_work(manifest, graph, graph.profiles[-1]).flops == pytest.approx(products, rel=1e-9)
+
+
+def test_a_bundle_is_predicted_at_another_keep_with_its_own_method(checkpoint: Path) -> None:
+    manifest = open_bundle(export(checkpoint, schedule=STAGE_METHODS["fastv"])).manifest
+    setting = plan_for(manifest=manifest, keep="50%").setting()
+    assert setting.schedule == method_schedule("fastv", 0.5, num_layers=3, num_visual=setting.sizes["N"])
+    assert setting.schedule != manifest.schedule
+    assert setting.select_flops is not None
 
 
 def test_a_run_moves_at_least_the_weights(reduced_bundle: Path) -> None:

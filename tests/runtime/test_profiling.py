@@ -272,6 +272,15 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_two_outputs_cannot_be_one_file(
+    keep_all_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "file")
+    assert main([str(keep_all_bundle), "--json", path, "--trace", path]) == 2
+    assert "--trace: expected another file than --json's" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_no_bundle_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"trio-profile: {tmp_path}: expected trio.json, got none")

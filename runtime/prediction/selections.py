@@ -1,0 +1,58 @@
+"""FLOPs of selections other than TRIO's stages: the formulas of ``trio_edge.trio.selectors.cost``, which need no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from trio_edge.runtime.manifest import Dimensions, GraphSpec, TokenMethod
+    from trio_edge.runtime.schedule import Schedule
+
+
+def stage_flops(
+    decoder: Dimensions,
+    schedule: Schedule,
+    *,
+    stage: int,
+    num_visual: int,
+    num_text: int,
+    prompt_visual: int,
+    one_size: bool = True,
+) -> float:
+    """Return the FLOPs of one stage of a method that is not "trio".
+
+    Args:
+        decoder: Sizes.
+        schedule: Names the method and how much is kept.
+        stage: Index in ``schedule``.
+        num_visual: N, visual tokens that enter the stage.
+        num_text: T; the stage has N + T rows.
+        prompt_visual: Visual tokens that entered the decoder; only SparseVLM looks at the whole prompt.
+        one_size: Whether the graph is made for one N.
+    """
+    from trio_edge.trio.cost import ModelShape
+    from trio_edge.trio.selectors.cost import StageSizes, stage_flops
+
+    sizes = StageSizes(num_visual, schedule.stages[stage].keep, num_text, prompt_visual, one_size)
+    return stage_flops(schedule.method, ModelShape(**msgspec.structs.asdict(decoder)), sizes)
+
+
+def reduce_flops(
+    graph: GraphSpec, method: TokenMethod, *, num_visual: int, num_keep: int, num_text: int
+) -> float:
+    """Return the FLOPs of the selection before the decoder, its products and its greedy steps.
+
+    Args:
+        graph: The ``reduce`` graph; its inputs tell the widths.
+        method: What it selects by.
+        num_visual: N, visual tokens of the picture.
+        num_keep: Tokens that it passes on.
+        num_text: T, text tokens that the method reads; not read by those without text.
+    """
+    from trio_edge.trio.selectors.cost import token_flops
+
+    widths = {tensor.name: size for tensor in graph.inputs if isinstance(size := tensor.shape[-1], int)}
+    flops = token_flops(method, num_visual=num_visual, num_keep=num_keep, num_text=num_text, widths=widths)
+    return flops.products + flops.steps
