@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 
-from gpu_parts.count import layer_weights
 from gpu_parts.subjects import SHAPES, Sizes, sizes_of
 from gpu_parts.tables import markdown, percent
 
@@ -21,6 +20,7 @@ from trio_edge.runtime.engine_memory import estimate_memory
 from trio_edge.runtime.manifest import GraphSpec, Profile
 from trio_edge.runtime.schedule import Schedule
 from trio_edge.runtime.targets import TARGETS
+from trio_edge.trio.cost import layer_weights
 
 _KEEPS = (1.0, 0.111)
 _UNLIMITED = 1 << 62

@@ -191,7 +191,7 @@ def selection_flops(shape: ModelShape, schedule: Schedule, sizes: StageSizes) ->
 def decoder_layer_flops(shape: ModelShape, *, num_rows: int) -> float:
     """Return ``2 S weights + 4 S² H E``."""
     attention = 4 * num_rows**2 * shape.num_heads * shape.head_size
-    return 2.0 * num_rows * _layer_weights(shape) + attention
+    return 2.0 * num_rows * layer_weights(shape) + attention
 
 
 def vision_flops(shape: ModelShape, *, num_visual: int) -> float:
@@ -319,7 +319,7 @@ def reference_probe_flops(shape: ModelShape, *, num_rows: int) -> float:
     depend on the input.
     """
     attention = 4 * num_rows**2 * shape.num_heads * shape.head_size
-    return 4.0 * num_rows * _layer_weights(shape) + 3.0 * attention + 2 * head_flops(shape, num_rows=num_rows)
+    return 4.0 * num_rows * layer_weights(shape) + 3.0 * attention + 2 * head_flops(shape, num_rows=num_rows)
 
 
 def reference_nms_flops(num_visual: int, *, num_keep: int, hidden_size: int) -> float:
@@ -327,6 +327,7 @@ def reference_nms_flops(num_visual: int, *, num_keep: int, hidden_size: int) -> 
     return 2.0 * num_keep * num_visual * hidden_size
 
 
-def _layer_weights(shape: ModelShape) -> int:
+def layer_weights(shape: ModelShape) -> int:
+    """Return the elements of one decoder layer's products."""
     queries, keys = shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size
     return shape.hidden_size * (2 * queries + 2 * keys + 3 * shape.intermediate_size)

@@ -12,15 +12,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from trio_edge.runtime.prediction.answer import range_name
 from trio_edge.runtime.schedule import Schedule
 from trio_edge.trio.cost import (
     ModelShape,
     decoder_layer_flops,
     head_flops,
-    nms_flops,
-    probe_flops,
+    layer_weights,
+    selection_flops,
     vision_flops,
 )
+from trio_edge.trio.selectors.cost import StageSizes
 
 DECODE = "decode"
 
@@ -118,24 +120,9 @@ def count(
     return Counted(graphs=graphs, kv_bytes=kv_bytes)
 
 
-def range_name(index: int, num_ranges: int) -> str:
-    """Return what a bundle calls a layer range."""
-    if index == 0:
-        return "prefix"
-    return "suffix" if index == num_ranges - 1 else f"segment_{index}"
-
-
-def layer_weights(shape: ModelShape) -> int:
-    """Return the elements of one decoder layer's products."""
-    queries, keys = shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size
-    return shape.hidden_size * (2 * queries + 2 * keys + 3 * shape.intermediate_size)
-
-
 def _stage(shape: ModelShape, schedule: Schedule, entering: int, keep: int, num_text: int) -> Work:
     rows = entering + num_text
-    flops = nms_flops(entering, hidden_size=shape.hidden_size, rounds=schedule.nms_rounds) + probe_flops(
-        shape, num_rows=rows, num_visual=entering, num_probe_rows=schedule.num_probe_rows
-    )
+    flops = selection_flops(shape, schedule, StageSizes(entering, keep, num_text, entering))
     once = shape.hidden_size * (shape.num_heads + shape.num_kv_heads) * shape.head_size
     weights = 2 * (layer_weights(shape) + shape.vocab_size * shape.hidden_size) - once
     moved = rows + keep + num_text

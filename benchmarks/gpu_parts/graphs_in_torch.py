@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_parts.count import range_name
 from gpu_parts.subjects import Subject
 from gpu_parts.way import Buffers, Part, set_attention
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from trio_edge.export.graphs.head import Head
 from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
 from trio_edge.export.stage_selectors import stage_selector
+from trio_edge.runtime.prediction.answer import range_name
 from trio_edge.runtime.schedule import Schedule
 
 

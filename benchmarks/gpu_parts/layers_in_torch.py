@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_parts.count import range_name
 from gpu_parts.graphs_in_torch import rotary_tables
 from gpu_parts.subjects import Subject
 from gpu_parts.way import Buffers, Part, set_attention
 from reference_stage import autograd_scores, host_nms
 from torch import Tensor
 
+from trio_edge.runtime.prediction.answer import range_name
 from trio_edge.runtime.schedule import Schedule
 
 WHOLE_MODEL, PAPERS_CODE = "whole model in torch", "the paper's code in torch"

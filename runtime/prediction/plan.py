@@ -98,10 +98,10 @@ class Plan:
 
     def _picture_tokens(self, num_visual: int) -> int:
         """Return the visual tokens of the picture before the encoder removes any, which a keep is a share of."""
-        if self.manifest is None or self.manifest.cost.picture_tokens is None:
+        whole = None if self.manifest is None else self.manifest.cost.picture_tokens
+        if self.manifest is None or whole is None:
             return num_visual
-        cost = self.manifest.cost
-        return round(num_visual * cost.picture_tokens / cost.num_visual)
+        return round(num_visual * whole / self.manifest.cost.num_visual)
 
 
 def plan_for(
