@@ -74,6 +74,11 @@ _REPORT_BYTES = 16 << 20
     "--dtype", type=click.Choice(["auto", "float16", "float32"]), help="Element type of the bundle."
 )
 @click.option(
+    "--quantize",
+    metavar="FORMAT|PART=FORMAT,…",
+    help="Formats of the bundle's parts, decoder layers calibrated on the samples: int4, int8 or by part (docs/quantization.md).",
+)
+@click.option(
     "--max-visual", type=int, help="Most visual tokens of a picture, where the family can scale down."
 )
 @click.option("--max-new-tokens", type=int, help="Room for the answer. [default: 256]")
@@ -200,12 +205,14 @@ def _write(calibrated: Calibrated, folder: Path, progress: Callbacks, *, export:
         export_bundle(
             _export_options(calibration, folder / BUNDLE_NAME),
             schedule_for=lambda _inputs: calibration.schedule,
+            scales=calibrated.scales,
             progress=ExportProgress(step=lambda text: progress.step(text, 0)),
         )
 
 
 def _export_options(calibration: Calibration, out: Path) -> ExportOptions:
     from trio_edge.export.bundle import ExportOptions
+    from trio_edge.export.quantize.plan import parse_plan
 
     options, shapes = calibration.options, calibration.shapes
     return ExportOptions(
@@ -219,11 +226,14 @@ def _export_options(calibration: Calibration, out: Path) -> ExportOptions:
         max_text=shapes.text_buckets[-1],
         text_buckets=shapes.text_buckets,
         max_new_tokens=options.max_new_tokens,
+        quantize=parse_plan(options.quantize),
     )
 
 
 def _export_command(calibration: Calibration) -> str:
-    """Return the ``trio-export`` command that makes the same bundle."""
+    """Return the command that makes the same bundle; calibrated factors are in no command line of ``trio-export``."""
+    if calibration.quantization is not None:
+        return "trio-calibrate --config calibration.json --out AGAIN"
     options, schedule, shapes = calibration.options, calibration.schedule, calibration.shapes
     parts = ["trio-export", options.model]
     if schedule.stages:
@@ -240,6 +250,7 @@ def _export_command(calibration: Calibration) -> str:
     parts += ["--max-text", str(shapes.text_buckets[-1])]
     parts += ["--text-buckets", ",".join(map(str, shapes.text_buckets))]
     parts += ["--max-new-tokens", str(options.max_new_tokens), "--dtype", options.dtype]
+    parts += ["--quantize", options.quantize] if options.quantize != "none" else []
     return " ".join(parts)
 
 

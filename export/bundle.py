@@ -169,6 +169,7 @@ def export_bundle(
     options: ExportOptions,
     *,
     schedule_for: Callable[[ScheduleInputs], Schedule],
+    scales: CalibratedScales = CalibratedScales(),  # noqa: B008
     progress: Progress = Progress(),
 ) -> Manifest:
     """Write the bundle that ``options`` describe and return its manifest.
@@ -176,6 +177,7 @@ def export_bundle(
     Args:
         options: What to export, and where to.
         schedule_for: Returns the schedule.
+        scales: What a calibration found for the layers that are quantized.
         progress: Callbacks for a progress display.
 
     Raises:
@@ -257,7 +259,6 @@ def export_bundle(
             step=progress.step,
         )
 
-    scales = CalibratedScales()
     traced, forms = quantize_graphs(traced, options.quantize, scales, checkpoint=checkpoint)
     names, whole_files = plain_tensors(traced, forms), not forms
     needed = bytes_to_write(checkpoint, names, dtype=dtype, whole_files=whole_files)

@@ -96,7 +96,7 @@ class Quantization(_Spec, frozen=True):
 
     formats: dict[str, Literal["int4", "int8"]]
     """Of each quantized part: "vision", "prefix", "segments", "suffix", "select", "head", "embedding"."""
-    method: Literal["round-to-nearest", "awq", "smoothquant", "checkpoint"]
+    method: Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant", "checkpoint"]
     """How scales were found; "checkpoint" where its own integers were taken over."""
     block_size: int | None = None
     """Inputs that share an INT4 scale, where their number is a multiple of it."""

@@ -7,7 +7,7 @@ import json
 import platform
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
+from trio_edge.calibration.quantization.calibrating import calibrate_quantization
+from trio_edge.calibration.quantization.modelopt_search import check_modelopt
 from trio_edge.calibration.schedules.bundle_shape import bundle_shape, memory_warning, prefill_cost
 from trio_edge.calibration.schedules.calibration_file import (
     SCHEMA_VERSION,
@@ -38,6 +40,8 @@ from trio_edge.calibration.schedules.selecting import Probes
 from trio_edge.calibration.schedules.space import make_space, usual_schedules, with_stages
 from trio_edge.calibration.schedules.torch_model import load_model
 from trio_edge.calibration.schedules.wish import DEFAULT_MAX_KL, Wish, average_keep, stages_of
+from trio_edge.export.quantize.plan import parse_plan
+from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.runtime.errors import DataError
 from trio_edge.runtime.image_overlay import draw_kept
 from trio_edge.runtime.prediction.efficiency import fitted_for
@@ -92,6 +96,8 @@ class Calibrated:
 
     calibration: Calibration
     overlays: list[Overlay]
+    scales: CalibratedScales = field(default_factory=CalibratedScales)
+    """For the export of quantized layers."""
 
 
 def calibrate(
@@ -114,6 +120,9 @@ def calibrate(
         CheckpointError: If the checkpoint cannot be read or exported.
         ScheduleError: If no schedule can do what is asked for; the message names the nearest that can.
     """
+    plan = parse_plan(options.quantize)
+    if plan.has_decoder:
+        check_modelopt()
     progress.step("reading the samples", 0)
     questions = read_samples(options.samples, prompt=options.prompt, count=options.count, seed=options.seed)
     split = split_samples(questions, held_out=options.held_out, seed=options.seed)
@@ -203,6 +212,17 @@ def calibrate(
     progress.step("answering held-out samples", len(split.held_out))
     scores = accuracy(model, split.held_out, chosen.schedule, probes=probes, on_sample=progress.sample)
     rounds = max(result.rounds for result in (*chosen.results, *held_out))
+    quantized = calibrate_quantization(
+        model,
+        split.search,
+        chosen.schedule,
+        plan,
+        dtype=shape.dtype,
+        probes=probes,
+        num_tokens=options.answer_tokens,
+        on_step=progress.step,
+        on_one=progress.sample,
+    )
     calibration = Calibration(
         schema_version=SCHEMA_VERSION,
         options=options,
@@ -217,6 +237,7 @@ def calibrate(
         keep_all_flops=cost.of_stages([]).flops,
         prediction=fitted_for(cost.target).sentence(cost.target.name),
         accuracy=scores,
+        quantization=None if quantized is None else quantized.report,
         front=front,
         settings=found.tried,
         single_stages=[
@@ -230,7 +251,9 @@ def calibrate(
     )
     progress.step("drawing", 0)
     return Calibrated(
-        calibration=calibration, overlays=_overlays(model, split.held_out, chosen.schedule, probes)
+        calibration=calibration,
+        overlays=_overlays(model, split.held_out, chosen.schedule, probes),
+        scales=CalibratedScales() if quantized is None else quantized.scales,
     )
 
 

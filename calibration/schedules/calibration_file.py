@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from trio_edge.calibration.quantization.report import QuantizationReport
 from trio_edge.calibration.schedules.importance import LayerImportance
 from trio_edge.calibration.schedules.prefill_cost import CostKind
 from trio_edge.calibration.schedules.search import Tried
 from trio_edge.calibration.schedules.space import DEFAULT_KEEPS, DEFAULT_THRESHOLDS
+from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.errors import DataError, ScheduleError
 from trio_edge.runtime.schedule import Schedule
 from trio_edge.runtime.targets import find_target
@@ -64,6 +66,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     predicted to be faster than keep-all."""
     dtype: Literal["auto", "float16", "float32"] = "auto"
     """Of the bundle."""
+    quantize: str = "none"
+    """Formats of the bundle's parts, as ``trio-export --quantize`` takes them; decoder layers are calibrated."""
     max_visual: int | None = None
     """Visual tokens that pictures are scaled down to, in families that can."""
     max_new_tokens: int = 256
@@ -75,6 +79,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def __post_init__(self) -> None:
         find_target(self.target)
+        parse_plan(self.quantize)
         rules = [name for name in ("max_kl", "target_ms", "keep") if getattr(self, name) is not None]
         if len(rules) > 1:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in rules)
@@ -191,6 +196,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     prediction: str
     """How far off such predictions were where they could be compared."""
     accuracy: Accuracy | None
+    quantization: QuantizationReport | None
+    """None where no decoder layer is quantized."""
     front: list[FrontPoint]
     settings: list[Tried]
     single_stages: list[SingleStage]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import jinja2
 
 from trio_edge.calibration.schedules.pareto import spread
-from trio_edge.calibration.schedules.plots import front_plot, importance_plot, layers_plot
+from trio_edge.calibration.schedules.plots import front_plot, importance_plot, layers_plot, quantization_plot
 from trio_edge.runtime.errors import DataError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def page_of(calibration: Calibration, overlays: Sequence[Overlay], *, command: s
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"nats": _nats, "percent": _percent, "stages": _stages}
+    quantization = calibration.quantization
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         calibration=calibration,
@@ -53,6 +54,7 @@ def page_of(calibration: Calibration, overlays: Sequence[Overlay], *, command: s
         front_plot=front_plot(calibration),
         layers_plot=layers_plot(calibration),
         importance_plot=importance_plot(calibration),
+        quantization_plot="" if quantization is None else quantization_plot(quantization),
         overlays=[(overlay, _data_uri(overlay.sheet)) for overlay in overlays],
     )
 

@@ -112,7 +112,7 @@ def _form(
     smoothing = scales.smoothing.get(tensor) if shares else None
     value = graph.model.graph.initializers[name]
     may = is_linear(value) or (graph.spec.role == "select" and _is_decoder_linear(tensor))
-    block = _block(checkpoint, tensor) if kind == "int4" else None
+    block = int4_block(checkpoint, tensor) if kind == "int4" else None
     if kind == "none" or not may or (kind == "int4" and block is None):
         kind, block = "none", None
     return StoredForm(name=tensor, kind=kind, block=block, smoothing=smoothing)
@@ -122,7 +122,7 @@ def _is_decoder_linear(tensor: str) -> bool:
     return DECODER_LINEAR.fullmatch(tensor) is not None or tensor == EMBEDDING_NAME  # of a tied head
 
 
-def _block(checkpoint: Checkpoint, tensor: str) -> int | None:
+def int4_block(checkpoint: Checkpoint, tensor: str) -> int | None:
     """Return the inputs of an INT4 block of ``tensor``; None if it cannot be INT4: TensorRT wants even rows [I, O]."""
     shape = checkpoint.tensor(tensor).shape
     return block_size(shape[1]) if len(shape) == 2 and shape[0] % 2 == 0 else None

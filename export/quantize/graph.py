@@ -20,6 +20,8 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import version_converter
 
+from trio_edge.export.quantize.numerics import activation_scale
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -144,7 +146,7 @@ def _quantized(
     """Return ``source`` rounded to INT8 and back, with one scale."""
     assert source.dtype is not None and form.activation_max is not None
     kind = source.dtype
-    scale = np.array(max(form.activation_max, 1e-4) / 127, kind.numpy())
+    scale = np.array(activation_scale(form.activation_max), kind.numpy())
     names = f"{source.name}.scale", f"{source.name}.zero"
     inputs = [
         ir.Value(name=names[0], shape=ir.Shape(()), type=ir.TensorType(kind)),

@@ -71,6 +71,18 @@ def quantize(
     )
 
 
+def rounded_activations(values: Tensor, *, largest: float) -> Tensor:
+    """Return ``values`` rounded to INT8 and back with the one scale that takes ``largest`` to 127."""
+    scale = activation_scale(largest)
+    result: Tensor = torch.round(values / scale).clamp(-128, 127) * scale
+    return result
+
+
+def activation_scale(largest: float) -> float:
+    """Return the scale of INT8 inputs whose largest absolute value is ``largest``; never so small that float16 loses it."""
+    return max(largest, 1e-4) / 127
+
+
 def stored_bytes(weight: QuantizedWeight, *, kind: Format) -> tuple[Tensor, Tensor]:
     """Return values [I, O] (INT4: two in a byte, the first in the low half) and scales [B, O] or [O], contiguous.
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from trio_edge.runtime.manifest import Role
+    from trio_edge.runtime.schedule import Schedule
 
 Part = Literal["vision", "prefix", "segments", "suffix", "select", "head", "embedding"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -44,6 +45,20 @@ class QuantizePlan:
     def of_role(self, role: Role) -> Format:
         """Return the format of graphs with ``role``."""
         return self.of_part(_PART_FROM_ROLE[role]) if role in _PART_FROM_ROLE else "none"
+
+    def of_layers(self, schedule: Schedule, *, num_layers: int) -> list[Format]:
+        """Return the format of each decoder layer's own graph."""
+        starts = [stage.layer for stage in schedule.stages]
+        parts: list[Part] = []
+        for layer in range(num_layers):
+            is_last = bool(starts) and layer >= starts[-1]
+            parts.append("suffix" if is_last else "segments" if starts and layer >= starts[0] else "prefix")
+        return [self.of_part(part) for part in parts]
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether a decoder layer is quantized."""
+        return any(self.of_part(part) != "none" for part in _GROUPS["decoder"])
 
     @property
     def is_empty(self) -> bool:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-Calibrated = Literal["round-to-nearest", "awq", "smoothquant", "checkpoint"]
+Calibrated = Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant", "checkpoint"]
 """How integers were chosen."""
 
 

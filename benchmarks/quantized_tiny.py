@@ -1,0 +1,203 @@
+"""What quantizing the packaged model costs: size, accuracy, divergence from keep-all, and what each stage keeps.
+
+    python benchmarks/quantized_tiny.py --count 500 --out out/quantized
+
+Exports each bundle once into the output folder (11.1 % of the visual tokens unless ``--keep`` says otherwise), lets `trio-eval`'s
+code ask all of them the same held-out questions (again runs go on where the last one stopped) and prints one Markdown
+table. Kept sets are compared with those of the float32 bundle of the same schedule: the share of its tokens that are kept
+too, by stage. The lines that quantize ``select`` alone show what the probe's own precision changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+
+from trio_edge.calibration.comparison import RunReport, compare
+from trio_edge.calibration.quantization.calibrating import calibrate_quantization
+from trio_edge.calibration.questions import digest_of, synthetic_questions
+from trio_edge.calibration.report_table import per_cent
+from trio_edge.calibration.runs import Settings, answer_runs, keys_of, plan_runs
+from trio_edge.calibration.schedules.selecting import Probes
+from trio_edge.calibration.schedules.torch_model import load_model
+from trio_edge.export.bundle import ExportOptions, ScheduleInputs, export_bundle
+from trio_edge.export.quantize.plan import parse_plan
+from trio_edge.export.quantize.scales import CalibratedScales
+from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.schedule import Schedule
+from trio_edge.trio.schedule import parse_keep, schedule_for_keep
+
+if TYPE_CHECKING:
+    from trio_edge.calibration.questions import Question
+    from trio_edge.runtime.manifest import FloatType
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of the table."""
+
+    name: str
+    plan: str | None = None
+    """As ``--quantize``."""
+    dtype: FloatType = "float16"
+    is_calibrated: bool = False
+    """Whether decoder layers get factors and ranges from samples."""
+
+
+CALIBRATION_SAMPLES, CALIBRATION_SEED = 64, 1000
+BASE = Variant("float32", dtype="float32")
+VARIANTS = (
+    BASE,
+    Variant("float16"),
+    Variant("int8 decoder", "int8"),
+    Variant("int8 all graphs", "all=int8"),
+    Variant("int8 decoder, SmoothQuant", "int8", is_calibrated=True),
+    Variant("int4 decoder", "int4"),
+    Variant("int4 decoder, AWQ", "int4", is_calibrated=True),
+    Variant("int4 all graphs but select", "all=int4,select=none"),
+    Variant("int4 all graphs", "all=int4"),
+    Variant("int4 all graphs, AWQ", "all=int4", is_calibrated=True),
+    Variant("int4 all graphs, table int8", "all=int4,embedding=int8"),
+    Variant("select int8 only", "select=int8"),
+    Variant("select int4 only", "select=int4"),
+)
+
+
+def schedule_of(inputs: ScheduleInputs, *, keep: str) -> Schedule:
+    if keep == "all":
+        return Schedule()
+    average = parse_keep(keep)
+    return schedule_for_keep(average, num_layers=inputs.num_layers, num_visual=inputs.num_visual)
+
+
+def bundle_for(variant: Variant, *, keep: str, out: Path) -> Path:
+    """Return the bundle of a variant, exporting it if it is not there yet."""
+    path = out / f"{keep.rstrip('%')}-{variant.name.replace(' ', '-').replace(',', '')}"
+    if not path.exists():
+        options = ExportOptions(
+            model="tiny",
+            out=path,
+            dtype=variant.dtype,
+            max_text=32,
+            max_new_tokens=8,
+            quantize=parse_plan(variant.plan or "none"),
+        )
+        scales = calibrated_scales(variant, keep=keep) if variant.is_calibrated else CalibratedScales()
+        export_bundle(options, schedule_for=lambda inputs: schedule_of(inputs, keep=keep), scales=scales)
+    return path
+
+
+def calibrated_scales(variant: Variant, *, keep: str) -> CalibratedScales:
+    """Return what a calibration on other samples than those that are asked finds."""
+    model = load_model("tiny")
+    num_visual = max(sizes["N"] for sizes in model.pictures.any_picture_sizes())
+    inputs = ScheduleInputs(
+        num_layers=model.num_layers,
+        num_visual=num_visual,
+        picture_tokens=num_visual,
+        positions=model.positions,
+    )
+    found = calibrate_quantization(
+        model,
+        synthetic_questions(CALIBRATION_SAMPLES, seed=CALIBRATION_SEED),
+        schedule_of(inputs, keep=keep),
+        parse_plan(variant.plan or "none"),
+        dtype=variant.dtype,
+        probes=Probes(model, max_visual=num_visual),
+        num_tokens=4,
+    )
+    assert found is not None
+    return found.scales
+
+
+def weight_bytes(bundle: Path) -> int:
+    """Return the bytes of the bundle's weight files, each tensor once."""
+    return sum(
+        entry.num_bytes for entry in open_bundle(bundle).manifest.files if entry.path.endswith(".safetensors")
+    )
+
+
+def kept_sets(bundle: Path, questions: list[Question]) -> list[list[set[int]]]:
+    """Return what each stage keeps, for each question."""
+    result = []
+    with Pipeline.from_bundle(bundle, threads=1) as pipeline:
+        for question in questions:
+            generation = pipeline.generate(question.picture, question.question, max_new_tokens=1)
+            assert generation.text is not None
+            result.append([set(kept.tolist()) for kept in generation.kept])
+    return result
+
+
+def overlaps(theirs: list[list[set[int]]], ours: list[list[set[int]]]) -> list[float]:
+    """Return by stage the mean share of ``theirs`` that is in ``ours``."""
+    shares = [[len(a & b) / len(a) for a, b in zip(one, other)] for one, other in zip(theirs, ours)]
+    return [float(mean) for mean in np.mean(shares, axis=0)]
+
+
+def line_of(variant: Variant, bundle: Path, report: RunReport, kept: list[float], *, whole: int) -> str:
+    against = report.against_reference
+    assert against is not None
+    size = weight_bytes(bundle)
+    cells = [
+        variant.name,
+        f"{size / 1e6:.2f} ({size / whole:.2f}×)",
+        per_cent(report.accuracy),
+        per_cent(against.difference, signed=True),
+        f"{100 * against.agreement.value:.1f}",
+        "" if against.first_token_kl is None else f"{against.first_token_kl:.4f}",
+        " / ".join(f"{100 * share:.1f}" for share in kept),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--kept-count", type=int, default=100, help="questions whose kept sets are compared")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", default="11.1%")
+    parser.add_argument("--out", type=Path, default=Path("out/quantized"))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+
+    questions = synthetic_questions(arguments.count, seed=arguments.seed)
+    full = bundle_for(BASE, keep="all", out=arguments.out)
+    bundles = [bundle_for(variant, keep=arguments.keep, out=arguments.out) for variant in VARIANTS]
+    runs = plan_runs(bundles, reference=full, labels=[variant.name for variant in VARIANTS])
+    settings = Settings(answer_tokens=8)
+    answers = answer_runs(
+        runs,
+        keys_of(runs, settings, data_sha256=digest_of(questions, metric=settings.metric)),
+        questions,
+        settings,
+        folder=arguments.out / f"work-{arguments.count}-{arguments.seed}",
+        on_start=lambda run, _done: console.print(run.info.label),
+    )
+    keep_all, *reports = compare(answers.runs, metric=settings.metric)
+    looked_at = questions[: arguments.kept_count]
+    base_kept = kept_sets(bundles[VARIANTS.index(BASE)], looked_at)
+    whole = weight_bytes(bundles[1])
+
+    print(
+        f"tiny, {arguments.keep} of the visual tokens, {arguments.count} held-out questions (seed {arguments.seed}),"
+        f" ONNX Runtime CPU (1 thread), {platform.machine()}; keep-all in float32: {per_cent(keep_all.accuracy)}\n"
+    )
+    print("| quantized | weights MB | accuracy % | minus keep-all | same answer % | KL, nats | kept too % |")
+    print("|---|---|---|---|---|---|---|")
+    for variant, bundle, report in zip(VARIANTS, bundles, reports, strict=True):
+        kept = overlaps(base_kept, kept_sets(bundle, looked_at))
+        print(line_of(variant, bundle, report, kept, whole=whole))
+
+
+if __name__ == "__main__":
+    main()

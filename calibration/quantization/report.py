@@ -1,0 +1,31 @@
+"""What a calibration of a quantization says of itself, in ``calibration.json``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class GroupError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far the outputs of linear layers with one input are from those in floating point, on collected inputs."""
+
+    layer: int
+    group: Literal["qkv", "o", "gate_up", "down"]
+    """Which linear layers of the decoder layer."""
+    format: Literal["int4", "int8"]
+    rounded: float
+    """Sum of squared errors over the sum of squared outputs with weights rounded to nearest."""
+    calibrated: float
+    """The same as the bundle computes it, in INT8 with its inputs in eight bits too."""
+    moved: bool
+    """Whether factors were moved out of the inputs."""
+
+
+class QuantizationReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the decoder was quantized."""
+
+    method: Literal["awq", "smoothquant", "awq+smoothquant"]
+    samples: int
+    """That inputs were collected from."""
+    errors: list[GroupError]
