@@ -1,9 +1,10 @@
 """What profiling costs, twice: answers with and without it in turns, and the hooks alone around launches that do nothing.
 
-    python benchmarks/profile_overhead.py out/tiny --answers 300
+    python benchmarks/profile_overhead.py out/tiny --threads 1 --answers 600
 
 With: events around every launch of every graph, a moment for every token, and all sensors of the machine read five times a
-second, as in ``trio-profile``. Without: the same loaded graphs with none of it. The order changes from pair to pair.
+second, as in ``trio-profile``. Without: the same loaded graphs with none of it. Blocks of answers alternate, and so does which
+kind comes first.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from trio_edge.runtime.profiling.sensor import open_sensors
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-WARM_UP, REPEATS = 5, 50
+BLOCK, REPEATS = 20, 50
 
 
 class Cost(NamedTuple):
@@ -65,10 +66,16 @@ def plain(subject: Subject, question: Question) -> Cost:
         subject.recording.enabled = True
 
 
-def profiled(subject: Subject, question: Question) -> Cost:
+def without_profiling(subject: Subject, question: Question) -> list[Cost]:
+    """Return what each answer of a block costs."""
+    return [plain(subject, question) for _ in range(BLOCK)]
+
+
+def with_profiling(subject: Subject, question: Question) -> list[Cost]:
+    """Return what each answer of a block costs while sensors are sampled beside it."""
     sensors, _ = open_sensors()
     with SamplingThread(sensors):
-        return cost_of(lambda: subject.answer(question))
+        return [cost_of(lambda: subject.answer(question)) for _ in range(BLOCK)]
 
 
 def hooks_ms(num_launches: int) -> float:
@@ -109,7 +116,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--answers", type=int, default=200, help="of each kind")
+    parser.add_argument("--answers", type=int, default=600, help="of each kind")
     parser.add_argument("--new-tokens", type=int, default=16)
     options = parser.parse_args()
     bundle = open_bundle(options.bundle)
@@ -121,13 +128,14 @@ def main() -> None:
         new_tokens=min(options.new_tokens, bundle.manifest.max_new_tokens),
     )
     num_launches = len(subject.answer(question).calls)
-    without, with_it = [], []
-    for number in range(options.answers + WARM_UP):
-        kinds = [(plain, without), (profiled, with_it)]
+    without: list[Cost] = []
+    with_it: list[Cost] = []
+    without_profiling(subject, question)  # warms up
+    for number in range(max(1, options.answers // BLOCK)):
+        kinds = [(without_profiling, without), (with_profiling, with_it)]
         for kind, costs in kinds if number % 2 else reversed(kinds):
-            costs.append(kind(subject, question))
+            costs += kind(subject, question)
     subject.close()
-    without, with_it = without[WARM_UP:], with_it[WARM_UP:]
     print_cost("wall time", [one.wall_ms for one in without], [one.wall_ms for one in with_it])
     print_cost("CPU time", [one.cpu_ms for one in without], [one.cpu_ms for one in with_it])
     least = min(one.cpu_ms for one in without)

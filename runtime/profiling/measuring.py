@@ -140,9 +140,8 @@ def measure(options: Options, *, on_step: Callable[[str], None] = lambda _step: 
         assert question is not None  # there is at least one bundle
         stopped = _rounds(measured, question, options, on_step)
         if options.image is None:
-            for one in measured:
-                on_step(f"pictures of other sizes: {one.subject.bundle.folder}")
-                _measure_sizes(one, question)
+            on_step("pictures of other sizes")
+            _measure_sizes(measured, question)
     for one in measured:
         if options.layers:
             on_step(f"layers: {one.subject.bundle.folder}")
@@ -232,14 +231,21 @@ def _is_narrow(answers: Sequence[Answer]) -> bool:
     return max(first.relative_width, whole.relative_width) <= NARROW
 
 
-def _measure_sizes(measured: Measured, question: Question) -> None:
-    """Measure the time to the first token of smaller pictures, where the bundle has shapes for them."""
-    sizes = picture_sizes(measured.subject.pipeline)
-    step = max(1, -(-len(sizes) // _MOST_SIZES))
-    for size in sizes[::step]:
-        asked = Question(picture=random_picture(size), prompt=question.prompt, new_tokens=1)
-        measured.subject.answer(asked)
-        measured.sizes.append((size, [measured.subject.answer(asked) for _ in range(_SIZE_RUNS)]))
+def _measure_sizes(measured: Sequence[Measured], question: Question) -> None:
+    """Measure the time to the first token of smaller pictures too, where a bundle has shapes for them, all in turns."""
+    turns: list[tuple[Subject, Question, list[Answer]]] = []
+    for one in measured:
+        sizes = picture_sizes(one.subject.pipeline)
+        step = max(1, -(-len(sizes) // _MOST_SIZES))
+        for size in sizes[::step]:
+            one.sizes.append((size, []))
+            asked = Question(picture=random_picture(size), prompt=question.prompt, new_tokens=1)
+            turns.append((one.subject, asked, one.sizes[-1][1]))
+    for subject, asked, _ in turns:
+        subject.answer(asked)
+    for _ in range(_SIZE_RUNS):
+        for subject, asked, answers in turns:
+            answers.append(subject.answer(asked))
 
 
 def _measure_layers(measured: Measured, question: Question, options: Options) -> list[LayerTime]:
