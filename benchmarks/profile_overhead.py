@@ -3,8 +3,8 @@
     python benchmarks/profile_overhead.py out/tiny --threads 1 --answers 600
 
 With: events around every launch of every graph, a moment for every token, and all sensors of the machine read five times a
-second, as in ``trio-profile``. Without: the same loaded graphs with none of it. Blocks of answers alternate, and so does which
-kind comes first.
+second, as in ``trio-profile``. Without: the same loaded graphs with none of it. Answers of both kinds alternate, and so does
+which one comes first; what is printed is the median over pairs, for other programs disturb both answers of a pair alike.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.device import LoadedGraphs
 from trio_edge.runtime.device_host import HostDevice
 from trio_edge.runtime.profiling.answers import Question, Subject
-from trio_edge.runtime.profiling.distribution import distribution, median_ratio
+from trio_edge.runtime.profiling.distribution import distribution
 from trio_edge.runtime.profiling.pictures import PROMPT, picture_sizes, random_picture
 from trio_edge.runtime.profiling.recording import Recording
 from trio_edge.runtime.profiling.report_table import with_interval
@@ -30,13 +30,30 @@ from trio_edge.runtime.profiling.sensor import open_sensors
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-BLOCK, REPEATS = 20, 50
+    from trio_edge.runtime.profiling.sensor import Sensor
+
+WARM_UP, REPEATS = 5, 50
 
 
 class Cost(NamedTuple):
     wall_ms: float
     cpu_ms: float
     """Of all threads; other programs on the machine do not count."""
+
+
+class _Gated:
+    """A sensor that is read only while it is open."""
+
+    def __init__(self, sensor: Sensor) -> None:
+        self.open = False
+        self.name = sensor.name
+        self._sensor = sensor
+
+    def read(self) -> dict[str, float]:
+        return self._sensor.read() if self.open else {}
+
+    def close(self) -> None:
+        self._sensor.close()
 
 
 class _Nothing:
@@ -66,18 +83,6 @@ def plain(subject: Subject, question: Question) -> Cost:
         subject.recording.enabled = True
 
 
-def without_profiling(subject: Subject, question: Question) -> list[Cost]:
-    """Return what each answer of a block costs."""
-    return [plain(subject, question) for _ in range(BLOCK)]
-
-
-def with_profiling(subject: Subject, question: Question) -> list[Cost]:
-    """Return what each answer of a block costs while sensors are sampled beside it."""
-    sensors, _ = open_sensors()
-    with SamplingThread(sensors):
-        return [cost_of(lambda: subject.answer(question)) for _ in range(BLOCK)]
-
-
 def hooks_ms(num_launches: int) -> float:
     """Return the least time of recording that many launches and reading their times."""
     recording, launch = Recording(), _Nothing()
@@ -101,12 +106,10 @@ def sensors_ms() -> float:
 
 
 def print_cost(name: str, without: Sequence[float], with_it: Sequence[float]) -> None:
-    ratio = median_ratio(with_it, without)
-    low, high = (100 * (end - 1) for end in ratio.interval_95)
+    more = distribution([100 * (after / before - 1) for before, after in zip(without, with_it)])
+    low, high = more.interval_95
     texts = [with_interval(distribution(values)) for values in (without, with_it)]
-    print(
-        f"{name}: {texts[0]} ms without, {texts[1]} ms with: {100 * (ratio.value - 1):+.2f} % ({low:+.2f} – {high:+.2f})"
-    )
+    print(f"{name}: {texts[0]} ms without, {texts[1]} ms with: {more.p50:+.2f} % ({low:+.2f} – {high:+.2f})")
 
 
 def main() -> None:
@@ -128,14 +131,25 @@ def main() -> None:
         new_tokens=min(options.new_tokens, bundle.manifest.max_new_tokens),
     )
     num_launches = len(subject.answer(question).calls)
+    sensors = [_Gated(sensor) for sensor in open_sensors()[0]]
+
+    def profiled() -> Cost:
+        for sensor in sensors:
+            sensor.open = True
+        cost = cost_of(lambda: subject.answer(question))
+        for sensor in sensors:
+            sensor.open = False
+        return cost
+
     without: list[Cost] = []
     with_it: list[Cost] = []
-    without_profiling(subject, question)  # warms up
-    for number in range(max(1, options.answers // BLOCK)):
-        kinds = [(without_profiling, without), (with_profiling, with_it)]
-        for kind, costs in kinds if number % 2 else reversed(kinds):
-            costs += kind(subject, question)
+    kinds = [(lambda: plain(subject, question), without), (profiled, with_it)]
+    with SamplingThread(sensors):
+        for number in range(options.answers + WARM_UP):
+            for kind, costs in kinds if number % 2 else reversed(kinds):
+                costs.append(kind())
     subject.close()
+    without, with_it = without[WARM_UP:], with_it[WARM_UP:]
     print_cost("wall time", [one.wall_ms for one in without], [one.wall_ms for one in with_it])
     print_cost("CPU time", [one.cpu_ms for one in without], [one.cpu_ms for one in with_it])
     least = min(one.cpu_ms for one in without)
