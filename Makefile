@@ -9,6 +9,8 @@ TORCH ?= torch==2.13.0
 # dependencies: on the package index its wheel is built for CUDA, and pip would replace a CPU torch to suit it.
 TORCHVISION ?= torchvision==0.28.0
 BUNDLE := out/tiny
+# Each takes 1.5 GB and one core.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: demo test lint format bundle clean
 
@@ -29,7 +31,7 @@ demo: $(BUNDLE)/trio.json
 	$(BIN)/python examples/demo.py --bundle $(BUNDLE) --out out
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 6 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
