@@ -26,7 +26,13 @@ from trio_edge.export.layout import Layout, text_buckets, vision_profiles
 from trio_edge.export.model_cost import cost_of
 from trio_edge.export.onnx_graph import attach_weights, save
 from trio_edge.export.output_folder import check_output, folder_beside
-from trio_edge.export.quantize.assign import embedding_key, plain_tensors, quantization_of, quantize_graphs
+from trio_edge.export.quantize.assign import (
+    check_packed,
+    embedding_key,
+    plain_tensors,
+    quantization_of,
+    quantize_graphs,
+)
 from trio_edge.export.quantize.graph import SCALE_SUFFIX
 from trio_edge.export.quantize.plan import QuantizePlan
 from trio_edge.export.quantize.scales import CalibratedScales
@@ -187,6 +193,7 @@ def export_bundle(
     check_output(options.out, force=options.force)
     progress.step("reading the checkpoint")
     checkpoint = read_checkpoint(options.model, revision=options.revision, check_config=check_architecture)
+    check_packed(checkpoint, options.quantize)
     family = family_of(checkpoint)
     processing = family.picture_processing(checkpoint, encoder_keep=None, max_visual=options.max_visual)
     pictures, primary = _picture_sizes(processing, options)
@@ -306,7 +313,7 @@ def export_bundle(
             token_keep=token_keep,
             token_embedding=stored[embedding_key(options.quantize)],
             token_embedding_scales=stored.get(embedding_key(options.quantize) + SCALE_SUFFIX),
-            quantization=quantization_of(forms, options.quantize, scales),
+            quantization=quantization_of(forms, options.quantize, scales, graphs=traced),
             graphs=graphs,
             files=_file_entries(folder, known=written.sha256),
             model_bytes=_model_bytes(checkpoint, dtype),

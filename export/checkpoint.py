@@ -10,11 +10,12 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.export.hub import SAFETENSORS_WAY_OUT, download_description, download_weights
+from trio_edge.export.packed_weights import PackedWeight, packed_format, with_packed
 from trio_edge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ class Checkpoint:
     """Commit of a Hub repository; what the user asked for otherwise."""
     config: dict[str, Any]
     tensors: dict[str, SourceTensor]
+    packed: dict[str, PackedWeight] = field(default_factory=dict)
+    """Those of ``tensors`` that are integers with scales."""
 
     def tensor(self, name: str) -> SourceTensor:
         """Return the tensor with canonical ``name``.
@@ -203,7 +206,12 @@ def read_checkpoint(
     for file in _weight_files(location.folder):
         for name, tensor in read_safetensors_header(file).items():
             tensors[canonical_name(name)] = tensor
-    return Checkpoint(folder=location.folder, name=model, revision=revision, config=config, tensors=tensors)
+    packed: dict[str, PackedWeight] = {}
+    if (form := packed_format(location.folder, config)) is not None:
+        tensors, packed = with_packed(location.folder, tensors, form)
+    return Checkpoint(
+        folder=location.folder, name=model, revision=revision, config=config, tensors=tensors, packed=packed
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

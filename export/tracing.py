@@ -16,8 +16,8 @@ from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
 from trio_edge.export.layer_stack import stack_layers
 from trio_edge.export.onnx_graph import dynamic_axes, example_input, trace
+from trio_edge.export.quantize.unpacking import read_weight
 from trio_edge.export.stage_selectors import needs_previous, stage_selector
-from trio_edge.export.weights import read_tensor
 from trio_edge.runtime.graph_tensors import head_tensors, range_tensors, select_tensors
 from trio_edge.runtime.manifest import GraphSpec, TensorSpec
 from trio_edge.trio.saliency import key_value_gram
@@ -338,7 +338,7 @@ def _gram(checkpoint: Checkpoint, layer: int) -> NDArray[np.float32]:
     prefix = f"language_model.layers.{layer}"
     with unset_fake_temporarily():
         key, value, norm = (
-            read_tensor(checkpoint.tensor(f"{prefix}.{name}.weight"))
+            read_weight(checkpoint, f"{prefix}.{name}.weight")
             for name in ("self_attn.k_proj", "self_attn.v_proj", "input_layernorm")
         )
         gram: NDArray[np.float32] = key_value_gram(key, value, norm).to(torch.float32).numpy()

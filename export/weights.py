@@ -41,6 +41,7 @@ _TORCH_FROM_SAFETENSORS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_TORCH_FROM_INTEGERS = {"I32": torch.int32, "U8": torch.uint8}
 _PIECE_BYTES = 8 << 20  # a multiple of every element's size
 _FICLONE = 0x40049409  # Linux: share a whole file's extents
 
@@ -276,14 +277,19 @@ def read_tensor(source: SourceTensor) -> torch.Tensor:
     """Return a copy of one tensor's values, in the type in which they are stored.
 
     Raises:
-        CheckpointError: If the file cannot be read.
+        CheckpointError: If the file cannot be read, or its type is none that a checkpoint's weights have.
     """
     raw = bytearray(source.num_bytes)
     filled = 0
     for piece in _pieces(source.file, offset=source.offset, num_bytes=source.num_bytes):
         raw[filled : filled + len(piece)] = piece
         filled += len(piece)
-    dtype = _TORCH_FROM_SAFETENSORS[source.dtype]
+    known = _TORCH_FROM_SAFETENSORS | _TORCH_FROM_INTEGERS
+    if source.dtype not in known:
+        raise CheckpointError(
+            f"{source.file}: expected tensors of {', '.join(known)}, got {source.dtype}; export another checkpoint"
+        )
+    dtype = known[source.dtype]
     if not raw:
         return torch.empty(source.shape, dtype=dtype)
     return torch.frombuffer(raw, dtype=dtype).reshape(source.shape)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from trio_edge.export.families.clip_llama import ClipLlama
 from trio_edge.export.families.internvl import InternVl
 from trio_edge.export.families.qwen2_5_vl import Qwen25Vl
+from trio_edge.export.packed_weights import packed_format
 from trio_edge.runtime.chat import MISTRAL_TEMPLATE
 from trio_edge.runtime.errors import CheckpointError
 
@@ -38,7 +39,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def check_architecture(folder: Path, config: dict[str, Any]) -> None:
-    """Raise CheckpointError if the checkpoint in ``folder`` needs remote code, is quantized, or is of no family here.
+    """Raise CheckpointError unless the checkpoint in ``folder`` can be read: no remote code, a family and a packing known here.
 
     ``config`` is its ``config.json``; this needs no weights, which may still have to be downloaded.
     """
@@ -47,10 +48,7 @@ def check_architecture(folder: Path, config: dict[str, Any]) -> None:
             f"{folder}: expected an architecture of transformers, got one with remote code, which is never"
             " run; use a checkpoint in the transformers format (names ending in -hf)"
         )
-    if "quantization_config" in config:
-        raise CheckpointError(
-            f"{folder}: expected floating point weights, got a quantized checkpoint; export the original"
-        )
+    packed_format(folder, config)
     _family(folder, config)
 
 

@@ -15,7 +15,9 @@ import msgspec
 from trio_edge.export.checkpoint import EMBEDDING_NAME
 from trio_edge.export.quantize.graph import SCALE_SUFFIX, LinearForm, is_linear, quantize_graph
 from trio_edge.export.quantize.numerics import BLOCK_SIZE, Format, block_size
-from trio_edge.export.quantize.plan import OPSETS, PARTS
+from trio_edge.export.quantize.plan import OPSETS, PARTS, part_of
+from trio_edge.export.quantize.unpacking import stored_block
+from trio_edge.runtime.errors import CheckpointError
 from trio_edge.runtime.manifest import Quantization
 
 if TYPE_CHECKING:
@@ -46,17 +48,32 @@ class StoredForm:
     smoothing: Smoothing | None = None
     is_table: bool = False
     """Whether it is a table of rows, stored as it lies."""
+    is_packed: bool = False
+    """Whether the checkpoint has integers."""
+    is_taken_over: bool = False
+    """Whether these are the bundle's."""
 
     @property
     def key(self) -> str:
         """Name in the bundle; a tensor as it is in the checkpoint keeps its own."""
         moved = ".rows" if self.is_table else "" if self.smoothing is None else ".smoothed"
-        return self.name + moved + ("" if self.kind == "none" else f".{self.kind}")
+        unquantized = ".unpacked" if self.is_packed else ""
+        return self.name + moved + (unquantized if self.kind == "none" else f".{self.kind}")
 
     @property
     def is_plain(self) -> bool:
         """Whether the values are the checkpoint's own."""
-        return self.kind == "none" and self.smoothing is None
+        return self.kind == "none" and self.smoothing is None and not self.is_packed
+
+
+def check_packed(checkpoint: Checkpoint, plan: QuantizePlan) -> None:
+    """Raise CheckpointError if ``checkpoint`` has integers with zero points, and ``plan`` does not say what becomes of them."""
+    asymmetric = next((name for name, one in checkpoint.packed.items() if not one.format.is_symmetric), None)
+    if asymmetric is not None and not plan.formats:
+        raise CheckpointError(
+            f"{checkpoint.folder} {asymmetric}: expected symmetric integers, which alone TensorRT reads, got some with zero"
+            " points; add --quantize int4 to round their values again, or --quantize none for floating point"
+        )
 
 
 def quantize_graphs(
@@ -70,7 +87,8 @@ def quantize_graphs(
         graphs: All of the bundle, traced, before their weights are attached.
         plan: The format of every part.
         scales: From calibration; empty without.
-        checkpoint: For the shapes, and the blocks of one that is quantized already.
+        checkpoint: For the shapes, and the blocks of one that is quantized already: parts that the plan does not name
+            take its integers over where they are symmetric, and their values in floating point elsewhere.
     """
     layer_formats = _layer_formats(graphs, plan)
     table = _embedding_form(plan)
@@ -82,7 +100,7 @@ def quantize_graphs(
             for name, tensor in graph.weights.items()
         }
         stored |= {form.key: form for form in forms.values() if not form.is_plain}
-        result.append(_rewritten(graph, forms, plan, scales))
+        result.append(_rewritten(graph, forms, scales))
     return result, tuple(stored.values())
 
 
@@ -106,16 +124,21 @@ def _form(
     checkpoint: Checkpoint,
 ) -> StoredForm:
     kind = plan.of_role(graph.spec.role)
+    packed = checkpoint.packed.get(tensor)
+    value = graph.model.graph.initializers[name]
+    may = is_linear(value) or (graph.spec.role == "select" and _is_decoder_linear(tensor))
+    keeps_integers = kind == ("int4" if plan.names(graph.spec.role) else "none")
+    if packed is not None and packed.format.is_symmetric and may and keeps_integers:
+        block = stored_block(packed)
+        return StoredForm(name=tensor, kind="int4", block=block, is_packed=True, is_taken_over=True)
     layer = _LAYER.match(tensor)
     # A probe reads its layer with the factors that were moved in it only where it shares the layer's weights.
     shares = layer is not None and kind != "none" and layer_formats[int(layer[1])] == kind
     smoothing = scales.smoothing.get(tensor) if shares else None
-    value = graph.model.graph.initializers[name]
-    may = is_linear(value) or (graph.spec.role == "select" and _is_decoder_linear(tensor))
     block = int4_block(checkpoint, tensor) if kind == "int4" else None
     if kind == "none" or not may or (kind == "int4" and block is None):
         kind, block = "none", None
-    return StoredForm(name=tensor, kind=kind, block=block, smoothing=smoothing)
+    return StoredForm(name=tensor, kind=kind, block=block, smoothing=smoothing, is_packed=packed is not None)
 
 
 def _is_decoder_linear(tensor: str) -> bool:
@@ -128,16 +151,14 @@ def int4_block(checkpoint: Checkpoint, tensor: str) -> int | None:
     return block_size(shape[1]) if len(shape) == 2 and shape[0] % 2 == 0 else None
 
 
-def _rewritten(
-    graph: TracedGraph, forms: Mapping[str, StoredForm], plan: QuantizePlan, scales: CalibratedScales
-) -> TracedGraph:
+def _rewritten(graph: TracedGraph, forms: Mapping[str, StoredForm], scales: CalibratedScales) -> TracedGraph:
     quantized = {name: form for name, form in forms.items() if form.kind != "none"}
     weights = {name: form.key for name, form in forms.items()}
     if not quantized:
         return replace(graph, weights=weights)
     weights |= {name + SCALE_SUFFIX: form.key + SCALE_SUFFIX for name, form in quantized.items()}
     ranges = {} if graph.spec.role == "select" else scales.activation_max
-    opset = max(graph.model.opset_imports[""], OPSETS[plan.of_role(graph.spec.role)])
+    opset = max(graph.model.opset_imports[""], *(OPSETS[form.kind] for form in quantized.values()))
     constants: dict[str, NDArray[Any]] = quantize_graph(
         graph.model,
         {
@@ -177,14 +198,23 @@ def _embedding_form(plan: QuantizePlan) -> StoredForm:
 
 
 def quantization_of(
-    forms: Sequence[StoredForm], plan: QuantizePlan, scales: CalibratedScales
+    forms: Sequence[StoredForm],
+    plan: QuantizePlan,
+    scales: CalibratedScales,
+    *,
+    graphs: Iterable[TracedGraph],
 ) -> Quantization | None:
-    """Return what the manifest says of ``forms``; None without any."""
-    if not forms:
+    """Return what the manifest says of ``forms``; None without any quantized one."""
+    if all(form.kind == "none" for form in forms):
         return None
+    taken = {form.key for form in forms if form.is_taken_over}
+    parts = {
+        part_of(graph.spec.role): "int4" for graph in graphs if not taken.isdisjoint(graph.weights.values())
+    }
+    named = {part: kind for part in PARTS if (kind := plan.of_part(part)) != "none"}
     return Quantization(
-        formats={part: kind for part in PARTS if (kind := plan.of_part(part)) != "none"},
-        method=scales.method,
+        formats={**parts, **named},
+        method="checkpoint" if taken else scales.method,
         block_size=largest_block(forms),
         num_samples=scales.num_samples,
     )

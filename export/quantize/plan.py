@@ -46,6 +46,10 @@ class QuantizePlan:
         """Return the format of graphs with ``role``."""
         return self.of_part(_PART_FROM_ROLE[role]) if role in _PART_FROM_ROLE else "none"
 
+    def names(self, role: Role) -> bool:
+        """Return whether it says anything of graphs with ``role``."""
+        return _PART_FROM_ROLE.get(role) in self.formats
+
     def of_layers(self, schedule: Schedule, *, num_layers: int) -> list[Format]:
         """Return the format of each decoder layer's own graph."""
         starts = [stage.layer for stage in schedule.stages]
@@ -64,6 +68,11 @@ class QuantizePlan:
     def is_empty(self) -> bool:
         """Whether nothing is quantized."""
         return all(kind == "none" for kind in self.formats.values())
+
+
+def part_of(role: Role) -> Part:
+    """Return the part that graphs with ``role``, one that can be quantized, belong to."""
+    return _PART_FROM_ROLE[role]
 
 
 def parse_plan(text: str) -> QuantizePlan:

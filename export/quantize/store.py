@@ -9,13 +9,13 @@ import torch
 
 from trio_edge.export.quantize.graph import SCALE_SUFFIX
 from trio_edge.export.quantize.numerics import quantize, stored_bytes
+from trio_edge.export.quantize.unpacking import read_weight, taken_over
 from trio_edge.export.weights import (
     SAFETENSORS_FROM_DTYPE,
     WEIGHTS_FOLDER,
     HashedFile,
     StoredWeights,
     check_finite,
-    read_tensor,
     safetensors_header,
 )
 from trio_edge.runtime.manifest import StoredTensor
@@ -95,6 +95,7 @@ class _Writer:
     """One tensor on its way into the file: first what it will be, later its bytes."""
 
     def __init__(self, checkpoint: Checkpoint, form: StoredForm, *, dtype: FloatType) -> None:
+        self.checkpoint = checkpoint
         self.source: SourceTensor = checkpoint.tensor(form.name)
         self.form = form
         self.dtype = dtype
@@ -112,7 +113,11 @@ class _Writer:
     def tensors(self) -> Iterator[Tensor]:
         """Yield the arrays."""
         form = self.form
-        weight = read_tensor(self.source)
+        if form.is_taken_over:
+            integers = taken_over(self.checkpoint, form.name, dtype=self.dtype)
+            yield from stored_bytes(integers, kind=form.kind)
+            return
+        weight = read_weight(self.checkpoint, form.name)
         check_finite(weight, self.source, name=form.name)
         if form.smoothing is not None:
             weight = form.smoothing.apply(weight)

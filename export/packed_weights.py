@@ -1,0 +1,182 @@
+"""Finds integer weights of checkpoints that were quantized before: AWQ, GPTQ, compressed-tensors and Model Optimizer, INT4.
+
+Every packed linear layer becomes one tensor of the checkpoint, with the shape [O, I] of its weight and the dtype ``PACKED``; where
+its integers and scales lie is in ``PackedWeight``. Only descriptions are read here; ``quantize/unpacking.py`` reads the values.
+
+| layout             | integers                                     | scales   | zero points                        |
+|--------------------|----------------------------------------------|----------|------------------------------------|
+| awq                | int32 [I, O/8], outputs 0 2 4 6 1 3 5 7      | [I/g, O] | like the integers, [I/g, O/8]      |
+| gptq               | int32 [I/8, O], inputs in order              | [I/g, O] | int32 [I/g, O/8], one less (v1)    |
+| compressed-tensors | int32 [O, I/8], inputs in order, 8 added     | [O, I/g] | none where symmetric               |
+| modelopt           | uint8 [O/2, I], two outputs, two's complement | [O, I/g] | none                               |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from trio_edge.runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from trio_edge.export.checkpoint import SourceTensor
+
+Layout = Literal["awq", "gptq", "compressed-tensors", "modelopt"]
+PACKED = "INT4"
+"""dtype of a packed weight among a checkpoint's tensors; no safetensors file has it."""
+_VALUES = {"awq": "qweight", "gptq": "qweight", "compressed-tensors": "weight_packed", "modelopt": "weight"}
+_SCALES = {
+    "awq": "scales",
+    "gptq": "scales",
+    "compressed-tensors": "weight_scale",
+    "modelopt": "weight_scale",
+}
+_ZEROS = {"awq": "qzeros", "gptq": "qzeros"}
+_LEFT = ("g_idx", "weight_shape", "weight_g_idx")
+"""What else belongs to a packed layer."""
+_WAY_OUT = "export the checkpoint that was not quantized"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedFormat:
+    """What a checkpoint's configuration says of its packed weights."""
+
+    layout: Layout
+    is_symmetric: bool
+    """Whether every zero point is the middle, 8."""
+    stored_zero_offset: int = 0
+    """What is added to a stored zero point."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedWeight:
+    """One linear layer's INT4 weight."""
+
+    format: PackedFormat
+    shape: tuple[int, int]
+    """[O, I]."""
+    values: SourceTensor
+    scales: SourceTensor
+    zeros: SourceTensor | None
+    order: SourceTensor | None
+    """GPTQ's ``g_idx`` [I]: the block of each input."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Scales of one output."""
+        blocks_first = self.format.layout in ("awq", "gptq")
+        return self.scales.shape[0 if blocks_first else 1]
+
+    @property
+    def block(self) -> int:
+        """Inputs that share a scale."""
+        return self.shape[1] // self.num_blocks
+
+
+def packed_format(folder: Path, config: Mapping[str, Any]) -> PackedFormat | None:
+    """Return how the checkpoint with ``config`` packs its weights; None if it does not.
+
+    Raises:
+        CheckpointError: If it packs them in a way that cannot be read.
+    """
+    if "quantization_config" not in config:
+        return None
+    said = config["quantization_config"]
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    if method == "awq":
+        _require(folder, "version", said.get("version", "gemm"), ("gemm", "GEMM"))
+        _require(folder, "bits", said.get("bits", said.get("w_bit")), (4,))
+        return PackedFormat(layout="awq", is_symmetric=not said.get("zero_point", True))
+    if method == "gptq":
+        _require(folder, "bits", said.get("bits"), (4,))
+        _require(folder, "desc_act", said.get("desc_act", False), (False,))
+        is_v1 = said.get("checkpoint_format", "gptq") == "gptq"
+        return PackedFormat(
+            layout="gptq", is_symmetric=bool(said.get("sym", True)), stored_zero_offset=1 if is_v1 else 0
+        )
+    if method == "compressed-tensors":
+        _require(folder, "format", said.get("format"), ("pack-quantized",))
+        for group in said.get("config_groups", {}).values():
+            weights = group.get("weights") or {}
+            _require(folder, "num_bits", weights.get("num_bits"), (4,))
+            _require(folder, "symmetric", weights.get("symmetric", True), (True,))
+            _require(folder, "actorder", weights.get("actorder"), (None, "static", "weight"))
+        return PackedFormat(layout="compressed-tensors", is_symmetric=True)
+    if method == "modelopt":
+        _require(folder, "quant_algo", said.get("quant_algo"), ("W4A16_AWQ",))
+        return PackedFormat(layout="modelopt", is_symmetric=True)
+    raise CheckpointError(
+        f"{folder}/config.json quantization_config: expected awq, gptq, compressed-tensors or modelopt, got {method!r};"
+        f" {_WAY_OUT}"
+    )
+
+
+def _require(folder: Path, name: str, got: object, wanted: tuple[object, ...]) -> None:
+    if got not in wanted:
+        raise CheckpointError(
+            f"{folder}/config.json quantization_config.{name}: expected {' or '.join(map(repr, wanted))}, got {got!r}, which"
+            f" symmetric INT4 blocks cannot express; {_WAY_OUT}"
+        )
+
+
+def with_packed(
+    folder: Path, tensors: Mapping[str, SourceTensor], form: PackedFormat
+) -> tuple[dict[str, SourceTensor], dict[str, PackedWeight]]:
+    """Return the tensors with one for each packed weight, and where the parts of these lie.
+
+    Raises:
+        CheckpointError: If parts are missing or do not fit together.
+    """
+    result, packed = dict(tensors), {}
+    values_name, scales_name = _VALUES[form.layout], _SCALES[form.layout]
+    for scales_key in [name for name in tensors if name.endswith(f".{scales_name}")]:
+        layer = scales_key.removesuffix(f".{scales_name}")
+        if f"{layer}.pre_quant_scale" in tensors:
+            raise CheckpointError(
+                f"{folder} tensor '{layer}.pre_quant_scale': expected inputs without factors of their own, got some; {_WAY_OUT}"
+            )
+        values = result.pop(f"{layer}.{values_name}", None)
+        if values is None:
+            raise CheckpointError(
+                f"{folder}: expected a tensor '{layer}.{values_name}' beside its scales, got none; download the checkpoint again"
+            )
+        zeros = result.pop(f"{layer}.{_ZEROS[form.layout]}", None) if form.layout in _ZEROS else None
+        order = tensors.get(f"{layer}.g_idx")
+        for left in _LEFT:
+            result.pop(f"{layer}.{left}", None)
+        weight = PackedWeight(
+            format=form,
+            shape=_shape(values, form.layout),
+            values=values,
+            scales=result.pop(scales_key),
+            zeros=zeros,
+            order=order,
+        )
+        _check_blocks(folder, layer, weight)
+        packed[f"{layer}.weight"] = weight
+        result[f"{layer}.weight"] = replace(values, dtype=PACKED, shape=weight.shape)
+    return result, packed
+
+
+def _shape(values: SourceTensor, layout: Layout) -> tuple[int, int]:
+    rows, columns = values.shape
+    if layout == "awq":
+        return columns * 8, rows
+    if layout == "gptq":
+        return columns, rows * 8
+    return (rows, columns * 8) if layout == "compressed-tensors" else (rows * 2, columns)
+
+
+def _check_blocks(folder: Path, layer: str, weight: PackedWeight) -> None:
+    num_outputs, num_inputs = weight.shape
+    blocks, outputs = weight.scales.shape[:2]
+    if weight.format.layout not in ("awq", "gptq"):
+        blocks, outputs = outputs, blocks
+    if outputs != num_outputs or num_inputs % max(blocks, 1):
+        raise CheckpointError(
+            f"{folder} {layer}: expected scales for {num_outputs} outputs and equal blocks of {num_inputs} inputs, got"
+            f" {list(weight.scales.shape)}; download the checkpoint again"
+        )
