@@ -189,6 +189,8 @@ class BundleProfile(_Part, frozen=True):
     manifest_sha256: str
     model: str
     dtype: str
+    formats: dict[str, str]
+    """Of weights in another format than ``dtype``, by part of the model."""
     selection: str
     visual_tokens: int
     processed_tokens: float
@@ -220,6 +222,14 @@ class BundleProfile(_Part, frozen=True):
     """Every kind of layer, where the backend tells its layers apart."""
     layers: tuple[LayerTime, ...]
     """The slowest of each graph in each phase."""
+
+    @property
+    def numbers(self) -> str:
+        """What activations and weights are stored as: ``float16, int4 in prefix, suffix``."""
+        parts: dict[str, list[str]] = {}
+        for part, kind in self.formats.items():
+            parts.setdefault(kind, []).append(part)
+        return ", ".join([self.dtype, *(f"{kind} in {', '.join(names)}" for kind, names in parts.items())])
 
 
 class Comparison(_Part, frozen=True):

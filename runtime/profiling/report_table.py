@@ -95,7 +95,7 @@ def _comparison_table(comparison: Comparison) -> Table:
 def _graph_table(bundle: BundleProfile) -> Table:
     table = Table(
         "graph", "profile", "calls", "ms", "p95", "spread", "of answer", "GFLOP/s", "GB/s", "roofline",
-        title=escape(f"{bundle.label}: {bundle.selection}"),
+        title=escape(f"{bundle.label}: {bundle.numbers}; {bundle.selection}"),
     )  # fmt: skip
     for graph in bundle.graphs:
         table.add_row(

@@ -81,6 +81,7 @@ def _bundle_profile(measured: Measured, measurement: Measurement, *, label: str)
         manifest_sha256=sha256_of(bundle.folder / MANIFEST_NAME),
         model=manifest.model,
         dtype=manifest.dtype,
+        formats={} if manifest.quantization is None else dict(manifest.quantization.formats),
         selection=_selection(manifest),
         visual_tokens=first.visual_tokens,
         processed_tokens=first.average_keep * first.visual_tokens,

@@ -89,6 +89,7 @@ def bundle_profile(label: str, scale: float) -> BundleProfile:
         manifest_sha256="0123abcd",
         model="llava-next-7b",
         dtype="float16",
+        formats={"prefix": "int4", "head": "int8", "suffix": "int4"},
         selection="trio keeps 460 at layer 1, 270 at layer 10, 110 at layer 15",
         visual_tokens=2880,
         processed_tokens=319.5 * scale,
@@ -249,6 +250,11 @@ def test_the_page_is_well_formed_and_needs_nothing_else(page: str) -> None:
     assert names.isdisjoint({"src", "href", "srcset", "data", "action", "style"})
     assert not re.search(r"url\(|@import|https?:", page)
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in reader.tags
+
+
+def test_numbers_are_named_by_format(report: Report, page: str) -> None:
+    assert report.bundles[0].numbers == "float16, int4 in prefix, suffix, int8 in head"
+    assert "float16, int4 in prefix, suffix, int8 in head;" in page
 
 
 def test_a_name_cannot_become_markup(page: str) -> None:
