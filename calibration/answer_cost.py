@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trio_edge.export.model_cost import reduce_flops
+from trio_edge.runtime.clip_text import num_clip_texts
+from trio_edge.runtime.prediction.selections import clip_text_flops, reduce_flops
 from trio_edge.trio.cost import ModelShape, decoder_layer_flops, head_flops, reduction_cost
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def prefill_flops(
     if not num_visual:
         return decoder
     stages = _select_flops(manifest, shape, num_visual=num_visual, num_text=num_text) if select else 0.0
-    return decoder + vision + stages + _reduce_flops(manifest, num_visual=num_visual, num_text=num_text)
+    return decoder + vision + stages + _before_decoder(manifest, num_visual=num_visual, num_text=num_text)
 
 
 def _entering(manifest: Manifest, num_visual: int) -> int:
@@ -74,10 +75,15 @@ def _select_flops(manifest: Manifest, shape: ModelShape, *, num_visual: int, num
     ).select_flops
 
 
-def _reduce_flops(manifest: Manifest, *, num_visual: int, num_text: int) -> float:
+def _before_decoder(manifest: Manifest, *, num_visual: int, num_text: int) -> float:
+    """Return the FLOPs of the selection before the decoder, and of the text tower that it needs."""
     if manifest.token_method is None or manifest.token_keep is None:
         return 0.0
-    return reduce_flops(
+    tower = 0.0
+    if manifest.clip_text is not None:
+        texts = num_clip_texts(num_text, length=manifest.clip_text.length)
+        tower = clip_text_flops(manifest, num_texts=texts)
+    return tower + reduce_flops(
         manifest.graph("reduce"),
         manifest.token_method,
         num_visual=num_visual,

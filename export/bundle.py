@@ -18,12 +18,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trio_edge.export.checkpoint import EMBEDDING_NAME, canonical_name, read_checkpoint
+from trio_edge.export.clip import build_clip, read_clip, with_patches
 from trio_edge.export.decoder_config import check_positions, max_positions
 from trio_edge.export.families import check_architecture, family_of
 from trio_edge.export.fit import check_fit, fit_inputs
 from trio_edge.export.graphs.vision_reduced import KEEP_MULTIPLE
 from trio_edge.export.layout import Layout, text_buckets, vision_profiles
-from trio_edge.export.model_cost import cost_of
+from trio_edge.export.model_cost import COST_TEXT_TOKENS, cost_of
 from trio_edge.export.onnx_graph import attach_weights, save
 from trio_edge.export.output_folder import check_output, folder_beside
 from trio_edge.export.quantize.assign import (
@@ -39,7 +40,7 @@ from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
 from trio_edge.export.tensorrt_check import require_supported
 from trio_edge.export.text_files import read_text_files
-from trio_edge.export.token_selectors import token_selector
+from trio_edge.export.token_selectors import CLIP_METHODS, full_grid, token_selector
 from trio_edge.export.tracing import trace_graphs
 from trio_edge.export.vision_dimensions import vision_dimensions
 from trio_edge.export.weights import bytes_to_write, store_constants, store_weights
@@ -106,6 +107,9 @@ class ExportOptions:
     """Selection among the picture's visual tokens before the decoder; combines with any schedule."""
     token_keep: int | float | None = None
     """Visual tokens of a picture that it passes on, or a share of them below 1."""
+    clip: str | None = None
+    """CLIP model (folder or Hub id) in whose space the selection before the decoder compares the question; None for the
+    decoder's embeddings."""
     quantize: QuantizePlan = field(default_factory=QuantizePlan)
     """Which parts are stored in four or eight bits."""
     opset: int = 18
@@ -137,6 +141,11 @@ class ExportOptions:
             raise ScheduleError(
                 f"--token-method and --token-keep: expected both or none, got {self.token_method} and"
                 f" {self.token_keep}; give the other one too"
+            )
+        if self.clip is not None and self.token_method not in CLIP_METHODS:
+            raise ScheduleError(
+                f"--clip: expected --token-method {' or '.join(CLIP_METHODS)} beside it, got {self.token_method};"
+                " leave --clip away"
             )
         for width, height in self.image_sizes:
             if not (1 <= width <= 65535 and 1 <= height <= 65535):
@@ -195,6 +204,7 @@ def export_bundle(
     checkpoint = read_checkpoint(options.model, revision=options.revision, check_config=check_architecture)
     check_packed(checkpoint, options.quantize)
     family = family_of(checkpoint)
+    clip = None if options.clip is None else read_clip(options.clip)
     processing = family.picture_processing(checkpoint, encoder_keep=None, max_visual=options.max_visual)
     pictures, primary = _picture_sizes(processing, options)
     picture_tokens = primary["N"]
@@ -216,7 +226,9 @@ def export_bundle(
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
         selector = None
         if options.token_method is not None and token_keep is not None:
-            selector = token_selector(options.token_method, num_keep=token_keep)
+            selector = token_selector(
+                options.token_method, num_keep=token_keep, clip=clip is not None, grid=full_grid(processing)
+            )
         model = family.build(
             checkpoint,
             processing=processing,
@@ -225,6 +237,10 @@ def export_bundle(
         )
         dimensions = dimensions_of(model)
         _check_tensors(checkpoint, model)
+        clip_graphs = None
+        if clip is not None:
+            checkpoint, clip_graphs = clip.beside(checkpoint), build_clip(clip)
+            model = with_patches(model, clip_graphs, dtype=dtype)
         schedule = schedule_for(
             ScheduleInputs(
                 num_layers=dimensions.num_layers,
@@ -243,6 +259,7 @@ def export_bundle(
             max_new_tokens=options.max_new_tokens,
             dtype=dtype,
             opset=options.opset,
+            clip_texts=() if clip is None else clip.num_texts(options.max_text),
         )
         check_positions(
             model.text_config,
@@ -254,7 +271,9 @@ def export_bundle(
         if options.target is not None:
             target = find_target(options.target)
             progress.step(f"checking the fit on {target.name}")
-            warning = check_fit(fit_inputs(model, dimensions, layout=layout, processing=processing), target)
+            tower = None if clip_graphs is None else clip_graphs.text
+            inputs = fit_inputs(model, dimensions, layout=layout, processing=processing, text_tower=tower)
+            warning = check_fit(inputs, target)
             if warning is not None:
                 progress.warn(warning)
         traced = trace_graphs(
@@ -263,11 +282,12 @@ def export_bundle(
             layout=layout,
             dimensions=dimensions,
             selector=selector,
+            clip=clip_graphs,
             step=progress.step,
         )
 
     traced, forms = quantize_graphs(traced, options.quantize, scales, checkpoint=checkpoint)
-    names, whole_files = plain_tensors(traced, forms), not forms
+    names, whole_files = plain_tensors(traced, forms), not forms and clip is None
     needed = bytes_to_write(checkpoint, names, dtype=dtype, whole_files=whole_files)
     needed += quantized_bytes(checkpoint, forms, dtype=dtype)
     with folder_beside(options.out, num_bytes=needed, force=options.force) as folder:
@@ -290,6 +310,8 @@ def export_bundle(
         progress.step("writing the graphs")
         graphs = tuple(_write_graph(graph, stored, folder) for graph in traced)
         text.write(folder)
+        if clip is not None:
+            clip.write(folder)
         progress.step("hashing")
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -328,8 +350,10 @@ def export_bundle(
                 token_keep=token_keep,
                 graphs=graphs,
                 dtype=dtype,
+                clip_text_flops=None if clip is None else clip.flops(COST_TEXT_TOKENS),
             ),
             vision=vision_dimensions(model, sizes=primary, hidden_size=dimensions.hidden_size),
+            clip_text=None if clip is None else clip.spec,
             tools={
                 name: version(name)
                 for name in ("trio-edge", "torch", "transformers", "onnx-ir", "onnxscript")

@@ -48,6 +48,11 @@ DEFAULT_KEEP = "11.1%"
 )
 @click.option("--token-keep", metavar="N|PERCENT", help="Visual tokens that --token-method passes on.")
 @click.option(
+    "--clip",
+    metavar="MODEL",
+    help="CLIP model (folder or Hub id) of the vision tower: cdpruner and eadp then compare the question in its space.",
+)
+@click.option(
     "--probe-rows",
     type=click.Choice(["reference", "answer"]),
     help="Rows with the proxy loss: S-5..S-2 or S-4..S-1.",

@@ -35,6 +35,8 @@ from trio_edge.trio.schedule import parse_keep, schedule_for_keep
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch import nn
+
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.layout import Layout
     from trio_edge.runtime.manifest import Dimensions
@@ -68,7 +70,7 @@ class FitInputs:
     model: ModelShape
     """``bytes_per_element`` is that of all weights, activations and KV caches; ``vision`` is not read."""
     vision_params: int
-    """Parameters of the vision tower and the projector."""
+    """Parameters of the vision tower and the projector, and of CLIP's text tower where there is one."""
     picture: Picture
     schedule: Schedule
     max_text: int
@@ -296,6 +298,7 @@ def fit_inputs(
     *,
     layout: Layout,
     processing: PictureProcessing,
+    text_tower: nn.Module | None = None,
 ) -> FitInputs:
     """Return the numbers of a model that is about to be exported; reads no weight.
 
@@ -304,7 +307,9 @@ def fit_inputs(
         dimensions: Sizes of the decoder.
         layout: Shapes of all graphs.
         processing: Gives the sizes of a small picture.
+        text_tower: CLIP's, if the bundle has it.
     """
+    towers = [model.vision.module] if text_tower is None else [model.vision.module, text_tower]
     largest = max(layout.vision_sizes, key=lambda sizes: (sizes["N"], *sizes.values()))
     picture = Picture(num_visual=largest["N"], vision=model.vision_shape(largest))
     sizes = processing.sizes(*SMALL_PICTURE)
@@ -320,7 +325,7 @@ def fit_inputs(
             vocab_size=dimensions.vocab_size,
             bytes_per_element=2 if layout.dtype == "float16" else 4,
         ),
-        vision_params=sum(parameter.numel() for parameter in model.vision.module.parameters()),
+        vision_params=sum(parameter.numel() for tower in towers for parameter in tower.parameters()),
         picture=picture,
         schedule=layout.schedule,
         max_text=layout.text_buckets[-1],

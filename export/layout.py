@@ -57,6 +57,8 @@ class Layout:
     max_new_tokens: int
     dtype: FloatType
     opset: int
+    clip_texts: tuple[int, ...] = ()
+    """Every M of CLIP's text tower, ascending; none without one."""
 
     @property
     def picture_sizes(self) -> tuple[int, ...]:
@@ -69,14 +71,26 @@ class Layout:
         return self.picture_sizes if self.token_keep is None else (self.token_keep,)
 
     def reduce_profiles(self, *, with_text: bool) -> tuple[Profile, ...]:
-        """Return the profiles of the selection before the decoder; T is the rows of the text, if it needs them."""
-        if not with_text:
-            return tuple(Profile(name=f"n{rows}", sizes={"N": rows}) for rows in self.picture_sizes)
+        """Return the profiles of the selection before the decoder.
+
+        T is the rows of the text, if it needs them; M is CLIP's texts, if it needs those.
+        """
+        if self.clip_texts:
+            return self._reduce_profiles("M", self.clip_texts)
+        if with_text:
+            return self._reduce_profiles("T", self.text_buckets)
+        return tuple(Profile(name=f"n{rows}", sizes={"N": rows}) for rows in self.picture_sizes)
+
+    def _reduce_profiles(self, symbol: str, counts: tuple[int, ...]) -> tuple[Profile, ...]:
         return tuple(
-            Profile(name=f"n{rows}+{bucket}", sizes={"N": rows, "T": bucket})
+            Profile(name=f"n{rows}+{count}", sizes={"N": rows, symbol: count})
             for rows in self.picture_sizes
-            for bucket in self.text_buckets
+            for count in counts
         )
+
+    def clip_text_profiles(self) -> tuple[Profile, ...]:
+        """Return the profiles of CLIP's text tower."""
+        return tuple(Profile(name=f"m{count}", sizes={"M": count}) for count in self.clip_texts)
 
     def visual_rows(self, index: int) -> tuple[int, ...]:
         """Return the rows that layer range ``index`` can have for the visual span: every N, or K of its stage."""

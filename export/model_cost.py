@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trio_edge.runtime.manifest import Cost, Dimensions
+from trio_edge.runtime.prediction.selections import reduce_flops
 from trio_edge.runtime.schedule import Schedule
 from trio_edge.trio.cost import ModelShape, reduction_cost
-from trio_edge.trio.selectors.cost import token_flops
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,6 +32,7 @@ def cost_of(
     token_keep: int | None,
     graphs: Sequence[GraphSpec],
     dtype: FloatType,
+    clip_text_flops: float | None = None,
 ) -> Cost:
     """Return the cost of a prefill with a picture of ``vision_sizes`` and ``COST_TEXT_TOKENS`` text tokens.
 
@@ -46,6 +47,7 @@ def cost_of(
         token_keep: What that passes on.
         graphs: Of the bundle; the ``reduce`` graph's inputs tell its widths.
         dtype: Of the KV cache.
+        clip_text_flops: Of CLIP's text tower for this text, if there is one.
     """
     num_visual = vision_sizes["N"]
     shape = ModelShape(
@@ -75,10 +77,18 @@ def cost_of(
         "decoder": round(cost.decoder_flops),
         "select": round(cost.select_flops),
     }
+    if clip_text_flops is not None:
+        reduced["clip_text"] = round(clip_text_flops)
     if token_method is not None and token_keep is not None:
         (graph,) = (graph for graph in graphs if graph.role == "reduce")
         reduced["reduce"] = round(
-            reduce_flops(graph, token_method, num_visual=num_visual, num_keep=token_keep)
+            reduce_flops(
+                graph,
+                token_method,
+                num_visual=num_visual,
+                num_keep=token_keep,
+                num_text=COST_TEXT_TOKENS,
+            )
         )
     return Cost(
         num_visual=num_visual,
@@ -89,25 +99,3 @@ def cost_of(
         reduced_kv_bytes=cost.kv_bytes,
         picture_tokens=None if picture_tokens == num_visual else picture_tokens,
     )
-
-
-def reduce_flops(
-    graph: GraphSpec,
-    method: TokenMethod,
-    *,
-    num_visual: int,
-    num_keep: int,
-    num_text: int = COST_TEXT_TOKENS,
-) -> float:
-    """Return the FLOPs of the selection before the decoder, its products and its greedy steps.
-
-    Args:
-        graph: The ``reduce`` graph.
-        method: What it selects by.
-        num_visual: Visual tokens of the picture.
-        num_keep: What it passes on.
-        num_text: Text tokens of the prompt; those before the picture are few.
-    """
-    widths = {tensor.name: size for tensor in graph.inputs if isinstance(size := tensor.shape[-1], int)}
-    flops = token_flops(method, num_visual=num_visual, num_keep=num_keep, num_text=num_text, widths=widths)
-    return flops.products + flops.steps

@@ -49,7 +49,7 @@ def read_text_files(
         CheckpointError: If there is no tokenizer, its image token is not a single known token or not in the template
             that needs marks, or it has tokens without a row in the embedding table.
     """
-    tokenizer = _load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     backend = tokenizer.backend_tokenizer
     image_token_id = checkpoint.config.get("image_token_index", checkpoint.config.get("image_token_id"))
     image_token = backend.id_to_token(image_token_id) if isinstance(image_token_id, int) else None
@@ -97,7 +97,12 @@ def _check_vocabulary(checkpoint: Checkpoint, backend: Any) -> None:
         )
 
 
-def _load_tokenizer(checkpoint: Checkpoint) -> Any:
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Return the fast tokenizer that transformers uses for a checkpoint.
+
+    Raises:
+        CheckpointError: If its files are missing or broken, or it is a slow one.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -18,6 +18,7 @@ from trio_edge.export.layer_stack import stack_layers
 from trio_edge.export.onnx_graph import dynamic_axes, example_input, trace
 from trio_edge.export.quantize.unpacking import read_weight
 from trio_edge.export.stage_selectors import needs_previous, stage_selector
+from trio_edge.runtime.clip_text import CLIP_TEXT
 from trio_edge.runtime.graph_tensors import head_tensors, range_tensors, select_tensors
 from trio_edge.runtime.manifest import GraphSpec, TensorSpec
 from trio_edge.trio.saliency import key_value_gram
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
+    from trio_edge.export.clip import ClipGraphs
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.layout import Layout
     from trio_edge.runtime.graph_tensors import GraphTensors
@@ -118,6 +120,7 @@ def trace_graphs(
     layout: Layout,
     dimensions: Dimensions,
     selector: TokenSelector | None,
+    clip: ClipGraphs | None = None,
     step: Callable[[str], None],
 ) -> list[TracedGraph]:
     """Return all graphs of the bundle in the order in which a prefill runs them; called under FakeTensorMode.
@@ -128,14 +131,20 @@ def trace_graphs(
         layout: Shapes.
         dimensions: Sizes of the decoder.
         selector: The selection before the decoder, if there is one.
+        clip: The text tower that it needs, if it does.
         step: Called with what is traced next.
     """
     tracer = _Tracer(model, checkpoint, layout=layout, dimensions=dimensions)
+    if clip is not None:
+        tracer.names |= clip.names
     step("tracing vision")
     graphs = [_vision(tracer)]
+    if clip is not None:
+        step("tracing clip_text")
+        graphs.append(_clip_text(tracer, clip))
     if selector is not None:
         step("tracing reduce")
-        graphs.append(_reduce(tracer, selector, vision=graphs[0].spec))
+        graphs.append(_reduce(tracer, selector, before=[graph.spec for graph in graphs]))
     ranges = layout.layer_ranges(dimensions.num_layers)
     for index, layers in enumerate(ranges):
         if index > 0:
@@ -192,21 +201,51 @@ def _trace_sizes(spec: GraphSpec, *, several: Mapping[str, int]) -> tuple[dict[s
     return sizes, dims
 
 
-def _reduce(tracer: _Tracer, selector: Any, *, vision: GraphSpec) -> TracedGraph:
+def _clip_text(tracer: _Tracer, clip: ClipGraphs) -> TracedGraph:
+    length = clip.text.position_embedding.num_embeddings
+    spec = GraphSpec(
+        name=CLIP_TEXT,
+        role=CLIP_TEXT,
+        file=f"{CLIP_TEXT}.onnx",
+        inputs=(TensorSpec(name="clip_ids", dtype="int32", shape=("M", length)),),
+        outputs=(
+            TensorSpec(
+                name="clip_texts", dtype=tracer.layout.dtype, shape=("M", length, clip.projection_size)
+            ),
+        ),
+        profiles=tracer.layout.clip_text_profiles(),
+        weight_bytes=0,
+    )
+    sizes, dims = _trace_sizes(spec, several={"M": 3})
+    (ids,) = spec.inputs
+    return tracer.graph(
+        clip.text,
+        spec,
+        args=(example_input(ids, trace_sizes=sizes),),
+        dynamic_shapes=(dynamic_axes(ids, dims=dims),),
+        constants={},
+    )
+
+
+def _reduce(tracer: _Tracer, selector: Any, *, before: Sequence[GraphSpec]) -> TracedGraph:
     layout, hidden = tracer.layout, tracer.dimensions.hidden_size
-    outputs_of_vision = {tensor.name: tensor for tensor in vision.outputs}
+    outputs_before = {tensor.name: tensor for graph in before for tensor in graph.outputs}
     inputs = [
-        outputs_of_vision["visual_tokens"],
+        outputs_before["visual_tokens"],
         TensorSpec(name="num_visual", dtype="int32", shape=(1,)),
         TensorSpec(name="is_newline", dtype="int32", shape=("N",)),
     ]
     if selector.needs_features:
-        inputs += [outputs_of_vision[name] for name in FEATURE_NAMES]
+        inputs += [outputs_before[name] for name in FEATURE_NAMES]
     if selector.needs_text:
         inputs += [
             TensorSpec(name="text_embeds", dtype=layout.dtype, shape=("T", hidden)),
             TensorSpec(name="num_text", dtype="int32", shape=(1,)),
         ]
+    if selector.needs_clip:
+        texts = outputs_before["clip_texts"]
+        marks = TensorSpec(name="text_marks", dtype="int32", shape=texts.shape[:2])
+        inputs += [outputs_before["clip_patches"], texts, marks]
     spec = GraphSpec(
         name="reduce",
         role="reduce",
@@ -219,7 +258,7 @@ def _reduce(tracer: _Tracer, selector: Any, *, vision: GraphSpec) -> TracedGraph
         weight_bytes=0,
         profiles=layout.reduce_profiles(with_text=selector.needs_text),
     )
-    sizes, dims = _trace_sizes(spec, several={"N": 5, "T": 3})
+    sizes, dims = _trace_sizes(spec, several={"N": 5, "T": 3, "M": 3})
     return tracer.graph(
         Reduce(selector),
         spec,

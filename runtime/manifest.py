@@ -1,8 +1,8 @@
 """The manifest (``trio.json``): the only description of a bundle. Export writes it once, everything else reads it.
 
 Symbols in shapes: N visual tokens (padded), S sequence rows of a graph (padded), C rows of its past KV cache, R rows
-of the sequence after a selection (padded); of a vision graph also B picture tiles, or P patches and W windows. All
-other axes are numbers.
+of the sequence after a selection (padded); of a vision graph also B picture tiles, or P patches and W windows; of CLIP's
+text tower M texts. All other axes are numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DType = Literal["float32", "float16", "int32", "int64"]
 FloatType = Literal["float32", "float16"]
 StoredType = Literal["float32", "float16", "int32", "int64", "int8", "int4"]
 """Of arrays in weight files; INT4 has two elements in a byte, the first in its low half."""
-Role = Literal["vision", "reduce", "prefix", "select", "segment", "suffix", "head"]
+Role = Literal["vision", "clip_text", "reduce", "prefix", "select", "segment", "suffix", "head"]
 TokenMethod = Literal["visionzip", "holov", "scope", "divprune", "cdpruner", "eadp", "uniform"]
 """Selections among a picture's visual tokens before the decoder."""
 
@@ -162,6 +162,17 @@ class TextSpec(_Spec, frozen=True):
     stop_token_ids: tuple[int, ...]
 
 
+class ClipTextSpec(_Spec, frozen=True):
+    """How questions become texts of a CLIP model."""
+
+    tokenizer: str
+    start_id: int
+    end_id: int
+    """Also what a text is padded with."""
+    length: int
+    """L, tokens of a text, start and end among them."""
+
+
 class ImageSize(_Spec, frozen=True):
     """A picture size that the bundle has exact shapes for."""
 
@@ -183,7 +194,8 @@ class Cost(_Spec, frozen=True):
     full_flops: dict[str, int]
     """Per part ("vision", "decoder" with its head) without reduction."""
     reduced_flops: dict[str, int]
-    """Per part, with "select" for the stages and, where there is one, "reduce" for the selection before the decoder."""
+    """Per part, with "select" for the stages and, where there are, "reduce" for the selection before the decoder and
+    "clip_text" for the text tower."""
     full_kv_bytes: int
     reduced_kv_bytes: int
     picture_tokens: int | None = None
@@ -237,6 +249,8 @@ class Manifest(_Spec, frozen=True):
     """[V] of an INT8 table, one for each row."""
     quantization: Quantization | None = None
     """None where all weights are in ``dtype``."""
+    clip_text: ClipTextSpec | None = None
+    """Where the reduce graph compares the question in CLIP's space, whose text tower is a graph then."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -260,6 +274,8 @@ class Manifest(_Spec, frozen=True):
         }
         if self.token_embedding_scales is not None:
             used.add(self.token_embedding_scales.file)
+        if self.clip_text is not None:
+            used.add(self.clip_text.tokenizer)
         if (self.token_embedding.dtype == "int8") != (self.token_embedding_scales is not None):
             raise ManifestError(
                 f"token_embedding: expected scales beside INT8 rows and nowhere else, got {self.token_embedding.dtype};"
@@ -276,7 +292,9 @@ class Manifest(_Spec, frozen=True):
     def _check_graphs(self) -> None:
         roles = [graph.role for graph in self.graphs]
         num_stages = len(self.schedule.stages)
-        expected = ["vision", "prefix"] if self.token_method is None else ["vision", "reduce", "prefix"]
+        before = [] if self.clip_text is None else ["clip_text"]
+        before += [] if self.token_method is None else ["reduce"]
+        expected = ["vision", *before, "prefix"]
         for stage in range(num_stages):
             expected += ["select", "suffix" if stage == num_stages - 1 else "segment"]
         expected.append("head")

@@ -17,6 +17,7 @@ import numpy as np
 
 from trio_edge.runtime.backend import Backend, make_backend
 from trio_edge.runtime.bundle import Bundle, open_bundle
+from trio_edge.runtime.clip_text import ClipTexts
 from trio_edge.runtime.decoder import Choose, Decoder, Prompt
 from trio_edge.runtime.embedding import EmbeddingTable
 from trio_edge.runtime.errors import BackendError, ShapeError
@@ -86,6 +87,8 @@ class _Prepared(NamedTuple):
     num_visual: int
     profile: Profile
     """Of the vision graph."""
+    clip_texts: tuple[NDArray[np.int32], NDArray[np.int32]] | None
+    """Ids and marks of the question as CLIP's texts, where a selection reads them."""
 
     @property
     def visual_rows(self) -> int:
@@ -152,6 +155,7 @@ class Pipeline:
         self._tokenizer = Tokenizer.from_file(bundle.path(manifest.text.tokenizer))
         self._template = bundle.read_text(manifest.text.chat_template)
         self._embedding = EmbeddingTable(bundle)
+        self._clip_texts = None if manifest.clip_text is None else ClipTexts(bundle)
         self._graphs = backend.load(bundle)
         try:
             self._vision = Vision(manifest, self._graphs)
@@ -228,7 +232,7 @@ class Pipeline:
         picture = None if image is None else open_picture(image)
         ids = self._encode(prompt, has_image=picture is not None, history=history, system=system)
         self._check_text(ids)
-        prepared = None if picture is None else self._prepare(picture)
+        prepared = None if picture is None else self._prepare(picture, prompt)
 
         prepare_ms = 1e3 * (time.perf_counter() - start)
 
@@ -276,8 +280,8 @@ class Pipeline:
         if num_text == 0:
             raise ShapeError("prompt: expected at least one token, got none; write a question")
 
-    def _prepare(self, picture: Image.Image) -> _Prepared:
-        """Return the vision graph's inputs, padded to its first profile that has room for the picture."""
+    def _prepare(self, picture: Image.Image, question: str) -> _Prepared:
+        """Return what the graphs before the decoder read, padded to their first profiles that have room for it."""
         width, height = picture.size
         needed = self.pictures.sizes(width, height)
         for profile in self.manifest.graph("vision").profiles:
@@ -289,6 +293,7 @@ class Pipeline:
                     height=height,
                     num_visual=needed["N"],
                     profile=profile,
+                    clip_texts=None if self._clip_texts is None else self._clip_texts.arrays(question),
                 )
         raise ShapeError(
             f"picture: expected at most {self.manifest.max_visual} visual tokens in the exported shapes, got"
@@ -309,6 +314,10 @@ class Pipeline:
             self._graphs.device.synchronize()
         if token_keep is not None:
             inputs, sizes = self._reduce_inputs(prepared, ids)
+            if prepared.clip_texts is not None:
+                clip_ids, marks = prepared.clip_texts
+                self._vision.read(clip_ids)
+                inputs, sizes = {**inputs, "text_marks": marks}, {**sizes, "M": len(marks)}
             num_kept, rows = min(token_keep, num_visual), token_keep
             tokens = self._vision.reduce(inputs, sizes=sizes).rows(0, num_kept)
             if mrope:

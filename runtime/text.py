@@ -110,6 +110,15 @@ class Tokenizer:
         split = int(places[0]) if has_image else len(ids)
         return PromptIds(before=ids[:split], after=ids[split + 1 :], has_image=has_image)
 
+    def plain_ids(self, text: str) -> NDArray[np.int32]:
+        """Return the ids of a text alone, without the special tokens that a model wants around it.
+
+        Raises:
+            ShapeError: If the text is not valid Unicode.
+        """
+        _check_unicode(text)
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of the ids without special tokens."""
         return self._tokenizer.decode([int(token_id) for token_id in token_ids], skip_special_tokens=True)

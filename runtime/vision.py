@@ -1,5 +1,7 @@
 """The vision graph, and the selection before the decoder, on the device: a picture's arrays in, visual tokens there.
 
+Where the selection compares the question in CLIP's space, its text tower runs between them.
+
 Nothing waits for the device, except where the host must know what was kept before it can go on: see ``Pipeline``.
 """
 
@@ -24,20 +26,21 @@ if TYPE_CHECKING:
     from trio_edge.runtime.device import Allocator, Device, LoadedGraphs
     from trio_edge.runtime.manifest import GraphSpec, Manifest, Profile, TensorSpec
 
+_ROLES = ("vision", "clip_text", "reduce")
 _KEPT = (KEPT_PATCHES, KEPT_TOKENS)
 
 
 @final
 class VisionBuffers:
-    """Inputs and outputs of the vision and reduce graphs, at addresses that never change."""
+    """Inputs and outputs of the graphs before the decoder, at addresses that never change."""
 
     def __init__(self, manifest: Manifest, allocator: Allocator) -> None:
         """Allocate everything for the largest profiles."""
-        self.graphs = [spec for spec in manifest.graphs if spec.role in ("vision", "reduce")]
+        self.graphs = {spec.role: spec for spec in manifest.graphs if spec.role in _ROLES}
         self._blocks: dict[str, Block] = {}
         self._inner: dict[str, DeviceTensor] = {}
         """Outputs that stay on the device, by name."""
-        for spec in self.graphs:
+        for spec in self.graphs.values():
             for tensor in (*spec.inputs, *spec.outputs):
                 self._allocate(allocator, spec, tensor)
 
@@ -85,14 +88,14 @@ class VisionBuffers:
 
 @final
 class Vision:
-    """Runs the vision graph and, where a bundle has one, the reduce graph."""
+    """Runs the vision graph and, where a bundle has them, the text tower of CLIP and the reduce graph."""
 
     def __init__(self, manifest: Manifest, graphs: LoadedGraphs) -> None:
         """Allocate all buffers.
 
         Args:
             manifest: The bundle's.
-            graphs: The vision and reduce graphs, loaded.
+            graphs: The graphs before the decoder, loaded.
 
         Raises:
             BackendError: If the device has not enough memory.
@@ -120,16 +123,21 @@ class Vision:
         """
         self._timeline.clear()
         self._kept = {}
-        return self._run(self._buffers.graphs[0], profile, inputs)["visual_tokens"]
+        return self._run(self._buffers.graphs["vision"], profile, inputs)["visual_tokens"]
+
+    def read(self, clip_ids: NDArray[np.int32]) -> None:
+        """Enqueue CLIP's text tower for texts [M, L]; the reduce graph finds them on the device."""
+        spec = self._buffers.graphs["clip_text"]
+        self._run(spec, find_profile(spec, {"M": len(clip_ids)}), {"clip_ids": clip_ids})
 
     def reduce(self, inputs: Mapping[str, NDArray[Any]], *, sizes: Mapping[str, int]) -> DeviceTensor:
         """Enqueue the reduce graph behind the vision graph and return where its tokens [K, D] will be.
 
         Args:
-            inputs: What the vision graph does not give it.
-            sizes: N, and T if it looks at the text.
+            inputs: What no other graph gives it.
+            sizes: N, and T or M if it looks at the text.
         """
-        spec = self._buffers.graphs[1]
+        spec = self._buffers.graphs["reduce"]
         wanted = {name: sizes[name] for name in spec.profiles[0].sizes}
         return self._run(spec, find_profile(spec, wanted), inputs)["reduced_tokens"]
 

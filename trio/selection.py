@@ -57,11 +57,9 @@ class ClipInputs(NamedTuple):
     patches_NP: Tensor
     """[N, P], each visual token's patch; 0 at newlines."""
     texts_MLP: Tensor
-    """[M, L, P], every token of every text: start, words, end, padding."""
-    ends_M: Tensor
-    """[M] int32, place of each text's end token, whose row stands for the text."""
-    num_texts: Tensor
-    """[1] int32, real texts."""
+    """[M, L, P], every token of every text."""
+    marks_ML: Tensor
+    """[M, L] int32, what each token is: 1 a word, 2 the end, whose row stands for the text, 0 the start or padding."""
 
 
 class TokenInputs(NamedTuple):

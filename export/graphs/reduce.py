@@ -10,6 +10,9 @@
 | in  class_attention | [N]    | float32 | the vision graph: attention of the class row (some methods)           |
 | in  text_embeds     | [T, D] | model   | runtime: embeddings of the text behind the picture (some methods)     |
 | in  num_text        | [1]    | int32   | runtime: how many of them are real (some methods)                     |
+| in  clip_patches    | [N, P] | model   | the vision graph: patches in CLIP's space (CLIP's form of a method)   |
+| in  clip_texts      |[M, L, P]| model  | the text tower's graph (CLIP's form of a method)                      |
+| in  text_marks      | [M, L] | int32   | runtime: 1 at words, 2 at the ends of texts (CLIP's form of a method) |
 | out reduced_tokens  | [K, D] | model   | runtime: placed into the prefix graph's ``inputs_embeds``             |
 | out kept_tokens     | [K]    | int32   | runtime: which tokens these are, for positions and drawing            |
 """
@@ -21,13 +24,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trio_edge.trio.selection import Selection, TokenInputs
+from trio_edge.trio.selection import ClipInputs, Selection, TokenInputs
 
 if TYPE_CHECKING:
     from trio_edge.trio.selection import TokenSelector
 
 FEATURE_NAMES = ("features", "keys", "class_attention")
-TEXT_NAMES = ("text_embeds", "num_text")
 
 
 class Reduce(nn.Module):
@@ -44,9 +46,10 @@ class Reduce(nn.Module):
         rest = list(others)
         features = rest[:3] if self.selector.needs_features else [None] * 3
         text = rest[-2:] if self.selector.needs_text else [None] * 2
-        selection: Selection = self.selector(
-            TokenInputs(visual_tokens, num_visual, is_newline > 0, *features, *text)
-        )
+        inputs = TokenInputs(visual_tokens, num_visual, is_newline > 0, *features, *text)
+        if self.selector.needs_clip:
+            inputs = inputs._replace(clip=ClipInputs(*rest[-3:]))
+        selection: Selection = self.selector(inputs)
         if selection.weights_KN is None:
             reduced_KD = visual_tokens.index_select(0, selection.kept_K)
         else:

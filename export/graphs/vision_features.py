@@ -69,7 +69,7 @@ class VisionWithFeatures(nn.Module):
         newline_D = tokens_RD[0] if self.newline is None else self.newline
         tokens_RD = torch.cat([tokens_RD, newline_D[None]], dim=0)
         features_N, keys_N, attention_N = (
-            _with_empty_row(rows.flatten(0, 1)).index_select(0, token_index)
+            with_empty_row(rows.flatten(0, 1)).index_select(0, token_index)
             for rows in (features_BPF, keys_BPE, attention_BP)
         )
         return tokens_RD.index_select(0, token_index), features_N, keys_N, attention_N
@@ -83,6 +83,6 @@ def _mean_keys(layer: Any, hidden_BPD: Tensor) -> Tensor:
     return mean
 
 
-def _with_empty_row(rows: Tensor) -> Tensor:
+def with_empty_row(rows: Tensor) -> Tensor:
     """Return the rows with one of zeros behind them, where the newline's index points."""
     return torch.cat([rows, torch.zeros_like(rows[:1])], dim=0)

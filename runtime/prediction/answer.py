@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from trio_edge.runtime.clip_text import CLIP_TEXT
 from trio_edge.runtime.prediction.counting import (
     Work,
     counted_work,
@@ -54,6 +55,8 @@ class Setting:
     """Visual tokens that enter the decoder where a selection before it leaves fewer than N."""
     vision_flops: float | None = None
     """Counted elsewhere, where the model says nothing of its vision tower."""
+    clip_text_flops: float | None = None
+    """Of CLIP's text tower, where there is one."""
     reduce_flops: float | None = None
     """Of the selection before the decoder."""
     select_flops: tuple[float, ...] | None = None
@@ -165,6 +168,8 @@ def graph_runs(setting: Setting) -> list[GraphRun]:
     """Return the graphs of a prefill in order, and those of one decode step with every KV buffer at its capacity."""
     decoder, rows = setting.model.decoder, setting.visual_rows
     works: list[tuple[str, Work]] = [("vision", _vision(setting))]
+    if setting.clip_text_flops is not None:
+        works.append((CLIP_TEXT, counted_work(setting.clip_text_flops, rows=setting.num_text)))
     if setting.reduce_flops is not None:
         works.append(("reduce", counted_work(setting.reduce_flops, rows=setting.sizes["N"])))
     for index, layers in enumerate(setting.layers):

@@ -10,9 +10,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trio_edge.runtime.clip_text import num_clip_texts
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.prediction.answer import Precision, Setting
-from trio_edge.runtime.prediction.selections import reduce_flops, stage_flops
+from trio_edge.runtime.prediction.selections import clip_text_flops, reduce_flops, stage_flops
 from trio_edge.runtime.prediction.shapes import find_model, model_of
 from trio_edge.runtime.prediction.work import fixed_sizes, vision_flops
 from trio_edge.runtime.schedule import Schedule
@@ -171,6 +172,9 @@ def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
     }
     if manifest.vision is None:
         more["vision_flops"] = vision_flops(manifest, num_visual=num_visual)
+    if manifest.clip_text is not None:
+        texts = num_clip_texts(setting.num_text, length=manifest.clip_text.length)
+        more["clip_text_flops"] = clip_text_flops(manifest, num_texts=texts)
     if manifest.token_method is not None and manifest.token_keep is not None:
         more["reduce_flops"] = reduce_flops(
             manifest.graph("reduce"),

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from trio_edge.runtime.clip_text import num_clip_texts
+
 if TYPE_CHECKING:
-    from trio_edge.runtime.manifest import Dimensions, GraphSpec, TokenMethod
+    from trio_edge.runtime.manifest import Dimensions, GraphSpec, Manifest, TokenMethod
     from trio_edge.runtime.schedule import Schedule
 
 
@@ -37,6 +39,13 @@ def stage_flops(
 
     sizes = StageSizes(num_visual, schedule.stages[stage].keep, num_text, prompt_visual, one_size)
     return stage_flops(schedule.method, ModelShape(**msgspec.structs.asdict(decoder)), sizes)
+
+
+def clip_text_flops(manifest: Manifest, *, num_texts: int) -> float:
+    """Return the FLOPs of CLIP's text tower, which the manifest says for its own text."""
+    assert manifest.clip_text is not None
+    counted = num_clip_texts(manifest.cost.num_text, length=manifest.clip_text.length)
+    return manifest.cost.reduced_flops["clip_text"] * num_texts / counted
 
 
 def reduce_flops(

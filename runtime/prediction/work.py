@@ -17,7 +17,7 @@ from trio_edge.runtime.prediction.counting import (
     select_work,
     vision_work,
 )
-from trio_edge.runtime.prediction.selections import reduce_flops, stage_flops
+from trio_edge.runtime.prediction.selections import clip_text_flops, reduce_flops, stage_flops
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,6 +67,9 @@ def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
         if manifest.vision is None:
             return counted_work(vision_flops(manifest, num_visual=sizes["N"]), rows=sizes["N"])
         return vision_work(manifest.vision, sizes)
+    if graph.role == "clip_text":
+        texts = profile.sizes["M"]
+        return counted_work(clip_text_flops(manifest, num_texts=texts), rows=texts)
     if graph.role == "reduce":
         return counted_work(_reduce_flops(manifest, graph, sizes), rows=sizes["N"])
     stage = manifest.selects.index(graph)
@@ -91,7 +94,9 @@ def _reduce_flops(manifest: Manifest, graph: GraphSpec, sizes: Mapping[str, int]
         manifest.token_method,
         num_visual=sizes["N"],
         num_keep=manifest.token_keep,
-        num_text=sizes.get("T", 0),
+        num_text=sizes.get("T", 0)
+        if manifest.clip_text is None
+        else sizes["M"] * (manifest.clip_text.length - 2),
     )
 
 

@@ -20,8 +20,10 @@ def relevance(case: Case, sign: int = 1) -> dict[int, float]:
     return {i: 1.0 if high - low < 1e-6 else (raw[i] - low + 1e-6) / (high - low) for i in raw}
 
 
-def cdpruner(case: Case, num_keep: int = NUM_KEEP, sign: int = 1) -> list[int]:
-    shown, worth = case.shown, relevance(case, sign)
+def cdpruner(
+    case: Case, num_keep: int = NUM_KEEP, sign: int = 1, *, worth: dict[int, float] | None = None
+) -> list[int]:
+    shown, worth = case.shown, relevance(case, sign) if worth is None else worth
     kernel = {
         (i, j): worth[i] * cosine(case.tokens[i], case.tokens[j]) * worth[j] for i in shown for j in shown
     }

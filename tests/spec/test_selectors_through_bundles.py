@@ -49,12 +49,12 @@ def original(checkpoint: Path) -> Original:
 class Sequence:
     """A prompt's rows on their way through Hugging Face's decoder layers."""
 
-    def __init__(self, original: Original, pipeline: Pipeline, picture: Any) -> None:
+    def __init__(self, original: Original, pipeline: Pipeline, picture: Any, prompt: str = PROMPT) -> None:
         self.model = original.model
         processing: Any = pipeline.pictures.processing  # type: ignore[attr-defined]
         self.pixels = torch.from_numpy(prepare(picture, processing).pixel_values)
         self.index = torch.from_numpy(token_index(*picture.size, processing)).long()
-        inputs = original.processor(images=picture, text=original.render(PROMPT), return_tensors="pt")
+        inputs = original.processor(images=picture, text=original.render(prompt), return_tensors="pt")
         with torch.no_grad():
             self.tokens = self.model.get_image_features(
                 self.pixels[None], image_sizes=inputs["image_sizes"]

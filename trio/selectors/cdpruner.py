@@ -19,11 +19,11 @@ Without it both sides are in the decoder's embedding space, the form for models 
 GenAI takes the cosine as it is (our default, sign = 1), while EADP's port for Qwen negates it (sign = -1).
 
 Where we differ: a question longer than one of CLIP's texts is several whole texts, each with start and end (the original
-cuts the marked tokens into runs of 77, of which only the last has an end); one pool for the whole picture (the original gives every crop of LLaVA-NeXT the same share); newlines take
-no part (the original drops them) and fill up only where the picture has fewer than K tokens; where all are equally
-relevant, as without text, r = 1 instead of a division by zero; a token of which the chosen ones explain all but 1e-4 counts
-as explained entirely, since float32 knows no better, and such tokens follow in the order of relevance, where the original
-takes the square root of what rounding left. K steps of K N each, in float32.
+cuts the marked tokens into runs of 77, of which only the last has an end); one pool for the whole picture (the original gives
+every crop of LLaVA-NeXT the same share); newlines take no part (the original drops them) and fill up only where the picture
+has fewer than K tokens; where all are equally relevant, as without text, r = 1 instead of a division by zero; a token of which
+the chosen ones explain all but 1e-4 counts as explained entirely, since float32 knows no better, and such tokens follow in the
+order of relevance, where the original takes the square root of what rounding left. K steps of K N each, in float32.
 Letters: N visual tokens (padded), K kept, D hidden size, T text tokens, M texts of CLIP, P width of its space.
 """
 
@@ -93,7 +93,7 @@ class CdPruner(nn.Module):
             return (unit_ND * text_D.to(unit_ND.dtype)).sum(-1)
         texts = clip_texts(inputs.clip)
         whole_P = torch.where(texts.is_end_ML[..., None], texts.unit_MLP, 0.0).sum((0, 1))
-        mean_P = whole_P / inputs.clip.num_texts.clamp(min=1).to(whole_P.dtype)
+        mean_P = whole_P / texts.is_real_M.to(whole_P.dtype).sum().clamp(min=1.0)
         return (unit_rows(inputs.clip.patches_NP, shown_N) * mean_P).sum(-1)
 
 

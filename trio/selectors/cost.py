@@ -15,19 +15,23 @@ In front of it, with N tokens of width D, F of features, E of keys:
     scope       2 N² F  and K' steps of 2 N²
     divprune    2 N² D  and K' steps of N
     cdpruner    2 N² D  and K' steps of 2 K' N
-    eadp        2 T N D  text,  2 N² D  and K' steps of 2 N²
+    eadp        2 T N D  text,  2 N² D  and K' steps of 2 N²; with CLIP 2 M L N P  text
     uniform     nothing
+
+CLIP's text tower, beside them, computes for each of M texts of L tokens, with its own D, I and number of layers n:
+    n (2 L (4 D² + 2 D I) + 4 L² D) + 2 L D P  layers and projection
 
 Products are what a graph's MatMul nodes do, exactly; steps are sums over pairs inside the greedy loop, which no MatMul
 shows. Other element-wise work does not count, as everywhere.
 Letters: S rows, N visual tokens, K' kept, F rows of the whole prompt, T text rows, P tokens that are clustered, D hidden
-size, H query heads, G key/value heads, E head size, C contextual tokens.
+size, H query heads, G key/value heads, E head size, C contextual tokens, P width of CLIP's space.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from trio_edge.runtime.clip_text import num_clip_texts
 from trio_edge.trio.selectors.sparse_vlm_split import split_of
 
 if TYPE_CHECKING:
@@ -85,7 +89,7 @@ def token_flops(
         num_keep: K'.
         num_text: T, text tokens that the method reads; not read by those without text.
         widths: Last axis of the ``reduce`` graph's inputs, by name: visual_tokens, and where the method reads them
-            features and keys.
+            features and keys, or clip_patches and text_marks.
     """
     N, K, D = num_visual, num_keep, widths["visual_tokens"]
     similarity = 2.0 * N * N * D
@@ -102,8 +106,21 @@ def token_flops(
     if method == "cdpruner":
         return TokenFlops(similarity, 2.0 * K * K * N)
     if method == "eadp":
-        return TokenFlops(2.0 * num_text * N * D + similarity, 2.0 * K * N * N)
+        text = 2.0 * num_text * N * D
+        if "clip_patches" in widths:
+            L = widths["text_marks"]
+            text = 2.0 * num_clip_texts(num_text, length=L) * L * N * widths["clip_patches"]
+        return TokenFlops(text + similarity, 2.0 * K * N * N)
     return TokenFlops(0.0, 0.0)
+
+
+def clip_text_flops(
+    *, num_layers: int, hidden_size: int, intermediate_size: int, projection_size: int, length: int
+) -> float:
+    """Return the FLOPs of CLIP's text tower for one text."""
+    L, D = length, hidden_size
+    layer = 2.0 * L * (4 * D * D + 2 * D * intermediate_size) + 4.0 * L * L * D
+    return num_layers * layer + 2.0 * L * D * projection_size
 
 
 def _key_flops(shape: ModelShape, *, num_rows: int) -> float:

@@ -1,0 +1,204 @@
+"""The CLIP checkpoint beside a LLaVA: its text tower, and the way of its patches into the space of texts.
+
+A LLaVA checkpoint holds CLIP's vision tower only. What selections in CLIP's space need beside it (text tower, both
+projections, the norm behind the vision tower) comes from the CLIP checkpoint that the tower was taken from. Its tensors are
+called ``clip.…`` beside the model's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from trio_edge.export.checkpoint import Checkpoint, read_checkpoint
+from trio_edge.export.families.config_files import load_config
+from trio_edge.export.graphs.clip_text import ClipText
+from trio_edge.export.graphs.vision import Vision
+from trio_edge.export.graphs.vision_clip import VisionWithPatches
+from trio_edge.export.text_files import load_tokenizer
+from trio_edge.runtime.clip_text import num_clip_texts
+from trio_edge.runtime.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.manifest import ClipTextSpec, TensorSpec
+from trio_edge.trio.selectors.cost import clip_text_flops
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import nn
+
+    from trio_edge.export.families.base import FamilyModel
+    from trio_edge.runtime.manifest import FloatType
+    from trio_edge.trio.cost import VisionShape
+
+PREFIX = "clip."
+TOKENIZER_NAME = "clip_tokenizer.json"
+PATCHES = "clip_patches"
+_PARTS = ("text_model.", "text_projection.", "visual_projection.", "vision_model.post_layernorm.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clip:
+    """A located CLIP checkpoint."""
+
+    checkpoint: Checkpoint
+    config: Any
+    """transformers' CLIPConfig."""
+    spec: ClipTextSpec
+    tokenizer: str
+    """The text of its ``tokenizer.json``."""
+
+    def beside(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return ``checkpoint`` with the tensors of this one that graphs may use."""
+        more = {
+            PREFIX + name: tensor
+            for name, tensor in self.checkpoint.tensors.items()
+            if name.startswith(_PARTS)
+        }
+        return replace(checkpoint, tensors=checkpoint.tensors | more)
+
+    def write(self, bundle: Path) -> None:
+        """Write the tokenizer."""
+        (bundle / TOKENIZER_NAME).write_text(self.tokenizer, encoding="utf-8")
+
+    def flops(self, num_text: int) -> float:
+        """Return the FLOPs of the text tower for a question of ``num_text`` tokens."""
+        text = self.config.text_config
+        return num_clip_texts(num_text, length=self.spec.length) * clip_text_flops(
+            num_layers=text.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            projection_size=self.config.projection_dim,
+            length=self.spec.length,
+        )
+
+    def num_texts(self, max_text: int) -> tuple[int, ...]:
+        """Return every M to make shapes for: one text, and as many as a question of ``max_text`` tokens needs."""
+        return tuple(sorted({1, num_clip_texts(max_text, length=self.spec.length)}))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipGraphs:
+    """CLIP's modules, built without weights."""
+
+    text: ClipText
+    norm: nn.Module
+    projection: nn.Module
+    names: Mapping[int, str]
+    """``id`` of each parameter -> its name in ``Clip.beside``."""
+    projection_size: int
+    """P."""
+
+
+def read_clip(model: str) -> Clip:
+    """Return the CLIP checkpoint that ``model`` (a folder or Hub id) names.
+
+    Raises:
+        CheckpointError: If it cannot be read or is no CLIP model.
+    """
+    checkpoint = read_checkpoint(model, check_config=_check_is_clip)
+    config = load_config(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    _check_tokenizer(checkpoint, tokenizer, config)
+    return Clip(
+        checkpoint=checkpoint,
+        config=config,
+        spec=ClipTextSpec(
+            tokenizer=TOKENIZER_NAME,
+            start_id=tokenizer.bos_token_id,
+            end_id=tokenizer.eos_token_id,
+            length=config.text_config.max_position_embeddings,
+        ),
+        tokenizer=backend.to_str(),
+    )
+
+
+def build_clip(clip: Clip) -> ClipGraphs:
+    """Return CLIP's modules; called under FakeTensorMode with the wanted default dtype.
+
+    Raises:
+        CheckpointError: If configuration and weights belong to different models.
+    """
+    import transformers
+
+    clip.config.text_config._attn_implementation = "eager"
+    root: Any = transformers.CLIPModel(clip.config)
+    parts = {name: value for name, value in root.named_parameters() if name.startswith(_PARTS)}
+    for name, parameter in parts.items():
+        got = clip.checkpoint.tensor(name).shape
+        if got != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{clip.checkpoint.folder} tensor {name!r}: expected shape {list(parameter.shape)} (config.json), got"
+                f" {list(got)}; configuration and weights belong to different models"
+            )
+    return ClipGraphs(
+        text=ClipText(root),
+        norm=root.vision_model.post_layernorm,
+        projection=root.visual_projection,
+        names={id(parameter): PREFIX + name for name, parameter in parts.items()},
+        projection_size=clip.config.projection_dim,
+    )
+
+
+def with_patches(model: FamilyModel, graphs: ClipGraphs, *, dtype: FloatType) -> FamilyModel:
+    """Return ``model`` with a vision graph that also gives each token's patch in CLIP's space.
+
+    Raises:
+        ScheduleError: If the model's vision encoder is not CLIP's, or reduces its patches itself.
+        CheckpointError: If the tower's features are of another width than the CLIP model's.
+    """
+    vision = model.vision.module
+    if not isinstance(vision, Vision) or len(vision.features.states) != 1:
+        raise ScheduleError(
+            "--clip: expected a LLaVA with one layer of features and no --encoder-keep, got another vision graph;"
+            " leave --clip away"
+        )
+    width = vision.features.embeddings.embed_dim
+    if width != graphs.projection.in_features:
+        raise CheckpointError(
+            f"--clip: expected the CLIP model that the vision tower was taken from, of width {width}, got one of width"
+            f" {graphs.projection.in_features}; name that one"
+        )
+    patches = TensorSpec(name=PATCHES, dtype=dtype, shape=("N", graphs.projection_size))
+    return replace(
+        model,
+        vision=replace(
+            model.vision,
+            module=VisionWithPatches(vision, norm=graphs.norm, projection=graphs.projection),
+            outputs=(*model.vision.outputs, patches),
+        ),
+        vision_shape=lambda sizes: _with_projection(
+            model.vision_shape(sizes), hidden_size=model.text_config.hidden_size, graphs=graphs
+        ),
+    )
+
+
+def _with_projection(shape: VisionShape, *, hidden_size: int, graphs: ClipGraphs) -> VisionShape:
+    """Return ``shape`` with CLIP's projection beside the projector."""
+    projector = shape.projector_weights
+    if projector is None:
+        projector = (shape.hidden_size + hidden_size) * hidden_size
+    return replace(shape, projector_weights=projector + shape.hidden_size * graphs.projection_size)
+
+
+def _check_is_clip(folder: Path, config: dict[str, Any]) -> None:
+    if config.get("model_type") != "clip":
+        raise CheckpointError(
+            f"{folder}: expected a CLIP model for --clip, got {config.get('model_type')!r}; name one such as"
+            " openai/clip-vit-large-patch14-336"
+        )
+
+
+def _check_tokenizer(checkpoint: Checkpoint, tokenizer: Any, config: Any) -> None:
+    """Raise CheckpointError unless the tokenizer marks start and end, and every token has an embedding."""
+    rows = config.text_config.vocab_size
+    largest = max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values())
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None or largest >= rows:
+        raise CheckpointError(
+            f"{checkpoint.folder}: expected a tokenizer with start and end tokens and ids below {rows}, got start"
+            f" {tokenizer.bos_token!r}, end {tokenizer.eos_token!r} and ids up to {largest}; use the checkpoint's own"
+            " tokenizer files"
+        )

@@ -1,0 +1,44 @@
+"""``clip_text``: the text tower of a CLIP model.
+
+| I/O tensor     | shape     | dtype | filled or read by                                                  |
+|----------------|-----------|-------|--------------------------------------------------------------------|
+| in  clip_ids   | [M, L]    | int32 | runtime: M texts of the question, each with start and end          |
+| out clip_texts | [M, L, P] | model | the reduce graph: every token in the space shared with pictures    |
+
+Attention is causal, so that what stands behind a text's end changes nothing up to it, and padding needs no mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ClipText(nn.Module):
+    """Embeddings, causal layers, final norm and projection of every token."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Take the parts of ``model``, transformers' CLIPModel."""
+        super().__init__()
+        core: Any = model
+        text = core.text_model
+        self.token_embedding: nn.Embedding = text.embeddings.token_embedding
+        self.position_embedding: nn.Embedding = text.embeddings.position_embedding
+        self.layers: nn.ModuleList = text.encoder.layers
+        self.final_layer_norm: nn.Module = text.final_layer_norm
+        self.projection: nn.Module = core.text_projection
+
+    def forward(self, clip_ids: Tensor) -> Tensor:
+        """Return the projected tokens [M, L, P]."""
+        hidden_MLD = self.token_embedding(clip_ids) + self.position_embedding.weight
+        place_L = torch.arange(clip_ids.shape[1])
+        later_LL = place_L[None, :] > place_L[:, None]
+        mask_11LL = torch.where(later_LL, torch.finfo(hidden_MLD.dtype).min, 0.0).to(hidden_MLD.dtype)[
+            None, None
+        ]
+        for layer in self.layers:
+            hidden_MLD = layer(hidden_MLD, attention_mask=mask_11LL)
+        projected_MLP: Tensor = self.projection(self.final_layer_norm(hidden_MLD))
+        return projected_MLP
