@@ -1,0 +1,197 @@
+"""CDPruner and EADP in CLIP's space: the bundle keeps what plain float64 loops keep on Hugging Face's own embeddings."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from tests.bundles import export
+from tests.clip_checkpoints import LENGTH, save_clip_checkpoint
+from tests.engine_bundles import copy_bundle, engine_folder
+from tests.hugging_face import Original
+from tests.matmul_flops import example_feeds, matmul_flops
+from tests.pictures import random_picture
+from tests.reference.token_selectors import cdpruner, cover, scaled
+from tests.spec.test_selectors_through_bundles import Sequence, through_the_decoder
+from tests.tolerances import LOGITS_FLOAT32
+from tests.trio.selectors.token_graph import Case, cosine
+from trio_edge.calibration.answer_cost import prefill_flops
+from trio_edge.runtime.backend import make_backend
+from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.cli_build import main as build
+from trio_edge.runtime.errors import ShapeError
+from trio_edge.runtime.graph_run import GraphRun
+from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.prediction.work import counted
+from trio_edge.runtime.schedule import Schedule
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+METHODS = ["cdpruner", "eadp"]
+QUESTIONS = {"one text": "w1 w2 w3 w4 w5 w6", "three texts": " ".join(f"w{7 * i % 50}" for i in range(19))}
+NUM_KEEP = 15
+ROOM = LENGTH - 2
+
+
+class Clip(NamedTuple):
+    """A small CLIP checkpoint, and its model in float64."""
+
+    folder: Path
+    model: Any
+
+    def texts(self, question: str) -> list[Any]:
+        """Return for each run of eight words its projected tokens, start and end among them."""
+        words = [int(word[1:]) for word in question.split()]
+        texts = []
+        for start in range(0, len(words), ROOM):
+            ids = torch.tensor([[58, *words[start : start + ROOM], 59]])
+            hidden = self.model.text_model(input_ids=ids).last_hidden_state
+            projected = self.model.text_projection(hidden)[0]
+            pooled = self.model.get_text_features(input_ids=ids).pooler_output[0]
+            torch.testing.assert_close(projected[-1], pooled)
+            texts.append(projected.numpy())
+        return texts
+
+    def patches(self, sequence: Sequence) -> Any:
+        """Return each visual token's patch: last norm and projection of the tower's features, 0 at newlines."""
+        states = sequence.model.model.vision_tower(sequence.pixels, output_hidden_states=True).hidden_states
+        features = states[sequence.model.config.vision_feature_layer][:, 1:].double()
+        rows = self.model.visual_projection(self.model.vision_model.post_layernorm(features)).flatten(0, 1)
+        return torch.cat([rows, torch.zeros_like(rows[:1])])[sequence.index].numpy()
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
+    import transformers
+
+    folder = save_clip_checkpoint(tmp_path_factory.mktemp("clip"))
+    return Clip(folder, transformers.CLIPModel.from_pretrained(folder).double().eval().requires_grad_(False))
+
+
+@pytest.fixture(scope="module")
+def original(checkpoint: Path) -> Original:
+    return Original.load(checkpoint)
+
+
+def bundle_of(method: Any, checkpoint: Path, clip: Clip) -> Path:
+    return export(checkpoint, token_method=method, token_keep=NUM_KEEP, clip=str(clip.folder))
+
+
+def relevance(case: Case, patches: Any, texts: list[Any]) -> dict[int, float]:
+    raw = {i: -sum(cosine(patches[i], text[-1]) for text in texts) / len(texts) for i in case.shown}
+    low, high = min(raw.values()), max(raw.values())
+    return {i: (raw[i] - low + 1e-6) / (high - low) for i in raw}
+
+
+def importance(case: Case, patches: Any, texts: list[Any]) -> dict[int, float]:
+    fused = dict.fromkeys(case.shown, 0.0)
+    for text in texts:
+        whole = {i: -cosine(patches[i], text[-1]) for i in case.shown}
+        words = [{i: -cosine(patches[i], word) for i in case.shown} for word in text[1:-1]]
+        entropy = []
+        for values in words:
+            mass = [math.exp(100 * (value - max(values.values()))) for value in values.values()]
+            entropy.append(-sum(m / sum(mass) * math.log(m / sum(mass)) for m in mass if m > 0))
+        counted = sorted(range(len(words)), key=lambda word: entropy[word])
+        counted = counted[: max(1, math.floor(0.2 * len(words) + 1e-4))]
+        weights = [math.exp((entropy[counted[0]] - entropy[word]) / 0.01) for word in counted]
+        for i in fused:
+            dense = sum(weight * words[word][i] for weight, word in zip(weights, counted)) / sum(weights)
+            fused[i] += (0.5 * whole[i] + 0.5 * dense) / len(texts)
+    return scaled(fused)
+
+
+def expected(method: str, sequence: Sequence, clip: Clip, question: str) -> list[int]:
+    count = sequence.count
+    empty = np.zeros((count, 1))
+    case = Case(
+        tokens=sequence.tokens.double().numpy(), num_visual=count,
+        newline=(sequence.index == len(sequence.pixels) * 9).numpy(), features=empty, keys=empty,
+        attention=empty[:, 0], text=empty, num_text=0,
+    )  # fmt: skip
+    patches, texts = clip.patches(sequence), clip.texts(question)
+    if method == "cdpruner":
+        return cdpruner(case, NUM_KEEP, worth=relevance(case, patches, texts))
+    return cover(case, importance(case, patches, texts), NUM_KEEP)
+
+
+@pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_the_bundle_keeps_what_plain_loops_keep_and_gives_the_logits_of_these_tokens(
+    method: str, question: str, checkpoint: Path, clip: Clip, original: Original
+) -> None:
+    with Pipeline.from_bundle(bundle_of(method, checkpoint, clip)) as pipeline:
+        for size in ((48, 48), (70, 30)):
+            picture = random_picture(*size, seed=size[0])
+            answer = pipeline.generate(picture, question, max_new_tokens=1)
+            assert answer.text is not None
+            sequence = Sequence(original, pipeline, picture, question)
+            kept = expected(method, sequence, clip, question)
+            rows = [*range(sequence.start), *(sequence.start + place for place in kept)]
+            rows += range(sequence.start + sequence.count, sequence.embeds.shape[1])
+            logits, _ = through_the_decoder(sequence, sequence.embeds[:, rows], NUM_KEEP, Schedule())
+            np.testing.assert_allclose(answer.first_logits, logits, **LOGITS_FLOAT32)
+            assert list(answer.statistics.graph_ms)[:3] == ["vision", "clip_text", "reduce"]
+
+
+@torch.no_grad()
+def test_the_text_tower_gives_hugging_faces_tokens_whatever_stands_behind_the_end(
+    checkpoint: Path, clip: Clip
+) -> None:
+    graphs = make_backend("onnxruntime").load(open_bundle(bundle_of("eadp", checkpoint, clip)), ["clip_text"])
+    profiles = graphs.engines["clip_text"].spec.profiles
+    assert [profile.sizes["M"] for profile in profiles] == [1, 8]
+    ids = np.full((8, LENGTH), 59, np.int32)
+    ids[0, :4], ids[1, :6] = [58, 3, 4, 59], [58, 1, 2, 3, 4, 59]
+    ids[1, 6:] = 7
+    texts = GraphRun(graphs, "clip_text", profile=profiles[-1].name).run({"clip_ids": ids})["clip_texts"]
+    graphs.close()
+    np.testing.assert_allclose(texts[0, :4], clip.texts("w3 w4")[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(texts[1, :6], clip.texts("w1 w2 w3 w4")[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_question_of_more_texts_than_there_is_room_for_is_refused(checkpoint: Path, clip: Clip) -> None:
+    with (
+        Pipeline.from_bundle(bundle_of("cdpruner", checkpoint, clip)) as pipeline,
+        pytest.raises(ShapeError, match=r"prompt: expected at most 64 tokens of CLIP, got 70"),
+    ):
+        pipeline.generate(random_picture(48, 48), "_".join(["w1"] * 70))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_graph_before_the_decoder_computes_what_the_formulas_count(
+    method: str, checkpoint: Path, clip: Clip
+) -> None:
+    bundle = bundle_of(method, checkpoint, clip)
+    manifest = open_bundle(bundle).manifest
+    for name in ("vision", "clip_text", "reduce"):
+        graph = manifest.graph(name)
+        looked = matmul_flops(bundle / graph.file, example_feeds(graph, graph.profiles[-1]))
+        steps = 0 if name != "reduce" else _steps(method, graph.profiles[-1].sizes["N"])
+        assert counted(manifest, graph, graph.profiles[-1]).flops == pytest.approx(looked + steps, rel=1e-6)
+    cost = manifest.cost
+    answer = prefill_flops(manifest, num_visual=cost.num_visual, kept=(), num_text=cost.num_text)
+    assert answer == pytest.approx(sum(cost.reduced_flops.values()), rel=1e-6)
+
+
+def _steps(method: str, num_visual: int) -> int:
+    """Return the sums over pairs inside the greedy loop, which no matrix product shows."""
+    return 2 * NUM_KEEP * num_visual * (NUM_KEEP if method == "cdpruner" else num_visual)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tensorrt_builds_the_graphs_before_the_decoder(
+    method: str, checkpoint: Path, clip: Clip, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 Linux only; runs in CI")
+    bundle = copy_bundle(bundle_of(method, checkpoint, clip), tmp_path / "bundle")
+    graphs = "vision,clip_text,reduce" if method == "eadp" else "reduce"
+    options = ["--backend", "tensorrt-rtx", "--compute-capability", "86", "--graphs", graphs, "--quiet"]
+    assert build([str(bundle), *options]) == 0
+    assert {file.stem for file in engine_folder(bundle).glob("*.engine")} == set(graphs.split(","))
