@@ -1,0 +1,215 @@
+"""Calibrated quantization: what is listened to, that moved factors change nothing, and that found ones lessen the error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from tests.calibration.question_files import questions_about, write_questions
+from tests.checkpoints import save_checkpoint
+from trio_edge.calibration import cli_calibrate
+from trio_edge.calibration.quantization import modelopt_search
+from trio_edge.calibration.quantization.calibrating import calibrate_quantization
+from trio_edge.calibration.quantization.collecting import collect_inputs
+from trio_edge.calibration.quantization.groups import GROUPS, can_move, moved, tensor_name
+from trio_edge.calibration.questions import Question, read_questions
+from trio_edge.calibration.schedules.greedy import greedy_answer
+from trio_edge.calibration.schedules.prompts import make_prompt
+from trio_edge.calibration.schedules.selecting import Probes
+from trio_edge.calibration.schedules.torch_model import TorchModel, load_model
+from trio_edge.export.quantize.numerics import quantize
+from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
+from trio_edge.runtime.bundle import Bundle, open_bundle
+from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.schedule import Schedule, Stage
+
+SCHEDULE = Schedule(stages=(Stage(layer=1, keep=5),))
+MANY_ROWS = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_questions(tmp_path_factory.mktemp("samples"), questions_about(4))
+
+
+@pytest.fixture(scope="module")
+def questions(samples: Path) -> list[Question]:
+    return read_questions(samples, count=None, need_answers=False)
+
+
+def logits_of(model: TorchModel, question: Question, schedule: Schedule) -> torch.Tensor:
+    with torch.inference_mode():
+        prompt = make_prompt(model, question)
+        return greedy_answer(
+            model, prompt, schedule, probes=Probes(model, max_visual=prompt.num_visual), max_tokens=3
+        ).logits_TV
+
+
+@pytest.mark.parametrize("num_kv_heads", [2, 4], ids=["grouped-query", "multi-head"])
+def test_moved_factors_leave_the_model_as_it_was(
+    num_kv_heads: int, questions: list[Question], tmp_path: Path
+) -> None:
+    folder = save_checkpoint(
+        tmp_path / "qwen2", text="qwen2", num_layers=2, num_kv_heads=num_kv_heads, random_biases=True
+    )
+    model = load_model(str(folder))
+    before = logits_of(model, questions[0], Schedule())
+    generator = torch.Generator().manual_seed(3)
+    names = {canonical.name for canonical in GROUPS if can_move(model.checkpoint, 0, canonical)}
+    assert ("o" in names) == (num_kv_heads == 4)
+    for layer, module in enumerate(model.parts.layers):
+        factors: dict[Any, torch.Tensor] = {}
+        for group in GROUPS:
+            if group.name in names:
+                size = model.checkpoint.tensor(tensor_name(layer, group.linears[0])).shape[1]
+                factors[group.name] = 0.3 + 2.0 * torch.rand(size, generator=generator)
+        changes = moved(model.checkpoint, layer, factors)
+        assert ("bias" in "".join(changes)) == (num_kv_heads == 4)
+        prefix = f"language_model.layers.{layer}."
+        for name, parameter in module.named_parameters():
+            if prefix + name in changes:
+                parameter.data = changes[prefix + name].apply(parameter.data)
+    torch.testing.assert_close(logits_of(model, questions[0], Schedule()), before, rtol=1e-3, atol=1e-3)
+
+
+def test_layers_behind_a_stage_are_listened_to_with_fewer_tokens(
+    checkpoint: Path, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trio_edge.calibration.quantization.collecting.NUM_ROWS", MANY_ROWS)
+    model, one = load_model(str(checkpoint)), questions[:1]
+    with torch.inference_mode():
+        prompt = make_prompt(model, one[0])
+    probes = Probes(model, max_visual=prompt.num_visual)
+    found = collect_inputs(model, one, SCHEDULE, probes=probes, num_tokens=3, on_sample=lambda: None)
+    rows = [len(layer["qkv"].all_rows()) - 1 for layer in found]  # the last one holds the largest values
+    new_tokens = rows[0] - len(prompt.embeds_SD)
+    assert new_tokens == 2
+    assert rows[1:] == [rows[0] - prompt.num_visual + 5] * 2
+    for layer in found:
+        for inputs in layer.values():
+            *every, largest = inputs.all_rows()
+            assert torch.equal(torch.stack(every).abs().amax(0), largest)
+    assert len(found[0]["down"].all_rows()[0]) == 96
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_factors_lessen_the_error_where_some_inputs_are_large(kind: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 64, generator=generator)
+    rows = torch.randn(40, 64, generator=generator) * torch.where(torch.arange(64) % 16 == 0, 30.0, 1.0)
+
+    def error(factors: torch.Tensor) -> float:
+        rounded = quantize(weight * factors, kind=kind, dtype="float32", block=16 if kind == "int4" else None)
+        inputs = rows / factors
+        if kind == "int8":
+            scale = inputs.abs().max() / 127
+            inputs = torch.round(inputs / scale) * scale
+        return float((inputs @ rounded.dequantized().T - rows @ weight.T).square().mean())
+
+    if kind == "int4":
+        factors = modelopt_search.awq_factors(weight, rows, block=16)
+    else:
+        factors = modelopt_search.smoothquant_factors(weight, rows, alpha=0.5)
+    assert factors.shape == (64,)
+    assert error(factors) < 0.7 * error(torch.ones(64))
+
+
+# ---------------------------------------------------------------------------------------- trio-calibrate
+
+
+@pytest.fixture(scope="module")
+def calibrated(checkpoint: Path, samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration with an INT8 prefix and an INT4 suffix and probe. No test may change it."""
+    out = tmp_path_factory.mktemp("calibrated") / "out"
+    arguments = [str(checkpoint), "--samples", str(samples), "--target", "orin-nx-16", "--out", str(out)]
+    arguments += [
+        "--keep",
+        "60%",
+        "--layers",
+        "1",
+        "--keeps",
+        "30%",
+        "--max-stages",
+        "1",
+        "--evaluations",
+        "0",
+    ]
+    arguments += ["--answer-tokens", "2", "--max-new-tokens", "4", "--nms-thresholds", "0.8", "--quiet"]
+    assert cli_calibrate.main([*arguments, "--quantize", "int4,prefix=int8,select=int4"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def bundle(calibrated: Path) -> Bundle:
+    return open_bundle(calibrated / "bundle")
+
+
+def test_the_report_tells_the_error_of_every_group(calibrated: Path) -> None:
+    content = json.loads((calibrated / "calibration.json").read_bytes())
+    report = content["quantization"]
+    assert report["samples"] == content["data"]["search"]
+    assert report["method"] == "awq+smoothquant"
+    errors = report["errors"]
+    assert [(one["layer"], one["group"]) for one in errors] == [
+        (layer, group.name) for layer in range(3) for group in GROUPS
+    ]
+    first_stage = content["chosen"]["stages"][0][0]
+    assert [one["format"] for one in errors] == ["int8"] * 4 * first_stage + ["int4"] * 4 * (3 - first_stage)
+    assert all(0.0 < one["calibrated"] < 0.05 for one in errors)
+    assert all(one["calibrated"] <= one["rounded"] for one in errors if one["format"] == "int4")
+    assert any(one["moved"] for one in errors if one["format"] == "int4")
+    page = (calibrated / "calibration.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 4
+    assert "--quantize int4,prefix=int8" in page
+
+
+def test_the_bundle_computes_with_what_was_found_and_answers(bundle: Bundle) -> None:
+    quantization = bundle.manifest.quantization
+    assert quantization is not None
+    assert quantization.method == "awq+smoothquant"
+    num_layers = {spec.name: spec.num_layers for spec in bundle.manifest.graphs}
+    kinds = {
+        graph: [node.op_type for node in ir.load(bundle.path(f"{graph}.onnx")).graph]
+        for graph in ("prefix", "suffix", "select_1")
+    }
+    assert kinds["prefix"].count("QuantizeLinear") == 4 * num_layers["prefix"]  # one for each group
+    assert kinds["suffix"].count("QuantizeLinear") == kinds["select_1"].count("QuantizeLinear") == 0
+    assert kinds["suffix"].count("DequantizeLinear") == 7 * num_layers["suffix"]
+    with Pipeline.from_bundle(bundle.folder, threads=1) as pipeline:
+        from PIL import Image
+
+        assert len(pipeline.generate(Image.new("RGB", (30, 24), "red"), "w1 w2").text) > 0
+
+
+def test_tensorrt_builds_inputs_in_eight_bits(bundle: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 Linux only; runs in CI")
+    from tests.engine_bundles import copy_bundle
+    from trio_edge.runtime.cli_build import main
+
+    copy = copy_bundle(bundle.folder, tmp_path / "bundle")
+    arguments = ["--backend", "tensorrt-rtx", "--compute-capability", "86", "--quiet"]
+    assert main([str(copy), *arguments, "--graphs", "prefix,select_1"]) == 0
+
+
+def test_nothing_is_calibrated_where_no_layer_is_quantized(checkpoint: Path) -> None:
+    never: Any = None
+    model = load_model(str(checkpoint))
+    for plan in (QuantizePlan(), parse_plan("head=int8")):
+        assert (
+            calibrate_quantization(model, [], SCHEDULE, plan, dtype="float32", probes=never, num_tokens=2)
+            is None
+        )
+
+
+def test_a_quantized_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    from tests.export.packed_checkpoints import write_packed
+
+    write_packed(checkpoint, tmp_path / "packed", method="awq")
+    with pytest.raises(CheckpointError, match="expected floating point weights, got INT4"):
+        load_model(str(tmp_path / "packed"))
