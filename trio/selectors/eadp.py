@@ -180,8 +180,8 @@ def _smoothed(values_N: Float[Tensor, "N"], grid: tuple[int, int]) -> Float[Tens
     side = (1.0 - middle) / 2.0
     values_YX = values_N.reshape(grid)
     for axis, size in enumerate(grid):
-        before = torch.tensor([1, *range(size - 1)])
-        after = torch.tensor([*range(1, size), size - 2])
+        place = torch.arange(size, device=values_N.device)
+        before, after = (place - 1).abs(), size - 1 - (size - 2 - place).abs()
         sides_YX = values_YX.index_select(axis, before) + values_YX.index_select(axis, after)
         values_YX = middle * values_YX + side * sides_YX
     return values_YX.reshape(-1)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
 from tests.reference.token_selectors import cover, importance
-from tests.trio.selectors.token_graph import random_case
+from tests.trio.selectors.token_graph import export_selector, random_case, run_graph
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.trio.selectors.eadp import Eadp
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-def test_importance_on_a_grid_is_smoothed_with_mirrored_edges() -> None:
+
+def test_importance_on_a_grid_is_smoothed_with_mirrored_edges(tmp_path: Path) -> None:
     case = random_case(12, num_tokens=30)
     height, width = 5, 6
     raw = np.array(list(importance(case).values())).reshape(height, width)
@@ -31,8 +34,11 @@ def test_importance_on_a_grid_is_smoothed_with_mirrored_edges() -> None:
                     column = 1 if column < 0 else width - 2 if column == width else column
                     total, norm = total + factor * raw[row, column], norm + factor
             weights[y * width + x] = total / norm
-    kept = Eadp(num_keep=7, exponent=1.0, grid=(height, width))(case.inputs(torch.float64)).kept_K.tolist()
+    selector = Eadp(num_keep=7, exponent=1.0, grid=(height, width))
+    kept = selector(case.inputs(torch.float64)).kept_K.tolist()
     assert kept == cover(case, weights, 7) != cover(case, importance(case), 7)
+    graph = export_selector(selector, tmp_path / "grid.onnx", num_tokens=height * width)
+    assert run_graph(graph, case)[0].tolist() == kept
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
