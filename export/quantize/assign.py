@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -129,8 +129,9 @@ def _form(
     may = is_linear(value) or (graph.spec.role == "select" and _is_decoder_linear(tensor))
     keeps_integers = kind == ("int4" if plan.names(graph.spec.role) else "none")
     if packed is not None and packed.format.is_symmetric and may and keeps_integers:
-        block = stored_block(packed)
-        return StoredForm(name=tensor, kind="int4", block=block, is_packed=True, is_taken_over=True)
+        return StoredForm(
+            name=tensor, kind="int4", block=stored_block(packed), is_packed=True, is_taken_over=True
+        )
     layer = _LAYER.match(tensor)
     # A probe reads its layer with the factors that were moved in it only where it shares the layer's weights.
     shares = layer is not None and kind != "none" and layer_formats[int(layer[1])] == kind
@@ -208,12 +209,14 @@ def quantization_of(
     if all(form.kind == "none" for form in forms):
         return None
     taken = {form.key for form in forms if form.is_taken_over}
-    parts = {
+    formats: dict[str, Literal["int4", "int8"]] = {
         part_of(graph.spec.role): "int4" for graph in graphs if not taken.isdisjoint(graph.weights.values())
     }
-    named = {part: kind for part in PARTS if (kind := plan.of_part(part)) != "none"}
+    for part in PARTS:
+        if (kind := plan.of_part(part)) != "none":
+            formats[part] = kind
     return Quantization(
-        formats={**parts, **named},
+        formats=formats,
         method="checkpoint" if taken else scales.method,
         block_size=largest_block(forms),
         num_samples=scales.num_samples,
