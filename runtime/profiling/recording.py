@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple, final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from trio_edge.runtime.backend import Backend
     from trio_edge.runtime.bundle import Bundle
@@ -45,13 +45,16 @@ class Recording:
         """Bytes of the device's memory by what they are for, as the backend says."""
         self.captured = False
         """Whether decode steps run as one captured sequence, so that their graphs are not timed."""
+        self.launched: list[tuple[str, str]] = []
+        """Graph and profile of each launch since the last ``take``."""
+        self.marks: list[tuple[Callable[[], None], Callable[[], None]]] = []
+        """For each of them what records the event before it and the one behind it."""
         self._device: Device | None = None
         self._pairs: list[tuple[Event, Event]] = []
-        self._launched: list[tuple[str, str]] = []
 
     def attach(self, graphs: LoadedGraphs) -> None:
         """Record in the stream of the graphs' device from now on."""
-        self._device, self._pairs, self._launched = graphs.device, [], []
+        self._device, self._pairs, self.marks, self.launched = graphs.device, [], [], []
         self.memory = dict(graphs.memory)
         self.captured = False
 
@@ -59,19 +62,12 @@ class Recording:
         """Return how much memory is free on the device; None where it does not say."""
         return None if self._device is None else self._device.free_bytes()
 
-    def enqueue(self, graph: str, profile: str, launch: Launch) -> None:
-        """Enqueue ``launch`` between two events."""
-        index = len(self._launched)
-        if index == len(self._pairs):
-            assert self._device is not None  # a launch belongs to a device
-            self._pairs.append((self._device.event(), self._device.event()))
-        if index == 0:
-            self.first_launch = time.perf_counter()
-        start, end = self._pairs[index]
-        self._launched.append((graph, profile))
-        start.record()
-        launch.enqueue()
-        end.record()
+    def grow(self) -> None:
+        """Make events for one launch more."""
+        assert self._device is not None  # a launch belongs to a device
+        start, end = self._device.event(), self._device.event()
+        self._pairs.append((start, end))
+        self.marks.append((start.record, end.record))
 
     def take(self) -> tuple[GraphCall, ...]:
         """Return the calls since the last ``take``; the device must have done them."""
@@ -82,9 +78,9 @@ class Recording:
                 start_ms=start.milliseconds_since(self._pairs[0][0]),
                 milliseconds=end.milliseconds_since(start),
             )
-            for (graph, profile), (start, end) in zip(self._launched, self._pairs)
+            for (graph, profile), (start, end) in zip(self.launched, self._pairs)
         )
-        self._launched.clear()
+        self.launched.clear()
         return calls
 
 
@@ -129,31 +125,57 @@ class _RecordingEngine:
 
     def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> Launch:
         launch = self._engine.prepare(profile, tensors)
-        return _RecordingLaunch(
-            launch, self._recording, self._engine.spec.name, profile.name, capture=self._capture
-        )
+        names = (self._engine.spec.name, profile.name)
+        capture = self._capture and profile.name == DECODE
+        return RecordedLaunch(launch, self._recording, names, capture=capture)
 
     def close(self) -> None:
         self._engine.close()
 
 
 @final
-class _RecordingLaunch:
+class RecordedLaunch:
+    """A launch between two events. What it does beside the launch is little: it finds its code and data in no cache."""
+
+    __slots__ = ("_capture", "_enqueue", "_launch", "_names", "_recording")
+
     def __init__(
-        self, launch: Launch, recording: Recording, graph: str, profile: str, *, capture: bool
+        self, launch: Launch, recording: Recording, names: tuple[str, str], *, capture: bool
     ) -> None:
-        self._launch, self._recording, self._graph, self._profile = launch, recording, graph, profile
-        self._capture = capture and profile == DECODE
+        """Wrap ``launch``.
+
+        Args:
+            launch: What is timed.
+            recording: Where its events are.
+            names: Of its graph and its profile.
+            capture: Whether the decoder may capture it with others; then it cannot be timed.
+        """
+        self._launch, self._enqueue, self._capture = launch, launch.enqueue, capture
+        self._recording, self._names = recording, names
 
     @property
     def capturable(self) -> bool:
+        """See ``Launch.capturable``."""
         return self._capture and self._launch.capturable
 
     def enqueue(self) -> None:
-        if self.capturable:
-            self._recording.captured = True
-            self._launch.enqueue()
-        elif self._recording.enabled:
-            self._recording.enqueue(self._graph, self._profile, self._launch)
-        else:
-            self._launch.enqueue()
+        """See ``Launch.enqueue``."""
+        recording = self._recording
+        if self._capture and self._launch.capturable:
+            recording.captured = True
+            self._enqueue()
+            return
+        if not recording.enabled:
+            self._enqueue()
+            return
+        launched = recording.launched
+        index = len(launched)
+        if index == len(recording.marks):
+            recording.grow()
+        start, end = recording.marks[index]
+        if index == 0:
+            recording.first_launch = time.perf_counter()
+        launched.append(self._names)
+        start()
+        self._enqueue()
+        end()
