@@ -87,7 +87,7 @@ class ClipGraphs:
     names: Mapping[int, str]
     """``id`` of each parameter -> its name in ``Clip.beside``."""
     projection_size: int
-    """P."""
+    """Z."""
 
 
 def read_clip(model: str) -> Clip:

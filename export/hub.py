@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION_FILES = ("*.json", "*.jinja", "tokenizer.model")
 SAFETENSORS_WAY_OUT = (
-    "save it once with transformers, AutoModelForImageTextToText.from_pretrained(OLD).save_pretrained(NEW),"
-    " and export NEW"
+    "save it once with transformers, AutoModelForImageTextToText.from_pretrained(OLD).save_pretrained(NEW) (CLIPModel"
+    " for --clip), and name NEW"
 )
 
 

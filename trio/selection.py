@@ -5,7 +5,7 @@ tokens (``TokenInputs``). Both answer with a ``Selection`` of exactly K rows. Al
 are scalars. Of equal scores the lower index comes first. With no more than K real tokens all of them are kept, in order.
 
 Letters: S rows, N visual tokens (padded), K kept, D hidden size, E head size, F rows of the whole prompt, T text tokens;
-of CLIP M texts, L tokens of a text, P width of the space that texts and pictures share.
+of CLIP M texts, L tokens of a text, Z width of the space that texts and pictures share.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class StageInputs(NamedTuple):
 class ClipInputs(NamedTuple):
     """A picture and a question in the space of a CLIP model, whose texts are short: a long question is several."""
 
-    patches_NP: Tensor
-    """[N, P], each visual token's patch; 0 at newlines."""
-    texts_MLP: Tensor
-    """[M, L, P], every token of every text."""
+    patches_NZ: Tensor
+    """[N, Z], each visual token's patch; 0 at newlines."""
+    texts_MLZ: Tensor
+    """[M, L, Z], every token of every text."""
     marks_ML: Tensor
     """[M, L] int32, what each token is: 1 a word, 2 the end, whose row stands for the text, 0 the start or padding."""
 

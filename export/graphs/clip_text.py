@@ -3,7 +3,7 @@
 | I/O tensor     | shape     | dtype | filled or read by                                                  |
 |----------------|-----------|-------|--------------------------------------------------------------------|
 | in  clip_ids   | [M, L]    | int32 | runtime: M texts of the question, each with start and end          |
-| out clip_texts | [M, L, P] | model | the reduce graph: every token in the space shared with pictures    |
+| out clip_texts | [M, L, Z] | model | the reduce graph: every token in the space shared with pictures    |
 
 Attention is causal, so that what stands behind a text's end changes nothing up to it, and padding needs no mask.
 """
@@ -31,7 +31,7 @@ class ClipText(nn.Module):
         self.projection: nn.Module = core.text_projection
 
     def forward(self, clip_ids: Tensor) -> Tensor:
-        """Return the projected tokens [M, L, P]."""
+        """Return the projected tokens [M, L, Z]."""
         hidden_MLD = self.token_embedding(clip_ids) + self.position_embedding.weight
         place_L = torch.arange(clip_ids.shape[1])
         later_LL = place_L[None, :] > place_L[:, None]
@@ -40,5 +40,5 @@ class ClipText(nn.Module):
         ]
         for layer in self.layers:
             hidden_MLD = layer(hidden_MLD, attention_mask=mask_11LL)
-        projected_MLP: Tensor = self.projection(self.final_layer_norm(hidden_MLD))
-        return projected_MLP
+        projected_MLZ: Tensor = self.projection(self.final_layer_norm(hidden_MLD))
+        return projected_MLZ

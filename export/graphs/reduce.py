@@ -10,8 +10,8 @@
 | in  class_attention | [N]    | float32 | the vision graph: attention of the class row (some methods)           |
 | in  text_embeds     | [T, D] | model   | runtime: embeddings of the text behind the picture (some methods)     |
 | in  num_text        | [1]    | int32   | runtime: how many of them are real (some methods)                     |
-| in  clip_patches    | [N, P] | model   | the vision graph: patches in CLIP's space (CLIP's form of a method)   |
-| in  clip_texts      |[M, L, P]| model  | the text tower's graph (CLIP's form of a method)                      |
+| in  clip_patches    | [N, Z] | model   | the vision graph: patches in CLIP's space (CLIP's form of a method)   |
+| in  clip_texts      |[M, L, Z]| model  | the text tower's graph (CLIP's form of a method)                      |
 | in  text_marks      | [M, L] | int32   | runtime: 1 at words, 2 at the ends of texts (CLIP's form of a method) |
 | out reduced_tokens  | [K, D] | model   | runtime: placed into the prefix graph's ``inputs_embeds``             |
 | out kept_tokens     | [K]    | int32   | runtime: which tokens these are, for positions and drawing            |

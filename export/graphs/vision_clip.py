@@ -3,7 +3,7 @@
 | I/O tensor        | shape  | dtype | filled or read by                                                            |
 |-------------------|--------|-------|------------------------------------------------------------------------------|
 | in  pixel_values, token_index, out visual_tokens: as in ``vision.py``                                               |
-| out clip_patches  | [N, P] | model | reduce graph: last norm and projection of the tower's features, 0 at newlines |
+| out clip_patches  | [N, Z] | model | reduce graph: last norm and projection of the tower's features, 0 at newlines |
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class VisionWithPatches(nn.Module):
         self.projection = projection
 
     def forward(self, pixel_values: Tensor, token_index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the visual tokens [N, D] and their patches [N, P]."""
+        """Return the visual tokens [N, D] and their patches [N, Z]."""
         features_BPF = self.features(pixel_values)
         tokens_RD = self.projector(features_BPF).flatten(0, 1)
         newline_D = tokens_RD[0] if self.newline is None else self.newline
         tokens_RD = torch.cat([tokens_RD, newline_D[None]], dim=0)
-        patches_RP = with_empty_row(self.projection(self.norm(features_BPF)).flatten(0, 1))
-        return tokens_RD.index_select(0, token_index), patches_RP.index_select(0, token_index)
+        patches_RZ = with_empty_row(self.projection(self.norm(features_BPF)).flatten(0, 1))
+        return tokens_RD.index_select(0, token_index), patches_RZ.index_select(0, token_index)

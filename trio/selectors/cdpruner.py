@@ -24,7 +24,7 @@ every crop of LLaVA-NeXT the same share); newlines take no part (the original dr
 has fewer than K tokens; where all are equally relevant, as without text, r = 1 instead of a division by zero; a token of which
 the chosen ones explain all but 1e-4 counts as explained entirely, since float32 knows no better, and such tokens follow in the
 order of relevance, where the original takes the square root of what rounding left. K steps of K N each, in float32.
-Letters: N visual tokens (padded), K kept, D hidden size, T text tokens, M texts of CLIP, P width of its space.
+Letters: N visual tokens (padded), K kept, D hidden size, T text tokens, M texts of CLIP, Z width of its space.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ class CdPruner(nn.Module):
             text_D = mean_text(given(inputs.text_TD, "text_TD"), given(inputs.num_text, "num_text"))
             return (unit_ND * text_D.to(unit_ND.dtype)).sum(-1)
         texts = clip_texts(inputs.clip)
-        whole_P = torch.where(texts.is_end_ML[..., None], texts.unit_MLP, 0.0).sum((0, 1))
-        mean_P = whole_P / texts.is_real_M.to(whole_P.dtype).sum().clamp(min=1.0)
-        return (unit_rows(inputs.clip.patches_NP, shown_N) * mean_P).sum(-1)
+        whole_Z = torch.where(texts.is_end_ML[..., None], texts.unit_MLZ, 0.0).sum((0, 1))
+        mean_Z = whole_Z / texts.is_real_M.to(whole_Z.dtype).sum().clamp(min=1.0)
+        return (unit_rows(inputs.clip.patches_NZ, shown_N) * mean_Z).sum(-1)
 
 
 def mean_text(text_TD: Float[Tensor, "T D"], num_text: Tensor) -> Float[Tensor, "D"]:

@@ -2,7 +2,7 @@
 
 A text is CLIP's start token, its words, and the end token that stands for all of it. Rows of padding may hold anything; a
 text without an end is padding.
-Letters: M texts, L tokens of a text, P width of the space.
+Letters: M texts, L tokens of a text, Z width of the space.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class ClipTexts(NamedTuple):
     """All texts of a question."""
 
-    unit_MLP: Tensor
-    """[M, L, P] words and ends at length 1, 0 elsewhere."""
+    unit_MLZ: Tensor
+    """[M, L, Z] words and ends at length 1, 0 elsewhere."""
     is_word_ML: Tensor
     """[M, L] bool."""
     is_end_ML: Tensor
@@ -35,9 +35,9 @@ class ClipTexts(NamedTuple):
 def clip_texts(clip: ClipInputs) -> ClipTexts:
     """Return the question's texts at length 1, and what each row is."""
     is_end_ML = clip.marks_ML == END
-    unit_RP = unit_rows(clip.texts_MLP.flatten(0, 1), (clip.marks_ML > 0).flatten())
+    unit_RZ = unit_rows(clip.texts_MLZ.flatten(0, 1), (clip.marks_ML > 0).flatten())
     return ClipTexts(
-        unit_MLP=unit_RP.reshape(clip.texts_MLP.shape),
+        unit_MLZ=unit_RZ.reshape(clip.texts_MLZ.shape),
         is_word_ML=clip.marks_ML == WORD,
         is_end_ML=is_end_ML,
         is_real_M=is_end_ML.to(torch.float32).sum(-1) > 0,

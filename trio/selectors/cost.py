@@ -15,16 +15,16 @@ In front of it, with N tokens of width D, F of features, E of keys:
     scope       2 N² F  and K' steps of 2 N²
     divprune    2 N² D  and K' steps of N
     cdpruner    2 N² D  and K' steps of 2 K' N
-    eadp        2 T N D  text,  2 N² D  and K' steps of 2 N²; with CLIP 2 M L N P  text
+    eadp        2 T N D  text,  2 N² D  and K' steps of 2 N²; with CLIP 2 M L N Z  text
     uniform     nothing
 
 CLIP's text tower, beside them, computes for each of M texts of L tokens, with its own D, I and number of layers n:
-    n (2 L (4 D² + 2 D I) + 4 L² D) + 2 L D P  layers and projection
+    n (2 L (4 D² + 2 D I) + 4 L² D) + 2 L D Z  layers and projection
 
 Products are what a graph's MatMul nodes do, exactly; steps are sums over pairs inside the greedy loop, which no MatMul
 shows. Other element-wise work does not count, as everywhere.
 Letters: S rows, N visual tokens, K' kept, F rows of the whole prompt, T text rows, P tokens that are clustered, D hidden
-size, H query heads, G key/value heads, E head size, C contextual tokens, P width of CLIP's space.
+size, H query heads, G key/value heads, E head size, C contextual tokens, Z width of CLIP's space.
 """
 
 from __future__ import annotations

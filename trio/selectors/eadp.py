@@ -23,7 +23,7 @@ original's "joint" mode, its only one with an exact budget). Newlines take no pa
 only where the picture has fewer than K tokens; with them, or where tokens form more than one grid, there is no smoothing.
 Without text, or where all tokens are equally relevant, every token weighs 1.
 K steps of N² each: the paper itself finds this to be nearly all of the selector's time.
-Letters: N visual tokens (padded), K kept, D hidden size, T text tokens, M texts of L tokens, P width of CLIP's space.
+Letters: N visual tokens (padded), K kept, D hidden size, T text tokens, M texts of L tokens, Z width of CLIP's space.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ def _in_clip(inputs: TokenInputs, shown_N: Bool[Tensor, "N"]) -> _Cosines:
     if clip is None:
         raise AssertionError("clip: missing, though the selector asks for it")
     texts = clip_texts(clip)
-    unit_NP = unit_rows(clip.patches_NP, shown_N)
-    cosine_MLN = -(texts.unit_MLP.to(unit_NP.dtype) @ unit_NP.T)
+    unit_NZ = unit_rows(clip.patches_NZ, shown_N)
+    cosine_MLN = -(texts.unit_MLZ.to(unit_NZ.dtype) @ unit_NZ.T)
     return _Cosines(
         words_MLN=cosine_MLN,
         whole_MN=torch.where(texts.is_end_ML[..., None], cosine_MLN, 0.0).sum(1),
