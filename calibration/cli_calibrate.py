@@ -11,10 +11,10 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from trio_edge.export.interruption import interruptible
 from trio_edge.runtime.command_line import run
 from trio_edge.runtime.errors import CheckpointError, DataError
 from trio_edge.runtime.folder_beside import folder_beside
+from trio_edge.runtime.interruption import interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -268,11 +268,23 @@ def _summary(calibration: Calibration, out: Path, *, exported: bool) -> str:
         f"{calibration.rule}: stages {stages}, average keep {100 * chosen.average_keep:.1f} %",
         f"held out, {chosen.held_out.samples} samples: KL {kl.value:.4f} {within} nats",
         f"same answer as keep-all: {100 * agreement.value:.1f} {same} %",
+        *_quantized_lines(calibration),
         f"to the first token: {flops:.4g} GFLOPs (keep-all {whole_flops:.4g})",
         f"predicted for {calibration.options.target}: {milliseconds:.3g} ms (keep-all {whole_ms:.3g})",
         f"{out / REPORT_NAME}{f', {out / BUNDLE_NAME}' if exported else ''}",
     ]
     return "\n".join(lines)
+
+
+def _quantized_lines(calibration: Calibration) -> list[str]:
+    found = calibration.quantized_held_out
+    if found is None:
+        return []
+    low, high = found.kl.interval_95
+    within, same = f"({low:.4f} to {high:.4f})", 100 * found.agreement.value
+    return [
+        f"with {calibration.options.quantize}, held out: KL {found.kl.value:.4f} {within} nats, same answer {same:.1f} %"
+    ]
 
 
 def _share(name: str, text: str) -> float:

@@ -11,9 +11,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from trio_edge.export.interruption import interruptible
 from trio_edge.runtime.command_line import run
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.interruption import interruptible
 from trio_edge.runtime.manifest import TokenMethod
 from trio_edge.runtime.schedule import Method
 

@@ -35,9 +35,10 @@ from trio_edge.runtime.engine_build import (
 )
 from trio_edge.runtime.engine_host import l4t_release
 from trio_edge.runtime.engine_package import ENGINES_BACKENDS_HELP
+from trio_edge.runtime.interruption import interruptible
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from trio_edge.runtime.engines import EngineEntry, EngineSet
 
@@ -92,7 +93,10 @@ def command(
     console = Console(stderr=True, quiet=quiet)
     for text in plan.warnings:
         _warn(text)
-    with _bars(console, count=len(plan.graphs)) as progress:
+    with (
+        interruptible() as check,
+        _bars(console, count=len(plan.graphs), check_interrupt=check) as progress,
+    ):
         engine_set = build_engines(plan, progress=progress)
     print(_summary(engine_set, plan.folder))
     return 0
@@ -195,8 +199,8 @@ def _print_graphs(graphs: tuple[PlannedGraph, ...]) -> None:
 
 
 @contextmanager
-def _bars(console: Console, *, count: int) -> Iterator[BuildProgress]:
-    """Yield functions that show a bar for the graphs and one for TensorRT's current phase."""
+def _bars(console: Console, *, count: int, check_interrupt: Callable[[], None]) -> Iterator[BuildProgress]:
+    """Yield functions that show a bar for the graphs and one for TensorRT's current phase, and ask for a Ctrl-C."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -216,12 +220,14 @@ def _bars(console: Console, *, count: int) -> Iterator[BuildProgress]:
                 console.print(text, soft_wrap=True, highlight=False)
 
         def report(message: dict[str, Any]) -> None:
+            check_interrupt()
             if message["kind"] == "phase":
                 bars.reset(phases, description=message["name"], total=message["num_steps"])
             elif message["kind"] == "step":
                 bars.update(phases, completed=message["step"] + 1)
 
         def done(entry: EngineEntry) -> None:
+            check_interrupt()
             bars.advance(graphs)
             if not console.is_terminal:
                 console.print(f"  {_facts(entry)}", soft_wrap=True, highlight=False)
