@@ -16,6 +16,7 @@ import msgspec
 import torch
 
 from trio_edge.calibration.quantization.calibrating import calibrate_quantization
+from trio_edge.calibration.quantization.fidelity import measure_quantized
 from trio_edge.calibration.quantization.modelopt_search import check_modelopt
 from trio_edge.calibration.schedules.bundle_shape import bundle_shape, memory_warning, prefill_cost
 from trio_edge.calibration.schedules.calibration_file import (
@@ -223,6 +224,22 @@ def calibrate(
         on_step=progress.step,
         on_one=progress.sample,
     )
+    quantized_held_out = None
+    if quantized is not None:
+        progress.step("measuring the quantized layers", len(split.held_out))
+        results = measure_quantized(
+            model,
+            split.held_out,
+            chosen.schedule,
+            plan,
+            quantized.scales,
+            dtype=shape.dtype,
+            probes=probes,
+            num_tokens=options.answer_tokens,
+            on_sample=progress.sample,
+        )
+        quantized_held_out = fidelity(results, split.held_out)
+        rounds = max(rounds, *(result.rounds for result in results))
     calibration = Calibration(
         schema_version=SCHEMA_VERSION,
         options=options,
@@ -238,6 +255,7 @@ def calibrate(
         prediction=fitted_for(cost.target).sentence(cost.target.name),
         accuracy=scores,
         quantization=None if quantized is None else quantized.report,
+        quantized_held_out=quantized_held_out,
         front=front,
         settings=found.tried,
         single_stages=[

@@ -198,6 +198,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     accuracy: Accuracy | None
     quantization: QuantizationReport | None
     """None where no decoder layer is quantized."""
+    quantized_held_out: Fidelity | None
+    """The chosen schedule with quantized decoder layers against keep-all in floating point."""
     front: list[FrontPoint]
     settings: list[Tried]
     single_stages: list[SingleStage]

@@ -121,11 +121,16 @@ class _Branching:
     def _compared(self, schedule: Schedule, at: Callable[[int], Sequence], rounds: int) -> Measured:
         if not schedule.stages:
             return Measured(0.0, True, 0)
-        log_q_TV = _log_probs(answer_logits(self._model, at(self._model.num_layers)))
-        log_p_TV = self._whole.log_probs_TV
-        kl = float((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1).mean())
-        tokens = torch.tensor(self._whole.tokens, device=log_q_TV.device)
-        return Measured(max(kl, 0.0), bool((log_q_TV.argmax(-1) == tokens).all()), rounds)
+        logits_TV = answer_logits(self._model, at(self._model.num_layers))
+        return divergence(self._whole.log_probs_TV, self._whole.tokens, logits_TV, rounds=rounds)
+
+
+def divergence(log_p_TV: Tensor, tokens: list[int], logits_TV: Tensor, *, rounds: int) -> Measured:
+    """Return how logits differ from keep-all's distributions, given its ``tokens``."""
+    log_q_TV = _log_probs(logits_TV)
+    kl = float((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1).mean())
+    chosen_T = torch.tensor(tokens, device=log_q_TV.device)
+    return Measured(max(kl, 0.0), bool((log_q_TV.argmax(-1) == chosen_T).all()), rounds)
 
 
 def _log_probs(logits_TV: Tensor) -> Tensor:

@@ -16,14 +16,17 @@ from trio_edge.calibration import cli_calibrate
 from trio_edge.calibration.quantization import modelopt_search
 from trio_edge.calibration.quantization.calibrating import calibrate_quantization
 from trio_edge.calibration.quantization.collecting import collect_inputs
+from trio_edge.calibration.quantization.fidelity import measure_quantized
 from trio_edge.calibration.quantization.groups import GROUPS, can_move, moved, tensor_name
 from trio_edge.calibration.questions import Question, read_questions
 from trio_edge.calibration.schedules.greedy import greedy_answer
+from trio_edge.calibration.schedules.measuring import Measured, keep_all, measure
 from trio_edge.calibration.schedules.prompts import make_prompt
 from trio_edge.calibration.schedules.selecting import Probes
 from trio_edge.calibration.schedules.torch_model import TorchModel, load_model
 from trio_edge.export.quantize.numerics import quantize
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
+from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.runtime.bundle import Bundle, open_bundle
 from trio_edge.runtime.errors import CheckpointError
 from trio_edge.runtime.pipeline import Pipeline
@@ -120,6 +123,45 @@ def test_factors_lessen_the_error_where_some_inputs_are_large(kind: Any) -> None
     assert error(factors) < 0.7 * error(torch.ones(64))
 
 
+def test_quantized_layers_differ_by_their_rounding_and_are_given_back(
+    checkpoint: Path, questions: list[Question]
+) -> None:
+    model = load_model(str(checkpoint))
+    parameters = [parameter.clone() for layer in model.parts.layers for parameter in layer.parameters()]
+    probes = Probes(model, max_visual=64)
+    with torch.inference_mode():
+        whole = keep_all(model, make_prompt(model, questions[0]), probes=probes, num_tokens=3)
+        expected = dict(measure(model, whole, [SCHEDULE], probes=probes))[SCHEDULE]
+
+    def measured(
+        plan: str,
+        scales: CalibratedScales = CalibratedScales(),  # noqa: B008
+        schedule: Schedule = Schedule(),  # noqa: B008
+    ) -> Measured:
+        (result,) = measure_quantized(
+            model,
+            questions[:1],
+            schedule,
+            parse_plan(plan),
+            scales,
+            dtype="float32",
+            probes=probes,
+            num_tokens=3,
+            on_sample=lambda: None,
+        )
+        return result
+
+    assert measured("none", schedule=SCHEDULE).kl == pytest.approx(expected.kl, rel=1e-4)
+    in_eight, in_four = measured("int8"), measured("int4")
+    assert 0.0 < in_eight.kl < 0.1 * in_four.kl
+    assert measured("int8", schedule=SCHEDULE).kl != pytest.approx(expected.kl, rel=1e-4)
+    coarse = CalibratedScales(activation_max={tensor_name(0, "mlp.down_proj"): 1e6})
+    assert measured("int8", coarse).kl > 10 * in_eight.kl  # the inputs of this layer are rounded to nothing
+    again = [parameter for layer in model.parts.layers for parameter in layer.parameters()]
+    assert all(torch.equal(before, after) for before, after in zip(parameters, again, strict=True))
+    assert measured("none").kl == pytest.approx(0.0, abs=1e-6)
+
+
 # ---------------------------------------------------------------------------------------- trio-calibrate
 
 
@@ -164,6 +206,8 @@ def test_the_report_tells_the_error_of_every_group(calibrated: Path) -> None:
     assert all(0.0 < one["calibrated"] < 0.05 for one in errors)
     assert all(one["calibrated"] <= one["rounded"] for one in errors if one["format"] == "int4")
     assert any(one["moved"] for one in errors if one["format"] == "int4")
+    assert content["quantized_held_out"]["samples"] == content["data"]["held_out"]
+    assert 0.0 < content["quantized_held_out"]["kl"]["value"] < 3.0  # the weights are random
     page = (calibrated / "calibration.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 4
     assert "--quantize int4,prefix=int8" in page

@@ -1,0 +1,90 @@
+"""How far a schedule with quantized decoder layers is from keep-all in floating point, on samples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from trio_edge.calibration.quantization.quantized_model import quantized_layers
+from trio_edge.calibration.schedules.measuring import divergence, keep_all
+from trio_edge.calibration.schedules.prompts import make_prompt
+from trio_edge.calibration.schedules.selecting import order_of, saliency
+from trio_edge.calibration.schedules.sequence import advanced, answer_logits, begin, with_kept
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.schedules.measuring import Measured
+    from trio_edge.calibration.schedules.prompts import Prompt
+    from trio_edge.calibration.schedules.selecting import Probes
+    from trio_edge.calibration.schedules.torch_model import TorchModel
+    from trio_edge.export.quantize.plan import QuantizePlan
+    from trio_edge.export.quantize.scales import CalibratedScales
+    from trio_edge.runtime.manifest import FloatType
+    from trio_edge.runtime.schedule import Schedule
+
+
+def measure_quantized(
+    model: TorchModel,
+    questions: Sequence[Question],
+    schedule: Schedule,
+    plan: QuantizePlan,
+    scales: CalibratedScales,
+    *,
+    dtype: FloatType,
+    probes: Probes,
+    num_tokens: int,
+    on_sample: Callable[[], None],
+) -> list[Measured]:
+    """Return for each question how the quantized layers under ``schedule`` change keep-all's answer.
+
+    Args:
+        model: In floating point; is as it was afterwards.
+        questions: Samples.
+        schedule: The bundle's.
+        plan: The bundle's.
+        scales: Calibrated.
+        dtype: The bundle's.
+        probes: The model's.
+        num_tokens: Answer tokens that are compared, at most.
+        on_sample: Called after every sample.
+
+    Raises:
+        DataError: If a sample cannot be asked.
+    """
+    with torch.inference_mode():
+        prompts = [make_prompt(model, question) for question in questions]
+        wholes = []
+        for prompt in prompts:
+            whole = keep_all(model, prompt, probes=probes, num_tokens=num_tokens)
+            wholes.append((whole.tokens, whole.log_probs_TV))  # without what entered every layer
+        results = []
+        with quantized_layers(model, schedule, plan, scales, dtype=dtype):
+            for prompt, (tokens, log_probs_TV) in zip(prompts, wholes):
+                logits_TV, rounds = _given_tokens(model, prompt, tokens, schedule, probes=probes)
+                results.append(divergence(log_probs_TV, tokens, logits_TV, rounds=rounds))
+                on_sample()
+    return results
+
+
+def _given_tokens(
+    model: TorchModel, prompt: Prompt, tokens: list[int], schedule: Schedule, *, probes: Probes
+) -> tuple[Tensor, int]:
+    """Return the logits that each of ``tokens`` would be chosen from after those before, and the most NMS rounds."""
+    sequence = begin(model, prompt)
+    for number, token in enumerate(tokens[:-1]):
+        row = model.embedding_VD[token][None]
+        sequence = sequence.with_answer_row(row, position=prompt.next_position + number)
+    layer = rounds = 0
+    for stage in schedule.stages:
+        sequence = advanced(model, sequence, range(layer, stage.layer))
+        scores_N = saliency(model, probes.of(stage.layer, schedule), sequence)
+        order = order_of(sequence, scores_N, threshold=schedule.nms_threshold)
+        sequence = with_kept(sequence, order.kept(stage.keep), positions=schedule.positions)
+        layer, rounds = stage.layer, max(rounds, order.rounds)
+    sequence = advanced(model, sequence, range(layer, model.num_layers))
+    return answer_logits(model, sequence), rounds
