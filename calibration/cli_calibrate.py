@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trio_edge.runtime.command_line import run
 from trio_edge.runtime.errors import CheckpointError, DataError
 from trio_edge.runtime.folder_beside import folder_beside
-from trio_edge.export.interruption import interruptible
+from trio_edge.runtime.interruption import interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
