@@ -290,11 +290,11 @@ def _range(tracer: _Tracer, index: int, layers: range, *, name: str, role: Role)
     )
     if tracer.layer is None:
         tracer.layer = _one_layer(tracer)
-    *layer_outputs, previous = outputs if with_previous else (*outputs, None)
+    layer_outputs, previous = (outputs[:-1], outputs[-1]) if with_previous else (outputs, None)
     model = stack_layers(
         tracer.layer,
         inputs=inputs,
-        outputs=tuple(layer_outputs),
+        outputs=layer_outputs,
         num_layers=len(layers),
         last_input=previous,
     )
