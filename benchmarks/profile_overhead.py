@@ -2,7 +2,7 @@
 
     python benchmarks/profile_overhead.py out/tiny --threads 1 --answers 600
 
-With: events around every launch of every graph, a moment for every token, and all sensors of the machine read five times a
+With: the time of every launch of every graph, a moment for every token, and all sensors of the machine read five times a
 second, as in ``trio-profile``. Without: the same loaded graphs with none of it. Answers of both kinds alternate, and so does
 which one comes first; what is printed is the median over pairs, for other programs disturb both answers of a pair alike.
 """
@@ -24,7 +24,7 @@ from trio_edge.runtime.device_host import HostDevice
 from trio_edge.runtime.profiling.answers import Question, Subject
 from trio_edge.runtime.profiling.distribution import distribution
 from trio_edge.runtime.profiling.pictures import PROMPT, picture_sizes, random_picture
-from trio_edge.runtime.profiling.recording import RecordedLaunch, Recording
+from trio_edge.runtime.profiling.recording import Recording
 from trio_edge.runtime.profiling.report_table import with_interval
 from trio_edge.runtime.profiling.sampling_thread import INTERVAL_SECONDS, SamplingThread
 from trio_edge.runtime.profiling.sensor import open_sensors
@@ -93,7 +93,7 @@ def hooks_ms(num_launches: int) -> float:
     recording, much = Recording(), np.ones(BEYOND_CACHES)
     recording.attach(LoadedGraphs(device=HostDevice(), engines={}, memory={}))
     nothing = _Nothing()
-    recorded = RecordedLaunch(nothing, recording, ("graph", "decode"), capture=False)
+    recorded = recording.timed(nothing, ("graph", "decode"), capture=False)
 
     def run(launch: Launch) -> float:
         times = []

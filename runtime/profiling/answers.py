@@ -131,14 +131,15 @@ class Subject:
             raise BackendError(
                 f"{self.bundle.folder}: expected {question.new_tokens} tokens, got {len(ids)}; report this as a bug"
             )
+        first_launch, calls = self.recording.take()
         return Answer(
             start=start,
             end=end,
-            first_launch=self.recording.first_launch,
+            first_launch=first_launch,
             token_moments=ids.moments,
             token_ids=list(ids),
             statistics=generation.statistics,
-            calls=self.recording.take(),
+            calls=calls,
         )
 
     def close(self) -> None:

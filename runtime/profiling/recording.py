@@ -1,7 +1,9 @@
 """Times every launch of a backend's engines on the device's own clock, around any backend and unknown to the decoder.
 
-Events are recorded in the stream before and after a launch and read when the answer is done, so nothing waits. Launches that
-the decoder captures as one sequence cannot have events between them: they are timed in a pass of their own, without capture.
+On a GPU events are recorded in the stream before and after a launch and read when the answer is done, so nothing waits. On the
+host a launch is done when its call returns, and two looks at the clock are all. What a wrapped launch does beside the launch
+is kept little: between graphs it finds its code and data in no cache. Launches that the decoder captures as one sequence
+cannot have events between them: they are timed in a pass of their own, without capture.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, NamedTuple, final
 
+from trio_edge.runtime.device_host import HostDevice
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from trio_edge.runtime.backend import Backend
     from trio_edge.runtime.bundle import Bundle
@@ -35,26 +39,21 @@ class GraphCall(NamedTuple):
 
 @final
 class Recording:
-    """Pairs of events around launches; made once, used again for every answer."""
+    """The times of an answer's launches."""
 
     def __init__(self) -> None:
         self.enabled = True
-        self.first_launch = 0.0
-        """When the host enqueued the first launch since the last ``take``, in ``time.perf_counter`` seconds."""
         self.memory: dict[str, int] = {}
         """Bytes of the device's memory by what they are for, as the backend says."""
         self.captured = False
         """Whether decode steps run as one captured sequence, so that their graphs are not timed."""
-        self.launched: list[tuple[str, str]] = []
-        """Graph and profile of each launch since the last ``take``."""
-        self.marks: list[tuple[Callable[[], None], Callable[[], None]]] = []
-        """For each of them what records the event before it and the one behind it."""
         self._device: Device | None = None
-        self._pairs: list[tuple[Event, Event]] = []
+        self._stamps: list[_Stamp] = []
+        self._events = _EventPairs()
 
     def attach(self, graphs: LoadedGraphs) -> None:
-        """Record in the stream of the graphs' device from now on."""
-        self._device, self._pairs, self.marks, self.launched = graphs.device, [], [], []
+        """Time launches on the graphs' device from now on."""
+        self._device, self._stamps, self._events = graphs.device, [], _EventPairs()
         self.memory = dict(graphs.memory)
         self.captured = False
 
@@ -62,25 +61,55 @@ class Recording:
         """Return how much memory is free on the device; None where it does not say."""
         return None if self._device is None else self._device.free_bytes()
 
-    def grow(self) -> None:
-        """Make events for one launch more."""
-        assert self._device is not None  # a launch belongs to a device
-        start, end = self._device.event(), self._device.event()
-        self._pairs.append((start, end))
-        self.marks.append((start.record, end.record))
+    def timed(self, launch: Launch, names: tuple[str, str], *, capture: bool) -> Launch:
+        """Return ``launch`` with its time taken.
 
-    def take(self) -> tuple[GraphCall, ...]:
-        """Return the calls since the last ``take``; the device must have done them."""
-        calls = tuple(
-            GraphCall(
-                graph=graph,
-                profile=profile,
-                start_ms=start.milliseconds_since(self._pairs[0][0]),
-                milliseconds=end.milliseconds_since(start),
-            )
-            for (graph, profile), (start, end) in zip(self.launched, self._pairs)
-        )
+        Args:
+            launch: On the attached device.
+            names: Of its graph and its profile.
+            capture: Whether the decoder may capture it with others; then it cannot be timed.
+        """
+        assert self._device is not None  # a launch belongs to a device
+        if isinstance(self._device, HostDevice):
+            return _ClockedLaunch(launch, self, names, self._stamps)
+        return _EventedLaunch(launch, self, names, self._events, self._device, capture=capture)
+
+    def take(self) -> tuple[float, tuple[GraphCall, ...]]:
+        """Return the calls since the last ``take``, and before them when the host enqueued the first.
+
+        The device must have done them. The moment is of ``time.perf_counter``, 0 without calls.
+        """
+        first = self._stamps[0][1] if self._stamps else self._events.first_launch
+        calls = [
+            GraphCall(*names, 1e3 * (start - first), 1e3 * (end - start))
+            for names, start, end in self._stamps
+        ]
+        self._stamps.clear()
+        return first, (*calls, *self._events.take())
+
+
+_Stamp = tuple[tuple[str, str], float, float]
+"""Names of a launch, and the seconds before and behind it."""
+
+
+@final
+class _EventPairs:
+    """Pairs of events around launches; made once, used again for every answer."""
+
+    def __init__(self) -> None:
+        self.first_launch = 0.0
+        self.launched: list[tuple[str, str]] = []
+        """Graph and profile of each launch since the last ``take``."""
+        self.marks: list[tuple[Event, Event]] = []
+        """The events before and behind each of them."""
+
+    def take(self) -> list[GraphCall]:
+        calls = [
+            GraphCall(*names, start.milliseconds_since(self.marks[0][0]), end.milliseconds_since(start))
+            for names, (start, end) in zip(self.launched, self.marks)
+        ]
         self.launched.clear()
+        self.first_launch = 0.0
         return calls
 
 
@@ -126,56 +155,74 @@ class _RecordingEngine:
     def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> Launch:
         launch = self._engine.prepare(profile, tensors)
         names = (self._engine.spec.name, profile.name)
-        capture = self._capture and profile.name == DECODE
-        return RecordedLaunch(launch, self._recording, names, capture=capture)
+        return self._recording.timed(launch, names, capture=self._capture and profile.name == DECODE)
 
     def close(self) -> None:
         self._engine.close()
 
 
 @final
-class RecordedLaunch:
-    """A launch between two events. What it does beside the launch is little: it finds its code and data in no cache."""
+class _ClockedLaunch:
+    """A launch on the host between two looks at its clock; nothing is captured there."""
 
-    __slots__ = ("_capture", "_enqueue", "_launch", "_names", "_recording")
+    __slots__ = ("_enqueue", "_names", "_recording", "_stamps")
+    capturable = False
 
     def __init__(
-        self, launch: Launch, recording: Recording, names: tuple[str, str], *, capture: bool
+        self, launch: Launch, recording: Recording, names: tuple[str, str], stamps: list[_Stamp]
     ) -> None:
-        """Wrap ``launch``.
+        self._enqueue, self._recording, self._names, self._stamps = launch.enqueue, recording, names, stamps
 
-        Args:
-            launch: What is timed.
-            recording: Where its events are.
-            names: Of its graph and its profile.
-            capture: Whether the decoder may capture it with others; then it cannot be timed.
-        """
-        self._launch, self._enqueue, self._capture = launch, launch.enqueue, capture
-        self._recording, self._names = recording, names
+    def enqueue(self) -> None:
+        if not self._recording.enabled:
+            self._enqueue()
+            return
+        start = time.perf_counter()
+        self._enqueue()
+        self._stamps.append((self._names, start, time.perf_counter()))
+
+
+@final
+class _EventedLaunch:
+    """A launch between two events of its stream."""
+
+    __slots__ = ("_capture", "_device", "_launch", "_names", "_pairs", "_recording")
+
+    def __init__(
+        self,
+        launch: Launch,
+        recording: Recording,
+        names: tuple[str, str],
+        pairs: _EventPairs,
+        device: Device,
+        *,
+        capture: bool,
+    ) -> None:
+        self._launch, self._recording, self._names = launch, recording, names
+        self._pairs, self._device, self._capture = pairs, device, capture
 
     @property
     def capturable(self) -> bool:
-        """See ``Launch.capturable``."""
         return self._capture and self._launch.capturable
 
     def enqueue(self) -> None:
-        """See ``Launch.enqueue``."""
-        recording = self._recording
         if self._capture and self._launch.capturable:
-            recording.captured = True
-            self._enqueue()
-            return
-        if not recording.enabled:
-            self._enqueue()
-            return
-        launched = recording.launched
-        index = len(launched)
-        if index == len(recording.marks):
-            recording.grow()
-        start, end = recording.marks[index]
+            self._recording.captured = True
+            self._launch.enqueue()
+        elif not self._recording.enabled:
+            self._launch.enqueue()
+        else:
+            self._enqueue_between_events()
+
+    def _enqueue_between_events(self) -> None:
+        pairs = self._pairs
+        index = len(pairs.launched)
+        if index == len(pairs.marks):
+            pairs.marks.append((self._device.event(), self._device.event()))
         if index == 0:
-            recording.first_launch = time.perf_counter()
-        launched.append(self._names)
-        start()
-        self._enqueue()
-        end()
+            pairs.first_launch = time.perf_counter()
+        start, end = pairs.marks[index]
+        pairs.launched.append(self._names)
+        start.record()
+        self._launch.enqueue()
+        end.record()
