@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -100,6 +101,34 @@ def cover(case: Case, weights: dict[int, float], num_keep: int) -> list[int]:
 
 def eadp(case: Case, num_keep: int = NUM_KEEP) -> list[int]:
     return cover(case, {i: value**2 for i, value in importance(case).items()}, num_keep)
+
+
+def clip_relevance(case: Case, patches: Any, texts: list[Any]) -> dict[int, float]:
+    """Of each token's patch to whole texts, each a list of token rows with the end last."""
+    raw = {i: -sum(cosine(patches[i], text[-1]) for text in texts) / len(texts) for i in case.shown}
+    low, high = min(raw.values()), max(raw.values())
+    return {i: (raw[i] - low + 1e-6) / (high - low) for i in raw}
+
+
+def clip_importance(
+    case: Case, patches: Any, texts: list[Any], *, text_share: float = 0.2, global_share: float = 0.5
+) -> dict[int, float]:
+    """Of each token's patch: each text is a list of token rows, start first and end last."""
+    fused = dict.fromkeys(case.shown, 0.0)
+    for text in texts:
+        whole = {i: -cosine(patches[i], text[-1]) for i in case.shown}
+        words = [{i: -cosine(patches[i], word) for i in case.shown} for word in text[1:-1]]
+        entropy = []
+        for values in words:
+            mass = [math.exp(100 * (value - max(values.values()))) for value in values.values()]
+            entropy.append(-sum(m / sum(mass) * math.log(m / sum(mass)) for m in mass if m > 0))
+        counted = sorted(range(len(words)), key=lambda word: entropy[word])
+        counted = counted[: max(1, math.floor(text_share * len(words) + 1e-4))]
+        weights = [math.exp((entropy[counted[0]] - entropy[word]) / 0.01) for word in counted]
+        for i in fused:
+            dense = sum(weight * words[word][i] for weight, word in zip(weights, counted)) / sum(weights)
+            fused[i] += (global_share * whole[i] + (1 - global_share) * dense) / len(texts)
+    return scaled(fused)
 
 
 def holov(case: Case, num_keep: int = NUM_KEEP, num_chunks: int = 16) -> list[int]:

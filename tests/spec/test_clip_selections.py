@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,10 +14,10 @@ from tests.engine_bundles import copy_bundle, engine_folder
 from tests.hugging_face import Original
 from tests.matmul_flops import example_feeds, matmul_flops
 from tests.pictures import random_picture
-from tests.reference.token_selectors import cdpruner, cover, scaled
+from tests.reference.token_selectors import cdpruner, clip_importance, clip_relevance, cover
 from tests.spec.test_selectors_through_bundles import Sequence, through_the_decoder
 from tests.tolerances import LOGITS_FLOAT32
-from tests.trio.selectors.token_graph import Case, cosine
+from tests.trio.selectors.token_graph import Case
 from trio_edge.calibration.answer_cost import prefill_flops
 from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.bundle import open_bundle
@@ -82,30 +81,6 @@ def bundle_of(method: Any, checkpoint: Path, clip: Clip) -> Path:
     return export(checkpoint, token_method=method, token_keep=NUM_KEEP, clip=str(clip.folder))
 
 
-def relevance(case: Case, patches: Any, texts: list[Any]) -> dict[int, float]:
-    raw = {i: -sum(cosine(patches[i], text[-1]) for text in texts) / len(texts) for i in case.shown}
-    low, high = min(raw.values()), max(raw.values())
-    return {i: (raw[i] - low + 1e-6) / (high - low) for i in raw}
-
-
-def importance(case: Case, patches: Any, texts: list[Any]) -> dict[int, float]:
-    fused = dict.fromkeys(case.shown, 0.0)
-    for text in texts:
-        whole = {i: -cosine(patches[i], text[-1]) for i in case.shown}
-        words = [{i: -cosine(patches[i], word) for i in case.shown} for word in text[1:-1]]
-        entropy = []
-        for values in words:
-            mass = [math.exp(100 * (value - max(values.values()))) for value in values.values()]
-            entropy.append(-sum(m / sum(mass) * math.log(m / sum(mass)) for m in mass if m > 0))
-        counted = sorted(range(len(words)), key=lambda word: entropy[word])
-        counted = counted[: max(1, math.floor(0.2 * len(words) + 1e-4))]
-        weights = [math.exp((entropy[counted[0]] - entropy[word]) / 0.01) for word in counted]
-        for i in fused:
-            dense = sum(weight * words[word][i] for weight, word in zip(weights, counted)) / sum(weights)
-            fused[i] += (0.5 * whole[i] + 0.5 * dense) / len(texts)
-    return scaled(fused)
-
-
 def expected(method: str, sequence: Sequence, clip: Clip, question: str) -> list[int]:
     count = sequence.count
     empty = np.zeros((count, 1))
@@ -116,8 +91,8 @@ def expected(method: str, sequence: Sequence, clip: Clip, question: str) -> list
     )  # fmt: skip
     patches, texts = clip.patches(sequence), clip.texts(question)
     if method == "cdpruner":
-        return cdpruner(case, NUM_KEEP, worth=relevance(case, patches, texts))
-    return cover(case, importance(case, patches, texts), NUM_KEEP)
+        return cdpruner(case, NUM_KEEP, worth=clip_relevance(case, patches, texts))
+    return cover(case, clip_importance(case, patches, texts), NUM_KEEP)
 
 
 @pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
