@@ -197,13 +197,10 @@ def test_a_quantized_bundle_answers(quantized: Bundle) -> None:
         assert answer.statistics.kept_tokens == tuple(keep for _, keep in REDUCED_STAGES)
 
 
-def test_tensorrt_builds_quantized_graphs(quantized: Bundle, tmp_path: Path) -> None:
+def test_tensorrt_builds_all_quantized_graphs(quantized: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 Linux only; runs in CI")
     from tests.engine_bundles import copy_bundle
     from trio_edge.runtime.cli_build import main
 
     copy = copy_bundle(quantized.folder, tmp_path / "bundle")
-    graphs = ["--graphs", "suffix,select_2,head"]
-    assert (
-        main([str(copy), "--backend", "tensorrt-rtx", "--compute-capability", "86", "--quiet", *graphs]) == 0
-    )
+    assert main([str(copy), "--backend", "tensorrt-rtx", "--compute-capability", "86", "--quiet"]) == 0
