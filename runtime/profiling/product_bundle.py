@@ -42,6 +42,7 @@ def write_product_bundle(folder: Path, manifest: Manifest, *, size: int) -> Bund
         schedule=Schedule(),
         token_method=None,
         token_keep=None,
+        clip_text=None,
         graphs=(
             _graph("vision", manifest, size=size),
             _graph("prefix", manifest, size=size, num_layers=manifest.dimensions.num_layers),

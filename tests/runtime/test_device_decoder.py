@@ -53,7 +53,7 @@ def plain_answer(pipeline: Pipeline, plain: PlainDecoder, picture: Any, prompt: 
     seen = pipeline._nothing_seen()
     visual: Any = seen.tokens
     if picture is not None:
-        prepared = pipeline._prepare(picture)
+        prepared = pipeline._prepare(picture, prompt)
         seen = pipeline._see(prepared, ids)
         pipeline._graphs.device.synchronize()
         outputs = plain.run("vision", prepared.inputs)
