@@ -212,7 +212,7 @@ def test_the_option_list_changes_only_on_purpose() -> None:
     options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
     assert options == {
         "--out", "--revision", "--keep", "--schedule", "--method", "--probe-rows", "--num-probe-rows",
-        "--token-method", "--token-keep", "--nms-threshold", "--nms-rounds", "--positions", "--encoder-keep",
+        "--token-method", "--token-keep", "--clip", "--nms-threshold", "--nms-rounds", "--positions", "--encoder-keep",
         "--image-size", "--only-image-sizes", "--max-visual", "--max-text", "--text-buckets", "--max-new-tokens",
         "--dtype", "--quantize", "--opset", "--target", "--force", "--list", "--quiet",
     }  # fmt: skip
