@@ -16,6 +16,7 @@ from gpu_parts.subjects import SHAPES, Sizes, sizes_of
 from gpu_parts.tables import markdown, percent
 
 from trio_edge.export.fit import INT4_SHARE, Fit, FitInputs, Picture, estimate
+from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.engine_memory import estimate_memory
 from trio_edge.runtime.manifest import GraphSpec, Profile
 from trio_edge.runtime.schedule import Schedule
@@ -35,7 +36,7 @@ def fit_inputs(sizes: Sizes, schedule: Schedule, options: argparse.Namespace, *,
         schedule=schedule,
         max_text=options.max_text,
         max_new_tokens=options.max_new_tokens,
-        int4_decoder=int4,
+        quantize=parse_plan("all=int4" if int4 else "none"),
     )
 
 
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     options = parser.parse_args()
     heads = (
-        "model", "keep", "decoder", "decoder weights", "head, vision", "repeated", "KV caches", "activations", "**run**",
+        "model", "keep", "weights", "decoder weights", "head, vision", "repeated", "KV caches", "activations", "**run**",
         "**build** 10.3", "**build** 10.16", "runs on",
     )  # fmt: skip
     print(f"GiB; {options.max_text} text tokens, {options.max_new_tokens} new ones\n")

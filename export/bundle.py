@@ -272,7 +272,14 @@ def export_bundle(
             target = find_target(options.target)
             progress.step(f"checking the fit on {target.name}")
             tower = None if clip_graphs is None else clip_graphs.text
-            inputs = fit_inputs(model, dimensions, layout=layout, processing=processing, text_tower=tower)
+            inputs = fit_inputs(
+                model,
+                dimensions,
+                layout=layout,
+                processing=processing,
+                quantize=options.quantize,
+                text_tower=tower,
+            )
             warning = check_fit(inputs, target)
             if warning is not None:
                 progress.warn(warning)

@@ -1,11 +1,11 @@
 """Whether a bundle fits a device's memory, estimated before any work, and which changes would make it fit.
 
 Pure functions of plain numbers. In memory at the same time are, with the letters of ``trio.saliency``, I the
-intermediate size, b bytes per element and w bytes per decoder weight (4-bit blocks: 0.30 of float16, scales and
-padding included):
+intermediate size, b bytes per element and w bytes per weight of a part (INT4 blocks: 0.30 of float16, scales and
+padding included; INT8: 1):
 
     decoder weights     L (2 D H E + 2 D G E + 3 D I) w
-    head, vision        V D b, and the vision tower's and projector's parameters times b
+    head, vision        V D w, and the vision tower's and projector's parameters times w
     repeated weights    per stage one decoder layer and the head, which its ``select`` graph holds again
     KV caches           per layer 2 G E b times its rows: visual rows of its range + largest text + new tokens
     activations         the largest of these graphs at its largest prefill of S rows
@@ -22,11 +22,12 @@ tactics, building (which takes several times an engine's weights), and the token
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.schedule import Schedule, Stage
 from trio_edge.trio.cost import ModelShape, VisionShape
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.layout import Layout
+    from trio_edge.export.quantize.numerics import Format
     from trio_edge.runtime.manifest import Dimensions
     from trio_edge.runtime.targets import Target
     from trio_edge.runtime.vision_inputs import PictureProcessing
@@ -52,6 +54,7 @@ USUAL_KEEP = "11.1%"
 SMALL_PICTURE = (336, 336)
 """Width and height of the remedy with a smaller camera."""
 _VISION_HEAD_SIZE = 64
+_INT4 = "all=int4"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +79,8 @@ class FitInputs:
     max_text: int
     """Largest prompt in text tokens."""
     max_new_tokens: int
-    int4_decoder: bool = False
-    """Whether the decoder's linear weights are 4-bit blocks."""
+    quantize: QuantizePlan = field(default_factory=QuantizePlan)
+    """Formats of the weights."""
     small_picture: Picture | None = None
     """A picture of ``SMALL_PICTURE``, where it is smaller than ``picture``."""
 
@@ -118,15 +121,18 @@ class Remedy:
 
 def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
     """Return the bytes of every category against ``usable_bytes``; the formulas are this module's head."""
-    model = inputs.model
-    size = model.bytes_per_element
-    weight_bytes = 2 * INT4_SHARE if inputs.int4_decoder else size
-    layer = round(_layer_params(model) * weight_bytes)
-    head = model.vocab_size * model.hidden_size * size
+    model, plan = inputs.model, inputs.quantize
+    layer, head = _layer_params(model), model.vocab_size * model.hidden_size
+    formats = plan.of_layers(inputs.schedule, num_layers=model.num_layers)
+
+    def weights(num_params: int, kind: Format) -> int:
+        return round(num_params * {"int4": 2 * INT4_SHARE, "int8": 1.0}.get(kind, model.bytes_per_element))
+
     parts = {
-        "decoder weights": model.num_layers * layer,
-        "head and vision weights": head + inputs.vision_params * size,
-        "repeated weights": len(inputs.schedule.stages) * (layer + head),
+        "decoder weights": sum(weights(layer, kind) for kind in formats),
+        "head and vision weights": weights(head, plan.of_part("head"))
+        + weights(inputs.vision_params, plan.of_part("vision")),
+        "repeated weights": len(inputs.schedule.stages) * weights(layer + head, plan.of_part("select")),
         "KV caches": _kv_bytes(inputs),
         "activations": _activation_bytes(inputs),
     }
@@ -242,7 +248,9 @@ def _with_float16(inputs: FitInputs) -> FitInputs | None:
 
 
 def _with_int4(inputs: FitInputs) -> FitInputs | None:
-    return None if inputs.int4_decoder else dataclasses.replace(inputs, int4_decoder=True)
+    plan = parse_plan(_INT4)
+    changed = QuantizePlan(formats={**inputs.quantize.formats, **plan.formats})
+    return None if changed == inputs.quantize else dataclasses.replace(inputs, quantize=changed)
 
 
 def _with_keep(inputs: FitInputs) -> FitInputs | None:
@@ -281,7 +289,7 @@ def _with_short_text(inputs: FitInputs) -> FitInputs | None:
 
 _CHANGES: tuple[tuple[str, Callable[[FitInputs], FitInputs | None]], ...] = (
     ("--dtype float16", _with_float16),
-    ("int4 decoder weights", _with_int4),
+    (f"--quantize {_INT4}", _with_int4),
     (f"--keep {USUAL_KEEP}", _with_keep),
     ("--image-size {}x{} --only-image-sizes".format(*SMALL_PICTURE), _with_small_picture),
     (f"--max-text {SMALL_TEXT} --max-new-tokens {SMALL_TEXT}", _with_short_text),
@@ -298,6 +306,7 @@ def fit_inputs(
     *,
     layout: Layout,
     processing: PictureProcessing,
+    quantize: QuantizePlan,
     text_tower: nn.Module | None = None,
 ) -> FitInputs:
     """Return the numbers of a model that is about to be exported; reads no weight.
@@ -307,6 +316,7 @@ def fit_inputs(
         dimensions: Sizes of the decoder.
         layout: Shapes of all graphs.
         processing: Gives the sizes of a small picture.
+        quantize: Formats of the weights.
         text_tower: CLIP's, if the bundle has it.
     """
     towers = [model.vision.module] if text_tower is None else [model.vision.module, text_tower]
@@ -326,6 +336,7 @@ def fit_inputs(
             bytes_per_element=2 if layout.dtype == "float16" else 4,
         ),
         vision_params=sum(parameter.numel() for tower in towers for parameter in tower.parameters()),
+        quantize=quantize,
         picture=picture,
         schedule=layout.schedule,
         max_text=layout.text_buckets[-1],

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.schedules.prompts import SampleShape
     from trio_edge.calibration.schedules.torch_model import TorchModel
+    from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.runtime.manifest import FloatType
     from trio_edge.runtime.schedule import Schedule
 
@@ -88,7 +89,9 @@ def prefill_cost(
     )
 
 
-def memory_warning(model: TorchModel, shape: BundleShape, schedule: Schedule, *, target: str) -> str | None:
+def memory_warning(
+    model: TorchModel, shape: BundleShape, schedule: Schedule, *, target: str, quantize: QuantizePlan
+) -> str | None:
     """Return one line that says why a bundle with ``schedule`` cannot fit the target's memory; None if it fits."""
     layout = Layout(
         vision_sizes=shape.profiles,
@@ -99,7 +102,8 @@ def memory_warning(model: TorchModel, shape: BundleShape, schedule: Schedule, *,
         dtype=shape.dtype,
         opset=18,
     )
-    inputs = fit_inputs(model.parts, dimensions_of(model.parts), layout=layout, processing=model.pictures)
+    dimensions = dimensions_of(model.parts)
+    inputs = fit_inputs(model.parts, dimensions, layout=layout, processing=model.pictures, quantize=quantize)
     return check_fit(inputs, find_target(target))
 
 

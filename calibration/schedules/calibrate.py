@@ -156,7 +156,8 @@ def calibrate(
             " longer than the layers save; schedules are compared by FLOPs instead"
         )
     smallest = with_stages(Schedule(), [(space.layers[0], space.keeps[-1])])
-    if (warning := memory_warning(model, shape, smallest, target=options.target)) is not None:
+    warning = memory_warning(model, shape, smallest, target=options.target, quantize=plan)
+    if warning is not None:
         progress.warn(f"even with the smallest schedule: {warning}")
 
     probes = Probes(model, max_visual=shape.num_visual)

@@ -9,6 +9,7 @@ import pytest
 
 from trio_edge.export.cli import main
 from trio_edge.export.fit import FitInputs, Picture, check_fit, estimate, remedies
+from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.errors import CheckpointError
 from trio_edge.runtime.schedule import Schedule
@@ -49,13 +50,13 @@ def test_float16_7b_does_not_fit_orin_nano_and_int4_alone_would_not_either() -> 
     assert warning.startswith(
         "--target jetson-orin-nano-8: expected at most 5.9 GiB (8.0 less 2.1 for the system)"
     )
-    assert "int4 decoder weights alone would not fit (7.9)" in warning
+    assert "--quantize all=int4 alone would not fit (6.8)" in warning
 
 
 def test_float16_7b_does_not_fit_orin_nx_and_int4_would() -> None:
     warning = check_fit(llava_next_7b(), find_target("orin-nx-16"))
     assert warning is not None
-    assert warning.endswith("int4 decoder weights would fit (7.9)")
+    assert warning.endswith("--quantize all=int4 would fit (6.8)")
 
 
 @pytest.mark.parametrize("name", ["agx-orin-64", "agx-orin-32", "rtx-4090"])
@@ -64,11 +65,9 @@ def test_float16_7b_fits_large_devices(name: str) -> None:
 
 
 def test_combination_is_offered_where_no_single_change_fits() -> None:
-    warning = check_fit(llava_next_7b(), find_target("rtx-4060"))
+    warning = check_fit(llava_next_7b(), find_target("orin-nano-8"))
     assert warning is not None
-    assert warning.endswith(
-        "; int4 decoder weights + --image-size 336x336 --only-image-sizes would fit (6.3)"
-    )
+    assert warning.endswith("; --quantize all=int4 + --image-size 336x336 --only-image-sizes would fit (5.2)")
 
 
 def test_model_that_nothing_makes_small_enough_is_said_so() -> None:
@@ -90,7 +89,7 @@ def test_every_remedy_is_smaller_than_the_request() -> None:
     options = remedies(inputs, usable_bytes=0)
     assert [option.label for option in options[:5]] == [
         "--dtype float16",
-        "int4 decoder weights",
+        "--quantize all=int4",
         "--keep 11.1%",
         "--image-size 336x336 --only-image-sizes",
         "--max-text 64 --max-new-tokens 64",
@@ -104,17 +103,25 @@ def test_every_remedy_is_smaller_than_the_request() -> None:
 
 
 def test_changes_that_are_made_already_are_not_offered() -> None:
-    inputs = llava_next_7b(int4_decoder=True, small_picture=None, max_text=64, max_new_tokens=64)
+    inputs = llava_next_7b(
+        quantize=parse_plan("all=int4"), small_picture=None, max_text=64, max_new_tokens=64
+    )
     assert remedies(inputs, usable_bytes=0) == []
     warning = check_fit(inputs, dataclasses.replace(find_target("orin-nano-8"), memory_bytes=3 * GIB))
     assert warning is not None
     assert warning.endswith("no option makes it smaller; choose a smaller model")
 
 
-def test_int4_weights_take_thirty_percent_and_leave_the_rest() -> None:
-    full, small = (estimate(llava_next_7b(int4_decoder=flag), usable_bytes=0).parts for flag in (False, True))
-    assert small["decoder weights"] == pytest.approx(0.30 * full["decoder weights"])
-    assert small["head and vision weights"] == full["head and vision weights"]
+def test_quantized_parts_are_smaller_and_leave_the_rest() -> None:
+    full, four, eight = (
+        estimate(llava_next_7b(quantize=parse_plan(plan)), usable_bytes=0).parts
+        for plan in ("none", "int4", "head=int8,vision=int8,select=int8")
+    )
+    assert four["decoder weights"] == pytest.approx(0.30 * full["decoder weights"])
+    assert four["repeated weights"] == full["repeated weights"]
+    for part in ("head and vision weights", "repeated weights"):
+        assert eight[part] == pytest.approx(0.5 * full[part])
+    small = four
     assert small["KV caches"] == full["KV caches"]
 
 
