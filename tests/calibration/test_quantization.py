@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,16 @@ def test_nothing_is_calibrated_where_no_layer_is_quantized(checkpoint: Path) -> 
             calibrate_quantization(model, [], SCHEDULE, plan, dtype="float32", probes=never, num_tokens=2)
             is None
         )
+
+
+def test_a_missing_library_is_told_before_samples_are_read(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", None)
+    arguments = [str(checkpoint), "--samples", "nowhere", "--target", "orin-nx-16", "--quantize", "int4"]
+    assert cli_calibrate.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "expected nvidia-modelopt to be installed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_quantized_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
