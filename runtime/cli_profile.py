@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,8 @@ def command(
                 "--json", json_file, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n"
             )
         return 0
+    if not math.isfinite(seconds):  # click's ranges let "nan" pass
+        raise click.UsageError(f"--seconds: expected a time, got {seconds}; for instance 30")
     if bundle is None:
         raise BundleError("BUNDLE: expected a bundle folder, got none; make one with trio-export")
     options = Options(

@@ -286,6 +286,15 @@ def test_what_is_no_bundle_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err.startswith(f"trio-profile: {tmp_path}: expected trio.json, got none")
 
 
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0"])
+def test_a_limit_that_is_no_time_is_refused(
+    seconds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path), "--seconds", seconds]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--seconds" in line
+
+
 def test_ctrl_c_leaves_no_file_and_closes_the_graphs(
     keep_all_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
