@@ -99,8 +99,9 @@ def packed_format(folder: Path, config: Mapping[str, Any]) -> PackedFormat | Non
         )
     if method == "compressed-tensors":
         _require(folder, "format", said.get("format"), ("pack-quantized",))
-        for group in said.get("config_groups", {}).values():
-            weights = group.get("weights") or {}
+        groups = said.get("config_groups", {})
+        for group in groups.values() if isinstance(groups, dict) else (groups,):
+            weights = (group.get("weights") if isinstance(group, dict) else None) or {}
             _require(folder, "num_bits", weights.get("num_bits"), (4,))
             _require(folder, "symmetric", weights.get("symmetric", True), (True,))
             _require(folder, "actorder", weights.get("actorder"), (None, "static", "weight"))
@@ -143,6 +144,12 @@ def with_packed(
             raise CheckpointError(
                 f"{folder}: expected a tensor '{layer}.{values_name}' beside its scales, got none; download the checkpoint again"
             )
+        for name, part in ((values_name, values), (scales_name, tensors[scales_key])):
+            if len(part.shape) != 2:
+                raise CheckpointError(
+                    f"{folder} tensor '{layer}.{name}': expected two axes, got shape {list(part.shape)}; download the"
+                    " checkpoint again"
+                )
         zeros = result.pop(f"{layer}.{_ZEROS[form.layout]}", None) if form.layout in _ZEROS else None
         order = tensors.get(f"{layer}.g_idx")
         for left in _LEFT:
@@ -172,7 +179,7 @@ def _shape(values: SourceTensor, layout: Layout) -> tuple[int, int]:
 
 def _check_blocks(folder: Path, layer: str, weight: PackedWeight) -> None:
     num_outputs, num_inputs = weight.shape
-    blocks, outputs = weight.scales.shape[:2]
+    blocks, outputs = weight.scales.shape
     if weight.format.layout not in ("awq", "gptq"):
         blocks, outputs = outputs, blocks
     if outputs != num_outputs or num_inputs % max(blocks, 1):

@@ -120,6 +120,10 @@ def test_zero_points_that_the_configuration_denies_are_refused(checkpoint: Path,
             "format: expected 'pack-quantized'",
         ),
         (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": [4]},
+            "num_bits: expected 4, got None",
+        ),
+        (
             {"quant_method": "modelopt", "quant_algo": "NVFP4"},
             "quant_algo: expected 'W4A16_AWQ', got 'NVFP4'",
         ),
@@ -138,6 +142,17 @@ def test_inputs_with_factors_of_their_own_are_refused(checkpoint: Path, tmp_path
     tensors[f"{next(iter(known))}.pre_quant_scale"] = torch.ones(4)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"pre_quant_scale.*without factors"):
+        read_checkpoint(str(folder))
+
+
+def test_scales_of_one_axis_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "packed"
+    known = write_packed(checkpoint, folder, method="compressed-tensors")
+    tensors = load_file(folder / "model.safetensors")
+    name = f"{next(iter(known))}.weight_scale"
+    tensors[name] = tensors[name].flatten()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"weight_scale': expected two axes, got shape \[\d+\]"):
         read_checkpoint(str(folder))
 
 
