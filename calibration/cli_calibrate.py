@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trio_edge.runtime.command_line import run
 from trio_edge.runtime.errors import CheckpointError, DataError
 from trio_edge.runtime.folder_beside import folder_beside
-from trio_edge.runtime.interruption import interruptible
+from trio_edge.runtime.interruption import ctrl_c_held, interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -112,7 +112,8 @@ def command(
             given[name] = _list(name, given[name], parse)
     with interruptible() as check:
         try:
-            from trio_edge.calibration.schedules.calibrate import calibrate
+            with ctrl_c_held():
+                from trio_edge.calibration.schedules.calibrate import calibrate
         except ModuleNotFoundError as error:
             raise CheckpointError(
                 f"trio-calibrate: expected its packages to be installed, got no {error.name};"

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 
 from trio_edge.runtime.command_line import run
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
-from trio_edge.runtime.interruption import interruptible
+from trio_edge.runtime.interruption import ctrl_c_held, interruptible
 from trio_edge.runtime.manifest import TokenMethod
 from trio_edge.runtime.schedule import Method
 
@@ -137,8 +137,9 @@ def command(
 
     with interruptible() as check:
         try:
-            from trio_edge.export.bundle import ExportOptions, export_bundle
-            from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
+            with ctrl_c_held():
+                from trio_edge.export.bundle import ExportOptions, export_bundle
+                from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
         except ModuleNotFoundError as error:
             raise CheckpointError(
                 f"export: expected its packages to be installed, got no {error.name}; pip install 'trio-edge[export]'"

@@ -1,4 +1,4 @@
-"""Ctrl-C that is not lost.
+"""Ctrl-C that is not lost, and that ends no process the hard way.
 
 Python drops an exception that is raised in a finalizer or a callback, and torch and transformers turn some into errors of
 their own. So a Ctrl-C that came is remembered: work asks from time to time, and an error after it counts as the Ctrl-C.
@@ -52,3 +52,19 @@ def interruptible() -> Iterator[Callable[[], None]]:
     finally:
         signal.signal(signal.SIGINT, handler)
         sys.unraisablehook = hook
+
+
+@contextmanager
+def ctrl_c_held() -> Iterator[None]:
+    """Let Ctrl-C work only behind the block, in which torch is imported: its C++ aborts the process at an exception."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = threading.Event()
+    handler = signal.signal(signal.SIGINT, lambda _number, _frame: pressed.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pressed.is_set():
+            signal.raise_signal(signal.SIGINT)

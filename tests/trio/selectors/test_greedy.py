@@ -76,7 +76,7 @@ def test_half_precision_inputs_are_compared_in_float32(selector: Any) -> None:
     same = inputs._replace(**{
         name: value.to(torch.float32)
         for name, value in inputs._asdict().items()
-        if value.dtype == torch.float16
+        if value is not None and value.dtype == torch.float16
     })  # fmt: skip
     assert torch.equal(selector(num_keep=9)(inputs).kept_K, selector(num_keep=9)(same).kept_K)
 
