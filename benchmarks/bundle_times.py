@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,12 @@ def measured(folder: Path, manifest: Manifest, *, repeats: int) -> dict[tuple[st
     return found
 
 
+def _place(graph: GraphSpec) -> tuple[float, bool]:
+    """Return what sorts graphs in the order in which they run."""
+    ends = {"clip_text": -3.0, "vision": -2.0, "reduce": -1.0, "head": math.inf}
+    return ends[graph.role] if graph.first_layer is None else graph.first_layer, graph.role != "select"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -79,12 +86,16 @@ def main() -> None:
     options = parser.parse_args()
     manifests = [open_bundle(folder).manifest for folder in options.bundles]
     results = [measured(*entry, repeats=options.repeats) for entry in zip(options.bundles, manifests)]
+    graphs = sorted((graph for entry in manifests for graph in entry.graphs), key=_place)
+    places = dict.fromkeys(graph.name for graph in graphs)
     print(f"ONNX Runtime {onnxruntime.__version__}, {platform.machine()}, one thread; processor ms (GFLOP)\n")
-    print("| graph | phase | " + " | ".join(f"{entry.average_keep:.1%}" for entry in manifests) + " |")
+    names = [f"{path.name}, {entry.average_keep:.1%}" for path, entry in zip(options.bundles, manifests)]
+    print("| graph | phase | " + " | ".join(names) + " |")
     print("|---" * (len(results) + 2) + "|")
     for phase in ("prefill", "decode"):
-        names = [name for kind, name in max(results, key=len) if kind == phase]
-        for name in names:
+        for name in places:
+            if not any((phase, name) in result for result in results):
+                continue
             cells = [result.get((phase, name)) for result in results]
             text = ["" if cell is None else f"{cell[0]:.2f} ({cell[1]:.3f})" for cell in cells]
             print(f"| {name} | {phase} | " + " | ".join(text) + " |")
