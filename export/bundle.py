@@ -34,6 +34,7 @@ from trio_edge.export.quantize.assign import (
     quantization_of,
     quantize_graphs,
 )
+from trio_edge.export.quantize.cache import check_cache, quantize_caches
 from trio_edge.export.quantize.graph import SCALE_SUFFIX
 from trio_edge.export.quantize.plan import QuantizePlan
 from trio_edge.export.quantize.scales import CalibratedScales
@@ -197,9 +198,10 @@ def export_bundle(
 
     Raises:
         CheckpointError: If the checkpoint cannot be exported, or the target exists or has no room.
-        ScheduleError: If the model cannot follow the schedule.
+        ScheduleError: If the model cannot follow the schedule, or an INT8 KV cache has no scales.
     """
     check_output(options.out, force=options.force)
+    check_cache(options.quantize, scales)
     progress.step("reading the checkpoint")
     checkpoint = read_checkpoint(options.model, revision=options.revision, check_config=check_architecture)
     check_packed(checkpoint, options.quantize)
@@ -294,6 +296,8 @@ def export_bundle(
         )
 
     traced, forms = quantize_graphs(traced, options.quantize, scales, checkpoint=checkpoint)
+    if options.quantize.has_cache:
+        traced = quantize_caches(traced, scales.cache_max)
     names, whole_files = plain_tensors(traced, forms), not forms and clip is None
     needed = bytes_to_write(checkpoint, names, dtype=dtype, whole_files=whole_files)
     needed += quantized_bytes(checkpoint, forms, dtype=dtype)
@@ -356,7 +360,7 @@ def export_bundle(
                 token_method=options.token_method,
                 token_keep=token_keep,
                 graphs=graphs,
-                dtype=dtype,
+                kv_dtype="int8" if options.quantize.has_cache else dtype,
                 clip_text_flops=None if clip is None else clip.flops(COST_TEXT_TOKENS),
             ),
             vision=vision_dimensions(model, sizes=primary, hidden_size=dimensions.hidden_size),

@@ -7,7 +7,8 @@ padding included; INT8: 1):
     decoder weights     L (2 D H E + 2 D G E + 3 D I) w
     head, vision        V D w, and the vision tower's and projector's parameters times w
     repeated weights    per stage one decoder layer and the head, which its ``select`` graph holds again
-    KV caches           per layer 2 G E b times its rows: visual rows of its range + largest text + new tokens
+    KV caches           per layer 2 G E b times its rows: visual rows of its range + largest text + new tokens;
+                        b is 1 for keys and values in INT8
     activations         the largest of these graphs at its largest prefill of S rows
       layer range         3 S D b + layers 2 G E S b + 4 S² + max(S (H + 2 G) E b + H S² (4 + b), 3 S I b)
       select              3 S D b + 8 S D + 8 N² + R V (4 + b)
@@ -194,23 +195,23 @@ def _layer_params(model: ModelShape) -> int:
     return model.hidden_size * (2 * queries + 2 * keys + 3 * model.intermediate_size)
 
 
-def _kv_row_bytes(model: ModelShape) -> int:
+def _kv_row_bytes(inputs: FitInputs) -> int:
     """Return the bytes of one row of one layer's keys and values."""
-    return 2 * model.num_kv_heads * model.head_size * model.bytes_per_element
+    model = inputs.model
+    size = 1 if inputs.quantize.has_cache else model.bytes_per_element
+    return 2 * model.num_kv_heads * model.head_size * size
 
 
 def _kv_bytes(inputs: FitInputs) -> int:
     more = inputs.max_text + inputs.max_new_tokens
-    return _kv_row_bytes(inputs.model) * sum(
-        layers * (rows + more) for layers, rows in inputs.layers_and_rows
-    )
+    return _kv_row_bytes(inputs) * sum(layers * (rows + more) for layers, rows in inputs.layers_and_rows)
 
 
 def _activation_bytes(inputs: FitInputs) -> int:
     model, ranges = inputs.model, inputs.layers_and_rows
     candidates = [_vision_bytes(inputs.picture.vision, size=model.bytes_per_element)]
     for layers, rows in ranges:
-        candidates.append(_range_bytes(model, num_layers=layers, num_rows=rows + inputs.max_text))
+        candidates.append(_range_bytes(inputs, num_layers=layers, num_rows=rows + inputs.max_text))
     for _layers, rows in ranges[:-1]:
         candidates.append(_select_bytes(inputs, num_visual=rows))
     last_rows = ranges[-1][1] + inputs.max_text
@@ -218,13 +219,14 @@ def _activation_bytes(inputs: FitInputs) -> int:
     return max(candidates)
 
 
-def _range_bytes(model: ModelShape, *, num_layers: int, num_rows: int) -> int:
-    size, rows = model.bytes_per_element, num_rows
+def _range_bytes(inputs: FitInputs, *, num_layers: int, num_rows: int) -> int:
+    model, rows = inputs.model, num_rows
+    size = model.bytes_per_element
     heads, width = model.num_heads + 2 * model.num_kv_heads, model.head_size
     attention = rows * heads * width * size + model.num_heads * rows**2 * (4 + size)
     mlp = 3 * rows * model.intermediate_size * size
     shared = 3 * rows * model.hidden_size * size + 4 * rows**2
-    return shared + num_layers * rows * _kv_row_bytes(model) + max(attention, mlp)
+    return shared + num_layers * rows * _kv_row_bytes(inputs) + max(attention, mlp)
 
 
 def _select_bytes(inputs: FitInputs, *, num_visual: int) -> int:

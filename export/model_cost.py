@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from trio_edge.runtime.manifest import Cost, Dimensions
 from trio_edge.runtime.prediction.selections import reduce_flops
 from trio_edge.runtime.schedule import Schedule
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from trio_edge.export.families.base import FamilyModel
-    from trio_edge.runtime.manifest import FloatType, GraphSpec, TokenMethod
+    from trio_edge.runtime.manifest import CacheType, GraphSpec, TokenMethod
 
 COST_TEXT_TOKENS = 40
 """Text tokens of the prompt that costs are given for: LLaVA's system prompt and a short question."""
@@ -31,7 +33,7 @@ def cost_of(
     token_method: TokenMethod | None,
     token_keep: int | None,
     graphs: Sequence[GraphSpec],
-    dtype: FloatType,
+    kv_dtype: CacheType,
     clip_text_flops: float | None = None,
 ) -> Cost:
     """Return the cost of a prefill with a picture of ``vision_sizes`` and ``COST_TEXT_TOKENS`` text tokens.
@@ -46,7 +48,7 @@ def cost_of(
         token_method: Of the selection before the decoder.
         token_keep: What that passes on.
         graphs: Of the bundle; the ``reduce`` graph's inputs tell its widths.
-        dtype: Of the KV cache.
+        kv_dtype: Of the KV caches.
         clip_text_flops: Of CLIP's text tower for this text, if there is one.
     """
     num_visual = vision_sizes["N"]
@@ -58,7 +60,7 @@ def cost_of(
         head_size=dimensions.head_size,
         intermediate_size=dimensions.intermediate_size,
         vocab_size=dimensions.vocab_size,
-        bytes_per_element=2 if dtype == "float16" else 4,
+        bytes_per_element=np.dtype(kv_dtype).itemsize,
         vision=model.vision_shape(vision_sizes),
     )
     entering = num_visual if token_keep is None else min(token_keep, num_visual)

@@ -307,6 +307,7 @@ def _range_tensors(tracer: _Tracer, layers: range, *, with_previous: bool = Fals
         layers,
         dimensions=tracer.dimensions,
         dtype=tracer.layout.dtype,
+        kv_dtype=tracer.layout.dtype,  # export/quantize/cache.py changes it
         position_axes=tracer.position_axes,
         with_previous=with_previous,
     )

@@ -81,6 +81,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
             "ratio": full / reduced,
         },
         "kv": {
+            "dtype": manifest.kv_dtype,
             "allocated_bytes": manifest.kv_bytes,
             "prefill_bytes": cost.reduced_kv_bytes,
             "full_prefill_bytes": cost.full_kv_bytes,
@@ -168,7 +169,7 @@ def _print(manifest: Manifest, *, show_io: bool) -> None:
         ),
         "KV cache": (
             f"{kv['prefill_bytes'] / 1e6:.2f} MB against {kv['full_prefill_bytes'] / 1e6:.2f} MB"
-            f" ({kv['ratio']:.2f}x); {kv['allocated_bytes'] / 1e6:.2f} MB allocated"
+            f" ({kv['ratio']:.2f}x), {kv['dtype']}; {kv['allocated_bytes'] / 1e6:.2f} MB allocated"
         ),
         "weights": (
             f"{weights['model_bytes'] / 1e6:.1f} MB model, {weights['device_ratio']:.3f}x in the graphs;"

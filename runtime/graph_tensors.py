@@ -27,7 +27,13 @@ class GraphTensors(NamedTuple):
 
 
 def range_tensors(
-    layers: range, *, dimensions: Dimensions, dtype: DType, position_axes: int, with_previous: bool = False
+    layers: range,
+    *,
+    dimensions: Dimensions,
+    dtype: DType,
+    kv_dtype: DType,
+    position_axes: int,
+    with_previous: bool = False,
 ) -> GraphTensors:
     """Return the tensors of decoder layers; the range that starts at layer 0 reads embeddings."""
     past_shape = (1, dimensions.num_kv_heads, "C", dimensions.head_size)
@@ -39,11 +45,11 @@ def range_tensors(
         TensorSpec(name=hidden, dtype=dtype, shape=hidden_shape),
         TensorSpec(name="position_ids", dtype="int32", shape=(position_axes, "S")),
         _one("past_length"),
-        *(TensorSpec(name=f"past_key_values.{part}", dtype=dtype, shape=past_shape) for part in parts),
+        *(TensorSpec(name=f"past_key_values.{part}", dtype=kv_dtype, shape=past_shape) for part in parts),
     )
     outputs = (
         TensorSpec(name="hidden_states_out", dtype=dtype, shape=hidden_shape),
-        *(TensorSpec(name=f"present.{part}", dtype=dtype, shape=new_shape) for part in parts),
+        *(TensorSpec(name=f"present.{part}", dtype=kv_dtype, shape=new_shape) for part in parts),
     )
     if with_previous:
         outputs = (*outputs, TensorSpec(name=PREVIOUS, dtype=dtype, shape=hidden_shape))
@@ -108,7 +114,12 @@ def check_tensors(manifest: Manifest, *, where: str) -> None:
         layers = range(start, start + spec.num_layers)
         needed = index < len(manifest.selects) and PREVIOUS in manifest.selects[index].input_names
         expected = range_tensors(
-            layers, dimensions=dimensions, dtype=dtype, position_axes=axes, with_previous=needed
+            layers,
+            dimensions=dimensions,
+            dtype=dtype,
+            kv_dtype=manifest.kv_dtype,
+            position_axes=axes,
+            with_previous=needed,
         )
         _compare(spec, expected, where=where)
     for spec, stage in zip(manifest.selects, manifest.schedule.stages):

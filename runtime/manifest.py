@@ -20,8 +20,9 @@ SCHEMA_VERSION = 3
 MANIFEST_NAME = "trio.json"
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8, "int8": 1}
 
-DType = Literal["float32", "float16", "int32", "int64"]
+DType = Literal["float32", "float16", "int32", "int64", "int8"]
 FloatType = Literal["float32", "float16"]
+CacheType = Literal["float32", "float16", "int8"]
 StoredType = Literal["float32", "float16", "int32", "int64", "int8", "int4"]
 """Of arrays in weight files; INT4 has two elements in a byte, the first in its low half."""
 Role = Literal["vision", "clip_text", "reduce", "prefix", "select", "segment", "suffix", "head"]
@@ -92,10 +93,10 @@ class StoredTensor(_Spec, frozen=True):
 
 
 class Quantization(_Spec, frozen=True):
-    """How the weights were rounded."""
+    """How weights, and keys and values in the KV caches, were rounded."""
 
     formats: dict[str, Literal["int4", "int8"]]
-    """Of each quantized part: "vision", "prefix", "segments", "suffix", "select", "head", "embedding"."""
+    """Of each quantized part: "vision", "prefix", "segments", "suffix", "select", "head", "embedding", "kv"."""
     method: Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant", "checkpoint"]
     """How scales were found; "checkpoint" where its own integers were taken over."""
     block_size: int | None = None
@@ -248,7 +249,7 @@ class Manifest(_Spec, frozen=True):
     token_embedding_scales: StoredTensor | None = None
     """[V] of an INT8 table, one for each row."""
     quantization: Quantization | None = None
-    """None where all weights are in ``dtype``."""
+    """None where all weights and the KV caches are in ``dtype``."""
     clip_text: ClipTextSpec | None = None
     """Where the reduce graph compares the question in CLIP's space, whose text tower is a graph then."""
 
@@ -343,10 +344,16 @@ class Manifest(_Spec, frozen=True):
         return tuple(rows + largest + self.max_new_tokens for rows in self.visual_rows)
 
     @property
+    def kv_dtype(self) -> CacheType:
+        """Element type of the KV caches."""
+        is_rounded = self.quantization is not None and "kv" in self.quantization.formats
+        return "int8" if is_rounded else self.dtype
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of all KV caches as allocated, at full capacity."""
         dims = self.dimensions
-        row = 2 * dims.num_kv_heads * dims.head_size * _DTYPE_BYTES[self.dtype]
+        row = 2 * dims.num_kv_heads * dims.head_size * _DTYPE_BYTES[self.kv_dtype]
         return sum(graph.num_layers * rows * row for graph, rows in zip(self.ranges, self.kv_capacities))
 
     @property

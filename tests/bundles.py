@@ -10,7 +10,13 @@ from typing import Any
 from tests.shared_folder import made_once
 from trio_edge.export.bundle import ExportOptions, export_bundle
 from trio_edge.export.checkpoint import TINY_FOLDER
+from trio_edge.export.quantize.scales import CacheRange, CalibratedScales
 from trio_edge.runtime.schedule import Schedule
+
+INT8_CACHES = CalibratedScales(
+    cache_max=tuple(CacheRange(key=2.0 + 0.5 * layer, value=1.0 + 0.2 * layer) for layer in range(3))
+)
+"""Of three layers, all different; some keys and values are larger."""
 
 
 def export(
@@ -18,6 +24,7 @@ def export(
     copy: Path | None = None,
     *,
     schedule: Schedule = Schedule(),  # noqa: B008
+    scales: CalibratedScales = CalibratedScales(),  # noqa: B008
     **options: Any,
 ) -> Path:
     """Return a bundle of ``checkpoint`` with small text sizes, exported once for all who ask for the same.
@@ -26,6 +33,7 @@ def export(
         checkpoint: A folder, or "tiny".
         copy: Where to put a copy that the caller may change. Without it, nobody may change the bundle.
         schedule: The reduction.
+        scales: What a calibration would find.
         **options: Other fields of ``ExportOptions``.
     """
     source = TINY_FOLDER if checkpoint == "tiny" else Path(checkpoint)
@@ -35,9 +43,10 @@ def export(
         export_bundle(
             ExportOptions(model=str(source), out=out, **settings),
             schedule_for=lambda _inputs: schedule,
+            scales=scales,
         )
 
-    wanted = f"{_digest(source)} {schedule} {sorted(settings.items())}"
+    wanted = f"{_digest(source)} {schedule} {scales} {sorted(settings.items())}"
     bundle = made_once(f"bundle-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}", make)
     return bundle if copy is None else shutil.copytree(bundle, copy)
 

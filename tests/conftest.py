@@ -19,6 +19,8 @@ from tests.torchvision_reference import TorchvisionReference
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from trio_edge.runtime.schedule import Schedule
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test asks the Hub
 
 # The same examples on every run and every machine; HYPOTHESIS_PROFILE=default looks for new ones.
@@ -87,10 +89,24 @@ def keep_all_bundle(checkpoint: Path) -> Path:
 def reduced_bundle(checkpoint: Path) -> Path:
     """The checkpoint with two stages. No test may change it."""
     from tests.bundles import export
+
+    return export(checkpoint, schedule=_two_stages())
+
+
+@pytest.fixture(scope="session")
+def int8_cache_bundle(checkpoint: Path) -> Path:
+    """The checkpoint with two stages and INT8 KV caches. No test may change it."""
+    from tests.bundles import INT8_CACHES, export
+    from trio_edge.export.quantize.plan import parse_plan
+
+    plan = parse_plan("kv=int8")
+    return export(checkpoint, schedule=_two_stages(), scales=INT8_CACHES, quantize=plan)
+
+
+def _two_stages() -> Schedule:
     from trio_edge.runtime.schedule import Schedule, Stage
 
-    schedule = Schedule(stages=tuple(Stage(layer=layer, keep=keep) for layer, keep in REDUCED_STAGES))
-    return export(checkpoint, schedule=schedule)
+    return Schedule(stages=tuple(Stage(layer=layer, keep=keep) for layer, keep in REDUCED_STAGES))
 
 
 @pytest.fixture(scope="session")

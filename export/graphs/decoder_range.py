@@ -11,7 +11,7 @@
 | out present.{i}.key            | [1, G, S, E] | model | runtime: new rows only, written into the buffers            |
 | out present.{i}.value          | [1, G, S, E] | model |                                                            |
 
-Prefill runs with C = 0 and padding on the right; decode with S = 1.
+Prefill runs with C = 0 and padding on the right; decode with S = 1. ``export/quantize/cache.py`` makes keys and values int8.
 """
 
 from __future__ import annotations

@@ -205,8 +205,8 @@ def quantization_of(
     *,
     graphs: Iterable[TracedGraph],
 ) -> Quantization | None:
-    """Return what the manifest says of ``forms``; None without any quantized one."""
-    if all(form.kind == "none" for form in forms):
+    """Return what the manifest says of ``forms`` and the KV caches; None where all is in floating point."""
+    if not plan.has_cache and all(form.kind == "none" for form in forms):
         return None
     taken = {form.key for form in forms if form.is_taken_over}
     formats: dict[str, Literal["int4", "int8"]] = {

@@ -79,8 +79,7 @@ def quantize_graph(
         forms: By initializer name.
         opset: What the graph is raised to.
     """
-    if model.opset_imports[""] < opset:
-        version_converter.convert_version(model, opset)
+    raise_opset(model, opset)
     constants: dict[str, NDArray[Any]] = {}
     quantized_inputs: dict[ir.Value, ir.Value] = {}
     for name, form in forms.items():
@@ -97,6 +96,12 @@ def quantize_graph(
     return constants
 
 
+def raise_opset(model: ir.Model, opset: int) -> None:
+    """Convert ``model`` to ``opset`` unless it has that or a later one."""
+    if model.opset_imports[""] < opset:
+        version_converter.convert_version(model, opset)
+
+
 def _dequantized(graph: ir.Graph, name: str, form: LinearForm) -> ir.Value:
     """Replace the initializer ``name`` [O, I] by its quantized form; return the dequantized value [I, O]."""
     old = graph.initializers[name]
@@ -111,7 +116,7 @@ def _dequantized(graph: ir.Graph, name: str, form: LinearForm) -> ir.Value:
     scales = ir.Value(name=name + SCALE_SUFFIX, shape=ir.Shape(shape), type=ir.TensorType(old.dtype))
     graph.initializers[name], graph.initializers[name + SCALE_SUFFIX] = values, scales
     attributes = {"axis": 1} if form.block is None else {"axis": 0, "block_size": form.block}
-    node = _node(
+    node = make_node(
         "DequantizeLinear", [values, scales], f"{name}.dequantized", old.dtype, values.shape, attributes
     )
     graph.append(node)
@@ -132,7 +137,7 @@ def _redirect(graph: ir.Graph, old: ir.Value, weight: ir.Value) -> None:
         else:
             if transposed is None:
                 assert old.dtype is not None
-                back = _node(
+                back = make_node(
                     "Transpose", [weight], f"{weight.name}.T", old.dtype, old.shape, {"perm": [1, 0]}
                 )
                 graph.append(back)
@@ -155,17 +160,17 @@ def _quantized(
     constants |= {names[0]: scale, names[1]: np.array(0, np.int8)}
     for value in inputs:
         graph.initializers[str(value.name)] = value
-    down = _node(
+    down = make_node(
         "QuantizeLinear", [source, *inputs], f"{source.name}.quantized", ir.DataType.INT8, source.shape, {}
     )
-    up = _node(
+    up = make_node(
         "DequantizeLinear", [down.outputs[0], *inputs], f"{source.name}.rounded", kind, source.shape, {}
     )
     graph.extend([down, up])
     return up.outputs[0]
 
 
-def _node(
+def make_node(
     kind: str,
     inputs: list[ir.Value],
     name: str,
@@ -173,5 +178,6 @@ def _node(
     shape: ir.Shape | None,
     attributes: dict[str, Any],
 ) -> ir.Node:
+    """Return a node with one output, called as itself."""
     output = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
     return ir.node(kind, inputs, attributes, outputs=[output], name=name)

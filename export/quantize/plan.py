@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.manifest import Role
     from trio_edge.runtime.schedule import Schedule
 
-Part = Literal["vision", "prefix", "segments", "suffix", "select", "head", "embedding"]
+Part = Literal["vision", "prefix", "segments", "suffix", "select", "head", "embedding", "kv"]
 PARTS: tuple[Part, ...] = get_args(Part)
 _GROUPS: dict[str, tuple[Part, ...]] = {
     "decoder": ("prefix", "segments", "suffix"),
@@ -27,6 +27,10 @@ _PART_FROM_ROLE: dict[Role, Part] = {
     "suffix": "suffix",
     "select": "select",
     "head": "head",
+}
+_ONLY_INT8: dict[Part, str] = {
+    "embedding": "its rows are read by the host, one scale each",
+    "kv": "backends store INT4 weights only, no activations",
 }
 OPSETS: dict[Format, int] = {"int4": 21, "int8": 19}
 """First ONNX opset with INT4, and with float16 in QuantizeLinear."""
@@ -60,6 +64,11 @@ class QuantizePlan:
         return [self.of_part(part) for part in parts]
 
     @property
+    def has_cache(self) -> bool:
+        """Whether the KV caches are in INT8."""
+        return self.of_part("kv") == "int8"
+
+    @property
     def has_decoder(self) -> bool:
         """Whether a decoder layer is quantized."""
         return any(self.of_part(part) != "none" for part in _GROUPS["decoder"])
@@ -78,7 +87,8 @@ def part_of(role: Role) -> Part:
 def parse_plan(text: str) -> QuantizePlan:
     """Return what ``--quantize`` means: FORMAT for the decoder, or PART=FORMAT,…; later entries win.
 
-    PART is one of ``PARTS``, or "decoder" (prefix, segments, suffix) or "all" (every graph).
+    PART is one of ``PARTS``, or "decoder" (prefix, segments, suffix) or "all" (every graph); "kv" is what the
+    decoder's layers remember of rows.
 
     Raises:
         ScheduleError: If it is not of that form.
@@ -89,10 +99,9 @@ def parse_plan(text: str) -> QuantizePlan:
         kind = _format(value)
         for part in _parts(name if equals else "decoder"):
             formats[part] = kind
-    if formats.get("embedding") == "int4":
-        raise ScheduleError(
-            "--quantize: expected embedding=int8 or none, got int4; its rows are read by the host, one scale each"
-        )
+    for part, reason in _ONLY_INT8.items():
+        if formats.get(part) == "int4":
+            raise ScheduleError(f"--quantize: expected {part}=int8 or none, got int4; {reason}")
     return QuantizePlan(formats=formats)
 
 

@@ -35,6 +35,16 @@ class Smoothing:
         return result
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheRange:
+    """The largest absolute values that one layer's KV cache has held."""
+
+    key: float
+    """After the rotation."""
+    value: float
+    """After smoothing."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class CalibratedScales:
     """The result of a calibration, by the canonical names of the checkpoint's tensors."""
@@ -43,5 +53,7 @@ class CalibratedScales:
     """Of weights, norms and biases in decoder layers."""
     activation_max: Mapping[str, float] = field(default_factory=dict)
     """Largest absolute input of a linear layer, by its weight, after smoothing; there for parts in INT8."""
+    cache_max: tuple[CacheRange, ...] = ()
+    """Of every decoder layer; there for a KV cache in INT8."""
     method: Calibrated = "round-to-nearest"
     num_samples: int = 0

@@ -49,6 +49,8 @@ class Setting:
     """Of the decoder's linear weights."""
     head_precision: Precision = "float16"
     vision_precision: Precision = "float16"
+    cache_precision: Literal["float16", "int8"] = "float16"
+    """Of the KV caches."""
     one_size: bool = True
     """Whether the first stage's graph is made for one N."""
     entering: int | None = None
@@ -81,8 +83,18 @@ class Setting:
     def formats(self) -> Formats:
         """What the numbers are stored as."""
         return Formats(
-            layer=self.precision, other="float16", head=self.head_precision, vision=self.vision_precision
+            layer=self.precision,
+            other="float16",
+            head=self.head_precision,
+            vision=self.vision_precision,
+            bytes_per_cached=1 if self.cache_precision == "int8" else 2,
         )
+
+    @property
+    def cache_row_bytes(self) -> int:
+        """Bytes of one row of one layer's KV cache."""
+        decoder = self.model.decoder
+        return 2 * decoder.num_kv_heads * decoder.head_size * self.formats.bytes_per_cached
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,7 +217,7 @@ def memory_of(setting: Setting, *, usable: int) -> Memory:
     head = decoder.vocab_size * decoder.hidden_size * sizes["head"]
     vision = 0 if setting.model.vision is None else tower_weights(setting.model.vision) * sizes["vision"]
     stages = len(setting.schedule.stages)
-    row_bytes = 4 * decoder.num_kv_heads * decoder.head_size
+    row_bytes = setting.cache_row_bytes
     capacity = setting.num_text + setting.num_new
     return Memory(
         weights=round((decoder.num_layers + stages) * layer + (1 + stages) * head + vision),
@@ -223,7 +235,7 @@ def _range_activations(setting: Setting, *, layers: int, rows: int) -> int:
     heads = decoder.num_heads + 2 * decoder.num_kv_heads
     attention = 2 * rows * heads * decoder.head_size + 6 * decoder.num_heads * rows**2
     hidden = 6 * rows * decoder.hidden_size + 4 * rows**2
-    new_rows = layers * rows * 4 * decoder.num_kv_heads * decoder.head_size
+    new_rows = layers * rows * setting.cache_row_bytes
     return hidden + new_rows + max(attention, 6 * rows * decoder.intermediate_size)
 
 

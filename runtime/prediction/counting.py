@@ -76,17 +76,20 @@ class Attention:
     num_kv_heads: int
     head_size: int
     count: int = 1
+    past: int = 0
+    """Rows of the context that are read from the KV cache."""
 
     @property
     def flops(self) -> float:
         """Scores and weighted sum, without leaving out what a causal mask hides."""
         return 4.0 * self.rows * self.context * self.num_heads * self.head_size * self.count
 
-    @property
-    def moved_elements(self) -> float:
-        """Queries and outputs, and keys and values of the whole context."""
+    def moved_bytes(self, *, bytes_per_element: float, bytes_per_cached: float) -> float:
+        """Return the bytes of queries and outputs, and of keys and values of the whole context."""
         queries = 2 * self.rows * self.num_heads
-        return float((queries + 2 * self.context * self.num_kv_heads) * self.head_size * self.count)
+        new, cached = (2 * rows * self.num_kv_heads for rows in (self.context - self.past, self.past))
+        row_bytes = (queries + new) * bytes_per_element + cached * bytes_per_cached
+        return row_bytes * self.head_size * self.count
 
     @property
     def score_elements(self) -> float:
@@ -123,15 +126,21 @@ class Work:
         """Return how many weights of one kind are read."""
         return sum(part.matrix_elements for part in self.products if part.weights == kind)
 
-    def moved_bytes(self, bytes_per_weight: Mapping[WeightKind, float], *, bytes_per_element: int) -> float:
+    def moved_bytes(
+        self, bytes_per_weight: Mapping[WeightKind, float], *, bytes_per_element: int, bytes_per_cached: int
+    ) -> float:
         """Return the bytes that must pass through memory.
 
         Args:
             bytes_per_weight: By kind of weight.
-            bytes_per_element: Of activations and the KV cache.
+            bytes_per_element: Of activations.
+            bytes_per_cached: Of an element of the KV cache.
         """
-        elements = self.other_elements + sum(part.moved_elements for part in self.attention)
-        moved = 0.0
+        elements = self.other_elements
+        moved = sum(
+            part.moved_bytes(bytes_per_element=bytes_per_element, bytes_per_cached=bytes_per_cached)
+            for part in self.attention
+        )
         for part in self.products:
             elements += part.row_elements
             if part.weights == "none":
@@ -161,6 +170,7 @@ def range_work(decoder: Dimensions, *, num_layers: int, rows: int, past: int) ->
         num_kv_heads=decoder.num_kv_heads,
         head_size=decoder.head_size,
         count=num_layers,
+        past=past,
     )
     rotated = (decoder.num_heads + decoder.num_kv_heads) * decoder.head_size
     around = rows * (8 * decoder.hidden_size + 2 * rotated + 3 * decoder.intermediate_size)

@@ -169,6 +169,7 @@ def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
         "one_size": one_size,
         "head_precision": formats.get("head", "float16"),
         "vision_precision": formats.get("vision", "float16"),
+        "cache_precision": "float16" if manifest.kv_dtype == "float32" else manifest.kv_dtype,
     }
     if manifest.vision is None:
         more["vision_flops"] = vision_flops(manifest, num_visual=num_visual)

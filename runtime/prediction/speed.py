@@ -69,7 +69,9 @@ class Formats:
     head: WeightFormat | None = None
     vision: WeightFormat | None = None
     bytes_per_element: int = 2
-    """Of activations and KV caches."""
+    """Of activations."""
+    bytes_per_cached: int = 2
+    """Of an element of the KV caches."""
 
     def of(self, kind: WeightKind) -> WeightFormat:
         """Return the format of one kind of weights."""
@@ -115,7 +117,10 @@ def graph_time(work: Work, *, formats: Formats, rates: Rates, efficiency: Effici
     pairs += [
         (
             part.flops / (rates.flops * efficiency.attention),
-            part.moved_elements * formats.bytes_per_element / bandwidth,
+            part.moved_bytes(
+                bytes_per_element=formats.bytes_per_element, bytes_per_cached=formats.bytes_per_cached
+            )
+            / bandwidth,
         )
         for part in work.attention
     ]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.manifest import GraphSpec, Manifest, Profile
 
-_ELEMENT_BYTES = {"float16": 2, "float32": 4}
+_ELEMENT_BYTES = {"float16": 2, "float32": 4, "int8": 1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +46,7 @@ def graph_work(manifest: Manifest, graph: GraphSpec, profile: Profile) -> GraphW
     moved = work.moved_bytes(
         dict.fromkeys(("layer", "head", "vision"), 0.0),
         bytes_per_element=_ELEMENT_BYTES[manifest.dtype],
+        bytes_per_cached=_ELEMENT_BYTES[manifest.kv_dtype],
     )
     return GraphWork(
         flops=work.flops,

@@ -130,6 +130,15 @@ def test_activations_hold_the_attention_scores_of_the_first_range() -> None:
     assert estimate(llava_next_7b(), usable_bytes=0).parts["activations"] > 32 * rows**2 * (4 + 2)
 
 
+def test_int8_caches_are_half_of_float16_ones() -> None:
+    whole, rounded = (
+        estimate(llava_next_7b(quantize=parse_plan(plan)), usable_bytes=0).parts
+        for plan in ("none", "kv=int8")
+    )
+    assert 2 * rounded["KV caches"] == whole["KV caches"]
+    assert rounded["decoder weights"] == whole["decoder weights"]
+
+
 @pytest.mark.parametrize("fixture", ["keep_all_bundle", "reduced_bundle"])
 def test_weights_and_caches_are_those_of_the_exported_bundle(
     fixture: str, request: pytest.FixtureRequest

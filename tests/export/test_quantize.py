@@ -89,8 +89,9 @@ def test_a_block_is_128_or_the_largest_multiple_of_16_that_divides(num_inputs: i
         ("suffix=int4,head=int8", {"suffix": "int4", "head": "int8"}),
         ("int8,suffix=none", {"prefix": "int8", "segments": "int8", "suffix": "none"}),
         ("embedding=int8", {"embedding": "int8"}),
+        ("kv=int8", {"kv": "int8"}),
     ],
-    ids=["the decoder", "by part", "later entries win", "the table"],
+    ids=["the decoder", "by part", "later entries win", "the table", "the KV caches"],
 )
 def test_a_plan_names_parts_and_formats(text: str, formats: dict[str, str]) -> None:
     assert parse_plan(text).formats == formats
@@ -103,6 +104,7 @@ def test_a_plan_names_parts_and_formats(text: str, formats: dict[str, str]) -> N
         ("fp8", "Ada and later"),
         ("tail=int4", "expected one of vision, .*, got 'tail'"),
         ("embedding=int4", "embedding=int8 or none"),
+        ("kv=int4", "kv=int8 or none"),
     ],
 )
 def test_a_plan_that_is_none_is_refused(text: str, message: str) -> None:

@@ -119,7 +119,7 @@ class PlainDecoder:
         capacity, dims = self.manifest.kv_capacities[index], self.manifest.dimensions
         shape = (1, dims.num_kv_heads, capacity, dims.head_size)
         names = [name for name in spec.input_names if name.startswith("past_key_values.")]
-        return {name: np.zeros(shape, self.manifest.dtype) for name in names}
+        return {name: np.zeros(shape, self.manifest.kv_dtype) for name in names}
 
     def _append(self, index: int, outputs: Arrays, *, at: int, count: int) -> None:
         for name, buffer in self.caches[index].items():

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pytest
 
-from tests.bundles import export
+from tests.bundles import INT8_CACHES, export
+from tests.conftest import REDUCED_STAGES
 from tests.cuda_on_host import CudaOnHost, pretend_gpu, write_engines
 from tests.decode_logits import record_logits
 from tests.engine_bundles import HOST, copy_bundle
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import CAMERA, REDUCED, save_qwen_checkpoint
 from tests.reference.plain_decoder import PlainDecoder
+from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.errors import BackendError
@@ -112,6 +114,12 @@ BUNDLES: dict[str, Callable[[Path, Path], Path]] = {
     ),
     "CDPruner before the decoder, with the text": lambda checkpoint, _: export(
         checkpoint, token_method="cdpruner", token_keep=15
+    ),
+    "KV caches in INT8": lambda checkpoint, _: export(
+        checkpoint,
+        schedule=Schedule(stages=tuple(Stage(layer=layer, keep=keep) for layer, keep in REDUCED_STAGES)),
+        scales=INT8_CACHES,
+        quantize=parse_plan("kv=int8"),
     ),
     "M-RoPE": lambda _, folder: export(
         save_qwen_checkpoint(folder / "ck"), schedule=REDUCED, image_sizes=(CAMERA,)

@@ -1,0 +1,112 @@
+"""Rewrites traced layer ranges so that their KV caches are INT8: past rows are read, and new rows returned, with constant scales.
+
+    past_key_values.{i}.key  INT8 ── DequantizeLinear ── attention
+    new keys, rotated ──┬─────────────────────────────── attention
+                        └── QuantizeLinear ── present.{i}.key  INT8
+
+Rows are rounded on their way into the cache only: a pass sees its own rows as they are. One scale for all keys of a layer and one
+for its values, since TensorRT quantizes activations with constant scales of whole tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+
+from trio_edge.export.quantize.graph import make_node, raise_opset
+from trio_edge.export.quantize.numerics import activation_scale
+from trio_edge.export.quantize.plan import OPSETS
+from trio_edge.runtime.errors import ScheduleError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+    from trio_edge.export.quantize.plan import QuantizePlan
+    from trio_edge.export.quantize.scales import CacheRange, CalibratedScales
+    from trio_edge.export.tracing import TracedGraph
+    from trio_edge.runtime.manifest import TensorSpec
+
+_PAST, _PRESENT = "past_key_values.", "present."
+
+
+def check_cache(plan: QuantizePlan, scales: CalibratedScales) -> None:
+    """Raise ScheduleError if ``plan`` wants a KV cache in INT8 and nobody has looked at keys and values."""
+    if plan.has_cache and not scales.cache_max:
+        raise ScheduleError(
+            "--quantize: expected kv=int8 with scales of keys and values, which a calibration finds, got none;"
+            " run trio-calibrate with the same --quantize"
+        )
+
+
+def quantize_caches(graphs: Iterable[TracedGraph], ranges: Sequence[CacheRange]) -> list[TracedGraph]:
+    """Return the graphs with INT8 KV caches in all layer ranges, which are changed in place.
+
+    Args:
+        graphs: All of the bundle, before their weights are attached.
+        ranges: Largest values of each decoder layer.
+    """
+    return [_with_cache(graph, ranges) if graph.spec.num_layers else graph for graph in graphs]
+
+
+def _with_cache(traced: TracedGraph, ranges: Sequence[CacheRange]) -> TracedGraph:
+    raise_opset(traced.model, OPSETS["int8"])
+    graph = traced.model.graph
+    constants: dict[str, NDArray[Any]] = {}
+    for past in [value for value in graph.inputs if str(value.name).startswith(_PAST)]:
+        part = str(past.name).removeprefix(_PAST)
+        layer, _, kind = part.partition(".")
+        largest = ranges[int(layer)].key if kind == "key" else ranges[int(layer)].value
+        assert past.dtype is not None
+        scale = np.array(activation_scale(largest), past.dtype.numpy())
+        added = {f"{_PAST}{part}.scale": scale, f"{_PAST}{part}.zero": np.array(0, np.int8)}
+        constants |= added
+        inputs = [
+            ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(ir.DataType.from_numpy(value.dtype)))
+            for name, value in added.items()
+        ]
+        for value in inputs:
+            graph.initializers[str(value.name)] = value
+        _read_rounded(graph, past, inputs)
+        _return_rounded(graph, f"{_PRESENT}{part}", inputs)
+    graph.sort()
+    spec = traced.spec
+    spec = msgspec.structs.replace(
+        spec,
+        inputs=tuple(map(_in_cache_type, spec.inputs)),
+        outputs=tuple(map(_in_cache_type, spec.outputs)),
+        opset=traced.model.opset_imports[""],
+    )
+    return replace(traced, spec=spec, constants={**traced.constants, **constants})
+
+
+def _read_rounded(graph: ir.Graph, past: ir.Value, scale: list[ir.Value]) -> None:
+    """Make ``past`` INT8, and give its values to all that read it."""
+    assert past.dtype is not None
+    node = make_node(
+        "DequantizeLinear", [past, *scale], f"{past.name}.dequantized", past.dtype, past.shape, {}
+    )
+    ir.convenience.replace_all_uses_with(past, node.outputs[0])
+    node.replace_input_with(0, past)
+    past.type = ir.TensorType(ir.DataType.INT8)
+    graph.append(node)
+
+
+def _return_rounded(graph: ir.Graph, name: str, scale: list[ir.Value]) -> None:
+    """Return the output ``name`` in INT8; what reads it inside the graph still gets it as it is."""
+    index = next(index for index, value in enumerate(graph.outputs) if value.name == name)
+    rows = graph.outputs[index]
+    rows.name = f"{name}.unquantized"
+    node = make_node("QuantizeLinear", [rows, *scale], name, ir.DataType.INT8, rows.shape, {})
+    graph.append(node)
+    graph.outputs[index] = node.outputs[0]
+
+
+def _in_cache_type(tensor: TensorSpec) -> TensorSpec:
+    is_cached = tensor.name.startswith((_PAST, _PRESENT))
+    return msgspec.structs.replace(tensor, dtype="int8") if is_cached else tensor
