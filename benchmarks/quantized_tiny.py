@@ -56,6 +56,7 @@ BASE = Variant("float32", dtype="float32")
 VARIANTS = (
     BASE,
     Variant("float16"),
+    Variant("float16, KV caches int8", "kv=int8", is_calibrated=True),
     Variant("int8 decoder", "int8"),
     Variant("int8 all graphs", "all=int8"),
     Variant("int8 decoder, SmoothQuant", "int8", is_calibrated=True),

@@ -1,7 +1,7 @@
 """Calibrates a quantization: layer by layer, the factors that lessen the error on collected inputs, and what error is left.
 
-Only decoder layers are calibrated. Their weights are rounded as the export is going to do it (``export/quantize/numerics``), and
-factors that do not lessen the error are not used.
+Only decoder layers and their KV caches are calibrated. Weights are rounded as the export is going to do it
+(``export/quantize/numerics``), and factors that do not lessen the error are not used.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from trio_edge.calibration.quantization.collecting import collect_inputs
+from trio_edge.calibration.quantization.cache_ranges import listening_to_caches
+from trio_edge.calibration.quantization.collecting import answer_samples, collect_inputs
 from trio_edge.calibration.quantization.groups import GROUPS, block_of, can_move, moved, tensor_name
 from trio_edge.calibration.quantization.modelopt_search import (
     awq_factors,
     check_modelopt,
     smoothquant_factors,
 )
-from trio_edge.calibration.quantization.report import GroupError, QuantizationReport
+from trio_edge.calibration.quantization.report import CacheReport, GroupError, QuantizationReport
 from trio_edge.export.quantize.numerics import quantize, rounded_activations
 from trio_edge.export.quantize.scales import CalibratedScales
 
@@ -34,12 +35,21 @@ if TYPE_CHECKING:
     from trio_edge.calibration.schedules.torch_model import TorchModel
     from trio_edge.export.quantize.numerics import Format
     from trio_edge.export.quantize.plan import QuantizePlan
-    from trio_edge.export.quantize.scales import Smoothing
+    from trio_edge.export.quantize.scales import CacheRange, Smoothing
     from trio_edge.runtime.manifest import FloatType
     from trio_edge.runtime.schedule import Schedule
 
 ALPHAS = (0.25, 0.5, 0.75)
 """SmoothQuant's exponents; the best one is taken for every group."""
+
+
+Method = Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant"]
+_METHODS: dict[frozenset[str], Method] = {
+    frozenset(): "round-to-nearest",
+    frozenset({"int4"}): "awq",
+    frozenset({"int8"}): "smoothquant",
+    frozenset({"int4", "int8"}): "awq+smoothquant",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +72,7 @@ def calibrate_quantization(
     on_step: Callable[[str, int], None] = lambda _text, _count: None,
     on_one: Callable[[], None] = lambda: None,
 ) -> Quantized | None:
-    """Return factors and ranges for the decoder layers that ``plan`` quantizes; None if it quantizes none.
+    """Return factors and ranges for what ``plan`` quantizes of the decoder layers and their KV caches; None if it is nothing.
 
     Args:
         model: In floating point.
@@ -81,34 +91,51 @@ def calibrate_quantization(
     """
     formats = plan.of_layers(schedule, num_layers=model.num_layers)
     kinds = set(formats) - {"none"}
-    if not kinds:
+    if not kinds and not plan.has_cache:
         return None
-    check_modelopt()
+    if kinds:
+        check_modelopt()
     on_step("collecting what enters the layers", len(questions))
-    collected = collect_inputs(
-        model, questions, schedule, probes=probes, num_tokens=num_tokens, on_sample=on_one
-    )
-    on_step("quantizing layer by layer", model.num_layers)
+    collect = collect_inputs if kinds else answer_samples
+    with listening_to_caches(model.parts.layers) as cached:
+        collected = collect(
+            model, questions, schedule, probes=probes, num_tokens=num_tokens, on_sample=on_one
+        )
     smoothing: dict[str, Smoothing] = {}
     ranges: dict[str, float] = {}
     errors: list[GroupError] = []
-    for layer, kind in enumerate(formats):
-        inputs = collected[layer]
-        if kind != "none":
-            found = _Layer(model, layer, kind, dtype)
-            smoothing |= found.search(inputs)
-            ranges |= found.ranges
-            errors += found.errors
-        inputs.clear()
-        on_one()
-    method: Literal["awq", "smoothquant", "awq+smoothquant"] = (
-        "awq+smoothquant" if len(kinds) == 2 else "awq" if "int4" in kinds else "smoothquant"
-    )
+    if collected is not None:
+        on_step("quantizing layer by layer", model.num_layers)
+        for layer, kind in enumerate(formats):
+            inputs = collected[layer]
+            if kind != "none":
+                found = _Layer(model, layer, kind, dtype)
+                smoothing |= found.search(inputs)
+                ranges |= found.ranges
+                errors += found.errors
+            inputs.clear()
+            on_one()
+    caches: tuple[CacheRange, ...] = ()
+    if plan.has_cache:
+        caches = tuple(rows.range_of(layer, smoothing) for layer, rows in enumerate(cached))
+    method = _METHODS[frozenset(kinds)]
     return Quantized(
         scales=CalibratedScales(
-            smoothing=smoothing, activation_max=ranges, method=method, num_samples=len(questions)
+            smoothing=smoothing,
+            activation_max=ranges,
+            cache_max=caches,
+            method=method,
+            num_samples=len(questions),
         ),
-        report=QuantizationReport(method=method, samples=len(questions), errors=errors),
+        report=QuantizationReport(
+            method=method,
+            samples=len(questions),
+            errors=errors,
+            caches=[
+                CacheReport(layer=layer, key_max=one.key, value_max=one.value)
+                for layer, one in enumerate(caches)
+            ],
+        ),
     )
 
 

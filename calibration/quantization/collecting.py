@@ -83,12 +83,25 @@ def collect_inputs(
     with ExitStack() as stack:
         for layer, inputs in zip(model.parts.layers, found):
             stack.enter_context(_listening(layer, inputs, num_rows=num_rows, generator=generator))
-        for question in questions:
-            with torch.inference_mode():
-                prompt = make_prompt(model, question)
-                greedy_answer(model, prompt, schedule, probes=probes, max_tokens=num_tokens)
-            on_sample()
+        answer_samples(model, questions, schedule, probes=probes, num_tokens=num_tokens, on_sample=on_sample)
     return found
+
+
+def answer_samples(
+    model: TorchModel,
+    questions: Sequence[Question],
+    schedule: Schedule,
+    *,
+    probes: Probes,
+    num_tokens: int,
+    on_sample: Callable[[], None],
+) -> None:
+    """Answer ``questions`` for those who listen; the arguments are those of ``collect_inputs``."""
+    for question in questions:
+        with torch.inference_mode():
+            prompt = make_prompt(model, question)
+            greedy_answer(model, prompt, schedule, probes=probes, max_tokens=num_tokens)
+        on_sample()
 
 
 @contextmanager

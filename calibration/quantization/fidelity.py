@@ -1,4 +1,4 @@
-"""How far a schedule with quantized decoder layers is from keep-all in floating point, on samples."""
+"""How far a schedule with quantized decoder layers and KV caches is from keep-all in floating point, on samples."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trio_edge.calibration.quantization.cached_layers import advanced_with_cache
 from trio_edge.calibration.quantization.quantized_model import quantized_layers
 from trio_edge.calibration.schedules.measuring import divergence, keep_all
 from trio_edge.calibration.schedules.prompts import make_prompt
 from trio_edge.calibration.schedules.selecting import order_of, saliency
-from trio_edge.calibration.schedules.sequence import advanced, answer_logits, begin, with_kept
+from trio_edge.calibration.schedules.sequence import answer_logits, begin, with_kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.schedules.selecting import Probes
     from trio_edge.calibration.schedules.torch_model import TorchModel
     from trio_edge.export.quantize.plan import QuantizePlan
-    from trio_edge.export.quantize.scales import CalibratedScales
+    from trio_edge.export.quantize.scales import CacheRange, CalibratedScales
     from trio_edge.runtime.manifest import FloatType
     from trio_edge.runtime.schedule import Schedule
 
@@ -65,26 +66,43 @@ def measure_quantized(
         results = []
         with quantized_layers(model, schedule, plan, scales, dtype=dtype):
             for prompt, (tokens, log_probs_TV) in zip(prompts, wholes):
-                logits_TV, rounds = _given_tokens(model, prompt, tokens, schedule, probes=probes)
+                logits_TV, rounds = given_tokens(
+                    model, prompt, tokens, schedule, probes=probes, caches=scales.cache_max
+                )
                 results.append(divergence(log_probs_TV, tokens, logits_TV, rounds=rounds))
                 on_sample()
     return results
 
 
-def _given_tokens(
-    model: TorchModel, prompt: Prompt, tokens: list[int], schedule: Schedule, *, probes: Probes
+def given_tokens(
+    model: TorchModel,
+    prompt: Prompt,
+    tokens: list[int],
+    schedule: Schedule,
+    *,
+    probes: Probes,
+    caches: tuple[CacheRange, ...],
 ) -> tuple[Tensor, int]:
-    """Return the logits that each of ``tokens`` would be chosen from after those before, and the most NMS rounds."""
+    """Return the logits that each of ``tokens`` would be chosen from after those before, and the most NMS rounds.
+
+    Args:
+        model: Computes as the bundle, but for its KV caches.
+        prompt: Picture and question.
+        tokens: Of an answer.
+        schedule: The bundle's.
+        probes: The model's.
+        caches: Largest values of each layer's KV cache where it is in INT8; none otherwise.
+    """
     sequence = begin(model, prompt)
     for number, token in enumerate(tokens[:-1]):
         row = model.embedding_VD[token][None]
         sequence = sequence.with_answer_row(row, position=prompt.next_position + number)
     layer = rounds = 0
     for stage in schedule.stages:
-        sequence = advanced(model, sequence, range(layer, stage.layer))
+        sequence = advanced_with_cache(model, sequence, range(layer, stage.layer), caches)
         scores_N = saliency(model, probes.of(stage.layer, schedule), sequence)
         order = order_of(sequence, scores_N, threshold=schedule.nms_threshold)
         sequence = with_kept(sequence, order.kept(stage.keep), positions=schedule.positions)
         layer, rounds = stage.layer, max(rounds, order.rounds)
-    sequence = advanced(model, sequence, range(layer, model.num_layers))
+    sequence = advanced_with_cache(model, sequence, range(layer, model.num_layers), caches)
     return answer_logits(model, sequence), rounds

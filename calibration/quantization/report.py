@@ -22,10 +22,24 @@ class GroupError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Whether factors were moved out of the inputs."""
 
 
+class CacheReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one layer's INT8 KV cache has room for."""
+
+    layer: int
+    key_max: float
+    """Largest absolute key, after the rotation, that was collected: it becomes 127."""
+    value_max: float
+    """Likewise of the values, after smoothing."""
+
+
 class QuantizationReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the decoder was quantized."""
 
-    method: Literal["awq", "smoothquant", "awq+smoothquant"]
+    method: Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant"]
+    """Of weights."""
     samples: int
     """That inputs were collected from."""
     errors: list[GroupError]
+    """Empty where the KV caches alone are quantized."""
+    caches: list[CacheReport] = []
+    """Of every layer, where they are quantized."""

@@ -67,7 +67,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     dtype: Literal["auto", "float16", "float32"] = "auto"
     """Of the bundle."""
     quantize: str = "none"
-    """Formats of the bundle's parts, as ``trio-export --quantize`` takes them; decoder layers are calibrated."""
+    """Formats of the bundle's parts, as ``trio-export --quantize`` takes them; decoder layers and KV caches are calibrated."""
     max_visual: int | None = None
     """Visual tokens that pictures are scaled down to, in families that can."""
     max_new_tokens: int = 256
@@ -197,9 +197,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """How far off such predictions were where they could be compared."""
     accuracy: Accuracy | None
     quantization: QuantizationReport | None
-    """None where no decoder layer is quantized."""
+    """None where no decoder layer and no KV cache is quantized."""
     quantized_held_out: Fidelity | None
-    """The chosen schedule with quantized decoder layers against keep-all in floating point."""
+    """The chosen schedule with quantized decoder layers and KV caches against keep-all in floating point."""
     front: list[FrontPoint]
     settings: list[Tried]
     single_stages: list[SingleStage]

@@ -54,7 +54,7 @@ def page_of(calibration: Calibration, overlays: Sequence[Overlay], *, command: s
         front_plot=front_plot(calibration),
         layers_plot=layers_plot(calibration),
         importance_plot=importance_plot(calibration),
-        quantization_plot="" if quantization is None else quantization_plot(quantization),
+        quantization_plot=quantization_plot(quantization) if quantization and quantization.errors else "",
         overlays=[(overlay, _data_uri(overlay.sheet)) for overlay in overlays],
     )
 

@@ -7,23 +7,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 
+from tests.bundles import INT8_CACHES
 from tests.calibration.question_files import questions_about, write_questions
 from tests.checkpoints import save_checkpoint
+from tests.decode_logits import record_logits
 from trio_edge.calibration import cli_calibrate
 from trio_edge.calibration.quantization import modelopt_search
+from trio_edge.calibration.quantization.cache_ranges import CachedRows, listening_to_caches
 from trio_edge.calibration.quantization.calibrating import calibrate_quantization
 from trio_edge.calibration.quantization.collecting import collect_inputs
-from trio_edge.calibration.quantization.fidelity import measure_quantized
+from trio_edge.calibration.quantization.fidelity import given_tokens, measure_quantized
 from trio_edge.calibration.quantization.groups import GROUPS, can_move, moved, tensor_name
 from trio_edge.calibration.questions import Question, read_questions
 from trio_edge.calibration.schedules.greedy import greedy_answer
 from trio_edge.calibration.schedules.measuring import Measured, keep_all, measure
 from trio_edge.calibration.schedules.prompts import make_prompt
 from trio_edge.calibration.schedules.selecting import Probes
+from trio_edge.calibration.schedules.sequence import begin, no_past, run_layers
 from trio_edge.calibration.schedules.torch_model import TorchModel, load_model
 from trio_edge.export.quantize.numerics import quantize
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
@@ -163,12 +168,98 @@ def test_quantized_layers_differ_by_their_rounding_and_are_given_back(
     assert measured("none").kl == pytest.approx(0.0, abs=1e-6)
 
 
+# ---------------------------------------------------------------------------------------------- KV caches
+
+
+def largest_rows(model: TorchModel, question: Question) -> list[CachedRows]:
+    """Return what the caches hold after one answer of three tokens under ``SCHEDULE``."""
+    with listening_to_caches(model.parts.layers) as found:
+        logits_of(model, question, SCHEDULE)
+    return found
+
+
+def test_ranges_are_of_rotated_keys_and_of_values(checkpoint: Path, questions: list[Question]) -> None:
+    model = load_model(str(checkpoint))
+    values: list[torch.Tensor] = []
+    handle = (
+        model.parts.layers[1]
+        .get_submodule("self_attn.v_proj")
+        .register_forward_hook(lambda _module, _inputs, result: values.append(result.detach()))
+    )
+    found = largest_rows(model, questions[0])
+    handle.remove()
+    assert found[1].range_of(1, {}).value == pytest.approx(max(float(rows.abs().max()) for rows in values))
+    with torch.inference_mode():
+        sequence = begin(model, make_prompt(model, questions[0]))
+        rows, present = sequence.hidden_SD, list[torch.Tensor]()
+        run_layers(model, rows, sequence.positions_AS, range(1), past=[no_past(model, rows)], present=present)
+    prompt_alone = CachedRows()
+    prompt_alone.add(present[0], present[1])
+    assert found[0].range_of(0, {}).key >= prompt_alone.range_of(0, {}).key > 0.0
+
+
+def test_a_values_range_is_what_is_left_after_smoothing(tmp_path: Path, questions: list[Question]) -> None:
+    folder = save_checkpoint(tmp_path / "llama", num_layers=2, num_kv_heads=4)
+    model = load_model(str(folder))
+    size = model.checkpoint.tensor(tensor_name(1, "self_attn.v_proj")).shape[0]
+    factors = 0.3 + 2.0 * torch.rand(size, generator=torch.Generator().manual_seed(3))
+    changes = moved(model.checkpoint, 1, {"o": factors})
+    predicted = largest_rows(model, questions[0])[1].range_of(1, changes)
+    for name, smoothing in changes.items():
+        parameter = model.parts.layers[1].get_parameter(name.removeprefix("language_model.layers.1."))
+        parameter.data = smoothing.apply(parameter.data)
+    measured = largest_rows(model, questions[0])[1].range_of(1, {})
+    assert predicted.value == pytest.approx(measured.value, rel=1e-4)
+    assert predicted.key == pytest.approx(measured.key, rel=1e-4)
+
+
+def test_answers_are_measured_as_a_bundle_with_int8_caches_gives_them(
+    checkpoint: Path, int8_cache_bundle: Path, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Pipeline.from_bundle(int8_cache_bundle, threads=1) as pipeline:
+        seen = record_logits(pipeline, monkeypatch)
+        answer = pipeline.generate(questions[0].picture, questions[0].question, max_new_tokens=4)
+        assert len(answer.text) > 0  # it is decoded now
+        schedule, tokens = pipeline.manifest.schedule, answer.token_ids
+        theirs = torch.from_numpy(np.stack([answer.first_logits, *seen]))
+    model = load_model(str(checkpoint))
+    probes = Probes(model, max_visual=64)
+    with torch.inference_mode():
+        prompt = make_prompt(model, questions[0])
+        rounded, whole = (
+            given_tokens(model, prompt, tokens, schedule, probes=probes, caches=caches)[0]
+            for caches in (INT8_CACHES.cache_max, ())
+        )
+    assert len(tokens) == 4
+    torch.testing.assert_close(rounded, theirs, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(whole[:1], theirs[:1], rtol=1e-3, atol=1e-3)  # a prefill reads no cache
+    assert (whole - theirs)[1:].abs().amax(1).min() > 0.02
+
+
+def test_caches_alone_are_calibrated_without_model_optimizer(
+    checkpoint: Path, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", None)
+    model = load_model(str(checkpoint))
+    probes = Probes(model, max_visual=64)
+    plan = parse_plan("kv=int8")
+    found = calibrate_quantization(
+        model, questions, SCHEDULE, plan, dtype="float32", probes=probes, num_tokens=2
+    )
+    assert found is not None
+    assert found.report.errors == []
+    assert found.scales.method == "round-to-nearest"
+    assert [(one.key_max, one.value_max) for one in found.report.caches] == [
+        (one.key, one.value) for one in found.scales.cache_max
+    ]
+
+
 # ---------------------------------------------------------------------------------------- trio-calibrate
 
 
 @pytest.fixture(scope="module")
 def calibrated(checkpoint: Path, samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibration with an INT8 prefix and an INT4 suffix and probe. No test may change it."""
+    """A calibration with an INT8 prefix, an INT4 suffix and probe, and INT8 KV caches. No test may change it."""
     out = tmp_path_factory.mktemp("calibrated") / "out"
     arguments = [str(checkpoint), "--samples", str(samples), "--target", "orin-nx-16", "--out", str(out)]
     arguments += [
@@ -184,7 +275,7 @@ def calibrated(checkpoint: Path, samples: Path, tmp_path_factory: pytest.TempPat
         "0",
     ]
     arguments += ["--answer-tokens", "2", "--max-new-tokens", "4", "--nms-thresholds", "0.8", "--quiet"]
-    assert cli_calibrate.main([*arguments, "--quantize", "int4,prefix=int8,select=int4"]) == 0
+    assert cli_calibrate.main([*arguments, "--quantize", "int4,prefix=int8,select=int4,kv=int8"]) == 0
     return out
 
 
@@ -207,6 +298,7 @@ def test_the_report_tells_the_error_of_every_group(calibrated: Path) -> None:
     assert all(0.0 < one["calibrated"] < 0.05 for one in errors)
     assert all(one["calibrated"] <= one["rounded"] for one in errors if one["format"] == "int4")
     assert any(one["moved"] for one in errors if one["format"] == "int4")
+    assert [one["layer"] for one in report["caches"]] == [0, 1, 2]
     assert content["quantized_held_out"]["samples"] == content["data"]["held_out"]
     assert 0.0 < content["quantized_held_out"]["kl"]["value"] < 3.0  # the weights are random
     page = (calibrated / "calibration.html").read_text(encoding="utf-8")
@@ -223,9 +315,12 @@ def test_the_bundle_computes_with_what_was_found_and_answers(bundle: Bundle) -> 
         graph: [node.op_type for node in ir.load(bundle.path(f"{graph}.onnx")).graph]
         for graph in ("prefix", "suffix", "select_1")
     }
-    assert kinds["prefix"].count("QuantizeLinear") == 4 * num_layers["prefix"]  # one for each group
-    assert kinds["suffix"].count("QuantizeLinear") == kinds["select_1"].count("QuantizeLinear") == 0
-    assert kinds["suffix"].count("DequantizeLinear") == 7 * num_layers["suffix"]
+    # new keys and values; in the prefix the input of each group too
+    assert kinds["prefix"].count("QuantizeLinear") == (2 + 4) * num_layers["prefix"]
+    assert kinds["suffix"].count("QuantizeLinear") == 2 * num_layers["suffix"]
+    assert kinds["select_1"].count("QuantizeLinear") == 0
+    assert kinds["suffix"].count("DequantizeLinear") == (7 + 2) * num_layers["suffix"]
+    assert bundle.manifest.kv_dtype == "int8"
     with Pipeline.from_bundle(bundle.folder, threads=1) as pipeline:
         from PIL import Image
 
