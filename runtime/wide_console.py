@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-
 from rich.console import Console
 
-_LEAST_WIDTH = 130
+_WIDTH_OF_A_PIPE = 130
 
 
 def wide_console() -> Console:
     """Return a console on standard output."""
-    return Console(width=max(shutil.get_terminal_size().columns, _LEAST_WIDTH))
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH_OF_A_PIPE)

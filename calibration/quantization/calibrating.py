@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from trio_edge.calibration.quantization.cache_ranges import listening_to_caches
-from trio_edge.calibration.quantization.collecting import answer_samples, collect_inputs
+from trio_edge.calibration.quantization.collecting import answer_samples, listening_to_inputs
 from trio_edge.calibration.quantization.groups import GROUPS, block_of, can_move, moved, tensor_name
 from trio_edge.calibration.quantization.modelopt_search import (
     awq_factors,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.schedules.torch_model import TorchModel
     from trio_edge.export.quantize.numerics import Format
     from trio_edge.export.quantize.plan import QuantizePlan
-    from trio_edge.export.quantize.scales import CacheRange, Smoothing
+    from trio_edge.export.quantize.scales import Smoothing
     from trio_edge.runtime.manifest import FloatType
     from trio_edge.runtime.schedule import Schedule
 
@@ -96,28 +96,27 @@ def calibrate_quantization(
     if kinds:
         check_modelopt()
     on_step("collecting what enters the layers", len(questions))
-    collect = collect_inputs if kinds else answer_samples
-    with listening_to_caches(model.parts.layers) as cached:
-        collected = collect(
-            model, questions, schedule, probes=probes, num_tokens=num_tokens, on_sample=on_one
-        )
+    layers = model.parts.layers
+    with (
+        listening_to_caches(layers if plan.has_cache else ()) as cached,
+        listening_to_inputs(layers if kinds else (), num_samples=len(questions)) as collected,
+    ):
+        answer_samples(model, questions, schedule, probes=probes, num_tokens=num_tokens, on_sample=on_one)
     smoothing: dict[str, Smoothing] = {}
     ranges: dict[str, float] = {}
     errors: list[GroupError] = []
-    if collected is not None:
+    if kinds:
         on_step("quantizing layer by layer", model.num_layers)
-        for layer, kind in enumerate(formats):
-            inputs = collected[layer]
-            if kind != "none":
-                found = _Layer(model, layer, kind, dtype)
-                smoothing |= found.search(inputs)
-                ranges |= found.ranges
-                errors += found.errors
-            inputs.clear()
-            on_one()
-    caches: tuple[CacheRange, ...] = ()
-    if plan.has_cache:
-        caches = tuple(rows.range_of(layer, smoothing) for layer, rows in enumerate(cached))
+    for layer, inputs in enumerate(collected):
+        kind = formats[layer]
+        if kind != "none":
+            found = _Layer(model, layer, kind, dtype)
+            smoothing |= found.search(inputs)
+            ranges |= found.ranges
+            errors += found.errors
+        inputs.clear()
+        on_one()
+    caches = tuple(rows.range_of(layer, smoothing) for layer, rows in enumerate(cached))
     method = _METHODS[frozenset(kinds)]
     return Quantized(
         scales=CalibratedScales(

@@ -53,7 +53,7 @@ class Inputs:
         return torch.cat([*(rows.to(torch.float32) for rows in self.rows), self.largest_I[None]])
 
 
-def collect_inputs(
+def answer_samples(
     model: TorchModel,
     questions: Sequence[Question],
     schedule: Schedule,
@@ -61,8 +61,8 @@ def collect_inputs(
     probes: Probes,
     num_tokens: int,
     on_sample: Callable[[], None],
-) -> list[dict[GroupName, Inputs]]:
-    """Return for each decoder layer what entered its linear layers.
+) -> None:
+    """Answer ``questions``, for those who listen.
 
     Args:
         model: In floating point.
@@ -75,33 +75,30 @@ def collect_inputs(
     Raises:
         DataError: If a sample cannot be asked.
     """
-    found: list[dict[GroupName, Inputs]] = [
-        {group.name: Inputs() for group in GROUPS} for _ in model.parts.layers
-    ]
-    generator = torch.Generator().manual_seed(0)
-    num_rows = -(-NUM_ROWS // len(questions))
-    with ExitStack() as stack:
-        for layer, inputs in zip(model.parts.layers, found):
-            stack.enter_context(_listening(layer, inputs, num_rows=num_rows, generator=generator))
-        answer_samples(model, questions, schedule, probes=probes, num_tokens=num_tokens, on_sample=on_sample)
-    return found
-
-
-def answer_samples(
-    model: TorchModel,
-    questions: Sequence[Question],
-    schedule: Schedule,
-    *,
-    probes: Probes,
-    num_tokens: int,
-    on_sample: Callable[[], None],
-) -> None:
-    """Answer ``questions`` for those who listen; the arguments are those of ``collect_inputs``."""
     for question in questions:
         with torch.inference_mode():
             prompt = make_prompt(model, question)
             greedy_answer(model, prompt, schedule, probes=probes, max_tokens=num_tokens)
         on_sample()
+
+
+@contextmanager
+def listening_to_inputs(
+    layers: Sequence[nn.Module], *, num_samples: int
+) -> Iterator[list[dict[GroupName, Inputs]]]:
+    """Collect from decoder layers, while they run, what enters their linear layers.
+
+    Args:
+        layers: The decoder's.
+        num_samples: How many are going to be answered, so that each gives its share of the rows.
+    """
+    found: list[dict[GroupName, Inputs]] = [{group.name: Inputs() for group in GROUPS} for _ in layers]
+    generator = torch.Generator().manual_seed(0)
+    num_rows = -(-NUM_ROWS // num_samples)
+    with ExitStack() as stack:
+        for layer, inputs in zip(layers, found):
+            stack.enter_context(_listening(layer, inputs, num_rows=num_rows, generator=generator))
+        yield found
 
 
 @contextmanager

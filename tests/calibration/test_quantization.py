@@ -20,7 +20,7 @@ from trio_edge.calibration import cli_calibrate
 from trio_edge.calibration.quantization import modelopt_search
 from trio_edge.calibration.quantization.cache_ranges import CachedRows, listening_to_caches
 from trio_edge.calibration.quantization.calibrating import calibrate_quantization
-from trio_edge.calibration.quantization.collecting import collect_inputs
+from trio_edge.calibration.quantization.collecting import answer_samples, listening_to_inputs
 from trio_edge.calibration.quantization.fidelity import given_tokens, measure_quantized
 from trio_edge.calibration.quantization.groups import GROUPS, can_move, moved, tensor_name
 from trio_edge.calibration.questions import Question, read_questions
@@ -95,7 +95,8 @@ def test_layers_behind_a_stage_are_listened_to_with_fewer_tokens(
     with torch.inference_mode():
         prompt = make_prompt(model, one[0])
     probes = Probes(model, max_visual=prompt.num_visual)
-    found = collect_inputs(model, one, SCHEDULE, probes=probes, num_tokens=3, on_sample=lambda: None)
+    with listening_to_inputs(model.parts.layers, num_samples=1) as found:
+        answer_samples(model, one, SCHEDULE, probes=probes, num_tokens=3, on_sample=lambda: None)
     rows = [len(layer["qkv"].all_rows()) - 1 for layer in found]  # the last one holds the largest values
     new_tokens = rows[0] - len(prompt.embeds_SD)
     assert new_tokens == 2

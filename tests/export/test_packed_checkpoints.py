@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import pytest
@@ -21,6 +21,9 @@ from trio_edge.export.quantize.unpacking import read_weight, taken_over
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.errors import CheckpointError
 from trio_edge.runtime.schedule import Schedule, Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SCHEDULE = Schedule(stages=(Stage(layer=1, keep=6),))
 
@@ -135,35 +138,44 @@ def test_other_packings_are_refused_before_weights_are_read(settings: dict[str, 
         check_architecture(Path("folder"), {"model_type": "llava", "quantization_config": settings})
 
 
-def test_inputs_with_factors_of_their_own_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "packed"
-    known = write_packed(checkpoint, folder, method="modelopt")
+def write_damaged(
+    checkpoint: Path, folder: Path, *, method: str, part: str, change: Callable[[Any], torch.Tensor]
+) -> str:
+    """Write a packed checkpoint with another tensor ``part`` (None if there is none) in its first layer; return the folder."""
+    known = write_packed(checkpoint, folder, method=method)
     tensors = load_file(folder / "model.safetensors")
-    tensors[f"{next(iter(known))}.pre_quant_scale"] = torch.ones(4)
+    name = f"{next(iter(known))}.{part}"
+    tensors[name] = change(tensors.get(name))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"pre_quant_scale.*without factors"):
-        read_checkpoint(str(folder))
+    return str(folder)
 
 
-def test_scales_of_one_axis_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "packed"
-    known = write_packed(checkpoint, folder, method="compressed-tensors")
-    tensors = load_file(folder / "model.safetensors")
-    name = f"{next(iter(known))}.weight_scale"
-    tensors[name] = tensors[name].flatten()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"weight_scale': expected two axes, got shape \[\d+\]"):
-        read_checkpoint(str(folder))
+@pytest.mark.parametrize(
+    ("method", "part", "change", "message"),
+    [
+        ("modelopt", "pre_quant_scale", lambda _: torch.ones(4), r"pre_quant_scale.*without factors"),
+        (
+            "compressed-tensors",
+            "weight_scale",
+            torch.flatten,
+            r"weight_scale': expected two axes, got shape \[\d+\]",
+        ),
+    ],
+    ids=["inputs with factors of their own", "scales of one axis"],
+)
+def test_layers_that_cannot_be_read_are_refused(
+    method: str, part: str, change: Any, message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = write_damaged(checkpoint, tmp_path / "packed", method=method, part=part, change=change)
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(folder)
 
 
 def test_shuffled_blocks_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "packed"
-    known = write_packed(checkpoint, folder, method="gptq")
-    tensors = load_file(folder / "model.safetensors")
-    name = f"{next(iter(known))}.g_idx"
-    tensors[name] = tensors[name].flip(0)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    packed = read_checkpoint(str(folder))
+    folder = write_damaged(
+        checkpoint, tmp_path / "packed", method="gptq", part="g_idx", change=lambda order: order.flip(0)
+    )
+    packed = read_checkpoint(folder)
     with pytest.raises(CheckpointError, match="blocks of neighbouring inputs"):
         taken_over(packed, next(iter(packed.packed)), dtype="float32")
 

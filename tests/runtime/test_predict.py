@@ -21,6 +21,7 @@ from trio_edge.runtime.prediction.shapes import MODELS
 from trio_edge.runtime.prediction.speed import Formats, Rates, graph_time
 from trio_edge.runtime.prediction.sweep import choose, nearest_text, parse_sweep, parse_wish, sweep
 from trio_edge.runtime.targets import TARGETS
+from trio_edge.runtime.wide_console import wide_console
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -227,3 +228,10 @@ def test_wrong_options_are_one_line_and_exit_code_2(case: str, capsys: pytest.Ca
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert expected in error
+
+
+def test_tables_are_as_wide_as_a_terminal_and_wide_in_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "70")
+    assert wide_console().width == 130
+    monkeypatch.setenv("FORCE_COLOR", "1")  # standard output counts as a terminal
+    assert wide_console().width == 70
