@@ -20,7 +20,7 @@ from trio_edge.runtime.schedule import Schedule
 
 if TYPE_CHECKING:
     from trio_edge.runtime.manifest import Manifest
-from trio_edge.runtime.prediction.shapes import Model
+    from trio_edge.runtime.prediction.shapes import Model
 
 KEEP_ALL = "100%"
 _SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions")
