@@ -2,7 +2,7 @@
 
     python benchmarks/build_scale.py --family llava-next-7b --folder /tmp/scale
 
-The checkpoint is that of export_scale.py: a released model's shapes and random weights. It is deleted when the bundle is
+The checkpoint is that of released_shapes.py: a released model's shapes and random weights. It is deleted when the bundle is
 there, so free space for two copies of the weights is needed. "Anonymous" memory is what a process cannot give back;
 "mapped" are the weight files, which the system reads again if it takes their pages away.
 """
@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export_scale import FAMILIES, folder_bytes, gigabytes, make_checkpoint
+from released_shapes import FAMILIES, make_checkpoint
+from watched_command import folder_bytes, gigabytes
 
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.engine_build import BuildOptions, BuildPlan, BuildProgress, build_engines, plan_build

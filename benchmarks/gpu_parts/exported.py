@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from export_scale import FAMILIES, make_checkpoint
 from gpu_parts.subjects import Shapes
+from released_shapes import FAMILIES, make_checkpoint
 
 from trio_edge.runtime.schedule import Schedule
 

@@ -1,6 +1,6 @@
 """What is measured: models of released shapes with random weights made on the device, and one picture for each.
 
-Shapes are those of ``export_scale``'s checkpoints; "small" ones have the same parts and run on a CPU in seconds. The
+Shapes are those of ``released_shapes``; "small" ones have the same parts and run on a CPU in seconds. The
 picture decides N, the visual tokens: 336x336 for LLaVA-1.5, 672x672 (five tiles) for LLaVA-NeXT, 1008x1008 for Qwen2.5-VL.
 """
 
@@ -16,10 +16,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 import transformers as hf
-from export_scale import FAMILIES, QWEN_PREPROCESSOR, clip_large, llava_next, qwen2_5_vl, vicuna_7b
 from gpu_parts.count import Counted, count
 from gpu_parts.prompts import num_before, prompt_ids, prompt_positions, random_picture
 from PIL import Image
+from released_shapes import FAMILIES, QWEN_PREPROCESSOR, clip_large, llava_next, qwen2_5_vl, vicuna_7b
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

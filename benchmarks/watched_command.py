@@ -1,0 +1,144 @@
+"""Commands that are watched while they run: what each of their steps takes, and their largest memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+SAMPLE_SECONDS = 0.02
+
+
+@dataclass
+class Peaks:
+    """Largest memory of a process, in bytes, while it ran."""
+
+    resident: int = 0
+    anonymous: int = 0
+    mapped: int = 0
+    _done: threading.Event = field(default_factory=threading.Event)
+
+    def watch(self, pid: int) -> threading.Thread:
+        """Start a thread that samples process ``pid`` until ``stop`` or its end."""
+        thread = threading.Thread(target=self._sample, args=(pid,), daemon=True)
+        thread.start()
+        return thread
+
+    def stop(self) -> None:
+        self._done.set()
+
+    def _sample(self, pid: int) -> None:
+        while not self._done.wait(SAMPLE_SECONDS):
+            try:
+                text = Path(f"/proc/{pid}/status").read_text()
+            except OSError:
+                return
+            kib = {name: int(count) for name, count in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
+            if "VmHWM" in kib:  # a process that has ended has no memory
+                self.resident = max(self.resident, 1024 * kib["VmHWM"])
+                self.anonymous = max(self.anonymous, 1024 * kib["RssAnon"])
+                self.mapped = max(self.mapped, 1024 * (kib["RssFile"] + kib["RssShmem"]))
+
+
+def forget(files: Iterable[Path]) -> None:
+    """Write the files out and drop them from the page cache."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a command: what it printed at its start, and what the step took."""
+
+    name: str
+    seconds: float
+    cpu_seconds: float
+
+
+def watch(
+    module: str, arguments: Sequence[str], *, is_step: Callable[[str], bool]
+) -> tuple[list[Step], Peaks]:
+    """Run the command line of ``module`` in a process and return its steps and its peak memory.
+
+    Args:
+        module: With a ``main``.
+        arguments: The command's.
+        is_step: Whether a line on its standard error is the begin of a step.
+    """
+    code = f"import sys; from {module} import main; sys.exit(main())"
+    peaks, marks, last_line = Peaks(), [("starting", time.perf_counter(), 0.0)], ""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    ) as child:
+        watcher = peaks.watch(child.pid)
+        assert child.stderr is not None
+        for line in child.stderr:
+            last_line = line.strip()
+            if is_step(last_line):
+                marks.append((last_line, time.perf_counter(), _cpu_seconds(child.pid)))
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        marks.append(("", time.perf_counter(), usage.ru_utime + usage.ru_stime))
+        peaks.stop()
+        watcher.join()
+    if child.returncode:
+        raise SystemExit(last_line)
+    peaks.resident = max(peaks.resident, 1024 * usage.ru_maxrss)
+    steps = [
+        Step(name, after - before, cpu_after - cpu_before)
+        for (name, before, cpu_before), (_, after, cpu_after) in zip(marks, marks[1:])
+    ]
+    return steps, peaks
+
+
+def step_table(groups: dict[str, list[Step]], peaks: Peaks) -> list[str]:
+    """Return a table of steps under the name that each group of them has, and the line of the peak memory."""
+    return [
+        "| step | seconds | CPU seconds |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {sum(step.seconds for step in group):.1f} | {sum(step.cpu_seconds for step in group):.1f} |"
+            for name, group in groups.items()
+        ),
+        "",
+        f"peak memory {gigabytes(peaks.resident)}, of it at most {gigabytes(peaks.anonymous)} anonymous",
+    ]
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def folder_bytes(folder: Path, pattern: str = "*") -> int:
+    return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())
+
+
+def machine() -> str:
+    """Return what all measurements of this kind depend on."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return (
+        f"{os.cpu_count()} CPUs ({model[1] if model else platform.machine()}), Python {platform.python_version()}, torch"
+        f" {version('torch')}, transformers {version('transformers')}"
+    )
