@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.schedule import Positions
 
 USUAL_KEEPS = (0.06, 0.08, 0.111, 0.15, 0.222, 0.333, 0.5)
-"""Average keeps whose ``trio-export`` schedules are measured beside the others."""
+"""Average keeps whose ``trio-export`` schedules are measured beside the others, where the space has them."""
 _FIRST_SHARE = 0.5
 """Of the allowance that the estimate's fronts may use."""
 _WISHED = 16
@@ -157,7 +157,8 @@ def search(searching: Searching, wish: Wish) -> Found:
     searching.on_step("several stages")
     promising = _promising(searching, settings, single, wish)
     usual = usual_schedules(searching.space, settings, [*USUAL_KEEPS, *wish.average_keeps])
-    candidates = _with(candidates, _measured(searching, [*promising, *usual]))
+    allowed = [schedule for schedule in usual if searching.space.allows(schedule)]
+    candidates = _with(candidates, _measured(searching, [*promising, *allowed]))
     left = searching.evaluations - len(promising)
     while left > 0:
         near = _neighbours(searching, candidates, wish)[:left]

@@ -42,6 +42,15 @@ class Space:
     keeps: tuple[int, ...]
     """Visual tokens that they can keep, descending."""
     max_stages: int
+    only_these_layers: bool = False
+    """Whether the layers between ``layers`` are none: the user has named them."""
+
+    def allows(self, schedule: Schedule) -> bool:
+        """Return whether number and layers of its stages are allowed."""
+        layers = [stage.layer for stage in schedule.stages]
+        return len(layers) <= self.max_stages and (
+            not self.only_these_layers or set(layers) <= set(self.layers)
+        )
 
     def stage_lists(self) -> Iterator[tuple[tuple[int, int], ...]]:
         """Yield every list of (layer, keep) pairs, from one stage to ``max_stages``."""
@@ -68,7 +77,10 @@ class Space:
         return list(dict.fromkeys(result))
 
     def _beside(self, layer: int) -> list[int]:
-        """Return the layers next to ``layer``; not the next candidates: a front is refined between them too."""
+        """Return the layers next to ``layer``, also those between candidates where the user has named none."""
+        if self.only_these_layers:
+            index = self.layers.index(layer)
+            return [*self.layers[max(0, index - 1) : index], *self.layers[index + 1 : index + 2]]
         return [other for other in (layer - 1, layer + 1) if 1 <= other < self.num_layers]
 
     def _possible(self, stages: Sequence[tuple[int, int]]) -> bool:
@@ -119,6 +131,7 @@ def make_space(
         layers=tuple(sorted(set(layers))) or _default_layers(num_layers),
         keeps=tuple(sorted(counts, reverse=True)),
         max_stages=max_stages,
+        only_these_layers=bool(layers),
     )
 
 

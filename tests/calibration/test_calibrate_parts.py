@@ -120,14 +120,30 @@ def test_a_space_lists_each_order_of_layers_and_budgets_once() -> None:
 
 
 def test_neighbours_are_possible_schedules_one_step_away() -> None:
+    spread = make_space(num_layers=32, num_visual=2880, layers=(), keeps=(0.04, 0.1, 0.3), max_stages=3)
     schedule = parse_schedule("1:864,10:288", nms_threshold=0.7)
-    near = SPACE.neighbours(schedule)
+    near = spread.neighbours(schedule)
     assert parse_schedule("2:864,10:288", nms_threshold=0.7) in near
     assert parse_schedule("1:864,10:360", nms_threshold=0.7) in near
     assert parse_schedule("10:288", nms_threshold=0.7) in near
     assert schedule not in near
     for other in near:
         other.check_fits(num_layers=32, max_visual=2880)
+
+
+def test_no_stage_is_moved_to_a_layer_that_was_not_named() -> None:
+    schedule = parse_schedule("1:864,10:288")
+    near = SPACE.neighbours(schedule)
+    assert {stage.layer for other in near for stage in other.stages} == {1, 10, 15}
+    assert parse_schedule("1:864,15:288") in near
+    assert SPACE.allows(schedule)
+    assert not SPACE.allows(parse_schedule("1:864,9:288"))
+
+
+def test_more_stages_than_allowed_are_no_candidate() -> None:
+    one = make_space(num_layers=32, num_visual=2880, layers=(), keeps=(0.1,), max_stages=1)
+    assert one.allows(parse_schedule("9:288"))
+    assert not one.allows(parse_schedule("9:288,12:96"))
 
 
 @pytest.mark.parametrize("target", ["jetson-orin-nx-16", "rtx-4090"])
