@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from trio_edge.runtime.command_line import run
-from trio_edge.runtime.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.errors import CheckpointError
 from trio_edge.runtime.interruption import ctrl_c_held, interruptible
 from trio_edge.runtime.manifest import TokenMethod
 from trio_edge.runtime.schedule import Method
@@ -219,7 +219,7 @@ def _schedule_rule(
     """Return the function that makes the schedule once layers and visual tokens are known."""
     from trio_edge.runtime.schedule import Schedule
     from trio_edge.trio.schedule import parse_keep, parse_schedule
-    from trio_edge.trio.selectors.schedules import combined_schedule, default_positions
+    from trio_edge.trio.selectors.schedules import check_combined_keep, combined_schedule, default_positions
 
     text = keep if keep is not None else DEFAULT_KEEP
     average = None if stages is not None or text == "all" else parse_keep(text)
@@ -234,12 +234,8 @@ def _schedule_rule(
             return parse_schedule(stages, method=method, **settings)
         if average is None:
             return Schedule(**settings)
-        if keep is not None and average * inputs.picture_tokens >= inputs.num_visual + 1:
-            raise ScheduleError(
-                f"--keep: expected at most {inputs.num_visual / inputs.picture_tokens:.1%}, which is what enters the"
-                f" decoder of the picture's {inputs.picture_tokens} visual tokens, got {keep}; give 'all' for no"
-                " reduction in the decoder"
-            )
+        if keep is not None:
+            check_combined_keep(keep, picture_tokens=inputs.picture_tokens, entering=inputs.num_visual)
         return combined_schedule(
             method,
             average,

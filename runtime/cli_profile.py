@@ -15,7 +15,7 @@ from rich.console import Console
 from trio_edge.runtime.backend import BACKENDS_HELP
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.command_line import run
-from trio_edge.runtime.errors import BundleError
+from trio_edge.runtime.errors import BundleError, TargetError
 from trio_edge.runtime.prediction.options import PredictOptions, check_given, predict_options, run_prediction
 from trio_edge.runtime.profiling.measuring import Options, measure
 from trio_edge.runtime.profiling.output_files import check_outputs, write_output
@@ -94,11 +94,11 @@ def command(
     files = {"--json": json_file, "--html": html_file, "--trace": trace_file}
     check_outputs({option: path for option, path in files.items() if path is not None})
     if wishes.predict is not None:
-        result = run_prediction(wishes, bundle=bundle, num_new=new_tokens)
+        outcome = run_prediction(wishes, bundle=bundle, num_new=new_tokens)
         if json_file is not None:
-            write_output(
-                "--json", json_file, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n"
-            )
+            write_output("--json", json_file, _json(outcome.values))
+        if outcome.unmet is not None:
+            raise TargetError(outcome.unmet)
         return 0
     if not math.isfinite(seconds):  # click's ranges let "nan" pass
         raise click.UsageError(f"--seconds: expected a time, got {seconds}; for instance 30")
@@ -125,7 +125,7 @@ def command(
     report = report_of(measurement, _conditions(measurement, options, started=started, busy=busy))
     print_profile(report)
     if json_file is not None:
-        write_output("--json", json_file, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+        write_output("--json", json_file, _json(report))
     if html_file is not None:
         from trio_edge.runtime.profiling.page import page_html
 
@@ -141,6 +141,10 @@ def command(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     return run(command, argv)
+
+
+def _json(values: Any) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(values), indent=1) + b"\n"
 
 
 def _conditions(

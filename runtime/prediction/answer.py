@@ -20,6 +20,7 @@ from trio_edge.runtime.prediction.counting import (
     vision_work,
 )
 from trio_edge.runtime.prediction.efficiency import UNFUSED_SCORE_PASSES, fitted_for, rates_of
+from trio_edge.runtime.prediction.selections import repeated_weights
 from trio_edge.runtime.prediction.shapes import layer_weights, tower_weights
 from trio_edge.runtime.prediction.speed import Formats, GraphTime, graph_time
 
@@ -63,6 +64,12 @@ class Setting:
     """Of the selection before the decoder."""
     select_flops: tuple[float, ...] | None = None
     """Per stage, where the method is not TRIO."""
+    other_weight_bytes: int = 0
+    """Of graphs whose sizes the model does not have, as CLIP's text tower."""
+    largest_text: int | None = None
+    """Text rows of the largest prompt that there are shapes for; None for ``num_text``."""
+    most_new: int | None = None
+    """New tokens that the KV buffers have room for; None for ``num_new``."""
 
     @property
     def visual_rows(self) -> tuple[int, ...]:
@@ -72,6 +79,16 @@ class Setting:
         for stage in self.schedule.stages:
             rows.append(min(stage.keep, rows[-1]))
         return tuple(rows)
+
+    @property
+    def text_rows(self) -> int:
+        """Text rows of the largest prefill."""
+        return max(self.num_text, self.largest_text or 0)
+
+    @property
+    def room(self) -> int:
+        """Rows of every KV buffer beside the visual ones."""
+        return self.text_rows + max(self.num_new, self.most_new or 0)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -192,8 +209,7 @@ def graph_runs(setting: Setting) -> list[GraphRun]:
     works.append(("head", head_work(decoder)))
     runs = [GraphRun(name=name, phase="prefill", work=work) for name, work in works]
     for index, layers in enumerate(setting.layers):
-        past = rows[index] + setting.num_text + setting.num_new
-        work = range_work(decoder, num_layers=layers, rows=1, past=past)
+        work = range_work(decoder, num_layers=layers, rows=1, past=rows[index] + setting.room)
         runs.append(GraphRun(name=range_name(index, len(rows)), phase="decode", work=work))
     runs.append(GraphRun(name="head", phase="decode", work=head_work(decoder)))
     return runs
@@ -209,21 +225,25 @@ def range_name(index: int, count: int) -> str:
 def memory_of(setting: Setting, *, usable: int) -> Memory:
     """Return the memory of weights, of KV caches at full capacity and of the largest graph's activations.
 
-    The formulas are those of ``trio-export --target``: repeated weights of the stages count, and attention scores are
+    The formulas are those of ``trio-export --target``: weights that the stages repeat count, and attention scores are
     taken to be in memory, in float32 and once more in float16.
     """
     decoder, rows, sizes = setting.model.decoder, setting.visual_rows, setting.formats.bytes_per_weight()
-    layer = layer_weights(decoder) * sizes["layer"]
-    head = decoder.vocab_size * decoder.hidden_size * sizes["head"]
-    vision = 0 if setting.model.vision is None else tower_weights(setting.model.vision) * sizes["vision"]
+    head = decoder.vocab_size * decoder.hidden_size
+    vision = 0 if setting.model.vision is None else tower_weights(setting.model.vision)
+    repeated = repeated_weights(setting.schedule.method, decoder)
     stages = len(setting.schedule.stages)
-    row_bytes = setting.cache_row_bytes
-    capacity = setting.num_text + setting.num_new
+    weights = (
+        (decoder.num_layers * layer_weights(decoder) + stages * repeated.layer) * sizes["layer"]
+        + (head + stages * repeated.head) * sizes["head"]
+        + vision * sizes["vision"]
+    )
     return Memory(
-        weights=round((decoder.num_layers + stages) * layer + (1 + stages) * head + vision),
-        kv_caches=row_bytes * sum(layers * (count + capacity) for layers, count in zip(setting.layers, rows)),
+        weights=round(weights) + setting.other_weight_bytes,
+        kv_caches=setting.cache_row_bytes
+        * sum(layers * (count + setting.room) for layers, count in zip(setting.layers, rows)),
         activations=max(
-            _range_activations(setting, layers=layers, rows=count + setting.num_text)
+            _range_activations(setting, layers=layers, rows=count + setting.text_rows)
             for layers, count in zip(setting.layers, rows)
         ),
         usable=usable,

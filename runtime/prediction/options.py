@@ -13,7 +13,13 @@ from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.errors import TargetError
 from trio_edge.runtime.prediction.answer import PRECISIONS
 from trio_edge.runtime.prediction.plan import plan_for
-from trio_edge.runtime.prediction.printing import print_prediction, print_sweep, print_wish, summary_of
+from trio_edge.runtime.prediction.printing import (
+    print_prediction,
+    print_sweep,
+    print_wish,
+    summary_of,
+    wish_summary,
+)
 from trio_edge.runtime.prediction.sweep import (
     choose,
     parse_size,
@@ -101,8 +107,18 @@ def predict_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int) -> dict[str, Any]:
-    """Print what ``options`` ask for, and return it as JSON types.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What was predicted."""
+
+    values: dict[str, Any]
+    """As JSON types."""
+    unmet: str | None
+    """The error's text if there was a wish that no device meets."""
+
+
+def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int) -> Outcome:
+    """Print what ``options`` ask for, and return it.
 
     Args:
         options: With ``predict``.
@@ -110,7 +126,7 @@ def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int
         num_new: Tokens of each answer.
 
     Raises:
-        TargetError: If a name, a sweep or a wish cannot be read, or no setting meets the wish.
+        TargetError: If a name, a sweep or a wish cannot be read.
         TrioEdgeError: If the bundle cannot be read, or cannot be shaped as wished.
     """
     if (bundle is None) == (options.model is None):
@@ -135,18 +151,16 @@ def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int
             print_prediction(console, one, prediction)
     else:
         print_sweep(console, found)
-    result: dict[str, Any] = {"prediction": True, "found": [summary_of(*entry) for entry in found]}
-    if wish is not None:
-        choices = [
-            choose([entry for entry in found if entry[1].target == target], wish) for target in targets
-        ]
-        met = [choice for choice in choices if choice.met]
-        if not met:
-            raise TargetError(unmet_text(wish, choices))
-        for choice in choices:
-            print_wish(console, wish, choice)
-        result["chosen"] = [summary_of(choice.plan, choice.prediction) for choice in met]
-    return result
+    values: dict[str, Any] = {"prediction": True, "found": [summary_of(*entry) for entry in found]}
+    if wish is None:
+        return Outcome(values=values, unmet=None)
+    choices = [choose([entry for entry in found if entry[1].target == target], wish) for target in targets]
+    met = [choice for choice in choices if choice.met]
+    for choice in choices:
+        print_wish(console, wish, choice)
+    values["wish"] = wish_summary(wish, choices)
+    values["chosen"] = [summary_of(choice.plan, choice.prediction) for choice in met]
+    return Outcome(values=values, unmet=None if met else unmet_text(wish, choices))
 
 
 def _targets(text: str) -> list[Target]:

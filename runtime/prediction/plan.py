@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from trio_edge.runtime.prediction.shapes import Model
 
 KEEP_ALL = "100%"
+WITHOUT_STAGES = "all"
+"""A keep that leaves all tokens which enter the decoder in it."""
 _SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions")
 """Of a bundle's schedule, which another keep leaves as they are."""
 USUAL_PICTURE = (672, 672)
@@ -84,16 +86,22 @@ class Plan:
             return Schedule() if self.manifest is None else self.manifest.schedule
         # Arithmetic without torch, and the exporter's own: a prediction must not choose other stages than it would.
         from trio_edge.trio.schedule import parse_keep
-        from trio_edge.trio.selectors.schedules import combined_schedule
+        from trio_edge.trio.selectors.schedules import check_combined_keep, combined_schedule
 
         own = Schedule() if self.manifest is None else self.manifest.schedule
         settings = {name: getattr(own, name) for name in _SETTINGS}
+        if self.keep == WITHOUT_STAGES:
+            return Schedule(**settings)
+        sizes = {
+            "picture_tokens": self._picture_tokens(num_visual),
+            "entering": num_visual if token_keep is None else min(token_keep, num_visual),
+        }
+        check_combined_keep(self.keep, **sizes)
         return combined_schedule(
             own.method,
             parse_keep(self.keep),
             num_layers=self.model.decoder.num_layers,
-            picture_tokens=self._picture_tokens(num_visual),
-            entering=num_visual if token_keep is None else min(token_keep, num_visual),
+            **sizes,
             **settings,
         )
 
@@ -162,7 +170,7 @@ def _formats(manifest: Manifest | None) -> dict[str, Precision]:
 
 
 def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
-    """Return the formats of head and vision, and the FLOPs of what is counted apart."""
+    """Return formats, room, and what is counted apart."""
     num_visual, formats = setting.sizes["N"], _formats(manifest)
     one_size = len(manifest.visual_sizes) == 1
     more: dict[str, Any] = {
@@ -170,6 +178,9 @@ def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
         "head_precision": formats.get("head", "float16"),
         "vision_precision": formats.get("vision", "float16"),
         "cache_precision": "float16" if manifest.kv_dtype == "float32" else manifest.kv_dtype,
+        "other_weight_bytes": _other_weight_bytes(manifest),
+        "largest_text": manifest.text_buckets[-1],
+        "most_new": manifest.max_new_tokens,
     }
     if manifest.vision is None:
         more["vision_flops"] = vision_flops(manifest, num_visual=num_visual)
@@ -199,3 +210,12 @@ def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
             for stage in range(len(setting.schedule.stages))
         )
     return more
+
+
+def _other_weight_bytes(manifest: Manifest) -> int:
+    """Return the weights of graphs that ``Model`` does not describe, in half precision."""
+    described = {"prefix", "segment", "suffix", "select", "head"}
+    if manifest.vision is not None:
+        described.add("vision")
+    stored = sum(graph.weight_bytes for graph in manifest.graphs if graph.role not in described)
+    return stored // 2 if manifest.dtype == "float32" else stored

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.prediction.plan import Plan
     from trio_edge.runtime.prediction.sweep import Choice, Wish
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 NOTE = "PREDICTED, nothing was measured: counted work, the device's rates and efficiencies of tuned runtimes"
 
 
@@ -66,6 +66,37 @@ def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
     }
 
 
+def wish_summary(wish: Wish, choices: Sequence[Choice]) -> dict[str, Any]:
+    """Return what a wish came to on each device, as JSON types: the setting that meets it, or the nearest to it."""
+    return {
+        "metric": wish.metric,
+        "value": wish.value,
+        "met": any(choice.met for choice in choices),
+        "answers": [
+            {
+                "device": choice.prediction.target.name,
+                "met": choice.met,
+                "value": metric_of(choice.prediction, wish.metric),
+                "times_too_slow": max(1.0, wish.shortfall(choice.prediction)),
+                "of_settings": choice.num_settings,
+                "fits": choice.prediction.memory.fits,
+                "keep": choice.plan.keep,
+                "picture": None if choice.plan.picture is None else list(choice.plan.picture),
+                "precision": choice.plan.precision,
+                "text": wish_text(wish, choice),
+            }
+            for choice in choices
+        ],
+    }
+
+
+def wish_text(wish: Wish, choice: Choice) -> str:
+    """Return the setting that meets a wish, or that none does and which is the nearest, in words."""
+    if choice.met:
+        return f"{choice.plan.described()} ({metric_of(choice.prediction, wish.metric):.3g})"
+    return f"no setting; {nearest_text(wish, choice)}"
+
+
 def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> None:
     """Print the time of every graph, and what they come to."""
     setting, target = prediction.setting, prediction.target
@@ -105,21 +136,16 @@ def print_sweep(console: Console, found: Sequence[tuple[Plan, Prediction]]) -> N
             f"{1e3 * prediction.seconds('prefill'):.0f}",
             f"{1e3 * prediction.seconds('decode'):.1f}",
             f"{metric_of(prediction, 'answers-per-second'):.2f}",
-            f"{prediction.memory.total / GIB:.1f} GiB" + ("" if prediction.memory.fits else ", too much"),
+            _size(prediction.memory.total) + ("" if prediction.memory.fits else ", too much"),
         )
     console.print(table)
     _print_note(console, [prediction for _, prediction in found])
 
 
 def print_wish(console: Console, wish: Wish, choice: Choice) -> None:
-    """Print the setting that meets a wish, or that none does."""
-    prediction = choice.prediction
-    if choice.met:
-        text = f"{choice.plan.described()} ({metric_of(prediction, wish.metric):.3g})"
-    else:
-        text = f"no setting; {nearest_text(wish, choice)}"
+    """Print what a wish came to on one device."""
     console.print(
-        f"[bold]{wish.metric} {wish.value:g}[/] on {prediction.target.name}: {text}",
+        f"[bold]{wish.metric} {wish.value:g}[/] on {choice.prediction.target.name}: {wish_text(wish, choice)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -129,9 +155,13 @@ def _memory(prediction: Prediction) -> str:
     memory = prediction.memory
     verdict = "fits" if memory.fits else "does NOT fit"
     return (
-        f"{memory.total / GIB:.1f} GiB ({memory.weights / GIB:.1f} weights, {memory.kv_caches / GIB:.2f} KV caches,"
-        f" {memory.activations / GIB:.2f} activations) of {memory.usable / GIB:.1f}: {verdict}"
+        f"{_size(memory.total)} ({_size(memory.weights)} weights, {_size(memory.kv_caches)} KV caches,"
+        f" {_size(memory.activations)} activations) of {_size(memory.usable)}: {verdict}"
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.3g} MiB"
 
 
 def _print_note(console: Console, predictions: Sequence[Prediction]) -> None:

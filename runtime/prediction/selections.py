@@ -1,16 +1,17 @@
-"""FLOPs of selections other than TRIO's stages: the formulas of ``trio_edge.trio.selectors.cost``, which need no torch."""
+"""Selections other than TRIO's stages: FLOPs by the formulas of ``trio_edge.trio.selectors.cost``, which need no torch, and weights."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from trio_edge.runtime.clip_text import num_clip_texts
+from trio_edge.runtime.prediction.shapes import layer_matrices, layer_weights
 
 if TYPE_CHECKING:
     from trio_edge.runtime.manifest import Dimensions, GraphSpec, Manifest, TokenMethod
-    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.runtime.schedule import Method, Schedule
 
 
 def stage_flops(
@@ -39,6 +40,21 @@ def stage_flops(
 
     sizes = StageSizes(num_visual, schedule.stages[stage].keep, num_text, prompt_visual, one_size)
     return stage_flops(schedule.method, ModelShape(**msgspec.structs.asdict(decoder)), sizes)
+
+
+class RepeatedWeights(NamedTuple):
+    """Elements of weights that a stage's graph holds although other graphs have them."""
+
+    layer: int
+    head: int
+
+
+def repeated_weights(method: Method, decoder: Dimensions) -> RepeatedWeights:
+    """Return what each stage of ``method`` repeats: TRIO's probe a layer and the head, others what makes queries and keys."""
+    if method == "trio":
+        return RepeatedWeights(layer_weights(decoder), decoder.vocab_size * decoder.hidden_size)
+    (queries, keys, *_) = (inputs * outputs for inputs, outputs in layer_matrices(decoder))
+    return RepeatedWeights(keys if method == "dart" else queries + keys, 0)
 
 
 def clip_text_flops(manifest: Manifest, *, num_texts: int) -> float:

@@ -195,6 +195,31 @@ def test_a_wish_that_one_device_meets_tells_what_the_others_lack(
     assert chosen["device"] == "jetson-agx-orin-64"
 
 
+def test_a_wish_that_nothing_meets_is_an_error_whose_answer_is_in_the_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prediction.json"
+    wish = ["--want", "answers-per-second=10", "--sweep", "dtype=float16/int4", "--json", str(file)]
+    assert cli_profile.main([*MODEL, *wish]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1
+    values = json.loads(file.read_bytes())
+    assert (values["chosen"], values["wish"]["met"], len(values["found"])) == ([], False, 2)
+    (answer,) = values["wish"]["answers"]
+    assert (answer["device"], answer["precision"], answer["fits"]) == ("jetson-agx-orin-64", "int4", True)
+    assert answer["times_too_slow"] == pytest.approx(10 / answer["value"])
+    assert answer["text"] in shown.out
+
+
+def test_a_bundle_fills_its_own_buffers_whatever_is_asked(reduced_bundle: Path) -> None:
+    manifest = open_bundle(reduced_bundle).manifest
+    short, longer = (plan_for(manifest=manifest, num_text=text).setting() for text in (4, 30))
+    assert short.room == longer.room == manifest.text_buckets[-1] + manifest.max_new_tokens
+    assert predict(short, ORIN).seconds("decode") == predict(longer, ORIN).seconds("decode")
+    assert predict(short, ORIN).seconds("prefill") < predict(longer, ORIN).seconds("prefill")
+    assert plan_for(manifest=manifest, num_new=4000).setting().room == manifest.text_buckets[-1] + 4000
+
+
 MODEL = ["--model", "llava-1.5-7b", "--predict", "agx-orin-64"]
 WRONG = {
     "device": (["--model", "llava-1.5-7b", "--predict", "orin-nx"], "did you mean orin-nx-16"),

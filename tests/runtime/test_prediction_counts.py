@@ -13,6 +13,7 @@ from tests.spec.test_selectors_through_bundles import STAGE_METHODS
 from trio_edge.export.checkpoint import ALIASES
 from trio_edge.export.fit import FitInputs, Picture, estimate
 from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.prediction.answer import memory_of
 from trio_edge.runtime.prediction.counting import (
     counted_work,
@@ -164,6 +165,27 @@ def test_memory_is_what_the_exporter_estimates(keep: str) -> None:
     ours = memory_of(setting, usable=0)
     assert ours.kv_caches == theirs.parts["KV caches"]
     assert ours.total == pytest.approx(theirs.total_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["trio", "dart", "fastv"])
+def test_memory_of_a_bundle_is_what_its_manifest_says(
+    method: str, reduced_bundle: Path, checkpoint: Path
+) -> None:
+    bundle = reduced_bundle if method == "trio" else export(checkpoint, schedule=STAGE_METHODS[method])
+    manifest = open_bundle(bundle).manifest
+    memory = memory_of(plan_for(manifest=manifest).setting(), usable=0)
+    assert 2 * memory.kv_caches == manifest.kv_bytes  # float32 counts as float16
+    assert 2 * memory.weights == pytest.approx(sum(graph.weight_bytes for graph in manifest.graphs), rel=0.07)
+
+
+@pytest.mark.parametrize("keep", ["50%", "100%"])
+def test_a_keep_above_what_enters_the_decoder_is_refused_as_by_the_exporter(
+    keep: str, checkpoint: Path
+) -> None:
+    manifest = open_bundle(export(checkpoint, token_method="visionzip", token_keep=15)).manifest
+    with pytest.raises(ScheduleError, match=r"--keep: expected at most 29\.4%, which is what enters"):
+        plan_for(manifest=manifest, keep=keep).setting()
+    assert plan_for(manifest=manifest, keep="all").setting().schedule.stages == ()
 
 
 def test_a_keep_gives_the_exporters_stages() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,8 @@ from trio_edge.runtime.cli_build import main as build
 from trio_edge.runtime.errors import ShapeError
 from trio_edge.runtime.graph_run import GraphRun
 from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.prediction.answer import memory_of
+from trio_edge.runtime.prediction.plan import plan_for
 from trio_edge.runtime.prediction.work import counted
 from trio_edge.runtime.schedule import Schedule
 
@@ -79,6 +82,17 @@ def original(checkpoint: Path) -> Original:
 
 def bundle_of(method: Any, checkpoint: Path, clip: Clip) -> Path:
     return export(checkpoint, token_method=method, token_keep=NUM_KEEP, clip=str(clip.folder))
+
+
+def test_a_prediction_counts_the_text_towers_memory(checkpoint: Path, clip: Clip) -> None:
+    manifest = open_bundle(bundle_of("eadp", checkpoint, clip)).manifest
+    plain = msgspec.structs.replace(
+        manifest,
+        clip_text=None,
+        graphs=tuple(graph for graph in manifest.graphs if graph.role != "clip_text"),
+    )
+    with_it, without = (memory_of(plan_for(manifest=one).setting(), usable=0) for one in (manifest, plain))
+    assert 2 * (with_it.weights - without.weights) == manifest.graph("clip_text").weight_bytes > 0
 
 
 def expected(method: str, sequence: Sequence, clip: Clip, question: str) -> list[int]:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.schedule import Method, Positions, Schedule, Stage
-from trio_edge.trio.schedule import MAX_TOPK, PRESETS, PRINTED, integer_keeps, schedule_for_keep
+from trio_edge.trio.schedule import MAX_TOPK, PRESETS, PRINTED, integer_keeps, parse_keep, schedule_for_keep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -141,6 +141,21 @@ def combined_schedule(
     return method_schedule(
         method, share, num_layers=num_layers, num_visual=entering, layers=layers, **settings
     )
+
+
+def check_combined_keep(text: str, *, picture_tokens: int, entering: int) -> None:
+    """Raise ScheduleError if the wished keep ``text`` is more than what enters the decoder: that has gone before.
+
+    Args:
+        text: As ``11.1%``.
+        picture_tokens: Visual tokens of the picture before any reduction.
+        entering: Those that enter the decoder.
+    """
+    if parse_keep(text) * picture_tokens >= entering + 1:
+        raise ScheduleError(
+            f"--keep: expected at most {entering / picture_tokens:.1%}, which is what enters the decoder of the picture's"
+            f" {picture_tokens} visual tokens, got {text}; give 'all' for no reduction in the decoder"
+        )
 
 
 def default_layers(method: Method, *, num_layers: int) -> list[tuple[int, ...]]:
