@@ -2,7 +2,7 @@
 
 Pure functions of plain numbers. In memory at the same time are, with the letters of ``trio.saliency``, I the
 intermediate size, b bytes per element and w bytes per weight of a part (INT4 blocks: 0.30 of float16, scales and
-padding included; INT8: 1):
+padding included; INT8 and FP8: 1):
 
     decoder weights     L (2 D H E + 2 D G E + 3 D I) w
     head, vision        V D w, and the vision tower's and projector's parameters times w
@@ -127,7 +127,9 @@ def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
     formats = plan.of_layers(inputs.schedule, num_layers=model.num_layers)
 
     def weights(num_params: int, kind: Format) -> int:
-        return round(num_params * {"int4": 2 * INT4_SHARE, "int8": 1.0}.get(kind, model.bytes_per_element))
+        return round(
+            num_params * {"int4": 2 * INT4_SHARE, "int8": 1.0, "fp8": 1.0}.get(kind, model.bytes_per_element)
+        )
 
     parts = {
         "decoder weights": sum(weights(layer, kind) for kind in formats),

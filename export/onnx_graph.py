@@ -40,6 +40,7 @@ _IR_FROM_DTYPE = {
     "int64": "INT64",
     "int8": "INT8",
     "int4": "INT4",
+    "float8_e4m3fn": "FLOAT8E4M3FN",
 }
 # torch 2.13 warns of equal axis names, through copyreg on some releases, and logs for each trace which operators of
 # torchvision it leaves out when that is not installed; none of it concerns the graph.

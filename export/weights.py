@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_FOLDER = "weights"
 SAFETENSORS_FROM_DTYPE = {"float32": "F32", "float16": "F16"}
-_ELEMENT_BYTES = {"F32": 4, "F16": 2, "I8": 1, "U8": 1}
+_ELEMENT_BYTES = {"F32": 4, "F16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
 _TORCH_FROM_SAFETENSORS = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -85,7 +85,7 @@ class OnnxRuntimeBackend:
         try:
             check_memory(device, memory)
             for spec in specs:
-                session = self._session(bundle.folder / spec.file, stream, bundle.folder, spec)
+                session = self._session(bundle, spec, stream)
                 _check_interface(spec.inputs, session.get_inputs(), where=f"{spec.file} inputs")
                 _check_interface(spec.outputs, session.get_outputs(), where=f"{spec.file} outputs")
                 loaded.engines[spec.name] = OnnxRuntimeEngine(
@@ -103,7 +103,7 @@ class OnnxRuntimeBackend:
         device = CudaDevice(load_cuda())
         return device, device.stream
 
-    def _session(self, file: Path, stream: int | None, folder: Path, spec: GraphSpec) -> ort.InferenceSession:
+    def _session(self, bundle: Bundle, spec: GraphSpec, stream: int | None) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
@@ -115,16 +115,13 @@ class OnnxRuntimeBackend:
         if self._layer_times is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self._layer_times / f".{spec.name}")
-        wanted = _PROVIDERS[self._name]
-        has_int8_cache = any(tensor.dtype == "int8" for tensor in spec.inputs)
+        wanted, file = _PROVIDERS[self._name], bundle.folder / spec.file
         try:
             session = ort.InferenceSession(
                 file,
                 options,
-                providers=self._providers(stream, folder, spec),
-                # onnxruntime 1.31 moves DequantizeLinear behind Transpose by a node that opset 21 does not allow
-                # (microsoft/onnxruntime issue 25526); to be removed with the first release that loads such a graph.
-                disabled_optimizers=["QDQPropagationTransformer"] if has_int8_cache else None,
+                providers=self._providers(stream, bundle.folder, spec),
+                disabled_optimizers=_broken_optimizers(bundle, spec),
             )
         except Exception as error:  # onnxruntime's exceptions have no common public base
             raise BackendError(
@@ -151,6 +148,18 @@ class OnnxRuntimeBackend:
         if self._name == "onnxruntime-tensorrt":
             found.insert(0, (_PROVIDERS[self._name], _tensorrt_options(stream, folder, spec)))
         return found
+
+
+def _broken_optimizers(bundle: Bundle, spec: GraphSpec) -> list[str]:
+    """Return those that onnxruntime 1.31 makes graphs with that it cannot load; to be removed with a release that can."""
+    broken = []
+    if any(tensor.dtype == "int8" for tensor in spec.inputs):
+        # It moves DequantizeLinear behind Transpose by a node that opset 21 does not allow (microsoft/onnxruntime issue 25526).
+        broken.append("QDQPropagationTransformer")
+    if bundle.manifest.format_of(spec) == "fp8":
+        # It makes integer products of FP8 inputs and weights.
+        broken.append("QDQSelectorActionTransformer")
+    return broken
 
 
 def _tensorrt_options(stream: int, folder: Path, spec: GraphSpec) -> dict[str, str]:

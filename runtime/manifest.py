@@ -18,14 +18,26 @@ from trio_edge.runtime.schedule import Schedule
 
 SCHEMA_VERSION = 3
 MANIFEST_NAME = "trio.json"
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8, "int8": 1}
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8, "int8": 1, "float8_e4m3fn": 1}
 
 DType = Literal["float32", "float16", "int32", "int64", "int8"]
 FloatType = Literal["float32", "float16"]
 CacheType = Literal["float32", "float16", "int8"]
-StoredType = Literal["float32", "float16", "int32", "int64", "int8", "int4"]
+StoredType = Literal["float32", "float16", "int32", "int64", "int8", "int4", "float8_e4m3fn"]
 """Of arrays in weight files; INT4 has two elements in a byte, the first in its low half."""
+QuantizedFormat = Literal["int8", "fp8", "int4"]
+Part = Literal["vision", "prefix", "segments", "suffix", "select", "head", "embedding", "kv"]
+"""What can be quantized apart."""
 Role = Literal["vision", "clip_text", "reduce", "prefix", "select", "segment", "suffix", "head"]
+PART_FROM_ROLE: dict[Role, Part] = {
+    "vision": "vision",
+    "prefix": "prefix",
+    "segment": "segments",
+    "suffix": "suffix",
+    "select": "select",
+    "head": "head",
+}
+"""Which part the graphs that can be quantized belong to."""
 TokenMethod = Literal["visionzip", "holov", "scope", "divprune", "cdpruner", "eadp", "uniform"]
 """Selections among a picture's visual tokens before the decoder."""
 
@@ -95,8 +107,8 @@ class StoredTensor(_Spec, frozen=True):
 class Quantization(_Spec, frozen=True):
     """How weights, and keys and values in the KV caches, were rounded."""
 
-    formats: dict[str, Literal["int4", "int8"]]
-    """Of each quantized part: "vision", "prefix", "segments", "suffix", "select", "head", "embedding", "kv"."""
+    formats: dict[str, QuantizedFormat]
+    """By ``Part``."""
     method: Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant", "checkpoint"]
     """How scales were found; "checkpoint" where its own integers were taken over."""
     block_size: int | None = None
@@ -277,6 +289,11 @@ class Manifest(_Spec, frozen=True):
             used.add(self.token_embedding_scales.file)
         if self.clip_text is not None:
             used.add(self.clip_text.tokenizer)
+        if self.token_embedding.dtype not in ("float32", "float16", "int8"):
+            raise ManifestError(
+                f"token_embedding: expected float32, float16 or int8, got {self.token_embedding.dtype};"
+                " export the bundle again"
+            )
         if (self.token_embedding.dtype == "int8") != (self.token_embedding_scales is not None):
             raise ManifestError(
                 f"token_embedding: expected scales beside INT8 rows and nowhere else, got {self.token_embedding.dtype};"
@@ -316,6 +333,11 @@ class Manifest(_Spec, frozen=True):
     def graph(self, name: str) -> GraphSpec:
         """Return the graph called ``name``."""
         return next(graph for graph in self.graphs if graph.name == name)
+
+    def format_of(self, graph: GraphSpec) -> QuantizedFormat | None:
+        """Return what the linear layers of ``graph`` are quantized to; None in floating point."""
+        part = PART_FROM_ROLE.get(graph.role)
+        return None if part is None or self.quantization is None else self.quantization.formats.get(part)
 
     @property
     def ranges(self) -> tuple[GraphSpec, ...]:

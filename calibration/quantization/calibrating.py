@@ -1,7 +1,8 @@
 """Calibrates a quantization: layer by layer, the factors that lessen the error on collected inputs, and what error is left.
 
 Only decoder layers and their KV caches are calibrated. Weights are rounded as the export is going to do it
-(``export/quantize/numerics``), and factors that do not lessen the error are not used.
+(``export/quantize/numerics``), and factors that do not lessen the error are not used. FP8 has no factors: its
+numbers are as exact when they are 28000 times smaller, so that large inputs cost the others nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from trio_edge.export.quantize.numerics import Format
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import Smoothing
-    from trio_edge.runtime.manifest import FloatType
+    from trio_edge.runtime.manifest import FloatType, QuantizedFormat
     from trio_edge.runtime.schedule import Schedule
 
 ALPHAS = (0.25, 0.5, 0.75)
@@ -50,6 +51,7 @@ _METHODS: dict[frozenset[str], Method] = {
     frozenset({"int8"}): "smoothquant",
     frozenset({"int4", "int8"}): "awq+smoothquant",
 }
+"""By the formats that factors are searched for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +89,13 @@ def calibrate_quantization(
 
     Raises:
         DataError: If a sample cannot be asked.
-        CheckpointError: If Model Optimizer is not installed.
+        CheckpointError: If factors are searched for, and Model Optimizer is not installed.
     """
     formats = plan.of_layers(schedule, num_layers=model.num_layers)
     kinds = set(formats) - {"none"}
     if not kinds and not plan.has_cache:
         return None
-    if kinds:
+    if kinds - {"fp8"}:
         check_modelopt()
     on_step("collecting what enters the layers", len(questions))
     layers = model.parts.layers
@@ -117,7 +119,7 @@ def calibrate_quantization(
         inputs.clear()
         on_one()
     caches = tuple(rows.range_of(layer, smoothing) for layer, rows in enumerate(cached))
-    method = _METHODS[frozenset(kinds)]
+    method = _METHODS[frozenset(kinds - {"fp8"})]
     return Quantized(
         scales=CalibratedScales(
             smoothing=smoothing,
@@ -144,9 +146,7 @@ class _Layer:
     Dividing a row of a weight by a factor divides that row's scales too: the integers stay.
     """
 
-    def __init__(
-        self, model: TorchModel, layer: int, kind: Literal["int4", "int8"], dtype: FloatType
-    ) -> None:
+    def __init__(self, model: TorchModel, layer: int, kind: QuantizedFormat, dtype: FloatType) -> None:
         self._model, self._layer, self._kind, self._dtype = model, layer, kind, dtype
         self.ranges: dict[str, float] = {}
         self.errors: list[GroupError] = []
@@ -168,7 +168,7 @@ class _Layer:
                 block=block,
             )
             movable = can_move(checkpoint, self._layer, group)
-            best, error = rounding.best(rounding.candidates() if movable else [])
+            best, error = rounding.best(rounding.candidates() if movable and self._kind != "fp8" else [])
             self.errors.append(
                 GroupError(
                     layer=self._layer,
@@ -181,7 +181,7 @@ class _Layer:
             )
             if best is not None:
                 factors[group.name] = best
-            if self._kind == "int8":
+            if self._kind != "int4":
                 largest = rounding.activation_max(best)
                 self.ranges |= {tensor_name(self._layer, linear): largest for linear in group.linears}
         return moved(checkpoint, self._layer, factors)
@@ -222,8 +222,9 @@ class _Rounding:
         weight_OI = self.weight_OI
         if factors_I is not None:
             inputs_TI, weight_OI = inputs_TI / factors_I, weight_OI * factors_I
-        if with_activations and self.kind == "int8":
-            inputs_TI = rounded_activations(inputs_TI, largest=self.activation_max(factors_I))
+        if with_activations and self.kind != "int4":
+            largest = self.activation_max(factors_I)
+            inputs_TI = rounded_activations(inputs_TI, largest=largest, kind=self.kind)
         rounded = quantize(weight_OI, kind=self.kind, dtype=self.dtype, block=self.block)
         wrong_TO = inputs_TI @ rounded.dequantized().to(torch.float32).T - exact_TO
         return float(wrong_TO.square().sum() / exact_TO.square().sum().clamp(min=1e-30))

@@ -44,7 +44,7 @@ def quantized_layers(
                 rounded = _rounded_parameters(model, index, kind, scales, dtype)
                 always = plan.of_part("select") == kind
                 stack.enter_context(_exchanged(model.parts.layers[index], rounded, always=always))
-                stack.enter_context(_rounded_inputs(model.parts.layers[index], index, scales))
+                stack.enter_context(_rounded_inputs(model.parts.layers[index], index, kind, scales))
         yield
 
 
@@ -95,11 +95,14 @@ def _exchanged(layer: nn.Module, values: dict[str, Tensor], *, always: bool) -> 
 
 
 @contextmanager
-def _rounded_inputs(layer: nn.Module, index: int, scales: CalibratedScales) -> Iterator[None]:
-    """Round the inputs of the linear layers that have a range to INT8 while ``layer`` runs."""
+def _rounded_inputs(layer: nn.Module, index: int, kind: Format, scales: CalibratedScales) -> Iterator[None]:
+    """Round the inputs of the linear layers that have a range to ``kind`` while ``layer`` runs."""
 
     def rounding(largest: float) -> Callable[[nn.Module, Any], Any]:
-        return lambda _module, values: (rounded_activations(values[0], largest=largest), *values[1:])
+        return lambda _module, values: (
+            rounded_activations(values[0], largest=largest, kind=kind),
+            *values[1:],
+        )
 
     ranges = {
         linear: scales.activation_max.get(tensor_name(index, linear))

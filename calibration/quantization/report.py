@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from trio_edge.runtime.manifest import QuantizedFormat  # noqa: TC001 - msgspec reads the annotations
+
 
 class GroupError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How far the outputs of linear layers with one input are from those in floating point, on collected inputs."""
@@ -13,11 +15,11 @@ class GroupError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     layer: int
     group: Literal["qkv", "o", "gate_up", "down"]
     """Which linear layers of the decoder layer."""
-    format: Literal["int4", "int8"]
+    format: QuantizedFormat
     rounded: float
     """Sum of squared errors over the sum of squared outputs with weights rounded to nearest."""
     calibrated: float
-    """The same as the bundle computes it, in INT8 with its inputs in eight bits too."""
+    """The same as the bundle computes it, in INT8 and FP8 with its inputs in eight bits too."""
     moved: bool
     """Whether factors were moved out of the inputs."""
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from trio_edge.export.checkpoint import EMBEDDING_NAME
 from trio_edge.export.quantize.graph import SCALE_SUFFIX, LinearForm, is_linear, quantize_graph
 from trio_edge.export.quantize.numerics import BLOCK_SIZE, Format, block_size
-from trio_edge.export.quantize.plan import OPSETS, PARTS, part_of
+from trio_edge.export.quantize.plan import OPSETS, PARTS
 from trio_edge.export.quantize.unpacking import stored_block
 from trio_edge.runtime.errors import CheckpointError
-from trio_edge.runtime.manifest import Quantization
+from trio_edge.runtime.manifest import PART_FROM_ROLE, Quantization
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
     from trio_edge.export.tracing import TracedGraph
+    from trio_edge.runtime.manifest import QuantizedFormat
 
 _LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
 DECODER_LINEAR = re.compile(
@@ -166,7 +167,7 @@ def _rewritten(graph: TracedGraph, forms: Mapping[str, StoredForm], scales: Cali
             name: LinearForm(
                 kind=form.kind,
                 block=form.block,
-                activation_max=ranges.get(form.name) if form.kind == "int8" else None,
+                activation_max=None if form.kind == "int4" else ranges.get(form.name),
             )
             for name, form in quantized.items()
         },
@@ -209,8 +210,10 @@ def quantization_of(
     if not plan.has_cache and all(form.kind == "none" for form in forms):
         return None
     taken = {form.key for form in forms if form.is_taken_over}
-    formats: dict[str, Literal["int4", "int8"]] = {
-        part_of(graph.spec.role): "int4" for graph in graphs if not taken.isdisjoint(graph.weights.values())
+    formats: dict[str, QuantizedFormat] = {
+        PART_FROM_ROLE[graph.spec.role]: "int4"
+        for graph in graphs
+        if not taken.isdisjoint(graph.weights.values())
     }
     for part in PARTS:
         if (kind := plan.of_part(part)) != "none":

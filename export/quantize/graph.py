@@ -7,6 +7,8 @@
     x ── QuantizeLinear ── DequantizeLinear ──┐
     values [I, O] INT8 ── DequantizeLinear ── MatMul                       INT8 with activation ranges
 
+FP8 (E4M3) looks like INT8.
+
 A weight lies with its inputs first: that is the operand that the product reads, so the trace's transposes disappear. What reads
 the weight in another way (the way back of a probe) gets it transposed.
 """
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 SCALE_SUFFIX = ".scale"
 """What the name of a weight's scales ends with, behind the weight's own name."""
-_IR_FROM_FORMAT = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8}
+_IR_FROM_FORMAT = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,20 +150,20 @@ def _redirect(graph: ir.Graph, old: ir.Value, weight: ir.Value) -> None:
 def _quantized(
     graph: ir.Graph, source: ir.Value, form: LinearForm, constants: dict[str, NDArray[Any]]
 ) -> ir.Value:
-    """Return ``source`` rounded to INT8 and back, with one scale."""
+    """Return ``source`` rounded to the weight's format and back, with one scale."""
     assert source.dtype is not None and form.activation_max is not None
-    kind = source.dtype
-    scale = np.array(activation_scale(form.activation_max), kind.numpy())
+    kind, rounded = source.dtype, _IR_FROM_FORMAT[form.kind]
+    scale = np.array(activation_scale(form.activation_max, kind=form.kind), kind.numpy())
     names = f"{source.name}.scale", f"{source.name}.zero"
     inputs = [
         ir.Value(name=names[0], shape=ir.Shape(()), type=ir.TensorType(kind)),
-        ir.Value(name=names[1], shape=ir.Shape(()), type=ir.TensorType(ir.DataType.INT8)),
+        ir.Value(name=names[1], shape=ir.Shape(()), type=ir.TensorType(rounded)),
     ]
-    constants |= {names[0]: scale, names[1]: np.array(0, np.int8)}
+    constants |= {names[0]: scale, names[1]: np.zeros((), rounded.numpy())}
     for value in inputs:
         graph.initializers[str(value.name)] = value
     down = make_node(
-        "QuantizeLinear", [source, *inputs], f"{source.name}.quantized", ir.DataType.INT8, source.shape, {}
+        "QuantizeLinear", [source, *inputs], f"{source.name}.quantized", rounded, source.shape, {}
     )
     up = make_node(
         "DequantizeLinear", [down.outputs[0], *inputs], f"{source.name}.rounded", kind, source.shape, {}

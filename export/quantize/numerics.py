@@ -1,7 +1,8 @@
 """Symmetric quantization of a linear layer's weight, and the bytes that ONNX wants.
 
-INT4 has a scale for each block of inputs of each output, INT8 one for each output. Scales are rounded to the graph's
-element type before the integers are chosen, so that a graph reads back exactly what was rounded to.
+INT4 has a scale for each block of inputs of each output, INT8 and FP8 (E4M3: four bits of exponent, three of mantissa, up to
+448) one for each output. Scales are rounded to the graph's element type before the values are chosen, so that a graph reads
+back exactly what was rounded to.
 
 Letters: O outputs, I inputs, B blocks of inputs.
 """
@@ -18,22 +19,24 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.manifest import FloatType
 
-Format = Literal["none", "int4", "int8"]
-FORMATS: tuple[Format, ...] = ("none", "int4", "int8")
+Format = Literal["none", "int4", "int8", "fp8"]
+FORMATS: tuple[Format, ...] = ("none", "int4", "int8", "fp8")
 BLOCK_SIZE = 128
 """Inputs that share an INT4 scale, where the number of inputs is a multiple of it."""
 _BLOCK_STEP = 16
-_LARGEST = {"int4": 7, "int8": 127}
+_LARGEST = {"int4": 7, "int8": 127, "fp8": 448}
+_LEAST_FP8_SCALE = 2.0**-14
+"""The smallest number that float16 has with all its bits. FP8 numbers lose none of theirs by being smaller than they could be."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizedWeight:
-    """Integers and scales of one weight."""
+    """Values and scales of one weight."""
 
     values_OI: Tensor
-    """int8; of INT4 within -8..7."""
+    """int8, of INT4 within -8..7; float8_e4m3fn for FP8."""
     scales_OB: Tensor
-    """In the graph's element type; one block for INT8."""
+    """In the graph's element type; one block but for INT4."""
 
     def dequantized(self) -> Tensor:
         """Return [O, I] in the type of the scales, as a graph computes it."""
@@ -53,34 +56,44 @@ def block_size(num_inputs: int) -> int | None:
 def quantize(
     weight_OI: Tensor, *, kind: Format, dtype: FloatType, block: int | None = None
 ) -> QuantizedWeight:
-    """Return ``weight_OI`` rounded to the nearest integer of its block's scale.
+    """Return ``weight_OI`` rounded to the nearest value of its block's scale.
 
     Args:
         weight_OI: Any floating point type; the arithmetic is float32.
-        kind: "int4" or "int8".
+        kind: All but "none".
         dtype: Type of the scales.
-        block: Inputs that share a scale; all of them for INT8.
+        block: Inputs that share a scale; all of them but for INT4.
     """
     blocks_OBK = weight_OI.to(torch.float32).reshape(len(weight_OI), -1, block or weight_OI.shape[1])
-    largest = _LARGEST[kind]
-    scales_OB = (blocks_OBK.abs().amax(-1) / largest).to(getattr(torch, dtype))
+    scales_OB = blocks_OBK.abs().amax(-1) / _LARGEST[kind]
+    if kind == "fp8":
+        scales_OB = scales_OB.clamp(min=_LEAST_FP8_SCALE)
+    scales_OB = scales_OB.to(getattr(torch, dtype))
     scales_OB = torch.where(scales_OB > 0, scales_OB, 1.0)
-    values = torch.round(blocks_OBK / scales_OB.to(torch.float32)[..., None])
-    return QuantizedWeight(
-        values_OI=values.clamp(-largest - 1, largest).to(torch.int8).flatten(1), scales_OB=scales_OB
-    )
+    values = _nearest(blocks_OBK / scales_OB.to(torch.float32)[..., None], kind)
+    return QuantizedWeight(values_OI=values.flatten(1), scales_OB=scales_OB)
 
 
-def rounded_activations(values: Tensor, *, largest: float) -> Tensor:
-    """Return ``values`` rounded to INT8 and back with the one scale that takes ``largest`` to 127."""
-    scale = activation_scale(largest)
-    result: Tensor = torch.round(values / scale).clamp(-128, 127) * scale
+def _nearest(scaled: Tensor, kind: Format) -> Tensor:
+    """Return ``scaled`` as the nearest numbers of ``kind``; ties go to the even one, what is too large to the largest."""
+    largest = _LARGEST[kind]
+    if kind == "fp8":
+        return scaled.clamp(-largest, largest).to(torch.float8_e4m3fn)
+    return torch.round(scaled).clamp(-largest - 1, largest).to(torch.int8)
+
+
+def rounded_activations(values: Tensor, *, largest: float, kind: Format = "int8") -> Tensor:
+    """Return ``values`` rounded to INT8 or FP8 and back with the one scale that takes ``largest`` to 127 or 448."""
+    scale = activation_scale(largest, kind=kind)
+    result: Tensor = _nearest(values / scale, kind).to(values.dtype) * scale
     return result
 
 
-def activation_scale(largest: float) -> float:
-    """Return the scale of INT8 inputs whose largest absolute value is ``largest``; never so small that float16 loses it."""
-    return max(largest, 1e-4) / 127
+def activation_scale(largest: float, *, kind: Format = "int8") -> float:
+    """Return the scale of inputs whose largest absolute value is ``largest``; never so small that float16 loses it."""
+    if kind == "fp8":  # as float16 has it: the same number in graphs of either type
+        return float(torch.tensor(max(largest / _LARGEST[kind], _LEAST_FP8_SCALE), dtype=torch.float16))
+    return max(largest, 1e-4) / _LARGEST[kind]
 
 
 def stored_bytes(weight: QuantizedWeight, *, kind: Format) -> tuple[Tensor, Tensor]:

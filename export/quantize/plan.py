@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 from trio_edge.export.quantize.numerics import FORMATS, Format
 from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.manifest import PART_FROM_ROLE, Part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,26 +15,17 @@ if TYPE_CHECKING:
     from trio_edge.runtime.manifest import Role
     from trio_edge.runtime.schedule import Schedule
 
-Part = Literal["vision", "prefix", "segments", "suffix", "select", "head", "embedding", "kv"]
 PARTS: tuple[Part, ...] = get_args(Part)
 _GROUPS: dict[str, tuple[Part, ...]] = {
     "decoder": ("prefix", "segments", "suffix"),
     "all": ("vision", "prefix", "segments", "suffix", "select", "head"),
 }
-_PART_FROM_ROLE: dict[Role, Part] = {
-    "vision": "vision",
-    "prefix": "prefix",
-    "segment": "segments",
-    "suffix": "suffix",
-    "select": "select",
-    "head": "head",
-}
 _ONLY_INT8: dict[Part, str] = {
     "embedding": "its rows are read by the host, one scale each",
-    "kv": "backends store INT4 weights only, no activations",
+    "kv": "INT4 is for weights only, and no cache in FP8 is offered",
 }
-OPSETS: dict[Format, int] = {"int4": 21, "int8": 19}
-"""First ONNX opset with INT4, and with float16 in QuantizeLinear."""
+OPSETS: dict[Format, int] = {"int4": 21, "int8": 19, "fp8": 19}
+"""First ONNX opset with INT4, with float16 in QuantizeLinear, and with FP8."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,11 +40,11 @@ class QuantizePlan:
 
     def of_role(self, role: Role) -> Format:
         """Return the format of graphs with ``role``."""
-        return self.of_part(_PART_FROM_ROLE[role]) if role in _PART_FROM_ROLE else "none"
+        return self.of_part(PART_FROM_ROLE[role]) if role in PART_FROM_ROLE else "none"
 
     def names(self, role: Role) -> bool:
         """Return whether it says anything of graphs with ``role``."""
-        return _PART_FROM_ROLE.get(role) in self.formats
+        return PART_FROM_ROLE.get(role) in self.formats
 
     def of_layers(self, schedule: Schedule, *, num_layers: int) -> list[Format]:
         """Return the format of each decoder layer's own graph."""
@@ -79,11 +71,6 @@ class QuantizePlan:
         return all(kind == "none" for kind in self.formats.values())
 
 
-def part_of(role: Role) -> Part:
-    """Return the part that graphs with ``role``, one that can be quantized, belong to."""
-    return _PART_FROM_ROLE[role]
-
-
 def parse_plan(text: str) -> QuantizePlan:
     """Return what ``--quantize`` means: FORMAT for the decoder, or PART=FORMAT,…; later entries win.
 
@@ -100,8 +87,8 @@ def parse_plan(text: str) -> QuantizePlan:
         for part in _parts(name if equals else "decoder"):
             formats[part] = kind
     for part, reason in _ONLY_INT8.items():
-        if formats.get(part) == "int4":
-            raise ScheduleError(f"--quantize: expected {part}=int8 or none, got int4; {reason}")
+        if (kind := formats.get(part, "none")) not in ("int8", "none"):
+            raise ScheduleError(f"--quantize: expected {part}=int8 or none, got {kind}; {reason}")
     return QuantizePlan(formats=formats)
 
 
@@ -109,9 +96,8 @@ def _format(text: str) -> Format:
     for kind in FORMATS:
         if text == kind:
             return kind
-    hint = "; fp8 runs on Ada and later only and is not offered" if text.startswith("fp8") else ""
     raise ScheduleError(
-        f"--quantize: expected {', '.join(FORMATS)}, got {text!r}{hint or '; for instance int4 or suffix=int4,head=int8'}"
+        f"--quantize: expected {', '.join(FORMATS)}, got {text!r}; for instance int4 or suffix=int4,head=int8"
     )
 
 

@@ -52,7 +52,7 @@ class CalibratedScales:
     smoothing: Mapping[str, Smoothing] = field(default_factory=dict)
     """Of weights, norms and biases in decoder layers."""
     activation_max: Mapping[str, float] = field(default_factory=dict)
-    """Largest absolute input of a linear layer, by its weight, after smoothing; there for parts in INT8."""
+    """Largest absolute input of a linear layer, by its weight, after smoothing; there for parts in INT8 and FP8."""
     cache_max: tuple[CacheRange, ...] = ()
     """Of every decoder layer; there for a KV cache in INT8."""
     method: Calibrated = "round-to-nearest"

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from trio_edge.export.checkpoint import Checkpoint, SourceTensor
     from trio_edge.export.quantize.assign import StoredForm
+    from trio_edge.export.quantize.numerics import Format
     from trio_edge.runtime.manifest import FloatType, StoredType
 
 _FILE = f"{WEIGHTS_FOLDER}/quantized.safetensors"
@@ -73,7 +74,8 @@ def store_quantized(
     return StoredWeights(tensors=tensors, sha256={_FILE: digest})
 
 
-_SAFETENSORS = {**SAFETENSORS_FROM_DTYPE, "int8": "I8", "int4": "U8"}
+_SAFETENSORS = {**SAFETENSORS_FROM_DTYPE, "int8": "I8", "int4": "U8", "float8_e4m3fn": "F8_E4M3"}
+_STORED: dict[Format, StoredType] = {"int4": "int4", "int8": "int8", "fp8": "float8_e4m3fn"}
 
 
 def quantized_bytes(checkpoint: Checkpoint, forms: Sequence[StoredForm], *, dtype: FloatType) -> int:
@@ -108,7 +110,7 @@ class _Writer:
         num_outputs, num_inputs = shape
         scales = (num_outputs,) if form.block is None else (num_inputs // form.block, num_outputs)
         values = shape if form.is_table else (num_inputs, num_outputs)
-        return {form.key: (form.kind, values), form.key + SCALE_SUFFIX: (self.dtype, scales)}
+        return {form.key: (_STORED[form.kind], values), form.key + SCALE_SUFFIX: (self.dtype, scales)}
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the arrays."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.schedule import Schedule
     from trio_edge.runtime.targets import Target
 
-Precision = Literal["float16", "int8", "int4"]
+Precision = Literal["float16", "int8", "fp8", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("float16", "int8", "int4")
 
 

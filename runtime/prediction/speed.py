@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.prediction.counting import Attention, Product, WeightKind, Work
 
-WeightFormat = Literal["float32", "float16", "int8", "int4"]
+WeightFormat = Literal["float32", "float16", "int8", "fp8", "int4"]
 _VECTOR_ROWS = 16
 BYTES_PER_WEIGHT: dict[WeightFormat, float] = {
     "float32": 4.0,
     "float16": 2.0,
     "int8": 1.0,
+    "fp8": 1.0,
     "int4": 4.125 / 8,
 }
 """INT4 with one float16 scale for 128 weights."""

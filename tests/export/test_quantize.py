@@ -90,8 +90,9 @@ def test_a_block_is_128_or_the_largest_multiple_of_16_that_divides(num_inputs: i
         ("int8,suffix=none", {"prefix": "int8", "segments": "int8", "suffix": "none"}),
         ("embedding=int8", {"embedding": "int8"}),
         ("kv=int8", {"kv": "int8"}),
+        ("fp8,prefix=int8", {"prefix": "int8", "segments": "fp8", "suffix": "fp8"}),
     ],
-    ids=["the decoder", "by part", "later entries win", "the table", "the KV caches"],
+    ids=["the decoder", "by part", "later entries win", "the table", "the KV caches", "in FP8"],
 )
 def test_a_plan_names_parts_and_formats(text: str, formats: dict[str, str]) -> None:
     assert parse_plan(text).formats == formats
@@ -100,11 +101,12 @@ def test_a_plan_names_parts_and_formats(text: str, formats: dict[str, str]) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("int3", "expected none, int4, int8, got 'int3'"),
-        ("fp8", "Ada and later"),
+        ("int3", "expected none, int4, int8, fp8, got 'int3'"),
         ("tail=int4", "expected one of vision, .*, got 'tail'"),
         ("embedding=int4", "embedding=int8 or none"),
+        ("embedding=fp8", "embedding=int8 or none, got fp8"),
         ("kv=int4", "kv=int8 or none"),
+        ("all=int8,kv=fp8", "kv=int8 or none, got fp8"),
     ],
 )
 def test_a_plan_that_is_none_is_refused(text: str, message: str) -> None:
