@@ -217,6 +217,21 @@ class Decoder:
         self._done.wait()
         return _copied(self._step_top)
 
+    def skip(self, count: int) -> None:
+        """Go on as if ``count`` more tokens had been decoded, fewer if below 0: to time what follows, whatever their rows hold.
+
+        Raises:
+            ShapeError: If the KV caches have no room for as many.
+        """
+        if count > self.max_new_tokens:
+            raise ShapeError(
+                f"decode: expected to skip at most {self.max_new_tokens} rows, the rest of the KV caches, got {count};"
+                " export with a larger --max-new-tokens"
+            )
+        for cache in self.caches:
+            cache.length += count
+        self._next_position += count
+
     def logits(self) -> NDArray[np.float32]:
         """Return all logits [V] of the last prefill or decode step; after a decode step they are fetched now."""
         if self._logits is None:

@@ -242,6 +242,28 @@ class Pipeline:
 
         return Generation(steps)
 
+    def time_tokens(self, count: int, *, skip: int = 0) -> list[float]:
+        """Return the milliseconds of ``count`` more tokens, forced ones, behind the last answer, which ends by it.
+
+        Args:
+            count: How many, at least 1.
+            skip: Rows of the KV caches to leave out before them, or below 0 to go back, so that a context is reached at once.
+
+        Raises:
+            ShapeError: If the KV caches have no room for as many.
+            BackendError: If the pipeline is closed, or a graph fails.
+        """
+        self._check_open()
+        self._running = None
+        self._decoder.skip(skip)
+        sample, times = make_sampler(), []
+        for token in range(count):
+            start = time.perf_counter()
+            top = self._decoder.decode(np.asarray(self._embedding[token]))
+            self._choose_token(top, sample)
+            times.append(1e3 * (time.perf_counter() - start))
+        return times
+
     def close(self) -> None:
         """Release all graphs and all memory of the device; a second time does nothing."""
         self._is_open = False

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.targets import Target
 
 Precision = Literal["float16", "int8", "fp8", "int4"]
+DECODE_POINTS = 6
 PRECISIONS: tuple[Precision, ...] = ("float16", "int8", "int4")
 
 
@@ -162,6 +163,15 @@ class Prediction:
     unfused_seconds: float
     """What the prefill would take more if attention scores went through memory."""
     memory: Memory
+    contexts: tuple[DecodePoint, ...]
+    """See ``predict_contexts``."""
+
+    @property
+    def token_line(self) -> tuple[float, float]:
+        """A token's seconds with empty KV buffers, and what each row of them adds."""
+        first, last = self.contexts[0], self.contexts[-1]
+        per_row = (last.seconds - first.seconds) / (last.cached_rows - first.cached_rows)
+        return first.seconds - per_row * first.cached_rows, per_row
 
     def seconds(self, phase: Literal["prefill", "decode"]) -> float:
         """Return the sum over a phase's graphs: to the first token, or per further token."""
@@ -190,7 +200,45 @@ def predict(setting: Setting, target: Target) -> Prediction:
         runs=tuple(runs),
         unfused_seconds=more,
         memory=memory_of(setting, usable=target.usable_bytes),
+        contexts=tuple(predict_contexts(setting, target)),
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodePoint:
+    """A token of a bundle whose KV buffers end right behind its context."""
+
+    context: int
+    """Rows before it, visual tokens not reduced."""
+    cached_rows: float
+    """Rows of the KV buffers, mean over layers."""
+    seconds: float
+
+
+def predict_contexts(setting: Setting, target: Target) -> list[DecodePoint]:
+    """Return a token's time from the prompt's end to the end of the room, at up to ``DECODE_POINTS`` contexts.
+
+    The graphs read whole buffers, so a bundle takes the last of these times at every context; the others are of bundles with
+    less room.
+    """
+    efficiency, rates = fitted_for(target).efficiency, rates_of(target)
+    last, count = setting.room - setting.num_text, min(DECODE_POINTS, setting.room - setting.num_text + 1)
+    visual = sum(layers * rows for layers, rows in zip(setting.layers, setting.visual_rows))
+    points = []
+    for index in range(count):
+        room = setting.num_text + index * last // (count - 1)
+        works = [run.work for run in _step_runs(setting, room=room)]
+        times = [
+            graph_time(work, formats=setting.formats, rates=rates, efficiency=efficiency) for work in works
+        ]
+        points.append(
+            DecodePoint(
+                context=setting.sizes["N"] + room,
+                cached_rows=visual / setting.model.decoder.num_layers + room,
+                seconds=sum(time.seconds for time in times),
+            )
+        )
+    return points
 
 
 def graph_runs(setting: Setting) -> list[GraphRun]:
@@ -207,9 +255,15 @@ def graph_runs(setting: Setting) -> list[GraphRun]:
         work = range_work(decoder, num_layers=layers, rows=rows[index] + setting.num_text, past=0)
         works.append((range_name(index, len(rows)), work))
     works.append(("head", head_work(decoder)))
-    runs = [GraphRun(name=name, phase="prefill", work=work) for name, work in works]
+    prefill = [GraphRun(name=name, phase="prefill", work=work) for name, work in works]
+    return [*prefill, *_step_runs(setting, room=setting.room)]
+
+
+def _step_runs(setting: Setting, *, room: int) -> list[GraphRun]:
+    """Return the graphs of one decode step where every KV buffer has ``room`` rows beside the visual ones."""
+    decoder, rows, runs = setting.model.decoder, setting.visual_rows, []
     for index, layers in enumerate(setting.layers):
-        work = range_work(decoder, num_layers=layers, rows=1, past=rows[index] + setting.room)
+        work = range_work(decoder, num_layers=layers, rows=1, past=rows[index] + room)
         runs.append(GraphRun(name=range_name(index, len(rows)), phase="decode", work=work))
     runs.append(GraphRun(name="head", phase="decode", work=head_work(decoder)))
     return runs

@@ -26,6 +26,7 @@ NOTE = "PREDICTED, nothing was measured: counted work, the device's rates and ef
 def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
     """Return a prediction as JSON types; milliseconds, bytes, and errors as fractions."""
     setting, fitted, memory = prediction.setting, fitted_for(prediction.target), prediction.memory
+    base, per_row = prediction.token_line
     return {
         "device": prediction.target.name,
         "model": setting.model.name,
@@ -40,6 +41,11 @@ def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
         "ttft_ms_unfused_attention": 1e3 * (prediction.seconds("prefill") + prediction.unfused_seconds),
         "ms_per_token": 1e3 * prediction.seconds("decode"),
         "answer_ms": 1e3 * prediction.answer_seconds,
+        "decode": [
+            {"context": point.context, "cached_rows": point.cached_rows, "ms": 1e3 * point.seconds}
+            for point in prediction.contexts
+        ],
+        "decode_fit": {"base_ms": 1e3 * base, "ms_per_1000_rows": 1e6 * per_row},
         "memory": {
             "weights": memory.weights,
             "kv_caches": memory.kv_caches,
@@ -100,6 +106,7 @@ def wish_text(wish: Wish, choice: Choice) -> str:
 def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> None:
     """Print the time of every graph, and what they come to."""
     setting, target = prediction.setting, prediction.target
+    base, per_row = prediction.token_line
     table = Table("graph", "phase", "GFLOP", "ms", "bound by", title=f"{setting.model.name} on {target.name}")
     for timed in prediction.runs:
         run, time = timed.run, timed.time
@@ -113,7 +120,8 @@ def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> No
         "first token": f"{1e3 * prediction.seconds('prefill'):.0f} ms, up to"
         f" {1e3 * (prediction.seconds('prefill') + prediction.unfused_seconds):.0f} ms if attention is not one kernel",
         "next tokens": f"{1e3 * prediction.seconds('decode'):.1f} ms each,"
-        f" {metric_of(prediction, 'tokens-per-second'):.1f} a second",
+        f" {metric_of(prediction, 'tokens-per-second'):.1f} a second: {1e3 * base:.1f} ms and {1e6 * per_row:.2g} ms per 1000"
+        f" rows of the KV caches ({prediction.contexts[-1].cached_rows:.0f} here)",
         "answer": f"{1e3 * prediction.answer_seconds:.0f} ms,"
         f" {metric_of(prediction, 'answers-per-second'):.2f} a second, without the host's work",
         "memory": _memory(prediction),

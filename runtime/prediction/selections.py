@@ -1,4 +1,4 @@
-"""Selections other than TRIO's stages: FLOPs by the formulas of ``trio_edge.trio.selectors.cost``, which need no torch, and weights."""
+"""What selections cost: weights that they repeat, and FLOPs where they are not TRIO's, by ``trio_edge.trio.selectors.cost``."""
 
 from __future__ import annotations
 

@@ -101,13 +101,10 @@ class Axis:
         return [round(index * step_size, 12) for index in range(math.ceil(self.low / step_size), count + 1)]
 
 
-def linear(values: Sequence[float], *, start: float, end: float, from_zero: bool = True) -> Axis:
-    """Return an axis with room for ``values``."""
-    low, high = (0.0 if from_zero else min(values)), max(values)
-    if high <= low:
-        low, high = low - 0.5, low + 1.0
-    margin = 0.05 * (high - low)
-    return Axis(low=low if from_zero else low - margin, high=high + margin, start=start, end=end)
+def linear(values: Sequence[float], *, start: float, end: float) -> Axis:
+    """Return an axis from 0 with room for ``values``, which are not below it."""
+    most = max(values)
+    return Axis(low=0.0, high=1.05 * most if most > 0 else 1.0, start=start, end=end)
 
 
 def logarithmic(values: Sequence[float], *, start: float, end: float) -> Axis:

@@ -19,6 +19,7 @@ from trio_edge.runtime.errors import BackendError
 from trio_edge.runtime.image import open_picture
 from trio_edge.runtime.profiling.answers import Answer, Question, Subject
 from trio_edge.runtime.profiling.ceilings import measure_ceilings
+from trio_edge.runtime.profiling.contexts import TimedContext, time_contexts
 from trio_edge.runtime.profiling.distribution import distribution
 from trio_edge.runtime.profiling.layers import layer_times
 from trio_edge.runtime.profiling.layers_onnxruntime import runs_of_trace
@@ -89,6 +90,7 @@ class Measured:
     memory: MeasuredMemory
     answers: list[Answer] = field(default_factory=list)
     sizes: list[tuple[PictureSize, list[Answer]]] = field(default_factory=list)
+    contexts: list[TimedContext] = field(default_factory=list)
     steps: list[Answer] = field(default_factory=list)
     """Runs without capture, where decode steps are captured otherwise."""
     layers: list[LayerTime] = field(default_factory=list)
@@ -142,6 +144,11 @@ def measure(options: Options, *, on_step: Callable[[str], None] = lambda _step: 
         if options.image is None:
             on_step("pictures of other sizes")
             _measure_sizes(measured, question)
+        if question.new_tokens > 1:
+            on_step("tokens at contexts of all lengths")
+            timed = time_contexts([one.subject for one in measured], question)
+            for one, contexts in zip(measured, timed):
+                one.contexts = contexts
     for one in measured:
         if options.layers:
             on_step(f"layers: {one.subject.bundle.folder}")

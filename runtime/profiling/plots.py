@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from trio_edge.runtime.profiling.drawing import (
     BOTTOM,
@@ -27,6 +27,7 @@ from trio_edge.runtime.profiling.drawing import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from trio_edge.runtime.profiling.distribution import Distribution
     from trio_edge.runtime.profiling.report import BundleProfile, Ceilings, Phase, Report
 
 _HEIGHT = 260
@@ -38,9 +39,9 @@ def plots_of(report: Report) -> list[Plot]:
     """Return all figures that the report has values for."""
     bundles = report.bundles
     plots = [_stacked_time(bundles, "prefill", "Time to the first token by graph")]
-    if any(bundle.token_ms is not None for bundle in bundles):
-        if any(graph.phase == "decode" for bundle in bundles for graph in bundle.graphs):
-            plots.append(_stacked_time(bundles, "decode", "Time of a later token by graph"))
+    if any(graph.phase == "decode" for bundle in bundles for graph in bundle.graphs):
+        plots.append(_stacked_time(bundles, "decode", "Time of a later token by graph"))
+    if any(bundle.decode for bundle in bundles):
         plots.append(_decode(bundles))
     plots += [_first_token(bundles), _memory(bundles)]
     if report.ceilings is not None:
@@ -118,45 +119,56 @@ def _first_token(bundles: Sequence[BundleProfile]) -> Plot:
         points = [(size.visual_tokens, size.ttft_ms) for size in bundle.sizes]
         if all(tokens != bundle.visual_tokens for tokens, _ in points):
             points.append((bundle.visual_tokens, bundle.ttft_ms))
-        series.append(sorted(points, key=lambda point: point[0]))
-    left, right, bottom, top = _frame()
-    x = linear([tokens for points in series for tokens, _ in points], start=left, end=right)
-    y = linear([time.interval_95[1] for points in series for _, time in points], start=bottom, end=top)
-    plot = Plot(
+        name = f"{bundle.label}, {bundle.processed_tokens:.0f} on average"
+        series.append(_Series(name, sorted(points, key=lambda point: point[0])))
+    return _curves(
+        series,
         title="Time to the first token against visual tokens",
         note="Median and its 95 % interval, at each size of picture that has shapes of its own.",
-        height=_HEIGHT,
+        x_label="visual tokens of the picture",
     )
-    draw_axes(plot, x, y, x_label="visual tokens of the picture", y_label="ms")
-    for index, (bundle, points) in enumerate(zip(bundles, series)):
-        style = colour(index)
-        line = " ".join(f"{x.place(tokens)},{y.place(time.p50)}" for tokens, time in points)
-        plot.lines.append(Line(points=line, style=style))
-        for tokens, time in points:
-            at = x.place(tokens)
-            low, high = (y.place(end) for end in time.interval_95)
-            plot.lines.append(Line(points=f"{at},{low} {at},{high}", style=style))
-            tip = f"{bundle.label}: {short(time.p50)} ms at {tokens} visual tokens"
-            plot.dots.append(Dot(x=at, y=y.place(time.p50), style=style, tip=tip))
-        plot.legend.append((style, f"{bundle.label}, {bundle.processed_tokens:.0f} on average"))
-    return plot
 
 
 def _decode(bundles: Sequence[BundleProfile]) -> Plot:
-    left, right, bottom, top = _frame()
-    steps = [step for bundle in bundles for step in bundle.decode]
-    x = linear([step.context for step in steps], start=left, end=right, from_zero=False)
-    y = linear([step.ms for step in steps], start=bottom, end=top)
-    plot = Plot(
+    """Return the time of a token against the rows before it, for each bundle."""
+    return _curves(
+        [
+            _Series(
+                f"{bundle.label}: {bundle.decode_fit.words}" if bundle.decode_fit else bundle.label,
+                [(step.context, step.ms) for step in bundle.decode],
+            )
+            for bundle in bundles
+        ],
         title="Time of a token over context length",
-        note="Median over the runs; rows before the token, visual tokens not reduced.",
-        height=_HEIGHT,
+        note="Median and its 95 % interval; visual tokens are not reduced in the context, but are in the rows of the fits.",
+        x_label="rows of context",
     )
-    draw_axes(plot, x, y, x_label="rows of context", y_label="ms")
-    for index, bundle in enumerate(bundles):
-        points = " ".join(f"{x.place(step.context)},{y.place(step.ms)}" for step in bundle.decode)
-        plot.lines.append(Line(points=points, style=colour(index)))
-        plot.legend.append((colour(index), bundle.label))
+
+
+class _Series(NamedTuple):
+    """One bundle's times."""
+
+    name: str
+    points: Sequence[tuple[int, Distribution]]
+
+
+def _curves(series: Sequence[_Series], *, title: str, note: str, x_label: str) -> Plot:
+    left, right, bottom, top = _frame()
+    x = linear([at for one in series for at, _ in one.points], start=left, end=right)
+    y = linear([time.interval_95[1] for one in series for _, time in one.points], start=bottom, end=top)
+    plot = Plot(title=title, note=note, height=_HEIGHT)
+    draw_axes(plot, x, y, x_label=x_label, y_label="ms")
+    for index, (name, points) in enumerate(series):
+        style = colour(index)
+        line = " ".join(f"{x.place(at)},{y.place(time.p50)}" for at, time in points)
+        plot.lines.append(Line(points=line, style=style))
+        for at, time in points:
+            place = x.place(at)
+            low, high = (y.place(end) for end in time.interval_95)
+            plot.lines.append(Line(points=f"{place},{low} {place},{high}", style=style))
+            tip = f"{name}: {short(time.p50)} ms at {at} {x_label}"
+            plot.dots.append(Dot(x=place, y=y.place(time.p50), style=style, tip=tip))
+        plot.legend.append((style, name))
     return plot
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from trio_edge.runtime.profiling.distribution import Distribution, Ratio
+from trio_edge.runtime.profiling.distribution import Distribution, LineFit, Ratio
 from trio_edge.runtime.profiling.sampling_thread import SensorRange
 
 SCHEMA_VERSION = 1
@@ -137,12 +137,14 @@ class OperatorTime(_Part, frozen=True):
 
 
 class DecodeStep(_Part, frozen=True):
-    """Decoding one token behind so many rows of text and visual tokens."""
+    """A token behind so many rows of text and visual tokens."""
 
     context: int
-    """Rows of the prompt and of the answer before it, visual tokens not reduced."""
-    ms: float
-    """Median over the runs."""
+    """Rows before it, visual tokens not reduced."""
+    cached_rows: float
+    """Rows before it in the KV caches, mean over the decoder's layers."""
+    ms: Distribution
+    """One value for each round: the median of a few forced tokens."""
 
 
 class Memory(_Part, frozen=True):
@@ -212,6 +214,9 @@ class BundleProfile(_Part, frozen=True):
     """Median time of a later token outside of graphs."""
     graphs: tuple[GraphProfile, ...]
     decode: tuple[DecodeStep, ...]
+    """From a question without a picture to the end of the KV caches."""
+    decode_fit: LineFit | None
+    """Of ``decode`` over ``cached_rows``."""
     sizes: tuple[SizePoint, ...]
     memory: Memory
     energy_j: dict[str, float]

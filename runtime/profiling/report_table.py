@@ -10,6 +10,8 @@ from rich.table import Table
 from trio_edge.runtime.wide_console import wide_console
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from trio_edge.runtime.profiling.distribution import Distribution
     from trio_edge.runtime.profiling.report import BundleProfile, Comparison, Report
 
@@ -24,6 +26,8 @@ def print_profile(report: Report) -> None:
     console.print(_summary_table(report))
     for comparison in report.comparisons:
         console.print(_comparison_table(comparison))
+    if any(bundle.decode for bundle in report.bundles):
+        console.print(_context_table(report.bundles))
     for bundle in report.bundles:
         console.print(_graph_table(bundle))
         console.print(_memory_line(bundle), highlight=False, soft_wrap=True)
@@ -78,6 +82,17 @@ def with_interval(values: Distribution) -> str:
     """Return the median and its interval: ``25.31 (25.10 – 25.52)``."""
     low, high = values.interval_95
     return f"{values.p50:.2f} ({low:.2f} – {high:.2f})"
+
+
+def _context_table(bundles: Sequence[BundleProfile]) -> Table:
+    table = Table("bundle", "context", "rows in caches", "token ms", title="a token by context")
+    for bundle in bundles:
+        for step in bundle.decode:
+            table.add_row(
+                escape(bundle.label), str(step.context), f"{step.cached_rows:.1f}", with_interval(step.ms)
+            )
+        table.add_row("", "", "fit", bundle.decode_fit.words if bundle.decode_fit else "-", end_section=True)
+    return table
 
 
 def _comparison_table(comparison: Comparison) -> Table:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from trio_edge.runtime.bundle import sha256_of
 from trio_edge.runtime.manifest import MANIFEST_NAME
 from trio_edge.runtime.prediction.work import graph_work
-from trio_edge.runtime.profiling.distribution import distribution, median_ratio
+from trio_edge.runtime.profiling.distribution import distribution, line_fit, median_ratio
 from trio_edge.runtime.profiling.layers import operator_times, slowest_layers
 from trio_edge.runtime.profiling.recording import DECODE
 from trio_edge.runtime.profiling.report import (
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from trio_edge.runtime.manifest import GraphSpec, Manifest, Profile
-    from trio_edge.runtime.profiling.answers import Answer
     from trio_edge.runtime.profiling.measuring import Measured, Measurement
     from trio_edge.runtime.profiling.report import Ceilings
 
@@ -101,7 +100,14 @@ def _bundle_profile(measured: Measured, measurement: Measurement, *, label: str)
         host_first_ms=distribution([answer.host_first_ms for answer in answers]),
         host_token_ms=_host_token_ms(measured),
         graphs=_graph_profiles(measured, measurement.ceilings),
-        decode=_decode_steps(answers),
+        decode=tuple(
+            DecodeStep(context=one.context, cached_rows=one.cached_rows, ms=distribution(one.milliseconds))
+            for one in measured.contexts
+        ),
+        decode_fit=line_fit(
+            [one.cached_rows for one in measured.contexts],
+            [one.milliseconds for one in measured.contexts],
+        ),
         sizes=tuple(
             SizePoint(
                 width=size.width,
@@ -197,15 +203,6 @@ def _graph_profile(
         bound=None if verdict is None else verdict.bound,
         of_ceiling=None if verdict is None else verdict.of_ceiling,
         verdict=None if verdict is None else verdict.text,
-    )
-
-
-def _decode_steps(answers: Sequence[Answer]) -> tuple[DecodeStep, ...]:
-    first = answers[0].statistics
-    prompt = first.visual_tokens + first.text_tokens
-    return tuple(
-        DecodeStep(context=prompt + index, ms=statistics.median(times))
-        for index, times in enumerate(zip(*(answer.token_ms for answer in answers)))
     )
 
 

@@ -17,9 +17,9 @@ from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.cli_profile import main
 from trio_edge.runtime.engine_layer_times import EngineLayerTimes
-from trio_edge.runtime.errors import DataError
+from trio_edge.runtime.errors import DataError, ShapeError
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.profiling import ceilings, measuring
+from trio_edge.runtime.profiling import ceilings, contexts, measuring
 from trio_edge.runtime.profiling.answers import Question, Subject
 from trio_edge.runtime.profiling.layers import SLOWEST, layer_times
 from trio_edge.runtime.profiling.layers_tensorrt import runs_of_engine
@@ -28,7 +28,7 @@ from trio_edge.runtime.profiling.pictures import PROMPT, picture_sizes, random_p
 from trio_edge.runtime.profiling.recording import Recording, RecordingBackend
 from trio_edge.runtime.profiling.report import Report
 
-RUNS, NEW_TOKENS = 3, 4
+RUNS, NEW_TOKENS, QUICK_ROUNDS = 3, 4, 2
 STAGES = 2
 ODD_NAME = "reduced <b>&amp; 'odd'"
 
@@ -49,6 +49,7 @@ def measure_quickly(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ceilings, "_COPY_BYTES", 1 << 20)
     patch.setattr(ceilings, "_SIZES", {True: 64})
     patch.setattr(measuring, "_SIZE_RUNS", 2)
+    patch.setattr(contexts, "ROUNDS", QUICK_ROUNDS)
 
 
 @pytest.fixture(autouse=True)
@@ -99,10 +100,45 @@ def test_graphs_and_the_time_outside_of_them_make_up_the_first_token(profile: Pr
         )
 
 
-def test_each_decoded_token_has_its_context(profile: Profile) -> None:
-    bundle = profile.report.bundles[0]
-    start = bundle.visual_tokens + bundle.text_tokens
-    assert [step.context for step in bundle.decode] == [start, start + 1, start + 2]
+def test_tokens_are_timed_from_a_question_without_a_picture_to_the_end_of_the_caches(
+    profile: Profile,
+) -> None:
+    for bundle in profile.report.bundles:
+        manifest = open_bundle(bundle.bundle).manifest
+        first, question, *_, last = bundle.decode
+        assert len(bundle.decode) == 1 + contexts.POINTS
+        assert first.context == first.cached_rows <= bundle.text_tokens
+        assert question.context == bundle.visual_tokens + bundle.text_tokens
+        end = manifest.visual_rows[0] + manifest.text_buckets[-1] + manifest.max_new_tokens
+        assert last.context == end - 4  # the tokens of a round are the cache's last
+        more = last.context - question.context
+        assert last.cached_rows == pytest.approx(bundle.processed_tokens + bundle.text_tokens + more)
+        assert all(step.ms.count == QUICK_ROUNDS for step in bundle.decode)
+        assert bundle.decode_fit.interval_95[0] <= bundle.decode_fit.interval_95[1]
+        assert bundle.decode_fit.words in profile.page
+        assert f"│ {last.context} " in profile.printed
+
+
+def test_timing_tokens_ends_an_answer_and_changes_no_later_one(reduced_bundle: Path) -> None:
+    with Pipeline.from_bundle(reduced_bundle, backend="onnxruntime", threads=1) as pipeline:
+        manifest, picture = pipeline.manifest, random_picture(picture_sizes(pipeline)[0])
+        before = pipeline.generate(picture, PROMPT, max_new_tokens=8)
+        assert before.text is not None
+        asked = pipeline.generate(picture, PROMPT)
+        next(iter(asked))
+        room = manifest.text_buckets[-1] + manifest.max_new_tokens - asked.statistics.text_tokens
+        assert len(pipeline.time_tokens(3, skip=room - 4)) == 3
+        with pytest.raises(
+            ShapeError, match="expected to skip at most 1 rows, the rest of the KV caches, got 2"
+        ):
+            pipeline.time_tokens(1, skip=2)
+        pipeline.time_tokens(2, skip=-room + 3)
+        with pytest.raises(ShapeError, match="another was started"):
+            assert asked.text
+        after = pipeline.generate(picture, PROMPT, max_new_tokens=8)
+        assert after.text == before.text
+        assert after.token_ids == before.token_ids
+        np.testing.assert_array_equal(after.first_logits, before.first_logits)
 
 
 def test_rates_are_work_over_time_and_verdicts_name_a_ceiling(profile: Profile) -> None:
@@ -245,6 +281,7 @@ def test_runs_end_when_the_time_is_over_but_not_before_there_are_a_few(
     report = msgspec.json.decode(file.read_bytes(), type=Report)
     assert (report.conditions.runs, report.conditions.stopped) == (measuring.LEAST_RUNS, "0 s were over")
     assert report.bundles[0].token_ms is None
+    assert (report.bundles[0].decode, report.bundles[0].decode_fit) == ((), None)
     assert report.bundles[0].layers == ()
 
 

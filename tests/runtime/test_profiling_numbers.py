@@ -15,7 +15,12 @@ from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.engine_build import BuildOptions, build_engines, plan_build
 from trio_edge.runtime.profiling import ceilings
 from trio_edge.runtime.profiling.ceilings import measure_ceilings
-from trio_edge.runtime.profiling.distribution import distribution, median_interval, median_ratio
+from trio_edge.runtime.profiling.distribution import (
+    distribution,
+    line_fit,
+    median_interval,
+    median_ratio,
+)
 from trio_edge.runtime.profiling.matmul_graph import matmul_model, random_matrix
 from trio_edge.runtime.profiling.product_bundle import write_product_bundle
 from trio_edge.runtime.profiling.report import Ceilings
@@ -55,6 +60,24 @@ def test_what_disturbs_both_bundles_leaves_their_ratio_certain() -> None:
 def test_a_ratio_needs_pairs() -> None:
     with pytest.raises(ValueError, match="expected as many values as in the reference, got 2 and 1"):
         median_ratio([1.0, 2.0], [1.0])
+
+
+def test_a_line_is_found_behind_a_drift_that_all_points_share() -> None:
+    rows, drift = [0, 500, 1000, 2000], np.array([0.0, 5.0, 0.1, -0.1, 0.2])
+    fit = line_fit(rows, [2.0 + 0.25 * count / 1000 + drift for count in rows])
+    assert (fit.base_ms, fit.ms_per_1000_rows) == (pytest.approx(2.1), pytest.approx(0.25))
+    assert fit.interval_95 == pytest.approx((0.25, 0.25))
+    assert fit.words == "2.10 ms +0.25 ms per 1000 rows (0.25 – 0.25)"
+
+
+def test_a_slope_that_rounds_disagree_on_has_a_wide_interval() -> None:
+    low, high = line_fit([0, 1000], [[1.0, 1.0, 1.0], [1.0, 2.0, 0.0]]).interval_95
+    assert low < -0.9
+    assert high > 0.9
+
+
+def test_one_point_is_no_line() -> None:
+    assert line_fit([7], [[1.0, 2.0]]) is None
 
 
 CEILINGS = Ceilings(flops_per_s=1e12, matmul="", bytes_per_s=1e11, copy="")  # ridge at 10 FLOPs a byte

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from PIL import Image
 
-from trio_edge.runtime.profiling.distribution import distribution, median_ratio
+from trio_edge.runtime.profiling.distribution import distribution, line_fit, median_ratio
 from trio_edge.runtime.profiling.page import page_html
 from trio_edge.runtime.profiling.report import (
     BundleProfile,
@@ -107,7 +107,15 @@ def bundle_profile(label: str, scale: float) -> BundleProfile:
             *(graph(name, "prefill", (20 + index) * scale, index + 1) for index, name in enumerate(names)),
             *(graph(name, "decode", (2 + index) * scale, 20 + index) for index, name in enumerate(("prefix", "head"))),
         ),
-        decode=tuple(DecodeStep(context=2921 + step, ms=60.5 * scale + 0.01 * step) for step in range(15)),
+        decode=tuple(
+            DecodeStep(
+                context=2921 + 80 * step,
+                cached_rows=360.5 + 80 * step,
+                ms=distribution([60.5 * scale, 61.5 * scale + 0.1 * step]),
+            )
+            for step in range(6)
+        ),
+        decode_fit=line_fit([360.5, 440.5], [[60.5 * scale, 60.7], [61.5 * scale, 61.6]]),
         sizes=tuple(
             SizePoint(
                 width=336 * side,
