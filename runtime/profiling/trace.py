@@ -26,16 +26,17 @@ def trace_json(measurement: Measurement, labels: Sequence[str]) -> bytes:
         labels: Of its bundles.
     """
     origin = min(one.answers[0].start for one in measurement.measured)
+    last = max(one.answers[-1].end for one in measurement.measured)
     events: list[dict[str, Any]] = [_name("process_name", _SENSOR_PROCESS, 0, "sensors")]
     for sample in measurement.samples:
-        if sample.seconds >= origin:
+        if origin <= sample.seconds <= last:
             for name, value in sample.readings.items():
                 events.append(
                     {
                         "ph": "C",
                         "name": name,
                         "pid": _SENSOR_PROCESS,
-                        "ts": _microseconds(sample.seconds - origin),
+                        "ts": _nanoseconds(sample.seconds - origin) / 1e3,
                         "args": {"value": value},
                     }
                 )
@@ -56,23 +57,25 @@ def _answer_events(answer: Answer, number: int, *, process: int, origin: float) 
     for index, (start, end) in enumerate(zip(moments, moments[1:])):
         name = "first token" if index == 0 else "token"
         token = {"answer": number, "token": index, "id": answer.token_ids[index]}
-        yield _complete(name, process, _ANSWERS, start - origin, end - start, token)
+        yield _complete(name, process, _ANSWERS, start - origin, end - origin, token)
     for call in answer.calls:
         start = answer.first_launch - origin + call.start_ms / 1e3
         launch = {"answer": number, "profile": call.profile}
-        yield _complete(call.graph, process, _GRAPHS, start, call.milliseconds / 1e3, launch)
+        yield _complete(call.graph, process, _GRAPHS, start, start + call.milliseconds / 1e3, launch)
 
 
 def _complete(
-    name: str, process: int, thread: int, start: float, seconds: float, args: dict[str, Any]
+    name: str, process: int, thread: int, start: float, end: float, args: dict[str, Any]
 ) -> dict[str, Any]:
+    """Return a slice in whole nanoseconds at both ends: slices that touch must not overlap, or Perfetto drops them."""
+    begin = _nanoseconds(start)
     return {
         "ph": "X",
         "name": name,
         "pid": process,
         "tid": thread,
-        "ts": _microseconds(start),
-        "dur": _microseconds(seconds),
+        "ts": begin / 1e3,
+        "dur": (_nanoseconds(end) - begin) / 1e3,
         "args": args,
     }
 
@@ -81,5 +84,5 @@ def _name(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:
     return {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": {"name": name}}
 
 
-def _microseconds(seconds: float) -> float:
-    return round(1e6 * seconds, 3)
+def _nanoseconds(seconds: float) -> int:
+    return round(1e9 * seconds)

@@ -213,6 +213,30 @@ def test_the_trace_has_graphs_within_their_answers(profile: Profile) -> None:
                 assert event["ts"] + event["dur"] <= max(span) + 1
 
 
+KEYS = {"X": {"tid", "ts", "dur"}, "C": {"ts"}, "M": {"tid"}}
+
+
+def test_the_trace_is_one_that_perfetto_takes_whole(profile: Profile) -> None:
+    named, tracks = set(), {}
+    for event in profile.trace:
+        assert event.keys() == {"ph", "name", "pid", "args"} | KEYS[event["ph"]]
+        if event["ph"] == "M":
+            named.add((event["name"], event["pid"], event["tid"]))
+            assert event["args"].keys() == {"name"}
+        elif event["ph"] == "C":
+            assert all(isinstance(value, (int, float)) for value in event["args"].values())
+        else:
+            begin, length = round(1e3 * event["ts"]), round(1e3 * event["dur"])
+            assert (begin / 1e3, length / 1e3) == (event["ts"], event["dur"])  # whole nanoseconds
+            assert begin >= 0 and length > 0
+            tracks.setdefault((event["pid"], event["tid"]), []).append((begin, begin + length))
+    assert {process for process, _ in tracks} == {1, 2}
+    for (process, thread), slices in tracks.items():
+        assert {("process_name", process, 0), ("thread_name", process, thread)} <= named
+        assert slices == sorted(slices)
+        assert all(end <= start for (_, end), (start, _) in zip(slices, slices[1:]))
+
+
 def test_recording_changes_neither_logits_nor_ids_nor_kept_tokens(reduced_bundle: Path) -> None:
     backend = make_backend("onnxruntime", threads=1)
     recording = Recording()
