@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trio_edge.calibration.quantization.groups import tensor_name
 from trio_edge.export.quantize.scales import CacheRange
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -32,13 +31,12 @@ class CachedRows:
         """Take the largest of rows [1, G, S, E]."""
         self.key_GE, self.value_GE = _largest(self.key_GE, key), _largest(self.value_GE, value)
 
-    def range_of(self, layer: int, smoothing: Mapping[str, Smoothing]) -> CacheRange:
-        """Return the range of decoder layer ``layer``, whose values are divided by the factors that were moved into them."""
+    def range_of(self, moved: Smoothing | None) -> CacheRange:
+        """Return the layer's range, whose values are divided by the factors that were ``moved`` into their weight."""
         assert self.key_GE is not None and self.value_GE is not None, (
             "every decoder layer runs in every answer"
         )
         value_GE = self.value_GE
-        moved = smoothing.get(tensor_name(layer, "self_attn.v_proj"))
         if moved is not None and moved.outputs is not None:
             value_GE = value_GE / moved.outputs.to(value_GE.device).reshape(value_GE.shape)
         return CacheRange(key=float(self.key_GE.max()), value=float(value_GE.max()))

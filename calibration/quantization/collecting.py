@@ -1,27 +1,28 @@
-"""What enters the linear layers of a decoder while it answers with token reduction on: rows of it, and its largest values.
+"""What enters the linear layers of a model while it answers with token reduction on: rows of it, and its largest values.
 
 The rows behind a stage come from a sequence that has lost most of its visual tokens, which is what the bundle's layers are going
-to see; statistics of the model that keeps everything would be of other tokens. Probes are not listened to.
+to see; statistics of the model that keeps everything would be of other tokens. The head sees the rows whose logits are read.
+Probes are not listened to.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from trio_edge.calibration.quantization.groups import GROUPS
+from trio_edge.calibration.quantization.products import products_of
 from trio_edge.calibration.schedules.greedy import greedy_answer
 from trio_edge.calibration.schedules.prompts import make_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from trio_edge.calibration.quantization.groups import GroupName
+    from trio_edge.calibration.quantization.sections import Section
     from trio_edge.calibration.questions import Question
     from trio_edge.calibration.schedules.selecting import Probes
     from trio_edge.calibration.schedules.torch_model import TorchModel
@@ -49,7 +50,7 @@ class Inputs:
 
     def all_rows(self) -> Tensor:
         """Return the rows [T, I], float32, and the largest values of all that entered as one more."""
-        assert self.largest_I is not None, "every decoder layer runs in every answer"
+        assert self.largest_I is not None, "every layer runs in every answer"
         return torch.cat([*(rows.to(torch.float32) for rows in self.rows), self.largest_I[None]])
 
 
@@ -83,52 +84,29 @@ def answer_samples(
 
 
 @contextmanager
-def listening_to_inputs(
-    layers: Sequence[nn.Module], *, num_samples: int
-) -> Iterator[list[dict[GroupName, Inputs]]]:
-    """Collect from decoder layers, while they run, what enters their linear layers.
+def listening_to_inputs(sections: Sequence[Section], *, num_samples: int) -> Iterator[list[list[Inputs]]]:
+    """Collect from ``sections``, while they run, what enters each of their groups.
 
     Args:
-        layers: The decoder's.
+        sections: Of the model.
         num_samples: How many are going to be answered, so that each gives its share of the rows.
     """
-    found: list[dict[GroupName, Inputs]] = [{group.name: Inputs() for group in GROUPS} for _ in layers]
+    found = [[Inputs() for _ in section.groups] for section in sections]
     generator = torch.Generator().manual_seed(0)
     num_rows = -(-NUM_ROWS // num_samples)
-    with ExitStack() as stack:
-        for layer, inputs in zip(layers, found):
-            stack.enter_context(_listening(layer, inputs, num_rows=num_rows, generator=generator))
-        yield found
 
-
-@contextmanager
-def _listening(
-    layer: nn.Module, inputs: dict[GroupName, Inputs], *, num_rows: int, generator: torch.Generator
-) -> Iterator[None]:
-    """Collect while ``layer`` itself runs; a probe runs its linear layers only."""
-    is_running = False
-
-    def begin(_module: nn.Module, _values: Any) -> None:
-        nonlocal is_running
-        is_running = True
-
-    def end(_module: nn.Module, _values: Any, _result: Any) -> None:
-        nonlocal is_running
-        is_running = False
-
-    def listener(found: Inputs) -> Callable[[nn.Module, Any], None]:
-        def listen(_module: nn.Module, values: tuple[Tensor, ...]) -> None:
-            if is_running:
-                found.add(values[0].flatten(0, -2), num_rows=num_rows, generator=generator)
+    def listener(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+        def listen(values: Tensor) -> Tensor:
+            inputs.add(values.flatten(0, -2), num_rows=num_rows, generator=generator)
+            return values
 
         return listen
 
-    handles = [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
-    for group in GROUPS:
-        first = layer.get_submodule(group.linears[0])
-        handles.append(first.register_forward_pre_hook(listener(inputs[group.name])))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for section, collected in zip(sections, found):
+            listeners = {
+                group.linears[0].get_parameter("weight"): listener(inputs)
+                for group, inputs in zip(section.groups, collected)
+            }
+            stack.enter_context(products_of(section.module, listeners))
+        yield found

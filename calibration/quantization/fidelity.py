@@ -1,4 +1,4 @@
-"""How far a schedule with quantized decoder layers and KV caches is from keep-all in floating point, on samples."""
+"""How far a schedule with quantized weights and KV caches is from keep-all in floating point, on samples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trio_edge.calibration.quantization.cached_layers import advanced_with_cache
-from trio_edge.calibration.quantization.quantized_model import quantized_layers
+from trio_edge.calibration.quantization.quantized_model import quantized_model
 from trio_edge.calibration.schedules.measuring import divergence, keep_all
 from trio_edge.calibration.schedules.prompts import make_prompt
 from trio_edge.calibration.schedules.selecting import order_of, saliency
@@ -41,7 +41,7 @@ def measure_quantized(
     num_tokens: int,
     on_sample: Callable[[], None],
 ) -> list[Measured]:
-    """Return for each question how the quantized layers under ``schedule`` change keep-all's answer.
+    """Return for each question how the quantized model under ``schedule`` changes keep-all's answer.
 
     Args:
         model: In floating point; is as it was afterwards.
@@ -58,14 +58,14 @@ def measure_quantized(
         DataError: If a sample cannot be asked.
     """
     with torch.inference_mode():
-        prompts = [make_prompt(model, question) for question in questions]
         wholes = []
-        for prompt in prompts:
-            whole = keep_all(model, prompt, probes=probes, num_tokens=num_tokens)
+        for question in questions:
+            whole = keep_all(model, make_prompt(model, question), probes=probes, num_tokens=num_tokens)
             wholes.append((whole.tokens, whole.log_probs_TV))  # without what entered every layer
         results = []
-        with quantized_layers(model, schedule, plan, scales, dtype=dtype):
-            for prompt, (tokens, log_probs_TV) in zip(prompts, wholes):
+        with quantized_model(model, schedule, plan, scales, dtype=dtype):
+            for question, (tokens, log_probs_TV) in zip(questions, wholes):
+                prompt = make_prompt(model, question)  # its picture is encoded by the quantized vision graph
                 logits_TV, rounds = given_tokens(
                     model, prompt, tokens, schedule, probes=probes, caches=scales.cache_max
                 )

@@ -1,20 +1,22 @@
-"""A torch model whose decoder layers compute, for a while, with the weights and inputs that a quantized bundle has."""
+"""A torch model that computes, for a while, with the weights and inputs that a quantized bundle has."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-from trio_edge.calibration.quantization.groups import GROUPS, block_of, tensor_name
+from trio_edge.calibration.quantization.products import products_of
+from trio_edge.calibration.quantization.sections import block_of, quantized_sections
 from trio_edge.export.quantize.numerics import quantize, rounded_activations
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor, nn
 
+    from trio_edge.calibration.quantization.sections import Section
     from trio_edge.calibration.schedules.torch_model import TorchModel
-    from trio_edge.export.quantize.numerics import Format
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CalibratedScales
     from trio_edge.runtime.manifest import FloatType
@@ -22,12 +24,12 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def quantized_layers(
+def quantized_model(
     model: TorchModel, schedule: Schedule, plan: QuantizePlan, scales: CalibratedScales, *, dtype: FloatType
 ) -> Iterator[None]:
-    """Let the decoder layers of ``model`` compute as in the bundle; a second copy of their weights is in memory meanwhile.
+    """Let ``model`` compute as the bundle does; a second copy of its quantized weights is in memory meanwhile.
 
-    A probe in front of a layer reads the rounded weights where it has the layer's format, as its graph does, else the original
+    A probe reads the rounded weights of its layer and of the head where it has their format, as its graph does, else the original
     ones.
 
     Args:
@@ -37,54 +39,60 @@ def quantized_layers(
         scales: Calibrated.
         dtype: The bundle's.
     """
-    formats = plan.of_layers(schedule, num_layers=model.num_layers)
+    names = model.tensor_names()
     with ExitStack() as stack:
-        for index, kind in enumerate(formats):
-            if kind != "none":
-                rounded = _rounded_parameters(model, index, kind, scales, dtype)
-                always = plan.of_part("select") == kind
-                stack.enter_context(_exchanged(model.parts.layers[index], rounded, always=always))
-                stack.enter_context(_rounded_inputs(model.parts.layers[index], index, kind, scales))
+        for section in quantized_sections(model, schedule, plan):
+            rounded = _rounded_parameters(section, scales, names=names, dtype=dtype)
+            always = plan.of_part("select") == section.kind
+            stack.enter_context(_exchanged(section.module, rounded, always=always))
+            ranges = {
+                parameter: partial(
+                    rounded_activations, largest=scales.activation_max[names[parameter]], kind=section.kind
+                )
+                for parameter in section.module.parameters()
+                if names[parameter] in scales.activation_max
+            }
+            stack.enter_context(products_of(section.module, ranges))
         yield
 
 
 def _rounded_parameters(
-    model: TorchModel, index: int, kind: Format, scales: CalibratedScales, dtype: FloatType
-) -> dict[str, Tensor]:
-    """Return those parameters of a layer that differ in the bundle, by their names in it."""
+    section: Section, scales: CalibratedScales, *, names: Mapping[nn.Parameter, str], dtype: FloatType
+) -> dict[nn.Parameter, Tensor]:
+    """Return the values of those parameters of a section that differ in the bundle."""
     blocks = {
-        f"{linear}.weight": block_of(model.checkpoint, index, group) if kind == "int4" else None
-        for group in GROUPS
+        linear.get_parameter("weight"): block_of(group) if section.kind == "int4" else None
+        for group in section.groups
         for linear in group.linears
     }
     result = {}
-    for name, parameter in model.parts.layers[index].named_parameters():
-        module, _, leaf = name.rpartition(".")
-        smoothing = scales.smoothing.get(tensor_name(index, module, "bias" if leaf == "bias" else "weight"))
+    for parameter in section.module.parameters():
+        smoothing = scales.smoothing.get(names[parameter])
         values = parameter.detach() if smoothing is None else smoothing.apply(parameter.detach())
-        if name in blocks and not (kind == "int4" and blocks[name] is None):
-            values = quantize(values, kind=kind, dtype=dtype, block=blocks[name]).dequantized()
-        if values is not parameter:
-            result[name] = values.to(parameter.dtype)
+        if parameter in blocks:
+            rounded = quantize(values, kind=section.kind, dtype=dtype, block=blocks[parameter])
+            values = rounded.dequantized()
+        if smoothing is not None or parameter in blocks:
+            result[parameter] = values.to(parameter.dtype)
     return result
 
 
 @contextmanager
-def _exchanged(layer: nn.Module, values: dict[str, Tensor], *, always: bool) -> Iterator[None]:
-    """Give ``layer`` other values of its parameters while it runs, or ``always``."""
-    own = {name: layer.get_parameter(name).data for name in values}
+def _exchanged(module: nn.Module, values: dict[nn.Parameter, Tensor], *, always: bool) -> Iterator[None]:
+    """Give parameters other ``values`` while ``module`` runs, or ``always``."""
+    own = {parameter: parameter.data for parameter in values}
 
-    def take(tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            layer.get_parameter(name).data = tensor
+    def take(tensors: dict[nn.Parameter, Tensor]) -> None:
+        for parameter, tensor in tensors.items():
+            parameter.data = tensor
 
     handles = []
     if always:
         take(values)
     else:
         handles = [
-            layer.register_forward_pre_hook(lambda *_: take(values)),
-            layer.register_forward_hook(lambda *_: take(own)),
+            module.register_forward_pre_hook(lambda *_: take(values)),
+            module.register_forward_hook(lambda *_: take(own)),
         ]
     try:
         yield
@@ -92,30 +100,3 @@ def _exchanged(layer: nn.Module, values: dict[str, Tensor], *, always: bool) -> 
         for handle in handles:
             handle.remove()
         take(own)
-
-
-@contextmanager
-def _rounded_inputs(layer: nn.Module, index: int, kind: Format, scales: CalibratedScales) -> Iterator[None]:
-    """Round the inputs of the linear layers that have a range to ``kind`` while ``layer`` runs."""
-
-    def rounding(largest: float) -> Callable[[nn.Module, Any], Any]:
-        return lambda _module, values: (
-            rounded_activations(values[0], largest=largest, kind=kind),
-            *values[1:],
-        )
-
-    ranges = {
-        linear: scales.activation_max.get(tensor_name(index, linear))
-        for group in GROUPS
-        for linear in group.linears
-    }
-    handles = [
-        layer.get_submodule(linear).register_forward_pre_hook(rounding(largest))
-        for linear, largest in ranges.items()
-        if largest is not None
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

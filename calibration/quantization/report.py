@@ -12,9 +12,11 @@ from trio_edge.runtime.manifest import QuantizedFormat  # noqa: TC001 - msgspec 
 class GroupError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How far the outputs of linear layers with one input are from those in floating point, on collected inputs."""
 
-    layer: int
-    group: Literal["qkv", "o", "gate_up", "down"]
-    """Which linear layers of the decoder layer."""
+    part: Literal["vision", "decoder", "head"]
+    layer: int | None
+    """Of the vision tower or the decoder; None for projector and head."""
+    group: str
+    """Which linear layers: "qkv", "o", "gate_up", "down", "fc1", "fc2", "projector_1", "projector_2" or "lm_head"."""
     format: QuantizedFormat
     rounded: float
     """Sum of squared errors over the sum of squared outputs with weights rounded to nearest."""
@@ -35,7 +37,7 @@ class CacheReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class QuantizationReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the decoder was quantized."""
+    """How vision graph, decoder and head were quantized."""
 
     method: Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant"]
     """Of weights."""

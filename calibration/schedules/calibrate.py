@@ -122,7 +122,7 @@ def calibrate(
         ScheduleError: If no schedule can do what is asked for; the message names the nearest that can.
     """
     plan = parse_plan(options.quantize)
-    if plan.has_decoder:
+    if plan.has_factors:
         check_modelopt()
     progress.step("reading the samples", 0)
     questions = read_samples(options.samples, prompt=options.prompt, count=options.count, seed=options.seed)

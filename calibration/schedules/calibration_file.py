@@ -197,9 +197,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """How far off such predictions were where they could be compared."""
     accuracy: Accuracy | None
     quantization: QuantizationReport | None
-    """None where no decoder layer and no KV cache is quantized."""
+    """None where neither vision graph, decoder, head nor a KV cache is quantized."""
     quantized_held_out: Fidelity | None
-    """The chosen schedule with quantized decoder layers and KV caches against keep-all in floating point."""
+    """The chosen schedule with quantized weights and KV caches against keep-all in floating point."""
     front: list[FrontPoint]
     settings: list[Tried]
     single_stages: list[SingleStage]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.calibration.quantization.report import QuantizationReport
+    from trio_edge.calibration.quantization.report import GroupError, QuantizationReport
     from trio_edge.calibration.schedules.calibration_file import Calibration, FrontPoint
 
 _INK, _FAINT = "#20222b", "#6e7278"
@@ -111,21 +111,36 @@ def importance_plot(calibration: Calibration) -> str:
 
 
 def quantization_plot(report: QuantizationReport) -> str:
-    """Return the error of every group of linear layers by decoder layer, and what rounding to nearest would leave."""
-    figure = _figure(height=3.4)
-    parts = figure.subplots(1, 4, sharey=True)
-    for axes, group in zip(parts, ("qkv", "o", "gate_up", "down")):
-        errors = [error for error in report.errors if error.group == group]
-        layers = [error.layer for error in errors]
-        for name, color in (("rounded", _SEARCH), ("calibrated", _HELD_OUT)):
-            shares = [100 * getattr(error, name) for error in errors]
-            axes.plot(layers, shares, "o-", markersize=3, linewidth=1.2, color=color, label=name)
-        axes.set_title(group.replace("_", ", "), fontsize=10, color=_INK)
-        axes.set_xlabel("layer")
-        axes.set_yscale("log")
-    parts[0].set_ylabel("squared error of the outputs, %")
-    parts[0].legend(frameon=False, fontsize=8)
+    """Return the error of every group of linear layers by layer, and what rounding to nearest would leave.
+
+    A row of vision layers, if they are quantized, and one of decoder layers; empty if neither are.
+    """
+    rows: dict[str, dict[str, list[GroupError]]] = {}
+    for error in report.errors:
+        if error.layer is not None:
+            rows.setdefault(error.part, {}).setdefault(error.group, []).append(error)
+    if not rows:
+        return ""
+    figure = _figure(height=0.4 + 3.0 * len(rows))
+    panels = figure.subplots(len(rows), 4, sharey=True, squeeze=False)
+    for row, (part, by_group) in zip(panels, rows.items()):
+        for axes, (group, errors) in zip(row, by_group.items()):
+            _error_panel(axes, errors)
+            axes.set_title(f"{part}: {group.replace('_', ', ')}", fontsize=10, color=_INK)
+        for axes in row[len(by_group) :]:  # groups that INT4 cannot express
+            axes.remove()
+        row[0].set_ylabel("squared error of the outputs, %")
+    panels[0, 0].legend(frameon=False, fontsize=8)
     return _svg(figure, name="quantization")
+
+
+def _error_panel(axes: Any, errors: Sequence[GroupError]) -> None:
+    layers = [error.layer for error in errors]
+    for name, color in (("rounded", _SEARCH), ("calibrated", _HELD_OUT)):
+        shares = [100 * getattr(error, name) for error in errors]
+        axes.plot(layers, shares, "o-", markersize=3, linewidth=1.2, color=color, label=name)
+    axes.set_xlabel("layer")
+    axes.set_yscale("log")
 
 
 def _figure(*, height: float) -> Any:

@@ -145,8 +145,7 @@ def answer_logits(model: TorchModel, sequence: Sequence) -> Tensor:
 
 def logits_of(model: TorchModel, rows: Tensor) -> Tensor:
     """Return final norm and head of ``rows``, float32."""
-    parts: Any = model.parts
-    logits: Tensor = parts.lm_head(parts.final_norm(rows)).to(torch.float32)
+    logits: Tensor = model.head(rows).to(torch.float32)
     return logits
 
 

@@ -51,6 +51,8 @@ class TorchModel:
     """A family's modules with values, and what turns questions into their inputs."""
 
     parts: FamilyModel
+    head: nn.Module
+    """Final norm and lm_head as the head graph runs them; probes have the two for themselves."""
     rotary: RotaryTables
     embedding_VD: Tensor
     """Token embeddings, in the compute type."""
@@ -69,6 +71,10 @@ class TorchModel:
     def num_layers(self) -> int:
         """L."""
         return len(self.parts.layers)
+
+    def tensor_names(self) -> dict[nn.Parameter, str]:
+        """Return the canonical name in the checkpoint of every parameter; a tied head is the embedding."""
+        return {value: canonical_name(name) for name, value in self.parts.root.named_parameters()}
 
 
 def load_model(
@@ -102,6 +108,7 @@ def load_model(
     _fill(parts, values)
     return TorchModel(
         parts=parts,
+        head=nn.Sequential(parts.final_norm, parts.lm_head),
         rotary=RotaryTables(
             torch.from_numpy(parts.inv_freq).to(place),
             attention_scaling=parts.attention_scaling,

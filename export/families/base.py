@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.export.graphs.linear_groups import LinearGroup
     from trio_edge.runtime.manifest import FloatType, TensorSpec
     from trio_edge.runtime.schedule import Positions
     from trio_edge.runtime.vision_inputs import PictureProcessing
@@ -30,6 +31,8 @@ class VisionGraph:
     """``token_index`` [N] among them, and what ``PictureProcessing.prepare`` fills."""
     outputs: tuple[TensorSpec, ...]
     """``visual_tokens`` [N, D] first; with encoder reduction what it kept second."""
+    linear_groups: tuple[LinearGroup, ...]
+    """All linear layers that run."""
     constants: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     """Buffers that have no values under FakeTensorMode."""
 

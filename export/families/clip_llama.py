@@ -12,7 +12,7 @@ from trio_edge.export.families.config_files import read_image_processor
 from trio_edge.export.families.decoder import family_model, read_config
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.reduce import FEATURE_NAMES
-from trio_edge.export.graphs.vision import ClipFeatures, Vision
+from trio_edge.export.graphs.vision import ClipFeatures, Vision, clip_groups
 from trio_edge.export.graphs.vision_features import VisionWithFeatures
 from trio_edge.export.graphs.vision_reduced import ReducedVision, check_encoder_keep
 from trio_edge.runtime.chat import VICUNA_TEMPLATE
@@ -186,6 +186,7 @@ def _vision_graph(
             TensorSpec(name="token_index", dtype="int32", shape=("N",)),
         ),
         outputs=tuple(outputs),
+        linear_groups=clip_groups(module.tower_layers(), inner.multi_modal_projector),
         constants={
             name: np.arange(constants.patches_per_tile + 1, dtype=np.int64)[None]
             for name, _ in module.named_buffers()

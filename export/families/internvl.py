@@ -158,11 +158,13 @@ def _with_fewer_tiles(processing: GridTileProcessing, max_visual: int | None) ->
 
 def _vision_graph(inner: Any, config: Any, *, dtype: FloatType) -> VisionGraph:
     side = config.vision_config.image_size[0]
+    module = TileVision(inner.vision_tower, inner.multi_modal_projector, merge=_merge(config))
     return VisionGraph(
-        module=TileVision(inner.vision_tower, inner.multi_modal_projector, merge=_merge(config)),
+        module=module,
         inputs=(
             TensorSpec(name="pixel_values", dtype="float32", shape=("B", 3, side, side)),
             TensorSpec(name="token_index", dtype="int32", shape=("N",)),
         ),
         outputs=(TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", config.text_config.hidden_size)),),
+        linear_groups=module.linear_groups(),
     )

@@ -16,7 +16,12 @@ from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_feat
 from trio_edge.export.families.config_files import read_image_processor
 from trio_edge.export.families.decoder import family_model, read_config
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
-from trio_edge.export.graphs.vision_windowed import INV_FREQ_NAME, WindowedVision, inverse_frequencies
+from trio_edge.export.graphs.vision_windowed import (
+    INV_FREQ_NAME,
+    WindowedVision,
+    inverse_frequencies,
+    windowed_groups,
+)
 from trio_edge.export.graphs.vision_windowed_reduced import ReducedWindowedVision, check_windowed_keep
 from trio_edge.runtime.chat import QWEN2_5_VL_TEMPLATE
 from trio_edge.runtime.errors import CheckpointError, ManifestError, ScheduleError
@@ -144,6 +149,7 @@ def _vision_graph(inner: Any, vision: Any, *, processing: PictureProcessing, dty
             TensorSpec(name="token_index", dtype="int32", shape=("N",)),
         ),
         outputs=tuple(outputs),
+        linear_groups=windowed_groups(inner.visual),
         constants={INV_FREQ_NAME: values},
     )
 

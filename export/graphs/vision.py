@@ -12,10 +12,15 @@ newline placement is in ``token_index``, so the graph has no picture-dependent s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from trio_edge.export.graphs.linear_groups import LinearGroup, mlp_groups, projector_groups
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 
 class ClipFeatures(nn.Module):
@@ -66,3 +71,20 @@ class Vision(nn.Module):
         newline_D = rows_FD[0] if self.newline is None else self.newline
         rows_FD = torch.cat([rows_FD, newline_D[None]], dim=0)
         return rows_FD.index_select(0, token_index)
+
+
+def clip_groups(layers: Iterable[nn.Module], projector: nn.Module) -> tuple[LinearGroup, ...]:
+    """Return the linear layers of CLIP's ``layers`` and of a LLaVA's projector, which reads hidden states without a norm."""
+    parts: Any = projector
+    return (
+        *(group for index, layer in enumerate(layers) for group in _layer_groups(layer, index)),
+        *projector_groups(parts.linear_1, parts.linear_2, norm=None),
+    )
+
+
+def _layer_groups(layer: Any, index: int) -> Iterator[LinearGroup]:
+    attention = layer.self_attn
+    products = attention.q_proj, attention.k_proj, attention.v_proj
+    yield LinearGroup(name="qkv", layer=index, linears=products, before=layer.layer_norm1)
+    yield LinearGroup(name="o", layer=index, linears=(attention.out_proj,), before=attention.v_proj)
+    yield from mlp_groups(layer.mlp, norm=layer.layer_norm2, index=index)

@@ -12,10 +12,15 @@ attention inside the layers is ``tile_attention``, and the pixel shuffle is one 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from trio_edge.export.graphs.linear_groups import LinearGroup, mlp_groups, projector_groups
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 TILE_ATTENTION_NAME = "trio_edge_tiles"
 
@@ -86,6 +91,14 @@ class TileVision(nn.Module):
         rows: Tensor = self.projector(shuffled(patches_BPF, merge=self.merge)).flatten(0, 1)
         return rows.index_select(0, token_index)
 
+    def linear_groups(self) -> tuple[LinearGroup, ...]:
+        """Return the linear layers of tower and projector."""
+        parts: Any = self.projector
+        return (
+            *(group for index, layer in enumerate(self.layers) for group in _layer_groups(layer, index)),
+            *projector_groups(parts.linear_1, parts.linear_2, norm=parts.layer_norm),
+        )
+
 
 def shuffled(patches_BPF: Tensor, *, merge: int) -> Tensor:
     """Return the features of ``merge`` x ``merge`` neighbouring patches side by side: [B, P / merge², F * merge²]."""
@@ -93,3 +106,11 @@ def shuffled(patches_BPF: Tensor, *, merge: int) -> Tensor:
     side = round(P**0.5) // merge
     blocks = patches_BPF.reshape(B, side, merge, side, merge, F).transpose(2, 3)
     return blocks.reshape(B, side**2, merge**2 * F)
+
+
+def _layer_groups(layer: Any, index: int) -> Iterator[LinearGroup]:
+    attention = layer.attention  # norms of queries and keys come behind their products
+    products = attention.q_proj, attention.k_proj, attention.v_proj
+    yield LinearGroup(name="qkv", layer=index, linears=products, before=layer.layernorm_before)
+    yield LinearGroup(name="o", layer=index, linears=(attention.projection_layer,), before=attention.v_proj)
+    yield from mlp_groups(layer.mlp, norm=layer.layernorm_after, index=index)

@@ -16,8 +16,8 @@ P is a multiple of the patches of a visual token.
 
 Padding patches must be finite: their values reach no real patch, but they are multiplied by weights that are zero.
 
-In float16 the sum of the blocks stays float32, and the MLPs' last product is taken of scaled-down numbers: trained
-encoders reach beyond 65504 there, in the last block and with some pictures only.
+The sum of the blocks stays float32, and the MLPs' last product is taken of scaled-down numbers: trained encoders reach
+beyond float16's 65504 there, in the last block and with some pictures only.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionRotaryEmbedding
 
 from trio_edge.export.graphs.attention import MASKED
+from trio_edge.export.graphs.linear_groups import LinearGroup, gated_mlp_groups, projector_groups
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -169,12 +172,13 @@ def merged_tokens(merger: nn.Module, hidden_PD: Tensor) -> Tensor:
 
 
 def _mlp(mlp: Any, normed_PD: Tensor) -> Tensor:
-    """Return the gated MLP's output, [P, D] float32; its last product cannot overflow in float16."""
+    """Return the gated MLP's output, [P, D] float32; its last product cannot overflow in float16.
+
+    Its numbers are scaled down in float32 too, so that the range of what enters is the same in both.
+    """
     down = mlp.down_proj
     states = normed_PD.to(down.weight.dtype)
     gated: Tensor = mlp.act_fn(mlp.gate_proj(states)) * mlp.up_proj(states)
-    if gated.dtype != torch.float16:
-        return nn.functional.linear(gated, down.weight, down.bias).float()
     product = nn.functional.linear(gated * (1 / _HEADROOM), down.weight).float() * _HEADROOM
     return torch.add(product, down.bias.float())
 
@@ -210,3 +214,22 @@ def received_attention(weights_HPP: Tensor, is_real_P: Tensor) -> Tensor:
     """Return the attention that each patch receives, [P]: the sum over heads, the mean over real queries."""
     query_P = is_real_P.to(weights_HPP.dtype)
     return torch.matmul(query_P / query_P.sum(), weights_HPP.sum(dim=0))
+
+
+def windowed_groups(visual: nn.Module) -> tuple[LinearGroup, ...]:
+    """Return the linear layers of transformers' Qwen2_5_VisionTransformerPretrainedModel.
+
+    Four patches with one norm each are one input of the merger, so the norm has no element for each of its inputs.
+    """
+    core: Any = visual
+    return (
+        *(group for index, block in enumerate(core.blocks) for group in _block_groups(block, index)),
+        *projector_groups(core.merger.mlp[0], core.merger.mlp[2], norm=None),
+    )
+
+
+def _block_groups(block: Any, index: int) -> Iterator[LinearGroup]:
+    qkv, values = block.attn.qkv, 2 * block.attn.dim
+    yield LinearGroup(name="qkv", layer=index, linears=(qkv,), before=block.norm1)
+    yield LinearGroup(name="o", layer=index, linears=(block.attn.proj,), before=qkv, start=values)
+    yield from gated_mlp_groups(block.mlp, norm=block.norm2, index=index)

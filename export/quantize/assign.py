@@ -133,11 +133,12 @@ def _form(
         return StoredForm(
             name=tensor, kind="int4", block=stored_block(packed), is_packed=True, is_taken_over=True
         )
+    # A probe reads its layer and the head with the factors that were moved in them only where it shares their weights.
     layer = _LAYER.match(tensor)
-    # A probe reads its layer with the factors that were moved in it only where it shares the layer's weights.
-    shares = layer is not None and kind != "none" and layer_formats[int(layer[1])] == kind
+    own_kind = plan.of_role("head") if layer is None else layer_formats[int(layer[1])]
+    shares = kind != "none" and (graph.spec.role != "select" or kind == own_kind)
     smoothing = scales.smoothing.get(tensor) if shares else None
-    block = int4_block(checkpoint, tensor) if kind == "int4" else None
+    block = int4_block(checkpoint.tensor(tensor).shape) if kind == "int4" else None
     if kind == "none" or not may or (kind == "int4" and block is None):
         kind, block = "none", None
     return StoredForm(name=tensor, kind=kind, block=block, smoothing=smoothing, is_packed=packed is not None)
@@ -147,9 +148,8 @@ def _is_decoder_linear(tensor: str) -> bool:
     return DECODER_LINEAR.fullmatch(tensor) is not None or tensor == EMBEDDING_NAME  # of a tied head
 
 
-def int4_block(checkpoint: Checkpoint, tensor: str) -> int | None:
-    """Return the inputs of an INT4 block of ``tensor``; None if it cannot be INT4: TensorRT wants even rows [I, O]."""
-    shape = checkpoint.tensor(tensor).shape
+def int4_block(shape: Sequence[int]) -> int | None:
+    """Return the inputs of an INT4 block of a weight; None if it cannot be INT4: TensorRT wants even rows [I, O]."""
     return block_size(shape[1]) if len(shape) == 2 and shape[0] % 2 == 0 else None
 
 

@@ -61,9 +61,9 @@ class QuantizePlan:
         return self.of_part("kv") == "int8"
 
     @property
-    def has_decoder(self) -> bool:
-        """Whether a decoder layer is quantized."""
-        return any(self.of_part(part) != "none" for part in _GROUPS["decoder"])
+    def has_factors(self) -> bool:
+        """Whether a calibration looks for factors: not for selections, which take those of their layers, and not for FP8."""
+        return any(self.of_part(part) in ("int4", "int8") for part in _GROUPS["all"] if part != "select")
 
     @property
     def is_empty(self) -> bool:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.bundles import INT8_CACHES
+from tests.calibration.moved_factors import apply_moved
 from tests.calibration.question_files import questions_about, write_questions
 from tests.checkpoints import save_checkpoint
 from tests.decode_logits import record_logits
@@ -22,7 +23,8 @@ from trio_edge.calibration.quantization.cache_ranges import CachedRows, listenin
 from trio_edge.calibration.quantization.calibrating import calibrate_quantization
 from trio_edge.calibration.quantization.collecting import answer_samples, listening_to_inputs
 from trio_edge.calibration.quantization.fidelity import given_tokens, measure_quantized
-from trio_edge.calibration.quantization.groups import GROUPS, can_move, moved, tensor_name
+from trio_edge.calibration.quantization.moving import moved
+from trio_edge.calibration.quantization.sections import quantized_sections
 from trio_edge.calibration.questions import Question, read_questions
 from trio_edge.calibration.schedules.greedy import greedy_answer
 from trio_edge.calibration.schedules.measuring import Measured, keep_all, measure
@@ -30,6 +32,7 @@ from trio_edge.calibration.schedules.prompts import make_prompt
 from trio_edge.calibration.schedules.selecting import Probes
 from trio_edge.calibration.schedules.sequence import begin, no_past, run_layers
 from trio_edge.calibration.schedules.torch_model import TorchModel, load_model
+from trio_edge.export.graphs.linear_groups import decoder_groups
 from trio_edge.export.quantize.numerics import quantize
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
@@ -40,6 +43,7 @@ from trio_edge.runtime.schedule import Schedule, Stage
 
 SCHEDULE = Schedule(stages=(Stage(layer=1, keep=5),))
 MANY_ROWS = 1 << 20
+PLAN = "int4,prefix=int8,select=int4,vision=int8,head=int4,kv=int8"
 
 
 @pytest.fixture(scope="module")
@@ -60,34 +64,7 @@ def logits_of(model: TorchModel, question: Question, schedule: Schedule) -> torc
         ).logits_TV
 
 
-@pytest.mark.parametrize("num_kv_heads", [2, 4], ids=["grouped-query", "multi-head"])
-def test_moved_factors_leave_the_model_as_it_was(
-    num_kv_heads: int, questions: list[Question], tmp_path: Path
-) -> None:
-    folder = save_checkpoint(
-        tmp_path / "qwen2", text="qwen2", num_layers=2, num_kv_heads=num_kv_heads, random_biases=True
-    )
-    model = load_model(str(folder))
-    before = logits_of(model, questions[0], Schedule())
-    generator = torch.Generator().manual_seed(3)
-    names = {canonical.name for canonical in GROUPS if can_move(model.checkpoint, 0, canonical)}
-    assert ("o" in names) == (num_kv_heads == 4)
-    for layer, module in enumerate(model.parts.layers):
-        factors: dict[Any, torch.Tensor] = {}
-        for group in GROUPS:
-            if group.name in names:
-                size = model.checkpoint.tensor(tensor_name(layer, group.linears[0])).shape[1]
-                factors[group.name] = 0.3 + 2.0 * torch.rand(size, generator=generator)
-        changes = moved(model.checkpoint, layer, factors)
-        assert ("bias" in "".join(changes)) == (num_kv_heads == 4)
-        prefix = f"language_model.layers.{layer}."
-        for name, parameter in module.named_parameters():
-            if prefix + name in changes:
-                parameter.data = changes[prefix + name].apply(parameter.data)
-    torch.testing.assert_close(logits_of(model, questions[0], Schedule()), before, rtol=1e-3, atol=1e-3)
-
-
-def test_layers_behind_a_stage_are_listened_to_with_fewer_tokens(
+def test_layers_behind_a_stage_are_listened_to_with_fewer_tokens_and_the_head_where_it_is_read(
     checkpoint: Path, questions: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trio_edge.calibration.quantization.collecting.NUM_ROWS", MANY_ROWS)
@@ -95,17 +72,22 @@ def test_layers_behind_a_stage_are_listened_to_with_fewer_tokens(
     with torch.inference_mode():
         prompt = make_prompt(model, one[0])
     probes = Probes(model, max_visual=prompt.num_visual)
-    with listening_to_inputs(model.parts.layers, num_samples=1) as found:
+    sections = quantized_sections(model, SCHEDULE, parse_plan("int8,head=int8"))
+    with listening_to_inputs(sections, num_samples=1) as found:
         answer_samples(model, one, SCHEDULE, probes=probes, num_tokens=3, on_sample=lambda: None)
-    rows = [len(layer["qkv"].all_rows()) - 1 for layer in found]  # the last one holds the largest values
+    assert [group.name for group in sections[0].groups] == ["qkv", "o", "gate_up", "down"]
+    *rows, head_rows = [
+        len(section[0].all_rows()) - 1 for section in found
+    ]  # the last one holds the largest values
     new_tokens = rows[0] - len(prompt.embeds_SD)
     assert new_tokens == 2
     assert rows[1:] == [rows[0] - prompt.num_visual + 5] * 2
-    for layer in found:
-        for inputs in layer.values():
+    assert head_rows == 1 + new_tokens  # neither the prompt's other rows nor the probe's
+    for section in found:
+        for inputs in section:
             *every, largest = inputs.all_rows()
             assert torch.equal(torch.stack(every).abs().amax(0), largest)
-    assert len(found[0]["down"].all_rows()[0]) == 96
+    assert len(found[0][3].all_rows()[0]) == 96
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
@@ -162,7 +144,7 @@ def test_quantized_layers_differ_by_their_rounding_and_are_given_back(
     in_eight, in_four = measured("int8"), measured("int4")
     assert 0.0 < in_eight.kl < 0.1 * in_four.kl
     assert measured("int8", schedule=SCHEDULE).kl != pytest.approx(expected.kl, rel=1e-4)
-    coarse = CalibratedScales(activation_max={tensor_name(0, "mlp.down_proj"): 1e6})
+    coarse = CalibratedScales(activation_max={"language_model.layers.0.mlp.down_proj.weight": 1e6})
     assert measured("int8", coarse).kl > 10 * in_eight.kl  # the inputs of this layer are rounded to nothing
     again = [parameter for layer in model.parts.layers for parameter in layer.parameters()]
     assert all(torch.equal(before, after) for before, after in zip(parameters, again, strict=True))
@@ -189,27 +171,28 @@ def test_ranges_are_of_rotated_keys_and_of_values(checkpoint: Path, questions: l
     )
     found = largest_rows(model, questions[0])
     handle.remove()
-    assert found[1].range_of(1, {}).value == pytest.approx(max(float(rows.abs().max()) for rows in values))
+    assert found[1].range_of(None).value == pytest.approx(max(float(rows.abs().max()) for rows in values))
     with torch.inference_mode():
         sequence = begin(model, make_prompt(model, questions[0]))
         rows, present = sequence.hidden_SD, list[torch.Tensor]()
         run_layers(model, rows, sequence.positions_AS, range(1), past=[no_past(model, rows)], present=present)
     prompt_alone = CachedRows()
     prompt_alone.add(present[0], present[1])
-    assert found[0].range_of(0, {}).key >= prompt_alone.range_of(0, {}).key > 0.0
+    assert found[0].range_of(None).key >= prompt_alone.range_of(None).key > 0.0
 
 
 def test_a_values_range_is_what_is_left_after_smoothing(tmp_path: Path, questions: list[Question]) -> None:
     folder = save_checkpoint(tmp_path / "llama", num_layers=2, num_kv_heads=4)
     model = load_model(str(folder))
-    size = model.checkpoint.tensor(tensor_name(1, "self_attn.v_proj")).shape[0]
-    factors = 0.3 + 2.0 * torch.rand(size, generator=torch.Generator().manual_seed(3))
-    changes = moved(model.checkpoint, 1, {"o": factors})
-    predicted = largest_rows(model, questions[0])[1].range_of(1, changes)
-    for name, smoothing in changes.items():
-        parameter = model.parts.layers[1].get_parameter(name.removeprefix("language_model.layers.1."))
-        parameter.data = smoothing.apply(parameter.data)
-    measured = largest_rows(model, questions[0])[1].range_of(1, {})
+    layer: Any = model.parts.layers[1]
+    _, o, *_ = decoder_groups(layer, index=1)
+    factors = 0.3 + 2.0 * torch.rand(o.num_inputs, generator=torch.Generator().manual_seed(3))
+    names = model.tensor_names()
+    changes = moved([(o, factors)], names=names)
+    value = changes[names[layer.self_attn.v_proj.weight]]
+    predicted = largest_rows(model, questions[0])[1].range_of(value)
+    apply_moved(model, changes)
+    measured = largest_rows(model, questions[0])[1].range_of(None)
     assert predicted.value == pytest.approx(measured.value, rel=1e-4)
     assert predicted.key == pytest.approx(measured.key, rel=1e-4)
 
@@ -260,7 +243,7 @@ def test_caches_alone_are_calibrated_without_model_optimizer(
 
 @pytest.fixture(scope="module")
 def calibrated(checkpoint: Path, samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibration with an INT8 prefix, an INT4 suffix and probe, and INT8 KV caches. No test may change it."""
+    """A calibration with INT8 vision and prefix, INT4 suffix, probe and head, and INT8 KV caches. No test may change it."""
     out = tmp_path_factory.mktemp("calibrated") / "out"
     arguments = [str(checkpoint), "--samples", str(samples), "--target", "orin-nx-16", "--out", str(out)]
     arguments += [
@@ -276,7 +259,7 @@ def calibrated(checkpoint: Path, samples: Path, tmp_path_factory: pytest.TempPat
         "0",
     ]
     arguments += ["--answer-tokens", "2", "--max-new-tokens", "4", "--nms-thresholds", "0.8", "--quiet"]
-    assert cli_calibrate.main([*arguments, "--quantize", "int4,prefix=int8,select=int4,kv=int8"]) == 0
+    assert cli_calibrate.main([*arguments, "--quantize", PLAN]) == 0
     return out
 
 
@@ -291,11 +274,15 @@ def test_the_report_tells_the_error_of_every_group(calibrated: Path) -> None:
     assert report["samples"] == content["data"]["search"]
     assert report["method"] == "awq+smoothquant"
     errors = report["errors"]
-    assert [(one["layer"], one["group"]) for one in errors] == [
-        (layer, group.name) for layer in range(3) for group in GROUPS
+    assert [(one["part"], one["layer"], one["group"]) for one in errors] == [
+        *(("vision", layer, group) for layer in range(2) for group in ("qkv", "o", "fc1", "fc2")),
+        *(("vision", None, group) for group in ("projector_1", "projector_2")),
+        *(("decoder", layer, group) for layer in range(3) for group in ("qkv", "o", "gate_up", "down")),
+        ("head", None, "lm_head"),
     ]
     first_stage = content["chosen"]["stages"][0][0]
-    assert [one["format"] for one in errors] == ["int8"] * 4 * first_stage + ["int4"] * 4 * (3 - first_stage)
+    formats = ["int8"] * (10 + 4 * first_stage) + ["int4"] * (4 * (3 - first_stage) + 1)
+    assert [one["format"] for one in errors] == formats
     assert all(0.0 < one["calibrated"] < 0.05 for one in errors)
     assert all(one["calibrated"] <= one["rounded"] for one in errors if one["format"] == "int4")
     assert any(one["moved"] for one in errors if one["format"] == "int4")
@@ -304,7 +291,8 @@ def test_the_report_tells_the_error_of_every_group(calibrated: Path) -> None:
     assert 0.0 < content["quantized_held_out"]["kl"]["value"] < 3.0  # the weights are random
     page = (calibrated / "calibration.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 4
-    assert "--quantize int4,prefix=int8" in page
+    assert f"--quantize {PLAN}" in page
+    assert "projector_2" in page
 
 
 def test_the_bundle_computes_with_what_was_found_and_answers(bundle: Bundle) -> None:
@@ -314,8 +302,10 @@ def test_the_bundle_computes_with_what_was_found_and_answers(bundle: Bundle) -> 
     num_layers = {spec.name: spec.num_layers for spec in bundle.manifest.graphs}
     kinds = {
         graph: [node.op_type for node in ir.load(bundle.path(f"{graph}.onnx")).graph]
-        for graph in ("prefix", "suffix", "select_1")
+        for graph in ("vision", "prefix", "suffix", "select_1", "head")
     }
+    assert kinds["vision"].count("QuantizeLinear") == 2 * 4 + 2
+    assert (kinds["head"].count("QuantizeLinear"), kinds["head"].count("DequantizeLinear")) == (0, 1)
     # new keys and values; in the prefix the input of each group too
     assert kinds["prefix"].count("QuantizeLinear") == (2 + 4) * num_layers["prefix"]
     assert kinds["suffix"].count("QuantizeLinear") == 2 * num_layers["suffix"]
@@ -338,10 +328,10 @@ def test_tensorrt_builds_inputs_in_eight_bits(bundle: Bundle, tmp_path: Path) ->
     assert main([str(copy), *arguments, "--graphs", "prefix,select_1"]) == 0
 
 
-def test_nothing_is_calibrated_where_no_layer_is_quantized(checkpoint: Path) -> None:
+def test_nothing_is_calibrated_where_only_selection_and_table_are_quantized(checkpoint: Path) -> None:
     never: Any = None
     model = load_model(str(checkpoint))
-    for plan in (QuantizePlan(), parse_plan("head=int8")):
+    for plan in (QuantizePlan(), parse_plan("select=int8,embedding=int8")):
         assert (
             calibrate_quantization(model, [], SCHEDULE, plan, dtype="float32", probes=never, num_tokens=2)
             is None

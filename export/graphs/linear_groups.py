@@ -1,0 +1,93 @@
+"""Linear layers that read one input, and what is before them: where calibration can move factors on that input to.
+
+    norm ──► q, k, v        v ──► attention ──► o        norm ──► gate, up        up ──► ⊙ ──► down
+
+What a group's weights are multiplied by, column by column, the layer before it is divided by, row by row: the model computes the
+same. Attention mixes rows of v but not their elements, and the gate's factor stays outside, so both let factors through; an
+activation in between does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearGroup:
+    """Linear layers with one input."""
+
+    name: str
+    """Unique in its layer."""
+    layer: int | None
+    """Of the decoder or the vision tower; None outside of both."""
+    linears: tuple[nn.Module, ...]
+    before: nn.Module | None
+    """A norm or a linear layer whose outputs, element by element, are the inputs; None where nothing can take factors."""
+    start: int = 0
+    """Output of ``before`` that is the first input: other layers may be fused in front of it."""
+
+    @property
+    def num_inputs(self) -> int:
+        """I."""
+        return int(self.linears[0].get_parameter("weight").shape[1])
+
+    @property
+    def can_move(self) -> bool:
+        """Whether the inputs are the outputs of what is before, one for one.
+
+        They are not in front of ``o`` with grouped-query attention, where several heads read one row of v.
+        """
+        if self.before is None:
+            return False
+        return self.before.get_parameter("weight").shape[0] - self.start == self.num_inputs
+
+
+def decoder_groups(layer: Any, *, index: int) -> tuple[LinearGroup, ...]:
+    """Return the groups of a Llama-like decoder layer, or of any other layer with its modules."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        LinearGroup(
+            name="qkv",
+            layer=index,
+            linears=(attention.q_proj, attention.k_proj, attention.v_proj),
+            before=layer.input_layernorm,
+        ),
+        LinearGroup(name="o", layer=index, linears=(attention.o_proj,), before=attention.v_proj),
+        *gated_mlp_groups(mlp, norm=layer.post_attention_layernorm, index=index),
+    )
+
+
+def gated_mlp_groups(mlp: Any, *, norm: nn.Module, index: int) -> tuple[LinearGroup, LinearGroup]:
+    """Return the groups of an MLP that computes down(act(gate) ⊙ up) behind ``norm``."""
+    return (
+        LinearGroup(name="gate_up", layer=index, linears=(mlp.gate_proj, mlp.up_proj), before=norm),
+        LinearGroup(name="down", layer=index, linears=(mlp.down_proj,), before=mlp.up_proj),
+    )
+
+
+def mlp_groups(mlp: Any, *, norm: nn.Module, index: int) -> tuple[LinearGroup, LinearGroup]:
+    """Return the groups of an MLP that computes fc2(act(fc1)) behind ``norm``."""
+    return (
+        LinearGroup(name="fc1", layer=index, linears=(mlp.fc1,), before=norm),
+        LinearGroup(name="fc2", layer=index, linears=(mlp.fc2,), before=None),
+    )
+
+
+def projector_groups(
+    first: nn.Module, second: nn.Module, *, norm: nn.Module | None
+) -> tuple[LinearGroup, LinearGroup]:
+    """Return the groups of a projector of two layers with an activation between them.
+
+    Args:
+        first: Its first layer.
+        second: Its second one.
+        norm: What gives the first one's inputs, if that is a norm of as many elements.
+    """
+    return (
+        LinearGroup(name="projector_1", layer=None, linears=(first,), before=norm),
+        LinearGroup(name="projector_2", layer=None, linears=(second,), before=None),
+    )

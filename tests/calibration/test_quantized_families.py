@@ -1,0 +1,235 @@
+"""Calibrated vision towers, projectors, decoders and heads of every family: factors that move, and what the bundle computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from tests.calibration.moved_factors import apply_moved
+from tests.calibration.quantized_graphs import TracedEnds, traced_ends, write_quantized
+from tests.calibration.question_files import questions_about, write_questions
+from tests.checkpoints import save_checkpoint
+from tests.internvl_checkpoints import save_internvl_checkpoint
+from tests.qwen_checkpoints import save_qwen_checkpoint
+from trio_edge.calibration.quantization.calibrating import Quantized as Found
+from trio_edge.calibration.quantization.calibrating import calibrate_quantization
+from trio_edge.calibration.quantization.moving import moved
+from trio_edge.calibration.quantization.quantized_model import quantized_model
+from trio_edge.calibration.quantization.sections import quantized_sections
+from trio_edge.calibration.questions import Question, read_questions
+from trio_edge.calibration.schedules.greedy import greedy_answer
+from trio_edge.calibration.schedules.prompts import make_prompt, read_picture
+from trio_edge.calibration.schedules.selecting import Probes
+from trio_edge.calibration.schedules.torch_model import TorchModel, load_model
+from trio_edge.export.quantize.assign import StoredForm
+from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
+from trio_edge.runtime.engine_child import optimization_profile
+from trio_edge.runtime.schedule import Schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from trio_edge.runtime.manifest import GraphSpec
+
+CLIP = partial(save_checkpoint, text="qwen2", random_biases=True)
+CHECKPOINTS: dict[str, Callable[..., Path]] = {
+    "llava-next": partial(CLIP, num_kv_heads=4, tie=True),
+    "qwen2.5-vl": save_qwen_checkpoint,
+    "internvl": save_internvl_checkpoint,
+}
+ATTENTION, GATED_MLP = ["qkv", "o"], ["gate_up", "down"]
+MOVABLE = {
+    "llava-next": ([*ATTENTION, "fc1"], [*ATTENTION, *GATED_MLP]),
+    "qwen2.5-vl": ([*ATTENTION, *GATED_MLP], ["qkv", *GATED_MLP]),  # grouped queries in the decoder
+    "internvl": ([*ATTENTION, "fc1", "projector_1"], ["qkv", *GATED_MLP]),
+}
+"""Groups that factors can move out of, of the vision graph and of the decoder."""
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
+    file = write_questions(tmp_path_factory.mktemp("samples"), questions_about(2))
+    return read_questions(file, count=None, need_answers=False)
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return CHECKPOINTS[family](tmp_path_factory.mktemp(family) / "checkpoint", num_layers=1)
+
+
+def first_logits(model: TorchModel, question: Question) -> torch.Tensor:
+    with torch.inference_mode():
+        prompt = make_prompt(model, question)
+        probes = Probes(model, max_visual=prompt.num_visual)
+        return greedy_answer(model, prompt, Schedule(), probes=probes, max_tokens=1).logits_TV[0]
+
+
+def test_factors_move_where_the_model_stays_as_it_was(
+    family: str, folder: Path, questions: list[Question]
+) -> None:
+    model = load_model(str(folder))
+    before = first_logits(model, questions[0])
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    movable: dict[str, list[str]] = {"vision": [], "decoder": [], "head": []}
+    for section in quantized_sections(model, Schedule(), parse_plan("all=int8")):
+        for group in section.groups:
+            if group.can_move:
+                found.append((group, 0.3 + 2.0 * torch.rand(group.num_inputs, generator=generator)))
+                movable[section.part].append(group.name)
+    names = {part: list(dict.fromkeys(of_part)) for part, of_part in movable.items()}
+    assert (names["vision"], names["decoder"]) == MOVABLE[family]
+    assert names["head"] == ["lm_head"]
+    apply_moved(model, moved(found, names=model.tensor_names()))
+    torch.testing.assert_close(first_logits(model, questions[0]), before, rtol=1e-3, atol=1e-3)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One family in one format."""
+
+    kind: str
+    plan: QuantizePlan
+    model: TorchModel
+    found: Found
+    forms: tuple[StoredForm, ...]
+    specs: list[GraphSpec]
+    folder: Path
+    """Holds vision.onnx and head.onnx."""
+
+
+@pytest.fixture(scope="module")
+def traced(folder: Path, questions: list[Question]) -> TracedEnds:
+    return traced_ends(folder, read_picture(questions[0]).size)
+
+
+@pytest.fixture(scope="module", params=["int8", "fp8", "int4"])
+def quantized(
+    request: pytest.FixtureRequest,
+    folder: Path,
+    traced: TracedEnds,
+    questions: list[Question],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Quantized:
+    model, plan = load_model(str(folder)), parse_plan(f"all={request.param}")
+    found = calibrate_quantization(
+        model, questions, Schedule(), plan, dtype="float32", probes=Probes(model, max_visual=99), num_tokens=2
+    )
+    assert found is not None
+    out = tmp_path_factory.mktemp("quantized")
+    forms, specs = write_quantized(traced, plan, found.scales, out)
+    return Quantized(request.param, plan, model, found, forms, specs, out)
+
+
+def run(quantized: Quantized, graph: str, inputs: dict[str, Any]) -> torch.Tensor:
+    """Return the first output of a graph as the runtime's sessions compute it."""
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32 products
+    session = ort.InferenceSession(
+        quantized.folder / f"{graph}.onnx",
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=["QDQSelectorActionTransformer"] if quantized.kind == "fp8" else None,
+    )
+    return torch.from_numpy(session.run(None, inputs)[0])
+
+
+def as_bundle(quantized: Quantized) -> AbstractContextManager[None]:
+    return quantized_model(
+        quantized.model, Schedule(), quantized.plan, quantized.found.scales, dtype="float32"
+    )
+
+
+def test_the_vision_graph_computes_what_its_torch_twin_does(
+    quantized: Quantized, questions: list[Question]
+) -> None:
+    model, picture = quantized.model, read_picture(questions[0])
+    graph: Any = model.parts.vision
+    inputs = model.pictures.prepare(picture, model.pictures.sizes(*picture.size))
+    tensors = [torch.from_numpy(inputs[spec.name]) for spec in graph.inputs]
+    with torch.inference_mode():
+        in_float = graph.module(*tensors)
+        with as_bundle(quantized):
+            expected = graph.module(*tensors)
+        assert torch.equal(graph.module(*tensors), in_float)  # it is given back
+    got = run(quantized, "vision", inputs)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * scale)
+    assert (expected - in_float).abs().max() > 2e-3 * scale
+
+
+def test_the_head_computes_what_its_torch_twin_does(quantized: Quantized) -> None:
+    model = quantized.model
+    hidden = torch.randn(
+        1, 8, model.parts.text_config.hidden_size, generator=torch.Generator().manual_seed(1)
+    )
+    with torch.inference_mode():
+        in_float = model.head(hidden[0, 5:6])
+        with as_bundle(quantized):
+            expected = model.head(hidden[0, 5:6])
+    inputs = {"hidden_states": hidden.numpy(), "last_row": np.array([5], np.int32)}
+    got = run(quantized, "head", inputs)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * scale)
+    is_quantized = any(one.part == "head" for one in quantized.found.report.errors)
+    assert (
+        is_quantized or model.parts.lm_head.get_parameter("weight").shape[0] % 2
+    )  # no INT4 of odd vocabularies
+    assert ((expected - in_float).abs().max() > 2e-3 * scale) == is_quantized
+
+
+def test_every_linear_layer_of_vision_and_head_is_calibrated(quantized: Quantized) -> None:
+    model, plan = quantized.model, quantized.plan
+    names = model.tensor_names()
+    groups = [
+        (section.part, group)
+        for section in quantized_sections(model, Schedule(), plan)
+        for group in section.groups
+    ]
+    ends = [group for part, group in groups if part != "decoder"]
+    weights = {names[linear.get_parameter("weight")] for group in ends for linear in group.linears}
+    assert {form.name for form in quantized.forms if form.kind != "none"} == weights
+    errors = quantized.found.report.errors
+    assert [(one.part, one.layer, one.group) for one in errors] == [
+        (part, group.layer, group.name) for part, group in groups
+    ]
+    assert any(one.moved for one in errors if one.part == "vision") == (quantized.kind != "fp8")
+    assert all(0.0 < one.calibrated < 0.03 for one in errors)
+    nodes = [
+        node.op_type
+        for graph in ("vision", "head")
+        for node in ir.load(quantized.folder / f"{graph}.onnx").graph
+    ]
+    assert nodes.count("QuantizeLinear") == (0 if quantized.kind == "int4" else len(ends))
+    assert nodes.count("DequantizeLinear") == len(weights) + nodes.count("QuantizeLinear")
+
+
+def test_tensorrt_builds_vision_and_head(quantized: Quantized) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 Linux only; runs in CI")
+    capability = trt.ComputeCapability.SM89 if quantized.kind == "fp8" else trt.ComputeCapability.SM86
+    for spec in quantized.specs:
+        logger = trt.Logger(trt.Logger.ERROR)
+        builder = trt.Builder(logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, logger)
+        assert parser.parse_from_file(str(quantized.folder / spec.file))
+        config = builder.create_builder_config()
+        config.add_optimization_profile(optimization_profile(builder, spec, spec.profiles[0]))
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(capability, 0)
+        assert builder.build_serialized_network(network, config) is not None, spec.name
