@@ -52,14 +52,16 @@ class Variant:
 
 
 CALIBRATION_SAMPLES, CALIBRATION_SEED = 64, 1000
-BASE = Variant("float32", dtype="float32")
+BASE, WHOLE = Variant("float32", dtype="float32"), Variant("float16")
 VARIANTS = (
     BASE,
-    Variant("float16"),
+    WHOLE,
     Variant("float16, KV caches int8", "kv=int8", is_calibrated=True),
     Variant("int8 decoder", "int8"),
     Variant("int8 all graphs", "all=int8"),
     Variant("int8 decoder, SmoothQuant", "int8", is_calibrated=True),
+    Variant("fp8 decoder, calibrated", "fp8", is_calibrated=True),
+    Variant("fp8 all graphs", "all=fp8"),
     Variant("int4 decoder", "int4"),
     Variant("int4 decoder, AWQ", "int4", is_calibrated=True),
     Variant("int4 all graphs but select", "all=int4,select=none"),
@@ -69,6 +71,11 @@ VARIANTS = (
     Variant("select int8 only", "select=int8"),
     Variant("select int4 only", "select=int4"),
 )
+
+
+def is_wanted(variant: Variant, words: list[str] | None) -> bool:
+    """Return whether ``variant`` is a line of the table; the two that others are compared with always are."""
+    return words is None or variant in (BASE, WHOLE) or any(word in variant.name for word in words)
 
 
 def schedule_of(inputs: ScheduleInputs, *, keep: str) -> Schedule:
@@ -166,15 +173,19 @@ def main() -> None:
     parser.add_argument("--kept-count", type=int, default=100, help="questions whose kept sets are compared")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", default="11.1%")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="WORD", help="only rows with one of these, and the first two"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/quantized"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
 
+    variants = [variant for variant in VARIANTS if is_wanted(variant, arguments.rows)]
     questions = synthetic_questions(arguments.count, seed=arguments.seed)
     full = bundle_for(BASE, keep="all", out=arguments.out)
-    bundles = [bundle_for(variant, keep=arguments.keep, out=arguments.out) for variant in VARIANTS]
-    runs = plan_runs(bundles, reference=full, labels=[variant.name for variant in VARIANTS])
+    bundles = [bundle_for(variant, keep=arguments.keep, out=arguments.out) for variant in variants]
+    runs = plan_runs(bundles, reference=full, labels=[variant.name for variant in variants])
     settings = Settings(answer_tokens=8)
     answers = answer_runs(
         runs,
@@ -186,8 +197,8 @@ def main() -> None:
     )
     keep_all, *reports = compare(answers.runs, metric=settings.metric)
     looked_at = questions[: arguments.kept_count]
-    base_kept = kept_sets(bundles[VARIANTS.index(BASE)], looked_at)
-    whole = weight_bytes(bundles[1])
+    base_kept = kept_sets(bundles[variants.index(BASE)], looked_at)
+    whole = weight_bytes(bundles[variants.index(WHOLE)])
 
     print(
         f"tiny, {arguments.keep} of the visual tokens, {arguments.count} held-out questions (seed {arguments.seed}),"
@@ -195,7 +206,7 @@ def main() -> None:
     )
     print("| quantized | weights MB | accuracy % | minus keep-all | same answer % | KL, nats | kept too % |")
     print("|---|---|---|---|---|---|---|")
-    for variant, bundle, report in zip(VARIANTS, bundles, reports, strict=True):
+    for variant, bundle, report in zip(variants, bundles, reports, strict=True):
         kept = overlaps(base_kept, kept_sets(bundle, looked_at))
         print(line_of(variant, bundle, report, kept, whole=whole))
 

@@ -76,7 +76,7 @@ _REPORT_BYTES = 16 << 20
 @click.option(
     "--quantize",
     metavar="FORMAT|PART=FORMAT,…",
-    help="Formats of the bundle's parts, which are calibrated: int4, int8 or by part (docs/quantization.md).",
+    help="Formats of the bundle's parts, which are calibrated: int4, int8, fp8 or by part (docs/quantization.md).",
 )
 @click.option(
     "--max-visual", type=int, help="Most visual tokens of a picture, where the family can scale down."

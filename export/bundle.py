@@ -272,6 +272,9 @@ def export_bundle(
         )
         if options.target is not None:
             target = find_target(options.target)
+            refusal = target.refusal(options.quantize.formats)
+            if refusal is not None:
+                progress.warn(refusal)
             progress.step(f"checking the fit on {target.name}")
             tower = None if clip_graphs is None else clip_graphs.text
             inputs = fit_inputs(

@@ -90,7 +90,7 @@ DEFAULT_KEEP = "11.1%"
 @click.option(
     "--quantize",
     metavar="FORMAT|PART=FORMAT,…",
-    help="int4 or int8 for the decoder, or by part: suffix=int4,head=int8,vision=none (docs/quantization.md).",
+    help="int4, int8 or fp8 for the decoder, or by part: suffix=int4,head=int8,vision=none (docs/quantization.md).",
 )
 @click.option("--opset", type=int, help="ONNX opset, 18 or 19.")
 @click.option(

@@ -30,6 +30,7 @@ from trio_edge.runtime.engines import (
     write_engine_set,
 )
 from trio_edge.runtime.errors import BackendError
+from trio_edge.runtime.fp8 import fp8_refusal
 from trio_edge.runtime.manifest import MANIFEST_NAME, GraphSpec
 
 if TYPE_CHECKING:
@@ -160,7 +161,8 @@ def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = Non
         host: What to build on. [default: this machine]
 
     Raises:
-        BackendError: If an option is impossible, no TensorRT is installed, or engines exist that may not be replaced.
+        BackendError: If an option is impossible, no TensorRT is installed, a GPU has not the weights' format, or engines
+            exist that may not be replaced.
     """
     host = find_host() if host is None else host
     if options.split_lm_head < 1:
@@ -173,6 +175,7 @@ def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = Non
             f"--split-lm-head: expected head or a select graph in --graphs, got {', '.join(options.graphs)};"
             " leave one of the options away"
         )
+    _check_formats(bundle, graphs, options, host)
     backend = choose_backend(options.backend, host=host, ahead_of_time=bool(options.compute_capabilities))
     tensorrt = load_tensorrt(backend)
     capabilities = resolve_capabilities(options.compute_capabilities, tensorrt=tensorrt, host=host)
@@ -188,6 +191,16 @@ def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = Non
         kept=_kept_engines(folder, bundle, options, tensorrt=tensorrt, host=host),
         options=options,
     )
+
+
+def _check_formats(bundle: Bundle, graphs: Sequence[PlannedGraph], options: BuildOptions, host: Host) -> None:
+    """Raise BackendError if a GPU that is built for has not the formats of ``graphs``."""
+    own = () if host.gpu is None else (host.gpu.compute_capability,)
+    formats = {graph.spec.name: bundle.manifest.format_of(graph.spec) for graph in graphs}
+    for capability in options.compute_capabilities or own:
+        refusal = fp8_refusal(formats, capability=capability, where="--compute-capability")
+        if refusal is not None:
+            raise BackendError(refusal)
 
 
 def resolve_capabilities(wanted: tuple[int, ...], *, tensorrt: TensorRT, host: Host) -> tuple[int, ...]:

@@ -115,6 +115,8 @@ class Quantization(_Spec, frozen=True):
     """Inputs that share an INT4 scale, where their number is a multiple of it."""
     num_samples: int = 0
     """Samples that activations were collected from; the tokens that the bundle's stages drop were dropped."""
+    inputs: tuple[Part, ...] = ()
+    """Parts in INT8 or FP8 whose linear layers have their inputs in that format too."""
 
 
 class FileEntry(_Spec, frozen=True):

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trio_edge.runtime.errors import TargetError
+from trio_edge.runtime.fp8 import fp8_refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 GIB = 1 << 30
 
@@ -38,6 +42,8 @@ class Target:
     """Dense tensor-core FLOP/s with float16 inputs and float32 sums."""
     int8_ops: float
     """Dense tensor-core operations/s."""
+    fp8_flops: float | None
+    """Dense tensor-core FLOP/s with FP8 inputs and float32 sums; None for a GPU that has no FP8."""
     compute_capability: tuple[int, int]
     tensorrt: tuple[str, ...]
     """Releases that its JetPack brings; empty where any release can be installed."""
@@ -48,6 +54,11 @@ class Target:
     def usable_bytes(self) -> int:
         """Memory that weights, KV caches and activations can share."""
         return self.memory_bytes - self.reserve_bytes
+
+    def refusal(self, formats: Mapping[Any, str | None], *, option: str = "--target") -> str | None:
+        """Return why this device cannot run parts with ``formats``, for a message about ``option``; None if it can."""
+        major, minor = self.compute_capability
+        return fp8_refusal(formats, capability=10 * major + minor, where=option, device=self.name)
 
     def is_verified(self, field: str) -> bool:
         """Whether the value of ``field`` was read in its source."""
@@ -74,6 +85,8 @@ _NAME = _verified("the module's name")
 _SM87 = _derived(
     "CUDA deviceQuery of an Orin NX: capability 8.7; the other Orin modules have the same GPU generation"
 )
+_NO_FP8 = _derived("FP8 came with compute capability 8.9")
+_TWICE_FP16 = _derived("twice the float16 rate, as on the RTX 4090")
 _JETPACK = _verified(
     "JetPack 6.1 and 6.2: docs.pytorch.org/TensorRT/getting_started/jetpack.html; 7.2: TensorRT Edge-LLM's performance page"
 )
@@ -103,6 +116,7 @@ def _orin(
         bandwidth_bytes_per_s=bandwidth[0],
         fp16_flops=fp16_flops,
         int8_ops=2 * fp16_flops,
+        fp8_flops=None,
         compute_capability=(8, 7),
         tensorrt=_ORIN_TENSORRT,
         sources={
@@ -111,6 +125,7 @@ def _orin(
             "bandwidth_bytes_per_s": bandwidth[1],
             "fp16_flops": rates,
             "int8_ops": rates,
+            "fp8_flops": _NO_FP8,
             "compute_capability": _SM87,
             "tensorrt": _JETPACK,
         },
@@ -124,10 +139,11 @@ def _geforce(
     bandwidth: float,
     fp16_flops: float,
     int8_ops: float,
+    fp8: tuple[float | None, Source],
     compute_capability: tuple[int, int],
     source: Source,
 ) -> Target:
-    """Return a GeForce card with one source for all of its specification."""
+    """Return a GeForce card with one source for all of its specification but the FP8 rate."""
     fields = ("memory_bytes", "bandwidth_bytes_per_s", "fp16_flops", "int8_ops")
     return Target(
         name=name,
@@ -136,10 +152,12 @@ def _geforce(
         bandwidth_bytes_per_s=bandwidth,
         fp16_flops=fp16_flops,
         int8_ops=int8_ops,
+        fp8_flops=fp8[0],
         compute_capability=compute_capability,
         tensorrt=(),
         sources={
             **dict.fromkeys(fields, source),
+            "fp8_flops": fp8[1],
             "reserve_bytes": _DISCRETE_RESERVE,
             "compute_capability": _derived("its architecture's; tensorrt-rtx 1.7 builds for it"),
             "tensorrt": _verified("tensorrt-rtx is a Python package; no JetPack decides"),
@@ -201,6 +219,7 @@ _ALL = (
         bandwidth=936e9,
         fp16_flops=71e12,
         int8_ops=284e12,
+        fp8=(None, _NO_FP8),
         compute_capability=(8, 6),
         source=_SPEC_SHEET,
     ),
@@ -210,6 +229,7 @@ _ALL = (
         bandwidth=272e9,
         fp16_flops=30e12,
         int8_ops=121e12,
+        fp8=(60e12, _TWICE_FP16),
         compute_capability=(8, 9),
         source=_SPEC_SHEET,
     ),
@@ -219,6 +239,7 @@ _ALL = (
         bandwidth=1008e9,
         fp16_flops=165.2e12,
         int8_ops=660.6e12,
+        fp8=(330.3e12, _RTX_4090),
         compute_capability=(8, 9),
         source=_RTX_4090,
     ),
@@ -228,6 +249,7 @@ _ALL = (
         bandwidth=1792e9,
         fp16_flops=209.5e12,
         int8_ops=838e12,
+        fp8=(419e12, _TWICE_FP16),
         compute_capability=(12, 0),
         source=_SPEC_SHEET,
     ),

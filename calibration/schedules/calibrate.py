@@ -43,10 +43,11 @@ from trio_edge.calibration.schedules.torch_model import load_model
 from trio_edge.calibration.schedules.wish import DEFAULT_MAX_KL, Wish, average_keep, stages_of
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
-from trio_edge.runtime.errors import DataError
+from trio_edge.runtime.errors import DataError, TargetError
 from trio_edge.runtime.image_overlay import draw_kept
 from trio_edge.runtime.prediction.efficiency import fitted_for
 from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.targets import find_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -117,11 +118,15 @@ def calibrate(
         progress: Callbacks for a progress display.
 
     Raises:
+        TargetError: If the target is not known, or has not a format of the plan.
         DataError: If samples are missing, unreadable or do not fit the model.
         CheckpointError: If the checkpoint cannot be read or exported.
         ScheduleError: If no schedule can do what is asked for; the message names the nearest that can.
     """
     plan = parse_plan(options.quantize)
+    refusal = find_target(options.target).refusal(plan.formats)
+    if refusal is not None:
+        raise TargetError(refusal)
     if plan.has_factors:
         check_modelopt()
     progress.step("reading the samples", 0)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
     from trio_edge.export.tracing import TracedGraph
-    from trio_edge.runtime.manifest import QuantizedFormat
+    from trio_edge.runtime.manifest import Part, QuantizedFormat
 
 _LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
 DECODER_LINEAR = re.compile(
@@ -204,7 +204,7 @@ def quantization_of(
     plan: QuantizePlan,
     scales: CalibratedScales,
     *,
-    graphs: Iterable[TracedGraph],
+    graphs: Sequence[TracedGraph],
 ) -> Quantization | None:
     """Return what the manifest says of ``forms`` and the KV caches; None where all is in floating point."""
     if not plan.has_cache and all(form.kind == "none" for form in forms):
@@ -223,7 +223,21 @@ def quantization_of(
         method="checkpoint" if taken else scales.method,
         block_size=largest_block(forms),
         num_samples=scales.num_samples,
+        inputs=_with_inputs(graphs),
     )
+
+
+def _with_inputs(graphs: Iterable[TracedGraph]) -> tuple[Part, ...]:
+    """Return the parts whose graphs round what enters their products."""
+    rounded = {
+        PART_FROM_ROLE[graph.spec.role]
+        for graph in graphs
+        if any(
+            node.op_type == "QuantizeLinear" and not node.outputs[0].is_graph_output()
+            for node in graph.model.graph
+        )
+    }
+    return tuple(part for part in PARTS if part in rounded)
 
 
 def largest_block(forms: Iterable[StoredForm]) -> int | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from trio_edge.runtime.clip_text import CLIP_TEXT
+from trio_edge.runtime.errors import TargetError
 from trio_edge.runtime.prediction.counting import (
     Work,
     counted_work,
@@ -27,13 +28,15 @@ from trio_edge.runtime.prediction.speed import Formats, GraphTime, graph_time
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from trio_edge.runtime.prediction.counting import WeightKind
     from trio_edge.runtime.prediction.shapes import Model
     from trio_edge.runtime.schedule import Schedule
     from trio_edge.runtime.targets import Target
 
 Precision = Literal["float16", "int8", "fp8", "int4"]
 DECODE_POINTS = 6
-PRECISIONS: tuple[Precision, ...] = ("float16", "int8", "int4")
+PRECISIONS: tuple[Precision, ...] = ("float16", "int8", "fp8", "int4")
+"""The finest first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +56,8 @@ class Setting:
     vision_precision: Precision = "float16"
     cache_precision: Literal["float16", "int8"] = "float16"
     """Of the KV caches."""
+    inputs: frozenset[WeightKind] = frozenset()
+    """Weights whose products have their inputs in the same format, INT8 or FP8."""
     one_size: bool = True
     """Whether the first stage's graph is made for one N."""
     entering: int | None = None
@@ -106,6 +111,7 @@ class Setting:
             head=self.head_precision,
             vision=self.vision_precision,
             bytes_per_cached=1 if self.cache_precision == "int8" else 2,
+            inputs=self.inputs,
         )
 
     @property
@@ -184,15 +190,30 @@ class Prediction:
 
 
 def predict(setting: Setting, target: Target) -> Prediction:
-    """Return what ``target`` would take for ``setting``, by the fitted efficiencies of its kind."""
+    """Return what ``target`` would take for ``setting``, by the fitted efficiencies of its kind.
+
+    Raises:
+        TargetError: If it has not one of the setting's formats.
+    """
+    formats = {
+        "decoder": setting.precision,
+        "head": setting.head_precision,
+        "vision": setting.vision_precision,
+    }
+    refusal = target.refusal(formats, option="--predict")
+    if refusal is not None:
+        raise TargetError(refusal)
     efficiency, rates = fitted_for(target).efficiency, rates_of(target)
     unfused = dataclasses.replace(efficiency, score_passes=UNFUSED_SCORE_PASSES)
     runs, more = [], 0.0
     for run in graph_runs(setting):
-        time = graph_time(run.work, formats=setting.formats, rates=rates, efficiency=efficiency)
+        numbers = setting.formats
+        if run.name.startswith("select"):  # probes round no inputs
+            numbers = dataclasses.replace(numbers, inputs=frozenset())
+        time = graph_time(run.work, formats=numbers, rates=rates, efficiency=efficiency)
         runs.append(TimedRun(run=run, time=time))
         if run.phase == "prefill":
-            slower = graph_time(run.work, formats=setting.formats, rates=rates, efficiency=unfused)
+            slower = graph_time(run.work, formats=numbers, rates=rates, efficiency=unfused)
             more += slower.seconds - time.seconds
     return Prediction(
         target=target,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from trio_edge.runtime.prediction.speed import Efficiency, Rates
 
 if TYPE_CHECKING:
+    from trio_edge.runtime.prediction.speed import WeightFormat
     from trio_edge.runtime.targets import Target
 
 UNFUSED_SCORE_PASSES = 2.0
@@ -82,5 +83,8 @@ def fitted_for(target: Target) -> Fitted:
 
 
 def rates_of(target: Target) -> Rates:
-    """Return the device's peaks for weights that are multiplied in half precision."""
-    return Rates(flops=target.fp16_flops, bandwidth=target.bandwidth_bytes_per_s)
+    """Return the device's peaks."""
+    low: dict[WeightFormat, float] = {"int8": target.int8_ops}
+    if target.fp8_flops is not None:
+        low["fp8"] = target.fp8_flops
+    return Rates(flops=target.fp16_flops, low_flops=low, bandwidth=target.bandwidth_bytes_per_s)

@@ -20,6 +20,7 @@ from trio_edge.runtime.schedule import Schedule
 
 if TYPE_CHECKING:
     from trio_edge.runtime.manifest import Manifest
+    from trio_edge.runtime.prediction.counting import WeightKind
     from trio_edge.runtime.prediction.shapes import Model
 
 KEEP_ALL = "100%"
@@ -177,6 +178,7 @@ def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
         "one_size": one_size,
         "head_precision": formats.get("head", "float16"),
         "vision_precision": formats.get("vision", "float16"),
+        "inputs": _rounded_inputs(manifest, setting),
         "cache_precision": "float16" if manifest.kv_dtype == "float32" else manifest.kv_dtype,
         "other_weight_bytes": _other_weight_bytes(manifest),
         "largest_text": manifest.text_buckets[-1],
@@ -210,6 +212,22 @@ def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
             for stage in range(len(setting.schedule.stages))
         )
     return more
+
+
+def _rounded_inputs(manifest: Manifest, setting: Setting) -> frozenset[WeightKind]:
+    """Return the weights whose inputs are rounded too, as far as ``setting`` leaves them their format."""
+    if manifest.quantization is None:
+        return frozenset()
+    quantization = manifest.quantization
+    kinds: dict[WeightKind, bool] = {
+        "vision": "vision" in quantization.inputs,
+        "head": "head" in quantization.inputs,
+        "layer": any(
+            part in quantization.inputs and quantization.formats.get(part) == setting.precision
+            for part in ("prefix", "segments", "suffix")
+        ),
+    }
+    return frozenset(kind for kind, rounded in kinds.items() if rounded)
 
 
 def _other_weight_bytes(manifest: Manifest) -> int:

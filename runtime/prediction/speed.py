@@ -1,7 +1,8 @@
 """Seconds of a graph: each product and each attention takes what the slower of arithmetic and memory takes.
 
     product      max(FLOPs / (peak e), bytes / (bandwidth b)),   e = plateau rows / (rows + rows_for_half);
-                 e = plateau below 16 rows, which other kernels than those for matrices multiply
+                 e = plateau below 16 rows, which other kernels than those for matrices multiply;
+                 peak is that of half precision, or of eight bits where weights and inputs have them
     attention    max(FLOPs / (peak a), bytes / (bandwidth b)) + scores · passes · 4 / (bandwidth b)
     the rest     bytes / (bandwidth b)
     launches     each a constant
@@ -11,7 +12,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -36,9 +37,11 @@ class Rates:
     """What a device can do at most."""
 
     flops: float
-    """Per second, dense."""
+    """Per second, dense, in half precision."""
     bandwidth: float
     """Bytes per second."""
+    low_flops: Mapping[WeightFormat, float] = field(default_factory=dict)
+    """As ``flops``, of formats that inputs can have too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +76,8 @@ class Formats:
     """Of activations."""
     bytes_per_cached: int = 2
     """Of an element of the KV caches."""
+    inputs: frozenset[WeightKind] = frozenset()
+    """Kinds of weights whose products have their inputs in the same format."""
 
     def of(self, kind: WeightKind) -> WeightFormat:
         """Return the format of one kind of weights."""
@@ -112,7 +117,7 @@ def graph_time(work: Work, *, formats: Formats, rates: Rates, efficiency: Effici
     """Return the time of one run of a graph by this module's formulas."""
     bandwidth = rates.bandwidth * efficiency.bandwidth
     pairs = [
-        (_product_compute(part, rates, efficiency), _product_bytes(part, formats) / bandwidth)
+        (_product_compute(part, formats, rates, efficiency), _product_bytes(part, formats) / bandwidth)
         for part in work.products
     ]
     pairs += [
@@ -136,11 +141,14 @@ def graph_time(work: Work, *, formats: Formats, rates: Rates, efficiency: Effici
     )
 
 
-def _product_compute(part: Product, rates: Rates, efficiency: Efficiency) -> float:
+def _product_compute(part: Product, formats: Formats, rates: Rates, efficiency: Efficiency) -> float:
     share = efficiency.plateau
     if part.rows >= _VECTOR_ROWS:
         share *= part.rows / (part.rows + efficiency.rows_for_half)
-    return part.flops / (rates.flops * share)
+    peak = rates.flops
+    if part.weights != "none" and part.weights in formats.inputs:
+        peak = rates.low_flops[formats.of(part.weights)]
+    return part.flops / (peak * share)
 
 
 def _product_bytes(part: Product, formats: Formats) -> float:

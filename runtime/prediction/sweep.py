@@ -129,25 +129,28 @@ def parse_size(text: str) -> tuple[int, int]:
 def sweep(
     plan: Plan, axes: dict[str, tuple[str, ...]], targets: Sequence[Target]
 ) -> list[tuple[Plan, Prediction]]:
-    """Return a prediction for every combination, for all targets; impossible keeps and equal shapes are left out.
+    """Return a prediction for every combination, for all targets; what is impossible and equal shapes are left out.
 
     Raises:
-        ScheduleError: If no combination is possible.
+        ScheduleError: If no combination is possible, as the model cannot keep so little.
+        TargetError: If none is possible on one of the targets, which has not the formats.
     """
+    return [entry for target in targets for entry in _on_target(plan, axes, target)]
+
+
+def _on_target(plan: Plan, axes: dict[str, tuple[str, ...]], target: Target) -> list[tuple[Plan, Prediction]]:
     found: list[tuple[Plan, Prediction]] = []
-    refused: ScheduleError | None = None
-    for target in targets:
-        seen = set()
-        for one in _plans(plan, axes):
-            try:
-                setting = one.setting()
-            except ScheduleError as error:
-                refused = error
-                continue
+    refused: ScheduleError | TargetError | None = None
+    seen = set()
+    for one in _plans(plan, axes):
+        try:
+            setting = one.setting()
             shape = (tuple(setting.sizes.items()), setting.schedule, setting.precision)
             if shape not in seen:
-                seen.add(shape)
                 found.append((one, predict(setting, target)))
+                seen.add(shape)
+        except (ScheduleError, TargetError) as error:
+            refused = error
     if not found and refused is not None:
         raise refused
     return found

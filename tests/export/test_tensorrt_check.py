@@ -233,6 +233,17 @@ def test_symmetric_int4_weights_in_blocks_pass(release: str) -> None:
 
 
 @pytest.mark.parametrize("release", RELEASES)
+def test_weights_in_fp8_with_a_scale_for_each_output_and_inputs_in_fp8_pass(release: str) -> None:
+    text = (
+        "(float[S, 4] x) => (float[S, 2] y) <float8e4m3fn[4, 2] w = {1,1,1,1,1,1,1,1}, float[2] s = {1,1},"
+        " float a = {1}, float8e4m3fn z = {0}>"
+        " { q = QuantizeLinear(x, a, z) r = DequantizeLinear(q, a, z) d = DequantizeLinear <axis = 1> (w, s)"
+        " y = MatMul(r, d) }"
+    )
+    assert findings(graph(text, opset=19), release) == []
+
+
+@pytest.mark.parametrize("release", RELEASES)
 def test_scan_of_a_fixed_number_of_steps_passes(release: str) -> None:
     text = (
         "(float[N, 2] x, float[3] k) => (float[N, 2] y) { y = Scan <num_scan_inputs = 1,"

@@ -253,7 +253,7 @@ WRONG = {
     ),
     "axis": ([*MODEL, "--sweep", "keep,colour"], "expected each of keep, image-size, dtype at most once"),
     "axis twice": ([*MODEL, "--sweep", "keep,keep"], "at most once, got 'keep'"),
-    "value": ([*MODEL, "--sweep", "dtype=float8"], "expected one of float16, int8, int4, got 'float8'"),
+    "value": ([*MODEL, "--sweep", "dtype=float8"], "expected one of float16, int8, fp8, int4, got 'float8'"),
     "keep": ([*MODEL, "--sweep", "keep=lots"], "expected a fraction"),
     "picture": ([*MODEL, "--image-size", "672"], "expected WIDTHxHEIGHT in pixels, got '672'"),
     "wish": ([*MODEL, "--want", "speed=10"], "expected METRIC=NUMBER with one of answers-per-second"),

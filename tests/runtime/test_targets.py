@@ -36,6 +36,13 @@ def test_integer_rate_is_two_or_four_times_the_float_rate(target: Target) -> Non
 
 
 @ROWS
+def test_fp8_is_twice_as_fast_as_float16_where_the_gpu_has_it(target: Target) -> None:
+    assert (target.fp8_flops is None) == (target.compute_capability < (8, 9))
+    if target.fp8_flops is not None:
+        assert target.fp8_flops == pytest.approx(2 * target.fp16_flops, rel=1e-3)
+
+
+@ROWS
 def test_document_has_the_row_and_marks_what_is_not_verified(target: Target) -> None:
     row = next(line for line in DOCUMENT.read_text().splitlines() if line.startswith(f"| `{target.name}`"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
@@ -45,10 +52,14 @@ def test_document_has_the_row_and_marks_what_is_not_verified(target: Target) -> 
         "bandwidth_bytes_per_s": target.bandwidth_bytes_per_s / 1e9,
         "fp16_flops": target.fp16_flops / 1e12,
         "int8_ops": target.int8_ops / 1e12,
+        "fp8_flops": None if target.fp8_flops is None else target.fp8_flops / 1e12,
     }
     mark = {"verified": "", "third-party": " ³", "derived": " ᵈ", "unverified": " ?"}
-    expected = [f"{value:.4g}{mark[target.sources[field].status]}" for field, value in values.items()]
-    assert cells[1:6] == expected
+    expected = [
+        f"{'none' if value is None else format(value, '.4g')}{mark[target.sources[field].status]}"
+        for field, value in values.items()
+    ]
+    assert cells[1:7] == expected
 
 
 @pytest.mark.parametrize("name", ["jetson-orin-nano-8", "orin-nano-8"])
