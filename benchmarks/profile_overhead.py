@@ -81,11 +81,8 @@ def plain(subject: Subject, question: Question) -> Cost:
         ):
             pass
 
-    subject.recording.enabled = False
-    try:
+    with subject.recording.paused():
         return cost_of(run)
-    finally:
-        subject.recording.enabled = True
 
 
 def hooks_ms(num_launches: int) -> float:

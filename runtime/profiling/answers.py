@@ -11,7 +11,7 @@ import msgspec
 from trio_edge.runtime.bundle import Bundle, open_bundle
 from trio_edge.runtime.errors import BackendError
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.profiling.recording import DECODE, Recording, RecordingBackend
+from trio_edge.runtime.profiling.recording import DECODE, Recording, RecordingBackend, graph_calls
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.backend import Backend
     from trio_edge.runtime.pipeline import Statistics
-    from trio_edge.runtime.profiling.recording import GraphCall
+    from trio_edge.runtime.profiling.recording import GraphCall, Stamp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +38,22 @@ class Answer:
 
     start: float
     end: float
-    first_launch: float
     token_moments: list[float]
     """When each token was known."""
     token_ids: list[int]
     statistics: Statistics
-    calls: tuple[GraphCall, ...]
+    stamps: list[Stamp]
+    """Of its launches."""
+
+    @property
+    def calls(self) -> tuple[GraphCall, ...]:
+        """Its launches."""
+        return graph_calls(self.stamps)
+
+    @property
+    def first_launch(self) -> float:
+        """When the host enqueued the first launch."""
+        return self.stamps[0][1]
 
     @property
     def answer_ms(self) -> float:
@@ -131,15 +141,13 @@ class Subject:
             raise BackendError(
                 f"{self.bundle.folder}: expected {question.new_tokens} tokens, got {len(ids)}; report this as a bug"
             )
-        first_launch, calls = self.recording.take()
         return Answer(
             start=start,
             end=end,
-            first_launch=first_launch,
             token_moments=ids.moments,
             token_ids=list(ids),
             statistics=generation.statistics,
-            calls=calls,
+            stamps=self.recording.take(),
         )
 
     def close(self) -> None:

@@ -2,20 +2,22 @@
 
 On a GPU events are recorded in the stream before and after a launch and read when the answer is done, so nothing waits. On the
 host a launch is done when its call returns, and two looks at the clock are all. What a wrapped launch does beside the launch
-is kept little: between graphs it finds its code and data in no cache. Launches that the decoder captures as one sequence
-cannot have events between them: they are timed in a pass of their own, without capture.
+is kept little: between graphs it finds its code and data in no cache. So everything that it needs is bound beforehand, what it
+leaves are plain tuples, which the garbage collector soon forgets, and they become ``GraphCall``s when all is measured. Launches
+that the decoder captures as one sequence cannot have events between them: they are timed in a pass of their own, without capture.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, final
 
 from trio_edge.runtime.device_host import HostDevice
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from trio_edge.runtime.backend import Backend
     from trio_edge.runtime.bundle import Bundle
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 DECODE = "decode"
 """Name of the profile that decodes one token."""
 
+Stamp = tuple[tuple[str, str], float, float]
+"""Graph and profile of a launch, and the seconds of ``time.perf_counter`` before and behind it."""
+
 
 class GraphCall(NamedTuple):
     """One launch."""
@@ -32,9 +37,18 @@ class GraphCall(NamedTuple):
     graph: str
     profile: str
     start_ms: float
-    """Since the first launch that was taken with it."""
+    """Since the first launch of the answer."""
     milliseconds: float
     """On the device's clock."""
+
+
+def graph_calls(stamps: Sequence[Stamp]) -> tuple[GraphCall, ...]:
+    """Return the launches of an answer."""
+    first = stamps[0][1] if stamps else 0.0
+    return tuple(
+        GraphCall(graph, profile, 1e3 * (start - first), 1e3 * (end - start))
+        for (graph, profile), start, end in stamps
+    )
 
 
 @final
@@ -42,20 +56,34 @@ class Recording:
     """The times of an answer's launches."""
 
     def __init__(self) -> None:
-        self.enabled = True
         self.memory: dict[str, int] = {}
         """Bytes of the device's memory by what they are for, as the backend says."""
         self.captured = False
         """Whether decode steps run as one captured sequence, so that their graphs are not timed."""
+        self.is_paused = False
         self._device: Device | None = None
-        self._stamps: list[_Stamp] = []
+        self._stamps: list[Stamp] = []
         self._events = _EventPairs()
+        self._clocked: list[_ClockedLaunch] = []
 
     def attach(self, graphs: LoadedGraphs) -> None:
         """Time launches on the graphs' device from now on."""
-        self._device, self._stamps, self._events = graphs.device, [], _EventPairs()
+        self._device, self._stamps, self._events, self._clocked = graphs.device, [], _EventPairs(), []
         self.memory = dict(graphs.memory)
         self.captured = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let launches run as if they were not wrapped."""
+        self.is_paused = True
+        for launch in self._clocked:
+            launch.enqueue = launch.plain
+        try:
+            yield
+        finally:
+            self.is_paused = False
+            for launch in self._clocked:
+                launch.enqueue = launch.timed
 
     def free_bytes(self) -> int | None:
         """Return how much memory is free on the device; None where it does not say."""
@@ -71,25 +99,18 @@ class Recording:
         """
         assert self._device is not None  # a launch belongs to a device
         if isinstance(self._device, HostDevice):
-            return _ClockedLaunch(launch, self, names, self._stamps)
+            clocked = _ClockedLaunch(launch, names, self._stamps)
+            if self.is_paused:
+                clocked.enqueue = clocked.plain
+            self._clocked.append(clocked)
+            return clocked
         return _EventedLaunch(launch, self, names, self._events, self._device, capture=capture)
 
-    def take(self) -> tuple[float, tuple[GraphCall, ...]]:
-        """Return the calls since the last ``take``, and before them when the host enqueued the first.
-
-        The device must have done them. The moment is of ``time.perf_counter``, 0 without calls.
-        """
-        first = self._stamps[0][1] if self._stamps else self._events.first_launch
-        calls = [
-            GraphCall(*names, 1e3 * (start - first), 1e3 * (end - start))
-            for names, start, end in self._stamps
-        ]
+    def take(self) -> list[Stamp]:
+        """Return the launches since the last ``take``, in order; the device must have done them."""
+        found = [*self._stamps, *self._events.take()]
         self._stamps.clear()
-        return first, (*calls, *self._events.take())
-
-
-_Stamp = tuple[tuple[str, str], float, float]
-"""Names of a launch, and the seconds before and behind it."""
+        return found
 
 
 @final
@@ -98,19 +119,21 @@ class _EventPairs:
 
     def __init__(self) -> None:
         self.first_launch = 0.0
+        """When the host enqueued the first, ``time.perf_counter`` seconds."""
         self.launched: list[tuple[str, str]] = []
         """Graph and profile of each launch since the last ``take``."""
         self.marks: list[tuple[Event, Event]] = []
         """The events before and behind each of them."""
 
-    def take(self) -> list[GraphCall]:
-        calls = [
-            GraphCall(*names, start.milliseconds_since(self.marks[0][0]), end.milliseconds_since(start))
-            for names, (start, end) in zip(self.launched, self.marks)
-        ]
+    def take(self) -> list[Stamp]:
+        found = []
+        for names, marks in zip(self.launched, self.marks):
+            start, end = (
+                self.first_launch + mark.milliseconds_since(self.marks[0][0]) / 1e3 for mark in marks
+            )
+            found.append((names, start, end))
         self.launched.clear()
-        self.first_launch = 0.0
-        return calls
+        return found
 
 
 @final
@@ -165,21 +188,20 @@ class _RecordingEngine:
 class _ClockedLaunch:
     """A launch on the host between two looks at its clock; nothing is captured there."""
 
-    __slots__ = ("_enqueue", "_names", "_recording", "_stamps")
+    __slots__ = ("enqueue", "plain", "timed")
     capturable = False
 
-    def __init__(
-        self, launch: Launch, recording: Recording, names: tuple[str, str], stamps: list[_Stamp]
-    ) -> None:
-        self._enqueue, self._recording, self._names, self._stamps = launch.enqueue, recording, names, stamps
+    def __init__(self, launch: Launch, names: tuple[str, str], stamps: list[Stamp]) -> None:
+        plain, clock, keep = launch.enqueue, time.perf_counter, stamps.append
 
-    def enqueue(self) -> None:
-        if not self._recording.enabled:
-            self._enqueue()
-            return
-        start = time.perf_counter()
-        self._enqueue()
-        self._stamps.append((self._names, start, time.perf_counter()))
+        def timed() -> None:
+            start = clock()
+            plain()
+            keep((names, start, clock()))
+
+        self.plain: Callable[[], None] = plain
+        self.timed: Callable[[], None] = timed
+        self.enqueue: Callable[[], None] = timed
 
 
 @final
@@ -209,7 +231,7 @@ class _EventedLaunch:
         if self._capture and self._launch.capturable:
             self._recording.captured = True
             self._launch.enqueue()
-        elif not self._recording.enabled:
+        elif self._recording.is_paused:
             self._launch.enqueue()
         else:
             self._enqueue_between_events()

@@ -83,21 +83,19 @@ def _gpu() -> Sensor:
 
 
 def _cpu_clock() -> Sensor:
-    clock = CpuClock()
-    if not clock.read():
-        raise SensorMissing("CPU clock: the system shows none")
-    return clock
+    return _working(CpuClock(), "CPU clock: the system shows none")
 
 
 def _rapl() -> Sensor:
-    rapl = Rapl()
-    if not rapl.read():
-        raise SensorMissing("CPU energy: no readable counter in /sys/class/powercap (it may need root)")
-    return rapl
+    return _working(Rapl(), "CPU energy: no readable counter in /sys/class/powercap (it may need root)")
 
 
 def _thermal_zones() -> Sensor:
-    zones = ThermalZones()
-    if not zones.read():
-        raise SensorMissing("CPU temperature: no readable zone in /sys/class/thermal")
-    return zones
+    return _working(ThermalZones(), "CPU temperature: no readable zone in /sys/class/thermal")
+
+
+def _working(sensor: Sensor, missing: str) -> Sensor:
+    if sensor.read():
+        return sensor
+    sensor.close()
+    raise SensorMissing(missing)

@@ -2,19 +2,66 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _SYS = Path("/sys")
 _CPUINFO = Path("/proc/cpuinfo")
+_CLOCK = re.compile(rb"^cpu MHz\s*:\s*([\d.]+)", re.MULTILINE)
+_CHUNK = 1 << 16
 
 
-def _number(file: Path) -> int | None:
+@final
+class _KernelFile:
+    """A file that is read again and again: it stays open, for opening it takes longer than reading it."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._descriptor: int | None = os.open(path, os.O_RDONLY)
+        except OSError:
+            self._descriptor = None
+
+    def read(self) -> bytes:
+        """Return what it holds now; nothing if it cannot be read."""
+        parts: list[bytes] = []
+        if self._descriptor is None:
+            return b""
+        try:
+            while part := os.pread(self._descriptor, _CHUNK, sum(map(len, parts))):
+                parts.append(part)
+        except OSError:
+            return b""
+        return b"".join(parts)
+
+    def number(self) -> int | None:
+        """Return the number it holds now; None if it cannot be read."""
+        try:
+            return int(self.read())
+        except ValueError:
+            return None
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _close(files: Iterable[_KernelFile]) -> None:
+    for file in files:
+        file.close()
+
+
+def _number(path: Path) -> int | None:
+    file = _KernelFile(path)
     try:
-        return int(file.read_text())
-    except (OSError, ValueError):
-        return None
+        return file.number()
+    finally:
+        file.close()
 
 
 @final
@@ -24,25 +71,20 @@ class CpuClock:
     name = "CPU clock"
 
     def __init__(self, *, sys: Path = _SYS, cpuinfo: Path = _CPUINFO) -> None:
-        self._files = sorted(sys.glob("devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq"))
-        self._cpuinfo = cpuinfo
+        paths = sorted(sys.glob("devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq"))
+        self._files = [_KernelFile(path) for path in paths]
+        self._cpuinfo = _KernelFile(cpuinfo)
 
     def read(self) -> dict[str, float]:
         """See ``Sensor.read``."""
-        found = [value / 1e3 for file in self._files if (value := _number(file)) is not None]
+        found = [value / 1e3 for file in self._files if (value := file.number()) is not None]
         if not found:
-            found = self._from_cpuinfo()
+            found = [float(value) for value in _CLOCK.findall(self._cpuinfo.read())]
         return {"clock_mhz.cpu": sum(found) / len(found)} if found else {}
 
     def close(self) -> None:
         """See ``Sensor.close``."""
-
-    def _from_cpuinfo(self) -> list[float]:
-        try:
-            text = self._cpuinfo.read_text()
-        except OSError:
-            return []
-        return [float(value) for value in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", text, re.MULTILINE)]
+        _close([*self._files, self._cpuinfo])
 
 
 @final
@@ -64,19 +106,20 @@ class Rapl:
 
     def close(self) -> None:
         """See ``Sensor.close``."""
+        _close(counter.file for counter in self._counters.values())
 
 
 class _Counter:
     """A counter in microjoules that starts again at its range."""
 
     def __init__(self, zone: Path) -> None:
-        self._file = zone / "energy_uj"
+        self.file = _KernelFile(zone / "energy_uj")
         self._range = _number(zone / "max_energy_range_uj") or 0
-        self._last = _number(self._file) or 0
+        self._last = self.file.number() or 0
         self._total = 0
 
     def joules(self) -> float | None:
-        now = _number(self._file)
+        now = self.file.number()
         if now is None:
             return None
         self._total += now - self._last if now >= self._last else now - self._last + self._range
@@ -92,7 +135,7 @@ class ThermalZones:
 
     def __init__(self, *, sys: Path = _SYS) -> None:
         self._zones = [
-            (_text(zone / "type") or zone.name, zone / "temp")
+            (_text(zone / "type") or zone.name, _KernelFile(zone / "temp"))
             for zone in sorted(sys.glob("class/thermal/thermal_zone*"))
         ]
 
@@ -100,13 +143,14 @@ class ThermalZones:
         """See ``Sensor.read``."""
         hottest: dict[str, float] = {}
         for name, file in self._zones:
-            if (value := _number(file)) is not None:
+            if (value := file.number()) is not None:
                 key = f"temperature_c.{name}"
                 hottest[key] = max(hottest.get(key, value / 1e3), value / 1e3)
         return hottest
 
     def close(self) -> None:
         """See ``Sensor.close``."""
+        _close(file for _, file in self._zones)
 
 
 def _text(file: Path) -> str:

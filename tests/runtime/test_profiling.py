@@ -16,6 +16,8 @@ from tests.engine_bundles import copy_bundle
 from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.cli_profile import main
+from trio_edge.runtime.device import LoadedGraphs
+from trio_edge.runtime.device_host import HostDevice
 from trio_edge.runtime.engine_layer_times import EngineLayerTimes
 from trio_edge.runtime.errors import DataError, ShapeError
 from trio_edge.runtime.pipeline import Pipeline
@@ -25,7 +27,7 @@ from trio_edge.runtime.profiling.layers import SLOWEST, layer_times
 from trio_edge.runtime.profiling.layers_tensorrt import runs_of_engine
 from trio_edge.runtime.profiling.output_files import write_output
 from trio_edge.runtime.profiling.pictures import PROMPT, picture_sizes, random_picture
-from trio_edge.runtime.profiling.recording import Recording, RecordingBackend
+from trio_edge.runtime.profiling.recording import Recording, RecordingBackend, graph_calls
 from trio_edge.runtime.profiling.report import Report
 
 RUNS, NEW_TOKENS, QUICK_ROUNDS = 3, 4, 2
@@ -257,7 +259,33 @@ def test_recording_changes_neither_logits_nor_ids_nor_kept_tokens(reduced_bundle
         np.testing.assert_array_equal(answer.first_logits, plain.first_logits)
         for ours, theirs in zip(answer.kept, plain.kept, strict=True):
             np.testing.assert_array_equal(ours, theirs)
-    assert recording.take()[1]
+    assert recording.take()
+
+
+class _Counted:
+    """A launch that counts itself."""
+
+    capturable, count = False, 0
+
+    def enqueue(self) -> None:
+        self.count += 1
+
+
+def test_a_paused_recording_runs_launches_and_times_none() -> None:
+    recording, counted = Recording(), _Counted()
+    recording.attach(LoadedGraphs(device=HostDevice(), engines={}, memory={}))
+    first = recording.timed(counted, ("prefix", "decode"), capture=False)
+    with recording.paused():
+        second = recording.timed(counted, ("head", "decode"), capture=False)
+        first.enqueue()
+        second.enqueue()
+    assert (counted.count, recording.take()) == (2, [])
+    second.enqueue()
+    first.enqueue()
+    calls = graph_calls(recording.take())
+    assert [(call.graph, call.profile) for call in calls] == [("head", "decode"), ("prefix", "decode")]
+    assert (counted.count, recording.take()) == (4, [])
+    assert calls[0].start_ms == 0 < calls[0].milliseconds <= calls[1].start_ms
 
 
 def test_calls_are_what_the_decoders_own_timeline_says(reduced_bundle: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import pytest
@@ -38,12 +39,12 @@ def answer(
     """Return an answer's subject, the answer, and how often the host waited for it."""
     bundle = open_bundle(folder / "bundle")
     subject = Subject(bundle.folder, make_backend("tensorrt", bundle=bundle), capture=capture)
-    subject.recording.enabled = enabled
     question = Question(
         picture=random_picture(picture_sizes(subject.pipeline)[0]), prompt="w1 w2", new_tokens=NEW_TOKENS
     )
     cuda.calls.clear()
-    given = subject.answer(question)
+    with nullcontext() if enabled else subject.recording.paused():
+        given = subject.answer(question)
     waits = sum(call[0] in WAITS for call in cuda.calls)
     subject.close()
     return subject, given, waits
