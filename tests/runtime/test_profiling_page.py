@@ -322,7 +322,9 @@ phone.onload = () => {{
     one => one.getBoundingClientRect().right > {width} + 1).map(one => one.textContent);
   document.getElementById("found").textContent = JSON.stringify(
     {{page: root.scrollWidth, plots, cut, title: inner.title,
-      rows: [...inner.querySelectorAll("tr:not(:has(.soft))")].map(row => row.getBoundingClientRect().height)}});
+      hidden: [...inner.querySelectorAll(".cards td, .graphs td:not(.less)")].filter(
+        cell => cell.getBoundingClientRect().right > {width} + 1).map(cell => cell.textContent),
+      rows: [...inner.querySelectorAll("tr:not(:has(.soft, .verdict))")].map(row => row.getBoundingClientRect().height)}});
 }};
 phone.srcdoc = {page};
 </script>"""
@@ -338,6 +340,7 @@ def test_a_browser_shows_the_page_on_a_phone_without_scrolling_sideways(page: st
     assert found["title"].startswith("trio-profile: reduced, <script>")
     assert found["page"] <= PHONE_WIDTH
     assert found["cut"] == []
+    assert found["hidden"] == []  # of the summary and of what the graphs come to, nothing is beside the screen
     assert max(found["rows"]) < 45  # no cell is squeezed into a column of words
     assert len(found["plots"]) == 6
     for plot in found["plots"]:
