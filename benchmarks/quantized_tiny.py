@@ -62,6 +62,7 @@ VARIANTS = (
     Variant("int8 decoder, SmoothQuant", "int8", is_calibrated=True),
     Variant("fp8 decoder, calibrated", "fp8", is_calibrated=True),
     Variant("fp8 all graphs", "all=fp8"),
+    Variant("fp8 all graphs, calibrated", "all=fp8", is_calibrated=True),
     Variant("int4 decoder", "int4"),
     Variant("int4 decoder, AWQ", "int4", is_calibrated=True),
     Variant("int4 all graphs but select", "all=int4,select=none"),

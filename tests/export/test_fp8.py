@@ -97,10 +97,11 @@ def test_weights_are_rounded_to_the_nearest_number_and_ties_to_even() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_rounded_weight_is_off_by_a_sixteenth_at_most(dtype: Any) -> None:
     weight = (
-        torch.randn(8, 512, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 2, 8)[:, None]
+        torch.randn(8, 512, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 2, 8)[:, None]
     )
     rounded = quantize(weight, kind="fp8", dtype=dtype)
-    least = 2.0**-10 * rounded.scales_OB.to(torch.float32)  # half of the smallest number
+    smallest_scale = 2.0**-14  # that float16 has with all its bits
+    least = 2.0**-10 * (weight.abs().amax(1, keepdim=True) / LARGEST).clamp(min=smallest_scale)
     off = (rounded.dequantized().to(torch.float32) - weight).abs()
     assert (off <= torch.maximum(weight.abs() * 1.01 / 16, 1.01 * least)).all()
 
@@ -117,6 +118,12 @@ def test_inputs_above_the_range_become_its_end() -> None:
     end = LARGEST * activation_scale(2.0, kind="fp8")
     assert rounded.tolist() == [end, -end, end]
     assert end == pytest.approx(2.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-6, 0.7, 3e4])
+def test_the_scale_of_inputs_is_the_same_number_in_float16(largest: float) -> None:
+    scale = activation_scale(largest, kind="fp8")
+    assert float(np.float16(scale)) == scale >= np.finfo(np.float16).tiny
 
 
 def test_bytes_are_what_onnx_reads(bundle: Bundle, checkpoint: Path) -> None:
