@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from trio_edge.runtime.clip_text import CLIP_TEXT
+from trio_edge.runtime.prediction.activations import largest_activations
 from trio_edge.runtime.errors import TargetError
 from trio_edge.runtime.prediction.counting import (
     Work,
@@ -317,21 +318,9 @@ def memory_of(setting: Setting, *, usable: int) -> Memory:
         weights=round(weights) + setting.other_weight_bytes,
         kv_caches=setting.cache_row_bytes
         * sum(layers * (count + setting.room) for layers, count in zip(setting.layers, rows)),
-        activations=max(
-            _range_activations(setting, layers=layers, rows=count + setting.text_rows)
-            for layers, count in zip(setting.layers, rows)
-        ),
+        activations=largest_activations(setting),
         usable=usable,
     )
-
-
-def _range_activations(setting: Setting, *, layers: int, rows: int) -> int:
-    decoder = setting.model.decoder
-    heads = decoder.num_heads + 2 * decoder.num_kv_heads
-    attention = 2 * rows * heads * decoder.head_size + 6 * decoder.num_heads * rows**2
-    hidden = 6 * rows * decoder.hidden_size + 4 * rows**2
-    new_rows = layers * rows * setting.cache_row_bytes
-    return hidden + new_rows + max(attention, 6 * rows * decoder.intermediate_size)
 
 
 def _vision(setting: Setting) -> Work:

@@ -151,11 +151,12 @@ def test_work_that_is_only_known_as_flops_keeps_them() -> None:
 
 
 @pytest.mark.parametrize("keep", ["100%", "11.1%"])
-def test_memory_is_what_the_exporter_estimates(keep: str) -> None:
-    model = MODELS["llava-next-7b"]
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_is_what_the_exporter_estimates(name: str, keep: str) -> None:
+    model = MODELS[name]
     assert model.vision is not None
-    setting = plan_for(model="llava-next-7b", keep=keep, num_text=256, num_new=256).setting()
-    shape = shape_of("llava-next-7b")
+    setting = plan_for(model=name, keep=keep, num_text=256, num_new=256).setting()
+    shape = shape_of(name)
     assert shape.vision is not None
     inputs = FitInputs(
         model=shape, vision_params=tower_weights(model.vision), schedule=setting.schedule, max_text=256,
@@ -164,6 +165,7 @@ def test_memory_is_what_the_exporter_estimates(keep: str) -> None:
     theirs = estimate(inputs, usable_bytes=0)
     ours = memory_of(setting, usable=0)
     assert ours.kv_caches == theirs.parts["KV caches"]
+    assert ours.activations == theirs.parts["activations"]
     assert ours.total == pytest.approx(theirs.total_bytes, rel=0.02)
 
 
