@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from trio_edge.runtime.clip_text import CLIP_TEXT
-from trio_edge.runtime.prediction.activations import largest_activations
 from trio_edge.runtime.errors import TargetError
+from trio_edge.runtime.prediction.activations import largest_activations
 from trio_edge.runtime.prediction.counting import (
     Work,
     counted_work,
