@@ -17,7 +17,7 @@ from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.command_line import run
 from trio_edge.runtime.errors import BundleError, TargetError
 from trio_edge.runtime.prediction.options import PredictOptions, check_given, predict_options, run_prediction
-from trio_edge.runtime.profiling.measuring import Options, measure
+from trio_edge.runtime.profiling.measuring import NEW_TOKENS, Options, measure
 from trio_edge.runtime.profiling.output_files import check_outputs, write_output
 from trio_edge.runtime.profiling.report import Conditions
 from trio_edge.runtime.profiling.report_table import print_profile
@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     "--image", type=click.Path(path_type=Path), help="Picture to ask about. [default: random pixels]"
 )
 @click.option("--prompt", help="The question. [default: one about the picture]")
-@click.option("--new-tokens", type=click.IntRange(1), default=16, show_default=True, help="Of each answer.")
+@click.option(
+    "--new-tokens", type=click.IntRange(1), help="Of each answer. [default: 16, or the bundles' room]"
+)
 @click.option("--runs", type=click.IntRange(1), help="Of each bundle. [default: until the medians are known]")
 @click.option(
     "--warm-up", type=click.IntRange(0), default=3, show_default=True, help="Answers before the runs."
@@ -75,7 +77,7 @@ def command(
     threads: int,
     image: Path | None,
     prompt: str | None,
-    new_tokens: int,
+    new_tokens: int | None,
     runs: int | None,
     warm_up: int,
     seconds: float,
@@ -94,7 +96,7 @@ def command(
     files = {"--json": json_file, "--html": html_file, "--trace": trace_file}
     check_outputs({option: path for option, path in files.items() if path is not None})
     if wishes.predict is not None:
-        outcome = run_prediction(wishes, bundle=bundle, num_new=new_tokens)
+        outcome = run_prediction(wishes, bundle=bundle, num_new=new_tokens or NEW_TOKENS)
         if json_file is not None:
             write_output("--json", json_file, _json(outcome.values))
         if outcome.unmet is not None:

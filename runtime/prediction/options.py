@@ -143,7 +143,7 @@ def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int
         num_new=num_new,
     )
     wish = None if options.want is None else parse_wish(options.want)
-    axes = options.sweep or (_WISHED_AXES if wish else None)
+    axes = _WISHED_AXES if options.sweep is None and wish is not None else options.sweep
     found = sweep(plan, {} if axes is None else parse_sweep(axes), targets)
     console = wide_console()
     if axes is None:
@@ -166,4 +166,5 @@ def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int
 def _targets(text: str) -> list[Target]:
     if text.strip() == "all":
         return list(TARGETS.values())
-    return [find_target(name.strip(), option="--predict") for name in text.split(",")]
+    named = [find_target(name.strip(), option="--predict") for name in text.split(",")]
+    return list({target.name: target for target in named}.values())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.errors import BackendError
+from trio_edge.runtime.errors import BackendError, ShapeError
 from trio_edge.runtime.image import open_picture
 from trio_edge.runtime.profiling.answers import Answer, Question, Subject
 from trio_edge.runtime.profiling.ceilings import measure_ceilings
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 NARROW = 0.02
 """Width of the median's 95 % interval, as a share of the median, at which a time is known well enough."""
+NEW_TOKENS = 16
 LEAST_RUNS = 10
 MOST_RUNS = 500
 _SIZE_RUNS = 5
@@ -58,7 +59,8 @@ class Options:
     image: Path | None = None
     """None for random pixels that give as many visual tokens as the first bundle takes."""
     prompt: str | None = None
-    new_tokens: int = 16
+    new_tokens: int | None = None
+    """Of each answer; None for ``NEW_TOKENS``, or fewer where a bundle has no room for as many."""
     runs: int | None = None
     """Of each bundle; None for as many as make the medians narrow."""
     warm_up: int = 3
@@ -124,7 +126,9 @@ def measure(options: Options, *, on_step: Callable[[str], None] = lambda _step: 
     Raises:
         TrioEdgeError: If a bundle cannot be opened, loaded or asked.
     """
-    missing: list[str] = []
+    num_new, missing = _num_new(options), list[str]()
+    if options.image is not None:
+        open_picture(options.image)
     with ExitStack() as stack:
         sensors, lacking = open_sensors()
         missing += lacking
@@ -137,7 +141,7 @@ def measure(options: Options, *, on_step: Callable[[str], None] = lambda _step: 
             on_step(f"loading {folder}")
             subject, memory = _load(folder, options, stack)
             if question is None:
-                question, picture = _question(options, subject)
+                question, picture = _question(options, subject, num_new=num_new)
             measured.append(_begin(subject, memory, question, options))
         assert question is not None  # there is at least one bundle
         stopped = _rounds(measured, question, options, on_step)
@@ -190,17 +194,28 @@ def _load(folder: Path, options: Options, stack: ExitStack) -> tuple[Subject, Me
     return subject, memory
 
 
-def _question(options: Options, subject: Subject) -> tuple[Question, str]:
+def _question(options: Options, subject: Subject, *, num_new: int) -> tuple[Question, str]:
     picture: Path | Image.Image
     if options.image is not None:
         picture, text = options.image, options.image.name
-        open_picture(picture)
     else:
         size = picture_sizes(subject.pipeline)[0]
         picture, text = random_picture(size), f"{size.width}x{size.height} random pixels"
-    room = subject.pipeline.manifest.max_new_tokens
-    prompt = options.prompt or PROMPT
-    return Question(picture=picture, prompt=prompt, new_tokens=min(options.new_tokens, room)), text
+    prompt = PROMPT if options.prompt is None else options.prompt
+    return Question(picture=picture, prompt=prompt, new_tokens=num_new), text
+
+
+def _num_new(options: Options) -> int:
+    room = {folder: open_bundle(folder).manifest.max_new_tokens for folder in options.bundles}
+    least = min(room, key=lambda folder: room[folder])
+    if options.new_tokens is None:
+        return min(NEW_TOKENS, room[least])
+    if options.new_tokens > room[least]:
+        raise ShapeError(
+            f"--new-tokens: expected at most {room[least]}, the room of {least}, got {options.new_tokens};"
+            " ask for fewer or export with a larger --max-new-tokens"
+        )
+    return options.new_tokens
 
 
 def _begin(subject: Subject, memory: MeasuredMemory, question: Question, options: Options) -> Measured:

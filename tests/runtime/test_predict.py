@@ -195,6 +195,11 @@ def test_all_predicts_every_device_and_json_has_every_graph(
     assert "none of them is of rtx-3090" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_device_that_is_named_twice_is_predicted_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_profile.main(["--model", "internvl3-1b", "--predict", "orin-nx-16,jetson-orin-nx-16"]) == 0
+    assert capsys.readouterr().out.count("first token") == 1
+
+
 def test_a_wish_that_is_met_is_named_with_its_setting(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", "internvl3-1b", "--predict", "orin-nx-16", "--want", "answers-per-second=2"]
     assert cli_profile.main(arguments) == 0
@@ -252,6 +257,7 @@ WRONG = {
         "--keep: expected --predict DEVICE beside it",
     ),
     "axis": ([*MODEL, "--sweep", "keep,colour"], "expected each of keep, image-size, dtype at most once"),
+    "no axis": ([*MODEL, "--sweep", ""], "at most once, got '' in ''"),
     "axis twice": ([*MODEL, "--sweep", "keep,keep"], "at most once, got 'keep'"),
     "value": ([*MODEL, "--sweep", "dtype=float8"], "expected one of float16, int8, fp8, int4, got 'float8'"),
     "keep": ([*MODEL, "--sweep", "keep=lots"], "expected a fraction"),

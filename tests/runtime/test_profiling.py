@@ -384,6 +384,24 @@ def test_a_limit_that_is_no_time_is_refused(
     assert "--seconds" in line
 
 
+def test_more_tokens_than_a_bundle_has_room_for_are_refused_before_anything_is_measured(
+    keep_all_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measuring, "open_sensors", None)
+    assert main([str(keep_all_bundle), "--new-tokens", "41"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"trio-profile: --new-tokens: expected at most 40, the room of {keep_all_bundle}, got 41;"
+    )
+
+
+def test_an_empty_prompt_is_asked_as_it_is(keep_all_bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    options = ["--prompt", "", "--runs", "1", "--no-layers", "--new-tokens", "1", "--json", str(file)]
+    assert main([str(keep_all_bundle), *options]) == 0
+    assert json.loads(file.read_bytes())["conditions"]["prompt"] == ""
+
+
 def test_ctrl_c_leaves_no_file_and_closes_the_graphs(
     keep_all_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

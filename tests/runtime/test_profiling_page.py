@@ -15,6 +15,9 @@ import msgspec
 import pytest
 from PIL import Image
 
+from trio_edge.runtime.profiling import distribution as distribution_module
+from trio_edge.runtime.profiling import report as report_module
+from trio_edge.runtime.profiling import sampling_thread
 from trio_edge.runtime.profiling.distribution import distribution, line_fit, median_ratio
 from trio_edge.runtime.profiling.page import page_html
 from trio_edge.runtime.profiling.report import (
@@ -250,6 +253,19 @@ def test_every_value_of_the_json_is_on_the_page(report: Report, page: str) -> No
             assert msgspec.json.encode(value).decode() in shown
 
 
+def test_the_docs_name_every_key_of_the_json() -> None:
+    text = (Path(__file__).parents[2] / "docs/profile.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`\.?(\w+)(?:\[\])?`", text))
+    parts = [
+        part
+        for module in (report_module, distribution_module, sampling_thread)
+        for part in vars(module).values()
+        if isinstance(part, type) and issubclass(part, msgspec.Struct)
+    ]
+    assert len(parts) > 15
+    assert {name for part in parts for name in part.__struct_fields__} <= named
+
+
 def test_the_page_is_well_formed_and_needs_nothing_else(page: str) -> None:
     reader = _Reader(page)
     assert reader.open == []
@@ -340,7 +356,9 @@ def test_a_browser_shows_the_page_on_a_phone_without_scrolling_sideways(page: st
     assert found["title"].startswith("trio-profile: reduced, <script>")
     assert found["page"] <= PHONE_WIDTH
     assert found["cut"] == []
-    assert found["hidden"] == []  # of the summary and of what the graphs come to, nothing is beside the screen
+    assert (
+        found["hidden"] == []
+    )  # of the summary and of what the graphs come to, nothing is beside the screen
     assert max(found["rows"]) < 45  # no cell is squeezed into a column of words
     assert len(found["plots"]) == 6
     for plot in found["plots"]:
