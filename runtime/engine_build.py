@@ -195,10 +195,11 @@ def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = Non
 
 def _check_formats(bundle: Bundle, graphs: Sequence[PlannedGraph], options: BuildOptions, host: Host) -> None:
     """Raise BackendError if a GPU that is built for has not the formats of ``graphs``."""
-    own = () if host.gpu is None else (host.gpu.compute_capability,)
+    wanted = [(capability, "--compute-capability") for capability in options.compute_capabilities]
+    own = [] if host.gpu is None else [(host.gpu.compute_capability, host.gpu.name)]
     formats = {graph.spec.name: bundle.manifest.format_of(graph.spec) for graph in graphs}
-    for capability in options.compute_capabilities or own:
-        refusal = fp8_refusal(formats, capability=capability, where="--compute-capability")
+    for capability, where in wanted or own:
+        refusal = fp8_refusal(formats, capability=capability, where=where)
         if refusal is not None:
             raise BackendError(refusal)
 
