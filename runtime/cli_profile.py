@@ -99,6 +99,10 @@ def command(
         outcome = run_prediction(wishes, bundle=bundle, num_new=new_tokens or NEW_TOKENS)
         if json_file is not None:
             write_output("--json", json_file, _json(outcome.values))
+        if html_file is not None:
+            from trio_edge.runtime.prediction.page import prediction_page
+
+            write_output("--html", html_file, prediction_page(outcome.found, outcome.values))
         if outcome.unmet is not None:
             raise TargetError(outcome.unmet)
         return 0

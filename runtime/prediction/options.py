@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from trio_edge.runtime.prediction.answer import Precision
+    from trio_edge.runtime.prediction.answer import Precision, Prediction
+    from trio_edge.runtime.prediction.plan import Plan
     from trio_edge.runtime.targets import Target
 
 _WISHED_AXES = "keep,image-size,dtype"
@@ -81,7 +82,7 @@ class PredictOptions:
     want: str | None
 
 
-_SHARED = ("bundle", "new_tokens", "json_file")
+_SHARED = ("bundle", "new_tokens", "json_file", "html_file")
 """Parameters of the command that measuring and predicting both have."""
 
 
@@ -113,6 +114,7 @@ class Outcome:
 
     values: dict[str, Any]
     """As JSON types."""
+    found: list[tuple[Plan, Prediction]]
     unmet: str | None
     """The error's text if there was a wish that no device meets."""
 
@@ -153,14 +155,14 @@ def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int
         print_sweep(console, found)
     values: dict[str, Any] = {"prediction": True, "found": [summary_of(*entry) for entry in found]}
     if wish is None:
-        return Outcome(values=values, unmet=None)
+        return Outcome(values=values, found=found, unmet=None)
     choices = [choose([entry for entry in found if entry[1].target == target], wish) for target in targets]
     met = [choice for choice in choices if choice.met]
     for choice in choices:
         print_wish(console, wish, choice)
     values["wish"] = wish_summary(wish, choices)
     values["chosen"] = [summary_of(choice.plan, choice.prediction) for choice in met]
-    return Outcome(values=values, unmet=None if met else unmet_text(wish, choices))
+    return Outcome(values=values, found=found, unmet=None if met else unmet_text(wish, choices))
 
 
 def _targets(text: str) -> list[Target]:

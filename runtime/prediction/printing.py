@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.prediction.answer import Prediction
     from trio_edge.runtime.prediction.plan import Plan
     from trio_edge.runtime.prediction.sweep import Choice, Wish
+    from trio_edge.runtime.targets import Target
 
 MIB, GIB = 1 << 20, 1 << 30
 NOTE = "PREDICTED, nothing was measured: counted work, the device's rates and efficiencies of tuned runtimes"
@@ -173,11 +174,16 @@ def _size(count: int) -> str:
 
 
 def _print_note(console: Console, predictions: Sequence[Prediction]) -> None:
-    """Print the note and, once for each device, its error and the rates that nobody verified."""
+    """Print the note and, once for each device, its own."""
     console.print(f"[bold]{NOTE}.[/]", highlight=False, soft_wrap=True)
     for target in {prediction.target.name: prediction.target for prediction in predictions}.values():
-        text = f"{target.name}: {fitted_for(target).sentence(target.name)}"
-        doubtful = [name for name in ("bandwidth_bytes_per_s", "fp16_flops") if not target.is_verified(name)]
-        if doubtful:
-            text += "; not verified in the vendor's own output: " + ", ".join(doubtful)
-        console.print(text + ".", highlight=False, soft_wrap=True)
+        console.print(device_note(target), highlight=False, soft_wrap=True)
+
+
+def device_note(target: Target) -> str:
+    """Return the error of predictions for a device, and its rates that nobody verified."""
+    text = f"{target.name}: {fitted_for(target).sentence(target.name)}"
+    doubtful = [name for name in ("bandwidth_bytes_per_s", "fp16_flops") if not target.is_verified(name)]
+    if doubtful:
+        text += "; not verified in the vendor's own output: " + ", ".join(doubtful)
+    return f"{text}."

@@ -1,4 +1,4 @@
-"""The profile as one HTML page that needs nothing else: no script, no font, no network."""
+"""A profile as one HTML page that needs nothing else: no script, no font, no network; the layout is that of predictions too."""
 
 from __future__ import annotations
 
@@ -11,18 +11,42 @@ import msgspec
 from trio_edge.runtime.profiling.plots import plots_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trio_edge.runtime.profiling.drawing import Plot
     from trio_edge.runtime.profiling.report import Report
 
-_PACKAGE, _TEMPLATE = "trio_edge.runtime.profiling", "page.html.j2"
+_PACKAGE = "trio_edge.runtime"
 
 
 def page_html(report: Report) -> bytes:
     """Return the page of ``report``: summary, plots, tables, and every value of its JSON."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return render(
+        "profiling/page.html.j2", report=report, plots=plots_of(report), values=msgspec.to_builtins(report)
+    )
+
+
+def render(template: str, *, plots: Sequence[Plot], values: Any, **more: Any) -> bytes:
+    """Return the page that ``template`` makes.
+
+    Args:
+        template: Path below the runtime's folder.
+        plots: Its figures.
+        values: All of its JSON, which the page ends with.
+        **more: What else the template reads.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_source),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
     environment.filters["number"] = _number
-    template = environment.from_string(files(_PACKAGE).joinpath(_TEMPLATE).read_text(encoding="utf-8"))
-    page = template.render(report=report, plots=plots_of(report), values=msgspec.to_builtins(report))
-    return page.encode()
+    return environment.get_template(template).render(plots=plots, values=values, **more).encode()
+
+
+def _source(name: str) -> str:
+    return files(_PACKAGE).joinpath(name).read_text(encoding="utf-8")
 
 
 def _number(value: Any) -> str:
