@@ -48,7 +48,7 @@ class Variant:
     """As ``--quantize``."""
     dtype: FloatType = "float16"
     is_calibrated: bool = False
-    """Whether decoder layers get factors and ranges from samples."""
+    """Whether vision graph, decoder layers, head and KV caches get factors and ranges from samples."""
 
 
 CALIBRATION_SAMPLES, CALIBRATION_SEED = 64, 1000
@@ -60,6 +60,8 @@ VARIANTS = (
     Variant("int8 decoder", "int8"),
     Variant("int8 all graphs", "all=int8"),
     Variant("int8 decoder, SmoothQuant", "int8", is_calibrated=True),
+    Variant("int8 vision, SmoothQuant", "vision=int8", is_calibrated=True),
+    Variant("int8 all graphs, SmoothQuant", "all=int8", is_calibrated=True),
     Variant("fp8 decoder, calibrated", "fp8", is_calibrated=True),
     Variant("fp8 all graphs", "all=fp8"),
     Variant("fp8 all graphs, calibrated", "all=fp8", is_calibrated=True),
