@@ -11,7 +11,9 @@ from tests.cuda_on_host import CudaOnHost, pretend_gpu, write_engines
 from tests.engine_bundles import HOST, copy_bundle
 from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.profiling import contexts
 from trio_edge.runtime.profiling.answers import Question, Subject
+from trio_edge.runtime.profiling.contexts import time_contexts
 from trio_edge.runtime.profiling.pictures import picture_sizes, random_picture
 
 if TYPE_CHECKING:
@@ -75,3 +77,20 @@ def test_profiling_waits_no_more_often(cuda: CudaOnHost, tmp_path: Path) -> None
     assert waits == waits_without
     assert given.token_ids == plain.token_ids
     assert not plain.calls
+
+
+def test_tokens_at_all_contexts_are_captured_steps(
+    cuda: CudaOnHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contexts, "ROUNDS", 1)
+    bundle = open_bundle(tmp_path / "bundle")
+    subject = Subject(bundle.folder, make_backend("tensorrt", bundle=bundle))
+    question = Question(
+        picture=random_picture(picture_sizes(subject.pipeline)[0]), prompt="w1 w2", new_tokens=NEW_TOKENS
+    )
+    (timed,) = time_contexts([subject], question)
+    assert len(timed) == 1 + contexts.POINTS
+    assert all(one.milliseconds[0] > 0 for one in timed)
+    assert subject.recording.captured
+    assert subject.recording.take() == []  # no events between the launches of a step
+    subject.close()
