@@ -24,6 +24,7 @@ from trio_edge.calibration.quantization.calibrating import calibrate_quantizatio
 from trio_edge.calibration.quantization.collecting import answer_samples, listening_to_inputs
 from trio_edge.calibration.quantization.fidelity import given_tokens, measure_quantized
 from trio_edge.calibration.quantization.moving import moved
+from trio_edge.calibration.quantization.quantized_model import quantized_model
 from trio_edge.calibration.quantization.sections import quantized_sections
 from trio_edge.calibration.questions import Question, read_questions
 from trio_edge.calibration.schedules.greedy import greedy_answer
@@ -33,7 +34,7 @@ from trio_edge.calibration.schedules.selecting import Probes
 from trio_edge.calibration.schedules.sequence import begin, no_past, run_layers
 from trio_edge.calibration.schedules.torch_model import TorchModel, load_model
 from trio_edge.export.graphs.linear_groups import decoder_groups
-from trio_edge.export.quantize.numerics import quantize
+from trio_edge.export.quantize.numerics import block_size, quantize
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.runtime.bundle import Bundle, open_bundle
@@ -149,6 +150,45 @@ def test_quantized_layers_differ_by_their_rounding_and_are_given_back(
     again = [parameter for layer in model.parts.layers for parameter in layer.parameters()]
     assert all(torch.equal(before, after) for before, after in zip(parameters, again, strict=True))
     assert measured("none").kl == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("plan", "outside", "inside"),
+    [
+        ("int4,head=int4,select=int8", "int8", "int4"),
+        ("int4,head=int4,select=int4", "int4", "int4"),
+        ("int4,head=int4", "none", "int4"),
+        ("select=int4", "int4", "none"),
+    ],
+)
+def test_a_probe_reads_its_layer_and_the_head_as_its_graph_has_them(
+    plan: str, outside: Any, inside: Any, checkpoint: Path, questions: list[Question]
+) -> None:
+    model = load_model(str(checkpoint))
+    layers: Any = model.parts.layers
+    modules = {layers[1]: layers[1].mlp.down_proj, model.head: model.parts.lm_head}
+    own = {linear: linear.weight.detach().clone() for linear in modules.values()}
+
+    def rounded(linear: Any, kind: Any) -> torch.Tensor:
+        weight = own[linear]
+        block = block_size(weight.shape[1]) if kind == "int4" else None
+        return (
+            weight
+            if kind == "none"
+            else quantize(weight, kind=kind, dtype="float32", block=block).dequantized()
+        )
+
+    seen = {}
+    with quantized_model(model, SCHEDULE, parse_plan(plan), CalibratedScales(), dtype="float32"):
+        for module in modules:
+            module.register_forward_pre_hook(
+                lambda one, _inputs: seen.update({one: modules[one].weight.data})
+            )
+        logits_of(model, questions[0], SCHEDULE)
+        for module, linear in modules.items():
+            assert torch.equal(linear.weight, rounded(linear, outside))
+            assert torch.equal(seen[module], rounded(linear, inside))
+    assert all(torch.equal(linear.weight, weight) for linear, weight in own.items())
 
 
 # ---------------------------------------------------------------------------------------------- KV caches
@@ -299,6 +339,7 @@ def test_the_bundle_computes_with_what_was_found_and_answers(bundle: Bundle) -> 
     quantization = bundle.manifest.quantization
     assert quantization is not None
     assert quantization.method == "awq+smoothquant"
+    assert quantization.inputs == ("vision", "prefix")
     num_layers = {spec.name: spec.num_layers for spec in bundle.manifest.graphs}
     kinds = {
         graph: [node.op_type for node in ir.load(bundle.path(f"{graph}.onnx")).graph]
