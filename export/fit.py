@@ -6,7 +6,8 @@ padding included; INT8 and FP8: 1):
 
     decoder weights     L (2 D H E + 2 D G E + 3 D I) w
     head, vision        V D w, and the vision tower's and projector's parameters times w
-    repeated weights    per stage one decoder layer and the head, which its ``select`` graph holds again
+    repeated weights    what each ``select`` graph holds again: with TRIO one decoder layer and the head, with others of its
+                        layer what makes keys and queries
     KV caches           per layer 2 G E b times its rows: visual rows of its range + largest text + new tokens;
                         b is 1 for keys and values in INT8
     activations         the largest of these graphs at its largest prefill of S rows
@@ -30,6 +31,8 @@ import msgspec
 
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.manifest import Dimensions
+from trio_edge.runtime.prediction.selections import repeated_weights
 from trio_edge.runtime.schedule import Schedule, Stage
 from trio_edge.trio.cost import ModelShape, VisionShape
 from trio_edge.trio.schedule import parse_keep, schedule_for_keep
@@ -42,7 +45,6 @@ if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.layout import Layout
     from trio_edge.export.quantize.numerics import Format
-    from trio_edge.runtime.manifest import Dimensions
     from trio_edge.runtime.targets import Target
     from trio_edge.runtime.vision_inputs import PictureProcessing
 
@@ -124,6 +126,8 @@ def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
     """Return the bytes of every category against ``usable_bytes``; the formulas are this module's head."""
     model, plan = inputs.model, inputs.quantize
     layer, head = _layer_params(model), model.vocab_size * model.hidden_size
+    sizes = Dimensions(**{name: getattr(model, name) for name in Dimensions.__struct_fields__})
+    repeated = repeated_weights(inputs.schedule.method, sizes)
     formats = plan.of_layers(inputs.schedule, num_layers=model.num_layers)
 
     def weights(num_params: int, kind: Format) -> int:
@@ -135,7 +139,7 @@ def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
         "decoder weights": sum(weights(layer, kind) for kind in formats),
         "head and vision weights": weights(head, plan.of_part("head"))
         + weights(inputs.vision_params, plan.of_part("vision")),
-        "repeated weights": len(inputs.schedule.stages) * weights(layer + head, plan.of_part("select")),
+        "repeated weights": len(inputs.schedule.stages) * weights(sum(repeated), plan.of_part("select")),
         "KV caches": _kv_bytes(inputs),
         "activations": _activation_bytes(inputs),
     }

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.profiling.drawing import Plot
 
 MOST_DRAWN = 8
-"""Settings in the figures; the tables have all."""
+"""Settings in the figures and with a table of their graphs; the summary has all."""
 
 
 def prediction_page(found: Sequence[tuple[Plan, Prediction]], values: dict[str, Any]) -> bytes:
@@ -43,6 +43,7 @@ def prediction_page(found: Sequence[tuple[Plan, Prediction]], values: dict[str, 
         note=NOTE,
         notes=[device_note(target) for target in targets.values()],
         wish=values.get("wish"),
+        num_drawn=len(drawn),
         rows=[_row(plan, prediction) for plan, prediction in found],
     )
 

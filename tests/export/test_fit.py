@@ -12,7 +12,7 @@ from trio_edge.export.fit import FitInputs, Picture, check_fit, estimate, remedi
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.errors import CheckpointError
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.schedule import Method, Schedule, Stage
 from trio_edge.runtime.targets import TARGETS, find_target
 from trio_edge.trio.cost import LLAVA_NEXT_7B, ModelShape, VisionShape
 from trio_edge.trio.schedule import preset_schedule
@@ -75,6 +75,13 @@ def test_model_that_nothing_makes_small_enough_is_said_so() -> None:
     warning = check_fit(llava_next_7b(), target)
     assert warning is not None
     assert warning.endswith("choose a smaller model")
+
+
+@pytest.mark.parametrize(("method", "matrices"), [("fastv", 2), ("dart", 1)])
+def test_stages_of_other_methods_repeat_what_makes_keys_and_queries(method: Method, matrices: int) -> None:
+    schedule = Schedule(stages=(Stage(layer=2, keep=460),), method=method)
+    parts = estimate(llava_next_7b(schedule=schedule), usable_bytes=0).parts
+    assert parts["repeated weights"] == matrices * 4096 * 4096 * 2
 
 
 def test_boundary_belongs_to_what_fits() -> None:
