@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 ALPHAS = (0.25, 0.5, 0.75)
 """SmoothQuant's exponents; the best one is taken for every group."""
-MAX_OUTPUTS = 40_960
-"""Of a group that are looked at, evenly spread: more than a decoder layer has, a quarter of a large head."""
+MAX_OUTPUTS = 24_576
+"""Of a group that are looked at, evenly spread: all of a 7B Llama layer, 3 GB in a search, and a part of a head."""
 
 
 @dataclass(frozen=True, kw_only=True)

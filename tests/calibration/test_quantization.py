@@ -25,6 +25,7 @@ from trio_edge.calibration.quantization.collecting import answer_samples, listen
 from trio_edge.calibration.quantization.fidelity import given_tokens, measure_quantized
 from trio_edge.calibration.quantization.moving import moved
 from trio_edge.calibration.quantization.quantized_model import quantized_model
+from trio_edge.calibration.quantization.rounding import GroupRounding
 from trio_edge.calibration.quantization.sections import quantized_sections
 from trio_edge.calibration.questions import Question, read_questions
 from trio_edge.calibration.schedules.greedy import greedy_answer
@@ -33,7 +34,7 @@ from trio_edge.calibration.schedules.prompts import make_prompt
 from trio_edge.calibration.schedules.selecting import Probes
 from trio_edge.calibration.schedules.sequence import begin, no_past, run_layers
 from trio_edge.calibration.schedules.torch_model import TorchModel, load_model
-from trio_edge.export.graphs.linear_groups import decoder_groups
+from trio_edge.export.graphs.linear_groups import LinearGroup, decoder_groups
 from trio_edge.export.quantize.numerics import block_size, quantize
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
@@ -89,6 +90,14 @@ def test_layers_behind_a_stage_are_listened_to_with_fewer_tokens_and_the_head_wh
             *every, largest = inputs.all_rows()
             assert torch.equal(torch.stack(every).abs().amax(0), largest)
     assert len(found[0][3].all_rows()[0]) == 96
+
+
+def test_of_very_many_outputs_an_even_share_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trio_edge.calibration.quantization.rounding.MAX_OUTPUTS", 4)
+    first, second = torch.nn.Linear(16, 6), torch.nn.Linear(16, 6)
+    group = LinearGroup(name="gate_up", layer=0, linears=(first, second), before=None)
+    looked_at = GroupRounding.of(group, torch.zeros(2, 16), kind="int8", dtype="float32").weight_OI
+    assert torch.equal(looked_at, torch.cat([first.weight[::3], second.weight[::3]]))
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
