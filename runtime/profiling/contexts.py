@@ -6,6 +6,7 @@ A context is reached by leaving rows of the caches out: the graphs read whole bu
 from __future__ import annotations
 
 import statistics
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.profiling.answers import Subject
 
 ROUNDS = 8
+_LEAST_ROUNDS = 2
 POINTS = 6
 """Behind the question with its picture."""
 _TOKENS = 4
@@ -35,18 +37,24 @@ class TimedContext:
     """One for each round: the median of a few tokens."""
 
 
-def time_contexts(subjects: Sequence[Subject], question: Question) -> list[list[TimedContext]]:
+def time_contexts(
+    subjects: Sequence[Subject], question: Question, *, seconds: float
+) -> list[list[TimedContext]]:
     """Return each subject's times at ascending contexts, all subjects in turns.
 
     Args:
         subjects: Loaded bundles.
         question: Whose picture and prompt stand before the tokens.
+        seconds: After which no more rounds begin, but for the first ``_LEAST_ROUNDS``.
 
     Raises:
         TrioEdgeError: As ``Pipeline.generate``.
     """
     found: list[dict[int, TimedContext]] = [{} for _ in subjects]
+    end = time.perf_counter() + seconds
     for number in range(ROUNDS):
+        if number >= _LEAST_ROUNDS and number % 2 == 0 and time.perf_counter() > end:
+            break  # with as many rounds downwards as upwards
         for subject, contexts in zip(subjects, found):
             for picture in (None, question.picture):
                 asked = Question(picture=picture, prompt=question.prompt, new_tokens=1)

@@ -150,7 +150,7 @@ def measure(options: Options, *, on_step: Callable[[str], None] = lambda _step: 
             _measure_sizes(measured, question)
         if question.new_tokens > 1:
             on_step("tokens at contexts of all lengths")
-            timed = time_contexts([one.subject for one in measured], question)
+            timed = time_contexts([one.subject for one in measured], question, seconds=options.seconds)
             for one, contexts in zip(measured, timed):
                 one.contexts = contexts
     for one in measured:

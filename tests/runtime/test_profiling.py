@@ -121,6 +121,29 @@ def test_tokens_are_timed_from_a_question_without_a_picture_to_the_end_of_the_ca
         assert f"│ {last.context} " in profile.printed
 
 
+def test_contexts_are_timed_upwards_and_downwards_once_when_the_time_is_over(
+    reduced_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contexts, "ROUNDS", 8)
+    subject = Subject(reduced_bundle, make_backend("onnxruntime", threads=1))
+    skipped: list[int] = []
+    time_tokens = subject.pipeline.time_tokens
+    monkeypatch.setattr(
+        Pipeline,
+        "time_tokens",
+        lambda _, count, *, skip=0: (skipped.append(skip), time_tokens(count, skip=skip))[1],
+    )
+    question = Question(
+        picture=random_picture(picture_sizes(subject.pipeline)[0]), prompt=PROMPT, new_tokens=2
+    )
+    (timed,) = contexts.time_contexts([subject], question, seconds=0.0)
+    subject.close()
+    assert {len(one.milliseconds) for one in timed} == {2}
+    upwards, downwards = skipped[3 : 3 + contexts.POINTS], skipped[-contexts.POINTS :]
+    assert all(skip >= 0 for skip in upwards[1:])
+    assert downwards[0] > 0 and all(skip < 0 for skip in downwards[1:])
+
+
 def test_timing_tokens_ends_an_answer_and_changes_no_later_one(reduced_bundle: Path) -> None:
     with Pipeline.from_bundle(reduced_bundle, backend="onnxruntime", threads=1) as pipeline:
         manifest, picture = pipeline.manifest, random_picture(picture_sizes(pipeline)[0])

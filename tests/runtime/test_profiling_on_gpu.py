@@ -88,7 +88,7 @@ def test_tokens_at_all_contexts_are_captured_steps(
     question = Question(
         picture=random_picture(picture_sizes(subject.pipeline)[0]), prompt="w1 w2", new_tokens=NEW_TOKENS
     )
-    (timed,) = time_contexts([subject], question)
+    (timed,) = time_contexts([subject], question, seconds=1.0)
     assert len(timed) == 1 + contexts.POINTS
     assert all(one.milliseconds[0] > 0 for one in timed)
     assert subject.recording.captured
