@@ -227,6 +227,8 @@ class BundleProfile(_Part, frozen=True):
     """Every kind of layer, where the backend tells its layers apart."""
     layers: tuple[LayerTime, ...]
     """The slowest of each graph in each phase."""
+    advice: tuple[str, ...] = ()
+    """What to change, from where its time went."""
 
     @property
     def numbers(self) -> str:

@@ -31,6 +31,8 @@ def print_profile(report: Report) -> None:
     for bundle in report.bundles:
         console.print(_graph_table(bundle))
         console.print(_memory_line(bundle), highlight=False, soft_wrap=True)
+        for line in bundle.advice:
+            console.print(f"[bold]what to change[/] {escape(line)}", highlight=False, soft_wrap=True)
         if bundle.layers:
             console.print(_layer_table(bundle))
     for line in report.conditions.missing:

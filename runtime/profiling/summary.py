@@ -5,9 +5,12 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from trio_edge.runtime.bundle import sha256_of
 from trio_edge.runtime.manifest import MANIFEST_NAME
 from trio_edge.runtime.prediction.work import graph_work
+from trio_edge.runtime.profiling.advice import advise
 from trio_edge.runtime.profiling.distribution import distribution, line_fit, median_ratio
 from trio_edge.runtime.profiling.layers import operator_times, slowest_layers
 from trio_edge.runtime.profiling.recording import DECODE
@@ -43,10 +46,11 @@ def report_of(measurement: Measurement, conditions: Conditions) -> Report:
         conditions: How.
     """
     labels = _labels(measurement)
-    bundles = tuple(
+    profiles = [
         _bundle_profile(measured, measurement, label=label)
         for measured, label in zip(measurement.measured, labels)
-    )
+    ]
+    bundles = tuple(msgspec.structs.replace(profile, advice=advise(profile)) for profile in profiles)
     reference = measurement.measured[0]
     return Report(
         schema_version=SCHEMA_VERSION,

@@ -217,6 +217,11 @@ def test_the_terminal_shows_bundles_graphs_and_what_is_missing(profile: Profile)
         assert name in profile.printed
     for line in profile.report.conditions.missing:
         assert f"not measured: {line}" in profile.printed
+    assert [line for bundle in profile.report.bundles for line in bundle.advice] == [
+        line.removeprefix("what to change ")
+        for line in profile.printed.splitlines()
+        if line.startswith("what to change ")
+    ]
 
 
 def test_the_trace_has_graphs_within_their_answers(profile: Profile) -> None:

@@ -151,6 +151,7 @@ def bundle_profile(label: str, scale: float) -> BundleProfile:
                 shapes="Half[1, 4096]",
             ),
         ),
+        advice=("export with less --max-new-tokens & <less>",),
     )  # fmt: skip
 
 
