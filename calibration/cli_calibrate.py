@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from trio_edge.runtime.command_line import run
 from trio_edge.runtime.errors import CheckpointError, DataError
-from trio_edge.runtime.folder_beside import folder_beside
+from trio_edge.runtime.folder_beside import check_place, folder_beside
 from trio_edge.runtime.interruption import ctrl_c_held, interruptible
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trio_edge.export.bundle import ExportOptions
 
 _REPORT_BYTES = 16 << 20
+_WAY_OUT = "choose another --out"
 
 
 @click.command("trio-calibrate", context_settings={"help_option_names": ["-h", "--help"]})
@@ -123,6 +124,7 @@ def command(
 
         check_plots()
         options, expected_samples = read_given(model, config, given)
+        check_place(out, num_bytes=_REPORT_BYTES, error=DataError, way_out=_WAY_OUT)
         _check_out(out, force=force)
         with _progress(check, quiet=quiet) as progress:
             calibrated = calibrate(options, work=work, samples_sha256=expected_samples, progress=progress)
@@ -131,7 +133,7 @@ def command(
                 num_bytes=_REPORT_BYTES,
                 error=DataError,
                 what="calibration",
-                way_out="choose another --out",
+                way_out=_WAY_OUT,
                 before_rename=lambda: _check_out(out, force=force),
             ) as folder:
                 _write(calibrated, folder, progress, export=not no_export)

@@ -109,6 +109,7 @@ def check_positions(
     max_text: int,
     max_new_tokens: int,
     schedule: Schedule = Schedule(),  # noqa: B008
+    way_out: str = "lower --max-text or --max-new-tokens",
 ) -> None:
     """Raise ScheduleError if the longest sequence does not fit the decoder that ``check_decoder`` accepted.
 
@@ -119,6 +120,7 @@ def check_positions(
         max_new_tokens: Longest answer.
         schedule: Decides what reaches the layers with a window, which counts rows, not positions. A stage in front of
             such a layer probes it with the rows that it had before.
+        way_out: What the user can do.
     """
     needed = num_visual + max_text + max_new_tokens
     parts = f"{needed} = {num_visual} visual + {max_text} text + {max_new_tokens} new"
@@ -130,8 +132,7 @@ def check_positions(
             else "the model's limit"
         )
         raise ScheduleError(
-            f"sequence: expected at most {limit} positions ({reason}), got {parts};"
-            " lower --max-text or --max-new-tokens"
+            f"sequence: expected at most {limit} positions ({reason}), got {parts}; {way_out}"
         )
     windowed = sliding_window(text_config)
     if windowed is None:
@@ -145,7 +146,7 @@ def check_positions(
         raise ScheduleError(
             f"sequence: expected at most {window} positions (the model's sliding window), got"
             f" {needed} = {left} visual + {max_text} text + {max_new_tokens} new in front of layer {layer};"
-            " lower --max-text or --max-new-tokens, or reduce earlier"
+            f" {way_out}, or reduce earlier"
         )
 
 

@@ -56,12 +56,7 @@ def folder_beside(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         delete_leftovers(target)
-        free = shutil.disk_usage(target.parent).free
-        if free < num_bytes:
-            raise error(
-                f"{target.parent}: expected {num_bytes / 1e9:.2f} GB of free space, got {free / 1e9:.2f} GB;"
-                f" free some{elsewhere}"
-            )
+        _check_free(target.parent, num_bytes=num_bytes, error=error, elsewhere=elsewhere)
         partial, lock = _new_folder(target)
     except OSError as reason:
         raise error(f"{target}: cannot be created ({reason.strerror}); {way_out}") from None
@@ -80,6 +75,34 @@ def folder_beside(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         _unlock(lock)
+
+
+def check_place(target: Path, *, num_bytes: int, error: type[TrioEdgeError], way_out: str) -> None:
+    """Raise ``error`` if ``folder_beside`` could not create ``target`` now; changes nothing.
+
+    For what takes long before it is written.
+
+    Args:
+        target: The folder to be.
+        num_bytes: What is going to be written at least.
+        error: As for ``folder_beside``.
+        way_out: Likewise.
+    """
+    # Path.exists raises in a folder that may not be entered
+    place = next(folder for folder in target.absolute().parents if os.path.exists(folder))  # noqa: PTH110
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise error(
+            f"{target}: expected {place} to be a folder that can be written to, got another; {way_out}"
+        )
+    _check_free(place, num_bytes=num_bytes, error=error, elsewhere=f" or {way_out}")
+
+
+def _check_free(folder: Path, *, num_bytes: int, error: type[TrioEdgeError], elsewhere: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise error(
+            f"{folder}: expected {num_bytes / 1e9:.2f} GB of free space, got {free / 1e9:.2f} GB; free some{elsewhere}"
+        )
 
 
 def delete_leftovers(target: Path) -> None:

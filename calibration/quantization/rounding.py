@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 ALPHAS = (0.25, 0.5, 0.75)
 """SmoothQuant's exponents; the best one is taken for every group."""
+LARGEST_FACTOR = 1024.0
+"""Over and under the usual one; larger ones leave a norm in float16 too few bits, or overflow there."""
+_NEGLIGIBLE = 1e-6
+"""Of the largest."""
 MAX_OUTPUTS = 24_576
 """Of a group that are looked at, evenly spread: all of a 7B Llama layer, 3 GB in a search, and a part of a head."""
 
@@ -53,15 +57,20 @@ class GroupRounding:
         )
 
     def candidates(self) -> list[Tensor]:
-        """Return factors to try.
+        """Return factors to try, around 1, which costs nothing: only their ratios matter to the rounding.
 
         FP8 has none: its numbers are as exact when they are 28000 times smaller, so that large inputs cost the others nothing.
+        Inputs that are never far enough from 0 to matter, or that no output reads, have 1.
         """
-        if self.kind == "fp8":
+        alive_I = _matters(self.rows_TI[-1]) & _matters(self.weight_OI.abs().amax(0))
+        if self.kind == "fp8" or alive_I.sum() < 2:
             return []
         if self.block is not None:
-            return [awq_factors(self.weight_OI, self.rows_TI[:-1], block=self.block)]
-        return [smoothquant_factors(self.weight_OI, self.rows_TI, alpha=alpha) for alpha in ALPHAS]
+            found = [awq_factors(self.weight_OI, self.rows_TI[:-1], block=self.block)[alive_I]]
+        else:
+            weight, rows = self.weight_OI[:, alive_I], self.rows_TI[:, alive_I]
+            found = [smoothquant_factors(weight, rows, alpha=alpha) for alpha in ALPHAS]
+        return [torch.ones(len(alive_I)).masked_scatter(alive_I, _around_one(factors)) for factors in found]
 
     def best(self, candidates: list[Tensor]) -> tuple[Tensor | None, float]:
         """Return the factors with the least error, None for no factors, and that error."""
@@ -86,3 +95,13 @@ class GroupRounding:
         """Return the largest absolute input after the factors."""
         largest_I = self.rows_TI[-1] if factors_I is None else self.rows_TI[-1] / factors_I
         return float(largest_I.max())
+
+
+def _matters(largest_I: Tensor) -> Tensor:
+    return largest_I > _NEGLIGIBLE * largest_I.max()
+
+
+def _around_one(factors: Tensor) -> Tensor:
+    """Return ``factors`` over their geometric mean, within ``LARGEST_FACTOR``."""
+    ratios = factors / factors.log().mean().exp()
+    return ratios.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)

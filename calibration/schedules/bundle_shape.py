@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from trio_edge.calibration.schedules.fixed_shapes import picture_sizes, text_buckets
 from trio_edge.calibration.schedules.prefill_cost import PrefillCost, Situation
 from trio_edge.export.bundle import bundle_dtype, dimensions_of
-from trio_edge.export.decoder_config import check_positions
+from trio_edge.export.decoder_config import check_positions, max_positions
 from trio_edge.export.fit import check_fit, fit_inputs
 from trio_edge.export.layout import Layout
 from trio_edge.export.vision_dimensions import vision_dimensions
@@ -56,18 +56,22 @@ def bundle_shape(
         ScheduleError: If the longest sequence does not fit the model.
     """
     sizes = picture_sizes(samples)
+    profiles = tuple(model.pictures.sizes(*size) for size in sizes)
+    others = max(profile["N"] for profile in profiles) + max_new_tokens
     shape = BundleShape(
         image_sizes=sizes,
-        text_buckets=text_buckets(samples),
+        text_buckets=text_buckets(samples, room=max_positions(model.parts.text_config) - others),
         dtype=bundle_dtype(model.checkpoint, dtype),
         max_new_tokens=max_new_tokens,
-        profiles=tuple(model.pictures.sizes(*size) for size in sizes),
+        profiles=profiles,
     )
+    longest = max(samples, key=lambda sample: sample.num_text)
     check_positions(
         model.parts.text_config,
         num_visual=shape.num_visual,
         max_text=shape.text_buckets[-1],
         max_new_tokens=max_new_tokens,
+        way_out=f"shorten the longest prompt, {longest.where}, or lower --max-new-tokens",
     )
     return shape
 

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.schedules.calibration_file import Fidelity
     from trio_edge.calibration.schedules.measuring import Measured
     from trio_edge.calibration.schedules.prefill_cost import PrefillCost
     from trio_edge.calibration.schedules.prompts import SampleShape
@@ -211,11 +212,9 @@ def calibrate(
             space, cost, measurements, split, Schedule(positions=model.positions[0]), progress
         )
         front, chosen_point, usual, held_out = reporting.points(found.front, chosen)
-    if wish.rule == "max_kl" and chosen_point.held_out.kl.value > wish.bound:
-        progress.warn(
-            f"the held-out KL is {chosen_point.held_out.kl.value:.4f}, above --max-kl {wish.bound:g}; give more samples,"
-            " or a smaller bound"
-        )
+    _warn_above(
+        wish, chosen_point.held_out, progress, what="", way_out="give more samples, or a smaller bound"
+    )
     progress.step("answering held-out samples", len(split.held_out))
     scores = accuracy(model, split.held_out, chosen.schedule, probes=probes, on_sample=progress.sample)
     rounds = max(result.rounds for result in (*chosen.results, *held_out))
@@ -245,6 +244,13 @@ def calibrate(
             on_sample=progress.sample,
         )
         quantized_held_out = fidelity(results, split.held_out)
+        _warn_above(
+            wish,
+            quantized_held_out,
+            progress,
+            what=f" with --quantize {options.quantize}",
+            way_out="quantize fewer parts, or give a smaller bound",
+        )
         rounds = max(rounds, *(result.rounds for result in results))
     calibration = Calibration(
         schema_version=SCHEMA_VERSION,
@@ -332,6 +338,13 @@ class _Reporting:
             point(chosen.schedule),
             point(usual[0]) if usual else None,
             held_out[chosen.schedule],
+        )
+
+
+def _warn_above(wish: Wish, held_out: Fidelity, progress: Progress, *, what: str, way_out: str) -> None:
+    if wish.rule == "max_kl" and held_out.kl.value > wish.bound:
+        progress.warn(
+            f"the held-out KL{what} is {held_out.kl.value:.4f}, above --max-kl {wish.bound:g}; {way_out}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -87,13 +88,21 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 f"--max-kl, --target-ms, --keep: expected one of them, got {names}; choose one"
             )
         bounds = (
+            ("count", self.count, self.count is None or self.count >= 2, "2 or more samples"),
+            ("seed", self.seed, self.seed >= 0, "a number of 0 or more"),
             ("held-out", self.held_out, 0.0 < self.held_out < 1.0, "a share between 0 and 100%"),
             ("answer-tokens", self.answer_tokens, 1 <= self.answer_tokens <= 64, "1..64"),
-            ("max-kl", self.max_kl, self.max_kl is None or self.max_kl >= 0.0, "nats of 0 or more"),
-            ("target-ms", self.target_ms, self.target_ms is None or self.target_ms > 0.0, "a time above 0"),
+            ("max-kl", self.max_kl, self.max_kl is None or 0.0 <= self.max_kl < inf, "nats of 0 or more"),
+            (
+                "target-ms",
+                self.target_ms,
+                self.target_ms is None or 0.0 < self.target_ms < inf,
+                "a time above 0",
+            ),
             ("keep", self.keep, self.keep is None or 0.0 < self.keep <= 1.0, "a share above 0, up to 100%"),
             ("max-stages", self.max_stages, 1 <= self.max_stages <= 4, "1..4"),
             ("evaluations", self.evaluations, 0 <= self.evaluations <= 10_000, "0..10000"),
+            ("max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more"),
             ("nms-thresholds", self.nms_thresholds, _are_thresholds(self.nms_thresholds), "values in (0, 1]"),
         )
         for name, value, holds, rule in bounds:
@@ -211,6 +220,17 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     versions: dict[str, str]
 
 
+class _DataHead(msgspec.Struct):
+    sha256: str | None = None
+
+
+class _Head(msgspec.Struct):
+    """What a ``--config`` is read for; the rest may be of another release."""
+
+    options: Options
+    data: _DataHead | None = None
+
+
 def read_options(path: Path) -> tuple[Options, str | None]:
     """Return the options of a ``calibration.json``, and the digest of the samples that it was made with.
 
@@ -220,17 +240,16 @@ def read_options(path: Path) -> tuple[Options, str | None]:
         DataError: If it is not such a file.
     """
     try:
-        head = msgspec.json.decode(path.read_bytes())
-        data = head.get("data") or {}
-        return msgspec.convert(head["options"], Options), data.get("sha256")
+        head = msgspec.json.decode(path.read_bytes(), type=_Head)
     except OSError as error:
         raise DataError(f"--config {path}: cannot be read ({error.strerror}); check the name") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
             f"--config {path}: expected a calibration.json with 'options', got something else ({reason});"
             " make one with trio-calibrate"
         ) from None
+    return head.options, None if head.data is None else head.data.sha256
 
 
 def json_of(calibration: Calibration) -> bytes:

@@ -21,14 +21,15 @@ _MULTIPLE = 8
 _SMALLEST = 8
 
 
-def text_buckets(shapes: Sequence[SampleShape]) -> tuple[int, ...]:
+def text_buckets(shapes: Sequence[SampleShape], *, room: int) -> tuple[int, ...]:
     """Return the sizes that prompts are padded to, ascending.
 
-    The last one is the longest prompt with a margin, in multiples of 8. Shorter ones are added, the most useful first, while
-    each takes ``WORTHWHILE`` off the mean number of rows, text and visual.
+    The last one is the longest prompt with a margin, as far as there is ``room``, in multiples of 8. Shorter ones are added, the
+    most useful first, while each takes ``WORTHWHILE`` off the mean number of rows, text and visual.
     """
     lengths = [shape.num_text for shape in shapes]
-    buckets = [_rounded(TEXT_MARGIN * max(lengths))]
+    with_margin = min(_rounded(TEXT_MARGIN * max(lengths)), room - room % _MULTIPLE)
+    buckets = [max(with_margin, _rounded(max(lengths)))]
     candidates = {_rounded(length) for length in lengths} - set(buckets)
 
     def mean_rows(sizes: Sequence[int]) -> float:

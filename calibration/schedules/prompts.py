@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class SampleShape:
     """What the fixed shapes of a bundle must have room for."""
 
+    where: str
+    """FILE or FILE:LINE of the sample."""
     width: int
     """Of the picture, in pixels."""
     height: int
@@ -59,7 +61,11 @@ def sample_shape(model: TorchModel, question: Question) -> SampleShape:
     picture, ids = _read(model, question)
     width, height = picture.size
     return SampleShape(
-        width=width, height=height, sizes=model.pictures.sizes(width, height), num_text=ids.num_tokens
+        where=question.where,
+        width=width,
+        height=height,
+        sizes=model.pictures.sizes(width, height),
+        num_text=ids.num_tokens,
     )
 
 

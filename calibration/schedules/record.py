@@ -63,12 +63,20 @@ class Record:
         self._file, self._path = file, path
 
     def append(self, line: Line | RecordKey) -> None:
-        """Write a line in one call."""
-        data = _ENCODER.encode(line) + b"\n"
-        if self._file.write(data) != len(data):
-            raise DataError(
-                f"{self._path}: expected room for a line, the disk is full; free some and run again"
-            )
+        """Write a line in one call.
+
+        Raises:
+            DataError: If it cannot be written, or not whole.
+        """
+        data, reason = _ENCODER.encode(line) + b"\n", "the disk is full"
+        try:
+            if self._file.write(data) == len(data):
+                return
+        except OSError as error:
+            reason = error.strerror
+        raise DataError(
+            f"{self._path}: expected room for a line, got none ({reason}); free some and run again"
+        )
 
     def close(self) -> None:
         """Close the file."""

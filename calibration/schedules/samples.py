@@ -44,6 +44,11 @@ def read_samples(source: str, *, prompt: str | None, count: int | None, seed: in
         DataError: If there are none, or one cannot be read.
     """
     path = Path(source)
+    if source != SYNTHETIC and not path.exists():
+        raise DataError(
+            f"--samples {source}: expected a folder of pictures, a JSON-lines file or '{SYNTHETIC}', got no such"
+            " file; check the name"
+        )
     is_folder = source != SYNTHETIC and path.is_dir()
     if is_folder != (prompt is not None):
         raise DataError(
@@ -52,11 +57,6 @@ def read_samples(source: str, *, prompt: str | None, count: int | None, seed: in
         )
     if source == SYNTHETIC:
         return synthetic_questions(DEFAULT_SYNTHETIC_COUNT if count is None else count, seed=seed)
-    if not path.exists():
-        raise DataError(
-            f"--samples {source}: expected a folder of pictures, a JSON-lines file or '{SYNTHETIC}', got no such"
-            " file; check the name"
-        )
     if prompt is not None:
         return _folder_questions(path, prompt, count=count)
     return read_questions(path, count=count, need_answers=False)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.calibration.question_files import questions_about, write_questions
 from tests.pictures import random_picture
-from trio_edge.calibration.schedules.calibration_file import Options, read_options
+from trio_edge.calibration.schedules.calibrate import Progress, _warn_above
+from trio_edge.calibration.schedules.calibration_file import Fidelity, Measure, Options, read_options
 from trio_edge.calibration.schedules.fixed_shapes import picture_sizes, rounds_with_margin, text_buckets
 from trio_edge.calibration.schedules.held_out import accuracy
 from trio_edge.calibration.schedules.measuring import Measured
 from trio_edge.calibration.schedules.pareto import first_fronts, pareto_front
 from trio_edge.calibration.schedules.prefill_cost import Cost, PrefillCost, Situation
 from trio_edge.calibration.schedules.prompts import SampleShape
+from trio_edge.calibration.schedules.record import ImportanceLine, Record
 from trio_edge.calibration.schedules.samples import read_samples, split_samples
 from trio_edge.calibration.schedules.search import Candidate
 from trio_edge.calibration.schedules.space import make_space
@@ -27,16 +30,15 @@ from trio_edge.runtime.schedule import Schedule
 from trio_edge.runtime.targets import find_target
 from trio_edge.trio.schedule import parse_schedule
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 MODEL = find_model("llava-next-7b")
 SIZES = {"B": 5, "N": 2880}
 SPACE = make_space(num_layers=32, num_visual=2880, layers=(1, 10, 15), keeps=(0.04, 0.1, 0.3), max_stages=3)
 
 
 def sample(num_visual: int, num_text: int, *, size: tuple[int, int] = (48, 48)) -> SampleShape:
-    return SampleShape(width=size[0], height=size[1], sizes={"N": num_visual}, num_text=num_text)
+    return SampleShape(
+        where="samples.jsonl:1", width=size[0], height=size[1], sizes={"N": num_visual}, num_text=num_text
+    )
 
 
 def cost_on(target: str, *situations: Situation) -> PrefillCost:
@@ -88,8 +90,13 @@ def test_no_picture_is_on_both_sides_of_the_split(tmp_path: Path) -> None:
 
 
 def test_text_buckets_have_room_to_spare_and_short_ones_where_they_pay() -> None:
-    assert text_buckets([sample(2880, 20), sample(2880, 60)]) == (80,)
-    assert text_buckets([sample(50, 9)] * 99 + [sample(50, 60)]) == (16, 80)
+    assert text_buckets([sample(2880, 20), sample(2880, 60)], room=999) == (80,)
+    assert text_buckets([sample(50, 9)] * 99 + [sample(50, 60)], room=999) == (16, 80)
+
+
+def test_text_buckets_have_no_more_room_to_spare_than_the_model_has() -> None:
+    assert text_buckets([sample(2880, 60)], room=75) == (72,)
+    assert text_buckets([sample(2880, 60)], room=61) == (64,)  # refused later, in words
 
 
 def test_picture_sizes_cover_the_largest_and_the_common_ones() -> None:
@@ -227,6 +234,10 @@ def test_the_nearest_that_is_told_can_be_had() -> None:
         ({"held_out": 1.0}, "--held-out: expected a share"),
         ({"nms_thresholds": (0.0,)}, "--nms-thresholds: expected values"),
         ({"answer_tokens": 0}, "--answer-tokens: expected 1..64, got 0"),
+        ({"max_new_tokens": 0}, "--max-new-tokens: expected 1 or more, got 0"),
+        ({"count": 1}, "--count: expected 2 or more samples, got 1"),
+        ({"seed": -1}, "--seed: expected a number of 0 or more, got -1"),
+        ({"max_kl": float("inf")}, "--max-kl: expected nats"),  # JSON has no such number
     ],
 )
 def test_impossible_options_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -242,3 +253,29 @@ def test_options_alone_are_a_config(tmp_path: Path) -> None:
     path.write_text(json.dumps({"options": {**wanted, "layer": 3}}))
     with pytest.raises(DataError, match=r"expected a calibration\.json"):
         read_options(path)
+    path.write_text(json.dumps({"options": wanted, "data": {"sha256": 5}}))
+    with pytest.raises(DataError, match=r"Expected `str \| null`"):
+        read_options(path)
+
+
+def test_a_record_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with Path("/dev/full").open("ab", buffering=0) as full:
+        record = Record(full, tmp_path / "measurements.jsonl")
+        with pytest.raises(DataError, match=r"measurements\.jsonl: expected room for a line, got none"):
+            record.append(ImportanceLine(index=0, layers=[]))
+
+
+def test_a_divergence_above_the_wish_is_warned_of() -> None:
+    lines: list[str] = []
+    kl, agreement = (Measure(value=value, interval_95=(0.0, 1.0)) for value in (0.07, 1.0))
+    for bound in (0.05, 0.08):
+        _warn_above(
+            Wish(rule="max_kl", bound=bound),
+            Fidelity(samples=3, kl=kl, agreement=agreement),
+            Progress(warn=lines.append),
+            what=" with --quantize int4",
+            way_out="quantize fewer parts",
+        )
+    assert lines == [
+        "the held-out KL with --quantize int4 is 0.0700, above --max-kl 0.05; quantize fewer parts"
+    ]

@@ -191,6 +191,7 @@ def test_half_precision_weights_are_mapped_where_they_are_too_large_for_the_memo
 
 BAD_CASES: dict[str, tuple[list[str], str]] = {
     "no samples": (["--samples", "{tmp}/none"], "got no such file"),
+    "no folder": (["--samples", "{tmp}/none", "--prompt", "w1"], "got no such file"),
     "an empty folder": (["--samples", "{empty}", "--prompt", "w1"], "expected pictures"),
     "a folder without a prompt": (["--samples", "{empty}"], "expected --prompt"),
     "a prompt for a file": (["--prompt", "w1"], "expected --prompt with a folder"),
@@ -208,7 +209,11 @@ BAD_CASES: dict[str, tuple[list[str], str]] = {
     "no layer": (["--layers", "one"], "--layers: expected numbers"),
     "a whole budget": (["--keeps", "100%"], "--keeps: expected shares"),
     "two wishes": (["--keep", "50%", "--max-kl", "0.1"], "expected one of them"),
-    "too long an answer": (["--max-new-tokens", "2000"], "sequence: expected at most 1024 positions"),
+    "too long an answer": (["--max-new-tokens", "2000"], "jsonl:1, or lower --max-new-tokens"),
+    "no place for the output": (
+        ["--out", "{damaged}/damaged.png/out", "--samples", "none"],
+        "expected {damaged}/damaged.png to be a folder",
+    ),
     "no device": (["--device", "cudo"], "--device: expected one that torch has"),
     "an existing folder": (["--out", "{empty}"], "it exists"),
     "a folder of something else": (["--out", "{pictures}", "--force"], "expected a calibration to replace"),
@@ -236,7 +241,7 @@ def test_mistakes_are_one_line(
     words += ["--force"] if "--force" in given else []
     assert cli_calibrate.main([str(checkpoint), *words, "--no-export", "--quiet"]) == 2
     error = capsys.readouterr().err.strip()
-    assert expected in error
+    assert expected.format(**places) in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 

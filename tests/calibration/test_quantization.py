@@ -25,7 +25,7 @@ from trio_edge.calibration.quantization.collecting import answer_samples, listen
 from trio_edge.calibration.quantization.fidelity import given_tokens, measure_quantized
 from trio_edge.calibration.quantization.moving import moved
 from trio_edge.calibration.quantization.quantized_model import quantized_model
-from trio_edge.calibration.quantization.rounding import GroupRounding
+from trio_edge.calibration.quantization.rounding import LARGEST_FACTOR, GroupRounding
 from trio_edge.calibration.quantization.sections import quantized_sections
 from trio_edge.calibration.questions import Question, read_questions
 from trio_edge.calibration.schedules.greedy import greedy_answer
@@ -376,6 +376,40 @@ def test_tensorrt_builds_inputs_in_eight_bits(bundle: Bundle, tmp_path: Path) ->
     copy = copy_bundle(bundle.folder, tmp_path / "bundle")
     arguments = ["--backend", "tensorrt-rtx", "--compute-capability", "86", "--quiet"]
     assert main([str(copy), *arguments, "--graphs", "prefix,select_1"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_factors_keep_dead_inputs_and_stay_in_reach_of_float16(kind: Any) -> None:
+    pytest.importorskip("modelopt", reason="is in the extra 'quantize'")
+    generator = torch.Generator().manual_seed(0)
+    weight_OI, rows_TI = (torch.randn(size, 64, generator=generator) for size in (16, 96))
+    weight_OI[:, 1] = 0.0  # no output reads it
+    rows_TI[:, 2] = 0.0  # no sample has it
+    weight_OI[:, 3], rows_TI[:, 3] = 1e-5, 1e4
+    rows_TI[:, 4] *= 1e-1
+    weight_OI[:, 4] *= 1e2
+    rounding = GroupRounding(
+        weight_OI=weight_OI,
+        rows_TI=torch.cat([rows_TI, rows_TI.abs().amax(0)[None]]),
+        kind=kind,
+        dtype="float16",
+        block=64 if kind == "int4" else None,
+    )
+    for factors_I in rounding.candidates():
+        assert factors_I[1:3].tolist() == [1.0, 1.0]
+        assert 1 / LARGEST_FACTOR <= factors_I.min() <= 1.0 <= factors_I.max() <= LARGEST_FACTOR
+
+
+@pytest.mark.parametrize("num_alive", [0, 1])
+def test_fewer_than_two_inputs_have_no_factors(num_alive: int) -> None:
+    rounding = GroupRounding(
+        weight_OI=torch.ones(2, 16),
+        rows_TI=(torch.arange(16) < num_alive).expand(5, 16).float(),
+        kind="int8",
+        dtype="float16",
+        block=None,
+    )
+    assert rounding.candidates() == []
 
 
 def test_nothing_is_calibrated_where_only_selection_and_table_are_quantized(checkpoint: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from trio_edge.runtime import folder_beside as module
 from trio_edge.runtime.errors import CheckpointError
-from trio_edge.runtime.folder_beside import delete_leftovers, folder_beside
+from trio_edge.runtime.folder_beside import check_place, delete_leftovers, folder_beside
 from trio_edge.runtime.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
@@ -167,6 +167,19 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     with pytest.raises(CheckpointError, match=expected), beside(tmp_path / "bundle", **room):
         raise AssertionError("no folder is made")
     assert names(tmp_path) == []
+
+
+def test_a_place_is_refused_long_before_anything_is_written(tmp_path: Path) -> None:
+    options: Any = {"num_bytes": 1, "error": CheckpointError, "way_out": "choose another --out"}
+    check_place(tmp_path / "new" / "bundle", **options)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"expected .*file to be a folder.*; choose another --out$"):
+        check_place(tmp_path / "file" / "bundle", **options)
+    with pytest.raises(
+        CheckpointError, match=r"GB of free space, got .*; free some or choose another --out$"
+    ):
+        check_place(tmp_path / "bundle", **{**options, "num_bytes": 1 << 60})
+    assert names(tmp_path) == ["file"]
 
 
 def test_another_error_of_the_system_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
