@@ -73,7 +73,7 @@ class Record:
             if self._file.write(data) == len(data):
                 return
         except OSError as error:
-            reason = error.strerror
+            reason = str(error.strerror)
         raise DataError(
             f"{self._path}: expected room for a line, got none ({reason}); free some and run again"
         )
