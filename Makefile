@@ -9,6 +9,8 @@ TORCH ?= torch==2.13.0
 # dependencies: on the package index its wheel is built for CUDA, and pip would replace a CPU torch to suit it.
 TORCHVISION ?= torchvision==0.28.0
 BUNDLE := out/tiny
+# Python compiles what is imported; compiling all that is installed would take longer than installing it.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 # Each takes 1.5 GB and one core.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
@@ -16,10 +18,10 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/torchvision "$(TORCHVISION)"
+	$(PIP) --upgrade "pip>=24"
+	$(PIP) "$(TORCH)"
+	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps --upgrade --target $(VENV)/torchvision "$(TORCHVISION)"
 	touch $(READY)
 
 $(BUNDLE)/trio.json: $(READY) $(wildcard export/tiny/*)

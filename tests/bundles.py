@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.shared_folder import made_once
+from tests.shared_traces import shared_traces
 from trio_edge.export.bundle import ExportOptions, export_bundle
 from trio_edge.export.checkpoint import TINY_FOLDER
 from trio_edge.export.quantize.scales import CacheRange, CalibratedScales
@@ -40,11 +41,9 @@ def export(
     settings = {"max_text": 64, "max_new_tokens": 40, **options}
 
     def make(out: Path) -> None:
-        export_bundle(
-            ExportOptions(model=str(source), out=out, **settings),
-            schedule_for=lambda _inputs: schedule,
-            scales=scales,
-        )
+        wanted = ExportOptions(model=str(source), out=out, **settings)
+        with shared_traces(wanted, schedule):
+            export_bundle(wanted, schedule_for=lambda _inputs: schedule, scales=scales)
 
     wanted = f"{_digest(source)} {schedule} {scales} {sorted(settings.items())}"
     bundle = made_once(f"bundle-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}", make)

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -47,10 +47,24 @@ def _is_worker() -> bool:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
+def _one_thread() -> Iterator[None]:
+    """There are as many processes as cores."""
+    import onnxruntime
     import torch
 
-    torch.set_num_threads(1)  # there are as many processes as cores
+    torch.set_num_threads(1)
+    create = onnxruntime.InferenceSession.__init__
+
+    def with_one_thread(
+        self: Any, graph: Any, sess_options: Any = None, *others: Any, **settings: Any
+    ) -> None:
+        options = sess_options or onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.intra_op_num_threads or 1
+        create(self, graph, options, *others, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime.InferenceSession, "__init__", with_one_thread)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
