@@ -94,7 +94,8 @@ def trace(
         )
     if program is None:
         raise AssertionError("torch.onnx.export with dynamo=True returns a program")
-    model = program.model
+    # A copy names what it will be optimized into by itself, not by how many names the tracing has used up.
+    model = program.model.clone()
     _name_values(model.graph.inputs, inputs)
     _name_values(model.graph.outputs, outputs)
     return model

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
+import json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from trio_edge.export.graphs.clip_text import ClipText
+from trio_edge.export.graphs.decoder_range import DecoderRange
+from trio_edge.export.graphs.head import Head
 from trio_edge.export.graphs.reduce import Reduce
 from trio_edge.export.graphs.select import Select
 from trio_edge.export.onnx_graph import trace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import onnx_ir as ir
     from torch import nn
@@ -33,18 +36,19 @@ def shared_traces(options: ExportOptions, schedule: Schedule) -> Iterator[None]:
     Modules are built from configuration files and few options, selections from the schedule too; shapes, types and opset are in
     the trace's arguments.
     """
-    folders = [options.model, *([] if options.clip is None else [options.clip])]
-    model = (
-        f"{[_configuration(Path(folder)) for folder in folders]} {options.max_visual} {options.encoder_keep}"
-    )
+    folders = [Path(folder) for folder in (options.model, options.clip) if folder is not None]
     selection = f"{schedule} {options.token_method} {options.token_keep}"
     stages = itertools.count()
 
     def trace_once(module: nn.Module, **settings: Any) -> ir.Model:
-        arguments = {**settings, "args": _shapes(settings["args"])}
-        wanted = f"{model} {type(module).__name__} {sorted(arguments.items())}"
         if isinstance(module, (Select, Reduce)):
-            wanted += f" {selection} {next(stages)}"
+            origin = f"{_configuration(folders)} {selection} {next(stages)}"
+        elif isinstance(module, (DecoderRange, Head, ClipText)):
+            origin = _configuration(folders)
+        else:
+            origin = f"{_configuration(folders, without='text_config')} {options.max_visual} {options.encoder_keep}"
+        arguments = {**settings, "args": _shapes(settings["args"])}
+        wanted = f"{type(module).__name__} {origin} {sorted(arguments.items())}"
         if wanted not in _traces:
             _traces[wanted] = trace(module, **settings)
         return _traces[wanted].clone()
@@ -54,13 +58,16 @@ def shared_traces(options: ExportOptions, schedule: Schedule) -> Iterator[None]:
         yield
 
 
-def _configuration(folder: Path) -> str:
-    """Return a digest of all that a model's modules and its pictures' processing are built from."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.json")):
-        digest.update(f"{path.name} {path.stat().st_size} ".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def _configuration(folders: Sequence[Path], *, without: str = "") -> str:
+    """Return all that the models' modules and the processing of pictures are built from; a vision tower knows no decoder."""
+    files = {
+        path: json.loads(path.read_bytes())
+        for folder in folders
+        for path in sorted(folder.glob("*config.json"))
+    }
+    for content in files.values():
+        content.pop(without, None)
+    return str([(path.name, content) for path, content in files.items()])
 
 
 def _shapes(args: Any) -> Any:
