@@ -68,16 +68,19 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_table_of_onnx_functions() -> Iterator[None]:
-    """torch reads its table of ONNX functions anew for each graph, 0.5 s; the exporter does not change it."""
+def _one_look_at_torchs_operators() -> Iterator[None]:
+    """torch lists ONNX functions and operators anew for each graph, 0.5 s; the exporter changes neither."""
     with pytest.MonkeyPatch.context() as patch:
-        with contextlib.suppress(
-            ImportError, AttributeError
-        ):  # private to torch; without it, tests take longer
+        # private to torch; without them, tests take longer
+        with contextlib.suppress(ImportError, AttributeError):
             from torch.onnx._internal.exporter._registration import ONNXRegistry
 
             read_once = functools.cache(ONNXRegistry.from_torchlib)
             patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(read_once))
+        with contextlib.suppress(ImportError, AttributeError):
+            from torch._export import utils
+
+            patch.setattr(utils, "_materialize_cpp_cia_ops", functools.cache(utils._materialize_cpp_cia_ops))
         yield
 
 
