@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from released_shapes import FAMILIES, make_checkpoint
-from watched_command import folder_bytes, gigabytes
+from released_shapes import add_options, checkpoint_of
+from watched_command import gigabytes, memory_of
 
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.engine_build import BuildOptions, BuildPlan, BuildProgress, build_engines, plan_build
@@ -56,34 +56,19 @@ class ChildMemory:
     def _sample(self) -> None:
         while not self._done.wait(SAMPLE_SECONDS):
             for child in multiprocessing.active_children():
-                try:
-                    text = Path(f"/proc/{child.pid}/status").read_text()
-                except OSError:
-                    continue
-                kib = {
-                    name: int(count) for name, count in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)
-                }
-                if "RssAnon" in kib:
-                    self.anonymous = max(self.anonymous, 1024 * kib["RssAnon"])
-                    self.mapped = max(self.mapped, 1024 * (kib["RssFile"] + kib["RssShmem"]))
-                    self.resident = max(self.resident, 1024 * kib["VmHWM"])
+                found = memory_of(child.pid or 0)
+                if found is not None:
+                    self.resident, self.anonymous, self.mapped = map(
+                        max, found, (self.resident, self.anonymous, self.mapped)
+                    )
 
 
 def make_bundle(bundle: Path, options: argparse.Namespace) -> None:
     """Make a checkpoint, export it to ``bundle`` and delete the checkpoint."""
-    checkpoint = options.folder / "checkpoint"
-    make_checkpoint(
-        checkpoint,
-        family=FAMILIES[options.family],
-        num_layers=options.layers,
-        dtype="float16",
-        shard_bytes=int(5e9),
-    )
-    print(f"made {gigabytes(folder_bytes(checkpoint))}", flush=True)
-    code = "import sys; from trio_edge.export.cli import main; sys.exit(main())"
-    arguments = [str(checkpoint), "--out", str(bundle), "--quiet", *options.export]
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
-    shutil.rmtree(checkpoint)
+    with checkpoint_of(options) as checkpoint:
+        code = "import sys; from trio_edge.export.cli import main; sys.exit(main())"
+        arguments = [str(checkpoint), "--out", str(bundle), "--quiet", *options.export]
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True)
 
 
 def row(plan: BuildPlan, entry: EngineEntry, memory: ChildMemory) -> str:
@@ -132,13 +117,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--family", choices=list(FAMILIES), default="llava-next-7b")
-    parser.add_argument("--layers", type=int, help="decoder layers (default: the family's)")
-    parser.add_argument("--folder", type=Path, default=Path("out/build-scale"), help="folder for everything")
+    add_options(parser, family="llava-next-7b", folder="out/build-scale")
     parser.add_argument("--compute-capability", default="86", help="as trio-build's")
     parser.add_argument("--graphs", nargs="*", default=[], help="graphs to build (default: all)")
     parser.add_argument("--split-lm-head", type=int, default=1, help="as trio-build's")
-    parser.add_argument("--keep-files", action="store_true", help="keep the bundle, reuse it next time")
     parser.add_argument("--export", nargs=argparse.REMAINDER, default=[], help="the rest goes to trio-export")
     options = parser.parse_args()
     bundle = options.folder / "bundle"

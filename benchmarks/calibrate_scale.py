@@ -9,10 +9,9 @@ Free space for the checkpoint and the bundle is needed; both are deleted at the 
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
-from released_shapes import FAMILIES, SAFETENSORS_DTYPES, make_checkpoint
+from released_shapes import add_options, checkpoint_of
 from watched_command import folder_bytes, gigabytes, machine, step_table, watch
 
 WARNING = "trio-calibrate:"
@@ -22,34 +21,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--family", choices=list(FAMILIES), default="llava-1.5-7b")
-    parser.add_argument("--layers", type=int, help="decoder layers (default: the family's)")
-    parser.add_argument(
-        "--dtype", choices=list(SAFETENSORS_DTYPES), default="float16", help="of the checkpoint"
-    )
-    parser.add_argument(
-        "--folder", type=Path, default=Path("out/calibrate-scale"), help="new folder for everything"
-    )
-    parser.add_argument("--keep-files", action="store_true", help="keep the checkpoint, reuse it next time")
+    add_options(parser, family="llava-1.5-7b", folder="out/calibrate-scale")
     parser.add_argument(
         "--calibrate", nargs=argparse.REMAINDER, default=[], help="the rest goes to trio-calibrate"
     )
     options = parser.parse_args()
-    checkpoint, out = options.folder / "checkpoint", options.folder / "calibrated"
-    if not checkpoint.exists():
-        make_checkpoint(
-            checkpoint,
-            family=FAMILIES[options.family],
-            num_layers=options.layers,
-            dtype=options.dtype,
-            shard_bytes=int(5e9),
-        )
-    try:
+    out = options.folder / "calibrated"
+    with checkpoint_of(options, out) as checkpoint:
         report(checkpoint, out, options)
-    finally:
-        if not options.keep_files:
-            shutil.rmtree(out, ignore_errors=True)
-            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def report(checkpoint: Path, out: Path, options: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from released_shapes import FAMILIES, SAFETENSORS_DTYPES, make_checkpoint
+from released_shapes import add_options, checkpoint_of
 from watched_command import Peaks, Step, folder_bytes, forget, gigabytes, machine, step_table, watch
 
 from trio_edge.runtime.bundle import Bundle, open_bundle
@@ -153,15 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--family", choices=list(FAMILIES), default="llava-next-7b")
-    parser.add_argument("--layers", type=int, help="decoder layers (default: the family's)")
-    parser.add_argument(
-        "--dtype", choices=list(SAFETENSORS_DTYPES), default="float16", help="of the checkpoint"
-    )
-    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest weight file")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("out/export-scale"), help="new folder for everything"
-    )
+    add_options(parser, family="llava-next-7b", folder="out/export-scale")
     parser.add_argument("--export", nargs=argparse.REMAINDER, default=[], help="the rest goes to trio-export")
     parser.add_argument(
         "--graphs",
@@ -171,32 +163,10 @@ def main() -> None:
     )
     parser.add_argument("--sessions", nargs="+", choices=["usual", "mapped"], default=["usual", "mapped"])
     parser.add_argument("--threads", type=int, default=2, help="ONNX Runtime's")
-    parser.add_argument("--checkpoint-only", action="store_true", help="make the checkpoint, keep it, stop")
-    parser.add_argument(
-        "--keep-files", action="store_true", help="keep checkpoint and bundle, reuse them next time"
-    )
     options = parser.parse_args()
-    checkpoint, bundle = options.folder / "checkpoint", options.folder / "bundle"
-    if not checkpoint.exists():
-        start = time.perf_counter()
-        make_checkpoint(
-            checkpoint,
-            family=FAMILIES[options.family],
-            num_layers=options.layers,
-            dtype=options.dtype,
-            shard_bytes=int(1e9 * options.shard_gb),
-        )
-        print(
-            f"made {gigabytes(folder_bytes(checkpoint))} in {time.perf_counter() - start:.0f} s", flush=True
-        )
-    if options.checkpoint_only:
-        return
-    try:
+    bundle = options.folder / "bundle"
+    with checkpoint_of(options, bundle) as checkpoint:
         report(checkpoint, bundle, options)
-    finally:
-        if not options.keep_files:
-            shutil.rmtree(bundle, ignore_errors=True)
-            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def report(checkpoint: Path, bundle: Path, options: argparse.Namespace) -> None:

@@ -5,10 +5,14 @@ Weights mean nothing. They are written piece by piece, so 14 GB need no memory.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
+import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +24,6 @@ from trio_edge.runtime.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 SAFETENSORS_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 PIECE = (
@@ -292,3 +295,38 @@ def _write_processor(folder: Path, family: Family) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(family.preprocessor, indent=1))
     (folder / "chat_template.jinja").write_text(family.chat_template)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+
+
+# ------------------------------------------------------------------------------------- of a benchmark's own
+
+
+def add_options(parser: argparse.ArgumentParser, *, family: str, folder: str) -> None:
+    """Add the options that ``checkpoint_of`` reads."""
+    parser.add_argument("--family", choices=list(FAMILIES), default=family)
+    parser.add_argument("--layers", type=int, help="decoder layers (default: the family's)")
+    parser.add_argument(
+        "--dtype", choices=list(SAFETENSORS_DTYPES), default="float16", help="of the checkpoint"
+    )
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest weight file")
+    parser.add_argument("--folder", type=Path, default=Path(folder), help="new folder for everything")
+    parser.add_argument("--keep-files", action="store_true", help="keep all files, reuse them next time")
+
+
+@contextmanager
+def checkpoint_of(options: argparse.Namespace, *others: Path) -> Iterator[Path]:
+    """Yield a checkpoint in the options' folder; it and ``others`` are deleted afterwards unless the options keep files."""
+    checkpoint = options.folder / "checkpoint"
+    if not checkpoint.exists():
+        make_checkpoint(
+            checkpoint,
+            family=FAMILIES[options.family],
+            num_layers=options.layers,
+            dtype=options.dtype,
+            shard_bytes=int(1e9 * options.shard_gb),
+        )
+    try:
+        yield checkpoint
+    finally:
+        if not options.keep_files:
+            for folder in (*others, checkpoint):
+                shutil.rmtree(folder, ignore_errors=True)

@@ -40,15 +40,23 @@ class Peaks:
 
     def _sample(self, pid: int) -> None:
         while not self._done.wait(SAMPLE_SECONDS):
-            try:
-                text = Path(f"/proc/{pid}/status").read_text()
-            except OSError:
-                return
-            kib = {name: int(count) for name, count in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
-            if "VmHWM" in kib:  # a process that has ended has no memory
-                self.resident = max(self.resident, 1024 * kib["VmHWM"])
-                self.anonymous = max(self.anonymous, 1024 * kib["RssAnon"])
-                self.mapped = max(self.mapped, 1024 * (kib["RssFile"] + kib["RssShmem"]))
+            found = memory_of(pid)
+            if found is not None:
+                self.resident, self.anonymous, self.mapped = map(
+                    max, found, (self.resident, self.anonymous, self.mapped)
+                )
+
+
+def memory_of(pid: int) -> tuple[int, int, int] | None:
+    """Return a process's largest resident memory so far, and its anonymous and mapped memory now; None once it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    kib = {name: int(count) for name, count in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
+    if "VmHWM" not in kib:
+        return None
+    return 1024 * kib["VmHWM"], 1024 * kib["RssAnon"], 1024 * (kib["RssFile"] + kib["RssShmem"])
 
 
 def forget(files: Iterable[Path]) -> None:
