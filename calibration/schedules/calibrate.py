@@ -344,7 +344,7 @@ class _Reporting:
 def _warn_above(wish: Wish, held_out: Fidelity, progress: Progress, *, what: str, way_out: str) -> None:
     if wish.rule == "max_kl" and held_out.kl.value > wish.bound:
         progress.warn(
-            f"the held-out KL{what} is {held_out.kl.value:.4f}, above --max-kl {wish.bound:g}; {way_out}"
+            f"the held-out KL{what} is {held_out.kl.value:.3g}, above --max-kl {wish.bound:g}; {way_out}"
         )
 
 

@@ -277,5 +277,5 @@ def test_a_divergence_above_the_wish_is_warned_of() -> None:
             way_out="quantize fewer parts",
         )
     assert lines == [
-        "the held-out KL with --quantize int4 is 0.0700, above --max-kl 0.05; quantize fewer parts"
+        "the held-out KL with --quantize int4 is 0.07, above --max-kl 0.05; quantize fewer parts"
     ]
