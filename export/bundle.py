@@ -30,6 +30,7 @@ from trio_edge.export.output_folder import check_output, folder_beside
 from trio_edge.export.quantize.assign import (
     check_packed,
     embedding_key,
+    parts_left_alone,
     plain_tensors,
     quantization_of,
     quantize_graphs,
@@ -299,6 +300,11 @@ def export_bundle(
         )
 
     traced, forms = quantize_graphs(traced, options.quantize, scales, checkpoint=checkpoint)
+    for part, kind in parts_left_alone(forms, options.quantize, graphs=traced).items():
+        progress.warn(
+            f"--quantize: expected weights of {part} that {kind} can hold (INT4: an even number of outputs, a multiple of 16"
+            f" inputs), got none; {part} stays in {dtype}"
+        )
     if options.quantize.has_cache:
         traced = quantize_caches(traced, scales.cache_max)
     names, whole_files = plain_tensors(traced, forms), not forms and clip is None

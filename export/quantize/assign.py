@@ -215,8 +215,9 @@ def quantization_of(
         for graph in graphs
         if not taken.isdisjoint(graph.weights.values())
     }
+    left_alone = parts_left_alone(forms, plan, graphs=graphs)
     for part in PARTS:
-        if (kind := plan.of_part(part)) != "none":
+        if (kind := plan.of_part(part)) != "none" and part not in left_alone:
             formats[part] = kind
     return Quantization(
         formats=formats,
@@ -225,6 +226,22 @@ def quantization_of(
         num_samples=scales.num_samples,
         inputs=_with_inputs(graphs),
     )
+
+
+def parts_left_alone(
+    forms: Iterable[StoredForm], plan: QuantizePlan, *, graphs: Iterable[TracedGraph]
+) -> dict[Part, QuantizedFormat]:
+    """Return those parts whose graphs ``plan`` quantizes, but of whose weights none can be in the format."""
+    quantized = {form.key for form in forms if form.kind != "none"}
+    wanted: dict[Part, QuantizedFormat] = {}
+    done: set[Part] = set()
+    for graph in graphs:
+        kind = plan.of_role(graph.spec.role)
+        if kind != "none":
+            wanted[PART_FROM_ROLE[graph.spec.role]] = kind
+            if not quantized.isdisjoint(graph.weights.values()):
+                done.add(PART_FROM_ROLE[graph.spec.role])
+    return {part: kind for part, kind in wanted.items() if part not in done}
 
 
 def _with_inputs(graphs: Iterable[TracedGraph]) -> tuple[Part, ...]:

@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from tests.bundles import export
+from tests.checkpoints import save_checkpoint
 from tests.conftest import REDUCED_STAGES
+from tests.shared_traces import shared_traces
+from trio_edge.export.bundle import ExportOptions, Progress, export_bundle
 from trio_edge.export.checkpoint import canonical_name, read_checkpoint
 from trio_edge.export.quantize.graph import SCALE_SUFFIX
 from trio_edge.export.quantize.numerics import block_size, pack_int4, quantize, stored_bytes, unpack_int4
@@ -157,6 +160,21 @@ def test_a_quantized_range_computes_with_exactly_the_rounded_weights(
     twin = twin_of("suffix", open_bundle(reduced_bundle), checkpoint)
     for got, expected in zip(session.run(None, inputs), twin.run(None, inputs)):
         np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_a_part_that_cannot_be_in_its_format_is_named_and_not_in_the_manifest(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "ck", num_layers=2, text_settings={"vocab_size": 101})
+    warnings: list[str] = []
+    options = ExportOptions(
+        model=str(checkpoint), out=tmp_path / "out", quantize=parse_plan("head=int4,prefix=int8"), max_text=8
+    )
+    with shared_traces(options, Schedule()):
+        export_bundle(options, schedule_for=lambda _: Schedule(), progress=Progress(warn=warnings.append))
+    quantization = open_bundle(tmp_path / "out").manifest.quantization
+    assert quantization is not None
+    assert quantization.formats == {"prefix": "int8"}
+    (warning,) = warnings
+    assert "weights of head that int4 can hold" in warning
 
 
 def test_the_manifest_says_what_was_quantized_and_which_opset_it_took(quantized: Bundle) -> None:
