@@ -154,10 +154,12 @@ def locate(model: str, *, revision: str | None = None) -> Location:
     Raises:
         CheckpointError: If there is no such folder, alias or Hub repository, or the Hub cannot be reached.
     """
-    if model == "tiny":
-        return Location(folder=TINY_FOLDER)
-    path = Path(model).expanduser()
+    path = TINY_FOLDER if model == "tiny" else Path(model).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"--revision: expected a model of the Hub, got {revision!r} of {model}, which is a local folder; leave it out"
+            )
         return Location(folder=path)
     if path.exists():
         raise CheckpointError(

@@ -45,6 +45,8 @@ FLAGS = {
     "unknown_model": (["nonsense"], "expected a folder, a Hub id"),
     "malformed_hub_id": (["a/..b--c"], "a/..b--c"),
     "hub_out_of_reach": (["owner/name"], "no connection"),
+    "revision_of_a_folder": (["M", "--revision", "v1"], "got 'v1' of"),
+    "revision_of_the_packaged_model": (["tiny", "--revision", "v1"], "got 'v1' of tiny"),
     "keep_and_schedule": (["M", "--keep", "20%", "--schedule", "1:5"], "got both"),
     "keep_not_a_number": (["M", "--keep", "many"], "keep 'many'"),
     "keep_zero": (["M", "--keep", "0%"], "keep"),
