@@ -10,14 +10,9 @@ padding included; INT8 and FP8: 1):
                         layer what makes keys and queries
     KV caches           per layer 2 G E b times its rows: visual rows of its range + largest text + new tokens;
                         b is 1 for keys and values in INT8
-    activations         the largest of these graphs at its largest prefill of S rows
-      layer range         3 S D b + layers 2 G E S b + 4 S² + max(S (H + 2 G) E b + H S² (4 + b), 3 S I b)
-      select              3 S D b + 8 S D + 8 N² + R V (4 + b)
-      vision              6 P F b + max((F / 64) P² 2 b, 2 P J b) per tile of P patches, width F, MLP width J
-      head                S D b + 4 V
+    activations         the largest of the graphs, by ``runtime/prediction/activations.py``
 
-Attention scores are counted in float32 and once more in the model's type: TensorRT may fuse them away. Graphs run one
-after the other, so their activations are taken to share one buffer. Not counted: the workspace of TensorRT's
+Graphs run one after the other, so their activations are taken to share one buffer. Not counted: the workspace of TensorRT's
 tactics, building (which takes several times an engine's weights), and the token embeddings, which stay in a mapped file.
 """
 
@@ -32,7 +27,9 @@ import msgspec
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.manifest import Dimensions
+from trio_edge.runtime.prediction.activations import Tiles, largest_activations
 from trio_edge.runtime.prediction.selections import repeated_weights
+from trio_edge.runtime.prediction.shapes import layer_weights
 from trio_edge.runtime.schedule import Schedule, Stage
 from trio_edge.trio.cost import ModelShape, VisionShape
 from trio_edge.trio.schedule import parse_keep, schedule_for_keep
@@ -56,7 +53,6 @@ USUAL_KEEP = "11.1%"
 """Average keep of the remedy that reduces tokens."""
 SMALL_PICTURE = (336, 336)
 """Width and height of the remedy with a smaller camera."""
-_VISION_HEAD_SIZE = 64
 _INT4 = "all=int4"
 
 
@@ -125,8 +121,8 @@ class Remedy:
 def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
     """Return the bytes of every category against ``usable_bytes``; the formulas are this module's head."""
     model, plan = inputs.model, inputs.quantize
-    layer, head = _layer_params(model), model.vocab_size * model.hidden_size
-    sizes = Dimensions(**{name: getattr(model, name) for name in Dimensions.__struct_fields__})
+    sizes = _dimensions(model)
+    layer, head = layer_weights(sizes), model.vocab_size * model.hidden_size
     repeated = repeated_weights(inputs.schedule.method, sizes)
     formats = plan.of_layers(inputs.schedule, num_layers=model.num_layers)
 
@@ -195,12 +191,6 @@ def _advice(options: Sequence[Remedy]) -> str:
     return f"{text}; choose a smaller model"
 
 
-def _layer_params(model: ModelShape) -> int:
-    """Return the elements of one decoder layer's linear weights."""
-    queries, keys = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
-    return model.hidden_size * (2 * queries + 2 * keys + 3 * model.intermediate_size)
-
-
 def _kv_row_bytes(inputs: FitInputs) -> int:
     """Return the bytes of one row of one layer's keys and values."""
     model = inputs.model
@@ -214,39 +204,20 @@ def _kv_bytes(inputs: FitInputs) -> int:
 
 
 def _activation_bytes(inputs: FitInputs) -> int:
-    model, ranges = inputs.model, inputs.layers_and_rows
-    candidates = [_vision_bytes(inputs.picture.vision, size=model.bytes_per_element)]
-    for layers, rows in ranges:
-        candidates.append(_range_bytes(inputs, num_layers=layers, num_rows=rows + inputs.max_text))
-    for _layers, rows in ranges[:-1]:
-        candidates.append(_select_bytes(inputs, num_visual=rows))
-    last_rows = ranges[-1][1] + inputs.max_text
-    candidates.append(last_rows * model.hidden_size * model.bytes_per_element + 4 * model.vocab_size)
-    return max(candidates)
+    vision = inputs.picture.vision
+    return largest_activations(
+        _dimensions(inputs.model),
+        layers_and_rows=inputs.layers_and_rows,
+        text_rows=inputs.max_text,
+        probe_rows=inputs.schedule.num_probe_rows,
+        cache_row_bytes=_kv_row_bytes(inputs),
+        tiles=Tiles(vision.num_tiles, vision.patches_per_tile, vision.hidden_size, vision.intermediate_size),
+        element_bytes=inputs.model.bytes_per_element,
+    )
 
 
-def _range_bytes(inputs: FitInputs, *, num_layers: int, num_rows: int) -> int:
-    model, rows = inputs.model, num_rows
-    size = model.bytes_per_element
-    heads, width = model.num_heads + 2 * model.num_kv_heads, model.head_size
-    attention = rows * heads * width * size + model.num_heads * rows**2 * (4 + size)
-    mlp = 3 * rows * model.intermediate_size * size
-    shared = 3 * rows * model.hidden_size * size + 4 * rows**2
-    return shared + num_layers * rows * _kv_row_bytes(inputs) + max(attention, mlp)
-
-
-def _select_bytes(inputs: FitInputs, *, num_visual: int) -> int:
-    model, rows = inputs.model, num_visual + inputs.max_text
-    size = model.bytes_per_element
-    probe = inputs.schedule.num_probe_rows * model.vocab_size * (4 + size)
-    return rows * model.hidden_size * (3 * size + 8) + 8 * num_visual**2 + probe
-
-
-def _vision_bytes(vision: VisionShape, *, size: int) -> int:
-    patches, width = vision.patches_per_tile, vision.hidden_size
-    scores = width // _VISION_HEAD_SIZE * patches**2 * 2 * size
-    mlp = 2 * patches * vision.intermediate_size * size
-    return vision.num_tiles * (6 * patches * width * size + max(scores, mlp))
+def _dimensions(model: ModelShape) -> Dimensions:
+    return Dimensions(**{name: getattr(model, name) for name in Dimensions.__struct_fields__})
 
 
 def _with_float16(inputs: FitInputs) -> FitInputs | None:

@@ -1,57 +1,85 @@
-"""Bytes of a bundle's largest scratch buffer: what its graphs, which run one after the other, need beside inputs and results.
+"""Bytes of the largest scratch buffer: what graphs, which run one after the other, need beside inputs and results.
 
-    layer range   hidden states, new KV rows, and attention or the MLP, whichever is larger
-    select        rows for the probe's gradients, N N similarities, logits of the probe rows
-    vision        for each tile hidden states, and attention or the MLP
-    head          rows and logits
+With the letters of ``trio_edge.trio.saliency``, I the intermediate size, S a graph's largest prefill and b bytes per element:
 
-Attention scores are taken to be in memory, in float32 and once more in half precision, in vision both in half precision: the
-formulas of ``trio-export --target``, to which a test holds them.
+    layer range   3 S D b + new KV rows + 4 S² + max(S (H + 2 G) E b + H S² (4 + b), 3 S I b)
+    select        3 S D b + 8 S D + 8 N² + R V (4 + b)
+    vision        6 P F b + max((F / 64) P² 2 b, 2 P J b) per tile of P patches, width F, MLP width J
+    head          S D b + 4 V
+
+Attention scores are counted in float32 and once more in the model's type: TensorRT may fuse them away.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from trio_edge.runtime.prediction.shapes import tiles_and_patches
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from trio_edge.runtime.prediction.answer import Setting
+    from collections.abc import Sequence
+
+    from trio_edge.runtime.manifest import Dimensions
 
 _VISION_HEAD_SIZE = 64
 
 
-def largest_activations(setting: Setting) -> int:
-    """Return the bytes of the graph that needs most, at the largest prefill."""
-    decoder, visual, text = setting.model.decoder, setting.visual_rows, setting.text_rows
+class Tiles(NamedTuple):
+    """What a vision tower runs on."""
+
+    num_tiles: int
+    patches: int
+    """Of each."""
+    hidden_size: int
+    intermediate_size: int
+
+
+def largest_activations(
+    decoder: Dimensions,
+    *,
+    layers_and_rows: Sequence[tuple[int, int]],
+    text_rows: int,
+    probe_rows: int,
+    cache_row_bytes: int,
+    tiles: Tiles | None,
+    element_bytes: int,
+) -> int:
+    """Return the bytes of the graph that needs most, at the largest prefill.
+
+    Args:
+        decoder: Its sizes.
+        layers_and_rows: Layers and visual rows of each range; a selection is in front of each but the first.
+        text_rows: Beside the visual ones.
+        probe_rows: R of a selection.
+        cache_row_bytes: Of one row of one layer's keys and values.
+        tiles: Of the largest picture; None where vision is not known.
+        element_bytes: b.
+    """
+    visual = [rows for _, rows in layers_and_rows]
     ranges = (
-        _range_bytes(setting, layers=layers, rows=rows + text) for layers, rows in zip(setting.layers, visual)
+        _range_bytes(decoder, rows + text_rows, element_bytes) + layers * (rows + text_rows) * cache_row_bytes
+        for layers, rows in layers_and_rows
     )
-    selects = (_select_bytes(setting, num_visual=rows) for rows in visual[:-1])
-    head = 2 * (visual[-1] + text) * decoder.hidden_size + 4 * decoder.vocab_size
-    return max(*ranges, *selects, head, _vision_bytes(setting))
+    selects = (
+        _select_bytes(decoder, rows, rows + text_rows, probe_rows, element_bytes) for rows in visual[:-1]
+    )
+    head = (visual[-1] + text_rows) * decoder.hidden_size * element_bytes + 4 * decoder.vocab_size
+    vision = 0 if tiles is None else _vision_bytes(tiles, element_bytes)
+    return max(*ranges, *selects, head, vision)
 
 
-def _range_bytes(setting: Setting, *, layers: int, rows: int) -> int:
-    decoder = setting.model.decoder
+def _range_bytes(decoder: Dimensions, rows: int, size: int) -> int:
     heads = decoder.num_heads + 2 * decoder.num_kv_heads
-    attention = 2 * rows * heads * decoder.head_size + 6 * decoder.num_heads * rows**2
-    hidden = 6 * rows * decoder.hidden_size + 4 * rows**2
-    new_rows = layers * rows * setting.cache_row_bytes
-    return hidden + new_rows + max(attention, 6 * rows * decoder.intermediate_size)
+    attention = rows * heads * decoder.head_size * size + decoder.num_heads * rows**2 * (4 + size)
+    mlp = 3 * rows * decoder.intermediate_size * size
+    return 3 * rows * decoder.hidden_size * size + 4 * rows**2 + max(attention, mlp)
 
 
-def _select_bytes(setting: Setting, *, num_visual: int) -> int:
-    decoder, rows = setting.model.decoder, num_visual + setting.text_rows
-    probe = 6 * setting.schedule.num_probe_rows * decoder.vocab_size
-    return 14 * rows * decoder.hidden_size + 8 * num_visual**2 + probe
+def _select_bytes(decoder: Dimensions, num_visual: int, rows: int, probe_rows: int, size: int) -> int:
+    probe = probe_rows * decoder.vocab_size * (4 + size)
+    return rows * decoder.hidden_size * (3 * size + 8) + 8 * num_visual**2 + probe
 
 
-def _vision_bytes(setting: Setting) -> int:
-    tower = setting.model.vision
-    if tower is None:
-        return 0
-    tiles, patches = tiles_and_patches(tower, setting.sizes)
-    scores = 4 * (tower.hidden_size // _VISION_HEAD_SIZE) * patches**2
-    mlp = 4 * patches * tower.intermediate_size
-    return tiles * (12 * patches * tower.hidden_size + max(scores, mlp))
+def _vision_bytes(tiles: Tiles, size: int) -> int:
+    patches, width = tiles.patches, tiles.hidden_size
+    scores = width // _VISION_HEAD_SIZE * patches**2 * 2 * size
+    mlp = 2 * patches * tiles.intermediate_size * size
+    return tiles.num_tiles * (6 * patches * width * size + max(scores, mlp))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from trio_edge.runtime.clip_text import CLIP_TEXT
 from trio_edge.runtime.errors import TargetError
-from trio_edge.runtime.prediction.activations import largest_activations
+from trio_edge.runtime.prediction.activations import Tiles, largest_activations
 from trio_edge.runtime.prediction.counting import (
     Work,
     counted_work,
@@ -23,7 +23,7 @@ from trio_edge.runtime.prediction.counting import (
 )
 from trio_edge.runtime.prediction.efficiency import UNFUSED_SCORE_PASSES, fitted_for, rates_of
 from trio_edge.runtime.prediction.selections import repeated_weights
-from trio_edge.runtime.prediction.shapes import layer_weights, tower_weights
+from trio_edge.runtime.prediction.shapes import layer_weights, tiles_and_patches, tower_weights
 from trio_edge.runtime.prediction.speed import Formats, GraphTime, graph_time
 
 if TYPE_CHECKING:
@@ -318,9 +318,24 @@ def memory_of(setting: Setting, *, usable: int) -> Memory:
         weights=round(weights) + setting.other_weight_bytes,
         kv_caches=setting.cache_row_bytes
         * sum(layers * (count + setting.room) for layers, count in zip(setting.layers, rows)),
-        activations=largest_activations(setting),
+        activations=largest_activations(
+            setting.model.decoder,
+            layers_and_rows=list(zip(setting.layers, rows)),
+            text_rows=setting.text_rows,
+            probe_rows=setting.schedule.num_probe_rows,
+            cache_row_bytes=setting.cache_row_bytes,
+            tiles=_tiles(setting),
+            element_bytes=2,
+        ),
         usable=usable,
     )
+
+
+def _tiles(setting: Setting) -> Tiles | None:
+    tower = setting.model.vision
+    if tower is None:
+        return None
+    return Tiles(*tiles_and_patches(tower, setting.sizes), tower.hidden_size, tower.intermediate_size)
 
 
 def _vision(setting: Setting) -> Work:
