@@ -3,8 +3,9 @@
     python benchmarks/cost_growth.py                  # counted for LLaVA-NeXT-7B, predicted for an AGX Orin
     python benchmarks/cost_growth.py --hidden 1024    # one layer and one stage of that width too, measured here
 
-An exponent is the slope of a straight line through the logarithms: 1 is proportional to N, 2 to its square. Text is 40 tokens
-throughout, which makes slopes a little smaller. Measured times are processor times of one thread of ONNX Runtime, float32.
+An exponent is the slope of a straight line through the logarithms: 1 is proportional to N, 2 to its square. Text fills a bucket
+of 64 rows throughout, which makes slopes a little smaller. Measured times are processor times of one thread of ONNX Runtime,
+float32.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from trio_edge.runtime.targets import TARGETS
 from trio_edge.trio.schedule import schedule_for_keep
 
 SIZES = (576, 1152, 1728, 2304, 2880)
-NUM_TEXT = 40
+NUM_TEXT = 64
 MODEL, DEVICE = "llava-next-7b", "jetson-agx-orin-64"
 
 

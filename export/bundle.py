@@ -23,7 +23,7 @@ from trio_edge.export.decoder_config import check_positions, max_positions
 from trio_edge.export.families import check_architecture, family_of
 from trio_edge.export.fit import check_fit, fit_inputs
 from trio_edge.export.graphs.vision_reduced import KEEP_MULTIPLE
-from trio_edge.export.layout import Layout, text_buckets, vision_profiles
+from trio_edge.export.layout import Layout, vision_profiles
 from trio_edge.export.model_cost import COST_TEXT_TOKENS, cost_of
 from trio_edge.export.onnx_graph import attach_weights, save
 from trio_edge.export.output_folder import check_output, folder_beside
@@ -59,7 +59,9 @@ from trio_edge.runtime.manifest import (
     StoredTensor,
     json_from_manifest,
 )
+from trio_edge.runtime.prediction.activations import Texts
 from trio_edge.runtime.targets import find_target
+from trio_edge.runtime.text_buckets import MAX_TEXT, text_buckets
 from trio_edge.trio.schedule import MAX_TOPK
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ class ExportOptions:
     """Make no shapes for pictures of other sizes, which are then refused unless they need no more room."""
     max_visual: int | None = None
     """Visual tokens that pictures of any size are scaled down to, in families that can: Qwen2.5-VL (pixels), InternVL3 (tiles)."""
-    max_text: int = 256
+    max_text: int = MAX_TEXT
     """Largest prompt in text tokens."""
     text_buckets: tuple[int, ...] = ()
     """Sizes that prompts are padded to, up to ``max_text``; none means doublings from 32."""
@@ -277,14 +279,19 @@ def export_bundle(
             if refusal is not None:
                 progress.warn(refusal)
             progress.step(f"checking the fit on {target.name}")
-            tower = None if clip_graphs is None else clip_graphs.text
+            tower, texts = None, None
+            if clip is not None and clip_graphs is not None:
+                tower = clip_graphs.text
+                texts = Texts(layout.clip_texts[-1], clip.spec.length, clip_graphs.projection_size)
             inputs = fit_inputs(
                 model,
                 dimensions,
                 layout=layout,
                 processing=processing,
                 quantize=options.quantize,
+                token_method=options.token_method,
                 text_tower=tower,
+                texts=texts,
             )
             warning = check_fit(inputs, target)
             if warning is not None:

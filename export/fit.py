@@ -12,6 +12,8 @@ padding included; INT8 and FP8: 1):
                         b is 1 for keys and values in INT8
     activations         the largest of the graphs, by ``runtime/prediction/activations.py``
 
+A selection before the decoder leaves K visual rows for the first range.
+
 Graphs run one after the other, so their activations are taken to share one buffer. Not counted: the workspace of TensorRT's
 tactics, building (which takes several times an engine's weights), and the token embeddings, which stay in a mapped file.
 """
@@ -27,12 +29,19 @@ import msgspec
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.manifest import Dimensions
-from trio_edge.runtime.prediction.activations import Tiles, largest_activations
+from trio_edge.runtime.prediction.activations import (
+    Texts,
+    Tiles,
+    TokenSelection,
+    largest_activations,
+    scratch_before,
+)
 from trio_edge.runtime.prediction.selections import repeated_weights
 from trio_edge.runtime.prediction.shapes import layer_weights
 from trio_edge.runtime.schedule import Schedule, Stage
 from trio_edge.trio.cost import ModelShape, VisionShape
-from trio_edge.trio.schedule import parse_keep, schedule_for_keep
+from trio_edge.trio.schedule import parse_keep
+from trio_edge.trio.selectors.schedules import combined_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,6 +51,7 @@ if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.layout import Layout
     from trio_edge.export.quantize.numerics import Format
+    from trio_edge.runtime.manifest import TokenMethod
     from trio_edge.runtime.targets import Target
     from trio_edge.runtime.vision_inputs import PictureProcessing
 
@@ -82,12 +92,21 @@ class FitInputs:
     """Formats of the weights."""
     small_picture: Picture | None = None
     """A picture of ``SMALL_PICTURE``, where it is smaller than ``picture``."""
+    token_selection: TokenSelection | None = None
+    """Before the decoder."""
+    texts: Texts | None = None
+    """Of CLIP's text tower, where there is one."""
+
+    @property
+    def entering(self) -> int:
+        """Visual rows of the first layer range."""
+        return self.picture.num_visual if self.token_selection is None else self.token_selection.num_keep
 
     @property
     def layers_and_rows(self) -> tuple[tuple[int, int], ...]:
         """Number of layers and visual rows of every layer range."""
         starts = [0, *(stage.layer for stage in self.schedule.stages), self.model.num_layers]
-        rows = [self.picture.num_visual, *(stage.keep for stage in self.schedule.stages)]
+        rows = [self.entering, *(stage.keep for stage in self.schedule.stages)]
         return tuple((stop - start, count) for start, stop, count in zip(starts, starts[1:], rows))
 
 
@@ -204,7 +223,10 @@ def _kv_bytes(inputs: FitInputs) -> int:
 
 
 def _activation_bytes(inputs: FitInputs) -> int:
-    vision = inputs.picture.vision
+    vision, size, before = inputs.picture.vision, inputs.model.bytes_per_element, 0
+    if inputs.token_selection is not None:
+        rows = inputs.picture.num_visual
+        before = scratch_before(inputs.token_selection, inputs.texts, num_visual=rows, element_bytes=size)
     return largest_activations(
         _dimensions(inputs.model),
         layers_and_rows=inputs.layers_and_rows,
@@ -212,7 +234,8 @@ def _activation_bytes(inputs: FitInputs) -> int:
         probe_rows=inputs.schedule.num_probe_rows,
         cache_row_bytes=_kv_row_bytes(inputs),
         tiles=Tiles(vision.num_tiles, vision.patches_per_tile, vision.hidden_size, vision.intermediate_size),
-        element_bytes=inputs.model.bytes_per_element,
+        before=before,
+        element_bytes=size,
     )
 
 
@@ -234,8 +257,12 @@ def _with_int4(inputs: FitInputs) -> FitInputs | None:
 
 def _with_keep(inputs: FitInputs) -> FitInputs | None:
     try:
-        wished = schedule_for_keep(
-            parse_keep(USUAL_KEEP), num_layers=inputs.model.num_layers, num_visual=inputs.picture.num_visual
+        wished = combined_schedule(
+            "trio",
+            parse_keep(USUAL_KEEP),
+            num_layers=inputs.model.num_layers,
+            picture_tokens=inputs.picture.num_visual,
+            entering=inputs.entering,
         )
     except ScheduleError:
         return None  # too few layers or tokens for it
@@ -246,7 +273,9 @@ def _with_keep(inputs: FitInputs) -> FitInputs | None:
 def _with_small_picture(inputs: FitInputs) -> FitInputs | None:
     if inputs.small_picture is None:
         return None
-    picture = inputs.small_picture
+    picture, selection = inputs.small_picture, inputs.token_selection
+    if selection is not None and picture.num_visual <= selection.num_keep:
+        return None
     share = picture.num_visual / inputs.picture.num_visual
     try:
         stages = tuple(
@@ -286,7 +315,9 @@ def fit_inputs(
     layout: Layout,
     processing: PictureProcessing,
     quantize: QuantizePlan,
+    token_method: TokenMethod | None = None,
     text_tower: nn.Module | None = None,
+    texts: Texts | None = None,
 ) -> FitInputs:
     """Return the numbers of a model that is about to be exported; reads no weight.
 
@@ -296,11 +327,17 @@ def fit_inputs(
         layout: Shapes of all graphs.
         processing: Gives the sizes of a small picture.
         quantize: Formats of the weights.
+        token_method: Of the selection before the decoder, if there is one.
         text_tower: CLIP's, if the bundle has it.
+        texts: What that runs on.
     """
     towers = [model.vision.module] if text_tower is None else [model.vision.module, text_tower]
     largest = max(layout.vision_sizes, key=lambda sizes: (sizes["N"], *sizes.values()))
     picture = Picture(num_visual=largest["N"], vision=model.vision_shape(largest))
+    selection = None
+    if token_method is not None and layout.token_keep is not None:
+        width = picture.vision.hidden_size if token_method == "scope" else dimensions.hidden_size
+        selection = TokenSelection(token_method, layout.token_keep, width)
     sizes = processing.sizes(*SMALL_PICTURE)
     small = Picture(num_visual=sizes["N"], vision=model.vision_shape(sizes))
     return FitInputs(
@@ -321,4 +358,6 @@ def fit_inputs(
         max_text=layout.text_buckets[-1],
         max_new_tokens=layout.max_new_tokens,
         small_picture=small if small.num_visual < picture.num_visual else None,
+        token_selection=selection,
+        texts=texts,
     )

@@ -13,17 +13,6 @@ if TYPE_CHECKING:
     from trio_edge.runtime.manifest import FloatType
     from trio_edge.runtime.schedule import Schedule
 
-_SMALLEST_BUCKET = 32
-
-
-def text_buckets(max_text: int) -> tuple[int, ...]:
-    """Return the text sizes that prompts are padded to: doublings from 32, and ``max_text`` itself."""
-    sizes, size = [], _SMALLEST_BUCKET
-    while size < max_text:
-        sizes.append(size)
-        size *= 2
-    return (*sizes, max_text)
-
 
 def vision_profiles(
     pictures: Sequence[Mapping[str, int]], *, schedule: Schedule, token_keep: int | None

@@ -6,6 +6,8 @@ With the letters of ``trio_edge.trio.saliency``, I the intermediate size, S a gr
     select        3 S D b + 8 S D + 8 N² + R V (4 + b)
     vision        6 P F b + max((F / 64) P² 2 b, 2 P J b) per tile of P patches, width F, MLP width J
     head          S D b + 4 V
+    clip_text     as vision, of M texts of L tokens, width Z, MLP width 4 Z
+    reduce        8 N W + 12 N², width W of what is compared; "uniform" 5 K N
 
 Attention scores are counted in float32 and once more in the model's type: TensorRT may fuse them away.
 """
@@ -17,9 +19,11 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.runtime.manifest import Dimensions
+    from trio_edge.runtime.manifest import Dimensions, TokenMethod
 
 _VISION_HEAD_SIZE = 64
+_CLIP_MLP = 4
+"""Width of the MLP of CLIP's text towers, in widths of the tower; which are those of the space shared with pictures."""
 
 
 class Tiles(NamedTuple):
@@ -32,6 +36,25 @@ class Tiles(NamedTuple):
     intermediate_size: int
 
 
+class TokenSelection(NamedTuple):
+    """What a selection before the decoder does."""
+
+    method: TokenMethod
+    num_keep: int
+    """K."""
+    width: int
+    """W, of the rows that it compares: visual tokens, or features for "scope"."""
+
+
+class Texts(NamedTuple):
+    """What CLIP's text tower runs on, for the longest question."""
+
+    num_texts: int
+    length: int
+    width: int
+    """Z, of the space shared with pictures."""
+
+
 def largest_activations(
     decoder: Dimensions,
     *,
@@ -40,6 +63,7 @@ def largest_activations(
     probe_rows: int,
     cache_row_bytes: int,
     tiles: Tiles | None,
+    before: int,
     element_bytes: int,
 ) -> int:
     """Return the bytes of the graph that needs most, at the largest prefill.
@@ -51,6 +75,7 @@ def largest_activations(
         probe_rows: R of a selection.
         cache_row_bytes: Of one row of one layer's keys and values.
         tiles: Of the largest picture; None where vision is not known.
+        before: Bytes of ``scratch_before``; 0 where nothing is between vision and decoder.
         element_bytes: b.
     """
     visual = [rows for _, rows in layers_and_rows]
@@ -63,7 +88,26 @@ def largest_activations(
     )
     head = (visual[-1] + text_rows) * decoder.hidden_size * element_bytes + 4 * decoder.vocab_size
     vision = 0 if tiles is None else _vision_bytes(tiles, element_bytes)
-    return max(*ranges, *selects, head, vision)
+    return max(*ranges, *selects, head, vision, before)
+
+
+def scratch_before(
+    selection: TokenSelection, texts: Texts | None, *, num_visual: int, element_bytes: int
+) -> int:
+    """Return the bytes of the graph between vision and decoder that needs most.
+
+    Args:
+        selection: What ``reduce`` does.
+        texts: What ``clip_text`` runs on, where there is one.
+        num_visual: N, of the largest picture.
+        element_bytes: b.
+    """
+    compared = 8 * num_visual * selection.width + 12 * num_visual**2
+    reduced = 5 * selection.num_keep * num_visual if selection.method == "uniform" else compared
+    if texts is None:
+        return reduced
+    tower = Tiles(texts.num_texts, texts.length, texts.width, _CLIP_MLP * texts.width)
+    return max(reduced, _vision_bytes(tower, element_bytes))
 
 
 def _range_bytes(decoder: Dimensions, rows: int, size: int) -> int:

@@ -1,7 +1,7 @@
 """One answer on a device that is not at hand: time of every graph, to the first token, per token, and memory.
 
 A ``Setting`` is what a bundle would be exported with and asked; ``graph_runs`` lists the graphs that it runs and their
-counted work, ``predict`` times them. Rows are those of the prompt: a bundle's padding to text buckets is the caller's.
+counted work, ``predict`` times them. Rows are those that graphs run at: the text is padded to its bucket.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ class Setting:
     sizes: Mapping[str, int]
     """Of the vision profile: N visual tokens, and B tiles or P patches."""
     num_text: int
+    """Text tokens of the prompt."""
+    text_bucket: int
+    """Rows that they are padded to."""
     num_new: int
     """Tokens of the answer."""
     precision: Precision
@@ -67,14 +70,18 @@ class Setting:
     """Counted elsewhere, where the model says nothing of its vision tower."""
     clip_text_flops: float | None = None
     """Of CLIP's text tower, where there is one."""
+    clip_text_rows: int = 1
+    """Tokens of all its texts, padding too."""
     reduce_flops: float | None = None
     """Of the selection before the decoder."""
     select_flops: tuple[float, ...] | None = None
     """Per stage, where the method is not TRIO."""
     other_weight_bytes: int = 0
     """Of graphs whose sizes the model does not have, as CLIP's text tower."""
+    scratch_before: int = 0
+    """Bytes of scratch memory of the graphs between vision and decoder, the larger of them."""
     largest_text: int | None = None
-    """Text rows of the largest prompt that there are shapes for; None for ``num_text``."""
+    """Text rows of the largest prompt that there are shapes for; None for ``text_bucket``."""
     most_new: int | None = None
     """New tokens that the KV buffers have room for; None for ``num_new``."""
 
@@ -90,7 +97,7 @@ class Setting:
     @property
     def text_rows(self) -> int:
         """Text rows of the largest prefill."""
-        return max(self.num_text, self.largest_text or 0)
+        return max(self.text_bucket, self.largest_text or 0)
 
     @property
     def room(self) -> int:
@@ -268,13 +275,13 @@ def graph_runs(setting: Setting) -> list[GraphRun]:
     decoder, rows = setting.model.decoder, setting.visual_rows
     works: list[tuple[str, Work]] = [("vision", _vision(setting))]
     if setting.clip_text_flops is not None:
-        works.append((CLIP_TEXT, counted_work(setting.clip_text_flops, rows=setting.num_text)))
+        works.append((CLIP_TEXT, counted_work(setting.clip_text_flops, rows=setting.clip_text_rows)))
     if setting.reduce_flops is not None:
         works.append(("reduce", counted_work(setting.reduce_flops, rows=setting.sizes["N"])))
     for index, layers in enumerate(setting.layers):
         if index:
             works.append((f"select_{index}", _select(setting, index - 1)))
-        work = range_work(decoder, num_layers=layers, rows=rows[index] + setting.num_text, past=0)
+        work = range_work(decoder, num_layers=layers, rows=rows[index] + setting.text_bucket, past=0)
         works.append((range_name(index, len(rows)), work))
     works.append(("head", head_work(decoder)))
     prefill = [GraphRun(name=name, phase="prefill", work=work) for name, work in works]
@@ -325,6 +332,7 @@ def memory_of(setting: Setting, *, usable: int) -> Memory:
             probe_rows=setting.schedule.num_probe_rows,
             cache_row_bytes=setting.cache_row_bytes,
             tiles=_tiles(setting),
+            before=setting.scratch_before,
             element_bytes=2,
         ),
         usable=usable,
@@ -352,7 +360,7 @@ def _select(setting: Setting, stage: int) -> Work:
     return select_work(
         setting.model.decoder,
         setting.schedule,
-        rows=entering + setting.num_text,
+        rows=entering + setting.text_bucket,
         num_visual=entering,
         one_size=stage > 0 or setting.one_size,
     )

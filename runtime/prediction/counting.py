@@ -308,14 +308,15 @@ def _vision_attention(tower: VisionDimensions, *, tiles: int, patches: int) -> t
     )
 
 
-def counted_work(flops: float, *, rows: int) -> Work:
+def counted_work(flops: float, *, rows: int, weights: WeightKind = "none") -> Work:
     """Return work of which only the FLOPs are known, as one product of ``rows`` rows.
 
     Args:
         flops: Of the graph.
         rows: That it works on.
+        weights: What its second factor is.
     """
-    return Work(products=(_square(rows, flops / (2 * rows), weights="none"),), launches=_LAUNCHES_PER_PROBE)
+    return Work(products=(_square(rows, flops / (2 * rows), weights=weights),), launches=_LAUNCHES_PER_PROBE)
 
 
 def _square(rows: int, elements: float, *, weights: WeightKind) -> Product:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.prediction.efficiency import fitted_for
-from trio_edge.runtime.prediction.printing import GIB, NOTE, device_note
+from trio_edge.runtime.prediction.printing import GIB, NOTE, device_note, text_of
 from trio_edge.runtime.prediction.sweep import metric_of
 from trio_edge.runtime.profiling.charts import Bar, Curve, Point, curves, stacked
 from trio_edge.runtime.profiling.page import render
@@ -29,7 +29,7 @@ def prediction_page(found: Sequence[tuple[Plan, Prediction]], values: dict[str, 
         values: What their JSON says, with the wish if there was one.
     """
     targets = {prediction.target.name: prediction.target for _, prediction in found}
-    drawn = found[:MOST_DRAWN]
+    drawn, setting = found[:MOST_DRAWN], found[0][1].setting
     plots = [_first_token(drawn), _memory(drawn), _tokens(drawn)]
     if len(found) > len(drawn):
         for plot in plots:
@@ -38,9 +38,10 @@ def prediction_page(found: Sequence[tuple[Plan, Prediction]], values: dict[str, 
         "prediction/page.html.j2",
         plots=plots,
         values=values,
-        model=found[0][1].setting.model.name,
+        model=setting.model.name,
         devices=list(targets),
         note=NOTE,
+        asked=f"{text_of(setting)}, {setting.num_new} new tokens",
         notes=[device_note(target) for target in targets.values()],
         wish=values.get("wish"),
         num_drawn=len(drawn),

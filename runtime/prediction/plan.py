@@ -1,7 +1,7 @@
 """What a prediction is asked for: a bundle or a released model, how much is kept, the picture, the precision.
 
 A bundle's own schedule and shapes are taken unless another keep, picture or precision is wished, which is then predicted
-"as if exported so".
+"as if exported so": a wished picture has shapes of its own. A released model has the exporter's usual text buckets.
 """
 
 from __future__ import annotations
@@ -10,16 +10,23 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.runtime.clip_text import num_clip_texts
+from trio_edge.runtime.clip_text import CLIP_TEXT, num_clip_texts
 from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.prediction.activations import Texts, TokenSelection, scratch_before
 from trio_edge.runtime.prediction.answer import Precision, Setting
-from trio_edge.runtime.prediction.selections import clip_text_flops, reduce_flops, stage_flops
+from trio_edge.runtime.prediction.selections import (
+    clip_text_flops,
+    input_widths,
+    reduce_flops,
+    stage_flops,
+)
 from trio_edge.runtime.prediction.shapes import find_model, model_of
 from trio_edge.runtime.prediction.work import fixed_sizes, vision_flops
 from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.text_buckets import MAX_TEXT, bucket_of, text_buckets
 
 if TYPE_CHECKING:
-    from trio_edge.runtime.manifest import Manifest
+    from trio_edge.runtime.manifest import Manifest, TokenMethod
     from trio_edge.runtime.prediction.counting import WeightKind
     from trio_edge.runtime.prediction.shapes import Model
 
@@ -30,6 +37,8 @@ _SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "pos
 """Of a bundle's schedule, which another keep leaves as they are."""
 USUAL_PICTURE = (672, 672)
 """Width and height of a picture for a released model, where none is wished."""
+MOST_TOKENS = 1 << 20
+"""Of a prompt and of an answer, as ``trio-export`` makes room for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +56,17 @@ class Plan:
     num_text: int
     num_new: int
 
+    @property
+    def kept_share(self) -> float:
+        """The wished average keep as a fraction; 1 where none is wished.
+
+        Raises:
+            ScheduleError: If it is no number in (0, 1].
+        """
+        from trio_edge.trio.schedule import parse_keep
+
+        return 1.0 if self.keep in (None, WITHOUT_STAGES) else parse_keep(self.keep)
+
     def described(self) -> str:
         """Return the wishes in words."""
         keep = "the bundle's schedule" if self.keep is None else f"keep {self.keep}"
@@ -57,17 +77,20 @@ class Plan:
         """Return the sizes that follow.
 
         Raises:
-            ScheduleError: If the model cannot keep so little.
+            ScheduleError: If the model cannot keep so little, or the picture has fewer tokens than the bundle keeps.
             ImageError: If the picture cannot be processed.
         """
         sizes = self._sizes()
         entering = None if self.manifest is None else self.manifest.token_keep
+        self._check_entering(sizes["N"], entering)
         schedule = self._schedule(sizes["N"], entering)
+        schedule.check_fits(num_layers=self.model.decoder.num_layers, max_visual=entering or sizes["N"])
         setting = Setting(
             model=self.model,
             schedule=schedule,
             sizes=sizes,
             num_text=self.num_text,
+            text_bucket=bucket_of(self.num_text, self._text_buckets()),
             num_new=self.num_new,
             precision=self.precision,
             entering=entering,
@@ -75,6 +98,16 @@ class Plan:
         if self.manifest is None:
             return setting
         return dataclasses.replace(setting, **_from_manifest(self.manifest, setting))
+
+    def _text_buckets(self) -> tuple[int, ...]:
+        return text_buckets(MAX_TEXT) if self.manifest is None else self.manifest.text_buckets
+
+    def _check_entering(self, num_visual: int, token_keep: int | None) -> None:
+        if token_keep is not None and self.picture is not None and num_visual <= token_keep:
+            raise ScheduleError(
+                f"--image-size: expected a picture of more than {token_keep} visual tokens, which the bundle keeps before the"
+                f" decoder, got {num_visual}; choose a larger one"
+            )
 
     def _sizes(self) -> dict[str, int]:
         if self.picture is not None or self.manifest is None:
@@ -132,16 +165,18 @@ def plan_for(
         keep: As ``11.1%``; the bundle's own schedule, or everything for a model, by default.
         picture: Width and height.
         precision: The bundle's own, or float16, by default.
-        num_text: Text tokens of the prompt.
-        num_new: Tokens of the answer.
+        num_text: Text tokens of the prompt, at most ``MOST_TOKENS``.
+        num_new: Tokens of the answer, at most as many.
 
     Raises:
         TargetError: If no model is called so.
-        ScheduleError: If a number of tokens is not positive.
+        ScheduleError: If a number of tokens is out of range.
     """
     for name, value in (("--text", num_text), ("--new-tokens", num_new)):
-        if value < 1:
-            raise ScheduleError(f"{name}: expected at least 1 token, got {value}; raise it")
+        if not 1 <= value <= MOST_TOKENS:
+            raise ScheduleError(
+                f"{name}: expected 1..{MOST_TOKENS} tokens, got {value}; choose a number in this range"
+            )
     if manifest is None:
         known, keep, picture = find_model(model or ""), keep or KEEP_ALL, picture or USUAL_PICTURE
     else:
@@ -186,17 +221,8 @@ def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
     }
     if manifest.vision is None:
         more["vision_flops"] = vision_flops(manifest, num_visual=num_visual)
-    if manifest.clip_text is not None:
-        texts = num_clip_texts(setting.num_text, length=manifest.clip_text.length)
-        more["clip_text_flops"] = clip_text_flops(manifest, num_texts=texts)
     if manifest.token_method is not None and manifest.token_keep is not None:
-        more["reduce_flops"] = reduce_flops(
-            manifest.graph("reduce"),
-            manifest.token_method,
-            num_visual=num_visual,
-            num_keep=manifest.token_keep,
-            num_text=setting.num_text,
-        )
+        more |= _before_decoder(manifest, setting, manifest.token_method, manifest.token_keep)
     if setting.schedule.method != "trio":
         rows = setting.visual_rows
         more["select_flops"] = tuple(
@@ -205,12 +231,38 @@ def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
                 setting.schedule,
                 stage=stage,
                 num_visual=rows[stage],
-                num_text=setting.num_text,
+                num_text=setting.text_bucket,
                 prompt_visual=rows[0],
                 one_size=stage > 0 or one_size,
             )
             for stage in range(len(setting.schedule.stages))
         )
+    return more
+
+
+def _before_decoder(
+    manifest: Manifest, setting: Setting, method: TokenMethod, num_keep: int
+) -> dict[str, Any]:
+    """Return what the graphs between vision and decoder compute, and their scratch memory."""
+    graph, num_visual, num_text = manifest.graph("reduce"), setting.sizes["N"], setting.text_bucket
+    widths, texts, more = input_widths(graph), None, dict[str, Any]()
+    if manifest.clip_text is not None:
+        length = manifest.clip_text.length
+        counts = sorted(profile.sizes["M"] for profile in manifest.graph(CLIP_TEXT).profiles)
+        count = bucket_of(num_clip_texts(setting.num_text, length=length), counts)
+        texts = Texts(max(count, counts[-1]), length, widths["clip_texts"])
+        more = {
+            "clip_text_flops": clip_text_flops(manifest, num_texts=count),
+            "clip_text_rows": count * length,
+        }
+        num_text = count * (length - 2)
+    more["reduce_flops"] = reduce_flops(
+        graph, method, num_visual=num_visual, num_keep=num_keep, num_text=num_text
+    )
+    width = widths["features" if method == "scope" else "visual_tokens"]
+    more["scratch_before"] = scratch_before(
+        TokenSelection(method, num_keep, width), texts, num_visual=num_visual, element_bytes=2
+    )
     return more
 
 

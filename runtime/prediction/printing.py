@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from trio_edge.runtime.prediction.efficiency import fitted_for
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from trio_edge.runtime.prediction.answer import Prediction
+    from trio_edge.runtime.prediction.answer import Prediction, Setting
     from trio_edge.runtime.prediction.plan import Plan
     from trio_edge.runtime.prediction.sweep import Choice, Wish
     from trio_edge.runtime.targets import Target
@@ -37,6 +38,7 @@ def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
         "visual_tokens": list(setting.visual_rows),
         "stages": [{"layer": stage.layer, "keep": stage.keep} for stage in setting.schedule.stages],
         "text_tokens": setting.num_text,
+        "text_rows": setting.text_bucket,
         "new_tokens": setting.num_new,
         "ttft_ms": 1e3 * prediction.seconds("prefill"),
         "ttft_ms_unfused_attention": 1e3 * (prediction.seconds("prefill") + prediction.unfused_seconds),
@@ -117,7 +119,7 @@ def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> No
     console.print(table)
     lines = {
         "setting": f"{plan.described()}: {' > '.join(map(str, setting.visual_rows))} visual tokens,"
-        f" {setting.num_text} text, {setting.num_new} new",
+        f" {text_of(setting)}, {setting.num_new} new",
         "first token": f"{1e3 * prediction.seconds('prefill'):.0f} ms, up to"
         f" {1e3 * (prediction.seconds('prefill') + prediction.unfused_seconds):.0f} ms if attention is not one kernel",
         "next tokens": f"{1e3 * prediction.seconds('decode'):.1f} ms each,"
@@ -132,11 +134,18 @@ def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> No
     _print_note(console, [prediction])
 
 
+def text_of(setting: Setting) -> str:
+    """Return the prompt's text in words: ``40 text in 64 rows``."""
+    return f"{setting.num_text} text in {setting.text_bucket} rows"
+
+
 def print_sweep(console: Console, found: Sequence[tuple[Plan, Prediction]]) -> None:
     """Print one line for every combination."""
+    setting = found[0][1].setting
     table = Table(
-        "device", "setting", "visual tokens", "first token ms", "ms / token", "answers / s", "memory"
-    )
+        "device", "setting", "visual tokens", "first token ms", "ms / token", "answers / s", "memory",
+        title=escape(f"{setting.model.name}: {text_of(setting)}, {setting.num_new} new tokens"),
+    )  # fmt: skip
     for plan, prediction in found:
         table.add_row(
             prediction.target.name,

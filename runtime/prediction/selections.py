@@ -78,6 +78,11 @@ def reduce_flops(
     """
     from trio_edge.trio.selectors.cost import token_flops
 
-    widths = {tensor.name: size for tensor in graph.inputs if isinstance(size := tensor.shape[-1], int)}
-    flops = token_flops(method, num_visual=num_visual, num_keep=num_keep, num_text=num_text, widths=widths)
+    sizes = {"num_visual": num_visual, "num_keep": num_keep, "num_text": num_text}
+    flops = token_flops(method, widths=input_widths(graph), **sizes)
     return flops.products + flops.steps
+
+
+def input_widths(graph: GraphSpec) -> dict[str, int]:
+    """Return the last axis of each of a graph's inputs where it is a number."""
+    return {tensor.name: size for tensor in graph.inputs if isinstance(size := tensor.shape[-1], int)}

@@ -131,6 +131,8 @@ def sweep(
 ) -> list[tuple[Plan, Prediction]]:
     """Return a prediction for every combination, for all targets; what is impossible and equal shapes are left out.
 
+    On each target those that lose least come first, in whatever order they were wished.
+
     Raises:
         ScheduleError: If no combination is possible, as the model cannot keep so little.
         TargetError: If none is possible on one of the targets, which has not the formats.
@@ -142,7 +144,7 @@ def _on_target(plan: Plan, axes: dict[str, tuple[str, ...]], target: Target) -> 
     found: list[tuple[Plan, Prediction]] = []
     refused: ScheduleError | TargetError | None = None
     seen = set()
-    for one in _plans(plan, axes):
+    for one in sorted(_plans(plan, axes), key=_lost):
         try:
             setting = one.setting()
             shape = (tuple(setting.sizes.items()), setting.schedule, setting.precision)
@@ -162,6 +164,12 @@ def _plans(plan: Plan, axes: dict[str, tuple[str, ...]]) -> Iterator[Plan]:
         for axis, value in zip(axes, values):
             fields |= changed(axis, value)
         yield dataclasses.replace(plan, **fields)
+
+
+def _lost(plan: Plan) -> tuple[float, int, int]:
+    """Return what sorts plans: those that keep more come first, then larger pictures, then finer weights."""
+    width, height = plan.picture or (0, 0)
+    return -plan.kept_share, -width * height, PRECISIONS.index(plan.precision)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -66,18 +66,21 @@ def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
         return head_work(decoder)
     if graph.role == "vision":
         if manifest.vision is None:
-            return counted_work(vision_flops(manifest, num_visual=sizes["N"]), rows=sizes["N"])
+            flops = vision_flops(manifest, num_visual=sizes["N"])
+            return counted_work(flops, rows=sizes["N"], weights="vision")
         return vision_work(manifest.vision, sizes)
     if graph.role == "clip_text":
+        assert manifest.clip_text is not None  # else there is no such graph
         texts = profile.sizes["M"]
-        return counted_work(clip_text_flops(manifest, num_texts=texts), rows=texts)
+        flops = clip_text_flops(manifest, num_texts=texts)
+        return counted_work(flops, rows=texts * manifest.clip_text.length, weights="layer")
     if graph.role == "reduce":
         return counted_work(_reduce_flops(manifest, graph, sizes), rows=sizes["N"])
     stage = manifest.selects.index(graph)
     one_size = stage > 0 or len(manifest.visual_sizes) == 1
     if manifest.schedule.method != "trio":
         flops = _stage_flops(manifest, sizes, stage=stage, one_size=one_size)
-        return counted_work(flops, rows=sizes["N"])
+        return counted_work(flops, rows=sizes["N"], weights="layer")
     return select_work(decoder, manifest.schedule, rows=sizes["S"], num_visual=sizes["N"], one_size=one_size)
 
 

@@ -162,6 +162,7 @@ def test_costs_are_those_of_trio_profiles_prediction(target: str, stages: str | 
         schedule=schedule,
         sizes=SIZES,
         num_text=40,
+        text_bucket=40,
         num_new=1,
         precision="float16",
     )

@@ -12,6 +12,7 @@ from trio_edge.export.fit import FitInputs, Picture, check_fit, estimate, remedi
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.prediction.activations import Texts, TokenSelection
 from trio_edge.runtime.schedule import Method, Schedule, Stage
 from trio_edge.runtime.targets import TARGETS, find_target
 from trio_edge.trio.cost import LLAVA_NEXT_7B, ModelShape, VisionShape
@@ -144,6 +145,18 @@ def test_int8_caches_are_half_of_float16_ones() -> None:
     )
     assert 2 * rounded["KV caches"] == whole["KV caches"]
     assert rounded["decoder weights"] == whole["decoder weights"]
+
+
+def test_a_selection_before_the_decoder_leaves_small_caches_and_needs_its_own_scratch_memory() -> None:
+    whole = llava_next_7b(schedule=Schedule(), max_text=64)
+    chosen = dataclasses.replace(whole, token_selection=TokenSelection("divprune", 160, 4096))
+    with_clip = dataclasses.replace(chosen, texts=Texts(400, 77, 768))
+    parts, before = (estimate(inputs, usable_bytes=0).parts for inputs in (chosen, whole))
+    rows = [inputs.entering + 64 + 256 for inputs in (chosen, whole)]
+    assert parts["KV caches"] * rows[1] == before["KV caches"] * rows[0]
+    assert parts["activations"] == 8 * 2880 * 4096 + 12 * 2880**2 < before["activations"]
+    clip = 400 * (6 * 77 * 768 * 2 + 2 * 77 * 4 * 768 * 2)
+    assert estimate(with_clip, usable_bytes=0).parts["activations"] == clip > parts["activations"]
 
 
 @pytest.mark.parametrize("fixture", ["keep_all_bundle", "reduced_bundle"])

@@ -8,20 +8,24 @@ import math
 import statistics
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from benchmarks.predict_validation import predicted_ms, read_figures
 from trio_edge.runtime import cli_profile
 from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.prediction.answer import predict
+from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.prediction.answer import graph_runs, predict
 from trio_edge.runtime.prediction.counting import range_work
 from trio_edge.runtime.prediction.efficiency import FITTED, fitted_for, rates_of
 from trio_edge.runtime.prediction.plan import plan_for
 from trio_edge.runtime.prediction.shapes import MODELS
 from trio_edge.runtime.prediction.speed import Formats, Rates, graph_time
 from trio_edge.runtime.prediction.sweep import choose, nearest_text, parse_sweep, parse_wish, sweep
+from trio_edge.runtime.prediction.work import graph_work
 from trio_edge.runtime.targets import TARGETS
 from trio_edge.runtime.wide_console import wide_console
+from trio_edge.trio.schedule import parse_schedule
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,14 +85,14 @@ def test_fewer_tokens_answer_sooner_and_need_smaller_caches() -> None:
 
 @pytest.mark.parametrize("keep", ["100%", "11.1%"])
 def test_a_tokens_time_grows_on_a_line_with_the_rows_of_the_caches(keep: str) -> None:
-    prediction = predicted(keep=keep, num_new=4000)
+    prediction = predicted(keep=keep, num_text=64, num_new=4000)
     base, per_row = prediction.token_line
     visual = sum(
         layers * rows for layers, rows in zip(prediction.setting.layers, prediction.setting.visual_rows)
     )
-    assert [point.context for point in prediction.contexts] == [2968 + 800 * index for index in range(6)]
+    assert [point.context for point in prediction.contexts] == [2992 + 800 * index for index in range(6)]
     for index, point in enumerate(prediction.contexts):
-        assert point.cached_rows == pytest.approx(visual / 32 + 40 + 800 * index)
+        assert point.cached_rows == pytest.approx(visual / 32 + 64 + 800 * index)
         assert point.seconds == pytest.approx(base + per_row * point.cached_rows)
     assert prediction.contexts[-1].seconds == pytest.approx(prediction.seconds("decode"))
     cached = 32 * 2 * 4096 * 2  # bytes of a row in all layers
@@ -138,6 +142,31 @@ def test_a_bundle_is_predicted_with_its_own_graphs_in_their_order(reduced_bundle
     assert prediction.setting.visual_rows == manifest.visual_rows
 
 
+@pytest.mark.parametrize("num_text", [4, 32, 33])
+def test_a_bundle_is_predicted_at_the_profiles_that_a_prompt_runs_at(
+    num_text: int, reduced_bundle: Path
+) -> None:
+    manifest = open_bundle(reduced_bundle).manifest
+    bucket = 32 if num_text <= 32 else 64
+    for run in graph_runs(plan_for(manifest=manifest, num_text=num_text).setting()):
+        graph = manifest.graph(run.name)
+        wanted = "decode" if run.phase == "decode" else f"prefill_{bucket}"
+        profile = next((entry for entry in graph.profiles if entry.name == wanted), graph.profiles[-1])
+        assert run.work.flops == graph_work(manifest, graph, profile).flops, run
+
+
+def test_a_model_without_a_bundle_has_the_exporters_usual_buckets() -> None:
+    times = [predicted(num_text=count).seconds("prefill") for count in (33, 64, 65, 257, 300)]
+    assert times[0] == times[1] < times[2] < times[3] < times[4]
+
+
+def test_a_picture_with_fewer_tokens_than_a_bundle_keeps_is_refused(reduced_bundle: Path) -> None:
+    manifest = open_bundle(reduced_bundle).manifest
+    keeps_most = msgspec.structs.replace(manifest, schedule=parse_schedule("1:40,2:6"))
+    with pytest.raises(ScheduleError, match=r"layer 1: expected to keep <= 24 .* got 40"):
+        plan_for(manifest=keeps_most, picture=(24, 24)).setting()
+
+
 def test_a_sweep_predicts_every_combination_once() -> None:
     found = sweep(
         plan_for(model="llava-1.5-7b"),
@@ -160,6 +189,16 @@ def test_a_wish_chooses_what_loses_least() -> None:
     assert choice.prediction.seconds("prefill") <= 1.0
 
 
+@pytest.mark.parametrize(
+    "axes", ["keep=11.1%/100%/33.3%,dtype=int4/float16", "dtype=int4/float16,keep=11.1%/33.3%/100%"]
+)
+def test_what_loses_least_is_chosen_in_whatever_order_it_is_wished(axes: str) -> None:
+    found = sweep(plan_for(model="llava-next-7b"), parse_sweep(axes), [ORIN])
+    assert [plan.keep for plan, _ in found] == ["100%", "100%", "33.3%", "33.3%", "11.1%", "11.1%"]
+    choice = choose(found, parse_wish("ttft-ms=1000"))
+    assert (choice.plan.keep, choice.plan.precision) == ("33.3%", "float16")
+
+
 def test_a_wish_is_not_met_by_what_does_not_fit_the_memory() -> None:
     found = sweep(plan_for(model="llava-1.5-7b"), parse_sweep("dtype=float16"), [NX])
     wish = parse_wish("tokens-per-second=1")
@@ -176,7 +215,7 @@ def test_the_command_says_that_it_predicts_and_how_far_off_it_was(capsys: pytest
     text = " ".join(capsys.readouterr().out.split())
     assert "PREDICTED, nothing was measured" in text
     assert "100 published times of other runtimes" in text
-    assert "2928 > 467 > 273 > 112 visual tokens" in text
+    assert "2928 > 467 > 273 > 112 visual tokens, 40 text in 64 rows, 16 new" in text
 
 
 def test_all_predicts_every_device_and_json_has_every_graph(
@@ -213,7 +252,7 @@ def test_a_wish_that_one_device_meets_tells_what_the_others_lack(
     arguments = ["--model", "internvl3-1b", "--predict", "orin-nx-16,agx-orin-64", "--new-tokens", "4"]
     assert cli_profile.main([*arguments, "--want", "answers-per-second=10", "--json", str(file)]) == 0
     output = capsys.readouterr().out
-    assert "answers-per-second 10 on jetson-orin-nx-16: no setting; 6.54 as" in output
+    assert "answers-per-second 10 on jetson-orin-nx-16: no setting; 6.44 as" in output
     assert "times too slow)" in output
     assert "answers-per-second 10 on jetson-agx-orin-64: keep" in output
     (chosen,) = json.loads(file.read_bytes())["chosen"]
@@ -238,7 +277,7 @@ def test_a_wish_that_nothing_meets_is_an_error_whose_answer_is_in_the_json(
 
 def test_a_bundle_fills_its_own_buffers_whatever_is_asked(reduced_bundle: Path) -> None:
     manifest = open_bundle(reduced_bundle).manifest
-    short, longer = (plan_for(manifest=manifest, num_text=text).setting() for text in (4, 30))
+    short, longer = (plan_for(manifest=manifest, num_text=text).setting() for text in (4, 33))
     assert short.room == longer.room == manifest.text_buckets[-1] + manifest.max_new_tokens
     assert predict(short, ORIN).seconds("decode") == predict(longer, ORIN).seconds("decode")
     assert predict(short, ORIN).seconds("prefill") < predict(longer, ORIN).seconds("prefill")
@@ -266,8 +305,9 @@ WRONG = {
     "wish of nothing": ([*MODEL, "--want", "ttft-ms=0"], "got 'ttft-ms=0'"),
     "unreachable wish": (
         [*MODEL, "--want", "answers-per-second=10"],
-        "as the nearest of 12 (keep 11.1%, 1008x1008, int4: 4.8 times too slow)",
+        "as the nearest of 12 (keep 11.1%, 1008x1008, int4: 5 times too slow)",
     ),
+    "endless text": ([*MODEL, "--text", "1048577"], "--text: expected 1..1048576 tokens, got 1048577"),
     "impossible keep": ([*MODEL, "--keep", "0.1%"], "expected an average of at least"),
 }
 

@@ -24,7 +24,7 @@ from trio_edge.runtime.prediction.counting import (
 )
 from trio_edge.runtime.prediction.plan import plan_for
 from trio_edge.runtime.prediction.shapes import MODELS, tiles_and_patches, tower_weights
-from trio_edge.runtime.prediction.work import graph_work
+from trio_edge.runtime.prediction.work import counted, graph_work
 from trio_edge.runtime.schedule import Schedule
 from trio_edge.trio.cost import (
     LLAVA_NEXT_7B,
@@ -146,6 +146,14 @@ def test_a_run_moves_at_least_the_weights(reduced_bundle: Path) -> None:
         assert graph_work(manifest, graph, graph.profiles[-1]).moved_bytes > graph.weight_bytes
 
 
+def test_a_selection_that_is_only_known_as_flops_moves_its_weights_once(checkpoint: Path) -> None:
+    manifest = open_bundle(export(checkpoint, schedule=STAGE_METHODS["fastv"])).manifest
+    graph = manifest.selects[0]
+    (product,) = counted(manifest, graph, graph.profiles[-1]).products
+    moved = graph_work(manifest, graph, graph.profiles[-1]).moved_bytes
+    assert moved == pytest.approx(graph.weight_bytes + 4 * product.row_elements)
+
+
 def test_work_that_is_only_known_as_flops_keeps_them() -> None:
     assert counted_work(123456.0, rows=7).flops == pytest.approx(123456.0)
 
@@ -178,6 +186,16 @@ def test_memory_of_a_bundle_is_what_its_manifest_says(
     memory = memory_of(plan_for(manifest=manifest).setting(), usable=0)
     assert 2 * memory.kv_caches == manifest.kv_bytes  # float32 counts as float16
     assert 2 * memory.weights == pytest.approx(sum(graph.weight_bytes for graph in manifest.graphs), rel=0.07)
+
+
+def test_a_selection_before_the_decoder_is_counted_with_its_scratch_memory(checkpoint: Path) -> None:
+    manifest = open_bundle(export(checkpoint, token_method="visionzip", token_keep=15)).manifest
+    setting = plan_for(manifest=manifest).setting()
+    num_visual, width = setting.sizes["N"], manifest.dimensions.hidden_size
+    assert setting.scratch_before == 8 * num_visual * width + 12 * num_visual**2
+    more = dataclasses.replace(setting, scratch_before=1 << 30)
+    assert memory_of(setting, usable=0).activations < memory_of(more, usable=0).activations == 1 << 30
+    assert 2 * memory_of(setting, usable=0).kv_caches == manifest.kv_bytes
 
 
 @pytest.mark.parametrize("keep", ["50%", "100%"])

@@ -95,6 +95,16 @@ def test_a_prediction_counts_the_text_towers_memory(checkpoint: Path, clip: Clip
     assert 2 * (with_it.weights - without.weights) == manifest.graph("clip_text").weight_bytes > 0
 
 
+def test_a_prediction_runs_the_texts_that_there_are_shapes_for(checkpoint: Path, clip: Clip) -> None:
+    manifest = open_bundle(bundle_of("eadp", checkpoint, clip)).manifest
+    one, two = (plan_for(manifest=manifest, num_text=ROOM + more).setting() for more in (0, 1))
+    assert (one.clip_text_rows, two.clip_text_rows) == (LENGTH, 8 * LENGTH)
+    for setting, index in ((one, 0), (two, 1)):
+        for name, flops in (("clip_text", setting.clip_text_flops), ("reduce", setting.reduce_flops)):
+            graph = manifest.graph(name)
+            assert counted(manifest, graph, graph.profiles[index]).flops == pytest.approx(flops)
+
+
 def expected(method: str, sequence: Sequence, clip: Clip, question: str) -> list[int]:
     count = sequence.count
     empty = np.zeros((count, 1))
@@ -163,7 +173,11 @@ def test_every_graph_before_the_decoder_computes_what_the_formulas_count(
         graph = manifest.graph(name)
         looked = matmul_flops(bundle / graph.file, example_feeds(graph, graph.profiles[-1]))
         steps = 0 if name != "reduce" else _steps(method, graph.profiles[-1].sizes["N"])
-        assert counted(manifest, graph, graph.profiles[-1]).flops == pytest.approx(looked + steps, rel=1e-6)
+        work = counted(manifest, graph, graph.profiles[-1])
+        assert work.flops == pytest.approx(looked + steps, rel=1e-6)
+        if name == "clip_text":
+            assert work.products[0].rows == 8 * LENGTH
+            assert work.num_weights > 0
     cost = manifest.cost
     answer = prefill_flops(manifest, num_visual=cost.num_visual, kept=(), num_text=cost.num_text)
     assert answer == pytest.approx(sum(cost.reduced_flops.values()), rel=1e-6)
