@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,13 @@ from trio_edge.runtime.backend import BACKENDS_HELP
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.command_line import run
 from trio_edge.runtime.errors import BundleError, TargetError
-from trio_edge.runtime.prediction.options import PredictOptions, check_given, predict_options, run_prediction
+from trio_edge.runtime.prediction.options import (
+    PredictOptions,
+    check_given,
+    predict_options,
+    print_outcome,
+    run_prediction,
+)
 from trio_edge.runtime.profiling.measuring import NEW_TOKENS, Options, measure
 from trio_edge.runtime.profiling.output_files import check_outputs, write_output
 from trio_edge.runtime.profiling.report import Conditions
@@ -103,6 +108,7 @@ def command(
             from trio_edge.runtime.prediction.page import prediction_page
 
             write_output("--html", html_file, prediction_page(outcome.found, outcome.values))
+        print_outcome(outcome)  # last: where the output is closed early, the files are there
         if outcome.unmet is not None:
             raise TargetError(outcome.unmet)
         return 0
@@ -127,9 +133,8 @@ def command(
     busy, started = load_average(), datetime.datetime.now(datetime.timezone.utc)
     console = Console(stderr=True)
     with console.status("") as status:
-        measurement = measure(options, on_step=status.update if sys.stderr.isatty() else lambda _step: None)
+        measurement = measure(options, on_step=status.update if console.is_terminal else lambda _step: None)
     report = report_of(measurement, _conditions(measurement, options, started=started, busy=busy))
-    print_profile(report)
     if json_file is not None:
         write_output("--json", json_file, _json(report))
     if html_file is not None:
@@ -141,6 +146,7 @@ def command(
 
         labels = [profile.label for profile in report.bundles]
         write_output("--trace", trace_file, trace_json(measurement, labels))
+    print_profile(report)
     return 0
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.prediction.answer import Precision, Prediction
     from trio_edge.runtime.prediction.plan import Plan
+    from trio_edge.runtime.prediction.sweep import Choice, Wish
     from trio_edge.runtime.targets import Target
 
 _WISHED_AXES = "keep,image-size,dtype"
@@ -115,12 +116,21 @@ class Outcome:
     values: dict[str, Any]
     """As JSON types."""
     found: list[tuple[Plan, Prediction]]
-    unmet: str | None
-    """The error's text if there was a wish that no device meets."""
+    is_sweep: bool
+    wish: Wish | None
+    choices: list[Choice]
+    """What the wish comes to on each device."""
+
+    @property
+    def unmet(self) -> str | None:
+        """The error's text if there was a wish that no device meets."""
+        if self.wish is None or any(choice.met for choice in self.choices):
+            return None
+        return unmet_text(self.wish, self.choices)
 
 
 def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int) -> Outcome:
-    """Print what ``options`` ask for, and return it.
+    """Return what ``options`` ask for.
 
     Args:
         options: With ``predict``.
@@ -147,22 +157,28 @@ def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int
     wish = None if options.want is None else parse_wish(options.want)
     axes = _WISHED_AXES if options.sweep is None and wish is not None else options.sweep
     found = sweep(plan, {} if axes is None else parse_sweep(axes), targets)
-    console = wide_console()
-    if axes is None:
-        for one, prediction in found:
-            print_prediction(console, one, prediction)
-    else:
-        print_sweep(console, found)
     values: dict[str, Any] = {"prediction": True, "found": [summary_of(*entry) for entry in found]}
-    if wish is None:
-        return Outcome(values=values, found=found, unmet=None)
-    choices = [choose([entry for entry in found if entry[1].target == target], wish) for target in targets]
-    met = [choice for choice in choices if choice.met]
-    for choice in choices:
-        print_wish(console, wish, choice)
-    values["wish"] = wish_summary(wish, choices)
-    values["chosen"] = [summary_of(choice.plan, choice.prediction) for choice in met]
-    return Outcome(values=values, found=found, unmet=None if met else unmet_text(wish, choices))
+    choices: list[Choice] = []
+    if wish is not None:
+        choices = [
+            choose([entry for entry in found if entry[1].target == target], wish) for target in targets
+        ]
+        values["wish"] = wish_summary(wish, choices)
+        values["chosen"] = [summary_of(choice.plan, choice.prediction) for choice in choices if choice.met]
+    return Outcome(values=values, found=found, is_sweep=axes is not None, wish=wish, choices=choices)
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """Print it to standard output."""
+    console = wide_console()
+    if outcome.is_sweep:
+        print_sweep(console, outcome.found)
+    else:
+        for plan, prediction in outcome.found:
+            print_prediction(console, plan, prediction)
+    if outcome.wish is not None:
+        for choice in outcome.choices:
+            print_wish(console, outcome.wish, choice)
 
 
 def _targets(text: str) -> list[Target]:

@@ -6,10 +6,10 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
-from rich.table import Table
 
 from trio_edge.runtime.prediction.efficiency import fitted_for
 from trio_edge.runtime.prediction.sweep import metric_of, nearest_text
+from trio_edge.runtime.wide_console import print_table, whole_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -110,7 +110,9 @@ def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> No
     """Print the time of every graph, and what they come to."""
     setting, target = prediction.setting, prediction.target
     base, per_row = prediction.token_line
-    table = Table("graph", "phase", "GFLOP", "ms", "bound by", title=f"{setting.model.name} on {target.name}")
+    table = whole_table(
+        "graph", "phase", "GFLOP", "ms", "bound by", title=escape(f"{setting.model.name} on {target.name}")
+    )
     for timed in prediction.runs:
         run, time = timed.run, timed.time
         table.add_row(
@@ -142,12 +144,8 @@ def text_of(setting: Setting) -> str:
 def print_sweep(console: Console, found: Sequence[tuple[Plan, Prediction]]) -> None:
     """Print one line for every combination."""
     setting = found[0][1].setting
-    table = Table(
-        "device", "setting", "visual tokens", "first token ms", "ms / token", "answers / s", "memory",
-        title=escape(f"{setting.model.name}: {text_of(setting)}, {setting.num_new} new tokens"),
-    )  # fmt: skip
-    for plan, prediction in found:
-        table.add_row(
+    rows = [
+        (
             prediction.target.name,
             plan.described(),
             " > ".join(map(str, prediction.setting.visual_rows)),
@@ -156,7 +154,13 @@ def print_sweep(console: Console, found: Sequence[tuple[Plan, Prediction]]) -> N
             f"{metric_of(prediction, 'answers-per-second'):.2f}",
             _size(prediction.memory.total) + ("" if prediction.memory.fits else ", too much"),
         )
-    console.print(table)
+        for plan, prediction in found
+    ]
+    headers = (
+        "device", "setting", "visual tokens", "first token ms", "ms / token", "answers / s", "memory",
+    )  # fmt: skip
+    title = escape(f"{setting.model.name}: {text_of(setting)}, {setting.num_new} new tokens")
+    print_table(console, headers, rows, title=title, less=("visual tokens",))
     _print_note(console, [prediction for _, prediction in found])
 
 

@@ -31,6 +31,10 @@ def check_outputs(paths: Mapping[str, Path]) -> None:
 def _check_output(option: str, path: Path) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise DataError(f"{option}: expected a file in an existing folder, got {path}; create the folder")
+    if (
+        path.exists() or path.is_symlink()
+    ) and not path.is_file():  # renaming onto a device would put a file in its place
+        raise DataError(f"{option}: expected a file, got {path}, which is none; choose another name")
     try:
         _new_file_beside(path).unlink()
     except OSError as error:
@@ -40,7 +44,7 @@ def _check_output(option: str, path: Path) -> None:
 
 
 def write_output(option: str, path: Path, content: bytes) -> None:
-    """Write ``content`` beside ``path`` and rename it.
+    """Write ``content`` beside ``path`` and rename it; where that is a link, what it leads to.
 
     Args:
         option: Its name on the command line.
@@ -54,7 +58,7 @@ def write_output(option: str, path: Path, content: bytes) -> None:
     try:
         partial = _new_file_beside(path)
         partial.write_bytes(content)
-        partial.replace(path)
+        partial.replace(path.resolve())
     except OSError as error:
         raise DataError(
             f"{option} {path}: cannot be written ({error.strerror}); choose another folder"
@@ -65,7 +69,8 @@ def write_output(option: str, path: Path, content: bytes) -> None:
 
 
 def _new_file_beside(path: Path) -> Path:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
+    place = path.resolve()
+    handle, name = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
     os.close(handle)
     partial = Path(name)
     partial.chmod(0o644)  # mkstemp makes it private; a report is an ordinary file

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from rich.table import Table
 
-from trio_edge.runtime.wide_console import wide_console
+from trio_edge.runtime.wide_console import print_table, whole_table, wide_console
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rich.console import Console
+    from rich.table import Table
 
     from trio_edge.runtime.profiling.distribution import Distribution
     from trio_edge.runtime.profiling.report import BundleProfile, Comparison, Report
@@ -23,13 +25,13 @@ def print_profile(report: Report) -> None:
     console = wide_console()
     for line in _heading(report):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(_summary_table(report))
+    _print_summary(console, report)
     for comparison in report.comparisons:
         console.print(_comparison_table(comparison))
     if any(bundle.decode for bundle in report.bundles):
         console.print(_context_table(report.bundles))
     for bundle in report.bundles:
-        console.print(_graph_table(bundle))
+        _print_graphs(console, bundle)
         console.print(_memory_line(bundle), highlight=False, soft_wrap=True)
         for line in bundle.advice:
             console.print(f"[bold]what to change[/] {escape(line)}", highlight=False, soft_wrap=True)
@@ -59,13 +61,9 @@ def _heading(report: Report) -> list[str]:
     return lines
 
 
-def _summary_table(report: Report) -> Table:
-    table = Table(
-        "bundle", "tokens in", "processed", "first token ms", "p95", "p99", "token ms", "tokens/s", "first load ms",
-        "J per answer",
-    )  # fmt: skip
-    for bundle in report.bundles:
-        table.add_row(
+def _print_summary(console: Console, report: Report) -> None:
+    rows = [
+        (
             escape(bundle.label),
             str(bundle.visual_tokens),
             f"{bundle.processed_tokens:.1f}",
@@ -77,7 +75,13 @@ def _summary_table(report: Report) -> Table:
             f"{bundle.load.open_ms + bundle.load.graphs_ms:.0f}",
             ", ".join(f"{escape(where)} {value:.3g}" for where, value in bundle.energy_j.items()) or "-",
         )
-    return table
+        for bundle in report.bundles
+    ]
+    headers = (
+        "bundle", "tokens in", "processed", "first token ms", "p95", "p99", "token ms", "tokens/s", "first load ms",
+        "J per answer",
+    )  # fmt: skip
+    print_table(console, headers, rows, less=("tokens in", "processed", "p95", "p99", "first load ms"))
 
 
 def with_interval(values: Distribution) -> str:
@@ -87,7 +91,7 @@ def with_interval(values: Distribution) -> str:
 
 
 def _context_table(bundles: Sequence[BundleProfile]) -> Table:
-    table = Table("bundle", "context", "rows in caches", "token ms", title="a token by context")
+    table = whole_table("bundle", "context", "rows in caches", "token ms", title="a token by context")
     for bundle in bundles:
         for step in bundle.decode:
             table.add_row(
@@ -98,7 +102,7 @@ def _context_table(bundles: Sequence[BundleProfile]) -> Table:
 
 
 def _comparison_table(comparison: Comparison) -> Table:
-    table = Table(
+    table = whole_table(
         "quantity", "ratio", "95 %", title=escape(f"{comparison.label} over {comparison.reference}")
     )
     for name, ratio in comparison.ratios.items():
@@ -109,15 +113,11 @@ def _comparison_table(comparison: Comparison) -> Table:
     return table
 
 
-def _graph_table(bundle: BundleProfile) -> Table:
-    table = Table(
-        "graph", "profile", "calls", "ms", "p95", "spread", "of answer", "GFLOP/s", "GB/s", "roofline",
-        title=escape(f"{bundle.label}: {bundle.numbers}; {bundle.selection}"),
-    )  # fmt: skip
-    for graph in bundle.graphs:
-        table.add_row(
-            graph.name,
-            graph.profile,
+def _print_graphs(console: Console, bundle: BundleProfile) -> None:
+    rows: list[tuple[str, ...]] = [
+        (
+            escape(graph.name),
+            escape(graph.profile),
             f"{graph.calls_per_answer:.0f}",
             f"{graph.call_ms.p50:.3f}",
             f"{graph.call_ms.p95:.3f}",
@@ -127,12 +127,17 @@ def _graph_table(bundle: BundleProfile) -> Table:
             "-" if graph.bytes_per_s is None else f"{graph.bytes_per_s / 1e9:.2f}",
             graph.verdict or "-",
         )
-    table.add_row(
-        "outside", "prefill", "", f"{bundle.host_first_ms.p50:.3f}", f"{bundle.host_first_ms.p95:.3f}"
-    )
+        for graph in bundle.graphs
+    ]
+    first = bundle.host_first_ms
+    rows.append(("outside", "prefill", "", f"{first.p50:.3f}", f"{first.p95:.3f}"))
     if bundle.host_token_ms is not None:
-        table.add_row("outside", "decode", "", f"{bundle.host_token_ms:.3f}")
-    return table
+        rows.append(("outside", "decode", "", f"{bundle.host_token_ms:.3f}"))
+    headers = (
+        "graph", "profile", "calls", "ms", "p95", "spread", "of answer", "GFLOP/s", "GB/s", "roofline",
+    )  # fmt: skip
+    title = escape(f"{bundle.label}: {bundle.numbers}; {bundle.selection}")
+    print_table(console, headers, rows, title=title, less=("calls", "p95", "spread", "GFLOP/s", "GB/s"))
 
 
 def _memory_line(bundle: BundleProfile) -> str:
@@ -150,7 +155,8 @@ def _memory_line(bundle: BundleProfile) -> str:
 
 
 def _layer_table(bundle: BundleProfile) -> Table:
-    table = Table("graph", "phase", "layer", "kind", "ms per answer", title="slowest layers")
+    table = whole_table("graph", "phase", "layer", "kind", "ms per answer", title="slowest layers")
     for layer in sorted(bundle.layers, key=lambda one: -one.answer_ms)[:_SHOWN_LAYERS]:
-        table.add_row(layer.graph, layer.phase, escape(layer.name), layer.kind, f"{layer.answer_ms:.3f}")
+        cells = (layer.graph, layer.phase, layer.name, layer.kind, f"{layer.answer_ms:.3f}")
+        table.add_row(*map(escape, cells))
     return table

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
+import re
 import statistics
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+from rich.console import Console
 
 from benchmarks.predict_validation import predicted_ms, read_figures
 from trio_edge.runtime import cli_profile
@@ -24,7 +27,7 @@ from trio_edge.runtime.prediction.speed import Formats, Rates, graph_time
 from trio_edge.runtime.prediction.sweep import choose, nearest_text, parse_sweep, parse_wish, sweep
 from trio_edge.runtime.prediction.work import graph_work
 from trio_edge.runtime.targets import TARGETS
-from trio_edge.runtime.wide_console import wide_console
+from trio_edge.runtime.wide_console import print_table, wide_console
 from trio_edge.trio.schedule import parse_schedule
 
 if TYPE_CHECKING:
@@ -323,6 +326,41 @@ def test_wrong_options_are_one_line_and_exit_code_2(case: str, capsys: pytest.Ca
 
 def test_tables_are_as_wide_as_a_terminal_and_wide_in_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "70")
-    assert wide_console().width == 130
+    assert wide_console().width == 160
     monkeypatch.setenv("FORCE_COLOR", "1")  # standard output counts as a terminal
     assert wide_console().width == 70
+
+
+@pytest.mark.parametrize(("width", "names"), [(30, ["graph", "ms"]), (60, ["graph", "calls", "ms"])])
+def test_a_narrow_terminal_loses_columns_that_matter_less_and_no_part_of_a_cell(
+    width: int, names: list[str]
+) -> None:
+    console = Console(width=width, file=io.StringIO())
+    print_table(
+        console,
+        ("graph", "calls", "ms"),
+        [("a_graph_with_a_long_name", "17", "3.141592"), ("outside",)],
+        less=("calls",),
+    )
+    assert isinstance(console.file, io.StringIO)
+    lines = [re.split("[│┃]", line)[1:-1] for line in console.file.getvalue().splitlines()]
+    rows = [[cell.strip() for cell in cells] for cells in lines if cells]
+    assert rows[0] == names
+    assert "".join(row[0] for row in rows[1:]) == "a_graph_with_a_long_nameoutside"
+    assert "3.141592" in [row[-1] for row in rows]
+
+
+def test_files_are_written_before_anything_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reached(Exception):
+        """Standard output was written to."""
+
+    def close(_outcome: object) -> None:
+        raise Reached
+
+    monkeypatch.setattr(cli_profile, "print_outcome", close)
+    with pytest.raises(Reached):
+        cli_profile.main([*MODEL, "--json", str(tmp_path / "json"), "--html", str(tmp_path / "html")])
+    assert json.loads((tmp_path / "json").read_bytes())["prediction"] is True
+    assert (tmp_path / "html").stat().st_size > 0

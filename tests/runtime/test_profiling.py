@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from trio_edge.runtime.profiling import ceilings, contexts, measuring
 from trio_edge.runtime.profiling.answers import Question, Subject
 from trio_edge.runtime.profiling.layers import SLOWEST, layer_times
 from trio_edge.runtime.profiling.layers_tensorrt import runs_of_engine
-from trio_edge.runtime.profiling.output_files import write_output
+from trio_edge.runtime.profiling.output_files import check_outputs, write_output
 from trio_edge.runtime.profiling.pictures import PROMPT, picture_sizes, random_picture
 from trio_edge.runtime.profiling.recording import Recording, RecordingBackend, graph_calls
 from trio_edge.runtime.profiling.report import Report
@@ -387,6 +388,25 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"trio-profile: {option}: expected a file in an existing folder, got {path}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_no_file_is_refused_and_stays_what_it_is(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    (link := tmp_path / "link").symlink_to(pipe)
+    (loop := tmp_path / "loop").symlink_to(loop)
+    for path in (pipe, link, loop):
+        with pytest.raises(DataError, match=r"--json: expected a file, got .*, which is none"):
+            check_outputs({"--json": path})
+    assert pipe.is_fifo()
+
+
+def test_an_output_that_is_a_link_leaves_it_one(tmp_path: Path) -> None:
+    (file := tmp_path / "file").write_bytes(b"old")
+    (link := tmp_path / "link").symlink_to(file)
+    check_outputs({"--json": link})
+    write_output("--json", link, b"new")
+    assert (link.is_symlink(), file.read_bytes()) == (True, b"new")
+    assert sorted(tmp_path.iterdir()) == [file, link]
 
 
 def test_two_outputs_cannot_be_one_file(
