@@ -1,8 +1,9 @@
 """Turns a torch module into an ONNX file whose weights stay in the bundle's weight files.
 
 The module is traced under FakeTensorMode, so no weight is ever in memory; initializers become external data that
-points into the stored files. The optimizer runs with small size limits: without it TensorRT finds axes that are no
-constants, without limits it would fold the weights' transposes and write them into the graph.
+points into the stored files. A trace is optimized while its initializers have no values yet, so that no weight, nor its
+transpose, is folded into the graph, and before a layer is repeated, so that it is done once. Without it TensorRT finds axes
+that are no constants.
 """
 
 from __future__ import annotations
@@ -80,7 +81,11 @@ def trace(
     outputs: Sequence[TensorSpec],
     opset: int,
 ) -> ir.Model:
-    """Return ``module`` as an ONNX model whose I/O tensors carry the names and shapes of ``inputs`` and ``outputs``."""
+    """Return ``module`` as an optimized ONNX model.
+
+    Its I/O tensors carry the names and shapes of ``inputs`` and ``outputs``. An initializer has a value if it is a literal of the
+    trace, none if it is a parameter or buffer of ``module``.
+    """
     with _errors_only(_TRACING_LOG), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -94,10 +99,13 @@ def trace(
         )
     if program is None:
         raise AssertionError("torch.onnx.export with dynamo=True returns a program")
-    # A copy names what it will be optimized into by itself, not by how many names the tracing has used up.
+    # A copy names what it is optimized into by itself, not by how many names the tracing has used up.
     model = program.model.clone()
     _name_values(model.graph.inputs, inputs)
     _name_values(model.graph.outputs, outputs)
+    for value in model.graph.initializers.values():
+        value.const_value = None
+    _optimize(model)
     return model
 
 
@@ -128,16 +136,18 @@ def _name_values(values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> Non
 def attach_weights(
     model: ir.Model, stored: Mapping[str, StoredTensor], inline: Mapping[str, NDArray[Any]], *, bundle: Path
 ) -> int:
-    """Give every initializer of ``model`` its values and return the bytes of the stored ones.
+    """Give every initializer of ``model`` that has no value one, and return the bytes of the stored ones.
 
     Args:
-        model: Traced model; initializers named as in ``stored`` and ``inline``.
+        model: Traced model; initializers without a value are named as in ``stored`` and ``inline``.
         stored: By initializer name; becomes external data.
         inline: By initializer name; written into the graph.
         bundle: Folder that the stored files' paths are relative to.
     """
     total = 0
     for name, value in model.graph.initializers.items():
+        if value.const_value is not None:
+            continue
         if name in inline:
             value.const_value = ir.tensor(inline[name], name=name)
             continue
@@ -155,28 +165,20 @@ def attach_weights(
     return total
 
 
-def _never_weights(node: ir.Node) -> bool | None:
-    """Return False for a node that reads a stored weight, else None (default rules); some ops ignore size limits."""
-    if any(value is not None and isinstance(value.const_value, ir.ExternalTensor) for value in node.inputs):
-        return False
-    return None
-
-
-def save(model: ir.Model, path: Path) -> None:
-    """Optimize ``model`` with small folding limits and write it; external data stays where it is."""
+def _optimize(model: ir.Model) -> None:
+    """Fold what is small and merge what is equal; leave no trace of this machine."""
     with _errors_only(_OPTIMIZER_LOG):
-        optimizer.optimize_ir(
-            model,
-            input_size_limit=_FOLD_INPUT_SIZE,
-            output_size_limit=_FOLD_OUTPUT_SIZE,
-            should_fold=_never_weights,
-        )
-    model.producer_name, model.producer_version = "trio-edge", None
-    # Traces carry source paths and stacks of this machine, in loops' bodies too: none of a bundle's business.
+        optimizer.optimize_ir(model, input_size_limit=_FOLD_INPUT_SIZE, output_size_limit=_FOLD_OUTPUT_SIZE)
+    # source paths and stacks, in loops' bodies too
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         node.metadata_props.clear()
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
     model.metadata_props.clear()
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write ``model``; external data stays where it is."""
+    model.producer_name, model.producer_version = "trio-edge", None
     ir.save(model, path)

@@ -105,10 +105,10 @@ class _Tracer:
         """Return ``model`` with what each of its initializers, named as in ``module``, is."""
         parameters = dict(module.named_parameters(remove_duplicate=False))
         weights, values = {}, {}
-        for name in model.graph.initializers:
+        for name, value in model.graph.initializers.items():
             if name in parameters:
                 weights[name] = self.names[id(parameters[name])]
-            else:
+            elif value.const_value is None:
                 values[name] = constants[name]
         return TracedGraph(spec=spec, model=model, weights=weights, constants=values)
 

@@ -1,15 +1,18 @@
-"""Lets the bundles that one process exports of one model share what is traced alike for them: vision, decoder layer, head."""
+"""Lets the bundles that a test run exports of one model share what is traced alike for them: vision, decoder layer, head."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx_ir as ir
 import pytest
 
+from tests.shared_folder import made_once
 from trio_edge.export.graphs.clip_text import ClipText
 from trio_edge.export.graphs.decoder_range import DecoderRange
 from trio_edge.export.graphs.head import Head
@@ -20,18 +23,15 @@ from trio_edge.export.onnx_graph import trace
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import onnx_ir as ir
     from torch import nn
 
     from trio_edge.export.bundle import ExportOptions
     from trio_edge.runtime.schedule import Schedule
 
-_traces: dict[str, ir.Model] = {}
-
 
 @contextmanager
 def shared_traces(options: ExportOptions, schedule: Schedule) -> Iterator[None]:
-    """Trace only what this process has not traced yet for a model of the same configuration.
+    """Trace only what this test run has not traced yet for a model of the same configuration.
 
     Modules are built from configuration files and few options, selections from the schedule too; shapes, types and opset are in
     the trace's arguments.
@@ -49,13 +49,30 @@ def shared_traces(options: ExportOptions, schedule: Schedule) -> Iterator[None]:
             origin = f"{_configuration(folders, without='text_config')} {options.max_visual} {options.encoder_keep}"
         arguments = {**settings, "args": _shapes(settings["args"])}
         wanted = f"{type(module).__name__} {origin} {sorted(arguments.items())}"
-        if wanted not in _traces:
-            _traces[wanted] = trace(module, **settings)
-        return _traces[wanted].clone()
+        name = f"trace-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.onnx"
+        return _read(made_once(name, lambda out: _write(trace(module, **settings), out)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trio_edge.export.tracing.trace", trace_once)
         yield
+
+
+def _write(model: ir.Model, path: Path) -> None:
+    """Write a trace; weights, which have no values yet, are written as external data that is nowhere."""
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            value.const_value = ir.ExternalTensor(
+                "nowhere", 0, 0, value.dtype, shape=value.shape, name=name, base_dir=path.parent
+            )
+    ir.save(model, path)
+
+
+def _read(path: Path) -> ir.Model:
+    model = ir.load(path)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = None
+    return model
 
 
 def _configuration(folders: Sequence[Path], *, without: str = "") -> str:

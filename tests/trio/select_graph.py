@@ -59,7 +59,6 @@ def export_select(
     *,
     num_visual: int,
     several_sizes: bool = False,
-    opset: int = 18,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write ``module`` as ONNX with the row axis dynamic, and the visual one if there are several sizes."""
@@ -67,7 +66,7 @@ def export_select(
     axes: tuple[Any, ...] = (rows, rows, rows, rows if several_sizes else None, None, None)
     program = torch.onnx.export(
         module.eval(), example_inputs(module, num_visual=num_visual, num_text=21, dtype=dtype), dynamo=True,
-        opset_version=opset, input_names=INPUTS, output_names=OUTPUTS, dynamic_shapes=axes, verbose=False,
+        opset_version=18, input_names=INPUTS, output_names=OUTPUTS, dynamic_shapes=axes, verbose=False,
     )  # fmt: skip
     assert program is not None
     program.save(path)
