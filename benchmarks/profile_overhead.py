@@ -22,7 +22,7 @@ from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.device import LoadedGraphs
 from trio_edge.runtime.device_host import HostDevice
 from trio_edge.runtime.profiling.answers import Question, Subject
-from trio_edge.runtime.profiling.distribution import distribution
+from trio_edge.runtime.profiling.distribution import distribution, in_brackets
 from trio_edge.runtime.profiling.pictures import PROMPT, picture_sizes, random_picture
 from trio_edge.runtime.profiling.recording import Recording
 from trio_edge.runtime.profiling.report_table import with_interval
@@ -117,9 +117,10 @@ def sensors_ms() -> float:
 
 def print_cost(name: str, without: Sequence[float], with_it: Sequence[float]) -> None:
     more = distribution([100 * (after / before - 1) for before, after in zip(without, with_it)])
-    low, high = more.interval_95
     texts = [with_interval(distribution(values)) for values in (without, with_it)]
-    print(f"{name}: {texts[0]} ms without, {texts[1]} ms with: {more.p50:+.2f} % ({low:+.2f} – {high:+.2f})")
+    print(
+        f"{name}: {texts[0]} ms without, {texts[1]} ms with: {more.p50:+.2f} %{in_brackets(more.interval_95, '+.2f')}"
+    )
 
 
 def main() -> None:

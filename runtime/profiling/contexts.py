@@ -23,6 +23,8 @@ POINTS = 6
 """Behind the question with its picture."""
 _TOKENS = 4
 """Of a point in each round."""
+_SETTLING = 12
+"""Tokens behind a prefill that are left out: the prefill's data has taken the place of theirs in the processor's caches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +81,8 @@ def _time_round(
     room = manifest.text_buckets[-1] + manifest.max_new_tokens - seen.text_tokens
     num_tokens = min(_TOKENS, room)
     points = _points(room - num_tokens, count=1 if question.picture is None else POINTS)
-    subject.pipeline.time_tokens(num_tokens)
-    done = num_tokens
+    done = min(_SETTLING, room)
+    subject.pipeline.time_tokens(done)
     for rows in reversed(points) if is_downward else points:
         times = subject.pipeline.time_tokens(num_tokens, skip=rows - done)
         done = rows + num_tokens

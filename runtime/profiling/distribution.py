@@ -1,8 +1,9 @@
 """Repeated measurements in numbers: percentiles, how well the median is known, and ratios of medians.
 
-The median's interval comes from order statistics, so it assumes nothing about how the times are distributed. A ratio's
-comes from a bootstrap over rounds: in a round each bundle ran once, so what disturbs the machine disturbs both. So does
-that of a line's slope.
+The median's interval comes from order statistics, so it assumes nothing about how the times are distributed; what was timed
+several times in a run, as tokens, is disturbed together, so runs are what counts. A ratio's comes from a bootstrap over rounds:
+in a round each bundle ran once, so what disturbs the machine disturbs both. So does that of a line's slope. Fewer than
+``LEAST_FOR_INTERVAL`` cannot tell an interval: even their whole range misses the median more often than one time in twenty.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
+LEAST_FOR_INTERVAL = 6
 RESAMPLES = 5_000
 SEED = 0
 _Z_95 = 1.959963984540054
+Interval = tuple[float, float]
 
 
 class Distribution(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,21 +38,29 @@ class Distribution(msgspec.Struct, frozen=True, kw_only=True):
     most: float
     spread: float
     """Distance between the first and the third quartile."""
-    interval_95: tuple[float, float]
-    """Of the median."""
+    interval_95: Interval | None
+    """Of the median; None for fewer than ``LEAST_FOR_INTERVAL`` runs."""
+
+    @property
+    def range(self) -> Interval:
+        """The interval, or all values where there is none."""
+        return self.interval_95 or (self.least, self.most)
 
     @property
     def relative_width(self) -> float:
-        """Width of the median's interval as a share of the median; infinite at 0."""
+        """Width of the median's interval as a share of the median; infinite at 0 or without an interval."""
+        if self.interval_95 is None or self.p50 <= 0:
+            return math.inf
         low, high = self.interval_95
-        return (high - low) / self.p50 if self.p50 > 0 else math.inf
+        return (high - low) / self.p50
 
 
 class Ratio(msgspec.Struct, frozen=True, kw_only=True):
     """A ratio of two medians."""
 
     value: float
-    interval_95: tuple[float, float]
+    interval_95: Interval | None
+    """None for fewer than ``LEAST_FOR_INTERVAL`` rounds."""
     rounds: int
 
 
@@ -56,18 +69,28 @@ class LineFit(msgspec.Struct, frozen=True, kw_only=True):
 
     base_ms: float
     ms_per_1000_rows: float
-    interval_95: tuple[float, float]
-    """Of ``ms_per_1000_rows``."""
+    interval_95: Interval | None
+    """Of ``ms_per_1000_rows``; None for fewer than ``LEAST_FOR_INTERVAL`` rounds."""
 
     @property
     def words(self) -> str:
         """As ``2.01 ms +0.12 ms per 1000 rows (0.10 – 0.14)``."""
-        low, high = self.interval_95
-        return f"{self.base_ms:.2f} ms {self.ms_per_1000_rows:+.2g} ms per 1000 rows ({low:.2g} – {high:.2g})"
+        text = f"{self.base_ms:.2f} ms {self.ms_per_1000_rows:+.2g} ms per 1000 rows"
+        return text + in_brackets(self.interval_95, ".2g")
 
 
-def distribution(values: Sequence[float]) -> Distribution:
-    """Return the distribution of at least one value."""
+def in_brackets(interval: Interval | None, digits: str) -> str:
+    """Return an interval as text to go behind a number: `` (0.10 – 0.14)``; nothing without one."""
+    return "" if interval is None else f" ({interval[0]:{digits}} – {interval[1]:{digits}})"
+
+
+def distribution(values: Sequence[float], *, per_run: int = 1) -> Distribution:
+    """Return the distribution of at least one value.
+
+    Args:
+        values: Run after run.
+        per_run: How many of them are of one run.
+    """
     data = np.sort(np.asarray(values, np.float64))
     p25, p50, p75, p95, p99 = (float(one) for one in np.percentile(data, (25, 50, 75, 95, 99)))
     return Distribution(
@@ -79,15 +102,25 @@ def distribution(values: Sequence[float]) -> Distribution:
         least=float(data[0]),
         most=float(data[-1]),
         spread=p75 - p25,
-        interval_95=median_interval(values),
+        interval_95=median_interval(values, per_run=per_run),
     )
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of the median: two of the values, for few of them the least and the largest."""
-    data = sorted(values)
-    num = len(data)
-    half = _Z_95 * math.sqrt(num) / 2
+def median_interval(values: Sequence[float], *, per_run: int = 1) -> Interval | None:
+    """Return the 95 % interval of the median, two of the values; None for fewer than ``LEAST_FOR_INTERVAL`` runs.
+
+    Args:
+        values: Run after run.
+        per_run: How many of them are of one run.
+    """
+    runs = np.asarray(values, np.float64).reshape(-1, per_run)
+    if len(runs) < LEAST_FOR_INTERVAL:
+        return None
+    data, num = np.sort(runs, axis=None), runs.size
+    above = (runs > np.median(data)).mean(axis=1) + (runs == np.median(data)).mean(axis=1) / 2
+    # With one value a run the share above the median varies by 1/2; never less, as if values of a run were independent.
+    spread = max(math.sqrt(float(((above - 0.5) ** 2).mean())), 0.5 / math.sqrt(per_run))
+    half = _Z_95 * spread * num / math.sqrt(len(runs))
     low = max(0, math.floor(num / 2 - half))
     high = min(num - 1, math.ceil(num / 2 + half))
     return float(data[low]), float(data[high])
@@ -105,10 +138,9 @@ def median_ratio(values: Sequence[float], reference: Sequence[float]) -> Ratio:
         raise ValueError(f"expected as many values as in the reference, got {len(ours)} and {len(theirs)}")
     drawn = np.random.default_rng(SEED).integers(len(ours), size=(RESAMPLES, len(ours)))
     ratios = np.median(ours[drawn], axis=1) / np.median(theirs[drawn], axis=1)
-    low, high = np.percentile(ratios, (2.5, 97.5))
     return Ratio(
         value=float(np.median(ours) / np.median(theirs)),
-        interval_95=(float(low), float(high)),
+        interval_95=_middle(ratios, rounds=len(ours)),
         rounds=len(ours),
     )
 
@@ -126,9 +158,13 @@ def line_fit(rows: Sequence[float], milliseconds: Sequence[Sequence[float]]) -> 
     slope, base = np.polyfit(rows, np.median(times, axis=1), 1)
     drawn = np.random.default_rng(SEED).integers(times.shape[1], size=(RESAMPLES, times.shape[1]))
     slopes, _ = np.polyfit(rows, np.median(times[:, drawn], axis=2), 1)
-    low, high = np.percentile(slopes, (2.5, 97.5))
     return LineFit(
         base_ms=float(base),
         ms_per_1000_rows=1e3 * float(slope),
-        interval_95=(1e3 * float(low), 1e3 * float(high)),
+        interval_95=_middle(1e3 * slopes, rounds=times.shape[1]),
     )
+
+
+def _middle(drawn: NDArray[np.float64], *, rounds: int) -> Interval | None:
+    low, high = (float(value) for value in np.percentile(drawn, (2.5, 97.5)))
+    return None if rounds < LEAST_FOR_INTERVAL else (low, high)

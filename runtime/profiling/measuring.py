@@ -42,7 +42,7 @@ NARROW = 0.02
 NEW_TOKENS = 16
 LEAST_RUNS = 10
 MOST_RUNS = 500
-_SIZE_RUNS = 5
+_SIZE_RUNS = 6
 _MOST_SIZES = 5
 _STEP_RUNS = 10
 _LAYER_RUNS = 3
@@ -153,6 +153,7 @@ def measure(options: Options, *, on_step: Callable[[str], None] = lambda _step: 
             timed = time_contexts([one.subject for one in measured], question, seconds=options.seconds)
             for one, contexts in zip(measured, timed):
                 one.contexts = contexts
+    missing += sampling.lost
     for one in measured:
         if options.layers:
             on_step(f"layers: {one.subject.bundle.folder}")

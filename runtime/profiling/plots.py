@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.profiling.report import BundleProfile, Ceilings, Phase, Report
 
 _MEGABYTE = 1e6
+_MEDIAN = "Median and its 95 % interval (of fewer than six runs, all of them)"
 
 
 def plots_of(report: Report) -> list[Plot]:
@@ -77,7 +78,7 @@ def _first_token(bundles: Sequence[BundleProfile]) -> Plot:
     return curves(
         series,
         title="Time to the first token against visual tokens",
-        note="Median and its 95 % interval, at each size of picture that has shapes of its own.",
+        note=f"{_MEDIAN}, at each size of picture that has shapes of its own.",
         x_label="visual tokens of the picture",
     )
 
@@ -93,13 +94,13 @@ def _decode(bundles: Sequence[BundleProfile]) -> Plot:
             for bundle in bundles
         ],
         title="Time of a token over context length",
-        note="Median and its 95 % interval; visual tokens are not reduced in the context, but are in the rows of the fits.",
+        note=f"{_MEDIAN}; visual tokens are not reduced in the context, but are in the rows of the fits.",
         x_label="rows of context",
     )
 
 
 def _point(at: int, time: Distribution) -> Point:
-    low, high = time.interval_95
+    low, high = time.range
     return Point(at, low, time.p50, high)
 
 

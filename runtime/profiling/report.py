@@ -99,9 +99,9 @@ class GraphProfile(_Part, frozen=True):
     share: float
     """Of the answer."""
     flops: float | None
-    """Of one call: matrix products and convolutions."""
+    """Of one call: matrix products."""
     moved_bytes: float | None
-    """Of one call at least: weights, inputs and outputs once."""
+    """Of one call at least: weights, and what products, attention and element-wise kernels read and write, each once."""
     flops_per_s: float | None
     bytes_per_s: float | None
     intensity: float | None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
+from trio_edge.runtime.profiling.distribution import in_brackets
 from trio_edge.runtime.wide_console import print_table, whole_table, wide_console
 
 if TYPE_CHECKING:
@@ -86,8 +87,7 @@ def _print_summary(console: Console, report: Report) -> None:
 
 def with_interval(values: Distribution) -> str:
     """Return the median and its interval: ``25.31 (25.10 – 25.52)``."""
-    low, high = values.interval_95
-    return f"{values.p50:.2f} ({low:.2f} – {high:.2f})"
+    return f"{values.p50:.2f}{in_brackets(values.interval_95, '.2f')}"
 
 
 def _context_table(bundles: Sequence[BundleProfile]) -> Table:
@@ -106,8 +106,7 @@ def _comparison_table(comparison: Comparison) -> Table:
         "quantity", "ratio", "95 %", title=escape(f"{comparison.label} over {comparison.reference}")
     )
     for name, ratio in comparison.ratios.items():
-        low, high = ratio.interval_95
-        table.add_row(name, f"{ratio.value:.3f}", f"{low:.3f} – {high:.3f}")
+        table.add_row(name, f"{ratio.value:.3f}", in_brackets(ratio.interval_95, ".3f").strip(" ()"))
     for name, value in comparison.sizes.items():
         table.add_row(escape(name), f"{value:.3f}", "")
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple, final
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from trio_edge.runtime.profiling.sensor import Sensor
 
 INTERVAL_SECONDS = 0.2
+_SLACK = 1.0
+"""Seconds of the runs, at either end, that need no reading."""
 
 
 class Sample(NamedTuple):
@@ -38,10 +41,17 @@ class SensorRange(msgspec.Struct, frozen=True, kw_only=True):
 
 @final
 class SamplingThread:
-    """Samples all sensors until its block ends, then closes them; ``samples`` can be read at any time."""
+    """Samples all sensors until its block ends, then closes them; ``samples`` can be read at any time.
+
+    A sensor that fails ends neither the measurement nor the others: it is read no more, and ``lost`` says why.
+    """
 
     def __init__(self, sensors: Sequence[Sensor], *, interval_seconds: float = INTERVAL_SECONDS) -> None:
         self.samples: list[Sample] = []
+        self.lost: list[str] = []
+        """One line for each sensor that failed, or that never showed anything; complete when the block has ended."""
+        self._working = list(sensors)
+        self._silent = list(sensors)
         self._sensors = sensors
         self._interval = interval_seconds
         self._stop = threading.Event()
@@ -59,8 +69,10 @@ class SamplingThread:
         if self._sensors:
             self._thread.join()
             self._sample()
+        self.lost += [f"{sensor.name}: gave no reading" for sensor in self._silent if sensor in self._working]
         for sensor in self._sensors:
-            sensor.close()
+            with contextlib.suppress(Exception):  # all is measured, and nothing more is asked of it
+                sensor.close()
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -69,8 +81,16 @@ class SamplingThread:
 
     def _sample(self) -> None:
         readings: dict[str, float] = {}
-        for sensor in self._sensors:
-            readings |= sensor.read()
+        for sensor in tuple(self._working):
+            try:
+                found = sensor.read()
+            except Exception as error:
+                self._working.remove(sensor)
+                self.lost.append(f"{sensor.name}: failed after {len(self.samples)} readings ({error})")
+                continue
+            if found and sensor in self._silent:
+                self._silent.remove(sensor)
+            readings |= found
         self.samples.append(Sample(time.perf_counter(), readings))
 
 
@@ -91,7 +111,8 @@ def sensor_ranges(samples: Sequence[Sample], *, start: float, end: float) -> dic
 def joules(samples: Sequence[Sample], windows: Sequence[tuple[float, float]]) -> dict[str, float]:
     """Return the energy of all ``windows`` together, by where it was measured.
 
-    A counter is interpolated between its readings; without one, power is integrated.
+    A counter is interpolated between its readings; without one, power is integrated. What was not read from the first window to
+    the last, as its sensor failed, is left out.
 
     Args:
         samples: In order of time.
@@ -104,7 +125,7 @@ def joules(samples: Sequence[Sample], windows: Sequence[tuple[float, float]]) ->
         quantity, _, where = name.partition(".")
         if quantity == ENERGY or (quantity == POWER and where not in counted):
             times, total = _running_total(samples, name, integrate=quantity == POWER)
-            if len(times) > 1:
+            if len(times) > 1 and times[0] - _SLACK <= windows[0][0] and windows[-1][1] <= times[-1] + _SLACK:
                 ends = np.interp(np.asarray(windows, np.float64), times, total)
                 result[where] = float((ends[:, 1] - ends[:, 0]).sum())
     return result

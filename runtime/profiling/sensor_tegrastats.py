@@ -11,14 +11,20 @@ Source: "Tegrastats Utility" in NVIDIA's Jetson Linux developer guide, and lines
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import signal
 import subprocess
 import threading
+import time
 from typing import final
 
 TEGRASTATS = "tegrastats"
 _INTERVAL_MS = 100
 _STOP_SECONDS = 5.0
+_STALE_SECONDS = 2.0
+_LONGEST_LINE = 1 << 16
 _RAM = re.compile(r"\bRAM (\d+)/(\d+)MB")
 _CPU = re.compile(r"\bCPU \[([^\]]*)\]")
 _CORE_CLOCK = re.compile(r"\d+%@(\d+)")
@@ -76,29 +82,37 @@ class Tegrastats:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            errors="replace",
             start_new_session=True,  # Ctrl-C in the terminal is for this program; it stops tegrastats itself
         )
         self._latest: dict[str, float] = {}
+        self._seconds = 0.0
         self._reader = threading.Thread(target=self._follow, name="tegrastats", daemon=True)
         self._reader.start()
 
     def _follow(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._latest = parse_tegrastats(line)
+        stdout = self._process.stdout
+        assert stdout is not None
+        for line in iter(lambda: stdout.readline(_LONGEST_LINE), ""):
+            if found := parse_tegrastats(line):
+                self._latest, self._seconds = found, time.monotonic()
 
     def read(self) -> dict[str, float]:
-        """See ``Sensor.read``."""
-        return self._latest
+        """See ``Sensor.read``: nothing once it has printed nothing for a while, as its last line is of the past then."""
+        return self._latest if time.monotonic() - self._seconds < _STALE_SECONDS else {}
 
     def close(self) -> None:
         """See ``Sensor.close``."""
-        self._process.terminate()
-        try:
+        self._signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._signal(signal.SIGKILL)
+        self._process.wait()
         self._reader.join()
         if self._process.stdout is not None:
             self._process.stdout.close()
+
+    def _signal(self, number: int) -> None:
+        """Send a signal to it and what it started, for instance where it is a script: that may hold the pipe open."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)  # the session's leader gave the group its number

@@ -98,7 +98,7 @@ def _bundle_profile(measured: Measured, measurement: Measurement, *, label: str)
         ),
         ttft_ms=distribution([answer.ttft_ms for answer in answers]),
         prefill_ms=distribution([answer.statistics.prefill_ms for answer in answers]),
-        token_ms=distribution(token_ms) if token_ms else None,
+        token_ms=distribution(token_ms, per_run=len(token_ms) // len(answers)) if token_ms else None,
         tokens_per_s=1e3 / statistics.median(token_ms) if token_ms else None,
         answer_ms=distribution([answer.answer_ms for answer in answers]),
         host_first_ms=distribution([answer.host_first_ms for answer in answers]),
@@ -183,7 +183,9 @@ def _graph_profile(
     answer_ms: float,
     ceilings: Ceilings | None,
 ) -> GraphProfile:
-    call_ms = distribution([time for calls in answers for time in calls])
+    times = [time for calls in answers for time in calls]
+    per_run = len(times) // len(answers)
+    call_ms = distribution(times, per_run=per_run if {len(calls) for calls in answers} == {per_run} else 1)
     in_answer = statistics.median(sum(calls) for calls in answers)
     work = graph_work(manifest, spec, profile)
     flops, moved = work.flops, work.moved_bytes

@@ -353,14 +353,14 @@ def test_a_narrow_terminal_loses_columns_that_matter_less_and_no_part_of_a_cell(
 def test_files_are_written_before_anything_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Reached(Exception):
+    class ReachedError(Exception):
         """Standard output was written to."""
 
     def close(_outcome: object) -> None:
-        raise Reached
+        raise ReachedError
 
     monkeypatch.setattr(cli_profile, "print_outcome", close)
-    with pytest.raises(Reached):
+    with pytest.raises(ReachedError):
         cli_profile.main([*MODEL, "--json", str(tmp_path / "json"), "--html", str(tmp_path / "html")])
     assert json.loads((tmp_path / "json").read_bytes())["prediction"] is True
     assert (tmp_path / "html").stat().st_size > 0

@@ -43,9 +43,28 @@ def test_the_medians_interval_holds_the_true_median_in_95_of_100_samples() -> No
         assert 0.93 <= held / 1000 <= 0.995
 
 
-def test_few_values_have_the_widest_interval() -> None:
-    assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
-    assert distribution([7.0]).interval_95 == (7.0, 7.0)
+def test_tokens_of_one_answer_that_are_disturbed_together_make_nothing_more_certain() -> None:
+    generator, held = np.random.default_rng(0), 0
+    for _ in range(300):
+        answers = generator.exponential(size=(30, 1)) + 0.01 * generator.exponential(size=(30, 15))
+        low, high = median_interval(list(answers.ravel()), per_run=15) or (0.0, 0.0)
+        held += low <= np.log(2) <= high
+    assert held / 300 >= 0.9
+    alone = median_interval(list(range(100)))
+    assert alone == (40, 60)
+    assert median_interval(list(range(100)), per_run=1) == alone
+
+
+def test_fewer_than_six_runs_have_no_interval() -> None:
+    values = [3.0, 1.0, 2.0, 5.0, 4.0]
+    assert median_interval(values) is None
+    assert median_interval([*values, 6.0]) == (1.0, 6.0)
+    assert median_interval(values * 6, per_run=6) is None
+    assert distribution([7.0]).range == (7.0, 7.0)
+    assert median_ratio(values, values).interval_95 is None
+    fit = line_fit([0, 1000], [values, [value + 1 for value in values]])
+    assert fit is not None
+    assert (fit.interval_95, fit.words) == (None, "3.00 ms +1 ms per 1000 rows")
 
 
 def test_what_disturbs_both_bundles_leaves_their_ratio_certain() -> None:
@@ -63,7 +82,7 @@ def test_a_ratio_needs_pairs() -> None:
 
 
 def test_a_line_is_found_behind_a_drift_that_all_points_share() -> None:
-    rows, drift = [0, 500, 1000, 2000], np.array([0.0, 5.0, 0.1, -0.1, 0.2])
+    rows, drift = [0, 500, 1000, 2000], np.array([0.0, 5.0, 0.1, -0.1, 0.2, 0.1])
     fit = line_fit(rows, [2.0 + 0.25 * count / 1000 + drift for count in rows])
     assert (fit.base_ms, fit.ms_per_1000_rows) == (pytest.approx(2.1), pytest.approx(0.25))
     assert fit.interval_95 == pytest.approx((0.25, 0.25))
@@ -71,7 +90,7 @@ def test_a_line_is_found_behind_a_drift_that_all_points_share() -> None:
 
 
 def test_a_slope_that_rounds_disagree_on_has_a_wide_interval() -> None:
-    low, high = line_fit([0, 1000], [[1.0, 1.0, 1.0], [1.0, 2.0, 0.0]]).interval_95
+    low, high = line_fit([0, 1000], [[1.0] * 6, [1.0, 2.0, 0.0] * 2]).interval_95
     assert low < -0.9
     assert high > 0.9
 

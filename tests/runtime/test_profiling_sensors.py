@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from trio_edge.runtime.profiling import sensor_tegrastats
 from trio_edge.runtime.profiling.sampling_thread import Sample, SamplingThread, joules, sensor_ranges
 from trio_edge.runtime.profiling.sensor import open_sensors
 from trio_edge.runtime.profiling.sensor_cpu import CpuClock, Rapl, ThermalZones
@@ -91,6 +92,33 @@ def test_tegrastats_is_read_while_it_runs_and_ended_with_the_sensor(tmp_path: Pa
     sensor.close()
     with pytest.raises(ProcessLookupError, match="No such process"):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def tegrastats_of(folder: Path, script: str) -> Tegrastats:
+    (command := folder / "tegrastats").write_text(f"#!/bin/sh\n{script}\n")
+    command.chmod(0o755)
+    return Tegrastats(command=str(command))
+
+
+def test_a_tegrastats_that_prints_anything_is_read_and_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    sensor = tegrastats_of(tmp_path, f"printf '\\377\\n{ORIN_NANO}\\n'; yes | tr -d '\\n'")
+    end = time.monotonic() + 10
+    while not sensor.read() and time.monotonic() < end:
+        time.sleep(0.01)
+    sensor.close()  # the pipe's writer is a child
+
+
+def test_a_tegrastats_that_stops_printing_shows_nothing_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sensor = tegrastats_of(tmp_path, f'echo "{ORIN_NANO}"')
+    end = time.monotonic() + 10
+    while not sensor.read() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert sensor.read()["power_w.module"] == 4.046
+    monkeypatch.setattr(sensor_tegrastats, "_STALE_SECONDS", 0.0)
+    assert sensor.read() == {}
+    sensor.close()
 
 
 def test_a_device_without_tegrastats_says_so() -> None:
@@ -246,6 +274,55 @@ def test_sampling_ends_with_its_block_and_closes_the_sensors() -> None:
     time.sleep(0.01)
     assert (sensor.reads, sensor.closed) == (count, True)
     assert [sample.readings["power_w.board"] for sample in sampling.samples] == list(range(1, count + 1))
+
+
+class _Broken:
+    """Fails at its second reading, and when it is closed."""
+
+    name = "broken"
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def read(self) -> dict[str, float]:
+        self.reads += 1
+        if self.reads == 2:
+            raise RuntimeError("the driver has gone")
+        return {"power_w.broken": 1.0}
+
+    def close(self) -> None:
+        raise RuntimeError("closed twice")
+
+
+class _Silent:
+    name = "silent"
+
+    def read(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_sensor_that_fails_is_one_line_and_the_others_go_on() -> None:
+    broken, ramp = _Broken(), _Ramp()
+    with SamplingThread([broken, ramp, _Silent()], interval_seconds=0.001) as sampling:
+        while len(sampling.samples) < 4:
+            time.sleep(0.001)
+    assert (broken.reads, ramp.closed) == (2, True)
+    assert ramp.reads == len(sampling.samples)
+    assert sampling.lost == [
+        "broken: failed after 1 readings (the driver has gone)",
+        "silent: gave no reading",
+    ]
+
+
+def test_energy_that_was_not_measured_to_the_end_is_left_out() -> None:
+    samples = [
+        Sample(float(second), {"power_w.module": 4.0} | ({"power_w.gpu": 2.0} if second < 3 else {}))
+        for second in range(10)
+    ]
+    assert joules(samples, [(0.5, 1.0), (8.0, 9.0)]) == {"module": pytest.approx(6.0)}
 
 
 def test_energy_of_a_window_is_interpolated_between_readings_of_a_counter() -> None:
