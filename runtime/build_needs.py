@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.device_memory import estimate
 from trio_edge.runtime.engine_build import BuildOptions, BuildPlan, PlannedGraph, plan_build, planned_graphs
+from trio_edge.runtime.engine_folder import check_engines_place
 from trio_edge.runtime.engine_host import Host, available_memory_bytes, find_host, l4t_release
 from trio_edge.runtime.engine_memory import estimate_seconds
 from trio_edge.runtime.engine_package import ENGINE_BACKENDS, load_tensorrt
@@ -151,6 +152,7 @@ def build_needs(bundle: Bundle, options: BuildOptions, *, host: Host | None = No
     plan, problems, warnings = None, [], []
     try:
         plan = plan_build(bundle, options, host=host)
+        check_engines_place(plan.folder)
     except BackendError as error:
         problems.append(str(error))
     if plan is not None:

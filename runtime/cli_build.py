@@ -36,6 +36,7 @@ from trio_edge.runtime.engine_build import (
 from trio_edge.runtime.engine_host import l4t_release
 from trio_edge.runtime.engine_package import ENGINES_BACKENDS_HELP
 from trio_edge.runtime.interruption import interruptible
+from trio_edge.runtime.wide_console import wide_console
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +81,7 @@ def command(
     chosen = {name: value for name, value in settings.items() if value is not None}
     options = BuildOptions(
         compute_capabilities=() if capabilities is None else _capabilities(capabilities),
-        graphs=tuple(name for text in graphs for name in text.split(",")),
+        graphs=tuple(name.strip() for text in graphs for name in text.split(",")),
         detailed_layers=bool(verbose_layers),
         **chosen,
     )
@@ -155,7 +156,7 @@ def _lines(needs: BuildNeeds) -> dict[str, str]:
         else f"{gpu.name}, compute capability {gpu.compute_capability / 10:.1f}, {gpu.memory_bytes / 1e9:.1f} GB,"
         f" driver {gpu.driver}",
         "built for": "nothing" if plan is None else ", ".join(f"sm{n}" for n in plan.compute_capabilities),
-        "folder": "–" if plan is None else f"{plan.folder}{f' (keeps {kept})' if kept else ''}",
+        "folder": "none" if plan is None else f"{plan.folder}{f' (keeps {kept})' if kept else ''}",
         "time": f"about {_duration(needs.seconds)}" + _time_note(plan),
         "disk": f"about {needs.disk_bytes / 1e9:.2f} GB; {needs.free_disk_bytes / 1e9:.2f} GB are free",
         "memory": f"peak about {needs.peak_bytes / 1e9:.2f} GB, of it {needs.mapped_bytes / 1e9:.2f} GB that the system"
@@ -195,7 +196,7 @@ def _print_graphs(graphs: tuple[PlannedGraph, ...]) -> None:
         )
         sizes = (graph.spec.weight_bytes, graph.memory.engine_bytes, graph.memory.peak_bytes)
         table.add_row(graph.spec.name, profiles, *(f"{size / 1e6:.1f}" for size in sizes))
-    Console().print(table)
+    wide_console().print(table)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -270,10 +270,15 @@ def _kept_engines(
         and old.manifest_sha256 == sha256_of(bundle.folder / MANIFEST_NAME)
         and (old.detailed_layers, old.split_lm_head) == (options.detailed_layers, options.split_lm_head)
     )
-    kept = [] if old is None or not (fits and options.graphs) else list(old.engines)
+    there = [] if old is None else [entry for entry in old.engines if _is_there(folder / entry.file, entry)]
+    kept = there if fits and options.graphs else []
     if not options.force and (not kept or any(entry.graph in options.graphs for entry in kept)):
         raise BackendError(f"{folder}: expected no engines, they exist; add --force to replace them")
     return tuple(entry for entry in kept if entry.graph not in options.graphs)
+
+
+def _is_there(file: Path, entry: EngineEntry) -> bool:
+    return file.is_file() and file.stat().st_size == entry.num_bytes
 
 
 def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress()) -> EngineSet:
@@ -288,11 +293,14 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
     """
     gpu = plan.host.gpu
     manifest_digest = sha256_of(plan.bundle.folder / MANIFEST_NAME)
-    with engines_beside(plan.folder, num_bytes=plan.disk_bytes) as folder:
+    beside = engines_beside(
+        plan.folder, num_bytes=plan.disk_bytes, before_rename=lambda: _check_unchanged(plan)
+    )
+    with beside as folder:
         for entry in plan.kept:
             _link(plan.folder / entry.file, folder / entry.file)
-        if (cache := plan.folder / TIMING_CACHE_NAME).exists():
-            shutil.copyfile(cache, folder / TIMING_CACHE_NAME)
+        with suppress(OSError):  # none, or not readable: tactics are timed again
+            shutil.copyfile(plan.folder / TIMING_CACHE_NAME, folder / TIMING_CACHE_NAME)
         built = [_build_graph(plan, graph, folder, progress) for graph in plan.graphs]
         (folder / _LOG_NAME).unlink(missing_ok=True)
         order = [spec.name for spec in plan.bundle.manifest.graphs]
@@ -313,6 +321,15 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
     return engine_set
 
 
+def _check_unchanged(plan: BuildPlan) -> None:
+    """Raise BackendError if another build has written to the plan's folder since it was made: its engines would be lost."""
+    kept = _kept_engines(plan.folder, plan.bundle, plan.options, tensorrt=plan.tensorrt, host=plan.host)
+    if kept != plan.kept:
+        raise BackendError(
+            f"{plan.folder}: expected the engines that were there at the start, another build changed them; run this one again"
+        )
+
+
 def _build_graph(plan: BuildPlan, graph: PlannedGraph, folder: Path, progress: BuildProgress) -> EngineEntry:
     progress.graph(graph)
     spec, dimensions = graph.spec, plan.bundle.manifest.dimensions
@@ -326,6 +343,7 @@ def _build_graph(plan: BuildPlan, graph: PlannedGraph, folder: Path, progress: B
         timing_cache=folder.resolve() / TIMING_CACHE_NAME,
         compute_capabilities=ahead,
         detailed_layers=plan.options.detailed_layers,
+        dtype=plan.bundle.manifest.dtype,
         split_lm_head=plan.options.split_lm_head,
         vocab_size=dimensions.vocab_size,
         hidden_size=dimensions.hidden_size,
@@ -392,7 +410,8 @@ def _failure(job: Job, graph: PlannedGraph, *, error: str | None, exit_code: int
             f"{where}, its process was killed, most likely because memory ran out (it needs about"
             f" {graph.memory.peak_bytes / 1e9:.1f} GB); close other programs or add swap"
         )
-    lines = [line.strip() for line in job.log_file.read_text(errors="replace").splitlines() if line.strip()]
+    log = job.log_file.read_text(errors="replace") if job.log_file.exists() else ""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     reason = (
         f"ended with code {exit_code}"
         if exit_code is None or exit_code >= 0

@@ -15,9 +15,12 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trio_edge.runtime.engine_log import make_logger
 from trio_edge.runtime.engine_network import Network
 from trio_edge.runtime.engine_package import EngineBackend, TensorRT, load_tensorrt
 from trio_edge.runtime.engine_pass_lm_head import split_lm_head
@@ -26,7 +29,6 @@ from trio_edge.runtime.errors import BackendError
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
-    from pathlib import Path
 
     from trio_edge.runtime.manifest import GraphSpec, Profile
 
@@ -35,6 +37,7 @@ HEAD_ROLES = ("head", "select")
 _STEP_SECONDS = 0.1  # steps are reported at most this often
 _PIECE_BYTES = 16 << 20
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG
+_OOM_SCORE = Path("/proc/self/oom_score_adj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,8 @@ class Job:
     compute_capabilities: tuple[int, ...]
     """What to build for ahead of time; empty for this machine's GPU."""
     detailed_layers: bool
+    dtype: str
+    """The bundle's."""
     split_lm_head: int
     """Blocks of the lm_head; 1 leaves it whole."""
     vocab_size: int
@@ -105,7 +110,7 @@ def build_engine(job: Job, reporter: Reporter) -> None:
     start = time.perf_counter()
     tensorrt = load_tensorrt(job.backend)
     trt = tensorrt.module
-    logger = _logger(trt, reporter)
+    logger = make_logger(trt, reporter.error)
     builder = _not_none(trt.Builder(logger), "a builder")
     definition = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(definition, logger)
@@ -149,6 +154,7 @@ def _config(job: Job, tensorrt: TensorRT, builder: Any, reporter: Reporter) -> A
     trt, config = tensorrt.module, builder.create_builder_config()
     for profile in job.spec.profiles:
         config.add_optimization_profile(optimization_profile(builder, job.spec, profile))
+    set_flags(config, trt, dtype=job.dtype)
     if job.compute_capabilities:
         config.num_compute_capabilities = len(job.compute_capabilities)
         for index, capability in enumerate(job.compute_capabilities):
@@ -160,6 +166,19 @@ def _config(job: Job, tensorrt: TensorRT, builder: Any, reporter: Reporter) -> A
     if tensorrt.has_timing_cache:
         read_timing_cache(config, job.timing_cache)
     return config
+
+
+def set_flags(config: Any, trt: Any, *, dtype: str) -> None:
+    """Keep float32 what it is elsewhere, and activations in the memory that the runtime gives.
+
+    TensorRT rounds the inputs of float32 products to TF32 unless it is told not to; a float32 bundle is there for its digits. In
+    a float16 one the rounded inputs have as many as float16. tensorrt-rtx allocates while it runs, and then cannot
+    be captured, unless it is told not to.
+    """
+    if dtype == "float32":
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if (flag := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
+        config.set_flag(flag)
 
 
 def optimization_profile(builder: Any, spec: GraphSpec, profile: Profile) -> Any:
@@ -219,18 +238,6 @@ def _not_none(value: Any, what: str) -> Any:
     return value
 
 
-def _logger(trt: Any, reporter: Reporter) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]  # the base is known when it is imported
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                reporter.error(message)
-
-    return Logger()
-
-
 def _progress_monitor(trt: Any, reporter: Reporter) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -274,14 +281,21 @@ def _stream_writer(trt: Any, stream: Any, digest: Any) -> Any:
 
 
 def _follow_parent() -> None:
-    """End when the parent ends, leave Ctrl-C to it, and be the first to go when the system runs out of memory."""
+    """End when the parent ends, and leave Ctrl-C to it."""
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(_PARENT_DIED, signal.SIGKILL)
-        with open("/proc/self/oom_score_adj", "w") as score:  # noqa: PTH123  # rather this than the desktop
-            score.write("800")
+        go_first_when_memory_runs_out()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def go_first_when_memory_runs_out() -> None:
+    """Let the system rather end this process than the desktop, if it may be told so."""
+    with suppress(
+        OSError
+    ):  # a container may have a higher score already, which only the administrator lowers
+        _OOM_SCORE.write_text("800")
 
 
 def _peak_memory_bytes() -> int | None:

@@ -1,4 +1,4 @@
-"""Ctrl-C that is not lost, and that ends no process the hard way.
+"""Ctrl-C that is not lost, and that ends no process the hard way. A closed terminal and a polite kill count as one.
 
 Python drops an exception that is raised in a finalizer or a callback, and torch and transformers turn some into errors of
 their own. So a Ctrl-C that came is remembered: work asks from time to time, and an error after it counts as the Ctrl-C.
@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
+_POLITE = (signal.SIGTERM,) if sys.platform == "win32" else (signal.SIGTERM, signal.SIGHUP)
+
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], None]]:
     """Yield a function that raises KeyboardInterrupt if Ctrl-C was pressed since the block began.
+
+    So do SIGTERM and SIGHUP, unless somebody else answers or ignores them, as under nohup.
 
     Raises:
         KeyboardInterrupt: At Ctrl-C, and instead of any error that follows one.
@@ -37,7 +41,9 @@ def interruptible() -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield check
         return
-    handler, hook = signal.signal(signal.SIGINT, remember), sys.unraisablehook
+    polite = [number for number in _POLITE if signal.getsignal(number) is signal.SIG_DFL]
+    handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, *polite)}
+    hook = sys.unraisablehook
 
     def report(lost: sys.UnraisableHookArgs) -> None:
         if not issubclass(lost.exc_type, KeyboardInterrupt):  # that one is remembered
@@ -50,7 +56,8 @@ def interruptible() -> Iterator[Callable[[], None]]:
         check()
         raise
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         sys.unraisablehook = hook
 
 

@@ -72,6 +72,13 @@ def test_too_little_disk_is_a_problem_that_says_how_much_to_free(
     assert shutil.disk_usage(reduced_bundle).free == 1_000_000
 
 
+def test_a_place_that_cannot_be_written_is_a_problem(reduced_bundle: Path, tmp_path: Path) -> None:
+    bundle = copy_bundle(reduced_bundle, tmp_path / "bundle")
+    (bundle / "engines").write_text("a file")
+    (problem,) = needs_of(bundle).problems
+    assert "to be a folder that can be written to, got another; make the bundle's folder writable" in problem
+
+
 def test_what_cannot_run_on_the_gpu_is_a_warning(reduced_bundle: Path) -> None:
     small = dataclasses.replace(HOST, gpu=dataclasses.replace(GPU, memory_bytes=1000))
     needs = needs_of(reduced_bundle, host=small)

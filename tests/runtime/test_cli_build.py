@@ -25,12 +25,13 @@ import torch
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
 from tests.engine_bundles import HOST, bundle_with_engines, copy_bundle, engine_folder, replace_bytes
-from trio_edge.runtime import cli_build
+from trio_edge.runtime import cli_build, engine_build, engine_child
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.engine_build import BuildOptions, BuildProgress, build_engines, plan_build
 from trio_edge.runtime.engine_child import (
     optimization_profile,
     read_timing_cache,
+    set_flags,
     write_engine,
     write_timing_cache,
 )
@@ -133,6 +134,31 @@ def test_force_replaces_one_graph_and_keeps_the_others(built_copy: Path) -> None
     assert cli_build.main([str(built_copy), *AHEAD, "--graphs", "head", "--force"]) == 0
     after = {path.name: path.stat().st_ino for path in folder.iterdir()}
     assert {name for name in before if before[name] != after[name]} == {"head.engine", "engines.json"}
+
+
+def test_an_engine_that_is_gone_is_built_again_without_force_and_not_listed_before(copy: Path) -> None:
+    assert cli_build.main([str(copy), *AHEAD, "--graphs", "head, prefix"]) == 0
+    (engine_folder(copy) / "prefix.engine").unlink()
+    assert cli_build.main([str(copy), *AHEAD, "--graphs", "head", "--force"]) == 0
+    assert [entry.graph for entry in read_engine_set(engine_folder(copy)).engines] == ["head"]
+    assert cli_build.main([str(copy), *AHEAD, "--graphs", "prefix"]) == 0
+    assert [entry.graph for entry in read_engine_set(engine_folder(copy)).engines] == ["prefix", "head"]
+
+
+def test_engines_that_another_build_made_meanwhile_are_not_lost(copy: Path) -> None:
+    def build_another(_graph: Any) -> None:
+        assert cli_build.main([str(copy), *AHEAD, "--graphs", "head"]) == 0
+
+    plan = plan_build(open_bundle(copy), BuildOptions(compute_capabilities=(86,), graphs=("prefix",)))
+    with pytest.raises(BackendError, match=r"-sm86: expected the engines that were there at the start"):
+        build_engines(plan, progress=BuildProgress(graph=build_another))
+    assert [entry.graph for entry in read_engine_set(engine_folder(copy)).engines] == ["head"]
+
+
+def test_a_timing_cache_that_cannot_be_read_is_left_out(built_copy: Path) -> None:
+    (engine_folder(built_copy) / "timing.cache").mkdir()
+    assert cli_build.main([str(built_copy), *AHEAD, "--graphs", "head", "--force"]) == 0
+    assert not (engine_folder(built_copy) / "timing.cache").exists()
 
 
 def test_force_with_another_setting_keeps_no_engine_built_without_it(built_copy: Path) -> None:
@@ -277,13 +303,16 @@ def test_a_full_disk_gives_one_line_and_leaves_nothing(copy: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_ctrl_c_is_one_line_and_leaves_nothing(copy: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda this: this.name)
+def test_ctrl_c_kill_and_a_closed_terminal_are_one_line_and_leave_nothing(
+    number: signal.Signals, copy: Path
+) -> None:
     command = [sys.executable, "-c", COMMAND, str(copy), *AHEAD[:-1]]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
         first = process.stderr.readline()
         assert first.startswith("vision: ")
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         rest = process.stderr.read()
     assert process.returncode == 130
     assert rest.strip().splitlines()[-1] == "trio-build: interrupted"
@@ -303,6 +332,23 @@ def test_a_killed_build_process_is_told_as_memory_that_ran_out(copy: Path) -> No
     ):
         build_engines(plan, progress=BuildProgress(report=kill))
     assert not (copy / "engines").exists()
+
+
+def test_a_build_process_that_ends_before_it_writes_a_log_is_told(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a script without ``if __name__ == "__main__"``, which a new process runs again."""
+    monkeypatch.setattr(engine_build, "run_job", sys.exit)
+    plan = plan_build(open_bundle(copy), BuildOptions(compute_capabilities=(86,), graphs=("head",)))
+    with pytest.raises(BackendError, match=r"^head: .* its process ended with code 1: it printed nothing"):
+        build_engines(plan)
+
+
+def test_a_machine_without_scores_for_the_oom_killer_builds_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_child, "_OOM_SCORE", tmp_path / "none" / "oom_score_adj")
+    engine_child.go_first_when_memory_runs_out()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="folders have no locks there")
@@ -477,6 +523,14 @@ def test_a_release_that_cannot_stream_engines_writes_the_same_file(
         files.append(size)
         assert alive
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(("dtype", "has_tf32"), [("float32", False), ("float16", True)])
+def test_float32_bundles_are_not_rounded_and_rtx_engines_can_be_captured(dtype: str, has_tf32: bool) -> None:
+    config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
+    set_flags(config, trt, dtype=dtype)
+    assert config.get_flag(trt.BuilderFlag.TF32) is has_tf32
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
 def test_the_timing_cache_is_written_and_read_again(tmp_path: Path) -> None:
