@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from trio_edge.runtime.device import shape_at
-from trio_edge.runtime.engine_package import ENGINE_BACKENDS
+from trio_edge.runtime.engine_package import ENGINE_BACKENDS, installed_backend
 from trio_edge.runtime.errors import BackendError, ShapeError
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ def _fastest(bundle: Bundle | None) -> str:
 
             if has_provider("onnxruntime-cuda"):
                 return "onnxruntime-cuda"
+    if bundle is not None and find_spec("onnxruntime") is None:
+        return installed_backend() or "onnxruntime"  # it says what keeps it from running
     return "onnxruntime"
 
 

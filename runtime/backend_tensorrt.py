@@ -17,6 +17,7 @@ from trio_edge.runtime.device_cuda import CudaDevice, load_cuda
 from trio_edge.runtime.device_memory import check_memory, estimate
 from trio_edge.runtime.engine_host import find_host
 from trio_edge.runtime.engine_layer_times import EngineLayerTimes
+from trio_edge.runtime.engine_log import EngineErrors, make_logger
 from trio_edge.runtime.engine_package import ENGINE_BACKENDS, load_tensorrt
 from trio_edge.runtime.engines import engine_sets, open_engines
 from trio_edge.runtime.errors import BackendError
@@ -74,15 +75,17 @@ class TensorRTBackend:
         sizes = [engines.path(spec.name).stat().st_size for spec in specs]
         memory = estimate(bundle.manifest, specs, weight_bytes=sum(sizes))
         device = CudaDevice(load_cuda())
-        loaded = LoadedGraphs(device=device, engines={}, memory=memory)
+        loaded = LoadedGraphs(device=device, engines={}, memory=memory, notes=list(engines.notes))
         try:
             check_memory(device, memory)
-            workspace = Workspace(device)
-            runtime = tensorrt.module.Runtime(tensorrt.module.Logger(tensorrt.module.Logger.ERROR))
+            workspace, errors = Workspace(device), EngineErrors()
+            runtime = _new_runtime(tensorrt, errors)
             for spec in specs:
-                engine = _read_engine(runtime, engines.path(spec.name), device)
+                engine = _read_engine(runtime, engines.path(spec.name), device, errors)
                 layers = self._layers_of(engine, spec)
-                loaded.engines[spec.name] = TensorRTEngine(engine, spec, tensorrt, device, workspace, layers)
+                loaded.engines[spec.name] = TensorRTEngine(
+                    engine, spec, tensorrt, device, workspace, errors, layers
+                )
             memory["workspace"] = workspace.allocate()
         except BaseException:
             loaded.close()
@@ -95,13 +98,24 @@ class TensorRTBackend:
         return EngineLayerTimes(self._tensorrt.module, engine, self._layer_times / f"{spec.name}.json")
 
 
-def _read_engine(runtime: Any, file: Path, device: CudaDevice) -> Any:
+def _new_runtime(tensorrt: TensorRT, errors: EngineErrors) -> Any:
+    try:
+        return tensorrt.module.Runtime(make_logger(tensorrt.module, errors.add))
+    except TypeError:  # what its bindings raise where it gives none
+        raise BackendError(
+            f"backend: expected {tensorrt.backend} {tensorrt.version} to start on this GPU, it did"
+            f" not{errors.reason()}; install the release for this GPU and its driver"
+        ) from None
+
+
+def _read_engine(runtime: Any, file: Path, device: CudaDevice, errors: EngineErrors) -> Any:
     engine = runtime.deserialize_cuda_engine(np.memmap(file, dtype=np.uint8, mode="r"))
     if engine is None:
         free = device.free_bytes() or 0
         raise BackendError(
             f"{file}: expected an engine that this GPU loads with {file.stat().st_size / 1e6:.1f} MB of its memory, got"
-            f" none ({free / 1e6:.1f} MB free); close other programs, or run trio-build {file.parents[2]} --force"
+            f" none{errors.reason()}, {free / 1e6:.1f} MB are free; close other programs, or run trio-build"
+            f" {file.parents[2]} --force"
         )
     return engine
 
@@ -140,10 +154,11 @@ class TensorRTEngine:
         tensorrt: TensorRT,
         device: CudaDevice,
         workspace: Workspace,
+        errors: EngineErrors,
         layers: EngineLayerTimes | None = None,
     ) -> None:
         self._engine, self._spec, self._tensorrt = engine, spec, tensorrt
-        self._device, self._workspace, self._layers = device, workspace, layers
+        self._device, self._workspace, self._errors, self._layers = device, workspace, errors, layers
         self._contexts: dict[bool, _Context] = {}
         workspace.reserve(_workspace_bytes(engine))
 
@@ -158,26 +173,35 @@ class TensorRTEngine:
         index = self._spec.profiles.index(profile)
         is_decode = profile.name == _DECODE
         if is_decode not in self._contexts:
-            context = _new_context(self._engine, self._tensorrt)
-            if context is None:
-                raise BackendError(
-                    f"{self._spec.name}: expected {self._tensorrt.backend} to make an execution context, it did not; close"
-                    " other programs, or use --backend onnxruntime"
-                )
-            context.set_device_memory(self._workspace.address, self._workspace.num_bytes)
-            self._contexts[is_decode] = _Context(
-                context, self._spec, stream=self._device.stream, layers=self._layers
-            )
+            self._contexts[is_decode] = self._new_context()
         return TensorRTLaunch(self._contexts[is_decode], index, tensors)
+
+    def _new_context(self) -> _Context:
+        settings = _context_settings(self._engine, self._tensorrt)
+        context = self._engine.create_execution_context(settings)
+        if context is None:
+            raise BackendError(
+                f"{self._spec.name}: expected {self._tensorrt.backend} to make an execution context, it did"
+                f" not{self._errors.reason()}; close other programs, or use --backend onnxruntime"
+            )
+        context.set_device_memory(self._workspace.address, self._workspace.num_bytes)
+        return _Context(
+            context,
+            self._spec,
+            settings=settings,
+            stream=self._device.stream,
+            errors=self._errors,
+            layers=self._layers,
+        )
 
     def close(self) -> None:
         """See ``Engine.close``. Contexts go before their engine."""
         for context in self._contexts.values():
             context.close()
         self._contexts.clear()
-        if self._engine is not None and self._layers is not None:
+        was_open, self._engine = self._engine is not None, None
+        if was_open and self._layers is not None:
             self._layers.write()
-        self._engine = None
 
 
 @final
@@ -202,9 +226,18 @@ class _Context:
     """An execution context and the launch that it is bound to."""
 
     def __init__(
-        self, context: Any, spec: GraphSpec, *, stream: int, layers: EngineLayerTimes | None
+        self,
+        context: Any,
+        spec: GraphSpec,
+        *,
+        settings: Any,
+        stream: int,
+        errors: EngineErrors,
+        layers: EngineLayerTimes | None,
     ) -> None:
-        self._context, self._spec, self._stream, self._layers = context, spec, stream, layers
+        self._context, self._spec, self._stream = context, spec, stream
+        self._settings = settings  # the context refers to them, and TensorRT's bindings do not keep them
+        self._errors, self._layers = errors, layers
         if layers is not None:
             layers.attach(context)
         self._bound: TensorRTLaunch | None = None
@@ -226,6 +259,7 @@ class _Context:
 
     def close(self) -> None:
         self._context = self._bound = None
+        self._settings = None
 
     def _bind(self, launch: TensorRTLaunch) -> None:
         context, index = self._context, launch.profile_index
@@ -244,7 +278,8 @@ class _Context:
         if not accepted:
             self._bound = None
             raise BackendError(
-                f"{self._spec.name}: expected its engine {what}, it refused; run trio-build again with --force"
+                f"{self._spec.name}: expected its engine {what}, it refused{self._errors.reason()}; run trio-build again"
+                " with --force"
             )
 
 
@@ -254,8 +289,8 @@ def _workspace_bytes(engine: Any) -> int:
     return int(engine.device_memory_size if size is None else size)
 
 
-def _new_context(engine: Any, tensorrt: TensorRT) -> Any:
-    """Return a context without memory of its own.
+def _context_settings(engine: Any, tensorrt: TensorRT) -> Any:
+    """Return what makes a context without memory of its own.
 
     tensorrt-rtx compiles kernels for a shape in the background and changes them while it runs unless it is told to have them
     at once; a captured sequence would keep the slow ones.
@@ -263,10 +298,10 @@ def _new_context(engine: Any, tensorrt: TensorRT) -> Any:
     module = tensorrt.module
     strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
     if not tensorrt.compiles_on_device:
-        return engine.create_execution_context(strategy)
+        return strategy
     config = engine.create_runtime_config()
     config.set_execution_context_allocation_strategy(strategy)
     config.dynamic_shapes_kernel_specialization_strategy = (
         module.DynamicShapesKernelSpecializationStrategy.EAGER
     )
-    return engine.create_execution_context(config)
+    return config

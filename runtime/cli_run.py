@@ -73,6 +73,8 @@ def command(
             print(piece, end="", flush=True)
         print()
         print(f"{pipeline.backend_name}: {_statistics_line(answer)}", file=sys.stderr)
+        for note in pipeline.notes:
+            print(f"trio-run: {note}", file=sys.stderr)
         if show_kept is not None and image is not None:
             _draw(pipeline, answer, image, show_kept)
         if image is not None:

@@ -17,7 +17,7 @@ import numpy as np
 from trio_edge.runtime.decoder_buffers import DecoderBuffers
 from trio_edge.runtime.device import DeviceTensor, PitchedRows, find_profile
 from trio_edge.runtime.device_timeline import Timeline
-from trio_edge.runtime.errors import ShapeError
+from trio_edge.runtime.errors import BackendError, ShapeError
 from trio_edge.runtime.greedy_nms import greedy_nms
 from trio_edge.runtime.sampling import TopTokens
 
@@ -116,6 +116,7 @@ class Decoder:
             BackendError: If the device has not enough memory.
         """
         self._manifest, self._device, self._engines = manifest, graphs.device, graphs.engines
+        self._notes = graphs.notes
         self._buffers = DecoderBuffers(manifest, graphs.device)
         self.caches = self._buffers.caches
         self._timeline = Timeline(graphs.device)
@@ -440,10 +441,17 @@ class Decoder:
         elif self._captured is not None:
             self._captured()
         elif all(launch.capturable for launch in self._step):
-            self._captured = self._device.capture(self._launch_step)
+            self._captured = self._capture_step()
             self._captured()
         else:
             self._launch_step()
+
+    def _capture_step(self) -> Callable[[], None]:
+        try:
+            return self._device.capture(self._launch_step)
+        except BackendError as error:  # TensorRT cannot be asked before
+            self._notes.append(f"decode runs without a CUDA graph, which costs time: {error}")
+            return self._launch_step
 
     def _launch_step(self) -> None:
         for launch in self._step:

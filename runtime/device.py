@@ -14,7 +14,8 @@ which it was enqueued. Nothing here is thread-safe.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 import numpy as np
@@ -128,11 +129,14 @@ class Device(Allocator, Protocol):
     def synchronize(self) -> None:
         """Return when everything enqueued is done."""
 
+    def finish(self) -> None:
+        """Wait, and release captured sequences: before the engines that they run are closed."""
+
     def free_bytes(self) -> int | None:
         """Return how much memory is free on the device; None where it does not say."""
 
     def close(self) -> None:
-        """Wait, and release all memory, events and captured sequences."""
+        """Wait, and release all memory and events."""
 
 
 class Launch(Protocol):
@@ -179,16 +183,17 @@ class LoadedGraphs:
     """By graph name."""
     memory: dict[str, int]
     """Bytes of device memory by what they are for, as ``device_memory.estimate`` names it."""
+    notes: list[str] = field(default_factory=list)
+    """What is not as it should be and does no harm, each in one line."""
 
     def close(self) -> None:
-        """Release everything."""
-        try:
-            self.device.synchronize()
-        finally:
+        """Release everything, also where releasing some of it fails."""
+        with ExitStack() as closing:
+            closing.callback(self.device.close)
             for engine in self.engines.values():
-                engine.close()
+                closing.callback(engine.close)
             self.engines.clear()
-            self.device.close()
+            self.device.finish()
 
 
 def find_profile(spec: GraphSpec, sizes: Mapping[str, int]) -> Profile:

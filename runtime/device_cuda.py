@@ -5,6 +5,7 @@ It needs the GPU's driver and the package ``cuda-python``, nothing else: the pac
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, final
 
@@ -30,6 +31,14 @@ def cuda_problem() -> str | None:
     return None
 
 
+def _older_driver() -> str:
+    gpu = find_gpu()
+    driver = "an older one" if gpu is None else f"{gpu.driver}"
+    release = None if gpu is None else re.search(r"CUDA (\d+\.\d+)", gpu.driver)
+    wanted = "its CUDA" if release is None else f'its CUDA: pip install "cuda-python=={release[1]}.*"'
+    return f"GPU: expected a driver for the CUDA of the installed cuda-python, got {driver}; install the cuda-python of {wanted}"
+
+
 def load_cuda() -> Any:
     """Return the module ``cuda.bindings.runtime``.
 
@@ -43,7 +52,7 @@ def load_cuda() -> Any:
     except (ImportError, OSError) as error:
         line = " ".join(str(error).split())
         raise BackendError(
-            f"backend: expected a cuda-python that can be imported, got: {line}; install 12.6 or newer"
+            f"backend: expected a cuda-python that can be imported, got: {line}; install 12.6.1 or newer"
         ) from None
     return runtime
 
@@ -125,14 +134,19 @@ class CudaDevice:
         """See ``Device.capture``: a CUDA graph."""
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self._stream, mode)
+        captured = executable = None
         try:
-            enqueue()
-        except BaseException:
-            self._cuda.cudaStreamEndCapture(self._stream)  # or every later call would fail
-            raise
-        captured = self._call("cudaStreamEndCapture", self._stream)
-        executable = self._call("cudaGraphInstantiate", captured, 0)
-        self._call("cudaGraphDestroy", captured)
+            try:
+                enqueue()
+            finally:  # or every later call would fail
+                status, captured = self._cuda.cudaStreamEndCapture(self._stream)
+            self._check("cudaStreamEndCapture", status)
+            executable = self._call("cudaGraphInstantiate", captured, 0)
+        finally:
+            if captured is not None:
+                self._cuda.cudaGraphDestroy(captured)
+            if executable is None:
+                self._cuda.cudaGetLastError()  # or TensorRT would take it for an error of its own
         self._graphs.append(executable)
         return lambda: self._call("cudaGraphLaunch", executable, self._stream)
 
@@ -140,6 +154,15 @@ class CudaDevice:
         """See ``Device.synchronize``; a closed device has nothing to wait for."""
         if self._open:
             self._call("cudaStreamSynchronize", self._stream)
+
+    def finish(self) -> None:
+        """See ``Device.finish``."""
+        try:
+            self.synchronize()
+        finally:
+            for executable in self._graphs:
+                self._cuda.cudaGraphExecDestroy(executable)
+            self._graphs.clear()
 
     def free_bytes(self) -> int | None:
         """See ``Device.free_bytes``; on a Jetson with what the system can take back, which CUDA does not count."""
@@ -153,8 +176,6 @@ class CudaDevice:
         self._open = False
         cuda = self._cuda
         cuda.cudaStreamSynchronize(self._stream)
-        for executable in self._graphs:
-            cuda.cudaGraphExecDestroy(executable)
         for event in self._events:
             cuda.cudaEventDestroy(event.handle)
         for address in self._memory:
@@ -162,7 +183,7 @@ class CudaDevice:
         for address in self._pinned:
             cuda.cudaFreeHost(address)
         cuda.cudaStreamDestroy(self._stream)
-        for owned in (self._graphs, self._events, self._memory, self._pinned):
+        for owned in (self._events, self._memory, self._pinned):
             owned.clear()
 
     def _allocated(self, function: str, num_bytes: int, purpose: str) -> Any:
@@ -187,6 +208,8 @@ class CudaDevice:
     def _check(self, function: str, status: Any) -> None:
         if status == self._success:
             return
+        if status == self._cuda.cudaError_t.cudaErrorInsufficientDriver:
+            raise BackendError(_older_driver())
         _, name = self._cuda.cudaGetErrorName(status)
         _, text = self._cuda.cudaGetErrorString(status)
         raise BackendError(

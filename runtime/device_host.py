@@ -68,6 +68,9 @@ class HostDevice:
     def synchronize(self) -> None:
         """See ``Device.synchronize``: everything is done already."""
 
+    def finish(self) -> None:
+        """See ``Device.finish``: nothing was saved."""
+
     def free_bytes(self) -> int | None:
         """See ``Device.free_bytes``: unknown, as the system can take back the pages of mapped weight files."""
         return None

@@ -100,6 +100,12 @@ def choose_backend(name: str, *, host: Host, ahead_of_time: bool) -> EngineBacke
     raise _missing("tensorrt" if is_jetson() else "tensorrt-rtx")
 
 
+def installed_backend() -> EngineBackend | None:
+    """Return the first backend whose package is there; None without any."""
+    found = (name for name in ENGINE_BACKENDS if _spec(_MODULES[name], system_folders()) is not None)
+    return next(found, None)
+
+
 def load_tensorrt(backend: EngineBackend, *, folders: Sequence[Path] | None = None) -> TensorRT:
     """Import a backend's package.
 

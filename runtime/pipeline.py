@@ -242,6 +242,11 @@ class Pipeline:
 
         return Generation(steps)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is not as it should be and does no harm, each in one line; it may grow with the first answer."""
+        return tuple(self._graphs.notes)
+
     def time_tokens(self, count: int, *, skip: int = 0) -> list[float]:
         """Return the milliseconds of ``count`` more tokens, forced ones, behind the last answer, which ends by it.
 

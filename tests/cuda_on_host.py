@@ -47,6 +47,8 @@ class Error(Enum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
     cudaErrorInvalidValue = 1
+    cudaErrorInsufficientDriver = 35
+    cudaErrorStreamCaptureUnsupported = 900
 
 
 class Event:
@@ -74,13 +76,23 @@ class CudaOnHost:
         self.calls: list[tuple[Any, ...]] = []
         """Every call: the function's name and its arguments; launches as ("enqueue", graph, profile, tensors)."""
         self.open_handles = 0
+        self.uncapturable = ""
+        """A graph whose engine refuses to run while it is captured."""
+        self.last_error = Error.cudaSuccess
+        """What ``cudaGetLastError`` has not been asked for yet, of failed captures."""
         self.engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         """Those that are loaded."""
+        self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+        """Likewise."""
         self._queue: list[Callable[[], None]] = []
         self._captured: list[Callable[[], None]] | None = None
 
     def enqueue(self, work: Callable[[], None]) -> None:
         (self._queue if self._captured is None else self._captured).append(work)
+
+    @property
+    def is_capturing(self) -> bool:
+        return self._captured is not None
 
     def _run(self) -> None:
         assert self._captured is None, "the host waits while it captures"
@@ -218,6 +230,8 @@ class CudaOnHost:
 
     def cudaStreamEndCapture(self, stream: int) -> tuple[Error, Any]:
         captured, self._captured = self._captured, None
+        if self.last_error is not Error.cudaSuccess:  # something in between could not be captured
+            return self.last_error, None
         self.open_handles += 1
         return Error.cudaSuccess, captured
 
@@ -230,6 +244,7 @@ class CudaOnHost:
         return (Error.cudaSuccess,)
 
     def cudaGraphExecDestroy(self, graphExec: Any) -> tuple[Error]:
+        assert self.contexts, "a captured sequence outlives the contexts that it runs"
         self.open_handles -= 1
         return (Error.cudaSuccess,)
 
@@ -242,7 +257,8 @@ class CudaOnHost:
     # errors
 
     def cudaGetLastError(self) -> tuple[Error]:
-        return (Error.cudaSuccess,)
+        last, self.last_error = self.last_error, Error.cudaSuccess
+        return (last,)
 
     def cudaGetErrorName(self, error: Error) -> tuple[Error, bytes]:
         return Error.cudaSuccess, error.name.encode()
@@ -275,8 +291,10 @@ class RuntimeConfig:
 class Context:
     """``tensorrt.IExecutionContext``: refuses to run before everything is set."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, settings: Strategy | RuntimeConfig) -> None:
         self.engine = engine
+        engine.cuda.contexts.add(self)
+        self._settings = weakref.ref(settings)  # as TensorRT's bindings: they are the caller's to keep
         self.profile: int | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
@@ -302,8 +320,12 @@ class Context:
         return memory % 256 == 0 and memory != 0
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        spec, cuda = self.engine.spec, self.engine.cuda
+        engine, spec, cuda = self.engine, self.engine.spec, self.engine.cuda
+        assert self._settings() is not None and cuda.last_error is Error.cudaSuccess
         assert stream_handle == STREAM and self.workspace[0] and self.profile is not None
+        if cuda.is_capturing and spec.name == cuda.uncapturable:
+            cuda.last_error = Error.cudaErrorStreamCaptureUnsupported
+            return False
         profile = spec.profiles[self.profile]
         tensors: dict[str, tuple[int, tuple[int, ...], str]] = {}
         for tensor in (*spec.inputs, *spec.outputs):
@@ -312,7 +334,7 @@ class Context:
             tensors[tensor.name] = (self.addresses[tensor.name], shape, tensor.dtype)
         assert set(self.shapes) == set(spec.input_names)
         cuda.calls.append(("enqueue", spec.name, profile.name, tensors))
-        cuda.enqueue(lambda: self.engine.compute(tensors))
+        cuda.enqueue(lambda: engine.compute(tensors))
         return True
 
 
@@ -334,11 +356,12 @@ class Engine:
         cuda.engines.add(self)
 
     def create_execution_context(self, strategy: Strategy | RuntimeConfig) -> Context:
+        settings = strategy
         if isinstance(strategy, RuntimeConfig):
             assert strategy.dynamic_shapes_kernel_specialization_strategy is Specialization.EAGER
             strategy = strategy.strategy
         assert strategy is Strategy.USER_MANAGED
-        return Context(self)
+        return Context(self, settings)
 
     def create_runtime_config(self) -> RuntimeConfig:
         return RuntimeConfig()
@@ -361,11 +384,8 @@ class TensorRTOnHost:
 
     ExecutionContextAllocationStrategy = Strategy
 
-    class Logger:
+    class ILogger:
         ERROR = 1
-
-        def __init__(self, severity: int) -> None:
-            pass
 
     def __init__(self, cuda: CudaOnHost, *, backend: EngineBackend) -> None:
         if backend == "tensorrt-rtx":
@@ -373,11 +393,14 @@ class TensorRTOnHost:
 
         class Runtime:
             def __init__(self, logger: Any) -> None:
-                pass
+                self._logger = logger
 
             def deserialize_cuda_engine(self, serialized_engine: Any) -> Engine | None:
                 content = bytes(serialized_engine)
-                return None if content.startswith(b"broken") else Engine(json.loads(content), cuda)
+                if content.startswith(b"broken"):
+                    self._logger.log(1, "Serialization assertion failed.\nVersion tag does not match.")
+                    return None
+                return Engine(json.loads(content), cuda)
 
         self.Runtime = Runtime
 

@@ -10,13 +10,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from tests.cuda_on_host import Context, CudaOnHost, Engine, RuntimeConfig, pretend_gpu, write_engines
+from tests.cuda_on_host import (
+    Context,
+    CudaOnHost,
+    Engine,
+    Error,
+    RuntimeConfig,
+    pretend_gpu,
+    write_engines,
+)
 from tests.engine_bundles import HOST, copy_bundle, replace_bytes
 from tests.pictures import random_picture
+from trio_edge.runtime import backend as module
 from trio_edge.runtime import backend_tensorrt, device_cuda
 from trio_edge.runtime.backend import make_backend
+from trio_edge.runtime.backend_tensorrt import TensorRTEngine
 from trio_edge.runtime.bundle import open_bundle, sha256_of
 from trio_edge.runtime.cli_run import main
+from trio_edge.runtime.decoder import Decoder
 from trio_edge.runtime.device import array_at
 from trio_edge.runtime.engine_host import Host
 from trio_edge.runtime.errors import BackendError
@@ -134,6 +145,23 @@ def test_decode_is_captured_once_over_all_ranges_and_the_head(pipeline: Pipeline
     assert [call[1] for call in named(cuda.calls, "cudaGraphLaunch")] == [len(STEP)] * 7
 
 
+def test_an_engine_that_cannot_be_captured_is_run_without_and_told(
+    pipeline: Pipeline, cuda: CudaOnHost
+) -> None:
+    captured = answer(pipeline, tokens=5).token_ids
+    graphs = pipeline._graphs
+    pipeline._decoder = Decoder(pipeline.manifest, graphs)
+    cuda.uncapturable = "segment_1"
+    cuda.calls.clear()
+    assert answer(pipeline, tokens=5).token_ids == captured
+    assert len(named(cuda.calls, "cudaStreamBeginCapture")) == 1
+    assert named(cuda.calls, "cudaGraphLaunch") == []
+    (note,) = pipeline.notes
+    assert note.startswith(
+        "decode runs without a CUDA graph, which costs time: segment_1: expected its engine"
+    )
+
+
 def test_new_kv_rows_go_behind_the_valid_ones(pipeline: Pipeline, cuda: CudaOnHost) -> None:
     """One copy for each range, which has one layer here. Its 2 heads take the room of 4 for aligned addresses."""
     answer(pipeline, tokens=3)
@@ -212,6 +240,24 @@ def test_closing_releases_everything(folder: Path, cuda: CudaOnHost) -> None:
         assert (cuda.used_bytes, len(cuda.pinned), cuda.open_handles, len(cuda.engines)) == (0, 0, 0, 0)
 
 
+def test_what_cannot_be_released_keeps_nothing_else(
+    folder: Path, cuda: CudaOnHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = Pipeline.from_bundle(folder, backend="tensorrt")
+    answer(pipeline, tokens=3)
+    engine, close = pipeline._graphs.engines["suffix"], TensorRTEngine.close
+
+    def close_badly(this: TensorRTEngine) -> None:
+        close(this)
+        if this is engine:
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr(TensorRTEngine, "close", close_badly)
+    with pytest.raises(OSError, match="the disk is full"):
+        pipeline.close()
+    assert (cuda.used_bytes, len(cuda.pinned), cuda.open_handles) == (0, 0, 0)
+
+
 def test_one_graph_alone_is_timed_and_captured(folder: Path, cuda: CudaOnHost) -> None:
     graphs = make_backend("tensorrt").load(open_bundle(folder), ["head"])
     head = GraphRun(graphs, "head", profile="decode")
@@ -262,9 +308,49 @@ def test_an_engine_that_does_not_load_is_told_in_one_line(folder: Path, cuda: Cu
     replace_bytes(
         description, description.read_bytes().replace(old_sha256.encode(), sha256_of(file).encode())
     )
-    with pytest.raises(BackendError, match=r"suffix.engine: expected"):
+    with pytest.raises(
+        BackendError, match=r"suffix.engine: expected .* got none \(.*Version tag does not match.\), \d"
+    ):
         Pipeline.from_bundle(folder, backend="tensorrt")
     assert (cuda.used_bytes, cuda.open_handles) == (0, 0)
+
+
+def test_a_cuda_python_newer_than_the_driver_says_which_one_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As pip installs on JetPack 6, whose driver is that of CUDA 12.6."""
+    cuda = CudaOnHost()
+    monkeypatch.setattr(cuda, "cudaSetDevice", lambda _: (Error.cudaErrorInsufficientDriver,), raising=False)
+    monkeypatch.setattr(device_cuda, "find_gpu", lambda: HOST.gpu)
+    with pytest.raises(
+        BackendError, match=r"got 560\.35 \(CUDA 12\.6\); .*pip install \"cuda-python==12\.6\.\*\"$"
+    ):
+        device_cuda.CudaDevice(cuda)
+
+
+def test_a_tensorrt_that_does_not_start_is_told_in_one_line(
+    folder: Path, cuda: CudaOnHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt = backend_tensorrt.load_tensorrt("tensorrt")
+
+    def refuse(logger: Any) -> None:
+        logger.log(1, "CUDA initialization failure with error: 35")
+        raise TypeError("factory function returned nullptr")
+
+    monkeypatch.setattr(tensorrt.module, "Runtime", refuse)
+    monkeypatch.setattr(backend_tensorrt, "load_tensorrt", lambda _: tensorrt)
+    with pytest.raises(BackendError, match=r"tensorrt 10\.3\.0 to start .*\(CUDA init.* 35\); install"):
+        Pipeline.from_bundle(folder, backend="tensorrt")
+    assert (cuda.used_bytes, cuda.open_handles) == (0, 0)
+
+
+def test_another_driver_is_told_beside_the_answer(
+    folder: Path, cuda: CudaOnHost, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file,) = folder.glob("engines/*/engines.json")
+    replace_bytes(file, file.read_bytes().replace(b"560.35", b"535.10"))
+    assert main([str(folder), "--prompt", PROMPT, "--backend", "tensorrt", "--max-new-tokens", "1"]) == 0
+    assert "trio-run: the engines were built with driver 535.10" in capsys.readouterr().err
 
 
 # What is chosen, and what is told without a GPU
@@ -312,6 +398,16 @@ def test_auto_takes_onnxruntime_where_engines_do_not_fit(
     assert make_backend("auto", bundle=open_bundle(folder)).name == "onnxruntime"
 
 
+def test_auto_without_onnxruntime_says_what_the_engines_lack(
+    reduced_bundle: Path, cuda: CudaOnHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a Jetson, where docs/jetson.md installs no ONNX Runtime."""
+    monkeypatch.setattr(module, "find_spec", lambda _: None)
+    monkeypatch.setattr(module, "installed_backend", lambda: "tensorrt")
+    with pytest.raises(BackendError, match=r"expected engines, got none; run trio-build"):
+        Pipeline.from_bundle(reduced_bundle)
+
+
 def test_auto_takes_the_cpu_without_a_gpu(folder: Path) -> None:
     assert make_backend("auto", bundle=open_bundle(folder)).name == "onnxruntime"
 
@@ -349,7 +445,7 @@ def test_tensorrt_has_every_name_that_is_used(package: str) -> None:
         - (set() if has_strategy else {"create_runtime_config"}),
         module.Runtime: {"deserialize_cuda_engine"},
         module.ExecutionContextAllocationStrategy: {"USER_MANAGED"},
-        module.Logger: {"ERROR"},
+        module.ILogger: {"ERROR", "log"},
     }
     if has_strategy:
         used[module.IRuntimeConfig] = {
