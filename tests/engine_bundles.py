@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from tests.shared_folder import made_once
 from trio_edge.runtime.cli_build import main
+from trio_edge.runtime.engine_child import Job, Reporter, build_engine
 from trio_edge.runtime.engine_host import Gpu, Host
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from trio_edge.runtime.bundle import Bundle
 
 GPU = Gpu(name="a GPU", compute_capability=86, memory_bytes=8 << 30, driver="560.35 (CUDA 12.6)")
 HOST = Host(machine="x86_64", system="Linux", gpu=GPU)
@@ -30,6 +34,31 @@ def bundle_with_engines(reduced_bundle: Path) -> Path:
         assert main([str(folder), "--backend", "tensorrt-rtx", "--compute-capability", "86", "--quiet"]) == 0
 
     return made_once("bundle-with-engines", make)
+
+
+def build_here(bundle: Bundle, folder: Path) -> dict[str, int]:
+    """Build all engines of ``bundle`` for compute capability 8.6 in this process; return their sizes by graph."""
+    sizes, dimensions = {}, bundle.manifest.dimensions
+    for spec in bundle.manifest.graphs:
+        reports: list[Any] = []
+        job = Job(
+            backend="tensorrt-rtx",
+            spec=spec,
+            graph_file=bundle.path(spec.file).resolve(),
+            engine_file=folder / f"{spec.name}.engine",
+            log_file=folder / "build.log",
+            timing_cache=folder / "timing.cache",
+            compute_capabilities=(86,),
+            detailed_layers=False,
+            dtype=bundle.manifest.dtype,
+            split_lm_head=1,
+            vocab_size=dimensions.vocab_size,
+            hidden_size=dimensions.hidden_size,
+        )
+        build_engine(job, Reporter(SimpleNamespace(send=reports.append)))
+        assert reports[-1]["kind"] == "done", reports
+        sizes[spec.name] = reports[-1]["num_bytes"]
+    return sizes
 
 
 def engine_folder(bundle: Path) -> Path:

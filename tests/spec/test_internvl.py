@@ -13,6 +13,7 @@ import torch
 
 from tests.bundles import export
 from tests.decode_logits import record_logits
+from tests.engine_bundles import build_here
 from tests.internvl_checkpoints import IMAGE_ID, TOKENS_PER_TILE, processor, save_internvl_checkpoint
 from tests.pictures import random_picture
 from tests.spec.reduced_reference import reduced_logits
@@ -210,12 +211,11 @@ def test_a_head_in_the_checkpoint_is_used_although_transformers_ties_by_default(
     assert str(bundle.manifest.token_embedding.offset) not in offsets
 
 
-def test_every_graph_is_parsed_by_tensorrt(folder: Path) -> None:
+def test_every_graph_is_built_by_tensorrt(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 Linux only; runs in CI")
-    from tests.export.test_graphs_in_tensorrt import parse
-
     bundle = open_bundle(reduced_bundle(folder))
-    assert all(parse(bundle, spec).num_layers > 1 for spec in bundle.manifest.graphs)
+    sizes = build_here(bundle, tmp_path)
+    assert all(sizes[spec.name] > spec.weight_bytes for spec in bundle.manifest.graphs)
 
 
 def test_tied_bfloat16_checkpoint_is_exported_as_float16(tmp_path: Path) -> None:
