@@ -90,13 +90,17 @@ class FeatureNms(nn.Module):
         order_N = rank_N + N * (1.0 - kept_N.to(torch.float32)) + 2 * N * (1.0 - real_N.to(torch.float32))
         return ascending(torch.topk(order_N, self.num_keep, largest=False).indices), unsettled
 
-    def _fixed_point(self, adjacency_NN: Tensor) -> tuple[Bool[Tensor, "N"], Int[Tensor, "1"]]:
-        kept_N = torch.ones_like(adjacency_NN[0], dtype=torch.bool)
-        earlier_N = kept_N
-        for _ in range(self.rounds):
-            earlier_N = kept_N
-            kept_N = torch.matmul(earlier_N.to(adjacency_NN.dtype)[None, :], adjacency_NN)[0] == 0
-        return kept_N, (kept_N ^ earlier_N).to(torch.int32).sum(0, keepdim=True, dtype=torch.int32)
+    def _fixed_point(self, adjacency_NN: Float[Tensor, "N N"]) -> tuple[Float[Tensor, "N"], Int[Tensor, "1"]]:
+        """Return 1 for what is kept, 0 for what is suppressed, and how many of them the last round changed."""
+        kept_1N = torch.ones_like(adjacency_NN[:1])
+        earlier_1N = kept_1N
+        for _ in range(
+            self.rounds
+        ):  # one row of a matrix throughout: a product and a comparison are all of a round
+            earlier_1N = kept_1N
+            kept_1N = (torch.matmul(earlier_1N, adjacency_NN) == 0).to(adjacency_NN.dtype)
+        changed_N = (kept_1N != earlier_1N)[0]
+        return kept_1N[0], changed_N.to(torch.int32).sum(0, keepdim=True, dtype=torch.int32)
 
 
 def similar_tokens(

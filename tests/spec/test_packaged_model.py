@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
-QUESTIONS = 280
+QUESTIONS = 160
 FLOOR = 0.85
 REDUCED_FLOOR = 0.5
 """Far above guessing; the README's table has the numbers."""
