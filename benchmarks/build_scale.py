@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from arguments import errors_in_one_line
 from released_shapes import add_options, checkpoint_of
 from watched_command import gigabytes, memory_of
 
@@ -127,7 +128,8 @@ def main() -> None:
     if not bundle.exists():
         make_bundle(bundle, options)
     try:
-        report(bundle, options)
+        with errors_in_one_line(parser):
+            report(bundle, options)
     finally:
         shutil.rmtree(bundle / ENGINES_FOLDER, ignore_errors=True)
         if not options.keep_files:

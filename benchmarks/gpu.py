@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from arguments import positive
 from gpu_parts.bundles_at_runtime import build_for, measure_bundle
 from gpu_parts.ceilings import Ceilings, measure_ceilings
 from gpu_parts.count import Counted
@@ -57,7 +58,7 @@ from trio_edge.runtime.backend import BACKENDS
 from trio_edge.runtime.errors import TrioEdgeError
 from trio_edge.runtime.schedule import Schedule
 
-EXIT_NO_GPU = 2
+EXIT_USER_ERROR = 2
 _MAX_SHAPES = 64
 """Sizes that torch may compile one layer for: each range's prefill and decode."""
 _PARITY_PICTURE = (96, 96)
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "gpu.py: expected an NVIDIA GPU that torch can use, got none; run with --device cpu --shapes small, or --count",
             file=sys.stderr,
         )
-        return EXIT_NO_GPU
+        return EXIT_USER_ERROR
     device = torch.device(options.device)
     dtype = getattr(torch, options.dtype)
     torch.set_default_device(device)  # the graph modules make their masks where they run
@@ -92,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = [
                 row for family in options.families for row in _family_rows(family, options, device, backends)
             ]
+    except TrioEdgeError as error:
+        print(f"gpu.py: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
     finally:
         torch.set_default_device(None)
     print(f"\n{measured_table(rows, ceilings)}\n")
@@ -119,7 +123,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", choices=list(SHAPES), default="full", help="small: seconds on a CPU")
     parser.add_argument(
         "--keep",
-        type=float,
+        type=_percent,
         nargs="+",
         default=[100 * budget for budget in BUDGETS],
         help="average keeps in %%",
@@ -127,9 +131,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=["float16", "float32"], help="[default: float16, float32 on a CPU]"
     )
-    parser.add_argument("--text", type=int, default=64, help="text tokens of the prompt")
-    parser.add_argument("--repeats", type=int, default=10, help="timed prefills; medians are printed")
-    parser.add_argument("--tokens", type=int, default=32, help="timed decode steps")
+    parser.add_argument("--text", type=positive, default=64, help="text tokens of the prompt")
+    parser.add_argument("--repeats", type=positive, default=10, help="timed prefills; medians are printed")
+    parser.add_argument("--tokens", type=positive, default=32, help="timed decode steps")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel from Python")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-parity", action="store_true", help="measure without comparing anything first")
@@ -154,6 +158,13 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     if 1.0 not in options.keeps:  # what everything is compared with
         options.keeps.insert(0, 1.0)
     return options
+
+
+def _percent(text: str) -> float:
+    percent = float(text.removesuffix("%"))
+    if not 0 < percent <= 100:
+        raise argparse.ArgumentTypeError(f"expected more than 0 and at most 100 %, got {text}")
+    return percent
 
 
 def _keep(percent: float) -> float:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from arguments import errors_in_one_line, positive
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -68,8 +69,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--answers", type=int, default=10)
+    parser.add_argument("--answers", type=positive, default=10)
     options = parser.parse_args()
+    with errors_in_one_line(parser):
+        open_bundle(options.bundle)
     steps: list[float] = []
     with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
         folder = Path(place) / "bundle"

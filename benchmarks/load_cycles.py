@@ -10,6 +10,8 @@ import gc
 import re
 from pathlib import Path
 
+from arguments import errors_in_one_line, positive
+
 from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.device_cuda import CudaDevice, cuda_problem, load_cuda
@@ -19,11 +21,16 @@ from trio_edge.runtime.pipeline import Pipeline
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--cycles", type=int, default=1000)
-    parser.add_argument("--warm-up", type=int, default=50, help="cycles before memory is compared")
+    parser.add_argument("--cycles", type=positive, default=1000)
+    parser.add_argument("--warm-up", type=positive, default=50, help="cycles before memory is compared")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--prompt", default="w1 w2 w3")
     options = parser.parse_args()
+    with errors_in_one_line(parser):
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
     bundle = open_bundle(options.bundle)
     first = None
     for cycle in range(1, options.warm_up + options.cycles + 1):
@@ -32,7 +39,7 @@ def main() -> None:
         del pipeline
         if cycle == options.warm_up:
             first = memory()
-        elif cycle % max(1, options.cycles // 10) == 0 and first is not None:
+        elif (cycle - options.warm_up) % max(1, options.cycles // 10) == 0 and first is not None:
             grown = {name: (now - first[name]) / 1e6 for name, now in memory().items()}
             print(
                 cycle - options.warm_up,

@@ -215,10 +215,9 @@ def _bars(console: Console, *, count: int, check_interrupt: Callable[[], None]) 
         def graph(planned: PlannedGraph) -> None:
             peak = planned.memory.peak_bytes / 1e9
             text = f"{planned.spec.name}: {planned.spec.weight_bytes / 1e9:.2f} GB of weights, needs about {peak:.1f} GB of memory"
-            bars.update(graphs, description=text)
+            console.print(text, soft_wrap=True, highlight=False)
+            bars.update(graphs, description=planned.spec.name)
             bars.reset(phases, description="loading TensorRT")
-            if not console.is_terminal:
-                console.print(text, soft_wrap=True, highlight=False)
 
         def report(message: dict[str, Any]) -> None:
             check_interrupt()
@@ -230,8 +229,7 @@ def _bars(console: Console, *, count: int, check_interrupt: Callable[[], None]) 
         def done(entry: EngineEntry) -> None:
             check_interrupt()
             bars.advance(graphs)
-            if not console.is_terminal:
-                console.print(f"  {_facts(entry)}", soft_wrap=True, highlight=False)
+            console.print(f"  {_facts(entry)}", soft_wrap=True, highlight=False)
 
         yield BuildProgress(graph=graph, report=report, done=done, warn=_warn)
 
@@ -244,6 +242,6 @@ def _facts(entry: EngineEntry) -> str:
 def _summary(engine_set: EngineSet, folder: Path) -> str:
     names = ", ".join(f"sm{number}" for number in engine_set.compute_capabilities)
     return (
-        f"{folder}: {len(engine_set.engines)} engines, {engine_set.num_bytes / 1e6:.1f} MB,"
+        f"{folder}: {_count(len(engine_set.engines), 'engine')}, {engine_set.num_bytes / 1e6:.1f} MB,"
         f" {engine_set.backend} {engine_set.tensorrt_version}, {names}"
     )

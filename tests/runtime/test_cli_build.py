@@ -103,7 +103,7 @@ def test_a_chosen_graph_is_built_for_several_gpus(copy: Path, capsys: pytest.Cap
     arguments = [str(copy), "--graphs", "head", "--compute-capability", "8.9,86", "--verbose-layers"]
     assert cli_build.main(arguments) == 0
     captured = capsys.readouterr()
-    assert "-sm86-sm89: 1 engines" in captured.out
+    assert "-sm86-sm89: 1 engine, " in captured.out
     assert "needs about" in captured.err
     engines = read_engine_set(engine_folder(copy))
     assert engines.detailed_layers
