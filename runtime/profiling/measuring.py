@@ -222,7 +222,10 @@ def _num_new(options: Options) -> int:
 def _begin(subject: Subject, memory: MeasuredMemory, question: Question, options: Options) -> Measured:
     """Ask for the first answers; what they take of memory is this bundle's, for no other has run since its loading."""
     reset_peak()
-    first = subject.answer(question)
+    try:
+        first = subject.answer(question)
+    except ShapeError as error:  # several bundles are asked the same
+        raise ShapeError(f"{subject.bundle.folder}: {error}") from None
     for _ in range(options.warm_up):
         subject.answer(question)
     memory.peak = peak_bytes()

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import statistics
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -31,8 +32,6 @@ from trio_edge.runtime.wide_console import print_table, wide_console
 from trio_edge.trio.schedule import parse_schedule
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from trio_edge.runtime.prediction.answer import Prediction
 
 ORIN = TARGETS["jetson-agx-orin-64"]
@@ -235,6 +234,15 @@ def test_all_predicts_every_device_and_json_has_every_graph(
     assert first["decode"][-1]["ms"] == pytest.approx(first["ms_per_token"])
     assert first["decode_fit"]["ms_per_1000_rows"] > 0
     assert "none of them is of rtx-3090" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_docs_name_every_key_of_a_predictions_json(tmp_path: Path) -> None:
+    file = tmp_path / "prediction.json"
+    arguments = [*MODEL, "--keep", "11.1%", "--want", "ttft-ms=1000", "--json", str(file)]
+    assert cli_profile.main(arguments) == 0
+    text = (Path(__file__).parents[2] / "docs/prediction.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"[`\"](\w+)[`\"]", text))
+    assert set(re.findall(r'"(\w+)":', file.read_text())) <= named
 
 
 def test_a_device_that_is_named_twice_is_predicted_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -456,6 +456,14 @@ def test_an_empty_prompt_is_asked_as_it_is(keep_all_bundle: Path, tmp_path: Path
     assert json.loads(file.read_bytes())["conditions"]["prompt"] == ""
 
 
+def test_a_question_that_a_bundle_has_no_room_for_names_the_bundle(
+    keep_all_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(keep_all_bundle), "--prompt", "w1 " * 100, "--no-layers"]) == 2
+    error = capsys.readouterr().err
+    assert f"trio-profile: {keep_all_bundle}: prompt: expected at most 64 text tokens" in error
+
+
 def test_ctrl_c_leaves_no_file_and_closes_the_graphs(
     keep_all_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
