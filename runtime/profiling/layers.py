@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import TYPE_CHECKING, NamedTuple
 
 from trio_edge.runtime.profiling.recording import DECODE
@@ -30,7 +31,9 @@ class LayerCall(NamedTuple):
 def layer_times(
     runs: Sequence[Sequence[LayerCall]], *, graph: str, profiles: Sequence[str], num_answers: int
 ) -> list[LayerTime]:
-    """Return every layer of one graph with its mean time in an answer, in the order in which they first ran.
+    """Return every layer of one graph with its time in an answer, in the order in which they first ran.
+
+    That is the median of its runs as often as it ran: in the mean, one interruption would put any layer among the slowest.
 
     Args:
         runs: The layers of each run.
@@ -49,7 +52,7 @@ def layer_times(
             phase=phase,
             name=name,
             kind=calls[0].kind,
-            answer_ms=sum(call.milliseconds for call in calls) / num_answers,
+            answer_ms=statistics.median(call.milliseconds for call in calls) * len(calls) / num_answers,
             calls_per_answer=len(calls) / num_answers,
             shapes=calls[0].shapes,
         )

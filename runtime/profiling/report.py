@@ -121,7 +121,7 @@ class LayerTime(_Part, frozen=True):
     kind: str
     """Operator."""
     answer_ms: float
-    """Mean time in a whole answer, under the backend's own profiler."""
+    """Median time of a run in a whole answer's runs, under the backend's own profiler."""
     calls_per_answer: float
     shapes: str
 

@@ -21,6 +21,7 @@ from trio_edge.runtime.profiling.distribution import (
     median_interval,
     median_ratio,
 )
+from trio_edge.runtime.profiling.layers import LayerCall, layer_times, slowest_layers
 from trio_edge.runtime.profiling.matmul_graph import matmul_model, random_matrix
 from trio_edge.runtime.profiling.product_bundle import write_product_bundle
 from trio_edge.runtime.profiling.report import Ceilings
@@ -149,3 +150,13 @@ def test_ceilings_are_what_a_product_and_a_copy_reach(
     assert 1e8 < found.flops_per_s < 1e14
     assert 1e7 < found.bytes_per_s < 1e13
     assert found.matmul == "float32 [1024, 1024] x [1024, 1024] through onnxruntime"
+
+
+def test_an_interruption_makes_no_layer_one_of_the_slowest() -> None:
+    runs = [[LayerCall("slow", "MatMul", 2.0, ""), LayerCall("fast", "Add", 0.5, "")] for _ in range(6)]
+    runs[3][1] = LayerCall("fast", "Add", 40.0, "")
+    found = layer_times(runs, graph="suffix", profiles=["decode"] * 6, num_answers=2)
+    assert [(layer.name, layer.answer_ms) for layer in slowest_layers(found)] == [
+        ("slow", 6.0),
+        ("fast", 1.5),
+    ]
