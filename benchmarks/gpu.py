@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --count                                  # what it must cost, by count; runs anywhere
     python benchmarks/gpu.py                                          # three 7B models, random weights made on the GPU
     python benchmarks/gpu.py --families llava-next-7b --json out/gpu.json --export out/gpu
-    python benchmarks/gpu.py --device cpu --shapes small              # all of it on a CPU, at small sizes
+    python benchmarks/gpu.py --device cpu --shapes small              # all of it on a CPU, at small sizes, in minutes
 
 Installs nothing. First the packaged model tells which backends run here and whether they are right (--no-parity leaves that
 out). Then ways are measured one after the other on one set of weights: the whole model in torch (fused attention, fixed KV
@@ -120,7 +120,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     families = list(SHAPES["full"])
     parser.add_argument("--families", nargs="+", choices=families, default=families)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--shapes", choices=list(SHAPES), default="full", help="small: seconds on a CPU")
+    parser.add_argument("--shapes", choices=list(SHAPES), default="full", help="small: for a CPU")
     parser.add_argument(
         "--keep",
         type=_percent,
@@ -216,7 +216,10 @@ def _family_rows(
         sizes = subject.sizes
         yield from _torch_rows(family, subject, options)
         del subject
+        torch.compiler.reset()
         gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the backends do not allocate through torch
         for keep in options.keeps:
             yield from _bundle_rows(family, keep, checkpoint, sizes, options, backends)
 

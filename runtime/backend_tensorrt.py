@@ -160,7 +160,7 @@ class TensorRTEngine:
         self._engine, self._spec, self._tensorrt = engine, spec, tensorrt
         self._device, self._workspace, self._errors, self._layers = device, workspace, errors, layers
         self._contexts: dict[bool, _Context] = {}
-        workspace.reserve(_workspace_bytes(engine))
+        workspace.reserve(engine.device_memory_size_v2)  # of the largest profile
 
     @property
     def spec(self) -> GraphSpec:
@@ -281,12 +281,6 @@ class _Context:
                 f"{self._spec.name}: expected its engine {what}, it refused{self._errors.reason()}; run trio-build again"
                 " with --force"
             )
-
-
-def _workspace_bytes(engine: Any) -> int:
-    """Return what an engine's contexts need at any profile; the older name is that of releases before 10.1."""
-    size = getattr(engine, "device_memory_size_v2", None)
-    return int(engine.device_memory_size if size is None else size)
 
 
 def _context_settings(engine: Any, tensorrt: TensorRT) -> Any:

@@ -161,8 +161,7 @@ def _config(job: Job, tensorrt: TensorRT, builder: Any, reporter: Reporter) -> A
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
     if job.detailed_layers:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if getattr(trt, "IProgressMonitor", None) is not None:
-        config.progress_monitor = _progress_monitor(trt, reporter)
+    config.progress_monitor = _progress_monitor(trt, reporter)
     if tensorrt.has_timing_cache:
         read_timing_cache(config, job.timing_cache)
     return config
