@@ -36,6 +36,7 @@ from trio_edge.calibration.runs import Answers, Settings, answer_runs, keys_of, 
 from trio_edge.runtime.backend import BACKENDS_HELP
 from trio_edge.runtime.command_line import EXIT_USER_ERROR, run
 from trio_edge.runtime.errors import DataError
+from trio_edge.runtime.output_files import check_outputs, write_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -223,8 +224,8 @@ def _check_outputs(
     work: Path | None,
 ) -> None:
     """Refuse before hours of work what could not be written after them."""
-    if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
-        raise click.UsageError(f"--json: expected a file in an existing folder, got {json_file}")
+    if json_file is not None:
+        check_outputs({"--json": json_file})
     if plot is not None:
         check_plot(plot)
     if ray_address is not None:
@@ -322,14 +323,7 @@ def _processor() -> str:
 
 def _write(report: Report, json_file: Path | None, plot: Path | None) -> None:
     if json_file is not None:
-        partial = json_file.with_name(f".{json_file.name}.partial")
-        try:
-            partial.write_text(json.dumps(msgspec.to_builtins(report), indent=1), encoding="utf-8")
-            partial.replace(json_file)
-        except OSError as error:
-            raise DataError(
-                f"--json {json_file}: cannot be written ({error.strerror}); choose another name"
-            ) from None
+        write_output("--json", json_file, json.dumps(msgspec.to_builtins(report), indent=1).encode())
     if plot is not None:
         draw_plot(report, plot)
 

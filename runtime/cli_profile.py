@@ -15,6 +15,7 @@ from trio_edge.runtime.backend import BACKENDS_HELP
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.command_line import run
 from trio_edge.runtime.errors import BundleError, TargetError
+from trio_edge.runtime.output_files import check_outputs, write_output
 from trio_edge.runtime.prediction.options import (
     PredictOptions,
     check_given,
@@ -23,7 +24,6 @@ from trio_edge.runtime.prediction.options import (
     run_prediction,
 )
 from trio_edge.runtime.profiling.measuring import NEW_TOKENS, Options, measure
-from trio_edge.runtime.profiling.output_files import check_outputs, write_output
 from trio_edge.runtime.profiling.report import Conditions
 from trio_edge.runtime.profiling.report_table import print_profile
 from trio_edge.runtime.profiling.summary import report_of

@@ -21,12 +21,12 @@ from trio_edge.runtime.device import LoadedGraphs
 from trio_edge.runtime.device_host import HostDevice
 from trio_edge.runtime.engine_layer_times import EngineLayerTimes
 from trio_edge.runtime.errors import DataError, ShapeError
+from trio_edge.runtime.output_files import check_outputs, write_output
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.profiling import ceilings, contexts, measuring
 from trio_edge.runtime.profiling.answers import Question, Subject
 from trio_edge.runtime.profiling.layers import SLOWEST, layer_times
 from trio_edge.runtime.profiling.layers_tensorrt import runs_of_engine
-from trio_edge.runtime.profiling.output_files import check_outputs, write_output
 from trio_edge.runtime.profiling.pictures import PROMPT, picture_sizes, random_picture
 from trio_edge.runtime.profiling.recording import Recording, RecordingBackend, graph_calls
 from trio_edge.runtime.profiling.report import Report

@@ -1,4 +1,4 @@
-"""Files that a profile writes: checked before anything is measured, and there completely or not at all."""
+"""Files that a command writes: checked before its work, and there completely or not at all."""
 
 from __future__ import annotations
 
