@@ -20,7 +20,6 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
 
 from trio_edge.runtime.build_needs import BuildNeeds, build_needs, in_words
 from trio_edge.runtime.bundle import open_bundle
@@ -36,7 +35,7 @@ from trio_edge.runtime.engine_build import (
 from trio_edge.runtime.engine_host import l4t_release
 from trio_edge.runtime.engine_package import ENGINES_BACKENDS_HELP
 from trio_edge.runtime.interruption import interruptible
-from trio_edge.runtime.wide_console import wide_console
+from trio_edge.runtime.wide_console import whole_table, wide_console
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -188,7 +187,7 @@ def _duration(seconds: float) -> str:
 
 
 def _print_graphs(graphs: tuple[PlannedGraph, ...]) -> None:
-    table = Table("graph", "profiles", "weights MB", "engine MB", "peak memory MB")
+    table = whole_table("graph", "profiles", "weights MB", "engine MB", "peak memory MB")
     for graph in graphs:
         profiles = ", ".join(
             f"{profile.name}({' '.join(f'{symbol}={size}' for symbol, size in profile.sizes.items())})"
