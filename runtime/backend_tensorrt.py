@@ -17,7 +17,7 @@ from trio_edge.runtime.device_cuda import CudaDevice, load_cuda
 from trio_edge.runtime.device_memory import check_memory, estimate
 from trio_edge.runtime.engine_host import find_host
 from trio_edge.runtime.engine_layer_times import EngineLayerTimes
-from trio_edge.runtime.engine_log import EngineErrors, make_logger
+from trio_edge.runtime.engine_log import EngineErrors, engine_errors
 from trio_edge.runtime.engine_package import ENGINE_BACKENDS, load_tensorrt
 from trio_edge.runtime.engines import engine_sets, open_engines
 from trio_edge.runtime.errors import BackendError
@@ -78,7 +78,7 @@ class TensorRTBackend:
         loaded = LoadedGraphs(device=device, engines={}, memory=memory, notes=list(engines.notes))
         try:
             check_memory(device, memory)
-            workspace, errors = Workspace(device), EngineErrors()
+            workspace, errors = Workspace(device), engine_errors(tensorrt.module)
             runtime = _new_runtime(tensorrt, errors)
             for spec in specs:
                 engine = _read_engine(runtime, engines.path(spec.name), device, errors)
@@ -100,7 +100,7 @@ class TensorRTBackend:
 
 def _new_runtime(tensorrt: TensorRT, errors: EngineErrors) -> Any:
     try:
-        return tensorrt.module.Runtime(make_logger(tensorrt.module, errors.add))
+        return tensorrt.module.Runtime(errors.logger)
     except TypeError:  # what its bindings raise where it gives none
         raise BackendError(
             f"backend: expected {tensorrt.backend} {tensorrt.version} to start on this GPU, it did"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, final
 
 if TYPE_CHECKING:
@@ -26,15 +27,23 @@ def make_logger(module: Any, on_error: Callable[[str], None]) -> Any:
 class EngineErrors:
     """What TensorRT has complained about while engines are loaded and run."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: Any) -> None:
         self._texts: list[str] = []
-
-    def add(self, text: str) -> None:
-        """Take note of an error."""
-        self._texts.append(" ".join(text.split())[:300])
+        self.logger = make_logger(module, lambda text: self._texts.append(" ".join(text.split())[:300]))
+        """For ``Runtime``."""
 
     def reason(self) -> str:
         """Return the first error since the last call in brackets, as later ones follow from it; nothing if there was none."""
         first = f" ({self._texts[0]})" if self._texts else ""
         self._texts.clear()
         return first
+
+
+@cache
+def engine_errors(module: Any) -> EngineErrors:
+    """Return the errors of ``tensorrt`` or ``tensorrt_rtx`` in this process.
+
+    TensorRT writes to the first logger that it was given as long as any of its objects lives, whatever others it is given: there is
+    one, and it stays.
+    """
+    return EngineErrors(module)

@@ -388,17 +388,20 @@ class TensorRTOnHost:
         ERROR = 1
 
     def __init__(self, cuda: CudaOnHost, *, backend: EngineBackend) -> None:
+        first_logger: list[weakref.ref[Any]] = []
         if backend == "tensorrt-rtx":
             self.DynamicShapesKernelSpecializationStrategy = Specialization
 
         class Runtime:
             def __init__(self, logger: Any) -> None:
-                self._logger = logger
+                first_logger.append(weakref.ref(logger))
 
             def deserialize_cuda_engine(self, serialized_engine: Any) -> Engine | None:
                 content = bytes(serialized_engine)
                 if content.startswith(b"broken"):
-                    self._logger.log(1, "Serialization assertion failed.\nVersion tag does not match.")
+                    logger = first_logger[0]()  # whatever was given later
+                    assert logger is not None, "TensorRT's first logger is gone"
+                    logger.log(1, "Serialization assertion failed.\nVersion tag does not match.")
                     return None
                 return Engine(json.loads(content), cuda)
 
@@ -447,10 +450,12 @@ def pretend_gpu(
 ) -> None:
     """Let the runtime find ``cuda`` and one of the two TensorRT packages on it."""
 
+    module = TensorRTOnHost(cuda, backend=backend)
+
     def load_tensorrt(name: str) -> TensorRT:
         if name != backend:
             raise BackendError(f"backend: expected {name} to be installed, it is not")
-        return TensorRT(backend=backend, module=TensorRTOnHost(cuda, backend=backend), version=VERSION)
+        return TensorRT(backend=backend, module=module, version=VERSION)
 
     patch.setattr(backend_tensorrt, "load_cuda", lambda: cuda)
     patch.setattr(backend_tensorrt, "load_tensorrt", load_tensorrt)

@@ -301,7 +301,11 @@ def test_the_estimate_counts_what_is_allocated(folder: Path, cuda: CudaOnHost) -
         assert wanted == pytest.approx(cuda.used_bytes, rel=0.01)
 
 
-def test_an_engine_that_does_not_load_is_told_in_one_line(folder: Path, cuda: CudaOnHost) -> None:
+def test_an_engine_that_does_not_load_is_told_in_one_line_with_tensorrts_reason(
+    folder: Path, cuda: CudaOnHost
+) -> None:
+    """Also when another pipeline was opened and closed before."""
+    Pipeline.from_bundle(folder, backend="tensorrt").close()
     file = folder / "engines" / "tensorrt-10.3-sm86" / "suffix.engine"
     description, old_sha256 = file.parent / "engines.json", sha256_of(file)
     replace_bytes(file, b"broken".ljust(file.stat().st_size))
