@@ -65,7 +65,7 @@ def measure_ceilings(backend: Backend, manifest: Manifest, *, cores: int) -> Cei
         matmul=f"{manifest.dtype} [{size}, {size}] x [{size}, {size}] through {backend.name}",
         bytes_per_s=1e3 * moved / copy_ms,
         copy=f"{moved // 2 >> 20} MB, read and written"
-        + (f" by {cores} threads" if on_host else " on the GPU"),
+        + (f" by {cores} thread{'s' * (cores > 1)}" if on_host else " on the GPU"),
     )
 
 

@@ -42,6 +42,10 @@ def judge(*, flops: float, moved_bytes: float, milliseconds: float, ceilings: Ce
         return Verdict(
             "memory", share, f"memory-bound, {100 * share:.0f} % of bandwidth: its data stays in caches"
         )
+    if share > 1:
+        return Verdict(
+            "compute", share, f"compute-bound, {100 * share:.0f} % of the matmul rate: that was disturbed"
+        )
     return Verdict(
         "memory" if memory_bound else "compute",
         share,

@@ -108,6 +108,14 @@ CEILINGS = Ceilings(flops_per_s=1e12, matmul="", bytes_per_s=1e11, copy="")  # r
     [
         pytest.param(1e6, 7.1e6, 0.1, "memory", "memory-bound, 71 % of bandwidth", id="memory"),
         pytest.param(5e9, 1e7, 10, "compute", "compute-bound, 50 % of the matmul rate", id="compute"),
+        pytest.param(
+            1.2e10,
+            1e7,
+            10,
+            "compute",
+            "compute-bound, 120 % of the matmul rate: that was disturbed",
+            id="busy",
+        ),
         pytest.param(1e6, 1e6, 1, "neither", "bound by neither: 1 % of bandwidth", id="neither"),
         pytest.param(
             1e6, 2e7, 0.1, "memory", "memory-bound, 200 % of bandwidth: its data stays in caches", id="caches"
