@@ -111,7 +111,7 @@ def find_gpu(library: str = _CUDA_LIBRARY) -> Gpu | None:
 
 def _kernel_driver() -> str | None:
     try:
-        found = re.search(r"Kernel Module\D*(\d[\d.]+)", _DRIVER.read_text())
+        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _DRIVER.read_text())
     except OSError:
         return None
     return None if found is None else found[1]

@@ -9,6 +9,7 @@ graphs.close()
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, final
 
 from trio_edge.runtime.device import shape_at
@@ -113,4 +114,5 @@ class GraphRun:
         It is valid until another profile of this graph runs.
         """
         if self._launch.capturable:
-            self._enqueue = self._device.capture(self._launch.enqueue)
+            with suppress(BackendError):  # TensorRT cannot be asked before
+                self._enqueue = self._device.capture(self._launch.enqueue)

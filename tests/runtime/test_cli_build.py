@@ -25,7 +25,7 @@ import torch
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
 from tests.engine_bundles import HOST, bundle_with_engines, copy_bundle, engine_folder, replace_bytes
-from trio_edge.runtime import cli_build, engine_build, engine_child
+from trio_edge.runtime import cli_build, engine_build, engine_child, engine_host
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.engine_build import BuildOptions, BuildProgress, build_engines, plan_build
 from trio_edge.runtime.engine_child import (
@@ -425,6 +425,24 @@ def test_the_driver_tells_the_gpu(tmp_path: Path) -> None:
     assert gpu is not None
     assert (gpu.name, gpu.compute_capability, gpu.memory_bytes) == ("Orin", 87, 15 << 30)
     assert "CUDA 12.6" in gpu.driver
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVIDIA UNIX x86_64 Kernel Module  560.35.03  Fri Aug 16 21:39:15 UTC 2024", "560.35.03"),
+        ("NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build  (builder)", "550.54.15"),
+        ("NVIDIA UNIX Open Kernel Module for aarch64  540.4.0  Release Build  (builder)", "540.4.0"),
+    ],
+    ids=["closed", "open", "jetson"],
+)
+def test_the_drivers_version_is_read_from_every_kernel_module(
+    text: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "version"
+    file.write_text(f"NVRM version: {text}\nGCC version:  gcc version 12.3.0 (Ubuntu)\n")
+    monkeypatch.setattr(engine_host, "_DRIVER", file)
+    assert engine_host._kernel_driver() == version
 
 
 def test_a_machine_without_driver_has_no_gpu() -> None:

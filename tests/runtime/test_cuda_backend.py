@@ -269,6 +269,11 @@ def test_one_graph_alone_is_timed_and_captured(folder: Path, cuda: CudaOnHost) -
     head.capture()
     assert head.milliseconds(3) > 0
     assert len(named(cuda.calls, "cudaGraphLaunch")) == 3
+    cuda.uncapturable = "head"
+    again = GraphRun(graphs, "head", profile="decode")
+    again.capture()
+    assert again.milliseconds(3) > 0
+    assert len(named(cuda.calls, "cudaGraphLaunch")) == 3
     graphs.close()
 
 
