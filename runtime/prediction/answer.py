@@ -74,6 +74,8 @@ class Setting:
     """Tokens of all its texts, padding too."""
     reduce_flops: float | None = None
     """Of the selection before the decoder."""
+    reduce_read_again: float = 0.0
+    """Float32 numbers that its greedy steps read."""
     select_flops: tuple[float, ...] | None = None
     """Per stage, where the method is not TRIO."""
     other_weight_bytes: int = 0
@@ -277,7 +279,8 @@ def graph_runs(setting: Setting) -> list[GraphRun]:
     if setting.clip_text_flops is not None:
         works.append((CLIP_TEXT, counted_work(setting.clip_text_flops, rows=setting.clip_text_rows)))
     if setting.reduce_flops is not None:
-        works.append(("reduce", counted_work(setting.reduce_flops, rows=setting.sizes["N"])))
+        again = setting.reduce_read_again * 4 / setting.formats.bytes_per_element
+        works.append(("reduce", counted_work(setting.reduce_flops, rows=setting.sizes["N"], other=again)))
     for index, layers in enumerate(setting.layers):
         if index:
             works.append((f"select_{index}", _select(setting, index - 1)))

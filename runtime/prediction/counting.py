@@ -308,15 +308,17 @@ def _vision_attention(tower: VisionDimensions, *, tiles: int, patches: int) -> t
     )
 
 
-def counted_work(flops: float, *, rows: int, weights: WeightKind = "none") -> Work:
+def counted_work(flops: float, *, rows: int, weights: WeightKind = "none", other: float = 0.0) -> Work:
     """Return work of which only the FLOPs are known, as one product of ``rows`` rows.
 
     Args:
         flops: Of the graph.
         rows: That it works on.
         weights: What its second factor is.
+        other: Elements that it reads beside the product's.
     """
-    return Work(products=(_square(rows, flops / (2 * rows), weights=weights),), launches=_LAUNCHES_PER_PROBE)
+    product = _square(rows, flops / (2 * rows), weights=weights)
+    return Work(products=(product,), other_elements=other, launches=_LAUNCHES_PER_PROBE)
 
 
 def _square(rows: int, elements: float, *, weights: WeightKind) -> Product:

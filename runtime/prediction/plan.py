@@ -17,6 +17,7 @@ from trio_edge.runtime.prediction.answer import Precision, Setting
 from trio_edge.runtime.prediction.selections import (
     clip_text_flops,
     input_widths,
+    read_again,
     reduce_flops,
     stage_flops,
 )
@@ -259,6 +260,7 @@ def _before_decoder(
     more["reduce_flops"] = reduce_flops(
         graph, method, num_visual=num_visual, num_keep=num_keep, num_text=num_text
     )
+    more["reduce_read_again"] = read_again(method, num_visual=num_visual, num_keep=num_keep)
     width = widths["features" if method == "scope" else "visual_tokens"]
     more["scratch_before"] = scratch_before(
         TokenSelection(method, num_keep, width), texts, num_visual=num_visual, element_bytes=2

@@ -83,6 +83,16 @@ def reduce_flops(
     return flops.products + flops.steps
 
 
+def read_again(method: TokenMethod, *, num_visual: int, num_keep: int) -> float:
+    """Return the float32 numbers that the K greedy steps of a selection before the decoder read, together.
+
+    A step of "scope" and "eadp" reads all N² similarities, one of "cdpruner" what earlier steps explained, K N numbers, and one
+    of "divprune" a row.
+    """
+    by_step = {"scope": num_visual, "eadp": num_visual, "cdpruner": num_keep, "divprune": 1}
+    return float(num_keep * num_visual * by_step.get(method, 0))
+
+
 def input_widths(graph: GraphSpec) -> dict[str, int]:
     """Return the last axis of each of a graph's inputs where it is a number."""
     return {tensor.name: size for tensor in graph.inputs if isinstance(size := tensor.shape[-1], int)}

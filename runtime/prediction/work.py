@@ -17,7 +17,12 @@ from trio_edge.runtime.prediction.counting import (
     select_work,
     vision_work,
 )
-from trio_edge.runtime.prediction.selections import clip_text_flops, reduce_flops, stage_flops
+from trio_edge.runtime.prediction.selections import (
+    clip_text_flops,
+    read_again,
+    reduce_flops,
+    stage_flops,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,7 +80,7 @@ def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
         flops = clip_text_flops(manifest, num_texts=texts)
         return counted_work(flops, rows=texts * manifest.clip_text.length, weights="layer")
     if graph.role == "reduce":
-        return counted_work(_reduce_flops(manifest, graph, sizes), rows=sizes["N"])
+        return _reduce_work(manifest, graph, sizes)
     stage = manifest.selects.index(graph)
     one_size = stage > 0 or len(manifest.visual_sizes) == 1
     if manifest.schedule.method != "trio":
@@ -89,19 +94,15 @@ def vision_flops(manifest: Manifest, *, num_visual: int) -> float:
     return manifest.cost.full_flops["vision"] * num_visual / max(manifest.cost.num_visual, 1)
 
 
-def _reduce_flops(manifest: Manifest, graph: GraphSpec, sizes: Mapping[str, int]) -> float:
-    assert (
-        manifest.token_method is not None and manifest.token_keep is not None
-    )  # else there is no such graph
-    return reduce_flops(
-        graph,
-        manifest.token_method,
-        num_visual=sizes["N"],
-        num_keep=manifest.token_keep,
-        num_text=sizes.get("T", 0)
-        if manifest.clip_text is None
-        else sizes["M"] * (manifest.clip_text.length - 2),
+def _reduce_work(manifest: Manifest, graph: GraphSpec, sizes: Mapping[str, int]) -> Work:
+    method, keep, num_visual = manifest.token_method, manifest.token_keep, sizes["N"]
+    assert method is not None and keep is not None  # else there is no such graph
+    num_text = (
+        sizes.get("T", 0) if manifest.clip_text is None else sizes["M"] * (manifest.clip_text.length - 2)
     )
+    flops = reduce_flops(graph, method, num_visual=num_visual, num_keep=keep, num_text=num_text)
+    again = read_again(method, num_visual=num_visual, num_keep=keep)
+    return counted_work(flops, rows=num_visual, other=again * 4 / _ELEMENT_BYTES[manifest.dtype])
 
 
 def _stage_flops(manifest: Manifest, sizes: Mapping[str, int], *, stage: int, one_size: bool) -> float:

@@ -175,6 +175,9 @@ def test_every_graph_before_the_decoder_computes_what_the_formulas_count(
         steps = 0 if name != "reduce" else _steps(method, graph.profiles[-1].sizes["N"])
         work = counted(manifest, graph, graph.profiles[-1])
         assert work.flops == pytest.approx(looked + steps, rel=1e-6)
+        if name == "reduce":
+            assert work.other_elements == steps / 2  # each is read once, for two FLOPs
+            assert plan_for(manifest=manifest).setting().reduce_read_again == steps / 2
         if name == "clip_text":
             assert work.products[0].rows == 8 * LENGTH
             assert work.num_weights > 0
