@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.prediction.efficiency import fitted_for
-from trio_edge.runtime.prediction.printing import GIB, NOTE, device_note, text_of
+from trio_edge.runtime.prediction.printing import GIB, NOTE, device_note, milliseconds, text_of
 from trio_edge.runtime.prediction.sweep import metric_of
 from trio_edge.runtime.profiling.charts import Bar, Curve, Point, curves, stacked
 from trio_edge.runtime.profiling.page import render
@@ -56,7 +56,7 @@ def _row(plan: Plan, prediction: Prediction) -> dict[str, Any]:
         "device": prediction.target.name,
         "setting": plan.described(),
         "visual tokens": " > ".join(map(str, prediction.setting.visual_rows)),
-        "first token ms": f"{1e3 * prediction.seconds('prefill'):.0f}",
+        "first token ms": milliseconds(prediction.seconds("prefill")),
         "token ms": f"{1e3 * prediction.seconds('decode'):.1f}",
         "at 0 rows": f"{1e3 * base:.1f}",
         "per 1000 rows": f"{1e6 * per_row:.2g}",

@@ -122,18 +122,23 @@ def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> No
     lines = {
         "setting": f"{plan.described()}: {' > '.join(map(str, setting.visual_rows))} visual tokens,"
         f" {text_of(setting)}, {setting.num_new} new",
-        "first token": f"{1e3 * prediction.seconds('prefill'):.0f} ms, up to"
-        f" {1e3 * (prediction.seconds('prefill') + prediction.unfused_seconds):.0f} ms if attention is not one kernel",
+        "first token": f"{milliseconds(prediction.seconds('prefill'))} ms, up to"
+        f" {milliseconds(prediction.seconds('prefill') + prediction.unfused_seconds)} ms if attention is not one kernel",
         "next tokens": f"{1e3 * prediction.seconds('decode'):.1f} ms each,"
         f" {metric_of(prediction, 'tokens-per-second'):.1f} a second: {1e3 * base:.1f} ms and {1e6 * per_row:.2g} ms per 1000"
         f" rows of the KV caches ({prediction.contexts[-1].cached_rows:.0f} here)",
-        "answer": f"{1e3 * prediction.answer_seconds:.0f} ms,"
+        "answer": f"{milliseconds(prediction.answer_seconds)} ms,"
         f" {metric_of(prediction, 'answers-per-second'):.2f} a second, without the host's work",
         "memory": _memory(prediction),
     }
     for name, text in lines.items():
         console.print(f"[bold]{name:12}[/] {text}", highlight=False, soft_wrap=True)
     _print_note(console, [prediction])
+
+
+def milliseconds(seconds: float) -> str:
+    """Return a time in milliseconds with at least two digits."""
+    return f"{1e3 * seconds:.0f}" if seconds >= 0.01 else f"{1e3 * seconds:.2g}"
 
 
 def text_of(setting: Setting) -> str:
@@ -149,7 +154,7 @@ def print_sweep(console: Console, found: Sequence[tuple[Plan, Prediction]]) -> N
             prediction.target.name,
             plan.described(),
             " > ".join(map(str, prediction.setting.visual_rows)),
-            f"{1e3 * prediction.seconds('prefill'):.0f}",
+            milliseconds(prediction.seconds("prefill")),
             f"{1e3 * prediction.seconds('decode'):.1f}",
             f"{metric_of(prediction, 'answers-per-second'):.2f}",
             _size(prediction.memory.total) + ("" if prediction.memory.fits else ", too much"),
