@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run(command: click.Command, argv: Sequence[str] | None) -> int:
@@ -22,6 +26,7 @@ def run(command: click.Command, argv: Sequence[str] | None) -> int:
         result = command.main(
             args=None if argv is None else list(argv), prog_name=command.name, standalone_mode=False
         )
+        sys.stdout.flush()
     except click.exceptions.Abort:
         print(f"{command.name}: interrupted", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED
@@ -29,10 +34,23 @@ def run(command: click.Command, argv: Sequence[str] | None) -> int:
         return _fail(command, error.format_message())
     except TrioEdgeError as error:
         return _fail(command, str(error))
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone; python would complain at exit
+    except BrokenPipeError:  # the reader has gone
+        _print_nowhere()
         return 1
+    except OSError as error:
+        if error.errno not in _FULL or error.filename is not None:
+            raise
+        _print_nowhere()
+        return _fail(
+            command, f"expected room for what is written, got: {error.strerror}; free some disk space"
+        )
     return result if isinstance(result, int) else 0
+
+
+def _print_nowhere() -> None:
+    """Send standard output, which failed, nowhere: at exit Python writes what is left of it, and would complain."""
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _fail(command: click.Command, message: str) -> int:

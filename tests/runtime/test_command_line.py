@@ -1,0 +1,41 @@
+"""Where a command's output cannot go, it says so in at most one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_PRINTS = """
+import sys, click
+from trio_edge.runtime.command_line import run
+sys.exit(run(click.Command("speak", callback=lambda: print("word " * {count})), []))
+"""
+_FULL = Path("/dev/full")
+COUNTS = pytest.mark.parametrize("count", [1, 100_000], ids=["a line", "more than a buffer"])
+
+
+@COUNTS
+@pytest.mark.skipif(not _FULL.exists(), reason="needs /dev/full; runs on Linux")
+def test_a_full_disk_is_one_line(count: int) -> None:
+    with _FULL.open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", _PRINTS.format(count=count)],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("speak: expected room for what is written")
+
+
+@COUNTS
+def test_a_reader_that_has_gone_is_no_error_message(count: int) -> None:
+    command = [sys.executable, "-c", _PRINTS.format(count=count)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
