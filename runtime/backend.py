@@ -70,8 +70,9 @@ def make_backend(
     Raises:
         BackendError: If there is no such backend, or something that it needs is missing.
     """
+    notes = list[str]()
     if name == "auto":
-        name = _fastest(bundle)
+        name = _fastest(bundle, notes)
     for engine_backend in ENGINE_BACKENDS:
         if name == engine_backend:
             from trio_edge.runtime.backend_tensorrt import TensorRTBackend
@@ -88,18 +89,22 @@ def make_backend(
         )
     from trio_edge.runtime.backend_onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(onnx_runtime, threads=threads, layer_times=layer_times)
+    return OnnxRuntimeBackend(onnx_runtime, threads=threads, layer_times=layer_times, notes=notes)
 
 
-def _fastest(bundle: Bundle | None) -> str:
+def _fastest(bundle: Bundle | None, notes: list[str]) -> str:
+    """Return a backend's name, and add to ``notes`` why it is not that of the bundle's engines although there is a GPU."""
     from trio_edge.runtime.device_cuda import cuda_problem
 
     if cuda_problem() is None:
         if bundle is not None:
             from trio_edge.runtime.backend_tensorrt import engines_that_run
 
-            if (found := engines_that_run(bundle)) is not None:
+            found, reason = engines_that_run(bundle)
+            if found is not None:
                 return found
+            if reason is not None:
+                notes.append(f"engines are not used: {reason}")
         if find_spec("onnxruntime") is not None:
             from trio_edge.runtime.backend_onnxruntime import has_provider
 

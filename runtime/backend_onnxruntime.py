@@ -55,9 +55,20 @@ class OnnxRuntimeBackend:
     """Loads graphs into ONNX Runtime."""
 
     def __init__(
-        self, name: OnnxRuntimeName = "onnxruntime", *, threads: int = 0, layer_times: Path | None = None
+        self,
+        name: OnnxRuntimeName = "onnxruntime",
+        *,
+        threads: int = 0,
+        layer_times: Path | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         """Check that the installed onnxruntime has what ``name`` needs; see ``make_backend``.
+
+        Args:
+            name: Which.
+            threads: See ``make_backend``.
+            layer_times: See ``make_backend``.
+            notes: What the user should know about the choice; they become those of what is loaded.
 
         Raises:
             BackendError: If it has not.
@@ -70,6 +81,7 @@ class OnnxRuntimeBackend:
         self._name: OnnxRuntimeName = name
         self._threads = threads
         self._layer_times = layer_times
+        self._notes = notes
 
     @property
     def name(self) -> str:
@@ -81,7 +93,7 @@ class OnnxRuntimeBackend:
         specs = selected_graphs(bundle, names)
         memory = estimate(bundle.manifest, specs, weight_bytes=sum(spec.weight_bytes for spec in specs))
         device, stream = self._open_device()
-        loaded = LoadedGraphs(device=device, engines={}, memory=memory)
+        loaded = LoadedGraphs(device=device, engines={}, memory=memory, notes=list(self._notes))
         try:
             check_memory(device, memory)
             for spec in specs:

@@ -34,19 +34,21 @@ if TYPE_CHECKING:
 _DECODE = "decode"
 
 
-def engines_that_run(bundle: Bundle) -> EngineBackend | None:
-    """Return the backend whose engines of ``bundle`` run on this machine; None if there are none."""
+def engines_that_run(bundle: Bundle) -> tuple[EngineBackend | None, str | None]:
+    """Return the backend whose engines of ``bundle`` run on this machine; if none do, why those that were built do not."""
     built = {engines.backend for engines in engine_sets(bundle.folder).values()}
+    reason = None
     for backend in ENGINE_BACKENDS:
         if backend in built:
             try:
                 open_engines(
                     bundle, backend=backend, version=load_tensorrt(backend).version, host=find_host()
                 )
-            except BackendError:
+            except BackendError as error:
+                reason = reason or str(error)
                 continue
-            return backend
-    return None
+            return backend, None
+    return None, reason
 
 
 @final

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def run(command: click.Command, argv: Sequence[str] | None) -> int:
     """Run a click command and return its exit code; errors of our own and of usage print one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without a sign gets a question mark
     try:
         result = command.main(
             args=None if argv is None else list(argv), prog_name=command.name, standalone_mode=False

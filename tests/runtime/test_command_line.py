@@ -1,4 +1,4 @@
-"""Where a command's output cannot go, it says so in at most one line."""
+"""A command's output meets full disks, readers that have gone and plain terminals."""
 
 from __future__ import annotations
 
@@ -39,3 +39,11 @@ def test_a_reader_that_has_gone_is_no_error_message(count: int) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 1
+
+
+def test_signs_that_a_terminal_has_not_are_replaced() -> None:
+    prints = _PRINTS.format(count=1).replace("word", "2.75×")
+    result = subprocess.run(
+        [sys.executable, "-c", prints], env={"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False
+    )
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, b"2.75?", b"")

@@ -399,12 +399,18 @@ def test_auto_takes_engines_where_a_gpu_runs_them(folder: Path, cuda: CudaOnHost
     assert make_backend("auto", bundle=open_bundle(folder)).name == "tensorrt"
 
 
-def test_auto_takes_onnxruntime_where_engines_do_not_fit(
+def test_auto_takes_onnxruntime_where_engines_do_not_fit_and_says_why(
     folder: Path, cuda: CudaOnHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = Host(machine="aarch64", system="Linux", gpu=HOST.gpu)
     monkeypatch.setattr(backend_tensorrt, "find_host", lambda: other)
-    assert make_backend("auto", bundle=open_bundle(folder)).name == "onnxruntime"
+    bundle = open_bundle(folder)
+    backend = make_backend("auto", bundle=bundle)
+    assert backend.name == "onnxruntime"
+    graphs = backend.load(bundle, ["head"])
+    (note,) = graphs.notes
+    assert note.startswith("engines are not used: ")
+    graphs.close()
 
 
 def test_auto_without_onnxruntime_says_what_the_engines_lack(
