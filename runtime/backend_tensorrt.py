@@ -16,6 +16,7 @@ from trio_edge.runtime.device import LoadedGraphs, shape_at
 from trio_edge.runtime.device_cuda import CudaDevice, load_cuda
 from trio_edge.runtime.device_memory import check_memory, estimate
 from trio_edge.runtime.engine_host import find_host
+from trio_edge.runtime.engine_kernels import KERNELS_NAME, CompiledKernels
 from trio_edge.runtime.engine_layer_times import EngineLayerTimes
 from trio_edge.runtime.engine_log import EngineErrors, engine_errors
 from trio_edge.runtime.engine_package import ENGINE_BACKENDS, load_tensorrt
@@ -82,11 +83,12 @@ class TensorRTBackend:
             check_memory(device, memory)
             workspace, errors = Workspace(device), engine_errors(tensorrt.module)
             runtime = _new_runtime(tensorrt, errors)
+            kernels = CompiledKernels(engines.folder / KERNELS_NAME) if tensorrt.compiles_on_device else None
             for spec in specs:
                 engine = _read_engine(runtime, engines.path(spec.name), device, errors)
                 layers = self._layers_of(engine, spec)
                 loaded.engines[spec.name] = TensorRTEngine(
-                    engine, spec, tensorrt, device, workspace, errors, layers
+                    engine, spec, tensorrt, device, workspace, errors, kernels, layers
                 )
             memory["workspace"] = workspace.allocate()
         except BaseException:
@@ -157,10 +159,12 @@ class TensorRTEngine:
         device: CudaDevice,
         workspace: Workspace,
         errors: EngineErrors,
+        kernels: CompiledKernels | None,
         layers: EngineLayerTimes | None = None,
     ) -> None:
         self._engine, self._spec, self._tensorrt = engine, spec, tensorrt
         self._device, self._workspace, self._errors, self._layers = device, workspace, errors, layers
+        self._kernels = kernels
         self._contexts: dict[bool, _Context] = {}
         workspace.reserve(engine.device_memory_size_v2)  # of the largest profile
 
@@ -179,7 +183,7 @@ class TensorRTEngine:
         return TensorRTLaunch(self._contexts[is_decode], index, tensors)
 
     def _new_context(self) -> _Context:
-        settings = _context_settings(self._engine, self._tensorrt)
+        settings = _context_settings(self._engine, self._tensorrt, self._kernels)
         context = self._engine.create_execution_context(settings)
         if context is None:
             raise BackendError(
@@ -197,7 +201,9 @@ class TensorRTEngine:
         )
 
     def close(self) -> None:
-        """See ``Engine.close``. Contexts go before their engine."""
+        """See ``Engine.close``. Contexts go before their engine, and both before the kernels."""
+        if self._engine is not None and self._kernels is not None:
+            self._kernels.store()
         for context in self._contexts.values():
             context.close()
         self._contexts.clear()
@@ -285,7 +291,7 @@ class _Context:
             )
 
 
-def _context_settings(engine: Any, tensorrt: TensorRT) -> Any:
+def _context_settings(engine: Any, tensorrt: TensorRT, kernels: CompiledKernels | None) -> Any:
     """Return what makes a context without memory of its own.
 
     tensorrt-rtx compiles kernels for a shape in the background and changes them while it runs unless it is told to have them
@@ -293,11 +299,12 @@ def _context_settings(engine: Any, tensorrt: TensorRT) -> Any:
     """
     module = tensorrt.module
     strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
-    if not tensorrt.compiles_on_device:
+    if kernels is None:
         return strategy
     config = engine.create_runtime_config()
     config.set_execution_context_allocation_strategy(strategy)
     config.dynamic_shapes_kernel_specialization_strategy = (
         module.DynamicShapesKernelSpecializationStrategy.EAGER
     )
+    kernels.attach(config)
     return config

@@ -277,12 +277,56 @@ class Specialization(Enum):
     EAGER = auto()
 
 
+class RuntimeCache:
+    """``tensorrt_rtx.IRuntimeCache``: holds the names of the engines whose contexts were made with it, and outlives these."""
+
+    def __init__(self, cuda: CudaOnHost) -> None:
+        self._cuda = cuda
+        self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+        self._kernels: set[str] = set()
+
+    def __del__(self) -> None:
+        assert not self._contexts
+
+    def deserialize(self, blob: bytes) -> bool:
+        assert self._cuda.open_handles
+        kernels = blob.decode().splitlines()
+        if kernels[:1] != ["kernels"]:
+            return False
+        self._kernels |= {*kernels[1:]}
+        return True
+
+    def serialize(self) -> bytes:
+        assert self._cuda.open_handles
+        return "\n".join(["kernels", *sorted(self._kernels)]).encode()
+
+    def _compile(self, name: str, context: Context) -> None:
+        self._contexts.add(context)
+        if name not in self._kernels:
+            self._cuda.calls.append(("compile", name))
+            self._kernels.add(name)
+
+
 class RuntimeConfig:
     """``tensorrt_rtx.IRuntimeConfig``."""
 
-    def __init__(self) -> None:
+    def __init__(self, cuda: CudaOnHost) -> None:
         self.strategy = Strategy.STATIC
         self.dynamic_shapes_kernel_specialization_strategy = Specialization.LAZY
+        self._cuda = cuda
+        self._cache: RuntimeCache | None = None
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache(self._cuda)
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self._cache = cache
+        return True
+
+    def _compile(self, name: str, context: Context) -> None:
+        assert self._cache is not None
+        self._cache._compile(name, context)
+        self._cache = None  # as TensorRT's bindings: it is the caller's to keep
 
     def set_execution_context_allocation_strategy(self, strategy: Strategy) -> None:
         self.strategy = strategy
@@ -361,10 +405,13 @@ class Engine:
             assert strategy.dynamic_shapes_kernel_specialization_strategy is Specialization.EAGER
             strategy = strategy.strategy
         assert strategy is Strategy.USER_MANAGED
-        return Context(self, settings)
+        context = Context(self, settings)
+        if isinstance(settings, RuntimeConfig):
+            settings._compile(self.spec.name, context)
+        return context
 
     def create_runtime_config(self) -> RuntimeConfig:
-        return RuntimeConfig()
+        return RuntimeConfig(self.cuda)
 
     def compute(self, tensors: dict[str, tuple[int, tuple[int, ...], str]]) -> None:
         arrays = {

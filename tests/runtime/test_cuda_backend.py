@@ -15,6 +15,7 @@ from tests.cuda_on_host import (
     CudaOnHost,
     Engine,
     Error,
+    RuntimeCache,
     RuntimeConfig,
     pretend_gpu,
     write_engines,
@@ -209,18 +210,57 @@ def test_another_bucket_switches_the_prefill_contexts_and_never_those_of_decode(
     assert switched == [name for name in CHAIN if name != "vision"]
 
 
-def test_tensorrt_rtx_compiles_its_kernels_before_they_are_captured(
-    keep_all_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Context creation here accepts no other setting."""
+@pytest.fixture
+def rtx(keep_all_bundle: Path, tmp_path: Path, cuda: CudaOnHost, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle with engines of tensorrt-rtx."""
     folder = copy_bundle(keep_all_bundle, tmp_path / "bundle")
     write_engines(folder, host=HOST, backend="tensorrt-rtx")
-    cuda = CudaOnHost()
     pretend_gpu(monkeypatch, cuda, HOST, backend="tensorrt-rtx")
-    with Pipeline.from_bundle(folder) as pipeline:  # "auto" finds them, too
+    return folder
+
+
+def test_tensorrt_rtx_compiles_its_kernels_before_they_are_captured(rtx: Path, cuda: CudaOnHost) -> None:
+    """Context creation here accepts no other setting."""
+    with Pipeline.from_bundle(rtx) as pipeline:  # "auto" finds them, too
         assert pipeline.backend_name == "tensorrt-rtx"
         answer(pipeline, tokens=3)
     assert len(named(cuda.calls, "cudaGraphLaunch")) == 1
+
+
+def _answer_anew(folder: Path, cuda: CudaOnHost) -> list[Any]:
+    """Answer in a new pipeline and return the engines whose kernels were compiled."""
+    cuda.calls.clear()
+    with Pipeline.from_bundle(folder, backend="tensorrt-rtx") as pipeline:
+        answer(pipeline, tokens=3)
+    del pipeline
+    return sorted(call[1] for call in named(cuda.calls, "compile"))
+
+
+def test_what_tensorrt_rtx_has_compiled_is_kept_beside_the_engines(rtx: Path, cuda: CudaOnHost) -> None:
+    graphs = ["head", "prefix", "vision"]
+    assert _answer_anew(rtx, cuda) == graphs
+    assert _answer_anew(rtx, cuda) == []
+    (file,) = rtx.glob("engines/*/kernels.cache")
+    file.write_bytes(b"of another driver")
+    assert _answer_anew(rtx, cuda) == graphs
+    assert _answer_anew(rtx, cuda) == []
+
+
+def test_compiled_kernels_are_not_written_out_of_the_bundle(
+    rtx: Path, cuda: CudaOnHost, tmp_path: Path
+) -> None:
+    (engines,) = rtx.glob("engines/*")
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"mine")
+    (engines / "kernels.cache").symlink_to(outside)
+    assert _answer_anew(rtx, cuda) != []
+    assert outside.read_bytes() == b"mine"
+
+
+def test_a_bundle_that_cannot_be_written_compiles_each_time(rtx: Path, cuda: CudaOnHost) -> None:
+    (engines,) = rtx.glob("engines/*")
+    (engines / "kernels.cache").mkdir()  # no file can take its place
+    assert _answer_anew(rtx, cuda) == _answer_anew(rtx, cuda) != []
 
 
 def test_all_contexts_share_one_workspace(folder: Path, cuda: CudaOnHost) -> None:
@@ -467,6 +507,7 @@ def test_tensorrt_has_every_name_that_is_used(package: str) -> None:
             *_public(RuntimeConfig),
             "dynamic_shapes_kernel_specialization_strategy",
         }
+        used[module.IRuntimeCache] = _public(RuntimeCache)
         used[module.DynamicShapesKernelSpecializationStrategy] = {"EAGER"}
     for real, names in used.items():
         assert names <= set(dir(real)), (real, names - set(dir(real)))
