@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from trio_edge.runtime.manifest import GraphSpec, Manifest, Profile
+    from trio_edge.runtime.profiling.distribution import Distribution
     from trio_edge.runtime.profiling.measuring import Measured, Measurement
     from trio_edge.runtime.profiling.report import Ceilings
 
@@ -98,7 +99,7 @@ def _bundle_profile(measured: Measured, measurement: Measurement, *, label: str)
         ),
         ttft_ms=distribution([answer.ttft_ms for answer in answers]),
         prefill_ms=distribution([answer.statistics.prefill_ms for answer in answers]),
-        token_ms=distribution(token_ms, per_run=len(token_ms) // len(answers)) if token_ms else None,
+        token_ms=_of_runs([answer.token_ms for answer in answers]) if token_ms else None,
         tokens_per_s=1e3 / statistics.median(token_ms) if token_ms else None,
         answer_ms=distribution([answer.answer_ms for answer in answers]),
         host_first_ms=distribution([answer.host_first_ms for answer in answers]),
@@ -143,6 +144,14 @@ def _selection(manifest: Manifest) -> str:
     return "; ".join(parts) or "keeps all visual tokens"
 
 
+def _of_runs(runs: Sequence[Sequence[float]]) -> Distribution:
+    """Return the distribution of what was timed several times in each run, equally often or each on its own account."""
+    counts = {len(times) for times in runs}
+    return distribution(
+        [time for times in runs for time in times], per_run=counts.pop() if len(counts) == 1 else 1
+    )
+
+
 def _host_token_ms(measured: Measured) -> float | None:
     found = [time for answer in measured.answers if (time := answer.host_token_ms) is not None]
     return statistics.median(found) if found else None
@@ -183,9 +192,7 @@ def _graph_profile(
     answer_ms: float,
     ceilings: Ceilings | None,
 ) -> GraphProfile:
-    times = [time for calls in answers for time in calls]
-    per_run = len(times) // len(answers)
-    call_ms = distribution(times, per_run=per_run if {len(calls) for calls in answers} == {per_run} else 1)
+    call_ms = _of_runs(answers)
     in_answer = statistics.median(sum(calls) for calls in answers)
     work = graph_work(manifest, spec, profile)
     flops, moved = work.flops, work.moved_bytes
