@@ -61,7 +61,7 @@ from trio_edge.runtime.manifest import (
 )
 from trio_edge.runtime.prediction.activations import Texts
 from trio_edge.runtime.targets import find_target
-from trio_edge.runtime.text_buckets import MAX_TEXT, text_buckets
+from trio_edge.runtime.text_buckets import MAX_TEXT, MOST_TOKENS, text_buckets
 from trio_edge.trio.schedule import MAX_TOPK
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ class ExportOptions:
         if self.target is not None:
             find_target(self.target)
         for name, value, low in (("max-text", self.max_text, 8), ("max-new-tokens", self.max_new_tokens, 1)):
-            if not low <= value <= 1 << 20:
-                raise ScheduleError(f"--{name}: expected {low}..{1 << 20}, got {value}")
+            if not low <= value <= MOST_TOKENS:
+                raise ScheduleError(f"--{name}: expected {low}..{MOST_TOKENS}, got {value}")
         if self.opset not in (18, 19):
             raise ScheduleError(
                 f"--opset: expected 18 or 19, got {self.opset}; leave it away, or choose one of these"

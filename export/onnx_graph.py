@@ -104,7 +104,7 @@ def trace(
     _name_values(model.graph.inputs, inputs)
     _name_values(model.graph.outputs, outputs)
     for value in model.graph.initializers.values():
-        value.const_value = None
+        value.const_value = None  # under FakeTensorMode it holds nothing; attach_weights gives it one
     _optimize(model)
     return model
 

@@ -70,9 +70,9 @@ def make_backend(
     Raises:
         BackendError: If there is no such backend, or something that it needs is missing.
     """
-    notes = list[str]()
+    notes: tuple[str, ...] = ()
     if name == "auto":
-        name = _fastest(bundle, notes)
+        name, notes = _fastest(bundle)
     for engine_backend in ENGINE_BACKENDS:
         if name == engine_backend:
             from trio_edge.runtime.backend_tensorrt import TensorRTBackend
@@ -92,27 +92,28 @@ def make_backend(
     return OnnxRuntimeBackend(onnx_runtime, threads=threads, layer_times=layer_times, notes=notes)
 
 
-def _fastest(bundle: Bundle | None, notes: list[str]) -> str:
-    """Return a backend's name, and add to ``notes`` why it is not that of the bundle's engines although there is a GPU."""
+def _fastest(bundle: Bundle | None) -> tuple[str, tuple[str, ...]]:
+    """Return a backend's name, and as a note why it is not that of the bundle's engines although there is a GPU."""
     from trio_edge.runtime.device_cuda import cuda_problem
 
+    notes: tuple[str, ...] = ()
     if cuda_problem() is None:
         if bundle is not None:
             from trio_edge.runtime.backend_tensorrt import engines_that_run
 
             found, reason = engines_that_run(bundle)
             if found is not None:
-                return found
+                return found, notes
             if reason is not None:
-                notes.append(f"engines are not used: {reason}")
+                notes = (f"engines are not used: {reason}",)
         if find_spec("onnxruntime") is not None:
             from trio_edge.runtime.backend_onnxruntime import has_provider
 
             if has_provider("onnxruntime-cuda"):
-                return "onnxruntime-cuda"
+                return "onnxruntime-cuda", notes
     if bundle is not None and find_spec("onnxruntime") is None:
-        return installed_backend() or "onnxruntime"  # it says what keeps it from running
-    return "onnxruntime"
+        return installed_backend() or "onnxruntime", notes  # it says what keeps it from running
+    return "onnxruntime", notes
 
 
 def selected_graphs(bundle: Bundle, names: Sequence[str] | None) -> list[GraphSpec]:

@@ -26,8 +26,8 @@ class CompiledKernels:
         self._file = file
         self._stored: bytes | None = None
         self._cache: Any = None
-        self._is_closed = file.is_symlink()  # it may lead out of the bundle
-        if not self._is_closed:
+        self._is_final = file.is_symlink()  # it may lead out of the bundle: neither read nor written
+        if not self._is_final:
             with suppress(OSError):
                 self._stored = file.read_bytes()
 
@@ -41,9 +41,9 @@ class CompiledKernels:
 
     def store(self) -> None:
         """Write what has been compiled, once, if it is new; where the bundle cannot be written, it is compiled again next time."""
-        if self._is_closed or self._cache is None:
+        if self._is_final or self._cache is None:
             return
-        self._is_closed = True
+        self._is_final = True
         content = self._cache.serialize()
         if content is not None and bytes(content) != self._stored:
             with suppress(DataError):

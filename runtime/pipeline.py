@@ -26,6 +26,7 @@ from trio_edge.runtime.positions import PromptPositions, mrope_positions, plain_
 from trio_edge.runtime.question_ids import question_ids
 from trio_edge.runtime.sampling import Sampler, TopTokens, make_sampler
 from trio_edge.runtime.text import DetokenizeStream, PromptIds, Tokenizer
+from trio_edge.runtime.text_buckets import bucket_of
 from trio_edge.runtime.vision import Vision
 from trio_edge.runtime.vision_inputs import picture_processing
 
@@ -402,7 +403,7 @@ class Pipeline:
         )
 
     def _bucket(self, ids: PromptIds) -> int:
-        return next(size for size in self.manifest.text_buckets if size >= ids.num_tokens)
+        return bucket_of(ids.num_tokens, self.manifest.text_buckets)
 
     def _prompt(self, ids: PromptIds, seen: _Seen, *, bucket: int) -> Prompt:
         return Prompt(

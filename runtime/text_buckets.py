@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 MAX_TEXT = 256
 """Largest prompt in text tokens, where none is wished."""
+MOST_TOKENS = 1 << 20
+"""Largest prompt, and longest answer, that can be wished."""
 _SMALLEST_BUCKET = 32
 
 

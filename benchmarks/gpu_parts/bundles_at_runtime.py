@@ -21,6 +21,7 @@ from trio_edge.runtime.decoder import Decoder, PrefillResult, Prompt
 from trio_edge.runtime.device import LoadedGraphs
 from trio_edge.runtime.engine_build import BuildOptions, build_engines, plan_build
 from trio_edge.runtime.positions import PromptPositions
+from trio_edge.runtime.text_buckets import bucket_of
 from trio_edge.runtime.vision import Vision
 from trio_edge.runtime.vision_inputs import picture_processing
 
@@ -134,7 +135,7 @@ def _loaded(
         for entry in manifest.graph("vision").profiles
         if all(entry.sizes[name] >= size for name, size in needed.items())
     )
-    bucket = next(size for size in manifest.text_buckets if size >= num_text)
+    bucket = bucket_of(num_text, manifest.text_buckets)
     ids = prompt_ids(manifest.token_embedding.shape[0], num_text=num_text, seed=seed)
     rows, split = bundle.map_tensor(manifest.token_embedding)[ids], num_before(num_text)
     positions = prompt_positions(

@@ -24,7 +24,7 @@ from trio_edge.runtime.prediction.selections import (
 from trio_edge.runtime.prediction.shapes import find_model, model_of
 from trio_edge.runtime.prediction.work import fixed_sizes, vision_flops
 from trio_edge.runtime.schedule import Schedule
-from trio_edge.runtime.text_buckets import MAX_TEXT, bucket_of, text_buckets
+from trio_edge.runtime.text_buckets import MAX_TEXT, MOST_TOKENS, bucket_of, text_buckets
 
 if TYPE_CHECKING:
     from trio_edge.runtime.manifest import Manifest, TokenMethod
@@ -38,8 +38,6 @@ _SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "pos
 """Of a bundle's schedule, which another keep leaves as they are."""
 USUAL_PICTURE = (672, 672)
 """Width and height of a picture for a released model, where none is wished."""
-MOST_TOKENS = 1 << 20
-"""Of a prompt and of an answer, as ``trio-export`` makes room for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
