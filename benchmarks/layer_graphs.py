@@ -25,7 +25,7 @@ from trio_edge.runtime.manifest import Dimensions
 from trio_edge.runtime.prediction.speed import Rates
 from trio_edge.trio.nms import FeatureNms
 from trio_edge.trio.saliency import ProxySaliency
-from trio_edge.trio.selectors.trio import Trio
+from trio_edge.trio.selectors.stages.trio import Trio
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -32,7 +32,7 @@ from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.schedule import Schedule
-from trio_edge.trio.schedule import parse_keep, schedule_for_keep
+from trio_edge.trio.budgets import parse_keep, schedule_for_keep
 
 if TYPE_CHECKING:
     from trio_edge.calibration.questions import Question

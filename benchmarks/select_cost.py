@@ -21,7 +21,8 @@ from reference_stage import autograd_scores, host_nms
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from trio_edge.trio.cost import (
+from trio_edge.trio.budgets import preset_schedule
+from trio_edge.trio.cost.flops import (
     LLAVA_NEXT_7B,
     ModelShape,
     nms_flops,
@@ -32,7 +33,6 @@ from trio_edge.trio.cost import (
 )
 from trio_edge.trio.nms import FeatureNms
 from trio_edge.trio.saliency import ProxySaliency
-from trio_edge.trio.schedule import preset_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable

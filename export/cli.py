@@ -218,8 +218,13 @@ def _schedule_rule(
 ) -> Callable[[ScheduleInputs], Schedule]:
     """Return the function that makes the schedule once layers and visual tokens are known."""
     from trio_edge.runtime.schedule import Schedule
-    from trio_edge.trio.schedule import parse_keep, parse_schedule
-    from trio_edge.trio.selectors.schedules import check_combined_keep, combined_schedule, default_positions
+    from trio_edge.trio.budgets import (
+        check_combined_keep,
+        combined_schedule,
+        default_positions,
+        parse_keep,
+        parse_schedule,
+    )
 
     text = keep if keep is not None else DEFAULT_KEEP
     average = None if stages is not None or text == "all" else parse_keep(text)

@@ -19,7 +19,7 @@ from trio_edge.export.text_files import load_tokenizer
 from trio_edge.runtime.clip_text import num_clip_texts
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.manifest import ClipTextSpec, TensorSpec
-from trio_edge.trio.selectors.cost import clip_text_flops
+from trio_edge.trio.cost.flops import clip_text_flops
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.runtime.manifest import FloatType
-    from trio_edge.trio.cost import VisionShape
+    from trio_edge.trio.cost.flops import VisionShape
 
 PREFIX = "clip."
 TOKENIZER_NAME = "clip_tokenizer.json"

@@ -39,9 +39,8 @@ from trio_edge.runtime.prediction.activations import (
 from trio_edge.runtime.prediction.selections import repeated_weights
 from trio_edge.runtime.prediction.shapes import layer_weights
 from trio_edge.runtime.schedule import Schedule, Stage
-from trio_edge.trio.cost import ModelShape, VisionShape
-from trio_edge.trio.schedule import parse_keep
-from trio_edge.trio.selectors.schedules import combined_schedule
+from trio_edge.trio.budgets import combined_schedule, parse_keep
+from trio_edge.trio.cost.flops import ModelShape, VisionShape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -10,7 +10,7 @@ import numpy as np
 from trio_edge.runtime.manifest import Cost, Dimensions
 from trio_edge.runtime.prediction.selections import reduce_flops
 from trio_edge.runtime.schedule import Schedule
-from trio_edge.trio.cost import ModelShape, reduction_cost
+from trio_edge.trio.cost.flops import ModelShape, reduction_cost
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from trio_edge.trio.nms import FeatureNms
 from trio_edge.trio.saliency import ProxySaliency
-from trio_edge.trio.selectors.trio import Trio
+from trio_edge.trio.selectors.stages.trio import Trio
 
 if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.runtime.schedule import Schedule
-    from trio_edge.trio.selection import StageSelector
+    from trio_edge.trio.selectors.interface import StageSelector
 
 _LOOK_AT_THE_LAYER_BEFORE = ("fastv", "dart", "sparsevlm")
 
@@ -33,19 +33,19 @@ def stage_selector(model: FamilyModel, schedule: Schedule, *, stage: int, max_vi
     layer, keep = schedule.stages[stage].layer, schedule.stages[stage].keep
     before: Any = model.layers[layer - 1]
     if schedule.method == "fastv":
-        from trio_edge.trio.selectors.fastv import FastV
+        from trio_edge.trio.selectors.stages.fastv import FastV
 
         return FastV(before, num_keep=keep)
     if schedule.method == "dart":
-        from trio_edge.trio.selectors.dart import Dart
+        from trio_edge.trio.selectors.stages.dart import Dart
 
         return Dart(before, model.final_norm, num_keep=keep)
     if schedule.method == "sparsevlm":
-        from trio_edge.trio.selectors.sparse_vlm import SparseVlm
+        from trio_edge.trio.selectors.stages.sparse_vlm import SparseVlm
 
         return SparseVlm(before, num_keep=keep)
     if schedule.method == "pyramiddrop":
-        from trio_edge.trio.selectors.pyramid_drop import PyramidDrop
+        from trio_edge.trio.selectors.stages.pyramid_drop import PyramidDrop
 
         return PyramidDrop(model.layers[layer], num_keep=keep)
     saliency = ProxySaliency(

@@ -9,7 +9,7 @@ from trio_edge.runtime.vision_inputs import TilePictures
 if TYPE_CHECKING:
     from trio_edge.runtime.manifest import TokenMethod
     from trio_edge.runtime.vision_inputs import PictureProcessing
-    from trio_edge.trio.selection import TokenSelector
+    from trio_edge.trio.selectors.interface import TokenSelector
 
 CLIP_METHODS: tuple[TokenMethod, ...] = ("cdpruner", "eadp")
 """Those that read the question, and can compare it with the picture in CLIP's space."""
@@ -27,30 +27,30 @@ def token_selector(
         grid: Rows and columns if every picture is one full grid of tokens.
     """
     if method == "visionzip":
-        from trio_edge.trio.selectors.visionzip import VisionZip
+        from trio_edge.trio.selectors.tokens.visionzip import VisionZip
 
         return VisionZip(num_keep=num_keep)
     if method == "holov":
-        from trio_edge.trio.selectors.holov import HoloV
+        from trio_edge.trio.selectors.tokens.holov import HoloV
 
         return HoloV(num_keep=num_keep)
     if method == "scope":
-        from trio_edge.trio.selectors.scope import Scope
+        from trio_edge.trio.selectors.tokens.scope import Scope
 
         return Scope(num_keep=num_keep)
     if method == "divprune":
-        from trio_edge.trio.selectors.divprune import DivPrune
+        from trio_edge.trio.selectors.tokens.divprune import DivPrune
 
         return DivPrune(num_keep=num_keep)
     if method == "cdpruner":
-        from trio_edge.trio.selectors.cdpruner import CdPruner
+        from trio_edge.trio.selectors.tokens.cdpruner import CdPruner
 
         return CdPruner(num_keep=num_keep, clip=clip)
     if method == "eadp":
-        from trio_edge.trio.selectors.eadp import Eadp
+        from trio_edge.trio.selectors.tokens.eadp import Eadp
 
         return Eadp(num_keep=num_keep, clip=clip, grid=grid)
-    from trio_edge.trio.selectors.uniform import Uniform
+    from trio_edge.trio.selectors.tokens.uniform import Uniform
 
     return Uniform(num_keep=num_keep)
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from trio_edge.export.layout import Layout
     from trio_edge.runtime.graph_tensors import GraphTensors
     from trio_edge.runtime.manifest import Dimensions, Role
-    from trio_edge.trio.selection import TokenSelector
+    from trio_edge.trio.selectors.interface import TokenSelector
 
 _MIN_TRACE_ROWS = 37  # any number that no other axis has
 _VISION_MORE = {"B": 3, "N": 5, "P": 148, "W": 7}

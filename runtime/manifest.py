@@ -201,7 +201,7 @@ class ImageSize(_Spec, frozen=True):
 
 
 class Cost(_Spec, frozen=True):
-    """FLOPs and KV bytes of one answer's prefill, counted by ``trio_edge.trio.cost``, at ``num_text`` text tokens."""
+    """FLOPs and KV bytes of one answer's prefill, counted by ``trio_edge.trio.cost.flops``, at ``num_text`` text tokens."""
 
     num_visual: int
     """Visual tokens that the vision graph gives."""

@@ -1,7 +1,7 @@
 """The token-reduction schedule: which decoder layers get a selection stage in front, and how it selects.
 
 A plain value, read from and written to the manifest. Building one from presets, percentages or text is
-``trio_edge.trio.schedule``'s work.
+``trio_edge.trio.budgets``'s work.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from trio_edge.runtime.errors import ScheduleError
-from trio_edge.trio.selection import ascending, comes_before
+from trio_edge.trio.selectors.interface import ascending, comes_before
 
 _MIRROR_BLOCKS = 4
 _MIRROR_MIN_TOKENS = 1024

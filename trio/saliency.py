@@ -49,7 +49,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trio_edge.runtime.errors import CheckpointError
-from trio_edge.trio.cost import SaliencyForm, cheapest_form
+from trio_edge.trio.cost.flops import SaliencyForm, cheapest_form
 
 _SILU = {"SiLU", "SiLUActivation"}
 

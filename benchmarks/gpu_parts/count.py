@@ -1,6 +1,6 @@
 """Counts what each graph must at least compute and move, before anything is measured.
 
-FLOPs are those of ``trio_edge.trio.cost``. Bytes are the least that must cross the memory bus: the graph's weights, the
+FLOPs are those of ``trio_edge.trio.cost.flops``. Bytes are the least that must cross the memory bus: the graph's weights, the
 rows that enter and leave, new KV rows, and in decode all KV rows that are there. A probe's rows pass its layer and the
 head forwards and backwards, so these weights are read twice, but for those of queries and keys. Nothing between two
 operations of a graph counts.
@@ -14,15 +14,15 @@ from typing import Protocol
 
 from trio_edge.runtime.prediction.answer import range_name
 from trio_edge.runtime.schedule import Schedule
-from trio_edge.trio.cost import (
+from trio_edge.trio.cost.flops import (
     ModelShape,
+    StageSizes,
     decoder_layer_flops,
     head_flops,
     layer_weights,
     selection_flops,
     vision_flops,
 )
-from trio_edge.trio.selectors.cost import StageSizes
 
 DECODE = "decode"
 

@@ -30,8 +30,8 @@ from trio_edge.export.weights import read_tensor
 from trio_edge.runtime.manifest import FloatType
 from trio_edge.runtime.schedule import Positions, Schedule
 from trio_edge.runtime.vision_inputs import PictureProcessing
-from trio_edge.trio.cost import ModelShape
-from trio_edge.trio.schedule import schedule_for_keep
+from trio_edge.trio.budgets import schedule_for_keep
+from trio_edge.trio.cost.flops import ModelShape
 
 BUDGETS = (1.0, 1 / 3, 2 / 9, 0.111)
 

@@ -12,7 +12,7 @@ import torch
 
 from trio_edge.trio.nms import similar_tokens
 from trio_edge.trio.saliency import ProxySaliency
-from trio_edge.trio.selection import comes_before
+from trio_edge.trio.selectors.interface import comes_before
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ import msgspec
 
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.schedule import Schedule, Stage
-from trio_edge.trio.schedule import MAX_TOPK, default_stage_layers, schedule_for_keep
+from trio_edge.trio.budgets import MAX_TOPK, default_stage_layers, schedule_for_keep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.manifest import FloatType, TensorSpec
     from trio_edge.runtime.schedule import Positions
     from trio_edge.runtime.vision_inputs import PictureProcessing
-    from trio_edge.trio.cost import VisionShape
+    from trio_edge.trio.cost.flops import VisionShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,7 @@ from trio_edge.runtime.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.image_processing import ImageProcessing
 from trio_edge.runtime.manifest import TensorSpec
 from trio_edge.runtime.vision_inputs import KEPT_PATCHES, TilePictures
-from trio_edge.trio.cost import VisionShape
+from trio_edge.trio.cost.flops import VisionShape
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from trio_edge.export.checkpoint import Checkpoint
-    from trio_edge.trio.cost import VisionShape
+    from trio_edge.trio.cost.flops import VisionShape
 
 
 def read_config(checkpoint: Checkpoint, *, text_types: tuple[str, ...] = ()) -> Any:

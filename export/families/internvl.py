@@ -19,7 +19,7 @@ from trio_edge.runtime.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.image_grid_tiles import GridTileProcessing
 from trio_edge.runtime.manifest import TensorSpec
 from trio_edge.runtime.vision_inputs import GridTilePictures
-from trio_edge.trio.cost import VisionShape
+from trio_edge.trio.cost.flops import VisionShape
 
 if TYPE_CHECKING:
     from pathlib import Path

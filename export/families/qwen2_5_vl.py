@@ -28,7 +28,7 @@ from trio_edge.runtime.errors import CheckpointError, ManifestError, ScheduleErr
 from trio_edge.runtime.image_patches import PatchProcessing
 from trio_edge.runtime.manifest import TensorSpec
 from trio_edge.runtime.vision_inputs import KEPT_TOKENS, PatchPictures
-from trio_edge.trio.cost import VisionShape
+from trio_edge.trio.cost.flops import VisionShape
 
 if TYPE_CHECKING:
     from trio_edge.export.checkpoint import Checkpoint

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trio_edge.trio.selection import ClipInputs, Selection, TokenInputs
+from trio_edge.trio.selectors.interface import ClipInputs, Selection, TokenInputs
 
 if TYPE_CHECKING:
-    from trio_edge.trio.selection import TokenSelector
+    from trio_edge.trio.selectors.interface import TokenSelector
 
 FEATURE_NAMES = ("features", "keys", "class_attention")
 

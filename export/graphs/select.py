@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from trio_edge.trio.compaction import compact_rows
-from trio_edge.trio.selection import Prompt, StageInputs
+from trio_edge.trio.selectors.interface import Prompt, StageInputs
 
 if TYPE_CHECKING:
-    from trio_edge.trio.selection import Selection, StageSelector
+    from trio_edge.trio.selectors.interface import Selection, StageSelector
 
 
 class Select(nn.Module):

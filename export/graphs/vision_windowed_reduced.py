@@ -28,7 +28,7 @@ from torch import nn
 
 from trio_edge.export.graphs.vision_windowed import WindowedEncoder, merged_tokens
 from trio_edge.runtime.errors import ScheduleError
-from trio_edge.trio.schedule import MAX_TOPK
+from trio_edge.trio.budgets import MAX_TOPK
 
 if TYPE_CHECKING:
     from torch import Tensor

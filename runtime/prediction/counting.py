@@ -6,7 +6,7 @@
     head      one row
     vision    per layer the products of all patches, and attention inside tiles or windows; the projector per token that it sees
 
-A multiplication and an addition are two FLOPs; only products count, as in ``trio_edge.trio.cost``, whose sums are these.
+A multiplication and an addition are two FLOPs; only products count, as in ``trio_edge.trio.cost.flops``, whose sums are these.
 ``moved_bytes`` is the least that must pass through memory: every operand and every result once, weights once, and
 attention scores never, as in a fused kernel; ``score_elements`` says how many scores there are where they are not.
 Letters as in ``runtime.manifest``; R probe rows, P = R H, K = G E.

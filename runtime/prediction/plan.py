@@ -62,7 +62,7 @@ class Plan:
         Raises:
             ScheduleError: If it is no number in (0, 1].
         """
-        from trio_edge.trio.schedule import parse_keep
+        from trio_edge.trio.budgets import parse_keep
 
         return 1.0 if self.keep in (None, WITHOUT_STAGES) else parse_keep(self.keep)
 
@@ -118,8 +118,7 @@ class Plan:
         if self.keep is None:
             return Schedule() if self.manifest is None else self.manifest.schedule
         # Arithmetic without torch, and the exporter's own: a prediction must not choose other stages than it would.
-        from trio_edge.trio.schedule import parse_keep
-        from trio_edge.trio.selectors.schedules import check_combined_keep, combined_schedule
+        from trio_edge.trio.budgets import check_combined_keep, combined_schedule, parse_keep
 
         own = Schedule() if self.manifest is None else self.manifest.schedule
         settings = {name: getattr(own, name) for name in _SETTINGS}

@@ -1,4 +1,4 @@
-"""What selections cost: weights that they repeat, and FLOPs where they are not TRIO's, by ``trio_edge.trio.selectors.cost``."""
+"""What selections cost: weights that they repeat, and FLOPs where they are not TRIO's, by ``trio_edge.trio.cost.flops``."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ def stage_flops(
         prompt_visual: Visual tokens that entered the decoder; only SparseVLM looks at the whole prompt.
         one_size: Whether the graph is made for one N.
     """
-    from trio_edge.trio.cost import ModelShape
-    from trio_edge.trio.selectors.cost import StageSizes, stage_flops
+    from trio_edge.trio.cost.flops import ModelShape, StageSizes, stage_flops
 
     sizes = StageSizes(num_visual, schedule.stages[stage].keep, num_text, prompt_visual, one_size)
     return stage_flops(schedule.method, ModelShape(**msgspec.structs.asdict(decoder)), sizes)
@@ -76,7 +75,7 @@ def reduce_flops(
         num_keep: Tokens that it passes on.
         num_text: T, text tokens that the method reads; not read by those without text.
     """
-    from trio_edge.trio.selectors.cost import token_flops
+    from trio_edge.trio.cost.flops import token_flops
 
     sizes = {"num_visual": num_visual, "num_keep": num_keep, "num_text": num_text}
     flops = token_flops(method, widths=input_widths(graph), **sizes)

@@ -13,7 +13,7 @@ import torch
 from tests.conftest import REDUCED_STAGES
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.vision_inputs import picture_processing
-from trio_edge.trio.cost import reduction_cost
+from trio_edge.trio.cost.flops import reduction_cost
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FAMILIES = ["llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b"]

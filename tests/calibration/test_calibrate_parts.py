@@ -28,7 +28,7 @@ from trio_edge.runtime.prediction.answer import Setting, predict
 from trio_edge.runtime.prediction.shapes import find_model
 from trio_edge.runtime.schedule import Schedule
 from trio_edge.runtime.targets import find_target
-from trio_edge.trio.schedule import parse_schedule
+from trio_edge.trio.budgets import parse_schedule
 
 MODEL = find_model("llava-next-7b")
 SIZES = {"B": 5, "N": 2880}

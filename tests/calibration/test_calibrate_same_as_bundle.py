@@ -21,8 +21,8 @@ from trio_edge.calibration.schedules.torch_model import load_model
 from trio_edge.runtime.greedy_nms import greedy_nms
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.schedule import Schedule, Stage
+from trio_edge.trio.budgets import parse_schedule
 from trio_edge.trio.nms import FeatureNms
-from trio_edge.trio.schedule import parse_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,8 +15,8 @@ from trio_edge.runtime.errors import CheckpointError
 from trio_edge.runtime.prediction.activations import Texts, TokenSelection
 from trio_edge.runtime.schedule import Method, Schedule, Stage
 from trio_edge.runtime.targets import TARGETS, find_target
-from trio_edge.trio.cost import LLAVA_NEXT_7B, ModelShape, VisionShape
-from trio_edge.trio.schedule import preset_schedule
+from trio_edge.trio.budgets import preset_schedule
+from trio_edge.trio.cost.flops import LLAVA_NEXT_7B, ModelShape, VisionShape
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,7 @@ from tests.goldens import GOLDEN_NAMES, golden_bundle, load_golden, needs_golden
 from tests.qwen_checkpoints import CAMERA, REDUCED, save_qwen_checkpoint
 from tests.spec.reduced_reference import PRESERVED_ANSWER_ROWS
 from trio_edge.runtime.bundle import open_bundle
-from trio_edge.trio.schedule import schedule_for_keep
+from trio_edge.trio.budgets import schedule_for_keep
 
 if TYPE_CHECKING:
     from collections.abc import Callable

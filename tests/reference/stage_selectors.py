@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.saliency import rms_norm, rotate
-from trio_edge.trio.selection import StageInputs
+from trio_edge.trio.selectors.interface import StageInputs
 
 
 class Rows:

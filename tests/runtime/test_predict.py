@@ -29,7 +29,7 @@ from trio_edge.runtime.prediction.sweep import choose, nearest_text, parse_sweep
 from trio_edge.runtime.prediction.work import graph_work
 from trio_edge.runtime.targets import TARGETS
 from trio_edge.runtime.wide_console import print_table, wide_console
-from trio_edge.trio.schedule import parse_schedule
+from trio_edge.trio.budgets import parse_schedule
 
 if TYPE_CHECKING:
     from trio_edge.runtime.prediction.answer import Prediction

@@ -1,4 +1,4 @@
-"""Counted work of graphs: the same sums as ``trio_edge.trio.cost``, and the products that the exported graphs really have."""
+"""Counted work of graphs: the same sums as ``trio_edge.trio.cost.flops``, and the products that the exported graphs really have."""
 
 from __future__ import annotations
 
@@ -26,18 +26,17 @@ from trio_edge.runtime.prediction.plan import plan_for
 from trio_edge.runtime.prediction.shapes import MODELS, tiles_and_patches, tower_weights
 from trio_edge.runtime.prediction.work import counted, graph_work
 from trio_edge.runtime.schedule import Schedule
-from trio_edge.trio.cost import (
+from trio_edge.trio.budgets import method_schedule, preset_schedule
+from trio_edge.trio.cost.flops import (
     LLAVA_NEXT_7B,
     ModelShape,
+    StageSizes,
     VisionShape,
     decoder_layer_flops,
     head_flops,
     selection_flops,
     vision_flops,
 )
-from trio_edge.trio.schedule import preset_schedule
-from trio_edge.trio.selectors.cost import StageSizes
-from trio_edge.trio.selectors.schedules import method_schedule
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,7 +45,7 @@ PICTURE = (672, 672)
 
 
 def shape_of(name: str) -> ModelShape:
-    """The same model as ``trio_edge.trio.cost`` describes it, with a picture of ``PICTURE``."""
+    """The same model as ``trio_edge.trio.cost.flops`` describes it, with a picture of ``PICTURE``."""
     model = MODELS[name]
     tower, decoder = model.vision, model.decoder
     assert tower is not None

@@ -15,8 +15,7 @@ from trio_edge.export.token_selectors import token_selector
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.manifest import TokenMethod
 from trio_edge.runtime.schedule import Schedule, Stage
-from trio_edge.trio.cost import ModelShape, selection_flops
-from trio_edge.trio.selectors.cost import StageSizes, token_flops
+from trio_edge.trio.cost.flops import ModelShape, StageSizes, selection_flops, token_flops
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,7 @@ from tests.bundles import export
 from trio_edge.calibration.evaluation import evaluate
 from trio_edge.calibration.shapes import held_out
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.trio.schedule import schedule_for_keep
+from trio_edge.trio.budgets import schedule_for_keep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -24,7 +24,7 @@ from trio_edge.export.token_selectors import token_selector
 from trio_edge.runtime.image_processing import prepare, token_index
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.schedule import Schedule, Stage
-from trio_edge.trio.selection import Prompt, Selection, StageInputs, TokenInputs
+from trio_edge.trio.selectors.interface import Prompt, Selection, StageInputs, TokenInputs
 
 if TYPE_CHECKING:
     from pathlib import Path

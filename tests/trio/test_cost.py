@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from trio_edge.runtime.schedule import Schedule
-from trio_edge.trio.cost import (
+from trio_edge.trio.budgets import preset_schedule
+from trio_edge.trio.cost.flops import (
     LLAVA_NEXT_7B,
     SALIENCY_FORMS,
     ModelShape,
@@ -20,7 +21,6 @@ from trio_edge.trio.cost import (
     saliency_flops,
     vision_flops,
 )
-from trio_edge.trio.schedule import preset_schedule
 
 TINY = ModelShape(
     num_layers=2, hidden_size=4, num_heads=2, num_kv_heads=1, head_size=2, intermediate_size=8, vocab_size=10

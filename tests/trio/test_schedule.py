@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.schedule import Schedule
-from trio_edge.trio.schedule import (
+from trio_edge.trio.budgets import (
     PRESETS,
     default_stage_layers,
     parse_keep,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.trio.decoder_layers import HIDDEN, rotary_tables
 from trio_edge.export.tensorrt_check import require_supported
-from trio_edge.trio.selection import Prompt, Selection, StageInputs
+from trio_edge.trio.selectors.interface import Prompt, Selection, StageInputs
 
 NAMES = (
     "hidden", "previous", "cos", "sin", "visual_rows", "num_visual", "length",

@@ -9,7 +9,7 @@ import torch
 from tests.reference.token_selectors import cdpruner, relevance
 from tests.trio.selectors.token_graph import cosine, random_case
 from trio_edge.runtime.errors import ScheduleError
-from trio_edge.trio.selectors.cdpruner import CdPruner
+from trio_edge.trio.selectors.tokens.cdpruner import CdPruner
 
 
 def test_each_step_takes_the_token_with_the_largest_determinant() -> None:

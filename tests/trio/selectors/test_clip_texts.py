@@ -10,9 +10,9 @@ import torch
 
 from tests.reference.token_selectors import cdpruner, clip_importance, clip_relevance, cover
 from tests.trio.selectors.token_graph import NUM_KEEP, Case, random_case
-from trio_edge.trio.selection import ClipInputs, TokenInputs
-from trio_edge.trio.selectors.cdpruner import CdPruner
-from trio_edge.trio.selectors.eadp import Eadp
+from trio_edge.trio.selectors.interface import ClipInputs, TokenInputs
+from trio_edge.trio.selectors.tokens.cdpruner import CdPruner
+from trio_edge.trio.selectors.tokens.eadp import Eadp
 
 LENGTHS = (8, 5)
 """Tokens of the real texts, start and end among them; a third one is padding."""

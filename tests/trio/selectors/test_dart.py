@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.reference.stage_selectors import Rows, best, dart, keys_of
 from tests.trio.decoder_layers import Decoder, random_decoder
 from tests.trio.selectors.stage_graph import CASES, ROOM, Case, OnnxStage, agree, build, export_stage
-from trio_edge.trio.selectors.dart import Dart
+from trio_edge.trio.selectors.stages.dart import Dart
 
 KEEP = 17
 DOUBLE = random_decoder("qwen2", num_kv_heads=2)

@@ -7,7 +7,7 @@ import torch
 
 from tests.trio.selectors.token_graph import random_case
 from trio_edge.runtime.errors import ScheduleError
-from trio_edge.trio.selectors.divprune import DivPrune
+from trio_edge.trio.selectors.tokens.divprune import DivPrune
 
 
 def test_newlines_take_part_like_any_other_token() -> None:

@@ -18,14 +18,14 @@ from tests.trio.selectors.token_graph import (
     export_selector,
     random_case,
 )
-from trio_edge.trio.selectors.cdpruner import CdPruner
-from trio_edge.trio.selectors.divprune import DivPrune
-from trio_edge.trio.selectors.eadp import Eadp
-from trio_edge.trio.selectors.greedy import State, greedy_selection
-from trio_edge.trio.selectors.holov import HoloV
-from trio_edge.trio.selectors.scope import Scope
-from trio_edge.trio.selectors.uniform import Uniform
-from trio_edge.trio.selectors.visionzip import VisionZip
+from trio_edge.trio.selectors.tokens.cdpruner import CdPruner
+from trio_edge.trio.selectors.tokens.divprune import DivPrune
+from trio_edge.trio.selectors.tokens.eadp import Eadp
+from trio_edge.trio.selectors.tokens.greedy import State, greedy_selection
+from trio_edge.trio.selectors.tokens.holov import HoloV
+from trio_edge.trio.selectors.tokens.scope import Scope
+from trio_edge.trio.selectors.tokens.uniform import Uniform
+from trio_edge.trio.selectors.tokens.visionzip import VisionZip
 
 SELECTORS = (CdPruner, DivPrune, Eadp, Scope)
 ALL = (*SELECTORS, HoloV, Uniform, VisionZip)

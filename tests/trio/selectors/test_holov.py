@@ -9,7 +9,7 @@ import torch
 from tests.reference.token_selectors import holov
 from tests.trio.selectors.token_graph import random_case
 from trio_edge.runtime.errors import ScheduleError
-from trio_edge.trio.selectors.holov import HoloV
+from trio_edge.trio.selectors.tokens.holov import HoloV
 
 
 def test_every_chunk_keeps_its_best_token_if_all_weigh_the_same() -> None:

@@ -8,8 +8,8 @@ import torch
 from tests.reference.stage_selectors import Rows, last_row_top_k
 from tests.trio.decoder_layers import random_decoder
 from tests.trio.selectors.stage_graph import CASES, Case, OnnxStage, agree, build, export_stage
-from trio_edge.trio.selectors.fastv import FastV
-from trio_edge.trio.selectors.pyramid_drop import PyramidDrop
+from trio_edge.trio.selectors.stages.fastv import FastV
+from trio_edge.trio.selectors.stages.pyramid_drop import PyramidDrop
 
 KEEP = 12
 DOUBLE = random_decoder("mistral", num_kv_heads=2, sliding_window=30).layer

@@ -15,7 +15,7 @@ from tests.reference.saliency import rms_norm
 from tests.reference.stage_selectors import attention_of_row
 from tests.trio.decoder_layers import merged_rotary_tables, random_decoder, rotary_tables
 from tests.trio.selectors.stage_graph import CASES, build
-from trio_edge.trio.selectors.row_attention import RowAttention
+from trio_edge.trio.selectors.stages.row_attention import RowAttention
 
 LENGTH, PADDED, ROWS = 19, 25, [0, 7, 18]
 LAYERS = {

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.schedule import Method
-from trio_edge.trio.schedule import schedule_for_keep
-from trio_edge.trio.selectors.schedules import (
+from trio_edge.trio.budgets import (
     combined_schedule,
     default_layers,
     default_positions,
     method_schedule,
+    schedule_for_keep,
 )
 
 OTHERS: tuple[Method, ...] = ("fastv", "pyramiddrop", "dart", "sparsevlm")

@@ -24,10 +24,9 @@ from tests.trio.selectors.stage_graph import (
     export_stage,
     flat,
 )
-from trio_edge.trio.cost import ModelShape
-from trio_edge.trio.selectors import sparse_vlm as module
-from trio_edge.trio.selectors.cost import StageSizes, stage_flops
-from trio_edge.trio.selectors.sparse_vlm import SparseVlm, rater_weights, split_of
+from trio_edge.trio.cost.flops import ModelShape, StageSizes, stage_flops
+from trio_edge.trio.selectors.stages import sparse_vlm as module
+from trio_edge.trio.selectors.stages.sparse_vlm import SparseVlm, rater_weights, split_of
 
 KEEP = 30
 SHAPE = ModelShape(

@@ -17,11 +17,11 @@ from tests.trio.selectors.token_graph import (
     findings,
     random_case,
 )
-from trio_edge.trio.selectors.cdpruner import CdPruner
-from trio_edge.trio.selectors.divprune import DivPrune
-from trio_edge.trio.selectors.eadp import Eadp
-from trio_edge.trio.selectors.holov import HoloV
-from trio_edge.trio.selectors.scope import Scope
+from trio_edge.trio.selectors.tokens.cdpruner import CdPruner
+from trio_edge.trio.selectors.tokens.divprune import DivPrune
+from trio_edge.trio.selectors.tokens.eadp import Eadp
+from trio_edge.trio.selectors.tokens.holov import HoloV
+from trio_edge.trio.selectors.tokens.scope import Scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,7 @@ from tests.trio.selectors.token_graph import (
     random_case,
 )
 from trio_edge.calibration.baselines import evenly_spaced
-from trio_edge.trio.selectors.uniform import Uniform
+from trio_edge.trio.selectors.tokens.uniform import Uniform
 
 
 def reference(case: Case, num_keep: int = NUM_KEEP) -> list[int]:

@@ -24,7 +24,7 @@ from tests.trio.selectors.token_graph import (
     run_graph,
 )
 from trio_edge.runtime.errors import ScheduleError
-from trio_edge.trio.selectors.visionzip import VisionZip
+from trio_edge.trio.selectors.tokens.visionzip import VisionZip
 
 
 def reference(

@@ -19,7 +19,7 @@ from tests.shared_folder import made_once
 from trio_edge.export.onnx_graph import dynamic_axes, example_input, save, trace
 from trio_edge.export.tensorrt_check import RELEASES, check_graph
 from trio_edge.runtime.manifest import TensorSpec
-from trio_edge.trio.selection import Selection, TokenInputs
+from trio_edge.trio.selectors.interface import Selection, TokenInputs
 
 D, F, E, T = 16, 12, 8, 9
 NUM_KEEP = 12

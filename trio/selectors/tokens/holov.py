@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from trio_edge.runtime.errors import ScheduleError
-from trio_edge.trio.selection import (
+from trio_edge.trio.selectors.interface import (
     Selection,
     TokenInputs,
     ascending,
@@ -33,7 +33,7 @@ from trio_edge.trio.selection import (
     comes_before,
     ranks,
 )
-from trio_edge.trio.selectors.candidates import given, masked, picture_tokens, real_tokens, unit_rows
+from trio_edge.trio.selectors.tokens.candidates import given, masked, picture_tokens, real_tokens, unit_rows
 
 _ATTENTION = 1000.0
 _VARIETY = 0.09

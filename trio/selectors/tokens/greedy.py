@@ -21,12 +21,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from trio_edge.trio.selectors.candidates import selection_of
+from trio_edge.trio.selectors.tokens.candidates import selection_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from trio_edge.trio.selection import Selection
+    from trio_edge.trio.selectors.interface import Selection
 
 State = tuple[Tensor, ...]
 

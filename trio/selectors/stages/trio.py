@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from trio_edge.trio.selection import Selection, StageInputs
+from trio_edge.trio.selectors.interface import Selection, StageInputs
 
 if TYPE_CHECKING:
     from trio_edge.trio.nms import FeatureNms

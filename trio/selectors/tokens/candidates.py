@@ -10,7 +10,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from trio_edge.trio.selection import Selection, TokenInputs, ascending, check_num_keep, indices_by_group
+from trio_edge.trio.selectors.interface import (
+    Selection,
+    TokenInputs,
+    ascending,
+    check_num_keep,
+    indices_by_group,
+)
 
 
 def real_tokens(inputs: TokenInputs, *, num_keep: int) -> Bool[Tensor, "N"]:

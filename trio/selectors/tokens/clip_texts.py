@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from trio_edge.runtime.clip_text import END, WORD
-from trio_edge.trio.selectors.candidates import unit_rows
+from trio_edge.trio.selectors.tokens.candidates import unit_rows
 
 if TYPE_CHECKING:
-    from trio_edge.trio.selection import ClipInputs
+    from trio_edge.trio.selectors.interface import ClipInputs
 
 
 class ClipTexts(NamedTuple):

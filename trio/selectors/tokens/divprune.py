@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trio_edge.trio.selection import Selection, TokenInputs, check_num_keep
-from trio_edge.trio.selectors.candidates import real_tokens, unit_rows
-from trio_edge.trio.selectors.greedy import State, greedy_selection, row_at
+from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep
+from trio_edge.trio.selectors.tokens.candidates import real_tokens, unit_rows
+from trio_edge.trio.selectors.tokens.greedy import State, greedy_selection, row_at
 
 _FAR = 4.0  # beyond every distance, which are at most 2
 

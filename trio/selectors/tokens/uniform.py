@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from trio_edge.trio.selection import Selection, TokenInputs, check_num_keep
-from trio_edge.trio.selectors.candidates import real_tokens
+from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep
+from trio_edge.trio.selectors.tokens.candidates import real_tokens
 
 
 class Uniform(nn.Module):

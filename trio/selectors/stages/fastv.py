@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from trio_edge.trio.selection import Selection, StageInputs, best_tokens, check_num_keep
-from trio_edge.trio.selectors.row_attention import RowAttention, settled
+from trio_edge.trio.selectors.interface import Selection, StageInputs, best_tokens, check_num_keep
+from trio_edge.trio.selectors.stages.row_attention import RowAttention, settled
 
 
 class FastV(nn.Module):

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from trio_edge.trio.selection import (
+from trio_edge.trio.selectors.interface import (
     Selection,
     StageInputs,
     best_tokens,
@@ -37,7 +37,7 @@ from trio_edge.trio.selection import (
     indices_by_group,
     ranks,
 )
-from trio_edge.trio.selectors.row_attention import (
+from trio_edge.trio.selectors.stages.row_attention import (
     TextRows,
     normed_rows,
     real_rows,

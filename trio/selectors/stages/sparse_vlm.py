@@ -43,7 +43,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from trio_edge.trio.selection import (
+from trio_edge.trio.cost.flops import split_of
+from trio_edge.trio.selectors.interface import (
     Selection,
     StageInputs,
     best_tokens,
@@ -52,7 +53,7 @@ from trio_edge.trio.selection import (
     indices_by_group,
     ranks,
 )
-from trio_edge.trio.selectors.row_attention import (
+from trio_edge.trio.selectors.stages.row_attention import (
     RowAttention,
     at_visual_tokens,
     real_rows,
@@ -61,7 +62,6 @@ from trio_edge.trio.selectors.row_attention import (
     text_after,
     visual_rows,
 )
-from trio_edge.trio.selectors.sparse_vlm_split import split_of
 
 _ABOVE_MEAN = 1e-4
 _SAME_POINT = 1e-5

@@ -36,8 +36,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from trio_edge.runtime.errors import ScheduleError
-from trio_edge.trio.selection import Selection, TokenInputs, check_num_keep, ranks
-from trio_edge.trio.selectors.candidates import (
+from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep, ranks
+from trio_edge.trio.selectors.tokens.candidates import (
     given,
     masked,
     picture_tokens,
@@ -45,8 +45,8 @@ from trio_edge.trio.selectors.candidates import (
     scaled_to_one,
     unit_rows,
 )
-from trio_edge.trio.selectors.clip_texts import clip_texts
-from trio_edge.trio.selectors.greedy import cover
+from trio_edge.trio.selectors.tokens.clip_texts import clip_texts
+from trio_edge.trio.selectors.tokens.greedy import cover
 
 _SHARPNESS = 100.0
 _ENTROPY_SCALE = 0.01

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trio_edge.trio.selection import StageInputs  # noqa: TC001 -- the tests' shape checks read annotations
+from trio_edge.trio.selectors.interface import StageInputs  # noqa: TC001 -- the tests' shape checks read annotations
 
 
 class RowAttention(nn.Module):

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from trio_edge.runtime.errors import ScheduleError
-from trio_edge.trio.selection import (
+from trio_edge.trio.selectors.interface import (
     Selection,
     TokenInputs,
     ascending,
@@ -35,7 +35,7 @@ from trio_edge.trio.selection import (
     indices_by_group,
     ranks,
 )
-from trio_edge.trio.selectors.candidates import given, masked, picture_tokens, real_tokens, unit_rows
+from trio_edge.trio.selectors.tokens.candidates import given, masked, picture_tokens, real_tokens, unit_rows
 
 
 class VisionZip(nn.Module):

@@ -34,16 +34,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from trio_edge.runtime.errors import ScheduleError
-from trio_edge.trio.selection import Selection, TokenInputs, check_num_keep
-from trio_edge.trio.selectors.candidates import (
+from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep
+from trio_edge.trio.selectors.tokens.candidates import (
     given,
     picture_tokens,
     real_tokens,
     scaled_to_one,
     unit_rows,
 )
-from trio_edge.trio.selectors.clip_texts import clip_texts
-from trio_edge.trio.selectors.greedy import State, greedy_selection, row_at
+from trio_edge.trio.selectors.tokens.clip_texts import clip_texts
+from trio_edge.trio.selectors.tokens.greedy import State, greedy_selection, row_at
 
 _FLOOR = 1e-6
 _EXPLAINED = 1e-4

@@ -1,0 +1,1 @@
+"""Counted cost: FLOPs, bytes and memory from shapes alone. Needs no torch."""

@@ -1,0 +1,1 @@
+"""Selectors of a stage inside the decoder (``--method``), one file each."""

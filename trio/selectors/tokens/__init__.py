@@ -1,0 +1,1 @@
+"""Selectors before the decoder (``--token-method``), one file each."""
