@@ -15,7 +15,7 @@ import argparse
 from gpu_parts.subjects import SHAPES, Sizes, sizes_of
 from gpu_parts.tables import markdown, percent
 
-from trio_edge.export.fit import INT4_SHARE, Fit, FitInputs, Picture, estimate
+from trio_edge.export.check.fit import INT4_SHARE, Fit, FitInputs, Picture, estimate
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.engine_memory import estimate_memory
 from trio_edge.runtime.manifest import GraphSpec, Profile

@@ -17,16 +17,19 @@ import msgspec
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trio_edge.export.checkpoint import EMBEDDING_NAME, canonical_name, read_checkpoint
-from trio_edge.export.clip import build_clip, read_clip, with_patches
-from trio_edge.export.decoder_config import check_positions, max_positions
+from trio_edge.export.check.fit import check_fit, fit_inputs
+from trio_edge.export.check.tensorrt import require_supported
+from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, canonical_name, read_checkpoint
+from trio_edge.export.checkpoints.text_files import read_text_files
+from trio_edge.export.checkpoints.weights import bytes_to_write, store_constants, store_weights
 from trio_edge.export.families import check_architecture, family_of
-from trio_edge.export.fit import check_fit, fit_inputs
-from trio_edge.export.graphs.vision_reduced import KEEP_MULTIPLE
+from trio_edge.export.families.clip import build_clip, read_clip, with_patches
+from trio_edge.export.families.decoder_config import check_positions, max_positions
+from trio_edge.export.graphs.onnx_graph import attach_weights, save
+from trio_edge.export.graphs.tracing import trace_graphs
+from trio_edge.export.graphs.vision.clip import KEEP_MULTIPLE
 from trio_edge.export.layout import Layout, vision_profiles
-from trio_edge.export.model_cost import COST_TEXT_TOKENS, cost_of
-from trio_edge.export.onnx_graph import attach_weights, save
-from trio_edge.export.output_folder import check_output, folder_beside
+from trio_edge.export.model_cost import COST_TEXT_TOKENS, cost_of, vision_dimensions
 from trio_edge.export.quantize.assign import (
     check_packed,
     embedding_key,
@@ -40,14 +43,10 @@ from trio_edge.export.quantize.graph import SCALE_SUFFIX
 from trio_edge.export.quantize.plan import QuantizePlan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
-from trio_edge.export.tensorrt_check import require_supported
-from trio_edge.export.text_files import read_text_files
 from trio_edge.export.token_selectors import CLIP_METHODS, full_grid, token_selector
-from trio_edge.export.tracing import trace_graphs
-from trio_edge.export.vision_dimensions import vision_dimensions
-from trio_edge.export.weights import bytes_to_write, store_constants, store_weights
 from trio_edge.runtime.bundle import sha256_of
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.folder_beside import folder_beside as locked_folder_beside
 from trio_edge.runtime.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -70,9 +69,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.families.base import Family, FamilyModel
-    from trio_edge.export.tracing import TracedGraph
+    from trio_edge.export.graphs.tracing import TracedGraph
     from trio_edge.runtime.manifest import FloatType, TokenMethod
     from trio_edge.runtime.schedule import Positions, Schedule
     from trio_edge.runtime.vision_inputs import PictureProcessing
@@ -531,3 +530,51 @@ def _model_bytes(checkpoint: Checkpoint, dtype: FloatType) -> int:
             count *= axis
         total += count * size
     return total
+
+
+# Where a bundle is written: what may be replaced, how much room it takes, and what a user is told.
+
+
+_SPARE_BYTES = 64 << 20  # graphs, tokenizer and manifest beside the weights
+
+
+def check_output(out: Path, *, force: bool) -> None:
+    """Raise CheckpointError if ``out`` exists and may not be replaced. Only bundles and empty folders ever are."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not force:
+        raise CheckpointError(
+            f"{out}: expected no such folder, it exists; choose another --out or add --force"
+        )
+    if not out.is_dir() or out.is_symlink():
+        raise CheckpointError(
+            f"{out}: expected a bundle to replace, got a file or a link; choose another --out"
+        )
+    if not (out / MANIFEST_NAME).exists() and any(out.iterdir()):
+        raise CheckpointError(
+            f"{out}: expected a bundle to replace, got a folder of other files; choose another --out"
+        )
+
+
+@contextmanager
+def folder_beside(out: Path, *, num_bytes: int, force: bool) -> Iterator[Path]:
+    """Yield a new folder beside ``out`` that becomes the bundle ``out`` when the block ends well; see the runtime's.
+
+    Args:
+        out: The target.
+        num_bytes: Of the weights.
+        force: Whether an existing bundle at ``out`` is replaced.
+
+    Raises:
+        CheckpointError: If the folder cannot be written, the disk is full, or ``out`` may not be replaced.
+    """
+    with locked_folder_beside(
+        out,
+        num_bytes=num_bytes + _SPARE_BYTES,
+        error=CheckpointError,
+        what="bundle",
+        way_out="choose another --out",
+        elsewhere=" or choose another --out",
+        before_rename=lambda: check_output(out, force=force),  # again: the export took a while
+    ) as folder:
+        yield folder

@@ -284,7 +284,7 @@ def _progress(bars: Progress, console: Console, check: Callable[[], None]) -> An
 
 
 def _print_models() -> None:
-    from trio_edge.export.checkpoint import ALIASES
+    from trio_edge.export.checkpoints.checkpoint import ALIASES
 
     rows = [("MODEL", "CHECKPOINT", "FAMILY")]
     rows += [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trio_edge.runtime.manifest import Cost, Dimensions
+from trio_edge.runtime.manifest import Cost, Dimensions, VisionDimensions
 from trio_edge.runtime.prediction.selections import reduce_flops
 from trio_edge.runtime.schedule import Schedule
 from trio_edge.trio.cost.flops import ModelShape, reduction_cost
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.runtime.manifest import CacheType, GraphSpec, TokenMethod
+
 
 COST_TEXT_TOKENS = 40
 """Text tokens of the prompt that costs are given for: LLaVA's system prompt and a short question."""
@@ -100,4 +101,34 @@ def cost_of(
         full_kv_bytes=whole.full_kv_bytes,
         reduced_kv_bytes=cost.kv_bytes,
         picture_tokens=None if picture_tokens == num_visual else picture_tokens,
+    )
+
+
+# A family's vision sizes as the manifest holds them: without the numbers that differ from picture to picture.
+
+
+def vision_dimensions(model: FamilyModel, *, sizes: Mapping[str, int], hidden_size: int) -> VisionDimensions:
+    """Return the sizes of ``model``'s vision tower and projector.
+
+    Args:
+        model: The family's.
+        sizes: Of any profile of the vision graph.
+        hidden_size: D, of the decoder.
+    """
+    shape, patches = model.vision_shape(sizes), "P" in sizes
+    projected, projector = shape.projected_tokens, shape.projector_weights
+    if projector is None:
+        projector = (shape.hidden_size + hidden_size) * hidden_size
+    return VisionDimensions(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        patches_per_tile=None if patches else shape.patches_per_tile,
+        projector_weights=projector,
+        mlp_matrices=shape.mlp_matrices,
+        patches_per_window=shape.patches_per_window,
+        num_full_layers=shape.num_full_layers,
+        projected_per_tile=None if patches or projected is None else projected // shape.num_tiles,
+        patches_per_token=sizes["P"] // projected if patches and projected is not None else None,
+        merged_weights=2 * shape.merged_into * hidden_size,
     )

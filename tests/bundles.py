@@ -10,7 +10,7 @@ from typing import Any
 from tests.shared_folder import made_once
 from tests.shared_traces import shared_traces
 from trio_edge.export.bundle import ExportOptions, export_bundle
-from trio_edge.export.checkpoint import TINY_FOLDER
+from trio_edge.export.checkpoints.checkpoint import TINY_FOLDER
 from trio_edge.export.quantize.scales import CacheRange, CalibratedScales
 from trio_edge.runtime.schedule import Schedule
 

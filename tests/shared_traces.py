@@ -16,9 +16,9 @@ from tests.shared_folder import made_once
 from trio_edge.export.graphs.clip_text import ClipText
 from trio_edge.export.graphs.decoder_range import DecoderRange
 from trio_edge.export.graphs.head import Head
+from trio_edge.export.graphs.onnx_graph import trace
 from trio_edge.export.graphs.reduce import Reduce
 from trio_edge.export.graphs.select import Select
-from trio_edge.export.onnx_graph import trace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -53,7 +53,7 @@ def shared_traces(options: ExportOptions, schedule: Schedule) -> Iterator[None]:
         return _read(made_once(name, lambda out: _write(trace(module, **settings), out)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trio_edge.export.tracing.trace", trace_once)
+        patch.setattr("trio_edge.export.graphs.tracing.trace", trace_once)
         yield
 
 

@@ -14,7 +14,7 @@ from gpu_parts.subjects import subject_of
 from numpy.typing import NDArray
 from PIL import Image
 
-from trio_edge.export.checkpoint import read_checkpoint
+from trio_edge.export.checkpoints.checkpoint import read_checkpoint
 from trio_edge.runtime.backend import BACKENDS
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.errors import TrioEdgeError

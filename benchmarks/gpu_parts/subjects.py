@@ -23,10 +23,10 @@ from released_shapes import FAMILIES, QWEN_PREPROCESSOR, clip_large, llava_next,
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trio_edge.export.checkpoint import Checkpoint, canonical_name, read_json
+from trio_edge.export.checkpoints.checkpoint import Checkpoint, canonical_name, read_json
+from trio_edge.export.checkpoints.weights import read_tensor
 from trio_edge.export.families import family_of
 from trio_edge.export.families.base import FamilyModel
-from trio_edge.export.weights import read_tensor
 from trio_edge.runtime.manifest import FloatType
 from trio_edge.runtime.schedule import Positions, Schedule
 from trio_edge.runtime.vision_inputs import PictureProcessing

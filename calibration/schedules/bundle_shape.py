@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 from trio_edge.calibration.schedules.fixed_shapes import picture_sizes, text_buckets
 from trio_edge.calibration.schedules.prefill_cost import PrefillCost, Situation
 from trio_edge.export.bundle import bundle_dtype, dimensions_of
-from trio_edge.export.decoder_config import check_positions, max_positions
-from trio_edge.export.fit import check_fit, fit_inputs
+from trio_edge.export.check.fit import check_fit, fit_inputs
+from trio_edge.export.families.decoder_config import check_positions, max_positions
 from trio_edge.export.layout import Layout
-from trio_edge.export.vision_dimensions import vision_dimensions
+from trio_edge.export.model_cost import vision_dimensions
 from trio_edge.runtime.targets import find_target
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trio_edge.export.checkpoint import EMBEDDING_NAME, canonical_name, read_checkpoint
+from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, canonical_name, read_checkpoint
+from trio_edge.export.checkpoints.text_files import read_text_files
 from trio_edge.export.families import check_architecture, family_of
 from trio_edge.export.graphs.rope import RotaryTables
-from trio_edge.export.text_files import read_text_files
 from trio_edge.runtime.errors import BackendError, CheckpointError
 from trio_edge.runtime.text import Tokenizer
 
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from trio_edge.export.checkpoint import Checkpoint, SourceTensor
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
+    from trio_edge.export.checkpoints.safetensors import SourceTensor
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.runtime.manifest import TextSpec
     from trio_edge.runtime.schedule import Positions

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from trio_edge.export.checkpoints.packed import packed_format
 from trio_edge.export.families.clip_llama import ClipLlama
 from trio_edge.export.families.internvl import InternVl
 from trio_edge.export.families.qwen2_5_vl import Qwen25Vl
-from trio_edge.export.packed_weights import packed_format
 from trio_edge.runtime.chat import MISTRAL_TEMPLATE
 from trio_edge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.families.base import Family
 
 __all__ = ["FAMILIES", "check_architecture", "family_of"]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.graphs.linear_groups import LinearGroup
     from trio_edge.runtime.manifest import FloatType, TensorSpec
     from trio_edge.runtime.schedule import Positions

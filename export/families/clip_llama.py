@@ -12,9 +12,14 @@ from trio_edge.export.families.config_files import read_image_processor
 from trio_edge.export.families.decoder import family_model, read_config
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.reduce import FEATURE_NAMES
-from trio_edge.export.graphs.vision import ClipFeatures, Vision, clip_groups
-from trio_edge.export.graphs.vision_features import VisionWithFeatures
-from trio_edge.export.graphs.vision_reduced import ReducedVision, check_encoder_keep
+from trio_edge.export.graphs.vision.clip import (
+    ClipFeatures,
+    ReducedVision,
+    Vision,
+    VisionWithFeatures,
+    check_encoder_keep,
+    clip_groups,
+)
 from trio_edge.runtime.chat import VICUNA_TEMPLATE
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.image_processing import ImageProcessing
@@ -27,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.runtime.manifest import FloatType
     from trio_edge.runtime.schedule import Positions
     from trio_edge.runtime.vision_inputs import PictureProcessing

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 
-from trio_edge.export.checkpoint import read_json
+from trio_edge.export.checkpoints.checkpoint import read_json
 from trio_edge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
 
 
 def load_config(checkpoint: Checkpoint) -> Any:

@@ -9,11 +9,7 @@ from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_feat
 from trio_edge.export.families.config_files import read_image_processor
 from trio_edge.export.families.decoder import family_model, read_config
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
-from trio_edge.export.graphs.vision_internvl import (
-    TILE_ATTENTION_NAME,
-    TileVision,
-    register_tile_attention,
-)
+from trio_edge.export.graphs.vision.internvl import TILE_ATTENTION_NAME, TileVision, register_tile_attention
 from trio_edge.runtime.chat import INTERNVL_TEMPLATE
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.image_grid_tiles import GridTileProcessing
@@ -24,7 +20,7 @@ from trio_edge.trio.cost.flops import VisionShape
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.runtime.manifest import FloatType
     from trio_edge.runtime.schedule import Positions
     from trio_edge.runtime.vision_inputs import PictureProcessing

@@ -16,13 +16,14 @@ from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_feat
 from trio_edge.export.families.config_files import read_image_processor
 from trio_edge.export.families.decoder import family_model, read_config
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
-from trio_edge.export.graphs.vision_windowed import (
+from trio_edge.export.graphs.vision.windowed import (
     INV_FREQ_NAME,
+    ReducedWindowedVision,
     WindowedVision,
+    check_windowed_keep,
     inverse_frequencies,
     windowed_groups,
 )
-from trio_edge.export.graphs.vision_windowed_reduced import ReducedWindowedVision, check_windowed_keep
 from trio_edge.runtime.chat import QWEN2_5_VL_TEMPLATE
 from trio_edge.runtime.errors import CheckpointError, ManifestError, ScheduleError
 from trio_edge.runtime.image_patches import PatchProcessing
@@ -31,7 +32,7 @@ from trio_edge.runtime.vision_inputs import KEPT_TOKENS, PatchPictures
 from trio_edge.trio.cost.flops import VisionShape
 
 if TYPE_CHECKING:
-    from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.runtime.manifest import FloatType
     from trio_edge.runtime.schedule import Positions
     from trio_edge.runtime.vision_inputs import PictureProcessing

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from trio_edge.export.checkpoint import EMBEDDING_NAME
+from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME
 from trio_edge.export.quantize.graph import SCALE_SUFFIX, LinearForm, is_linear, quantize_graph
 from trio_edge.export.quantize.numerics import BLOCK_SIZE, Format, block_size
 from trio_edge.export.quantize.plan import OPSETS, PARTS
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
+    from trio_edge.export.graphs.tracing import TracedGraph
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
-    from trio_edge.export.tracing import TracedGraph
     from trio_edge.runtime.manifest import Part, QuantizedFormat
 
 _LAYER = re.compile(r"language_model\.layers\.(\d+)\.")

@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trio_edge.export.quantize.graph import SCALE_SUFFIX
-from trio_edge.export.quantize.numerics import quantize, stored_bytes
-from trio_edge.export.quantize.unpacking import read_weight, taken_over
-from trio_edge.export.weights import (
+from trio_edge.export.checkpoints.weights import (
     SAFETENSORS_FROM_DTYPE,
     WEIGHTS_FOLDER,
     HashedFile,
@@ -18,6 +15,9 @@ from trio_edge.export.weights import (
     check_finite,
     safetensors_header,
 )
+from trio_edge.export.quantize.graph import SCALE_SUFFIX
+from trio_edge.export.quantize.numerics import quantize, stored_bytes
+from trio_edge.export.quantize.unpacking import read_weight, taken_over
 from trio_edge.runtime.manifest import StoredTensor
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from trio_edge.export.checkpoint import Checkpoint, SourceTensor
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
+    from trio_edge.export.checkpoints.safetensors import SourceTensor
     from trio_edge.export.quantize.assign import StoredForm
     from trio_edge.export.quantize.numerics import Format
     from trio_edge.runtime.manifest import FloatType, StoredType

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trio_edge.export import bundle, tracing
-from trio_edge.export.checkpoint import Checkpoint, read_checkpoint
+from trio_edge.export import bundle
+from trio_edge.export.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from trio_edge.export.checkpoints.weights import store_weights
 from trio_edge.export.families import check_architecture, family_of
+from trio_edge.export.graphs import tracing
 from trio_edge.export.layout import Layout
 from trio_edge.export.quantize.assign import StoredForm, plain_tensors, quantize_graphs
 from trio_edge.export.quantize.store import store_quantized
-from trio_edge.export.weights import store_weights
 from trio_edge.runtime.schedule import Schedule
 
 if TYPE_CHECKING:

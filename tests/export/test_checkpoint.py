@@ -16,13 +16,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.hub_server import COMMIT, HubServer, serve
-from trio_edge.export.checkpoint import (
-    ALIASES,
-    canonical_name,
-    locate,
-    read_checkpoint,
-    read_safetensors_header,
-)
+from trio_edge.export.checkpoints.checkpoint import ALIASES, canonical_name, locate, read_checkpoint
+from trio_edge.export.checkpoints.safetensors import read_safetensors_header
 from trio_edge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -285,7 +280,7 @@ def test_offsets_outside_the_data_are_refused(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_links_into_a_cache_are_copied_as_files(repository: Path, tmp_path: Path) -> None:
-    from trio_edge.export.weights import store_weights
+    from trio_edge.export.checkpoints.weights import store_weights
 
     checkpoint = read_checkpoint(str(hub_cache(tmp_path, repository)))
     (tmp_path / "bundle").mkdir()

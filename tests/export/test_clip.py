@@ -12,8 +12,8 @@ from tests.checkpoints import save_checkpoint
 from tests.clip_checkpoints import save_clip_checkpoint
 from tests.qwen_checkpoints import save_qwen_checkpoint
 from trio_edge.export.bundle import ExportOptions
-from trio_edge.export.checkpoint import read_checkpoint
-from trio_edge.export.clip import read_clip
+from trio_edge.export.checkpoints.checkpoint import read_checkpoint
+from trio_edge.export.families.clip import read_clip
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
 
 if TYPE_CHECKING:

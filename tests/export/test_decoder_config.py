@@ -10,7 +10,12 @@ import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2_5_VLConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from trio_edge.export.decoder_config import check_decoder, check_positions, max_positions, sliding_window
+from trio_edge.export.families.decoder_config import (
+    check_decoder,
+    check_positions,
+    max_positions,
+    sliding_window,
+)
 from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.schedule import Schedule, Stage

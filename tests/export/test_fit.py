@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from trio_edge.export.check.fit import FitInputs, Picture, check_fit, estimate, remedies
 from trio_edge.export.cli import main
-from trio_edge.export.fit import FitInputs, Picture, check_fit, estimate, remedies
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.errors import CheckpointError

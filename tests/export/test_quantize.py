@@ -17,11 +17,11 @@ from tests.checkpoints import save_checkpoint
 from tests.conftest import REDUCED_STAGES
 from tests.shared_traces import shared_traces
 from trio_edge.export.bundle import ExportOptions, Progress, export_bundle
-from trio_edge.export.checkpoint import canonical_name, read_checkpoint
+from trio_edge.export.checkpoints.checkpoint import canonical_name, read_checkpoint
+from trio_edge.export.checkpoints.weights import read_tensor
 from trio_edge.export.quantize.graph import SCALE_SUFFIX
 from trio_edge.export.quantize.numerics import block_size, pack_int4, quantize, stored_bytes, unpack_int4
 from trio_edge.export.quantize.plan import parse_plan
-from trio_edge.export.weights import read_tensor
 from trio_edge.runtime.bundle import Bundle, open_bundle
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.pipeline import Pipeline

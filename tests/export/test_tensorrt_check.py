@@ -11,9 +11,9 @@ import onnx_ir as ir
 import pytest
 
 from tests.checkpoints import save_checkpoint
-from trio_edge.export import tensorrt_check
+from trio_edge.export.check import tensorrt as tensorrt_check
+from trio_edge.export.check.tensorrt import RELEASES, check_graph, load_rules, require_supported
 from trio_edge.export.cli import main
-from trio_edge.export.tensorrt_check import RELEASES, check_graph, load_rules, require_supported
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.errors import CheckpointError
 

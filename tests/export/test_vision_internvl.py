@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 
-from trio_edge.export.graphs.vision_internvl import (
+from trio_edge.export.graphs.vision.internvl import (
     TILE_ATTENTION_NAME,
     TileVision,
     register_tile_attention,

@@ -23,8 +23,8 @@ from tests.windowed_vision import (
     inv_freq_of,
     random_vision_encoder,
 )
-from trio_edge.export.graphs.vision_windowed import INV_FREQ_NAME, WindowedVision
-from trio_edge.export.tensorrt_check import require_supported
+from trio_edge.export.check.tensorrt import require_supported
+from trio_edge.export.graphs.vision.windowed import INV_FREQ_NAME, WindowedVision
 from trio_edge.runtime.manifest import TensorSpec
 
 if TYPE_CHECKING:

@@ -26,12 +26,8 @@ from tests.windowed_vision import (
     inv_freq_of,
     random_vision_encoder,
 )
-from trio_edge.export.graphs.vision_windowed_reduced import (
-    ReducedWindowedVision,
-    check_windowed_keep,
-    select_tokens,
-)
-from trio_edge.export.tensorrt_check import require_supported
+from trio_edge.export.check.tensorrt import require_supported
+from trio_edge.export.graphs.vision.windowed import ReducedWindowedVision, check_windowed_keep, select_tokens
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.manifest import TensorSpec
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trio_edge.export.checkpoint import Checkpoint, read_safetensors_header
-from trio_edge.export.weights import StoredWeights, bytes_to_write, read_tensor, store_weights
+from trio_edge.export.checkpoints.checkpoint import Checkpoint
+from trio_edge.export.checkpoints.safetensors import read_safetensors_header
+from trio_edge.export.checkpoints.weights import StoredWeights, bytes_to_write, read_tensor, store_weights
 from trio_edge.runtime.errors import CheckpointError
 from trio_edge.runtime.manifest import FloatType
 

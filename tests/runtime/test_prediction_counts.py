@@ -10,8 +10,8 @@ import pytest
 from tests.bundles import export
 from tests.matmul_flops import example_feeds, matmul_flops
 from tests.spec.test_selectors_through_bundles import STAGE_METHODS
-from trio_edge.export.checkpoint import ALIASES
-from trio_edge.export.fit import FitInputs, Picture, estimate
+from trio_edge.export.check.fit import FitInputs, Picture, estimate
+from trio_edge.export.checkpoints.checkpoint import ALIASES
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.prediction.answer import memory_of

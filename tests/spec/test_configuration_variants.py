@@ -17,9 +17,9 @@ from tests.hugging_face import Original
 from tests.pictures import random_picture
 from tests.spec.reduced_reference import reduced_logits
 from tests.tolerances import LOGITS_FLOAT32
-from trio_edge.export.checkpoint import read_checkpoint
+from trio_edge.export.checkpoints.checkpoint import read_checkpoint
+from trio_edge.export.checkpoints.text_files import read_text_files
 from trio_edge.export.families.decoder import read_config
-from trio_edge.export.text_files import read_text_files
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.image_processing import prepare
 from trio_edge.runtime.pipeline import Pipeline

@@ -18,9 +18,9 @@ from tests.internvl_checkpoints import IMAGE_ID, TOKENS_PER_TILE, processor, sav
 from tests.pictures import random_picture
 from tests.spec.reduced_reference import reduced_logits
 from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
-from trio_edge.export.checkpoint import ALIASES, canonical_name, read_checkpoint
+from trio_edge.export.checkpoints.checkpoint import ALIASES, canonical_name, read_checkpoint
+from trio_edge.export.checkpoints.text_files import read_text_files
 from trio_edge.export.families.internvl import InternVl
-from trio_edge.export.text_files import read_text_files
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.chat import INTERNVL_TEMPLATE, build_messages, render_chat
 from trio_edge.runtime.errors import CheckpointError, ScheduleError

@@ -19,8 +19,7 @@ from tests.pictures import random_picture
 from tests.spec.reduced_reference import causal_layer
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.calibration.answer_cost import prefill_flops, processed_tokens
-from trio_edge.export.stage_selectors import stage_selector
-from trio_edge.export.token_selectors import token_selector
+from trio_edge.export.token_selectors import stage_selector, token_selector
 from trio_edge.runtime.image_processing import prepare, token_index
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.schedule import Schedule, Stage

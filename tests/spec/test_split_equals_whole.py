@@ -15,7 +15,7 @@ from tests.hugging_face import Original
 from tests.pictures import random_picture
 from tests.shared_folder import made_once
 from tests.tolerances import LOGITS_FLOAT32
-from trio_edge.export.checkpoint import TINY_FOLDER
+from trio_edge.export.checkpoints.checkpoint import TINY_FOLDER
 from trio_edge.runtime.image_processing import prepare
 from trio_edge.runtime.pipeline import Pipeline
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.trio.decoder_layers import HIDDEN, rotary_tables
-from trio_edge.export.tensorrt_check import require_supported
+from trio_edge.export.check.tensorrt import require_supported
 from trio_edge.trio.selectors.interface import Prompt, Selection, StageInputs
 
 NAMES = (

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tests.shared_folder import made_once
-from trio_edge.export.onnx_graph import dynamic_axes, example_input, save, trace
-from trio_edge.export.tensorrt_check import RELEASES, check_graph
+from trio_edge.export.check.tensorrt import RELEASES, check_graph
+from trio_edge.export.graphs.onnx_graph import dynamic_axes, example_input, save, trace
 from trio_edge.runtime.manifest import TensorSpec
 from trio_edge.trio.selectors.interface import Selection, TokenInputs
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.export.checkpoint import EMBEDDING_NAME, read_json
+from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, read_json
 from trio_edge.runtime.errors import CheckpointError
 from trio_edge.runtime.manifest import TextSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
 
 TOKENIZER_NAME = "tokenizer.json"
 TEMPLATE_NAME = "chat_template.jinja"

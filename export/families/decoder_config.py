@@ -24,7 +24,7 @@ from trio_edge.runtime.schedule import Schedule
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trio_edge.export.checkpoint import Checkpoint
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
 
 HEAD_NAME = "lm_head.weight"
 _FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")

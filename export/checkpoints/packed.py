@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from trio_edge.export.checkpoint import SourceTensor
+    from trio_edge.export.checkpoints.safetensors import SourceTensor
 
 Layout = Literal["awq", "gptq", "compressed-tensors", "modelopt"]
 PACKED = "INT4"

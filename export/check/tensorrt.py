@@ -146,7 +146,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 @cache
 def load_rules() -> Rules:
     """Return the packaged rules."""
-    text = resources.files("trio_edge.export").joinpath("tensorrt_rules.json").read_bytes()
+    text = resources.files("trio_edge.export.check").joinpath("tensorrt_rules.json").read_bytes()
     return msgspec.json.decode(text, type=Rules)
 
 

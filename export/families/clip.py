@@ -10,12 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.export.checkpoint import Checkpoint, read_checkpoint
+from trio_edge.export.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from trio_edge.export.checkpoints.text_files import load_tokenizer
 from trio_edge.export.families.config_files import load_config
 from trio_edge.export.graphs.clip_text import ClipText
-from trio_edge.export.graphs.vision import Vision
-from trio_edge.export.graphs.vision_clip import VisionWithPatches
-from trio_edge.export.text_files import load_tokenizer
+from trio_edge.export.graphs.vision.clip import Vision, VisionWithPatches
 from trio_edge.runtime.clip_text import num_clip_texts
 from trio_edge.runtime.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.manifest import ClipTextSpec, TensorSpec

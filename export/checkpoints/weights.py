@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.export.checkpoint import Checkpoint, SourceTensor
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
+    from trio_edge.export.checkpoints.safetensors import SourceTensor
     from trio_edge.runtime.manifest import FloatType
 
 WEIGHTS_FOLDER = "weights"

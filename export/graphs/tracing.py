@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from trio_edge.export.checkpoint import Checkpoint, canonical_name
+from trio_edge.export.checkpoints.checkpoint import Checkpoint, canonical_name
 from trio_edge.export.graphs.decoder_range import DecoderRange
 from trio_edge.export.graphs.head import Head
+from trio_edge.export.graphs.layer_stack import stack_layers
+from trio_edge.export.graphs.onnx_graph import dynamic_axes, example_input, trace
 from trio_edge.export.graphs.reduce import FEATURE_NAMES, Reduce
 from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
-from trio_edge.export.layer_stack import stack_layers
-from trio_edge.export.onnx_graph import dynamic_axes, example_input, trace
 from trio_edge.export.quantize.unpacking import read_weight
-from trio_edge.export.stage_selectors import needs_previous, stage_selector
+from trio_edge.export.token_selectors import needs_previous, stage_selector
 from trio_edge.runtime.clip_text import CLIP_TEXT
 from trio_edge.runtime.graph_tensors import head_tensors, range_tensors, select_tensors
 from trio_edge.runtime.manifest import GraphSpec, TensorSpec
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from trio_edge.export.clip import ClipGraphs
     from trio_edge.export.families.base import FamilyModel
+    from trio_edge.export.families.clip import ClipGraphs
     from trio_edge.export.layout import Layout
     from trio_edge.runtime.graph_tensors import GraphTensors
     from trio_edge.runtime.manifest import Dimensions, Role

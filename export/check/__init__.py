@@ -1,0 +1,1 @@
+"""Checks of an export: what TensorRT reads, and whether the bundle fits a device."""

@@ -1,0 +1,1 @@
+"""Checkpoints: where they come from, their tensors and their text files."""

@@ -1,0 +1,1 @@
+"""Vision graphs, one file for each kind of vision encoder."""
