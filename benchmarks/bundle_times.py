@@ -22,7 +22,7 @@ import onnxruntime
 from layer_graphs import median_seconds, single_thread_session
 
 from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.prediction.work import fixed_sizes, graph_work
+from trio_edge.trio.cost.work import fixed_sizes, graph_work
 
 if TYPE_CHECKING:
     from trio_edge.runtime.manifest import GraphSpec, Manifest, Profile

@@ -23,8 +23,8 @@ import onnxruntime
 
 from trio_edge.runtime.prediction.answer import predict
 from trio_edge.runtime.prediction.plan import plan_for
-from trio_edge.runtime.targets import TARGETS
 from trio_edge.trio.budgets import schedule_for_keep
+from trio_edge.trio.cost.devices import TARGETS
 
 SIZES = (576, 1152, 1728, 2304, 2880)
 NUM_TEXT = 64

@@ -20,7 +20,7 @@ from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.engine_memory import estimate_memory
 from trio_edge.runtime.manifest import GraphSpec, Profile
 from trio_edge.runtime.schedule import Schedule
-from trio_edge.runtime.targets import TARGETS
+from trio_edge.trio.cost.devices import TARGETS
 from trio_edge.trio.cost.flops import layer_weights
 
 _KEEPS = (1.0, 0.111)

@@ -58,10 +58,10 @@ from trio_edge.runtime.manifest import (
     StoredTensor,
     json_from_manifest,
 )
-from trio_edge.runtime.prediction.activations import Texts
-from trio_edge.runtime.targets import find_target
 from trio_edge.runtime.text_buckets import MAX_TEXT, MOST_TOKENS, text_buckets
 from trio_edge.trio.budgets import MAX_TOPK
+from trio_edge.trio.cost.devices import find_target
+from trio_edge.trio.cost.memory import Texts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trio_edge.runtime.manifest import Cost, Dimensions, VisionDimensions
-from trio_edge.runtime.prediction.selections import reduce_flops
 from trio_edge.runtime.schedule import Schedule
 from trio_edge.trio.cost.flops import ModelShape, reduction_cost
+from trio_edge.trio.cost.work import reduce_flops
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -11,7 +11,7 @@ from gpu_parts.layers_in_torch import WHOLE_MODEL
 from gpu_parts.measure import Measured
 from gpu_parts.parity import Compared
 
-from trio_edge.runtime.targets import TARGETS
+from trio_edge.trio.cost.devices import TARGETS
 
 _NOTHING = "–"
 

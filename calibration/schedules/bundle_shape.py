@@ -13,7 +13,7 @@ from trio_edge.export.check.fit import check_fit, fit_inputs
 from trio_edge.export.families.decoder_config import check_positions, max_positions
 from trio_edge.export.layout import Layout
 from trio_edge.export.model_cost import vision_dimensions
-from trio_edge.runtime.targets import find_target
+from trio_edge.trio.cost.devices import find_target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

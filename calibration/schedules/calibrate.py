@@ -47,7 +47,7 @@ from trio_edge.runtime.errors import DataError, TargetError
 from trio_edge.runtime.image_overlay import draw_kept
 from trio_edge.runtime.prediction.efficiency import fitted_for
 from trio_edge.runtime.schedule import Schedule
-from trio_edge.runtime.targets import find_target
+from trio_edge.trio.cost.devices import find_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

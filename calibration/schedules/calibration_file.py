@@ -15,7 +15,7 @@ from trio_edge.calibration.schedules.space import DEFAULT_KEEPS, DEFAULT_THRESHO
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.errors import DataError, ScheduleError
 from trio_edge.runtime.schedule import Schedule
-from trio_edge.runtime.targets import find_target
+from trio_edge.trio.cost.devices import find_target
 
 if TYPE_CHECKING:
     from pathlib import Path

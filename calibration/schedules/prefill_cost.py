@@ -10,17 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from trio_edge.runtime.prediction.counting import head_work, range_work, select_work, vision_work
 from trio_edge.runtime.prediction.efficiency import fitted_for, rates_of
 from trio_edge.runtime.prediction.speed import Formats, graph_time
 from trio_edge.runtime.schedule import Schedule
+from trio_edge.trio.cost.work import head_work, range_work, select_work, vision_work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from trio_edge.runtime.manifest import Dimensions, VisionDimensions
-    from trio_edge.runtime.prediction.counting import Work
-    from trio_edge.runtime.targets import Target
+    from trio_edge.trio.cost.devices import Target
+    from trio_edge.trio.cost.work import Work
 
 CostKind = Literal["time", "flops"]
 _USUAL = Schedule()

@@ -10,7 +10,7 @@ padding included; INT8 and FP8: 1):
                         layer what makes keys and queries
     KV caches           per layer 2 G E b times its rows: visual rows of its range + largest text + new tokens;
                         b is 1 for keys and values in INT8
-    activations         the largest of the graphs, by ``runtime/prediction/activations.py``
+    activations         the largest of the graphs, by ``trio/cost/memory.py``
 
 A selection before the decoder leaves K visual rows for the first range.
 
@@ -29,18 +29,12 @@ import msgspec
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.manifest import Dimensions
-from trio_edge.runtime.prediction.activations import (
-    Texts,
-    Tiles,
-    TokenSelection,
-    largest_activations,
-    scratch_before,
-)
-from trio_edge.runtime.prediction.selections import repeated_weights
-from trio_edge.runtime.prediction.shapes import layer_weights
 from trio_edge.runtime.schedule import Schedule, Stage
 from trio_edge.trio.budgets import combined_schedule, parse_keep
 from trio_edge.trio.cost.flops import ModelShape, VisionShape
+from trio_edge.trio.cost.memory import Texts, Tiles, TokenSelection, largest_activations, scratch_before
+from trio_edge.trio.cost.models import layer_weights
+from trio_edge.trio.cost.work import repeated_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,8 +45,8 @@ if TYPE_CHECKING:
     from trio_edge.export.layout import Layout
     from trio_edge.export.quantize.numerics import Format
     from trio_edge.runtime.manifest import TokenMethod
-    from trio_edge.runtime.targets import Target
     from trio_edge.runtime.vision_inputs import PictureProcessing
+    from trio_edge.trio.cost.devices import Target
 
 INT4_SHARE = 0.30
 """Bytes of 4-bit blocks over those of the same weights in float16: 4.125 / 16 with scales, and some padding."""

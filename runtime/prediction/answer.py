@@ -12,27 +12,27 @@ from typing import TYPE_CHECKING, Literal
 
 from trio_edge.runtime.clip_text import CLIP_TEXT
 from trio_edge.runtime.errors import TargetError
-from trio_edge.runtime.prediction.activations import Tiles, largest_activations
-from trio_edge.runtime.prediction.counting import (
+from trio_edge.runtime.prediction.efficiency import UNFUSED_SCORE_PASSES, fitted_for, rates_of
+from trio_edge.runtime.prediction.speed import Formats, GraphTime, graph_time
+from trio_edge.trio.cost.memory import Tiles, largest_activations
+from trio_edge.trio.cost.models import layer_weights, tiles_and_patches, tower_weights
+from trio_edge.trio.cost.work import (
     Work,
     counted_work,
     head_work,
     range_work,
+    repeated_weights,
     select_work,
     vision_work,
 )
-from trio_edge.runtime.prediction.efficiency import UNFUSED_SCORE_PASSES, fitted_for, rates_of
-from trio_edge.runtime.prediction.selections import repeated_weights
-from trio_edge.runtime.prediction.shapes import layer_weights, tiles_and_patches, tower_weights
-from trio_edge.runtime.prediction.speed import Formats, GraphTime, graph_time
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trio_edge.runtime.prediction.counting import WeightKind
-    from trio_edge.runtime.prediction.shapes import Model
     from trio_edge.runtime.schedule import Schedule
-    from trio_edge.runtime.targets import Target
+    from trio_edge.trio.cost.devices import Target
+    from trio_edge.trio.cost.models import Model
+    from trio_edge.trio.cost.work import WeightKind
 
 Precision = Literal["float16", "int8", "fp8", "int4"]
 DECODE_POINTS = 6

@@ -12,7 +12,7 @@ from trio_edge.runtime.prediction.speed import Efficiency, Rates
 
 if TYPE_CHECKING:
     from trio_edge.runtime.prediction.speed import WeightFormat
-    from trio_edge.runtime.targets import Target
+    from trio_edge.trio.cost.devices import Target
 
 UNFUSED_SCORE_PASSES = 2.0
 """Of attention that a builder leaves in parts: a score is written, normalized in place and read, in half precision."""

@@ -28,8 +28,8 @@ from trio_edge.runtime.prediction.sweep import (
     sweep,
     unmet_text,
 )
-from trio_edge.runtime.targets import TARGETS, find_target
 from trio_edge.runtime.wide_console import wide_console
+from trio_edge.trio.cost.devices import TARGETS, find_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.prediction.answer import Precision, Prediction
     from trio_edge.runtime.prediction.plan import Plan
     from trio_edge.runtime.prediction.sweep import Choice, Wish
-    from trio_edge.runtime.targets import Target
+    from trio_edge.trio.cost.devices import Target
 
 _WISHED_AXES = "keep,image-size,dtype"
 _OPTIONS = (

@@ -12,24 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.clip_text import CLIP_TEXT, num_clip_texts
 from trio_edge.runtime.errors import ScheduleError
-from trio_edge.runtime.prediction.activations import Texts, TokenSelection, scratch_before
 from trio_edge.runtime.prediction.answer import Precision, Setting
-from trio_edge.runtime.prediction.selections import (
+from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.text_buckets import MAX_TEXT, MOST_TOKENS, bucket_of, text_buckets
+from trio_edge.trio.cost.memory import Texts, TokenSelection, scratch_before
+from trio_edge.trio.cost.models import find_model, model_of
+from trio_edge.trio.cost.work import (
     clip_text_flops,
+    fixed_sizes,
     input_widths,
     read_again,
     reduce_flops,
     stage_flops,
+    vision_flops,
 )
-from trio_edge.runtime.prediction.shapes import find_model, model_of
-from trio_edge.runtime.prediction.work import fixed_sizes, vision_flops
-from trio_edge.runtime.schedule import Schedule
-from trio_edge.runtime.text_buckets import MAX_TEXT, MOST_TOKENS, bucket_of, text_buckets
 
 if TYPE_CHECKING:
     from trio_edge.runtime.manifest import Manifest, TokenMethod
-    from trio_edge.runtime.prediction.counting import WeightKind
-    from trio_edge.runtime.prediction.shapes import Model
+    from trio_edge.trio.cost.models import Model
+    from trio_edge.trio.cost.work import WeightKind
 
 KEEP_ALL = "100%"
 WITHOUT_STAGES = "all"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.prediction.answer import Prediction, Setting
     from trio_edge.runtime.prediction.plan import Plan
     from trio_edge.runtime.prediction.sweep import Choice, Wish
-    from trio_edge.runtime.targets import Target
+    from trio_edge.trio.cost.devices import Target
 
 MIB, GIB = 1 << 20, 1 << 30
 NOTE = "PREDICTED, nothing was measured: counted work, the device's rates and efficiencies of tuned runtimes"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trio_edge.runtime.prediction.counting import Attention, Product, WeightKind, Work
+    from trio_edge.trio.cost.work import Attention, Product, WeightKind, Work
 
 WeightFormat = Literal["float32", "float16", "int8", "fp8", "int4"]
 _VECTOR_ROWS = 16

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from trio_edge.runtime.prediction.plan import Plan
-    from trio_edge.runtime.targets import Target
+    from trio_edge.trio.cost.devices import Target
 
 AXES: dict[str, tuple[str, ...]] = {
     "keep": ("100%", "33.3%", "22.2%", "11.1%"),

@@ -9,7 +9,6 @@ import msgspec
 
 from trio_edge.runtime.bundle import sha256_of
 from trio_edge.runtime.manifest import MANIFEST_NAME
-from trio_edge.runtime.prediction.work import graph_work
 from trio_edge.runtime.profiling.advice import advise
 from trio_edge.runtime.profiling.distribution import distribution, line_fit, median_ratio
 from trio_edge.runtime.profiling.layers import operator_times, slowest_layers
@@ -29,6 +28,7 @@ from trio_edge.runtime.profiling.report import (
 from trio_edge.runtime.profiling.roofline import judge
 from trio_edge.runtime.profiling.sampling_thread import joules, sensor_ranges
 from trio_edge.runtime.profiling.surroundings import find_device, find_versions
+from trio_edge.trio.cost.work import graph_work
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

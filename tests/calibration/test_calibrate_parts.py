@@ -25,10 +25,10 @@ from trio_edge.calibration.schedules.space import make_space
 from trio_edge.calibration.schedules.wish import Wish
 from trio_edge.runtime.errors import DataError, ScheduleError
 from trio_edge.runtime.prediction.answer import Setting, predict
-from trio_edge.runtime.prediction.shapes import find_model
 from trio_edge.runtime.schedule import Schedule
-from trio_edge.runtime.targets import find_target
 from trio_edge.trio.budgets import parse_schedule
+from trio_edge.trio.cost.devices import find_target
+from trio_edge.trio.cost.models import find_model
 
 MODEL = find_model("llava-next-7b")
 SIZES = {"B": 5, "N": 2880}

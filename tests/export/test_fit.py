@@ -12,11 +12,11 @@ from trio_edge.export.cli import main
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.errors import CheckpointError
-from trio_edge.runtime.prediction.activations import Texts, TokenSelection
 from trio_edge.runtime.schedule import Method, Schedule, Stage
-from trio_edge.runtime.targets import TARGETS, find_target
 from trio_edge.trio.budgets import preset_schedule
+from trio_edge.trio.cost.devices import TARGETS, find_target
 from trio_edge.trio.cost.flops import LLAVA_NEXT_7B, ModelShape, VisionShape
+from trio_edge.trio.cost.memory import Texts, TokenSelection
 
 if TYPE_CHECKING:
     from pathlib import Path

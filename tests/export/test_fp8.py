@@ -42,7 +42,7 @@ from trio_edge.runtime.prediction.answer import predict
 from trio_edge.runtime.prediction.plan import plan_for
 from trio_edge.runtime.prediction.sweep import parse_sweep, sweep
 from trio_edge.runtime.schedule import Schedule, Stage
-from trio_edge.runtime.targets import find_target
+from trio_edge.trio.cost.devices import find_target
 
 if TYPE_CHECKING:
     from pathlib import Path

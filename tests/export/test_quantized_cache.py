@@ -15,8 +15,8 @@ from trio_edge.export import cli
 from trio_edge.runtime.bundle import Bundle, open_bundle
 from trio_edge.runtime.prediction.answer import predict
 from trio_edge.runtime.prediction.plan import plan_for
-from trio_edge.runtime.prediction.work import graph_work
-from trio_edge.runtime.targets import find_target
+from trio_edge.trio.cost.devices import find_target
+from trio_edge.trio.cost.work import graph_work
 
 DECODER = ("prefix", "segment_1", "suffix")
 Arrays = dict[str, Any]

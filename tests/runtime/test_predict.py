@@ -20,16 +20,15 @@ from trio_edge.runtime import cli_profile
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.prediction.answer import graph_runs, predict
-from trio_edge.runtime.prediction.counting import range_work
 from trio_edge.runtime.prediction.efficiency import FITTED, fitted_for, rates_of
 from trio_edge.runtime.prediction.plan import plan_for
-from trio_edge.runtime.prediction.shapes import MODELS
 from trio_edge.runtime.prediction.speed import Formats, Rates, graph_time
 from trio_edge.runtime.prediction.sweep import choose, nearest_text, parse_sweep, parse_wish, sweep
-from trio_edge.runtime.prediction.work import graph_work
-from trio_edge.runtime.targets import TARGETS
 from trio_edge.runtime.wide_console import print_table, wide_console
 from trio_edge.trio.budgets import parse_schedule
+from trio_edge.trio.cost.devices import TARGETS
+from trio_edge.trio.cost.models import MODELS
+from trio_edge.trio.cost.work import graph_work, range_work
 
 if TYPE_CHECKING:
     from trio_edge.runtime.prediction.answer import Prediction

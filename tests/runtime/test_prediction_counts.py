@@ -15,16 +15,7 @@ from trio_edge.export.checkpoints.checkpoint import ALIASES
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.errors import ScheduleError
 from trio_edge.runtime.prediction.answer import memory_of
-from trio_edge.runtime.prediction.counting import (
-    counted_work,
-    head_work,
-    range_work,
-    select_work,
-    vision_work,
-)
 from trio_edge.runtime.prediction.plan import plan_for
-from trio_edge.runtime.prediction.shapes import MODELS, tiles_and_patches, tower_weights
-from trio_edge.runtime.prediction.work import counted, graph_work
 from trio_edge.runtime.schedule import Schedule
 from trio_edge.trio.budgets import method_schedule, preset_schedule
 from trio_edge.trio.cost.flops import (
@@ -36,6 +27,16 @@ from trio_edge.trio.cost.flops import (
     head_flops,
     selection_flops,
     vision_flops,
+)
+from trio_edge.trio.cost.models import MODELS, tiles_and_patches, tower_weights
+from trio_edge.trio.cost.work import (
+    counted,
+    counted_work,
+    graph_work,
+    head_work,
+    range_work,
+    select_work,
+    vision_work,
 )
 
 if TYPE_CHECKING:

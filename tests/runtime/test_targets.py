@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trio_edge.runtime.errors import TargetError
-from trio_edge.runtime.targets import TARGETS, Target, find_target
+from trio_edge.trio.cost.devices import TARGETS, Target, find_target
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "targets.md"
 FIELDS = [field.name for field in dataclasses.fields(Target) if field.name not in ("name", "sources")]

@@ -28,8 +28,8 @@ from trio_edge.runtime.graph_run import GraphRun
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.prediction.answer import memory_of
 from trio_edge.runtime.prediction.plan import plan_for
-from trio_edge.runtime.prediction.work import counted
 from trio_edge.runtime.schedule import Schedule
+from trio_edge.trio.cost.work import counted
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,15 +16,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from trio_edge.runtime.prediction.shapes import layer_matrices, tiles_and_patches
+import msgspec
+
+from trio_edge.runtime.clip_text import num_clip_texts
+from trio_edge.trio.cost.models import layer_matrices, layer_weights, tiles_and_patches
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trio_edge.runtime.manifest import Dimensions, VisionDimensions
-    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.runtime.manifest import (
+        Dimensions,
+        GraphSpec,
+        Manifest,
+        Profile,
+        TokenMethod,
+        VisionDimensions,
+    )
+    from trio_edge.runtime.schedule import Method, Schedule
 
 WeightKind = Literal["layer", "head", "vision", "none"]
 """Which weights a product reads; "none" if both factors are activations. Quantization differs by kind."""
@@ -325,3 +335,206 @@ def _square(rows: int, elements: float, *, weights: WeightKind) -> Product:
     """Return a product with as many elements in its second factor, about as wide as high."""
     side = max(1, math.isqrt(round(elements)))
     return Product(rows=rows, inner=side, columns=side, count=elements / side**2, weights=weights)
+
+
+# What one run of a bundle's graph computes and moves, from its manifest.
+#
+# All of it is counted from shapes, but for vision graphs of bundles that say nothing of their tower: these have the manifest's
+# ``cost``, which is for one picture and is scaled by its tokens.
+
+
+_ELEMENT_BYTES = {"float16": 2, "float32": 4, "int8": 1}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphWork:
+    """One run of a graph at one profile."""
+
+    flops: float
+    weight_bytes: int
+    """Weights that the graph holds, in the bundle's own formats; a run reads each at least once."""
+    moved_bytes: float
+    """The least that must pass through memory: the weights once, every operand and result once, attention scores never."""
+    launches: int
+    """Kernels of a fused implementation."""
+
+
+def graph_work(manifest: Manifest, graph: GraphSpec, profile: Profile) -> GraphWork:
+    """Return the work of one run of ``graph`` at the sizes of ``profile``."""
+    work = counted(manifest, graph, profile)
+    moved = work.moved_bytes(
+        dict.fromkeys(("layer", "head", "vision"), 0.0),
+        bytes_per_element=_ELEMENT_BYTES[manifest.dtype],
+        bytes_per_cached=_ELEMENT_BYTES[manifest.kv_dtype],
+    )
+    return GraphWork(
+        flops=work.flops,
+        weight_bytes=graph.weight_bytes,
+        moved_bytes=moved + graph.weight_bytes,
+        launches=work.launches,
+    )
+
+
+def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
+    """Return the products of one run of ``graph``, with sizes that the graph fixes taken from its inputs."""
+    sizes = {**fixed_sizes(graph), **profile.sizes}
+    decoder = manifest.dimensions
+    if graph.role in ("prefix", "segment", "suffix"):
+        return range_work(decoder, num_layers=graph.num_layers, rows=sizes["S"], past=sizes["C"])
+    if graph.role == "head":
+        return head_work(decoder)
+    if graph.role == "vision":
+        if manifest.vision is None:
+            flops = vision_flops(manifest, num_visual=sizes["N"])
+            return counted_work(flops, rows=sizes["N"], weights="vision")
+        return vision_work(manifest.vision, sizes)
+    if graph.role == "clip_text":
+        assert manifest.clip_text is not None  # else there is no such graph
+        texts = profile.sizes["M"]
+        flops = clip_text_flops(manifest, num_texts=texts)
+        return counted_work(flops, rows=texts * manifest.clip_text.length, weights="layer")
+    if graph.role == "reduce":
+        return _reduce_work(manifest, graph, sizes)
+    stage = manifest.selects.index(graph)
+    one_size = stage > 0 or len(manifest.visual_sizes) == 1
+    if manifest.schedule.method != "trio":
+        flops = _stage_flops(manifest, sizes, stage=stage, one_size=one_size)
+        return counted_work(flops, rows=sizes["N"], weights="layer")
+    return select_work(decoder, manifest.schedule, rows=sizes["S"], num_visual=sizes["N"], one_size=one_size)
+
+
+def vision_flops(manifest: Manifest, *, num_visual: int) -> float:
+    """Return the vision graph's FLOPs as the manifest counts them, scaled to ``num_visual`` tokens."""
+    return manifest.cost.full_flops["vision"] * num_visual / max(manifest.cost.num_visual, 1)
+
+
+def _reduce_work(manifest: Manifest, graph: GraphSpec, sizes: Mapping[str, int]) -> Work:
+    method, keep, num_visual = manifest.token_method, manifest.token_keep, sizes["N"]
+    assert method is not None and keep is not None  # else there is no such graph
+    num_text = (
+        sizes.get("T", 0) if manifest.clip_text is None else sizes["M"] * (manifest.clip_text.length - 2)
+    )
+    flops = reduce_flops(graph, method, num_visual=num_visual, num_keep=keep, num_text=num_text)
+    again = read_again(method, num_visual=num_visual, num_keep=keep)
+    return counted_work(flops, rows=num_visual, other=again * 4 / _ELEMENT_BYTES[manifest.dtype])
+
+
+def _stage_flops(manifest: Manifest, sizes: Mapping[str, int], *, stage: int, one_size: bool) -> float:
+    num_text = sizes["S"] - sizes["N"]
+    return stage_flops(
+        manifest.dimensions,
+        manifest.schedule,
+        stage=stage,
+        num_visual=sizes["N"],
+        num_text=num_text,
+        prompt_visual=sizes.get("F", num_text) - num_text,
+        one_size=one_size,
+    )
+
+
+def fixed_sizes(graph: GraphSpec) -> dict[str, int]:
+    """Return the sizes of axes that are numbers in the graph because all profiles have the same."""
+    names = {
+        "hidden_states": {1: "S"},
+        "inputs_embeds": {1: "S"},
+        "visual_rows": {0: "N"},
+        "visual_tokens": {0: "N"},
+        "pixel_values": {0: "B"},
+        "patch_positions": {1: "P"},
+        "token_index": {0: "N"},
+        "prompt_embeds": {1: "F"},
+        "text_embeds": {0: "T"},
+    }
+    sizes: dict[str, int] = {}
+    for tensor in graph.inputs:
+        for axis, symbol in names.get(tensor.name, {}).items():
+            size = tensor.shape[axis]
+            if isinstance(size, int):
+                sizes[symbol] = size
+    return sizes
+
+
+# What selections cost: weights that they repeat, and FLOPs where they are not TRIO's, by ``trio_edge.trio.cost.flops``.
+
+
+def stage_flops(
+    decoder: Dimensions,
+    schedule: Schedule,
+    *,
+    stage: int,
+    num_visual: int,
+    num_text: int,
+    prompt_visual: int,
+    one_size: bool = True,
+) -> float:
+    """Return the FLOPs of one stage of a method that is not "trio".
+
+    Args:
+        decoder: Sizes.
+        schedule: Names the method and how much is kept.
+        stage: Index in ``schedule``.
+        num_visual: N, visual tokens that enter the stage.
+        num_text: T; the stage has N + T rows.
+        prompt_visual: Visual tokens that entered the decoder; only SparseVLM looks at the whole prompt.
+        one_size: Whether the graph is made for one N.
+    """
+    from trio_edge.trio.cost.flops import ModelShape, StageSizes, stage_flops
+
+    sizes = StageSizes(num_visual, schedule.stages[stage].keep, num_text, prompt_visual, one_size)
+    return stage_flops(schedule.method, ModelShape(**msgspec.structs.asdict(decoder)), sizes)
+
+
+class RepeatedWeights(NamedTuple):
+    """Elements of weights that a stage's graph holds although other graphs have them."""
+
+    layer: int
+    head: int
+
+
+def repeated_weights(method: Method, decoder: Dimensions) -> RepeatedWeights:
+    """Return what each stage of ``method`` repeats: TRIO's probe a layer and the head, others what makes queries and keys."""
+    if method == "trio":
+        return RepeatedWeights(layer_weights(decoder), decoder.vocab_size * decoder.hidden_size)
+    (queries, keys, *_) = (inputs * outputs for inputs, outputs in layer_matrices(decoder))
+    return RepeatedWeights(keys if method == "dart" else queries + keys, 0)
+
+
+def clip_text_flops(manifest: Manifest, *, num_texts: int) -> float:
+    """Return the FLOPs of CLIP's text tower, which the manifest says for its own text."""
+    assert manifest.clip_text is not None
+    counted = num_clip_texts(manifest.cost.num_text, length=manifest.clip_text.length)
+    return manifest.cost.reduced_flops["clip_text"] * num_texts / counted
+
+
+def reduce_flops(
+    graph: GraphSpec, method: TokenMethod, *, num_visual: int, num_keep: int, num_text: int
+) -> float:
+    """Return the FLOPs of the selection before the decoder, its products and its greedy steps.
+
+    Args:
+        graph: The ``reduce`` graph; its inputs tell the widths.
+        method: What it selects by.
+        num_visual: N, visual tokens of the picture.
+        num_keep: Tokens that it passes on.
+        num_text: T, text tokens that the method reads; not read by those without text.
+    """
+    from trio_edge.trio.cost.flops import token_flops
+
+    sizes = {"num_visual": num_visual, "num_keep": num_keep, "num_text": num_text}
+    flops = token_flops(method, widths=input_widths(graph), **sizes)
+    return flops.products + flops.steps
+
+
+def read_again(method: TokenMethod, *, num_visual: int, num_keep: int) -> float:
+    """Return the float32 numbers that the K greedy steps of a selection before the decoder read, together.
+
+    A step of "scope" and "eadp" reads all N² similarities, one of "cdpruner" what earlier steps explained, K N numbers, and one
+    of "divprune" a row.
+    """
+    by_step = {"scope": num_visual, "eadp": num_visual, "cdpruner": num_keep, "divprune": 1}
+    return float(num_keep * num_visual * by_step.get(method, 0))
+
+
+def input_widths(graph: GraphSpec) -> dict[str, int]:
+    """Return the last axis of each of a graph's inputs where it is a number."""
+    return {tensor.name: size for tensor in graph.inputs if isinstance(size := tensor.shape[-1], int)}
