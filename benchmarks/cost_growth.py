@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from trio_edge.runtime.prediction.answer import predict
-from trio_edge.runtime.prediction.plan import plan_for
+from trio_edge.profiling.predict.answer import predict
+from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.trio.budgets import schedule_for_keep
 from trio_edge.trio.cost.devices import TARGETS
 

@@ -17,23 +17,23 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from trio_edge.profiling.measure.answers import Question, Subject
+from trio_edge.profiling.measure.distribution import distribution, in_brackets
+from trio_edge.profiling.measure.recording import Recording
+from trio_edge.profiling.measure.sensors.interface import open_sensors
+from trio_edge.profiling.measure.sensors.sampling_thread import INTERVAL_SECONDS, SamplingThread
+from trio_edge.profiling.page.pictures import PROMPT, picture_sizes, random_picture
+from trio_edge.profiling.report.table import with_interval
 from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.device import LoadedGraphs
 from trio_edge.runtime.device_host import HostDevice
-from trio_edge.runtime.profiling.answers import Question, Subject
-from trio_edge.runtime.profiling.distribution import distribution, in_brackets
-from trio_edge.runtime.profiling.pictures import PROMPT, picture_sizes, random_picture
-from trio_edge.runtime.profiling.recording import Recording
-from trio_edge.runtime.profiling.report_table import with_interval
-from trio_edge.runtime.profiling.sampling_thread import INTERVAL_SECONDS, SamplingThread
-from trio_edge.runtime.profiling.sensor import open_sensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from trio_edge.profiling.measure.sensors.interface import Sensor
     from trio_edge.runtime.device import Launch
-    from trio_edge.runtime.profiling.sensor import Sensor
 
 WARM_UP, REPEATS = 5, 20
 BEYOND_CACHES = 4 << 20

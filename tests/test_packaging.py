@@ -50,7 +50,7 @@ for name in {BLOCKED!r}:
     sys.modules[name] = None
 import trio_edge.runtime, trio_edge.runtime.cli_run, trio_edge.runtime.cli_inspect
 import trio_edge.runtime.image_overlay, trio_edge.runtime.backend_onnxruntime
-import trio_edge.runtime.cli_build, trio_edge.runtime.cli_profile, trio_edge.runtime.profiling.page
+import trio_edge.runtime.cli_build, trio_edge.profiling.cli, trio_edge.profiling.page.page
 import trio_edge.calibration.cli_eval, trio_edge.calibration.shapes
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

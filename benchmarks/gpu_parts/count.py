@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from trio_edge.runtime.prediction.answer import range_name
+from trio_edge.profiling.predict.answer import range_name
 from trio_edge.runtime.schedule import Schedule
 from trio_edge.trio.cost.flops import (
     ModelShape,

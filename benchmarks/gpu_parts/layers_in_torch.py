@@ -17,7 +17,7 @@ from gpu_parts.way import Buffers, Part, set_attention
 from reference_stage import autograd_scores, host_nms
 from torch import Tensor
 
-from trio_edge.runtime.prediction.answer import range_name
+from trio_edge.profiling.predict.answer import range_name
 from trio_edge.runtime.schedule import Schedule
 
 WHOLE_MODEL, PAPERS_CODE = "whole model in torch", "the paper's code in torch"

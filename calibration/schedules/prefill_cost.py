@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from trio_edge.runtime.prediction.efficiency import fitted_for, rates_of
-from trio_edge.runtime.prediction.speed import Formats, graph_time
+from trio_edge.profiling.predict.efficiency import fitted_for, rates_of
+from trio_edge.profiling.predict.speed import Formats, graph_time
 from trio_edge.runtime.schedule import Schedule
 from trio_edge.trio.cost.work import head_work, range_work, select_work, vision_work
 

@@ -23,8 +23,8 @@ from trio_edge.calibration.schedules.samples import read_samples, split_samples
 from trio_edge.calibration.schedules.search import Candidate
 from trio_edge.calibration.schedules.space import make_space
 from trio_edge.calibration.schedules.wish import Wish
+from trio_edge.profiling.predict.answer import Setting, predict
 from trio_edge.runtime.errors import DataError, ScheduleError
-from trio_edge.runtime.prediction.answer import Setting, predict
 from trio_edge.runtime.schedule import Schedule
 from trio_edge.trio.budgets import parse_schedule
 from trio_edge.trio.cost.devices import find_target

@@ -30,7 +30,11 @@ from trio_edge.export.quantize.graph import SCALE_SUFFIX
 from trio_edge.export.quantize.numerics import activation_scale, quantize, rounded_activations, stored_bytes
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
-from trio_edge.runtime import cli_build, cli_profile
+from trio_edge.profiling import cli as cli_profile
+from trio_edge.profiling.predict.answer import predict
+from trio_edge.profiling.predict.plan import plan_for
+from trio_edge.profiling.predict.sweep import parse_sweep, sweep
+from trio_edge.runtime import cli_build
 from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.build_needs import build_needs
 from trio_edge.runtime.bundle import Bundle, open_bundle
@@ -38,9 +42,6 @@ from trio_edge.runtime.engine_build import BuildOptions, plan_build
 from trio_edge.runtime.errors import BackendError, ManifestError
 from trio_edge.runtime.manifest import json_from_manifest, manifest_from_json
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.prediction.answer import predict
-from trio_edge.runtime.prediction.plan import plan_for
-from trio_edge.runtime.prediction.sweep import parse_sweep, sweep
 from trio_edge.runtime.schedule import Schedule, Stage
 from trio_edge.trio.cost.devices import find_target
 

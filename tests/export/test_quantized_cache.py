@@ -12,9 +12,9 @@ import pytest
 
 from tests.bundles import INT8_CACHES
 from trio_edge.export import cli
+from trio_edge.profiling.predict.answer import predict
+from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.runtime.bundle import Bundle, open_bundle
-from trio_edge.runtime.prediction.answer import predict
-from trio_edge.runtime.prediction.plan import plan_for
 from trio_edge.trio.cost.devices import find_target
 from trio_edge.trio.cost.work import graph_work
 

@@ -16,14 +16,14 @@ import pytest
 from rich.console import Console
 
 from benchmarks.predict_validation import predicted_ms, read_figures
-from trio_edge.runtime import cli_profile
+from trio_edge.profiling import cli as cli_profile
+from trio_edge.profiling.predict.answer import graph_runs, predict
+from trio_edge.profiling.predict.efficiency import FITTED, fitted_for, rates_of
+from trio_edge.profiling.predict.plan import plan_for
+from trio_edge.profiling.predict.speed import Formats, Rates, graph_time
+from trio_edge.profiling.predict.sweep import choose, nearest_text, parse_sweep, parse_wish, sweep
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.errors import ScheduleError
-from trio_edge.runtime.prediction.answer import graph_runs, predict
-from trio_edge.runtime.prediction.efficiency import FITTED, fitted_for, rates_of
-from trio_edge.runtime.prediction.plan import plan_for
-from trio_edge.runtime.prediction.speed import Formats, Rates, graph_time
-from trio_edge.runtime.prediction.sweep import choose, nearest_text, parse_sweep, parse_wish, sweep
 from trio_edge.runtime.wide_console import print_table, wide_console
 from trio_edge.trio.budgets import parse_schedule
 from trio_edge.trio.cost.devices import TARGETS
@@ -31,7 +31,7 @@ from trio_edge.trio.cost.models import MODELS
 from trio_edge.trio.cost.work import graph_work, range_work
 
 if TYPE_CHECKING:
-    from trio_edge.runtime.prediction.answer import Prediction
+    from trio_edge.profiling.predict.answer import Prediction
 
 ORIN = TARGETS["jetson-agx-orin-64"]
 NX = TARGETS["jetson-orin-nx-16"]

@@ -14,22 +14,22 @@ import pytest
 import tensorrt_rtx
 
 from tests.engine_bundles import copy_bundle
+from trio_edge.profiling.cli import main
+from trio_edge.profiling.measure import ceilings, contexts, measuring
+from trio_edge.profiling.measure.answers import Question, Subject
+from trio_edge.profiling.measure.layers.interface import SLOWEST, layer_times
+from trio_edge.profiling.measure.layers.tensorrt import runs_of_engine
+from trio_edge.profiling.measure.recording import Recording, RecordingBackend, graph_calls
+from trio_edge.profiling.page.pictures import PROMPT, picture_sizes, random_picture
+from trio_edge.profiling.report.profile import Report
 from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.cli_profile import main
 from trio_edge.runtime.device import LoadedGraphs
 from trio_edge.runtime.device_host import HostDevice
 from trio_edge.runtime.engine_layer_times import EngineLayerTimes
 from trio_edge.runtime.errors import DataError, ShapeError
 from trio_edge.runtime.output_files import check_outputs, write_output
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.profiling import ceilings, contexts, measuring
-from trio_edge.runtime.profiling.answers import Question, Subject
-from trio_edge.runtime.profiling.layers import SLOWEST, layer_times
-from trio_edge.runtime.profiling.layers_tensorrt import runs_of_engine
-from trio_edge.runtime.profiling.pictures import PROMPT, picture_sizes, random_picture
-from trio_edge.runtime.profiling.recording import Recording, RecordingBackend, graph_calls
-from trio_edge.runtime.profiling.report import Report
 
 RUNS, NEW_TOKENS, QUICK_ROUNDS = 6, 4, 2
 STAGES = 2
@@ -388,7 +388,7 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("trio_edge.runtime.cli_profile.measure", None)
+    monkeypatch.setattr("trio_edge.profiling.cli.measure", None)
     for path in (tmp_path, tmp_path / "none" / "file"):
         assert main([str(keep_all_bundle), option, str(path)]) == 2
         (line,) = capsys.readouterr().err.splitlines()

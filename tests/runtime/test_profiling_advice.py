@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from tests.runtime.test_profiling_page import bundle_profile, graph
-from trio_edge.runtime.profiling.advice import advise
-from trio_edge.runtime.profiling.distribution import distribution
-from trio_edge.runtime.profiling.report import BundleProfile, GraphProfile
+from trio_edge.profiling.measure.distribution import distribution
+from trio_edge.profiling.report.advice import advise
+from trio_edge.profiling.report.profile import BundleProfile, GraphProfile
 
 
 def one(role: str, milliseconds: float, *, phase: str = "prefill", **more: Any) -> GraphProfile:

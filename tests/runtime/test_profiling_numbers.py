@@ -10,22 +10,17 @@ import onnxruntime as ort
 import pytest
 
 from tests.engine_bundles import HOST
+from trio_edge.profiling.measure import ceilings
+from trio_edge.profiling.measure.ceilings import measure_ceilings
+from trio_edge.profiling.measure.distribution import distribution, line_fit, median_interval, median_ratio
+from trio_edge.profiling.measure.layers.interface import LayerCall, layer_times, slowest_layers
+from trio_edge.profiling.measure.matmul_graph import matmul_model, random_matrix
+from trio_edge.profiling.measure.product_bundle import write_product_bundle
+from trio_edge.profiling.report.profile import Ceilings
+from trio_edge.profiling.report.roofline import judge
 from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.bundle import open_bundle
 from trio_edge.runtime.engine_build import BuildOptions, build_engines, plan_build
-from trio_edge.runtime.profiling import ceilings
-from trio_edge.runtime.profiling.ceilings import measure_ceilings
-from trio_edge.runtime.profiling.distribution import (
-    distribution,
-    line_fit,
-    median_interval,
-    median_ratio,
-)
-from trio_edge.runtime.profiling.layers import LayerCall, layer_times, slowest_layers
-from trio_edge.runtime.profiling.matmul_graph import matmul_model, random_matrix
-from trio_edge.runtime.profiling.product_bundle import write_product_bundle
-from trio_edge.runtime.profiling.report import Ceilings
-from trio_edge.runtime.profiling.roofline import judge
 
 
 def test_a_distribution_has_the_percentiles_of_its_values() -> None:

@@ -9,17 +9,17 @@ import pytest
 
 from tests.cuda_on_host import CudaOnHost, pretend_gpu, write_engines
 from tests.engine_bundles import HOST, copy_bundle
+from trio_edge.profiling.measure import contexts
+from trio_edge.profiling.measure.answers import Question, Subject
+from trio_edge.profiling.measure.contexts import time_contexts
+from trio_edge.profiling.page.pictures import picture_sizes, random_picture
 from trio_edge.runtime.backend import make_backend
 from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.profiling import contexts
-from trio_edge.runtime.profiling.answers import Question, Subject
-from trio_edge.runtime.profiling.contexts import time_contexts
-from trio_edge.runtime.profiling.pictures import picture_sizes, random_picture
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trio_edge.runtime.profiling.answers import Answer
+    from trio_edge.profiling.measure.answers import Answer
 
 CHAIN = ["vision", "prefix", "select_1", "segment_1", "select_2", "suffix", "head"]
 STEP = ["prefix", "segment_1", "suffix", "head"]

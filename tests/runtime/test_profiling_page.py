@@ -15,13 +15,14 @@ import msgspec
 import pytest
 from PIL import Image
 
-from trio_edge.runtime.cli_profile import main
-from trio_edge.runtime.profiling import distribution as distribution_module
-from trio_edge.runtime.profiling import report as report_module
-from trio_edge.runtime.profiling import sampling_thread
-from trio_edge.runtime.profiling.distribution import distribution, line_fit, median_ratio
-from trio_edge.runtime.profiling.page import page_html
-from trio_edge.runtime.profiling.report import (
+from trio_edge.profiling.cli import main
+from trio_edge.profiling.measure import distribution as distribution_module
+from trio_edge.profiling.measure.distribution import distribution, line_fit, median_ratio
+from trio_edge.profiling.measure.sensors import sampling_thread
+from trio_edge.profiling.measure.sensors.sampling_thread import SensorRange
+from trio_edge.profiling.page.page import page_html
+from trio_edge.profiling.report import profile as report_module
+from trio_edge.profiling.report.profile import (
     BundleProfile,
     Ceilings,
     Comparison,
@@ -36,7 +37,6 @@ from trio_edge.runtime.profiling.report import (
     Report,
     SizePoint,
 )
-from trio_edge.runtime.profiling.sampling_thread import SensorRange
 
 PHONE_WIDTH = 360
 LEAST_TEXT = 8.0

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from trio_edge.runtime.profiling import sensor_tegrastats
-from trio_edge.runtime.profiling.sampling_thread import Sample, SamplingThread, joules, sensor_ranges
-from trio_edge.runtime.profiling.sensor import open_sensors
-from trio_edge.runtime.profiling.sensor_cpu import CpuClock, Rapl, ThermalZones
-from trio_edge.runtime.profiling.sensor_nvml import Nvml, NvmlUnavailable
-from trio_edge.runtime.profiling.sensor_tegrastats import Tegrastats, parse_tegrastats
-from trio_edge.runtime.profiling.surroundings import parse_power_mode
+from trio_edge.profiling.measure.machine_info import parse_power_mode
+from trio_edge.profiling.measure.sensors import tegrastats as sensor_tegrastats
+from trio_edge.profiling.measure.sensors.cpu import CpuClock, Rapl, ThermalZones
+from trio_edge.profiling.measure.sensors.interface import open_sensors
+from trio_edge.profiling.measure.sensors.nvml import Nvml, NvmlUnavailable
+from trio_edge.profiling.measure.sensors.sampling_thread import Sample, SamplingThread, joules, sensor_ranges
+from trio_edge.profiling.measure.sensors.tegrastats import Tegrastats, parse_tegrastats
 
 # As published with the devices' output: JetPack 6 on an AGX Orin and an Orin Nano, a newer release with largest values,
 # L4T 32 on a Xavier NX without units.

@@ -1,0 +1,1 @@
+"""Cost of a bundle, measured on this machine or predicted for another one: ``trio-profile``."""

@@ -1,0 +1,181 @@
+"""``trio-profile BUNDLE``: where time, memory and energy go on this machine, as tables, JSON, a trace and a page."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+from rich.console import Console
+
+from trio_edge.profiling.measure.machine_info import find_governor, find_power_mode, load_average
+from trio_edge.profiling.measure.measuring import NEW_TOKENS, Options, measure
+from trio_edge.profiling.predict.options import (
+    PredictOptions,
+    check_given,
+    predict_options,
+    print_outcome,
+    run_prediction,
+)
+from trio_edge.profiling.report.profile import Conditions
+from trio_edge.profiling.report.summary import report_of
+from trio_edge.profiling.report.table import print_profile
+from trio_edge.runtime.backend import BACKENDS_HELP
+from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.command_line import run
+from trio_edge.runtime.errors import BundleError, TargetError
+from trio_edge.runtime.output_files import check_outputs, write_output
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trio_edge.profiling.measure.measuring import Measurement
+
+
+@click.command("trio-profile", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--compare",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Another bundle that answers in turns with the first; repeatable.",
+)
+@click.option("--backend", default="auto", show_default=True, help=BACKENDS_HELP)
+@click.option(
+    "--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 lets the backend choose."
+)
+@click.option(
+    "--image", type=click.Path(path_type=Path), help="Picture to ask about. [default: random pixels]"
+)
+@click.option("--prompt", help="The question. [default: one about the picture]")
+@click.option(
+    "--new-tokens", type=click.IntRange(1), help="Of each answer. [default: 16, or the bundles' room]"
+)
+@click.option("--runs", type=click.IntRange(1), help="Of each bundle. [default: until the medians are known]")
+@click.option(
+    "--warm-up", type=click.IntRange(0), default=3, show_default=True, help="Answers before the runs."
+)
+@click.option(
+    "--seconds", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True,
+    help="No new run begins after these, unless --runs is given.",
+)  # fmt: skip
+@click.option(
+    "--layers/--no-layers", default=True, show_default=True, help="Also time each layer, in runs of its own."
+)
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write all values as JSON."
+)
+@click.option(
+    "--html", "html_file", type=click.Path(path_type=Path), metavar="FILE", help="Write one page with plots."
+)
+@click.option("--trace", "trace_file", type=click.Path(path_type=Path), metavar="FILE",
+              help="Write a trace for Perfetto or chrome://tracing.")  # fmt: skip
+@predict_options
+def command(
+    bundle: Path | None,
+    compare: tuple[Path, ...],
+    backend: str,
+    threads: int,
+    image: Path | None,
+    prompt: str | None,
+    new_tokens: int | None,
+    runs: int | None,
+    warm_up: int,
+    seconds: float,
+    layers: bool,
+    json_file: Path | None,
+    html_file: Path | None,
+    trace_file: Path | None,
+    **prediction: Any,
+) -> int:
+    """Measure BUNDLE on this machine: time per graph, memory, energy, and how near the machine's limits it is.
+
+    With --predict, say what another device would take instead.
+    """
+    wishes = PredictOptions(**prediction)
+    check_given(predicting=wishes.predict is not None)
+    files = {"--json": json_file, "--html": html_file, "--trace": trace_file}
+    check_outputs({option: path for option, path in files.items() if path is not None})
+    if wishes.predict is not None:
+        outcome = run_prediction(wishes, bundle=bundle, num_new=new_tokens or NEW_TOKENS)
+        if json_file is not None:
+            write_output("--json", json_file, _json(outcome.values))
+        if html_file is not None:
+            from trio_edge.profiling.predict.page import prediction_page
+
+            write_output("--html", html_file, prediction_page(outcome.found, outcome.values))
+        print_outcome(outcome)  # last: where the output is closed early, the files are there
+        if outcome.unmet is not None:
+            raise TargetError(outcome.unmet)
+        return 0
+    if not math.isfinite(seconds):  # click's ranges let "nan" pass
+        raise click.UsageError(f"--seconds: expected a time, got {seconds}; for instance 30")
+    if bundle is None:
+        raise BundleError("BUNDLE: expected a bundle folder, got none; make one with trio-export")
+    options = Options(
+        bundles=(bundle, *compare),
+        backend=backend,
+        threads=threads,
+        image=image,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        runs=runs,
+        warm_up=warm_up,
+        seconds=seconds,
+        layers=layers,
+    )
+    for folder in options.bundles:
+        open_bundle(folder)
+    busy, started = load_average(), datetime.datetime.now(datetime.timezone.utc)
+    console = Console(stderr=True)
+    with console.status("") as status:
+        measurement = measure(options, on_step=status.update if console.is_terminal else lambda _step: None)
+    report = report_of(measurement, _conditions(measurement, options, started=started, busy=busy))
+    if json_file is not None:
+        write_output("--json", json_file, _json(report))
+    if html_file is not None:
+        from trio_edge.profiling.page.page import page_html
+
+        write_output("--html", html_file, page_html(report))
+    if trace_file is not None:
+        from trio_edge.profiling.report.trace import trace_json
+
+        labels = [profile.label for profile in report.bundles]
+        write_output("--trace", trace_file, trace_json(measurement, labels))
+    print_profile(report)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run(command, argv)
+
+
+def _json(values: Any) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(values), indent=1) + b"\n"
+
+
+def _conditions(
+    measurement: Measurement, options: Options, *, started: datetime.datetime, busy: float | None
+) -> Conditions:
+    return Conditions(
+        started=started.isoformat(timespec="seconds"),
+        backend=measurement.backend_name,
+        threads=options.threads,
+        clock=measurement.clock,
+        power_mode=find_power_mode(),
+        cpu_governor=find_governor(),
+        load_average=busy,
+        picture=measurement.picture,
+        prompt=measurement.question.prompt,
+        new_tokens=measurement.question.new_tokens,
+        warm_up=options.warm_up,
+        runs=len(measurement.measured[0].answers),
+        stopped=measurement.stopped,
+        sensors=measurement.sensors,
+        missing=measurement.missing,
+    )

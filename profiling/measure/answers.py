@@ -1,0 +1,161 @@
+"""One answer of a bundle, timed: when each token came, and what the device did for it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import msgspec
+
+from trio_edge.profiling.measure.recording import DECODE, Recording, RecordingBackend, graph_calls
+from trio_edge.runtime.bundle import Bundle, open_bundle
+from trio_edge.runtime.errors import BackendError
+from trio_edge.runtime.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from PIL import Image
+
+    from trio_edge.profiling.measure.recording import GraphCall, Stamp
+    from trio_edge.runtime.backend import Backend
+    from trio_edge.runtime.pipeline import Statistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What every run asks."""
+
+    picture: Path | Image.Image | None
+    prompt: str
+    new_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One answer. Moments are ``time.perf_counter`` seconds."""
+
+    start: float
+    end: float
+    token_moments: list[float]
+    """When each token was known."""
+    token_ids: list[int]
+    statistics: Statistics
+    stamps: list[Stamp]
+    """Of its launches."""
+
+    @property
+    def calls(self) -> tuple[GraphCall, ...]:
+        """Its launches."""
+        return graph_calls(self.stamps)
+
+    @property
+    def first_launch(self) -> float:
+        """When the host enqueued the first launch."""
+        return self.stamps[0][1]
+
+    @property
+    def answer_ms(self) -> float:
+        """From the question to the end of the answer."""
+        return 1e3 * (self.end - self.start)
+
+    @property
+    def ttft_ms(self) -> float:
+        """From the question to the first token."""
+        return 1e3 * (self.token_moments[0] - self.start)
+
+    @property
+    def token_ms(self) -> list[float]:
+        """Time of each token after the first."""
+        return [1e3 * (after - before) for before, after in zip(self.token_moments, self.token_moments[1:])]
+
+    @property
+    def host_first_ms(self) -> float:
+        """Time to the first token outside of graphs."""
+        return self.ttft_ms - sum(call.milliseconds for call in self.calls if call.profile != DECODE)
+
+    @property
+    def host_token_ms(self) -> float | None:
+        """Mean time of a later token outside of graphs; None if their graphs were not timed."""
+        graphs = [call.milliseconds for call in self.calls if call.profile == DECODE]
+        times = self.token_ms
+        return (sum(times) - sum(graphs)) / len(times) if graphs and times else None
+
+
+@final
+class _StampedIds(list[int]):
+    """Token ids that note when each was appended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moments: list[float] = []
+
+    def append(self, token: int) -> None:
+        self.moments.append(time.perf_counter())
+        super().append(token)
+
+
+@final
+class Subject:
+    """A loaded bundle that answers the same number of tokens each time: no token stops it."""
+
+    def __init__(self, folder: Path, backend: Backend, *, capture: bool = True) -> None:
+        """Open and load the bundle, and note how long that took.
+
+        Args:
+            folder: Of the bundle.
+            backend: Loads its graphs.
+            capture: See ``RecordingBackend``.
+
+        Raises:
+            TrioEdgeError: As ``Pipeline.from_bundle``.
+        """
+        start = time.perf_counter()
+        self.bundle = open_bundle(folder)
+        opened = time.perf_counter()
+        self.recording = Recording()
+        self.pipeline = Pipeline(
+            endless(self.bundle), RecordingBackend(backend, self.recording, capture=capture)
+        )
+        self.open_ms = 1e3 * (opened - start)
+        self.graphs_ms = 1e3 * (time.perf_counter() - opened)
+
+    def answer(self, question: Question) -> Answer:
+        """Ask, and return the timed answer.
+
+        Raises:
+            TrioEdgeError: As ``Pipeline.generate``.
+        """
+        self.recording.take()
+        ids = _StampedIds()
+        start = time.perf_counter()
+        generation = self.pipeline.generate(
+            question.picture, question.prompt, max_new_tokens=question.new_tokens
+        )
+        generation.token_ids = ids
+        for _ in generation:
+            pass
+        end = time.perf_counter()
+        if len(ids) != question.new_tokens:
+            raise BackendError(
+                f"{self.bundle.folder}: expected {question.new_tokens} tokens, got {len(ids)}; report this as a bug"
+            )
+        return Answer(
+            start=start,
+            end=end,
+            token_moments=ids.moments,
+            token_ids=list(ids),
+            statistics=generation.statistics,
+            stamps=self.recording.take(),
+        )
+
+    def close(self) -> None:
+        """Release the graphs."""
+        self.pipeline.close()
+
+
+def endless(bundle: Bundle) -> Bundle:
+    """Return ``bundle`` without tokens that end an answer, so that every run does the same work."""
+    text = msgspec.structs.replace(bundle.manifest.text, stop_token_ids=())
+    return Bundle(folder=bundle.folder, manifest=msgspec.structs.replace(bundle.manifest, text=text))

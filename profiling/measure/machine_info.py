@@ -1,0 +1,112 @@
+"""What a measurement depends on besides the bundle: the machine, its power mode, versions of what runs there."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from trio_edge.profiling.report.profile import Device
+from trio_edge.runtime.engine_host import find_host
+
+NVPMODEL = "nvpmodel"
+_COMMAND_SECONDS = 5.0
+_PACKAGES = (
+    "trio-edge", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "tokenizers", "pillow",
+)  # fmt: skip
+_MODULE_NAME = Path("/proc/device-tree/model")
+_CPUINFO = Path("/proc/cpuinfo")
+_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+
+
+def find_device() -> Device:
+    """Return the machine that this process runs on."""
+    host = find_host()
+    gpu = host.gpu
+    return Device(
+        name=_module_name() or _processor_name() or host.machine,
+        machine=host.machine,
+        system=f"{host.system} {platform.release()}",
+        cores=len(os.sched_getaffinity(0)) if host.system == "Linux" else os.cpu_count() or 1,
+        memory_bytes=_memory_bytes(),
+        gpu=None if gpu is None else gpu.name,
+        gpu_compute_capability=None if gpu is None else gpu.compute_capability,
+        gpu_memory_bytes=None if gpu is None else gpu.memory_bytes,
+        gpu_driver=None if gpu is None else gpu.driver,
+    )
+
+
+def find_versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages that decide how fast a bundle runs."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def find_power_mode(command: str = NVPMODEL) -> str | None:
+    """Return the power mode of a Jetson in words; None elsewhere."""
+    if shutil.which(command) is None:
+        return None
+    try:
+        result = subprocess.run(
+            [command, "-q"], capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return parse_power_mode(result.stdout)
+
+
+def parse_power_mode(text: str) -> str | None:
+    """Return the mode that ``nvpmodel -q`` printed, for instance "MAXN (0)"."""
+    found = re.search(r"NV Power Mode:[ \t]*(\S.*?)[ \t]*$(?:\s+(\d+))?", text, re.MULTILINE)
+    if found is None:
+        return None
+    return found[1] if found[2] is None else f"{found[1]} ({found[2]})"
+
+
+def find_governor() -> str | None:
+    """Return how the kernel chooses the CPU's clock; None where it does not say."""
+    return _first_line(_GOVERNOR)
+
+
+def load_average() -> float | None:
+    """Return the mean number of running processes in the last minute; None where the system does not say."""
+    try:
+        return os.getloadavg()[0]
+    except (OSError, AttributeError):
+        return None
+
+
+def _module_name() -> str | None:
+    name = _first_line(_MODULE_NAME)
+    return None if name is None else name.rstrip("\0")
+
+
+def _processor_name() -> str | None:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", _CPUINFO.read_text(), re.MULTILINE)
+    except OSError:
+        return platform.processor() or None
+    return found[1].strip() if found else None
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _first_line(file: Path) -> str | None:
+    try:
+        return file.read_text().splitlines()[0].strip()
+    except (OSError, IndexError):
+        return None

@@ -1,0 +1,1 @@
+"""Sensors: memory, power, clocks and temperature while a bundle runs."""

@@ -1,0 +1,101 @@
+"""The interface of a sensor, and which of them this machine has.
+
+A reading is a quantity's name with its value. Names are ``<quantity>.<where>``:
+
+    power_w.gpu  power_w.module  power_w.VDD_SOC       watts at this moment
+    energy_j.gpu  energy_j.package-0                   joules since some moment in the past
+    temperature_c.gpu  clock_mhz.cpu  load_percent.gpu  memory_mb.gpu
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Protocol
+
+from trio_edge.profiling.measure.sensors.cpu import CpuClock, Rapl, ThermalZones
+from trio_edge.profiling.measure.sensors.tegrastats import TEGRASTATS, Tegrastats
+from trio_edge.runtime.engine_host import find_gpu, is_jetson
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+POWER, ENERGY = "power_w", "energy_j"
+
+
+class Sensor(Protocol):
+    """Something that can be read while the machine works."""
+
+    @property
+    def name(self) -> str:
+        """For the report."""
+
+    def read(self) -> dict[str, float]:
+        """Return what it shows now; empty if nothing."""
+
+    def close(self) -> None:
+        """Release what it holds."""
+
+
+class SensorMissing(Exception):  # noqa: N818 - no error: the report says it in one line, and the rest works
+    """This machine has no such sensor; the text says why."""
+
+
+def open_sensors() -> tuple[list[Sensor], list[str]]:
+    """Return the sensors of this machine, and one line for each that it lacks."""
+    sensors: list[Sensor] = []
+    missing: list[str] = []
+    for make in _makers():
+        try:
+            sensors.append(make())
+        except SensorMissing as reason:
+            missing.append(str(reason))
+    return sensors, missing
+
+
+def _makers() -> list[Callable[[], Sensor]]:
+    if is_jetson():
+        return [_tegrastats]
+    return [_gpu, _cpu_clock, _rapl, _thermal_zones]
+
+
+def _tegrastats() -> Sensor:
+    try:
+        return Tegrastats()
+    except OSError as error:
+        raise SensorMissing(
+            f"power, clocks and temperatures: {TEGRASTATS} does not start ({error.strerror})"
+        ) from None
+
+
+def _gpu() -> Sensor:
+    if find_gpu() is None:
+        raise SensorMissing("GPU power, clocks and memory: this machine has no NVIDIA GPU")
+    if find_spec("pynvml") is None:
+        raise SensorMissing(
+            'GPU power, clocks and memory: nvidia-ml-py is missing; pip install "trio-edge[profile]"'
+        )
+    from trio_edge.profiling.measure.sensors.nvml import Nvml, NvmlUnavailable
+
+    try:
+        return Nvml()
+    except NvmlUnavailable as error:
+        raise SensorMissing(f"GPU power, clocks and memory: {error}") from None
+
+
+def _cpu_clock() -> Sensor:
+    return _working(CpuClock(), "CPU clock: the system shows none")
+
+
+def _rapl() -> Sensor:
+    return _working(Rapl(), "CPU energy: no readable counter in /sys/class/powercap (it may need root)")
+
+
+def _thermal_zones() -> Sensor:
+    return _working(ThermalZones(), "CPU temperature: no readable zone in /sys/class/thermal")
+
+
+def _working(sensor: Sensor, missing: str) -> Sensor:
+    if sensor.read():
+        return sensor
+    sensor.close()
+    raise SensorMissing(missing)

@@ -1,0 +1,146 @@
+"""Reads sensors beside the measurement, and turns what they showed into ranges and joules."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import TYPE_CHECKING, NamedTuple, final
+
+import msgspec
+import numpy as np
+
+from trio_edge.profiling.measure.sensors.interface import ENERGY, POWER
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from trio_edge.profiling.measure.sensors.interface import Sensor
+
+INTERVAL_SECONDS = 0.2
+_SLACK = 1.0
+"""Seconds of the runs, at either end, that need no reading."""
+
+
+class Sample(NamedTuple):
+    """All sensors at one moment."""
+
+    seconds: float
+    """Of ``time.perf_counter``."""
+    readings: dict[str, float]
+
+
+class SensorRange(msgspec.Struct, frozen=True, kw_only=True):
+    """What one quantity showed during the runs."""
+
+    least: float
+    mean: float
+    most: float
+
+
+@final
+class SamplingThread:
+    """Samples all sensors until its block ends, then closes them; ``samples`` can be read at any time.
+
+    A sensor that fails ends neither the measurement nor the others: it is read no more, and ``lost`` says why.
+    """
+
+    def __init__(self, sensors: Sequence[Sensor], *, interval_seconds: float = INTERVAL_SECONDS) -> None:
+        self.samples: list[Sample] = []
+        self.lost: list[str] = []
+        """One line for each sensor that failed, or that never showed anything; complete when the block has ended."""
+        self._working = list(sensors)
+        self._silent = list(sensors)
+        self._sensors = sensors
+        self._interval = interval_seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sensors", daemon=True)
+
+    def __enter__(self) -> SamplingThread:
+        if self._sensors:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._sensors:
+            self._thread.join()
+            self._sample()
+        self.lost += [f"{sensor.name}: gave no reading" for sensor in self._silent if sensor in self._working]
+        for sensor in self._sensors:
+            with contextlib.suppress(Exception):  # all is measured, and nothing more is asked of it
+                sensor.close()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._sample()
+            self._stop.wait(self._interval)
+
+    def _sample(self) -> None:
+        readings: dict[str, float] = {}
+        for sensor in tuple(self._working):
+            try:
+                found = sensor.read()
+            except Exception as error:
+                self._working.remove(sensor)
+                self.lost.append(f"{sensor.name}: failed after {len(self.samples)} readings ({error})")
+                continue
+            if found and sensor in self._silent:
+                self._silent.remove(sensor)
+            readings |= found
+        self.samples.append(Sample(time.perf_counter(), readings))
+
+
+def sensor_ranges(samples: Sequence[Sample], *, start: float, end: float) -> dict[str, SensorRange]:
+    """Return the range of every quantity between two moments; counters have none."""
+    values: dict[str, list[float]] = {}
+    for sample in samples:
+        if start <= sample.seconds <= end:
+            for name, value in sample.readings.items():
+                if not name.startswith(ENERGY):
+                    values.setdefault(name, []).append(value)
+    return {
+        name: SensorRange(least=min(found), mean=sum(found) / len(found), most=max(found))
+        for name, found in sorted(values.items())
+    }
+
+
+def joules(samples: Sequence[Sample], windows: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Return the energy of all ``windows`` together, by where it was measured.
+
+    A counter is interpolated between its readings; without one, power is integrated. What was not read from the first window to
+    the last, as its sensor failed, is left out.
+
+    Args:
+        samples: In order of time.
+        windows: Start and end of each, in ``time.perf_counter`` seconds.
+    """
+    names = sorted({name for sample in samples for name in sample.readings})
+    counted = {name.partition(".")[2] for name in names if name.startswith(f"{ENERGY}.")}
+    result = {}
+    for name in names:
+        quantity, _, where = name.partition(".")
+        if quantity == ENERGY or (quantity == POWER and where not in counted):
+            times, total = _running_total(samples, name, integrate=quantity == POWER)
+            if len(times) > 1 and times[0] - _SLACK <= windows[0][0] and windows[-1][1] <= times[-1] + _SLACK:
+                ends = np.interp(np.asarray(windows, np.float64), times, total)
+                result[where] = float((ends[:, 1] - ends[:, 0]).sum())
+    return result
+
+
+def _running_total(
+    samples: Sequence[Sample], name: str, *, integrate: bool
+) -> tuple[list[float], list[float]]:
+    points = [(one.seconds, one.readings[name]) for one in samples if name in one.readings]
+    if not integrate:
+        return [time for time, _ in points], [value for _, value in points]
+    total, sums = 0.0, []
+    for index, (moment, watts) in enumerate(points):
+        if index:
+            before, watts_before = points[index - 1]
+            total += (moment - before) * (watts + watts_before) / 2
+        sums.append(total)
+    return [time for time, _ in points], sums

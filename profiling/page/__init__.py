@@ -1,0 +1,1 @@
+"""The profile as one HTML page with plots."""

@@ -1,0 +1,54 @@
+"""A profile as one HTML page that needs nothing else: no script, no font, no network; the layout is that of predictions too."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import msgspec
+
+from trio_edge.profiling.page.plots import plots_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trio_edge.profiling.page.drawing import Plot
+    from trio_edge.profiling.report.profile import Report
+
+_PACKAGE = "trio_edge.profiling"
+
+
+def page_html(report: Report) -> bytes:
+    """Return the page of ``report``: summary, plots, tables, and every value of its JSON."""
+    return render(
+        "page/page.html.j2", report=report, plots=plots_of(report), values=msgspec.to_builtins(report)
+    )
+
+
+def render(template: str, *, plots: Sequence[Plot], values: Any, **more: Any) -> bytes:
+    """Return the page that ``template`` makes.
+
+    Args:
+        template: Path below ``profiling``.
+        plots: Its figures.
+        values: All of its JSON, which the page ends with.
+        **more: What else the template reads.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_source),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters["number"] = _number
+    return environment.get_template(template).render(plots=plots, values=values, **more).encode()
+
+
+def _source(name: str) -> str:
+    return files(_PACKAGE).joinpath(name).read_text(encoding="utf-8")
+
+
+def _number(value: Any) -> str:
+    """Return a number as the JSON writes it."""
+    return msgspec.json.encode(value).decode()

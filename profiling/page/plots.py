@@ -1,0 +1,131 @@
+"""The figures of a profile's page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trio_edge.profiling.page.charts import HEIGHT, OUTSIDE, Bar, Curve, Point, curves, frame, stacked
+from trio_edge.profiling.page.drawing import Axis, Dot, Line, Plot, colour, draw_axes, logarithmic
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trio_edge.profiling.measure.distribution import Distribution
+    from trio_edge.profiling.report.profile import BundleProfile, Ceilings, Phase, Report
+
+_MEGABYTE = 1e6
+_MEDIAN = "Median and its 95 % interval (of fewer than six runs, all of them)"
+
+
+def plots_of(report: Report) -> list[Plot]:
+    """Return all figures that the report has values for."""
+    bundles = report.bundles
+    plots = [_stacked_time(bundles, "prefill", "Time to the first token by graph")]
+    if any(graph.phase == "decode" for bundle in bundles for graph in bundle.graphs):
+        plots.append(_stacked_time(bundles, "decode", "Time of a later token by graph"))
+    if any(bundle.decode for bundle in bundles):
+        plots.append(_decode(bundles))
+    plots += [_first_token(bundles), _memory(bundles)]
+    if report.ceilings is not None:
+        plots.append(_roofline(bundles, report.ceilings))
+    return plots
+
+
+def _stacked_time(bundles: Sequence[BundleProfile], phase: Phase, title: str) -> Plot:
+    """Return one bar per bundle: medians of its graphs, and what is left of the whole."""
+    bars = []
+    for bundle in bundles:
+        parts = [(graph.name, graph.call_ms.p50) for graph in bundle.graphs if graph.phase == phase]
+        host = bundle.host_first_ms.p50 if phase == "prefill" else bundle.host_token_ms
+        bars.append(Bar(bundle.label, [*parts, (OUTSIDE, max(0.0, host or 0.0))]))
+    return stacked(bars, title=title, unit="ms", note="Medians in milliseconds.")
+
+
+def _memory(bundles: Sequence[BundleProfile]) -> Plot:
+    bars = []
+    for bundle in bundles:
+        memory = bundle.memory
+        parts = {
+            "weights": memory.weights,
+            "KV caches": memory.kv_allocated,
+            "buffers": memory.buffers,
+            "workspace": memory.workspace,
+            "other": memory.other or 0,
+        }
+        bars.append(Bar(bundle.label, [(name, count / _MEGABYTE) for name, count in parts.items()]))
+    note = "What memory is for, in MB. Other: the rest of the process at its peak."
+    return stacked(bars, title="Memory", unit="MB", note=note)
+
+
+def _first_token(bundles: Sequence[BundleProfile]) -> Plot:
+    """Return time to the first token against visual tokens, for each bundle at each size of picture."""
+    series = []
+    for bundle in bundles:
+        points = [_point(size.visual_tokens, size.ttft_ms) for size in bundle.sizes]
+        if all(point.at != bundle.visual_tokens for point in points):
+            points.append(_point(bundle.visual_tokens, bundle.ttft_ms))
+        name = f"{bundle.label}, {bundle.processed_tokens:.0f} on average"
+        series.append(Curve(name, sorted(points)))
+    return curves(
+        series,
+        title="Time to the first token against visual tokens",
+        note=f"{_MEDIAN}, at each size of picture that has shapes of its own.",
+        x_label="visual tokens of the picture",
+    )
+
+
+def _decode(bundles: Sequence[BundleProfile]) -> Plot:
+    """Return the time of a token against the rows before it, for each bundle."""
+    return curves(
+        [
+            Curve(
+                f"{bundle.label}: {bundle.decode_fit.words}" if bundle.decode_fit else bundle.label,
+                [_point(step.context, step.ms) for step in bundle.decode],
+            )
+            for bundle in bundles
+        ],
+        title="Time of a token over context length",
+        note=f"{_MEDIAN}; visual tokens are not reduced in the context, but are in the rows of the fits.",
+        x_label="rows of context",
+    )
+
+
+def _point(at: int, time: Distribution) -> Point:
+    low, high = time.range
+    return Point(at, low, time.p50, high)
+
+
+def _roofline(bundles: Sequence[BundleProfile], ceilings: Ceilings) -> Plot:
+    left, right, bottom, top = frame()
+    graphs = [
+        (index, bundle.label, graph, graph.intensity, graph.flops_per_s)
+        for index, bundle in enumerate(bundles)
+        for graph in bundle.graphs
+        if graph.intensity and graph.flops_per_s
+    ]
+    ridge = ceilings.flops_per_s / ceilings.bytes_per_s
+    x = logarithmic([ridge, *(intensity for *_, intensity, _ in graphs)], start=left, end=right)
+    y = logarithmic([ceilings.flops_per_s, *(rate for *_, rate in graphs)], start=bottom, end=top)
+    plot = Plot(
+        title="Roofline",
+        note="FLOP/s against FLOPs per byte; the line is what the machine reached on the spot. Filled: prefill.",
+        height=HEIGHT,
+    )
+    draw_axes(plot, x, y, x_label="FLOPs per byte", y_label="FLOP/s")
+    plot.lines.append(Line(points=_roof(x, y, ceilings), style="roof"))
+    for index, label, graph, intensity, rate in graphs:
+        style = colour(index) + (" hollow" if graph.phase == "decode" else "")
+        tip = f"{label}: {graph.name}, {graph.phase}: {graph.verdict}"
+        plot.dots.append(Dot(x=x.place(intensity), y=y.place(rate), style=style, tip=tip))
+    plot.legend = [(colour(index), bundle.label) for index, bundle in enumerate(bundles)]
+    return plot
+
+
+def _roof(x: Axis, y: Axis, ceilings: Ceilings) -> str:
+    """Return the line of bandwidth up to the line of arithmetic, as far as it is in the picture."""
+    start = max(x.low, y.low / ceilings.bytes_per_s)
+    ridge = ceilings.flops_per_s / ceilings.bytes_per_s
+    points = [
+        (start, start * ceilings.bytes_per_s), (ridge, ceilings.flops_per_s), (x.high, ceilings.flops_per_s)
+    ]  # fmt: skip
+    return " ".join(f"{x.place(intensity)},{y.place(rate)}" for intensity, rate in points)

@@ -1,0 +1,181 @@
+"""``trio-profile --predict``: the options, and what they print; ``runtime.cli_profile`` attaches them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from trio_edge.profiling.predict.answer import PRECISIONS
+from trio_edge.profiling.predict.plan import plan_for
+from trio_edge.profiling.predict.printing import (
+    print_prediction,
+    print_sweep,
+    print_wish,
+    summary_of,
+    wish_summary,
+)
+from trio_edge.profiling.predict.sweep import choose, parse_size, parse_sweep, parse_wish, sweep, unmet_text
+from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.errors import TargetError
+from trio_edge.runtime.wide_console import wide_console
+from trio_edge.trio.cost.devices import TARGETS, find_target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from trio_edge.profiling.predict.answer import Precision, Prediction
+    from trio_edge.profiling.predict.plan import Plan
+    from trio_edge.profiling.predict.sweep import Choice, Wish
+    from trio_edge.trio.cost.devices import Target
+
+_WISHED_AXES = "keep,image-size,dtype"
+_OPTIONS = (
+    click.option(
+        "--predict",
+        metavar="DEVICE",
+        help="Predict the times on a device that is not at hand, measure nothing; names with commas, or all.",
+    ),
+    click.option("--model", metavar="NAME", help="With --predict: a released model instead of a bundle."),
+    click.option("--keep", metavar="PERCENT", help="With --predict: another average keep than the bundle's."),
+    click.option(
+        "--image-size", metavar="WxH", help="With --predict: another picture than the bundle's largest."
+    ),
+    click.option("--dtype", type=click.Choice(PRECISIONS), help="With --predict: of the decoder's weights."),
+    click.option(
+        "--text", type=click.IntRange(1), default=40, show_default=True, help="With --predict: text tokens."
+    ),
+    click.option(
+        "--sweep",
+        metavar="AXES",
+        help="With --predict: every combination of keep, image-size, dtype, as keep=33.3%/11.1%,dtype.",
+    ),
+    click.option(
+        "--want",
+        metavar="METRIC=NUMBER",
+        help="With --predict: what is needed for answers-per-second, tokens-per-second or ttft-ms.",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictOptions:
+    """What the options say."""
+
+    predict: str | None
+    model: str | None
+    keep: str | None
+    image_size: str | None
+    dtype: Precision | None
+    text: int
+    sweep: str | None
+    want: str | None
+
+
+_SHARED = ("bundle", "new_tokens", "json_file", "html_file")
+"""Parameters of the command that measuring and predicting both have."""
+
+
+def check_given(*, predicting: bool) -> None:
+    """Raise TargetError if the running command was given an option that goes with the other half only."""
+    context = click.get_current_context()
+    mine = {field.name for field in dataclasses.fields(PredictOptions)}
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in _SHARED or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        if (name in mine) != predicting:
+            text = (
+                "--predict DEVICE beside it, got none; add it" if name in mine else "no --predict beside it"
+            )
+            raise TargetError(f"{parameter.opts[0]}: expected {text}, or leave {parameter.opts[0]} away")
+
+
+def predict_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` with the options of ``PredictOptions``, which it receives by their names."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What was predicted."""
+
+    values: dict[str, Any]
+    """As JSON types."""
+    found: list[tuple[Plan, Prediction]]
+    is_sweep: bool
+    wish: Wish | None
+    choices: list[Choice]
+    """What the wish comes to on each device."""
+
+    @property
+    def unmet(self) -> str | None:
+        """The error's text if there was a wish that no device meets."""
+        if self.wish is None or any(choice.met for choice in self.choices):
+            return None
+        return unmet_text(self.wish, self.choices)
+
+
+def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int) -> Outcome:
+    """Return what ``options`` ask for.
+
+    Args:
+        options: With ``predict``.
+        bundle: Folder of a bundle, unless a model is named.
+        num_new: Tokens of each answer.
+
+    Raises:
+        TargetError: If a name, a sweep or a wish cannot be read.
+        TrioEdgeError: If the bundle cannot be read, or cannot be shaped as wished.
+    """
+    if (bundle is None) == (options.model is None):
+        got = "none" if bundle is None else "both"
+        raise TargetError(f"--predict: expected a BUNDLE or --model NAME, got {got}; give one of them")
+    targets = _targets(options.predict or "")
+    plan = plan_for(
+        manifest=None if bundle is None else open_bundle(bundle).manifest,
+        model=options.model,
+        keep=options.keep,
+        picture=None if options.image_size is None else parse_size(options.image_size),
+        precision=options.dtype,
+        num_text=options.text,
+        num_new=num_new,
+    )
+    wish = None if options.want is None else parse_wish(options.want)
+    axes = _WISHED_AXES if options.sweep is None and wish is not None else options.sweep
+    found = sweep(plan, {} if axes is None else parse_sweep(axes), targets)
+    values: dict[str, Any] = {"prediction": True, "found": [summary_of(*entry) for entry in found]}
+    choices: list[Choice] = []
+    if wish is not None:
+        choices = [
+            choose([entry for entry in found if entry[1].target == target], wish) for target in targets
+        ]
+        values["wish"] = wish_summary(wish, choices)
+        values["chosen"] = [summary_of(choice.plan, choice.prediction) for choice in choices if choice.met]
+    return Outcome(values=values, found=found, is_sweep=axes is not None, wish=wish, choices=choices)
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """Print it to standard output."""
+    console = wide_console()
+    if outcome.is_sweep:
+        print_sweep(console, outcome.found)
+    else:
+        for plan, prediction in outcome.found:
+            print_prediction(console, plan, prediction)
+    if outcome.wish is not None:
+        for choice in outcome.choices:
+            print_wish(console, outcome.wish, choice)
+
+
+def _targets(text: str) -> list[Target]:
+    if text.strip() == "all":
+        return list(TARGETS.values())
+    named = [find_target(name.strip(), option="--predict") for name in text.split(",")]
+    return list({target.name: target for target in named}.values())

@@ -1,0 +1,107 @@
+"""Predictions as one HTML page, in the layout of a profile's; it says that nothing was measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trio_edge.profiling.page.charts import Bar, Curve, Point, curves, stacked
+from trio_edge.profiling.page.page import render
+from trio_edge.profiling.predict.efficiency import fitted_for
+from trio_edge.profiling.predict.printing import GIB, NOTE, device_note, milliseconds, text_of
+from trio_edge.profiling.predict.sweep import metric_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trio_edge.profiling.page.drawing import Plot
+    from trio_edge.profiling.predict.answer import Prediction
+    from trio_edge.profiling.predict.plan import Plan
+
+MOST_DRAWN = 8
+"""Settings in the figures and with a table of their graphs; the summary has all."""
+
+
+def prediction_page(found: Sequence[tuple[Plan, Prediction]], values: dict[str, Any]) -> bytes:
+    """Return the page of all predictions.
+
+    Args:
+        found: At least one.
+        values: What their JSON says, with the wish if there was one.
+    """
+    targets = {prediction.target.name: prediction.target for _, prediction in found}
+    drawn, setting = found[:MOST_DRAWN], found[0][1].setting
+    plots = [_first_token(drawn), _memory(drawn), _tokens(drawn)]
+    if len(found) > len(drawn):
+        for plot in plots:
+            plot.note += f" The first {len(drawn)} of {len(found)} settings."
+    return render(
+        "predict/page.html.j2",
+        plots=plots,
+        values=values,
+        model=setting.model.name,
+        devices=list(targets),
+        note=NOTE,
+        asked=f"{text_of(setting)}, {setting.num_new} new tokens",
+        notes=[device_note(target) for target in targets.values()],
+        wish=values.get("wish"),
+        num_drawn=len(drawn),
+        rows=[_row(plan, prediction) for plan, prediction in found],
+    )
+
+
+def _row(plan: Plan, prediction: Prediction) -> dict[str, Any]:
+    base, per_row = prediction.token_line
+    memory = prediction.memory
+    return {
+        "device": prediction.target.name,
+        "setting": plan.described(),
+        "visual tokens": " > ".join(map(str, prediction.setting.visual_rows)),
+        "first token ms": milliseconds(prediction.seconds("prefill")),
+        "token ms": f"{1e3 * prediction.seconds('decode'):.1f}",
+        "at 0 rows": f"{1e3 * base:.1f}",
+        "per 1000 rows": f"{1e6 * per_row:.2g}",
+        "answers/s": f"{metric_of(prediction, 'answers-per-second'):.2f}",
+        "GiB": f"{memory.total / GIB:.2g}" + ("" if memory.fits else ", too much"),
+        "error, 9 in 10": f"{fitted_for(prediction.target).new_runtime.nine_in_ten:.0%}",
+    }
+
+
+def _labels(found: Sequence[tuple[Plan, Prediction]]) -> list[str]:
+    """Return what tells the settings apart: devices only where there are several."""
+    several = len({prediction.target.name for _, prediction in found}) > 1
+    return [
+        f"{prediction.target.name}, {plan.described()}" if several else plan.described()
+        for plan, prediction in found
+    ]
+
+
+def _first_token(found: Sequence[tuple[Plan, Prediction]]) -> Plot:
+    bars = []
+    for label, (_, prediction) in zip(_labels(found), found):
+        times = [(one.run, one.time) for one in prediction.runs if one.run.phase == "prefill"]
+        bars.append(Bar(label, [(run.name, 1e3 * time.seconds) for run, time in times]))
+    note = "Predicted, without the host's work on picture and text."
+    return stacked(bars, title="Time to the first token by graph", unit="ms", note=note)
+
+
+def _memory(found: Sequence[tuple[Plan, Prediction]]) -> Plot:
+    bars = []
+    for label, (_, prediction) in zip(_labels(found), found):
+        memory = prediction.memory
+        parts = {"weights": memory.weights, "KV caches": memory.kv_caches, "activations": memory.activations}
+        text = label if memory.fits else f"{label} (does not fit {memory.usable / GIB:.1f})"
+        bars.append(Bar(text, [(name, count / GIB) for name, count in parts.items()]))
+    return stacked(bars, title="Memory", unit="GiB", note="What must be in memory at once.")
+
+
+def _tokens(found: Sequence[tuple[Plan, Prediction]]) -> Plot:
+    series = []
+    for label, (_, prediction) in zip(_labels(found), found):
+        times = [(point.context, 1e3 * point.seconds) for point in prediction.contexts]
+        series.append(Curve(label, [Point(at, ms, ms, ms) for at, ms in times]))
+    return curves(
+        series,
+        title="Time of a token over context length",
+        note="Of bundles whose KV caches end there; visual tokens are not reduced in the context.",
+        x_label="rows of context",
+    )

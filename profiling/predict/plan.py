@@ -1,0 +1,291 @@
+"""What a prediction is asked for: a bundle or a released model, how much is kept, the picture, the precision.
+
+A bundle's own schedule and shapes are taken unless another keep, picture or precision is wished, which is then predicted
+"as if exported so": a wished picture has shapes of its own. A released model has the exporter's usual text buckets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trio_edge.profiling.predict.answer import Precision, Setting
+from trio_edge.runtime.clip_text import CLIP_TEXT, num_clip_texts
+from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.text_buckets import MAX_TEXT, MOST_TOKENS, bucket_of, text_buckets
+from trio_edge.trio.cost.memory import Texts, TokenSelection, scratch_before
+from trio_edge.trio.cost.models import find_model, model_of
+from trio_edge.trio.cost.work import (
+    clip_text_flops,
+    fixed_sizes,
+    input_widths,
+    read_again,
+    reduce_flops,
+    stage_flops,
+    vision_flops,
+)
+
+if TYPE_CHECKING:
+    from trio_edge.runtime.manifest import Manifest, TokenMethod
+    from trio_edge.trio.cost.models import Model
+    from trio_edge.trio.cost.work import WeightKind
+
+KEEP_ALL = "100%"
+WITHOUT_STAGES = "all"
+"""A keep that leaves all tokens which enter the decoder in it."""
+_SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions")
+"""Of a bundle's schedule, which another keep leaves as they are."""
+USUAL_PICTURE = (672, 672)
+"""Width and height of a picture for a released model, where none is wished."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One combination of what can be wished."""
+
+    model: Model
+    manifest: Manifest | None
+    """Of the bundle; None for a released model by name."""
+    keep: str | None
+    """Average keep as ``11.1%``; None for the bundle's own schedule."""
+    picture: tuple[int, int] | None
+    """Width and height; None for the bundle's largest shapes."""
+    precision: Precision
+    num_text: int
+    num_new: int
+
+    @property
+    def kept_share(self) -> float:
+        """The wished average keep as a fraction; 1 where none is wished.
+
+        Raises:
+            ScheduleError: If it is no number in (0, 1].
+        """
+        from trio_edge.trio.budgets import parse_keep
+
+        return 1.0 if self.keep in (None, WITHOUT_STAGES) else parse_keep(self.keep)
+
+    def described(self) -> str:
+        """Return the wishes in words."""
+        keep = "the bundle's schedule" if self.keep is None else f"keep {self.keep}"
+        picture = "its largest picture" if self.picture is None else "{}x{}".format(*self.picture)
+        return f"{keep}, {picture}, {self.precision}"
+
+    def setting(self) -> Setting:
+        """Return the sizes that follow.
+
+        Raises:
+            ScheduleError: If the model cannot keep so little, or the picture has fewer tokens than the bundle keeps.
+            ImageError: If the picture cannot be processed.
+        """
+        sizes = self._sizes()
+        entering = None if self.manifest is None else self.manifest.token_keep
+        self._check_entering(sizes["N"], entering)
+        schedule = self._schedule(sizes["N"], entering)
+        schedule.check_fits(num_layers=self.model.decoder.num_layers, max_visual=entering or sizes["N"])
+        setting = Setting(
+            model=self.model,
+            schedule=schedule,
+            sizes=sizes,
+            num_text=self.num_text,
+            text_bucket=bucket_of(self.num_text, self._text_buckets()),
+            num_new=self.num_new,
+            precision=self.precision,
+            entering=entering,
+        )
+        if self.manifest is None:
+            return setting
+        return dataclasses.replace(setting, **_from_manifest(self.manifest, setting))
+
+    def _text_buckets(self) -> tuple[int, ...]:
+        return text_buckets(MAX_TEXT) if self.manifest is None else self.manifest.text_buckets
+
+    def _check_entering(self, num_visual: int, token_keep: int | None) -> None:
+        if token_keep is not None and self.picture is not None and num_visual <= token_keep:
+            raise ScheduleError(
+                f"--image-size: expected a picture of more than {token_keep} visual tokens, which the bundle keeps before the"
+                f" decoder, got {num_visual}; choose a larger one"
+            )
+
+    def _sizes(self) -> dict[str, int]:
+        if self.picture is not None or self.manifest is None:
+            return self.model.pictures.sizes(*(self.picture or USUAL_PICTURE))
+        graph = self.manifest.graph("vision")
+        return {**fixed_sizes(graph), **graph.profiles[-1].sizes}
+
+    def _schedule(self, num_visual: int, token_keep: int | None) -> Schedule:
+        if self.keep is None:
+            return Schedule() if self.manifest is None else self.manifest.schedule
+        # Arithmetic without torch, and the exporter's own: a prediction must not choose other stages than it would.
+        from trio_edge.trio.budgets import check_combined_keep, combined_schedule, parse_keep
+
+        own = Schedule() if self.manifest is None else self.manifest.schedule
+        settings = {name: getattr(own, name) for name in _SETTINGS}
+        if self.keep == WITHOUT_STAGES:
+            return Schedule(**settings)
+        sizes = {
+            "picture_tokens": self._picture_tokens(num_visual),
+            "entering": num_visual if token_keep is None else min(token_keep, num_visual),
+        }
+        check_combined_keep(self.keep, **sizes)
+        return combined_schedule(
+            own.method,
+            parse_keep(self.keep),
+            num_layers=self.model.decoder.num_layers,
+            **sizes,
+            **settings,
+        )
+
+    def _picture_tokens(self, num_visual: int) -> int:
+        """Return the visual tokens of the picture before the encoder removes any, which a keep is a share of."""
+        whole = None if self.manifest is None else self.manifest.cost.picture_tokens
+        if self.manifest is None or whole is None:
+            return num_visual
+        return round(num_visual * whole / self.manifest.cost.num_visual)
+
+
+def plan_for(
+    *,
+    manifest: Manifest | None = None,
+    model: str | None = None,
+    keep: str | None = None,
+    picture: tuple[int, int] | None = None,
+    precision: Precision | None = None,
+    num_text: int = 40,
+    num_new: int = 16,
+) -> Plan:
+    """Return the plan for a bundle's manifest or a model's name.
+
+    Args:
+        manifest: Of a bundle.
+        model: Alias of a released model, where there is no bundle.
+        keep: As ``11.1%``; the bundle's own schedule, or everything for a model, by default.
+        picture: Width and height.
+        precision: The bundle's own, or float16, by default.
+        num_text: Text tokens of the prompt, at most ``MOST_TOKENS``.
+        num_new: Tokens of the answer, at most as many.
+
+    Raises:
+        TargetError: If no model is called so.
+        ScheduleError: If a number of tokens is out of range.
+    """
+    for name, value in (("--text", num_text), ("--new-tokens", num_new)):
+        if not 1 <= value <= MOST_TOKENS:
+            raise ScheduleError(
+                f"{name}: expected 1..{MOST_TOKENS} tokens, got {value}; choose a number in this range"
+            )
+    if manifest is None:
+        known, keep, picture = find_model(model or ""), keep or KEEP_ALL, picture or USUAL_PICTURE
+    else:
+        known = model_of(manifest)
+    return Plan(
+        model=known,
+        manifest=manifest,
+        keep=keep,
+        picture=picture,
+        precision=precision or _precision_of(manifest),
+        num_text=num_text,
+        num_new=num_new,
+    )
+
+
+def _precision_of(manifest: Manifest | None) -> Precision:
+    """Return the precision of the first layers; float32, which no device here is rated for, counts as float16."""
+    formats = _formats(manifest)
+    return formats.get("prefix") or formats.get("segments") or "float16"
+
+
+def _formats(manifest: Manifest | None) -> dict[str, Precision]:
+    """Return the formats of the quantized parts."""
+    if manifest is None or manifest.quantization is None:
+        return {}
+    return dict(manifest.quantization.formats)
+
+
+def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
+    """Return formats, room, and what is counted apart."""
+    num_visual, formats = setting.sizes["N"], _formats(manifest)
+    one_size = len(manifest.visual_sizes) == 1
+    more: dict[str, Any] = {
+        "one_size": one_size,
+        "head_precision": formats.get("head", "float16"),
+        "vision_precision": formats.get("vision", "float16"),
+        "inputs": _rounded_inputs(manifest, setting),
+        "cache_precision": "float16" if manifest.kv_dtype == "float32" else manifest.kv_dtype,
+        "other_weight_bytes": _other_weight_bytes(manifest),
+        "largest_text": manifest.text_buckets[-1],
+        "most_new": manifest.max_new_tokens,
+    }
+    if manifest.vision is None:
+        more["vision_flops"] = vision_flops(manifest, num_visual=num_visual)
+    if manifest.token_method is not None and manifest.token_keep is not None:
+        more |= _before_decoder(manifest, setting, manifest.token_method, manifest.token_keep)
+    if setting.schedule.method != "trio":
+        rows = setting.visual_rows
+        more["select_flops"] = tuple(
+            stage_flops(
+                manifest.dimensions,
+                setting.schedule,
+                stage=stage,
+                num_visual=rows[stage],
+                num_text=setting.text_bucket,
+                prompt_visual=rows[0],
+                one_size=stage > 0 or one_size,
+            )
+            for stage in range(len(setting.schedule.stages))
+        )
+    return more
+
+
+def _before_decoder(
+    manifest: Manifest, setting: Setting, method: TokenMethod, num_keep: int
+) -> dict[str, Any]:
+    """Return what the graphs between vision and decoder compute, and their scratch memory."""
+    graph, num_visual, num_text = manifest.graph("reduce"), setting.sizes["N"], setting.text_bucket
+    widths, texts, more = input_widths(graph), None, dict[str, Any]()
+    if manifest.clip_text is not None:
+        length = manifest.clip_text.length
+        counts = sorted(profile.sizes["M"] for profile in manifest.graph(CLIP_TEXT).profiles)
+        count = bucket_of(num_clip_texts(setting.num_text, length=length), counts)
+        texts = Texts(max(count, counts[-1]), length, widths["clip_texts"])
+        more = {
+            "clip_text_flops": clip_text_flops(manifest, num_texts=count),
+            "clip_text_rows": count * length,
+        }
+        num_text = count * (length - 2)
+    more["reduce_flops"] = reduce_flops(
+        graph, method, num_visual=num_visual, num_keep=num_keep, num_text=num_text
+    )
+    more["reduce_read_again"] = read_again(method, num_visual=num_visual, num_keep=num_keep)
+    width = widths["features" if method == "scope" else "visual_tokens"]
+    more["scratch_before"] = scratch_before(
+        TokenSelection(method, num_keep, width), texts, num_visual=num_visual, element_bytes=2
+    )
+    return more
+
+
+def _rounded_inputs(manifest: Manifest, setting: Setting) -> frozenset[WeightKind]:
+    """Return the weights whose inputs are rounded too, as far as ``setting`` leaves them their format."""
+    if manifest.quantization is None:
+        return frozenset()
+    quantization = manifest.quantization
+    kinds: dict[WeightKind, bool] = {
+        "vision": "vision" in quantization.inputs,
+        "head": "head" in quantization.inputs,
+        "layer": any(
+            part in quantization.inputs and quantization.formats.get(part) == setting.precision
+            for part in ("prefix", "segments", "suffix")
+        ),
+    }
+    return frozenset(kind for kind, rounded in kinds.items() if rounded)
+
+
+def _other_weight_bytes(manifest: Manifest) -> int:
+    """Return the weights of graphs that ``Model`` does not describe, in half precision."""
+    described = {"prefix", "segment", "suffix", "select", "head"}
+    if manifest.vision is not None:
+        described.add("vision")
+    stored = sum(graph.weight_bytes for graph in manifest.graphs if graph.role not in described)
+    return stored // 2 if manifest.dtype == "float32" else stored

@@ -1,0 +1,207 @@
+"""Predictions as tables for people and as JSON types for programs; both say that nothing was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from trio_edge.profiling.predict.efficiency import fitted_for
+from trio_edge.profiling.predict.sweep import metric_of, nearest_text
+from trio_edge.runtime.wide_console import print_table, whole_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from trio_edge.profiling.predict.answer import Prediction, Setting
+    from trio_edge.profiling.predict.plan import Plan
+    from trio_edge.profiling.predict.sweep import Choice, Wish
+    from trio_edge.trio.cost.devices import Target
+
+MIB, GIB = 1 << 20, 1 << 30
+NOTE = "PREDICTED, nothing was measured: counted work, the device's rates and efficiencies of tuned runtimes"
+
+
+def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
+    """Return a prediction as JSON types; milliseconds, bytes, and errors as fractions."""
+    setting, fitted, memory = prediction.setting, fitted_for(prediction.target), prediction.memory
+    base, per_row = prediction.token_line
+    return {
+        "device": prediction.target.name,
+        "model": setting.model.name,
+        "keep": plan.keep,
+        "picture": None if plan.picture is None else list(plan.picture),
+        "precision": setting.precision,
+        "visual_tokens": list(setting.visual_rows),
+        "stages": [{"layer": stage.layer, "keep": stage.keep} for stage in setting.schedule.stages],
+        "text_tokens": setting.num_text,
+        "text_rows": setting.text_bucket,
+        "new_tokens": setting.num_new,
+        "ttft_ms": 1e3 * prediction.seconds("prefill"),
+        "ttft_ms_unfused_attention": 1e3 * (prediction.seconds("prefill") + prediction.unfused_seconds),
+        "ms_per_token": 1e3 * prediction.seconds("decode"),
+        "answer_ms": 1e3 * prediction.answer_seconds,
+        "decode": [
+            {"context": point.context, "cached_rows": point.cached_rows, "ms": 1e3 * point.seconds}
+            for point in prediction.contexts
+        ],
+        "decode_fit": {"base_ms": 1e3 * base, "ms_per_1000_rows": 1e6 * per_row},
+        "memory": {
+            "weights": memory.weights,
+            "kv_caches": memory.kv_caches,
+            "activations": memory.activations,
+            "usable": memory.usable,
+            "fits": memory.fits,
+        },
+        "error": {
+            "num_figures": fitted.num_figures,
+            "new_model": dataclasses.asdict(fitted.new_model),
+            "new_runtime": dataclasses.asdict(fitted.new_runtime),
+            "device_validated": prediction.target.name in fitted.devices,
+        },
+        "graphs": [
+            {
+                "name": timed.run.name,
+                "phase": timed.run.phase,
+                "flops": timed.run.work.flops,
+                "milliseconds": 1e3 * timed.time.seconds,
+                "bound": timed.time.bound,
+            }
+            for timed in prediction.runs
+        ],
+    }
+
+
+def wish_summary(wish: Wish, choices: Sequence[Choice]) -> dict[str, Any]:
+    """Return what a wish came to on each device, as JSON types: the setting that meets it, or the nearest to it."""
+    return {
+        "metric": wish.metric,
+        "value": wish.value,
+        "met": any(choice.met for choice in choices),
+        "answers": [
+            {
+                "device": choice.prediction.target.name,
+                "met": choice.met,
+                "value": metric_of(choice.prediction, wish.metric),
+                "times_too_slow": max(1.0, wish.shortfall(choice.prediction)),
+                "of_settings": choice.num_settings,
+                "fits": choice.prediction.memory.fits,
+                "keep": choice.plan.keep,
+                "picture": None if choice.plan.picture is None else list(choice.plan.picture),
+                "precision": choice.plan.precision,
+                "text": wish_text(wish, choice),
+            }
+            for choice in choices
+        ],
+    }
+
+
+def wish_text(wish: Wish, choice: Choice) -> str:
+    """Return the setting that meets a wish, or that none does and which is the nearest, in words."""
+    if choice.met:
+        return f"{choice.plan.described()} ({metric_of(choice.prediction, wish.metric):.3g})"
+    return f"no setting; {nearest_text(wish, choice)}"
+
+
+def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> None:
+    """Print the time of every graph, and what they come to."""
+    setting, target = prediction.setting, prediction.target
+    base, per_row = prediction.token_line
+    table = whole_table(
+        "graph", "phase", "GFLOP", "ms", "bound by", title=escape(f"{setting.model.name} on {target.name}")
+    )
+    for timed in prediction.runs:
+        run, time = timed.run, timed.time
+        table.add_row(
+            run.name, run.phase, f"{run.work.flops / 1e9:.1f}", f"{1e3 * time.seconds:.2f}", time.bound
+        )
+    console.print(table)
+    lines = {
+        "setting": f"{plan.described()}: {' > '.join(map(str, setting.visual_rows))} visual tokens,"
+        f" {text_of(setting)}, {setting.num_new} new",
+        "first token": f"{milliseconds(prediction.seconds('prefill'))} ms, up to"
+        f" {milliseconds(prediction.seconds('prefill') + prediction.unfused_seconds)} ms if attention is not one kernel",
+        "next tokens": f"{1e3 * prediction.seconds('decode'):.1f} ms each,"
+        f" {metric_of(prediction, 'tokens-per-second'):.1f} a second: {1e3 * base:.1f} ms and {1e6 * per_row:.2g} ms per 1000"
+        f" rows of the KV caches ({prediction.contexts[-1].cached_rows:.0f} here)",
+        "answer": f"{milliseconds(prediction.answer_seconds)} ms,"
+        f" {metric_of(prediction, 'answers-per-second'):.2f} a second, without the host's work",
+        "memory": _memory(prediction),
+    }
+    for name, text in lines.items():
+        console.print(f"[bold]{name:12}[/] {text}", highlight=False, soft_wrap=True)
+    _print_note(console, [prediction])
+
+
+def milliseconds(seconds: float) -> str:
+    """Return a time in milliseconds with at least two digits."""
+    return f"{1e3 * seconds:.0f}" if seconds >= 0.01 else f"{1e3 * seconds:.2g}"
+
+
+def text_of(setting: Setting) -> str:
+    """Return the prompt's text in words: ``40 text in 64 rows``."""
+    return f"{setting.num_text} text in {setting.text_bucket} rows"
+
+
+def print_sweep(console: Console, found: Sequence[tuple[Plan, Prediction]]) -> None:
+    """Print one line for every combination."""
+    setting = found[0][1].setting
+    rows = [
+        (
+            prediction.target.name,
+            plan.described(),
+            " > ".join(map(str, prediction.setting.visual_rows)),
+            milliseconds(prediction.seconds("prefill")),
+            f"{1e3 * prediction.seconds('decode'):.1f}",
+            f"{metric_of(prediction, 'answers-per-second'):.2f}",
+            _size(prediction.memory.total) + ("" if prediction.memory.fits else ", too much"),
+        )
+        for plan, prediction in found
+    ]
+    headers = (
+        "device", "setting", "visual tokens", "first token ms", "ms / token", "answers / s", "memory",
+    )  # fmt: skip
+    title = escape(f"{setting.model.name}: {text_of(setting)}, {setting.num_new} new tokens")
+    print_table(console, headers, rows, title=title, less=("visual tokens",))
+    _print_note(console, [prediction for _, prediction in found])
+
+
+def print_wish(console: Console, wish: Wish, choice: Choice) -> None:
+    """Print what a wish came to on one device."""
+    console.print(
+        f"[bold]{wish.metric} {wish.value:g}[/] on {choice.prediction.target.name}: {wish_text(wish, choice)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _memory(prediction: Prediction) -> str:
+    memory = prediction.memory
+    verdict = "fits" if memory.fits else "does NOT fit"
+    return (
+        f"{_size(memory.total)} ({_size(memory.weights)} weights, {_size(memory.kv_caches)} KV caches,"
+        f" {_size(memory.activations)} activations) of {_size(memory.usable)}: {verdict}"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.3g} MiB"
+
+
+def _print_note(console: Console, predictions: Sequence[Prediction]) -> None:
+    """Print the note and, once for each device, its own."""
+    console.print(f"[bold]{NOTE}.[/]", highlight=False, soft_wrap=True)
+    for target in {prediction.target.name: prediction.target for prediction in predictions}.values():
+        console.print(device_note(target), highlight=False, soft_wrap=True)
+
+
+def device_note(target: Target) -> str:
+    """Return the error of predictions for a device, and its rates that nobody verified."""
+    text = f"{target.name}: {fitted_for(target).sentence(target.name)}"
+    doubtful = [name for name in ("bandwidth_bytes_per_s", "fp16_flops") if not target.is_verified(name)]
+    if doubtful:
+        text += "; not verified in the vendor's own output: " + ", ".join(doubtful)
+    return f"{text}."

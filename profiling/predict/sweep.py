@@ -1,0 +1,224 @@
+"""Many predictions: every combination of wished values, and which of them reach a wished speed.
+
+A sweep is written ``keep,image-size,dtype``, with values of one's own behind a sign: ``keep=33.3%/11.1%``. A wish is
+written ``answers-per-second=10``. Settings that lose least come first: more tokens kept, a larger picture, finer weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trio_edge.profiling.predict.answer import PRECISIONS, Prediction, predict
+from trio_edge.runtime.errors import ScheduleError, TargetError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from trio_edge.profiling.predict.plan import Plan
+    from trio_edge.trio.cost.devices import Target
+
+AXES: dict[str, tuple[str, ...]] = {
+    "keep": ("100%", "33.3%", "22.2%", "11.1%"),
+    "image-size": ("1008x1008", "672x672", "336x336"),
+    "dtype": PRECISIONS,
+}
+"""What can be swept, and the values where none are given."""
+METRICS = {"answers-per-second": False, "tokens-per-second": False, "ttft-ms": True}
+"""What can be wished, and whether less is better."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wish:
+    """A speed that is wanted."""
+
+    metric: str
+    value: float
+
+    def met_by(self, prediction: Prediction) -> bool:
+        """Return whether ``prediction`` is as fast, and fits the device."""
+        return prediction.memory.fits and self.shortfall(prediction) <= 1.0
+
+    def shortfall(self, prediction: Prediction) -> float:
+        """Return how many times too slow ``prediction`` is; at most 1 if it is fast enough."""
+        got = metric_of(prediction, self.metric)
+        return got / self.value if METRICS[self.metric] else self.value / got
+
+
+def metric_of(prediction: Prediction, metric: str) -> float:
+    """Return one of ``METRICS``."""
+    if metric == "ttft-ms":
+        return 1e3 * prediction.seconds("prefill")
+    if metric == "tokens-per-second":
+        return 1.0 / prediction.seconds("decode")
+    return 1.0 / prediction.answer_seconds
+
+
+def parse_wish(text: str) -> Wish:
+    """Return the wish written in ``text``.
+
+    Raises:
+        TargetError: If it is not of the form METRIC=NUMBER.
+    """
+    metric, _, number = text.partition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if metric not in METRICS or not 0 < value < math.inf:
+        raise TargetError(
+            f"--want: expected METRIC=NUMBER with one of {', '.join(METRICS)}, got {text!r};"
+            " write it as answers-per-second=10"
+        )
+    return Wish(metric=metric, value=value)
+
+
+def parse_sweep(text: str) -> dict[str, tuple[str, ...]]:
+    """Return the values of each axis that ``text`` names.
+
+    Raises:
+        TargetError: If an axis is unknown, twice there, or has a value that cannot be read.
+    """
+    axes: dict[str, tuple[str, ...]] = {}
+    for part in text.split(","):
+        name, sign, values = part.strip().partition("=")
+        if name not in AXES or name in axes:
+            raise TargetError(
+                f"--sweep: expected each of {', '.join(AXES)} at most once, got {part.strip()!r} in {text!r};"
+                " write it as keep,image-size,dtype or keep=33.3%/11.1%"
+            )
+        axes[name] = tuple(values.split("/")) if sign else AXES[name]
+        for value in axes[name]:
+            changed(name, value)
+    return axes
+
+
+def changed(axis: str, value: str) -> dict[str, Any]:
+    """Return the fields of a plan that ``value`` of ``axis`` sets.
+
+    Raises:
+        TargetError: If the value cannot be read.
+    """
+    if axis == "keep":
+        return {"keep": value}
+    if axis == "image-size":
+        return {"picture": parse_size(value)}
+    if value not in PRECISIONS:
+        raise TargetError(
+            f"dtype: expected one of {', '.join(PRECISIONS)}, got {value!r}; choose one of these"
+        )
+    return {"precision": value}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return width and height written as ``672x672``.
+
+    Raises:
+        TargetError: If the text is not of that form.
+    """
+    match = re.fullmatch("([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+    if match is None:
+        raise TargetError(f"image-size: expected WIDTHxHEIGHT in pixels, got {text!r}; write it as 672x672")
+    return int(match[1]), int(match[2])
+
+
+def sweep(
+    plan: Plan, axes: dict[str, tuple[str, ...]], targets: Sequence[Target]
+) -> list[tuple[Plan, Prediction]]:
+    """Return a prediction for every combination, for all targets; what is impossible and equal shapes are left out.
+
+    On each target those that lose least come first, in whatever order they were wished.
+
+    Raises:
+        ScheduleError: If no combination is possible, as the model cannot keep so little.
+        TargetError: If none is possible on one of the targets, which has not the formats.
+    """
+    return [entry for target in targets for entry in _on_target(plan, axes, target)]
+
+
+def _on_target(plan: Plan, axes: dict[str, tuple[str, ...]], target: Target) -> list[tuple[Plan, Prediction]]:
+    found: list[tuple[Plan, Prediction]] = []
+    refused: ScheduleError | TargetError | None = None
+    seen = set()
+    for one in sorted(_plans(plan, axes), key=_lost):
+        try:
+            setting = one.setting()
+            shape = (tuple(setting.sizes.items()), setting.schedule, setting.precision)
+            if shape not in seen:
+                found.append((one, predict(setting, target)))
+                seen.add(shape)
+        except (ScheduleError, TargetError) as error:
+            refused = error
+    if not found and refused is not None:
+        raise refused
+    return found
+
+
+def _plans(plan: Plan, axes: dict[str, tuple[str, ...]]) -> Iterator[Plan]:
+    for values in itertools.product(*axes.values()):
+        fields: dict[str, Any] = {}
+        for axis, value in zip(axes, values):
+            fields |= changed(axis, value)
+        yield dataclasses.replace(plan, **fields)
+
+
+def _lost(plan: Plan) -> tuple[float, int, int]:
+    """Return what sorts plans: those that keep more come first, then larger pictures, then finer weights."""
+    width, height = plan.picture or (0, 0)
+    return -plan.kept_share, -width * height, PRECISIONS.index(plan.precision)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What a wish comes to on one device."""
+
+    plan: Plan
+    prediction: Prediction
+    met: bool
+    """Whether this meets the wish; else it is the nearest to it."""
+    num_settings: int
+    """That it was chosen from."""
+
+
+def choose(found: Sequence[tuple[Plan, Prediction]], wish: Wish) -> Choice:
+    """Return the first combination that meets ``wish``: the one that loses least; the nearest one if none does.
+
+    Args:
+        found: On one device; at least one.
+        wish: The speed that is wanted.
+    """
+    for plan, prediction in found:
+        if wish.met_by(prediction):
+            return Choice(plan=plan, prediction=prediction, met=True, num_settings=len(found))
+    fitting = [entry for entry in found if entry[1].memory.fits] or list(found)
+    plan, prediction = min(fitting, key=lambda entry: wish.shortfall(entry[1]))
+    return Choice(plan=plan, prediction=prediction, met=False, num_settings=len(found))
+
+
+def unmet_text(wish: Wish, choices: Sequence[Choice]) -> str:
+    """Return the message for a wish that no device meets, with the nearest setting of the nearest device."""
+    nearest = min(choices, key=lambda choice: wish.shortfall(choice.prediction))
+    side = "at most" if METRICS[wish.metric] else "at least"
+    return (
+        f"--want: expected a setting with {wish.metric} of {side} {wish.value:g} on"
+        f" {', '.join(choice.prediction.target.name for choice in choices)}, got {nearest_text(wish, nearest)}"
+        f"{f' on {nearest.prediction.target.name}' if len(choices) > 1 else ''};"
+        " sweep more values, ask for fewer --new-tokens, or choose another device"
+    )
+
+
+def nearest_text(wish: Wish, choice: Choice) -> str:
+    """Return the nearest setting in words, and what it lacks."""
+    prediction = choice.prediction
+    lacks = [] if prediction.memory.fits else ["does not fit the memory"]
+    shortfall = wish.shortfall(prediction)
+    if shortfall > 1:
+        lacks.append(f"{shortfall:.2g} times too slow")
+    return (
+        f"{metric_of(prediction, wish.metric):.3g} as the nearest of {choice.num_settings}"
+        f" ({choice.plan.described()}: {' and '.join(lacks)})"
+    )

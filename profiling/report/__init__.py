@@ -1,0 +1,1 @@
+"""Results of a profile: numbers, advice, tables and a trace."""

@@ -1,0 +1,88 @@
+"""A measurement as a Chrome trace: one process per bundle, answers above the graphs they ran, sensors as counters.
+
+chrome://tracing and ui.perfetto.dev open the file. Format: "Trace Event Format", events X (complete), C (counter), M (names).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from trio_edge.profiling.measure.answers import Answer
+    from trio_edge.profiling.measure.measuring import Measurement
+
+_ANSWERS, _GRAPHS = 1, 2
+_SENSOR_PROCESS = 0
+
+
+def trace_json(measurement: Measurement, labels: Sequence[str]) -> bytes:
+    """Return the trace of all timed answers.
+
+    Args:
+        measurement: What was seen.
+        labels: Of its bundles.
+    """
+    origin = min(one.answers[0].start for one in measurement.measured)
+    last = max(one.answers[-1].end for one in measurement.measured)
+    events: list[dict[str, Any]] = [_name("process_name", _SENSOR_PROCESS, 0, "sensors")]
+    for sample in measurement.samples:
+        if origin <= sample.seconds <= last:
+            for name, value in sample.readings.items():
+                events.append(
+                    {
+                        "ph": "C",
+                        "name": name,
+                        "pid": _SENSOR_PROCESS,
+                        "ts": _nanoseconds(sample.seconds - origin) / 1e3,
+                        "args": {"value": value},
+                    }
+                )
+    for index, (measured, label) in enumerate(zip(measurement.measured, labels)):
+        process = index + 1
+        events += [
+            _name("process_name", process, 0, label),
+            _name("thread_name", process, _ANSWERS, "answers"),
+            _name("thread_name", process, _GRAPHS, "graphs"),
+        ]
+        for number, answer in enumerate(measured.answers):
+            events += _answer_events(answer, number, process=process, origin=origin)
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode()
+
+
+def _answer_events(answer: Answer, number: int, *, process: int, origin: float) -> Iterator[dict[str, Any]]:
+    moments = [answer.start, *answer.token_moments]
+    for index, (start, end) in enumerate(zip(moments, moments[1:])):
+        name = "first token" if index == 0 else "token"
+        token = {"answer": number, "token": index, "id": answer.token_ids[index]}
+        yield _complete(name, process, _ANSWERS, start - origin, end - origin, token)
+    for call in answer.calls:
+        start = answer.first_launch - origin + call.start_ms / 1e3
+        launch = {"answer": number, "profile": call.profile}
+        yield _complete(call.graph, process, _GRAPHS, start, start + call.milliseconds / 1e3, launch)
+
+
+def _complete(
+    name: str, process: int, thread: int, start: float, end: float, args: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a slice in whole nanoseconds at both ends: slices that touch must not overlap, or Perfetto drops them."""
+    begin = _nanoseconds(start)
+    return {
+        "ph": "X",
+        "name": name,
+        "pid": process,
+        "tid": thread,
+        "ts": begin / 1e3,
+        "dur": (_nanoseconds(end) - begin) / 1e3,
+        "args": args,
+    }
+
+
+def _name(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": {"name": name}}
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(1e9 * seconds)
