@@ -28,7 +28,7 @@ from tiny_accuracy import (
 
 from trio_edge.calibration.comparison import RunInfo, RunReport, compare
 from trio_edge.calibration.report_table import per_cent
-from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.bundle.reader import open_bundle
 
 if TYPE_CHECKING:
     from trio_edge.calibration.answering import Outcome

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from trio_edge.runtime.errors import TrioEdgeError
+from trio_edge.runtime.bundle.errors import TrioEdgeError
 
 
 def positive(text: str) -> int:

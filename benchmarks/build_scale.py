@@ -27,9 +27,9 @@ from arguments import errors_in_one_line
 from released_shapes import add_options, checkpoint_of
 from watched_command import gigabytes, memory_of
 
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.engine_build import BuildOptions, BuildPlan, BuildProgress, build_engines, plan_build
-from trio_edge.runtime.engines import ENGINES_FOLDER, EngineEntry
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.engines.build import BuildOptions, BuildPlan, BuildProgress, build_engines, plan_build
+from trio_edge.runtime.engines.files import ENGINES_FOLDER, EngineEntry
 
 SAMPLE_SECONDS = 0.05
 

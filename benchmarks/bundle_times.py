@@ -21,11 +21,11 @@ import numpy as np
 import onnxruntime
 from layer_graphs import median_seconds, single_thread_session
 
-from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.trio.cost.work import fixed_sizes, graph_work
 
 if TYPE_CHECKING:
-    from trio_edge.runtime.manifest import GraphSpec, Manifest, Profile
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile
 
 COUNTS = {"num_visual": "N", "length": "S"}
 

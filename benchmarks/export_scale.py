@@ -23,8 +23,8 @@ import numpy as np
 from released_shapes import add_options, checkpoint_of
 from watched_command import Peaks, Step, folder_bytes, forget, gigabytes, machine, step_table, watch
 
-from trio_edge.runtime.bundle import Bundle, open_bundle
-from trio_edge.runtime.manifest import MANIFEST_NAME
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
+from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -106,8 +106,8 @@ def _run_graph(bundle: Path, graph: str, mapped: bool, threads: int, writer: Any
 def _usual_session(
     bundle: Bundle, name: str, profile: str, threads: int
 ) -> Callable[[dict[str, Any]], Iterable[Any]]:
-    from trio_edge.runtime.backend import make_backend
-    from trio_edge.runtime.graph_run import GraphRun
+    from trio_edge.runtime.backends.graph_run import GraphRun
+    from trio_edge.runtime.backends.registry import make_backend
 
     graphs = make_backend("onnxruntime", threads=threads).load(bundle, [name])
     return lambda inputs: GraphRun(graphs, name, profile=profile).run(inputs).values()

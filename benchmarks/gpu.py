@@ -54,9 +54,9 @@ from gpu_parts.subjects import (
 from gpu_parts.tables import Row, count_tables, measured_table, parity_table
 
 from trio_edge.export.checkpoints.checkpoint import TINY_FOLDER, read_checkpoint
-from trio_edge.runtime.backend import BACKENDS
-from trio_edge.runtime.errors import TrioEdgeError
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.backends.registry import BACKENDS
+from trio_edge.runtime.bundle.errors import TrioEdgeError
+from trio_edge.runtime.bundle.schedule import Schedule
 
 EXIT_USER_ERROR = 2
 _MAX_SHAPES = 64

@@ -17,9 +17,9 @@ from gpu_parts.tables import markdown, percent
 
 from trio_edge.export.check.fit import INT4_SHARE, Fit, FitInputs, Picture, estimate
 from trio_edge.export.quantize.plan import parse_plan
-from trio_edge.runtime.engine_memory import estimate_memory
-from trio_edge.runtime.manifest import GraphSpec, Profile
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
+from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.runtime.engines.estimate import estimate_memory
 from trio_edge.trio.cost.devices import TARGETS
 from trio_edge.trio.cost.flops import layer_weights
 

@@ -26,8 +26,8 @@ from tests.cuda_on_host import CudaOnHost, Error, pretend_gpu, write_engines
 from tests.engine_bundles import HOST
 from trio_edge.profiling.measure.answers import endless
 from trio_edge.profiling.page.pictures import PROMPT, picture_sizes, random_picture
-from trio_edge.runtime.backend import make_backend
-from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.pipeline import Pipeline
 
 FIRST_STEPS = 3

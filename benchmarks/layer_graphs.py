@@ -22,7 +22,7 @@ from trio_edge.export.graphs.decoder_range import DecoderRange
 from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
 from trio_edge.profiling.predict.speed import Rates
-from trio_edge.runtime.manifest import Dimensions
+from trio_edge.runtime.bundle.manifest import Dimensions
 from trio_edge.trio.nms import FeatureNms
 from trio_edge.trio.saliency import ProxySaliency
 from trio_edge.trio.selectors.stages.trio import Trio

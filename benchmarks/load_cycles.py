@@ -12,9 +12,9 @@ from pathlib import Path
 
 from arguments import errors_in_one_line, positive
 
-from trio_edge.runtime.backend import make_backend
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.device_cuda import CudaDevice, cuda_problem, load_cuda
+from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.devices.cuda import CudaDevice, cuda_problem, load_cuda
 from trio_edge.runtime.pipeline import Pipeline
 
 

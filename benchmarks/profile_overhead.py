@@ -24,16 +24,16 @@ from trio_edge.profiling.measure.sensors.interface import open_sensors
 from trio_edge.profiling.measure.sensors.sampling_thread import INTERVAL_SECONDS, SamplingThread
 from trio_edge.profiling.page.pictures import PROMPT, picture_sizes, random_picture
 from trio_edge.profiling.report.table import with_interval
-from trio_edge.runtime.backend import make_backend
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.device import LoadedGraphs
-from trio_edge.runtime.device_host import HostDevice
+from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.devices.host import HostDevice
+from trio_edge.runtime.devices.interface import LoadedGraphs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from trio_edge.profiling.measure.sensors.interface import Sensor
-    from trio_edge.runtime.device import Launch
+    from trio_edge.runtime.devices.interface import Launch
 
 WARM_UP, REPEATS = 5, 20
 BEYOND_CACHES = 4 << 20

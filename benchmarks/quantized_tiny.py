@@ -29,14 +29,14 @@ from trio_edge.calibration.schedules.torch_model import load_model
 from trio_edge.export.bundle import ExportOptions, ScheduleInputs, export_bundle
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
-from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.schedule import Schedule
 from trio_edge.trio.budgets import parse_keep, schedule_for_keep
 
 if TYPE_CHECKING:
     from trio_edge.calibration.questions import Question
-    from trio_edge.runtime.manifest import FloatType
+    from trio_edge.runtime.bundle.manifest import FloatType
 
 
 @dataclass(frozen=True)

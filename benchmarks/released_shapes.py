@@ -20,7 +20,7 @@ import torch
 import transformers as hf
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
-from trio_edge.runtime.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE
+from trio_edge.runtime.prompts.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

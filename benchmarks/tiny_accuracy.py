@@ -28,9 +28,9 @@ from trio_edge.calibration.report_table import per_cent
 from trio_edge.calibration.runs import Run, Settings, answer_runs, keys_of, plan_runs
 from trio_edge.calibration.shapes import held_out
 from trio_edge.export.bundle import ExportOptions, ScheduleInputs, export_bundle
-from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.schedule import Schedule, Stage
 from trio_edge.trio.budgets import integer_keeps, schedule_for_keep
 
 if TYPE_CHECKING:

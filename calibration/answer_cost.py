@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trio_edge.runtime.clip_text import num_clip_texts
+from trio_edge.runtime.prompts.clip_text import num_clip_texts
 from trio_edge.trio.cost.flops import ModelShape, decoder_layer_flops, head_flops, reduction_cost
 from trio_edge.trio.cost.work import clip_text_flops, reduce_flops
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.runtime.manifest import Manifest
+    from trio_edge.runtime.bundle.manifest import Manifest
 
 
 def tokens_per_layer(manifest: Manifest, *, num_visual: int, kept: Sequence[int]) -> list[int]:

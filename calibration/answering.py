@@ -11,15 +11,15 @@ from trio_edge.calibration.answer_cost import prefill_flops, processed_tokens
 from trio_edge.calibration.baselines import baseline
 from trio_edge.calibration.first_token import FirstToken, first_token_kl, summary_of
 from trio_edge.calibration.metrics import METRICS
-from trio_edge.runtime.errors import ImageError, ShapeError
+from trio_edge.runtime.bundle.errors import ImageError, ShapeError
+from trio_edge.runtime.images.llava import TilePictures
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.vision_inputs import TilePictures
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from trio_edge.calibration.questions import Question
-    from trio_edge.runtime.vision_inputs import PictureProcessing
+    from trio_edge.runtime.images.interface import PictureProcessing
 
 OWN_SELECTION = "bundle"
 DEFAULT_ANSWER_TOKENS = 16

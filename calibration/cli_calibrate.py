@@ -11,10 +11,10 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from trio_edge.runtime.command_line import run
-from trio_edge.runtime.errors import CheckpointError, DataError
-from trio_edge.runtime.folder_beside import check_place, folder_beside
-from trio_edge.runtime.interruption import ctrl_c_held, interruptible
+from trio_edge.runtime.bundle.errors import CheckpointError, DataError
+from trio_edge.runtime.cli.console import run
+from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
+from trio_edge.runtime.files import check_place, folder_beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

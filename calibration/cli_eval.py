@@ -33,10 +33,10 @@ from trio_edge.calibration.questions import (
 from trio_edge.calibration.ray_workers import check_ray
 from trio_edge.calibration.report_table import print_report
 from trio_edge.calibration.runs import Answers, Settings, answer_runs, keys_of, plan_runs
-from trio_edge.runtime.backend import BACKENDS_HELP
-from trio_edge.runtime.command_line import EXIT_USER_ERROR, run
-from trio_edge.runtime.errors import DataError
-from trio_edge.runtime.output_files import check_outputs, write_output
+from trio_edge.runtime.backends.registry import BACKENDS_HELP
+from trio_edge.runtime.bundle.errors import DataError
+from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run
+from trio_edge.runtime.files import check_outputs, write_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

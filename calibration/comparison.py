@@ -18,7 +18,7 @@ from trio_edge.calibration.metrics import exact_normal, yes_no_counts
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from trio_edge.runtime.manifest import Manifest
+    from trio_edge.runtime.bundle.manifest import Manifest
 
 SCHEMA_VERSION = 1
 

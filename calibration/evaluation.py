@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from trio_edge.calibration.answering import OWN_SELECTION, Answerer, Asking, Outcome, Task
 from trio_edge.calibration.intervals import wilson_interval
 from trio_edge.calibration.questions import questions_of
-from trio_edge.runtime.errors import DataError
+from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from trio_edge.calibration.answer_cost import processed_tokens
-from trio_edge.runtime.errors import DataError, ShapeError
+from trio_edge.runtime.bundle.errors import DataError, ShapeError
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:

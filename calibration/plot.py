@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.calibration.report_table import flops_unit
-from trio_edge.runtime.errors import DataError
+from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from PIL import Image
 
 from trio_edge.calibration.shapes import held_out
-from trio_edge.runtime.errors import DataError
+from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.calibration.answering import Answerer, Asking, Failure, Outcome, Task
-from trio_edge.runtime.errors import BackendError, TrioEdgeError
+from trio_edge.runtime.bundle.errors import BackendError, TrioEdgeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -30,10 +30,10 @@ from trio_edge.calibration.work_folder import (
     still_valid,
 )
 from trio_edge.calibration.workers import answer_here, answer_in_processes
-from trio_edge.runtime.backend import make_backend
-from trio_edge.runtime.bundle import Bundle, open_bundle
-from trio_edge.runtime.errors import DataError
-from trio_edge.runtime.manifest import MANIFEST_NAME
+from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.bundle.errors import DataError
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
+from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO, final
 import msgspec
 
 from trio_edge.calibration.answering import Outcome
-from trio_edge.runtime.errors import DataError
+from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

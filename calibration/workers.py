@@ -18,7 +18,7 @@ from multiprocessing import connection
 from typing import TYPE_CHECKING
 
 from trio_edge.calibration.answering import Answerer, Asking, Failure, Outcome, Task
-from trio_edge.runtime.errors import BackendError
+from trio_edge.runtime.bundle.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from trio_edge.runtime.cli_run import main as trio_run
+from trio_edge.runtime.cli.run import main as trio_run
 
 PICTURES = Path(__file__).parent / "pictures"
 

@@ -44,10 +44,9 @@ from trio_edge.export.quantize.plan import QuantizePlan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
 from trio_edge.export.token_selectors import CLIP_METHODS, full_grid, token_selector
-from trio_edge.runtime.bundle import sha256_of
-from trio_edge.runtime.errors import CheckpointError, ScheduleError
-from trio_edge.runtime.folder_beside import folder_beside as locked_folder_beside
-from trio_edge.runtime.manifest import (
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.graph_io import MAX_TEXT, MOST_TOKENS, text_buckets
+from trio_edge.runtime.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     Dimensions,
@@ -58,7 +57,8 @@ from trio_edge.runtime.manifest import (
     StoredTensor,
     json_from_manifest,
 )
-from trio_edge.runtime.text_buckets import MAX_TEXT, MOST_TOKENS, text_buckets
+from trio_edge.runtime.bundle.reader import sha256_of
+from trio_edge.runtime.files import folder_beside as locked_folder_beside
 from trio_edge.trio.budgets import MAX_TOPK
 from trio_edge.trio.cost.devices import find_target
 from trio_edge.trio.cost.memory import Texts
@@ -72,9 +72,9 @@ if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.families.base import Family, FamilyModel
     from trio_edge.export.graphs.tracing import TracedGraph
-    from trio_edge.runtime.manifest import FloatType, TokenMethod
-    from trio_edge.runtime.schedule import Positions, Schedule
-    from trio_edge.runtime.vision_inputs import PictureProcessing
+    from trio_edge.runtime.bundle.manifest import FloatType, TokenMethod
+    from trio_edge.runtime.bundle.schedule import Positions, Schedule
+    from trio_edge.runtime.images.interface import PictureProcessing
 
 _LARGEST_INLINE_BYTES = 1 << 20
 

@@ -11,18 +11,18 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from trio_edge.runtime.command_line import run
-from trio_edge.runtime.errors import CheckpointError
-from trio_edge.runtime.interruption import ctrl_c_held, interruptible
-from trio_edge.runtime.manifest import TokenMethod
-from trio_edge.runtime.schedule import Method
+from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.manifest import TokenMethod
+from trio_edge.runtime.bundle.schedule import Method
+from trio_edge.runtime.cli.console import run
+from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from trio_edge.export.bundle import ScheduleInputs
-    from trio_edge.runtime.manifest import Manifest
-    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 DEFAULT_KEEP = "11.1%"
 
@@ -217,7 +217,7 @@ def _schedule_rule(
     keep: str | None, stages: str | None, shared: dict[str, Any], *, method: Method
 ) -> Callable[[ScheduleInputs], Schedule]:
     """Return the function that makes the schedule once layers and visual tokens are known."""
-    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.runtime.bundle.schedule import Schedule
     from trio_edge.trio.budgets import (
         check_combined_keep,
         combined_schedule,

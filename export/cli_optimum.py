@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from trio_edge.export.cli import command as trio_export
-from trio_edge.runtime.command_line import run
+from trio_edge.runtime.cli.console import run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

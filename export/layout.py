@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trio_edge.runtime.manifest import Profile
+from trio_edge.runtime.bundle.manifest import Profile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from trio_edge.runtime.manifest import FloatType
-    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.runtime.bundle.manifest import FloatType
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 
 def vision_profiles(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trio_edge.runtime.manifest import Cost, Dimensions, VisionDimensions
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.manifest import Cost, Dimensions, VisionDimensions
+from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.flops import ModelShape, reduction_cost
 from trio_edge.trio.cost.work import reduce_flops
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from trio_edge.export.families.base import FamilyModel
-    from trio_edge.runtime.manifest import CacheType, GraphSpec, TokenMethod
+    from trio_edge.runtime.bundle.manifest import CacheType, GraphSpec, TokenMethod
 
 
 COST_TEXT_TOKENS = 40

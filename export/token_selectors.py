@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.runtime.vision_inputs import TilePictures
+from trio_edge.runtime.images.llava import TilePictures
 from trio_edge.trio.nms import FeatureNms
 from trio_edge.trio.saliency import ProxySaliency
 from trio_edge.trio.selectors.stages.trio import Trio
 
 if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
-    from trio_edge.runtime.manifest import TokenMethod
-    from trio_edge.runtime.schedule import Schedule
-    from trio_edge.runtime.vision_inputs import PictureProcessing
+    from trio_edge.runtime.bundle.manifest import TokenMethod
+    from trio_edge.runtime.bundle.schedule import Schedule
+    from trio_edge.runtime.images.interface import PictureProcessing
     from trio_edge.trio.selectors.interface import StageSelector, TokenSelector
 
 CLIP_METHODS: tuple[TokenMethod, ...] = ("cdpruner", "eadp")

@@ -1,7 +1,6 @@
 """The runtime: opens a bundle and answers questions about pictures. Needs no torch, transformers or onnx."""
 
-from trio_edge.runtime.bundle import Bundle, open_bundle
-from trio_edge.runtime.errors import (
+from trio_edge.runtime.bundle.errors import (
     BackendError,
     BundleError,
     CheckpointError,
@@ -11,9 +10,10 @@ from trio_edge.runtime.errors import (
     ShapeError,
     TrioEdgeError,
 )
-from trio_edge.runtime.manifest import Manifest
+from trio_edge.runtime.bundle.manifest import Manifest
+from trio_edge.runtime.bundle.reader import Bundle, open_bundle
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Generation, Pipeline, Statistics
-from trio_edge.runtime.schedule import Schedule, Stage
 
 __all__ = [
     "BackendError",

@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, final
 
 import numpy as np
 
+from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 from trio_edge.runtime.decoder_buffers import DecoderBuffers
-from trio_edge.runtime.device import DeviceTensor, PitchedRows, find_profile
-from trio_edge.runtime.device_timeline import Timeline
-from trio_edge.runtime.errors import BackendError, ShapeError
-from trio_edge.runtime.greedy_nms import greedy_nms
+from trio_edge.runtime.devices.interface import DeviceTensor, PitchedRows, Timeline, find_profile
 from trio_edge.runtime.sampling import TopTokens
 
 if TYPE_CHECKING:
@@ -26,11 +24,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.device import Launch, LoadedGraphs
-    from trio_edge.runtime.kv_cache import NewRows
-    from trio_edge.runtime.manifest import Manifest
-    from trio_edge.runtime.positions import PromptPositions
-
+    from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.decoder_buffers import NewRows
+    from trio_edge.runtime.devices.interface import Launch, LoadedGraphs
+    from trio_edge.runtime.prompts.positions import PromptPositions
 
 Choose: TypeAlias = "Callable[[int, NDArray[np.int32], int], NDArray[np.int32]]"
 """Given the stage, the tokens that enter it (original indices) and K, returns the kept ones as ascending indices
@@ -461,3 +458,42 @@ class Decoder:
 def _copied(top: TopTokens) -> TopTokens:
     """Return what the next step does not overwrite."""
     return TopTokens(ids=top.ids.copy(), logits=top.logits.copy())
+
+
+# Exact greedy feature-space NMS on the host, for the rare prompt whose chains outgrow the graph's rounds.
+
+
+def greedy_nms(
+    features: NDArray[Any], scores: NDArray[np.float32], *, num_keep: int, threshold: float
+) -> NDArray[np.int32]:
+    """Return the ``num_keep`` kept tokens in ascending order.
+
+    Tokens are taken by descending score (ties: lower index first); each suppresses the later ones whose cosine
+    similarity is at least ``threshold``; suppressed ones fill up, in the same order, if too few survive.
+
+    Args:
+        features: [N, D].
+        scores: [N].
+        num_keep: K <= N.
+        threshold: τ.
+
+    Source:
+        arXiv 2602.04657, the reference code's selection.
+    """
+    features = features.astype(np.float32)
+    norms = np.linalg.norm(features, axis=1, keepdims=True)
+    unit = features / np.maximum(norms, np.finfo(np.float32).tiny)
+    order = np.argsort(-scores, kind="stable")
+    suppressed = np.zeros(len(scores), dtype=bool)
+    survivors: list[int] = []
+    for token in order:
+        if len(survivors) == num_keep:
+            break
+        if suppressed[token]:
+            continue
+        survivors.append(int(token))
+        suppressed |= unit @ unit[token] >= threshold
+    if len(survivors) < num_keep:
+        taken = set(survivors)
+        survivors += [int(token) for token in order if int(token) not in taken][: num_keep - len(survivors)]
+    return np.sort(np.array(survivors, dtype=np.int32))

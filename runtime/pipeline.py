@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
-from trio_edge.runtime.backend import Backend, make_backend
-from trio_edge.runtime.bundle import Bundle, open_bundle
-from trio_edge.runtime.clip_text import ClipTexts
+from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.bundle.embedding import EmbeddingTable
+from trio_edge.runtime.bundle.errors import BackendError, ShapeError
+from trio_edge.runtime.bundle.graph_io import bucket_of
+from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.decoder import Choose, Decoder, Prompt
-from trio_edge.runtime.embedding import EmbeddingTable
-from trio_edge.runtime.errors import BackendError, ShapeError
-from trio_edge.runtime.image import open_picture
-from trio_edge.runtime.positions import PromptPositions, mrope_positions, plain_positions
-from trio_edge.runtime.question_ids import question_ids
+from trio_edge.runtime.images.interface import picture_processing
+from trio_edge.runtime.images.reading import open_picture
+from trio_edge.runtime.prompts.clip_text import ClipTexts
+from trio_edge.runtime.prompts.positions import PromptPositions, mrope_positions, plain_positions
+from trio_edge.runtime.prompts.question import question_ids
+from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, PromptIds, Tokenizer
 from trio_edge.runtime.sampling import Sampler, TopTokens, make_sampler
-from trio_edge.runtime.text import DetokenizeStream, PromptIds, Tokenizer
-from trio_edge.runtime.text_buckets import bucket_of
 from trio_edge.runtime.vision import Vision
-from trio_edge.runtime.vision_inputs import picture_processing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    from trio_edge.runtime.device import DeviceTensor
-    from trio_edge.runtime.manifest import Manifest, Profile
+    from trio_edge.runtime.backends.interface import Backend
+    from trio_edge.runtime.bundle.manifest import Manifest, Profile
+    from trio_edge.runtime.devices.interface import DeviceTensor
 
 
 @dataclass(slots=True)
@@ -173,7 +174,7 @@ class Pipeline:
 
         Args:
             path: Folder of the bundle.
-            backend: "auto" or a name from ``trio_edge.runtime.backend.BACKENDS``.
+            backend: "auto" or a name from ``trio_edge.runtime.backends.registry.BACKENDS``.
             threads: CPU threads; 0 lets the backend choose.
 
         Raises:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, final
 
 import numpy as np
 
-from trio_edge.runtime.errors import BackendError, ShapeError
+from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

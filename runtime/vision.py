@@ -12,19 +12,18 @@ from typing import TYPE_CHECKING, Any, Literal, final
 
 import numpy as np
 
-from trio_edge.runtime.device import DeviceTensor, find_profile, shape_at
-from trio_edge.runtime.device_block import Block
-from trio_edge.runtime.device_timeline import Timeline
-from trio_edge.runtime.errors import ShapeError
-from trio_edge.runtime.vision_inputs import KEPT_PATCHES, KEPT_TOKENS
+from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.runtime.devices.blocks import Block
+from trio_edge.runtime.devices.interface import DeviceTensor, Timeline, find_profile, shape_at
+from trio_edge.runtime.images.interface import KEPT_PATCHES, KEPT_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.device import Allocator, Device, LoadedGraphs
-    from trio_edge.runtime.manifest import GraphSpec, Manifest, Profile, TensorSpec
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile, TensorSpec
+    from trio_edge.runtime.devices.interface import Allocator, Device, LoadedGraphs
 
 _ROLES = ("vision", "clip_text", "reduce")
 _KEPT = (KEPT_PATCHES, KEPT_TOKENS)

@@ -12,7 +12,7 @@ from tests.shared_traces import shared_traces
 from trio_edge.export.bundle import ExportOptions, export_bundle
 from trio_edge.export.checkpoints.checkpoint import TINY_FOLDER
 from trio_edge.export.quantize.scales import CacheRange, CalibratedScales
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.schedule import Schedule
 
 INT8_CACHES = CalibratedScales(
     cache_max=tuple(CacheRange(key=2.0 + 0.5 * layer, value=1.0 + 0.2 * layer) for layer in range(3))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from trio_edge.runtime.chat import VICUNA_TEMPLATE
+from trio_edge.runtime.prompts.chat import VICUNA_TEMPLATE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

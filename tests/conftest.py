@@ -19,7 +19,7 @@ from tests.torchvision_reference import TorchvisionReference
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test asks the Hub
 
@@ -121,7 +121,7 @@ def int8_cache_bundle(checkpoint: Path) -> Path:
 
 
 def _two_stages() -> Schedule:
-    from trio_edge.runtime.schedule import Schedule, Stage
+    from trio_edge.runtime.bundle.schedule import Schedule, Stage
 
     return Schedule(stages=tuple(Stage(layer=layer, keep=keep) for layer, keep in REDUCED_STAGES))
 

@@ -22,13 +22,14 @@ import msgspec
 import numpy as np
 import onnxruntime as ort
 
-from trio_edge.runtime import backend_tensorrt, device_cuda
-from trio_edge.runtime.bundle import sha256_of
-from trio_edge.runtime.device import array_at
-from trio_edge.runtime.engine_package import TensorRT
-from trio_edge.runtime.engines import ENGINES_SCHEMA_VERSION, EngineEntry, EngineSet
-from trio_edge.runtime.errors import BackendError
-from trio_edge.runtime.manifest import MANIFEST_NAME, manifest_from_json
+from trio_edge.runtime.backends import tensorrt as backend_tensorrt
+from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, manifest_from_json
+from trio_edge.runtime.bundle.reader import sha256_of
+from trio_edge.runtime.devices import cuda as device_cuda
+from trio_edge.runtime.devices.interface import array_at
+from trio_edge.runtime.engines.files import ENGINES_SCHEMA_VERSION, EngineEntry, EngineSet
+from trio_edge.runtime.engines.package import TensorRT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     import pytest
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.engine_package import EngineBackend
+    from trio_edge.runtime.engines.package import EngineBackend
 
 STREAM = 0x5EED
 WORKSPACE_BYTES = 4096

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from tests.shared_folder import made_once
-from trio_edge.runtime.cli_build import main
-from trio_edge.runtime.engine_child import Job, Reporter, build_engine
-from trio_edge.runtime.engine_host import Gpu, Host
+from trio_edge.runtime.cli.build import main
+from trio_edge.runtime.engines.child import Job, Reporter, build_engine
+from trio_edge.runtime.engines.host import Gpu, Host
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trio_edge.runtime.bundle import Bundle
+    from trio_edge.runtime.bundle.reader import Bundle
 
 GPU = Gpu(name="a GPU", compute_capability=86, memory_bytes=8 << 30, driver="560.35 (CUDA 12.6)")
 HOST = Host(machine="x86_64", system="Linux", gpu=GPU)

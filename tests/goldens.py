@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.bundles import export
 from tests.checkpoints import write_processor
-from trio_edge.runtime.schedule import Schedule, Stage
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

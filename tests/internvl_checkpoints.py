@@ -9,7 +9,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trio_edge.runtime.chat import INTERNVL_TEMPLATE
+from trio_edge.runtime.prompts.chat import INTERNVL_TEMPLATE
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,7 @@ import onnxruntime
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.manifest import GraphSpec, Profile
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
 
 
 def matmul_flops(graph: Path, feeds: dict[str, NDArray[Any]]) -> int:

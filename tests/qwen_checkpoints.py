@@ -13,7 +13,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trio_edge.runtime.schedule import Schedule, Stage
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trio_edge.export.bundle import ExportOptions
-    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 
 @contextmanager

@@ -48,9 +48,9 @@ def test_runtime_imports_without_torch_transformers_and_onnx() -> None:
 import sys
 for name in {BLOCKED!r}:
     sys.modules[name] = None
-import trio_edge.runtime, trio_edge.runtime.cli_run, trio_edge.runtime.cli_inspect
-import trio_edge.runtime.image_overlay, trio_edge.runtime.backend_onnxruntime
-import trio_edge.runtime.cli_build, trio_edge.profiling.cli, trio_edge.profiling.page.page
+import trio_edge.runtime, trio_edge.runtime.cli.run, trio_edge.runtime.cli.inspect
+import trio_edge.runtime.images.overlay, trio_edge.runtime.backends.onnxruntime
+import trio_edge.runtime.cli.build, trio_edge.profiling.cli, trio_edge.profiling.page.page
 import trio_edge.calibration.cli_eval, trio_edge.calibration.shapes
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trio_edge.export.cli import command as export_command
-from trio_edge.runtime.cli_run import command as run_command
+from trio_edge.runtime.cli.run import command as run_command
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -43,7 +43,7 @@ SIZES: tuple[Size, ...] = (
     (4000, 300),
 )
 LARGER_THAN_EXACT: Size = (2300, 1800)
-"""More pixels than ``trio_edge.runtime.image_resize.MAX_EXACT_PIXELS``."""
+"""More pixels than ``trio_edge.runtime.images.resizing.MAX_EXACT_PIXELS``."""
 MODES = ("RGBA", "P", "LA", "I;16", "L", "CMYK")
 MODES_SIZE: Size = (70, 90)
 

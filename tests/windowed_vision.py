@@ -14,8 +14,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 
 from trio_edge.export.graphs.onnx_graph import attach_weights, dynamic_axes, example_input, save, trace
 from trio_edge.export.graphs.vision.windowed import INV_FREQ_NAME, inverse_frequencies
-from trio_edge.runtime.image_patches import PatchProcessing
-from trio_edge.runtime.manifest import StoredTensor, TensorSpec
+from trio_edge.runtime.bundle.manifest import StoredTensor, TensorSpec
+from trio_edge.runtime.images.qwen import PatchProcessing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

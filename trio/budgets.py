@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.runtime.errors import ScheduleError
-from trio_edge.runtime.schedule import Method, Positions, Schedule, Stage
+from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.schedule import Method, Positions, Schedule, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.interface import ascending, comes_before
 
 _MIRROR_BLOCKS = 4

@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.trio.cost.flops import SaliencyForm, cheapest_form
 
 _SILU = {"SiLU", "SiLUActivation"}

@@ -15,15 +15,15 @@ from gpu_parts.prompts import num_before, prompt_ids, prompt_positions
 from numpy.typing import NDArray
 from PIL import Image
 
-from trio_edge.runtime.backend import make_backend
-from trio_edge.runtime.bundle import Bundle, open_bundle
+from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.bundle.graph_io import bucket_of
+from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.decoder import Decoder, PrefillResult, Prompt
-from trio_edge.runtime.device import LoadedGraphs
-from trio_edge.runtime.engine_build import BuildOptions, build_engines, plan_build
-from trio_edge.runtime.positions import PromptPositions
-from trio_edge.runtime.text_buckets import bucket_of
+from trio_edge.runtime.devices.interface import LoadedGraphs
+from trio_edge.runtime.engines.build import BuildOptions, build_engines, plan_build
+from trio_edge.runtime.images.interface import picture_processing
+from trio_edge.runtime.prompts.positions import PromptPositions
 from trio_edge.runtime.vision import Vision
-from trio_edge.runtime.vision_inputs import picture_processing
 
 ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
 
@@ -79,7 +79,7 @@ def measure_bundle(
 
     Args:
         bundle: Folder, with engines if the backend runs engines.
-        backend: One of ``trio_edge.runtime.backend.BACKENDS``.
+        backend: One of ``trio_edge.runtime.backends.registry.BACKENDS``.
         picture: RGB.
         num_text: Text tokens of the prompt, random ones.
         repeats: Timed prefills.

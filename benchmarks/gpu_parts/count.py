@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from trio_edge.profiling.predict.answer import range_name
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.flops import (
     ModelShape,
     StageSizes,

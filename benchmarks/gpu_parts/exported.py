@@ -17,7 +17,7 @@ from pathlib import Path
 from gpu_parts.subjects import Shapes
 from released_shapes import FAMILIES, make_checkpoint
 
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.schedule import Schedule
 
 _SHARD_BYTES = int(5e9)
 

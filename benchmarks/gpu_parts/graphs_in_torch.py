@@ -17,7 +17,7 @@ from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
 from trio_edge.export.token_selectors import stage_selector
 from trio_edge.profiling.predict.answer import range_name
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.schedule import Schedule
 
 
 class GraphsInTorch:

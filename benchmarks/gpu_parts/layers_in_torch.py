@@ -18,7 +18,7 @@ from reference_stage import autograd_scores, host_nms
 from torch import Tensor
 
 from trio_edge.profiling.predict.answer import range_name
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.schedule import Schedule
 
 WHOLE_MODEL, PAPERS_CODE = "whole model in torch", "the paper's code in torch"
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trio_edge.export.checkpoints.checkpoint import read_checkpoint
-from trio_edge.runtime.backend import BACKENDS
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.errors import TrioEdgeError
+from trio_edge.runtime.backends.registry import BACKENDS
+from trio_edge.runtime.bundle.errors import TrioEdgeError
+from trio_edge.runtime.bundle.reader import open_bundle
 
 REFERENCE = "onnxruntime"
 TOLERANCES = {"float16": 5e-2, "float32": 1e-3}

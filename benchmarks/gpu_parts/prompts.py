@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from trio_edge.runtime.positions import PromptPositions, mrope_positions, plain_positions
-from trio_edge.runtime.vision_inputs import PictureProcessing
+from trio_edge.runtime.images.interface import PictureProcessing
+from trio_edge.runtime.prompts.positions import PromptPositions, mrope_positions, plain_positions
 
 _NUM_BEFORE = 35
 """Text tokens before the picture, where there is room for them: LLaVA's system prompt."""

@@ -27,9 +27,9 @@ from trio_edge.export.checkpoints.checkpoint import Checkpoint, canonical_name, 
 from trio_edge.export.checkpoints.weights import read_tensor
 from trio_edge.export.families import family_of
 from trio_edge.export.families.base import FamilyModel
-from trio_edge.runtime.manifest import FloatType
-from trio_edge.runtime.schedule import Positions, Schedule
-from trio_edge.runtime.vision_inputs import PictureProcessing
+from trio_edge.runtime.bundle.manifest import FloatType
+from trio_edge.runtime.bundle.schedule import Positions, Schedule
+from trio_edge.runtime.images.interface import PictureProcessing
 from trio_edge.trio.budgets import schedule_for_keep
 from trio_edge.trio.cost.flops import ModelShape
 

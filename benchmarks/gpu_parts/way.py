@@ -15,7 +15,7 @@ import torch
 from gpu_parts.subjects import Subject
 from torch import Tensor
 
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.schedule import Schedule
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from trio_edge.export.graphs.linear_groups import LinearGroup
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import Smoothing
-    from trio_edge.runtime.manifest import FloatType
-    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.runtime.bundle.manifest import FloatType
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 Method = Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant"]
 _METHODS: dict[frozenset[str], Method] = {

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.questions import Question
     from trio_edge.calibration.schedules.selecting import Probes
     from trio_edge.calibration.schedules.torch_model import TorchModel
-    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 NUM_ROWS = 512
 """Rows of every input that are kept, of all samples together, at most a few more."""

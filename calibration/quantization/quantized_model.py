@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from trio_edge.calibration.schedules.torch_model import TorchModel
     from trio_edge.export.quantize.numerics import QuantizedWeight
     from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
-    from trio_edge.runtime.manifest import FloatType
-    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.runtime.bundle.manifest import FloatType
+    from trio_edge.runtime.bundle.schedule import Schedule
 
     Values = Mapping[nn.Parameter, Callable[[], Tensor]]
     """What gives a parameter another value, each time anew."""

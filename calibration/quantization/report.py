@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from trio_edge.runtime.manifest import QuantizedFormat  # noqa: TC001 - msgspec reads the annotations
+from trio_edge.runtime.bundle.manifest import QuantizedFormat  # noqa: TC001 - msgspec reads the annotations
 
 
 class GroupError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

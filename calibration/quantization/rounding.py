@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from trio_edge.export.graphs.linear_groups import LinearGroup
     from trio_edge.export.quantize.numerics import Format
-    from trio_edge.runtime.manifest import FloatType
+    from trio_edge.runtime.bundle.manifest import FloatType
 
 ALPHAS = (0.25, 0.5, 0.75)
 """SmoothQuant's exponents; the best one is taken for every group."""

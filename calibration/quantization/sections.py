@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from trio_edge.calibration.schedules.torch_model import TorchModel
     from trio_edge.export.quantize.numerics import Format
     from trio_edge.export.quantize.plan import QuantizePlan
-    from trio_edge.runtime.manifest import QuantizedFormat
-    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.runtime.bundle.manifest import QuantizedFormat
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 SectionPart = Literal["vision", "decoder", "head"]
 

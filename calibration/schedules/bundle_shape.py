@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from trio_edge.calibration.schedules.prompts import SampleShape
     from trio_edge.calibration.schedules.torch_model import TorchModel
     from trio_edge.export.quantize.plan import QuantizePlan
-    from trio_edge.runtime.manifest import FloatType
-    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.runtime.bundle.manifest import FloatType
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)

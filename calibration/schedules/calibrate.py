@@ -44,9 +44,9 @@ from trio_edge.calibration.schedules.wish import DEFAULT_MAX_KL, Wish, average_k
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.profiling.predict.efficiency import fitted_for
-from trio_edge.runtime.errors import DataError, TargetError
-from trio_edge.runtime.image_overlay import draw_kept
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.errors import DataError, TargetError
+from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.runtime.images.overlay import draw_kept
 from trio_edge.trio.cost.devices import find_target
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from trio_edge.calibration.schedules.prefill_cost import CostKind
 from trio_edge.calibration.schedules.search import Tried
 from trio_edge.calibration.schedules.space import DEFAULT_KEEPS, DEFAULT_THRESHOLDS
 from trio_edge.export.quantize.plan import parse_plan
-from trio_edge.runtime.errors import DataError, ScheduleError
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.errors import DataError, ScheduleError
+from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.devices import find_target
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import jinja2
 
 from trio_edge.calibration.schedules.pareto import spread
 from trio_edge.calibration.schedules.plots import front_plot, importance_plot, layers_plot, quantization_plot
-from trio_edge.runtime.errors import DataError
+from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

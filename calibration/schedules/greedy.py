@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.schedules.prompts import Prompt
     from trio_edge.calibration.schedules.sequence import Sequence
     from trio_edge.calibration.schedules.torch_model import TorchModel
-    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from trio_edge.calibration.metrics import METRICS
 from trio_edge.calibration.schedules.calibration_file import Accuracy, Fidelity, Measure
 from trio_edge.calibration.schedules.greedy import greedy_answer
 from trio_edge.calibration.schedules.prompts import make_prompt
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from trio_edge.calibration.schedules.selecting import saliency
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Many

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.schedules.record import Line, Record
     from trio_edge.calibration.schedules.selecting import Probes
     from trio_edge.calibration.schedules.torch_model import TorchModel
-    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 KEPT_BYTES = 1 << 30
 """Keep-all runs that stay in memory between calls; those beyond it run again."""

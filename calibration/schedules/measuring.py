@@ -18,7 +18,7 @@ import torch
 from trio_edge.calibration.schedules.greedy import greedy_answer
 from trio_edge.calibration.schedules.selecting import order_of, saliency
 from trio_edge.calibration.schedules.sequence import advanced, answer_logits, with_kept
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from trio_edge.profiling.predict.efficiency import fitted_for, rates_of
 from trio_edge.profiling.predict.speed import Formats, graph_time
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.work import head_work, range_work, select_work, vision_work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from trio_edge.runtime.manifest import Dimensions, VisionDimensions
+    from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
     from trio_edge.trio.cost.devices import Target
     from trio_edge.trio.cost.work import Work
 

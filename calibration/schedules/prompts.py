@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from trio_edge.runtime.errors import DataError, ImageError, ShapeError
-from trio_edge.runtime.image import open_picture
-from trio_edge.runtime.positions import mrope_positions, plain_positions
-from trio_edge.runtime.question_ids import question_ids
+from trio_edge.runtime.bundle.errors import DataError, ImageError, ShapeError
+from trio_edge.runtime.images.reading import open_picture
+from trio_edge.runtime.prompts.positions import mrope_positions, plain_positions
+from trio_edge.runtime.prompts.question import question_ids
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.questions import Question
     from trio_edge.calibration.schedules.torch_model import TorchModel
-    from trio_edge.runtime.positions import PromptPositions
-    from trio_edge.runtime.text import PromptIds
+    from trio_edge.runtime.prompts.positions import PromptPositions
+    from trio_edge.runtime.prompts.tokenizer import PromptIds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, BinaryIO, final
 import msgspec
 
 from trio_edge.calibration.schedules.importance import LayerImportance
-from trio_edge.runtime.errors import DataError
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.errors import DataError
+from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
     from pathlib import Path

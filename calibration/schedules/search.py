@@ -30,7 +30,7 @@ from trio_edge.calibration.schedules.space import (
     usual_schedules,
     with_stages,
 )
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.schedules.prefill_cost import Cost, CostKind, PrefillCost
     from trio_edge.calibration.schedules.space import Space
     from trio_edge.calibration.schedules.wish import Wish
-    from trio_edge.runtime.schedule import Positions
+    from trio_edge.runtime.bundle.schedule import Positions
 
 USUAL_KEEPS = (0.06, 0.08, 0.111, 0.15, 0.222, 0.333, 0.5)
 """Average keeps whose ``trio-export`` schedules are measured beside the others, where the space has them."""

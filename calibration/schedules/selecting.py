@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.schedules.sequence import Sequence
     from trio_edge.calibration.schedules.torch_model import TorchModel
-    from trio_edge.runtime.schedule import ProbeRows, Schedule
+    from trio_edge.runtime.bundle.schedule import ProbeRows, Schedule
 
 
 class Order(NamedTuple):

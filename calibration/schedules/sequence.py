@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.schedules.prompts import Prompt
     from trio_edge.calibration.schedules.torch_model import TorchModel
-    from trio_edge.runtime.schedule import Positions
+    from trio_edge.runtime.bundle.schedule import Positions
 
     Past = list[tuple[Tensor, Tensor]]
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from trio_edge.runtime.errors import ScheduleError
-from trio_edge.runtime.schedule import Schedule, Stage
+from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.trio.budgets import MAX_TOPK, default_stage_layers, schedule_for_keep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from trio_edge.runtime.schedule import Positions
+    from trio_edge.runtime.bundle.schedule import Positions
 
 DEFAULT_KEEPS = (0.03, 0.06, 0.1, 0.16, 0.25, 0.4, 0.6)
 """Budgets as shares of the largest picture's visual tokens."""

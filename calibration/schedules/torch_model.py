@@ -22,8 +22,8 @@ from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, canonical_na
 from trio_edge.export.checkpoints.text_files import read_text_files
 from trio_edge.export.families import check_architecture, family_of
 from trio_edge.export.graphs.rope import RotaryTables
-from trio_edge.runtime.errors import BackendError, CheckpointError
-from trio_edge.runtime.text import Tokenizer
+from trio_edge.runtime.bundle.errors import BackendError, CheckpointError
+from trio_edge.runtime.prompts.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.checkpoints.safetensors import SourceTensor
     from trio_edge.export.families.base import FamilyModel
-    from trio_edge.runtime.manifest import TextSpec
-    from trio_edge.runtime.schedule import Positions
-    from trio_edge.runtime.vision_inputs import PictureProcessing
+    from trio_edge.runtime.bundle.manifest import TextSpec
+    from trio_edge.runtime.bundle.schedule import Positions
+    from trio_edge.runtime.images.interface import PictureProcessing
 
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TINY_BYTES = 1 << 30

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
-from trio_edge.runtime.errors import ScheduleError
-from trio_edge.runtime.manifest import Dimensions
-from trio_edge.runtime.schedule import Schedule, Stage
+from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.manifest import Dimensions
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.trio.budgets import combined_schedule, parse_keep
 from trio_edge.trio.cost.flops import ModelShape, VisionShape
 from trio_edge.trio.cost.memory import Texts, Tiles, TokenSelection, largest_activations, scratch_before
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.layout import Layout
     from trio_edge.export.quantize.numerics import Format
-    from trio_edge.runtime.manifest import TokenMethod
-    from trio_edge.runtime.vision_inputs import PictureProcessing
+    from trio_edge.runtime.bundle.manifest import TokenMethod
+    from trio_edge.runtime.images.interface import PictureProcessing
     from trio_edge.trio.cost.devices import Target
 
 INT4_SHARE = 0.30

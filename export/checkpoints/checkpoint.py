@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from trio_edge.export.checkpoints.hub import SAFETENSORS_WAY_OUT, download_description, download_weights
 from trio_edge.export.checkpoints.packed import PackedWeight, packed_format, with_packed
 from trio_edge.export.checkpoints.safetensors import SourceTensor, read_safetensors_header
-from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.bundle.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ import errno
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.bundle.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

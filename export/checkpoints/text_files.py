@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, read_json
-from trio_edge.runtime.errors import CheckpointError
-from trio_edge.runtime.manifest import TextSpec
+from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.manifest import TextSpec
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trio_edge.runtime.bundle import sha256_of
-from trio_edge.runtime.errors import CheckpointError
-from trio_edge.runtime.manifest import StoredTensor
+from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.manifest import StoredTensor
+from trio_edge.runtime.bundle.reader import sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.checkpoints.safetensors import SourceTensor
-    from trio_edge.runtime.manifest import FloatType
+    from trio_edge.runtime.bundle.manifest import FloatType
 
 WEIGHTS_FOLDER = "weights"
 SAFETENSORS_FROM_DTYPE = {"float32": "F32", "float16": "F16"}

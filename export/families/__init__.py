@@ -8,8 +8,8 @@ from trio_edge.export.checkpoints.packed import packed_format
 from trio_edge.export.families.clip_llama import ClipLlama
 from trio_edge.export.families.internvl import InternVl
 from trio_edge.export.families.qwen2_5_vl import Qwen25Vl
-from trio_edge.runtime.chat import MISTRAL_TEMPLATE
-from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.prompts.chat import MISTRAL_TEMPLATE
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.graphs.linear_groups import LinearGroup
-    from trio_edge.runtime.manifest import FloatType, TensorSpec
-    from trio_edge.runtime.schedule import Positions
-    from trio_edge.runtime.vision_inputs import PictureProcessing
+    from trio_edge.runtime.bundle.manifest import FloatType, TensorSpec
+    from trio_edge.runtime.bundle.schedule import Positions
+    from trio_edge.runtime.images.interface import PictureProcessing
     from trio_edge.trio.cost.flops import VisionShape
 
 

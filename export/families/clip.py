@@ -15,9 +15,9 @@ from trio_edge.export.checkpoints.text_files import load_tokenizer
 from trio_edge.export.families.config_files import load_config
 from trio_edge.export.graphs.clip_text import ClipText
 from trio_edge.export.graphs.vision.clip import Vision, VisionWithPatches
-from trio_edge.runtime.clip_text import num_clip_texts
-from trio_edge.runtime.errors import CheckpointError, ScheduleError
-from trio_edge.runtime.manifest import ClipTextSpec, TensorSpec
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.manifest import ClipTextSpec, TensorSpec
+from trio_edge.runtime.prompts.clip_text import num_clip_texts
 from trio_edge.trio.cost.flops import clip_text_flops
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trio_edge.export.families.base import FamilyModel
-    from trio_edge.runtime.manifest import FloatType
+    from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.trio.cost.flops import VisionShape
 
 PREFIX = "clip."

@@ -20,11 +20,11 @@ from trio_edge.export.graphs.vision.clip import (
     check_encoder_keep,
     clip_groups,
 )
-from trio_edge.runtime.chat import VICUNA_TEMPLATE
-from trio_edge.runtime.errors import CheckpointError, ScheduleError
-from trio_edge.runtime.image_processing import ImageProcessing
-from trio_edge.runtime.manifest import TensorSpec
-from trio_edge.runtime.vision_inputs import KEPT_PATCHES, TilePictures
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.manifest import TensorSpec
+from trio_edge.runtime.images.interface import KEPT_PATCHES
+from trio_edge.runtime.images.llava import ImageProcessing, TilePictures
+from trio_edge.runtime.prompts.chat import VICUNA_TEMPLATE
 from trio_edge.trio.cost.flops import VisionShape
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
-    from trio_edge.runtime.manifest import FloatType
-    from trio_edge.runtime.schedule import Positions
-    from trio_edge.runtime.vision_inputs import PictureProcessing
+    from trio_edge.runtime.bundle.manifest import FloatType
+    from trio_edge.runtime.bundle.schedule import Positions
+    from trio_edge.runtime.images.interface import PictureProcessing
 
 _TEXT_TYPES = ("llama", "mistral", "qwen2")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig
 
 from trio_edge.export.checkpoints.checkpoint import read_json
-from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.bundle.errors import CheckpointError
 
 if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from trio_edge.export.families.base import FamilyModel, VisionGraph
 from trio_edge.export.families.config_files import load_config
 from trio_edge.export.families.decoder_config import check_decoder, untie_stored_head
-from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.bundle.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.runtime.errors import CheckpointError, ScheduleError
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
     from pathlib import Path

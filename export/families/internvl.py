@@ -10,20 +10,19 @@ from trio_edge.export.families.config_files import read_image_processor
 from trio_edge.export.families.decoder import family_model, read_config
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision.internvl import TILE_ATTENTION_NAME, TileVision, register_tile_attention
-from trio_edge.runtime.chat import INTERNVL_TEMPLATE
-from trio_edge.runtime.errors import CheckpointError, ScheduleError
-from trio_edge.runtime.image_grid_tiles import GridTileProcessing
-from trio_edge.runtime.manifest import TensorSpec
-from trio_edge.runtime.vision_inputs import GridTilePictures
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.manifest import TensorSpec
+from trio_edge.runtime.images.internvl import GridTilePictures, GridTileProcessing
+from trio_edge.runtime.prompts.chat import INTERNVL_TEMPLATE
 from trio_edge.trio.cost.flops import VisionShape
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
-    from trio_edge.runtime.manifest import FloatType
-    from trio_edge.runtime.schedule import Positions
-    from trio_edge.runtime.vision_inputs import PictureProcessing
+    from trio_edge.runtime.bundle.manifest import FloatType
+    from trio_edge.runtime.bundle.schedule import Positions
+    from trio_edge.runtime.images.interface import PictureProcessing
 
 _TEXT_TYPES = ("qwen2", "llama")
 

@@ -24,18 +24,18 @@ from trio_edge.export.graphs.vision.windowed import (
     inverse_frequencies,
     windowed_groups,
 )
-from trio_edge.runtime.chat import QWEN2_5_VL_TEMPLATE
-from trio_edge.runtime.errors import CheckpointError, ManifestError, ScheduleError
-from trio_edge.runtime.image_patches import PatchProcessing
-from trio_edge.runtime.manifest import TensorSpec
-from trio_edge.runtime.vision_inputs import KEPT_TOKENS, PatchPictures
+from trio_edge.runtime.bundle.errors import CheckpointError, ManifestError, ScheduleError
+from trio_edge.runtime.bundle.manifest import TensorSpec
+from trio_edge.runtime.images.interface import KEPT_TOKENS
+from trio_edge.runtime.images.qwen import PatchPictures, PatchProcessing
+from trio_edge.runtime.prompts.chat import QWEN2_5_VL_TEMPLATE
 from trio_edge.trio.cost.flops import VisionShape
 
 if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
-    from trio_edge.runtime.manifest import FloatType
-    from trio_edge.runtime.schedule import Positions
-    from trio_edge.runtime.vision_inputs import PictureProcessing
+    from trio_edge.runtime.bundle.manifest import FloatType
+    from trio_edge.runtime.bundle.schedule import Positions
+    from trio_edge.runtime.images.interface import PictureProcessing
 
 DEFAULT_MAX_VISUAL = 1280
 """Visual tokens that a picture is scaled down to unless asked otherwise: a megapixel, where the model allows 16384."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trio_edge.runtime.graph_tensors import MAX_CANDIDATES
+from trio_edge.runtime.bundle.graph_io import MAX_CANDIDATES
 
 
 class Head(nn.Module):

@@ -15,7 +15,7 @@ from trio_edge.export.graphs.onnx_graph import graph_value
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.runtime.manifest import TensorSpec
+    from trio_edge.runtime.bundle.manifest import TensorSpec
 
 LAYER_PREFIX = "layers.0."
 """Start of the names of the traced layer's own weights."""

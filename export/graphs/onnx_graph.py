@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from trio_edge.runtime.manifest import StoredTensor, TensorSpec
+    from trio_edge.runtime.bundle.manifest import StoredTensor, TensorSpec
 
 _FOLD_INPUT_SIZE = 512
 _FOLD_OUTPUT_SIZE = 4096

@@ -18,9 +18,9 @@ from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
 from trio_edge.export.quantize.unpacking import read_weight
 from trio_edge.export.token_selectors import needs_previous, stage_selector
-from trio_edge.runtime.clip_text import CLIP_TEXT
-from trio_edge.runtime.graph_tensors import head_tensors, range_tensors, select_tensors
-from trio_edge.runtime.manifest import GraphSpec, TensorSpec
+from trio_edge.runtime.bundle.graph_io import head_tensors, range_tensors, select_tensors
+from trio_edge.runtime.bundle.manifest import GraphSpec, TensorSpec
+from trio_edge.runtime.prompts.clip_text import CLIP_TEXT
 from trio_edge.trio.saliency import key_value_gram
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.families.clip import ClipGraphs
     from trio_edge.export.layout import Layout
-    from trio_edge.runtime.graph_tensors import GraphTensors
-    from trio_edge.runtime.manifest import Dimensions, Role
+    from trio_edge.runtime.bundle.graph_io import GraphTensors
+    from trio_edge.runtime.bundle.manifest import Dimensions, Role
     from trio_edge.trio.selectors.interface import TokenSelector
 
 _MIN_TRACE_ROWS = 37  # any number that no other axis has

@@ -17,8 +17,8 @@ from trio_edge.export.quantize.graph import SCALE_SUFFIX, LinearForm, is_linear,
 from trio_edge.export.quantize.numerics import BLOCK_SIZE, Format, block_size
 from trio_edge.export.quantize.plan import OPSETS, PARTS
 from trio_edge.export.quantize.unpacking import stored_block
-from trio_edge.runtime.errors import CheckpointError
-from trio_edge.runtime.manifest import PART_FROM_ROLE, Quantization
+from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.manifest import PART_FROM_ROLE, Quantization
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from trio_edge.export.graphs.tracing import TracedGraph
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
-    from trio_edge.runtime.manifest import Part, QuantizedFormat
+    from trio_edge.runtime.bundle.manifest import Part, QuantizedFormat
 
 _LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
 DECODER_LINEAR = re.compile(

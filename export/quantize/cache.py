@@ -20,7 +20,7 @@ import onnx_ir as ir
 from trio_edge.export.quantize.graph import make_node, raise_opset
 from trio_edge.export.quantize.numerics import activation_scale
 from trio_edge.export.quantize.plan import OPSETS
-from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trio_edge.export.graphs.tracing import TracedGraph
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CacheRange, CalibratedScales
-    from trio_edge.runtime.manifest import TensorSpec
+    from trio_edge.runtime.bundle.manifest import TensorSpec
 
 _PAST, _PRESENT = "past_key_values.", "present."
 

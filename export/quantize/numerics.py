@@ -17,7 +17,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trio_edge.runtime.manifest import FloatType
+    from trio_edge.runtime.bundle.manifest import FloatType
 
 Format = Literal["none", "int4", "int8", "fp8"]
 FORMATS: tuple[Format, ...] = ("none", "int4", "int8", "fp8")

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, get_args
 
 from trio_edge.export.quantize.numerics import FORMATS, Format
-from trio_edge.runtime.errors import ScheduleError
-from trio_edge.runtime.manifest import PART_FROM_ROLE, Part
+from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.manifest import PART_FROM_ROLE, Part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trio_edge.runtime.manifest import Role
-    from trio_edge.runtime.schedule import Schedule
+    from trio_edge.runtime.bundle.manifest import Role
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 PARTS: tuple[Part, ...] = get_args(Part)
 _GROUPS: dict[str, tuple[Part, ...]] = {

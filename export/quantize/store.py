@@ -18,7 +18,7 @@ from trio_edge.export.checkpoints.weights import (
 from trio_edge.export.quantize.graph import SCALE_SUFFIX
 from trio_edge.export.quantize.numerics import quantize, stored_bytes
 from trio_edge.export.quantize.unpacking import read_weight, taken_over
-from trio_edge.runtime.manifest import StoredTensor
+from trio_edge.runtime.bundle.manifest import StoredTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trio_edge.export.checkpoints.safetensors import SourceTensor
     from trio_edge.export.quantize.assign import StoredForm
     from trio_edge.export.quantize.numerics import Format
-    from trio_edge.runtime.manifest import FloatType, StoredType
+    from trio_edge.runtime.bundle.manifest import FloatType, StoredType
 
 _FILE = f"{WEIGHTS_FOLDER}/quantized.safetensors"
 

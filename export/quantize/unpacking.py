@@ -8,14 +8,14 @@ import torch
 
 from trio_edge.export.checkpoints.weights import check_finite, read_tensor
 from trio_edge.export.quantize.numerics import BLOCK_SIZE, QuantizedWeight
-from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.bundle.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.checkpoints.packed import PackedWeight
-    from trio_edge.runtime.manifest import FloatType
+    from trio_edge.runtime.bundle.manifest import FloatType
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which output each four bits of an AWQ word are, the lowest first."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, final
 import msgspec
 
 from trio_edge.profiling.measure.recording import DECODE, Recording, RecordingBackend, graph_calls
-from trio_edge.runtime.bundle import Bundle, open_bundle
-from trio_edge.runtime.errors import BackendError
+from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trio_edge.profiling.measure.recording import GraphCall, Stamp
-    from trio_edge.runtime.backend import Backend
+    from trio_edge.runtime.backends.interface import Backend
     from trio_edge.runtime.pipeline import Statistics
 
 

@@ -16,17 +16,17 @@ import numpy as np
 from trio_edge.profiling.measure.matmul_graph import INPUT, random_matrix
 from trio_edge.profiling.measure.product_bundle import PRODUCT_GRAPH, PRODUCT_PROFILE, write_product_bundle
 from trio_edge.profiling.report.profile import Ceilings
-from trio_edge.runtime.device import PitchedRows
-from trio_edge.runtime.engine_build import BuildOptions, build_engines, plan_build
-from trio_edge.runtime.engine_package import ENGINE_BACKENDS
-from trio_edge.runtime.graph_run import GraphRun
+from trio_edge.runtime.backends.graph_run import GraphRun
+from trio_edge.runtime.devices.interface import PitchedRows
+from trio_edge.runtime.engines.build import BuildOptions, build_engines, plan_build
+from trio_edge.runtime.engines.package import ENGINE_BACKENDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from trio_edge.runtime.backend import Backend
-    from trio_edge.runtime.device import Device
-    from trio_edge.runtime.manifest import Manifest
+    from trio_edge.runtime.backends.interface import Backend
+    from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.devices.interface import Device
 
 _HOST_BACKEND = "onnxruntime"
 _SECONDS = 0.4

@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.manifest import FloatType
+    from trio_edge.runtime.bundle.manifest import FloatType
 
 INPUT, OUTPUT, WEIGHTS = "rows", "product", "weights"
 _IR_VERSION = 8

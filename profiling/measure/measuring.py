@@ -25,10 +25,10 @@ from trio_edge.profiling.measure.process_memory import peak_bytes, reset_peak, r
 from trio_edge.profiling.measure.sensors.interface import open_sensors
 from trio_edge.profiling.measure.sensors.sampling_thread import Sample, SamplingThread
 from trio_edge.profiling.page.pictures import PROMPT, PictureSize, picture_sizes, random_picture
-from trio_edge.runtime.backend import make_backend
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.errors import BackendError, ShapeError
-from trio_edge.runtime.image import open_picture
+from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.bundle.errors import BackendError, ShapeError
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.images.reading import open_picture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from trio_edge.profiling.measure.matmul_graph import INPUT, OUTPUT, matmul_model
-from trio_edge.runtime.bundle import Bundle
-from trio_edge.runtime.manifest import (
+from trio_edge.runtime.bundle.manifest import (
     MANIFEST_NAME,
     FileEntry,
     GraphSpec,
@@ -16,12 +15,13 @@ from trio_edge.runtime.manifest import (
     TensorSpec,
     json_from_manifest,
 )
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.reader import Bundle
+from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trio_edge.runtime.manifest import Manifest, Role
+    from trio_edge.runtime.bundle.manifest import Manifest, Role
 
 PRODUCT_GRAPH, PRODUCT_PROFILE = "head", "matmul"
 _FILE = "matmul.onnx"

@@ -14,15 +14,15 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, final
 
-from trio_edge.runtime.device_host import HostDevice
+from trio_edge.runtime.devices.host import HostDevice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from trio_edge.runtime.backend import Backend
-    from trio_edge.runtime.bundle import Bundle
-    from trio_edge.runtime.device import Device, DeviceTensor, Engine, Event, Launch, LoadedGraphs
-    from trio_edge.runtime.manifest import GraphSpec, Profile
+    from trio_edge.runtime.backends.interface import Backend
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
+    from trio_edge.runtime.bundle.reader import Bundle
+    from trio_edge.runtime.devices.interface import Device, DeviceTensor, Engine, Event, Launch, LoadedGraphs
 
 DECODE = "decode"
 """Name of the profile that decodes one token."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from trio_edge.runtime.errors import TrioEdgeError
+from trio_edge.runtime.bundle.errors import TrioEdgeError
 
 if TYPE_CHECKING:
     from trio_edge.runtime.pipeline import Pipeline

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.profiling.predict.answer import PRECISIONS, Prediction, predict
-from trio_edge.runtime.errors import ScheduleError, TargetError
+from trio_edge.runtime.bundle.errors import ScheduleError, TargetError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

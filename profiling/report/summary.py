@@ -26,8 +26,8 @@ from trio_edge.profiling.report.profile import (
     SizePoint,
 )
 from trio_edge.profiling.report.roofline import judge
-from trio_edge.runtime.bundle import sha256_of
-from trio_edge.runtime.manifest import MANIFEST_NAME
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
+from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.trio.cost.work import graph_work
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from trio_edge.profiling.measure.distribution import Distribution
     from trio_edge.profiling.measure.measuring import Measured, Measurement
     from trio_edge.profiling.report.profile import Ceilings
-    from trio_edge.runtime.manifest import GraphSpec, Manifest, Profile
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile
 
 
 def report_of(measurement: Measurement, conditions: Conditions) -> Report:

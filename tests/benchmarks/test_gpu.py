@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.conftest import REDUCED_STAGES
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.vision_inputs import picture_processing
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.images.interface import picture_processing
 from trio_edge.trio.cost.flops import reduction_cost
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

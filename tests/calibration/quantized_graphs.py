@@ -15,14 +15,14 @@ from trio_edge.export.graphs import tracing
 from trio_edge.export.layout import Layout
 from trio_edge.export.quantize.assign import StoredForm, plain_tensors, quantize_graphs
 from trio_edge.export.quantize.store import store_quantized
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CalibratedScales
-    from trio_edge.runtime.manifest import GraphSpec
+    from trio_edge.runtime.bundle.manifest import GraphSpec
 
 
 @dataclass(frozen=True)

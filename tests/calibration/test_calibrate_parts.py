@@ -24,8 +24,8 @@ from trio_edge.calibration.schedules.search import Candidate
 from trio_edge.calibration.schedules.space import make_space
 from trio_edge.calibration.schedules.wish import Wish
 from trio_edge.profiling.predict.answer import Setting, predict
-from trio_edge.runtime.errors import DataError, ScheduleError
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.errors import DataError, ScheduleError
+from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.budgets import parse_schedule
 from trio_edge.trio.cost.devices import find_target
 from trio_edge.trio.cost.models import find_model

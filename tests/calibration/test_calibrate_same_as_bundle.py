@@ -18,9 +18,9 @@ from trio_edge.calibration.schedules.prompts import make_prompt
 from trio_edge.calibration.schedules.selecting import Probes, order_of
 from trio_edge.calibration.schedules.sequence import Sequence, advanced, begin
 from trio_edge.calibration.schedules.torch_model import load_model
-from trio_edge.runtime.greedy_nms import greedy_nms
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
+from trio_edge.runtime.decoder import greedy_nms
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.schedule import Schedule, Stage
 from trio_edge.trio.budgets import parse_schedule
 from trio_edge.trio.nms import FeatureNms
 

@@ -17,9 +17,9 @@ from trio_edge.calibration.schedules.calibration_file import Calibration, Option
 from trio_edge.calibration.schedules.calibration_page import page_of
 from trio_edge.calibration.schedules.record import RECORD_NAME, RecordKey, open_record
 from trio_edge.calibration.schedules.torch_model import load_model
-from trio_edge.runtime.errors import DataError
+from trio_edge.runtime.bundle.errors import DataError
+from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.schedule import Schedule
 
 if TYPE_CHECKING:
     from pathlib import Path

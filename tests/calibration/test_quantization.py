@@ -38,10 +38,10 @@ from trio_edge.export.graphs.linear_groups import LinearGroup, decoder_groups
 from trio_edge.export.quantize.numerics import block_size, quantize
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
-from trio_edge.runtime.bundle import Bundle, open_bundle
-from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.reader import Bundle, open_bundle
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.schedule import Schedule, Stage
 
 SCHEDULE = Schedule(stages=(Stage(layer=1, keep=5),))
 MANY_ROWS = 1 << 20
@@ -371,7 +371,7 @@ def test_the_bundle_computes_with_what_was_found_and_answers(bundle: Bundle) -> 
 def test_tensorrt_builds_inputs_in_eight_bits(bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 Linux only; runs in CI")
     from tests.engine_bundles import copy_bundle
-    from trio_edge.runtime.cli_build import main
+    from trio_edge.runtime.cli.build import main
 
     copy = copy_bundle(bundle.folder, tmp_path / "bundle")
     arguments = ["--backend", "tensorrt-rtx", "--compute-capability", "86", "--quiet"]

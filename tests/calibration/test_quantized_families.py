@@ -31,14 +31,14 @@ from trio_edge.calibration.schedules.selecting import Probes
 from trio_edge.calibration.schedules.torch_model import TorchModel, load_model
 from trio_edge.export.quantize.assign import StoredForm
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
-from trio_edge.runtime.engine_child import optimization_profile
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.runtime.engines.child import optimization_profile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from trio_edge.runtime.manifest import GraphSpec
+    from trio_edge.runtime.bundle.manifest import GraphSpec
 
 CLIP = partial(save_checkpoint, text="qwen2", random_biases=True)
 CHECKPOINTS: dict[str, Callable[..., Path]] = {

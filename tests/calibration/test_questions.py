@@ -17,7 +17,7 @@ from trio_edge.calibration.questions import (
     shard_of,
     synthetic_questions,
 )
-from trio_edge.runtime.errors import DataError
+from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
     from pathlib import Path

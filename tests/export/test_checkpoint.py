@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from tests.hub_server import COMMIT, HubServer, serve
 from trio_edge.export.checkpoints.checkpoint import ALIASES, canonical_name, locate, read_checkpoint
 from trio_edge.export.checkpoints.safetensors import read_safetensors_header
-from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.bundle.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,7 +14,7 @@ from tests.qwen_checkpoints import save_qwen_checkpoint
 from trio_edge.export.bundle import ExportOptions
 from trio_edge.export.checkpoints.checkpoint import read_checkpoint
 from trio_edge.export.families.clip import read_clip
-from trio_edge.runtime.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,8 +17,8 @@ from trio_edge.export.families.decoder_config import (
     sliding_window,
 )
 from trio_edge.export.graphs.rope import RotaryTables
-from trio_edge.runtime.errors import CheckpointError, ScheduleError
-from trio_edge.runtime.schedule import Schedule, Stage
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 
 FOLDER = Path("checkpoint")
 LONG_FACTORS = {"short_factor": [1.5] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 100}

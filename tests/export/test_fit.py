@@ -10,9 +10,9 @@ import pytest
 from trio_edge.export.check.fit import FitInputs, Picture, check_fit, estimate, remedies
 from trio_edge.export.cli import main
 from trio_edge.export.quantize.plan import parse_plan
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.errors import CheckpointError
-from trio_edge.runtime.schedule import Method, Schedule, Stage
+from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.bundle.schedule import Method, Schedule, Stage
 from trio_edge.trio.budgets import preset_schedule
 from trio_edge.trio.cost.devices import TARGETS, find_target
 from trio_edge.trio.cost.flops import LLAVA_NEXT_7B, ModelShape, VisionShape

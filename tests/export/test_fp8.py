@@ -34,15 +34,15 @@ from trio_edge.profiling import cli as cli_profile
 from trio_edge.profiling.predict.answer import predict
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.profiling.predict.sweep import parse_sweep, sweep
-from trio_edge.runtime import cli_build
-from trio_edge.runtime.backend import make_backend
-from trio_edge.runtime.build_needs import build_needs
-from trio_edge.runtime.bundle import Bundle, open_bundle
-from trio_edge.runtime.engine_build import BuildOptions, plan_build
-from trio_edge.runtime.errors import BackendError, ManifestError
-from trio_edge.runtime.manifest import json_from_manifest, manifest_from_json
+from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.bundle.errors import BackendError, ManifestError
+from trio_edge.runtime.bundle.manifest import json_from_manifest, manifest_from_json
+from trio_edge.runtime.bundle.reader import Bundle, open_bundle
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
+from trio_edge.runtime.cli import build as cli_build
+from trio_edge.runtime.engines.build import BuildOptions, plan_build
+from trio_edge.runtime.engines.needs import build_needs
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.schedule import Schedule, Stage
 from trio_edge.trio.cost.devices import find_target
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from tests.engine_bundles import build_here
 from tests.goldens import GOLDEN_NAMES, golden_bundle, load_golden, needs_goldens
 from tests.qwen_checkpoints import CAMERA, REDUCED, save_qwen_checkpoint
 from tests.spec.reduced_reference import PRESERVED_ANSWER_ROWS
-from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.trio.budgets import schedule_for_keep
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import save_checkpoint
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.errors import BundleError
+from trio_edge.runtime.bundle.errors import BundleError
+from trio_edge.runtime.bundle.reader import open_bundle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

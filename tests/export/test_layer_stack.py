@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import onnx
 import pytest
 
-from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.bundle.reader import open_bundle
 
 if TYPE_CHECKING:
     from pathlib import Path

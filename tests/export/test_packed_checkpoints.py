@@ -18,9 +18,9 @@ from trio_edge.export.families import check_architecture
 from trio_edge.export.quantize.graph import SCALE_SUFFIX
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.export.quantize.unpacking import read_weight, taken_over
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.errors import CheckpointError
-from trio_edge.runtime.schedule import Schedule, Stage
+from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable

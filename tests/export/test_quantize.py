@@ -22,10 +22,10 @@ from trio_edge.export.checkpoints.weights import read_tensor
 from trio_edge.export.quantize.graph import SCALE_SUFFIX
 from trio_edge.export.quantize.numerics import block_size, pack_int4, quantize, stored_bytes, unpack_int4
 from trio_edge.export.quantize.plan import parse_plan
-from trio_edge.runtime.bundle import Bundle, open_bundle
-from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.reader import Bundle, open_bundle
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.schedule import Schedule, Stage
 
 PLAN = parse_plan("all=int4,head=int8,embedding=int8")
 SCHEDULE = Schedule(stages=tuple(Stage(layer=layer, keep=keep) for layer, keep in REDUCED_STAGES))
@@ -222,7 +222,7 @@ def test_a_quantized_bundle_answers(quantized: Bundle) -> None:
 def test_tensorrt_builds_all_quantized_graphs(quantized: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 Linux only; runs in CI")
     from tests.engine_bundles import copy_bundle
-    from trio_edge.runtime.cli_build import main
+    from trio_edge.runtime.cli.build import main
 
     copy = copy_bundle(quantized.folder, tmp_path / "bundle")
     assert main([str(copy), "--backend", "tensorrt-rtx", "--compute-capability", "86", "--quiet"]) == 0

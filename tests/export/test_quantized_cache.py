@@ -14,7 +14,7 @@ from tests.bundles import INT8_CACHES
 from trio_edge.export import cli
 from trio_edge.profiling.predict.answer import predict
 from trio_edge.profiling.predict.plan import plan_for
-from trio_edge.runtime.bundle import Bundle, open_bundle
+from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.trio.cost.devices import find_target
 from trio_edge.trio.cost.work import graph_work
 
@@ -129,7 +129,7 @@ def test_exporting_without_a_calibration_is_refused(
 def test_tensorrt_builds_layer_ranges_with_int8_caches(bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 Linux only; runs in CI")
     from tests.engine_bundles import copy_bundle
-    from trio_edge.runtime.cli_build import main
+    from trio_edge.runtime.cli.build import main
 
     copy = copy_bundle(bundle.folder, tmp_path / "bundle")
     arguments = ["--backend", "tensorrt-rtx", "--compute-capability", "86", "--quiet"]

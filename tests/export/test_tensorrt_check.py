@@ -14,8 +14,8 @@ from tests.checkpoints import save_checkpoint
 from trio_edge.export.check import tensorrt as tensorrt_check
 from trio_edge.export.check.tensorrt import RELEASES, check_graph, load_rules, require_supported
 from trio_edge.export.cli import main
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.reader import open_bundle
 
 if TYPE_CHECKING:
     from pathlib import Path

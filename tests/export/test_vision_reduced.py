@@ -13,10 +13,10 @@ from tests.checkpoints import save_checkpoint
 from tests.matmul_flops import example_feeds, matmul_flops
 from tests.pictures import random_picture
 from trio_edge.export.graphs.vision.clip import check_encoder_keep, merge_dropped, select_patches
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.schedule import Schedule, Stage
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -25,7 +25,7 @@ from tests.windowed_vision import (
 )
 from trio_edge.export.check.tensorrt import require_supported
 from trio_edge.export.graphs.vision.windowed import INV_FREQ_NAME, WindowedVision
-from trio_edge.runtime.manifest import TensorSpec
+from trio_edge.runtime.bundle.manifest import TensorSpec
 
 if TYPE_CHECKING:
     from pathlib import Path

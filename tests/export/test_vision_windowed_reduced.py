@@ -28,8 +28,8 @@ from tests.windowed_vision import (
 )
 from trio_edge.export.check.tensorrt import require_supported
 from trio_edge.export.graphs.vision.windowed import ReducedWindowedVision, check_windowed_keep, select_tokens
-from trio_edge.runtime.errors import ScheduleError
-from trio_edge.runtime.manifest import TensorSpec
+from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.manifest import TensorSpec
 
 if TYPE_CHECKING:
     from pathlib import Path

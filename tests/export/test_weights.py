@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from trio_edge.export.checkpoints.checkpoint import Checkpoint
 from trio_edge.export.checkpoints.safetensors import read_safetensors_header
 from trio_edge.export.checkpoints.weights import StoredWeights, bytes_to_write, read_tensor, store_weights
-from trio_edge.runtime.errors import CheckpointError
-from trio_edge.runtime.manifest import FloatType
+from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.manifest import FloatType
 
 INFINITY, NAN = float("inf"), float("nan")
 

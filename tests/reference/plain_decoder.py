@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from trio_edge.runtime.greedy_nms import greedy_nms
-from trio_edge.runtime.manifest import GraphSpec, Manifest
+from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest
+from trio_edge.runtime.decoder import greedy_nms
 
 Arrays = dict[str, Any]
 

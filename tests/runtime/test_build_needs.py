@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from tests.engine_bundles import GPU, HOST, copy_bundle
-from trio_edge.runtime import build_needs as module
-from trio_edge.runtime import cli_build, engine_host
-from trio_edge.runtime.build_needs import BuildNeeds, build_needs
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.engine_build import BuildOptions
-from trio_edge.runtime.engine_host import find_gpu, l4t_release
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.cli import build as cli_build
+from trio_edge.runtime.engines import host as engine_host
+from trio_edge.runtime.engines import needs as module
+from trio_edge.runtime.engines.build import BuildOptions
+from trio_edge.runtime.engines.host import find_gpu, l4t_release
+from trio_edge.runtime.engines.needs import BuildNeeds, build_needs
 
 trt: Any = pytest.importorskip(
     "tensorrt_rtx", reason="needs tensorrt-rtx, which has wheels for x86-64 Linux only; runs in CI"

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from trio_edge.runtime import chat
-from trio_edge.runtime.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE, build_messages, render_chat
-from trio_edge.runtime.errors import BundleError, ShapeError
+from trio_edge.runtime.bundle.errors import BundleError, ShapeError
+from trio_edge.runtime.prompts import chat
+from trio_edge.runtime.prompts.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE, build_messages, render_chat
 
 # llava-hf's own template of LLaVA-1.5, with the training tag that transformers adds to Jinja
 LLAVA_HF_TEMPLATE = (

@@ -25,29 +25,31 @@ import torch
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
 from tests.engine_bundles import HOST, bundle_with_engines, copy_bundle, engine_folder, replace_bytes
-from trio_edge.runtime import cli_build, engine_build, engine_child, engine_host
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.engine_build import BuildOptions, BuildProgress, build_engines, plan_build
-from trio_edge.runtime.engine_child import (
+from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.cli import build as cli_build
+from trio_edge.runtime.engines import build as engine_build
+from trio_edge.runtime.engines import child as engine_child
+from trio_edge.runtime.engines import host as engine_host
+from trio_edge.runtime.engines.build import BuildOptions, BuildProgress, build_engines, plan_build
+from trio_edge.runtime.engines.child import (
     optimization_profile,
     read_timing_cache,
     set_flags,
     write_engine,
     write_timing_cache,
 )
-from trio_edge.runtime.engine_host import Host, find_gpu
-from trio_edge.runtime.engine_network import Network, block_sizes
-from trio_edge.runtime.engine_package import TensorRT, choose_backend, load_tensorrt
-from trio_edge.runtime.engine_pass_lm_head import split_lm_head
-from trio_edge.runtime.engine_pass_separate import separate_products
-from trio_edge.runtime.engines import read_engine_set
-from trio_edge.runtime.errors import BackendError
+from trio_edge.runtime.engines.files import read_engine_set
+from trio_edge.runtime.engines.host import Host, find_gpu
+from trio_edge.runtime.engines.network import Network, block_sizes
+from trio_edge.runtime.engines.package import TensorRT, choose_backend, load_tensorrt
+from trio_edge.runtime.engines.passes import separate_products, split_lm_head
 
 trt: Any = pytest.importorskip(
     "tensorrt_rtx", reason="needs tensorrt-rtx, which has wheels for x86-64 Linux only; runs in CI"
 )
 AHEAD = ["--backend", "tensorrt-rtx", "--compute-capability", "86", "--quiet"]
-COMMAND = "import sys; from trio_edge.runtime.cli_build import main; sys.exit(main())"
+COMMAND = "import sys; from trio_edge.runtime.cli.build import main; sys.exit(main())"
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +262,7 @@ def test_a_place_that_cannot_be_written_gives_one_line(
 )
 def test_a_bundle_of_somebody_else_gives_one_line(copy: Path) -> None:
     code = (
-        "import os, sys, tensorrt_rtx; from trio_edge.runtime.cli_build import main;"
+        "import os, sys, tensorrt_rtx; from trio_edge.runtime.cli.build import main;"
         " os.setgid(65534); os.setuid(65534); sys.exit(main())"
     )
     outside = Path(tempfile.gettempdir()).resolve()

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.pictures import random_picture
-from trio_edge.runtime import cli_inspect, cli_run
+from trio_edge.runtime.cli import inspect as cli_inspect
+from trio_edge.runtime.cli import run as cli_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -22,17 +22,18 @@ from tests.cuda_on_host import (
 )
 from tests.engine_bundles import HOST, copy_bundle, replace_bytes
 from tests.pictures import random_picture
-from trio_edge.runtime import backend as module
-from trio_edge.runtime import backend_tensorrt, device_cuda
-from trio_edge.runtime.backend import make_backend
-from trio_edge.runtime.backend_tensorrt import TensorRTEngine
-from trio_edge.runtime.bundle import open_bundle, sha256_of
-from trio_edge.runtime.cli_run import main
+from trio_edge.runtime.backends import registry as module
+from trio_edge.runtime.backends import tensorrt as backend_tensorrt
+from trio_edge.runtime.backends.graph_run import GraphRun
+from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.backends.tensorrt import TensorRTEngine
+from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.reader import open_bundle, sha256_of
+from trio_edge.runtime.cli.run import main
 from trio_edge.runtime.decoder import Decoder
-from trio_edge.runtime.device import array_at
-from trio_edge.runtime.engine_host import Host
-from trio_edge.runtime.errors import BackendError
-from trio_edge.runtime.graph_run import GraphRun
+from trio_edge.runtime.devices import cuda as device_cuda
+from trio_edge.runtime.devices.interface import array_at
+from trio_edge.runtime.engines.host import Host
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:

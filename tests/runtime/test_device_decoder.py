@@ -23,11 +23,11 @@ from tests.pictures import random_picture
 from tests.qwen_checkpoints import CAMERA, REDUCED, save_qwen_checkpoint
 from tests.reference.plain_decoder import PlainDecoder
 from trio_edge.export.quantize.plan import parse_plan
-from trio_edge.runtime.backend import make_backend
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.errors import BackendError
+from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.schedule import Schedule, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable

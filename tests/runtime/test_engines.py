@@ -18,18 +18,18 @@ from tests.engine_bundles import (
     engine_folder,
     replace_bytes,
 )
-from trio_edge.runtime import cli_inspect
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.engine_package import load_tensorrt
-from trio_edge.runtime.engines import open_engines, read_engine_set, target_name
-from trio_edge.runtime.errors import BackendError
+from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.cli import inspect as cli_inspect
+from trio_edge.runtime.engines.files import open_engines, read_engine_set, target_name
+from trio_edge.runtime.engines.package import load_tensorrt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from trio_edge.runtime.engine_host import Host
-    from trio_edge.runtime.engines import Engines
+    from trio_edge.runtime.engines.files import Engines
+    from trio_edge.runtime.engines.host import Host
 
 pytest.importorskip(
     "tensorrt_rtx", reason="needs tensorrt-rtx, which has wheels for x86-64 Linux only; runs in CI"

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from trio_edge.runtime import folder_beside as module
-from trio_edge.runtime.errors import CheckpointError
-from trio_edge.runtime.folder_beside import check_place, delete_leftovers, folder_beside
-from trio_edge.runtime.manifest import MANIFEST_NAME
+from trio_edge.runtime import files as module
+from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
+from trio_edge.runtime.files import check_place, delete_leftovers, folder_beside
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

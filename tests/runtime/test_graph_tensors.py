@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from trio_edge.runtime.errors import ManifestError
-from trio_edge.runtime.graph_tensors import check_tensors
-from trio_edge.runtime.manifest import manifest_from_json
+from trio_edge.runtime.bundle.errors import ManifestError
+from trio_edge.runtime.bundle.graph_io import check_tensors
+from trio_edge.runtime.bundle.manifest import manifest_from_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,8 +9,8 @@ from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
-from trio_edge.runtime.errors import ImageError
-from trio_edge.runtime.image import MAX_PICTURE_PIXELS, open_picture
+from trio_edge.runtime.bundle.errors import ImageError
+from trio_edge.runtime.images.reading import MAX_PICTURE_PIXELS, open_picture
 
 
 def _noise(*shape: int, dtype: type = np.uint8) -> np.ndarray:

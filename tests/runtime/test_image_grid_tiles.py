@@ -17,9 +17,9 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
 
 from tests.pictures import noise_picture, random_picture
 from tests.torchvision_reference import PROCESSORS, TorchvisionReference, load_processor
-from trio_edge.runtime.errors import CheckpointError, ImageError, ManifestError
-from trio_edge.runtime.image_grid_tiles import GridTileProcessing
-from trio_edge.runtime.vision_inputs import GridTilePictures, picture_processing
+from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
+from trio_edge.runtime.images.interface import picture_processing
+from trio_edge.runtime.images.internvl import GridTilePictures, GridTileProcessing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

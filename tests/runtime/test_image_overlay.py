@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trio_edge.runtime.errors import ShapeError
-from trio_edge.runtime.image_overlay import draw_kept
-from trio_edge.runtime.image_processing import ImageProcessing, token_boxes
+from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.runtime.images.llava import ImageProcessing, token_boxes
+from trio_edge.runtime.images.overlay import draw_kept
 
 PROCESSING = ImageProcessing(
     kind="anyres", tile_size=28, patch_size=7, resize_size=28, grid_pinpoints=((28, 56), (56, 56))

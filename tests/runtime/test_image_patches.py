@@ -12,8 +12,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from tests.pictures import random_picture
-from trio_edge.runtime.errors import CheckpointError, ImageError, ManifestError
-from trio_edge.runtime.image_patches import PatchProcessing
+from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
+from trio_edge.runtime.images.qwen import PatchProcessing
 
 CONFIGS = {
     "default": {},

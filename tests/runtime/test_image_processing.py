@@ -20,9 +20,8 @@ from tests.torchvision_reference import (
     TorchvisionReference,
     load_processor,
 )
-from trio_edge.runtime.errors import CheckpointError, ImageError, ManifestError
-from trio_edge.runtime.image import open_picture
-from trio_edge.runtime.image_processing import (
+from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
+from trio_edge.runtime.images.llava import (
     ImageProcessing,
     max_tiles,
     max_visual_tokens,
@@ -32,7 +31,8 @@ from trio_edge.runtime.image_processing import (
     token_boxes,
     token_index,
 )
-from trio_edge.runtime.image_resize import MAX_EXACT_PIXELS
+from trio_edge.runtime.images.reading import open_picture
+from trio_edge.runtime.images.resizing import MAX_EXACT_PIXELS
 
 LLAVA_CLASSES = ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor")
 LLAVA = {

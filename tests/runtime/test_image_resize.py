@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from trio_edge.runtime import image_resize
-from trio_edge.runtime.image_resize import resize
+from trio_edge.runtime.images import resizing as image_resize
+from trio_edge.runtime.images.resizing import resize
 
 
 def _picture(width: int, height: int, *, binary: bool = False) -> Image.Image:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.errors import ManifestError
-from trio_edge.runtime.manifest import json_from_manifest, manifest_from_json
+from trio_edge.runtime.bundle.errors import ManifestError
+from trio_edge.runtime.bundle.manifest import json_from_manifest, manifest_from_json
+from trio_edge.runtime.bundle.reader import open_bundle
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,9 +22,9 @@ from trio_edge.profiling.predict.efficiency import FITTED, fitted_for, rates_of
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.profiling.predict.speed import Formats, Rates, graph_time
 from trio_edge.profiling.predict.sweep import choose, nearest_text, parse_sweep, parse_wish, sweep
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.errors import ScheduleError
-from trio_edge.runtime.wide_console import print_table, wide_console
+from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.cli.console import print_table, wide_console
 from trio_edge.trio.budgets import parse_schedule
 from trio_edge.trio.cost.devices import TARGETS
 from trio_edge.trio.cost.models import MODELS

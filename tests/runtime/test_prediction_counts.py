@@ -14,9 +14,9 @@ from trio_edge.export.check.fit import FitInputs, Picture, estimate
 from trio_edge.export.checkpoints.checkpoint import ALIASES
 from trio_edge.profiling.predict.answer import memory_of
 from trio_edge.profiling.predict.plan import plan_for
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.errors import ScheduleError
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.budgets import method_schedule, preset_schedule
 from trio_edge.trio.cost.flops import (
     LLAVA_NEXT_7B,

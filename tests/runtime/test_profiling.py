@@ -22,13 +22,13 @@ from trio_edge.profiling.measure.layers.tensorrt import runs_of_engine
 from trio_edge.profiling.measure.recording import Recording, RecordingBackend, graph_calls
 from trio_edge.profiling.page.pictures import PROMPT, picture_sizes, random_picture
 from trio_edge.profiling.report.profile import Report
-from trio_edge.runtime.backend import make_backend
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.device import LoadedGraphs
-from trio_edge.runtime.device_host import HostDevice
-from trio_edge.runtime.engine_layer_times import EngineLayerTimes
-from trio_edge.runtime.errors import DataError, ShapeError
-from trio_edge.runtime.output_files import check_outputs, write_output
+from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.bundle.errors import DataError, ShapeError
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.devices.host import HostDevice
+from trio_edge.runtime.devices.interface import LoadedGraphs
+from trio_edge.runtime.engines.log import EngineLayerTimes
+from trio_edge.runtime.files import check_outputs, write_output
 from trio_edge.runtime.pipeline import Pipeline
 
 RUNS, NEW_TOKENS, QUICK_ROUNDS = 6, 4, 2

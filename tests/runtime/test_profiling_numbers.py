@@ -18,9 +18,9 @@ from trio_edge.profiling.measure.matmul_graph import matmul_model, random_matrix
 from trio_edge.profiling.measure.product_bundle import write_product_bundle
 from trio_edge.profiling.report.profile import Ceilings
 from trio_edge.profiling.report.roofline import judge
-from trio_edge.runtime.backend import make_backend
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.engine_build import BuildOptions, build_engines, plan_build
+from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.engines.build import BuildOptions, build_engines, plan_build
 
 
 def test_a_distribution_has_the_percentiles_of_its_values() -> None:

@@ -13,8 +13,8 @@ from trio_edge.profiling.measure import contexts
 from trio_edge.profiling.measure.answers import Question, Subject
 from trio_edge.profiling.measure.contexts import time_contexts
 from trio_edge.profiling.page.pictures import picture_sizes, random_picture
-from trio_edge.runtime.backend import make_backend
-from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.bundle.reader import open_bundle
 
 if TYPE_CHECKING:
     from pathlib import Path

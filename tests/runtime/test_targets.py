@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trio_edge.runtime.errors import TargetError
+from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.trio.cost.devices import TARGETS, Target, find_target
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "targets.md"

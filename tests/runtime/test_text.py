@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
-from trio_edge.runtime.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE, build_messages, render_chat
-from trio_edge.runtime.errors import BundleError, ShapeError
-from trio_edge.runtime.text import DetokenizeStream, Tokenizer
+from trio_edge.runtime.bundle.errors import BundleError, ShapeError
+from trio_edge.runtime.prompts.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE, build_messages, render_chat
+from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, Tokenizer
 
 CORPUS = [
     "USER: what is shown in this picture? ASSISTANT: a red circle and a green square.",

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trio_edge.runtime.greedy_nms import greedy_nms
-from trio_edge.runtime.schedule import Schedule, Stage
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
+from trio_edge.runtime.decoder import greedy_nms
 
 PRESERVED_ANSWER_ROWS = Schedule(
     stages=(Stage(layer=1, keep=16), Stage(layer=2, keep=7)), positions="preserved", probe_rows="answer"

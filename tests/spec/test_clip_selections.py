@@ -22,13 +22,13 @@ from tests.trio.selectors.token_graph import Case
 from trio_edge.calibration.answer_cost import prefill_flops
 from trio_edge.profiling.predict.answer import memory_of
 from trio_edge.profiling.predict.plan import plan_for
-from trio_edge.runtime.backend import make_backend
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.cli_build import main as build
-from trio_edge.runtime.errors import ShapeError
-from trio_edge.runtime.graph_run import GraphRun
+from trio_edge.runtime.backends.graph_run import GraphRun
+from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.runtime.cli.build import main as build
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.schedule import Schedule
 from trio_edge.trio.cost.work import counted
 
 if TYPE_CHECKING:

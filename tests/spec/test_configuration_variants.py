@@ -20,10 +20,10 @@ from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.export.checkpoints.checkpoint import read_checkpoint
 from trio_edge.export.checkpoints.text_files import read_text_files
 from trio_edge.export.families.decoder import read_config
-from trio_edge.runtime.errors import CheckpointError, ScheduleError
-from trio_edge.runtime.image_processing import prepare
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
+from trio_edge.runtime.images.llava import prepare
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.schedule import Schedule, Stage
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,9 +12,9 @@ from tests.spec.test_selectors_through_bundles import STAGE_METHODS
 from tests.trio.selectors.token_graph import NUM_KEEP, D, E, F, T, export_once, random_case
 from trio_edge.calibration.answer_cost import prefill_flops
 from trio_edge.export.token_selectors import token_selector
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.manifest import TokenMethod
-from trio_edge.runtime.schedule import Schedule, Stage
+from trio_edge.runtime.bundle.manifest import TokenMethod
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.trio.cost.flops import ModelShape, StageSizes, selection_flops, token_flops
 
 if TYPE_CHECKING:

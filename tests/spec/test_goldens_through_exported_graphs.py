@@ -9,10 +9,10 @@ import pytest
 
 from tests.goldens import GOLDEN_NAMES, Golden, golden_bundle, load_golden, needs_goldens
 from tests.tolerances import LOGITS_FLOAT32, SALIENCY_FLOAT32
-from trio_edge.runtime.backend import make_backend
-from trio_edge.runtime.bundle import open_bundle
+from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.decoder import Decoder, PrefillResult, Prompt
-from trio_edge.runtime.positions import plain_positions
+from trio_edge.runtime.prompts.positions import plain_positions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -21,11 +21,11 @@ from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.export.checkpoints.checkpoint import ALIASES, canonical_name, read_checkpoint
 from trio_edge.export.checkpoints.text_files import read_text_files
 from trio_edge.export.families.internvl import InternVl
-from trio_edge.runtime.bundle import open_bundle
-from trio_edge.runtime.chat import INTERNVL_TEMPLATE, build_messages, render_chat
-from trio_edge.runtime.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.schedule import Schedule, Stage
+from trio_edge.runtime.prompts.chat import INTERNVL_TEMPLATE, build_messages, render_chat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,11 +11,11 @@ from tests.bundles import export
 from tests.hugging_face import Original
 from tests.pictures import random_picture
 from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
+from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.decoder import PrefillResult, Prompt
-from trio_edge.runtime.errors import ShapeError
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.positions import plain_positions
-from trio_edge.runtime.schedule import Schedule, Stage
+from trio_edge.runtime.prompts.positions import plain_positions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

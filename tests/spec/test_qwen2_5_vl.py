@@ -14,10 +14,10 @@ from tests.pictures import random_picture
 from tests.qwen_checkpoints import CAMERA, REDUCED, hugging_face_inputs, save_qwen_checkpoint
 from tests.spec.reduced_reference import reduced_logits
 from tests.tolerances import LOGITS_FLOAT32
-from trio_edge.runtime.errors import ScheduleError, ShapeError
+from trio_edge.runtime.bundle.errors import ScheduleError, ShapeError
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.schedule import Schedule, Stage
-from trio_edge.runtime.text import PromptIds
+from trio_edge.runtime.prompts.tokenizer import PromptIds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

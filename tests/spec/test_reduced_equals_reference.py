@@ -13,7 +13,7 @@ from tests.hugging_face import Original
 from tests.pictures import random_picture
 from tests.spec.reduced_reference import PRESERVED_ANSWER_ROWS, reduced_logits
 from tests.tolerances import LOGITS_FLOAT32
-from trio_edge.runtime.image_processing import prepare
+from trio_edge.runtime.images.llava import prepare
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:

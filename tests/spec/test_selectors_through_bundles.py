@@ -20,9 +20,9 @@ from tests.spec.reduced_reference import causal_layer
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.calibration.answer_cost import prefill_flops, processed_tokens
 from trio_edge.export.token_selectors import stage_selector, token_selector
-from trio_edge.runtime.image_processing import prepare, token_index
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
+from trio_edge.runtime.images.llava import prepare, token_index
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.schedule import Schedule, Stage
 from trio_edge.trio.selectors.interface import Prompt, Selection, StageInputs, TokenInputs
 
 if TYPE_CHECKING:

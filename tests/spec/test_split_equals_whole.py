@@ -16,7 +16,7 @@ from tests.pictures import random_picture
 from tests.shared_folder import made_once
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.export.checkpoints.checkpoint import TINY_FOLDER
-from trio_edge.runtime.image_processing import prepare
+from trio_edge.runtime.images.llava import prepare
 from trio_edge.runtime.pipeline import Pipeline
 
 SIZES = [(48, 48), (31, 77), (100, 40), (24, 24), (1, 1), (300, 33), (64, 63)]

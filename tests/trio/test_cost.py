@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.budgets import preset_schedule
 from trio_edge.trio.cost.flops import (
     LLAVA_NEXT_7B,

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
 from tests.reference.nms import cosine_similarity, greedy_nms
-from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.nms import FeatureNms, _symmetric_product
 
 THRESHOLD = 0.8

@@ -19,7 +19,7 @@ from tests.trio.decoder_layers import (
     random_decoder,
     rotary_tables,
 )
-from trio_edge.runtime.errors import CheckpointError
+from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.trio.cost.flops import SaliencyForm
 from trio_edge.trio.saliency import ProxySaliency, key_value_gram
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trio_edge.runtime.errors import ScheduleError
-from trio_edge.runtime.schedule import Schedule
+from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.budgets import (
     PRESETS,
     default_stage_layers,

@@ -10,8 +10,8 @@ import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from trio_edge.runtime.errors import TargetError
-from trio_edge.runtime.fp8 import fp8_refusal
+from trio_edge.runtime.bundle.errors import TargetError
+from trio_edge.runtime.engines.host import fp8_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

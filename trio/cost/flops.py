@@ -22,13 +22,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from trio_edge.runtime.clip_text import num_clip_texts
+from trio_edge.runtime.prompts.clip_text import num_clip_texts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trio_edge.runtime.manifest import TokenMethod
-    from trio_edge.runtime.schedule import Method, Schedule
+    from trio_edge.runtime.bundle.manifest import TokenMethod
+    from trio_edge.runtime.bundle.schedule import Method, Schedule
 
 SaliencyForm = Literal["direct", "key_gram", "key_value_gram"]
 SALIENCY_FORMS: tuple[SaliencyForm, ...] = ("direct", "key_gram", "key_value_gram")

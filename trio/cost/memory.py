@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.runtime.manifest import Dimensions, TokenMethod
+    from trio_edge.runtime.bundle.manifest import Dimensions, TokenMethod
 
 _VISION_HEAD_SIZE = 64
 _CLIP_MLP = 4

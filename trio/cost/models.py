@@ -11,23 +11,18 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from trio_edge.runtime.errors import TargetError
-from trio_edge.runtime.image_grid_tiles import GridTileProcessing
-from trio_edge.runtime.image_patches import PatchProcessing
-from trio_edge.runtime.image_processing import ImageProcessing
-from trio_edge.runtime.manifest import Dimensions, VisionDimensions
-from trio_edge.runtime.vision_inputs import (
-    GridTilePictures,
-    PatchPictures,
-    TilePictures,
-    picture_processing,
-)
+from trio_edge.runtime.bundle.errors import TargetError
+from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
+from trio_edge.runtime.images.interface import picture_processing
+from trio_edge.runtime.images.internvl import GridTilePictures, GridTileProcessing
+from trio_edge.runtime.images.llava import ImageProcessing, TilePictures
+from trio_edge.runtime.images.qwen import PatchPictures, PatchProcessing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trio_edge.runtime.manifest import Manifest
-    from trio_edge.runtime.vision_inputs import PictureProcessing
+    from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.images.interface import PictureProcessing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
-from trio_edge.runtime.clip_text import num_clip_texts
+from trio_edge.runtime.prompts.clip_text import num_clip_texts
 from trio_edge.trio.cost.models import layer_matrices, layer_weights, tiles_and_patches
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trio_edge.runtime.manifest import (
+    from trio_edge.runtime.bundle.manifest import (
         Dimensions,
         GraphSpec,
         Manifest,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         TokenMethod,
         VisionDimensions,
     )
-    from trio_edge.runtime.schedule import Method, Schedule
+    from trio_edge.runtime.bundle.schedule import Method, Schedule
 
 WeightKind = Literal["layer", "head", "vision", "none"]
 """Which weights a product reads; "none" if both factors are activations. Quantization differs by kind."""

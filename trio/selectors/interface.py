@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
 
 if TYPE_CHECKING:
     from torch import Tensor

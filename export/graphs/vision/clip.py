@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trio_edge.export.graphs.linear_groups import LinearGroup, mlp_groups, projector_groups
-from trio_edge.runtime.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

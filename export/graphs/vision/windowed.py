@@ -31,7 +31,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionR
 
 from trio_edge.export.graphs.attention import MASKED
 from trio_edge.export.graphs.linear_groups import LinearGroup, gated_mlp_groups, projector_groups
-from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.budgets import MAX_TOPK
 
 if TYPE_CHECKING:

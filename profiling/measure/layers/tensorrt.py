@@ -1,6 +1,6 @@
 """Reads what an engine's profiler and inspector said: how long each of its layers took in each run, and what they are.
 
-Format, of ``trio_edge.runtime.engine_layer_times``: {"runs": [[[name, milliseconds], …], …], "layers": the inspector's list}. An
+Format, of ``trio_edge.runtime.engines.log``: {"runs": [[[name, milliseconds], …], …], "layers": the inspector's list}. An
 engine that was built without ``trio-build --verbose-layers`` lists names only; kinds and shapes are empty then.
 """
 

@@ -8,7 +8,7 @@ import torch
 
 from tests.reference.token_selectors import cdpruner, relevance
 from tests.trio.selectors.token_graph import cosine, random_case
-from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.tokens.cdpruner import CdPruner
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.trio.selectors.token_graph import random_case
-from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.tokens.divprune import DivPrune
 
 

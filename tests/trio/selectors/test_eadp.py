@@ -11,7 +11,7 @@ import torch
 
 from tests.reference.token_selectors import cover, importance
 from tests.trio.selectors.token_graph import export_selector, random_case, run_graph
-from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.tokens.eadp import Eadp
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.reference.stage_selectors import Rows, last_row_top_k
 from tests.trio.decoder_layers import random_decoder
 from tests.trio.selectors.stage_graph import CASES, ROOM, Case, OnnxStage, agree, build, export_stage
-from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.stages.fastv import FastV
 
 KEEP = 12

@@ -8,7 +8,7 @@ import torch
 
 from tests.reference.token_selectors import holov
 from tests.trio.selectors.token_graph import random_case
-from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.tokens.holov import HoloV
 
 

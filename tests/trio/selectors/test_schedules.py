@@ -6,8 +6,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from trio_edge.runtime.errors import ScheduleError
-from trio_edge.runtime.schedule import Method
+from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.schedule import Method
 from trio_edge.trio.budgets import (
     combined_schedule,
     default_layers,

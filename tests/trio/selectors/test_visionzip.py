@@ -23,7 +23,7 @@ from tests.trio.selectors.token_graph import (
     random_case,
     run_graph,
 )
-from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.tokens.visionzip import VisionZip
 
 

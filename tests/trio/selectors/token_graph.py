@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tests.shared_folder import made_once
 from trio_edge.export.check.tensorrt import RELEASES, check_graph
 from trio_edge.export.graphs.onnx_graph import dynamic_axes, example_input, save, trace
-from trio_edge.runtime.manifest import TensorSpec
+from trio_edge.runtime.bundle.manifest import TensorSpec
 from trio_edge.trio.selectors.interface import Selection, TokenInputs
 
 D, F, E, T = 16, 12, 8, 9

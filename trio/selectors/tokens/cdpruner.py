@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep
 from trio_edge.trio.selectors.tokens.candidates import (
     given,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from trio_edge.runtime.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep
 from trio_edge.trio.selectors.tokens.candidates import given, masked, picture_tokens, real_tokens, unit_rows
 from trio_edge.trio.selectors.tokens.greedy import cover

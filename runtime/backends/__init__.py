@@ -1,0 +1,1 @@
+"""Backends that run a bundle's graphs: ONNX Runtime, TensorRT and TensorRT-RTX."""

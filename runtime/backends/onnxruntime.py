@@ -1,0 +1,272 @@
+"""ONNX Runtime: on the CPU, or on a GPU through its CUDA and TensorRT execution providers. The only file that imports it.
+
+Every tensor is bound to an address of the device, so hidden states and KV caches stay where they are in all three.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+import onnxruntime as ort
+
+from trio_edge.runtime.backends.interface import check_tensors, selected_graphs
+from trio_edge.runtime.backends.memory import check_memory, estimate
+from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
+from trio_edge.runtime.devices.host import HostDevice
+from trio_edge.runtime.devices.interface import LoadedGraphs, shape_at
+from trio_edge.runtime.engines.files import ENGINES_FOLDER
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from trio_edge.runtime.backends.interface import OnnxRuntimeName
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Profile, TensorSpec
+    from trio_edge.runtime.bundle.reader import Bundle
+    from trio_edge.runtime.devices.interface import Device, DeviceTensor
+
+_PROVIDERS: dict[OnnxRuntimeName, str] = {
+    "onnxruntime": "CPUExecutionProvider",
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+}
+_ORT_FROM_DTYPE = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int32": "tensor(int32)",
+    "int64": "tensor(int64)",
+    "int8": "tensor(int8)",
+}
+
+
+def has_provider(name: OnnxRuntimeName) -> bool:
+    """Whether the installed onnxruntime has the execution provider of a backend."""
+    return _PROVIDERS[name] in ort.get_available_providers()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+
+
+@final
+class OnnxRuntimeBackend:
+    """Loads graphs into ONNX Runtime."""
+
+    def __init__(
+        self,
+        name: OnnxRuntimeName = "onnxruntime",
+        *,
+        threads: int = 0,
+        layer_times: Path | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Check that the installed onnxruntime has what ``name`` needs; see ``make_backend``.
+
+        Args:
+            name: Which.
+            threads: See ``make_backend``.
+            layer_times: See ``make_backend``.
+            notes: What the user should know about the choice; they become those of what is loaded.
+
+        Raises:
+            BackendError: If it has not.
+        """
+        if not has_provider(name):
+            raise BackendError(
+                f"backend: expected onnxruntime {ort.__version__} with {_PROVIDERS[name]}, it has"
+                f" {', '.join(ort.get_available_providers())}; run pip install onnxruntime-gpu in place of onnxruntime"
+            )
+        self._name: OnnxRuntimeName = name
+        self._threads = threads
+        self._layer_times = layer_times
+        self._notes = notes
+
+    @property
+    def name(self) -> str:
+        """See ``Backend.name``."""
+        return self._name
+
+    def load(self, bundle: Bundle, names: Sequence[str] | None = None) -> LoadedGraphs:
+        """See ``Backend.load``."""
+        specs = selected_graphs(bundle, names)
+        memory = estimate(bundle.manifest, specs, weight_bytes=sum(spec.weight_bytes for spec in specs))
+        device, stream = self._open_device()
+        loaded = LoadedGraphs(device=device, engines={}, memory=memory, notes=list(self._notes))
+        try:
+            check_memory(device, memory)
+            for spec in specs:
+                session = self._session(bundle, spec, stream)
+                _check_interface(spec.inputs, session.get_inputs(), where=f"{spec.file} inputs")
+                _check_interface(spec.outputs, session.get_outputs(), where=f"{spec.file} outputs")
+                loaded.engines[spec.name] = OnnxRuntimeEngine(
+                    session, spec, on_gpu=stream is not None, layer_times=self._layer_times
+                )
+        except BaseException:
+            loaded.close()
+            raise
+        return loaded
+
+    def _open_device(self) -> tuple[Device, int | None]:
+        """Return the device, and its stream if it is a GPU."""
+        if self._name == "onnxruntime":
+            return HostDevice(), None
+        device = CudaDevice(load_cuda())
+        return device, device.stream
+
+    def _session(self, bundle: Bundle, spec: GraphSpec, stream: int | None) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        # Each session has threads of its own; spinning while another session runs, they would take its cores
+        # (measured on 2 cores with 9 sessions: 107 ms instead of 26 ms for one answer of the packaged model).
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Its default rounds the inputs of products with INT4 weights to 8 bits; 1 is float32.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if self._layer_times is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self._layer_times / f".{spec.name}")
+        wanted, file = _PROVIDERS[self._name], bundle.folder / spec.file
+        try:
+            session = ort.InferenceSession(
+                file,
+                options,
+                providers=self._providers(stream, bundle.folder, spec),
+                disabled_optimizers=_broken_optimizers(bundle, spec),
+            )
+        except Exception as error:  # onnxruntime's exceptions have no common public base
+            raise BackendError(
+                f"{file}: expected a graph that onnxruntime {ort.__version__} loads, got:"
+                f" {_first_line(error)}; export the bundle again"
+            ) from None
+        if wanted not in session.get_providers():  # it falls back to the CPU in silence
+            raise BackendError(
+                f"backend: expected {wanted} to start, onnxruntime {ort.__version__} fell back to"
+                f" {session.get_providers()[0]}; install the CUDA and cuDNN that it was built for"
+            )
+        return session
+
+    def _providers(self, stream: int | None, folder: Path, spec: GraphSpec) -> list[Any]:
+        if stream is None:
+            return [_PROVIDERS[self._name]]
+        cuda = {
+            "device_id": "0",
+            "user_compute_stream": str(stream),
+            "arena_extend_strategy": "kSameAsRequested",
+            "use_tf32": "0",  # so that float32 bundles keep the tokens that they keep elsewhere
+        }
+        found: list[Any] = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
+        if self._name == "onnxruntime-tensorrt":
+            found.insert(0, (_PROVIDERS[self._name], _tensorrt_options(stream, folder, spec)))
+        return found
+
+
+def _broken_optimizers(bundle: Bundle, spec: GraphSpec) -> list[str]:
+    """Return those that onnxruntime 1.31 makes graphs with that it cannot load; to be removed with a release that can."""
+    broken = []
+    if any(tensor.dtype == "int8" for tensor in spec.inputs):
+        # It moves DequantizeLinear behind Transpose by a node that opset 21 does not allow (microsoft/onnxruntime issue 25526).
+        broken.append("QDQPropagationTransformer")
+    if bundle.manifest.format_of(spec) == "fp8":
+        # It makes integer products of FP8 inputs and weights.
+        broken.append("QDQSelectorActionTransformer")
+    return broken
+
+
+def _tensorrt_options(stream: int, folder: Path, spec: GraphSpec) -> dict[str, str]:
+    """Return the TensorRT provider's options: its engines have the manifest's profiles, and are kept beside the bundle's."""
+    shapes = ",".join(
+        f"{tensor.name}:{'x'.join(map(str, shape_at(tensor.shape, profile)))}"
+        for profile in spec.profiles
+        for tensor in spec.inputs
+        if any(isinstance(size, str) for size in tensor.shape)
+    )
+    options = {"device_id": "0", "user_compute_stream": str(stream)}
+    options |= {f"trt_profile_{bound}_shapes": shapes for bound in ("min", "opt", "max")}
+    cache = folder / ENGINES_FOLDER / "onnxruntime-tensorrt"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a bundle that cannot be written to: engines are built at every start
+        return options
+    return options | {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
+
+
+def _check_interface(expected: tuple[TensorSpec, ...], got: list[Any], *, where: str) -> None:
+    wanted = [(tensor.name, _ORT_FROM_DTYPE[tensor.dtype]) for tensor in expected]
+    found = [(tensor.name, tensor.type) for tensor in got]
+    if wanted != found:
+        odd = next((pair for pair in zip(wanted, found) if pair[0] != pair[1]), (len(wanted), len(found)))
+        raise BackendError(f"{where}: expected {odd[0]} (manifest), got {odd[1]}; export the bundle again")
+
+
+@final
+class OnnxRuntimeEngine:
+    """One graph in ONNX Runtime."""
+
+    def __init__(
+        self, session: ort.InferenceSession, spec: GraphSpec, *, on_gpu: bool, layer_times: Path | None
+    ) -> None:
+        self._session: ort.InferenceSession | None = session
+        self._spec = spec
+        self._layer_times = layer_times
+        self._device_type = "cuda" if on_gpu else "cpu"
+        self._run_options = ort.RunOptions()
+        if on_gpu:  # the stream is ours, and the next graph is enqueued on it
+            self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    @property
+    def spec(self) -> GraphSpec:
+        """See ``Engine.spec``."""
+        return self._spec
+
+    def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> OnnxRuntimeLaunch:
+        """See ``Engine.prepare``."""
+        session = self._open_session()
+        check_tensors(self._spec, profile, tensors)
+        binding = session.io_binding()
+        for binds, specs in (
+            (binding.bind_input, self._spec.inputs),
+            (binding.bind_output, self._spec.outputs),
+        ):
+            for spec in specs:
+                tensor = tensors[spec.name]
+                binds(spec.name, self._device_type, 0, np.dtype(spec.dtype), tensor.shape, tensor.address)
+        return OnnxRuntimeLaunch(self, binding)
+
+    def run(self, binding: ort.IOBinding) -> None:
+        """Run what ``prepare`` bound."""
+        try:
+            self._open_session().run_with_iobinding(binding, self._run_options)
+        except BackendError:
+            raise
+        except Exception as error:  # onnxruntime's exceptions have no common public base
+            raise BackendError(f"{self._spec.name}: onnxruntime failed: {_first_line(error)}") from None
+
+    def close(self) -> None:
+        """See ``Engine.close``."""
+        if self._session is not None and self._layer_times is not None:
+            Path(self._session.end_profiling()).replace(self._layer_times / f"{self._spec.name}.json")
+        self._session = None
+
+    def _open_session(self) -> ort.InferenceSession:
+        if self._session is None:
+            raise BackendError(
+                f"{self._spec.name}: expected an open session, got a closed one; load the bundle again"
+            )
+        return self._session
+
+
+@final
+class OnnxRuntimeLaunch:
+    """One profile of a graph bound to addresses."""
+
+    capturable = False
+    """A session may compute shapes on the host, which a captured sequence cannot hold."""
+
+    def __init__(self, engine: OnnxRuntimeEngine, binding: ort.IOBinding) -> None:
+        self._engine, self._binding = engine, binding
+
+    def enqueue(self) -> None:
+        """See ``Launch.enqueue``."""
+        self._engine.run(self._binding)

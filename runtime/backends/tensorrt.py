@@ -1,0 +1,308 @@
+"""TensorRT engines that ``trio-build`` made, run by ``tensorrt`` or ``tensorrt-rtx``.
+
+Each engine is loaded once. Its decode profile has an execution context of its own, which never switches so that it can be
+captured; all prefill profiles share another. All contexts of all engines share one workspace: they run one after the other on one
+stream.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+
+from trio_edge.runtime.backends.interface import check_tensors, selected_graphs
+from trio_edge.runtime.backends.memory import check_memory, estimate
+from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
+from trio_edge.runtime.devices.interface import LoadedGraphs, shape_at
+from trio_edge.runtime.engines.files import KERNELS_NAME, CompiledKernels, engine_sets, open_engines
+from trio_edge.runtime.engines.host import find_host
+from trio_edge.runtime.engines.log import EngineErrors, EngineLayerTimes, engine_errors
+from trio_edge.runtime.engines.package import ENGINE_BACKENDS, load_tensorrt
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
+    from trio_edge.runtime.bundle.reader import Bundle
+    from trio_edge.runtime.devices.interface import DeviceTensor
+    from trio_edge.runtime.engines.package import EngineBackend, TensorRT
+
+_DECODE = "decode"
+
+
+def engines_that_run(bundle: Bundle) -> tuple[EngineBackend | None, str | None]:
+    """Return the backend whose engines of ``bundle`` run on this machine; if none do, why those that were built do not."""
+    built = {engines.backend for engines in engine_sets(bundle.folder).values()}
+    reason = None
+    for backend in ENGINE_BACKENDS:
+        if backend in built:
+            try:
+                open_engines(
+                    bundle, backend=backend, version=load_tensorrt(backend).version, host=find_host()
+                )
+            except BackendError as error:
+                reason = reason or str(error)
+                continue
+            return backend, None
+    return None, reason
+
+
+@final
+class TensorRTBackend:
+    """Loads a bundle's engines."""
+
+    def __init__(self, name: EngineBackend, *, layer_times: Path | None = None) -> None:
+        """Import the package; see ``make_backend``.
+
+        Raises:
+            BackendError: If it is not installed.
+        """
+        self._tensorrt = load_tensorrt(name)
+        self._layer_times = layer_times
+
+    @property
+    def name(self) -> str:
+        """See ``Backend.name``."""
+        return self._tensorrt.backend
+
+    def load(self, bundle: Bundle, names: Sequence[str] | None = None) -> LoadedGraphs:
+        """See ``Backend.load``; the engines must fit this machine, as ``open_engines`` checks."""
+        specs = selected_graphs(bundle, names)
+        tensorrt = self._tensorrt
+        engines = open_engines(bundle, backend=tensorrt.backend, version=tensorrt.version, host=find_host())
+        sizes = [engines.path(spec.name).stat().st_size for spec in specs]
+        memory = estimate(bundle.manifest, specs, weight_bytes=sum(sizes))
+        device = CudaDevice(load_cuda())
+        loaded = LoadedGraphs(device=device, engines={}, memory=memory, notes=list(engines.notes))
+        try:
+            check_memory(device, memory)
+            workspace, errors = Workspace(device), engine_errors(tensorrt.module)
+            runtime = _new_runtime(tensorrt, errors)
+            kernels = CompiledKernels(engines.folder / KERNELS_NAME) if tensorrt.compiles_on_device else None
+            for spec in specs:
+                engine = _read_engine(runtime, engines.path(spec.name), device, errors)
+                layers = self._layers_of(engine, spec)
+                loaded.engines[spec.name] = TensorRTEngine(
+                    engine, spec, tensorrt, device, workspace, errors, kernels, layers
+                )
+            memory["workspace"] = workspace.allocate()
+        except BaseException:
+            loaded.close()
+            raise
+        return loaded
+
+    def _layers_of(self, engine: Any, spec: GraphSpec) -> EngineLayerTimes | None:
+        if self._layer_times is None:
+            return None
+        return EngineLayerTimes(self._tensorrt.module, engine, self._layer_times / f"{spec.name}.json")
+
+
+def _new_runtime(tensorrt: TensorRT, errors: EngineErrors) -> Any:
+    try:
+        return tensorrt.module.Runtime(errors.logger)
+    except TypeError:  # what its bindings raise where it gives none
+        raise BackendError(
+            f"backend: expected {tensorrt.backend} {tensorrt.version} to start on this GPU, it did"
+            f" not{errors.reason()}; install the release for this GPU and its driver"
+        ) from None
+
+
+def _read_engine(runtime: Any, file: Path, device: CudaDevice, errors: EngineErrors) -> Any:
+    engine = runtime.deserialize_cuda_engine(np.memmap(file, dtype=np.uint8, mode="r"))
+    if engine is None:
+        free = device.free_bytes() or 0
+        raise BackendError(
+            f"{file}: expected an engine that this GPU loads with {file.stat().st_size / 1e6:.1f} MB of its memory, got"
+            f" none{errors.reason()}, {free / 1e6:.1f} MB are free; close other programs, or run trio-build"
+            f" {file.parents[2]} --force"
+        )
+    return engine
+
+
+@final
+class Workspace:
+    """Device memory for activations, shared by all engines of a bundle."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self.address = 0
+        self.num_bytes = 0
+
+    def reserve(self, num_bytes: int) -> None:
+        """Take note of what an engine needs; before ``allocate``."""
+        self.num_bytes = max(self.num_bytes, num_bytes)
+
+    def allocate(self) -> int:
+        """Allocate the largest size that was reserved, and return it.
+
+        Raises:
+            BackendError: If there is not enough memory.
+        """
+        self.address = self._device.allocate(self.num_bytes, purpose="TensorRT's workspace")
+        return self.num_bytes
+
+
+@final
+class TensorRTEngine:
+    """One graph's engine and its two execution contexts."""
+
+    def __init__(
+        self,
+        engine: Any,
+        spec: GraphSpec,
+        tensorrt: TensorRT,
+        device: CudaDevice,
+        workspace: Workspace,
+        errors: EngineErrors,
+        kernels: CompiledKernels | None,
+        layers: EngineLayerTimes | None = None,
+    ) -> None:
+        self._engine, self._spec, self._tensorrt = engine, spec, tensorrt
+        self._device, self._workspace, self._errors, self._layers = device, workspace, errors, layers
+        self._kernels = kernels
+        self._contexts: dict[bool, _Context] = {}
+        workspace.reserve(engine.device_memory_size_v2)  # of the largest profile
+
+    @property
+    def spec(self) -> GraphSpec:
+        """See ``Engine.spec``."""
+        return self._spec
+
+    def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> TensorRTLaunch:
+        """See ``Engine.prepare``."""
+        check_tensors(self._spec, profile, tensors)
+        index = self._spec.profiles.index(profile)
+        is_decode = profile.name == _DECODE
+        if is_decode not in self._contexts:
+            self._contexts[is_decode] = self._new_context()
+        return TensorRTLaunch(self._contexts[is_decode], index, tensors)
+
+    def _new_context(self) -> _Context:
+        settings = _context_settings(self._engine, self._tensorrt, self._kernels)
+        context = self._engine.create_execution_context(settings)
+        if context is None:
+            raise BackendError(
+                f"{self._spec.name}: expected {self._tensorrt.backend} to make an execution context, it did"
+                f" not{self._errors.reason()}; close other programs, or use --backend onnxruntime"
+            )
+        context.set_device_memory(self._workspace.address, self._workspace.num_bytes)
+        return _Context(
+            context,
+            self._spec,
+            settings=settings,
+            stream=self._device.stream,
+            errors=self._errors,
+            layers=self._layers,
+        )
+
+    def close(self) -> None:
+        """See ``Engine.close``. Contexts go before their engine, and both before the kernels."""
+        if self._engine is not None and self._kernels is not None:
+            self._kernels.store()
+        for context in self._contexts.values():
+            context.close()
+        self._contexts.clear()
+        was_open, self._engine = self._engine is not None, None
+        if was_open and self._layers is not None:
+            self._layers.write()
+
+
+@final
+class TensorRTLaunch:
+    """One profile of an engine bound to addresses."""
+
+    def __init__(self, context: _Context, profile_index: int, tensors: Mapping[str, DeviceTensor]) -> None:
+        self._context, self.profile_index, self.tensors = context, profile_index, dict(tensors)
+
+    @property
+    def capturable(self) -> bool:
+        """See ``Launch.capturable``."""
+        return self._context.is_capturable()
+
+    def enqueue(self) -> None:
+        """See ``Launch.enqueue``: the context is bound again only if another launch used it in between."""
+        self._context.enqueue(self)
+
+
+@final
+class _Context:
+    """An execution context and the launch that it is bound to."""
+
+    def __init__(
+        self,
+        context: Any,
+        spec: GraphSpec,
+        *,
+        settings: Any,
+        stream: int,
+        errors: EngineErrors,
+        layers: EngineLayerTimes | None,
+    ) -> None:
+        self._context, self._spec, self._stream = context, spec, stream
+        self._settings = settings  # the context refers to them, and TensorRT's bindings do not keep them
+        self._errors, self._layers = errors, layers
+        if layers is not None:
+            layers.attach(context)
+        self._bound: TensorRTLaunch | None = None
+        self._profile_index: int | None = None
+
+    def enqueue(self, launch: TensorRTLaunch) -> None:
+        if launch is not self._bound:
+            self._bind(launch)
+        self._check(self._context.execute_async_v3(self._stream), "to run")
+        if self._layers is not None:
+            self._layers.end_run()
+
+    def is_capturable(self) -> bool:
+        """Ask tensorrt-rtx; TensorRT cannot be asked, and captures what has no control flow."""
+        if self._layers is not None:
+            return False  # its profiler waits after every run
+        asked = getattr(self._context, "is_stream_capturable", None)
+        return True if asked is None else bool(asked(self._stream))
+
+    def close(self) -> None:
+        self._context = self._bound = None
+        self._settings = None
+
+    def _bind(self, launch: TensorRTLaunch) -> None:
+        context, index = self._context, launch.profile_index
+        if index != self._profile_index:
+            switched = context.set_optimization_profile_async(index, self._stream)
+            self._check(switched, f"to take profile {self._spec.profiles[index].name}")
+            self._profile_index = index
+        for tensor in self._spec.inputs:
+            shape = shape_at(tensor.shape, self._spec.profiles[index])
+            self._check(context.set_input_shape(tensor.name, shape), f"to take {tensor.name} {list(shape)}")
+        for name, bound in launch.tensors.items():
+            self._check(context.set_tensor_address(name, bound.address), f"to take the address of {name}")
+        self._bound = launch
+
+    def _check(self, accepted: bool, what: str) -> None:
+        if not accepted:
+            self._bound = None
+            raise BackendError(
+                f"{self._spec.name}: expected its engine {what}, it refused{self._errors.reason()}; run trio-build again"
+                " with --force"
+            )
+
+
+def _context_settings(engine: Any, tensorrt: TensorRT, kernels: CompiledKernels | None) -> Any:
+    """Return what makes a context without memory of its own.
+
+    tensorrt-rtx compiles kernels for a shape in the background and changes them while it runs unless it is told to have them
+    at once; a captured sequence would keep the slow ones.
+    """
+    module = tensorrt.module
+    strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
+    if kernels is None:
+        return strategy
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(strategy)
+    config.dynamic_shapes_kernel_specialization_strategy = (
+        module.DynamicShapesKernelSpecializationStrategy.EAGER
+    )
+    kernels.attach(config)
+    return config

@@ -1,0 +1,30 @@
+"""Token embeddings, gathered on the host from the bundle's table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from trio_edge.runtime.bundle.reader import Bundle
+
+
+@final
+class EmbeddingTable:
+    """Rows by token id, read from the file when they are asked for."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        self._dtype = manifest.dtype
+        self._rows = bundle.map_tensor(manifest.token_embedding)
+        scales = manifest.token_embedding_scales
+        self._scales = None if scales is None else bundle.map_tensor(scales)
+
+    def __getitem__(self, token_ids: NDArray[Any] | int) -> NDArray[Any]:
+        """Return the rows of ``token_ids``, [..., D], in the type of the graphs."""
+        rows: NDArray[Any] = self._rows[token_ids]
+        if self._scales is None:
+            return rows
+        scaled: NDArray[Any] = rows.astype(self._dtype) * self._scales[token_ids][..., None]
+        return scaled

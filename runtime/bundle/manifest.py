@@ -1,0 +1,441 @@
+"""The manifest (``trio.json``): the only description of a bundle. Export writes it once, everything else reads it.
+
+Symbols in shapes: N visual tokens (padded), S sequence rows of a graph (padded), C rows of its past KV cache, R rows
+of the sequence after a selection (padded); of a vision graph also B picture tiles, or P patches and W windows; of CLIP's
+text tower M texts. All other axes are numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import msgspec
+
+from trio_edge.runtime.bundle.errors import ManifestError
+from trio_edge.runtime.bundle.schedule import Schedule
+
+SCHEMA_VERSION = 3
+MANIFEST_NAME = "trio.json"
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8, "int8": 1, "float8_e4m3fn": 1}
+
+DType = Literal["float32", "float16", "int32", "int64", "int8"]
+FloatType = Literal["float32", "float16"]
+CacheType = Literal["float32", "float16", "int8"]
+StoredType = Literal["float32", "float16", "int32", "int64", "int8", "int4", "float8_e4m3fn"]
+"""Of arrays in weight files; INT4 has two elements in a byte, the first in its low half."""
+QuantizedFormat = Literal["int8", "fp8", "int4"]
+Part = Literal["vision", "prefix", "segments", "suffix", "select", "head", "embedding", "kv"]
+"""What can be quantized apart."""
+Role = Literal["vision", "clip_text", "reduce", "prefix", "select", "segment", "suffix", "head"]
+PART_FROM_ROLE: dict[Role, Part] = {
+    "vision": "vision",
+    "prefix": "prefix",
+    "segment": "segments",
+    "suffix": "suffix",
+    "select": "select",
+    "head": "head",
+}
+"""Which part the graphs that can be quantized belong to."""
+TokenMethod = Literal["visionzip", "holov", "scope", "divprune", "cdpruner", "eadp", "uniform"]
+"""Selections among a picture's visual tokens before the decoder."""
+
+
+class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every manifest value: immutable, keyword-only, unknown keys rejected."""
+
+
+class TensorSpec(_Spec, frozen=True):
+    """Name, dtype and shape of one graph input or output."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+    """Numbers, or one of the symbols of this module's head."""
+
+
+class Profile(_Spec, frozen=True):
+    """One set of fixed sizes that a graph runs at."""
+
+    name: str
+    """"prefill_2928+64" (visual rows and text bucket), "prefill_64" where only one visual size is left, "decode"."""
+    sizes: dict[str, int]
+    """Value of each symbol in the graph's shapes."""
+
+
+class GraphSpec(_Spec, frozen=True):
+    """One ONNX graph of the bundle."""
+
+    name: str
+    role: Role
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Profile, ...]
+    weight_bytes: int
+    """Bytes of weights that an engine of this graph holds."""
+    first_layer: int | None = None
+    """First decoder layer of a prefix, segment or suffix; of a select graph the layer that it probes."""
+    num_layers: int = 0
+    """Decoder layers that run in this graph and own a KV cache."""
+    opset: int | None = None
+    """ONNX opset where it is another than the manifest's: quantized types came later."""
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs in graph order."""
+        return tuple(tensor.name for tensor in self.inputs)
+
+
+class StoredTensor(_Spec, frozen=True):
+    """An array inside one of the bundle's weight files."""
+
+    file: str
+    dtype: StoredType
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the file."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the array in bytes."""
+        count = math.prod(self.shape)
+        return (count + 1) // 2 if self.dtype == "int4" else count * _DTYPE_BYTES[self.dtype]
+
+
+class Quantization(_Spec, frozen=True):
+    """How weights, and keys and values in the KV caches, were rounded."""
+
+    formats: dict[str, QuantizedFormat]
+    """By ``Part``."""
+    method: Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant", "checkpoint"]
+    """How scales were found; "checkpoint" where its own integers were taken over."""
+    block_size: int | None = None
+    """Inputs that share an INT4 scale, where their number is a multiple of it."""
+    num_samples: int = 0
+    """Samples that activations were collected from; the tokens that the bundle's stages drop were dropped."""
+    inputs: tuple[Part, ...] = ()
+    """Parts in INT8 or FP8 whose linear layers have their inputs in that format too."""
+
+
+class FileEntry(_Spec, frozen=True):
+    """A file of the bundle and what it must contain."""
+
+    path: str
+    """Relative to the bundle, forward slashes, no '..'."""
+    num_bytes: int
+    sha256: str
+
+
+class Dimensions(_Spec, frozen=True):
+    """Sizes of the decoder."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    intermediate_size: int
+    vocab_size: int
+
+
+class VisionDimensions(_Spec, frozen=True):
+    """Sizes of the vision tower and its projector, as far as they decide what the vision graph computes."""
+
+    num_layers: int
+    """Layers that run."""
+    hidden_size: int
+    intermediate_size: int
+    patches_per_tile: int | None
+    """With the class token; None where the whole picture of P patches is one tile."""
+    projector_weights: int
+    """Weights that each visual token is multiplied with."""
+    mlp_matrices: int = 2
+    """2, or 3 where the MLP has a gate."""
+    patches_per_window: int | None = None
+    """Patches that a patch attends to in layers with windows; None if all layers attend to the whole tile."""
+    num_full_layers: int = 0
+    """Layers that attend to the whole tile beside those with windows."""
+    projected_per_tile: int | None = None
+    """Tokens of each tile that the projector sees; None where it sees the decoder's, or P patches are one tile."""
+    patches_per_token: int | None = None
+    """Patches that are one token of the projector, where P patches are one tile."""
+    merged_weights: int = 0
+    """Weights that would cost what the encoder's own reduction does for each token of the projector."""
+
+
+class TextSpec(_Spec, frozen=True):
+    """Tokens with a meaning, and where the tokenizer's files are."""
+
+    tokenizer: str
+    chat_template: str
+    image_token: str
+    image_token_id: int
+    bos_token: str
+    eos_token: str
+    stop_token_ids: tuple[int, ...]
+
+
+class ClipTextSpec(_Spec, frozen=True):
+    """How questions become texts of a CLIP model."""
+
+    tokenizer: str
+    start_id: int
+    end_id: int
+    """Also what a text is padded with."""
+    length: int
+    """L, tokens of a text, start and end among them."""
+
+
+class ImageSize(_Spec, frozen=True):
+    """A picture size that the bundle has exact shapes for."""
+
+    width: int
+    height: int
+    """In pixels."""
+    num_visual: int
+    """Visual tokens that such a picture gives."""
+    rows: int
+    """N that it runs at; more than ``num_visual`` only where a stage keeps more than the picture has."""
+
+
+class Cost(_Spec, frozen=True):
+    """FLOPs and KV bytes of one answer's prefill, counted by ``trio_edge.trio.cost.flops``, at ``num_text`` text tokens."""
+
+    num_visual: int
+    """Visual tokens that the vision graph gives."""
+    num_text: int
+    full_flops: dict[str, int]
+    """Per part ("vision", "decoder" with its head) without reduction."""
+    reduced_flops: dict[str, int]
+    """Per part, with "select" for the stages and, where there are, "reduce" for the selection before the decoder and
+    "clip_text" for the text tower."""
+    full_kv_bytes: int
+    reduced_kv_bytes: int
+    picture_tokens: int | None = None
+    """Visual tokens of the same picture without encoder reduction; None if they are ``num_visual``."""
+
+
+class Manifest(_Spec, frozen=True):
+    """Everything that a runtime must know about a bundle."""
+
+    schema_version: int
+    family: str
+    model: str
+    """Alias, Hub id or folder name that was exported."""
+    revision: str | None
+    dtype: FloatType
+    opset: int
+    dimensions: Dimensions
+    schedule: Schedule
+    visual_sizes: tuple[int, ...]
+    """Every N, rows of the visual span in a prefill, ascending; pictures are padded to one of them."""
+    image_sizes: tuple[ImageSize, ...]
+    """Picture sizes that were exported for; empty if any picture is as good as another."""
+    text_buckets: tuple[int, ...]
+    """Text tokens (before and after the picture together) are padded to one of these, ascending."""
+    max_new_tokens: int
+    max_position: int
+    """Positions the model was made for."""
+    position_axes: Literal[1, 3]
+    """A, rows of position ids: 1, or 3 for M-RoPE (time, row, column)."""
+    text: TextSpec
+    image_processing: dict[str, Any]
+    encoder_keep: int | None
+    """Patches per tile, or visual tokens of the picture, that the vision graph keeps; None for all."""
+    token_method: TokenMethod | None
+    """What the reduce graph between vision and prefix selects by; None without one."""
+    token_keep: int | None
+    """K, visual tokens that the reduce graph passes on."""
+    token_embedding: StoredTensor
+    graphs: tuple[GraphSpec, ...]
+    """In the order in which a prefill runs them."""
+    files: tuple[FileEntry, ...]
+    """Every file of the bundle except the manifest itself."""
+    model_bytes: int
+    """Bytes of the whole model's weights in ``dtype``, each tensor once."""
+    cost: Cost
+    tools: dict[str, str]
+    """Versions of the packages that made the bundle."""
+    vision: VisionDimensions | None = None
+    """None in bundles of releases that did not write it."""
+    token_embedding_scales: StoredTensor | None = None
+    """[V] of an INT8 table, one for each row."""
+    quantization: Quantization | None = None
+    """None where all weights and the KV caches are in ``dtype``."""
+    clip_text: ClipTextSpec | None = None
+    """Where the reduce graph compares the question in CLIP's space, whose text tower is a graph then."""
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise ManifestError(
+                f"manifest has schema_version {self.schema_version}, this release reads {SCHEMA_VERSION};"
+                " export the bundle again"
+            )
+        if not self.text_buckets or list(self.text_buckets) != sorted(set(self.text_buckets)):
+            raise ManifestError(
+                f"text_buckets: expected ascending sizes, got {self.text_buckets}; export again"
+            )
+        if not self.visual_sizes or list(self.visual_sizes) != sorted(set(self.visual_sizes)):
+            raise ManifestError(
+                f"visual_sizes: expected ascending sizes, got {self.visual_sizes}; export again"
+            )
+        known = {entry.path for entry in self.files}
+        used = {graph.file for graph in self.graphs} | {
+            self.text.tokenizer,
+            self.text.chat_template,
+            self.token_embedding.file,
+        }
+        if self.token_embedding_scales is not None:
+            used.add(self.token_embedding_scales.file)
+        if self.clip_text is not None:
+            used.add(self.clip_text.tokenizer)
+        if self.token_embedding.dtype not in ("float32", "float16", "int8"):
+            raise ManifestError(
+                f"token_embedding: expected float32, float16 or int8, got {self.token_embedding.dtype};"
+                " export the bundle again"
+            )
+        if (self.token_embedding.dtype == "int8") != (self.token_embedding_scales is not None):
+            raise ManifestError(
+                f"token_embedding: expected scales beside INT8 rows and nowhere else, got {self.token_embedding.dtype};"
+                " export the bundle again"
+            )
+        for path in sorted(known | used):
+            _check_relative(path)
+        if missing := sorted(used - known):
+            raise ManifestError(
+                f"files: expected an entry for {missing[0]!r}, got none; export the bundle again"
+            )
+        self._check_graphs()
+
+    def _check_graphs(self) -> None:
+        roles = [graph.role for graph in self.graphs]
+        num_stages = len(self.schedule.stages)
+        before = [] if self.clip_text is None else ["clip_text"]
+        before += [] if self.token_method is None else ["reduce"]
+        expected = ["vision", *before, "prefix"]
+        for stage in range(num_stages):
+            expected += ["select", "suffix" if stage == num_stages - 1 else "segment"]
+        expected.append("head")
+        if roles != expected:
+            raise ManifestError(f"graphs: expected roles {expected}, got {roles}; export the bundle again")
+        next_layer = 0
+        for graph in self.ranges:
+            if graph.first_layer != next_layer or graph.num_layers < 1:
+                raise ManifestError(
+                    f"graph {graph.name!r}: expected to start at layer {next_layer}, got {graph.first_layer}"
+                )
+            next_layer += graph.num_layers
+        if next_layer != self.dimensions.num_layers:
+            raise ManifestError(
+                f"graphs: expected {self.dimensions.num_layers} decoder layers, got {next_layer}"
+            )
+
+    def graph(self, name: str) -> GraphSpec:
+        """Return the graph called ``name``."""
+        return next(graph for graph in self.graphs if graph.name == name)
+
+    def format_of(self, graph: GraphSpec) -> QuantizedFormat | None:
+        """Return what the linear layers of ``graph`` are quantized to; None in floating point."""
+        part = PART_FROM_ROLE.get(graph.role)
+        return None if part is None or self.quantization is None else self.quantization.formats.get(part)
+
+    @property
+    def ranges(self) -> tuple[GraphSpec, ...]:
+        """The decoder layer ranges in order: prefix, segments, suffix."""
+        return tuple(graph for graph in self.graphs if graph.role in ("prefix", "segment", "suffix"))
+
+    @property
+    def selects(self) -> tuple[GraphSpec, ...]:
+        """The select graphs in order of their stages."""
+        return tuple(graph for graph in self.graphs if graph.role == "select")
+
+    @property
+    def max_visual(self) -> int:
+        """Largest N."""
+        return self.visual_sizes[-1]
+
+    @property
+    def visual_rows(self) -> tuple[int, ...]:
+        """Rows of the visual span in each layer range: the largest N, then K of every stage."""
+        return (self.max_visual, *(stage.keep for stage in self.schedule.stages))
+
+    @property
+    def kv_capacities(self) -> tuple[int, ...]:
+        """C, token rows of each layer range's KV cache: the largest prefill and all new tokens."""
+        largest = self.text_buckets[-1]
+        return tuple(rows + largest + self.max_new_tokens for rows in self.visual_rows)
+
+    @property
+    def kv_dtype(self) -> CacheType:
+        """Element type of the KV caches."""
+        is_rounded = self.quantization is not None and "kv" in self.quantization.formats
+        return "int8" if is_rounded else self.dtype
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all KV caches as allocated, at full capacity."""
+        dims = self.dimensions
+        row = 2 * dims.num_kv_heads * dims.head_size * _DTYPE_BYTES[self.kv_dtype]
+        return sum(graph.num_layers * rows * row for graph, rows in zip(self.ranges, self.kv_capacities))
+
+    @property
+    def device_weight_ratio(self) -> float:
+        """Weights in all graphs over the model's weights: what the repeated probe layers and heads cost."""
+        return sum(graph.weight_bytes for graph in self.graphs) / self.model_bytes
+
+    @property
+    def average_keep(self) -> float:
+        """Mean over layers of the visual tokens processed, as a fraction of the picture's before any reduction."""
+        whole = self.cost.picture_tokens or self.cost.num_visual
+        return self.average_keep_of(self.cost.num_visual) * self.cost.num_visual / whole
+
+    def average_keep_of(self, num_visual: int) -> float:
+        """Return the mean over layers of the visual tokens processed, as a fraction of a picture's ``num_visual``."""
+        if num_visual == 0:
+            return 1.0
+        entering = num_visual if self.token_keep is None else min(self.token_keep, num_visual)
+        share = self.schedule.average_keep(num_layers=self.dimensions.num_layers, num_visual=entering)
+        return share * entering / num_visual
+
+
+def _check_relative(path: str) -> None:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or not pure.parts:
+        raise ManifestError(
+            f"files: expected a path inside the bundle, got {path!r}; export the bundle again"
+        )
+
+
+def manifest_from_json(text: bytes, *, where: str) -> Manifest:
+    """Return the manifest written in ``text``.
+
+    Args:
+        text: The bytes of ``trio.json``.
+        where: Name for error messages.
+
+    Raises:
+        ManifestError: If it is not JSON, has unknown or missing keys, wrong types or another schema version.
+    """
+    try:
+        head = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ManifestError(
+            f"{where}: expected JSON, got something else ({error}); export the bundle again"
+        ) from None
+    version = head.get("schema_version") if isinstance(head, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ManifestError(
+            f"{where}: manifest has schema_version {version!r}, this release reads {SCHEMA_VERSION};"
+            " export the bundle again"
+        )
+    try:
+        return msgspec.convert(head, Manifest, strict=True)
+    except msgspec.ValidationError as error:
+        raise ManifestError(f"{where}: {error}; export the bundle again") from None
+
+
+def json_from_manifest(manifest: Manifest) -> bytes:
+    """Return ``manifest`` as indented JSON; ``manifest_from_json`` reads it back to an equal value."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"

@@ -1,0 +1,123 @@
+"""Opens a bundle: reads its manifest and checks that every file is there and unchanged."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trio_edge.runtime.bundle.errors import BundleError
+from trio_edge.runtime.bundle.graph_io import check_tensors
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, Manifest, StoredTensor, manifest_from_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+_HASH_CHUNK_BYTES = 4 << 20
+LARGEST_HASHED_BYTES = 256 << 20
+"""Files above this are checked by size when a bundle is opened, and by hash only on request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened bundle: where it is and what its manifest says."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, name: str) -> Path:
+        """Return the path of a file that the manifest lists."""
+        return self.folder / name
+
+    def read_text(self, name: str) -> str:
+        """Return a UTF-8 text file of the bundle."""
+        try:
+            return self.path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(
+                f"{self.path(name)}: expected UTF-8 text ({error}); export the bundle again"
+            ) from None
+
+    def map_tensor(self, tensor: StoredTensor) -> NDArray[Any]:
+        """Return a stored tensor as a read-only memory map."""
+        path = self.path(tensor.file)
+        try:
+            size = path.stat().st_size
+            if tensor.offset + tensor.num_bytes > size:
+                raise BundleError(
+                    f"{path}: expected {tensor.offset + tensor.num_bytes} bytes, got {size}; export again"
+                )
+            return np.memmap(path, dtype=tensor.dtype, mode="r", offset=tensor.offset, shape=tensor.shape)
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read ({error.strerror}); export the bundle again") from None
+
+
+def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
+    """Return the bundle in ``folder`` after checking its files.
+
+    Args:
+        folder: Where ``trio.json`` lies.
+        hash_all: Also hash files above ``LARGEST_HASHED_BYTES``; without it their sizes are compared.
+
+    Raises:
+        BundleError: If the folder is no finished bundle, or a file is missing, changed or a link to elsewhere.
+        ManifestError: If the manifest is broken or of another schema version.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST_NAME
+    try:
+        if not folder.is_dir():
+            raise BundleError(f"{folder}: expected a bundle folder, got none; make one with trio-export")
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise BundleError(
+            f"{folder}: expected {MANIFEST_NAME}, got none; the export did not finish, run it again"
+        ) from None
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror}); export the bundle again") from None
+    manifest = manifest_from_json(text, where=str(path))
+    check_tensors(manifest, where=str(path))
+    root = folder.resolve()
+    for entry in manifest.files:
+        file = folder / entry.path
+        if not file.resolve().is_relative_to(root):
+            raise BundleError(f"{file}: expected a file inside the bundle, got a link to elsewhere; refused")
+        if not file.is_file():
+            raise BundleError(f"{file}: expected this file, got none; export the bundle again")
+        size = file.stat().st_size
+        if size != entry.num_bytes:
+            raise BundleError(
+                f"{file}: expected {entry.num_bytes} bytes, got {size}; export the bundle again"
+            )
+        if (hash_all or size <= LARGEST_HASHED_BYTES) and (digest := sha256_of(file)) != entry.sha256:
+            raise BundleError(
+                f"{file}: expected SHA-256 {entry.sha256[:12]}…, got {digest[:12]}…; the file was changed,"
+                " export the bundle again"
+            )
+    return Bundle(folder=folder, manifest=manifest)
+
+
+def sha256_of(path: Path, *, on_bytes: Callable[[int], None] = lambda _count: None) -> str:
+    """Return the SHA-256 of a file in hexadecimal.
+
+    Args:
+        path: The file.
+        on_bytes: Called with the number of bytes just hashed, for progress.
+
+    Raises:
+        BundleError: If it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            while chunk := stream.read(_HASH_CHUNK_BYTES):
+                digest.update(chunk)
+                on_bytes(len(chunk))
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    return digest.hexdigest()

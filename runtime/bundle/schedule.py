@@ -1,0 +1,112 @@
+"""The token-reduction schedule: which decoder layers get a selection stage in front, and how it selects.
+
+A plain value, read from and written to the manifest. Building one from presets, percentages or text is
+``trio_edge.trio.budgets``'s work.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import msgspec
+
+from trio_edge.runtime.bundle.errors import ScheduleError
+
+Method = Literal["trio", "fastv", "pyramiddrop", "dart", "sparsevlm"]
+ProbeRows = Literal["reference", "answer"]
+Positions = Literal["compact", "preserved"]
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One selection in front of decoder layer ``layer``."""
+
+    layer: int
+    """0-based decoder layer whose input is reduced; the probe runs this layer. At least 1."""
+    keep: int
+    """K, visual tokens that stay. At least 1."""
+
+    def __post_init__(self) -> None:
+        if self.layer < 1:
+            raise ScheduleError(
+                f"stage at layer {self.layer}: expected a layer >= 1, layer 0 always sees all tokens"
+            )
+        if self.keep < 1:
+            raise ScheduleError(f"stage at layer {self.layer}: expected to keep >= 1 tokens, got {self.keep}")
+
+
+class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All stages of a model, and the settings they share. No stage means keep-all."""
+
+    stages: tuple[Stage, ...] = ()
+    """In ascending order of layer, with strictly decreasing ``keep``."""
+    method: Method = "trio"
+    """Which selector runs in every stage; probe rows and NMS are TRIO's."""
+    probe_rows: ProbeRows = "reference"
+    """Rows that carry the proxy loss: "reference" ends at S-2 (the paper's code), "answer" ends at S-1."""
+    num_probe_rows: int = 4
+    """R, number of probe rows."""
+    nms_threshold: float = 0.8
+    """τ, cosine similarity at and above which the less salient of two tokens is suppressed."""
+    nms_rounds: int = 16
+    """Unrolled rounds of the parallel NMS; chains up to this length are settled exactly."""
+    positions: Positions = "compact"
+    """Position ids after a stage: "compact" re-indexes 0..S'-1, "preserved" keeps the original ids."""
+
+    def __post_init__(self) -> None:
+        for earlier, later in zip(self.stages, self.stages[1:]):
+            if later.layer <= earlier.layer:
+                raise ScheduleError(
+                    f"schedule: expected ascending layers, got {earlier.layer} before {later.layer}; order the stages"
+                )
+            if later.keep >= earlier.keep:
+                raise ScheduleError(
+                    f"stage at layer {later.layer}: expected to keep < {earlier.keep} (the stage before it),"
+                    f" got {later.keep}; keep fewer tokens in later stages"
+                )
+        if self.method not in get_args(Method):
+            raise ScheduleError(f"method: expected one of {', '.join(get_args(Method))}, got {self.method!r}")
+        if self.probe_rows not in ("reference", "answer"):
+            raise ScheduleError(f"probe_rows: expected 'reference' or 'answer', got {self.probe_rows!r}")
+        if self.positions not in ("compact", "preserved"):
+            raise ScheduleError(f"positions: expected 'compact' or 'preserved', got {self.positions!r}")
+        if not 1 <= self.num_probe_rows <= 64:
+            raise ScheduleError(f"num_probe_rows: expected 1..64, got {self.num_probe_rows}")
+        if not 0.0 < self.nms_threshold <= 1.0:
+            raise ScheduleError(f"nms_threshold: expected 0 < τ <= 1, got {self.nms_threshold}")
+        if not 1 <= self.nms_rounds <= 4096:
+            raise ScheduleError(f"nms_rounds: expected 1..4096, got {self.nms_rounds}")
+
+    @property
+    def last_probe_offset(self) -> int:
+        """Distance of the last probe row from the end of the prompt: 2 is row S-2, 1 is row S-1."""
+        return 2 if self.probe_rows == "reference" else 1
+
+    def check_fits(self, *, num_layers: int, max_visual: int) -> None:
+        """Raise ScheduleError unless every stage lies inside the model and below ``max_visual`` tokens."""
+        for stage in self.stages:
+            if stage.layer >= num_layers:
+                raise ScheduleError(
+                    f"stage at layer {stage.layer}: expected a layer in 1..{num_layers - 1}"
+                    f" ({num_layers} decoder layers); choose an earlier layer"
+                )
+            if stage.keep > max_visual:
+                raise ScheduleError(
+                    f"stage at layer {stage.layer}: expected to keep <= {max_visual} (all visual tokens),"
+                    f" got {stage.keep}; keep fewer"
+                )
+
+    def tokens_per_layer(self, *, num_layers: int, num_visual: int) -> tuple[int, ...]:
+        """Return the visual tokens that each decoder layer processes, for a picture of ``num_visual`` tokens."""
+        counts = [num_visual] * num_layers
+        for stage in self.stages:
+            kept = min(stage.keep, counts[stage.layer])
+            counts[stage.layer :] = [kept] * (num_layers - stage.layer)
+        return tuple(counts)
+
+    def average_keep(self, *, num_layers: int, num_visual: int) -> float:
+        """Return the mean over layers of the visual tokens processed, as a fraction of ``num_visual``."""
+        if num_visual == 0:
+            return 1.0
+        return sum(self.tokens_per_layer(num_layers=num_layers, num_visual=num_visual)) / (
+            num_layers * num_visual
+        )

@@ -1,0 +1,1 @@
+"""Commands of the runtime: ``trio-run``, ``trio-inspect`` and ``trio-build``."""

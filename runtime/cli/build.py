@@ -1,0 +1,245 @@
+"""``trio-build BUNDLE``: the bundle's TensorRT engines, on the target or ahead of time."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run, whole_table, wide_console
+from trio_edge.runtime.cli.interruption import interruptible
+from trio_edge.runtime.engines.build import (
+    BuildOptions,
+    BuildPlan,
+    BuildProgress,
+    PlannedGraph,
+    build_engines,
+    plan_build,
+)
+from trio_edge.runtime.engines.host import l4t_release
+from trio_edge.runtime.engines.needs import BuildNeeds, build_needs, in_words
+from trio_edge.runtime.engines.package import ENGINES_BACKENDS_HELP
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from trio_edge.runtime.engines.files import EngineEntry, EngineSet
+
+
+@click.command("trio-build", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--backend", metavar="NAME", help=ENGINES_BACKENDS_HELP)
+@click.option(
+    "--compute-capability",
+    "capabilities",
+    metavar="N,N,…",
+    help="GPUs to build for ahead of time, tensorrt-rtx only: 86,89,120. [default: this machine's]",
+)
+@click.option("--graphs", multiple=True, metavar="NAME,…", help="Build only these graphs; may be repeated.")
+@click.option(
+    "--split-lm-head",
+    type=int,
+    metavar="N",
+    help="Cut the lm_head's product into N blocks, for small Jetsons.",
+)
+@click.option(
+    "--verbose-layers", is_flag=True, default=None, help="Keep layer names and shapes, for profiling."
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be built and what it takes; build nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON on standard output.")
+@click.option("--force", is_flag=True, default=None, help="Replace existing engines.")
+@click.option("--quiet", is_flag=True, help="No progress display.")
+def command(
+    bundle: Path,
+    capabilities: str | None,
+    graphs: tuple[str, ...],
+    verbose_layers: bool | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **settings: Any,
+) -> int:
+    """Build the TensorRT engines of BUNDLE into BUNDLE/engines/TARGET."""
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    options = BuildOptions(
+        compute_capabilities=() if capabilities is None else _capabilities(capabilities),
+        graphs=tuple(name.strip() for text in graphs for name in text.split(",")),
+        detailed_layers=bool(verbose_layers),
+        **chosen,
+    )
+    if as_json and not dry_run:
+        raise click.UsageError("--json: expected --dry-run beside it, got none; add it, or read engines.json")
+    opened = open_bundle(bundle)
+    if dry_run:
+        return _report(build_needs(opened, options), as_json=as_json)
+    plan = plan_build(opened, options)
+    console = Console(stderr=True, quiet=quiet)
+    for text in plan.warnings:
+        _warn(text)
+    with (
+        interruptible() as check,
+        _bars(console, count=len(plan.graphs), check_interrupt=check) as progress,
+    ):
+        engine_set = build_engines(plan, progress=progress)
+    print(_summary(engine_set, plan.folder))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run(command, argv)
+
+
+def _capabilities(text: str) -> tuple[int, ...]:
+    """Return compute capabilities written as 86,89 or 8.6,8.9."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"\d{2,3}|\d{1,2}\.\d", part) for part in parts):
+        raise click.UsageError(
+            f"--compute-capability: expected numbers with commas between, got {text!r}; for instance 86,89"
+        )
+    return tuple(int(part.replace(".", "")) for part in parts)
+
+
+def _warn(text: str) -> None:
+    Console(stderr=True).print(f"trio-build: warning: {text}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _report(needs: BuildNeeds, *, as_json: bool) -> int:
+    """Print what a build needs and whether it can start; return the exit code."""
+    if as_json:
+        print(json.dumps(needs.to_dict(), indent=1))
+    else:
+        _print_graphs(needs.graphs)
+        for name, text in _lines(needs).items():
+            print(f"{name:14}{text}")
+        for text in needs.warnings:
+            _warn(text)
+    for text in needs.problems:
+        print(f"trio-build: {text}", file=sys.stderr)
+    return EXIT_USER_ERROR if needs.problems else 0
+
+
+def _lines(needs: BuildNeeds) -> dict[str, str]:
+    """Return the report's lines by name."""
+    gpu, plan = needs.host.gpu, needs.plan
+    release = l4t_release()
+    kept = "" if plan is None else ", ".join(entry.graph for entry in plan.kept)
+    available = (
+        "" if needs.available_bytes is None else f"; {needs.available_bytes / 1e9:.2f} GB are available"
+    )
+    return {
+        "machine": f"{needs.host.platform}, Python {platform.python_version()}"
+        + ("" if release is None else f", Jetson Linux {release}"),
+        "TensorRT": ", ".join(
+            f"{name} {version or 'not installed'}" for name, version in needs.tensorrt.items()
+        ),
+        "GPU": "none"
+        if gpu is None
+        else f"{gpu.name}, compute capability {gpu.compute_capability / 10:.1f}, {gpu.memory_bytes / 1e9:.1f} GB,"
+        f" driver {gpu.driver}",
+        "built for": "nothing" if plan is None else ", ".join(f"sm{n}" for n in plan.compute_capabilities),
+        "folder": "none" if plan is None else f"{plan.folder}{f' (keeps {kept})' if kept else ''}",
+        "time": f"about {_duration(needs.seconds)}" + _time_note(plan),
+        "disk": f"about {needs.disk_bytes / 1e9:.2f} GB; {needs.free_disk_bytes / 1e9:.2f} GB are free",
+        "memory": f"peak about {needs.peak_bytes / 1e9:.2f} GB, of it {needs.mapped_bytes / 1e9:.2f} GB that the system"
+        f" can take back{available}",
+        "to run": f"about {sum(needs.run_bytes.values()) / 1e9:.2f} GB on the device ({in_words(needs.run_bytes)})",
+        "verdict": _verdict(needs),
+    }
+
+
+def _verdict(needs: BuildNeeds) -> str:
+    if needs.problems:
+        return f"cannot be built here: {_count(len(needs.problems), 'problem')}, below"
+    warned = f", with {_count(len(needs.warnings), 'warning')}" if needs.warnings else ""
+    return f"ready{warned}; run {needs.command}"
+
+
+def _time_note(plan: BuildPlan | None) -> str:
+    if plan is not None and plan.tensorrt.backend == "tensorrt":
+        return " and what trying tactics on the GPU takes, which is not known"
+    return " for one compute capability, on two CPUs"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number > 1 else ''}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _print_graphs(graphs: tuple[PlannedGraph, ...]) -> None:
+    table = whole_table("graph", "profiles", "weights MB", "engine MB", "peak memory MB")
+    for graph in graphs:
+        profiles = ", ".join(
+            f"{profile.name}({' '.join(f'{symbol}={size}' for symbol, size in profile.sizes.items())})"
+            for profile in graph.spec.profiles
+        )
+        sizes = (graph.spec.weight_bytes, graph.memory.engine_bytes, graph.memory.peak_bytes)
+        table.add_row(graph.spec.name, profiles, *(f"{size / 1e6:.1f}" for size in sizes))
+    wide_console().print(table)
+
+
+@contextmanager
+def _bars(console: Console, *, count: int, check_interrupt: Callable[[], None]) -> Iterator[BuildProgress]:
+    """Yield functions that show a bar for the graphs and one for TensorRT's current phase, and ask for a Ctrl-C."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        graphs, phases = bars.add_task("", total=count), bars.add_task("", total=None)
+
+        def graph(planned: PlannedGraph) -> None:
+            peak = planned.memory.peak_bytes / 1e9
+            text = f"{planned.spec.name}: {planned.spec.weight_bytes / 1e9:.2f} GB of weights, needs about {peak:.1f} GB of memory"
+            console.print(text, soft_wrap=True, highlight=False)
+            bars.update(graphs, description=planned.spec.name)
+            bars.reset(phases, description="loading TensorRT")
+
+        def report(message: dict[str, Any]) -> None:
+            check_interrupt()
+            if message["kind"] == "phase":
+                bars.reset(phases, description=message["name"], total=message["num_steps"])
+            elif message["kind"] == "step":
+                bars.update(phases, completed=message["step"] + 1)
+
+        def done(entry: EngineEntry) -> None:
+            check_interrupt()
+            bars.advance(graphs)
+            console.print(f"  {_facts(entry)}", soft_wrap=True, highlight=False)
+
+        yield BuildProgress(graph=graph, report=report, done=done, warn=_warn)
+
+
+def _facts(entry: EngineEntry) -> str:
+    peak = "" if entry.peak_memory_bytes is None else f", peak memory {entry.peak_memory_bytes / 1e9:.2f} GB"
+    return f"{entry.graph}: {entry.num_bytes / 1e6:.1f} MB in {entry.build_seconds:.1f} s{peak}"
+
+
+def _summary(engine_set: EngineSet, folder: Path) -> str:
+    names = ", ".join(f"sm{number}" for number in engine_set.compute_capabilities)
+    return (
+        f"{folder}: {_count(len(engine_set.engines), 'engine')}, {engine_set.num_bytes / 1e6:.1f} MB,"
+        f" {engine_set.backend} {engine_set.tensorrt_version}, {names}"
+    )

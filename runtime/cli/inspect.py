@@ -1,0 +1,208 @@
+"""``trio-inspect BUNDLE``: what a bundle holds and what it costs, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.cli.console import run
+from trio_edge.runtime.engines.files import engine_sets
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, TensorSpec
+
+
+@click.command("trio-inspect", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
+@click.option("--io", "show_io", is_flag=True, help="Also list every input and output.")
+@click.option("--verify", is_flag=True, help="Hash every file, large weights too.")
+def command(bundle: Path, as_json: bool, show_io: bool, verify: bool) -> int:
+    """Show the graphs, sizes, schedule and cost of BUNDLE."""
+    manifest = open_bundle(bundle, hash_all=verify).manifest
+    if as_json:
+        print(json.dumps({**summary(manifest), "engines": _engines(bundle)}, indent=1))
+    else:
+        _print(manifest, show_io=show_io)
+        _print_engines(_engines(bundle))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run(command, argv)
+
+
+def summary(manifest: Manifest) -> dict[str, Any]:
+    """Return what ``--json`` prints. Sizes in bytes, ``average_keep`` as a fraction."""
+    cost = manifest.cost
+    full, reduced = sum(cost.full_flops.values()), sum(cost.reduced_flops.values())
+    return {
+        "model": manifest.model,
+        "family": manifest.family,
+        "dtype": manifest.dtype,
+        "opset": manifest.opset,
+        "max_visual": manifest.max_visual,
+        "visual_sizes": list(manifest.visual_sizes),
+        "image_sizes": [
+            {
+                "width": size.width,
+                "height": size.height,
+                "num_visual": size.num_visual,
+                "padding": size.rows - size.num_visual,
+            }
+            for size in manifest.image_sizes
+        ],
+        "text_buckets": list(manifest.text_buckets),
+        "max_new_tokens": manifest.max_new_tokens,
+        "schedule": {
+            "stages": [{"layer": stage.layer, "keep": stage.keep} for stage in manifest.schedule.stages],
+            "probe_rows": manifest.schedule.probe_rows,
+            "num_probe_rows": manifest.schedule.num_probe_rows,
+            "nms_threshold": manifest.schedule.nms_threshold,
+            "nms_rounds": manifest.schedule.nms_rounds,
+            "positions": manifest.schedule.positions,
+        },
+        "average_keep": manifest.average_keep,
+        "flops": {
+            "num_visual": cost.num_visual,
+            "num_text": cost.num_text,
+            "full": cost.full_flops,
+            "reduced": cost.reduced_flops,
+            "ratio": full / reduced,
+        },
+        "kv": {
+            "dtype": manifest.kv_dtype,
+            "allocated_bytes": manifest.kv_bytes,
+            "prefill_bytes": cost.reduced_kv_bytes,
+            "full_prefill_bytes": cost.full_kv_bytes,
+            "ratio": cost.full_kv_bytes / cost.reduced_kv_bytes,
+        },
+        "weights": {
+            "model_bytes": manifest.model_bytes,
+            "device_ratio": manifest.device_weight_ratio,
+            "bundle_bytes": sum(entry.num_bytes for entry in manifest.files),
+        },
+        "graphs": [_graph_summary(graph) for graph in manifest.graphs],
+        "tools": manifest.tools,
+    }
+
+
+def _graph_summary(graph: GraphSpec) -> dict[str, Any]:
+    return {
+        "name": graph.name,
+        "role": graph.role,
+        "file": graph.file,
+        "layers": _layers(graph),
+        "weight_bytes": graph.weight_bytes,
+        "inputs": [_io(tensor) for tensor in graph.inputs],
+        "outputs": [_io(tensor) for tensor in graph.outputs],
+        "profiles": [{"name": profile.name, "sizes": profile.sizes} for profile in graph.profiles],
+    }
+
+
+def _engines(bundle: Path) -> list[dict[str, Any]]:
+    """Return the engines that lie in the bundle, whether or not they run on this machine."""
+    return [
+        {
+            "target": target,
+            "backend": engines.backend,
+            "tensorrt_version": engines.tensorrt_version,
+            "compute_capabilities": list(engines.compute_capabilities),
+            "platform": engines.platform,
+            "num_bytes": engines.num_bytes,
+            "graphs": [entry.graph for entry in engines.engines],
+        }
+        for target, engines in engine_sets(bundle).items()
+    ]
+
+
+def _io(tensor: TensorSpec) -> dict[str, Any]:
+    return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+
+
+def _layers(graph: GraphSpec) -> str:
+    if graph.first_layer is None:
+        return ""
+    if graph.num_layers == 0:
+        return f"probes {graph.first_layer}"
+    return f"{graph.first_layer}..{graph.first_layer + graph.num_layers - 1}"
+
+
+def _visual_sizes(manifest: Manifest) -> str:
+    """Return the counts that pictures are padded to, and what padding is left."""
+    parts = [
+        f"{size.num_visual} for {size.width}x{size.height}"
+        + (f" (+{size.rows - size.num_visual} padding)" if size.rows > size.num_visual else " (no padding)")
+        for size in manifest.image_sizes
+    ]
+    if manifest.max_visual > max((size.rows for size in manifest.image_sizes), default=0):
+        parts.append(f"any picture padded to {manifest.max_visual}")
+    return ", ".join(parts)
+
+
+def _print(manifest: Manifest, *, show_io: bool) -> None:
+    console, facts = Console(), summary(manifest)
+    schedule, flops, kv, weights = facts["schedule"], facts["flops"], facts["kv"], facts["weights"]
+    stages = (
+        ", ".join(f"layer {stage['layer']} keeps {stage['keep']}" for stage in schedule["stages"]) or "none"
+    )
+    total = {name: sum(flops[name].values()) / 1e9 for name in ("reduced", "full")}
+    lines = {
+        "model": f"{manifest.model} ({manifest.family}), {manifest.dtype}, opset {manifest.opset}",
+        "visual tokens": _visual_sizes(manifest),
+        "text": f"padded to {list(manifest.text_buckets)} tokens; {manifest.max_new_tokens} new tokens",
+        "stages": f"{stages} ({schedule['probe_rows']} probe rows, {schedule['positions']} positions)",
+        "average keep": f"{100 * manifest.average_keep:.1f} %",
+        "FLOPs": (
+            f"{total['reduced']:.2f} G against {total['full']:.2f} G ({flops['ratio']:.2f}x)"
+            f" at {flops['num_visual']} visual and {flops['num_text']} text tokens"
+        ),
+        "KV cache": (
+            f"{kv['prefill_bytes'] / 1e6:.2f} MB against {kv['full_prefill_bytes'] / 1e6:.2f} MB"
+            f" ({kv['ratio']:.2f}x), {kv['dtype']}; {kv['allocated_bytes'] / 1e6:.2f} MB allocated"
+        ),
+        "weights": (
+            f"{weights['model_bytes'] / 1e6:.1f} MB model, {weights['device_ratio']:.3f}x in the graphs;"
+            f" bundle {weights['bundle_bytes'] / 1e6:.1f} MB"
+        ),
+    }
+    for name, text in lines.items():
+        console.print(f"[bold]{name:14}[/] {escape(text)}", highlight=False, soft_wrap=True)
+    table = Table("graph", "layers", "weights MB", "profiles")
+    for graph in manifest.graphs:
+        profiles = ", ".join(
+            f"{profile.name}({' '.join(f'{k}={v}' for k, v in profile.sizes.items())})"
+            for profile in graph.profiles
+        )
+        table.add_row(graph.name, _layers(graph), f"{graph.weight_bytes / 1e6:.2f}", profiles)
+    console.print(table)
+    if show_io:
+        _print_io(console, manifest)
+
+
+def _print_io(console: Console, manifest: Manifest) -> None:
+    table = Table("graph", "direction", "tensor", "dtype", "shape")
+    for graph in manifest.graphs:
+        for direction, tensors in (("in", graph.inputs), ("out", graph.outputs)):
+            for tensor in tensors:
+                table.add_row(graph.name, direction, tensor.name, tensor.dtype, str(list(tensor.shape)))
+    console.print(table)
+
+
+def _print_engines(engines: list[dict[str, Any]]) -> None:
+    for entry in engines:
+        text = (
+            f"{entry['target']}: {len(entry['graphs'])} graphs, {entry['num_bytes'] / 1e6:.1f} MB,"
+            f" {entry['backend']} {entry['tensorrt_version']}, {entry['platform']}"
+        )
+        Console().print(f"[bold]{'engines':14}[/] {escape(text)}", highlight=False, soft_wrap=True)

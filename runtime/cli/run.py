@@ -1,0 +1,165 @@
+"""``trio-run BUNDLE --image FILE --prompt TEXT``: streams an answer, draws the kept tokens, compares with keep-all."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+from trio_edge.runtime.backends.registry import BACKENDS_HELP
+from trio_edge.runtime.bundle.errors import BundleError, ImageError
+from trio_edge.runtime.cli.console import run
+from trio_edge.runtime.pipeline import Generation, Pipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@click.command("trio-run", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Picture to ask about; none for text only.",
+)
+@click.option("--prompt", required=True, help="The question.")
+@click.option("--system", help="System prompt.")
+@click.option("--backend", default="auto", show_default=True, help=BACKENDS_HELP)
+@click.option(
+    "--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 lets the backend choose."
+)
+@click.option("--max-new-tokens", type=int, help="At most this many tokens. [default: the bundle's room]")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="0 means all tokens.")
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option(
+    "--show-kept", type=click.Path(path_type=Path), help="Write the picture with the kept tokens drawn."
+)
+@click.option(
+    "--compare-full",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Also run this keep-all bundle and compare.",
+)
+def command(
+    bundle: Path,
+    images: tuple[Path, ...],
+    prompt: str,
+    backend: str,
+    threads: int,
+    show_kept: Path | None,
+    compare_full: Path | None,
+    **settings: Any,
+) -> int:
+    """Answer a question about a picture with BUNDLE."""
+    if len(images) > 1:
+        raise click.UsageError(
+            f"--image: expected one picture a prompt, got {len(images)}; ask about one at a time"
+        )
+    image = images[0] if images else None
+    if show_kept is not None:
+        if image is None:
+            raise click.UsageError("--show-kept: expected --image as well, got none; name the picture")
+        _check_drawing_target(show_kept)
+    with Pipeline.from_bundle(bundle, backend=backend, threads=threads) as pipeline:
+        answer = pipeline.generate(image, prompt, **settings)
+        for piece in answer:
+            print(piece, end="", flush=True)
+        print()
+        print(f"{pipeline.backend_name}: {_statistics_line(answer)}", file=sys.stderr)
+        for note in pipeline.notes:
+            print(f"trio-run: {note}", file=sys.stderr)
+        if show_kept is not None and image is not None:
+            _draw(pipeline, answer, image, show_kept)
+        if image is not None:
+            print(_tokens_line(answer))
+    if compare_full is not None:
+        with Pipeline.from_bundle(compare_full, backend=backend, threads=threads) as full:
+            if full.manifest.schedule.stages:
+                raise BundleError(
+                    f"{compare_full}: expected a keep-all bundle, got one with stages; export --keep all"
+                )
+            reference = full.generate(image, prompt, **settings)
+            _ = reference.text
+        _print_comparison(answer, reference)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run(command, argv)
+
+
+def _tokens_line(answer: Generation) -> str:
+    statistics = answer.statistics
+    kept = statistics.average_keep * statistics.visual_tokens
+    return (
+        f"visual tokens: {statistics.visual_tokens} in, {kept:.1f} kept on average"
+        f" ({100 * statistics.average_keep:.1f} %)"
+    )
+
+
+def _statistics_line(answer: Generation) -> str:
+    statistics = answer.statistics
+    graphs = ", ".join(f"{name} {ms:.1f}" for name, ms in statistics.graph_ms.items())
+    repaired = (
+        f"; {statistics.repaired_stages} stages redone on the host" if statistics.repaired_stages else ""
+    )
+    return (
+        f"first token {statistics.ttft_ms:.1f} ms ({graphs}), {statistics.tokens_per_second:.1f} tokens/s,"
+        f" KV {statistics.kv_bytes / 1e6:.2f} MB, kept per stage {list(statistics.kept_tokens)}{repaired}"
+    )
+
+
+def _check_drawing_target(path: Path) -> None:
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise click.UsageError(f"--show-kept: expected a .png, .jpg or .webp file, got {path.name!r}")
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise click.UsageError(f"--show-kept: expected a file in an existing folder, got {path}")
+
+
+def _draw(pipeline: Pipeline, answer: Generation, image: Path, target: Path) -> None:
+    from trio_edge.runtime.images.overlay import draw_kept
+    from trio_edge.runtime.images.reading import open_picture
+
+    captions = [f"layer {stage.layer}" for stage in pipeline.manifest.schedule.stages]
+    picture = open_picture(image)
+    overview = pipeline.pictures.overview_tokens(*picture.size)
+    drawing = draw_kept(picture, answer.boxes, answer.kept, captions=captions, overview=overview)
+    try:
+        drawing.save(target)
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{target}: cannot be written ({error}); choose another file") from None
+
+
+def first_token_kl(reference: Generation, answer: Generation) -> float:
+    """Return KL(reference ‖ answer) of the first token's distribution, in nats."""
+    log_p, log_q = (_log_softmax(generation.first_logits) for generation in (reference, answer))
+    return float(np.sum(np.exp(log_p) * (log_p - log_q)))
+
+
+def _log_softmax(logits: Any) -> Any:
+    shifted = logits.astype(np.float64) - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def _print_comparison(answer: Generation, reference: Generation) -> None:
+    reduced, full = answer.statistics, reference.statistics
+
+    def ratio(ours: float, theirs: float) -> str:
+        return f"{theirs / ours:.2f}x" if ours > 0 else "-"
+
+    print(f"keep-all answer: {reference.text}")
+    print(f"KL of the first token: {first_token_kl(reference, answer):.4f} nats")
+    print(
+        f"keep-all / reduced: first token {ratio(reduced.ttft_ms, full.ttft_ms)},"
+        f" prefill {ratio(reduced.prefill_ms, full.prefill_ms)},"
+        f" tokens/s {ratio(full.tokens_per_second, reduced.tokens_per_second)},"
+        f" KV bytes {ratio(reduced.kv_bytes, full.kv_bytes)}"
+    )

@@ -1,0 +1,1 @@
+"""Devices: memory, streams and events, on the host and through CUDA."""

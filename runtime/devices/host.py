@@ -1,0 +1,104 @@
+"""The CPU as a device: its memory is the host's, and everything is done when it is enqueued."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+
+from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.devices.interface import ALIGNMENT, DeviceTensor, Event, PitchedRows, array_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+
+@final
+class HostDevice:
+    """Memory of this process."""
+
+    name = "CPU"
+
+    def __init__(self) -> None:
+        self._memory: dict[int, NDArray[np.uint8]] = {}
+
+    def allocate(self, num_bytes: int, *, purpose: str) -> int:
+        """See ``Allocator.allocate``."""
+        memory = self.allocate_pinned(num_bytes + ALIGNMENT, purpose=purpose)
+        address = -(-memory.ctypes.data // ALIGNMENT) * ALIGNMENT
+        self._memory[address] = memory
+        return address
+
+    def allocate_pinned(self, num_bytes: int, *, purpose: str) -> NDArray[np.uint8]:
+        """See ``Allocator.allocate_pinned``; any memory will do."""
+        try:
+            return np.zeros(num_bytes, np.uint8)
+        except MemoryError:
+            raise BackendError(
+                f"memory: expected {num_bytes / 1e6:.1f} MB for {purpose}, got none; close other programs"
+            ) from None
+
+    def upload(self, target: DeviceTensor, source: NDArray[Any]) -> None:
+        """See ``Device.upload``."""
+        _bytes_at(target.address, source.nbytes)[:] = source.reshape(-1).view(np.uint8)
+
+    def download(self, target: NDArray[Any], source: DeviceTensor) -> None:
+        """See ``Device.download``."""
+        target.reshape(-1).view(np.uint8)[:] = _bytes_at(source.address, target.nbytes)
+
+    def copy_rows(self, target: PitchedRows, source: PitchedRows, *, row_bytes: int, num_rows: int) -> None:
+        """See ``Device.copy_rows``."""
+        _rows_at(target, row_bytes, num_rows)[...] = _rows_at(source, row_bytes, num_rows)
+
+    def clear(self, target: DeviceTensor) -> None:
+        """See ``Device.clear``."""
+        _bytes_at(target.address, target.num_bytes)[:] = 0
+
+    def event(self) -> Event:
+        """See ``Device.event``."""
+        return _HostEvent()
+
+    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """See ``Device.capture``: there is nothing to save."""
+        return enqueue
+
+    def synchronize(self) -> None:
+        """See ``Device.synchronize``: everything is done already."""
+
+    def finish(self) -> None:
+        """See ``Device.finish``: nothing was saved."""
+
+    def free_bytes(self) -> int | None:
+        """See ``Device.free_bytes``: unknown, as the system can take back the pages of mapped weight files."""
+        return None
+
+    def close(self) -> None:
+        """See ``Device.close``."""
+        self._memory.clear()
+
+
+@final
+class _HostEvent:
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def wait(self) -> None:
+        pass
+
+    def milliseconds_since(self, earlier: Event) -> float:
+        assert isinstance(earlier, _HostEvent)
+        return 1e3 * (self.seconds - earlier.seconds)
+
+
+def _bytes_at(address: int, num_bytes: int) -> NDArray[np.uint8]:
+    return array_at(address, shape=(num_bytes,))
+
+
+def _rows_at(rows: PitchedRows, row_bytes: int, num_rows: int) -> NDArray[np.uint8]:
+    return array_at(rows.address, shape=(num_rows, row_bytes), strides=(rows.pitch_bytes, 1))

@@ -1,0 +1,441 @@
+"""Builds the engines of a bundle: plans what is built for what, runs one process per graph, writes ``engines.json`` last."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec
+from trio_edge.runtime.bundle.reader import sha256_of
+from trio_edge.runtime.engines.child import HEAD_ROLES, Job, run_job
+from trio_edge.runtime.engines.estimate import BuildMemory, estimate_memory
+from trio_edge.runtime.engines.files import (
+    ENGINES_FOLDER,
+    ENGINES_NAME,
+    ENGINES_SCHEMA_VERSION,
+    TIMING_CACHE_NAME,
+    EngineEntry,
+    EngineSet,
+    engines_beside,
+    read_engine_set,
+    target_name,
+    write_engine_set,
+)
+from trio_edge.runtime.engines.host import Host, available_memory_bytes, find_host, fp8_refusal
+from trio_edge.runtime.engines.package import TensorRT, choose_backend, load_tensorrt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from trio_edge.runtime.bundle.reader import Bundle
+
+_SPARE_BYTES = 64 << 20
+_TWICE = 1.25
+"""An engine larger than its graph's weights by this factor, and its kernels, holds some of them twice."""
+_LOG_NAME = "build.log"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """What the user may choose."""
+
+    backend: str = "auto"
+    compute_capabilities: tuple[int, ...] = ()
+    """Empty for this machine's GPU."""
+    graphs: tuple[str, ...] = ()
+    """Empty for all."""
+    force: bool = False
+    """Replace engines that exist."""
+    split_lm_head: int = 1
+    """Blocks of the lm_head's product."""
+    detailed_layers: bool = False
+    """Keep names and shapes of layers in the engines, for profiling."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedGraph:
+    """A graph whose engine is going to be built."""
+
+    spec: GraphSpec
+    memory: BuildMemory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildPlan:
+    """What a build is going to do; nothing has been written yet."""
+
+    bundle: Bundle
+    tensorrt: TensorRT
+    host: Host
+    folder: Path
+    """``engines/<target>`` of the bundle."""
+    compute_capabilities: tuple[int, ...]
+    graphs: tuple[PlannedGraph, ...]
+    kept: tuple[EngineEntry, ...]
+    """Engines in ``folder`` that stay as they are."""
+    options: BuildOptions
+
+    @property
+    def disk_bytes(self) -> int:
+        """About what is going to be written."""
+        return sum(graph.memory.engine_bytes for graph in self.graphs) + _SPARE_BYTES
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest memory of one of the builds, which run one after the other."""
+        return max(graph.memory.peak_bytes for graph in self.graphs)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What may go wrong, each in one line."""
+        needed = max(graph.memory.peak_bytes - graph.memory.mapped_bytes for graph in self.graphs)
+        available = available_memory_bytes()
+        if available is None or needed <= available:
+            return ()
+        return (
+            (
+                f"building may need {needed / 1e9:.1f} GB of memory that cannot be taken back,"
+                f" {available / 1e9:.1f} GB are available; close other programs or add swap"
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildProgress:
+    """Functions that are told how far a build is; each may do nothing."""
+
+    graph: Callable[[PlannedGraph], None] = lambda _graph: None
+    """Before each graph."""
+    report: Callable[[dict[str, Any]], None] = lambda _report: None
+    """TensorRT's own progress, as ``engine_child`` describes it."""
+    done: Callable[[EngineEntry], None] = lambda _entry: None
+    """After each graph."""
+    warn: Callable[[str], None] = lambda _text: None
+
+
+def planned_graphs(
+    bundle: Bundle, names: Sequence[str], *, tensorrt: TensorRT | None = None, num_architectures: int = 1
+) -> tuple[PlannedGraph, ...]:
+    """Return the graphs called ``names``, or all, in the bundle's order, with their estimates.
+
+    Args:
+        bundle: The bundle.
+        names: Graphs; empty for all.
+        tensorrt: What builds them. [default: something like tensorrt-rtx]
+        num_architectures: Compute capabilities that they are built for.
+
+    Raises:
+        BackendError: If there is no such graph.
+    """
+    known = [spec.name for spec in bundle.manifest.graphs]
+    if unknown := [name for name in names if name not in known]:
+        raise BackendError(
+            f"--graphs: expected some of {', '.join(known)}, got {unknown[0]!r}; choose among them"
+        )
+    estimate = partial(
+        estimate_memory,
+        backend="tensorrt-rtx" if tensorrt is None else tensorrt.backend,
+        streams_engines=tensorrt is None or tensorrt.streams_engines,
+        num_architectures=num_architectures,
+    )
+    chosen = [spec for spec in bundle.manifest.graphs if not names or spec.name in names]
+    return tuple(PlannedGraph(spec=spec, memory=estimate(spec)) for spec in chosen)
+
+
+def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = None) -> BuildPlan:
+    """Return what building with ``options`` would do.
+
+    Args:
+        bundle: An opened bundle.
+        options: The user's choices.
+        host: What to build on. [default: this machine]
+
+    Raises:
+        BackendError: If an option is impossible, no TensorRT is installed, a GPU has not the weights' format, or engines
+            exist that may not be replaced.
+    """
+    host = find_host() if host is None else host
+    if options.split_lm_head < 1:
+        raise BackendError(
+            f"--split-lm-head: expected 1 or more blocks, got {options.split_lm_head}; 4 is usual"
+        )
+    graphs = planned_graphs(bundle, options.graphs)
+    if options.split_lm_head > 1 and not any(graph.spec.role in HEAD_ROLES for graph in graphs):
+        raise BackendError(
+            f"--split-lm-head: expected head or a select graph in --graphs, got {', '.join(options.graphs)};"
+            " leave one of the options away"
+        )
+    _check_formats(bundle, graphs, options, host)
+    backend = choose_backend(options.backend, host=host, ahead_of_time=bool(options.compute_capabilities))
+    tensorrt = load_tensorrt(backend)
+    capabilities = resolve_capabilities(options.compute_capabilities, tensorrt=tensorrt, host=host)
+    name = target_name(backend, version=tensorrt.version, compute_capabilities=capabilities)
+    folder = bundle.folder / ENGINES_FOLDER / name
+    return BuildPlan(
+        bundle=bundle,
+        tensorrt=tensorrt,
+        host=host,
+        folder=folder,
+        compute_capabilities=capabilities,
+        graphs=planned_graphs(bundle, options.graphs, tensorrt=tensorrt, num_architectures=len(capabilities)),
+        kept=_kept_engines(folder, bundle, options, tensorrt=tensorrt, host=host),
+        options=options,
+    )
+
+
+def _check_formats(bundle: Bundle, graphs: Sequence[PlannedGraph], options: BuildOptions, host: Host) -> None:
+    """Raise BackendError if a GPU that is built for has not the formats of ``graphs``."""
+    wanted = [(capability, "--compute-capability") for capability in options.compute_capabilities]
+    own = [] if host.gpu is None else [(host.gpu.compute_capability, host.gpu.name)]
+    formats = {graph.spec.name: bundle.manifest.format_of(graph.spec) for graph in graphs}
+    for capability, where in wanted or own:
+        refusal = fp8_refusal(formats, capability=capability, where=where)
+        if refusal is not None:
+            raise BackendError(refusal)
+
+
+def resolve_capabilities(wanted: tuple[int, ...], *, tensorrt: TensorRT, host: Host) -> tuple[int, ...]:
+    """Return the compute capabilities to build for, ascending.
+
+    Args:
+        wanted: The user's; empty for this machine's GPU.
+        tensorrt: What builds.
+        host: This machine.
+
+    Raises:
+        BackendError: If ``tensorrt`` cannot build for them here.
+    """
+    possible = tensorrt.ahead_of_time
+    own = () if host.gpu is None else (host.gpu.compute_capability,)
+    if not possible:
+        if not own:
+            raise BackendError(
+                f"{tensorrt.backend}: expected an NVIDIA GPU, as it builds only for the one it runs on, got none;"
+                " build on the target, or with --backend tensorrt-rtx --compute-capability 86"
+            )
+        if wanted and wanted != own:
+            raise BackendError(
+                f"--compute-capability: expected {own[0]}, as {tensorrt.backend} builds for this machine's GPU,"
+                f" got {','.join(map(str, wanted))}; leave the option away or build on the target"
+            )
+        return own
+    chosen = tuple(sorted(set(wanted))) or own
+    if not chosen:
+        raise BackendError(
+            "--compute-capability: expected some, as no GPU was found here, got none;"
+            f" choose among {','.join(map(str, possible))}, for instance 86,89"
+        )
+    if impossible := [number for number in chosen if number not in possible]:
+        hint = (
+            "; a Jetson Orin is built for on the device, with --backend tensorrt"
+            if impossible[0] == 87
+            else ""
+        )
+        raise BackendError(
+            f"--compute-capability: expected some of {','.join(map(str, possible))}, which {tensorrt.backend}"
+            f" {tensorrt.version} builds for, got {impossible[0]}{hint or '; choose among them'}"
+        )
+    return chosen
+
+
+def _kept_engines(
+    folder: Path, bundle: Bundle, options: BuildOptions, *, tensorrt: TensorRT, host: Host
+) -> tuple[EngineEntry, ...]:
+    """Return the engines in ``folder`` that a build of some graphs leaves there.
+
+    Raises:
+        BackendError: If ``folder`` has what may not be replaced.
+    """
+    if not folder.exists():
+        return ()
+    if not (folder / ENGINES_NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BackendError(f"{folder}: expected engines or nothing, got something else; move it away")
+    try:
+        old = read_engine_set(folder)
+    except BackendError:
+        old = None
+    fits = old is not None and (
+        old.tensorrt_version == tensorrt.version
+        and old.platform == host.platform
+        and old.manifest_sha256 == sha256_of(bundle.folder / MANIFEST_NAME)
+        and (old.detailed_layers, old.split_lm_head) == (options.detailed_layers, options.split_lm_head)
+    )
+    there = [] if old is None else [entry for entry in old.engines if _is_there(folder / entry.file, entry)]
+    kept = there if fits and options.graphs else []
+    if not options.force and (not kept or any(entry.graph in options.graphs for entry in kept)):
+        raise BackendError(f"{folder}: expected no engines, they exist; add --force to replace them")
+    return tuple(entry for entry in kept if entry.graph not in options.graphs)
+
+
+def _is_there(file: Path, entry: EngineEntry) -> bool:
+    return file.is_file() and file.stat().st_size == entry.num_bytes
+
+
+def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress()) -> EngineSet:
+    """Build all engines of ``plan`` and return what ``engines.json`` says; on any failure nothing has changed.
+
+    Args:
+        plan: From ``plan_build``.
+        progress: Told how far it is.
+
+    Raises:
+        BackendError: If a graph cannot be built, the memory or the disk does not suffice, or it cannot be written.
+    """
+    gpu = plan.host.gpu
+    manifest_digest = sha256_of(plan.bundle.folder / MANIFEST_NAME)
+    beside = engines_beside(
+        plan.folder, num_bytes=plan.disk_bytes, before_rename=lambda: _check_unchanged(plan)
+    )
+    with beside as folder:
+        for entry in plan.kept:
+            _link(plan.folder / entry.file, folder / entry.file)
+        with suppress(OSError):  # none, or not readable: tactics are timed again
+            shutil.copyfile(plan.folder / TIMING_CACHE_NAME, folder / TIMING_CACHE_NAME)
+        built = [_build_graph(plan, graph, folder, progress) for graph in plan.graphs]
+        (folder / _LOG_NAME).unlink(missing_ok=True)
+        order = [spec.name for spec in plan.bundle.manifest.graphs]
+        engine_set = EngineSet(
+            schema_version=ENGINES_SCHEMA_VERSION,
+            backend=plan.tensorrt.backend,
+            tensorrt_version=plan.tensorrt.version,
+            compute_capabilities=plan.compute_capabilities,
+            platform=plan.host.platform,
+            gpu=None if gpu is None else gpu.name,
+            driver=None if gpu is None else gpu.driver,
+            manifest_sha256=manifest_digest,
+            detailed_layers=plan.options.detailed_layers,
+            split_lm_head=plan.options.split_lm_head,
+            engines=tuple(sorted((*plan.kept, *built), key=lambda entry: order.index(entry.graph))),
+        )
+        write_engine_set(folder, engine_set)
+    return engine_set
+
+
+def _check_unchanged(plan: BuildPlan) -> None:
+    """Raise BackendError if another build has written to the plan's folder since it was made: its engines would be lost."""
+    kept = _kept_engines(plan.folder, plan.bundle, plan.options, tensorrt=plan.tensorrt, host=plan.host)
+    if kept != plan.kept:
+        raise BackendError(
+            f"{plan.folder}: expected the engines that were there at the start, another build changed them; run this one again"
+        )
+
+
+def _build_graph(plan: BuildPlan, graph: PlannedGraph, folder: Path, progress: BuildProgress) -> EngineEntry:
+    progress.graph(graph)
+    spec, dimensions = graph.spec, plan.bundle.manifest.dimensions
+    ahead = plan.compute_capabilities if plan.tensorrt.ahead_of_time else ()
+    job = Job(
+        backend=plan.tensorrt.backend,
+        spec=spec,
+        graph_file=plan.bundle.path(spec.file).resolve(),
+        engine_file=folder.resolve() / f"{spec.name}.engine",
+        log_file=folder.resolve() / _LOG_NAME,
+        timing_cache=folder.resolve() / TIMING_CACHE_NAME,
+        compute_capabilities=ahead,
+        detailed_layers=plan.options.detailed_layers,
+        dtype=plan.bundle.manifest.dtype,
+        split_lm_head=plan.options.split_lm_head,
+        vocab_size=dimensions.vocab_size,
+        hidden_size=dimensions.hidden_size,
+    )
+    result = _run_process(job, graph, progress)
+    entry = EngineEntry(
+        graph=spec.name,
+        file=job.engine_file.name,
+        profiles=spec.profiles,
+        num_bytes=result["num_bytes"],
+        sha256=result["sha256"],
+        build_seconds=round(result["seconds"], 3),
+        peak_memory_bytes=result["peak_memory_bytes"],
+    )
+    kernels = graph.memory.engine_bytes - spec.weight_bytes
+    if entry.num_bytes > _TWICE * spec.weight_bytes + 4 * kernels:
+        progress.warn(
+            f"{spec.name}: the engine has {entry.num_bytes / 1e9:.2f} GB for {spec.weight_bytes / 1e9:.2f} GB of weights:"
+            " TensorRT stored some of them twice, for prefill and for decode"
+        )
+    progress.done(entry)
+    return entry
+
+
+def _run_process(job: Job, graph: PlannedGraph, progress: BuildProgress) -> dict[str, Any]:
+    """Run ``job`` in a process of its own and return its last report.
+
+    Raises:
+        BackendError: If it failed or was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=run_job, args=(job, writer), daemon=True)
+    reports: dict[str, dict[str, Any]] = {}
+    try:
+        with _ctrl_c_later():
+            process.start()
+        writer.close()
+        while True:
+            try:
+                report = reader.recv()
+            except (EOFError, OSError):
+                break
+            reports[report["kind"]] = report
+            progress.report(report)
+        process.join()
+    finally:
+        if process.is_alive():
+            process.kill()
+            process.join()
+        reader.close()
+    if "done" in reports and process.exitcode == 0:
+        return reports["done"]
+    error = reports["error"]["text"] if "error" in reports else None
+    raise BackendError(_failure(job, graph, error=error, exit_code=process.exitcode))
+
+
+def _failure(job: Job, graph: PlannedGraph, *, error: str | None, exit_code: int | None) -> str:
+    where = f"{job.spec.name}: expected {job.backend} to build this graph"
+    if error is not None:
+        return f"{where}, got: {error}; no engine was changed"
+    if exit_code == -signal.SIGKILL if sys.platform != "win32" else False:
+        return (
+            f"{where}, its process was killed, most likely because memory ran out (it needs about"
+            f" {graph.memory.peak_bytes / 1e9:.1f} GB); close other programs or add swap"
+        )
+    log = job.log_file.read_text(errors="replace") if job.log_file.exists() else ""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    reason = (
+        f"ended with code {exit_code}"
+        if exit_code is None or exit_code >= 0
+        else f"crashed with signal {-exit_code}"
+    )
+    return (
+        f"{where}, its process {reason}: {(lines or ['it printed nothing'])[-1][:300]}; no engine was changed"
+    )
+
+
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Hold Ctrl-C back for the block, and in processes started in it for good: the parent alone answers it."""
+    if sys.platform == "win32":
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)

@@ -1,0 +1,306 @@
+"""Builds one graph's engine; runs in a process of its own, so that all its memory returns to the system.
+
+The process reports to the one that started it: dictionaries over a pipe, each with a "kind".
+
+    phase, step, finish    TensorRT's progress: name, parent and number of steps; name and step; name
+    error                  text: the first thing that TensorRT, or the build, complained about
+    done                   num_bytes, sha256, seconds, peak_memory_bytes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+import time
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.engines.log import make_logger
+from trio_edge.runtime.engines.network import Network
+from trio_edge.runtime.engines.package import EngineBackend, TensorRT, load_tensorrt
+from trio_edge.runtime.engines.passes import separate_products, split_lm_head
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
+
+HEAD_ROLES = ("head", "select")
+"""Graphs that hold the lm_head."""
+_STEP_SECONDS = 0.1  # steps are reported at most this often
+_PIECE_BYTES = 16 << 20
+_PARENT_DIED = 1  # PR_SET_PDEATHSIG
+_OOM_SCORE = Path("/proc/self/oom_score_adj")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """All that a process needs to build one engine; it is sent to it."""
+
+    backend: EngineBackend
+    spec: GraphSpec
+    graph_file: Path
+    engine_file: Path
+    log_file: Path
+    timing_cache: Path
+    compute_capabilities: tuple[int, ...]
+    """What to build for ahead of time; empty for this machine's GPU."""
+    detailed_layers: bool
+    dtype: str
+    """The bundle's."""
+    split_lm_head: int
+    """Blocks of the lm_head; 1 leaves it whole."""
+    vocab_size: int
+    hidden_size: int
+
+
+def run_job(job: Job, reports: Connection) -> None:
+    """Build the engine of ``job`` and report; the entry point of the process."""
+    _follow_parent()
+    with job.log_file.open("wb") as log:  # TensorRT writes to both streams, past its logger
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    reporter = Reporter(reports)
+    try:
+        build_engine(job, reporter)
+    except BackendError as error:
+        reporter.error(str(error))
+    except OSError as error:
+        reporter.error(f"cannot write {job.engine_file.name} ({error.strerror})")
+    except MemoryError:
+        reporter.error("out of memory")
+    reports.close()
+
+
+class Reporter:
+    """The child's end of the pipe. Of several errors the first is reported: later ones follow from it."""
+
+    def __init__(self, reports: Connection) -> None:
+        self._reports = reports
+        self._has_error = False
+
+    def send(self, **report: Any) -> None:
+        """Send one report; if the parent is gone, there is nobody to build for."""
+        try:
+            self._reports.send(report)
+        except OSError:
+            os._exit(1)
+
+    def error(self, text: str) -> None:
+        """Send ``text`` unless an error was sent before."""
+        if not self._has_error:
+            self._has_error = True
+            self.send(kind="error", text=" ".join(text.split()))
+
+
+def build_engine(job: Job, reporter: Reporter) -> None:
+    """Write the engine of one graph with all its profiles.
+
+    Raises:
+        BackendError: If TensorRT is missing or does not take the graph.
+        OSError: If the file cannot be written.
+    """
+    start = time.perf_counter()
+    tensorrt = load_tensorrt(job.backend)
+    trt = tensorrt.module
+    logger = make_logger(trt, reporter.error)
+    builder = _not_none(trt.Builder(logger), "a builder")
+    definition = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(definition, logger)
+    if not parser.parse_from_file(str(job.graph_file)):
+        errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        raise BackendError(
+            f"its parser does not take {job.graph_file.name}: {(errors or ['no reason given'])[0]}"
+        )
+    network = Network(tensorrt, definition)  # keeps what the passes add alive while the engine is built
+    _run_passes(job, network)
+    config = _config(job, tensorrt, builder, reporter)
+    num_bytes, digest = write_engine(tensorrt, builder, definition, config, job.engine_file)
+    if tensorrt.has_timing_cache:
+        write_timing_cache(config, job.timing_cache)
+    reporter.send(
+        kind="done",
+        num_bytes=num_bytes,
+        sha256=digest,
+        seconds=time.perf_counter() - start,
+        peak_memory_bytes=_peak_memory_bytes(),
+    )
+
+
+def _run_passes(job: Job, network: Network) -> None:
+    rows = {profile.sizes.get("S", 0) for profile in job.spec.profiles}
+    if 1 in rows and len(rows) > 1:
+        separate_products(network)
+    if job.split_lm_head > 1 and job.spec.role in HEAD_ROLES:
+        split_lm_head(
+            network, vocab_size=job.vocab_size, hidden_size=job.hidden_size, num_blocks=job.split_lm_head
+        )
+
+
+def _network_flags(trt: Any) -> int:
+    """Return the flags of a network whose types are the graph's own; releases without weak types need no flag."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _config(job: Job, tensorrt: TensorRT, builder: Any, reporter: Reporter) -> Any:
+    trt, config = tensorrt.module, builder.create_builder_config()
+    for profile in job.spec.profiles:
+        config.add_optimization_profile(optimization_profile(builder, job.spec, profile))
+    set_flags(config, trt, dtype=job.dtype)
+    if job.compute_capabilities:
+        config.num_compute_capabilities = len(job.compute_capabilities)
+        for index, capability in enumerate(job.compute_capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
+    if job.detailed_layers:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.progress_monitor = _progress_monitor(trt, reporter)
+    if tensorrt.has_timing_cache:
+        read_timing_cache(config, job.timing_cache)
+    return config
+
+
+def set_flags(config: Any, trt: Any, *, dtype: str) -> None:
+    """Keep float32 what it is elsewhere, and activations in the memory that the runtime gives.
+
+    TensorRT rounds the inputs of float32 products to TF32 unless it is told not to; a float32 bundle is there for its digits. In
+    a float16 one the rounded inputs have as many as float16. tensorrt-rtx allocates while it runs, and then cannot
+    be captured, unless it is told not to.
+    """
+    if dtype == "float32":
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if (flag := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
+        config.set_flag(flag)
+
+
+def optimization_profile(builder: Any, spec: GraphSpec, profile: Profile) -> Any:
+    """Return a profile with one shape per input: min, opt and max are the same."""
+    result = builder.create_optimization_profile()
+    for tensor in spec.inputs:
+        shape = tuple(profile.sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
+        result.set_shape(tensor.name, shape, shape, shape)
+    return result
+
+
+def read_timing_cache(config: Any, file: Path) -> None:
+    """Give ``config`` the timings kept in ``file``; those of another TensorRT or GPU are left out."""
+    kept = file.read_bytes() if file.exists() else b""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        cache = config.create_timing_cache(kept)
+        if kept and (cache is None or not config.set_timing_cache(cache, False)):
+            cache, kept = config.create_timing_cache(b""), b""
+        if not kept:
+            config.set_timing_cache(cache, False)
+
+
+def write_timing_cache(config: Any, file: Path) -> None:
+    """Keep the timings of ``config`` in ``file``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        file.write_bytes(memoryview(config.get_timing_cache().serialize()))
+
+
+def write_engine(
+    tensorrt: TensorRT, builder: Any, definition: Any, config: Any, file: Path
+) -> tuple[int, str]:
+    """Build and write the engine; return its size and SHA-256."""
+    digest = hashlib.sha256()
+    with file.open("wb") as stream:
+        if tensorrt.streams_engines:
+            writer = _stream_writer(tensorrt.module, stream, digest)
+            built = builder.build_serialized_network_to_stream(definition, config, writer)
+            if writer.failure is not None:
+                raise writer.failure
+            if not built:
+                raise BackendError("TensorRT built no engine and gave no reason")
+        else:
+            plan = memoryview(_not_none(builder.build_serialized_network(definition, config), "an engine"))
+            for start in range(0, plan.nbytes, _PIECE_BYTES):
+                piece = plan[start : start + _PIECE_BYTES]
+                stream.write(piece)
+                digest.update(piece)
+        size = stream.tell()
+    return size, digest.hexdigest()
+
+
+def _not_none(value: Any, what: str) -> Any:
+    if value is None:
+        raise BackendError(f"TensorRT made no {what.split()[-1]} and gave no reason")
+    return value
+
+
+def _progress_monitor(trt: Any, reporter: Reporter) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._reported = 0.0
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            reporter.send(kind="phase", name=phase_name, parent=parent_phase, num_steps=num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            now = time.monotonic()
+            if now - self._reported > _STEP_SECONDS:
+                self._reported = now
+                reporter.send(kind="step", name=phase_name, step=step)
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            reporter.send(kind="finish", name=phase_name)
+
+    return Monitor()
+
+
+def _stream_writer(trt: Any, stream: Any, digest: Any) -> Any:
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.failure: OSError | None = None
+
+        def write(self, data: bytes) -> int:
+            if self.failure is not None:
+                return 0
+            try:
+                stream.write(data)
+            except OSError as error:  # an exception cannot pass through TensorRT
+                self.failure = error
+                return 0
+            digest.update(data)
+            return len(data)
+
+    return Writer()
+
+
+def _follow_parent() -> None:
+    """End when the parent ends, and leave Ctrl-C to it."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PARENT_DIED, signal.SIGKILL)
+        go_first_when_memory_runs_out()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def go_first_when_memory_runs_out() -> None:
+    """Let the system rather end this process than the desktop, if it may be told so."""
+    with suppress(
+        OSError
+    ):  # a container may have a higher score already, which only the administrator lowers
+        _OOM_SCORE.write_text("800")
+
+
+def _peak_memory_bytes() -> int | None:
+    """Return the largest resident memory of this process, mapped weight files included."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

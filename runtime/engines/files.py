@@ -1,0 +1,352 @@
+"""Engines of a bundle on disk: ``engines/<target>/engines.json`` and the files that it lists.
+
+An engine runs only with the TensorRT that built it, on the GPUs and the platform that it was built for, and belongs to
+one bundle. ``open_engines`` compares all of it before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal, final
+
+import msgspec
+
+from trio_edge.runtime.bundle.errors import BackendError, DataError
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, Profile
+from trio_edge.runtime.bundle.reader import LARGEST_HASHED_BYTES, Bundle, sha256_of
+from trio_edge.runtime.files import check_place, folder_beside, write_output
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from trio_edge.runtime.engines.host import Host
+    from trio_edge.runtime.engines.package import EngineBackend
+
+ENGINES_SCHEMA_VERSION = 1
+ENGINES_FOLDER = "engines"
+ENGINES_NAME = "engines.json"
+TIMING_CACHE_NAME = "timing.cache"
+
+
+class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the values in ``engines.json``: immutable, keyword-only, unknown keys rejected."""
+
+
+class EngineEntry(_Spec, frozen=True):
+    """One graph's engine."""
+
+    graph: str
+    file: str
+    """Relative to the folder of ``engines.json``."""
+    profiles: tuple[Profile, ...]
+    """The index of a profile here is its index in the engine."""
+    num_bytes: int
+    sha256: str
+    build_seconds: float
+    peak_memory_bytes: int | None
+    """Resident memory of the process that built it, mapped weight files included."""
+
+
+class EngineSet(_Spec, frozen=True):
+    """All engines of one target, and what they were built with and for."""
+
+    schema_version: int
+    backend: Literal["tensorrt", "tensorrt-rtx"]
+    tensorrt_version: str
+    compute_capabilities: tuple[int, ...]
+    """Ascending; 87 is 8.7."""
+    platform: str
+    """Machine and system, for instance "aarch64-linux"."""
+    gpu: str | None
+    """The GPU of the machine that built them, if it had one."""
+    driver: str | None
+    manifest_sha256: str
+    """Of the bundle's ``trio.json``."""
+    detailed_layers: bool
+    """Whether the engines hold names and shapes of their layers for profiling."""
+    split_lm_head: int
+    """Blocks of the lm_head's product; 1 if it is whole."""
+    engines: tuple[EngineEntry, ...]
+
+    def __post_init__(self) -> None:
+        for entry in self.engines:
+            pure = PurePosixPath(entry.file)
+            if (
+                len(pure.parts) != 1
+                or pure.name in ("..", ENGINES_NAME)
+                or "\\" in entry.file
+                or ":" in entry.file
+            ):
+                raise ValueError(f"expected a file beside {ENGINES_NAME}, got {entry.file!r}")
+
+    def entry(self, graph: str) -> EngineEntry | None:
+        """Return the engine of ``graph``, or None if it was not built."""
+        return next((entry for entry in self.engines if entry.graph == graph), None)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all engines."""
+        return sum(entry.num_bytes for entry in self.engines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engines:
+    """Engines that fit this bundle, this TensorRT and this machine."""
+
+    folder: Path
+    engine_set: EngineSet
+    notes: tuple[str, ...]
+    """What differs and does no harm: the driver."""
+
+    def path(self, graph: str) -> Path:
+        """Return the engine file of ``graph``."""
+        entry = self.engine_set.entry(graph)
+        assert entry is not None  # open_engines has checked that all are there
+        return self.folder / entry.file
+
+
+def target_name(backend: EngineBackend, *, version: str, compute_capabilities: tuple[int, ...]) -> str:
+    """Return the folder name of a target, for instance "tensorrt_rtx-1.7-sm86-sm89"."""
+    release = ".".join(version.split(".")[:2])
+    return "-".join([backend.replace("-", "_"), release, *(f"sm{number}" for number in compute_capabilities)])
+
+
+def engine_sets(bundle_folder: Path) -> dict[str, EngineSet]:
+    """Return the readable engine sets of a bundle by target name, in order of names."""
+    found = {}
+    for file in sorted((bundle_folder / ENGINES_FOLDER).glob(f"*/{ENGINES_NAME}")):
+        if not file.parent.name.startswith("."):
+            try:
+                found[file.parent.name] = read_engine_set(file.parent)
+            except BackendError:
+                continue
+    return found
+
+
+def read_engine_set(folder: Path) -> EngineSet:
+    """Return what ``folder``'s ``engines.json`` says.
+
+    Raises:
+        BackendError: If it is missing, no JSON, of another schema version, or has unknown keys or paths elsewhere.
+    """
+    file = folder / ENGINES_NAME
+    try:
+        head = msgspec.json.decode(file.read_bytes())
+        version = head.get("schema_version") if isinstance(head, dict) else None
+        if version != ENGINES_SCHEMA_VERSION:
+            raise BackendError(
+                f"{file}: expected schema_version {ENGINES_SCHEMA_VERSION}, got {version!r}; {_again(folder)}"
+            )
+        return msgspec.convert(head, EngineSet, strict=True)
+    except OSError as error:
+        raise BackendError(f"{file}: cannot be read ({error.strerror}); {_again(folder)}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BackendError(
+            f"{file}: expected a description of engines, got: {error}; {_again(folder)}"
+        ) from None
+
+
+def write_engine_set(folder: Path, engine_set: EngineSet) -> None:
+    """Write ``engines.json`` into ``folder``."""
+    text = msgspec.json.format(msgspec.json.encode(engine_set), indent=1)
+    (folder / ENGINES_NAME).write_bytes(text + b"\n")
+
+
+def open_engines(
+    bundle: Bundle, *, backend: EngineBackend, version: str, host: Host, hash_all: bool = False
+) -> Engines:
+    """Return the engines of ``bundle`` that run here, after checking everything that they depend on.
+
+    Args:
+        bundle: An opened bundle.
+        backend: Which package runs them.
+        version: That package's version.
+        host: This machine; its GPU must be one that the engines were built for.
+        hash_all: Also hash files above ``LARGEST_HASHED_BYTES``; without it their sizes are compared.
+
+    Raises:
+        BackendError: If there are none, or none fits; the message is about the target that differs least.
+    """
+    root = bundle.folder / ENGINES_FOLDER
+    folders = [
+        file.parent for file in sorted(root.glob(f"*/{ENGINES_NAME}")) if not file.parent.name.startswith(".")
+    ]
+    if not folders:
+        raise BackendError(f"{root}: expected engines, got none; run trio-build {bundle.folder}")
+    unfit: list[tuple[int, str]] = []
+    for folder in folders:
+        try:
+            engine_set = read_engine_set(folder)
+        except BackendError as error:
+            unfit.append((0, str(error)))
+            continue
+        problems = _differences(engine_set, bundle=bundle, backend=backend, version=version, host=host)
+        if not problems:
+            check_files(folder, engine_set, bundle=bundle, hash_all=hash_all)
+            return Engines(folder=folder, engine_set=engine_set, notes=_notes(engine_set, host))
+        unfit.append((-len(problems), f"{folder}: {problems[0]}"))
+    raise BackendError(max(unfit, key=lambda pair: pair[0])[1])
+
+
+def _differences(
+    engines: EngineSet, *, bundle: Bundle, backend: EngineBackend, version: str, host: Host
+) -> list[str]:
+    """Return one text for each thing that keeps ``engines`` from running here."""
+    build = f"run trio-build {bundle.folder} --backend {backend}"
+    capability = None if host.gpu is None else host.gpu.compute_capability
+    wanted = ", ".join(f"{number // 10}.{number % 10}" for number in engines.compute_capabilities)
+    problems = []
+    if engines.backend != backend:
+        problems.append(f"expected engines of {backend}, got {engines.backend}; {build}")
+    elif engines.tensorrt_version != version:
+        problems.append(
+            f"expected engines of {backend} {version}, which is installed, got {engines.tensorrt_version}; {build} --force"
+        )
+    if engines.platform != host.platform:
+        problems.append(
+            f"expected engines for {host.platform}, got {engines.platform}; {build} on this machine"
+        )
+    if capability is None:
+        problems.append(
+            "expected an NVIDIA GPU and its driver on this machine, got none; use --backend onnxruntime"
+        )
+    elif capability not in engines.compute_capabilities:
+        problems.append(
+            f"expected engines for compute capability {capability // 10}.{capability % 10} ({host.gpu and host.gpu.name}),"
+            f" got {wanted}; {build}"
+        )
+    if engines.manifest_sha256 != sha256_of(bundle.folder / MANIFEST_NAME):
+        problems.append(f"expected engines of this bundle, got those of another export; {build} --force")
+    return problems
+
+
+def check_files(folder: Path, engine_set: EngineSet, *, bundle: Bundle, hash_all: bool) -> None:
+    """Raise BackendError unless every graph of the bundle has its engine, unchanged and with the bundle's profiles.
+
+    Args:
+        folder: Where ``engines.json`` lies.
+        engine_set: What it says.
+        bundle: The bundle.
+        hash_all: Also hash files above ``LARGEST_HASHED_BYTES``.
+    """
+    root = folder.resolve()
+    for spec in bundle.manifest.graphs:
+        entry = engine_set.entry(spec.name)
+        if entry is None:
+            raise BackendError(
+                f"{folder}: expected an engine of {spec.name}, got none;"
+                f" run trio-build {bundle.folder} --backend {engine_set.backend} --graphs {spec.name}"
+            )
+        if entry.profiles != spec.profiles:
+            raise BackendError(
+                f"{folder / entry.file}: expected the bundle's profiles, got others; {_again(folder)}"
+            )
+        file = folder / entry.file
+        if not file.resolve().is_relative_to(root):
+            raise BackendError(f"{file}: expected a file, got a link to elsewhere; {_again(folder)}")
+        if not file.is_file():
+            raise BackendError(f"{file}: expected this file, got none; {_again(folder)}")
+        size = file.stat().st_size
+        if size != entry.num_bytes:
+            raise BackendError(f"{file}: expected {entry.num_bytes} bytes, got {size}; {_again(folder)}")
+        if (hash_all or size <= LARGEST_HASHED_BYTES) and (digest := sha256_of(file)) != entry.sha256:
+            raise BackendError(
+                f"{file}: expected SHA-256 {entry.sha256[:12]}…, got {digest[:12]}…; the file was changed, {_again(folder)}"
+            )
+
+
+def _notes(engine_set: EngineSet, host: Host) -> tuple[str, ...]:
+    driver = None if host.gpu is None else host.gpu.driver
+    if engine_set.driver is None or engine_set.driver == driver:
+        return ()
+    return (f"the engines were built with driver {engine_set.driver}, this machine has {driver}",)
+
+
+def _again(folder: Path) -> str:
+    return f"run trio-build {folder.parent.parent} --force"
+
+
+# Where a target's engines are written: complete or not at all, and no empty folder of targets stays.
+
+
+_WAY_OUT = "make the bundle's folder writable"
+
+
+def check_engines_place(target: Path) -> None:
+    """Raise BackendError if ``engines_beside`` could not write ``target`` now; changes nothing."""
+    check_place(target, num_bytes=0, error=BackendError, way_out=_WAY_OUT)
+
+
+@contextmanager
+def engines_beside(
+    target: Path, *, num_bytes: int, before_rename: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
+    """Yield a new folder that becomes ``target`` when the block ends well and vanishes when it does not.
+
+    Args:
+        target: The folder of one target's engines; an old one is replaced in one step.
+        num_bytes: About what is going to be written, compared with the free space first.
+        before_rename: As ``folder_beside``'s.
+
+    Raises:
+        BackendError: If nothing can be written there, or the disk is or becomes full.
+    """
+    made_parent = not target.parent.exists()
+    try:
+        with folder_beside(
+            target,
+            num_bytes=num_bytes,
+            error=BackendError,
+            what="set of engines",
+            way_out=_WAY_OUT,
+            before_rename=before_rename,
+        ) as folder:
+            yield folder
+    finally:
+        if made_parent:
+            with suppress(OSError):  # it holds engines now, or could not be made
+                target.parent.rmdir()
+
+
+# Keeps the kernels that tensorrt-rtx compiles on a GPU beside the engines, so that the next process need not compile them.
+#
+# One runtime cache serves all engines of a bundle. tensorrt-rtx itself refuses what another GPU, driver or release has compiled.
+
+
+KERNELS_NAME = "kernels.cache"
+
+
+@final
+class CompiledKernels:
+    """A runtime cache and its file; whoever has contexts that compile into it keeps it longer than these."""
+
+    def __init__(self, file: Path) -> None:
+        """Take note of where it is kept; a file that is not there or cannot be read is an empty cache."""
+        self._file = file
+        self._stored: bytes | None = None
+        self._cache: Any = None
+        self._is_final = file.is_symlink()  # it may lead out of the bundle: neither read nor written
+        if not self._is_final:
+            with suppress(OSError):
+                self._stored = file.read_bytes()
+
+    def attach(self, settings: Any) -> None:
+        """Let the contexts that are made with ``settings``, an ``IRuntimeConfig``, compile into the cache."""
+        if self._cache is None:
+            self._cache = settings.create_runtime_cache()
+            if self._stored is not None and not self._cache.deserialize(self._stored):
+                self._stored = None
+        settings.set_runtime_cache(self._cache)
+
+    def store(self) -> None:
+        """Write what has been compiled, once, if it is new; where the bundle cannot be written, it is compiled again next time."""
+        if self._is_final or self._cache is None:
+            return
+        self._is_final = True
+        content = self._cache.serialize()
+        if content is not None and bytes(content) != self._stored:
+            with suppress(DataError):
+                write_output("kernels", self._file, bytes(content))

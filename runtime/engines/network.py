@@ -1,0 +1,128 @@
+"""Reading a parsed TensorRT network: who makes a tensor, who uses it, which products have constant weights.
+
+TensorRT's networks cannot be taken apart: a pass adds layers and connects users to them; layers without users are
+dropped when the engine is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from trio_edge.runtime.engines.package import TensorRT
+
+
+@dataclass(frozen=True, slots=True)
+class WeightProduct:
+    """A matrix product whose second operand is a weight."""
+
+    layer: Any
+    """Its IMatrixMultiplyLayer."""
+    weight: Any
+    """The IConstantLayer of the weight, of rank 2."""
+    transposed: bool
+    """Whether the product uses the stored weight transposed: [outputs, inputs], as checkpoints store it."""
+
+
+@final
+class Network:
+    """A parsed network with the lookups that passes need."""
+
+    def __init__(self, tensorrt: TensorRT, definition: Any) -> None:
+        self.trt = tensorrt.module
+        self.definition = definition
+        self._arrays: list[NDArray[Any]] = []
+        self._makers: dict[str, Any] = {}
+        self._users: dict[str, list[tuple[Any, int]]] = {}
+        for layer in self.layers():
+            for index in range(layer.num_outputs):
+                self._makers[layer.get_output(index).name] = layer
+            for index in range(layer.num_inputs):
+                if (tensor := layer.get_input(index)) is not None:
+                    self._users.setdefault(tensor.name, []).append((layer, index))
+
+    def layers(self) -> list[Any]:
+        """Return all layers in order."""
+        return [self.definition.get_layer(index) for index in range(self.definition.num_layers)]
+
+    def maker(self, tensor: Any) -> Any | None:
+        """Return the layer that ``tensor`` comes from, as its own class; None for an input of the network."""
+        layer = self._makers.get(tensor.name)
+        return None if layer is None else self._typed(layer)
+
+    def connect(self, old: Any, new: Any) -> None:
+        """Give ``new`` to every layer that used ``old`` when the network was parsed; it takes its place as an output too."""
+        for layer, index in self._users.get(old.name, []):
+            layer.set_input(index, new)
+        if old.is_network_output:
+            name = old.name
+            self.definition.unmark_output(old)
+            old.name = f"{name} (whole)"
+            new.name = name
+            self.definition.mark_output(new)
+
+    def constant(self, array: NDArray[Any]) -> Any:
+        """Return the tensor of a new constant. ``array`` may be a view: it is kept, not copied."""
+        self._arrays.append(array)  # TensorRT reads it when it builds
+        return self.definition.add_constant(array.shape, self.trt.Weights(array)).get_output(0)
+
+    def weight_products(self) -> list[WeightProduct]:
+        """Return all matrix products with a constant second operand, in order."""
+        found = []
+        for layer in self.layers():
+            if layer.type != self.trt.LayerType.MATRIX_MULTIPLY:
+                continue
+            layer.__class__ = self.trt.IMatrixMultiplyLayer
+            weight, transposed = self._constant_behind(layer.get_input(1))
+            if weight is not None:
+                flag = layer.op1 == self.trt.MatrixOperation.TRANSPOSE
+                found.append(WeightProduct(layer, weight, transposed != flag))
+        return found
+
+    def values(self, constant: Any) -> NDArray[Any]:
+        """Return a constant layer's values in its shape: a view, no copy."""
+        return np.asarray(constant.weights).reshape(tuple(constant.shape))
+
+    def _constant_behind(self, tensor: Any) -> tuple[Any | None, bool]:
+        """Return the rank-2 constant that ``tensor`` is but for a transpose and leading axes of 1, and whether transposed."""
+        transposed = False
+        while (layer := self.maker(tensor)) is not None and layer.type == self.trt.LayerType.SHUFFLE:
+            source = layer.get_input(0)
+            if len(source.shape) != 2 or layer.num_inputs > 1:
+                return None, False
+            first, second = (
+                tuple(order)[:2] == (1, 0) for order in (layer.first_transpose, layer.second_transpose)
+            )
+            swapped = first ^ (second and len(tensor.shape) == 2)
+            if tuple(tensor.shape)[-2:] != tuple(source.shape)[:: -1 if swapped else 1]:
+                return None, False  # a reshape
+            transposed ^= swapped
+            tensor = source
+        if layer is None or layer.type != self.trt.LayerType.CONSTANT or len(tensor.shape) != 2:
+            return None, False
+        return layer, transposed
+
+    def _typed(self, layer: Any) -> Any:
+        """Return ``layer`` as the class of its type: get_layer gives the base class, which lacks most attributes."""
+        classes = {
+            self.trt.LayerType.CONSTANT: self.trt.IConstantLayer,
+            self.trt.LayerType.SHUFFLE: self.trt.IShuffleLayer,
+            self.trt.LayerType.ELEMENTWISE: self.trt.IElementWiseLayer,
+        }
+        if (wanted := classes.get(layer.type)) is not None:
+            layer.__class__ = wanted
+        return layer
+
+
+def block_sizes(total: int, num_blocks: int, *, multiple: int = 8) -> Sequence[int]:
+    """Return ``num_blocks`` or fewer sizes that sum to ``total``, equal and multiples of ``multiple`` but for the last."""
+    size = -(-total // num_blocks)
+    size = -(-size // multiple) * multiple
+    return [min(size, total - start) for start in range(0, total, size)]

@@ -1,0 +1,159 @@
+"""A pass that cuts the lm_head's matrix product into blocks of the vocabulary.
+
+On small Jetsons, TensorRT's product with the whole lm_head asks for about 1 GB of contiguous memory and fails
+(hokwangchoi/jetson-orin-nano-benchmarks). Logits are concatenated blocks; the probe's backward product is a sum over
+blocks, in float32. The blocks are views into the parsed weight: nothing is copied.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.engines.network import block_sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trio_edge.runtime.engines.network import Network, WeightProduct
+
+
+def split_lm_head(network: Network, *, vocab_size: int, hidden_size: int, num_blocks: int) -> int:
+    """Replace each product with the lm_head's weight by ``num_blocks`` smaller ones and return how many were replaced.
+
+    Args:
+        network: Of a head or select graph.
+        vocab_size: V, rows of the weight.
+        hidden_size: D, its columns.
+        num_blocks: At least 2; block sizes are multiples of 8, so there may be fewer.
+
+    Raises:
+        BackendError: If no product has such a weight.
+    """
+    shape = (vocab_size, hidden_size)
+    products = [entry for entry in network.weight_products() if tuple(entry.weight.shape) == shape]
+    if not products:
+        raise BackendError(
+            f"--split-lm-head: expected a product with an lm_head of {list(shape)}, got none; build without the option"
+        )
+    blocks: dict[str, list[Any]] = {}
+    for product in products:
+        name = product.weight.get_output(0).name
+        if name not in blocks:
+            blocks[name] = _blocks(network, product, block_sizes(vocab_size, num_blocks))
+        split = _split_outputs if product.transposed else _split_inputs
+        network.connect(product.layer.get_output(0), split(network, product.layer, blocks[name]))
+    return len(products)
+
+
+def _blocks(network: Network, product: WeightProduct, sizes: Sequence[int]) -> list[Any]:
+    weight = network.values(product.weight)
+    starts = np.cumsum([0, *sizes[:-1]])
+    return [network.constant(weight[start : start + size]) for start, size in zip(starts, sizes)]
+
+
+def _split_outputs(network: Network, layer: Any, blocks: list[Any]) -> Any:
+    """Return logits: the products with the transposed blocks, concatenated.
+
+    Each has an input of its own: from a common one TensorRT would make one product of them again.
+    """
+    operation, definition = network.trt.MatrixOperation, network.definition
+    parts, source = [], layer.get_input(0)
+    for index, block in enumerate(blocks):
+        own = source if index == 0 else equal_tensor(network, source) or source
+        weight = _of_rank(network, block, layer)
+        part = definition.add_matrix_multiply(own, layer.op0, weight, operation.TRANSPOSE)
+        parts.append(part.get_output(0))
+    joined = definition.add_concatenation(parts)
+    joined.axis = len(layer.get_output(0).shape) - 1
+    return joined.get_output(0)
+
+
+def _split_inputs(network: Network, layer: Any, blocks: list[Any]) -> Any:
+    """Return the sum of the products of the input's columns with the blocks."""
+    trt, definition = network.trt, network.definition
+    source = layer.get_input(0)
+    rows = tuple(source.shape)[:-1]
+    total, start = None, 0
+    for block in blocks:
+        size = block.shape[0]
+        columns = definition.add_slice(
+            source, (0,) * len(rows) + (start,), (*rows, size), (1,) * (len(rows) + 1)
+        )
+        part = definition.add_matrix_multiply(
+            columns.get_output(0), layer.op0, _of_rank(network, block, layer), trt.MatrixOperation.NONE
+        ).get_output(0)
+        wide = definition.add_cast(part, trt.float32).get_output(0)
+        total = (
+            wide
+            if total is None
+            else definition.add_elementwise(total, wide, trt.ElementWiseOperation.SUM).get_output(0)
+        )
+        start += size
+    return definition.add_cast(total, layer.get_output(0).dtype).get_output(0)
+
+
+def _of_rank(network: Network, block: Any, layer: Any) -> Any:
+    """Return ``block`` with the leading axes of 1 that the product's first operand needs."""
+    missing = len(layer.get_input(0).shape) - len(block.shape)
+    if missing == 0:
+        return block
+    shuffle = network.definition.add_shuffle(block)
+    shuffle.reshape_dims = (1,) * missing + tuple(block.shape)
+    return shuffle.get_output(0)
+
+
+# A pass that keeps weights once in an engine that has both prefill and decode profiles.
+#
+# Products with the same input (query, key and value; gate and up) are joined by TensorRT into one with concatenated
+# weights where the input has one row, as in decode, and not where it has many: the engine then holds these weights twice.
+# Measured with tensorrt-rtx 1.7 on one 7B layer: 688 MB for 405 MB of weights with profiles of 2960 rows and of 1 row, 407 MB
+# with 2960 and 2 rows, and 407 MB after this pass. So each product but the first gets an input of its own: the multiplication
+# by the norm's weight that makes the input is repeated with a copy of that weight (with the same constant TensorRT would
+# see through it). The numbers do not change.
+
+
+def separate_products(network: Network) -> int:
+    """Give products that share an input one each, and return how many inputs were added.
+
+    Inputs that are not the product of a constant vector and something else are left alone.
+    """
+    users: dict[str, list[Any]] = {}
+    for product in network.weight_products():
+        users.setdefault(product.layer.get_input(0).name, []).append(product.layer)
+    added = 0
+    for layers in users.values():
+        for layer in layers[1:]:
+            if (tensor := equal_tensor(network, layer.get_input(0))) is not None:
+                layer.set_input(0, tensor)
+                added += 1
+    return added
+
+
+def equal_tensor(network: Network, tensor: Any) -> Any | None:
+    """Return a new tensor with the values of ``tensor`` that TensorRT does not see to be the same.
+
+    None unless ``tensor`` is a constant vector times something, or that cast to another type.
+    """
+    trt, maker = network.trt, network.maker(tensor)
+    if maker is None:
+        return None
+    if maker.type == trt.LayerType.CAST:
+        inner = equal_tensor(network, maker.get_input(0))
+        return None if inner is None else network.definition.add_cast(inner, tensor.dtype).get_output(0)
+    if maker.type != trt.LayerType.ELEMENTWISE or maker.op != trt.ElementWiseOperation.PROD:
+        return None
+    operands = [maker.get_input(0), maker.get_input(1)]
+    for operand, other in (operands, operands[::-1]):
+        constant = network.maker(operand)
+        while constant is not None and constant.type in (trt.LayerType.SHUFFLE, trt.LayerType.CAST):
+            constant = network.maker(constant.get_input(0))
+        if constant is not None and constant.type == trt.LayerType.CONSTANT:
+            copy = network.values(constant).astype(trt.nptype(operand.dtype)).reshape(tuple(operand.shape))
+            factor = network.constant(copy)
+            return network.definition.add_elementwise(
+                factor, other, trt.ElementWiseOperation.PROD
+            ).get_output(0)
+    return None

@@ -1,0 +1,1 @@
+"""Image processing of each model family, equal to its Hugging Face processor."""

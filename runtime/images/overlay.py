@@ -1,0 +1,141 @@
+"""Drawing which visual tokens each selection stage kept: one panel per stage, side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont
+
+from trio_edge.runtime.bundle.errors import ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    Box = tuple[int, int, int, int]
+    Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+_PANEL_SIDE = 640
+_MARGIN = 16
+_CAPTION_HEIGHT = 56
+_PAPER = (250, 250, 248)
+_INK = (32, 34, 38)
+_FAINT_INK = (110, 114, 120)
+_BASE_COLOUR = (255, 153, 0)
+_BASE_INK = (196, 110, 0)
+
+
+def draw_kept(
+    picture: Image.Image,
+    boxes: NDArray[np.float32],
+    kept: Sequence[NDArray[np.integer]],
+    *,
+    captions: Sequence[str] = (),
+    overview: range | None = None,
+) -> Image.Image:
+    """Return the picture once per stage, with the tokens that the stage kept.
+
+    Patches of the grid (or of the only tile) that were kept stay bright, the rest is dark and grey. Patches
+    of the tile that shows the whole picture (LLaVA-NeXT's base tile, InternVL's thumbnail) that were kept are
+    orange outlines, because they lie over the same places. Newlines cannot be drawn, but count in the caption.
+
+    Args:
+        picture: RGB.
+        boxes: [N, 4], from ``token_boxes``.
+        kept: For each stage the indices of its tokens among the N original ones.
+        captions: For each stage a title such as "layer 5".
+        overview: Tokens of the tile that shows the whole picture. By default those that come before the boxes
+            start again at the top, as in LLaVA-NeXT; none if they never do.
+
+    Raises:
+        ShapeError: If the arrays do not fit each other.
+    """
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ShapeError(f"boxes: expected [N, 4], got {list(boxes.shape)}")
+    if captions and len(captions) != len(kept):
+        raise ShapeError(f"captions: expected one for each of {len(kept)} stages, got {len(captions)}")
+    for indices in kept:
+        lowest, highest = (int(indices.min()), int(indices.max())) if len(indices) else (0, -1)
+        if lowest < 0 or highest >= len(boxes):
+            raise ShapeError(f"kept: expected indices in 0..{len(boxes) - 1}, got {lowest}..{highest}")
+    outlined = _first_run(boxes) if overview is None else overview
+    stages = list(kept) or [np.arange(len(boxes))]
+    titles = list(captions) or (
+        [f"stage {i + 1}" for i in range(len(kept))] if len(kept) else ["no selection"]
+    )
+    panels = [
+        _panel(picture, boxes, indices, outlined=outlined, title=title)
+        for indices, title in zip(stages, titles)
+    ]
+    width = sum(panel.width for panel in panels) + _MARGIN * (len(panels) + 1)
+    sheet = Image.new("RGB", (width, panels[0].height + 2 * _MARGIN), _PAPER)
+    x = _MARGIN
+    for panel in panels:
+        sheet.paste(panel, (x, _MARGIN))
+        x += panel.width + _MARGIN
+    return sheet
+
+
+def _first_run(boxes: NDArray[np.float32]) -> range:
+    tops = boxes[:, 1]
+    restarts = np.flatnonzero(tops[1:] < tops[:-1])  # false where a newline's NaN is compared
+    return range(int(restarts[0]) + 1 if len(restarts) else 0)
+
+
+def _panel(
+    picture: Image.Image,
+    boxes: NDArray[np.float32],
+    indices: NDArray[np.integer],
+    *,
+    outlined: range,
+    title: str,
+) -> Image.Image:
+    scale = _PANEL_SIDE / max(picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    bright = picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+    is_outlined = (indices >= outlined.start) & (indices < outlined.stop)
+    patches = _pixel_boxes(boxes, indices[~is_outlined], scale=scale)
+    outlines = _pixel_boxes(boxes, indices[is_outlined], scale=scale)
+    mask = Image.new("L", size, 0)
+    mask_draw = ImageDraw.Draw(mask)
+    for box in patches:
+        mask_draw.rectangle(box, fill=255)
+    drawn = Image.composite(bright, _darkened(bright), mask)
+    draw = ImageDraw.Draw(drawn)
+    for x0, y0, x1, y1 in outlines:  # inset, so that neighbours stay apart
+        draw.rectangle((x0 + 1, y0 + 1, max(x0 + 1, x1 - 1), max(y0 + 1, y1 - 1)), outline=_BASE_COLOUR)
+    return _captioned(
+        drawn, title=title, num_kept=len(indices), num_tokens=len(boxes), has_outlines=len(outlined) > 0
+    )
+
+
+def _darkened(picture: Image.Image) -> Image.Image:
+    return ImageEnhance.Brightness(ImageEnhance.Color(picture).enhance(0.2)).enhance(0.36)
+
+
+def _pixel_boxes(boxes: NDArray[np.float32], indices: NDArray[np.integer], *, scale: float) -> list[Box]:
+    """Return inclusive pixel corners; without newlines and patches of padding, which have no area."""
+    chosen = boxes[indices]
+    with_area = (chosen[:, 2] > chosen[:, 0]) & (chosen[:, 3] > chosen[:, 1])  # false for NaN
+    corners = np.rint(chosen[with_area] * scale).astype(int)
+    return [(x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)) for x0, y0, x1, y1 in corners.tolist()]
+
+
+def _captioned(
+    drawn: Image.Image, *, title: str, num_kept: int, num_tokens: int, has_outlines: bool
+) -> Image.Image:
+    lines = [(title, _INK, 20), (f"{num_kept} of {num_tokens} visual tokens kept", _FAINT_INK, 15)]
+    fonts = [ImageFont.load_default(size) for _, _, size in lines]
+    legend = "orange outlines: overview tile" if has_outlines else ""
+    width = max(drawn.width, *(int(font.getlength(text)) + 8 for font, (text, _, _) in zip(fonts, lines)))
+    panel = Image.new("RGB", (width, drawn.height + _CAPTION_HEIGHT), _PAPER)
+    panel.paste(drawn, ((width - drawn.width) // 2, _CAPTION_HEIGHT))
+    draw = ImageDraw.Draw(panel)
+    for y, font, (text, ink, _) in zip((0, 27), fonts, lines):
+        draw.text((0, y), text, fill=ink, font=font)
+    legend_width = int(fonts[1].getlength(legend))
+    if legend and fonts[1].getlength(lines[1][0]) + legend_width + 24 <= width:
+        draw.text((width - legend_width, 27), legend, fill=_BASE_INK, font=fonts[1])
+    return panel

@@ -1,0 +1,157 @@
+"""Reading a picture: from a file, bytes or a PIL image to upright 8-bit RGB, or one ImageError.
+
+The result is what Hugging Face makes of the same argument, so that exported and original model see the same
+pixels. Of a path or bytes, like its ``load_image``: upright by the EXIF tag, then ``convert("RGB")``. Of a
+PIL image, upright too, then like its image processors' ``do_convert_rgb``.
+
+| picture                                | result                                                         |
+|----------------------------------------|----------------------------------------------------------------|
+| transparent, from a path or bytes      | alpha is dropped, the colour under it shows                    |
+| transparent, from a PIL image          | laid over white (Hugging Face makes the same difference)       |
+| palette, 1-bit, grayscale, CMYK, YCbCr | Pillow's conversion to RGB                                     |
+| 16- or 32-bit grayscale, float         | clipped to 0..255, not scaled; a warning is logged if it shows |
+| 16-bit RGB                             | the high bytes                                                 |
+| several frames (GIF, TIFF, WebP)       | the first one                                                  |
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from trio_edge.runtime.bundle.errors import ImageError
+
+MAX_PICTURE_PIXELS = 178_956_970
+"""Pixels above which a picture is refused before decoding; the bound at which Pillow itself refuses."""
+
+_MAX_LEVEL = 255
+_FORMATS_NOT_READ = frozenset({"EPS"})  # Pillow hands EPS files to Ghostscript, which runs them as programs
+_logger = logging.getLogger(__name__)
+_warning_filters = threading.Lock()  # warnings.catch_warnings changes the whole process
+
+
+def open_picture(source: str | Path | bytes | Image.Image) -> Image.Image:
+    """Return the picture as a loaded, upright RGB image.
+
+    Args:
+        source: A file's path, the bytes of such a file, or a PIL image, which is not changed. No URLs.
+
+    Raises:
+        ImageError: If there is no such file, or it is no picture, damaged, cut short, has no pixels, or has
+            more than ``MAX_PICTURE_PIXELS``.
+    """
+    if isinstance(source, Image.Image):
+        return _decode(source, name="picture", drop_alpha=False)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decode_file(bytes(source), name="picture")
+    if isinstance(source, (str, Path)):
+        return _decode_file(_read(source), name=f"picture {_short(source)}")
+    raise ImageError(f"picture: expected a path, bytes or a PIL image, got {type(source).__name__}")
+
+
+def _read(source: str | Path) -> bytes:
+    name = f"picture {_short(source)}"
+    if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
+        raise ImageError(f"{name}: expected a local file, got a URL; download it first")
+    try:
+        path = Path(source)
+        if path.is_dir():
+            raise ImageError(f"{name}: expected a picture file, got a directory")
+        if not path.exists():
+            raise ImageError(f"{name}: expected an existing file, found none; check the path")
+        if not path.is_file():
+            raise ImageError(f"{name}: expected a regular file, got a device or pipe")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # no permission; a name with a null byte or too long
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"{name}: expected a readable file, got {_one_line(error)}") from error
+
+
+def _decode_file(data: bytes, *, name: str) -> Image.Image:
+    if not data:
+        raise ImageError(f"{name}: expected a picture, got an empty file")
+    try:
+        with _warning_filters, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own, smaller size warning, and those on odd EXIF data
+            Image.init()
+            opened = Image.open(
+                io.BytesIO(data), formats=[f for f in Image.OPEN if f not in _FORMATS_NOT_READ]
+            )
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"{name}: expected at most {MAX_PICTURE_PIXELS} pixels, got more; scale it down"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{name}: expected a picture (PNG, JPEG, WebP, …), got {len(data)} bytes of no known format"
+        ) from error
+    except Exception as error:  # Pillow's readers raise almost anything on damaged headers
+        raise ImageError(f"{name}: expected a readable picture, got {_one_line(error)}") from error
+    with opened:
+        return _decode(opened, name=name, drop_alpha=True)
+
+
+def _decode(picture: Image.Image, *, name: str, drop_alpha: bool) -> Image.Image:
+    width, height = picture.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: expected at least 1x1 pixels, got {width}x{height}")
+    if width * height > MAX_PICTURE_PIXELS:
+        raise ImageError(
+            f"{name}: expected at most {MAX_PICTURE_PIXELS} pixels, got {width}x{height}; scale it down"
+        )
+    try:
+        with _warning_filters, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's advice on palettes with transparency
+            picture.load()
+            return _rgb(_upright(picture), name=name, drop_alpha=drop_alpha)
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged data
+        raise ImageError(
+            f"{name}: expected a whole picture, got {_one_line(error)}; the file is damaged"
+        ) from error
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # unreadable EXIF data: the pixels are still good
+        _logger.warning("picture: its EXIF data cannot be read, so its orientation is not known")
+        return picture
+
+
+def _rgb(picture: Image.Image, *, name: str, drop_alpha: bool) -> Image.Image:
+    has_alpha = "A" in picture.getbands() or picture.info.get("transparency") is not None
+    if has_alpha and not drop_alpha:
+        over = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, (255, 255, 255, 255)), over).convert("RGB")
+    if picture.mode.startswith("I") or picture.mode == "F":
+        return _rgb_from_wide(picture, name=name)
+    # copy: convert returns the very same pixels for a picture that is RGB already
+    return picture.copy() if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _rgb_from_wide(picture: Image.Image, *, name: str) -> Image.Image:
+    """Clip to 0..255 here: whether Pillow can convert the mode, and shifts or clips, differs by release."""
+    values = np.asarray(picture)
+    if values.max() > _MAX_LEVEL:
+        _logger.warning(
+            "%s: %s values above 255 become white, as in Hugging Face; convert it to 8 bits first",
+            name,
+            picture.mode,
+        )
+    return Image.fromarray(np.nan_to_num(values).clip(0, _MAX_LEVEL).astype(np.uint8)).convert("RGB")
+
+
+def _short(source: object) -> str:
+    text = repr(str(source))
+    return text if len(text) <= 200 else text[:120] + "…" + text[-60:]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

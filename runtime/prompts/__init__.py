@@ -1,0 +1,1 @@
+"""Prompts: chat template, tokenizer, question ids and positions."""

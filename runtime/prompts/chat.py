@@ -1,0 +1,306 @@
+"""Messages to prompt text: a checkpoint's own Jinja chat template, rendered in a sandbox.
+
+Same environment and same template variables as Hugging Face's ``apply_chat_template``, so that the prompt is
+the same character for character. Templates come from downloaded files: they run sandboxed, see plain JSON
+values only, and their output is bounded.
+
+Source: transformers 5.23, utils/chat_template_utils.py.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import jinja2
+import jinja2.nodes
+import jinja2.runtime
+import jinja2.utils
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from trio_edge.runtime.bundle.errors import BundleError, ShapeError
+
+if TYPE_CHECKING:
+    from jinja2.parser import Parser
+
+Message: TypeAlias = dict[str, Any]
+
+MAX_PROMPT_CHARACTERS = 4_000_000
+"""Longest text that a template may produce, and longest string that it may build by repetition."""
+
+_TEXTS = "message['content'] | selectattr('type', 'equalto', 'text')"
+_IMAGES = (
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}"
+)
+_REFUSE_ROLE = "{{ raise_exception('expected roles system, user and assistant, got ' + message['role']) }}"
+
+VICUNA_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' }}"
+    "{% elif message['role'] != 'system' %}" + _REFUSE_ROLE + "{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
+    + _IMAGES
+    + "{% for part in "
+    + _TEXTS
+    + " %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""``USER: <image>\\n… ASSISTANT:`` of LLaVA-1.5 and LLaVA-NeXT (Vicuna), where a checkpoint has none."""
+
+QWEN2_5_VL_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{% if message['role'] not in ('system', 'user', 'assistant') %}" + _REFUSE_ROLE + "{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML with vision marks of Qwen2.5-VL, where a checkpoint has none."""
+
+INTERNVL_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ('system', 'user', 'assistant') %}" + _REFUSE_ROLE + "{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML of InternVL3, where a checkpoint has none; the exporter adds the marks around the picture."""
+
+MISTRAL_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['content'] is string %}{% set text = message['content'] %}{% else %}"
+    "{% set text = " + _TEXTS + " | map(attribute='text') | join('') %}{% endif %}"
+    "{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + text + '\n<</SYS>>\n\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% if message['content'] is not string %}" + _IMAGES + "{% endif %}{{ text + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + text + (eos_token or '</s>') + ' ' }}"
+    "{% else %}" + _REFUSE_ROLE + "{% endif %}{% endfor %}"
+)
+"""``[INST] <image>\\n… [/INST]`` of LLaVA-NeXT (Mistral), for checkpoints without a template."""
+
+
+def build_messages(
+    prompt: str, *, has_image: bool, history: Sequence[Message] = (), system: str | None = None
+) -> list[Message]:
+    """Return the messages of one question: system, history, then the user's text with the image before it.
+
+    The image belongs to the conversation's first user message, so with a history it is put there.
+
+    Args:
+        prompt: The user's text.
+        has_image: Whether there is a picture.
+        history: Earlier messages with the roles user and assistant; not changed.
+        system: System prompt, if any.
+    """
+    texts: list[Message] = [{"role": "system", "content": _text_parts(system)}] if system is not None else []
+    texts += [{**message, "content": _text_parts(message.get("content", ""))} for message in history]
+    texts.append({"role": "user", "content": _text_parts(prompt)})
+    already = any(part.get("type") == "image" for message in texts for part in message["content"])
+    if has_image and not already:
+        first = next(message for message in texts if message.get("role") == "user")
+        first["content"] = [{"type": "image"}, *first["content"]]
+    return texts
+
+
+def render_chat(
+    messages: Sequence[Message],
+    *,
+    template: str,
+    special_tokens: Mapping[str, str] | None = None,
+    add_generation_prompt: bool = True,
+) -> str:
+    """Return the prompt text that the template makes of the messages.
+
+    Args:
+        messages: ``{"role", "content"}``, content a string or a list of ``{"type": "image"}`` and
+            ``{"type": "text", "text": …}``.
+        template: Jinja text.
+        special_tokens: Variables such as ``bos_token`` and ``eos_token``.
+        add_generation_prompt: End where the assistant's answer starts.
+
+    Raises:
+        BundleError: If the template is broken, or builds more than ``MAX_PROMPT_CHARACTERS``.
+        ShapeError: If the template refuses the messages.
+    """
+    compiled = compile_template(template)
+    values = {
+        **(special_tokens or {}),
+        "messages": messages,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    pieces: list[str] = []
+    num_characters = 0
+    try:
+        for piece in compiled.generate(_plain(values)):
+            num_characters = _checked_length(num_characters + len(piece))
+            pieces.append(piece)
+    except _TemplateRefusal as error:
+        raise ShapeError(f"messages: refused by the chat template: {_one_line(error)}") from error
+    except _TooLongError as error:
+        raise BundleError(
+            f"chat template: expected at most {MAX_PROMPT_CHARACTERS} characters of text, got more"
+        ) from error
+    except Exception as error:  # a template can raise whatever Python code can
+        raise BundleError(f"chat template: expected it to render, got {_one_line(error)}") from error
+    return "".join(pieces)
+
+
+@lru_cache(maxsize=16)
+def compile_template(template: str) -> jinja2.Template:
+    """Return the compiled template.
+
+    Raises:
+        BundleError: If it is no valid Jinja text.
+    """
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
+    environment.globals["dict"] = _Dict()
+    environment.globals["namespace"] = _Namespace
+    try:
+        return environment.from_string(template)
+    except Exception as error:  # syntax errors, and recursion or overflow in hostile templates
+        raise BundleError(f"chat template: expected valid Jinja text, got {_one_line(error)}") from error
+
+
+class _TemplateRefusal(jinja2.TemplateError):
+    """The template called ``raise_exception``."""
+
+
+class _TooLongError(Exception):
+    """The output or a string inside passed the limit."""
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Hugging Face's sandbox, and a limit on strings, lists and numbers built by ``*`` and ``**``."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator_name: str, left: Any, right: Any) -> Any:
+        if operator_name == "**":
+            if (
+                isinstance(left, int)
+                and isinstance(right, int)
+                and left.bit_length() * right > MAX_PROMPT_CHARACTERS
+            ):
+                raise _TooLongError
+            return operator.pow(left, right)
+        for sequence, count in ((left, right), (right, left)):
+            if (
+                hasattr(sequence, "__len__")
+                and isinstance(count, int)
+                and len(sequence) * count > MAX_PROMPT_CHARACTERS
+            ):
+                raise _TooLongError
+        return operator.mul(left, right)
+
+
+class _GenerationTag(Extension):
+    """``{% generation %}…{% endgeneration %}``, which marks answers in training, renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012  # jinja2's own declaration
+
+    def parse(self, parser: Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Jinja's namespace without underscore names, which reach into the interpreter."""
+
+    def __init__(*args: Any, **values: Any) -> None:  # jinja2's own signature: "self" may be a name
+        self, *rest = args
+        attributes = dict(*rest, **values)
+        for name in attributes:
+            _check_attribute(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} starts with an underscore")
+
+
+class _Dict:
+    """``dict`` for templates, without the class's other attributes."""
+
+    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
+        return dict(*args, **values)
+
+    def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
+
+
+def _checked_length(length: int) -> int:
+    if length > MAX_PROMPT_CHARACTERS:
+        raise _TooLongError
+    return length
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON; Jinja's own filter escapes for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: object) -> None:
+    raise _TemplateRefusal(str(message))
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON types only: pictures, arrays and other objects have methods that a template could call."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    for plain_type in (str, int, float):
+        if isinstance(value, plain_type):
+            return plain_type(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return f"<{type(value).__name__}>"
+
+
+def _text_parts(content: Any) -> list[Any]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,0 +1,70 @@
+"""A question as CLIP's texts, for selections before the decoder that compare it with the picture in CLIP's space.
+
+CLIP reads texts of a fixed length, 77 tokens with a start and an end. A longer question becomes several whole texts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, final
+
+import numpy as np
+
+from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.runtime.prompts.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from trio_edge.runtime.bundle.reader import Bundle
+
+WORD, END = 1, 2
+"""Marks of a text's tokens: a word, and the end, which stands for the whole text; 0 is the start, or padding."""
+CLIP_TEXT: Literal["clip_text"] = "clip_text"
+"""Name and role of the text tower's graph."""
+
+
+def num_clip_texts(num_tokens: int, *, length: int) -> int:
+    """Return M, the texts of ``length`` tokens, start and end among them, that a question of ``num_tokens`` needs."""
+    return max(1, -(-num_tokens // (length - 2)))
+
+
+@final
+class ClipTexts:
+    """Cuts questions into the ``clip_text`` graph's inputs."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Read CLIP's tokenizer of a bundle that has a text tower.
+
+        Raises:
+            BundleError: If the tokenizer is missing or broken.
+        """
+        manifest = bundle.manifest
+        assert manifest.clip_text is not None
+        self._spec = manifest.clip_text
+        self._tokenizer = Tokenizer.from_file(bundle.path(self._spec.tokenizer))
+        graph = manifest.graph(CLIP_TEXT)
+        self._counts = sorted(profile.sizes["M"] for profile in graph.profiles)
+
+    def arrays(self, question: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return the token ids and their marks, both [M, L], at the fewest texts that have room.
+
+        Raises:
+            ShapeError: If the question needs more texts than the bundle has room for.
+        """
+        words, room = self._tokenizer.plain_ids(question), self._spec.length - 2
+        needed = num_clip_texts(len(words), length=self._spec.length)
+        count = next((count for count in self._counts if count >= needed), None)
+        if count is None:
+            raise ShapeError(
+                f"prompt: expected at most {self._counts[-1] * room} tokens of CLIP, got {len(words)};"
+                " shorten it or export with a larger --max-text"
+            )
+        ids = np.full((count, self._spec.length), self._spec.end_id, np.int32)
+        marks = np.zeros_like(ids)
+        ids[:, 0] = self._spec.start_id
+        for index in range(needed):
+            part = words[index * room : (index + 1) * room]
+            ids[index, 1 : 1 + len(part)] = part
+            marks[index, 1 : 1 + len(part)] = WORD
+            marks[index, 1 + len(part)] = END
+        return ids, marks

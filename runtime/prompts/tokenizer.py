@@ -1,0 +1,174 @@
+"""Prompt text to token ids around the image, and token ids to text that can be streamed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import tokenizers
+
+from trio_edge.runtime.bundle.errors import BundleError, ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character, or not yet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PromptIds:
+    """A prompt's text tokens before and after the place of the image."""
+
+    before: NDArray[np.int32]
+    """All tokens, if there is no image."""
+    after: NDArray[np.int32]
+    has_image: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Text tokens, without the image's."""
+        return len(self.before) + len(self.after)
+
+
+class Tokenizer:
+    """A bundle's ``tokenizer.json``."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        """Take over a tokenizer; truncation and padding are switched off, as in Hugging Face."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._special_tokens = tuple(
+            token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """Return the tokenizer of a ``tokenizer.json``.
+
+        Raises:
+            BundleError: If the file is missing or broken.
+        """
+        if not Path(path).is_file():
+            raise BundleError(
+                f"tokenizer {str(path)!r}: expected a file, found none; export the bundle again"
+            )
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises plain Exception for broken JSON
+            reason = " ".join(str(error).split())[:200]
+            raise BundleError(
+                f"tokenizer {str(path)!r}: expected a tokenizer.json, got {reason}; export the bundle again"
+            ) from error
+
+    def check_user_text(self, text: str) -> None:
+        """Raise ShapeError if a user's text holds a special token, or is not valid Unicode."""
+        _check_unicode(text)
+        for token in self._special_tokens:
+            if token in text:
+                raise ShapeError(f"prompt: expected plain text, got the special token {token!r}; remove it")
+
+    def encode_prompt(
+        self, text: str, *, image_token: str, image_token_id: int, has_image: bool, bos_token: str = ""
+    ) -> PromptIds:
+        """Return the ids of a rendered chat, split at its image token.
+
+        Special tokens (a leading BOS) are added unless the text starts with ``bos_token``, which is Hugging
+        Face's rule in ``processor.apply_chat_template(tokenize=True)``.
+
+        Raises:
+            ShapeError: If there is not exactly one image token with an image, or any without; or the text is
+                empty or not valid Unicode.
+            BundleError: If the tokenizer has another id for the image token.
+        """
+        if self._tokenizer.token_to_id(image_token) != image_token_id:
+            raise BundleError(
+                f"tokenizer: expected image token {image_token!r} to have id {image_token_id},"
+                f" got {self._tokenizer.token_to_id(image_token)}; export the bundle again"
+            )
+        _check_unicode(text)
+        starts_with_bos = bool(bos_token) and text.startswith(bos_token)
+        ids = np.array(
+            self._tokenizer.encode(text, add_special_tokens=not starts_with_bos).ids, dtype=np.int32
+        )
+        places = np.flatnonzero(ids == image_token_id)
+        if len(places) != int(has_image):
+            what = "with a picture" if has_image else "without a picture"
+            raise ShapeError(
+                f"prompt: expected {int(has_image)} image token {image_token!r} {what}, got {len(places)};"
+                " remove it from your text"
+                + (", or use a chat template that places the image" if not len(places) else "")
+            )
+        if len(ids) == 0:
+            raise ShapeError("prompt: expected some text, got none; write a question")
+        split = int(places[0]) if has_image else len(ids)
+        return PromptIds(before=ids[:split], after=ids[split + 1 :], has_image=has_image)
+
+    def plain_ids(self, text: str) -> NDArray[np.int32]:
+        """Return the ids of a text alone, without the special tokens that a model wants around it.
+
+        Raises:
+            ShapeError: If the text is not valid Unicode.
+        """
+        _check_unicode(text)
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of the ids without special tokens."""
+        return self._tokenizer.decode([int(token_id) for token_id in token_ids], skip_special_tokens=True)
+
+    def ends_text(self, token_id: int) -> bool:
+        """Return whether no later token changes the text up to this one, apart from a character's missing bytes.
+
+        Byte tokens wait for the rest of their run, which tokens that ``decode`` skips do not interrupt.
+        """
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None or token in self._special_tokens:
+            return False
+        return _BYTE_TOKEN.fullmatch(token) is None
+
+
+class DetokenizeStream:
+    """Text of token ids that come one at a time; all pieces together equal ``Tokenizer.decode`` of all ids.
+
+    A piece is held back until it cannot change any more: while a character's bytes are incomplete, and within
+    a run of byte tokens, which SentencePiece's decoder accepts or rejects as a whole.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._token_ids: list[int] = []
+        self._sent = ""
+
+    def push(self, token_id: int) -> str:
+        """Add a token and return the text that became complete, often nothing."""
+        self._token_ids.append(int(token_id))
+        if not self._tokenizer.ends_text(int(token_id)):
+            return ""
+        return self._send(self._tokenizer.decode(self._token_ids).rstrip(_INCOMPLETE))
+
+    def finish(self) -> str:
+        """Return what was held back; incomplete characters become U+FFFD."""
+        return self._send(self._tokenizer.decode(self._token_ids))
+
+    def _send(self, text: str) -> str:
+        if not text.startswith(self._sent):
+            return ""
+        piece = text[len(self._sent) :]
+        self._sent = text
+        return piece
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ShapeError(
+            f"prompt: expected valid Unicode, got a lone surrogate at character {error.start}; remove it"
+        ) from error
