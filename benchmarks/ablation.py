@@ -26,12 +26,12 @@ from tiny_accuracy import (
     planned,
 )
 
-from trio_edge.calibration.comparison import RunInfo, RunReport, compare
-from trio_edge.calibration.report_table import per_cent
+from trio_edge.calibration.evaluate.comparison import RunInfo, RunReport, compare
+from trio_edge.calibration.evaluate.report_table import per_cent
 from trio_edge.runtime.bundle.reader import open_bundle
 
 if TYPE_CHECKING:
-    from trio_edge.calibration.answering import Outcome
+    from trio_edge.calibration.evaluate.running.answering import Outcome
 
 DEFAULT = Variant("default")
 """Reference rows (4), threshold 0.8, three stages at the preset's depths in its proportions, compact positions."""

@@ -34,7 +34,7 @@ def main() -> None:
 def report(checkpoint: Path, out: Path, options: argparse.Namespace) -> None:
     arguments = [str(checkpoint), "--samples", "shapes", "--out", str(out), *options.calibrate]
     steps, peaks = watch(
-        "trio_edge.calibration.cli_calibrate", arguments, is_step=lambda line: not line.startswith(WARNING)
+        "trio_edge.calibration.search.cli", arguments, is_step=lambda line: not line.startswith(WARNING)
     )
     print(f"{options.family}, {options.dtype}, {' '.join(options.calibrate)}; {machine()}")
     groups = {f"{number + 1}. {step.name}": [step] for number, step in enumerate(steps)}

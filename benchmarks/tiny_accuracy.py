@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from rich.console import Console
 
-from trio_edge.calibration.baselines import BASELINES
-from trio_edge.calibration.comparison import RunInfo, RunReport, compare
-from trio_edge.calibration.evaluation import evaluate
-from trio_edge.calibration.questions import digest_of, synthetic_questions
-from trio_edge.calibration.report_table import per_cent
-from trio_edge.calibration.runs import Run, Settings, answer_runs, keys_of, plan_runs
-from trio_edge.calibration.shapes import held_out
+from trio_edge.calibration.evaluate.baselines import BASELINES
+from trio_edge.calibration.evaluate.comparison import RunInfo, RunReport, compare
+from trio_edge.calibration.evaluate.evaluation import evaluate
+from trio_edge.calibration.evaluate.questions import digest_of, synthetic_questions
+from trio_edge.calibration.evaluate.report_table import per_cent
+from trio_edge.calibration.evaluate.running.runs import Run, Settings, answer_runs, keys_of, plan_runs
+from trio_edge.calibration.shapes.samples import held_out
 from trio_edge.export.bundle import ExportOptions, ScheduleInputs, export_bundle
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
@@ -36,7 +36,7 @@ from trio_edge.trio.budgets import integer_keeps, schedule_for_keep
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.calibration.answering import Outcome
+    from trio_edge.calibration.evaluate.running.answering import Outcome
 
 _SHIFT = 101  # samples between a question and the picture of the guesser: several questions share a picture
 BUDGETS = {"33.3": 1 / 3, "22.2": 2 / 9, "11.1": 1 / 9}

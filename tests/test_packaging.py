@@ -51,7 +51,7 @@ for name in {BLOCKED!r}:
 import trio_edge.runtime, trio_edge.runtime.cli.run, trio_edge.runtime.cli.inspect
 import trio_edge.runtime.images.overlay, trio_edge.runtime.backends.onnxruntime
 import trio_edge.runtime.cli.build, trio_edge.profiling.cli, trio_edge.profiling.page.page
-import trio_edge.calibration.cli_eval, trio_edge.calibration.shapes
+import trio_edge.calibration.evaluate.cli, trio_edge.calibration.shapes.samples
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

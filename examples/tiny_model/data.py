@@ -14,8 +14,8 @@ from multiprocessing import Pool
 import numpy as np
 from PIL import Image
 
-from trio_edge.calibration.shapes_questions import KINDS, ask
-from trio_edge.calibration.shapes_scene import (
+from trio_edge.calibration.shapes.questions import KINDS, ask
+from trio_edge.calibration.shapes.scene import (  # fmt: skip
     CANVASES,
     COLOR_NAMES,
     DIGITS,
@@ -26,7 +26,7 @@ from trio_edge.calibration.shapes_scene import (
     Scene,
     make_scene,
     render,
-)  # fmt: skip
+)
 
 TILE, PATCH = 48, 8
 SIDE = TILE // PATCH

@@ -20,7 +20,6 @@ from trio_edge.runtime.files import check_place, folder_beside, write_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from trio_edge.runtime.engines.host import Host
     from trio_edge.runtime.engines.package import EngineBackend

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trio_edge.calibration.schedules.torch_model import TorchModel
+    from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.export.quantize.scales import Smoothing
 
 

@@ -11,12 +11,12 @@ import msgspec
 import pytest
 
 from tests.calibration.question_files import questions_about, write_questions
-from trio_edge.calibration import cli_calibrate
-from trio_edge.calibration.schedules.calibrate import Calibrated, Progress, calibrate
-from trio_edge.calibration.schedules.calibration_file import Calibration, Options, json_of
-from trio_edge.calibration.schedules.calibration_page import page_of
-from trio_edge.calibration.schedules.record import RECORD_NAME, RecordKey, open_record
-from trio_edge.calibration.schedules.torch_model import load_model
+from trio_edge.calibration.model.torch_model import load_model
+from trio_edge.calibration.search import cli as cli_calibrate
+from trio_edge.calibration.search.calibrate import Calibrated, Progress, calibrate
+from trio_edge.calibration.search.measure.record import RECORD_NAME, RecordKey, open_record
+from trio_edge.calibration.search.report.calibration_file import Calibration, Options, json_of
+from trio_edge.calibration.search.report.page import page_of
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.pipeline import Pipeline
@@ -149,7 +149,7 @@ def test_ctrl_c_leaves_no_output(
     calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = Calibrated(calibration=_read(calibrated), overlays=[])
-    module = "trio_edge.calibration.schedules.calibrate.calibrate"
+    module = "trio_edge.calibration.search.calibrate.calibrate"
     monkeypatch.setattr(module, lambda *_arguments, **_options: done)
     monkeypatch.setattr("trio_edge.export.bundle.export_bundle", _interrupted)
     config = str(calibrated / "calibration.json")
@@ -181,8 +181,8 @@ def test_half_precision_weights_are_mapped_where_they_are_too_large_for_the_memo
 ) -> None:
     import torch
 
-    monkeypatch.setattr("trio_edge.calibration.schedules.torch_model._TINY_BYTES", 0)
-    monkeypatch.setattr("trio_edge.calibration.schedules.torch_model._MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("trio_edge.calibration.model.torch_model._TINY_BYTES", 0)
+    monkeypatch.setattr("trio_edge.calibration.model.torch_model._MEMORY_SHARE", 0.0)
     model = load_model("tiny")
     assert model.dtype == torch.float16
     assert load_model(str(checkpoint)).dtype == torch.float32  # as it is stored

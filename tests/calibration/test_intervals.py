@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from trio_edge.calibration.intervals import (
+from trio_edge.calibration.evaluate.intervals import (
     bootstrap_interval,
     paired_interval,
     score_interval,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.calibration.question_files import questions_about, write_questions
-from trio_edge.calibration import cli_eval
+from trio_edge.calibration.evaluate import cli as cli_eval
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,7 +40,7 @@ def doc_to_visual(doc):
 
 def test_the_package_names_its_model_for_lmms_eval() -> None:
     (found,) = (entry for entry in entry_points(group="lmms_eval.models") if entry.name == "trio_edge")
-    assert found.value == "trio_edge.calibration.lmms_eval_model:manifest"
+    assert found.value == "trio_edge.calibration.evaluate.lmms_eval_model:manifest"
 
 
 def test_lmms_eval_gets_the_answers_that_trio_eval_gets(reduced_bundle: Path, tmp_path: Path) -> None:

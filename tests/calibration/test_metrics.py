@@ -6,9 +6,15 @@ from typing import Any
 
 import pytest
 
-from trio_edge.calibration.metrics import METRICS, exact_normal, metric_for, read_choice, yes_no_counts
-from trio_edge.calibration.questions import Question
-from trio_edge.calibration.vqa_text import vqa_normal
+from trio_edge.calibration.evaluate.metrics import (
+    METRICS,
+    exact_normal,
+    metric_for,
+    read_choice,
+    vqa_normal,
+    yes_no_counts,
+)
+from trio_edge.calibration.evaluate.questions import Question
 
 
 def question(*answers: str, choices: tuple[str, ...] = ()) -> Question:

@@ -17,23 +17,23 @@ from tests.calibration.moved_factors import apply_moved
 from tests.calibration.question_files import questions_about, write_questions
 from tests.checkpoints import save_checkpoint
 from tests.decode_logits import record_logits
-from trio_edge.calibration import cli_calibrate
-from trio_edge.calibration.quantization import modelopt_search
-from trio_edge.calibration.quantization.cache_ranges import CachedRows, listening_to_caches
-from trio_edge.calibration.quantization.calibrating import calibrate_quantization
-from trio_edge.calibration.quantization.collecting import answer_samples, listening_to_inputs
-from trio_edge.calibration.quantization.fidelity import given_tokens, measure_quantized
-from trio_edge.calibration.quantization.moving import moved
-from trio_edge.calibration.quantization.quantized_model import quantized_model
-from trio_edge.calibration.quantization.rounding import LARGEST_FACTOR, GroupRounding
-from trio_edge.calibration.quantization.sections import quantized_sections
-from trio_edge.calibration.questions import Question, read_questions
-from trio_edge.calibration.schedules.greedy import greedy_answer
-from trio_edge.calibration.schedules.measuring import Measured, keep_all, measure
-from trio_edge.calibration.schedules.prompts import make_prompt
-from trio_edge.calibration.schedules.selecting import Probes
-from trio_edge.calibration.schedules.sequence import begin, no_past, run_layers
-from trio_edge.calibration.schedules.torch_model import TorchModel, load_model
+from trio_edge.calibration.evaluate.questions import Question, read_questions
+from trio_edge.calibration.model.greedy import greedy_answer
+from trio_edge.calibration.model.prompts import make_prompt
+from trio_edge.calibration.model.selecting import Probes
+from trio_edge.calibration.model.sequence import begin, no_past, run_layers
+from trio_edge.calibration.model.torch_model import TorchModel, load_model
+from trio_edge.calibration.quantize import modelopt_search
+from trio_edge.calibration.quantize.cache_ranges import CachedRows, listening_to_caches
+from trio_edge.calibration.quantize.calibrating import calibrate_quantization
+from trio_edge.calibration.quantize.collecting import answer_samples, listening_to_inputs
+from trio_edge.calibration.quantize.fidelity import given_tokens, measure_quantized
+from trio_edge.calibration.quantize.moving import moved
+from trio_edge.calibration.quantize.quantized_model import quantized_model
+from trio_edge.calibration.quantize.rounding import LARGEST_FACTOR, GroupRounding
+from trio_edge.calibration.quantize.sections import quantized_sections
+from trio_edge.calibration.search import cli as cli_calibrate
+from trio_edge.calibration.search.measure.measuring import Measured, keep_all, measure
 from trio_edge.export.graphs.linear_groups import LinearGroup, decoder_groups
 from trio_edge.export.quantize.numerics import block_size, quantize
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
@@ -69,7 +69,7 @@ def logits_of(model: TorchModel, question: Question, schedule: Schedule) -> torc
 def test_layers_behind_a_stage_are_listened_to_with_fewer_tokens_and_the_head_where_it_is_read(
     checkpoint: Path, questions: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trio_edge.calibration.quantization.collecting.NUM_ROWS", MANY_ROWS)
+    monkeypatch.setattr("trio_edge.calibration.quantize.collecting.NUM_ROWS", MANY_ROWS)
     model, one = load_model(str(checkpoint)), questions[:1]
     with torch.inference_mode():
         prompt = make_prompt(model, one[0])
@@ -93,7 +93,7 @@ def test_layers_behind_a_stage_are_listened_to_with_fewer_tokens_and_the_head_wh
 
 
 def test_of_very_many_outputs_an_even_share_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trio_edge.calibration.quantization.rounding.MAX_OUTPUTS", 4)
+    monkeypatch.setattr("trio_edge.calibration.quantize.rounding.MAX_OUTPUTS", 4)
     first, second = torch.nn.Linear(16, 6), torch.nn.Linear(16, 6)
     group = LinearGroup(name="gate_up", layer=0, linears=(first, second), before=None)
     looked_at = GroupRounding.of(group, torch.zeros(2, 16), kind="int8", dtype="float32").weight_OI

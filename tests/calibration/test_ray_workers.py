@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.calibration.question_files import questions_about, write_questions
-from trio_edge.calibration import cli_eval
+from trio_edge.calibration.evaluate import cli as cli_eval
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from trio_edge.calibration.shapes import HELD_OUT_OFFSET, KINDS, VOCABULARY, held_out
-from trio_edge.calibration.shapes_questions import COUNT_WORDS, PLURALS, ask
-from trio_edge.calibration.shapes_scene import CANVASES, SIZES, Scene, Thing, make_scene, render
+from trio_edge.calibration.shapes.questions import COUNT_WORDS, PLURALS, ask
+from trio_edge.calibration.shapes.samples import HELD_OUT_OFFSET, KINDS, VOCABULARY, held_out
+from trio_edge.calibration.shapes.scene import CANVASES, SIZES, Scene, Thing, make_scene, render
 
 SCENES = [make_scene(seed) for seed in range(300)]
 

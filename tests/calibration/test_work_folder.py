@@ -14,14 +14,14 @@ import pytest
 
 from tests.calibration.question_files import questions_about, write_questions
 from tests.pictures import random_picture
-from trio_edge.calibration import cli_eval
+from trio_edge.calibration.evaluate import cli as cli_eval
 
 QUESTIONS = 90
 TIMES = ("ttft_ms", "decode_ms")
 COMMAND = [
     sys.executable,
     "-c",
-    "import sys; from trio_edge.calibration.cli_eval import main; sys.exit(main())",
+    "import sys; from trio_edge.calibration.evaluate.cli import main; sys.exit(main())",
 ]
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.bundles import export
-from trio_edge.calibration.evaluation import evaluate
-from trio_edge.calibration.shapes import held_out
+from trio_edge.calibration.evaluate.evaluation import evaluate
+from trio_edge.calibration.shapes.samples import held_out
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.trio.budgets import schedule_for_keep
 

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
 _HEADROOM = 64.0  # a power of two: scaling by it rounds nothing
 INV_FREQ_NAME = "encoder.inv_freq"

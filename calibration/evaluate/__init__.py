@@ -1,0 +1,1 @@
+"""``trio-eval``: accuracy and agreement of bundles on the same questions."""

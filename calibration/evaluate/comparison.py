@@ -1,0 +1,264 @@
+"""What an evaluation says: each run's accuracy, cost and time, and how it stands to keep-all.
+
+All runs are compared on the same questions: those that every one of them answered. The structs are the schema of
+``trio-eval --json``; ``docs/evaluation.md`` describes it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from trio_edge.calibration.evaluate.intervals import paired_interval, score_interval, wilson_interval
+from trio_edge.calibration.evaluate.metrics import exact_normal, yes_no_counts
+from trio_edge.calibration.evaluate.running.answering import OWN_SELECTION, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from trio_edge.runtime.bundle.manifest import Manifest
+
+SCHEMA_VERSION = 1
+
+
+class _Part(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of the report's values."""
+
+
+class Estimate(_Part, frozen=True):
+    """A value with its 95 % confidence interval."""
+
+    value: float
+    interval_95: tuple[float, float]
+    questions: int
+
+
+class YesNoRates(_Part, frozen=True):
+    """POPE's figures; "yes" is the positive class."""
+
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    yes_ratio: float
+
+
+class AgainstReference(_Part, frozen=True):
+    """One run beside keep-all, on the same questions."""
+
+    difference: Estimate
+    """Accuracy minus keep-all's; paired bootstrap over pictures."""
+    retained: float | None
+    """Accuracy over keep-all's; None if that is 0."""
+    agreement: Estimate
+    """Share of questions with the same answer."""
+    first_token_kl: float | None
+    """Mean, in nats."""
+    flops_ratio: float
+    """Keep-all's FLOPs over this run's."""
+    ttft_ratio: float
+    """Keep-all's median time to the first token over this run's."""
+
+
+class RunInfo(_Part, frozen=True):
+    """What was run."""
+
+    label: str
+    method: str
+    """Runs that differ in budget only have the same method."""
+    bundle: str
+    bundle_sha256: str
+    """Of the manifest."""
+    selection: str
+    dtype: str
+    is_reference: bool
+
+
+class RunReport(_Part, frozen=True):
+    """One bundle with one selection."""
+
+    run: RunInfo
+    accuracy: Estimate
+    by_kind: dict[str, Estimate]
+    yes_no: YesNoRates | None
+    """With the metric yes-no."""
+    visual_tokens: float
+    """Mean of the pictures, before any selection that is a graph of its own."""
+    processed_tokens: float
+    """Mean over questions and decoder layers of the visual tokens processed."""
+    average_keep: float
+    """``processed_tokens`` over keep-all's ``visual_tokens``, or over its own without a reference."""
+    flops: float
+    """Mean of a prefill: vision tower, decoder, head, selection."""
+    ttft_ms: float
+    """Median time to the first token."""
+    tokens_per_second: float | None
+    """Of all tokens after the first; None if no answer had one."""
+    kv_bytes: float
+    """Mean in use at the end of an answer."""
+    repaired_stages: int
+    """Selections whose parallel NMS was redone on the host."""
+    against_reference: AgainstReference | None
+    outcomes: list[dict[str, Any]]
+
+
+class Data(_Part, frozen=True):
+    """What was asked."""
+
+    name: str
+    sha256: str
+    metric: str
+    questions: int
+    """In the data."""
+    compared: int
+    """Answered by every run."""
+    shard: str
+    """I/N, the part that was asked here; 1/1 is all."""
+
+
+class Conditions(_Part, frozen=True):
+    """Where and how it was measured."""
+
+    versions: dict[str, str]
+    backend: str
+    threads: int
+    workers: int
+    answer_tokens: int
+    machine: dict[str, str]
+
+
+class Report(_Part, frozen=True):
+    """All that ``--json`` writes."""
+
+    schema_version: int
+    data: Data
+    conditions: Conditions
+    runs: list[RunReport]
+    failures: list[dict[str, str]]
+    """Questions that could not be asked: where and why."""
+
+
+def method_of(manifest: Manifest, selection: str) -> str:
+    """Return the name of what selects: runs that differ in budget only have the same one."""
+    schedule = manifest.schedule
+    if selection != OWN_SELECTION:
+        return selection if schedule.positions == "compact" else f"{selection}, {schedule.positions}"
+    before = [] if manifest.encoder_keep is None else ["encoder"]
+    if manifest.token_method is not None:
+        before.append(manifest.token_method)
+    decoder = []
+    if schedule.stages:
+        settings = [
+            *(["answer rows"] if schedule.method == "trio" and schedule.probe_rows == "answer" else []),
+            *(["preserved"] if schedule.positions == "preserved" and manifest.position_axes == 1 else []),
+        ]
+        decoder = [", ".join([schedule.method, *settings])]
+    return " + ".join([*before, *decoder]) or "keep-all"
+
+
+def compare(runs: Sequence[tuple[RunInfo, Mapping[int, Outcome]]], *, metric: str) -> list[RunReport]:
+    """Return each run's report over the questions that all of them answered.
+
+    Args:
+        runs: Each with its outcomes by question; the reference, if there is one, first.
+        metric: Name of the metric.
+    """
+    common = sorted(set.intersection(*(set(outcomes) for _, outcomes in runs)))
+    if not common:
+        return []
+    answered = [(info, [outcomes[index] for index in common]) for info, outcomes in runs]
+    first, reference = answered[0]
+    return [
+        _run_report(info, outcomes, reference if first.is_reference else None, metric=metric)
+        for info, outcomes in answered
+    ]
+
+
+def _run_report(
+    info: RunInfo, outcomes: list[Outcome], reference: list[Outcome] | None, *, metric: str
+) -> RunReport:
+    kinds = sorted({outcome.kind for outcome in outcomes})
+    processed = statistics.fmean(outcome.processed_tokens for outcome in outcomes)
+    decode_ms = sum(outcome.decode_ms for outcome in outcomes)
+    decoded = sum(outcome.new_tokens - 1 for outcome in outcomes)
+    return RunReport(
+        run=info,
+        accuracy=_accuracy(outcomes),
+        by_kind={kind: _accuracy([one for one in outcomes if one.kind == kind]) for kind in kinds},
+        yes_no=_yes_no(outcomes) if metric == "yes-no" else None,
+        visual_tokens=statistics.fmean(outcome.visual_tokens for outcome in outcomes),
+        processed_tokens=processed,
+        average_keep=processed / statistics.fmean(one.visual_tokens for one in reference or outcomes),
+        flops=_flops(outcomes),
+        ttft_ms=_ttft_ms(outcomes),
+        tokens_per_second=1e3 * decoded / decode_ms if decoded and decode_ms > 0 else None,
+        kv_bytes=statistics.fmean(outcome.kv_bytes for outcome in outcomes),
+        repaired_stages=sum(outcome.repaired_stages for outcome in outcomes),
+        against_reference=(None if reference is None or info.is_reference else _against(outcomes, reference)),
+        outcomes=[_plain(outcome) for outcome in outcomes],
+    )
+
+
+def _against(outcomes: list[Outcome], reference: list[Outcome]) -> AgainstReference:
+    scores, theirs = _scores(outcomes), _scores(reference)
+    same = sum(one.reading == other.reading for one, other in zip(outcomes, reference))
+    divergences = [one.first_token_kl for one in outcomes if one.first_token_kl is not None]
+    ours, full = statistics.fmean(scores), statistics.fmean(theirs)
+    return AgainstReference(
+        difference=Estimate(
+            value=ours - full,
+            interval_95=paired_interval(scores, theirs, [one.picture_id for one in outcomes]),
+            questions=len(outcomes),
+        ),
+        retained=ours / full if full else None,
+        agreement=Estimate(
+            value=same / len(outcomes),
+            interval_95=wilson_interval(same, len(outcomes)),
+            questions=len(outcomes),
+        ),
+        first_token_kl=statistics.fmean(divergences) if divergences else None,
+        flops_ratio=_flops(reference) / _flops(outcomes),
+        ttft_ratio=_ttft_ms(reference) / _ttft_ms(outcomes),
+    )
+
+
+def _accuracy(outcomes: list[Outcome]) -> Estimate:
+    scores = _scores(outcomes)
+    return Estimate(
+        value=statistics.fmean(scores),
+        interval_95=score_interval(scores, [outcome.picture_id for outcome in outcomes]),
+        questions=len(outcomes),
+    )
+
+
+def _yes_no(outcomes: list[Outcome]) -> YesNoRates:
+    counts = yes_no_counts(
+        [outcome.reading for outcome in outcomes], [exact_normal(outcome.answers[0]) for outcome in outcomes]
+    )
+    return YesNoRates(
+        accuracy=counts.accuracy,
+        precision=counts.precision,
+        recall=counts.recall,
+        f1=counts.f1,
+        yes_ratio=counts.yes_ratio,
+    )
+
+
+def _scores(outcomes: list[Outcome]) -> list[float]:
+    return [outcome.score for outcome in outcomes]
+
+
+def _flops(outcomes: list[Outcome]) -> float:
+    return statistics.fmean(outcome.flops for outcome in outcomes)
+
+
+def _ttft_ms(outcomes: list[Outcome]) -> float:
+    return statistics.median(outcome.ttft_ms for outcome in outcomes)
+
+
+def _plain(outcome: Outcome) -> dict[str, Any]:
+    """Return the outcome as JSON types, without the first token's summary: that is for resuming."""
+    fields: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(outcome, first_token=None))
+    return fields

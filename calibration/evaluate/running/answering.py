@@ -1,0 +1,158 @@
+"""One bundle answers questions: each becomes an ``Outcome`` or, where the question itself is at fault, a ``Failure``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import msgspec
+
+from trio_edge.calibration.evaluate.answer_cost import prefill_flops, processed_tokens
+from trio_edge.calibration.evaluate.baselines import baseline
+from trio_edge.calibration.evaluate.first_token import FirstToken, first_token_kl, summary_of
+from trio_edge.calibration.evaluate.metrics import METRICS
+from trio_edge.runtime.bundle.errors import ImageError, ShapeError
+from trio_edge.runtime.images.llava import TilePictures
+from trio_edge.runtime.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.runtime.images.interface import PictureProcessing
+
+OWN_SELECTION = "bundle"
+DEFAULT_ANSWER_TOKENS = 16
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a bundle answered to one question, and what that took."""
+
+    index: int
+    sample_id: str
+    kind: str
+    picture_id: str
+    answers: tuple[str, ...]
+    text: str
+    """The answer as it came."""
+    reading: str
+    """What the metric compared of it."""
+    score: float
+    visual_tokens: int
+    """Visual tokens of the picture, before any selection that is a graph of its own."""
+    processed_tokens: float
+    """Mean over decoder layers of the visual tokens processed."""
+    text_tokens: int
+    new_tokens: int
+    flops: float
+    """Of the prefill."""
+    ttft_ms: float
+    decode_ms: float
+    kv_bytes: int
+    repaired_stages: int = 0
+    first_token_kl: float | None = None
+    """In nats, against keep-all; None without a reference."""
+    first_token: FirstToken | None = None
+    """Of the reference itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A question that cannot be asked: its picture cannot be read, or its prompt does not fit the bundle."""
+
+    index: int
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How a bundle is asked; plain values that travel to worker processes."""
+
+    bundle: Path
+    selection: str = OWN_SELECTION
+    """``OWN_SELECTION`` or one of ``baselines.BASELINES`` at the bundle's schedule."""
+    metric: str = "exact"
+    answer_tokens: int = DEFAULT_ANSWER_TOKENS
+    is_reference: bool = False
+    """Whether first tokens are summed up for the others."""
+    backend: str = "auto"
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A question, with keep-all's first token where there is one."""
+
+    question: Question
+    reference: FirstToken | None = None
+
+
+@final
+class Answerer:
+    """An opened bundle that answers one question after the other, greedily."""
+
+    def __init__(self, asking: Asking, pipeline: Pipeline | None = None) -> None:
+        """Open the bundle, unless ``pipeline`` has it opened already."""
+        self._asking = asking
+        self._metric = METRICS[asking.metric]
+        self._pipeline = pipeline or Pipeline.from_bundle(
+            asking.bundle, backend=asking.backend, threads=asking.threads
+        )
+        self._base_tokens = _base_tokens(self._pipeline.pictures)
+
+    def answer(self, task: Task) -> Outcome | Failure:
+        """Ask one question."""
+        question = task.question
+        try:
+            return self._ask(question, task.reference)
+        except (ImageError, ShapeError) as error:
+            return Failure(question.index, question.where, str(error))
+
+    def close(self) -> None:
+        """Release the graphs."""
+        self._pipeline.close()
+
+    def _ask(self, question: Question, reference: FirstToken | None) -> Outcome:
+        asking, manifest = self._asking, self._pipeline.manifest
+        own = asking.selection == OWN_SELECTION
+        choose = (
+            None if own else baseline(asking.selection, seed=question.index, base_tokens=self._base_tokens)
+        )
+        generation = self._pipeline.generate(
+            question.picture,
+            question.question,
+            max_new_tokens=min(asking.answer_tokens, manifest.max_new_tokens),
+            choose=choose,
+        )
+        text, statistics = generation.text, generation.statistics
+        num_visual, kept, num_text = statistics.visual_tokens, statistics.kept_tokens, statistics.text_tokens
+        reading, logits = self._metric.read(text, question), generation.first_logits
+        return Outcome(
+            index=question.index,
+            sample_id=question.sample_id,
+            kind=question.kind,
+            picture_id=question.picture_id,
+            answers=question.answers,
+            text=text,
+            reading=reading,
+            score=self._metric.score(reading, question),
+            visual_tokens=num_visual,
+            processed_tokens=processed_tokens(manifest, num_visual=num_visual, kept=kept),
+            text_tokens=num_text,
+            new_tokens=statistics.new_tokens,
+            flops=prefill_flops(manifest, num_visual=num_visual, kept=kept, num_text=num_text, select=own),
+            ttft_ms=statistics.ttft_ms,
+            decode_ms=statistics.decode_ms,
+            kv_bytes=statistics.kv_bytes,
+            repaired_stages=statistics.repaired_stages,
+            first_token_kl=None if reference is None else first_token_kl(reference, logits),
+            first_token=summary_of(logits) if asking.is_reference else None,
+        )
+
+
+def _base_tokens(pictures: PictureProcessing) -> int:
+    """Return the visual tokens of the tile that shows the whole picture and comes first; 0 without one."""
+    if not isinstance(pictures, TilePictures):
+        return 0
+    return pictures.encoder_keep or pictures.processing.patches_per_tile

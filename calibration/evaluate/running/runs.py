@@ -1,0 +1,277 @@
+"""Runs several bundles over the same questions, into a work folder that lets an interrupted evaluation go on.
+
+The reference goes first: the others compare their first token with its.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from trio_edge.calibration.evaluate.comparison import RunInfo, method_of
+from trio_edge.calibration.evaluate.running.answering import (
+    DEFAULT_ANSWER_TOKENS,
+    OWN_SELECTION,
+    Asking,
+    Failure,
+    Outcome,
+    Task,
+)
+from trio_edge.calibration.evaluate.running.ray_workers import answer_on_cluster
+from trio_edge.calibration.evaluate.running.work_folder import (
+    SCHEMA_VERSION,
+    RunKey,
+    appending,
+    check_folder,
+    opened_for_work,
+    read_outcomes,
+    still_valid,
+)
+from trio_edge.calibration.evaluate.running.workers import answer_here, answer_in_processes
+from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.bundle.errors import DataError
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
+from trio_edge.runtime.bundle.reader import Bundle, open_bundle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+    from pathlib import Path
+
+    from trio_edge.calibration.evaluate.questions import Question
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How all bundles are asked."""
+
+    metric: str = "exact"
+    answer_tokens: int = DEFAULT_ANSWER_TOKENS
+    backend: str = "auto"
+    threads: int = 1
+    workers: int = 1
+    ray_address: str | None = None
+    """Of a Ray cluster whose machines do the work; None for this machine."""
+
+
+class Run(NamedTuple):
+    """One bundle with one selection."""
+
+    info: RunInfo
+    bundle: Bundle
+
+
+class Answers(NamedTuple):
+    """What came of the runs."""
+
+    runs: list[tuple[RunInfo, dict[int, Outcome]]]
+    failures: list[tuple[str, Failure]]
+    """With the run's label."""
+
+
+def plan_runs(
+    bundles: Sequence[Path],
+    *,
+    reference: Path | None = None,
+    selections: Sequence[str] = (OWN_SELECTION,),
+    labels: Sequence[str] | None = None,
+) -> list[Run]:
+    """Return every bundle with every selection, the reference first.
+
+    Args:
+        bundles: Folders.
+        reference: A keep-all bundle of the same model; may be one of ``bundles``.
+        selections: ``OWN_SELECTION`` or names of ``baselines.BASELINES``.
+        labels: Names of ``bundles`` for tables; by default the folders' names, or their paths where names repeat.
+
+    Raises:
+        BundleError: If a bundle is broken.
+        DataError: If the reference selects, or is of another model; if a run is asked for twice, or a selection for
+            a bundle without stages.
+    """
+    opened = [open_bundle(folder) for folder in bundles]
+    names = list(labels) if labels is not None else _names(bundles)
+    runs = []
+    if reference is not None:
+        full = open_bundle(reference)
+        _check_reference(full, opened)
+        position = next(
+            (i for i, folder in enumerate(bundles) if folder.resolve() == reference.resolve()), None
+        )
+        label = reference.name or str(reference) if position is None else names[position]
+        runs.append(_run(full, label, OWN_SELECTION, is_reference=True))
+    for bundle, name in zip(opened, names, strict=True):
+        if reference is not None and bundle.folder.resolve() == reference.resolve():
+            continue
+        for selection in selections:
+            _check_selection(bundle, selection)
+            label = name if selection == OWN_SELECTION else f"{name} ({selection})"
+            runs.append(_run(bundle, label, selection, is_reference=False))
+    wanted = [(run.info.bundle_sha256, run.info.selection) for run in runs]
+    for index, run in enumerate(runs):
+        if wanted.index(wanted[index]) != index:
+            raise DataError(f"{run.bundle.folder}: expected each bundle once, got it again; leave it out")
+    return runs
+
+
+def keys_of(runs: Sequence[Run], settings: Settings, *, data_sha256: str) -> list[RunKey]:
+    """Return what each run's outcomes are filed under.
+
+    Raises:
+        BackendError: If the backend is not there.
+    """
+    reference = next((run.info.bundle_sha256 for run in runs if run.info.is_reference), None)
+    return [
+        RunKey(
+            schema_version=SCHEMA_VERSION,
+            data_sha256=data_sha256,
+            bundle_sha256=run.info.bundle_sha256,
+            selection=run.info.selection,
+            reference_sha256=reference,
+            answer_tokens=settings.answer_tokens,
+            backend=make_backend(settings.backend, bundle=run.bundle, threads=settings.threads).name,
+        )
+        for run in runs
+    ]
+
+
+def answer_runs(
+    runs: Sequence[Run],
+    keys: Sequence[RunKey],
+    questions: Sequence[Question],
+    settings: Settings,
+    *,
+    folder: Path,
+    merge: Sequence[Path] = (),
+    on_start: Callable[[Run, int], None] = lambda _run, _done: None,
+    on_answer: Callable[[], None] = lambda: None,
+) -> Answers:
+    """Answer what the work folder has no answer for yet, run after run.
+
+    Args:
+        runs: From ``plan_runs``.
+        keys: From ``keys_of``.
+        questions: What to ask.
+        settings: How.
+        folder: The work folder.
+        merge: Other work folders, of the same data and bundles, whose outcomes are taken over first.
+        on_start: Called with each run and the number of answers it has already.
+        on_answer: Called after every answer.
+
+    Raises:
+        DataError: If a folder is of other data or bundles, or cannot be written.
+        BackendError: If a worker dies.
+    """
+    for other in merge:
+        if other.resolve() == folder.resolve():
+            raise DataError(
+                f"--merge {other}: expected another folder than --work, got the same; leave it out"
+            )
+        check_folder(other, keys)
+    answers = Answers([], [])
+    with opened_for_work(folder, keys):
+        firsts: dict[int, Outcome] = {}
+        for run, key in zip(runs, keys):
+            done = _taken_over(folder, key, merge, questions)
+            on_start(run, len(done))
+            tasks = [
+                Task(question, firsts[question.index].first_token if question.index in firsts else None)
+                for question in questions
+                if question.index not in done
+            ]
+            with appending(folder, key) as file, closing(_answers(run, tasks, settings)) as results:
+                for result in results:
+                    if isinstance(result, Outcome):
+                        file.append(result)
+                        done[result.index] = result
+                    else:
+                        answers.failures.append((run.info.label, result))
+                    on_answer()
+            if run.info.is_reference:
+                firsts = done
+            answers.runs.append((run.info, done))
+    return answers
+
+
+def _taken_over(
+    folder: Path, key: RunKey, merge: Sequence[Path], questions: Sequence[Question]
+) -> dict[int, Outcome]:
+    """Return the outcomes that are there, after adding to the folder those of the others."""
+    done = still_valid(read_outcomes(folder, key), questions)
+    for other in merge:
+        found = still_valid(read_outcomes(other, key), questions)
+        with appending(folder, key) as file:
+            for index, outcome in found.items():
+                if index not in done:
+                    file.append(outcome)
+                    done[index] = outcome
+    return done
+
+
+def _answers(run: Run, tasks: list[Task], settings: Settings) -> Generator[Outcome | Failure, None, None]:
+    asking = Asking(
+        bundle=run.bundle.folder,
+        selection=run.info.selection,
+        metric=settings.metric,
+        answer_tokens=settings.answer_tokens,
+        is_reference=run.info.is_reference,
+        backend=settings.backend,
+        threads=settings.threads,
+    )
+    workers = min(settings.workers, len(tasks))
+    if not tasks:
+        return
+    if settings.ray_address is not None:
+        yield from answer_on_cluster(asking, tasks, workers=workers, address=settings.ray_address)
+    elif workers > 1:
+        yield from answer_in_processes(asking, tasks, workers=workers)
+    else:
+        yield from answer_here(asking, tasks)
+
+
+def _run(bundle: Bundle, label: str, selection: str, *, is_reference: bool) -> Run:
+    manifest = bundle.manifest
+    info = RunInfo(
+        label=label,
+        method=method_of(manifest, selection),
+        bundle=str(bundle.folder),
+        bundle_sha256=hashlib.sha256(bundle.path(MANIFEST_NAME).read_bytes()).hexdigest(),
+        selection=selection,
+        dtype=manifest.dtype,
+        is_reference=is_reference,
+    )
+    return Run(info, bundle)
+
+
+def _names(bundles: Sequence[Path]) -> list[str]:
+    short = [folder.resolve().name for folder in bundles]
+    return [name if short.count(name) == 1 else str(folder) for name, folder in zip(short, bundles)]
+
+
+def _check_reference(reference: Bundle, bundles: Sequence[Bundle]) -> None:
+    manifest = reference.manifest
+    if manifest.schedule.stages or manifest.encoder_keep is not None or manifest.token_keep is not None:
+        raise DataError(
+            f"--reference {reference.folder}: expected a keep-all bundle, got one that keeps"
+            f" {100 * manifest.average_keep:.1f} %; export one with --keep 100%"
+        )
+    for bundle in bundles:
+        if (bundle.manifest.model, bundle.manifest.dimensions) != (manifest.model, manifest.dimensions):
+            raise DataError(
+                f"--reference {reference.folder}: expected the model of {bundle.folder} ({bundle.manifest.model}),"
+                f" got {manifest.model}; export both from one model"
+            )
+
+
+def _check_selection(bundle: Bundle, selection: str) -> None:
+    if selection != OWN_SELECTION and not bundle.manifest.schedule.stages:
+        raise DataError(
+            f"--selection {selection}: expected a bundle with stages, got {bundle.folder} without any;"
+            " leave it out or give it as --reference"
+        )
+    if selection == "base-tile-first" and bundle.manifest.token_keep is not None:
+        raise DataError(
+            f"--selection {selection}: expected a bundle whose decoder sees tile after tile, got {bundle.folder} with a"
+            " selection before it; leave it out"
+        )

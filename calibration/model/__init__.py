@@ -1,0 +1,1 @@
+"""The model in torch, run on samples with token reduction."""

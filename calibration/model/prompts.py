@@ -1,0 +1,141 @@
+"""A sample as it enters decoder layer 0: text and visual tokens in one sequence, without any padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from trio_edge.runtime.bundle.errors import DataError, ImageError, ShapeError
+from trio_edge.runtime.images.reading import open_picture
+from trio_edge.runtime.prompts.positions import mrope_positions, plain_positions
+from trio_edge.runtime.prompts.question import question_ids
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.runtime.prompts.positions import PromptPositions
+    from trio_edge.runtime.prompts.tokenizer import PromptIds
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleShape:
+    """What the fixed shapes of a bundle must have room for."""
+
+    where: str
+    """FILE or FILE:LINE of the sample."""
+    width: int
+    """Of the picture, in pixels."""
+    height: int
+    sizes: dict[str, int]
+    """Of the vision graph's axes, N among them."""
+    num_text: int
+    """Text tokens of the prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One sample's sequence."""
+
+    embeds_SD: Tensor
+    """[text | visual | text]."""
+    positions_AS: Tensor
+    """int32; A = 1, or 3 with M-RoPE."""
+    next_position: int
+    """Of the first answer token."""
+    visual_start: int
+    num_visual: int
+
+
+def sample_shape(model: TorchModel, question: Question) -> SampleShape:
+    """Return the sizes of a sample; runs nothing.
+
+    Raises:
+        DataError: If its picture cannot be read or its prompt cannot be asked; the message starts with its place.
+    """
+    picture, ids = _read(model, question)
+    width, height = picture.size
+    return SampleShape(
+        where=question.where,
+        width=width,
+        height=height,
+        sizes=model.pictures.sizes(width, height),
+        num_text=ids.num_tokens,
+    )
+
+
+def make_prompt(model: TorchModel, question: Question) -> Prompt:
+    """Return the sequence of a sample, after running the vision encoder.
+
+    Raises:
+        DataError: As ``sample_shape``.
+    """
+    picture, ids = _read(model, question)
+    sizes = model.pictures.sizes(*picture.size)
+    inputs = model.pictures.prepare(picture, sizes)
+    graph = model.parts.vision
+    tensors = [torch.from_numpy(inputs[spec.name]).to(model.device) for spec in graph.inputs]
+    pixels = [spec.name for spec in graph.inputs].index("pixel_values")
+    tensors[pixels] = tensors[pixels].to(model.dtype)
+    with model.device:  # where the graph's own constants are made
+        outputs = graph.module(*tensors)
+    visual_ND = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+    before, after = (
+        model.embedding_VD[torch.from_numpy(part.astype(np.int64))] for part in (ids.before, ids.after)
+    )
+    embeds_SD = torch.cat([before, visual_ND[: sizes["N"]].to(model.dtype), after])
+    positions = _positions(model, ids, picture, num_visual=sizes["N"])
+    return Prompt(
+        embeds_SD=embeds_SD,
+        positions_AS=torch.from_numpy(positions.ids).to(model.device),
+        next_position=positions.next,
+        visual_start=len(ids.before),
+        num_visual=sizes["N"],
+    )
+
+
+def read_picture(question: Question) -> Image.Image:
+    """Return the picture of a sample.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    try:
+        return open_picture(question.picture)
+    except ImageError as error:
+        raise DataError(f"{question.where}: {error}") from None
+
+
+def _read(model: TorchModel, question: Question) -> tuple[Image.Image, PromptIds]:
+    picture = read_picture(question)
+    try:
+        ids = question_ids(
+            question.question,
+            tokenizer=model.tokenizer,
+            template=model.template,
+            text=model.text,
+            has_image=True,
+        )
+    except ShapeError as error:
+        raise DataError(f"{question.where}: {error}") from None
+    return picture, ids
+
+
+def _positions(
+    model: TorchModel, ids: PromptIds, picture: Image.Image, *, num_visual: int
+) -> PromptPositions:
+    length = ids.num_tokens + num_visual
+    if not model.parts.mrope_sections:
+        return plain_positions(num_rows=length, length=length)
+    return mrope_positions(
+        model.pictures.positions(*picture.size, None),
+        picture_span=model.pictures.position_span(*picture.size),
+        num_before=len(ids.before),
+        num_after=len(ids.after),
+        num_rows=length,
+    )

@@ -1,0 +1,159 @@
+"""One sequence on its way through the decoder: it advances by layers, and loses visual tokens in between.
+
+The rows are [text | visual | text | answer]: answer tokens, given beforehand, stand behind the prompt and go through every
+layer with it. Under the causal mask they change nothing before them, and they are what decoding them one by one would
+give, so one pass shows a whole answer's logits. Selections look at the prompt alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trio_edge.export.graphs.attention import causal_mask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trio_edge.calibration.model.prompts import Prompt
+    from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.runtime.bundle.schedule import Positions
+
+    Past = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """Hidden states about to enter a layer."""
+
+    hidden_SD: Tensor
+    positions_AS: Tensor
+    """int32."""
+    visual_start: int
+    original_N: Tensor
+    """int64, which of the picture's visual tokens are left."""
+    num_answer: int = 0
+    """Rows behind the prompt."""
+
+    @property
+    def num_visual(self) -> int:
+        """Visual rows that are left."""
+        return len(self.original_N)
+
+    @property
+    def prompt_length(self) -> int:
+        """Rows without those of the answer."""
+        return len(self.hidden_SD) - self.num_answer
+
+    def with_hidden(self, hidden_SD: Tensor) -> Sequence:
+        """Return the same rows with other hidden states."""
+        return replace(self, hidden_SD=hidden_SD)
+
+    def with_answer_row(self, row_1D: Tensor, *, position: int) -> Sequence:
+        """Return the sequence with one more answer row behind it."""
+        axes = len(self.positions_AS)
+        more_A1 = torch.full((axes, 1), position, dtype=torch.int32, device=row_1D.device)
+        return replace(
+            self,
+            hidden_SD=torch.cat([self.hidden_SD, row_1D]),
+            positions_AS=torch.cat([self.positions_AS, more_A1], dim=1),
+            num_answer=self.num_answer + 1,
+        )
+
+
+def begin(model: TorchModel, prompt: Prompt) -> Sequence:
+    """Return the sequence of a prompt, about to enter layer 0."""
+    return Sequence(
+        hidden_SD=prompt.embeds_SD,
+        positions_AS=prompt.positions_AS,
+        visual_start=prompt.visual_start,
+        original_N=torch.arange(prompt.num_visual, device=model.device),
+    )
+
+
+def advanced(model: TorchModel, sequence: Sequence, layers: range) -> Sequence:
+    """Return the sequence after ``layers``."""
+    nothing = no_past(model, sequence.hidden_SD)
+    rows = run_layers(
+        model,
+        sequence.hidden_SD,
+        sequence.positions_AS,
+        layers,
+        past=[nothing] * len(layers),
+        present=[],
+    )
+    return sequence.with_hidden(rows)
+
+
+def run_layers(
+    model: TorchModel,
+    hidden_SD: Tensor,
+    positions_AS: Tensor,
+    layers: range,
+    *,
+    past: Past,
+    present: list[Tensor],
+) -> Tensor:
+    """Return the hidden states of new rows after ``layers``, as the exported layer ranges do.
+
+    Args:
+        model: The model.
+        hidden_SD: New rows.
+        positions_AS: Theirs.
+        layers: Which ones.
+        past: Keys and values of the rows before, for each layer.
+        present: Receives keys and values of the new rows, layer by layer.
+    """
+    cos, sin = model.rotary(positions_AS)
+    tables = cos.to(hidden_SD.dtype), sin.to(hidden_SD.dtype)
+    num_past = past[0][0].shape[2] if past else 0
+    with torch.device(model.device):
+        mask = causal_mask(len(hidden_SD), num_past, torch.tensor([num_past]))
+    hidden: Any = hidden_SD[None]
+    for index, layer_past in zip(layers, past):
+        layer: Any = model.parts.layers[index]
+        hidden = layer(
+            hidden, attention_mask=mask, position_embeddings=tables, past=layer_past, present=present
+        )
+    rows: Tensor = hidden[0]
+    return rows
+
+
+def with_kept(sequence: Sequence, kept_K: Tensor, *, positions: Positions) -> Sequence:
+    """Return the sequence with the visual tokens ``kept_K`` (ascending, into those that are left) only."""
+    start, num_visual = sequence.visual_start, sequence.num_visual
+    all_S = torch.arange(len(sequence.hidden_SD), device=kept_K.device)
+    rows_R = torch.cat([all_S[:start], start + kept_K, all_S[start + num_visual :]])
+    positions_AS = sequence.positions_AS[:, rows_R]
+    if positions == "compact":
+        positions_AS = all_S[: len(rows_R)].to(torch.int32).expand(len(positions_AS), -1)
+    return replace(
+        sequence,
+        hidden_SD=sequence.hidden_SD[rows_R],
+        positions_AS=positions_AS,
+        original_N=sequence.original_N[kept_K],
+    )
+
+
+def answer_logits(model: TorchModel, sequence: Sequence) -> Tensor:
+    """Return float32 [1 + answer rows, V]: the logits of the prompt's last row and of each answer token's row."""
+    rows = sequence.hidden_SD[sequence.prompt_length - 1 :]
+    return logits_of(model, rows)
+
+
+def logits_of(model: TorchModel, rows: Tensor) -> Tensor:
+    """Return final norm and head of ``rows``, float32."""
+    logits: Tensor = model.head(rows).to(torch.float32)
+    return logits
+
+
+def no_past(model: TorchModel, hidden_SD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values of no rows."""
+    text = model.parts.text_config
+    heads = int(text.num_attention_heads)
+    groups = int(getattr(text, "num_key_value_heads", None) or heads)
+    size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    empty = hidden_SD.new_empty((1, groups, 0, size))
+    return empty, empty

@@ -1,0 +1,165 @@
+"""Calibrates a quantization: group by group, the factors that lessen the error on collected inputs, and what error is left.
+
+Factors that do not lessen the error are not used. Groups do not depend on each other: dividing a row of a weight by a factor
+divides that row's scales too, so the integers stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from trio_edge.calibration.quantize.cache_ranges import listening_to_caches
+from trio_edge.calibration.quantize.collecting import answer_samples, listening_to_inputs
+from trio_edge.calibration.quantize.modelopt_search import check_modelopt
+from trio_edge.calibration.quantize.moving import moved
+from trio_edge.calibration.quantize.report import CacheReport, GroupError, QuantizationReport
+from trio_edge.calibration.quantize.rounding import GroupRounding
+from trio_edge.calibration.quantize.sections import quantized_sections
+from trio_edge.export.quantize.scales import CalibratedScales
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.calibration.model.selecting import Probes
+    from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.quantize.collecting import Inputs
+    from trio_edge.calibration.quantize.sections import Section
+    from trio_edge.export.graphs.linear_groups import LinearGroup
+    from trio_edge.export.quantize.plan import QuantizePlan
+    from trio_edge.export.quantize.scales import Smoothing
+    from trio_edge.runtime.bundle.manifest import FloatType
+    from trio_edge.runtime.bundle.schedule import Schedule
+
+Method = Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant"]
+_METHODS: dict[frozenset[str], Method] = {
+    frozenset(): "round-to-nearest",
+    frozenset({"int4"}): "awq",
+    frozenset({"int8"}): "smoothquant",
+    frozenset({"int4", "int8"}): "awq+smoothquant",
+}
+"""By the formats that factors are searched for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """What a calibration found."""
+
+    scales: CalibratedScales
+    report: QuantizationReport
+
+
+def calibrate_quantization(
+    model: TorchModel,
+    questions: Sequence[Question],
+    schedule: Schedule,
+    plan: QuantizePlan,
+    *,
+    dtype: FloatType,
+    probes: Probes,
+    num_tokens: int,
+    on_step: Callable[[str, int], None] = lambda _text, _count: None,
+    on_one: Callable[[], None] = lambda: None,
+) -> Quantized | None:
+    """Return factors and ranges for what ``plan`` quantizes; None if it is nothing but selections or the table.
+
+    Args:
+        model: In floating point.
+        questions: Samples that inputs are collected from, with token reduction on.
+        schedule: The bundle's.
+        plan: The format of every part.
+        dtype: The bundle's, in which scales are stored.
+        probes: The model's.
+        num_tokens: Answer tokens of a sample, at most.
+        on_step: Called with what begins and how many samples or groups of linear layers it has.
+        on_one: Called after each of them.
+
+    Raises:
+        DataError: If a sample cannot be asked.
+        CheckpointError: If factors are searched for, and Model Optimizer is not installed.
+    """
+    sections = quantized_sections(model, schedule, plan)
+    if not sections and not plan.has_cache:
+        return None
+    searched = frozenset(section.kind for section in sections) - {"fp8"}
+    if searched:
+        check_modelopt()
+    on_step("collecting what enters the layers", len(questions))
+    layers: tuple[Any, ...] = model.parts.layers
+    with (
+        listening_to_caches(layers if plan.has_cache else ()) as cached,
+        listening_to_inputs(sections, num_samples=len(questions)) as collected,
+    ):
+        answer_samples(model, questions, schedule, probes=probes, num_tokens=num_tokens, on_sample=on_one)
+    if sections:
+        on_step("quantizing layer by layer", sum(len(section.groups) for section in sections))
+    names = model.tensor_names()
+    search = _Search(names, dtype, on_one)
+    for section, inputs in zip(sections, collected):
+        search.add(section, inputs)
+    values = [names[layer.self_attn.v_proj.weight] for layer in layers]
+    caches = tuple(rows.range_of(search.smoothing.get(name)) for rows, name in zip(cached, values))
+    method = _METHODS[searched]
+    return Quantized(
+        scales=CalibratedScales(
+            smoothing=search.smoothing,
+            activation_max=search.ranges,
+            cache_max=caches,
+            method=method,
+            num_samples=len(questions),
+        ),
+        report=QuantizationReport(
+            method=method,
+            samples=len(questions),
+            errors=search.errors,
+            caches=[
+                CacheReport(layer=layer, key_max=one.key, value_max=one.value)
+                for layer, one in enumerate(caches)
+            ],
+        ),
+    )
+
+
+class _Search:
+    """What was found so far."""
+
+    def __init__(
+        self, names: Mapping[nn.Parameter, str], dtype: FloatType, on_group: Callable[[], None]
+    ) -> None:
+        self._names, self._dtype, self._on_group = names, dtype, on_group
+        self.smoothing: dict[str, Smoothing] = {}
+        self.ranges: dict[str, float] = {}
+        self.errors: list[GroupError] = []
+
+    def add(self, section: Section, inputs: list[Inputs]) -> None:
+        """Search all groups of a section; ``inputs`` are used up."""
+        found: list[tuple[LinearGroup, Tensor]] = []
+        for group in section.groups:
+            factors_I = self._group(section, group, inputs.pop(0))
+            if factors_I is not None:
+                found.append((group, factors_I))
+            self._on_group()
+        self.smoothing |= moved(found, names=self._names)
+
+    def _group(self, section: Section, group: LinearGroup, inputs: Inputs) -> Tensor | None:
+        """Return the best factors, and note ranges and errors."""
+        rounding = GroupRounding.of(group, inputs.all_rows(), kind=section.kind, dtype=self._dtype)
+        best, error = rounding.best(rounding.candidates() if group.can_move else [])
+        self.errors.append(
+            GroupError(
+                part=section.part,
+                layer=group.layer,
+                group=group.name,
+                format=section.kind,
+                rounded=rounding.error(None, with_activations=False),
+                calibrated=error,
+                moved=best is not None,
+            )
+        )
+        if section.kind != "int4":
+            largest = rounding.activation_max(best)
+            self.ranges |= {self._names[linear.get_parameter("weight")]: largest for linear in group.linears}
+        return best

@@ -1,0 +1,108 @@
+"""How far a schedule with quantized weights and KV caches is from keep-all in floating point, on samples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from trio_edge.calibration.model.cached_layers import advanced_with_cache
+from trio_edge.calibration.model.prompts import make_prompt
+from trio_edge.calibration.model.selecting import order_of, saliency
+from trio_edge.calibration.model.sequence import answer_logits, begin, with_kept
+from trio_edge.calibration.quantize.quantized_model import quantized_model
+from trio_edge.calibration.search.measure.measuring import divergence, keep_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.calibration.model.prompts import Prompt
+    from trio_edge.calibration.model.selecting import Probes
+    from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.search.measure.measuring import Measured
+    from trio_edge.export.quantize.plan import QuantizePlan
+    from trio_edge.export.quantize.scales import CacheRange, CalibratedScales
+    from trio_edge.runtime.bundle.manifest import FloatType
+    from trio_edge.runtime.bundle.schedule import Schedule
+
+
+def measure_quantized(
+    model: TorchModel,
+    questions: Sequence[Question],
+    schedule: Schedule,
+    plan: QuantizePlan,
+    scales: CalibratedScales,
+    *,
+    dtype: FloatType,
+    probes: Probes,
+    num_tokens: int,
+    on_sample: Callable[[], None],
+) -> list[Measured]:
+    """Return for each question how the quantized model under ``schedule`` changes keep-all's answer.
+
+    Args:
+        model: In floating point; is as it was afterwards.
+        questions: Samples.
+        schedule: The bundle's.
+        plan: The bundle's.
+        scales: Calibrated.
+        dtype: The bundle's.
+        probes: The model's.
+        num_tokens: Answer tokens that are compared, at most.
+        on_sample: Called after every sample.
+
+    Raises:
+        DataError: If a sample cannot be asked.
+    """
+    with torch.inference_mode():
+        wholes = []
+        for question in questions:
+            whole = keep_all(model, make_prompt(model, question), probes=probes, num_tokens=num_tokens)
+            wholes.append((whole.tokens, whole.log_probs_TV))  # without what entered every layer
+        results = []
+        with quantized_model(model, schedule, plan, scales, dtype=dtype):
+            for question, (tokens, log_probs_TV) in zip(questions, wholes):
+                prompt = make_prompt(model, question)  # its picture is encoded by the quantized vision graph
+                logits_TV, rounds = given_tokens(
+                    model, prompt, tokens, schedule, probes=probes, caches=scales.cache_max
+                )
+                results.append(divergence(log_probs_TV, tokens, logits_TV, rounds=rounds))
+                on_sample()
+    return results
+
+
+def given_tokens(
+    model: TorchModel,
+    prompt: Prompt,
+    tokens: list[int],
+    schedule: Schedule,
+    *,
+    probes: Probes,
+    caches: tuple[CacheRange, ...],
+) -> tuple[Tensor, int]:
+    """Return the logits that each of ``tokens`` would be chosen from after those before, and the most NMS rounds.
+
+    Args:
+        model: Computes as the bundle, but for its KV caches.
+        prompt: Picture and question.
+        tokens: Of an answer.
+        schedule: The bundle's.
+        probes: The model's.
+        caches: Largest values of each layer's KV cache where it is in INT8; none otherwise.
+    """
+    sequence = begin(model, prompt)
+    for number, token in enumerate(tokens[:-1]):
+        row = model.embedding_VD[token][None]
+        sequence = sequence.with_answer_row(row, position=prompt.next_position + number)
+    layer = rounds = 0
+    for stage in schedule.stages:
+        sequence = advanced_with_cache(model, sequence, range(layer, stage.layer), caches)
+        scores_N = saliency(model, probes.of(stage.layer, schedule), sequence)
+        order = order_of(sequence, scores_N, threshold=schedule.nms_threshold)
+        sequence = with_kept(sequence, order.kept(stage.keep), positions=schedule.positions)
+        layer, rounds = stage.layer, max(rounds, order.rounds)
+    sequence = advanced_with_cache(model, sequence, range(layer, model.num_layers), caches)
+    return answer_logits(model, sequence), rounds

@@ -1,0 +1,128 @@
+"""A torch model that computes, for a while, with the weights and inputs that a quantized bundle has."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from trio_edge.calibration.quantize.products import products_of
+from trio_edge.calibration.quantize.sections import block_of, quantized_sections
+from trio_edge.export.quantize.numerics import quantize, rounded_activations
+from trio_edge.export.quantize.plan import PARTS, QuantizePlan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    import torch
+    from torch import Tensor, nn
+
+    from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.quantize.sections import Section
+    from trio_edge.export.quantize.numerics import QuantizedWeight
+    from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
+    from trio_edge.runtime.bundle.manifest import FloatType
+    from trio_edge.runtime.bundle.schedule import Schedule
+
+    Values = Mapping[nn.Parameter, Callable[[], Tensor]]
+    """What gives a parameter another value, each time anew."""
+
+
+@contextmanager
+def quantized_model(
+    model: TorchModel, schedule: Schedule, plan: QuantizePlan, scales: CalibratedScales, *, dtype: FloatType
+) -> Iterator[None]:
+    """Let ``model`` compute as the bundle does; a byte for each of its quantized weights is in memory meanwhile.
+
+    Probes read their layer and the head as the select graphs have them: as those are where the format is the same, else rounded to
+    nearest in their own, or in floating point.
+
+    Args:
+        model: Is as it was afterwards.
+        schedule: The bundle's.
+        plan: The bundle's.
+        scales: Calibrated.
+        dtype: The bundle's.
+    """
+    names = model.tensor_names()
+    in_probes = QuantizePlan(formats=dict.fromkeys(PARTS, plan.of_part("select")))
+    own = {section.module: section for section in quantized_sections(model, schedule, plan)}
+    probes = {section.module: section for section in quantized_sections(model, schedule, in_probes)}
+    probed = [model.head, *(model.parts.layers[stage.layer] for stage in schedule.stages)]
+    with ExitStack() as stack:
+        for module in dict.fromkeys((*own, *probed)):
+            section, probe = own.get(module), probes.get(module)
+            inside = _rounded_parameters(section, scales.smoothing, names=names, dtype=dtype)
+            outside: Values = {}
+            if module in probed:
+                is_shared = (section and section.kind) == (probe and probe.kind)
+                outside = inside if is_shared else _rounded_parameters(probe, {}, names=names, dtype=dtype)
+            stack.enter_context(_exchanged(module, inside=inside, outside=outside))
+            if section is not None:
+                stack.enter_context(products_of(module, _rounded_inputs(section, scales, names=names)))
+        yield
+
+
+def _rounded_parameters(
+    section: Section | None,
+    smoothing: Mapping[str, Smoothing],
+    *,
+    names: Mapping[nn.Parameter, str],
+    dtype: FloatType,
+) -> Values:
+    """Return what gives the values of those parameters of a section that differ in a graph which has ``smoothing`` in it."""
+    if section is None:
+        return {}
+    blocks = {
+        linear.get_parameter("weight"): block_of(group) if section.kind == "int4" else None
+        for group in section.groups
+        for linear in group.linears
+    }
+    result: dict[nn.Parameter, Callable[[], Tensor]] = {}
+    for parameter in section.module.parameters():
+        factors = smoothing.get(names[parameter])
+        values = parameter.detach() if factors is None else factors.apply(parameter.detach())
+        if parameter in blocks:
+            rounded = quantize(values, kind=section.kind, dtype=dtype, block=blocks[parameter])
+            result[parameter] = partial(_written_out, rounded, parameter.dtype)
+        elif factors is not None:
+            result[parameter] = partial(values.to, parameter.dtype)
+    return result
+
+
+def _rounded_inputs(
+    section: Section, scales: CalibratedScales, *, names: Mapping[nn.Parameter, str]
+) -> dict[nn.Parameter, Callable[[Tensor], Tensor]]:
+    """Return how what enters the products with a section's weights is rounded, where it is."""
+    return {
+        parameter: partial(
+            rounded_activations, largest=scales.activation_max[names[parameter]], kind=section.kind
+        )
+        for parameter in section.module.parameters()
+        if names[parameter] in scales.activation_max
+    }
+
+
+def _written_out(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    return weight.dequantized().to(dtype)
+
+
+@contextmanager
+def _exchanged(module: nn.Module, *, inside: Values, outside: Values) -> Iterator[None]:
+    """Give parameters other values: those of ``inside`` while ``module`` runs, else those of ``outside``."""
+    own = {parameter: parameter.data for parameter in (*inside, *outside)}
+
+    def take(values: Values) -> None:
+        for parameter, tensor in own.items():
+            parameter.data = values[parameter]() if parameter in values else tensor
+
+    with ExitStack() as stack:
+        stack.callback(take, {})
+        take(outside)
+        if inside is not outside:
+            for handle in (
+                module.register_forward_pre_hook(lambda *_: take(inside)),
+                module.register_forward_hook(lambda *_: take(outside)),
+            ):
+                stack.callback(handle.remove)
+        yield

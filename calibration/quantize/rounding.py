@@ -1,0 +1,107 @@
+"""One group of linear layers: factors to try, and the error that rounding leaves on collected inputs.
+
+Weights are rounded as the export is going to do it (``export/quantize/numerics``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from trio_edge.calibration.quantize.modelopt_search import awq_factors, smoothquant_factors
+from trio_edge.calibration.quantize.sections import block_of
+from trio_edge.export.quantize.numerics import quantize, rounded_activations
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trio_edge.export.graphs.linear_groups import LinearGroup
+    from trio_edge.export.quantize.numerics import Format
+    from trio_edge.runtime.bundle.manifest import FloatType
+
+ALPHAS = (0.25, 0.5, 0.75)
+"""SmoothQuant's exponents; the best one is taken for every group."""
+LARGEST_FACTOR = 1024.0
+"""Over and under the usual one; larger ones leave a norm in float16 too few bits, or overflow there."""
+_NEGLIGIBLE = 1e-6
+"""Of the largest."""
+MAX_OUTPUTS = 24_576
+"""Of a group that are looked at, evenly spread: all of a 7B Llama layer, 3 GB in a search, and a part of a head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRounding:
+    """A group as one linear layer with the outputs of all, its inputs, and how it is rounded."""
+
+    weight_OI: Tensor
+    """float32."""
+    rows_TI: Tensor
+    """The last row is the largest absolute value of each input over all rows that entered."""
+    kind: Format
+    dtype: FloatType
+    block: int | None
+
+    @staticmethod
+    def of(group: LinearGroup, rows_TI: Tensor, *, kind: Format, dtype: FloatType) -> GroupRounding:
+        """Return the rounding of ``group`` to ``kind`` on ``rows_TI``, with scales in ``dtype``."""
+        weights = [linear.get_parameter("weight").detach() for linear in group.linears]
+        step = -(-sum(len(weight) for weight in weights) // MAX_OUTPUTS)
+        return GroupRounding(
+            weight_OI=torch.cat([weight[::step].to("cpu", torch.float32) for weight in weights]),
+            rows_TI=rows_TI.to("cpu"),
+            kind=kind,
+            dtype=dtype,
+            block=block_of(group) if kind == "int4" else None,
+        )
+
+    def candidates(self) -> list[Tensor]:
+        """Return factors to try, around 1, which costs nothing: only their ratios matter to the rounding.
+
+        FP8 has none: its numbers are as exact when they are 28000 times smaller, so that large inputs cost the others nothing.
+        Inputs that are never far enough from 0 to matter, or that no output reads, have 1.
+        """
+        alive_I = _matters(self.rows_TI[-1]) & _matters(self.weight_OI.abs().amax(0))
+        if self.kind == "fp8" or alive_I.sum() < 2:
+            return []
+        if self.block is not None:
+            found = [awq_factors(self.weight_OI, self.rows_TI[:-1], block=self.block)[alive_I]]
+        else:
+            weight, rows = self.weight_OI[:, alive_I], self.rows_TI[:, alive_I]
+            found = [smoothquant_factors(weight, rows, alpha=alpha) for alpha in ALPHAS]
+        return [torch.ones(len(alive_I)).masked_scatter(alive_I, _around_one(factors)) for factors in found]
+
+    def best(self, candidates: list[Tensor]) -> tuple[Tensor | None, float]:
+        """Return the factors with the least error, None for no factors, and that error."""
+        tried = [(factors, self.error(factors, with_activations=True)) for factors in (None, *candidates)]
+        return min(tried, key=lambda one: one[1])
+
+    def error(self, factors_I: Tensor | None, *, with_activations: bool) -> float:
+        """Return the sum of squared errors of the outputs over the sum of their squares."""
+        inputs_TI = self.rows_TI[:-1]
+        exact_TO = inputs_TI @ self.weight_OI.T
+        weight_OI = self.weight_OI
+        if factors_I is not None:
+            inputs_TI, weight_OI = inputs_TI / factors_I, weight_OI * factors_I
+        if with_activations and self.kind != "int4":
+            largest = self.activation_max(factors_I)
+            inputs_TI = rounded_activations(inputs_TI, largest=largest, kind=self.kind)
+        rounded = quantize(weight_OI, kind=self.kind, dtype=self.dtype, block=self.block)
+        wrong_TO = inputs_TI @ rounded.dequantized().to(torch.float32).T - exact_TO
+        return float(wrong_TO.square().sum() / exact_TO.square().sum().clamp(min=1e-30))
+
+    def activation_max(self, factors_I: Tensor | None) -> float:
+        """Return the largest absolute input after the factors."""
+        largest_I = self.rows_TI[-1] if factors_I is None else self.rows_TI[-1] / factors_I
+        return float(largest_I.max())
+
+
+def _matters(largest_I: Tensor) -> Tensor:
+    return largest_I > _NEGLIGIBLE * largest_I.max()
+
+
+def _around_one(factors: Tensor) -> Tensor:
+    """Return ``factors`` over their geometric mean, within ``LARGEST_FACTOR``."""
+    ratios = factors / factors.log().mean().exp()
+    return ratios.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)

@@ -1,0 +1,63 @@
+"""The parts of a model that a calibration of weights looks at: the vision graph, every decoder layer, the head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from trio_edge.export.graphs.linear_groups import LinearGroup, decoder_groups
+from trio_edge.export.quantize.assign import int4_block
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.export.quantize.numerics import Format
+    from trio_edge.export.quantize.plan import QuantizePlan
+    from trio_edge.runtime.bundle.manifest import QuantizedFormat
+    from trio_edge.runtime.bundle.schedule import Schedule
+
+SectionPart = Literal["vision", "decoder", "head"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """A module that runs as a whole, and its linear layers."""
+
+    part: SectionPart
+    module: nn.Module
+    groups: tuple[LinearGroup, ...]
+    """Those that ``kind`` can express."""
+    kind: QuantizedFormat
+    """Of the graph that the module is in."""
+
+
+def quantized_sections(model: TorchModel, schedule: Schedule, plan: QuantizePlan) -> list[Section]:
+    """Return what ``plan`` quantizes of the model, in the order in which it runs."""
+    parts = model.parts
+    decoder_formats = plan.of_layers(schedule, num_layers=model.num_layers)
+    head = LinearGroup(name="lm_head", layer=None, linears=(parts.lm_head,), before=parts.final_norm)
+    every: list[tuple[SectionPart, nn.Module, tuple[LinearGroup, ...], Format]] = [
+        ("vision", parts.vision.module, parts.vision.linear_groups, plan.of_part("vision")),
+        *(
+            ("decoder", layer, decoder_groups(layer, index=index), kind)
+            for index, (layer, kind) in enumerate(zip(parts.layers, decoder_formats))
+        ),
+        ("head", model.head, (head,), plan.of_part("head")),
+    ]
+    return [
+        Section(
+            part=part,
+            module=module,
+            groups=tuple(group for group in groups if kind != "int4" or block_of(group) is not None),
+            kind=kind,
+        )
+        for part, module, groups, kind in every
+        if kind != "none"
+    ]
+
+
+def block_of(group: LinearGroup) -> int | None:
+    """Return the inputs of the INT4 blocks of a group's weights; None if one of them cannot be INT4."""
+    blocks = [int4_block(linear.get_parameter("weight").shape) for linear in group.linears]
+    return None if None in blocks else blocks[0]

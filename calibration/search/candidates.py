@@ -1,0 +1,125 @@
+"""Finds the schedules worth having: the front of cost (predicted time, or FLOPs) against divergence from keep-all.
+
+Four steps, each measured on the search samples only:
+
+    settings   position rule, probe rows and τ, one after the other, on the schedules that ``trio-export`` would make; a value
+               replaces the default only where its divergence is lower with 95 % confidence
+    table      every single stage: each candidate layer with each budget
+    estimate   every list of stages; its divergence is taken to be the sum of its stages' own. The first fronts of cost
+               against that sum are measured, and those next to what the user asked for
+    refine     neighbours of the measured front (a stage one layer on, a budget a quarter up or down, one stage less or
+               more) until none is better or the allowance is used up
+
+The space is small, discrete and ordered, and candidates that begin alike are cheap together, so all of it is ranked and
+hundreds are measured for the price of a few dozen. A general optimizer (Optuna was looked at: well kept, but its samplers
+ask for one point at a time and know nothing of shared beginnings) would measure fewer at a higher price each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from trio_edge.calibration.evaluate.intervals import bootstrap_interval
+from trio_edge.calibration.search.pareto import pareto_front
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.calibration.search.measure.measurements import Measurements
+    from trio_edge.calibration.search.measure.measuring import Measured
+    from trio_edge.calibration.search.prefill_cost import Cost, CostKind, PrefillCost
+    from trio_edge.calibration.search.space import Space
+    from trio_edge.runtime.bundle.schedule import Positions, Schedule
+
+
+class Tried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One value of a setting against the default, on the same schedules and samples."""
+
+    setting: str
+    value: str
+    kl: float
+    """Mean, nats."""
+    minus_default: float
+    interval_95: tuple[float, float]
+    """Of ``minus_default``; paired, by picture."""
+    chosen: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A measured schedule."""
+
+    schedule: Schedule
+    cost: Cost
+    kind: CostKind
+    """What it is compared by."""
+    results: list[Measured]
+    """One for each search sample."""
+    pictures: list[str]
+    """Theirs."""
+
+    @property
+    def kl(self) -> float:
+        """Mean over the samples, nats."""
+        return sum(result.kl for result in self.results) / len(self.results)
+
+    def is_within(self, kl: float) -> bool:
+        """Return whether the divergence is at most ``kl`` with 95 % confidence."""
+        if self.kl > kl:
+            return False
+        values = [result.kl for result in self.results]
+        return bootstrap_interval(values, self.pictures)[1] <= kl
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """Cost and error."""
+        return self.cost.of(self.kind), self.kl
+
+
+class Estimate(NamedTuple):
+    """A list of stages that was not measured."""
+
+    cost: Cost
+    kl: float
+    """Sum of its stages' own."""
+    stages: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search leaves."""
+
+    settings: Schedule
+    """Without stages."""
+    tried: list[Tried]
+    single: dict[tuple[int, int], float]
+    """Mean divergence of every single stage, by layer and budget."""
+    candidates: list[Candidate]
+    """All that were measured with the chosen settings, keep-all first."""
+
+    @property
+    def front(self) -> list[Candidate]:
+        """Cheapest first."""
+        return pareto_front(self.candidates, key=lambda candidate: candidate.point)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Searching:
+    """What a search works with."""
+
+    space: Space
+    measurements: Measurements
+    questions: Sequence[Question]
+    cost: PrefillCost
+    kind: CostKind
+    """What is traded against error."""
+    positions: Sequence[Positions]
+    thresholds: Sequence[float]
+    evaluations: int
+    """Lists of several stages that may be measured."""
+    on_step: Callable[[str], None]
+    """Called with what begins; every step asks for all samples once."""

@@ -1,0 +1,84 @@
+"""What the samples that decided nothing say: fidelity to keep-all, and accuracy where they have answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from trio_edge.calibration.evaluate.intervals import bootstrap_interval, paired_interval, score_interval
+from trio_edge.calibration.evaluate.metrics import METRICS
+from trio_edge.calibration.model.greedy import greedy_answer
+from trio_edge.calibration.model.prompts import make_prompt
+from trio_edge.calibration.search.report.calibration_file import Accuracy, Fidelity, Measure
+from trio_edge.runtime.bundle.schedule import Schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.calibration.model.selecting import Probes
+    from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.search.measure.measuring import Measured
+
+MAX_ANSWER_TOKENS = 16
+"""Tokens of an answer whose exact match is scored."""
+
+
+def fidelity(results: Sequence[Measured], questions: Sequence[Question]) -> Fidelity:
+    """Return mean divergence and agreement with their intervals, drawn by picture."""
+    pictures = [question.picture_id for question in questions]
+    kls = [result.kl for result in results]
+    agreements = [float(result.agrees) for result in results]
+    return Fidelity(
+        samples=len(results),
+        kl=Measure(value=_mean(kls), interval_95=bootstrap_interval(kls, pictures)),
+        agreement=Measure(value=_mean(agreements), interval_95=score_interval(agreements, pictures)),
+    )
+
+
+def accuracy(
+    model: TorchModel,
+    questions: Sequence[Question],
+    schedule: Schedule,
+    *,
+    probes: Probes,
+    on_sample: Callable[[], None],
+) -> Accuracy | None:
+    """Return exact matches of keep-all and of ``schedule``; None if no sample has an answer."""
+    with_answers = [question for question in questions if question.answers]
+    if not with_answers:
+        return None
+    keep_all = Schedule(positions=schedule.positions)
+    scores: list[tuple[float, float]] = []
+    for question in with_answers:
+        with torch.inference_mode():
+            prompt = make_prompt(model, question)
+            both = [
+                greedy_answer(model, prompt, each, probes=probes, max_tokens=MAX_ANSWER_TOKENS)
+                for each in (keep_all, schedule)
+            ]
+        metric = METRICS["exact"]
+        texts = [model.tokenizer.decode(answer.tokens) for answer in both]
+        whole, reduced = (metric.score(metric.read(text, question), question) for text in texts)
+        scores.append((whole, reduced))
+        on_sample()
+    whole_scores, scores_of_chosen = [score for score, _ in scores], [score for _, score in scores]
+    pictures = [question.picture_id for question in with_answers]
+    return Accuracy(
+        samples=len(scores),
+        keep_all=_measure(whole_scores, pictures),
+        chosen=_measure(scores_of_chosen, pictures),
+        difference=Measure(
+            value=_mean(scores_of_chosen) - _mean(whole_scores),
+            interval_95=paired_interval(scores_of_chosen, whole_scores, pictures),
+        ),
+    )
+
+
+def _measure(scores: list[float], pictures: list[str]) -> Measure:
+    return Measure(value=_mean(scores), interval_95=score_interval(scores, pictures))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

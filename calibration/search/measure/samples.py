@@ -1,0 +1,115 @@
+"""Samples to calibrate on: a JSON-lines file, a folder of pictures with one prompt, or the synthetic set; and their split.
+
+The split is by picture: questions about one picture are never on both sides. A picture's side follows from its content
+and the seed alone, so adding samples moves no other one as long as the share holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from trio_edge.calibration.evaluate.questions import Question, picture_id, read_questions, synthetic_questions
+from trio_edge.runtime.bundle.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SYNTHETIC = "shapes"
+DEFAULT_SYNTHETIC_COUNT = 100
+PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+class Split(NamedTuple):
+    """The two parts of the samples, each in the order of the data."""
+
+    search: list[Question]
+    """Decide everything."""
+    held_out: list[Question]
+    """Are looked at once, for the report."""
+
+
+def read_samples(source: str, *, prompt: str | None, count: int | None, seed: int) -> list[Question]:
+    """Return the samples.
+
+    Args:
+        source: ``SYNTHETIC``, a JSON-lines file as ``trio-eval`` reads it (answers may be missing), or a folder with
+            pictures, sub-folders included.
+        prompt: What is asked about each picture of a folder; for a folder only.
+        count: Samples at most.
+        seed: Of the synthetic set.
+
+    Raises:
+        DataError: If there are none, or one cannot be read.
+    """
+    path = Path(source)
+    if source != SYNTHETIC and not path.exists():
+        raise DataError(
+            f"--samples {source}: expected a folder of pictures, a JSON-lines file or '{SYNTHETIC}', got no such"
+            " file; check the name"
+        )
+    is_folder = source != SYNTHETIC and path.is_dir()
+    if is_folder != (prompt is not None):
+        raise DataError(
+            f"--samples {source}: expected --prompt with a folder of pictures and only there,"
+            f" got {'none' if prompt is None else 'one'}; {'add it' if prompt is None else 'leave it out'}"
+        )
+    if source == SYNTHETIC:
+        return synthetic_questions(DEFAULT_SYNTHETIC_COUNT if count is None else count, seed=seed)
+    if prompt is not None:
+        return _folder_questions(path, prompt, count=count)
+    return read_questions(path, count=count, need_answers=False)
+
+
+def split_samples(questions: Sequence[Question], *, held_out: float, seed: int) -> Split:
+    """Return the samples in two parts that share no picture.
+
+    Args:
+        questions: All of them.
+        held_out: Wished share of the second part, above 0 and below 1; both parts have at least one picture.
+        seed: Of the split.
+
+    Raises:
+        DataError: If there are fewer than two pictures.
+    """
+    pictures = sorted({question.picture_id for question in questions}, key=lambda name: _place(name, seed))
+    if len(pictures) < 2:
+        raise DataError(
+            f"--samples: expected at least 2 different pictures (one is held out), got {len(pictures)}; add some"
+        )
+    num_held_out = min(max(round(held_out * len(pictures)), 1), len(pictures) - 1)
+    kept_back = set(pictures[:num_held_out])
+    return Split(
+        search=[question for question in questions if question.picture_id not in kept_back],
+        held_out=[question for question in questions if question.picture_id in kept_back],
+    )
+
+
+def _place(name: str, seed: int) -> str:
+    return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
+
+
+def _folder_questions(folder: Path, prompt: str, *, count: int | None) -> list[Question]:
+    try:
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    except OSError as error:
+        raise DataError(f"--samples {folder}: cannot be read ({error.strerror}); check its rights") from None
+    if not paths:
+        raise DataError(
+            f"--samples {folder}: expected pictures ({', '.join(sorted(PICTURE_SUFFIXES))}), got none; check the folder"
+        )
+    return [
+        Question(
+            index=index,
+            sample_id=path.relative_to(folder).as_posix(),
+            kind="all",
+            picture=path,
+            picture_name=path.relative_to(folder).as_posix(),
+            picture_id=picture_id(path, where=str(path)),
+            question=prompt,
+            answers=(),
+            where=str(path),
+        )
+        for index, path in enumerate(paths[:count])
+    ]

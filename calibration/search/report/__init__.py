@@ -1,0 +1,1 @@
+"""Results of a search: ``calibration.json``, a page and its plots."""

@@ -1,0 +1,261 @@
+"""``calibration.json``: what was asked for, and what came of it. Its ``options`` alone repeat the calibration."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from trio_edge.calibration.quantize.report import QuantizationReport
+from trio_edge.calibration.search.candidates import Tried
+from trio_edge.calibration.search.measure.importance import LayerImportance
+from trio_edge.calibration.search.prefill_cost import CostKind
+from trio_edge.calibration.search.space import DEFAULT_KEEPS, DEFAULT_THRESHOLDS
+from trio_edge.export.quantize.plan import parse_plan
+from trio_edge.runtime.bundle.errors import DataError, ScheduleError
+from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.trio.cost.devices import find_target
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CALIBRATION_NAME = "calibration.json"
+REPORT_NAME = "calibration.html"
+BUNDLE_NAME = "bundle"
+SCHEMA_VERSION = 1
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a user can choose. The fields hold the only defaults."""
+
+    model: str
+    """Alias, Hub id or checkpoint folder."""
+    samples: str
+    """"shapes", a JSON-lines file or a folder of pictures, as seen from where the command runs."""
+    target: str
+    """Device that times are predicted for."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    prompt: str | None = None
+    """What is asked about every picture of a folder."""
+    count: int | None = None
+    """Samples at most."""
+    seed: int = 0
+    """Of the split, and of the synthetic samples."""
+    held_out: float = 1 / 3
+    """Share of the pictures that only the report looks at."""
+    answer_tokens: int = 4
+    """Answer tokens that are compared with keep-all's."""
+    max_kl: float | None = None
+    """Nats; the cheapest schedule within it, with 95 % confidence, is chosen."""
+    target_ms: float | None = None
+    """Predicted milliseconds to the first token; the schedule of lowest KL within it is chosen."""
+    keep: float | None = None
+    """Average keep in (0, 1]; likewise."""
+    layers: tuple[int, ...] = ()
+    """Candidate stage layers; none for evenly spread ones."""
+    keeps: tuple[float, ...] = DEFAULT_KEEPS
+    """Candidate budgets, as shares of the largest picture's visual tokens."""
+    max_stages: int = 3
+    nms_thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS
+    """Candidate τ."""
+    evaluations: int = 120
+    """Schedules of several stages that are measured, at most."""
+    cost: Literal["auto", "time", "flops"] = "auto"
+    """What is traded against error: predicted time on the target, or counted FLOPs; "auto" is time where any schedule is
+    predicted to be faster than keep-all."""
+    dtype: Literal["auto", "float16", "float32"] = "auto"
+    """Of the bundle."""
+    quantize: str = "none"
+    """Formats of the bundle's parts, as ``trio-export --quantize`` takes them; decoder layers and KV caches are calibrated."""
+    max_visual: int | None = None
+    """Visual tokens that pictures are scaled down to, in families that can."""
+    max_new_tokens: int = 256
+    """Room for the answer in the bundle."""
+    only_image_sizes: bool = False
+    """No shapes for pictures of sizes that no sample has."""
+    device: str = "cpu"
+    """torch's device that samples run on."""
+
+    def __post_init__(self) -> None:
+        find_target(self.target)
+        parse_plan(self.quantize)
+        rules = [name for name in ("max_kl", "target_ms", "keep") if getattr(self, name) is not None]
+        if len(rules) > 1:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in rules)
+            raise ScheduleError(
+                f"--max-kl, --target-ms, --keep: expected one of them, got {names}; choose one"
+            )
+        bounds = (
+            ("count", self.count, self.count is None or self.count >= 2, "2 or more samples"),
+            ("seed", self.seed, self.seed >= 0, "a number of 0 or more"),
+            ("held-out", self.held_out, 0.0 < self.held_out < 1.0, "a share between 0 and 100%"),
+            ("answer-tokens", self.answer_tokens, 1 <= self.answer_tokens <= 64, "1..64"),
+            ("max-kl", self.max_kl, self.max_kl is None or 0.0 <= self.max_kl < inf, "nats of 0 or more"),
+            (
+                "target-ms",
+                self.target_ms,
+                self.target_ms is None or 0.0 < self.target_ms < inf,
+                "a time above 0",
+            ),
+            ("keep", self.keep, self.keep is None or 0.0 < self.keep <= 1.0, "a share above 0, up to 100%"),
+            ("max-stages", self.max_stages, 1 <= self.max_stages <= 4, "1..4"),
+            ("evaluations", self.evaluations, 0 <= self.evaluations <= 10_000, "0..10000"),
+            ("max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more"),
+            ("nms-thresholds", self.nms_thresholds, _are_thresholds(self.nms_thresholds), "values in (0, 1]"),
+        )
+        for name, value, holds, rule in bounds:
+            if not holds:
+                raise ScheduleError(f"--{name}: expected {rule}, got {value}")
+
+
+class Measure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A mean with its 95 % interval."""
+
+    value: float
+    interval_95: tuple[float, float]
+
+
+class Fidelity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How near a schedule is to keep-all on one part of the samples."""
+
+    samples: int
+    kl: Measure
+    """Nats."""
+    agreement: Measure
+    """Share of samples with the same answer tokens."""
+
+
+class FrontPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A schedule that no cheaper one beats on the search samples."""
+
+    stages: tuple[tuple[int, int], ...]
+    """(layer, keep)."""
+    first_token_ms: float
+    """Predicted."""
+    flops: float
+    """Of the prefill with the vision tower, mean over the samples."""
+    average_keep: float
+    """Of the largest picture."""
+    search: Fidelity
+    held_out: Fidelity
+
+
+class SingleStage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The divergence of one stage alone, on the search samples."""
+
+    layer: int
+    keep: int
+    kl: float
+
+
+class Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The samples."""
+
+    sha256: str
+    """Of questions and pictures."""
+    samples: int
+    search: int
+    held_out: int
+    pictures: int
+    num_visual: tuple[int, int]
+    """Fewest and most visual tokens of a picture."""
+    num_text: tuple[int, int]
+    """Shortest and longest prompt in text tokens."""
+
+
+class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Fixed shapes that fit the samples."""
+
+    image_sizes: tuple[tuple[int, int], ...]
+    """(width, height) of pictures with exact shapes."""
+    text_buckets: tuple[int, ...]
+    largest_rounds: int
+    """That the NMS of the chosen schedule took on any sample."""
+
+
+class Accuracy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Exact matches with the samples' own answers, on the held-out samples that have some."""
+
+    samples: int
+    keep_all: Measure
+    chosen: Measure
+    difference: Measure
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The file."""
+
+    schema_version: int
+    options: Options
+    data: Data
+    rule: str
+    """Why the schedule was chosen, in words."""
+    schedule: Schedule
+    """The chosen one, with NMS rounds for the bundle."""
+    shapes: Shapes
+    chosen: FrontPoint
+    usual: FrontPoint | None
+    """``trio-export``'s schedule of the average keep nearest below the chosen one's, with default settings."""
+    compared_by: CostKind
+    keep_all_ms: float
+    """Predicted time without any stage."""
+    keep_all_flops: float
+    prediction: str
+    """How far off such predictions were where they could be compared."""
+    accuracy: Accuracy | None
+    quantization: QuantizationReport | None
+    """None where neither vision graph, decoder, head nor a KV cache is quantized."""
+    quantized_held_out: Fidelity | None
+    """The chosen schedule with quantized weights and KV caches against keep-all in floating point."""
+    front: list[FrontPoint]
+    settings: list[Tried]
+    single_stages: list[SingleStage]
+    importance: list[LayerImportance]
+    num_measured: int
+    """Schedules that were measured on the search samples."""
+    revision: str | None
+    compute_dtype: str
+    versions: dict[str, str]
+
+
+class _DataHead(msgspec.Struct):
+    sha256: str | None = None
+
+
+class _Head(msgspec.Struct):
+    """What a ``--config`` is read for; the rest may be of another release."""
+
+    options: Options
+    data: _DataHead | None = None
+
+
+def read_options(path: Path) -> tuple[Options, str | None]:
+    """Return the options of a ``calibration.json``, and the digest of the samples that it was made with.
+
+    A file that holds ``{"options": …}`` alone will do.
+
+    Raises:
+        DataError: If it is not such a file.
+    """
+    try:
+        head = msgspec.json.decode(path.read_bytes(), type=_Head)
+    except OSError as error:
+        raise DataError(f"--config {path}: cannot be read ({error.strerror}); check the name") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"--config {path}: expected a calibration.json with 'options', got something else ({reason});"
+            " make one with trio-calibrate"
+        ) from None
+    return head.options, None if head.data is None else head.data.sha256
+
+
+def json_of(calibration: Calibration) -> bytes:
+    """Return the file's bytes."""
+    return msgspec.json.format(msgspec.json.encode(calibration), indent=1) + b"\n"
+
+
+def _are_thresholds(values: tuple[float, ...]) -> bool:
+    return all(0.0 < value <= 1.0 for value in values)

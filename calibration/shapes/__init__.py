@@ -1,0 +1,1 @@
+"""Synthetic images of shapes and digits, with questions and answers."""
