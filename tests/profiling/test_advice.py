@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.runtime.test_profiling_page import bundle_profile, graph
+from tests.profiling.test_page import bundle_profile, graph
 from trio_edge.profiling.measure.distribution import distribution
 from trio_edge.profiling.report.advice import advise
 from trio_edge.profiling.report.profile import BundleProfile, GraphProfile
