@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trio_edge.profiling.predict.models import MODELS
 from trio_edge.profiling.predict.speed import Efficiency, Formats, Rates, graph_time
 from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
 from trio_edge.trio.cost.devices import TARGETS
-from trio_edge.trio.cost.models import MODELS
 from trio_edge.trio.cost.work import Work, head_work, range_work, vision_work
 
 if TYPE_CHECKING:

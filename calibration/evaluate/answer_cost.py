@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trio_edge.runtime.prompts.clip_text import num_clip_texts
+from trio_edge.runtime.bundle.graph_io import num_clip_texts
 from trio_edge.trio.cost.flops import ModelShape, decoder_layer_flops, head_flops, reduction_cost
 from trio_edge.trio.cost.work import clip_text_flops, reduce_flops
 

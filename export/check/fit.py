@@ -33,7 +33,7 @@ from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.trio.budgets import combined_schedule, parse_keep
 from trio_edge.trio.cost.flops import ModelShape, VisionShape
 from trio_edge.trio.cost.memory import Texts, Tiles, TokenSelection, largest_activations, scratch_before
-from trio_edge.trio.cost.models import layer_weights
+from trio_edge.trio.cost.shapes import layer_weights
 from trio_edge.trio.cost.work import repeated_weights
 
 if TYPE_CHECKING:

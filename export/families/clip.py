@@ -16,8 +16,8 @@ from trio_edge.export.families.config_files import load_config
 from trio_edge.export.graphs.clip_text import ClipText
 from trio_edge.export.graphs.vision.clip import Vision, VisionWithPatches
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.graph_io import num_clip_texts
 from trio_edge.runtime.bundle.manifest import ClipTextSpec, TensorSpec
-from trio_edge.runtime.prompts.clip_text import num_clip_texts
 from trio_edge.trio.cost.flops import clip_text_flops
 
 if TYPE_CHECKING:

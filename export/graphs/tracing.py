@@ -18,9 +18,8 @@ from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
 from trio_edge.export.quantize.unpacking import read_weight
 from trio_edge.export.token_selectors import needs_previous, stage_selector
-from trio_edge.runtime.bundle.graph_io import head_tensors, range_tensors, select_tensors
+from trio_edge.runtime.bundle.graph_io import CLIP_TEXT, head_tensors, range_tensors, select_tensors
 from trio_edge.runtime.bundle.manifest import GraphSpec, TensorSpec
-from trio_edge.runtime.prompts.clip_text import CLIP_TEXT
 from trio_edge.trio.saliency import key_value_gram
 
 if TYPE_CHECKING:

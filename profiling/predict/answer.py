@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 from trio_edge.profiling.predict.efficiency import UNFUSED_SCORE_PASSES, fitted_for, rates_of
 from trio_edge.profiling.predict.speed import Formats, GraphTime, graph_time
 from trio_edge.runtime.bundle.errors import TargetError
-from trio_edge.runtime.prompts.clip_text import CLIP_TEXT
+from trio_edge.runtime.bundle.graph_io import CLIP_TEXT
 from trio_edge.trio.cost.memory import Tiles, largest_activations
-from trio_edge.trio.cost.models import layer_weights, tiles_and_patches, tower_weights
+from trio_edge.trio.cost.shapes import layer_weights, tiles_and_patches, tower_weights
 from trio_edge.trio.cost.work import (
     Work,
     counted_work,
@@ -29,9 +29,9 @@ from trio_edge.trio.cost.work import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from trio_edge.profiling.predict.models import Model
     from trio_edge.runtime.bundle.schedule import Schedule
     from trio_edge.trio.cost.devices import Target
-    from trio_edge.trio.cost.models import Model
     from trio_edge.trio.cost.work import WeightKind
 
 Precision = Literal["float16", "int8", "fp8", "int4"]

@@ -11,12 +11,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.profiling.predict.answer import Precision, Setting
+from trio_edge.profiling.predict.models import find_model, model_of
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.runtime.bundle.graph_io import MAX_TEXT, MOST_TOKENS, bucket_of, text_buckets
+from trio_edge.runtime.bundle.graph_io import (
+    CLIP_TEXT,
+    MAX_TEXT,
+    MOST_TOKENS,
+    bucket_of,
+    num_clip_texts,
+    text_buckets,
+)
 from trio_edge.runtime.bundle.schedule import Schedule
-from trio_edge.runtime.prompts.clip_text import CLIP_TEXT, num_clip_texts
 from trio_edge.trio.cost.memory import Texts, TokenSelection, scratch_before
-from trio_edge.trio.cost.models import find_model, model_of
 from trio_edge.trio.cost.work import (
     clip_text_flops,
     fixed_sizes,
@@ -28,8 +34,8 @@ from trio_edge.trio.cost.work import (
 )
 
 if TYPE_CHECKING:
+    from trio_edge.profiling.predict.models import Model
     from trio_edge.runtime.bundle.manifest import Manifest, TokenMethod
-    from trio_edge.trio.cost.models import Model
     from trio_edge.trio.cost.work import WeightKind
 
 KEEP_ALL = "100%"

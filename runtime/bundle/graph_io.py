@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from trio_edge.runtime.bundle.errors import ManifestError
 from trio_edge.runtime.bundle.manifest import TensorSpec
@@ -16,6 +16,10 @@ PREVIOUS = "previous_hidden_states"
 """What entered the layer before a stage's; output of a layer range, input of the select graph behind it."""
 MAX_CANDIDATES = 64
 """T where the vocabulary is larger: room for top-k sampling, and for the ties that float16 makes."""
+WORD, END = 1, 2
+"""Marks of the tokens of CLIP's texts: a word, and the end, which stands for the whole text; 0 is the start, or padding."""
+CLIP_TEXT: Literal["clip_text"] = "clip_text"
+"""Name and role of the text tower's graph."""
 
 _INT32_PARTS = ("num_visual", "length")
 _PROMPT_PARTS = ("prompt_num_visual", "prompt_length")
@@ -207,3 +211,8 @@ def text_buckets(max_text: int) -> tuple[int, ...]:
 def bucket_of(num_text: int, buckets: Sequence[int]) -> int:
     """Return the first of the ascending ``buckets`` with room for ``num_text`` tokens; a longer prompt is one of its own."""
     return next((bucket for bucket in buckets if bucket >= num_text), num_text)
+
+
+def num_clip_texts(num_tokens: int, *, length: int) -> int:
+    """Return M, the texts of ``length`` tokens, start and end among them, that a question of ``num_tokens`` needs."""
+    return max(1, -(-num_tokens // (length - 2)))

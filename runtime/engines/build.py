@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.fp8 import fp8_refusal
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.runtime.engines.child import HEAD_ROLES, Job, run_job
@@ -29,7 +30,7 @@ from trio_edge.runtime.engines.files import (
     target_name,
     write_engine_set,
 )
-from trio_edge.runtime.engines.host import Host, available_memory_bytes, find_host, fp8_refusal
+from trio_edge.runtime.engines.host import Host, available_memory_bytes, find_host
 from trio_edge.runtime.engines.package import TensorRT, choose_backend, load_tensorrt
 
 if TYPE_CHECKING:

@@ -5,27 +5,18 @@ CLIP reads texts of a fixed length, 77 tokens with a start and an end. A longer 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.runtime.bundle.graph_io import CLIP_TEXT, END, WORD, num_clip_texts
 from trio_edge.runtime.prompts.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.runtime.bundle.reader import Bundle
-
-WORD, END = 1, 2
-"""Marks of a text's tokens: a word, and the end, which stands for the whole text; 0 is the start, or padding."""
-CLIP_TEXT: Literal["clip_text"] = "clip_text"
-"""Name and role of the text tower's graph."""
-
-
-def num_clip_texts(num_tokens: int, *, length: int) -> int:
-    """Return M, the texts of ``length`` tokens, start and end among them, that a question of ``num_tokens`` needs."""
-    return max(1, -(-num_tokens // (length - 2)))
 
 
 @final

@@ -24,11 +24,11 @@ from trio_edge.calibration.search.report.calibration_file import Fidelity, Measu
 from trio_edge.calibration.search.space import make_space
 from trio_edge.calibration.search.wish import Wish
 from trio_edge.profiling.predict.answer import Setting, predict
+from trio_edge.profiling.predict.models import find_model
 from trio_edge.runtime.bundle.errors import DataError, ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.budgets import parse_schedule
 from trio_edge.trio.cost.devices import find_target
-from trio_edge.trio.cost.models import find_model
 
 MODEL = find_model("llava-next-7b")
 SIZES = {"B": 5, "N": 2880}

@@ -19,6 +19,7 @@ from benchmarks.predict_validation import predicted_ms, read_figures
 from trio_edge.profiling import cli as cli_profile
 from trio_edge.profiling.predict.answer import graph_runs, predict
 from trio_edge.profiling.predict.efficiency import FITTED, fitted_for, rates_of
+from trio_edge.profiling.predict.models import MODELS
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.profiling.predict.speed import Formats, Rates, graph_time
 from trio_edge.profiling.predict.sweep import choose, nearest_text, parse_sweep, parse_wish, sweep
@@ -27,7 +28,6 @@ from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import print_table, wide_console
 from trio_edge.trio.budgets import parse_schedule
 from trio_edge.trio.cost.devices import TARGETS
-from trio_edge.trio.cost.models import MODELS
 from trio_edge.trio.cost.work import graph_work, range_work
 
 if TYPE_CHECKING:

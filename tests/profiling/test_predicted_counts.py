@@ -13,6 +13,7 @@ from tests.spec.test_selectors_through_bundles import STAGE_METHODS
 from trio_edge.export.check.fit import FitInputs, Picture, estimate
 from trio_edge.export.checkpoints.checkpoint import ALIASES
 from trio_edge.profiling.predict.answer import memory_of
+from trio_edge.profiling.predict.models import MODELS
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.reader import open_bundle
@@ -28,7 +29,7 @@ from trio_edge.trio.cost.flops import (
     selection_flops,
     vision_flops,
 )
-from trio_edge.trio.cost.models import MODELS, tiles_and_patches, tower_weights
+from trio_edge.trio.cost.shapes import tiles_and_patches, tower_weights
 from trio_edge.trio.cost.work import (
     counted,
     counted_work,

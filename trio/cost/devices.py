@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from trio_edge.runtime.bundle.errors import TargetError
-from trio_edge.runtime.engines.host import fp8_refusal
+from trio_edge.runtime.bundle.fp8 import fp8_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from trio_edge.runtime.prompts.clip_text import num_clip_texts
+from trio_edge.runtime.bundle.graph_io import num_clip_texts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

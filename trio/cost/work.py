@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
-from trio_edge.runtime.prompts.clip_text import num_clip_texts
-from trio_edge.trio.cost.models import layer_matrices, layer_weights, tiles_and_patches
+from trio_edge.runtime.bundle.graph_io import num_clip_texts
+from trio_edge.trio.cost.shapes import layer_matrices, layer_weights, tiles_and_patches
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from trio_edge.runtime.prompts.clip_text import END, WORD
+from trio_edge.runtime.bundle.graph_io import END, WORD
 from trio_edge.trio.selectors.tokens.candidates import unit_rows
 
 if TYPE_CHECKING:

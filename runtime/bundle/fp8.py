@@ -1,0 +1,32 @@
+"""FP8: which GPUs have it, and one line for those that have not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FIRST_CAPABILITY = 89
+"""Compute capability of Ada. tensorrt-rtx 1.7 compiles no graph with FP8 for 8.6."""
+
+
+def fp8_refusal(
+    formats: Mapping[Any, str | None], *, capability: int, where: str, device: str | None = None
+) -> str | None:
+    """Return why a GPU cannot run what is in FP8; None if it can, or nothing is.
+
+    Args:
+        formats: Of each part.
+        capability: The GPU's compute capability, as 89.
+        where: What named the GPU, for the message.
+        device: The GPU's name.
+    """
+    parts = [part for part, kind in formats.items() if kind == "fp8"]
+    if not parts or capability >= FIRST_CAPABILITY:
+        return None
+    return (
+        f"{where}: expected compute capability 8.9 or later (Ada, Hopper, Blackwell, Jetson Thor), as {', '.join(parts)}"
+        f" {'is' if len(parts) == 1 else 'are'} in FP8, got {capability / 10:.1f}{f' of {device}' if device else ''};"
+        " export with int8 in place of fp8"
+    )
