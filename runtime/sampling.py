@@ -6,7 +6,7 @@ The most likely tokens alone, which a device returns, suffice for greedy decodin
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple, final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 
@@ -15,14 +15,7 @@ from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-
-class TopTokens(NamedTuple):
-    """The most likely tokens, descending; the order of equals is free."""
-
-    ids: NDArray[np.int32]
-    """[T]."""
-    logits: NDArray[np.float32]
-    """[T]."""
+    from trio_edge.runtime.buffers.decoder import TopTokens
 
 
 @final

@@ -56,7 +56,7 @@ def selected_graphs(bundle: Bundle, names: Sequence[str] | None) -> list[GraphSp
 
 def check_tensors(spec: GraphSpec, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> None:
     """Raise ShapeError unless ``tensors`` are exactly the inputs and outputs of ``spec`` in name, dtype and shape."""
-    expected = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
+    expected = {tensor.name: tensor for tensor in spec.tensors}
     if tensors.keys() != expected.keys():
         odd = sorted(tensors.keys() ^ expected.keys())
         raise ShapeError(f"{spec.name}: expected the tensors {', '.join(list(expected)[:5])}…, odd are {odd}")

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from trio_edge.runtime.backends.interface import check_tensors, selected_graphs
-from trio_edge.runtime.backends.memory import check_memory, estimate
+from trio_edge.runtime.buffers.memory import check_memory, estimate
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
 from trio_edge.runtime.devices.host import HostDevice

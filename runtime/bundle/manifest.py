@@ -1,7 +1,7 @@
 """The manifest (``trio.json``): the only description of a bundle. Export writes it once, everything else reads it.
 
 Symbols in shapes: N visual tokens (padded), S sequence rows of a graph (padded), C rows of its past KV cache, R rows
-of the sequence after a selection (padded); of a vision graph also B picture tiles, or P patches and W windows; of CLIP's
+of the sequence after a selection (padded); of a vision graph also B image tiles, or P patches and W windows; of CLIP's
 text tower M texts. All other axes are numbers.
 """
 
@@ -39,7 +39,7 @@ PART_FROM_ROLE: dict[Role, Part] = {
 }
 """Which part the graphs that can be quantized belong to."""
 TokenMethod = Literal["visionzip", "holov", "scope", "divprune", "cdpruner", "eadp", "uniform"]
-"""Selections among a picture's visual tokens before the decoder."""
+"""Selections among an image's visual tokens before the decoder."""
 
 
 class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,6 +86,15 @@ class GraphSpec(_Spec, frozen=True):
     def input_names(self) -> tuple[str, ...]:
         """Names of the inputs in graph order."""
         return tuple(tensor.name for tensor in self.inputs)
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Inputs, then outputs, in graph order."""
+        return (*self.inputs, *self.outputs)
+
+    def tensor(self, name: str) -> TensorSpec:
+        """Return the input or output called ``name``."""
+        return next(tensor for tensor in self.tensors if tensor.name == name)
 
 
 class StoredTensor(_Spec, frozen=True):
@@ -148,7 +157,7 @@ class VisionDimensions(_Spec, frozen=True):
     hidden_size: int
     intermediate_size: int
     patches_per_tile: int | None
-    """With the class token; None where the whole picture of P patches is one tile."""
+    """With the class token; None where the whole image of P patches is one tile."""
     projector_weights: int
     """Weights that each visual token is multiplied with."""
     mlp_matrices: int = 2
@@ -189,15 +198,15 @@ class ClipTextSpec(_Spec, frozen=True):
 
 
 class ImageSize(_Spec, frozen=True):
-    """A picture size that the bundle has exact shapes for."""
+    """An image size that the bundle has exact shapes for."""
 
     width: int
     height: int
     """In pixels."""
     num_visual: int
-    """Visual tokens that such a picture gives."""
+    """Visual tokens that such an image gives."""
     rows: int
-    """N that it runs at; more than ``num_visual`` only where a stage keeps more than the picture has."""
+    """N that it runs at; more than ``num_visual`` only where a stage keeps more than the image has."""
 
 
 class Cost(_Spec, frozen=True):
@@ -214,7 +223,7 @@ class Cost(_Spec, frozen=True):
     full_kv_bytes: int
     reduced_kv_bytes: int
     picture_tokens: int | None = None
-    """Visual tokens of the same picture without encoder reduction; None if they are ``num_visual``."""
+    """Visual tokens of the same image without encoder reduction; None if they are ``num_visual``."""
 
 
 class Manifest(_Spec, frozen=True):
@@ -230,11 +239,11 @@ class Manifest(_Spec, frozen=True):
     dimensions: Dimensions
     schedule: Schedule
     visual_sizes: tuple[int, ...]
-    """Every N, rows of the visual span in a prefill, ascending; pictures are padded to one of them."""
+    """Every N, rows of the visual span in a prefill, ascending; images are padded to one of them."""
     image_sizes: tuple[ImageSize, ...]
-    """Picture sizes that were exported for; empty if any picture is as good as another."""
+    """Image sizes that were exported for; empty if any image is as good as another."""
     text_buckets: tuple[int, ...]
-    """Text tokens (before and after the picture together) are padded to one of these, ascending."""
+    """Text tokens (before and after the image together) are padded to one of these, ascending."""
     max_new_tokens: int
     max_position: int
     """Positions the model was made for."""
@@ -243,7 +252,7 @@ class Manifest(_Spec, frozen=True):
     text: TextSpec
     image_processing: dict[str, Any]
     encoder_keep: int | None
-    """Patches per tile, or visual tokens of the picture, that the vision graph keeps; None for all."""
+    """Patches per tile, or visual tokens of the image, that the vision graph keeps; None for all."""
     token_method: TokenMethod | None
     """What the reduce graph between vision and prefix selects by; None without one."""
     token_keep: int | None
@@ -387,12 +396,12 @@ class Manifest(_Spec, frozen=True):
 
     @property
     def average_keep(self) -> float:
-        """Mean over layers of the visual tokens processed, as a fraction of the picture's before any reduction."""
+        """Mean over layers of the visual tokens processed, as a fraction of the image's before any reduction."""
         whole = self.cost.picture_tokens or self.cost.num_visual
         return self.average_keep_of(self.cost.num_visual) * self.cost.num_visual / whole
 
     def average_keep_of(self, num_visual: int) -> float:
-        """Return the mean over layers of the visual tokens processed, as a fraction of a picture's ``num_visual``."""
+        """Return the mean over layers of the visual tokens processed, as a fraction of an image's ``num_visual``."""
         if num_visual == 0:
             return 1.0
         entering = num_visual if self.token_keep is None else min(self.token_keep, num_visual)

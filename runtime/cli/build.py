@@ -22,8 +22,10 @@ from rich.progress import (
 )
 
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run, whole_table, wide_console
+from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run
 from trio_edge.runtime.cli.interruption import interruptible
+from trio_edge.runtime.cli.tables import whole_table, wide_console
+from trio_edge.runtime.devices.machine import l4t_release
 from trio_edge.runtime.engines.build import (
     BuildOptions,
     BuildPlan,
@@ -32,7 +34,6 @@ from trio_edge.runtime.engines.build import (
     build_engines,
     plan_build,
 )
-from trio_edge.runtime.engines.host import l4t_release
 from trio_edge.runtime.engines.needs import BuildNeeds, build_needs, in_words
 from trio_edge.runtime.engines.package import ENGINES_BACKENDS_HELP
 

@@ -139,14 +139,14 @@ def _layers(graph: GraphSpec) -> str:
 
 
 def _visual_sizes(manifest: Manifest) -> str:
-    """Return the counts that pictures are padded to, and what padding is left."""
+    """Return the counts that images are padded to, and what padding is left."""
     parts = [
         f"{size.num_visual} for {size.width}x{size.height}"
         + (f" (+{size.rows - size.num_visual} padding)" if size.rows > size.num_visual else " (no padding)")
         for size in manifest.image_sizes
     ]
     if manifest.max_visual > max((size.rows for size in manifest.image_sizes), default=0):
-        parts.append(f"any picture padded to {manifest.max_visual}")
+        parts.append(f"any image padded to {manifest.max_visual}")
     return ", ".join(parts)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.devices.interface import DeviceTensor, Event, PitchedRows, array_at
-from trio_edge.runtime.engines.host import available_memory_bytes, find_gpu, is_jetson
+from trio_edge.runtime.devices.machine import available_memory_bytes, find_gpu, is_jetson
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Profile, TensorSpec
 
 ALIGNMENT = 256
 """Bytes; TensorRT wants the address of every I/O tensor to be a multiple of it."""
@@ -182,7 +182,7 @@ class LoadedGraphs:
     engines: dict[str, Engine]
     """By graph name."""
     memory: dict[str, int]
-    """Bytes of device memory by what they are for, as ``device_memory.estimate`` names it."""
+    """Bytes of device memory by what they are for, as ``buffers.memory.estimate`` names it."""
     notes: list[str] = field(default_factory=list)
     """What is not as it should be and does no harm, each in one line."""
 
@@ -214,6 +214,11 @@ def find_profile(spec: GraphSpec, sizes: Mapping[str, int]) -> Profile:
 def shape_at(shape: tuple[int | str, ...], profile: Profile) -> tuple[int, ...]:
     """Return a tensor's shape at a profile."""
     return tuple(profile.sizes[size] if isinstance(size, str) else size for size in shape)
+
+
+def largest_shape(spec: GraphSpec, tensor: TensorSpec) -> tuple[int, ...]:
+    """Return the shape that has room for a tensor of ``spec`` in every profile."""
+    return max((shape_at(tensor.shape, profile) for profile in spec.profiles), key=math.prod)
 
 
 def aligned(num_bytes: int) -> int:

@@ -16,6 +16,7 @@ from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.fp8 import fp8_refusal
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec
 from trio_edge.runtime.bundle.reader import sha256_of
+from trio_edge.runtime.devices.machine import Host, available_memory_bytes, find_host
 from trio_edge.runtime.engines.child import HEAD_ROLES, Job, run_job
 from trio_edge.runtime.engines.estimate import BuildMemory, estimate_memory
 from trio_edge.runtime.engines.files import (
@@ -25,12 +26,11 @@ from trio_edge.runtime.engines.files import (
     TIMING_CACHE_NAME,
     EngineEntry,
     EngineSet,
-    engines_beside,
+    atomic_engines,
     read_engine_set,
     target_name,
     write_engine_set,
 )
-from trio_edge.runtime.engines.host import Host, available_memory_bytes, find_host
 from trio_edge.runtime.engines.package import TensorRT, choose_backend, load_tensorrt
 
 if TYPE_CHECKING:
@@ -293,7 +293,7 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
     """
     gpu = plan.host.gpu
     manifest_digest = sha256_of(plan.bundle.folder / MANIFEST_NAME)
-    beside = engines_beside(
+    beside = atomic_engines(
         plan.folder, num_bytes=plan.disk_bytes, before_rename=lambda: _check_unchanged(plan)
     )
     with beside as folder:

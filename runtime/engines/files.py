@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import msgspec
 
 from trio_edge.runtime.bundle.errors import BackendError, DataError
+from trio_edge.runtime.bundle.files import atomic_folder, check_place, write_output
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, Profile
 from trio_edge.runtime.bundle.reader import LARGEST_HASHED_BYTES, Bundle, sha256_of
-from trio_edge.runtime.files import check_place, folder_beside, write_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from trio_edge.runtime.engines.host import Host
+    from trio_edge.runtime.devices.machine import Host
     from trio_edge.runtime.engines.package import EngineBackend
 
 ENGINES_SCHEMA_VERSION = 1
@@ -275,12 +275,12 @@ _WAY_OUT = "make the bundle's folder writable"
 
 
 def check_engines_place(target: Path) -> None:
-    """Raise BackendError if ``engines_beside`` could not write ``target`` now; changes nothing."""
+    """Raise BackendError if ``atomic_engines`` could not write ``target`` now; changes nothing."""
     check_place(target, num_bytes=0, error=BackendError, way_out=_WAY_OUT)
 
 
 @contextmanager
-def engines_beside(
+def atomic_engines(
     target: Path, *, num_bytes: int, before_rename: Callable[[], None] = lambda: None
 ) -> Iterator[Path]:
     """Yield a new folder that becomes ``target`` when the block ends well and vanishes when it does not.
@@ -288,14 +288,14 @@ def engines_beside(
     Args:
         target: The folder of one target's engines; an old one is replaced in one step.
         num_bytes: About what is going to be written, compared with the free space first.
-        before_rename: As ``folder_beside``'s.
+        before_rename: As ``atomic_folder``'s.
 
     Raises:
         BackendError: If nothing can be written there, or the disk is or becomes full.
     """
     made_parent = not target.parent.exists()
     try:
-        with folder_beside(
+        with atomic_folder(
             target,
             num_bytes=num_bytes,
             error=BackendError,

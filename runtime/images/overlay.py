@@ -28,25 +28,25 @@ _BASE_INK = (196, 110, 0)
 
 
 def draw_kept(
-    picture: Image.Image,
+    image: Image.Image,
     boxes: NDArray[np.float32],
     kept: Sequence[NDArray[np.integer]],
     *,
     captions: Sequence[str] = (),
     overview: range | None = None,
 ) -> Image.Image:
-    """Return the picture once per stage, with the tokens that the stage kept.
+    """Return the image once per stage, with the tokens that the stage kept.
 
     Patches of the grid (or of the only tile) that were kept stay bright, the rest is dark and grey. Patches
-    of the tile that shows the whole picture (LLaVA-NeXT's base tile, InternVL's thumbnail) that were kept are
+    of the tile that shows the whole image (LLaVA-NeXT's base tile, InternVL's thumbnail) that were kept are
     orange outlines, because they lie over the same places. Newlines cannot be drawn, but count in the caption.
 
     Args:
-        picture: RGB.
+        image: RGB.
         boxes: [N, 4], from ``token_boxes``.
         kept: For each stage the indices of its tokens among the N original ones.
         captions: For each stage a title such as "layer 5".
-        overview: Tokens of the tile that shows the whole picture. By default those that come before the boxes
+        overview: Tokens of the tile that shows the whole image. By default those that come before the boxes
             start again at the top, as in LLaVA-NeXT; none if they never do.
 
     Raises:
@@ -66,7 +66,7 @@ def draw_kept(
         [f"stage {i + 1}" for i in range(len(kept))] if len(kept) else ["no selection"]
     )
     panels = [
-        _panel(picture, boxes, indices, outlined=outlined, title=title)
+        _panel(image, boxes, indices, outlined=outlined, title=title)
         for indices, title in zip(stages, titles)
     ]
     width = sum(panel.width for panel in panels) + _MARGIN * (len(panels) + 1)
@@ -85,16 +85,16 @@ def _first_run(boxes: NDArray[np.float32]) -> range:
 
 
 def _panel(
-    picture: Image.Image,
+    image: Image.Image,
     boxes: NDArray[np.float32],
     indices: NDArray[np.integer],
     *,
     outlined: range,
     title: str,
 ) -> Image.Image:
-    scale = _PANEL_SIDE / max(picture.size)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    bright = picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+    scale = _PANEL_SIDE / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    bright = image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
     is_outlined = (indices >= outlined.start) & (indices < outlined.stop)
     patches = _pixel_boxes(boxes, indices[~is_outlined], scale=scale)
     outlines = _pixel_boxes(boxes, indices[is_outlined], scale=scale)
@@ -111,8 +111,8 @@ def _panel(
     )
 
 
-def _darkened(picture: Image.Image) -> Image.Image:
-    return ImageEnhance.Brightness(ImageEnhance.Color(picture).enhance(0.2)).enhance(0.36)
+def _darkened(image: Image.Image) -> Image.Image:
+    return ImageEnhance.Brightness(ImageEnhance.Color(image).enhance(0.2)).enhance(0.36)
 
 
 def _pixel_boxes(boxes: NDArray[np.float32], indices: NDArray[np.integer], *, scale: float) -> list[Box]:

@@ -83,7 +83,7 @@ INTERNVL_TEMPLATE = (
     "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""ChatML of InternVL3, where a checkpoint has none; the exporter adds the marks around the picture."""
+"""ChatML of InternVL3, where a checkpoint has none; the exporter adds the marks around the image."""
 
 MISTRAL_TEMPLATE = (
     "{% for message in messages %}"
@@ -107,7 +107,7 @@ def build_messages(
 
     Args:
         prompt: The user's text.
-        has_image: Whether there is a picture.
+        has_image: Whether there is an image.
         history: Earlier messages with the roles user and assistant; not changed.
         system: System prompt, if any.
     """
@@ -285,7 +285,7 @@ def _raise_exception(message: object) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Return JSON types only: pictures, arrays and other objects have methods that a template could call."""
+    """Return JSON types only: images, arrays and other objects have methods that a template could call."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     for plain_type in (str, int, float):

@@ -14,10 +14,10 @@ import pytest
 from tests.engine_bundles import GPU, HOST, copy_bundle
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli import build as cli_build
-from trio_edge.runtime.engines import host as engine_host
+from trio_edge.runtime.devices import machine as engine_host
+from trio_edge.runtime.devices.machine import find_gpu, l4t_release
 from trio_edge.runtime.engines import needs as module
 from trio_edge.runtime.engines.build import BuildOptions
-from trio_edge.runtime.engines.host import find_gpu, l4t_release
 from trio_edge.runtime.engines.needs import BuildNeeds, build_needs
 
 trt: Any = pytest.importorskip(

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from trio_edge.runtime.devices.machine import Host
     from trio_edge.runtime.engines.files import Engines
-    from trio_edge.runtime.engines.host import Host
 
 pytest.importorskip(
     "tensorrt_rtx", reason="needs tensorrt-rtx, which has wheels for x86-64 Linux only; runs in CI"

@@ -3,14 +3,14 @@ import pytest
 from PIL import Image
 
 from trio_edge.runtime.bundle.errors import ShapeError
-from trio_edge.runtime.images.llava import ImageProcessing, token_boxes
+from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.images.overlay import draw_kept
 
-PROCESSING = ImageProcessing(
+PROCESSING = LlavaImages(
     kind="anyres", tile_size=28, patch_size=7, resize_size=28, grid_pinpoints=((28, 56), (56, 56))
 )
 PICTURE = Image.new("RGB", (64, 64), (200, 220, 240))
-BOXES = token_boxes(64, 64, PROCESSING)
+BOXES = PROCESSING.layout(64, 64).boxes
 NUM_BASE = PROCESSING.patches_per_tile
 ORANGE = (255, 153, 0)
 
@@ -36,8 +36,8 @@ def test_base_patches_are_outlined_and_not_brightened():
 
 
 def test_a_single_tile_has_no_base_patches():
-    single = ImageProcessing(kind="single", tile_size=28, patch_size=7, resize_size=28)
-    drawing = draw_kept(PICTURE, token_boxes(64, 64, single), [np.array([0, 5])])
+    single = LlavaImages(kind="single", tile_size=28, patch_size=7, resize_size=28)
+    drawing = draw_kept(PICTURE, single.layout(64, 64).boxes, [np.array([0, 5])])
     assert ORANGE not in _colours(drawing)
 
 
@@ -53,7 +53,7 @@ def test_without_a_stage_the_whole_picture_is_shown():
 
 @pytest.mark.parametrize("size", [(1, 1), (900, 3), (3, 900)], ids=str)
 def test_pictures_of_extreme_sizes_can_be_drawn(size):
-    boxes = token_boxes(*size, PROCESSING)
+    boxes = PROCESSING.layout(*size).boxes
     assert draw_kept(Image.new("RGB", size), boxes, [np.arange(len(boxes))]).width > 100
 
 

@@ -29,7 +29,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux
 
 
 @contextmanager
-def folder_beside(
+def atomic_folder(
     target: Path,
     *,
     num_bytes: int,
@@ -80,14 +80,14 @@ def folder_beside(
 
 
 def check_place(target: Path, *, num_bytes: int, error: type[TrioEdgeError], way_out: str) -> None:
-    """Raise ``error`` if ``folder_beside`` could not create ``target`` now; changes nothing.
+    """Raise ``error`` if ``atomic_folder`` could not create ``target`` now; changes nothing.
 
     For what takes long before it is written.
 
     Args:
         target: The folder to be.
         num_bytes: What is going to be written at least.
-        error: As for ``folder_beside``.
+        error: As for ``atomic_folder``.
         way_out: Likewise.
     """
     # Path.exists raises in a folder that may not be entered

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
+from trio_edge.runtime.buffers.decoder import DecoderBuffers
+from trio_edge.runtime.buffers.vision import VisionBuffers
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.runtime.decoder_buffers import DecoderBuffers
 from trio_edge.runtime.devices.interface import aligned
-from trio_edge.runtime.vision import VisionBuffers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
