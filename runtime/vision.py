@@ -230,7 +230,7 @@ class Vision:
         tensors = self._buffers.tensors(spec, profile)
         for name, array in inputs.items():
             wanted = tensors.get(name)
-            if wanted is None or (array.shape, array.dtype) != (wanted.shape, wanted.dtype):
+            if wanted is None or array.shape != wanted.shape or array.dtype != wanted.dtype:
                 expected = "none" if wanted is None else f"{wanted.dtype} {list(wanted.shape)}"
                 raise ShapeError(
                     f"{spec.name} input {name!r}: expected {expected}, got {array.dtype} {list(array.shape)}"
