@@ -29,7 +29,8 @@ from trio_edge.runtime.bundle.graph_io import (
     UNSETTLED,
     VISUAL_ROWS,
 )
-from trio_edge.runtime.devices.interface import DeviceTensor, PitchedRows, Timeline, find_profile
+from trio_edge.runtime.devices.interface import DeviceTensor, PitchedRows, find_profile
+from trio_edge.runtime.devices.timeline import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +62,7 @@ class DecoderPrompt:
     text_bucket: int
     """Rows reserved for the text: one of the manifest's buckets, at least T1 + T2."""
     positions: PromptPositions
-    """Of all N + bucket rows."""
+    """Positions of all N + bucket rows."""
 
     @property
     def num_visual(self) -> int:
@@ -180,26 +181,14 @@ class Decoder:
         self._timeline.clear()
         self._next_position = prompt.positions.next
         self._send(prompt, spans)
-        kept_of: dict[int, NDArray[np.int32]] = {}
-        if override is None:
-            self._run(chain, spans, first=0)
-        else:
-            original = np.arange(prompt.num_visual, dtype=np.int32)
-            for stage in range(len(chain.selects)):
-                self._run_range(chain, spans, stage)
-                kept_of[stage] = override(stage, original, spans[stage + 1].num_visual)
-                original = original[kept_of[stage]]
-                self._replace(stage, kept_of[stage], spans, prompt)
-            self._run(chain, spans, first=len(chain.selects))
-        self._fetch()
-        num_repaired = 0
-        while override is None and (found := self._unsettled(after=max(kept_of, default=-1))) is not None:
-            num_repaired += 1
-            kept_of[found] = self._exact(found, spans[found])
-            self._replace(found, kept_of[found], spans, prompt)
-            self._run(chain, spans, first=found + 1)
+        if override is not None:
+            kept_of = self._run_overridden(chain, spans, prompt, override)
             self._fetch()
-        return self._result(spans, kept_of, with_scores=override is None, num_repaired=num_repaired)
+            return self._result(spans, kept_of, has_scores=False)
+        self._run(chain, spans, first=0)
+        self._fetch()
+        kept_of = self._repair(chain, spans, prompt)
+        return self._result(spans, kept_of, has_scores=True)
 
     def decode(self, embedding: NDArray[Any]) -> TopTokens:
         """Run one new token through all layers and return the most likely next ones.
@@ -225,7 +214,8 @@ class Decoder:
         self._enqueue_step()
         self._buffers.step_top.download(device)
         self._done.record()
-        for cache, row in zip(self.caches, self._buffers.new_row):  # while the host samples
+        # The device copies the new rows while the host samples. Their place changes with every token, so no captured sequence can.
+        for cache, row in zip(self.caches, self._buffers.new_row):
             cache.append(device, row, num_rows=1)
         self._next_position += 1
         self._logits = None
@@ -333,6 +323,7 @@ class Decoder:
         device.upload(embeds.rows(0, num_before), text[:num_before])
         device.upload(embeds.rows(start, num_text - num_before), text[num_before:num_text])
         self._place(prompt.visual, embeds.rows(num_before, prompt.num_visual))
+        # Padding rows still hold an earlier prompt: masked rows must be finite, and every answer the same.
         device.clear(embeds.rows(prompt.length, prompt.visual_rows + prompt.text_bucket - prompt.length))
 
     def _place(self, visual: DeviceTensor | NDArray[Any], target: DeviceTensor) -> None:
@@ -365,12 +356,33 @@ class Decoder:
         self._done.record()
         self._done.wait()
 
-    def _unsettled(self, *, after: int) -> int | None:
-        """Return the first stage later than ``after`` whose NMS was not settled."""
-        for stage in range(after + 1, len(self._buffers.selects)):
-            if self._buffers.results.host(f"{UNSETTLED}.{stage}")[0] != 0:
-                return stage
-        return None
+    def _run_overridden(
+        self, chain: _Chain, spans: list[_Span], prompt: DecoderPrompt, override: SelectorOverride
+    ) -> dict[int, NDArray[np.int32]]:
+        """Run the chain with every stage's selection on the host; return the kept indices of each stage."""
+        kept_of: dict[int, NDArray[np.int32]] = {}
+        original = np.arange(prompt.num_visual, dtype=np.int32)
+        for stage in range(len(chain.selects)):
+            self._run_range(chain, spans, stage)
+            kept_of[stage] = override(stage, original, spans[stage + 1].num_visual)
+            original = original[kept_of[stage]]
+            self._replace(stage, kept_of[stage], spans, prompt)
+        self._run(chain, spans, first=len(chain.selects))
+        return kept_of
+
+    def _repair(
+        self, chain: _Chain, spans: list[_Span], prompt: DecoderPrompt
+    ) -> dict[int, NDArray[np.int32]]:
+        """Redo each stage whose parallel NMS had not settled, exactly and on the host; return their kept indices."""
+        kept_of: dict[int, NDArray[np.int32]] = {}
+        for stage in range(len(chain.selects)):
+            if self._buffers.results.host(f"{UNSETTLED}.{stage}")[0] == 0:
+                continue
+            kept_of[stage] = self._exact(stage, spans[stage])
+            self._replace(stage, kept_of[stage], spans, prompt)
+            self._run(chain, spans, first=stage + 1)
+            self._fetch()  # later stages saw other tokens, so their counters are new
+        return kept_of
 
     def _exact(self, stage: int, span: _Span) -> NDArray[np.int32]:
         hidden = self._download(self._buffers.hidden_out[stage].rows(span.start, span.num_visual))
@@ -417,19 +429,13 @@ class Decoder:
         return array
 
     def _result(
-        self,
-        spans: list[_Span],
-        kept_of: dict[int, NDArray[np.int32]],
-        *,
-        with_scores: bool,
-        num_repaired: int,
+        self, spans: list[_Span], kept_of: dict[int, NDArray[np.int32]], *, has_scores: bool
     ) -> PrefillResult:
         """Return what came back; ``kept_of`` has the stages that were selected on the host."""
         results = self._buffers.results
         self._logits = results.host(LOGITS)[0].copy()
-        result = PrefillResult(
-            logits=self._logits, top=_copied(top_tokens(results)), kept=[], num_repaired=num_repaired
-        )
+        result = PrefillResult(logits=self._logits, top=_copied(top_tokens(results)), kept=[])
+        result.num_repaired = len(kept_of) if has_scores else 0
         original = np.arange(spans[0].num_visual, dtype=np.int32)
         for stage in range(len(spans) - 1):
             indices = kept_of.get(stage)
@@ -437,14 +443,15 @@ class Decoder:
                 indices = results.host(f"{KEPT_INDICES}.{stage}", (spans[stage + 1].num_visual,))
             original = original[indices]
             result.kept.append(original)
-            if with_scores:
+            if has_scores:
                 result.scores.append(results.host(f"{SCORES}.{stage}", (spans[stage].num_visual,)).copy())
         return result
 
     # Decode
 
     def _enqueue_step(self) -> None:
-        """Enqueue all ranges and the head: one by one the first time, which warms them up, then captured as a whole."""
+        """Enqueue all ranges and the head: one by one the first time, then captured as a whole."""
+        # The first run warms the engines up: lazy work, as compiling kernels, may not be captured.
         self._num_steps += 1
         if self._num_steps == 1:
             self._launch_step()
@@ -473,13 +480,10 @@ def _copied(top: TopTokens) -> TopTokens:
     return TopTokens(ids=top.ids.copy(), logits=top.logits.copy())
 
 
-# Exact greedy feature-space NMS on the host, for the rare prompt whose chains outgrow the graph's rounds.
-
-
 def greedy_nms(
     features: NDArray[Any], scores: NDArray[np.float32], *, num_keep: int, threshold: float
 ) -> NDArray[np.int32]:
-    """Return the ``num_keep`` kept tokens in ascending order.
+    """Return the ``num_keep`` kept tokens in ascending order: the select graph's NMS, exactly, for chains that outgrow its rounds.
 
     Tokens are taken by descending score (ties: lower index first); each suppresses the later ones whose cosine
     similarity is at least ``threshold``; suppressed ones fill up, in the same order, if too few survive.

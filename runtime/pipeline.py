@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Statistics:
-    """What one answer cost. Times are wall-clock milliseconds on the host."""
+    """Cost of one answer. Times are wall-clock milliseconds on the host."""
 
     visual_tokens: int = 0
     """Visual tokens of the image, before any selection."""
@@ -98,7 +98,7 @@ class Generation:
         self.image: Image.Image | None = None
         """The image as it was read: upright, RGB."""
         self.layout: ImageLayout | None = None
-        """Of the visual tokens that entered the decoder; filled with the first piece."""
+        """Layout of the visual tokens that entered the decoder; filled with the first piece."""
         self._pieces: list[str] = []
         self._steps = steps(self)
 

@@ -13,7 +13,8 @@ import numpy as np
 from trio_edge.runtime.buffers.vision import VisionBuffers
 from trio_edge.runtime.bundle.errors import ManifestError, ShapeError
 from trio_edge.runtime.bundle.graph_io import REDUCED_TOKENS, VISUAL_TOKENS
-from trio_edge.runtime.devices.interface import DeviceTensor, Timeline, find_profile
+from trio_edge.runtime.devices.interface import DeviceTensor, find_profile
+from trio_edge.runtime.devices.timeline import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,15 +34,15 @@ class PreparedImage(NamedTuple):
 
     layout: ImageLayout
     inputs: dict[str, NDArray[Any]]
-    """Of the vision graph, padded to ``profile``."""
+    """Inputs of the vision graph, padded to ``profile``."""
     profile: Profile
-    """Of the vision graph; its N is the number of visual rows."""
+    """Profile of the vision graph; its N is the number of visual rows."""
     clip_texts: tuple[NDArray[np.int32], NDArray[np.int32]] | None
     """Ids and marks of the question as CLIP's texts, where a selection reads them."""
 
 
 class VisualInput(NamedTuple):
-    """What the decoder is told of an image. The device may still be at work on it."""
+    """The decoder's share of an image. The device may still be at work on it."""
 
     tokens: DeviceTensor | NDArray[Any]
     """[M, D], visual tokens that enter the decoder."""

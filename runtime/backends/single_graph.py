@@ -98,7 +98,7 @@ class SingleGraph:
             )
 
     def milliseconds(self, count: int) -> float:
-        """Return the mean time of ``count`` runs enqueued one behind the other, with the inputs that were sent last."""
+        """Return the mean time of ``count`` runs enqueued one after the other, with the inputs that were sent last."""
         self._start.record()
         for _ in range(count):
             self._enqueue()

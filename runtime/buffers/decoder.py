@@ -59,7 +59,7 @@ class TopTokens(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """What a decode step is told, in pinned memory."""
+    """The host's inputs of a decode step, in pinned memory."""
 
     embedding: NDArray[Any]
     """[D]."""

@@ -1,4 +1,4 @@
-"""How much device memory a bundle takes, before anything is loaded, and whether that much is free.
+"""The device memory that a bundle takes, counted before anything is loaded and compared with what is free.
 
 weights      of all loaded graphs; for TensorRT the sizes of the engine files, which hold them
 KV caches    at their full capacity

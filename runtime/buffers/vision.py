@@ -29,7 +29,7 @@ class VisionBuffers:
         """Allocate everything for the largest profiles."""
         self.graphs = {spec.role: spec for spec in manifest.graphs if spec.role in _ROLES}
         self._blocks: dict[tuple[str, str], Block] = {}
-        """What the host writes or reads, by graph and tensor."""
+        """Tensors that the host writes or reads, by graph and name."""
         self._inner: dict[str, DeviceTensor] = {}
         """Outputs that stay on the device, by name: a later graph finds its input of the same name here."""
         for spec in self.graphs.values():

@@ -25,7 +25,7 @@ CLIP_TEXT: Literal["clip_text"] = "clip_text"
 
 # Decoder layer ranges.
 EMBEDS = "inputs_embeds"
-"""What the range that starts at layer 0 reads; the others read ``HIDDEN``."""
+"""Input of the range that starts at layer 0; the others read ``HIDDEN``."""
 HIDDEN = "hidden_states"
 POSITIONS = "position_ids"
 PAST_LENGTH = "past_length"
@@ -33,7 +33,7 @@ PAST_PREFIX = "past_key_values."
 HIDDEN_OUT = "hidden_states_out"
 PRESENT_PREFIX = "present."
 PREVIOUS = "previous_hidden_states"
-"""What entered the layer before a stage's; output of a layer range, input of the select graph after it."""
+"""Hidden states that entered the layer before a stage's: output of a layer range, input of the select graph after it."""
 
 # Select graphs.
 VISUAL_ROWS = "visual_rows"
@@ -63,7 +63,7 @@ WORD, END = 1, 2
 
 
 class GraphTensors(NamedTuple):
-    """What a graph reads and writes, in order."""
+    """Inputs and outputs of a graph, in order."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -225,13 +225,13 @@ def _text(tensor: TensorSpec) -> str:
     return f"{tensor.name} {tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
 
 
-# The text sizes that prompts are padded to: an exporter's defaults, and which of them a prompt runs at.
+# Text sizes that prompts are padded to
 
 
 MAX_TEXT = 256
-"""Largest prompt in text tokens, where none is wished."""
+"""Largest prompt in text tokens, unless the user chooses another."""
 MOST_TOKENS = 1 << 20
-"""Largest prompt, and longest answer, that can be wished."""
+"""Largest prompt, and longest answer, that can be chosen."""
 _SMALLEST_BUCKET = 32
 
 

@@ -24,10 +24,10 @@ DType = Literal["float32", "float16", "int32", "int64", "int8"]
 FloatType = Literal["float32", "float16"]
 CacheType = Literal["float32", "float16", "int8"]
 StoredType = Literal["float32", "float16", "int32", "int64", "int8", "int4", "float8_e4m3fn"]
-"""Of arrays in weight files; INT4 has two elements in a byte, the first in its low half."""
+"""Element types of arrays in weight files; INT4 has two elements in a byte, the first in its low half."""
 QuantizedFormat = Literal["int8", "fp8", "int4"]
 Part = Literal["vision", "prefix", "segments", "suffix", "select", "head", "embedding", "kv"]
-"""What can be quantized apart."""
+"""Parts of a bundle, each with a format of its own."""
 Role = Literal["vision", "clip_text", "reduce", "prefix", "select", "segment", "suffix", "head"]
 PART_FROM_ROLE: dict[Role, Part] = {
     "vision": "vision",
@@ -37,7 +37,7 @@ PART_FROM_ROLE: dict[Role, Part] = {
     "select": "select",
     "head": "head",
 }
-"""Which part the graphs that can be quantized belong to."""
+"""Part of the graphs that can be quantized."""
 TokenMethod = Literal["visionzip", "holov", "scope", "divprune", "cdpruner", "eadp", "uniform"]
 """Selections among an image's visual tokens before the decoder."""
 
@@ -114,12 +114,12 @@ class StoredTensor(_Spec, frozen=True):
 
 
 class Quantization(_Spec, frozen=True):
-    """How weights, and keys and values in the KV caches, were rounded."""
+    """The rounding of weights, and of keys and values in the KV caches."""
 
     formats: dict[str, QuantizedFormat]
     """By ``Part``."""
     method: Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant", "checkpoint"]
-    """How scales were found; "checkpoint" where its own integers were taken over."""
+    """The search for scales; "checkpoint" where its own integers were taken over."""
     block_size: int | None = None
     """Inputs that share an INT4 scale, where their number is a multiple of it."""
     num_samples: int = 0
@@ -165,7 +165,7 @@ class VisionDimensions(_Spec, frozen=True):
     patches_per_window: int | None = None
     """Patches that a patch attends to in layers with windows; None if all layers attend to the whole tile."""
     num_full_layers: int = 0
-    """Layers that attend to the whole tile beside those with windows."""
+    """Layers that attend to the whole tile, besides those with windows."""
     projected_per_tile: int | None = None
     """Tokens of each tile that the projector sees; None where it sees the decoder's, or P patches are one tile."""
     patches_per_token: int | None = None
@@ -187,7 +187,7 @@ class TextSpec(_Spec, frozen=True):
 
 
 class ClipTextSpec(_Spec, frozen=True):
-    """How questions become texts of a CLIP model."""
+    """Constants that make texts of a CLIP model from questions."""
 
     tokenizer: str
     start_id: int
@@ -254,7 +254,7 @@ class Manifest(_Spec, frozen=True):
     encoder_keep: int | None
     """Patches per tile, or visual tokens of the image, that the vision graph keeps; None for all."""
     token_method: TokenMethod | None
-    """What the reduce graph between vision and prefix selects by; None without one."""
+    """Selection of the reduce graph between vision and prefix; None without one."""
     token_keep: int | None
     """K, visual tokens that the reduce graph passes on."""
     token_embedding: StoredTensor
@@ -274,7 +274,7 @@ class Manifest(_Spec, frozen=True):
     quantization: Quantization | None = None
     """None where all weights and the KV caches are in ``dtype``."""
     clip_text: ClipTextSpec | None = None
-    """Where the reduce graph compares the question in CLIP's space, whose text tower is a graph then."""
+    """Set where the reduce graph compares the question in CLIP's space; its text tower is a graph then."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -307,7 +307,7 @@ class Manifest(_Spec, frozen=True):
             )
         if (self.token_embedding.dtype == "int8") != (self.token_embedding_scales is not None):
             raise ManifestError(
-                f"token_embedding: expected scales beside INT8 rows and nowhere else, got {self.token_embedding.dtype};"
+                f"token_embedding: expected scales with INT8 rows and nowhere else, got {self.token_embedding.dtype};"
                 " export the bundle again"
             )
         for path in sorted(known | used):

@@ -85,7 +85,7 @@ def command(
         **chosen,
     )
     if as_json and not dry_run:
-        raise click.UsageError("--json: expected --dry-run beside it, got none; add it, or read engines.json")
+        raise click.UsageError("--json: expected --dry-run as well, got none; add it, or read engines.json")
     opened = open_bundle(bundle)
     if dry_run:
         return _report(build_needs(opened, options), as_json=as_json)
@@ -158,7 +158,7 @@ def _lines(needs: BuildNeeds) -> dict[str, str]:
         "folder": "none" if plan is None else f"{plan.folder}{f' (keeps {kept})' if kept else ''}",
         "time": f"about {_duration(needs.seconds)}" + _time_note(plan),
         "disk": f"about {needs.disk_bytes / 1e9:.2f} GB; {needs.free_disk_bytes / 1e9:.2f} GB are free",
-        "memory": f"peak about {needs.peak_bytes / 1e9:.2f} GB, of it {needs.mapped_bytes / 1e9:.2f} GB that the system"
+        "memory": f"peak about {needs.peak.peak_bytes / 1e9:.2f} GB, of it {needs.peak.mapped_bytes / 1e9:.2f} GB that the system"
         f" can take back{available}",
         "to run": f"about {sum(needs.run_bytes.values()) / 1e9:.2f} GB on the device ({in_words(needs.run_bytes)})",
         "verdict": _verdict(needs),

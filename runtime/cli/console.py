@@ -1,4 +1,4 @@
-"""What all commands share: errors become one line on standard error and exit code 2."""
+"""The frame of all commands: errors become one line on standard error and exit code 2."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class CudaDevice:
 
     @property
     def name(self) -> str:
-        """See ``Device.name``."""
+        """For messages."""
         return "GPU"
 
     @property
@@ -91,14 +91,14 @@ class CudaDevice:
         return int(self._stream)
 
     def allocate(self, num_bytes: int, *, purpose: str) -> int:
-        """See ``Allocator.allocate``."""
+        """Allocate zeroed device memory."""
         address = int(self._allocated("cudaMalloc", max(1, num_bytes), purpose))
         self._memory.append(address)
         self._call("cudaMemsetAsync", address, 0, num_bytes, self._stream)
         return address
 
     def allocate_pinned(self, num_bytes: int, *, purpose: str) -> NDArray[np.uint8]:
-        """See ``Allocator.allocate_pinned``."""
+        """Allocate zeroed pinned memory."""
         address = int(self._allocated("cudaMallocHost", max(1, num_bytes), f"{purpose}, on the host"))
         self._pinned.append(address)
         memory = array_at(address, shape=(num_bytes,))
@@ -106,32 +106,32 @@ class CudaDevice:
         return memory
 
     def upload(self, target: DeviceTensor, source: NDArray[Any]) -> None:
-        """See ``Device.upload``."""
+        """Copy an array to the device."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call("cudaMemcpyAsync", target.address, source.ctypes.data, source.nbytes, kind, self._stream)
 
     def download(self, target: NDArray[Any], source: DeviceTensor) -> None:
-        """See ``Device.download``."""
+        """Copy to an array on the host."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", target.ctypes.data, source.address, target.nbytes, kind, self._stream)
 
     def copy_rows(self, target: PitchedRows, source: PitchedRows, *, row_bytes: int, num_rows: int) -> None:
-        """See ``Device.copy_rows``."""
+        """Copy rows within the device."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._call("cudaMemcpy2DAsync", *target, *source, row_bytes, num_rows, kind, self._stream)
 
     def clear(self, target: DeviceTensor) -> None:
-        """See ``Device.clear``."""
+        """Write zeros."""
         self._call("cudaMemsetAsync", target.address, 0, target.num_bytes, self._stream)
 
     def event(self) -> Event:
-        """See ``Device.event``."""
+        """Return a new event."""
         event = _CudaEvent(self._call("cudaEventCreate"), stream=self._stream, call=self._call)
         self._events.append(event)
         return event
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """See ``Device.capture``: a CUDA graph."""
+        """Capture a CUDA graph and return what launches it."""
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self._stream, mode)
         captured = executable = None
@@ -151,12 +151,12 @@ class CudaDevice:
         return lambda: self._call("cudaGraphLaunch", executable, self._stream)
 
     def synchronize(self) -> None:
-        """See ``Device.synchronize``; a closed device has nothing to wait for."""
+        """Wait for the stream; a closed device has nothing to wait for."""
         if self._open:
             self._call("cudaStreamSynchronize", self._stream)
 
     def finish(self) -> None:
-        """See ``Device.finish``."""
+        """Wait, and release captured graphs."""
         try:
             self.synchronize()
         finally:
@@ -165,12 +165,12 @@ class CudaDevice:
             self._graphs.clear()
 
     def free_bytes(self) -> int | None:
-        """See ``Device.free_bytes``; on a Jetson with what the system can take back, which CUDA does not count."""
+        """Return the free memory; on a Jetson with what the system can take back, which CUDA does not count."""
         free = int(self._call("cudaMemGetInfo")[0])
         return max(free, available_memory_bytes() or 0) if is_jetson() else free
 
     def close(self) -> None:
-        """See ``Device.close``. Goes on if the driver refuses, so that what can be released is."""
+        """Release everything. It goes on if the driver refuses, so that what can be released is."""
         if not self._open:
             return
         self._open = False

@@ -50,7 +50,7 @@ class Job:
     log_file: Path
     timing_cache: Path
     compute_capabilities: tuple[int, ...]
-    """What to build for ahead of time; empty for this machine's GPU."""
+    """GPUs to build for ahead of time; empty for this machine's."""
     detailed_layers: bool
     dtype: str
     """The bundle's."""

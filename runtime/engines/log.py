@@ -27,7 +27,7 @@ def make_logger(module: Any, on_error: Callable[[str], None]) -> Any:
 
 @final
 class EngineErrors:
-    """What TensorRT has complained about while engines are loaded and run."""
+    """TensorRT's complaints while engines are loaded and run."""
 
     def __init__(self, module: Any) -> None:
         self._texts: list[str] = []

@@ -1,4 +1,4 @@
-"""What the image processing of all families shares: its JSON, its pixel arithmetic, and the names in checkpoints' files."""
+"""Parts of image processing that all families share: the JSON, the pixel arithmetic, and the names in checkpoints' files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ImageConstants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class PixelConstants(Protocol):
-    """How levels become numbers."""
+    """Constants that turn grey levels into numbers."""
 
     @property
     def do_rescale(self) -> bool:

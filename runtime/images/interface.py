@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class ImageProcessing(Protocol):
-    """What a bundle does with images."""
+    """A bundle's image processing."""
 
     @property
     def encoder_keep(self) -> int | None:

@@ -52,7 +52,7 @@ _PROCESSOR = "GotOcr2ImageProcessor"
 
 @final
 class InternVlImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind", tag=KIND):
-    """See ``ImageProcessing``: tiles of a grid, row by row, and a thumbnail of the whole image last."""
+    """Image processing with tiles of a grid, row by row, and a thumbnail of the whole image last."""
 
     tile_size: Size
     """T, side of the vision encoder's square input in pixels."""
@@ -117,13 +117,13 @@ class InternVlImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind"
         return _best_grid(width, height, self)
 
     def sizes(self, width: int, height: int) -> dict[str, int]:
-        """See ``ImageProcessing.sizes``; B is the number of tiles, the thumbnail among them."""
+        """Return B, the number of tiles with the thumbnail, and N."""
         rows, columns = self.grid(width, height)
         tiles = _with_thumbnail(rows * columns)
         return {"B": tiles, "N": tiles * self.tokens_per_tile}
 
     def any_image_sizes(self) -> tuple[dict[str, int], ...]:
-        """See ``ImageProcessing.any_image_sizes``: the largest N with a few numbers of tiles.
+        """Return the largest N with a few numbers of tiles.
 
         Each number of tiles is about half of the next one: an engine has few profiles, and no image pays for much more
         than twice its tiles.
@@ -137,7 +137,7 @@ class InternVlImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind"
         return tuple({"B": count, "N": most} for count in sorted(wanted))
 
     def layout(self, width: int, height: int) -> ImageLayout:
-        """See ``ImageProcessing.layout``; the overview is the thumbnail."""
+        """Return the layout of an image; the overview is the thumbnail."""
         rows, columns = self.grid(width, height)
         side, sizes = self.tokens_per_side, self.sizes(width, height)
         x, y = np.linspace(0, width, columns * side + 1), np.linspace(0, height, rows * side + 1)
@@ -151,7 +151,7 @@ class InternVlImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind"
         return ImageLayout(width=width, height=height, sizes=sizes, boxes=boxes, overview=overview)
 
     def prepare(self, image: Image.Image, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[Any]]:
-        """See ``ImageProcessing.prepare``.
+        """Return the vision graph's inputs; arguments and errors are those of ``ImageProcessing.prepare``.
 
         Returns:
             ``pixel_values`` float32 [B, 3, T, T], padded with tiles of zeros; ``token_index`` int32 [N], padded with 0.

@@ -21,7 +21,7 @@ _AXES = {"B": "tiles", "N": "visual tokens", "P": "patches", "W": "attention win
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ImageLayout:
-    """What follows from an image's size alone; computed once for each image."""
+    """Facts that follow from an image's size alone; computed once for each image."""
 
     width: int
     """In pixels."""
@@ -38,7 +38,7 @@ class ImageLayout:
     overview: range = range(0)
     """Visual tokens of a tile that shows the whole image besides finer ones; for drawing."""
     patches_per_tile: int = 0
-    """Where the vision graph drops patches tile by tile: the patches of a tile."""
+    """Patches of a tile, where the vision graph drops some of each."""
 
     @property
     def num_visual(self) -> int:

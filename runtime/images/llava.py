@@ -53,7 +53,7 @@ _PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 @final
 class LlavaImages(ImageConstants, frozen=True, kw_only=True):
-    """See ``ImageProcessing``: square tiles with a token per patch, and newlines between rows of a grid. Sizes are in pixels."""
+    """Image processing with square tiles, a token per patch, and newlines after the rows of a grid. Sizes are in pixels."""
 
     kind: Literal["single", "anyres"]
     """"single": one crop (LLaVA-1.5). "anyres": a base tile and a grid of tiles (LLaVA-NeXT)."""
@@ -141,7 +141,7 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         return self.patches_per_side**2
 
     def sizes(self, width: int, height: int) -> dict[str, int]:
-        """See ``ImageProcessing.sizes``; B is the number of tiles, and N counts newlines."""
+        """Return B, the number of tiles, and N, which counts newlines."""
         check_not_empty(width, height)
         tiles, tokens = 1, self.patches_per_tile
         if self.kind == "anyres":
@@ -151,7 +151,7 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         return {"B": tiles, "N": tokens if self.encoder_keep is None else tiles * self.encoder_keep}
 
     def any_image_sizes(self) -> tuple[dict[str, int], ...]:
-        """See ``ImageProcessing.any_image_sizes``: the largest N with every possible number of tiles.
+        """Return the largest N with every possible number of tiles.
 
         A grid of R x C patches gives P + R(C + 1) tokens less what unpadding removes. An image of exactly the
         grid's size selects that grid (no grid shows more of it, none wastes less) and loses nothing, so the
@@ -163,7 +163,7 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         return tuple({"B": count, "N": most} for count in sorted({sizes["B"] for sizes in found}))
 
     def layout(self, width: int, height: int) -> ImageLayout:
-        """See ``ImageProcessing.layout``; the overview is the base tile.
+        """Return the layout of an image; the overview is the base tile.
 
         A patch of nothing but padding has a box without area.
         """
@@ -184,7 +184,7 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         )
 
     def prepare(self, image: Image.Image, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[Any]]:
-        """See ``ImageProcessing.prepare``.
+        """Return the vision graph's inputs; arguments and errors are those of ``ImageProcessing.prepare``.
 
         Returns:
             ``pixel_values`` float32 [B, 3, T, T], for "anyres" the base tile first, padded with tiles of zeros;
@@ -236,13 +236,13 @@ class _Grid(NamedTuple):
     """An image on LLaVA-NeXT's grid of tiles."""
 
     height: int
-    """Of the grid, in pixels."""
+    """Height of the grid in pixels."""
     width: int
     fitted_height: int
-    """Of the image scaled into the grid; it lies in the middle."""
+    """Height of the image scaled into the grid; it lies in the middle."""
     fitted_width: int
     num_columns: int
-    """Of tiles."""
+    """Columns of tiles."""
     num_tiles: int
     rows: range
     """Rows of the grid's patches that are left without padding. A very thin image can be left without any: then it has only the

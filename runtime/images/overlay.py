@@ -1,4 +1,4 @@
-"""Drawing which visual tokens each selection stage kept: one panel per stage, side by side."""
+"""Drawings of the visual tokens that each selection stage kept: one panel per stage, side by side."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def draw_kept(
     kept: Sequence[NDArray[np.integer]],
     *,
     captions: Sequence[str] = (),
-    overview: range | None = None,
+    overview: range = range(0),
 ) -> Image.Image:
     """Return the image once per stage, with the tokens that the stage kept.
 
@@ -43,11 +43,10 @@ def draw_kept(
 
     Args:
         image: RGB.
-        boxes: [N, 4], from ``token_boxes``.
+        boxes: [N, 4], from the image's layout.
         kept: For each stage the indices of its tokens among the N original ones.
         captions: For each stage a title such as "layer 5".
-        overview: Tokens of the tile that shows the whole image. By default those that come before the boxes
-            start again at the top, as in LLaVA-NeXT; none if they never do.
+        overview: Tokens of the tile that shows the whole image, from the image's layout.
 
     Raises:
         ShapeError: If the arrays do not fit each other.
@@ -60,13 +59,12 @@ def draw_kept(
         lowest, highest = (int(indices.min()), int(indices.max())) if len(indices) else (0, -1)
         if lowest < 0 or highest >= len(boxes):
             raise ShapeError(f"kept: expected indices in 0..{len(boxes) - 1}, got {lowest}..{highest}")
-    outlined = _first_run(boxes) if overview is None else overview
     stages = list(kept) or [np.arange(len(boxes))]
     titles = list(captions) or (
         [f"stage {i + 1}" for i in range(len(kept))] if len(kept) else ["no selection"]
     )
     panels = [
-        _panel(image, boxes, indices, outlined=outlined, title=title)
+        _panel(image, boxes, indices, outlined=overview, title=title)
         for indices, title in zip(stages, titles)
     ]
     width = sum(panel.width for panel in panels) + _MARGIN * (len(panels) + 1)
@@ -76,12 +74,6 @@ def draw_kept(
         sheet.paste(panel, (x, _MARGIN))
         x += panel.width + _MARGIN
     return sheet
-
-
-def _first_run(boxes: NDArray[np.float32]) -> range:
-    tops = boxes[:, 1]
-    restarts = np.flatnonzero(tops[1:] < tops[:-1])  # false where a newline's NaN is compared
-    return range(int(restarts[0]) + 1 if len(restarts) else 0)
 
 
 def _panel(

@@ -54,7 +54,7 @@ _PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")
 
 @final
 class QwenImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind", tag=KIND):
-    """See ``ImageProcessing``: patches of an image scaled to whole patches. Sizes are in pixels of the scaled image."""
+    """Image processing with an image scaled to whole patches. Sizes are in pixels of the scaled image."""
 
     patch_size: Size
     """Side of a patch."""
@@ -136,11 +136,11 @@ class QwenImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind", ta
         return _token_grid(width, height, self)
 
     def sizes(self, width: int, height: int) -> dict[str, int]:
-        """See ``ImageProcessing.sizes``; P is the number of patches, W that of windows."""
+        """Return P, the number of patches, W, that of windows, and N."""
         return self._reduced(self._whole_sizes(*self.token_grid(width, height)))
 
     def any_image_sizes(self) -> tuple[dict[str, int], ...]:
-        """See ``ImageProcessing.any_image_sizes``: one size that is enough for every image.
+        """Return one size that is enough for every image.
 
         N is not just ``max_pixels`` in tokens: a small image is enlarged to at least ``min_pixels`` with both sides
         rounded up, and a thin one that is reduced still has one row. Thin grids have the most windows for their
@@ -163,7 +163,7 @@ class QwenImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind", ta
         return {**sizes, "P": max(sizes["P"], keep * self.merge_size**2), "N": min(sizes["N"], keep)}
 
     def layout(self, width: int, height: int) -> ImageLayout:
-        """See ``ImageProcessing.layout``; tokens are in raster order."""
+        """Return the layout of an image; tokens are in raster order."""
         rows, columns = self.token_grid(width, height)
         x, y = np.linspace(0, width, columns + 1), np.linspace(0, height, rows + 1)
         row, column = np.indices((rows, columns), dtype=np.int32)
@@ -177,7 +177,7 @@ class QwenImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind", ta
         )
 
     def prepare(self, image: Image.Image, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[Any]]:
-        """See ``ImageProcessing.prepare``.
+        """Return the vision graph's inputs; arguments and errors are those of ``ImageProcessing.prepare``.
 
         Padding is harmless and finite: patches from ``num_patches`` on repeat the first one, further windows are
         empty, further tokens repeat the first one.

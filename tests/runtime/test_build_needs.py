@@ -136,7 +136,7 @@ def test_json_has_the_same_report(reduced_bundle: Path, capsys: pytest.CaptureFi
 
 def test_json_is_for_dry_runs(reduced_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli_build.main([str(reduced_bundle), "--json"]) == 2
-    assert "--json: expected --dry-run beside it" in capsys.readouterr().err
+    assert "--json: expected --dry-run as well" in capsys.readouterr().err
 
 
 def test_a_jetson_tells_its_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

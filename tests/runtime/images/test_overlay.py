@@ -10,7 +10,8 @@ PROCESSING = LlavaImages(
     kind="anyres", tile_size=28, patch_size=7, resize_size=28, grid_pinpoints=((28, 56), (56, 56))
 )
 PICTURE = Image.new("RGB", (64, 64), (200, 220, 240))
-BOXES = PROCESSING.layout(64, 64).boxes
+LAYOUT = PROCESSING.layout(64, 64)
+BOXES, OVERVIEW = LAYOUT.boxes, LAYOUT.overview
 NUM_BASE = PROCESSING.patches_per_tile
 ORANGE = (255, 153, 0)
 
@@ -20,8 +21,8 @@ def _colours(drawing: Image.Image) -> set[tuple[int, int, int]]:
 
 
 def test_kept_patches_stay_bright_and_the_rest_is_dark():
-    first = draw_kept(PICTURE, BOXES, [np.array([NUM_BASE])])
-    whole = draw_kept(PICTURE, BOXES, [np.arange(NUM_BASE, len(BOXES))])
+    first = draw_kept(PICTURE, BOXES, [np.array([NUM_BASE])], overview=OVERVIEW)
+    whole = draw_kept(PICTURE, BOXES, [np.arange(NUM_BASE, len(BOXES))], overview=OVERVIEW)
     bright = [
         sum(np.all(np.asarray(drawing) == (200, 220, 240), axis=-1).ravel()) for drawing in (first, whole)
     ]
@@ -30,14 +31,15 @@ def test_kept_patches_stay_bright_and_the_rest_is_dark():
 
 
 def test_base_patches_are_outlined_and_not_brightened():
-    colours = _colours(draw_kept(PICTURE, BOXES, [np.array([0, 1])]))
+    colours = _colours(draw_kept(PICTURE, BOXES, [np.array([0, 1])], overview=OVERVIEW))
     assert ORANGE in colours
     assert (200, 220, 240) not in colours
 
 
 def test_a_single_tile_has_no_base_patches():
     single = LlavaImages(kind="single", tile_size=28, patch_size=7, resize_size=28)
-    drawing = draw_kept(PICTURE, single.layout(64, 64).boxes, [np.array([0, 5])])
+    layout = single.layout(64, 64)
+    drawing = draw_kept(PICTURE, layout.boxes, [np.array([0, 5])], overview=layout.overview)
     assert ORANGE not in _colours(drawing)
 
 
@@ -59,7 +61,9 @@ def test_pictures_of_extreme_sizes_can_be_drawn(size):
 
 def test_a_newline_alone_and_no_token_at_all_can_be_drawn():
     newline = np.flatnonzero(np.isnan(BOXES[:, 0]))[:1]
-    assert ORANGE not in _colours(draw_kept(PICTURE, BOXES, [newline, np.array([], dtype=np.int64)]))
+    assert ORANGE not in _colours(
+        draw_kept(PICTURE, BOXES, [newline, np.array([], dtype=np.int64)], overview=OVERVIEW)
+    )
 
 
 @pytest.mark.parametrize(
