@@ -143,7 +143,8 @@ class Pipeline:
         except BaseException:
             self._graphs.close()
             raise
-        self._running: Generation | None = None  # whose rows the KV caches hold
+        self._running: Generation | None = None
+        """The answer whose rows the KV caches hold."""
         self._is_open = True
 
     @classmethod
@@ -239,7 +240,7 @@ class Pipeline:
         self._running = None
         self._decoder.skip(skip)
         sample, times = make_sampler(), []
-        for token in range(count):
+        for token in range(count):  # any tokens will do: the work does not depend on them
             start = time.perf_counter()
             top = self._decoder.decode(np.asarray(self._embedding[token]))
             self._choose_token(top, sample)
@@ -357,6 +358,7 @@ class Pipeline:
                 yield piece
             if statistics.new_tokens >= limit:
                 break
+            # The caller has run in between: it may have closed the pipeline, or asked something else.
             self._check_open()
             if self._running is not generation:
                 raise ShapeError(

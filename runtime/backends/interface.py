@@ -1,4 +1,4 @@
-"""The interface of a backend, what all backends check, and the choice of one by name.
+"""The interface of a backend, and the checks that all backends share.
 
 A backend loads a bundle's graphs onto a device: see ``trio_edge.runtime.devices.interface`` for what it gives.
 """

@@ -36,7 +36,9 @@ def estimate(manifest: Manifest, specs: Sequence[GraphSpec], *, weight_bytes: in
         weight_bytes: Of these graphs.
     """
     memory = {"weights": weight_bytes, "workspace": _activation_bytes(manifest, specs)}
-    if len(specs) == len(manifest.graphs):
+    if len(specs) == len(
+        manifest.graphs
+    ):  # single graphs are loaded for comparisons, with buffers of their own
         counting = _CountingAllocator()
         DecoderBuffers(manifest, counting)
         VisionBuffers(manifest, counting)
@@ -46,6 +48,7 @@ def estimate(manifest: Manifest, specs: Sequence[GraphSpec], *, weight_bytes: in
 
 def check_memory(device: Device, memory: Mapping[str, int]) -> None:
     """Raise BackendError if ``device`` says that it has less free than ``memory``."""
+    # Without this, the system may end the whole process instead, as on a Jetson, whose GPU shares its memory.
     free, needed = device.free_bytes(), sum(memory.values())
     if free is not None and needed > free:
         parts = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in memory.items())

@@ -329,6 +329,7 @@ class Manifest(_Spec, frozen=True):
         expected.append("head")
         if roles != expected:
             raise ManifestError(f"graphs: expected roles {expected}, got {roles}; export the bundle again")
+        # The decoder appends KV rows range by range: a gap or an overlap would give wrong answers without an error.
         next_layer = 0
         for graph in self.ranges:
             if graph.first_layer != next_layer or graph.num_layers < 1:
@@ -410,6 +411,7 @@ class Manifest(_Spec, frozen=True):
 
 
 def _check_relative(path: str) -> None:
+    # A downloaded bundle must not name files of the machine that it is opened on.
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or not pure.parts:
         raise ManifestError(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _HASH_CHUNK_BYTES = 4 << 20
+# Hashing the weights of a 7B model would take longer than loading them.
 LARGEST_HASHED_BYTES = 256 << 20
 """Files above this are checked by size when a bundle is opened, and by hash only on request."""
 

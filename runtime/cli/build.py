@@ -24,7 +24,7 @@ from rich.progress import (
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run
 from trio_edge.runtime.cli.interruption import interruptible
-from trio_edge.runtime.cli.tables import whole_table, wide_console
+from trio_edge.runtime.cli.tables import profile_list, whole_table, wide_console
 from trio_edge.runtime.devices.machine import l4t_release
 from trio_edge.runtime.engines.build import (
     BuildOptions,
@@ -189,18 +189,14 @@ def _duration(seconds: float) -> str:
 def _print_graphs(graphs: tuple[PlannedGraph, ...]) -> None:
     table = whole_table("graph", "profiles", "weights MB", "engine MB", "peak memory MB")
     for graph in graphs:
-        profiles = ", ".join(
-            f"{profile.name}({' '.join(f'{symbol}={size}' for symbol, size in profile.sizes.items())})"
-            for profile in graph.spec.profiles
-        )
         sizes = (graph.spec.weight_bytes, graph.memory.engine_bytes, graph.memory.peak_bytes)
-        table.add_row(graph.spec.name, profiles, *(f"{size / 1e6:.1f}" for size in sizes))
+        table.add_row(graph.spec.name, profile_list(graph.spec), *(f"{size / 1e6:.1f}" for size in sizes))
     wide_console().print(table)
 
 
 @contextmanager
 def _bars(console: Console, *, count: int, check_interrupt: Callable[[], None]) -> Iterator[BuildProgress]:
-    """Yield functions that show a bar for the graphs and one for TensorRT's current phase, and ask for a Ctrl-C."""
+    """Yield functions that show a bar for the graphs and one for TensorRT's phase, and that notice a Ctrl-C."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's quota
 
 
 def run(command: click.Command, argv: Sequence[str] | None) -> int:
     """Run a click command and return its exit code; errors of our own and of usage print one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without a sign gets a question mark
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     try:
         result = command.main(
             args=None if argv is None else list(argv), prog_name=command.name, standalone_mode=False

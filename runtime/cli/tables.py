@@ -10,7 +10,9 @@ from rich.table import Column, Table
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
-_WIDTH_OF_A_PIPE = 160
+    from trio_edge.runtime.bundle.manifest import GraphSpec
+
+_WIDTH_OF_A_PIPE = 160  # rich takes 80 where there is no terminal, and would fold most rows
 _ENDLESS = 10_000
 
 
@@ -28,6 +30,14 @@ def whole_table(*headers: str, title: str | None = None) -> Table:
         title: Above it, as markup.
     """
     return Table(*(Column(header, overflow="fold") for header in headers), title=title)
+
+
+def profile_list(graph: GraphSpec) -> str:
+    """Return the profiles of a graph with their sizes, as "decode(S=1 C=96)"."""
+    return ", ".join(
+        f"{profile.name}({' '.join(f'{symbol}={size}' for symbol, size in profile.sizes.items())})"
+        for profile in graph.profiles
+    )
 
 
 def print_table(

@@ -77,6 +77,7 @@ class CudaDevice:
         self._events: list[_CudaEvent] = []
         self._graphs: list[Any] = []
         self._call("cudaSetDevice", 0)
+        # Non-blocking: work of other libraries on the default stream must not order itself with ours.
         self._stream = self._call("cudaStreamCreateWithFlags", cuda.cudaStreamNonBlocking)
         self._open = True
 
@@ -92,7 +93,9 @@ class CudaDevice:
 
     def allocate(self, num_bytes: int, *, purpose: str) -> int:
         """Allocate zeroed device memory."""
-        address = int(self._allocated("cudaMalloc", max(1, num_bytes), purpose))
+        address = int(
+            self._allocated("cudaMalloc", max(1, num_bytes), purpose)
+        )  # 0 bytes would give no address
         self._memory.append(address)
         self._call("cudaMemsetAsync", address, 0, num_bytes, self._stream)
         return address
@@ -132,6 +135,7 @@ class CudaDevice:
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """Capture a CUDA graph and return what launches it."""
+        # Thread-local: an allocation by another thread of the program must not break the capture.
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self._stream, mode)
         captured = executable = None

@@ -27,6 +27,7 @@ class HostDevice:
 
     def allocate(self, num_bytes: int, *, purpose: str) -> int:
         """Allocate zeroed device memory."""
+        # numpy aligns to 16 bytes only; the same alignment as on a GPU keeps layouts, and tests of them, equal.
         memory = self.allocate_pinned(num_bytes + ALIGNMENT, purpose=purpose)
         address = -(-memory.ctypes.data // ALIGNMENT) * ALIGNMENT
         self._memory[address] = memory

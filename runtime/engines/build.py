@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.reader import Bundle
 
-_SPARE_BYTES = 64 << 20
+_SPARE_BYTES = 64 << 20  # for kernels, the timing cache and engines.json
 _TWICE = 1.25
 """An engine larger than its graph's weights by this factor, and its kernels, holds some of them twice."""
 _LOG_NAME = "build.log"
@@ -369,6 +369,7 @@ def _run_process(job: Job, graph: PlannedGraph, progress: BuildProgress) -> dict
     Raises:
         BackendError: If it failed or was killed.
     """
+    # Spawn: a forked process would share the parent's CUDA state, which does not survive a fork.
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
     process = context.Process(target=run_job, args=(job, writer), daemon=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Box = tuple[int, int, int, int]
     Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-_PANEL_SIDE = 640
+_PANEL_SIDE = 640  # three panels fit on a screen
 _MARGIN = 16
 _CAPTION_HEIGHT = 56
 _PAPER = (250, 250, 248)

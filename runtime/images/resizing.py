@@ -100,6 +100,7 @@ def _integer_weights(
     weights = kernel(np.abs((taps + firsts[:, None] - centers[:, None] + 0.5) / stretch))
     weights[taps >= counts[:, None]] = 0.0
     weights /= weights.sum(axis=1, keepdims=True)
+    # As torchvision: the largest shift at which the largest weight still fits into 16 bits.
     num_bits = 0
     while num_bits < 22 and int(0.5 + weights.max() * 2 ** (num_bits + 1)) < 2**15:
         num_bits += 1
