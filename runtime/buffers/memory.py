@@ -36,9 +36,8 @@ def estimate(manifest: Manifest, specs: Sequence[GraphSpec], *, weight_bytes: in
         weight_bytes: Of these graphs.
     """
     memory = {"weights": weight_bytes, "workspace": _activation_bytes(manifest, specs)}
-    if len(specs) == len(
-        manifest.graphs
-    ):  # single graphs are loaded for comparisons, with buffers of their own
+    # Single graphs are loaded for comparisons, with buffers of their own.
+    if len(specs) == len(manifest.graphs):
         counting = _CountingAllocator()
         DecoderBuffers(manifest, counting)
         VisionBuffers(manifest, counting)

@@ -211,16 +211,11 @@ def check_outputs(paths: Mapping[str, Path]) -> None:
 def _check_output(option: str, path: Path) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise DataError(f"{option}: expected a file in an existing folder, got {path}; create the folder")
-    if (
-        path.exists() or path.is_symlink()
-    ) and not path.is_file():  # renaming onto a device would put a file in its place
+    # Renaming onto a device would put a file in its place.
+    if (path.exists() or path.is_symlink()) and not path.is_file():
         raise DataError(f"{option}: expected a file, got {path}, which is none; choose another name")
-    try:
-        _new_file_beside(path).unlink()
-    except OSError as error:
-        raise DataError(
-            f"{option} {path}: cannot be written ({error.strerror}); choose another folder"
-        ) from None
+    with _data_errors(option, path):
+        _new_partial_file(path).unlink()
 
 
 def write_output(option: str, path: Path, content: bytes) -> None:
@@ -234,21 +229,26 @@ def write_output(option: str, path: Path, content: bytes) -> None:
     Raises:
         DataError: If it cannot be written; what was there stays.
     """
-    partial = None
+    with _data_errors(option, path):
+        partial = _new_partial_file(path)
+        try:
+            partial.write_bytes(content)
+            partial.replace(path.resolve())
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _data_errors(option: str, path: Path) -> Iterator[None]:
     try:
-        partial = _new_file_beside(path)
-        partial.write_bytes(content)
-        partial.replace(path.resolve())
+        yield
     except OSError as error:
         raise DataError(
             f"{option} {path}: cannot be written ({error.strerror}); choose another folder"
         ) from None
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
 
 
-def _new_file_beside(path: Path) -> Path:
+def _new_partial_file(path: Path) -> Path:
     place = path.resolve()
     handle, name = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
     os.close(handle)

@@ -282,24 +282,14 @@ class Manifest(_Spec, frozen=True):
                 f"manifest has schema_version {self.schema_version}, this release reads {SCHEMA_VERSION};"
                 " export the bundle again"
             )
-        if not self.text_buckets or list(self.text_buckets) != sorted(set(self.text_buckets)):
-            raise ManifestError(
-                f"text_buckets: expected ascending sizes, got {self.text_buckets}; export again"
-            )
-        if not self.visual_sizes or list(self.visual_sizes) != sorted(set(self.visual_sizes)):
-            raise ManifestError(
-                f"visual_sizes: expected ascending sizes, got {self.visual_sizes}; export again"
-            )
-        known = {entry.path for entry in self.files}
-        used = {graph.file for graph in self.graphs} | {
-            self.text.tokenizer,
-            self.text.chat_template,
-            self.token_embedding.file,
-        }
-        if self.token_embedding_scales is not None:
-            used.add(self.token_embedding_scales.file)
-        if self.clip_text is not None:
-            used.add(self.clip_text.tokenizer)
+        for name, sizes in (("text_buckets", self.text_buckets), ("visual_sizes", self.visual_sizes)):
+            if not sizes or list(sizes) != sorted(set(sizes)):
+                raise ManifestError(f"{name}: expected ascending sizes, got {sizes}; export again")
+        self._check_embedding()
+        self._check_files()
+        self._check_graphs()
+
+    def _check_embedding(self) -> None:
         if self.token_embedding.dtype not in ("float32", "float16", "int8"):
             raise ManifestError(
                 f"token_embedding: expected float32, float16 or int8, got {self.token_embedding.dtype};"
@@ -310,13 +300,21 @@ class Manifest(_Spec, frozen=True):
                 f"token_embedding: expected scales with INT8 rows and nowhere else, got {self.token_embedding.dtype};"
                 " export the bundle again"
             )
+
+    def _check_files(self) -> None:
+        known = {entry.path for entry in self.files}
+        used = {graph.file for graph in self.graphs}
+        used |= {self.text.tokenizer, self.text.chat_template, self.token_embedding.file}
+        if self.token_embedding_scales is not None:
+            used.add(self.token_embedding_scales.file)
+        if self.clip_text is not None:
+            used.add(self.clip_text.tokenizer)
         for path in sorted(known | used):
             _check_relative(path)
         if missing := sorted(used - known):
             raise ManifestError(
                 f"files: expected an entry for {missing[0]!r}, got none; export the bundle again"
             )
-        self._check_graphs()
 
     def _check_graphs(self) -> None:
         roles = [graph.role for graph in self.graphs]

@@ -31,14 +31,6 @@ def cuda_problem() -> str | None:
     return None
 
 
-def _older_driver() -> str:
-    gpu = find_gpu()
-    driver = "an older one" if gpu is None else f"{gpu.driver}"
-    release = None if gpu is None else re.search(r"CUDA (\d+\.\d+)", gpu.driver)
-    wanted = "its CUDA" if release is None else f'its CUDA: pip install "cuda-python=={release[1]}.*"'
-    return f"GPU: expected a driver for the CUDA of the installed cuda-python, got {driver}; install the cuda-python of {wanted}"
-
-
 def load_cuda() -> Any:
     """Return the module ``cuda.bindings.runtime``.
 
@@ -237,3 +229,11 @@ class _CudaEvent:
     def milliseconds_since(self, earlier: Event) -> float:
         assert isinstance(earlier, _CudaEvent)
         return float(self._call("cudaEventElapsedTime", earlier.handle, self.handle))
+
+
+def _older_driver() -> str:
+    gpu = find_gpu()
+    driver = "an older one" if gpu is None else f"{gpu.driver}"
+    release = None if gpu is None else re.search(r"CUDA (\d+\.\d+)", gpu.driver)
+    wanted = "its CUDA" if release is None else f'its CUDA: pip install "cuda-python=={release[1]}.*"'
+    return f"GPU: expected a driver for the CUDA of the installed cuda-python, got {driver}; install the cuda-python of {wanted}"
