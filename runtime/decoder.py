@@ -499,8 +499,9 @@ def greedy_nms(
     """
     features = features.astype(np.float32)
     norms = np.linalg.norm(features, axis=1, keepdims=True)
+    # Rows of zeros, as padding has, stay zeros: they are like nothing.
     unit = features / np.maximum(norms, np.finfo(np.float32).tiny)
-    order = np.argsort(-scores, kind="stable")
+    order = np.argsort(-scores, kind="stable")  # ties: lower index first, as in the graph
     suppressed = np.zeros(len(scores), dtype=bool)
     survivors: list[int] = []
     for token in order:

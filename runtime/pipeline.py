@@ -136,7 +136,9 @@ class Pipeline:
         self._template = bundle.read_text(manifest.text.chat_template)
         self._embedding = EmbeddingTable(bundle)
         clip_texts = None if manifest.clip_text is None else ClipTexts(bundle)
-        self._graphs = backend.load(bundle)
+        self._graphs = backend.load(
+            bundle
+        )  # last of what may fail: it takes seconds, and the device's memory
         try:
             self._vision = Vision(manifest, self._graphs, images=self.images, clip_texts=clip_texts)
             self._decoder = Decoder(manifest, self._graphs)

@@ -71,6 +71,7 @@ def _fastest(bundle: Bundle | None) -> tuple[str, tuple[str, ...]]:
     from trio_edge.runtime.devices.cuda import cuda_problem
 
     notes: tuple[str, ...] = ()
+    # Engines first: somebody took the time to build them.
     if cuda_problem() is None:
         if bundle is not None:
             from trio_edge.runtime.backends.tensorrt import engines_that_run

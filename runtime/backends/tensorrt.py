@@ -82,6 +82,7 @@ class TensorRTBackend:
         loaded = LoadedGraphs(device=device, engines={}, memory=memory, notes=list(engines.notes))
         try:
             check_memory(device, memory)
+            # Contexts are made without memory of their own, and the workspace only when all engines have said their need.
             workspace, errors = Workspace(device), engine_errors(tensorrt.module)
             runtime = _new_runtime(tensorrt, errors)
             kernels = CompiledKernels(engines.folder / _KERNELS_NAME) if tensorrt.compiles_on_device else None
@@ -114,6 +115,7 @@ def _new_runtime(tensorrt: TensorRT, errors: EngineErrors) -> Any:
 
 
 def _read_engine(runtime: Any, file: Path, device: CudaDevice, errors: EngineErrors) -> Any:
+    # Mapped, not read: the host never holds a second copy of the weights.
     engine = runtime.deserialize_cuda_engine(np.memmap(file, dtype=np.uint8, mode="r"))
     if engine is None:
         free = device.free_bytes() or 0
@@ -178,6 +180,7 @@ class TensorRTEngine:
         """Bind a profile to addresses."""
         check_tensors(self._spec, profile, tensors)
         index = self._spec.profiles.index(profile)
+        # A captured sequence holds its context's state, so decode shares its context with no other profile.
         is_decode = profile.name == _DECODE
         if is_decode not in self._contexts:
             self._contexts[is_decode] = self._new_context()

@@ -83,6 +83,7 @@ class DecoderBuffers:
         self.previous = _largest(allocator, [spec for spec in self.ranges if _has_previous(spec)], PREVIOUS)
         self.kept_hidden = _largest(allocator, self.selects, KEPT_HIDDEN)
         self.kept_positions = _largest(allocator, self.selects, KEPT_POSITIONS)
+        # Ranges of a prefill run one after the other, so their new KV rows share one place.
         rows = [max(profile.sizes["S"] for profile in spec.profiles) for spec in self.ranges]
         sizes = [NewRows(0, spec, rows=most).stack.num_bytes for spec, most in zip(self.ranges, rows)]
         self._new_rows = allocator.allocate(max(sizes), purpose="new KV rows of a prefill")

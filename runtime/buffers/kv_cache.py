@@ -27,6 +27,7 @@ class KVCache:
             allocator: Gives the memory.
             spec: The range's graph; its inputs name the layers, its decode profile has the capacity C.
         """
+        # Inputs and outputs are in the same order, so one strided copy moves the new rows of all layers.
         past = [tensor for tensor in spec.inputs if tensor.name.startswith(PAST_PREFIX)]
         self.capacity = max(profile.sizes["C"] for profile in spec.profiles)
         self.length = 0

@@ -43,6 +43,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
         return
     ending = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
     handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, *ending)}
+    # Python prints what a finalizer raises; a Ctrl-C that it caught there would look like a crash.
     hook = sys.unraisablehook
 
     def report(lost: sys.UnraisableHookArgs) -> None:

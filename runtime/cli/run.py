@@ -73,7 +73,7 @@ def command(
             print(piece, end="", flush=True)
         print()
         print(f"{pipeline.backend_name}: {_statistics_line(answer)}", file=sys.stderr)
-        for note in pipeline.notes:
+        for note in pipeline.notes:  # after the answer, which may add some
             print(f"trio-run: {note}", file=sys.stderr)
         if show_kept is not None:
             _draw(pipeline, answer, show_kept)

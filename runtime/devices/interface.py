@@ -188,6 +188,7 @@ class LoadedGraphs:
 
     def close(self) -> None:
         """Release everything, also where releasing some of it fails."""
+        # Last in, first out: captured sequences, then engines, then the memory that both use.
         with ExitStack() as closing:
             closing.callback(self.device.close)
             for engine in self.engines.values():

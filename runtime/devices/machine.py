@@ -86,6 +86,7 @@ def find_gpu(library: str = _CUDA_LIBRARY) -> Gpu | None:
         cuda = ctypes.CDLL(library)
     except OSError:
         return None
+    # Through ctypes: the driver is there before any package is installed.
     device, major, minor, version = (ctypes.c_int() for _ in range(4))
     name, memory = ctypes.create_string_buffer(_NAME_BYTES), ctypes.c_size_t()
     calls: tuple[tuple[str, tuple[Any, ...]], ...] = (

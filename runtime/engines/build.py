@@ -297,7 +297,7 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
         with suppress(OSError):  # none, or not readable: tactics are timed again
             shutil.copyfile(plan.folder / TIMING_CACHE_NAME, folder / TIMING_CACHE_NAME)
         built = [_build_graph(plan, graph, folder, progress) for graph in plan.graphs]
-        (folder / _LOG_NAME).unlink(missing_ok=True)
+        (folder / _LOG_NAME).unlink(missing_ok=True)  # a failed build's message has quoted it
         order = [spec.name for spec in plan.bundle.manifest.graphs]
         engine_set = EngineSet(
             schema_version=ENGINES_SCHEMA_VERSION,

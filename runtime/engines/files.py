@@ -187,7 +187,9 @@ def open_engines(
         if not problems:
             check_files(folder, engine_set, bundle=bundle, hash_all=hash_all)
             return Engines(folder=folder, engine_set=engine_set, notes=_notes(engine_set, host))
-        unfit.append((-len(problems), f"{folder}: {problems[0]}"))
+        unfit.append(
+            (-len(problems), f"{folder}: {problems[0]}")
+        )  # the target with fewest differences is named
     raise BackendError(max(unfit, key=lambda pair: pair[0])[1])
 
 
@@ -284,6 +286,7 @@ def atomic_engines(
     Raises:
         BackendError: If nothing can be written there, or the disk is or becomes full.
     """
+    # A bundle without engines has no folder of that name: its copies and hashes stay equal.
     made_parent = not target.parent.exists()
     try:
         with atomic_folder(

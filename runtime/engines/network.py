@@ -37,6 +37,7 @@ class Network:
         self.trt = tensorrt.module
         self.definition = definition
         self._arrays: list[NDArray[Any]] = []
+        # Looked up by name: each get_layer or get_input returns a new Python object.
         self._makers: dict[str, Any] = {}
         self._users: dict[str, list[tuple[Any, int]]] = {}
         for layer in self.layers():
@@ -62,7 +63,7 @@ class Network:
         if old.is_network_output:
             name = old.name
             self.definition.unmark_output(old)
-            old.name = f"{name} (whole)"
+            old.name = f"{name} (whole)"  # names are unique in a network
             new.name = name
             self.definition.mark_output(new)
 

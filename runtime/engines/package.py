@@ -91,6 +91,7 @@ def choose_backend(name: str, *, host: Host, ahead_of_time: bool) -> EngineBacke
     for backend in ENGINE_BACKENDS:
         if name == backend:
             return backend
+    # On a GPU that is here, tensorrt times its tactics; tensorrt-rtx builds for GPUs that are elsewhere.
     if host.gpu is not None and not ahead_of_time and _spec("tensorrt", system_folders()) is not None:
         return "tensorrt"
     if _spec("tensorrt_rtx", ()) is not None:

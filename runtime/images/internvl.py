@@ -174,6 +174,7 @@ def _grids(images: InternVlImages) -> tuple[tuple[int, int], ...]:
         for rows in range(1, most + 1)
         if least <= columns * rows <= most
     ]
+    # The sort is stable, and the order of grids with as many tiles decides ties: it is the original's.
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 

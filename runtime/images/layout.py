@@ -51,7 +51,7 @@ class ImageLayout:
         Args:
             kept: Its second output, padding included: visual tokens [K] of the image, or patches [B, K] of each tile.
         """
-        if kept.ndim == 2:
+        if kept.ndim == 2:  # indices start again in each tile
             kept = (np.arange(len(kept))[:, None] * self.patches_per_tile + kept).ravel()
         return self.taken(kept[: self.num_visual])
 

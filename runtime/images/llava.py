@@ -277,6 +277,7 @@ def _best_pinpoint(width: int, height: int, images: LlavaImages) -> tuple[int, i
 
     Source: select_best_resolution. An image so thin that no grid shows a pixel of it gets the smallest grid.
     """
+    # Strictly better only: of equal grids the first one wins, in the file's order.
     best, best_effective, best_wasted = images.grid_pinpoints[0], -1, 0
     for pinpoint in images.grid_pinpoints:
         scale = min(pinpoint[1] / width, pinpoint[0] / height)
@@ -317,6 +318,7 @@ def _single_tile(image: Image.Image, images: LlavaImages) -> NDArray[np.uint8]:
     tile = images.tile_size
     if not images.do_center_crop or min(height, width) < tile:
         return _cropped(_resized(image, (height, width), images), images)
+    # Only the crop is computed: of a thin image the rest may be a thousand times larger.
     crop = ((height - tile) // 2, (width - tile) // 2, tile, tile)
     return resize(image, (height, width), resample=images.resample, crop=crop)
 
@@ -325,6 +327,7 @@ def _anyres_tiles(image: Image.Image, images: LlavaImages) -> list[NDArray[np.ui
     side, tile = images.resize_size, images.tile_size
     on_grid = _grid(image.width, image.height, images)
     fitted = _resized(image, (on_grid.fitted_height, on_grid.fitted_width), images)
+    # Padding is black before normalizing, as in Hugging Face: the encoder sees it, only its tokens are dropped.
     canvas = Image.new("RGB", (on_grid.width, on_grid.height))
     canvas.paste(fitted, ((on_grid.width - fitted.width) // 2, (on_grid.height - fitted.height) // 2))
     tiles = [_resized(image, (side, side), images)]
@@ -333,7 +336,9 @@ def _anyres_tiles(image: Image.Image, images: LlavaImages) -> list[NDArray[np.ui
         for y in range(0, on_grid.height, tile)
         for x in range(0, on_grid.width, tile)
     ]
-    if images.do_resize:
+    if (
+        images.do_resize
+    ):  # also of tiles that have the size already, where ``resize_size`` differs from ``tile_size``
         tiles = [_resized(piece, (side, side), images) for piece in tiles]
     return [_cropped(piece, images) for piece in tiles]
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 KIND = "patches"
 MAX_ASPECT_RATIO = 200
 """Hugging Face's processor refuses images that are thinner."""
-_SLACK = 1 + 1e-9  # of bounds that are compared with what Hugging Face calculates in float64
+_SLACK = 1 + 1e-9  # the bounds must hold for what Hugging Face calculates in float64
 _PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")
 
 
@@ -213,6 +213,7 @@ class QwenImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind", ta
 def _token_grid(width: int, height: int, images: QwenImages) -> tuple[int, int]:
     """Return the rows and columns of visual tokens. Source: smart_resize."""
     size, least, most = images.token_size, images.min_pixels, images.max_pixels
+    # Python's round takes halves to even numbers; so does the original.
     rows, columns = round(height / size), round(width / size)
     if rows * columns * size**2 > most:
         shrink = math.sqrt((height * width) / most)
@@ -249,7 +250,7 @@ def _largest_grids(images: QwenImages) -> list[tuple[int, int]]:
 def _window_order(rows: int, columns: int, *, side: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the visual tokens in window order, [N] raster indices, and the window of each of these, [N]."""
     windows = (np.arange(rows) // side)[:, None] * math.ceil(columns / side) + np.arange(columns) // side
-    order = np.argsort(windows.ravel(), kind="stable")
+    order = np.argsort(windows.ravel(), kind="stable")  # stable: raster order inside a window
     return order, windows.ravel()[order]
 
 
@@ -283,6 +284,7 @@ def _patches(image: Image.Image, images: QwenImages, token_order: NDArray[np.int
     pixels = normalized(resize(image, size, resample=images.resample), images)
     tokens = pixels.reshape(rows, merge, side, columns, merge, side, 3).transpose(0, 3, 1, 4, 6, 2, 5)
     patches = tokens.reshape(rows * columns, merge**2, 3, 1, side, side)[token_order]
+    # The encoder's patches span several frames of a video; an image is the same frame each time.
     return np.repeat(patches, frames, axis=3).reshape(-1, images.patch_values)
 
 

@@ -27,6 +27,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trio_edge.runtime.bundle.errors import ImageError
 
+# A small file can decode to gigabytes: the size in its header is checked first.
 MAX_IMAGE_PIXELS = 178_956_970
 """Pixels above which an image is refused before decoding; the bound at which Pillow itself refuses."""
 

@@ -152,6 +152,7 @@ def render_chat(
     pieces: list[str] = []
     num_characters = 0
     try:
+        # Piece by piece, so that an endless template is stopped at the limit.
         for piece in compiled.generate(_plain(values)):
             num_characters = _checked_length(num_characters + len(piece))
             pieces.append(piece)
@@ -166,7 +167,7 @@ def render_chat(
     return "".join(pieces)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)  # compiling takes milliseconds, and each question renders the same template
 def compile_template(template: str) -> jinja2.Template:
     """Return the compiled template.
 
@@ -177,6 +178,7 @@ def compile_template(template: str) -> jinja2.Template:
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
+    # Jinja's own two give templates a way to attributes of Python classes.
     environment.globals["dict"] = _Dict()
     environment.globals["namespace"] = _Namespace
     try:
@@ -193,6 +195,7 @@ class _TooLongError(Exception):
     """The output or a string inside passed the limit."""
 
 
+# Jinja's sandbox bounds neither time nor memory: {{ 'a' * 10**9 }} in a downloaded template would fill the machine.
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Hugging Face's sandbox, and a limit on strings, lists and numbers built by ``*`` and ``**``."""
 

@@ -42,6 +42,7 @@ class ClipTexts:
         Raises:
             ShapeError: If the question needs more texts than the bundle has room for.
         """
+        # Two tokens of each text are its start and its end.
         words, room = self._tokenizer.plain_ids(question), self._spec.length - 2
         needed = num_clip_texts(len(words), length=self._spec.length)
         count = next((count for count in self._counts if count >= needed), None)

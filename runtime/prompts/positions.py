@@ -40,7 +40,7 @@ def mrope_positions(
         num_after: Text tokens after it.
         num_rows: S, with padding.
     """
-    ids = np.zeros((3, num_rows), np.int32)
+    ids = np.zeros((3, num_rows), np.int32)  # padding rows are masked: any position will do
     ids[:, :num_before] = np.arange(num_before)
     first_after = num_before + image_3N.shape[1]
     ids[:, num_before:first_after] = num_before + image_3N
