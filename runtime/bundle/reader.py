@@ -113,7 +113,7 @@ def file_problem(file: Path, entry: WrittenFile, *, root: Path, hash_all: bool) 
         hash_all: Also hash files above ``LARGEST_HASHED_BYTES``; without it their sizes are compared.
     """
     if not file.resolve().is_relative_to(root):
-        return f"{file}: expected a file inside the bundle, got a link to elsewhere"
+        return f"{file}: expected a file inside the bundle, got a link to elsewhere, which is refused"
     if not file.is_file():
         return f"{file}: expected this file, got none"
     size = file.stat().st_size
