@@ -28,7 +28,7 @@ from trio_edge.profiling.page.pictures import PROMPT, PictureSize, picture_sizes
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.images.reading import open_picture
+from trio_edge.runtime.images.reading import open_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -128,7 +128,7 @@ def measure(options: Options, *, on_step: Callable[[str], None] = lambda _step: 
     """
     num_new, missing = _num_new(options), list[str]()
     if options.image is not None:
-        open_picture(options.image)
+        open_image(options.image)
     with ExitStack() as stack:
         sensors, lacking = open_sensors()
         missing += lacking
