@@ -10,8 +10,8 @@ from trio_edge.profiling.page.figures import LIGHT, Canvas, Plot, canvas, colour
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.profiling.measure.distribution import Distribution
     from trio_edge.profiling.report.profile import BundleProfile, Ceilings, GraphProfile, Phase, Report
+    from trio_edge.profiling.statistics import Distribution
 
 _MEGABYTE = 1e6
 _MARGIN = 1.6

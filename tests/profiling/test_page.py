@@ -16,9 +16,8 @@ import msgspec
 import pytest
 from PIL import Image
 
+from trio_edge.profiling import statistics as distribution_module
 from trio_edge.profiling.cli import main
-from trio_edge.profiling.measure import distribution as distribution_module
-from trio_edge.profiling.measure.distribution import distribution, line_fit, median_ratio
 from trio_edge.profiling.measure.sensors import sampling_thread
 from trio_edge.profiling.measure.sensors.sampling_thread import SensorRange
 from trio_edge.profiling.page.page import page_html
@@ -38,6 +37,7 @@ from trio_edge.profiling.report.profile import (
     Report,
     SizePoint,
 )
+from trio_edge.profiling.statistics import distribution, line_fit, median_ratio
 
 PHONE_WIDTH = 360
 LEAST_TEXT = 8.0
