@@ -13,6 +13,7 @@ from rich.console import Console
 
 from trio_edge.profiling.measure.machine_info import find_governor, find_power_mode, load_average
 from trio_edge.profiling.measure.measuring import NEW_TOKENS, Options, measure
+from trio_edge.profiling.page.figures import check_matplotlib
 from trio_edge.profiling.predict.options import (
     PredictOptions,
     check_given,
@@ -100,6 +101,8 @@ def command(
     check_given(predicting=wishes.predict is not None)
     files = {"--json": json_file, "--html": html_file, "--trace": trace_file}
     check_outputs({option: path for option, path in files.items() if path is not None})
+    if html_file is not None:
+        check_matplotlib("--html", extra="profile")
     if wishes.predict is not None:
         outcome = run_prediction(wishes, bundle=bundle, num_new=new_tokens or NEW_TOKENS)
         if json_file is not None:
