@@ -36,6 +36,7 @@ from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
 from trio_edge.export.tracing import trace_graphs
 from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.files import atomic_folder
 from trio_edge.runtime.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -49,7 +50,6 @@ from trio_edge.runtime.bundle.manifest import (
     json_from_manifest,
 )
 from trio_edge.runtime.bundle.reader import sha256_of
-from trio_edge.runtime.files import folder_beside
 from trio_edge.trio.cost.devices import find_target
 from trio_edge.trio.cost.memory import Texts
 
@@ -365,7 +365,7 @@ def _new_folder(plan: ExportPlan, *, num_bytes: int) -> Iterator[Path]:
         CheckpointError: If the folder cannot be written, the disk is full, or the target may not be replaced.
     """
     out, force = plan.options.out, plan.options.force
-    with folder_beside(
+    with atomic_folder(
         out,
         num_bytes=num_bytes + _SPARE_BYTES,
         error=CheckpointError,

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from trio_edge.export.options import ExportOptions
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Schedule
-    from trio_edge.runtime.images.interface import PictureProcessing
+    from trio_edge.runtime.images.interface import ImageProcessing
     from trio_edge.trio.selectors.interface import TokenSelector
 
 
@@ -55,7 +55,7 @@ class Source:
 class ResolvedOptions:
     """The options as numbers of this checkpoint: no share, no "auto"."""
 
-    processing: PictureProcessing
+    processing: ImageProcessing
     image_profiles: tuple[Mapping[str, int], ...]
     """Sizes of every image to make shapes for."""
     largest: Mapping[str, int]
@@ -196,11 +196,11 @@ def build(
 
 
 def _image_profiles(
-    processing: PictureProcessing, options: ExportOptions
+    processing: ImageProcessing, options: ExportOptions
 ) -> tuple[tuple[Mapping[str, int], ...], Mapping[str, int]]:
     """Return the sizes of all images to make shapes for, and of the one that schedule and cost are made for."""
     exact = [processing.sizes(width, height) for width, height in options.image_sizes]
-    any_image = [] if options.only_image_sizes else list(processing.any_picture_sizes())
+    any_image = [] if options.only_image_sizes else list(processing.any_image_sizes())
     largest = max(exact or any_image, key=lambda sizes: (sizes["N"], *sizes.values()))
     return (*exact, *any_image), largest
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from trio_edge.calibration.evaluate.intervals import paired_interval, score_interval, wilson_interval
 from trio_edge.calibration.evaluate.metrics import exact_normal, yes_no_counts
 from trio_edge.calibration.evaluate.running.answering import OWN_SELECTION, Outcome
+from trio_edge.profiling.statistics import paired_interval, score_interval, wilson_interval
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trio_edge.calibration.evaluate.intervals import wilson_interval
 from trio_edge.calibration.evaluate.questions import questions_of
 from trio_edge.calibration.evaluate.running.answering import OWN_SELECTION, Answerer, Asking, Outcome, Task
+from trio_edge.profiling.statistics import wilson_interval
 from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from trio_edge.calibration.evaluate.intervals import paired_interval
 from trio_edge.calibration.search.candidates import Candidate, Estimate, Found, Searching, Tried
 from trio_edge.calibration.search.pareto import first_fronts, pareto_front
 from trio_edge.calibration.search.space import SETTING_KEEPS, setting_variants, usual_schedules, with_stages
+from trio_edge.profiling.statistics import paired_interval
 from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
