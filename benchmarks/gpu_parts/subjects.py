@@ -173,7 +173,7 @@ def describe(shapes: Shapes, folder: Path) -> Checkpoint:
 def empty_model(checkpoint: Checkpoint, *, dtype: FloatType) -> tuple[FamilyModel, ImageProcessing]:
     """Return a checkpoint's modules without memory, and what becomes of its pictures."""
     family = family_of(checkpoint)
-    processing = family.picture_processing(checkpoint, encoder_keep=None, max_visual=None)
+    processing = family.image_processing(checkpoint, encoder_keep=None, max_visual=None)
     with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):  # constants become numpy arrays
         model = family.build(checkpoint, processing=processing, dtype=dtype, with_features=False)
     return model, processing

@@ -96,7 +96,7 @@ def load_model(
     place = _device(device)
     checkpoint = read_checkpoint(model, revision=revision, check_config=check_architecture)
     family = family_of(checkpoint)
-    pictures = family.picture_processing(checkpoint, encoder_keep=None, max_visual=max_visual)
+    pictures = family.image_processing(checkpoint, encoder_keep=None, max_visual=max_visual)
     text = read_text_files(
         checkpoint,
         default_template=family.default_chat_template(checkpoint),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.search.calibrate import Calibrated
     from trio_edge.calibration.search.calibrate import Progress as Callbacks
     from trio_edge.calibration.search.report.calibration_file import Calibration, Options
-    from trio_edge.export.bundle import ExportOptions
+    from trio_edge.export.options import ExportOptions
 
 _REPORT_BYTES = 16 << 20
 _WAY_OUT = "choose another --out"
@@ -202,8 +202,8 @@ def _write(calibrated: Calibrated, folder: Path, progress: Callbacks, *, export:
     page = page_of(calibration, calibrated.overlays, command=_export_command(calibration))
     (folder / REPORT_NAME).write_text(page, encoding="utf-8")
     if export:
-        from trio_edge.export.bundle import Progress as ExportProgress
         from trio_edge.export.bundle import export_bundle
+        from trio_edge.export.options import Progress as ExportProgress
 
         export_bundle(
             _export_options(calibration, folder / BUNDLE_NAME),
@@ -214,7 +214,7 @@ def _write(calibrated: Calibrated, folder: Path, progress: Callbacks, *, export:
 
 
 def _export_options(calibration: Calibration, out: Path) -> ExportOptions:
-    from trio_edge.export.bundle import ExportOptions
+    from trio_edge.export.options import ExportOptions
     from trio_edge.export.quantize.plan import parse_plan
 
     options, shapes = calibration.options, calibration.shapes

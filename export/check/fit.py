@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trio_edge.export.families.base import FamilyModel
-    from trio_edge.export.layout import Layout
+    from trio_edge.export.graphs.layout import Layout
     from trio_edge.export.quantize.numerics import Format
     from trio_edge.runtime.bundle.manifest import TokenMethod
     from trio_edge.runtime.images.interface import ImageProcessing

@@ -1,4 +1,4 @@
-"""What the LLaVA families share: a CLIP vision tower, an MLP projector, a Llama-like decoder."""
+"""LLaVA-1.5 and LLaVA-NeXT: a CLIP vision tower, an MLP projector, a Llama-like decoder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.reduce import FEATURE_NAMES
 from trio_edge.export.graphs.vision.clip import (
     ClipFeatures,
+    ClipVision,
     ReducedVision,
-    Vision,
     VisionWithFeatures,
     check_encoder_keep,
     clip_groups,
@@ -43,8 +43,8 @@ _TEXT_TYPES = ("llama", "mistral", "qwen2")
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class ClipLlama:
-    """A LLaVA; see ``Family``."""
+class Llava:
+    """Implements ``Family`` for one model type of LLaVA."""
 
     model_type: str
     architecture: str
@@ -68,20 +68,20 @@ class ClipLlama:
         dtype: FloatType,
         with_features: bool,
     ) -> FamilyModel:
-        """See ``Family.build``."""
+        """Build the model; documented in ``Family``."""
         import transformers
 
         model_class = getattr(transformers, self.architecture)
         config = read_clip_config(checkpoint)
         return _build(model_class, config, processing=processing, dtype=dtype, with_features=with_features)
 
-    def picture_processing(
+    def image_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
     ) -> ImageProcessing:
-        """See ``Family.picture_processing``; ``max_visual`` is not for tilings."""
+        """Return the tiling, documented in ``Family``; it takes no ``max_visual``."""
         if max_visual is not None:
             raise ScheduleError(
-                f"--max-visual: expected none for {self.model_type}, whose pictures are not scaled to"
+                f"--max-visual: expected none for {self.model_type}, whose images are not scaled to"
                 f" a number of tokens, got {max_visual}; use --image-size"
             )
         processing = _image_processing(checkpoint, default_type=self.image_processor)
@@ -120,7 +120,7 @@ def _build(
     with_features: bool,
 ) -> FamilyModel:
     """Return the parts of ``model_class(config)``; under FakeTensorMode this takes no memory."""
-    assert isinstance(processing, LlavaImages)  # as the families' picture_processing makes it
+    assert isinstance(processing, LlavaImages)  # as the families' image_processing makes it
     register_attention()
     text, vision = config.text_config, config.vision_config
     text._attn_implementation = ATTENTION_NAME
@@ -160,12 +160,12 @@ def _vision_graph(
     hidden = inner.language_model.config.hidden_size
     outputs = [TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", hidden))]
     newline, vision = getattr(inner, "image_newline", None), inner.vision_tower.config
-    module: Vision | VisionWithFeatures | ReducedVision
+    module: ClipVision | VisionWithFeatures | ReducedVision
     if with_features:
         if keep is not None:
             raise ScheduleError(
-                "--token-method: expected one that needs no class token beside --encoder-keep, got one that does;"
-                " leave --encoder-keep away"
+                "--token-method: expected one that needs no class token with --encoder-keep, got one that does;"
+                " leave out --encoder-keep"
             )
         observed = vision.num_hidden_layers - 2
         features = ClipFeatures(inner.vision_tower, feature_layers=feature_layers)
@@ -178,7 +178,7 @@ def _vision_graph(
         outputs.append(TensorSpec(name=FEATURE_NAMES[2], dtype="float32", shape=("N",)))
     elif keep is None:
         features = ClipFeatures(inner.vision_tower, feature_layers=feature_layers)
-        module = Vision(features, inner.multi_modal_projector, newline)
+        module = ClipVision(features, inner.multi_modal_projector, newline)
     else:
         module = ReducedVision(
             inner.vision_tower, inner.multi_modal_projector, feature_layers=feature_layers, num_keep=keep
