@@ -26,8 +26,9 @@ from tiny_accuracy import (
     planned,
 )
 
-from trio_edge.calibration.evaluate.comparison import RunInfo, RunReport, compare
+from trio_edge.calibration.evaluate.comparison import RunReport, compare
 from trio_edge.calibration.evaluate.report_table import per_cent
+from trio_edge.calibration.evaluate.running.runs import RunInfo
 from trio_edge.runtime.bundle.reader import open_bundle
 
 if TYPE_CHECKING:

@@ -20,12 +20,12 @@ import numpy as np
 from rich.console import Console
 
 from trio_edge.calibration.evaluate.comparison import RunReport, compare
-from trio_edge.calibration.evaluate.questions import digest_of, synthetic_questions
 from trio_edge.calibration.evaluate.report_table import per_cent
 from trio_edge.calibration.evaluate.running.runs import Settings, answer_runs, keys_of, plan_runs
 from trio_edge.calibration.model.selecting import Probes
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
+from trio_edge.calibration.questions import digest_of, synthetic_questions
 from trio_edge.export.bundle import ExportOptions, ScheduleInputs, export_bundle
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
@@ -35,7 +35,7 @@ from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.trio.budgets import parse_keep, schedule_for_keep
 
 if TYPE_CHECKING:
-    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.calibration.questions import Question
     from trio_edge.runtime.bundle.manifest import FloatType
 
 

@@ -20,12 +20,19 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from rich.console import Console
 
-from trio_edge.calibration.evaluate.baselines import BASELINES
-from trio_edge.calibration.evaluate.comparison import RunInfo, RunReport, compare
+from trio_edge.calibration.evaluate.comparison import RunReport, compare
 from trio_edge.calibration.evaluate.evaluation import evaluate
-from trio_edge.calibration.evaluate.questions import digest_of, synthetic_questions
 from trio_edge.calibration.evaluate.report_table import per_cent
-from trio_edge.calibration.evaluate.running.runs import Run, Settings, answer_runs, keys_of, plan_runs
+from trio_edge.calibration.evaluate.running.baselines import BASELINES
+from trio_edge.calibration.evaluate.running.runs import (
+    Run,
+    RunInfo,
+    Settings,
+    answer_runs,
+    keys_of,
+    plan_runs,
+)
+from trio_edge.calibration.questions import digest_of, synthetic_questions
 from trio_edge.calibration.shapes.samples import held_out
 from trio_edge.export.bundle import ExportOptions, ScheduleInputs, export_bundle
 from trio_edge.runtime.bundle.errors import ScheduleError

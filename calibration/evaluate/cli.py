@@ -17,21 +17,21 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trio_edge.calibration.evaluate.baselines import BASELINES
 from trio_edge.calibration.evaluate.comparison import SCHEMA_VERSION, Conditions, Data, Report, compare
-from trio_edge.calibration.evaluate.metrics import METRICS, Metric, check_metric, metric_for
 from trio_edge.calibration.evaluate.plot import check_plot, draw_plot
-from trio_edge.calibration.evaluate.questions import (
+from trio_edge.calibration.evaluate.report_table import print_report
+from trio_edge.calibration.evaluate.running.answering import DEFAULT_ANSWER_TOKENS, OWN_SELECTION
+from trio_edge.calibration.evaluate.running.baselines import BASELINES
+from trio_edge.calibration.evaluate.running.ray_workers import check_ray
+from trio_edge.calibration.evaluate.running.runs import Answers, Settings, answer_runs, keys_of, plan_runs
+from trio_edge.calibration.metrics import METRICS, Metric, check_metric, metric_for
+from trio_edge.calibration.questions import (
     digest_of,
     parse_shard,
     read_questions,
     shard_of,
     synthetic_questions,
 )
-from trio_edge.calibration.evaluate.report_table import print_report
-from trio_edge.calibration.evaluate.running.answering import DEFAULT_ANSWER_TOKENS, OWN_SELECTION
-from trio_edge.calibration.evaluate.running.ray_workers import check_ray
-from trio_edge.calibration.evaluate.running.runs import Answers, Settings, answer_runs, keys_of, plan_runs
 from trio_edge.runtime.backends.registry import BACKENDS_HELP
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run
@@ -40,9 +40,9 @@ from trio_edge.runtime.files import check_outputs, write_output
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from trio_edge.calibration.evaluate.questions import Question
     from trio_edge.calibration.evaluate.running.runs import Run
     from trio_edge.calibration.evaluate.running.work_folder import RunKey
+    from trio_edge.calibration.questions import Question
 
 SYNTHETIC = "shapes"
 DEFAULT_SYNTHETIC_COUNT = 500

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from trio_edge.calibration.evaluate.intervals import paired_interval, score_interval, wilson_interval
-from trio_edge.calibration.evaluate.metrics import exact_normal, yes_no_counts
-from trio_edge.calibration.evaluate.running.answering import OWN_SELECTION, Outcome
+from trio_edge.calibration.evaluate.running.runs import RunInfo  # noqa: TC001 - msgspec reads it
+from trio_edge.calibration.metrics import exact_normal, yes_no_counts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.calibration.evaluate.running.answering import Outcome
 
 SCHEMA_VERSION = 1
 
@@ -60,20 +60,6 @@ class AgainstReference(_Part, frozen=True):
     """Keep-all's FLOPs over this run's."""
     ttft_ratio: float
     """Keep-all's median time to the first token over this run's."""
-
-
-class RunInfo(_Part, frozen=True):
-    """What was run."""
-
-    label: str
-    method: str
-    """Runs that differ in budget only have the same method."""
-    bundle: str
-    bundle_sha256: str
-    """Of the manifest."""
-    selection: str
-    dtype: str
-    is_reference: bool
 
 
 class RunReport(_Part, frozen=True):
@@ -138,24 +124,6 @@ class Report(_Part, frozen=True):
     runs: list[RunReport]
     failures: list[dict[str, str]]
     """Questions that could not be asked: where and why."""
-
-
-def method_of(manifest: Manifest, selection: str) -> str:
-    """Return the name of what selects: runs that differ in budget only have the same one."""
-    schedule = manifest.schedule
-    if selection != OWN_SELECTION:
-        return selection if schedule.positions == "compact" else f"{selection}, {schedule.positions}"
-    before = [] if manifest.encoder_keep is None else ["encoder"]
-    if manifest.token_method is not None:
-        before.append(manifest.token_method)
-    decoder = []
-    if schedule.stages:
-        settings = [
-            *(["answer rows"] if schedule.method == "trio" and schedule.probe_rows == "answer" else []),
-            *(["preserved"] if schedule.positions == "preserved" and manifest.position_axes == 1 else []),
-        ]
-        decoder = [", ".join([schedule.method, *settings])]
-    return " + ".join([*before, *decoder]) or "keep-all"
 
 
 def compare(runs: Sequence[tuple[RunInfo, Mapping[int, Outcome]]], *, metric: str) -> list[RunReport]:

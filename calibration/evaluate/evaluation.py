@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trio_edge.calibration.evaluate.intervals import wilson_interval
-from trio_edge.calibration.evaluate.questions import questions_of
 from trio_edge.calibration.evaluate.running.answering import OWN_SELECTION, Answerer, Asking, Outcome, Task
+from trio_edge.calibration.questions import questions_of
 from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from trio_edge.calibration.evaluate.questions import SampleLike
+    from trio_edge.calibration.questions import SampleLike
     from trio_edge.runtime.pipeline import Pipeline
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from trio_edge.calibration.evaluate.questions import Question
     from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.questions import Question
     from trio_edge.runtime.prompts.positions import PromptPositions
     from trio_edge.runtime.prompts.tokenizer import PromptIds
 

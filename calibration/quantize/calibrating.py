@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from trio_edge.calibration.quantize.cache_ranges import listening_to_caches
 from trio_edge.calibration.quantize.collecting import answer_samples, listening_to_inputs
 from trio_edge.calibration.quantize.modelopt_search import check_modelopt
-from trio_edge.calibration.quantize.moving import moved
 from trio_edge.calibration.quantize.report import CacheReport, GroupError, QuantizationReport
 from trio_edge.calibration.quantize.rounding import GroupRounding
 from trio_edge.calibration.quantize.sections import quantized_sections
+from trio_edge.calibration.quantize.smoothing import moved
 from trio_edge.export.quantize.scales import CalibratedScales
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from trio_edge.calibration.evaluate.questions import Question
     from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.quantize.collecting import Inputs
     from trio_edge.calibration.quantize.sections import Section
+    from trio_edge.calibration.questions import Question
     from trio_edge.export.graphs.linear_groups import LinearGroup
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import Smoothing

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from trio_edge.calibration.evaluate.questions import Question
     from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.quantize.sections import Section
+    from trio_edge.calibration.questions import Question
     from trio_edge.runtime.bundle.schedule import Schedule
 
 NUM_ROWS = 512

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from trio_edge.calibration.evaluate.questions import Question
     from trio_edge.calibration.model.prompts import Prompt
     from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.questions import Question
     from trio_edge.calibration.search.measure.measuring import Measured
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CacheRange, CalibratedScales

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from trio_edge.calibration.search.fixed_shapes import picture_sizes, text_buckets
-from trio_edge.calibration.search.prefill_cost import PrefillCost, Situation
+from trio_edge.calibration.search.schedules.prefill_cost import PrefillCost, Situation
 from trio_edge.export.bundle import bundle_dtype, dimensions_of
 from trio_edge.export.check.fit import check_fit, fit_inputs
 from trio_edge.export.families.decoder_config import check_positions, max_positions

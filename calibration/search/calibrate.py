@@ -23,7 +23,6 @@ from trio_edge.calibration.quantize.calibrating import calibrate_quantization
 from trio_edge.calibration.quantize.fidelity import measure_quantized
 from trio_edge.calibration.quantize.modelopt_search import check_modelopt
 from trio_edge.calibration.search.bundle_shape import bundle_shape, memory_warning, prefill_cost
-from trio_edge.calibration.search.candidates import Searching
 from trio_edge.calibration.search.fixed_shapes import rounds_with_margin
 from trio_edge.calibration.search.held_out import accuracy, fidelity
 from trio_edge.calibration.search.measure.importance import mean_importance
@@ -39,9 +38,15 @@ from trio_edge.calibration.search.report.calibration_file import (
     Shapes,
     SingleStage,
 )
-from trio_edge.calibration.search.search import search
-from trio_edge.calibration.search.space import make_space, usual_schedules, with_stages
-from trio_edge.calibration.search.wish import DEFAULT_MAX_KL, Wish, average_keep, stages_of
+from trio_edge.calibration.search.schedules.candidates import Searching
+from trio_edge.calibration.search.schedules.search import search
+from trio_edge.calibration.search.schedules.selection_rule import (
+    DEFAULT_MAX_KL,
+    Wish,
+    average_keep,
+    stages_of,
+)
+from trio_edge.calibration.search.schedules.space import make_space, usual_schedules, with_stages
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.profiling.predict.efficiency import fitted_for
@@ -55,15 +60,15 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from trio_edge.calibration.evaluate.questions import Question
     from trio_edge.calibration.model.prompts import SampleShape
     from trio_edge.calibration.model.torch_model import TorchModel
-    from trio_edge.calibration.search.candidates import Candidate
+    from trio_edge.calibration.questions import Question
     from trio_edge.calibration.search.measure.measuring import Measured
     from trio_edge.calibration.search.measure.samples import Split
-    from trio_edge.calibration.search.prefill_cost import PrefillCost
     from trio_edge.calibration.search.report.calibration_file import Fidelity
-    from trio_edge.calibration.search.space import Space
+    from trio_edge.calibration.search.schedules.candidates import Candidate
+    from trio_edge.calibration.search.schedules.prefill_cost import PrefillCost
+    from trio_edge.calibration.search.schedules.space import Space
 
 NUM_OVERLAYS = 3
 """Held-out pictures that the page shows."""

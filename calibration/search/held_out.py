@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trio_edge.calibration.evaluate.intervals import bootstrap_interval, paired_interval, score_interval
-from trio_edge.calibration.evaluate.metrics import METRICS
+from trio_edge.calibration.metrics import METRICS
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.search.report.calibration_file import Accuracy, Fidelity, Measure
@@ -16,9 +16,9 @@ from trio_edge.runtime.bundle.schedule import Schedule
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from trio_edge.calibration.evaluate.questions import Question
     from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.questions import Question
     from trio_edge.calibration.search.measure.measuring import Measured
 
 MAX_ANSWER_TOKENS = 16

@@ -12,17 +12,17 @@ from tests.calibration.question_files import questions_about, write_questions
 from tests.pictures import random_picture
 from trio_edge.calibration.model.prompts import SampleShape
 from trio_edge.calibration.search.calibrate import Progress, _warn_above
-from trio_edge.calibration.search.candidates import Candidate
 from trio_edge.calibration.search.fixed_shapes import picture_sizes, rounds_with_margin, text_buckets
 from trio_edge.calibration.search.held_out import accuracy
 from trio_edge.calibration.search.measure.measuring import Measured
 from trio_edge.calibration.search.measure.record import ImportanceLine, Record
 from trio_edge.calibration.search.measure.samples import read_samples, split_samples
-from trio_edge.calibration.search.pareto import first_fronts, pareto_front
-from trio_edge.calibration.search.prefill_cost import Cost, PrefillCost, Situation
 from trio_edge.calibration.search.report.calibration_file import Fidelity, Measure, Options, read_options
-from trio_edge.calibration.search.space import make_space
-from trio_edge.calibration.search.wish import Wish
+from trio_edge.calibration.search.schedules.candidates import Candidate
+from trio_edge.calibration.search.schedules.pareto import first_fronts, pareto_front
+from trio_edge.calibration.search.schedules.prefill_cost import Cost, PrefillCost, Situation
+from trio_edge.calibration.search.schedules.selection_rule import Wish
+from trio_edge.calibration.search.schedules.space import make_space
 from trio_edge.profiling.predict.answer import Setting, predict
 from trio_edge.profiling.predict.models import find_model
 from trio_edge.runtime.bundle.errors import DataError, ScheduleError

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.calibration.question_files import questions_about, write_questions
 from trio_edge.calibration.evaluate import cli as cli_eval
-from trio_edge.calibration.evaluate.baselines import BASELINES
+from trio_edge.calibration.evaluate.running.baselines import BASELINES
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from trio_edge.calibration.evaluate.baselines import BASELINES, baseline
 from trio_edge.calibration.evaluate.evaluation import evaluate
+from trio_edge.calibration.evaluate.running.baselines import BASELINES, baseline
 from trio_edge.calibration.shapes.samples import held_out
 from trio_edge.runtime.pipeline import Pipeline
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trio_edge.calibration.evaluate.metrics import (
+from trio_edge.calibration.metrics import (
     METRICS,
     exact_normal,
     metric_for,
@@ -14,7 +14,7 @@ from trio_edge.calibration.evaluate.metrics import (
     vqa_normal,
     yes_no_counts,
 )
-from trio_edge.calibration.evaluate.questions import Question
+from trio_edge.calibration.questions import Question
 
 
 def question(*answers: str, choices: tuple[str, ...] = ()) -> Question:

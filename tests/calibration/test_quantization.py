@@ -17,7 +17,6 @@ from tests.calibration.moved_factors import apply_moved
 from tests.calibration.question_files import questions_about, write_questions
 from tests.checkpoints import save_checkpoint
 from tests.decode_logits import record_logits
-from trio_edge.calibration.evaluate.questions import Question, read_questions
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.selecting import Probes
@@ -28,10 +27,11 @@ from trio_edge.calibration.quantize.cache_ranges import CachedRows, listening_to
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
 from trio_edge.calibration.quantize.collecting import answer_samples, listening_to_inputs
 from trio_edge.calibration.quantize.fidelity import given_tokens, measure_quantized
-from trio_edge.calibration.quantize.moving import moved
 from trio_edge.calibration.quantize.quantized_model import quantized_model
 from trio_edge.calibration.quantize.rounding import LARGEST_FACTOR, GroupRounding
 from trio_edge.calibration.quantize.sections import quantized_sections
+from trio_edge.calibration.quantize.smoothing import moved
+from trio_edge.calibration.questions import Question, read_questions
 from trio_edge.calibration.search import cli as cli_calibrate
 from trio_edge.calibration.search.measure.measuring import Measured, keep_all, measure
 from trio_edge.export.graphs.linear_groups import LinearGroup, decoder_groups

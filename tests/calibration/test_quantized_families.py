@@ -19,16 +19,16 @@ from tests.calibration.question_files import questions_about, write_questions
 from tests.checkpoints import save_checkpoint
 from tests.internvl_checkpoints import save_internvl_checkpoint
 from tests.qwen_checkpoints import save_qwen_checkpoint
-from trio_edge.calibration.evaluate.questions import Question, read_questions
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt, read_picture
 from trio_edge.calibration.model.selecting import Probes
 from trio_edge.calibration.model.torch_model import TorchModel, load_model
 from trio_edge.calibration.quantize.calibrating import Quantized as Found
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
-from trio_edge.calibration.quantize.moving import moved
 from trio_edge.calibration.quantize.quantized_model import quantized_model
 from trio_edge.calibration.quantize.sections import quantized_sections
+from trio_edge.calibration.quantize.smoothing import moved
+from trio_edge.calibration.questions import Question, read_questions
 from trio_edge.export.quantize.assign import StoredForm
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.runtime.bundle.schedule import Schedule

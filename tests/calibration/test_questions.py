@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.calibration.question_files import questions_about, write_questions
-from trio_edge.calibration.evaluate.metrics import METRICS, check_metric
-from trio_edge.calibration.evaluate.questions import (
+from trio_edge.calibration.metrics import METRICS, check_metric
+from trio_edge.calibration.questions import (
     digest_of,
     parse_shard,
     read_questions,

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, final
 
 import msgspec
 
-from trio_edge.calibration.evaluate.answer_cost import prefill_flops, processed_tokens
-from trio_edge.calibration.evaluate.baselines import baseline
-from trio_edge.calibration.evaluate.first_token import FirstToken, first_token_kl, summary_of
-from trio_edge.calibration.evaluate.metrics import METRICS
+from trio_edge.calibration.evaluate.running.answer_cost import prefill_flops, processed_tokens
+from trio_edge.calibration.evaluate.running.baselines import baseline
+from trio_edge.calibration.metrics import METRICS
 from trio_edge.runtime.bundle.errors import ImageError, ShapeError
+from trio_edge.runtime.first_token import FirstToken, first_token_kl, summary_of
 from trio_edge.runtime.images.llava import TilePictures
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.calibration.questions import Question
     from trio_edge.runtime.images.interface import PictureProcessing
 
 OWN_SELECTION = "bundle"

@@ -10,7 +10,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from trio_edge.calibration.evaluate.comparison import RunInfo, method_of
+import msgspec
+
 from trio_edge.calibration.evaluate.running.answering import (
     DEFAULT_ANSWER_TOKENS,
     OWN_SELECTION,
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
     from pathlib import Path
 
-    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.calibration.questions import Question
+    from trio_edge.runtime.bundle.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,20 @@ class Settings:
     workers: int = 1
     ray_address: str | None = None
     """Of a Ray cluster whose machines do the work; None for this machine."""
+
+
+class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What was run."""
+
+    label: str
+    method: str
+    """Runs that differ in budget only have the same method."""
+    bundle: str
+    bundle_sha256: str
+    """Of the manifest."""
+    selection: str
+    dtype: str
+    is_reference: bool
 
 
 class Run(NamedTuple):
@@ -242,6 +258,24 @@ def _run(bundle: Bundle, label: str, selection: str, *, is_reference: bool) -> R
         is_reference=is_reference,
     )
     return Run(info, bundle)
+
+
+def method_of(manifest: Manifest, selection: str) -> str:
+    """Return the name of what selects: runs that differ in budget only have the same one."""
+    schedule = manifest.schedule
+    if selection != OWN_SELECTION:
+        return selection if schedule.positions == "compact" else f"{selection}, {schedule.positions}"
+    before = [] if manifest.encoder_keep is None else ["encoder"]
+    if manifest.token_method is not None:
+        before.append(manifest.token_method)
+    decoder = []
+    if schedule.stages:
+        settings = [
+            *(["answer rows"] if schedule.method == "trio" and schedule.probe_rows == "answer" else []),
+            *(["preserved"] if schedule.positions == "preserved" and manifest.position_axes == 1 else []),
+        ]
+        decoder = [", ".join([schedule.method, *settings])]
+    return " + ".join([*before, *decoder]) or "keep-all"
 
 
 def _names(bundles: Sequence[Path]) -> list[str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from pathlib import Path
 
-    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.calibration.questions import Question
 
 SCHEMA_VERSION = 1
 _LOCK_NAME = ".lock"

@@ -14,9 +14,9 @@ from trio_edge.calibration.search.measure.record import ImportanceLine, Measured
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from trio_edge.calibration.evaluate.questions import Question
     from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.questions import Question
     from trio_edge.calibration.search.measure.importance import LayerImportance
     from trio_edge.calibration.search.measure.measuring import KeepAll
     from trio_edge.calibration.search.measure.record import Line, Record

@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from trio_edge.calibration.evaluate.questions import Question, picture_id, read_questions, synthetic_questions
+from trio_edge.calibration.questions import Question, picture_id, read_questions, synthetic_questions
 from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from trio_edge.calibration.quantize.report import QuantizationReport
-from trio_edge.calibration.search.candidates import Tried
 from trio_edge.calibration.search.measure.importance import LayerImportance
-from trio_edge.calibration.search.prefill_cost import CostKind
-from trio_edge.calibration.search.space import DEFAULT_KEEPS, DEFAULT_THRESHOLDS
+from trio_edge.calibration.search.schedules.candidates import Tried
+from trio_edge.calibration.search.schedules.prefill_cost import CostKind
+from trio_edge.calibration.search.schedules.space import DEFAULT_KEEPS, DEFAULT_THRESHOLDS
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle.errors import DataError, ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule

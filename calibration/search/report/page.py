@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
-from trio_edge.calibration.search.pareto import spread
 from trio_edge.calibration.search.report.plots import (
     front_plot,
     importance_plot,
     layers_plot,
     quantization_plot,
 )
+from trio_edge.calibration.search.schedules.pareto import spread
 from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from trio_edge.runtime.bundle.errors import ScheduleError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.calibration.search.candidates import Candidate, Estimate, Searching
-    from trio_edge.calibration.search.prefill_cost import CostKind, PrefillCost
-    from trio_edge.calibration.search.space import Space
+    from trio_edge.calibration.search.schedules.candidates import Candidate, Estimate, Searching
+    from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost
+    from trio_edge.calibration.search.schedules.space import Space
 
     Stages = tuple[tuple[int, int], ...]
 

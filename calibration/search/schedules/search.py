@@ -22,15 +22,20 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from trio_edge.calibration.evaluate.intervals import paired_interval
-from trio_edge.calibration.search.candidates import Candidate, Estimate, Found, Searching, Tried
-from trio_edge.calibration.search.pareto import first_fronts, pareto_front
-from trio_edge.calibration.search.space import SETTING_KEEPS, setting_variants, usual_schedules, with_stages
+from trio_edge.calibration.search.schedules.candidates import Candidate, Estimate, Found, Searching, Tried
+from trio_edge.calibration.search.schedules.pareto import first_fronts, pareto_front
+from trio_edge.calibration.search.schedules.space import (
+    SETTING_KEEPS,
+    setting_variants,
+    usual_schedules,
+    with_stages,
+)
 from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.calibration.search.wish import Wish
+    from trio_edge.calibration.search.schedules.selection_rule import Wish
 
 USUAL_KEEPS = (0.06, 0.08, 0.111, 0.15, 0.222, 0.333, 0.5)
 """Average keeps whose ``trio-export`` schedules are measured beside the others, where the space has them."""

@@ -23,7 +23,7 @@ from trio_edge.runtime.bundle.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.calibration.questions import Question
 
 
 VQA_ANNOTATORS = 10

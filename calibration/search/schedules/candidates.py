@@ -23,16 +23,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from trio_edge.calibration.evaluate.intervals import bootstrap_interval
-from trio_edge.calibration.search.pareto import pareto_front
+from trio_edge.calibration.search.schedules.pareto import pareto_front
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.calibration.questions import Question
     from trio_edge.calibration.search.measure.measurements import Measurements
     from trio_edge.calibration.search.measure.measuring import Measured
-    from trio_edge.calibration.search.prefill_cost import Cost, CostKind, PrefillCost
-    from trio_edge.calibration.search.space import Space
+    from trio_edge.calibration.search.schedules.prefill_cost import Cost, CostKind, PrefillCost
+    from trio_edge.calibration.search.schedules.space import Space
     from trio_edge.runtime.bundle.schedule import Positions, Schedule
 
 
