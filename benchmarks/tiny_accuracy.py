@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import platform
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,8 @@ import msgspec
 from rich.console import Console
 
 from trio_edge.calibration.evaluate.comparison import RunReport, compare
-from trio_edge.calibration.evaluate.evaluation import evaluate
 from trio_edge.calibration.evaluate.report_table import per_cent
+from trio_edge.calibration.evaluate.running.answering import Answerer, Asking, Outcome, Task
 from trio_edge.calibration.evaluate.running.baselines import BASELINES
 from trio_edge.calibration.evaluate.running.runs import (
     Run,
@@ -32,18 +33,15 @@ from trio_edge.calibration.evaluate.running.runs import (
     keys_of,
     plan_runs,
 )
-from trio_edge.calibration.questions import digest_of, synthetic_questions
+from trio_edge.calibration.questions import digest_of, questions_of, synthetic_questions
 from trio_edge.calibration.shapes.samples import held_out
 from trio_edge.export.bundle import ExportOptions, ScheduleInputs, export_bundle
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.trio.budgets import integer_keeps, schedule_for_keep
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from trio_edge.calibration.evaluate.running.answering import Outcome
 
 _SHIFT = 101  # samples between a question and the picture of the guesser: several questions share a picture
 BUDGETS = {"33.3": 1 / 3, "22.2": 2 / 9, "11.1": 1 / 9}
@@ -161,15 +159,15 @@ def answered(runs: list[Run], arguments: argparse.Namespace) -> list[tuple[RunIn
     ).runs
 
 
-def guesser(arguments: argparse.Namespace) -> str:
-    """Ask every question about another sample's picture: what can be answered without seeing."""
+def guesser(full: Run, arguments: argparse.Namespace) -> str:
+    """Ask every question about another sample's picture: the share that can be answered without seeing."""
     samples = list(held_out(arguments.count, seed=arguments.seed))
     others = samples[_SHIFT:] + samples[:_SHIFT]
     swapped = [replace(sample, picture=other.picture) for sample, other in zip(samples, others)]
-    with Pipeline.from_bundle(bundle_for(None, "", arguments), threads=1) as pipeline:
-        accuracy = evaluate(pipeline, swapped).accuracy
-    low, high = accuracy.interval
-    return f"{100 * accuracy.value:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+    with closing(Answerer(Asking(bundle=full.bundle.folder))) as answerer:
+        found = [answerer.answer(Task(question)) for question in questions_of(swapped)]
+    outcomes = {outcome.index: outcome for outcome in found if isinstance(outcome, Outcome)}
+    return per_cent(compare([(full.info, outcomes)], metric=Settings().metric)[0].accuracy)
 
 
 def add_common_options(parser: argparse.ArgumentParser, *, out: Path, budgets: list[str]) -> None:
@@ -192,7 +190,8 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     variants = [v for v in VARIANTS if not any(word in v.name for word in arguments.skip)]
-    full, *others = measured(planned(variants, arguments), arguments)
+    runs = planned(variants, arguments)
+    full, *others = measured(runs, arguments)
     (arguments.out / "report.json").write_text(
         json.dumps([msgspec.to_builtins(run) for run in (full, *others)]), encoding="utf-8"
     )
@@ -202,7 +201,9 @@ def main() -> None:
     print(
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}; exact match in %, 95 % Wilson interval"
     )
-    print(f"\nall visual tokens: {per_cent(full.accuracy)}; another sample's picture: {guesser(arguments)}\n")
+    print(
+        f"\nall visual tokens: {per_cent(full.accuracy)}; another sample's picture: {guesser(runs[0], arguments)}\n"
+    )
     print("| selection | " + " | ".join(f"{name} %" for name in arguments.budgets) + " |")
     print("|---|" + "---|" * len(arguments.budgets))
     reports = iter(others)

@@ -8,7 +8,7 @@ import json
 import re
 import string
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -18,6 +18,8 @@ from trio_edge.runtime.bundle.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
+
+    from trio_edge.calibration.shapes.samples import ShapeSample
 
 
 _ID_LENGTH = 16
@@ -44,31 +46,7 @@ class Question:
     """For messages: FILE:LINE."""
 
 
-class SampleLike(Protocol):
-    """What ``shapes.Sample`` has."""
-
-    @property
-    def picture(self) -> Image.Image:
-        """The picture."""
-
-    @property
-    def question(self) -> str:
-        """What is asked."""
-
-    @property
-    def answer(self) -> str:
-        """The expected answer."""
-
-    @property
-    def kind(self) -> str:
-        """Type of question."""
-
-    @property
-    def sample_id(self) -> str:
-        """Its name."""
-
-
-def questions_of(samples: Iterable[SampleLike]) -> list[Question]:
+def questions_of(samples: Iterable[ShapeSample]) -> list[Question]:
     """Return generated samples as questions."""
     return [
         Question(

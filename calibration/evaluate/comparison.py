@@ -13,7 +13,7 @@ import msgspec
 
 from trio_edge.calibration.evaluate.intervals import paired_interval, score_interval, wilson_interval
 from trio_edge.calibration.evaluate.running.runs import RunInfo  # noqa: TC001 - msgspec reads it
-from trio_edge.calibration.metrics import exact_normal, yes_no_counts
+from trio_edge.calibration.metrics import YesNoRates, exact_normal, yes_no_rates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,16 +33,6 @@ class Estimate(_Part, frozen=True):
     value: float
     interval_95: tuple[float, float]
     questions: int
-
-
-class YesNoRates(_Part, frozen=True):
-    """POPE's figures; "yes" is the positive class."""
-
-    accuracy: float
-    precision: float
-    recall: float
-    f1: float
-    yes_ratio: float
 
 
 class AgainstReference(_Part, frozen=True):
@@ -90,7 +80,7 @@ class RunReport(_Part, frozen=True):
     outcomes: list[dict[str, Any]]
 
 
-class Data(_Part, frozen=True):
+class EvaluationData(_Part, frozen=True):
     """What was asked."""
 
     name: str
@@ -104,7 +94,7 @@ class Data(_Part, frozen=True):
     """I/N, the part that was asked here; 1/1 is all."""
 
 
-class Conditions(_Part, frozen=True):
+class EvaluationConditions(_Part, frozen=True):
     """Where and how it was measured."""
 
     versions: dict[str, str]
@@ -115,12 +105,12 @@ class Conditions(_Part, frozen=True):
     machine: dict[str, str]
 
 
-class Report(_Part, frozen=True):
+class EvaluationReport(_Part, frozen=True):
     """All that ``--json`` writes."""
 
     schema_version: int
-    data: Data
-    conditions: Conditions
+    data: EvaluationData
+    conditions: EvaluationConditions
     runs: list[RunReport]
     failures: list[dict[str, str]]
     """Questions that could not be asked: where and why."""
@@ -202,16 +192,8 @@ def _accuracy(outcomes: list[Outcome]) -> Estimate:
 
 
 def _yes_no(outcomes: list[Outcome]) -> YesNoRates:
-    counts = yes_no_counts(
-        [outcome.reading for outcome in outcomes], [exact_normal(outcome.answers[0]) for outcome in outcomes]
-    )
-    return YesNoRates(
-        accuracy=counts.accuracy,
-        precision=counts.precision,
-        recall=counts.recall,
-        f1=counts.f1,
-        yes_ratio=counts.yes_ratio,
-    )
+    expected = [exact_normal(outcome.answers[0]) for outcome in outcomes]
+    return yes_no_rates([outcome.reading for outcome in outcomes], expected)
 
 
 def _scores(outcomes: list[Outcome]) -> list[float]:

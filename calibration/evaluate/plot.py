@@ -11,7 +11,7 @@ from trio_edge.runtime.bundle.errors import DataError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trio_edge.calibration.evaluate.comparison import Report, RunReport
+    from trio_edge.calibration.evaluate.comparison import EvaluationReport, RunReport
 
 SUFFIXES = (".png", ".svg")
 _MARKERS = "osD^vP*X<>"
@@ -30,7 +30,7 @@ def check_plot(path: Path) -> None:
         )
 
 
-def draw_plot(report: Report, path: Path) -> None:
+def draw_plot(report: EvaluationReport, path: Path) -> None:
     """Write the plot as PNG or SVG, by ``path``'s suffix."""
     from matplotlib.figure import Figure  # without pyplot: no window, no state
 

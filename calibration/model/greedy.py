@@ -17,7 +17,7 @@ from trio_edge.calibration.model.sequence import begin, logits_of, no_past, run_
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trio_edge.calibration.model.prompts import Prompt
+    from trio_edge.calibration.model.prompts import SamplePrompt
     from trio_edge.calibration.model.sequence import Sequence
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.runtime.bundle.schedule import Schedule
@@ -40,7 +40,7 @@ class Greedy:
 
 
 def greedy_answer(
-    model: TorchModel, prompt: Prompt, schedule: Schedule, *, probes: Probes, max_tokens: int
+    model: TorchModel, prompt: SamplePrompt, schedule: Schedule, *, probes: Probes, max_tokens: int
 ) -> Greedy:
     """Return the answer's first ``max_tokens`` tokens."""
     stages = {stage.layer: stage.keep for stage in schedule.stages}

@@ -39,7 +39,7 @@ class SampleShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
+class SamplePrompt:
     """One sample's sequence."""
 
     embeds_SD: Tensor
@@ -69,7 +69,7 @@ def sample_shape(model: TorchModel, question: Question) -> SampleShape:
     )
 
 
-def make_prompt(model: TorchModel, question: Question) -> Prompt:
+def make_prompt(model: TorchModel, question: Question) -> SamplePrompt:
     """Return the sequence of a sample, after running the vision encoder.
 
     Raises:
@@ -90,7 +90,7 @@ def make_prompt(model: TorchModel, question: Question) -> Prompt:
     )
     embeds_SD = torch.cat([before, visual_ND[: sizes["N"]].to(model.dtype), after])
     positions = _positions(model, ids, picture, num_visual=sizes["N"])
-    return Prompt(
+    return SamplePrompt(
         embeds_SD=embeds_SD,
         positions_AS=torch.from_numpy(positions.ids).to(model.device),
         next_position=positions.next,

@@ -17,7 +17,7 @@ from trio_edge.export.graphs.attention import causal_mask
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trio_edge.calibration.model.prompts import Prompt
+    from trio_edge.calibration.model.prompts import SamplePrompt
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.runtime.bundle.schedule import Positions
 
@@ -63,7 +63,7 @@ class Sequence:
         )
 
 
-def begin(model: TorchModel, prompt: Prompt) -> Sequence:
+def begin(model: TorchModel, prompt: SamplePrompt) -> Sequence:
     """Return the sequence of a prompt, about to enter layer 0."""
     return Sequence(
         hidden_SD=prompt.embeds_SD,

@@ -1,4 +1,4 @@
-"""How far a schedule with quantized weights and KV caches is from keep-all in floating point, on samples."""
+"""Divergence of a schedule with quantized weights and KV caches from keep-all in floating point, on samples."""
 
 from __future__ import annotations
 
@@ -6,23 +6,31 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trio_edge.calibration.model.cached_layers import advanced_with_cache
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.selecting import order_of, saliency
-from trio_edge.calibration.model.sequence import answer_logits, begin, with_kept
+from trio_edge.calibration.model.sequence import (
+    advanced,
+    answer_logits,
+    begin,
+    no_past,
+    run_layers,
+    with_kept,
+)
 from trio_edge.calibration.quantize.quantized_model import quantized_model
 from trio_edge.calibration.search.measure.measuring import divergence, keep_all
+from trio_edge.export.quantize.numerics import rounded_activations
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from trio_edge.calibration.model.prompts import Prompt
+    from trio_edge.calibration.model.prompts import SamplePrompt
     from trio_edge.calibration.model.selecting import Probes
+    from trio_edge.calibration.model.sequence import Sequence as Rows
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.questions import Question
-    from trio_edge.calibration.search.measure.measuring import Measured
+    from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CacheRange, CalibratedScales
     from trio_edge.runtime.bundle.manifest import FloatType
@@ -40,7 +48,7 @@ def measure_quantized(
     probes: Probes,
     num_tokens: int,
     on_sample: Callable[[], None],
-) -> list[Measured]:
+) -> list[MeasuredSchedule]:
     """Return for each question how the quantized model under ``schedule`` changes keep-all's answer.
 
     Args:
@@ -76,7 +84,7 @@ def measure_quantized(
 
 def given_tokens(
     model: TorchModel,
-    prompt: Prompt,
+    prompt: SamplePrompt,
     tokens: list[int],
     schedule: Schedule,
     *,
@@ -99,10 +107,49 @@ def given_tokens(
         sequence = sequence.with_answer_row(row, position=prompt.next_position + number)
     layer = rounds = 0
     for stage in schedule.stages:
-        sequence = advanced_with_cache(model, sequence, range(layer, stage.layer), caches)
+        sequence = _advanced(model, sequence, range(layer, stage.layer), caches)
         scores_N = saliency(model, probes.of(stage.layer, schedule), sequence)
         order = order_of(sequence, scores_N, threshold=schedule.nms_threshold)
         sequence = with_kept(sequence, order.kept(stage.keep), positions=schedule.positions)
         layer, rounds = stage.layer, max(rounds, order.rounds)
-    sequence = advanced_with_cache(model, sequence, range(layer, model.num_layers), caches)
+    sequence = _advanced(model, sequence, range(layer, model.num_layers), caches)
     return answer_logits(model, sequence), rounds
+
+
+def _advanced(model: TorchModel, sequence: Rows, layers: range, caches: tuple[CacheRange, ...]) -> Rows:
+    """Return the sequence after ``layers``.
+
+    Args:
+        model: The model.
+        sequence: A prompt and rows of its answer.
+        layers: Which ones.
+        caches: Largest values of each layer's INT8 KV cache, which answer rows read the rows before them from; none for one
+            in floating point.
+    """
+    if not caches:
+        return advanced(model, sequence, layers)
+    for layer in layers:
+        sequence = sequence.with_hidden(_with_cache(model, sequence, layer, caches[layer]))
+    return sequence
+
+
+def _with_cache(model: TorchModel, sequence: Rows, layer: int, largest: CacheRange) -> Tensor:
+    """Return the hidden states after one layer: of the prompt at once, then of one answer row after the other."""
+    num_rows, past, hidden = len(sequence.hidden_SD), no_past(model, sequence.hidden_SD), []
+    starts = [0, *range(sequence.prompt_length, num_rows)]
+    for start, stop in zip(starts, [*starts[1:], num_rows]):
+        present: list[Tensor] = []
+        hidden.append(
+            run_layers(
+                model,
+                sequence.hidden_SD[start:stop],
+                sequence.positions_AS[:, start:stop],
+                range(layer, layer + 1),
+                past=[past],
+                present=present,
+            )
+        )
+        key = rounded_activations(present[0], largest=largest.key)
+        value = rounded_activations(present[1], largest=largest.value)
+        past = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+    return torch.cat(hidden)

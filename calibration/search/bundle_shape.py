@@ -1,12 +1,12 @@
-"""What the bundle of a calibration is going to be like: its fixed shapes, what they cost, and whether they fit the target."""
+"""Fixed shapes of the bundle to be, from the samples; their costs, and whether they fit the device's memory."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from trio_edge.calibration.search.fixed_shapes import picture_sizes, text_buckets
 from trio_edge.calibration.search.schedules.prefill_cost import PrefillCost, Situation
 from trio_edge.export.bundle import bundle_dtype, dimensions_of
 from trio_edge.export.check.fit import check_fit, fit_inputs
@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Schedule
+
+TEXT_MARGIN = 1.25
+"""Largest text bucket over the longest prompt of the samples."""
+MAX_TEXT_BUCKETS = 3
+MAX_PICTURE_SIZES = 4
+WORTHWHILE = 0.02
+"""Share of all rows that another shape must save."""
+_MULTIPLE = 8
+_SMALLEST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +118,67 @@ def memory_warning(
     dimensions = dimensions_of(model.parts)
     inputs = fit_inputs(model.parts, dimensions, layout=layout, processing=model.pictures, quantize=quantize)
     return check_fit(inputs, find_target(target))
+
+
+def text_buckets(shapes: Sequence[SampleShape], *, room: int) -> tuple[int, ...]:
+    """Return the sizes that prompts are padded to, ascending.
+
+    The last one is the longest prompt with a margin, as far as there is ``room``, in multiples of 8. Shorter ones are added, the
+    most useful first, while each takes ``WORTHWHILE`` off the mean number of rows, text and visual.
+    """
+    lengths = [shape.num_text for shape in shapes]
+    with_margin = min(_rounded(TEXT_MARGIN * max(lengths)), room - room % _MULTIPLE)
+    buckets = [max(with_margin, _rounded(max(lengths)))]
+    candidates = {_rounded(length) for length in lengths} - set(buckets)
+
+    def mean_rows(sizes: Sequence[int]) -> float:
+        return sum(
+            min(size for size in sizes if size >= shape.num_text) + shape.sizes["N"] for shape in shapes
+        ) / len(shapes)
+
+    while candidates and len(buckets) < MAX_TEXT_BUCKETS:
+        best = min(sorted(candidates), key=lambda size: mean_rows([*buckets, size]))
+        if mean_rows([*buckets, best]) > (1 - WORTHWHILE) * mean_rows(buckets):
+            break
+        buckets.append(best)
+        candidates.discard(best)
+    return tuple(sorted(buckets))
+
+
+def picture_sizes(shapes: Sequence[SampleShape]) -> tuple[tuple[int, int], ...]:
+    """Return (width, height) of pictures whose numbers of visual tokens the bundle gets exact shapes for.
+
+    The first one has the most tokens of all samples, so every sample has room. Others are added, the most useful first, while
+    each takes ``WORTHWHILE`` off the mean number of visual rows. Of the pictures with one number of tokens the most common
+    size stands for all.
+    """
+    of_count: dict[int, Counter[tuple[int, int]]] = {}
+    for shape in shapes:
+        of_count.setdefault(shape.sizes["N"], Counter())[(shape.width, shape.height)] += 1
+    chosen = [max(of_count)]
+
+    def mean_rows(counts: Sequence[int]) -> float:
+        return sum(min(count for count in counts if count >= shape.sizes["N"]) for shape in shapes) / len(
+            shapes
+        )
+
+    others = set(of_count) - set(chosen)
+    while others and len(chosen) < MAX_PICTURE_SIZES:
+        best = min(sorted(others), key=lambda count: mean_rows([*chosen, count]))
+        if mean_rows([*chosen, best]) > (1 - WORTHWHILE) * mean_rows(chosen):
+            break
+        chosen.append(best)
+        others.discard(best)
+    return tuple(max(sorted(of_count[count]), key=of_count[count].__getitem__) for count in chosen)
+
+
+def rounds_with_margin(largest: int) -> int:
+    """Return NMS rounds with a margin of a quarter, at least 2, over the largest number that a sample took."""
+    return largest + max(2, math.ceil(largest / 4))
+
+
+def _rounded(length: float) -> int:
+    return max(math.ceil(length / _MULTIPLE) * _MULTIPLE, _SMALLEST)
 
 
 def _padded(shape: BundleShape, sample: SampleShape) -> tuple[int, int]:

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.questions import Question
-    from trio_edge.calibration.search.measure.measuring import Measured
+    from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
 
 MAX_ANSWER_TOKENS = 16
 """Tokens of an answer whose exact match is scored."""
 
 
-def fidelity(results: Sequence[Measured], questions: Sequence[Question]) -> Fidelity:
+def fidelity(results: Sequence[MeasuredSchedule], questions: Sequence[Question]) -> Fidelity:
     """Return mean divergence and agreement with their intervals, drawn by picture."""
     pictures = [question.picture_id for question in questions]
     kls = [result.kl for result in results]

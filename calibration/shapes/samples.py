@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-__all__ = ["HELD_OUT_OFFSET", "KINDS", "SEEDS_PER_STREAM", "VOCABULARY", "Sample", "held_out", "samples_of"]
+__all__ = [
+    "HELD_OUT_OFFSET",
+    "KINDS",
+    "SEEDS_PER_STREAM",
+    "VOCABULARY",
+    "ShapeSample",
+    "held_out",
+    "samples_of",
+]
 
 HELD_OUT_OFFSET = 900_000_000
 SEEDS_PER_STREAM = 1_000_000
@@ -28,7 +36,7 @@ QUESTIONS_PER_PICTURE = 2
 
 
 @dataclass(frozen=True)
-class Sample:
+class ShapeSample:
     """One question about one picture.
 
     Attributes:
@@ -46,7 +54,7 @@ class Sample:
     sample_id: str
 
 
-def held_out(count: int, *, seed: int = 0) -> Iterator[Sample]:
+def held_out(count: int, *, seed: int = 0) -> Iterator[ShapeSample]:
     """Yields `count` samples, every kind equally often (up to one), about two questions per picture.
 
     Args:
@@ -70,7 +78,7 @@ def held_out(count: int, *, seed: int = 0) -> Iterator[Sample]:
         scene_seed += 1
 
 
-def samples_of(scene: Scene, kinds: list[str]) -> list[Sample]:
+def samples_of(scene: Scene, kinds: list[str]) -> list[ShapeSample]:
     """Returns one sample of each kind that the scene allows, in the order of `kinds`."""
     rng = random.Random(f"held out {scene.seed}")
     picture = render(scene)
@@ -78,5 +86,5 @@ def samples_of(scene: Scene, kinds: list[str]) -> list[Sample]:
     for kind in kinds:
         pair = next((found for found in (ask(scene, kind, rng) for _ in range(4)) if found), None)
         if pair is not None:
-            samples.append(Sample(picture, *pair, kind=kind, sample_id=f"{scene.seed}-{kind}"))
+            samples.append(ShapeSample(picture, *pair, kind=kind, sample_id=f"{scene.seed}-{kind}"))
     return samples

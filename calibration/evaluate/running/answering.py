@@ -11,9 +11,9 @@ from trio_edge.calibration.evaluate.running.answer_cost import prefill_flops, pr
 from trio_edge.calibration.evaluate.running.baselines import baseline
 from trio_edge.calibration.metrics import METRICS
 from trio_edge.runtime.bundle.errors import ImageError, ShapeError
-from trio_edge.runtime.first_token import FirstToken, first_token_kl, summary_of
 from trio_edge.runtime.images.llava import TilePictures
 from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.sampling import FirstToken, first_token_kl, summary_of
 
 if TYPE_CHECKING:
     from pathlib import Path

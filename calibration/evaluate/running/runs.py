@@ -24,7 +24,7 @@ from trio_edge.calibration.evaluate.running.ray_workers import answer_on_cluster
 from trio_edge.calibration.evaluate.running.work_folder import (
     SCHEMA_VERSION,
     RunKey,
-    appending,
+    appending_outcomes,
     check_folder,
     opened_for_work,
     read_outcomes,
@@ -196,7 +196,7 @@ def answer_runs(
                 for question in questions
                 if question.index not in done
             ]
-            with appending(folder, key) as file, closing(_answers(run, tasks, settings)) as results:
+            with appending_outcomes(folder, key) as file, closing(_answers(run, tasks, settings)) as results:
                 for result in results:
                     if isinstance(result, Outcome):
                         file.append(result)
@@ -217,7 +217,7 @@ def _taken_over(
     done = still_valid(read_outcomes(folder, key), questions)
     for other in merge:
         found = still_valid(read_outcomes(other, key), questions)
-        with appending(folder, key) as file:
+        with appending_outcomes(folder, key) as file:
             for index, outcome in found.items():
                 if index not in done:
                     file.append(outcome)

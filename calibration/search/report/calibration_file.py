@@ -26,7 +26,7 @@ BUNDLE_NAME = "bundle"
 SCHEMA_VERSION = 1
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CalibrationOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a user can choose. The fields hold the only defaults."""
 
     model: str
@@ -150,7 +150,7 @@ class SingleStage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     kl: float
 
 
-class Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CalibrationData(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The samples."""
 
     sha256: str
@@ -188,8 +188,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The file."""
 
     schema_version: int
-    options: Options
-    data: Data
+    options: CalibrationOptions
+    data: CalibrationData
     rule: str
     """Why the schedule was chosen, in words."""
     schedule: Schedule
@@ -227,11 +227,11 @@ class _DataHead(msgspec.Struct):
 class _Head(msgspec.Struct):
     """What a ``--config`` is read for; the rest may be of another release."""
 
-    options: Options
+    options: CalibrationOptions
     data: _DataHead | None = None
 
 
-def read_options(path: Path) -> tuple[Options, str | None]:
+def read_options(path: Path) -> tuple[CalibrationOptions, str | None]:
     """Return the options of a ``calibration.json``, and the digest of the samples that it was made with.
 
     A file that holds ``{"options": …}`` alone will do.

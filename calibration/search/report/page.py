@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from trio_edge.calibration.search.calibrate import Overlay
     from trio_edge.calibration.search.report.calibration_file import Calibration, Measure
+    from trio_edge.calibration.search.report.overlays import Overlay
 
 MAX_ROWS = 20
 """Of the table of a front; calibration.json has all of it."""

@@ -1,19 +1,4 @@
-"""Finds the schedules worth having: the front of cost (predicted time, or FLOPs) against divergence from keep-all.
-
-Four steps, each measured on the search samples only:
-
-    settings   position rule, probe rows and τ, one after the other, on the schedules that ``trio-export`` would make; a value
-               replaces the default only where its divergence is lower with 95 % confidence
-    table      every single stage: each candidate layer with each budget
-    estimate   every list of stages; its divergence is taken to be the sum of its stages' own. The first fronts of cost
-               against that sum are measured, and those next to what the user asked for
-    refine     neighbours of the measured front (a stage one layer on, a budget a quarter up or down, one stage less or
-               more) until none is better or the allowance is used up
-
-The space is small, discrete and ordered, and candidates that begin alike are cheap together, so all of it is ranked and
-hundreds are measured for the price of a few dozen. A general optimizer (Optuna was looked at: well kept, but its samplers
-ask for one point at a time and know nothing of shared beginnings) would measure fewer at a higher price each.
-"""
+"""Measured schedules, and everything that a search for them works with and leaves."""
 
 from __future__ import annotations
 
@@ -30,8 +15,8 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.questions import Question
     from trio_edge.calibration.search.measure.measurements import Measurements
-    from trio_edge.calibration.search.measure.measuring import Measured
-    from trio_edge.calibration.search.schedules.prefill_cost import Cost, CostKind, PrefillCost
+    from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
+    from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost, ScheduleCost
     from trio_edge.calibration.search.schedules.space import Space
     from trio_edge.runtime.bundle.schedule import Positions, Schedule
 
@@ -54,10 +39,10 @@ class Candidate:
     """A measured schedule."""
 
     schedule: Schedule
-    cost: Cost
+    cost: ScheduleCost
     kind: CostKind
     """What it is compared by."""
-    results: list[Measured]
+    results: list[MeasuredSchedule]
     """One for each search sample."""
     pictures: list[str]
     """Theirs."""
@@ -80,10 +65,10 @@ class Candidate:
         return self.cost.of(self.kind), self.kl
 
 
-class Estimate(NamedTuple):
+class EstimatedSchedule(NamedTuple):
     """A list of stages that was not measured."""
 
-    cost: Cost
+    cost: ScheduleCost
     kl: float
     """Sum of its stages' own."""
     stages: tuple[tuple[int, int], ...]

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.schedule import Positions
 
+Stages = tuple[tuple[int, int], ...]
+"""(layer, keep) of each stage."""
+
 DEFAULT_KEEPS = (0.03, 0.06, 0.1, 0.16, 0.25, 0.4, 0.6)
 """Budgets as shares of the largest picture's visual tokens."""
 DEFAULT_THRESHOLDS = (0.7, 0.8, 0.9)
@@ -150,6 +153,19 @@ def with_stages(settings: Schedule, stages: Sequence[tuple[int, int]]) -> Schedu
     return msgspec.structs.replace(
         settings, stages=tuple(Stage(layer=layer, keep=keep) for layer, keep in stages)
     )
+
+
+def stages_of(schedule: Schedule) -> Stages:
+    """Return (layer, keep) of the schedule's stages."""
+    return tuple((stage.layer, stage.keep) for stage in schedule.stages)
+
+
+def average_keep(stages: Stages, space: Space) -> float:
+    """Return the mean over layers of the visual tokens processed, as a share of the largest image's."""
+    bounds = [*(layer for layer, _ in stages), space.num_layers]
+    processed = bounds[0] * space.num_visual
+    processed += sum((stop - layer) * keep for (layer, keep), stop in zip(stages, bounds[1:]))
+    return processed / (space.num_layers * space.num_visual)
 
 
 def usual_schedules(space: Space, settings: Schedule, averages: Sequence[float]) -> list[Schedule]:

@@ -1,0 +1,69 @@
+"""Held-out images with what each stage of a schedule keeps of them, for the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from trio_edge.calibration.model.greedy import greedy_answer
+from trio_edge.calibration.model.prompts import make_prompt, read_picture
+from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.runtime.images.overlay import draw_kept
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+
+    from trio_edge.calibration.model.selecting import Probes
+    from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.questions import Question
+
+NUM_OVERLAYS = 3
+_ANSWER_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlay:
+    """An image with what each stage keeps of it."""
+
+    sheet: Image.Image
+    question: str
+    keep_all: str
+    """Answer without reduction."""
+    chosen: str
+    """Answer with the chosen schedule."""
+
+
+def overlays_of(
+    model: TorchModel, questions: Sequence[Question], schedule: Schedule, probes: Probes
+) -> list[Overlay]:
+    """Return overlays of the first ``NUM_OVERLAYS`` images, each with its first question."""
+    first_of_image = {question.picture_id: question for question in reversed(questions)}
+    chosen = sorted(first_of_image.values(), key=lambda question: question.index)[:NUM_OVERLAYS]
+    return [_overlay(model, question, schedule, probes) for question in chosen]
+
+
+def _overlay(model: TorchModel, question: Question, schedule: Schedule, probes: Probes) -> Overlay:
+    image, keep_all = read_picture(question), Schedule(positions=schedule.positions)
+    with torch.inference_mode():
+        prompt = make_prompt(model, question)
+        whole, reduced = (
+            greedy_answer(model, prompt, each, probes=probes, max_tokens=_ANSWER_TOKENS)
+            for each in (keep_all, schedule)
+        )
+    sheet = draw_kept(
+        image,
+        model.pictures.boxes(*image.size, None),
+        [kept.cpu().numpy() for kept in reduced.kept],
+        captions=[f"layer {stage.layer}" for stage in schedule.stages],
+        overview=model.pictures.overview_tokens(*image.size),
+    )
+    return Overlay(
+        sheet=sheet,
+        question=question.question,
+        keep_all=model.tokenizer.decode(whole.tokens),
+        chosen=model.tokenizer.decode(reduced.tokens),
+    )
