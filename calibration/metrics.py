@@ -1,4 +1,4 @@
-"""How answers are read and scored: exact match, VQA accuracy, yes or no as in POPE, multiple choice.
+"""Metrics, which read and score answers: exact match, VQA accuracy, yes or no as in POPE, multiple choice.
 
 A metric reads an answer's text to what is compared (the same reading decides whether two bundles agree) and scores the
 reading between 0 and 1.
@@ -39,9 +39,9 @@ class Metric:
 
     name: str
     read: Callable[[str, Question], str]
-    """What is compared of an answer's text."""
+    """Returns the part of an answer's text that is compared."""
     score: Callable[[str, Question], float]
-    """Of a reading, 0 to 1."""
+    """Returns the score of a reading, 0 to 1."""
     complaint: Callable[[Question], str | None]
     """Why a question cannot be scored so, as "expected …, got …"; None if it can."""
 

@@ -1,4 +1,4 @@
-"""Questions about pictures: from a JSON-lines file or the synthetic set, their digest and their shards."""
+"""Questions about images: from a JSON-lines file or the synthetic set, their digest and their shards."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _ID_LENGTH = 16
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question about one picture, with its place in the data."""
+    """One question about one image, with its place in the data."""
 
     index: int
-    """Of the whole data set; pairs outcomes of different runs, and seeds random selections."""
+    """Place in the whole data set; pairs outcomes of different runs, and seeds random selections."""
     sample_id: str
     kind: str
     """Type of question, for the breakdown."""
     picture: Image.Image | Path | bytes
     picture_name: str
     picture_id: str
-    """Digest of the picture's content; questions about one picture share it."""
+    """Digest of the image's content; questions about one image share it."""
     question: str
     """The prompt as asked, with the choices and the suffix."""
     answers: tuple[str, ...]
@@ -90,8 +90,8 @@ def read_questions(
         need_answers: Whether a line without ``answer`` and ``answers`` is refused; else it has none.
 
     Raises:
-        DataError: If the file cannot be read, has no question, or a line is not of that form or names a picture that
-            is missing or not a picture; the message starts with FILE:LINE.
+        DataError: If the file cannot be read, has no question, or a line is not of that form or names an image that
+            is missing or not an image; the message starts with FILE:LINE.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -131,7 +131,7 @@ def read_questions(
 def digest_of(questions: Sequence[Question], *, metric: str) -> str:
     """Return the SHA-256 of what is asked and how it is scored.
 
-    Pictures count by name: their contents are compared outcome by outcome, so that mending one loses no other's work.
+    Images count by name: their contents are compared outcome by outcome, so that mending one loses no other's work.
     """
     digest = hashlib.sha256(metric.encode())
     for question in questions:
@@ -203,14 +203,14 @@ def _texts(values: object) -> tuple[str, ...] | None:
 
 
 def picture_id(path: Path, *, where: str) -> str:
-    """Return the digest of a picture's file.
+    """Return the digest of an image's file.
 
     Args:
         path: The file.
         where: For messages.
 
     Raises:
-        DataError: If it cannot be read or is no picture; damage behind its header shows later.
+        DataError: If it cannot be read or is no image; damage after its header shows later.
     """
     try:
         data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""What an evaluation says: each run's accuracy, cost and time, and how it stands to keep-all.
+"""Report of an evaluation: each run's accuracy, cost and time, and its comparison with keep-all.
 
 All runs are compared on the same questions: those that every one of them answered. The structs are the schema of
 ``trio-eval --json``; ``docs/evaluation.md`` describes it.
@@ -36,10 +36,10 @@ class Estimate(_Part, frozen=True):
 
 
 class AgainstReference(_Part, frozen=True):
-    """One run beside keep-all, on the same questions."""
+    """One run against keep-all, on the same questions."""
 
     difference: Estimate
-    """Accuracy minus keep-all's; paired bootstrap over pictures."""
+    """Accuracy minus keep-all's; paired bootstrap over images."""
     retained: float | None
     """Accuracy over keep-all's; None if that is 0."""
     agreement: Estimate
@@ -61,17 +61,17 @@ class RunReport(_Part, frozen=True):
     yes_no: YesNoRates | None
     """With the metric yes-no."""
     visual_tokens: float
-    """Mean of the pictures, before any selection that is a graph of its own."""
+    """Mean over the images, before any selection that is a graph of its own."""
     processed_tokens: float
     """Mean over questions and decoder layers of the visual tokens processed."""
     average_keep: float
     """``processed_tokens`` over keep-all's ``visual_tokens``, or over its own without a reference."""
     flops: float
-    """Mean of a prefill: vision tower, decoder, head, selection."""
+    """Mean over prefills: vision tower, decoder, head, selection."""
     ttft_ms: float
     """Median time to the first token."""
     tokens_per_second: float | None
-    """Of all tokens after the first; None if no answer had one."""
+    """Rate of all tokens after the first; None if no answer had one."""
     kv_bytes: float
     """Mean in use at the end of an answer."""
     repaired_stages: int
@@ -81,7 +81,7 @@ class RunReport(_Part, frozen=True):
 
 
 class EvaluationData(_Part, frozen=True):
-    """What was asked."""
+    """The questions."""
 
     name: str
     sha256: str
@@ -95,7 +95,7 @@ class EvaluationData(_Part, frozen=True):
 
 
 class EvaluationConditions(_Part, frozen=True):
-    """Where and how it was measured."""
+    """Machine, versions and settings of the measurement."""
 
     versions: dict[str, str]
     backend: str

@@ -32,7 +32,7 @@ class Greedy:
     logits_TV: Tensor
     """float32, that each token was chosen from."""
     inputs: list[Sequence]
-    """What entered each layer: the prompt, and all answer tokens but the last."""
+    """Hidden states before each layer: the prompt, and all answer tokens but the last."""
     kept: list[Tensor]
     """Per stage the picture's visual tokens that are left, ascending."""
     rounds: list[int]

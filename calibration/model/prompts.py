@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleShape:
-    """What the fixed shapes of a bundle must have room for."""
+    """Sizes of a sample, which the fixed shapes of a bundle must have room for."""
 
     where: str
     """FILE or FILE:LINE of the sample."""
     width: int
-    """Of the picture, in pixels."""
+    """In pixels."""
     height: int
     sizes: dict[str, int]
-    """Of the vision graph's axes, N among them."""
+    """Sizes of the vision graph's axes, N among them."""
     num_text: int
     """Text tokens of the prompt."""
 
@@ -47,7 +47,7 @@ class SamplePrompt:
     positions_AS: Tensor
     """int32; A = 1, or 3 with M-RoPE."""
     next_position: int
-    """Of the first answer token."""
+    """Position of the first answer token."""
     visual_start: int
     num_visual: int
 

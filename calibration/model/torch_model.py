@@ -1,7 +1,7 @@
 """A checkpoint as the exporter's own torch modules, with values: what calibration runs candidates on.
 
 The modules are the ones that the graphs are traced from, so a schedule found here does the same in the bundle. They are
-built without values; a weight that is stored in the wanted type is mapped from its file and read when it is used, so a
+built without values; a weight that is stored in the wanted type is mapped from its file and read when it is used. So a
 model that does not fit into the memory runs too, slowly.
 """
 
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TINY_BYTES = 1 << 30
-"""Of float32 weights that are never too many."""
+"""Size of float32 weights that fit any memory."""
 _MEMORY_SHARE = 0.5
-"""Of the free memory that float32 weights may take; what is larger stays in the checkpoint's type."""
+"""Share of the free memory that float32 weights may take; larger ones stay in the checkpoint's type."""
 
 
 @dataclass(frozen=True, kw_only=True)

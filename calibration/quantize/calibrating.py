@@ -45,7 +45,7 @@ _METHODS: dict[frozenset[str], Method] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """What a calibration found."""
+    """Factors and ranges that a calibration found, with its report."""
 
     scales: CalibratedScales
     report: QuantizationReport
@@ -123,7 +123,7 @@ def calibrate_quantization(
 
 
 class _Search:
-    """What was found so far."""
+    """Everything found so far."""
 
     def __init__(
         self, names: Mapping[nn.Parameter, str], dtype: FloatType, on_group: Callable[[], None]

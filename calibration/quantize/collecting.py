@@ -35,7 +35,7 @@ NUM_ROWS = 512
 
 @dataclass(slots=True)
 class Inputs:
-    """What entered one group of linear layers."""
+    """Inputs of one group of linear layers."""
 
     rows: list[Tensor] = field(default_factory=list)
     """[rows, I] each, some of every prompt and every answer token, in the compute type."""
@@ -115,12 +115,12 @@ def listening_to_inputs(sections: Sequence[Section], *, num_samples: int) -> Ite
 
 @dataclass(slots=True)
 class CachedRows:
-    """What one layer's KV cache has held."""
+    """Largest values that one layer's KV cache has held."""
 
     key_GE: Tensor | None = None
     """float32, largest absolute value of each element of the rotated keys over all rows."""
     value_GE: Tensor | None = None
-    """Likewise of the values."""
+    """The same of the values."""
 
     def add(self, key: Tensor, value: Tensor) -> None:
         """Take the largest of rows [1, G, S, E]."""

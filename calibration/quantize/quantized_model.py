@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.schedule import Schedule
 
     Values = Mapping[nn.Parameter, Callable[[], Tensor]]
-    """What gives a parameter another value, each time anew."""
+    """Functions that return another value of a parameter, each time anew."""
 
 
 @contextmanager

@@ -26,9 +26,9 @@ ALPHAS = (0.25, 0.5, 0.75)
 LARGEST_FACTOR = 1024.0
 """Over and under the usual one; larger ones leave a norm in float16 too few bits, or overflow there."""
 _NEGLIGIBLE = 1e-6
-"""Of the largest."""
+"""Share of the largest value below which another does not matter."""
 MAX_OUTPUTS = 24_576
-"""Of a group that are looked at, evenly spread: all of a 7B Llama layer, 3 GB in a search, and a part of a head."""
+"""Outputs of a group that are looked at, evenly spread: all of a 7B Llama layer (3 GB in a search), a part of a head."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,7 +179,7 @@ class _Setup:
     plan: QuantizePlan
     split: Split
     digest: str
-    """Of the samples."""
+    """SHA-256 of the samples."""
     model: TorchModel
     samples: list[SampleShape]
     shape: BundleShape

@@ -1,4 +1,4 @@
-"""What the samples that decided nothing say: fidelity to keep-all, and accuracy where they have answers."""
+"""Results on the samples that decided nothing: fidelity to keep-all, and accuracy where they have answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What calibration runs in torch is what the exported bundle does."""
+"""Calibration in torch computes what the exported bundle does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How answers are read and scored, by hand-computed examples."""
+"""Reading and scoring of answers, by hand-computed examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one answer's prefill costs in FLOPs, at the picture's own tokens and the prompt's own length.
+"""FLOPs of one answer's prefill, at the image's own tokens and the prompt's own length.
 
 The decoder is counted layer by layer from the visual tokens that it really processed, selections by their methods'
 formulas. The vision tower's FLOPs are in the manifest for one picture size, and scaled by visual tokens.

@@ -26,7 +26,7 @@ DEFAULT_ANSWER_TOKENS = 16
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a bundle answered to one question, and what that took."""
+    """A bundle's answer to one question, with its cost."""
 
     index: int
     sample_id: str
@@ -36,16 +36,16 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     text: str
     """The answer as it came."""
     reading: str
-    """What the metric compared of it."""
+    """The part of it that the metric compared."""
     score: float
     visual_tokens: int
-    """Visual tokens of the picture, before any selection that is a graph of its own."""
+    """Visual tokens of the image, before any selection that is a graph of its own."""
     processed_tokens: float
     """Mean over decoder layers of the visual tokens processed."""
     text_tokens: int
     new_tokens: int
     flops: float
-    """Of the prefill."""
+    """FLOPs of the prefill."""
     ttft_ms: float
     decode_ms: float
     kv_bytes: int
@@ -53,7 +53,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     first_token_kl: float | None = None
     """In nats, against keep-all; None without a reference."""
     first_token: FirstToken | None = None
-    """Of the reference itself."""
+    """The reference's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """How a bundle is asked; plain values that travel to worker processes."""
+    """Settings for asking a bundle; plain values that travel to worker processes."""
 
     bundle: Path
     selection: str = OWN_SELECTION

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How all bundles are asked."""
+    """Settings for asking all bundles."""
 
     metric: str = "exact"
     answer_tokens: int = DEFAULT_ANSWER_TOKENS
@@ -54,18 +54,18 @@ class Settings:
     threads: int = 1
     workers: int = 1
     ray_address: str | None = None
-    """Of a Ray cluster whose machines do the work; None for this machine."""
+    """Address of a Ray cluster that does the work; None for this machine."""
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What was run."""
+    """Description of one run."""
 
     label: str
     method: str
     """Runs that differ in budget only have the same method."""
     bundle: str
     bundle_sha256: str
-    """Of the manifest."""
+    """SHA-256 of the manifest."""
     selection: str
     dtype: str
     is_reference: bool
@@ -79,7 +79,7 @@ class Run(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What came of the runs."""
+    """Outcomes and failures of all runs."""
 
     runs: list[tuple[RunInfo, dict[int, Outcome]]]
     failures: list[tuple[str, Failure]]
@@ -169,7 +169,7 @@ def answer_runs(
         runs: From ``plan_runs``.
         keys: From ``keys_of``.
         questions: What to ask.
-        settings: How.
+        settings: Settings for asking.
         folder: The work folder.
         merge: Other work folders, of the same data and bundles, whose outcomes are taken over first.
         on_start: Called with each run and the number of answers it has already.

@@ -36,7 +36,7 @@ _DECODER = msgspec.json.Decoder(Outcome)
 
 
 class RunKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What decides an answer: outcomes of equal keys are interchangeable."""
+    """Everything that decides an answer: outcomes of equal keys are interchangeable."""
 
     schema_version: int
     data_sha256: str

@@ -1,4 +1,4 @@
-"""How far schedules move a sample's answer from keep-all's; schedules that begin alike share what they begin with.
+"""Divergence of a sample's answer under schedules from keep-all's; schedules that begin alike share their beginning.
 
 Keep-all runs once and leaves what entered every layer. All schedules then branch from there: one probe per layer, one order
 of tokens per threshold, one kept set per budget, and the layers between two stages once for all that go through them.
@@ -36,7 +36,7 @@ class KeepAll:
     """One sample without reduction."""
 
     inputs: list[Sequence]
-    """What entered each layer, the answer's rows included."""
+    """Rows before each layer, the answer's included."""
     tokens: list[int]
     log_probs_TV: Tensor
     """float64, natural logarithms."""

@@ -23,7 +23,7 @@ RECORD_NAME = "measurements.jsonl"
 
 
 class RecordKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What decides a measurement: those of equal keys are interchangeable."""
+    """Everything that decides a measurement: those of equal keys are interchangeable."""
 
     model: str
     weights: str
@@ -32,7 +32,7 @@ class RecordKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     answer_tokens: int
     dtype: str
     max_visual: int
-    """Of all samples: the probes' form follows from it."""
+    """Largest N of all samples: the probes' form follows from it."""
 
 
 class MeasuredLine(msgspec.Struct, frozen=True, kw_only=True, tag="schedule"):

@@ -30,7 +30,7 @@ class Tried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Mean, nats."""
     minus_default: float
     interval_95: tuple[float, float]
-    """Of ``minus_default``; paired, by picture."""
+    """Interval of ``minus_default``; paired, by image."""
     chosen: bool
 
 
@@ -41,11 +41,11 @@ class Candidate:
     schedule: Schedule
     cost: ScheduleCost
     kind: CostKind
-    """What it is compared by."""
+    """Quantity that it is compared by."""
     results: list[MeasuredSchedule]
     """One for each search sample."""
     pictures: list[str]
-    """Theirs."""
+    """Images of these samples."""
 
     @property
     def kl(self) -> float:
@@ -76,7 +76,7 @@ class EstimatedSchedule(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a search leaves."""
+    """Result of a search."""
 
     settings: Schedule
     """Without stages."""
@@ -94,14 +94,14 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Searching:
-    """What a search works with."""
+    """Everything that a search works with."""
 
     space: Space
     measurements: Measurements
     questions: Sequence[Question]
     cost: PrefillCost
     kind: CostKind
-    """What is traded against error."""
+    """Cost that is traded against error."""
     positions: Sequence[Positions]
     thresholds: Sequence[float]
     evaluations: int

@@ -1,6 +1,6 @@
-"""What a schedule's prefill costs on a device that is not at hand: predicted time to the first token, and FLOPs.
+"""Cost of a schedule's prefill on a device that is not at hand: predicted time to the first token, and FLOPs.
 
-Works and times are ``runtime.prediction``'s, part by part, in float16. Graphs have fixed shapes, so rows are those of the
+Works and times are ``profiling.predict``'s, part by part, in float16. Graphs have fixed shapes, so rows are those of the
 profile that a sample runs at, padding included; the cost is the mean over the samples. Layers of equal rows cost the same,
 so each is counted once, and any list of stages is a short sum.
 """
@@ -28,7 +28,7 @@ _FORMATS = Formats(layer="float16", other="float16")
 
 
 class ScheduleCost(NamedTuple):
-    """Of one prefill, or a part of it."""
+    """Cost of one prefill, or of a part of it."""
 
     milliseconds: float
     flops: float
@@ -46,9 +46,9 @@ class Situation(NamedTuple):
     """Sizes at which some of the samples run."""
 
     share: float
-    """Of the samples."""
+    """Share of the samples."""
     sizes: Mapping[str, int]
-    """Of the vision profile, N among them."""
+    """Sizes of the vision profile, N among them."""
     num_text: int
     """Text bucket."""
 
@@ -82,7 +82,7 @@ class PrefillCost:
         return total
 
     def _layer(self, keep: int | None) -> ScheduleCost:
-        """Return one decoder layer with ``keep`` visual rows, None for those of the picture."""
+        """Return one decoder layer with ``keep`` visual rows, None for those of the image."""
 
         def works(situation: Situation) -> list[Work]:
             rows = _visual_rows(situation, keep) + situation.num_text

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 USUAL_KEEPS = (0.06, 0.08, 0.111, 0.15, 0.222, 0.333, 0.5)
 """Average keeps whose ``trio-export`` schedules are measured beside the others, where the space has them."""
 _FIRST_SHARE = 0.5
-"""Of the allowance that the estimate's fronts may use."""
+"""Share of the allowance that the estimate's fronts may use."""
 _NEAR_THE_RULE = 16
 """Estimated schedules measured because they are next to what the user asked for."""
 

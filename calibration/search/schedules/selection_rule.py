@@ -20,7 +20,7 @@ DEFAULT_MAX_KL = 0.05
 _HOPEFUL = 1.5
 """Estimated divergence over the allowed one up to which a schedule is measured: sums of stages overestimate."""
 _ROUNDING = 0.0005
-"""Of percentages with one decimal."""
+"""Rounding of percentages with one decimal."""
 
 
 @dataclass(frozen=True, kw_only=True)

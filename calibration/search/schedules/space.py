@@ -21,7 +21,7 @@ Stages = tuple[tuple[int, int], ...]
 """(layer, keep) of each stage."""
 
 DEFAULT_KEEPS = (0.03, 0.06, 0.1, 0.16, 0.25, 0.4, 0.6)
-"""Budgets as shares of the largest picture's visual tokens."""
+"""Budgets as shares of the largest image's visual tokens."""
 DEFAULT_THRESHOLDS = (0.7, 0.8, 0.9)
 PROBE_ROWS = ("reference", "answer")
 SETTING_KEEPS = (0.08, 0.111, 0.18)
@@ -34,14 +34,14 @@ _STEP = 1.25
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """What stages can be."""
+    """Stages that are possible."""
 
     num_layers: int
     """L."""
     num_visual: int
-    """N of the largest picture."""
+    """N of the largest image."""
     layers: tuple[int, ...]
-    """Where stages can be, ascending."""
+    """Layers that stages can be at, ascending."""
     keeps: tuple[int, ...]
     """Visual tokens that they can keep, descending."""
     max_stages: int
@@ -104,7 +104,7 @@ def make_space(
 
     Args:
         num_layers: L.
-        num_visual: N of the largest picture.
+        num_visual: N of the largest image.
         layers: Candidate layers; none for up to ``MAX_LAYERS`` evenly spread ones and those of the presets.
         keeps: Budgets as shares of N.
         max_stages: Stages at most.
