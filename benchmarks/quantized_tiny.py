@@ -141,7 +141,7 @@ def kept_sets(bundle: Path, questions: list[Question]) -> list[list[set[int]]]:
     result = []
     with Pipeline.from_bundle(bundle, threads=1) as pipeline:
         for question in questions:
-            generation = pipeline.generate(question.picture, question.question, max_new_tokens=1)
+            generation = pipeline.generate(question.image, question.question, max_new_tokens=1)
             assert generation.text is not None
             result.append([set(kept.tolist()) for kept in generation.kept])
     return result

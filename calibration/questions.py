@@ -34,9 +34,9 @@ class Question:
     sample_id: str
     kind: str
     """Type of question, for the breakdown."""
-    picture: Image.Image | Path | bytes
-    picture_name: str
-    picture_id: str
+    image: Image.Image | Path | bytes
+    image_name: str
+    image_id: str
     """Digest of the image's content; questions about one image share it."""
     question: str
     """The prompt as asked, with the choices and the suffix."""
@@ -53,9 +53,9 @@ def questions_of(samples: Iterable[ShapeSample]) -> list[Question]:
             index=index,
             sample_id=sample.sample_id,
             kind=sample.kind,
-            picture=sample.picture,
-            picture_name=sample.sample_id,
-            picture_id=hashlib.sha256(sample.picture.tobytes()).hexdigest()[:_ID_LENGTH],
+            image=sample.image,
+            image_name=sample.sample_id,
+            image_id=hashlib.sha256(sample.image.tobytes()).hexdigest()[:_ID_LENGTH],
             question=sample.question,
             answers=(sample.answer,),
             where=f"shapes sample {sample.sample_id}",
@@ -98,7 +98,7 @@ def read_questions(
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected a JSON-lines file ({error}); check the name") from None
     questions: list[Question] = []
-    picture_ids: dict[Path, str] = {}
+    image_ids: dict[Path, str] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -118,10 +118,10 @@ def read_questions(
             suffix=suffix,
             need_answers=need_answers,
         )
-        picture = path.parent / question.picture_name
-        if picture not in picture_ids:
-            picture_ids[picture] = picture_id(picture, where=where)
-        questions.append(replace(question, picture=picture, picture_id=picture_ids[picture]))
+        image = path.parent / question.image_name
+        if image not in image_ids:
+            image_ids[image] = image_id(image, where=where)
+        questions.append(replace(question, image=image, image_id=image_ids[image]))
     if not questions:
         wanted = "" if split is None else f" of split {split!r}"
         raise DataError(f"{path}: expected at least one question{wanted}, got none; check the file")
@@ -135,7 +135,7 @@ def digest_of(questions: Sequence[Question], *, metric: str) -> str:
     """
     digest = hashlib.sha256(metric.encode())
     for question in questions:
-        fields = [question.sample_id, question.kind, question.picture_name, question.question]
+        fields = [question.sample_id, question.kind, question.image_name, question.question]
         digest.update(json.dumps([*fields, question.answers, question.choices]).encode())
     return digest.hexdigest()
 
@@ -185,9 +185,9 @@ def _question(
         index=index,
         sample_id=str(entry.get("id", number)),
         kind=str(entry.get("kind", "all")),
-        picture=path,
-        picture_name=entry["image"],
-        picture_id="",
+        image=path,
+        image_name=entry["image"],
+        image_id="",
         question="\n".join([entry["question"], *options, *([suffix] if suffix else [])]),
         answers=answers,
         choices=choices,
@@ -202,7 +202,7 @@ def _texts(values: object) -> tuple[str, ...] | None:
     return tuple(str(value) for value in values)
 
 
-def picture_id(path: Path, *, where: str) -> str:
+def image_id(path: Path, *, where: str) -> str:
     """Return the digest of an image's file.
 
     Args:
@@ -216,14 +216,12 @@ def picture_id(path: Path, *, where: str) -> str:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(
-            f"{where}: expected a picture at {path}, got none ({reason}); check 'image'"
-        ) from None
+        raise DataError(f"{where}: expected an image at {path}, got none ({reason}); check 'image'") from None
     try:
         with Image.open(io.BytesIO(data)):  # its header; a damaged rest shows when it is asked about
             pass
     except Exception:  # Pillow's readers raise almost anything
         raise DataError(
-            f"{where}: expected a picture at {path}, got {len(data)} bytes of no known format; mend it"
+            f"{where}: expected an image at {path}, got {len(data)} bytes of no known format; mend it"
         ) from None
     return hashlib.sha256(data).hexdigest()[:_ID_LENGTH]

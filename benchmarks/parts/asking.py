@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from trio_edge.calibration.evaluate.running.runs import Settings, answer_runs, keys_of
+from trio_edge.calibration.evaluate.running.answering import Settings
+from trio_edge.calibration.evaluate.running.runs import answer_runs, keys_of
 from trio_edge.calibration.questions import digest_of, synthetic_questions
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from trio_edge.calibration.evaluate.comparison import (
     EvaluationReport,
     compare,
 )
+from trio_edge.calibration.evaluate.running.answering import Settings
 from trio_edge.calibration.evaluate.running.ray_workers import check_ray
-from trio_edge.calibration.evaluate.running.runs import Settings, answer_runs, keys_of, plan_runs
+from trio_edge.calibration.evaluate.running.runs import answer_runs, keys_of, plan_runs
 from trio_edge.calibration.metrics import METRICS, check_metric, metric_for
 from trio_edge.calibration.questions import (
     digest_of,

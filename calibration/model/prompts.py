@@ -56,10 +56,10 @@ def sample_shape(model: TorchModel, question: Question) -> SampleShape:
     """Return the sizes of a sample; runs nothing.
 
     Raises:
-        DataError: If its picture cannot be read or its prompt cannot be asked; the message starts with its place.
+        DataError: If its image cannot be read or its prompt cannot be asked; the message starts with its place.
     """
-    picture, ids = _read(model, question)
-    width, height = picture.size
+    image, ids = _read(model, question)
+    width, height = image.size
     return SampleShape(
         where=question.where,
         width=width,
@@ -75,9 +75,9 @@ def make_prompt(model: TorchModel, question: Question) -> SamplePrompt:
     Raises:
         DataError: As ``sample_shape``.
     """
-    picture, ids = _read(model, question)
-    sizes = model.pictures.sizes(*picture.size)
-    inputs = model.pictures.prepare(picture, sizes)
+    image, ids = _read(model, question)
+    sizes = model.pictures.sizes(*image.size)
+    inputs = model.pictures.prepare(image, sizes)
     graph = model.parts.vision
     tensors = [torch.from_numpy(inputs[spec.name]).to(model.device) for spec in graph.inputs]
     pixels = [spec.name for spec in graph.inputs].index("pixel_values")
@@ -89,7 +89,7 @@ def make_prompt(model: TorchModel, question: Question) -> SamplePrompt:
         model.embedding_VD[torch.from_numpy(part.astype(np.int64))] for part in (ids.before, ids.after)
     )
     embeds_SD = torch.cat([before, visual_ND[: sizes["N"]].to(model.dtype), after])
-    positions = _positions(model, ids, picture, num_visual=sizes["N"])
+    positions = _positions(model, ids, image, num_visual=sizes["N"])
     return SamplePrompt(
         embeds_SD=embeds_SD,
         positions_AS=torch.from_numpy(positions.ids).to(model.device),
@@ -99,20 +99,20 @@ def make_prompt(model: TorchModel, question: Question) -> SamplePrompt:
     )
 
 
-def read_picture(question: Question) -> Image.Image:
-    """Return the picture of a sample.
+def read_image(question: Question) -> Image.Image:
+    """Return the image of a sample.
 
     Raises:
         DataError: If it cannot be read.
     """
     try:
-        return open_picture(question.picture)
+        return open_picture(question.image)
     except ImageError as error:
         raise DataError(f"{question.where}: {error}") from None
 
 
 def _read(model: TorchModel, question: Question) -> tuple[Image.Image, PromptIds]:
-    picture = read_picture(question)
+    image = read_image(question)
     try:
         ids = question_ids(
             question.question,
@@ -123,18 +123,16 @@ def _read(model: TorchModel, question: Question) -> tuple[Image.Image, PromptIds
         )
     except ShapeError as error:
         raise DataError(f"{question.where}: {error}") from None
-    return picture, ids
+    return image, ids
 
 
-def _positions(
-    model: TorchModel, ids: PromptIds, picture: Image.Image, *, num_visual: int
-) -> PromptPositions:
+def _positions(model: TorchModel, ids: PromptIds, image: Image.Image, *, num_visual: int) -> PromptPositions:
     length = ids.num_tokens + num_visual
     if not model.parts.mrope_sections:
         return plain_positions(num_rows=length, length=length)
     return mrope_positions(
-        model.pictures.positions(*picture.size, None),
-        picture_span=model.pictures.position_span(*picture.size),
+        model.pictures.positions(*image.size, None),
+        picture_span=model.pictures.position_span(*image.size),
         num_before=len(ids.before),
         num_after=len(ids.after),
         num_rows=length,

@@ -86,7 +86,7 @@ def load_model(
     Args:
         model: Alias, Hub id or folder.
         revision: Branch, tag or commit on the Hub.
-        max_visual: Visual tokens that pictures are scaled down to, in families that can.
+        max_visual: Visual tokens that images are scaled down to, in families that can.
         device: torch's name.
 
     Raises:

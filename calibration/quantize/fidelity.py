@@ -11,9 +11,10 @@ from trio_edge.calibration.model.selecting import order_of, saliency
 from trio_edge.calibration.model.sequence import (
     advanced,
     answer_logits,
+    appended,
     begin,
     no_past,
-    run_layers,
+    run_layer,
     with_kept,
 )
 from trio_edge.calibration.quantize.quantized_model import quantized_model
@@ -73,7 +74,7 @@ def measure_quantized(
         results = []
         with quantized_model(model, schedule, plan, scales, dtype=dtype):
             for question, (tokens, log_probs_TV) in zip(questions, wholes):
-                prompt = make_prompt(model, question)  # its picture is encoded by the quantized vision graph
+                prompt = make_prompt(model, question)  # its image is encoded by the quantized vision graph
                 logits_TV, rounds = given_tokens(
                     model, prompt, tokens, schedule, probes=probes, caches=scales.cache_max
                 )
@@ -95,7 +96,7 @@ def given_tokens(
 
     Args:
         model: Computes as the bundle, but for its KV caches.
-        prompt: Picture and question.
+        prompt: Image and question.
         tokens: Of an answer.
         schedule: The bundle's.
         probes: The model's.
@@ -138,18 +139,11 @@ def _with_cache(model: TorchModel, sequence: Rows, layer: int, largest: CacheRan
     num_rows, past, hidden = len(sequence.hidden_SD), no_past(model, sequence.hidden_SD), []
     starts = [0, *range(sequence.prompt_length, num_rows)]
     for start, stop in zip(starts, [*starts[1:], num_rows]):
-        present: list[Tensor] = []
-        hidden.append(
-            run_layers(
-                model,
-                sequence.hidden_SD[start:stop],
-                sequence.positions_AS[:, start:stop],
-                range(layer, layer + 1),
-                past=[past],
-                present=present,
-            )
-        )
-        key = rounded_activations(present[0], largest=largest.key)
-        value = rounded_activations(present[1], largest=largest.value)
-        past = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        rows_SD, positions_AS = sequence.hidden_SD[start:stop], sequence.positions_AS[:, start:stop]
+        after, (key, value) = run_layer(model, rows_SD, positions_AS, layer, past=past)
+        hidden.append(after)
+        # a row sees itself in floating point, and later rows see it as the cache holds it
+        key = rounded_activations(key, largest=largest.key)
+        value = rounded_activations(value, largest=largest.value)
+        past = appended(past, (key, value))
     return torch.cat(hidden)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from trio_edge.calibration.search.schedules.prefill_cost import PrefillCost, Situation
@@ -16,7 +17,7 @@ from trio_edge.export.model_cost import vision_dimensions
 from trio_edge.trio.cost.devices import find_target
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from trio_edge.calibration.model.prompts import SampleShape
     from trio_edge.calibration.model.torch_model import TorchModel
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 TEXT_MARGIN = 1.25
 """Largest text bucket over the longest prompt of the samples."""
 MAX_TEXT_BUCKETS = 3
-MAX_PICTURE_SIZES = 4
+MAX_IMAGE_SIZES = 4
 WORTHWHILE = 0.02
 """Share of all rows that another shape must save."""
 _MULTIPLE = 8
@@ -48,7 +49,7 @@ class BundleShape:
 
     @property
     def num_visual(self) -> int:
-        """N of the largest picture, which the schedule is made for."""
+        """N of the largest image, which the schedule is made for."""
         return max(sizes["N"] for sizes in self.profiles)
 
 
@@ -64,7 +65,7 @@ def bundle_shape(
     Raises:
         ScheduleError: If the longest sequence does not fit the model.
     """
-    sizes = picture_sizes(samples)
+    sizes = image_sizes(samples)
     profiles = tuple(model.pictures.sizes(*size) for size in sizes)
     others = max(profile["N"] for profile in profiles) + max_new_tokens
     shape = BundleShape(
@@ -88,7 +89,7 @@ def bundle_shape(
 def prefill_cost(
     model: TorchModel, shape: BundleShape, samples: Sequence[SampleShape], *, target: str
 ) -> PrefillCost:
-    """Return what schedules cost on ``target`` for pictures and prompts like the samples'."""
+    """Return what schedules cost on ``target`` for images and prompts like the samples'."""
     decoder = dimensions_of(model.parts)
     runs_at = Counter(_padded(shape, sample) for sample in samples)
     return PrefillCost(
@@ -128,53 +129,56 @@ def text_buckets(shapes: Sequence[SampleShape], *, room: int) -> tuple[int, ...]
     """
     lengths = [shape.num_text for shape in shapes]
     with_margin = min(_rounded(TEXT_MARGIN * max(lengths)), room - room % _MULTIPLE)
-    buckets = [max(with_margin, _rounded(max(lengths)))]
-    candidates = {_rounded(length) for length in lengths} - set(buckets)
+    longest = max(with_margin, _rounded(max(lengths)))
 
-    def mean_rows(sizes: Sequence[int]) -> float:
-        return sum(
-            min(size for size in sizes if size >= shape.num_text) + shape.sizes["N"] for shape in shapes
-        ) / len(shapes)
+    def rows(sizes: Sequence[int]) -> float:
+        return fmean(_covering(sizes, shape.num_text) + shape.sizes["N"] for shape in shapes)
 
-    while candidates and len(buckets) < MAX_TEXT_BUCKETS:
-        best = min(sorted(candidates), key=lambda size: mean_rows([*buckets, size]))
-        if mean_rows([*buckets, best]) > (1 - WORTHWHILE) * mean_rows(buckets):
-            break
-        buckets.append(best)
-        candidates.discard(best)
-    return tuple(sorted(buckets))
+    others = {_rounded(length) for length in lengths} - {longest}
+    return tuple(sorted(_worthwhile(longest, others, most=MAX_TEXT_BUCKETS, rows=rows)))
 
 
-def picture_sizes(shapes: Sequence[SampleShape]) -> tuple[tuple[int, int], ...]:
-    """Return (width, height) of pictures whose numbers of visual tokens the bundle gets exact shapes for.
+def image_sizes(shapes: Sequence[SampleShape]) -> tuple[tuple[int, int], ...]:
+    """Return (width, height) of images whose numbers of visual tokens the bundle gets exact shapes for.
 
     The first one has the most tokens of all samples, so every sample has room. Others are added, the most useful first, while
-    each takes ``WORTHWHILE`` off the mean number of visual rows. Of the pictures with one number of tokens the most common
+    each takes ``WORTHWHILE`` off the mean number of visual rows. Of the images with one number of tokens the most common
     size stands for all.
     """
     of_count: dict[int, Counter[tuple[int, int]]] = {}
     for shape in shapes:
         of_count.setdefault(shape.sizes["N"], Counter())[(shape.width, shape.height)] += 1
-    chosen = [max(of_count)]
 
-    def mean_rows(counts: Sequence[int]) -> float:
-        return sum(min(count for count in counts if count >= shape.sizes["N"]) for shape in shapes) / len(
-            shapes
-        )
+    def rows(counts: Sequence[int]) -> float:
+        return fmean(_covering(counts, shape.sizes["N"]) for shape in shapes)
 
-    others = set(of_count) - set(chosen)
-    while others and len(chosen) < MAX_PICTURE_SIZES:
-        best = min(sorted(others), key=lambda count: mean_rows([*chosen, count]))
-        if mean_rows([*chosen, best]) > (1 - WORTHWHILE) * mean_rows(chosen):
-            break
-        chosen.append(best)
-        others.discard(best)
+    most = max(of_count)
+    chosen = _worthwhile(most, set(of_count) - {most}, most=MAX_IMAGE_SIZES, rows=rows)
+    # of equally common sizes the smaller one: the order of the samples decides nothing
     return tuple(max(sorted(of_count[count]), key=of_count[count].__getitem__) for count in chosen)
 
 
 def rounds_with_margin(largest: int) -> int:
     """Return NMS rounds with a margin of a quarter, at least 2, over the largest number that a sample took."""
     return largest + max(2, math.ceil(largest / 4))
+
+
+def _worthwhile(
+    largest: int, others: set[int], *, most: int, rows: Callable[[Sequence[int]], float]
+) -> list[int]:
+    """Return ``largest`` and those ``others``, the most useful first, that each take ``WORTHWHILE`` off ``rows``."""
+    chosen = [largest]
+    while others and len(chosen) < most:
+        best = min(sorted(others), key=lambda size: rows([*chosen, size]))
+        if rows([*chosen, best]) > (1 - WORTHWHILE) * rows(chosen):
+            break
+        chosen.append(best)
+        others = others - {best}
+    return chosen
+
+
+def _covering(sizes: Sequence[int], needed: int) -> int:
+    return min(size for size in sizes if size >= needed)
 
 
 def _rounded(length: float) -> int:
@@ -185,4 +189,4 @@ def _padded(shape: BundleShape, sample: SampleShape) -> tuple[int, int]:
     """Return which profile and which text bucket a sample runs at."""
     room = [index for index, sizes in enumerate(shape.profiles) if sizes["N"] >= sample.sizes["N"]]
     profile = min(room, key=lambda index: shape.profiles[index]["N"])
-    return profile, next(bucket for bucket in shape.text_buckets if bucket >= sample.num_text)
+    return profile, _covering(shape.text_buckets, sample.num_text)

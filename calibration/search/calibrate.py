@@ -425,7 +425,7 @@ def _looked_at(model: TorchModel, question: Question, progress: SearchProgress) 
     shape = sample_shape(model, question)
     if shape.sizes["N"] < 2:
         raise DataError(
-            f"{question.where}: expected a picture of 2 or more visual tokens, got {shape.sizes['N']}; leave it out"
+            f"{question.where}: expected an image of 2 or more visual tokens, got {shape.sizes['N']}; leave it out"
         )
     progress.sample()
     return shape
@@ -435,7 +435,7 @@ def _digest(questions: Sequence[Question]) -> str:
     """Return the SHA-256 of all questions, their images and answers."""
     digest = hashlib.sha256()
     for question in questions:
-        digest.update(json.dumps([question.picture_id, question.question, question.answers]).encode())
+        digest.update(json.dumps([question.image_id, question.question, question.answers]).encode())
     return digest.hexdigest()
 
 
@@ -457,7 +457,7 @@ def _data(setup: _Setup) -> CalibrationData:
         samples=len(questions),
         search=len(setup.split.search),
         held_out=len(setup.split.held_out),
-        pictures=len({question.picture_id for question in questions}),
+        pictures=len({question.image_id for question in questions}),
         num_visual=(min(visual), max(visual)),
         num_text=(min(text), max(text)),
     )

@@ -1,9 +1,9 @@
-"""The demo task: pictures of coloured shapes and digits with questions that have one certain answer.
+"""The demo task: images of coloured shapes and digits with questions that have one certain answer.
 
-`held_out` yields samples for measuring accuracy. It is the same on every run for the same arguments, and its pictures
+`held_out` yields samples for measuring accuracy. It is the same on every run for the same arguments, and its images
 come from seeds from `HELD_OUT_OFFSET` on, which training never touches (training uses seeds below it).
 
-The picture generator is in `shapes_scene`, the questions are in `shapes_questions`.
+The image generator is in `scene`, the questions are in `questions`.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ QUESTIONS_PER_PICTURE = 2
 
 @dataclass(frozen=True)
 class ShapeSample:
-    """One question about one picture.
+    """One question about one image.
 
     Attributes:
-        picture: RGB picture; samples that share a picture share the object.
+        image: RGB image; samples that share an image share the object.
         question: words separated by blanks, ending in ` ?`.
         answer: one word of `VOCABULARY`.
         kind: one of `KINDS`.
         sample_id: `<scene seed>-<kind>`, unique within a stream.
     """
 
-    picture: Image.Image
+    image: Image.Image
     question: str
     answer: str
     kind: str
@@ -55,11 +55,11 @@ class ShapeSample:
 
 
 def held_out(count: int, *, seed: int = 0) -> Iterator[ShapeSample]:
-    """Yields `count` samples, every kind equally often (up to one), about two questions per picture.
+    """Yields `count` samples, every kind equally often (up to one), about two questions per image.
 
     Args:
         count: number of samples.
-        seed: stream; two streams share no picture.
+        seed: stream; two streams share no image.
 
     Raises:
         ValueError: `count` or `seed` is negative.
@@ -81,10 +81,10 @@ def held_out(count: int, *, seed: int = 0) -> Iterator[ShapeSample]:
 def samples_of(scene: Scene, kinds: list[str]) -> list[ShapeSample]:
     """Returns one sample of each kind that the scene allows, in the order of `kinds`."""
     rng = random.Random(f"held out {scene.seed}")
-    picture = render(scene)
+    image = render(scene)
     samples = []
     for kind in kinds:
         pair = next((found for found in (ask(scene, kind, rng) for _ in range(4)) if found), None)
         if pair is not None:
-            samples.append(ShapeSample(picture, *pair, kind=kind, sample_id=f"{scene.seed}-{kind}"))
+            samples.append(ShapeSample(image, *pair, kind=kind, sample_id=f"{scene.seed}-{kind}"))
     return samples

@@ -12,7 +12,7 @@ from tests.calibration.question_files import questions_about, write_questions
 from tests.pictures import random_picture
 from trio_edge.calibration.json_lines import ResultFile
 from trio_edge.calibration.model.prompts import SampleShape
-from trio_edge.calibration.search.bundle_shape import picture_sizes, rounds_with_margin, text_buckets
+from trio_edge.calibration.search.bundle_shape import image_sizes, rounds_with_margin, text_buckets
 from trio_edge.calibration.search.calibrate import SearchProgress, _warn_above
 from trio_edge.calibration.search.held_out import accuracy
 from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
@@ -57,7 +57,7 @@ def candidate(stages: str | None, *, kl: float) -> Candidate:
     schedule = Schedule() if stages is None else parse_schedule(stages)
     cost = cost_on("orin-nx-16", Situation(1.0, SIZES, 40)).of(schedule)
     results = [MeasuredSchedule(0.9 * kl, True, 3), MeasuredSchedule(1.1 * kl, True, 3)]
-    return Candidate(schedule=schedule, cost=cost, kind="time", results=results, pictures=["a", "b"])
+    return Candidate(schedule=schedule, cost=cost, kind="time", results=results, images=["a", "b"])
 
 
 def test_samples_may_lack_answers(tmp_path: Path) -> None:
@@ -74,21 +74,21 @@ def test_samples_without_answers_have_no_accuracy(tmp_path: Path) -> None:
     assert accuracy(never, questions, Schedule(), probes=never, on_sample=never) is None
 
 
-def test_a_folder_of_pictures_is_asked_one_prompt(tmp_path: Path) -> None:
+def test_a_folder_of_images_is_asked_one_prompt(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for number, name in enumerate(("b.png", "deep/a.jpg")):
         random_picture(48, 48, seed=number).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     questions = read_samples(str(tmp_path), prompt="w1 ?", count=None, seed=0)
     assert [question.sample_id for question in questions] == ["b.png", "deep/a.jpg"]
     assert {question.question for question in questions} == {"w1 ?"}
 
 
-def test_no_picture_is_on_both_sides_of_the_split(tmp_path: Path) -> None:
+def test_no_image_is_on_both_sides_of_the_split(tmp_path: Path) -> None:
     path = write_questions(tmp_path, questions_about(12))
     questions = read_samples(str(path), prompt=None, count=None, seed=0)
     split = split_samples(questions, held_out=0.3, seed=0)
-    sides = [{question.picture_id for question in side} for side in split]
+    sides = [{question.image_id for question in side} for side in split]
     assert not sides[0] & sides[1]
     assert (len(split.search), len(split.held_out)) == (8, 4)
     assert split == split_samples(questions, held_out=0.3, seed=0)
@@ -105,12 +105,12 @@ def test_text_buckets_have_no_more_room_to_spare_than_the_model_has() -> None:
     assert text_buckets([sample(2880, 60)], room=61) == (64,)  # refused later, in words
 
 
-def test_picture_sizes_cover_the_largest_and_the_common_ones() -> None:
+def test_image_sizes_cover_the_largest_and_the_common_ones() -> None:
     common, rare = sample(100, 9, size=(64, 48)), sample(60, 9, size=(48, 64))
-    assert picture_sizes([common, common, rare]) == ((64, 48), (48, 64))
-    assert picture_sizes([common] * 99 + [rare]) == ((64, 48),)
+    assert image_sizes([common, common, rare]) == ((64, 48), (48, 64))
+    assert image_sizes([common] * 99 + [rare]) == ((64, 48),)
     other = sample(100, 9, size=(65, 48))
-    assert picture_sizes([other, common, common]) == ((64, 48),)
+    assert image_sizes([other, common, common]) == ((64, 48),)
 
 
 @pytest.mark.parametrize(("largest", "rounds"), [(1, 3), (8, 10), (20, 25)])

@@ -99,7 +99,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else(calibrated: Path, report
     assert page.open == []
     assert page.count["svg"] == 3
     assert page.count["script"] == page.count["link"] == page.count["iframe"] == 0
-    assert page.count["img"] == 1  # as many pictures as are held out
+    assert page.count["img"] == 1  # as many images as are held out
     assert all(url.startswith(("data:image/png;base64,", "#")) for url in page.urls)
     assert len(page.ids) == len(set(page.ids))
     assert all(url[1:] in page.ids for url in page.urls if url.startswith("#"))
@@ -204,14 +204,14 @@ def test_half_precision_weights_are_mapped_where_they_are_too_large_for_the_memo
 BAD_CASES: dict[str, tuple[list[str], str]] = {
     "no samples": (["--samples", "{tmp}/none"], "got no such file"),
     "no folder": (["--samples", "{tmp}/none", "--prompt", "w1"], "got no such file"),
-    "an empty folder": (["--samples", "{empty}", "--prompt", "w1"], "expected pictures"),
+    "an empty folder": (["--samples", "{empty}", "--prompt", "w1"], "expected images"),
     "a folder without a prompt": (["--samples", "{empty}"], "expected --prompt"),
     "a prompt for a file": (["--prompt", "w1"], "expected --prompt with a folder"),
-    "one picture": (
+    "one image": (
         ["--count", "2", "--samples", "{one}", "--prompt", "w1"],
-        "at least 2 different pictures",
+        "at least 2 different images",
     ),
-    "a damaged picture": (["--samples", "{damaged}", "--prompt", "w1"], "damaged.png"),
+    "a damaged image": (["--samples", "{damaged}", "--prompt", "w1"], "damaged.png"),
     "a special token in a prompt": (["--samples", "{pictures}", "--prompt", "<image>"], "special token"),
     "an unknown target": (["--target", "orin-nx-17"], "did you mean"),
     "a time nothing reaches": (["--target-ms", "0.001"], "--target-ms: expected at least"),

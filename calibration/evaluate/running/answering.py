@@ -58,7 +58,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A question that cannot be asked: its picture cannot be read, or its prompt does not fit the bundle."""
+    """A question that cannot be asked: its image cannot be read, or its prompt does not fit the bundle."""
 
     index: int
     where: str
@@ -66,18 +66,28 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings for asking all bundles."""
+
+    metric: str = "exact"
+    answer_tokens: int = DEFAULT_ANSWER_TOKENS
+    backend: str = "auto"
+    threads: int = 1
+    workers: int = 1
+    ray_address: str | None = None
+    """Address of a Ray cluster that does the work; None for this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Asking:
-    """Settings for asking a bundle; plain values that travel to worker processes."""
+    """One bundle and how it is asked; plain values that travel to worker processes."""
 
     bundle: Path
     selection: str = OWN_SELECTION
     """``OWN_SELECTION`` or one of ``baselines.BASELINES`` at the bundle's schedule."""
-    metric: str = "exact"
-    answer_tokens: int = DEFAULT_ANSWER_TOKENS
     is_reference: bool = False
     """Whether first tokens are summed up for the others."""
-    backend: str = "auto"
-    threads: int = 1
+    settings: Settings = Settings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +105,9 @@ class Answerer:
     def __init__(self, asking: Asking, pipeline: Pipeline | None = None) -> None:
         """Open the bundle, unless ``pipeline`` has it opened already."""
         self._asking = asking
-        self._metric = METRICS[asking.metric]
+        self._metric = METRICS[asking.settings.metric]
         self._pipeline = pipeline or Pipeline.from_bundle(
-            asking.bundle, backend=asking.backend, threads=asking.threads
+            asking.bundle, backend=asking.settings.backend, threads=asking.settings.threads
         )
         self._base_tokens = _base_tokens(self._pipeline.pictures)
 
@@ -120,9 +130,9 @@ class Answerer:
             None if own else baseline(asking.selection, seed=question.index, base_tokens=self._base_tokens)
         )
         generation = self._pipeline.generate(
-            question.picture,
+            question.image,
             question.question,
-            max_new_tokens=min(asking.answer_tokens, manifest.max_new_tokens),
+            max_new_tokens=min(asking.settings.answer_tokens, manifest.max_new_tokens),
             choose=choose,
         )
         text, statistics = generation.text, generation.statistics
@@ -132,7 +142,7 @@ class Answerer:
             index=question.index,
             sample_id=question.sample_id,
             kind=question.kind,
-            picture_id=question.picture_id,
+            picture_id=question.image_id,
             answers=question.answers,
             text=text,
             reading=reading,
@@ -152,7 +162,7 @@ class Answerer:
 
 
 def _base_tokens(pictures: PictureProcessing) -> int:
-    """Return the visual tokens of the tile that shows the whole picture and comes first; 0 without one."""
+    """Return the visual tokens of the tile that shows the whole image and comes first; 0 without one."""
     if not isinstance(pictures, TilePictures):
         return 0
     return pictures.encoder_keep or pictures.processing.patches_per_tile

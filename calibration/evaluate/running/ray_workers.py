@@ -1,6 +1,6 @@
 """Workers on the machines of a Ray cluster, each an actor with the bundle opened once. The only file that imports ray.
 
-Pictures travel with the questions; the bundle must lie at the same path on every machine, where trio-edge is installed.
+Images travel with the questions; the bundle must lie at the same path on every machine, where trio-edge is installed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def answer_on_cluster(
 
 
 def _answers(ray: Any, asking: Asking, tasks: Iterable[Task], *, workers: int) -> Iterator[Outcome | Failure]:
-    actor = ray.remote(num_cpus=max(asking.threads, 1), scheduling_strategy="SPREAD")(Answerer)
+    actor = ray.remote(num_cpus=max(asking.settings.threads, 1), scheduling_strategy="SPREAD")(Answerer)
     pool = [actor.remote(replace(asking, bundle=asking.bundle.absolute())) for _ in range(workers)]
     waiting = iter(tasks)
     owner: dict[Any, Any] = {}
@@ -102,8 +102,8 @@ def _check_reachable(address: str) -> None:
 
 
 def _portable(task: Task) -> Task:
-    """Return the task with the picture's bytes in place of its path."""
-    picture = task.question.picture
-    if not isinstance(picture, Path):
+    """Return the task with the image's bytes in place of its path."""
+    image = task.question.image
+    if not isinstance(image, Path):
         return task
-    return replace(task, question=replace(task.question, picture=picture.read_bytes()))
+    return replace(task, question=replace(task.question, image=image.read_bytes()))

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import closing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from trio_edge.calibration.evaluate.running.answering import (
-    DEFAULT_ANSWER_TOKENS,
     OWN_SELECTION,
     Asking,
     Failure,
     Outcome,
+    Settings,
     Task,
 )
 from trio_edge.calibration.evaluate.running.ray_workers import answer_on_cluster
@@ -42,19 +41,6 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.questions import Question
     from trio_edge.runtime.bundle.manifest import Manifest
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Settings for asking all bundles."""
-
-    metric: str = "exact"
-    answer_tokens: int = DEFAULT_ANSWER_TOKENS
-    backend: str = "auto"
-    threads: int = 1
-    workers: int = 1
-    ray_address: str | None = None
-    """Address of a Ray cluster that does the work; None for this machine."""
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -229,11 +215,8 @@ def _answers(run: Run, tasks: list[Task], settings: Settings) -> Generator[Outco
     asking = Asking(
         bundle=run.bundle.folder,
         selection=run.info.selection,
-        metric=settings.metric,
-        answer_tokens=settings.answer_tokens,
         is_reference=run.info.is_reference,
-        backend=settings.backend,
-        threads=settings.threads,
+        settings=settings,
     )
     workers = min(settings.workers, len(tasks))
     if not tasks:

@@ -102,11 +102,9 @@ def appending_outcomes(folder: Path, key: RunKey) -> AbstractContextManager[Resu
 
 
 def still_valid(outcomes: dict[int, Outcome], questions: Collection[Question]) -> dict[int, Outcome]:
-    """Return the outcomes of those of ``questions`` whose picture is still the same."""
-    pictures = {question.index: question.picture_id for question in questions}
-    return {
-        index: outcome for index, outcome in outcomes.items() if pictures.get(index) == outcome.picture_id
-    }
+    """Return the outcomes of those of ``questions`` whose image is still the same."""
+    images = {question.index: question.image_id for question in questions}
+    return {index: outcome for index, outcome in outcomes.items() if images.get(index) == outcome.picture_id}
 
 
 def _key_of(path: Path) -> RunKey | None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
-from trio_edge.calibration.model.greedy import greedy_answer
-from trio_edge.calibration.model.prompts import make_prompt, read_picture
-from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.calibration.model.greedy import answers_with_and_without
+from trio_edge.calibration.model.prompts import read_image
 from trio_edge.runtime.images.overlay import draw_kept
 
 if TYPE_CHECKING:
@@ -20,6 +17,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.questions import Question
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 NUM_OVERLAYS = 3
 _ANSWER_TOKENS = 16
@@ -41,19 +39,16 @@ def overlays_of(
     model: TorchModel, questions: Sequence[Question], schedule: Schedule, probes: Probes
 ) -> list[Overlay]:
     """Return overlays of the first ``NUM_OVERLAYS`` images, each with its first question."""
-    first_of_image = {question.picture_id: question for question in reversed(questions)}
+    first_of_image = {question.image_id: question for question in reversed(questions)}
     chosen = sorted(first_of_image.values(), key=lambda question: question.index)[:NUM_OVERLAYS]
     return [_overlay(model, question, schedule, probes) for question in chosen]
 
 
 def _overlay(model: TorchModel, question: Question, schedule: Schedule, probes: Probes) -> Overlay:
-    image, keep_all = read_picture(question), Schedule(positions=schedule.positions)
-    with torch.inference_mode():
-        prompt = make_prompt(model, question)
-        whole, reduced = (
-            greedy_answer(model, prompt, each, probes=probes, max_tokens=_ANSWER_TOKENS)
-            for each in (keep_all, schedule)
-        )
+    image = read_image(question)
+    whole, reduced = answers_with_and_without(
+        model, question, schedule, probes=probes, max_tokens=_ANSWER_TOKENS
+    )
     sheet = draw_kept(
         image,
         model.pictures.boxes(*image.size, None),

@@ -44,7 +44,7 @@ class Candidate:
     """Quantity that it is compared by."""
     results: list[MeasuredSchedule]
     """One for each search sample."""
-    pictures: list[str]
+    images: list[str]
     """Images of these samples."""
 
     @property
@@ -57,7 +57,7 @@ class Candidate:
         if self.kl > kl:
             return False
         values = [result.kl for result in self.results]
-        return bootstrap_interval(values, self.pictures)[1] <= kl
+        return bootstrap_interval(values, self.images)[1] <= kl
 
     @property
     def point(self) -> tuple[float, float]:

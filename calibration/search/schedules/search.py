@@ -99,8 +99,8 @@ def _settings(searching: Searching) -> tuple[Schedule, list[Tried]]:
         kls = [_sample_kls(searching, option) for option in options]
         if not kls[0]:
             continue  # so small a decoder that trio-export makes no schedule for it
-        pictures = [question.picture_id for question in searching.questions]
-        intervals = [paired_interval(kl, kls[0], pictures) for kl in kls]
+        images = [question.image_id for question in searching.questions]
+        intervals = [paired_interval(kl, kls[0], images) for kl in kls]
         surely_lower = [index for index, (_, high) in enumerate(intervals) if high < 0]
         best = min(surely_lower, key=lambda index: sum(kls[index]), default=0)
         settings = options[best]
@@ -170,7 +170,7 @@ def _measured(searching: Searching, schedules: Sequence[Schedule]) -> list[Candi
             cost=searching.cost.of(schedule),
             kind=searching.kind,
             results=results,
-            pictures=[question.picture_id for question in searching.questions],
+            images=[question.image_id for question in searching.questions],
         )
         for schedule, results in table.items()
     ]

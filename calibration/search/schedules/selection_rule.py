@@ -75,7 +75,7 @@ class SelectionRule:
             if least > self.bound:
                 raise ScheduleError(
                     f"--target-ms: expected at least {_up(least)} (predicted for {cost.target.name}, {_written(fastest)}),"
-                    f" got {self.bound:g}; allow more time, a smaller picture or another target"
+                    f" got {self.bound:g}; allow more time, a smaller image or another target"
                 )
         if self.bounded == "keep":
             sparsest = min(space.stage_lists(), key=lambda stages: average_keep(stages, space))

@@ -127,7 +127,7 @@ def make_space(
     counts = {min(max(1, round(keep * num_visual)), MAX_TOPK) for keep in keeps}
     counts = {count for count in counts if count < num_visual}
     if not counts:
-        raise ScheduleError(f"schedule: expected pictures of 2 or more visual tokens, got {num_visual}")
+        raise ScheduleError(f"schedule: expected images of 2 or more visual tokens, got {num_visual}")
     return Space(
         num_layers=num_layers,
         num_visual=num_visual,
