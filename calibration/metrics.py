@@ -124,6 +124,7 @@ def read_choice(text: str, choices: Sequence[str]) -> str:
 
     A letter counts alone ("b", "(B)"), before a mark ("B. a dog") or after "answer is".
     """
+    # "A dog" must not be read as letter A: a letter counts with a mark or alone
     letters, normal = _LETTERS[: len(choices)], exact_normal(text)
     options = [exact_normal(choice) for choice in choices]
     if options.count(normal) == 1:

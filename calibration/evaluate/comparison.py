@@ -123,6 +123,7 @@ def compare(runs: Sequence[tuple[RunInfo, Mapping[int, Outcome]]], *, metric: st
         runs: Each with its outcomes by question; the reference, if there is one, first.
         metric: Name of the metric.
     """
+    # a question that one run could not answer would move its mean, not theirs
     common = sorted(set.intersection(*(set(outcomes) for _, outcomes in runs)))
     if not common:
         return []
@@ -140,6 +141,7 @@ def _run_report(
     kinds = sorted({outcome.kind for outcome in outcomes})
     processed = statistics.fmean(outcome.processed_tokens for outcome in outcomes)
     decode_ms = sum(outcome.decode_ms for outcome in outcomes)
+    # the first token of an answer comes with its prefill
     decoded = sum(outcome.new_tokens - 1 for outcome in outcomes)
     return RunReport(
         run=info,

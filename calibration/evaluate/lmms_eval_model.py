@@ -56,7 +56,7 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
         Raises:
             ShapeError: If the batch size is not 1.
         """
-        super().__init__()
+        super().__init__()  # lmms-eval 0.7 sets rank, task_dict and cache_hook there
         if int(batch_size) != 1:
             raise ShapeError(
                 f"batch_size: expected 1, got {batch_size}; a bundle answers one question at a time"

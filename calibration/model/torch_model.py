@@ -102,6 +102,7 @@ def load_model(
         default_template=family.default_chat_template(checkpoint),
         image_marks=family.image_marks,
     )
+    # real initial values would need the memory of the whole model, and time
     with FakeTensorMode(allow_non_fake_inputs=True):
         parts = family.build(checkpoint, processing=pictures, dtype="float32", with_features=False)
     dtype = _compute_type(checkpoint)

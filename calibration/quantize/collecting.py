@@ -93,7 +93,7 @@ def listening_to_inputs(sections: Sequence[Section], *, num_samples: int) -> Ite
         num_samples: How many are going to be answered, so that each gives its share of the rows.
     """
     found = [[Inputs() for _ in section.groups] for section in sections]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # the same samples give the same factors
     num_rows = -(-NUM_ROWS // num_samples)
 
     def listener(inputs: Inputs) -> Callable[[Tensor], Tensor]:

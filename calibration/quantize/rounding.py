@@ -75,6 +75,7 @@ class GroupRounding:
     def best(self, candidates: list[Tensor]) -> tuple[Tensor | None, float]:
         """Return the factors with the least error, None for no factors, and that error."""
         tried = [(factors, self.error(factors, with_activations=True)) for factors in (None, *candidates)]
+        # of equals the first one: no factors, which cost nothing
         return min(tried, key=lambda one: one[1])
 
     def error(self, factors_I: Tensor | None, *, with_activations: bool) -> float:

@@ -31,7 +31,7 @@ MAX_TEXT_BUCKETS = 3
 MAX_IMAGE_SIZES = 4
 WORTHWHILE = 0.02
 """Share of all rows that another shape must save."""
-_MULTIPLE = 8
+_MULTIPLE = 8  # tensor cores take rows by eights
 _SMALLEST = 8
 
 

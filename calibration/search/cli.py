@@ -149,7 +149,7 @@ def command(
     given = {name: value for name, value in settings.items() if value is not None}
     with interruptible() as check:
         try:
-            with ctrl_c_held():
+            with ctrl_c_held():  # importing torch turns a Ctrl-C into errors of its own
                 from trio_edge.calibration.search.calibrate import calibrate
                 from trio_edge.calibration.search.output import summary_of, write_calibration
         except ModuleNotFoundError as error:

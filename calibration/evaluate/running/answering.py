@@ -163,6 +163,7 @@ class Answerer:
 
 def _base_tokens(pictures: PictureProcessing) -> int:
     """Return the visual tokens of the tile that shows the whole image and comes first; 0 without one."""
+    # LLaVA's first tile shows the whole image; InternVL's comes last, Qwen2.5-VL has none
     if not isinstance(pictures, TilePictures):
         return 0
     return pictures.encoder_keep or pictures.processing.patches_per_tile

@@ -17,7 +17,7 @@ from trio_edge.runtime.bundle.errors import BackendError, TrioEdgeError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_TASKS_PER_ACTOR = 2
+_TASKS_PER_ACTOR = 2  # the next question travels while one is answered
 _CONNECT_SECONDS = 10
 
 
@@ -68,6 +68,7 @@ def answer_on_cluster(
 
 
 def _answers(ray: Any, asking: Asking, tasks: Iterable[Task], *, workers: int) -> Iterator[Outcome | Failure]:
+    # spread: actors on one machine would share its processor while others idle
     actor = ray.remote(num_cpus=max(asking.settings.threads, 1), scheduling_strategy="SPREAD")(Answerer)
     pool = [actor.remote(replace(asking, bundle=asking.bundle.absolute())) for _ in range(workers)]
     waiting = iter(tasks)

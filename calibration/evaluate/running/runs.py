@@ -173,6 +173,7 @@ def answer_runs(
         check_folder(other, keys)
     answers = Answers([], [])
     with opened_for_work(folder, keys):
+        # the reference is the first run, so its first tokens are there when the others need them
         firsts: dict[int, Outcome] = {}
         for run, key in zip(runs, keys):
             done = _taken_over(folder, key, merge, questions)
@@ -182,6 +183,7 @@ def answer_runs(
                 for question in questions
                 if question.index not in done
             ]
+            # closing ends the workers where an error or Ctrl-C leaves the loop
             with appending_outcomes(folder, key) as file, closing(_answers(run, tasks, settings)) as results:
                 for result in results:
                     if isinstance(result, Outcome):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.search.measure.record import Line
     from trio_edge.runtime.bundle.schedule import Schedule
 
-KEPT_BYTES = 1 << 30
+KEPT_BYTES = 1 << 30  # about six samples of LLaVA-1.5-7B in float16
 """Keep-all runs that stay in memory between calls; those beyond it run again."""
 
 

@@ -66,6 +66,7 @@ def measure(
     model: TorchModel, whole: KeepAll, schedules: Iterable[Schedule], *, probes: Probes
 ) -> Iterator[tuple[Schedule, MeasuredSchedule]]:
     """Yield what each schedule does to the sample, in an order of its own; equal ones once."""
+    # sorted, schedules that begin alike are neighbours, which groupby needs
     distinct = sorted(set(schedules), key=lambda schedule: (_settings(schedule), _stages(schedule)))
     branching = _Branching(model, whole, probes)
     for _, group in groupby(distinct, key=_settings):
@@ -134,4 +135,5 @@ def divergence(log_p_TV: Tensor, tokens: list[int], logits_TV: Tensor, *, rounds
 
 
 def _log_probs(logits_TV: Tensor) -> Tensor:
+    # in float32 a KL of 1e-6 would be rounding
     return torch.log_softmax(logits_TV.to(torch.float64), dim=-1)

@@ -73,6 +73,7 @@ def split_samples(questions: Sequence[Question], *, held_out: float, seed: int) 
     Raises:
         DataError: If there are fewer than two images.
     """
+    # by digest, so that adding samples moves no other one
     images = sorted({question.image_id for question in questions}, key=lambda name: _place(name, seed))
     if len(images) < 2:
         raise DataError(

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 USUAL_KEEPS = (0.06, 0.08, 0.111, 0.15, 0.222, 0.333, 0.5)
 """Average keeps whose ``trio-export`` schedules are measured beside the others, where the space has them."""
-_FIRST_SHARE = 0.5
+_FIRST_SHARE = 0.5  # the other half follows what was measured, which estimates are not
 """Share of the allowance that the estimate's fronts may use."""
 _NEAR_THE_RULE = 16
 """Estimated schedules measured because they are next to what the user asked for."""
@@ -79,7 +79,7 @@ def search(searching: Searching, rule: SelectionRule) -> Found:
         left -= len(near)
         before = _front_points(candidates)
         candidates = _with(candidates, _measured(searching, near))
-        if _front_points(candidates) == before:
+        if _front_points(candidates) == before:  # nothing near the front improved it
             break
     return Found(settings=settings, tried=tried, single=single, candidates=candidates)
 
@@ -95,6 +95,7 @@ def _settings(searching: Searching) -> tuple[Schedule, list[Tried]]:
     for values in setting_variants(searching.positions, searching.thresholds):
         name = _differing(values)
         searching.on_step(f"comparing {name.replace('_', ' ')}")
+        # each setting is compared with those found before it in force
         options = [msgspec.structs.replace(settings, **{name: getattr(value, name)}) for value in values]
         kls = [_sample_kls(searching, option) for option in options]
         if not kls[0]:
