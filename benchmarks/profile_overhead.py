@@ -18,12 +18,12 @@ import numpy as np
 from parts.arguments import parser_for
 
 from trio_edge.profiling.measure.answers import Question, Subject
-from trio_edge.profiling.measure.distribution import distribution, in_brackets
 from trio_edge.profiling.measure.recording import Recording
 from trio_edge.profiling.measure.sensors.interface import open_sensors
 from trio_edge.profiling.measure.sensors.sampling_thread import INTERVAL_SECONDS, SamplingThread
 from trio_edge.profiling.page.pictures import PROMPT, picture_sizes, random_picture
 from trio_edge.profiling.report.table import with_interval
+from trio_edge.profiling.statistics import distribution, in_brackets
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.devices.host import HostDevice

@@ -109,7 +109,7 @@ def bundle_for(variant: Variant, *, keep: str, out: Path) -> Path:
 def calibrated_scales(variant: Variant, *, keep: str) -> CalibratedScales:
     """Return what a calibration on other samples than those that are asked finds."""
     model = load_model("tiny")
-    num_visual = max(sizes["N"] for sizes in model.pictures.any_picture_sizes())
+    num_visual = max(sizes["N"] for sizes in model.images.any_image_sizes())
     inputs = ScheduleInputs(
         num_layers=model.num_layers,
         num_visual=num_visual,

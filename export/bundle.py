@@ -45,6 +45,7 @@ from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
 from trio_edge.export.token_selectors import CLIP_METHODS, full_grid, token_selector
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.files import atomic_folder
 from trio_edge.runtime.bundle.graph_io import MAX_TEXT, MOST_TOKENS, text_buckets
 from trio_edge.runtime.bundle.manifest import (
     MANIFEST_NAME,
@@ -58,7 +59,6 @@ from trio_edge.runtime.bundle.manifest import (
     json_from_manifest,
 )
 from trio_edge.runtime.bundle.reader import sha256_of
-from trio_edge.runtime.files import folder_beside as locked_folder_beside
 from trio_edge.trio.budgets import MAX_TOPK
 from trio_edge.trio.cost.devices import find_target
 from trio_edge.trio.cost.memory import Texts
@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from trio_edge.export.graphs.tracing import TracedGraph
     from trio_edge.runtime.bundle.manifest import FloatType, TokenMethod
     from trio_edge.runtime.bundle.schedule import Positions, Schedule
-    from trio_edge.runtime.images.interface import PictureProcessing
+    from trio_edge.runtime.images.interface import ImageProcessing
 
 _LARGEST_INLINE_BYTES = 1 << 20
 
@@ -390,11 +390,11 @@ def export_bundle(
 
 
 def _picture_sizes(
-    processing: PictureProcessing, options: ExportOptions
+    processing: ImageProcessing, options: ExportOptions
 ) -> tuple[list[dict[str, int]], dict[str, int]]:
     """Return the sizes of all pictures to make shapes for, and of the one that schedule and cost are made for."""
     exact = [processing.sizes(width, height) for width, height in options.image_sizes]
-    any_picture = [] if options.only_image_sizes else list(processing.any_picture_sizes())
+    any_picture = [] if options.only_image_sizes else list(processing.any_image_sizes())
     primary = max(exact or any_picture, key=lambda sizes: (sizes["N"], *sizes.values()))
     return exact + any_picture, primary
 
@@ -425,7 +425,7 @@ def _token_keep(options: ExportOptions, *, num_visual: int) -> int | None:
 
 
 def _image_sizes(
-    processing: PictureProcessing, options: ExportOptions, layout: Layout
+    processing: ImageProcessing, options: ExportOptions, layout: Layout
 ) -> tuple[ImageSize, ...]:
     result = []
     for width, height in options.image_sizes:
@@ -568,7 +568,7 @@ def folder_beside(out: Path, *, num_bytes: int, force: bool) -> Iterator[Path]:
     Raises:
         CheckpointError: If the folder cannot be written, the disk is full, or ``out`` may not be replaced.
     """
-    with locked_folder_beside(
+    with atomic_folder(
         out,
         num_bytes=num_bytes + _SPARE_BYTES,
         error=CheckpointError,

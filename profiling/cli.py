@@ -13,6 +13,7 @@ from rich.console import Console
 
 from trio_edge.profiling.measure.machine_info import find_governor, find_power_mode, load_average
 from trio_edge.profiling.measure.measuring import NEW_TOKENS, Options, measure
+from trio_edge.profiling.page.figures import check_matplotlib
 from trio_edge.profiling.predict.options import (
     PredictOptions,
     check_given,
@@ -25,9 +26,9 @@ from trio_edge.profiling.report.summary import report_of
 from trio_edge.profiling.report.table import print_profile
 from trio_edge.runtime.backends.registry import BACKENDS_HELP
 from trio_edge.runtime.bundle.errors import BundleError, TargetError
+from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import run
-from trio_edge.runtime.files import check_outputs, write_output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,6 +101,8 @@ def command(
     check_given(predicting=wishes.predict is not None)
     files = {"--json": json_file, "--html": html_file, "--trace": trace_file}
     check_outputs({option: path for option, path in files.items() if path is not None})
+    if html_file is not None:
+        check_matplotlib("--html", extra="profile")
     if wishes.predict is not None:
         outcome = run_prediction(wishes, bundle=bundle, num_new=new_tokens or NEW_TOKENS)
         if json_file is not None:

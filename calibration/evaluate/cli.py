@@ -24,8 +24,8 @@ from trio_edge.calibration.evaluate.running.answering import DEFAULT_ANSWER_TOKE
 from trio_edge.calibration.evaluate.running.baselines import BASELINES
 from trio_edge.calibration.metrics import METRICS
 from trio_edge.runtime.backends.registry import BACKENDS_HELP
+from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run
-from trio_edge.runtime.files import check_outputs, write_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

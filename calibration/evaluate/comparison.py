@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from trio_edge.calibration.evaluate.intervals import paired_interval, score_interval, wilson_interval
 from trio_edge.calibration.evaluate.running.runs import RunInfo  # noqa: TC001 - msgspec reads it
 from trio_edge.calibration.metrics import YesNoRates, exact_normal, yes_no_rates
+from trio_edge.profiling.statistics import paired_interval, score_interval, wilson_interval
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from trio_edge.runtime.bundle.errors import DataError, ImageError, ShapeError
-from trio_edge.runtime.images.reading import open_picture
+from trio_edge.runtime.images.reading import open_image
 from trio_edge.runtime.prompts.positions import mrope_positions, plain_positions
 from trio_edge.runtime.prompts.question import question_ids
 
@@ -64,7 +64,7 @@ def sample_shape(model: TorchModel, question: Question) -> SampleShape:
         where=question.where,
         width=width,
         height=height,
-        sizes=model.pictures.sizes(width, height),
+        sizes=model.images.sizes(width, height),
         num_text=ids.num_tokens,
     )
 
@@ -76,8 +76,8 @@ def make_prompt(model: TorchModel, question: Question) -> SamplePrompt:
         DataError: As ``sample_shape``.
     """
     image, ids = _read(model, question)
-    sizes = model.pictures.sizes(*image.size)
-    inputs = model.pictures.prepare(image, sizes)
+    sizes = model.images.sizes(*image.size)
+    inputs = model.images.prepare(image, sizes)
     graph = model.parts.vision
     tensors = [torch.from_numpy(inputs[spec.name]).to(model.device) for spec in graph.inputs]
     pixels = [spec.name for spec in graph.inputs].index("pixel_values")
@@ -106,7 +106,7 @@ def read_image(question: Question) -> Image.Image:
         DataError: If it cannot be read.
     """
     try:
-        return open_picture(question.image)
+        return open_image(question.image)
     except ImageError as error:
         raise DataError(f"{question.where}: {error}") from None
 
@@ -130,9 +130,11 @@ def _positions(model: TorchModel, ids: PromptIds, image: Image.Image, *, num_vis
     length = ids.num_tokens + num_visual
     if not model.parts.mrope_sections:
         return plain_positions(num_rows=length, length=length)
+    layout = model.images.layout(*image.size)
+    assert layout.positions is not None  # models with M-RoPE have them
     return mrope_positions(
-        model.pictures.positions(*image.size, None),
-        picture_span=model.pictures.position_span(*image.size),
+        layout.positions,
+        image_span=layout.position_span,
         num_before=len(ids.before),
         num_after=len(ids.after),
         num_rows=length,

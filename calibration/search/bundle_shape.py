@@ -66,7 +66,7 @@ def bundle_shape(
         ScheduleError: If the longest sequence does not fit the model.
     """
     sizes = image_sizes(samples)
-    profiles = tuple(model.pictures.sizes(*size) for size in sizes)
+    profiles = tuple(model.images.sizes(*size) for size in sizes)
     others = max(profile["N"] for profile in profiles) + max_new_tokens
     shape = BundleShape(
         image_sizes=sizes,
@@ -117,7 +117,7 @@ def memory_warning(
         opset=18,
     )
     dimensions = dimensions_of(model.parts)
-    inputs = fit_inputs(model.parts, dimensions, layout=layout, processing=model.pictures, quantize=quantize)
+    inputs = fit_inputs(model.parts, dimensions, layout=layout, processing=model.images, quantize=quantize)
     return check_fit(inputs, find_target(target))
 
 

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from trio_edge.runtime.bundle.errors import CheckpointError, DataError
+from trio_edge.runtime.bundle.files import atomic_folder, check_place
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
-from trio_edge.runtime.files import check_place, folder_beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -165,7 +165,7 @@ def command(
         _check_out(out, force=force)
         with _progress(check, quiet=quiet) as progress:
             calibrated = calibrate(options, work=work, samples_sha256=expected_samples, progress=progress)
-            with folder_beside(
+            with atomic_folder(
                 out,
                 num_bytes=_REPORT_BYTES,
                 error=DataError,

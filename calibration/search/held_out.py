@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trio_edge.calibration.evaluate.intervals import bootstrap_interval, paired_interval, score_interval
 from trio_edge.calibration.metrics import METRICS
 from trio_edge.calibration.model.greedy import answers_with_and_without
 from trio_edge.calibration.search.report.calibration_file import Accuracy, Fidelity, Measure
+from trio_edge.profiling.statistics import bootstrap_interval, paired_interval, score_interval
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

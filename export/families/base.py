@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trio_edge.export.graphs.linear_groups import LinearGroup
     from trio_edge.runtime.bundle.manifest import FloatType, TensorSpec
     from trio_edge.runtime.bundle.schedule import Positions
-    from trio_edge.runtime.images.interface import PictureProcessing
+    from trio_edge.runtime.images.interface import ImageProcessing
     from trio_edge.trio.cost.flops import VisionShape
 
 
@@ -28,7 +28,7 @@ class VisionGraph:
 
     module: nn.Module
     inputs: tuple[TensorSpec, ...]
-    """``token_index`` [N] among them, and what ``PictureProcessing.prepare`` fills."""
+    """``token_index`` [N] among them, and what ``ImageProcessing.prepare`` fills."""
     outputs: tuple[TensorSpec, ...]
     """``visual_tokens`` [N, D] first; with encoder reduction what it kept second."""
     linear_groups: tuple[LinearGroup, ...]
@@ -81,7 +81,7 @@ class Family(Protocol):
         self,
         checkpoint: Checkpoint,
         *,
-        processing: PictureProcessing,
+        processing: ImageProcessing,
         dtype: FloatType,
         with_features: bool,
     ) -> FamilyModel:
@@ -100,7 +100,7 @@ class Family(Protocol):
 
     def picture_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
-    ) -> PictureProcessing:
+    ) -> ImageProcessing:
         """Return how pictures become the vision graph's inputs.
 
         Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
+import msgspec
 import numpy as np
 
 from trio_edge.export.families.base import FamilyModel, VisionGraph
@@ -21,9 +22,9 @@ from trio_edge.export.graphs.vision.clip import (
     clip_groups,
 )
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.graph_io import KEPT_PATCHES
 from trio_edge.runtime.bundle.manifest import TensorSpec
-from trio_edge.runtime.images.interface import KEPT_PATCHES
-from trio_edge.runtime.images.llava import ImageProcessing, TilePictures
+from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.prompts.chat import VICUNA_TEMPLATE
 from trio_edge.trio.cost.flops import VisionShape
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Positions
-    from trio_edge.runtime.images.interface import PictureProcessing
+    from trio_edge.runtime.images.interface import ImageProcessing
 
 _TEXT_TYPES = ("llama", "mistral", "qwen2")
 
@@ -63,7 +64,7 @@ class ClipLlama:
         self,
         checkpoint: Checkpoint,
         *,
-        processing: PictureProcessing,
+        processing: ImageProcessing,
         dtype: FloatType,
         with_features: bool,
     ) -> FamilyModel:
@@ -76,7 +77,7 @@ class ClipLlama:
 
     def picture_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
-    ) -> PictureProcessing:
+    ) -> ImageProcessing:
         """See ``Family.picture_processing``; ``max_visual`` is not for tilings."""
         if max_visual is not None:
             raise ScheduleError(
@@ -86,7 +87,7 @@ class ClipLlama:
         processing = _image_processing(checkpoint, default_type=self.image_processor)
         if encoder_keep is not None:
             check_encoder_keep(encoder_keep, patches_per_side=processing.patches_per_side)
-        return TilePictures(processing, encoder_keep=encoder_keep)
+        return msgspec.structs.replace(processing, encoder_keep=encoder_keep)
 
 
 def read_clip_config(checkpoint: Checkpoint) -> Any:
@@ -114,12 +115,12 @@ def _build(
     model_class: Callable[[Any], nn.Module],
     config: Any,
     *,
-    processing: PictureProcessing,
+    processing: ImageProcessing,
     dtype: FloatType,
     with_features: bool,
 ) -> FamilyModel:
     """Return the parts of ``model_class(config)``; under FakeTensorMode this takes no memory."""
-    assert isinstance(processing, TilePictures)  # as the families' picture_processing makes it
+    assert isinstance(processing, LlavaImages)  # as the families' picture_processing makes it
     register_attention()
     text, vision = config.text_config, config.vision_config
     text._attn_implementation = ATTENTION_NAME
@@ -138,9 +139,9 @@ def _build(
             num_layers=num_layers,
             hidden_size=vision.hidden_size,
             intermediate_size=vision.intermediate_size,
-            patches_per_tile=processing.processing.patches_per_tile + 1,
+            patches_per_tile=processing.patches_per_tile + 1,
             num_tiles=sizes["B"],
-            projected_tokens=sizes["B"] * processing.processing.patches_per_tile,
+            projected_tokens=sizes["B"] * processing.patches_per_tile,
             merged_into=processing.encoder_keep or 0,
         ),
     )
@@ -150,12 +151,12 @@ def _vision_graph(
     inner: Any,
     feature_layers: tuple[int, ...],
     *,
-    processing: TilePictures,
+    processing: LlavaImages,
     dtype: FloatType,
     with_features: bool,
 ) -> tuple[VisionGraph, int]:
     """Return the graph and how many layers of the vision tower run in it."""
-    constants, keep = processing.processing, processing.encoder_keep
+    constants, keep = processing, processing.encoder_keep
     hidden = inner.language_model.config.hidden_size
     outputs = [TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", hidden))]
     newline, vision = getattr(inner, "image_newline", None), inner.vision_tower.config
@@ -201,11 +202,11 @@ def _vision_graph(
     return graph, len(module.tower_layers())
 
 
-def _image_processing(checkpoint: Checkpoint, *, default_type: str) -> ImageProcessing:
+def _image_processing(checkpoint: Checkpoint, *, default_type: str) -> LlavaImages:
     """Return the constants of the checkpoint's image processor."""
     folder, values = checkpoint.folder, read_image_processor(checkpoint)
     config = read_config(checkpoint)
-    processing = ImageProcessing.from_preprocessor_config(
+    processing = LlavaImages.from_preprocessor_config(
         {"image_processor_type": default_type, **values}, patch_size=config.vision_config.patch_size
     )
     if processing.tile_size != config.vision_config.image_size:

@@ -16,7 +16,7 @@ import numpy as np
 from trio_edge.profiling.measure.matmul_graph import INPUT, random_matrix
 from trio_edge.profiling.measure.product_bundle import PRODUCT_GRAPH, PRODUCT_PROFILE, write_product_bundle
 from trio_edge.profiling.report.profile import Ceilings
-from trio_edge.runtime.backends.graph_run import GraphRun
+from trio_edge.runtime.backends.single_graph import SingleGraph
 from trio_edge.runtime.devices.interface import PitchedRows
 from trio_edge.runtime.engines.build import BuildOptions, build_engines, plan_build
 from trio_edge.runtime.engines.package import ENGINE_BACKENDS
@@ -54,7 +54,7 @@ def measure_ceilings(backend: Backend, manifest: Manifest, *, cores: int) -> Cei
             build_engines(plan_build(bundle, BuildOptions(backend=backend.name)))
         graphs = backend.load(bundle, [PRODUCT_GRAPH])
         try:
-            product = GraphRun(graphs, PRODUCT_GRAPH, profile=PRODUCT_PROFILE)
+            product = SingleGraph(graphs, PRODUCT_GRAPH, profile=PRODUCT_PROFILE)
             product.run({INPUT: random_matrix(rows=size, columns=size, dtype=manifest.dtype)})
             milliseconds = _least(lambda: product.milliseconds(1))
             moved, copy_ms = _copy(graphs.device, cores=cores, on_host=on_host)

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from trio_edge.profiling.report.profile import Device
-from trio_edge.runtime.engines.host import find_host
+from trio_edge.runtime.devices.machine import find_host
 
 NVPMODEL = "nvpmodel"
 _COMMAND_SECONDS = 5.0

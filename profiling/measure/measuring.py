@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from trio_edge.profiling.measure.answers import Answer, Question, Subject
 from trio_edge.profiling.measure.ceilings import measure_ceilings
 from trio_edge.profiling.measure.contexts import TimedContext, time_contexts
-from trio_edge.profiling.measure.distribution import distribution
 from trio_edge.profiling.measure.layers.interface import layer_times
 from trio_edge.profiling.measure.layers.onnxruntime import runs_of_trace
 from trio_edge.profiling.measure.layers.tensorrt import runs_of_engine
@@ -25,10 +24,11 @@ from trio_edge.profiling.measure.process_memory import peak_bytes, reset_peak, r
 from trio_edge.profiling.measure.sensors.interface import open_sensors
 from trio_edge.profiling.measure.sensors.sampling_thread import Sample, SamplingThread
 from trio_edge.profiling.page.pictures import PROMPT, PictureSize, picture_sizes, random_picture
+from trio_edge.profiling.statistics import distribution
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.images.reading import open_picture
+from trio_edge.runtime.images.reading import open_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -128,7 +128,7 @@ def measure(options: Options, *, on_step: Callable[[str], None] = lambda _step: 
     """
     num_new, missing = _num_new(options), list[str]()
     if options.image is not None:
-        open_picture(options.image)
+        open_image(options.image)
     with ExitStack() as stack:
         sensors, lacking = open_sensors()
         missing += lacking

@@ -35,7 +35,7 @@ def picture_sizes(pipeline: Pipeline) -> list[PictureSize]:
     found: dict[int, PictureSize] = {}
     for width, height in candidates:
         try:
-            sizes = pipeline.pictures.sizes(width, height)
+            sizes = pipeline.images.sizes(width, height)
         except TrioEdgeError:
             continue
         if any(all(profile[name] >= size for name, size in sizes.items()) for profile in profiles):

@@ -9,8 +9,8 @@ from typing import Literal
 
 import msgspec
 
-from trio_edge.profiling.measure.distribution import Distribution, LineFit, Ratio
 from trio_edge.profiling.measure.sensors.sampling_thread import SensorRange
+from trio_edge.profiling.statistics import Distribution, LineFit, Ratio
 
 SCHEMA_VERSION = 1
 Phase = Literal["prefill", "decode"]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from trio_edge.profiling.measure.distribution import distribution, line_fit, median_ratio
 from trio_edge.profiling.measure.layers.interface import operator_times, slowest_layers
 from trio_edge.profiling.measure.machine_info import find_device, find_versions
 from trio_edge.profiling.measure.recording import DECODE
@@ -26,6 +25,7 @@ from trio_edge.profiling.report.profile import (
     SizePoint,
 )
 from trio_edge.profiling.report.roofline import judge
+from trio_edge.profiling.statistics import distribution, line_fit, median_ratio
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.trio.cost.work import graph_work
@@ -33,9 +33,9 @@ from trio_edge.trio.cost.work import graph_work
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.profiling.measure.distribution import Distribution
     from trio_edge.profiling.measure.measuring import Measured, Measurement
     from trio_edge.profiling.report.profile import Ceilings
+    from trio_edge.profiling.statistics import Distribution
     from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile
 
 

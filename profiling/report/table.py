@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from trio_edge.profiling.measure.distribution import in_brackets
-from trio_edge.runtime.cli.console import print_table, whole_table, wide_console
+from trio_edge.profiling.statistics import in_brackets
+from trio_edge.runtime.cli.tables import print_table, whole_table, wide_console
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from trio_edge.profiling.measure.distribution import Distribution
     from trio_edge.profiling.report.profile import BundleProfile, Comparison, Report
+    from trio_edge.profiling.statistics import Distribution
 
 _SHOWN_LAYERS = 10
 

@@ -1,7 +1,4 @@
-"""The interface of a backend, what all backends check, and the choice of one by name.
-
-A backend loads a bundle's graphs onto a device: see ``trio_edge.runtime.devices.interface`` for what it gives.
-"""
+"""The choice of a backend, by name or for this machine. A backend's package is imported only when it is chosen."""
 
 from __future__ import annotations
 

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
     from trio_edge.runtime.engines.package import TensorRT
@@ -119,10 +117,3 @@ class Network:
         if (wanted := classes.get(layer.type)) is not None:
             layer.__class__ = wanted
         return layer
-
-
-def block_sizes(total: int, num_blocks: int, *, multiple: int = 8) -> Sequence[int]:
-    """Return ``num_blocks`` or fewer sizes that sum to ``total``, equal and multiples of ``multiple`` but for the last."""
-    size = -(-total // num_blocks)
-    size = -(-size // multiple) * multiple
-    return [min(size, total - start) for start in range(0, total, size)]

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.runtime.engines.host import is_jetson
+from trio_edge.runtime.devices.machine import is_jetson
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
 
-    from trio_edge.runtime.engines.host import Host
+    from trio_edge.runtime.devices.machine import Host
 
 EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_BACKENDS: tuple[EngineBackend, ...] = ("tensorrt", "tensorrt-rtx")

@@ -1,4 +1,4 @@
-"""A question as CLIP's texts, for selections before the decoder that compare it with the picture in CLIP's space.
+"""A question as CLIP's texts, for selections before the decoder that compare it with the image in CLIP's space.
 
 CLIP reads texts of a fixed length, 77 tokens with a start and an end. A longer question becomes several whole texts.
 """

@@ -99,7 +99,7 @@ class Tokenizer:
         )
         places = np.flatnonzero(ids == image_token_id)
         if len(places) != int(has_image):
-            what = "with a picture" if has_image else "without a picture"
+            what = "with an image" if has_image else "without an image"
             raise ShapeError(
                 f"prompt: expected {int(has_image)} image token {image_token!r} {what}, got {len(places)};"
                 " remove it from your text"

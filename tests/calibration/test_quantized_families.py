@@ -164,7 +164,7 @@ def test_the_vision_graph_computes_what_its_torch_twin_does(
 ) -> None:
     model, picture = quantized.model, read_image(questions[0])
     graph: Any = model.parts.vision
-    inputs = model.pictures.prepare(picture, model.pictures.sizes(*picture.size))
+    inputs = model.images.prepare(picture, model.images.sizes(*picture.size))
     tensors = [torch.from_numpy(inputs[spec.name]) for spec in graph.inputs]
     with torch.inference_mode():
         in_float = graph.module(*tensors)

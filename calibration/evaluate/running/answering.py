@@ -11,7 +11,7 @@ from trio_edge.calibration.evaluate.running.answer_cost import prefill_flops, pr
 from trio_edge.calibration.evaluate.running.baselines import baseline
 from trio_edge.calibration.metrics import METRICS
 from trio_edge.runtime.bundle.errors import ImageError, ShapeError
-from trio_edge.runtime.images.llava import TilePictures
+from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.sampling import FirstToken, first_token_kl, summary_of
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trio_edge.calibration.questions import Question
-    from trio_edge.runtime.images.interface import PictureProcessing
+    from trio_edge.runtime.images.interface import ImageProcessing
 
 OWN_SELECTION = "bundle"
 DEFAULT_ANSWER_TOKENS = 16
@@ -109,7 +109,7 @@ class Answerer:
         self._pipeline = pipeline or Pipeline.from_bundle(
             asking.bundle, backend=asking.settings.backend, threads=asking.settings.threads
         )
-        self._base_tokens = _base_tokens(self._pipeline.pictures)
+        self._base_tokens = _base_tokens(self._pipeline.images)
 
     def answer(self, task: Task) -> Outcome | Failure:
         """Ask one question."""
@@ -126,14 +126,14 @@ class Answerer:
     def _ask(self, question: Question, reference: FirstToken | None) -> Outcome:
         asking, manifest = self._asking, self._pipeline.manifest
         own = asking.selection == OWN_SELECTION
-        choose = (
+        override = (
             None if own else baseline(asking.selection, seed=question.index, base_tokens=self._base_tokens)
         )
         generation = self._pipeline.generate(
             question.image,
             question.question,
             max_new_tokens=min(asking.settings.answer_tokens, manifest.max_new_tokens),
-            choose=choose,
+            override=override,
         )
         text, statistics = generation.text, generation.statistics
         num_visual, kept, num_text = statistics.visual_tokens, statistics.kept_tokens, statistics.text_tokens
@@ -161,9 +161,9 @@ class Answerer:
         )
 
 
-def _base_tokens(pictures: PictureProcessing) -> int:
+def _base_tokens(images: ImageProcessing) -> int:
     """Return the visual tokens of the tile that shows the whole image and comes first; 0 without one."""
     # LLaVA's first tile shows the whole image; InternVL's comes last, Qwen2.5-VL has none
-    if not isinstance(pictures, TilePictures):
+    if not isinstance(images, LlavaImages):
         return 0
-    return pictures.encoder_keep or pictures.processing.patches_per_tile
+    return images.encoder_keep or images.patches_per_tile

@@ -49,12 +49,13 @@ def _overlay(model: TorchModel, question: Question, schedule: Schedule, probes: 
     whole, reduced = answers_with_and_without(
         model, question, schedule, probes=probes, max_tokens=_ANSWER_TOKENS
     )
+    layout = model.images.layout(*image.size)
     sheet = draw_kept(
         image,
-        model.pictures.boxes(*image.size, None),
+        layout.boxes,
         [kept.cpu().numpy() for kept in reduced.kept],
         captions=[f"layer {stage.layer}" for stage in schedule.stages],
-        overview=model.pictures.overview_tokens(*image.size),
+        overview=layout.overview,
     )
     return Overlay(
         sheet=sheet,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from trio_edge.calibration.evaluate.intervals import bootstrap_interval
 from trio_edge.calibration.search.schedules.pareto import pareto_front
+from trio_edge.profiling.statistics import bootstrap_interval
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from trio_edge.calibration.evaluate.intervals import paired_interval
 from trio_edge.calibration.search.schedules.candidates import (
     Candidate,
     EstimatedSchedule,
@@ -36,6 +35,7 @@ from trio_edge.calibration.search.schedules.space import (
     usual_schedules,
     with_stages,
 )
+from trio_edge.profiling.statistics import paired_interval
 from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:

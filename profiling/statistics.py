@@ -1,9 +1,12 @@
-"""Repeated measurements in numbers: percentiles, how well the median is known, and ratios of medians.
+"""Statistics of repeated measurements and of scored answers: percentiles, 95 % intervals, ratios of medians, lines.
 
-The median's interval comes from order statistics, so it assumes nothing about how the times are distributed; what was timed
-several times in a run, as tokens, is disturbed together, so runs are what counts. A ratio's comes from a bootstrap over rounds:
-in a round each bundle ran once, so what disturbs the machine disturbs both. So does that of a line's slope. Fewer than
-``LEAST_FOR_INTERVAL`` cannot tell an interval: even their whole range misses the median more often than one time in twenty.
+Times: the median's interval comes from order statistics, so it assumes nothing about how the times are distributed; tokens of
+one run are disturbed together, so runs are what counts. The interval of a ratio, and of a line's slope, comes from a bootstrap
+over rounds: in a round each bundle ran once, so what disturbs the machine disturbs both. Fewer than ``LEAST_FOR_INTERVAL``
+runs have no interval: even their whole range misses the median more often than one time in twenty.
+
+Scores: Wilson's interval for a proportion, else bootstraps over images. Questions about one image are not independent, so a
+bootstrap draws images with all their questions. All draws are seeded: the same data give the same interval.
 """
 
 from __future__ import annotations
@@ -20,8 +23,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LEAST_FOR_INTERVAL = 6
-RESAMPLES = 5_000
+RESAMPLES = 10_000
+"""Draws of images."""
 SEED = 0
+_ROUND_RESAMPLES = 5_000
+"""Draws of rounds: a median of them takes longer than a mean, and times vary more than its last digits."""
+_MAX_DRAWN = 4_000_000  # images at once: 32 MB of indices
+_PERCENTILES = (2.5, 97.5)
 _Z_95 = 1.959963984540054
 Interval = tuple[float, float]
 
@@ -136,7 +144,7 @@ def median_ratio(values: Sequence[float], reference: Sequence[float]) -> Ratio:
     ours, theirs = np.asarray(values, np.float64), np.asarray(reference, np.float64)
     if len(ours) != len(theirs):
         raise ValueError(f"expected as many values as in the reference, got {len(ours)} and {len(theirs)}")
-    drawn = np.random.default_rng(SEED).integers(len(ours), size=(RESAMPLES, len(ours)))
+    drawn = np.random.default_rng(SEED).integers(len(ours), size=(_ROUND_RESAMPLES, len(ours)))
     ratios = np.median(ours[drawn], axis=1) / np.median(theirs[drawn], axis=1)
     return Ratio(
         value=float(np.median(ours) / np.median(theirs)),
@@ -156,7 +164,7 @@ def line_fit(rows: Sequence[float], milliseconds: Sequence[Sequence[float]]) -> 
         return None
     times = np.asarray(milliseconds, np.float64)
     slope, base = np.polyfit(rows, np.median(times, axis=1), 1)
-    drawn = np.random.default_rng(SEED).integers(times.shape[1], size=(RESAMPLES, times.shape[1]))
+    drawn = np.random.default_rng(SEED).integers(times.shape[1], size=(_ROUND_RESAMPLES, times.shape[1]))
     slopes, _ = np.polyfit(rows, np.median(times[:, drawn], axis=2), 1)
     return LineFit(
         base_ms=float(base),
@@ -165,6 +173,62 @@ def line_fit(rows: Sequence[float], milliseconds: Sequence[Sequence[float]]) -> 
     )
 
 
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """Return Wilson's score interval of ``correct`` of ``total``; (0, 1) of nothing."""
+    if not total:
+        return 0.0, 1.0
+    n, p, z = total, correct / total, _Z_95
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def score_interval(scores: Sequence[float], images: Sequence[str]) -> tuple[float, float]:
+    """Return the interval of the mean score: Wilson's if every score is 0 or 1, else a bootstrap."""
+    if all(score in (0.0, 1.0) for score in scores):
+        return wilson_interval(round(sum(scores)), len(scores))
+    return bootstrap_interval(scores, images)
+
+
+def paired_interval(
+    scores: Sequence[float], reference: Sequence[float], images: Sequence[str], *, seed: int = SEED
+) -> tuple[float, float]:
+    """Return the interval of mean(scores) - mean(reference), both of the same questions in the same order."""
+    differences = [ours - theirs for ours, theirs in zip(scores, reference, strict=True)]
+    return bootstrap_interval(differences, images, seed=seed)
+
+
+def bootstrap_interval(
+    values: Sequence[float], images: Sequence[str], *, seed: int = SEED, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """Return the percentile interval of the mean of ``values``, drawing images with replacement.
+
+    Args:
+        values: One per question.
+        images: The name of each question's image.
+        seed: Seed of the draws.
+        resamples: Number of draws.
+    """
+    sums, counts = _by_image(values, images)
+    generator = np.random.default_rng(seed)
+    at_once = max(1, _MAX_DRAWN // len(sums))
+    means = []
+    for start in range(0, resamples, at_once):
+        drawn = generator.integers(len(sums), size=(min(at_once, resamples - start), len(sums)))
+        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    low, high = np.percentile(np.concatenate(means), _PERCENTILES)
+    return float(low), float(high)
+
+
 def _middle(drawn: NDArray[np.float64], *, rounds: int) -> Interval | None:
-    low, high = (float(value) for value in np.percentile(drawn, (2.5, 97.5)))
+    low, high = (float(value) for value in np.percentile(drawn, _PERCENTILES))
     return None if rounds < LEAST_FOR_INTERVAL else (low, high)
+
+
+def _by_image(
+    values: Sequence[float], images: Sequence[str]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return per image the sum of its questions' values and their number."""
+    _, group = np.unique(np.asarray(images), return_inverse=True)
+    sums: NDArray[np.float64] = np.bincount(group, weights=np.asarray(values, np.float64)).astype(np.float64)
+    return sums, np.bincount(group).astype(np.float64)

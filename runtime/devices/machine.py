@@ -1,4 +1,4 @@
-"""What engines depend on besides their graph: the machine, the operating system, the GPU and its driver."""
+"""The machine: its processor, operating system, GPU and driver. Engines depend on all of them."""
 
 from __future__ import annotations
 
