@@ -1,4 +1,4 @@
-"""What the host does for each decoded token beside the GPU: all of the runtime's Python, with a CUDA that does nothing.
+"""Work of the host for each decoded token: all of the runtime's Python, with a CUDA that does nothing.
 
     python benchmarks/host_overhead.py out/tiny
 
@@ -9,7 +9,6 @@ looking up the embedding, the decode step, choosing the token. What the calls co
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from arguments import errors_in_one_line, positive
+from parts.arguments import errors_in_one_line, parser_for, positive
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -65,9 +64,7 @@ class _RestingIds(list[int]):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--answers", type=positive, default=10)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What profiling costs, twice: answers with and without it in turns, and the hooks alone around launches that do nothing.
+"""Cost of profiling, measured twice: answers with and without it in turns, and the hooks alone around launches that do nothing.
 
     python benchmarks/profile_overhead.py out/tiny --threads 1 --answers 600
 
@@ -9,13 +9,13 @@ which one comes first; what is printed is the median over pairs, for other progr
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from parts.arguments import parser_for
 
 from trio_edge.profiling.measure.answers import Question, Subject
 from trio_edge.profiling.measure.recording import Recording
@@ -43,7 +43,7 @@ BEYOND_CACHES = 4 << 20
 class Cost(NamedTuple):
     wall_ms: float
     cpu_ms: float
-    """Of all threads; other programs on the machine do not count."""
+    """Time of all threads; other programs on the machine do not count."""
 
 
 class _Gated:
@@ -124,9 +124,7 @@ def print_cost(name: str, without: Sequence[float], with_it: Sequence[float]) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, default=0)

@@ -9,15 +9,14 @@ are random: times do not depend on their values, except that of the host's loop,
 
 from __future__ import annotations
 
-import argparse
 import platform
-import statistics
-import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers as hf
-from reference_stage import autograd_scores, host_nms
+from gpu_parts.ceilings import median_ms
+from parts.arguments import parser_for
+from parts.reference_stage import autograd_scores, host_nms
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
@@ -33,9 +32,6 @@ from trio_edge.trio.cost.flops import (
 )
 from trio_edge.trio.nms import FeatureNms
 from trio_edge.trio.saliency import ProxySaliency
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 NUM_TEXT, START, THRESHOLD, ROUNDS, HEAD_SIZE, VOCAB = 50, 35, 0.8, 16, 128, 32064
 
@@ -102,23 +98,6 @@ class Stage:
         return self.nms(self.hidden[START : START + self.num_visual], scores, self.scalars[0])
 
 
-def median_ms(function: Callable[[], Any], *, repeats: int, device: str) -> float:
-    times = []
-    for index in range(repeats + 1):
-        _synchronize(device)
-        start = time.perf_counter()
-        function()
-        _synchronize(device)
-        if index:  # the first one warms up
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def measure(shape: ModelShape, *, num_visual: int, repeats: int, device: str, dtype: torch.dtype) -> str:
     stage = Stage(shape, num_visual=num_visual, device=device, dtype=dtype)
     rows = num_visual + NUM_TEXT
@@ -127,10 +106,10 @@ def measure(shape: ModelShape, *, num_visual: int, repeats: int, device: str, dt
     same = kept.tolist() == stage.reference_nms(scores)
     reference = stage.reference_scores()
     error = float(((scores - reference).abs() / reference).max())
-    ref_probe = median_ms(stage.reference_scores, repeats=repeats, device=device)
-    ref_nms = median_ms(lambda: stage.reference_nms(scores), repeats=repeats, device=device)
-    probe = median_ms(stage.scores, repeats=repeats, device=device)
-    nms = median_ms(lambda: stage.select(scores), repeats=repeats, device=device)
+    ref_probe = median_ms(stage.reference_scores, device=torch.device(device), runs=repeats)
+    ref_nms = median_ms(lambda: stage.reference_nms(scores), device=torch.device(device), runs=repeats)
+    probe = median_ms(stage.scores, device=torch.device(device), runs=repeats)
+    nms = median_ms(lambda: stage.select(scores), device=torch.device(device), runs=repeats)
     ref_flops = reference_probe_flops(shape, num_rows=rows)
     flops = probe_flops(shape, num_rows=rows, num_visual=num_visual)
     ref_nms_flops = reference_nms_flops(num_visual, num_keep=stage.num_keep, hidden_size=shape.hidden_size)
@@ -146,9 +125,7 @@ def measure(shape: ModelShape, *, num_visual: int, repeats: int, device: str, dt
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[576, 1152, 2880], help="visual tokens N")
     parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 4096], help="hidden sizes D")
     parser.add_argument("--attention", nargs="+", choices=["mha", "gqa"], default=["mha", "gqa"])

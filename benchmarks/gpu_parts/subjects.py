@@ -1,4 +1,4 @@
-"""What is measured: models of released shapes with random weights made on the device, and one picture for each.
+"""Models of released shapes with random weights made on the device, and one image for each: the subjects of the measurement.
 
 Shapes are those of ``released_shapes``; "small" ones have the same parts and run on a CPU in seconds. The
 picture decides N, the visual tokens: 336x336 for LLaVA-1.5, 672x672 (five tiles) for LLaVA-NeXT, 1008x1008 for Qwen2.5-VL.
@@ -18,8 +18,8 @@ import torch
 import transformers as hf
 from gpu_parts.count import Counted, count
 from gpu_parts.prompts import num_before, prompt_ids, prompt_positions, random_picture
+from parts.released_shapes import FAMILIES, QWEN_PREPROCESSOR, clip_large, llava_next, qwen2_5_vl, vicuna_7b
 from PIL import Image
-from released_shapes import FAMILIES, QWEN_PREPROCESSOR, clip_large, llava_next, qwen2_5_vl, vicuna_7b
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -112,7 +112,7 @@ SHAPES: dict[str, dict[str, Shapes]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What a cost follows from."""
+    """Sizes that a cost follows from."""
 
     shape: ModelShape
     num_visual: int

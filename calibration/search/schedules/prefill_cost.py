@@ -1,6 +1,6 @@
-"""What a schedule's prefill costs on a device that is not at hand: predicted time to the first token, and FLOPs.
+"""Cost of a schedule's prefill on a device that is not at hand: predicted time to the first token, and FLOPs.
 
-Works and times are ``runtime.prediction``'s, part by part, in float16. Graphs have fixed shapes, so rows are those of the
+Works and times are ``profiling.predict``'s, part by part, in float16. Graphs have fixed shapes, so rows are those of the
 profile that a sample runs at, padding included; the cost is the mean over the samples. Layers of equal rows cost the same,
 so each is counted once, and any list of stages is a short sum.
 """
@@ -27,8 +27,8 @@ _USUAL = Schedule()
 _FORMATS = Formats(layer="float16", other="float16")
 
 
-class Cost(NamedTuple):
-    """Of one prefill, or a part of it."""
+class ScheduleCost(NamedTuple):
+    """Cost of one prefill, or of a part of it."""
 
     milliseconds: float
     flops: float
@@ -37,18 +37,18 @@ class Cost(NamedTuple):
         """Return what schedules are compared by."""
         return self.milliseconds if kind == "time" else self.flops
 
-    def plus(self, other: Cost, times: float = 1.0) -> Cost:
+    def plus(self, other: ScheduleCost, times: float = 1.0) -> ScheduleCost:
         """Return the sum with ``times`` the other one."""
-        return Cost(self.milliseconds + times * other.milliseconds, self.flops + times * other.flops)
+        return ScheduleCost(self.milliseconds + times * other.milliseconds, self.flops + times * other.flops)
 
 
 class Situation(NamedTuple):
     """Sizes at which some of the samples run."""
 
     share: float
-    """Of the samples."""
+    """Share of the samples."""
     sizes: Mapping[str, int]
-    """Of the vision profile, N among them."""
+    """Sizes of the vision profile, N among them."""
     num_text: int
     """Text bucket."""
 
@@ -61,13 +61,15 @@ class PrefillCost:
     vision: VisionDimensions
     situations: Sequence[Situation]
     target: Target
-    _parts: dict[tuple[str, int | None, int], Cost] = field(default_factory=dict, init=False, compare=False)
+    _parts: dict[tuple[str, int | None, int], ScheduleCost] = field(
+        default_factory=dict, init=False, compare=False
+    )
 
-    def of(self, schedule: Schedule) -> Cost:
+    def of(self, schedule: Schedule) -> ScheduleCost:
         """Return a schedule's cost."""
         return self.of_stages([(stage.layer, stage.keep) for stage in schedule.stages], schedule)
 
-    def of_stages(self, stages: Sequence[tuple[int, int]], settings: Schedule = _USUAL) -> Cost:
+    def of_stages(self, stages: Sequence[tuple[int, int]], settings: Schedule = _USUAL) -> ScheduleCost:
         """Return the cost of (layer, keep) pairs; ``settings`` has the probe rows and the NMS rounds."""
         starts = [0, *(layer for layer, _ in stages)]
         stops = [*starts[1:], self.decoder.num_layers]
@@ -79,8 +81,8 @@ class PrefillCost:
             total = total.plus(self._layer(keep), stop - start)
         return total
 
-    def _layer(self, keep: int | None) -> Cost:
-        """Return one decoder layer with ``keep`` visual rows, None for those of the picture."""
+    def _layer(self, keep: int | None) -> ScheduleCost:
+        """Return one decoder layer with ``keep`` visual rows, None for those of the image."""
 
         def works(situation: Situation) -> list[Work]:
             rows = _visual_rows(situation, keep) + situation.num_text
@@ -88,7 +90,7 @@ class PrefillCost:
 
         return self._part("layer", keep, 0, works)
 
-    def _select(self, entering: int | None, settings: Schedule) -> Cost:
+    def _select(self, entering: int | None, settings: Schedule) -> ScheduleCost:
         def works(situation: Situation) -> list[Work]:
             num_visual = _visual_rows(situation, entering)
             rows = num_visual + situation.num_text
@@ -102,20 +104,20 @@ class PrefillCost:
 
     def _part(
         self, name: str, keep: int | None, probe_rows: int, works: Callable[[Situation], list[Work]]
-    ) -> Cost:
+    ) -> ScheduleCost:
         key = name, keep, probe_rows
         if key not in self._parts:
-            total = Cost(0.0, 0.0)
+            total = ScheduleCost(0.0, 0.0)
             for situation in self.situations:
                 for work in works(situation):
                     total = total.plus(self._timed(work), situation.share)
             self._parts[key] = total
         return self._parts[key]
 
-    def _timed(self, work: Work) -> Cost:
+    def _timed(self, work: Work) -> ScheduleCost:
         efficiency, rates = fitted_for(self.target).efficiency, rates_of(self.target)
         time = graph_time(work, formats=_FORMATS, rates=rates, efficiency=efficiency)
-        return Cost(1e3 * time.seconds, work.flops)
+        return ScheduleCost(1e3 * time.seconds, work.flops)
 
 
 def _visual_rows(situation: Situation, keep: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Questions about pictures: from a JSON-lines file or the synthetic set, their digest and their shards."""
+"""Questions about images: from a JSON-lines file or the synthetic set, their digest and their shards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import re
 import string
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -19,23 +19,25 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from trio_edge.calibration.shapes.samples import ShapeSample
 
-_ID_LENGTH = 16
+
+_ID_LENGTH = 16  # 64 bits: two of a million images are alike by chance once in 10^7 data sets
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question about one picture, with its place in the data."""
+    """One question about one image, with its place in the data."""
 
     index: int
-    """Of the whole data set; pairs outcomes of different runs, and seeds random selections."""
+    """Place in the whole data set; pairs outcomes of different runs, and seeds random selections."""
     sample_id: str
     kind: str
     """Type of question, for the breakdown."""
-    picture: Image.Image | Path | bytes
-    picture_name: str
-    picture_id: str
-    """Digest of the picture's content; questions about one picture share it."""
+    image: Image.Image | Path | bytes
+    image_name: str
+    image_id: str
+    """Digest of the image's content; questions about one image share it."""
     question: str
     """The prompt as asked, with the choices and the suffix."""
     answers: tuple[str, ...]
@@ -44,40 +46,16 @@ class Question:
     """For messages: FILE:LINE."""
 
 
-class SampleLike(Protocol):
-    """What ``shapes.Sample`` has."""
-
-    @property
-    def picture(self) -> Image.Image:
-        """The picture."""
-
-    @property
-    def question(self) -> str:
-        """What is asked."""
-
-    @property
-    def answer(self) -> str:
-        """The expected answer."""
-
-    @property
-    def kind(self) -> str:
-        """Type of question."""
-
-    @property
-    def sample_id(self) -> str:
-        """Its name."""
-
-
-def questions_of(samples: Iterable[SampleLike]) -> list[Question]:
+def questions_of(samples: Iterable[ShapeSample]) -> list[Question]:
     """Return generated samples as questions."""
     return [
         Question(
             index=index,
             sample_id=sample.sample_id,
             kind=sample.kind,
-            picture=sample.picture,
-            picture_name=sample.sample_id,
-            picture_id=hashlib.sha256(sample.picture.tobytes()).hexdigest()[:_ID_LENGTH],
+            image=sample.image,
+            image_name=sample.sample_id,
+            image_id=hashlib.sha256(sample.image.tobytes()).hexdigest()[:_ID_LENGTH],
             question=sample.question,
             answers=(sample.answer,),
             where=f"shapes sample {sample.sample_id}",
@@ -112,15 +90,16 @@ def read_questions(
         need_answers: Whether a line without ``answer`` and ``answers`` is refused; else it has none.
 
     Raises:
-        DataError: If the file cannot be read, has no question, or a line is not of that form or names a picture that
-            is missing or not a picture; the message starts with FILE:LINE.
+        DataError: If the file cannot be read, has no question, or a line is not of that form or names an image that
+            is missing or not an image; the message starts with FILE:LINE.
     """
     try:
+        # some editors write a byte order mark; splitlines would also split at U+2028, which JSON texts may hold
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected a JSON-lines file ({error}); check the name") from None
     questions: list[Question] = []
-    picture_ids: dict[Path, str] = {}
+    image_ids: dict[Path, str] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -140,10 +119,10 @@ def read_questions(
             suffix=suffix,
             need_answers=need_answers,
         )
-        picture = path.parent / question.picture_name
-        if picture not in picture_ids:
-            picture_ids[picture] = picture_id(picture, where=where)
-        questions.append(replace(question, picture=picture, picture_id=picture_ids[picture]))
+        image = path.parent / question.image_name
+        if image not in image_ids:
+            image_ids[image] = image_id(image, where=where)
+        questions.append(replace(question, image=image, image_id=image_ids[image]))
     if not questions:
         wanted = "" if split is None else f" of split {split!r}"
         raise DataError(f"{path}: expected at least one question{wanted}, got none; check the file")
@@ -153,11 +132,11 @@ def read_questions(
 def digest_of(questions: Sequence[Question], *, metric: str) -> str:
     """Return the SHA-256 of what is asked and how it is scored.
 
-    Pictures count by name: their contents are compared outcome by outcome, so that mending one loses no other's work.
+    Images count by name: their contents are compared outcome by outcome, so that mending one loses no other's work.
     """
     digest = hashlib.sha256(metric.encode())
     for question in questions:
-        fields = [question.sample_id, question.kind, question.picture_name, question.question]
+        fields = [question.sample_id, question.kind, question.image_name, question.question]
         digest.update(json.dumps([*fields, question.answers, question.choices]).encode())
     return digest.hexdigest()
 
@@ -207,9 +186,9 @@ def _question(
         index=index,
         sample_id=str(entry.get("id", number)),
         kind=str(entry.get("kind", "all")),
-        picture=path,
-        picture_name=entry["image"],
-        picture_id="",
+        image=path,
+        image_name=entry["image"],
+        image_id="",
         question="\n".join([entry["question"], *options, *([suffix] if suffix else [])]),
         answers=answers,
         choices=choices,
@@ -224,28 +203,26 @@ def _texts(values: object) -> tuple[str, ...] | None:
     return tuple(str(value) for value in values)
 
 
-def picture_id(path: Path, *, where: str) -> str:
-    """Return the digest of a picture's file.
+def image_id(path: Path, *, where: str) -> str:
+    """Return the digest of an image's file.
 
     Args:
         path: The file.
         where: For messages.
 
     Raises:
-        DataError: If it cannot be read or is no picture; damage behind its header shows later.
+        DataError: If it cannot be read or is no image; damage after its header shows later.
     """
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(
-            f"{where}: expected a picture at {path}, got none ({reason}); check 'image'"
-        ) from None
+        raise DataError(f"{where}: expected an image at {path}, got none ({reason}); check 'image'") from None
     try:
         with Image.open(io.BytesIO(data)):  # its header; a damaged rest shows when it is asked about
             pass
     except Exception:  # Pillow's readers raise almost anything
         raise DataError(
-            f"{where}: expected a picture at {path}, got {len(data)} bytes of no known format; mend it"
+            f"{where}: expected an image at {path}, got {len(data)} bytes of no known format; mend it"
         ) from None
     return hashlib.sha256(data).hexdigest()[:_ID_LENGTH]

@@ -21,26 +21,37 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from trio_edge.calibration.search.candidates import Candidate, Estimate, Found, Searching, Tried
-from trio_edge.calibration.search.pareto import first_fronts, pareto_front
-from trio_edge.calibration.search.space import SETTING_KEEPS, setting_variants, usual_schedules, with_stages
+from trio_edge.calibration.search.schedules.candidates import (
+    Candidate,
+    EstimatedSchedule,
+    Found,
+    Searching,
+    Tried,
+)
+from trio_edge.calibration.search.schedules.pareto import first_fronts, pareto_front
+from trio_edge.calibration.search.schedules.space import (
+    SETTING_KEEPS,
+    setting_variants,
+    usual_schedules,
+    with_stages,
+)
 from trio_edge.profiling.statistics import paired_interval
 from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.calibration.search.wish import Wish
+    from trio_edge.calibration.search.schedules.selection_rule import SelectionRule
 
 USUAL_KEEPS = (0.06, 0.08, 0.111, 0.15, 0.222, 0.333, 0.5)
 """Average keeps whose ``trio-export`` schedules are measured beside the others, where the space has them."""
-_FIRST_SHARE = 0.5
-"""Of the allowance that the estimate's fronts may use."""
-_WISHED = 16
+_FIRST_SHARE = 0.5  # the other half follows what was measured, which estimates are not
+"""Share of the allowance that the estimate's fronts may use."""
+_NEAR_THE_RULE = 16
 """Estimated schedules measured because they are next to what the user asked for."""
 
 
-def search(searching: Searching, wish: Wish) -> Found:
+def search(searching: Searching, rule: SelectionRule) -> Found:
     """Return what was found; ``wish`` only directs where to look more closely."""
     settings, tried = _settings(searching)
     searching.on_step("single stages")
@@ -55,20 +66,20 @@ def search(searching: Searching, wish: Wish) -> Found:
         for candidate in candidates[1:]
     }
     searching.on_step("several stages")
-    promising = _promising(searching, settings, single, wish)
-    usual = usual_schedules(searching.space, settings, [*USUAL_KEEPS, *wish.average_keeps])
+    promising = _promising(searching, settings, single, rule)
+    usual = usual_schedules(searching.space, settings, [*USUAL_KEEPS, *rule.average_keeps])
     allowed = [schedule for schedule in usual if searching.space.allows(schedule)]
     candidates = _with(candidates, _measured(searching, [*promising, *allowed]))
     left = searching.evaluations - len(promising)
     while left > 0:
-        near = _neighbours(searching, candidates, wish)[:left]
+        near = _neighbours(searching, candidates, rule)[:left]
         if not near:
             break
         searching.on_step("refining the front")
         left -= len(near)
         before = _front_points(candidates)
         candidates = _with(candidates, _measured(searching, near))
-        if _front_points(candidates) == before:
+        if _front_points(candidates) == before:  # nothing near the front improved it
             break
     return Found(settings=settings, tried=tried, single=single, candidates=candidates)
 
@@ -84,12 +95,13 @@ def _settings(searching: Searching) -> tuple[Schedule, list[Tried]]:
     for values in setting_variants(searching.positions, searching.thresholds):
         name = _differing(values)
         searching.on_step(f"comparing {name.replace('_', ' ')}")
+        # each setting is compared with those found before it in force
         options = [msgspec.structs.replace(settings, **{name: getattr(value, name)}) for value in values]
         kls = [_sample_kls(searching, option) for option in options]
         if not kls[0]:
             continue  # so small a decoder that trio-export makes no schedule for it
-        pictures = [question.picture_id for question in searching.questions]
-        intervals = [paired_interval(kl, kls[0], pictures) for kl in kls]
+        images = [question.image_id for question in searching.questions]
+        intervals = [paired_interval(kl, kls[0], images) for kl in kls]
         surely_lower = [index for index, (_, high) in enumerate(intervals) if high < 0]
         best = min(surely_lower, key=lambda index: sum(kls[index]), default=0)
         settings = options[best]
@@ -120,30 +132,32 @@ def _sample_kls(searching: Searching, settings: Schedule) -> list[float]:
 
 
 def _promising(
-    searching: Searching, settings: Schedule, single: dict[tuple[int, int], float], wish: Wish
+    searching: Searching, settings: Schedule, single: dict[tuple[int, int], float], rule: SelectionRule
 ) -> list[Schedule]:
-    """Return the lists of stages whose estimates are on the first fronts, or next to the wish."""
+    """Return the lists of stages whose estimates are on the first fronts, or next to what the rule would choose."""
     space = searching.space
-    estimates = list[Estimate]()
+    estimates = list[EstimatedSchedule]()
     for stages in space.stage_lists():
         if len(stages) > 1:
             kl = sum(single[stage] for stage in stages)
-            estimates.append(Estimate(searching.cost.of_stages(stages, settings), kl, stages))
+            estimates.append(EstimatedSchedule(searching.cost.of_stages(stages, settings), kl, stages))
     count = max(1, int(_FIRST_SHARE * searching.evaluations))
 
-    def point(estimate: Estimate) -> tuple[float, float]:
+    def point(estimate: EstimatedSchedule) -> tuple[float, float]:
         return estimate.cost.of(searching.kind), estimate.kl
 
     chosen = [estimate.stages for estimate in first_fronts(estimates, key=point, count=count)]
-    chosen += [stages for stages in wish.nearest(estimates, searching, count=_WISHED) if stages not in chosen]
+    chosen += [
+        stages for stages in rule.nearest(estimates, searching, count=_NEAR_THE_RULE) if stages not in chosen
+    ]
     return [with_stages(settings, stages) for stages in chosen[: searching.evaluations]]
 
 
-def _neighbours(searching: Searching, candidates: list[Candidate], wish: Wish) -> list[Schedule]:
+def _neighbours(searching: Searching, candidates: list[Candidate], rule: SelectionRule) -> list[Schedule]:
     """Return what is next to the front and not measured yet, next to what would be chosen now first."""
     known = {candidate.schedule for candidate in candidates}
     front = pareto_front(candidates, key=lambda candidate: candidate.point)
-    chosen = wish.choice(candidates, searching.space)
+    chosen = rule.choice(candidates, searching.space)
     around = [*([] if chosen is None else [chosen]), *front]
     near = [other for candidate in around for other in searching.space.neighbours(candidate.schedule)]
     return [schedule for schedule in dict.fromkeys(near) if schedule not in known]
@@ -157,7 +171,7 @@ def _measured(searching: Searching, schedules: Sequence[Schedule]) -> list[Candi
             cost=searching.cost.of(schedule),
             kind=searching.kind,
             results=results,
-            pictures=[question.picture_id for question in searching.questions],
+            images=[question.image_id for question in searching.questions],
         )
         for schedule, results in table.items()
     ]

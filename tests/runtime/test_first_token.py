@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trio_edge.calibration.evaluate.first_token import NUM_TOKENS, first_token_kl, summary_of
+from trio_edge.runtime.sampling import NUM_SUMMED_UP, first_token_kl, summary_of
 
 
 def full_kl(reference: np.ndarray, logits: np.ndarray) -> float:
@@ -18,7 +18,7 @@ def logits(size: int, *, seed: int, scale: float = 3.0) -> np.ndarray:
 
 
 def test_a_small_vocabulary_gives_the_full_divergence() -> None:
-    ours, full = logits(NUM_TOKENS, seed=0), logits(NUM_TOKENS, seed=1)
+    ours, full = logits(NUM_SUMMED_UP, seed=0), logits(NUM_SUMMED_UP, seed=1)
     assert first_token_kl(summary_of(full), ours) == pytest.approx(full_kl(full, ours), rel=1e-5)
 
 

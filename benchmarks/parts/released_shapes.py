@@ -35,7 +35,7 @@ CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.261302
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What a released checkpoint consists of, besides its weights."""
+    """Everything of a released checkpoint besides its weights."""
 
     config: Callable[[], Any]
     model: str
@@ -297,7 +297,7 @@ def _write_processor(folder: Path, family: Family) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
 
 
-# ------------------------------------------------------------------------------------- of a benchmark's own
+# Options of the scripts that measure at full size.
 
 
 def add_options(parser: argparse.ArgumentParser, *, family: str, folder: str) -> None:

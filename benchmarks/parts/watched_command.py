@@ -9,42 +9,53 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from parts.tables import markdown
+
+from trio_edge.profiling.measure.machine_info import find_device
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 SAMPLE_SECONDS = 0.02
 
 
 @dataclass
 class Peaks:
-    """Largest memory of a process, in bytes, while it ran."""
+    """Largest memory of processes, in bytes, while they were watched."""
 
     resident: int = 0
     anonymous: int = 0
     mapped: int = 0
-    _done: threading.Event = field(default_factory=threading.Event)
 
-    def watch(self, pid: int) -> threading.Thread:
-        """Start a thread that samples process ``pid`` until ``stop`` or its end."""
-        thread = threading.Thread(target=self._sample, args=(pid,), daemon=True)
+    def forget(self) -> None:
+        """Begin again."""
+        self.resident = self.anonymous = self.mapped = 0
+
+    @contextmanager
+    def watching(self, pids: Callable[[], Iterable[int | None]]) -> Iterator[None]:
+        """Sample those processes that ``pids`` returns, again and again, in a thread."""
+        done = threading.Event()
+        thread = threading.Thread(target=self._sample, args=(pids, done), daemon=True)
         thread.start()
-        return thread
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
-    def stop(self) -> None:
-        self._done.set()
-
-    def _sample(self, pid: int) -> None:
-        while not self._done.wait(SAMPLE_SECONDS):
-            found = memory_of(pid)
-            if found is not None:
-                self.resident, self.anonymous, self.mapped = map(
-                    max, found, (self.resident, self.anonymous, self.mapped)
-                )
+    def _sample(self, pids: Callable[[], Iterable[int | None]], done: threading.Event) -> None:
+        while not done.wait(SAMPLE_SECONDS):
+            for found in (memory_of(pid) for pid in pids() if pid):
+                if found is not None:
+                    self.resident, self.anonymous, self.mapped = map(
+                        max, found, (self.resident, self.anonymous, self.mapped)
+                    )
 
 
 def memory_of(pid: int) -> tuple[int, int, int] | None:
@@ -95,17 +106,15 @@ def watch(
         text=True,
         env={**os.environ, "COLUMNS": "200"},
     ) as child:
-        watcher = peaks.watch(child.pid)
         assert child.stderr is not None
-        for line in child.stderr:
-            last_line = line.strip()
-            if is_step(last_line):
-                marks.append((last_line, time.perf_counter(), _cpu_seconds(child.pid)))
-        _, status, usage = os.wait4(child.pid, 0)
+        with peaks.watching(lambda: [child.pid]):
+            for line in child.stderr:
+                last_line = line.strip()
+                if is_step(last_line):
+                    marks.append((last_line, time.perf_counter(), _cpu_seconds(child.pid)))
+            _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         marks.append(("", time.perf_counter(), usage.ru_utime + usage.ru_stime))
-        peaks.stop()
-        watcher.join()
     if child.returncode:
         raise SystemExit(last_line)
     peaks.resident = max(peaks.resident, 1024 * usage.ru_maxrss)
@@ -116,18 +125,20 @@ def watch(
     return steps, peaks
 
 
-def step_table(groups: dict[str, list[Step]], peaks: Peaks) -> list[str]:
+def step_table(groups: dict[str, list[Step]], peaks: Peaks) -> str:
     """Return a table of steps under the name that each group of them has, and the line of the peak memory."""
-    return [
-        "| step | seconds | CPU seconds |",
-        "|---|---|---|",
-        *(
-            f"| {name} | {sum(step.seconds for step in group):.1f} | {sum(step.cpu_seconds for step in group):.1f} |"
-            for name, group in groups.items()
-        ),
-        "",
-        f"peak memory {gigabytes(peaks.resident)}, of it at most {gigabytes(peaks.anonymous)} anonymous",
+    rows = [
+        (
+            name,
+            f"{sum(step.seconds for step in group):.1f}",
+            f"{sum(step.cpu_seconds for step in group):.1f}",
+        )
+        for name, group in groups.items()
     ]
+    return (
+        f"{markdown(('step', 'seconds', 'CPU seconds'), rows)}\n\n"
+        f"peak memory {gigabytes(peaks.resident)}, of it at most {gigabytes(peaks.anonymous)} anonymous"
+    )
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -145,8 +156,7 @@ def folder_bytes(folder: Path, pattern: str = "*") -> int:
 
 def machine() -> str:
     """Return what all measurements of this kind depend on."""
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return (
-        f"{os.cpu_count()} CPUs ({model[1] if model else platform.machine()}), Python {platform.python_version()}, torch"
+        f"{os.cpu_count()} CPUs ({find_device().name}), Python {platform.python_version()}, torch"
         f" {version('torch')}, transformers {version('transformers')}"
     )

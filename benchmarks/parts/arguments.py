@@ -1,4 +1,4 @@
-"""What scripts here share of their command lines: numbers of at least 1, and one line for what the user can mend."""
+"""Command lines of the scripts here: their parser, numbers of at least 1, and one line for what the user can mend."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from trio_edge.runtime.bundle.errors import TrioEdgeError
+
+
+def parser_for(docstring: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help is the script's docstring as it stands."""
+    return argparse.ArgumentParser(
+        description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def positive(text: str) -> int:

@@ -1,19 +1,4 @@
-"""Finds the schedules worth having: the front of cost (predicted time, or FLOPs) against divergence from keep-all.
-
-Four steps, each measured on the search samples only:
-
-    settings   position rule, probe rows and τ, one after the other, on the schedules that ``trio-export`` would make; a value
-               replaces the default only where its divergence is lower with 95 % confidence
-    table      every single stage: each candidate layer with each budget
-    estimate   every list of stages; its divergence is taken to be the sum of its stages' own. The first fronts of cost
-               against that sum are measured, and those next to what the user asked for
-    refine     neighbours of the measured front (a stage one layer on, a budget a quarter up or down, one stage less or
-               more) until none is better or the allowance is used up
-
-The space is small, discrete and ordered, and candidates that begin alike are cheap together, so all of it is ranked and
-hundreds are measured for the price of a few dozen. A general optimizer (Optuna was looked at: well kept, but its samplers
-ask for one point at a time and know nothing of shared beginnings) would measure fewer at a higher price each.
-"""
+"""Measured schedules, and everything that a search for them works with and leaves."""
 
 from __future__ import annotations
 
@@ -22,17 +7,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from trio_edge.calibration.search.pareto import pareto_front
+from trio_edge.calibration.search.schedules.pareto import pareto_front
 from trio_edge.profiling.statistics import bootstrap_interval
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.calibration.questions import Question
     from trio_edge.calibration.search.measure.measurements import Measurements
-    from trio_edge.calibration.search.measure.measuring import Measured
-    from trio_edge.calibration.search.prefill_cost import Cost, CostKind, PrefillCost
-    from trio_edge.calibration.search.space import Space
+    from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
+    from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost, ScheduleCost
+    from trio_edge.calibration.search.schedules.space import Space
     from trio_edge.runtime.bundle.schedule import Positions, Schedule
 
 
@@ -45,7 +30,7 @@ class Tried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Mean, nats."""
     minus_default: float
     interval_95: tuple[float, float]
-    """Of ``minus_default``; paired, by picture."""
+    """Interval of ``minus_default``; paired, by image."""
     chosen: bool
 
 
@@ -54,13 +39,13 @@ class Candidate:
     """A measured schedule."""
 
     schedule: Schedule
-    cost: Cost
+    cost: ScheduleCost
     kind: CostKind
-    """What it is compared by."""
-    results: list[Measured]
+    """Quantity that it is compared by."""
+    results: list[MeasuredSchedule]
     """One for each search sample."""
-    pictures: list[str]
-    """Theirs."""
+    images: list[str]
+    """Images of these samples."""
 
     @property
     def kl(self) -> float:
@@ -72,7 +57,7 @@ class Candidate:
         if self.kl > kl:
             return False
         values = [result.kl for result in self.results]
-        return bootstrap_interval(values, self.pictures)[1] <= kl
+        return bootstrap_interval(values, self.images)[1] <= kl
 
     @property
     def point(self) -> tuple[float, float]:
@@ -80,10 +65,10 @@ class Candidate:
         return self.cost.of(self.kind), self.kl
 
 
-class Estimate(NamedTuple):
+class EstimatedSchedule(NamedTuple):
     """A list of stages that was not measured."""
 
-    cost: Cost
+    cost: ScheduleCost
     kl: float
     """Sum of its stages' own."""
     stages: tuple[tuple[int, int], ...]
@@ -91,7 +76,7 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a search leaves."""
+    """Result of a search."""
 
     settings: Schedule
     """Without stages."""
@@ -109,14 +94,14 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Searching:
-    """What a search works with."""
+    """Everything that a search works with."""
 
     space: Space
     measurements: Measurements
     questions: Sequence[Question]
     cost: PrefillCost
     kind: CostKind
-    """What is traded against error."""
+    """Cost that is traded against error."""
     positions: Sequence[Positions]
     thresholds: Sequence[float]
     evaluations: int

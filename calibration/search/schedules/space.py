@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.schedule import Positions
 
+Stages = tuple[tuple[int, int], ...]
+"""(layer, keep) of each stage."""
+
 DEFAULT_KEEPS = (0.03, 0.06, 0.1, 0.16, 0.25, 0.4, 0.6)
-"""Budgets as shares of the largest picture's visual tokens."""
+"""Budgets as shares of the largest image's visual tokens."""
 DEFAULT_THRESHOLDS = (0.7, 0.8, 0.9)
 PROBE_ROWS = ("reference", "answer")
 SETTING_KEEPS = (0.08, 0.111, 0.18)
@@ -31,14 +34,14 @@ _STEP = 1.25
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """What stages can be."""
+    """Stages that are possible."""
 
     num_layers: int
     """L."""
     num_visual: int
-    """N of the largest picture."""
+    """N of the largest image."""
     layers: tuple[int, ...]
-    """Where stages can be, ascending."""
+    """Layers that stages can be at, ascending."""
     keeps: tuple[int, ...]
     """Visual tokens that they can keep, descending."""
     max_stages: int
@@ -101,7 +104,7 @@ def make_space(
 
     Args:
         num_layers: L.
-        num_visual: N of the largest picture.
+        num_visual: N of the largest image.
         layers: Candidate layers; none for up to ``MAX_LAYERS`` evenly spread ones and those of the presets.
         keeps: Budgets as shares of N.
         max_stages: Stages at most.
@@ -124,7 +127,7 @@ def make_space(
     counts = {min(max(1, round(keep * num_visual)), MAX_TOPK) for keep in keeps}
     counts = {count for count in counts if count < num_visual}
     if not counts:
-        raise ScheduleError(f"schedule: expected pictures of 2 or more visual tokens, got {num_visual}")
+        raise ScheduleError(f"schedule: expected images of 2 or more visual tokens, got {num_visual}")
     return Space(
         num_layers=num_layers,
         num_visual=num_visual,
@@ -150,6 +153,19 @@ def with_stages(settings: Schedule, stages: Sequence[tuple[int, int]]) -> Schedu
     return msgspec.structs.replace(
         settings, stages=tuple(Stage(layer=layer, keep=keep) for layer, keep in stages)
     )
+
+
+def stages_of(schedule: Schedule) -> Stages:
+    """Return (layer, keep) of the schedule's stages."""
+    return tuple((stage.layer, stage.keep) for stage in schedule.stages)
+
+
+def average_keep(stages: Stages, space: Space) -> float:
+    """Return the mean over layers of the visual tokens processed, as a share of the largest image's."""
+    bounds = [*(layer for layer, _ in stages), space.num_layers]
+    processed = bounds[0] * space.num_visual
+    processed += sum((stop - layer) * keep for (layer, keep), stop in zip(stages, bounds[1:]))
+    return processed / (space.num_layers * space.num_visual)
 
 
 def usual_schedules(space: Space, settings: Schedule, averages: Sequence[float]) -> list[Schedule]:

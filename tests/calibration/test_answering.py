@@ -1,4 +1,4 @@
-"""Baselines, and the evaluation of one opened bundle."""
+"""Baselines, and the answers of one opened bundle."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from trio_edge.calibration.evaluate.baselines import BASELINES, baseline
-from trio_edge.calibration.evaluate.evaluation import evaluate
-from trio_edge.calibration.shapes.samples import held_out
+from trio_edge.calibration.evaluate.running.answering import Answerer, Asking, Outcome, Task
+from trio_edge.calibration.evaluate.running.baselines import BASELINES, baseline
+from trio_edge.calibration.questions import synthetic_questions
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ def test_base_tile_first_fills_up_with_others() -> None:
 
 def test_an_opened_bundle_answers_generated_samples(reduced_bundle: Path) -> None:
     with Pipeline.from_bundle(reduced_bundle, threads=1) as pipeline:
-        result = evaluate(pipeline, held_out(3))
-    assert result.accuracy.total == 3
-    assert 0.0 < result.average_keep < 0.6
+        answerer = Answerer(Asking(bundle=reduced_bundle), pipeline)
+        outcomes = [answerer.answer(Task(question)) for question in synthetic_questions(3, seed=0)]
+    for outcome in outcomes:
+        assert isinstance(outcome, Outcome)
+        assert 0.0 < outcome.processed_tokens / outcome.visual_tokens < 0.6

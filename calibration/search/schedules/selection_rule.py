@@ -1,47 +1,46 @@
-"""What the user asked for: an error, a time or an average keep, and which candidate that chooses."""
+"""The rule that a candidate is chosen by: a bound on the error, the time or the average keep."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from trio_edge.calibration.search.schedules.space import average_keep, stages_of
 from trio_edge.runtime.bundle.errors import ScheduleError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.calibration.search.candidates import Candidate, Estimate, Searching
-    from trio_edge.calibration.search.prefill_cost import CostKind, PrefillCost
-    from trio_edge.calibration.search.space import Space
-
-    Stages = tuple[tuple[int, int], ...]
+    from trio_edge.calibration.search.schedules.candidates import Candidate, EstimatedSchedule, Searching
+    from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost
+    from trio_edge.calibration.search.schedules.space import Space, Stages
 
 DEFAULT_MAX_KL = 0.05
 """Nats, if nothing is asked for."""
 _HOPEFUL = 1.5
 """Estimated divergence over the allowed one up to which a schedule is measured: sums of stages overestimate."""
 _ROUNDING = 0.0005
-"""Of percentages with one decimal."""
+"""Rounding of percentages with one decimal."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class SelectionRule:
     """One rule and its bound."""
 
-    rule: Literal["max_kl", "target_ms", "keep"]
+    bounded: Literal["max_kl", "target_ms", "keep"]
     bound: float
     """Nats, milliseconds, or a share in (0, 1]."""
 
     @property
     def average_keeps(self) -> tuple[float, ...]:
         """Average keeps whose usual schedule must be among the candidates."""
-        return (self.bound,) if self.rule == "keep" else ()
+        return (self.bound,) if self.bounded == "keep" else ()
 
     def text(self, kind: CostKind) -> str:
         """Return the rule in words."""
-        if self.rule == "max_kl":
+        if self.bounded == "max_kl":
             return f"the {'fastest' if kind == 'time' else 'cheapest'} whose KL is at most {self.bound:g} nats with 95 % confidence"
-        if self.rule == "target_ms":
+        if self.bounded == "target_ms":
             return f"the lowest KL within {self.bound:g} ms"
         return f"the lowest KL with an average keep of at most {100 * self.bound:.1f} %"
 
@@ -60,7 +59,7 @@ class Wish:
             return "time"
         if wanted == "auto":
             return "flops"
-        if self.rule == "max_kl":
+        if self.bounded == "max_kl":
             raise ScheduleError(
                 f"--cost time: expected a schedule faster than keep-all ({whole:.3g} ms predicted for"
                 f" {cost.target.name}), got {least:.3g} ms at best ({_written(fastest)}); use --cost flops"
@@ -69,16 +68,16 @@ class Wish:
 
     def check(self, space: Space, cost: PrefillCost) -> None:
         """Raise ScheduleError, naming the nearest that is possible, if no schedule of the space can do it."""
-        if self.rule == "target_ms":
+        if self.bounded == "target_ms":
             lists = [(), *space.stage_lists()]
             fastest = min(lists, key=lambda stages: cost.of_stages(stages).milliseconds)
             least = cost.of_stages(fastest).milliseconds
             if least > self.bound:
                 raise ScheduleError(
                     f"--target-ms: expected at least {_up(least)} (predicted for {cost.target.name}, {_written(fastest)}),"
-                    f" got {self.bound:g}; allow more time, a smaller picture or another target"
+                    f" got {self.bound:g}; allow more time, a smaller image or another target"
                 )
-        if self.rule == "keep":
+        if self.bounded == "keep":
             sparsest = min(space.stage_lists(), key=lambda stages: average_keep(stages, space))
             lowest = average_keep(sparsest, space)
             if lowest > self.bound + _ROUNDING:
@@ -87,13 +86,15 @@ class Wish:
                     " keep more, or allow earlier --layers or smaller --keeps"
                 )
 
-    def nearest(self, estimates: Sequence[Estimate], searching: Searching, *, count: int) -> list[Stages]:
+    def nearest(
+        self, estimates: Sequence[EstimatedSchedule], searching: Searching, *, count: int
+    ) -> list[Stages]:
         """Return at most ``count`` lists of stages that are likely to be chosen."""
 
-        def cost(estimate: Estimate) -> float:
+        def cost(estimate: EstimatedSchedule) -> float:
             return estimate.cost.of(searching.kind)
 
-        if self.rule == "max_kl":
+        if self.bounded == "max_kl":
             within = [estimate for estimate in estimates if estimate.kl <= _HOPEFUL * self.bound]
             ranked = sorted(within, key=lambda estimate: (cost(estimate), estimate.kl))
         else:
@@ -107,33 +108,20 @@ class Wish:
 
     def choice(self, candidates: Sequence[Candidate], space: Space) -> Candidate | None:
         """Return what the rule chooses; None if nothing fits."""
-        if self.rule == "max_kl":
+        if self.bounded == "max_kl":
             cheapest_first = sorted(candidates, key=lambda candidate: candidate.point)
             return next((one for one in cheapest_first if one.is_within(self.bound)), None)
         within = [
             candidate
             for candidate in candidates
-            if self._allows(candidate.cost.milliseconds, stages_of(candidate), space)
+            if self._allows(candidate.cost.milliseconds, stages_of(candidate.schedule), space)
         ]
         return min(within, key=lambda candidate: candidate.point[::-1], default=None)
 
     def _allows(self, milliseconds: float, stages: Stages, space: Space) -> bool:
-        if self.rule == "target_ms":
+        if self.bounded == "target_ms":
             return milliseconds <= self.bound
         return average_keep(stages, space) <= self.bound + _ROUNDING
-
-
-def stages_of(candidate: Candidate) -> Stages:
-    """Return (layer, keep) of the candidate's stages."""
-    return tuple((stage.layer, stage.keep) for stage in candidate.schedule.stages)
-
-
-def average_keep(stages: Stages, space: Space) -> float:
-    """Return the mean over layers of the visual tokens processed, as a share of the largest picture's."""
-    bounds = [*(layer for layer, _ in stages), space.num_layers]
-    processed = bounds[0] * space.num_visual
-    processed += sum((stop - layer) * keep for (layer, keep), stop in zip(stages, bounds[1:]))
-    return processed / (space.num_layers * space.num_visual)
 
 
 def _written(stages: Stages) -> str:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from trio_edge.export.quantize.scales import Smoothing
 
 
-def apply_moved(model: TorchModel, changes: Mapping[str, Smoothing]) -> None:
+def apply_smoothing(model: TorchModel, changes: Mapping[str, Smoothing]) -> None:
     """Change the parameters of ``model`` as ``changes`` say, by canonical name."""
     for parameter, name in model.tensor_names().items():
         if name in changes:

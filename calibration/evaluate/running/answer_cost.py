@@ -1,7 +1,7 @@
-"""What one answer's prefill costs in FLOPs, at the picture's own tokens and the prompt's own length.
+"""FLOPs of one answer's prefill, at the image's own tokens and the prompt's own length.
 
 The decoder is counted layer by layer from the visual tokens that it really processed, selections by their methods'
-formulas. The vision tower's FLOPs are in the manifest for one picture size, and scaled by visual tokens.
+formulas. The vision tower's FLOPs are in the manifest for one image size, and scaled by visual tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def tokens_per_layer(manifest: Manifest, *, num_visual: int, kept: Sequence[int]
 
     Args:
         manifest: The bundle's.
-        num_visual: Visual tokens of the picture.
+        num_visual: Visual tokens of the image.
         kept: Per stage what was left.
     """
     return [
@@ -45,7 +45,7 @@ def prefill_flops(
 
     Args:
         manifest: The bundle's.
-        num_visual: Visual tokens of the picture.
+        num_visual: Visual tokens of the image.
         kept: Per stage what was left.
         num_text: Text tokens of the prompt.
         select: False for stages that compute nothing.

@@ -1,4 +1,4 @@
-"""How answers are read and scored: exact match, VQA accuracy, yes or no as in POPE, multiple choice.
+"""Metrics, which read and score answers: exact match, VQA accuracy, yes or no as in POPE, multiple choice.
 
 A metric reads an answer's text to what is compared (the same reading decides whether two bundles agree) and scores the
 reading between 0 and 1.
@@ -18,12 +18,14 @@ import string
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.calibration.questions import Question
 
 
 VQA_ANNOTATORS = 10
@@ -37,61 +39,34 @@ class Metric:
 
     name: str
     read: Callable[[str, Question], str]
-    """What is compared of an answer's text."""
+    """Returns the part of an answer's text that is compared."""
     score: Callable[[str, Question], float]
-    """Of a reading, 0 to 1."""
+    """Returns the score of a reading, 0 to 1."""
     complaint: Callable[[Question], str | None]
     """Why a question cannot be scored so, as "expected …, got …"; None if it can."""
 
 
-@dataclass(frozen=True, slots=True)
-class YesNo:
-    """Counts of yes-or-no answers; "yes" is the positive class, as in POPE."""
+class YesNoRates(msgspec.Struct, frozen=True, kw_only=True):
+    """POPE's figures; "yes" is the positive class."""
 
-    true_positives: int
-    false_positives: int
-    true_negatives: int
-    false_negatives: int
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers."""
-        return _share(self.true_positives + self.true_negatives, self._total)
-
-    @property
-    def precision(self) -> float:
-        """Share of right ones among the answers yes."""
-        return _share(self.true_positives, self.true_positives + self.false_positives)
-
-    @property
-    def recall(self) -> float:
-        """Share of the questions with the answer yes that got it."""
-        return _share(self.true_positives, self.true_positives + self.false_negatives)
-
-    @property
-    def f1(self) -> float:
-        """Harmonic mean of precision and recall."""
-        twice = 2 * self.true_positives
-        return _share(twice, twice + self.false_positives + self.false_negatives)
-
-    @property
-    def yes_ratio(self) -> float:
-        """Share of the answers that are yes."""
-        return _share(self.true_positives + self.false_positives, self._total)
-
-    @property
-    def _total(self) -> int:
-        return self.true_positives + self.false_positives + self.true_negatives + self.false_negatives
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    yes_ratio: float
 
 
-def yes_no_counts(readings: Sequence[str], expected: Sequence[str]) -> YesNo:
-    """Count readings "yes" and "no" against the expected ones."""
+def yes_no_rates(readings: Sequence[str], expected: Sequence[str]) -> YesNoRates:
+    """Return the rates of readings "yes" and "no" against the expected ones; 0 where nothing can be counted."""
     pairs = list(zip(readings, expected))
-    return YesNo(
-        true_positives=pairs.count(("yes", "yes")),
-        false_positives=pairs.count(("yes", "no")),
-        true_negatives=pairs.count(("no", "no")),
-        false_negatives=pairs.count(("no", "yes")),
+    true_positives, said_yes = pairs.count(("yes", "yes")), [one for one, _ in pairs].count("yes")
+    is_yes = list(expected).count("yes")
+    return YesNoRates(
+        accuracy=_share(true_positives + pairs.count(("no", "no")), len(pairs)),
+        precision=_share(true_positives, said_yes),
+        recall=_share(true_positives, is_yes),
+        f1=_share(2 * true_positives, said_yes + is_yes),
+        yes_ratio=_share(said_yes, len(pairs)),
     )
 
 
@@ -149,6 +124,7 @@ def read_choice(text: str, choices: Sequence[str]) -> str:
 
     A letter counts alone ("b", "(B)"), before a mark ("B. a dog") or after "answer is".
     """
+    # "A dog" must not be read as letter A: a letter counts with a mark or alone
     letters, normal = _LETTERS[: len(choices)], exact_normal(text)
     options = [exact_normal(choice) for choice in choices]
     if options.count(normal) == 1:
