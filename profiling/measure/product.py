@@ -27,23 +27,30 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import Manifest, Role
 
 PRODUCT_GRAPH, PRODUCT_PROFILE = "head", "matmul"
-_FILE = "matmul.onnx"
+_FILE, _WEIGHTS_FILE = "matmul.onnx", "weights.bin"
+_INPUT, _OUTPUT = "rows", "product"
 _ELEMENT_TYPES = {"float32": 1, "float16": 10}
-_INPUTS, _OUTPUT = ("rows", "weights"), "product"
 _SEED = 0
-# product [S, S] = rows [S, S] x weights [S, S] of opset 18, as onnx serializes it; %c is the type of their elements.
-# The bytes are here because the onnx package is not where bundles are profiled; a test writes them with it and compares.
+# product [S, S] = rows [S, S] x weights of opset 18, as onnx serializes it; %c are rows and columns of the weights, in two bytes
+# each, and the element type. It is bytes because machines that bundles are profiled on have no onnx; a test compares them with
+# what onnx writes. The weights are constants in a file of their own, as a bundle's, so that backends can lay them out.
 _MODEL = (
-    b'\x08\x08\x12\x00:~\n \n\x04rows\n\x07weights\x12\x07product"\x06MatMul\x12\x06matmul'
+    b'\x08\x08\x12\x00:\x8f\x01\n \n\x04rows\n\x07weights\x12\x07product"\x06MatMul\x12\x06matmul'
+    b"*,\x08%c%c\x08%c%c\x10%cB\x07weightsj\x17\n\x08location\x12\x0bweights.binp\x01"
     b"Z\x18\n\x04rows\x12\x10\n\x0e\x08%c\x12\n\n\x03\x12\x01S\n\x03\x12\x01S"
-    b"Z\x1b\n\x07weights\x12\x10\n\x0e\x08%c\x12\n\n\x03\x12\x01S\n\x03\x12\x01S"
     b"b\x1b\n\x07product\x12\x10\n\x0e\x08%c\x12\n\n\x03\x12\x01S\n\x03\x12\x01SB\x04\n\x00\x10\x12"
 )
 
 
-def product_model(dtype: str) -> bytes:
-    """Return the ONNX model of the product in ``dtype``, "float32" or "float16"."""
-    return _MODEL % ((_ELEMENT_TYPES[dtype],) * 3)
+def product_model(dtype: str, *, size: int) -> bytes:
+    """Return the ONNX model of the product, whose weights [size, size] are in ``weights.bin`` next to it.
+
+    Args:
+        dtype: "float32" or "float16".
+        size: Rows and columns of the weights; below 16384, as two bytes hold 14 bits of a number.
+    """
+    rows = (size & 0x7F | 0x80, size >> 7)
+    return _MODEL % (*rows, *rows, *(_ELEMENT_TYPES[dtype],) * 3)
 
 
 def write_product_bundle(folder: Path, manifest: Manifest, *, size: int) -> Bundle:
@@ -54,9 +61,16 @@ def write_product_bundle(folder: Path, manifest: Manifest, *, size: int) -> Bund
         manifest: Manifest of another bundle; the product has its dtype.
         size: Rows and columns of the matrices.
     """
-    model = product_model(manifest.dtype)
-    (folder / _FILE).write_bytes(model)
-    entry = FileEntry(path=_FILE, num_bytes=len(model), sha256=hashlib.sha256(model).hexdigest())
+    contents = {
+        _FILE: product_model(manifest.dtype, size=size),
+        _WEIGHTS_FILE: _random(manifest, size=size).tobytes(),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    entries = [
+        FileEntry(path=name, num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        for name, content in contents.items()
+    ]
     # A manifest must have vision, decoder and head; all of them are the product, and only the head is loaded.
     product = msgspec.structs.replace(
         manifest,
@@ -69,33 +83,36 @@ def write_product_bundle(folder: Path, manifest: Manifest, *, size: int) -> Bund
             _graph("prefix", manifest, size=size, num_layers=manifest.dimensions.num_layers),
             _graph("head", manifest, size=size),
         ),
-        files=(*manifest.files, entry),
+        files=(*manifest.files, *entries),
     )
     (folder / MANIFEST_NAME).write_bytes(json_from_manifest(product))
     return Bundle(folder=folder, manifest=product)
 
 
 def product_inputs(manifest: Manifest, *, size: int) -> dict[str, NDArray[Any]]:
-    """Return normal random numbers [size, size] for each input, the same each time."""
-    # Random, for a GPU multiplies matrices of equal numbers with less power, so at a higher clock.
-    generator = np.random.default_rng(_SEED)
-    return {
-        name: generator.standard_normal((size, size), np.float32).astype(manifest.dtype) for name in _INPUTS
-    }
+    """Return the input [size, size] of the product by its name."""
+    return {_INPUT: _random(manifest, size=size)}
+
+
+def _random(manifest: Manifest, *, size: int) -> NDArray[Any]:
+    """Return normal random numbers [size, size], the same each time."""
+    # A GPU multiplies equal numbers with less power than random ones, so at a higher clock.
+    values = np.random.default_rng(_SEED).standard_normal((size, size), np.float32)
+    return values.astype(manifest.dtype)
 
 
 def _graph(role: Role, manifest: Manifest, *, size: int, num_layers: int = 0) -> GraphSpec:
-    *inputs, output = (
-        TensorSpec(name=name, dtype=manifest.dtype, shape=("S", "S")) for name in (*_INPUTS, _OUTPUT)
+    rows, product = (
+        TensorSpec(name=name, dtype=manifest.dtype, shape=("S", "S")) for name in (_INPUT, _OUTPUT)
     )
     return GraphSpec(
         name=role,
         role=role,
         file=_FILE,
-        inputs=tuple(inputs),
-        outputs=(output,),
+        inputs=(rows,),
+        outputs=(product,),
         profiles=(Profile(name=PRODUCT_PROFILE, sizes={"S": size}),),
-        weight_bytes=0,
+        weight_bytes=size * size * (2 if manifest.dtype == "float16" else 4),
         first_layer=0 if num_layers else None,
         num_layers=num_layers,
     )

@@ -49,23 +49,27 @@ def test_the_verdict_is_by_the_nearer_ceiling(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_product_is_what_onnx_writes_and_multiplies(dtype: str) -> None:
-    kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    *inputs, output = (
-        onnx.helper.make_tensor_value_info(name, kind, ["S", "S"]) for name in ("rows", "weights", "product")
+def test_the_product_is_what_onnx_writes_and_multiplies(dtype: str, tmp_path: Path) -> None:
+    size, kind = 200, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    weights = onnx.TensorProto(dims=(size, size), data_type=kind, name="weights", data_location="EXTERNAL")
+    weights.external_data.add(key="location", value="weights.bin")
+    rows, product = (
+        onnx.helper.make_tensor_value_info(name, kind, ["S", "S"]) for name in ("rows", "product")
     )
     node = onnx.helper.make_node("MatMul", ["rows", "weights"], ["product"])
-    graph = onnx.helper.make_graph([node], "matmul", inputs, [output])
+    graph = onnx.helper.make_graph([node], "matmul", [rows], [product], [weights])
     opset = onnx.helper.make_opsetid("", 18)
     model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8, producer_name="")
-    onnx.checker.check_model(model, full_check=True)
-    content = product_model(dtype)
+    content = product_model(dtype, size=size)
     assert content == model.SerializeToString()
-    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
-    rows, weights = np.random.default_rng(0).standard_normal((2, 200, 200), np.float32).astype(dtype)
-    (product,) = session.run(None, {"rows": rows, "weights": weights})
-    expected = rows.astype(np.float64) @ weights.astype(np.float64)
-    np.testing.assert_allclose(product, expected, rtol=0.02, atol=0.1 if dtype == "float16" else 1e-4)
+    (file := tmp_path / "matmul.onnx").write_bytes(content)
+    left, right = np.random.default_rng(0).standard_normal((2, size, size), np.float32).astype(dtype)
+    (tmp_path / "weights.bin").write_bytes(right.tobytes())
+    onnx.checker.check_model(str(file), full_check=True)
+    session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"rows": left})
+    expected = left.astype(np.float64) @ right.astype(np.float64)
+    np.testing.assert_allclose(found, expected, rtol=0.02, atol=0.1 if dtype == "float16" else 1e-4)
 
 
 def test_tensorrt_builds_the_product_for_a_gpu_that_is_not_there(
