@@ -106,11 +106,11 @@ def _run_graph(bundle: Path, graph: str, mapped: bool, threads: int, writer: Any
 def _usual_session(
     bundle: Bundle, name: str, profile: str, threads: int
 ) -> Callable[[dict[str, Any]], Iterable[Any]]:
-    from trio_edge.runtime.backends.graph_run import GraphRun
     from trio_edge.runtime.backends.registry import make_backend
+    from trio_edge.runtime.backends.single_graph import SingleGraph
 
     graphs = make_backend("onnxruntime", threads=threads).load(bundle, [name])
-    return lambda inputs: GraphRun(graphs, name, profile=profile).run(inputs).values()
+    return lambda inputs: SingleGraph(graphs, name, profile=profile).run(inputs).values()
 
 
 def _mapped_session(file: Path, threads: int) -> Callable[[dict[str, Any]], Iterable[Any]]:

@@ -26,7 +26,8 @@ from trio_edge.calibration.evaluate.running.runs import Settings, answer_runs, k
 from trio_edge.calibration.model.selecting import Probes
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
-from trio_edge.export.bundle import ExportOptions, ScheduleInputs, export_bundle
+from trio_edge.export.bundle import export_bundle
+from trio_edge.export.options import ExportOptions, ScheduleInputs
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.runtime.bundle.reader import open_bundle
@@ -108,11 +109,11 @@ def bundle_for(variant: Variant, *, keep: str, out: Path) -> Path:
 def calibrated_scales(variant: Variant, *, keep: str) -> CalibratedScales:
     """Return what a calibration on other samples than those that are asked finds."""
     model = load_model("tiny")
-    num_visual = max(sizes["N"] for sizes in model.pictures.any_picture_sizes())
+    num_visual = max(sizes["N"] for sizes in model.pictures.any_image_sizes())
     inputs = ScheduleInputs(
         num_layers=model.num_layers,
         num_visual=num_visual,
-        picture_tokens=num_visual,
+        image_tokens=num_visual,
         positions=model.positions,
     )
     found = calibrate_quantization(

@@ -27,7 +27,8 @@ from trio_edge.calibration.evaluate.questions import digest_of, synthetic_questi
 from trio_edge.calibration.evaluate.report_table import per_cent
 from trio_edge.calibration.evaluate.running.runs import Run, Settings, answer_runs, keys_of, plan_runs
 from trio_edge.calibration.shapes.samples import held_out
-from trio_edge.export.bundle import ExportOptions, ScheduleInputs, export_bundle
+from trio_edge.export.bundle import export_bundle
+from trio_edge.export.options import ExportOptions, ScheduleInputs
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.runtime.images.llava import TilePictures
+from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.trio.nms import FeatureNms
 from trio_edge.trio.saliency import ProxySaliency
 from trio_edge.trio.selectors.stages.trio import Trio
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.runtime.bundle.manifest import TokenMethod
     from trio_edge.runtime.bundle.schedule import Schedule
-    from trio_edge.runtime.images.interface import PictureProcessing
+    from trio_edge.runtime.images.interface import ImageProcessing
     from trio_edge.trio.selectors.interface import StageSelector, TokenSelector
 
 CLIP_METHODS: tuple[TokenMethod, ...] = ("cdpruner", "eadp")
@@ -60,13 +60,13 @@ def token_selector(
     return Uniform(num_keep=num_keep)
 
 
-def full_grid(processing: PictureProcessing) -> tuple[int, int] | None:
+def full_grid(processing: ImageProcessing) -> tuple[int, int] | None:
     """Return rows and columns where every picture is one full grid of tokens, as with LLaVA-1.5; else None."""
-    if not isinstance(processing, TilePictures) or processing.encoder_keep is not None:
+    if not isinstance(processing, LlavaImages) or processing.encoder_keep is not None:
         return None
-    if processing.processing.kind != "single":
+    if processing.kind != "single":
         return None
-    side = processing.processing.patches_per_side
+    side = processing.patches_per_side
     return side, side
 
 

@@ -26,9 +26,9 @@ from trio_edge.profiling.report.summary import report_of
 from trio_edge.profiling.report.table import print_profile
 from trio_edge.runtime.backends.registry import BACKENDS_HELP
 from trio_edge.runtime.bundle.errors import BundleError, TargetError
+from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import run
-from trio_edge.runtime.files import check_outputs, write_output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,7 +6,7 @@ The most likely tokens alone, which a device returns, suffice for greedy decodin
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple, final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 
@@ -15,14 +15,7 @@ from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-
-class TopTokens(NamedTuple):
-    """The most likely tokens, descending; the order of equals is free."""
-
-    ids: NDArray[np.int32]
-    """[T]."""
-    logits: NDArray[np.float32]
-    """[T]."""
+    from trio_edge.runtime.buffers.decoder import TopTokens
 
 
 @final
@@ -57,12 +50,14 @@ class Sampler:
         needed = 1 if self._temperature == 0.0 else self._top_k
         if not 1 <= needed < len(logits_T) or logits_T[-1] == logits_T[needed - 1]:
             return None  # equals of the last one needed may not be among them
+        # In the order of ids, as all logits are: equals, and the generator's draw, then come out the same.
         order = np.argsort(top.ids)
         ids, logits_T = top.ids[order], logits_T[order]
         chosen = int(np.argmax(logits_T)) if self._temperature == 0.0 else self._draw(logits_T)
         return int(ids[chosen])
 
     def _draw(self, logits: NDArray[np.float32]) -> int:
+        # float64: the generator refuses probabilities whose float32 sum is not 1.
         scores = logits.astype(np.float64) / self._temperature
         probabilities = _nucleus(_softmax(_most_likely(scores, self._top_k)), self._top_p)
         return int(self._generator.choice(len(probabilities), p=probabilities))

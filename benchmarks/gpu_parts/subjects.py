@@ -29,7 +29,7 @@ from trio_edge.export.families import family_of
 from trio_edge.export.families.base import FamilyModel
 from trio_edge.runtime.bundle.manifest import FloatType
 from trio_edge.runtime.bundle.schedule import Positions, Schedule
-from trio_edge.runtime.images.interface import PictureProcessing
+from trio_edge.runtime.images.interface import ImageProcessing
 from trio_edge.trio.budgets import schedule_for_keep
 from trio_edge.trio.cost.flops import ModelShape
 
@@ -170,10 +170,10 @@ def describe(shapes: Shapes, folder: Path) -> Checkpoint:
     )
 
 
-def empty_model(checkpoint: Checkpoint, *, dtype: FloatType) -> tuple[FamilyModel, PictureProcessing]:
+def empty_model(checkpoint: Checkpoint, *, dtype: FloatType) -> tuple[FamilyModel, ImageProcessing]:
     """Return a checkpoint's modules without memory, and what becomes of its pictures."""
     family = family_of(checkpoint)
-    processing = family.picture_processing(checkpoint, encoder_keep=None, max_visual=None)
+    processing = family.image_processing(checkpoint, encoder_keep=None, max_visual=None)
     with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):  # constants become numpy arrays
         model = family.build(checkpoint, processing=processing, dtype=dtype, with_features=False)
     return model, processing

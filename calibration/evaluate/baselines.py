@@ -1,6 +1,6 @@
 """Selections that look at nothing but positions: the floors that a real method must beat.
 
-Each returns a function for ``Pipeline.generate(choose=…)``; kept tokens are nested from stage to stage.
+Each returns a function for ``Pipeline.generate(override=…)``; kept tokens are nested from stage to stage.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.decoder import Choose
+    from trio_edge.runtime.decoder import SelectorOverride
 
 BASELINES = ("random", "uniform", "base-tile-first")
 
 
-def baseline(name: str, *, seed: int, base_tokens: int) -> Choose:
+def baseline(name: str, *, seed: int, base_tokens: int) -> SelectorOverride:
     """Return the baseline called ``name``.
 
     Args:
@@ -39,7 +39,7 @@ def evenly_spaced(count: int, num_keep: int) -> NDArray[np.int32]:
     return np.floor((np.arange(num_keep) + 0.5) * count / max(num_keep, 1)).astype(np.int32)
 
 
-def _random(seed: int) -> Choose:
+def _random(seed: int) -> SelectorOverride:
     generator = np.random.default_rng(seed)
 
     def choose(_stage: int, entering: NDArray[np.int32], num_keep: int) -> NDArray[np.int32]:

@@ -34,8 +34,8 @@ from trio_edge.calibration.evaluate.running.ray_workers import check_ray
 from trio_edge.calibration.evaluate.running.runs import Answers, Settings, answer_runs, keys_of, plan_runs
 from trio_edge.runtime.backends.registry import BACKENDS_HELP
 from trio_edge.runtime.bundle.errors import DataError
+from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run
-from trio_edge.runtime.files import check_outputs, write_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

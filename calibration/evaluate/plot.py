@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from trio_edge.calibration.evaluate.report_table import flops_unit
 from trio_edge.profiling.page.figures import LIGHT, check_matplotlib, colour, figure_style, new_figure
 from trio_edge.runtime.bundle.errors import DataError
-from trio_edge.runtime.files import check_outputs, write_output
+from trio_edge.runtime.bundle.files import check_outputs, write_output
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from trio_edge.runtime.bundle.errors import DataError, ImageError, ShapeError
-from trio_edge.runtime.images.reading import open_picture
+from trio_edge.runtime.images.reading import open_image
 from trio_edge.runtime.prompts.positions import mrope_positions, plain_positions
 from trio_edge.runtime.prompts.question import question_ids
 
@@ -106,7 +106,7 @@ def read_picture(question: Question) -> Image.Image:
         DataError: If it cannot be read.
     """
     try:
-        return open_picture(question.picture)
+        return open_image(question.picture)
     except ImageError as error:
         raise DataError(f"{question.where}: {error}") from None
 
@@ -132,9 +132,11 @@ def _positions(
     length = ids.num_tokens + num_visual
     if not model.parts.mrope_sections:
         return plain_positions(num_rows=length, length=length)
+    layout = model.pictures.layout(*picture.size)
+    assert layout.positions is not None  # models with M-RoPE have them
     return mrope_positions(
-        model.pictures.positions(*picture.size, None),
-        picture_span=model.pictures.position_span(*picture.size),
+        layout.positions,
+        image_span=layout.position_span,
         num_before=len(ids.before),
         num_after=len(ids.after),
         num_rows=length,

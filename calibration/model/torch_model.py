@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.runtime.bundle.manifest import TextSpec
     from trio_edge.runtime.bundle.schedule import Positions
-    from trio_edge.runtime.images.interface import PictureProcessing
+    from trio_edge.runtime.images.interface import ImageProcessing
 
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TINY_BYTES = 1 << 30
@@ -57,7 +57,7 @@ class TorchModel:
     rotary: RotaryTables
     embedding_VD: Tensor
     """Token embeddings, in the compute type."""
-    pictures: PictureProcessing
+    pictures: ImageProcessing
     tokenizer: Tokenizer
     template: str
     text: TextSpec
@@ -96,7 +96,7 @@ def load_model(
     place = _device(device)
     checkpoint = read_checkpoint(model, revision=revision, check_config=check_architecture)
     family = family_of(checkpoint)
-    pictures = family.picture_processing(checkpoint, encoder_keep=None, max_visual=max_visual)
+    pictures = family.image_processing(checkpoint, encoder_keep=None, max_visual=max_visual)
     text = read_text_files(
         checkpoint,
         default_template=family.default_chat_template(checkpoint),

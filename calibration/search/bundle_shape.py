@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Literal
 
 from trio_edge.calibration.search.fixed_shapes import picture_sizes, text_buckets
 from trio_edge.calibration.search.prefill_cost import PrefillCost, Situation
-from trio_edge.export.bundle import bundle_dtype, dimensions_of
 from trio_edge.export.check.fit import check_fit, fit_inputs
 from trio_edge.export.families.decoder_config import check_positions, max_positions
-from trio_edge.export.layout import Layout
+from trio_edge.export.graphs.layout import Layout
 from trio_edge.export.model_cost import vision_dimensions
+from trio_edge.export.plan import bundle_dtype, dimensions_of
 from trio_edge.trio.cost.devices import find_target
 
 if TYPE_CHECKING:

@@ -403,12 +403,13 @@ def _overlays(
                 greedy_answer(model, prompt, each, probes=probes, max_tokens=16)
                 for each in (Schedule(positions=schedule.positions), schedule)
             )
+        layout = model.pictures.layout(*picture.size)
         sheet = draw_kept(
             picture,
-            model.pictures.boxes(*picture.size, None),
+            layout.boxes,
             [kept.cpu().numpy() for kept in reduced.kept],
             captions=[f"layer {stage.layer}" for stage in schedule.stages],
-            overview=model.pictures.overview_tokens(*picture.size),
+            overview=layout.overview,
         )
         overlays.append(
             Overlay(

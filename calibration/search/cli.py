@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from trio_edge.runtime.bundle.errors import CheckpointError, DataError
+from trio_edge.runtime.bundle.files import atomic_folder, check_place
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
-from trio_edge.runtime.files import check_place, folder_beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.search.calibrate import Calibrated
     from trio_edge.calibration.search.calibrate import Progress as Callbacks
     from trio_edge.calibration.search.report.calibration_file import Calibration, Options
-    from trio_edge.export.bundle import ExportOptions
+    from trio_edge.export.options import ExportOptions
 
 _REPORT_BYTES = 16 << 20
 _WAY_OUT = "choose another --out"
@@ -128,7 +128,7 @@ def command(
         _check_out(out, force=force)
         with _progress(check, quiet=quiet) as progress:
             calibrated = calibrate(options, work=work, samples_sha256=expected_samples, progress=progress)
-            with folder_beside(
+            with atomic_folder(
                 out,
                 num_bytes=_REPORT_BYTES,
                 error=DataError,
@@ -202,8 +202,8 @@ def _write(calibrated: Calibrated, folder: Path, progress: Callbacks, *, export:
     page = page_of(calibration, calibrated.overlays, command=_export_command(calibration))
     (folder / REPORT_NAME).write_text(page, encoding="utf-8")
     if export:
-        from trio_edge.export.bundle import Progress as ExportProgress
         from trio_edge.export.bundle import export_bundle
+        from trio_edge.export.options import Progress as ExportProgress
 
         export_bundle(
             _export_options(calibration, folder / BUNDLE_NAME),
@@ -214,7 +214,7 @@ def _write(calibrated: Calibrated, folder: Path, progress: Callbacks, *, export:
 
 
 def _export_options(calibration: Calibration, out: Path) -> ExportOptions:
-    from trio_edge.export.bundle import ExportOptions
+    from trio_edge.export.options import ExportOptions
     from trio_edge.export.quantize.plan import parse_plan
 
     options, shapes = calibration.options, calibration.shapes

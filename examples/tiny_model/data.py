@@ -37,7 +37,7 @@ LABELS = ("name", "color", "size", "place", "center", "thing")
 
 @dataclass(frozen=True)
 class Layout:
-    """How the processor cuts a picture size: resized size, padded size, and the order of visual tokens.
+    """The processor's cuts of a picture: resized size, padded size, and the order of visual tokens.
 
     `order[i]` is the index of visual token i in the flattened tiles (base tile first); -1 is a newline token.
     """

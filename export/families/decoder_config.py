@@ -63,7 +63,7 @@ def check_decoder(text_config: Any, *, folder: Path) -> None:
 def untie_stored_head(config: Any, checkpoint: Checkpoint) -> None:
     """Switch ``config.tie_word_embeddings`` off where the checkpoint stores a head.
 
-    Fine-tuning can leave checkpoints behind whose head differs from the embedding table that they claim it is tied to;
+    Fine-tuning can produce checkpoints whose head differs from the embedding table that they claim it is tied to;
     transformers then uses the head that is there.
 
     Args:

@@ -20,7 +20,7 @@ from trio_edge.profiling.measure.product import (
     product_inputs,
     write_product_bundle,
 )
-from trio_edge.runtime.backends.graph_run import GraphRun
+from trio_edge.runtime.backends.single_graph import SingleGraph
 from trio_edge.runtime.devices.interface import PitchedRows
 from trio_edge.runtime.engines.build import BuildOptions, build_engines, plan_build
 from trio_edge.runtime.engines.package import ENGINE_BACKENDS
@@ -68,7 +68,7 @@ def measure_ceilings(backend: Backend, manifest: Manifest, *, cores: int) -> Cei
             build_engines(plan_build(bundle, BuildOptions(backend=backend.name)))
         graphs = backend.load(bundle, [PRODUCT_GRAPH])
         try:
-            product = GraphRun(graphs, PRODUCT_GRAPH, profile=PRODUCT_PROFILE)
+            product = SingleGraph(graphs, PRODUCT_GRAPH, profile=PRODUCT_PROFILE)
             product.run(product_inputs(manifest, size=size))
             milliseconds = _least(lambda: product.milliseconds(1))
             moved, copy_ms = _copy(graphs.device, cores=cores, on_host=on_host)

@@ -36,7 +36,7 @@ def measured_sizes(pipeline: Pipeline) -> list[MeasuredSize]:
     found: dict[int, MeasuredSize] = {}
     for width, height in candidates:
         try:
-            sizes = pipeline.pictures.sizes(width, height)
+            sizes = pipeline.images.sizes(width, height)
         except TrioEdgeError:
             continue
         if any(all(profile[name] >= size for name, size in sizes.items()) for profile in profiles):

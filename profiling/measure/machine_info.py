@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from trio_edge.runtime.engines.host import find_host
+from trio_edge.runtime.devices.machine import find_host
 
 NVPMODEL = "nvpmodel"
 _COMMAND_SECONDS = 5.0

@@ -26,7 +26,7 @@ from trio_edge.profiling.statistics import distribution
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.images.reading import open_picture
+from trio_edge.runtime.images.reading import open_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -122,7 +122,7 @@ def measure(options: MeasureOptions, *, on_step: Callable[[str], None] = lambda 
     """
     num_new = _num_new(options)
     if options.image is not None:
-        open_picture(options.image)  # a damaged one is an error before minutes of measuring
+        open_image(options.image)  # a damaged one is an error before minutes of measuring
     sensors, missing = open_sensors()
     with ExitStack() as stack:
         sampling = stack.enter_context(SamplingThread(sensors))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from trio_edge.profiling.statistics import in_brackets
-from trio_edge.runtime.cli.console import print_table, whole_table, wide_console
+from trio_edge.runtime.cli.tables import print_table, whole_table, wide_console
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

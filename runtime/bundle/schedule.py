@@ -40,7 +40,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stages: tuple[Stage, ...] = ()
     """In ascending order of layer, with strictly decreasing ``keep``."""
     method: Method = "trio"
-    """Which selector runs in every stage; probe rows and NMS are TRIO's."""
+    """The selector of every stage; probe rows and NMS are TRIO's."""
     probe_rows: ProbeRows = "reference"
     """Rows that carry the proxy loss: "reference" ends at S-2 (the paper's code), "answer" ends at S-1."""
     num_probe_rows: int = 4
@@ -96,7 +96,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 )
 
     def tokens_per_layer(self, *, num_layers: int, num_visual: int) -> tuple[int, ...]:
-        """Return the visual tokens that each decoder layer processes, for a picture of ``num_visual`` tokens."""
+        """Return the visual tokens that each decoder layer processes, for an image of ``num_visual`` tokens."""
         counts = [num_visual] * num_layers
         for stage in self.stages:
             kept = min(stage.keep, counts[stage.layer])

@@ -275,7 +275,7 @@ def test_local_pickles_are_refused_with_a_way_out(tmp_path: Path) -> None:
 def test_offsets_outside_the_data_are_refused(tmp_path: Path) -> None:
     header = b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[-8,0]}}'
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(CheckpointError, match=r"offsets -8\.\.0 for 'x'"):
+    with pytest.raises(CheckpointError, match=r"complete safetensors file.*-8"):
         read_safetensors_header(tmp_path / "x.safetensors")
 
 

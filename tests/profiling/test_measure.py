@@ -23,11 +23,11 @@ from trio_edge.profiling.measure.recording import Recording, RecordingBackend, g
 from trio_edge.profiling.report.profile import ProfileReport
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import DataError, ShapeError
+from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.devices.host import HostDevice
 from trio_edge.runtime.devices.interface import LoadedGraphs
 from trio_edge.runtime.engines.log import EngineLayerTimes
-from trio_edge.runtime.files import check_outputs, write_output
 from trio_edge.runtime.pipeline import Pipeline
 
 RUNS, NEW_TOKENS, QUICK_ROUNDS = 6, 4, 2

@@ -50,7 +50,7 @@ class Sequence:
 
     def __init__(self, original: Original, pipeline: Pipeline, picture: Any, prompt: str = PROMPT) -> None:
         self.model = original.model
-        processing: Any = pipeline.pictures.processing  # type: ignore[attr-defined]
+        processing: Any = pipeline.images  # type: ignore[attr-defined]
         self.pixels = torch.from_numpy(prepare(picture, processing).pixel_values)
         self.index = torch.from_numpy(token_index(*picture.size, processing)).long()
         inputs = original.processor(images=picture, text=original.render(prompt), return_tensors="pt")

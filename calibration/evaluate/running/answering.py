@@ -12,14 +12,14 @@ from trio_edge.calibration.evaluate.baselines import baseline
 from trio_edge.calibration.evaluate.first_token import FirstToken, first_token_kl, summary_of
 from trio_edge.calibration.evaluate.metrics import METRICS
 from trio_edge.runtime.bundle.errors import ImageError, ShapeError
-from trio_edge.runtime.images.llava import TilePictures
+from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from trio_edge.calibration.evaluate.questions import Question
-    from trio_edge.runtime.images.interface import PictureProcessing
+    from trio_edge.runtime.images.interface import ImageProcessing
 
 OWN_SELECTION = "bundle"
 DEFAULT_ANSWER_TOKENS = 16
@@ -99,7 +99,7 @@ class Answerer:
         self._pipeline = pipeline or Pipeline.from_bundle(
             asking.bundle, backend=asking.backend, threads=asking.threads
         )
-        self._base_tokens = _base_tokens(self._pipeline.pictures)
+        self._base_tokens = _base_tokens(self._pipeline.images)
 
     def answer(self, task: Task) -> Outcome | Failure:
         """Ask one question."""
@@ -116,14 +116,14 @@ class Answerer:
     def _ask(self, question: Question, reference: FirstToken | None) -> Outcome:
         asking, manifest = self._asking, self._pipeline.manifest
         own = asking.selection == OWN_SELECTION
-        choose = (
+        override = (
             None if own else baseline(asking.selection, seed=question.index, base_tokens=self._base_tokens)
         )
         generation = self._pipeline.generate(
             question.picture,
             question.question,
             max_new_tokens=min(asking.answer_tokens, manifest.max_new_tokens),
-            choose=choose,
+            override=override,
         )
         text, statistics = generation.text, generation.statistics
         num_visual, kept, num_text = statistics.visual_tokens, statistics.kept_tokens, statistics.text_tokens
@@ -151,8 +151,8 @@ class Answerer:
         )
 
 
-def _base_tokens(pictures: PictureProcessing) -> int:
+def _base_tokens(pictures: ImageProcessing) -> int:
     """Return the visual tokens of the tile that shows the whole picture and comes first; 0 without one."""
-    if not isinstance(pictures, TilePictures):
+    if not isinstance(pictures, LlavaImages):
         return 0
-    return pictures.encoder_keep or pictures.processing.patches_per_tile
+    return pictures.encoder_keep or pictures.patches_per_tile

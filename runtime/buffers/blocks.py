@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from trio_edge.runtime.bundle.manifest import TensorSpec
     from trio_edge.runtime.devices.interface import Allocator, Device
 
 
@@ -31,24 +32,29 @@ class Block:
             fields: By name dtype and largest shape.
             purpose: What it is for.
         """
-        self._dtypes = {name: dtype for name, (dtype, _) in fields.items()}
-        self._offsets: dict[str, int] = {}
+        self._fields: dict[str, DeviceTensor] = {}
+        """By name; the addresses are offsets from the block's start."""
         end = 0
         for name, (dtype, shape) in fields.items():
-            self._offsets[name] = end
-            end += aligned(math.prod(shape) * np.dtype(dtype).itemsize)
+            self._fields[name] = DeviceTensor(end, shape, dtype)
+            end += aligned(self._fields[name].num_bytes)
         self._whole = DeviceTensor(allocator.allocate(end, purpose=purpose), (end,), "uint8")
         self._host = allocator.allocate_pinned(end, purpose=purpose)
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> DeviceTensor:
-        """Return a field on the device, at ``shape``."""
-        return DeviceTensor(self._whole.address + self._offsets[name], shape, self._dtypes[name])
+    def _field(self, name: str, shape: tuple[int, ...] | None) -> DeviceTensor:
+        field = self._fields[name]
+        return field if shape is None else field._replace(shape=shape)
 
-    def host(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        """Return a field's copy on the host, at ``shape``: a view."""
-        start, dtype = self._offsets[name], self._dtypes[name]
-        end = start + math.prod(shape) * np.dtype(dtype).itemsize
-        return self._host[start:end].view(dtype).reshape(shape)
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> DeviceTensor:
+        """Return a field on the device, at ``shape`` or else at its largest one."""
+        field = self._field(name, shape)
+        return field._replace(address=self._whole.address + field.address)
+
+    def host(self, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+        """Return a field's copy on the host, at ``shape`` or else at its largest one: a view."""
+        field = self._field(name, shape)
+        found = self._host[field.address : field.address + field.num_bytes]
+        return found.view(field.dtype).reshape(field.shape)
 
     def upload(self, device: Device) -> None:
         """Copy all fields to the device."""
@@ -105,3 +111,11 @@ class Stack:
             row_bytes=num_rows * self._row_bytes,
             num_rows=self._count * self._groups,
         )
+
+
+def allocate_tensor(
+    allocator: Allocator, tensor: TensorSpec, shape: tuple[int, ...], *, graph: str
+) -> DeviceTensor:
+    """Return device memory for ``tensor`` of ``graph`` at ``shape``."""
+    found = DeviceTensor(0, shape, tensor.dtype)
+    return found._replace(address=allocator.allocate(found.num_bytes, purpose=f"{tensor.name} of {graph}"))

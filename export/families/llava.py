@@ -1,10 +1,11 @@
-"""What the LLaVA families share: a CLIP vision tower, an MLP projector, a Llama-like decoder."""
+"""LLaVA-1.5 and LLaVA-NeXT: a CLIP vision tower, an MLP projector, a Llama-like decoder."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
+import msgspec
 import numpy as np
 
 from trio_edge.export.families.base import FamilyModel, VisionGraph
@@ -14,16 +15,16 @@ from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.reduce import FEATURE_NAMES
 from trio_edge.export.graphs.vision.clip import (
     ClipFeatures,
+    ClipVision,
     ReducedVision,
-    Vision,
     VisionWithFeatures,
     check_encoder_keep,
     clip_groups,
 )
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.graph_io import KEPT_PATCHES
 from trio_edge.runtime.bundle.manifest import TensorSpec
-from trio_edge.runtime.images.interface import KEPT_PATCHES
-from trio_edge.runtime.images.llava import ImageProcessing, TilePictures
+from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.prompts.chat import VICUNA_TEMPLATE
 from trio_edge.trio.cost.flops import VisionShape
 
@@ -35,15 +36,15 @@ if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Positions
-    from trio_edge.runtime.images.interface import PictureProcessing
+    from trio_edge.runtime.images.interface import ImageProcessing
 
 _TEXT_TYPES = ("llama", "mistral", "qwen2")
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class ClipLlama:
-    """A LLaVA; see ``Family``."""
+class Llava:
+    """Implements ``Family`` for one model type of LLaVA."""
 
     model_type: str
     architecture: str
@@ -63,30 +64,30 @@ class ClipLlama:
         self,
         checkpoint: Checkpoint,
         *,
-        processing: PictureProcessing,
+        processing: ImageProcessing,
         dtype: FloatType,
         with_features: bool,
     ) -> FamilyModel:
-        """See ``Family.build``."""
+        """Build the model; documented in ``Family``."""
         import transformers
 
         model_class = getattr(transformers, self.architecture)
         config = read_clip_config(checkpoint)
         return _build(model_class, config, processing=processing, dtype=dtype, with_features=with_features)
 
-    def picture_processing(
+    def image_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
-    ) -> PictureProcessing:
-        """See ``Family.picture_processing``; ``max_visual`` is not for tilings."""
+    ) -> ImageProcessing:
+        """Return the tiling, documented in ``Family``; it takes no ``max_visual``."""
         if max_visual is not None:
             raise ScheduleError(
-                f"--max-visual: expected none for {self.model_type}, whose pictures are not scaled to"
+                f"--max-visual: expected none for {self.model_type}, whose images are not scaled to"
                 f" a number of tokens, got {max_visual}; use --image-size"
             )
         processing = _image_processing(checkpoint, default_type=self.image_processor)
         if encoder_keep is not None:
             check_encoder_keep(encoder_keep, patches_per_side=processing.patches_per_side)
-        return TilePictures(processing, encoder_keep=encoder_keep)
+        return msgspec.structs.replace(processing, encoder_keep=encoder_keep)
 
 
 def read_clip_config(checkpoint: Checkpoint) -> Any:
@@ -114,12 +115,12 @@ def _build(
     model_class: Callable[[Any], nn.Module],
     config: Any,
     *,
-    processing: PictureProcessing,
+    processing: ImageProcessing,
     dtype: FloatType,
     with_features: bool,
 ) -> FamilyModel:
     """Return the parts of ``model_class(config)``; under FakeTensorMode this takes no memory."""
-    assert isinstance(processing, TilePictures)  # as the families' picture_processing makes it
+    assert isinstance(processing, LlavaImages)  # as the families' image_processing makes it
     register_attention()
     text, vision = config.text_config, config.vision_config
     text._attn_implementation = ATTENTION_NAME
@@ -138,9 +139,9 @@ def _build(
             num_layers=num_layers,
             hidden_size=vision.hidden_size,
             intermediate_size=vision.intermediate_size,
-            patches_per_tile=processing.processing.patches_per_tile + 1,
+            patches_per_tile=processing.patches_per_tile + 1,
             num_tiles=sizes["B"],
-            projected_tokens=sizes["B"] * processing.processing.patches_per_tile,
+            projected_tokens=sizes["B"] * processing.patches_per_tile,
             merged_into=processing.encoder_keep or 0,
         ),
     )
@@ -150,21 +151,21 @@ def _vision_graph(
     inner: Any,
     feature_layers: tuple[int, ...],
     *,
-    processing: TilePictures,
+    processing: LlavaImages,
     dtype: FloatType,
     with_features: bool,
 ) -> tuple[VisionGraph, int]:
     """Return the graph and how many layers of the vision tower run in it."""
-    constants, keep = processing.processing, processing.encoder_keep
+    constants, keep = processing, processing.encoder_keep
     hidden = inner.language_model.config.hidden_size
     outputs = [TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", hidden))]
     newline, vision = getattr(inner, "image_newline", None), inner.vision_tower.config
-    module: Vision | VisionWithFeatures | ReducedVision
+    module: ClipVision | VisionWithFeatures | ReducedVision
     if with_features:
         if keep is not None:
             raise ScheduleError(
-                "--token-method: expected one that needs no class token beside --encoder-keep, got one that does;"
-                " leave --encoder-keep away"
+                "--token-method: expected one that needs no class token with --encoder-keep, got one that does;"
+                " leave out --encoder-keep"
             )
         observed = vision.num_hidden_layers - 2
         features = ClipFeatures(inner.vision_tower, feature_layers=feature_layers)
@@ -177,7 +178,7 @@ def _vision_graph(
         outputs.append(TensorSpec(name=FEATURE_NAMES[2], dtype="float32", shape=("N",)))
     elif keep is None:
         features = ClipFeatures(inner.vision_tower, feature_layers=feature_layers)
-        module = Vision(features, inner.multi_modal_projector, newline)
+        module = ClipVision(features, inner.multi_modal_projector, newline)
     else:
         module = ReducedVision(
             inner.vision_tower, inner.multi_modal_projector, feature_layers=feature_layers, num_keep=keep
@@ -201,11 +202,11 @@ def _vision_graph(
     return graph, len(module.tower_layers())
 
 
-def _image_processing(checkpoint: Checkpoint, *, default_type: str) -> ImageProcessing:
+def _image_processing(checkpoint: Checkpoint, *, default_type: str) -> LlavaImages:
     """Return the constants of the checkpoint's image processor."""
     folder, values = checkpoint.folder, read_image_processor(checkpoint)
     config = read_config(checkpoint)
-    processing = ImageProcessing.from_preprocessor_config(
+    processing = LlavaImages.from_preprocessor_config(
         {"image_processor_type": default_type, **values}, patch_size=config.vision_config.patch_size
     )
     if processing.tile_size != config.vision_config.image_size:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from trio_edge.runtime import files as module
+from trio_edge.runtime.bundle import files as module
 from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.files import atomic_folder, check_place, delete_leftovers
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
-from trio_edge.runtime.files import check_place, delete_leftovers, folder_beside
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -34,7 +34,7 @@ def leave(folder: Path) -> Path:
 
 def beside(out: Path, **settings: Any) -> AbstractContextManager[Path]:
     defaults = {"num_bytes": 0, "error": CheckpointError, "what": "bundle", "way_out": "choose another --out"}
-    return folder_beside(out, **{**defaults, **settings})
+    return atomic_folder(out, **{**defaults, **settings})
 
 
 def write_bundle(out: Path, text: str) -> None:
@@ -101,9 +101,9 @@ def test_a_running_export_keeps_its_folder(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from trio_edge.runtime.errors import CheckpointError
-from trio_edge.runtime.folder_beside import folder_beside
-with folder_beside(Path(sys.argv[1]), num_bytes=0, error=CheckpointError, what="bundle", way_out="stop") as folder:
+from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.files import atomic_folder
+with atomic_folder(Path(sys.argv[1]), num_bytes=0, error=CheckpointError, what="bundle", way_out="stop") as folder:
     print(folder, flush=True)
     time.sleep(60)
 """

@@ -1,4 +1,4 @@
-"""What engines depend on besides their graph: the machine, the operating system, the GPU and its driver."""
+"""The machine: its processor, operating system, GPU and driver. Engines depend on all of them."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ def find_gpu(library: str = _CUDA_LIBRARY) -> Gpu | None:
         cuda = ctypes.CDLL(library)
     except OSError:
         return None
+    # Through ctypes: the driver is there before any package is installed.
     device, major, minor, version = (ctypes.c_int() for _ in range(4))
     name, memory = ctypes.create_string_buffer(_NAME_BYTES), ctypes.c_size_t()
     calls: tuple[tuple[str, tuple[Any, ...]], ...] = (

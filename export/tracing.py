@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from trio_edge.export.checkpoints.checkpoint import Checkpoint, canonical_name
+from trio_edge.export.checkpoints.stored import StoredName
 from trio_edge.export.graphs.decoder_range import DecoderRange
 from trio_edge.export.graphs.head import Head
 from trio_edge.export.graphs.layer_stack import stack_layers
@@ -18,7 +20,13 @@ from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
 from trio_edge.export.quantize.unpacking import read_weight
 from trio_edge.export.token_selectors import needs_previous, stage_selector
-from trio_edge.runtime.bundle.graph_io import CLIP_TEXT, head_tensors, range_tensors, select_tensors
+from trio_edge.runtime.bundle.graph_io import (
+    CLIP_TEXT,
+    GraphTensors,
+    head_tensors,
+    range_tensors,
+    select_tensors,
+)
 from trio_edge.runtime.bundle.manifest import GraphSpec, TensorSpec
 from trio_edge.trio.saliency import key_value_gram
 
@@ -32,26 +40,32 @@ if TYPE_CHECKING:
 
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.families.clip import ClipGraphs
-    from trio_edge.export.layout import Layout
-    from trio_edge.runtime.bundle.graph_io import GraphTensors
-    from trio_edge.runtime.bundle.manifest import Dimensions, Role
+    from trio_edge.export.graphs.layout import Layout
+    from trio_edge.runtime.bundle.manifest import Dimensions, Profile, Role
     from trio_edge.trio.selectors.interface import TokenSelector
 
 _MIN_TRACE_ROWS = 37  # any number that no other axis has
-_VISION_MORE = {"B": 3, "N": 5, "P": 148, "W": 7}
+# Dynamic axes are traced at so much more than their largest size, so that no two axes look alike to torch.export. P stays
+# a multiple of the four patches of a Qwen token.
+_MORE = {
+    "vision": {"B": 3, "N": 5, "P": 148, "W": 7},
+    "clip_text": {"M": 3},
+    "reduce": {"N": 5, "T": 3, "M": 3},
+    "select": {"N": 3, "S": _MIN_TRACE_ROWS, "R": 0, "F": 2 * _MIN_TRACE_ROWS},
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TracedGraph:
-    """A graph without weights, and which tensor each of its initializers is."""
+    """A graph without weights, and the source of each of its initializers."""
 
     spec: GraphSpec
-    """With ``weight_bytes`` still 0."""
+    """Description, with ``weight_bytes`` still 0."""
     model: ir.Model
-    weights: dict[str, str]
-    """Initializer name -> canonical tensor name in the checkpoint."""
+    weights: dict[str, StoredName]
+    """Initializer name -> the array that it is in the bundle."""
     constants: dict[str, NDArray[Any]]
-    """Initializer name, made unique by the graph's name -> values that export computed."""
+    """Initializer name -> values that export computed."""
 
 
 class _Tracer:
@@ -67,6 +81,27 @@ class _Tracer:
         self.names = {id(tensor): canonical_name(name) for name, tensor in model.root.named_parameters()}
         self.layer: ir.Model | None = None
         """Trace of one decoder layer, once there is one."""
+
+    def spec(
+        self,
+        name: str,
+        role: Role,
+        tensors: GraphTensors,
+        profiles: tuple[Profile, ...],
+        **layers: int,
+    ) -> GraphSpec:
+        """Return the description of a graph; ``layers`` are its ``first_layer`` and ``num_layers``."""
+        inputs, outputs = tensors
+        return GraphSpec(
+            name=name,
+            role=role,
+            file=f"{name}.onnx",
+            inputs=inputs,
+            outputs=outputs,
+            weight_bytes=0,  # known once the graph is written
+            profiles=profiles,
+            **layers,
+        )
 
     def rotary(self) -> RotaryTables:
         return RotaryTables(
@@ -84,14 +119,20 @@ class _Tracer:
         module: nn.Module,
         spec: GraphSpec,
         *,
-        args: tuple[Any, ...],
-        dynamic_shapes: tuple[Any, ...],
-        constants: Mapping[str, NDArray[Any]],
+        num_named: int | None = None,
+        constants: Mapping[str, NDArray[Any]] = MappingProxyType({}),
     ) -> TracedGraph:
+        """Return the trace of ``module``, whose ``forward`` takes inputs after the first ``num_named`` as ``*others``."""
+        if spec.role == "head":  # named axes, which give another graph than torch.export's own symbols
+            sizes, dims = {"S": _MIN_TRACE_ROWS}, {"S": torch.export.Dim("S")}
+        else:
+            sizes, dims = _trace_sizes(spec, several=_MORE[spec.role])
+        axes = tuple(dynamic_axes(tensor, dims=dims) for tensor in spec.inputs)
+        others = axes[num_named:] if num_named is not None else ()
         model = trace(
             module,
-            args=args,
-            dynamic_shapes=dynamic_shapes,
+            args=tuple(example_input(tensor, trace_sizes=sizes) for tensor in spec.inputs),
+            dynamic_shapes=(*axes[:num_named], others) if others else axes,
             inputs=spec.inputs,
             outputs=spec.outputs,
             opset=self.layout.opset,
@@ -106,7 +147,7 @@ class _Tracer:
         weights, values = {}, {}
         for name, value in model.graph.initializers.items():
             if name in parameters:
-                weights[name] = self.names[id(parameters[name])]
+                weights[name] = StoredName(self.names[id(parameters[name])])
             elif value.const_value is None:
                 values[name] = constants[name]
         return TracedGraph(spec=spec, model=model, weights=weights, constants=values)
@@ -166,29 +207,13 @@ def _range_role(index: int, num_ranges: int) -> Role:
 
 def _vision(tracer: _Tracer) -> TracedGraph:
     vision = tracer.model.vision
-    spec = GraphSpec(
-        name="vision",
-        role="vision",
-        file="vision.onnx",
-        inputs=vision.inputs,
-        outputs=vision.outputs,
-        weight_bytes=0,
-        profiles=tracer.layout.vision_profiles(),
-    )
-    sizes, dims = _trace_sizes(spec, several=_VISION_MORE)
-    return tracer.graph(
-        vision.module,
-        spec,
-        args=tuple(example_input(tensor, trace_sizes=sizes) for tensor in spec.inputs),
-        dynamic_shapes=tuple(dynamic_axes(tensor, dims=dims) for tensor in spec.inputs),
-        constants=vision.constants,
-    )
+    tensors = GraphTensors(vision.inputs, vision.outputs)
+    spec = tracer.spec("vision", "vision", tensors, tracer.layout.vision_profiles())
+    return tracer.graph(vision.module, spec, constants=vision.constants)
 
 
 def _trace_sizes(spec: GraphSpec, *, several: Mapping[str, int]) -> tuple[dict[str, int], dict[str, Any]]:
     """Return the sizes to trace at, and torch.export's dynamic dimension of the axes that have several sizes.
-
-    Dynamic axes are traced at ``several`` more than their largest size, so that no two axes look alike.
 
     An axis that has one size in all profiles is traced as that number: TensorRT plans better with constants.
     """
@@ -201,29 +226,13 @@ def _trace_sizes(spec: GraphSpec, *, several: Mapping[str, int]) -> tuple[dict[s
 
 
 def _clip_text(tracer: _Tracer, clip: ClipGraphs) -> TracedGraph:
-    length = clip.text.position_embedding.num_embeddings
-    spec = GraphSpec(
-        name=CLIP_TEXT,
-        role=CLIP_TEXT,
-        file=f"{CLIP_TEXT}.onnx",
-        inputs=(TensorSpec(name="clip_ids", dtype="int32", shape=("M", length)),),
-        outputs=(
-            TensorSpec(
-                name="clip_texts", dtype=tracer.layout.dtype, shape=("M", length, clip.projection_size)
-            ),
-        ),
-        profiles=tracer.layout.clip_text_profiles(),
-        weight_bytes=0,
+    length, dtype = clip.text.position_embedding.num_embeddings, tracer.layout.dtype
+    ids = TensorSpec(name="clip_ids", dtype="int32", shape=("M", length))
+    texts = TensorSpec(name="clip_texts", dtype=dtype, shape=("M", length, clip.projection_size))
+    spec = tracer.spec(
+        CLIP_TEXT, CLIP_TEXT, GraphTensors((ids,), (texts,)), tracer.layout.clip_text_profiles()
     )
-    sizes, dims = _trace_sizes(spec, several={"M": 3})
-    (ids,) = spec.inputs
-    return tracer.graph(
-        clip.text,
-        spec,
-        args=(example_input(ids, trace_sizes=sizes),),
-        dynamic_shapes=(dynamic_axes(ids, dims=dims),),
-        constants={},
-    )
+    return tracer.graph(clip.text, spec)
 
 
 def _reduce(tracer: _Tracer, selector: Any, *, before: Sequence[GraphSpec]) -> TracedGraph:
@@ -245,54 +254,27 @@ def _reduce(tracer: _Tracer, selector: Any, *, before: Sequence[GraphSpec]) -> T
         texts = outputs_before["clip_texts"]
         marks = TensorSpec(name="text_marks", dtype="int32", shape=texts.shape[:2])
         inputs += [outputs_before["clip_patches"], texts, marks]
-    spec = GraphSpec(
-        name="reduce",
-        role="reduce",
-        file="reduce.onnx",
-        inputs=tuple(inputs),
-        outputs=(
-            TensorSpec(name="reduced_tokens", dtype=layout.dtype, shape=(selector.num_keep, hidden)),
-            TensorSpec(name="kept_tokens", dtype="int32", shape=(selector.num_keep,)),
-        ),
-        weight_bytes=0,
-        profiles=layout.reduce_profiles(with_text=selector.needs_text),
+    outputs = (
+        TensorSpec(name="reduced_tokens", dtype=layout.dtype, shape=(selector.num_keep, hidden)),
+        TensorSpec(name="kept_tokens", dtype="int32", shape=(selector.num_keep,)),
     )
-    sizes, dims = _trace_sizes(spec, several={"N": 5, "T": 3, "M": 3})
-    return tracer.graph(
-        Reduce(selector),
-        spec,
-        args=tuple(example_input(tensor, trace_sizes=sizes) for tensor in inputs),
-        dynamic_shapes=_with_others(inputs, dims=dims, named=3),
-        constants={},
-    )
-
-
-def _with_others(inputs: Sequence[TensorSpec], *, dims: Mapping[str, Any], named: int) -> tuple[Any, ...]:
-    """Return the dynamic axes of a ``forward`` whose arguments after ``named`` ones are ``*others``."""
-    axes = [dynamic_axes(tensor, dims=dims) for tensor in inputs]
-    return (*axes[:named], tuple(axes[named:])) if len(axes) > named else tuple(axes)
+    profiles = layout.reduce_profiles(with_text=selector.needs_text)
+    spec = tracer.spec("reduce", "reduce", GraphTensors(tuple(inputs), outputs), profiles)
+    return tracer.graph(Reduce(selector), spec, num_named=3)
 
 
 def _range(tracer: _Tracer, index: int, layers: range, *, name: str, role: Role) -> TracedGraph:
     with_previous = role != "suffix" and needs_previous(tracer.layout.schedule)
-    inputs, outputs = _range_tensors(tracer, layers, with_previous=with_previous)
-    spec = GraphSpec(
-        name=name,
-        role=role,
-        file=f"{name}.onnx",
-        inputs=inputs,
-        outputs=outputs,
-        profiles=tracer.layout.range_profiles(index),
-        weight_bytes=0,
-        first_layer=layers.start,
-        num_layers=len(layers),
-    )
+    tensors = _range_tensors(tracer, layers, with_previous=with_previous)
+    profiles = tracer.layout.range_profiles(index)
+    spec = tracer.spec(name, role, tensors, profiles, first_layer=layers.start, num_layers=len(layers))
     if tracer.layer is None:
         tracer.layer = _one_layer(tracer)
+    outputs = tensors.outputs
     layer_outputs, previous = (outputs[:-1], outputs[-1]) if with_previous else (outputs, None)
     model = stack_layers(
         tracer.layer,
-        inputs=inputs,
+        inputs=tensors.inputs,
         outputs=layer_outputs,
         num_layers=len(layers),
         last_input=previous,
@@ -340,7 +322,7 @@ def _select(tracer: _Tracer, stage: int) -> TracedGraph:
     rows = layout.visual_rows(stage)
     selector: Any = stage_selector(tracer.model, schedule, stage=stage, max_visual=max(rows))
     module = Select(selector, tracer.rotary(), preserve_positions=schedule.positions == "preserved")
-    inputs, outputs = select_tensors(
+    tensors = select_tensors(
         num_keep,
         dimensions=tracer.dimensions,
         dtype=layout.dtype,
@@ -348,29 +330,12 @@ def _select(tracer: _Tracer, stage: int) -> TracedGraph:
         with_previous=selector.needs_previous,
         with_prompt=selector.needs_prompt,
     )
-    spec = GraphSpec(
-        name=f"select_{stage + 1}",
-        role="select",
-        file=f"select_{stage + 1}.onnx",
-        inputs=inputs,
-        outputs=outputs,
-        profiles=layout.select_profiles(stage, with_prompt=selector.needs_prompt),
-        weight_bytes=0,
-        first_layer=layer_index,
-    )
+    profiles = layout.select_profiles(stage, with_prompt=selector.needs_prompt)
+    spec = tracer.spec(f"select_{stage + 1}", "select", tensors, profiles, first_layer=layer_index)
     constants: dict[str, NDArray[Any]] = {"rotary.inv_freq": tracer.model.inv_freq}
     if any(name == "saliency.key_value_gram" for name, _ in selector.named_buffers()):
         constants["selector.saliency.key_value_gram"] = _gram(tracer.checkpoint, layer_index)
-    sizes, symbols = _trace_sizes(
-        spec, several={"N": 3, "S": _MIN_TRACE_ROWS, "R": 0, "F": 2 * _MIN_TRACE_ROWS}
-    )
-    return tracer.graph(
-        module,
-        spec,
-        args=tuple(example_input(tensor, trace_sizes=sizes) for tensor in inputs),
-        dynamic_shapes=_with_others(inputs, dims=symbols, named=5),
-        constants=constants,
-    )
+    return tracer.graph(module, spec, num_named=5, constants=constants)
 
 
 def _gram(checkpoint: Checkpoint, layer: int) -> NDArray[np.float32]:
@@ -385,21 +350,6 @@ def _gram(checkpoint: Checkpoint, layer: int) -> NDArray[np.float32]:
 
 
 def _head(tracer: _Tracer) -> TracedGraph:
-    inputs, outputs = head_tensors(dimensions=tracer.dimensions, dtype=tracer.layout.dtype)
-    spec = GraphSpec(
-        name="head",
-        role="head",
-        file="head.onnx",
-        inputs=inputs,
-        outputs=outputs,
-        profiles=tracer.layout.head_profiles(),
-        weight_bytes=0,
-    )
-    symbols = {"S": torch.export.Dim("S")}
-    return tracer.graph(
-        Head(tracer.model.final_norm, tracer.model.lm_head),
-        spec,
-        args=tuple(example_input(tensor, trace_sizes={"S": _MIN_TRACE_ROWS}) for tensor in inputs),
-        dynamic_shapes=tuple(dynamic_axes(tensor, dims=symbols) for tensor in inputs),
-        constants={},
-    )
+    tensors = head_tensors(dimensions=tracer.dimensions, dtype=tracer.layout.dtype)
+    spec = tracer.spec("head", "head", tensors, tracer.layout.head_profiles())
+    return tracer.graph(Head(tracer.model.final_norm, tracer.model.lm_head), spec)

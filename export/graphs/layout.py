@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 def vision_profiles(
-    pictures: Sequence[Mapping[str, int]], *, schedule: Schedule, token_keep: int | None
+    images: Sequence[Mapping[str, int]], *, schedule: Schedule, token_keep: int | None
 ) -> tuple[Mapping[str, int], ...]:
     """Return the sizes that the vision graph runs at, cheapest decoder first.
 
     Args:
-        pictures: For each kind of picture to come its sizes, N among them.
+        images: The sizes of each image that is exported for, N among them.
         schedule: A selection needs at least as many rows as it keeps, so N is raised to the first stage's K.
         token_keep: K of the selection before the decoder, if there is one.
     """
     least = schedule.stages[0].keep if schedule.stages else 1
     if token_keep is not None:
         least = token_keep
-    raised = {tuple(sorted({**sizes, "N": max(sizes["N"], least)}.items())) for sizes in pictures}
+    raised = {tuple(sorted({**sizes, "N": max(sizes["N"], least)}.items())) for sizes in images}
     return tuple(
         sorted(map(dict, raised), key=lambda sizes: (sizes["N"], *(sizes[name] for name in sorted(sizes))))
     )
@@ -35,7 +35,7 @@ def vision_profiles(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """What the shapes of all graphs follow from."""
+    """The sizes that all shapes of all graphs follow from."""
 
     vision_sizes: tuple[Mapping[str, int], ...]
     """Sizes of the vision graph's profiles, N among them."""
@@ -50,14 +50,14 @@ class Layout:
     """Every M of CLIP's text tower, ascending; none without one."""
 
     @property
-    def picture_sizes(self) -> tuple[int, ...]:
+    def vision_rows(self) -> tuple[int, ...]:
         """Every N of the vision graph, ascending."""
         return tuple(sorted({sizes["N"] for sizes in self.vision_sizes}))
 
     @property
     def visual_sizes(self) -> tuple[int, ...]:
         """Every N of the prefix, ascending."""
-        return self.picture_sizes if self.token_keep is None else (self.token_keep,)
+        return self.vision_rows if self.token_keep is None else (self.token_keep,)
 
     def reduce_profiles(self, *, with_text: bool) -> tuple[Profile, ...]:
         """Return the profiles of the selection before the decoder.
@@ -68,12 +68,12 @@ class Layout:
             return self._reduce_profiles("M", self.clip_texts)
         if with_text:
             return self._reduce_profiles("T", self.text_buckets)
-        return tuple(Profile(name=f"n{rows}", sizes={"N": rows}) for rows in self.picture_sizes)
+        return tuple(Profile(name=f"n{rows}", sizes={"N": rows}) for rows in self.vision_rows)
 
     def _reduce_profiles(self, symbol: str, counts: tuple[int, ...]) -> tuple[Profile, ...]:
         return tuple(
             Profile(name=f"n{rows}+{count}", sizes={"N": rows, symbol: count})
-            for rows in self.picture_sizes
+            for rows in self.vision_rows
             for count in counts
         )
 

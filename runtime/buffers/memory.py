@@ -1,4 +1,4 @@
-"""How much device memory a bundle takes, before anything is loaded, and whether that much is free.
+"""The device memory that a bundle takes, counted before anything is loaded and compared with what is free.
 
 weights      of all loaded graphs; for TensorRT the sizes of the engine files, which hold them
 KV caches    at their full capacity
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
+from trio_edge.runtime.buffers.decoder import DecoderBuffers
+from trio_edge.runtime.buffers.vision import VisionBuffers
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.runtime.decoder_buffers import DecoderBuffers
 from trio_edge.runtime.devices.interface import aligned
-from trio_edge.runtime.vision import VisionBuffers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,6 +36,7 @@ def estimate(manifest: Manifest, specs: Sequence[GraphSpec], *, weight_bytes: in
         weight_bytes: Of these graphs.
     """
     memory = {"weights": weight_bytes, "workspace": _activation_bytes(manifest, specs)}
+    # Single graphs are loaded for comparisons, with buffers of their own.
     if len(specs) == len(manifest.graphs):
         counting = _CountingAllocator()
         DecoderBuffers(manifest, counting)
@@ -46,6 +47,7 @@ def estimate(manifest: Manifest, specs: Sequence[GraphSpec], *, weight_bytes: in
 
 def check_memory(device: Device, memory: Mapping[str, int]) -> None:
     """Raise BackendError if ``device`` says that it has less free than ``memory``."""
+    # Without this, the system may end the whole process instead, as on a Jetson, whose GPU shares its memory.
     free, needed = device.free_bytes(), sum(memory.values())
     if free is not None and needed > free:
         parts = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in memory.items())

@@ -1,7 +1,7 @@
 """One graph alone, at one profile, with inputs and outputs of its own: for comparisons and timing.
 
 graphs = make_backend("onnxruntime").load(bundle, ["head"])
-head = GraphRun(graphs, "head", profile="decode")
+head = SingleGraph(graphs, "head", profile="decode")
 outputs = head.run({"hidden_states": hidden, "last_row": np.zeros(1, np.int32)})
 print(head.milliseconds(100))
 graphs.close()
@@ -12,8 +12,8 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, final
 
+from trio_edge.runtime.buffers.blocks import Block
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
-from trio_edge.runtime.devices.blocks import Block
 from trio_edge.runtime.devices.interface import shape_at
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @final
-class GraphRun:
+class SingleGraph:
     """A graph bound to buffers of its own."""
 
     def __init__(self, graphs: LoadedGraphs, name: str, *, profile: str) -> None:
@@ -48,16 +48,14 @@ class GraphRun:
                 f"{name}: expected one of the profiles {known}, got {profile!r}; choose one of them"
             )
         self.profile = found
-        self._shapes = {
-            tensor.name: shape_at(tensor.shape, found) for tensor in (*spec.inputs, *spec.outputs)
-        }
+        self._shapes = {tensor.name: shape_at(tensor.shape, found) for tensor in spec.tensors}
         self._blocks = {
             tensor.name: Block(
                 self._device,
                 {tensor.name: (tensor.dtype, self._shapes[tensor.name])},
                 purpose=f"{tensor.name} of {name}",
             )
-            for tensor in (*spec.inputs, *spec.outputs)
+            for tensor in spec.tensors
         }
         tensors = {key: block.tensor(key, self._shapes[key]) for key, block in self._blocks.items()}
         self._launch = self._engine.prepare(found, tensors)
@@ -100,7 +98,7 @@ class GraphRun:
             )
 
     def milliseconds(self, count: int) -> float:
-        """Return the mean time of ``count`` runs enqueued one behind the other, with the inputs that were sent last."""
+        """Return the mean time of ``count`` runs enqueued one after the other, with the inputs that were sent last."""
         self._start.record()
         for _ in range(count):
             self._enqueue()

@@ -1,6 +1,6 @@
-"""A folder that appears complete or not at all: written beside its target and renamed at the end.
+"""Folders and files that appear complete or not at all: written next to their target and renamed at the end.
 
-The folder beside the target is locked while its process lives, so the next writer of the same target can tell what a
+The folder next to the target is locked while its process lives, so the next writer of the same target can tell what a
 killed one left (and deletes it) from what another one is still writing.
 """
 
@@ -29,7 +29,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux
 
 
 @contextmanager
-def folder_beside(
+def atomic_folder(
     target: Path,
     *,
     num_bytes: int,
@@ -39,7 +39,7 @@ def folder_beside(
     elsewhere: str = "",
     before_rename: Callable[[], None] = lambda: None,
 ) -> Iterator[Path]:
-    """Yield a new folder beside ``target`` that becomes ``target`` when the block ends well and vanishes when it does not.
+    """Yield a new folder next to ``target`` that becomes ``target`` when the block ends well and vanishes when it does not.
 
     What earlier writers of ``target`` left when they were killed is deleted first.
 
@@ -80,14 +80,14 @@ def folder_beside(
 
 
 def check_place(target: Path, *, num_bytes: int, error: type[TrioEdgeError], way_out: str) -> None:
-    """Raise ``error`` if ``folder_beside`` could not create ``target`` now; changes nothing.
+    """Raise ``error`` if ``atomic_folder`` could not create ``target`` now; changes nothing.
 
     For what takes long before it is written.
 
     Args:
         target: The folder to be.
         num_bytes: What is going to be written at least.
-        error: As for ``folder_beside``.
+        error: As for ``atomic_folder``.
         way_out: Likewise.
     """
     # Path.exists raises in a folder that may not be entered
@@ -108,7 +108,7 @@ def _check_free(folder: Path, *, num_bytes: int, error: type[TrioEdgeError], els
 
 
 def delete_leftovers(target: Path) -> None:
-    """Delete the folders beside ``target`` that killed writers left; one that a living process holds stays.
+    """Delete the folders next to ``target`` that killed writers left; one that a living process holds stays.
 
     Raises:
         OSError: If the folder that holds ``target`` cannot be listed.
@@ -125,7 +125,7 @@ def delete_leftovers(target: Path) -> None:
 
 
 def _new_folder(target: Path) -> tuple[Path, int | None]:
-    """Return a new folder beside ``target``, and its lock."""
+    """Return a new folder next to ``target``, and its lock."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         try:
@@ -182,6 +182,7 @@ def _replace(partial: Path, target: Path) -> None:
 
 def _exchange(first: Path, second: Path) -> bool:
     """Swap two folders' names in one step; return whether this system and file system can."""
+    # Python has no call for it; without it there is a moment in which no folder has the name.
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
@@ -189,7 +190,7 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
 
 
-# Files that a command writes: checked before its work, and there completely or not at all.
+# Single files that a command writes
 
 
 def check_outputs(paths: Mapping[str, Path]) -> None:
@@ -210,20 +211,15 @@ def check_outputs(paths: Mapping[str, Path]) -> None:
 def _check_output(option: str, path: Path) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise DataError(f"{option}: expected a file in an existing folder, got {path}; create the folder")
-    if (
-        path.exists() or path.is_symlink()
-    ) and not path.is_file():  # renaming onto a device would put a file in its place
+    # Renaming onto a device would put a file in its place.
+    if (path.exists() or path.is_symlink()) and not path.is_file():
         raise DataError(f"{option}: expected a file, got {path}, which is none; choose another name")
-    try:
-        _new_file_beside(path).unlink()
-    except OSError as error:
-        raise DataError(
-            f"{option} {path}: cannot be written ({error.strerror}); choose another folder"
-        ) from None
+    with _data_errors(option, path):
+        _new_partial_file(path).unlink()
 
 
 def write_output(option: str, path: Path, content: bytes) -> None:
-    """Write ``content`` beside ``path`` and rename it; where that is a link, what it leads to.
+    """Write ``content`` next to ``path`` and rename it; where that is a link, what it leads to.
 
     Args:
         option: Its name on the command line.
@@ -233,21 +229,26 @@ def write_output(option: str, path: Path, content: bytes) -> None:
     Raises:
         DataError: If it cannot be written; what was there stays.
     """
-    partial = None
+    with _data_errors(option, path):
+        partial = _new_partial_file(path)
+        try:
+            partial.write_bytes(content)
+            partial.replace(path.resolve())
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _data_errors(option: str, path: Path) -> Iterator[None]:
     try:
-        partial = _new_file_beside(path)
-        partial.write_bytes(content)
-        partial.replace(path.resolve())
+        yield
     except OSError as error:
         raise DataError(
             f"{option} {path}: cannot be written ({error.strerror}); choose another folder"
         ) from None
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
 
 
-def _new_file_beside(path: Path) -> Path:
+def _new_partial_file(path: Path) -> Path:
     place = path.resolve()
     handle, name = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
     os.close(handle)
