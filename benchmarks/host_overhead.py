@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.cuda_on_host import CudaOnHost, Error, pretend_gpu, write_engines
 from tests.engine_bundles import HOST
-from trio_edge.profiling.measure.answers import endless
-from trio_edge.profiling.page.pictures import PROMPT, picture_sizes, random_picture
+from trio_edge.profiling.measure.answers import without_stop_tokens
+from trio_edge.profiling.measure.images import PROMPT, measured_sizes, random_image
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.pipeline import Pipeline
@@ -92,8 +92,8 @@ def main() -> None:
 def step_ms(folder: Path, cuda: CudaThatCanRest) -> list[float]:
     """Return how long each token took with a resting CUDA: embedding, decode step, choice of the token."""
     bundle = open_bundle(folder)
-    with Pipeline(endless(bundle), make_backend("tensorrt", bundle=bundle)) as pipeline:
-        picture = random_picture(picture_sizes(pipeline)[0])
+    with Pipeline(without_stop_tokens(bundle), make_backend("tensorrt", bundle=bundle)) as pipeline:
+        picture = random_image(measured_sizes(pipeline)[0])
         answer = pipeline.generate(picture, PROMPT, max_new_tokens=bundle.manifest.max_new_tokens)
         answer.token_ids = _RestingIds(cuda)
         for _ in answer:

@@ -82,7 +82,7 @@ class Plot:
 
 
 @dataclass(slots=True, kw_only=True)
-class Canvas:
+class Drawing:
     """A figure of a page while it is drawn."""
 
     axes: Any
@@ -105,18 +105,18 @@ def check_matplotlib(option: str, *, extra: str) -> None:
 
 
 @contextmanager
-def canvas(title: str, *, height: float = _HEIGHT, x_label: str, y_label: str = "") -> Iterator[Canvas]:
+def canvas(title: str, *, height: float = _HEIGHT, x_label: str, y_label: str = "") -> Iterator[Drawing]:
     """Give a figure of a page's width to draw on; its ``svg`` is written when the block ends.
 
     Args:
-        title: What a screen reader says; of no other figure of the page.
-        height: In units of the view box.
-        x_label: Of the horizontal axis.
-        y_label: Of the vertical one.
+        title: Text for screen readers; no other figure of the page has it.
+        height: Height in units of the view box.
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
     """
     with figure_style(title):
         figure = new_figure(_WIDTH / _POINTS_PER_INCH, height / _POINTS_PER_INCH)
-        drawn = Canvas(axes=figure.add_subplot())
+        drawn = Drawing(axes=figure.add_subplot())
         drawn.axes.set(xlabel=x_label, ylabel=y_label)
         yield drawn
         for axis in (drawn.axes.xaxis, drawn.axes.yaxis):

@@ -1,14 +1,31 @@
-"""Resident memory of this process, now and at its peak."""
+"""Memory of this process and of the GPU while one bundle is loaded and answers its first questions."""
 
 from __future__ import annotations
 
 import contextlib
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # of proc(5): the peak starts again at what is resident now
+
+
+@dataclass(slots=True, kw_only=True)
+class MeasuredMemory:
+    """Bytes; None where the system does not say."""
+
+    planned: dict[str, int] = field(default_factory=dict)
+    """What the backend says that its memory is for."""
+    before: int | None = None
+    """Resident in the process before the bundle was loaded."""
+    loaded: int | None = None
+    """Resident once it was loaded."""
+    peak: int | None = None
+    """The most that was resident during the first answers."""
+    device_free: int | None = None
+    """Free on the GPU after them; None on a CPU."""
 
 
 def resident_bytes() -> int | None:
