@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from parts.tables import markdown
 
-from trio_edge.profiling.measure.machine_info import find_device
+from trio_edge.profiling.measure.machine_info import find_machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -157,6 +157,6 @@ def folder_bytes(folder: Path, pattern: str = "*") -> int:
 def machine() -> str:
     """Return what all measurements of this kind depend on."""
     return (
-        f"{os.cpu_count()} CPUs ({find_device().name}), Python {platform.python_version()}, torch"
+        f"{os.cpu_count()} CPUs ({find_machine().name}), Python {platform.python_version()}, torch"
         f" {version('torch')}, transformers {version('transformers')}"
     )

@@ -30,7 +30,7 @@ from trio_edge.calibration.questions import (
     shard_of,
     synthetic_questions,
 )
-from trio_edge.profiling.measure.machine_info import find_device, find_versions
+from trio_edge.profiling.measure.machine_info import find_machine, find_versions
 from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _report(
             machine={
                 "system": platform.system(),
                 "architecture": platform.machine(),
-                "processor": find_device().name,
+                "processor": find_machine().name,
                 "cpus": str(os.cpu_count()),
             },
         ),

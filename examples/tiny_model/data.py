@@ -22,8 +22,8 @@ from trio_edge.calibration.shapes.scene import (  # fmt: skip
     PLACES,
     SHAPES,
     SIZES,
-    SceneCanvas,
     Scene,
+    SceneCanvas,
     make_scene,
     render,
 )
