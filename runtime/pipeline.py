@@ -136,9 +136,8 @@ class Pipeline:
         self._template = bundle.read_text(manifest.text.chat_template)
         self._embedding = EmbeddingTable(bundle)
         clip_texts = None if manifest.clip_text is None else ClipTexts(bundle)
-        self._graphs = backend.load(
-            bundle
-        )  # last of what may fail: it takes seconds, and the device's memory
+        # After all that can fail early: loading takes seconds, and the device's memory.
+        self._graphs = backend.load(bundle)
         try:
             self._vision = Vision(manifest, self._graphs, images=self.images, clip_texts=clip_texts)
             self._decoder = Decoder(manifest, self._graphs)

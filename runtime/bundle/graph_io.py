@@ -230,9 +230,8 @@ def _text(tensor: TensorSpec) -> str:
 
 MAX_TEXT = 256
 """Largest prompt in text tokens, unless the user chooses another."""
-MOST_TOKENS = (
-    1 << 20
-)  # far above any model's positions: a mistyped number fails here, not when memory is full
+# Far above any model's positions: a mistyped number fails here, not when memory is full.
+MOST_TOKENS = 1 << 20
 """Largest prompt, and longest answer, that can be chosen."""
 # Every bucket is one more profile of every engine; doublings waste less than half of a prompt's rows.
 _SMALLEST_BUCKET = 32

@@ -85,9 +85,8 @@ class CudaDevice:
 
     def allocate(self, num_bytes: int, *, purpose: str) -> int:
         """Allocate zeroed device memory."""
-        address = int(
-            self._allocated("cudaMalloc", max(1, num_bytes), purpose)
-        )  # 0 bytes would give no address
+        # At least 1: no address is given for 0 bytes.
+        address = int(self._allocated("cudaMalloc", max(1, num_bytes), purpose))
         self._memory.append(address)
         self._call("cudaMemsetAsync", address, 0, num_bytes, self._stream)
         return address

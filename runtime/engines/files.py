@@ -187,9 +187,8 @@ def open_engines(
         if not problems:
             check_files(folder, engine_set, bundle=bundle, hash_all=hash_all)
             return Engines(folder=folder, engine_set=engine_set, notes=_notes(engine_set, host))
-        unfit.append(
-            (-len(problems), f"{folder}: {problems[0]}")
-        )  # the target with fewest differences is named
+        # The target with fewest differences is named.
+        unfit.append((-len(problems), f"{folder}: {problems[0]}"))
     raise BackendError(max(unfit, key=lambda pair: pair[0])[1])
 
 

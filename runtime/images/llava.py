@@ -336,9 +336,7 @@ def _anyres_tiles(image: Image.Image, images: LlavaImages) -> list[NDArray[np.ui
         for y in range(0, on_grid.height, tile)
         for x in range(0, on_grid.width, tile)
     ]
-    if (
-        images.do_resize
-    ):  # also of tiles that have the size already, where ``resize_size`` differs from ``tile_size``
+    if images.do_resize:
         tiles = [_resized(piece, (side, side), images) for piece in tiles]
     return [_cropped(piece, images) for piece in tiles]
 
