@@ -123,7 +123,7 @@ class _Tracer:
         constants: Mapping[str, NDArray[Any]] = MappingProxyType({}),
     ) -> TracedGraph:
         """Return the trace of ``module``, whose ``forward`` takes inputs after the first ``num_named`` as ``*others``."""
-        if spec.role == "head":  # named axes, which give another graph than torch.export's own symbols
+        if spec.role == "head":  # a named axis: torch.export's own symbols would rename values of the graph
             sizes, dims = {"S": _MIN_TRACE_ROWS}, {"S": torch.export.Dim("S")}
         else:
             sizes, dims = _trace_sizes(spec, several=_MORE[spec.role])

@@ -146,7 +146,7 @@ class _Search:
     def _group(self, section: Section, group: LinearGroup, inputs: Inputs) -> Tensor | None:
         """Return the best factors, and note ranges and errors."""
         rounding = GroupRounding.of(group, inputs.all_rows(), kind=section.kind, dtype=self._dtype)
-        best, error = rounding.best(rounding.candidates() if group.can_move else [])
+        best, error = rounding.best(rounding.candidates() if group.can_smooth else [])
         self.errors.append(
             GroupError(
                 part=section.part,

@@ -44,7 +44,7 @@ def read_text_files(
     Args:
         checkpoint: With its tokenizer's files.
         default_template: For a checkpoint without a chat template.
-        image_marks: What is written into the template before and after its image token.
+        image_marks: Texts that are written into the template before and after its image token.
 
     Raises:
         CheckpointError: If there is no tokenizer, its image token is not a single known token or not in the template

@@ -88,9 +88,9 @@ class Family(Protocol):
         """Return the model's modules; called under FakeTensorMode with the wanted default dtype.
 
         Args:
-            checkpoint: Where the configuration is.
+            checkpoint: Holds the configuration.
             processing: With the encoder reduction that the vision graph shall do.
-            dtype: Of the graph's floating point outputs.
+            dtype: Type of the graph's floating point outputs.
             with_features: Whether the vision graph gives what ``TokenSelector.needs_features`` names.
 
         Raises:
@@ -105,7 +105,7 @@ class Family(Protocol):
 
         Args:
             checkpoint: With its preprocessor's configuration.
-            encoder_keep: What the vision encoder keeps, or None for all.
+            encoder_keep: Patches or tokens that the vision encoder keeps; None for all.
             max_visual: Visual tokens that an image of any size is scaled down to, where the family scales.
 
         Raises:

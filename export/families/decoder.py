@@ -23,7 +23,7 @@ def read_config(checkpoint: Checkpoint, *, text_types: tuple[str, ...] = ()) -> 
     """Return transformers' configuration of ``checkpoint``; its decoder is checked, a head in the checkpoint untied.
 
     Args:
-        checkpoint: Where the configuration is.
+        checkpoint: Holds the configuration.
         text_types: Decoders that the family's language model may be; empty where it can be one only.
 
     Raises:

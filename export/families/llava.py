@@ -156,50 +156,50 @@ def _vision_graph(
     with_features: bool,
 ) -> tuple[VisionGraph, int]:
     """Return the graph and how many layers of the vision tower run in it."""
-    constants, keep = processing, processing.encoder_keep
-    hidden = inner.language_model.config.hidden_size
-    outputs = [TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", hidden))]
-    newline, vision = getattr(inner, "image_newline", None), inner.vision_tower.config
-    module: ClipVision | VisionWithFeatures | ReducedVision
-    if with_features:
-        if keep is not None:
-            raise ScheduleError(
-                "--token-method: expected one that needs no class token with --encoder-keep, got one that does;"
-                " leave out --encoder-keep"
-            )
-        observed = vision.num_hidden_layers - 2
-        features = ClipFeatures(inner.vision_tower, feature_layers=feature_layers)
-        module = VisionWithFeatures(features, inner.multi_modal_projector, newline, observed=observed)
-        widths = (vision.hidden_size * len(feature_layers), vision.hidden_size // vision.num_attention_heads)
-        outputs += [
-            TensorSpec(name=name, dtype=dtype, shape=("N", width))
-            for name, width in zip(FEATURE_NAMES, widths)
-        ]
-        outputs.append(TensorSpec(name=FEATURE_NAMES[2], dtype="float32", shape=("N",)))
-    elif keep is None:
-        features = ClipFeatures(inner.vision_tower, feature_layers=feature_layers)
-        module = ClipVision(features, inner.multi_modal_projector, newline)
-    else:
-        module = ReducedVision(
-            inner.vision_tower, inner.multi_modal_projector, feature_layers=feature_layers, num_keep=keep
-        )
-        outputs.append(TensorSpec(name=KEPT_PATCHES, dtype="int32", shape=("B", keep)))
-    side = constants.tile_size
+    module, more_outputs = _vision_module(
+        inner, feature_layers, keep=processing.encoder_keep, dtype=dtype, with_features=with_features
+    )
+    hidden, side = inner.language_model.config.hidden_size, processing.tile_size
     graph = VisionGraph(
         module=module,
         inputs=(
             TensorSpec(name="pixel_values", dtype="float32", shape=("B", 3, side, side)),
             TensorSpec(name="token_index", dtype="int32", shape=("N",)),
         ),
-        outputs=tuple(outputs),
+        outputs=(TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", hidden)), *more_outputs),
         linear_groups=clip_groups(module.tower_layers(), inner.multi_modal_projector),
         constants={
-            name: np.arange(constants.patches_per_tile + 1, dtype=np.int64)[None]
+            name: np.arange(processing.patches_per_tile + 1, dtype=np.int64)[None]
             for name, _ in module.named_buffers()
             if name.endswith("position_ids")
         },
     )
     return graph, len(module.tower_layers())
+
+
+def _vision_module(
+    inner: Any, feature_layers: tuple[int, ...], *, keep: int | None, dtype: FloatType, with_features: bool
+) -> tuple[ClipVision | VisionWithFeatures | ReducedVision, list[TensorSpec]]:
+    """Return the module, and its outputs after the visual tokens."""
+    tower, projector = inner.vision_tower, inner.multi_modal_projector
+    if keep is not None:
+        if with_features:
+            raise ScheduleError(
+                "--token-method: expected one that needs no class token with --encoder-keep, got one that does;"
+                " leave out --encoder-keep"
+            )
+        reduced = ReducedVision(tower, projector, feature_layers=feature_layers, num_keep=keep)
+        return reduced, [TensorSpec(name=KEPT_PATCHES, dtype="int32", shape=("B", keep))]
+    features = ClipFeatures(tower, feature_layers=feature_layers)
+    newline, vision = getattr(inner, "image_newline", None), tower.config
+    if not with_features:
+        return ClipVision(features, projector, newline), []
+    module = VisionWithFeatures(features, projector, newline, observed=vision.num_hidden_layers - 2)
+    widths = (vision.hidden_size * len(feature_layers), vision.hidden_size // vision.num_attention_heads)
+    outputs = [
+        TensorSpec(name=name, dtype=dtype, shape=("N", width)) for name, width in zip(FEATURE_NAMES, widths)
+    ]
+    return module, [*outputs, TensorSpec(name=FEATURE_NAMES[2], dtype="float32", shape=("N",))]
 
 
 def _image_processing(checkpoint: Checkpoint, *, default_type: str) -> LlavaImages:

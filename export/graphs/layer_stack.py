@@ -36,8 +36,8 @@ def stack_layers(
     Args:
         layer: Trace of a ``DecoderRange`` with one layer.
         inputs: I/O tensors of the result in the order of ``DecoderRange``.
-        outputs: Likewise: hidden states, then key and value of each layer.
-        num_layers: How many; layer i's weights become initializers ``layers.{i}.…``.
+        outputs: In the same order: hidden states, then key and value of each layer.
+        num_layers: Number of copies; layer i's weights become initializers ``layers.{i}.…``.
         last_input: A further output, after the others: the hidden states that enter the last layer.
     """
     source = layer.graph

@@ -36,7 +36,7 @@ class LinearGroup:
         return int(self.linears[0].get_parameter("weight").shape[1])
 
     @property
-    def can_move(self) -> bool:
+    def can_smooth(self) -> bool:
         """Whether the inputs are the outputs of ``before``, one for one.
 
         They are not for ``o`` with grouped-query attention, where several heads read one row of v.
@@ -85,7 +85,7 @@ def projector_groups(
     Args:
         first: Its first layer.
         second: Its second one.
-        norm: What gives the first one's inputs, if that is a norm of as many elements.
+        norm: The norm before the first one, if it has as many elements as that has inputs.
     """
     return (
         LinearGroup(name="projector_1", layer=None, linears=(first,), before=norm),

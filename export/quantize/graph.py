@@ -79,7 +79,7 @@ def quantize_graph(
     Args:
         model: Traced graph, before its weights are attached.
         forms: By initializer name.
-        opset: What the graph is raised to.
+        opset: The graph is raised to this one, if its own is lower.
     """
     raise_opset(model, opset)
     constants: dict[str, NDArray[Any]] = {}

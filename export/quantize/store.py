@@ -46,7 +46,7 @@ def store_quantized(
 
     Args:
         checkpoint: Source of the weights.
-        forms: What to write; weights [O, I] become [I, O], tables stay as they are.
+        forms: The tensors to write; weights [O, I] become [I, O], tables stay as they are.
         bundle: Folder being written.
         dtype: Element type of scales, and of what stays in floating point.
         on_bytes: Called with the number of bytes just written, for progress.

@@ -88,7 +88,7 @@ def test_factors_move_where_the_model_stays_as_it_was(
     movable: dict[str, list[str]] = {"vision": [], "decoder": [], "head": []}
     for section in quantized_sections(model, Schedule(), parse_plan("all=int8")):
         for group in section.groups:
-            if group.can_move:
+            if group.can_smooth:
                 found.append((group, 0.3 + 2.0 * torch.rand(group.num_inputs, generator=generator)))
                 movable[section.part].append(group.name)
     names = {part: list(dict.fromkeys(of_part)) for part, of_part in movable.items()}

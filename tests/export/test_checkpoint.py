@@ -28,8 +28,8 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 TRIO_EXPORT = Path(sys.executable).parent / "trio-export"
 READ = """
 import json, sys
-from trio_edge.export.checkpoint import read_checkpoint
-from trio_edge.runtime.errors import CheckpointError
+from trio_edge.export.checkpoints.checkpoint import read_checkpoint
+from trio_edge.runtime.bundle.errors import CheckpointError
 try:
     checkpoint = read_checkpoint(sys.argv[1], revision=sys.argv[2] or None)
 except CheckpointError as error:
@@ -238,7 +238,7 @@ def test_ctrl_c_in_a_download_gives_one_line_at_once(hub: HubServer, tmp_path: P
 
 def test_refused_configuration_downloads_no_weights(hub: HubServer, tmp_path: Path) -> None:
     refuse = f"""
-from trio_edge.export.checkpoint import read_checkpoint
+from trio_edge.export.checkpoints.checkpoint import read_checkpoint
 read_checkpoint({REPOSITORY!r}, check_config=lambda folder, config: exit(config["model_type"]))
 """
     result = subprocess.run(

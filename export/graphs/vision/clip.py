@@ -108,9 +108,9 @@ class VisionWithFeatures(nn.Module):
         """Take the parts of the tower.
 
         Args:
-            features: Of the tower.
-            projector: To the decoder's width.
-            newline: Of LLaVA-NeXT.
+            features: The layers of the tower that run.
+            projector: Takes features to the decoder's width.
+            newline: The newline token; LLaVA-NeXT has one.
             observed: Layer whose keys and attention are given: the one before the tower's last.
 
         Raises:

@@ -289,7 +289,7 @@ def attention(module: Any, qkv_BRX: Tensor, rows: Rows) -> tuple[Tensor, Tensor]
     Args:
         module: transformers' Qwen2_5_VLVisionAttention; only its sizes are read.
         qkv_BRX: [B, R, 3 D], queries, keys and values.
-        rows: Of the same B and R.
+        rows: Tables for the same B and R.
     """
     heads, size = module.num_heads, module.head_dim
     rotated = _rotated(torch.unflatten(qkv_BRX[..., : 2 * module.dim], -1, (2 * heads, size)), rows)
@@ -324,8 +324,8 @@ def select_tokens(
     Args:
         local_M: Scores for the half of the budget that is shared among windows, float32 >= 0.
         global_M: Scores for the other half, float32 >= 0.
-        row_M: Of each token, float32 whole numbers.
-        column_M: Likewise.
+        row_M: Row of each token, float32 whole numbers.
+        column_M: Column of each token, in the same way.
         is_real_M: False for padding, which ranks after every real token.
         num_keep: K <= M.
     """
