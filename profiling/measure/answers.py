@@ -92,6 +92,7 @@ class _StampedIds(list[int]):
         self.moments: list[float] = []
 
     def append(self, token: int) -> None:
+        # The pipeline appends a token when it is known, and yields text only where a word is complete.
         self.moments.append(time.perf_counter())
         super().append(token)
 

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from trio_edge.runtime.devices.interface import Device
 
 _HOST_BACKEND = "onnxruntime"
-_SECONDS = 0.4
+_SECONDS = 0.4  # several products on a slow CPU, and too short to heat a module
 _SIZES = {True: 1024, False: 4096}
-"""Rows and columns of the product's matrices, on a CPU and on a GPU."""
+"""Rows and columns of the product's matrices, on a CPU and on a GPU: large enough to hide the launch."""
 _COPY_BYTES = 256 << 20  # more than any processor's caches
 
 
@@ -118,6 +118,7 @@ def _copy_with_threads(cores: int) -> float:
 def _least(milliseconds: Callable[[], float]) -> float:
     """Return the least that ``milliseconds`` gives until the time is up."""
     milliseconds()  # the first call allocates, and wakes the clocks up
+    # The least, not the median: other programs make a product slower and never faster.
     least, end = float("inf"), time.perf_counter() + _SECONDS
     while time.perf_counter() < end:
         least = min(least, milliseconds())

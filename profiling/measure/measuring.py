@@ -22,7 +22,7 @@ from trio_edge.profiling.measure.machine_info import find_machine
 from trio_edge.profiling.measure.memory import MeasuredMemory, peak_bytes, reset_peak, resident_bytes
 from trio_edge.profiling.measure.sensors.interface import open_sensors
 from trio_edge.profiling.measure.sensors.sampling_thread import SamplingThread, SensorSample
-from trio_edge.profiling.statistics import distribution
+from trio_edge.profiling.statistics import LEAST_FOR_INTERVAL, distribution
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 from trio_edge.runtime.bundle.reader import open_bundle
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 NARROW = 0.02
 """Width of the median's 95 % interval, as a share of the median, at which a time is known well enough."""
 NEW_TOKENS = 16
-LEAST_RUNS = 10
+LEAST_RUNS = 10  # of fewer, a narrow interval is luck
 MOST_RUNS = 500
-_SIZE_RUNS = 6
+_SIZE_RUNS = LEAST_FOR_INTERVAL
 _MOST_SIZES = 5
 _STEP_RUNS = 10
-_LAYER_RUNS = 3
+_LAYER_RUNS = 3  # each run already has many calls of a layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,7 +274,7 @@ def _measure_sizes(measured: Sequence[MeasuredBundle], question: RunQuestion) ->
             one.sizes.append((size, []))
             asked = RunQuestion(image=random_image(size), prompt=question.prompt, new_tokens=1)
             turns.append((one.loaded, asked, one.sizes[-1][1]))
-    for loaded, asked, _ in turns:
+    for loaded, asked, _ in turns:  # the first answer at a new shape allocates
         loaded.answer(asked)
     for _ in range(_SIZE_RUNS):
         for loaded, asked, answers in turns:
@@ -310,6 +310,7 @@ def _measure_layers(loaded: LoadedBundle, question: RunQuestion, options: Measur
         for graph in dict.fromkeys(call.graph for call in calls):
             runs = layer_runs(json.loads((folder / f"{graph}.json").read_bytes()))
             profiles = [call.profile for call in calls if call.graph == graph]
+            # The profiler cannot be switched on late: the runs of the first answer come first in its file.
             skipped = sum(call.graph == graph for call in warm_up)
             layers += layer_times(runs[skipped:], graph=graph, profiles=profiles, num_answers=_LAYER_RUNS)
     return layers

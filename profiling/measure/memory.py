@@ -17,7 +17,7 @@ class MeasuredMemory:
     """Bytes; None where the system does not say."""
 
     planned: dict[str, int] = field(default_factory=dict)
-    """What the backend says that its memory is for."""
+    """Bytes by purpose, as the backend says them."""
     before: int | None = None
     """Resident in the process before the bundle was loaded."""
     loaded: int | None = None

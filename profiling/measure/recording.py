@@ -113,7 +113,7 @@ class _EventPairs:
                 self.first_launch + mark.milliseconds_since(self.marks[0][0]) / 1e3 for mark in marks
             )
             found.append((names, start, end))
-        self.launched.clear()
+        self.launched.clear()  # the events stay: making them takes longer than recording them
         return found
 
 
@@ -133,11 +133,11 @@ class RecordingBackend:
 
     @property
     def name(self) -> str:
-        """See ``Backend.name``."""
+        """Name of the wrapped backend."""
         return self._backend.name
 
     def load(self, bundle: Bundle, names: Sequence[str] | None = None) -> LoadedGraphs:
-        """See ``Backend.load``."""
+        """Load graphs whose engines record their launches; see ``Backend.load``."""
         graphs = self._backend.load(bundle, names)
         self._recording.attach(graphs)
         engines: dict[str, Engine] = {
@@ -159,6 +159,7 @@ class _RecordingEngine:
     def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> Launch:
         launch = self._engine.prepare(profile, tensors)
         names = (self._engine.spec.name, profile.name)
+        # The decoder captures nothing but decode steps.
         return self._recording.timed(launch, names, capture=self._capture and profile.name == DECODE)
 
     def close(self) -> None:
@@ -218,7 +219,7 @@ class _EventedLaunch:
         index = len(pairs.launched)
         if index == len(pairs.marks):
             pairs.marks.append((self._device.event(), self._device.event()))
-        if index == 0:
+        if index == 0:  # events have no common clock with the host; this moment ties them together
             pairs.first_launch = time.perf_counter()
         start, end = pairs.marks[index]
         pairs.launched.append(self._names)

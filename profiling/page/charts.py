@@ -46,6 +46,7 @@ def stacked(bars: Sequence[Bar], *, title: str, unit: str, note: str) -> Plot:
     with canvas(title, height=_ROW * len(bars) + _AXIS, x_label=unit) as drawn:
         for row, bar in enumerate(bars):
             _draw_bar(drawn, row, bar, styles, unit=unit)
+        # Downwards, so that the first bar is on top.
         drawn.axes.set(ylim=(len(bars) - 0.5, -0.75), yticks=())
         drawn.axes.spines["left"].set_visible(False)
     shown = [name for name in styles if any(name in dict(bar.parts) for bar in bars)]

@@ -40,7 +40,10 @@ SCHEME = {
 }
 """Colours by the name of their CSS variable, in a light and in a dark scheme."""
 LIGHT = {name: light for name, (light, _) in SCHEME.items()}
-_WIDTH, _HEIGHT = 440, 260
+_WIDTH, _HEIGHT = (
+    440,
+    260,
+)  # on a phone 12 points of text become 8 pixels, which is the least that can be read
 _NUM_COLOURS = 12
 _MANY = 1e4
 """Above this an axis says "100 M", not "1e+08"."""
@@ -164,6 +167,7 @@ def _inline(svg: str, title: str, tips: Sequence[str]) -> str:
     start = re.search(r'<svg[^>]*viewBox="([^"]+)"[^>]*>', svg)
     assert start is not None  # matplotlib writes one
     body = svg[start.end() :]
+    # matplotlib knows no CSS variables, so each colour of the light scheme stands for its variable.
     for name, light in LIGHT.items():
         body = body.replace(light, f"var(--{name})")
     body = re.sub(r'font: ([\d.]+px)[^;"]*', r"font-size: \1", body)

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile
 
 NEAR = 0.15
-"""Share of a ceiling below which it is not what bounds a graph."""
+"""Share of a ceiling below which it does not bound a graph."""
 
 
 class Verdict(NamedTuple):
-    """Where a graph stands."""
+    """The limit that bounds a graph, and how near it is."""
 
     bound: Bound
     of_ceiling: float

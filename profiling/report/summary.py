@@ -155,7 +155,7 @@ def _memory(measured: MeasuredBundle, *, before_all: int | None) -> MemoryProfil
     weights = seen.planned.get("weights", sum(graph.weight_bytes for graph in manifest.graphs))
     buffers, workspace = (seen.planned.get(name, 0) for name in ("buffers", "workspace"))
     on_device = weights + manifest.kv_bytes + buffers + workspace
-    other = peak
+    other = peak  # on a GPU nothing of the graphs lies in the process
     if peak is not None and seen.device_free is None:
         other = max(0, peak - on_device)
     return MemoryProfile(

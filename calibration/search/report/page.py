@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.search.report.overlays import Overlay
 
 MAX_ROWS = 20
-"""Of the table of a front; calibration.json has all of it."""
+"""Rows in the table of a front; calibration.json has all of them."""
 
 
 def check_plots() -> None:
