@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from trio_edge.calibration.shapes.samples import ShapeSample
 
 
+SYNTHETIC = "shapes"
+"""Name of the packaged set, where a data set is asked for."""
 _ID_LENGTH = 16  # 64 bits: two of a million images are alike by chance once in 10^7 data sets
 
 

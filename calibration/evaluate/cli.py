@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from trio_edge.calibration.evaluate.evaluation import (
     DEFAULT_SYNTHETIC_COUNT,
-    SYNTHETIC,
     EvaluationOptions,
     evaluate,
 )
@@ -23,6 +22,7 @@ from trio_edge.calibration.evaluate.report_table import print_report
 from trio_edge.calibration.evaluate.running.answering import DEFAULT_ANSWER_TOKENS, OWN_SELECTION
 from trio_edge.calibration.evaluate.running.baselines import BASELINES
 from trio_edge.calibration.metrics import METRICS
+from trio_edge.calibration.questions import SYNTHETIC
 from trio_edge.runtime.backends.registry import BACKENDS_HELP
 from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run

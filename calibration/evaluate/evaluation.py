@@ -24,6 +24,7 @@ from trio_edge.calibration.evaluate.running.ray_workers import check_ray
 from trio_edge.calibration.evaluate.running.runs import answer_runs, keys_of, plan_runs
 from trio_edge.calibration.metrics import METRICS, check_metric, metric_for
 from trio_edge.calibration.questions import (
+    SYNTHETIC,
     digest_of,
     parse_shard,
     read_questions,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from trio_edge.calibration.evaluate.running.work_folder import RunKey
     from trio_edge.calibration.questions import Question
 
-SYNTHETIC = "shapes"
 DEFAULT_SYNTHETIC_COUNT = 500
 
 

@@ -78,7 +78,10 @@ def _numbers(kind: type[int | float]) -> Callable[..., tuple[float, ...] | None]
     help="Images that only the report looks at. [default: 33.3%]",
 )
 @click.option(
-    "--max-kl", type=float, metavar="NATS", help="Choose the cheapest surely within this KL. [default: 0.05]"
+    "--max-kl",
+    type=float,
+    metavar="NATS",
+    help="Choose the cheapest within this KL, with 95 % confidence. [default: 0.05]",
 )
 @click.option(
     "--target-ms", type=float, metavar="MS", help="Choose the lowest KL within this predicted time."

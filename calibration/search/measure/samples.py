@@ -10,13 +10,18 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from trio_edge.calibration.questions import Question, image_id, read_questions, synthetic_questions
+from trio_edge.calibration.questions import (
+    SYNTHETIC,
+    Question,
+    image_id,
+    read_questions,
+    synthetic_questions,
+)
 from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SYNTHETIC = "shapes"
 DEFAULT_SYNTHETIC_COUNT = 100
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
