@@ -22,7 +22,7 @@ import onnxruntime
 from layer_graphs import median_seconds, single_thread_session
 
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.trio.cost.work import fixed_sizes, graph_work
+from trio_edge.trio.cost.bundle_work import fixed_sizes, graph_work
 
 if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile

@@ -31,7 +31,8 @@ from trio_edge.export.bundle import ExportOptions, ScheduleInputs, export_bundle
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.trio.budgets import integer_keeps, schedule_for_keep
+from trio_edge.trio.budgets import schedule_for_keep
+from trio_edge.trio.keeps import integer_keeps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -29,7 +29,7 @@ from trio_edge.export.graphs.onnx_graph import attach_weights, save
 from trio_edge.export.graphs.tracing import trace_graphs
 from trio_edge.export.graphs.vision.clip import KEEP_MULTIPLE
 from trio_edge.export.layout import Layout, vision_profiles
-from trio_edge.export.model_cost import COST_TEXT_TOKENS, cost_of, vision_dimensions
+from trio_edge.export.model_cost import COST_TEXT_TOKENS, cost_of
 from trio_edge.export.quantize.assign import (
     check_packed,
     embedding_key,
@@ -43,7 +43,7 @@ from trio_edge.export.quantize.graph import SCALE_SUFFIX
 from trio_edge.export.quantize.plan import QuantizePlan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
-from trio_edge.export.token_selectors import CLIP_METHODS, full_grid, token_selector
+from trio_edge.export.token_selectors import full_grid, token_selector
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import MAX_TEXT, MOST_TOKENS, text_buckets
 from trio_edge.runtime.bundle.manifest import (
@@ -60,8 +60,9 @@ from trio_edge.runtime.bundle.manifest import (
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.runtime.files import folder_beside as locked_folder_beside
 from trio_edge.trio.budgets import MAX_TOPK
-from trio_edge.trio.cost.devices import find_target
+from trio_edge.trio.cost.devices import find_device
 from trio_edge.trio.cost.memory import Texts
+from trio_edge.trio.methods import TOKEN_METHODS, token_method
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -72,7 +73,7 @@ if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.families.base import Family, FamilyModel
     from trio_edge.export.graphs.tracing import TracedGraph
-    from trio_edge.runtime.bundle.manifest import FloatType, TokenMethod
+    from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Positions, Schedule
     from trio_edge.runtime.images.interface import PictureProcessing
 
@@ -106,7 +107,7 @@ class ExportOptions:
     encoder_keep: int | float | None = None
     """What the vision encoder keeps (the reference's encoder reduction): patches per tile or visual tokens of the
     picture, or a share of them below 1; None keeps all."""
-    token_method: TokenMethod | None = None
+    token_method: str | None = None
     """Selection among the picture's visual tokens before the decoder; combines with any schedule."""
     token_keep: int | float | None = None
     """Visual tokens of a picture that it passes on, or a share of them below 1."""
@@ -124,7 +125,7 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         if self.target is not None:
-            find_target(self.target)
+            find_device(self.target)
         for name, value, low in (("max-text", self.max_text, 8), ("max-new-tokens", self.max_new_tokens, 1)):
             if not low <= value <= MOST_TOKENS:
                 raise ScheduleError(f"--{name}: expected {low}..{MOST_TOKENS}, got {value}")
@@ -145,9 +146,12 @@ class ExportOptions:
                 f"--token-method and --token-keep: expected both or none, got {self.token_method} and"
                 f" {self.token_keep}; give the other one too"
             )
-        if self.clip is not None and self.token_method not in CLIP_METHODS:
+        takes_clip = [row.name for row in TOKEN_METHODS.values() if row.takes_clip]
+        if self.token_method is not None:
+            token_method(self.token_method)  # refuses an unknown one
+        if self.clip is not None and self.token_method not in takes_clip:
             raise ScheduleError(
-                f"--clip: expected --token-method {' or '.join(CLIP_METHODS)} beside it, got {self.token_method};"
+                f"--clip: expected --token-method {' or '.join(takes_clip)} beside it, got {self.token_method};"
                 " leave --clip away"
             )
         for width, height in self.image_sizes:
@@ -273,7 +277,7 @@ def export_bundle(
             schedule=schedule,
         )
         if options.target is not None:
-            target = find_target(options.target)
+            target = find_device(options.target)
             refusal = target.refusal(options.quantize.formats)
             if refusal is not None:
                 progress.warn(refusal)
@@ -366,7 +370,7 @@ def export_bundle(
             files=_file_entries(folder, known=written.sha256),
             model_bytes=_model_bytes(checkpoint, dtype),
             cost=cost_of(
-                model,
+                model.vision_dimensions,
                 dimensions,
                 schedule,
                 vision_sizes=primary,
@@ -378,7 +382,7 @@ def export_bundle(
                 kv_dtype="int8" if options.quantize.has_cache else dtype,
                 clip_text_flops=None if clip is None else clip.flops(COST_TEXT_TOKENS),
             ),
-            vision=vision_dimensions(model, sizes=primary, hidden_size=dimensions.hidden_size),
+            vision=model.vision_dimensions,
             clip_text=None if clip is None else clip.spec,
             tools={
                 name: version(name)

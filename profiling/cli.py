@@ -17,7 +17,7 @@ from trio_edge.profiling.predict.options import (
     PredictOptions,
     check_given,
     predict_options,
-    print_outcome,
+    print_predictions,
     run_prediction,
 )
 from trio_edge.profiling.report.profile import Conditions
@@ -101,16 +101,16 @@ def command(
     files = {"--json": json_file, "--html": html_file, "--trace": trace_file}
     check_outputs({option: path for option, path in files.items() if path is not None})
     if wishes.predict is not None:
-        outcome = run_prediction(wishes, bundle=bundle, num_new=new_tokens or NEW_TOKENS)
+        predictions = run_prediction(wishes, bundle=bundle, num_new=new_tokens or NEW_TOKENS)
         if json_file is not None:
-            write_output("--json", json_file, _json(outcome.values))
+            write_output("--json", json_file, _json(predictions.values))
         if html_file is not None:
             from trio_edge.profiling.predict.page import prediction_page
 
-            write_output("--html", html_file, prediction_page(outcome.found, outcome.values))
-        print_outcome(outcome)  # last: where the output is closed early, the files are there
-        if outcome.unmet is not None:
-            raise TargetError(outcome.unmet)
+            write_output("--html", html_file, prediction_page(predictions.found, predictions.values))
+        print_predictions(predictions)  # last: where the output is closed early, the files are there
+        if predictions.unmet is not None:
+            raise TargetError(predictions.unmet)
         return 0
     if not math.isfinite(seconds):  # click's ranges let "nan" pass
         raise click.UsageError(f"--seconds: expected a time, got {seconds}; for instance 30")

@@ -14,6 +14,7 @@ import msgspec
 from trio_edge.calibration.evaluate.intervals import paired_interval, score_interval, wilson_interval
 from trio_edge.calibration.evaluate.metrics import exact_normal, yes_no_counts
 from trio_edge.calibration.evaluate.running.answering import OWN_SELECTION, Outcome
+from trio_edge.trio.methods import stage_method
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -151,7 +152,11 @@ def method_of(manifest: Manifest, selection: str) -> str:
     decoder = []
     if schedule.stages:
         settings = [
-            *(["answer rows"] if schedule.method == "trio" and schedule.probe_rows == "answer" else []),
+            *(
+                ["answer rows"]
+                if stage_method(schedule.method).has_probe and schedule.probe_rows == "answer"
+                else []
+            ),
             *(["preserved"] if schedule.positions == "preserved" and manifest.position_axes == 1 else []),
         ]
         decoder = [", ".join([schedule.method, *settings])]

@@ -12,8 +12,7 @@ from trio_edge.export.bundle import bundle_dtype, dimensions_of
 from trio_edge.export.check.fit import check_fit, fit_inputs
 from trio_edge.export.families.decoder_config import check_positions, max_positions
 from trio_edge.export.layout import Layout
-from trio_edge.export.model_cost import vision_dimensions
-from trio_edge.trio.cost.devices import find_target
+from trio_edge.trio.cost.devices import find_device
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -84,12 +83,12 @@ def prefill_cost(
     runs_at = Counter(_padded(shape, sample) for sample in samples)
     return PrefillCost(
         decoder=decoder,
-        vision=vision_dimensions(model.parts, sizes=shape.profiles[0], hidden_size=decoder.hidden_size),
+        vision=model.parts.vision_dimensions,
         situations=[
             Situation(share=count / len(samples), sizes=shape.profiles[profile], num_text=bucket)
             for (profile, bucket), count in sorted(runs_at.items())
         ],
-        target=find_target(target),
+        target=find_device(target),
     )
 
 
@@ -108,7 +107,7 @@ def memory_warning(
     )
     dimensions = dimensions_of(model.parts)
     inputs = fit_inputs(model.parts, dimensions, layout=layout, processing=model.pictures, quantize=quantize)
-    return check_fit(inputs, find_target(target))
+    return check_fit(inputs, find_device(target))
 
 
 def _padded(shape: BundleShape, sample: SampleShape) -> tuple[int, int]:

@@ -48,7 +48,7 @@ from trio_edge.profiling.predict.efficiency import fitted_for
 from trio_edge.runtime.bundle.errors import DataError, TargetError
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.images.overlay import draw_kept
-from trio_edge.trio.cost.devices import find_target
+from trio_edge.trio.cost.devices import find_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -126,7 +126,7 @@ def calibrate(
         ScheduleError: If no schedule can do what is asked for; the message names the nearest that can.
     """
     plan = parse_plan(options.quantize)
-    refusal = find_target(options.target).refusal(plan.formats)
+    refusal = find_device(options.target).refusal(plan.formats)
     if refusal is not None:
         raise TargetError(refusal)
     if plan.has_factors:

@@ -12,7 +12,7 @@ from trio_edge.profiling.predict.speed import Efficiency, Rates
 
 if TYPE_CHECKING:
     from trio_edge.profiling.predict.speed import WeightFormat
-    from trio_edge.trio.cost.devices import Target
+    from trio_edge.trio.cost.devices import DeviceSpec
 
 UNFUSED_SCORE_PASSES = 2.0
 """Of attention that a builder leaves in parts: a score is written, normalized in place and read, in half precision."""
@@ -77,14 +77,14 @@ FITTED: dict[str, Fitted] = {
 """By the first part of a device's name."""
 
 
-def fitted_for(target: Target) -> Fitted:
+def fitted_for(device: DeviceSpec) -> Fitted:
     """Return the efficiencies for the device's kind."""
-    return FITTED[target.name.split("-")[0]]
+    return FITTED[device.name.split("-")[0]]
 
 
-def rates_of(target: Target) -> Rates:
+def rates_of(device: DeviceSpec) -> Rates:
     """Return the device's peaks."""
-    low: dict[WeightFormat, float] = {"int8": target.int8_ops}
-    if target.fp8_flops is not None:
-        low["fp8"] = target.fp8_flops
-    return Rates(flops=target.fp16_flops, low_flops=low, bandwidth=target.bandwidth_bytes_per_s)
+    low: dict[WeightFormat, float] = {"int8": device.int8_ops}
+    if device.fp8_flops is not None:
+        low["fp8"] = device.fp8_flops
+    return Rates(flops=device.fp16_flops, low_flops=low, bandwidth=device.bandwidth_bytes_per_s)

@@ -28,7 +28,7 @@ from trio_edge.profiling.report.profile import (
 from trio_edge.profiling.report.roofline import judge
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
 from trio_edge.runtime.bundle.reader import sha256_of
-from trio_edge.trio.cost.work import graph_work
+from trio_edge.trio.cost.bundle_work import graph_work
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

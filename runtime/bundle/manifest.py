@@ -38,8 +38,6 @@ PART_FROM_ROLE: dict[Role, Part] = {
     "head": "head",
 }
 """Which part the graphs that can be quantized belong to."""
-TokenMethod = Literal["visionzip", "holov", "scope", "divprune", "cdpruner", "eadp", "uniform"]
-"""Selections among a picture's visual tokens before the decoder."""
 
 
 class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -244,8 +242,8 @@ class Manifest(_Spec, frozen=True):
     image_processing: dict[str, Any]
     encoder_keep: int | None
     """Patches per tile, or visual tokens of the picture, that the vision graph keeps; None for all."""
-    token_method: TokenMethod | None
-    """What the reduce graph between vision and prefix selects by; None without one."""
+    token_method: str | None
+    """Selector of the reduce graph between vision and prefix, by its name in ``trio_edge.trio.methods``; None without one."""
     token_keep: int | None
     """K, visual tokens that the reduce graph passes on."""
     token_embedding: StoredTensor

@@ -29,7 +29,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
+class DeviceSpec:
     """One device."""
 
     name: str
@@ -107,9 +107,9 @@ def _orin(
     bandwidth: tuple[float, Source],
     fp16_flops: float,
     rates: Source,
-) -> Target:
+) -> DeviceSpec:
     """Return an Orin module; it does twice as many int8 operations as float16 FLOPs."""
-    return Target(
+    return DeviceSpec(
         name=name,
         memory_bytes=memory_gib * GIB,
         reserve_bytes=int(reserve_gib * GIB),
@@ -142,10 +142,10 @@ def _geforce(
     fp8: tuple[float | None, Source],
     compute_capability: tuple[int, int],
     source: Source,
-) -> Target:
+) -> DeviceSpec:
     """Return a GeForce card with one source for all of its specification but the FP8 rate."""
     fields = ("memory_bytes", "bandwidth_bytes_per_s", "fp16_flops", "int8_ops")
-    return Target(
+    return DeviceSpec(
         name=name,
         memory_bytes=memory_gib * GIB,
         reserve_bytes=GIB,
@@ -254,11 +254,11 @@ _ALL = (
         source=_SPEC_SHEET,
     ),
 )
-TARGETS: dict[str, Target] = {target.name: target for target in _ALL}
+DEVICES: dict[str, DeviceSpec] = {target.name: target for target in _ALL}
 """Known devices by name."""
 
 
-def find_target(name: str, *, option: str = "--target") -> Target:
+def find_device(name: str, *, option: str = "--target") -> DeviceSpec:
     """Return the device called ``name``, written with or without "jetson-".
 
     Args:
@@ -268,10 +268,10 @@ def find_target(name: str, *, option: str = "--target") -> Target:
     Raises:
         TargetError: If no device is called so; the message has the nearest names and all others.
     """
-    known = TARGETS.get(name) or TARGETS.get(f"jetson-{name}")
+    known = DEVICES.get(name) or DEVICES.get(f"jetson-{name}")
     if known is not None:
         return known
-    names = sorted(TARGETS)
+    names = sorted(DEVICES)
     near = difflib.get_close_matches(name, [*names, *(entry.removeprefix("jetson-") for entry in names)], n=1)
     hint = f"did you mean {near[0]}?" if near else "choose one of these"
     raise TargetError(f"{option}: expected one of {', '.join(names)}, got {name!r}; {hint}")

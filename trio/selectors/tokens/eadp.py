@@ -56,7 +56,6 @@ _NEVER = -1e6  # of a softmax's input; finite, so that its product with a probab
 class Eadp(nn.Module):
     """EADP with relevance in the decoder's embedding space or in CLIP's; no parameters."""
 
-    method = "eadp"
     needs_features = False
 
     def __init__(
