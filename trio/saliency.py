@@ -56,7 +56,7 @@ _SILU = {"SiLU", "SiLUActivation"}
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeState:
-    """What the forward half of the probe leaves for the backward half.
+    """Values that the forward half of the probe leaves for the backward half.
 
     The two halves are apart so that a graph of its own can hold the head between them.
     """

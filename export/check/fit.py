@@ -80,7 +80,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitInputs:
-    """What the memory of a bundle follows from."""
+    """Numbers that the memory of a bundle follows from."""
 
     decoder: Dimensions
     element_bytes: int = 2
@@ -99,7 +99,7 @@ class FitInputs:
     token_selection: TokenSelection | None = None
     """Before the decoder."""
     texts: Texts | None = None
-    """Of CLIP's text tower, where there is one."""
+    """Texts of CLIP's text tower, where there is one."""
 
     @property
     def entering(self) -> int:

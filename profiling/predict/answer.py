@@ -1,4 +1,4 @@
-"""One answer on a device that is not at hand: time of every graph, to the first token, per token, and memory.
+"""Predicts one answer on a device that is not at hand: time of every graph, to the first token, per token, and memory.
 
 A ``Setting`` is what a bundle would be exported with and asked; ``graph_runs`` lists the graphs that it runs and their
 counted work, ``predict`` times them. Rows are those that graphs run at: the text is padded to its bucket.
@@ -54,7 +54,7 @@ class Setting:
     model: Model
     schedule: Schedule
     sizes: Mapping[str, int]
-    """Of the vision profile: N visual tokens, and B tiles or P patches."""
+    """Sizes of the vision profile: N visual tokens, and B tiles or P patches."""
     num_text: int
     """Text tokens of the prompt."""
     text_bucket: int
@@ -62,11 +62,11 @@ class Setting:
     num_new: int
     """Tokens of the answer."""
     precision: Precision
-    """Of the decoder's linear weights."""
+    """Format of the decoder's linear weights."""
     head_precision: Precision = "float16"
     vision_precision: Precision = "float16"
     cache_precision: Literal["float16", "int8"] = "float16"
-    """Of the KV caches."""
+    """Format of the KV caches."""
     inputs: frozenset[WeightKind] = frozenset()
     """Weights whose products have their inputs in the same format, INT8 or FP8."""
     one_size: bool = True
@@ -76,13 +76,13 @@ class Setting:
     vision_flops: float | None = None
     """Counted elsewhere, where the model says nothing of its vision tower."""
     clip_text_flops: float | None = None
-    """Of CLIP's text tower, where there is one."""
+    """FLOPs of CLIP's text tower, where there is one."""
     clip_text_rows: int = 1
     """Tokens of all its texts, padding too."""
     reduce_cost: TokenCost | None = None
     """Cost of the selection before the decoder."""
     other_weight_bytes: int = 0
-    """Of graphs whose sizes the model does not have, as CLIP's text tower."""
+    """Weights of graphs whose sizes the model does not have, such as CLIP's text tower."""
     scratch_before: int = 0
     """Bytes of scratch memory of the graphs between vision and decoder, the larger of them."""
     largest_text: int | None = None
@@ -108,12 +108,12 @@ class Setting:
 
     @property
     def room(self) -> int:
-        """Rows of every KV buffer beside the visual ones."""
+        """Rows of every KV buffer besides the visual ones."""
         return self.text_rows + max(self.num_new, self.most_new or 0)
 
     @property
     def formats(self) -> Formats:
-        """What the numbers are stored as."""
+        """Storage formats of all numbers."""
         return Formats(
             layer=self.precision,
             other="float16",
@@ -154,7 +154,7 @@ class MemoryNeed:
     kv_caches: int
     activations: int
     usable: int
-    """What the device has for them."""
+    """Bytes that the device has for them."""
 
     @property
     def total(self) -> int:
@@ -169,16 +169,16 @@ class MemoryNeed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """What one device would do with one setting."""
+    """Predicted times and memory of one setting on one device."""
 
     device: DeviceSpec
     setting: Setting
     runs: tuple[TimedGraph, ...]
     unfused_seconds: float
-    """What the prefill would take more if attention scores went through memory."""
+    """Seconds that the prefill takes more if attention scores go through memory."""
     memory: MemoryNeed
     contexts: tuple[DecodePoint, ...]
-    """See ``predict_contexts``."""
+    """Points of ``predict_contexts``."""
 
     @property
     def token_line(self) -> tuple[float, float]:
@@ -193,7 +193,7 @@ class Prediction:
 
     @property
     def answer_seconds(self) -> float:
-        """Of the whole answer, without the host's work on picture and text."""
+        """Seconds of the whole answer, without the host's work on image and text."""
         return self.seconds("prefill") + (self.setting.num_new - 1) * self.seconds("decode")
 
 
@@ -235,7 +235,7 @@ def predict(setting: Setting, device: DeviceSpec) -> Prediction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodePoint:
-    """A token of a bundle whose KV buffers end right behind its context."""
+    """A token of a bundle whose KV buffers end right after its context."""
 
     context: int
     """Rows before it, visual tokens not reduced."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trio_edge.trio.cost.devices import DeviceSpec
 
 UNFUSED_SCORE_PASSES = 2.0
-"""Of attention that a builder leaves in parts: a score is written, normalized in place and read, in half precision."""
+"""Passes of attention that a builder leaves in parts: a score is written, normalized in place and read, in half precision."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,9 +35,9 @@ class Fitted:
     num_figures: int
     """Published times that they were fitted to."""
     new_model: Errors
-    """Of a figure when all figures of its model are left out of the fit."""
+    """Error of a figure when all figures of its model are left out of the fit."""
     new_runtime: Errors
-    """Of a figure when all figures of its source are left out: a runtime that nothing is known of, as ours is."""
+    """Error of a figure when all figures of its source are left out: an unknown runtime, as ours is."""
     devices: tuple[str, ...]
     """That figures are of; others of the kind are not validated."""
 

@@ -64,7 +64,7 @@ _OPTIONS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictOptions:
-    """What the options say."""
+    """Values of the options."""
 
     predict: str | None
     model: str | None
@@ -104,7 +104,7 @@ def predict_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predictions:
-    """What was predicted."""
+    """All that was predicted."""
 
     values: dict[str, Any]
     """As JSON types."""
@@ -112,7 +112,7 @@ class Predictions:
     is_sweep: bool
     goal: SpeedGoal | None
     choices: list[Choice]
-    """What the goal comes to on each device."""
+    """The choice of each device."""
 
     @property
     def unmet(self) -> str | None:

@@ -1,4 +1,4 @@
-"""What a prediction is asked for: a bundle or a released model, how much is kept, the picture, the precision.
+"""The question to a prediction: a bundle or a released model, how much is kept, the image, the precision.
 
 A bundle's own schedule and shapes are taken unless another keep, picture or precision is wished, which is then predicted
 "as if exported so": a wished picture has shapes of its own. A released model has the exporter's usual text buckets.
@@ -41,7 +41,7 @@ KEEP_ALL = "100%"
 WITHOUT_STAGES = "all"
 """A keep that leaves all tokens which enter the decoder in it."""
 _SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions")
-"""Of a bundle's schedule, which another keep leaves as they are."""
+"""Fields of a bundle's schedule that another keep leaves as they are."""
 USUAL_PICTURE = (672, 672)
 """Width and height of a picture for a released model, where none is wished."""
 
@@ -52,7 +52,7 @@ class Plan:
 
     model: Model
     manifest: Manifest | None
-    """Of the bundle; None for a released model by name."""
+    """The bundle's; None for a released model by name."""
     keep: str | None
     """Average keep as ``11.1%``; None for the bundle's own schedule."""
     picture: tuple[int, int] | None

@@ -1,6 +1,6 @@
 """Many predictions: every combination of wished values, and which of them reach a wished speed.
 
-A sweep is written ``keep,image-size,dtype``, with values of one's own behind a sign: ``keep=33.3%/11.1%``. A goal is
+A sweep is written ``keep,image-size,dtype``, with values of one's own behind a sign: ``keep=33.3%/11.1%``. A speed goal is
 written ``answers-per-second=10``. Settings that lose least come first: more tokens kept, a larger picture, finer weights.
 """
 
@@ -27,9 +27,9 @@ AXES: dict[str, tuple[str, ...]] = {
     "image-size": ("1008x1008", "672x672", "336x336"),
     "dtype": PRECISIONS,
 }
-"""What can be swept, and the values where none are given."""
+"""Axes of a sweep, and their values where none are given."""
 METRICS = {"answers-per-second": False, "tokens-per-second": False, "ttft-ms": True}
-"""What can be wished, and whether less is better."""
+"""Speeds that can be asked for, and whether less is better."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +176,7 @@ def _lost(plan: Plan) -> tuple[float, int, int]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """What a goal comes to on one device."""
+    """The setting that meets a goal on one device, or the nearest to it."""
 
     plan: Plan
     prediction: Prediction

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from trio_edge.runtime.bundle.errors import TargetError
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Source:
-    """Where a value comes from."""
+    """The origin of a value."""
 
     text: str
     status: Literal["verified", "third-party", "derived", "unverified"]
@@ -36,7 +37,7 @@ class DeviceSpec:
     memory_bytes: int
     """As sold. On a Jetson the CPU and the GPU share it."""
     reserve_bytes: int
-    """What is never free for engines: firmware carve-outs, operating system, CUDA context."""
+    """Memory that is never free for engines: firmware carve-outs, operating system, CUDA context."""
     bandwidth_bytes_per_s: float
     fp16_flops: float
     """Dense tensor-core FLOP/s with float16 inputs and float32 sums."""
@@ -65,21 +66,10 @@ class DeviceSpec:
         return self.sources[field].status == "verified"
 
 
-def _verified(text: str) -> Source:
-    return Source(text=text, status="verified")
-
-
-def _third_party(text: str) -> Source:
-    return Source(text=text, status="third-party")
-
-
-def _derived(text: str) -> Source:
-    return Source(text=text, status="derived")
-
-
-def _unverified(text: str) -> Source:
-    return Source(text=text, status="unverified")
-
+_verified = partial(Source, status="verified")
+_third_party = partial(Source, status="third-party")
+_derived = partial(Source, status="derived")
+_unverified = partial(Source, status="unverified")
 
 _NAME = _verified("the module's name")
 _SM87 = _derived(
@@ -254,7 +244,7 @@ _ALL = (
         source=_SPEC_SHEET,
     ),
 )
-DEVICES: dict[str, DeviceSpec] = {target.name: target for target in _ALL}
+DEVICES: dict[str, DeviceSpec] = {device.name: device for device in _ALL}
 """Known devices by name."""
 
 

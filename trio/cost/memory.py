@@ -35,7 +35,7 @@ class Tiles(NamedTuple):
 
     num_tiles: int
     patches: int
-    """Of each."""
+    """Patches of each tile."""
     hidden_size: int
     intermediate_size: int
 

@@ -29,7 +29,7 @@ WeightKind = Literal["layer", "head", "vision", "none"]
 """Weights that a product reads; "none" if both factors are activations. Quantization differs by kind."""
 ELEMENT_BYTES = {"float16": 2, "float32": 4, "int8": 1}
 VISION_HEAD_SIZE = 64
-"""Of every tower so far; manifests do not say it."""
+"""Size of an attention head in every tower so far; manifests do not say it."""
 # Kernels of a fused decoder or vision layer: two norms with their sums, four products, rotation, attention, gate, sum.
 _LAUNCHES_PER_LAYER = 10
 _LAUNCHES_PER_HEAD = 3

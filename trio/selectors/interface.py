@@ -34,7 +34,7 @@ class PromptInputs(NamedTuple):
 
 
 class StageInputs(NamedTuple):
-    """What a selector in front of decoder layer l may look at."""
+    """All that a selector in front of decoder layer l may look at."""
 
     hidden_SD: Tensor
     """[S, D], about to enter layer l; right-padded."""
@@ -65,7 +65,7 @@ class ClipInputs(NamedTuple):
 
 
 class TokenInputs(NamedTuple):
-    """What a selector in front of the decoder may look at."""
+    """All that a selector in front of the decoder may look at."""
 
     tokens_ND: Tensor
     """[N, D], visual tokens after the projector, in the order in which the decoder reads them."""
@@ -89,7 +89,7 @@ class TokenInputs(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Which tokens go on."""
+    """The tokens that go on."""
 
     kept_K: Tensor
     """[K] int64 indices into the N axis. Ascending, but for rows that merge others: those come last, each with the index

@@ -53,7 +53,7 @@ from trio_edge.trio.selectors.stages.row_attention import (
 
 
 class Dart(nn.Module):
-    """See ``StageSelector``."""
+    """DART's selection; a ``StageSelector``."""
 
     needs_previous = True
     needs_prompt = False
@@ -78,7 +78,7 @@ class Dart(nn.Module):
 
     @classmethod
     def for_stage(cls, parts: StageParts) -> Dart:
-        """See ``StageSelector.for_stage``."""
+        """Return the selector of a stage, with the keys of the layer before."""
         return cls(parts.previous_layer, parts.final_norm, num_keep=parts.num_keep)
 
     def forward(self, inputs: StageInputs) -> Selection:

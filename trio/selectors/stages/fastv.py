@@ -28,7 +28,7 @@ from trio_edge.trio.selectors.stages.row_attention import RowAttention, settled
 
 
 class FastV(nn.Module):
-    """See ``StageSelector``."""
+    """FastV's selection; a ``StageSelector``."""
 
     needs_previous = True
     needs_prompt = False
@@ -50,7 +50,7 @@ class FastV(nn.Module):
 
     @classmethod
     def for_stage(cls, parts: StageParts) -> FastV:
-        """See ``StageSelector.for_stage``."""
+        """Return the selector of a stage, with the attention of the layer before."""
         return cls(parts.previous_layer, num_keep=parts.num_keep)
 
     def forward(self, inputs: StageInputs) -> Selection:

@@ -28,13 +28,13 @@ from trio_edge.trio.selectors.stages.row_attention import RowAttention, settled
 
 
 class PyramidDrop(nn.Module):
-    """See ``StageSelector``."""
+    """PyramidDrop's selection; a ``StageSelector``."""
 
     needs_previous = False
     needs_prompt = False
 
     def __init__(self, layer: Any, *, num_keep: int) -> None:
-        """Hold the layer behind the stage.
+        """Hold the layer after the stage.
 
         Args:
             layer: Decoder layer l.
@@ -50,7 +50,7 @@ class PyramidDrop(nn.Module):
 
     @classmethod
     def for_stage(cls, parts: StageParts) -> PyramidDrop:
-        """See ``StageSelector.for_stage``."""
+        """Return the selector of a stage, with the attention of the next layer."""
         return cls(parts.layer, num_keep=parts.num_keep)
 
     def forward(self, inputs: StageInputs) -> Selection:

@@ -70,7 +70,7 @@ _SAME_POINT = 1e-5
 
 
 class SparseVlm(nn.Module):
-    """See ``StageSelector``."""
+    """SparseVLM's selection; a ``StageSelector``."""
 
     needs_previous = True
     needs_prompt = True
@@ -94,7 +94,7 @@ class SparseVlm(nn.Module):
 
     @classmethod
     def for_stage(cls, parts: StageParts) -> SparseVlm:
-        """See ``StageSelector.for_stage``."""
+        """Return the selector of a stage, which scores with the layer before."""
         return cls(parts.previous_layer, num_keep=parts.num_keep)
 
     def forward(self, inputs: StageInputs) -> Selection:
@@ -151,7 +151,7 @@ class SparseVlm(nn.Module):
 
 
 class _Split(NamedTuple):
-    """How many real tokens do what; whole numbers, float32 [1]."""
+    """Numbers of real tokens by what becomes of them; whole numbers, float32 [1]."""
 
     num_kept: Tensor
     num_merged: Tensor

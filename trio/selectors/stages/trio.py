@@ -15,7 +15,7 @@ from trio_edge.trio.selectors.interface import Selection, StageInputs, StagePart
 
 
 class Trio(nn.Module):
-    """See ``StageSelector``."""
+    """TRIO's selection; a ``StageSelector``."""
 
     needs_previous = False
     needs_prompt = False
@@ -28,7 +28,7 @@ class Trio(nn.Module):
 
     @classmethod
     def for_stage(cls, parts: StageParts) -> Trio:
-        """See ``StageSelector.for_stage``."""
+        """Return the selector of a stage, which probes the next layer."""
         settings = parts.settings
         saliency = ProxySaliency(
             parts.layer,

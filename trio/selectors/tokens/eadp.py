@@ -133,12 +133,12 @@ class Eadp(nn.Module):
 
 
 class _Cosines(NamedTuple):
-    """What the text says of each token: negated cosines."""
+    """Negated cosines of the text with each token."""
 
     words_MLN: Tensor
-    """Of each word."""
+    """Those of each word."""
     whole_MN: Tensor
-    """Of each text as a whole."""
+    """Those of each text as a whole."""
     is_word_ML: Tensor
     is_real_M: Tensor
 
