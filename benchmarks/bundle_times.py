@@ -23,7 +23,7 @@ from parts.layer_graphs import median_seconds, single_thread_session
 from parts.tables import markdown
 
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.trio.cost.work import graph_work
+from trio_edge.trio.cost.bundle_work import graph_work
 
 if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile

@@ -22,10 +22,11 @@ import onnxruntime
 from parts.arguments import parser_for
 from parts.tables import markdown
 
-from trio_edge.profiling.predict.answer import predict
+from trio_edge.profiling.predict.answer import Setting, predict
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.trio.budgets import schedule_for_keep
-from trio_edge.trio.cost.devices import TARGETS
+from trio_edge.trio.cost.devices import DEVICES
+from trio_edge.trio.cost.memory import kv_cache_bytes
 
 SIZES = (576, 1152, 1728, 2304, 2880)
 NUM_TEXT = 64
@@ -57,7 +58,7 @@ def counted(keep: float) -> dict[str, list[float]]:
         schedule = schedule_for_keep(keep, num_layers=setting.model.decoder.num_layers, num_visual=size)
         prediction = predict(
             dataclasses.replace(setting, schedule=schedule, sizes={**setting.sizes, "N": size}),
-            TARGETS[DEVICE],
+            DEVICES[DEVICE],
         )
         prefill = [
             timed for timed in prediction.runs if timed.run.phase == "prefill" and timed.run.name != "vision"
@@ -67,8 +68,7 @@ def counted(keep: float) -> dict[str, list[float]]:
         values = {
             "decoder TFLOP": sum(timed.run.work.flops for timed in layers) / 1e12,
             "selection TFLOP": sum(timed.run.work.flops for timed in selects) / 1e12,
-            "KV cache after prefill MB": _kv_bytes(prediction.setting.visual_rows, prediction.setting.layers)
-            / 1e6,
+            "KV cache after prefill MB": _kv_bytes(prediction.setting) / 1e6,
             f"decoder ms, predicted for {DEVICE}": 1e3 * sum(timed.time.seconds for timed in layers),
             f"selection ms, predicted for {DEVICE}": 1e3 * sum(timed.time.seconds for timed in selects),
         }
@@ -78,9 +78,8 @@ def counted(keep: float) -> dict[str, list[float]]:
     return rows
 
 
-def _kv_bytes(visual_rows: tuple[int, ...], layers: tuple[int, ...]) -> int:
-    row_bytes = 2 * 32 * 128 * 2
-    return row_bytes * sum(count * (rows + NUM_TEXT) for count, rows in zip(layers, visual_rows))
+def _kv_bytes(setting: Setting) -> int:
+    return kv_cache_bytes(setting.ranges, other_rows=NUM_TEXT, row_bytes=setting.cache_row_bytes)
 
 
 def measured(hidden: int) -> dict[str, list[float]]:

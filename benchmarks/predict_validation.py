@@ -26,7 +26,7 @@ from parts.arguments import parser_for
 from trio_edge.profiling.predict.models import MODELS
 from trio_edge.profiling.predict.speed import Efficiency, Formats, Rates, graph_time
 from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
-from trio_edge.trio.cost.devices import TARGETS
+from trio_edge.trio.cost.devices import DEVICES
 from trio_edge.trio.cost.work import Work, head_work, range_work, vision_work
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Figure:
 
     @property
     def rates(self) -> Rates:
-        target = TARGETS[self.device]
+        target = DEVICES[self.device]
         known = Rates(flops=target.fp16_flops, bandwidth=target.bandwidth_bytes_per_s)
         return ASSUMED_RATES.get((self.source, self.device), known)
 

@@ -21,7 +21,7 @@ from trio_edge.export.checkpoints.stored import StoredName
 from trio_edge.export.checkpoints.weights import bytes_to_write, store_constants, store_weights
 from trio_edge.export.families.decoder_config import max_positions
 from trio_edge.export.graphs.onnx_graph import attach_weights, save
-from trio_edge.export.model_cost import COST_TEXT_TOKENS, cost_of, vision_dimensions
+from trio_edge.export.model_cost import COST_TEXT_TOKENS, cost_of
 from trio_edge.export.options import Progress
 from trio_edge.export.plan import build, read, resolve, without_values
 from trio_edge.export.quantize.assign import (
@@ -50,7 +50,7 @@ from trio_edge.runtime.bundle.manifest import (
     json_from_manifest,
 )
 from trio_edge.runtime.bundle.reader import sha256_of
-from trio_edge.trio.cost.devices import find_target
+from trio_edge.trio.cost.devices import find_device
 from trio_edge.trio.cost.memory import Texts
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def check_target(plan: ExportPlan, progress: Progress) -> None:
     options, clip, clip_graphs = plan.options, plan.source.clip, plan.clip_graphs
     if options.target is None:
         return
-    target = find_target(options.target)
+    target = find_device(options.target)
     refusal = target.refusal(options.quantize.formats)
     if refusal is not None:
         progress.warn(refusal)
@@ -263,7 +263,7 @@ def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, fo
         files=_file_entries(folder, known=written.sha256),
         model_bytes=_model_bytes(plan.source.checkpoint, resolved.dtype),
         cost=_cost(plan, written.graphs),
-        vision=vision_dimensions(model, sizes=resolved.largest, hidden_size=plan.dimensions.hidden_size),
+        vision=plan.model.vision_dimensions,
         clip_text=None if clip is None else clip.spec,
         tools={
             name: version(name) for name in ("trio-edge", "torch", "transformers", "onnx-ir", "onnxscript")
@@ -311,7 +311,7 @@ def _image_sizes(plan: ExportPlan) -> tuple[ImageSize, ...]:
 def _cost(plan: ExportPlan, graphs: Sequence[GraphSpec]) -> Cost:
     options, resolved, clip = plan.options, plan.resolved, plan.source.clip
     return cost_of(
-        plan.model,
+        plan.model.vision_dimensions,
         plan.dimensions,
         plan.layout.schedule,
         vision_sizes=resolved.largest,

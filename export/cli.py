@@ -5,17 +5,16 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from trio_edge.runtime.bundle.errors import CheckpointError
-from trio_edge.runtime.bundle.manifest import TokenMethod
-from trio_edge.runtime.bundle.schedule import Method
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
+from trio_edge.trio.methods import DEFAULT_METHOD, STAGE_METHODS, TOKEN_METHODS, described
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,12 +72,15 @@ def _count(option: str) -> Callable[[str], int | float]:
 )
 @click.option("--schedule", "stages", metavar="STAGES", help="Stages as LAYER:KEEP,…; instead of --keep.")
 @click.option(
-    "--method", type=click.Choice(get_args(Method)), help="How visual tokens are selected inside the decoder."
+    "--method",
+    type=click.Choice(tuple(STAGE_METHODS)),
+    help=f"Selector of visual tokens inside the decoder. {described(STAGE_METHODS)}. [default: {DEFAULT_METHOD}]",
 )
 @click.option(
     "--token-method",
-    type=click.Choice(get_args(TokenMethod)),
-    help="Selection among the image's tokens before the decoder; combines with --keep all or any --method.",
+    type=click.Choice(tuple(TOKEN_METHODS)),
+    help="Selector of visual tokens before the decoder; combines with --keep all or any --method."
+    f" {described(TOKEN_METHODS)}.",
 )
 @click.option(
     "--token-keep",
@@ -89,7 +91,8 @@ def _count(option: str) -> Callable[[str], int | float]:
 @click.option(
     "--clip",
     metavar="MODEL",
-    help="CLIP model (folder or Hub id) of the vision tower: cdpruner and eadp then compare the question in its space.",
+    help="CLIP model (folder or Hub id) of the vision tower:"
+    f" {' and '.join(row.name for row in TOKEN_METHODS.values() if row.takes_clip)} then compare the question in its space.",
 )
 @click.option(
     "--probe-rows",
@@ -152,7 +155,7 @@ def command(
     stages: str | None,
     list_models: bool,
     quiet: bool,
-    method: Method | None,
+    method: str | None,
     quantize: str | None,
     **settings: Any,
 ) -> int:
@@ -181,7 +184,7 @@ def command(
             quantize=QuantizePlan() if quantize is None else parse_plan(quantize),
             **chosen,
         )
-        schedule_for = _schedule_rule(keep, stages, shared, method=method or "trio")
+        schedule_for = _schedule_rule(keep, stages, shared, method=method or DEFAULT_METHOD)
         manifest = _export(options, schedule_for, Console(stderr=True, quiet=quiet), check)
         print(_summary(manifest, options.out))
         return 0
@@ -226,7 +229,7 @@ def _import_exporter(*, quiet: bool) -> None:
 
 
 def _schedule_rule(
-    keep: str | None, stages: str | None, shared: dict[str, Any], *, method: Method
+    keep: str | None, stages: str | None, shared: dict[str, Any], *, method: str
 ) -> Callable[[ScheduleInputs], Schedule]:
     """Return the function that makes the schedule once layers and visual tokens are known."""
     from trio_edge.runtime.bundle.schedule import Schedule

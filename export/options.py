@@ -6,16 +6,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from trio_edge.export.quantize.plan import QuantizePlan
-from trio_edge.export.token_selectors import CLIP_METHODS
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import MAX_TEXT, MOST_TOKENS
-from trio_edge.trio.cost.devices import find_target
+from trio_edge.trio.cost.devices import find_device
+from trio_edge.trio.methods import TOKEN_METHODS, token_method
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from trio_edge.runtime.bundle.manifest import TokenMethod
     from trio_edge.runtime.bundle.schedule import Positions
 
 
@@ -46,7 +45,7 @@ class ExportOptions:
     encoder_keep: int | float | None = None
     """Patches per tile, or visual tokens of the image, that the vision encoder keeps (the reference's encoder
     reduction), or a share of them below 1; None keeps all."""
-    token_method: TokenMethod | None = None
+    token_method: str | None = None
     """Selection among the image's visual tokens before the decoder; combines with any schedule."""
     token_keep: int | float | None = None
     """Visual tokens of an image that it passes on, or a share of them below 1."""
@@ -64,7 +63,7 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         if self.target is not None:
-            find_target(self.target)
+            find_device(self.target)
         for name, value, low in (("max-text", self.max_text, 8), ("max-new-tokens", self.max_new_tokens, 1)):
             if not low <= value <= MOST_TOKENS:
                 raise ScheduleError(f"--{name}: expected {low}..{MOST_TOKENS}, got {value}")
@@ -92,9 +91,12 @@ class ExportOptions:
                 f"--token-method and --token-keep: expected both or none, got {self.token_method} and"
                 f" {self.token_keep}; give the other one too"
             )
-        if self.clip is not None and self.token_method not in CLIP_METHODS:
+        if self.token_method is not None:
+            token_method(self.token_method)  # refuses an unknown one
+        takes_clip = [row.name for row in TOKEN_METHODS.values() if row.takes_clip]
+        if self.clip is not None and self.token_method not in takes_clip:
             raise ScheduleError(
-                f"--clip: expected --token-method {' or '.join(CLIP_METHODS)} with it, got {self.token_method};"
+                f"--clip: expected --token-method {' or '.join(takes_clip)} with it, got {self.token_method};"
                 " leave out --clip"
             )
 

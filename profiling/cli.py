@@ -18,7 +18,7 @@ from trio_edge.profiling.predict.options import (
     PredictOptions,
     check_given,
     predict_options,
-    print_outcome,
+    print_predictions,
     run_prediction,
 )
 from trio_edge.profiling.report.profile import ProfileConditions
@@ -157,7 +157,7 @@ def _predict(wishes: PredictOptions, outputs: _Outputs, *, bundle: Path | None, 
         from trio_edge.profiling.predict.page import prediction_page
 
         write_output("--html", outputs.html, prediction_page(outcome.found, outcome.values))
-    print_outcome(outcome)  # last: where the output is closed early, the files are there
+    print_predictions(outcome)  # last: where the output is closed early, the files are there
     if outcome.unmet is not None:
         raise TargetError(outcome.unmet)
 

@@ -27,11 +27,10 @@ from trio_edge.export.checkpoints.checkpoint import Checkpoint, canonical_name, 
 from trio_edge.export.checkpoints.weights import read_tensor
 from trio_edge.export.families import family_of
 from trio_edge.export.families.base import FamilyModel
-from trio_edge.runtime.bundle.manifest import FloatType
+from trio_edge.runtime.bundle.manifest import Dimensions, FloatType, VisionDimensions
 from trio_edge.runtime.bundle.schedule import Positions, Schedule
 from trio_edge.runtime.images.interface import ImageProcessing
 from trio_edge.trio.budgets import schedule_for_keep
-from trio_edge.trio.cost.flops import ModelShape
 
 BUDGETS = (1.0, 1 / 3, 2 / 9, 0.111)
 
@@ -114,7 +113,11 @@ SHAPES: dict[str, dict[str, Shapes]] = {
 class Sizes:
     """Sizes that a cost follows from."""
 
-    shape: ModelShape
+    decoder: Dimensions
+    tower: VisionDimensions
+    vision_sizes: dict[str, int]
+    """Of the picture's vision profile."""
+    element_bytes: int
     num_visual: int
     """N."""
     vision_weights: int
@@ -125,18 +128,12 @@ class Sizes:
     def schedule(self, keep: float) -> Schedule:
         """Return the schedule with this average keep that ``trio-export`` would choose."""
         return schedule_for_keep(
-            keep, num_layers=self.shape.num_layers, num_visual=self.num_visual, positions=self.positions
+            keep, num_layers=self.decoder.num_layers, num_visual=self.num_visual, positions=self.positions
         )
 
     def count(self, keep: float, *, num_text: int) -> Counted:
         """Return the work of this schedule."""
-        return count(
-            self.shape,
-            self.schedule(keep),
-            num_visual=self.num_visual,
-            num_text=num_text,
-            vision_weights=self.vision_weights,
-        )
+        return count(self, self.schedule(keep), num_text=num_text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +190,7 @@ def _sizes(
     text, layer = model.text_config, cast("Any", model.layers[0])
     attention = layer.self_attn
     size = int(attention.head_dim)
-    shape = ModelShape(
+    decoder = Dimensions(
         num_layers=len(model.layers),
         hidden_size=text.hidden_size,
         num_heads=attention.q_proj.out_features // size,
@@ -201,11 +198,12 @@ def _sizes(
         head_size=size,
         intermediate_size=text.intermediate_size,
         vocab_size=text.vocab_size,
-        vision=model.vision_shape(vision_sizes),
-        bytes_per_element=2 if dtype == "float16" else 4,
     )
     return Sizes(
-        shape=shape,
+        decoder=decoder,
+        tower=model.vision_dimensions,
+        vision_sizes=vision_sizes,
+        element_bytes=2 if dtype == "float16" else 4,
         num_visual=vision_sizes["N"],
         vision_weights=sum(weight.numel() for weight in model.vision.module.parameters()),
         positions=family_of(checkpoint).positions[0],

@@ -12,7 +12,7 @@ from gpu_parts.measure import Measured
 from gpu_parts.parity import Compared
 from parts.tables import markdown, percent
 
-from trio_edge.trio.cost.devices import TARGETS
+from trio_edge.trio.cost.devices import DEVICES
 
 _NOTHING = "–"
 
@@ -86,7 +86,7 @@ def _least_times(counted: Mapping[tuple[str, float], Counted]) -> Iterator[Seque
     least = min(keep for _, keep in counted)
     for model in dict.fromkeys(name for name, _ in counted):
         full = counted[model, 1.0]
-        for target in TARGETS.values():
+        for target in DEVICES.values():
             if full.decode.num_bytes + full.graphs["vision"].num_bytes > target.usable_bytes:
                 continue
             rates = _TargetRates(target.fp16_flops, target.bandwidth_bytes_per_s)

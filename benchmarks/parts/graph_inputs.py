@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trio_edge.trio.cost.work import fixed_sizes
+from trio_edge.trio.cost.bundle_work import fixed_sizes
 
 if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import GraphSpec, Profile

@@ -12,9 +12,8 @@ from trio_edge.calibration.search.schedules.prefill_cost import PrefillCost, Sit
 from trio_edge.export.check.fit import check_fit, fit_inputs
 from trio_edge.export.families.decoder_config import check_positions, max_positions
 from trio_edge.export.graphs.layout import Layout
-from trio_edge.export.model_cost import vision_dimensions
 from trio_edge.export.plan import bundle_dtype, dimensions_of
-from trio_edge.trio.cost.devices import find_target
+from trio_edge.trio.cost.devices import find_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -94,12 +93,12 @@ def prefill_cost(
     runs_at = Counter(_padded(shape, sample) for sample in samples)
     return PrefillCost(
         decoder=decoder,
-        vision=vision_dimensions(model.parts, sizes=shape.profiles[0], hidden_size=decoder.hidden_size),
+        vision=model.parts.vision_dimensions,
         situations=[
             Situation(share=count / len(samples), sizes=shape.profiles[profile], num_text=bucket)
             for (profile, bucket), count in sorted(runs_at.items())
         ],
-        target=find_target(target),
+        target=find_device(target),
     )
 
 
@@ -118,7 +117,7 @@ def memory_warning(
     )
     dimensions = dimensions_of(model.parts)
     inputs = fit_inputs(model.parts, dimensions, layout=layout, processing=model.images, quantize=quantize)
-    return check_fit(inputs, find_target(target))
+    return check_fit(inputs, find_device(target))
 
 
 def text_buckets(shapes: Sequence[SampleShape], *, room: int) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.profiling.predict.efficiency import fitted_for
 from trio_edge.runtime.bundle.errors import DataError, TargetError
 from trio_edge.runtime.bundle.schedule import Schedule
-from trio_edge.trio.cost.devices import find_target
+from trio_edge.trio.cost.devices import find_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -244,7 +244,7 @@ def _checked_plan(options: CalibrationOptions) -> QuantizePlan:
         CheckpointError: If factors are to be searched for, and Model Optimizer is not installed.
     """
     plan = parse_plan(options.quantize)
-    refusal = find_target(options.target).refusal(plan.formats)
+    refusal = find_device(options.target).refusal(plan.formats)
     if refusal is not None:
         raise TargetError(refusal)
     if plan.has_factors:

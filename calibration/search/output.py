@@ -12,6 +12,7 @@ from trio_edge.calibration.search.report.calibration_file import (
 )
 from trio_edge.calibration.search.report.page import page_of
 from trio_edge.export import bundle
+from trio_edge.export.options import ExportOptions, Progress
 from trio_edge.export.quantize.plan import parse_plan
 
 if TYPE_CHECKING:
@@ -34,13 +35,13 @@ def write_calibration(
             _export_options(calibration, folder / BUNDLE_NAME),
             schedule_for=lambda _inputs: calibration.schedule,
             scales=calibrated.scales,
-            progress=bundle.Progress(step=lambda text: progress.step(text, 0)),
+            progress=Progress(step=lambda text: progress.step(text, 0)),
         )
 
 
-def _export_options(calibration: Calibration, out: Path) -> bundle.ExportOptions:
+def _export_options(calibration: Calibration, out: Path) -> ExportOptions:
     options, shapes = calibration.options, calibration.shapes
-    return bundle.ExportOptions(
+    return ExportOptions(
         model=options.model,
         out=out,
         revision=options.revision,

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.trio.methods import TOKEN_METHODS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -16,10 +17,9 @@ if TYPE_CHECKING:
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.graphs.linear_groups import LinearGroup
-    from trio_edge.runtime.bundle.manifest import FloatType, TensorSpec
+    from trio_edge.runtime.bundle.manifest import FloatType, TensorSpec, VisionDimensions
     from trio_edge.runtime.bundle.schedule import Positions
     from trio_edge.runtime.images.interface import ImageProcessing
-    from trio_edge.trio.cost.flops import VisionShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +44,8 @@ class FamilyModel:
     root: nn.Module
     """The Hugging Face model; its parameter names, made canonical, name the checkpoint's tensors."""
     vision: VisionGraph
-    vision_shape: Callable[[Mapping[str, int]], VisionShape]
-    """Returns the sizes that the cost follows from, given those of a vision profile."""
+    vision_dimensions: VisionDimensions
+    """Sizes of the vision tower and its projector."""
     layers: tuple[nn.Module, ...]
     final_norm: nn.Module
     lm_head: nn.Module
@@ -117,7 +117,8 @@ class Family(Protocol):
 def refuse_features(model_type: str, *, with_features: bool) -> None:
     """Raise ScheduleError if features are wanted of a family whose vision encoder has no class row."""
     if with_features:
+        others = ", ".join(row.name for row in TOKEN_METHODS.values() if not row.load().needs_features)
         raise ScheduleError(
-            f"--token-method: expected one that needs no class token for {model_type} (divprune, cdpruner, eadp, uniform),"
-            " got one that does; choose another"
+            f"--token-method: expected one that needs no class token for {model_type} ({others}), got one that does;"
+            " choose another"
         )

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from trio_edge.export.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from trio_edge.export.checkpoints.text_files import load_tokenizer
 from trio_edge.export.families.config_files import load_config
@@ -18,7 +20,7 @@ from trio_edge.export.graphs.vision.clip import ClipVision, VisionWithPatches
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import num_clip_texts
 from trio_edge.runtime.bundle.manifest import ClipTextSpec, TensorSpec
-from trio_edge.trio.cost.flops import clip_text_flops
+from trio_edge.trio.cost.selections import clip_text_flops
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.runtime.bundle.manifest import FloatType
-    from trio_edge.trio.cost.flops import VisionShape
 
 PREFIX = "clip."
 TOKENIZER_NAME = "clip_tokenizer.json"
@@ -161,6 +162,7 @@ def with_patches(model: FamilyModel, graphs: ClipGraphs, *, dtype: FloatType) ->
             f"--clip: expected the CLIP model that the vision tower was taken from, of width {width}, got one of width"
             f" {graphs.projection.in_features}; name that one"
         )
+    tower = model.vision_dimensions
     patches = TensorSpec(name=PATCHES, dtype=dtype, shape=("N", graphs.projection_size))
     return replace(
         model,
@@ -169,18 +171,10 @@ def with_patches(model: FamilyModel, graphs: ClipGraphs, *, dtype: FloatType) ->
             module=VisionWithPatches(vision, norm=graphs.norm, projection=graphs.projection),
             outputs=(*model.vision.outputs, patches),
         ),
-        vision_shape=lambda sizes: _with_projection(
-            model.vision_shape(sizes), hidden_size=model.text_config.hidden_size, graphs=graphs
+        vision_dimensions=msgspec.structs.replace(
+            tower, projector_weights=tower.projector_weights + tower.hidden_size * graphs.projection_size
         ),
     )
-
-
-def _with_projection(shape: VisionShape, *, hidden_size: int, graphs: ClipGraphs) -> VisionShape:
-    """Return ``shape`` with CLIP's projection added to the projector."""
-    projector = shape.projector_weights
-    if projector is None:
-        projector = (shape.hidden_size + hidden_size) * hidden_size
-    return replace(shape, projector_weights=projector + shape.hidden_size * graphs.projection_size)
 
 
 def _check_is_clip(folder: Path, config: dict[str, Any]) -> None:

@@ -13,10 +13,8 @@ from trio_edge.export.families.decoder_config import check_decoder, untie_stored
 from trio_edge.runtime.bundle.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
-    from trio_edge.trio.cost.flops import VisionShape
+    from trio_edge.runtime.bundle.manifest import VisionDimensions
 
 
 def read_config(checkpoint: Checkpoint, *, text_types: tuple[str, ...] = ()) -> Any:
@@ -46,7 +44,7 @@ def family_model(
     root: Any,
     *,
     vision: VisionGraph,
-    vision_shape: Callable[[Mapping[str, int]], VisionShape],
+    vision_dimensions: VisionDimensions,
     has_mrope: bool = False,
 ) -> FamilyModel:
     """Return Hugging Face's model ``root``, built without weights, taken apart; called under FakeTensorMode."""
@@ -57,7 +55,7 @@ def family_model(
     return FamilyModel(
         root=root,
         vision=vision,
-        vision_shape=vision_shape,
+        vision_dimensions=vision_dimensions,
         layers=tuple(decoder.layers),
         final_norm=decoder.norm,
         lm_head=root.lm_head,

@@ -12,10 +12,9 @@ from trio_edge.export.families.decoder import family_model, read_config
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision.internvl import TILE_ATTENTION_NAME, TileVision, register_tile_attention
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
-from trio_edge.runtime.bundle.manifest import TensorSpec
+from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
 from trio_edge.runtime.images.internvl import InternVlImages
 from trio_edge.runtime.prompts.chat import INTERNVL_TEMPLATE
-from trio_edge.trio.cost.flops import VisionShape
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,12 +62,11 @@ class InternVl:
         return family_model(
             root,
             vision=_vision_graph(root.model, config, dtype=dtype),
-            vision_shape=lambda sizes: VisionShape(
+            vision_dimensions=VisionDimensions(
                 num_layers=vision.num_hidden_layers,
                 hidden_size=vision.hidden_size,
                 intermediate_size=vision.intermediate_size,
                 patches_per_tile=_patches_per_side(config) ** 2 + 1,
-                num_tiles=sizes["B"],
                 projector_weights=(merged + text.hidden_size) * text.hidden_size,
             ),
         )

@@ -23,10 +23,9 @@ from trio_edge.export.graphs.vision.clip import (
 )
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import KEPT_PATCHES
-from trio_edge.runtime.bundle.manifest import TensorSpec
+from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
 from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.prompts.chat import VICUNA_TEMPLATE
-from trio_edge.trio.cost.flops import VisionShape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,14 +134,14 @@ def _build(
     return family_model(
         root,
         vision=graph,
-        vision_shape=lambda sizes: VisionShape(
+        vision_dimensions=VisionDimensions(
             num_layers=num_layers,
             hidden_size=vision.hidden_size,
             intermediate_size=vision.intermediate_size,
             patches_per_tile=processing.patches_per_tile + 1,
-            num_tiles=sizes["B"],
-            projected_tokens=sizes["B"] * processing.patches_per_tile,
-            merged_into=processing.encoder_keep or 0,
+            projector_weights=(vision.hidden_size + text.hidden_size) * text.hidden_size,
+            projected_per_tile=processing.patches_per_tile,
+            merged_weights=2 * (processing.encoder_keep or 0) * text.hidden_size,
         ),
     )
 

@@ -26,10 +26,9 @@ from trio_edge.export.graphs.vision.windowed import (
 )
 from trio_edge.runtime.bundle.errors import CheckpointError, ManifestError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import KEPT_TOKENS
-from trio_edge.runtime.bundle.manifest import TensorSpec
+from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
 from trio_edge.runtime.images.qwen import QwenImages
 from trio_edge.runtime.prompts.chat import QWEN2_5_VL_TEMPLATE
-from trio_edge.trio.cost.flops import VisionShape
 
 if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
@@ -73,18 +72,17 @@ class Qwen25Vl:
         return family_model(
             root,
             vision=_vision_graph(root.model, vision, processing=processing, dtype=dtype),
-            vision_shape=lambda sizes: VisionShape(
+            vision_dimensions=VisionDimensions(
                 num_layers=vision.depth,
                 hidden_size=vision.hidden_size,
                 intermediate_size=vision.intermediate_size,
-                patches_per_tile=sizes["P"],
-                num_tiles=1,
+                patches_per_tile=None,
                 mlp_matrices=3,
                 patches_per_window=(vision.window_size // vision.patch_size) ** 2,
                 num_full_layers=len(vision.fullatt_block_indexes),
                 projector_weights=_merger_weights(vision),
-                projected_tokens=sizes["P"] // vision.spatial_merge_size**2,
-                merged_into=processing.encoder_keep or 0,
+                patches_per_token=vision.spatial_merge_size**2,
+                merged_weights=2 * (processing.encoder_keep or 0) * text.hidden_size,
             ),
             has_mrope=True,
         )

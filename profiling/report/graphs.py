@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from trio_edge.profiling.measure.recording import DECODE
 from trio_edge.profiling.report.profile import GraphProfile
 from trio_edge.profiling.statistics import distribution_of_runs
-from trio_edge.trio.cost.work import graph_work
+from trio_edge.trio.cost.bundle_work import graph_work
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

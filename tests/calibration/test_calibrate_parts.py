@@ -34,7 +34,7 @@ from trio_edge.profiling.predict.models import find_model
 from trio_edge.runtime.bundle.errors import DataError, ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.budgets import parse_schedule
-from trio_edge.trio.cost.devices import find_target
+from trio_edge.trio.cost.devices import find_device
 
 MODEL = find_model("llava-next-7b")
 SIZES = {"B": 5, "N": 2880}
@@ -49,7 +49,7 @@ def sample(num_visual: int, num_text: int, *, size: tuple[int, int] = (48, 48)) 
 
 def cost_on(target: str, *situations: Situation) -> PrefillCost:
     return PrefillCost(
-        decoder=MODEL.decoder, vision=MODEL.vision, situations=situations, target=find_target(target)
+        decoder=MODEL.decoder, vision=MODEL.vision, situations=situations, target=find_device(target)
     )
 
 
@@ -172,7 +172,7 @@ def test_costs_are_those_of_trio_profiles_prediction(target: str, stages: str | 
         num_new=1,
         precision="float16",
     )
-    prediction = predict(setting, find_target(target))
+    prediction = predict(setting, find_device(target))
     cost = cost_on(target, Situation(1.0, SIZES, 40)).of(schedule)
     assert cost.milliseconds == pytest.approx(1e3 * prediction.seconds("prefill"))
     prefill = [timed.run.work.flops for timed in prediction.runs if timed.run.phase == "prefill"]

@@ -22,7 +22,7 @@ from trio_edge.calibration.evaluate.running.answer_cost import prefill_flops, pr
 from trio_edge.export.token_selectors import stage_selector, token_selector
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.trio.selectors.interface import Prompt, Selection, StageInputs, TokenInputs
+from trio_edge.trio.selectors.interface import PromptInputs, Selection, StageInputs, TokenInputs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,7 +83,7 @@ def through_the_decoder(
     model, start, hidden = sequence.model, sequence.start, embeds
     text = model.model.language_model
     family: Any = SimpleNamespace(layers=text.layers, final_norm=text.norm, lm_head=model.lm_head)
-    prompt = Prompt(embeds[0], scalar(count), scalar(embeds.shape[1]))
+    prompt = PromptInputs(embeds[0], scalar(count), scalar(embeds.shape[1]))
     positions, previous = torch.arange(hidden.shape[1])[None], hidden
     original, kept_all, stages = np.arange(count), [], [stage.layer for stage in schedule.stages]
     for layer in range(len(text.layers)):

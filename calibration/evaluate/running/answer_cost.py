@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trio_edge.runtime.bundle.graph_io import num_clip_texts
-from trio_edge.trio.cost.flops import ModelShape, decoder_layer_flops, head_flops, reduction_cost
-from trio_edge.trio.cost.work import clip_text_flops, reduce_flops
+from trio_edge.trio.cost.bundle_work import clip_text_flops, reduce_cost
+from trio_edge.trio.cost.flops import count_prefill, decoder_flops
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,13 +50,12 @@ def prefill_flops(
         num_text: Text tokens of the prompt.
         select: False for stages that compute nothing.
     """
-    shape = _decoder_shape(manifest)
     rows = [count + num_text for count in tokens_per_layer(manifest, num_visual=num_visual, kept=kept)]
-    decoder = sum(decoder_layer_flops(shape, num_rows=count) for count in rows) + head_flops(shape)
+    decoder = decoder_flops(manifest.dimensions, rows)
     vision = manifest.cost.reduced_flops["vision"] * num_visual / manifest.cost.num_visual
     if not num_visual:
         return decoder
-    stages = _select_flops(manifest, shape, num_visual=num_visual, num_text=num_text) if select else 0.0
+    stages = _select_flops(manifest, num_visual=num_visual, num_text=num_text) if select else 0.0
     return decoder + vision + stages + _before_decoder(manifest, num_visual=num_visual, num_text=num_text)
 
 
@@ -65,9 +64,9 @@ def _entering(manifest: Manifest, num_visual: int) -> int:
     return num_visual if manifest.token_keep is None else min(manifest.token_keep, num_visual)
 
 
-def _select_flops(manifest: Manifest, shape: ModelShape, *, num_visual: int, num_text: int) -> float:
-    return reduction_cost(
-        shape,
+def _select_flops(manifest: Manifest, *, num_visual: int, num_text: int) -> float:
+    return count_prefill(
+        manifest.dimensions,
         manifest.schedule,
         num_visual=_entering(manifest, num_visual),
         num_text=num_text,
@@ -77,29 +76,10 @@ def _select_flops(manifest: Manifest, shape: ModelShape, *, num_visual: int, num
 
 def _before_decoder(manifest: Manifest, *, num_visual: int, num_text: int) -> float:
     """Return the FLOPs of the selection before the decoder, and of the text tower that it needs."""
-    if manifest.token_method is None or manifest.token_keep is None:
+    if manifest.token_method is None:
         return 0.0
     tower = 0.0
     if manifest.clip_text is not None:
         texts = num_clip_texts(num_text, length=manifest.clip_text.length)
         tower = clip_text_flops(manifest, num_texts=texts)
-    return tower + reduce_flops(
-        manifest.graph("reduce"),
-        manifest.token_method,
-        num_visual=num_visual,
-        num_keep=manifest.token_keep,
-        num_text=num_text,
-    )
-
-
-def _decoder_shape(manifest: Manifest) -> ModelShape:
-    sizes = manifest.dimensions
-    return ModelShape(
-        num_layers=sizes.num_layers,
-        hidden_size=sizes.hidden_size,
-        num_heads=sizes.num_heads,
-        num_kv_heads=sizes.num_kv_heads,
-        head_size=sizes.head_size,
-        intermediate_size=sizes.intermediate_size,
-        vocab_size=sizes.vocab_size,
-    )
+    return tower + reduce_cost(manifest, num_visual=num_visual, num_text=num_text).flops

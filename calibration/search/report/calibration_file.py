@@ -15,7 +15,7 @@ from trio_edge.calibration.search.schedules.space import DEFAULT_KEEPS, DEFAULT_
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle.errors import DataError, ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule
-from trio_edge.trio.cost.devices import find_target
+from trio_edge.trio.cost.devices import find_device
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,7 +79,7 @@ class CalibrationOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     """torch's device that samples run on."""
 
     def __post_init__(self) -> None:
-        find_target(self.target)
+        find_device(self.target)
         parse_plan(self.quantize)
         rules = [name for name in ("max_kl", "target_ms", "keep") if getattr(self, name) is not None]
         if len(rules) > 1:

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from trio_edge.profiling.predict.efficiency import fitted_for, rates_of
 from trio_edge.profiling.predict.speed import Formats, graph_time
 from trio_edge.runtime.bundle.schedule import Schedule
-from trio_edge.trio.cost.work import head_work, range_work, select_work, vision_work
+from trio_edge.trio.cost.flops import stage_work
+from trio_edge.trio.cost.selections import StageSizes
+from trio_edge.trio.cost.work import head_work, range_work, vision_work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
-    from trio_edge.trio.cost.devices import Target
+    from trio_edge.trio.cost.devices import DeviceSpec
     from trio_edge.trio.cost.work import Work
 
 CostKind = Literal["time", "flops"]
@@ -60,7 +62,7 @@ class PrefillCost:
     decoder: Dimensions
     vision: VisionDimensions
     situations: Sequence[Situation]
-    target: Target
+    target: DeviceSpec
     _parts: dict[tuple[str, int | None, int], ScheduleCost] = field(
         default_factory=dict, init=False, compare=False
     )
@@ -86,15 +88,16 @@ class PrefillCost:
 
         def works(situation: Situation) -> list[Work]:
             rows = _visual_rows(situation, keep) + situation.num_text
-            return [range_work(self.decoder, num_layers=1, rows=rows, past=0)]
+            return [range_work(self.decoder, num_layers=1, rows=rows)]
 
         return self._part("layer", keep, 0, works)
 
     def _select(self, entering: int | None, settings: Schedule) -> ScheduleCost:
         def works(situation: Situation) -> list[Work]:
             num_visual = _visual_rows(situation, entering)
-            rows = num_visual + situation.num_text
-            return [select_work(self.decoder, settings, rows=rows, num_visual=num_visual)]
+            # TRIO's work does not depend on how many tokens stay.
+            sizes = StageSizes(num_visual, 1, situation.num_text, situation.sizes["N"])
+            return [stage_work(self.decoder, settings, sizes)]
 
         return self._part("select", entering, settings.num_probe_rows, works)
 
