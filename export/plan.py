@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class ExportSource:
     """The checkpoint, with its CLIP checkpoint if the options name one."""
 
     checkpoint: Checkpoint
@@ -78,7 +78,7 @@ class ExportPlan:
     """All that graphs, weights and manifest of a bundle follow from."""
 
     options: ExportOptions
-    source: Source
+    source: ExportSource
     resolved: ResolvedOptions
     model: FamilyModel
     """The modules, without values."""
@@ -89,7 +89,7 @@ class ExportPlan:
     layout: Layout
 
 
-def read(options: ExportOptions) -> Source:
+def read(options: ExportOptions) -> ExportSource:
     """Return the checkpoints that ``options`` name, downloaded if need be.
 
     Raises:
@@ -101,10 +101,10 @@ def read(options: ExportOptions) -> Source:
     clip = None if options.clip is None else read_clip(options.clip)
     if clip is not None:
         checkpoint = clip.merged_with(checkpoint)
-    return Source(checkpoint=checkpoint, family=family, clip=clip)
+    return ExportSource(checkpoint=checkpoint, family=family, clip=clip)
 
 
-def resolve(options: ExportOptions, source: Source) -> ResolvedOptions:
+def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
     """Return ``options`` as numbers.
 
     Raises:
@@ -151,7 +151,7 @@ def without_values(dtype: FloatType) -> Iterator[None]:
 
 def build(
     options: ExportOptions,
-    source: Source,
+    source: ExportSource,
     resolved: ResolvedOptions,
     *,
     schedule_for: Callable[[ScheduleInputs], Schedule],
@@ -250,7 +250,7 @@ def _selector(options: ExportOptions, resolved: ResolvedOptions) -> TokenSelecto
 
 
 def _model(
-    source: Source, resolved: ResolvedOptions, selector: TokenSelector | None
+    source: ExportSource, resolved: ResolvedOptions, selector: TokenSelector | None
 ) -> tuple[FamilyModel, ClipGraphs | None]:
     """Return the model's modules, and CLIP's if there is a CLIP checkpoint."""
     model = source.family.build(
@@ -304,7 +304,9 @@ def _check_position_rule(schedule: Schedule, family: Family) -> None:
         )
 
 
-def _layout(options: ExportOptions, source: Source, resolved: ResolvedOptions, schedule: Schedule) -> Layout:
+def _layout(
+    options: ExportOptions, source: ExportSource, resolved: ResolvedOptions, schedule: Schedule
+) -> Layout:
     buckets = tuple(sorted({*options.text_buckets, options.max_text}))
     return Layout(
         vision_sizes=vision_profiles(

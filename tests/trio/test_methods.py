@@ -9,7 +9,7 @@ import pytest
 from tests.bundles import export
 from tests.matmul_flops import example_feeds, matmul_flops
 from tests.spec.test_counted_flops import SCHEDULES
-from trio_edge.export.bundle import ExportOptions
+from trio_edge.export.options import ExportOptions
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
