@@ -1,4 +1,4 @@
-"""How prefill, selection and KV cache grow with the visual tokens N, counted and measured, with fitted exponents.
+"""Growth of prefill, selection and KV cache with the visual tokens N, counted and measured, with fitted exponents.
 
     python benchmarks/cost_growth.py                  # counted for LLaVA-NeXT-7B, predicted for an AGX Orin
     python benchmarks/cost_growth.py --hidden 1024    # one layer and one stage of that width too, measured here
@@ -10,7 +10,6 @@ float32.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import platform
@@ -20,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from parts.arguments import parser_for
+from parts.tables import markdown
 
 from trio_edge.profiling.predict.answer import Setting, predict
 from trio_edge.profiling.predict.plan import plan_for
@@ -38,11 +39,14 @@ def exponent(values: list[float]) -> float:
 
 
 def print_table(title: str, rows: dict[str, list[float]], *, digits: int = 1) -> None:
-    print(f"\n**{title}**\n\n| | " + " | ".join(f"N = {size}" for size in SIZES) + " | exponent |")
-    print("|---" * (len(SIZES) + 2) + "|")
-    for name, values in rows.items():
-        cells = " | ".join(f"{value:.{digits}f}" for value in values)
-        print(f"| {name} | {cells} | {exponent(values):.2f} |", flush=True)
+    cells = [
+        (name, *(f"{value:.{digits}f}" for value in values), f"{exponent(values):.2f}")
+        for name, values in rows.items()
+    ]
+    print(
+        f"\n**{title}**\n\n{markdown(('', *(f'N = {size}' for size in SIZES), 'exponent'), cells)}",
+        flush=True,
+    )
 
 
 def counted(keep: float) -> dict[str, list[float]]:
@@ -80,7 +84,7 @@ def _kv_bytes(setting: Setting) -> int:
 
 def measured(hidden: int) -> dict[str, list[float]]:
     """Return milliseconds of one decoder layer's prefill and of one stage by N."""
-    from layer_graphs import LayerGraphs, median_seconds
+    from parts.layer_graphs import LayerGraphs, median_seconds
 
     rows: dict[str, list[float]] = {
         "one layer, prefill ms": [],
@@ -107,9 +111,7 @@ def measured(hidden: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     parser.add_argument(
         "--hidden", type=int, nargs="*", default=[], help="hidden sizes to measure one layer of"
     )

@@ -1,4 +1,4 @@
-"""What fits which Jetson: memory to run and to build each model, estimated from its shapes; no weights, no GPU.
+"""Models that fit each Jetson: memory to run and to build each model, estimated from its shapes; no weights, no GPU.
 
     python benchmarks/gpu_memory.py
 
@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 
 from gpu_parts.subjects import SHAPES, Sizes, sizes_of
-from gpu_parts.tables import markdown, percent
+from parts.arguments import parser_for
+from parts.tables import markdown, percent
 
 from trio_edge.export.check.fit import INT4_SHARE, Fit, FitInputs, Picture, estimate
 from trio_edge.export.quantize.plan import parse_plan
@@ -104,9 +105,7 @@ def rows(options: argparse.Namespace) -> list[tuple[str, ...]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     parser.add_argument("--max-text", type=int, default=256)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     options = parser.parse_args()

@@ -9,15 +9,14 @@ are random: times do not depend on their values, except that of the host's loop,
 
 from __future__ import annotations
 
-import argparse
 import platform
-import statistics
-import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers as hf
-from reference_stage import autograd_scores, host_nms
+from gpu_parts.ceilings import median_ms
+from parts.arguments import parser_for
+from parts.reference_stage import autograd_scores, host_nms
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
@@ -29,9 +28,6 @@ from trio_edge.trio.cost.selections import ProbeSizes, nms_products, probe_produ
 from trio_edge.trio.cost.work import flops_of, head_work, layer_weights, range_work, vision_work
 from trio_edge.trio.nms import FeatureNms
 from trio_edge.trio.saliency import ProxySaliency
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 NUM_TEXT, START, THRESHOLD, ROUNDS, HEAD_SIZE, VOCAB = 50, 35, 0.8, 16, 128, 32064
 
@@ -98,23 +94,6 @@ class Stage:
         return self.nms(self.hidden[START : START + self.num_visual], scores, self.scalars[0])
 
 
-def median_ms(function: Callable[[], Any], *, repeats: int, device: str) -> float:
-    times = []
-    for index in range(repeats + 1):
-        _synchronize(device)
-        start = time.perf_counter()
-        function()
-        _synchronize(device)
-        if index:  # the first one warms up
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def reference_probe_flops(shape: Dimensions, *, num_rows: int) -> float:
     """The layer and the whole head over all rows, forwards and backwards; frozen weights get no gradient."""
     (attention,) = range_work(shape, num_layers=1, rows=num_rows).attention
@@ -130,10 +109,10 @@ def measure(shape: Dimensions, *, num_visual: int, repeats: int, device: str, dt
     same = kept.tolist() == stage.reference_nms(scores)
     reference = stage.reference_scores()
     error = float(((scores - reference).abs() / reference).max())
-    ref_probe = median_ms(stage.reference_scores, repeats=repeats, device=device)
-    ref_nms = median_ms(lambda: stage.reference_nms(scores), repeats=repeats, device=device)
-    probe = median_ms(stage.scores, repeats=repeats, device=device)
-    nms = median_ms(lambda: stage.select(scores), repeats=repeats, device=device)
+    ref_probe = median_ms(stage.reference_scores, device=torch.device(device), runs=repeats)
+    ref_nms = median_ms(lambda: stage.reference_nms(scores), device=torch.device(device), runs=repeats)
+    probe = median_ms(stage.scores, device=torch.device(device), runs=repeats)
+    nms = median_ms(lambda: stage.select(scores), device=torch.device(device), runs=repeats)
     ref_flops = reference_probe_flops(shape, num_rows=rows)
     sizes = ProbeSizes(
         rows, num_visual, shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_size, 4
@@ -153,9 +132,7 @@ def measure(shape: Dimensions, *, num_visual: int, repeats: int, device: str, dt
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[576, 1152, 2880], help="visual tokens N")
     parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 4096], help="hidden sizes D")
     parser.add_argument("--attention", nargs="+", choices=["mha", "gqa"], default=["mha", "gqa"])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.runtime.images.llava import TilePictures
+from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.trio.methods import stage_method, token_method
 from trio_edge.trio.selectors.interface import StageParts
 
 if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.runtime.bundle.schedule import Schedule
-    from trio_edge.runtime.images.interface import PictureProcessing
+    from trio_edge.runtime.images.interface import ImageProcessing
     from trio_edge.trio.selectors.interface import StageSelector, TokenSelector
 
 
@@ -37,13 +37,13 @@ def token_selector(
     return selector
 
 
-def full_grid(processing: PictureProcessing) -> tuple[int, int] | None:
-    """Return rows and columns where every image is one full grid of tokens, as with LLaVA-1.5; else None."""
-    if not isinstance(processing, TilePictures) or processing.encoder_keep is not None:
+def full_grid(processing: ImageProcessing) -> tuple[int, int] | None:
+    """Return rows and columns where every picture is one full grid of tokens, as with LLaVA-1.5; else None."""
+    if not isinstance(processing, LlavaImages) or processing.encoder_keep is not None:
         return None
-    if processing.processing.kind != "single":
+    if processing.kind != "single":
         return None
-    side = processing.processing.patches_per_side
+    side = processing.patches_per_side
     return side, side
 
 

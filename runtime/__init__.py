@@ -1,4 +1,4 @@
-"""The runtime: opens a bundle and answers questions about pictures. Needs no torch, transformers or onnx."""
+"""The runtime: opens a bundle and answers questions about images. Needs no torch, transformers or onnx."""
 
 from trio_edge.runtime.bundle.errors import (
     BackendError,

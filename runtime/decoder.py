@@ -4,7 +4,7 @@ Nothing waits for the device before the first token: lengths and positions follo
 hidden states and KV rows stay on the device, and what the host wants to know comes back in one copy. A decode step sends one
 block, runs one captured sequence of all ranges and the head, and waits once, for the most likely tokens.
 
-Knows embeddings and rows, nothing of pictures, prompts or sampling. docs/runtime.md describes it.
+It knows embeddings and rows, nothing of images, prompts or sampling. docs/runtime.md describes it.
 """
 
 from __future__ import annotations
@@ -14,42 +14,55 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, final
 
 import numpy as np
 
+from trio_edge.runtime.buffers.decoder import DecoderBuffers, TopTokens, top_tokens
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
-from trio_edge.runtime.decoder_buffers import DecoderBuffers
-from trio_edge.runtime.devices.interface import DeviceTensor, PitchedRows, Timeline, find_profile
-from trio_edge.runtime.sampling import TopTokens
+from trio_edge.runtime.bundle.graph_io import (
+    KEPT_INDICES,
+    LAST_ROW,
+    LENGTH,
+    LOGITS,
+    NUM_VISUAL,
+    POSITIONS,
+    PROMPT_LENGTH,
+    PROMPT_NUM_VISUAL,
+    SCORES,
+    UNSETTLED,
+    VISUAL_ROWS,
+)
+from trio_edge.runtime.devices.interface import DeviceTensor, PitchedRows, find_profile
+from trio_edge.runtime.devices.timeline import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
+    from trio_edge.runtime.buffers.kv_cache import NewRows
     from trio_edge.runtime.bundle.manifest import Manifest
-    from trio_edge.runtime.decoder_buffers import NewRows
     from trio_edge.runtime.devices.interface import Launch, LoadedGraphs
     from trio_edge.runtime.prompts.positions import PromptPositions
 
-Choose: TypeAlias = "Callable[[int, NDArray[np.int32], int], NDArray[np.int32]]"
-"""Given the stage, the tokens that enter it (original indices) and K, returns the kept ones as ascending indices
-into the entering tokens."""
+SelectorOverride: TypeAlias = "Callable[[int, NDArray[np.int32], int], NDArray[np.int32]]"
+"""Selects on the host in place of a select graph. It is given the stage, the tokens that enter it (original indices) and K, and
+returns the kept ones as ascending indices into the entering tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
+class DecoderPrompt:
     """The rows of a prefill: text, visual tokens, text, and padding up to ``visual_rows + text_bucket``."""
 
     before: NDArray[Any]
-    """[T1, D], embeddings of the text before the picture."""
+    """[T1, D], embeddings of the text before the image."""
     visual: DeviceTensor | NDArray[Any]
-    """[M, D], visual tokens, on the device or on the host; M = 0 without a picture."""
+    """[M, D], visual tokens, on the device or on the host; M = 0 without an image."""
     after: NDArray[Any]
-    """[T2, D], embeddings of the text after the picture."""
+    """[T2, D], embeddings of the text after the image."""
     visual_rows: int
     """N, rows reserved for the visual tokens: one of the manifest's visual sizes, at least M."""
     text_bucket: int
     """Rows reserved for the text: one of the manifest's buckets, at least T1 + T2."""
     positions: PromptPositions
-    """Of all N + bucket rows."""
+    """Positions of all N + bucket rows."""
 
     @property
     def num_visual(self) -> int:
@@ -57,21 +70,26 @@ class Prompt:
         return self.visual.shape[0]
 
     @property
+    def num_text(self) -> int:
+        """T1 + T2."""
+        return len(self.before) + len(self.after)
+
+    @property
     def length(self) -> int:
         """Rows that are no padding."""
-        return len(self.before) + self.num_visual + len(self.after)
+        return self.num_text + self.num_visual
 
 
 @dataclass(slots=True)
 class PrefillResult:
-    """What a prefill gives besides filled KV caches."""
+    """Result of a prefill, besides the filled KV caches."""
 
     logits: NDArray[np.float32]
     """[V], of the prompt's last row."""
     top: TopTokens
     """The most likely of them."""
     kept: list[NDArray[np.int32]]
-    """Per stage the kept tokens as indices into the picture's original visual tokens: ascending, but for rows that merge
+    """Per stage the kept tokens as indices into the image's original visual tokens: ascending, but for rows that merge
     several, which come last."""
     scores: list[NDArray[np.float32]] = field(default_factory=list)
     """Per stage the saliency of the tokens that entered it."""
@@ -123,7 +141,7 @@ class Decoder:
             for index, spec in enumerate(self._buffers.ranges)
         ]
         self._step.append(self._engines["head"].prepare(*self._buffers.step_head_tensors()))
-        self._sent, self._step_top = self._buffers.sent_by_step(), self._buffers.top(self._buffers.step_top)
+        self._sent, self._step_top = self._buffers.sent_by_step(), top_tokens(self._buffers.step_top)
         self._is_compact = manifest.schedule.positions == "compact"
         self._captured: Callable[[], None] | None = None
         self._num_steps = 0
@@ -146,12 +164,12 @@ class Decoder:
         """Milliseconds that the device spent in each graph in the last prefill."""
         return self._timeline.milliseconds()
 
-    def prefill(self, prompt: Prompt, *, choose: Choose | None = None) -> PrefillResult:
+    def prefill(self, prompt: DecoderPrompt, *, override: SelectorOverride | None = None) -> PrefillResult:
         """Run the prompt through all stages and fill the KV caches.
 
         Args:
             prompt: The rows.
-            choose: Selects on the host in place of the select graphs, which are not run; for comparisons.
+            override: Selects on the host in place of the select graphs, which are not run; for comparisons.
 
         Raises:
             ShapeError: If the prompt does not fit its bucket.
@@ -163,26 +181,14 @@ class Decoder:
         self._timeline.clear()
         self._next_position = prompt.positions.next
         self._send(prompt, spans)
-        kept_of: dict[int, NDArray[np.int32]] = {}
-        if choose is None:
-            self._run(chain, spans, first=0)
-        else:
-            original = np.arange(prompt.num_visual, dtype=np.int32)
-            for stage in range(len(chain.selects)):
-                self._run_range(chain, spans, stage)
-                kept_of[stage] = choose(stage, original, spans[stage + 1].num_visual)
-                original = original[kept_of[stage]]
-                self._replace(stage, kept_of[stage], spans, prompt)
-            self._run(chain, spans, first=len(chain.selects))
-        self._fetch()
-        num_repaired = 0
-        while choose is None and (found := self._unsettled(after=max(kept_of, default=-1))) is not None:
-            num_repaired += 1
-            kept_of[found] = self._exact(found, spans[found])
-            self._replace(found, kept_of[found], spans, prompt)
-            self._run(chain, spans, first=found + 1)
+        if override is not None:
+            kept_of = self._run_overridden(chain, spans, prompt, override)
             self._fetch()
-        return self._result(spans, kept_of, with_scores=choose is None, num_repaired=num_repaired)
+            return self._result(spans, kept_of, has_scores=False)
+        self._run(chain, spans, first=0)
+        self._fetch()
+        kept_of = self._repair(chain, spans, prompt)
+        return self._result(spans, kept_of, has_scores=True)
 
     def decode(self, embedding: NDArray[Any]) -> TopTokens:
         """Run one new token through all layers and return the most likely next ones.
@@ -208,7 +214,8 @@ class Decoder:
         self._enqueue_step()
         self._buffers.step_top.download(device)
         self._done.record()
-        for cache, row in zip(self.caches, self._buffers.new_row):  # while the host samples
+        # The device copies the new rows while the host samples. Their place changes with every token, so no captured sequence can.
+        for cache, row in zip(self.caches, self._buffers.new_row):
             cache.append(device, row, num_rows=1)
         self._next_position += 1
         self._logits = None
@@ -233,19 +240,17 @@ class Decoder:
     def logits(self) -> NDArray[np.float32]:
         """Return all logits [V] of the last prefill or decode step; after a decode step they are fetched now."""
         if self._logits is None:
-            block, shape = self._buffers.step_logits, (self._manifest.dimensions.vocab_size,)
-            block.download(self._device)
+            self._buffers.step_logits.download(self._device)
             self._device.synchronize()
-            self._logits = block.host("logits", shape).copy()
+            self._logits = self._buffers.step_logits.host(LOGITS)[0].copy()
         return self._logits
 
     # Prefill
 
-    def _check(self, prompt: Prompt) -> None:
-        num_text = len(prompt.before) + len(prompt.after)
-        if not 1 <= num_text <= prompt.text_bucket:
+    def _check(self, prompt: DecoderPrompt) -> None:
+        if not 1 <= prompt.num_text <= prompt.text_bucket:
             raise ShapeError(
-                f"prompt: expected 1..{prompt.text_bucket} text tokens (the bucket), got {num_text}; use a larger one"
+                f"prompt: expected 1..{prompt.text_bucket} text tokens (the bucket), got {prompt.num_text}; use a larger one"
             )
         if prompt.num_visual > prompt.visual_rows:
             raise ShapeError(
@@ -266,7 +271,7 @@ class Decoder:
     def _keep(self, stage: int) -> int:
         return self._manifest.schedule.stages[stage].keep
 
-    def _spans(self, prompt: Prompt) -> list[_Span]:
+    def _spans(self, prompt: DecoderPrompt) -> list[_Span]:
         """Return what enters each layer range; it follows from the K's, so the device need not say."""
         spans = [_Span(len(prompt.before), prompt.num_visual, prompt.visual_rows, prompt.length)]
         for stage in range(len(self._buffers.selects)):
@@ -296,32 +301,29 @@ class Decoder:
         self._chains[key] = _Chain(ranges, new_rows, selects, head)
         return self._chains[key]
 
-    def _send(self, prompt: Prompt, spans: list[_Span]) -> None:
+    def _send(self, prompt: DecoderPrompt, spans: list[_Span]) -> None:
         """Enqueue everything that the host knows: embeddings, positions, lengths."""
         inputs, device, embeds = self._buffers.inputs, self._device, self._buffers.embeds
         ids = prompt.positions.ids
-        inputs.host("position_ids", ids.shape)[...] = ids
+        inputs.host(POSITIONS, ids.shape)[...] = ids
         values = {
-            "last_row": spans[-1].length - 1,
-            "prompt_num_visual": prompt.num_visual,
-            "prompt_length": prompt.length,
+            LAST_ROW: spans[-1].length - 1,
+            PROMPT_NUM_VISUAL: prompt.num_visual,
+            PROMPT_LENGTH: prompt.length,
         }
         for stage, span in enumerate(spans[:-1]):
-            inputs.host(f"visual_rows.{stage}", (span.rows,))[:] = span.start + np.arange(span.rows)
-            values |= {f"num_visual.{stage}": span.num_visual, f"length.{stage}": span.length}
+            inputs.host(f"{VISUAL_ROWS}.{stage}", (span.rows,))[:] = span.start + np.arange(span.rows)
+            values |= {f"{NUM_VISUAL}.{stage}": span.num_visual, f"{LENGTH}.{stage}": span.length}
         for name, value in values.items():
-            inputs.host(name, (1,))[0] = value
+            inputs.host(name)[0] = value
         inputs.upload(device)
-        text, num_before, num_text = (
-            self._buffers.text,
-            len(prompt.before),
-            len(prompt.before) + len(prompt.after),
-        )
+        text, num_before, num_text = self._buffers.text, len(prompt.before), prompt.num_text
         text[:num_before], text[num_before:num_text] = prompt.before, prompt.after
         start = num_before + prompt.num_visual
         device.upload(embeds.rows(0, num_before), text[:num_before])
         device.upload(embeds.rows(start, num_text - num_before), text[num_before:num_text])
         self._place(prompt.visual, embeds.rows(num_before, prompt.num_visual))
+        # Padding rows still hold an earlier prompt: masked rows must be finite, and every answer the same.
         device.clear(embeds.rows(prompt.length, prompt.visual_rows + prompt.text_bucket - prompt.length))
 
     def _place(self, visual: DeviceTensor | NDArray[Any], target: DeviceTensor) -> None:
@@ -354,23 +356,46 @@ class Decoder:
         self._done.record()
         self._done.wait()
 
-    def _unsettled(self, *, after: int) -> int | None:
-        """Return the first stage behind ``after`` whose NMS was not settled."""
-        for stage in range(after + 1, len(self._buffers.selects)):
-            if self._buffers.results.host(f"unsettled.{stage}", (1,))[0] != 0:
-                return stage
-        return None
+    def _run_overridden(
+        self, chain: _Chain, spans: list[_Span], prompt: DecoderPrompt, override: SelectorOverride
+    ) -> dict[int, NDArray[np.int32]]:
+        """Run the chain with every stage's selection on the host; return the kept indices of each stage."""
+        kept_of: dict[int, NDArray[np.int32]] = {}
+        original = np.arange(prompt.num_visual, dtype=np.int32)
+        for stage in range(len(chain.selects)):
+            self._run_range(chain, spans, stage)
+            kept_of[stage] = override(stage, original, spans[stage + 1].num_visual)
+            original = original[kept_of[stage]]
+            self._replace(stage, kept_of[stage], spans, prompt)
+        self._run(chain, spans, first=len(chain.selects))
+        return kept_of
+
+    def _repair(
+        self, chain: _Chain, spans: list[_Span], prompt: DecoderPrompt
+    ) -> dict[int, NDArray[np.int32]]:
+        """Redo each stage whose parallel NMS had not settled, exactly and on the host; return their kept indices."""
+        kept_of: dict[int, NDArray[np.int32]] = {}
+        for stage in range(len(chain.selects)):
+            if self._buffers.results.host(f"{UNSETTLED}.{stage}")[0] == 0:
+                continue
+            kept_of[stage] = self._exact(stage, spans[stage])
+            self._replace(stage, kept_of[stage], spans, prompt)
+            self._run(chain, spans, first=stage + 1)
+            self._fetch()  # later stages saw other tokens, so their counters are new
+        return kept_of
 
     def _exact(self, stage: int, span: _Span) -> NDArray[np.int32]:
         hidden = self._download(self._buffers.hidden_out[stage].rows(span.start, span.num_visual))
         return greedy_nms(
             hidden,
-            self._buffers.results.host(f"scores.{stage}", (span.num_visual,)),
+            self._buffers.results.host(f"{SCORES}.{stage}", (span.num_visual,)),
             num_keep=min(self._keep(stage), span.num_visual),
             threshold=self._manifest.schedule.nms_threshold,
         )
 
-    def _replace(self, stage: int, kept: NDArray[np.int32], spans: list[_Span], prompt: Prompt) -> None:
+    def _replace(
+        self, stage: int, kept: NDArray[np.int32], spans: list[_Span], prompt: DecoderPrompt
+    ) -> None:
         """Do on the host what the select graph's gather does, and put it where the next range reads.
 
         Args:
@@ -404,34 +429,29 @@ class Decoder:
         return array
 
     def _result(
-        self,
-        spans: list[_Span],
-        kept_of: dict[int, NDArray[np.int32]],
-        *,
-        with_scores: bool,
-        num_repaired: int,
+        self, spans: list[_Span], kept_of: dict[int, NDArray[np.int32]], *, has_scores: bool
     ) -> PrefillResult:
         """Return what came back; ``kept_of`` has the stages that were selected on the host."""
         results = self._buffers.results
-        self._logits = results.host("logits", (self._manifest.dimensions.vocab_size,)).copy()
-        result = PrefillResult(
-            logits=self._logits, top=_copied(self._buffers.top(results)), kept=[], num_repaired=num_repaired
-        )
+        self._logits = results.host(LOGITS)[0].copy()
+        result = PrefillResult(logits=self._logits, top=_copied(top_tokens(results)), kept=[])
+        result.num_repaired = len(kept_of) if has_scores else 0
         original = np.arange(spans[0].num_visual, dtype=np.int32)
         for stage in range(len(spans) - 1):
             indices = kept_of.get(stage)
             if indices is None:
-                indices = results.host(f"kept_indices.{stage}", (spans[stage + 1].num_visual,))
+                indices = results.host(f"{KEPT_INDICES}.{stage}", (spans[stage + 1].num_visual,))
             original = original[indices]
             result.kept.append(original)
-            if with_scores:
-                result.scores.append(results.host(f"scores.{stage}", (spans[stage].num_visual,)).copy())
+            if has_scores:
+                result.scores.append(results.host(f"{SCORES}.{stage}", (spans[stage].num_visual,)).copy())
         return result
 
     # Decode
 
     def _enqueue_step(self) -> None:
-        """Enqueue all ranges and the head: one by one the first time, which warms them up, then captured as a whole."""
+        """Enqueue all ranges and the head: one by one the first time, then captured as a whole."""
+        # The first run warms the engines up: lazy work, as compiling kernels, may not be captured.
         self._num_steps += 1
         if self._num_steps == 1:
             self._launch_step()
@@ -460,13 +480,10 @@ def _copied(top: TopTokens) -> TopTokens:
     return TopTokens(ids=top.ids.copy(), logits=top.logits.copy())
 
 
-# Exact greedy feature-space NMS on the host, for the rare prompt whose chains outgrow the graph's rounds.
-
-
 def greedy_nms(
     features: NDArray[Any], scores: NDArray[np.float32], *, num_keep: int, threshold: float
 ) -> NDArray[np.int32]:
-    """Return the ``num_keep`` kept tokens in ascending order.
+    """Return the ``num_keep`` kept tokens in ascending order: the select graph's NMS, exactly, for chains that outgrow its rounds.
 
     Tokens are taken by descending score (ties: lower index first); each suppresses the later ones whose cosine
     similarity is at least ``threshold``; suppressed ones fill up, in the same order, if too few survive.
@@ -482,8 +499,9 @@ def greedy_nms(
     """
     features = features.astype(np.float32)
     norms = np.linalg.norm(features, axis=1, keepdims=True)
+    # Rows of zeros, as padding has, stay zeros: they are like nothing.
     unit = features / np.maximum(norms, np.finfo(np.float32).tiny)
-    order = np.argsort(-scores, kind="stable")
+    order = np.argsort(-scores, kind="stable")  # ties: lower index first, as in the graph
     suppressed = np.zeros(len(scores), dtype=bool)
     survivors: list[int] = []
     for token in order:

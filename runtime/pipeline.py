@@ -1,7 +1,7 @@
-"""Picture and prompt in, streamed answer out: the runtime's front door.
+"""Image and prompt in, streamed answer out: the runtime's front door.
 
 pipeline = Pipeline.from_bundle("tiny-bundle")
-answer = pipeline.generate("cat.jpg", "What is in the picture?")
+answer = pipeline.generate("cat.jpg", "What is in the image?")
 for piece in answer:
     print(piece, end="")
 print(answer.statistics.visual_tokens, answer.statistics.kept_tokens)
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 
@@ -20,14 +20,14 @@ from trio_edge.runtime.bundle.embedding import EmbeddingTable
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 from trio_edge.runtime.bundle.graph_io import bucket_of
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
-from trio_edge.runtime.decoder import Choose, Decoder, Prompt
-from trio_edge.runtime.images.interface import picture_processing
-from trio_edge.runtime.images.reading import open_picture
+from trio_edge.runtime.decoder import Decoder, DecoderPrompt
+from trio_edge.runtime.images.interface import image_processing
+from trio_edge.runtime.images.reading import open_image
 from trio_edge.runtime.prompts.clip_text import ClipTexts
 from trio_edge.runtime.prompts.positions import PromptPositions, mrope_positions, plain_positions
 from trio_edge.runtime.prompts.question import question_ids
 from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, PromptIds, Tokenizer
-from trio_edge.runtime.sampling import Sampler, TopTokens, make_sampler
+from trio_edge.runtime.sampling import Sampler, make_sampler
 from trio_edge.runtime.vision import Vision
 
 if TYPE_CHECKING:
@@ -38,16 +38,19 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trio_edge.runtime.backends.interface import Backend
-    from trio_edge.runtime.bundle.manifest import Manifest, Profile
-    from trio_edge.runtime.devices.interface import DeviceTensor
+    from trio_edge.runtime.buffers.decoder import TopTokens
+    from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.decoder import SelectorOverride
+    from trio_edge.runtime.images.layout import ImageLayout
+    from trio_edge.runtime.vision import PreparedImage, VisualInput
 
 
 @dataclass(slots=True)
 class Statistics:
-    """What one answer cost. Times are wall-clock milliseconds on the host."""
+    """Cost of one answer. Times are wall-clock milliseconds on the host."""
 
     visual_tokens: int = 0
-    """Visual tokens of the picture, before any selection."""
+    """Visual tokens of the image, before any selection."""
     kept_tokens: tuple[int, ...] = ()
     """Visual tokens kept by each stage."""
     average_keep: float = 1.0
@@ -56,7 +59,7 @@ class Statistics:
     """Prompt tokens without the visual ones."""
     new_tokens: int = 0
     ttft_ms: float = 0.0
-    """Work up to the first token: reading the picture, vision, prefill, sampling."""
+    """Work up to the first token: reading the image, vision, prefill, sampling."""
     prefill_ms: float = 0.0
     """Decoder part of the first token."""
     decode_ms: float = 0.0
@@ -80,38 +83,6 @@ class Statistics:
         )
 
 
-class _Prepared(NamedTuple):
-    """A picture as the vision graph takes it."""
-
-    inputs: dict[str, NDArray[Any]]
-    width: int
-    height: int
-    num_visual: int
-    profile: Profile
-    """Of the vision graph."""
-    clip_texts: tuple[NDArray[np.int32], NDArray[np.int32]] | None
-    """Ids and marks of the question as CLIP's texts, where a selection reads them."""
-
-    @property
-    def visual_rows(self) -> int:
-        """N of the profile."""
-        return self.profile.sizes["N"]
-
-
-class _Seen(NamedTuple):
-    """What the decoder is told of the picture. The device may still be at work on it."""
-
-    tokens: DeviceTensor | NDArray[Any]
-    """[M, D], visual tokens that enter the decoder."""
-    num_visual: int
-    """Visual tokens of the picture, M unless a selection before the decoder dropped some."""
-    rows: int
-    """N, rows reserved for them."""
-    positions: NDArray[np.int32]
-    """[3, M] with M-RoPE, else [3, 0]."""
-    position_span: int
-
-
 @final
 class Generation:
     """One answer: iterate to stream its pieces; ``text`` is all of it. Runs once, lazily."""
@@ -123,9 +94,11 @@ class Generation:
         self.first_logits: NDArray[np.float32] = np.empty(0, np.float32)
         """[V], of the answer's first token; filled when the first piece is asked for."""
         self.kept: list[NDArray[np.int32]] = []
-        """Per stage the kept tokens as indices into the picture's visual tokens, ascending."""
-        self.boxes: NDArray[np.float32] = np.empty((0, 4), np.float32)
-        """[N, 4], box of each visual token on the picture in pixels; NaN for newline tokens."""
+        """Per stage the kept tokens as indices into the image's visual tokens, ascending."""
+        self.image: Image.Image | None = None
+        """The image as it was read: upright, RGB."""
+        self.layout: ImageLayout | None = None
+        """Layout of the visual tokens that entered the decoder; filled with the first piece."""
         self._pieces: list[str] = []
         self._steps = steps(self)
 
@@ -135,6 +108,11 @@ class Generation:
         for piece in self._steps:
             self._pieces.append(piece)
             yield piece
+
+    @property
+    def boxes(self) -> NDArray[np.float32]:
+        """[N, 4], box on the image in pixels of each visual token that entered the decoder; NaN for newline tokens."""
+        return np.empty((0, 4), np.float32) if self.layout is None else self.layout.boxes
 
     @property
     def text(self) -> str:
@@ -153,19 +131,21 @@ class Pipeline:
         manifest = bundle.manifest
         self.manifest: Manifest = manifest
         self.backend_name = backend.name
-        self.pictures = picture_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
+        self.images = image_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
         self._tokenizer = Tokenizer.from_file(bundle.path(manifest.text.tokenizer))
         self._template = bundle.read_text(manifest.text.chat_template)
         self._embedding = EmbeddingTable(bundle)
-        self._clip_texts = None if manifest.clip_text is None else ClipTexts(bundle)
+        clip_texts = None if manifest.clip_text is None else ClipTexts(bundle)
+        # After all that can fail early: loading takes seconds, and the device's memory.
         self._graphs = backend.load(bundle)
         try:
-            self._vision = Vision(manifest, self._graphs)
+            self._vision = Vision(manifest, self._graphs, images=self.images, clip_texts=clip_texts)
             self._decoder = Decoder(manifest, self._graphs)
         except BaseException:
             self._graphs.close()
             raise
-        self._running: Generation | None = None  # whose rows the KV caches hold
+        self._running: Generation | None = None
+        """The answer whose rows the KV caches hold."""
         self._is_open = True
 
     @classmethod
@@ -197,25 +177,25 @@ class Pipeline:
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int | None = None,
-        choose: Choose | None = None,
+        override: SelectorOverride | None = None,
     ) -> Generation:
         """Return the answer to ``prompt`` about ``image``, to be streamed.
 
         Args:
-            image: A picture (path, bytes or PIL image), or None for text only.
+            image: A path, the bytes of a file or a PIL image, or None for text only.
             prompt: The user's question.
-            history: Earlier (question, answer) turns; the picture belongs to the first question.
+            history: Earlier (question, answer) turns; the image belongs to the first question.
             system: System prompt, where the chat template knows one.
             max_new_tokens: At most this many; None means all that the bundle has room for.
             temperature: 0 is greedy.
             top_p: Smallest set of tokens with this probability is sampled from.
             top_k: Only the k most likely tokens are sampled from; 0 means all.
             seed: Makes sampling repeatable.
-            choose: Selects visual tokens on the host in place of the select graphs; for comparisons.
+            override: Selects visual tokens on the host in place of the select graphs; for comparisons.
 
         Raises:
-            ImageError: If the picture cannot be read.
-            ShapeError: If prompt, picture or request exceed what the bundle was exported for.
+            ImageError: If the image cannot be read.
+            ShapeError: If prompt, image or request exceed what the bundle was exported for.
             BackendError: If the pipeline is closed; while streaming also if a graph fails.
         """
         self._check_open()
@@ -228,32 +208,29 @@ class Pipeline:
             )
         sample = make_sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         if isinstance(image, (list, tuple)):
-            raise ShapeError(
-                f"image: expected one picture a prompt, got {len(image)}; ask about one at a time"
-            )
-        picture = None if image is None else open_picture(image)
-        ids = self._encode(prompt, has_image=picture is not None, history=history, system=system)
+            raise ShapeError(f"image: expected one image a prompt, got {len(image)}; ask about one at a time")
+        opened = None if image is None else open_image(image)
+        ids = self._encode(prompt, has_image=opened is not None, history=history, system=system)
         self._check_text(ids)
-        prepared = None if picture is None else self._prepare(picture, prompt)
-
+        prepared = None if opened is None else self._vision.prepare(opened, prompt)
         prepare_ms = 1e3 * (time.perf_counter() - start)
 
         def steps(generation: Generation) -> Iterator[str]:
-            generation.statistics.ttft_ms = prepare_ms
-            return self._steps(generation, ids, prepared, limit=limit, sample=sample, choose=choose)
+            generation.image, generation.statistics.ttft_ms = opened, prepare_ms
+            return self._steps(generation, ids, prepared, limit=limit, sample=sample, override=override)
 
         return Generation(steps)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is not as it should be and does no harm, each in one line; it may grow with the first answer."""
+        """Harmless problems, one line each. The first answer may add some."""
         return tuple(self._graphs.notes)
 
     def time_tokens(self, count: int, *, skip: int = 0) -> list[float]:
-        """Return the milliseconds of ``count`` more tokens, forced ones, behind the last answer, which ends by it.
+        """Return the milliseconds of ``count`` more tokens after the last answer, whatever they are; they end that answer.
 
         Args:
-            count: How many, at least 1.
+            count: At least 1.
             skip: Rows of the KV caches to leave out before them, or below 0 to go back, so that a context is reached at once.
 
         Raises:
@@ -264,7 +241,7 @@ class Pipeline:
         self._running = None
         self._decoder.skip(skip)
         sample, times = make_sampler(), []
-        for token in range(count):
+        for token in range(count):  # any tokens will do: the work does not depend on them
             start = time.perf_counter()
             top = self._decoder.decode(np.asarray(self._embedding[token]))
             self._choose_token(top, sample)
@@ -309,119 +286,29 @@ class Pipeline:
         if num_text == 0:
             raise ShapeError("prompt: expected at least one token, got none; write a question")
 
-    def _prepare(self, picture: Image.Image, question: str) -> _Prepared:
-        """Return what the graphs before the decoder read, padded to their first profiles that have room for it."""
-        width, height = picture.size
-        needed = self.pictures.sizes(width, height)
-        for profile in self.manifest.graph("vision").profiles:
-            if all(profile.sizes[name] >= size for name, size in needed.items()):
-                inputs = self.pictures.prepare(picture, profile.sizes)
-                return _Prepared(
-                    inputs=inputs,
-                    width=width,
-                    height=height,
-                    num_visual=needed["N"],
-                    profile=profile,
-                    clip_texts=None if self._clip_texts is None else self._clip_texts.arrays(question),
-                )
-        raise ShapeError(
-            f"picture: expected at most {self.manifest.max_visual} visual tokens in the exported shapes, got"
-            f" {needed['N']} for {width}x{height} pixels; export for this size, or without --only-image-sizes"
-        )
-
-    def _see(self, prepared: _Prepared, ids: PromptIds) -> _Seen:
-        """Enqueue the vision graph, and the selection before the decoder if there is one.
-
-        The host waits for the device only where it needs what the graphs kept: to number positions with M-RoPE, and to tell
-        the reduce graph what shows nothing of the picture.
-        """
-        num_visual, mrope = prepared.num_visual, self.manifest.position_axes == 3
-        visual = self._vision.look(prepared.inputs, prepared.profile)
-        tokens, rows = visual.rows(0, num_visual), prepared.visual_rows
-        token_keep = self.manifest.token_keep
-        if self.manifest.encoder_keep is not None and (mrope or token_keep is not None):
-            self._graphs.device.synchronize()
-        if token_keep is not None:
-            inputs, sizes = self._reduce_inputs(prepared, ids)
-            if prepared.clip_texts is not None:
-                clip_ids, marks = prepared.clip_texts
-                self._vision.read(clip_ids)
-                inputs, sizes = {**inputs, "text_marks": marks}, {**sizes, "M": len(marks)}
-            num_kept, rows = min(token_keep, num_visual), token_keep
-            tokens = self._vision.reduce(inputs, sizes=sizes).rows(0, num_kept)
-            if mrope:
-                self._graphs.device.synchronize()
-        size = (prepared.width, prepared.height)
-        return _Seen(
-            tokens=tokens,
-            num_visual=num_visual,
-            rows=rows,
-            positions=self._picture_positions(prepared) if mrope else np.empty((3, 0), np.int32),
-            position_span=self.pictures.position_span(*size) if mrope else 0,
-        )
-
-    def _picture_positions(self, prepared: _Prepared) -> NDArray[np.int32]:
-        """Return the M-RoPE positions [3, M] of the tokens that enter the decoder, once it is known which ones."""
-        positions = self.pictures.positions(prepared.width, prepared.height, self._vision.kept_by("vision"))
-        kept = self._kept_by_reduce(prepared)
-        return positions if kept is None else positions[:, kept]
-
-    def _boxes(self, prepared: _Prepared) -> NDArray[np.float32]:
-        """Return the boxes [M, 4] of the tokens that entered the decoder, once the device has been waited for."""
-        boxes, kept = self._picture_boxes(prepared), self._kept_by_reduce(prepared)
-        return boxes if kept is None else boxes[kept]
-
-    def _picture_boxes(self, prepared: _Prepared) -> NDArray[np.float32]:
-        return self.pictures.boxes(prepared.width, prepared.height, self._vision.kept_by("vision"))
-
-    def _kept_by_reduce(self, prepared: _Prepared) -> NDArray[np.int32] | None:
-        kept = self._vision.kept_by("reduce")
-        return None if kept is None else kept[: prepared.num_visual]
-
-    def _reduce_inputs(
-        self, prepared: _Prepared, ids: PromptIds
-    ) -> tuple[dict[str, NDArray[Any]], dict[str, int]]:
-        """Return what the reduce graph needs beside the vision graph's outputs, and its sizes."""
-        boxes = self._picture_boxes(prepared)
-        is_newline = np.zeros(prepared.visual_rows, np.int32)
-        is_newline[: prepared.num_visual] = np.isnan(boxes[:, 0])
-        inputs = {"num_visual": np.array([prepared.num_visual], np.int32), "is_newline": is_newline}
-        bucket = self._bucket(ids)
-        if "text_embeds" in self.manifest.graph("reduce").input_names:
-            text = np.zeros((bucket, self.manifest.dimensions.hidden_size), self.manifest.dtype)
-            text[: len(ids.after)] = self._embedding[ids.after]
-            inputs |= {"text_embeds": text, "num_text": np.array([len(ids.after)], np.int32)}
-        return inputs, {"N": prepared.visual_rows, "T": bucket}
-
-    def _nothing_seen(self) -> _Seen:
-        """Return what a prompt without a picture has."""
-        return _Seen(
-            tokens=np.empty((0, self.manifest.dimensions.hidden_size), self.manifest.dtype),
-            num_visual=0,
-            rows=self.manifest.visual_sizes[0],
-            positions=np.empty((3, 0), np.int32),
-            position_span=0,
-        )
-
     def _bucket(self, ids: PromptIds) -> int:
         return bucket_of(ids.num_tokens, self.manifest.text_buckets)
 
-    def _prompt(self, ids: PromptIds, seen: _Seen, *, bucket: int) -> Prompt:
-        return Prompt(
+    def _encode_image(self, prepared: PreparedImage, ids: PromptIds) -> VisualInput:
+        after = self._embedding[ids.after]
+        return self._vision.encode_image(prepared, after=after, text_bucket=self._bucket(ids))
+
+    def _prompt(self, ids: PromptIds, visual: VisualInput, *, bucket: int) -> DecoderPrompt:
+        return DecoderPrompt(
             before=self._embedding[ids.before],
-            visual=seen.tokens,
+            visual=visual.tokens,
             after=self._embedding[ids.after],
-            visual_rows=seen.rows,
+            visual_rows=visual.rows,
             text_bucket=bucket,
-            positions=self._positions(ids, seen, num_rows=seen.rows + bucket),
+            positions=self._positions(ids, visual, num_rows=visual.rows + bucket),
         )
 
-    def _positions(self, ids: PromptIds, seen: _Seen, *, num_rows: int) -> PromptPositions:
+    def _positions(self, ids: PromptIds, visual: VisualInput, *, num_rows: int) -> PromptPositions:
         if self.manifest.position_axes == 1:
-            return plain_positions(num_rows=num_rows, length=seen.tokens.shape[0] + ids.num_tokens)
+            return plain_positions(num_rows=num_rows, length=visual.tokens.shape[0] + ids.num_tokens)
         return mrope_positions(
-            seen.positions,
-            picture_span=seen.position_span,
+            visual.positions,
+            image_span=visual.position_span,
             num_before=len(ids.before),
             num_after=len(ids.after),
             num_rows=num_rows,
@@ -431,27 +318,28 @@ class Pipeline:
         self,
         generation: Generation,
         ids: PromptIds,
-        prepared: _Prepared | None,
+        prepared: PreparedImage | None,
         *,
         limit: int,
         sample: Sampler,
-        choose: Choose | None,
+        override: SelectorOverride | None,
     ) -> Iterator[str]:
+        """Yield the pieces of an answer. ``prepared`` is None without an image."""
         self._check_open()
         self._running, statistics = generation, generation.statistics
         start = time.perf_counter()
-        seen = self._nothing_seen() if prepared is None else self._see(prepared, ids)
+        visual = self._vision.without_image() if prepared is None else self._encode_image(prepared, ids)
         prefill_start = time.perf_counter()
-        result = self._decoder.prefill(self._prompt(ids, seen, bucket=self._bucket(ids)), choose=choose)
+        result = self._decoder.prefill(self._prompt(ids, visual, bucket=self._bucket(ids)), override=override)
         token = self._choose_token(result.top, sample)
         now = time.perf_counter()
-        if prepared is not None:
-            generation.boxes = self._boxes(prepared)
+        if prepared is not None:  # the token was waited for, so what the graphs kept has come back too
+            generation.layout = self._vision.entering(prepared)
             statistics.graph_ms = self._vision.graph_ms
         generation.first_logits, generation.kept = result.logits, result.kept
-        statistics.visual_tokens, statistics.text_tokens = seen.num_visual, ids.num_tokens
+        statistics.visual_tokens, statistics.text_tokens = visual.num_visual, ids.num_tokens
         statistics.kept_tokens = tuple(len(kept) for kept in result.kept)
-        statistics.average_keep = self.manifest.average_keep_of(seen.num_visual)
+        statistics.average_keep = self.manifest.average_keep_of(visual.num_visual)
         statistics.ttft_ms += 1e3 * (now - start)
         statistics.prefill_ms = 1e3 * (now - prefill_start)
         statistics.graph_ms |= self._decoder.graph_ms
@@ -471,6 +359,7 @@ class Pipeline:
                 yield piece
             if statistics.new_tokens >= limit:
                 break
+            # The caller has run in between: it may have closed the pipeline, or asked something else.
             self._check_open()
             if self._running is not generation:
                 raise ShapeError(

@@ -1,116 +1,201 @@
-"""The vision graph, and the selection before the decoder, on the device: a picture's arrays in, visual tokens there.
+"""From an image to the visual tokens that enter the decoder: the vision graph, and the selection after it if there is one.
 
-Where the selection compares the question in CLIP's space, its text tower runs between them.
-
-Nothing waits for the device, except where the host must know what was kept before it can go on: see ``Pipeline``.
+Where that selection compares the question in CLIP's space, CLIP's text tower runs between them. Nothing waits for the device,
+except where the host must know what was kept before it can go on: see ``Vision.encode_image``.
 """
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
-from trio_edge.runtime.bundle.errors import ShapeError
-from trio_edge.runtime.devices.blocks import Block
-from trio_edge.runtime.devices.interface import DeviceTensor, Timeline, find_profile, shape_at
-from trio_edge.runtime.images.interface import KEPT_PATCHES, KEPT_TOKENS
+from trio_edge.runtime.buffers.vision import VisionBuffers
+from trio_edge.runtime.bundle.errors import ManifestError, ShapeError
+from trio_edge.runtime.bundle.graph_io import REDUCED_TOKENS, VISUAL_TOKENS
+from trio_edge.runtime.devices.interface import DeviceTensor, find_profile
+from trio_edge.runtime.devices.timeline import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
+    from PIL import Image
 
-    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile, TensorSpec
-    from trio_edge.runtime.devices.interface import Allocator, Device, LoadedGraphs
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile
+    from trio_edge.runtime.devices.interface import Launch, LoadedGraphs
+    from trio_edge.runtime.images.interface import ImageProcessing
+    from trio_edge.runtime.images.layout import ImageLayout
+    from trio_edge.runtime.prompts.clip_text import ClipTexts
 
-_ROLES = ("vision", "clip_text", "reduce")
-_KEPT = (KEPT_PATCHES, KEPT_TOKENS)
+
+class PreparedImage(NamedTuple):
+    """An image as the vision graph takes it, and its question as the selection after it reads it."""
+
+    layout: ImageLayout
+    inputs: dict[str, NDArray[Any]]
+    """Inputs of the vision graph, padded to ``profile``."""
+    profile: Profile
+    """Profile of the vision graph; its N is the number of visual rows."""
+    clip_texts: tuple[NDArray[np.int32], NDArray[np.int32]] | None
+    """Ids and marks of the question as CLIP's texts, where a selection reads them."""
 
 
-@final
-class VisionBuffers:
-    """Inputs and outputs of the graphs before the decoder, at addresses that never change."""
+class VisualInput(NamedTuple):
+    """The decoder's share of an image. The device may still be at work on it."""
 
-    def __init__(self, manifest: Manifest, allocator: Allocator) -> None:
-        """Allocate everything for the largest profiles."""
-        self.graphs = {spec.role: spec for spec in manifest.graphs if spec.role in _ROLES}
-        self._blocks: dict[str, Block] = {}
-        self._inner: dict[str, DeviceTensor] = {}
-        """Outputs that stay on the device, by name."""
-        for spec in self.graphs.values():
-            for tensor in (*spec.inputs, *spec.outputs):
-                self._allocate(allocator, spec, tensor)
+    tokens: DeviceTensor | NDArray[Any]
+    """[M, D], visual tokens that enter the decoder."""
+    num_visual: int
+    """Visual tokens of the image; M unless a selection before the decoder dropped some."""
+    rows: int
+    """N, rows reserved for them."""
+    positions: NDArray[np.int32]
+    """[3, M] with M-RoPE, else [3, 0]."""
+    position_span: int
+    """Positions that the image takes with M-RoPE, else 0."""
 
-    def _allocate(self, allocator: Allocator, spec: GraphSpec, tensor: TensorSpec) -> None:
-        shape = max((shape_at(tensor.shape, profile) for profile in spec.profiles), key=math.prod)
-        purpose = f"{tensor.name} of {spec.name}"
-        if tensor in spec.outputs and tensor.name not in _KEPT:
-            size = math.prod(shape) * np.dtype(tensor.dtype).itemsize
-            address = allocator.allocate(size, purpose=purpose)
-            self._inner[tensor.name] = DeviceTensor(address, shape, tensor.dtype)
-        elif tensor.name not in self._inner:
-            key = f"{spec.name} {tensor.name}"
-            self._blocks[key] = Block(allocator, {tensor.name: (tensor.dtype, shape)}, purpose=purpose)
 
-    def tensors(self, spec: GraphSpec, profile: Profile) -> dict[str, DeviceTensor]:
-        """Return the tensors of a graph at a profile."""
-        found = {}
-        for tensor in (*spec.inputs, *spec.outputs):
-            shape = shape_at(tensor.shape, profile)
-            block = self._blocks.get(f"{spec.name} {tensor.name}")
-            found[tensor.name] = (
-                self._inner[tensor.name]._replace(shape=shape)
-                if block is None
-                else block.tensor(tensor.name, shape)
-            )
-        return found
-
-    def send(self, device: Device, spec: GraphSpec, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Enqueue the copies of a graph's inputs to the device."""
-        for name, array in arrays.items():
-            block = self._blocks[f"{spec.name} {name}"]
-            block.host(name, array.shape)[...] = array
-            block.upload_field(device, name, array.shape)
-
-    def fetch(self, device: Device, spec: GraphSpec, profile: Profile) -> NDArray[np.int32] | None:
-        """Enqueue the copy of what a graph kept, if it drops anything, and return where it will be."""
-        for tensor in spec.outputs:
-            if tensor.name in _KEPT:
-                shape, block = shape_at(tensor.shape, profile), self._blocks[f"{spec.name} {tensor.name}"]
-                kept = block.host(tensor.name, shape)
-                device.download(kept, block.tensor(tensor.name, shape))
-                return kept
-        return None
+_NO_POSITIONS = np.empty((3, 0), np.int32)
 
 
 @final
 class Vision:
-    """Runs the vision graph and, where a bundle has them, the text tower of CLIP and the reduce graph."""
+    """Runs the graphs before the decoder. One image at a time."""
 
-    def __init__(self, manifest: Manifest, graphs: LoadedGraphs) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        graphs: LoadedGraphs,
+        *,
+        images: ImageProcessing,
+        clip_texts: ClipTexts | None = None,
+    ) -> None:
         """Allocate all buffers.
 
         Args:
             manifest: The bundle's.
             graphs: The graphs before the decoder, loaded.
+            images: The bundle's image processing.
+            clip_texts: Cuts questions into texts, where the bundle has CLIP's text tower.
 
         Raises:
             BackendError: If the device has not enough memory.
         """
+        self._manifest, self._images, self._clip_texts = manifest, images, clip_texts
         self._device, self._engines = graphs.device, graphs.engines
         self._buffers = VisionBuffers(manifest, graphs.device)
         self._timeline = Timeline(graphs.device)
-        self._launches: dict[tuple[str, str], Any] = {}
+        self._launches: dict[tuple[str, str], Launch] = {}
         self._kept: dict[str, NDArray[np.int32]] = {}
+        """By role what a graph kept of the last image, once the device has been waited for."""
 
     @property
     def graph_ms(self) -> dict[str, float]:
-        """Milliseconds that the device spent in each graph for the last picture."""
+        """Milliseconds that the device spent in each graph for the last image."""
         return self._timeline.milliseconds()
 
-    def look(self, inputs: Mapping[str, NDArray[Any]], profile: Profile) -> DeviceTensor:
+    def prepare(self, image: Image.Image, question: str) -> PreparedImage:
+        """Return what the graphs before the decoder read, padded to the first profile that has room for it.
+
+        Args:
+            image: As ``open_image`` returns it.
+            question: For a selection that compares it with the image.
+
+        Raises:
+            ImageError: If the image cannot be processed.
+            ShapeError: If no profile has room for the image, or the bundle has none for the question.
+        """
+        layout = self._images.layout(*image.size)
+        for profile in self._buffers.graphs["vision"].profiles:
+            if all(profile.sizes[name] >= size for name, size in layout.sizes.items()):
+                inputs = self._images.prepare(image, profile.sizes)
+                texts = None if self._clip_texts is None else self._clip_texts.arrays(question)
+                return PreparedImage(layout=layout, inputs=inputs, profile=profile, clip_texts=texts)
+        raise ShapeError(
+            f"image: expected at most {self._manifest.max_visual} visual tokens in the exported shapes, got"
+            f" {layout.num_visual} for {image.width}x{image.height} pixels; export for this size, or without"
+            " --only-image-sizes"
+        )
+
+    def encode_image(self, prepared: PreparedImage, *, after: NDArray[Any], text_bucket: int) -> VisualInput:
+        """Enqueue the vision graph, and the selection before the decoder if there is one.
+
+        The host waits for the device only where it needs what the graphs kept: to number positions with M-RoPE, and to tell
+        the reduce graph what shows nothing of the image.
+
+        Args:
+            prepared: From ``prepare``.
+            after: [T2, D], embeddings of the text after the image, for a selection that compares it.
+            text_bucket: Rows that the prompt's text is padded to.
+
+        Raises:
+            ShapeError: If the graphs' inputs do not fit.
+            BackendError: If a graph fails.
+        """
+        manifest, num_visual = self._manifest, prepared.layout.num_visual
+        has_mrope, keep = manifest.position_axes == 3, manifest.token_keep
+        rows = prepared.profile.sizes["N"]
+        tokens = self.run_vision(prepared.inputs, prepared.profile).rows(0, num_visual)
+        if manifest.encoder_keep is not None and (has_mrope or keep is not None):
+            self._device.synchronize()
+        if keep is not None:
+            reduced = self._reduce(prepared, after, text_bucket)
+            tokens, rows = reduced.rows(0, min(keep, num_visual)), keep
+            if has_mrope:
+                self._device.synchronize()
+        positions, span = self._positions(prepared) if has_mrope else (_NO_POSITIONS, 0)
+        return VisualInput(tokens, num_visual, rows, positions, span)
+
+    def without_image(self) -> VisualInput:
+        """Return what a prompt without an image has."""
+        tokens = np.empty((0, self._manifest.dimensions.hidden_size), self._manifest.dtype)
+        return VisualInput(tokens, 0, self._manifest.visual_sizes[0], _NO_POSITIONS, 0)
+
+    def entering(self, prepared: PreparedImage) -> ImageLayout:
+        """Return the layout of the tokens that entered the decoder, once the device has been waited for."""
+        layout, kept = self._encoded(prepared), self._kept.get("reduce")
+        return layout if kept is None else layout.taken(kept[: layout.num_visual])
+
+    def _encoded(self, prepared: PreparedImage) -> ImageLayout:
+        """Return the layout of the tokens that the vision graph gave, once the device has been waited for."""
+        kept = self._kept.get("vision")
+        return prepared.layout if kept is None else prepared.layout.kept(kept)
+
+    def _positions(self, prepared: PreparedImage) -> tuple[NDArray[np.int32], int]:
+        layout = self.entering(prepared)
+        if layout.positions is None:
+            raise ManifestError("position_axes: expected 1 with image tiles, got 3; export the bundle again")
+        return layout.positions, layout.position_span
+
+    def _reduce(self, prepared: PreparedImage, after: NDArray[Any], text_bucket: int) -> DeviceTensor:
+        inputs, sizes = self._reduce_inputs(prepared, after, text_bucket)
+        if prepared.clip_texts is not None:
+            clip_ids, marks = prepared.clip_texts
+            self.encode_question(clip_ids)
+            inputs, sizes = {**inputs, "text_marks": marks}, {**sizes, "M": len(marks)}
+        return self.reduce_tokens(inputs, sizes=sizes)
+
+    def _reduce_inputs(
+        self, prepared: PreparedImage, after: NDArray[Any], text_bucket: int
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, int]]:
+        """Return what the reduce graph needs besides other graphs' outputs, and its sizes."""
+        num_visual, rows = prepared.layout.num_visual, prepared.profile.sizes["N"]
+        is_newline = np.zeros(rows, np.int32)
+        is_newline[:num_visual] = np.isnan(self._encoded(prepared).boxes[:, 0])
+        inputs: dict[str, NDArray[Any]] = {
+            "num_visual": np.array([num_visual], np.int32),
+            "is_newline": is_newline,
+        }
+        if "text_embeds" in self._buffers.graphs["reduce"].input_names:
+            text = np.zeros((text_bucket, self._manifest.dimensions.hidden_size), self._manifest.dtype)
+            text[: len(after)] = after
+            inputs |= {"text_embeds": text, "num_text": np.array([len(after)], np.int32)}
+        return inputs, {"N": rows, "T": text_bucket}
+
+    # The graphs one by one
+
+    def run_vision(self, inputs: Mapping[str, NDArray[Any]], profile: Profile) -> DeviceTensor:
         """Enqueue the vision graph and return where its visual tokens [N, D] will be.
 
         Args:
@@ -122,15 +207,15 @@ class Vision:
         """
         self._timeline.clear()
         self._kept = {}
-        return self._run(self._buffers.graphs["vision"], profile, inputs)["visual_tokens"]
+        return self._run(self._buffers.graphs["vision"], profile, inputs)[VISUAL_TOKENS]
 
-    def read(self, clip_ids: NDArray[np.int32]) -> None:
+    def encode_question(self, clip_ids: NDArray[np.int32]) -> None:
         """Enqueue CLIP's text tower for texts [M, L]; the reduce graph finds them on the device."""
         spec = self._buffers.graphs["clip_text"]
         self._run(spec, find_profile(spec, {"M": len(clip_ids)}), {"clip_ids": clip_ids})
 
-    def reduce(self, inputs: Mapping[str, NDArray[Any]], *, sizes: Mapping[str, int]) -> DeviceTensor:
-        """Enqueue the reduce graph behind the vision graph and return where its tokens [K, D] will be.
+    def reduce_tokens(self, inputs: Mapping[str, NDArray[Any]], *, sizes: Mapping[str, int]) -> DeviceTensor:
+        """Enqueue the reduce graph after the vision graph and return where its tokens [K, D] will be.
 
         Args:
             inputs: What no other graph gives it.
@@ -138,26 +223,18 @@ class Vision:
         """
         spec = self._buffers.graphs["reduce"]
         wanted = {name: sizes[name] for name in spec.profiles[0].sizes}
-        return self._run(spec, find_profile(spec, wanted), inputs)["reduced_tokens"]
-
-    def kept_by(self, role: Literal["vision", "reduce"]) -> NDArray[np.int32] | None:
-        """Return what a graph kept for the last picture, once the device has been waited for; None if it keeps all."""
-        return self._kept.get(role)
+        return self._run(spec, find_profile(spec, wanted), inputs)[REDUCED_TOKENS]
 
     def _run(
         self, spec: GraphSpec, profile: Profile, inputs: Mapping[str, NDArray[Any]]
     ) -> dict[str, DeviceTensor]:
         tensors = self._buffers.tensors(spec, profile)
         for name, array in inputs.items():
-            if (
-                name not in tensors
-                or array.shape != tensors[name].shape
-                or array.dtype != tensors[name].dtype
-            ):
-                expected = tensors.get(name)
+            wanted = tensors.get(name)
+            if wanted is None or array.shape != wanted.shape or array.dtype != wanted.dtype:
+                expected = "none" if wanted is None else f"{wanted.dtype} {list(wanted.shape)}"
                 raise ShapeError(
-                    f"{spec.name} input {name!r}: expected {expected and expected.dtype}"
-                    f" {expected and list(expected.shape)}, got {array.dtype} {list(array.shape)}"
+                    f"{spec.name} input {name!r}: expected {expected}, got {array.dtype} {list(array.shape)}"
                 )
         self._buffers.send(self._device, spec, inputs)
         key = (spec.name, profile.name)

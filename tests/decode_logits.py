@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     import pytest
     from numpy.typing import NDArray
 
+    from trio_edge.runtime.buffers.decoder import TopTokens
     from trio_edge.runtime.pipeline import Pipeline
-    from trio_edge.runtime.sampling import TopTokens
 
 
 def record_logits(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[NDArray[np.float32]]:

@@ -10,8 +10,8 @@ import msgspec
 
 from tests.shared_folder import made_once
 from trio_edge.runtime.cli.build import main
+from trio_edge.runtime.devices.machine import Gpu, Host
 from trio_edge.runtime.engines.child import Job, Reporter, build_engine
-from trio_edge.runtime.engines.host import Gpu, Host
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -91,9 +91,9 @@ def hugging_face_inputs(
     ids = pipeline._encode(prompt, has_image=picture is not None, history=(), system=None)
     if picture is None:
         return {"input_ids": torch.from_numpy(ids.before.astype(np.int64))[None]}
-    processing: Any = pipeline.pictures.processing  # type: ignore[attr-defined]
+    processing: Any = pipeline.images  # type: ignore[attr-defined]
     inputs = processing.prepare(picture)
-    rows, columns = processing.grid(*picture.size)
+    rows, columns = (2 * count for count in processing.token_grid(*picture.size))
     tokens = inputs["token_index"]
     by_token: NDArray[np.float32] = inputs["pixel_values"].reshape(len(tokens), 4, -1)
     input_ids = np.concatenate([ids.before, np.full(len(tokens), IMAGE_ID), ids.after]).astype(np.int64)

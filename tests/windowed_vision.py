@@ -15,7 +15,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from trio_edge.export.graphs.onnx_graph import attach_weights, dynamic_axes, example_input, save, trace
 from trio_edge.export.graphs.vision.windowed import INV_FREQ_NAME, inverse_frequencies
 from trio_edge.runtime.bundle.manifest import StoredTensor, TensorSpec
-from trio_edge.runtime.images.qwen import PatchProcessing
+from trio_edge.runtime.images.qwen import QwenImages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 OUT = 24
-PROCESSING = PatchProcessing(patch_size=14, window_size=56, min_pixels=28 * 28, max_pixels=60 * 28 * 28)
+PROCESSING = QwenImages(patch_size=14, window_size=56, min_pixels=28 * 28, max_pixels=60 * 28 * 28)
 ALL_BLOCKS = {"depth": 4, "fullatt_block_indexes": [1, 3]}
 FEW_BLOCKS = {"depth": 2, "fullatt_block_indexes": [1]}
 """For what is exported: every kind of block once."""
@@ -53,10 +53,12 @@ def hugging_face_tokens(
     visual: Qwen2_5_VisionTransformerPretrainedModel, inputs: dict[str, NDArray[Any]], size: tuple[int, int]
 ) -> NDArray[np.float32]:
     """Return Hugging Face's visual tokens from the patches of ``inputs``, brought back into its own order."""
-    num_tokens = PROCESSING.num_visual_tokens(*size)
+    num_tokens = PROCESSING.sizes(*size)["N"]
     tokens = inputs["pixel_values"].reshape(-1, 4, PROCESSING.patch_values)
     pixels = torch.from_numpy(tokens[inputs["token_index"][:num_tokens]].reshape(-1, PROCESSING.patch_values))
-    return visual(pixels, torch.tensor([[1, *PROCESSING.grid(*size)]])).pooler_output.numpy()
+    return visual(
+        pixels, torch.tensor([[1, *(2 * count for count in PROCESSING.token_grid(*size))]])
+    ).pooler_output.numpy()
 
 
 INPUTS = (

@@ -18,10 +18,10 @@ from PIL import Image
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.graph_io import bucket_of
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
-from trio_edge.runtime.decoder import Decoder, PrefillResult, Prompt
+from trio_edge.runtime.decoder import Decoder, DecoderPrompt, PrefillResult
 from trio_edge.runtime.devices.interface import LoadedGraphs
 from trio_edge.runtime.engines.build import BuildOptions, build_engines, plan_build
-from trio_edge.runtime.images.interface import picture_processing
+from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.prompts.positions import PromptPositions
 from trio_edge.runtime.vision import Vision
 
@@ -46,8 +46,8 @@ class _Loaded:
 
     def prefill(self) -> PrefillResult:
         """Run vision and decoder, from arrays on the host to the first token there."""
-        visual = self.vision.look(self.inputs, self.profile).rows(0, self.num_visual)
-        prompt = Prompt(
+        visual = self.vision.run_vision(self.inputs, self.profile).rows(0, self.num_visual)
+        prompt = DecoderPrompt(
             before=self.before,
             visual=visual,
             after=self.after,
@@ -128,7 +128,7 @@ def _loaded(
 ) -> Iterator[_Loaded]:
     bundle = open_bundle(folder)
     manifest = bundle.manifest
-    processing = picture_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
+    processing = image_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
     needed = processing.sizes(*picture.size)
     profile = next(
         entry
@@ -150,7 +150,7 @@ def _loaded(
         yield _Loaded(
             bundle=bundle,
             graphs=graphs,
-            vision=Vision(manifest, graphs),
+            vision=Vision(manifest, graphs, images=processing),
             decoder=Decoder(manifest, graphs),
             inputs=processing.prepare(picture, profile.sizes),
             profile=profile,

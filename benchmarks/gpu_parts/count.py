@@ -24,7 +24,7 @@ DECODE = "decode"
 
 
 class Rates(Protocol):
-    """What a device reaches at most."""
+    """Highest rates of a device."""
 
     @property
     def flops_per_s(self) -> float:
@@ -32,7 +32,7 @@ class Rates(Protocol):
 
     @property
     def bytes_per_s(self) -> float:
-        """Of its memory."""
+        """Bytes per second of its memory."""
 
 
 class CountedModel(Protocol):
@@ -65,7 +65,7 @@ class CountedModel(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What something takes at least."""
+    """Least work of a graph."""
 
     flops: float
     causal_flops: float
@@ -84,7 +84,7 @@ class Counted:
     graphs: dict[str, Work]
     """By the bundle's names, in the order of a prefill; ``decode`` last."""
     kv_bytes: int
-    """Of the rows that the prefill leaves."""
+    """Bytes of the rows that the prefill leaves."""
 
     def prefill(self) -> list[Work]:
         """Return all graphs of a prefill."""

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from trio_edge.runtime.images.interface import PictureProcessing
+from trio_edge.runtime.images.interface import ImageProcessing
 from trio_edge.runtime.prompts.positions import PromptPositions, mrope_positions, plain_positions
 
 _NUM_BEFORE = 35
@@ -30,16 +30,18 @@ def num_before(num_text: int) -> int:
 
 
 def prompt_positions(
-    processing: PictureProcessing, picture: Image.Image, *, mrope: bool, num_text: int, num_rows: int
+    processing: ImageProcessing, picture: Image.Image, *, mrope: bool, num_text: int, num_rows: int
 ) -> PromptPositions:
     """Return the positions of a prompt around ``picture``, padded to ``num_rows``."""
     if not mrope:
         length = processing.sizes(*picture.size)["N"] + num_text
         return plain_positions(num_rows=num_rows, length=length)
     before = num_before(num_text)
+    layout = processing.layout(*picture.size)
+    assert layout.positions is not None  # models with M-RoPE have them
     return mrope_positions(
-        processing.positions(*picture.size, None),
-        picture_span=processing.position_span(*picture.size),
+        layout.positions,
+        image_span=layout.position_span,
         num_before=before,
         num_after=num_text - before,
         num_rows=num_rows,

@@ -1,4 +1,4 @@
-"""What is measured: models of released shapes with random weights made on the device, and one picture for each.
+"""Models of released shapes with random weights made on the device, and one image for each: the subjects of the measurement.
 
 Shapes are those of ``released_shapes``; "small" ones have the same parts and run on a CPU in seconds. The
 picture decides N, the visual tokens: 336x336 for LLaVA-1.5, 672x672 (five tiles) for LLaVA-NeXT, 1008x1008 for Qwen2.5-VL.
@@ -18,8 +18,8 @@ import torch
 import transformers as hf
 from gpu_parts.count import Counted, count
 from gpu_parts.prompts import num_before, prompt_ids, prompt_positions, random_picture
+from parts.released_shapes import FAMILIES, QWEN_PREPROCESSOR, clip_large, llava_next, qwen2_5_vl, vicuna_7b
 from PIL import Image
-from released_shapes import FAMILIES, QWEN_PREPROCESSOR, clip_large, llava_next, qwen2_5_vl, vicuna_7b
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,7 +29,7 @@ from trio_edge.export.families import family_of
 from trio_edge.export.families.base import FamilyModel
 from trio_edge.runtime.bundle.manifest import Dimensions, FloatType, VisionDimensions
 from trio_edge.runtime.bundle.schedule import Positions, Schedule
-from trio_edge.runtime.images.interface import PictureProcessing
+from trio_edge.runtime.images.interface import ImageProcessing
 from trio_edge.trio.budgets import schedule_for_keep
 
 BUDGETS = (1.0, 1 / 3, 2 / 9, 0.111)
@@ -111,7 +111,7 @@ SHAPES: dict[str, dict[str, Shapes]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What a cost follows from."""
+    """Sizes that a cost follows from."""
 
     decoder: Dimensions
     tower: VisionDimensions
@@ -167,10 +167,10 @@ def describe(shapes: Shapes, folder: Path) -> Checkpoint:
     )
 
 
-def empty_model(checkpoint: Checkpoint, *, dtype: FloatType) -> tuple[FamilyModel, PictureProcessing]:
+def empty_model(checkpoint: Checkpoint, *, dtype: FloatType) -> tuple[FamilyModel, ImageProcessing]:
     """Return a checkpoint's modules without memory, and what becomes of its pictures."""
     family = family_of(checkpoint)
-    processing = family.picture_processing(checkpoint, encoder_keep=None, max_visual=None)
+    processing = family.image_processing(checkpoint, encoder_keep=None, max_visual=None)
     with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):  # constants become numpy arrays
         model = family.build(checkpoint, processing=processing, dtype=dtype, with_features=False)
     return model, processing

@@ -10,6 +10,7 @@ from gpu_parts.count import DECODE, Counted, Work, flops, seconds
 from gpu_parts.layers_in_torch import WHOLE_MODEL
 from gpu_parts.measure import Measured
 from gpu_parts.parity import Compared
+from parts.tables import markdown, percent
 
 from trio_edge.trio.cost.devices import DEVICES
 
@@ -205,11 +206,6 @@ def ms(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def percent(share: float) -> str:
-    """Return a share in percent."""
-    return f"{100 * share:.1f} %"
-
-
 def tera(value: float) -> str:
     """Return in units of 10^12."""
     return f"{value / 1e12:.3g}"
@@ -218,9 +214,3 @@ def tera(value: float) -> str:
 def giga(value: float) -> str:
     """Return in units of 10^9."""
     return f"{value / 1e9:.3g}"
-
-
-def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

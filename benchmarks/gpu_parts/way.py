@@ -36,7 +36,7 @@ class Way(Protocol):
     subject: Subject
     buffers: Buffers
     parts: list[Part]
-    """Of a prefill."""
+    """Parts of a prefill, in order."""
 
     def decode(self) -> None:
         """Run one token through all layers and put the next one's embedding where the next call reads it."""

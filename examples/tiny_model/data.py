@@ -22,8 +22,8 @@ from trio_edge.calibration.shapes.scene import (  # fmt: skip
     PLACES,
     SHAPES,
     SIZES,
-    Canvas,
     Scene,
+    SceneCanvas,
     make_scene,
     render,
 )
@@ -37,7 +37,7 @@ LABELS = ("name", "color", "size", "place", "center", "thing")
 
 @dataclass(frozen=True)
 class Layout:
-    """How the processor cuts a picture size: resized size, padded size, and the order of visual tokens.
+    """The processor's cuts of a picture: resized size, padded size, and the order of visual tokens.
 
     `order[i]` is the index of visual token i in the flattened tiles (base tile first); -1 is a newline token.
     """
@@ -165,7 +165,7 @@ def questions_of(
     return list(found.values())
 
 
-def _draw(task: tuple[int, Canvas]) -> tuple[np.ndarray, np.ndarray]:
+def _draw(task: tuple[int, SceneCanvas]) -> tuple[np.ndarray, np.ndarray]:
     """Returns tiles and labels of one seed."""
     seed, canvas = task
     scene = make_scene(seed, canvas=canvas)

@@ -52,10 +52,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trio_edge.export.families.base import FamilyModel
-    from trio_edge.export.layout import Layout
+    from trio_edge.export.graphs.layout import Layout
     from trio_edge.export.quantize.numerics import Format
     from trio_edge.runtime.bundle.manifest import Dimensions
-    from trio_edge.runtime.images.interface import PictureProcessing
+    from trio_edge.runtime.images.interface import ImageProcessing
     from trio_edge.trio.cost.devices import DeviceSpec
 
 INT4_SHARE = 0.30
@@ -305,7 +305,7 @@ def fit_inputs(
     dimensions: Dimensions,
     *,
     layout: Layout,
-    processing: PictureProcessing,
+    processing: ImageProcessing,
     quantize: QuantizePlan,
     token_method: str | None = None,
     text_tower: nn.Module | None = None,

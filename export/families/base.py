@@ -1,4 +1,4 @@
-"""What a model family gives the exporter: its modules, its picture processing and its prompt defaults."""
+"""The interface of a model family: its modules, its image processing and its prompt defaults."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trio_edge.export.graphs.linear_groups import LinearGroup
     from trio_edge.runtime.bundle.manifest import FloatType, TensorSpec, VisionDimensions
     from trio_edge.runtime.bundle.schedule import Positions
-    from trio_edge.runtime.images.interface import PictureProcessing
+    from trio_edge.runtime.images.interface import ImageProcessing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +28,7 @@ class VisionGraph:
 
     module: nn.Module
     inputs: tuple[TensorSpec, ...]
-    """``token_index`` [N] among them, and what ``PictureProcessing.prepare`` fills."""
+    """``token_index`` [N] among them, and what ``ImageProcessing.prepare`` fills."""
     outputs: tuple[TensorSpec, ...]
     """``visual_tokens`` [N, D] first; with encoder reduction what it kept second."""
     linear_groups: tuple[LinearGroup, ...]
@@ -39,7 +39,7 @@ class VisionGraph:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FamilyModel:
-    """A checkpoint's architecture, built without weights, taken apart into what the graphs wrap."""
+    """A checkpoint's architecture, built without weights, taken apart into the modules that the graphs wrap."""
 
     root: nn.Module
     """The Hugging Face model; its parameter names, made canonical, name the checkpoint's tensors."""
@@ -72,7 +72,7 @@ class Family(Protocol):
 
     @property
     def image_marks(self) -> tuple[str, str]:
-        """What Hugging Face's processor writes before and after a picture's tokens, if the chat template does not."""
+        """Text that Hugging Face's processor writes before and after an image's tokens, if the chat template does not."""
 
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
         """Return the Jinja template for a checkpoint that brings none."""
@@ -81,16 +81,16 @@ class Family(Protocol):
         self,
         checkpoint: Checkpoint,
         *,
-        processing: PictureProcessing,
+        processing: ImageProcessing,
         dtype: FloatType,
         with_features: bool,
     ) -> FamilyModel:
         """Return the model's modules; called under FakeTensorMode with the wanted default dtype.
 
         Args:
-            checkpoint: Where the configuration is.
+            checkpoint: Holds the configuration.
             processing: With the encoder reduction that the vision graph shall do.
-            dtype: Of the graph's floating point outputs.
+            dtype: Type of the graph's floating point outputs.
             with_features: Whether the vision graph gives what ``TokenSelector.needs_features`` names.
 
         Raises:
@@ -98,15 +98,15 @@ class Family(Protocol):
             ScheduleError: If the family's vision encoder has no class row to give features of.
         """
 
-    def picture_processing(
+    def image_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
-    ) -> PictureProcessing:
-        """Return how pictures become the vision graph's inputs.
+    ) -> ImageProcessing:
+        """Return the processing of images into the vision graph's inputs.
 
         Args:
             checkpoint: With its preprocessor's configuration.
-            encoder_keep: What the vision encoder keeps, or None for all.
-            max_visual: Visual tokens that a picture of any size is scaled down to, where the family scales.
+            encoder_keep: Patches or tokens that the vision encoder keeps; None for all.
+            max_visual: Visual tokens that an image of any size is scaled down to, where the family scales.
 
         Raises:
             CheckpointError: If the checkpoint's processor cannot be followed.

@@ -1,4 +1,4 @@
-"""What all families take from transformers alike: a checked configuration, and the decoder's parts of a built model."""
+"""Code that all families share: reading a checked configuration, and taking the decoder of a built model apart."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_config(checkpoint: Checkpoint, *, text_types: tuple[str, ...] = ()) -> 
     """Return transformers' configuration of ``checkpoint``; its decoder is checked, a head in the checkpoint untied.
 
     Args:
-        checkpoint: Where the configuration is.
+        checkpoint: Holds the configuration.
         text_types: Decoders that the family's language model may be; empty where it can be one only.
 
     Raises:
@@ -49,7 +49,7 @@ def family_model(
 ) -> FamilyModel:
     """Return Hugging Face's model ``root``, built without weights, taken apart; called under FakeTensorMode."""
     decoder = root.model.language_model
-    with unset_fake_temporarily():
+    with unset_fake_temporarily():  # the frequencies are written into the graphs, so they need values
         rotary: Any = type(decoder.rotary_emb)(decoder.config)
         inv_freq = rotary.inv_freq.to(torch.float32).numpy()
     return FamilyModel(

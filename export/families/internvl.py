@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, final
+
+import msgspec
 
 from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_features
 from trio_edge.export.families.config_files import read_image_processor
@@ -12,7 +13,7 @@ from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision.internvl import TILE_ATTENTION_NAME, TileVision, register_tile_attention
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
-from trio_edge.runtime.images.internvl import GridTilePictures, GridTileProcessing
+from trio_edge.runtime.images.internvl import InternVlImages
 from trio_edge.runtime.prompts.chat import INTERNVL_TEMPLATE
 
 if TYPE_CHECKING:
@@ -21,32 +22,32 @@ if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Positions
-    from trio_edge.runtime.images.interface import PictureProcessing
+    from trio_edge.runtime.images.interface import ImageProcessing
 
 _TEXT_TYPES = ("qwen2", "llama")
 
 
 @final
 class InternVl:
-    """See ``Family``."""
+    """Implements ``Family``."""
 
     model_type = "internvl"
     positions: tuple[Positions, ...] = ("compact", "preserved")
     image_marks = ("<img>", "</img>")
 
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
-        """Return ChatML; the marks around the picture come from ``image_marks``."""
+        """Return ChatML; the marks around the image come from ``image_marks``."""
         return INTERNVL_TEMPLATE
 
     def build(
         self,
         checkpoint: Checkpoint,
         *,
-        processing: PictureProcessing,
+        processing: ImageProcessing,
         dtype: FloatType,
         with_features: bool,
     ) -> FamilyModel:
-        """See ``Family.build``."""
+        """Build the model; documented in ``Family``."""
         refuse_features(self.model_type, with_features=with_features)
         from transformers import InternVLForConditionalGeneration
 
@@ -70,16 +71,16 @@ class InternVl:
             ),
         )
 
-    def picture_processing(
+    def image_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
-    ) -> PictureProcessing:
-        """See ``Family.picture_processing``; ``max_visual`` lowers the number of tiles."""
+    ) -> ImageProcessing:
+        """Return the tiling, documented in ``Family``; ``max_visual`` lowers the number of tiles."""
         if encoder_keep is not None:
             raise ScheduleError(
-                f"--encoder-keep: expected none for {self.model_type}, got {encoder_keep}; leave it away"
+                f"--encoder-keep: expected none for {self.model_type}, got {encoder_keep}; leave it out"
             )
         config = _read_config(checkpoint)
-        processing = GridTileProcessing.from_preprocessor_config(
+        processing = InternVlImages.from_preprocessor_config(
             {"image_processor_type": "GotOcr2ImageProcessor", **read_image_processor(checkpoint)},
             tokens_per_side=_patches_per_side(config) // _merge(config),
         )
@@ -88,7 +89,7 @@ class InternVl:
                 f"{checkpoint.folder}: expected size {config.vision_config.image_size[0]} (the vision tower's), got"
                 f" {processing.tile_size}; preprocessor and weights belong to different models"
             )
-        return GridTilePictures(_with_fewer_tiles(processing, max_visual))
+        return _with_fewer_tiles(processing, max_visual)
 
 
 def _read_config(checkpoint: Checkpoint) -> Any:
@@ -134,19 +135,19 @@ def _patches_per_side(config: Any) -> int:
     return int(config.vision_config.image_size[0] // config.vision_config.patch_size[0])
 
 
-def _with_fewer_tiles(processing: GridTileProcessing, max_visual: int | None) -> GridTileProcessing:
-    """Return the processing with at most ``max_visual`` visual tokens a picture."""
+def _with_fewer_tiles(processing: InternVlImages, max_visual: int | None) -> InternVlImages:
+    """Return the processing with at most ``max_visual`` visual tokens an image."""
     if max_visual is None:
         return processing
     tiles = max_visual // processing.tokens_per_tile
-    most = min(processing.max_tiles, max(tiles - 1, 1))
+    most = min(processing.max_tiles, max(tiles - 1, 1))  # the thumbnail is one more tile
     if tiles < 1 or most < processing.min_tiles:
         fewest = processing.min_tiles + (processing.min_tiles > 1)
         raise ScheduleError(
             f"--max-visual: expected at least {fewest * processing.tokens_per_tile} ({fewest} tiles of"
             f" {processing.tokens_per_tile}), got {max_visual}; raise it"
         )
-    return dataclasses.replace(processing, max_tiles=most)
+    return msgspec.structs.replace(processing, max_tiles=most)
 
 
 def _vision_graph(inner: Any, config: Any, *, dtype: FloatType) -> VisionGraph:

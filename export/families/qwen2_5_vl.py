@@ -7,9 +7,9 @@ Kept tokens keep their M-RoPE positions, as in the reference.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, final
 
+import msgspec
 import torch
 
 from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_features
@@ -25,24 +25,24 @@ from trio_edge.export.graphs.vision.windowed import (
     windowed_groups,
 )
 from trio_edge.runtime.bundle.errors import CheckpointError, ManifestError, ScheduleError
+from trio_edge.runtime.bundle.graph_io import KEPT_TOKENS
 from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
-from trio_edge.runtime.images.interface import KEPT_TOKENS
-from trio_edge.runtime.images.qwen import PatchPictures, PatchProcessing
+from trio_edge.runtime.images.qwen import QwenImages
 from trio_edge.runtime.prompts.chat import QWEN2_5_VL_TEMPLATE
 
 if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Positions
-    from trio_edge.runtime.images.interface import PictureProcessing
+    from trio_edge.runtime.images.interface import ImageProcessing
 
 DEFAULT_MAX_VISUAL = 1280
-"""Visual tokens that a picture is scaled down to unless asked otherwise: a megapixel, where the model allows 16384."""
+"""Visual tokens that an image is scaled down to unless asked otherwise: a megapixel, where the model allows 16384."""
 
 
 @final
 class Qwen25Vl:
-    """See ``Family``."""
+    """Implements ``Family``."""
 
     model_type = "qwen2_5_vl"
     positions: tuple[Positions, ...] = ("preserved",)
@@ -56,11 +56,11 @@ class Qwen25Vl:
         self,
         checkpoint: Checkpoint,
         *,
-        processing: PictureProcessing,
+        processing: ImageProcessing,
         dtype: FloatType,
         with_features: bool,
     ) -> FamilyModel:
-        """See ``Family.build``."""
+        """Build the model; documented in ``Family``."""
         refuse_features(self.model_type, with_features=with_features)
         from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -87,12 +87,12 @@ class Qwen25Vl:
             has_mrope=True,
         )
 
-    def picture_processing(
+    def image_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
-    ) -> PictureProcessing:
-        """See ``Family.picture_processing``."""
+    ) -> ImageProcessing:
+        """Return the scaling and the patches; documented in ``Family``."""
         vision = read_config(checkpoint).vision_config
-        processing = PatchProcessing.from_preprocessor_config(
+        processing = QwenImages.from_preprocessor_config(
             {"image_processor_type": "Qwen2VLImageProcessor", **read_image_processor(checkpoint)},
             window_size=vision.window_size,
         )
@@ -105,18 +105,19 @@ class Qwen25Vl:
             )
         processing = _scaled_down(processing, max_visual)
         if encoder_keep is not None:
-            most = processing.max_visual_tokens()
+            most = processing.any_image_sizes()[-1]["N"]
             check_windowed_keep(encoder_keep, max_visual=most, vision_config=vision)
-        return PatchPictures(processing, encoder_keep=encoder_keep)
+        return msgspec.structs.replace(processing, encoder_keep=encoder_keep)
 
 
-def _scaled_down(processing: PatchProcessing, max_visual: int | None) -> PatchProcessing:
-    """Return the processing with at most ``max_visual`` visual tokens a picture."""
+def _scaled_down(processing: QwenImages, max_visual: int | None) -> QwenImages:
+    """Return the processing with at most ``max_visual`` visual tokens an image."""
     wanted = DEFAULT_MAX_VISUAL if max_visual is None else max_visual
     most = min(processing.max_pixels, wanted * processing.token_size**2)
+    # the default must not fail for a processor with a larger minimum; a number that the user gave may
     least = min(processing.min_pixels, most) if max_visual is None else processing.min_pixels
     try:
-        return dataclasses.replace(processing, max_pixels=most, min_pixels=least)
+        return msgspec.structs.replace(processing, max_pixels=most, min_pixels=least)
     except ManifestError:
         fewest = -(-processing.min_pixels // processing.token_size**2)
         raise ScheduleError(
@@ -124,7 +125,7 @@ def _scaled_down(processing: PatchProcessing, max_visual: int | None) -> PatchPr
         ) from None
 
 
-def _vision_graph(inner: Any, vision: Any, *, processing: PictureProcessing, dtype: FloatType) -> VisionGraph:
+def _vision_graph(inner: Any, vision: Any, *, processing: ImageProcessing, dtype: FloatType) -> VisionGraph:
     values = inverse_frequencies(vision)
     patch_values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     slots = (vision.window_size // vision.patch_size // vision.spatial_merge_size) ** 2

@@ -8,32 +8,28 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import msgspec
 
+from trio_edge.profiling.page.figures import SCHEME
 from trio_edge.profiling.page.plots import plots_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from trio_edge.profiling.report.profile import ProfileReport
 
-    from trio_edge.profiling.page.drawing import Plot
-    from trio_edge.profiling.report.profile import Report
-
-_PACKAGE = "trio_edge.profiling"
+_PACKAGE = "trio_edge.profiling.page"
 
 
-def page_html(report: Report) -> bytes:
+def page_html(report: ProfileReport) -> bytes:
     """Return the page of ``report``: summary, plots, tables, and every value of its JSON."""
     return render(
-        "page/page.html.j2", report=report, plots=plots_of(report), values=msgspec.to_builtins(report)
+        f"{_PACKAGE}:page.html.j2", report=report, plots=plots_of(report), values=msgspec.to_builtins(report)
     )
 
 
-def render(template: str, *, plots: Sequence[Plot], values: Any, **more: Any) -> bytes:
+def render(template: str, **values: Any) -> bytes:
     """Return the page that ``template`` makes.
 
     Args:
-        template: Path below ``profiling``.
-        plots: Its figures.
-        values: All of its JSON, which the page ends with.
-        **more: What else the template reads.
+        template: Package and file, as ``trio_edge.profiling.page:page.html.j2``.
+        **values: What the template reads, functions too.
     """
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_source),
@@ -42,11 +38,12 @@ def render(template: str, *, plots: Sequence[Plot], values: Any, **more: Any) ->
         trim_blocks=True,
     )
     environment.filters["number"] = _number
-    return environment.get_template(template).render(plots=plots, values=values, **more).encode()
+    return environment.get_template(template).render(scheme=SCHEME, **values).encode()
 
 
 def _source(name: str) -> str:
-    return files(_PACKAGE).joinpath(name).read_text(encoding="utf-8")
+    package, _, file = name.partition(":")
+    return files(package).joinpath(file).read_text(encoding="utf-8")
 
 
 def _number(value: Any) -> str:

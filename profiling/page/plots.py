@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trio_edge.profiling.page.charts import HEIGHT, OUTSIDE, Bar, Curve, Point, curves, frame, stacked
-from trio_edge.profiling.page.drawing import Axis, Dot, Line, Plot, colour, draw_axes, logarithmic
+from trio_edge.profiling.page.charts import OUTSIDE, Bar, Curve, Point, curves, stacked
+from trio_edge.profiling.page.figures import LIGHT, Drawing, Plot, canvas, colour
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.profiling.measure.distribution import Distribution
-    from trio_edge.profiling.report.profile import BundleProfile, Ceilings, Phase, Report
+    from trio_edge.profiling.measure.ceilings import Ceilings
+    from trio_edge.profiling.measure.layers import Phase
+    from trio_edge.profiling.report.profile import BundleProfile, GraphProfile, ProfileReport
+    from trio_edge.profiling.statistics import Distribution
 
 _MEGABYTE = 1e6
+_MARGIN = 1.6
+"""Factor by which the roofline goes on at either side."""
 _MEDIAN = "Median and its 95 % interval (of fewer than six runs, all of them)"
 
 
-def plots_of(report: Report) -> list[Plot]:
+def plots_of(report: ProfileReport) -> list[Plot]:
     """Return all figures that the report has values for."""
     bundles = report.bundles
     plots = [_stacked_time(bundles, "prefill", "Time to the first token by graph")]
@@ -53,12 +57,12 @@ def _memory(bundles: Sequence[BundleProfile]) -> Plot:
             "other": memory.other or 0,
         }
         bars.append(Bar(bundle.label, [(name, count / _MEGABYTE) for name, count in parts.items()]))
-    note = "What memory is for, in MB. Other: the rest of the process at its peak."
+    note = "Memory by purpose, in MB. Other: the rest of the process at its peak."
     return stacked(bars, title="Memory", unit="MB", note=note)
 
 
 def _first_token(bundles: Sequence[BundleProfile]) -> Plot:
-    """Return time to the first token against visual tokens, for each bundle at each size of picture."""
+    """Return time to the first token against visual tokens, for each bundle at each size of image."""
     series = []
     for bundle in bundles:
         points = [_point(size.visual_tokens, size.ttft_ms) for size in bundle.sizes]
@@ -69,8 +73,8 @@ def _first_token(bundles: Sequence[BundleProfile]) -> Plot:
     return curves(
         series,
         title="Time to the first token against visual tokens",
-        note=f"{_MEDIAN}, at each size of picture that has shapes of its own.",
-        x_label="visual tokens of the picture",
+        note=f"{_MEDIAN}, at each size of image that has shapes of its own.",
+        x_label="visual tokens of the image",
     )
 
 
@@ -96,36 +100,34 @@ def _point(at: int, time: Distribution) -> Point:
 
 
 def _roofline(bundles: Sequence[BundleProfile], ceilings: Ceilings) -> Plot:
-    left, right, bottom, top = frame()
-    graphs = [
-        (index, bundle.label, graph, graph.intensity, graph.flops_per_s)
-        for index, bundle in enumerate(bundles)
-        for graph in bundle.graphs
-        if graph.intensity and graph.flops_per_s
-    ]
+    title = "Roofline"
     ridge = ceilings.flops_per_s / ceilings.bytes_per_s
-    x = logarithmic([ridge, *(intensity for *_, intensity, _ in graphs)], start=left, end=right)
-    y = logarithmic([ceilings.flops_per_s, *(rate for *_, rate in graphs)], start=bottom, end=top)
-    plot = Plot(
-        title="Roofline",
+    places = [ridge]
+    with canvas(title, x_label="FLOPs per byte", y_label="FLOP/s") as drawn:
+        drawn.axes.set(xscale="log", yscale="log")
+        for index, bundle in enumerate(bundles):
+            for graph in bundle.graphs:
+                if graph.intensity and graph.flops_per_s:
+                    _draw_graph(drawn, graph, label=bundle.label, ink=LIGHT[colour(index)])
+                    places.append(graph.intensity)
+        ends = [min(places) / _MARGIN, ridge, max(places) * _MARGIN]
+        roof = [min(ceilings.flops_per_s, end * ceilings.bytes_per_s) for end in ends]
+        drawn.axes.plot(ends, roof, color=LIGHT["text"], zorder=1)
+    return Plot(
+        title=title,
         note="FLOP/s against FLOPs per byte; the line is what the machine reached on the spot. Filled: prefill.",
-        height=HEIGHT,
+        svg=drawn.svg,
+        legend=[(colour(index), bundle.label) for index, bundle in enumerate(bundles)],
     )
-    draw_axes(plot, x, y, x_label="FLOPs per byte", y_label="FLOP/s")
-    plot.lines.append(Line(points=_roof(x, y, ceilings), style="roof"))
-    for index, label, graph, intensity, rate in graphs:
-        style = colour(index) + (" hollow" if graph.phase == "decode" else "")
-        tip = f"{label}: {graph.name}, {graph.phase}: {graph.verdict}"
-        plot.dots.append(Dot(x=x.place(intensity), y=y.place(rate), style=style, tip=tip))
-    plot.legend = [(colour(index), bundle.label) for index, bundle in enumerate(bundles)]
-    return plot
 
 
-def _roof(x: Axis, y: Axis, ceilings: Ceilings) -> str:
-    """Return the line of bandwidth up to the line of arithmetic, as far as it is in the picture."""
-    start = max(x.low, y.low / ceilings.bytes_per_s)
-    ridge = ceilings.flops_per_s / ceilings.bytes_per_s
-    points = [
-        (start, start * ceilings.bytes_per_s), (ridge, ceilings.flops_per_s), (x.high, ceilings.flops_per_s)
-    ]  # fmt: skip
-    return " ".join(f"{x.place(intensity)},{y.place(rate)}" for intensity, rate in points)
+def _draw_graph(drawn: Drawing, graph: GraphProfile, *, label: str, ink: str) -> None:
+    drawn.axes.plot(
+        graph.intensity,
+        graph.flops_per_s,
+        "o",
+        color=ink,
+        markerfacecolor=LIGHT["box"] if graph.phase == "decode" else ink,
+        markeredgewidth=2,
+        gid=drawn.tip(f"{label}: {graph.name}, {graph.phase}: {graph.verdict}"),
+    )

@@ -10,14 +10,14 @@ import msgspec
 
 from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
-from trio_edge.runtime.images.interface import picture_processing
-from trio_edge.runtime.images.internvl import GridTilePictures, GridTileProcessing
-from trio_edge.runtime.images.llava import ImageProcessing, TilePictures
-from trio_edge.runtime.images.qwen import PatchPictures, PatchProcessing
+from trio_edge.runtime.images.interface import image_processing
+from trio_edge.runtime.images.internvl import InternVlImages
+from trio_edge.runtime.images.llava import LlavaImages
+from trio_edge.runtime.images.qwen import QwenImages
 
 if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import Manifest
-    from trio_edge.runtime.images.interface import PictureProcessing
+    from trio_edge.runtime.images.interface import ImageProcessing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,13 +28,13 @@ class Model:
     decoder: Dimensions
     vision: VisionDimensions | None
     """None where nothing is known of it, or none is wanted."""
-    pictures: PictureProcessing
+    pictures: ImageProcessing
     """Gives the number of visual tokens of an image."""
 
 
 def model_of(manifest: Manifest) -> Model:
     """Return the model that a bundle was made of; its vision tower where the manifest describes it."""
-    pictures = picture_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
+    pictures = image_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
     return Model(name=manifest.model, decoder=manifest.dimensions, vision=manifest.vision, pictures=pictures)
 
 
@@ -102,7 +102,7 @@ def _decoder(
 
 
 def _llava(name: str, decoder: Dimensions, *, tiles: bool) -> Model:
-    processing = ImageProcessing(
+    processing = LlavaImages(
         kind="anyres" if tiles else "single",
         tile_size=336,
         patch_size=14,
@@ -114,12 +114,12 @@ def _llava(name: str, decoder: Dimensions, *, tiles: bool) -> Model:
         name=name,
         decoder=decoder,
         vision=msgspec.structs.replace(_CLIP, projector_weights=(1024 + hidden) * hidden),
-        pictures=TilePictures(processing, encoder_keep=None),
+        pictures=processing,
     )
 
 
 def _qwen(name: str, decoder: Dimensions) -> Model:
-    processing = PatchProcessing(patch_size=14, window_size=112, max_pixels=12845056)
+    processing = QwenImages(patch_size=14, window_size=112, max_pixels=12845056)
     merged = 1280 * 4
     return Model(
         name=name,
@@ -127,18 +127,18 @@ def _qwen(name: str, decoder: Dimensions) -> Model:
         vision=msgspec.structs.replace(
             _QWEN_VISION, projector_weights=merged * (merged + decoder.hidden_size)
         ),
-        pictures=PatchPictures(processing, encoder_keep=None),
+        pictures=processing,
     )
 
 
 def _intern(name: str, decoder: Dimensions) -> Model:
-    processing = GridTileProcessing(tile_size=448, tokens_per_side=16)
+    processing = InternVlImages(tile_size=448, tokens_per_side=16)
     hidden = decoder.hidden_size
     return Model(
         name=name,
         decoder=decoder,
         vision=msgspec.structs.replace(_INTERN_VIT, projector_weights=(4 * 1024 + hidden) * hidden),
-        pictures=GridTilePictures(processing),
+        pictures=processing,
     )
 
 

@@ -21,7 +21,7 @@ from trio_edge.profiling.predict.printing import (
 from trio_edge.profiling.predict.sweep import choose, parse_goal, parse_size, parse_sweep, sweep, unmet_text
 from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.cli.console import wide_console
+from trio_edge.runtime.cli.tables import wide_console
 from trio_edge.trio.cost.devices import DEVICES, find_device
 
 if TYPE_CHECKING:

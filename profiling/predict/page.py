@@ -13,7 +13,7 @@ from trio_edge.profiling.predict.sweep import metric_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.profiling.page.drawing import Plot
+    from trio_edge.profiling.page.figures import Plot
     from trio_edge.profiling.predict.answer import Prediction
     from trio_edge.profiling.predict.plan import Plan
 
@@ -35,7 +35,7 @@ def prediction_page(found: Sequence[tuple[Plan, Prediction]], values: dict[str, 
         for plot in plots:
             plot.note += f" The first {len(drawn)} of {len(found)} settings."
     return render(
-        "predict/page.html.j2",
+        "trio_edge.profiling.predict:page.html.j2",
         plots=plots,
         values=values,
         model=setting.model.name,

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from trio_edge.profiling.predict.efficiency import fitted_for
 from trio_edge.profiling.predict.sweep import metric_of, nearest_text
-from trio_edge.runtime.cli.console import print_table, whole_table
+from trio_edge.runtime.cli.tables import print_table, whole_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The interface of a backend, what all backends check, and the choice of one by name.
+"""The interface of a backend, and the checks that all backends share.
 
 A backend loads a bundle's graphs onto a device: see ``trio_edge.runtime.devices.interface`` for what it gives.
 """
@@ -56,7 +56,7 @@ def selected_graphs(bundle: Bundle, names: Sequence[str] | None) -> list[GraphSp
 
 def check_tensors(spec: GraphSpec, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> None:
     """Raise ShapeError unless ``tensors`` are exactly the inputs and outputs of ``spec`` in name, dtype and shape."""
-    expected = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
+    expected = {tensor.name: tensor for tensor in spec.tensors}
     if tensors.keys() != expected.keys():
         odd = sorted(tensors.keys() ^ expected.keys())
         raise ShapeError(f"{spec.name}: expected the tensors {', '.join(list(expected)[:5])}…, odd are {odd}")

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from trio_edge.runtime.backends.interface import check_tensors, selected_graphs
-from trio_edge.runtime.backends.memory import check_memory, estimate
+from trio_edge.runtime.buffers.memory import check_memory, estimate
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
 from trio_edge.runtime.devices.host import HostDevice
@@ -85,11 +85,11 @@ class OnnxRuntimeBackend:
 
     @property
     def name(self) -> str:
-        """See ``Backend.name``."""
+        """Name for messages and statistics."""
         return self._name
 
     def load(self, bundle: Bundle, names: Sequence[str] | None = None) -> LoadedGraphs:
-        """See ``Backend.load``."""
+        """Load graphs into ONNX Runtime."""
         specs = selected_graphs(bundle, names)
         memory = estimate(bundle.manifest, specs, weight_bytes=sum(spec.weight_bytes for spec in specs))
         device, stream = self._open_device()
@@ -140,7 +140,7 @@ class OnnxRuntimeBackend:
                 f"{file}: expected a graph that onnxruntime {ort.__version__} loads, got:"
                 f" {_first_line(error)}; export the bundle again"
             ) from None
-        if wanted not in session.get_providers():  # it falls back to the CPU in silence
+        if wanted not in session.get_providers():  # without an error it falls back to the CPU
             raise BackendError(
                 f"backend: expected {wanted} to start, onnxruntime {ort.__version__} fell back to"
                 f" {session.get_providers()[0]}; install the CUDA and cuDNN that it was built for"
@@ -166,7 +166,7 @@ def _broken_optimizers(bundle: Bundle, spec: GraphSpec) -> list[str]:
     """Return those that onnxruntime 1.31 makes graphs with that it cannot load; to be removed with a release that can."""
     broken = []
     if any(tensor.dtype == "int8" for tensor in spec.inputs):
-        # It moves DequantizeLinear behind Transpose by a node that opset 21 does not allow (microsoft/onnxruntime issue 25526).
+        # It moves DequantizeLinear after Transpose by a node that opset 21 does not allow (microsoft/onnxruntime issue 25526).
         broken.append("QDQPropagationTransformer")
     if bundle.manifest.format_of(spec) == "fp8":
         # It makes integer products of FP8 inputs and weights.
@@ -175,7 +175,7 @@ def _broken_optimizers(bundle: Bundle, spec: GraphSpec) -> list[str]:
 
 
 def _tensorrt_options(stream: int, folder: Path, spec: GraphSpec) -> dict[str, str]:
-    """Return the TensorRT provider's options: its engines have the manifest's profiles, and are kept beside the bundle's."""
+    """Return the TensorRT provider's options: its engines have the manifest's profiles, and are kept next to the bundle's."""
     shapes = ",".join(
         f"{tensor.name}:{'x'.join(map(str, shape_at(tensor.shape, profile)))}"
         for profile in spec.profiles
@@ -217,11 +217,11 @@ class OnnxRuntimeEngine:
 
     @property
     def spec(self) -> GraphSpec:
-        """See ``Engine.spec``."""
+        """The graph's entry in the manifest."""
         return self._spec
 
     def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> OnnxRuntimeLaunch:
-        """See ``Engine.prepare``."""
+        """Bind a profile to addresses."""
         session = self._open_session()
         check_tensors(self._spec, profile, tensors)
         binding = session.io_binding()
@@ -244,7 +244,7 @@ class OnnxRuntimeEngine:
             raise BackendError(f"{self._spec.name}: onnxruntime failed: {_first_line(error)}") from None
 
     def close(self) -> None:
-        """See ``Engine.close``."""
+        """Close the session, and write the layers' times if they were asked for."""
         if self._session is not None and self._layer_times is not None:
             Path(self._session.end_profiling()).replace(self._layer_times / f"{self._spec.name}.json")
         self._session = None
@@ -268,5 +268,5 @@ class OnnxRuntimeLaunch:
         self._engine, self._binding = engine, binding
 
     def enqueue(self) -> None:
-        """See ``Launch.enqueue``."""
+        """Run the session."""
         self._engine.run(self._binding)

@@ -1,7 +1,4 @@
-"""The interface of a backend, what all backends check, and the choice of one by name.
-
-A backend loads a bundle's graphs onto a device: see ``trio_edge.runtime.devices.interface`` for what it gives.
-"""
+"""The choice of a backend, by name or for this machine. A backend's package is imported only when it is chosen."""
 
 from __future__ import annotations
 
@@ -74,6 +71,7 @@ def _fastest(bundle: Bundle | None) -> tuple[str, tuple[str, ...]]:
     from trio_edge.runtime.devices.cuda import cuda_problem
 
     notes: tuple[str, ...] = ()
+    # Engines first: somebody took the time to build them.
     if cuda_problem() is None:
         if bundle is not None:
             from trio_edge.runtime.backends.tensorrt import engines_that_run

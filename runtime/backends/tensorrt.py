@@ -7,17 +7,19 @@ stream.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
 from trio_edge.runtime.backends.interface import check_tensors, selected_graphs
-from trio_edge.runtime.backends.memory import check_memory, estimate
-from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.buffers.memory import check_memory, estimate
+from trio_edge.runtime.bundle.errors import BackendError, DataError
+from trio_edge.runtime.bundle.files import write_output
 from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
 from trio_edge.runtime.devices.interface import LoadedGraphs, shape_at
-from trio_edge.runtime.engines.files import KERNELS_NAME, CompiledKernels, engine_sets, open_engines
-from trio_edge.runtime.engines.host import find_host
+from trio_edge.runtime.devices.machine import find_host
+from trio_edge.runtime.engines.files import engine_sets, open_engines
 from trio_edge.runtime.engines.log import EngineErrors, EngineLayerTimes, engine_errors
 from trio_edge.runtime.engines.package import ENGINE_BACKENDS, load_tensorrt
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.engines.package import EngineBackend, TensorRT
 
 _DECODE = "decode"
+_KERNELS_NAME = "kernels.cache"
 
 
 def engines_that_run(bundle: Bundle) -> tuple[EngineBackend | None, str | None]:
@@ -65,11 +68,11 @@ class TensorRTBackend:
 
     @property
     def name(self) -> str:
-        """See ``Backend.name``."""
+        """Name for messages and statistics."""
         return self._tensorrt.backend
 
     def load(self, bundle: Bundle, names: Sequence[str] | None = None) -> LoadedGraphs:
-        """See ``Backend.load``; the engines must fit this machine, as ``open_engines`` checks."""
+        """Load engines, which must fit this machine as ``open_engines`` checks."""
         specs = selected_graphs(bundle, names)
         tensorrt = self._tensorrt
         engines = open_engines(bundle, backend=tensorrt.backend, version=tensorrt.version, host=find_host())
@@ -79,9 +82,10 @@ class TensorRTBackend:
         loaded = LoadedGraphs(device=device, engines={}, memory=memory, notes=list(engines.notes))
         try:
             check_memory(device, memory)
+            # Contexts are made without memory of their own, and the workspace only when all engines have said their need.
             workspace, errors = Workspace(device), engine_errors(tensorrt.module)
             runtime = _new_runtime(tensorrt, errors)
-            kernels = CompiledKernels(engines.folder / KERNELS_NAME) if tensorrt.compiles_on_device else None
+            kernels = CompiledKernels(engines.folder / _KERNELS_NAME) if tensorrt.compiles_on_device else None
             for spec in specs:
                 engine = _read_engine(runtime, engines.path(spec.name), device, errors)
                 layers = self._layers_of(engine, spec)
@@ -111,6 +115,7 @@ def _new_runtime(tensorrt: TensorRT, errors: EngineErrors) -> Any:
 
 
 def _read_engine(runtime: Any, file: Path, device: CudaDevice, errors: EngineErrors) -> Any:
+    # Mapped, not read: the host never holds a second copy of the weights.
     engine = runtime.deserialize_cuda_engine(np.memmap(file, dtype=np.uint8, mode="r"))
     if engine is None:
         free = device.free_bytes() or 0
@@ -168,13 +173,14 @@ class TensorRTEngine:
 
     @property
     def spec(self) -> GraphSpec:
-        """See ``Engine.spec``."""
+        """The graph's entry in the manifest."""
         return self._spec
 
     def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> TensorRTLaunch:
-        """See ``Engine.prepare``."""
+        """Bind a profile to addresses."""
         check_tensors(self._spec, profile, tensors)
         index = self._spec.profiles.index(profile)
+        # A captured sequence holds its context's state, so decode shares its context with no other profile.
         is_decode = profile.name == _DECODE
         if is_decode not in self._contexts:
             self._contexts[is_decode] = self._new_context()
@@ -199,7 +205,8 @@ class TensorRTEngine:
         )
 
     def close(self) -> None:
-        """See ``Engine.close``. Contexts go before their engine, and both before the kernels."""
+        """Release contexts and engine, and keep the kernels that were compiled."""
+        # Contexts go before their engine, and both before the kernels.
         if self._engine is not None and self._kernels is not None:
             self._kernels.store()
         for context in self._contexts.values():
@@ -219,11 +226,11 @@ class TensorRTLaunch:
 
     @property
     def capturable(self) -> bool:
-        """See ``Launch.capturable``."""
+        """Whether the engine can be captured; see ``_Context.is_capturable``."""
         return self._context.is_capturable()
 
     def enqueue(self) -> None:
-        """See ``Launch.enqueue``: the context is bound again only if another launch used it in between."""
+        """Run it; the context is bound again only if another launch used it in between."""
         self._context.enqueue(self)
 
 
@@ -306,3 +313,40 @@ def _context_settings(engine: Any, tensorrt: TensorRT, kernels: CompiledKernels 
     )
     kernels.attach(config)
     return config
+
+
+@final
+class CompiledKernels:
+    """Keeps the kernels that tensorrt-rtx compiles on a GPU, so that the next process need not compile them.
+
+    One runtime cache serves all engines of a bundle, and must live longer than their contexts. tensorrt-rtx itself refuses what
+    another GPU, driver or release has compiled.
+    """
+
+    def __init__(self, file: Path) -> None:
+        """Take note of where it is kept; a file that is not there or cannot be read is an empty cache."""
+        self._file = file
+        self._stored: bytes | None = None
+        self._cache: Any = None
+        self._is_final = file.is_symlink()  # it may lead out of the bundle: neither read nor written
+        if not self._is_final:
+            with suppress(OSError):
+                self._stored = file.read_bytes()
+
+    def attach(self, settings: Any) -> None:
+        """Let the contexts that are made with ``settings``, an ``IRuntimeConfig``, compile into the cache."""
+        if self._cache is None:
+            self._cache = settings.create_runtime_cache()
+            if self._stored is not None and not self._cache.deserialize(self._stored):
+                self._stored = None
+        settings.set_runtime_cache(self._cache)
+
+    def store(self) -> None:
+        """Write what has been compiled, once, if it is new; where the bundle cannot be written, it is compiled again next time."""
+        if self._is_final or self._cache is None:
+            return
+        self._is_final = True
+        content = self._cache.serialize()
+        if content is not None and bytes(content) != self._stored:
+            with suppress(DataError):
+                write_output("kernels", self._file, bytes(content))

@@ -6,7 +6,7 @@
     ├── ShapeError             an array or a prompt does not fit the exported shapes   (also a ValueError)
     ├── ScheduleError          an impossible reduction schedule                        (also a ValueError)
     ├── CheckpointError        a checkpoint cannot be exported                         (also a ValueError)
-    ├── ImageError             a picture cannot be read                                (also a ValueError)
+    ├── ImageError             an image cannot be read                                (also a ValueError)
     ├── TargetError            a device that nothing is known of                       (also a ValueError)
     ├── DataError              a file of questions or of outcomes is broken            (also a ValueError)
     └── BackendError           a backend cannot load or run a graph                    (also a RuntimeError)
@@ -40,7 +40,7 @@ class CheckpointError(TrioEdgeError, ValueError):
 
 
 class ImageError(TrioEdgeError, ValueError):
-    """A picture that cannot be read or is out of bounds."""
+    """An image that cannot be read or is out of bounds."""
 
 
 class TargetError(TrioEdgeError, ValueError):

@@ -12,21 +12,58 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.manifest import Dimensions, DType, GraphSpec, Manifest
 
+# Names of the tensors. The exporter writes them into the graphs, the runtime binds by them.
+
+# Graphs before the decoder.
+VISUAL_TOKENS = "visual_tokens"
+KEPT_PATCHES = "kept_patches"
+KEPT_TOKENS = "kept_tokens"
+"""Output of a graph that drops tokens: patches of each tile, or visual tokens of the image, that it kept."""
+REDUCED_TOKENS = "reduced_tokens"
+CLIP_TEXT: Literal["clip_text"] = "clip_text"
+"""Name and role of the text tower's graph."""
+
+# Decoder layer ranges.
+EMBEDS = "inputs_embeds"
+"""Input of the range that starts at layer 0; the others read ``HIDDEN``."""
+HIDDEN = "hidden_states"
+POSITIONS = "position_ids"
+PAST_LENGTH = "past_length"
+PAST_PREFIX = "past_key_values."
+HIDDEN_OUT = "hidden_states_out"
+PRESENT_PREFIX = "present."
 PREVIOUS = "previous_hidden_states"
-"""What entered the layer before a stage's; output of a layer range, input of the select graph behind it."""
+"""Hidden states that entered the layer before a stage's: output of a layer range, input of the select graph after it."""
+
+# Select graphs.
+VISUAL_ROWS = "visual_rows"
+NUM_VISUAL = "num_visual"
+LENGTH = "length"
+PROMPT_EMBEDS = "prompt_embeds"
+PROMPT_NUM_VISUAL = "prompt_num_visual"
+PROMPT_LENGTH = "prompt_length"
+KEPT_HIDDEN = "kept_hidden_states"
+KEPT_POSITIONS = "kept_position_ids"
+KEPT_INDICES = "kept_indices"
+SCORES = "scores"
+UNSETTLED = "unsettled"
+SELECT_RESULTS = (KEPT_INDICES, SCORES, UNSETTLED)
+"""Outputs that the host reads; the others stay on the device."""
+
+# Head.
+LAST_ROW = "last_row"
+LOGITS = "logits"
+TOP_LOGITS = "top_logits"
+TOP_IDS = "top_ids"
+
 MAX_CANDIDATES = 64
 """T where the vocabulary is larger: room for top-k sampling, and for the ties that float16 makes."""
 WORD, END = 1, 2
 """Marks of the tokens of CLIP's texts: a word, and the end, which stands for the whole text; 0 is the start, or padding."""
-CLIP_TEXT: Literal["clip_text"] = "clip_text"
-"""Name and role of the text tower's graph."""
-
-_INT32_PARTS = ("num_visual", "length")
-_PROMPT_PARTS = ("prompt_num_visual", "prompt_length")
 
 
 class GraphTensors(NamedTuple):
-    """What a graph reads and writes, in order."""
+    """Inputs and outputs of a graph, in order."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -46,16 +83,16 @@ def range_tensors(
     new_shape = (1, dimensions.num_kv_heads, "S", dimensions.head_size)
     hidden_shape = (1, "S", dimensions.hidden_size)
     parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
-    hidden = "inputs_embeds" if layers.start == 0 else "hidden_states"
+    hidden = EMBEDS if layers.start == 0 else HIDDEN
     inputs = (
         TensorSpec(name=hidden, dtype=dtype, shape=hidden_shape),
-        TensorSpec(name="position_ids", dtype="int32", shape=(position_axes, "S")),
-        _one("past_length"),
-        *(TensorSpec(name=f"past_key_values.{part}", dtype=kv_dtype, shape=past_shape) for part in parts),
+        TensorSpec(name=POSITIONS, dtype="int32", shape=(position_axes, "S")),
+        _one(PAST_LENGTH),
+        *(TensorSpec(name=f"{PAST_PREFIX}{part}", dtype=kv_dtype, shape=past_shape) for part in parts),
     )
     outputs = (
-        TensorSpec(name="hidden_states_out", dtype=dtype, shape=hidden_shape),
-        *(TensorSpec(name=f"present.{part}", dtype=kv_dtype, shape=new_shape) for part in parts),
+        TensorSpec(name=HIDDEN_OUT, dtype=dtype, shape=hidden_shape),
+        *(TensorSpec(name=f"{PRESENT_PREFIX}{part}", dtype=kv_dtype, shape=new_shape) for part in parts),
     )
     if with_previous:
         outputs = (*outputs, TensorSpec(name=PREVIOUS, dtype=dtype, shape=hidden_shape))
@@ -74,22 +111,23 @@ def select_tensors(
     """Return the tensors of a select graph that keeps ``num_keep`` visual tokens."""
     width = dimensions.hidden_size
     inputs = [
-        TensorSpec(name="hidden_states", dtype=dtype, shape=(1, "S", width)),
-        TensorSpec(name="position_ids", dtype="int32", shape=(position_axes, "S")),
-        TensorSpec(name="visual_rows", dtype="int32", shape=("N",)),
-        *map(_one, _INT32_PARTS),
+        TensorSpec(name=HIDDEN, dtype=dtype, shape=(1, "S", width)),
+        TensorSpec(name=POSITIONS, dtype="int32", shape=(position_axes, "S")),
+        TensorSpec(name=VISUAL_ROWS, dtype="int32", shape=("N",)),
+        _one(NUM_VISUAL),
+        _one(LENGTH),
     ]
     if with_previous:
         inputs.append(TensorSpec(name=PREVIOUS, dtype=dtype, shape=(1, "S", width)))
     if with_prompt:
-        inputs.append(TensorSpec(name="prompt_embeds", dtype=dtype, shape=(1, "F", width)))
-        inputs += map(_one, _PROMPT_PARTS)
+        inputs.append(TensorSpec(name=PROMPT_EMBEDS, dtype=dtype, shape=(1, "F", width)))
+        inputs += [_one(PROMPT_NUM_VISUAL), _one(PROMPT_LENGTH)]
     outputs = (
-        TensorSpec(name="kept_hidden_states", dtype=dtype, shape=(1, "R", width)),
-        TensorSpec(name="kept_position_ids", dtype="int32", shape=(position_axes, "R")),
-        TensorSpec(name="kept_indices", dtype="int32", shape=(num_keep,)),
-        TensorSpec(name="scores", dtype="float32", shape=("N",)),
-        _one("unsettled"),
+        TensorSpec(name=KEPT_HIDDEN, dtype=dtype, shape=(1, "R", width)),
+        TensorSpec(name=KEPT_POSITIONS, dtype="int32", shape=(position_axes, "R")),
+        TensorSpec(name=KEPT_INDICES, dtype="int32", shape=(num_keep,)),
+        TensorSpec(name=SCORES, dtype="float32", shape=("N",)),
+        _one(UNSETTLED),
     )
     return GraphTensors(tuple(inputs), outputs)
 
@@ -98,13 +136,13 @@ def head_tensors(*, dimensions: Dimensions, dtype: DType) -> GraphTensors:
     """Return the tensors of the head."""
     num_candidates = min(MAX_CANDIDATES, dimensions.vocab_size)
     inputs = (
-        TensorSpec(name="hidden_states", dtype=dtype, shape=(1, "S", dimensions.hidden_size)),
-        _one("last_row"),
+        TensorSpec(name=HIDDEN, dtype=dtype, shape=(1, "S", dimensions.hidden_size)),
+        _one(LAST_ROW),
     )
     outputs = (
-        TensorSpec(name="logits", dtype="float32", shape=(1, dimensions.vocab_size)),
-        TensorSpec(name="top_logits", dtype="float32", shape=(num_candidates,)),
-        TensorSpec(name="top_ids", dtype="int32", shape=(num_candidates,)),
+        TensorSpec(name=LOGITS, dtype="float32", shape=(1, dimensions.vocab_size)),
+        TensorSpec(name=TOP_LOGITS, dtype="float32", shape=(num_candidates,)),
+        TensorSpec(name=TOP_IDS, dtype="int32", shape=(num_candidates,)),
     )
     return GraphTensors(inputs, outputs)
 
@@ -135,7 +173,7 @@ def check_tensors(manifest: Manifest, *, where: str) -> None:
             dtype=dtype,
             position_axes=axes,
             with_previous=PREVIOUS in spec.input_names,
-            with_prompt="prompt_embeds" in spec.input_names,
+            with_prompt=PROMPT_EMBEDS in spec.input_names,
         )
         _compare(spec, expected, where=where)
     _compare(manifest.graph("head"), head_tensors(dimensions=dimensions, dtype=dtype), where=where)
@@ -160,9 +198,7 @@ def _compare(spec: GraphSpec, expected: GraphTensors, *, where: str) -> None:
 
 
 def _check_profiles(spec: GraphSpec, *, where: str) -> None:
-    symbols = {
-        axis for tensor in (*spec.inputs, *spec.outputs) for axis in tensor.shape if isinstance(axis, str)
-    }
+    symbols = {axis for tensor in spec.tensors for axis in tensor.shape if isinstance(axis, str)}
     if not spec.profiles or not spec.outputs:
         raise ManifestError(
             f"{where}: graph {spec.name!r}: expected profiles and outputs, got {len(spec.profiles)} and"
@@ -189,13 +225,15 @@ def _text(tensor: TensorSpec) -> str:
     return f"{tensor.name} {tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
 
 
-# The text sizes that prompts are padded to: an exporter's defaults, and which of them a prompt runs at.
+# Text sizes that prompts are padded to
 
 
 MAX_TEXT = 256
-"""Largest prompt in text tokens, where none is wished."""
+"""Largest prompt in text tokens, unless the user chooses another."""
+# Far above any model's positions: a mistyped number fails here, not when memory is full.
 MOST_TOKENS = 1 << 20
-"""Largest prompt, and longest answer, that can be wished."""
+"""Largest prompt, and longest answer, that can be chosen."""
+# Every bucket is one more profile of every engine; doublings waste less than half of a prompt's rows.
 _SMALLEST_BUCKET = 32
 
 

@@ -1,7 +1,7 @@
 """The manifest (``trio.json``): the only description of a bundle. Export writes it once, everything else reads it.
 
 Symbols in shapes: N visual tokens (padded), S sequence rows of a graph (padded), C rows of its past KV cache, R rows
-of the sequence after a selection (padded); of a vision graph also B picture tiles, or P patches and W windows; of CLIP's
+of the sequence after a selection (padded); of a vision graph also B image tiles, or P patches and W windows; of CLIP's
 text tower M texts. All other axes are numbers.
 """
 
@@ -24,10 +24,10 @@ DType = Literal["float32", "float16", "int32", "int64", "int8"]
 FloatType = Literal["float32", "float16"]
 CacheType = Literal["float32", "float16", "int8"]
 StoredType = Literal["float32", "float16", "int32", "int64", "int8", "int4", "float8_e4m3fn"]
-"""Of arrays in weight files; INT4 has two elements in a byte, the first in its low half."""
+"""Element types of arrays in weight files; INT4 has two elements in a byte, the first in its low half."""
 QuantizedFormat = Literal["int8", "fp8", "int4"]
 Part = Literal["vision", "prefix", "segments", "suffix", "select", "head", "embedding", "kv"]
-"""What can be quantized apart."""
+"""Parts of a bundle, each with a format of its own."""
 Role = Literal["vision", "clip_text", "reduce", "prefix", "select", "segment", "suffix", "head"]
 PART_FROM_ROLE: dict[Role, Part] = {
     "vision": "vision",
@@ -37,7 +37,7 @@ PART_FROM_ROLE: dict[Role, Part] = {
     "select": "select",
     "head": "head",
 }
-"""Which part the graphs that can be quantized belong to."""
+"""Part of the graphs that can be quantized."""
 
 
 class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,6 +85,15 @@ class GraphSpec(_Spec, frozen=True):
         """Names of the inputs in graph order."""
         return tuple(tensor.name for tensor in self.inputs)
 
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Inputs, then outputs, in graph order."""
+        return (*self.inputs, *self.outputs)
+
+    def tensor(self, name: str) -> TensorSpec:
+        """Return the input or output called ``name``."""
+        return next(tensor for tensor in self.tensors if tensor.name == name)
+
 
 class StoredTensor(_Spec, frozen=True):
     """An array inside one of the bundle's weight files."""
@@ -103,12 +112,12 @@ class StoredTensor(_Spec, frozen=True):
 
 
 class Quantization(_Spec, frozen=True):
-    """How weights, and keys and values in the KV caches, were rounded."""
+    """The rounding of weights, and of keys and values in the KV caches."""
 
     formats: dict[str, QuantizedFormat]
     """By ``Part``."""
     method: Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant", "checkpoint"]
-    """How scales were found; "checkpoint" where its own integers were taken over."""
+    """The search for scales; "checkpoint" where its own integers were taken over."""
     block_size: int | None = None
     """Inputs that share an INT4 scale, where their number is a multiple of it."""
     num_samples: int = 0
@@ -146,7 +155,7 @@ class VisionDimensions(_Spec, frozen=True):
     hidden_size: int
     intermediate_size: int
     patches_per_tile: int | None
-    """With the class token; None where the whole picture of P patches is one tile."""
+    """With the class token; None where the whole image of P patches is one tile."""
     projector_weights: int
     """Weights that each visual token is multiplied with."""
     mlp_matrices: int = 2
@@ -154,7 +163,7 @@ class VisionDimensions(_Spec, frozen=True):
     patches_per_window: int | None = None
     """Patches that a patch attends to in layers with windows; None if all layers attend to the whole tile."""
     num_full_layers: int = 0
-    """Layers that attend to the whole tile beside those with windows."""
+    """Layers that attend to the whole tile, besides those with windows."""
     projected_per_tile: int | None = None
     """Tokens of each tile that the projector sees; None where it sees the decoder's, or P patches are one tile."""
     patches_per_token: int | None = None
@@ -176,7 +185,7 @@ class TextSpec(_Spec, frozen=True):
 
 
 class ClipTextSpec(_Spec, frozen=True):
-    """How questions become texts of a CLIP model."""
+    """Constants that make texts of a CLIP model from questions."""
 
     tokenizer: str
     start_id: int
@@ -187,15 +196,15 @@ class ClipTextSpec(_Spec, frozen=True):
 
 
 class ImageSize(_Spec, frozen=True):
-    """A picture size that the bundle has exact shapes for."""
+    """An image size that the bundle has exact shapes for."""
 
     width: int
     height: int
     """In pixels."""
     num_visual: int
-    """Visual tokens that such a picture gives."""
+    """Visual tokens that such an image gives."""
     rows: int
-    """N that it runs at; more than ``num_visual`` only where a stage keeps more than the picture has."""
+    """N that it runs at; more than ``num_visual`` only where a stage keeps more than the image has."""
 
 
 class Cost(_Spec, frozen=True):
@@ -212,7 +221,7 @@ class Cost(_Spec, frozen=True):
     full_kv_bytes: int
     reduced_kv_bytes: int
     picture_tokens: int | None = None
-    """Visual tokens of the same picture without encoder reduction; None if they are ``num_visual``."""
+    """Visual tokens of the same image without encoder reduction; None if they are ``num_visual``."""
 
 
 class Manifest(_Spec, frozen=True):
@@ -228,11 +237,11 @@ class Manifest(_Spec, frozen=True):
     dimensions: Dimensions
     schedule: Schedule
     visual_sizes: tuple[int, ...]
-    """Every N, rows of the visual span in a prefill, ascending; pictures are padded to one of them."""
+    """Every N, rows of the visual span in a prefill, ascending; images are padded to one of them."""
     image_sizes: tuple[ImageSize, ...]
-    """Picture sizes that were exported for; empty if any picture is as good as another."""
+    """Image sizes that were exported for; empty if any image is as good as another."""
     text_buckets: tuple[int, ...]
-    """Text tokens (before and after the picture together) are padded to one of these, ascending."""
+    """Text tokens (before and after the image together) are padded to one of these, ascending."""
     max_new_tokens: int
     max_position: int
     """Positions the model was made for."""
@@ -241,7 +250,7 @@ class Manifest(_Spec, frozen=True):
     text: TextSpec
     image_processing: dict[str, Any]
     encoder_keep: int | None
-    """Patches per tile, or visual tokens of the picture, that the vision graph keeps; None for all."""
+    """Patches per tile, or visual tokens of the image, that the vision graph keeps; None for all."""
     token_method: str | None
     """Selector of the reduce graph between vision and prefix, by its name in ``trio_edge.trio.methods``; None without one."""
     token_keep: int | None
@@ -263,7 +272,7 @@ class Manifest(_Spec, frozen=True):
     quantization: Quantization | None = None
     """None where all weights and the KV caches are in ``dtype``."""
     clip_text: ClipTextSpec | None = None
-    """Where the reduce graph compares the question in CLIP's space, whose text tower is a graph then."""
+    """Set where the reduce graph compares the question in CLIP's space; its text tower is a graph then."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -271,24 +280,14 @@ class Manifest(_Spec, frozen=True):
                 f"manifest has schema_version {self.schema_version}, this release reads {SCHEMA_VERSION};"
                 " export the bundle again"
             )
-        if not self.text_buckets or list(self.text_buckets) != sorted(set(self.text_buckets)):
-            raise ManifestError(
-                f"text_buckets: expected ascending sizes, got {self.text_buckets}; export again"
-            )
-        if not self.visual_sizes or list(self.visual_sizes) != sorted(set(self.visual_sizes)):
-            raise ManifestError(
-                f"visual_sizes: expected ascending sizes, got {self.visual_sizes}; export again"
-            )
-        known = {entry.path for entry in self.files}
-        used = {graph.file for graph in self.graphs} | {
-            self.text.tokenizer,
-            self.text.chat_template,
-            self.token_embedding.file,
-        }
-        if self.token_embedding_scales is not None:
-            used.add(self.token_embedding_scales.file)
-        if self.clip_text is not None:
-            used.add(self.clip_text.tokenizer)
+        for name, sizes in (("text_buckets", self.text_buckets), ("visual_sizes", self.visual_sizes)):
+            if not sizes or list(sizes) != sorted(set(sizes)):
+                raise ManifestError(f"{name}: expected ascending sizes, got {sizes}; export again")
+        self._check_embedding()
+        self._check_files()
+        self._check_graphs()
+
+    def _check_embedding(self) -> None:
         if self.token_embedding.dtype not in ("float32", "float16", "int8"):
             raise ManifestError(
                 f"token_embedding: expected float32, float16 or int8, got {self.token_embedding.dtype};"
@@ -296,16 +295,24 @@ class Manifest(_Spec, frozen=True):
             )
         if (self.token_embedding.dtype == "int8") != (self.token_embedding_scales is not None):
             raise ManifestError(
-                f"token_embedding: expected scales beside INT8 rows and nowhere else, got {self.token_embedding.dtype};"
+                f"token_embedding: expected scales with INT8 rows and nowhere else, got {self.token_embedding.dtype};"
                 " export the bundle again"
             )
+
+    def _check_files(self) -> None:
+        known = {entry.path for entry in self.files}
+        used = {graph.file for graph in self.graphs}
+        used |= {self.text.tokenizer, self.text.chat_template, self.token_embedding.file}
+        if self.token_embedding_scales is not None:
+            used.add(self.token_embedding_scales.file)
+        if self.clip_text is not None:
+            used.add(self.clip_text.tokenizer)
         for path in sorted(known | used):
             _check_relative(path)
         if missing := sorted(used - known):
             raise ManifestError(
                 f"files: expected an entry for {missing[0]!r}, got none; export the bundle again"
             )
-        self._check_graphs()
 
     def _check_graphs(self) -> None:
         roles = [graph.role for graph in self.graphs]
@@ -318,6 +325,7 @@ class Manifest(_Spec, frozen=True):
         expected.append("head")
         if roles != expected:
             raise ManifestError(f"graphs: expected roles {expected}, got {roles}; export the bundle again")
+        # The decoder appends KV rows range by range: a gap or an overlap would give wrong answers without an error.
         next_layer = 0
         for graph in self.ranges:
             if graph.first_layer != next_layer or graph.num_layers < 1:
@@ -385,12 +393,12 @@ class Manifest(_Spec, frozen=True):
 
     @property
     def average_keep(self) -> float:
-        """Mean over layers of the visual tokens processed, as a fraction of the picture's before any reduction."""
+        """Mean over layers of the visual tokens processed, as a fraction of the image's before any reduction."""
         whole = self.cost.picture_tokens or self.cost.num_visual
         return self.average_keep_of(self.cost.num_visual) * self.cost.num_visual / whole
 
     def average_keep_of(self, num_visual: int) -> float:
-        """Return the mean over layers of the visual tokens processed, as a fraction of a picture's ``num_visual``."""
+        """Return the mean over layers of the visual tokens processed, as a fraction of an image's ``num_visual``."""
         if num_visual == 0:
             return 1.0
         entering = num_visual if self.token_keep is None else min(self.token_keep, num_visual)
@@ -399,6 +407,7 @@ class Manifest(_Spec, frozen=True):
 
 
 def _check_relative(path: str) -> None:
+    # A downloaded bundle must not name files of the machine that it is opened on.
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or not pure.parts:
         raise ManifestError(

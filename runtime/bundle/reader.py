@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _HASH_CHUNK_BYTES = 4 << 20
+# Hashing the weights of a 7B model would take longer than loading them.
 LARGEST_HASHED_BYTES = 256 << 20
 """Files above this are checked by size when a bundle is opened, and by hash only on request."""
 
@@ -84,22 +85,43 @@ def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
     check_tensors(manifest, where=str(path))
     root = folder.resolve()
     for entry in manifest.files:
-        file = folder / entry.path
-        if not file.resolve().is_relative_to(root):
-            raise BundleError(f"{file}: expected a file inside the bundle, got a link to elsewhere; refused")
-        if not file.is_file():
-            raise BundleError(f"{file}: expected this file, got none; export the bundle again")
-        size = file.stat().st_size
-        if size != entry.num_bytes:
-            raise BundleError(
-                f"{file}: expected {entry.num_bytes} bytes, got {size}; export the bundle again"
-            )
-        if (hash_all or size <= LARGEST_HASHED_BYTES) and (digest := sha256_of(file)) != entry.sha256:
-            raise BundleError(
-                f"{file}: expected SHA-256 {entry.sha256[:12]}…, got {digest[:12]}…; the file was changed,"
-                " export the bundle again"
-            )
+        problem = file_problem(folder / entry.path, entry, root=root, hash_all=hash_all)
+        if problem is not None:
+            raise BundleError(f"{problem}; export the bundle again")
     return Bundle(folder=folder, manifest=manifest)
+
+
+class WrittenFile(Protocol):
+    """A file as a bundle's JSON describes it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+
+    @property
+    def sha256(self) -> str:
+        """In hexadecimal."""
+
+
+def file_problem(file: Path, entry: WrittenFile, *, root: Path, hash_all: bool) -> str | None:
+    """Return how ``file`` differs from what was written; None if it does not.
+
+    Args:
+        file: Where it should be.
+        entry: What it should be.
+        root: Resolved folder that it must lie in: a link that leads out of a bundle is not followed.
+        hash_all: Also hash files above ``LARGEST_HASHED_BYTES``; without it their sizes are compared.
+    """
+    if not file.resolve().is_relative_to(root):
+        return f"{file}: expected a file inside the bundle, got a link to elsewhere, which is refused"
+    if not file.is_file():
+        return f"{file}: expected this file, got none"
+    size = file.stat().st_size
+    if size != entry.num_bytes:
+        return f"{file}: expected {entry.num_bytes} bytes, got {size}"
+    if (hash_all or size <= LARGEST_HASHED_BYTES) and (digest := sha256_of(file)) != entry.sha256:
+        return f"{file}: expected SHA-256 {entry.sha256[:12]}…, got {digest[:12]}…; the file was changed"
+    return None
 
 
 def sha256_of(path: Path, *, on_bytes: Callable[[int], None] = lambda _count: None) -> str:

@@ -97,7 +97,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 )
 
     def tokens_per_layer(self, *, num_layers: int, num_visual: int) -> tuple[int, ...]:
-        """Return the visual tokens that each decoder layer processes, for a picture of ``num_visual`` tokens."""
+        """Return the visual tokens that each decoder layer processes, for an image of ``num_visual`` tokens."""
         counts = [num_visual] * num_layers
         for stage in self.stages:
             kept = min(stage.keep, counts[stage.layer])

@@ -22,8 +22,10 @@ from rich.progress import (
 )
 
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run, whole_table, wide_console
+from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run
 from trio_edge.runtime.cli.interruption import interruptible
+from trio_edge.runtime.cli.tables import profile_list, whole_table, wide_console
+from trio_edge.runtime.devices.machine import l4t_release
 from trio_edge.runtime.engines.build import (
     BuildOptions,
     BuildPlan,
@@ -32,7 +34,6 @@ from trio_edge.runtime.engines.build import (
     build_engines,
     plan_build,
 )
-from trio_edge.runtime.engines.host import l4t_release
 from trio_edge.runtime.engines.needs import BuildNeeds, build_needs, in_words
 from trio_edge.runtime.engines.package import ENGINES_BACKENDS_HELP
 
@@ -84,7 +85,7 @@ def command(
         **chosen,
     )
     if as_json and not dry_run:
-        raise click.UsageError("--json: expected --dry-run beside it, got none; add it, or read engines.json")
+        raise click.UsageError("--json: expected --dry-run as well, got none; add it, or read engines.json")
     opened = open_bundle(bundle)
     if dry_run:
         return _report(build_needs(opened, options), as_json=as_json)
@@ -157,7 +158,7 @@ def _lines(needs: BuildNeeds) -> dict[str, str]:
         "folder": "none" if plan is None else f"{plan.folder}{f' (keeps {kept})' if kept else ''}",
         "time": f"about {_duration(needs.seconds)}" + _time_note(plan),
         "disk": f"about {needs.disk_bytes / 1e9:.2f} GB; {needs.free_disk_bytes / 1e9:.2f} GB are free",
-        "memory": f"peak about {needs.peak_bytes / 1e9:.2f} GB, of it {needs.mapped_bytes / 1e9:.2f} GB that the system"
+        "memory": f"peak about {needs.peak.peak_bytes / 1e9:.2f} GB, of it {needs.peak.mapped_bytes / 1e9:.2f} GB that the system"
         f" can take back{available}",
         "to run": f"about {sum(needs.run_bytes.values()) / 1e9:.2f} GB on the device ({in_words(needs.run_bytes)})",
         "verdict": _verdict(needs),
@@ -188,18 +189,14 @@ def _duration(seconds: float) -> str:
 def _print_graphs(graphs: tuple[PlannedGraph, ...]) -> None:
     table = whole_table("graph", "profiles", "weights MB", "engine MB", "peak memory MB")
     for graph in graphs:
-        profiles = ", ".join(
-            f"{profile.name}({' '.join(f'{symbol}={size}' for symbol, size in profile.sizes.items())})"
-            for profile in graph.spec.profiles
-        )
         sizes = (graph.spec.weight_bytes, graph.memory.engine_bytes, graph.memory.peak_bytes)
-        table.add_row(graph.spec.name, profiles, *(f"{size / 1e6:.1f}" for size in sizes))
+        table.add_row(graph.spec.name, profile_list(graph.spec), *(f"{size / 1e6:.1f}" for size in sizes))
     wide_console().print(table)
 
 
 @contextmanager
 def _bars(console: Console, *, count: int, check_interrupt: Callable[[], None]) -> Iterator[BuildProgress]:
-    """Yield functions that show a bar for the graphs and one for TensorRT's current phase, and ask for a Ctrl-C."""
+    """Yield functions that show a bar for the graphs and one for TensorRT's phase, and that notice a Ctrl-C."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),

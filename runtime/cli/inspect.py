@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import run
+from trio_edge.runtime.cli.tables import profile_list
 from trio_edge.runtime.engines.files import engine_sets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, TensorSpec
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest
 
 
 @click.command("trio-inspect", context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,7 +67,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "text_buckets": list(manifest.text_buckets),
         "max_new_tokens": manifest.max_new_tokens,
         "schedule": {
-            "stages": [{"layer": stage.layer, "keep": stage.keep} for stage in manifest.schedule.stages],
+            "stages": msgspec.to_builtins(list(manifest.schedule.stages)),
             "probe_rows": manifest.schedule.probe_rows,
             "num_probe_rows": manifest.schedule.num_probe_rows,
             "nms_threshold": manifest.schedule.nms_threshold,
@@ -104,9 +106,9 @@ def _graph_summary(graph: GraphSpec) -> dict[str, Any]:
         "file": graph.file,
         "layers": _layers(graph),
         "weight_bytes": graph.weight_bytes,
-        "inputs": [_io(tensor) for tensor in graph.inputs],
-        "outputs": [_io(tensor) for tensor in graph.outputs],
-        "profiles": [{"name": profile.name, "sizes": profile.sizes} for profile in graph.profiles],
+        "inputs": msgspec.to_builtins(list(graph.inputs)),
+        "outputs": msgspec.to_builtins(list(graph.outputs)),
+        "profiles": msgspec.to_builtins(list(graph.profiles)),
     }
 
 
@@ -126,10 +128,6 @@ def _engines(bundle: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _io(tensor: TensorSpec) -> dict[str, Any]:
-    return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
-
-
 def _layers(graph: GraphSpec) -> str:
     if graph.first_layer is None:
         return ""
@@ -139,14 +137,14 @@ def _layers(graph: GraphSpec) -> str:
 
 
 def _visual_sizes(manifest: Manifest) -> str:
-    """Return the counts that pictures are padded to, and what padding is left."""
+    """Return the counts that images are padded to, and what padding is left."""
     parts = [
         f"{size.num_visual} for {size.width}x{size.height}"
         + (f" (+{size.rows - size.num_visual} padding)" if size.rows > size.num_visual else " (no padding)")
         for size in manifest.image_sizes
     ]
     if manifest.max_visual > max((size.rows for size in manifest.image_sizes), default=0):
-        parts.append(f"any picture padded to {manifest.max_visual}")
+        parts.append(f"any image padded to {manifest.max_visual}")
     return ", ".join(parts)
 
 
@@ -180,11 +178,8 @@ def _print(manifest: Manifest, *, show_io: bool) -> None:
         console.print(f"[bold]{name:14}[/] {escape(text)}", highlight=False, soft_wrap=True)
     table = Table("graph", "layers", "weights MB", "profiles")
     for graph in manifest.graphs:
-        profiles = ", ".join(
-            f"{profile.name}({' '.join(f'{k}={v}' for k, v in profile.sizes.items())})"
-            for profile in graph.profiles
-        )
-        table.add_row(graph.name, _layers(graph), f"{graph.weight_bytes / 1e6:.2f}", profiles)
+        weights = f"{graph.weight_bytes / 1e6:.2f}"
+        table.add_row(graph.name, _layers(graph), weights, profile_list(graph))
     console.print(table)
     if show_io:
         _print_io(console, manifest)
@@ -193,9 +188,9 @@ def _print(manifest: Manifest, *, show_io: bool) -> None:
 def _print_io(console: Console, manifest: Manifest) -> None:
     table = Table("graph", "direction", "tensor", "dtype", "shape")
     for graph in manifest.graphs:
-        for direction, tensors in (("in", graph.inputs), ("out", graph.outputs)):
-            for tensor in tensors:
-                table.add_row(graph.name, direction, tensor.name, tensor.dtype, str(list(tensor.shape)))
+        for tensor in graph.tensors:
+            direction = "in" if tensor in graph.inputs else "out"
+            table.add_row(graph.name, direction, tensor.name, tensor.dtype, str(list(tensor.shape)))
     console.print(table)
 
 

@@ -1,7 +1,7 @@
-"""Ctrl-C that is not lost, and that ends no process the hard way. A closed terminal and a polite kill count as one.
+"""Ctrl-C that is not lost. SIGHUP and SIGTERM count as one.
 
-Python drops an exception that is raised in a finalizer or a callback, and torch and transformers turn some into errors of
-their own. So a Ctrl-C that came is remembered: work asks from time to time, and an error after it counts as the Ctrl-C.
+Python drops an exception that is raised in a finalizer or a callback, and torch and transformers turn some into their own
+errors. So a Ctrl-C is remembered: work asks from time to time, and an error after it counts as the Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
-_POLITE = (signal.SIGTERM,) if sys.platform == "win32" else (signal.SIGTERM, signal.SIGHUP)
+_ENDING = (signal.SIGTERM,) if sys.platform == "win32" else (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], None]]:
     """Yield a function that raises KeyboardInterrupt if Ctrl-C was pressed since the block began.
 
-    So do SIGTERM and SIGHUP, unless somebody else answers or ignores them, as under nohup.
+    SIGTERM and SIGHUP do the same, unless the process handles or ignores them already, as under nohup.
 
     Raises:
         KeyboardInterrupt: At Ctrl-C, and instead of any error that follows one.
@@ -41,8 +41,9 @@ def interruptible() -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield check
         return
-    polite = [number for number in _POLITE if signal.getsignal(number) is signal.SIG_DFL]
-    handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, *polite)}
+    ending = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
+    handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, *ending)}
+    # Python prints what a finalizer raises; a Ctrl-C that it caught there would look like a crash.
     hook = sys.unraisablehook
 
     def report(lost: sys.UnraisableHookArgs) -> None:
@@ -63,7 +64,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def ctrl_c_held() -> Iterator[None]:
-    """Let Ctrl-C work only behind the block, in which torch is imported: its C++ aborts the process at an exception."""
+    """Hold Ctrl-C back until the block ends, in which torch is imported: its C++ aborts the process at an exception."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 
 from trio_edge.runtime.backends.registry import BACKENDS_HELP
 from trio_edge.runtime.bundle.errors import BundleError, ImageError
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.pipeline import Generation, Pipeline
+from trio_edge.runtime.sampling import first_token_kl, summary_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     "images",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Picture to ask about; none for text only.",
+    help="Image to ask about; none for text only.",
 )
 @click.option("--prompt", required=True, help="The question.")
 @click.option("--system", help="System prompt.")
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--top-k", type=int, default=0, show_default=True, help="0 means all tokens.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option(
-    "--show-kept", type=click.Path(path_type=Path), help="Write the picture with the kept tokens drawn."
+    "--show-kept", type=click.Path(path_type=Path), help="Write the image with the kept tokens drawn."
 )
 @click.option(
     "--compare-full",
@@ -57,15 +57,15 @@ def command(
     compare_full: Path | None,
     **settings: Any,
 ) -> int:
-    """Answer a question about a picture with BUNDLE."""
+    """Answer a question about an image with BUNDLE."""
     if len(images) > 1:
         raise click.UsageError(
-            f"--image: expected one picture a prompt, got {len(images)}; ask about one at a time"
+            f"--image: expected one image a prompt, got {len(images)}; ask about one at a time"
         )
     image = images[0] if images else None
     if show_kept is not None:
         if image is None:
-            raise click.UsageError("--show-kept: expected --image as well, got none; name the picture")
+            raise click.UsageError("--show-kept: expected --image as well, got none; name the image")
         _check_drawing_target(show_kept)
     with Pipeline.from_bundle(bundle, backend=backend, threads=threads) as pipeline:
         answer = pipeline.generate(image, prompt, **settings)
@@ -73,10 +73,10 @@ def command(
             print(piece, end="", flush=True)
         print()
         print(f"{pipeline.backend_name}: {_statistics_line(answer)}", file=sys.stderr)
-        for note in pipeline.notes:
+        for note in pipeline.notes:  # after the answer, which may add some
             print(f"trio-run: {note}", file=sys.stderr)
-        if show_kept is not None and image is not None:
-            _draw(pipeline, answer, image, show_kept)
+        if show_kept is not None:
+            _draw(pipeline, answer, show_kept)
         if image is not None:
             print(_tokens_line(answer))
     if compare_full is not None:
@@ -124,29 +124,18 @@ def _check_drawing_target(path: Path) -> None:
         raise click.UsageError(f"--show-kept: expected a file in an existing folder, got {path}")
 
 
-def _draw(pipeline: Pipeline, answer: Generation, image: Path, target: Path) -> None:
+def _draw(pipeline: Pipeline, answer: Generation, target: Path) -> None:
     from trio_edge.runtime.images.overlay import draw_kept
-    from trio_edge.runtime.images.reading import open_picture
 
+    assert answer.image is not None  # --show-kept wants --image
+    assert answer.layout is not None
     captions = [f"layer {stage.layer}" for stage in pipeline.manifest.schedule.stages]
-    picture = open_picture(image)
-    overview = pipeline.pictures.overview_tokens(*picture.size)
-    drawing = draw_kept(picture, answer.boxes, answer.kept, captions=captions, overview=overview)
+    overview = answer.layout.overview
+    drawing = draw_kept(answer.image, answer.boxes, answer.kept, captions=captions, overview=overview)
     try:
         drawing.save(target)
     except (OSError, ValueError) as error:
         raise ImageError(f"{target}: cannot be written ({error}); choose another file") from None
-
-
-def first_token_kl(reference: Generation, answer: Generation) -> float:
-    """Return KL(reference ‖ answer) of the first token's distribution, in nats."""
-    log_p, log_q = (_log_softmax(generation.first_logits) for generation in (reference, answer))
-    return float(np.sum(np.exp(log_p) * (log_p - log_q)))
-
-
-def _log_softmax(logits: Any) -> Any:
-    shifted = logits.astype(np.float64) - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
 
 
 def _print_comparison(answer: Generation, reference: Generation) -> None:
@@ -156,7 +145,8 @@ def _print_comparison(answer: Generation, reference: Generation) -> None:
         return f"{theirs / ours:.2f}x" if ours > 0 else "-"
 
     print(f"keep-all answer: {reference.text}")
-    print(f"KL of the first token: {first_token_kl(reference, answer):.4f} nats")
+    everything = summary_of(reference.first_logits, num_tokens=len(reference.first_logits))
+    print(f"KL of the first token: {first_token_kl(everything, answer.first_logits):.4f} nats")
     print(
         f"keep-all / reduced: first token {ratio(reduced.ttft_ms, full.ttft_ms)},"
         f" prefill {ratio(reduced.prefill_ms, full.prefill_ms)},"

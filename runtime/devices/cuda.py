@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.devices.interface import DeviceTensor, Event, PitchedRows, array_at
-from trio_edge.runtime.engines.host import available_memory_bytes, find_gpu, is_jetson
+from trio_edge.runtime.devices.machine import available_memory_bytes, find_gpu, is_jetson
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,14 +29,6 @@ def cuda_problem() -> str | None:
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
         return 'expected cuda-python to be installed, it is not; run pip install "trio-edge[gpu]"'
     return None
-
-
-def _older_driver() -> str:
-    gpu = find_gpu()
-    driver = "an older one" if gpu is None else f"{gpu.driver}"
-    release = None if gpu is None else re.search(r"CUDA (\d+\.\d+)", gpu.driver)
-    wanted = "its CUDA" if release is None else f'its CUDA: pip install "cuda-python=={release[1]}.*"'
-    return f"GPU: expected a driver for the CUDA of the installed cuda-python, got {driver}; install the cuda-python of {wanted}"
 
 
 def load_cuda() -> Any:
@@ -77,12 +69,13 @@ class CudaDevice:
         self._events: list[_CudaEvent] = []
         self._graphs: list[Any] = []
         self._call("cudaSetDevice", 0)
+        # Non-blocking: work of other libraries on the default stream must not order itself with ours.
         self._stream = self._call("cudaStreamCreateWithFlags", cuda.cudaStreamNonBlocking)
         self._open = True
 
     @property
     def name(self) -> str:
-        """See ``Device.name``."""
+        """For messages."""
         return "GPU"
 
     @property
@@ -91,14 +84,15 @@ class CudaDevice:
         return int(self._stream)
 
     def allocate(self, num_bytes: int, *, purpose: str) -> int:
-        """See ``Allocator.allocate``."""
+        """Allocate zeroed device memory."""
+        # At least 1: no address is given for 0 bytes.
         address = int(self._allocated("cudaMalloc", max(1, num_bytes), purpose))
         self._memory.append(address)
         self._call("cudaMemsetAsync", address, 0, num_bytes, self._stream)
         return address
 
     def allocate_pinned(self, num_bytes: int, *, purpose: str) -> NDArray[np.uint8]:
-        """See ``Allocator.allocate_pinned``."""
+        """Allocate zeroed pinned memory."""
         address = int(self._allocated("cudaMallocHost", max(1, num_bytes), f"{purpose}, on the host"))
         self._pinned.append(address)
         memory = array_at(address, shape=(num_bytes,))
@@ -106,32 +100,33 @@ class CudaDevice:
         return memory
 
     def upload(self, target: DeviceTensor, source: NDArray[Any]) -> None:
-        """See ``Device.upload``."""
+        """Copy an array to the device."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call("cudaMemcpyAsync", target.address, source.ctypes.data, source.nbytes, kind, self._stream)
 
     def download(self, target: NDArray[Any], source: DeviceTensor) -> None:
-        """See ``Device.download``."""
+        """Copy to an array on the host."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", target.ctypes.data, source.address, target.nbytes, kind, self._stream)
 
     def copy_rows(self, target: PitchedRows, source: PitchedRows, *, row_bytes: int, num_rows: int) -> None:
-        """See ``Device.copy_rows``."""
+        """Copy rows within the device."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._call("cudaMemcpy2DAsync", *target, *source, row_bytes, num_rows, kind, self._stream)
 
     def clear(self, target: DeviceTensor) -> None:
-        """See ``Device.clear``."""
+        """Write zeros."""
         self._call("cudaMemsetAsync", target.address, 0, target.num_bytes, self._stream)
 
     def event(self) -> Event:
-        """See ``Device.event``."""
+        """Return a new event."""
         event = _CudaEvent(self._call("cudaEventCreate"), stream=self._stream, call=self._call)
         self._events.append(event)
         return event
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """See ``Device.capture``: a CUDA graph."""
+        """Capture a CUDA graph and return what launches it."""
+        # Thread-local: an allocation by another thread of the program must not break the capture.
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self._stream, mode)
         captured = executable = None
@@ -151,12 +146,12 @@ class CudaDevice:
         return lambda: self._call("cudaGraphLaunch", executable, self._stream)
 
     def synchronize(self) -> None:
-        """See ``Device.synchronize``; a closed device has nothing to wait for."""
+        """Wait for the stream; a closed device has nothing to wait for."""
         if self._open:
             self._call("cudaStreamSynchronize", self._stream)
 
     def finish(self) -> None:
-        """See ``Device.finish``."""
+        """Wait, and release captured graphs."""
         try:
             self.synchronize()
         finally:
@@ -165,12 +160,12 @@ class CudaDevice:
             self._graphs.clear()
 
     def free_bytes(self) -> int | None:
-        """See ``Device.free_bytes``; on a Jetson with what the system can take back, which CUDA does not count."""
+        """Return the free memory; on a Jetson with what the system can take back, which CUDA does not count."""
         free = int(self._call("cudaMemGetInfo")[0])
         return max(free, available_memory_bytes() or 0) if is_jetson() else free
 
     def close(self) -> None:
-        """See ``Device.close``. Goes on if the driver refuses, so that what can be released is."""
+        """Release everything. It goes on if the driver refuses, so that what can be released is."""
         if not self._open:
             return
         self._open = False
@@ -233,3 +228,11 @@ class _CudaEvent:
     def milliseconds_since(self, earlier: Event) -> float:
         assert isinstance(earlier, _CudaEvent)
         return float(self._call("cudaEventElapsedTime", earlier.handle, self.handle))
+
+
+def _older_driver() -> str:
+    gpu = find_gpu()
+    driver = "an older one" if gpu is None else f"{gpu.driver}"
+    release = None if gpu is None else re.search(r"CUDA (\d+\.\d+)", gpu.driver)
+    wanted = "its CUDA" if release is None else f'its CUDA: pip install "cuda-python=={release[1]}.*"'
+    return f"GPU: expected a driver for the CUDA of the installed cuda-python, got {driver}; install the cuda-python of {wanted}"

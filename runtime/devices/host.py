@@ -26,14 +26,15 @@ class HostDevice:
         self._memory: dict[int, NDArray[np.uint8]] = {}
 
     def allocate(self, num_bytes: int, *, purpose: str) -> int:
-        """See ``Allocator.allocate``."""
+        """Allocate zeroed device memory."""
+        # numpy aligns to 16 bytes only; the same alignment as on a GPU keeps layouts, and tests of them, equal.
         memory = self.allocate_pinned(num_bytes + ALIGNMENT, purpose=purpose)
         address = -(-memory.ctypes.data // ALIGNMENT) * ALIGNMENT
         self._memory[address] = memory
         return address
 
     def allocate_pinned(self, num_bytes: int, *, purpose: str) -> NDArray[np.uint8]:
-        """See ``Allocator.allocate_pinned``; any memory will do."""
+        """Allocate host memory; any will do."""
         try:
             return np.zeros(num_bytes, np.uint8)
         except MemoryError:
@@ -42,41 +43,41 @@ class HostDevice:
             ) from None
 
     def upload(self, target: DeviceTensor, source: NDArray[Any]) -> None:
-        """See ``Device.upload``."""
+        """Copy an array to the device."""
         _bytes_at(target.address, source.nbytes)[:] = source.reshape(-1).view(np.uint8)
 
     def download(self, target: NDArray[Any], source: DeviceTensor) -> None:
-        """See ``Device.download``."""
+        """Copy to an array on the host."""
         target.reshape(-1).view(np.uint8)[:] = _bytes_at(source.address, target.nbytes)
 
     def copy_rows(self, target: PitchedRows, source: PitchedRows, *, row_bytes: int, num_rows: int) -> None:
-        """See ``Device.copy_rows``."""
+        """Copy rows within the device."""
         _rows_at(target, row_bytes, num_rows)[...] = _rows_at(source, row_bytes, num_rows)
 
     def clear(self, target: DeviceTensor) -> None:
-        """See ``Device.clear``."""
+        """Write zeros."""
         _bytes_at(target.address, target.num_bytes)[:] = 0
 
     def event(self) -> Event:
-        """See ``Device.event``."""
+        """Return a new event."""
         return _HostEvent()
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """See ``Device.capture``: there is nothing to save."""
+        """Return ``enqueue``: there is nothing to save."""
         return enqueue
 
     def synchronize(self) -> None:
-        """See ``Device.synchronize``: everything is done already."""
+        """Do nothing: everything is done already."""
 
     def finish(self) -> None:
-        """See ``Device.finish``: nothing was saved."""
+        """Do nothing: nothing was saved."""
 
     def free_bytes(self) -> int | None:
-        """See ``Device.free_bytes``: unknown, as the system can take back the pages of mapped weight files."""
+        """Return None: the system can take back the pages of mapped weight files."""
         return None
 
     def close(self) -> None:
-        """See ``Device.close``."""
+        """Release all memory."""
         self._memory.clear()
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Profile, TensorSpec
 
 ALIGNMENT = 256
 """Bytes; TensorRT wants the address of every I/O tensor to be a multiple of it."""
@@ -182,12 +182,13 @@ class LoadedGraphs:
     engines: dict[str, Engine]
     """By graph name."""
     memory: dict[str, int]
-    """Bytes of device memory by what they are for, as ``device_memory.estimate`` names it."""
+    """Bytes of device memory by what they are for, as ``buffers.memory.estimate`` names it."""
     notes: list[str] = field(default_factory=list)
-    """What is not as it should be and does no harm, each in one line."""
+    """Harmless problems, one line each."""
 
     def close(self) -> None:
         """Release everything, also where releasing some of it fails."""
+        # Last in, first out: captured sequences, then engines, then the memory that both use.
         with ExitStack() as closing:
             closing.callback(self.device.close)
             for engine in self.engines.values():
@@ -216,6 +217,11 @@ def shape_at(shape: tuple[int | str, ...], profile: Profile) -> tuple[int, ...]:
     return tuple(profile.sizes[size] if isinstance(size, str) else size for size in shape)
 
 
+def largest_shape(spec: GraphSpec, tensor: TensorSpec) -> tuple[int, ...]:
+    """Return the shape that has room for a tensor of ``spec`` in every profile."""
+    return max((shape_at(tensor.shape, profile) for profile in spec.profiles), key=math.prod)
+
+
 def aligned(num_bytes: int) -> int:
     """Return the next multiple of ``ALIGNMENT``."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
@@ -229,7 +235,7 @@ def array_at(
 
 
 class _Memory:
-    """What numpy needs to see bytes at an address."""
+    """Bytes at an address, as numpy's array interface describes them."""
 
     def __init__(self, address: int, *, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> None:
         self.__array_interface__ = {
@@ -238,40 +244,4 @@ class _Memory:
             "typestr": "|u1",
             "shape": shape,
             "strides": strides,
-        }
-
-
-# How long the device spends in each graph, told afterwards: recording it waits for nothing.
-
-
-@final
-class Timeline:
-    """Pairs of events around launches, one for each name; the events are made once and used again."""
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._events: dict[str, tuple[Event, Event]] = {}
-        self._recorded: list[str] = []
-
-    def clear(self) -> None:
-        """Forget what was recorded."""
-        self._recorded.clear()
-
-    def enqueue(self, name: str, launch: Launch) -> None:
-        """Enqueue ``launch`` between two events; of several with one name the last one counts."""
-        if name not in self._events:
-            self._events[name] = self._device.event(), self._device.event()
-        start, end = self._events[name]
-        start.record()
-        launch.enqueue()
-        end.record()
-        if name not in self._recorded:
-            self._recorded.append(name)
-
-    def milliseconds(self) -> dict[str, float]:
-        """Return the times by name in order; the device must have reached their end."""
-        return {
-            name: end.milliseconds_since(start)
-            for name, (start, end) in self._events.items()
-            if name in self._recorded
         }

@@ -16,6 +16,7 @@ from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.fp8 import fp8_refusal
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec
 from trio_edge.runtime.bundle.reader import sha256_of
+from trio_edge.runtime.devices.machine import Host, available_memory_bytes, find_host
 from trio_edge.runtime.engines.child import HEAD_ROLES, Job, run_job
 from trio_edge.runtime.engines.estimate import BuildMemory, estimate_memory
 from trio_edge.runtime.engines.files import (
@@ -25,12 +26,11 @@ from trio_edge.runtime.engines.files import (
     TIMING_CACHE_NAME,
     EngineEntry,
     EngineSet,
-    engines_beside,
+    atomic_engines,
     read_engine_set,
     target_name,
     write_engine_set,
 )
-from trio_edge.runtime.engines.host import Host, available_memory_bytes, find_host
 from trio_edge.runtime.engines.package import TensorRT, choose_backend, load_tensorrt
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.reader import Bundle
 
-_SPARE_BYTES = 64 << 20
+_SPARE_BYTES = 64 << 20  # for kernels, the timing cache and engines.json
 _TWICE = 1.25
 """An engine larger than its graph's weights by this factor, and its kernels, holds some of them twice."""
 _LOG_NAME = "build.log"
@@ -47,7 +47,7 @@ _LOG_NAME = "build.log"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
-    """What the user may choose."""
+    """The user's choices for a build."""
 
     backend: str = "auto"
     compute_capabilities: tuple[int, ...] = ()
@@ -72,7 +72,7 @@ class PlannedGraph:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildPlan:
-    """What a build is going to do; nothing has been written yet."""
+    """The steps of a build; nothing has been written yet."""
 
     bundle: Bundle
     tensorrt: TensorRT
@@ -91,23 +91,17 @@ class BuildPlan:
         return sum(graph.memory.engine_bytes for graph in self.graphs) + _SPARE_BYTES
 
     @property
-    def peak_bytes(self) -> int:
-        """Largest memory of one of the builds, which run one after the other."""
-        return max(graph.memory.peak_bytes for graph in self.graphs)
-
-    @property
     def warnings(self) -> tuple[str, ...]:
-        """What may go wrong, each in one line."""
+        """Possible problems, one line each."""
         needed = max(graph.memory.peak_bytes - graph.memory.mapped_bytes for graph in self.graphs)
         available = available_memory_bytes()
         if available is None or needed <= available:
             return ()
-        return (
-            (
-                f"building may need {needed / 1e9:.1f} GB of memory that cannot be taken back,"
-                f" {available / 1e9:.1f} GB are available; close other programs or add swap"
-            ),
+        text = (
+            f"building may need {needed / 1e9:.1f} GB of memory that cannot be taken back,"
+            f" {available / 1e9:.1f} GB are available; close other programs or add swap"
         )
+        return (text,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +111,7 @@ class BuildProgress:
     graph: Callable[[PlannedGraph], None] = lambda _graph: None
     """Before each graph."""
     report: Callable[[dict[str, Any]], None] = lambda _report: None
-    """TensorRT's own progress, as ``engine_child`` describes it."""
+    """TensorRT's own progress, as ``engines.child`` describes it."""
     done: Callable[[EngineEntry], None] = lambda _entry: None
     """After each graph."""
     warn: Callable[[str], None] = lambda _text: None
@@ -173,7 +167,7 @@ def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = Non
     if options.split_lm_head > 1 and not any(graph.spec.role in HEAD_ROLES for graph in graphs):
         raise BackendError(
             f"--split-lm-head: expected head or a select graph in --graphs, got {', '.join(options.graphs)};"
-            " leave one of the options away"
+            " drop one of the options"
         )
     _check_formats(bundle, graphs, options, host)
     backend = choose_backend(options.backend, host=host, ahead_of_time=bool(options.compute_capabilities))
@@ -226,7 +220,7 @@ def resolve_capabilities(wanted: tuple[int, ...], *, tensorrt: TensorRT, host: H
         if wanted and wanted != own:
             raise BackendError(
                 f"--compute-capability: expected {own[0]}, as {tensorrt.backend} builds for this machine's GPU,"
-                f" got {','.join(map(str, wanted))}; leave the option away or build on the target"
+                f" got {','.join(map(str, wanted))}; drop the option or build on the target"
             )
         return own
     chosen = tuple(sorted(set(wanted))) or own
@@ -293,16 +287,17 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
     """
     gpu = plan.host.gpu
     manifest_digest = sha256_of(plan.bundle.folder / MANIFEST_NAME)
-    beside = engines_beside(
+    # Checked again at the end: another build may have written engines of other graphs meanwhile.
+    writing = atomic_engines(
         plan.folder, num_bytes=plan.disk_bytes, before_rename=lambda: _check_unchanged(plan)
     )
-    with beside as folder:
+    with writing as folder:
         for entry in plan.kept:
             _link(plan.folder / entry.file, folder / entry.file)
         with suppress(OSError):  # none, or not readable: tactics are timed again
             shutil.copyfile(plan.folder / TIMING_CACHE_NAME, folder / TIMING_CACHE_NAME)
         built = [_build_graph(plan, graph, folder, progress) for graph in plan.graphs]
-        (folder / _LOG_NAME).unlink(missing_ok=True)
+        (folder / _LOG_NAME).unlink(missing_ok=True)  # a failed build's message has quoted it
         order = [spec.name for spec in plan.bundle.manifest.graphs]
         engine_set = EngineSet(
             schema_version=ENGINES_SCHEMA_VERSION,
@@ -374,6 +369,7 @@ def _run_process(job: Job, graph: PlannedGraph, progress: BuildProgress) -> dict
     Raises:
         BackendError: If it failed or was killed.
     """
+    # Spawn: a forked process would share the parent's CUDA state, which does not survive a fork.
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
     process = context.Process(target=run_job, args=(job, writer), daemon=True)
@@ -405,7 +401,7 @@ def _failure(job: Job, graph: PlannedGraph, *, error: str | None, exit_code: int
     where = f"{job.spec.name}: expected {job.backend} to build this graph"
     if error is not None:
         return f"{where}, got: {error}; no engine was changed"
-    if exit_code == -signal.SIGKILL if sys.platform != "win32" else False:
+    if sys.platform != "win32" and exit_code == -signal.SIGKILL:
         return (
             f"{where}, its process was killed, most likely because memory ran out (it needs about"
             f" {graph.memory.peak_bytes / 1e9:.1f} GB); close other programs or add swap"

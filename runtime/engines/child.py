@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 HEAD_ROLES = ("head", "select")
 """Graphs that hold the lm_head."""
-_STEP_SECONDS = 0.1  # steps are reported at most this often
-_PIECE_BYTES = 16 << 20
+_STEP_SECONDS = 0.1  # steps are reported at most this often: TensorRT takes thousands
+_PIECE_BYTES = 16 << 20  # hashed and written at a time
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 
@@ -50,7 +50,7 @@ class Job:
     log_file: Path
     timing_cache: Path
     compute_capabilities: tuple[int, ...]
-    """What to build for ahead of time; empty for this machine's GPU."""
+    """GPUs to build for ahead of time; empty for this machine's."""
     detailed_layers: bool
     dtype: str
     """The bundle's."""
@@ -290,9 +290,8 @@ def _follow_parent() -> None:
 
 def go_first_when_memory_runs_out() -> None:
     """Let the system rather end this process than the desktop, if it may be told so."""
-    with suppress(
-        OSError
-    ):  # a container may have a higher score already, which only the administrator lowers
+    # A container may have a higher score already, which only the administrator lowers.
+    with suppress(OSError):
         _OOM_SCORE.write_text("800")
 
 

@@ -1,4 +1,4 @@
-"""How much memory and time building an engine takes, and how large it becomes, before any work.
+"""Estimates of the memory and time that building an engine takes, and of its size.
 
 W are the graph's weights, in bytes:
 
@@ -11,8 +11,8 @@ W are the graph's weights, in bytes:
            + 0.4 GB            Python and TensorRT's libraries
     time     3 s + 15 s per GB of weights
 
-Fitted to tensorrt-rtx 1.7 on the graphs of LLaVA-NeXT-7B, with and without writing in pieces: docs/build.md has it beside
-what was measured; times were between half and twice the estimate, on two CPUs. The line for ``tensorrt`` is not measured,
+Fitted to tensorrt-rtx 1.7 on the graphs of LLaVA-NeXT-7B, with and without writing in pieces: docs/build.md compares it with
+measurements; times were between half and twice the estimate, on two CPUs. The line for ``tensorrt`` is not measured,
 nor is its time: it tries tactics on the GPU, which tensorrt-rtx leaves to the first run.
 """
 
@@ -33,7 +33,7 @@ _BASE_SECONDS, _SECONDS_PER_BYTE = 3.0, 15e-9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildMemory:
-    """What building one graph's engine takes, in bytes."""
+    """Memory and disk that building one graph's engine takes, in bytes."""
 
     engine_bytes: int
     """Size of the file."""

@@ -9,19 +9,19 @@ from __future__ import annotations
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from trio_edge.runtime.bundle.errors import BackendError, DataError
+from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.files import atomic_folder, check_place
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, Profile
-from trio_edge.runtime.bundle.reader import LARGEST_HASHED_BYTES, Bundle, sha256_of
-from trio_edge.runtime.files import check_place, folder_beside, write_output
+from trio_edge.runtime.bundle.reader import Bundle, file_problem, sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from trio_edge.runtime.engines.host import Host
+    from trio_edge.runtime.devices.machine import Host
     from trio_edge.runtime.engines.package import EngineBackend
 
 ENGINES_SCHEMA_VERSION = 1
@@ -63,7 +63,7 @@ class EngineSet(_Spec, frozen=True):
     """The GPU of the machine that built them, if it had one."""
     driver: str | None
     manifest_sha256: str
-    """Of the bundle's ``trio.json``."""
+    """SHA-256 of the bundle's ``trio.json``."""
     detailed_layers: bool
     """Whether the engines hold names and shapes of their layers for profiling."""
     split_lm_head: int
@@ -79,7 +79,7 @@ class EngineSet(_Spec, frozen=True):
                 or "\\" in entry.file
                 or ":" in entry.file
             ):
-                raise ValueError(f"expected a file beside {ENGINES_NAME}, got {entry.file!r}")
+                raise ValueError(f"expected a file next to {ENGINES_NAME}, got {entry.file!r}")
 
     def entry(self, graph: str) -> EngineEntry | None:
         """Return the engine of ``graph``, or None if it was not built."""
@@ -98,7 +98,7 @@ class Engines:
     folder: Path
     engine_set: EngineSet
     notes: tuple[str, ...]
-    """What differs and does no harm: the driver."""
+    """Harmless differences: the driver."""
 
     def path(self, graph: str) -> Path:
         """Return the engine file of ``graph``."""
@@ -116,13 +116,16 @@ def target_name(backend: EngineBackend, *, version: str, compute_capabilities: t
 def engine_sets(bundle_folder: Path) -> dict[str, EngineSet]:
     """Return the readable engine sets of a bundle by target name, in order of names."""
     found = {}
-    for file in sorted((bundle_folder / ENGINES_FOLDER).glob(f"*/{ENGINES_NAME}")):
-        if not file.parent.name.startswith("."):
-            try:
-                found[file.parent.name] = read_engine_set(file.parent)
-            except BackendError:
-                continue
+    for folder in _target_folders(bundle_folder):
+        with suppress(BackendError):
+            found[folder.name] = read_engine_set(folder)
     return found
+
+
+def _target_folders(bundle_folder: Path) -> list[Path]:
+    """Return the folders of engines by name, without those that are still being written."""
+    files = sorted((bundle_folder / ENGINES_FOLDER).glob(f"*/{ENGINES_NAME}"))
+    return [file.parent for file in files if not file.parent.name.startswith(".")]
 
 
 def read_engine_set(folder: Path) -> EngineSet:
@@ -169,11 +172,9 @@ def open_engines(
     Raises:
         BackendError: If there are none, or none fits; the message is about the target that differs least.
     """
-    root = bundle.folder / ENGINES_FOLDER
-    folders = [
-        file.parent for file in sorted(root.glob(f"*/{ENGINES_NAME}")) if not file.parent.name.startswith(".")
-    ]
+    folders = _target_folders(bundle.folder)
     if not folders:
+        root = bundle.folder / ENGINES_FOLDER
         raise BackendError(f"{root}: expected engines, got none; run trio-build {bundle.folder}")
     unfit: list[tuple[int, str]] = []
     for folder in folders:
@@ -186,6 +187,7 @@ def open_engines(
         if not problems:
             check_files(folder, engine_set, bundle=bundle, hash_all=hash_all)
             return Engines(folder=folder, engine_set=engine_set, notes=_notes(engine_set, host))
+        # The target with fewest differences is named.
         unfit.append((-len(problems), f"{folder}: {problems[0]}"))
     raise BackendError(max(unfit, key=lambda pair: pair[0])[1])
 
@@ -243,18 +245,9 @@ def check_files(folder: Path, engine_set: EngineSet, *, bundle: Bundle, hash_all
             raise BackendError(
                 f"{folder / entry.file}: expected the bundle's profiles, got others; {_again(folder)}"
             )
-        file = folder / entry.file
-        if not file.resolve().is_relative_to(root):
-            raise BackendError(f"{file}: expected a file, got a link to elsewhere; {_again(folder)}")
-        if not file.is_file():
-            raise BackendError(f"{file}: expected this file, got none; {_again(folder)}")
-        size = file.stat().st_size
-        if size != entry.num_bytes:
-            raise BackendError(f"{file}: expected {entry.num_bytes} bytes, got {size}; {_again(folder)}")
-        if (hash_all or size <= LARGEST_HASHED_BYTES) and (digest := sha256_of(file)) != entry.sha256:
-            raise BackendError(
-                f"{file}: expected SHA-256 {entry.sha256[:12]}…, got {digest[:12]}…; the file was changed, {_again(folder)}"
-            )
+        problem = file_problem(folder / entry.file, entry, root=root, hash_all=hash_all)
+        if problem is not None:
+            raise BackendError(f"{problem}; {_again(folder)}")
 
 
 def _notes(engine_set: EngineSet, host: Host) -> tuple[str, ...]:
@@ -268,34 +261,34 @@ def _again(folder: Path) -> str:
     return f"run trio-build {folder.parent.parent} --force"
 
 
-# Where a target's engines are written: complete or not at all, and no empty folder of targets stays.
-
-
 _WAY_OUT = "make the bundle's folder writable"
 
 
 def check_engines_place(target: Path) -> None:
-    """Raise BackendError if ``engines_beside`` could not write ``target`` now; changes nothing."""
+    """Raise BackendError if ``atomic_engines`` could not write ``target`` now; changes nothing."""
     check_place(target, num_bytes=0, error=BackendError, way_out=_WAY_OUT)
 
 
 @contextmanager
-def engines_beside(
+def atomic_engines(
     target: Path, *, num_bytes: int, before_rename: Callable[[], None] = lambda: None
 ) -> Iterator[Path]:
     """Yield a new folder that becomes ``target`` when the block ends well and vanishes when it does not.
 
+    No empty folder of targets stays.
+
     Args:
         target: The folder of one target's engines; an old one is replaced in one step.
         num_bytes: About what is going to be written, compared with the free space first.
-        before_rename: As ``folder_beside``'s.
+        before_rename: As ``atomic_folder``'s.
 
     Raises:
         BackendError: If nothing can be written there, or the disk is or becomes full.
     """
+    # A bundle without engines has no folder of that name: its copies and hashes stay equal.
     made_parent = not target.parent.exists()
     try:
-        with folder_beside(
+        with atomic_folder(
             target,
             num_bytes=num_bytes,
             error=BackendError,
@@ -308,44 +301,3 @@ def engines_beside(
         if made_parent:
             with suppress(OSError):  # it holds engines now, or could not be made
                 target.parent.rmdir()
-
-
-# Keeps the kernels that tensorrt-rtx compiles on a GPU beside the engines, so that the next process need not compile them.
-#
-# One runtime cache serves all engines of a bundle. tensorrt-rtx itself refuses what another GPU, driver or release has compiled.
-
-
-KERNELS_NAME = "kernels.cache"
-
-
-@final
-class CompiledKernels:
-    """A runtime cache and its file; whoever has contexts that compile into it keeps it longer than these."""
-
-    def __init__(self, file: Path) -> None:
-        """Take note of where it is kept; a file that is not there or cannot be read is an empty cache."""
-        self._file = file
-        self._stored: bytes | None = None
-        self._cache: Any = None
-        self._is_final = file.is_symlink()  # it may lead out of the bundle: neither read nor written
-        if not self._is_final:
-            with suppress(OSError):
-                self._stored = file.read_bytes()
-
-    def attach(self, settings: Any) -> None:
-        """Let the contexts that are made with ``settings``, an ``IRuntimeConfig``, compile into the cache."""
-        if self._cache is None:
-            self._cache = settings.create_runtime_cache()
-            if self._stored is not None and not self._cache.deserialize(self._stored):
-                self._stored = None
-        settings.set_runtime_cache(self._cache)
-
-    def store(self) -> None:
-        """Write what has been compiled, once, if it is new; where the bundle cannot be written, it is compiled again next time."""
-        if self._is_final or self._cache is None:
-            return
-        self._is_final = True
-        content = self._cache.serialize()
-        if content is not None and bytes(content) != self._stored:
-            with suppress(DataError):
-                write_output("kernels", self._file, bytes(content))

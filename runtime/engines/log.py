@@ -1,4 +1,4 @@
-"""TensorRT's log: its errors are kept for our own messages, all else is dropped."""
+"""TensorRT's log and its profiler: errors are kept for our own messages, times of layers for a report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_logger(module: Any, on_error: Callable[[str], None]) -> Any:
 
 @final
 class EngineErrors:
-    """What TensorRT has complained about while engines are loaded and run."""
+    """TensorRT's complaints while engines are loaded and run."""
 
     def __init__(self, module: Any) -> None:
         self._texts: list[str] = []
@@ -51,12 +51,12 @@ def engine_errors(module: Any) -> EngineErrors:
     return EngineErrors(module)
 
 
-# Collects what TensorRT says of an engine's layers while it runs: times from its profiler, names and kinds from its inspector.
-
-
 @final
 class EngineLayerTimes:
-    """The layers of one engine in all runs of its contexts; every run waits for the device."""
+    """The layers of one engine in all runs of its contexts: times from TensorRT's profiler, names and kinds from its inspector.
+
+    With it every run waits for the device.
+    """
 
     def __init__(self, module: Any, engine: Any, file: Path) -> None:
         """Make a profiler.

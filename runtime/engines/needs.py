@@ -1,10 +1,11 @@
-"""What building a bundle's engines needs, beside what this machine has: the whole of ``trio-build --dry-run``.
+"""The needs of a build, compared with what this machine has: the whole of ``trio-build --dry-run``.
 
 Nothing is written. What is missing is collected, not raised, so that one report names all of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import platform
 import shlex
@@ -12,12 +13,12 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.runtime.backends.memory import estimate
+from trio_edge.runtime.buffers.memory import estimate
 from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.devices.machine import Host, available_memory_bytes, find_host, l4t_release
 from trio_edge.runtime.engines.build import BuildOptions, BuildPlan, PlannedGraph, plan_build, planned_graphs
-from trio_edge.runtime.engines.estimate import estimate_seconds
+from trio_edge.runtime.engines.estimate import BuildMemory, estimate_seconds
 from trio_edge.runtime.engines.files import check_engines_place
-from trio_edge.runtime.engines.host import Host, available_memory_bytes, find_host, l4t_release
 from trio_edge.runtime.engines.package import ENGINE_BACKENDS, load_tensorrt
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ class BuildNeeds:
     """None if nothing can be built here."""
     graphs: tuple[PlannedGraph, ...]
     problems: tuple[str, ...]
-    """What keeps the build from starting, each in one line that says what to do."""
+    """Problems that keep the build from starting, each in one line that says what to do."""
     warnings: tuple[str, ...]
-    """What may go wrong."""
+    """Possible problems, one line each."""
     available_bytes: int | None
     free_disk_bytes: int
 
@@ -51,14 +52,9 @@ class BuildNeeds:
         return sum(graph.memory.engine_bytes for graph in self.graphs)
 
     @property
-    def peak_bytes(self) -> int:
-        """Largest memory of one of the builds, which run one after the other."""
-        return max(graph.memory.peak_bytes for graph in self.graphs)
-
-    @property
-    def mapped_bytes(self) -> int:
-        """Part of ``peak_bytes`` that the system can take back."""
-        return max(self.graphs, key=lambda graph: graph.memory.peak_bytes).memory.mapped_bytes
+    def peak(self) -> BuildMemory:
+        """Memory of the largest build; they run one after the other."""
+        return max((graph.memory for graph in self.graphs), key=lambda memory: memory.peak_bytes)
 
     @property
     def seconds(self) -> float:
@@ -72,7 +68,7 @@ class BuildNeeds:
 
     @property
     def command(self) -> str:
-        """What starts the build."""
+        """Command line that starts the build."""
         options = self.options
         words = ["trio-build", str(self.bundle.folder)]
         if options.backend != "auto":
@@ -105,19 +101,12 @@ class BuildNeeds:
             "platform": self.host.platform,
             "python": platform.python_version(),
             "l4t": l4t_release(),
-            "gpu": None
-            if gpu is None
-            else {
-                "name": gpu.name,
-                "compute_capability": gpu.compute_capability,
-                "memory_bytes": gpu.memory_bytes,
-                "driver": gpu.driver,
-            },
+            "gpu": None if gpu is None else dataclasses.asdict(gpu),
             "seconds": round(self.seconds),
             "disk_bytes": self.disk_bytes,
             "free_disk_bytes": self.free_disk_bytes,
-            "peak_bytes": self.peak_bytes,
-            "mapped_bytes": self.mapped_bytes,
+            "peak_bytes": self.peak.peak_bytes,
+            "mapped_bytes": self.peak.mapped_bytes,
             "available_bytes": self.available_bytes,
             "run_bytes": self.run_bytes,
             "graphs": [
@@ -158,13 +147,11 @@ def build_needs(bundle: Bundle, options: BuildOptions, *, host: Host | None = No
     if plan is not None:
         graphs, warnings = plan.graphs, list(plan.warnings)
     free = shutil.disk_usage(bundle.folder).free
-    missing_disk = (
-        sum(graph.memory.engine_bytes for graph in graphs) if plan is None else plan.disk_bytes
-    ) - free
-    if missing_disk > 0:
+    needed = sum(graph.memory.engine_bytes for graph in graphs) if plan is None else plan.disk_bytes
+    if needed > free:
         problems.append(
-            f"{bundle.folder}: expected {(missing_disk + free) / 1e9:.2f} GB of free space, got {free / 1e9:.2f} GB;"
-            f" free {_gb_up(missing_disk)} GB more, or move the bundle to another disk"
+            f"{bundle.folder}: expected {needed / 1e9:.2f} GB of free space, got {free / 1e9:.2f} GB;"
+            f" free {_gb_up(needed - free)} GB more, or move the bundle to another disk"
         )
     warnings += _cannot_run(bundle, host, plan)
     return BuildNeeds(
@@ -182,7 +169,7 @@ def build_needs(bundle: Bundle, options: BuildOptions, *, host: Host | None = No
 
 
 def _installed(plan: BuildPlan | None) -> dict[str, str | None]:
-    """Return the versions of both packages; beside a plan only its own is imported, as the two share libraries."""
+    """Return the versions of both packages; with a plan only its own is imported, as the two share libraries."""
     versions: dict[str, str | None] = {}
     for backend in ENGINE_BACKENDS if plan is None else (plan.tensorrt.backend,):
         try:
@@ -201,11 +188,9 @@ def _cannot_run(bundle: Bundle, host: Host, plan: BuildPlan | None) -> list[str]
     needed = sum(parts.values())
     if needed <= gpu.memory_bytes:
         return []
-    text = (
-        f"running needs about {needed / 1e9:.1f} GB on the GPU ({in_words(parts)}), {gpu.name} has"
-        f" {gpu.memory_bytes / 1e9:.1f} GB; export with fewer stages, less text or smaller weights"
-    )
-    return [text]
+    has = f"{gpu.name} has {gpu.memory_bytes / 1e9:.1f} GB"
+    text = f"running needs about {needed / 1e9:.1f} GB on the GPU ({in_words(parts)}), {has};"
+    return [f"{text} export with fewer stages, less text or smaller weights"]
 
 
 def in_words(parts: Mapping[str, int]) -> str:

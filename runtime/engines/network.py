@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
     from trio_edge.runtime.engines.package import TensorRT
@@ -39,6 +37,7 @@ class Network:
         self.trt = tensorrt.module
         self.definition = definition
         self._arrays: list[NDArray[Any]] = []
+        # Looked up by name: each get_layer or get_input returns a new Python object.
         self._makers: dict[str, Any] = {}
         self._users: dict[str, list[tuple[Any, int]]] = {}
         for layer in self.layers():
@@ -64,7 +63,7 @@ class Network:
         if old.is_network_output:
             name = old.name
             self.definition.unmark_output(old)
-            old.name = f"{name} (whole)"
+            old.name = f"{name} (whole)"  # names are unique in a network
             new.name = name
             self.definition.mark_output(new)
 
@@ -119,10 +118,3 @@ class Network:
         if (wanted := classes.get(layer.type)) is not None:
             layer.__class__ = wanted
         return layer
-
-
-def block_sizes(total: int, num_blocks: int, *, multiple: int = 8) -> Sequence[int]:
-    """Return ``num_blocks`` or fewer sizes that sum to ``total``, equal and multiples of ``multiple`` but for the last."""
-    size = -(-total // num_blocks)
-    size = -(-size // multiple) * multiple
-    return [min(size, total - start) for start in range(0, total, size)]

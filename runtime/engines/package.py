@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.runtime.engines.host import is_jetson
+from trio_edge.runtime.devices.machine import is_jetson
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
 
-    from trio_edge.runtime.engines.host import Host
+    from trio_edge.runtime.devices.machine import Host
 
 EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_BACKENDS: tuple[EngineBackend, ...] = ("tensorrt", "tensorrt-rtx")
@@ -91,6 +91,7 @@ def choose_backend(name: str, *, host: Host, ahead_of_time: bool) -> EngineBacke
     for backend in ENGINE_BACKENDS:
         if name == backend:
             return backend
+    # On a GPU that is here, tensorrt times its tactics; tensorrt-rtx builds for GPUs that are elsewhere.
     if host.gpu is not None and not ahead_of_time and _spec("tensorrt", system_folders()) is not None:
         return "tensorrt"
     if _spec("tensorrt_rtx", ()) is not None:

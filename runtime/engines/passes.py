@@ -1,9 +1,4 @@
-"""A pass that cuts the lm_head's matrix product into blocks of the vocabulary.
-
-On small Jetsons, TensorRT's product with the whole lm_head asks for about 1 GB of contiguous memory and fails
-(hokwangchoi/jetson-orin-nano-benchmarks). Logits are concatenated blocks; the probe's backward product is a sum over
-blocks, in float32. The blocks are views into the parsed weight: nothing is copied.
-"""
+"""Two passes over a parsed network: ``separate_products`` keeps weights once, ``split_lm_head`` cuts the lm_head into blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.runtime.engines.network import block_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,8 +14,34 @@ if TYPE_CHECKING:
     from trio_edge.runtime.engines.network import Network, WeightProduct
 
 
+def separate_products(network: Network) -> int:
+    """Give products that share an input one each, and return how many inputs were added.
+
+    TensorRT joins products with the same input (query, key and value; gate and up) into one with concatenated weights where the
+    input has one row, as in decode, and not where it has many: an engine with both kinds of profiles holds these weights twice.
+    Measured with tensorrt-rtx 1.7 on one 7B layer: 688 MB for 405 MB of weights with profiles of 2960 rows and of 1 row, 407 MB
+    with 2960 and 2 rows, and 407 MB after this pass. The numbers do not change.
+
+    Inputs that are not the product of a constant vector and something else are left alone.
+    """
+    users: dict[str, list[Any]] = {}
+    for product in network.weight_products():
+        users.setdefault(product.layer.get_input(0).name, []).append(product.layer)
+    added = 0
+    for layers in users.values():
+        for layer in layers[1:]:
+            if (tensor := equal_tensor(network, layer.get_input(0))) is not None:
+                layer.set_input(0, tensor)
+                added += 1
+    return added
+
+
 def split_lm_head(network: Network, *, vocab_size: int, hidden_size: int, num_blocks: int) -> int:
     """Replace each product with the lm_head's weight by ``num_blocks`` smaller ones and return how many were replaced.
+
+    On small Jetsons, TensorRT's product with the whole lm_head asks for about 1 GB of contiguous memory and fails
+    (hokwangchoi/jetson-orin-nano-benchmarks). Logits are concatenated blocks; the probe's backward product is a sum over
+    blocks, in float32.
 
     Args:
         network: Of a head or select graph.
@@ -48,9 +68,17 @@ def split_lm_head(network: Network, *, vocab_size: int, hidden_size: int, num_bl
     return len(products)
 
 
+def block_sizes(total: int, num_blocks: int, *, multiple: int = 8) -> Sequence[int]:
+    """Return ``num_blocks`` or fewer sizes that sum to ``total``, equal and multiples of ``multiple`` but for the last."""
+    size = -(-total // num_blocks)
+    size = -(-size // multiple) * multiple
+    return [min(size, total - start) for start in range(0, total, size)]
+
+
 def _blocks(network: Network, product: WeightProduct, sizes: Sequence[int]) -> list[Any]:
     weight = network.values(product.weight)
     starts = np.cumsum([0, *sizes[:-1]])
+    # Views into the parsed weight: nothing is copied.
     return [network.constant(weight[start : start + size]) for start, size in zip(starts, sizes)]
 
 
@@ -105,37 +133,10 @@ def _of_rank(network: Network, block: Any, layer: Any) -> Any:
     return shuffle.get_output(0)
 
 
-# A pass that keeps weights once in an engine that has both prefill and decode profiles.
-#
-# Products with the same input (query, key and value; gate and up) are joined by TensorRT into one with concatenated
-# weights where the input has one row, as in decode, and not where it has many: the engine then holds these weights twice.
-# Measured with tensorrt-rtx 1.7 on one 7B layer: 688 MB for 405 MB of weights with profiles of 2960 rows and of 1 row, 407 MB
-# with 2960 and 2 rows, and 407 MB after this pass. So each product but the first gets an input of its own: the multiplication
-# by the norm's weight that makes the input is repeated with a copy of that weight (with the same constant TensorRT would
-# see through it). The numbers do not change.
-
-
-def separate_products(network: Network) -> int:
-    """Give products that share an input one each, and return how many inputs were added.
-
-    Inputs that are not the product of a constant vector and something else are left alone.
-    """
-    users: dict[str, list[Any]] = {}
-    for product in network.weight_products():
-        users.setdefault(product.layer.get_input(0).name, []).append(product.layer)
-    added = 0
-    for layers in users.values():
-        for layer in layers[1:]:
-            if (tensor := equal_tensor(network, layer.get_input(0))) is not None:
-                layer.set_input(0, tensor)
-                added += 1
-    return added
-
-
 def equal_tensor(network: Network, tensor: Any) -> Any | None:
     """Return a new tensor with the values of ``tensor`` that TensorRT does not see to be the same.
 
-    None unless ``tensor`` is a constant vector times something, or that cast to another type.
+    None unless ``tensor`` is a constant vector times something, as a norm's output, or that cast to another type.
     """
     trt, maker = network.trt, network.maker(tensor)
     if maker is None:
@@ -151,6 +152,7 @@ def equal_tensor(network: Network, tensor: Any) -> Any | None:
         while constant is not None and constant.type in (trt.LayerType.SHUFFLE, trt.LayerType.CAST):
             constant = network.maker(constant.get_input(0))
         if constant is not None and constant.type == trt.LayerType.CONSTANT:
+            # A copy: with the same constant TensorRT would see that both tensors are equal.
             copy = network.values(constant).astype(trt.nptype(operand.dtype)).reshape(tuple(operand.shape))
             factor = network.constant(copy)
             return network.definition.add_elementwise(

@@ -1,8 +1,7 @@
-"""From a picture to the vision graph's inputs, whatever the family: sizes first, then arrays padded to a profile.
+"""From an image to the vision graph's inputs, whatever the family: sizes first, then arrays padded to a profile.
 
-``PictureProcessing`` is all that the exporter and the pipeline know of pictures. Its kinds are tiles with newlines
-(LLaVA), window-ordered patches (Qwen2.5-VL) and a grid of tiles with a thumbnail (InternVL); their arithmetic is in
-``image_processing``, ``image_patches`` and ``image_grid_tiles``.
+``ImageProcessing`` is all that the exporter and the pipeline know of images. Its kinds are tiles with newlines (LLaVA),
+window-ordered patches (Qwen2.5-VL) and a grid of tiles with a thumbnail (InternVL).
 """
 
 from __future__ import annotations
@@ -11,79 +10,71 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trio_edge.runtime.bundle.errors import ManifestError
 from trio_edge.runtime.images.internvl import KIND as GRID_TILES
-from trio_edge.runtime.images.internvl import GridTilePictures, GridTileProcessing
-from trio_edge.runtime.images.llava import (
-    ImageProcessing,
-    TilePictures,
-)
-from trio_edge.runtime.images.qwen import PatchPictures, PatchProcessing
+from trio_edge.runtime.images.internvl import InternVlImages
+from trio_edge.runtime.images.llava import LlavaImages
+from trio_edge.runtime.images.qwen import KIND as PATCHES
+from trio_edge.runtime.images.qwen import QwenImages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import numpy as np
     from numpy.typing import NDArray
     from PIL import Image
 
-KEPT_PATCHES = "kept_patches"
-KEPT_TOKENS = "kept_tokens"
-"""Second output of a vision graph that reduces: patches of each tile, or visual tokens of the picture."""
+    from trio_edge.runtime.images.layout import ImageLayout
 
 
-class PictureProcessing(Protocol):
-    """What a bundle does with pictures."""
+class ImageProcessing(Protocol):
+    """A bundle's image processing."""
 
     @property
     def encoder_keep(self) -> int | None:
-        """Patches per tile, or visual tokens of the picture, that the vision graph keeps; None for all."""
+        """Patches per tile, or visual tokens of the image, that the vision graph keeps; None for all."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the constants as JSON types, with "kind"."""
 
     def sizes(self, width: int, height: int) -> dict[str, int]:
-        """Return the sizes of the vision graph's axes that a picture needs, N (its visual tokens) among them."""
-
-    def any_picture_sizes(self) -> tuple[dict[str, int], ...]:
-        """Return sizes that have room for every picture, ascending."""
-
-    def prepare(self, picture: Image.Image, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:
-        """Return the vision graph's inputs for an RGB picture, padded to ``sizes``.
+        """Return the sizes of the vision graph's axes that an image needs, N (its visual tokens) among them.
 
         Raises:
-            ImageError: If the picture cannot be processed.
+            ImageError: If the image is empty, or cannot be processed.
         """
 
-    def boxes(self, width: int, height: int, kept: NDArray[np.int32] | None) -> NDArray[np.float32]:
-        """Return the box [N, 4] of each visual token on the picture in pixels; NaN where it shows nothing of it.
+    def any_image_sizes(self) -> tuple[dict[str, int], ...]:
+        """Return sizes that have room for every image, ascending."""
+
+    def layout(self, width: int, height: int) -> ImageLayout:
+        """Return the layout of an image of this size.
+
+        Raises:
+            ImageError: As ``sizes``.
+        """
+
+    def prepare(self, image: Image.Image, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[Any]]:
+        """Return the vision graph's inputs by name.
 
         Args:
-            width: Of the picture, in pixels.
-            height: Of the picture, in pixels.
-            kept: The vision graph's second output, if it reduces.
+            image: An RGB image, as ``open_image`` returns it.
+            sizes: What the graph's axes have, which the inputs are padded to; the image's own for those that are missing.
+
+        Raises:
+            ImageError: If the image is not RGB, cannot be processed, or needs more than ``sizes``.
         """
 
-    def overview_tokens(self, width: int, height: int) -> range:
-        """Return which visual tokens are of a tile that shows the whole picture beside finer ones; for drawing."""
 
-    def positions(self, width: int, height: int, kept: NDArray[np.int32] | None) -> NDArray[np.int32]:
-        """Return [3, N]: time, row and column of each visual token for M-RoPE, counted from 0."""
-
-    def position_span(self, width: int, height: int) -> int:
-        """Return how many positions the picture takes with M-RoPE; its rows or columns, whichever are more."""
-
-
-def picture_processing(values: Mapping[str, Any], *, encoder_keep: int | None) -> PictureProcessing:
-    """Return the processing that ``PictureProcessing.to_dict`` wrote.
+def image_processing(values: Mapping[str, Any], *, encoder_keep: int | None) -> ImageProcessing:
+    """Return the processing that ``ImageProcessing.to_dict`` wrote.
 
     Raises:
         ManifestError: If it is of an unknown kind, or a value breaks a rule.
     """
-    if values.get("kind") == "patches":
-        return PatchPictures(PatchProcessing.from_dict(values), encoder_keep=encoder_keep)
+    if values.get("kind") == PATCHES:
+        return QwenImages.from_dict(values, encoder_keep=encoder_keep)
     if values.get("kind") == GRID_TILES:
         if encoder_keep is not None:
             raise ManifestError(
                 f"encoder_keep: expected none with a grid of tiles, got {encoder_keep}; export the bundle again"
             )
-        return GridTilePictures(GridTileProcessing.from_dict(values))
-    return TilePictures(ImageProcessing.from_dict(values), encoder_keep=encoder_keep)
+        return InternVlImages.from_dict(values)
+    return LlavaImages.from_dict(values, encoder_keep=encoder_keep)

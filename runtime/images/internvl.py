@@ -1,14 +1,7 @@
-"""From a picture to tiles of a grid and a thumbnail of the whole (InternVL): counts, pixels and boxes.
+"""From an image to tiles of a grid and a thumbnail of the whole (InternVL).
 
-What a reader needs, in order:
-
-1. ``GridTileProcessing``: a bundle's constants.
-2. ``prepare``: picture → the vision graph's inputs by name, padded to the sizes that the graph was built for.
-3. ``grid``, ``sizes``, ``any_picture_sizes``: the same counts without pixels.
-4. ``token_boxes``, ``thumbnail_tokens``: where in the picture each visual token looks.
-
-The picture is stretched to the grid whose aspect ratio is nearest to its own and cut into tiles, row by row; if there is
-more than one, the picture stretched to a single tile follows them. Every tile has the same number of visual tokens, in
+The image is stretched to the grid whose aspect ratio is nearest to its own and cut into tiles, row by row; if there is
+more than one, the image stretched to a single tile follows them. Every tile has the same number of visual tokens, in
 raster order, so the vision graph's rows are the visual tokens already, and padding is all at their end.
 
 Source: GotOcr2ImageProcessor of transformers 5.23, which InternVLProcessor always calls with ``crop_to_patches``.
@@ -17,7 +10,6 @@ Letters: B tiles, N visual tokens, T side of a tile in pixels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, final
 
@@ -27,20 +19,24 @@ from trio_edge.runtime.bundle.errors import CheckpointError, ManifestError
 from trio_edge.runtime.images.constants import (
     CLIP_MEAN,
     CLIP_STD,
-    boxes_between,
-    check_not_empty,
-    check_pixel_constants,
-    check_resample,
-    check_rgb,
-    check_room,
-    check_whole_numbers,
-    constants_from_dict,
-    dict_from_constants,
+    Colour,
+    Factor,
+    ImageConstants,
+    Size,
+    Spread,
     normalized,
     only_checkpoint_errors,
     pixel_fields,
     processor_values,
     square_side,
+)
+from trio_edge.runtime.images.layout import (
+    ImageLayout,
+    boxes_between,
+    check_not_empty,
+    check_rgb,
+    padded_index,
+    room_for,
 )
 from trio_edge.runtime.images.resizing import Resample, resize
 
@@ -54,37 +50,57 @@ KIND = "grid_tiles"
 _PROCESSOR = "GotOcr2ImageProcessor"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GridTileProcessing:
-    """The image processing constants of a bundle."""
+@final
+class InternVlImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind", tag=KIND):
+    """Image processing with tiles of a grid, row by row, and a thumbnail of the whole image last."""
 
-    tile_size: int
+    tile_size: Size
     """T, side of the vision encoder's square input in pixels."""
-    tokens_per_side: int
+    tokens_per_side: Size
     """Visual tokens along one side of a tile."""
-    min_tiles: int = 1
+    min_tiles: Size = 1
     """Fewest tiles of a grid, without the thumbnail."""
-    max_tiles: int = 12
+    max_tiles: Size = 12
     """Most tiles of a grid, without the thumbnail."""
     resample: Resample = "bicubic"
     do_rescale: bool = True
     do_normalize: bool = True
-    rescale_factor: float = 1 / 255
-    image_mean: tuple[float, float, float] = CLIP_MEAN
-    image_std: tuple[float, float, float] = CLIP_STD
+    rescale_factor: Factor = 1 / 255
+    image_mean: Colour = CLIP_MEAN
+    image_std: Spread = CLIP_STD
 
     def __post_init__(self) -> None:
-        check_whole_numbers(self, "tile_size", "tokens_per_side", "min_tiles", "max_tiles")
         if self.tokens_per_side > self.tile_size:
             raise ManifestError(
-                f"image_processing tokens_per_side: expected <= tile_size {self.tile_size}, got {self.tokens_per_side}"
+                f"tokens_per_side: expected <= tile_size {self.tile_size}, got {self.tokens_per_side}"
             )
         if self.min_tiles > self.max_tiles:
-            raise ManifestError(
-                f"image_processing min_tiles: expected <= max_tiles {self.max_tiles}, got {self.min_tiles}"
-            )
-        check_resample(self)
-        check_pixel_constants(self)
+            raise ManifestError(f"min_tiles: expected <= max_tiles {self.max_tiles}, got {self.min_tiles}")
+
+    @classmethod
+    def from_preprocessor_config(cls, config: Mapping[str, Any], *, tokens_per_side: int) -> InternVlImages:
+        """Return the constants of a ``preprocessor_config.json``, or of ``image_processor.to_dict()``.
+
+        Args:
+            config: Its content. Missing keys mean the defaults of Hugging Face's class.
+            tokens_per_side: The model's; the file does not hold it.
+
+        Raises:
+            CheckpointError: If the processor is of another kind, or its values cannot be followed.
+        """
+        always = ("do_convert_rgb", "do_resize")
+        _, values = processor_values(config, processors=(_PROCESSOR,), always=always)
+        size = values.get("size", {"height": 384, "width": 384})
+        with only_checkpoint_errors():
+            tile_size = square_side(size)
+            if tile_size is None:
+                raise CheckpointError(
+                    f"preprocessor_config size: expected a square 'height' and 'width', got {size}"
+                )
+            fields = {"tile_size": tile_size, "tokens_per_side": tokens_per_side, **pixel_fields(values)}
+            fields["min_tiles"] = values.get("min_patches", 1)
+            fields["max_tiles"] = values.get("max_patches", 12)
+            return cls.from_dict(fields)
 
     @property
     def tokens_per_tile(self) -> int:
@@ -92,24 +108,24 @@ class GridTileProcessing:
         return self.tokens_per_side**2
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return the rows and columns of tiles of a picture of this size; 1, 1 has no thumbnail.
+        """Return the rows and columns of tiles of an image of this size; 1, 1 has no thumbnail.
 
         Raises:
-            ImageError: If the picture is empty.
+            ImageError: If the image is empty.
         """
         check_not_empty(width, height)
         return _best_grid(width, height, self)
 
     def sizes(self, width: int, height: int) -> dict[str, int]:
-        """Return the sizes of the graph's axes B and N that fit a picture of this size exactly."""
+        """Return B, the number of tiles with the thumbnail, and N."""
         rows, columns = self.grid(width, height)
         tiles = _with_thumbnail(rows * columns)
         return {"B": tiles, "N": tiles * self.tokens_per_tile}
 
-    def any_picture_sizes(self) -> tuple[dict[str, int], ...]:
-        """Return sizes that have room for every picture: the largest N with a few numbers of tiles, ascending.
+    def any_image_sizes(self) -> tuple[dict[str, int], ...]:
+        """Return the largest N with a few numbers of tiles.
 
-        Each number of tiles is about half of the next one: an engine has few profiles, and no picture pays for much more
+        Each number of tiles is about half of the next one: an engine has few profiles, and no image pays for much more
         than twice its tiles.
         """
         counts = sorted({_with_thumbnail(columns * rows) for columns, rows in _grids(self)})
@@ -120,107 +136,57 @@ class GridTileProcessing:
         most = counts[-1] * self.tokens_per_tile
         return tuple({"B": count, "N": most} for count in sorted(wanted))
 
-    def prepare(
-        self, picture: Image.Image, sizes: Mapping[str, int] | None = None
-    ) -> dict[str, NDArray[Any]]:
-        """Return the vision graph's inputs for one RGB picture.
+    def layout(self, width: int, height: int) -> ImageLayout:
+        """Return the layout of an image; the overview is the thumbnail."""
+        rows, columns = self.grid(width, height)
+        side, sizes = self.tokens_per_side, self.sizes(width, height)
+        x, y = np.linspace(0, width, columns * side + 1), np.linspace(0, height, rows * side + 1)
+        by_tile = boxes_between(x, y).reshape(rows, side, columns, side, 4)
+        boxes = by_tile.transpose(0, 2, 1, 3, 4).reshape(-1, 4)
+        overview = range(len(boxes), sizes["N"])
+        if overview:
+            edges = np.linspace(0, 1, side + 1)
+            boxes = np.concatenate([boxes, boxes_between(edges * width, edges * height).reshape(-1, 4)])
+        boxes = boxes.astype(np.float32)
+        return ImageLayout(width=width, height=height, sizes=sizes, boxes=boxes, overview=overview)
 
-        Args:
-            picture: An RGB picture, as ``open_picture`` returns it.
-            sizes: B and N of the graph; the picture's own for those that are missing.
+    def prepare(self, image: Image.Image, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[Any]]:
+        """Return the vision graph's inputs; arguments and errors are those of ``ImageProcessing.prepare``.
 
         Returns:
             ``pixel_values`` float32 [B, 3, T, T], padded with tiles of zeros; ``token_index`` int32 [N], padded with 0.
-
-        Raises:
-            ImageError: If the picture is not RGB, is empty, or needs more than ``sizes``.
         """
-        check_rgb(picture)
-        own = self.sizes(*picture.size)
-        padded = {axis: (sizes or own).get(axis, size) for axis, size in own.items()}
-        check_room(own, padded, width=picture.width, height=picture.height)
-        pixels = np.zeros((padded["B"], 3, self.tile_size, self.tile_size), np.float32)
-        pixels[: own["B"]] = normalized(_tiles(picture, self), self).transpose(0, 3, 1, 2)
-        index = np.zeros(padded["N"], np.int32)
-        index[: own["N"]] = np.arange(own["N"])
-        return {"pixel_values": pixels, "token_index": index}
-
-    def token_boxes(self, width: int, height: int) -> NDArray[np.float32]:
-        """Return the part of a picture of this size that each visual token covers.
-
-        Returns:
-            float32 [N, 4], (x0, y0, x1, y1) in the picture's pixels, ordered as the visual tokens.
-        """
-        rows, columns = self.grid(width, height)
-        x = np.linspace(0, width, columns * self.tokens_per_side + 1)
-        y = np.linspace(0, height, rows * self.tokens_per_side + 1)
-        by_tile = boxes_between(x, y).reshape(rows, self.tokens_per_side, columns, self.tokens_per_side, 4)
-        boxes = by_tile.transpose(0, 2, 1, 3, 4).reshape(-1, 4)
-        if rows * columns > 1:
-            side = np.linspace(0, 1, self.tokens_per_side + 1)
-            boxes = np.concatenate([boxes, boxes_between(side * width, side * height).reshape(-1, 4)])
-        return boxes.astype(np.float32)
-
-    def thumbnail_tokens(self, width: int, height: int) -> range:
-        """Return which visual tokens are of the thumbnail; none where there is a single tile."""
-        num_visual = self.sizes(width, height)["N"]
-        first = num_visual if self.grid(width, height) == (1, 1) else num_visual - self.tokens_per_tile
-        return range(first, num_visual)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types, and "kind": "grid_tiles"."""
-        return dict_from_constants(self, kind=KIND)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> GridTileProcessing:
-        """Return the constants that ``to_dict`` wrote.
-
-        Raises:
-            ManifestError: If a key is unknown or missing, or a value breaks a rule.
-        """
-        return constants_from_dict(cls, values, kind=KIND)
-
-    @classmethod
-    def from_preprocessor_config(
-        cls, config: Mapping[str, Any], *, tokens_per_side: int
-    ) -> GridTileProcessing:
-        """Return the constants of a ``preprocessor_config.json``, or of ``image_processor.to_dict()``.
-
-        Args:
-            config: Its content. Missing keys mean the defaults of Hugging Face's class.
-            tokens_per_side: The model's; the file does not hold it.
-
-        Raises:
-            CheckpointError: If the processor is of another kind, or its values cannot be followed.
-        """
-        return _from_preprocessor_config(config, tokens_per_side=tokens_per_side)
-
-
-# Counts
+        check_rgb(image)
+        own = self.sizes(*image.size)
+        room = room_for(own, sizes, image=image)
+        pixels = np.zeros((room["B"], 3, self.tile_size, self.tile_size), np.float32)
+        pixels[: own["B"]] = normalized(_tiles(image, self), self).transpose(0, 3, 1, 2)
+        return {"pixel_values": pixels, "token_index": padded_index(np.arange(own["N"]), room["N"])}
 
 
 @lru_cache
-def _grids(processing: GridTileProcessing) -> tuple[tuple[int, int], ...]:
+def _grids(images: InternVlImages) -> tuple[tuple[int, int], ...]:
     """Return (columns, rows) of every grid, those of fewer tiles first. Source: get_all_supported_aspect_ratios."""
-    least, most = processing.min_tiles, processing.max_tiles
+    least, most = images.min_tiles, images.max_tiles
     grids = [
         (columns, rows)
         for columns in range(1, most + 1)
         for rows in range(1, most + 1)
         if least <= columns * rows <= most
     ]
+    # The sort is stable, and the order of grids with as many tiles decides ties: it is the original's.
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 
-def _best_grid(width: int, height: int, processing: GridTileProcessing) -> tuple[int, int]:
+def _best_grid(width: int, height: int, images: InternVlImages) -> tuple[int, int]:
     """Return (rows, columns) of the grid with the nearest aspect ratio. Source: get_optimal_tiled_canvas.
 
-    Of grids with the same ratio a larger one is taken if the picture has more than half of its pixels.
+    Of grids with the same ratio a larger one is taken if the image has more than half of its pixels.
     """
     best, smallest = (1, 1), float("inf")
-    for columns, rows in _grids(processing):
+    for columns, rows in _grids(images):
         difference = abs(width / height - columns / rows)
-        has_pixels = width * height > 0.5 * processing.tile_size**2 * columns * rows
+        has_pixels = width * height > 0.5 * images.tile_size**2 * columns * rows
         if difference < smallest or (difference == smallest and has_pixels):
             best, smallest = (rows, columns), difference
     return best
@@ -230,78 +196,12 @@ def _with_thumbnail(tiles: int) -> int:
     return tiles if tiles == 1 else tiles + 1
 
 
-# Pixels and boxes
-
-
-def _tiles(picture: Image.Image, processing: GridTileProcessing) -> NDArray[np.uint8]:
+def _tiles(image: Image.Image, images: InternVlImages) -> NDArray[np.uint8]:
     """Return the levels of all tiles, [B, T, T, 3]."""
-    side = processing.tile_size
-    rows, columns = processing.grid(*picture.size)
-    levels = resize(picture, (rows * side, columns * side), resample=processing.resample)
+    side = images.tile_size
+    rows, columns = images.grid(*image.size)
+    levels = resize(image, (rows * side, columns * side), resample=images.resample)
     tiles = levels.reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4).reshape(-1, side, side, 3)
     if len(tiles) == 1:
         return tiles
-    return np.concatenate([tiles, resize(picture, (side, side), resample=processing.resample)[None]])
-
-
-# Checks
-
-
-def _from_preprocessor_config(config: Mapping[str, Any], *, tokens_per_side: int) -> GridTileProcessing:
-    _, values = processor_values(config, processors=(_PROCESSOR,), always=("do_convert_rgb", "do_resize"))
-    size = values.get("size", {"height": 384, "width": 384})
-    with only_checkpoint_errors():
-        tile_size = square_side(size)
-        if tile_size is None:
-            raise CheckpointError(
-                f"preprocessor_config size: expected a square 'height' and 'width', got {size}"
-            )
-        return GridTileProcessing(
-            tile_size=tile_size,
-            tokens_per_side=tokens_per_side,
-            min_tiles=values.get("min_patches", 1),
-            max_tiles=values.get("max_patches", 12),
-            **pixel_fields(values),
-        )
-
-
-@final
-class GridTilePictures:
-    """Tiles of a grid, row by row, and a thumbnail of the whole picture last; as many visual tokens of each."""
-
-    encoder_keep: int | None = None
-
-    def __init__(self, processing: GridTileProcessing) -> None:
-        self.processing = processing
-
-    def to_dict(self) -> dict[str, Any]:
-        """See ``PictureProcessing.to_dict``."""
-        return self.processing.to_dict()
-
-    def sizes(self, width: int, height: int) -> dict[str, int]:
-        """See ``PictureProcessing.sizes``; B is the number of tiles, the thumbnail among them."""
-        return self.processing.sizes(width, height)
-
-    def any_picture_sizes(self) -> tuple[dict[str, int], ...]:
-        """See ``PictureProcessing.any_picture_sizes``: the largest N with a few numbers of tiles."""
-        return self.processing.any_picture_sizes()
-
-    def prepare(self, picture: Image.Image, sizes: Mapping[str, int]) -> dict[str, NDArray[Any]]:
-        """See ``PictureProcessing.prepare``."""
-        return self.processing.prepare(picture, sizes)
-
-    def boxes(self, width: int, height: int, kept: NDArray[np.int32] | None) -> NDArray[np.float32]:
-        """See ``PictureProcessing.boxes``."""
-        return self.processing.token_boxes(width, height)
-
-    def overview_tokens(self, width: int, height: int) -> range:
-        """See ``PictureProcessing.overview_tokens``: the thumbnail's."""
-        return self.processing.thumbnail_tokens(width, height)
-
-    def positions(self, width: int, height: int, kept: NDArray[np.int32] | None) -> NDArray[np.int32]:
-        """Raise: models with tiles have ordinary positions."""
-        raise ManifestError("position_axes: expected 1 with picture tiles, got 3; export the bundle again")
-
-    def position_span(self, width: int, height: int) -> int:
-        """See ``positions``."""
-        raise ManifestError("position_axes: expected 1 with picture tiles, got 3; export the bundle again")
+    return np.concatenate([tiles, resize(image, (side, side), resample=images.resample)[None]])

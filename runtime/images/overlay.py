@@ -1,4 +1,4 @@
-"""Drawing which visual tokens each selection stage kept: one panel per stage, side by side."""
+"""Drawings of the visual tokens that each selection stage kept: one panel per stage, side by side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Box = tuple[int, int, int, int]
     Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-_PANEL_SIDE = 640
+_PANEL_SIDE = 640  # three panels fit on a screen
 _MARGIN = 16
 _CAPTION_HEIGHT = 56
 _PAPER = (250, 250, 248)
@@ -28,26 +28,25 @@ _BASE_INK = (196, 110, 0)
 
 
 def draw_kept(
-    picture: Image.Image,
+    image: Image.Image,
     boxes: NDArray[np.float32],
     kept: Sequence[NDArray[np.integer]],
     *,
     captions: Sequence[str] = (),
-    overview: range | None = None,
+    overview: range = range(0),
 ) -> Image.Image:
-    """Return the picture once per stage, with the tokens that the stage kept.
+    """Return the image once per stage, with the tokens that the stage kept.
 
     Patches of the grid (or of the only tile) that were kept stay bright, the rest is dark and grey. Patches
-    of the tile that shows the whole picture (LLaVA-NeXT's base tile, InternVL's thumbnail) that were kept are
+    of the tile that shows the whole image (LLaVA-NeXT's base tile, InternVL's thumbnail) that were kept are
     orange outlines, because they lie over the same places. Newlines cannot be drawn, but count in the caption.
 
     Args:
-        picture: RGB.
-        boxes: [N, 4], from ``token_boxes``.
+        image: RGB.
+        boxes: [N, 4], from the image's layout.
         kept: For each stage the indices of its tokens among the N original ones.
         captions: For each stage a title such as "layer 5".
-        overview: Tokens of the tile that shows the whole picture. By default those that come before the boxes
-            start again at the top, as in LLaVA-NeXT; none if they never do.
+        overview: Tokens of the tile that shows the whole image, from the image's layout.
 
     Raises:
         ShapeError: If the arrays do not fit each other.
@@ -60,13 +59,12 @@ def draw_kept(
         lowest, highest = (int(indices.min()), int(indices.max())) if len(indices) else (0, -1)
         if lowest < 0 or highest >= len(boxes):
             raise ShapeError(f"kept: expected indices in 0..{len(boxes) - 1}, got {lowest}..{highest}")
-    outlined = _first_run(boxes) if overview is None else overview
     stages = list(kept) or [np.arange(len(boxes))]
     titles = list(captions) or (
         [f"stage {i + 1}" for i in range(len(kept))] if len(kept) else ["no selection"]
     )
     panels = [
-        _panel(picture, boxes, indices, outlined=outlined, title=title)
+        _panel(image, boxes, indices, outlined=overview, title=title)
         for indices, title in zip(stages, titles)
     ]
     width = sum(panel.width for panel in panels) + _MARGIN * (len(panels) + 1)
@@ -78,26 +76,21 @@ def draw_kept(
     return sheet
 
 
-def _first_run(boxes: NDArray[np.float32]) -> range:
-    tops = boxes[:, 1]
-    restarts = np.flatnonzero(tops[1:] < tops[:-1])  # false where a newline's NaN is compared
-    return range(int(restarts[0]) + 1 if len(restarts) else 0)
-
-
 def _panel(
-    picture: Image.Image,
+    image: Image.Image,
     boxes: NDArray[np.float32],
     indices: NDArray[np.integer],
     *,
     outlined: range,
     title: str,
 ) -> Image.Image:
-    scale = _PANEL_SIDE / max(picture.size)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    bright = picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+    scale = _PANEL_SIDE / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    bright = image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
     is_outlined = (indices >= outlined.start) & (indices < outlined.stop)
     patches = _pixel_boxes(boxes, indices[~is_outlined], scale=scale)
     outlines = _pixel_boxes(boxes, indices[is_outlined], scale=scale)
+    # One mask for all patches: compositing once is faster than pasting hundreds of boxes.
     mask = Image.new("L", size, 0)
     mask_draw = ImageDraw.Draw(mask)
     for box in patches:
@@ -111,8 +104,8 @@ def _panel(
     )
 
 
-def _darkened(picture: Image.Image) -> Image.Image:
-    return ImageEnhance.Brightness(ImageEnhance.Color(picture).enhance(0.2)).enhance(0.36)
+def _darkened(image: Image.Image) -> Image.Image:
+    return ImageEnhance.Brightness(ImageEnhance.Color(image).enhance(0.2)).enhance(0.36)
 
 
 def _pixel_boxes(boxes: NDArray[np.float32], indices: NDArray[np.integer], *, scale: float) -> list[Box]:

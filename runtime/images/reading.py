@@ -1,10 +1,10 @@
-"""Reading a picture: from a file, bytes or a PIL image to upright 8-bit RGB, or one ImageError.
+"""Reading an image: from a file, bytes or a PIL image to upright 8-bit RGB, or one ImageError.
 
 The result is what Hugging Face makes of the same argument, so that exported and original model see the same
 pixels. Of a path or bytes, like its ``load_image``: upright by the EXIF tag, then ``convert("RGB")``. Of a
 PIL image, upright too, then like its image processors' ``do_convert_rgb``.
 
-| picture                                | result                                                         |
+| image                                | result                                                         |
 |----------------------------------------|----------------------------------------------------------------|
 | transparent, from a path or bytes      | alpha is dropped, the colour under it shows                    |
 | transparent, from a PIL image          | laid over white (Hugging Face makes the same difference)       |
@@ -27,8 +27,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trio_edge.runtime.bundle.errors import ImageError
 
-MAX_PICTURE_PIXELS = 178_956_970
-"""Pixels above which a picture is refused before decoding; the bound at which Pillow itself refuses."""
+# A small file can decode to gigabytes: the size in its header is checked first.
+MAX_IMAGE_PIXELS = 178_956_970
+"""Pixels above which an image is refused before decoding; the bound at which Pillow itself refuses."""
 
 _MAX_LEVEL = 255
 _FORMATS_NOT_READ = frozenset({"EPS"})  # Pillow hands EPS files to Ghostscript, which runs them as programs
@@ -36,33 +37,33 @@ _logger = logging.getLogger(__name__)
 _warning_filters = threading.Lock()  # warnings.catch_warnings changes the whole process
 
 
-def open_picture(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """Return the picture as a loaded, upright RGB image.
+def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+    """Return the image as a loaded, upright RGB image.
 
     Args:
         source: A file's path, the bytes of such a file, or a PIL image, which is not changed. No URLs.
 
     Raises:
-        ImageError: If there is no such file, or it is no picture, damaged, cut short, has no pixels, or has
-            more than ``MAX_PICTURE_PIXELS``.
+        ImageError: If there is no such file, or it is no image, damaged, cut short, has no pixels, or has
+            more than ``MAX_IMAGE_PIXELS``.
     """
     if isinstance(source, Image.Image):
-        return _decode(source, name="picture", drop_alpha=False)
+        return _decode(source, name="image", drop_alpha=False)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode_file(bytes(source), name="picture")
+        return _decode_file(bytes(source), name="image")
     if isinstance(source, (str, Path)):
-        return _decode_file(_read(source), name=f"picture {_short(source)}")
-    raise ImageError(f"picture: expected a path, bytes or a PIL image, got {type(source).__name__}")
+        return _decode_file(_read(source), name=f"image {_short(source)}")
+    raise ImageError(f"image: expected a path, bytes or a PIL image, got {type(source).__name__}")
 
 
 def _read(source: str | Path) -> bytes:
-    name = f"picture {_short(source)}"
+    name = f"image {_short(source)}"
     if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
         raise ImageError(f"{name}: expected a local file, got a URL; download it first")
     try:
         path = Path(source)
         if path.is_dir():
-            raise ImageError(f"{name}: expected a picture file, got a directory")
+            raise ImageError(f"{name}: expected an image file, got a directory")
         if not path.exists():
             raise ImageError(f"{name}: expected an existing file, found none; check the path")
         if not path.is_file():
@@ -76,7 +77,7 @@ def _read(source: str | Path) -> bytes:
 
 def _decode_file(data: bytes, *, name: str) -> Image.Image:
     if not data:
-        raise ImageError(f"{name}: expected a picture, got an empty file")
+        raise ImageError(f"{name}: expected an image, got an empty file")
     try:
         with _warning_filters, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own, smaller size warning, and those on odd EXIF data
@@ -86,64 +87,64 @@ def _decode_file(data: bytes, *, name: str) -> Image.Image:
             )
     except Image.DecompressionBombError as error:
         raise ImageError(
-            f"{name}: expected at most {MAX_PICTURE_PIXELS} pixels, got more; scale it down"
+            f"{name}: expected at most {MAX_IMAGE_PIXELS} pixels, got more; scale it down"
         ) from error
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{name}: expected a picture (PNG, JPEG, WebP, …), got {len(data)} bytes of no known format"
+            f"{name}: expected an image (PNG, JPEG, WebP, …), got {len(data)} bytes of no known format"
         ) from error
     except Exception as error:  # Pillow's readers raise almost anything on damaged headers
-        raise ImageError(f"{name}: expected a readable picture, got {_one_line(error)}") from error
+        raise ImageError(f"{name}: expected a readable image, got {_one_line(error)}") from error
     with opened:
         return _decode(opened, name=name, drop_alpha=True)
 
 
-def _decode(picture: Image.Image, *, name: str, drop_alpha: bool) -> Image.Image:
-    width, height = picture.size
+def _decode(image: Image.Image, *, name: str, drop_alpha: bool) -> Image.Image:
+    width, height = image.size
     if width < 1 or height < 1:
         raise ImageError(f"{name}: expected at least 1x1 pixels, got {width}x{height}")
-    if width * height > MAX_PICTURE_PIXELS:
+    if width * height > MAX_IMAGE_PIXELS:
         raise ImageError(
-            f"{name}: expected at most {MAX_PICTURE_PIXELS} pixels, got {width}x{height}; scale it down"
+            f"{name}: expected at most {MAX_IMAGE_PIXELS} pixels, got {width}x{height}; scale it down"
         )
     try:
         with _warning_filters, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's advice on palettes with transparency
-            picture.load()
-            return _rgb(_upright(picture), name=name, drop_alpha=drop_alpha)
+            image.load()
+            return _rgb(_upright(image), name=name, drop_alpha=drop_alpha)
     except Exception as error:  # Pillow's decoders raise almost anything on damaged data
         raise ImageError(
-            f"{name}: expected a whole picture, got {_one_line(error)}; the file is damaged"
+            f"{name}: expected a whole image, got {_one_line(error)}; the file is damaged"
         ) from error
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(picture)
+        return ImageOps.exif_transpose(image)
     except Exception:  # unreadable EXIF data: the pixels are still good
-        _logger.warning("picture: its EXIF data cannot be read, so its orientation is not known")
-        return picture
+        _logger.warning("image: its EXIF data cannot be read, so its orientation is not known")
+        return image
 
 
-def _rgb(picture: Image.Image, *, name: str, drop_alpha: bool) -> Image.Image:
-    has_alpha = "A" in picture.getbands() or picture.info.get("transparency") is not None
+def _rgb(image: Image.Image, *, name: str, drop_alpha: bool) -> Image.Image:
+    has_alpha = "A" in image.getbands() or image.info.get("transparency") is not None
     if has_alpha and not drop_alpha:
-        over = picture.convert("RGBA")
+        over = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, (255, 255, 255, 255)), over).convert("RGB")
-    if picture.mode.startswith("I") or picture.mode == "F":
-        return _rgb_from_wide(picture, name=name)
-    # copy: convert returns the very same pixels for a picture that is RGB already
-    return picture.copy() if picture.mode == "RGB" else picture.convert("RGB")
+    if image.mode.startswith("I") or image.mode == "F":
+        return _rgb_from_wide(image, name=name)
+    # copy: convert returns the very same pixels for an image that is RGB already
+    return image.copy() if image.mode == "RGB" else image.convert("RGB")
 
 
-def _rgb_from_wide(picture: Image.Image, *, name: str) -> Image.Image:
+def _rgb_from_wide(image: Image.Image, *, name: str) -> Image.Image:
     """Clip to 0..255 here: whether Pillow can convert the mode, and shifts or clips, differs by release."""
-    values = np.asarray(picture)
+    values = np.asarray(image)
     if values.max() > _MAX_LEVEL:
         _logger.warning(
             "%s: %s values above 255 become white, as in Hugging Face; convert it to 8 bits first",
             name,
-            picture.mode,
+            image.mode,
         )
     return Image.fromarray(np.nan_to_num(values).clip(0, _MAX_LEVEL).astype(np.uint8)).convert("RGB")
 

@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 Resample = Literal["bilinear", "bicubic"]
 
 MAX_EXACT_PIXELS = 4_000_000
-"""Pictures with more pixels are resized by Pillow, which is several times faster and needs less memory."""
+"""Images with more pixels are resized by Pillow, which is several times faster and needs less memory."""
 
 
 def resize(
-    picture: Image.Image,
+    image: Image.Image,
     size: tuple[int, int],
     *,
     resample: Resample,
     crop: tuple[int, int, int, int] | None = None,
 ) -> NDArray[np.uint8]:
-    """Return the RGB picture at another size, or a part of that.
+    """Return the RGB image at another size, or a part of that.
 
     Args:
-        picture: Mode "RGB".
+        image: Mode "RGB".
         size: (height, width) in pixels.
         resample: The filter, widened when shrinking.
-        crop: (top, left, height, width) in the resized picture. Only this part is computed, so a picture of
+        crop: (top, left, height, width) in the resized image. Only this part is computed, so an image of
             1 x 4000 pixels can be scaled to a width of 336 without building 336 x 1344000 pixels.
 
     Returns:
@@ -48,20 +48,20 @@ def resize(
     """
     top, left, crop_height, crop_width = crop or (0, 0, *size)
     rows, columns = range(top, top + crop_height), range(left, left + crop_width)
-    if picture.width * picture.height > MAX_EXACT_PIXELS:
-        return _resized_by_pillow(picture, size, rows=rows, columns=columns, resample=resample)
-    pixels = np.asarray(picture)
+    if image.width * image.height > MAX_EXACT_PIXELS:
+        return _resized_by_pillow(image, size, rows=rows, columns=columns, resample=resample)
+    pixels = np.asarray(image)
     pixels = _resized_axis(pixels.transpose(1, 0, 2), size[1], wanted=columns, resample=resample)
     return _resized_axis(pixels.transpose(1, 0, 2), size[0], wanted=rows, resample=resample)
 
 
 def _resized_by_pillow(
-    picture: Image.Image, size: tuple[int, int], *, rows: range, columns: range, resample: Resample
+    image: Image.Image, size: tuple[int, int], *, rows: range, columns: range, resample: Resample
 ) -> NDArray[np.uint8]:
     method = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[resample]
-    x_scale, y_scale = picture.width / size[1], picture.height / size[0]
-    x_box = (columns.start * x_scale, 0, columns.stop * x_scale, picture.height)
-    narrow = picture.resize((len(columns), picture.height), method, box=x_box)
+    x_scale, y_scale = image.width / size[1], image.height / size[0]
+    x_box = (columns.start * x_scale, 0, columns.stop * x_scale, image.height)
+    narrow = image.resize((len(columns), image.height), method, box=x_box)
     y_box = (0, rows.start * y_scale, narrow.width, rows.stop * y_scale)
     return np.asarray(narrow.resize((len(columns), len(rows)), method, box=y_box))
 
@@ -100,6 +100,7 @@ def _integer_weights(
     weights = kernel(np.abs((taps + firsts[:, None] - centers[:, None] + 0.5) / stretch))
     weights[taps >= counts[:, None]] = 0.0
     weights /= weights.sum(axis=1, keepdims=True)
+    # As torchvision: the largest shift at which the largest weight still fits into 16 bits.
     num_bits = 0
     while num_bits < 22 and int(0.5 + weights.max() * 2 ** (num_bits + 1)) < 2**15:
         num_bits += 1

@@ -55,35 +55,35 @@ VICUNA_TEMPLATE = (
 )
 """``USER: <image>\\n… ASSISTANT:`` of LLaVA-1.5 and LLaVA-NeXT (Vicuna), where a checkpoint has none."""
 
-QWEN2_5_VL_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-    "{% if message['role'] not in ('system', 'user', 'assistant') %}" + _REFUSE_ROLE + "{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+def _chatml(image: str, *, first: str = "") -> str:
+    """Return a ChatML template that puts ``image`` where a message has one, and ``first`` before all messages."""
+    return (
+        "{% for message in messages %}"
+        + first
+        + "{% if message['role'] not in ('system', 'user', 'assistant') %}"
+        + _REFUSE_ROLE
+        + "{% endif %}"
+        "{{ '<|im_start|>' + message['role'] + '\n' }}"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}{{ '" + image + "' }}"
+        "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+        "{% endfor %}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+
+
+QWEN2_5_VL_TEMPLATE = _chatml(
+    "<|vision_start|><|image_pad|><|vision_end|>",
+    first="{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}",
 )
 """ChatML with vision marks of Qwen2.5-VL, where a checkpoint has none."""
 
-INTERNVL_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] not in ('system', 'user', 'assistant') %}" + _REFUSE_ROLE + "{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-"""ChatML of InternVL3, where a checkpoint has none; the exporter adds the marks around the picture."""
+INTERNVL_TEMPLATE = _chatml("<IMG_CONTEXT>\n")
+"""ChatML of InternVL3, where a checkpoint has none; the exporter adds the marks around the image."""
 
 MISTRAL_TEMPLATE = (
     "{% for message in messages %}"
@@ -107,7 +107,7 @@ def build_messages(
 
     Args:
         prompt: The user's text.
-        has_image: Whether there is a picture.
+        has_image: Whether there is an image.
         history: Earlier messages with the roles user and assistant; not changed.
         system: System prompt, if any.
     """
@@ -152,6 +152,7 @@ def render_chat(
     pieces: list[str] = []
     num_characters = 0
     try:
+        # Piece by piece, so that an endless template is stopped at the limit.
         for piece in compiled.generate(_plain(values)):
             num_characters = _checked_length(num_characters + len(piece))
             pieces.append(piece)
@@ -166,7 +167,7 @@ def render_chat(
     return "".join(pieces)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)  # compiling takes milliseconds, and each question renders the same template
 def compile_template(template: str) -> jinja2.Template:
     """Return the compiled template.
 
@@ -177,6 +178,7 @@ def compile_template(template: str) -> jinja2.Template:
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
+    # Jinja's own two give templates a way to attributes of Python classes.
     environment.globals["dict"] = _Dict()
     environment.globals["namespace"] = _Namespace
     try:
@@ -193,6 +195,7 @@ class _TooLongError(Exception):
     """The output or a string inside passed the limit."""
 
 
+# Jinja's sandbox bounds neither time nor memory: {{ 'a' * 10**9 }} in a downloaded template would fill the machine.
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Hugging Face's sandbox, and a limit on strings, lists and numbers built by ``*`` and ``**``."""
 
@@ -285,7 +288,7 @@ def _raise_exception(message: object) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Return JSON types only: pictures, arrays and other objects have methods that a template could call."""
+    """Return JSON types only: images, arrays and other objects have methods that a template could call."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     for plain_type in (str, int, float):

@@ -1,4 +1,4 @@
-"""A question as CLIP's texts, for selections before the decoder that compare it with the picture in CLIP's space.
+"""A question as CLIP's texts, for selections before the decoder that compare it with the image in CLIP's space.
 
 CLIP reads texts of a fixed length, 77 tokens with a start and an end. A longer question becomes several whole texts.
 """
@@ -42,6 +42,7 @@ class ClipTexts:
         Raises:
             ShapeError: If the question needs more texts than the bundle has room for.
         """
+        # Two tokens of each text are its start and its end.
         words, room = self._tokenizer.plain_ids(question), self._spec.length - 2
         needed = num_clip_texts(len(words), length=self._spec.length)
         count = next((count for count in self._counts if count >= needed), None)

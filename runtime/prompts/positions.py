@@ -1,4 +1,4 @@
-"""Position ids of a prompt: plain counting, or M-RoPE's time, row and column for the picture's tokens."""
+"""Position ids of a prompt: plain counting, or M-RoPE's time, row and column for the image's tokens."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ def plain_positions(*, num_rows: int, length: int) -> PromptPositions:
 
 
 def mrope_positions(
-    picture_3N: NDArray[np.int32], *, picture_span: int, num_before: int, num_after: int, num_rows: int
+    image_3N: NDArray[np.int32], *, image_span: int, num_before: int, num_after: int, num_rows: int
 ) -> PromptPositions:
-    """Return M-RoPE positions [3, num_rows] of text, picture, text.
+    """Return M-RoPE positions [3, num_rows] of text, image, text.
 
-    Text counts up on all axes alike. The picture's tokens are offset by where it starts, and the text after it
-    goes on ``picture_span`` later, however many tokens the picture has.
+    Text counts up on all axes alike. The image's tokens are offset by where it starts, and the text after it
+    goes on ``image_span`` later, however many tokens the image has.
     Source: Qwen2_5_VLModel.get_rope_index of transformers 5.23.
 
     Args:
-        picture_3N: Time, row and column of each visual token, from 0.
-        picture_span: Positions that the picture takes; 0 without one.
-        num_before: Text tokens before the picture.
+        image_3N: Time, row and column of each visual token, from 0.
+        image_span: Positions that the image takes; 0 without one.
+        num_before: Text tokens before the image.
         num_after: Text tokens after it.
         num_rows: S, with padding.
     """
-    ids = np.zeros((3, num_rows), np.int32)
+    ids = np.zeros((3, num_rows), np.int32)  # padding rows are masked: any position will do
     ids[:, :num_before] = np.arange(num_before)
-    first_after = num_before + picture_3N.shape[1]
-    ids[:, num_before:first_after] = num_before + picture_3N
-    after = num_before + picture_span
+    first_after = num_before + image_3N.shape[1]
+    ids[:, num_before:first_after] = num_before + image_3N
+    after = num_before + image_span
     ids[:, first_after : first_after + num_after] = after + np.arange(num_after)
     return PromptPositions(ids, after + num_after)

@@ -1,4 +1,4 @@
-"""A question to token ids: checked, put into the chat template, tokenized and split at the picture's place."""
+"""A question to token ids: checked, put into the chat template, tokenized and split at the image's place."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def question_ids(
         tokenizer: The model's.
         template: Its chat template.
         text: Its tokens with a meaning.
-        has_image: Whether there is a picture.
+        has_image: Whether there is an image.
         history: Earlier (question, answer) turns.
         system: System prompt, if any.
 

@@ -41,6 +41,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         """Take over a tokenizer; truncation and padding are switched off, as in Hugging Face."""
+        # tokenizer.json keeps both as they were in training; a truncated prompt would lose its question.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
@@ -70,6 +71,7 @@ class Tokenizer:
     def check_user_text(self, text: str) -> None:
         """Raise ShapeError if a user's text holds a special token, or is not valid Unicode."""
         _check_unicode(text)
+        # A user's text must not end the turn, or place an image, for the model.
         for token in self._special_tokens:
             if token in text:
                 raise ShapeError(f"prompt: expected plain text, got the special token {token!r}; remove it")
@@ -99,7 +101,7 @@ class Tokenizer:
         )
         places = np.flatnonzero(ids == image_token_id)
         if len(places) != int(has_image):
-            what = "with a picture" if has_image else "without a picture"
+            what = "with an image" if has_image else "without an image"
             raise ShapeError(
                 f"prompt: expected {int(has_image)} image token {image_token!r} {what}, got {len(places)};"
                 " remove it from your text"

@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import REDUCED_STAGES
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.images.interface import picture_processing
+from trio_edge.runtime.images.interface import image_processing
 from trio_edge.trio.cost.flops import count_prefill
 from trio_edge.trio.cost.work import vision_work
 
@@ -201,7 +201,7 @@ def test_a_bundle_is_timed_graph_by_graph(reduced_bundle: Path) -> None:
     manifest = open_bundle(reduced_bundle).manifest
     assert list(measured.parts_ms) == [spec.name for spec in manifest.graphs]
     assert sum(measured.parts_ms.values()) <= measured.ttft_ms
-    visual = picture_processing(manifest.image_processing, encoder_keep=None).sizes(*picture.size)["N"]
+    visual = image_processing(manifest.image_processing, encoder_keep=None).sizes(*picture.size)["N"]
     rows = [count + NUM_TEXT for count in (visual, *(keep for _, keep in REDUCED_STAGES))]
     row_bytes = 2 * manifest.dimensions.num_kv_heads * manifest.dimensions.head_size * 4
     layers = [spec.num_layers for spec in manifest.ranges]

@@ -18,12 +18,12 @@ from PIL import Image
 from tests.bundles import export
 from tests.calibration.question_files import questions_about, write_questions
 from tests.engine_bundles import GPU, HOST, copy_bundle
-from trio_edge.calibration.evaluate.questions import read_questions
 from trio_edge.calibration.model.selecting import Probes
 from trio_edge.calibration.model.sequence import no_past, run_layers
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
 from trio_edge.calibration.quantize.quantized_model import quantized_model
+from trio_edge.calibration.questions import read_questions
 from trio_edge.calibration.search import cli as cli_calibrate
 from trio_edge.export import cli
 from trio_edge.export.quantize.graph import SCALE_SUFFIX

@@ -188,7 +188,7 @@ def test_impossible_budgets_are_refused(keep: int, reason: str) -> None:
 
 def test_an_encoder_whose_last_block_sees_windows_only_is_refused() -> None:
     config = random_vision_encoder(depth=3, fullatt_block_indexes=[1]).config
-    with pytest.raises(ScheduleError, match="last block sees the whole picture"):
+    with pytest.raises(ScheduleError, match="last block sees the whole image"):
         check_windowed_keep(10, max_visual=60, vision_config=config)
 
 

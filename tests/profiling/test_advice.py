@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from tests.profiling.test_page import bundle_profile, graph
-from trio_edge.profiling.measure.distribution import distribution
 from trio_edge.profiling.report.advice import advise
 from trio_edge.profiling.report.profile import BundleProfile, GraphProfile
+from trio_edge.profiling.statistics import distribution
 
 
 def one(role: str, milliseconds: float, *, phase: str = "prefill", **more: Any) -> GraphProfile:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,28 +16,27 @@ import msgspec
 import pytest
 from PIL import Image
 
+from trio_edge.profiling import statistics as distribution_module
 from trio_edge.profiling.cli import main
-from trio_edge.profiling.measure import distribution as distribution_module
-from trio_edge.profiling.measure.distribution import distribution, line_fit, median_ratio
+from trio_edge.profiling.measure.ceilings import Ceilings
+from trio_edge.profiling.measure.layers import LayerTime, OperatorTime
+from trio_edge.profiling.measure.machine_info import MachineReport
 from trio_edge.profiling.measure.sensors import sampling_thread
 from trio_edge.profiling.measure.sensors.sampling_thread import SensorRange
 from trio_edge.profiling.page.page import page_html
-from trio_edge.profiling.report import profile as report_module
+from trio_edge.profiling.report import profile as profile_module
 from trio_edge.profiling.report.profile import (
     BundleProfile,
-    Ceilings,
     Comparison,
-    Conditions,
     DecodeStep,
-    Device,
     GraphProfile,
-    LayerTime,
     Load,
-    Memory,
-    OperatorTime,
-    Report,
+    MemoryProfile,
+    ProfileConditions,
+    ProfileReport,
     SizePoint,
 )
+from trio_edge.profiling.statistics import distribution, line_fit, median_ratio
 
 PHONE_WIDTH = 360
 LEAST_TEXT = 8.0
@@ -130,7 +130,7 @@ def bundle_profile(label: str, scale: float) -> BundleProfile:
             )
             for side in (1, 2, 4)
         ),
-        memory=Memory(
+        memory=MemoryProfile(
             weights=14_130_000_000,
             kv_allocated=312_345_678,
             kv_used=123_456_789,
@@ -156,12 +156,12 @@ def bundle_profile(label: str, scale: float) -> BundleProfile:
 
 
 @pytest.fixture(scope="module")
-def report() -> Report:
+def report() -> ProfileReport:
     """A report of a reduced bundle on a Jetson beside one with a name that attacks the page."""
     first, second = bundle_profile("reduced", 1.0), bundle_profile(HOSTILE, 2.5)
-    return Report(
+    return ProfileReport(
         schema_version=1,
-        device=Device(
+        device=MachineReport(
             name="Jetson AGX Orin",
             machine="aarch64",
             system="Linux 5.15.148-tegra",
@@ -173,7 +173,7 @@ def report() -> Report:
             gpu_driver="540.4",
         ),
         versions={"python": "3.10.12", "tensorrt": "10.3.0"},
-        conditions=Conditions(
+        conditions=ProfileConditions(
             started="2026-11-21T12:00:00+00:00",
             backend="tensorrt",
             threads=0,
@@ -204,7 +204,7 @@ def report() -> Report:
 
 
 @pytest.fixture(scope="module")
-def page(report: Report) -> str:
+def page(report: ProfileReport) -> str:
     return page_html(report).decode()
 
 
@@ -254,7 +254,7 @@ def leaves(value: Any) -> list[Any]:
     return [leaf for inner in value for leaf in leaves(inner)] if isinstance(value, list) else [value]
 
 
-def test_every_value_of_the_json_is_on_the_page(report: Report, page: str) -> None:
+def test_every_value_of_the_json_is_on_the_page(report: ProfileReport, page: str) -> None:
     reader = _Reader(page)
     shown = set(" ".join(reader.texts).split())
     text = " ".join(" ".join(reader.texts).split())
@@ -272,7 +272,7 @@ def test_the_docs_name_every_key_of_the_json() -> None:
     named = set(re.findall(r"`\.?(\w+)(?:\[\])?`", text))
     parts = [
         part
-        for module in (report_module, distribution_module, sampling_thread)
+        for module in (profile_module, distribution_module, sampling_thread)
         for part in vars(module).values()
         if isinstance(part, type) and issubclass(part, msgspec.Struct)
     ]
@@ -304,12 +304,16 @@ def test_the_page_is_well_formed_and_needs_nothing_else(
     assert reader.open == []
     assert {"script", "link", "img", "iframe", "object", "embed"}.isdisjoint(tag for tag, _ in reader.tags)
     names = {name for _, attributes in reader.tags for name in attributes}
-    assert names.isdisjoint({"src", "href", "srcset", "data", "action", "style"})
-    assert not re.search(r"url\(|@import|https?:", page)
+    assert names.isdisjoint({"src", "href", "srcset", "data", "action"})
+    links = {attributes["xlink:href"] for _, attributes in reader.tags if "xlink:href" in attributes}
+    ids = [attributes["id"] for _, attributes in reader.tags if "id" in attributes]
+    assert links <= {f"#{name}" for name in ids}
+    assert len(ids) == len(set(ids))
+    assert not re.search(r"url\((?!#)|@import|https?:", page)
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in reader.tags
 
 
-def test_numbers_are_named_by_format(report: Report, page: str) -> None:
+def test_numbers_are_named_by_format(report: ProfileReport, page: str) -> None:
     assert report.bundles[0].numbers == "float16, int4 in prefix, suffix, int8 in head"
     assert "float16, int4 in prefix, suffix, int8 in head;" in page
 
@@ -319,7 +323,7 @@ def test_a_name_cannot_become_markup(page: str) -> None:
     assert html.escape(HOSTILE).replace("&quot;", "&#34;").replace("&#x27;", "&#39;") in page
 
 
-def test_every_plot_is_there_with_marks_inside_its_view(page: str) -> None:
+def test_every_plot_is_there_and_its_marks_say_their_values(page: str) -> None:
     reader = _Reader(page)
     titles = [attributes["aria-label"] for tag, attributes in reader.tags if tag == "svg"]
     assert titles == [
@@ -330,18 +334,31 @@ def test_every_plot_is_there_with_marks_inside_its_view(page: str) -> None:
         "Memory",
         "Roofline",
     ]
-    width = height = 0.0
-    for tag, attributes in reader.tags:
-        if tag == "svg":
-            *_, width, height = map(float, attributes["viewbox"].split())
-        elif tag == "polyline":
-            for point in attributes["points"].split():
-                x, y = map(float, point.split(","))
-                assert 0 <= x <= width and 0 <= y <= height
-        elif tag == "rect":
-            x, length = float(attributes["x"]), float(attributes["width"])
-            assert length >= 0
-            assert x + length <= width
+    assert {attributes["role"] for tag, attributes in reader.tags if tag == "svg"} == {"img"}
+    texts = set(reader.texts)
+    for tip in (
+        "vision: 20.2 ms",
+        "weights: 14,100 MB",
+        "reduced: head, decode: memory-bound, 72 % of bandwidth",
+    ):
+        assert tip in texts
+    assert f"{HOSTILE}: prefix, prefill: memory-bound, 72 % of bandwidth" in texts
+
+
+def test_the_same_values_give_the_same_page(report: ProfileReport, page: str) -> None:
+    assert page_html(report).decode() == page
+
+
+@pytest.mark.parametrize("what", [["BUNDLE"], ["--model", "llava-next-7b", "--predict", "orin-nx-16"]])
+def test_a_page_without_matplotlib_is_refused_with_the_extra_to_install(
+    what: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*what, "--html", str(tmp_path / "page.html")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        '--html: expected matplotlib to be installed, it is not; run pip install "trio-edge[profile]"'
+    )
 
 
 def browse(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -360,10 +377,10 @@ phone.onload = () => {{
     const frame = svg.getBoundingClientRect();
     return {{
       width: frame.width,
-      outside: [...svg.querySelectorAll("text")].filter(text => {{
+      outside: [...svg.querySelectorAll("text, use")].filter(text => {{
         const box = text.getBoundingClientRect();
         return box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1 || box.bottom > frame.bottom + 1;
-      }}).map(text => text.textContent),
+      }}).map(text => text.outerHTML),
       text: 12 * frame.width / svg.viewBox.baseVal.width,
     }};
   }});

@@ -25,7 +25,7 @@ from trio_edge.profiling.predict.speed import Formats, Rates, graph_time
 from trio_edge.profiling.predict.sweep import choose, nearest_text, parse_goal, parse_sweep, sweep
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.cli.console import print_table, wide_console
+from trio_edge.runtime.cli.tables import print_table, wide_console
 from trio_edge.trio.budgets import parse_schedule
 from trio_edge.trio.cost.bundle_work import graph_work
 from trio_edge.trio.cost.devices import DEVICES

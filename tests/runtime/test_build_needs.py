@@ -14,10 +14,10 @@ import pytest
 from tests.engine_bundles import GPU, HOST, copy_bundle
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli import build as cli_build
-from trio_edge.runtime.engines import host as engine_host
+from trio_edge.runtime.devices import machine as engine_host
+from trio_edge.runtime.devices.machine import find_gpu, l4t_release
 from trio_edge.runtime.engines import needs as module
 from trio_edge.runtime.engines.build import BuildOptions
-from trio_edge.runtime.engines.host import find_gpu, l4t_release
 from trio_edge.runtime.engines.needs import BuildNeeds, build_needs
 
 trt: Any = pytest.importorskip(
@@ -136,7 +136,7 @@ def test_json_has_the_same_report(reduced_bundle: Path, capsys: pytest.CaptureFi
 
 def test_json_is_for_dry_runs(reduced_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli_build.main([str(reduced_bundle), "--json"]) == 2
-    assert "--json: expected --dry-run beside it" in capsys.readouterr().err
+    assert "--json: expected --dry-run as well" in capsys.readouterr().err
 
 
 def test_a_jetson_tells_its_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

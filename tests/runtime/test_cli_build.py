@@ -28,9 +28,10 @@ from tests.engine_bundles import HOST, bundle_with_engines, copy_bundle, engine_
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli import build as cli_build
+from trio_edge.runtime.devices import machine as engine_host
+from trio_edge.runtime.devices.machine import Host, find_gpu
 from trio_edge.runtime.engines import build as engine_build
 from trio_edge.runtime.engines import child as engine_child
-from trio_edge.runtime.engines import host as engine_host
 from trio_edge.runtime.engines.build import BuildOptions, BuildProgress, build_engines, plan_build
 from trio_edge.runtime.engines.child import (
     optimization_profile,
@@ -40,10 +41,9 @@ from trio_edge.runtime.engines.child import (
     write_timing_cache,
 )
 from trio_edge.runtime.engines.files import read_engine_set
-from trio_edge.runtime.engines.host import Host, find_gpu
-from trio_edge.runtime.engines.network import Network, block_sizes
+from trio_edge.runtime.engines.network import Network
 from trio_edge.runtime.engines.package import TensorRT, choose_backend, load_tensorrt
-from trio_edge.runtime.engines.passes import separate_products, split_lm_head
+from trio_edge.runtime.engines.passes import block_sizes, separate_products, split_lm_head
 
 trt: Any = pytest.importorskip(
     "tensorrt_rtx", reason="needs tensorrt-rtx, which has wheels for x86-64 Linux only; runs in CI"

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from tests.pictures import random_picture
+from trio_edge.runtime import pipeline as pipeline_module
 from trio_edge.runtime.cli import inspect as cli_inspect
 from trio_edge.runtime.cli import run as cli_run
+from trio_edge.runtime.images import reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,6 +60,23 @@ def test_show_kept_draws_a_panel_for_each_stage(reduced_bundle: Path, picture: P
         assert image.width > 2 * 100
 
 
+def test_an_image_that_is_drawn_is_read_once(
+    reduced_bundle: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[object] = []
+
+    def open_image(source: Path) -> Image.Image:
+        read.append(source)
+        return original(source)
+
+    original = reading.open_image
+    for module in (reading, pipeline_module):
+        monkeypatch.setattr(module, "open_image", open_image)
+    arguments = [str(reduced_bundle), "--image", str(picture), "--prompt", "w1"]
+    assert cli_run.main([*arguments, "--show-kept", str(tmp_path / "kept.png")]) == 0
+    assert read == [picture]
+
+
 def test_compare_full_prints_both_answers_and_ratios(
     reduced_bundle: Path, keep_all_bundle: Path, picture: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,7 +114,7 @@ def test_compare_full_of_a_bundle_with_itself_has_no_divergence(
 
 REQUESTS: dict[str, tuple[list[str], str]] = {
     "missing_picture": (["--image", "nowhere.png", "--prompt", "w1"], "nowhere.png"),
-    "two_pictures": (["--image", "P", "--image", "P", "--prompt", "w1"], "one picture"),
+    "two_pictures": (["--image", "P", "--image", "P", "--prompt", "w1"], "one image"),
     "no_prompt": (["--image", "P"], "--prompt"),
     "empty_text_picture": (["--image", "EMPTY", "--prompt", "w1"], "expected"),
     "not_a_picture": (["--image", "TEXT", "--prompt", "w1"], "expected"),

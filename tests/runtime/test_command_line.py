@@ -10,7 +10,7 @@ import pytest
 
 _PRINTS = """
 import sys, click
-from trio_edge.runtime.command_line import run
+from trio_edge.runtime.cli.console import run
 sys.exit(run(click.Command("speak", callback=lambda: print("word " * {count})), []))
 """
 _FULL = Path("/dev/full")

@@ -24,8 +24,8 @@ from tests.engine_bundles import HOST, copy_bundle, replace_bytes
 from tests.pictures import random_picture
 from trio_edge.runtime.backends import registry as module
 from trio_edge.runtime.backends import tensorrt as backend_tensorrt
-from trio_edge.runtime.backends.graph_run import GraphRun
 from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.backends.single_graph import SingleGraph
 from trio_edge.runtime.backends.tensorrt import TensorRTEngine
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.reader import open_bundle, sha256_of
@@ -33,7 +33,7 @@ from trio_edge.runtime.cli.run import main
 from trio_edge.runtime.decoder import Decoder
 from trio_edge.runtime.devices import cuda as device_cuda
 from trio_edge.runtime.devices.interface import array_at
-from trio_edge.runtime.engines.host import Host
+from trio_edge.runtime.devices.machine import Host
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -301,7 +301,7 @@ def test_what_cannot_be_released_keeps_nothing_else(
 
 def test_one_graph_alone_is_timed_and_captured(folder: Path, cuda: CudaOnHost) -> None:
     graphs = make_backend("tensorrt").load(open_bundle(folder), ["head"])
-    head = GraphRun(graphs, "head", profile="decode")
+    head = SingleGraph(graphs, "head", profile="decode")
     hidden = np.ones((*head.spec.inputs[0].shape[:1], 1, *head.spec.inputs[0].shape[2:]), np.float32)
     outputs = head.run({"hidden_states": hidden, "last_row": np.zeros(1, np.int32)})
     order = np.argsort(-outputs["logits"][0], kind="stable")[: len(outputs["top_ids"])]
@@ -311,7 +311,7 @@ def test_one_graph_alone_is_timed_and_captured(folder: Path, cuda: CudaOnHost) -
     assert head.milliseconds(3) > 0
     assert len(named(cuda.calls, "cudaGraphLaunch")) == 3
     cuda.uncapturable = "head"
-    again = GraphRun(graphs, "head", profile="decode")
+    again = SingleGraph(graphs, "head", profile="decode")
     again.capture()
     assert again.milliseconds(3) > 0
     assert len(named(cuda.calls, "cudaGraphLaunch")) == 3

@@ -52,16 +52,16 @@ def plain_answer(pipeline: Pipeline, plain: PlainDecoder, picture: Any, prompt: 
     """Return the greedy answer of the graphs alone; the pipeline only prepares text and picture."""
     manifest, embedding = pipeline.manifest, pipeline._embedding
     ids = pipeline._encode(prompt, has_image=picture is not None, history=(), system=None)
-    seen = pipeline._nothing_seen()
+    seen = pipeline._vision.without_image()
     visual: Any = seen.tokens
     if picture is not None:
-        prepared = pipeline._prepare(picture, prompt)
-        seen = pipeline._see(prepared, ids)
+        prepared = pipeline._vision.prepare(picture, prompt)
+        seen = pipeline._encode_image(prepared, ids)
         pipeline._graphs.device.synchronize()
         outputs = plain.run("vision", prepared.inputs)
         visual = outputs["visual_tokens"]
         if manifest.token_keep is not None:
-            more, _ = pipeline._reduce_inputs(prepared, ids)
+            more, _ = pipeline._vision._reduce_inputs(prepared, embedding[ids.after], pipeline._bucket(ids))
             known = {name: outputs[name] for name in manifest.graph("reduce").input_names if name in outputs}
             visual = plain.run("reduce", more | known)["reduced_tokens"]
         visual = visual[: seen.tokens.shape[0]]

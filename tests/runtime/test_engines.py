@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from trio_edge.runtime.devices.machine import Host
     from trio_edge.runtime.engines.files import Engines
-    from trio_edge.runtime.engines.host import Host
 
 pytest.importorskip(
     "tensorrt_rtx", reason="needs tensorrt-rtx, which has wheels for x86-64 Linux only; runs in CI"
@@ -188,11 +188,11 @@ BREAKAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other_profiles": (lambda bundle: edit_entry(bundle, profiles=[]), r"expected the bundle's profiles"),
     "path_outside": (
         lambda bundle: edit_entry(bundle, file="../trio.json"),
-        r"expected a file beside engines\.json",
+        r"expected a file next to engines\.json",
     ),
     "absolute_path": (
         lambda bundle: edit_entry(bundle, file="/etc/passwd"),
-        r"expected a file beside engines\.json",
+        r"expected a file next to engines\.json",
     ),
     "unknown_key": (lambda bundle: edit(bundle, surprise=1), r"surprise"),
     "wrong_type": (lambda bundle: edit(bundle, platform=3), r"platform"),

@@ -124,9 +124,9 @@ def test_a_prompt_without_image_is_all_before():
 @pytest.mark.parametrize(
     ("text", "has_image", "message"),
     [
-        ("<image> what is <image>?", True, "expected 1 image token '<image>' with a picture, got 2"),
-        ("what?", True, "expected 1 image token '<image>' with a picture, got 0"),
-        ("what is <image>?", False, "expected 0 image token '<image>' without a picture, got 1"),
+        ("<image> what is <image>?", True, "expected 1 image token '<image>' with an image, got 2"),
+        ("what?", True, "expected 1 image token '<image>' with an image, got 0"),
+        ("what is <image>?", False, "expected 0 image token '<image>' without an image, got 1"),
     ],
 )
 def test_another_number_of_image_tokens_is_refused(text, has_image, message):

@@ -19,11 +19,11 @@ from tests.reference.token_selectors import cdpruner, clip_importance, clip_rele
 from tests.spec.test_selectors_through_bundles import Sequence, through_the_decoder
 from tests.tolerances import LOGITS_FLOAT32
 from tests.trio.selectors.token_graph import Case
-from trio_edge.calibration.evaluate.answer_cost import prefill_flops
+from trio_edge.calibration.evaluate.running.answer_cost import prefill_flops
 from trio_edge.profiling.predict.answer import memory_of
 from trio_edge.profiling.predict.plan import plan_for
-from trio_edge.runtime.backends.graph_run import GraphRun
 from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.backends.single_graph import SingleGraph
 from trio_edge.runtime.bundle.errors import ShapeError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule
@@ -150,7 +150,7 @@ def test_the_text_tower_gives_hugging_faces_tokens_whatever_stands_behind_the_en
     ids = np.full((8, LENGTH), 59, np.int32)
     ids[0, :4], ids[1, :6] = [58, 3, 4, 59], [58, 1, 2, 3, 4, 59]
     ids[1, 6:] = 7
-    texts = GraphRun(graphs, "clip_text", profile=profiles[-1].name).run({"clip_ids": ids})["clip_texts"]
+    texts = SingleGraph(graphs, "clip_text", profile=profiles[-1].name).run({"clip_ids": ids})["clip_texts"]
     graphs.close()
     np.testing.assert_allclose(texts[0, :4], clip.texts("w3 w4")[0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(texts[1, :6], clip.texts("w1 w2 w3 w4")[0], rtol=1e-4, atol=1e-5)

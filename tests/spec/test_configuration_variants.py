@@ -22,7 +22,6 @@ from trio_edge.export.checkpoints.text_files import read_text_files
 from trio_edge.export.families.decoder import read_config
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.runtime.images.llava import prepare
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def answers_agree(checkpoint: Path, pipeline: Pipeline, *, num_tokens: int) -> l
     """Compare tokens and first logits with Hugging Face's own generate, and return the tokens."""
     original = Original.load(checkpoint)
     picture = random_picture(*PICTURE, seed=3)
-    pixels = prepare(picture, pipeline.pictures.processing).pixel_values
+    pixels = pipeline.images.prepare(picture)["pixel_values"]
     tokens, logits = original.generate(
         picture, original.render(PROMPT), num_tokens=num_tokens, pixel_values=pixels
     )
@@ -109,7 +108,7 @@ def test_yarn_small_heads_and_biases_keep_the_tokens_of_plain_torch(tmp_path: Pa
         picture = random_picture(*PICTURE, seed=3)
         answer = pipeline.generate(picture, PROMPT, max_new_tokens=1)
         _ = answer.text
-        pixels = prepare(picture, pipeline.pictures.processing).pixel_values
+        pixels = pipeline.images.prepare(picture)["pixel_values"]
     inputs = original.processor(images=picture, text=original.render(PROMPT), return_tensors="pt")
     with torch.no_grad():
         features = original.model.get_image_features(

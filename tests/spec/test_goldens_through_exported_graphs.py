@@ -11,7 +11,7 @@ from tests.goldens import GOLDEN_NAMES, Golden, golden_bundle, load_golden, need
 from tests.tolerances import LOGITS_FLOAT32, SALIENCY_FLOAT32
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.decoder import Decoder, PrefillResult, Prompt
+from trio_edge.runtime.decoder import Decoder, DecoderPrompt, PrefillResult
 from trio_edge.runtime.prompts.positions import plain_positions
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Run:
         end = start + golden.settings["visual_tokens"]
         self.golden = golden
         self.prefill: PrefillResult = decoder.prefill(
-            Prompt(
+            DecoderPrompt(
                 before=embeds[:start],
                 visual=embeds[start:end],
                 after=embeds[end:],

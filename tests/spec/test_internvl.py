@@ -82,8 +82,8 @@ def hugging_face_inputs(
     )
     inputs = dict(theirs(images=picture, text=text, return_tensors="pt", **images))
     if picture is not None:
-        sizes = pipeline.pictures.sizes(*picture.size)
-        pixels = torch.from_numpy(pipeline.pictures.prepare(picture, sizes)["pixel_values"])
+        sizes = pipeline.images.sizes(*picture.size)
+        pixels = torch.from_numpy(pipeline.images.prepare(picture, sizes)["pixel_values"])
         assert pixels.shape == inputs["pixel_values"].shape
         inputs["pixel_values"] = pixels
     return inputs
@@ -151,7 +151,7 @@ def test_reduced_bundle_equals_plain_torch(model: Any, reduced: Pipeline, size: 
 
 
 def test_the_camera_has_no_padding(reduced: Pipeline) -> None:
-    prepared = reduced._prepare(random_picture(*CAMERA), PROMPTS[0])
+    prepared = reduced._vision.prepare(random_picture(*CAMERA), PROMPTS[0])
     assert len(prepared.inputs["token_index"]) == prepared.num_visual == 4 * TOKENS_PER_TILE
     assert len(prepared.inputs["pixel_values"]) == 4
 
@@ -160,7 +160,7 @@ def test_the_thumbnail_is_drawn_as_an_overview(reduced: Pipeline) -> None:
     picture = random_picture(*CAMERA)
     answer = reduced.generate(picture, PROMPTS[0], max_new_tokens=1)
     _ = answer.text
-    overview = reduced.pictures.overview_tokens(*picture.size)
+    overview = reduced.images.layout(*picture.size).overview
     np.testing.assert_allclose(answer.boxes[overview[0], :2], 0)
     np.testing.assert_allclose(answer.boxes[overview[-1], 2:], CAMERA)
     assert len(answer.boxes) == overview.stop == 4 * TOKENS_PER_TILE
@@ -231,9 +231,9 @@ def test_tied_bfloat16_checkpoint_is_exported_as_float16(tmp_path: Path) -> None
 
 def test_max_visual_limits_the_tiles(folder: Path) -> None:
     checkpoint = read_checkpoint(str(folder))
-    limited = InternVl().picture_processing(checkpoint, encoder_keep=None, max_visual=4 * TOKENS_PER_TILE + 3)
+    limited = InternVl().image_processing(checkpoint, encoder_keep=None, max_visual=4 * TOKENS_PER_TILE + 3)
     assert limited.to_dict()["max_tiles"] == 3
-    assert limited.any_picture_sizes()[-1]["N"] == 4 * TOKENS_PER_TILE
+    assert limited.any_image_sizes()[-1]["N"] == 4 * TOKENS_PER_TILE
 
 
 def test_fewer_visual_tokens_than_a_tile_has_are_refused(folder: Path) -> None:
@@ -285,6 +285,6 @@ def test_configurations_that_cannot_be_followed_are_refused(
     (folder / "config.json").write_text(json.dumps({**json.loads(original), **change}))
     try:
         with pytest.raises(CheckpointError, match=message):
-            InternVl().picture_processing(checkpoint, encoder_keep=None, max_visual=None)
+            InternVl().image_processing(checkpoint, encoder_keep=None, max_visual=None)
     finally:
         (folder / "config.json").write_text(original)

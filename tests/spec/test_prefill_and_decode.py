@@ -13,7 +13,7 @@ from tests.pictures import random_picture
 from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.runtime.bundle.errors import ShapeError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.runtime.decoder import PrefillResult, Prompt
+from trio_edge.runtime.decoder import DecoderPrompt, PrefillResult
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.prompts.positions import plain_positions
 
@@ -51,7 +51,7 @@ def test_decode_equals_a_longer_prefill(keep_all: Pipeline) -> None:
 
     def prefill(count: int) -> PrefillResult:
         return decoder.prefill(
-            Prompt(
+            DecoderPrompt(
                 before=rows[:3],
                 visual=rows[3:23],
                 after=rows[23:count],
@@ -75,7 +75,7 @@ def test_every_bucket_gives_the_same_answer(kind: str, request: pytest.FixtureRe
     small, large = pipeline.manifest.text_buckets[0], pipeline.manifest.text_buckets[-1]
     ids = pipeline._encode(PROMPT, has_image=True, history=(), system=None)
     assert ids.num_tokens <= small < large
-    seen = pipeline._see(pipeline._prepare(picture, PROMPT), ids)
+    seen = pipeline._encode_image(pipeline._vision.prepare(picture, PROMPT), ids)
     hidden = pipeline.manifest.dimensions.hidden_size
     results = []
     for bucket in (small, large):
@@ -136,8 +136,8 @@ def test_image_sizes_leave_no_visual_padding(checkpoint: Path, reduced: Pipeline
         ]
         assert manifest.max_visual == reduced.manifest.max_visual
         for size in manifest.image_sizes:
-            prepared = pipeline._prepare(random_picture(size.width, size.height), PROMPT)
-            assert len(prepared.inputs["token_index"]) == prepared.num_visual == size.num_visual
+            prepared = pipeline._vision.prepare(random_picture(size.width, size.height), PROMPT)
+            assert len(prepared.inputs["token_index"]) == prepared.layout.num_visual == size.num_visual
 
 
 def test_only_image_sizes_refuses_a_larger_picture(checkpoint: Path, reduced: Pipeline) -> None:
@@ -158,7 +158,7 @@ def test_history_reaches_the_model(checkpoint: Path, keep_all: Pipeline) -> None
         {"role": "user", "content": [{"type": "text", "text": "w4 w5"}]},
     ]
     text = original.processor.apply_chat_template(messages, add_generation_prompt=True)
-    pixels = keep_all._prepare(picture, PROMPT).inputs["pixel_values"]
+    pixels = keep_all._vision.prepare(picture, PROMPT).inputs["pixel_values"]
     tokens, _ = original.generate(picture, text, num_tokens=10, pixel_values=pixels)
     answer = keep_all.generate(picture, "w4 w5", history=[("w1 w2", "w3")], max_new_tokens=10)
     _ = answer.text

@@ -144,7 +144,7 @@ def test_decode_after_a_reduction_goes_on_at_the_original_positions(
 
 
 def test_the_camera_has_no_padding(reduced: Pipeline) -> None:
-    prepared = reduced._prepare(random_picture(*CAMERA), PROMPTS[0])
+    prepared = reduced._vision.prepare(random_picture(*CAMERA), PROMPTS[0])
     inputs = prepared.inputs
     assert len(inputs["token_index"]) == prepared.num_visual
     assert inputs["num_patches"][0] == len(inputs["pixel_values"])
@@ -155,8 +155,8 @@ def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(folder: Pa
     schedule = Schedule(stages=(Stage(layer=2, keep=4),), positions="preserved")
     bundle = export(folder, schedule=schedule, image_sizes=(CAMERA,), encoder_keep=0.4)
     with Pipeline.from_bundle(bundle) as pipeline:
-        prepared = pipeline._prepare(random_picture(*CAMERA, seed=2), PROMPTS[0])
-        seen = pipeline._see(prepared, NO_TEXT)
+        prepared = pipeline._vision.prepare(random_picture(*CAMERA, seed=2), PROMPTS[0])
+        seen = pipeline._encode_image(prepared, NO_TEXT)
         boxes = pipeline._boxes(prepared)
         assert seen.tokens.shape[0] == seen.rows == boxes.shape[0] == seen.positions.shape[1] == 8
         assert seen.position_span == 5
@@ -167,7 +167,10 @@ def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(folder: Pa
         assert answer.statistics.visual_tokens == 8
         assert answer.statistics.kept_tokens == (4,)
         assert (
-            pipeline._see(pipeline._prepare(random_picture(56, 56), PROMPTS[0]), NO_TEXT).tokens.shape[0] == 4
+            pipeline._encode_image(
+                pipeline._vision.prepare(random_picture(56, 56), PROMPTS[0]), NO_TEXT
+            ).tokens.shape[0]
+            == 4
         )
 
 

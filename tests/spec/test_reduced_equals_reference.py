@@ -13,7 +13,6 @@ from tests.hugging_face import Original
 from tests.pictures import random_picture
 from tests.spec.reduced_reference import PRESERVED_ANSWER_ROWS, reduced_logits
 from tests.tolerances import LOGITS_FLOAT32
-from trio_edge.runtime.images.llava import prepare
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def assert_equals_plain_torch(checkpoint: Path, bundle: Path) -> None:
             picture = random_picture(*size, seed=size[0])
             answer = pipeline.generate(picture, "w1 w2 w3 w4 w5 w6", max_new_tokens=1)
             _ = answer.text
-            pixels = prepare(picture, pipeline.pictures.processing).pixel_values
+            pixels = pipeline.images.prepare(picture)["pixel_values"]
             inputs = original.processor(
                 images=picture, text=original.render("w1 w2 w3 w4 w5 w6"), return_tensors="pt"
             )

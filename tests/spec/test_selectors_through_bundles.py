@@ -18,10 +18,9 @@ from tests.hugging_face import Original
 from tests.pictures import random_picture
 from tests.spec.reduced_reference import causal_layer
 from tests.tolerances import LOGITS_FLOAT32
-from trio_edge.calibration.evaluate.answer_cost import prefill_flops, processed_tokens
+from trio_edge.calibration.evaluate.running.answer_cost import prefill_flops, processed_tokens
 from trio_edge.export.token_selectors import stage_selector, token_selector
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.runtime.images.llava import prepare, token_index
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.trio.selectors.interface import PromptInputs, Selection, StageInputs, TokenInputs
 
@@ -50,9 +49,9 @@ class Sequence:
 
     def __init__(self, original: Original, pipeline: Pipeline, picture: Any, prompt: str = PROMPT) -> None:
         self.model = original.model
-        processing: Any = pipeline.pictures.processing  # type: ignore[attr-defined]
-        self.pixels = torch.from_numpy(prepare(picture, processing).pixel_values)
-        self.index = torch.from_numpy(token_index(*picture.size, processing)).long()
+        processing: Any = pipeline.images  # type: ignore[attr-defined]
+        self.pixels = torch.from_numpy(processing.prepare(picture)["pixel_values"])
+        self.index = torch.from_numpy(processing.token_index(*picture.size)).long()
         inputs = original.processor(images=picture, text=original.render(prompt), return_tensors="pt")
         with torch.no_grad():
             self.tokens = self.model.get_image_features(

@@ -16,7 +16,6 @@ from tests.pictures import random_picture
 from tests.shared_folder import made_once
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.export.checkpoints.checkpoint import TINY_FOLDER
-from trio_edge.runtime.images.llava import prepare
 from trio_edge.runtime.pipeline import Pipeline
 
 SIZES = [(48, 48), (31, 77), (100, 40), (24, 24), (1, 1), (300, 33), (64, 63)]
@@ -66,7 +65,7 @@ def test_keep_all_bundle_gives_the_tokens_of_hugging_face(
     prompt = (TINY_PROMPTS if is_tiny else PROMPTS)[prompt_number]
     scale = 2 if is_tiny else 1
     picture = random_picture(scale * size[0], scale * size[1], seed=seed)
-    pixels = prepare(picture, pipeline.pictures.processing).pixel_values
+    pixels = pipeline.images.prepare(picture)["pixel_values"]
     tokens, logits = original.generate(
         picture, original.render(prompt), num_tokens=NUM_STEPS, pixel_values=pixels
     )

@@ -4,40 +4,33 @@ from __future__ import annotations
 
 import base64
 import io
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
-
-from trio_edge.calibration.search.pareto import spread
 from trio_edge.calibration.search.report.plots import (
-    front_plot,
-    importance_plot,
+    front_plots,
+    importance_plots,
     layers_plot,
-    quantization_plot,
+    quantization_plots,
 )
-from trio_edge.runtime.bundle.errors import DataError
+from trio_edge.calibration.search.schedules.pareto import spread
+from trio_edge.profiling.page.figures import check_matplotlib
+from trio_edge.profiling.page.page import render
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from PIL import Image
 
-    from trio_edge.calibration.search.calibrate import Overlay
     from trio_edge.calibration.search.report.calibration_file import Calibration, Measure
+    from trio_edge.calibration.search.report.overlays import Overlay
 
 MAX_ROWS = 20
-"""Of the table of a front; calibration.json has all of it."""
-_TEMPLATE = Path(__file__).parent / "page.html.jinja"
+"""Rows in the table of a front; calibration.json has all of them."""
 
 
 def check_plots() -> None:
     """Raise DataError unless plots can be drawn."""
-    if find_spec("matplotlib") is None:
-        raise DataError(
-            'trio-calibrate: expected matplotlib to be installed, it is not; run pip install "trio-edge[calibrate]"'
-        )
+    check_matplotlib("trio-calibrate", extra="calibrate")
 
 
 def page_of(calibration: Calibration, overlays: Sequence[Overlay], *, command: str) -> str:
@@ -48,20 +41,22 @@ def page_of(calibration: Calibration, overlays: Sequence[Overlay], *, command: s
         overlays: Pictures to show.
         command: That exports the same bundle without calibrating.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"nats": _nats, "percent": _percent, "stages": _stages}
     quantization = calibration.quantization
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    page = render(
+        "trio_edge.calibration.search.report:page.html.jinja",
         calibration=calibration,
         command=command,
         front=spread(calibration.front, MAX_ROWS),
-        front_plot=front_plot(calibration),
+        front_plots=front_plots(calibration),
         layers_plot=layers_plot(calibration),
-        importance_plot=importance_plot(calibration),
-        quantization_plot=quantization_plot(quantization) if quantization and quantization.errors else "",
+        importance_plots=importance_plots(calibration),
+        quantization_plots=quantization_plots(quantization) if quantization else (),
         overlays=[(overlay, _data_uri(overlay.sheet)) for overlay in overlays],
+        nats=_nats,
+        percent=_percent,
+        stages=_stages,
     )
+    return page.decode()
 
 
 def _nats(measure: Measure) -> str:

@@ -1,197 +1,126 @@
-"""The plots of a calibration as SVG text that can stand inside a page: no file, no window, no network."""
+"""The figures of a calibration's page."""
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trio_edge.profiling.page.charts import Curve, Point, draw_curve, draw_points, show_zero
+from trio_edge.profiling.page.figures import LIGHT, Drawing, Plot, canvas, colour
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from trio_edge.calibration.quantize.report import GroupError, QuantizationReport
-    from trio_edge.calibration.search.report.calibration_file import Calibration, FrontPoint
+    from trio_edge.calibration.search.report.calibration_file import Calibration, FrontPoint, Measure
 
-_INK, _FAINT = "#20222b", "#6e7278"
-_SEARCH, _HELD_OUT, _CHOSEN, _USUAL = "#9aa1ab", "#1f6feb", "#c43d00", "#7a4fb5"
 _LEAST_KL = 1e-5
 """Nats; what is smaller is drawn here, where the logarithm ends."""
+_HELD_OUT, _CHOSEN, _USUAL, _SEARCH = colour(0), colour(1), colour(4), "other"
+_KL = "KL to keep-all, nats"
 
 
-def front_plot(calibration: Calibration) -> str:
+def front_plots(calibration: Calibration) -> list[Plot]:
     """Return divergence and agreement against cost, with 95 % intervals of the held-out samples."""
-    figure = _figure(height=4.0)
-    left, right = figure.subplots(1, 2)
-    front = calibration.front
-    costs = [_cost(calibration, point) for point in front]
-    left.plot(
-        costs,
-        [_visible(point.search.kl.value) for point in front],
-        "o-",
-        color=_SEARCH,
-        markersize=3,
-        linewidth=1,
-        label="search samples",
-    )
-    _with_intervals(left, costs, front, "kl", color=_HELD_OUT, label="held-out samples")
-    _with_intervals(right, costs, front, "agreement", color=_HELD_OUT, label="held-out samples")
+    legend = [(_SEARCH, "search samples"), (_HELD_OUT, "held-out samples"), (_CHOSEN, "chosen")]
+    if calibration.usual is not None:
+        legend.append((_USUAL, "trio-export's own, same keep"))
+    return [_divergence(calibration, legend), _agreement(calibration, [legend[1], *legend[2:]])]
+
+
+def _divergence(calibration: Calibration, legend: Sequence[tuple[str, str]]) -> Plot:
+    title = "Divergence against cost"
+    with canvas(title, x_label=_cost_label(calibration), y_label=_KL) as drawn:
+        drawn.axes.set_yscale("log")
+        search = [_point(_cost(calibration, one), _visible(one.search.kl.value)) for one in calibration.front]
+        draw_curve(drawn, Curve("search samples", search), _SEARCH)
+        _draw_front(drawn, calibration, "kl")
+        if calibration.options.max_kl:
+            drawn.axes.axhline(calibration.options.max_kl, color=LIGHT[_CHOSEN], linewidth=1, linestyle="--")
+    return Plot(title=title, note="", svg=drawn.svg, legend=legend)
+
+
+def _agreement(calibration: Calibration, legend: Sequence[tuple[str, str]]) -> Plot:
+    title = "Agreement against cost"
+    with canvas(title, x_label=_cost_label(calibration), y_label="same answer as keep-all, %") as drawn:
+        _draw_front(drawn, calibration, "agreement")
+    return Plot(title=title, note="", svg=drawn.svg, legend=legend)
+
+
+def _draw_front(drawn: Drawing, calibration: Calibration, measure: str) -> None:
+    """Draw the held-out samples of all points, and mark the chosen one and what trio-export takes by itself."""
+    points = [_held_out(calibration, one, measure) for one in calibration.front]
+    draw_points(drawn, Curve("held-out samples", points), _HELD_OUT)
     marked = [(calibration.chosen, "*", _CHOSEN, "chosen")]
     if calibration.usual is not None:
-        marked.append((calibration.usual, "D", _USUAL, "trio-export's own, same keep"))
-    for point, marker, color, label in marked:
-        for axes, value in (
-            (left, _visible(point.held_out.kl.value)),
-            (right, 100 * point.held_out.agreement.value),
-        ):
-            size = 13 if marker == "*" else 6
-            axes.plot(
-                [_cost(calibration, point)],
-                [value],
-                marker,
-                color=color,
-                markersize=size,
-                label=label,
-                zorder=5,
-            )
-    if calibration.options.max_kl:
-        left.axhline(calibration.options.max_kl, color=_CHOSEN, linewidth=0.8, linestyle="--")
-    left.set_yscale("log")
-    left.set_ylabel("KL to keep-all, nats")
-    right.set_ylabel("same answer as keep-all, %")
-    for axes in (left, right):
-        axes.set_xlabel(_cost_label(calibration))
-    left.legend(frameon=False, fontsize=8)
-    return _svg(figure, name="front")
+        marked.insert(0, (calibration.usual, "D", _USUAL, "trio-export's own"))  # the star stays on top
+    for one, marker, style, name in marked:
+        point = _held_out(calibration, one, measure)
+        alone = Curve(name, [_point(point.at, point.value)])
+        draw_points(drawn, alone, style, marker=marker, size=14)
 
 
-def layers_plot(calibration: Calibration) -> str:
+def layers_plot(calibration: Calibration) -> Plot:
     """Return the divergence of each single stage by its layer, one line per budget."""
-    figure = _figure(height=3.6)
-    axes = figure.subplots()
-    keeps = sorted({stage.keep for stage in calibration.single_stages})
-    colors = _shades(len(keeps))
-    for keep, color in zip(keeps, colors):
-        stages = sorted(
-            (stage for stage in calibration.single_stages if stage.keep == keep),
-            key=lambda stage: stage.layer,
-        )
-        axes.plot(
-            [stage.layer for stage in stages],
-            [_visible(stage.kl) for stage in stages],
-            "o-",
-            markersize=3,
-            linewidth=1.2,
-            color=color,
-            label=f"keep {keep}",
-        )
-    _mark_stages(axes, calibration)
-    axes.set_yscale("log")
-    axes.set_xlabel("layer in front of which one stage alone reduces")
-    axes.set_ylabel("KL to keep-all, nats")
-    axes.legend(frameon=False, fontsize=8, ncols=2)
-    return _svg(figure, name="layers")
+    title, keeps = "Error of one stage alone", sorted({stage.keep for stage in calibration.single_stages})
+    with canvas(title, x_label="layer in front of which it reduces", y_label=_KL) as drawn:
+        drawn.axes.set_yscale("log")
+        for index, keep in enumerate(keeps):
+            stages = sorted(
+                (one.layer, _visible(one.kl)) for one in calibration.single_stages if one.keep == keep
+            )
+            draw_curve(drawn, Curve(f"keep {keep}", [_point(*stage) for stage in stages]), colour(index))
+        _mark_stages(drawn, calibration)
+    legend = [(colour(index), f"keep {keep}") for index, keep in enumerate(keeps)]
+    return Plot(title=title, note="", svg=drawn.svg, legend=legend)
 
 
-def importance_plot(calibration: Calibration) -> str:
+def importance_plots(calibration: Calibration) -> list[Plot]:
     """Return attention, saliency and its concentration by layer."""
-    figure = _figure(height=3.2)
-    parts = figure.subplots(1, 3)
-    layers = [layer.layer for layer in calibration.importance]
-    curves = (
-        ("attention on visual tokens, %", [100 * layer.attention_share for layer in calibration.importance]),
-        ("saliency mass, nats", [layer.saliency_mass for layer in calibration.importance]),
-        ("tokens that carry it, %", [100 * layer.effective_share for layer in calibration.importance]),
-    )
-    for axes, (title, values) in zip(parts, curves):
-        axes.plot(layers, values, "o-", markersize=3, linewidth=1.2, color=_HELD_OUT)
-        _mark_stages(axes, calibration)
-        axes.set_title(title, fontsize=10, color=_INK)
-        axes.set_xlabel("layer")
-        axes.set_ylim(bottom=0)
-    return _svg(figure, name="importance")
+    layers = calibration.importance
+    values = {
+        "attention on visual tokens, %": [100 * one.attention_share for one in layers],
+        "saliency mass, nats": [one.saliency_mass for one in layers],
+        "tokens that carry it, %": [100 * one.effective_share for one in layers],
+    }
+    plots = []
+    for name, shown in values.items():
+        with canvas(name, x_label="layer") as drawn:
+            points = [_point(one.layer, value) for one, value in zip(layers, shown)]
+            draw_curve(drawn, Curve(name, points), _HELD_OUT)
+            _mark_stages(drawn, calibration)
+            show_zero(drawn)
+        plots.append(Plot(title=name[0].upper() + name[1:], note="", svg=drawn.svg))
+    return plots
 
 
-def quantization_plot(report: QuantizationReport) -> str:
-    """Return the error of every group of linear layers by layer, and what rounding to nearest would leave.
-
-    A row of vision layers, if they are quantized, and one of decoder layers; empty if neither are.
-    """
-    rows: dict[str, dict[str, list[GroupError]]] = {}
+def quantization_plots(report: QuantizationReport) -> list[Plot]:
+    """Return the error of every group of linear layers by layer, and what rounding to nearest would leave."""
+    groups: dict[str, list[GroupError]] = {}
     for error in report.errors:
         if error.layer is not None:
-            rows.setdefault(error.part, {}).setdefault(error.group, []).append(error)
-    if not rows:
-        return ""
-    figure = _figure(height=0.4 + 3.0 * len(rows))
-    panels = figure.subplots(len(rows), 4, sharey=True, squeeze=False)
-    for row, (part, by_group) in zip(panels, rows.items()):
-        for axes, (group, errors) in zip(row, by_group.items()):
-            _error_panel(axes, errors)
-            axes.set_title(f"{part}: {group.replace('_', ', ')}", fontsize=10, color=_INK)
-        for axes in row[len(by_group) :]:  # groups that INT4 cannot express
-            axes.remove()
-        row[0].set_ylabel("squared error of the outputs, %")
-    panels[0, 0].legend(frameon=False, fontsize=8)
-    return _svg(figure, name="quantization")
+            groups.setdefault(f"{error.part}: {error.group.replace('_', ', ')}", []).append(error)
+    styles = {"rounded": _SEARCH, "calibrated": _HELD_OUT}
+    plots = []
+    for title, errors in groups.items():
+        with canvas(title, x_label="layer", y_label="squared error of the outputs, %") as drawn:
+            drawn.axes.set_yscale("log")
+            for name, style in styles.items():
+                points = [_point(error.layer or 0, 100 * getattr(error, name)) for error in errors]
+                draw_curve(drawn, Curve(name, points), style)
+        legend = [(style, name) for name, style in styles.items()]
+        plots.append(Plot(title=title, note="", svg=drawn.svg, legend=legend))
+    return plots
 
 
-def _error_panel(axes: Any, errors: Sequence[GroupError]) -> None:
-    layers = [error.layer for error in errors]
-    for name, color in (("rounded", _SEARCH), ("calibrated", _HELD_OUT)):
-        shares = [100 * getattr(error, name) for error in errors]
-        axes.plot(layers, shares, "o-", markersize=3, linewidth=1.2, color=color, label=name)
-    axes.set_xlabel("layer")
-    axes.set_yscale("log")
+def _held_out(calibration: Calibration, point: FrontPoint, measure: str) -> Point:
+    found: Measure = getattr(point.held_out, measure)
+    values = (found.interval_95[0], found.value, found.interval_95[1])
+    low, value, high = map(_visible, values) if measure == "kl" else (100 * one for one in values)
+    return Point(_cost(calibration, point), min(low, value), value, max(high, value))
 
 
-def _figure(*, height: float) -> Any:
-    from matplotlib.figure import Figure  # without pyplot: no window, no state
-
-    return Figure(figsize=(9.6, height), layout="constrained")
-
-
-def _svg(figure: Any, *, name: str) -> str:
-    """Return the figure as an ``svg`` element; ids are its own, so that several can stand in one page."""
-    import matplotlib
-
-    for axes in figure.axes:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=_FAINT, labelsize=8)
-    out = io.StringIO()
-    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure.savefig(out, format="svg", metadata=nothing)
-    text = out.getvalue()
-    element = text[text.index("<svg") :]
-    for prefix in ('id="', "url(#", 'href="#'):
-        element = element.replace(prefix, f"{prefix}{name}-")
-    return element
-
-
-def _with_intervals(
-    axes: Any, costs: Sequence[float], front: Sequence[FrontPoint], measure: str, *, color: str, label: str
-) -> None:
-    found = [getattr(point.held_out, measure) for point in front]
-    scaled = [
-        (_visible(one.value), *map(_visible, one.interval_95))
-        if measure == "kl"
-        else (100 * one.value, 100 * one.interval_95[0], 100 * one.interval_95[1])
-        for one in found
-    ]
-    below = [max(0.0, value - low) for value, low, _ in scaled]
-    above = [max(0.0, high - value) for value, _, high in scaled]
-    axes.errorbar(
-        list(costs),
-        [value for value, _, _ in scaled],
-        yerr=(below, above),
-        fmt="o",
-        markersize=4,
-        linewidth=1,
-        elinewidth=0.7,
-        capsize=2,
-        color=color,
-        label=label,
-    )
+def _point(at: float, value: float) -> Point:
+    return Point(at, value, value, value)
 
 
 def _cost(calibration: Calibration, point: FrontPoint) -> float:
@@ -204,16 +133,10 @@ def _cost_label(calibration: Calibration) -> str:
     return "GFLOPs of the prefill with the vision encoder"
 
 
-def _mark_stages(axes: Any, calibration: Calibration) -> None:
+def _mark_stages(drawn: Drawing, calibration: Calibration) -> None:
+    drawn.axes.xaxis.get_major_locator().set_params(integer=True)
     for layer, _keep in calibration.chosen.stages:
-        axes.axvline(layer, color=_CHOSEN, linewidth=0.8, linestyle="--")
-
-
-def _shades(count: int) -> list[Any]:
-    import matplotlib
-
-    colors = matplotlib.colormaps["viridis_r"]
-    return [colors(0.15 + 0.8 * index / max(count - 1, 1)) for index in range(count)]
+        drawn.axes.axvline(layer, color=LIGHT[_CHOSEN], linewidth=1, linestyle="--")
 
 
 def _visible(kl: float) -> float:

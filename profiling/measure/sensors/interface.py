@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from trio_edge.profiling.measure.sensors.cpu import CpuClock, Rapl, ThermalZones
 from trio_edge.profiling.measure.sensors.tegrastats import TEGRASTATS, Tegrastats
-from trio_edge.runtime.engines.host import find_gpu, is_jetson
+from trio_edge.runtime.devices.machine import find_gpu, is_jetson
 
 if TYPE_CHECKING:
     from collections.abc import Callable

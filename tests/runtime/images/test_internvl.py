@@ -18,22 +18,22 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
 from tests.pictures import noise_picture, random_picture
 from tests.torchvision_reference import PROCESSORS, TorchvisionReference, load_processor
 from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
-from trio_edge.runtime.images.interface import picture_processing
-from trio_edge.runtime.images.internvl import GridTilePictures, GridTileProcessing
+from trio_edge.runtime.images.interface import image_processing
+from trio_edge.runtime.images.internvl import InternVlImages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 INTERNVL = {name: entry for name, entry in PROCESSORS.items() if name.startswith("InternVL3")}
-DEFAULT = GridTileProcessing(tile_size=448, tokens_per_side=16)
-SMALL = GridTileProcessing(tile_size=24, tokens_per_side=3, max_tiles=6)
-AT_LEAST_3 = GridTileProcessing(tile_size=30, tokens_per_side=5, min_tiles=3, max_tiles=7)
-ONE_TILE = GridTileProcessing(tile_size=28, tokens_per_side=2, max_tiles=1)
+DEFAULT = InternVlImages(tile_size=448, tokens_per_side=16)
+SMALL = InternVlImages(tile_size=24, tokens_per_side=3, max_tiles=6)
+AT_LEAST_3 = InternVlImages(tile_size=30, tokens_per_side=5, min_tiles=3, max_tiles=7)
+ONE_TILE = InternVlImages(tile_size=28, tokens_per_side=2, max_tiles=1)
 ALL = {"default": DEFAULT, "small": SMALL, "at_least_3": AT_LEAST_3, "one_tile": ONE_TILE}
 SIZES = [(1, 1), (24, 24), (48, 48), (49, 47), (100, 20), (20, 100), (1, 300), (71, 50)]
 
 
-def levels(pixel_values: NDArray[np.float32], processing: GridTileProcessing) -> NDArray[np.float32]:
+def levels(pixel_values: NDArray[np.float32], processing: InternVlImages) -> NDArray[np.float32]:
     mean, std = (np.array(values)[:, None, None] for values in (processing.image_mean, processing.image_std))
     result: NDArray[np.float32] = (pixel_values * std + mean) / processing.rescale_factor
     return result
@@ -64,7 +64,7 @@ def test_grids_and_counts_equal_hugging_face(name: str, width: int, height: int)
 def test_pixels_equal_the_processor_that_hugging_face_uses_by_default(
     name: str, size: tuple[int, int], torchvision_reference: TorchvisionReference
 ) -> None:
-    ours = GridTileProcessing.from_preprocessor_config(INTERNVL[name].config, tokens_per_side=4)
+    ours = InternVlImages.from_preprocessor_config(INTERNVL[name].config, tokens_per_side=4)
     pixels = ours.prepare(noise_picture(*size))["pixel_values"]
     theirs = torchvision_reference.theirs(name, size)
     assert len(pixels) == theirs["num_patches"][0]
@@ -77,7 +77,7 @@ def test_tiles_come_in_the_order_of_hugging_faces_pillow_processor(size: tuple[i
     theirs = GotOcr2ImageProcessorPil(
         size={"height": 24, "width": 24}, max_patches=6, crop_to_patches=True, resample=2
     )
-    ours = GridTileProcessing(tile_size=24, tokens_per_side=3, max_tiles=6, resample="bilinear")
+    ours = InternVlImages(tile_size=24, tokens_per_side=3, max_tiles=6, resample="bilinear")
     picture = random_picture(*size)
     expected = theirs(picture, return_tensors="np")["pixel_values"]
     pixels = ours.prepare(picture)["pixel_values"]
@@ -85,13 +85,13 @@ def test_tiles_come_in_the_order_of_hugging_faces_pillow_processor(size: tuple[i
 
 
 def test_internvl3_has_at_most_3328_visual_tokens_in_13_tiles() -> None:
-    assert [sizes["B"] for sizes in DEFAULT.any_picture_sizes()] == [1, 4, 7, 13]
-    assert {sizes["N"] for sizes in DEFAULT.any_picture_sizes()} == {3328}
+    assert [sizes["B"] for sizes in DEFAULT.any_image_sizes()] == [1, 4, 7, 13]
+    assert {sizes["N"] for sizes in DEFAULT.any_image_sizes()} == {3328}
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_picture_has_room_in_the_sizes_for_any_picture(name: str) -> None:
-    shapes = ALL[name].any_picture_sizes()
+    shapes = ALL[name].any_image_sizes()
     own = [ALL[name].sizes(width, height) for width in range(1, 250, 7) for height in range(1, 250, 7)]
     assert all(sizes["B"] <= shapes[-1]["B"] and sizes["N"] <= shapes[-1]["N"] for sizes in own)
     assert max(sizes["N"] for sizes in own) == shapes[-1]["N"] or name == "default"
@@ -120,7 +120,7 @@ def test_a_box_shows_what_its_token_sees(size: tuple[int, int]) -> None:
     """A horizontal and a vertical ramp: a token's mean colour tells where in the picture it looks."""
     x, y = np.meshgrid((np.arange(size[0]) + 0.5) / size[0], (np.arange(size[1]) + 0.5) / size[1])
     picture = Image.fromarray((255 * np.stack([x, y, x], axis=-1)).round().astype(np.uint8))
-    boxes = SMALL.token_boxes(*size)
+    boxes = SMALL.layout(*size).boxes
     per_side, side = SMALL.tokens_per_side, SMALL.tile_size // SMALL.tokens_per_side
     pixels = levels(SMALL.prepare(picture)["pixel_values"], SMALL)
     seen = pixels.reshape(-1, 3, per_side, side, per_side, side).mean(axis=(3, 5))
@@ -131,66 +131,67 @@ def test_a_box_shows_what_its_token_sees(size: tuple[int, int]) -> None:
 
 
 def test_the_thumbnails_tokens_come_last_and_cover_the_picture() -> None:
-    tokens = SMALL.thumbnail_tokens(300, 200)
-    boxes = SMALL.token_boxes(300, 200)[tokens.start : tokens.stop]
+    layout = SMALL.layout(300, 200)
+    tokens = layout.overview
+    boxes = layout.boxes[tokens.start : tokens.stop]
     assert (len(boxes), tokens.stop) == (SMALL.tokens_per_tile, SMALL.sizes(300, 200)["N"])
     assert [*boxes[0, :2], *boxes[-1, 2:]] == [0, 0, 300, 200]
 
 
 def test_a_single_tile_has_no_thumbnail() -> None:
-    assert (SMALL.sizes(20, 20)["B"], len(SMALL.thumbnail_tokens(20, 20))) == (1, 0)
+    assert (SMALL.sizes(20, 20)["B"], len(SMALL.layout(20, 20).overview)) == (1, 0)
 
 
 def test_constants_survive_json() -> None:
     values = json.loads(json.dumps(AT_LEAST_3.to_dict()))
     assert values["kind"] == "grid_tiles"
-    assert GridTileProcessing.from_dict(values) == AT_LEAST_3
+    assert InternVlImages.from_dict(values) == AT_LEAST_3
 
 
 def test_a_manifests_constants_give_the_grid_of_tiles() -> None:
-    pictures = picture_processing(SMALL.to_dict(), encoder_keep=None)
-    assert isinstance(pictures, GridTilePictures)
-    assert pictures.processing == SMALL
+    pictures = image_processing(SMALL.to_dict(), encoder_keep=None)
+    assert isinstance(pictures, InternVlImages)
+    assert pictures == SMALL
 
 
 def test_a_manifest_with_encoder_reduction_is_refused() -> None:
     with pytest.raises(ManifestError, match="encoder_keep: expected none with a grid of tiles, got 32"):
-        picture_processing(SMALL.to_dict(), encoder_keep=32)
+        image_processing(SMALL.to_dict(), encoder_keep=32)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "patches"}, "kind: expected 'grid_tiles', got 'patches'"),
-        ({"colour": 1}, r"got \['colour'\]"),
-        ({"tile_size": 0}, "tile_size: expected a whole number >= 1, got 0"),
-        ({"max_tiles": 2.0}, "max_tiles: expected a whole number >= 1, got 2.0"),
+        ({"kind": "patches"}, r"Invalid value 'patches' - at `\$.kind`"),
+        ({"colour": 1}, "unknown field `colour`"),
+        ({"tile_size": 0}, r"Expected `int` >= 1 - at `\$.tile_size`"),
+        ({"max_tiles": 2.0}, r"Expected `int`, got `float` - at `\$.max_tiles`"),
         ({"min_tiles": 7}, "min_tiles: expected <= max_tiles 6, got 7"),
         ({"tokens_per_side": 25}, "tokens_per_side: expected <= tile_size 24, got 25"),
-        ({"resample": "nearest"}, "resample: expected one of"),
-        ({"image_std": [0, 1, 1]}, "image_std: expected numbers > 0"),
-        ({"image_mean": 3}, "expected all required keys and types"),
+        ({"resample": "nearest"}, r"Invalid enum value 'nearest' - at `\$.resample`"),
+        ({"image_std": [0, 1, 1]}, r"Expected `float` > 0.0 - at `\$.image_std\[0\]`"),
+        ({"image_mean": 3}, r"Expected `array`, got `int` - at `\$.image_mean`"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_values_that_break_a_rule_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ManifestError, match=message):
-        GridTileProcessing.from_dict({**SMALL.to_dict(), **change})
+        InternVlImages.from_dict({**SMALL.to_dict(), **change})
 
 
 def test_a_missing_key_is_refused() -> None:
     values = SMALL.to_dict()
     del values["tokens_per_side"]
     with pytest.raises(ManifestError, match="tokens_per_side"):
-        GridTileProcessing.from_dict(values)
+        InternVlImages.from_dict(values)
 
 
 @pytest.mark.parametrize("name", INTERNVL)
 def test_a_loaded_processor_gives_the_same_constants_as_its_file(name: str) -> None:
     config = INTERNVL[name].config
-    from_file = GridTileProcessing.from_preprocessor_config(config, tokens_per_side=4)
+    from_file = InternVlImages.from_preprocessor_config(config, tokens_per_side=4)
     loaded = load_processor(config).to_dict()
-    assert GridTileProcessing.from_preprocessor_config(loaded, tokens_per_side=4) == from_file
+    assert InternVlImages.from_preprocessor_config(loaded, tokens_per_side=4) == from_file
 
 
 @pytest.mark.parametrize(
@@ -201,19 +202,19 @@ def test_a_loaded_processor_gives_the_same_constants_as_its_file(name: str) -> N
         ({"do_resize": False}, "do_resize: expected true, got false"),
         ({"do_convert_rgb": False}, "do_convert_rgb: expected true, got false"),
         ({"resample": 0}, "expected values that trio-edge can follow"),
-        ({"max_patches": 0}, "max_tiles: expected a whole number >= 1, got 0"),
+        ({"max_patches": 0}, r"Expected `int` >= 1 - at `\$.max_tiles`"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_preprocessor_files_that_cannot_be_followed_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        GridTileProcessing.from_preprocessor_config(
+        InternVlImages.from_preprocessor_config(
             {**INTERNVL["InternVL3"].config, **change}, tokens_per_side=16
         )
 
 
 def test_a_picture_that_is_not_rgb_is_refused() -> None:
-    with pytest.raises(ImageError, match="expected mode 'RGB', got 'L'; read it with open_picture"):
+    with pytest.raises(ImageError, match="expected mode 'RGB', got 'L'; read it with open_image"):
         SMALL.prepare(Image.new("L", (40, 40)))
 
 

@@ -21,17 +21,8 @@ from tests.torchvision_reference import (
     load_processor,
 )
 from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
-from trio_edge.runtime.images.llava import (
-    ImageProcessing,
-    max_tiles,
-    max_visual_tokens,
-    num_tiles,
-    num_visual_tokens,
-    prepare,
-    token_boxes,
-    token_index,
-)
-from trio_edge.runtime.images.reading import open_picture
+from trio_edge.runtime.images.llava import LlavaImages
+from trio_edge.runtime.images.reading import open_image
 from trio_edge.runtime.images.resizing import MAX_EXACT_PIXELS
 
 LLAVA_CLASSES = ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor")
@@ -41,9 +32,9 @@ LLAVA = {
     if processor.config["image_processor_type"] in LLAVA_CLASSES
 }
 CONFIGS = {name: processor.config for name, processor in LLAVA.items()}
-NEXT = ImageProcessing.from_preprocessor_config(CONFIGS["LLaVA-NeXT"], patch_size=14)
-SINGLE = ImageProcessing.from_preprocessor_config(CONFIGS["LLaVA-1.5"], patch_size=14)
-SMALL = ImageProcessing(
+NEXT = LlavaImages.from_preprocessor_config(CONFIGS["LLaVA-NeXT"], patch_size=14)
+SINGLE = LlavaImages.from_preprocessor_config(CONFIGS["LLaVA-1.5"], patch_size=14)
+SMALL = LlavaImages(
     kind="anyres",
     tile_size=28,
     patch_size=4,
@@ -53,16 +44,14 @@ SMALL = ImageProcessing(
 VALID = NEXT.to_dict()
 
 
-def _levels(pixel_values: np.ndarray, processing: ImageProcessing) -> np.ndarray:
+def _levels(pixel_values: np.ndarray, processing: LlavaImages) -> np.ndarray:
     if not processing.do_normalize:
         return pixel_values / processing.rescale_factor
     mean, std = (np.array(values)[:, None, None] for values in (processing.image_mean, processing.image_std))
     return (pixel_values * std + mean) / processing.rescale_factor
 
 
-def _reference_pack(
-    width: int, height: int, processing: ImageProcessing, features: torch.Tensor
-) -> torch.Tensor:
+def _reference_pack(width: int, height: int, processing: LlavaImages, features: torch.Tensor) -> torch.Tensor:
     vision = SimpleNamespace(image_size=processing.tile_size, patch_size=processing.patch_size)
     pinpoints = [list(pinpoint) for pinpoint in processing.grid_pinpoints]
     model = SimpleNamespace(config=SimpleNamespace(vision_config=vision, image_grid_pinpoints=pinpoints))
@@ -73,7 +62,7 @@ def _reference_pack(
     return packed[0]
 
 
-def _reference_num_tokens(width: int, height: int, processing: ImageProcessing) -> int:
+def _reference_num_tokens(width: int, height: int, processing: LlavaImages) -> int:
     pinpoints = [list(pinpoint) for pinpoint in processing.grid_pinpoints]
     processor = SimpleNamespace(
         image_processor=SimpleNamespace(image_grid_pinpoints=pinpoints),
@@ -97,9 +86,9 @@ def _reference_num_tokens(width: int, height: int, processing: ImageProcessing) 
 def test_pixels_equal_the_processor_that_hugging_face_uses_by_default(
     name, size, torchvision_reference: TorchvisionReference
 ):
-    processing = ImageProcessing.from_preprocessor_config(CONFIGS[name], patch_size=14)
+    processing = LlavaImages.from_preprocessor_config(CONFIGS[name], patch_size=14)
 
-    ours = prepare(noise_picture(*size), processing).pixel_values
+    ours = processing.prepare(noise_picture(*size))["pixel_values"]
     theirs = torchvision_reference.theirs(name, size)["pixel_values"]
 
     theirs = theirs[0] if processing.kind == "anyres" else theirs
@@ -111,27 +100,27 @@ def test_pixels_equal_the_processor_that_hugging_face_uses_by_default(
 
 def test_a_picture_larger_than_the_exact_limit_is_within_one_level(torchvision_reference):
     theirs = torchvision_reference.theirs("LLaVA-NeXT", LARGER_THAN_EXACT)["pixel_values"][0]
-    ours = prepare(noise_picture(*LARGER_THAN_EXACT), NEXT).pixel_values
+    ours = NEXT.prepare(noise_picture(*LARGER_THAN_EXACT))["pixel_values"]
     np.testing.assert_allclose(_levels(ours, NEXT), _levels(theirs, NEXT), atol=1.01)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_pil_images_of_other_modes_equal_hugging_face(mode, torchvision_reference):
     theirs = torchvision_reference.theirs("LLaVA-1.5", MODES_SIZE, mode=mode)["pixel_values"]
-    ours = prepare(open_picture(noise_picture(*MODES_SIZE, mode=mode)), SINGLE).pixel_values
+    ours = SINGLE.prepare(open_image(noise_picture(*MODES_SIZE, mode=mode)))["pixel_values"]
     np.testing.assert_allclose(_levels(ours, SINGLE), _levels(theirs, SINGLE), atol=1.01)
 
 
 def test_a_picture_of_one_row_needs_no_huge_memory():
-    assert prepare(noise_picture(4000, 1), SINGLE).pixel_values.shape == (1, 3, 336, 336)
+    assert SINGLE.prepare(noise_picture(4000, 1))["pixel_values"].shape == (1, 3, 336, 336)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([SMALL, NEXT]))
 def test_the_gather_equals_hugging_face_pack_image_features(width, height, processing):
-    num_rows = num_tiles(width, height, processing) * processing.patches_per_tile + 1
+    num_rows = processing.sizes(width, height)["B"] * processing.patches_per_tile + 1
     features = torch.arange(num_rows, dtype=torch.float32)[:, None]
-    index = token_index(width, height, processing)
+    index = processing.token_index(width, height)
     assert index.dtype == np.int32
     packed = _reference_pack(width, height, processing, features)
     np.testing.assert_array_equal(index, packed[:, 0].numpy().astype(int))
@@ -141,56 +130,54 @@ def test_the_gather_equals_hugging_face_pack_image_features(width, height, proce
     "size", [(1, 1), (4000, 1), (1, 4000), (4000, 3), (7, 4000), (5000, 40), (672, 336), (1008, 336)], ids=str
 )
 def test_the_gather_equals_hugging_face_for_extreme_sizes(size):
-    num_rows = num_tiles(*size, NEXT) * NEXT.patches_per_tile + 1
+    num_rows = NEXT.sizes(*size)["B"] * NEXT.patches_per_tile + 1
     packed = _reference_pack(*size, NEXT, torch.arange(num_rows, dtype=torch.float32)[:, None])
-    np.testing.assert_array_equal(token_index(*size, NEXT), packed[:, 0].numpy().astype(int))
+    np.testing.assert_array_equal(NEXT.token_index(*size), packed[:, 0].numpy().astype(int))
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([SMALL, NEXT]))
 def test_the_number_of_visual_tokens_equals_hugging_face_placeholders(width, height, processing):
-    assert num_visual_tokens(width, height, processing) == _reference_num_tokens(width, height, processing)
-    assert len(token_index(width, height, processing)) == num_visual_tokens(width, height, processing)
+    assert processing.sizes(width, height)["N"] == _reference_num_tokens(width, height, processing)
+    assert len(processing.token_index(width, height)) == processing.sizes(width, height)["N"]
 
 
 def test_a_single_tile_uses_every_patch_once():
-    np.testing.assert_array_equal(token_index(640, 480, SINGLE), np.arange(576))
+    np.testing.assert_array_equal(SINGLE.token_index(640, 480), np.arange(576))
 
 
 def test_padding_tiles_moves_the_newline_and_adds_zeros():
-    plain, padded = (
-        prepare(noise_picture(30, 50), SMALL),
-        prepare(noise_picture(30, 50), SMALL, pad_to_tiles=7),
-    )
-    newline, patches = plain.num_tiles * SMALL.patches_per_tile, SMALL.patches_per_tile
+    own = SMALL.sizes(30, 50)
+    plain, padded = (SMALL.prepare(noise_picture(30, 50), sizes) for sizes in (own, {**own, "B": 7}))
+    newline, patches = own["B"] * SMALL.patches_per_tile, SMALL.patches_per_tile
     np.testing.assert_array_equal(
-        np.where(plain.token_index == newline, 7 * patches, plain.token_index), padded.token_index
+        np.where(plain["token_index"] == newline, 7 * patches, plain["token_index"]), padded["token_index"]
     )
-    np.testing.assert_array_equal(padded.pixel_values[: plain.num_tiles], plain.pixel_values)
-    assert not padded.pixel_values[plain.num_tiles :].any()
-    assert plain.num_visual_tokens == num_visual_tokens(30, 50, SMALL)
+    np.testing.assert_array_equal(padded["pixel_values"][: own["B"]], plain["pixel_values"])
+    assert not padded["pixel_values"][own["B"] :].any()
+    assert len(plain["token_index"]) == own["N"]
 
 
 @pytest.mark.parametrize("processing", [SMALL, SINGLE], ids=["anyres", "single"])
 def test_no_picture_size_exceeds_the_maxima_and_some_reach_them(processing):
     sizes = [(width, height) for width in range(1, 130) for height in range(1, 130)]
-    assert max(num_visual_tokens(*size, processing) for size in sizes) == max_visual_tokens(processing)
-    assert max(num_tiles(*size, processing) for size in sizes) == max_tiles(processing)
+    assert max(processing.sizes(*size)["N"] for size in sizes) == processing.any_image_sizes()[-1]["N"]
+    assert max(processing.sizes(*size)["B"] for size in sizes) == processing.any_image_sizes()[-1]["B"]
 
 
 def test_llava_next_has_at_most_2928_visual_tokens_in_5_tiles():
-    assert (max_visual_tokens(NEXT), max_tiles(NEXT)) == (2928, 5)
+    assert (NEXT.any_image_sizes()[-1]["N"], NEXT.any_image_sizes()[-1]["B"]) == (2928, 5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("size", [(90, 60), (60, 91), (200, 13)], ids=str)
 def test_boxes_lie_in_the_picture_and_newlines_have_none(name, size):
-    processing = ImageProcessing.from_preprocessor_config(CONFIGS[name], patch_size=14)
-    boxes = token_boxes(*size, processing)
-    index = token_index(*size, processing)
+    processing = LlavaImages.from_preprocessor_config(CONFIGS[name], patch_size=14)
+    boxes = processing.layout(*size).boxes
+    index = processing.token_index(*size)
     assert boxes.shape == (len(index), 4)
     assert boxes.dtype == np.float32
-    newline = num_tiles(*size, processing) * processing.patches_per_tile
+    newline = processing.sizes(*size)["B"] * processing.patches_per_tile
     np.testing.assert_array_equal(np.isnan(boxes[:, 0]), index == newline)
     real = boxes[index != newline]
     assert (real[:, :2] <= real[:, 2:]).all()
@@ -202,17 +189,17 @@ def test_boxes_lie_in_the_picture_and_newlines_have_none(name, size):
 @pytest.mark.parametrize("size", [(500, 300), (300, 500)], ids=str)
 def test_a_box_shows_what_its_patch_sees(name, size):
     """A horizontal and a vertical ramp: a patch's mean colour tells where in the picture it looks."""
-    processing = ImageProcessing.from_preprocessor_config(CONFIGS[name], patch_size=14)
+    processing = LlavaImages.from_preprocessor_config(CONFIGS[name], patch_size=14)
     x, y = np.meshgrid(np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5)
     pixels = np.stack([x / size[0] * 255, y / size[1] * 255, np.full_like(x, 128)], axis=-1)
-    prepared = prepare(Image.fromarray(pixels.round().astype(np.uint8)), processing)
+    prepared = processing.prepare(Image.fromarray(pixels.round().astype(np.uint8)))
 
     n, p = processing.patches_per_side, processing.patch_size
-    levels = _levels(prepared.pixel_values, processing).reshape(-1, 3, n, p, n, p).mean(axis=(3, 5))
+    levels = _levels(prepared["pixel_values"], processing).reshape(-1, 3, n, p, n, p).mean(axis=(3, 5))
     seen = levels.transpose(0, 2, 3, 1).reshape(-1, 3)[
-        np.minimum(prepared.token_index, levels[:, 0].size - 1)
+        np.minimum(prepared["token_index"], levels[:, 0].size - 1)
     ]
-    boxes = token_boxes(*size, processing)
+    boxes = processing.layout(*size).boxes
     middle = (boxes[:, :2] + boxes[:, 2:]) / 2 / size * 255
     inside = (
         np.isfinite(boxes[:, 0])
@@ -224,40 +211,40 @@ def test_a_box_shows_what_its_patch_sees(name, size):
 
 
 def test_constants_survive_json():
-    assert ImageProcessing.from_dict(json.loads(json.dumps(VALID))) == NEXT
+    assert LlavaImages.from_dict(json.loads(json.dumps(VALID))) == NEXT
 
 
 def test_an_unknown_key_is_refused():
-    with pytest.raises(ManifestError, match=r"got \['colour'\]"):
-        ImageProcessing.from_dict({**VALID, "colour": 1})
+    with pytest.raises(ManifestError, match="unknown field `colour`"):
+        LlavaImages.from_dict({**VALID, "colour": 1})
 
 
 def test_a_missing_key_is_refused():
     with pytest.raises(ManifestError, match="patch_size"):
-        ImageProcessing.from_dict({key: value for key, value in VALID.items() if key != "patch_size"})
+        LlavaImages.from_dict({key: value for key, value in VALID.items() if key != "patch_size"})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "many"}, "kind: expected one of"),
-        ({"resample": "nearest"}, "resample: expected one of"),
-        ({"tile_size": 0}, "tile_size: expected a whole number >= 1, got 0"),
+        ({"kind": "many"}, r"Invalid enum value 'many' - at `\$.kind`"),
+        ({"resample": "nearest"}, r"Invalid enum value 'nearest' - at `\$.resample`"),
+        ({"tile_size": 0}, r"Expected `int` >= 1 - at `\$.tile_size`"),
         ({"patch_size": 1000}, "patch_size: expected <= tile_size 336, got 1000"),
-        ({"do_resize": 1}, "do_resize: expected true or false, got 1"),
-        ({"image_std": [0, 1, 1]}, "image_std: expected numbers > 0"),
-        ({"image_mean": [1, 2]}, "image_mean: expected three finite numbers"),
-        ({"rescale_factor": 0}, "rescale_factor: expected a number > 0, got 0"),
+        ({"do_resize": 1}, r"Expected `bool`, got `int` - at `\$.do_resize`"),
+        ({"image_std": [0, 1, 1]}, r"Expected `float` > 0.0 - at `\$.image_std\[0\]`"),
+        ({"image_mean": [1, 2]}, r"Expected `array` of length 3, got 2 - at `\$.image_mean`"),
+        ({"rescale_factor": 0}, r"Expected `float` > 0.0 - at `\$.rescale_factor`"),
         ({"grid_pinpoints": []}, "grid_pinpoints: expected some"),
         ({"grid_pinpoints": [[336, 500]]}, r"multiples of tile_size 336, got \(336, 500\)"),
         ({"do_pad": True}, "do_pad: expected false"),
         ({"do_center_crop": False, "resize_size": 400}, "do_center_crop: expected true unless"),
-        ({"image_mean": 3}, "expected all required keys and types"),
+        ({"image_mean": 3}, r"Expected `array`, got `int` - at `\$.image_mean`"),
     ],
 )
 def test_values_that_break_a_rule_are_refused(change, message):
     with pytest.raises(ManifestError, match=message):
-        ImageProcessing.from_dict({**VALID, **change})
+        LlavaImages.from_dict({**VALID, **change})
 
 
 @pytest.mark.parametrize(
@@ -271,33 +258,33 @@ def test_values_that_break_a_rule_are_refused(change, message):
 )
 def test_preprocessor_configs_that_cannot_be_followed_are_refused(change, message):
     with pytest.raises(CheckpointError, match=message):
-        ImageProcessing.from_preprocessor_config({**CONFIGS["LLaVA-1.5"], **change}, patch_size=14)
+        LlavaImages.from_preprocessor_config({**CONFIGS["LLaVA-1.5"], **change}, patch_size=14)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_loaded_processor_gives_the_same_constants_as_its_file(name, torchvision_reference):
     constants = torchvision_reference.constants(name)
-    from_file = ImageProcessing.from_preprocessor_config(CONFIGS[name], patch_size=14)
-    assert ImageProcessing.from_preprocessor_config(constants, patch_size=14) == from_file
+    from_file = LlavaImages.from_preprocessor_config(CONFIGS[name], patch_size=14)
+    assert LlavaImages.from_preprocessor_config(constants, patch_size=14) == from_file
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_processor_loaded_without_torchvision_gives_the_same_constants_as_its_file(name):
     constants = load_processor(CONFIGS[name]).to_dict()
-    from_file = ImageProcessing.from_preprocessor_config(CONFIGS[name], patch_size=14)
-    assert ImageProcessing.from_preprocessor_config(constants, patch_size=14) == from_file
+    from_file = LlavaImages.from_preprocessor_config(CONFIGS[name], patch_size=14)
+    assert LlavaImages.from_preprocessor_config(constants, patch_size=14) == from_file
 
 
 def test_a_picture_that_is_not_rgb_is_refused():
-    with pytest.raises(ImageError, match="expected mode 'RGB', got 'L'; read it with open_picture"):
-        prepare(Image.new("L", (4, 4)), SINGLE)
+    with pytest.raises(ImageError, match="expected mode 'RGB', got 'L'; read it with open_image"):
+        SINGLE.prepare(Image.new("L", (4, 4)))
 
 
 def test_a_picture_with_too_many_tiles_is_refused():
     with pytest.raises(ImageError, match="expected at most 2 tiles"):
-        prepare(noise_picture(60, 60), SMALL, pad_to_tiles=2)
+        SMALL.prepare(noise_picture(60, 60), {"B": 2})
 
 
 def test_a_size_without_pixels_is_refused():
     with pytest.raises(ImageError, match="expected at least 1x1 pixels, got 0x4"):
-        num_visual_tokens(0, 4, SINGLE)
+        SINGLE.sizes(0, 4)["N"]

@@ -3,14 +3,15 @@ import pytest
 from PIL import Image
 
 from trio_edge.runtime.bundle.errors import ShapeError
-from trio_edge.runtime.images.llava import ImageProcessing, token_boxes
+from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.images.overlay import draw_kept
 
-PROCESSING = ImageProcessing(
+PROCESSING = LlavaImages(
     kind="anyres", tile_size=28, patch_size=7, resize_size=28, grid_pinpoints=((28, 56), (56, 56))
 )
 PICTURE = Image.new("RGB", (64, 64), (200, 220, 240))
-BOXES = token_boxes(64, 64, PROCESSING)
+LAYOUT = PROCESSING.layout(64, 64)
+BOXES, OVERVIEW = LAYOUT.boxes, LAYOUT.overview
 NUM_BASE = PROCESSING.patches_per_tile
 ORANGE = (255, 153, 0)
 
@@ -20,8 +21,8 @@ def _colours(drawing: Image.Image) -> set[tuple[int, int, int]]:
 
 
 def test_kept_patches_stay_bright_and_the_rest_is_dark():
-    first = draw_kept(PICTURE, BOXES, [np.array([NUM_BASE])])
-    whole = draw_kept(PICTURE, BOXES, [np.arange(NUM_BASE, len(BOXES))])
+    first = draw_kept(PICTURE, BOXES, [np.array([NUM_BASE])], overview=OVERVIEW)
+    whole = draw_kept(PICTURE, BOXES, [np.arange(NUM_BASE, len(BOXES))], overview=OVERVIEW)
     bright = [
         sum(np.all(np.asarray(drawing) == (200, 220, 240), axis=-1).ravel()) for drawing in (first, whole)
     ]
@@ -30,14 +31,15 @@ def test_kept_patches_stay_bright_and_the_rest_is_dark():
 
 
 def test_base_patches_are_outlined_and_not_brightened():
-    colours = _colours(draw_kept(PICTURE, BOXES, [np.array([0, 1])]))
+    colours = _colours(draw_kept(PICTURE, BOXES, [np.array([0, 1])], overview=OVERVIEW))
     assert ORANGE in colours
     assert (200, 220, 240) not in colours
 
 
 def test_a_single_tile_has_no_base_patches():
-    single = ImageProcessing(kind="single", tile_size=28, patch_size=7, resize_size=28)
-    drawing = draw_kept(PICTURE, token_boxes(64, 64, single), [np.array([0, 5])])
+    single = LlavaImages(kind="single", tile_size=28, patch_size=7, resize_size=28)
+    layout = single.layout(64, 64)
+    drawing = draw_kept(PICTURE, layout.boxes, [np.array([0, 5])], overview=layout.overview)
     assert ORANGE not in _colours(drawing)
 
 
@@ -53,13 +55,15 @@ def test_without_a_stage_the_whole_picture_is_shown():
 
 @pytest.mark.parametrize("size", [(1, 1), (900, 3), (3, 900)], ids=str)
 def test_pictures_of_extreme_sizes_can_be_drawn(size):
-    boxes = token_boxes(*size, PROCESSING)
+    boxes = PROCESSING.layout(*size).boxes
     assert draw_kept(Image.new("RGB", size), boxes, [np.arange(len(boxes))]).width > 100
 
 
 def test_a_newline_alone_and_no_token_at_all_can_be_drawn():
     newline = np.flatnonzero(np.isnan(BOXES[:, 0]))[:1]
-    assert ORANGE not in _colours(draw_kept(PICTURE, BOXES, [newline, np.array([], dtype=np.int64)]))
+    assert ORANGE not in _colours(
+        draw_kept(PICTURE, BOXES, [newline, np.array([], dtype=np.int64)], overview=OVERVIEW)
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from tests.pictures import random_picture
 from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
-from trio_edge.runtime.images.qwen import PatchProcessing
+from trio_edge.runtime.images.qwen import QwenImages
 
 CONFIGS = {
     "default": {},
@@ -29,8 +29,14 @@ EXACT = {"rtol": 0, "atol": 2e-7}
 """Both divide in float32; torch may use the reciprocal."""
 
 
-def processing(name: str, *, window: int = 112) -> PatchProcessing:
-    return PatchProcessing(**{"patch_size": 14, "window_size": window, **CONFIGS[name]})
+def processing(name: str, *, window: int = 112) -> QwenImages:
+    return QwenImages(**{"patch_size": 14, "window_size": window, **CONFIGS[name]})
+
+
+def patch_grid(images: QwenImages, width: int, height: int) -> tuple[int, int]:
+    """Return the rows and columns of patches."""
+    rows, columns = images.token_grid(width, height)
+    return rows * images.merge_size, columns * images.merge_size
 
 
 def hugging_face(name: str) -> Qwen2VLImageProcessorPil:
@@ -52,12 +58,12 @@ def test_counts_and_refusals_equal_hugging_face(name: str, width: int, height: i
         expected = PROCESSORS[name].get_number_of_image_patches(height, width)
     except ValueError:
         with pytest.raises(ImageError, match="aspect ratio of at most 200"):
-            PROCESSINGS[name].grid(width, height)
+            patch_grid(PROCESSINGS[name], width, height)
         return
-    rows, columns = PROCESSINGS[name].grid(width, height)
+    rows, columns = patch_grid(PROCESSINGS[name], width, height)
     sizes = PROCESSINGS[name].sizes(width, height)
     assert rows * columns == sizes["P"] == expected
-    assert PROCESSINGS[name].num_visual_tokens(width, height) == sizes["N"]
+    assert np.prod(PROCESSINGS[name].token_grid(width, height)) == sizes["N"]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -65,13 +71,13 @@ def test_counts_and_refusals_equal_hugging_face(name: str, width: int, height: i
 def test_grid_equals_the_one_that_hugging_face_returns(name: str, size: tuple[int, int]) -> None:
     picture = random_picture(*size)
     theirs = PROCESSORS[name](picture, return_tensors="np")["image_grid_thw"][0].tolist()
-    assert theirs == [1, *PROCESSINGS[name].grid(*size)]
+    assert theirs == [1, *patch_grid(PROCESSINGS[name], *size)]
 
 
 def expected_patches(picture: Image.Image, name: str) -> np.ndarray:
     """torchvision's resizing and normalization, then the processor's own patches, in its order."""
     ours, theirs = PROCESSINGS[name], PROCESSORS[name]
-    rows, columns = ours.grid(*picture.size)
+    rows, columns = patch_grid(ours, *picture.size)
     size = (rows * ours.patch_size, columns * ours.patch_size)
     levels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(levels, size, mode="bicubic", antialias=True)[0]
@@ -88,7 +94,7 @@ def expected_patches(picture: Image.Image, name: str) -> np.ndarray:
 def test_patches_are_hugging_faces_in_window_order(name: str, size: tuple[int, int]) -> None:
     ours, picture = PROCESSINGS[name], random_picture(*size)
     inputs = ours.prepare(picture)
-    grid = torch.tensor([[1, *ours.grid(*size)]])
+    grid = torch.tensor([[1, *patch_grid(ours, *size)]])
     order, _ = get_vision_window_index(grid, ours.merge_size, ours.window_size, ours.patch_size)
     merged = ours.merge_size**2
     patches = expected_patches(picture, name).reshape(-1, merged, ours.patch_values)[order]
@@ -103,7 +109,7 @@ def test_patches_are_hugging_faces_in_window_order(name: str, size: tuple[int, i
 def test_windows_are_hugging_faces(window: int, size: tuple[int, int]) -> None:
     ours = processing("default", window=window)
     inputs = ours.prepare(random_picture(*size))
-    _, ends = get_vision_window_index(torch.tensor([[1, *ours.grid(*size)]]), 2, window, 14)
+    _, ends = get_vision_window_index(torch.tensor([[1, *patch_grid(ours, *size)]]), 2, window, 14)
     slots = inputs["window_slots"]
     assert (slots >= 0).sum(axis=1).tolist() == np.diff(ends.numpy()).tolist()
     assert slots.shape == (ours.sizes(*size)["W"], ours.slots_per_window)
@@ -112,10 +118,10 @@ def test_windows_are_hugging_faces(window: int, size: tuple[int, int]) -> None:
 
 
 def test_bilinear_and_unnormalized_pictures_are_followed() -> None:
-    ours = PatchProcessing(patch_size=14, window_size=112, resample="bilinear", do_normalize=False)
+    ours = QwenImages(patch_size=14, window_size=112, resample="bilinear", do_normalize=False)
     picture = random_picture(100, 70)
     levels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
-    size = [14 * patches for patches in ours.grid(100, 70)]
+    size = [14 * patches for patches in patch_grid(ours, 100, 70)]
     resized = torch.nn.functional.interpolate(levels, size, mode="bilinear", antialias=True)[0]
     inputs = ours.prepare(picture)
     patches = PROCESSORS["default"].patchify(resized.numpy() * np.float32(1 / 255), 14, 2, 2)[0]
@@ -159,9 +165,8 @@ def test_inputs_have_the_graphs_types() -> None:
 def test_no_picture_exceeds_the_largest_sizes(name: str, short: int, ratio: float, tall: bool) -> None:
     size = (short, int(short * ratio))
     own = PROCESSINGS[name].sizes(*(size if tall else size[::-1]))
-    largest = PROCESSINGS[name].max_sizes()
+    largest = PROCESSINGS[name].any_image_sizes()[0]
     assert all(own[axis] <= largest[axis] for axis in own)
-    assert largest["N"] == PROCESSINGS[name].max_visual_tokens()
 
 
 @settings(max_examples=200)
@@ -175,9 +180,9 @@ def test_no_picture_exceeds_the_largest_sizes(name: str, short: int, ratio: floa
 def test_no_picture_exceeds_the_largest_sizes_of_any_range(
     least: int, more: int, width: int, height: int, window: int
 ) -> None:
-    ours = PatchProcessing(patch_size=3, window_size=6 * window, min_pixels=least, max_pixels=least + more)
+    ours = QwenImages(patch_size=3, window_size=6 * window, min_pixels=least, max_pixels=least + more)
     if max(width, height) <= 200 * min(width, height):
-        own, largest = ours.sizes(width, height), ours.max_sizes()
+        own, largest = ours.sizes(width, height), ours.any_image_sizes()[0]
         assert all(own[axis] <= largest[axis] for axis in own)
 
 
@@ -191,20 +196,20 @@ def test_no_picture_exceeds_the_largest_sizes_of_any_range(
     ],
 )
 def test_the_largest_sizes_are_reached(name: str, size: tuple[int, int], axis: str) -> None:
-    assert PROCESSINGS[name].sizes(*size)[axis] == PROCESSINGS[name].max_sizes()[axis]
+    assert PROCESSINGS[name].sizes(*size)[axis] == PROCESSINGS[name].any_image_sizes()[0][axis]
 
 
 @pytest.mark.parametrize("size", [(300, 200), (57, 400)], ids=str)
 def test_boxes_lie_where_their_tokens_look(size: tuple[int, int]) -> None:
     x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
     picture = Image.fromarray(np.stack([x, y, x], axis=-1).astype(np.uint8))
-    ours = PatchProcessing(patch_size=14, window_size=112, do_normalize=False, do_rescale=False)
+    ours = QwenImages(patch_size=14, window_size=112, do_normalize=False, do_rescale=False)
     inputs = ours.prepare(picture)
     seen = inputs["pixel_values"].reshape(-1, 4, 3, 2 * 14**2).mean(axis=(1, 3))[inputs["token_index"]]
-    boxes = ours.token_boxes(*size)
+    boxes = ours.layout(*size).boxes
     middle = (boxes[:, :2] + boxes[:, 2:]) / 2 / size * 255
     np.testing.assert_allclose(seen[:, :2], middle, atol=3)
-    assert boxes.shape == (ours.num_visual_tokens(*size), 4)
+    assert boxes.shape == (ours.sizes(*size)["N"], 4)
     assert boxes.min() == 0
     assert boxes.max(axis=0).tolist() == [size[0], size[1]] * 2 or boxes[-1, 2:].tolist() == list(size)
 
@@ -213,35 +218,35 @@ def test_constants_survive_json() -> None:
     ours = PROCESSINGS["small_patches"]
     values = json.loads(json.dumps(ours.to_dict()))
     assert values["kind"] == "patches"
-    assert PatchProcessing.from_dict(values) == ours
+    assert QwenImages.from_dict(values) == ours
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "single"}, "kind: expected 'patches', got 'single'"),
-        ({"colour": 1}, r"got \['colour'\]"),
-        ({"patch_size": 0}, "patch_size: expected a whole number >= 1, got 0"),
-        ({"merge_size": 2.0}, "merge_size: expected a whole number >= 1, got 2.0"),
+        ({"kind": "single"}, r"Invalid value 'single' - at `\$.kind`"),
+        ({"colour": 1}, "unknown field `colour`"),
+        ({"patch_size": 0}, r"Expected `int` >= 1 - at `\$.patch_size`"),
+        ({"merge_size": 2.0}, r"Expected `int`, got `float` - at `\$.merge_size`"),
         ({"window_size": 27}, r"window_size: expected >= 28 \(patch_size \* merge_size\), got 27"),
         ({"min_pixels": 2_000_000}, "min_pixels: expected <= max_pixels 1003520, got 2000000"),
-        ({"resample": "nearest"}, "resample: expected one of"),
-        ({"image_std": [0, 1, 1]}, "image_std: expected numbers > 0"),
-        ({"image_mean": 3}, "expected all required keys and types"),
-        ({"do_normalize": 1}, "do_normalize: expected true or false, got 1"),
+        ({"resample": "nearest"}, r"Invalid enum value 'nearest' - at `\$.resample`"),
+        ({"image_std": [0, 1, 1]}, r"Expected `float` > 0.0 - at `\$.image_std\[0\]`"),
+        ({"image_mean": 3}, r"Expected `array`, got `int` - at `\$.image_mean`"),
+        ({"do_normalize": 1}, r"Expected `bool`, got `int` - at `\$.do_normalize`"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_values_that_break_a_rule_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ManifestError, match=message):
-        PatchProcessing.from_dict({**PROCESSINGS["default"].to_dict(), **change})
+        QwenImages.from_dict({**PROCESSINGS["default"].to_dict(), **change})
 
 
 def test_a_missing_key_is_refused() -> None:
     values = PROCESSINGS["default"].to_dict()
     del values["window_size"]
     with pytest.raises(ManifestError, match="window_size"):
-        PatchProcessing.from_dict(values)
+        QwenImages.from_dict(values)
 
 
 OLD_FILE = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 12_845_056}
@@ -264,13 +269,13 @@ NEW_FILE = {
     ids=["old", "new", "both"],
 )
 def test_old_and_new_preprocessor_files_mean_the_same(config: dict) -> None:
-    expected = PatchProcessing(patch_size=14, window_size=112, max_pixels=12_845_056)
-    assert PatchProcessing.from_preprocessor_config(config, window_size=112) == expected
+    expected = QwenImages(patch_size=14, window_size=112, max_pixels=12_845_056)
+    assert QwenImages.from_preprocessor_config(config, window_size=112) == expected
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_loaded_processor_gives_the_same_constants_as_its_keywords(name: str) -> None:
-    loaded = PatchProcessing.from_preprocessor_config(PROCESSORS[name].to_dict(), window_size=112)
+    loaded = QwenImages.from_preprocessor_config(PROCESSORS[name].to_dict(), window_size=112)
     assert loaded == PROCESSINGS[name]
 
 
@@ -282,23 +287,23 @@ def test_a_loaded_processor_gives_the_same_constants_as_its_keywords(name: str) 
         ({"do_convert_rgb": False}, "do_convert_rgb: expected true, got false"),
         ({"resample": 0}, "expected values that trio-edge can follow"),
         ({"size": {"height": 4, "width": 4}}, "size: expected areas 'shortest_edge' and 'longest_edge'"),
-        ({"patch_size": [14, 14]}, "patch_size: expected a whole number"),
+        ({"patch_size": [14, 14]}, r"Expected `int`, got `array` - at `\$.patch_size`"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_preprocessor_files_that_cannot_be_followed_are_refused(change: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        PatchProcessing.from_preprocessor_config({**NEW_FILE, **change}, window_size=112)
+        QwenImages.from_preprocessor_config({**NEW_FILE, **change}, window_size=112)
 
 
 def test_a_picture_that_is_not_rgb_is_refused() -> None:
-    with pytest.raises(ImageError, match="expected mode 'RGB', got 'L'; read it with open_picture"):
+    with pytest.raises(ImageError, match="expected mode 'RGB', got 'L'; read it with open_image"):
         PROCESSINGS["default"].prepare(Image.new("L", (40, 40)))
 
 
 def test_a_picture_without_pixels_is_refused() -> None:
     with pytest.raises(ImageError, match="expected at least 1x1 pixels, got 0x4"):
-        PROCESSINGS["default"].grid(0, 4)
+        PROCESSINGS["default"].token_grid(0, 4)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,9 @@ class Case:
             result = torch.randn(rows, HIDDEN, generator=generator) * 0.6
             result[span] += torch.randn(HIDDEN, generator=generator)
         if self.tokens == "identical" and self.num_visual:
-            result[span] = result[span][0].clone()
+            # One feature only: then a similarity is one product, equal for all tokens however a matrix product sums.
+            # With more, the last bit depends on the processor and on the token's column, and decides their order.
+            result[span] = torch.zeros(HIDDEN).index_fill(0, torch.tensor(7), 1.5)
         result[length:] = self.garbage
         return result.double()
 

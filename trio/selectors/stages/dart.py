@@ -14,7 +14,8 @@ Where we differ from the original, or fix what it leaves open:
 - The original visits pivots in the order of a Python set; here it is the order above.
 - With fewer than 4 text rows after the picture the pivots that there are share the work: t = ceil((K - 4) / (4 + rows)).
 - With K < 4 only the K visual tokens of the largest norm are kept.
-- Of equal norms or similarities the lower index comes first.
+- Of equal norms or similarities the lower index comes first. Similarities come from a matrix product: where the
+  same tokens stand twice, its rounding may make their similarities differ in the last bit and decide instead.
 - Keys of grouped-query attention are not repeated: that multiplies every norm by the same number.
 
 There is no score in this method. ``scores_N`` shows what happened: 1 for visual pivots, (1 - cosine)/2 with the pivot that

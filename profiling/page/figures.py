@@ -1,0 +1,178 @@
+"""Figures of a page: matplotlib draws them as SVG that stands in HTML and follows the reader's light or dark scheme.
+
+matplotlib is imported when something is drawn, and only here. Its wheels exist for every machine that the runtime runs on.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from trio_edge.runtime.bundle.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+SCHEME = {
+    "text": ("#1b1f24", "#e6edf3"),
+    "back": ("#ffffff", "#0d1117"),
+    "soft": ("#59636e", "#9aa4b0"),
+    "rule": ("#d1d9e0", "#30363d"),
+    "box": ("#f6f8fa", "#161b22"),
+    "other": ("#b4bcc4", "#59626c"),
+    "c0": ("#2a6fb0", "#6cb0f0"),
+    "c1": ("#d9722b", "#f0a060"),
+    "c2": ("#2f8f5b", "#6cc795"),
+    "c3": ("#b2455f", "#e98aa0"),
+    "c4": ("#7a5bb5", "#b59ce8"),
+    "c5": ("#8a6a45", "#c9a880"),
+    "c6": ("#3b9aa6", "#7fd0da"),
+    "c7": ("#a08a16", "#d8c552"),
+    "c8": ("#c0569f", "#e58fcc"),
+    "c9": ("#4f6d7a", "#94b3c2"),
+    "c10": ("#6b8e23", "#a8cc5c"),
+    "c11": ("#c04a2c", "#f08a70"),
+}
+"""Colours by the name of their CSS variable, in a light and in a dark scheme."""
+LIGHT = {name: light for name, (light, _) in SCHEME.items()}
+_WIDTH, _HEIGHT = (
+    440,
+    260,
+)  # on a phone 12 points of text become 8 pixels, which is the least that can be read
+_NUM_COLOURS = 12
+_MANY = 1e4
+"""Above this an axis says "100 M", not "1e+08"."""
+_POINTS_PER_INCH = 72  # so that matplotlib's points are units of the SVG's view box
+_STYLE = {
+    "font.size": 12,
+    "text.color": LIGHT["text"],
+    "axes.labelcolor": LIGHT["text"],
+    "axes.edgecolor": LIGHT["soft"],
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": LIGHT["rule"],
+    "grid.linewidth": 0.7,
+    "xtick.color": LIGHT["soft"],
+    "ytick.color": LIGHT["soft"],
+    "xtick.labelcolor": LIGHT["text"],
+    "ytick.labelcolor": LIGHT["text"],
+    "text.parse_math": False,  # a folder's name may hold dollars
+    "lines.linewidth": 2,
+    "lines.markersize": 8,
+    "svg.fonttype": "none",  # text stays text: it can be searched, copied and read aloud
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class Plot:
+    """One figure of a page."""
+
+    title: str
+    note: str
+    svg: str
+    """An ``svg`` element that can stand in a page with others."""
+    legend: Sequence[tuple[str, str]] = ()
+    """Name of a colour and text. It stands below the figure as HTML, where long names wrap."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Drawing:
+    """A figure of a page while it is drawn."""
+
+    axes: Any
+    tips: list[str] = field(default_factory=list)
+    svg: str = ""
+    """Complete when the block of ``canvas`` has ended."""
+
+    def tip(self, text: str) -> str:
+        """Return the ``gid`` of a mark that shows ``text`` while the pointer is over it."""
+        self.tips.append(text)
+        return f"tip-{len(self.tips) - 1}"
+
+
+def check_matplotlib(option: str, *, extra: str) -> None:
+    """Raise DataError, with the extra to install, unless ``option`` can draw figures."""
+    if find_spec("matplotlib") is None:
+        raise DataError(
+            f'{option}: expected matplotlib to be installed, it is not; run pip install "trio-edge[{extra}]"'
+        )
+
+
+@contextmanager
+def canvas(title: str, *, height: float = _HEIGHT, x_label: str, y_label: str = "") -> Iterator[Drawing]:
+    """Give a figure of a page's width to draw on; its ``svg`` is written when the block ends.
+
+    Args:
+        title: Text for screen readers; no other figure of the page has it.
+        height: Height in units of the view box.
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
+    """
+    with figure_style(title):
+        figure = new_figure(_WIDTH / _POINTS_PER_INCH, height / _POINTS_PER_INCH)
+        drawn = Drawing(axes=figure.add_subplot())
+        drawn.axes.set(xlabel=x_label, ylabel=y_label)
+        yield drawn
+        for axis in (drawn.axes.xaxis, drawn.axes.yaxis):
+            if axis.get_scale() == "log":
+                _label_decades(axis)
+        out = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(out, format="svg", metadata=nothing)
+    drawn.svg = _inline(out.getvalue(), title, drawn.tips)
+
+
+@contextmanager
+def figure_style(salt: str) -> Iterator[None]:
+    """Let figures be drawn in a page's style; one ``salt`` gives the same values the same SVG each time."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
+        yield
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty matplotlib figure of so many inches."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no state
+
+    return Figure(figsize=(width, height), dpi=_POINTS_PER_INCH, layout="constrained")
+
+
+def _label_decades(axis: Any) -> None:
+    """Write ticks as plain text: matplotlib's own powers of ten need its math fonts."""
+    from matplotlib.ticker import EngFormatter
+
+    low, high = axis.get_view_interval()
+    labels = EngFormatter() if high > _MANY else "{x:g}"
+    axis.set_major_formatter(labels)
+    axis.set_minor_formatter(labels if high < 10 * low else "")  # with a whole decade, its ends say enough
+
+
+def colour(index: int) -> str:
+    """Return the name of the colour of the series with this number."""
+    return f"c{index % _NUM_COLOURS}"
+
+
+def _inline(svg: str, title: str, tips: Sequence[str]) -> str:
+    """Return ``svg`` in the page's font and colours, with the marks' texts, and without ids that other figures have too."""
+    start = re.search(r'<svg[^>]*viewBox="([^"]+)"[^>]*>', svg)
+    assert start is not None  # matplotlib writes one
+    body = svg[start.end() :]
+    # matplotlib knows no CSS variables, so each colour of the light scheme stands for its variable.
+    for name, light in LIGHT.items():
+        body = body.replace(light, f"var(--{name})")
+    body = re.sub(r'font: ([\d.]+px)[^;"]*', r"font-size: \1", body)
+    body = re.sub(
+        r'<g id="tip-(\d+)">', lambda found: f"<g><title>{html.escape(tips[int(found[1])])}</title>", body
+    )
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    return f'<svg viewBox="{start[1]}" role="img" aria-label="{html.escape(title)}">{body}'

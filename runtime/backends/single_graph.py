@@ -1,0 +1,116 @@
+"""One graph alone, at one profile, with inputs and outputs of its own: for comparisons and timing.
+
+graphs = make_backend("onnxruntime").load(bundle, ["head"])
+head = SingleGraph(graphs, "head", profile="decode")
+outputs = head.run({"hidden_states": hidden, "last_row": np.zeros(1, np.int32)})
+print(head.milliseconds(100))
+graphs.close()
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, final
+
+from trio_edge.runtime.buffers.blocks import Block
+from trio_edge.runtime.bundle.errors import BackendError, ShapeError
+from trio_edge.runtime.devices.interface import shape_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from numpy.typing import NDArray
+
+    from trio_edge.runtime.devices.interface import LoadedGraphs
+
+
+@final
+class SingleGraph:
+    """A graph bound to buffers of its own."""
+
+    def __init__(self, graphs: LoadedGraphs, name: str, *, profile: str) -> None:
+        """Allocate the buffers; they are released with ``graphs``.
+
+        Args:
+            graphs: Loaded graphs, ``name`` among them.
+            name: The graph's.
+            profile: Name of one of its profiles.
+
+        Raises:
+            BackendError: If there is no such profile, or the device has not enough memory.
+        """
+        self._device, self._engine = graphs.device, graphs.engines[name]
+        spec = self.spec = self._engine.spec
+        found = next((entry for entry in spec.profiles if entry.name == profile), None)
+        if found is None:
+            known = ", ".join(entry.name for entry in spec.profiles)
+            raise BackendError(
+                f"{name}: expected one of the profiles {known}, got {profile!r}; choose one of them"
+            )
+        self.profile = found
+        self._shapes = {tensor.name: shape_at(tensor.shape, found) for tensor in spec.tensors}
+        self._blocks = {
+            tensor.name: Block(
+                self._device,
+                {tensor.name: (tensor.dtype, self._shapes[tensor.name])},
+                purpose=f"{tensor.name} of {name}",
+            )
+            for tensor in spec.tensors
+        }
+        tensors = {key: block.tensor(key, self._shapes[key]) for key, block in self._blocks.items()}
+        self._launch = self._engine.prepare(found, tensors)
+        self._enqueue: Callable[[], None] = self._launch.enqueue
+        self._start, self._end = self._device.event(), self._device.event()
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return all outputs by name.
+
+        Args:
+            inputs: All inputs by name, at the profile's shapes.
+
+        Raises:
+            ShapeError: If an input is missing, unknown, or of another dtype or shape.
+            BackendError: If the backend fails.
+        """
+        self.send(inputs)
+        self._launch.enqueue()
+        outputs = {}
+        for tensor in self.spec.outputs:
+            self._blocks[tensor.name].download(self._device)
+            outputs[tensor.name] = self._blocks[tensor.name].host(tensor.name, self._shapes[tensor.name])
+        self._device.synchronize()
+        return {name: array.copy() for name, array in outputs.items()}
+
+    def send(self, inputs: Mapping[str, NDArray[Any]]) -> None:
+        """Enqueue the copies of all inputs to the device; see ``run``."""
+        for tensor in self.spec.inputs:
+            array, shape = inputs.get(tensor.name), self._shapes[tensor.name]
+            if array is None or array.shape != shape or array.dtype != tensor.dtype:
+                got = "none" if array is None else f"{array.dtype} {list(array.shape)}"
+                raise ShapeError(
+                    f"{self.spec.name} input {tensor.name!r}: expected {tensor.dtype} {list(shape)}, got {got}"
+                )
+            self._blocks[tensor.name].host(tensor.name, shape)[...] = array
+            self._blocks[tensor.name].upload(self._device)
+        if unknown := sorted(inputs.keys() - set(self.spec.input_names)):
+            raise ShapeError(
+                f"{self.spec.name}: expected inputs {', '.join(self.spec.input_names[:5])}…, got {unknown[0]!r} as well"
+            )
+
+    def milliseconds(self, count: int) -> float:
+        """Return the mean time of ``count`` runs enqueued one after the other, with the inputs that were sent last."""
+        self._start.record()
+        for _ in range(count):
+            self._enqueue()
+        self._end.record()
+        self._end.wait()
+        return self._end.milliseconds_since(self._start) / count
+
+    def capture(self) -> None:
+        """Replay a captured sequence in ``milliseconds``, where the backend can; the graph must have run once.
+
+        It is valid until another profile of this graph runs.
+        """
+        if self._launch.capturable:
+            with suppress(BackendError):  # TensorRT cannot be asked before
+                self._enqueue = self._device.capture(self._launch.enqueue)

@@ -1,0 +1,1 @@
+"""Device memory of a bundle: laid out before anything is loaded, at addresses that never change."""

@@ -1,0 +1,258 @@
+"""All device memory of the decoder but the weights, at addresses that never change, and what each graph binds to it.
+
+Every stage writes its output where no other stage does, so that a stage can be repaired and the later ones run again.
+Only the new KV rows of a prefill share one place: they are copied away before the next range runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, final
+
+import numpy as np
+
+from trio_edge.runtime.buffers.blocks import Block, allocate_tensor
+from trio_edge.runtime.buffers.kv_cache import KVCache, NewRows
+from trio_edge.runtime.bundle.graph_io import (
+    EMBEDS,
+    HIDDEN,
+    HIDDEN_OUT,
+    KEPT_HIDDEN,
+    KEPT_POSITIONS,
+    LAST_ROW,
+    LENGTH,
+    LOGITS,
+    NUM_VISUAL,
+    PAST_LENGTH,
+    POSITIONS,
+    PREVIOUS,
+    PROMPT_EMBEDS,
+    PROMPT_LENGTH,
+    PROMPT_NUM_VISUAL,
+    SELECT_RESULTS,
+    TOP_IDS,
+    TOP_LOGITS,
+    VISUAL_ROWS,
+)
+from trio_edge.runtime.devices.interface import find_profile, largest_shape, shape_at
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile
+    from trio_edge.runtime.devices.interface import Allocator, DeviceTensor
+
+_TOP = (TOP_LOGITS, TOP_IDS)
+_ONE = ("int32", (1,))
+_Fields: TypeAlias = "dict[str, tuple[str, tuple[int, ...]]]"
+"""Dtype and largest shape by name. Stages and ranges are numbered from 0, as in ``length.0``."""
+
+
+class TopTokens(NamedTuple):
+    """The most likely tokens, descending; the order of equals is free."""
+
+    ids: NDArray[np.int32]
+    """[T]."""
+    logits: NDArray[np.float32]
+    """[T]."""
+
+
+class StepInputs(NamedTuple):
+    """The host's inputs of a decode step, in pinned memory."""
+
+    embedding: NDArray[Any]
+    """[D]."""
+    positions: list[NDArray[np.int32]]
+    """[A] of each layer range."""
+    past_lengths: list[NDArray[np.int32]]
+    """[1] of each layer range."""
+
+
+@final
+class DecoderBuffers:
+    """Inputs, results, KV caches and what lies between the graphs."""
+
+    def __init__(self, manifest: Manifest, allocator: Allocator) -> None:
+        """Allocate everything for the largest profiles of ``manifest``'s graphs."""
+        self._manifest = manifest
+        self.ranges, self.selects, self.head = manifest.ranges, manifest.selects, manifest.graph("head")
+        self.caches = [KVCache(allocator, spec) for spec in self.ranges]
+        (self.embeds,) = _largest(allocator, self.ranges[:1], EMBEDS)
+        self.hidden_out = _largest(allocator, self.ranges, HIDDEN_OUT)
+        self.previous = _largest(allocator, [spec for spec in self.ranges if _has_previous(spec)], PREVIOUS)
+        self.kept_hidden = _largest(allocator, self.selects, KEPT_HIDDEN)
+        self.kept_positions = _largest(allocator, self.selects, KEPT_POSITIONS)
+        # Ranges of a prefill run one after the other, so their new KV rows share one place.
+        rows = [max(profile.sizes["S"] for profile in spec.profiles) for spec in self.ranges]
+        sizes = [NewRows(0, spec, rows=most).stack.num_bytes for spec, most in zip(self.ranges, rows)]
+        self._new_rows = allocator.allocate(max(sizes), purpose="new KV rows of a prefill")
+        self.new_row = [_new_row(allocator, spec) for spec in self.ranges]
+        self.text = _pinned_text(allocator, manifest)
+        """Pinned rows [largest bucket, D]: the text before the image, then the text after it."""
+        self.inputs = Block(allocator, self._input_fields(), purpose="inputs of a prefill")
+        self.results = Block(allocator, self._result_fields(), purpose="results of a prefill")
+        self.step = Block(allocator, self._step_fields(), purpose="inputs of a decode step")
+        # A step's logits have a block of their own: most steps fetch only the most likely tokens.
+        self.step_top = Block(allocator, _fields(self.head, _TOP), purpose="results of a decode step")
+        self.step_logits = Block(allocator, _fields(self.head, (LOGITS,)), purpose="logits")
+
+    def _input_fields(self) -> _Fields:
+        fields: _Fields = _fields(self.ranges[0], (POSITIONS,))
+        # Prefill has no past; "zero" says so to every range.
+        fields |= dict.fromkeys(("zero", LAST_ROW, PROMPT_NUM_VISUAL, PROMPT_LENGTH), _ONE)
+        for stage, spec in enumerate(self.selects):
+            fields |= _fields(spec, (VISUAL_ROWS, NUM_VISUAL, LENGTH), number=stage)
+        return fields
+
+    def _result_fields(self) -> _Fields:
+        fields = _fields(self.head, (LOGITS, *_TOP))
+        for stage, spec in enumerate(self.selects):
+            fields |= _fields(spec, SELECT_RESULTS, number=stage)
+        return fields
+
+    def _step_fields(self) -> _Fields:
+        manifest = self._manifest
+        fields: _Fields = {
+            "embedding": (manifest.dtype, (1, 1, manifest.dimensions.hidden_size)),
+            LAST_ROW: _ONE,
+        }
+        for index in range(len(self.ranges)):
+            fields[f"{POSITIONS}.{index}"] = ("int32", (manifest.position_axes, 1))
+            fields[f"{PAST_LENGTH}.{index}"] = _ONE
+        return fields
+
+    # What each graph binds, by tensor name.
+
+    def new_rows(self, index: int, rows: int) -> NewRows:
+        """Return where range ``index`` writes the KV rows of a prefill."""
+        return NewRows(self._new_rows, self.ranges[index], rows=rows)
+
+    def range_tensors(self, index: int, profile: Profile) -> dict[str, DeviceTensor]:
+        """Return the tensors of layer range ``index`` in a prefill."""
+        tensors = {
+            EMBEDS: self.embeds,
+            POSITIONS: self._positions(index),
+            PAST_LENGTH: self.inputs.tensor("zero"),
+            **self.caches[index].no_rows(),
+            **self.new_rows(index, profile.sizes["S"]).outputs(),
+        }
+        if index > 0:
+            tensors[HIDDEN] = self.kept_hidden[index - 1]
+        return self._with_outputs(index, tensors, profile)
+
+    def step_tensors(self, index: int) -> tuple[Profile, dict[str, DeviceTensor]]:
+        """Return profile and tensors of layer range ``index`` in a decode step."""
+        cache = self.caches[index]
+        profile = find_profile(self.ranges[index], {"S": 1, "C": cache.capacity})
+        tensors = {
+            EMBEDS: self.step.tensor("embedding"),
+            POSITIONS: self.step.tensor(f"{POSITIONS}.{index}"),
+            PAST_LENGTH: self.step.tensor(f"{PAST_LENGTH}.{index}"),
+            **cache.all_rows(),
+            **self.new_row[index].outputs(),
+        }
+        if index > 0:
+            tensors[HIDDEN] = self.hidden_out[index - 1]
+        return profile, self._with_outputs(index, tensors, profile)
+
+    def _with_outputs(
+        self, index: int, tensors: dict[str, DeviceTensor], profile: Profile
+    ) -> dict[str, DeviceTensor]:
+        """Return the tensors of a range, its hidden states among them."""
+        spec = self.ranges[index]
+        tensors[HIDDEN_OUT] = self.hidden_out[index]
+        if _has_previous(spec):
+            tensors[PREVIOUS] = self.previous[index]
+        return _at_profile(spec, tensors, profile)
+
+    def select_tensors(self, stage: int, profile: Profile) -> dict[str, DeviceTensor]:
+        """Return the tensors of the select graph of ``stage``."""
+        own = (VISUAL_ROWS, NUM_VISUAL, LENGTH)
+        tensors = {
+            HIDDEN: self.hidden_out[stage],
+            POSITIONS: self._positions(stage),
+            **{name: self.inputs.tensor(f"{name}.{stage}") for name in own},
+            PROMPT_EMBEDS: self.embeds,
+            **{name: self.inputs.tensor(name) for name in (PROMPT_NUM_VISUAL, PROMPT_LENGTH)},
+            KEPT_HIDDEN: self.kept_hidden[stage],
+            KEPT_POSITIONS: self.kept_positions[stage],
+            **{name: self.results.tensor(f"{name}.{stage}") for name in SELECT_RESULTS},
+        }
+        if self.previous:
+            tensors[PREVIOUS] = self.previous[stage]
+        return _at_profile(self.selects[stage], tensors, profile)
+
+    def head_tensors(self, profile: Profile) -> dict[str, DeviceTensor]:
+        """Return the tensors of the head in a prefill."""
+        tensors = {name: self.results.tensor(name) for name in (LOGITS, *_TOP)}
+        tensors |= {HIDDEN: self.hidden_out[-1], LAST_ROW: self.inputs.tensor(LAST_ROW)}
+        return _at_profile(self.head, tensors, profile)
+
+    def step_head_tensors(self) -> tuple[Profile, dict[str, DeviceTensor]]:
+        """Return profile and tensors of the head in a decode step."""
+        profile = find_profile(self.head, {"S": 1})
+        tensors = {name: self.step_top.tensor(name) for name in _TOP}
+        tensors |= {HIDDEN: self.hidden_out[-1], LAST_ROW: self.step.tensor(LAST_ROW)}
+        tensors[LOGITS] = self.step_logits.tensor(LOGITS)
+        return profile, _at_profile(self.head, tensors, profile)
+
+    def sent_by_step(self) -> StepInputs:
+        """Return what the host writes before each decode step: views, made once as a step takes microseconds."""
+        axes, count = self._manifest.position_axes, range(len(self.ranges))
+        return StepInputs(
+            embedding=self.step.host("embedding", (self._manifest.dimensions.hidden_size,)),
+            positions=[self.step.host(f"{POSITIONS}.{index}", (axes,)) for index in count],
+            past_lengths=[self.step.host(f"{PAST_LENGTH}.{index}") for index in count],
+        )
+
+    def _positions(self, index: int) -> DeviceTensor:
+        return self.inputs.tensor(POSITIONS) if index == 0 else self.kept_positions[index - 1]
+
+
+def top_tokens(block: Block) -> TopTokens:
+    """Return the most likely tokens in ``block``, the results of a prefill or a decode step: views."""
+    return TopTokens(ids=block.host(TOP_IDS), logits=block.host(TOP_LOGITS))
+
+
+def _has_previous(spec: GraphSpec) -> bool:
+    return any(tensor.name == PREVIOUS for tensor in spec.outputs)
+
+
+def _largest(allocator: Allocator, specs: Sequence[GraphSpec], name: str) -> list[DeviceTensor]:
+    """Return memory for the tensor ``name`` of each graph, with room for every profile."""
+    tensors = [(spec, spec.tensor(name)) for spec in specs]
+    return [
+        allocate_tensor(allocator, tensor, largest_shape(spec, tensor), graph=spec.name)
+        for spec, tensor in tensors
+    ]
+
+
+def _fields(spec: GraphSpec, names: Sequence[str], *, number: int | None = None) -> _Fields:
+    """Return the fields of a block for tensors of ``spec``, numbered where several graphs have them."""
+    tensors = [spec.tensor(name) for name in names]
+    end = "" if number is None else f".{number}"
+    return {f"{tensor.name}{end}": (tensor.dtype, largest_shape(spec, tensor)) for tensor in tensors}
+
+
+def _new_row(allocator: Allocator, spec: GraphSpec) -> NewRows:
+    size = NewRows(0, spec, rows=1).stack.num_bytes
+    address = allocator.allocate(size, purpose=f"the new KV row of {spec.name}")
+    return NewRows(address, spec, rows=1)
+
+
+def _pinned_text(allocator: Allocator, manifest: Manifest) -> NDArray[Any]:
+    shape = (manifest.text_buckets[-1], manifest.dimensions.hidden_size)
+    num_bytes = shape[0] * shape[1] * np.dtype(manifest.dtype).itemsize
+    text = allocator.allocate_pinned(num_bytes, purpose="text embeddings")
+    return text.view(manifest.dtype).reshape(shape)
+
+
+def _at_profile(
+    spec: GraphSpec, tensors: Mapping[str, DeviceTensor], profile: Profile
+) -> dict[str, DeviceTensor]:
+    """Return the tensors that ``spec`` has, at their shapes in ``profile``."""
+    return {
+        tensor.name: tensors[tensor.name]._replace(shape=shape_at(tensor.shape, profile))
+        for tensor in spec.tensors
+    }

@@ -1,0 +1,257 @@
+"""Folders and files that appear complete or not at all: written next to their target and renamed at the end.
+
+The folder next to the target is locked while its process lives, so the next writer of the same target can tell what a
+killed one left (and deletes it) from what another one is still writing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trio_edge.runtime.bundle.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from trio_edge.runtime.bundle.errors import TrioEdgeError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux
+
+
+@contextmanager
+def atomic_folder(
+    target: Path,
+    *,
+    num_bytes: int,
+    error: type[TrioEdgeError],
+    what: str,
+    way_out: str,
+    elsewhere: str = "",
+    before_rename: Callable[[], None] = lambda: None,
+) -> Iterator[Path]:
+    """Yield a new folder next to ``target`` that becomes ``target`` when the block ends well and vanishes when it does not.
+
+    What earlier writers of ``target`` left when they were killed is deleted first.
+
+    Args:
+        target: The folder to be; an old one is replaced in one step.
+        num_bytes: What is going to be written, checked against the free space first.
+        error: Raised where the folder cannot be written or the disk is full.
+        what: The whole, for messages: "bundle".
+        way_out: What the user can do where nothing can be written there.
+        elsewhere: What else than freeing some space helps where it is too small: " or choose another --out".
+        before_rename: Called when all is written; if it raises, ``target`` stays as it was.
+
+    Raises:
+        TrioEdgeError: ``error``, as it says.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        delete_leftovers(target)
+        _check_free(target.parent, num_bytes=num_bytes, error=error, elsewhere=elsewhere)
+        partial, lock = _new_folder(target)
+    except OSError as reason:
+        raise error(f"{target}: cannot be created ({reason.strerror}); {way_out}") from None
+    try:
+        partial.chmod(0o755)  # mkdtemp makes it private; what is in it are ordinary files
+        yield partial
+        before_rename()
+        _replace(partial, target)
+    except OSError as reason:
+        if reason.errno not in _FULL:
+            raise
+        raise error(
+            f"{target}: expected room for the whole {what}, got '{reason.strerror}';"
+            f" nothing is left behind, free some space{elsewhere}"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        _unlock(lock)
+
+
+def check_place(target: Path, *, num_bytes: int, error: type[TrioEdgeError], way_out: str) -> None:
+    """Raise ``error`` if ``atomic_folder`` could not create ``target`` now; changes nothing.
+
+    For what takes long before it is written.
+
+    Args:
+        target: The folder to be.
+        num_bytes: What is going to be written at least.
+        error: As for ``atomic_folder``.
+        way_out: Likewise.
+    """
+    # Path.exists raises in a folder that may not be entered
+    place = next(folder for folder in target.absolute().parents if os.path.exists(folder))  # noqa: PTH110
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise error(
+            f"{target}: expected {place} to be a folder that can be written to, got another; {way_out}"
+        )
+    _check_free(place, num_bytes=num_bytes, error=error, elsewhere=f" or {way_out}")
+
+
+def _check_free(folder: Path, *, num_bytes: int, error: type[TrioEdgeError], elsewhere: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise error(
+            f"{folder}: expected {num_bytes / 1e9:.2f} GB of free space, got {free / 1e9:.2f} GB; free some{elsewhere}"
+        )
+
+
+def delete_leftovers(target: Path) -> None:
+    """Delete the folders next to ``target`` that killed writers left; one that a living process holds stays.
+
+    Raises:
+        OSError: If the folder that holds ``target`` cannot be listed.
+    """
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.partial-[a-z0-9_]{{8}}")
+    for folder in [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]:
+        try:
+            lock = _lock(folder)
+        except OSError:  # in use, not ours, or deleted by another writer in this moment
+            continue
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            _unlock(lock)
+
+
+def _new_folder(target: Path) -> tuple[Path, int | None]:
+    """Return a new folder next to ``target``, and its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        try:
+            lock = _lock(folder)
+        except (BlockingIOError, FileNotFoundError):  # another writer took it for a leftover
+            continue
+        if folder.exists():
+            return folder, lock
+        _unlock(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Return a descriptor that holds ``folder`` until it is closed, also by a kill; None where folders have no locks.
+
+    Raises:
+        BlockingIOError: If another process holds it.
+        OSError: If it is not there or not ours.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None  # some network file systems
+    return descriptor
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def _replace(partial: Path, target: Path) -> None:
+    """Rename ``partial`` to ``target``; an old folder is there until the moment in which the new one is."""
+    if not target.exists():
+        partial.rename(target)
+    elif not _exchange(partial, target):
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+        old = target.rename(aside / target.name)
+        try:
+            partial.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders' names in one step; return whether this system and file system can."""
+    # Python has no call for it; without it there is a moment in which no folder has the name.
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    return bool(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
+
+
+# Single files that a command writes
+
+
+def check_outputs(paths: Mapping[str, Path]) -> None:
+    """Raise DataError unless a file can be written at each path, and no two are one file; nothing stays there.
+
+    Args:
+        paths: Files by the options that name them; those that exist will be replaced.
+    """
+    named: dict[Path, str] = {}
+    for option, path in paths.items():
+        _check_output(option, path)
+        if (other := named.setdefault(path.resolve(), option)) != option:
+            raise DataError(
+                f"{option}: expected another file than {other}'s, got {path} for both; rename one"
+            )
+
+
+def _check_output(option: str, path: Path) -> None:
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise DataError(f"{option}: expected a file in an existing folder, got {path}; create the folder")
+    # Renaming onto a device would put a file in its place.
+    if (path.exists() or path.is_symlink()) and not path.is_file():
+        raise DataError(f"{option}: expected a file, got {path}, which is none; choose another name")
+    with _data_errors(option, path):
+        _new_partial_file(path).unlink()
+
+
+def write_output(option: str, path: Path, content: bytes) -> None:
+    """Write ``content`` next to ``path`` and rename it; where that is a link, what it leads to.
+
+    Args:
+        option: Its name on the command line.
+        path: The file.
+        content: All of it.
+
+    Raises:
+        DataError: If it cannot be written; what was there stays.
+    """
+    with _data_errors(option, path):
+        partial = _new_partial_file(path)
+        try:
+            partial.write_bytes(content)
+            partial.replace(path.resolve())
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _data_errors(option: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{option} {path}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
+
+
+def _new_partial_file(path: Path) -> Path:
+    place = path.resolve()
+    handle, name = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
+    os.close(handle)
+    partial = Path(name)
+    partial.chmod(0o644)  # mkstemp makes it private; a report is an ordinary file
+    return partial

@@ -1,0 +1,118 @@
+"""The machine: its processor, operating system, GPU and driver. Engines depend on all of them."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_CUDA_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+_TEGRA = Path("/etc/nv_tegra_release")
+_DRIVER = Path("/proc/driver/nvidia/version")
+_NAME_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """The first GPU of a machine."""
+
+    name: str
+    compute_capability: int
+    """Ten times the major number plus the minor one: 87 is 8.7."""
+    memory_bytes: int
+    driver: str
+    """Version of the kernel driver where it says so, and the CUDA that it supports."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The machine that engines are built or run on."""
+
+    machine: str
+    """"x86_64" or "aarch64"."""
+    system: str
+    """"Linux" or "Windows"."""
+    gpu: Gpu | None
+
+    @property
+    def platform(self) -> str:
+        """Machine and system in one word, for instance "aarch64-linux"."""
+        return f"{self.machine}-{self.system}".lower()
+
+
+def find_host() -> Host:
+    """Return what this process runs on."""
+    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    return Host(machine=machine, system=platform.system(), gpu=find_gpu())
+
+
+def is_jetson() -> bool:
+    """Whether this is a Jetson with JetPack."""
+    return _TEGRA.exists()
+
+
+def l4t_release() -> str | None:
+    """Return the release of a Jetson's Linux, for instance "36.4.3" (JetPack 6.2); None elsewhere."""
+    try:
+        found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", _TEGRA.read_text())
+    except OSError:
+        return None
+    return None if found is None else f"{found[1]}.{found[2]}"
+
+
+def available_memory_bytes() -> int | None:
+    """Return how much memory new processes can have without swapping; None where the system does not say."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if found is None else 1024 * int(found[1])
+
+
+def find_gpu(library: str = _CUDA_LIBRARY) -> Gpu | None:
+    """Return the first GPU that the CUDA driver shows, or None without driver or GPU.
+
+    Asks the driver itself, which every machine with a GPU has: no package is needed to know what to build for.
+
+    Args:
+        library: The driver's shared library.
+    """
+    try:
+        cuda = ctypes.CDLL(library)
+    except OSError:
+        return None
+    # Through ctypes: the driver is there before any package is installed.
+    device, major, minor, version = (ctypes.c_int() for _ in range(4))
+    name, memory = ctypes.create_string_buffer(_NAME_BYTES), ctypes.c_size_t()
+    calls: tuple[tuple[str, tuple[Any, ...]], ...] = (
+        ("cuInit", (0,)),
+        ("cuDeviceGet", (ctypes.byref(device), 0)),
+        ("cuDeviceGetAttribute", (ctypes.byref(major), _MAJOR, device)),
+        ("cuDeviceGetAttribute", (ctypes.byref(minor), _MINOR, device)),
+        ("cuDeviceGetName", (name, _NAME_BYTES, device)),
+        ("cuDeviceTotalMem_v2", (ctypes.byref(memory), device)),
+        ("cuDriverGetVersion", (ctypes.byref(version),)),
+    )
+    if any(getattr(cuda, function)(*arguments) != 0 for function, arguments in calls):
+        return None
+    cuda_version = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+    kernel = _kernel_driver()
+    return Gpu(
+        name=name.value.decode(errors="replace"),
+        compute_capability=10 * major.value + minor.value,
+        memory_bytes=memory.value,
+        driver=cuda_version if kernel is None else f"{kernel} ({cuda_version})",
+    )
+
+
+def _kernel_driver() -> str | None:
+    try:
+        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _DRIVER.read_text())
+    except OSError:
+        return None
+    return None if found is None else found[1]

@@ -1,0 +1,41 @@
+"""Time that the device spends in each graph. It is asked for afterwards: recording it waits for nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    from trio_edge.runtime.devices.interface import Device, Event, Launch
+
+
+@final
+class Timeline:
+    """Pairs of events around launches, one for each name; the events are made once and used again."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._events: dict[str, tuple[Event, Event]] = {}
+        self._recorded: list[str] = []
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._recorded.clear()
+
+    def enqueue(self, name: str, launch: Launch) -> None:
+        """Enqueue ``launch`` between two events; of several with one name the last one counts."""
+        if name not in self._events:
+            self._events[name] = self._device.event(), self._device.event()
+        start, end = self._events[name]
+        start.record()
+        launch.enqueue()
+        end.record()
+        if name not in self._recorded:
+            self._recorded.append(name)
+
+    def milliseconds(self) -> dict[str, float]:
+        """Return the times by name in order; the device must have reached their end."""
+        return {
+            name: end.milliseconds_since(start)
+            for name, (start, end) in self._events.items()
+            if name in self._recorded
+        }

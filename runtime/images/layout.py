@@ -1,0 +1,110 @@
+"""The layout of one image: how many visual tokens it has, where each of them looks, and what a graph must have room for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+
+from trio_edge.runtime.bundle.errors import ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+    from PIL import Image
+
+_AXES = {"B": "tiles", "N": "visual tokens", "P": "patches", "W": "attention windows"}
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ImageLayout:
+    """Facts that follow from an image's size alone; computed once for each image."""
+
+    width: int
+    """In pixels."""
+    height: int
+    sizes: Mapping[str, int]
+    """Sizes of the vision graph's axes that the image needs: N, its visual tokens, and B, or P and W."""
+    boxes: NDArray[np.float32]
+    """[N, 4], (x0, y0, x1, y1) on the image in pixels; NaN where a token shows nothing of it, as newlines. Where the vision graph
+    drops tokens, these are the boxes of all that it chooses from, until ``kept``."""
+    positions: NDArray[np.int32] | None = None
+    """[3, N]: time, row and column of each token for M-RoPE, counted from 0; None where positions are plain."""
+    position_span: int = 0
+    """Positions that the image takes with M-RoPE: its rows or columns, whichever are more."""
+    overview: range = range(0)
+    """Visual tokens of a tile that shows the whole image besides finer ones; for drawing."""
+    patches_per_tile: int = 0
+    """Patches of a tile, where the vision graph drops some of each."""
+
+    @property
+    def num_visual(self) -> int:
+        """N, visual tokens that the vision graph gives."""
+        return self.sizes["N"]
+
+    def kept(self, kept: NDArray[np.int32]) -> ImageLayout:
+        """Return the layout of the tokens that the vision graph kept.
+
+        Args:
+            kept: Its second output, padding included: visual tokens [K] of the image, or patches [B, K] of each tile.
+        """
+        if kept.ndim == 2:  # indices start again in each tile
+            kept = (np.arange(len(kept))[:, None] * self.patches_per_tile + kept).ravel()
+        return self.taken(kept[: self.num_visual])
+
+    def taken(self, indices: NDArray[Any]) -> ImageLayout:
+        """Return the layout with only the boxes and positions at ``indices``."""
+        positions = None if self.positions is None else self.positions[:, indices]
+        return replace(self, boxes=self.boxes[indices], positions=positions)
+
+
+def check_rgb(image: Image.Image) -> None:
+    """Raise ImageError unless ``image`` is RGB."""
+    if image.mode != "RGB":
+        raise ImageError(f"image: expected mode 'RGB', got {image.mode!r}; read it with open_image")
+
+
+def check_not_empty(width: int, height: int) -> None:
+    """Raise ImageError unless an image of this size has pixels."""
+    if width < 1 or height < 1:
+        raise ImageError(f"image: expected at least 1x1 pixels, got {width}x{height}")
+
+
+def room_for(
+    own: Mapping[str, int], sizes: Mapping[str, int] | None, *, image: Image.Image
+) -> dict[str, int]:
+    """Return the sizes that a graph's inputs are padded to.
+
+    Args:
+        own: What the image needs on each axis (B, N, P or W).
+        sizes: What the graph has; the image's own for axes that are missing.
+        image: For the message.
+
+    Raises:
+        ImageError: If the image needs more than the graph has.
+    """
+    room = {axis: (sizes or own).get(axis, size) for axis, size in own.items()}
+    for axis, needed in own.items():
+        if needed > room[axis]:
+            raise ImageError(
+                f"image: expected at most {room[axis]} {_AXES[axis]} (the exported shapes), got {needed} for"
+                f" {image.width}x{image.height} pixels; resize it or export with a larger --image-size"
+            )
+    return room
+
+
+def padded_index(used: NDArray[Any], size: int) -> NDArray[np.int32]:
+    """Return ``used`` as int32 [size]; the rest is 0, a row that every graph has."""
+    index = np.zeros(size, np.int32)
+    index[: len(used)] = used
+    return index
+
+
+def boxes_between(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
+    """Return the boxes [rows, columns, 4], (x0, y0, x1, y1), between the edges ``x`` [columns + 1] and ``y`` [rows + 1]."""
+    left, top = np.meshgrid(x[:-1], y[:-1])
+    right, bottom = np.meshgrid(x[1:], y[1:])
+    return np.stack([left, top, right, bottom], axis=-1)
