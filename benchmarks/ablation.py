@@ -31,7 +31,8 @@ from trio_edge.export.options import ExportOptions, ScheduleInputs
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.trio.budgets import integer_keeps, schedule_for_keep
+from trio_edge.trio.budgets import schedule_for_keep
+from trio_edge.trio.keeps import integer_keeps
 
 if TYPE_CHECKING:
     from trio_edge.calibration.evaluate.running.answering import Outcome

@@ -365,7 +365,7 @@ def test_files_are_written_before_anything_is_printed(
     def close(_outcome: object) -> None:
         raise ReachedError
 
-    monkeypatch.setattr(cli_profile, "print_outcome", close)
+    monkeypatch.setattr(cli_profile, "print_predictions", close)
     with pytest.raises(ReachedError):
         cli_profile.main([*MODEL, "--json", str(tmp_path / "json"), "--html", str(tmp_path / "html")])
     assert json.loads((tmp_path / "json").read_bytes())["prediction"] is True

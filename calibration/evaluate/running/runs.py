@@ -34,6 +34,7 @@ from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
+from trio_edge.trio.methods import stage_method
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -255,8 +256,9 @@ def method_of(manifest: Manifest, selection: str) -> str:
         before.append(manifest.token_method)
     decoder = []
     if schedule.stages:
+        has_probe = stage_method(schedule.method).has_probe
         settings = [
-            *(["answer rows"] if schedule.method == "trio" and schedule.probe_rows == "answer" else []),
+            *(["answer rows"] if has_probe and schedule.probe_rows == "answer" else []),
             *(["preserved"] if schedule.positions == "preserved" and manifest.position_axes == 1 else []),
         ]
         decoder = [", ".join([schedule.method, *settings])]
