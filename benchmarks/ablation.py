@@ -1,4 +1,4 @@
-"""What each of TRIO's choices is worth on the packaged model: probe rows, threshold, stage layers, stages, shapes, positions.
+"""Worth of each of TRIO's choices on the packaged model: probe rows, threshold, stage layers, stages, shapes, positions.
 
     python benchmarks/ablation.py --count 1000 --workers 2 --out out/ablation
     python benchmarks/ablation.py --count 2000 --groups rows positions --budgets 33.3 22.2 11.1
@@ -13,25 +13,92 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from tiny_accuracy import (
-    BUDGETS,
-    Variant,
-    add_common_options,
-    answered,
-    bundle_for,
-    planned,
-)
+from parts.arguments import parser_for, positive
+from parts.asking import METRIC, answers_of
+from parts.tables import markdown
 
-from trio_edge.calibration.evaluate.comparison import RunInfo, RunReport, compare
+from trio_edge.calibration.evaluate.comparison import RunReport, compare
 from trio_edge.calibration.evaluate.report_table import per_cent
+from trio_edge.calibration.evaluate.running.runs import RunInfo, plan_runs
+from trio_edge.export.bundle import export_bundle
+from trio_edge.export.options import ExportOptions, ScheduleInputs
+from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
+from trio_edge.trio.budgets import schedule_for_keep
+from trio_edge.trio.keeps import integer_keeps
 
 if TYPE_CHECKING:
     from trio_edge.calibration.evaluate.running.answering import Outcome
+
+BUDGETS = {"33.3": 1 / 3, "22.2": 2 / 9, "11.1": 1 / 9}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to select: a line of the table."""
+
+    name: str
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """``schedule_for_keep``'s settings, or ``shaped_schedule``'s where "shape" is among them."""
+
+    def folder(self, budget: str) -> str:
+        """Name of the bundle, the same for variants that share one."""
+        settings = [f"{key}={_plain(value)}" for key, value in sorted(self.schedule.items())]
+        return "-".join([budget, *settings])
+
+
+def _plain(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def shaped_schedule(
+    average: float,
+    *,
+    num_layers: int,
+    num_visual: int,
+    layers: tuple[int, ...],
+    shape: tuple[float, ...],
+    **settings: Any,
+) -> Schedule:
+    """Return stages at ``layers`` whose tokens are in the proportion ``shape``, as many as the average allows."""
+    weights = [end - start for start, end in zip(layers, (*layers[1:], num_layers))]
+    budget = math.floor(average * num_layers * num_visual + 1e-6) - layers[0] * num_visual
+    unit = sum(weight * share for weight, share in zip(weights, shape))
+    keeps = integer_keeps(
+        [share * budget / unit for share in shape], budget=budget, weights=weights, num_visual=num_visual
+    )
+    if keeps is None:
+        raise ScheduleError(
+            f"stages at {layers}: expected a budget for them, got {average:.1%}; choose others"
+        )
+    stages = tuple(Stage(layer=layer, keep=keep) for layer, keep in zip(layers, keeps))
+    return Schedule(stages=stages, **settings)
+
+
+def bundle_for(variant: Variant | None, budget: str, arguments: argparse.Namespace) -> Path:
+    """Return the bundle of a variant, exporting it if it is not there yet; None is keep-all."""
+    path = Path(arguments.out) / "bundles" / ("all" if variant is None else variant.folder(budget))
+    if path.exists():
+        return path
+
+    def schedule(inputs: ScheduleInputs) -> Schedule:
+        if variant is None:
+            return Schedule()
+        sizes = {"num_layers": inputs.num_layers, "num_visual": inputs.num_visual}
+        make = shaped_schedule if "shape" in variant.schedule else schedule_for_keep
+        return make(BUDGETS[budget], **sizes, **variant.schedule)
+
+    options = ExportOptions(model=arguments.model, out=path, dtype="float32", max_text=32, max_new_tokens=8)
+    export_bundle(options, schedule_for=schedule)
+    return path
+
 
 DEFAULT = Variant("default")
 """Reference rows (4), threshold 0.8, three stages at the preset's depths in its proportions, compact positions."""
@@ -79,7 +146,7 @@ def fits(variant: Variant, budget: str, *, num_layers: int) -> bool:
 
 
 def against_default(
-    runs: list[tuple[RunInfo, dict[int, Outcome]]], *, metric: str = "exact"
+    runs: list[tuple[RunInfo, dict[int, Outcome]]], *, metric: str = METRIC
 ) -> tuple[list[RunReport], list[RunReport]]:
     """Return every run compared with keep-all, which is first, and with the default, which is second."""
     with_all = compare(runs, metric=metric)
@@ -91,55 +158,75 @@ def against_default(
 def table(
     reports: tuple[list[RunReport], list[RunReport]], names: list[tuple[str, str]], bundles: list[Path]
 ) -> str:
-    """Return the lines of one budget."""
-    lines = [
-        "| group | variant | stages | accuracy % | minus keep-all | minus default | KL, nats | kept % |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (group, name), bundle, run, beside in zip(names, bundles, *reports, strict=True):
-        full, default = run.against_reference, beside.against_reference
+    """Return the table of one budget."""
+    heads = (
+        "group",
+        "variant",
+        "stages",
+        "accuracy %",
+        "minus keep-all",
+        "minus default",
+        "KL, nats",
+        "kept %",
+    )
+    rows = []
+    for (group, name), bundle, run, other in zip(names, bundles, *reports, strict=True):
+        full, default = run.against_reference, other.against_reference
         assert full is not None
-        kl = "" if full.first_token_kl is None else f"{full.first_token_kl:.3f}"
-        cells = [
-            group,
-            name,
-            ", ".join(
-                f"{stage.layer}:{stage.keep}" for stage in open_bundle(bundle).manifest.schedule.stages
-            ),
-            per_cent(run.accuracy),
-            per_cent(full.difference, signed=True),
-            "" if default is None else per_cent(default.difference, signed=True),
-            kl,
-            f"{100 * run.average_keep:.1f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        stages = open_bundle(bundle).manifest.schedule.stages
+        rows.append(
+            (
+                group,
+                name,
+                ", ".join(f"{stage.layer}:{stage.keep}" for stage in stages),
+                per_cent(run.accuracy),
+                per_cent(full.difference, signed=True),
+                "" if default is None else per_cent(default.difference, signed=True),
+                "" if full.first_token_kl is None else f"{full.first_token_kl:.3f}",
+                f"{100 * run.average_keep:.1f}",
+            )
+        )
+    return markdown(heads, rows)
+
+
+def options_of() -> argparse.Namespace:
+    parser = parser_for(__doc__)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--count", type=positive, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out/ablation"))
+    parser.add_argument("--workers", type=positive, default=1, help="processes, each with one thread")
+    parser.add_argument("--budgets", nargs="*", choices=list(BUDGETS), default=["11.1"])
+    parser.add_argument("--groups", nargs="*", choices=list(GROUPS), default=list(GROUPS))
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_common_options(parser, out=Path("out/ablation"), budgets=["11.1"])
-    parser.add_argument("--groups", nargs="*", choices=list(GROUPS), default=list(GROUPS))
-    arguments = parser.parse_args()
+    arguments = options_of()
     arguments.out.mkdir(parents=True, exist_ok=True)
-
-    num_layers = open_bundle(bundle_for(None, "", arguments)).manifest.dimensions.num_layers
+    full = bundle_for(None, "", arguments)
+    num_layers = open_bundle(full).manifest.dimensions.num_layers
     chosen = [("", DEFAULT), *((group, one) for group in arguments.groups for one in GROUPS[group])]
     left_out, written = [], {}
     print(f"{arguments.model}, {arguments.count} held-out questions (seed {arguments.seed}), float32\n")
     for budget in arguments.budgets:
         lines = [line for line in chosen if fits(line[1], budget, num_layers=num_layers)]
         left_out += [f"{one.name} at {budget} %" for group, one in chosen if (group, one) not in lines]
-        one_budget = argparse.Namespace(**{**vars(arguments), "budgets": [budget]})
-        variants = [variant for _, variant in lines]
-        runs = answered(planned(variants, one_budget), arguments)
-        reports = against_default(runs)
-        written[budget] = [msgspec.to_builtins(run) for run in reports[0]]
-        bundles = [bundle_for(variant, budget, arguments) for variant in variants]
         names = [(group, variant.name) for group, variant in lines]
-        print(f"{budget} %; all visual tokens: {per_cent(compare(runs[:1], metric='exact')[0].accuracy)}\n")
+        bundles = [bundle_for(variant, budget, arguments) for _, variant in lines]
+        runs = plan_runs([], reference=full)
+        for bundle, (_, name) in zip(bundles, names):  # one by one: two choices may give the same bundle
+            runs += plan_runs([bundle], labels=[f"{name} {budget} %"])
+        answers = answers_of(
+            runs,
+            count=arguments.count,
+            seed=arguments.seed,
+            out=arguments.out,
+            workers=arguments.workers,
+        )
+        reports = against_default(answers)
+        written[budget] = [msgspec.to_builtins(run) for run in reports[0]]
+        print(f"{budget} %; all visual tokens: {per_cent(compare(answers[:1], metric=METRIC)[0].accuracy)}\n")
         print(table(reports, names, bundles), end="\n\n")
     (arguments.out / "ablation.json").write_text(json.dumps(written), encoding="utf-8")
     if left_out:

@@ -1,4 +1,4 @@
-"""What building engines costs at full size: time, peak memory and size of each graph's engine, by tensorrt-rtx without a GPU.
+"""Cost of building engines at full size: time, peak memory and size of each graph's engine, by tensorrt-rtx without a GPU.
 
     python benchmarks/build_scale.py --family llava-next-7b --folder /tmp/scale
 
@@ -11,57 +11,21 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
-import platform
-import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arguments import errors_in_one_line
-from released_shapes import add_options, checkpoint_of
-from watched_command import gigabytes, memory_of
+from parts.arguments import errors_in_one_line, parser_for
+from parts.released_shapes import add_options, checkpoint_of
+from parts.tables import head, row
+from parts.watched_command import Peaks, gigabytes, machine
 
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.engines.build import BuildOptions, BuildPlan, BuildProgress, build_engines, plan_build
 from trio_edge.runtime.engines.files import ENGINES_FOLDER, EngineEntry
-
-SAMPLE_SECONDS = 0.05
-
-
-@dataclass
-class ChildMemory:
-    """Largest memory of this process's children since the last ``forget``, in bytes."""
-
-    anonymous: int = 0
-    mapped: int = 0
-    resident: int = 0
-    _done: threading.Event = field(default_factory=threading.Event)
-
-    def __enter__(self) -> ChildMemory:
-        threading.Thread(target=self._sample, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-
-    def forget(self) -> None:
-        """Begin again."""
-        self.resident = self.anonymous = self.mapped = 0
-
-    def _sample(self) -> None:
-        while not self._done.wait(SAMPLE_SECONDS):
-            for child in multiprocessing.active_children():
-                found = memory_of(child.pid or 0)
-                if found is not None:
-                    self.resident, self.anonymous, self.mapped = map(
-                        max, found, (self.resident, self.anonymous, self.mapped)
-                    )
 
 
 def make_bundle(bundle: Path, options: argparse.Namespace) -> None:
@@ -72,15 +36,19 @@ def make_bundle(bundle: Path, options: argparse.Namespace) -> None:
         subprocess.run([sys.executable, "-c", code, *arguments], check=True)
 
 
-def row(plan: BuildPlan, entry: EngineEntry, memory: ChildMemory) -> str:
+def cells(plan: BuildPlan, entry: EngineEntry, memory: Peaks) -> tuple[str, ...]:
     graph = next(graph for graph in plan.graphs if graph.spec.name == entry.graph)
     layers = f" ({graph.spec.num_layers})" if graph.spec.num_layers else ""
-    sizes = graph.spec.weight_bytes, entry.num_bytes
+    weights, peak = graph.spec.weight_bytes, max(memory.resident, entry.peak_memory_bytes or 0)
+    sizes = (peak, memory.anonymous, memory.mapped, graph.memory.peak_bytes)
     return (
-        f"| {entry.graph}{layers} | {len(entry.profiles)} | {gigabytes(sizes[0])} | {gigabytes(sizes[1])}"
-        f" | {sizes[1] / sizes[0]:.3f} | {entry.build_seconds:.1f} s"
-        f" | {gigabytes(max(memory.resident, entry.peak_memory_bytes or 0))}"
-        f" | {gigabytes(memory.anonymous)} | {gigabytes(memory.mapped)} | {gigabytes(graph.memory.peak_bytes)} |"
+        f"{entry.graph}{layers}",
+        str(len(entry.profiles)),
+        gigabytes(weights),
+        gigabytes(entry.num_bytes),
+        f"{entry.num_bytes / weights:.3f}",
+        f"{entry.build_seconds:.1f} s",
+        *map(gigabytes, sizes),
     )
 
 
@@ -89,21 +57,21 @@ def report(bundle: Path, options: argparse.Namespace) -> None:
     capabilities = tuple(int(number) for number in options.compute_capability.split(","))
     chosen: dict[str, Any] = {"graphs": tuple(options.graphs), "split_lm_head": options.split_lm_head}
     plan = plan_build(opened, BuildOptions(compute_capabilities=capabilities, force=True, **chosen))
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     print(
         f"{options.family}, {opened.manifest.dimensions.num_layers} decoder layers, {opened.manifest.dtype};"
-        f" {plan.tensorrt.backend} {plan.tensorrt.version} for {options.compute_capability}, {os.cpu_count()} CPUs"
-        f" ({model[1] if model else platform.machine()}), Python {platform.python_version()}\n"
+        f" {plan.tensorrt.backend} {plan.tensorrt.version} for {options.compute_capability}, {machine()}\n"
     )
-    print(
-        "| graph (layers) | profiles | weights | engine | ratio | time | peak memory | anonymous | mapped | estimate |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    heads = (
+        "graph (layers)", "profiles", "weights", "engine", "ratio", "time", "peak memory", "anonymous", "mapped",
+        "estimate",
+    )  # fmt: skip
+    print(*head(heads), sep="\n", flush=True)
     start = time.perf_counter()
-    with ChildMemory() as memory:
+    memory = Peaks()
+    with memory.watching(lambda: [child.pid for child in multiprocessing.active_children()]):
         progress = BuildProgress(
             graph=lambda _graph: memory.forget(),
-            done=lambda entry: print(row(plan, entry, memory), flush=True),
+            done=lambda entry: print(row(cells(plan, entry, memory)), flush=True),
             warn=lambda text: print(f"warning: {text}", file=sys.stderr, flush=True),
         )
         engine_set = build_engines(plan, progress=progress)
@@ -115,9 +83,7 @@ def report(bundle: Path, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     add_options(parser, family="llava-next-7b", folder="out/build-scale")
     parser.add_argument("--compute-capability", default="86", help="as trio-build's")
     parser.add_argument("--graphs", nargs="*", default=[], help="graphs to build (default: all)")

@@ -10,42 +10,23 @@ text bucket. Medians; a decode step reads its KV buffers at full capacity.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import onnxruntime
-from layer_graphs import median_seconds, single_thread_session
+from parts.arguments import parser_for
+from parts.graph_inputs import inputs_for
+from parts.layer_graphs import median_seconds, single_thread_session
+from parts.tables import markdown
 
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.trio.cost.work import fixed_sizes, graph_work
+from trio_edge.trio.cost.bundle_work import graph_work
 
 if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile
-
-COUNTS = {"num_visual": "N", "length": "S"}
-
-
-def feeds(graph: GraphSpec, profile: Profile) -> dict[str, Any]:
-    """Return inputs for one profile: every row real, visual tokens first."""
-    sizes, random, values = {**fixed_sizes(graph), **profile.sizes}, np.random.default_rng(0), {}
-    for tensor in graph.inputs:
-        shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
-        if tensor.name in COUNTS:
-            value: Any = np.array([sizes[COUNTS[tensor.name]]])
-        elif tensor.name == "past_length":
-            value = np.array([sizes["C"]])
-        elif tensor.dtype == "int32":
-            value = np.broadcast_to(np.arange(shape[-1]) % max(shape[-1] - 1, 1), shape)
-            value = np.zeros(shape) if tensor.name in ("token_index", "last_row") else value
-        else:
-            value = random.standard_normal(shape)
-        values[tensor.name] = value.astype(tensor.dtype)
-    return values
 
 
 def chosen_profile(graph: GraphSpec, phase: str) -> Profile | None:
@@ -65,7 +46,7 @@ def measured(folder: Path, manifest: Manifest, *, repeats: int) -> dict[tuple[st
             profile = chosen_profile(graph, phase)
             if profile is None:
                 continue
-            run = functools.partial(session.run, None, feeds(graph, profile))
+            run = functools.partial(session.run, None, inputs_for(graph, profile))
             seconds = median_seconds(run, repeats=repeats)
             found[phase, graph.name] = (1e3 * seconds, graph_work(manifest, graph, profile).flops / 1e9)
     return found
@@ -78,9 +59,7 @@ def _place(graph: GraphSpec) -> tuple[float, bool]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     parser.add_argument("bundles", type=Path, nargs="+")
     parser.add_argument("--repeats", type=int, default=31)
     options = parser.parse_args()
@@ -90,20 +69,19 @@ def main() -> None:
     places = dict.fromkeys(graph.name for graph in graphs)
     print(f"ONNX Runtime {onnxruntime.__version__}, {platform.machine()}, one thread; processor ms (GFLOP)\n")
     names = [f"{path.name}, {entry.average_keep:.1%}" for path, entry in zip(options.bundles, manifests)]
-    print("| graph | phase | " + " | ".join(names) + " |")
-    print("|---" * (len(results) + 2) + "|")
+    rows = []
     for phase in ("prefill", "decode"):
         for name in places:
-            if not any((phase, name) in result for result in results):
-                continue
             cells = [result.get((phase, name)) for result in results]
-            text = ["" if cell is None else f"{cell[0]:.2f} ({cell[1]:.3f})" for cell in cells]
-            print(f"| {name} | {phase} | " + " | ".join(text) + " |")
+            if any(cells):
+                rows.append((name, phase, *("" if cell is None else _text([cell]) for cell in cells)))
         sums = [[cell for (kind, _), cell in result.items() if kind == phase] for result in results]
-        text = [
-            f"{sum(ms for ms, _ in cells):.2f} ({sum(count for _, count in cells):.3f})" for cells in sums
-        ]
-        print(f"| **all** | {phase} | " + " | ".join(text) + " |")
+        rows.append(("**all**", phase, *map(_text, sums)))
+    print(markdown(("graph", "phase", *names), rows))
+
+
+def _text(cells: list[tuple[float, float]]) -> str:
+    return f"{sum(ms for ms, _ in cells):.2f} ({sum(count for _, count in cells):.3f})"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a calibration costs at full size: trio-calibrate on a checkpoint with a released model's shapes and random weights.
+"""Cost of a calibration at full size: trio-calibrate on a checkpoint with a released model's shapes and random weights.
 
     python benchmarks/calibrate_scale.py --family llava-1.5-7b --folder /tmp/scale --calibrate --quantize int4 --keep 11.1%
 
@@ -11,16 +11,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from released_shapes import add_options, checkpoint_of
-from watched_command import folder_bytes, gigabytes, machine, step_table, watch
+from parts.arguments import parser_for
+from parts.released_shapes import add_options, checkpoint_of
+from parts.watched_command import folder_bytes, gigabytes, machine, step_table, watch
 
 WARNING = "trio-calibrate:"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     add_options(parser, family="llava-1.5-7b", folder="out/calibrate-scale")
     parser.add_argument(
         "--calibrate", nargs=argparse.REMAINDER, default=[], help="the rest goes to trio-calibrate"
@@ -38,7 +37,7 @@ def report(checkpoint: Path, out: Path, options: argparse.Namespace) -> None:
     )
     print(f"{options.family}, {options.dtype}, {' '.join(options.calibrate)}; {machine()}")
     groups = {f"{number + 1}. {step.name}": [step] for number, step in enumerate(steps)}
-    print("\n".join(step_table({**groups, "**all of trio-calibrate**": steps}, peaks)))
+    print(step_table({**groups, "**all of trio-calibrate**": steps}, peaks))
     source, bundle = folder_bytes(checkpoint), folder_bytes(out / "bundle")
     print(f"checkpoint {gigabytes(source)}, bundle {gigabytes(bundle)} ({bundle / source:.4f}x)")
 

@@ -1,4 +1,4 @@
-"""How prefill, selection and KV cache grow with the visual tokens N, counted and measured, with fitted exponents.
+"""Growth of prefill, selection and KV cache with the visual tokens N, counted and measured, with fitted exponents.
 
     python benchmarks/cost_growth.py                  # counted for LLaVA-NeXT-7B, predicted for an AGX Orin
     python benchmarks/cost_growth.py --hidden 1024    # one layer and one stage of that width too, measured here
@@ -10,7 +10,6 @@ float32.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import platform
@@ -20,11 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from parts.arguments import parser_for
+from parts.tables import markdown
 
-from trio_edge.profiling.predict.answer import predict
+from trio_edge.profiling.predict.answer import Setting, predict
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.trio.budgets import schedule_for_keep
-from trio_edge.trio.cost.devices import TARGETS
+from trio_edge.trio.cost.devices import DEVICES
+from trio_edge.trio.cost.memory import kv_cache_bytes
 
 SIZES = (576, 1152, 1728, 2304, 2880)
 NUM_TEXT = 64
@@ -37,11 +39,14 @@ def exponent(values: list[float]) -> float:
 
 
 def print_table(title: str, rows: dict[str, list[float]], *, digits: int = 1) -> None:
-    print(f"\n**{title}**\n\n| | " + " | ".join(f"N = {size}" for size in SIZES) + " | exponent |")
-    print("|---" * (len(SIZES) + 2) + "|")
-    for name, values in rows.items():
-        cells = " | ".join(f"{value:.{digits}f}" for value in values)
-        print(f"| {name} | {cells} | {exponent(values):.2f} |", flush=True)
+    cells = [
+        (name, *(f"{value:.{digits}f}" for value in values), f"{exponent(values):.2f}")
+        for name, values in rows.items()
+    ]
+    print(
+        f"\n**{title}**\n\n{markdown(('', *(f'N = {size}' for size in SIZES), 'exponent'), cells)}",
+        flush=True,
+    )
 
 
 def counted(keep: float) -> dict[str, list[float]]:
@@ -53,7 +58,7 @@ def counted(keep: float) -> dict[str, list[float]]:
         schedule = schedule_for_keep(keep, num_layers=setting.model.decoder.num_layers, num_visual=size)
         prediction = predict(
             dataclasses.replace(setting, schedule=schedule, sizes={**setting.sizes, "N": size}),
-            TARGETS[DEVICE],
+            DEVICES[DEVICE],
         )
         prefill = [
             timed for timed in prediction.runs if timed.run.phase == "prefill" and timed.run.name != "vision"
@@ -63,8 +68,7 @@ def counted(keep: float) -> dict[str, list[float]]:
         values = {
             "decoder TFLOP": sum(timed.run.work.flops for timed in layers) / 1e12,
             "selection TFLOP": sum(timed.run.work.flops for timed in selects) / 1e12,
-            "KV cache after prefill MB": _kv_bytes(prediction.setting.visual_rows, prediction.setting.layers)
-            / 1e6,
+            "KV cache after prefill MB": _kv_bytes(prediction.setting) / 1e6,
             f"decoder ms, predicted for {DEVICE}": 1e3 * sum(timed.time.seconds for timed in layers),
             f"selection ms, predicted for {DEVICE}": 1e3 * sum(timed.time.seconds for timed in selects),
         }
@@ -74,14 +78,13 @@ def counted(keep: float) -> dict[str, list[float]]:
     return rows
 
 
-def _kv_bytes(visual_rows: tuple[int, ...], layers: tuple[int, ...]) -> int:
-    row_bytes = 2 * 32 * 128 * 2
-    return row_bytes * sum(count * (rows + NUM_TEXT) for count, rows in zip(layers, visual_rows))
+def _kv_bytes(setting: Setting) -> int:
+    return kv_cache_bytes(setting.ranges, other_rows=NUM_TEXT, row_bytes=setting.cache_row_bytes)
 
 
 def measured(hidden: int) -> dict[str, list[float]]:
     """Return milliseconds of one decoder layer's prefill and of one stage by N."""
-    from layer_graphs import LayerGraphs, median_seconds
+    from parts.layer_graphs import LayerGraphs, median_seconds
 
     rows: dict[str, list[float]] = {
         "one layer, prefill ms": [],
@@ -108,9 +111,7 @@ def measured(hidden: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     parser.add_argument(
         "--hidden", type=int, nargs="*", default=[], help="hidden sizes to measure one layer of"
     )

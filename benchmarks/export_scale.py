@@ -1,4 +1,4 @@
-"""What an export costs at full size: makes a checkpoint with a released model's shapes, exports it, runs its graphs.
+"""Cost of an export at full size: makes a checkpoint with a released model's shapes, exports it, runs its graphs.
 
     python benchmarks/export_scale.py --family llava-next-7b --folder /tmp/scale
 
@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from released_shapes import add_options, checkpoint_of
-from watched_command import Peaks, Step, folder_bytes, forget, gigabytes, machine, step_table, watch
+from parts.arguments import parser_for
+from parts.graph_inputs import inputs_for
+from parts.released_shapes import add_options, checkpoint_of
+from parts.tables import head, row
+from parts.watched_command import Peaks, Step, folder_bytes, forget, gigabytes, machine, step_table, watch
 
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
@@ -52,20 +55,24 @@ def time_graph(bundle: Path, name: str, *, mapped: bool, threads: int) -> str:
     child = context.Process(target=_run_graph, args=(bundle, name, mapped, threads, writer))
     peaks = Peaks()
     child.start()
-    watcher = peaks.watch(child.pid or 0)
     writer.close()
     try:
-        rows, weights, load, run = reader.recv()
+        with peaks.watching(lambda: [child.pid]):
+            rows, weights, load, run = reader.recv()
     except EOFError:
         child.join()
-        return f"| {name} | ended with exit code {child.exitcode} |"
-    finally:
-        peaks.stop()
+        return row((name, f"ended with exit code {child.exitcode}"))
     child.join()
-    watcher.join()
-    return (
-        f"| {name} | {'mapped' if mapped else 'usual'} | {rows} | {gigabytes(weights)} | {load:.1f} s"
-        f" | {run:.1f} s | {gigabytes(peaks.resident)} | {gigabytes(peaks.anonymous)} | {gigabytes(peaks.mapped)} |"
+    return row(
+        (
+            name,
+            "mapped" if mapped else "usual",
+            str(rows),
+            gigabytes(weights),
+            f"{load:.1f} s",
+            f"{run:.1f} s",
+            *map(gigabytes, (peaks.resident, peaks.anonymous, peaks.mapped)),
+        )
     )
 
 
@@ -75,20 +82,7 @@ def _run_graph(bundle: Path, graph: str, mapped: bool, threads: int, writer: Any
     name, _, profile = graph.partition(":")
     spec = opened.manifest.graph(name)
     chosen = next(entry for entry in spec.profiles if profile in ("", entry.name))
-    sizes = chosen.sizes
-    generator = np.random.default_rng(0)
-    indices = {"position_ids": 0, "visual_rows": 10}  # first of ascending values
-    scalars = {"num_visual": sizes.get("N", 0), "length": sizes.get("S", 1)}  # others are 0
-    inputs = {}
-    for tensor in spec.inputs:
-        shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
-        if tensor.name in indices:
-            ascending = indices[tensor.name] + np.arange(shape[-1], dtype=np.int32)
-            inputs[tensor.name] = np.broadcast_to(ascending, shape).copy()
-        elif tensor.dtype == "int32":
-            inputs[tensor.name] = np.full(shape, scalars.get(tensor.name, 0), np.int32)
-        else:
-            inputs[tensor.name] = generator.standard_normal(shape, dtype=np.float32).astype(tensor.dtype)
+    sizes, inputs = chosen.sizes, inputs_for(spec, chosen)
     start = time.perf_counter()
     run = (
         _mapped_session(opened.folder / spec.file, threads)
@@ -142,7 +136,7 @@ def conditions(options: argparse.Namespace, num_layers: int, folder: Path) -> st
     )
 
 
-def export_table(steps: list[Step], copy: Step, peaks: Peaks) -> list[str]:
+def export_table(steps: list[Step], copy: Step, peaks: Peaks) -> str:
     groups: dict[str, list[Step]] = {}
     for step in steps:
         groups.setdefault("tracing" if step.name.startswith("tracing") else step.name, []).append(step)
@@ -150,9 +144,7 @@ def export_table(steps: list[Step], copy: Step, peaks: Peaks) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     add_options(parser, family="llava-next-7b", folder="out/export-scale")
     parser.add_argument("--export", nargs=argparse.REMAINDER, default=[], help="the rest goes to trio-export")
     parser.add_argument(
@@ -179,14 +171,24 @@ def report(checkpoint: Path, bundle: Path, options: argparse.Namespace) -> None:
         manifest = open_bundle(bundle).manifest
         source, target = folder_bytes(checkpoint), folder_bytes(bundle)
         print(conditions(options, manifest.dimensions.num_layers, bundle))
-        print("\n".join(export_table(steps, copy, peaks)))
+        print(export_table(steps, copy, peaks))
         print(
             f"checkpoint {gigabytes(source)}, bundle {gigabytes(target)} ({target / source:.4f}x)\n",
             flush=True,
         )
     if options.graphs:
-        print("| graph | session | rows | weights | load | first run | peak memory | anonymous | mapped |")
-        print("|---|---|---|---|---|---|---|---|---|")
+        heads = (
+            "graph",
+            "session",
+            "rows",
+            "weights",
+            "load",
+            "first run",
+            "peak memory",
+            "anonymous",
+            "mapped",
+        )
+        print(*head(heads), sep="\n")
     for name in options.graphs:
         for session in options.sessions:
             print(time_graph(bundle, name, mapped=session == "mapped", threads=options.threads), flush=True)

@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from arguments import positive
 from gpu_parts.bundles_at_runtime import build_for, measure_bundle
 from gpu_parts.ceilings import Ceilings, measure_ceilings
 from gpu_parts.count import Counted
@@ -52,6 +51,7 @@ from gpu_parts.subjects import (
     subject_of,
 )
 from gpu_parts.tables import Row, count_tables, measured_table, parity_table
+from parts.arguments import parser_for, positive
 
 from trio_edge.export.checkpoints.checkpoint import TINY_FOLDER, read_checkpoint
 from trio_edge.runtime.backends.registry import BACKENDS
@@ -114,9 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     families = list(SHAPES["full"])
     parser.add_argument("--families", nargs="+", choices=families, default=families)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

@@ -1,4 +1,4 @@
-"""What fits which Jetson: memory to run and to build each model, estimated from its shapes; no weights, no GPU.
+"""Models that fit each Jetson: memory to run and to build each model, estimated from its shapes; no weights, no GPU.
 
     python benchmarks/gpu_memory.py
 
@@ -13,26 +13,28 @@ from __future__ import annotations
 import argparse
 
 from gpu_parts.subjects import SHAPES, Sizes, sizes_of
-from gpu_parts.tables import markdown, percent
+from parts.arguments import parser_for
+from parts.tables import markdown, percent
 
 from trio_edge.export.check.fit import INT4_SHARE, Fit, FitInputs, Picture, estimate
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.engines.estimate import estimate_memory
-from trio_edge.trio.cost.devices import TARGETS
-from trio_edge.trio.cost.flops import layer_weights
+from trio_edge.trio.cost.devices import DEVICES
+from trio_edge.trio.cost.memory import tiles_of
+from trio_edge.trio.cost.work import layer_weights
 
 _KEEPS = (1.0, 0.111)
 _UNLIMITED = 1 << 62
 
 
 def fit_inputs(sizes: Sizes, schedule: Schedule, options: argparse.Namespace, *, int4: bool) -> FitInputs:
-    assert sizes.shape.vision is not None
     return FitInputs(
-        model=sizes.shape,
+        decoder=sizes.decoder,
+        element_bytes=sizes.element_bytes,
         vision_params=sizes.vision_weights,
-        picture=Picture(num_visual=sizes.num_visual, vision=sizes.shape.vision),
+        picture=Picture(num_visual=sizes.num_visual, tiles=tiles_of(sizes.tower, sizes.vision_sizes)),
         schedule=schedule,
         max_text=options.max_text,
         max_new_tokens=options.max_new_tokens,
@@ -42,10 +44,10 @@ def fit_inputs(sizes: Sizes, schedule: Schedule, options: argparse.Namespace, *,
 
 def build_peak(sizes: Sizes, schedule: Schedule, *, int4: bool, streams_engines: bool) -> int:
     """Return what building the graph with the most weights must have at its peak."""
-    starts = [0, *(stage.layer for stage in schedule.stages), sizes.shape.num_layers]
+    starts = [0, *(stage.layer for stage in schedule.stages), sizes.decoder.num_layers]
     most = max(stop - start for start, stop in zip(starts, starts[1:]))
     share = INT4_SHARE if int4 else 1.0
-    weights = round(most * layer_weights(sizes.shape) * sizes.shape.bytes_per_element * share)
+    weights = round(most * layer_weights(sizes.decoder) * sizes.element_bytes * share)
     spec = GraphSpec(
         name="", role="suffix", file="", inputs=(), outputs=(), weight_bytes=weights,
         profiles=(Profile(name="decode", sizes={}),),
@@ -57,7 +59,7 @@ def build_peak(sizes: Sizes, schedule: Schedule, *, int4: bool, streams_engines:
 def fits_on(run: Fit, peaks: tuple[int, int]) -> str:
     """Return on which Jetsons it runs; a mark where building there needs more memory than there is."""
     cells = []
-    for target in TARGETS.values():
+    for target in DEVICES.values():
         if not target.name.startswith("jetson") or run.total_bytes > target.usable_bytes:
             continue
         name = target.name.removeprefix("jetson-")
@@ -103,9 +105,7 @@ def rows(options: argparse.Namespace) -> list[tuple[str, ...]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     parser.add_argument("--max-text", type=int, default=256)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What the host does for each decoded token beside the GPU: all of the runtime's Python, with a CUDA that does nothing.
+"""Work of the host for each decoded token: all of the runtime's Python, with a CUDA that does nothing.
 
     python benchmarks/host_overhead.py out/tiny
 
@@ -9,7 +9,6 @@ looking up the embedding, the decode step, choosing the token. What the calls co
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 import sys
@@ -18,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from arguments import errors_in_one_line, positive
+from parts.arguments import errors_in_one_line, parser_for, positive
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.cuda_on_host import CudaOnHost, Error, pretend_gpu, write_engines
 from tests.engine_bundles import HOST
-from trio_edge.profiling.measure.answers import endless
-from trio_edge.profiling.page.pictures import PROMPT, picture_sizes, random_picture
+from trio_edge.profiling.measure.answers import without_stop_tokens
+from trio_edge.profiling.measure.images import PROMPT, measured_sizes, random_image
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.pipeline import Pipeline
@@ -65,9 +64,7 @@ class _RestingIds(list[int]):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--answers", type=positive, default=10)
     options = parser.parse_args()
@@ -95,8 +92,8 @@ def main() -> None:
 def step_ms(folder: Path, cuda: CudaThatCanRest) -> list[float]:
     """Return how long each token took with a resting CUDA: embedding, decode step, choice of the token."""
     bundle = open_bundle(folder)
-    with Pipeline(endless(bundle), make_backend("tensorrt", bundle=bundle)) as pipeline:
-        picture = random_picture(picture_sizes(pipeline)[0])
+    with Pipeline(without_stop_tokens(bundle), make_backend("tensorrt", bundle=bundle)) as pipeline:
+        picture = random_image(measured_sizes(pipeline)[0])
         answer = pipeline.generate(picture, PROMPT, max_new_tokens=bundle.manifest.max_new_tokens)
         answer.token_ids = _RestingIds(cuda)
         for _ in answer:

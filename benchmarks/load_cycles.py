@@ -10,7 +10,7 @@ import gc
 import re
 from pathlib import Path
 
-from arguments import errors_in_one_line, positive
+from parts.arguments import errors_in_one_line, parser_for, positive
 
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.reader import open_bundle
@@ -19,7 +19,7 @@ from trio_edge.runtime.pipeline import Pipeline
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_for(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--cycles", type=positive, default=1000)
     parser.add_argument("--warm-up", type=positive, default=50, help="cycles before memory is compared")

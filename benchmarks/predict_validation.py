@@ -1,4 +1,4 @@
-"""How far predictions are from measured times: fits the efficiencies, and leaves figures out to see.
+"""Error of predictions against measured times: fits the efficiencies, and leaves figures out to see it.
 
     python benchmarks/predict_validation.py          # published figures, each with its error, and the fitted constants
     python benchmarks/predict_validation.py --cpu    # the same for decoder layers that are measured here, ONNX Runtime
@@ -10,7 +10,6 @@ columns leave out the device, or the source. ``--cpu`` leaves out a whole hidden
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -22,11 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from parts.arguments import parser_for
 
 from trio_edge.profiling.predict.models import MODELS
 from trio_edge.profiling.predict.speed import Efficiency, Formats, Rates, graph_time
 from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
-from trio_edge.trio.cost.devices import TARGETS
+from trio_edge.trio.cost.devices import DEVICES
 from trio_edge.trio.cost.work import Work, head_work, range_work, vision_work
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ ASSUMED_RATES = {
     ("edge-llm-0.10", "jetson-orin-nx-16"): Rates(flops=19.2e12, bandwidth=102.4e9),
     ("edge-llm-0.10", "jetson-orin-nano-8"): Rates(flops=10.2e12, bandwidth=68e9),
 }
-"""Where a page does not state the power mode and its figures fit another one than the table's: the NX in Super mode
+"""For pages that do not state the power mode, whose figures fit another one than the table's: the NX in Super mode
 (8 SMs at 1.173 GHz), the Nano without it (0.625 GHz, 68 GB/s). Assumed, not known."""
 RANGES = {
     "plateau": (0.6, 0.05, 1.2),
@@ -48,7 +48,7 @@ RANGES = {
     "launch_s": (5e-6, 1e-7, 1e-3),
     "score_passes": (2.0, 0.1, 60.0),
 }
-"""Of each fitted value: where the search starts, the least and the most."""
+"""Start of the search, least and most of each fitted value."""
 GPU_VALUES = ("plateau", "rows_for_half", "attention", "bandwidth", "launch_s")
 CPU_VALUES = ("plateau", "rows_for_half", "attention", "bandwidth", "score_passes")
 CPU_RUNS = ((64, 0), (256, 0), (1024, 0), (1, 256), (1, 1024), (1, 2944))
@@ -74,7 +74,7 @@ class Figure:
 
     @property
     def rates(self) -> Rates:
-        target = TARGETS[self.device]
+        target = DEVICES[self.device]
         known = Rates(flops=target.fp16_flops, bandwidth=target.bandwidth_bytes_per_s)
         return ASSUMED_RATES.get((self.source, self.device), known)
 
@@ -211,7 +211,7 @@ class Measured:
 
 def print_cpu(hidden_sizes: Sequence[int]) -> None:
     """Measure decoder layers of several sizes in ONNX Runtime on one thread, and print each with its error."""
-    from layer_graphs import HEAD_SIZE, LayerGraphs, dimensions, measured_rates, median_seconds
+    from parts.layer_graphs import HEAD_SIZE, LayerGraphs, dimensions, measured_rates, median_seconds
 
     rates, runs = measured_rates(), dict[tuple[int, int, int], float]()
     for hidden in (HEAD_SIZE, *hidden_sizes):
@@ -246,9 +246,7 @@ def print_cpu(hidden_sizes: Sequence[int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     parser.add_argument("--cpu", action="store_true", help="measure decoder layers here instead")
     parser.add_argument(
         "--hidden", type=int, nargs="+", default=[1024, 2048, 3072, 4096], help="sizes for --cpu"

@@ -1,33 +1,34 @@
-"""What profiling costs, twice: answers with and without it in turns, and the hooks alone around launches that do nothing.
+"""Cost of profiling, measured twice: answers with and without it in turns, and the hooks alone around launches that do nothing.
 
     python benchmarks/profile_overhead.py out/tiny --threads 1 --answers 600
 
 With: the time of every launch of every graph, a moment for every token, and all sensors of the machine read five times a
-second, as in ``trio-profile``. Without: the same loaded graphs with none of it. Answers of both kinds alternate, and so does
-which one comes first; what is printed is the median over pairs, for other programs disturb both answers of a pair alike.
+second, as in ``trio-profile``. Without: the same graphs, loaded once more, with none of it. Answers of both kinds alternate,
+and so does which one comes first; the median over pairs is printed, because other programs disturb both answers of a pair alike.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from parts.arguments import parser_for
 
-from trio_edge.profiling.measure.answers import Question, Subject
+from trio_edge.profiling.measure.answers import LoadedBundle, RunQuestion, without_stop_tokens
+from trio_edge.profiling.measure.images import PROMPT, measured_sizes, random_image
 from trio_edge.profiling.measure.recording import Recording
 from trio_edge.profiling.measure.sensors.interface import open_sensors
 from trio_edge.profiling.measure.sensors.sampling_thread import INTERVAL_SECONDS, SamplingThread
-from trio_edge.profiling.page.pictures import PROMPT, picture_sizes, random_picture
 from trio_edge.profiling.report.table import with_interval
 from trio_edge.profiling.statistics import distribution, in_brackets
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.devices.host import HostDevice
 from trio_edge.runtime.devices.interface import LoadedGraphs
+from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ BEYOND_CACHES = 4 << 20
 class Cost(NamedTuple):
     wall_ms: float
     cpu_ms: float
-    """Of all threads; other programs on the machine do not count."""
+    """Time of all threads; other programs on the machine do not count."""
 
 
 class _Gated:
@@ -74,15 +75,12 @@ def cost_of(run: Callable[[], object]) -> Cost:
     return Cost(1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu))
 
 
-def plain(subject: Subject, question: Question) -> Cost:
+def plain(pipeline: Pipeline, question: RunQuestion) -> Cost:
     def run() -> None:
-        for _ in subject.pipeline.generate(
-            question.picture, question.prompt, max_new_tokens=question.new_tokens
-        ):
+        for _ in pipeline.generate(question.image, question.prompt, max_new_tokens=question.new_tokens):
             pass
 
-    with subject.recording.paused():
-        return cost_of(run)
+    return cost_of(run)
 
 
 def hooks_ms(num_launches: int) -> float:
@@ -124,9 +122,7 @@ def print_cost(name: str, without: Sequence[float], with_it: Sequence[float]) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, default=0)
@@ -135,31 +131,33 @@ def main() -> None:
     options = parser.parse_args()
     bundle = open_bundle(options.bundle)
     backend = make_backend(options.backend, bundle=bundle, threads=options.threads)
-    subject = Subject(options.bundle, backend)
-    question = Question(
-        picture=random_picture(picture_sizes(subject.pipeline)[0]),
+    loaded = LoadedBundle(options.bundle, backend)
+    unwatched = Pipeline(without_stop_tokens(bundle), backend)
+    question = RunQuestion(
+        image=random_image(measured_sizes(loaded.pipeline)[0]),
         prompt=PROMPT,
         new_tokens=min(options.new_tokens, bundle.manifest.max_new_tokens),
     )
-    num_launches = len(subject.answer(question).calls)
+    num_launches = len(loaded.answer(question).calls)
     sensors = [_Gated(sensor) for sensor in open_sensors()[0]]
 
     def profiled() -> Cost:
         for sensor in sensors:
             sensor.open = True
-        cost = cost_of(lambda: subject.answer(question))
+        cost = cost_of(lambda: loaded.answer(question))
         for sensor in sensors:
             sensor.open = False
         return cost
 
     without: list[Cost] = []
     with_it: list[Cost] = []
-    kinds = [(lambda: plain(subject, question), without), (profiled, with_it)]
+    kinds = [(lambda: plain(unwatched, question), without), (profiled, with_it)]
     with SamplingThread(sensors):
         for number in range(options.answers + WARM_UP):
             for kind, costs in kinds if number % 2 else reversed(kinds):
                 costs.append(kind())
-    subject.close()
+    loaded.close()
+    unwatched.close()
     without, with_it = without[WARM_UP:], with_it[WARM_UP:]
     print_cost("wall time", [one.wall_ms for one in without], [one.wall_ms for one in with_it])
     print_cost("CPU time", [one.cpu_ms for one in without], [one.cpu_ms for one in with_it])

@@ -1,4 +1,4 @@
-"""What quantizing the packaged model costs: size, accuracy, divergence from keep-all, and what each stage keeps.
+"""Cost of quantizing the packaged model: size, accuracy, divergence from keep-all, and the tokens that each stage keeps.
 
     python benchmarks/quantized_tiny.py --count 500 --out out/quantized
 
@@ -10,23 +10,25 @@ too, by stage. The lines that quantize ``select`` alone show what the probe's ow
 
 from __future__ import annotations
 
-import argparse
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
+from parts.arguments import parser_for
+from parts.asking import METRIC, answers_of
+from parts.tables import markdown
 
 from trio_edge.calibration.evaluate.comparison import RunReport, compare
-from trio_edge.calibration.evaluate.questions import digest_of, synthetic_questions
 from trio_edge.calibration.evaluate.report_table import per_cent
-from trio_edge.calibration.evaluate.running.runs import Settings, answer_runs, keys_of, plan_runs
+from trio_edge.calibration.evaluate.running.runs import plan_runs
 from trio_edge.calibration.model.selecting import Probes
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
-from trio_edge.export.bundle import ExportOptions, ScheduleInputs, export_bundle
+from trio_edge.calibration.questions import synthetic_questions
+from trio_edge.export.bundle import export_bundle
+from trio_edge.export.options import ExportOptions, ScheduleInputs
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.runtime.bundle.reader import open_bundle
@@ -35,7 +37,7 @@ from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.trio.budgets import parse_keep, schedule_for_keep
 
 if TYPE_CHECKING:
-    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.calibration.questions import Question
     from trio_edge.runtime.bundle.manifest import FloatType
 
 
@@ -108,11 +110,11 @@ def bundle_for(variant: Variant, *, keep: str, out: Path) -> Path:
 def calibrated_scales(variant: Variant, *, keep: str) -> CalibratedScales:
     """Return what a calibration on other samples than those that are asked finds."""
     model = load_model("tiny")
-    num_visual = max(sizes["N"] for sizes in model.pictures.any_image_sizes())
+    num_visual = max(sizes["N"] for sizes in model.images.any_image_sizes())
     inputs = ScheduleInputs(
         num_layers=model.num_layers,
         num_visual=num_visual,
-        picture_tokens=num_visual,
+        image_tokens=num_visual,
         positions=model.positions,
     )
     found = calibrate_quantization(
@@ -140,7 +142,7 @@ def kept_sets(bundle: Path, questions: list[Question]) -> list[list[set[int]]]:
     result = []
     with Pipeline.from_bundle(bundle, threads=1) as pipeline:
         for question in questions:
-            generation = pipeline.generate(question.picture, question.question, max_new_tokens=1)
+            generation = pipeline.generate(question.image, question.question, max_new_tokens=1)
             assert generation.text is not None
             result.append([set(kept.tolist()) for kept in generation.kept])
     return result
@@ -152,11 +154,13 @@ def overlaps(theirs: list[list[set[int]]], ours: list[list[set[int]]]) -> list[f
     return [float(mean) for mean in np.mean(shares, axis=0)]
 
 
-def line_of(variant: Variant, bundle: Path, report: RunReport, kept: list[float], *, whole: int) -> str:
+def cells_of(
+    variant: Variant, bundle: Path, report: RunReport, kept: list[float], *, whole: int
+) -> tuple[str, ...]:
     against = report.against_reference
     assert against is not None
     size = weight_bytes(bundle)
-    cells = [
+    return (
         variant.name,
         f"{size / 1e6:.2f} ({size / whole:.2f}×)",
         per_cent(report.accuracy),
@@ -164,14 +168,11 @@ def line_of(variant: Variant, bundle: Path, report: RunReport, kept: list[float]
         f"{100 * against.agreement.value:.1f}",
         "" if against.first_token_kl is None else f"{against.first_token_kl:.4f}",
         " / ".join(f"{100 * share:.1f}" for share in kept),
-    ]
-    return f"| {' | '.join(cells)} |"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--kept-count", type=int, default=100, help="questions whose kept sets are compared")
     parser.add_argument("--seed", type=int, default=0)
@@ -182,24 +183,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/quantized"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True)
 
     variants = [variant for variant in VARIANTS if is_wanted(variant, arguments.rows)]
-    questions = synthetic_questions(arguments.count, seed=arguments.seed)
     full = bundle_for(BASE, keep="all", out=arguments.out)
     bundles = [bundle_for(variant, keep=arguments.keep, out=arguments.out) for variant in variants]
     runs = plan_runs(bundles, reference=full, labels=[variant.name for variant in variants])
-    settings = Settings(answer_tokens=8)
-    answers = answer_runs(
-        runs,
-        keys_of(runs, settings, data_sha256=digest_of(questions, metric=settings.metric)),
-        questions,
-        settings,
-        folder=arguments.out / f"work-{arguments.count}-{arguments.seed}",
-        on_start=lambda run, _done: console.print(run.info.label),
-    )
-    keep_all, *reports = compare(answers.runs, metric=settings.metric)
-    looked_at = questions[: arguments.kept_count]
+    answers = answers_of(runs, count=arguments.count, seed=arguments.seed, out=arguments.out)
+    keep_all, *reports = compare(answers, metric=METRIC)
+    looked_at = synthetic_questions(min(arguments.kept_count, arguments.count), seed=arguments.seed)
     base_kept = kept_sets(bundles[variants.index(BASE)], looked_at)
     whole = weight_bytes(bundles[variants.index(WHOLE)])
 
@@ -207,11 +198,20 @@ def main() -> None:
         f"tiny, {arguments.keep} of the visual tokens, {arguments.count} held-out questions (seed {arguments.seed}),"
         f" ONNX Runtime CPU (1 thread), {platform.machine()}; keep-all in float32: {per_cent(keep_all.accuracy)}\n"
     )
-    print("| quantized | weights MB | accuracy % | minus keep-all | same answer % | KL, nats | kept too % |")
-    print("|---|---|---|---|---|---|---|")
-    for variant, bundle, report in zip(variants, bundles, reports, strict=True):
-        kept = overlaps(base_kept, kept_sets(bundle, looked_at))
-        print(line_of(variant, bundle, report, kept, whole=whole))
+    heads = (
+        "quantized",
+        "weights MB",
+        "accuracy %",
+        "minus keep-all",
+        "same answer %",
+        "KL, nats",
+        "kept too %",
+    )
+    rows = [
+        cells_of(variant, bundle, report, overlaps(base_kept, kept_sets(bundle, looked_at)), whole=whole)
+        for variant, bundle, report in zip(variants, bundles, reports, strict=True)
+    ]
+    print(markdown(heads, rows))
 
 
 if __name__ == "__main__":

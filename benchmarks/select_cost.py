@@ -9,40 +9,32 @@ are random: times do not depend on their values, except that of the host's loop,
 
 from __future__ import annotations
 
-import argparse
 import platform
-import statistics
-import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers as hf
-from reference_stage import autograd_scores, host_nms
+from gpu_parts.ceilings import median_ms
+from parts.arguments import parser_for
+from parts.reference_stage import autograd_scores, host_nms
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from trio_edge.profiling.predict.models import MODELS
+from trio_edge.runtime.bundle.manifest import Dimensions
 from trio_edge.trio.budgets import preset_schedule
-from trio_edge.trio.cost.flops import (
-    LLAVA_NEXT_7B,
-    ModelShape,
-    nms_flops,
-    probe_flops,
-    reduction_cost,
-    reference_nms_flops,
-    reference_probe_flops,
-)
+from trio_edge.trio.cost.flops import count_prefill
+from trio_edge.trio.cost.selections import ProbeSizes, nms_products, probe_products
+from trio_edge.trio.cost.work import flops_of, head_work, layer_weights, range_work, vision_work
 from trio_edge.trio.nms import FeatureNms
 from trio_edge.trio.saliency import ProxySaliency
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 NUM_TEXT, START, THRESHOLD, ROUNDS, HEAD_SIZE, VOCAB = 50, 35, 0.8, 16, 128, 32064
 
 
-def decoder_shape(hidden: int, *, grouped: bool) -> ModelShape:
+def decoder_shape(hidden: int, *, grouped: bool) -> Dimensions:
     heads = hidden // HEAD_SIZE
-    return ModelShape(
+    return Dimensions(
         num_layers=32, hidden_size=hidden, num_heads=heads, num_kv_heads=heads // 4 if grouped else heads,
         head_size=HEAD_SIZE, intermediate_size=hidden * 11008 // 4096, vocab_size=VOCAB,
     )  # fmt: skip
@@ -51,7 +43,7 @@ def decoder_shape(hidden: int, *, grouped: bool) -> ModelShape:
 class Stage:
     """A random layer with its norm and head, and a picture of clustered features."""
 
-    def __init__(self, shape: ModelShape, *, num_visual: int, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, shape: Dimensions, *, num_visual: int, device: str, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         config = hf.LlamaConfig(
             hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size, vocab_size=VOCAB,
@@ -102,24 +94,14 @@ class Stage:
         return self.nms(self.hidden[START : START + self.num_visual], scores, self.scalars[0])
 
 
-def median_ms(function: Callable[[], Any], *, repeats: int, device: str) -> float:
-    times = []
-    for index in range(repeats + 1):
-        _synchronize(device)
-        start = time.perf_counter()
-        function()
-        _synchronize(device)
-        if index:  # the first one warms up
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+def reference_probe_flops(shape: Dimensions, *, num_rows: int) -> float:
+    """The layer and the whole head over all rows, forwards and backwards; frozen weights get no gradient."""
+    (attention,) = range_work(shape, num_layers=1, rows=num_rows).attention
+    head = 2 * num_rows * head_work(shape).flops
+    return 4.0 * num_rows * layer_weights(shape) + 3.0 * attention.flops + head
 
 
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def measure(shape: ModelShape, *, num_visual: int, repeats: int, device: str, dtype: torch.dtype) -> str:
+def measure(shape: Dimensions, *, num_visual: int, repeats: int, device: str, dtype: torch.dtype) -> str:
     stage = Stage(shape, num_visual=num_visual, device=device, dtype=dtype)
     rows = num_visual + NUM_TEXT
     scores = stage.scores()
@@ -127,14 +109,18 @@ def measure(shape: ModelShape, *, num_visual: int, repeats: int, device: str, dt
     same = kept.tolist() == stage.reference_nms(scores)
     reference = stage.reference_scores()
     error = float(((scores - reference).abs() / reference).max())
-    ref_probe = median_ms(stage.reference_scores, repeats=repeats, device=device)
-    ref_nms = median_ms(lambda: stage.reference_nms(scores), repeats=repeats, device=device)
-    probe = median_ms(stage.scores, repeats=repeats, device=device)
-    nms = median_ms(lambda: stage.select(scores), repeats=repeats, device=device)
+    ref_probe = median_ms(stage.reference_scores, device=torch.device(device), runs=repeats)
+    ref_nms = median_ms(lambda: stage.reference_nms(scores), device=torch.device(device), runs=repeats)
+    probe = median_ms(stage.scores, device=torch.device(device), runs=repeats)
+    nms = median_ms(lambda: stage.select(scores), device=torch.device(device), runs=repeats)
     ref_flops = reference_probe_flops(shape, num_rows=rows)
-    flops = probe_flops(shape, num_rows=rows, num_visual=num_visual)
-    ref_nms_flops = reference_nms_flops(num_visual, num_keep=stage.num_keep, hidden_size=shape.hidden_size)
-    own_nms_flops = nms_flops(num_visual, hidden_size=shape.hidden_size, rounds=ROUNDS)
+    sizes = ProbeSizes(
+        rows, num_visual, shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_size, 4
+    )
+    flops = flops_of(probe_products(shape, sizes))
+    # The greedy host loop compares at most K kept tokens with all.
+    ref_nms_flops = 2.0 * stage.num_keep * num_visual * shape.hidden_size
+    own_nms_flops = flops_of(nms_products(num_visual, hidden_size=shape.hidden_size, rounds=ROUNDS))
     kind = "gqa" if shape.num_kv_heads < shape.num_heads else "mha"
     return (
         f"{kind} {shape.hidden_size:>5} {num_visual:>5} {stage.saliency.form:>14} |"
@@ -146,9 +132,7 @@ def measure(shape: ModelShape, *, num_visual: int, repeats: int, device: str, dt
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[576, 1152, 2880], help="visual tokens N")
     parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 4096], help="hidden sizes D")
     parser.add_argument("--attention", nargs="+", choices=["mha", "gqa"], default=["mha", "gqa"])
@@ -187,13 +171,15 @@ def main() -> None:
 
 
 def _prefill_share() -> str:
-    cost = reduction_cost(
-        LLAVA_NEXT_7B, preset_schedule("llava-next-7b", "11.1%"), num_visual=2880, num_text=NUM_TEXT
-    )
-    decoder = cost.decoder_flops + cost.select_flops
+    model = MODELS["llava-next-7b"]
+    assert model.vision is not None
+    schedule = preset_schedule("llava-next-7b", "11.1%")
+    cost = count_prefill(model.decoder, schedule, num_visual=2880, num_text=NUM_TEXT)
+    reduced = cost.flops + vision_work(model.vision, {"B": 5, "N": 2880}).flops
+    decoder = cost.flops
     return (
         f"LLaVA-NeXT-7B, 11.1%, N = 2880, by count: three stages take {cost.select_flops / 1e12:.3f} TFLOPs,"
-        f" {cost.select_share:.1%} of the pruned prefill ({cost.reduced_flops / 1e12:.2f} TFLOPs with the vision"
+        f" {cost.select_flops / reduced:.1%} of the pruned prefill ({reduced / 1e12:.2f} TFLOPs with the vision"
         f" tower), {cost.select_flops / decoder:.1%} of its decoder part ({decoder / 1e12:.2f} TFLOPs)"
     )
 

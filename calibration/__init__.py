@@ -1,1 +1,1 @@
-"""Measures a bundle on samples: synthetic pictures, evaluation of accuracy."""
+"""Measures a bundle on samples: synthetic images, evaluation of accuracy."""

@@ -1,30 +1,63 @@
-"""``trio-export MODEL --out BUNDLE``: checkpoint to bundle."""
+"""``trio-export MODEL --out BUNDLE`` and ``optimum-cli export trio --model MODEL BUNDLE``: checkpoint to bundle."""
 
 from __future__ import annotations
 
 import itertools
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from trio_edge.runtime.bundle.errors import CheckpointError
-from trio_edge.runtime.bundle.manifest import TokenMethod
-from trio_edge.runtime.bundle.schedule import Method
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
+from trio_edge.trio.methods import DEFAULT_METHOD, STAGE_METHODS, TOKEN_METHODS, described
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from trio_edge.export.bundle import ScheduleInputs
+    from trio_edge.export.options import ExportOptions, ScheduleInputs
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.bundle.schedule import Schedule
 
 DEFAULT_KEEP = "11.1%"
+_SCHEDULE_SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions")
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    """Return width and height."""
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if match is None:
+        raise click.UsageError(
+            f"--image-size: expected WIDTHxHEIGHT in pixels, got {text!r}; for instance 640x480"
+        )
+    return int(match[1]), int(match[2])
+
+
+def _text_buckets(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.UsageError(
+            f"--text-buckets: expected numbers with commas between, got {text!r}; for instance 32,64"
+        ) from None
+
+
+def _count(option: str) -> Callable[[str], int | float]:
+    """Return the parser of ``option``: a number, or a share below 1 for a percentage."""
+
+    def parse(text: str) -> int | float:
+        match = re.fullmatch(r"(\d{1,2}(?:\.\d+)?)%|(\d{1,6})", text)
+        if match is None or (match[1] is not None and float(match[1]) == 0):
+            raise click.UsageError(
+                f"{option}: expected a number or a percentage, got {text!r}; for instance 96 or 16.7%"
+            )
+        return int(match[2]) if match[1] is None else float(match[1]) / 100
+
+    return parse
 
 
 @click.command("trio-export", context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,23 +67,32 @@ DEFAULT_KEEP = "11.1%"
 @click.option(
     "--keep",
     metavar="PERCENT",
-    help="Average over all layers, of the picture's tokens before any reduction, for instance 11.1%; 'all' for no"
+    help="Average over all layers, of the image's tokens before any reduction, for instance 11.1%; 'all' for no"
     f" reduction in the decoder. [default: {DEFAULT_KEEP}]",
 )
 @click.option("--schedule", "stages", metavar="STAGES", help="Stages as LAYER:KEEP,…; instead of --keep.")
 @click.option(
-    "--method", type=click.Choice(get_args(Method)), help="How visual tokens are selected inside the decoder."
+    "--method",
+    type=click.Choice(tuple(STAGE_METHODS)),
+    help=f"Selector of visual tokens inside the decoder. {described(STAGE_METHODS)}. [default: {DEFAULT_METHOD}]",
 )
 @click.option(
     "--token-method",
-    type=click.Choice(get_args(TokenMethod)),
-    help="Selection among the picture's tokens before the decoder; combines with --keep all or any --method.",
+    type=click.Choice(tuple(TOKEN_METHODS)),
+    help="Selector of visual tokens before the decoder; combines with --keep all or any --method."
+    f" {described(TOKEN_METHODS)}.",
 )
-@click.option("--token-keep", metavar="N|PERCENT", help="Visual tokens that --token-method passes on.")
+@click.option(
+    "--token-keep",
+    type=_count("--token-keep"),
+    metavar="N|PERCENT",
+    help="Visual tokens that --token-method passes on.",
+)
 @click.option(
     "--clip",
     metavar="MODEL",
-    help="CLIP model (folder or Hub id) of the vision tower: cdpruner and eadp then compare the question in its space.",
+    help="CLIP model (folder or Hub id) of the vision tower:"
+    f" {' and '.join(row.name for row in TOKEN_METHODS.values() if row.takes_clip)} then compare the question in its space.",
 )
 @click.option(
     "--probe-rows",
@@ -63,26 +105,33 @@ DEFAULT_KEEP = "11.1%"
 @click.option("--positions", type=click.Choice(["compact", "preserved"]), help="Position ids after a stage.")
 @click.option(
     "--encoder-keep",
+    type=_count("--encoder-keep"),
     metavar="N|PERCENT",
-    help="What the vision encoder keeps: patches per tile (a multiple of 32), tokens of a picture (Qwen2.5-VL), or 33.3%.",
+    help="Patches that the vision encoder keeps per tile (a multiple of 32), tokens per image (Qwen2.5-VL), or 33.3%.",
 )
 @click.option(
     "--image-size",
     "image_sizes",
     multiple=True,
+    type=_image_size,
     metavar="WxH",
-    help="Exact shapes for pictures of this size (a fixed camera); may be repeated.",
+    help="Exact shapes for images of this size (a fixed camera); may be repeated.",
 )
 @click.option(
-    "--only-image-sizes", is_flag=True, default=None, help="No shapes for pictures of any other size."
+    "--only-image-sizes", is_flag=True, default=None, help="No shapes for images of any other size."
 )
 @click.option(
     "--max-visual",
     type=int,
-    help="Most visual tokens of a picture, where the family can scale down: Qwen2.5-VL (pixels), InternVL3 (tiles).",
+    help="Most visual tokens of an image, where the family can scale down: Qwen2.5-VL (pixels), InternVL3 (tiles).",
 )
 @click.option("--max-text", type=int, help="Largest prompt in text tokens.")
-@click.option("--text-buckets", metavar="N,N,…", help="Sizes that prompts are padded to, below --max-text.")
+@click.option(
+    "--text-buckets",
+    type=_text_buckets,
+    metavar="N,N,…",
+    help="Sizes that prompts are padded to, below --max-text.",
+)
 @click.option("--max-new-tokens", type=int, help="Room for the answer.")
 @click.option(
     "--dtype", type=click.Choice(["auto", "float16", "float32"]), help="Element type of the graphs."
@@ -106,11 +155,7 @@ def command(
     stages: str | None,
     list_models: bool,
     quiet: bool,
-    image_sizes: tuple[str, ...],
-    text_buckets: str | None,
-    encoder_keep: str | None,
-    method: Method | None,
-    token_keep: str | None,
+    method: str | None,
     quantize: str | None,
     **settings: Any,
 ) -> int:
@@ -126,58 +171,36 @@ def command(
         raise click.UsageError("expected MODEL, got none; see --list")
     if keep is not None and stages is not None:
         raise click.UsageError("expected --keep or --schedule, got both; choose one")
-    sizes = tuple(_image_size(text) for text in image_sizes)
-    buckets = () if text_buckets is None else _text_buckets(text_buckets)
-    in_encoder = None if encoder_keep is None else _count("--encoder-keep", encoder_keep)
-    before_decoder = None if token_keep is None else _count("--token-keep", token_keep)
-    schedule_names = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions")
-    shared = {name: settings.pop(name) for name in schedule_names}
-    shared = {name: value for name, value in shared.items() if value is not None}
+    shared = {name: value for name in _SCHEDULE_SETTINGS if (value := settings.pop(name)) is not None}
     chosen = {name: value for name, value in settings.items() if value is not None}
-
     with interruptible() as check:
-        try:
-            with ctrl_c_held():
-                from trio_edge.export.bundle import ExportOptions, export_bundle
-                from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
-        except ModuleNotFoundError as error:
-            raise CheckpointError(
-                f"export: expected its packages to be installed, got no {error.name}; pip install 'trio-edge[export]'"
-            ) from None
-        if quiet:
-            from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # as documented
+        _import_exporter(quiet=quiet)
+        from trio_edge.export.options import ExportOptions
+        from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 
-            disable_progress_bars()
-        target = out if out is not None else Path(Path(model).name + "-bundle")
         options = ExportOptions(
             model=model,
-            out=target,
-            image_sizes=sizes,
-            text_buckets=buckets,
-            encoder_keep=in_encoder,
-            token_keep=before_decoder,
+            out=out if out is not None else Path(Path(model).name + "-bundle"),
             quantize=QuantizePlan() if quantize is None else parse_plan(quantize),
             **chosen,
         )
-        schedule_for = _schedule_rule(keep, stages, shared, method=method or "trio")
-        console = Console(stderr=True, quiet=quiet)
-        bars = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        )
-        try:
-            manifest = export_bundle(
-                options, schedule_for=schedule_for, progress=_progress(bars, console, check)
-            )
-        finally:
-            bars.stop()
-        print(_summary(manifest, target))
+        schedule_for = _schedule_rule(keep, stages, shared, method=method or DEFAULT_METHOD)
+        manifest = _export(options, schedule_for, Console(stderr=True, quiet=quiet), check)
+        print(_summary(manifest, options.out))
         return 0
+
+
+_OPTIMUM_STYLE: dict[str, click.Parameter] = {
+    "model": click.Option(["-m", "--model"], help="An alias, a Hub id or a checkpoint folder; see --list."),
+    "out": click.Argument(["out"], required=False, type=click.Path(path_type=Path)),
+}
+optimum_command = click.Command(
+    "optimum-cli export trio",
+    params=[_OPTIMUM_STYLE.get(parameter.name or "", parameter) for parameter in command.params],
+    callback=command.callback,
+    help=(command.help or "").replace("Export MODEL", "Export --model").replace("a bundle", "the bundle OUT"),
+    context_settings=command.context_settings,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,36 +208,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(command, argv)
 
 
-def _image_size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    if match is None:
-        raise click.UsageError(
-            f"--image-size: expected WIDTHxHEIGHT in pixels, got {text!r}; for instance 640x480"
-        )
-    return int(match[1]), int(match[2])
+def optimum_main(argv: Sequence[str] | None = None) -> int:
+    """Run the same command as ``optimum-cli export trio --model MODEL OUT`` and return its exit code."""
+    return run(optimum_command, argv)
 
 
-def _count(option: str, text: str) -> int | float:
-    """Return a number, or a share below 1 for a percentage."""
-    match = re.fullmatch(r"(\d{1,2}(?:\.\d+)?)%|(\d{1,6})", text)
-    if match is None or (match[1] is not None and float(match[1]) == 0):
-        raise click.UsageError(
-            f"{option}: expected a number or a percentage, got {text!r}; for instance 96 or 16.7%"
-        )
-    return int(match[2]) if match[1] is None else float(match[1]) / 100
-
-
-def _text_buckets(text: str) -> tuple[int, ...]:
+def _import_exporter(*, quiet: bool) -> None:
+    """Import torch and the other packages first: it takes seconds, and Ctrl-C has to wait for the end of it."""
     try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise click.UsageError(
-            f"--text-buckets: expected numbers with commas between, got {text!r}; for instance 32,64"
+        with ctrl_c_held():
+            import trio_edge.export.bundle  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"export: expected its packages to be installed, got no {error.name}; pip install 'trio-edge[export]'"
         ) from None
+    if quiet:
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # as documented
+
+        disable_progress_bars()
 
 
 def _schedule_rule(
-    keep: str | None, stages: str | None, shared: dict[str, Any], *, method: Method
+    keep: str | None, stages: str | None, shared: dict[str, Any], *, method: str
 ) -> Callable[[ScheduleInputs], Schedule]:
     """Return the function that makes the schedule once layers and visual tokens are known."""
     from trio_edge.runtime.bundle.schedule import Schedule
@@ -229,7 +244,7 @@ def _schedule_rule(
     text = keep if keep is not None else DEFAULT_KEEP
     average = None if stages is not None or text == "all" else parse_keep(text)
     if stages is not None:
-        parse_schedule(stages, **shared)  # a wrong one is told before the checkpoint is read
+        parse_schedule(stages, **shared)  # refuse a wrong one before the checkpoint is read
 
     def schedule_for(inputs: ScheduleInputs) -> Schedule:
         own = default_positions(method)
@@ -240,12 +255,12 @@ def _schedule_rule(
         if average is None:
             return Schedule(**settings)
         if keep is not None:
-            check_combined_keep(keep, picture_tokens=inputs.picture_tokens, entering=inputs.num_visual)
+            check_combined_keep(keep, picture_tokens=inputs.image_tokens, entering=inputs.num_visual)
         return combined_schedule(
             method,
             average,
             num_layers=inputs.num_layers,
-            picture_tokens=inputs.picture_tokens,
+            picture_tokens=inputs.image_tokens,
             entering=inputs.num_visual,
             **settings,
         )
@@ -253,8 +268,32 @@ def _schedule_rule(
     return schedule_for
 
 
+def _export(
+    options: ExportOptions,
+    schedule_for: Callable[[ScheduleInputs], Schedule],
+    console: Console,
+    check: Callable[[], None],
+) -> Manifest:
+    """Export with a progress display on ``console``; ``check`` raises where the user has interrupted."""
+    from trio_edge.export.bundle import export_bundle
+
+    bars = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    try:
+        return export_bundle(options, schedule_for=schedule_for, progress=_progress(bars, console, check))
+    finally:
+        bars.stop()
+
+
 def _progress(bars: Progress, console: Console, check: Callable[[], None]) -> Any:
-    from trio_edge.export.bundle import Progress as Callbacks
+    from trio_edge.export.options import Progress as Callbacks
 
     task = bars.add_task("", total=None)
     steps = itertools.count()

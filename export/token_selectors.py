@@ -1,63 +1,40 @@
-"""Makes the selector in front of the decoder: the only place that knows its methods by name."""
+"""Makes selectors from the rows of ``trio_edge.trio.methods`` and a family's modules."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.images.llava import LlavaImages
-from trio_edge.trio.nms import FeatureNms
-from trio_edge.trio.saliency import ProxySaliency
-from trio_edge.trio.selectors.stages.trio import Trio
+from trio_edge.trio.methods import stage_method, token_method
+from trio_edge.trio.selectors.interface import StageParts
 
 if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
-    from trio_edge.runtime.bundle.manifest import TokenMethod
     from trio_edge.runtime.bundle.schedule import Schedule
     from trio_edge.runtime.images.interface import ImageProcessing
     from trio_edge.trio.selectors.interface import StageSelector, TokenSelector
 
-CLIP_METHODS: tuple[TokenMethod, ...] = ("cdpruner", "eadp")
-"""Those that read the question, and can compare it with the picture in CLIP's space."""
-
 
 def token_selector(
-    method: TokenMethod, *, num_keep: int, clip: bool = False, grid: tuple[int, int] | None = None
+    method: str, *, num_keep: int, clip: bool = False, grid: tuple[int, int] | None = None
 ) -> TokenSelector:
-    """Return the selector ``method`` that keeps ``num_keep`` tokens of a picture.
+    """Return the selector ``method`` that keeps ``num_keep`` tokens of an image.
 
     Args:
-        method: Its name.
+        method: Row of ``TOKEN_METHODS``.
         num_keep: K.
-        clip: Whether it compares the text with the picture in CLIP's space; one of ``CLIP_METHODS``.
-        grid: Rows and columns if every picture is one full grid of tokens.
+        clip: Whether it compares the text with the image in CLIP's space.
+        grid: Rows and columns if every image is one full grid of tokens.
+
+    Raises:
+        ScheduleError: If there is no such method.
     """
-    if method == "visionzip":
-        from trio_edge.trio.selectors.tokens.visionzip import VisionZip
-
-        return VisionZip(num_keep=num_keep)
-    if method == "holov":
-        from trio_edge.trio.selectors.tokens.holov import HoloV
-
-        return HoloV(num_keep=num_keep)
-    if method == "scope":
-        from trio_edge.trio.selectors.tokens.scope import Scope
-
-        return Scope(num_keep=num_keep)
-    if method == "divprune":
-        from trio_edge.trio.selectors.tokens.divprune import DivPrune
-
-        return DivPrune(num_keep=num_keep)
-    if method == "cdpruner":
-        from trio_edge.trio.selectors.tokens.cdpruner import CdPruner
-
-        return CdPruner(num_keep=num_keep, clip=clip)
-    if method == "eadp":
-        from trio_edge.trio.selectors.tokens.eadp import Eadp
-
-        return Eadp(num_keep=num_keep, clip=clip, grid=grid)
-    from trio_edge.trio.selectors.tokens.uniform import Uniform
-
-    return Uniform(num_keep=num_keep)
+    row = token_method(method)
+    options: dict[str, Any] = {"clip": clip} if row.takes_clip else {}
+    if row.takes_grid:
+        options["grid"] = grid
+    selector: TokenSelector = row.load()(num_keep=num_keep, **options)
+    return selector
 
 
 def full_grid(processing: ImageProcessing) -> tuple[int, int] | None:
@@ -70,15 +47,9 @@ def full_grid(processing: ImageProcessing) -> tuple[int, int] | None:
     return side, side
 
 
-# Makes the selector of a stage from its schedule: the only place that knows the methods by name.
-
-
-_LOOK_AT_THE_LAYER_BEFORE = ("fastv", "dart", "sparsevlm")
-
-
 def needs_previous(schedule: Schedule) -> bool:
     """Return whether the method looks at the layer that has just run."""
-    return bool(schedule.stages) and schedule.method in _LOOK_AT_THE_LAYER_BEFORE
+    return bool(schedule.stages) and stage_method(schedule.method).load().needs_previous
 
 
 def stage_selector(model: FamilyModel, schedule: Schedule, *, stage: int, max_visual: int) -> StageSelector:
@@ -87,34 +58,21 @@ def stage_selector(model: FamilyModel, schedule: Schedule, *, stage: int, max_vi
     Args:
         model: The family's.
         schedule: With the method and its settings.
-        stage: Which one.
+        stage: Index in ``schedule``.
         max_visual: Largest N of the stage.
+
+    Raises:
+        ScheduleError: If there is no such method.
     """
-    layer, keep = schedule.stages[stage].layer, schedule.stages[stage].keep
-    before: Any = model.layers[layer - 1]
-    if schedule.method == "fastv":
-        from trio_edge.trio.selectors.stages.fastv import FastV
-
-        return FastV(before, num_keep=keep)
-    if schedule.method == "dart":
-        from trio_edge.trio.selectors.stages.dart import Dart
-
-        return Dart(before, model.final_norm, num_keep=keep)
-    if schedule.method == "sparsevlm":
-        from trio_edge.trio.selectors.stages.sparse_vlm import SparseVlm
-
-        return SparseVlm(before, num_keep=keep)
-    if schedule.method == "pyramiddrop":
-        from trio_edge.trio.selectors.stages.pyramid_drop import PyramidDrop
-
-        return PyramidDrop(model.layers[layer], num_keep=keep)
-    saliency = ProxySaliency(
-        model.layers[layer],
-        model.final_norm,
-        model.lm_head,
+    layer = schedule.stages[stage].layer
+    parts = StageParts(
+        previous_layer=model.layers[layer - 1],
+        layer=model.layers[layer],
+        final_norm=model.final_norm,
+        lm_head=model.lm_head,
+        num_keep=schedule.stages[stage].keep,
         max_visual=max_visual,
-        num_probe_rows=schedule.num_probe_rows,
-        last_probe_offset=schedule.last_probe_offset,
+        settings=schedule,
     )
-    nms = FeatureNms(num_keep=keep, threshold=schedule.nms_threshold, rounds=schedule.nms_rounds)
-    return Trio(saliency, nms)
+    selector: StageSelector = stage_method(schedule.method).load().for_stage(parts)
+    return selector

@@ -1,7 +1,7 @@
 """``optimum-cli export trio``: optimum imports every file in its namespace ``optimum.commands.register``, so also this one.
 
-It is imported for every optimum command, so it imports nothing of trio-edge and never fails: the exporter itself is
-imported when the command runs. The arguments are the exporter's own, which reads them: optimum's parser hands them on.
+Every optimum command imports it, so it imports nothing of trio-edge and never fails: the exporter itself is imported
+when the command runs. optimum's parser hands all arguments on to the exporter, which reads them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 REGISTER_COMMANDS: Iterator[object] = iter(())
-"""What optimum looks for: pairs of a command and the command that it belongs to.
+"""Pairs of a command and the command that it belongs to, under the name that optimum looks for.
 
 An iterator, because optimum reads this once for each folder of the namespace, and two installations (a virtual
 environment over the system's) are two folders; a second command of the same name would break all of optimum's.
@@ -42,8 +42,8 @@ else:
 
         def run(self) -> None:
             """Export, and exit with the exporter's code."""
-            from trio_edge.export.cli_optimum import main
+            from trio_edge.export.cli import optimum_main
 
-            raise SystemExit(main(self.args.arguments))
+            raise SystemExit(optimum_main(self.args.arguments))
 
     REGISTER_COMMANDS = iter([(TrioExportCommand, ExportCommand)])

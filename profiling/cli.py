@@ -5,23 +5,23 @@ from __future__ import annotations
 import datetime
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import msgspec
 from rich.console import Console
 
 from trio_edge.profiling.measure.machine_info import find_governor, find_power_mode, load_average
-from trio_edge.profiling.measure.measuring import NEW_TOKENS, Options, measure
+from trio_edge.profiling.measure.measuring import NEW_TOKENS, MeasureOptions, measure
 from trio_edge.profiling.page.figures import check_matplotlib
 from trio_edge.profiling.predict.options import (
     PredictOptions,
     check_given,
     predict_options,
-    print_outcome,
+    print_predictions,
     run_prediction,
 )
-from trio_edge.profiling.report.profile import Conditions
+from trio_edge.profiling.report.profile import ProfileConditions
 from trio_edge.profiling.report.summary import report_of
 from trio_edge.profiling.report.table import print_profile
 from trio_edge.runtime.backends.registry import BACKENDS_HELP
@@ -49,20 +49,20 @@ if TYPE_CHECKING:
 @click.option(
     "--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 lets the backend choose."
 )
+@click.option("--image", type=click.Path(path_type=Path), help="Image to ask about. [default: random pixels]")
+@click.option("--prompt", help="The question. [default: one about the image]")
 @click.option(
-    "--image", type=click.Path(path_type=Path), help="Picture to ask about. [default: random pixels]"
+    "--new-tokens", type=click.IntRange(1), help="Tokens of each answer. [default: 16, or the bundles' room]"
 )
-@click.option("--prompt", help="The question. [default: one about the picture]")
 @click.option(
-    "--new-tokens", type=click.IntRange(1), help="Of each answer. [default: 16, or the bundles' room]"
+    "--runs", type=click.IntRange(1), help="Answers per bundle. [default: as many as stable medians need]"
 )
-@click.option("--runs", type=click.IntRange(1), help="Of each bundle. [default: until the medians are known]")
 @click.option(
     "--warm-up", type=click.IntRange(0), default=3, show_default=True, help="Answers before the runs."
 )
 @click.option(
     "--seconds", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True,
-    help="No new run begins after these, unless --runs is given.",
+    help="No new run begins after these seconds, unless --runs is given.",
 )  # fmt: skip
 @click.option(
     "--layers/--no-layers", default=True, show_default=True, help="Also time each layer, in runs of its own."
@@ -71,7 +71,11 @@ if TYPE_CHECKING:
     "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write all values as JSON."
 )
 @click.option(
-    "--html", "html_file", type=click.Path(path_type=Path), metavar="FILE", help="Write one page with plots."
+    "--html",
+    "html_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write one page with plots; needs matplotlib.",
 )
 @click.option("--trace", "trace_file", type=click.Path(path_type=Path), metavar="FILE",
               help="Write a trace for Perfetto or chrome://tracing.")  # fmt: skip
@@ -99,27 +103,16 @@ def command(
     """
     wishes = PredictOptions(**prediction)
     check_given(predicting=wishes.predict is not None)
-    files = {"--json": json_file, "--html": html_file, "--trace": trace_file}
-    check_outputs({option: path for option, path in files.items() if path is not None})
-    if html_file is not None:
-        check_matplotlib("--html", extra="profile")
+    outputs = _Outputs(json=json_file, html=html_file, trace=trace_file)
+    _check(outputs)
     if wishes.predict is not None:
-        outcome = run_prediction(wishes, bundle=bundle, num_new=new_tokens or NEW_TOKENS)
-        if json_file is not None:
-            write_output("--json", json_file, _json(outcome.values))
-        if html_file is not None:
-            from trio_edge.profiling.predict.page import prediction_page
-
-            write_output("--html", html_file, prediction_page(outcome.found, outcome.values))
-        print_outcome(outcome)  # last: where the output is closed early, the files are there
-        if outcome.unmet is not None:
-            raise TargetError(outcome.unmet)
+        _predict(wishes, outputs, bundle=bundle, num_new=new_tokens or NEW_TOKENS)
         return 0
     if not math.isfinite(seconds):  # click's ranges let "nan" pass
         raise click.UsageError(f"--seconds: expected a time, got {seconds}; for instance 30")
     if bundle is None:
         raise BundleError("BUNDLE: expected a bundle folder, got none; make one with trio-export")
-    options = Options(
+    options = MeasureOptions(
         bundles=(bundle, *compare),
         backend=backend,
         threads=threads,
@@ -131,25 +124,7 @@ def command(
         seconds=seconds,
         layers=layers,
     )
-    for folder in options.bundles:
-        open_bundle(folder)
-    busy, started = load_average(), datetime.datetime.now(datetime.timezone.utc)
-    console = Console(stderr=True)
-    with console.status("") as status:
-        measurement = measure(options, on_step=status.update if console.is_terminal else lambda _step: None)
-    report = report_of(measurement, _conditions(measurement, options, started=started, busy=busy))
-    if json_file is not None:
-        write_output("--json", json_file, _json(report))
-    if html_file is not None:
-        from trio_edge.profiling.page.page import page_html
-
-        write_output("--html", html_file, page_html(report))
-    if trace_file is not None:
-        from trio_edge.profiling.report.trace import trace_json
-
-        labels = [profile.label for profile in report.bundles]
-        write_output("--trace", trace_file, trace_json(measurement, labels))
-    print_profile(report)
+    _profile(options, outputs)
     return 0
 
 
@@ -158,14 +133,66 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(command, argv)
 
 
+class _Outputs(NamedTuple):
+    """Files to write, each if it is wanted."""
+
+    json: Path | None
+    html: Path | None
+    trace: Path | None
+
+
+def _check(outputs: _Outputs) -> None:
+    """Refuse before minutes of measuring what could not be written after them."""
+    named = {"--json": outputs.json, "--html": outputs.html, "--trace": outputs.trace}
+    check_outputs({option: path for option, path in named.items() if path is not None})
+    if outputs.html is not None:
+        check_matplotlib("--html", extra="profile")
+
+
+def _predict(wishes: PredictOptions, outputs: _Outputs, *, bundle: Path | None, num_new: int) -> None:
+    outcome = run_prediction(wishes, bundle=bundle, num_new=num_new)
+    if outputs.json is not None:
+        write_output("--json", outputs.json, _json(outcome.values))
+    if outputs.html is not None:
+        from trio_edge.profiling.predict.page import prediction_page
+
+        write_output("--html", outputs.html, prediction_page(outcome.found, outcome.values))
+    print_predictions(outcome)  # last: where the output is closed early, the files are there
+    if outcome.unmet is not None:
+        raise TargetError(outcome.unmet)
+
+
+def _profile(options: MeasureOptions, outputs: _Outputs) -> None:
+    for folder in options.bundles:
+        open_bundle(folder)
+    # Before the first run: afterwards the load is this program's own.
+    busy, started = load_average(), datetime.datetime.now(datetime.timezone.utc)
+    console = Console(stderr=True)
+    with console.status("") as status:
+        measurement = measure(options, on_step=status.update if console.is_terminal else lambda _step: None)
+    report = report_of(measurement, _conditions(measurement, options, started=started, busy=busy))
+    if outputs.json is not None:
+        write_output("--json", outputs.json, _json(report))
+    if outputs.html is not None:
+        from trio_edge.profiling.page.page import page_html
+
+        write_output("--html", outputs.html, page_html(report))
+    if outputs.trace is not None:
+        from trio_edge.profiling.report.trace import trace_json
+
+        labels = [profile.label for profile in report.bundles]
+        write_output("--trace", outputs.trace, trace_json(measurement, labels))
+    print_profile(report)
+
+
 def _json(values: Any) -> bytes:
     return msgspec.json.format(msgspec.json.encode(values), indent=1) + b"\n"
 
 
 def _conditions(
-    measurement: Measurement, options: Options, *, started: datetime.datetime, busy: float | None
-) -> Conditions:
-    return Conditions(
+    measurement: Measurement, options: MeasureOptions, *, started: datetime.datetime, busy: float | None
+) -> ProfileConditions:
+    return ProfileConditions(
         started=started.isoformat(timespec="seconds"),
         backend=measurement.backend_name,
         threads=options.threads,
@@ -173,7 +200,7 @@ def _conditions(
         power_mode=find_power_mode(),
         cpu_governor=find_governor(),
         load_average=busy,
-        picture=measurement.picture,
+        picture=measurement.image,
         prompt=measurement.question.prompt,
         new_tokens=measurement.question.new_tokens,
         warm_up=options.warm_up,

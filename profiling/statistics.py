@@ -47,7 +47,7 @@ class Distribution(msgspec.Struct, frozen=True, kw_only=True):
     spread: float
     """Distance between the first and the third quartile."""
     interval_95: Interval | None
-    """Of the median; None for fewer than ``LEAST_FOR_INTERVAL`` runs."""
+    """Interval of the median; None for fewer than ``LEAST_FOR_INTERVAL`` runs."""
 
     @property
     def range(self) -> Interval:
@@ -78,7 +78,7 @@ class LineFit(msgspec.Struct, frozen=True, kw_only=True):
     base_ms: float
     ms_per_1000_rows: float
     interval_95: Interval | None
-    """Of ``ms_per_1000_rows``; None for fewer than ``LEAST_FOR_INTERVAL`` rounds."""
+    """Interval of ``ms_per_1000_rows``; None for fewer than ``LEAST_FOR_INTERVAL`` rounds."""
 
     @property
     def words(self) -> str:
@@ -88,7 +88,7 @@ class LineFit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def in_brackets(interval: Interval | None, digits: str) -> str:
-    """Return an interval as text to go behind a number: `` (0.10 – 0.14)``; nothing without one."""
+    """Return an interval as text that follows a number: `` (0.10 – 0.14)``; nothing without one."""
     return "" if interval is None else f" ({interval[0]:{digits}} – {interval[1]:{digits}})"
 
 
@@ -97,7 +97,7 @@ def distribution(values: Sequence[float], *, per_run: int = 1) -> Distribution:
 
     Args:
         values: Run after run.
-        per_run: How many of them are of one run.
+        per_run: Number of values of one run.
     """
     data = np.sort(np.asarray(values, np.float64))
     p25, p50, p75, p95, p99 = (float(one) for one in np.percentile(data, (25, 50, 75, 95, 99)))
@@ -114,12 +114,20 @@ def distribution(values: Sequence[float], *, per_run: int = 1) -> Distribution:
     )
 
 
+def distribution_of_runs(runs: Sequence[Sequence[float]]) -> Distribution:
+    """Return the distribution of what was timed several times in each run."""
+    counts = {len(times) for times in runs}
+    # With runs of different lengths each time counts as a run of its own.
+    per_run = counts.pop() if len(counts) == 1 else 1
+    return distribution([time for times in runs for time in times], per_run=per_run)
+
+
 def median_interval(values: Sequence[float], *, per_run: int = 1) -> Interval | None:
     """Return the 95 % interval of the median, two of the values; None for fewer than ``LEAST_FOR_INTERVAL`` runs.
 
     Args:
         values: Run after run.
-        per_run: How many of them are of one run.
+        per_run: Number of values of one run.
     """
     runs = np.asarray(values, np.float64).reshape(-1, per_run)
     if len(runs) < LEAST_FOR_INTERVAL:

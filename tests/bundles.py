@@ -9,8 +9,9 @@ from typing import Any
 
 from tests.shared_folder import made_once
 from tests.shared_traces import shared_traces
-from trio_edge.export.bundle import ExportOptions, export_bundle
+from trio_edge.export.bundle import export_bundle
 from trio_edge.export.checkpoints.checkpoint import TINY_FOLDER
+from trio_edge.export.options import ExportOptions
 from trio_edge.export.quantize.scales import CacheRange, CalibratedScales
 from trio_edge.runtime.bundle.schedule import Schedule
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from trio_edge.export.bundle import ExportOptions
+    from trio_edge.export.options import ExportOptions
     from trio_edge.runtime.bundle.schedule import Schedule
 
 
@@ -53,7 +53,7 @@ def shared_traces(options: ExportOptions, schedule: Schedule) -> Iterator[None]:
         return _read(made_once(name, lambda out: _write(trace(module, **settings), out)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trio_edge.export.graphs.tracing.trace", trace_once)
+        patch.setattr("trio_edge.export.tracing.trace", trace_once)
         yield
 
 

@@ -49,14 +49,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trio_edge.runtime.bundle.errors import CheckpointError
-from trio_edge.trio.cost.flops import SaliencyForm, cheapest_form
+from trio_edge.trio.cost.selections import ProbeSizes, SaliencyForm, cheapest_form
 
 _SILU = {"SiLU", "SiLUActivation"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeState:
-    """What the forward half of the probe leaves for the backward half.
+    """Values that the forward half of the probe leaves for the backward half.
 
     The two halves are apart so that a graph of its own can hold the head between them.
     """
@@ -163,19 +163,16 @@ class ProxySaliency(nn.Module):
         self.num_kv_heads = attention.k_proj.weight.shape[0] // self.head_size
         self.num_heads = attention.q_proj.weight.shape[0] // self.head_size
         self.sliding_window = _sliding_window(attention)
-        self.form: SaliencyForm = (
-            form
-            if form != "auto"
-            else cheapest_form(
-                num_rows=max_visual,
-                num_visual=max_visual,
-                hidden_size=attention.k_proj.weight.shape[1],
-                num_heads=self.num_heads,
-                num_kv_heads=self.num_kv_heads,
-                head_size=self.head_size,
-                num_probe_rows=num_probe_rows,
-            )
+        sizes = ProbeSizes(
+            num_rows=max_visual,
+            num_visual=max_visual,
+            hidden_size=attention.k_proj.weight.shape[1],
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            num_probe_rows=num_probe_rows,
         )
+        self.form: SaliencyForm = cheapest_form(sizes) if form == "auto" else form
         if self.form != "direct":
             with torch.no_grad():
                 gram = key_value_gram(

@@ -1,4 +1,4 @@
-"""What this device reaches at most, measured in the same run: a large product for FLOP/s, a large copy for bytes/s."""
+"""Highest rates of this device, measured in the same run: a large product for FLOP/s, a large copy for bytes/s."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Ceilings:
     """Rates that no part of a model can exceed by much."""
 
     flops_per_s: float
-    """Of one square product in the model's type."""
+    """Rate of one square product in the model's type."""
     bytes_per_s: float
     """Read and written together, while copying."""
     matmul_size: int

@@ -1,6 +1,6 @@
 """Counts what each graph must at least compute and move, before anything is measured.
 
-FLOPs are those of ``trio_edge.trio.cost.flops``. Bytes are the least that must cross the memory bus: the graph's weights, the
+FLOPs are those of ``trio_edge.trio.cost``. Bytes are the least that must cross the memory bus: the graph's weights, the
 rows that enter and leave, new KV rows, and in decode all KV rows that are there. A probe's rows pass its layer and the
 head forwards and backwards, so these weights are read twice, but for those of queries and keys. Nothing between two
 operations of a graph counts.
@@ -13,22 +13,18 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from trio_edge.profiling.predict.answer import range_name
+from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
 from trio_edge.runtime.bundle.schedule import Schedule
-from trio_edge.trio.cost.flops import (
-    ModelShape,
-    StageSizes,
-    decoder_layer_flops,
-    head_flops,
-    layer_weights,
-    selection_flops,
-    vision_flops,
-)
+from trio_edge.trio.cost.flops import kv_row_bytes, stage_flops
+from trio_edge.trio.cost.memory import layers_and_rows
+from trio_edge.trio.cost.selections import StageSizes
+from trio_edge.trio.cost.work import head_work, layer_weights, range_work, vision_work
 
 DECODE = "decode"
 
 
 class Rates(Protocol):
-    """What a device reaches at most."""
+    """Highest rates of a device."""
 
     @property
     def flops_per_s(self) -> float:
@@ -36,12 +32,40 @@ class Rates(Protocol):
 
     @property
     def bytes_per_s(self) -> float:
-        """Of its memory."""
+        """Bytes per second of its memory."""
+
+
+class CountedModel(Protocol):
+    """Sizes of a model and its picture, as ``gpu_parts.subjects.Sizes`` has them."""
+
+    @property
+    def decoder(self) -> Dimensions:
+        """Sizes of the decoder."""
+
+    @property
+    def tower(self) -> VisionDimensions:
+        """Sizes of the vision tower."""
+
+    @property
+    def vision_sizes(self) -> dict[str, int]:
+        """Sizes of the picture's vision profile."""
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of weights, activations and KV caches."""
+
+    @property
+    def num_visual(self) -> int:
+        """N."""
+
+    @property
+    def vision_weights(self) -> int:
+        """Elements of the vision graph's weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What something takes at least."""
+    """Least work of a graph."""
 
     flops: float
     causal_flops: float
@@ -60,7 +84,7 @@ class Counted:
     graphs: dict[str, Work]
     """By the bundle's names, in the order of a prefill; ``decode`` last."""
     kv_bytes: int
-    """Of the rows that the prefill leaves."""
+    """Bytes of the rows that the prefill leaves."""
 
     def prefill(self) -> list[Work]:
         """Return all graphs of a prefill."""
@@ -80,59 +104,52 @@ class Counted:
         return self.graphs[DECODE]
 
 
-def count(
-    shape: ModelShape, schedule: Schedule, *, num_visual: int, num_text: int, vision_weights: int
-) -> Counted:
+def count(model: CountedModel, schedule: Schedule, *, num_text: int) -> Counted:
     """Return the work of a prefill and of the first decode step.
 
     Args:
-        shape: Of the model, with its vision tower.
+        model: Its sizes, and those of its picture.
         schedule: TRIO's.
-        num_visual: N.
         num_text: T; a prefill has N + T rows.
-        vision_weights: Elements of the vision graph's weights.
     """
-    size = shape.bytes_per_element
-    row_bytes = shape.hidden_size * size
-    kv_row_bytes = 2 * shape.num_kv_heads * shape.head_size * size
-    head_bytes = shape.vocab_size * row_bytes
-    flops = vision_flops(shape, num_visual=num_visual)
-    graphs = {"vision": _work(flops, num_bytes=vision_weights * size + num_visual * row_bytes)}
-    starts = [0, *(stage.layer for stage in schedule.stages)]
-    visual = [num_visual, *(stage.keep for stage in schedule.stages)]
-    decode_flops = head_flops(shape)
+    decoder, size, num_visual = model.decoder, model.element_bytes, model.num_visual
+    row_bytes = decoder.hidden_size * size
+    kv_bytes_of_row = kv_row_bytes(decoder, bytes_per_cached=size)
+    head_bytes = decoder.vocab_size * row_bytes
+    flops = vision_work(model.tower, model.vision_sizes).flops
+    graphs = {"vision": _work(flops, num_bytes=model.vision_weights * size + num_visual * row_bytes)}
+    ranges = layers_and_rows(schedule, num_layers=decoder.num_layers, entering=num_visual)
+    decode_flops = head_work(decoder).flops
     decode_bytes, kv_bytes = float(head_bytes), 0
-    for index, (first, last) in enumerate(zip(starts, [*starts[1:], shape.num_layers])):
+    for index, (layers, visual) in enumerate(ranges):
         if index:
-            graphs[f"select_{index}"] = _stage(shape, schedule, visual[index - 1], visual[index], num_text)
-        rows, layers = visual[index] + num_text, last - first
-        weight_bytes = layers * layer_weights(shape) * size
-        graphs[range_name(index, len(starts))] = _work(
-            layers * decoder_layer_flops(shape, num_rows=rows),
-            masked=layers * _attention_flops(shape, rows) / 2,
-            num_bytes=weight_bytes + rows * (2 * row_bytes + layers * kv_row_bytes),
+            graphs[f"select_{index}"] = _stage(model, schedule, ranges[index - 1][1], visual, num_text)
+        rows = visual + num_text
+        work = range_work(decoder, num_layers=layers, rows=rows)
+        attention = sum(part.flops for part in work.attention)
+        weight_bytes = layers * layer_weights(decoder) * size
+        graphs[range_name(index, len(ranges))] = _work(
+            work.flops,
+            masked=attention / 2,
+            num_bytes=weight_bytes + rows * (2 * row_bytes + layers * kv_bytes_of_row),
         )
-        decode_flops += layers * (2 * layer_weights(shape) + _attention_flops(shape, rows) / rows)
-        decode_bytes += weight_bytes + layers * rows * kv_row_bytes
-        kv_bytes += layers * rows * kv_row_bytes
-    graphs["head"] = _work(head_flops(shape), num_bytes=head_bytes)
+        decode_flops += layers * 2 * layer_weights(decoder) + attention / rows
+        decode_bytes += weight_bytes + layers * rows * kv_bytes_of_row
+        kv_bytes += layers * rows * kv_bytes_of_row
+    graphs["head"] = _work(head_work(decoder).flops, num_bytes=head_bytes)
     graphs[DECODE] = _work(decode_flops, num_bytes=decode_bytes)
     return Counted(graphs=graphs, kv_bytes=kv_bytes)
 
 
-def _stage(shape: ModelShape, schedule: Schedule, entering: int, keep: int, num_text: int) -> Work:
-    rows = entering + num_text
-    flops = selection_flops(shape, schedule, StageSizes(entering, keep, num_text, entering))
-    once = shape.hidden_size * (shape.num_heads + shape.num_kv_heads) * shape.head_size
-    weights = 2 * (layer_weights(shape) + shape.vocab_size * shape.hidden_size) - once
+def _stage(model: CountedModel, schedule: Schedule, entering: int, keep: int, num_text: int) -> Work:
+    decoder, rows = model.decoder, entering + num_text
+    flops = stage_flops(decoder, schedule, StageSizes(entering, keep, num_text, entering))
+    once = decoder.hidden_size * (decoder.num_heads + decoder.num_kv_heads) * decoder.head_size
+    weights = 2 * (layer_weights(decoder) + decoder.vocab_size * decoder.hidden_size) - once
     moved = rows + keep + num_text
     return _work(
-        flops, num_bytes=shape.bytes_per_element * (weights + moved * shape.hidden_size) + 4 * entering
+        flops, num_bytes=model.element_bytes * (weights + moved * decoder.hidden_size) + 4 * entering
     )
-
-
-def _attention_flops(shape: ModelShape, rows: int) -> float:
-    return 4.0 * rows**2 * shape.num_heads * shape.head_size
 
 
 def _work(flops: float, *, num_bytes: float, masked: float = 0.0) -> Work:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gpu_parts.subjects import Shapes
-from released_shapes import FAMILIES, make_checkpoint
+from parts.released_shapes import FAMILIES, make_checkpoint
 
 from trio_edge.runtime.bundle.schedule import Schedule
 

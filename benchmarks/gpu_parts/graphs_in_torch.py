@@ -21,7 +21,7 @@ from trio_edge.runtime.bundle.schedule import Schedule
 
 
 class GraphsInTorch:
-    """See ``Way``."""
+    """A ``Way``."""
 
     def __init__(
         self, subject: Subject, schedule: Schedule, *, max_new_tokens: int, compiled: bool = False
@@ -61,7 +61,7 @@ class GraphsInTorch:
         return "graphs in torch" + ", compiled" * compiled
 
     def decode(self) -> None:
-        """See ``Way``."""
+        """Run one token, as ``Way`` says."""
         self._choose_attention()
         buffers, hidden = self.buffers, self.buffers.token
         for index, module in enumerate(self._ranges):

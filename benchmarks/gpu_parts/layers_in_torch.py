@@ -14,7 +14,7 @@ import torch
 from gpu_parts.graphs_in_torch import rotary_tables
 from gpu_parts.subjects import Subject
 from gpu_parts.way import Buffers, Part, set_attention
-from reference_stage import autograd_scores, host_nms
+from parts.reference_stage import autograd_scores, host_nms
 from torch import Tensor
 
 from trio_edge.profiling.predict.answer import range_name
@@ -41,7 +41,7 @@ class _Rows:
 
 
 class LayersInTorch:
-    """See ``Way``."""
+    """A ``Way``."""
 
     def __init__(
         self, subject: Subject, schedule: Schedule, *, max_new_tokens: int, compiled: bool = False
@@ -67,7 +67,7 @@ class LayersInTorch:
         return (PAPERS_CODE if schedule.stages else WHOLE_MODEL) + ", compiled" * compiled
 
     def decode(self) -> None:
-        """See ``Way``."""
+        """Run one token, as ``Way`` says."""
         self._choose_attention()
         buffers, hidden = self.buffers, self.buffers.token
         for index, layers in enumerate(buffers.layers):

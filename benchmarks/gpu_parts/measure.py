@@ -18,7 +18,7 @@ WARM_UPS = {"cuda": 3, "cpu": 1}
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one way took with one schedule; times are medians in milliseconds."""
+    """Times and memory of one way with one schedule; times are medians in milliseconds."""
 
     way: str
     parts_ms: dict[str, float]
@@ -34,7 +34,7 @@ class Measured:
     cuda_graphs: tuple[str, ...] = ()
     """Parts that were one CUDA graph."""
     notes: tuple[str, ...] = ()
-    """What went otherwise than wished."""
+    """Parts that did not run as asked, and why."""
 
 
 def measure(way: Way, *, repeats: int, num_tokens: int, cuda_graphs: bool) -> Measured:

@@ -34,7 +34,7 @@ class Compared:
     """Why it does not run."""
     same_kept: bool = False
     largest_difference: float = 0.0
-    """Of a logit."""
+    """Largest difference of a logit."""
     within: bool = False
     """Whether all logits are within the table's tolerance."""
 

@@ -1,4 +1,4 @@
-"""What is measured: models of released shapes with random weights made on the device, and one picture for each.
+"""Models of released shapes with random weights made on the device, and one image for each: the subjects of the measurement.
 
 Shapes are those of ``released_shapes``; "small" ones have the same parts and run on a CPU in seconds. The
 picture decides N, the visual tokens: 336x336 for LLaVA-1.5, 672x672 (five tiles) for LLaVA-NeXT, 1008x1008 for Qwen2.5-VL.
@@ -18,8 +18,8 @@ import torch
 import transformers as hf
 from gpu_parts.count import Counted, count
 from gpu_parts.prompts import num_before, prompt_ids, prompt_positions, random_picture
+from parts.released_shapes import FAMILIES, QWEN_PREPROCESSOR, clip_large, llava_next, qwen2_5_vl, vicuna_7b
 from PIL import Image
-from released_shapes import FAMILIES, QWEN_PREPROCESSOR, clip_large, llava_next, qwen2_5_vl, vicuna_7b
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -27,11 +27,10 @@ from trio_edge.export.checkpoints.checkpoint import Checkpoint, canonical_name, 
 from trio_edge.export.checkpoints.weights import read_tensor
 from trio_edge.export.families import family_of
 from trio_edge.export.families.base import FamilyModel
-from trio_edge.runtime.bundle.manifest import FloatType
+from trio_edge.runtime.bundle.manifest import Dimensions, FloatType, VisionDimensions
 from trio_edge.runtime.bundle.schedule import Positions, Schedule
 from trio_edge.runtime.images.interface import ImageProcessing
 from trio_edge.trio.budgets import schedule_for_keep
-from trio_edge.trio.cost.flops import ModelShape
 
 BUDGETS = (1.0, 1 / 3, 2 / 9, 0.111)
 
@@ -112,9 +111,13 @@ SHAPES: dict[str, dict[str, Shapes]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What a cost follows from."""
+    """Sizes that a cost follows from."""
 
-    shape: ModelShape
+    decoder: Dimensions
+    tower: VisionDimensions
+    vision_sizes: dict[str, int]
+    """Of the picture's vision profile."""
+    element_bytes: int
     num_visual: int
     """N."""
     vision_weights: int
@@ -125,18 +128,12 @@ class Sizes:
     def schedule(self, keep: float) -> Schedule:
         """Return the schedule with this average keep that ``trio-export`` would choose."""
         return schedule_for_keep(
-            keep, num_layers=self.shape.num_layers, num_visual=self.num_visual, positions=self.positions
+            keep, num_layers=self.decoder.num_layers, num_visual=self.num_visual, positions=self.positions
         )
 
     def count(self, keep: float, *, num_text: int) -> Counted:
         """Return the work of this schedule."""
-        return count(
-            self.shape,
-            self.schedule(keep),
-            num_visual=self.num_visual,
-            num_text=num_text,
-            vision_weights=self.vision_weights,
-        )
+        return count(self, self.schedule(keep), num_text=num_text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +170,7 @@ def describe(shapes: Shapes, folder: Path) -> Checkpoint:
 def empty_model(checkpoint: Checkpoint, *, dtype: FloatType) -> tuple[FamilyModel, ImageProcessing]:
     """Return a checkpoint's modules without memory, and what becomes of its pictures."""
     family = family_of(checkpoint)
-    processing = family.picture_processing(checkpoint, encoder_keep=None, max_visual=None)
+    processing = family.image_processing(checkpoint, encoder_keep=None, max_visual=None)
     with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):  # constants become numpy arrays
         model = family.build(checkpoint, processing=processing, dtype=dtype, with_features=False)
     return model, processing
@@ -193,7 +190,7 @@ def _sizes(
     text, layer = model.text_config, cast("Any", model.layers[0])
     attention = layer.self_attn
     size = int(attention.head_dim)
-    shape = ModelShape(
+    decoder = Dimensions(
         num_layers=len(model.layers),
         hidden_size=text.hidden_size,
         num_heads=attention.q_proj.out_features // size,
@@ -201,11 +198,12 @@ def _sizes(
         head_size=size,
         intermediate_size=text.intermediate_size,
         vocab_size=text.vocab_size,
-        vision=model.vision_shape(vision_sizes),
-        bytes_per_element=2 if dtype == "float16" else 4,
     )
     return Sizes(
-        shape=shape,
+        decoder=decoder,
+        tower=model.vision_dimensions,
+        vision_sizes=vision_sizes,
+        element_bytes=2 if dtype == "float16" else 4,
         num_visual=vision_sizes["N"],
         vision_weights=sum(weight.numel() for weight in model.vision.module.parameters()),
         positions=family_of(checkpoint).positions[0],

@@ -10,8 +10,9 @@ from gpu_parts.count import DECODE, Counted, Work, flops, seconds
 from gpu_parts.layers_in_torch import WHOLE_MODEL
 from gpu_parts.measure import Measured
 from gpu_parts.parity import Compared
+from parts.tables import markdown, percent
 
-from trio_edge.trio.cost.devices import TARGETS
+from trio_edge.trio.cost.devices import DEVICES
 
 _NOTHING = "–"
 
@@ -85,7 +86,7 @@ def _least_times(counted: Mapping[tuple[str, float], Counted]) -> Iterator[Seque
     least = min(keep for _, keep in counted)
     for model in dict.fromkeys(name for name, _ in counted):
         full = counted[model, 1.0]
-        for target in TARGETS.values():
+        for target in DEVICES.values():
             if full.decode.num_bytes + full.graphs["vision"].num_bytes > target.usable_bytes:
                 continue
             rates = _TargetRates(target.fp16_flops, target.bandwidth_bytes_per_s)
@@ -205,11 +206,6 @@ def ms(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def percent(share: float) -> str:
-    """Return a share in percent."""
-    return f"{100 * share:.1f} %"
-
-
 def tera(value: float) -> str:
     """Return in units of 10^12."""
     return f"{value / 1e12:.3g}"
@@ -218,9 +214,3 @@ def tera(value: float) -> str:
 def giga(value: float) -> str:
     """Return in units of 10^9."""
     return f"{value / 1e9:.3g}"
-
-
-def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -36,7 +36,7 @@ class Way(Protocol):
     subject: Subject
     buffers: Buffers
     parts: list[Part]
-    """Of a prefill."""
+    """Parts of a prefill, in order."""
 
     def decode(self) -> None:
         """Run one token through all layers and put the next one's embedding where the next call reads it."""
@@ -48,7 +48,7 @@ class Buffers:
     def __init__(self, subject: Subject, schedule: Schedule, *, max_new_tokens: int) -> None:
         """Allocate everything on the subject's device; the prompt's text is in its place."""
         sizes, device, dtype = subject.sizes, subject.device, subject.dtype
-        shape, num_text = sizes.shape, len(subject.text_embeds)
+        shape, num_text = sizes.decoder, len(subject.text_embeds)
         starts = [0, *(stage.layer for stage in schedule.stages)]
         self.layers = [range(first, last) for first, last in zip(starts, [*starts[1:], shape.num_layers])]
         self.num_visual = [sizes.num_visual, *(stage.keep for stage in schedule.stages)]

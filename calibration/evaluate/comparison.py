@@ -1,4 +1,4 @@
-"""What an evaluation says: each run's accuracy, cost and time, and how it stands to keep-all.
+"""Report of an evaluation: each run's accuracy, cost and time, and its comparison with keep-all.
 
 All runs are compared on the same questions: those that every one of them answered. The structs are the schema of
 ``trio-eval --json``; ``docs/evaluation.md`` describes it.
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from trio_edge.calibration.evaluate.metrics import exact_normal, yes_no_counts
-from trio_edge.calibration.evaluate.running.answering import OWN_SELECTION, Outcome
+from trio_edge.calibration.evaluate.running.runs import RunInfo  # noqa: TC001 - msgspec reads it
+from trio_edge.calibration.metrics import YesNoRates, exact_normal, yes_no_rates
 from trio_edge.profiling.statistics import paired_interval, score_interval, wilson_interval
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.calibration.evaluate.running.answering import Outcome
 
 SCHEMA_VERSION = 1
 
@@ -35,21 +35,11 @@ class Estimate(_Part, frozen=True):
     questions: int
 
 
-class YesNoRates(_Part, frozen=True):
-    """POPE's figures; "yes" is the positive class."""
-
-    accuracy: float
-    precision: float
-    recall: float
-    f1: float
-    yes_ratio: float
-
-
 class AgainstReference(_Part, frozen=True):
-    """One run beside keep-all, on the same questions."""
+    """One run against keep-all, on the same questions."""
 
     difference: Estimate
-    """Accuracy minus keep-all's; paired bootstrap over pictures."""
+    """Accuracy minus keep-all's; paired bootstrap over images."""
     retained: float | None
     """Accuracy over keep-all's; None if that is 0."""
     agreement: Estimate
@@ -62,20 +52,6 @@ class AgainstReference(_Part, frozen=True):
     """Keep-all's median time to the first token over this run's."""
 
 
-class RunInfo(_Part, frozen=True):
-    """What was run."""
-
-    label: str
-    method: str
-    """Runs that differ in budget only have the same method."""
-    bundle: str
-    bundle_sha256: str
-    """Of the manifest."""
-    selection: str
-    dtype: str
-    is_reference: bool
-
-
 class RunReport(_Part, frozen=True):
     """One bundle with one selection."""
 
@@ -85,17 +61,17 @@ class RunReport(_Part, frozen=True):
     yes_no: YesNoRates | None
     """With the metric yes-no."""
     visual_tokens: float
-    """Mean of the pictures, before any selection that is a graph of its own."""
+    """Mean over the images, before any selection that is a graph of its own."""
     processed_tokens: float
     """Mean over questions and decoder layers of the visual tokens processed."""
     average_keep: float
     """``processed_tokens`` over keep-all's ``visual_tokens``, or over its own without a reference."""
     flops: float
-    """Mean of a prefill: vision tower, decoder, head, selection."""
+    """Mean over prefills: vision tower, decoder, head, selection."""
     ttft_ms: float
     """Median time to the first token."""
     tokens_per_second: float | None
-    """Of all tokens after the first; None if no answer had one."""
+    """Rate of all tokens after the first; None if no answer had one."""
     kv_bytes: float
     """Mean in use at the end of an answer."""
     repaired_stages: int
@@ -104,8 +80,8 @@ class RunReport(_Part, frozen=True):
     outcomes: list[dict[str, Any]]
 
 
-class Data(_Part, frozen=True):
-    """What was asked."""
+class EvaluationData(_Part, frozen=True):
+    """The questions."""
 
     name: str
     sha256: str
@@ -118,8 +94,8 @@ class Data(_Part, frozen=True):
     """I/N, the part that was asked here; 1/1 is all."""
 
 
-class Conditions(_Part, frozen=True):
-    """Where and how it was measured."""
+class EvaluationConditions(_Part, frozen=True):
+    """Machine, versions and settings of the measurement."""
 
     versions: dict[str, str]
     backend: str
@@ -129,33 +105,15 @@ class Conditions(_Part, frozen=True):
     machine: dict[str, str]
 
 
-class Report(_Part, frozen=True):
+class EvaluationReport(_Part, frozen=True):
     """All that ``--json`` writes."""
 
     schema_version: int
-    data: Data
-    conditions: Conditions
+    data: EvaluationData
+    conditions: EvaluationConditions
     runs: list[RunReport]
     failures: list[dict[str, str]]
     """Questions that could not be asked: where and why."""
-
-
-def method_of(manifest: Manifest, selection: str) -> str:
-    """Return the name of what selects: runs that differ in budget only have the same one."""
-    schedule = manifest.schedule
-    if selection != OWN_SELECTION:
-        return selection if schedule.positions == "compact" else f"{selection}, {schedule.positions}"
-    before = [] if manifest.encoder_keep is None else ["encoder"]
-    if manifest.token_method is not None:
-        before.append(manifest.token_method)
-    decoder = []
-    if schedule.stages:
-        settings = [
-            *(["answer rows"] if schedule.method == "trio" and schedule.probe_rows == "answer" else []),
-            *(["preserved"] if schedule.positions == "preserved" and manifest.position_axes == 1 else []),
-        ]
-        decoder = [", ".join([schedule.method, *settings])]
-    return " + ".join([*before, *decoder]) or "keep-all"
 
 
 def compare(runs: Sequence[tuple[RunInfo, Mapping[int, Outcome]]], *, metric: str) -> list[RunReport]:
@@ -165,6 +123,7 @@ def compare(runs: Sequence[tuple[RunInfo, Mapping[int, Outcome]]], *, metric: st
         runs: Each with its outcomes by question; the reference, if there is one, first.
         metric: Name of the metric.
     """
+    # a question that one run could not answer would move its mean, not theirs
     common = sorted(set.intersection(*(set(outcomes) for _, outcomes in runs)))
     if not common:
         return []
@@ -182,6 +141,7 @@ def _run_report(
     kinds = sorted({outcome.kind for outcome in outcomes})
     processed = statistics.fmean(outcome.processed_tokens for outcome in outcomes)
     decode_ms = sum(outcome.decode_ms for outcome in outcomes)
+    # the first token of an answer comes with its prefill
     decoded = sum(outcome.new_tokens - 1 for outcome in outcomes)
     return RunReport(
         run=info,
@@ -234,16 +194,8 @@ def _accuracy(outcomes: list[Outcome]) -> Estimate:
 
 
 def _yes_no(outcomes: list[Outcome]) -> YesNoRates:
-    counts = yes_no_counts(
-        [outcome.reading for outcome in outcomes], [exact_normal(outcome.answers[0]) for outcome in outcomes]
-    )
-    return YesNoRates(
-        accuracy=counts.accuracy,
-        precision=counts.precision,
-        recall=counts.recall,
-        f1=counts.f1,
-        yes_ratio=counts.yes_ratio,
-    )
+    expected = [exact_normal(outcome.answers[0]) for outcome in outcomes]
+    return yes_no_rates([outcome.reading for outcome in outcomes], expected)
 
 
 def _scores(outcomes: list[Outcome]) -> list[float]:

@@ -1,77 +1,184 @@
-"""Exact-match accuracy of one opened bundle on generated samples, in a few lines of Python."""
+"""A whole evaluation: what is asked, the answers of every bundle, and the report."""
 
 from __future__ import annotations
 
+import os
+import platform
+import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trio_edge.calibration.evaluate.questions import questions_of
-from trio_edge.calibration.evaluate.running.answering import OWN_SELECTION, Answerer, Asking, Outcome, Task
-from trio_edge.profiling.statistics import wilson_interval
+import msgspec
+
+from trio_edge.calibration.evaluate.comparison import (
+    SCHEMA_VERSION,
+    EvaluationConditions,
+    EvaluationData,
+    EvaluationReport,
+    compare,
+)
+from trio_edge.calibration.evaluate.running.answering import Settings
+from trio_edge.calibration.evaluate.running.ray_workers import check_ray
+from trio_edge.calibration.evaluate.running.runs import answer_runs, keys_of, plan_runs
+from trio_edge.calibration.metrics import METRICS, check_metric, metric_for
+from trio_edge.calibration.questions import (
+    SYNTHETIC,
+    digest_of,
+    parse_shard,
+    read_questions,
+    shard_of,
+    synthetic_questions,
+)
+from trio_edge.profiling.measure.machine_info import find_machine, find_versions
 from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Sequence
 
-    from trio_edge.calibration.evaluate.questions import SampleLike
-    from trio_edge.runtime.pipeline import Pipeline
+    from trio_edge.calibration.evaluate.running.runs import Answers
+    from trio_edge.calibration.evaluate.running.work_folder import RunKey
+    from trio_edge.calibration.questions import Question
 
-
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """A proportion with its 95 % Wilson interval."""
-
-    correct: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        """Fraction of correct answers."""
-        return self.correct / self.total if self.total else 0.0
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Lower and upper bound, Wilson score, 95 %."""
-        return wilson_interval(self.correct, self.total)
+DEFAULT_SYNTHETIC_COUNT = 500
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """All outcomes of one run."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Everything that a user can choose, under the names of ``trio-eval``'s options."""
 
-    outcomes: tuple[Outcome, ...]
+    bundles: tuple[Path, ...]
+    reference: Path | None
+    data: str
+    metric: str
+    count: int | None
+    seed: int
+    split: str | None
+    suffix: str
+    shard: str
+    answer_tokens: int
+    selections: tuple[str, ...]
+    backend: str
+    threads: int
+    workers: int
+    ray_address: str | None
+    work: Path | None
+    merge: tuple[Path, ...]
 
-    @property
-    def accuracy(self) -> Accuracy:
-        """Over all questions."""
-        return Accuracy(round(sum(outcome.score for outcome in self.outcomes)), len(self.outcomes))
 
-    @property
-    def average_keep(self) -> float:
-        """Mean over questions of the share of visual tokens that a decoder layer processes."""
-        shares = [outcome.processed_tokens / outcome.visual_tokens for outcome in self.outcomes]
-        return sum(shares) / max(len(shares), 1)
+@dataclass(frozen=True)
+class _Asked:
+    """The data set, and the part of it that is asked here."""
+
+    data: EvaluationData
+    questions: list[Question]
 
 
 def evaluate(
-    pipeline: Pipeline, samples: Iterable[SampleLike], *, selection: str = OWN_SELECTION
-) -> Evaluation:
-    """Answer every sample's question greedily and compare: exact match after trimming and lower-casing.
+    options: EvaluationOptions,
+    *,
+    on_start: Callable[[str, int, int], None] = lambda _label, _done, _total: None,
+    on_answer: Callable[[], None] = lambda: None,
+) -> EvaluationReport:
+    """Ask all bundles the same questions and return what came of it.
 
     Args:
-        pipeline: The bundle.
-        samples: What to ask, for instance ``shapes.held_out(100)``.
-        selection: ``OWN_SELECTION`` (the bundle's select graphs) or one of ``baselines.BASELINES``.
+        options: The user's.
+        on_start: Called with each run's label, the number of answers that it has already, and that of all questions.
+        on_answer: Called after every answer.
 
     Raises:
-        DataError: If a sample cannot be asked.
+        DataError: If the questions cannot be read, or options contradict each other or a work folder.
+        BundleError: If a bundle is broken.
+        BackendError: If the backend or Ray is not there, or a worker dies.
     """
-    answerer = Answerer(Asking(bundle=Path(), selection=selection), pipeline)
-    outcomes = []
-    for question in questions_of(samples):
-        outcome = answerer.answer(Task(question))
-        if not isinstance(outcome, Outcome):
-            raise DataError(f"{outcome.where}: {outcome.reason}")
-        outcomes.append(outcome)
-    return Evaluation(tuple(outcomes))
+    # before any work: each of these would otherwise show only at its end
+    if options.ray_address is not None:
+        check_ray()
+    if options.merge and options.work is None:
+        raise DataError("--merge: expected --work, the folder to merge into, got none; add --work FOLDER")
+    selections = tuple(dict.fromkeys(options.selections))
+    runs = plan_runs(options.bundles, reference=options.reference, selections=selections)
+    asked = _ask(options)
+    settings = Settings(
+        metric=asked.data.metric,
+        answer_tokens=min([options.answer_tokens, *(run.bundle.manifest.max_new_tokens for run in runs)]),
+        backend=options.backend,
+        threads=options.threads,
+        workers=options.workers,
+        ray_address=options.ray_address,
+    )
+    keys = keys_of(runs, settings, data_sha256=asked.data.sha256)
+    with ExitStack() as stack:
+        answers = answer_runs(
+            runs,
+            keys,
+            asked.questions,
+            settings,
+            folder=options.work
+            or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trio-eval-"))),
+            merge=options.merge,
+            on_start=lambda run, done: on_start(run.info.label, done, len(asked.questions)),
+            on_answer=on_answer,
+        )
+    return _report(asked.data, answers, settings, keys)
+
+
+def _ask(options: EvaluationOptions) -> _Asked:
+    shard, num_shards = parse_shard(options.shard)
+    is_synthetic = options.data == SYNTHETIC
+    if is_synthetic:
+        if options.split is not None or options.suffix:
+            raise DataError(f"--split and --suffix: expected a JSON-lines file, got '{SYNTHETIC}'")
+        count = DEFAULT_SYNTHETIC_COUNT if options.count is None else options.count
+        questions = synthetic_questions(count, seed=options.seed)
+    else:
+        path = Path(options.data)
+        questions = read_questions(path, split=options.split, suffix=options.suffix, count=options.count)
+    # the synthetic answers "yes" and "no" would make the set one of yes-or-no questions, were it small
+    automatic = METRICS["exact"] if is_synthetic else metric_for(questions)
+    metric = automatic if options.metric == "auto" else METRICS[options.metric]
+    check_metric(questions, metric)
+    part = shard_of(questions, shard=shard, num_shards=num_shards)
+    if not part:
+        raise DataError(
+            f"--shard {options.shard}: expected at most {len(questions)} shards (questions), got more; use fewer"
+        )
+    data = EvaluationData(
+        name=options.data if is_synthetic else Path(options.data).name,
+        sha256=digest_of(questions, metric=metric.name),
+        metric=metric.name,
+        questions=len(questions),
+        compared=0,
+        shard=f"{shard}/{num_shards}",
+    )
+    return _Asked(data, part)
+
+
+def _report(
+    data: EvaluationData, answers: Answers, settings: Settings, keys: Sequence[RunKey]
+) -> EvaluationReport:
+    runs = compare(answers.runs, metric=settings.metric)
+    return EvaluationReport(
+        schema_version=SCHEMA_VERSION,
+        data=msgspec.structs.replace(data, compared=runs[0].accuracy.questions if runs else 0),
+        conditions=EvaluationConditions(
+            versions=find_versions(),
+            backend=keys[0].backend,
+            threads=settings.threads,
+            workers=settings.workers,
+            answer_tokens=settings.answer_tokens,
+            machine={
+                "system": platform.system(),
+                "architecture": platform.machine(),
+                "processor": find_machine().name,
+                "cpus": str(os.cpu_count()),
+            },
+        ),
+        runs=runs,
+        failures=[
+            {"run": label, "where": failure.where, "reason": failure.reason}
+            for label, failure in answers.failures
+        ],
+    )

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from trio_edge.calibration.evaluate.answer_cost import processed_tokens
+from trio_edge.calibration.evaluate.running.answer_cost import processed_tokens
 from trio_edge.runtime.bundle.errors import DataError, ShapeError
 from trio_edge.runtime.pipeline import Pipeline
 
@@ -56,7 +56,7 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
         Raises:
             ShapeError: If the batch size is not 1.
         """
-        super().__init__()
+        super().__init__()  # lmms-eval 0.7 sets rank, task_dict and cache_hook there
         if int(batch_size) != 1:
             raise ShapeError(
                 f"batch_size: expected 1, got {batch_size}; a bundle answers one question at a time"
@@ -69,9 +69,9 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
         console = Console(stderr=True)
         for request in track(requests, description=NAME, console=console, disable=self.rank != 0):
             context, settings, doc_to_visual, doc_id, task, split = request.args
-            pictures = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+            images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
             generation = self._pipeline.generate(
-                _picture(pictures), context, **_generation_settings(settings, self._pipeline)
+                _image(images), context, **_generation_settings(settings, self._pipeline)
             )
             answers.append(_cut(generation.text, settings.get("until") or []))
             self.cache_hook.add_partial("generate_until", (context, settings), answers[-1])
@@ -89,7 +89,7 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
         raise _other_task("loglikelihood")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Raise DataError: later rounds ask for all answers and pictures so far, a bundle takes one picture."""
+        """Raise DataError: later rounds ask for all answers and images so far, a bundle takes one image."""
         raise _other_task("generate_until_multi_round")
 
 
@@ -99,11 +99,11 @@ def _other_task(kind: str) -> DataError:
     )
 
 
-def _picture(pictures: Sequence[Any]) -> Image.Image | None:
-    if len(pictures) > 1 or not all(isinstance(picture, Image.Image) for picture in pictures):
-        kinds = ", ".join(type(picture).__name__ for picture in pictures)
-        raise ShapeError(f"task: expected at most one picture a question, got {kinds}; choose another task")
-    return pictures[0] if pictures else None
+def _image(images: Sequence[Any]) -> Image.Image | None:
+    if len(images) > 1 or not all(isinstance(image, Image.Image) for image in images):
+        kinds = ", ".join(type(image).__name__ for image in images)
+        raise ShapeError(f"task: expected at most one image a question, got {kinds}; choose another task")
+    return images[0] if images else None
 
 
 def _generation_settings(settings: dict[str, Any], pipeline: Pipeline) -> dict[str, Any]:

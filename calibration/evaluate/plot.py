@@ -13,7 +13,7 @@ from trio_edge.runtime.bundle.files import check_outputs, write_output
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trio_edge.calibration.evaluate.comparison import Report, RunReport
+    from trio_edge.calibration.evaluate.comparison import EvaluationReport, RunReport
 
 SUFFIXES = (".png", ".svg")
 _MARKERS = "osD^vP*X<>"
@@ -29,7 +29,7 @@ def check_plot(path: Path) -> None:
     check_matplotlib("--plot", extra="eval")
 
 
-def draw_plot(report: Report, path: Path) -> None:
+def draw_plot(report: EvaluationReport, path: Path) -> None:
     """Write the plot as PNG or SVG, by ``path``'s suffix."""
     content = io.BytesIO()
     with figure_style(report.data.name):

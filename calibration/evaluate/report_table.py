@@ -10,12 +10,17 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    from trio_edge.calibration.evaluate.comparison import AgainstReference, Estimate, Report, RunReport
+    from trio_edge.calibration.evaluate.comparison import (
+        AgainstReference,
+        Estimate,
+        EvaluationReport,
+        RunReport,
+    )
 
 _LEAST_WIDTH = 110  # where the output is no terminal
 
 
-def print_report(report: Report) -> None:
+def print_report(report: EvaluationReport) -> None:
     """Print the report to standard output."""
     console = Console(width=max(shutil.get_terminal_size().columns, _LEAST_WIDTH))
     console.print(_accuracy_table(report))
@@ -53,7 +58,7 @@ def _run_column() -> Column:
     return Column("run", overflow="fold")  # the end of a name tells runs apart
 
 
-def _accuracy_table(report: Report) -> Table:
+def _accuracy_table(report: EvaluationReport) -> Table:
     table = Table(_run_column(), "accuracy %", "minus keep-all", "retained %", "same answer %", "KL, nats")
     for run in report.runs:
         table.add_row(escape(run.run.label), per_cent(run.accuracy), *_against(run.against_reference))
@@ -71,7 +76,7 @@ def _against(against: AgainstReference | None) -> tuple[str, str, str, str]:
     )
 
 
-def _cost_table(report: Report) -> Table:
+def _cost_table(report: EvaluationReport) -> Table:
     unit, size = flops_unit(max(run.flops for run in report.runs))
     table = Table(
         _run_column(), "tokens in", "kept on average", unit, "fewer", "first token ms", "faster", "tokens/s"
@@ -91,7 +96,7 @@ def _cost_table(report: Report) -> Table:
     return table
 
 
-def _yes_no_table(report: Report) -> Table:
+def _yes_no_table(report: EvaluationReport) -> Table:
     table = Table(_run_column(), "accuracy %", "precision %", "recall %", "F1 %", "yes %")
     for run in report.runs:
         if (rates := run.yes_no) is not None:
@@ -100,7 +105,7 @@ def _yes_no_table(report: Report) -> Table:
     return table
 
 
-def _kind_table(report: Report) -> Table:
+def _kind_table(report: EvaluationReport) -> Table:
     kinds = list(report.runs[0].by_kind)
     table = Table(
         _run_column(), *(f"{escape(kind)} ({report.runs[0].by_kind[kind].questions})" for kind in kinds)

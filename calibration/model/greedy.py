@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.selecting import Probes, order_of, saliency
-from trio_edge.calibration.model.sequence import begin, logits_of, no_past, run_layers, with_kept
+from trio_edge.calibration.model.sequence import appended, begin, logits_of, no_past, run_layer, with_kept
+from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trio_edge.calibration.model.prompts import Prompt
+    from trio_edge.calibration.model.prompts import SamplePrompt
     from trio_edge.calibration.model.sequence import Sequence
     from trio_edge.calibration.model.torch_model import TorchModel
-    from trio_edge.runtime.bundle.schedule import Schedule
+    from trio_edge.calibration.questions import Question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +34,15 @@ class Greedy:
     logits_TV: Tensor
     """float32, that each token was chosen from."""
     inputs: list[Sequence]
-    """What entered each layer: the prompt, and all answer tokens but the last."""
+    """Hidden states before each layer: the prompt, and all answer tokens but the last."""
     kept: list[Tensor]
-    """Per stage the picture's visual tokens that are left, ascending."""
+    """Per stage the image's visual tokens that are left, ascending."""
     rounds: list[int]
     """Per stage the rounds that its NMS took."""
 
 
 def greedy_answer(
-    model: TorchModel, prompt: Prompt, schedule: Schedule, *, probes: Probes, max_tokens: int
+    model: TorchModel, prompt: SamplePrompt, schedule: Schedule, *, probes: Probes, max_tokens: int
 ) -> Greedy:
     """Return the answer's first ``max_tokens`` tokens."""
     stages = {stage.layer: stage.keep for stage in schedule.stages}
@@ -56,38 +58,39 @@ def greedy_answer(
             kept.append(sequence.original_N)
             rounds.append(order.rounds)
         inputs.append(sequence)
-        present: list[Tensor] = []
-        rows = run_layers(
-            model,
-            sequence.hidden_SD,
-            sequence.positions_AS,
-            range(layer, layer + 1),
-            past=[no_past(model, sequence.hidden_SD)],
-            present=present,
-        )
-        past.append((present[0], present[1]))
+        nothing = no_past(model, sequence.hidden_SD)
+        rows, present = run_layer(model, sequence.hidden_SD, sequence.positions_AS, layer, past=nothing)
+        past.append(present)
         sequence = sequence.with_hidden(rows)
     logits = [logits_of(model, sequence.hidden_SD[-1:])]
     tokens = [int(logits[0].argmax())]
     while len(tokens) < max_tokens and tokens[-1] not in model.text.stop_token_ids:
-        position = prompt.next_position + len(tokens) - 1
+        preserved = prompt.next_position + len(tokens) - 1
+        is_compact = schedule.positions == "compact" and bool(schedule.stages)
         row = model.embedding_VD[tokens[-1]][None]
-        for layer in range(model.num_layers):
-            entering = inputs[layer]
-            if schedule.positions == "compact" and schedule.stages:
-                position = len(entering.hidden_SD)
+        for layer, entering in enumerate(inputs):
+            position = len(entering.hidden_SD) if is_compact else preserved
             inputs[layer] = entering.with_answer_row(row, position=position)
-            present = []
-            row = run_layers(
-                model,
-                row,
-                inputs[layer].positions_AS[:, -1:],
-                range(layer, layer + 1),
-                past=[past[layer]],
-                present=present,
-            )
-            key, value = past[layer]
-            past[layer] = torch.cat([key, present[0]], dim=2), torch.cat([value, present[1]], dim=2)
+            row, new = run_layer(model, row, inputs[layer].positions_AS[:, -1:], layer, past=past[layer])
+            past[layer] = appended(past[layer], new)
         logits.append(logits_of(model, row))
         tokens.append(int(logits[-1].argmax()))
     return Greedy(tokens=tokens, logits_TV=torch.cat(logits), inputs=inputs, kept=kept, rounds=rounds)
+
+
+def answers_with_and_without(
+    model: TorchModel, question: Question, schedule: Schedule, *, probes: Probes, max_tokens: int
+) -> tuple[Greedy, Greedy]:
+    """Return keep-all's answer to ``question`` and that of ``schedule``.
+
+    Raises:
+        DataError: If the question cannot be asked.
+    """
+    keep_all = Schedule(positions=schedule.positions)
+    with torch.inference_mode():
+        prompt = make_prompt(model, question)
+        whole, reduced = (
+            greedy_answer(model, prompt, each, probes=probes, max_tokens=max_tokens)
+            for each in (keep_all, schedule)
+        )
+    return whole, reduced

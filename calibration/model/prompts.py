@@ -17,29 +17,29 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from trio_edge.calibration.evaluate.questions import Question
     from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.questions import Question
     from trio_edge.runtime.prompts.positions import PromptPositions
     from trio_edge.runtime.prompts.tokenizer import PromptIds
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleShape:
-    """What the fixed shapes of a bundle must have room for."""
+    """Sizes of a sample, which the fixed shapes of a bundle must have room for."""
 
     where: str
     """FILE or FILE:LINE of the sample."""
     width: int
-    """Of the picture, in pixels."""
+    """In pixels."""
     height: int
     sizes: dict[str, int]
-    """Of the vision graph's axes, N among them."""
+    """Sizes of the vision graph's axes, N among them."""
     num_text: int
     """Text tokens of the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
+class SamplePrompt:
     """One sample's sequence."""
 
     embeds_SD: Tensor
@@ -47,7 +47,7 @@ class Prompt:
     positions_AS: Tensor
     """int32; A = 1, or 3 with M-RoPE."""
     next_position: int
-    """Of the first answer token."""
+    """Position of the first answer token."""
     visual_start: int
     num_visual: int
 
@@ -56,28 +56,28 @@ def sample_shape(model: TorchModel, question: Question) -> SampleShape:
     """Return the sizes of a sample; runs nothing.
 
     Raises:
-        DataError: If its picture cannot be read or its prompt cannot be asked; the message starts with its place.
+        DataError: If its image cannot be read or its prompt cannot be asked; the message starts with its place.
     """
-    picture, ids = _read(model, question)
-    width, height = picture.size
+    image, ids = _read(model, question)
+    width, height = image.size
     return SampleShape(
         where=question.where,
         width=width,
         height=height,
-        sizes=model.pictures.sizes(width, height),
+        sizes=model.images.sizes(width, height),
         num_text=ids.num_tokens,
     )
 
 
-def make_prompt(model: TorchModel, question: Question) -> Prompt:
+def make_prompt(model: TorchModel, question: Question) -> SamplePrompt:
     """Return the sequence of a sample, after running the vision encoder.
 
     Raises:
         DataError: As ``sample_shape``.
     """
-    picture, ids = _read(model, question)
-    sizes = model.pictures.sizes(*picture.size)
-    inputs = model.pictures.prepare(picture, sizes)
+    image, ids = _read(model, question)
+    sizes = model.images.sizes(*image.size)
+    inputs = model.images.prepare(image, sizes)
     graph = model.parts.vision
     tensors = [torch.from_numpy(inputs[spec.name]).to(model.device) for spec in graph.inputs]
     pixels = [spec.name for spec in graph.inputs].index("pixel_values")
@@ -89,8 +89,8 @@ def make_prompt(model: TorchModel, question: Question) -> Prompt:
         model.embedding_VD[torch.from_numpy(part.astype(np.int64))] for part in (ids.before, ids.after)
     )
     embeds_SD = torch.cat([before, visual_ND[: sizes["N"]].to(model.dtype), after])
-    positions = _positions(model, ids, picture, num_visual=sizes["N"])
-    return Prompt(
+    positions = _positions(model, ids, image, num_visual=sizes["N"])
+    return SamplePrompt(
         embeds_SD=embeds_SD,
         positions_AS=torch.from_numpy(positions.ids).to(model.device),
         next_position=positions.next,
@@ -99,20 +99,20 @@ def make_prompt(model: TorchModel, question: Question) -> Prompt:
     )
 
 
-def read_picture(question: Question) -> Image.Image:
-    """Return the picture of a sample.
+def read_image(question: Question) -> Image.Image:
+    """Return the image of a sample.
 
     Raises:
         DataError: If it cannot be read.
     """
     try:
-        return open_image(question.picture)
+        return open_image(question.image)
     except ImageError as error:
         raise DataError(f"{question.where}: {error}") from None
 
 
 def _read(model: TorchModel, question: Question) -> tuple[Image.Image, PromptIds]:
-    picture = read_picture(question)
+    image = read_image(question)
     try:
         ids = question_ids(
             question.question,
@@ -123,16 +123,14 @@ def _read(model: TorchModel, question: Question) -> tuple[Image.Image, PromptIds
         )
     except ShapeError as error:
         raise DataError(f"{question.where}: {error}") from None
-    return picture, ids
+    return image, ids
 
 
-def _positions(
-    model: TorchModel, ids: PromptIds, picture: Image.Image, *, num_visual: int
-) -> PromptPositions:
+def _positions(model: TorchModel, ids: PromptIds, image: Image.Image, *, num_visual: int) -> PromptPositions:
     length = ids.num_tokens + num_visual
     if not model.parts.mrope_sections:
         return plain_positions(num_rows=length, length=length)
-    layout = model.pictures.layout(*picture.size)
+    layout = model.images.layout(*image.size)
     assert layout.positions is not None  # models with M-RoPE have them
     return mrope_positions(
         layout.positions,

@@ -28,7 +28,7 @@ class Order(NamedTuple):
     tokens_N: Tensor
     """int64, best first: survivors of the NMS, then suppressed ones."""
     rounds: int
-    """Of the parallel NMS, until the last one changed nothing."""
+    """Rounds of the parallel NMS, until the last one changed nothing."""
 
     def kept(self, num_keep: int) -> Tensor:
         """Return the best ``num_keep`` tokens (all, if there are fewer), ascending."""

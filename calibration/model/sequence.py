@@ -1,6 +1,6 @@
 """One sequence on its way through the decoder: it advances by layers, and loses visual tokens in between.
 
-The rows are [text | visual | text | answer]: answer tokens, given beforehand, stand behind the prompt and go through every
+The rows are [text | visual | text | answer]: answer tokens, given beforehand, follow the prompt and go through every
 layer with it. Under the causal mask they change nothing before them, and they are what decoding them one by one would
 give, so one pass shows a whole answer's logits. Selections look at the prompt alone.
 """
@@ -17,11 +17,11 @@ from trio_edge.export.graphs.attention import causal_mask
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trio_edge.calibration.model.prompts import Prompt
+    from trio_edge.calibration.model.prompts import SamplePrompt
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.runtime.bundle.schedule import Positions
 
-    Past = list[tuple[Tensor, Tensor]]
+    KeysAndValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +33,9 @@ class Sequence:
     """int32."""
     visual_start: int
     original_N: Tensor
-    """int64, which of the picture's visual tokens are left."""
+    """int64, which of the image's visual tokens are left."""
     num_answer: int = 0
-    """Rows behind the prompt."""
+    """Rows after the prompt."""
 
     @property
     def num_visual(self) -> int:
@@ -52,7 +52,7 @@ class Sequence:
         return replace(self, hidden_SD=hidden_SD)
 
     def with_answer_row(self, row_1D: Tensor, *, position: int) -> Sequence:
-        """Return the sequence with one more answer row behind it."""
+        """Return the sequence with one more answer row at its end."""
         axes = len(self.positions_AS)
         more_A1 = torch.full((axes, 1), position, dtype=torch.int32, device=row_1D.device)
         return replace(
@@ -63,7 +63,7 @@ class Sequence:
         )
 
 
-def begin(model: TorchModel, prompt: Prompt) -> Sequence:
+def begin(model: TorchModel, prompt: SamplePrompt) -> Sequence:
     """Return the sequence of a prompt, about to enter layer 0."""
     return Sequence(
         hidden_SD=prompt.embeds_SD,
@@ -93,7 +93,7 @@ def run_layers(
     positions_AS: Tensor,
     layers: range,
     *,
-    past: Past,
+    past: list[KeysAndValues],
     present: list[Tensor],
 ) -> Tensor:
     """Return the hidden states of new rows after ``layers``, as the exported layer ranges do.
@@ -119,6 +119,15 @@ def run_layers(
         )
     rows: Tensor = hidden[0]
     return rows
+
+
+def run_layer(
+    model: TorchModel, hidden_SD: Tensor, positions_AS: Tensor, layer: int, *, past: KeysAndValues
+) -> tuple[Tensor, KeysAndValues]:
+    """Return the hidden states of new rows after one layer, with the keys and values [1, G, S, E] of these rows."""
+    present: list[Tensor] = []
+    rows = run_layers(model, hidden_SD, positions_AS, range(layer, layer + 1), past=[past], present=present)
+    return rows, (present[0], present[1])
 
 
 def with_kept(sequence: Sequence, kept_K: Tensor, *, positions: Positions) -> Sequence:
@@ -149,7 +158,7 @@ def logits_of(model: TorchModel, rows: Tensor) -> Tensor:
     return logits
 
 
-def no_past(model: TorchModel, hidden_SD: Tensor) -> tuple[Tensor, Tensor]:
+def no_past(model: TorchModel, hidden_SD: Tensor) -> KeysAndValues:
     """Return keys and values of no rows."""
     text = model.parts.text_config
     heads = int(text.num_attention_heads)
@@ -157,3 +166,8 @@ def no_past(model: TorchModel, hidden_SD: Tensor) -> tuple[Tensor, Tensor]:
     size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     empty = hidden_SD.new_empty((1, groups, 0, size))
     return empty, empty
+
+
+def appended(past: KeysAndValues, new: KeysAndValues) -> KeysAndValues:
+    """Return keys and values [1, G, S, E] of the rows before and of new ones."""
+    return torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2)

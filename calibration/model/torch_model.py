@@ -1,7 +1,7 @@
 """A checkpoint as the exporter's own torch modules, with values: what calibration runs candidates on.
 
 The modules are the ones that the graphs are traced from, so a schedule found here does the same in the bundle. They are
-built without values; a weight that is stored in the wanted type is mapped from its file and read when it is used, so a
+built without values; a weight that is stored in the wanted type is mapped from its file and read when it is used. So a
 model that does not fit into the memory runs too, slowly.
 """
 
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TINY_BYTES = 1 << 30
-"""Of float32 weights that are never too many."""
+"""Size of float32 weights that fit any memory."""
 _MEMORY_SHARE = 0.5
-"""Of the free memory that float32 weights may take; what is larger stays in the checkpoint's type."""
+"""Share of the free memory that float32 weights may take; larger ones stay in the checkpoint's type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class TorchModel:
     rotary: RotaryTables
     embedding_VD: Tensor
     """Token embeddings, in the compute type."""
-    pictures: ImageProcessing
+    images: ImageProcessing
     tokenizer: Tokenizer
     template: str
     text: TextSpec
@@ -86,7 +86,7 @@ def load_model(
     Args:
         model: Alias, Hub id or folder.
         revision: Branch, tag or commit on the Hub.
-        max_visual: Visual tokens that pictures are scaled down to, in families that can.
+        max_visual: Visual tokens that images are scaled down to, in families that can.
         device: torch's name.
 
     Raises:
@@ -96,14 +96,15 @@ def load_model(
     place = _device(device)
     checkpoint = read_checkpoint(model, revision=revision, check_config=check_architecture)
     family = family_of(checkpoint)
-    pictures = family.picture_processing(checkpoint, encoder_keep=None, max_visual=max_visual)
+    images = family.image_processing(checkpoint, encoder_keep=None, max_visual=max_visual)
     text = read_text_files(
         checkpoint,
         default_template=family.default_chat_template(checkpoint),
         image_marks=family.image_marks,
     )
+    # real initial values would need the memory of the whole model, and time
     with FakeTensorMode(allow_non_fake_inputs=True):
-        parts = family.build(checkpoint, processing=pictures, dtype="float32", with_features=False)
+        parts = family.build(checkpoint, processing=images, dtype="float32", with_features=False)
     dtype = _compute_type(checkpoint)
     values = _Values(checkpoint, dtype=dtype, device=place)
     _fill(parts, values)
@@ -116,7 +117,7 @@ def load_model(
             mrope_sections=parts.mrope_sections,
         ),
         embedding_VD=values.of(EMBEDDING_NAME),
-        pictures=pictures,
+        images=images,
         tokenizer=Tokenizer(tokenizers.Tokenizer.from_str(text.tokenizer)),
         template=text.chat_template,
         text=text.spec,

@@ -9,28 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from trio_edge.calibration.quantize.cache_ranges import listening_to_caches
-from trio_edge.calibration.quantize.collecting import answer_samples, listening_to_inputs
+import torch
+
+from trio_edge.calibration.quantize.collecting import answer_samples, listening_to_caches, listening_to_inputs
 from trio_edge.calibration.quantize.modelopt_search import check_modelopt
-from trio_edge.calibration.quantize.moving import moved
 from trio_edge.calibration.quantize.report import CacheReport, GroupError, QuantizationReport
 from trio_edge.calibration.quantize.rounding import GroupRounding
 from trio_edge.calibration.quantize.sections import quantized_sections
-from trio_edge.export.quantize.scales import CalibratedScales
+from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
 
-    from trio_edge.calibration.evaluate.questions import Question
     from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.quantize.collecting import Inputs
     from trio_edge.calibration.quantize.sections import Section
+    from trio_edge.calibration.questions import Question
     from trio_edge.export.graphs.linear_groups import LinearGroup
     from trio_edge.export.quantize.plan import QuantizePlan
-    from trio_edge.export.quantize.scales import Smoothing
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Schedule
 
@@ -46,7 +45,7 @@ _METHODS: dict[frozenset[str], Method] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """What a calibration found."""
+    """Factors and ranges that a calibration found, with its report."""
 
     scales: CalibratedScales
     report: QuantizationReport
@@ -124,7 +123,7 @@ def calibrate_quantization(
 
 
 class _Search:
-    """What was found so far."""
+    """Everything found so far."""
 
     def __init__(
         self, names: Mapping[nn.Parameter, str], dtype: FloatType, on_group: Callable[[], None]
@@ -142,12 +141,12 @@ class _Search:
             if factors_I is not None:
                 found.append((group, factors_I))
             self._on_group()
-        self.smoothing |= moved(found, names=self._names)
+        self.smoothing |= smoothing_of(found, names=self._names)
 
     def _group(self, section: Section, group: LinearGroup, inputs: Inputs) -> Tensor | None:
         """Return the best factors, and note ranges and errors."""
         rounding = GroupRounding.of(group, inputs.all_rows(), kind=section.kind, dtype=self._dtype)
-        best, error = rounding.best(rounding.candidates() if group.can_move else [])
+        best, error = rounding.best(rounding.candidates() if group.can_smooth else [])
         self.errors.append(
             GroupError(
                 part=section.part,
@@ -163,3 +162,25 @@ class _Search:
             largest = rounding.activation_max(best)
             self.ranges |= {self._names[linear.get_parameter("weight")]: largest for linear in group.linears}
         return best
+
+
+def smoothing_of(
+    found: Iterable[tuple[LinearGroup, Tensor]], *, names: Mapping[nn.Parameter, str]
+) -> dict[str, Smoothing]:
+    """Return what happens to the tensors of the groups and of what is before them, by canonical name.
+
+    Args:
+        found: Groups that factors can be moved out of, and [I] what their weights' columns are multiplied by.
+        names: Canonical name of every parameter.
+    """
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    for group, factors_I in found:
+        assert group.before is not None, "factors can move"
+        inputs |= {names[linear.get_parameter("weight")]: factors_I for linear in group.linears}
+        # other layers that are fused in front stay as they are
+        outputs_O = torch.cat([torch.ones(group.start), factors_I])
+        outputs |= {names[parameter]: outputs_O for parameter in group.before.parameters()}
+    return {
+        name: Smoothing(inputs=inputs.get(name), outputs=outputs.get(name)) for name in (*inputs, *outputs)
+    }

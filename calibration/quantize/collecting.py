@@ -1,31 +1,32 @@
-"""What enters the linear layers of a model while it answers with token reduction on: rows of it, and its largest values.
+"""Inputs of linear layers, and rows of KV caches, collected while a model answers with token reduction on.
 
-The rows behind a stage come from a sequence that has lost most of its visual tokens, which is what the bundle's layers are going
-to see; statistics of the model that keeps everything would be of other tokens. The head sees the rows whose logits are read.
-Probes are not listened to.
+After a stage the sequence has lost most of its visual tokens, as in the bundle; statistics of the model that keeps
+everything would be of other tokens. The head sees the rows whose logits are read. Probes are not listened to.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.quantize.products import products_of
+from trio_edge.export.quantize.scales import CacheRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from trio_edge.calibration.evaluate.questions import Question
     from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.quantize.sections import Section
+    from trio_edge.calibration.questions import Question
+    from trio_edge.export.quantize.scales import Smoothing
     from trio_edge.runtime.bundle.schedule import Schedule
 
 NUM_ROWS = 512
@@ -34,7 +35,7 @@ NUM_ROWS = 512
 
 @dataclass(slots=True)
 class Inputs:
-    """What entered one group of linear layers."""
+    """Inputs of one group of linear layers."""
 
     rows: list[Tensor] = field(default_factory=list)
     """[rows, I] each, some of every prompt and every answer token, in the compute type."""
@@ -92,7 +93,7 @@ def listening_to_inputs(sections: Sequence[Section], *, num_samples: int) -> Ite
         num_samples: How many are going to be answered, so that each gives its share of the rows.
     """
     found = [[Inputs() for _ in section.groups] for section in sections]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # the same samples give the same factors
     num_rows = -(-NUM_ROWS // num_samples)
 
     def listener(inputs: Inputs) -> Callable[[Tensor], Tensor]:
@@ -109,4 +110,51 @@ def listening_to_inputs(sections: Sequence[Section], *, num_samples: int) -> Ite
                 for group, inputs in zip(section.groups, collected)
             }
             stack.enter_context(products_of(section.module, listeners))
+        yield found
+
+
+@dataclass(slots=True)
+class CachedRows:
+    """Largest values that one layer's KV cache has held."""
+
+    key_GE: Tensor | None = None
+    """float32, largest absolute value of each element of the rotated keys over all rows."""
+    value_GE: Tensor | None = None
+    """The same of the values."""
+
+    def add(self, key: Tensor, value: Tensor) -> None:
+        """Take the largest of rows [1, G, S, E]."""
+        self.key_GE, self.value_GE = _largest(self.key_GE, key), _largest(self.value_GE, value)
+
+    def range_of(self, smoothing: Smoothing | None) -> CacheRange:
+        """Return the layer's range; its values are divided by the factors that ``smoothing`` moves into their weight."""
+        assert self.key_GE is not None and self.value_GE is not None, (
+            "every decoder layer runs in every answer"
+        )
+        value_GE = self.value_GE
+        if smoothing is not None and smoothing.outputs is not None:
+            value_GE = value_GE / smoothing.outputs.to(value_GE.device).reshape(value_GE.shape)
+        return CacheRange(key=float(self.key_GE.max()), value=float(value_GE.max()))
+
+
+def _largest(before_GE: Tensor | None, rows: Tensor) -> Tensor:
+    largest_GE = rows[0].abs().amax(1).to(torch.float32)
+    return largest_GE if before_GE is None else torch.maximum(before_GE, largest_GE)
+
+
+@contextmanager
+def listening_to_caches(layers: Sequence[nn.Module]) -> Iterator[list[CachedRows]]:
+    """Collect from decoder layers, while they run, what they append to ``present``."""
+    found = [CachedRows() for _ in layers]
+
+    def listener(rows: CachedRows) -> Callable[..., None]:
+        def listen(_module: nn.Module, _values: Any, named: dict[str, Any], _result: Any) -> None:
+            rows.add(*named["present"][-2:])
+
+        return listen
+
+    with ExitStack() as stack:
+        for layer, rows in zip(layers, found):
+            handle = layer.register_forward_hook(listener(rows), with_kwargs=True)
+            stack.callback(handle.remove)
         yield found

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AWQ_STEP = 0.1
-"""Of the exponents that AWQ tries, from 0 to 1."""
+"""Distance of the exponents that AWQ tries, from 0 to 1."""
 _OFF = {"quantizer_name": "*", "enable": False}
 
 

@@ -1,4 +1,4 @@
-"""What enters the products with a module's weights while the module runs, to be seen or changed.
+"""Inputs of the products with a module's weights while the module runs, to be seen or changed.
 
 Forward hooks would miss products that are functions of a weight, not calls of a layer, and would hear probes, which call layers of
 a module that does not run.

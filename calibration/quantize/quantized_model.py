@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.schedule import Schedule
 
     Values = Mapping[nn.Parameter, Callable[[], Tensor]]
-    """What gives a parameter another value, each time anew."""
+    """Functions that return another value of a parameter, each time anew."""
 
 
 @contextmanager
@@ -54,6 +54,7 @@ def quantized_model(
             section, probe = own.get(module), probes.get(module)
             inside = _rounded_parameters(section, scales.smoothing, names=names, dtype=dtype)
             outside: Values = {}
+            # a probe calls the layer's weights while the layer itself does not run
             if module in probed:
                 is_shared = (section and section.kind) == (probe and probe.kind)
                 outside = inside if is_shared else _rounded_parameters(probe, {}, names=names, dtype=dtype)

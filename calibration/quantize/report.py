@@ -1,4 +1,4 @@
-"""What a calibration of a quantization says of itself, in ``calibration.json``."""
+"""Report of a quantization's calibration, as ``calibration.json`` holds it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from trio_edge.runtime.bundle.manifest import QuantizedFormat  # noqa: TC001 - m
 
 
 class GroupError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How far the outputs of linear layers with one input are from those in floating point, on collected inputs."""
+    """Error of linear layers with one input against floating point, on collected inputs."""
 
     part: Literal["vision", "decoder", "head"]
     layer: int | None
-    """Of the vision tower or the decoder; None for projector and head."""
+    """Layer of the vision tower or the decoder; None for projector and head."""
     group: str
-    """Which linear layers: "qkv", "o", "gate_up", "down", "fc1", "fc2", "projector_1", "projector_2" or "lm_head"."""
+    """Name of the linear layers: "qkv", "o", "gate_up", "down", "fc1", "fc2", "projector_1", "projector_2" or "lm_head"."""
     format: QuantizedFormat
     rounded: float
     """Sum of squared errors over the sum of squared outputs with weights rounded to nearest."""
@@ -27,23 +27,23 @@ class GroupError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class CacheReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one layer's INT8 KV cache has room for."""
+    """Range of one layer's INT8 KV cache."""
 
     layer: int
     key_max: float
     """Largest absolute key, after the rotation, that was collected: it becomes 127."""
     value_max: float
-    """Likewise of the values, after smoothing."""
+    """Largest absolute value, after smoothing."""
 
 
 class QuantizationReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How vision graph, decoder and head were quantized."""
+    """Quantization of vision graph, decoder and head."""
 
     method: Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant"]
-    """Of weights."""
+    """Method for the weights."""
     samples: int
-    """That inputs were collected from."""
+    """Samples that inputs were collected from."""
     errors: list[GroupError]
     """Empty where the KV caches alone are quantized."""
     caches: list[CacheReport] = []
-    """Of every layer, where they are quantized."""
+    """One for every layer, where they are quantized."""

@@ -26,9 +26,9 @@ ALPHAS = (0.25, 0.5, 0.75)
 LARGEST_FACTOR = 1024.0
 """Over and under the usual one; larger ones leave a norm in float16 too few bits, or overflow there."""
 _NEGLIGIBLE = 1e-6
-"""Of the largest."""
+"""Share of the largest value below which another does not matter."""
 MAX_OUTPUTS = 24_576
-"""Of a group that are looked at, evenly spread: all of a 7B Llama layer, 3 GB in a search, and a part of a head."""
+"""Outputs of a group that are looked at, evenly spread: all of a 7B Llama layer (3 GB in a search), a part of a head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,7 @@ class GroupRounding:
     def best(self, candidates: list[Tensor]) -> tuple[Tensor | None, float]:
         """Return the factors with the least error, None for no factors, and that error."""
         tried = [(factors, self.error(factors, with_activations=True)) for factors in (None, *candidates)]
+        # of equals the first one: no factors, which cost nothing
         return min(tried, key=lambda one: one[1])
 
     def error(self, factors_I: Tensor | None, *, with_activations: bool) -> float:

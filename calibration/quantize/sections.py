@@ -29,7 +29,7 @@ class Section:
     groups: tuple[LinearGroup, ...]
     """Those that ``kind`` can express."""
     kind: QuantizedFormat
-    """Of the graph that the module is in."""
+    """Format of the graph that the module is in."""
 
 
 def quantized_sections(model: TorchModel, schedule: Schedule, plan: QuantizePlan) -> list[Section]:

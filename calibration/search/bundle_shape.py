@@ -1,28 +1,37 @@
-"""What the bundle of a calibration is going to be like: its fixed shapes, what they cost, and whether they fit the target."""
+"""Fixed shapes of the bundle to be, from the samples; their costs, and whether they fit the device's memory."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
-from trio_edge.calibration.search.fixed_shapes import picture_sizes, text_buckets
-from trio_edge.calibration.search.prefill_cost import PrefillCost, Situation
-from trio_edge.export.bundle import bundle_dtype, dimensions_of
+from trio_edge.calibration.search.schedules.prefill_cost import PrefillCost, Situation
 from trio_edge.export.check.fit import check_fit, fit_inputs
 from trio_edge.export.families.decoder_config import check_positions, max_positions
-from trio_edge.export.layout import Layout
-from trio_edge.export.model_cost import vision_dimensions
-from trio_edge.trio.cost.devices import find_target
+from trio_edge.export.graphs.layout import Layout
+from trio_edge.export.plan import bundle_dtype, dimensions_of
+from trio_edge.trio.cost.devices import find_device
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from trio_edge.calibration.model.prompts import SampleShape
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Schedule
+
+TEXT_MARGIN = 1.25
+"""Largest text bucket over the longest prompt of the samples."""
+MAX_TEXT_BUCKETS = 3
+MAX_IMAGE_SIZES = 4
+WORTHWHILE = 0.02
+"""Share of all rows that another shape must save."""
+_MULTIPLE = 8  # tensor cores take rows by eights
+_SMALLEST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +48,7 @@ class BundleShape:
 
     @property
     def num_visual(self) -> int:
-        """N of the largest picture, which the schedule is made for."""
+        """N of the largest image, which the schedule is made for."""
         return max(sizes["N"] for sizes in self.profiles)
 
 
@@ -55,8 +64,8 @@ def bundle_shape(
     Raises:
         ScheduleError: If the longest sequence does not fit the model.
     """
-    sizes = picture_sizes(samples)
-    profiles = tuple(model.pictures.sizes(*size) for size in sizes)
+    sizes = image_sizes(samples)
+    profiles = tuple(model.images.sizes(*size) for size in sizes)
     others = max(profile["N"] for profile in profiles) + max_new_tokens
     shape = BundleShape(
         image_sizes=sizes,
@@ -79,17 +88,17 @@ def bundle_shape(
 def prefill_cost(
     model: TorchModel, shape: BundleShape, samples: Sequence[SampleShape], *, target: str
 ) -> PrefillCost:
-    """Return what schedules cost on ``target`` for pictures and prompts like the samples'."""
+    """Return what schedules cost on ``target`` for images and prompts like the samples'."""
     decoder = dimensions_of(model.parts)
     runs_at = Counter(_padded(shape, sample) for sample in samples)
     return PrefillCost(
         decoder=decoder,
-        vision=vision_dimensions(model.parts, sizes=shape.profiles[0], hidden_size=decoder.hidden_size),
+        vision=model.parts.vision_dimensions,
         situations=[
             Situation(share=count / len(samples), sizes=shape.profiles[profile], num_text=bucket)
             for (profile, bucket), count in sorted(runs_at.items())
         ],
-        target=find_target(target),
+        target=find_device(target),
     )
 
 
@@ -107,12 +116,76 @@ def memory_warning(
         opset=18,
     )
     dimensions = dimensions_of(model.parts)
-    inputs = fit_inputs(model.parts, dimensions, layout=layout, processing=model.pictures, quantize=quantize)
-    return check_fit(inputs, find_target(target))
+    inputs = fit_inputs(model.parts, dimensions, layout=layout, processing=model.images, quantize=quantize)
+    return check_fit(inputs, find_device(target))
+
+
+def text_buckets(shapes: Sequence[SampleShape], *, room: int) -> tuple[int, ...]:
+    """Return the sizes that prompts are padded to, ascending.
+
+    The last one is the longest prompt with a margin, as far as there is ``room``, in multiples of 8. Shorter ones are added, the
+    most useful first, while each takes ``WORTHWHILE`` off the mean number of rows, text and visual.
+    """
+    lengths = [shape.num_text for shape in shapes]
+    with_margin = min(_rounded(TEXT_MARGIN * max(lengths)), room - room % _MULTIPLE)
+    longest = max(with_margin, _rounded(max(lengths)))
+
+    def rows(sizes: Sequence[int]) -> float:
+        return fmean(_covering(sizes, shape.num_text) + shape.sizes["N"] for shape in shapes)
+
+    others = {_rounded(length) for length in lengths} - {longest}
+    return tuple(sorted(_worthwhile(longest, others, most=MAX_TEXT_BUCKETS, rows=rows)))
+
+
+def image_sizes(shapes: Sequence[SampleShape]) -> tuple[tuple[int, int], ...]:
+    """Return (width, height) of images whose numbers of visual tokens the bundle gets exact shapes for.
+
+    The first one has the most tokens of all samples, so every sample has room. Others are added, the most useful first, while
+    each takes ``WORTHWHILE`` off the mean number of visual rows. Of the images with one number of tokens the most common
+    size stands for all.
+    """
+    of_count: dict[int, Counter[tuple[int, int]]] = {}
+    for shape in shapes:
+        of_count.setdefault(shape.sizes["N"], Counter())[(shape.width, shape.height)] += 1
+
+    def rows(counts: Sequence[int]) -> float:
+        return fmean(_covering(counts, shape.sizes["N"]) for shape in shapes)
+
+    most = max(of_count)
+    chosen = _worthwhile(most, set(of_count) - {most}, most=MAX_IMAGE_SIZES, rows=rows)
+    # of equally common sizes the smaller one: the order of the samples decides nothing
+    return tuple(max(sorted(of_count[count]), key=of_count[count].__getitem__) for count in chosen)
+
+
+def rounds_with_margin(largest: int) -> int:
+    """Return NMS rounds with a margin of a quarter, at least 2, over the largest number that a sample took."""
+    return largest + max(2, math.ceil(largest / 4))
+
+
+def _worthwhile(
+    largest: int, others: set[int], *, most: int, rows: Callable[[Sequence[int]], float]
+) -> list[int]:
+    """Return ``largest`` and those ``others``, the most useful first, that each take ``WORTHWHILE`` off ``rows``."""
+    chosen = [largest]
+    while others and len(chosen) < most:
+        best = min(sorted(others), key=lambda size: rows([*chosen, size]))
+        if rows([*chosen, best]) > (1 - WORTHWHILE) * rows(chosen):
+            break
+        chosen.append(best)
+        others = others - {best}
+    return chosen
+
+
+def _covering(sizes: Sequence[int], needed: int) -> int:
+    return min(size for size in sizes if size >= needed)
+
+
+def _rounded(length: float) -> int:
+    return max(math.ceil(length / _MULTIPLE) * _MULTIPLE, _SMALLEST)
 
 
 def _padded(shape: BundleShape, sample: SampleShape) -> tuple[int, int]:
     """Return which profile and which text bucket a sample runs at."""
     room = [index for index, sizes in enumerate(shape.profiles) if sizes["N"] >= sample.sizes["N"]]
     profile = min(room, key=lambda index: shape.profiles[index]["N"])
-    return profile, next(bucket for bucket in shape.text_buckets if bucket >= sample.num_text)
+    return profile, _covering(shape.text_buckets, sample.num_text)

@@ -1,39 +1,36 @@
-"""What the samples that decided nothing say: fidelity to keep-all, and accuracy where they have answers."""
+"""Results on the samples that decided nothing: fidelity to keep-all, and accuracy where they have answers."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
-from trio_edge.calibration.evaluate.metrics import METRICS
-from trio_edge.calibration.model.greedy import greedy_answer
-from trio_edge.calibration.model.prompts import make_prompt
+from trio_edge.calibration.metrics import METRICS
+from trio_edge.calibration.model.greedy import answers_with_and_without
 from trio_edge.calibration.search.report.calibration_file import Accuracy, Fidelity, Measure
 from trio_edge.profiling.statistics import bootstrap_interval, paired_interval, score_interval
-from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from trio_edge.calibration.evaluate.questions import Question
     from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.torch_model import TorchModel
-    from trio_edge.calibration.search.measure.measuring import Measured
+    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 MAX_ANSWER_TOKENS = 16
 """Tokens of an answer whose exact match is scored."""
 
 
-def fidelity(results: Sequence[Measured], questions: Sequence[Question]) -> Fidelity:
-    """Return mean divergence and agreement with their intervals, drawn by picture."""
-    pictures = [question.picture_id for question in questions]
+def fidelity(results: Sequence[MeasuredSchedule], questions: Sequence[Question]) -> Fidelity:
+    """Return mean divergence and agreement with their intervals, drawn by image."""
+    images = [question.image_id for question in questions]
     kls = [result.kl for result in results]
     agreements = [float(result.agrees) for result in results]
     return Fidelity(
         samples=len(results),
-        kl=Measure(value=_mean(kls), interval_95=bootstrap_interval(kls, pictures)),
-        agreement=Measure(value=_mean(agreements), interval_95=score_interval(agreements, pictures)),
+        kl=Measure(value=_mean(kls), interval_95=bootstrap_interval(kls, images)),
+        agreement=Measure(value=_mean(agreements), interval_95=score_interval(agreements, images)),
     )
 
 
@@ -49,35 +46,30 @@ def accuracy(
     with_answers = [question for question in questions if question.answers]
     if not with_answers:
         return None
-    keep_all = Schedule(positions=schedule.positions)
-    scores: list[tuple[float, float]] = []
+    metric, scores = METRICS["exact"], list[tuple[float, float]]()
     for question in with_answers:
-        with torch.inference_mode():
-            prompt = make_prompt(model, question)
-            both = [
-                greedy_answer(model, prompt, each, probes=probes, max_tokens=MAX_ANSWER_TOKENS)
-                for each in (keep_all, schedule)
-            ]
-        metric = METRICS["exact"]
-        texts = [model.tokenizer.decode(answer.tokens) for answer in both]
+        answers = answers_with_and_without(
+            model, question, schedule, probes=probes, max_tokens=MAX_ANSWER_TOKENS
+        )
+        texts = [model.tokenizer.decode(answer.tokens) for answer in answers]
         whole, reduced = (metric.score(metric.read(text, question), question) for text in texts)
         scores.append((whole, reduced))
         on_sample()
     whole_scores, scores_of_chosen = [score for score, _ in scores], [score for _, score in scores]
-    pictures = [question.picture_id for question in with_answers]
+    images = [question.image_id for question in with_answers]
     return Accuracy(
         samples=len(scores),
-        keep_all=_measure(whole_scores, pictures),
-        chosen=_measure(scores_of_chosen, pictures),
+        keep_all=_measure(whole_scores, images),
+        chosen=_measure(scores_of_chosen, images),
         difference=Measure(
             value=_mean(scores_of_chosen) - _mean(whole_scores),
-            interval_95=paired_interval(scores_of_chosen, whole_scores, pictures),
+            interval_95=paired_interval(scores_of_chosen, whole_scores, images),
         ),
     )
 
 
-def _measure(scores: list[float], pictures: list[str]) -> Measure:
-    return Measure(value=_mean(scores), interval_95=score_interval(scores, pictures))
+def _measure(scores: list[float], images: list[str]) -> Measure:
+    return Measure(value=_mean(scores), interval_95=score_interval(scores, images))
 
 
 def _mean(values: list[float]) -> float:

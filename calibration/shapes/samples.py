@@ -1,9 +1,9 @@
-"""The demo task: pictures of coloured shapes and digits with questions that have one certain answer.
+"""The demo task: images of coloured shapes and digits with questions that have one certain answer.
 
-`held_out` yields samples for measuring accuracy. It is the same on every run for the same arguments, and its pictures
+`held_out` yields samples for measuring accuracy. It is the same on every run for the same arguments, and its images
 come from seeds from `HELD_OUT_OFFSET` on, which training never touches (training uses seeds below it).
 
-The picture generator is in `shapes_scene`, the questions are in `shapes_questions`.
+The image generator is in `scene`, the questions are in `questions`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-__all__ = ["HELD_OUT_OFFSET", "KINDS", "SEEDS_PER_STREAM", "VOCABULARY", "Sample", "held_out", "samples_of"]
+__all__ = [
+    "HELD_OUT_OFFSET",
+    "KINDS",
+    "SEEDS_PER_STREAM",
+    "VOCABULARY",
+    "ShapeSample",
+    "held_out",
+    "samples_of",
+]
 
 HELD_OUT_OFFSET = 900_000_000
 SEEDS_PER_STREAM = 1_000_000
@@ -28,30 +36,30 @@ QUESTIONS_PER_PICTURE = 2
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One question about one picture.
+class ShapeSample:
+    """One question about one image.
 
     Attributes:
-        picture: RGB picture; samples that share a picture share the object.
+        image: RGB image; samples that share an image share the object.
         question: words separated by blanks, ending in ` ?`.
         answer: one word of `VOCABULARY`.
         kind: one of `KINDS`.
         sample_id: `<scene seed>-<kind>`, unique within a stream.
     """
 
-    picture: Image.Image
+    image: Image.Image
     question: str
     answer: str
     kind: str
     sample_id: str
 
 
-def held_out(count: int, *, seed: int = 0) -> Iterator[Sample]:
-    """Yields `count` samples, every kind equally often (up to one), about two questions per picture.
+def held_out(count: int, *, seed: int = 0) -> Iterator[ShapeSample]:
+    """Yields `count` samples, every kind equally often (up to one), about two questions per image.
 
     Args:
         count: number of samples.
-        seed: stream; two streams share no picture.
+        seed: stream; two streams share no image.
 
     Raises:
         ValueError: `count` or `seed` is negative.
@@ -70,13 +78,13 @@ def held_out(count: int, *, seed: int = 0) -> Iterator[Sample]:
         scene_seed += 1
 
 
-def samples_of(scene: Scene, kinds: list[str]) -> list[Sample]:
+def samples_of(scene: Scene, kinds: list[str]) -> list[ShapeSample]:
     """Returns one sample of each kind that the scene allows, in the order of `kinds`."""
     rng = random.Random(f"held out {scene.seed}")
-    picture = render(scene)
+    image = render(scene)
     samples = []
     for kind in kinds:
         pair = next((found for found in (ask(scene, kind, rng) for _ in range(4)) if found), None)
         if pair is not None:
-            samples.append(Sample(picture, *pair, kind=kind, sample_id=f"{scene.seed}-{kind}"))
+            samples.append(ShapeSample(image, *pair, kind=kind, sample_id=f"{scene.seed}-{kind}"))
     return samples

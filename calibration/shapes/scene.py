@@ -1,7 +1,7 @@
-"""Draws deterministic pictures of coloured shapes and digits: `make_scene` chooses the objects, `render` paints them.
+"""Draws deterministic images of coloured shapes and digits: `make_scene` chooses the objects, `render` paints them.
 
-A seed fixes everything. Objects keep clear of each other, of the borders between thirds of the picture (so that
-every place word is certain) and of the lines at which LLaVA-NeXT cuts the picture into tiles. numpy and Pillow only.
+A seed fixes everything. Objects keep clear of each other, of the borders between thirds of the image (so that
+every place word is certain) and of the lines at which LLaVA-NeXT cuts the image into tiles. numpy and Pillow only.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ SUPERSAMPLE = 4
 
 
 @dataclass(frozen=True)
-class Canvas:
-    """One picture size, in pixels, and the unit square it is laid out on.
+class SceneCanvas:
+    """One image size, in pixels, and the unit square it is laid out on.
 
-    `scale` is picture pixels per layout pixel: after the tiling of LLaVA-NeXT with 48-pixel tiles an object has its
+    `scale` is image pixels per layout pixel: after the tiling of LLaVA-NeXT with 48-pixel tiles an object has its
     layout size again. `cuts_x` and `cuts_y` are the layout coordinates of the tile borders.
     """
 
@@ -64,15 +64,15 @@ class Canvas:
         return self.height / self.scale
 
 
-CANVASES: tuple[Canvas, ...] = (
-    Canvas(96, 96, 1.0, (48,), (48,), (3, 7), 0.60),
-    Canvas(144, 48, 1.0, (48, 96), (), (3, 6), 0.08),
-    Canvas(48, 144, 1.0, (), (48, 96), (3, 6), 0.08),
-    Canvas(96, 48, 1.0, (48,), (), (2, 4), 0.05),
-    Canvas(48, 96, 1.0, (), (48,), (2, 4), 0.05),
-    Canvas(120, 90, 1.25, (48,), (36,), (3, 6), 0.05),
-    Canvas(200, 150, 200 / 96, (48,), (36,), (3, 6), 0.05),
-    Canvas(80, 110, 110 / 96, (35,), (48,), (3, 5), 0.04),
+CANVASES: tuple[SceneCanvas, ...] = (
+    SceneCanvas(96, 96, 1.0, (48,), (48,), (3, 7), 0.60),
+    SceneCanvas(144, 48, 1.0, (48, 96), (), (3, 6), 0.08),
+    SceneCanvas(48, 144, 1.0, (), (48, 96), (3, 6), 0.08),
+    SceneCanvas(96, 48, 1.0, (48,), (), (2, 4), 0.05),
+    SceneCanvas(48, 96, 1.0, (), (48,), (2, 4), 0.05),
+    SceneCanvas(120, 90, 1.25, (48,), (36,), (3, 6), 0.05),
+    SceneCanvas(200, 150, 200 / 96, (48,), (36,), (3, 6), 0.05),
+    SceneCanvas(80, 110, 110 / 96, (35,), (48,), (3, 5), 0.04),
 )
 
 
@@ -97,15 +97,15 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that is true about one picture."""
+    """Everything that is true about one image."""
 
     seed: int
-    canvas: Canvas
+    canvas: SceneCanvas
     things: tuple[Thing, ...]
 
 
-def make_scene(seed: int, *, canvas: Canvas | None = None) -> Scene:
-    """Returns the scene of a seed; `canvas` overrides the picture size that the seed would choose."""
+def make_scene(seed: int, *, canvas: SceneCanvas | None = None) -> Scene:
+    """Returns the scene of a seed; `canvas` overrides the image size that the seed would choose."""
     rng = random.Random(f"scene {seed}")
     chosen = rng.choices(CANVASES, [c.weight for c in CANVASES])[0]
     canvas = canvas or chosen
@@ -121,7 +121,7 @@ def make_scene(seed: int, *, canvas: Canvas | None = None) -> Scene:
 
 
 def _place_thing(
-    rng: random.Random, canvas: Canvas, others: list[Thing], *, palette: list[str], names: list[str]
+    rng: random.Random, canvas: SceneCanvas, others: list[Thing], *, palette: list[str], names: list[str]
 ) -> Thing | None:
     """Returns a new object clear of `others`, or None when no free spot was found."""
     name = rng.choice(DIGITS) if rng.random() < 0.42 else rng.choice(names)
@@ -146,7 +146,7 @@ def _place_thing(
 
 
 def _third(center: float, half: float, length: float, cuts: tuple[float, ...]) -> int:
-    """Returns which third of an axis holds an object, -1 when it leaves the picture or sits on a border."""
+    """Returns which third of an axis holds an object, -1 when it leaves the image or sits on a border."""
     if center - half < 1 or center + half > length - 1:
         return -1
     if any(abs(center - cut) < half + 0.5 for cut in cuts):
@@ -157,15 +157,15 @@ def _third(center: float, half: float, length: float, cuts: tuple[float, ...]) -
 
 
 def render(scene: Scene) -> Image.Image:
-    """Returns the RGB picture of a scene; the same scene gives the same bytes."""
+    """Returns the RGB image of a scene; the same scene gives the same bytes."""
     rng = random.Random(f"paint {scene.seed}")
-    picture = _background(scene, rng)
+    image = _background(scene, rng)
     for thing in scene.things:
-        _paint(picture, thing, scene.canvas.scale, rng)
+        _paint(image, thing, scene.canvas.scale, rng)
     noise = np.random.Generator(np.random.PCG64(scene.seed)).integers(
-        -7, 8, (picture.height, picture.width, 3), dtype=np.int16
+        -7, 8, (image.height, image.width, 3), dtype=np.int16
     )
-    pixels = np.asarray(picture, dtype=np.int16) + noise
+    pixels = np.asarray(image, dtype=np.int16) + noise
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
@@ -179,15 +179,15 @@ def _background(scene: Scene, rng: random.Random) -> Image.Image:
         [base + rng.randint(-22, 22) + rng.randint(-12, 12) for _ in range(cells * cells * 3)], dtype=np.int16
     )
     coarse = np.clip(texture, 0, 255).astype(np.uint8).reshape(cells, cells, 3)
-    picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(picture)
+    image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
     for _ in range(rng.randint(2, 6)):
         ends = [(rng.uniform(0, size[0]), rng.uniform(0, size[1])) for _ in range(2)]
         draw.line(ends, fill=_dim(rng, base), width=1)
     for _ in range(rng.randint(0, 8)):
         x, y = rng.uniform(0, size[0]), rng.uniform(0, size[1])
         draw.rectangle((x, y, x + rng.uniform(0, 2), y + rng.uniform(0, 2)), fill=_dim(rng, base))
-    return picture
+    return image
 
 
 def _dim(rng: random.Random, base: int) -> tuple[int, int, int]:
@@ -196,8 +196,8 @@ def _dim(rng: random.Random, base: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _paint(picture: Image.Image, thing: Thing, scale: float, rng: random.Random) -> None:
-    """Paints one object onto the picture, antialiased."""
+def _paint(image: Image.Image, thing: Thing, scale: float, rng: random.Random) -> None:
+    """Paints one object onto the image, antialiased."""
     left, top = (thing.x - thing.half_width) * scale - 2, (thing.y - thing.half_height) * scale - 2
     corner = (math.floor(left), math.floor(top))
     width = math.ceil(2 * thing.half_width * scale) + 5
@@ -211,7 +211,7 @@ def _paint(picture: Image.Image, thing: Thing, scale: float, rng: random.Random)
     else:
         _draw_shape(draw, thing.name, center, half[0], rng)
     red, green, blue = (min(255, max(0, c + rng.randint(-14, 14))) for c in COLORS[thing.color])
-    picture.paste((red, green, blue), corner, mask.reduce(SUPERSAMPLE))
+    image.paste((red, green, blue), corner, mask.reduce(SUPERSAMPLE))
 
 
 def _draw_shape(

@@ -46,8 +46,8 @@ def measure(answerer: Answerer, count: int, seed: int) -> None:
     right: Counter[str] = Counter()
     seen: Counter[str] = Counter()
     for sample in held_out(count, seed=seed):
-        ok = answerer.answer(sample.picture, sample.question) == sample.answer
-        for key in (sample.kind, "{}x{}".format(*sample.picture.size), "all"):
+        ok = answerer.answer(sample.image, sample.question) == sample.answer
+        for key in (sample.kind, "{}x{}".format(*sample.image.size), "all"):
             right[key] += ok
             seen[key] += 1
     for key in (*KINDS, *sorted(set(seen) - {*KINDS, "all"}), "all"):
@@ -64,11 +64,11 @@ def write_demo(answerer: Answerer, folder: Path) -> None:
             HELD_OUT_OFFSET + 90_000_000 + 1000 * number, HELD_OUT_OFFSET + 90_001_000 + 1000 * number
         ):
             samples = samples_of(make_scene(seed, canvas=canvas), DEMO_KINDS)
-            right = [s for s in samples if answerer.answer(s.picture, s.question) == s.answer]
+            right = [s for s in samples if answerer.answer(s.image, s.question) == s.answer]
             if len(right) >= 5:
                 break
         name = f"shapes-{size[0]}x{size[1]}.png"
-        right[0].picture.save(folder / name, optimize=True)
+        right[0].image.save(folder / name, optimize=True)
         entries += [{"file": name, "question": s.question, "answer": s.answer, "kind": s.kind} for s in right]
     (folder / "questions.json").write_text(json.dumps(entries, indent=1) + "\n")
 

@@ -22,8 +22,8 @@ from trio_edge.calibration.shapes.scene import (  # fmt: skip
     PLACES,
     SHAPES,
     SIZES,
-    Canvas,
     Scene,
+    SceneCanvas,
     make_scene,
     render,
 )
@@ -165,7 +165,7 @@ def questions_of(
     return list(found.values())
 
 
-def _draw(task: tuple[int, Canvas]) -> tuple[np.ndarray, np.ndarray]:
+def _draw(task: tuple[int, SceneCanvas]) -> tuple[np.ndarray, np.ndarray]:
     """Returns tiles and labels of one seed."""
     seed, canvas = task
     scene = make_scene(seed, canvas=canvas)

@@ -28,13 +28,23 @@ import msgspec
 
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.runtime.bundle.manifest import Dimensions
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.trio.budgets import combined_schedule, parse_keep
-from trio_edge.trio.cost.flops import ModelShape, VisionShape
-from trio_edge.trio.cost.memory import Texts, Tiles, TokenSelection, largest_activations, scratch_before
-from trio_edge.trio.cost.shapes import layer_weights
-from trio_edge.trio.cost.work import repeated_weights
+from trio_edge.trio.cost.flops import kv_row_bytes
+from trio_edge.trio.cost.memory import (
+    Texts,
+    Tiles,
+    TokenSelection,
+    kv_cache_bytes,
+    largest_activations,
+    layers_and_rows,
+    repeated_weights,
+    scratch_before,
+    tiles_of,
+)
+from trio_edge.trio.cost.work import layer_weights
+from trio_edge.trio.methods import DEFAULT_METHOD
+from trio_edge.trio.methods import token_method as method_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,11 +52,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trio_edge.export.families.base import FamilyModel
-    from trio_edge.export.layout import Layout
+    from trio_edge.export.graphs.layout import Layout
     from trio_edge.export.quantize.numerics import Format
-    from trio_edge.runtime.bundle.manifest import TokenMethod
+    from trio_edge.runtime.bundle.manifest import Dimensions
     from trio_edge.runtime.images.interface import ImageProcessing
-    from trio_edge.trio.cost.devices import Target
+    from trio_edge.trio.cost.devices import DeviceSpec
 
 INT4_SHARE = 0.30
 """Bytes of 4-bit blocks over those of the same weights in float16: 4.125 / 16 with scales, and some padding."""
@@ -65,15 +75,16 @@ class Picture:
 
     num_visual: int
     """N, rows of the visual span."""
-    vision: VisionShape
+    tiles: Tiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitInputs:
-    """What the memory of a bundle follows from."""
+    """Numbers that the memory of a bundle follows from."""
 
-    model: ModelShape
-    """``bytes_per_element`` is that of all weights, activations and KV caches; ``vision`` is not read."""
+    decoder: Dimensions
+    element_bytes: int = 2
+    """b, of all weights, activations and KV caches that are not quantized."""
     vision_params: int
     """Parameters of the vision tower and the projector, and of CLIP's text tower where there is one."""
     picture: Picture
@@ -88,7 +99,7 @@ class FitInputs:
     token_selection: TokenSelection | None = None
     """Before the decoder."""
     texts: Texts | None = None
-    """Of CLIP's text tower, where there is one."""
+    """Texts of CLIP's text tower, where there is one."""
 
     @property
     def entering(self) -> int:
@@ -98,9 +109,7 @@ class FitInputs:
     @property
     def layers_and_rows(self) -> tuple[tuple[int, int], ...]:
         """Number of layers and visual rows of every layer range."""
-        starts = [0, *(stage.layer for stage in self.schedule.stages), self.model.num_layers]
-        rows = [self.entering, *(stage.keep for stage in self.schedule.stages)]
-        return tuple((stop - start, count) for start, stop, count in zip(starts, starts[1:], rows))
+        return layers_and_rows(self.schedule, num_layers=self.decoder.num_layers, entering=self.entering)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,16 +141,14 @@ class Remedy:
 
 def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
     """Return the bytes of every category against ``usable_bytes``; the formulas are this module's head."""
-    model, plan = inputs.model, inputs.quantize
-    sizes = _dimensions(model)
-    layer, head = layer_weights(sizes), model.vocab_size * model.hidden_size
-    repeated = repeated_weights(inputs.schedule.method, sizes)
-    formats = plan.of_layers(inputs.schedule, num_layers=model.num_layers)
+    decoder, plan = inputs.decoder, inputs.quantize
+    layer, head = layer_weights(decoder), decoder.vocab_size * decoder.hidden_size
+    repeated = repeated_weights(inputs.schedule.method, decoder)
+    formats = plan.of_layers(inputs.schedule, num_layers=decoder.num_layers)
+    quantized = {"int4": 2 * INT4_SHARE, "int8": 1.0, "fp8": 1.0}
 
     def weights(num_params: int, kind: Format) -> int:
-        return round(
-            num_params * {"int4": 2 * INT4_SHARE, "int8": 1.0, "fp8": 1.0}.get(kind, model.bytes_per_element)
-        )
+        return round(num_params * quantized.get(kind, inputs.element_bytes))
 
     parts = {
         "decoder weights": sum(weights(layer, kind) for kind in formats),
@@ -171,7 +178,7 @@ def remedies(inputs: FitInputs, *, usable_bytes: int) -> list[Remedy]:
     return alone + together
 
 
-def check_fit(inputs: FitInputs, target: Target) -> str | None:
+def check_fit(inputs: FitInputs, target: DeviceSpec) -> str | None:
     """Return one line that says why the bundle cannot fit ``target`` and what would; None if it fits."""
     fit = estimate(inputs, usable_bytes=target.usable_bytes)
     if fit.fits:
@@ -204,42 +211,34 @@ def _advice(options: Sequence[Remedy]) -> str:
 
 
 def _kv_row_bytes(inputs: FitInputs) -> int:
-    """Return the bytes of one row of one layer's keys and values."""
-    model = inputs.model
-    size = 1 if inputs.quantize.has_cache else model.bytes_per_element
-    return 2 * model.num_kv_heads * model.head_size * size
+    size = 1 if inputs.quantize.has_cache else inputs.element_bytes
+    return kv_row_bytes(inputs.decoder, bytes_per_cached=size)
 
 
 def _kv_bytes(inputs: FitInputs) -> int:
-    more = inputs.max_text + inputs.max_new_tokens
-    return _kv_row_bytes(inputs) * sum(layers * (rows + more) for layers, rows in inputs.layers_and_rows)
+    other_rows = inputs.max_text + inputs.max_new_tokens
+    return kv_cache_bytes(inputs.layers_and_rows, other_rows=other_rows, row_bytes=_kv_row_bytes(inputs))
 
 
 def _activation_bytes(inputs: FitInputs) -> int:
-    vision, size, before = inputs.picture.vision, inputs.model.bytes_per_element, 0
+    size, before = inputs.element_bytes, 0
     if inputs.token_selection is not None:
         rows = inputs.picture.num_visual
         before = scratch_before(inputs.token_selection, inputs.texts, num_visual=rows, element_bytes=size)
     return largest_activations(
-        _dimensions(inputs.model),
-        layers_and_rows=inputs.layers_and_rows,
+        inputs.decoder,
+        ranges=inputs.layers_and_rows,
         text_rows=inputs.max_text,
         probe_rows=inputs.schedule.num_probe_rows,
         cache_row_bytes=_kv_row_bytes(inputs),
-        tiles=Tiles(vision.num_tiles, vision.patches_per_tile, vision.hidden_size, vision.intermediate_size),
+        tiles=inputs.picture.tiles,
         before=before,
         element_bytes=size,
     )
 
 
-def _dimensions(model: ModelShape) -> Dimensions:
-    return Dimensions(**{name: getattr(model, name) for name in Dimensions.__struct_fields__})
-
-
 def _with_float16(inputs: FitInputs) -> FitInputs | None:
-    if inputs.model.bytes_per_element <= 2:
-        return None
-    return dataclasses.replace(inputs, model=dataclasses.replace(inputs.model, bytes_per_element=2))
+    return None if inputs.element_bytes <= 2 else dataclasses.replace(inputs, element_bytes=2)
 
 
 def _with_int4(inputs: FitInputs) -> FitInputs | None:
@@ -251,9 +250,9 @@ def _with_int4(inputs: FitInputs) -> FitInputs | None:
 def _with_keep(inputs: FitInputs) -> FitInputs | None:
     try:
         wished = combined_schedule(
-            "trio",
+            DEFAULT_METHOD,
             parse_keep(USUAL_KEEP),
-            num_layers=inputs.model.num_layers,
+            num_layers=inputs.decoder.num_layers,
             picture_tokens=inputs.picture.num_visual,
             entering=inputs.entering,
         )
@@ -308,7 +307,7 @@ def fit_inputs(
     layout: Layout,
     processing: ImageProcessing,
     quantize: QuantizePlan,
-    token_method: TokenMethod | None = None,
+    token_method: str | None = None,
     text_tower: nn.Module | None = None,
     texts: Texts | None = None,
 ) -> FitInputs:
@@ -326,25 +325,19 @@ def fit_inputs(
     """
     towers = [model.vision.module] if text_tower is None else [model.vision.module, text_tower]
     largest = max(layout.vision_sizes, key=lambda sizes: (sizes["N"], *sizes.values()))
-    picture = Picture(num_visual=largest["N"], vision=model.vision_shape(largest))
+    tower = model.vision_dimensions
+    picture = Picture(num_visual=largest["N"], tiles=tiles_of(tower, largest))
     selection = None
     if token_method is not None and layout.token_keep is not None:
-        width = picture.vision.hidden_size if token_method == "scope" else dimensions.hidden_size
+        by_features = method_row(token_method).compares == "features"
+        width = tower.hidden_size if by_features else dimensions.hidden_size
         selection = TokenSelection(token_method, layout.token_keep, width)
     sizes = processing.sizes(*SMALL_PICTURE)
-    small = Picture(num_visual=sizes["N"], vision=model.vision_shape(sizes))
+    small = Picture(num_visual=sizes["N"], tiles=tiles_of(tower, sizes))
     return FitInputs(
-        model=ModelShape(
-            num_layers=dimensions.num_layers,
-            hidden_size=dimensions.hidden_size,
-            num_heads=dimensions.num_heads,
-            num_kv_heads=dimensions.num_kv_heads,
-            head_size=dimensions.head_size,
-            intermediate_size=dimensions.intermediate_size,
-            vocab_size=dimensions.vocab_size,
-            bytes_per_element=2 if layout.dtype == "float16" else 4,
-        ),
-        vision_params=sum(parameter.numel() for tower in towers for parameter in tower.parameters()),
+        decoder=dimensions,
+        element_bytes=2 if layout.dtype == "float16" else 4,
+        vision_params=sum(parameter.numel() for module in towers for parameter in module.parameters()),
         quantize=quantize,
         picture=picture,
         schedule=layout.schedule,

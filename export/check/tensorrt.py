@@ -38,7 +38,7 @@ class Finding:
     operator: str
     """ONNX operator; empty for a finding about the whole graph."""
     expected: str
-    """What the release allows."""
+    """The release's rule."""
     got: str
     remedy: str
     source: tuple[str, ...]
@@ -105,7 +105,7 @@ class _Release(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_rank: int
     io_types: tuple[str, ...]
     operators: dict[str, tuple[str, ...]]
-    """What differs from the rules' ``operators``."""
+    """Differences from the rules' ``operators``."""
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -113,7 +113,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     about: str
     notes: tuple[str, ...]
-    """Where the sources disagree."""
+    """Disagreements of the sources."""
     sources: dict[str, str]
     type_sets: dict[str, tuple[str, ...]]
     releases: dict[str, _Release]

@@ -1,4 +1,4 @@
-"""Finds a checkpoint and reads what it holds, without reading its weights.
+"""Finds a checkpoint and reads its description, without its weights.
 
 A checkpoint is a folder as ``save_pretrained`` writes it: ``config.json``, safetensors files (one, or shards with an
 index), tokenizer and processor files. ``locate`` turns what a user types into such a folder: a local path, the
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Alias:
     """A short name for a checkpoint."""
 
@@ -31,31 +31,23 @@ class Alias:
     repository: str | None
     """Hub id; None for the model that comes with the package."""
     family: str
-    """For people."""
+    """Name of the model family, for ``--list``."""
 
 
 ALIASES = {
     alias.name: alias
     for alias in (
-        Alias(name="tiny", repository=None, family="LLaVA-NeXT, Llama (demo)"),
-        Alias(name="llava-1.5-7b", repository="llava-hf/llava-1.5-7b-hf", family="LLaVA-1.5, Vicuna"),
-        Alias(name="llava-1.5-13b", repository="llava-hf/llava-1.5-13b-hf", family="LLaVA-1.5, Vicuna"),
-        Alias(
-            name="llava-next-7b", repository="llava-hf/llava-v1.6-vicuna-7b-hf", family="LLaVA-NeXT, Vicuna"
-        ),
-        Alias(
-            name="llava-next-mistral-7b",
-            repository="llava-hf/llava-v1.6-mistral-7b-hf",
-            family="LLaVA-NeXT, Mistral",
-        ),
-        Alias(
-            name="llava-next-13b", repository="llava-hf/llava-v1.6-vicuna-13b-hf", family="LLaVA-NeXT, Vicuna"
-        ),
-        Alias(name="qwen2.5-vl-3b", repository="Qwen/Qwen2.5-VL-3B-Instruct", family="Qwen2.5-VL"),
-        Alias(name="qwen2.5-vl-7b", repository="Qwen/Qwen2.5-VL-7B-Instruct", family="Qwen2.5-VL"),
-        Alias(name="internvl3-1b", repository="OpenGVLab/InternVL3-1B-hf", family="InternVL3"),
-        Alias(name="internvl3-2b", repository="OpenGVLab/InternVL3-2B-hf", family="InternVL3"),
-        Alias(name="internvl3-8b", repository="OpenGVLab/InternVL3-8B-hf", family="InternVL3"),
+        Alias("tiny", None, "LLaVA-NeXT, Llama (demo)"),
+        Alias("llava-1.5-7b", "llava-hf/llava-1.5-7b-hf", "LLaVA-1.5, Vicuna"),
+        Alias("llava-1.5-13b", "llava-hf/llava-1.5-13b-hf", "LLaVA-1.5, Vicuna"),
+        Alias("llava-next-7b", "llava-hf/llava-v1.6-vicuna-7b-hf", "LLaVA-NeXT, Vicuna"),
+        Alias("llava-next-mistral-7b", "llava-hf/llava-v1.6-mistral-7b-hf", "LLaVA-NeXT, Mistral"),
+        Alias("llava-next-13b", "llava-hf/llava-v1.6-vicuna-13b-hf", "LLaVA-NeXT, Vicuna"),
+        Alias("qwen2.5-vl-3b", "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL"),
+        Alias("qwen2.5-vl-7b", "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL"),
+        Alias("internvl3-1b", "OpenGVLab/InternVL3-1B-hf", "InternVL3"),
+        Alias("internvl3-2b", "OpenGVLab/InternVL3-2B-hf", "InternVL3"),
+        Alias("internvl3-8b", "OpenGVLab/InternVL3-8B-hf", "InternVL3"),
     )
 }
 TINY_FOLDER = Path(__file__).parents[1] / "tiny"
@@ -83,13 +75,13 @@ class Checkpoint:
 
     folder: Path
     name: str
-    """What the user asked for."""
+    """The name that the user gave."""
     revision: str | None
-    """Commit of a Hub repository; what the user asked for otherwise."""
+    """Commit of a Hub repository; for a local folder, the user's ``--revision``."""
     config: dict[str, Any]
     tensors: dict[str, SourceTensor]
     packed: dict[str, PackedWeight] = field(default_factory=dict)
-    """Those of ``tensors`` that are integers with scales."""
+    """The tensors that are integers with scales."""
 
     def tensor(self, name: str) -> SourceTensor:
         """Return the tensor with canonical ``name``.
@@ -116,7 +108,7 @@ def canonical_name(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Location:
-    """Where a checkpoint lies."""
+    """The folder of a checkpoint."""
 
     folder: Path
     repository: str | None = None

@@ -74,6 +74,12 @@ def download_weights(repository: str, names: Sequence[str], *, snapshot: Path) -
             raise _mendable(error, repository, revision=snapshot.name) from None
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's message; the error's type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def _mendable(error: Exception, repository: str, *, revision: str | None) -> CheckpointError:
     """Return what a user can do about a failed download."""
     from huggingface_hub.errors import (
@@ -108,13 +114,12 @@ def _mendable(error: Exception, repository: str, *, revision: str | None) -> Che
             f"{repository}: expected the Hub or a complete cached copy{at}, got no connection and none in the cache;"
             " download it first or name a local folder"
         )
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, HfHubHTTPError):
         return CheckpointError(
-            f"{repository}: expected a download, the Hub answered: {reason}; try again later"
+            f"{repository}: expected a download, the Hub answered: {first_line(error)}; try again later"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return CheckpointError(
             f"{repository}: expected room in the Hub's cache, got a full disk; free some or set HF_HOME to another disk"
         )
-    return CheckpointError(f"{repository}: expected a download, got: {reason}; try again")
+    return CheckpointError(f"{repository}: expected a download, got: {first_line(error)}; try again")

@@ -35,20 +35,20 @@ _SCALES = {
     "modelopt": "weight_scale",
 }
 _ZEROS = {"awq": "qzeros", "gptq": "qzeros"}
-_LEFT = ("g_idx", "weight_shape", "weight_g_idx")
-"""What else belongs to a packed layer."""
+_IGNORED = ("g_idx", "weight_shape", "weight_g_idx")
+"""Other tensors of a packed layer, which nothing reads."""
 _WAY_OUT = "export the checkpoint that was not quantized"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedFormat:
-    """What a checkpoint's configuration says of its packed weights."""
+    """The packing of a checkpoint's weights, as its configuration describes it."""
 
     layout: Layout
     is_symmetric: bool
     """Whether every zero point is the middle, 8."""
     stored_zero_offset: int = 0
-    """What is added to a stored zero point."""
+    """Added to a stored zero point."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +93,7 @@ def packed_format(folder: Path, config: Mapping[str, Any]) -> PackedFormat | Non
     if method == "gptq":
         _require(folder, "bits", said.get("bits"), (4,))
         _require(folder, "desc_act", said.get("desc_act", False), (False,))
+        # AutoGPTQ's first format stores zero points less one
         is_v1 = said.get("checkpoint_format", "gptq") == "gptq"
         return PackedFormat(
             layout="gptq", is_symmetric=bool(said.get("sym", True)), stored_zero_offset=1 if is_v1 else 0
@@ -104,6 +105,7 @@ def packed_format(folder: Path, config: Mapping[str, Any]) -> PackedFormat | Non
             weights = (group.get("weights") if isinstance(group, dict) else None) or {}
             _require(folder, "num_bits", weights.get("num_bits"), (4,))
             _require(folder, "symmetric", weights.get("symmetric", True), (True,))
+            # "group" would mix the inputs of a block
             _require(folder, "actorder", weights.get("actorder"), (None, "static", "weight"))
         return PackedFormat(layout="compressed-tensors", is_symmetric=True)
     if method == "modelopt":
@@ -142,7 +144,7 @@ def with_packed(
         values = result.pop(f"{layer}.{values_name}", None)
         if values is None:
             raise CheckpointError(
-                f"{folder}: expected a tensor '{layer}.{values_name}' beside its scales, got none; download the checkpoint again"
+                f"{folder}: expected a tensor '{layer}.{values_name}' for its scales, got none; download the checkpoint again"
             )
         for name, part in ((values_name, values), (scales_name, tensors[scales_key])):
             if len(part.shape) != 2:
@@ -152,8 +154,8 @@ def with_packed(
                 )
         zeros = result.pop(f"{layer}.{_ZEROS[form.layout]}", None) if form.layout in _ZEROS else None
         order = tensors.get(f"{layer}.g_idx")
-        for left in _LEFT:
-            result.pop(f"{layer}.{left}", None)
+        for name in _IGNORED:
+            result.pop(f"{layer}.{name}", None)
         weight = PackedWeight(
             format=form,
             shape=_shape(values, form.layout),

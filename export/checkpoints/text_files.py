@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, read_json
+from trio_edge.export.checkpoints.hub import first_line
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.manifest import TextSpec
 
@@ -20,7 +21,7 @@ TEMPLATE_NAME = "chat_template.jinja"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextFiles:
-    """What a bundle holds about text: the manifest's part, and two files."""
+    """The text side of a bundle: the manifest's part, and two files."""
 
     spec: TextSpec
     tokenizer: str
@@ -43,7 +44,7 @@ def read_text_files(
     Args:
         checkpoint: With its tokenizer's files.
         default_template: For a checkpoint without a chat template.
-        image_marks: What is written into the template before and after its image token.
+        image_marks: Texts that are written into the template before and after its image token.
 
     Raises:
         CheckpointError: If there is no tokenizer, its image token is not a single known token or not in the template
@@ -59,6 +60,7 @@ def read_text_files(
             " use the checkpoint's own tokenizer files"
         )
     _check_vocabulary(checkpoint, backend)
+    # some checkpoints bring both settings; the runtime pads to its buckets itself and refuses prompts that are too long
     backend.no_padding()
     backend.no_truncation()
     spec = TextSpec(
@@ -80,7 +82,7 @@ def _with_marks(template: str, image_token: str, marks: tuple[str, str], checkpo
     """Return the template with marks around its image token: no code of the processor runs after it."""
     if image_token not in template:
         raise CheckpointError(
-            f"{checkpoint.folder}: expected a chat template with {image_token!r}, which this model's pictures need, got"
+            f"{checkpoint.folder}: expected a chat template with {image_token!r}, which this model's images need, got"
             " one without; use the template of the checkpoint's newest revision"
         )
     return template.replace(image_token, f"{marks[0]}{image_token}{marks[1]}")
@@ -110,9 +112,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             checkpoint.folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many types for missing or broken files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{checkpoint.folder}: expected tokenizer files, got none that load ({reason}); download them"
+            f"{checkpoint.folder}: expected tokenizer files, got none that load ({first_line(error)}); download them"
         ) from None
     if not getattr(tokenizer, "is_fast", False):
         raise CheckpointError(

@@ -11,13 +11,13 @@ import json
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from trio_edge.export.checkpoints.stored import StoredName, StoredWeights
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.manifest import StoredTensor
 from trio_edge.runtime.bundle.reader import sha256_of
@@ -43,22 +43,8 @@ _TORCH_FROM_SAFETENSORS = {
     "BF16": torch.bfloat16,
 }
 _TORCH_FROM_INTEGERS = {"I32": torch.int32, "U8": torch.uint8}
-_PIECE_BYTES = 8 << 20  # a multiple of every element's size
+_PIECE_BYTES = 8 << 20  # a multiple of every element's size; bounds the memory of an export
 _FICLONE = 0x40049409  # Linux: share a whole file's extents
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredWeights:
-    """What ``store_weights`` wrote."""
-
-    tensors: dict[str, StoredTensor]
-    """Where each tensor is, by canonical name."""
-    sha256: dict[str, str]
-    """Of every file written, by its path in the bundle."""
-
-    def with_more(self, other: StoredWeights) -> StoredWeights:
-        """Return what both say."""
-        return StoredWeights(tensors=self.tensors | other.tensors, sha256=self.sha256 | other.sha256)
 
 
 def store_weights(
@@ -119,7 +105,7 @@ def _copy_files(
         path = f"{WEIGHTS_FOLDER}/{file.name}"
         hashes[path] = _copy(file, bundle / path, on_bytes=on_bytes)
     tensors = {
-        name: StoredTensor(
+        StoredName(name): StoredTensor(
             file=f"{WEIGHTS_FOLDER}/{source.file.name}", dtype=dtype, shape=source.shape, offset=source.offset
         )
         for name, source in sources.items()
@@ -220,14 +206,14 @@ def _convert(
                 on_bytes(values.nbytes)
         digest = writer.hexdigest()
     tensors = {
-        name: StoredTensor(file=path, dtype=dtype, shape=shape, offset=offsets[name])
+        StoredName(name): StoredTensor(file=path, dtype=dtype, shape=shape, offset=offsets[name])
         for name, shape in shapes.items()
     }
     return StoredWeights(tensors=tensors, sha256={path: digest})
 
 
 def safetensors_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
-    """Return a file's header and the absolute offset of each tensor behind it.
+    """Return a file's header and the absolute offset of each tensor after it.
 
     Args:
         tensors: Safetensors dtype and shape, in the order in which the values will follow.
@@ -296,16 +282,18 @@ def read_tensor(source: SourceTensor) -> torch.Tensor:
     return torch.frombuffer(raw, dtype=dtype).reshape(source.shape)
 
 
-def store_constants(constants: Mapping[str, NDArray[np.float32]], bundle: Path) -> dict[str, StoredTensor]:
+def store_constants(
+    constants: Mapping[StoredName, NDArray[np.float32]], bundle: Path
+) -> dict[StoredName, StoredTensor]:
     """Write arrays that export computed (float32) into a file of their own and return where each one is."""
     shapes = {name: values.shape for name, values in constants.items()}
-    header, offsets = safetensors_header({name: ("F32", shape) for name, shape in shapes.items()})
+    header, offsets = safetensors_header({str(name): ("F32", shape) for name, shape in shapes.items()})
     path = f"{WEIGHTS_FOLDER}/constants.safetensors"
     with (bundle / path).open("xb") as stream:
         stream.write(header)
         for values in constants.values():
             stream.write(np.ascontiguousarray(values, dtype=np.float32).data)
     return {
-        name: StoredTensor(file=path, dtype="float32", shape=shape, offset=offsets[name])
+        name: StoredTensor(file=path, dtype="float32", shape=shape, offset=offsets[str(name)])
         for name, shape in shapes.items()
     }

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.export.checkpoints.packed import packed_format
-from trio_edge.export.families.clip_llama import ClipLlama
 from trio_edge.export.families.internvl import InternVl
+from trio_edge.export.families.llava import Llava
 from trio_edge.export.families.qwen2_5_vl import Qwen25Vl
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.prompts.chat import MISTRAL_TEMPLATE
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["FAMILIES", "check_architecture", "family_of"]
 
 FAMILIES: tuple[Family, ...] = (
-    # one CLIP crop per picture
-    ClipLlama(
+    # one CLIP crop per image
+    Llava(
         model_type="llava",
         architecture="LlavaForConditionalGeneration",
         image_processor="CLIPImageProcessor",
     ),
     # a base tile and a grid of CLIP tiles with newline tokens
-    ClipLlama(
+    Llava(
         model_type="llava_next",
         architecture="LlavaNextForConditionalGeneration",
         image_processor="LlavaNextImageProcessor",

@@ -1,4 +1,4 @@
-"""What a model family gives the exporter: its modules, its picture processing and its prompt defaults."""
+"""The interface of a model family: its modules, its image processing and its prompt defaults."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.trio.methods import TOKEN_METHODS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -16,10 +17,9 @@ if TYPE_CHECKING:
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.graphs.linear_groups import LinearGroup
-    from trio_edge.runtime.bundle.manifest import FloatType, TensorSpec
+    from trio_edge.runtime.bundle.manifest import FloatType, TensorSpec, VisionDimensions
     from trio_edge.runtime.bundle.schedule import Positions
     from trio_edge.runtime.images.interface import ImageProcessing
-    from trio_edge.trio.cost.flops import VisionShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,13 +39,13 @@ class VisionGraph:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FamilyModel:
-    """A checkpoint's architecture, built without weights, taken apart into what the graphs wrap."""
+    """A checkpoint's architecture, built without weights, taken apart into the modules that the graphs wrap."""
 
     root: nn.Module
     """The Hugging Face model; its parameter names, made canonical, name the checkpoint's tensors."""
     vision: VisionGraph
-    vision_shape: Callable[[Mapping[str, int]], VisionShape]
-    """Given the sizes of a vision profile, what counts for its cost."""
+    vision_dimensions: VisionDimensions
+    """Sizes of the vision tower and its projector."""
     layers: tuple[nn.Module, ...]
     final_norm: nn.Module
     lm_head: nn.Module
@@ -72,7 +72,7 @@ class Family(Protocol):
 
     @property
     def image_marks(self) -> tuple[str, str]:
-        """What Hugging Face's processor writes before and after a picture's tokens, if the chat template does not."""
+        """Text that Hugging Face's processor writes before and after an image's tokens, if the chat template does not."""
 
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
         """Return the Jinja template for a checkpoint that brings none."""
@@ -88,9 +88,9 @@ class Family(Protocol):
         """Return the model's modules; called under FakeTensorMode with the wanted default dtype.
 
         Args:
-            checkpoint: Where the configuration is.
+            checkpoint: Holds the configuration.
             processing: With the encoder reduction that the vision graph shall do.
-            dtype: Of the graph's floating point outputs.
+            dtype: Type of the graph's floating point outputs.
             with_features: Whether the vision graph gives what ``TokenSelector.needs_features`` names.
 
         Raises:
@@ -98,15 +98,15 @@ class Family(Protocol):
             ScheduleError: If the family's vision encoder has no class row to give features of.
         """
 
-    def picture_processing(
+    def image_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
     ) -> ImageProcessing:
-        """Return how pictures become the vision graph's inputs.
+        """Return the processing of images into the vision graph's inputs.
 
         Args:
             checkpoint: With its preprocessor's configuration.
-            encoder_keep: What the vision encoder keeps, or None for all.
-            max_visual: Visual tokens that a picture of any size is scaled down to, where the family scales.
+            encoder_keep: Patches or tokens that the vision encoder keeps; None for all.
+            max_visual: Visual tokens that an image of any size is scaled down to, where the family scales.
 
         Raises:
             CheckpointError: If the checkpoint's processor cannot be followed.
@@ -117,7 +117,8 @@ class Family(Protocol):
 def refuse_features(model_type: str, *, with_features: bool) -> None:
     """Raise ScheduleError if features are wanted of a family whose vision encoder has no class row."""
     if with_features:
+        others = ", ".join(row.name for row in TOKEN_METHODS.values() if not row.load().needs_features)
         raise ScheduleError(
-            f"--token-method: expected one that needs no class token for {model_type} (divprune, cdpruner, eadp, uniform),"
-            " got one that does; choose another"
+            f"--token-method: expected one that needs no class token for {model_type} ({others}), got one that does;"
+            " choose another"
         )

@@ -1,8 +1,8 @@
-"""The CLIP checkpoint beside a LLaVA: its text tower, and the way of its patches into the space of texts.
+"""The CLIP checkpoint of a LLaVA: its text tower, and the projection of its patch features into the text embedding space.
 
-A LLaVA checkpoint holds CLIP's vision tower only. What selections in CLIP's space need beside it (text tower, both
-projections, the norm behind the vision tower) comes from the CLIP checkpoint that the tower was taken from. Its tensors are
-called ``clip.…`` beside the model's own.
+A LLaVA checkpoint holds CLIP's vision tower only. Selections in CLIP's space also need the text tower, both projections and
+the norm after the vision tower. These come from the CLIP checkpoint that the tower was taken from. In the bundle, their names
+begin with ``clip.``.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from trio_edge.export.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from trio_edge.export.checkpoints.text_files import load_tokenizer
 from trio_edge.export.families.config_files import load_config
 from trio_edge.export.graphs.clip_text import ClipText
-from trio_edge.export.graphs.vision.clip import Vision, VisionWithPatches
+from trio_edge.export.graphs.vision.clip import ClipVision, VisionWithPatches
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import num_clip_texts
 from trio_edge.runtime.bundle.manifest import ClipTextSpec, TensorSpec
-from trio_edge.trio.cost.flops import clip_text_flops
+from trio_edge.trio.cost.selections import clip_text_flops
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.runtime.bundle.manifest import FloatType
-    from trio_edge.trio.cost.flops import VisionShape
 
 PREFIX = "clip."
 TOKENIZER_NAME = "clip_tokenizer.json"
@@ -47,7 +48,7 @@ class Clip:
     tokenizer: str
     """The text of its ``tokenizer.json``."""
 
-    def beside(self, checkpoint: Checkpoint) -> Checkpoint:
+    def merged_with(self, checkpoint: Checkpoint) -> Checkpoint:
         """Return ``checkpoint`` with the tensors of this one that graphs may use."""
         more = {
             PREFIX + name: tensor
@@ -84,7 +85,7 @@ class ClipGraphs:
     norm: nn.Module
     projection: nn.Module
     names: Mapping[int, str]
-    """``id`` of each parameter -> its name in ``Clip.beside``."""
+    """``id`` of each parameter -> its name in ``Clip.merged_with``."""
     projection_size: int
     """Z."""
 
@@ -150,10 +151,10 @@ def with_patches(model: FamilyModel, graphs: ClipGraphs, *, dtype: FloatType) ->
         CheckpointError: If the tower's features are of another width than the CLIP model's.
     """
     vision = model.vision.module
-    if not isinstance(vision, Vision) or len(vision.features.states) != 1:
+    if not isinstance(vision, ClipVision) or len(vision.features.states) != 1:
         raise ScheduleError(
             "--clip: expected a LLaVA with one layer of features and no --encoder-keep, got another vision graph;"
-            " leave --clip away"
+            " leave out --clip"
         )
     width = vision.features.embeddings.embed_dim
     if width != graphs.projection.in_features:
@@ -161,6 +162,7 @@ def with_patches(model: FamilyModel, graphs: ClipGraphs, *, dtype: FloatType) ->
             f"--clip: expected the CLIP model that the vision tower was taken from, of width {width}, got one of width"
             f" {graphs.projection.in_features}; name that one"
         )
+    tower = model.vision_dimensions
     patches = TensorSpec(name=PATCHES, dtype=dtype, shape=("N", graphs.projection_size))
     return replace(
         model,
@@ -169,18 +171,10 @@ def with_patches(model: FamilyModel, graphs: ClipGraphs, *, dtype: FloatType) ->
             module=VisionWithPatches(vision, norm=graphs.norm, projection=graphs.projection),
             outputs=(*model.vision.outputs, patches),
         ),
-        vision_shape=lambda sizes: _with_projection(
-            model.vision_shape(sizes), hidden_size=model.text_config.hidden_size, graphs=graphs
+        vision_dimensions=msgspec.structs.replace(
+            tower, projector_weights=tower.projector_weights + tower.hidden_size * graphs.projection_size
         ),
     )
-
-
-def _with_projection(shape: VisionShape, *, hidden_size: int, graphs: ClipGraphs) -> VisionShape:
-    """Return ``shape`` with CLIP's projection beside the projector."""
-    projector = shape.projector_weights
-    if projector is None:
-        projector = (shape.hidden_size + hidden_size) * hidden_size
-    return replace(shape, projector_weights=projector + shape.hidden_size * graphs.projection_size)
 
 
 def _check_is_clip(folder: Path, config: dict[str, Any]) -> None:

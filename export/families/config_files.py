@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig
 
 from trio_edge.export.checkpoints.checkpoint import read_json
+from trio_edge.export.checkpoints.hub import first_line
 from trio_edge.runtime.bundle.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -22,9 +23,8 @@ def load_config(checkpoint: Checkpoint) -> Any:
     try:
         return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a broken config.json
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{checkpoint.folder}/config.json: expected a valid configuration, got: {reason}"
+            f"{checkpoint.folder}/config.json: expected a valid configuration, got: {first_line(error)}"
         ) from None
 
 

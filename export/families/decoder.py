@@ -1,4 +1,4 @@
-"""What all families take from transformers alike: a checked configuration, and the decoder's parts of a built model."""
+"""Code that all families share: reading a checked configuration, and taking the decoder of a built model apart."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from trio_edge.export.families.decoder_config import check_decoder, untie_stored
 from trio_edge.runtime.bundle.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
-    from trio_edge.trio.cost.flops import VisionShape
+    from trio_edge.runtime.bundle.manifest import VisionDimensions
 
 
 def read_config(checkpoint: Checkpoint, *, text_types: tuple[str, ...] = ()) -> Any:
     """Return transformers' configuration of ``checkpoint``; its decoder is checked, a head in the checkpoint untied.
 
     Args:
-        checkpoint: Where the configuration is.
+        checkpoint: Holds the configuration.
         text_types: Decoders that the family's language model may be; empty where it can be one only.
 
     Raises:
@@ -46,18 +44,18 @@ def family_model(
     root: Any,
     *,
     vision: VisionGraph,
-    vision_shape: Callable[[Mapping[str, int]], VisionShape],
+    vision_dimensions: VisionDimensions,
     has_mrope: bool = False,
 ) -> FamilyModel:
     """Return Hugging Face's model ``root``, built without weights, taken apart; called under FakeTensorMode."""
     decoder = root.model.language_model
-    with unset_fake_temporarily():
+    with unset_fake_temporarily():  # the frequencies are written into the graphs, so they need values
         rotary: Any = type(decoder.rotary_emb)(decoder.config)
         inv_freq = rotary.inv_freq.to(torch.float32).numpy()
     return FamilyModel(
         root=root,
         vision=vision,
-        vision_shape=vision_shape,
+        vision_dimensions=vision_dimensions,
         layers=tuple(decoder.layers),
         final_norm=decoder.norm,
         lm_head=root.lm_head,

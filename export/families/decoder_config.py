@@ -63,12 +63,12 @@ def check_decoder(text_config: Any, *, folder: Path) -> None:
 def untie_stored_head(config: Any, checkpoint: Checkpoint) -> None:
     """Switch ``config.tie_word_embeddings`` off where the checkpoint stores a head.
 
-    Fine-tuning can leave checkpoints behind whose head differs from the embedding table that they claim it is tied to;
+    Fine-tuning can produce checkpoints whose head differs from the embedding table that they claim it is tied to;
     transformers then uses the head that is there.
 
     Args:
         config: transformers' configuration of the whole model; changed.
-        checkpoint: Where the tensors are.
+        checkpoint: Holds the tensors.
     """
     config.tie_word_embeddings = config.tie_word_embeddings and HEAD_NAME not in checkpoint.tensors
 
@@ -120,7 +120,7 @@ def check_positions(
         max_new_tokens: Longest answer.
         schedule: Decides what reaches the layers with a window, which counts rows, not positions. A stage in front of
             such a layer probes it with the rows that it had before.
-        way_out: What the user can do.
+        way_out: Advice to the user, at the end of a message.
     """
     needed = num_visual + max_text + max_new_tokens
     parts = f"{needed} = {num_visual} visual + {max_text} text + {max_new_tokens} new"

@@ -12,10 +12,9 @@ from trio_edge.export.families.decoder import family_model, read_config
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision.internvl import TILE_ATTENTION_NAME, TileVision, register_tile_attention
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
-from trio_edge.runtime.bundle.manifest import TensorSpec
+from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
 from trio_edge.runtime.images.internvl import InternVlImages
 from trio_edge.runtime.prompts.chat import INTERNVL_TEMPLATE
-from trio_edge.trio.cost.flops import VisionShape
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,14 +29,14 @@ _TEXT_TYPES = ("qwen2", "llama")
 
 @final
 class InternVl:
-    """See ``Family``."""
+    """Implements ``Family``."""
 
     model_type = "internvl"
     positions: tuple[Positions, ...] = ("compact", "preserved")
     image_marks = ("<img>", "</img>")
 
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
-        """Return ChatML; the marks around the picture come from ``image_marks``."""
+        """Return ChatML; the marks around the image come from ``image_marks``."""
         return INTERNVL_TEMPLATE
 
     def build(
@@ -48,7 +47,7 @@ class InternVl:
         dtype: FloatType,
         with_features: bool,
     ) -> FamilyModel:
-        """See ``Family.build``."""
+        """Build the model; documented in ``Family``."""
         refuse_features(self.model_type, with_features=with_features)
         from transformers import InternVLForConditionalGeneration
 
@@ -63,23 +62,22 @@ class InternVl:
         return family_model(
             root,
             vision=_vision_graph(root.model, config, dtype=dtype),
-            vision_shape=lambda sizes: VisionShape(
+            vision_dimensions=VisionDimensions(
                 num_layers=vision.num_hidden_layers,
                 hidden_size=vision.hidden_size,
                 intermediate_size=vision.intermediate_size,
                 patches_per_tile=_patches_per_side(config) ** 2 + 1,
-                num_tiles=sizes["B"],
                 projector_weights=(merged + text.hidden_size) * text.hidden_size,
             ),
         )
 
-    def picture_processing(
+    def image_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
     ) -> ImageProcessing:
-        """See ``Family.picture_processing``; ``max_visual`` lowers the number of tiles."""
+        """Return the tiling, documented in ``Family``; ``max_visual`` lowers the number of tiles."""
         if encoder_keep is not None:
             raise ScheduleError(
-                f"--encoder-keep: expected none for {self.model_type}, got {encoder_keep}; leave it away"
+                f"--encoder-keep: expected none for {self.model_type}, got {encoder_keep}; leave it out"
             )
         config = _read_config(checkpoint)
         processing = InternVlImages.from_preprocessor_config(
@@ -138,11 +136,11 @@ def _patches_per_side(config: Any) -> int:
 
 
 def _with_fewer_tiles(processing: InternVlImages, max_visual: int | None) -> InternVlImages:
-    """Return the processing with at most ``max_visual`` visual tokens a picture."""
+    """Return the processing with at most ``max_visual`` visual tokens an image."""
     if max_visual is None:
         return processing
     tiles = max_visual // processing.tokens_per_tile
-    most = min(processing.max_tiles, max(tiles - 1, 1))
+    most = min(processing.max_tiles, max(tiles - 1, 1))  # the thumbnail is one more tile
     if tiles < 1 or most < processing.min_tiles:
         fewest = processing.min_tiles + (processing.min_tiles > 1)
         raise ScheduleError(

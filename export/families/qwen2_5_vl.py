@@ -26,10 +26,9 @@ from trio_edge.export.graphs.vision.windowed import (
 )
 from trio_edge.runtime.bundle.errors import CheckpointError, ManifestError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import KEPT_TOKENS
-from trio_edge.runtime.bundle.manifest import TensorSpec
+from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
 from trio_edge.runtime.images.qwen import QwenImages
 from trio_edge.runtime.prompts.chat import QWEN2_5_VL_TEMPLATE
-from trio_edge.trio.cost.flops import VisionShape
 
 if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
@@ -38,12 +37,12 @@ if TYPE_CHECKING:
     from trio_edge.runtime.images.interface import ImageProcessing
 
 DEFAULT_MAX_VISUAL = 1280
-"""Visual tokens that a picture is scaled down to unless asked otherwise: a megapixel, where the model allows 16384."""
+"""Visual tokens that an image is scaled down to unless asked otherwise: a megapixel, where the model allows 16384."""
 
 
 @final
 class Qwen25Vl:
-    """See ``Family``."""
+    """Implements ``Family``."""
 
     model_type = "qwen2_5_vl"
     positions: tuple[Positions, ...] = ("preserved",)
@@ -61,7 +60,7 @@ class Qwen25Vl:
         dtype: FloatType,
         with_features: bool,
     ) -> FamilyModel:
-        """See ``Family.build``."""
+        """Build the model; documented in ``Family``."""
         refuse_features(self.model_type, with_features=with_features)
         from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -73,26 +72,25 @@ class Qwen25Vl:
         return family_model(
             root,
             vision=_vision_graph(root.model, vision, processing=processing, dtype=dtype),
-            vision_shape=lambda sizes: VisionShape(
+            vision_dimensions=VisionDimensions(
                 num_layers=vision.depth,
                 hidden_size=vision.hidden_size,
                 intermediate_size=vision.intermediate_size,
-                patches_per_tile=sizes["P"],
-                num_tiles=1,
+                patches_per_tile=None,
                 mlp_matrices=3,
                 patches_per_window=(vision.window_size // vision.patch_size) ** 2,
                 num_full_layers=len(vision.fullatt_block_indexes),
                 projector_weights=_merger_weights(vision),
-                projected_tokens=sizes["P"] // vision.spatial_merge_size**2,
-                merged_into=processing.encoder_keep or 0,
+                patches_per_token=vision.spatial_merge_size**2,
+                merged_weights=2 * (processing.encoder_keep or 0) * text.hidden_size,
             ),
             has_mrope=True,
         )
 
-    def picture_processing(
+    def image_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
     ) -> ImageProcessing:
-        """See ``Family.picture_processing``."""
+        """Return the scaling and the patches; documented in ``Family``."""
         vision = read_config(checkpoint).vision_config
         processing = QwenImages.from_preprocessor_config(
             {"image_processor_type": "Qwen2VLImageProcessor", **read_image_processor(checkpoint)},
@@ -113,9 +111,10 @@ class Qwen25Vl:
 
 
 def _scaled_down(processing: QwenImages, max_visual: int | None) -> QwenImages:
-    """Return the processing with at most ``max_visual`` visual tokens a picture."""
+    """Return the processing with at most ``max_visual`` visual tokens an image."""
     wanted = DEFAULT_MAX_VISUAL if max_visual is None else max_visual
     most = min(processing.max_pixels, wanted * processing.token_size**2)
+    # the default must not fail for a processor with a larger minimum; a number that the user gave may
     least = min(processing.min_pixels, most) if max_visual is None else processing.min_pixels
     try:
         return msgspec.structs.replace(processing, max_pixels=most, min_pixels=least)

@@ -56,6 +56,7 @@ def two_part_attention(
     present += [key, value]
     _, H, S, E = query.shape
     G = key.shape[1]
+    # the query heads of a group stand below each other: one product serves them all, and keys are not repeated
     grouped = (query * scaling).reshape(1, G, (H // G) * S, E)
     past_scores = torch.matmul(grouped, past[0].transpose(-1, -2)).reshape(1, G, H // G, S, -1)
     new_scores = torch.matmul(grouped, key.transpose(-1, -2)).reshape(1, G, H // G, S, -1)

@@ -3,9 +3,9 @@
 | I/O tensor     | shape     | dtype | filled or read by                                                  |
 |----------------|-----------|-------|--------------------------------------------------------------------|
 | in  clip_ids   | [M, L]    | int32 | runtime: M texts of the question, each with start and end          |
-| out clip_texts | [M, L, Z] | model | the reduce graph: every token in the space shared with pictures    |
+| out clip_texts | [M, L, Z] | model | the reduce graph: every token in the space shared with images      |
 
-Attention is causal, so that what stands behind a text's end changes nothing up to it, and padding needs no mask.
+Attention is causal, so that padding after a text's end changes no token of the text and needs no mask.
 """
 
 from __future__ import annotations

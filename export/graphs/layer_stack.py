@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 
 LAYER_PREFIX = "layers.0."
 """Start of the names of the traced layer's own weights."""
-_HIDDEN, _FIRST_PAST = (
-    0,
-    3,
-)  # inputs: hidden states, position ids, past length, then key and value of each layer
+# inputs: hidden states, position ids, past length, then key and value of each layer
+_HIDDEN, _FIRST_PAST = 0, 3
 
 
 def stack_layers(
@@ -33,14 +31,14 @@ def stack_layers(
     num_layers: int,
     last_input: TensorSpec | None = None,
 ) -> ir.Model:
-    """Return ``num_layers`` copies of ``layer``, one behind the other; ``layer`` itself does not change.
+    """Return ``num_layers`` copies of ``layer``, one after the other; ``layer`` itself does not change.
 
     Args:
         layer: Trace of a ``DecoderRange`` with one layer.
         inputs: I/O tensors of the result in the order of ``DecoderRange``.
-        outputs: Likewise: hidden states, then key and value of each layer.
-        num_layers: How many; layer i's weights become initializers ``layers.{i}.…``.
-        last_input: A further output, behind the others: the hidden states that enter the last layer.
+        outputs: In the same order: hidden states, then key and value of each layer.
+        num_layers: Number of copies; layer i's weights become initializers ``layers.{i}.…``.
+        last_input: A further output, after the others: the hidden states that enter the last layer.
     """
     source = layer.graph
     own = _own_values(source)

@@ -1,10 +1,10 @@
-"""Linear layers that read one input, and what is before them: where calibration can move factors on that input to.
+"""Groups linear layers that read one input with the layer before them, which can take smoothing factors of that input.
 
     norm ──► q, k, v        v ──► attention ──► o        norm ──► gate, up        up ──► ⊙ ──► down
 
-What a group's weights are multiplied by, column by column, the layer before it is divided by, row by row: the model computes the
-same. Attention mixes rows of v but not their elements, and the gate's factor stays outside, so both let factors through; an
-activation in between does not.
+A group's weights are multiplied by the factors, column by column, and the layer before it is divided by them, row by row:
+the model computes the same. Attention mixes rows of v but not their elements, and the gate's factor stays outside, so both
+let factors through; an activation in between does not.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class LinearGroup:
     name: str
     """Unique in its layer."""
     layer: int | None
-    """Of the decoder or the vision tower; None outside of both."""
+    """Index in the decoder or the vision tower; None outside of both."""
     linears: tuple[nn.Module, ...]
     before: nn.Module | None
-    """A norm or a linear layer whose outputs, element by element, are the inputs; None where nothing can take factors."""
+    """The norm or linear layer whose outputs, element by element, are the inputs; None if nothing can take factors."""
     start: int = 0
     """Output of ``before`` that is the first input: other layers may be fused in front of it."""
 
@@ -36,10 +36,10 @@ class LinearGroup:
         return int(self.linears[0].get_parameter("weight").shape[1])
 
     @property
-    def can_move(self) -> bool:
-        """Whether the inputs are the outputs of what is before, one for one.
+    def can_smooth(self) -> bool:
+        """Whether the inputs are the outputs of ``before``, one for one.
 
-        They are not in front of ``o`` with grouped-query attention, where several heads read one row of v.
+        They are not for ``o`` with grouped-query attention, where several heads read one row of v.
         """
         if self.before is None:
             return False
@@ -62,7 +62,7 @@ def decoder_groups(layer: Any, *, index: int) -> tuple[LinearGroup, ...]:
 
 
 def gated_mlp_groups(mlp: Any, *, norm: nn.Module, index: int) -> tuple[LinearGroup, LinearGroup]:
-    """Return the groups of an MLP that computes down(act(gate) ⊙ up) behind ``norm``."""
+    """Return the groups of an MLP that computes down(act(gate) ⊙ up) after ``norm``."""
     return (
         LinearGroup(name="gate_up", layer=index, linears=(mlp.gate_proj, mlp.up_proj), before=norm),
         LinearGroup(name="down", layer=index, linears=(mlp.down_proj,), before=mlp.up_proj),
@@ -70,7 +70,7 @@ def gated_mlp_groups(mlp: Any, *, norm: nn.Module, index: int) -> tuple[LinearGr
 
 
 def mlp_groups(mlp: Any, *, norm: nn.Module, index: int) -> tuple[LinearGroup, LinearGroup]:
-    """Return the groups of an MLP that computes fc2(act(fc1)) behind ``norm``."""
+    """Return the groups of an MLP that computes fc2(act(fc1)) after ``norm``."""
     return (
         LinearGroup(name="fc1", layer=index, linears=(mlp.fc1,), before=norm),
         LinearGroup(name="fc2", layer=index, linears=(mlp.fc2,), before=None),
@@ -85,7 +85,7 @@ def projector_groups(
     Args:
         first: Its first layer.
         second: Its second one.
-        norm: What gives the first one's inputs, if that is a norm of as many elements.
+        norm: The norm before the first one, if it has as many elements as that has inputs.
     """
     return (
         LinearGroup(name="projector_1", layer=None, linears=(first,), before=norm),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.manifest import StoredTensor, TensorSpec
 
+# Elements. Arithmetic on shapes and small tables is folded, nothing as large as a weight is.
 _FOLD_INPUT_SIZE = 512
 _FOLD_OUTPUT_SIZE = 4096
 _TORCH_FROM_DTYPE = {

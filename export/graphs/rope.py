@@ -27,7 +27,7 @@ class RotaryTables(nn.Module):
         Args:
             inv_freq: [E/2] float32.
             attention_scaling: Factor on both tables.
-            mrope_sections: How many frequencies turn with time, height and width in turn (M-RoPE), E/2 in all;
+            mrope_sections: Numbers of frequencies that turn with time, height and width in turn (M-RoPE), E/2 in all;
                 empty for ordinary positions.
         """
         super().__init__()

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from trio_edge.trio.compaction import compact_rows
-from trio_edge.trio.selectors.interface import Prompt, StageInputs
+from trio_edge.trio.selectors.interface import PromptInputs, StageInputs
 
 if TYPE_CHECKING:
     from trio_edge.trio.selectors.interface import Selection, StageSelector
@@ -58,7 +58,7 @@ class Select(nn.Module):
         cos, sin = self.rotary(position_ids)
         rest = list(others)
         previous_SD = rest.pop(0)[0] if self.selector.needs_previous else None
-        prompt = Prompt(rest[0][0], rest[1], rest[2]) if self.selector.needs_prompt else None
+        prompt = PromptInputs(rest[0][0], rest[1], rest[2]) if self.selector.needs_prompt else None
         selection: Selection = self.selector(
             StageInputs(hidden_SD, cos[0], sin[0], visual_rows, num_visual, length, previous_SD, prompt)
         )

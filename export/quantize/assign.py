@@ -1,7 +1,7 @@
-"""Decides how each initializer of each graph is stored: in floating point, rounded, with moved factors or without.
+"""Decides how each initializer of each graph is stored: in floating point or rounded, smoothed or not.
 
 A tensor that several graphs want in the same form is stored once. A probe in floating point therefore keeps a second
-copy of its layer beside the quantized one.
+copy of its layer next to the quantized one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME
+from trio_edge.export.checkpoints.stored import Change, StoredName
 from trio_edge.export.quantize.graph import SCALE_SUFFIX, LinearForm, is_linear, quantize_graph
 from trio_edge.export.quantize.numerics import BLOCK_SIZE, Format, block_size
 from trio_edge.export.quantize.plan import OPSETS, PARTS
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
-    from trio_edge.export.graphs.tracing import TracedGraph
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
+    from trio_edge.export.tracing import TracedGraph
     from trio_edge.runtime.bundle.manifest import Part, QuantizedFormat
 
 _LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
@@ -50,25 +51,32 @@ class StoredForm:
     is_table: bool = False
     """Whether it is a table of rows, stored as it lies."""
     is_packed: bool = False
-    """Whether the checkpoint has integers."""
+    """Whether the checkpoint stores integers."""
     is_taken_over: bool = False
-    """Whether these are the bundle's."""
+    """Whether the bundle stores the checkpoint's own integers."""
 
     @property
-    def key(self) -> str:
-        """Name in the bundle; a tensor as it is in the checkpoint keeps its own."""
-        moved = ".rows" if self.is_table else "" if self.smoothing is None else ".smoothed"
-        unquantized = ".unpacked" if self.is_packed else ""
-        return self.name + moved + (unquantized if self.kind == "none" else f".{self.kind}")
+    def stored_name(self) -> StoredName:
+        """Name in the bundle."""
+        changes = []
+        if self.is_table:
+            changes.append(Change.ROWS)
+        elif self.smoothing is not None:
+            changes.append(Change.SMOOTHED)
+        if self.kind != "none":
+            changes.append(Change(self.kind))
+        elif self.is_packed:
+            changes.append(Change.UNPACKED)
+        return StoredName(self.name, tuple(changes))
 
     @property
     def is_plain(self) -> bool:
         """Whether the values are the checkpoint's own."""
-        return self.kind == "none" and self.smoothing is None and not self.is_packed
+        return not self.stored_name.changes
 
 
 def check_packed(checkpoint: Checkpoint, plan: QuantizePlan) -> None:
-    """Raise CheckpointError if ``checkpoint`` has integers with zero points, and ``plan`` does not say what becomes of them."""
+    """Raise CheckpointError if ``checkpoint`` has integers with zero points, and ``plan`` says nothing about them."""
     asymmetric = next((name for name, one in checkpoint.packed.items() if not one.format.is_symmetric), None)
     if asymmetric is not None and not plan.formats:
         raise CheckpointError(
@@ -80,9 +88,9 @@ def check_packed(checkpoint: Checkpoint, plan: QuantizePlan) -> None:
 def quantize_graphs(
     graphs: Sequence[TracedGraph], plan: QuantizePlan, scales: CalibratedScales, *, checkpoint: Checkpoint
 ) -> tuple[list[TracedGraph], tuple[StoredForm, ...]]:
-    """Return the graphs with quantized linear layers, and what must be stored for them besides plain tensors.
+    """Return the graphs with quantized linear layers, and the forms of all tensors that are not stored as they are.
 
-    The weights of the returned graphs are keys of the stored forms, with ``SCALE_SUFFIX`` for their scales.
+    The weights of the returned graphs are the stored names of these forms, and the scales of quantized ones.
 
     Args:
         graphs: All of the bundle, traced, before their weights are attached.
@@ -93,14 +101,14 @@ def quantize_graphs(
     """
     layer_formats = _layer_formats(graphs, plan)
     table = _embedding_form(plan)
-    stored = {} if table.is_plain else {table.key: table}
+    stored = {} if table.is_plain else {table.stored_name: table}
     result = []
     for graph in graphs:
         forms = {
-            name: _form(graph, name, tensor, plan, scales, layer_formats, checkpoint)
-            for name, tensor in graph.weights.items()
+            name: _form(graph, name, stored_name.tensor, plan, scales, layer_formats, checkpoint)
+            for name, stored_name in graph.weights.items()
         }
-        stored |= {form.key: form for form in forms.values() if not form.is_plain}
+        stored |= {form.stored_name: form for form in forms.values() if not form.is_plain}
         result.append(_rewritten(graph, forms, scales))
     return result, tuple(stored.values())
 
@@ -133,7 +141,8 @@ def _form(
         return StoredForm(
             name=tensor, kind="int4", block=stored_block(packed), is_packed=True, is_taken_over=True
         )
-    # A probe reads its layer and the head with the factors that were moved in them only where it shares their weights.
+    # A probe may read smoothed weights only where it shares them with its layer and the head: the factors cancel only
+    # if all of a layer has them.
     layer = _LAYER.match(tensor)
     own_kind = plan.of_role("head") if layer is None else layer_formats[int(layer[1])]
     shares = kind != "none" and (graph.spec.role != "select" or kind == own_kind)
@@ -155,10 +164,10 @@ def int4_block(shape: Sequence[int]) -> int | None:
 
 def _rewritten(graph: TracedGraph, forms: Mapping[str, StoredForm], scales: CalibratedScales) -> TracedGraph:
     quantized = {name: form for name, form in forms.items() if form.kind != "none"}
-    weights = {name: form.key for name, form in forms.items()}
+    weights = {name: form.stored_name for name, form in forms.items()}
     if not quantized:
         return replace(graph, weights=weights)
-    weights |= {name + SCALE_SUFFIX: form.key + SCALE_SUFFIX for name, form in quantized.items()}
+    weights |= {name + SCALE_SUFFIX: form.stored_name.scales for name, form in quantized.items()}
     ranges = {} if graph.spec.role == "select" else scales.activation_max
     opset = max(graph.model.opset_imports[""], *(OPSETS[form.kind] for form in quantized.values()))
     constants: dict[str, NDArray[Any]] = quantize_graph(
@@ -183,15 +192,14 @@ def _rewritten(graph: TracedGraph, forms: Mapping[str, StoredForm], scales: Cali
 
 def plain_tensors(graphs: Iterable[TracedGraph], forms: Iterable[StoredForm]) -> set[str]:
     """Return the tensors that are stored as the checkpoint has them, the embeddings among them unless they are in ``forms``."""
-    others = {key for form in forms for key in (form.key, form.key + SCALE_SUFFIX)}
     tables = {form.name for form in forms if form.is_table}
-    used = {key for graph in graphs for key in graph.weights.values()} - others
+    used = {name.tensor for graph in graphs for name in graph.weights.values() if not name.changes}
     return used | ({EMBEDDING_NAME} - tables)
 
 
-def embedding_key(plan: QuantizePlan) -> str:
+def embedding_name(plan: QuantizePlan) -> StoredName:
     """Return the name in the bundle of the token embeddings."""
-    return _embedding_form(plan).key
+    return _embedding_form(plan).stored_name
 
 
 def _embedding_form(plan: QuantizePlan) -> StoredForm:
@@ -206,18 +214,18 @@ def quantization_of(
     *,
     graphs: Sequence[TracedGraph],
 ) -> Quantization | None:
-    """Return what the manifest says of ``forms`` and the KV caches; None where all is in floating point."""
+    """Return the manifest's entry for ``forms`` and the KV caches; None if all is in floating point."""
     if not plan.has_cache and all(form.kind == "none" for form in forms):
         return None
-    taken = {form.key for form in forms if form.is_taken_over}
+    taken = {form.stored_name for form in forms if form.is_taken_over}
     formats: dict[str, QuantizedFormat] = {
         PART_FROM_ROLE[graph.spec.role]: "int4"
         for graph in graphs
         if not taken.isdisjoint(graph.weights.values())
     }
-    left_alone = parts_left_alone(forms, plan, graphs=graphs)
+    left_out = unquantized_parts(forms, plan, graphs=graphs)
     for part in PARTS:
-        if (kind := plan.of_part(part)) != "none" and part not in left_alone:
+        if (kind := plan.of_part(part)) != "none" and part not in left_out:
             formats[part] = kind
     return Quantization(
         formats=formats,
@@ -228,11 +236,11 @@ def quantization_of(
     )
 
 
-def parts_left_alone(
+def unquantized_parts(
     forms: Iterable[StoredForm], plan: QuantizePlan, *, graphs: Iterable[TracedGraph]
 ) -> dict[Part, QuantizedFormat]:
-    """Return those parts whose graphs ``plan`` quantizes, but of whose weights none can be in the format."""
-    quantized = {form.key for form in forms if form.kind != "none"}
+    """Return the parts that ``plan`` quantizes, but that have no weight which the format can hold."""
+    quantized = {form.stored_name for form in forms if form.kind != "none"}
     wanted: dict[Part, QuantizedFormat] = {}
     done: set[Part] = set()
     for graph in graphs:
@@ -245,7 +253,7 @@ def parts_left_alone(
 
 
 def _with_inputs(graphs: Iterable[TracedGraph]) -> tuple[Part, ...]:
-    """Return the parts whose graphs round what enters their products."""
+    """Return the parts whose graphs round the inputs of their products."""
     rounded = {
         PART_FROM_ROLE[graph.spec.role]
         for graph in graphs

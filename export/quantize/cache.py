@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.export.graphs.tracing import TracedGraph
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CacheRange, CalibratedScales
+    from trio_edge.export.tracing import TracedGraph
     from trio_edge.runtime.bundle.manifest import TensorSpec
 
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -64,6 +64,7 @@ def _with_cache(traced: TracedGraph, ranges: Sequence[CacheRange]) -> TracedGrap
         largest = ranges[int(layer)].key if kind == "key" else ranges[int(layer)].value
         assert past.dtype is not None
         scale = np.array(activation_scale(largest), past.dtype.numpy())
+        # without a zero point, the output of QuantizeLinear would be uint8
         added = {f"{_PAST}{part}.scale": scale, f"{_PAST}{part}.zero": np.array(0, np.int8)}
         constants |= added
         inputs = [
@@ -74,7 +75,7 @@ def _with_cache(traced: TracedGraph, ranges: Sequence[CacheRange]) -> TracedGrap
             graph.initializers[str(value.name)] = value
         _read_rounded(graph, past, inputs)
         _return_rounded(graph, f"{_PRESENT}{part}", inputs)
-    graph.sort()
+    graph.sort()  # new nodes were appended after the nodes that read them
     spec = traced.spec
     spec = msgspec.structs.replace(
         spec,

@@ -9,8 +9,8 @@
 
 FP8 (E4M3) looks like INT8.
 
-A weight lies with its inputs first: that is the operand that the product reads, so the trace's transposes disappear. What reads
-the weight in another way (the way back of a probe) gets it transposed.
+A weight is stored with its inputs first: the product reads that operand, so the trace's transposes disappear. Nodes that
+read the weight in another way (the backward pass of a probe) get it transposed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from trio_edge.export.quantize.numerics import Format
 
 SCALE_SUFFIX = ".scale"
-"""What the name of a weight's scales ends with, behind the weight's own name."""
+"""Added to an initializer's name for the initializer of its scales."""
 _IR_FROM_FORMAT = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearForm:
-    """How one weight of a graph is read."""
+    """The form in which a graph reads one weight."""
 
     kind: Format
     block: int | None
@@ -79,7 +79,7 @@ def quantize_graph(
     Args:
         model: Traced graph, before its weights are attached.
         forms: By initializer name.
-        opset: What the graph is raised to.
+        opset: The graph is raised to this one, if its own is lower.
     """
     raise_opset(model, opset)
     constants: dict[str, NDArray[Any]] = {}
@@ -94,7 +94,7 @@ def quantize_graph(
                     if source not in quantized_inputs:
                         quantized_inputs[source] = _quantized(model.graph, source, form, constants)
                     node.replace_input_with(0, quantized_inputs[source])
-    model.graph.sort()
+    model.graph.sort()  # new nodes were appended after the nodes that read them
     return constants
 
 
@@ -154,6 +154,7 @@ def _quantized(
     assert source.dtype is not None and form.activation_max is not None
     kind, rounded = source.dtype, _IR_FROM_FORMAT[form.kind]
     scale = np.array(activation_scale(form.activation_max, kind=form.kind), kind.numpy())
+    # without a zero point, the output of QuantizeLinear would be uint8
     names = f"{source.name}.scale", f"{source.name}.zero"
     inputs = [
         ir.Value(name=names[0], shape=ir.Shape(()), type=ir.TensorType(kind)),

@@ -68,8 +68,9 @@ def quantize(
     scales_OB = blocks_OBK.abs().amax(-1) / _LARGEST[kind]
     if kind == "fp8":
         scales_OB = scales_OB.clamp(min=_LEAST_FP8_SCALE)
+    # rounded before the values are chosen: they have to fit the scale that the graph multiplies by
     scales_OB = scales_OB.to(getattr(torch, dtype))
-    scales_OB = torch.where(scales_OB > 0, scales_OB, 1.0)
+    scales_OB = torch.where(scales_OB > 0, scales_OB, 1.0)  # a block of zeros
     values = _nearest(blocks_OBK / scales_OB.to(torch.float32)[..., None], kind)
     return QuantizedWeight(values_OI=values.flatten(1), scales_OB=scales_OB)
 
@@ -114,11 +115,3 @@ def pack_int4(values: Tensor) -> Tensor:
         flat = torch.cat([flat, flat.new_zeros(1)])
     pairs = (flat & 0xF).to(torch.uint8).reshape(-1, 2)
     return pairs[:, 0] | (pairs[:, 1] << 4)
-
-
-def unpack_int4(packed: Tensor, *, count: int) -> Tensor:
-    """Return the first ``count`` int8 values of ``pack_int4``."""
-    low, high = packed & 0xF, packed >> 4
-    flat = torch.stack([low, high], dim=-1).reshape(-1)[:count].to(torch.int8)
-    signed: Tensor = torch.where(flat > 7, flat - 16, flat)
-    return signed

@@ -1,4 +1,4 @@
-"""Which parts of a bundle are quantized, and how: what ``--quantize`` says."""
+"""The number format of each part of a bundle, and the syntax of ``--quantize``."""
 
 from __future__ import annotations
 
@@ -65,17 +65,11 @@ class QuantizePlan:
         """Whether a calibration looks for factors: not for selections, which take those of their layers, and not for FP8."""
         return any(self.of_part(part) in ("int4", "int8") for part in _GROUPS["all"] if part != "select")
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is quantized."""
-        return all(kind == "none" for kind in self.formats.values())
-
 
 def parse_plan(text: str) -> QuantizePlan:
-    """Return what ``--quantize`` means: FORMAT for the decoder, or PART=FORMAT,…; later entries win.
+    """Return the plan that ``--quantize`` describes: FORMAT for the decoder, or PART=FORMAT,…; later entries win.
 
-    PART is one of ``PARTS``, or "decoder" (prefix, segments, suffix) or "all" (every graph); "kv" is what the
-    decoder's layers remember of rows.
+    PART is one of ``PARTS``, or "decoder" (prefix, segments, suffix) or "all" (every graph); "kv" is the KV caches.
 
     Raises:
         ScheduleError: If it is not of that form.

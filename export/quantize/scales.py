@@ -1,4 +1,4 @@
-"""What calibration finds: factors that are moved between layers, and the largest activations."""
+"""The result of a calibration: smoothing factors that cancel between layers, and the largest activations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Calibrated = Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant", "checkpoint"]
-"""How integers were chosen."""
+"""The method that chose the integers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -40,9 +40,9 @@ class CacheRange:
     """The largest absolute values that one layer's KV cache has held."""
 
     key: float
-    """After the rotation."""
+    """Keys, after the rotation."""
     value: float
-    """After smoothing."""
+    """Values, after smoothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -50,10 +50,10 @@ class CalibratedScales:
     """The result of a calibration, by the canonical names of the checkpoint's tensors."""
 
     smoothing: Mapping[str, Smoothing] = field(default_factory=dict)
-    """Of weights, norms and biases."""
+    """Factors of weights, norms and biases."""
     activation_max: Mapping[str, float] = field(default_factory=dict)
     """Largest absolute input of a linear layer, by its weight, after smoothing; there for parts in INT8 and FP8."""
     cache_max: tuple[CacheRange, ...] = ()
-    """Of every decoder layer; there for a KV cache in INT8."""
+    """Ranges of every decoder layer; there for a KV cache in INT8."""
     method: Calibrated = "round-to-nearest"
     num_samples: int = 0

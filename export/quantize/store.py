@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trio_edge.export.checkpoints.stored import StoredName, StoredWeights
 from trio_edge.export.checkpoints.weights import (
     SAFETENSORS_FROM_DTYPE,
     WEIGHTS_FOLDER,
     HashedFile,
-    StoredWeights,
     check_finite,
     safetensors_header,
 )
-from trio_edge.export.quantize.graph import SCALE_SUFFIX
 from trio_edge.export.quantize.numerics import quantize, stored_bytes
 from trio_edge.export.quantize.unpacking import read_weight, taken_over
 from trio_edge.runtime.bundle.manifest import StoredTensor
@@ -47,7 +46,7 @@ def store_quantized(
 
     Args:
         checkpoint: Source of the weights.
-        forms: What to write; weights [O, I] become [I, O], tables stay as they are.
+        forms: The tensors to write; weights [O, I] become [I, O], tables stay as they are.
         bundle: Folder being written.
         dtype: Element type of scales, and of what stays in floating point.
         on_bytes: Called with the number of bytes just written, for progress.
@@ -58,7 +57,10 @@ def store_quantized(
     writers = [_Writer(checkpoint, form, dtype=dtype) for form in forms]
     described = {name: entry for writer in writers for name, entry in writer.described().items()}
     header, offsets = safetensors_header(
-        {name: (_SAFETENSORS[kind], _file_shape(kind, shape)) for name, (kind, shape) in described.items()}
+        {
+            str(name): (_SAFETENSORS[kind], _file_shape(kind, shape))
+            for name, (kind, shape) in described.items()
+        }
     )
     (bundle / WEIGHTS_FOLDER).mkdir(exist_ok=True)
     with HashedFile(bundle / _FILE) as stream:
@@ -69,7 +71,7 @@ def store_quantized(
                 on_bytes(values.nbytes)
         digest = stream.hexdigest()
     tensors = {
-        name: StoredTensor(file=_FILE, dtype=kind, shape=shape, offset=offsets[name])
+        name: StoredTensor(file=_FILE, dtype=kind, shape=shape, offset=offsets[str(name)])
         for name, (kind, shape) in described.items()
     }
     return StoredWeights(tensors=tensors, sha256={_FILE: digest})
@@ -103,15 +105,16 @@ class _Writer:
         self.form = form
         self.dtype = dtype
 
-    def described(self) -> dict[str, tuple[StoredType, tuple[int, ...]]]:
+    def described(self) -> dict[StoredName, tuple[StoredType, tuple[int, ...]]]:
         """Return dtype and shape of each array, by its name in the bundle, in the order of ``tensors``."""
         form, shape = self.form, self.source.shape
         if form.kind == "none":
-            return {form.key: (self.dtype, shape)}
+            return {form.stored_name: (self.dtype, shape)}
         num_outputs, num_inputs = shape
         scales = (num_outputs,) if form.block is None else (num_inputs // form.block, num_outputs)
         values = shape if form.is_table else (num_inputs, num_outputs)
-        return {form.key: (_STORED[form.kind], values), form.key + SCALE_SUFFIX: (self.dtype, scales)}
+        name = form.stored_name
+        return {name: (_STORED[form.kind], values), name.scales: (self.dtype, scales)}
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the arrays."""
@@ -129,6 +132,7 @@ class _Writer:
             return
         quantized = quantize(weight, kind=form.kind, dtype=self.dtype, block=form.block)
         if form.is_table:
+            # the host reads single rows of a table, so it is not transposed
             yield from (quantized.values_OI, quantized.scales_OB[:, 0])
         else:
             yield from stored_bytes(quantized, kind=form.kind)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import FloatType
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which output each four bits of an AWQ word are, the lowest first."""
+"""The output that each four bits of an AWQ word belong to, the lowest first."""
 _MIDDLE = 8
-"""What symmetric unsigned integers have added."""
+"""Added to symmetric integers to make them unsigned."""
 
 
 def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -1,1 +1,1 @@
-"""Where the milliseconds, the bytes and the watts of a bundle go on this machine: ``trio-profile``."""
+"""Measures the milliseconds, the bytes and the watts of a bundle on this machine."""

@@ -1,4 +1,4 @@
-"""One answer of a bundle, timed: when each token came, and what the device did for it."""
+"""One timed answer of a bundle: the moment of each token, and the launches on the device."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """What every run asks."""
+class RunQuestion:
+    """The question of every run."""
 
-    picture: Path | Image.Image | None
+    image: Path | Image.Image | None
     prompt: str
     new_tokens: int
 
@@ -43,7 +43,7 @@ class Answer:
     token_ids: list[int]
     statistics: Statistics
     stamps: list[Stamp]
-    """Of its launches."""
+    """Times of its launches."""
 
     @property
     def calls(self) -> tuple[GraphCall, ...]:
@@ -92,19 +92,20 @@ class _StampedIds(list[int]):
         self.moments: list[float] = []
 
     def append(self, token: int) -> None:
+        # The pipeline appends a token when it is known, and yields text only where a word is complete.
         self.moments.append(time.perf_counter())
         super().append(token)
 
 
 @final
-class Subject:
+class LoadedBundle:
     """A loaded bundle that answers the same number of tokens each time: no token stops it."""
 
     def __init__(self, folder: Path, backend: Backend, *, capture: bool = True) -> None:
         """Open and load the bundle, and note how long that took.
 
         Args:
-            folder: Of the bundle.
+            folder: Folder of the bundle.
             backend: Loads its graphs.
             capture: See ``RecordingBackend``.
 
@@ -116,12 +117,12 @@ class Subject:
         opened = time.perf_counter()
         self.recording = Recording()
         self.pipeline = Pipeline(
-            endless(self.bundle), RecordingBackend(backend, self.recording, capture=capture)
+            without_stop_tokens(self.bundle), RecordingBackend(backend, self.recording, capture=capture)
         )
         self.open_ms = 1e3 * (opened - start)
         self.graphs_ms = 1e3 * (time.perf_counter() - opened)
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, question: RunQuestion) -> Answer:
         """Ask, and return the timed answer.
 
         Raises:
@@ -131,7 +132,7 @@ class Subject:
         ids = _StampedIds()
         start = time.perf_counter()
         generation = self.pipeline.generate(
-            question.picture, question.prompt, max_new_tokens=question.new_tokens
+            question.image, question.prompt, max_new_tokens=question.new_tokens
         )
         generation.token_ids = ids
         for _ in generation:
@@ -155,7 +156,7 @@ class Subject:
         self.pipeline.close()
 
 
-def endless(bundle: Bundle) -> Bundle:
+def without_stop_tokens(bundle: Bundle) -> Bundle:
     """Return ``bundle`` without tokens that end an answer, so that every run does the same work."""
     text = msgspec.structs.replace(bundle.manifest.text, stop_token_ids=())
     return Bundle(folder=bundle.folder, manifest=msgspec.structs.replace(bundle.manifest, text=text))

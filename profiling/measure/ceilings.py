@@ -1,4 +1,4 @@
-"""What the machine reaches on the spot: a large product through the backend that runs the bundle, and a copy of memory.
+"""The machine's ceilings, measured on the spot: a large product through the backend that runs the bundle, and a copy of memory.
 
 They are measured, not looked up, so a power mode, a governor or another program lowers them as it lowers the bundle.
 """
@@ -11,11 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
-from trio_edge.profiling.measure.matmul_graph import INPUT, random_matrix
-from trio_edge.profiling.measure.product_bundle import PRODUCT_GRAPH, PRODUCT_PROFILE, write_product_bundle
-from trio_edge.profiling.report.profile import Ceilings
+from trio_edge.profiling.measure.product import (
+    PRODUCT_GRAPH,
+    PRODUCT_PROFILE,
+    product_inputs,
+    write_product_bundle,
+)
 from trio_edge.runtime.backends.single_graph import SingleGraph
 from trio_edge.runtime.devices.interface import PitchedRows
 from trio_edge.runtime.engines.build import BuildOptions, build_engines, plan_build
@@ -29,19 +33,29 @@ if TYPE_CHECKING:
     from trio_edge.runtime.devices.interface import Device
 
 _HOST_BACKEND = "onnxruntime"
-_SECONDS = 0.4
+_SECONDS = 0.4  # several products on a slow CPU, and too short to heat a module
 _SIZES = {True: 1024, False: 4096}
-"""Of the product's matrices, on a CPU and on a GPU."""
-_COPY_BYTES = 256 << 20
+"""Rows and columns of the product's matrices, on a CPU and on a GPU: large enough to hide the launch."""
+_COPY_BYTES = 256 << 20  # more than any processor's caches
+
+
+class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
+    """Rates that the machine reached on the spot, through the same backend."""
+
+    flops_per_s: float
+    matmul: str
+    bytes_per_s: float
+    """Read and written."""
+    copy: str
 
 
 def measure_ceilings(backend: Backend, manifest: Manifest, *, cores: int) -> Ceilings:
-    """Return what ``backend`` reaches with products in the type of ``manifest``, and what copies of memory reach.
+    """Return the rate of ``backend`` with products in the dtype of ``manifest``, and that of copies of memory.
 
     Args:
         backend: Runs the product.
-        manifest: Of a bundle; decides type and opset.
-        cores: Threads that copy at once on a CPU.
+        manifest: Manifest of a bundle; the product has its dtype.
+        cores: Number of threads that copy at once on a CPU.
 
     Raises:
         BackendError: If the backend cannot run the product.
@@ -55,7 +69,7 @@ def measure_ceilings(backend: Backend, manifest: Manifest, *, cores: int) -> Cei
         graphs = backend.load(bundle, [PRODUCT_GRAPH])
         try:
             product = SingleGraph(graphs, PRODUCT_GRAPH, profile=PRODUCT_PROFILE)
-            product.run({INPUT: random_matrix(rows=size, columns=size, dtype=manifest.dtype)})
+            product.run(product_inputs(manifest, size=size))
             milliseconds = _least(lambda: product.milliseconds(1))
             moved, copy_ms = _copy(graphs.device, cores=cores, on_host=on_host)
         finally:
@@ -102,8 +116,9 @@ def _copy_with_threads(cores: int) -> float:
 
 
 def _least(milliseconds: Callable[[], float]) -> float:
-    """Return the least of what ``milliseconds`` gives until the time is up, but for the first."""
-    milliseconds()
+    """Return the least that ``milliseconds`` gives until the time is up."""
+    milliseconds()  # the first call allocates, and wakes the clocks up
+    # The least, not the median: other programs make a product slower and never faster.
     least, end = float("inf"), time.perf_counter() + _SECONDS
     while time.perf_counter() < end:
         least = min(least, milliseconds())

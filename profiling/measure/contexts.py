@@ -1,6 +1,6 @@
-"""Times tokens at contexts of all lengths, from a question without a picture to the end of the KV caches.
+"""Times tokens at contexts of all lengths, from a question without an image to the end of the KV caches.
 
-A context is reached by leaving rows of the caches out: the graphs read whole buffers, so what a row holds takes no time.
+Rows of the caches are skipped to reach a context: the graphs read whole buffers, so the contents of a row take no time.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trio_edge.profiling.measure.answers import Question
+from trio_edge.profiling.measure.answers import RunQuestion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.profiling.measure.answers import Subject
+    from trio_edge.profiling.measure.answers import LoadedBundle
 
 ROUNDS = 8
 _LEAST_ROUNDS = 2
 POINTS = 6
-"""Behind the question with its picture."""
+"""Contexts after the question with its image."""
 _TOKENS = 4
-"""Of a point in each round."""
+"""Tokens that are timed at each context in each round."""
 _SETTLING = 12
-"""Tokens behind a prefill that are left out: the prefill's data has taken the place of theirs in the processor's caches."""
+"""Tokens after a prefill that are left out: the prefill's data fills the processor's caches, which makes them slower."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,57 +40,57 @@ class TimedContext:
 
 
 def time_contexts(
-    subjects: Sequence[Subject], question: Question, *, seconds: float
+    bundles: Sequence[LoadedBundle], question: RunQuestion, *, seconds: float
 ) -> list[list[TimedContext]]:
-    """Return each subject's times at ascending contexts, all subjects in turns.
+    """Return each bundle's times at ascending contexts, all in turns.
 
     Args:
-        subjects: Loaded bundles.
-        question: Whose picture and prompt stand before the tokens.
-        seconds: After which no more rounds begin, but for the first ``_LEAST_ROUNDS``.
+        bundles: Loaded bundles.
+        question: Its image and prompt stand before the tokens.
+        seconds: No round begins after these, except the first ``_LEAST_ROUNDS``.
 
     Raises:
         TrioEdgeError: As ``Pipeline.generate``.
     """
-    found: list[dict[int, TimedContext]] = [{} for _ in subjects]
+    found: list[dict[int, TimedContext]] = [{} for _ in bundles]
     end = time.perf_counter() + seconds
     for number in range(ROUNDS):
         if number >= _LEAST_ROUNDS and number % 2 == 0 and time.perf_counter() > end:
-            break  # with as many rounds downwards as upwards
-        for subject, contexts in zip(subjects, found):
-            for picture in (None, question.picture):
-                asked = Question(picture=picture, prompt=question.prompt, new_tokens=1)
-                _time_round(subject, asked, contexts, is_downward=number % 2 == 1)
+            break  # only after an even number: as many rounds downwards as upwards
+        for loaded, contexts in zip(bundles, found):
+            for image in (None, question.image):
+                asked = RunQuestion(image=image, prompt=question.prompt, new_tokens=1)
+                _time_round(loaded, asked, contexts, is_downward=number % 2 == 1)
     return [[contexts[rows] for rows in sorted(contexts)] for contexts in found]
 
 
 def _time_round(
-    subject: Subject, question: Question, contexts: dict[int, TimedContext], *, is_downward: bool
+    loaded: LoadedBundle, question: RunQuestion, contexts: dict[int, TimedContext], *, is_downward: bool
 ) -> None:
-    """Time one token after the other at all contexts of a question; those right behind a prefill are slower, and left out.
+    """Time one token after the other at all contexts of a question; those right after a prefill are left out.
 
     Args:
-        subject: Answers the question first.
+        loaded: Answers the question first.
         question: What stands before the tokens.
-        contexts: By their rows; gets the times.
+        contexts: Contexts by their rows; receives the times.
         is_downward: Whether the longest context comes first, so that no drift looks like a slope.
     """
-    manifest, seen = subject.bundle.manifest, subject.answer(question).statistics
+    manifest, seen = loaded.bundle.manifest, loaded.answer(question).statistics
     prompt = seen.visual_tokens + seen.text_tokens
     cached = seen.average_keep * seen.visual_tokens + seen.text_tokens
     room = manifest.text_buckets[-1] + manifest.max_new_tokens - seen.text_tokens
     num_tokens = min(_TOKENS, room)
-    points = _points(room - num_tokens, count=1 if question.picture is None else POINTS)
+    points = _points(room - num_tokens, count=1 if question.image is None else POINTS)
     done = min(_SETTLING, room)
-    subject.pipeline.time_tokens(done)
+    loaded.pipeline.time_tokens(done)
     for rows in reversed(points) if is_downward else points:
-        times = subject.pipeline.time_tokens(num_tokens, skip=rows - done)
+        times = loaded.pipeline.time_tokens(num_tokens, skip=rows - done)
         done = rows + num_tokens
         known = TimedContext(context=prompt + rows, cached_rows=cached + rows)
         contexts.setdefault(known.context, known).milliseconds.append(statistics.median(times))
 
 
 def _points(last: int, *, count: int) -> list[int]:
-    """Return rows behind a prompt, evenly from 0 to ``last``, as many as there is room for."""
+    """Return numbers of rows after a prompt, evenly from 0 to ``last``, as many as there is room for."""
     count = min(count, last + 1)
     return [0] if count < 2 else [index * last // (count - 1) for index in range(count)]

@@ -1,4 +1,4 @@
-"""What a measurement depends on besides the bundle: the machine, its power mode, versions of what runs there."""
+"""The machine that is measured: processor, GPU, power mode, load, and versions of the packages that decide its speed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from trio_edge.profiling.report.profile import Device
+import msgspec
+
 from trio_edge.runtime.devices.machine import find_host
 
 NVPMODEL = "nvpmodel"
@@ -23,11 +24,26 @@ _CPUINFO = Path("/proc/cpuinfo")
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
-def find_device() -> Device:
+class MachineReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The machine."""
+
+    name: str
+    """The module's name on a Jetson, else the processor's."""
+    machine: str
+    system: str
+    cores: int
+    memory_bytes: int | None
+    gpu: str | None
+    gpu_compute_capability: int | None
+    gpu_memory_bytes: int | None
+    gpu_driver: str | None
+
+
+def find_machine() -> MachineReport:
     """Return the machine that this process runs on."""
     host = find_host()
     gpu = host.gpu
-    return Device(
+    return MachineReport(
         name=_module_name() or _processor_name() or host.machine,
         machine=host.machine,
         system=f"{host.system} {platform.release()}",

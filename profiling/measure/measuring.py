@@ -8,49 +8,48 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from trio_edge.profiling.measure.answers import Answer, Question, Subject
+from trio_edge.profiling.measure.answers import Answer, LoadedBundle, RunQuestion
 from trio_edge.profiling.measure.ceilings import measure_ceilings
 from trio_edge.profiling.measure.contexts import TimedContext, time_contexts
-from trio_edge.profiling.measure.layers.interface import layer_times
-from trio_edge.profiling.measure.layers.onnxruntime import runs_of_trace
-from trio_edge.profiling.measure.layers.tensorrt import runs_of_engine
-from trio_edge.profiling.measure.machine_info import find_device
-from trio_edge.profiling.measure.process_memory import peak_bytes, reset_peak, resident_bytes
+from trio_edge.profiling.measure.images import PROMPT, MeasuredSize, measured_sizes, random_image
+from trio_edge.profiling.measure.layers import layer_runs, layer_times
+from trio_edge.profiling.measure.machine_info import find_machine
+from trio_edge.profiling.measure.memory import MeasuredMemory, peak_bytes, reset_peak, resident_bytes
 from trio_edge.profiling.measure.sensors.interface import open_sensors
-from trio_edge.profiling.measure.sensors.sampling_thread import Sample, SamplingThread
-from trio_edge.profiling.page.pictures import PROMPT, PictureSize, picture_sizes, random_picture
-from trio_edge.profiling.statistics import distribution
+from trio_edge.profiling.measure.sensors.sampling_thread import SamplingThread, SensorSample
+from trio_edge.profiling.statistics import LEAST_FOR_INTERVAL, distribution
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.images.reading import open_image
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from PIL import Image
 
-    from trio_edge.profiling.report.profile import Ceilings, LayerTime
+    from trio_edge.profiling.measure.ceilings import Ceilings
+    from trio_edge.profiling.measure.layers import LayerTime
 
 NARROW = 0.02
 """Width of the median's 95 % interval, as a share of the median, at which a time is known well enough."""
 NEW_TOKENS = 16
-LEAST_RUNS = 10
+LEAST_RUNS = 10  # of fewer, a narrow interval is luck
 MOST_RUNS = 500
-_SIZE_RUNS = 6
+_SIZE_RUNS = LEAST_FOR_INTERVAL
 _MOST_SIZES = 5
 _STEP_RUNS = 10
-_LAYER_RUNS = 3
+_LAYER_RUNS = 3  # each run already has many calls of a layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What is measured, and how long."""
+class MeasureOptions:
+    """Settings of a measurement."""
 
     bundles: tuple[Path, ...]
     """The first is the reference of comparisons."""
@@ -60,38 +59,26 @@ class Options:
     """None for random pixels that give as many visual tokens as the first bundle takes."""
     prompt: str | None = None
     new_tokens: int | None = None
-    """Of each answer; None for ``NEW_TOKENS``, or fewer where a bundle has no room for as many."""
+    """Tokens of each answer; None for ``NEW_TOKENS``, or fewer where a bundle has no room for as many."""
     runs: int | None = None
-    """Of each bundle; None for as many as make the medians narrow."""
+    """Answers of each bundle; None for as many as make the medians narrow."""
     warm_up: int = 3
     seconds: float = 30.0
-    """After which no new round begins, unless ``runs`` says how many."""
+    """No new round begins after these, unless ``runs`` is given."""
     layers: bool = True
     """Whether layers are timed too, in runs of their own."""
 
 
 @dataclass(slots=True, kw_only=True)
-class MeasuredMemory:
-    """Of the process and of the GPU, while one bundle was loaded and answered its first questions; in bytes."""
+class MeasuredBundle:
+    """One bundle and its answers."""
 
-    planned: dict[str, int] = field(default_factory=dict)
-    """What the backend says that its memory is for."""
-    before: int | None = None
-    loaded: int | None = None
-    peak: int | None = None
-    device_free: int | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class Measured:
-    """What was seen of one bundle."""
-
-    subject: Subject
+    loaded: LoadedBundle
+    memory: MeasuredMemory
     first: Answer
     """Before any warm-up."""
-    memory: MeasuredMemory
     answers: list[Answer] = field(default_factory=list)
-    sizes: list[tuple[PictureSize, list[Answer]]] = field(default_factory=list)
+    sizes: list[tuple[MeasuredSize, list[Answer]]] = field(default_factory=list)
     contexts: list[TimedContext] = field(default_factory=list)
     steps: list[Answer] = field(default_factory=list)
     """Runs without capture, where decode steps are captured otherwise."""
@@ -100,113 +87,69 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """What was seen of all bundles."""
+    """Everything that was measured."""
 
-    question: Question
-    picture: str
-    """In words."""
+    question: RunQuestion
+    image: str
+    """The image of the question in words."""
     backend_name: str
     clock: str
-    """What graphs were timed with."""
-    measured: tuple[Measured, ...]
+    """The clock that graphs were timed with, in words."""
+    measured: tuple[MeasuredBundle, ...]
     ceilings: Ceilings | None
-    samples: list[Sample]
+    samples: list[SensorSample]
     sensors: tuple[str, ...]
     missing: tuple[str, ...]
     stopped: str
 
 
-def measure(options: Options, *, on_step: Callable[[str], None] = lambda _step: None) -> Measurement:
+class _Asked(NamedTuple):
+    """The question of all bundles, and its image in words."""
+
+    question: RunQuestion
+    image: str
+
+
+def measure(options: MeasureOptions, *, on_step: Callable[[str], None] = lambda _step: None) -> Measurement:
     """Measure all bundles of ``options``.
 
     Args:
         options: What to measure.
-        on_step: Told what is done next.
+        on_step: Called with the next step in words.
 
     Raises:
         TrioEdgeError: If a bundle cannot be opened, loaded or asked.
     """
-    num_new, missing = _num_new(options), list[str]()
+    num_new = _num_new(options)
     if options.image is not None:
-        open_image(options.image)
+        open_image(options.image)  # a damaged one is an error before minutes of measuring
+    sensors, missing = open_sensors()
     with ExitStack() as stack:
-        sensors, lacking = open_sensors()
-        missing += lacking
         sampling = stack.enter_context(SamplingThread(sensors))
         on_step("measuring what the machine reaches")
+        # Before any bundle is loaded, so that the product has the memory and the caches for itself.
         ceilings = _ceilings(options, missing)
-        measured: list[Measured] = []
-        question, picture = None, ""
-        for folder in options.bundles:
-            on_step(f"loading {folder}")
-            subject, memory = _load(folder, options, stack)
-            if question is None:
-                question, picture = _question(options, subject, num_new=num_new)
-            measured.append(_begin(subject, memory, question, options))
-        assert question is not None  # there is at least one bundle
-        stopped = _rounds(measured, question, options, on_step)
-        if options.image is None:
-            on_step("pictures of other sizes")
-            _measure_sizes(measured, question)
-        if question.new_tokens > 1:
-            on_step("tokens at contexts of all lengths")
-            timed = time_contexts([one.subject for one in measured], question, seconds=options.seconds)
-            for one, contexts in zip(measured, timed):
-                one.contexts = contexts
-    missing += sampling.lost
+        measured, asked = _first_answers(options, stack, num_new=num_new, on_step=on_step)
+        stopped = _rounds(measured, asked.question, options, on_step)
+        _further_rounds(measured, asked.question, options, on_step)
+    # The bundles are closed now: what follows loads each of them again, and there may be room for one only.
     for one in measured:
-        if options.layers:
-            on_step(f"layers: {one.subject.bundle.folder}")
-            one.layers = _measure_layers(one, question, options)
-        if one.subject.recording.captured:
-            on_step(f"decode steps one by one: {one.subject.bundle.folder}")
-            _measure_steps(one, question, options)
+        _runs_of_its_own(one, asked.question, options, on_step)
     return Measurement(
-        question=question,
-        picture=picture,
-        backend_name=measured[0].subject.pipeline.backend_name,
+        question=asked.question,
+        image=asked.image,
+        backend_name=measured[0].loaded.pipeline.backend_name,
         clock="the host" if measured[0].memory.device_free is None else "events of the GPU",
         measured=tuple(measured),
         ceilings=ceilings,
         samples=sampling.samples,
         sensors=tuple(sensor.name for sensor in sensors),
-        missing=tuple(missing),
+        missing=(*missing, *sampling.lost),
         stopped=stopped,
     )
 
 
-def _ceilings(options: Options, missing: list[str]) -> Ceilings | None:
-    bundle = open_bundle(options.bundles[0])
-    backend = make_backend(options.backend, bundle=bundle, threads=options.threads)
-    try:
-        return measure_ceilings(backend, bundle.manifest, cores=options.threads or find_device().cores)
-    except BackendError as error:
-        missing.append(f"roofline: {error}")
-        return None
-
-
-def _load(folder: Path, options: Options, stack: ExitStack) -> tuple[Subject, MeasuredMemory]:
-    memory = MeasuredMemory(before=resident_bytes())
-    backend = make_backend(options.backend, bundle=open_bundle(folder), threads=options.threads)
-    subject = Subject(folder, backend)
-    stack.callback(subject.close)
-    memory.loaded = resident_bytes()
-    memory.planned = dict(subject.recording.memory)
-    return subject, memory
-
-
-def _question(options: Options, subject: Subject, *, num_new: int) -> tuple[Question, str]:
-    picture: Path | Image.Image
-    if options.image is not None:
-        picture, text = options.image, options.image.name
-    else:
-        size = picture_sizes(subject.pipeline)[0]
-        picture, text = random_picture(size), f"{size.width}x{size.height} random pixels"
-    prompt = PROMPT if options.prompt is None else options.prompt
-    return Question(picture=picture, prompt=prompt, new_tokens=num_new), text
-
-
-def _num_new(options: Options) -> int:
+def _num_new(options: MeasureOptions) -> int:
     room = {folder: open_bundle(folder).manifest.max_new_tokens for folder in options.bundles}
     least = min(room, key=lambda folder: room[folder])
     if options.new_tokens is None:
@@ -219,22 +162,69 @@ def _num_new(options: Options) -> int:
     return options.new_tokens
 
 
-def _begin(subject: Subject, memory: MeasuredMemory, question: Question, options: Options) -> Measured:
-    """Ask for the first answers; what they take of memory is this bundle's, for no other has run since its loading."""
+def _ceilings(options: MeasureOptions, missing: list[str]) -> Ceilings | None:
+    bundle = open_bundle(options.bundles[0])
+    backend = make_backend(options.backend, bundle=bundle, threads=options.threads)
+    try:
+        return measure_ceilings(backend, bundle.manifest, cores=options.threads or find_machine().cores)
+    except BackendError as error:
+        missing.append(f"roofline: {error}")
+        return None
+
+
+def _first_answers(
+    options: MeasureOptions, stack: ExitStack, *, num_new: int, on_step: Callable[[str], None]
+) -> tuple[list[MeasuredBundle], _Asked]:
+    """Load each bundle and let it answer before the next one is loaded, so that the memory they add is its own."""
+    measured: list[MeasuredBundle] = []
+    asked = None
+    for folder in options.bundles:
+        on_step(f"loading {folder}")
+        memory = MeasuredMemory(before=resident_bytes())
+        backend = make_backend(options.backend, bundle=open_bundle(folder), threads=options.threads)
+        loaded = LoadedBundle(folder, backend)
+        stack.callback(loaded.close)
+        memory.loaded = resident_bytes()
+        memory.planned = dict(loaded.recording.memory)
+        asked = asked or _asked(options, loaded, num_new=num_new)
+        first = _warm_up(loaded, memory, asked.question, options)
+        measured.append(MeasuredBundle(loaded=loaded, memory=memory, first=first))
+    assert asked is not None  # there is at least one bundle
+    return measured, asked
+
+
+def _asked(options: MeasureOptions, loaded: LoadedBundle, *, num_new: int) -> _Asked:
+    image: Path | Image.Image
+    if options.image is not None:
+        image, text = options.image, options.image.name
+    else:
+        size = measured_sizes(loaded.pipeline)[0]
+        image, text = random_image(size), f"{size.width}x{size.height} random pixels"
+    prompt = PROMPT if options.prompt is None else options.prompt
+    return _Asked(RunQuestion(image=image, prompt=prompt, new_tokens=num_new), text)
+
+
+def _warm_up(
+    loaded: LoadedBundle, memory: MeasuredMemory, question: RunQuestion, options: MeasureOptions
+) -> Answer:
+    """Ask for the first answers, note their memory, and return the first one."""
     reset_peak()
     try:
-        first = subject.answer(question)
+        first = loaded.answer(question)
     except ShapeError as error:  # several bundles are asked the same
-        raise ShapeError(f"{subject.bundle.folder}: {error}") from None
+        raise ShapeError(f"{loaded.bundle.folder}: {error}") from None
     for _ in range(options.warm_up):
-        subject.answer(question)
+        loaded.answer(question)
     memory.peak = peak_bytes()
-    memory.device_free = subject.recording.free_bytes()
-    return Measured(subject=subject, first=first, memory=memory)
+    memory.device_free = loaded.recording.free_bytes()
+    return first
 
 
 def _rounds(
-    measured: Sequence[Measured], question: Question, options: Options, on_step: Callable[[str], None]
+    measured: Sequence[MeasuredBundle],
+    question: RunQuestion,
+    options: MeasureOptions,
+    on_step: Callable[[str], None],
 ) -> str:
     """Let all bundles answer in turns until their medians are known, and return why it ended."""
     end = time.perf_counter() + options.seconds
@@ -247,7 +237,7 @@ def _rounds(
                 return f"{options.seconds:.0f} s were over"
         on_step(f"run {number + 1}")
         for one in measured:
-            one.answers.append(one.subject.answer(question))
+            one.answers.append(one.loaded.answer(question))
     return f"{most} runs"
 
 
@@ -257,54 +247,70 @@ def _is_narrow(answers: Sequence[Answer]) -> bool:
     return max(first.relative_width, whole.relative_width) <= NARROW
 
 
-def _measure_sizes(measured: Sequence[Measured], question: Question) -> None:
-    """Measure the time to the first token of smaller pictures too, where a bundle has shapes for them, all in turns."""
-    turns: list[tuple[Subject, Question, list[Answer]]] = []
+def _further_rounds(
+    measured: Sequence[MeasuredBundle],
+    question: RunQuestion,
+    options: MeasureOptions,
+    on_step: Callable[[str], None],
+) -> None:
+    """Measure images of other sizes, and tokens at other contexts, all bundles in turns."""
+    if options.image is None:
+        on_step("images of other sizes")
+        _measure_sizes(measured, question)
+    if question.new_tokens > 1:
+        on_step("tokens at contexts of all lengths")
+        timed = time_contexts([one.loaded for one in measured], question, seconds=options.seconds)
+        for one, contexts in zip(measured, timed):
+            one.contexts = contexts
+
+
+def _measure_sizes(measured: Sequence[MeasuredBundle], question: RunQuestion) -> None:
+    """Measure the time to the first token of smaller images too, where a bundle has shapes for them."""
+    turns: list[tuple[LoadedBundle, RunQuestion, list[Answer]]] = []
     for one in measured:
-        sizes = picture_sizes(one.subject.pipeline)
+        sizes = measured_sizes(one.loaded.pipeline)
         step = max(1, -(-len(sizes) // _MOST_SIZES))
         for size in sizes[::step]:
             one.sizes.append((size, []))
-            asked = Question(picture=random_picture(size), prompt=question.prompt, new_tokens=1)
-            turns.append((one.subject, asked, one.sizes[-1][1]))
-    for subject, asked, _ in turns:
-        subject.answer(asked)
+            asked = RunQuestion(image=random_image(size), prompt=question.prompt, new_tokens=1)
+            turns.append((one.loaded, asked, one.sizes[-1][1]))
+    for loaded, asked, _ in turns:  # the first answer at a new shape allocates
+        loaded.answer(asked)
     for _ in range(_SIZE_RUNS):
-        for subject, asked, answers in turns:
-            answers.append(subject.answer(asked))
+        for loaded, asked, answers in turns:
+            answers.append(loaded.answer(asked))
 
 
-def _measure_layers(measured: Measured, question: Question, options: Options) -> list[LayerTime]:
-    """Time the layers of every graph in runs of their own: the backend's profiler slows them down."""
-    bundle, name = measured.subject.bundle, measured.subject.pipeline.backend_name
+def _runs_of_its_own(
+    one: MeasuredBundle, question: RunQuestion, options: MeasureOptions, on_step: Callable[[str], None]
+) -> None:
+    """Time layers, and captured decode steps, in runs that are slower than the others."""
+    folder = one.loaded.bundle.folder
+    if options.layers:
+        on_step(f"layers: {folder}")
+        one.layers = _measure_layers(one.loaded, question, options)
+    if one.loaded.recording.captured:
+        on_step(f"decode steps one by one: {folder}")
+        backend = make_backend(options.backend, bundle=one.loaded.bundle, threads=options.threads)
+        with closing(LoadedBundle(folder, backend, capture=False)) as again:
+            again.answer(question)
+            one.steps = [again.answer(question) for _ in range(_STEP_RUNS)]
+
+
+def _measure_layers(loaded: LoadedBundle, question: RunQuestion, options: MeasureOptions) -> list[LayerTime]:
+    """Time the layers of every graph under the backend's profiler."""
+    bundle, name = loaded.bundle, loaded.pipeline.backend_name
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         backend = make_backend(name, bundle=bundle, threads=options.threads, layer_times=folder)
-        with _closing(Subject(bundle.folder, backend, capture=False)) as subject:
-            warm_up = subject.answer(question).calls
-            calls = [call for _ in range(_LAYER_RUNS) for call in subject.answer(question).calls]
+        with closing(LoadedBundle(bundle.folder, backend, capture=False)) as again:
+            warm_up = again.answer(question).calls
+            calls = [call for _ in range(_LAYER_RUNS) for call in again.answer(question).calls]
         layers = []
         for graph in dict.fromkeys(call.graph for call in calls):
-            written = json.loads((folder / f"{graph}.json").read_bytes())
-            runs = runs_of_trace(written) if isinstance(written, list) else runs_of_engine(written)
+            runs = layer_runs(json.loads((folder / f"{graph}.json").read_bytes()))
             profiles = [call.profile for call in calls if call.graph == graph]
+            # The profiler cannot be switched on late: the runs of the first answer come first in its file.
             skipped = sum(call.graph == graph for call in warm_up)
             layers += layer_times(runs[skipped:], graph=graph, profiles=profiles, num_answers=_LAYER_RUNS)
     return layers
-
-
-def _measure_steps(measured: Measured, question: Question, options: Options) -> None:
-    """Time the graphs of decode steps that are captured as a whole otherwise."""
-    folder = measured.subject.bundle.folder
-    backend = make_backend(options.backend, bundle=measured.subject.bundle, threads=options.threads)
-    with _closing(Subject(folder, backend, capture=False)) as subject:
-        subject.answer(question)
-        measured.steps = [subject.answer(question) for _ in range(_STEP_RUNS)]
-
-
-@contextmanager
-def _closing(subject: Subject) -> Iterator[Subject]:
-    try:
-        yield subject
-    finally:
-        subject.close()

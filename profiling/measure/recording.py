@@ -1,23 +1,23 @@
-"""Times every launch of a backend's engines on the device's own clock, around any backend and unknown to the decoder.
+"""Times every launch of a backend's engines on the device's own clock. It wraps any backend, and the decoder does not know.
 
-On a GPU events are recorded in the stream before and after a launch and read when the answer is done, so nothing waits. On the
-host a launch is done when its call returns, and two looks at the clock are all. What a wrapped launch does beside the launch
-is kept little: between graphs it finds its code and data in no cache. So everything that it needs is bound beforehand, what it
-leaves are plain tuples, which the garbage collector soon forgets, and they become ``GraphCall``s when all is measured. Launches
-that the decoder captures as one sequence cannot have events between them: they are timed in a pass of their own, without capture.
+On a GPU, events are recorded in the stream before and after a launch and read when the answer is done, so nothing waits. On the
+host a launch is done when its call returns: two looks at the clock are all. Launches that the decoder captures as one sequence
+cannot have events between them; they are timed in runs of their own, without capture.
+
+A wrapped launch does little besides the launch, because between graphs it finds its code and data in no cache: everything that
+it needs is bound beforehand, and it leaves plain tuples, which become ``GraphCall``s when all is measured.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, final
 
 from trio_edge.runtime.devices.host import HostDevice
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from trio_edge.runtime.backends.interface import Backend
     from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
@@ -28,7 +28,7 @@ DECODE = "decode"
 """Name of the profile that decodes one token."""
 
 Stamp = tuple[tuple[str, str], float, float]
-"""Graph and profile of a launch, and the seconds of ``time.perf_counter`` before and behind it."""
+"""Graph and profile of a launch, and the seconds of ``time.perf_counter`` before and after it."""
 
 
 class GraphCall(NamedTuple):
@@ -60,30 +60,15 @@ class Recording:
         """Bytes of the device's memory by what they are for, as the backend says."""
         self.captured = False
         """Whether decode steps run as one captured sequence, so that their graphs are not timed."""
-        self.is_paused = False
         self._device: Device | None = None
         self._stamps: list[Stamp] = []
         self._events = _EventPairs()
-        self._clocked: list[_ClockedLaunch] = []
 
     def attach(self, graphs: LoadedGraphs) -> None:
         """Time launches on the graphs' device from now on."""
-        self._device, self._stamps, self._events, self._clocked = graphs.device, [], _EventPairs(), []
+        self._device, self._stamps, self._events = graphs.device, [], _EventPairs()
         self.memory = dict(graphs.memory)
         self.captured = False
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Let launches run as if they were not wrapped."""
-        self.is_paused = True
-        for launch in self._clocked:
-            launch.enqueue = launch.plain
-        try:
-            yield
-        finally:
-            self.is_paused = False
-            for launch in self._clocked:
-                launch.enqueue = launch.timed
 
     def free_bytes(self) -> int | None:
         """Return how much memory is free on the device; None where it does not say."""
@@ -94,16 +79,12 @@ class Recording:
 
         Args:
             launch: On the attached device.
-            names: Of its graph and its profile.
+            names: Names of its graph and its profile.
             capture: Whether the decoder may capture it with others; then it cannot be timed.
         """
         assert self._device is not None  # a launch belongs to a device
         if isinstance(self._device, HostDevice):
-            clocked = _ClockedLaunch(launch, names, self._stamps)
-            if self.is_paused:
-                clocked.enqueue = clocked.plain
-            self._clocked.append(clocked)
-            return clocked
+            return _ClockedLaunch(launch, names, self._stamps)
         return _EventedLaunch(launch, self, names, self._events, self._device, capture=capture)
 
     def take(self) -> list[Stamp]:
@@ -123,7 +104,7 @@ class _EventPairs:
         self.launched: list[tuple[str, str]] = []
         """Graph and profile of each launch since the last ``take``."""
         self.marks: list[tuple[Event, Event]] = []
-        """The events before and behind each of them."""
+        """The events before and after each of them."""
 
     def take(self) -> list[Stamp]:
         found = []
@@ -132,7 +113,7 @@ class _EventPairs:
                 self.first_launch + mark.milliseconds_since(self.marks[0][0]) / 1e3 for mark in marks
             )
             found.append((names, start, end))
-        self.launched.clear()
+        self.launched.clear()  # the events stay: making them takes longer than recording them
         return found
 
 
@@ -152,11 +133,11 @@ class RecordingBackend:
 
     @property
     def name(self) -> str:
-        """See ``Backend.name``."""
+        """Name of the wrapped backend."""
         return self._backend.name
 
     def load(self, bundle: Bundle, names: Sequence[str] | None = None) -> LoadedGraphs:
-        """See ``Backend.load``."""
+        """Load graphs whose engines record their launches; see ``Backend.load``."""
         graphs = self._backend.load(bundle, names)
         self._recording.attach(graphs)
         engines: dict[str, Engine] = {
@@ -178,6 +159,7 @@ class _RecordingEngine:
     def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> Launch:
         launch = self._engine.prepare(profile, tensors)
         names = (self._engine.spec.name, profile.name)
+        # The decoder captures nothing but decode steps.
         return self._recording.timed(launch, names, capture=self._capture and profile.name == DECODE)
 
     def close(self) -> None:
@@ -188,7 +170,7 @@ class _RecordingEngine:
 class _ClockedLaunch:
     """A launch on the host between two looks at its clock; nothing is captured there."""
 
-    __slots__ = ("enqueue", "plain", "timed")
+    __slots__ = ("enqueue",)
     capturable = False
 
     def __init__(self, launch: Launch, names: tuple[str, str], stamps: list[Stamp]) -> None:
@@ -199,8 +181,6 @@ class _ClockedLaunch:
             plain()
             keep((names, start, clock()))
 
-        self.plain: Callable[[], None] = plain
-        self.timed: Callable[[], None] = timed
         self.enqueue: Callable[[], None] = timed
 
 
@@ -231,8 +211,6 @@ class _EventedLaunch:
         if self._capture and self._launch.capturable:
             self._recording.captured = True
             self._launch.enqueue()
-        elif self._recording.is_paused:
-            self._launch.enqueue()
         else:
             self._enqueue_between_events()
 
@@ -241,7 +219,7 @@ class _EventedLaunch:
         index = len(pairs.launched)
         if index == len(pairs.marks):
             pairs.marks.append((self._device.event(), self._device.event()))
-        if index == 0:
+        if index == 0:  # events have no common clock with the host; this moment ties them together
             pairs.first_launch = time.perf_counter()
         start, end = pairs.marks[index]
         pairs.launched.append(self._names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from trio_edge.profiling.page.figures import LIGHT, Canvas, Plot, canvas, colour
+from trio_edge.profiling.page.figures import LIGHT, Drawing, Plot, canvas, colour
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,13 +46,14 @@ def stacked(bars: Sequence[Bar], *, title: str, unit: str, note: str) -> Plot:
     with canvas(title, height=_ROW * len(bars) + _AXIS, x_label=unit) as drawn:
         for row, bar in enumerate(bars):
             _draw_bar(drawn, row, bar, styles, unit=unit)
+        # Downwards, so that the first bar is on top.
         drawn.axes.set(ylim=(len(bars) - 0.5, -0.75), yticks=())
         drawn.axes.spines["left"].set_visible(False)
     shown = [name for name in styles if any(name in dict(bar.parts) for bar in bars)]
     return Plot(title=title, note=note, svg=drawn.svg, legend=[(styles[name], name) for name in shown])
 
 
-def _draw_bar(drawn: Canvas, row: int, bar: Bar, styles: Mapping[str, str], *, unit: str) -> None:
+def _draw_bar(drawn: Drawing, row: int, bar: Bar, styles: Mapping[str, str], *, unit: str) -> None:
     end = 0.0
     for name, value in bar.parts:
         drawn.axes.barh(
@@ -79,7 +80,7 @@ def curves(series: Sequence[Curve], *, title: str, note: str, x_label: str, y_la
     return Plot(title=title, note=note, svg=drawn.svg, legend=legend)
 
 
-def draw_curve(drawn: Canvas, curve: Curve, style: str) -> None:
+def draw_curve(drawn: Drawing, curve: Curve, style: str) -> None:
     """Draw a line through the points of ``curve``, and what ``draw_points`` draws."""
     points = curve.points
     drawn.axes.plot([point.at for point in points], [point.value for point in points], color=LIGHT[style])
@@ -87,7 +88,7 @@ def draw_curve(drawn: Canvas, curve: Curve, style: str) -> None:
 
 
 def draw_points(
-    drawn: Canvas, curve: Curve, style: str, *, marker: str = "o", size: float | None = None
+    drawn: Drawing, curve: Curve, style: str, *, marker: str = "o", size: float | None = None
 ) -> None:
     """Draw the intervals of ``curve``, and marks that show their values; without a line between them.
 
@@ -96,7 +97,7 @@ def draw_points(
         curve: The points.
         style: Name of their colour.
         marker: matplotlib's word for the mark.
-        size: Of the mark; None for the usual one.
+        size: Size of the mark; None for the usual one.
     """
     x, y, ink = drawn.axes.get_xlabel(), drawn.axes.get_ylabel(), LIGHT[style]
     for point in curve.points:
@@ -106,7 +107,7 @@ def draw_points(
         drawn.axes.plot(point.at, point.value, marker, color=ink, markersize=size, gid=tip)
 
 
-def show_zero(drawn: Canvas) -> None:
+def show_zero(drawn: Drawing) -> None:
     """Let the vertical axis begin at 0, with room above the values."""
     drawn.axes.set_ylim(0, 1.05 * drawn.axes.get_ylim()[1])
 

@@ -40,7 +40,10 @@ SCHEME = {
 }
 """Colours by the name of their CSS variable, in a light and in a dark scheme."""
 LIGHT = {name: light for name, (light, _) in SCHEME.items()}
-_WIDTH, _HEIGHT = 440, 260
+_WIDTH, _HEIGHT = (
+    440,
+    260,
+)  # on a phone 12 points of text become 8 pixels, which is the least that can be read
 _NUM_COLOURS = 12
 _MANY = 1e4
 """Above this an axis says "100 M", not "1e+08"."""
@@ -82,7 +85,7 @@ class Plot:
 
 
 @dataclass(slots=True, kw_only=True)
-class Canvas:
+class Drawing:
     """A figure of a page while it is drawn."""
 
     axes: Any
@@ -105,18 +108,18 @@ def check_matplotlib(option: str, *, extra: str) -> None:
 
 
 @contextmanager
-def canvas(title: str, *, height: float = _HEIGHT, x_label: str, y_label: str = "") -> Iterator[Canvas]:
+def canvas(title: str, *, height: float = _HEIGHT, x_label: str, y_label: str = "") -> Iterator[Drawing]:
     """Give a figure of a page's width to draw on; its ``svg`` is written when the block ends.
 
     Args:
-        title: What a screen reader says; of no other figure of the page.
-        height: In units of the view box.
-        x_label: Of the horizontal axis.
-        y_label: Of the vertical one.
+        title: Text for screen readers; no other figure of the page has it.
+        height: Height in units of the view box.
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
     """
     with figure_style(title):
         figure = new_figure(_WIDTH / _POINTS_PER_INCH, height / _POINTS_PER_INCH)
-        drawn = Canvas(axes=figure.add_subplot())
+        drawn = Drawing(axes=figure.add_subplot())
         drawn.axes.set(xlabel=x_label, ylabel=y_label)
         yield drawn
         for axis in (drawn.axes.xaxis, drawn.axes.yaxis):
@@ -164,6 +167,7 @@ def _inline(svg: str, title: str, tips: Sequence[str]) -> str:
     start = re.search(r'<svg[^>]*viewBox="([^"]+)"[^>]*>', svg)
     assert start is not None  # matplotlib writes one
     body = svg[start.end() :]
+    # matplotlib knows no CSS variables, so each colour of the light scheme stands for its variable.
     for name, light in LIGHT.items():
         body = body.replace(light, f"var(--{name})")
     body = re.sub(r'font: ([\d.]+px)[^;"]*', r"font-size: \1", body)

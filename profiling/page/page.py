@@ -12,12 +12,12 @@ from trio_edge.profiling.page.figures import SCHEME
 from trio_edge.profiling.page.plots import plots_of
 
 if TYPE_CHECKING:
-    from trio_edge.profiling.report.profile import Report
+    from trio_edge.profiling.report.profile import ProfileReport
 
 _PACKAGE = "trio_edge.profiling.page"
 
 
-def page_html(report: Report) -> bytes:
+def page_html(report: ProfileReport) -> bytes:
     """Return the page of ``report``: summary, plots, tables, and every value of its JSON."""
     return render(
         f"{_PACKAGE}:page.html.j2", report=report, plots=plots_of(report), values=msgspec.to_builtins(report)

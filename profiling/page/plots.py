@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trio_edge.profiling.page.charts import OUTSIDE, Bar, Curve, Point, curves, stacked
-from trio_edge.profiling.page.figures import LIGHT, Canvas, Plot, canvas, colour
+from trio_edge.profiling.page.figures import LIGHT, Drawing, Plot, canvas, colour
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.profiling.report.profile import BundleProfile, Ceilings, GraphProfile, Phase, Report
+    from trio_edge.profiling.measure.ceilings import Ceilings
+    from trio_edge.profiling.measure.layers import Phase
+    from trio_edge.profiling.report.profile import BundleProfile, GraphProfile, ProfileReport
     from trio_edge.profiling.statistics import Distribution
 
 _MEGABYTE = 1e6
@@ -19,7 +21,7 @@ _MARGIN = 1.6
 _MEDIAN = "Median and its 95 % interval (of fewer than six runs, all of them)"
 
 
-def plots_of(report: Report) -> list[Plot]:
+def plots_of(report: ProfileReport) -> list[Plot]:
     """Return all figures that the report has values for."""
     bundles = report.bundles
     plots = [_stacked_time(bundles, "prefill", "Time to the first token by graph")]
@@ -55,12 +57,12 @@ def _memory(bundles: Sequence[BundleProfile]) -> Plot:
             "other": memory.other or 0,
         }
         bars.append(Bar(bundle.label, [(name, count / _MEGABYTE) for name, count in parts.items()]))
-    note = "What memory is for, in MB. Other: the rest of the process at its peak."
+    note = "Memory by purpose, in MB. Other: the rest of the process at its peak."
     return stacked(bars, title="Memory", unit="MB", note=note)
 
 
 def _first_token(bundles: Sequence[BundleProfile]) -> Plot:
-    """Return time to the first token against visual tokens, for each bundle at each size of picture."""
+    """Return time to the first token against visual tokens, for each bundle at each size of image."""
     series = []
     for bundle in bundles:
         points = [_point(size.visual_tokens, size.ttft_ms) for size in bundle.sizes]
@@ -71,8 +73,8 @@ def _first_token(bundles: Sequence[BundleProfile]) -> Plot:
     return curves(
         series,
         title="Time to the first token against visual tokens",
-        note=f"{_MEDIAN}, at each size of picture that has shapes of its own.",
-        x_label="visual tokens of the picture",
+        note=f"{_MEDIAN}, at each size of image that has shapes of its own.",
+        x_label="visual tokens of the image",
     )
 
 
@@ -119,7 +121,7 @@ def _roofline(bundles: Sequence[BundleProfile], ceilings: Ceilings) -> Plot:
     )
 
 
-def _draw_graph(drawn: Canvas, graph: GraphProfile, *, label: str, ink: str) -> None:
+def _draw_graph(drawn: Drawing, graph: GraphProfile, *, label: str, ink: str) -> None:
     drawn.axes.plot(
         graph.intensity,
         graph.flops_per_s,

@@ -1,4 +1,4 @@
-"""One answer on a device that is not at hand: time of every graph, to the first token, per token, and memory.
+"""Predicts one answer on a device that is not at hand: time of every graph, to the first token, per token, and memory.
 
 A ``Setting`` is what a bundle would be exported with and asked; ``graph_runs`` lists the graphs that it runs and their
 counted work, ``predict`` times them. Rows are those that graphs run at: the text is padded to its bucket.
@@ -14,15 +14,22 @@ from trio_edge.profiling.predict.efficiency import UNFUSED_SCORE_PASSES, fitted_
 from trio_edge.profiling.predict.speed import Formats, GraphTime, graph_time
 from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.runtime.bundle.graph_io import CLIP_TEXT
-from trio_edge.trio.cost.memory import Tiles, largest_activations
-from trio_edge.trio.cost.shapes import layer_weights, tiles_and_patches, tower_weights
+from trio_edge.trio.cost.flops import kv_row_bytes, stage_work
+from trio_edge.trio.cost.memory import (
+    kv_cache_bytes,
+    largest_activations,
+    layers_and_rows,
+    repeated_weights,
+    tiles_of,
+)
+from trio_edge.trio.cost.selections import StageSizes, TokenCost
 from trio_edge.trio.cost.work import (
     Work,
     counted_work,
     head_work,
+    layer_weights,
     range_work,
-    repeated_weights,
-    select_work,
+    tower_weights,
     vision_work,
 )
 
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
 
     from trio_edge.profiling.predict.models import Model
     from trio_edge.runtime.bundle.schedule import Schedule
-    from trio_edge.trio.cost.devices import Target
+    from trio_edge.trio.cost.devices import DeviceSpec
     from trio_edge.trio.cost.work import WeightKind
 
 Precision = Literal["float16", "int8", "fp8", "int4"]
@@ -47,7 +54,7 @@ class Setting:
     model: Model
     schedule: Schedule
     sizes: Mapping[str, int]
-    """Of the vision profile: N visual tokens, and B tiles or P patches."""
+    """Sizes of the vision profile: N visual tokens, and B tiles or P patches."""
     num_text: int
     """Text tokens of the prompt."""
     text_bucket: int
@@ -55,11 +62,11 @@ class Setting:
     num_new: int
     """Tokens of the answer."""
     precision: Precision
-    """Of the decoder's linear weights."""
+    """Format of the decoder's linear weights."""
     head_precision: Precision = "float16"
     vision_precision: Precision = "float16"
     cache_precision: Literal["float16", "int8"] = "float16"
-    """Of the KV caches."""
+    """Format of the KV caches."""
     inputs: frozenset[WeightKind] = frozenset()
     """Weights whose products have their inputs in the same format, INT8 or FP8."""
     one_size: bool = True
@@ -69,17 +76,13 @@ class Setting:
     vision_flops: float | None = None
     """Counted elsewhere, where the model says nothing of its vision tower."""
     clip_text_flops: float | None = None
-    """Of CLIP's text tower, where there is one."""
+    """FLOPs of CLIP's text tower, where there is one."""
     clip_text_rows: int = 1
     """Tokens of all its texts, padding too."""
-    reduce_flops: float | None = None
-    """Of the selection before the decoder."""
-    reduce_read_again: float = 0.0
-    """Float32 numbers that its greedy steps read."""
-    select_flops: tuple[float, ...] | None = None
-    """Per stage, where the method is not TRIO."""
+    reduce_cost: TokenCost | None = None
+    """Cost of the selection before the decoder."""
     other_weight_bytes: int = 0
-    """Of graphs whose sizes the model does not have, as CLIP's text tower."""
+    """Weights of graphs whose sizes the model does not have, such as CLIP's text tower."""
     scratch_before: int = 0
     """Bytes of scratch memory of the graphs between vision and decoder, the larger of them."""
     largest_text: int | None = None
@@ -88,13 +91,15 @@ class Setting:
     """New tokens that the KV buffers have room for; None for ``num_new``."""
 
     @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Layers and visual rows of each layer range."""
+        entering = self.sizes["N"] if self.entering is None else self.entering
+        return layers_and_rows(self.schedule, num_layers=self.model.decoder.num_layers, entering=entering)
+
+    @property
     def visual_rows(self) -> tuple[int, ...]:
         """Visual rows of each layer range."""
-        first = self.sizes["N"] if self.entering is None else self.entering
-        rows = [first]
-        for stage in self.schedule.stages:
-            rows.append(min(stage.keep, rows[-1]))
-        return tuple(rows)
+        return tuple(rows for _, rows in self.ranges)
 
     @property
     def text_rows(self) -> int:
@@ -103,18 +108,12 @@ class Setting:
 
     @property
     def room(self) -> int:
-        """Rows of every KV buffer beside the visual ones."""
+        """Rows of every KV buffer besides the visual ones."""
         return self.text_rows + max(self.num_new, self.most_new or 0)
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """Decoder layers of each range."""
-        starts = [0, *(stage.layer for stage in self.schedule.stages), self.model.decoder.num_layers]
-        return tuple(stop - start for start, stop in zip(starts, starts[1:]))
-
-    @property
     def formats(self) -> Formats:
-        """What the numbers are stored as."""
+        """Storage formats of all numbers."""
         return Formats(
             layer=self.precision,
             other="float16",
@@ -127,12 +126,11 @@ class Setting:
     @property
     def cache_row_bytes(self) -> int:
         """Bytes of one row of one layer's KV cache."""
-        decoder = self.model.decoder
-        return 2 * decoder.num_kv_heads * decoder.head_size * self.formats.bytes_per_cached
+        return kv_row_bytes(self.model.decoder, bytes_per_cached=self.formats.bytes_per_cached)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GraphRun:
+class CountedGraph:
     """One graph that an answer runs."""
 
     name: str
@@ -141,22 +139,22 @@ class GraphRun:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TimedRun:
+class TimedGraph:
     """A graph and its predicted time."""
 
-    run: GraphRun
+    run: CountedGraph
     time: GraphTime
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Memory:
+class MemoryNeed:
     """Bytes that must be there at once."""
 
     weights: int
     kv_caches: int
     activations: int
     usable: int
-    """What the device has for them."""
+    """Bytes that the device has for them."""
 
     @property
     def total(self) -> int:
@@ -171,16 +169,16 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """What one device would do with one setting."""
+    """Predicted times and memory of one setting on one device."""
 
-    target: Target
+    device: DeviceSpec
     setting: Setting
-    runs: tuple[TimedRun, ...]
+    runs: tuple[TimedGraph, ...]
     unfused_seconds: float
-    """What the prefill would take more if attention scores went through memory."""
-    memory: Memory
+    """Seconds that the prefill takes more if attention scores go through memory."""
+    memory: MemoryNeed
     contexts: tuple[DecodePoint, ...]
-    """See ``predict_contexts``."""
+    """Points of ``predict_contexts``."""
 
     @property
     def token_line(self) -> tuple[float, float]:
@@ -195,12 +193,12 @@ class Prediction:
 
     @property
     def answer_seconds(self) -> float:
-        """Of the whole answer, without the host's work on picture and text."""
+        """Seconds of the whole answer, without the host's work on image and text."""
         return self.seconds("prefill") + (self.setting.num_new - 1) * self.seconds("decode")
 
 
-def predict(setting: Setting, target: Target) -> Prediction:
-    """Return what ``target`` would take for ``setting``, by the fitted efficiencies of its kind.
+def predict(setting: Setting, device: DeviceSpec) -> Prediction:
+    """Return what ``device`` would take for ``setting``, by the fitted efficiencies of its kind.
 
     Raises:
         TargetError: If it has not one of the setting's formats.
@@ -210,10 +208,10 @@ def predict(setting: Setting, target: Target) -> Prediction:
         "head": setting.head_precision,
         "vision": setting.vision_precision,
     }
-    refusal = target.refusal(formats, option="--predict")
+    refusal = device.refusal(formats, option="--predict")
     if refusal is not None:
         raise TargetError(refusal)
-    efficiency, rates = fitted_for(target).efficiency, rates_of(target)
+    efficiency, rates = fitted_for(device).efficiency, rates_of(device)
     unfused = dataclasses.replace(efficiency, score_passes=UNFUSED_SCORE_PASSES)
     runs, more = [], 0.0
     for run in graph_runs(setting):
@@ -221,23 +219,23 @@ def predict(setting: Setting, target: Target) -> Prediction:
         if run.name.startswith("select"):  # probes round no inputs
             numbers = dataclasses.replace(numbers, inputs=frozenset())
         time = graph_time(run.work, formats=numbers, rates=rates, efficiency=efficiency)
-        runs.append(TimedRun(run=run, time=time))
+        runs.append(TimedGraph(run=run, time=time))
         if run.phase == "prefill":
             slower = graph_time(run.work, formats=numbers, rates=rates, efficiency=unfused)
             more += slower.seconds - time.seconds
     return Prediction(
-        target=target,
+        device=device,
         setting=setting,
         runs=tuple(runs),
         unfused_seconds=more,
-        memory=memory_of(setting, usable=target.usable_bytes),
-        contexts=tuple(predict_contexts(setting, target)),
+        memory=memory_of(setting, usable=device.usable_bytes),
+        contexts=tuple(predict_contexts(setting, device)),
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodePoint:
-    """A token of a bundle whose KV buffers end right behind its context."""
+    """A token of a bundle whose KV buffers end right after its context."""
 
     context: int
     """Rows before it, visual tokens not reduced."""
@@ -246,15 +244,15 @@ class DecodePoint:
     seconds: float
 
 
-def predict_contexts(setting: Setting, target: Target) -> list[DecodePoint]:
+def predict_contexts(setting: Setting, device: DeviceSpec) -> list[DecodePoint]:
     """Return a token's time from the prompt's end to the end of the room, at up to ``DECODE_POINTS`` contexts.
 
     The graphs read whole buffers, so a bundle takes the last of these times at every context; the others are of bundles with
     less room.
     """
-    efficiency, rates = fitted_for(target).efficiency, rates_of(target)
+    efficiency, rates = fitted_for(device).efficiency, rates_of(device)
     last, count = setting.room - setting.num_text, min(DECODE_POINTS, setting.room - setting.num_text + 1)
-    visual = sum(layers * rows for layers, rows in zip(setting.layers, setting.visual_rows))
+    visual = sum(layers * rows for layers, rows in setting.ranges)
     points = []
     for index in range(count):
         room = setting.num_text + index * last // (count - 1)
@@ -272,32 +270,34 @@ def predict_contexts(setting: Setting, target: Target) -> list[DecodePoint]:
     return points
 
 
-def graph_runs(setting: Setting) -> list[GraphRun]:
+def graph_runs(setting: Setting) -> list[CountedGraph]:
     """Return the graphs of a prefill in order, and those of one decode step with every KV buffer at its capacity."""
-    decoder, rows = setting.model.decoder, setting.visual_rows
+    decoder, ranges = setting.model.decoder, setting.ranges
     works: list[tuple[str, Work]] = [("vision", _vision(setting))]
     if setting.clip_text_flops is not None:
         works.append((CLIP_TEXT, counted_work(setting.clip_text_flops, rows=setting.clip_text_rows)))
-    if setting.reduce_flops is not None:
-        again = setting.reduce_read_again * 4 / setting.formats.bytes_per_element
-        works.append(("reduce", counted_work(setting.reduce_flops, rows=setting.sizes["N"], other=again)))
-    for index, layers in enumerate(setting.layers):
+    if setting.reduce_cost is not None:
+        # The greedy loop is float32 whatever the other numbers are.
+        again = setting.reduce_cost.read_again * 4 / setting.formats.bytes_per_element
+        work = counted_work(setting.reduce_cost.flops, rows=setting.sizes["N"], other=again)
+        works.append(("reduce", work))
+    for index, (layers, rows) in enumerate(ranges):
         if index:
             works.append((f"select_{index}", _select(setting, index - 1)))
-        work = range_work(decoder, num_layers=layers, rows=rows[index] + setting.text_bucket, past=0)
-        works.append((range_name(index, len(rows)), work))
+        work = range_work(decoder, num_layers=layers, rows=rows + setting.text_bucket)
+        works.append((range_name(index, len(ranges)), work))
     works.append(("head", head_work(decoder)))
-    prefill = [GraphRun(name=name, phase="prefill", work=work) for name, work in works]
+    prefill = [CountedGraph(name=name, phase="prefill", work=work) for name, work in works]
     return [*prefill, *_step_runs(setting, room=setting.room)]
 
 
-def _step_runs(setting: Setting, *, room: int) -> list[GraphRun]:
-    """Return the graphs of one decode step where every KV buffer has ``room`` rows beside the visual ones."""
-    decoder, rows, runs = setting.model.decoder, setting.visual_rows, []
-    for index, layers in enumerate(setting.layers):
-        work = range_work(decoder, num_layers=layers, rows=1, past=rows[index] + room)
-        runs.append(GraphRun(name=range_name(index, len(rows)), phase="decode", work=work))
-    runs.append(GraphRun(name="head", phase="decode", work=head_work(decoder)))
+def _step_runs(setting: Setting, *, room: int) -> list[CountedGraph]:
+    """Return the graphs of one decode step where every KV buffer has ``room`` rows besides the visual ones."""
+    decoder, ranges, runs = setting.model.decoder, setting.ranges, []
+    for index, (layers, rows) in enumerate(ranges):
+        work = range_work(decoder, num_layers=layers, rows=1, past=rows + room)
+        runs.append(CountedGraph(name=range_name(index, len(ranges)), phase="decode", work=work))
+    runs.append(CountedGraph(name="head", phase="decode", work=head_work(decoder)))
     return runs
 
 
@@ -308,15 +308,15 @@ def range_name(index: int, count: int) -> str:
     return "suffix" if index == count - 1 else f"segment_{index}"
 
 
-def memory_of(setting: Setting, *, usable: int) -> Memory:
+def memory_of(setting: Setting, *, usable: int) -> MemoryNeed:
     """Return the memory of weights, of KV caches at full capacity and of the largest graph's activations.
 
     The formulas are those of ``trio-export --target``: weights that the stages repeat count, and attention scores are
     taken to be in memory, in float32 and once more in float16.
     """
-    decoder, rows, sizes = setting.model.decoder, setting.visual_rows, setting.formats.bytes_per_weight()
+    decoder, tower, sizes = setting.model.decoder, setting.model.vision, setting.formats.bytes_per_weight()
     head = decoder.vocab_size * decoder.hidden_size
-    vision = 0 if setting.model.vision is None else tower_weights(setting.model.vision)
+    vision = 0 if tower is None else tower_weights(tower)
     repeated = repeated_weights(setting.schedule.method, decoder)
     stages = len(setting.schedule.stages)
     weights = (
@@ -324,29 +324,21 @@ def memory_of(setting: Setting, *, usable: int) -> Memory:
         + (head + stages * repeated.head) * sizes["head"]
         + vision * sizes["vision"]
     )
-    return Memory(
+    return MemoryNeed(
         weights=round(weights) + setting.other_weight_bytes,
-        kv_caches=setting.cache_row_bytes
-        * sum(layers * (count + setting.room) for layers, count in zip(setting.layers, rows)),
+        kv_caches=kv_cache_bytes(setting.ranges, other_rows=setting.room, row_bytes=setting.cache_row_bytes),
         activations=largest_activations(
-            setting.model.decoder,
-            layers_and_rows=list(zip(setting.layers, rows)),
+            decoder,
+            ranges=setting.ranges,
             text_rows=setting.text_rows,
             probe_rows=setting.schedule.num_probe_rows,
             cache_row_bytes=setting.cache_row_bytes,
-            tiles=_tiles(setting),
+            tiles=None if tower is None else tiles_of(tower, setting.sizes),
             before=setting.scratch_before,
             element_bytes=2,
         ),
         usable=usable,
     )
-
-
-def _tiles(setting: Setting) -> Tiles | None:
-    tower = setting.model.vision
-    if tower is None:
-        return None
-    return Tiles(*tiles_and_patches(tower, setting.sizes), tower.hidden_size, tower.intermediate_size)
 
 
 def _vision(setting: Setting) -> Work:
@@ -357,13 +349,12 @@ def _vision(setting: Setting) -> Work:
 
 
 def _select(setting: Setting, stage: int) -> Work:
-    entering = setting.visual_rows[stage]
-    if setting.select_flops is not None:
-        return counted_work(setting.select_flops[stage], rows=entering)
-    return select_work(
-        setting.model.decoder,
-        setting.schedule,
-        rows=entering + setting.text_bucket,
-        num_visual=entering,
+    rows = setting.visual_rows
+    sizes = StageSizes(
+        num_visual=rows[stage],
+        num_keep=setting.schedule.stages[stage].keep,
+        num_text=setting.text_bucket,
+        prompt_visual=rows[0],
         one_size=stage > 0 or setting.one_size,
     )
+    return stage_work(setting.model.decoder, setting.schedule, sizes)

@@ -12,10 +12,10 @@ from trio_edge.profiling.predict.speed import Efficiency, Rates
 
 if TYPE_CHECKING:
     from trio_edge.profiling.predict.speed import WeightFormat
-    from trio_edge.trio.cost.devices import Target
+    from trio_edge.trio.cost.devices import DeviceSpec
 
 UNFUSED_SCORE_PASSES = 2.0
-"""Of attention that a builder leaves in parts: a score is written, normalized in place and read, in half precision."""
+"""Passes of attention that a builder leaves in parts: a score is written, normalized in place and read, in half precision."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,9 +35,9 @@ class Fitted:
     num_figures: int
     """Published times that they were fitted to."""
     new_model: Errors
-    """Of a figure when all figures of its model are left out of the fit."""
+    """Error of a figure when all figures of its model are left out of the fit."""
     new_runtime: Errors
-    """Of a figure when all figures of its source are left out: a runtime that nothing is known of, as ours is."""
+    """Error of a figure when all figures of its source are left out: an unknown runtime, as ours is."""
     devices: tuple[str, ...]
     """That figures are of; others of the kind are not validated."""
 
@@ -77,14 +77,14 @@ FITTED: dict[str, Fitted] = {
 """By the first part of a device's name."""
 
 
-def fitted_for(target: Target) -> Fitted:
+def fitted_for(device: DeviceSpec) -> Fitted:
     """Return the efficiencies for the device's kind."""
-    return FITTED[target.name.split("-")[0]]
+    return FITTED[device.name.split("-")[0]]
 
 
-def rates_of(target: Target) -> Rates:
+def rates_of(device: DeviceSpec) -> Rates:
     """Return the device's peaks."""
-    low: dict[WeightFormat, float] = {"int8": target.int8_ops}
-    if target.fp8_flops is not None:
-        low["fp8"] = target.fp8_flops
-    return Rates(flops=target.fp16_flops, low_flops=low, bandwidth=target.bandwidth_bytes_per_s)
+    low: dict[WeightFormat, float] = {"int8": device.int8_ops}
+    if device.fp8_flops is not None:
+        low["fp8"] = device.fp8_flops
+    return Rates(flops=device.fp16_flops, low_flops=low, bandwidth=device.bandwidth_bytes_per_s)

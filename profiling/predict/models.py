@@ -29,7 +29,7 @@ class Model:
     vision: VisionDimensions | None
     """None where nothing is known of it, or none is wanted."""
     pictures: ImageProcessing
-    """How many visual tokens a picture has."""
+    """Gives the number of visual tokens of an image."""
 
 
 def model_of(manifest: Manifest) -> Model:

@@ -12,17 +12,17 @@ from click.core import ParameterSource
 from trio_edge.profiling.predict.answer import PRECISIONS
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.profiling.predict.printing import (
+    goal_summary,
+    print_goal,
     print_prediction,
     print_sweep,
-    print_wish,
     summary_of,
-    wish_summary,
 )
-from trio_edge.profiling.predict.sweep import choose, parse_size, parse_sweep, parse_wish, sweep, unmet_text
+from trio_edge.profiling.predict.sweep import choose, parse_goal, parse_size, parse_sweep, sweep, unmet_text
 from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.tables import wide_console
-from trio_edge.trio.cost.devices import TARGETS, find_target
+from trio_edge.trio.cost.devices import DEVICES, find_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
     from trio_edge.profiling.predict.answer import Precision, Prediction
     from trio_edge.profiling.predict.plan import Plan
-    from trio_edge.profiling.predict.sweep import Choice, Wish
-    from trio_edge.trio.cost.devices import Target
+    from trio_edge.profiling.predict.sweep import Choice, SpeedGoal
+    from trio_edge.trio.cost.devices import DeviceSpec
 
-_WISHED_AXES = "keep,image-size,dtype"
+_GOAL_AXES = "keep,image-size,dtype"
 _OPTIONS = (
     click.option(
         "--predict",
@@ -64,7 +64,7 @@ _OPTIONS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictOptions:
-    """What the options say."""
+    """Values of the options."""
 
     predict: str | None
     model: str | None
@@ -103,26 +103,26 @@ def predict_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What was predicted."""
+class Predictions:
+    """All that was predicted."""
 
     values: dict[str, Any]
     """As JSON types."""
     found: list[tuple[Plan, Prediction]]
     is_sweep: bool
-    wish: Wish | None
+    goal: SpeedGoal | None
     choices: list[Choice]
-    """What the wish comes to on each device."""
+    """The choice of each device."""
 
     @property
     def unmet(self) -> str | None:
-        """The error's text if there was a wish that no device meets."""
-        if self.wish is None or any(choice.met for choice in self.choices):
+        """The error's text if there was a goal that no device meets."""
+        if self.goal is None or any(choice.met for choice in self.choices):
             return None
-        return unmet_text(self.wish, self.choices)
+        return unmet_text(self.goal, self.choices)
 
 
-def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int) -> Outcome:
+def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int) -> Predictions:
     """Return what ``options`` ask for.
 
     Args:
@@ -131,13 +131,13 @@ def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int
         num_new: Tokens of each answer.
 
     Raises:
-        TargetError: If a name, a sweep or a wish cannot be read.
+        TargetError: If a name, a sweep or a goal cannot be read.
         TrioEdgeError: If the bundle cannot be read, or cannot be shaped as wished.
     """
     if (bundle is None) == (options.model is None):
         got = "none" if bundle is None else "both"
         raise TargetError(f"--predict: expected a BUNDLE or --model NAME, got {got}; give one of them")
-    targets = _targets(options.predict or "")
+    devices = _devices(options.predict or "")
     plan = plan_for(
         manifest=None if bundle is None else open_bundle(bundle).manifest,
         model=options.model,
@@ -147,35 +147,35 @@ def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int
         num_text=options.text,
         num_new=num_new,
     )
-    wish = None if options.want is None else parse_wish(options.want)
-    axes = _WISHED_AXES if options.sweep is None and wish is not None else options.sweep
-    found = sweep(plan, {} if axes is None else parse_sweep(axes), targets)
+    goal = None if options.want is None else parse_goal(options.want)
+    axes = _GOAL_AXES if options.sweep is None and goal is not None else options.sweep
+    found = sweep(plan, {} if axes is None else parse_sweep(axes), devices)
     values: dict[str, Any] = {"prediction": True, "found": [summary_of(*entry) for entry in found]}
     choices: list[Choice] = []
-    if wish is not None:
+    if goal is not None:
         choices = [
-            choose([entry for entry in found if entry[1].target == target], wish) for target in targets
+            choose([entry for entry in found if entry[1].device == device], goal) for device in devices
         ]
-        values["wish"] = wish_summary(wish, choices)
+        values["wish"] = goal_summary(goal, choices)
         values["chosen"] = [summary_of(choice.plan, choice.prediction) for choice in choices if choice.met]
-    return Outcome(values=values, found=found, is_sweep=axes is not None, wish=wish, choices=choices)
+    return Predictions(values=values, found=found, is_sweep=axes is not None, goal=goal, choices=choices)
 
 
-def print_outcome(outcome: Outcome) -> None:
+def print_predictions(predictions: Predictions) -> None:
     """Print it to standard output."""
     console = wide_console()
-    if outcome.is_sweep:
-        print_sweep(console, outcome.found)
+    if predictions.is_sweep:
+        print_sweep(console, predictions.found)
     else:
-        for plan, prediction in outcome.found:
+        for plan, prediction in predictions.found:
             print_prediction(console, plan, prediction)
-    if outcome.wish is not None:
-        for choice in outcome.choices:
-            print_wish(console, outcome.wish, choice)
+    if predictions.goal is not None:
+        for choice in predictions.choices:
+            print_goal(console, predictions.goal, choice)
 
 
-def _targets(text: str) -> list[Target]:
+def _devices(text: str) -> list[DeviceSpec]:
     if text.strip() == "all":
-        return list(TARGETS.values())
-    named = [find_target(name.strip(), option="--predict") for name in text.split(",")]
-    return list({target.name: target for target in named}.values())
+        return list(DEVICES.values())
+    named = [find_device(name.strip(), option="--predict") for name in text.split(",")]
+    return list({device.name: device for device in named}.values())

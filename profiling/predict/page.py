@@ -26,9 +26,9 @@ def prediction_page(found: Sequence[tuple[Plan, Prediction]], values: dict[str, 
 
     Args:
         found: At least one.
-        values: What their JSON says, with the wish if there was one.
+        values: What their JSON says, with the goal if there was one.
     """
-    targets = {prediction.target.name: prediction.target for _, prediction in found}
+    devices = {prediction.device.name: prediction.device for _, prediction in found}
     drawn, setting = found[:MOST_DRAWN], found[0][1].setting
     plots = [_first_token(drawn), _memory(drawn), _tokens(drawn)]
     if len(found) > len(drawn):
@@ -39,11 +39,11 @@ def prediction_page(found: Sequence[tuple[Plan, Prediction]], values: dict[str, 
         plots=plots,
         values=values,
         model=setting.model.name,
-        devices=list(targets),
+        devices=list(devices),
         note=NOTE,
         asked=f"{text_of(setting)}, {setting.num_new} new tokens",
-        notes=[device_note(target) for target in targets.values()],
-        wish=values.get("wish"),
+        notes=[device_note(device) for device in devices.values()],
+        goal=values.get("wish"),
         num_drawn=len(drawn),
         rows=[_row(plan, prediction) for plan, prediction in found],
     )
@@ -53,7 +53,7 @@ def _row(plan: Plan, prediction: Prediction) -> dict[str, Any]:
     base, per_row = prediction.token_line
     memory = prediction.memory
     return {
-        "device": prediction.target.name,
+        "device": prediction.device.name,
         "setting": plan.described(),
         "visual tokens": " > ".join(map(str, prediction.setting.visual_rows)),
         "first token ms": milliseconds(prediction.seconds("prefill")),
@@ -62,15 +62,15 @@ def _row(plan: Plan, prediction: Prediction) -> dict[str, Any]:
         "per 1000 rows": f"{1e6 * per_row:.2g}",
         "answers/s": f"{metric_of(prediction, 'answers-per-second'):.2f}",
         "GiB": f"{memory.total / GIB:.2g}" + ("" if memory.fits else ", too much"),
-        "error, 9 in 10": f"{fitted_for(prediction.target).new_runtime.nine_in_ten:.0%}",
+        "error, 9 in 10": f"{fitted_for(prediction.device).new_runtime.nine_in_ten:.0%}",
     }
 
 
 def _labels(found: Sequence[tuple[Plan, Prediction]]) -> list[str]:
     """Return what tells the settings apart: devices only where there are several."""
-    several = len({prediction.target.name for _, prediction in found}) > 1
+    several = len({prediction.device.name for _, prediction in found}) > 1
     return [
-        f"{prediction.target.name}, {plan.described()}" if several else plan.described()
+        f"{prediction.device.name}, {plan.described()}" if several else plan.described()
         for plan, prediction in found
     ]
 

@@ -1,4 +1,4 @@
-"""What a prediction is asked for: a bundle or a released model, how much is kept, the picture, the precision.
+"""The question to a prediction: a bundle or a released model, how much is kept, the image, the precision.
 
 A bundle's own schedule and shapes are taken unless another keep, picture or precision is wished, which is then predicted
 "as if exported so": a wished picture has shapes of its own. A released model has the exporter's usual text buckets.
@@ -22,27 +22,26 @@ from trio_edge.runtime.bundle.graph_io import (
     text_buckets,
 )
 from trio_edge.runtime.bundle.schedule import Schedule
-from trio_edge.trio.cost.memory import Texts, TokenSelection, scratch_before
-from trio_edge.trio.cost.work import (
+from trio_edge.trio.cost.bundle_work import (
     clip_text_flops,
     fixed_sizes,
     input_widths,
-    read_again,
-    reduce_flops,
-    stage_flops,
+    reduce_cost,
     vision_flops,
 )
+from trio_edge.trio.cost.memory import Texts, TokenSelection, scratch_before
+from trio_edge.trio.methods import token_method as method_row
 
 if TYPE_CHECKING:
     from trio_edge.profiling.predict.models import Model
-    from trio_edge.runtime.bundle.manifest import Manifest, TokenMethod
+    from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.trio.cost.work import WeightKind
 
 KEEP_ALL = "100%"
 WITHOUT_STAGES = "all"
 """A keep that leaves all tokens which enter the decoder in it."""
 _SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions")
-"""Of a bundle's schedule, which another keep leaves as they are."""
+"""Fields of a bundle's schedule that another keep leaves as they are."""
 USUAL_PICTURE = (672, 672)
 """Width and height of a picture for a released model, where none is wished."""
 
@@ -53,7 +52,7 @@ class Plan:
 
     model: Model
     manifest: Manifest | None
-    """Of the bundle; None for a released model by name."""
+    """The bundle's; None for a released model by name."""
     keep: str | None
     """Average keep as ``11.1%``; None for the bundle's own schedule."""
     picture: tuple[int, int] | None
@@ -213,9 +212,8 @@ def _formats(manifest: Manifest | None) -> dict[str, Precision]:
 def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
     """Return formats, room, and what is counted apart."""
     num_visual, formats = setting.sizes["N"], _formats(manifest)
-    one_size = len(manifest.visual_sizes) == 1
     more: dict[str, Any] = {
-        "one_size": one_size,
+        "one_size": len(manifest.visual_sizes) == 1,
         "head_precision": formats.get("head", "float16"),
         "vision_precision": formats.get("vision", "float16"),
         "inputs": _rounded_inputs(manifest, setting),
@@ -228,26 +226,10 @@ def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
         more["vision_flops"] = vision_flops(manifest, num_visual=num_visual)
     if manifest.token_method is not None and manifest.token_keep is not None:
         more |= _before_decoder(manifest, setting, manifest.token_method, manifest.token_keep)
-    if setting.schedule.method != "trio":
-        rows = setting.visual_rows
-        more["select_flops"] = tuple(
-            stage_flops(
-                manifest.dimensions,
-                setting.schedule,
-                stage=stage,
-                num_visual=rows[stage],
-                num_text=setting.text_bucket,
-                prompt_visual=rows[0],
-                one_size=stage > 0 or one_size,
-            )
-            for stage in range(len(setting.schedule.stages))
-        )
     return more
 
 
-def _before_decoder(
-    manifest: Manifest, setting: Setting, method: TokenMethod, num_keep: int
-) -> dict[str, Any]:
+def _before_decoder(manifest: Manifest, setting: Setting, method: str, num_keep: int) -> dict[str, Any]:
     """Return what the graphs between vision and decoder compute, and their scratch memory."""
     graph, num_visual, num_text = manifest.graph("reduce"), setting.sizes["N"], setting.text_bucket
     widths, texts, more = input_widths(graph), None, dict[str, Any]()
@@ -261,11 +243,8 @@ def _before_decoder(
             "clip_text_rows": count * length,
         }
         num_text = count * (length - 2)
-    more["reduce_flops"] = reduce_flops(
-        graph, method, num_visual=num_visual, num_keep=num_keep, num_text=num_text
-    )
-    more["reduce_read_again"] = read_again(method, num_visual=num_visual, num_keep=num_keep)
-    width = widths["features" if method == "scope" else "visual_tokens"]
+    more["reduce_cost"] = reduce_cost(manifest, num_visual=num_visual, num_text=num_text)
+    width = widths[method_row(method).compares or "visual_tokens"]
     more["scratch_before"] = scratch_before(
         TokenSelection(method, num_keep, width), texts, num_visual=num_visual, element_bytes=2
     )

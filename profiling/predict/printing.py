@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from trio_edge.profiling.predict.answer import Prediction, Setting
     from trio_edge.profiling.predict.plan import Plan
-    from trio_edge.profiling.predict.sweep import Choice, Wish
-    from trio_edge.trio.cost.devices import Target
+    from trio_edge.profiling.predict.sweep import Choice, SpeedGoal
+    from trio_edge.trio.cost.devices import DeviceSpec
 
 MIB, GIB = 1 << 20, 1 << 30
 NOTE = "PREDICTED, nothing was measured: counted work, the device's rates and efficiencies of tuned runtimes"
@@ -27,10 +27,10 @@ NOTE = "PREDICTED, nothing was measured: counted work, the device's rates and ef
 
 def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
     """Return a prediction as JSON types; milliseconds, bytes, and errors as fractions."""
-    setting, fitted, memory = prediction.setting, fitted_for(prediction.target), prediction.memory
+    setting, fitted, memory = prediction.setting, fitted_for(prediction.device), prediction.memory
     base, per_row = prediction.token_line
     return {
-        "device": prediction.target.name,
+        "device": prediction.device.name,
         "model": setting.model.name,
         "keep": plan.keep,
         "picture": None if plan.picture is None else list(plan.picture),
@@ -60,7 +60,7 @@ def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
             "num_figures": fitted.num_figures,
             "new_model": dataclasses.asdict(fitted.new_model),
             "new_runtime": dataclasses.asdict(fitted.new_runtime),
-            "device_validated": prediction.target.name in fitted.devices,
+            "device_validated": prediction.device.name in fitted.devices,
         },
         "graphs": [
             {
@@ -75,43 +75,43 @@ def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def wish_summary(wish: Wish, choices: Sequence[Choice]) -> dict[str, Any]:
-    """Return what a wish came to on each device, as JSON types: the setting that meets it, or the nearest to it."""
+def goal_summary(goal: SpeedGoal, choices: Sequence[Choice]) -> dict[str, Any]:
+    """Return what a goal came to on each device, as JSON types: the setting that meets it, or the nearest to it."""
     return {
-        "metric": wish.metric,
-        "value": wish.value,
+        "metric": goal.metric,
+        "value": goal.value,
         "met": any(choice.met for choice in choices),
         "answers": [
             {
-                "device": choice.prediction.target.name,
+                "device": choice.prediction.device.name,
                 "met": choice.met,
-                "value": metric_of(choice.prediction, wish.metric),
-                "times_too_slow": max(1.0, wish.shortfall(choice.prediction)),
+                "value": metric_of(choice.prediction, goal.metric),
+                "times_too_slow": max(1.0, goal.shortfall(choice.prediction)),
                 "of_settings": choice.num_settings,
                 "fits": choice.prediction.memory.fits,
                 "keep": choice.plan.keep,
                 "picture": None if choice.plan.picture is None else list(choice.plan.picture),
                 "precision": choice.plan.precision,
-                "text": wish_text(wish, choice),
+                "text": goal_text(goal, choice),
             }
             for choice in choices
         ],
     }
 
 
-def wish_text(wish: Wish, choice: Choice) -> str:
-    """Return the setting that meets a wish, or that none does and which is the nearest, in words."""
+def goal_text(goal: SpeedGoal, choice: Choice) -> str:
+    """Return the setting that meets a goal, or that none does and which is the nearest, in words."""
     if choice.met:
-        return f"{choice.plan.described()} ({metric_of(choice.prediction, wish.metric):.3g})"
-    return f"no setting; {nearest_text(wish, choice)}"
+        return f"{choice.plan.described()} ({metric_of(choice.prediction, goal.metric):.3g})"
+    return f"no setting; {nearest_text(goal, choice)}"
 
 
 def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> None:
     """Print the time of every graph, and what they come to."""
-    setting, target = prediction.setting, prediction.target
+    setting, device = prediction.setting, prediction.device
     base, per_row = prediction.token_line
     table = whole_table(
-        "graph", "phase", "GFLOP", "ms", "bound by", title=escape(f"{setting.model.name} on {target.name}")
+        "graph", "phase", "GFLOP", "ms", "bound by", title=escape(f"{setting.model.name} on {device.name}")
     )
     for timed in prediction.runs:
         run, time = timed.run, timed.time
@@ -151,7 +151,7 @@ def print_sweep(console: Console, found: Sequence[tuple[Plan, Prediction]]) -> N
     setting = found[0][1].setting
     rows = [
         (
-            prediction.target.name,
+            prediction.device.name,
             plan.described(),
             " > ".join(map(str, prediction.setting.visual_rows)),
             milliseconds(prediction.seconds("prefill")),
@@ -169,10 +169,10 @@ def print_sweep(console: Console, found: Sequence[tuple[Plan, Prediction]]) -> N
     _print_note(console, [prediction for _, prediction in found])
 
 
-def print_wish(console: Console, wish: Wish, choice: Choice) -> None:
-    """Print what a wish came to on one device."""
+def print_goal(console: Console, goal: SpeedGoal, choice: Choice) -> None:
+    """Print what a goal came to on one device."""
     console.print(
-        f"[bold]{wish.metric} {wish.value:g}[/] on {choice.prediction.target.name}: {wish_text(wish, choice)}",
+        f"[bold]{goal.metric} {goal.value:g}[/] on {choice.prediction.device.name}: {goal_text(goal, choice)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -194,14 +194,14 @@ def _size(count: int) -> str:
 def _print_note(console: Console, predictions: Sequence[Prediction]) -> None:
     """Print the note and, once for each device, its own."""
     console.print(f"[bold]{NOTE}.[/]", highlight=False, soft_wrap=True)
-    for target in {prediction.target.name: prediction.target for prediction in predictions}.values():
-        console.print(device_note(target), highlight=False, soft_wrap=True)
+    for device in {prediction.device.name: prediction.device for prediction in predictions}.values():
+        console.print(device_note(device), highlight=False, soft_wrap=True)
 
 
-def device_note(target: Target) -> str:
+def device_note(device: DeviceSpec) -> str:
     """Return the error of predictions for a device, and its rates that nobody verified."""
-    text = f"{target.name}: {fitted_for(target).sentence(target.name)}"
-    doubtful = [name for name in ("bandwidth_bytes_per_s", "fp16_flops") if not target.is_verified(name)]
+    text = f"{device.name}: {fitted_for(device).sentence(device.name)}"
+    doubtful = [name for name in ("bandwidth_bytes_per_s", "fp16_flops") if not device.is_verified(name)]
     if doubtful:
         text += "; not verified in the vendor's own output: " + ", ".join(doubtful)
     return f"{text}."

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trio_edge.trio.cost.work import Attention, Product, WeightKind, Work
 
 WeightFormat = Literal["float32", "float16", "int8", "fp8", "int4"]
-_VECTOR_ROWS = 16
+_VECTOR_ROWS = 16  # below it libraries take kernels for a matrix and a vector, which read each weight once
 BYTES_PER_WEIGHT: dict[WeightFormat, float] = {
     "float32": 4.0,
     "float16": 2.0,
@@ -34,7 +34,7 @@ BYTES_PER_WEIGHT: dict[WeightFormat, float] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """What a device can do at most."""
+    """Peak rates of a device."""
 
     flops: float
     """Per second, dense, in half precision."""
@@ -46,7 +46,7 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Efficiency:
-    """How much of a device's rates a runtime gets out of it."""
+    """Shares of a device's rates that a runtime reaches."""
 
     plateau: float
     """Share of the peak that a product with very many rows reaches, whatever the format of its weights."""
@@ -59,12 +59,12 @@ class Efficiency:
     launch_s: float
     """Seconds of one kernel that does nothing."""
     score_passes: float = 0.0
-    """How often each attention score passes through memory in float32; 0 where attention is one kernel."""
+    """Passes of each attention score through memory in float32; 0 where attention is one kernel."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Formats:
-    """What the numbers of a bundle are stored as."""
+    """Storage formats of a bundle's numbers."""
 
     layer: WeightFormat
     """Linear weights of the decoder."""
@@ -73,9 +73,9 @@ class Formats:
     head: WeightFormat | None = None
     vision: WeightFormat | None = None
     bytes_per_element: int = 2
-    """Of activations."""
+    """Bytes of an activation."""
     bytes_per_cached: int = 2
-    """Of an element of the KV caches."""
+    """Bytes of an element of the KV caches."""
     inputs: frozenset[WeightKind] = frozenset()
     """Kinds of weights whose products have their inputs in the same format."""
 
@@ -104,7 +104,7 @@ class GraphTime:
 
     @property
     def bound(self) -> Literal["compute", "memory", "launch"]:
-        """What takes longest."""
+        """The part that takes longest."""
         parts: dict[Literal["compute", "memory", "launch"], float] = {
             "compute": self.compute_seconds,
             "memory": self.memory_seconds,

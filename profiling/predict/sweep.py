@@ -1,6 +1,6 @@
 """Many predictions: every combination of wished values, and which of them reach a wished speed.
 
-A sweep is written ``keep,image-size,dtype``, with values of one's own behind a sign: ``keep=33.3%/11.1%``. A wish is
+A sweep is written ``keep,image-size,dtype``, with values of one's own behind a sign: ``keep=33.3%/11.1%``. A speed goal is
 written ``answers-per-second=10``. Settings that lose least come first: more tokens kept, a larger picture, finer weights.
 """
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from trio_edge.profiling.predict.plan import Plan
-    from trio_edge.trio.cost.devices import Target
+    from trio_edge.trio.cost.devices import DeviceSpec
 
 AXES: dict[str, tuple[str, ...]] = {
     "keep": ("100%", "33.3%", "22.2%", "11.1%"),
     "image-size": ("1008x1008", "672x672", "336x336"),
     "dtype": PRECISIONS,
 }
-"""What can be swept, and the values where none are given."""
+"""Axes of a sweep, and their values where none are given."""
 METRICS = {"answers-per-second": False, "tokens-per-second": False, "ttft-ms": True}
-"""What can be wished, and whether less is better."""
+"""Speeds that can be asked for, and whether less is better."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wish:
+class SpeedGoal:
     """A speed that is wanted."""
 
     metric: str
@@ -58,8 +58,8 @@ def metric_of(prediction: Prediction, metric: str) -> float:
     return 1.0 / prediction.answer_seconds
 
 
-def parse_wish(text: str) -> Wish:
-    """Return the wish written in ``text``.
+def parse_goal(text: str) -> SpeedGoal:
+    """Return the goal written in ``text``.
 
     Raises:
         TargetError: If it is not of the form METRIC=NUMBER.
@@ -74,7 +74,7 @@ def parse_wish(text: str) -> Wish:
             f"--want: expected METRIC=NUMBER with one of {', '.join(METRICS)}, got {text!r};"
             " write it as answers-per-second=10"
         )
-    return Wish(metric=metric, value=value)
+    return SpeedGoal(metric=metric, value=value)
 
 
 def parse_sweep(text: str) -> dict[str, tuple[str, ...]]:
@@ -127,20 +127,22 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def sweep(
-    plan: Plan, axes: dict[str, tuple[str, ...]], targets: Sequence[Target]
+    plan: Plan, axes: dict[str, tuple[str, ...]], devices: Sequence[DeviceSpec]
 ) -> list[tuple[Plan, Prediction]]:
-    """Return a prediction for every combination, for all targets; what is impossible and equal shapes are left out.
+    """Return a prediction for every combination, for all devices; what is impossible and equal shapes are left out.
 
-    On each target those that lose least come first, in whatever order they were wished.
+    On each device those that lose least come first, in whatever order they were wished.
 
     Raises:
         ScheduleError: If no combination is possible, as the model cannot keep so little.
-        TargetError: If none is possible on one of the targets, which has not the formats.
+        TargetError: If none is possible on one of the devices, which has not the formats.
     """
-    return [entry for target in targets for entry in _on_target(plan, axes, target)]
+    return [entry for device in devices for entry in _on_device(plan, axes, device)]
 
 
-def _on_target(plan: Plan, axes: dict[str, tuple[str, ...]], target: Target) -> list[tuple[Plan, Prediction]]:
+def _on_device(
+    plan: Plan, axes: dict[str, tuple[str, ...]], device: DeviceSpec
+) -> list[tuple[Plan, Prediction]]:
     found: list[tuple[Plan, Prediction]] = []
     refused: ScheduleError | TargetError | None = None
     seen = set()
@@ -149,7 +151,7 @@ def _on_target(plan: Plan, axes: dict[str, tuple[str, ...]], target: Target) -> 
             setting = one.setting()
             shape = (tuple(setting.sizes.items()), setting.schedule, setting.precision)
             if shape not in seen:
-                found.append((one, predict(setting, target)))
+                found.append((one, predict(setting, device)))
                 seen.add(shape)
         except (ScheduleError, TargetError) as error:
             refused = error
@@ -174,51 +176,51 @@ def _lost(plan: Plan) -> tuple[float, int, int]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """What a wish comes to on one device."""
+    """The setting that meets a goal on one device, or the nearest to it."""
 
     plan: Plan
     prediction: Prediction
     met: bool
-    """Whether this meets the wish; else it is the nearest to it."""
+    """Whether this meets the goal; else it is the nearest to it."""
     num_settings: int
     """That it was chosen from."""
 
 
-def choose(found: Sequence[tuple[Plan, Prediction]], wish: Wish) -> Choice:
-    """Return the first combination that meets ``wish``: the one that loses least; the nearest one if none does.
+def choose(found: Sequence[tuple[Plan, Prediction]], goal: SpeedGoal) -> Choice:
+    """Return the first combination that meets ``goal``: the one that loses least; the nearest one if none does.
 
     Args:
         found: On one device; at least one.
-        wish: The speed that is wanted.
+        goal: The speed that is wanted.
     """
     for plan, prediction in found:
-        if wish.met_by(prediction):
+        if goal.met_by(prediction):
             return Choice(plan=plan, prediction=prediction, met=True, num_settings=len(found))
     fitting = [entry for entry in found if entry[1].memory.fits] or list(found)
-    plan, prediction = min(fitting, key=lambda entry: wish.shortfall(entry[1]))
+    plan, prediction = min(fitting, key=lambda entry: goal.shortfall(entry[1]))
     return Choice(plan=plan, prediction=prediction, met=False, num_settings=len(found))
 
 
-def unmet_text(wish: Wish, choices: Sequence[Choice]) -> str:
-    """Return the message for a wish that no device meets, with the nearest setting of the nearest device."""
-    nearest = min(choices, key=lambda choice: wish.shortfall(choice.prediction))
-    side = "at most" if METRICS[wish.metric] else "at least"
+def unmet_text(goal: SpeedGoal, choices: Sequence[Choice]) -> str:
+    """Return the message for a goal that no device meets, with the nearest setting of the nearest device."""
+    nearest = min(choices, key=lambda choice: goal.shortfall(choice.prediction))
+    side = "at most" if METRICS[goal.metric] else "at least"
     return (
-        f"--want: expected a setting with {wish.metric} of {side} {wish.value:g} on"
-        f" {', '.join(choice.prediction.target.name for choice in choices)}, got {nearest_text(wish, nearest)}"
-        f"{f' on {nearest.prediction.target.name}' if len(choices) > 1 else ''};"
+        f"--want: expected a setting with {goal.metric} of {side} {goal.value:g} on"
+        f" {', '.join(choice.prediction.device.name for choice in choices)}, got {nearest_text(goal, nearest)}"
+        f"{f' on {nearest.prediction.device.name}' if len(choices) > 1 else ''};"
         " sweep more values, ask for fewer --new-tokens, or choose another device"
     )
 
 
-def nearest_text(wish: Wish, choice: Choice) -> str:
+def nearest_text(goal: SpeedGoal, choice: Choice) -> str:
     """Return the nearest setting in words, and what it lacks."""
     prediction = choice.prediction
     lacks = [] if prediction.memory.fits else ["does not fit the memory"]
-    shortfall = wish.shortfall(prediction)
+    shortfall = goal.shortfall(prediction)
     if shortfall > 1:
         lacks.append(f"{shortfall:.2g} times too slow")
     return (
-        f"{metric_of(prediction, wish.metric):.3g} as the nearest of {choice.num_settings}"
+        f"{metric_of(prediction, goal.metric):.3g} as the nearest of {choice.num_settings}"
         f" ({choice.plan.described()}: {' and '.join(lacks)})"
     )

@@ -1,4 +1,4 @@
-"""What to change about a bundle, from where its time went: one line for each part that takes much and that an option changes."""
+"""Advice on a bundle: one line for each part that takes much time and that an option changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RANGES = ("prefix", "segment", "suffix")
 
 
 def advise(bundle: BundleProfile) -> tuple[str, ...]:
-    """Return what would make ``bundle`` faster; nothing if no part stands out."""
+    """Return lines that would make ``bundle`` faster; none if no part stands out."""
     return (*_about_the_first_token(bundle), *_about_tokens(bundle))
 
 
@@ -40,7 +40,7 @@ def _about_the_first_token(bundle: BundleProfile) -> Iterator[str]:
     outside = bundle.host_first_ms.p50 / whole
     if outside >= MUCH["outside"]:
         yield (
-            f"{outside:.0%} of the first token is outside of graphs: preparing a smaller picture takes less, and so do"
+            f"{outside:.0%} of the first token is outside of graphs: preparing a smaller image takes less, and so do"
             " fewer graphs"
         )
 

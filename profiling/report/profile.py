@@ -1,6 +1,6 @@
-"""What a profile says: the structs are the schema of ``trio-profile --json``; docs/profile.md describes it.
+"""The schema of ``trio-profile --json``; docs/profile.md describes it.
 
-Times are milliseconds, sizes bytes, rates per second. None means: this machine or this backend does not tell.
+Times are milliseconds, sizes bytes, rates per second. None: this machine or this backend does not tell.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from typing import Literal
 
 import msgspec
 
+from trio_edge.profiling.measure.ceilings import Ceilings
+from trio_edge.profiling.measure.layers import LayerTime, OperatorTime, Phase
+from trio_edge.profiling.measure.machine_info import MachineReport
 from trio_edge.profiling.measure.sensors.sampling_thread import SensorRange
 from trio_edge.profiling.statistics import Distribution, LineFit, Ratio
 
 SCHEMA_VERSION = 1
-Phase = Literal["prefill", "decode"]
 Bound = Literal["compute", "memory", "neither"]
 
 
@@ -21,23 +23,8 @@ class _Part(msgspec.Struct, frozen=True, kw_only=True):
     """Base of the report's values."""
 
 
-class Device(_Part, frozen=True):
-    """The machine."""
-
-    name: str
-    """The module's name on a Jetson, else the processor's."""
-    machine: str
-    system: str
-    cores: int
-    memory_bytes: int | None
-    gpu: str | None
-    gpu_compute_capability: int | None
-    gpu_memory_bytes: int | None
-    gpu_driver: str | None
-
-
-class Conditions(_Part, frozen=True):
-    """How it was measured."""
+class ProfileConditions(_Part, frozen=True):
+    """Settings and state of the machine during the measurement."""
 
     started: str
     """UTC."""
@@ -45,33 +32,23 @@ class Conditions(_Part, frozen=True):
     threads: int
     """0 is the backend's choice."""
     clock: str
-    """What graphs were timed with: "the host", or "events of the GPU"."""
+    """The clock that graphs were timed with: "the host", or "events of the GPU"."""
     power_mode: str | None
-    """What nvpmodel says."""
+    """As nvpmodel says it."""
     cpu_governor: str | None
     load_average: float | None
-    """Of the last minute, before the first run."""
+    """Mean of the last minute, before the first run."""
     picture: str
     prompt: str
     new_tokens: int
     warm_up: int
     runs: int
-    """Of each bundle."""
+    """Answers of each bundle."""
     stopped: str
     """Why there were no more."""
     sensors: tuple[str, ...]
     missing: tuple[str, ...]
     """One line for each thing that could not be measured."""
-
-
-class Ceilings(_Part, frozen=True):
-    """What the machine reached on the spot, through the same backend."""
-
-    flops_per_s: float
-    matmul: str
-    bytes_per_s: float
-    """Read and written."""
-    copy: str
 
 
 class Load(_Part, frozen=True):
@@ -97,11 +74,11 @@ class GraphProfile(_Part, frozen=True):
     answer_ms: float
     """Median of its time in a whole answer."""
     share: float
-    """Of the answer."""
+    """Share of the answer."""
     flops: float | None
-    """Of one call: matrix products."""
+    """FLOPs of the matrix products of one call."""
     moved_bytes: float | None
-    """Of one call at least: weights, and what products, attention and element-wise kernels read and write, each once."""
+    """Bytes of one call at least: weights, and what products, attention and element-wise kernels read and write, once each."""
     flops_per_s: float | None
     bytes_per_s: float | None
     intensity: float | None
@@ -112,32 +89,8 @@ class GraphProfile(_Part, frozen=True):
     verdict: str | None
 
 
-class LayerTime(_Part, frozen=True):
-    """One layer or node of a graph, as the backend names it."""
-
-    graph: str
-    phase: Phase
-    name: str
-    kind: str
-    """Operator."""
-    answer_ms: float
-    """Median time of a run in a whole answer's runs, under the backend's own profiler."""
-    calls_per_answer: float
-    shapes: str
-
-
-class OperatorTime(_Part, frozen=True):
-    """All layers of one kind in a graph."""
-
-    graph: str
-    phase: Phase
-    kind: str
-    layers: int
-    answer_ms: float
-
-
 class DecodeStep(_Part, frozen=True):
-    """A token behind so many rows of text and visual tokens."""
+    """The time of a token after so many rows of text and visual tokens."""
 
     context: int
     """Rows before it, visual tokens not reduced."""
@@ -147,11 +100,11 @@ class DecodeStep(_Part, frozen=True):
     """One value for each round: the median of a few forced tokens."""
 
 
-class Memory(_Part, frozen=True):
-    """Bytes, and what they are for."""
+class MemoryProfile(_Part, frozen=True):
+    """Bytes by purpose."""
 
     weights: int
-    """Of all graphs."""
+    """Weights of all graphs."""
     kv_allocated: int
     kv_used: int
     """At the end of an answer."""
@@ -160,20 +113,20 @@ class Memory(_Part, frozen=True):
     workspace: int
     """Activations inside a graph, as the backend reports or estimates them."""
     other: int | None
-    """What the process has beside these at its peak: Python, libraries, tokenizer, second copies of weights. Where the
-    graphs lie on a GPU, all of the process."""
+    """The rest of the process at its peak: Python, libraries, tokenizer, second copies of weights. Where the graphs lie
+    on a GPU, all of the process."""
     peak_rss: int | None
-    """Of the process with this bundle alone, while it was loaded and answered its first questions."""
+    """Peak of the process with this bundle alone, while it was loaded and answered its first questions."""
     loading_rss: int | None
-    """What loading added to the process."""
+    """Growth of the process while the bundle was loaded."""
     answering_rss: int | None
-    """What the first answers added at their peak."""
+    """Growth of the process during the first answers, at their peak."""
     device_free: int | None
-    """On the GPU after the first answers; None on a CPU."""
+    """Free memory of the GPU after the first answers; None on a CPU."""
 
 
 class SizePoint(_Part, frozen=True):
-    """Time to the first token at one size of picture."""
+    """Time to the first token at one size of image."""
 
     width: int
     height: int
@@ -192,7 +145,7 @@ class BundleProfile(_Part, frozen=True):
     model: str
     dtype: str
     formats: dict[str, str]
-    """Of weights in another format than ``dtype``, by part of the model."""
+    """Formats of the weights that have another one than ``dtype``, by part of the model."""
     selection: str
     visual_tokens: int
     processed_tokens: float
@@ -201,9 +154,9 @@ class BundleProfile(_Part, frozen=True):
     text_tokens: int
     load: Load
     ttft_ms: Distribution
-    """Picture and prompt to first token: reading, preparing, vision, prefill, sampling."""
+    """Image and prompt to first token: reading, preparing, vision, prefill, sampling."""
     prefill_ms: Distribution
-    """The decoder's part of it."""
+    """The decoder's part of ``ttft_ms``."""
     token_ms: Distribution | None
     """Each token after the first; None if there was none."""
     tokens_per_s: float | None
@@ -214,25 +167,25 @@ class BundleProfile(_Part, frozen=True):
     """Median time of a later token outside of graphs."""
     graphs: tuple[GraphProfile, ...]
     decode: tuple[DecodeStep, ...]
-    """From a question without a picture to the end of the KV caches."""
+    """Contexts from a question without an image to the end of the KV caches."""
     decode_fit: LineFit | None
-    """Of ``decode`` over ``cached_rows``."""
+    """Line through ``decode`` over ``cached_rows``."""
     sizes: tuple[SizePoint, ...]
-    memory: Memory
+    memory: MemoryProfile
     energy_j: dict[str, float]
-    """Of one answer, the idle share included, by where it was measured."""
+    """Energy of one answer, the idle share included, by the place where it was measured."""
     sensors: dict[str, SensorRange]
-    """During all runs."""
+    """Ranges during all runs."""
     operators: tuple[OperatorTime, ...]
     """Every kind of layer, where the backend tells its layers apart."""
     layers: tuple[LayerTime, ...]
     """The slowest of each graph in each phase."""
     advice: tuple[str, ...] = ()
-    """What to change, from where its time went."""
+    """Lines of advice."""
 
     @property
     def numbers(self) -> str:
-        """What activations and weights are stored as: ``float16, int4 in prefix, suffix``."""
+        """Formats of activations and weights in words: ``float16, int4 in prefix, suffix``."""
         parts: dict[str, list[str]] = {}
         for part, kind in self.formats.items():
             parts.setdefault(kind, []).append(part)
@@ -240,7 +193,7 @@ class BundleProfile(_Part, frozen=True):
 
 
 class Comparison(_Part, frozen=True):
-    """One bundle beside the first one, run in turns."""
+    """One bundle compared with the first one, run in turns."""
 
     label: str
     reference: str
@@ -250,13 +203,13 @@ class Comparison(_Part, frozen=True):
     """The same for what does not vary from run to run."""
 
 
-class Report(_Part, frozen=True):
-    """All that was measured."""
+class ProfileReport(_Part, frozen=True):
+    """The whole profile."""
 
     schema_version: int
-    device: Device
+    device: MachineReport
     versions: dict[str, str]
-    conditions: Conditions
+    conditions: ProfileConditions
     ceilings: Ceilings | None
     bundles: tuple[BundleProfile, ...]
     comparisons: tuple[Comparison, ...]

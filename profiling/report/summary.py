@@ -7,44 +7,37 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from trio_edge.profiling.measure.layers.interface import operator_times, slowest_layers
-from trio_edge.profiling.measure.machine_info import find_device, find_versions
-from trio_edge.profiling.measure.recording import DECODE
+from trio_edge.profiling.measure.layers import operator_times, slowest_layers
+from trio_edge.profiling.measure.machine_info import find_machine, find_versions
 from trio_edge.profiling.measure.sensors.sampling_thread import joules, sensor_ranges
 from trio_edge.profiling.report.advice import advise
+from trio_edge.profiling.report.graphs import graph_profiles
 from trio_edge.profiling.report.profile import (
     SCHEMA_VERSION,
     BundleProfile,
     Comparison,
-    Conditions,
     DecodeStep,
-    GraphProfile,
     Load,
-    Memory,
-    Report,
+    MemoryProfile,
+    ProfileConditions,
+    ProfileReport,
     SizePoint,
 )
-from trio_edge.profiling.report.roofline import judge
-from trio_edge.profiling.statistics import distribution, line_fit, median_ratio
+from trio_edge.profiling.statistics import distribution, distribution_of_runs, line_fit, median_ratio
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
 from trio_edge.runtime.bundle.reader import sha256_of
-from trio_edge.trio.cost.work import graph_work
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from trio_edge.profiling.measure.measuring import Measured, Measurement
-    from trio_edge.profiling.report.profile import Ceilings
-    from trio_edge.profiling.statistics import Distribution
-    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile
+    from trio_edge.profiling.measure.measuring import MeasuredBundle, Measurement
+    from trio_edge.runtime.bundle.manifest import Manifest
 
 
-def report_of(measurement: Measurement, conditions: Conditions) -> Report:
+def report_of(measurement: Measurement, conditions: ProfileConditions) -> ProfileReport:
     """Return the report of ``measurement``.
 
     Args:
-        measurement: What was seen.
-        conditions: How.
+        measurement: All that was measured.
+        conditions: How it was measured.
     """
     labels = _labels(measurement)
     profiles = [
@@ -53,9 +46,9 @@ def report_of(measurement: Measurement, conditions: Conditions) -> Report:
     ]
     bundles = tuple(msgspec.structs.replace(profile, advice=advise(profile)) for profile in profiles)
     reference = measurement.measured[0]
-    return Report(
+    return ProfileReport(
         schema_version=SCHEMA_VERSION,
-        device=find_device(),
+        device=find_machine(),
         versions=find_versions(),
         conditions=conditions,
         ceilings=measurement.ceilings,
@@ -69,12 +62,12 @@ def report_of(measurement: Measurement, conditions: Conditions) -> Report:
 
 def _labels(measurement: Measurement) -> list[str]:
     """Return the folders' names, numbered where two are alike."""
-    names = [measured.subject.bundle.folder.resolve().name for measured in measurement.measured]
+    names = [measured.loaded.bundle.folder.resolve().name for measured in measurement.measured]
     return [name if names.count(name) == 1 else f"{name} ({index + 1})" for index, name in enumerate(names)]
 
 
-def _bundle_profile(measured: Measured, measurement: Measurement, *, label: str) -> BundleProfile:
-    answers, bundle = measured.answers, measured.subject.bundle
+def _bundle_profile(measured: MeasuredBundle, measurement: Measurement, *, label: str) -> BundleProfile:
+    answers, bundle = measured.answers, measured.loaded.bundle
     manifest, first = bundle.manifest, measured.answers[0].statistics
     windows = [(answer.start, answer.end) for answer in answers]
     token_ms = [time for answer in answers for time in answer.token_ms]
@@ -92,19 +85,19 @@ def _bundle_profile(measured: Measured, measurement: Measurement, *, label: str)
         kept_tokens=first.kept_tokens,
         text_tokens=first.text_tokens,
         load=Load(
-            open_ms=measured.subject.open_ms,
-            graphs_ms=measured.subject.graphs_ms,
+            open_ms=measured.loaded.open_ms,
+            graphs_ms=measured.loaded.graphs_ms,
             first_answer_ms=measured.first.answer_ms,
             first_ttft_ms=measured.first.ttft_ms,
         ),
         ttft_ms=distribution([answer.ttft_ms for answer in answers]),
         prefill_ms=distribution([answer.statistics.prefill_ms for answer in answers]),
-        token_ms=_of_runs([answer.token_ms for answer in answers]) if token_ms else None,
+        token_ms=distribution_of_runs([answer.token_ms for answer in answers]) if token_ms else None,
         tokens_per_s=1e3 / statistics.median(token_ms) if token_ms else None,
         answer_ms=distribution([answer.answer_ms for answer in answers]),
         host_first_ms=distribution([answer.host_first_ms for answer in answers]),
         host_token_ms=_host_token_ms(measured),
-        graphs=_graph_profiles(measured, measurement.ceilings),
+        graphs=graph_profiles(measured, measurement.ceilings),
         decode=tuple(
             DecodeStep(context=one.context, cached_rows=one.cached_rows, ms=distribution(one.milliseconds))
             for one in measured.contexts
@@ -144,98 +137,28 @@ def _selection(manifest: Manifest) -> str:
     return "; ".join(parts) or "keeps all visual tokens"
 
 
-def _of_runs(runs: Sequence[Sequence[float]]) -> Distribution:
-    """Return the distribution of what was timed several times in each run, equally often or each on its own account."""
-    counts = {len(times) for times in runs}
-    return distribution(
-        [time for times in runs for time in times], per_run=counts.pop() if len(counts) == 1 else 1
-    )
-
-
-def _host_token_ms(measured: Measured) -> float | None:
+def _host_token_ms(measured: MeasuredBundle) -> float | None:
     found = [time for answer in measured.answers if (time := answer.host_token_ms) is not None]
     return statistics.median(found) if found else None
 
 
-def _graph_profiles(measured: Measured, ceilings: Ceilings | None) -> tuple[GraphProfile, ...]:
-    """Return each graph in each profile that ran, in the order of the manifest, prefill first."""
-    manifest = measured.subject.bundle.manifest
-    answer_ms = statistics.median(answer.answer_ms for answer in measured.answers)
-    found = []
-    for decodes in (False, True):
-        for spec in manifest.graphs:
-            for profile in spec.profiles:
-                if (profile.name == DECODE) == decodes:
-                    answers = _answers_with(measured, spec.name, profile.name)
-                    if answers:
-                        found.append(_graph_profile(manifest, spec, profile, answers, answer_ms, ceilings))
-    return tuple(found)
-
-
-def _answers_with(measured: Measured, graph: str, profile: str) -> list[list[float]]:
-    """Return per answer the times of a graph's calls; from the runs without capture where the others have none."""
-    for answers in (measured.answers, measured.steps):
-        found = [
-            [call.milliseconds for call in answer.calls if (call.graph, call.profile) == (graph, profile)]
-            for answer in answers
-        ]
-        if any(found):
-            return found
-    return []
-
-
-def _graph_profile(
-    manifest: Manifest,
-    spec: GraphSpec,
-    profile: Profile,
-    answers: Sequence[Sequence[float]],
-    answer_ms: float,
-    ceilings: Ceilings | None,
-) -> GraphProfile:
-    call_ms = _of_runs(answers)
-    in_answer = statistics.median(sum(calls) for calls in answers)
-    work = graph_work(manifest, spec, profile)
-    flops, moved = work.flops, work.moved_bytes
-    verdict = None
-    if ceilings is not None and call_ms.p50 > 0:
-        verdict = judge(flops=flops, moved_bytes=moved, milliseconds=call_ms.p50, ceilings=ceilings)
-    return GraphProfile(
-        name=spec.name,
-        role=spec.role,
-        phase="decode" if profile.name == DECODE else "prefill",
-        profile=profile.name,
-        calls_per_answer=sum(map(len, answers)) / len(answers),
-        call_ms=call_ms,
-        answer_ms=in_answer,
-        share=in_answer / answer_ms,
-        flops=flops,
-        moved_bytes=moved,
-        flops_per_s=1e3 * flops / call_ms.p50 if call_ms.p50 > 0 else None,
-        bytes_per_s=1e3 * moved / call_ms.p50 if call_ms.p50 > 0 else None,
-        intensity=flops / moved,
-        bound=None if verdict is None else verdict.bound,
-        of_ceiling=None if verdict is None else verdict.of_ceiling,
-        verdict=None if verdict is None else verdict.text,
-    )
-
-
-def _memory(measured: Measured, *, before_all: int | None) -> Memory:
+def _memory(measured: MeasuredBundle, *, before_all: int | None) -> MemoryProfile:
     """Return the memory of one bundle, as if no other were loaded.
 
     Args:
         measured: The bundle.
-        before_all: Of the process before the first bundle was loaded.
+        before_all: Bytes of the process before the first bundle was loaded.
     """
-    seen, manifest = measured.memory, measured.subject.bundle.manifest
+    seen, manifest = measured.memory, measured.loaded.bundle.manifest
     added = _growth(seen.before, seen.peak)
     peak = None if added is None or before_all is None else before_all + added
     weights = seen.planned.get("weights", sum(graph.weight_bytes for graph in manifest.graphs))
     buffers, workspace = (seen.planned.get(name, 0) for name in ("buffers", "workspace"))
     on_device = weights + manifest.kv_bytes + buffers + workspace
-    other = peak
+    other = peak  # on a GPU nothing of the graphs lies in the process
     if peak is not None and seen.device_free is None:
         other = max(0, peak - on_device)
-    return Memory(
+    return MemoryProfile(
         weights=weights,
         kv_allocated=manifest.kv_bytes,
         kv_used=measured.answers[-1].statistics.kv_bytes,
@@ -254,7 +177,7 @@ def _growth(before: int | None, after: int | None) -> int | None:
 
 
 def _comparison(
-    measured: Measured, reference: Measured, *, profile: BundleProfile, against: BundleProfile
+    measured: MeasuredBundle, reference: MeasuredBundle, *, profile: BundleProfile, against: BundleProfile
 ) -> Comparison:
     pairs = {
         "ttft_ms": [[answer.ttft_ms for answer in one.answers] for one in (measured, reference)],

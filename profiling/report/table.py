@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from trio_edge.profiling.report.profile import BundleProfile, Comparison, Report
+    from trio_edge.profiling.report.profile import BundleProfile, Comparison, ProfileReport
     from trio_edge.profiling.statistics import Distribution
 
 _SHOWN_LAYERS = 10
 
 
-def print_profile(report: Report) -> None:
+def print_profile(report: ProfileReport) -> None:
     """Print the report to standard output."""
     console = wide_console()
     for line in _heading(report):
@@ -42,7 +42,7 @@ def print_profile(report: Report) -> None:
         console.print(f"not measured: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _heading(report: Report) -> list[str]:
+def _heading(report: ProfileReport) -> list[str]:
     device, conditions = report.device, report.conditions
     lines = [
         f"{device.name}, {device.cores} cores{f', {device.gpu}' if device.gpu else ''}; {conditions.backend},"
@@ -62,7 +62,7 @@ def _heading(report: Report) -> list[str]:
     return lines
 
 
-def _print_summary(console: Console, report: Report) -> None:
+def _print_summary(console: Console, report: ProfileReport) -> None:
     rows = [
         (
             escape(bundle.label),

@@ -22,8 +22,8 @@ def trace_json(measurement: Measurement, labels: Sequence[str]) -> bytes:
     """Return the trace of all timed answers.
 
     Args:
-        measurement: What was seen.
-        labels: Of its bundles.
+        measurement: All that was measured.
+        labels: Names of its bundles.
     """
     origin = min(one.answers[0].start for one in measurement.measured)
     last = max(one.answers[-1].end for one in measurement.measured)

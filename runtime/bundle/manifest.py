@@ -38,8 +38,6 @@ PART_FROM_ROLE: dict[Role, Part] = {
     "head": "head",
 }
 """Part of the graphs that can be quantized."""
-TokenMethod = Literal["visionzip", "holov", "scope", "divprune", "cdpruner", "eadp", "uniform"]
-"""Selections among an image's visual tokens before the decoder."""
 
 
 class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -253,8 +251,8 @@ class Manifest(_Spec, frozen=True):
     image_processing: dict[str, Any]
     encoder_keep: int | None
     """Patches per tile, or visual tokens of the image, that the vision graph keeps; None for all."""
-    token_method: TokenMethod | None
-    """Selection of the reduce graph between vision and prefix; None without one."""
+    token_method: str | None
+    """Selector of the reduce graph between vision and prefix, by its name in ``trio_edge.trio.methods``; None without one."""
     token_keep: int | None
     """K, visual tokens that the reduce graph passes on."""
     token_embedding: StoredTensor

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 
 from trio_edge.runtime.backends.registry import BACKENDS_HELP
 from trio_edge.runtime.bundle.errors import BundleError, ImageError
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.pipeline import Generation, Pipeline
+from trio_edge.runtime.sampling import first_token_kl, summary_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -138,17 +138,6 @@ def _draw(pipeline: Pipeline, answer: Generation, target: Path) -> None:
         raise ImageError(f"{target}: cannot be written ({error}); choose another file") from None
 
 
-def first_token_kl(reference: Generation, answer: Generation) -> float:
-    """Return KL(reference ‖ answer) of the first token's distribution, in nats."""
-    log_p, log_q = (_log_softmax(generation.first_logits) for generation in (reference, answer))
-    return float(np.sum(np.exp(log_p) * (log_p - log_q)))
-
-
-def _log_softmax(logits: Any) -> Any:
-    shifted = logits.astype(np.float64) - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
-
-
 def _print_comparison(answer: Generation, reference: Generation) -> None:
     reduced, full = answer.statistics, reference.statistics
 
@@ -156,7 +145,8 @@ def _print_comparison(answer: Generation, reference: Generation) -> None:
         return f"{theirs / ours:.2f}x" if ours > 0 else "-"
 
     print(f"keep-all answer: {reference.text}")
-    print(f"KL of the first token: {first_token_kl(reference, answer):.4f} nats")
+    everything = summary_of(reference.first_logits, num_tokens=len(reference.first_logits))
+    print(f"KL of the first token: {first_token_kl(everything, answer.first_logits):.4f} nats")
     print(
         f"keep-all / reduced: first token {ratio(reduced.ttft_ms, full.ttft_ms)},"
         f" prefill {ratio(reduced.prefill_ms, full.prefill_ms)},"

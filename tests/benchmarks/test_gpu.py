@@ -13,7 +13,8 @@ import torch
 from tests.conftest import REDUCED_STAGES
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.images.interface import image_processing
-from trio_edge.trio.cost.flops import reduction_cost
+from trio_edge.trio.cost.flops import count_prefill
+from trio_edge.trio.cost.work import vision_work
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FAMILIES = ["llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b"]
@@ -56,8 +57,9 @@ def test_counts_add_up_to_the_cost_of_the_schedule(family: str, keep: float) -> 
 
     sizes = full_sizes(family)
     counted = sizes.count(keep, num_text=64)
-    cost = reduction_cost(sizes.shape, sizes.schedule(keep), num_visual=sizes.num_visual, num_text=64)
-    assert flops(counted.prefill()) == pytest.approx(cost.reduced_flops, rel=1e-9)
+    cost = count_prefill(sizes.decoder, sizes.schedule(keep), num_visual=sizes.num_visual, num_text=64)
+    vision = vision_work(sizes.tower, sizes.vision_sizes).flops
+    assert flops(counted.prefill()) == pytest.approx(vision + cost.flops, rel=1e-9)
     assert flops(counted.selects()) == pytest.approx(cost.select_flops, rel=1e-9)
     assert counted.kv_bytes == cost.kv_bytes
 

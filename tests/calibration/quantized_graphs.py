@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trio_edge.export import bundle
+from trio_edge.export import tracing
+from trio_edge.export.bundle import write_graph
 from trio_edge.export.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from trio_edge.export.checkpoints.weights import store_weights
 from trio_edge.export.families import check_architecture, family_of
-from trio_edge.export.graphs import tracing
-from trio_edge.export.layout import Layout
+from trio_edge.export.graphs.layout import Layout
+from trio_edge.export.plan import dimensions_of
 from trio_edge.export.quantize.assign import StoredForm, plain_tensors, quantize_graphs
 from trio_edge.export.quantize.store import store_quantized
 from trio_edge.runtime.bundle.schedule import Schedule
@@ -37,7 +38,7 @@ def traced_ends(checkpoint_folder: Path, picture_size: tuple[int, int]) -> Trace
     """Return the graphs for pictures of one size, without weights."""
     checkpoint = read_checkpoint(str(checkpoint_folder), check_config=check_architecture)
     family = family_of(checkpoint)
-    pictures = family.picture_processing(checkpoint, encoder_keep=None, max_visual=None)
+    pictures = family.image_processing(checkpoint, encoder_keep=None, max_visual=None)
     layout = Layout(
         vision_sizes=(pictures.sizes(*picture_size),),
         schedule=Schedule(),
@@ -49,7 +50,7 @@ def traced_ends(checkpoint_folder: Path, picture_size: tuple[int, int]) -> Trace
     )
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = family.build(checkpoint, processing=pictures, dtype="float32", with_features=False)
-        tracer = tracing._Tracer(model, checkpoint, layout=layout, dimensions=bundle.dimensions_of(model))
+        tracer = tracing._Tracer(model, checkpoint, layout=layout, dimensions=dimensions_of(model))
         return TracedEnds(checkpoint, [tracing._vision(tracer), tracing._head(tracer)])
 
 
@@ -70,4 +71,4 @@ def write_quantized(
     stored = stored.with_more(
         store_quantized(ends.checkpoint, forms, folder, dtype="float32", on_bytes=lambda _count: None)
     )
-    return forms, [bundle._write_graph(graph, dict(stored.tensors), folder) for graph in graphs]
+    return forms, [write_graph(graph, stored.tensors, folder) for graph in graphs]

@@ -1,4 +1,4 @@
-"""The parts of a calibration that need no model: samples, shapes, fronts, wishes and costs."""
+"""The parts of a calibration that need no model: samples, shapes, fronts, rules and costs."""
 
 from __future__ import annotations
 
@@ -10,25 +10,31 @@ import pytest
 
 from tests.calibration.question_files import questions_about, write_questions
 from tests.pictures import random_picture
+from trio_edge.calibration.json_lines import ResultFile
 from trio_edge.calibration.model.prompts import SampleShape
-from trio_edge.calibration.search.calibrate import Progress, _warn_above
-from trio_edge.calibration.search.candidates import Candidate
-from trio_edge.calibration.search.fixed_shapes import picture_sizes, rounds_with_margin, text_buckets
+from trio_edge.calibration.search.bundle_shape import image_sizes, rounds_with_margin, text_buckets
+from trio_edge.calibration.search.calibrate import SearchProgress, _warn_above
 from trio_edge.calibration.search.held_out import accuracy
-from trio_edge.calibration.search.measure.measuring import Measured
-from trio_edge.calibration.search.measure.record import ImportanceLine, Record
+from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
+from trio_edge.calibration.search.measure.record import ImportanceLine
 from trio_edge.calibration.search.measure.samples import read_samples, split_samples
-from trio_edge.calibration.search.pareto import first_fronts, pareto_front
-from trio_edge.calibration.search.prefill_cost import Cost, PrefillCost, Situation
-from trio_edge.calibration.search.report.calibration_file import Fidelity, Measure, Options, read_options
-from trio_edge.calibration.search.space import make_space
-from trio_edge.calibration.search.wish import Wish
+from trio_edge.calibration.search.report.calibration_file import (
+    CalibrationOptions,
+    Fidelity,
+    Measure,
+    read_options,
+)
+from trio_edge.calibration.search.schedules.candidates import Candidate
+from trio_edge.calibration.search.schedules.pareto import first_fronts, pareto_front
+from trio_edge.calibration.search.schedules.prefill_cost import PrefillCost, ScheduleCost, Situation
+from trio_edge.calibration.search.schedules.selection_rule import SelectionRule
+from trio_edge.calibration.search.schedules.space import make_space
 from trio_edge.profiling.predict.answer import Setting, predict
 from trio_edge.profiling.predict.models import find_model
 from trio_edge.runtime.bundle.errors import DataError, ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.budgets import parse_schedule
-from trio_edge.trio.cost.devices import find_target
+from trio_edge.trio.cost.devices import find_device
 
 MODEL = find_model("llava-next-7b")
 SIZES = {"B": 5, "N": 2880}
@@ -43,15 +49,15 @@ def sample(num_visual: int, num_text: int, *, size: tuple[int, int] = (48, 48)) 
 
 def cost_on(target: str, *situations: Situation) -> PrefillCost:
     return PrefillCost(
-        decoder=MODEL.decoder, vision=MODEL.vision, situations=situations, target=find_target(target)
+        decoder=MODEL.decoder, vision=MODEL.vision, situations=situations, target=find_device(target)
     )
 
 
 def candidate(stages: str | None, *, kl: float) -> Candidate:
     schedule = Schedule() if stages is None else parse_schedule(stages)
     cost = cost_on("orin-nx-16", Situation(1.0, SIZES, 40)).of(schedule)
-    results = [Measured(0.9 * kl, True, 3), Measured(1.1 * kl, True, 3)]
-    return Candidate(schedule=schedule, cost=cost, kind="time", results=results, pictures=["a", "b"])
+    results = [MeasuredSchedule(0.9 * kl, True, 3), MeasuredSchedule(1.1 * kl, True, 3)]
+    return Candidate(schedule=schedule, cost=cost, kind="time", results=results, images=["a", "b"])
 
 
 def test_samples_may_lack_answers(tmp_path: Path) -> None:
@@ -68,21 +74,21 @@ def test_samples_without_answers_have_no_accuracy(tmp_path: Path) -> None:
     assert accuracy(never, questions, Schedule(), probes=never, on_sample=never) is None
 
 
-def test_a_folder_of_pictures_is_asked_one_prompt(tmp_path: Path) -> None:
+def test_a_folder_of_images_is_asked_one_prompt(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for number, name in enumerate(("b.png", "deep/a.jpg")):
         random_picture(48, 48, seed=number).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     questions = read_samples(str(tmp_path), prompt="w1 ?", count=None, seed=0)
     assert [question.sample_id for question in questions] == ["b.png", "deep/a.jpg"]
     assert {question.question for question in questions} == {"w1 ?"}
 
 
-def test_no_picture_is_on_both_sides_of_the_split(tmp_path: Path) -> None:
+def test_no_image_is_on_both_sides_of_the_split(tmp_path: Path) -> None:
     path = write_questions(tmp_path, questions_about(12))
     questions = read_samples(str(path), prompt=None, count=None, seed=0)
     split = split_samples(questions, held_out=0.3, seed=0)
-    sides = [{question.picture_id for question in side} for side in split]
+    sides = [{question.image_id for question in side} for side in split]
     assert not sides[0] & sides[1]
     assert (len(split.search), len(split.held_out)) == (8, 4)
     assert split == split_samples(questions, held_out=0.3, seed=0)
@@ -99,12 +105,12 @@ def test_text_buckets_have_no_more_room_to_spare_than_the_model_has() -> None:
     assert text_buckets([sample(2880, 60)], room=61) == (64,)  # refused later, in words
 
 
-def test_picture_sizes_cover_the_largest_and_the_common_ones() -> None:
+def test_image_sizes_cover_the_largest_and_the_common_ones() -> None:
     common, rare = sample(100, 9, size=(64, 48)), sample(60, 9, size=(48, 64))
-    assert picture_sizes([common, common, rare]) == ((64, 48), (48, 64))
-    assert picture_sizes([common] * 99 + [rare]) == ((64, 48),)
+    assert image_sizes([common, common, rare]) == ((64, 48), (48, 64))
+    assert image_sizes([common] * 99 + [rare]) == ((64, 48),)
     other = sample(100, 9, size=(65, 48))
-    assert picture_sizes([other, common, common]) == ((64, 48),)
+    assert image_sizes([other, common, common]) == ((64, 48),)
 
 
 @pytest.mark.parametrize(("largest", "rounds"), [(1, 3), (8, 10), (20, 25)])
@@ -166,7 +172,7 @@ def test_costs_are_those_of_trio_profiles_prediction(target: str, stages: str | 
         num_new=1,
         precision="float16",
     )
-    prediction = predict(setting, find_target(target))
+    prediction = predict(setting, find_device(target))
     cost = cost_on(target, Situation(1.0, SIZES, 40)).of(schedule)
     assert cost.milliseconds == pytest.approx(1e3 * prediction.seconds("prefill"))
     prefill = [timed.run.work.flops for timed in prediction.runs if timed.run.phase == "prefill"]
@@ -179,52 +185,55 @@ def test_the_cost_is_the_mean_over_the_samples_shapes() -> None:
     both = cost_on("orin-nx-16", small._replace(share=0.25), large._replace(share=0.75))
     schedule = parse_schedule("5:300")
     apart = [cost_on("orin-nx-16", situation).of(schedule) for situation in (small, large)]
-    expected = Cost(0.0, 0.0).plus(apart[0], 0.25).plus(apart[1], 0.75)
+    expected = ScheduleCost(0.0, 0.0).plus(apart[0], 0.25).plus(apart[1], 0.75)
     assert both.of(schedule) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
-    ("wish", "chosen"),
+    ("rule", "chosen"),
     [
-        (Wish(rule="max_kl", bound=0.05), "1:460"),
-        (Wish(rule="max_kl", bound=0.043), "10:270"),  # 0.04 is not within it with 95 % confidence
-        (Wish(rule="max_kl", bound=0.005), None),
-        (Wish(rule="target_ms", bound=2300.0), "10:270"),
-        (Wish(rule="keep", bound=0.40), "10:270"),
-        (Wish(rule="keep", bound=0.20), "1:460"),
+        (SelectionRule(bounded="max_kl", bound=0.05), "1:460"),
+        (
+            SelectionRule(bounded="max_kl", bound=0.043),
+            "10:270",
+        ),  # 0.04 is not within it with 95 % confidence
+        (SelectionRule(bounded="max_kl", bound=0.005), None),
+        (SelectionRule(bounded="target_ms", bound=2300.0), "10:270"),
+        (SelectionRule(bounded="keep", bound=0.40), "10:270"),
+        (SelectionRule(bounded="keep", bound=0.20), "1:460"),
     ],
 )
-def test_a_wish_chooses_within_its_bound(wish: Wish, chosen: str | None) -> None:
+def test_a_rule_chooses_within_its_bound(rule: SelectionRule, chosen: str | None) -> None:
     candidates = [candidate(None, kl=0.0), candidate("10:270", kl=0.02), candidate("1:460", kl=0.04)]
     candidates.append(candidate("1:110", kl=0.3))
     expected = next(
         one for one in candidates if one.schedule == (parse_schedule(chosen) if chosen else Schedule())
     )
-    assert wish.choice(candidates, SPACE) == expected
+    assert rule.choice(candidates, SPACE) == expected
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("rule", "message"),
     [
         (
-            Wish(rule="target_ms", bound=1.0),
+            SelectionRule(bounded="target_ms", bound=1.0),
             r"--target-ms: expected at least \d+ \(predicted for jetson-orin-nx-16",
         ),
-        (Wish(rule="keep", bound=0.02), r"--keep: expected at least 7% \(stages 1:115\), got 2%"),
+        (SelectionRule(bounded="keep", bound=0.02), r"--keep: expected at least 7% \(stages 1:115\), got 2%"),
     ],
 )
-def test_what_no_schedule_can_do_is_told_with_the_nearest(wish: Wish, message: str) -> None:
+def test_what_no_schedule_can_do_is_told_with_the_nearest(rule: SelectionRule, message: str) -> None:
     cost = cost_on("orin-nx-16", Situation(1.0, SIZES, 40))
     with pytest.raises(ScheduleError, match=message):
-        wish.check(SPACE, cost)
+        rule.check(SPACE, cost)
 
 
 def test_the_nearest_that_is_told_can_be_had() -> None:
     cost = cost_on("orin-nx-16", Situation(1.0, SIZES, 40))
     with pytest.raises(ScheduleError, match="--target-ms") as refusal:
-        Wish(rule="target_ms", bound=1.0).check(SPACE, cost)
+        SelectionRule(bounded="target_ms", bound=1.0).check(SPACE, cost)
     nearest = float(str(refusal.value).split("at least ")[1].split()[0])
-    Wish(rule="target_ms", bound=nearest).check(SPACE, cost)
+    SelectionRule(bounded="target_ms", bound=nearest).check(SPACE, cost)
 
 
 @pytest.mark.parametrize(
@@ -243,14 +252,14 @@ def test_the_nearest_that_is_told_can_be_had() -> None:
 )
 def test_impossible_options_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises((ScheduleError, ValueError), match=message):
-        Options(**{"model": "tiny", "samples": "shapes", "target": "orin-nx-16", **settings})
+        CalibrationOptions(**{"model": "tiny", "samples": "shapes", "target": "orin-nx-16", **settings})
 
 
 def test_options_alone_are_a_config(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     wanted = {"model": "tiny", "samples": "shapes", "target": "orin-nx-16", "layers": [1, 4]}
     path.write_text(json.dumps({"options": wanted}))
-    assert read_options(path) == (Options(**{**wanted, "layers": (1, 4)}), None)
+    assert read_options(path) == (CalibrationOptions(**{**wanted, "layers": (1, 4)}), None)
     path.write_text(json.dumps({"options": {**wanted, "layer": 3}}))
     with pytest.raises(DataError, match=r"expected a calibration\.json"):
         read_options(path)
@@ -261,19 +270,19 @@ def test_options_alone_are_a_config(tmp_path: Path) -> None:
 
 def test_a_record_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with Path("/dev/full").open("ab", buffering=0) as full:
-        record = Record(full, tmp_path / "measurements.jsonl")
+        record = ResultFile(full, tmp_path / "measurements.jsonl")
         with pytest.raises(DataError, match=r"measurements\.jsonl: expected room for a line, got none"):
             record.append(ImportanceLine(index=0, layers=[]))
 
 
-def test_a_divergence_above_the_wish_is_warned_of() -> None:
+def test_a_divergence_above_the_bound_is_warned_of() -> None:
     lines: list[str] = []
     kl, agreement = (Measure(value=value, interval_95=(0.0, 1.0)) for value in (0.07, 1.0))
     for bound in (0.05, 0.08):
         _warn_above(
-            Wish(rule="max_kl", bound=bound),
+            SelectionRule(bounded="max_kl", bound=bound),
             Fidelity(samples=3, kl=kl, agreement=agreement),
-            Progress(warn=lines.append),
+            SearchProgress(warn=lines.append),
             what=" with --quantize int4",
             way_out="quantize fewer parts",
         )

@@ -1,4 +1,4 @@
-"""What calibration runs in torch is what the exported bundle does."""
+"""Calibration in torch computes what the exported bundle does."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 
 from tests.calibration.question_files import questions_about, write_questions
 from tests.conftest import REDUCED_STAGES
-from trio_edge.calibration.evaluate.first_token import first_token_kl, summary_of
-from trio_edge.calibration.evaluate.questions import read_questions
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.selecting import Probes, order_of
 from trio_edge.calibration.model.sequence import Sequence, advanced, begin
 from trio_edge.calibration.model.torch_model import load_model
+from trio_edge.calibration.questions import read_questions
 from trio_edge.calibration.search.measure.measuring import KeepAll, keep_all, measure
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.decoder import greedy_nms
 from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.sampling import first_token_kl, summary_of
 from trio_edge.trio.budgets import parse_schedule
 from trio_edge.trio.nms import FeatureNms
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from trio_edge.calibration.evaluate.questions import Question
     from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.questions import Question
 
 SCHEDULE = Schedule(stages=tuple(Stage(layer=layer, keep=keep) for layer, keep in REDUCED_STAGES))
 
@@ -175,6 +175,6 @@ def test_the_rounds_are_the_fewest_that_settle_in_a_graph(crowd: Crowd) -> None:
 
 
 def _answered(pipeline: Pipeline, question: Question) -> Any:
-    generation = pipeline.generate(question.picture, question.question, max_new_tokens=3)
+    generation = pipeline.generate(question.image, question.question, max_new_tokens=3)
     assert generation.text is not None
     return generation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,9 @@ import pytest
 from tests.calibration.question_files import questions_about, write_questions
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.search import cli as cli_calibrate
-from trio_edge.calibration.search.calibrate import Calibrated, Progress, calibrate
-from trio_edge.calibration.search.measure.record import RECORD_NAME, RecordKey, open_record
-from trio_edge.calibration.search.report.calibration_file import Calibration, Options, json_of
+from trio_edge.calibration.search.calibrate import Calibrated, SearchProgress, calibrate
+from trio_edge.calibration.search.measure.record import RECORD_NAME, RecordKey, opened_record
+from trio_edge.calibration.search.report.calibration_file import Calibration, CalibrationOptions, json_of
 from trio_edge.calibration.search.report.page import page_of
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.schedule import Schedule
@@ -98,7 +99,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else(calibrated: Path, report
     assert page.open == []
     assert page.count["svg"] == 6  # two of the front, one of layers, three of importance
     assert page.count["script"] == page.count["link"] == page.count["iframe"] == 0
-    assert page.count["img"] == 1  # as many pictures as are held out
+    assert page.count["img"] == 1  # as many images as are held out
     assert all(url.startswith(("data:image/png;base64,", "#")) for url in page.urls)
     assert len(page.ids) == len(set(page.ids))
     assert all(url[1:] in page.ids for url in page.urls if url.startswith("#"))
@@ -127,7 +128,7 @@ def test_a_config_repeats_the_calibration(calibrated: Path, report: dict[str, An
 
 
 def test_an_interrupted_calibration_goes_on_where_it_stopped(report: dict[str, Any], tmp_path: Path) -> None:
-    options = Options(**{**report["options"], **_tuples(report["options"])})
+    options = CalibrationOptions(**{**report["options"], **_tuples(report["options"])})
     record, samples_seen = tmp_path / RECORD_NAME, iter(range(15))
 
     def stop() -> None:
@@ -135,7 +136,7 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(report: dict[str, A
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        calibrate(options, work=tmp_path, progress=Progress(sample=stop))
+        calibrate(options, work=tmp_path, progress=SearchProgress(sample=stop))
     done = record.read_bytes()
     record.write_bytes(done + b'{"type":"sched')  # a kill in the middle of a line
     again = calibrate(options, work=tmp_path).calibration
@@ -162,11 +163,22 @@ def test_a_work_folder_of_other_samples_is_refused(tmp_path: Path) -> None:
     key = RecordKey(
         model="tiny", weights="w", samples_sha256="a", answer_tokens=4, dtype="float32", max_visual=9
     )
-    record, known = open_record(tmp_path, key)
-    record.close()
-    assert known == []
-    with pytest.raises(DataError, match=r"got others \(samples_sha256 differ\); choose another --work"):
-        open_record(tmp_path, msgspec.structs.replace(key, samples_sha256="b"))
+    with opened_record(tmp_path, key) as (_, known):
+        assert known == []
+    other = msgspec.structs.replace(key, samples_sha256="b")
+    refused = pytest.raises(DataError, match=r"got others \(samples_sha256 differ\); choose another --work")
+    with refused, opened_record(tmp_path, other):
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such lock")
+def test_a_work_folder_in_use_is_refused(tmp_path: Path) -> None:
+    key = RecordKey(
+        model="tiny", weights="w", samples_sha256="a", answer_tokens=4, dtype="float32", max_visual=9
+    )
+    refused = pytest.raises(DataError, match="another one writes to it")
+    with opened_record(tmp_path, key), refused, opened_record(tmp_path, key):
+        pass
 
 
 def test_another_wish_replaces_the_configs(calibrated: Path, report: dict[str, Any]) -> None:
@@ -192,14 +204,14 @@ def test_half_precision_weights_are_mapped_where_they_are_too_large_for_the_memo
 BAD_CASES: dict[str, tuple[list[str], str]] = {
     "no samples": (["--samples", "{tmp}/none"], "got no such file"),
     "no folder": (["--samples", "{tmp}/none", "--prompt", "w1"], "got no such file"),
-    "an empty folder": (["--samples", "{empty}", "--prompt", "w1"], "expected pictures"),
+    "an empty folder": (["--samples", "{empty}", "--prompt", "w1"], "expected images"),
     "a folder without a prompt": (["--samples", "{empty}"], "expected --prompt"),
     "a prompt for a file": (["--prompt", "w1"], "expected --prompt with a folder"),
-    "one picture": (
+    "one image": (
         ["--count", "2", "--samples", "{one}", "--prompt", "w1"],
-        "at least 2 different pictures",
+        "at least 2 different images",
     ),
-    "a damaged picture": (["--samples", "{damaged}", "--prompt", "w1"], "damaged.png"),
+    "a damaged image": (["--samples", "{damaged}", "--prompt", "w1"], "damaged.png"),
     "a special token in a prompt": (["--samples", "{pictures}", "--prompt", "<image>"], "special token"),
     "an unknown target": (["--target", "orin-nx-17"], "did you mean"),
     "a time nothing reaches": (["--target-ms", "0.001"], "--target-ms: expected at least"),

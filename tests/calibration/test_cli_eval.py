@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.calibration.question_files import questions_about, write_questions
 from trio_edge.calibration.evaluate import cli as cli_eval
-from trio_edge.calibration.evaluate.baselines import BASELINES
+from trio_edge.calibration.evaluate.running.baselines import BASELINES
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def test_the_reference_comes_first_and_every_selection_is_a_run(report: dict[str
 
 
 def test_visual_tokens_are_the_true_average_over_layers(report: dict[str, Any]) -> None:
-    """51 tokens of a 48x48 picture, 3 layers, stages keep 14 and 6: (51 + 14 + 6) / 3."""
+    """51 tokens of a 48x48 image, 3 layers, stages keep 14 and 6: (51 + 14 + 6) / 3."""
     _, trio, random = report["runs"]
     outcome = trio["outcomes"][0]
     assert (outcome["visual_tokens"], outcome["processed_tokens"]) == (51, pytest.approx(71 / 3))
@@ -145,14 +145,14 @@ def test_a_plot_is_drawn(
     arguments = [reduced_bundle, "--reference", keep_all_bundle, "--data", questions, "--plot", plot]
     evaluated(tmp_path, *arguments)
     if suffix == ".png":
-        with Image.open(plot) as picture:
-            assert picture.width > 500
+        with Image.open(plot) as image:
+            assert image.width > 500
     else:
         assert "keep-all" not in plot.read_text(encoding="utf-8")[:200]
         assert "<svg" in plot.read_text(encoding="utf-8")
 
 
-def test_a_damaged_picture_in_the_middle_loses_no_other_answer(
+def test_a_damaged_image_in_the_middle_loses_no_other_answer(
     reduced_bundle: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = (tmp_path / "p1.png").read_bytes()

@@ -1,4 +1,4 @@
-"""How answers are read and scored, by hand-computed examples."""
+"""Reading and scoring of answers, by hand-computed examples."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 
-from trio_edge.calibration.evaluate.metrics import (
+from trio_edge.calibration.metrics import (
     METRICS,
     exact_normal,
     metric_for,
     read_choice,
     vqa_normal,
-    yes_no_counts,
+    yes_no_rates,
 )
-from trio_edge.calibration.evaluate.questions import Question
+from trio_edge.calibration.questions import Question
 
 
 def question(*answers: str, choices: tuple[str, ...] = ()) -> Question:
-    fields: Any = {"picture": b"", "picture_name": "p", "picture_id": "p"}
+    fields: Any = {"image": b"", "image_name": "p", "image_id": "p"}
     return Question(
         index=0, sample_id="0", kind="all", question="?", answers=answers, choices=choices, **fields
     )
@@ -90,13 +90,13 @@ def test_yes_and_no_are_read_as_in_pope(text: str, expected: str) -> None:
 
 def test_yes_no_rates_of_a_known_case() -> None:
     """3 true yes, 1 false yes, 4 true no, 2 false no."""
-    counts = yes_no_counts(["yes"] * 4 + ["no"] * 6, ["yes"] * 3 + ["no"] * 5 + ["yes"] * 2)
+    counts = yes_no_rates(["yes"] * 4 + ["no"] * 6, ["yes"] * 3 + ["no"] * 5 + ["yes"] * 2)
     rates = (counts.accuracy, counts.precision, counts.recall, counts.f1, counts.yes_ratio)
     assert rates == pytest.approx((0.7, 0.75, 0.6, 2 / 3, 0.4))
 
 
 def test_yes_no_rates_of_answers_that_are_all_no() -> None:
-    counts = yes_no_counts(["no", "no"], ["yes", "no"])
+    counts = yes_no_rates(["no", "no"], ["yes", "no"])
     assert (counts.precision, counts.recall, counts.f1, counts.yes_ratio) == (0.0, 0.0, 0.0, 0.0)
 
 

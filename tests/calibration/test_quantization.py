@@ -13,27 +13,30 @@ import pytest
 import torch
 
 from tests.bundles import INT8_CACHES
-from tests.calibration.moved_factors import apply_moved
 from tests.calibration.question_files import questions_about, write_questions
+from tests.calibration.smoothing import apply_smoothing
 from tests.checkpoints import save_checkpoint
 from tests.decode_logits import record_logits
-from trio_edge.calibration.evaluate.questions import Question, read_questions
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.selecting import Probes
 from trio_edge.calibration.model.sequence import begin, no_past, run_layers
 from trio_edge.calibration.model.torch_model import TorchModel, load_model
 from trio_edge.calibration.quantize import modelopt_search
-from trio_edge.calibration.quantize.cache_ranges import CachedRows, listening_to_caches
-from trio_edge.calibration.quantize.calibrating import calibrate_quantization
-from trio_edge.calibration.quantize.collecting import answer_samples, listening_to_inputs
+from trio_edge.calibration.quantize.calibrating import calibrate_quantization, smoothing_of
+from trio_edge.calibration.quantize.collecting import (
+    CachedRows,
+    answer_samples,
+    listening_to_caches,
+    listening_to_inputs,
+)
 from trio_edge.calibration.quantize.fidelity import given_tokens, measure_quantized
-from trio_edge.calibration.quantize.moving import moved
 from trio_edge.calibration.quantize.quantized_model import quantized_model
 from trio_edge.calibration.quantize.rounding import LARGEST_FACTOR, GroupRounding
 from trio_edge.calibration.quantize.sections import quantized_sections
+from trio_edge.calibration.questions import Question, read_questions
 from trio_edge.calibration.search import cli as cli_calibrate
-from trio_edge.calibration.search.measure.measuring import Measured, keep_all, measure
+from trio_edge.calibration.search.measure.measuring import MeasuredSchedule, keep_all, measure
 from trio_edge.export.graphs.linear_groups import LinearGroup, decoder_groups
 from trio_edge.export.quantize.numerics import block_size, quantize
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
@@ -136,7 +139,7 @@ def test_quantized_layers_differ_by_their_rounding_and_are_given_back(
         plan: str,
         scales: CalibratedScales = CalibratedScales(),  # noqa: B008
         schedule: Schedule = Schedule(),  # noqa: B008
-    ) -> Measured:
+    ) -> MeasuredSchedule:
         (result,) = measure_quantized(
             model,
             questions[:1],
@@ -237,10 +240,10 @@ def test_a_values_range_is_what_is_left_after_smoothing(tmp_path: Path, question
     _, o, *_ = decoder_groups(layer, index=1)
     factors = 0.3 + 2.0 * torch.rand(o.num_inputs, generator=torch.Generator().manual_seed(3))
     names = model.tensor_names()
-    changes = moved([(o, factors)], names=names)
+    changes = smoothing_of([(o, factors)], names=names)
     value = changes[names[layer.self_attn.v_proj.weight]]
     predicted = largest_rows(model, questions[0])[1].range_of(value)
-    apply_moved(model, changes)
+    apply_smoothing(model, changes)
     measured = largest_rows(model, questions[0])[1].range_of(None)
     assert predicted.value == pytest.approx(measured.value, rel=1e-4)
     assert predicted.key == pytest.approx(measured.key, rel=1e-4)
@@ -251,7 +254,7 @@ def test_answers_are_measured_as_a_bundle_with_int8_caches_gives_them(
 ) -> None:
     with Pipeline.from_bundle(int8_cache_bundle, threads=1) as pipeline:
         seen = record_logits(pipeline, monkeypatch)
-        answer = pipeline.generate(questions[0].picture, questions[0].question, max_new_tokens=4)
+        answer = pipeline.generate(questions[0].image, questions[0].question, max_new_tokens=4)
         assert len(answer.text) > 0  # it is decoded now
         schedule, tokens = pipeline.manifest.schedule, answer.token_ids
         theirs = torch.from_numpy(np.stack([answer.first_logits, *seen]))

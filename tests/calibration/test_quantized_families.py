@@ -13,22 +13,21 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from tests.calibration.moved_factors import apply_moved
 from tests.calibration.quantized_graphs import TracedEnds, traced_ends, write_quantized
 from tests.calibration.question_files import questions_about, write_questions
+from tests.calibration.smoothing import apply_smoothing
 from tests.checkpoints import save_checkpoint
 from tests.internvl_checkpoints import save_internvl_checkpoint
 from tests.qwen_checkpoints import save_qwen_checkpoint
-from trio_edge.calibration.evaluate.questions import Question, read_questions
 from trio_edge.calibration.model.greedy import greedy_answer
-from trio_edge.calibration.model.prompts import make_prompt, read_picture
+from trio_edge.calibration.model.prompts import make_prompt, read_image
 from trio_edge.calibration.model.selecting import Probes
 from trio_edge.calibration.model.torch_model import TorchModel, load_model
 from trio_edge.calibration.quantize.calibrating import Quantized as Found
-from trio_edge.calibration.quantize.calibrating import calibrate_quantization
-from trio_edge.calibration.quantize.moving import moved
+from trio_edge.calibration.quantize.calibrating import calibrate_quantization, smoothing_of
 from trio_edge.calibration.quantize.quantized_model import quantized_model
 from trio_edge.calibration.quantize.sections import quantized_sections
+from trio_edge.calibration.questions import Question, read_questions
 from trio_edge.export.quantize.assign import StoredForm
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.runtime.bundle.schedule import Schedule
@@ -89,13 +88,13 @@ def test_factors_move_where_the_model_stays_as_it_was(
     movable: dict[str, list[str]] = {"vision": [], "decoder": [], "head": []}
     for section in quantized_sections(model, Schedule(), parse_plan("all=int8")):
         for group in section.groups:
-            if group.can_move:
+            if group.can_smooth:
                 found.append((group, 0.3 + 2.0 * torch.rand(group.num_inputs, generator=generator)))
                 movable[section.part].append(group.name)
     names = {part: list(dict.fromkeys(of_part)) for part, of_part in movable.items()}
     assert (names["vision"], names["decoder"]) == MOVABLE[family]
     assert names["head"] == ["lm_head"]
-    apply_moved(model, moved(found, names=model.tensor_names()))
+    apply_smoothing(model, smoothing_of(found, names=model.tensor_names()))
     torch.testing.assert_close(first_logits(model, questions[0]), before, rtol=1e-3, atol=1e-3)
 
 
@@ -115,7 +114,7 @@ class Quantized:
 
 @pytest.fixture(scope="module")
 def traced(folder: Path, questions: list[Question]) -> TracedEnds:
-    return traced_ends(folder, read_picture(questions[0]).size)
+    return traced_ends(folder, read_image(questions[0]).size)
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
@@ -163,9 +162,9 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor, in_float: torch.Tenso
 def test_the_vision_graph_computes_what_its_torch_twin_does(
     quantized: Quantized, questions: list[Question]
 ) -> None:
-    model, picture = quantized.model, read_picture(questions[0])
+    model, picture = quantized.model, read_image(questions[0])
     graph: Any = model.parts.vision
-    inputs = model.pictures.prepare(picture, model.pictures.sizes(*picture.size))
+    inputs = model.images.prepare(picture, model.images.sizes(*picture.size))
     tensors = [torch.from_numpy(inputs[spec.name]) for spec in graph.inputs]
     with torch.inference_mode():
         in_float = graph.module(*tensors)

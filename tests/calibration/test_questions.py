@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.calibration.question_files import questions_about, write_questions
-from trio_edge.calibration.evaluate.metrics import METRICS, check_metric
-from trio_edge.calibration.evaluate.questions import (
+from trio_edge.calibration.metrics import METRICS, check_metric
+from trio_edge.calibration.questions import (
     digest_of,
     parse_shard,
     read_questions,
@@ -27,7 +27,7 @@ LINE: dict[str, Any] = {"image": "p0.png", "question": "what ?", "answer": "w1"}
 def test_fields_of_a_line(tmp_path: Path) -> None:
     line = {**LINE, "answers": ["a", 2], "choices": ["x", "y"], "id": 7, "kind": "k", "more": None}
     (question,) = read_questions(write_questions(tmp_path, [line]), suffix="Be short.")
-    assert question.picture == tmp_path / "p0.png"
+    assert question.image == tmp_path / "p0.png"
     assert question.question == "what ?\nA. x\nB. y\nBe short."
     assert (question.answers, question.choices) == (("a", "2"), ("x", "y"))
     assert (question.sample_id, question.kind) == ("7", "k")
@@ -65,10 +65,10 @@ BAD_LINES: dict[str, tuple[str, str]] = {
     "answers_no_list": ('{"image": "p0.png", "question": "q", "answers": "a"}', "expected 'answer'"),
     "answer_is_a_truth_value": ('{"image": "p0.png", "question": "q", "answer": true}', "expected 'answer'"),
     "choices_no_list": ('{"image": "p0.png", "question": "q", "answer": "a", "choices": "ab"}', "'choices'"),
-    "picture_missing": ('{"image": "no.png", "question": "q", "answer": "a"}', "no.png"),
-    "picture_is_a_folder": ('{"image": ".", "question": "q", "answer": "a"}', "Is a directory"),
-    "picture_is_text": ('{"image": "questions.jsonl", "question": "q", "answer": "a"}', "no known format"),
-    "picture_name_with_a_null": ('{"image": "a\\u0000b", "question": "q", "answer": "a"}', "picture"),
+    "image_missing": ('{"image": "no.png", "question": "q", "answer": "a"}', "no.png"),
+    "image_is_a_folder": ('{"image": ".", "question": "q", "answer": "a"}', "Is a directory"),
+    "image_is_text": ('{"image": "questions.jsonl", "question": "q", "answer": "a"}', "no known format"),
+    "image_name_with_a_null": ('{"image": "a\\u0000b", "question": "q", "answer": "a"}', "image"),
 }
 
 
@@ -130,7 +130,7 @@ def test_a_shard_that_is_none_is_refused(text: str) -> None:
         parse_shard(text)
 
 
-def test_questions_about_one_synthetic_picture_share_its_id() -> None:
+def test_questions_about_one_synthetic_image_share_its_id() -> None:
     questions = synthetic_questions(8, seed=0)
-    ids = {question.sample_id.split("-")[0]: question.picture_id for question in questions}
+    ids = {question.sample_id.split("-")[0]: question.image_id for question in questions}
     assert len(set(ids.values())) == len(ids) < 8

@@ -1,4 +1,4 @@
-"""The demo pictures and questions: deterministic, disjoint from training, and every answer certain."""
+"""The demo images and questions: deterministic, disjoint from training, and every answer certain."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _asked(kind: str) -> list[tuple[Scene, list[str], str]]:
 
 
 def test_same_seed_gives_the_same_bytes() -> None:
-    first = [(s.picture.tobytes(), s.question, s.answer) for s in held_out(40, seed=3)]
-    assert first == [(s.picture.tobytes(), s.question, s.answer) for s in held_out(40, seed=3)]
+    first = [(s.image.tobytes(), s.question, s.answer) for s in held_out(40, seed=3)]
+    assert first == [(s.image.tobytes(), s.question, s.answer) for s in held_out(40, seed=3)]
 
 
 def test_a_longer_stream_starts_with_the_shorter_one() -> None:
@@ -39,7 +39,7 @@ def test_held_out_seeds_lie_beyond_the_training_seeds() -> None:
     assert min(int(s.sample_id.split("-")[0]) for s in held_out(50)) >= HELD_OUT_OFFSET > 500_000_000
 
 
-def test_two_streams_share_no_picture() -> None:
+def test_two_streams_share_no_image() -> None:
     one, other = ({s.sample_id.split("-")[0] for s in held_out(50, seed=seed)} for seed in (0, 1))
     assert not one & other
 
@@ -59,7 +59,7 @@ def test_every_word_is_in_the_vocabulary() -> None:
         assert {*sample.question.split(), sample.answer} <= set(VOCABULARY)
 
 
-def test_all_picture_sizes_occur() -> None:
+def test_all_image_sizes_occur() -> None:
     assert {(s.canvas.width, s.canvas.height) for s in SCENES} == {(c.width, c.height) for c in CANVASES}
 
 

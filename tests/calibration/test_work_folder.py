@@ -185,7 +185,7 @@ def test_a_broken_line_in_the_middle_is_named(
     assert f"{only_file(work)}:2: expected an outcome" in refusal(arguments, capsys)
 
 
-def test_a_changed_picture_is_asked_again(small: tuple[list[str], Path], tmp_path: Path) -> None:
+def test_a_changed_image_is_asked_again(small: tuple[list[str], Path], tmp_path: Path) -> None:
     arguments, work = small
     random_picture(48, 48, seed=9).save(tmp_path / "p1.png")
     assert cli_eval.main(arguments) == 0

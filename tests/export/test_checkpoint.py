@@ -28,8 +28,8 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 TRIO_EXPORT = Path(sys.executable).parent / "trio-export"
 READ = """
 import json, sys
-from trio_edge.export.checkpoint import read_checkpoint
-from trio_edge.runtime.errors import CheckpointError
+from trio_edge.export.checkpoints.checkpoint import read_checkpoint
+from trio_edge.runtime.bundle.errors import CheckpointError
 try:
     checkpoint = read_checkpoint(sys.argv[1], revision=sys.argv[2] or None)
 except CheckpointError as error:
@@ -238,7 +238,7 @@ def test_ctrl_c_in_a_download_gives_one_line_at_once(hub: HubServer, tmp_path: P
 
 def test_refused_configuration_downloads_no_weights(hub: HubServer, tmp_path: Path) -> None:
     refuse = f"""
-from trio_edge.export.checkpoint import read_checkpoint
+from trio_edge.export.checkpoints.checkpoint import read_checkpoint
 read_checkpoint({REPOSITORY!r}, check_config=lambda folder, config: exit(config["model_type"]))
 """
     result = subprocess.run(
@@ -275,7 +275,7 @@ def test_local_pickles_are_refused_with_a_way_out(tmp_path: Path) -> None:
 def test_offsets_outside_the_data_are_refused(tmp_path: Path) -> None:
     header = b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[-8,0]}}'
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(CheckpointError, match=r"offsets -8\.\.0 for 'x'"):
+    with pytest.raises(CheckpointError, match=r"complete safetensors file.*-8"):
         read_safetensors_header(tmp_path / "x.safetensors")
 
 

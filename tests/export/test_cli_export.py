@@ -79,7 +79,7 @@ FLAGS = {
         "8..64 (--max-text)",
     ),
     "text_bucket_zero": (["M", "--text-buckets", "0"], "--text-buckets"),
-    "only_image_sizes_without_any": (["M", "--only-image-sizes"], "expected --image-size beside it"),
+    "only_image_sizes_without_any": (["M", "--only-image-sizes"], "expected --image-size with it"),
     "token_method_without_token_keep": (["M", "--token-method", "divprune"], "expected both or none"),
     "token_keep_without_token_method": (["M", "--token-keep", "9"], "expected both or none"),
     "token_keep_malformed": (

@@ -11,9 +11,9 @@ from tests.bundles import export
 from tests.checkpoints import save_checkpoint
 from tests.clip_checkpoints import save_clip_checkpoint
 from tests.qwen_checkpoints import save_qwen_checkpoint
-from trio_edge.export.bundle import ExportOptions
 from trio_edge.export.checkpoints.checkpoint import read_checkpoint
 from trio_edge.export.families.clip import read_clip
+from trio_edge.export.options import ExportOptions
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("method", [None, "divprune"])
 def test_clip_without_a_method_that_reads_the_question_is_refused(method: Any, tmp_path: Path) -> None:
     keep = None if method is None else 15
-    with pytest.raises(
-        ScheduleError, match=r"--clip: expected --token-method cdpruner or eadp beside it, got"
-    ):
+    with pytest.raises(ScheduleError, match=r"--clip: expected --token-method cdpruner or eadp with it, got"):
         ExportOptions(model="tiny", out=tmp_path, token_method=method, token_keep=keep, clip="folder")
 
 
@@ -87,7 +85,7 @@ def test_ids_without_an_embedding_are_refused(tmp_path: Path) -> None:
 
 def test_only_the_text_tower_and_the_way_into_its_space_are_taken(checkpoint: Path, clip: Path) -> None:
     before = read_checkpoint(str(checkpoint))
-    names = read_clip(str(clip)).beside(before).tensors.keys() - before.tensors.keys()
+    names = read_clip(str(clip)).merged_with(before).tensors.keys() - before.tensors.keys()
     taken = (
         "clip.text_model.",
         "clip.text_projection.",

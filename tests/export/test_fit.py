@@ -10,28 +10,28 @@ import pytest
 from trio_edge.export.check.fit import FitInputs, Picture, check_fit, estimate, remedies
 from trio_edge.export.cli import main
 from trio_edge.export.quantize.plan import parse_plan
+from trio_edge.profiling.predict.models import MODELS
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.bundle.schedule import Method, Schedule, Stage
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.trio.budgets import preset_schedule
-from trio_edge.trio.cost.devices import TARGETS, find_target
-from trio_edge.trio.cost.flops import LLAVA_NEXT_7B, ModelShape, VisionShape
-from trio_edge.trio.cost.memory import Texts, TokenSelection
+from trio_edge.trio.cost.devices import DEVICES, find_device
+from trio_edge.trio.cost.memory import Texts, Tiles, TokenSelection
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 GIB = 1 << 30
-CLIP = VisionShape(num_layers=23, hidden_size=1024, intermediate_size=4096, patches_per_tile=577, num_tiles=5)
-SMALL = Picture(num_visual=1176, vision=dataclasses.replace(CLIP, num_tiles=2))
+CLIP = Tiles(num_tiles=5, patches=577, hidden_size=1024, intermediate_size=4096)
+SMALL = Picture(num_visual=1176, tiles=CLIP._replace(num_tiles=2))
 
 
 def llava_next_7b(**changes: Any) -> FitInputs:
     """LLaVA-NeXT-7B in float16 at 11.1 %."""
     inputs = FitInputs(
-        model=LLAVA_NEXT_7B,
+        decoder=MODELS["llava-next-7b"].decoder,
         vision_params=325_000_000,
-        picture=Picture(num_visual=2880, vision=CLIP),
+        picture=Picture(num_visual=2880, tiles=CLIP),
         schedule=preset_schedule("llava-next-7b", "11.1%"),
         max_text=256,
         max_new_tokens=256,
@@ -41,11 +41,11 @@ def llava_next_7b(**changes: Any) -> FitInputs:
 
 
 def usable(name: str) -> int:
-    return find_target(name).usable_bytes
+    return find_device(name).usable_bytes
 
 
 def test_float16_7b_does_not_fit_orin_nano_and_int4_alone_would_not_either() -> None:
-    warning = check_fit(llava_next_7b(), find_target("orin-nano-8"))
+    warning = check_fit(llava_next_7b(), find_device("orin-nano-8"))
     assert warning is not None
     assert "\n" not in warning
     assert warning.startswith(
@@ -55,31 +55,31 @@ def test_float16_7b_does_not_fit_orin_nano_and_int4_alone_would_not_either() -> 
 
 
 def test_float16_7b_does_not_fit_orin_nx_and_int4_would() -> None:
-    warning = check_fit(llava_next_7b(), find_target("orin-nx-16"))
+    warning = check_fit(llava_next_7b(), find_device("orin-nx-16"))
     assert warning is not None
     assert warning.endswith("--quantize all=int4 would fit (6.8)")
 
 
 @pytest.mark.parametrize("name", ["agx-orin-64", "agx-orin-32", "rtx-4090"])
 def test_float16_7b_fits_large_devices(name: str) -> None:
-    assert check_fit(llava_next_7b(), find_target(name)) is None
+    assert check_fit(llava_next_7b(), find_device(name)) is None
 
 
 def test_combination_is_offered_where_no_single_change_fits() -> None:
-    warning = check_fit(llava_next_7b(), find_target("orin-nano-8"))
+    warning = check_fit(llava_next_7b(), find_device("orin-nano-8"))
     assert warning is not None
     assert warning.endswith("; --quantize all=int4 + --image-size 336x336 --only-image-sizes would fit (5.2)")
 
 
 def test_model_that_nothing_makes_small_enough_is_said_so() -> None:
-    target = dataclasses.replace(find_target("orin-nano-8"), memory_bytes=3 * GIB)
+    target = dataclasses.replace(find_device("orin-nano-8"), memory_bytes=3 * GIB)
     warning = check_fit(llava_next_7b(), target)
     assert warning is not None
     assert warning.endswith("choose a smaller model")
 
 
 @pytest.mark.parametrize(("method", "matrices"), [("fastv", 2), ("dart", 1)])
-def test_stages_of_other_methods_repeat_what_makes_keys_and_queries(method: Method, matrices: int) -> None:
+def test_stages_of_other_methods_repeat_what_makes_keys_and_queries(method: str, matrices: int) -> None:
     schedule = Schedule(stages=(Stage(layer=2, keep=460),), method=method)
     parts = estimate(llava_next_7b(schedule=schedule), usable_bytes=0).parts
     assert parts["repeated weights"] == matrices * 4096 * 4096 * 2
@@ -92,7 +92,7 @@ def test_boundary_belongs_to_what_fits() -> None:
 
 
 def test_every_remedy_is_smaller_than_the_request() -> None:
-    inputs = llava_next_7b(schedule=Schedule(), model=dataclasses.replace(LLAVA_NEXT_7B, bytes_per_element=4))
+    inputs = llava_next_7b(schedule=Schedule(), element_bytes=4)
     before = estimate(inputs, usable_bytes=0).total_bytes
     options = remedies(inputs, usable_bytes=0)
     assert [option.label for option in options[:5]] == [
@@ -115,7 +115,7 @@ def test_changes_that_are_made_already_are_not_offered() -> None:
         quantize=parse_plan("all=int4"), small_picture=None, max_text=64, max_new_tokens=64
     )
     assert remedies(inputs, usable_bytes=0) == []
-    warning = check_fit(inputs, dataclasses.replace(find_target("orin-nano-8"), memory_bytes=3 * GIB))
+    warning = check_fit(inputs, dataclasses.replace(find_device("orin-nano-8"), memory_bytes=3 * GIB))
     assert warning is not None
     assert warning.endswith("no option makes it smaller; choose a smaller model")
 
@@ -164,21 +164,12 @@ def test_weights_and_caches_are_those_of_the_exported_bundle(
     fixture: str, request: pytest.FixtureRequest
 ) -> None:
     manifest = open_bundle(request.getfixturevalue(fixture)).manifest
-    dims = manifest.dimensions
-    vision = VisionShape(num_layers=2, hidden_size=32, intermediate_size=64, patches_per_tile=10, num_tiles=5)
+    tiles = Tiles(num_tiles=5, patches=10, hidden_size=32, intermediate_size=64)
     inputs = FitInputs(
-        model=ModelShape(
-            num_layers=dims.num_layers,
-            hidden_size=dims.hidden_size,
-            num_heads=dims.num_heads,
-            num_kv_heads=dims.num_kv_heads,
-            head_size=dims.head_size,
-            intermediate_size=dims.intermediate_size,
-            vocab_size=dims.vocab_size,
-            bytes_per_element=4,
-        ),
+        decoder=manifest.dimensions,
+        element_bytes=4,
         vision_params=manifest.graph("vision").weight_bytes // 4,
-        picture=Picture(num_visual=manifest.visual_sizes[-1], vision=vision),
+        picture=Picture(num_visual=manifest.visual_sizes[-1], tiles=tiles),
         schedule=manifest.schedule,
         max_text=manifest.text_buckets[-1],
         max_new_tokens=manifest.max_new_tokens,
@@ -212,9 +203,9 @@ def test_export_warns_before_tracing_when_the_target_is_too_small(
         raise CheckpointError("stopped where tracing starts")
 
     target = dataclasses.replace(
-        find_target("orin-nano-8"), name="toy", memory_bytes=memory_bytes, reserve_bytes=1
+        find_device("orin-nano-8"), name="toy", memory_bytes=memory_bytes, reserve_bytes=1
     )
-    monkeypatch.setitem(TARGETS, "toy", target)
+    monkeypatch.setitem(DEVICES, "toy", target)
     monkeypatch.setattr("trio_edge.export.bundle.trace_graphs", stop)
     main([str(checkpoint), "--keep", "all", "--target", "toy", "--quiet", "--out", str(tmp_path / "bundle")])
     lines = capsys.readouterr().err.splitlines()

@@ -18,12 +18,12 @@ from PIL import Image
 from tests.bundles import export
 from tests.calibration.question_files import questions_about, write_questions
 from tests.engine_bundles import GPU, HOST, copy_bundle
-from trio_edge.calibration.evaluate.questions import read_questions
 from trio_edge.calibration.model.selecting import Probes
 from trio_edge.calibration.model.sequence import no_past, run_layers
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
 from trio_edge.calibration.quantize.quantized_model import quantized_model
+from trio_edge.calibration.questions import read_questions
 from trio_edge.calibration.search import cli as cli_calibrate
 from trio_edge.export import cli
 from trio_edge.export.quantize.graph import SCALE_SUFFIX
@@ -43,7 +43,7 @@ from trio_edge.runtime.cli import build as cli_build
 from trio_edge.runtime.engines.build import BuildOptions, plan_build
 from trio_edge.runtime.engines.needs import build_needs
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.trio.cost.devices import find_target
+from trio_edge.trio.cost.devices import find_device
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -322,8 +322,8 @@ def test_a_prediction_for_a_device_without_fp8_is_refused(
 
 def test_a_sweep_leaves_out_what_a_device_has_not() -> None:
     plan, axes = plan_for(model="llava-next-7b"), parse_sweep("dtype")
-    found = sweep(plan, axes, [find_target("orin-nx-16"), find_target("rtx-4090")])
-    names = [(prediction.target.name, one.precision) for one, prediction in found]
+    found = sweep(plan, axes, [find_device("orin-nx-16"), find_device("rtx-4090")])
+    names = [(prediction.device.name, one.precision) for one, prediction in found]
     assert names == [
         *(("jetson-orin-nx-16", precision) for precision in ("float16", "int8", "int4")),
         *(("rtx-4090", precision) for precision in ("float16", "int8", "fp8", "int4")),
@@ -331,7 +331,7 @@ def test_a_sweep_leaves_out_what_a_device_has_not() -> None:
 
 
 def test_inputs_in_fp8_are_predicted_at_the_rate_of_fp8(bundle: Bundle) -> None:
-    target, manifest = find_target("rtx-4090"), bundle.manifest
+    target, manifest = find_device("rtx-4090"), bundle.manifest
     assert target.fp8_flops == pytest.approx(2 * target.fp16_flops, rel=1e-3)
     setting = plan_for(manifest=manifest).setting()
     fast = predict(setting, target)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from trio_edge.export.cli import command as trio_export
-from trio_edge.export.cli_optimum import command
+from trio_edge.export.cli import optimum_command as command
 
 PLUG_IN = Path(__file__).parents[2] / "optimum_plugin" / "register_trio_edge.py"
 RUN = """

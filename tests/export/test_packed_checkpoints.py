@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.export.packed_checkpoints import CONFIGS, Integers, write_packed
-from trio_edge.export.bundle import ExportOptions, export_bundle
+from trio_edge.export.bundle import export_bundle
 from trio_edge.export.checkpoints.checkpoint import canonical_name, read_checkpoint
 from trio_edge.export.families import check_architecture
+from trio_edge.export.options import ExportOptions
 from trio_edge.export.quantize.graph import SCALE_SUFFIX
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.export.quantize.unpacking import read_weight, taken_over

@@ -15,8 +15,8 @@ from trio_edge.export import cli
 from trio_edge.profiling.predict.answer import predict
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
-from trio_edge.trio.cost.devices import find_target
-from trio_edge.trio.cost.work import graph_work
+from trio_edge.trio.cost.bundle_work import graph_work
+from trio_edge.trio.cost.devices import find_device
 
 DECODER = ("prefix", "segment_1", "suffix")
 Arrays = dict[str, Any]
@@ -107,7 +107,7 @@ def test_a_decode_step_moves_a_quarter_of_the_float32_cache(bundle: Bundle, plai
 
 
 def test_a_prediction_has_half_of_the_float16_caches_and_faster_steps(bundle: Bundle, plain: Bundle) -> None:
-    target = find_target("jetson-orin-nx-16")
+    target = find_device("jetson-orin-nx-16")
     rounded, whole = (predict(plan_for(manifest=one.manifest).setting(), target) for one in (bundle, plain))
     assert 2 * rounded.memory.kv_caches == whole.memory.kv_caches
     assert rounded.seconds("decode") < whole.seconds("decode")

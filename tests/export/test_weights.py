@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from trio_edge.export.checkpoints.checkpoint import Checkpoint
 from trio_edge.export.checkpoints.safetensors import read_safetensors_header
-from trio_edge.export.checkpoints.weights import StoredWeights, bytes_to_write, read_tensor, store_weights
+from trio_edge.export.checkpoints.stored import StoredName, StoredWeights
+from trio_edge.export.checkpoints.weights import bytes_to_write, read_tensor, store_weights
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.manifest import FloatType
 
@@ -40,7 +41,7 @@ def store(checkpoint: Checkpoint, bundle: Path, *, dtype: FloatType) -> StoredWe
 
 
 def stored_values(stored: StoredWeights, name: str, bundle: Path) -> np.ndarray:
-    tensor = stored.tensors[name]
+    tensor = stored.tensors[StoredName(name)]
     return np.memmap(
         bundle / tensor.file, dtype=tensor.dtype, mode="r", offset=tensor.offset, shape=tensor.shape
     )
@@ -150,8 +151,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(dtype: FloatType, tmp_p
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from trio_edge.export.checkpoint import Checkpoint, read_safetensors_header
-from trio_edge.export.weights import store_weights
+from trio_edge.export.checkpoints.checkpoint import Checkpoint
+from trio_edge.export.checkpoints.safetensors import read_safetensors_header
+from trio_edge.export.checkpoints.weights import store_weights
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
 tensors = read_safetensors_header(source)
 checkpoint = Checkpoint(folder=source.parent, name="", revision=None, config={}, tensors=tensors)

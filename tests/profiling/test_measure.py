@@ -16,12 +16,11 @@ import tensorrt_rtx
 from tests.engine_bundles import copy_bundle
 from trio_edge.profiling.cli import main
 from trio_edge.profiling.measure import ceilings, contexts, measuring
-from trio_edge.profiling.measure.answers import Question, Subject
-from trio_edge.profiling.measure.layers.interface import SLOWEST, layer_times
-from trio_edge.profiling.measure.layers.tensorrt import runs_of_engine
+from trio_edge.profiling.measure.answers import LoadedBundle, RunQuestion
+from trio_edge.profiling.measure.images import PROMPT, measured_sizes, random_image
+from trio_edge.profiling.measure.layers import SLOWEST, layer_runs, layer_times
 from trio_edge.profiling.measure.recording import Recording, RecordingBackend, graph_calls
-from trio_edge.profiling.page.pictures import PROMPT, picture_sizes, random_picture
-from trio_edge.profiling.report.profile import Report
+from trio_edge.profiling.report.profile import ProfileReport
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import DataError, ShapeError
 from trio_edge.runtime.bundle.files import check_outputs, write_output
@@ -40,14 +39,14 @@ class Profile(NamedTuple):
     """What one call of the command printed and wrote."""
 
     printed: str
-    report: Report
+    report: ProfileReport
     values: dict[str, Any]
     trace: list[dict[str, Any]]
     page: str
 
 
 def measure_quickly(patch: pytest.MonkeyPatch) -> None:
-    """Let ceilings be measured with little work; test_profiling_numbers.py measures them as they are."""
+    """Let ceilings be measured with little work; test_numbers.py measures them as they are."""
     patch.setattr(ceilings, "_SECONDS", 0.01)
     patch.setattr(ceilings, "_COPY_BYTES", 1 << 20)
     patch.setattr(ceilings, "_SIZES", {True: 64})
@@ -76,7 +75,7 @@ def profile(reduced_bundle: Path, keep_all_bundle: Path, tmp_path_factory: pytes
     content = files["json"].read_bytes()
     return Profile(
         printed=(folder / "printed").read_text(),
-        report=msgspec.json.decode(content, type=Report),
+        report=msgspec.json.decode(content, type=ProfileReport),
         values=json.loads(content),
         trace=json.loads(files["trace"].read_bytes())["traceEvents"],
         page=files["html"].read_text(encoding="utf-8"),
@@ -126,10 +125,10 @@ def test_contexts_are_timed_upwards_and_downwards_once_when_the_time_is_over(
     reduced_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(contexts, "ROUNDS", 8)
-    subject = Subject(reduced_bundle, make_backend("onnxruntime", threads=1))
+    loaded = LoadedBundle(reduced_bundle, make_backend("onnxruntime", threads=1))
     skipped: list[int] = []
     counts: list[int] = []
-    time_tokens = subject.pipeline.time_tokens
+    time_tokens = loaded.pipeline.time_tokens
     monkeypatch.setattr(
         Pipeline,
         "time_tokens",
@@ -139,11 +138,11 @@ def test_contexts_are_timed_upwards_and_downwards_once_when_the_time_is_over(
             time_tokens(count, skip=skip),
         )[-1],
     )
-    question = Question(
-        picture=random_picture(picture_sizes(subject.pipeline)[0]), prompt=PROMPT, new_tokens=2
+    question = RunQuestion(
+        image=random_image(measured_sizes(loaded.pipeline)[0]), prompt=PROMPT, new_tokens=2
     )
-    (timed,) = contexts.time_contexts([subject], question, seconds=0.0)
-    subject.close()
+    (timed,) = contexts.time_contexts([loaded], question, seconds=0.0)
+    loaded.close()
     assert {len(one.milliseconds) for one in timed} == {2}
     assert counts[:3] == [12, 4, 12]  # behind each prefill twelve are left out
     upwards, downwards = skipped[3 : 3 + contexts.POINTS], skipped[-contexts.POINTS :]
@@ -153,7 +152,7 @@ def test_contexts_are_timed_upwards_and_downwards_once_when_the_time_is_over(
 
 def test_timing_tokens_ends_an_answer_and_changes_no_later_one(reduced_bundle: Path) -> None:
     with Pipeline.from_bundle(reduced_bundle, backend="onnxruntime", threads=1) as pipeline:
-        manifest, picture = pipeline.manifest, random_picture(picture_sizes(pipeline)[0])
+        manifest, picture = pipeline.manifest, random_image(measured_sizes(pipeline)[0])
         before = pipeline.generate(picture, PROMPT, max_new_tokens=8)
         assert before.text is not None
         asked = pipeline.generate(picture, PROMPT)
@@ -284,7 +283,7 @@ def test_recording_changes_neither_logits_nor_ids_nor_kept_tokens(reduced_bundle
         RecordingBackend(backend, recording, capture=False),
     ):
         with Pipeline(open_bundle(reduced_bundle), wrapped) as pipeline:
-            picture = random_picture(picture_sizes(pipeline)[0])
+            picture = random_image(measured_sizes(pipeline)[0])
             answer = pipeline.generate(picture, PROMPT, max_new_tokens=8)
             assert answer.text is not None
             answers.append(answer)
@@ -306,28 +305,24 @@ class _Counted:
         self.count += 1
 
 
-def test_a_paused_recording_runs_launches_and_times_none() -> None:
+def test_launches_on_the_host_run_once_and_are_timed_in_their_order() -> None:
     recording, counted = Recording(), _Counted()
     recording.attach(LoadedGraphs(device=HostDevice(), engines={}, memory={}))
     first = recording.timed(counted, ("prefix", "decode"), capture=False)
-    with recording.paused():
-        second = recording.timed(counted, ("head", "decode"), capture=False)
-        first.enqueue()
-        second.enqueue()
-    assert (counted.count, recording.take()) == (2, [])
+    second = recording.timed(counted, ("head", "decode"), capture=False)
     second.enqueue()
     first.enqueue()
     calls = graph_calls(recording.take())
     assert [(call.graph, call.profile) for call in calls] == [("head", "decode"), ("prefix", "decode")]
-    assert (counted.count, recording.take()) == (4, [])
+    assert (counted.count, recording.take()) == (2, [])
     assert calls[0].start_ms == 0 < calls[0].milliseconds <= calls[1].start_ms
 
 
 def test_calls_are_what_the_decoders_own_timeline_says(reduced_bundle: Path) -> None:
-    subject = Subject(reduced_bundle, make_backend("onnxruntime", threads=1))
-    picture = random_picture(picture_sizes(subject.pipeline)[0])
-    answer = subject.answer(Question(picture=picture, prompt=PROMPT, new_tokens=3))
-    subject.close()
+    loaded = LoadedBundle(reduced_bundle, make_backend("onnxruntime", threads=1))
+    picture = random_image(measured_sizes(loaded.pipeline)[0])
+    answer = loaded.answer(RunQuestion(image=picture, prompt=PROMPT, new_tokens=3))
+    loaded.close()
     prefill = {call.graph: call.milliseconds for call in answer.calls if call.profile != "decode"}
     assert prefill.keys() == answer.statistics.graph_ms.keys()
     for graph, milliseconds in answer.statistics.graph_ms.items():
@@ -337,12 +332,12 @@ def test_calls_are_what_the_decoders_own_timeline_says(reduced_bundle: Path) -> 
 
 def test_no_token_ends_an_answer_while_it_is_measured(reduced_bundle: Path) -> None:
     with Pipeline.from_bundle(reduced_bundle, backend="onnxruntime", threads=1) as pipeline:
-        picture = random_picture(picture_sizes(pipeline)[0])
+        picture = random_image(measured_sizes(pipeline)[0])
         answer = pipeline.generate(picture, PROMPT, max_new_tokens=6)
         assert answer.text is not None
-    subject = Subject(reduced_bundle, make_backend("onnxruntime", threads=1))
-    measured = subject.answer(Question(picture=picture, prompt=PROMPT, new_tokens=6))
-    subject.close()
+    loaded = LoadedBundle(reduced_bundle, make_backend("onnxruntime", threads=1))
+    measured = loaded.answer(RunQuestion(image=picture, prompt=PROMPT, new_tokens=6))
+    loaded.close()
     assert len(measured.token_ids) == 6
     assert measured.token_ids[: len(answer.token_ids)] == answer.token_ids
 
@@ -365,7 +360,7 @@ def test_runs_end_when_the_time_is_over_but_not_before_there_are_a_few(
         str(file),
     ]
     assert main(arguments) == 0
-    report = msgspec.json.decode(file.read_bytes(), type=Report)
+    report = msgspec.json.decode(file.read_bytes(), type=ProfileReport)
     assert (report.conditions.runs, report.conditions.stopped) == (measuring.LEAST_RUNS, "0 s were over")
     assert report.bundles[0].token_ms is None
     assert (report.bundles[0].decode, report.bundles[0].decode_fit) == ((), None)
@@ -468,7 +463,7 @@ def test_ctrl_c_leaves_no_file_and_closes_the_graphs(
     keep_all_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     closed = []
-    monkeypatch.setattr(Subject, "answer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(LoadedBundle, "answer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     monkeypatch.setattr(Pipeline, "close", lambda pipeline: closed.append(pipeline))
     assert main([str(keep_all_bundle), "--json", str(tmp_path / "profile.json")]) == 130
     assert capsys.readouterr().err.strip().endswith("trio-profile: interrupted")
@@ -519,7 +514,7 @@ def test_tensorrts_profiler_and_inspector_become_layers(tmp_path: Path) -> None:
         context.profiler.report_layer_time("softmax", 1.0)
         times.end_run()
     times.write()
-    runs = runs_of_engine(json.loads((tmp_path / "suffix.json").read_bytes()))
+    runs = layer_runs(json.loads((tmp_path / "suffix.json").read_bytes()))
     found = layer_times(runs, graph="suffix", profiles=["prefill_64", "decode", "decode"], num_answers=1)
     assert [(layer.phase, layer.name, layer.kind, layer.answer_ms) for layer in found] == [
         ("prefill", "matmul", "gemm", 2.0),

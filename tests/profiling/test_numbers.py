@@ -11,12 +11,10 @@ import pytest
 
 from tests.engine_bundles import HOST
 from trio_edge.profiling.measure import ceilings
-from trio_edge.profiling.measure.ceilings import measure_ceilings
-from trio_edge.profiling.measure.layers.interface import LayerCall, layer_times, slowest_layers
-from trio_edge.profiling.measure.matmul_graph import matmul_model, random_matrix
-from trio_edge.profiling.measure.product_bundle import write_product_bundle
-from trio_edge.profiling.report.profile import Ceilings
-from trio_edge.profiling.report.roofline import judge
+from trio_edge.profiling.measure.ceilings import Ceilings, measure_ceilings
+from trio_edge.profiling.measure.layers import LayerCall, layer_times, slowest_layers
+from trio_edge.profiling.measure.product import product_model, write_product_bundle
+from trio_edge.profiling.report.graphs import judge
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.engines.build import BuildOptions, build_engines, plan_build
@@ -34,7 +32,7 @@ CEILINGS = Ceilings(flops_per_s=1e12, matmul="", bytes_per_s=1e11, copy="")  # r
             1e7,
             10,
             "compute",
-            "compute-bound, 120 % of the matmul rate: that was disturbed",
+            "compute-bound, 120 % of the matmul rate: repeat on an idle machine",
             id="busy",
         ),
         pytest.param(1e6, 1e6, 1, "neither", "bound by neither: 1 % of bandwidth", id="neither"),
@@ -51,14 +49,27 @@ def test_the_verdict_is_by_the_nearer_ceiling(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_written_model_is_valid_and_multiplies(dtype: str) -> None:
-    content = matmul_model(rows=3, size=200, dtype=dtype, opset=18)
-    onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
-    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
-    rows = random_matrix(rows=3, columns=200, dtype=dtype)
-    (product,) = session.run(None, {"rows": rows})
-    expected = rows.astype(np.float64) @ random_matrix(rows=200, columns=200, dtype=dtype).astype(np.float64)
-    np.testing.assert_allclose(product, expected, rtol=0.02, atol=0.1 if dtype == "float16" else 1e-4)
+def test_the_product_is_what_onnx_writes_and_multiplies(dtype: str, tmp_path: Path) -> None:
+    size, kind = 200, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    weights = onnx.TensorProto(dims=(size, size), data_type=kind, name="weights", data_location="EXTERNAL")
+    weights.external_data.add(key="location", value="weights.bin")
+    rows, product = (
+        onnx.helper.make_tensor_value_info(name, kind, ["S", "S"]) for name in ("rows", "product")
+    )
+    node = onnx.helper.make_node("MatMul", ["rows", "weights"], ["product"])
+    graph = onnx.helper.make_graph([node], "matmul", [rows], [product], [weights])
+    opset = onnx.helper.make_opsetid("", 18)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8, producer_name="")
+    content = product_model(dtype, size=size)
+    assert content == model.SerializeToString()
+    (file := tmp_path / "matmul.onnx").write_bytes(content)
+    left, right = np.random.default_rng(0).standard_normal((2, size, size), np.float32).astype(dtype)
+    (tmp_path / "weights.bin").write_bytes(right.tobytes())
+    onnx.checker.check_model(str(file), full_check=True)
+    session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"rows": left})
+    expected = left.astype(np.float64) @ right.astype(np.float64)
+    np.testing.assert_allclose(found, expected, rtol=0.02, atol=0.1 if dtype == "float16" else 1e-4)
 
 
 def test_tensorrt_builds_the_product_for_a_gpu_that_is_not_there(

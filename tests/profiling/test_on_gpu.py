@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,11 +9,12 @@ import pytest
 from tests.cuda_on_host import CudaOnHost, pretend_gpu, write_engines
 from tests.engine_bundles import HOST, copy_bundle
 from trio_edge.profiling.measure import contexts
-from trio_edge.profiling.measure.answers import Question, Subject
+from trio_edge.profiling.measure.answers import LoadedBundle, RunQuestion, without_stop_tokens
 from trio_edge.profiling.measure.contexts import time_contexts
-from trio_edge.profiling.page.pictures import picture_sizes, random_picture
+from trio_edge.profiling.measure.images import measured_sizes, random_image
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,27 +35,30 @@ def cuda(reduced_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return cuda
 
 
-def answer(
-    folder: Path, cuda: CudaOnHost, *, capture: bool, enabled: bool = True
-) -> tuple[Subject, Answer, int]:
-    """Return an answer's subject, the answer, and how often the host waited for it."""
+def answer(folder: Path, cuda: CudaOnHost, *, capture: bool) -> tuple[LoadedBundle, Answer, int]:
+    """Return an answer's bundle, the answer, and how often the host waited for it."""
     bundle = open_bundle(folder / "bundle")
-    subject = Subject(bundle.folder, make_backend("tensorrt", bundle=bundle), capture=capture)
-    question = Question(
-        picture=random_picture(picture_sizes(subject.pipeline)[0]), prompt="w1 w2", new_tokens=NEW_TOKENS
-    )
+    loaded = LoadedBundle(bundle.folder, make_backend("tensorrt", bundle=bundle), capture=capture)
     cuda.calls.clear()
-    with nullcontext() if enabled else subject.recording.paused():
-        given = subject.answer(question)
-    waits = sum(call[0] in WAITS for call in cuda.calls)
-    subject.close()
-    return subject, given, waits
+    given = loaded.answer(question_for(loaded.pipeline))
+    waits = num_waits(cuda)
+    loaded.close()
+    return loaded, given, waits
+
+
+def question_for(pipeline: Pipeline) -> RunQuestion:
+    image = random_image(measured_sizes(pipeline)[0])
+    return RunQuestion(image=image, prompt="w1 w2", new_tokens=NEW_TOKENS)
+
+
+def num_waits(cuda: CudaOnHost) -> int:
+    return sum(call[0] in WAITS for call in cuda.calls)
 
 
 def test_every_launch_stands_between_two_events(cuda: CudaOnHost, tmp_path: Path) -> None:
-    subject, given, _ = answer(tmp_path, cuda, capture=False)
+    loaded, given, _ = answer(tmp_path, cuda, capture=False)
     assert [call.graph for call in given.calls] == CHAIN + STEP * (NEW_TOKENS - 1)
-    assert not subject.recording.captured
+    assert not loaded.recording.captured
     assert all(call.milliseconds > 0 for call in given.calls)
     starts = [call.start_ms for call in given.calls]
     assert starts == sorted(starts)
@@ -64,19 +67,24 @@ def test_every_launch_stands_between_two_events(cuda: CudaOnHost, tmp_path: Path
 
 
 def test_captured_steps_are_not_timed_one_by_one(cuda: CudaOnHost, tmp_path: Path) -> None:
-    subject, given, _ = answer(tmp_path, cuda, capture=True)
+    loaded, given, _ = answer(tmp_path, cuda, capture=True)
     assert [call.graph for call in given.calls] == CHAIN
-    assert subject.recording.captured
+    assert loaded.recording.captured
     assert given.host_token_ms is None
     assert len(given.token_ms) == NEW_TOKENS - 1
 
 
-def test_profiling_waits_no_more_often(cuda: CudaOnHost, tmp_path: Path) -> None:
-    _, given, waits = answer(tmp_path, cuda, capture=False)
-    _, plain, waits_without = answer(tmp_path, cuda, capture=False, enabled=False)
-    assert waits == waits_without
-    assert given.token_ids == plain.token_ids
-    assert not plain.calls
+@pytest.mark.parametrize("capture", [False, True])
+def test_profiling_waits_no_more_often(capture: bool, cuda: CudaOnHost, tmp_path: Path) -> None:
+    _, given, waits = answer(tmp_path, cuda, capture=capture)
+    bundle = open_bundle(tmp_path / "bundle")
+    with Pipeline(without_stop_tokens(bundle), make_backend("tensorrt", bundle=bundle)) as plain:
+        question = question_for(plain)
+        cuda.calls.clear()
+        expected = plain.generate(question.image, question.prompt, max_new_tokens=NEW_TOKENS)
+        assert expected.text is not None
+        assert waits == num_waits(cuda)
+    assert given.token_ids == expected.token_ids
 
 
 def test_tokens_at_all_contexts_are_captured_steps(
@@ -84,13 +92,11 @@ def test_tokens_at_all_contexts_are_captured_steps(
 ) -> None:
     monkeypatch.setattr(contexts, "ROUNDS", 1)
     bundle = open_bundle(tmp_path / "bundle")
-    subject = Subject(bundle.folder, make_backend("tensorrt", bundle=bundle))
-    question = Question(
-        picture=random_picture(picture_sizes(subject.pipeline)[0]), prompt="w1 w2", new_tokens=NEW_TOKENS
-    )
-    (timed,) = time_contexts([subject], question, seconds=1.0)
+    loaded = LoadedBundle(bundle.folder, make_backend("tensorrt", bundle=bundle))
+    question = question_for(loaded.pipeline)
+    (timed,) = time_contexts([loaded], question, seconds=1.0)
     assert len(timed) == 1 + contexts.POINTS
     assert all(one.milliseconds[0] > 0 for one in timed)
-    assert subject.recording.captured
-    assert subject.recording.take() == []  # no events between the launches of a step
-    subject.close()
+    assert loaded.recording.captured
+    assert loaded.recording.take() == []  # no events between the launches of a step
+    loaded.close()

@@ -18,23 +18,22 @@ from PIL import Image
 
 from trio_edge.profiling import statistics as distribution_module
 from trio_edge.profiling.cli import main
+from trio_edge.profiling.measure.ceilings import Ceilings
+from trio_edge.profiling.measure.layers import LayerTime, OperatorTime
+from trio_edge.profiling.measure.machine_info import MachineReport
 from trio_edge.profiling.measure.sensors import sampling_thread
 from trio_edge.profiling.measure.sensors.sampling_thread import SensorRange
 from trio_edge.profiling.page.page import page_html
-from trio_edge.profiling.report import profile as report_module
+from trio_edge.profiling.report import profile as profile_module
 from trio_edge.profiling.report.profile import (
     BundleProfile,
-    Ceilings,
     Comparison,
-    Conditions,
     DecodeStep,
-    Device,
     GraphProfile,
-    LayerTime,
     Load,
-    Memory,
-    OperatorTime,
-    Report,
+    MemoryProfile,
+    ProfileConditions,
+    ProfileReport,
     SizePoint,
 )
 from trio_edge.profiling.statistics import distribution, line_fit, median_ratio
@@ -131,7 +130,7 @@ def bundle_profile(label: str, scale: float) -> BundleProfile:
             )
             for side in (1, 2, 4)
         ),
-        memory=Memory(
+        memory=MemoryProfile(
             weights=14_130_000_000,
             kv_allocated=312_345_678,
             kv_used=123_456_789,
@@ -157,12 +156,12 @@ def bundle_profile(label: str, scale: float) -> BundleProfile:
 
 
 @pytest.fixture(scope="module")
-def report() -> Report:
+def report() -> ProfileReport:
     """A report of a reduced bundle on a Jetson beside one with a name that attacks the page."""
     first, second = bundle_profile("reduced", 1.0), bundle_profile(HOSTILE, 2.5)
-    return Report(
+    return ProfileReport(
         schema_version=1,
-        device=Device(
+        device=MachineReport(
             name="Jetson AGX Orin",
             machine="aarch64",
             system="Linux 5.15.148-tegra",
@@ -174,7 +173,7 @@ def report() -> Report:
             gpu_driver="540.4",
         ),
         versions={"python": "3.10.12", "tensorrt": "10.3.0"},
-        conditions=Conditions(
+        conditions=ProfileConditions(
             started="2026-11-21T12:00:00+00:00",
             backend="tensorrt",
             threads=0,
@@ -205,7 +204,7 @@ def report() -> Report:
 
 
 @pytest.fixture(scope="module")
-def page(report: Report) -> str:
+def page(report: ProfileReport) -> str:
     return page_html(report).decode()
 
 
@@ -255,7 +254,7 @@ def leaves(value: Any) -> list[Any]:
     return [leaf for inner in value for leaf in leaves(inner)] if isinstance(value, list) else [value]
 
 
-def test_every_value_of_the_json_is_on_the_page(report: Report, page: str) -> None:
+def test_every_value_of_the_json_is_on_the_page(report: ProfileReport, page: str) -> None:
     reader = _Reader(page)
     shown = set(" ".join(reader.texts).split())
     text = " ".join(" ".join(reader.texts).split())
@@ -273,7 +272,7 @@ def test_the_docs_name_every_key_of_the_json() -> None:
     named = set(re.findall(r"`\.?(\w+)(?:\[\])?`", text))
     parts = [
         part
-        for module in (report_module, distribution_module, sampling_thread)
+        for module in (profile_module, distribution_module, sampling_thread)
         for part in vars(module).values()
         if isinstance(part, type) and issubclass(part, msgspec.Struct)
     ]
@@ -314,7 +313,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else(
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in reader.tags
 
 
-def test_numbers_are_named_by_format(report: Report, page: str) -> None:
+def test_numbers_are_named_by_format(report: ProfileReport, page: str) -> None:
     assert report.bundles[0].numbers == "float16, int4 in prefix, suffix, int8 in head"
     assert "float16, int4 in prefix, suffix, int8 in head;" in page
 
@@ -346,7 +345,7 @@ def test_every_plot_is_there_and_its_marks_say_their_values(page: str) -> None:
     assert f"{HOSTILE}: prefix, prefill: memory-bound, 72 % of bandwidth" in texts
 
 
-def test_the_same_values_give_the_same_page(report: Report, page: str) -> None:
+def test_the_same_values_give_the_same_page(report: ProfileReport, page: str) -> None:
     assert page_html(report).decode() == page
 
 

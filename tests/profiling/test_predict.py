@@ -22,19 +22,20 @@ from trio_edge.profiling.predict.efficiency import FITTED, fitted_for, rates_of
 from trio_edge.profiling.predict.models import MODELS
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.profiling.predict.speed import Formats, Rates, graph_time
-from trio_edge.profiling.predict.sweep import choose, nearest_text, parse_sweep, parse_wish, sweep
+from trio_edge.profiling.predict.sweep import choose, nearest_text, parse_goal, parse_sweep, sweep
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.tables import print_table, wide_console
 from trio_edge.trio.budgets import parse_schedule
-from trio_edge.trio.cost.devices import TARGETS
-from trio_edge.trio.cost.work import graph_work, range_work
+from trio_edge.trio.cost.bundle_work import graph_work
+from trio_edge.trio.cost.devices import DEVICES
+from trio_edge.trio.cost.work import range_work
 
 if TYPE_CHECKING:
     from trio_edge.profiling.predict.answer import Prediction
 
-ORIN = TARGETS["jetson-agx-orin-64"]
-NX = TARGETS["jetson-orin-nx-16"]
+ORIN = DEVICES["jetson-agx-orin-64"]
+NX = DEVICES["jetson-orin-nx-16"]
 LLAMA = MODELS["llava-next-7b"].decoder
 HALF = Formats(layer="float16", other="float16")
 
@@ -88,9 +89,7 @@ def test_fewer_tokens_answer_sooner_and_need_smaller_caches() -> None:
 def test_a_tokens_time_grows_on_a_line_with_the_rows_of_the_caches(keep: str) -> None:
     prediction = predicted(keep=keep, num_text=64, num_new=4000)
     base, per_row = prediction.token_line
-    visual = sum(
-        layers * rows for layers, rows in zip(prediction.setting.layers, prediction.setting.visual_rows)
-    )
+    visual = sum(layers * rows for layers, rows in prediction.setting.ranges)
     assert [point.context for point in prediction.contexts] == [2992 + 800 * index for index in range(6)]
     for index, point in enumerate(prediction.contexts):
         assert point.cached_rows == pytest.approx(visual / 32 + 64 + 800 * index)
@@ -184,7 +183,7 @@ def test_impossible_keeps_are_left_out_of_a_sweep() -> None:
 
 def test_a_wish_chooses_what_loses_least() -> None:
     found = sweep(plan_for(model="llava-next-7b"), parse_sweep("keep,dtype"), [ORIN])
-    choice = choose(found, parse_wish("ttft-ms=1000"))
+    choice = choose(found, parse_goal("ttft-ms=1000"))
     assert choice.met
     assert (choice.plan.keep, choice.plan.precision) == ("33.3%", "float16")
     assert choice.prediction.seconds("prefill") <= 1.0
@@ -196,13 +195,13 @@ def test_a_wish_chooses_what_loses_least() -> None:
 def test_what_loses_least_is_chosen_in_whatever_order_it_is_wished(axes: str) -> None:
     found = sweep(plan_for(model="llava-next-7b"), parse_sweep(axes), [ORIN])
     assert [plan.keep for plan, _ in found] == ["100%", "100%", "33.3%", "33.3%", "11.1%", "11.1%"]
-    choice = choose(found, parse_wish("ttft-ms=1000"))
+    choice = choose(found, parse_goal("ttft-ms=1000"))
     assert (choice.plan.keep, choice.plan.precision) == ("33.3%", "float16")
 
 
 def test_a_wish_is_not_met_by_what_does_not_fit_the_memory() -> None:
     found = sweep(plan_for(model="llava-1.5-7b"), parse_sweep("dtype=float16"), [NX])
-    wish = parse_wish("tokens-per-second=1")
+    wish = parse_goal("tokens-per-second=1")
     choice = choose(found, wish)
     assert not choice.met
     assert "float16: does not fit the memory)" in nearest_text(wish, choice)
@@ -226,7 +225,7 @@ def test_all_predicts_every_device_and_json_has_every_graph(
     assert cli_profile.main([str(reduced_bundle), "--predict", "all", "--json", str(file)]) == 0
     values = json.loads(file.read_text())
     assert values["prediction"] is True
-    assert {entry["device"] for entry in values["found"]} == set(TARGETS)
+    assert {entry["device"] for entry in values["found"]} == set(DEVICES)
     first = values["found"][0]
     prefill = sum(graph["milliseconds"] for graph in first["graphs"] if graph["phase"] == "prefill")
     assert prefill == pytest.approx(first["ttft_ms"])
@@ -366,7 +365,7 @@ def test_files_are_written_before_anything_is_printed(
     def close(_outcome: object) -> None:
         raise ReachedError
 
-    monkeypatch.setattr(cli_profile, "print_outcome", close)
+    monkeypatch.setattr(cli_profile, "print_predictions", close)
     with pytest.raises(ReachedError):
         cli_profile.main([*MODEL, "--json", str(tmp_path / "json"), "--html", str(tmp_path / "html")])
     assert json.loads((tmp_path / "json").read_bytes())["prediction"] is True

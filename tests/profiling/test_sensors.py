@@ -16,7 +16,12 @@ from trio_edge.profiling.measure.sensors import tegrastats as sensor_tegrastats
 from trio_edge.profiling.measure.sensors.cpu import CpuClock, Rapl, ThermalZones
 from trio_edge.profiling.measure.sensors.interface import open_sensors
 from trio_edge.profiling.measure.sensors.nvml import Nvml, NvmlUnavailable
-from trio_edge.profiling.measure.sensors.sampling_thread import Sample, SamplingThread, joules, sensor_ranges
+from trio_edge.profiling.measure.sensors.sampling_thread import (
+    SamplingThread,
+    SensorSample,
+    joules,
+    sensor_ranges,
+)
 from trio_edge.profiling.measure.sensors.tegrastats import Tegrastats, parse_tegrastats
 
 # As published with the devices' output: JetPack 6 on an AGX Orin and an Orin Nano, a newer release with largest values,
@@ -319,7 +324,7 @@ def test_a_sensor_that_fails_is_one_line_and_the_others_go_on() -> None:
 
 def test_energy_that_was_not_measured_to_the_end_is_left_out() -> None:
     samples = [
-        Sample(float(second), {"power_w.module": 4.0} | ({"power_w.gpu": 2.0} if second < 3 else {}))
+        SensorSample(float(second), {"power_w.module": 4.0} | ({"power_w.gpu": 2.0} if second < 3 else {}))
         for second in range(10)
     ]
     assert joules(samples, [(0.5, 1.0), (8.0, 9.0)]) == {"module": pytest.approx(6.0)}
@@ -327,21 +332,22 @@ def test_energy_that_was_not_measured_to_the_end_is_left_out() -> None:
 
 def test_energy_of_a_window_is_interpolated_between_readings_of_a_counter() -> None:
     samples = [
-        Sample(float(second), {"energy_j.cpu": 10.0 * second, "power_w.cpu": 99.0}) for second in range(5)
+        SensorSample(float(second), {"energy_j.cpu": 10.0 * second, "power_w.cpu": 99.0})
+        for second in range(5)
     ]
     assert joules(samples, [(0.5, 1.0), (2.0, 3.5)]) == {"cpu": pytest.approx(20.0)}
 
 
 def test_energy_without_a_counter_is_integrated_power() -> None:
-    samples = [Sample(0.0, {"power_w.module": 4.0}), Sample(2.0, {"power_w.module": 8.0})]
+    samples = [SensorSample(0.0, {"power_w.module": 4.0}), SensorSample(2.0, {"power_w.module": 8.0})]
     assert joules(samples, [(0.0, 2.0)]) == {"module": pytest.approx(12.0)}
 
 
 def test_one_reading_gives_no_energy() -> None:
-    assert joules([Sample(0.0, {"power_w.module": 4.0})], [(0.0, 2.0)]) == {}
+    assert joules([SensorSample(0.0, {"power_w.module": 4.0})], [(0.0, 2.0)]) == {}
 
 
 def test_ranges_are_of_the_runs_alone_and_counters_have_none() -> None:
-    samples = [Sample(float(t), {"clock_mhz.cpu": 100.0 * t, "energy_j.cpu": 1.0}) for t in range(5)]
+    samples = [SensorSample(float(t), {"clock_mhz.cpu": 100.0 * t, "energy_j.cpu": 1.0}) for t in range(5)]
     ((name, found),) = sensor_ranges(samples, start=1.0, end=3.0).items()
     assert (name, found.least, found.mean, found.most) == ("clock_mhz.cpu", 100, 200, 300)

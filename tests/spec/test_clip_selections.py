@@ -19,7 +19,7 @@ from tests.reference.token_selectors import cdpruner, clip_importance, clip_rele
 from tests.spec.test_selectors_through_bundles import Sequence, through_the_decoder
 from tests.tolerances import LOGITS_FLOAT32
 from tests.trio.selectors.token_graph import Case
-from trio_edge.calibration.evaluate.answer_cost import prefill_flops
+from trio_edge.calibration.evaluate.running.answer_cost import prefill_flops
 from trio_edge.profiling.predict.answer import memory_of
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.runtime.backends.registry import make_backend
@@ -29,7 +29,7 @@ from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.cli.build import main as build
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.trio.cost.work import counted
+from trio_edge.trio.cost.bundle_work import counted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,7 +100,8 @@ def test_a_prediction_runs_the_texts_that_there_are_shapes_for(checkpoint: Path,
     one, two = (plan_for(manifest=manifest, num_text=ROOM + more).setting() for more in (0, 1))
     assert (one.clip_text_rows, two.clip_text_rows) == (LENGTH, 8 * LENGTH)
     for setting, index in ((one, 0), (two, 1)):
-        for name, flops in (("clip_text", setting.clip_text_flops), ("reduce", setting.reduce_flops)):
+        assert setting.reduce_cost is not None
+        for name, flops in (("clip_text", setting.clip_text_flops), ("reduce", setting.reduce_cost.flops)):
             graph = manifest.graph(name)
             assert counted(manifest, graph, graph.profiles[index]).flops == pytest.approx(flops)
 
@@ -177,13 +178,15 @@ def test_every_graph_before_the_decoder_computes_what_the_formulas_count(
         assert work.flops == pytest.approx(looked + steps, rel=1e-6)
         if name == "reduce":
             assert work.other_elements == steps / 2  # each is read once, for two FLOPs
-            assert plan_for(manifest=manifest).setting().reduce_read_again == steps / 2
+            cost = plan_for(manifest=manifest).setting().reduce_cost
+            assert cost is not None
+            assert cost.read_again == steps / 2
         if name == "clip_text":
             assert work.products[0].rows == 8 * LENGTH
-            assert work.num_weights > 0
-    cost = manifest.cost
-    answer = prefill_flops(manifest, num_visual=cost.num_visual, kept=(), num_text=cost.num_text)
-    assert answer == pytest.approx(sum(cost.reduced_flops.values()), rel=1e-6)
+            assert work.products[0].weights == "layer"
+    written = manifest.cost
+    answer = prefill_flops(manifest, num_visual=written.num_visual, kept=(), num_text=written.num_text)
+    assert answer == pytest.approx(sum(written.reduced_flops.values()), rel=1e-6)
 
 
 def _steps(method: str, num_visual: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -10,12 +10,14 @@ from tests.bundles import export
 from tests.matmul_flops import example_feeds, matmul_flops
 from tests.spec.test_selectors_through_bundles import STAGE_METHODS
 from tests.trio.selectors.token_graph import NUM_KEEP, D, E, F, T, export_once, random_case
-from trio_edge.calibration.evaluate.answer_cost import prefill_flops
+from trio_edge.calibration.evaluate.running.answer_cost import prefill_flops
 from trio_edge.export.token_selectors import token_selector
-from trio_edge.runtime.bundle.manifest import TokenMethod
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.trio.cost.flops import ModelShape, StageSizes, selection_flops, token_flops
+from trio_edge.trio.cost.bundle_work import input_widths
+from trio_edge.trio.cost.flops import stage_flops
+from trio_edge.trio.cost.selections import StageSizes, TokenSizes
+from trio_edge.trio.methods import TOKEN_METHODS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,20 +31,18 @@ def test_stages_compute_the_products_that_the_formula_counts(method: str, checkp
     schedule = SCHEDULES[method]
     bundle = export(checkpoint, schedule=schedule)
     manifest = open_bundle(bundle).manifest
-    dims = manifest.dimensions
-    shape = ModelShape(**{name: getattr(dims, name) for name in dims.__struct_fields__})
     for stage, graph in zip(schedule.stages, manifest.selects, strict=True):
         sizes = graph.profiles[-1].sizes
         num_text = sizes["S"] - sizes["N"]
         counted = StageSizes(sizes["N"], stage.keep, num_text, sizes.get("F", 0) - num_text)
         feeds = example_feeds(graph, graph.profiles[-1])
-        assert selection_flops(shape, schedule, counted) == matmul_flops(bundle / graph.file, feeds)
+        assert stage_flops(manifest.dimensions, schedule, counted) == matmul_flops(bundle / graph.file, feeds)
 
 
-@pytest.mark.parametrize("method", [method for method in get_args(TokenMethod) if method != "visionzip"])
+@pytest.mark.parametrize("method", [method for method in TOKEN_METHODS if method != "visionzip"])
 def test_selections_before_the_decoder_compute_the_products_that_the_formula_counts(method: Any) -> None:
     graph = export_once(method, token_selector(method, num_keep=NUM_KEEP))
-    flops = token_flops(method, num_visual=40, num_keep=NUM_KEEP, num_text=T, widths=WIDTHS)
+    flops = TOKEN_METHODS[method].cost(TokenSizes(40, NUM_KEEP, T, WIDTHS))
     assert flops.products == matmul_flops(graph, random_case().feeds())
 
 
@@ -50,8 +50,8 @@ def test_visionzip_computes_similarities_and_merged_rows(checkpoint: Path) -> No
     bundle = export(checkpoint, token_method="visionzip", token_keep=15)
     manifest = open_bundle(bundle).manifest
     graph = manifest.graph("reduce")
-    sizes, widths = graph.profiles[-1].sizes, {tensor.name: tensor.shape[-1] for tensor in graph.inputs}
-    flops = token_flops("visionzip", num_visual=sizes["N"], num_keep=15, num_text=0, widths=widths)  # type: ignore[arg-type]
+    sizes, widths = graph.profiles[-1].sizes, input_widths(graph)
+    flops = TOKEN_METHODS["visionzip"].cost(TokenSizes(sizes["N"], 15, 0, widths))
     feeds = example_feeds(graph, graph.profiles[-1])
     assert flops.products == matmul_flops(bundle / graph.file, feeds)
     reduced = manifest.cost.reduced_flops
@@ -61,8 +61,8 @@ def test_visionzip_computes_similarities_and_merged_rows(checkpoint: Path) -> No
 
 
 def test_greedy_steps_count_beside_the_products() -> None:
-    sizes = {"num_visual": 100, "num_keep": 10, "num_text": 9, "widths": WIDTHS}
-    steps = {method: token_flops(method, **sizes).steps for method in get_args(TokenMethod)}  # type: ignore[arg-type]
+    sizes = TokenSizes(100, 10, 9, WIDTHS)
+    steps = {method: row.cost(sizes).steps for method, row in TOKEN_METHODS.items()}
     assert steps == {
         "visionzip": 0, "holov": 0, "uniform": 0, "divprune": 10 * 100, "cdpruner": 2 * 10 * 10 * 100,
         "scope": 2 * 10 * 100**2, "eadp": 2 * 10 * 100**2,

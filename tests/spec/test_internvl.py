@@ -231,7 +231,7 @@ def test_tied_bfloat16_checkpoint_is_exported_as_float16(tmp_path: Path) -> None
 
 def test_max_visual_limits_the_tiles(folder: Path) -> None:
     checkpoint = read_checkpoint(str(folder))
-    limited = InternVl().picture_processing(checkpoint, encoder_keep=None, max_visual=4 * TOKENS_PER_TILE + 3)
+    limited = InternVl().image_processing(checkpoint, encoder_keep=None, max_visual=4 * TOKENS_PER_TILE + 3)
     assert limited.to_dict()["max_tiles"] == 3
     assert limited.any_image_sizes()[-1]["N"] == 4 * TOKENS_PER_TILE
 
@@ -285,6 +285,6 @@ def test_configurations_that_cannot_be_followed_are_refused(
     (folder / "config.json").write_text(json.dumps({**json.loads(original), **change}))
     try:
         with pytest.raises(CheckpointError, match=message):
-            InternVl().picture_processing(checkpoint, encoder_keep=None, max_visual=None)
+            InternVl().image_processing(checkpoint, encoder_keep=None, max_visual=None)
     finally:
         (folder / "config.json").write_text(original)

@@ -18,12 +18,11 @@ from tests.hugging_face import Original
 from tests.pictures import random_picture
 from tests.spec.reduced_reference import causal_layer
 from tests.tolerances import LOGITS_FLOAT32
-from trio_edge.calibration.evaluate.answer_cost import prefill_flops, processed_tokens
+from trio_edge.calibration.evaluate.running.answer_cost import prefill_flops, processed_tokens
 from trio_edge.export.token_selectors import stage_selector, token_selector
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.runtime.images.llava import prepare, token_index
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.trio.selectors.interface import Prompt, Selection, StageInputs, TokenInputs
+from trio_edge.trio.selectors.interface import PromptInputs, Selection, StageInputs, TokenInputs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,8 +50,8 @@ class Sequence:
     def __init__(self, original: Original, pipeline: Pipeline, picture: Any, prompt: str = PROMPT) -> None:
         self.model = original.model
         processing: Any = pipeline.images  # type: ignore[attr-defined]
-        self.pixels = torch.from_numpy(prepare(picture, processing).pixel_values)
-        self.index = torch.from_numpy(token_index(*picture.size, processing)).long()
+        self.pixels = torch.from_numpy(processing.prepare(picture)["pixel_values"])
+        self.index = torch.from_numpy(processing.token_index(*picture.size)).long()
         inputs = original.processor(images=picture, text=original.render(prompt), return_tensors="pt")
         with torch.no_grad():
             self.tokens = self.model.get_image_features(
@@ -84,7 +83,7 @@ def through_the_decoder(
     model, start, hidden = sequence.model, sequence.start, embeds
     text = model.model.language_model
     family: Any = SimpleNamespace(layers=text.layers, final_norm=text.norm, lm_head=model.lm_head)
-    prompt = Prompt(embeds[0], scalar(count), scalar(embeds.shape[1]))
+    prompt = PromptInputs(embeds[0], scalar(count), scalar(embeds.shape[1]))
     positions, previous = torch.arange(hidden.shape[1])[None], hidden
     original, kept_all, stages = np.arange(count), [], [stage.layer for stage in schedule.stages]
     for layer in range(len(text.layers)):

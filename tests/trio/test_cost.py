@@ -2,48 +2,72 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import pytest
 
+from trio_edge.profiling.predict.models import MODELS
+from trio_edge.runtime.bundle.manifest import Dimensions
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.budgets import preset_schedule
-from trio_edge.trio.cost.flops import (
-    LLAVA_NEXT_7B,
+from trio_edge.trio.cost.flops import CountedPrefill, count_prefill, decoder_flops, stage_work
+from trio_edge.trio.cost.selections import (
     SALIENCY_FORMS,
-    ModelShape,
+    ProbeSizes,
+    StageSizes,
     cheapest_form,
-    decoder_layer_flops,
-    nms_flops,
-    probe_flops,
-    reduction_cost,
-    reference_probe_flops,
-    saliency_flops,
-    vision_flops,
+    nms_products,
+    probe_products,
+    saliency_products,
 )
+from trio_edge.trio.cost.work import flops_of, head_work, layer_weights, range_work, vision_work
 
-TINY = ModelShape(
+TINY = Dimensions(
     num_layers=2, hidden_size=4, num_heads=2, num_kv_heads=1, head_size=2, intermediate_size=8, vocab_size=10
 )
-LLAMA_8B = dataclasses.replace(LLAVA_NEXT_7B, num_kv_heads=8, intermediate_size=14336, vocab_size=128256)
+LLAVA_NEXT_7B = MODELS["llava-next-7b"]
+DECODER = LLAVA_NEXT_7B.decoder
+LLAMA_8B = msgspec.structs.replace(DECODER, num_kv_heads=8, intermediate_size=14336, vocab_size=128256)
+
+
+def vision_flops() -> float:
+    """Return the FLOPs of LLaVA-NeXT-7B's tower on five tiles."""
+    assert LLAVA_NEXT_7B.vision is not None
+    return vision_work(LLAVA_NEXT_7B.vision, {"B": 5, "N": 2880}).flops
+
+
+def prefill(schedule: Schedule, *, num_text: int) -> CountedPrefill:
+    """Return LLaVA-NeXT-7B's prefill with five tiles."""
+    return count_prefill(DECODER, schedule, num_visual=2880, num_text=num_text)
+
+
+def reference_probe_flops(decoder: Dimensions, *, num_rows: int) -> float:
+    """Return the FLOPs of the paper's probe: the layer and the whole head over all rows, forwards and backwards.
+
+    Only the input's gradient is counted, the weights of a frozen model get none. So backwards costs what forwards costs
+    for the weights, and twice that for the attention, where both factors of each product depend on the input.
+    """
+    (attention,) = range_work(decoder, num_layers=1, rows=num_rows).attention
+    head = 2 * num_rows * head_work(decoder).flops
+    return 4.0 * num_rows * layer_weights(decoder) + 3.0 * attention.flops + head
 
 
 def test_decoder_layer_counts_products_and_full_attention() -> None:
     q, k, v, o, mlp = 4 * 4, 4 * 2, 4 * 2, 4 * 4, 3 * 4 * 8
-    assert decoder_layer_flops(TINY, num_rows=5) == 2 * 5 * (q + k + v + o + mlp) + 4 * 5**2 * 4
+    assert range_work(TINY, num_layers=1, rows=5).flops == 2 * 5 * (q + k + v + o + mlp) + 4 * 5**2 * 4
 
 
 def test_llava_next_vision_tower_is_about_two_teraflops() -> None:
-    assert vision_flops(LLAVA_NEXT_7B, num_visual=2880) == pytest.approx(2.0e12, rel=0.1)
+    assert vision_flops() == pytest.approx(2.0e12, rel=0.1)
 
 
 def test_keep_all_costs_what_the_full_prefill_costs() -> None:
-    cost = reduction_cost(LLAVA_NEXT_7B, Schedule(), num_visual=2880, num_text=50)
-    assert (cost.flops_ratio, cost.kv_ratio, cost.select_share) == (1.0, 1.0, 0.0)
+    cost = prefill(Schedule(), num_text=50)
+    assert cost.flops == decoder_flops(DECODER, [2930] * 32)
+    assert cost.select_flops == 0.0
 
 
 def test_prompt_without_an_image_costs_its_text_only() -> None:
-    cost = reduction_cost(TINY, Schedule(), num_visual=0, num_text=5)
+    cost = count_prefill(TINY, Schedule(), num_visual=0, num_text=5)
     assert cost.kv_bytes == 2 * 2 * 5 * 2 * 1 * 2  # layers, key and value, rows, bytes, heads, size
 
 
@@ -51,57 +75,58 @@ def test_prompt_without_an_image_costs_its_text_only() -> None:
 def test_llava_next_ratios_stand_beside_the_papers(num_text: int) -> None:
     """The paper gives 6.22x FLOPs and 6.05x KV at 11.1 %, and not how they are counted.
 
-    Ours count the preset's exact 320 of 2880 tokens, the stages, and for ``flops_ratio`` the vision tower, which no
+    Ours count the preset's exact 320 of 2880 tokens, the stages, and for the first ratio the vision tower, which no
     schedule makes cheaper: 6.2x to 6.0x at 40 to 60 text rows. KV then is 8.1x to 7.7x.
     """
-    cost = reduction_cost(
-        LLAVA_NEXT_7B, preset_schedule("llava-next-7b", "11.1%"), num_visual=2880, num_text=num_text
-    )
-    assert cost.flops_ratio == pytest.approx(6.0, abs=0.3)
-    assert cost.decoder_flops_ratio == pytest.approx(8.0, abs=0.5)
-    assert cost.kv_ratio == pytest.approx((2880 + num_text) / (320 + num_text))
+    whole = prefill(Schedule(), num_text=num_text)
+    cost = prefill(preset_schedule("llava-next-7b", "11.1%"), num_text=num_text)
+    tower = vision_flops()
+    assert (tower + whole.flops) / (tower + cost.flops) == pytest.approx(6.0, abs=0.3)
+    assert whole.flops / cost.flops == pytest.approx(8.0, abs=0.5)
+    assert whole.kv_bytes / cost.kv_bytes == pytest.approx((2880 + num_text) / (320 + num_text))
 
 
 def test_both_ratios_of_the_paper_appear_at_187_text_rows_without_the_vision_tower() -> None:
     """An observation, not the paper's statement: one text length gives both of its numbers for the decoder."""
-    schedule = preset_schedule("llava-next-7b", "11.1%")
-    cost = reduction_cost(LLAVA_NEXT_7B, schedule, num_visual=2880, num_text=187)
-    assert cost.kv_ratio == pytest.approx(6.05, abs=0.01)
-    assert cost.decoder_flops_ratio == pytest.approx(6.22, abs=0.03)
+    whole = prefill(Schedule(), num_text=187)
+    cost = prefill(preset_schedule("llava-next-7b", "11.1%"), num_text=187)
+    assert whole.kv_bytes / cost.kv_bytes == pytest.approx(6.05, abs=0.01)
+    assert whole.flops / cost.flops == pytest.approx(6.22, abs=0.03)
 
 
 def test_full_and_reduced_prefill_have_the_size_the_specification_gives() -> None:
-    cost = reduction_cost(
-        LLAVA_NEXT_7B, preset_schedule("llava-next-7b", "11.1%"), num_visual=2880, num_text=50
+    whole, cost = (
+        prefill(schedule, num_text=50) for schedule in (Schedule(), preset_schedule("llava-next-7b", "11.1%"))
     )
-    assert cost.full_flops == pytest.approx(44e12, rel=0.05)
-    assert 5e12 < cost.reduced_flops < 7.5e12
+    assert vision_flops() + whole.flops == pytest.approx(44e12, rel=0.05)
+    assert 5e12 < vision_flops() + cost.flops < 7.5e12
 
 
 def test_stages_cost_at_most_a_twentieth_of_the_pruned_prefill() -> None:
-    cost = reduction_cost(
-        LLAVA_NEXT_7B, preset_schedule("llava-next-7b", "11.1%"), num_visual=2880, num_text=50
-    )
-    assert cost.select_share <= 0.05
+    cost = prefill(preset_schedule("llava-next-7b", "11.1%"), num_text=50)
+    assert cost.select_flops / (vision_flops() + cost.flops) <= 0.05
 
 
 @pytest.mark.parametrize(
-    ("shape", "num_visual", "fraction"),
+    ("decoder", "num_visual", "fraction"),
     [
-        (LLAVA_NEXT_7B, 576, 8), (LLAVA_NEXT_7B, 1152, 8), (LLAVA_NEXT_7B, 2880, 8),
+        (DECODER, 576, 8), (DECODER, 1152, 8), (DECODER, 2880, 8),
         (LLAMA_8B, 576, 30), (LLAMA_8B, 1152, 30), (LLAMA_8B, 2880, 30),
     ],
     ids=["mha 576", "mha 1152", "mha 2880", "gqa 576", "gqa 1152", "gqa 2880"],
 )  # fmt: skip
 def test_closed_form_costs_a_small_fraction_of_the_reference(
-    shape: ModelShape, num_visual: int, fraction: int
+    decoder: Dimensions, num_visual: int, fraction: int
 ) -> None:
-    closed = probe_flops(shape, num_rows=num_visual + 50, num_visual=num_visual)
-    assert closed * fraction <= reference_probe_flops(shape, num_rows=num_visual + 50)
+    sizes = ProbeSizes(
+        num_visual + 50, num_visual, decoder.hidden_size, decoder.num_heads, decoder.num_kv_heads, 128, 4
+    )
+    closed = flops_of(probe_products(decoder, sizes))
+    assert closed * fraction <= reference_probe_flops(decoder, num_rows=num_visual + 50)
 
 
 def test_reference_probe_is_what_the_specification_says() -> None:
-    assert reference_probe_flops(LLAVA_NEXT_7B, num_rows=2930) == pytest.approx(4.3e12, rel=0.05)
+    assert reference_probe_flops(DECODER, num_rows=2930) == pytest.approx(4.3e12, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -117,14 +142,36 @@ def test_reference_probe_is_what_the_specification_says() -> None:
 def test_cheapest_form_depends_on_key_heads_and_probe_rows(
     num_kv_heads: int, num_probe_rows: int, form: str
 ) -> None:
-    sizes = {
-        "num_rows": 2880, "num_visual": 2880, "hidden_size": 4096, "num_heads": 32, "num_kv_heads": num_kv_heads,
-        "head_size": 128, "num_probe_rows": num_probe_rows,
-    }  # fmt: skip
-    assert cheapest_form(**sizes) == form
-    assert saliency_flops(form, **sizes) == min(saliency_flops(other, **sizes) for other in SALIENCY_FORMS)  # type: ignore[arg-type]
+    sizes = ProbeSizes(2880, 2880, 4096, 32, num_kv_heads, 128, num_probe_rows)
+    assert cheapest_form(sizes) == form
+    flops = {other: flops_of(saliency_products(other, sizes)) for other in SALIENCY_FORMS}
+    assert flops[cheapest_form(sizes)] == min(flops.values())
 
 
 def test_nms_grows_no_faster_than_the_square() -> None:
     for count in (576, 1152, 2880):
-        assert nms_flops(2 * count, hidden_size=4096) <= 4 * nms_flops(count, hidden_size=4096)
+        once, twice = (flops_of(nms_products(tokens, hidden_size=4096)) for tokens in (count, 2 * count))
+        assert twice <= 4 * once
+
+
+@pytest.mark.parametrize("num_visual", [300, 1100, 2880])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_stage_has_the_flops_of_the_written_formulas(name: str, num_visual: int) -> None:
+    """The formulas of ``trio_edge.trio.saliency``'s three forms, for 4 probe rows and 16 rounds."""
+    decoder, S, N = MODELS[name].decoder, num_visual + 40, num_visual
+    D, E = decoder.hidden_size, decoder.head_size
+    P, K = 4 * decoder.num_heads, decoder.num_kv_heads * E
+    queries = D * decoder.num_heads * E
+    rows = (
+        4 * 4 * (queries + 3 * D * decoder.intermediate_size)
+        + 2 * 4 * queries
+        + 4 * 4 * D * decoder.vocab_size
+    )
+    common = 2 * S * D * K + 2 * P * E * (S + N) + 2 * P * S * D + 4 * P * E * D
+    direct = 2 * N * P * D + 2 * N * D * (K + P)
+    key_gram = 2 * N * P * D + 2 * P * D * (K + P) + 2 * N * (K * K + P * K + P * P)
+    key_value_gram = 2 * N * D * K + 4 * N * P * E + 8 * N * K * K
+    similarity = 2 * N * N * D * (5 / 8 if N >= 1024 else 1)
+    work = stage_work(decoder, Schedule(), StageSizes(num_visual, 10, 40, num_visual))
+    expected = rows + common + min(direct, key_gram, key_value_gram) + similarity + 2 * 16 * N * N
+    assert work.flops == expected

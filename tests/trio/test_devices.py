@@ -9,41 +9,41 @@ from pathlib import Path
 import pytest
 
 from trio_edge.runtime.bundle.errors import TargetError
-from trio_edge.trio.cost.devices import TARGETS, Target, find_target
+from trio_edge.trio.cost.devices import DEVICES, DeviceSpec, find_device
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "targets.md"
-FIELDS = [field.name for field in dataclasses.fields(Target) if field.name not in ("name", "sources")]
-ROWS = pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+FIELDS = [field.name for field in dataclasses.fields(DeviceSpec) if field.name not in ("name", "sources")]
+ROWS = pytest.mark.parametrize("target", DEVICES.values(), ids=list(DEVICES))
 
 
 @ROWS
-def test_every_value_has_a_source(target: Target) -> None:
+def test_every_value_has_a_source(target: DeviceSpec) -> None:
     assert sorted(target.sources) == sorted(FIELDS)
     assert all(source.text for source in target.sources.values())
 
 
 @ROWS
-def test_numbers_are_positive_and_the_reserve_leaves_most_of_the_memory(target: Target) -> None:
+def test_numbers_are_positive_and_the_reserve_leaves_most_of_the_memory(target: DeviceSpec) -> None:
     assert 0 < target.reserve_bytes < target.memory_bytes / 2
     assert target.usable_bytes + target.reserve_bytes == target.memory_bytes
     assert target.bandwidth_bytes_per_s > 10e9
 
 
 @ROWS
-def test_integer_rate_is_two_or_four_times_the_float_rate(target: Target) -> None:
+def test_integer_rate_is_two_or_four_times_the_float_rate(target: DeviceSpec) -> None:
     ratio = target.int8_ops / target.fp16_flops
     assert ratio == pytest.approx(2.0) or ratio == pytest.approx(4.0, rel=0.02)
 
 
 @ROWS
-def test_fp8_is_twice_as_fast_as_float16_where_the_gpu_has_it(target: Target) -> None:
+def test_fp8_is_twice_as_fast_as_float16_where_the_gpu_has_it(target: DeviceSpec) -> None:
     assert (target.fp8_flops is None) == (target.compute_capability < (8, 9))
     if target.fp8_flops is not None:
         assert target.fp8_flops == pytest.approx(2 * target.fp16_flops, rel=1e-3)
 
 
 @ROWS
-def test_document_has_the_row_and_marks_what_is_not_verified(target: Target) -> None:
+def test_document_has_the_row_and_marks_what_is_not_verified(target: DeviceSpec) -> None:
     row = next(line for line in DOCUMENT.read_text().splitlines() if line.startswith(f"| `{target.name}`"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     values = {
@@ -64,20 +64,20 @@ def test_document_has_the_row_and_marks_what_is_not_verified(target: Target) -> 
 
 @pytest.mark.parametrize("name", ["jetson-orin-nano-8", "orin-nano-8"])
 def test_jetson_may_be_left_out_of_a_name(name: str) -> None:
-    assert find_target(name).name == "jetson-orin-nano-8"
+    assert find_device(name).name == "jetson-orin-nano-8"
 
 
 def test_orin_modules_run_both_jetpacks() -> None:
-    assert find_target("agx-orin-64").tensorrt == ("10.3", "10.16")
+    assert find_device("agx-orin-64").tensorrt == ("10.3", "10.16")
 
 
 def test_unknown_name_lists_all_and_the_nearest_in_one_line() -> None:
     with pytest.raises(TargetError, match=r"did you mean orin-nano-8\?$") as caught:
-        find_target("orin-nano-80")
-    assert all(name in str(caught.value) for name in TARGETS)
+        find_device("orin-nano-80")
+    assert all(name in str(caught.value) for name in DEVICES)
     assert "\n" not in str(caught.value)
 
 
 def test_name_that_resembles_none_asks_to_choose() -> None:
     with pytest.raises(TargetError, match=re.escape("got 'x'; choose one of these")):
-        find_target("x")
+        find_device("x")

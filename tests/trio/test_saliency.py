@@ -20,7 +20,7 @@ from tests.trio.decoder_layers import (
     rotary_tables,
 )
 from trio_edge.runtime.bundle.errors import CheckpointError
-from trio_edge.trio.cost.flops import SaliencyForm
+from trio_edge.trio.cost.selections import SaliencyForm
 from trio_edge.trio.saliency import ProxySaliency, key_value_gram
 
 LENGTH, START, NUM_VISUAL = 48, 5, 30

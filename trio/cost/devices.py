@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from trio_edge.runtime.bundle.errors import TargetError
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Source:
-    """Where a value comes from."""
+    """The origin of a value."""
 
     text: str
     status: Literal["verified", "third-party", "derived", "unverified"]
@@ -29,14 +30,14 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
+class DeviceSpec:
     """One device."""
 
     name: str
     memory_bytes: int
     """As sold. On a Jetson the CPU and the GPU share it."""
     reserve_bytes: int
-    """What is never free for engines: firmware carve-outs, operating system, CUDA context."""
+    """Memory that is never free for engines: firmware carve-outs, operating system, CUDA context."""
     bandwidth_bytes_per_s: float
     fp16_flops: float
     """Dense tensor-core FLOP/s with float16 inputs and float32 sums."""
@@ -65,21 +66,10 @@ class Target:
         return self.sources[field].status == "verified"
 
 
-def _verified(text: str) -> Source:
-    return Source(text=text, status="verified")
-
-
-def _third_party(text: str) -> Source:
-    return Source(text=text, status="third-party")
-
-
-def _derived(text: str) -> Source:
-    return Source(text=text, status="derived")
-
-
-def _unverified(text: str) -> Source:
-    return Source(text=text, status="unverified")
-
+_verified = partial(Source, status="verified")
+_third_party = partial(Source, status="third-party")
+_derived = partial(Source, status="derived")
+_unverified = partial(Source, status="unverified")
 
 _NAME = _verified("the module's name")
 _SM87 = _derived(
@@ -107,9 +97,9 @@ def _orin(
     bandwidth: tuple[float, Source],
     fp16_flops: float,
     rates: Source,
-) -> Target:
+) -> DeviceSpec:
     """Return an Orin module; it does twice as many int8 operations as float16 FLOPs."""
-    return Target(
+    return DeviceSpec(
         name=name,
         memory_bytes=memory_gib * GIB,
         reserve_bytes=int(reserve_gib * GIB),
@@ -142,10 +132,10 @@ def _geforce(
     fp8: tuple[float | None, Source],
     compute_capability: tuple[int, int],
     source: Source,
-) -> Target:
+) -> DeviceSpec:
     """Return a GeForce card with one source for all of its specification but the FP8 rate."""
     fields = ("memory_bytes", "bandwidth_bytes_per_s", "fp16_flops", "int8_ops")
-    return Target(
+    return DeviceSpec(
         name=name,
         memory_bytes=memory_gib * GIB,
         reserve_bytes=GIB,
@@ -254,11 +244,11 @@ _ALL = (
         source=_SPEC_SHEET,
     ),
 )
-TARGETS: dict[str, Target] = {target.name: target for target in _ALL}
+DEVICES: dict[str, DeviceSpec] = {device.name: device for device in _ALL}
 """Known devices by name."""
 
 
-def find_target(name: str, *, option: str = "--target") -> Target:
+def find_device(name: str, *, option: str = "--target") -> DeviceSpec:
     """Return the device called ``name``, written with or without "jetson-".
 
     Args:
@@ -268,10 +258,10 @@ def find_target(name: str, *, option: str = "--target") -> Target:
     Raises:
         TargetError: If no device is called so; the message has the nearest names and all others.
     """
-    known = TARGETS.get(name) or TARGETS.get(f"jetson-{name}")
+    known = DEVICES.get(name) or DEVICES.get(f"jetson-{name}")
     if known is not None:
         return known
-    names = sorted(TARGETS)
+    names = sorted(DEVICES)
     near = difflib.get_close_matches(name, [*names, *(entry.removeprefix("jetson-") for entry in names)], n=1)
     hint = f"did you mean {near[0]}?" if near else "choose one of these"
     raise TargetError(f"{option}: expected one of {', '.join(names)}, got {name!r}; {hint}")

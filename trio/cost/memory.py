@@ -1,13 +1,14 @@
-"""Bytes of the largest scratch buffer: what graphs, which run one after the other, need beside inputs and results.
+"""Memory of a bundle: weights that stages repeat, KV caches, and the largest scratch buffer.
 
-With the letters of ``trio_edge.trio.saliency``, I the intermediate size, S a graph's largest prefill and b bytes per element:
+Graphs run one after the other, so they share one scratch buffer. Each needs, besides its inputs and results, with the
+letters of ``trio_edge.trio.saliency``, I the intermediate size, S a graph's largest prefill and b bytes per element:
 
     layer range   3 S D b + new KV rows + 4 S² + max(S (H + 2 G) E b + H S² (4 + b), 3 S I b)
     select        3 S D b + 8 S D + 8 N² + R V (4 + b)
     vision        6 P F b + max((F / 64) P² 2 b, 2 P J b) per tile of P patches, width F, MLP width J
     head          S D b + 4 V
     clip_text     as vision, of M texts of L tokens, width Z, MLP width 4 Z
-    reduce        8 N W + 12 N², width W of what is compared; "uniform" 5 K N
+    reduce        8 N W + 12 N², width W of what is compared; 5 K N where nothing is
 
 Attention scores are counted in float32 and once more in the model's type: TensorRT may fuse them away.
 """
@@ -16,49 +17,98 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from trio_edge.trio.cost.work import VISION_HEAD_SIZE, layer_matrices, layer_weights, tiles_and_patches
+from trio_edge.trio.methods import stage_method, token_method
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from trio_edge.runtime.bundle.manifest import Dimensions, TokenMethod
+    from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
+    from trio_edge.runtime.bundle.schedule import Schedule
 
-_VISION_HEAD_SIZE = 64
 _CLIP_MLP = 4
-"""Width of the MLP of CLIP's text towers, in widths of the tower; which are those of the space shared with pictures."""
+"""Width of the MLP of CLIP's text towers, in widths of the tower, which is as wide as the space shared with images."""
 
 
 class Tiles(NamedTuple):
-    """What a vision tower runs on."""
+    """The tiles that a vision tower runs on."""
 
     num_tiles: int
     patches: int
-    """Of each."""
+    """Patches of each tile."""
     hidden_size: int
     intermediate_size: int
 
 
 class TokenSelection(NamedTuple):
-    """What a selection before the decoder does."""
+    """A selection before the decoder."""
 
-    method: TokenMethod
+    method: str
     num_keep: int
     """K."""
     width: int
-    """W, of the rows that it compares: visual tokens, or features for "scope"."""
+    """W of the rows that it compares."""
 
 
 class Texts(NamedTuple):
-    """What CLIP's text tower runs on, for the longest question."""
+    """The texts that CLIP's text tower runs on, for the longest question."""
 
     num_texts: int
     length: int
     width: int
-    """Z, of the space shared with pictures."""
+    """Z, of the space shared with images."""
+
+
+class RepeatedWeights(NamedTuple):
+    """Elements of weights that a stage's graph holds although other graphs have them."""
+
+    layer: int
+    head: int
+
+
+def repeated_weights(method: str, decoder: Dimensions) -> RepeatedWeights:
+    """Return the weights that each stage of ``method`` repeats."""
+    repeats = stage_method(method).repeats
+    if repeats == "layer and head":
+        return RepeatedWeights(layer_weights(decoder), decoder.vocab_size * decoder.hidden_size)
+    (queries, keys, *_) = (inputs * outputs for inputs, outputs in layer_matrices(decoder))
+    return RepeatedWeights({"queries and keys": queries + keys, "keys": keys, "nothing": 0}[repeats], 0)
+
+
+def layers_and_rows(schedule: Schedule, *, num_layers: int, entering: int) -> tuple[tuple[int, int], ...]:
+    """Return number of layers and visual rows of every layer range.
+
+    Args:
+        schedule: Its stages.
+        num_layers: L, decoder layers.
+        entering: Visual rows of the first range.
+    """
+    starts = [0, *(stage.layer for stage in schedule.stages), num_layers]
+    # A stage keeps what there is where an image has fewer tokens.
+    rows = [entering, *(min(stage.keep, entering) for stage in schedule.stages)]
+    return tuple((stop - start, count) for start, stop, count in zip(starts, starts[1:], rows))
+
+
+def kv_cache_bytes(ranges: Sequence[tuple[int, int]], *, other_rows: int, row_bytes: int) -> int:
+    """Return the bytes of all KV caches at full capacity.
+
+    Args:
+        ranges: Layers and visual rows of each range.
+        other_rows: Rows of text and new tokens.
+        row_bytes: Bytes of one row of one layer's keys and values.
+    """
+    return row_bytes * sum(layers * (rows + other_rows) for layers, rows in ranges)
+
+
+def tiles_of(tower: VisionDimensions, sizes: Mapping[str, int]) -> Tiles:
+    """Return the tiles for the sizes of a vision profile."""
+    return Tiles(*tiles_and_patches(tower, sizes), tower.hidden_size, tower.intermediate_size)
 
 
 def largest_activations(
     decoder: Dimensions,
     *,
-    layers_and_rows: Sequence[tuple[int, int]],
+    ranges: Sequence[tuple[int, int]],
     text_rows: int,
     probe_rows: int,
     cache_row_bytes: int,
@@ -70,25 +120,25 @@ def largest_activations(
 
     Args:
         decoder: Its sizes.
-        layers_and_rows: Layers and visual rows of each range; a selection is in front of each but the first.
-        text_rows: Beside the visual ones.
+        ranges: Layers and visual rows of each range; a selection is in front of each but the first.
+        text_rows: Rows besides the visual ones.
         probe_rows: R of a selection.
-        cache_row_bytes: Of one row of one layer's keys and values.
-        tiles: Of the largest picture; None where vision is not known.
+        cache_row_bytes: Bytes of one row of one layer's keys and values.
+        tiles: Those of the largest image; None where vision is not known.
         before: Bytes of ``scratch_before``; 0 where nothing is between vision and decoder.
         element_bytes: b.
     """
-    visual = [rows for _, rows in layers_and_rows]
-    ranges = (
-        _range_bytes(decoder, rows + text_rows, element_bytes) + layers * (rows + text_rows) * cache_row_bytes
-        for layers, rows in layers_and_rows
+    visual = [rows for _, rows in ranges]
+    layers = (
+        _range_bytes(decoder, rows + text_rows, element_bytes) + count * (rows + text_rows) * cache_row_bytes
+        for count, rows in ranges
     )
     selects = (
         _select_bytes(decoder, rows, rows + text_rows, probe_rows, element_bytes) for rows in visual[:-1]
     )
     head = (visual[-1] + text_rows) * decoder.hidden_size * element_bytes + 4 * decoder.vocab_size
     vision = 0 if tiles is None else _vision_bytes(tiles, element_bytes)
-    return max(*ranges, *selects, head, vision, before)
+    return max(*layers, *selects, head, vision, before)
 
 
 def scratch_before(
@@ -97,13 +147,14 @@ def scratch_before(
     """Return the bytes of the graph between vision and decoder that needs most.
 
     Args:
-        selection: What ``reduce`` does.
-        texts: What ``clip_text`` runs on, where there is one.
-        num_visual: N, of the largest picture.
+        selection: Selection of the ``reduce`` graph.
+        texts: Texts of the ``clip_text`` graph, where there is one.
+        num_visual: N of the largest image.
         element_bytes: b.
     """
-    compared = 8 * num_visual * selection.width + 12 * num_visual**2
-    reduced = 5 * selection.num_keep * num_visual if selection.method == "uniform" else compared
+    reduced = 8 * num_visual * selection.width + 12 * num_visual**2
+    if token_method(selection.method).compares is None:
+        reduced = 5 * selection.num_keep * num_visual
     if texts is None:
         return reduced
     tower = Tiles(texts.num_texts, texts.length, texts.width, _CLIP_MLP * texts.width)
@@ -124,6 +175,6 @@ def _select_bytes(decoder: Dimensions, num_visual: int, rows: int, probe_rows: i
 
 def _vision_bytes(tiles: Tiles, size: int) -> int:
     patches, width = tiles.patches, tiles.hidden_size
-    scores = width // _VISION_HEAD_SIZE * patches**2 * 2 * size
+    scores = width // VISION_HEAD_SIZE * patches**2 * 2 * size
     mlp = 2 * patches * tiles.intermediate_size * size
     return tiles.num_tiles * (6 * patches * width * size + max(scores, mlp))

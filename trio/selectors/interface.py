@@ -10,7 +10,7 @@ of CLIP M texts, L tokens of a text, Z width of the space that texts and picture
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -19,8 +19,10 @@ from trio_edge.runtime.bundle.errors import ScheduleError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trio_edge.runtime.bundle.schedule import Schedule
 
-class Prompt(NamedTuple):
+
+class PromptInputs(NamedTuple):
     """The prompt as it entered layer 0, for selectors that look at the text's own embeddings."""
 
     embeds_FD: Tensor
@@ -32,7 +34,7 @@ class Prompt(NamedTuple):
 
 
 class StageInputs(NamedTuple):
-    """What a selector in front of decoder layer l may look at."""
+    """All that a selector in front of decoder layer l may look at."""
 
     hidden_SD: Tensor
     """[S, D], about to enter layer l; right-padded."""
@@ -47,7 +49,7 @@ class StageInputs(NamedTuple):
     """[1] int32, real rows."""
     previous_SD: Tensor | None = None
     """[S, D], what entered layer l - 1; for selectors with ``needs_previous``."""
-    prompt: Prompt | None = None
+    prompt: PromptInputs | None = None
     """For selectors with ``needs_prompt``."""
 
 
@@ -63,7 +65,7 @@ class ClipInputs(NamedTuple):
 
 
 class TokenInputs(NamedTuple):
-    """What a selector in front of the decoder may look at."""
+    """All that a selector in front of the decoder may look at."""
 
     tokens_ND: Tensor
     """[N, D], visual tokens after the projector, in the order in which the decoder reads them."""
@@ -87,7 +89,7 @@ class TokenInputs(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Which tokens go on."""
+    """The tokens that go on."""
 
     kept_K: Tensor
     """[K] int64 indices into the N axis. Ascending, but for rows that merge others: those come last, each with the index
@@ -100,6 +102,23 @@ class Selection(NamedTuple):
     """[K, N] float32, rows that go on as sums of tokens; None if each is the kept token itself."""
 
 
+class StageParts(NamedTuple):
+    """The decoder around a stage, and the stage's settings."""
+
+    previous_layer: Any
+    """Decoder layer l - 1."""
+    layer: Any
+    """Decoder layer l."""
+    final_norm: Any
+    lm_head: Any
+    num_keep: int
+    """K."""
+    max_visual: int
+    """Largest N."""
+    settings: Schedule
+    """Probe rows and NMS."""
+
+
 class StageSelector(Protocol):
     """A selector in front of a decoder layer; a ``torch.nn.Module``."""
 
@@ -108,12 +127,19 @@ class StageSelector(Protocol):
     needs_previous: bool
     needs_prompt: bool
 
+    @classmethod
+    def for_stage(cls, parts: StageParts) -> StageSelector:
+        """Return the selector of a stage, holding the model's own modules."""
+
     def __call__(self, inputs: StageInputs) -> Selection:
         """Return the selection."""
 
 
 class TokenSelector(Protocol):
-    """A selector in front of the decoder; a ``torch.nn.Module`` without parameters."""
+    """A selector in front of the decoder; a ``torch.nn.Module`` without parameters, made from ``num_keep``.
+
+    Where its row in ``trio_edge.trio.methods`` says so, it is made from ``clip`` and ``grid`` too.
+    """
 
     num_keep: int
     needs_features: bool

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, final
 
 import msgspec
 
-from trio_edge.calibration.evaluate.answer_cost import prefill_flops, processed_tokens
-from trio_edge.calibration.evaluate.baselines import baseline
-from trio_edge.calibration.evaluate.first_token import FirstToken, first_token_kl, summary_of
-from trio_edge.calibration.evaluate.metrics import METRICS
+from trio_edge.calibration.evaluate.running.answer_cost import prefill_flops, processed_tokens
+from trio_edge.calibration.evaluate.running.baselines import baseline
+from trio_edge.calibration.metrics import METRICS
 from trio_edge.runtime.bundle.errors import ImageError, ShapeError
 from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.sampling import FirstToken, first_token_kl, summary_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.calibration.questions import Question
     from trio_edge.runtime.images.interface import ImageProcessing
 
 OWN_SELECTION = "bundle"
@@ -26,7 +26,7 @@ DEFAULT_ANSWER_TOKENS = 16
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a bundle answered to one question, and what that took."""
+    """A bundle's answer to one question, with its cost."""
 
     index: int
     sample_id: str
@@ -36,16 +36,16 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     text: str
     """The answer as it came."""
     reading: str
-    """What the metric compared of it."""
+    """The part of it that the metric compared."""
     score: float
     visual_tokens: int
-    """Visual tokens of the picture, before any selection that is a graph of its own."""
+    """Visual tokens of the image, before any selection that is a graph of its own."""
     processed_tokens: float
     """Mean over decoder layers of the visual tokens processed."""
     text_tokens: int
     new_tokens: int
     flops: float
-    """Of the prefill."""
+    """FLOPs of the prefill."""
     ttft_ms: float
     decode_ms: float
     kv_bytes: int
@@ -53,12 +53,12 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     first_token_kl: float | None = None
     """In nats, against keep-all; None without a reference."""
     first_token: FirstToken | None = None
-    """Of the reference itself."""
+    """The reference's own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A question that cannot be asked: its picture cannot be read, or its prompt does not fit the bundle."""
+    """A question that cannot be asked: its image cannot be read, or its prompt does not fit the bundle."""
 
     index: int
     where: str
@@ -66,18 +66,28 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings for asking all bundles."""
+
+    metric: str = "exact"
+    answer_tokens: int = DEFAULT_ANSWER_TOKENS
+    backend: str = "auto"
+    threads: int = 1
+    workers: int = 1
+    ray_address: str | None = None
+    """Address of a Ray cluster that does the work; None for this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Asking:
-    """How a bundle is asked; plain values that travel to worker processes."""
+    """One bundle and how it is asked; plain values that travel to worker processes."""
 
     bundle: Path
     selection: str = OWN_SELECTION
     """``OWN_SELECTION`` or one of ``baselines.BASELINES`` at the bundle's schedule."""
-    metric: str = "exact"
-    answer_tokens: int = DEFAULT_ANSWER_TOKENS
     is_reference: bool = False
     """Whether first tokens are summed up for the others."""
-    backend: str = "auto"
-    threads: int = 1
+    settings: Settings = Settings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +105,9 @@ class Answerer:
     def __init__(self, asking: Asking, pipeline: Pipeline | None = None) -> None:
         """Open the bundle, unless ``pipeline`` has it opened already."""
         self._asking = asking
-        self._metric = METRICS[asking.metric]
+        self._metric = METRICS[asking.settings.metric]
         self._pipeline = pipeline or Pipeline.from_bundle(
-            asking.bundle, backend=asking.backend, threads=asking.threads
+            asking.bundle, backend=asking.settings.backend, threads=asking.settings.threads
         )
         self._base_tokens = _base_tokens(self._pipeline.images)
 
@@ -120,9 +130,9 @@ class Answerer:
             None if own else baseline(asking.selection, seed=question.index, base_tokens=self._base_tokens)
         )
         generation = self._pipeline.generate(
-            question.picture,
+            question.image,
             question.question,
-            max_new_tokens=min(asking.answer_tokens, manifest.max_new_tokens),
+            max_new_tokens=min(asking.settings.answer_tokens, manifest.max_new_tokens),
             override=override,
         )
         text, statistics = generation.text, generation.statistics
@@ -132,7 +142,7 @@ class Answerer:
             index=question.index,
             sample_id=question.sample_id,
             kind=question.kind,
-            picture_id=question.picture_id,
+            picture_id=question.image_id,
             answers=question.answers,
             text=text,
             reading=reading,
@@ -151,8 +161,9 @@ class Answerer:
         )
 
 
-def _base_tokens(pictures: ImageProcessing) -> int:
-    """Return the visual tokens of the tile that shows the whole picture and comes first; 0 without one."""
-    if not isinstance(pictures, LlavaImages):
+def _base_tokens(images: ImageProcessing) -> int:
+    """Return the visual tokens of the tile that shows the whole image and comes first; 0 without one."""
+    # LLaVA's first tile shows the whole image; InternVL's comes last, Qwen2.5-VL has none
+    if not isinstance(images, LlavaImages):
         return 0
-    return pictures.encoder_keep or pictures.patches_per_tile
+    return images.encoder_keep or images.patches_per_tile

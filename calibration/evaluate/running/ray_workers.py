@@ -1,6 +1,6 @@
 """Workers on the machines of a Ray cluster, each an actor with the bundle opened once. The only file that imports ray.
 
-Pictures travel with the questions; the bundle must lie at the same path on every machine, where trio-edge is installed.
+Images travel with the questions; the bundle must lie at the same path on every machine, where trio-edge is installed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trio_edge.runtime.bundle.errors import BackendError, TrioEdgeError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_TASKS_PER_ACTOR = 2
+_TASKS_PER_ACTOR = 2  # the next question travels while one is answered
 _CONNECT_SECONDS = 10
 
 
@@ -68,7 +68,8 @@ def answer_on_cluster(
 
 
 def _answers(ray: Any, asking: Asking, tasks: Iterable[Task], *, workers: int) -> Iterator[Outcome | Failure]:
-    actor = ray.remote(num_cpus=max(asking.threads, 1), scheduling_strategy="SPREAD")(Answerer)
+    # spread: actors on one machine would share its processor while others idle
+    actor = ray.remote(num_cpus=max(asking.settings.threads, 1), scheduling_strategy="SPREAD")(Answerer)
     pool = [actor.remote(replace(asking, bundle=asking.bundle.absolute())) for _ in range(workers)]
     waiting = iter(tasks)
     owner: dict[Any, Any] = {}
@@ -102,8 +103,8 @@ def _check_reachable(address: str) -> None:
 
 
 def _portable(task: Task) -> Task:
-    """Return the task with the picture's bytes in place of its path."""
-    picture = task.question.picture
-    if not isinstance(picture, Path):
+    """Return the task with the image's bytes in place of its path."""
+    image = task.question.image
+    if not isinstance(image, Path):
         return task
-    return replace(task, question=replace(task.question, picture=picture.read_bytes()))
+    return replace(task, question=replace(task.question, image=image.read_bytes()))

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import closing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from trio_edge.calibration.evaluate.comparison import RunInfo, method_of
+import msgspec
+
 from trio_edge.calibration.evaluate.running.answering import (
-    DEFAULT_ANSWER_TOKENS,
     OWN_SELECTION,
     Asking,
     Failure,
     Outcome,
+    Settings,
     Task,
 )
 from trio_edge.calibration.evaluate.running.ray_workers import answer_on_cluster
 from trio_edge.calibration.evaluate.running.work_folder import (
     SCHEMA_VERSION,
     RunKey,
-    appending,
+    appending_outcomes,
     check_folder,
     opened_for_work,
     read_outcomes,
@@ -34,25 +34,28 @@ from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
+from trio_edge.trio.methods import stage_method
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
     from pathlib import Path
 
-    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.calibration.questions import Question
+    from trio_edge.runtime.bundle.manifest import Manifest
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How all bundles are asked."""
+class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Description of one run."""
 
-    metric: str = "exact"
-    answer_tokens: int = DEFAULT_ANSWER_TOKENS
-    backend: str = "auto"
-    threads: int = 1
-    workers: int = 1
-    ray_address: str | None = None
-    """Of a Ray cluster whose machines do the work; None for this machine."""
+    label: str
+    method: str
+    """Runs that differ in budget only have the same method."""
+    bundle: str
+    bundle_sha256: str
+    """SHA-256 of the manifest."""
+    selection: str
+    dtype: str
+    is_reference: bool
 
 
 class Run(NamedTuple):
@@ -63,7 +66,7 @@ class Run(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What came of the runs."""
+    """Outcomes and failures of all runs."""
 
     runs: list[tuple[RunInfo, dict[int, Outcome]]]
     failures: list[tuple[str, Failure]]
@@ -153,7 +156,7 @@ def answer_runs(
         runs: From ``plan_runs``.
         keys: From ``keys_of``.
         questions: What to ask.
-        settings: How.
+        settings: Settings for asking.
         folder: The work folder.
         merge: Other work folders, of the same data and bundles, whose outcomes are taken over first.
         on_start: Called with each run and the number of answers it has already.
@@ -171,6 +174,7 @@ def answer_runs(
         check_folder(other, keys)
     answers = Answers([], [])
     with opened_for_work(folder, keys):
+        # the reference is the first run, so its first tokens are there when the others need them
         firsts: dict[int, Outcome] = {}
         for run, key in zip(runs, keys):
             done = _taken_over(folder, key, merge, questions)
@@ -180,7 +184,8 @@ def answer_runs(
                 for question in questions
                 if question.index not in done
             ]
-            with appending(folder, key) as file, closing(_answers(run, tasks, settings)) as results:
+            # closing ends the workers where an error or Ctrl-C leaves the loop
+            with appending_outcomes(folder, key) as file, closing(_answers(run, tasks, settings)) as results:
                 for result in results:
                     if isinstance(result, Outcome):
                         file.append(result)
@@ -201,7 +206,7 @@ def _taken_over(
     done = still_valid(read_outcomes(folder, key), questions)
     for other in merge:
         found = still_valid(read_outcomes(other, key), questions)
-        with appending(folder, key) as file:
+        with appending_outcomes(folder, key) as file:
             for index, outcome in found.items():
                 if index not in done:
                     file.append(outcome)
@@ -213,11 +218,8 @@ def _answers(run: Run, tasks: list[Task], settings: Settings) -> Generator[Outco
     asking = Asking(
         bundle=run.bundle.folder,
         selection=run.info.selection,
-        metric=settings.metric,
-        answer_tokens=settings.answer_tokens,
         is_reference=run.info.is_reference,
-        backend=settings.backend,
-        threads=settings.threads,
+        settings=settings,
     )
     workers = min(settings.workers, len(tasks))
     if not tasks:
@@ -242,6 +244,25 @@ def _run(bundle: Bundle, label: str, selection: str, *, is_reference: bool) -> R
         is_reference=is_reference,
     )
     return Run(info, bundle)
+
+
+def method_of(manifest: Manifest, selection: str) -> str:
+    """Return the name of what selects: runs that differ in budget only have the same one."""
+    schedule = manifest.schedule
+    if selection != OWN_SELECTION:
+        return selection if schedule.positions == "compact" else f"{selection}, {schedule.positions}"
+    before = [] if manifest.encoder_keep is None else ["encoder"]
+    if manifest.token_method is not None:
+        before.append(manifest.token_method)
+    decoder = []
+    if schedule.stages:
+        has_probe = stage_method(schedule.method).has_probe
+        settings = [
+            *(["answer rows"] if has_probe and schedule.probe_rows == "answer" else []),
+            *(["preserved"] if schedule.positions == "preserved" and manifest.position_axes == 1 else []),
+        ]
+        decoder = [", ".join([schedule.method, *settings])]
+    return " + ".join([*before, *decoder]) or "keep-all"
 
 
 def _names(bundles: Sequence[Path]) -> list[str]:

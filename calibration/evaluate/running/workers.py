@@ -23,7 +23,7 @@ from trio_edge.runtime.bundle.errors import BackendError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_TASKS_PER_WORKER = 4  # in flight: enough that no worker waits, few enough that pictures do not pile up
+_TASKS_PER_WORKER = 4  # in flight: enough that no worker waits, few enough that images do not pile up
 _answerer: Answerer | None = None
 _asking: Asking | None = None
 

@@ -1,4 +1,4 @@
-"""How much each layer still looks at the picture, in the model that keeps all visual tokens.
+"""Attention that each layer still pays to the image, in the model that keeps all visual tokens.
 
 Three numbers for the input of every layer but the first, from the layer's own probe:
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class LayerImportance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What enters one layer; of one sample, or a mean of samples."""
+    """Importance of the visual tokens before one layer; of one sample, or a mean of samples."""
 
     layer: int
     attention_share: float

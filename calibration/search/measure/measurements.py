@@ -8,21 +8,22 @@ import torch
 
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.search.measure.importance import importance
-from trio_edge.calibration.search.measure.measuring import Measured, keep_all, measure
+from trio_edge.calibration.search.measure.measuring import MeasuredSchedule, keep_all, measure
 from trio_edge.calibration.search.measure.record import ImportanceLine, MeasuredLine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from trio_edge.calibration.evaluate.questions import Question
+    from trio_edge.calibration.json_lines import ResultFile
     from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.questions import Question
     from trio_edge.calibration.search.measure.importance import LayerImportance
     from trio_edge.calibration.search.measure.measuring import KeepAll
-    from trio_edge.calibration.search.measure.record import Line, Record
+    from trio_edge.calibration.search.measure.record import Line
     from trio_edge.runtime.bundle.schedule import Schedule
 
-KEPT_BYTES = 1 << 30
+KEPT_BYTES = 1 << 30  # about six samples of LLaVA-1.5-7B in float16
 """Keep-all runs that stay in memory between calls; those beyond it run again."""
 
 
@@ -36,7 +37,7 @@ class Measurements:
         *,
         probes: Probes,
         num_tokens: int,
-        record: Record,
+        record: ResultFile,
         known: Iterable[Line],
         on_sample: Callable[[], None] = lambda: None,
     ) -> None:
@@ -52,19 +53,21 @@ class Measurements:
         """
         self._model, self._probes, self._num_tokens = model, probes, num_tokens
         self._record, self._on_sample = record, on_sample
-        self._measured: dict[tuple[int, Schedule], Measured] = {}
+        self._measured: dict[tuple[int, Schedule], MeasuredSchedule] = {}
         self._importance: dict[int, list[LayerImportance]] = {}
         self._whole: dict[int, KeepAll] = {}
         self._whole_bytes = 0
         for line in known:
             if isinstance(line, MeasuredLine):
-                self._measured[line.index, line.schedule] = Measured(line.kl, line.agrees, line.rounds)
+                self._measured[line.index, line.schedule] = MeasuredSchedule(
+                    line.kl, line.agrees, line.rounds
+                )
             else:
                 self._importance[line.index] = line.layers
 
     def of(
         self, schedules: Sequence[Schedule], questions: Sequence[Question]
-    ) -> dict[Schedule, list[Measured]]:
+    ) -> dict[Schedule, list[MeasuredSchedule]]:
         """Return what each schedule does to each of the questions, in their order.
 
         Raises:

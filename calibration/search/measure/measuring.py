@@ -1,4 +1,4 @@
-"""How far schedules move a sample's answer from keep-all's; schedules that begin alike share what they begin with.
+"""Divergence of a sample's answer under schedules from keep-all's; schedules that begin alike share their beginning.
 
 Keep-all runs once and leaves what entered every layer. All schedules then branch from there: one probe per layer, one order
 of tokens per threshold, one kept set per budget, and the layers between two stages once for all that go through them.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from trio_edge.calibration.model.prompts import Prompt
+    from trio_edge.calibration.model.prompts import SamplePrompt
     from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.sequence import Sequence
     from trio_edge.calibration.model.torch_model import TorchModel
@@ -36,7 +36,7 @@ class KeepAll:
     """One sample without reduction."""
 
     inputs: list[Sequence]
-    """What entered each layer, the answer's rows included."""
+    """Rows before each layer, the answer's included."""
     tokens: list[int]
     log_probs_TV: Tensor
     """float64, natural logarithms."""
@@ -47,7 +47,7 @@ class KeepAll:
         return sum(sequence.hidden_SD.nbytes for sequence in self.inputs) + self.log_probs_TV.nbytes
 
 
-class Measured(NamedTuple):
+class MeasuredSchedule(NamedTuple):
     """One schedule on one sample."""
 
     kl: float
@@ -56,7 +56,7 @@ class Measured(NamedTuple):
     """Most that a stage's NMS took."""
 
 
-def keep_all(model: TorchModel, prompt: Prompt, *, probes: Probes, num_tokens: int) -> KeepAll:
+def keep_all(model: TorchModel, prompt: SamplePrompt, *, probes: Probes, num_tokens: int) -> KeepAll:
     """Return the sample's own answer, up to ``num_tokens`` tokens, and what entered every layer."""
     answer = greedy_answer(model, prompt, Schedule(), probes=probes, max_tokens=num_tokens)
     return KeepAll(inputs=answer.inputs, tokens=answer.tokens, log_probs_TV=_log_probs(answer.logits_TV))
@@ -64,8 +64,9 @@ def keep_all(model: TorchModel, prompt: Prompt, *, probes: Probes, num_tokens: i
 
 def measure(
     model: TorchModel, whole: KeepAll, schedules: Iterable[Schedule], *, probes: Probes
-) -> Iterator[tuple[Schedule, Measured]]:
+) -> Iterator[tuple[Schedule, MeasuredSchedule]]:
     """Yield what each schedule does to the sample, in an order of its own; equal ones once."""
+    # sorted, schedules that begin alike are neighbours, which groupby needs
     distinct = sorted(set(schedules), key=lambda schedule: (_settings(schedule), _stages(schedule)))
     branching = _Branching(model, whole, probes)
     for _, group in groupby(distinct, key=_settings):
@@ -86,13 +87,13 @@ class _Branching:
     def __init__(self, model: TorchModel, whole: KeepAll, probes: Probes) -> None:
         self._model, self._whole, self._probes = model, whole, probes
 
-    def from_keep_all(self, schedules: list[Schedule]) -> Iterator[tuple[Schedule, Measured]]:
+    def from_keep_all(self, schedules: list[Schedule]) -> Iterator[tuple[Schedule, MeasuredSchedule]]:
         inputs = self._whole.inputs
         return self._branches(schedules, 0, lambda layer: inputs[layer], rounds=0)
 
     def _branches(
         self, schedules: list[Schedule], stage: int, at: Callable[[int], Sequence], *, rounds: int
-    ) -> Iterator[tuple[Schedule, Measured]]:
+    ) -> Iterator[tuple[Schedule, MeasuredSchedule]]:
         """Yield the schedules, alike up to ``stage``, where ``at`` gives what enters a layer; asked in ascending order."""
         going_on = [schedule for schedule in schedules if len(schedule.stages) > stage]
         for layer, group in groupby(going_on, key=lambda schedule: schedule.stages[stage].layer):
@@ -118,20 +119,21 @@ class _Branching:
 
         return at
 
-    def _compared(self, schedule: Schedule, at: Callable[[int], Sequence], rounds: int) -> Measured:
+    def _compared(self, schedule: Schedule, at: Callable[[int], Sequence], rounds: int) -> MeasuredSchedule:
         if not schedule.stages:
-            return Measured(0.0, True, 0)
+            return MeasuredSchedule(0.0, True, 0)
         logits_TV = answer_logits(self._model, at(self._model.num_layers))
         return divergence(self._whole.log_probs_TV, self._whole.tokens, logits_TV, rounds=rounds)
 
 
-def divergence(log_p_TV: Tensor, tokens: list[int], logits_TV: Tensor, *, rounds: int) -> Measured:
+def divergence(log_p_TV: Tensor, tokens: list[int], logits_TV: Tensor, *, rounds: int) -> MeasuredSchedule:
     """Return how logits differ from keep-all's distributions, given its ``tokens``."""
     log_q_TV = _log_probs(logits_TV)
     kl = float((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1).mean())
     chosen_T = torch.tensor(tokens, device=log_q_TV.device)
-    return Measured(max(kl, 0.0), bool((log_q_TV.argmax(-1) == chosen_T).all()), rounds)
+    return MeasuredSchedule(max(kl, 0.0), bool((log_q_TV.argmax(-1) == chosen_T).all()), rounds)
 
 
 def _log_probs(logits_TV: Tensor) -> Tensor:
+    # in float32 a KL of 1e-6 would be rounding
     return torch.log_softmax(logits_TV.to(torch.float64), dim=-1)

@@ -1,6 +1,6 @@
-"""Samples to calibrate on: a JSON-lines file, a folder of pictures with one prompt, or the synthetic set; and their split.
+"""Samples to calibrate on: a JSON-lines file, a folder of images with one prompt, or the synthetic set; and their split.
 
-The split is by picture: questions about one picture are never on both sides. A picture's side follows from its content
+The split is by image: questions about one image are never on both sides. An image's side follows from its content
 and the seed alone, so adding samples moves no other one as long as the share holds.
 """
 
@@ -10,15 +10,20 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from trio_edge.calibration.evaluate.questions import Question, picture_id, read_questions, synthetic_questions
+from trio_edge.calibration.questions import (
+    SYNTHETIC,
+    Question,
+    image_id,
+    read_questions,
+    synthetic_questions,
+)
 from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SYNTHETIC = "shapes"
 DEFAULT_SYNTHETIC_COUNT = 100
-PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 class Split(NamedTuple):
@@ -35,8 +40,8 @@ def read_samples(source: str, *, prompt: str | None, count: int | None, seed: in
 
     Args:
         source: ``SYNTHETIC``, a JSON-lines file as ``trio-eval`` reads it (answers may be missing), or a folder with
-            pictures, sub-folders included.
-        prompt: What is asked about each picture of a folder; for a folder only.
+            images, sub-folders included.
+        prompt: What is asked about each image of a folder; for a folder only.
         count: Samples at most.
         seed: Of the synthetic set.
 
@@ -46,13 +51,13 @@ def read_samples(source: str, *, prompt: str | None, count: int | None, seed: in
     path = Path(source)
     if source != SYNTHETIC and not path.exists():
         raise DataError(
-            f"--samples {source}: expected a folder of pictures, a JSON-lines file or '{SYNTHETIC}', got no such"
+            f"--samples {source}: expected a folder of images, a JSON-lines file or '{SYNTHETIC}', got no such"
             " file; check the name"
         )
     is_folder = source != SYNTHETIC and path.is_dir()
     if is_folder != (prompt is not None):
         raise DataError(
-            f"--samples {source}: expected --prompt with a folder of pictures and only there,"
+            f"--samples {source}: expected --prompt with a folder of images and only there,"
             f" got {'none' if prompt is None else 'one'}; {'add it' if prompt is None else 'leave it out'}"
         )
     if source == SYNTHETIC:
@@ -63,26 +68,27 @@ def read_samples(source: str, *, prompt: str | None, count: int | None, seed: in
 
 
 def split_samples(questions: Sequence[Question], *, held_out: float, seed: int) -> Split:
-    """Return the samples in two parts that share no picture.
+    """Return the samples in two parts that share no image.
 
     Args:
         questions: All of them.
-        held_out: Wished share of the second part, above 0 and below 1; both parts have at least one picture.
+        held_out: Wished share of the second part, above 0 and below 1; both parts have at least one image.
         seed: Of the split.
 
     Raises:
-        DataError: If there are fewer than two pictures.
+        DataError: If there are fewer than two images.
     """
-    pictures = sorted({question.picture_id for question in questions}, key=lambda name: _place(name, seed))
-    if len(pictures) < 2:
+    # by digest, so that adding samples moves no other one
+    images = sorted({question.image_id for question in questions}, key=lambda name: _place(name, seed))
+    if len(images) < 2:
         raise DataError(
-            f"--samples: expected at least 2 different pictures (one is held out), got {len(pictures)}; add some"
+            f"--samples: expected at least 2 different images (one is held out), got {len(images)}; add some"
         )
-    num_held_out = min(max(round(held_out * len(pictures)), 1), len(pictures) - 1)
-    kept_back = set(pictures[:num_held_out])
+    num_held_out = min(max(round(held_out * len(images)), 1), len(images) - 1)
+    kept_back = set(images[:num_held_out])
     return Split(
-        search=[question for question in questions if question.picture_id not in kept_back],
-        held_out=[question for question in questions if question.picture_id in kept_back],
+        search=[question for question in questions if question.image_id not in kept_back],
+        held_out=[question for question in questions if question.image_id in kept_back],
     )
 
 
@@ -92,21 +98,21 @@ def _place(name: str, seed: int) -> str:
 
 def _folder_questions(folder: Path, prompt: str, *, count: int | None) -> list[Question]:
     try:
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     except OSError as error:
         raise DataError(f"--samples {folder}: cannot be read ({error.strerror}); check its rights") from None
     if not paths:
         raise DataError(
-            f"--samples {folder}: expected pictures ({', '.join(sorted(PICTURE_SUFFIXES))}), got none; check the folder"
+            f"--samples {folder}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none; check the folder"
         )
     return [
         Question(
             index=index,
             sample_id=path.relative_to(folder).as_posix(),
             kind="all",
-            picture=path,
-            picture_name=path.relative_to(folder).as_posix(),
-            picture_id=picture_id(path, where=str(path)),
+            image=path,
+            image_name=path.relative_to(folder).as_posix(),
+            image_id=image_id(path, where=str(path)),
             question=prompt,
             answers=(),
             where=str(path),

@@ -1,4 +1,4 @@
-"""``calibration.json``: what was asked for, and what came of it. Its ``options`` alone repeat the calibration."""
+"""``calibration.json``: options and results of a calibration. Its ``options`` alone repeat the calibration."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from trio_edge.calibration.quantize.report import QuantizationReport
-from trio_edge.calibration.search.candidates import Tried
 from trio_edge.calibration.search.measure.importance import LayerImportance
-from trio_edge.calibration.search.prefill_cost import CostKind
-from trio_edge.calibration.search.space import DEFAULT_KEEPS, DEFAULT_THRESHOLDS
+from trio_edge.calibration.search.schedules.candidates import Tried
+from trio_edge.calibration.search.schedules.prefill_cost import CostKind
+from trio_edge.calibration.search.schedules.space import DEFAULT_KEEPS, DEFAULT_THRESHOLDS
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle.errors import DataError, ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule
-from trio_edge.trio.cost.devices import find_target
+from trio_edge.trio.cost.devices import find_device
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,25 +26,25 @@ BUNDLE_NAME = "bundle"
 SCHEMA_VERSION = 1
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a user can choose. The fields hold the only defaults."""
+class CalibrationOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that a user can choose. The fields hold the only defaults."""
 
     model: str
     """Alias, Hub id or checkpoint folder."""
     samples: str
-    """"shapes", a JSON-lines file or a folder of pictures, as seen from where the command runs."""
+    """"shapes", a JSON-lines file or a folder of images, as seen from where the command runs."""
     target: str
     """Device that times are predicted for."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     prompt: str | None = None
-    """What is asked about every picture of a folder."""
+    """Question about every image of a folder."""
     count: int | None = None
     """Samples at most."""
     seed: int = 0
-    """Of the split, and of the synthetic samples."""
+    """Seed of the split and of the synthetic samples."""
     held_out: float = 1 / 3
-    """Share of the pictures that only the report looks at."""
+    """Share of the images that only the report looks at."""
     answer_tokens: int = 4
     """Answer tokens that are compared with keep-all's."""
     max_kl: float | None = None
@@ -56,30 +56,30 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     layers: tuple[int, ...] = ()
     """Candidate stage layers; none for evenly spread ones."""
     keeps: tuple[float, ...] = DEFAULT_KEEPS
-    """Candidate budgets, as shares of the largest picture's visual tokens."""
+    """Candidate budgets, as shares of the largest image's visual tokens."""
     max_stages: int = 3
     nms_thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS
     """Candidate τ."""
     evaluations: int = 120
     """Schedules of several stages that are measured, at most."""
     cost: Literal["auto", "time", "flops"] = "auto"
-    """What is traded against error: predicted time on the target, or counted FLOPs; "auto" is time where any schedule is
+    """Cost that is traded against error: predicted time on the target, or counted FLOPs; "auto" is time where any schedule is
     predicted to be faster than keep-all."""
     dtype: Literal["auto", "float16", "float32"] = "auto"
-    """Of the bundle."""
+    """Element type of the bundle."""
     quantize: str = "none"
     """Formats of the bundle's parts, as ``trio-export --quantize`` takes them; decoder layers and KV caches are calibrated."""
     max_visual: int | None = None
-    """Visual tokens that pictures are scaled down to, in families that can."""
+    """Visual tokens that images are scaled down to, in families that can."""
     max_new_tokens: int = 256
     """Room for the answer in the bundle."""
     only_image_sizes: bool = False
-    """No shapes for pictures of sizes that no sample has."""
+    """No shapes for images of sizes that no sample has."""
     device: str = "cpu"
     """torch's device that samples run on."""
 
     def __post_init__(self) -> None:
-        find_target(self.target)
+        find_device(self.target)
         parse_plan(self.quantize)
         rules = [name for name in ("max_kl", "target_ms", "keep") if getattr(self, name) is not None]
         if len(rules) > 1:
@@ -118,7 +118,7 @@ class Measure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Fidelity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How near a schedule is to keep-all on one part of the samples."""
+    """Closeness of a schedule to keep-all on one part of the samples."""
 
     samples: int
     kl: Measure
@@ -135,9 +135,9 @@ class FrontPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     first_token_ms: float
     """Predicted."""
     flops: float
-    """Of the prefill with the vision tower, mean over the samples."""
+    """FLOPs of the prefill with the vision tower, mean over the samples."""
     average_keep: float
-    """Of the largest picture."""
+    """Share of the largest image's visual tokens."""
     search: Fidelity
     held_out: Fidelity
 
@@ -150,17 +150,17 @@ class SingleStage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     kl: float
 
 
-class Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CalibrationData(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The samples."""
 
     sha256: str
-    """Of questions and pictures."""
+    """SHA-256 of questions and images."""
     samples: int
     search: int
     held_out: int
     pictures: int
     num_visual: tuple[int, int]
-    """Fewest and most visual tokens of a picture."""
+    """Fewest and most visual tokens of an image."""
     num_text: tuple[int, int]
     """Shortest and longest prompt in text tokens."""
 
@@ -169,10 +169,10 @@ class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Fixed shapes that fit the samples."""
 
     image_sizes: tuple[tuple[int, int], ...]
-    """(width, height) of pictures with exact shapes."""
+    """(width, height) of images with exact shapes."""
     text_buckets: tuple[int, ...]
     largest_rounds: int
-    """That the NMS of the chosen schedule took on any sample."""
+    """Most rounds that the NMS of the chosen schedule took on any sample."""
 
 
 class Accuracy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -188,8 +188,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The file."""
 
     schema_version: int
-    options: Options
-    data: Data
+    options: CalibrationOptions
+    data: CalibrationData
     rule: str
     """Why the schedule was chosen, in words."""
     schedule: Schedule
@@ -203,7 +203,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Predicted time without any stage."""
     keep_all_flops: float
     prediction: str
-    """How far off such predictions were where they could be compared."""
+    """Error of such predictions where they could be compared."""
     accuracy: Accuracy | None
     quantization: QuantizationReport | None
     """None where neither vision graph, decoder, head nor a KV cache is quantized."""
@@ -225,13 +225,13 @@ class _DataHead(msgspec.Struct):
 
 
 class _Head(msgspec.Struct):
-    """What a ``--config`` is read for; the rest may be of another release."""
+    """The part of a ``--config`` that is read; the rest may be of another release."""
 
-    options: Options
+    options: CalibrationOptions
     data: _DataHead | None = None
 
 
-def read_options(path: Path) -> tuple[Options, str | None]:
+def read_options(path: Path) -> tuple[CalibrationOptions, str | None]:
     """Return the options of a ``calibration.json``, and the digest of the samples that it was made with.
 
     A file that holds ``{"options": …}`` alone will do.

@@ -6,13 +6,13 @@ import base64
 import io
 from typing import TYPE_CHECKING
 
-from trio_edge.calibration.search.pareto import spread
 from trio_edge.calibration.search.report.plots import (
     front_plots,
     importance_plots,
     layers_plot,
     quantization_plots,
 )
+from trio_edge.calibration.search.schedules.pareto import spread
 from trio_edge.profiling.page.figures import check_matplotlib
 from trio_edge.profiling.page.page import render
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from trio_edge.calibration.search.calibrate import Overlay
     from trio_edge.calibration.search.report.calibration_file import Calibration, Measure
+    from trio_edge.calibration.search.report.overlays import Overlay
 
 MAX_ROWS = 20
-"""Of the table of a front; calibration.json has all of it."""
+"""Rows in the table of a front; calibration.json has all of them."""
 
 
 def check_plots() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trio_edge.profiling.page.charts import Curve, Point, draw_curve, draw_points, show_zero
-from trio_edge.profiling.page.figures import LIGHT, Canvas, Plot, canvas, colour
+from trio_edge.profiling.page.figures import LIGHT, Drawing, Plot, canvas, colour
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +46,7 @@ def _agreement(calibration: Calibration, legend: Sequence[tuple[str, str]]) -> P
     return Plot(title=title, note="", svg=drawn.svg, legend=legend)
 
 
-def _draw_front(drawn: Canvas, calibration: Calibration, measure: str) -> None:
+def _draw_front(drawn: Drawing, calibration: Calibration, measure: str) -> None:
     """Draw the held-out samples of all points, and mark the chosen one and what trio-export takes by itself."""
     points = [_held_out(calibration, one, measure) for one in calibration.front]
     draw_points(drawn, Curve("held-out samples", points), _HELD_OUT)
@@ -133,7 +133,7 @@ def _cost_label(calibration: Calibration) -> str:
     return "GFLOPs of the prefill with the vision encoder"
 
 
-def _mark_stages(drawn: Canvas, calibration: Calibration) -> None:
+def _mark_stages(drawn: Drawing, calibration: Calibration) -> None:
     drawn.axes.xaxis.get_major_locator().set_params(integer=True)
     for layer, _keep in calibration.chosen.stages:
         drawn.axes.axvline(layer, color=LIGHT[_CHOSEN], linewidth=1, linestyle="--")

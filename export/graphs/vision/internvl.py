@@ -1,4 +1,4 @@
-"""``vision`` of the InternVL family: picture tiles to visual tokens, four neighbouring patches to each.
+"""``vision`` of the InternVL family: image tiles to visual tokens, four neighbouring patches to each.
 
 | I/O tensor        | shape        | dtype   | filled or read by                                                       |
 |-------------------|--------------|---------|-------------------------------------------------------------------------|
@@ -109,7 +109,7 @@ def shuffled(patches_BPF: Tensor, *, merge: int) -> Tensor:
 
 
 def _layer_groups(layer: Any, index: int) -> Iterator[LinearGroup]:
-    attention = layer.attention  # norms of queries and keys come behind their products
+    attention = layer.attention  # norms of queries and keys come after their products
     products = attention.q_proj, attention.k_proj, attention.v_proj
     yield LinearGroup(name="qkv", layer=index, linears=products, before=layer.layernorm_before)
     yield LinearGroup(name="o", layer=index, linears=(attention.projection_layer,), before=attention.v_proj)

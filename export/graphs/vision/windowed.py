@@ -1,4 +1,4 @@
-"""``vision`` of the Qwen2.5-VL family: patches of one picture in window order to visual tokens in raster order.
+"""``vision`` of the Qwen2.5-VL family: patches of one image in window order to visual tokens in raster order.
 
 | I/O tensor          | shape    | dtype   | filled or read by                                                        |
 |---------------------|----------|---------|--------------------------------------------------------------------------|
@@ -7,17 +7,21 @@
 | in  window_slots    | [W, Q]   | int32   | runtime: patch in each slot of each attention window, -1 where none is   |
 | in  patch_slot      | [P]      | int32   | runtime: slot of each patch in the flattened windows                     |
 | in  num_patches     | [1]      | int32   | runtime: real patches; those from there on are padding                   |
-| in  token_index     | [N]      | int32   | runtime: which merged token each visual token is                         |
+| in  token_index     | [N]      | int32   | runtime: merged token of each visual token, or its row of the K kept ones |
 | out visual_tokens   | [N, D]   | model   | runtime: placed into the prefix graph's ``inputs_embeds``                |
+| out kept_tokens     | [K]      | int32   | runtime: raster indices, ascending, for positions and boxes; with        |
+|                     |          |         | encoder reduction only. An image of n <= K tokens keeps all: its first n |
 
 Most blocks attend inside windows: queries, keys and values are gathered into [W, Q] and the result is gathered back, so
-their cost grows with P * Q. A few attend over all P patches. All that depends on the picture is in the index inputs.
-P is a multiple of the patches of a visual token.
+their cost grows with P * Q. A few attend over all P patches. All that depends on the image is in the index inputs.
+P is a multiple of the patches of a visual token; with encoder reduction it has room for K tokens.
 
 Padding patches must be finite: their values reach no real patch, but they are multiplied by weights that are zero.
 
 The sum of the blocks stays float32, and the MLPs' last product is taken of scaled-down numbers: trained encoders reach
-beyond float16's 65504 there, in the last block and with some pictures only.
+beyond float16's 65504 there, in the last block and with some images only.
+
+Letters: P patches, M merged tokens (padded), K kept, W windows of Q slots.
 """
 
 from __future__ import annotations
@@ -40,17 +44,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_HEADROOM = 64.0  # a power of two: scaling by it rounds nothing
 INV_FREQ_NAME = "encoder.inv_freq"
 """The graph's one constant; ``inverse_frequencies`` gives its values."""
-
-
-def inverse_frequencies(vision_config: Any) -> NDArray[np.float32]:
-    """Return [E/4] inverse frequencies of the rotary embedding, also under FakeTensorMode."""
-    with unset_fake_temporarily():
-        inv_freq, _ = Qwen2_5_VLVisionRotaryEmbedding.compute_axial_rope_parameters(vision_config)
-        values: NDArray[np.float32] = inv_freq.to(torch.float32).numpy()
-        return values
+MIN_KEEP = 2
+"""One token for each half of the budget."""
+_TOKENS_PER_WINDOW_SIDE = 4
+_HEADROOM = 64.0  # a power of two: scaling by it rounds nothing
 
 
 class WindowedVision(nn.Module):
@@ -82,8 +81,107 @@ class WindowedVision(nn.Module):
         return merged_tokens(self.merger, hidden_PD).index_select(0, token_index)
 
 
+class ReducedWindowedVision(nn.Module):
+    """Encoder, merger, selection of K visual tokens, and merging of the others.
+
+    Half of the budget goes to windows: tokens are taken in descending attention received in the first block that sees
+    the whole image, but not more than an equal share from one window. The rest goes to the tokens that receive most in
+    the last block. Every dropped token is added to the kept one that is most like it after the merger, and each kept one
+    is divided by one plus the number of tokens that it received.
+
+    Source: the TRIO reference code's encoder stage for Qwen2.5-VL. Its budget is a fraction of the image's tokens; here
+    it is a number, so that all later shapes are fixed.
+    """
+
+    def __init__(self, visual: nn.Module, *, inv_freq: Tensor, num_keep: int) -> None:
+        """Take the parts of ``visual``.
+
+        Args:
+            visual: transformers' Qwen2_5_VisionTransformerPretrainedModel; its last block must be one that sees the
+                whole image.
+            inv_freq: [E/4] ``inverse_frequencies``; without values under FakeTensorMode.
+            num_keep: K, see ``check_windowed_keep``.
+        """
+        super().__init__()
+        core: Any = visual
+        observed = (min(core.fullatt_block_indexes), len(core.blocks) - 1)
+        self.encoder = WindowedEncoder(visual, inv_freq=inv_freq, observed_blocks=observed)
+        self.merger: nn.Module = core.merger
+        self.merge_size = int(core.spatial_merge_size)
+        self.num_keep = num_keep
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        patch_positions: Tensor,
+        window_slots: Tensor,
+        patch_slot: Tensor,
+        num_patches: Tensor,
+        token_index: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the visual tokens [N, D] and the kept ones' raster indices [K]."""
+        hidden_PD, received = self.encoder(
+            pixel_values, patch_positions, window_slots, patch_slot, num_patches
+        )
+        tokens_MD = merged_tokens(self.merger, hidden_PD)
+        merged = self.merge_size**2
+        local_M, global_M = (
+            torch.unflatten(scores_P, 0, (-1, merged)).mean(dim=-1)
+            for scores_P in (received[0], received[-1])
+        )
+        is_real_M = torch.arange(tokens_MD.shape[0]) * merged < num_patches
+        first_2M = torch.unflatten(patch_positions, 1, (-1, merged))[:, :, 0].to(torch.float32)
+        row_M, column_M = torch.floor(first_2M / self.merge_size)
+        kept_K = select_tokens(local_M, global_M, row_M, column_M, is_real_M, num_keep=self.num_keep)
+        rows_KD = merge_into_kept(tokens_MD, kept_K, is_real_M)
+        raster_K = raster_index(row_M, column_M, is_real_M).index_select(0, kept_K)
+        return rows_KD.index_select(0, token_index), raster_K.to(torch.int32)
+
+
+def check_windowed_keep(num_keep: int, *, max_visual: int, vision_config: Any) -> None:
+    """Raise ScheduleError unless this encoder can keep ``num_keep`` of at most ``max_visual`` tokens."""
+    if not MIN_KEEP <= num_keep < max_visual or num_keep > MAX_TOPK:
+        raise ScheduleError(
+            f"--encoder-keep: expected {MIN_KEEP} to {min(MAX_TOPK, max_visual - 1)} (below the image's"
+            f" {max_visual} visual tokens, and TensorRT's TopK), got {num_keep}; choose a number in this range"
+        )
+    if vision_config.depth - 1 not in vision_config.fullatt_block_indexes:
+        raise ScheduleError(
+            "--encoder-keep: expected a vision encoder whose last block sees the whole image, got"
+            f" fullatt_block_indexes {list(vision_config.fullatt_block_indexes)} of {vision_config.depth};"
+            " export without it"
+        )
+
+
+def inverse_frequencies(vision_config: Any) -> NDArray[np.float32]:
+    """Return [E/4] inverse frequencies of the rotary embedding, also under FakeTensorMode."""
+    with unset_fake_temporarily():
+        inv_freq, _ = Qwen2_5_VLVisionRotaryEmbedding.compute_axial_rope_parameters(vision_config)
+        values: NDArray[np.float32] = inv_freq.to(torch.float32).numpy()
+        return values
+
+
+def windowed_groups(visual: nn.Module) -> tuple[LinearGroup, ...]:
+    """Return the linear layers of transformers' Qwen2_5_VisionTransformerPretrainedModel.
+
+    Four patches with one norm each are one input of the merger, so the norm has no element for each of its inputs.
+    """
+    core: Any = visual
+    return (
+        *(group for index, block in enumerate(core.blocks) for group in _block_groups(block, index)),
+        *projector_groups(core.merger.mlp[0], core.merger.mlp[2], norm=None),
+    )
+
+
+def _block_groups(block: Any, index: int) -> Iterator[LinearGroup]:
+    qkv, values = block.attn.qkv, 2 * block.attn.dim
+    yield LinearGroup(name="qkv", layer=index, linears=(qkv,), before=block.norm1)
+    yield LinearGroup(name="o", layer=index, linears=(block.attn.proj,), before=qkv, start=values)
+    yield from gated_mlp_groups(block.mlp, norm=block.norm2, index=index)
+
+
 class Rows(NamedTuple):
-    """What attention must know of B groups of R rows that see each other: of all windows, or of the whole picture."""
+    """Tables for attention in B groups of R rows that see each other: all windows, or the whole image."""
 
     cos_BR1E: Tensor
     sin_BR1E: Tensor
@@ -92,7 +190,7 @@ class Rows(NamedTuple):
 
 
 class WindowedEncoder(nn.Module):
-    """Patch embedding and blocks with attention inside windows or over the picture."""
+    """Patch embedding and blocks with attention inside windows or over the image."""
 
     inv_freq: Tensor
 
@@ -102,7 +200,7 @@ class WindowedEncoder(nn.Module):
         Args:
             visual: transformers' Qwen2_5_VisionTransformerPretrainedModel.
             inv_freq: [E/4] ``inverse_frequencies``.
-            observed_blocks: Blocks with attention over the whole picture whose received attention is returned.
+            observed_blocks: Blocks with attention over the whole image whose received attention is returned.
         """
         super().__init__()
         core: Any = visual
@@ -126,7 +224,7 @@ class WindowedEncoder(nn.Module):
         """
         hidden_PD = self._embedded(pixel_values).float()
         is_real_P = torch.arange(pixel_values.shape[0]) < num_patches
-        picture = self._rows(patch_positions, is_real_P)
+        whole = self._rows(patch_positions, is_real_P)
         is_used_WQ = window_slots >= 0
         patch_of_slot = torch.where(is_used_WQ, window_slots, 0).flatten()
         shape_WQ = window_slots.shape
@@ -137,7 +235,7 @@ class WindowedEncoder(nn.Module):
         for index, block in enumerate(self.blocks):
             qkv_P = block.attn.qkv(block.norm1(hidden_PD).to(block.attn.qkv.weight.dtype))
             if index in self.full_blocks:
-                mixed_1PD, weights_1HPP = attention(block.attn, qkv_P[None], picture)
+                mixed_1PD, weights_1HPP = attention(block.attn, qkv_P[None], whole)
                 mixed_PD = mixed_1PD[0]
                 if index in self.observed_blocks:
                     received.append(received_attention(weights_1HPP[0], is_real_P))
@@ -191,7 +289,7 @@ def attention(module: Any, qkv_BRX: Tensor, rows: Rows) -> tuple[Tensor, Tensor]
     Args:
         module: transformers' Qwen2_5_VLVisionAttention; only its sizes are read.
         qkv_BRX: [B, R, 3 D], queries, keys and values.
-        rows: Of the same B and R.
+        rows: Tables for the same B and R.
     """
     heads, size = module.num_heads, module.head_dim
     rotated = _rotated(torch.unflatten(qkv_BRX[..., : 2 * module.dim], -1, (2 * heads, size)), rows)
@@ -218,124 +316,16 @@ def received_attention(weights_HPP: Tensor, is_real_P: Tensor) -> Tensor:
     return torch.matmul(query_P / query_P.sum(), weights_HPP.sum(dim=0))
 
 
-def windowed_groups(visual: nn.Module) -> tuple[LinearGroup, ...]:
-    """Return the linear layers of transformers' Qwen2_5_VisionTransformerPretrainedModel.
-
-    Four patches with one norm each are one input of the merger, so the norm has no element for each of its inputs.
-    """
-    core: Any = visual
-    return (
-        *(group for index, block in enumerate(core.blocks) for group in _block_groups(block, index)),
-        *projector_groups(core.merger.mlp[0], core.merger.mlp[2], norm=None),
-    )
-
-
-def _block_groups(block: Any, index: int) -> Iterator[LinearGroup]:
-    qkv, values = block.attn.qkv, 2 * block.attn.dim
-    yield LinearGroup(name="qkv", layer=index, linears=(qkv,), before=block.norm1)
-    yield LinearGroup(name="o", layer=index, linears=(block.attn.proj,), before=qkv, start=values)
-    yield from gated_mlp_groups(block.mlp, norm=block.norm2, index=index)
-
-
-# ``vision`` of the Qwen2.5-VL family with encoder reduction: K visual tokens stay, the others are merged into them.
-#
-# | I/O tensor          | shape    | dtype   | filled or read by                                                        |
-# |---------------------|----------|---------|--------------------------------------------------------------------------|
-# | in  pixel_values, patch_positions, window_slots, patch_slot, num_patches: as in ``vision_windowed.py``           |
-# | in  token_index     | [N]      | int32   | runtime: row of the K kept tokens for each visual token                  |
-# | out visual_tokens   | [N, D]   | model   | as in ``vision_windowed.py``                                             |
-# | out kept_tokens     | [K]      | int32   | runtime: kept tokens, raster indices, ascending, for positions and boxes |
-#
-# A picture of n <= K tokens keeps all; then the first n of ``kept_tokens`` are meant. P has room for K tokens.
-#
-# Half of the budget goes to windows: tokens are taken in descending attention received in the first block that sees the
-# whole picture, but not more than an equal share from one window. The rest goes to the tokens that receive most in the
-# last block. Every dropped token is added to the kept one that is most like it after the merger, and each kept one is
-# divided by one plus what it received.
-#
-# Source: the TRIO reference code's encoder stage for Qwen2.5-VL. Its budget is a fraction of the picture's tokens; here
-# it is a number, so that all later shapes are fixed.
-# Letters: P patches, M merged tokens (padded), K kept.
-
-
-MIN_KEEP = 2
-"""One token for each half of the budget."""
-_TOKENS_PER_WINDOW_SIDE = 4
-
-
-def check_windowed_keep(num_keep: int, *, max_visual: int, vision_config: Any) -> None:
-    """Raise ScheduleError unless this encoder can keep ``num_keep`` of at most ``max_visual`` tokens."""
-    if not MIN_KEEP <= num_keep < max_visual or num_keep > MAX_TOPK:
-        raise ScheduleError(
-            f"--encoder-keep: expected {MIN_KEEP} to {min(MAX_TOPK, max_visual - 1)} (below the picture's"
-            f" {max_visual} visual tokens, and TensorRT's TopK), got {num_keep}; choose a number in this range"
-        )
-    if vision_config.depth - 1 not in vision_config.fullatt_block_indexes:
-        raise ScheduleError(
-            "--encoder-keep: expected a vision encoder whose last block sees the whole picture, got"
-            f" fullatt_block_indexes {list(vision_config.fullatt_block_indexes)} of {vision_config.depth};"
-            " export without it"
-        )
-
-
-class ReducedWindowedVision(nn.Module):
-    """Encoder, merger, selection of K visual tokens, and merging of the others."""
-
-    def __init__(self, visual: nn.Module, *, inv_freq: Tensor, num_keep: int) -> None:
-        """Take the parts of ``visual``.
-
-        Args:
-            visual: transformers' Qwen2_5_VisionTransformerPretrainedModel; its last block must be one that sees the
-                whole picture.
-            inv_freq: [E/4] ``vision_windowed.inverse_frequencies``; without values under FakeTensorMode.
-            num_keep: K, see ``check_windowed_keep``.
-        """
-        super().__init__()
-        core: Any = visual
-        observed = (min(core.fullatt_block_indexes), len(core.blocks) - 1)
-        self.encoder = WindowedEncoder(visual, inv_freq=inv_freq, observed_blocks=observed)
-        self.merger: nn.Module = core.merger
-        self.merge_size = int(core.spatial_merge_size)
-        self.num_keep = num_keep
-
-    def forward(
-        self,
-        pixel_values: Tensor,
-        patch_positions: Tensor,
-        window_slots: Tensor,
-        patch_slot: Tensor,
-        num_patches: Tensor,
-        token_index: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the visual tokens [N, D] and the kept ones' raster indices [K]."""
-        hidden_PD, received = self.encoder(
-            pixel_values, patch_positions, window_slots, patch_slot, num_patches
-        )
-        tokens_MD = merged_tokens(self.merger, hidden_PD)
-        merged = self.merge_size**2
-        local_M, global_M = (
-            torch.unflatten(scores_P, 0, (-1, merged)).mean(dim=-1)
-            for scores_P in (received[0], received[-1])
-        )
-        is_real_M = torch.arange(tokens_MD.shape[0]) * merged < num_patches
-        first_2M = torch.unflatten(patch_positions, 1, (-1, merged))[:, :, 0].to(torch.float32)
-        row_M, column_M = torch.floor(first_2M / self.merge_size)
-        kept_K = select_tokens(local_M, global_M, row_M, column_M, is_real_M, num_keep=self.num_keep)
-        rows_KD = merge_into_kept(tokens_MD, kept_K, is_real_M)
-        raster_K = raster_index(row_M, column_M, is_real_M).index_select(0, kept_K)
-        return rows_KD.index_select(0, token_index), raster_K.to(torch.int32)
-
-
 def select_tokens(
     local_M: Tensor, global_M: Tensor, row_M: Tensor, column_M: Tensor, is_real_M: Tensor, *, num_keep: int
 ) -> Tensor:
-    """Return the kept tokens in the picture's raster order: [K] int64 indices into the M axis.
+    """Return the kept tokens in the image's raster order: [K] int64 indices into the M axis.
 
     Args:
         local_M: Scores for the half of the budget that is shared among windows, float32 >= 0.
         global_M: Scores for the other half, float32 >= 0.
-        row_M: Of each token, float32 whole numbers.
-        column_M: Likewise.
+        row_M: Row of each token, float32 whole numbers.
+        column_M: Column of each token, in the same way.
         is_real_M: False for padding, which ranks after every real token.
         num_keep: K <= M.
     """
@@ -360,10 +350,21 @@ def select_tokens(
     return (raster_M + dropped_M).topk(num_keep, largest=False).indices
 
 
-def raster_index(row_M: Tensor, column_M: Tensor, is_real_M: Tensor) -> Tensor:
-    """Return each token's place in the picture's raster order, [M] float32; padding comes after all real tokens."""
-    _, width = _masked(column_M, is_real_M)
-    return torch.where(is_real_M, row_M * width + column_M, torch.arange(row_M.shape[0]).to(torch.float32))
+def _windows(coordinate_M: Tensor, is_real_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each token's window along one axis and the number of windows; the last one takes the rest."""
+    masked_M, extent = _masked(coordinate_M, is_real_M)
+    num_windows = torch.floor(extent / _TOKENS_PER_WINDOW_SIDE).clamp_min(1.0)
+    return torch.minimum(torch.floor(masked_M / _TOKENS_PER_WINDOW_SIDE), num_windows - 1.0), num_windows
+
+
+def _rank_in_window(scores_M: Tensor, window_M: Tensor, is_real_M: Tensor) -> Tensor:
+    """Return how many real tokens of its own window come before each token, by descending score, [M] float32."""
+    index_M = torch.arange(scores_M.shape[0])
+    is_before_MM = (scores_M[:, None] > scores_M) | (
+        (scores_M[:, None] == scores_M) & (index_M[:, None] < index_M)
+    )
+    is_rival_MM = is_real_M[:, None] & (window_M[:, None] == window_M) & is_before_MM
+    return is_rival_MM.to(torch.float32).sum(dim=0)
 
 
 def merge_into_kept(tokens_MD: Tensor, kept_K: Tensor, is_real_M: Tensor) -> Tensor:
@@ -384,24 +385,13 @@ def merge_into_kept(tokens_MD: Tensor, kept_K: Tensor, is_real_M: Tensor) -> Ten
     return (sums_KD / (1.0 + takes_KM.sum(dim=-1, keepdim=True))).to(tokens_MD.dtype)
 
 
+def raster_index(row_M: Tensor, column_M: Tensor, is_real_M: Tensor) -> Tensor:
+    """Return each token's place in the image's raster order, [M] float32; padding comes after all real tokens."""
+    _, width = _masked(column_M, is_real_M)
+    return torch.where(is_real_M, row_M * width + column_M, torch.arange(row_M.shape[0]).to(torch.float32))
+
+
 def _masked(coordinate_M: Tensor, is_real_M: Tensor) -> tuple[Tensor, Tensor]:
     """Return the coordinates with 0 for padding, and how many values real tokens have, 0-d."""
     masked_M = coordinate_M * is_real_M.to(torch.float32)
     return masked_M, masked_M.amax(dim=0) + 1.0
-
-
-def _windows(coordinate_M: Tensor, is_real_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each token's window along one axis and the number of windows; the last one takes the rest."""
-    masked_M, extent = _masked(coordinate_M, is_real_M)
-    num_windows = torch.floor(extent / _TOKENS_PER_WINDOW_SIDE).clamp_min(1.0)
-    return torch.minimum(torch.floor(masked_M / _TOKENS_PER_WINDOW_SIDE), num_windows - 1.0), num_windows
-
-
-def _rank_in_window(scores_M: Tensor, window_M: Tensor, is_real_M: Tensor) -> Tensor:
-    """Return how many real tokens of its own window come before each token, by descending score, [M] float32."""
-    index_M = torch.arange(scores_M.shape[0])
-    is_before_MM = (scores_M[:, None] > scores_M) | (
-        (scores_M[:, None] == scores_M) & (index_M[:, None] < index_M)
-    )
-    is_rival_MM = is_real_M[:, None] & (window_M[:, None] == window_M) & is_before_MM
-    return is_rival_MM.to(torch.float32).sum(dim=0)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _SYS = Path("/sys")
 _CPUINFO = Path("/proc/cpuinfo")
 _CLOCK = re.compile(rb"^cpu MHz\s*:\s*([\d.]+)", re.MULTILINE)
-_CHUNK = 1 << 16
+_CHUNK = 1 << 16  # /proc/cpuinfo of many cores is longer than one page
 
 
 @final
@@ -76,14 +76,14 @@ class CpuClock:
         self._cpuinfo = _KernelFile(cpuinfo)
 
     def read(self) -> dict[str, float]:
-        """See ``Sensor.read``."""
+        """Return the readings of this moment."""
         found = [value / 1e3 for file in self._files if (value := file.number()) is not None]
         if not found:
             found = [float(value) for value in _CLOCK.findall(self._cpuinfo.read())]
         return {"clock_mhz.cpu": sum(found) / len(found)} if found else {}
 
     def close(self) -> None:
-        """See ``Sensor.close``."""
+        """Close the files."""
         _close([*self._files, self._cpuinfo])
 
 
@@ -96,16 +96,17 @@ class Rapl:
     def __init__(self, *, sys: Path = _SYS) -> None:
         self._counters: dict[str, _Counter] = {}
         for zone in sorted(sys.glob("class/powercap/*-rapl:*")):
+            # With two colons it is a part of a package, as its cores, which the package's counter includes.
             if zone.name.count(":") == 1 and _number(zone / "energy_uj") is not None:
                 self._counters[_text(zone / "name") or zone.name] = _Counter(zone)
 
     def read(self) -> dict[str, float]:
-        """See ``Sensor.read``."""
+        """Return the readings of this moment."""
         readings = {name: counter.joules() for name, counter in self._counters.items()}
         return {f"energy_j.{name}": value for name, value in readings.items() if value is not None}
 
     def close(self) -> None:
-        """See ``Sensor.close``."""
+        """Close the files."""
         _close(counter.file for counter in self._counters.values())
 
 
@@ -140,7 +141,7 @@ class ThermalZones:
         ]
 
     def read(self) -> dict[str, float]:
-        """See ``Sensor.read``."""
+        """Return the readings of this moment."""
         hottest: dict[str, float] = {}
         for name, file in self._zones:
             if (value := file.number()) is not None:
@@ -149,7 +150,7 @@ class ThermalZones:
         return hottest
 
     def close(self) -> None:
-        """See ``Sensor.close``."""
+        """Close the files."""
         _close(file for _, file in self._zones)
 
 

@@ -35,6 +35,7 @@ class Nvml:
             self._device = nvml.nvmlDeviceGetHandleByIndex(0)
         except nvml.NVMLError as error:
             raise NvmlUnavailable(str(error)) from None
+        # Asked once: an old or a small GPU offers fewer, and each refusal costs time in every reading.
         self._quantities = {
             name: read for name, read in self._all_quantities().items() if self._value(read) is not None
         }
@@ -58,10 +59,10 @@ class Nvml:
             return None
 
     def read(self) -> dict[str, float]:
-        """See ``Sensor.read``."""
+        """Return the readings of this moment."""
         values = {name: self._value(read) for name, read in self._quantities.items()}
         return {name: value for name, value in values.items() if value is not None}
 
     def close(self) -> None:
-        """See ``Sensor.close``."""
+        """Let go of the driver."""
         self._nvml.nvmlShutdown()

@@ -21,10 +21,10 @@ import time
 from typing import final
 
 TEGRASTATS = "tegrastats"
-_INTERVAL_MS = 100
+_INTERVAL_MS = 100  # half of the sampling interval, so that every sample finds a new line
 _STOP_SECONDS = 5.0
-_STALE_SECONDS = 2.0
-_LONGEST_LINE = 1 << 16
+_STALE_SECONDS = 2.0  # twenty lines were missed
+_LONGEST_LINE = 1 << 16  # what prints no line ends must not fill the memory
 _RAM = re.compile(r"\bRAM (\d+)/(\d+)MB")
 _CPU = re.compile(r"\bCPU \[([^\]]*)\]")
 _CORE_CLOCK = re.compile(r"\d+%@(\d+)")
@@ -32,7 +32,7 @@ _ENGINE = re.compile(r"\b(EMC|GR3D)_FREQ (\d+)%(?:@\[?(\d+))?")
 _TEMPERATURE = re.compile(r"\b([A-Za-z]\w*)@(-?\d+(?:\.\d+)?)C")
 _RAIL = re.compile(r"\b((?:VDD|VIN|POM|NC)\w*) (-?\d+)(?:mW)?/-?\d+(?:mW)?")
 _ENGINE_NAMES = {"GR3D": "gpu", "EMC": "memory"}
-_BOARD_RAILS = ("VDD_IN", "VIN", "POM_5V_IN")
+_BOARD_RAILS = ("VDD_IN", "VIN", "POM_5V_IN")  # the input of the whole board, as modules call it
 _COLDEST_C = -200.0  # a sensor that is switched off shows -256
 
 
@@ -57,7 +57,7 @@ def parse_tegrastats(line: str) -> dict[str, float]:
 
 
 def _powers(line: str) -> dict[str, float]:
-    rails = {name: float(value) / 1e3 for name, value in _RAIL.findall(line) if name != "NC"}
+    rails = {name: float(value) / 1e3 for name, value in _RAIL.findall(line) if name != "NC"}  # not connected
     if not rails:
         return {}
     total = next((rails[name] for name in _BOARD_RAILS if name in rails), sum(rails.values()))
@@ -98,11 +98,11 @@ class Tegrastats:
                 self._latest, self._seconds = found, time.monotonic()
 
     def read(self) -> dict[str, float]:
-        """See ``Sensor.read``: nothing once it has printed nothing for a while, as its last line is of the past then."""
+        """Return the readings of the last line; nothing once it is too old."""
         return self._latest if time.monotonic() - self._seconds < _STALE_SECONDS else {}
 
     def close(self) -> None:
-        """See ``Sensor.close``."""
+        """Stop it and what it started."""
         self._signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_SECONDS)

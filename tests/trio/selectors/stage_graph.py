@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.trio.decoder_layers import HIDDEN, rotary_tables
 from trio_edge.export.check.tensorrt import require_supported
-from trio_edge.trio.selectors.interface import Prompt, Selection, StageInputs
+from trio_edge.trio.selectors.interface import PromptInputs, Selection, StageInputs
 
 NAMES = (
     "hidden", "previous", "cos", "sin", "visual_rows", "num_visual", "length",
@@ -54,7 +54,7 @@ class Case:
         return StageInputs(
             hidden.to(dtype), cos.to(dtype), sin.to(dtype),
             torch.arange(BEFORE, BEFORE + self.num_rows, dtype=torch.int32), *scalars[:2],
-            previous.to(dtype), Prompt(prompt.to(dtype), *scalars[2:]),
+            previous.to(dtype), PromptInputs(prompt.to(dtype), *scalars[2:]),
         )  # fmt: skip
 
     def _rows(self, rows: int, length: int, span: slice, generator: torch.Generator) -> Tensor:
@@ -99,7 +99,7 @@ class StageGraph(nn.Module):
         self, hidden: Tensor, previous: Tensor, cos: Tensor, sin: Tensor, visual_rows: Tensor, num_visual: Tensor,
         length: Tensor, prompt_embeds: Tensor, prompt_num_visual: Tensor, prompt_length: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        prompt = Prompt(prompt_embeds, prompt_num_visual, prompt_length)
+        prompt = PromptInputs(prompt_embeds, prompt_num_visual, prompt_length)
         selection = self.selector(
             StageInputs(hidden, cos, sin, visual_rows, num_visual, length, previous, prompt)
         )

@@ -70,7 +70,7 @@ def test_gain_that_is_no_number_reads_nothing_beyond_the_end() -> None:
     assert len(set(selection.kept_K.tolist())) == 2
 
 
-@pytest.mark.parametrize("selector", SELECTORS, ids=lambda selector: selector.method)
+@pytest.mark.parametrize("selector", SELECTORS, ids=lambda selector: selector.__name__)
 def test_half_precision_inputs_are_compared_in_float32(selector: Any) -> None:
     inputs = random_case(21).inputs(torch.float16)
     same = inputs._replace(**{
@@ -81,7 +81,7 @@ def test_half_precision_inputs_are_compared_in_float32(selector: Any) -> None:
     assert torch.equal(selector(num_keep=9)(inputs).kept_K, selector(num_keep=9)(same).kept_K)
 
 
-@pytest.mark.parametrize("selector", ALL, ids=lambda selector: selector.method)
+@pytest.mark.parametrize("selector", ALL, ids=lambda selector: selector.__name__)
 def test_selector_reads_only_what_it_asks_for(selector: Any) -> None:
     inputs = random_case(24).inputs(torch.float32)
     module = selector(num_keep=9)
@@ -99,7 +99,7 @@ def test_selector_reads_only_what_it_asks_for(selector: Any) -> None:
 @pytest.mark.parametrize(
     ("selector", "num_keep"),
     list(zip(ALL, (1, 6, 6, 1, 6, 1, 6))),
-    ids=[f"{selector.method}-{num_keep}" for selector, num_keep in zip(ALL, (1, 6, 6, 1, 6, 1, 6))],
+    ids=[f"{selector.__name__}-{num_keep}" for selector, num_keep in zip(ALL, (1, 6, 6, 1, 6, 1, 6))],
 )
 def test_graph_of_a_fixed_size_keeps_one_token_or_all(selector: Any, num_keep: int, tmp_path: Path) -> None:
     module = selector(num_keep=num_keep)

@@ -30,9 +30,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from trio_edge.trio.cost.selections import NUM_DART_PIVOTS as NUM_PIVOTS
 from trio_edge.trio.selectors.interface import (
     Selection,
     StageInputs,
+    StageParts,
     best_tokens,
     check_num_keep,
     indices_by_group,
@@ -50,14 +52,10 @@ from trio_edge.trio.selectors.stages.row_attention import (
     visual_rows,
 )
 
-NUM_PIVOTS = 4
-"""Of each kind."""
-
 
 class Dart(nn.Module):
-    """See ``StageSelector``."""
+    """DART's selection; a ``StageSelector``."""
 
-    method = "dart"
     needs_previous = True
     needs_prompt = False
 
@@ -78,6 +76,11 @@ class Dart(nn.Module):
         self.final_norm = final_norm
         self.num_keep = num_keep
         self.num_visual_pivots = min(NUM_PIVOTS, num_keep)
+
+    @classmethod
+    def for_stage(cls, parts: StageParts) -> Dart:
+        """Return the selector of a stage, with the keys of the layer before."""
+        return cls(parts.previous_layer, parts.final_norm, num_keep=parts.num_keep)
 
     def forward(self, inputs: StageInputs) -> Selection:
         """Return the pivots and the tokens least similar to them.

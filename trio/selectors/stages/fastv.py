@@ -17,14 +17,19 @@ from typing import Any
 
 from torch import nn
 
-from trio_edge.trio.selectors.interface import Selection, StageInputs, best_tokens, check_num_keep
+from trio_edge.trio.selectors.interface import (
+    Selection,
+    StageInputs,
+    StageParts,
+    best_tokens,
+    check_num_keep,
+)
 from trio_edge.trio.selectors.stages.row_attention import RowAttention, settled
 
 
 class FastV(nn.Module):
-    """See ``StageSelector``."""
+    """FastV's selection; a ``StageSelector``."""
 
-    method = "fastv"
     needs_previous = True
     needs_prompt = False
 
@@ -42,6 +47,11 @@ class FastV(nn.Module):
         check_num_keep(num_keep)
         self.attention = RowAttention(layer)
         self.num_keep = num_keep
+
+    @classmethod
+    def for_stage(cls, parts: StageParts) -> FastV:
+        """Return the selector of a stage, with the attention of the layer before."""
+        return cls(parts.previous_layer, num_keep=parts.num_keep)
 
     def forward(self, inputs: StageInputs) -> Selection:
         """Return the tokens that the last real row attended to most in layer l - 1.

@@ -17,19 +17,24 @@ from typing import Any
 
 from torch import nn
 
-from trio_edge.trio.selectors.interface import Selection, StageInputs, best_tokens, check_num_keep
+from trio_edge.trio.selectors.interface import (
+    Selection,
+    StageInputs,
+    StageParts,
+    best_tokens,
+    check_num_keep,
+)
 from trio_edge.trio.selectors.stages.row_attention import RowAttention, settled
 
 
 class PyramidDrop(nn.Module):
-    """See ``StageSelector``."""
+    """PyramidDrop's selection; a ``StageSelector``."""
 
-    method = "pyramiddrop"
     needs_previous = False
     needs_prompt = False
 
     def __init__(self, layer: Any, *, num_keep: int) -> None:
-        """Hold the layer behind the stage.
+        """Hold the layer after the stage.
 
         Args:
             layer: Decoder layer l.
@@ -42,6 +47,11 @@ class PyramidDrop(nn.Module):
         check_num_keep(num_keep)
         self.attention = RowAttention(layer)
         self.num_keep = num_keep
+
+    @classmethod
+    def for_stage(cls, parts: StageParts) -> PyramidDrop:
+        """Return the selector of a stage, with the attention of the next layer."""
+        return cls(parts.layer, num_keep=parts.num_keep)
 
     def forward(self, inputs: StageInputs) -> Selection:
         """Return the tokens that the last real row attends to most in layer l.

@@ -43,10 +43,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from trio_edge.trio.cost.flops import split_of
+from trio_edge.trio.cost.selections import split_of
 from trio_edge.trio.selectors.interface import (
     Selection,
     StageInputs,
+    StageParts,
     best_tokens,
     check_num_keep,
     comes_before,
@@ -69,9 +70,8 @@ _SAME_POINT = 1e-5
 
 
 class SparseVlm(nn.Module):
-    """See ``StageSelector``."""
+    """SparseVLM's selection; a ``StageSelector``."""
 
-    method = "sparsevlm"
     needs_previous = True
     needs_prompt = True
 
@@ -91,6 +91,11 @@ class SparseVlm(nn.Module):
         self.attention = RowAttention(layer)
         self.num_keep = num_keep
         self.recycle = recycle
+
+    @classmethod
+    def for_stage(cls, parts: StageParts) -> SparseVlm:
+        """Return the selector of a stage, which scores with the layer before."""
+        return cls(parts.previous_layer, num_keep=parts.num_keep)
 
     def forward(self, inputs: StageInputs) -> Selection:
         """Return the tokens that the raters attended to most in layer l - 1, and clusters of some others.
@@ -146,7 +151,7 @@ class SparseVlm(nn.Module):
 
 
 class _Split(NamedTuple):
-    """How many real tokens do what; whole numbers, float32 [1]."""
+    """Numbers of real tokens by what becomes of them; whole numbers, float32 [1]."""
 
     num_kept: Tensor
     num_merged: Tensor

@@ -7,19 +7,15 @@ docs/how-it-works.md.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
-from trio_edge.trio.selectors.interface import Selection, StageInputs
-
-if TYPE_CHECKING:
-    from trio_edge.trio.nms import FeatureNms
-    from trio_edge.trio.saliency import ProxySaliency
+from trio_edge.trio.nms import FeatureNms
+from trio_edge.trio.saliency import ProxySaliency
+from trio_edge.trio.selectors.interface import Selection, StageInputs, StageParts
 
 
 class Trio(nn.Module):
-    """See ``StageSelector``."""
+    """TRIO's selection; a ``StageSelector``."""
 
     needs_previous = False
     needs_prompt = False
@@ -29,6 +25,23 @@ class Trio(nn.Module):
         self.saliency = saliency
         self.nms = nms
         self.num_keep = nms.num_keep
+
+    @classmethod
+    def for_stage(cls, parts: StageParts) -> Trio:
+        """Return the selector of a stage, which probes the next layer."""
+        settings = parts.settings
+        saliency = ProxySaliency(
+            parts.layer,
+            parts.final_norm,
+            parts.lm_head,
+            max_visual=parts.max_visual,
+            num_probe_rows=settings.num_probe_rows,
+            last_probe_offset=settings.last_probe_offset,
+        )
+        nms = FeatureNms(
+            num_keep=parts.num_keep, threshold=settings.nms_threshold, rounds=settings.nms_rounds
+        )
+        return cls(saliency, nms)
 
     def forward(self, inputs: StageInputs) -> Selection:
         """Return the most salient tokens that are unlike each other."""

@@ -1,4 +1,4 @@
-"""Which tokens a selector in front of the decoder may choose, and rows that can be compared.
+"""The tokens that a selector in front of the decoder may choose, and rows that can be compared.
 
 Padding may hold anything, NaN included, so it is replaced before any arithmetic. Work is done in float32, in float64 for
 float64 inputs.

@@ -52,7 +52,6 @@ _EXPLAINED = 1e-4
 class CdPruner(nn.Module):
     """CDPruner with relevance in the decoder's embedding space or in CLIP's; no parameters."""
 
-    method = "cdpruner"
     needs_features = False
 
     def __init__(self, *, num_keep: int, sign: int | None = None, clip: bool = False) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trio_edge.trio.selectors.interface import ClipInputs
 
 
-class ClipTexts(NamedTuple):
+class UnitTexts(NamedTuple):
     """All texts of a question."""
 
     unit_MLZ: Tensor
@@ -32,11 +32,11 @@ class ClipTexts(NamedTuple):
     """[M] bool."""
 
 
-def clip_texts(clip: ClipInputs) -> ClipTexts:
+def clip_texts(clip: ClipInputs) -> UnitTexts:
     """Return the question's texts at length 1, and what each row is."""
     is_end_ML = clip.marks_ML == END
     unit_RZ = unit_rows(clip.texts_MLZ.flatten(0, 1), (clip.marks_ML > 0).flatten())
-    return ClipTexts(
+    return UnitTexts(
         unit_MLZ=unit_RZ.reshape(clip.texts_MLZ.shape),
         is_word_ML=clip.marks_ML == WORD,
         is_end_ML=is_end_ML,

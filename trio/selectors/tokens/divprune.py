@@ -26,7 +26,6 @@ _FAR = 4.0  # beyond every distance, which are at most 2
 class DivPrune(nn.Module):
     """DivPrune; no parameters."""
 
-    method = "divprune"
     needs_features = False
     needs_text = False
     needs_clip = False

@@ -56,7 +56,6 @@ _NEVER = -1e6  # of a softmax's input; finite, so that its product with a probab
 class Eadp(nn.Module):
     """EADP with relevance in the decoder's embedding space or in CLIP's; no parameters."""
 
-    method = "eadp"
     needs_features = False
 
     def __init__(
@@ -134,12 +133,12 @@ class Eadp(nn.Module):
 
 
 class _Cosines(NamedTuple):
-    """What the text says of each token: negated cosines."""
+    """Negated cosines of the text with each token."""
 
     words_MLN: Tensor
-    """Of each word."""
+    """Those of each word."""
     whole_MN: Tensor
-    """Of each text as a whole."""
+    """Those of each text as a whole."""
     is_word_ML: Tensor
     is_real_M: Tensor
 

@@ -42,7 +42,6 @@ _VARIETY = 0.09
 class HoloV(nn.Module):
     """HoloV; no parameters."""
 
-    method = "holov"
     needs_features = True
     needs_text = False
     needs_clip = False

@@ -26,7 +26,6 @@ from trio_edge.trio.selectors.tokens.greedy import cover
 class Scope(nn.Module):
     """SCOPE; no parameters."""
 
-    method = "scope"
     needs_features = True
     needs_text = False
     needs_clip = False

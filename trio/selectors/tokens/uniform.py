@@ -16,7 +16,6 @@ from trio_edge.trio.selectors.tokens.candidates import real_tokens
 class Uniform(nn.Module):
     """Evenly spaced tokens; no parameters."""
 
-    method = "uniform"
     needs_features = False
     needs_text = False
     needs_clip = False

@@ -41,7 +41,6 @@ from trio_edge.trio.selectors.tokens.candidates import given, masked, picture_to
 class VisionZip(nn.Module):
     """VisionZip; no parameters."""
 
-    method = "visionzip"
     needs_features = True
     needs_text = False
     needs_clip = False

@@ -1,0 +1,37 @@
+"""The same held-out questions for several bundles, through ``trio-eval``'s code; again runs go on where the last one stopped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from trio_edge.calibration.evaluate.running.answering import Settings
+from trio_edge.calibration.evaluate.running.runs import answer_runs, keys_of
+from trio_edge.calibration.questions import digest_of, synthetic_questions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from trio_edge.calibration.evaluate.running.answering import Outcome
+    from trio_edge.calibration.evaluate.running.runs import Run, RunInfo
+
+METRIC = "exact"
+
+
+def answers_of(
+    runs: Sequence[Run], *, count: int, seed: int, out: Path, workers: int = 1
+) -> list[tuple[RunInfo, dict[int, Outcome]]]:
+    """Ask ``count`` synthetic questions; answers are kept below ``out``."""
+    questions = synthetic_questions(count, seed=seed)
+    settings = Settings(metric=METRIC, workers=workers, answer_tokens=8)
+    console = Console(stderr=True)
+    return answer_runs(
+        runs,
+        keys_of(runs, settings, data_sha256=digest_of(questions, metric=METRIC)),
+        questions,
+        settings,
+        folder=out / f"work-{count}-{seed}",
+        on_start=lambda run, _done: console.print(run.info.label),
+    ).runs

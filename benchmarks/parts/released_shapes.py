@@ -1,0 +1,332 @@
+"""Released models' shapes, and checkpoints that have them: names, shapes, shards and files as released, weights random.
+
+Weights mean nothing. They are written piece by piece, so 14 GB need no memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers as hf
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+
+from trio_edge.runtime.prompts.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+SAFETENSORS_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+PIECE = (
+    4 << 20
+) + 3  # random values that are repeated: writing is then bound by the disk, not by the generator
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Everything of a released checkpoint besides its weights."""
+
+    config: Callable[[], Any]
+    model: str
+    """Class in transformers."""
+    renames: tuple[tuple[str, str], ...]
+    """From a name in transformers' model to the name in released files."""
+    preprocessor: dict[str, Any]
+    chat_template: str
+    special_tokens: dict[int, str]
+
+
+def clip_large(**changes: Any) -> Any:
+    sizes = {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "image_size": 336, "patch_size": 14, "projection_dim": 768,
+    }  # fmt: skip
+    return hf.CLIPVisionConfig(**{**sizes, **changes})
+
+
+def vicuna_7b(**changes: Any) -> Any:
+    sizes = {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    return hf.LlamaConfig(**{**sizes, **changes})
+
+
+def mistral_7b() -> Any:
+    return hf.MistralConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=32064, max_position_embeddings=32768, rms_norm_eps=1e-5,
+        sliding_window=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+def llava_next(text: Any, vision: Any, pinpoints: list[list[int]]) -> Any:
+    return hf.LlavaNextConfig(
+        text_config=text, vision_config=vision, image_grid_pinpoints=pinpoints, image_token_index=32000
+    )
+
+
+def tiny() -> Any:
+    text = vicuna_7b(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    vision = clip_large(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, projection_dim=32
+    )
+    return llava_next(text, vision, PINPOINTS)
+
+
+def qwen2_5_vl(*, text: dict[str, Any], vision: dict[str, Any], tie: bool) -> Any:
+    """Return Qwen2.5-VL's configuration with the sizes of one release; those of 3B are given where none are."""
+    text_sizes = {
+        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
+        "max_window_layers": 70, "use_sliding_window": False, "sliding_window": 32768, "tie_word_embeddings": tie,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        "bos_token_id": 151643, "eos_token_id": 151645,
+    }  # fmt: skip
+    vision_sizes = {
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048,
+        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "in_channels": 3,
+    }  # fmt: skip
+    return hf.Qwen2_5_VLConfig(
+        text_config={**text_sizes, **text}, vision_config={**vision_sizes, **vision}, tie_word_embeddings=tie,
+        image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653,
+    )  # fmt: skip
+
+
+def qwen2_5_vl_3b() -> Any:
+    return qwen2_5_vl(text={}, vision={}, tie=True)
+
+
+def qwen2_5_vl_7b() -> Any:
+    text = {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "max_window_layers": 28,
+    }  # fmt: skip
+    return qwen2_5_vl(text=text, vision={"out_hidden_size": 3584}, tie=False)
+
+
+LLAVA_RENAMES = (
+    (r"^model\.vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.", ""),
+)
+QWEN_RENAMES = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
+CLIP_PREPROCESSOR = {
+    "do_resize": True, "size": {"shortest_edge": 336}, "resample": 3, "do_center_crop": True,
+    "crop_size": {"height": 336, "width": 336}, "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "do_convert_rgb": True,
+}  # fmt: skip
+ANYRES_PREPROCESSOR = {
+    **CLIP_PREPROCESSOR, "image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor",
+    "image_grid_pinpoints": PINPOINTS,
+}  # fmt: skip
+QWEN_PREPROCESSOR = {
+    "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
+    "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2_5_VLProcessor",
+}  # fmt: skip
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA_TOKENS = {0: "<unk>", 1: "<s>", 2: "</s>", 32000: "<image>", 32001: "<pad>"}
+QWEN_TOKENS = {
+    151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>", 151652: "<|vision_start|>",
+    151653: "<|vision_end|>", 151654: "<|vision_pad|>", 151655: "<|image_pad|>", 151656: "<|video_pad|>",
+}  # fmt: skip
+
+
+def _llava_next_family(config: Callable[[], Any], template: str = VICUNA_TEMPLATE) -> Family:
+    return Family(
+        config=config, model="LlavaNextForConditionalGeneration", renames=LLAVA_RENAMES,
+        preprocessor=ANYRES_PREPROCESSOR, chat_template=template, special_tokens=LLAMA_TOKENS,
+    )  # fmt: skip
+
+
+def _qwen_family(config: Callable[[], Any]) -> Family:
+    return Family(
+        config=config, model="Qwen2_5_VLForConditionalGeneration", renames=QWEN_RENAMES,
+        preprocessor=QWEN_PREPROCESSOR, chat_template=QWEN_TEMPLATE, special_tokens=QWEN_TOKENS,
+    )  # fmt: skip
+
+
+FAMILIES = {
+    "llava-next-7b": _llava_next_family(lambda: llava_next(vicuna_7b(), clip_large(), PINPOINTS)),
+    "llava-next-mistral-7b": _llava_next_family(
+        lambda: llava_next(mistral_7b(), clip_large(), PINPOINTS), MISTRAL_TEMPLATE
+    ),
+    "llava-1.5-7b": Family(
+        config=lambda: hf.LlavaConfig(
+            text_config=vicuna_7b(), vision_config=clip_large(), image_token_index=32000
+        ),
+        model="LlavaForConditionalGeneration",
+        renames=LLAVA_RENAMES,
+        preprocessor={**CLIP_PREPROCESSOR, "image_processor_type": "CLIPImageProcessor"},
+        chat_template=VICUNA_TEMPLATE,
+        special_tokens=LLAMA_TOKENS,
+    ),
+    "qwen2.5-vl-3b": _qwen_family(qwen2_5_vl_3b),
+    "qwen2.5-vl-7b": _qwen_family(qwen2_5_vl_7b),
+    "tiny": _llava_next_family(tiny),
+}
+
+
+def make_checkpoint(
+    folder: Path, *, family: Family, num_layers: int | None, dtype: str, shard_bytes: int
+) -> int:
+    """Write a random checkpoint into ``folder`` and return the number of its decoder layers."""
+    config = family.config()
+    if num_layers is not None:
+        config.text_config.num_hidden_layers = num_layers
+        if getattr(config.text_config, "layer_types", None):
+            config.text_config.layer_types = config.text_config.layer_types[:1] * num_layers
+    config.architectures, config.dtype = [family.model], dtype
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    _write_weights(folder, _shapes(config, family), dtype=dtype, shard_bytes=shard_bytes)
+    _write_processor(folder, family)
+    return int(config.text_config.num_hidden_layers)
+
+
+def _shapes(config: Any, family: Family) -> dict[str, tuple[int, ...]]:
+    """Return every tensor's shape under its released name; the model is built without memory."""
+    with torch.device("meta"):
+        state = getattr(hf, family.model)(config).state_dict()
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return {_released_name(name, family): tuple(t.shape) for name, t in state.items() if name not in tied}
+
+
+def _released_name(name: str, family: Family) -> str:
+    for pattern, replacement in family.renames:
+        renamed, count = re.subn(pattern, replacement, name)
+        if count:
+            return renamed
+    return name
+
+
+def _write_weights(folder: Path, shapes: dict[str, tuple[int, ...]], *, dtype: str, shard_bytes: int) -> None:
+    size = getattr(torch, dtype).itemsize
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    used = 0
+    for name, shape in shapes.items():
+        used += math.prod(shape) * size
+        if used > shard_bytes and shards[-1]:
+            shards.append({})
+            used = math.prod(shape) * size
+        shards[-1][name] = shape
+    generator = np.random.default_rng(0)
+    piece = torch.from_numpy(generator.standard_normal(PIECE, dtype=np.float32)).mul(0.02)
+    raw = memoryview(piece.to(getattr(torch, dtype)).view(torch.uint8).numpy())
+    one = torch.ones(1, dtype=getattr(torch, dtype)).view(torch.uint8).numpy().tobytes()
+    weight_map = {}
+    for index, shard in enumerate(shards):
+        file = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
+        with (folder / file).open("wb") as stream:
+            stream.write(_header(shard, dtype=dtype, size=size))
+            for name, shape in shard.items():
+                if len(shape) == 1 and name.endswith("weight"):  # a norm
+                    stream.write(one * shape[0])
+                    continue
+                start = size * int(generator.integers(PIECE))
+                for part in _cyclic(raw, start, math.prod(shape) * size):
+                    stream.write(part)
+    total = size * sum(math.prod(shape) for shape in shapes.values())
+    index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+    (folder / "model.safetensors.index.json").write_text(index_text)
+
+
+def _cyclic(raw: memoryview, start: int, count: int) -> Iterator[memoryview]:
+    while count:
+        part = raw[start : start + count]
+        yield part
+        count -= len(part)
+        start = 0
+
+
+def _header(shapes: dict[str, tuple[int, ...]], *, dtype: str, size: int) -> bytes:
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * size
+        entries[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_processor(folder: Path, family: Family) -> None:
+    special = family.special_tokens
+    words = [special.get(index, f"w{index}") for index in range(max(special) + 1)]
+    unknown = special.get(0, words[0])
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in special.values()])
+    begin = special.get(1)
+    if begin is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, 1)]
+        )
+    end = 2 if begin is not None else 151645
+    hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=unknown, bos_token=begin, eos_token=special[end]
+    ).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(family.preprocessor, indent=1))
+    (folder / "chat_template.jinja").write_text(family.chat_template)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+
+
+# Options of the scripts that measure at full size.
+
+
+def add_options(parser: argparse.ArgumentParser, *, family: str, folder: str) -> None:
+    """Add the options that ``checkpoint_of`` reads."""
+    parser.add_argument("--family", choices=list(FAMILIES), default=family)
+    parser.add_argument("--layers", type=int, help="decoder layers (default: the family's)")
+    parser.add_argument(
+        "--dtype", choices=list(SAFETENSORS_DTYPES), default="float16", help="of the checkpoint"
+    )
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest weight file")
+    parser.add_argument("--folder", type=Path, default=Path(folder), help="new folder for everything")
+    parser.add_argument("--keep-files", action="store_true", help="keep all files, reuse them next time")
+
+
+@contextmanager
+def checkpoint_of(options: argparse.Namespace, *others: Path) -> Iterator[Path]:
+    """Yield a checkpoint in the options' folder; it and ``others`` are deleted afterwards unless the options keep files."""
+    checkpoint = options.folder / "checkpoint"
+    if not checkpoint.exists():
+        make_checkpoint(
+            checkpoint,
+            family=FAMILIES[options.family],
+            num_layers=options.layers,
+            dtype=options.dtype,
+            shard_bytes=int(1e9 * options.shard_gb),
+        )
+    try:
+        yield checkpoint
+    finally:
+        if not options.keep_files:
+            for folder in (*others, checkpoint):
+                shutil.rmtree(folder, ignore_errors=True)

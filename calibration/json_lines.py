@@ -1,0 +1,139 @@
+"""JSON-lines files that keep the results of a long run, so that an interrupted run goes on where it stopped.
+
+The first line, the header, says what the results are about; each other line is one result.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, BinaryIO, TypeVar, final
+
+import msgspec
+
+from trio_edge.runtime.bundle.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SUFFIX = ".jsonl"
+LOCK_NAME = ".lock"
+_ENCODER = msgspec.json.Encoder()
+Header = TypeVar("Header", bound=msgspec.Struct)
+Result = TypeVar("Result")
+
+
+@final
+class ResultFile:
+    """A file that results are appended to."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path = file, path
+
+    def append(self, line: msgspec.Struct) -> None:
+        """Write one line.
+
+        Raises:
+            DataError: If it cannot be written, or not whole.
+        """
+        data, reason = _ENCODER.encode(line) + b"\n", "the disk is full"
+        try:
+            # one call, unbuffered: a kill can cut no line but the last one
+            if self._file.write(data) == len(data):
+                return
+        except OSError as error:
+            reason = str(error.strerror)
+        raise DataError(
+            f"{self._path}: expected room for a line, got none ({reason}); free some and run again"
+        )
+
+
+def read_header(path: Path, kind: type[Header]) -> Header | None:
+    """Return the header; None if there is no file, or a kill cut its first line.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If its first line is no such header.
+    """
+    try:
+        with path.open("rb") as file:
+            line = file.readline()
+    except FileNotFoundError:
+        return None
+    return msgspec.json.decode(line, type=kind) if line.endswith(b"\n") else None
+
+
+def read_results(path: Path, decoder: msgspec.json.Decoder[Result], *, what: str) -> list[Result]:
+    """Return the results of a file, none if there is no file; a cut last line is left out.
+
+    Args:
+        path: The file.
+        decoder: Reads a line.
+        what: A result, for messages: "an outcome".
+
+    Raises:
+        DataError: If the file cannot be read, or another line is broken; the message then starts with FILE:LINE.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); choose another folder") from None
+    results = []
+    for number, line in enumerate(lines[1:-1], start=2):  # after the last line break: nothing, or a cut line
+        try:
+            results.append(decoder.decode(line))
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            raise DataError(f"{path}:{number}: expected {what}, got {line[:40]!r}; delete the line") from None
+    return results
+
+
+@contextmanager
+def appending(path: Path, header: msgspec.Struct) -> Iterator[ResultFile]:
+    """Yield a file to append to. A new one gets the header first; what a kill left of a last line is cut off.
+
+    Raises:
+        DataError: If it cannot be written.
+    """
+    try:
+        file = path.open("ab", buffering=0)
+        size = path.read_bytes().rfind(b"\n") + 1
+        file.truncate(size)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror}); free some space or choose another folder"
+        ) from None
+    with file:
+        results = ResultFile(file, path)
+        if not size:
+            results.append(header)
+        yield results
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Create the folder if it is not there, and lock it against other runs.
+
+    Raises:
+        DataError: If it cannot be written, or another run has locked it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_NAME).open("wb")
+    except OSError as error:
+        raise DataError(
+            f"{folder}: expected a folder to write to ({error.strerror}); choose another"
+        ) from None
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows has no such lock; two runs at once only repeat work
+            pass
+        except OSError:
+            raise DataError(
+                f"{folder}: expected one run at a time, another one writes to it; wait or choose another"
+            ) from None
+        yield

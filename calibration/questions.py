@@ -1,0 +1,230 @@
+"""Questions about images: from a JSON-lines file or the synthetic set, their digest and their shards."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import string
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from trio_edge.calibration.shapes.samples import held_out
+from trio_edge.runtime.bundle.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from trio_edge.calibration.shapes.samples import ShapeSample
+
+
+SYNTHETIC = "shapes"
+"""Name of the packaged set, where a data set is asked for."""
+_ID_LENGTH = 16  # 64 bits: two of a million images are alike by chance once in 10^7 data sets
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question about one image, with its place in the data."""
+
+    index: int
+    """Place in the whole data set; pairs outcomes of different runs, and seeds random selections."""
+    sample_id: str
+    kind: str
+    """Type of question, for the breakdown."""
+    image: Image.Image | Path | bytes
+    image_name: str
+    image_id: str
+    """Digest of the image's content; questions about one image share it."""
+    question: str
+    """The prompt as asked, with the choices and the suffix."""
+    answers: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+    where: str = ""
+    """For messages: FILE:LINE."""
+
+
+def questions_of(samples: Iterable[ShapeSample]) -> list[Question]:
+    """Return generated samples as questions."""
+    return [
+        Question(
+            index=index,
+            sample_id=sample.sample_id,
+            kind=sample.kind,
+            image=sample.image,
+            image_name=sample.sample_id,
+            image_id=hashlib.sha256(sample.image.tobytes()).hexdigest()[:_ID_LENGTH],
+            question=sample.question,
+            answers=(sample.answer,),
+            where=f"shapes sample {sample.sample_id}",
+        )
+        for index, sample in enumerate(samples)
+    ]
+
+
+def synthetic_questions(count: int, *, seed: int) -> list[Question]:
+    """Return the packaged held-out set's first ``count`` questions."""
+    return questions_of(held_out(count, seed=seed))
+
+
+def read_questions(
+    path: Path,
+    *,
+    split: str | None = None,
+    suffix: str = "",
+    count: int | None = None,
+    need_answers: bool = True,
+) -> list[Question]:
+    """Return the questions of a JSON-lines file, one object a line.
+
+    Fields: ``image`` (a path relative to the file), ``question``, ``answers`` (a list) or ``answer``; optional ``id``,
+    ``kind``, ``choices`` (a list, appended to the prompt with letters) and ``split``. Others are ignored.
+
+    Args:
+        path: The file.
+        split: Only lines with this ``split``.
+        suffix: Appended to every prompt, after a line break.
+        count: Questions at most; later lines are not looked at.
+        need_answers: Whether a line without ``answer`` and ``answers`` is refused; else it has none.
+
+    Raises:
+        DataError: If the file cannot be read, has no question, or a line is not of that form or names an image that
+            is missing or not an image; the message starts with FILE:LINE.
+    """
+    try:
+        # some editors write a byte order mark; splitlines would also split at U+2028, which JSON texts may hold
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: expected a JSON-lines file ({error}); check the name") from None
+    questions: list[Question] = []
+    image_ids: dict[Path, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if len(questions) == count:
+            break
+        where = f"{path}:{number}"
+        entry = _entry(line, where=where)
+        if split is not None and entry.get("split") != split:
+            continue
+        if not need_answers and "answer" not in entry:
+            entry = {"answers": [], **entry}
+        question = _question(
+            entry,
+            index=len(questions),
+            number=number,
+            path=path,
+            suffix=suffix,
+            need_answers=need_answers,
+        )
+        image = path.parent / question.image_name
+        if image not in image_ids:
+            image_ids[image] = image_id(image, where=where)
+        questions.append(replace(question, image=image, image_id=image_ids[image]))
+    if not questions:
+        wanted = "" if split is None else f" of split {split!r}"
+        raise DataError(f"{path}: expected at least one question{wanted}, got none; check the file")
+    return questions
+
+
+def digest_of(questions: Sequence[Question], *, metric: str) -> str:
+    """Return the SHA-256 of what is asked and how it is scored.
+
+    Images count by name: their contents are compared outcome by outcome, so that mending one loses no other's work.
+    """
+    digest = hashlib.sha256(metric.encode())
+    for question in questions:
+        fields = [question.sample_id, question.kind, question.image_name, question.question]
+        digest.update(json.dumps([*fields, question.answers, question.choices]).encode())
+    return digest.hexdigest()
+
+
+def shard_of(questions: Sequence[Question], *, shard: int, num_shards: int) -> list[Question]:
+    """Return every ``num_shards``-th question; shards 1..num_shards share none and together are all."""
+    return list(questions[shard - 1 :: num_shards])
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Return I and N of ``I/N``.
+
+    Raises:
+        DataError: If it is not of that form, or not 1 <= I <= N.
+    """
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text.strip())
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise DataError(f"--shard: expected I/N with 1 <= I <= N, got {text!r}; write it as 1/2")
+    return int(match[1]), int(match[2])
+
+
+def _entry(line: str, *, where: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        raise DataError(f"{where}: expected one JSON object, got {line[:60]!r}; mend the line") from None
+    if not isinstance(entry, dict):
+        raise DataError(f"{where}: expected one JSON object, got {line[:60]!r}; mend the line")
+    return entry
+
+
+def _question(
+    entry: dict[str, Any], *, index: int, number: int, path: Path, suffix: str, need_answers: bool
+) -> Question:
+    where = f"{path}:{number}"
+    for name in ("image", "question"):
+        if not isinstance(entry.get(name), str) or not entry[name].strip():
+            raise DataError(f"{where}: expected a text {name!r}, got {entry.get(name)!r}; mend the line")
+    answers = _texts(entry["answers"] if "answers" in entry else [entry.get("answer")])
+    if answers is None or (need_answers and not answers):
+        raise DataError(f"{where}: expected 'answer' or a list 'answers' of texts, got none; mend the line")
+    choices = _texts(entry.get("choices", []))
+    if choices is None:
+        raise DataError(f"{where}: expected a list 'choices' of texts, got something else; mend the line")
+    options = [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices)]
+    return Question(
+        index=index,
+        sample_id=str(entry.get("id", number)),
+        kind=str(entry.get("kind", "all")),
+        image=path,
+        image_name=entry["image"],
+        image_id="",
+        question="\n".join([entry["question"], *options, *([suffix] if suffix else [])]),
+        answers=answers,
+        choices=choices,
+        where=where,
+    )
+
+
+def _texts(values: object) -> tuple[str, ...] | None:
+    """Return a list of texts and numbers as texts; None if it is something else."""
+    if not isinstance(values, list) or not all(type(value) in (str, int, float) for value in values):
+        return None
+    return tuple(str(value) for value in values)
+
+
+def image_id(path: Path, *, where: str) -> str:
+    """Return the digest of an image's file.
+
+    Args:
+        path: The file.
+        where: For messages.
+
+    Raises:
+        DataError: If it cannot be read or is no image; damage after its header shows later.
+    """
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(f"{where}: expected an image at {path}, got none ({reason}); check 'image'") from None
+    try:
+        with Image.open(io.BytesIO(data)):  # its header; a damaged rest shows when it is asked about
+            pass
+    except Exception:  # Pillow's readers raise almost anything
+        raise DataError(
+            f"{where}: expected an image at {path}, got {len(data)} bytes of no known format; mend it"
+        ) from None
+    return hashlib.sha256(data).hexdigest()[:_ID_LENGTH]

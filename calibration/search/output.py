@@ -1,0 +1,112 @@
+"""Output of a calibration: its file, its page, the bundle, and a summary in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trio_edge.calibration.search.report.calibration_file import (
+    BUNDLE_NAME,
+    CALIBRATION_NAME,
+    REPORT_NAME,
+    json_of,
+)
+from trio_edge.calibration.search.report.page import page_of
+from trio_edge.export import bundle
+from trio_edge.export.options import ExportOptions, Progress
+from trio_edge.export.quantize.plan import parse_plan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trio_edge.calibration.search.calibrate import Calibrated, SearchProgress
+    from trio_edge.calibration.search.report.calibration_file import Calibration
+
+
+def write_calibration(
+    calibrated: Calibrated, folder: Path, progress: SearchProgress, *, export: bool
+) -> None:
+    """Write ``calibration.json``, the page and, with ``export``, the bundle into ``folder``."""
+    calibration = calibrated.calibration
+    (folder / CALIBRATION_NAME).write_bytes(json_of(calibration))
+    page = page_of(calibration, calibrated.overlays, command=_export_command(calibration))
+    (folder / REPORT_NAME).write_text(page, encoding="utf-8")
+    if export:
+        bundle.export_bundle(
+            _export_options(calibration, folder / BUNDLE_NAME),
+            schedule_for=lambda _inputs: calibration.schedule,
+            scales=calibrated.scales,
+            progress=Progress(step=lambda text: progress.step(text, 0)),
+        )
+
+
+def _export_options(calibration: Calibration, out: Path) -> ExportOptions:
+    options, shapes = calibration.options, calibration.shapes
+    return ExportOptions(
+        model=options.model,
+        out=out,
+        revision=options.revision,
+        dtype=options.dtype,
+        image_sizes=shapes.image_sizes,
+        only_image_sizes=options.only_image_sizes,
+        max_visual=options.max_visual,
+        max_text=shapes.text_buckets[-1],
+        text_buckets=shapes.text_buckets,
+        max_new_tokens=options.max_new_tokens,
+        quantize=parse_plan(options.quantize),
+    )
+
+
+def _export_command(calibration: Calibration) -> str:
+    """Return the command that makes the same bundle; calibrated factors are in no command line of ``trio-export``."""
+    if calibration.quantization is not None:
+        return "trio-calibrate --config calibration.json --out AGAIN"
+    options, schedule, shapes = calibration.options, calibration.schedule, calibration.shapes
+    parts = ["trio-export", options.model]
+    if schedule.stages:
+        stages = ",".join(f"{stage.layer}:{stage.keep}" for stage in schedule.stages)
+        parts += ["--schedule", stages, "--probe-rows", schedule.probe_rows]
+        parts += ["--nms-threshold", f"{schedule.nms_threshold:g}", "--nms-rounds", str(schedule.nms_rounds)]
+    else:
+        parts += ["--keep", "all"]
+    parts += ["--positions", schedule.positions]
+    parts += [word for size in shapes.image_sizes for word in ("--image-size", "{}x{}".format(*size))]
+    parts += ["--only-image-sizes"] if options.only_image_sizes else []
+    parts += ["--max-visual", str(options.max_visual)] if options.max_visual is not None else []
+    parts += ["--revision", options.revision] if options.revision is not None else []
+    parts += ["--max-text", str(shapes.text_buckets[-1])]
+    parts += ["--text-buckets", ",".join(map(str, shapes.text_buckets))]
+    parts += ["--max-new-tokens", str(options.max_new_tokens), "--dtype", options.dtype]
+    parts += ["--quantize", options.quantize] if options.quantize != "none" else []
+    return " ".join(parts)
+
+
+def summary_of(calibration: Calibration, out: Path, *, exported: bool) -> str:
+    """Return the lines that the command prints at its end."""
+    chosen = calibration.chosen
+    stages = ", ".join(f"layer {layer}: {keep}" for layer, keep in chosen.stages) or "none"
+    kl, agreement = chosen.held_out.kl, chosen.held_out.agreement
+    within = f"({kl.interval_95[0]:.4f} to {kl.interval_95[1]:.4f})"
+    same = f"({100 * agreement.interval_95[0]:.1f} to {100 * agreement.interval_95[1]:.1f})"
+    flops, milliseconds = chosen.flops / 1e9, chosen.first_token_ms
+    whole_flops, whole_ms = calibration.keep_all_flops / 1e9, calibration.keep_all_ms
+    lines = [
+        f"{calibration.rule}: stages {stages}, average keep {100 * chosen.average_keep:.1f} %",
+        f"held out, {chosen.held_out.samples} samples: KL {kl.value:.4f} {within} nats",
+        f"same answer as keep-all: {100 * agreement.value:.1f} {same} %",
+        *_quantized_lines(calibration),
+        f"to the first token: {flops:.4g} GFLOPs (keep-all {whole_flops:.4g})",
+        f"predicted for {calibration.options.target}: {milliseconds:.3g} ms (keep-all {whole_ms:.3g})",
+        f"{out / REPORT_NAME}{f', {out / BUNDLE_NAME}' if exported else ''}",
+    ]
+    return "\n".join(lines)
+
+
+def _quantized_lines(calibration: Calibration) -> list[str]:
+    found = calibration.quantized_held_out
+    if found is None:
+        return []
+    low, high = found.kl.interval_95
+    within, same = f"({low:.4f} to {high:.4f})", 100 * found.agreement.value
+    return [
+        f"with {calibration.options.quantize}, held out: KL {found.kl.value:.4f} {within} nats, same answer {same:.1f} %"
+    ]

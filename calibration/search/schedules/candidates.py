@@ -1,0 +1,110 @@
+"""Measured schedules, and everything that a search for them works with and leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from trio_edge.calibration.search.schedules.pareto import pareto_front
+from trio_edge.profiling.statistics import bootstrap_interval
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.search.measure.measurements import Measurements
+    from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
+    from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost, ScheduleCost
+    from trio_edge.calibration.search.schedules.space import Space
+    from trio_edge.runtime.bundle.schedule import Positions, Schedule
+
+
+class Tried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One value of a setting against the default, on the same schedules and samples."""
+
+    setting: str
+    value: str
+    kl: float
+    """Mean, nats."""
+    minus_default: float
+    interval_95: tuple[float, float]
+    """Interval of ``minus_default``; paired, by image."""
+    chosen: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A measured schedule."""
+
+    schedule: Schedule
+    cost: ScheduleCost
+    kind: CostKind
+    """Quantity that it is compared by."""
+    results: list[MeasuredSchedule]
+    """One for each search sample."""
+    images: list[str]
+    """Images of these samples."""
+
+    @property
+    def kl(self) -> float:
+        """Mean over the samples, nats."""
+        return sum(result.kl for result in self.results) / len(self.results)
+
+    def is_within(self, kl: float) -> bool:
+        """Return whether the divergence is at most ``kl`` with 95 % confidence."""
+        if self.kl > kl:
+            return False
+        values = [result.kl for result in self.results]
+        return bootstrap_interval(values, self.images)[1] <= kl
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """Cost and error."""
+        return self.cost.of(self.kind), self.kl
+
+
+class EstimatedSchedule(NamedTuple):
+    """A list of stages that was not measured."""
+
+    cost: ScheduleCost
+    kl: float
+    """Sum of its stages' own."""
+    stages: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Result of a search."""
+
+    settings: Schedule
+    """Without stages."""
+    tried: list[Tried]
+    single: dict[tuple[int, int], float]
+    """Mean divergence of every single stage, by layer and budget."""
+    candidates: list[Candidate]
+    """All that were measured with the chosen settings, keep-all first."""
+
+    @property
+    def front(self) -> list[Candidate]:
+        """Cheapest first."""
+        return pareto_front(self.candidates, key=lambda candidate: candidate.point)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Searching:
+    """Everything that a search works with."""
+
+    space: Space
+    measurements: Measurements
+    questions: Sequence[Question]
+    cost: PrefillCost
+    kind: CostKind
+    """Cost that is traded against error."""
+    positions: Sequence[Positions]
+    thresholds: Sequence[float]
+    evaluations: int
+    """Lists of several stages that may be measured."""
+    on_step: Callable[[str], None]
+    """Called with what begins; every step asks for all samples once."""

@@ -1,0 +1,127 @@
+"""Cost of a schedule's prefill on a device that is not at hand: predicted time to the first token, and FLOPs.
+
+Works and times are ``profiling.predict``'s, part by part, in float16. Graphs have fixed shapes, so rows are those of the
+profile that a sample runs at, padding included; the cost is the mean over the samples. Layers of equal rows cost the same,
+so each is counted once, and any list of stages is a short sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from trio_edge.profiling.predict.efficiency import fitted_for, rates_of
+from trio_edge.profiling.predict.speed import Formats, graph_time
+from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.trio.cost.flops import stage_work
+from trio_edge.trio.cost.selections import StageSizes
+from trio_edge.trio.cost.work import head_work, range_work, vision_work
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
+    from trio_edge.trio.cost.devices import DeviceSpec
+    from trio_edge.trio.cost.work import Work
+
+CostKind = Literal["time", "flops"]
+_USUAL = Schedule()
+_FORMATS = Formats(layer="float16", other="float16")
+
+
+class ScheduleCost(NamedTuple):
+    """Cost of one prefill, or of a part of it."""
+
+    milliseconds: float
+    flops: float
+
+    def of(self, kind: CostKind) -> float:
+        """Return what schedules are compared by."""
+        return self.milliseconds if kind == "time" else self.flops
+
+    def plus(self, other: ScheduleCost, times: float = 1.0) -> ScheduleCost:
+        """Return the sum with ``times`` the other one."""
+        return ScheduleCost(self.milliseconds + times * other.milliseconds, self.flops + times * other.flops)
+
+
+class Situation(NamedTuple):
+    """Sizes at which some of the samples run."""
+
+    share: float
+    """Share of the samples."""
+    sizes: Mapping[str, int]
+    """Sizes of the vision profile, N among them."""
+    num_text: int
+    """Text bucket."""
+
+
+@dataclass(frozen=True)
+class PrefillCost:
+    """Costs of schedules on one device."""
+
+    decoder: Dimensions
+    vision: VisionDimensions
+    situations: Sequence[Situation]
+    target: DeviceSpec
+    _parts: dict[tuple[str, int | None, int], ScheduleCost] = field(
+        default_factory=dict, init=False, compare=False
+    )
+
+    def of(self, schedule: Schedule) -> ScheduleCost:
+        """Return a schedule's cost."""
+        return self.of_stages([(stage.layer, stage.keep) for stage in schedule.stages], schedule)
+
+    def of_stages(self, stages: Sequence[tuple[int, int]], settings: Schedule = _USUAL) -> ScheduleCost:
+        """Return the cost of (layer, keep) pairs; ``settings`` has the probe rows and the NMS rounds."""
+        starts = [0, *(layer for layer, _ in stages)]
+        stops = [*starts[1:], self.decoder.num_layers]
+        rows: list[int | None] = [None, *(keep for _, keep in stages)]
+        total = self._part("fixed", None, 0, self._fixed_works)
+        for index, (start, stop, keep) in enumerate(zip(starts, stops, rows)):
+            if index:
+                total = total.plus(self._select(rows[index - 1], settings))
+            total = total.plus(self._layer(keep), stop - start)
+        return total
+
+    def _layer(self, keep: int | None) -> ScheduleCost:
+        """Return one decoder layer with ``keep`` visual rows, None for those of the image."""
+
+        def works(situation: Situation) -> list[Work]:
+            rows = _visual_rows(situation, keep) + situation.num_text
+            return [range_work(self.decoder, num_layers=1, rows=rows)]
+
+        return self._part("layer", keep, 0, works)
+
+    def _select(self, entering: int | None, settings: Schedule) -> ScheduleCost:
+        def works(situation: Situation) -> list[Work]:
+            num_visual = _visual_rows(situation, entering)
+            # TRIO's work does not depend on how many tokens stay.
+            sizes = StageSizes(num_visual, 1, situation.num_text, situation.sizes["N"])
+            return [stage_work(self.decoder, settings, sizes)]
+
+        return self._part("select", entering, settings.num_probe_rows, works)
+
+    def _fixed_works(self, situation: Situation) -> list[Work]:
+        """Return what no schedule changes."""
+        return [vision_work(self.vision, situation.sizes), head_work(self.decoder)]
+
+    def _part(
+        self, name: str, keep: int | None, probe_rows: int, works: Callable[[Situation], list[Work]]
+    ) -> ScheduleCost:
+        key = name, keep, probe_rows
+        if key not in self._parts:
+            total = ScheduleCost(0.0, 0.0)
+            for situation in self.situations:
+                for work in works(situation):
+                    total = total.plus(self._timed(work), situation.share)
+            self._parts[key] = total
+        return self._parts[key]
+
+    def _timed(self, work: Work) -> ScheduleCost:
+        efficiency, rates = fitted_for(self.target).efficiency, rates_of(self.target)
+        time = graph_time(work, formats=_FORMATS, rates=rates, efficiency=efficiency)
+        return ScheduleCost(1e3 * time.seconds, work.flops)
+
+
+def _visual_rows(situation: Situation, keep: int | None) -> int:
+    return situation.sizes["N"] if keep is None else keep

@@ -1,0 +1,188 @@
+"""The schedules that a search chooses from: stage layers, budgets, and the settings that stages share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
+from trio_edge.trio.budgets import MAX_TOPK, default_stage_layers, schedule_for_keep
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from trio_edge.runtime.bundle.schedule import Positions
+
+Stages = tuple[tuple[int, int], ...]
+"""(layer, keep) of each stage."""
+
+DEFAULT_KEEPS = (0.03, 0.06, 0.1, 0.16, 0.25, 0.4, 0.6)
+"""Budgets as shares of the largest image's visual tokens."""
+DEFAULT_THRESHOLDS = (0.7, 0.8, 0.9)
+PROBE_ROWS = ("reference", "answer")
+SETTING_KEEPS = (0.08, 0.111, 0.18)
+"""Average keeps at which settings are compared."""
+MAX_LAYERS = 16
+"""Candidate layers unless the user names some."""
+_STEP = 1.25
+"""Between neighbouring budgets when a front is refined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """Stages that are possible."""
+
+    num_layers: int
+    """L."""
+    num_visual: int
+    """N of the largest image."""
+    layers: tuple[int, ...]
+    """Layers that stages can be at, ascending."""
+    keeps: tuple[int, ...]
+    """Visual tokens that they can keep, descending."""
+    max_stages: int
+    only_these_layers: bool = False
+    """Whether the layers between ``layers`` are none: the user has named them."""
+
+    def allows(self, schedule: Schedule) -> bool:
+        """Return whether number and layers of its stages are allowed."""
+        layers = [stage.layer for stage in schedule.stages]
+        return len(layers) <= self.max_stages and (
+            not self.only_these_layers or set(layers) <= set(self.layers)
+        )
+
+    def stage_lists(self) -> Iterator[tuple[tuple[int, int], ...]]:
+        """Yield every list of (layer, keep) pairs, from one stage to ``max_stages``."""
+        for count in range(1, self.max_stages + 1):
+            for layers in combinations(self.layers, count):
+                for keeps in combinations(self.keeps, count):
+                    yield tuple(zip(layers, keeps))
+
+    def neighbours(self, schedule: Schedule) -> list[Schedule]:
+        """Return the schedules with one stage moved a layer, one budget moved a step, or one stage less or more."""
+        stages = [(stage.layer, stage.keep) for stage in schedule.stages]
+        lists = [[*stages[:index], *stages[index + 1 :]] for index in range(len(stages))]
+        for index, (layer, keep) in enumerate(stages):
+            moved = [(other, keep) for other in self._beside(layer)]
+            moved += [(layer, max(1, round(keep * factor))) for factor in (_STEP, 1 / _STEP)]
+            lists += [[*stages[:index], stage, *stages[index + 1 :]] for stage in moved]
+        if 0 < len(stages) < self.max_stages:
+            last_layer, last_keep = stages[-1]
+            later = [layer for layer in self.layers if layer > last_layer]
+            lists += [
+                [*stages, (layer, max(1, last_keep // 2))] for layer in later[:: max(1, len(later) // 2)]
+            ]
+        result = [with_stages(schedule, found) for found in lists if found and self._possible(found)]
+        return list(dict.fromkeys(result))
+
+    def _beside(self, layer: int) -> list[int]:
+        """Return the layers next to ``layer``, also those between candidates where the user has named none."""
+        if self.only_these_layers:
+            index = self.layers.index(layer)
+            return [*self.layers[max(0, index - 1) : index], *self.layers[index + 1 : index + 2]]
+        return [other for other in (layer - 1, layer + 1) if 1 <= other < self.num_layers]
+
+    def _possible(self, stages: Sequence[tuple[int, int]]) -> bool:
+        if stages[0][1] >= self.num_visual or stages[0][1] > MAX_TOPK:
+            return False
+        return all(a[0] < b[0] and a[1] > b[1] for a, b in zip(stages, stages[1:]))
+
+
+def make_space(
+    *,
+    num_layers: int,
+    num_visual: int,
+    layers: Sequence[int],
+    keeps: Sequence[float],
+    max_stages: int,
+) -> Space:
+    """Return the space for a decoder.
+
+    Args:
+        num_layers: L.
+        num_visual: N of the largest image.
+        layers: Candidate layers; none for up to ``MAX_LAYERS`` evenly spread ones and those of the presets.
+        keeps: Budgets as shares of N.
+        max_stages: Stages at most.
+
+    Raises:
+        ScheduleError: If a layer or budget is impossible.
+    """
+    if num_layers < 2:
+        raise ScheduleError(
+            f"schedule: expected a decoder of at least 2 layers, got {num_layers}; nothing can be left out of it"
+        )
+    for layer in layers:
+        if not 1 <= layer < num_layers:
+            raise ScheduleError(
+                f"--layers: expected layers in 1..{num_layers - 1} ({num_layers} decoder layers), got {layer}"
+            )
+    for keep in keeps:
+        if not 0.0 < keep < 1.0:
+            raise ScheduleError(f"--keeps: expected shares between 0 and 100%, got {100 * keep:g}%")
+    counts = {min(max(1, round(keep * num_visual)), MAX_TOPK) for keep in keeps}
+    counts = {count for count in counts if count < num_visual}
+    if not counts:
+        raise ScheduleError(f"schedule: expected images of 2 or more visual tokens, got {num_visual}")
+    return Space(
+        num_layers=num_layers,
+        num_visual=num_visual,
+        layers=tuple(sorted(set(layers))) or _default_layers(num_layers),
+        keeps=tuple(sorted(counts, reverse=True)),
+        max_stages=max_stages,
+        only_these_layers=bool(layers),
+    )
+
+
+def setting_variants(positions: Sequence[Positions], thresholds: Sequence[float]) -> list[list[Schedule]]:
+    """Return for each setting its values to compare, the default first; schedules without stages."""
+    variants = [
+        [Schedule(positions=rule) for rule in positions],
+        [Schedule(probe_rows="reference"), Schedule(probe_rows="answer")],
+        [Schedule(nms_threshold=value) for value in (0.8, *(value for value in thresholds if value != 0.8))],
+    ]
+    return [values for values in variants if len(values) > 1]
+
+
+def with_stages(settings: Schedule, stages: Sequence[tuple[int, int]]) -> Schedule:
+    """Return ``settings`` with other stages."""
+    return msgspec.structs.replace(
+        settings, stages=tuple(Stage(layer=layer, keep=keep) for layer, keep in stages)
+    )
+
+
+def stages_of(schedule: Schedule) -> Stages:
+    """Return (layer, keep) of the schedule's stages."""
+    return tuple((stage.layer, stage.keep) for stage in schedule.stages)
+
+
+def average_keep(stages: Stages, space: Space) -> float:
+    """Return the mean over layers of the visual tokens processed, as a share of the largest image's."""
+    bounds = [*(layer for layer, _ in stages), space.num_layers]
+    processed = bounds[0] * space.num_visual
+    processed += sum((stop - layer) * keep for (layer, keep), stop in zip(stages, bounds[1:]))
+    return processed / (space.num_layers * space.num_visual)
+
+
+def usual_schedules(space: Space, settings: Schedule, averages: Sequence[float]) -> list[Schedule]:
+    """Return the schedules that ``trio-export --keep`` would make; averages that it refuses are left out."""
+    result = []
+    for average in averages:
+        try:
+            made = schedule_for_keep(average, num_layers=space.num_layers, num_visual=space.num_visual)
+        except ScheduleError:
+            continue
+        if made.stages:
+            result.append(msgspec.structs.replace(settings, stages=made.stages))
+    return list(dict.fromkeys(result))
+
+
+def _default_layers(num_layers: int) -> tuple[int, ...]:
+    last = num_layers - 1
+    count = min(last, MAX_LAYERS)
+    spread = {1 + round(index * (last - 1) / max(count - 1, 1)) for index in range(count)}
+    return tuple(sorted(spread | set(default_stage_layers(num_layers))))

@@ -1,0 +1,223 @@
+"""LLaVA-1.5 and LLaVA-NeXT: a CLIP vision tower, an MLP projector, a Llama-like decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import msgspec
+import numpy as np
+
+from trio_edge.export.families.base import FamilyModel, VisionGraph
+from trio_edge.export.families.config_files import read_image_processor
+from trio_edge.export.families.decoder import family_model, read_config
+from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
+from trio_edge.export.graphs.reduce import FEATURE_NAMES
+from trio_edge.export.graphs.vision.clip import (
+    ClipFeatures,
+    ClipVision,
+    ReducedVision,
+    VisionWithFeatures,
+    check_encoder_keep,
+    clip_groups,
+)
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.graph_io import KEPT_PATCHES
+from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
+from trio_edge.runtime.images.llava import LlavaImages
+from trio_edge.runtime.prompts.chat import VICUNA_TEMPLATE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
+    from trio_edge.runtime.bundle.manifest import FloatType
+    from trio_edge.runtime.bundle.schedule import Positions
+    from trio_edge.runtime.images.interface import ImageProcessing
+
+_TEXT_TYPES = ("llama", "mistral", "qwen2")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Llava:
+    """Implements ``Family`` for one model type of LLaVA."""
+
+    model_type: str
+    architecture: str
+    """Hugging Face's class."""
+    image_processor: str
+    """Hugging Face's class for files that do not name one."""
+    mistral_template: str = VICUNA_TEMPLATE
+    positions: tuple[Positions, ...] = ("compact", "preserved")
+    image_marks: tuple[str, str] = ("", "")
+
+    def default_chat_template(self, checkpoint: Checkpoint) -> str:
+        """Return Vicuna's template, or Mistral's where the family has one for such decoders."""
+        text_type = checkpoint.config.get("text_config", {}).get("model_type")
+        return self.mistral_template if text_type == "mistral" else VICUNA_TEMPLATE
+
+    def build(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        processing: ImageProcessing,
+        dtype: FloatType,
+        with_features: bool,
+    ) -> FamilyModel:
+        """Build the model; documented in ``Family``."""
+        import transformers
+
+        model_class = getattr(transformers, self.architecture)
+        config = read_clip_config(checkpoint)
+        return _build(model_class, config, processing=processing, dtype=dtype, with_features=with_features)
+
+    def image_processing(
+        self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
+    ) -> ImageProcessing:
+        """Return the tiling, documented in ``Family``; it takes no ``max_visual``."""
+        if max_visual is not None:
+            raise ScheduleError(
+                f"--max-visual: expected none for {self.model_type}, whose images are not scaled to"
+                f" a number of tokens, got {max_visual}; use --image-size"
+            )
+        processing = _image_processing(checkpoint, default_type=self.image_processor)
+        if encoder_keep is not None:
+            check_encoder_keep(encoder_keep, patches_per_side=processing.patches_per_side)
+        return msgspec.structs.replace(processing, encoder_keep=encoder_keep)
+
+
+def read_clip_config(checkpoint: Checkpoint) -> Any:
+    """Return transformers' configuration of ``checkpoint``, checked for what the graphs can express.
+
+    Raises:
+        CheckpointError: If it cannot be read, or names another decoder or vision tower.
+    """
+    config = read_config(checkpoint, text_types=_TEXT_TYPES)
+    vision = config.vision_config
+    if vision.model_type != "clip_vision_model":
+        raise CheckpointError(
+            f"{checkpoint.folder}: expected a CLIP vision tower, got {vision.model_type!r};"
+            " this architecture cannot be exported"
+        )
+    if config.vision_feature_select_strategy != "default":
+        raise CheckpointError(
+            f"{checkpoint.folder}: expected vision_feature_select_strategy 'default', got"
+            f" {config.vision_feature_select_strategy!r}; this variant cannot be exported"
+        )
+    return config
+
+
+def _build(
+    model_class: Callable[[Any], nn.Module],
+    config: Any,
+    *,
+    processing: ImageProcessing,
+    dtype: FloatType,
+    with_features: bool,
+) -> FamilyModel:
+    """Return the parts of ``model_class(config)``; under FakeTensorMode this takes no memory."""
+    assert isinstance(processing, LlavaImages)  # as the families' image_processing makes it
+    register_attention()
+    text, vision = config.text_config, config.vision_config
+    text._attn_implementation = ATTENTION_NAME
+    vision._attn_implementation = "eager"
+    root: Any = model_class(config)
+    inner = root.model
+    layer = config.vision_feature_layer
+    feature_layers = (layer,) if isinstance(layer, int) else tuple(layer)
+    graph, num_layers = _vision_graph(
+        inner, feature_layers, processing=processing, dtype=dtype, with_features=with_features
+    )
+    return family_model(
+        root,
+        vision=graph,
+        vision_dimensions=VisionDimensions(
+            num_layers=num_layers,
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
+            patches_per_tile=processing.patches_per_tile + 1,
+            projector_weights=(vision.hidden_size + text.hidden_size) * text.hidden_size,
+            projected_per_tile=processing.patches_per_tile,
+            merged_weights=2 * (processing.encoder_keep or 0) * text.hidden_size,
+        ),
+    )
+
+
+def _vision_graph(
+    inner: Any,
+    feature_layers: tuple[int, ...],
+    *,
+    processing: LlavaImages,
+    dtype: FloatType,
+    with_features: bool,
+) -> tuple[VisionGraph, int]:
+    """Return the graph and how many layers of the vision tower run in it."""
+    module, more_outputs = _vision_module(
+        inner, feature_layers, keep=processing.encoder_keep, dtype=dtype, with_features=with_features
+    )
+    hidden, side = inner.language_model.config.hidden_size, processing.tile_size
+    graph = VisionGraph(
+        module=module,
+        inputs=(
+            TensorSpec(name="pixel_values", dtype="float32", shape=("B", 3, side, side)),
+            TensorSpec(name="token_index", dtype="int32", shape=("N",)),
+        ),
+        outputs=(TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", hidden)), *more_outputs),
+        linear_groups=clip_groups(module.tower_layers(), inner.multi_modal_projector),
+        constants={
+            name: np.arange(processing.patches_per_tile + 1, dtype=np.int64)[None]
+            for name, _ in module.named_buffers()
+            if name.endswith("position_ids")
+        },
+    )
+    return graph, len(module.tower_layers())
+
+
+def _vision_module(
+    inner: Any, feature_layers: tuple[int, ...], *, keep: int | None, dtype: FloatType, with_features: bool
+) -> tuple[ClipVision | VisionWithFeatures | ReducedVision, list[TensorSpec]]:
+    """Return the module, and its outputs after the visual tokens."""
+    tower, projector = inner.vision_tower, inner.multi_modal_projector
+    if keep is not None:
+        if with_features:
+            raise ScheduleError(
+                "--token-method: expected one that needs no class token with --encoder-keep, got one that does;"
+                " leave out --encoder-keep"
+            )
+        reduced = ReducedVision(tower, projector, feature_layers=feature_layers, num_keep=keep)
+        return reduced, [TensorSpec(name=KEPT_PATCHES, dtype="int32", shape=("B", keep))]
+    features = ClipFeatures(tower, feature_layers=feature_layers)
+    newline, vision = getattr(inner, "image_newline", None), tower.config
+    if not with_features:
+        return ClipVision(features, projector, newline), []
+    module = VisionWithFeatures(features, projector, newline, observed=vision.num_hidden_layers - 2)
+    widths = (vision.hidden_size * len(feature_layers), vision.hidden_size // vision.num_attention_heads)
+    outputs = [
+        TensorSpec(name=name, dtype=dtype, shape=("N", width)) for name, width in zip(FEATURE_NAMES, widths)
+    ]
+    return module, [*outputs, TensorSpec(name=FEATURE_NAMES[2], dtype="float32", shape=("N",))]
+
+
+def _image_processing(checkpoint: Checkpoint, *, default_type: str) -> LlavaImages:
+    """Return the constants of the checkpoint's image processor."""
+    folder, values = checkpoint.folder, read_image_processor(checkpoint)
+    config = read_config(checkpoint)
+    processing = LlavaImages.from_preprocessor_config(
+        {"image_processor_type": default_type, **values}, patch_size=config.vision_config.patch_size
+    )
+    if processing.tile_size != config.vision_config.image_size:
+        raise CheckpointError(
+            f"{folder}: expected crop_size {config.vision_config.image_size} (the vision tower's), got"
+            f" {processing.tile_size}; preprocessor and weights belong to different models"
+        )
+    theirs = [list(pinpoint) for pinpoint in checkpoint.config.get("image_grid_pinpoints") or []]
+    ours = [list(pinpoint) for pinpoint in processing.grid_pinpoints]
+    if processing.kind == "anyres" and theirs and ours != theirs:
+        raise CheckpointError(
+            f"{folder}: expected the same image_grid_pinpoints in config.json and preprocessor, got {theirs} and"
+            f" {ours}; make them agree"
+        )
+    return processing

@@ -1,0 +1,141 @@
+"""The fixed sizes of a bundle's graphs, before the graphs exist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trio_edge.runtime.bundle.manifest import Profile
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from trio_edge.runtime.bundle.manifest import FloatType
+    from trio_edge.runtime.bundle.schedule import Schedule
+
+
+def vision_profiles(
+    images: Sequence[Mapping[str, int]], *, schedule: Schedule, token_keep: int | None
+) -> tuple[Mapping[str, int], ...]:
+    """Return the sizes that the vision graph runs at, cheapest decoder first.
+
+    Args:
+        images: The sizes of each image that is exported for, N among them.
+        schedule: A selection needs at least as many rows as it keeps, so N is raised to the first stage's K.
+        token_keep: K of the selection before the decoder, if there is one.
+    """
+    least = schedule.stages[0].keep if schedule.stages else 1
+    if token_keep is not None:
+        least = token_keep
+    raised = {tuple(sorted({**sizes, "N": max(sizes["N"], least)}.items())) for sizes in images}
+    return tuple(
+        sorted(map(dict, raised), key=lambda sizes: (sizes["N"], *(sizes[name] for name in sorted(sizes))))
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """The sizes that all shapes of all graphs follow from."""
+
+    vision_sizes: tuple[Mapping[str, int], ...]
+    """Sizes of the vision graph's profiles, N among them."""
+    schedule: Schedule
+    token_keep: int | None
+    """K of the selection before the decoder."""
+    text_buckets: tuple[int, ...]
+    max_new_tokens: int
+    dtype: FloatType
+    opset: int
+    clip_texts: tuple[int, ...] = ()
+    """Every M of CLIP's text tower, ascending; none without one."""
+
+    @property
+    def vision_rows(self) -> tuple[int, ...]:
+        """Every N of the vision graph, ascending."""
+        return tuple(sorted({sizes["N"] for sizes in self.vision_sizes}))
+
+    @property
+    def visual_sizes(self) -> tuple[int, ...]:
+        """Every N of the prefix, ascending."""
+        return self.vision_rows if self.token_keep is None else (self.token_keep,)
+
+    def reduce_profiles(self, *, with_text: bool) -> tuple[Profile, ...]:
+        """Return the profiles of the selection before the decoder.
+
+        T is the rows of the text, if it needs them; M is CLIP's texts, if it needs those.
+        """
+        if self.clip_texts:
+            return self._reduce_profiles("M", self.clip_texts)
+        if with_text:
+            return self._reduce_profiles("T", self.text_buckets)
+        return tuple(Profile(name=f"n{rows}", sizes={"N": rows}) for rows in self.vision_rows)
+
+    def _reduce_profiles(self, symbol: str, counts: tuple[int, ...]) -> tuple[Profile, ...]:
+        return tuple(
+            Profile(name=f"n{rows}+{count}", sizes={"N": rows, symbol: count})
+            for rows in self.vision_rows
+            for count in counts
+        )
+
+    def clip_text_profiles(self) -> tuple[Profile, ...]:
+        """Return the profiles of CLIP's text tower."""
+        return tuple(Profile(name=f"m{count}", sizes={"M": count}) for count in self.clip_texts)
+
+    def visual_rows(self, index: int) -> tuple[int, ...]:
+        """Return the rows that layer range ``index`` can have for the visual span: every N, or K of its stage."""
+        return self.visual_sizes if index == 0 else (self.schedule.stages[index - 1].keep,)
+
+    def layer_ranges(self, num_layers: int) -> tuple[range, ...]:
+        """Return the decoder layers of each range."""
+        starts = [0, *(stage.layer for stage in self.schedule.stages), num_layers]
+        return tuple(range(start, stop) for start, stop in zip(starts, starts[1:]))
+
+    def vision_profiles(self) -> tuple[Profile, ...]:
+        """Return the vision graph's profiles in the order in which a runtime tries them."""
+        return tuple(
+            Profile(name="_".join(f"{name.lower()}{size}" for name, size in sizes.items()), sizes=dict(sizes))
+            for sizes in self.vision_sizes
+        )
+
+    def range_profiles(self, index: int) -> tuple[Profile, ...]:
+        """Return the prefill profiles (per visual size and text bucket) and the decode profile of a layer range."""
+        prefill = [
+            Profile(name=name, sizes={"S": rows + bucket, "C": 0})
+            for name, rows, bucket in self._prefills(index)
+        ]
+        capacity = max(self.visual_rows(index)) + self.text_buckets[-1] + self.max_new_tokens
+        return (*prefill, Profile(name="decode", sizes={"S": 1, "C": capacity}))
+
+    def select_profiles(self, stage: int, *, with_prompt: bool) -> tuple[Profile, ...]:
+        """Return the profiles of the select graph of ``stage``; F is the rows of the whole prompt, if it needs them."""
+        keep = self.schedule.stages[stage].keep
+        if not with_prompt:
+            return tuple(
+                Profile(name=name, sizes={"N": rows, "S": rows + bucket, "R": keep + bucket})
+                for name, rows, bucket in self._prefills(stage)
+            )
+        return tuple(
+            Profile(
+                name=name if stage == 0 else f"prefill_{whole}+{bucket}",
+                sizes={"N": rows, "S": rows + bucket, "R": keep + bucket, "F": whole + bucket},
+            )
+            for name, rows, bucket in self._prefills(stage)
+            for whole in ((rows,) if stage == 0 else self.visual_sizes)
+        )
+
+    def head_profiles(self) -> tuple[Profile, ...]:
+        """Return the profiles of the head, which reads the last range's output."""
+        prefill = [
+            Profile(name=name, sizes={"S": rows + bucket})
+            for name, rows, bucket in self._prefills(len(self.schedule.stages))
+        ]
+        return (*prefill, Profile(name="decode", sizes={"S": 1}))
+
+    def _prefills(self, index: int) -> list[tuple[str, int, int]]:
+        """Return name, visual rows and text bucket of every prefill of layer range ``index``."""
+        sizes = self.visual_rows(index)
+        return [
+            (f"prefill_{bucket}" if len(sizes) == 1 else f"prefill_{rows}+{bucket}", rows, bucket)
+            for rows in sizes
+            for bucket in self.text_buckets
+        ]

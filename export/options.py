@@ -1,0 +1,129 @@
+"""The inputs of an export: what a user chooses, what a schedule is made from, and the callbacks for a progress display."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from trio_edge.export.quantize.plan import QuantizePlan
+from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.graph_io import MAX_TEXT, MOST_TOKENS
+from trio_edge.trio.cost.devices import find_device
+from trio_edge.trio.methods import TOKEN_METHODS, token_method
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from trio_edge.runtime.bundle.schedule import Positions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """The user's choices. The fields hold the only defaults."""
+
+    model: str
+    """Alias, Hub id or checkpoint folder."""
+    out: Path
+    """Folder to create."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    dtype: Literal["auto", "float16", "float32"] = "auto"
+    """Element type of weights and activations; "auto" is float32 for a float32 checkpoint, else float16."""
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    """(width, height) of images that get exact shapes, without padding; the schedule is made for the largest."""
+    only_image_sizes: bool = False
+    """Make no shapes for images of other sizes. The runtime then refuses those that need more room."""
+    max_visual: int | None = None
+    """Visual tokens that images of any size are scaled down to, in families that can: Qwen2.5-VL (pixels), InternVL3 (tiles)."""
+    max_text: int = MAX_TEXT
+    """Largest prompt in text tokens."""
+    text_buckets: tuple[int, ...] = ()
+    """Sizes that prompts are padded to, up to ``max_text``; none means doublings from 32."""
+    max_new_tokens: int = 256
+    """Room in the KV caches for the answer."""
+    encoder_keep: int | float | None = None
+    """Patches per tile, or visual tokens of the image, that the vision encoder keeps (the reference's encoder
+    reduction), or a share of them below 1; None keeps all."""
+    token_method: str | None = None
+    """Selection among the image's visual tokens before the decoder; combines with any schedule."""
+    token_keep: int | float | None = None
+    """Visual tokens of an image that it passes on, or a share of them below 1."""
+    clip: str | None = None
+    """CLIP model (folder or Hub id) in whose space the selection before the decoder compares the question; None for the
+    decoder's embeddings."""
+    quantize: QuantizePlan = field(default_factory=QuantizePlan)
+    """The parts that are stored in four or eight bits."""
+    opset: int = 18
+    """ONNX opset; TensorRT 10.3 reads up to 19. Graphs with quantized types have a higher one."""
+    force: bool = False
+    """Replace an existing bundle."""
+    target: str | None = None
+    """Device to warn about if the bundle cannot fit its memory; changes nothing in the bundle."""
+
+    def __post_init__(self) -> None:
+        if self.target is not None:
+            find_device(self.target)
+        for name, value, low in (("max-text", self.max_text, 8), ("max-new-tokens", self.max_new_tokens, 1)):
+            if not low <= value <= MOST_TOKENS:
+                raise ScheduleError(f"--{name}: expected {low}..{MOST_TOKENS}, got {value}")
+        if self.opset not in (18, 19):
+            raise ScheduleError(
+                f"--opset: expected 18 or 19, got {self.opset}; leave it out, or choose one of these"
+            )
+        if any(not 8 <= bucket <= self.max_text for bucket in self.text_buckets):
+            raise ScheduleError(
+                f"--text-buckets: expected sizes in 8..{self.max_text} (--max-text), got {list(self.text_buckets)}"
+            )
+        if self.only_image_sizes and not self.image_sizes:
+            raise ScheduleError(
+                "--only-image-sizes: expected --image-size with it, got none; add the camera's"
+            )
+        self._check_selection()
+        for width, height in self.image_sizes:
+            if not (1 <= width <= 65535 and 1 <= height <= 65535):
+                raise ScheduleError(f"--image-size: expected sides of 1..65535 pixels, got {width}x{height}")
+
+    def _check_selection(self) -> None:
+        """Raise ScheduleError unless the options of the selection before the decoder fit together."""
+        if (self.token_method is None) != (self.token_keep is None):
+            raise ScheduleError(
+                f"--token-method and --token-keep: expected both or none, got {self.token_method} and"
+                f" {self.token_keep}; give the other one too"
+            )
+        if self.token_method is not None:
+            token_method(self.token_method)  # refuses an unknown one
+        takes_clip = [row.name for row in TOKEN_METHODS.values() if row.takes_clip]
+        if self.clip is not None and self.token_method not in takes_clip:
+            raise ScheduleError(
+                f"--clip: expected --token-method {' or '.join(takes_clip)} with it, got {self.token_method};"
+                " leave out --clip"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleInputs:
+    """The numbers that a schedule depends on, known once the checkpoint is read."""
+
+    num_layers: int
+    """Decoder layers."""
+    num_visual: int
+    """Visual tokens of the largest image that is exported for, as many as enter the decoder."""
+    image_tokens: int
+    """Visual tokens of that image before any reduction; an average keep is a share of them."""
+    positions: tuple[Positions, ...]
+    """Position rules that the family can follow; the first one is its default."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """Callbacks for a progress display."""
+
+    step: Callable[[str], None] = lambda _text: None
+    """Called with what is done next."""
+    expect_bytes: Callable[[int], None] = lambda _count: None
+    """Called once with the bytes of weights to write."""
+    wrote_bytes: Callable[[int], None] = lambda _count: None
+    """Called with the bytes written since the last call."""
+    warn: Callable[[str], None] = lambda _text: None
+    """Called with one line that the user should read; the export goes on."""

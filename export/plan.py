@@ -1,0 +1,322 @@
+"""The decisions of an export, before a graph is traced and a file is written: ``read``, ``resolve``, ``build``.
+
+Everything that can be wrong with the options or the checkpoint is found here.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, canonical_name, read_checkpoint
+from trio_edge.export.checkpoints.text_files import read_text_files
+from trio_edge.export.families import check_architecture, family_of
+from trio_edge.export.families.clip import build_clip, read_clip, with_patches
+from trio_edge.export.families.decoder_config import check_positions
+from trio_edge.export.graphs.layout import Layout, vision_profiles
+from trio_edge.export.graphs.vision.clip import KEEP_MULTIPLE
+from trio_edge.export.options import ScheduleInputs
+from trio_edge.export.quantize.assign import check_packed
+from trio_edge.export.token_selectors import full_grid, token_selector
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.graph_io import text_buckets
+from trio_edge.runtime.bundle.manifest import Dimensions
+from trio_edge.trio.budgets import MAX_TOPK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
+    from trio_edge.export.checkpoints.text_files import TextFiles
+    from trio_edge.export.families.base import Family, FamilyModel
+    from trio_edge.export.families.clip import Clip, ClipGraphs
+    from trio_edge.export.options import ExportOptions
+    from trio_edge.runtime.bundle.manifest import FloatType
+    from trio_edge.runtime.bundle.schedule import Schedule
+    from trio_edge.runtime.images.interface import ImageProcessing
+    from trio_edge.trio.selectors.interface import TokenSelector
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportSource:
+    """The checkpoint, with its CLIP checkpoint if the options name one."""
+
+    checkpoint: Checkpoint
+    """The model's tensors, and those of CLIP that graphs may use."""
+    family: Family
+    clip: Clip | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedOptions:
+    """The options as numbers of this checkpoint: no share, no "auto"."""
+
+    processing: ImageProcessing
+    image_profiles: tuple[Mapping[str, int], ...]
+    """Sizes of every image to make shapes for."""
+    largest: Mapping[str, int]
+    """The one of them that schedule and cost are made for."""
+    image_tokens: int
+    """Visual tokens of that image before any reduction."""
+    token_keep: int | None
+    """K of the selection before the decoder."""
+    dtype: FloatType
+    text: TextFiles
+
+    @property
+    def entering(self) -> int:
+        """Visual tokens of the largest image that enter the decoder."""
+        return self.largest["N"] if self.token_keep is None else self.token_keep
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportPlan:
+    """All that graphs, weights and manifest of a bundle follow from."""
+
+    options: ExportOptions
+    source: ExportSource
+    resolved: ResolvedOptions
+    model: FamilyModel
+    """The modules, without values."""
+    dimensions: Dimensions
+    selector: TokenSelector | None
+    """The selection before the decoder."""
+    clip_graphs: ClipGraphs | None
+    layout: Layout
+
+
+def read(options: ExportOptions) -> ExportSource:
+    """Return the checkpoints that ``options`` name, downloaded if need be.
+
+    Raises:
+        CheckpointError: If one cannot be exported.
+    """
+    checkpoint = read_checkpoint(options.model, revision=options.revision, check_config=check_architecture)
+    check_packed(checkpoint, options.quantize)
+    family = family_of(checkpoint)
+    clip = None if options.clip is None else read_clip(options.clip)
+    if clip is not None:
+        checkpoint = clip.merged_with(checkpoint)
+    return ExportSource(checkpoint=checkpoint, family=family, clip=clip)
+
+
+def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
+    """Return ``options`` as numbers.
+
+    Raises:
+        CheckpointError: If the checkpoint's image processor or tokenizer cannot be followed.
+        ScheduleError: If an option does not fit the family, or its number is out of range.
+    """
+    checkpoint, family = source.checkpoint, source.family
+    processing = family.image_processing(checkpoint, encoder_keep=None, max_visual=options.max_visual)
+    profiles, largest = _image_profiles(processing, options)
+    image_tokens = largest["N"]
+    if options.encoder_keep is not None:
+        processing = family.image_processing(
+            checkpoint,
+            encoder_keep=_encoder_keep(options.encoder_keep, largest),
+            max_visual=options.max_visual,
+        )
+        profiles, largest = _image_profiles(processing, options)
+    return ResolvedOptions(
+        processing=processing,
+        image_profiles=profiles,
+        largest=largest,
+        image_tokens=image_tokens,
+        token_keep=_token_keep(options, num_visual=largest["N"]),
+        dtype=bundle_dtype(checkpoint, options.dtype),
+        text=read_text_files(
+            checkpoint,
+            default_template=family.default_chat_template(checkpoint),
+            image_marks=family.image_marks,
+        ),
+    )
+
+
+@contextmanager
+def without_values(dtype: FloatType) -> Iterator[None]:
+    """Let torch build and trace modules of type ``dtype`` whose tensors have shapes but take no memory."""
+    before = torch.get_default_dtype()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        torch.set_default_dtype(getattr(torch, dtype))
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+def build(
+    options: ExportOptions,
+    source: ExportSource,
+    resolved: ResolvedOptions,
+    *,
+    schedule_for: Callable[[ScheduleInputs], Schedule],
+) -> ExportPlan:
+    """Return the plan with the model's modules, the schedule and all shapes; called under ``without_values``.
+
+    Raises:
+        CheckpointError: If configuration and weights do not belong together, or the graphs cannot express the model.
+        ScheduleError: If the model cannot follow the schedule, or the longest sequence does not fit it.
+    """
+    selector = _selector(options, resolved)
+    model, clip_graphs = _model(source, resolved, selector)
+    dimensions = dimensions_of(model)
+    schedule = schedule_for(
+        ScheduleInputs(
+            num_layers=dimensions.num_layers,
+            num_visual=resolved.entering,
+            image_tokens=resolved.image_tokens,
+            positions=source.family.positions,
+        )
+    )
+    schedule.check_fits(num_layers=dimensions.num_layers, max_visual=resolved.entering)
+    _check_position_rule(schedule, source.family)
+    layout = _layout(options, source, resolved, schedule)
+    check_positions(
+        model.text_config,
+        num_visual=layout.visual_sizes[-1],
+        max_text=options.max_text,
+        max_new_tokens=options.max_new_tokens,
+        schedule=schedule,
+    )
+    return ExportPlan(
+        options=options,
+        source=source,
+        resolved=resolved,
+        model=model,
+        dimensions=dimensions,
+        selector=selector,
+        clip_graphs=clip_graphs,
+        layout=layout,
+    )
+
+
+def _image_profiles(
+    processing: ImageProcessing, options: ExportOptions
+) -> tuple[tuple[Mapping[str, int], ...], Mapping[str, int]]:
+    """Return the sizes of all images to make shapes for, and of the one that schedule and cost are made for."""
+    exact = [processing.sizes(width, height) for width, height in options.image_sizes]
+    any_image = [] if options.only_image_sizes else list(processing.any_image_sizes())
+    largest = max(exact or any_image, key=lambda sizes: (sizes["N"], *sizes.values()))
+    return (*exact, *any_image), largest
+
+
+def _encoder_keep(keep: int | float, largest: Mapping[str, int]) -> int:
+    """Return the patches or tokens that the vision encoder keeps; a share is one of the largest image."""
+    if isinstance(keep, int):
+        return keep
+    if "B" not in largest:  # no tiles: the encoder counts tokens of the whole image
+        return int(keep * largest["N"])
+    wanted = keep * largest["N"] / largest["B"]
+    return max(1, round(wanted / KEEP_MULTIPLE)) * KEEP_MULTIPLE
+
+
+def _token_keep(options: ExportOptions, *, num_visual: int) -> int | None:
+    """Return K of the selection before the decoder, as a number."""
+    keep = options.token_keep
+    if keep is None:
+        return None
+    count = keep if isinstance(keep, int) else int(keep * num_visual)
+    most = min(num_visual - 1, MAX_TOPK)
+    if not 1 <= count <= most:
+        raise ScheduleError(
+            f"--token-keep: expected 1..{most} of the image's {num_visual} visual tokens, got {count};"
+            " choose a number in this range"
+        )
+    return count
+
+
+def bundle_dtype(checkpoint: Checkpoint, wanted: Literal["auto", "float16", "float32"]) -> FloatType:
+    """Return the element type of a bundle's graphs."""
+    if wanted != "auto":
+        return wanted
+    return "float32" if checkpoint.tensor(EMBEDDING_NAME).dtype == "F32" else "float16"
+
+
+def _selector(options: ExportOptions, resolved: ResolvedOptions) -> TokenSelector | None:
+    """Return the selection before the decoder, if the options ask for one."""
+    if options.token_method is None or resolved.token_keep is None:
+        return None
+    return token_selector(
+        options.token_method,
+        num_keep=resolved.token_keep,
+        clip=options.clip is not None,
+        grid=full_grid(resolved.processing),
+    )
+
+
+def _model(
+    source: ExportSource, resolved: ResolvedOptions, selector: TokenSelector | None
+) -> tuple[FamilyModel, ClipGraphs | None]:
+    """Return the model's modules, and CLIP's if there is a CLIP checkpoint."""
+    model = source.family.build(
+        source.checkpoint,
+        processing=resolved.processing,
+        dtype=resolved.dtype,
+        with_features=selector is not None and selector.needs_features,
+    )
+    _check_tensors(source.checkpoint, model)
+    if source.clip is None:
+        return model, None
+    clip_graphs = build_clip(source.clip)
+    return with_patches(model, clip_graphs, dtype=resolved.dtype), clip_graphs
+
+
+def _check_tensors(checkpoint: Checkpoint, model: FamilyModel) -> None:
+    """Raise CheckpointError unless the checkpoint has the decoder's tensors, and all tensors have the right shapes."""
+    for name, parameter in model.root.named_parameters():
+        wanted = canonical_name(name)
+        if wanted.startswith("vision_tower.") and wanted not in checkpoint.tensors:
+            continue  # no graph may use it; one that is used is missed before anything is written
+        got = checkpoint.tensor(wanted).shape
+        if got != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{checkpoint.folder} tensor {wanted!r}: expected shape {list(parameter.shape)} (config.json),"
+                f" got {list(got)}; configuration and weights belong to different models"
+            )
+
+
+def dimensions_of(model: FamilyModel) -> Dimensions:
+    """Return the sizes of the decoder."""
+    text = model.text_config
+    heads = int(text.num_attention_heads)
+    return Dimensions(
+        num_layers=len(model.layers),
+        hidden_size=int(text.hidden_size),
+        num_heads=heads,
+        # configurations leave these two out, or set them to None, where they follow from the others
+        num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        head_size=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+        intermediate_size=int(text.intermediate_size),
+        vocab_size=int(text.vocab_size),
+    )
+
+
+def _check_position_rule(schedule: Schedule, family: Family) -> None:
+    if schedule.positions not in family.positions:
+        raise ScheduleError(
+            f"positions: expected {' or '.join(family.positions)} for {family.model_type}, got {schedule.positions};"
+            " leave out --positions"
+        )
+
+
+def _layout(
+    options: ExportOptions, source: ExportSource, resolved: ResolvedOptions, schedule: Schedule
+) -> Layout:
+    buckets = tuple(sorted({*options.text_buckets, options.max_text}))
+    return Layout(
+        vision_sizes=vision_profiles(
+            resolved.image_profiles, schedule=schedule, token_keep=resolved.token_keep
+        ),
+        schedule=schedule,
+        token_keep=resolved.token_keep,
+        text_buckets=buckets if options.text_buckets else text_buckets(options.max_text),
+        max_new_tokens=options.max_new_tokens,
+        dtype=resolved.dtype,
+        opset=options.opset,
+        clip_texts=() if source.clip is None else source.clip.num_texts(options.max_text),
+    )

@@ -1,0 +1,355 @@
+"""Traces every graph of a bundle from a family's modules. No weight is read here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from trio_edge.export.checkpoints.checkpoint import Checkpoint, canonical_name
+from trio_edge.export.checkpoints.stored import StoredName
+from trio_edge.export.graphs.decoder_range import DecoderRange
+from trio_edge.export.graphs.head import Head
+from trio_edge.export.graphs.layer_stack import stack_layers
+from trio_edge.export.graphs.onnx_graph import dynamic_axes, example_input, trace
+from trio_edge.export.graphs.reduce import FEATURE_NAMES, Reduce
+from trio_edge.export.graphs.rope import RotaryTables
+from trio_edge.export.graphs.select import Select
+from trio_edge.export.quantize.unpacking import read_weight
+from trio_edge.export.token_selectors import needs_previous, stage_selector
+from trio_edge.runtime.bundle.graph_io import (
+    CLIP_TEXT,
+    GraphTensors,
+    head_tensors,
+    range_tensors,
+    select_tensors,
+)
+from trio_edge.runtime.bundle.manifest import GraphSpec, TensorSpec
+from trio_edge.trio.saliency import key_value_gram
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import numpy as np
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from trio_edge.export.families.base import FamilyModel
+    from trio_edge.export.families.clip import ClipGraphs
+    from trio_edge.export.graphs.layout import Layout
+    from trio_edge.runtime.bundle.manifest import Dimensions, Profile, Role
+    from trio_edge.trio.selectors.interface import TokenSelector
+
+_MIN_TRACE_ROWS = 37  # any number that no other axis has
+# Dynamic axes are traced at so much more than their largest size, so that no two axes look alike to torch.export. P stays
+# a multiple of the four patches of a Qwen token.
+_MORE = {
+    "vision": {"B": 3, "N": 5, "P": 148, "W": 7},
+    "clip_text": {"M": 3},
+    "reduce": {"N": 5, "T": 3, "M": 3},
+    "select": {"N": 3, "S": _MIN_TRACE_ROWS, "R": 0, "F": 2 * _MIN_TRACE_ROWS},
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TracedGraph:
+    """A graph without weights, and the source of each of its initializers."""
+
+    spec: GraphSpec
+    """Description, with ``weight_bytes`` still 0."""
+    model: ir.Model
+    weights: dict[str, StoredName]
+    """Initializer name -> the array that it is in the bundle."""
+    constants: dict[str, NDArray[Any]]
+    """Initializer name -> values that export computed."""
+
+
+class _Tracer:
+    """Holds what all graphs of one export share while they are traced one after the other."""
+
+    def __init__(
+        self, model: FamilyModel, checkpoint: Checkpoint, *, layout: Layout, dimensions: Dimensions
+    ) -> None:
+        self.model = model
+        self.checkpoint = checkpoint
+        self.layout = layout
+        self.dimensions = dimensions
+        self.names = {id(tensor): canonical_name(name) for name, tensor in model.root.named_parameters()}
+        self.layer: ir.Model | None = None
+        """Trace of one decoder layer, once there is one."""
+
+    def spec(
+        self,
+        name: str,
+        role: Role,
+        tensors: GraphTensors,
+        profiles: tuple[Profile, ...],
+        **layers: int,
+    ) -> GraphSpec:
+        """Return the description of a graph; ``layers`` are its ``first_layer`` and ``num_layers``."""
+        inputs, outputs = tensors
+        return GraphSpec(
+            name=name,
+            role=role,
+            file=f"{name}.onnx",
+            inputs=inputs,
+            outputs=outputs,
+            weight_bytes=0,  # known once the graph is written
+            profiles=profiles,
+            **layers,
+        )
+
+    def rotary(self) -> RotaryTables:
+        return RotaryTables(
+            torch.empty(len(self.model.inv_freq), dtype=torch.float32),
+            attention_scaling=self.model.attention_scaling,
+            mrope_sections=self.model.mrope_sections,
+        )
+
+    @property
+    def position_axes(self) -> int:
+        return 3 if self.model.mrope_sections else 1
+
+    def graph(
+        self,
+        module: nn.Module,
+        spec: GraphSpec,
+        *,
+        num_named: int | None = None,
+        constants: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+    ) -> TracedGraph:
+        """Return the trace of ``module``, whose ``forward`` takes inputs after the first ``num_named`` as ``*others``."""
+        if spec.role == "head":  # a named axis: torch.export's own symbols would rename values of the graph
+            sizes, dims = {"S": _MIN_TRACE_ROWS}, {"S": torch.export.Dim("S")}
+        else:
+            sizes, dims = _trace_sizes(spec, several=_MORE[spec.role])
+        axes = tuple(dynamic_axes(tensor, dims=dims) for tensor in spec.inputs)
+        others = axes[num_named:] if num_named is not None else ()
+        model = trace(
+            module,
+            args=tuple(example_input(tensor, trace_sizes=sizes) for tensor in spec.inputs),
+            dynamic_shapes=(*axes[:num_named], others) if others else axes,
+            inputs=spec.inputs,
+            outputs=spec.outputs,
+            opset=self.layout.opset,
+        )
+        return self.described(model, module, spec, constants=constants)
+
+    def described(
+        self, model: ir.Model, module: nn.Module, spec: GraphSpec, *, constants: Mapping[str, NDArray[Any]]
+    ) -> TracedGraph:
+        """Return ``model`` with what each of its initializers, named as in ``module``, is."""
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        weights, values = {}, {}
+        for name, value in model.graph.initializers.items():
+            if name in parameters:
+                weights[name] = StoredName(self.names[id(parameters[name])])
+            elif value.const_value is None:
+                values[name] = constants[name]
+        return TracedGraph(spec=spec, model=model, weights=weights, constants=values)
+
+
+def trace_graphs(
+    model: FamilyModel,
+    checkpoint: Checkpoint,
+    *,
+    layout: Layout,
+    dimensions: Dimensions,
+    selector: TokenSelector | None,
+    clip: ClipGraphs | None = None,
+    step: Callable[[str], None],
+) -> list[TracedGraph]:
+    """Return all graphs of the bundle in the order in which a prefill runs them; called under FakeTensorMode.
+
+    Args:
+        model: The family's modules, without values.
+        checkpoint: Read only where a constant must be computed from weights (grouped-query saliency).
+        layout: Shapes.
+        dimensions: Sizes of the decoder.
+        selector: The selection before the decoder, if there is one.
+        clip: The text tower that it needs, if it does.
+        step: Called with what is traced next.
+    """
+    tracer = _Tracer(model, checkpoint, layout=layout, dimensions=dimensions)
+    if clip is not None:
+        tracer.names |= clip.names
+    step("tracing vision")
+    graphs = [_vision(tracer)]
+    if clip is not None:
+        step("tracing clip_text")
+        graphs.append(_clip_text(tracer, clip))
+    if selector is not None:
+        step("tracing reduce")
+        graphs.append(_reduce(tracer, selector, before=[graph.spec for graph in graphs]))
+    ranges = layout.layer_ranges(dimensions.num_layers)
+    for index, layers in enumerate(ranges):
+        if index > 0:
+            step(f"tracing select_{index}")
+            graphs.append(_select(tracer, index - 1))
+        role = _range_role(index, len(ranges))
+        name = f"segment_{index}" if role == "segment" else role
+        step(f"tracing {name}")
+        graphs.append(_range(tracer, index, layers, name=name, role=role))
+    step("tracing head")
+    graphs.append(_head(tracer))
+    return graphs
+
+
+def _range_role(index: int, num_ranges: int) -> Role:
+    if index == 0:
+        return "prefix"
+    return "suffix" if index == num_ranges - 1 else "segment"
+
+
+def _vision(tracer: _Tracer) -> TracedGraph:
+    vision = tracer.model.vision
+    tensors = GraphTensors(vision.inputs, vision.outputs)
+    spec = tracer.spec("vision", "vision", tensors, tracer.layout.vision_profiles())
+    return tracer.graph(vision.module, spec, constants=vision.constants)
+
+
+def _trace_sizes(spec: GraphSpec, *, several: Mapping[str, int]) -> tuple[dict[str, int], dict[str, Any]]:
+    """Return the sizes to trace at, and torch.export's dynamic dimension of the axes that have several sizes.
+
+    An axis that has one size in all profiles is traced as that number: TensorRT plans better with constants.
+    """
+    values = {name: {profile.sizes[name] for profile in spec.profiles} for name in spec.profiles[0].sizes}
+    sizes = {
+        name: max(found) + several[name] if len(found) > 1 else min(found) for name, found in values.items()
+    }
+    dims = {name: torch.export.Dim.DYNAMIC for name, found in values.items() if len(found) > 1}
+    return sizes, dims
+
+
+def _clip_text(tracer: _Tracer, clip: ClipGraphs) -> TracedGraph:
+    length, dtype = clip.text.position_embedding.num_embeddings, tracer.layout.dtype
+    ids = TensorSpec(name="clip_ids", dtype="int32", shape=("M", length))
+    texts = TensorSpec(name="clip_texts", dtype=dtype, shape=("M", length, clip.projection_size))
+    spec = tracer.spec(
+        CLIP_TEXT, CLIP_TEXT, GraphTensors((ids,), (texts,)), tracer.layout.clip_text_profiles()
+    )
+    return tracer.graph(clip.text, spec)
+
+
+def _reduce(tracer: _Tracer, selector: Any, *, before: Sequence[GraphSpec]) -> TracedGraph:
+    layout, hidden = tracer.layout, tracer.dimensions.hidden_size
+    outputs_before = {tensor.name: tensor for graph in before for tensor in graph.outputs}
+    inputs = [
+        outputs_before["visual_tokens"],
+        TensorSpec(name="num_visual", dtype="int32", shape=(1,)),
+        TensorSpec(name="is_newline", dtype="int32", shape=("N",)),
+    ]
+    if selector.needs_features:
+        inputs += [outputs_before[name] for name in FEATURE_NAMES]
+    if selector.needs_text:
+        inputs += [
+            TensorSpec(name="text_embeds", dtype=layout.dtype, shape=("T", hidden)),
+            TensorSpec(name="num_text", dtype="int32", shape=(1,)),
+        ]
+    if selector.needs_clip:
+        texts = outputs_before["clip_texts"]
+        marks = TensorSpec(name="text_marks", dtype="int32", shape=texts.shape[:2])
+        inputs += [outputs_before["clip_patches"], texts, marks]
+    outputs = (
+        TensorSpec(name="reduced_tokens", dtype=layout.dtype, shape=(selector.num_keep, hidden)),
+        TensorSpec(name="kept_tokens", dtype="int32", shape=(selector.num_keep,)),
+    )
+    profiles = layout.reduce_profiles(with_text=selector.needs_text)
+    spec = tracer.spec("reduce", "reduce", GraphTensors(tuple(inputs), outputs), profiles)
+    return tracer.graph(Reduce(selector), spec, num_named=3)
+
+
+def _range(tracer: _Tracer, index: int, layers: range, *, name: str, role: Role) -> TracedGraph:
+    with_previous = role != "suffix" and needs_previous(tracer.layout.schedule)
+    tensors = _range_tensors(tracer, layers, with_previous=with_previous)
+    profiles = tracer.layout.range_profiles(index)
+    spec = tracer.spec(name, role, tensors, profiles, first_layer=layers.start, num_layers=len(layers))
+    if tracer.layer is None:
+        tracer.layer = _one_layer(tracer)
+    outputs = tensors.outputs
+    layer_outputs, previous = (outputs[:-1], outputs[-1]) if with_previous else (outputs, None)
+    model = stack_layers(
+        tracer.layer,
+        inputs=tensors.inputs,
+        outputs=layer_outputs,
+        num_layers=len(layers),
+        last_input=previous,
+    )
+    module = DecoderRange([tracer.model.layers[layer] for layer in layers], tracer.rotary())
+    return tracer.described(model, module, spec, constants={"rotary.inv_freq": tracer.model.inv_freq})
+
+
+def _range_tensors(tracer: _Tracer, layers: range, *, with_previous: bool = False) -> GraphTensors:
+    return range_tensors(
+        layers,
+        dimensions=tracer.dimensions,
+        dtype=tracer.layout.dtype,
+        kv_dtype=tracer.layout.dtype,  # export/quantize/cache.py changes it
+        position_axes=tracer.position_axes,
+        with_previous=with_previous,
+    )
+
+
+def _one_layer(tracer: _Tracer) -> ir.Model:
+    """Trace the first decoder layer; the others have the same structure."""
+    structures = {
+        (type(layer), tuple((name, tuple(value.shape)) for name, value in layer.named_parameters()))
+        for layer in tracer.model.layers
+    }
+    if len(structures) != 1:
+        raise AssertionError(f"expected decoder layers of one structure, got {len(structures)}")
+    inputs, outputs = _range_tensors(tracer, range(1))
+    symbols = {"S": torch.export.Dim("S"), "C": torch.export.Dim("C")}
+    *args, key, value = (example_input(tensor, trace_sizes={"S": _MIN_TRACE_ROWS}) for tensor in inputs)
+    *axes, key_axes, value_axes = (dynamic_axes(tensor, dims=symbols) for tensor in inputs)
+    return trace(
+        DecoderRange(tracer.model.layers[:1], tracer.rotary()),
+        args=(*args, [(key, value)]),
+        dynamic_shapes=(*axes, [(key_axes, value_axes)]),
+        inputs=inputs,
+        outputs=outputs,
+        opset=tracer.layout.opset,
+    )
+
+
+def _select(tracer: _Tracer, stage: int) -> TracedGraph:
+    layout, schedule = tracer.layout, tracer.layout.schedule
+    layer_index, num_keep = schedule.stages[stage].layer, schedule.stages[stage].keep
+    rows = layout.visual_rows(stage)
+    selector: Any = stage_selector(tracer.model, schedule, stage=stage, max_visual=max(rows))
+    module = Select(selector, tracer.rotary(), preserve_positions=schedule.positions == "preserved")
+    tensors = select_tensors(
+        num_keep,
+        dimensions=tracer.dimensions,
+        dtype=layout.dtype,
+        position_axes=tracer.position_axes,
+        with_previous=selector.needs_previous,
+        with_prompt=selector.needs_prompt,
+    )
+    profiles = layout.select_profiles(stage, with_prompt=selector.needs_prompt)
+    spec = tracer.spec(f"select_{stage + 1}", "select", tensors, profiles, first_layer=layer_index)
+    constants: dict[str, NDArray[Any]] = {"rotary.inv_freq": tracer.model.inv_freq}
+    if any(name == "saliency.key_value_gram" for name, _ in selector.named_buffers()):
+        constants["selector.saliency.key_value_gram"] = _gram(tracer.checkpoint, layer_index)
+    return tracer.graph(module, spec, num_named=5, constants=constants)
+
+
+def _gram(checkpoint: Checkpoint, layer: int) -> NDArray[np.float32]:
+    prefix = f"language_model.layers.{layer}"
+    with unset_fake_temporarily():
+        key, value, norm = (
+            read_weight(checkpoint, f"{prefix}.{name}.weight")
+            for name in ("self_attn.k_proj", "self_attn.v_proj", "input_layernorm")
+        )
+        gram: NDArray[np.float32] = key_value_gram(key, value, norm).to(torch.float32).numpy()
+        return gram
+
+
+def _head(tracer: _Tracer) -> TracedGraph:
+    tensors = head_tensors(dimensions=tracer.dimensions, dtype=tracer.layout.dtype)
+    spec = tracer.spec("head", "head", tensors, tracer.layout.head_profiles())
+    return tracer.graph(Head(tracer.model.final_norm, tracer.model.lm_head), spec)

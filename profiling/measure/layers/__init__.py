@@ -1,1 +1,0 @@
-"""Time of each layer, from the backend's own profiler."""

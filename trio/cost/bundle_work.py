@@ -1,0 +1,159 @@
+"""The work of a bundle's graphs, from its manifest.
+
+All of it is counted from shapes, except for vision graphs of bundles that say nothing of their tower: these have the
+manifest's ``cost``, which is for one image and is scaled by its tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trio_edge.runtime.bundle.graph_io import num_clip_texts
+from trio_edge.trio.cost.flops import stage_work
+from trio_edge.trio.cost.selections import StageSizes, TokenSizes
+from trio_edge.trio.cost.work import (
+    ELEMENT_BYTES,
+    Work,
+    counted_work,
+    head_work,
+    range_work,
+    vision_work,
+)
+from trio_edge.trio.methods import token_method
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile
+    from trio_edge.trio.cost.selections import TokenCost
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphWork:
+    """One run of a graph at one profile."""
+
+    flops: float
+    weight_bytes: int
+    """Weights that the graph holds, in the bundle's own formats; a run reads each at least once."""
+    moved_bytes: float
+    """The least that must pass through memory: the weights once, every operand and result once, attention scores never."""
+    launches: int
+    """Kernels of a fused implementation."""
+
+
+def graph_work(manifest: Manifest, graph: GraphSpec, profile: Profile) -> GraphWork:
+    """Return the work of one run of ``graph`` at the sizes of ``profile``."""
+    work = counted(manifest, graph, profile)
+    moved = work.moved_bytes(
+        bytes_per_element=ELEMENT_BYTES[manifest.dtype], bytes_per_cached=ELEMENT_BYTES[manifest.kv_dtype]
+    )
+    return GraphWork(
+        flops=work.flops,
+        weight_bytes=graph.weight_bytes,
+        moved_bytes=moved + graph.weight_bytes,
+        launches=work.launches,
+    )
+
+
+def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
+    """Return the products of one run of ``graph``, with sizes that the graph fixes taken from its inputs."""
+    sizes = {**fixed_sizes(graph), **profile.sizes}
+    if graph.role == "vision":
+        return vision_graph_work(manifest, sizes)
+    if graph.role == "clip_text":
+        return clip_text_work(manifest, num_texts=profile.sizes["M"])
+    if graph.role == "reduce":
+        num_text = sizes.get("T", 0)
+        if manifest.clip_text is not None:
+            num_text = sizes["M"] * (manifest.clip_text.length - 2)
+        return reduce_work(manifest, num_visual=sizes["N"], num_text=num_text)
+    if graph.role == "select":
+        return _select_work(manifest, manifest.selects.index(graph), sizes)
+    if graph.role == "head":
+        return head_work(manifest.dimensions)
+    return range_work(manifest.dimensions, num_layers=graph.num_layers, rows=sizes["S"], past=sizes["C"])
+
+
+def vision_graph_work(manifest: Manifest, sizes: Mapping[str, int]) -> Work:
+    """Return the work of the vision graph at ``sizes`` of its profile."""
+    if manifest.vision is not None:
+        return vision_work(manifest.vision, sizes)
+    flops = vision_flops(manifest, num_visual=sizes["N"])
+    return counted_work(flops, rows=sizes["N"], weights="vision")
+
+
+def vision_flops(manifest: Manifest, *, num_visual: int) -> float:
+    """Return the vision graph's FLOPs as the manifest counts them, scaled to ``num_visual`` tokens."""
+    return manifest.cost.full_flops["vision"] * num_visual / max(manifest.cost.num_visual, 1)
+
+
+def clip_text_work(manifest: Manifest, *, num_texts: int) -> Work:
+    """Return the work of CLIP's text tower."""
+    assert manifest.clip_text is not None  # else there is no such graph
+    flops = clip_text_flops(manifest, num_texts=num_texts)
+    return counted_work(flops, rows=num_texts * manifest.clip_text.length, weights="layer")
+
+
+def clip_text_flops(manifest: Manifest, *, num_texts: int) -> float:
+    """Return the FLOPs of CLIP's text tower, which the manifest says for its own text."""
+    assert manifest.clip_text is not None  # else there is no such graph
+    its_own = num_clip_texts(manifest.cost.num_text, length=manifest.clip_text.length)
+    return manifest.cost.reduced_flops["clip_text"] * num_texts / its_own
+
+
+def reduce_work(manifest: Manifest, *, num_visual: int, num_text: int) -> Work:
+    """Return the work of the selection before the decoder."""
+    cost = reduce_cost(manifest, num_visual=num_visual, num_text=num_text)
+    # The greedy loop is float32 whatever the model's type, and ``other`` counts elements of that type.
+    other = cost.read_again * 4 / ELEMENT_BYTES[manifest.dtype]
+    return counted_work(cost.flops, rows=num_visual, other=other)
+
+
+def reduce_cost(manifest: Manifest, *, num_visual: int, num_text: int) -> TokenCost:
+    """Return the FLOPs and reads of the selection before the decoder."""
+    assert manifest.token_method is not None  # else there is no such graph
+    assert manifest.token_keep is not None
+    widths = input_widths(manifest.graph("reduce"))
+    return token_method(manifest.token_method).cost(
+        TokenSizes(num_visual, manifest.token_keep, num_text, widths)
+    )
+
+
+def _select_work(manifest: Manifest, stage: int, sizes: Mapping[str, int]) -> Work:
+    num_text = sizes["S"] - sizes["N"]
+    stage_sizes = StageSizes(
+        num_visual=sizes["N"],
+        num_keep=manifest.schedule.stages[stage].keep,
+        num_text=num_text,
+        prompt_visual=sizes.get("F", num_text) - num_text,
+        one_size=stage > 0 or len(manifest.visual_sizes) == 1,
+    )
+    return stage_work(manifest.dimensions, manifest.schedule, stage_sizes, weights="layer")
+
+
+def fixed_sizes(graph: GraphSpec) -> dict[str, int]:
+    """Return the sizes of axes that are numbers in the graph because all profiles have the same."""
+    names = {
+        "hidden_states": {1: "S"},
+        "inputs_embeds": {1: "S"},
+        "visual_rows": {0: "N"},
+        "visual_tokens": {0: "N"},
+        "pixel_values": {0: "B"},
+        "patch_positions": {1: "P"},
+        "token_index": {0: "N"},
+        "prompt_embeds": {1: "F"},
+        "text_embeds": {0: "T"},
+    }
+    sizes: dict[str, int] = {}
+    for tensor in graph.inputs:
+        for axis, symbol in names.get(tensor.name, {}).items():
+            size = tensor.shape[axis]
+            if isinstance(size, int):
+                sizes[symbol] = size
+    return sizes
+
+
+def input_widths(graph: GraphSpec) -> dict[str, int]:
+    """Return the last axis of each of a graph's inputs where it is a number."""
+    return {tensor.name: size for tensor in graph.inputs if isinstance(size := tensor.shape[-1], int)}
