@@ -115,7 +115,7 @@ def expected(
 def reduced_inputs(size: tuple[int, int], *, padded: bool = False) -> dict[str, NDArray[Any]]:
     """Room for K tokens; token_index picks the rows that a picture has."""
     own = PROCESSING.sizes(*size)
-    sizes = PROCESSING.any_image_sizes()[0] if padded else {**own, "P": max(own["P"], 4 * KEEP)}
+    sizes = PROCESSING.any_image_sizes()[-1] if padded else {**own, "P": max(own["P"], 4 * KEEP)}
     inputs = PROCESSING.prepare(random_picture(*size), {**sizes, "N": own["N"]})
     return {**inputs, "token_index": np.arange(min(KEEP, own["N"]), dtype=np.int32)}
 
@@ -226,4 +226,4 @@ def test_exported_graph_is_supported_by_the_tensorrt_of_both_jetpacks(exported: 
 
 def test_exported_graph_builds_in_tensorrt(exported: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 Linux only; runs in CI")
-    assert build_in_tensorrt(trt, exported, ({**PROCESSING.any_image_sizes()[0], "N": KEEP},)) is not None
+    assert build_in_tensorrt(trt, exported, ({**PROCESSING.any_image_sizes()[-1], "N": KEEP},)) is not None
