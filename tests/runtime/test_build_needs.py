@@ -50,8 +50,8 @@ def test_sizes_are_those_of_all_graphs_and_the_peak_that_of_the_largest(reduced_
     assert needs.run_bytes["weights"] == weights < needs.disk_bytes
     assert needs.run_bytes["KV caches"] == manifest.kv_bytes
     assert needs.run_bytes["buffers"] > 0
-    assert needs.mapped_bytes == max(spec.weight_bytes for spec in manifest.graphs)
-    assert needs.peak_bytes > 2 * needs.mapped_bytes
+    assert needs.peak.mapped_bytes == max(spec.weight_bytes for spec in manifest.graphs)
+    assert needs.peak.peak_bytes > 2 * needs.peak.mapped_bytes
 
 
 def test_the_command_repeats_the_options_and_quotes_the_folder(reduced_bundle: Path, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_without_a_gpu_the_problem_says_what_to_build_for(reduced_bundle: Path) 
     assert needs.plan is None
     assert "choose among" in needs.problems[0]
     assert needs.tensorrt["tensorrt-rtx"] == trt.__version__
-    assert needs.peak_bytes > 0
+    assert needs.peak.peak_bytes > 0
 
 
 @without_gpu
