@@ -311,7 +311,9 @@ def test_a_full_disk_gives_one_line_and_leaves_nothing(copy: Path) -> None:
 def test_ctrl_c_kill_and_a_closed_terminal_are_one_line_and_leave_nothing(
     number: signal.Signals, copy: Path
 ) -> None:
-    command = [sys.executable, "-c", COMMAND, str(copy), *AHEAD[:-1]]
+    # A test run under nohup ignores SIGHUP, and so would the command.
+    answered = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+    command = [sys.executable, "-c", answered + COMMAND, str(copy), *AHEAD[:-1]]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
         first = process.stderr.readline()

@@ -146,7 +146,7 @@ def test_decode_after_a_reduction_goes_on_at_the_original_positions(
 def test_the_camera_has_no_padding(reduced: Pipeline) -> None:
     prepared = reduced._vision.prepare(random_picture(*CAMERA), PROMPTS[0])
     inputs = prepared.inputs
-    assert len(inputs["token_index"]) == prepared.num_visual
+    assert len(inputs["token_index"]) == prepared.layout.num_visual
     assert inputs["num_patches"][0] == len(inputs["pixel_values"])
 
 
@@ -157,7 +157,8 @@ def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(folder: Pa
     with Pipeline.from_bundle(bundle) as pipeline:
         prepared = pipeline._vision.prepare(random_picture(*CAMERA, seed=2), PROMPTS[0])
         seen = pipeline._encode_image(prepared, NO_TEXT)
-        boxes = pipeline._boxes(prepared)
+        pipeline._graphs.device.synchronize()
+        boxes = pipeline._vision.entering(prepared).boxes
         assert seen.tokens.shape[0] == seen.rows == boxes.shape[0] == seen.positions.shape[1] == 8
         assert seen.position_span == 5
         corners = seen.positions[[2, 1]].T * [150 / 5, 100 / 4]
