@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from trio_edge.runtime.images.resizing import Resample
 
 Size: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
-Factor: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
-Colour: TypeAlias = tuple[float, float, float]
+# The bounds refuse infinite values and NaN, which JSON files of Python may hold; real ones lie far inside.
+Level: TypeAlias = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
+Factor: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+Colour: TypeAlias = tuple[Level, Level, Level]
 """Red, green, blue."""
 Spread: TypeAlias = tuple[Factor, Factor, Factor]
 

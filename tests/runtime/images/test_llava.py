@@ -1,4 +1,5 @@
 import json
+import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -234,6 +235,8 @@ def test_a_missing_key_is_refused():
         ({"do_resize": 1}, r"Expected `bool`, got `int` - at `\$.do_resize`"),
         ({"image_std": [0, 1, 1]}, r"Expected `float` > 0.0 - at `\$.image_std\[0\]`"),
         ({"image_mean": [1, 2]}, r"Expected `array` of length 3, got 2 - at `\$.image_mean`"),
+        ({"image_mean": [math.nan, 0.5, 0.5]}, r"Expected `float` .* at `\$.image_mean\[0\]`"),
+        ({"image_std": [1, 1, math.inf]}, r"Expected `float` .* at `\$.image_std\[2\]`"),
         ({"rescale_factor": 0}, r"Expected `float` > 0.0 - at `\$.rescale_factor`"),
         ({"grid_pinpoints": []}, "grid_pinpoints: expected some"),
         ({"grid_pinpoints": [[336, 500]]}, r"multiples of tile_size 336, got \(336, 500\)"),
