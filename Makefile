@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Each takes 1.5 GB and one core.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint format bundle clean
+.PHONY: demo test test-matrix lint format bundle clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,6 +35,18 @@ demo: $(BUNDLE)/trio.json
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 6 --dist worksteal $(PYTEST_ARGS)
+
+# The tests as other processors, thread numbers and orders run them; CONTRIBUTING.md says more.
+PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OPENBLAS_CORETYPE=Nehalem
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell
+ZEN := OPENBLAS_CORETYPE=Zen OMP_NUM_THREADS=4 TRIO_EDGE_TEST_THREADS=4
+SHUFFLED := TRIO_EDGE_TEST_ORDER=1
+
+test-matrix: $(READY)
+	env $(PLAIN) $(MAKE) test
+	env $(AVX2) $(MAKE) test
+	env $(ZEN) $(MAKE) test
+	env $(SHUFFLED) $(MAKE) test
 
 lint: $(READY)
 	$(BIN)/ruff check .

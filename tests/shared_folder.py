@@ -1,8 +1,12 @@
-"""A folder that all processes of one test run share, so that what takes long is made once."""
+"""Folders that the processes of one test run, and later runs of the same code, share: what takes long is made once."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib.metadata
 import os
+import platform
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +18,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _VARIABLE = "TRIO_EDGE_TEST_FOLDER"
+_ROOT = Path(__file__).parents[1]
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+_KEPT = Path(os.environ.get("TRIO_EDGE_TEST_TRACES") or _CACHE / "trio-edge" / "test-traces")
+"""Outside of the clone, so that a fresh one finds what another has traced."""
+_NUM_KEPT = 10
+_TRACING_CODE = (
+    "trio", "export", "runtime/bundle", "tests/shared_traces.py", "tests/trio/module_digest.py",
+    "tests/trio/select_graph.py", "tests/trio/selectors/stage_graph.py", "tests/trio/selectors/token_graph.py",
+)  # fmt: skip
+_TRACING_PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
 def create_shared_folder() -> Path:
@@ -42,3 +56,40 @@ def made_once(name: str, make: Callable[[Path], object]) -> Path:
             make(unfinished)
             unfinished.rename(place)
     return place
+
+
+def kept_between_runs(name: str, make: Callable[[Path], object]) -> Path:
+    """Return the file ``name``, made by the first of all runs with the same tracing code that asks for it.
+
+    Args:
+        name: A file name, the same for the same thing.
+        make: Writes the file at the path it is given.
+    """
+    place = _KEPT / _tracing_code() / name
+    if not place.exists():
+        made = made_once(name, make)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # Another run may write it too: each writes a file of its own, and the last rename wins.
+        unfinished = place.with_name(f"{name}-{os.getpid()}")
+        shutil.copyfile(made, unfinished)
+        unfinished.replace(place)
+    return place
+
+
+@functools.cache
+def _tracing_code() -> str:
+    """Return a digest of all code that a trace depends on; forget what the code of long ago has traced."""
+    digest = hashlib.sha256(platform.python_version().encode())
+    for package in _TRACING_PACKAGES:
+        digest.update(f"{package} {importlib.metadata.version(package)} ".encode())
+    for place in (_ROOT / part for part in _TRACING_CODE):
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(f"{path.relative_to(_ROOT)} ".encode() + path.read_bytes())
+    name = digest.hexdigest()[:16]
+    folder = _KEPT / name
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.touch()
+    by_last_use = sorted(_KEPT.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    for old in by_last_use[_NUM_KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return name

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 import pytest
 
-from tests.shared_folder import made_once
+from tests.shared_folder import kept_between_runs
 from trio_edge.export.graphs.clip_text import ClipText
 from trio_edge.export.graphs.decoder_range import DecoderRange
 from trio_edge.export.graphs.head import Head
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def shared_traces(options: ExportOptions, schedule: Schedule) -> Iterator[None]:
-    """Trace only what this test run has not traced yet for a model of the same configuration.
+    """Trace only what no test run has traced yet for a model of the same configuration.
 
     Modules are built from configuration files and few options, selections from the schedule too; shapes, types and opset are in
     the trace's arguments.
@@ -43,14 +43,16 @@ def shared_traces(options: ExportOptions, schedule: Schedule) -> Iterator[None]:
     def trace_once(module: nn.Module, **settings: Any) -> ir.Model:
         if isinstance(module, (Select, Reduce)):
             origin = f"{_configuration(folders)} {selection} {next(stages)}"
-        elif isinstance(module, (DecoderRange, Head, ClipText)):
+        elif isinstance(module, (DecoderRange, Head)):
+            origin = _decoder_configuration(folders[0])
+        elif isinstance(module, ClipText):
             origin = _configuration(folders)
         else:
             origin = f"{_configuration(folders, without='text_config')} {options.max_visual} {options.encoder_keep}"
         arguments = {**settings, "args": _shapes(settings["args"])}
         wanted = f"{type(module).__name__} {origin} {sorted(arguments.items())}"
         name = f"trace-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.onnx"
-        return _read(made_once(name, lambda out: _write(trace(module, **settings), out)))
+        return _read(kept_between_runs(name, lambda out: _write(trace(module, **settings), out)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trio_edge.export.tracing.trace", trace_once)
@@ -85,6 +87,17 @@ def _configuration(folders: Sequence[Path], *, without: str = "") -> str:
     for content in files.values():
         content.pop(without, None)
     return str([(path.name, content) for path, content in files.items()])
+
+
+def _decoder_configuration(folder: Path) -> str:
+    """Return all that one decoder layer and the head are built from; how many layers there are changes neither."""
+    config = json.loads((folder / "config.json").read_bytes())
+    decoder = dict(config["text_config"]) if "text_config" in config else config
+    # One layer is traced, whatever kinds its followers are of; types are in the trace's arguments.
+    for irrelevant in ("num_hidden_layers", "layer_types", "dtype", "torch_dtype"):
+        decoder.pop(irrelevant, None)
+    around = [config.get(name) for name in ("tie_word_embeddings", "quantization_config")]
+    return f"{decoder.get('model_type', config['model_type'])} {sorted(decoder.items(), key=str)} {around}"
 
 
 def _shapes(args: Any) -> Any:

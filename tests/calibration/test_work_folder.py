@@ -16,7 +16,7 @@ from tests.calibration.question_files import questions_about, write_questions
 from tests.pictures import random_picture
 from trio_edge.calibration.evaluate import cli as cli_eval
 
-QUESTIONS = 90
+QUESTIONS = 40
 TIMES = ("ttft_ms", "decode_ms")
 COMMAND = [
     sys.executable,
@@ -82,7 +82,7 @@ def wait_until(condition: Any, *, seconds: float = 60.0) -> None:
 def test_a_killed_run_goes_on_where_it_stopped(
     workers: int, arguments: list[str], uninterrupted: list[Any], tmp_path: Path
 ) -> None:
-    work, moment = tmp_path / "work", random.Random(workers).randrange(5, 2 * QUESTIONS)
+    work, moment = tmp_path / "work", random.Random(workers).randrange(5, QUESTIONS)
     process = subprocess.Popen([*COMMAND, *arguments, "--work", str(work), "--workers", str(workers)])
     wait_until(lambda: num_lines(work) >= moment)
     children = children_of(process.pid) if sys.platform == "linux" else []

@@ -41,7 +41,7 @@ def test_stages_compute_the_products_that_the_formula_counts(method: str, checkp
 
 @pytest.mark.parametrize("method", [method for method in TOKEN_METHODS if method != "visionzip"])
 def test_selections_before_the_decoder_compute_the_products_that_the_formula_counts(method: Any) -> None:
-    graph = export_once(method, token_selector(method, num_keep=NUM_KEEP))
+    graph = export_once(token_selector(method, num_keep=NUM_KEEP))
     flops = TOKEN_METHODS[method].cost(TokenSizes(40, NUM_KEEP, T, WIDTHS))
     assert flops.products == matmul_flops(graph, random_case().feeds())
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tests.shared_folder import kept_between_runs
+from tests.trio.module_digest import module_digest
 from trio_edge.trio.compaction import compact_rows
 from trio_edge.trio.nms import FeatureNms
 from trio_edge.trio.saliency import ProxySaliency
@@ -61,7 +65,19 @@ def export_select(
     several_sizes: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write ``module`` as ONNX with the row axis dynamic, and the visual one if there are several sizes."""
+    """Write ``module`` as ONNX with the row axis dynamic, and the visual one if there are several sizes.
+
+    The first of all test runs that asks for a graph traces it.
+    """
+    name = f"select-{num_visual}-{several_sizes}-{dtype}-{module_digest(module)}.onnx"
+    traced = partial(_trace, module, num_visual=num_visual, several_sizes=several_sizes, dtype=dtype)
+    shutil.copyfile(kept_between_runs(name, traced), path)
+    return path
+
+
+def _trace(
+    module: SelectGraph, path: Path, *, num_visual: int, several_sizes: bool, dtype: torch.dtype
+) -> None:
     rows = {0: torch.export.Dim.DYNAMIC}
     axes: tuple[Any, ...] = (rows, rows, rows, rows if several_sizes else None, None, None)
     program = torch.onnx.export(
@@ -70,4 +86,3 @@ def export_select(
     )  # fmt: skip
     assert program is not None
     program.save(path)
-    return path

@@ -53,10 +53,10 @@ def test_parallel_equals_greedy(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("spread", [0.05, 0.3, 0.6], ids=["tight clusters", "clusters", "loose clusters"])
-def test_parallel_equals_greedy_on_a_thousand_random_pictures(spread: float) -> None:
+def test_parallel_equals_greedy_on_hundreds_of_random_pictures(spread: float) -> None:
     rng = np.random.default_rng(int(100 * spread))
     compared = 0
-    for _ in range(1000):
+    for _ in range(300):
         count = int(rng.integers(1, 40))
         features = _clustered(rng, count, clusters=int(rng.integers(1, 9)), spread=spread)
         scores = rng.integers(0, 20, count).astype(np.float32)
@@ -65,7 +65,7 @@ def test_parallel_equals_greedy_on_a_thousand_random_pictures(spread: float) -> 
             expected = greedy_nms(features, scores, num_keep=num_keep, threshold=THRESHOLD)
             assert _select(features, scores, num_keep=num_keep) == (expected, 0)
             compared += 1
-    assert compared > 900
+    assert compared > 270
 
 
 @pytest.mark.parametrize("count", [576, 1100], ids=["one block", "mirrored blocks"])

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from tests.reference.token_selectors import cover, importance
-from tests.trio.selectors.token_graph import export_selector, random_case, run_graph
+from tests.trio.selectors.token_graph import export_once, random_case, run_graph
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.tokens.eadp import Eadp
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    pass
 
 
-def test_importance_on_a_grid_is_smoothed_with_mirrored_edges(tmp_path: Path) -> None:
+def test_importance_on_a_grid_is_smoothed_with_mirrored_edges() -> None:
     case = random_case(12, num_tokens=30)
     height, width = 5, 6
     raw = np.array(list(importance(case).values())).reshape(height, width)
@@ -37,7 +37,7 @@ def test_importance_on_a_grid_is_smoothed_with_mirrored_edges(tmp_path: Path) ->
     selector = Eadp(num_keep=7, exponent=1.0, grid=(height, width))
     kept = selector(case.inputs(torch.float64)).kept_K.tolist()
     assert kept == cover(case, weights, 7) != cover(case, importance(case), 7)
-    graph = export_selector(selector, tmp_path / "grid.onnx", num_tokens=height * width)
+    graph = export_once(selector, num_tokens=height * width)
     assert run_graph(graph, case)[0].tolist() == kept
 
 

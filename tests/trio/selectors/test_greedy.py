@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from tests.trio.selectors.token_graph import (
     assert_chosen,
     build_engine,
+    export_once,
     export_selector,
     random_case,
 )
@@ -101,9 +102,9 @@ def test_selector_reads_only_what_it_asks_for(selector: Any) -> None:
     list(zip(ALL, (1, 6, 6, 1, 6, 1, 6))),
     ids=[f"{selector.__name__}-{num_keep}" for selector, num_keep in zip(ALL, (1, 6, 6, 1, 6, 1, 6))],
 )
-def test_graph_of_a_fixed_size_keeps_one_token_or_all(selector: Any, num_keep: int, tmp_path: Path) -> None:
+def test_graph_of_a_fixed_size_keeps_one_token_or_all(selector: Any, num_keep: int) -> None:
     module = selector(num_keep=num_keep)
-    path = export_selector(module, tmp_path / "select.onnx", num_tokens=6)
+    path = export_once(module, num_tokens=6)
     for num_visual in (6, 5, 1, 0):
         case = random_case(22, num_tokens=6, num_visual=num_visual)
         expected = module(case.inputs(torch.float64)).kept_K.tolist()
@@ -144,7 +145,7 @@ def test_selector_is_traced_without_memory_as_the_exporter_does(tmp_path: Path) 
     assert_chosen(selector, path, case, selector(case.inputs(torch.float64)).kept_K.tolist())
 
 
-def test_tensorrt_builds_hundreds_of_steps_over_a_large_picture(tmp_path: Path) -> None:
-    path = export_selector(CdPruner(num_keep=320), tmp_path / "large.onnx")
+def test_tensorrt_builds_hundreds_of_steps_over_a_large_picture() -> None:
+    path = export_once(CdPruner(num_keep=320))
     assert path.stat().st_size < 200_000
     build_engine(path, num_tokens=2880)

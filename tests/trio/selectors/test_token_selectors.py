@@ -40,7 +40,7 @@ SELECTORS: dict[str, tuple[Any, Callable[..., list[int]]]] = {
 def test_module_and_graph_choose_what_plain_loops_choose(method: str, name: str) -> None:
     selector_class, reference = SELECTORS[method]
     selector, case = selector_class(num_keep=NUM_KEEP), CASES[name]
-    assert_chosen(selector, export_once(method, selector), case, reference(case))
+    assert_chosen(selector, export_once(selector), case, reference(case))
 
 
 @pytest.mark.parametrize("num_keep", [1, 40])
@@ -54,6 +54,6 @@ def test_one_token_and_all_tokens_can_be_kept(method: str, num_keep: int) -> Non
 
 @pytest.mark.parametrize("method", SELECTORS)
 def test_graph_passes_the_static_check_and_tensorrt_builds_it(method: str) -> None:
-    graph = export_once(method, SELECTORS[method][0](num_keep=NUM_KEEP))
+    graph = export_once(SELECTORS[method][0](num_keep=NUM_KEEP))
     assert findings(graph) == []
     build_engine(graph)

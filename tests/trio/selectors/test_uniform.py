@@ -13,7 +13,7 @@ from tests.trio.selectors.token_graph import (
     Case,
     assert_chosen,
     build_engine,
-    export_selector,
+    export_once,
     findings,
     random_case,
 )
@@ -28,8 +28,8 @@ def reference(case: Case, num_keep: int = NUM_KEEP) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_selector(Uniform(num_keep=NUM_KEEP), tmp_path_factory.mktemp("uniform") / "uniform.onnx")
+def graph() -> Path:
+    return export_once(Uniform(num_keep=NUM_KEEP))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -58,7 +58,7 @@ def closest(case: Case, token: int, targets: list[int]) -> int:
 
 @pytest.fixture(scope="module")
 def graph() -> Path:
-    return export_once("visionzip", VisionZip(num_keep=NUM_KEEP, num_contextual=3))
+    return export_once(VisionZip(num_keep=NUM_KEEP, num_contextual=3))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tests.shared_folder import made_once
+from tests.shared_folder import kept_between_runs
+from tests.trio.module_digest import module_digest
 from trio_edge.export.check.tensorrt import RELEASES, check_graph
 from trio_edge.export.graphs.onnx_graph import dynamic_axes, example_input, save, trace
 from trio_edge.runtime.bundle.manifest import TensorSpec
@@ -172,9 +173,12 @@ def export_selector(selector: Any, path: Path, *, num_tokens: int | str = "N") -
     return path
 
 
-def export_once(name: str, selector: Any) -> Path:
-    """Return the graph of ``selector`` for several sizes, made by the first of all processes that asks for ``name``."""
-    return made_once(f"{name}.onnx", lambda path: export_selector(selector, path))
+def export_once(selector: Any, *, num_tokens: int | str = "N") -> Path:
+    """Return the graph of ``selector``, traced by the first of all test runs that asks for it."""
+    return kept_between_runs(
+        f"tokens-{num_tokens}-{module_digest(selector)}.onnx",
+        lambda path: export_selector(selector, path, num_tokens=num_tokens),
+    )
 
 
 @functools.cache
