@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +13,6 @@ from tests.reference.token_selectors import cover, importance
 from tests.trio.selectors.token_graph import export_once, random_case, run_graph
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.tokens.eadp import Eadp
-
-if TYPE_CHECKING:
-    pass
 
 
 def test_importance_on_a_grid_is_smoothed_with_mirrored_edges() -> None:
