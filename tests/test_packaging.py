@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 import zipfile
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import trio_edge
 import trio_edge.runtime
 from tests.shared_folder import made_once
 
@@ -55,6 +57,17 @@ import trio_edge.calibration.evaluate.cli, trio_edge.calibration.shapes.samples
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_wheel_has_every_module_of_the_tree(wheel: Path) -> None:
+    """A new folder must be listed in pyproject.toml; an editable install works without."""
+    packages = ("trio", "export", "runtime", "profiling", "calibration")
+    tree = {f"trio_edge/{path.relative_to(ROOT)}" for top in packages for path in (ROOT / top).rglob("*.py")}
+    assert tree - set(zipfile.ZipFile(wheel).namelist()) == set()
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert trio_edge.__version__ == importlib.metadata.version("trio-edge")
 
 
 def test_public_names_are_exactly_those_declared() -> None:
