@@ -96,8 +96,9 @@ def _count(option: str) -> Callable[[str], int | float]:
 )
 @click.option(
     "--probe-rows",
-    type=click.Choice(["reference", "answer"]),
-    help="Rows with the proxy loss: S-5..S-2 or S-4..S-1.",
+    type=click.Choice(["auto", "reference", "answer"]),
+    help="Prompt rows with the proxy loss: 'reference' is S-5..S-2, 'answer' is S-4..S-1; 'auto' takes 'answer' where"
+    " the average keep is below 10%. [default: auto]",
 )
 @click.option("--num-probe-rows", type=int, help="How many of them.")
 @click.option("--nms-threshold", type=float, help="Cosine similarity at which a token suppresses another.")
@@ -239,14 +240,28 @@ def _schedule_rule(
         default_positions,
         parse_keep,
         parse_schedule,
+        with_probe_rows,
     )
 
+    rows_by_keep = shared.get("probe_rows", "auto") == "auto"
+    shared = {name: value for name, value in shared.items() if value != "auto"}
     text = keep if keep is not None else DEFAULT_KEEP
     average = None if stages is not None or text == "all" else parse_keep(text)
     if stages is not None:
         parse_schedule(stages, **shared)  # refuse a wrong one before the checkpoint is read
 
     def schedule_for(inputs: ScheduleInputs) -> Schedule:
+        schedule = with_stages(inputs)
+        if not rows_by_keep:
+            return schedule
+        return with_probe_rows(
+            schedule,
+            num_layers=inputs.num_layers,
+            picture_tokens=inputs.image_tokens,
+            entering=inputs.num_visual,
+        )
+
+    def with_stages(inputs: ScheduleInputs) -> Schedule:
         own = default_positions(method)
         positions = own if own in inputs.positions else inputs.positions[0]
         settings = {"positions": positions, **shared}

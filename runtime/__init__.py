@@ -1,19 +1,25 @@
 """The runtime: opens a bundle and answers questions about images. Needs no torch, transformers or onnx."""
 
-from trio_edge.runtime.bundle.errors import (
-    BackendError,
-    BundleError,
-    CheckpointError,
-    ImageError,
-    ManifestError,
-    ScheduleError,
-    ShapeError,
-    TrioEdgeError,
-)
-from trio_edge.runtime.bundle.manifest import Manifest
-from trio_edge.runtime.bundle.reader import Bundle, open_bundle
-from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.runtime.pipeline import Generation, Pipeline, Statistics
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trio_edge.runtime.bundle.errors import (
+        BackendError,
+        BundleError,
+        CheckpointError,
+        ImageError,
+        ManifestError,
+        ScheduleError,
+        ShapeError,
+        TrioEdgeError,
+    )
+    from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.bundle.reader import Bundle, open_bundle
+    from trio_edge.runtime.bundle.schedule import Schedule, Stage
+    from trio_edge.runtime.pipeline import Generation, Pipeline, Statistics
 
 __all__ = [
     "BackendError",
@@ -33,3 +39,22 @@ __all__ = [
     "TrioEdgeError",
     "open_bundle",
 ]
+
+# A name is imported when it is first used: numpy, Pillow and Jinja take longer than all else that `trio-run --help` does.
+_MODULES = {
+    "Bundle": "bundle.reader",
+    "Generation": "pipeline",
+    "Manifest": "bundle.manifest",
+    "Pipeline": "pipeline",
+    "Schedule": "bundle.schedule",
+    "Stage": "bundle.schedule",
+    "Statistics": "pipeline",
+    "open_bundle": "bundle.reader",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'bundle.errors')}")
+    return getattr(module, name)

@@ -186,9 +186,21 @@ def import_torchvision(folder: Path) -> ModuleType:
     return torchvision
 
 
+def _resize_alike_on_every_processor() -> None:
+    """Let torchvision resize bilinearly in whole numbers, as it does wherever torch finds AVX2.
+
+    Elsewhere it resizes in floating point, and rounds some values to the level beside.
+    """
+    from torchvision.transforms.v2.functional import _geometry
+
+    assert callable(_geometry._do_native_uint8_resize_on_cpu)
+    _geometry._do_native_uint8_resize_on_cpu = lambda _: True
+
+
 def main(folder: Path, out: Path) -> None:
     """Write the outputs of all ``PROCESSORS`` to ``out``."""
     import_torchvision(folder)
+    _resize_alike_on_every_processor()
     arrays: dict[str, Any] = {}
     for name, processor in PROCESSORS.items():
         loaded = load_processor(processor.config)

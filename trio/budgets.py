@@ -13,6 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.trio.keeps import integer_keeps
@@ -27,6 +29,8 @@ MAX_TOPK = 3839
 """The most tokens that a stage can keep: TensorRT's TopK is documented to take K up to 3840, or less than it."""
 _DEPTH = 32
 """Decoder layers that the methods' own layers are given for."""
+LEAST_FOR_REFERENCE_ROWS = 0.1
+"""Below this average keep, answer rows lose less accuracy: docs/selectors.md has the measurement."""
 PRINTED = 0.0005
 """Half of the last digit of a percentage printed with one decimal: 11.1 % means 64 of 576."""
 
@@ -297,6 +301,29 @@ def combined_schedule(
     return method_schedule(
         method, share, num_layers=num_layers, num_visual=entering, layers=layers, **settings
     )
+
+
+def with_probe_rows(schedule: Schedule, *, num_layers: int, picture_tokens: int, entering: int) -> Schedule:
+    """Return TRIO's schedule with the probe rows that suit its average keep; other methods have none.
+
+    The reference's rows from ``LEAST_FOR_REFERENCE_ROWS`` on, answer rows below.
+
+    Args:
+        schedule: With any probe rows.
+        num_layers: L, decoder layers.
+        picture_tokens: Visual tokens of the image before any reduction.
+        entering: Those that enter the decoder.
+
+    Raises:
+        ScheduleError: If a stage is not inside the model.
+    """
+    if schedule.method != DEFAULT_METHOD or not schedule.stages:
+        return schedule
+    schedule.check_fits(num_layers=num_layers, max_visual=entering)
+    average = schedule.average_keep(num_layers=num_layers, num_visual=entering) * entering / picture_tokens
+    # Rounding to whole tokens leaves the average of --keep 10% a little below.
+    is_small = average + PRINTED < LEAST_FOR_REFERENCE_ROWS
+    return msgspec.structs.replace(schedule, probe_rows="answer" if is_small else "reference")
 
 
 def check_combined_keep(text: str, *, picture_tokens: int, entering: int) -> None:

@@ -11,11 +11,11 @@ import click
 from trio_edge.runtime.backends.registry import BACKENDS_HELP
 from trio_edge.runtime.bundle.errors import BundleError, ImageError
 from trio_edge.runtime.cli.console import run
-from trio_edge.runtime.pipeline import Generation, Pipeline
-from trio_edge.runtime.sampling import first_token_kl, summary_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from trio_edge.runtime.pipeline import Generation, Pipeline
 
 
 @click.command("trio-run", context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,6 +58,8 @@ def command(
     **settings: Any,
 ) -> int:
     """Answer a question about an image with BUNDLE."""
+    from trio_edge.runtime.pipeline import Pipeline  # slow to import, and --help needs none of it
+
     if len(images) > 1:
         raise click.UsageError(
             f"--image: expected one image a prompt, got {len(images)}; ask about one at a time"
@@ -139,6 +141,8 @@ def _draw(pipeline: Pipeline, answer: Generation, target: Path) -> None:
 
 
 def _print_comparison(answer: Generation, reference: Generation) -> None:
+    from trio_edge.runtime.sampling import first_token_kl, summary_of
+
     reduced, full = answer.statistics, reference.statistics
 
     def ratio(ours: float, theirs: float) -> str:

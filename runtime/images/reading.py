@@ -21,11 +21,15 @@ import logging
 import threading
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trio_edge.runtime.bundle.errors import ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Set
 
 # A small file can decode to gigabytes: the size in its header is checked first.
 MAX_IMAGE_PIXELS = 178_956_970
@@ -81,10 +85,7 @@ def _decode_file(data: bytes, *, name: str) -> Image.Image:
     try:
         with _warning_filters, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own, smaller size warning, and those on odd EXIF data
-            Image.init()
-            opened = Image.open(
-                io.BytesIO(data), formats=[f for f in Image.OPEN if f not in _FORMATS_NOT_READ]
-            )
+            opened = _open(data)
     except Image.DecompressionBombError as error:
         raise ImageError(
             f"{name}: expected at most {MAX_IMAGE_PIXELS} pixels, got more; scale it down"
@@ -97,6 +98,22 @@ def _decode_file(data: bytes, *, name: str) -> Image.Image:
         raise ImageError(f"{name}: expected a readable image, got {_one_line(error)}") from error
     with opened:
         return _decode(opened, name=name, drop_alpha=True)
+
+
+def _open(data: bytes) -> Image.Image:
+    """Return the image before its pixels are decoded; raise what Pillow raises."""
+    Image.preinit()  # PNG, JPEG, GIF and BMP; importing all forty formats takes longer than an answer of a small model
+    try:
+        return _open_as(set(Image.OPEN), data)
+    except UnidentifiedImageError:
+        common = set(Image.OPEN)
+        Image.init()
+        return _open_as(set(Image.OPEN) - common, data)
+
+
+def _open_as(formats: Set[str], data: bytes) -> Image.Image:
+    wanted = [name for name in Image.OPEN if name in formats and name not in _FORMATS_NOT_READ]
+    return Image.open(io.BytesIO(data), formats=wanted)
 
 
 def _decode(image: Image.Image, *, name: str, drop_alpha: bool) -> Image.Image:

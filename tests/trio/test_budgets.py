@@ -13,10 +13,12 @@ from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.budgets import (
     PRESETS,
     default_stage_layers,
+    method_schedule,
     parse_keep,
     parse_schedule,
     preset_schedule,
     schedule_for_keep,
+    with_probe_rows,
 )
 
 
@@ -200,6 +202,26 @@ def test_impossible_wishes_are_one_clear_line(
     with pytest.raises(ScheduleError, match=message) as caught:
         schedule_for_keep(average, num_layers=num_layers, num_visual=180, layers=layers)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keep", "rows"), [("9.4%", "answer"), ("10%", "reference"), ("11.1%", "reference"), ("5%", "answer")]
+)
+def test_probe_rows_follow_the_average_keep(keep: str, rows: str) -> None:
+    schedule = schedule_for_keep(parse_keep(keep), num_layers=32, num_visual=576)
+    chosen = with_probe_rows(schedule, num_layers=32, picture_tokens=576, entering=576)
+    assert (chosen.probe_rows, chosen.stages) == (rows, schedule.stages)
+
+
+def test_probe_rows_count_the_tokens_that_the_encoder_removed() -> None:
+    schedule = schedule_for_keep(0.3, num_layers=32, num_visual=144)
+    assert with_probe_rows(schedule, num_layers=32, picture_tokens=144, entering=144).probe_rows == "reference"
+    assert with_probe_rows(schedule, num_layers=32, picture_tokens=576, entering=144).probe_rows == "answer"
+
+
+def test_methods_without_a_probe_keep_their_settings() -> None:
+    schedule = method_schedule("fastv", 0.08, num_layers=32, num_visual=576)
+    assert with_probe_rows(schedule, num_layers=32, picture_tokens=576, entering=576) is schedule
 
 
 def test_more_than_tensorrts_topk_is_refused() -> None:
