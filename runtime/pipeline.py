@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    from trio_edge.runtime.backends.interface import Backend
+    from trio_edge.runtime.backends.interface import Backend, CpuAccuracy
     from trio_edge.runtime.buffers.decoder import TopTokens
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.decoder import SelectorOverride
@@ -149,13 +149,21 @@ class Pipeline:
         self._is_open = True
 
     @classmethod
-    def from_bundle(cls, path: str | Path, *, backend: str = "auto", threads: int = 0) -> Pipeline:
+    def from_bundle(
+        cls,
+        path: str | Path,
+        *,
+        backend: str = "auto",
+        threads: int = 0,
+        cpu_accuracy: CpuAccuracy = "auto",
+    ) -> Pipeline:
         """Open the bundle at ``path`` and load its graphs.
 
         Args:
             path: Folder of the bundle.
             backend: "auto" or a name from ``trio_edge.runtime.backends.registry.BACKENDS``.
             threads: CPU threads; 0 lets the backend choose.
+            cpu_accuracy: "auto", "float32" or "int8"; see ``make_backend``.
 
         Raises:
             BundleError: If the bundle is broken.
@@ -163,7 +171,7 @@ class Pipeline:
             BackendError: If the backend is missing or cannot load a graph, or the device has not enough memory.
         """
         bundle = open_bundle(path)
-        return cls(bundle, make_backend(backend, bundle=bundle, threads=threads))
+        return cls(bundle, make_backend(backend, bundle=bundle, threads=threads, cpu_accuracy=cpu_accuracy))
 
     def generate(
         self,

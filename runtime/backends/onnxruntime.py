@@ -5,6 +5,7 @@ Every tensor is bound to an address of the device, so hidden states and KV cache
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -22,8 +23,8 @@ from trio_edge.runtime.engines.files import ENGINES_FOLDER
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from trio_edge.runtime.backends.interface import OnnxRuntimeName
-    from trio_edge.runtime.bundle.manifest import GraphSpec, Profile, TensorSpec
+    from trio_edge.runtime.backends.interface import CpuAccuracy, OnnxRuntimeName
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Profile, QuantizedFormat, TensorSpec
     from trio_edge.runtime.bundle.reader import Bundle
     from trio_edge.runtime.devices.interface import Device, DeviceTensor
 
@@ -32,6 +33,12 @@ _PROVIDERS: dict[OnnxRuntimeName, str] = {
     "onnxruntime-cuda": "CUDAExecutionProvider",
     "onnxruntime-tensorrt": "TensorrtExecutionProvider",
 }
+_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
+_ACCURACY_LEVELS = {"float32": "1", "int8": "4"}
+"""Of ONNX Runtime's MatMulNBits: the type that its inputs are rounded to."""
+_LARGE_GRAPH_BYTES = 32 << 20
+"""Weights from which rounded inputs save time that a user notices; a smaller graph takes a few milliseconds anyway."""
+_PREFILL_ROLES = ("vision", "clip_text", "reduce", "select")
 _ORT_FROM_DTYPE = {
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
@@ -59,6 +66,7 @@ class OnnxRuntimeBackend:
         name: OnnxRuntimeName = "onnxruntime",
         *,
         threads: int = 0,
+        cpu_accuracy: CpuAccuracy = "auto",
         layer_times: Path | None = None,
         notes: Sequence[str] = (),
     ) -> None:
@@ -67,6 +75,7 @@ class OnnxRuntimeBackend:
         Args:
             name: Which.
             threads: See ``make_backend``.
+            cpu_accuracy: See ``make_backend``.
             layer_times: See ``make_backend``.
             notes: What the user should know about the choice; they become those of what is loaded.
 
@@ -80,6 +89,7 @@ class OnnxRuntimeBackend:
             )
         self._name: OnnxRuntimeName = name
         self._threads = threads
+        self._cpu_accuracy = cpu_accuracy
         self._layer_times = layer_times
         self._notes = notes
 
@@ -122,8 +132,10 @@ class OnnxRuntimeBackend:
         # Each session has threads of its own; spinning while another session runs, they would take its cores
         # (measured on 2 cores with 9 sessions: 107 ms instead of 26 ms for one answer of the packaged model).
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Its default rounds the inputs of products with INT4 weights to 8 bits; 1 is float32.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if stream is not None:
+            options.add_session_config_entry(_ACCURACY_KEY, _ACCURACY_LEVELS["float32"])
+        else:
+            _set_cpu_options(options, spec, bundle.manifest.format_of(spec), accuracy=self._cpu_accuracy)
         if self._layer_times is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self._layer_times / f".{spec.name}")
@@ -160,6 +172,41 @@ class OnnxRuntimeBackend:
         if self._name == "onnxruntime-tensorrt":
             found.insert(0, (_PROVIDERS[self._name], _tensorrt_options(stream, folder, spec)))
         return found
+
+
+def _set_cpu_options(
+    options: ort.SessionOptions, spec: GraphSpec, format_: QuantizedFormat | None, *, accuracy: CpuAccuracy
+) -> None:
+    """Choose between memory, speed and accuracy of a graph on the CPU."""
+    # A session's own arena keeps the largest activations that it ever had: 2.8 GB for the vision tower of a Qwen2.5-VL-3B.
+    options.enable_cpu_mem_arena = False
+    if spec.role == "select":
+        # It writes float32 copies of its weights in every run. New memory for them doubles its time, so the stages share some.
+        options.enable_mem_pattern = False  # a plan of one graph does not fit the next
+        if _share_arena():
+            options.add_session_config_entry("session.use_env_allocators", "1")
+    # Weights are folded into transposed copies otherwise: the head of a 3B then needs 1.2 GB more while it is loaded.
+    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "1000000")
+    if accuracy == "auto":
+        accuracy = "int8" if spec.weight_bytes >= _LARGE_GRAPH_BYTES else "float32"
+    options.add_session_config_entry(_ACCURACY_KEY, _ACCURACY_LEVELS[accuracy])
+    # INT8 weights have one scale for an output; the kernel wants one for a block of inputs, and is fastest with long blocks.
+    options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")
+    # Prepacking copies float weights. That pays for a decode step only; products with INT4 and INT8 weights need it.
+    if format_ is None and spec.role in _PREFILL_ROLES:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+
+
+@functools.cache
+def _share_arena() -> bool:
+    """Make the one arena of this process that sessions can share; return whether there is one."""
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    same_as_requested = ort.OrtArenaCfg({"arena_extend_strategy": 1})
+    try:
+        ort.create_and_register_allocator(memory, same_as_requested)
+    except Exception:  # onnxruntime's exceptions have no common public base; the process has made its own
+        return False
+    return True
 
 
 def _broken_optimizers(bundle: Bundle, spec: GraphSpec) -> list[str]:

@@ -11,11 +11,12 @@ from trio_edge.runtime.engines.package import ENGINE_BACKENDS, installed_backend
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trio_edge.runtime.backends.interface import Backend, OnnxRuntimeName
+    from trio_edge.runtime.backends.interface import Backend, CpuAccuracy, OnnxRuntimeName
     from trio_edge.runtime.bundle.reader import Bundle
 
 _ONNX_RUNTIMES: tuple[OnnxRuntimeName, ...] = ("onnxruntime-tensorrt", "onnxruntime-cuda", "onnxruntime")
 BACKENDS = (*ENGINE_BACKENDS, *_ONNX_RUNTIMES)
+CPU_ACCURACIES: tuple[CpuAccuracy, ...] = ("auto", "float32", "int8")
 BACKENDS_HELP = (
     "auto, or one of tensorrt, tensorrt-rtx (engines from trio-build), onnxruntime-tensorrt, onnxruntime-cuda,"
     " onnxruntime (CPU)."
@@ -27,6 +28,7 @@ def make_backend(
     *,
     bundle: Bundle | None = None,
     threads: int = 0,
+    cpu_accuracy: CpuAccuracy = "auto",
     layer_times: Path | None = None,
 ) -> Backend:
     """Return the backend called ``name``; for "auto" the fastest that can run ``bundle`` here.
@@ -38,6 +40,8 @@ def make_backend(
         name: "auto" or one of ``BACKENDS``.
         bundle: What is to be run; without it "auto" takes no engines.
         threads: CPU threads for one graph; 0 lets the backend choose.
+        cpu_accuracy: What ONNX Runtime rounds the inputs of products with INT4 and INT8 weights to on the CPU. "int8" takes a
+            third of the time of "float32"; "auto" takes it for graphs so large that this shows.
         layer_times: Folder into which each graph, when it is closed, writes what its layers took in every run, as the
             backend's own profiler says it: ``<graph>.json``. It slows the graphs down.
 
@@ -57,13 +61,19 @@ def make_backend(
         raise BackendError(
             f"backend: expected one of auto, {', '.join(BACKENDS)}, got {name!r}; choose one of them"
         )
+    if cpu_accuracy not in CPU_ACCURACIES:
+        raise BackendError(
+            f"cpu_accuracy: expected one of {', '.join(CPU_ACCURACIES)}, got {cpu_accuracy!r}; choose one of them"
+        )
     if find_spec("onnxruntime") is None:
         raise BackendError(
             'backend: expected onnxruntime to be installed, it is not; run pip install "trio-edge[ort]"'
         )
     from trio_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(onnx_runtime, threads=threads, layer_times=layer_times, notes=notes)
+    return OnnxRuntimeBackend(
+        onnx_runtime, threads=threads, cpu_accuracy=cpu_accuracy, layer_times=layer_times, notes=notes
+    )
 
 
 def _fastest(bundle: Bundle | None) -> tuple[str, tuple[str, ...]]:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trio_edge.runtime.backends.registry import BACKENDS_HELP
+from trio_edge.runtime.backends.registry import BACKENDS_HELP, CPU_ACCURACIES
 from trio_edge.runtime.bundle.errors import BundleError, ImageError
 from trio_edge.runtime.cli.console import run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from trio_edge.runtime.backends.interface import CpuAccuracy
     from trio_edge.runtime.pipeline import Generation, Pipeline
 
 
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
 @click.option("--backend", default="auto", show_default=True, help=BACKENDS_HELP)
 @click.option(
     "--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 lets the backend choose."
+)
+@click.option(
+    "--cpu-accuracy",
+    type=click.Choice(CPU_ACCURACIES),
+    default="auto",
+    show_default=True,
+    help="On the CPU, products with INT4 and INT8 weights round their inputs to this; auto: int8 in large graphs.",
 )
 @click.option("--max-new-tokens", type=int, help="At most this many tokens. [default: the bundle's room]")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
@@ -53,6 +61,7 @@ def command(
     prompt: str,
     backend: str,
     threads: int,
+    cpu_accuracy: CpuAccuracy,
     show_kept: Path | None,
     compare_full: Path | None,
     **settings: Any,
@@ -69,7 +78,8 @@ def command(
         if image is None:
             raise click.UsageError("--show-kept: expected --image as well, got none; name the image")
         _check_drawing_target(show_kept)
-    with Pipeline.from_bundle(bundle, backend=backend, threads=threads) as pipeline:
+    loading: dict[str, Any] = {"backend": backend, "threads": threads, "cpu_accuracy": cpu_accuracy}
+    with Pipeline.from_bundle(bundle, **loading) as pipeline:
         answer = pipeline.generate(image, prompt, **settings)
         for piece in answer:
             print(piece, end="", flush=True)
@@ -82,7 +92,7 @@ def command(
         if image is not None:
             print(_tokens_line(answer))
     if compare_full is not None:
-        with Pipeline.from_bundle(compare_full, backend=backend, threads=threads) as full:
+        with Pipeline.from_bundle(compare_full, **loading) as full:
             if full.manifest.schedule.stages:
                 raise BundleError(
                     f"{compare_full}: expected a keep-all bundle, got one with stages; export --keep all"
