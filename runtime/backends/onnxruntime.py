@@ -5,7 +5,6 @@ Every tensor is bound to an address of the device, so hidden states and KV cache
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -16,15 +15,24 @@ from trio_edge.runtime.backends.interface import check_tensors, selected_graphs
 from trio_edge.runtime.buffers.memory import check_memory, estimate
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.devices.cuda import CudaDevice, load_cuda
-from trio_edge.runtime.devices.host import HostDevice
+from trio_edge.runtime.devices.host import HostDevice, release_free_memory
 from trio_edge.runtime.devices.interface import LoadedGraphs, shape_at
+from trio_edge.runtime.engines.cpu import (
+    ACCURACY_KEY,
+    ACCURACY_LEVELS,
+    Prepared,
+    broken_optimizers,
+    first_line,
+    open_prepared,
+    set_cpu_options,
+)
 from trio_edge.runtime.engines.files import ENGINES_FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from trio_edge.runtime.backends.interface import CpuAccuracy, OnnxRuntimeName
-    from trio_edge.runtime.bundle.manifest import GraphSpec, Profile, QuantizedFormat, TensorSpec
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Profile, TensorSpec
     from trio_edge.runtime.bundle.reader import Bundle
     from trio_edge.runtime.devices.interface import Device, DeviceTensor
 
@@ -33,12 +41,6 @@ _PROVIDERS: dict[OnnxRuntimeName, str] = {
     "onnxruntime-cuda": "CUDAExecutionProvider",
     "onnxruntime-tensorrt": "TensorrtExecutionProvider",
 }
-_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
-_ACCURACY_LEVELS = {"float32": "1", "int8": "4"}
-"""Of ONNX Runtime's MatMulNBits: the type that its inputs are rounded to."""
-_LARGE_GRAPH_BYTES = 32 << 20
-"""Weights from which rounded inputs save time that a user notices; a smaller graph takes a few milliseconds anyway."""
-_PREFILL_ROLES = ("vision", "clip_text", "reduce", "select")
 _ORT_FROM_DTYPE = {
     "float32": "tensor(float)",
     "float16": "tensor(float16)",
@@ -51,10 +53,6 @@ _ORT_FROM_DTYPE = {
 def has_provider(name: OnnxRuntimeName) -> bool:
     """Whether the installed onnxruntime has the execution provider of a backend."""
     return _PROVIDERS[name] in ort.get_available_providers()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
 @final
@@ -106,13 +104,20 @@ class OnnxRuntimeBackend:
         loaded = LoadedGraphs(device=device, engines={}, memory=memory, notes=list(self._notes))
         try:
             check_memory(device, memory)
+            prepared = Prepared({}, ()) if stream else open_prepared(bundle, accuracy=self._cpu_accuracy)
+            loaded.notes.extend(prepared.notes)
             for spec in specs:
-                session = self._session(bundle, spec, stream)
+                file = prepared.files.get(spec.name, bundle.folder / spec.file)
+                session = self._session(bundle, spec, file, stream)
                 _check_interface(spec.inputs, session.get_inputs(), where=f"{spec.file} inputs")
                 _check_interface(spec.outputs, session.get_outputs(), where=f"{spec.file} outputs")
-                loaded.engines[spec.name] = OnnxRuntimeEngine(
+                engine = OnnxRuntimeEngine(
                     session, spec, on_gpu=stream is not None, layer_times=self._layer_times
                 )
+                if stream is None and spec in bundle.manifest.selects[-1:]:
+                    engine.shrink_after_runs()
+                loaded.engines[spec.name] = engine
+                release_free_memory()  # loading needs as much again, and the C library would keep it
         except BaseException:
             loaded.close()
             raise
@@ -125,7 +130,9 @@ class OnnxRuntimeBackend:
         device = CudaDevice(load_cuda())
         return device, device.stream
 
-    def _session(self, bundle: Bundle, spec: GraphSpec, stream: int | None) -> ort.InferenceSession:
+    def _session(
+        self, bundle: Bundle, spec: GraphSpec, file: Path, stream: int | None
+    ) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
@@ -133,24 +140,24 @@ class OnnxRuntimeBackend:
         # (measured on 2 cores with 9 sessions: 107 ms instead of 26 ms for one answer of the packaged model).
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if stream is not None:
-            options.add_session_config_entry(_ACCURACY_KEY, _ACCURACY_LEVELS["float32"])
+            options.add_session_config_entry(ACCURACY_KEY, ACCURACY_LEVELS["float32"])
         else:
-            _set_cpu_options(options, spec, bundle.manifest.format_of(spec), accuracy=self._cpu_accuracy)
+            set_cpu_options(options, bundle, spec, accuracy=self._cpu_accuracy)
         if self._layer_times is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self._layer_times / f".{spec.name}")
-        wanted, file = _PROVIDERS[self._name], bundle.folder / spec.file
+        wanted = _PROVIDERS[self._name]
         try:
             session = ort.InferenceSession(
                 file,
                 options,
                 providers=self._providers(stream, bundle.folder, spec),
-                disabled_optimizers=_broken_optimizers(bundle, spec),
+                disabled_optimizers=broken_optimizers(bundle, spec),
             )
         except Exception as error:  # onnxruntime's exceptions have no common public base
             raise BackendError(
                 f"{file}: expected a graph that onnxruntime {ort.__version__} loads, got:"
-                f" {_first_line(error)}; export the bundle again"
+                f" {first_line(error)}; export the bundle again"
             ) from None
         if wanted not in session.get_providers():  # without an error it falls back to the CPU
             raise BackendError(
@@ -172,53 +179,6 @@ class OnnxRuntimeBackend:
         if self._name == "onnxruntime-tensorrt":
             found.insert(0, (_PROVIDERS[self._name], _tensorrt_options(stream, folder, spec)))
         return found
-
-
-def _set_cpu_options(
-    options: ort.SessionOptions, spec: GraphSpec, format_: QuantizedFormat | None, *, accuracy: CpuAccuracy
-) -> None:
-    """Choose between memory, speed and accuracy of a graph on the CPU."""
-    # A session's own arena keeps the largest activations that it ever had: 2.8 GB for the vision tower of a Qwen2.5-VL-3B.
-    options.enable_cpu_mem_arena = False
-    if spec.role == "select":
-        # It writes float32 copies of its weights in every run. New memory for them doubles its time, so the stages share some.
-        options.enable_mem_pattern = False  # a plan of one graph does not fit the next
-        if _share_arena():
-            options.add_session_config_entry("session.use_env_allocators", "1")
-    # Weights are folded into transposed copies otherwise: the head of a 3B then needs 1.2 GB more while it is loaded.
-    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "1000000")
-    if accuracy == "auto":
-        accuracy = "int8" if spec.weight_bytes >= _LARGE_GRAPH_BYTES else "float32"
-    options.add_session_config_entry(_ACCURACY_KEY, _ACCURACY_LEVELS[accuracy])
-    # INT8 weights have one scale for an output; the kernel wants one for a block of inputs, and is fastest with long blocks.
-    options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")
-    # Prepacking copies float weights. That pays for a decode step only; products with INT4 and INT8 weights need it.
-    if format_ is None and spec.role in _PREFILL_ROLES:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-
-
-@functools.cache
-def _share_arena() -> bool:
-    """Make the one arena of this process that sessions can share; return whether there is one."""
-    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-    same_as_requested = ort.OrtArenaCfg({"arena_extend_strategy": 1})
-    try:
-        ort.create_and_register_allocator(memory, same_as_requested)
-    except Exception:  # onnxruntime's exceptions have no common public base; the process has made its own
-        return False
-    return True
-
-
-def _broken_optimizers(bundle: Bundle, spec: GraphSpec) -> list[str]:
-    """Return those that onnxruntime 1.31 makes graphs with that it cannot load; to be removed with a release that can."""
-    broken = []
-    if any(tensor.dtype == "int8" for tensor in spec.inputs):
-        # It moves DequantizeLinear after Transpose by a node that opset 21 does not allow (microsoft/onnxruntime issue 25526).
-        broken.append("QDQPropagationTransformer")
-    if bundle.manifest.format_of(spec) == "fp8":
-        # It makes integer products of FP8 inputs and weights.
-        broken.append("QDQSelectorActionTransformer")
-    return broken
 
 
 def _tensorrt_options(stream: int, folder: Path, spec: GraphSpec) -> dict[str, str]:
@@ -288,7 +248,11 @@ class OnnxRuntimeEngine:
         except BackendError:
             raise
         except Exception as error:  # onnxruntime's exceptions have no common public base
-            raise BackendError(f"{self._spec.name}: onnxruntime failed: {_first_line(error)}") from None
+            raise BackendError(f"{self._spec.name}: onnxruntime failed: {first_line(error)}") from None
+
+    def shrink_after_runs(self) -> None:
+        """Give the memory that stages share back after each run: it is the last stage's."""
+        self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def close(self) -> None:
         """Close the session, and write the layers' times if they were asked for."""

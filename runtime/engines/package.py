@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_BACKENDS: tuple[EngineBackend, ...] = ("tensorrt", "tensorrt-rtx")
 ENGINES_BACKENDS_HELP = (
-    "auto, tensorrt (JetPack) or tensorrt-rtx. [default: the installed one that builds for this]"
+    "auto, tensorrt (JetPack) or tensorrt-rtx; or onnxruntime: graphs for this CPU. [default: the installed TensorRT that builds"
+    " for this]"
 )
 _MODULES: dict[EngineBackend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 

@@ -1,0 +1,244 @@
+"""Graphs on the CPU: ONNX Runtime's settings for each, and graphs prepared ahead of time.
+
+A session of ONNX Runtime changes its graph and brings the weights into the order that the processor's kernels want. Both take
+seconds, and the weights then need memory of their own. ``prepare_graphs`` (``trio-build --backend onnxruntime``) does it once and
+stores the result in ``engines/onnxruntime-cpu``, from where a session maps the weights as they lie.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import platform
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+import onnxruntime as ort
+
+from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
+from trio_edge.runtime.bundle.reader import file_problem, sha256_of
+from trio_edge.runtime.engines.files import ENGINES_FOLDER, atomic_engines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trio_edge.runtime.backends.interface import CpuAccuracy
+    from trio_edge.runtime.bundle.manifest import GraphSpec
+    from trio_edge.runtime.bundle.reader import Bundle
+
+CPU_TARGET = "onnxruntime-cpu"
+"""Folder below ``engines``."""
+_FILE_NAME = "graphs.json"
+_SCHEMA_VERSION = 1
+ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
+ACCURACY_LEVELS = {"float32": "1", "int8": "4"}
+"""Of ONNX Runtime's MatMulNBits: the type that its inputs are rounded to."""
+_LARGE_GRAPH_BYTES = 32 << 20
+"""Weights from which rounded inputs save time that a user notices; a smaller graph takes a few milliseconds anyway."""
+_PREFILL_ROLES = ("vision", "clip_text", "reduce", "select")
+_LEAST_STORED_BYTES = "1024"
+"""Tensors from this size on are stored next to the graph, smaller ones in it."""
+
+
+class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the values in ``graphs.json``: immutable, keyword-only, unknown keys rejected."""
+
+
+class PreparedFile(_Spec, frozen=True):
+    """A file next to ``graphs.json``."""
+
+    file: str
+    num_bytes: int
+    sha256: str
+
+
+class PreparedGraphs(_Spec, frozen=True):
+    """The prepared graphs of a bundle, and what they depend on."""
+
+    schema_version: int
+    onnxruntime_version: str
+    processor: str
+    """``processor_key`` of the machine: kernels differ in the order of weights."""
+    cpu_accuracy: str
+    manifest_sha256: str
+    graphs: dict[str, tuple[PreparedFile, ...]]
+    """By graph, its ONNX file first."""
+
+
+class Prepared(NamedTuple):
+    """What a backend loads in place of a bundle's own graphs."""
+
+    files: dict[str, Path]
+    """ONNX file by graph."""
+    notes: tuple[str, ...]
+    """Why prepared graphs that are there are not used."""
+
+
+def set_cpu_options(
+    options: ort.SessionOptions, bundle: Bundle, spec: GraphSpec, *, accuracy: CpuAccuracy
+) -> None:
+    """Choose between memory, speed and accuracy of a graph on the CPU."""
+    # A session's own arena keeps the largest activations that it ever had: 2.8 GB for the vision tower of a Qwen2.5-VL-3B.
+    options.enable_cpu_mem_arena = False
+    if spec.role == "select":
+        # It writes float32 copies of its weights in every run. New memory for them doubles its time, so the stages share some.
+        options.enable_mem_pattern = False  # a plan of one graph does not fit the next
+        if _share_arena():
+            options.add_session_config_entry("session.use_env_allocators", "1")
+    # Weights are folded into transposed copies otherwise: the head of a 3B then needs 1.2 GB more while it is loaded.
+    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "1000000")
+    if accuracy == "auto":
+        accuracy = "int8" if spec.weight_bytes >= _LARGE_GRAPH_BYTES else "float32"
+    options.add_session_config_entry(ACCURACY_KEY, ACCURACY_LEVELS[accuracy])
+    # INT8 weights have one scale for an output; the kernel wants one for a block of inputs, and is fastest with long blocks.
+    options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")
+    # Prepacking copies float weights. That pays for a decode step only; products with INT4 and INT8 weights need it.
+    if bundle.manifest.format_of(spec) is None and spec.role in _PREFILL_ROLES:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+
+
+def broken_optimizers(bundle: Bundle, spec: GraphSpec) -> list[str]:
+    """Return those that onnxruntime 1.31 makes graphs with that it cannot load; to be removed with a release that can."""
+    broken = []
+    if any(tensor.dtype == "int8" for tensor in spec.inputs):
+        # It moves DequantizeLinear after Transpose by a node that opset 21 does not allow (microsoft/onnxruntime issue 25526).
+        broken.append("QDQPropagationTransformer")
+    if bundle.manifest.format_of(spec) == "fp8":
+        # It makes integer products of FP8 inputs and weights.
+        broken.append("QDQSelectorActionTransformer")
+    return broken
+
+
+def prepare_graphs(
+    bundle: Bundle,
+    *,
+    accuracy: CpuAccuracy = "auto",
+    started: Callable[[GraphSpec], None] = lambda _spec: None,
+) -> Path:
+    """Prepare the graphs of ``bundle`` for this machine's CPU and return the folder that holds them.
+
+    A selection is left as it is: it reads its weights once for a prompt, right from the bundle.
+
+    Args:
+        bundle: An opened bundle; older prepared graphs are replaced.
+        accuracy: As ``make_backend``'s ``cpu_accuracy``.
+        started: Called before each graph.
+
+    Raises:
+        BackendError: If ONNX Runtime cannot read a graph, or nothing can be written.
+    """
+    specs = [spec for spec in bundle.manifest.graphs if spec.role != "select"]
+    target = bundle.folder / ENGINES_FOLDER / CPU_TARGET
+    expected_bytes = 2 * sum(spec.weight_bytes for spec in specs)
+    with atomic_engines(target, num_bytes=expected_bytes) as folder:
+        graphs = {}
+        for spec in specs:
+            started(spec)
+            _prepare(bundle, spec, folder, accuracy=accuracy)
+            files = (folder / f"{spec.name}.onnx", folder / f"{spec.name}.data")
+            graphs[spec.name] = tuple(_described(file) for file in files if file.exists())
+        found = PreparedGraphs(
+            schema_version=_SCHEMA_VERSION,
+            onnxruntime_version=ort.__version__,
+            processor=processor_key(),
+            cpu_accuracy=accuracy,
+            manifest_sha256=sha256_of(bundle.folder / MANIFEST_NAME),
+            graphs=graphs,
+        )
+        (folder / _FILE_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+    return target
+
+
+def open_prepared(bundle: Bundle, *, accuracy: CpuAccuracy) -> Prepared:
+    """Return the prepared graphs that fit this bundle, this onnxruntime and this processor.
+
+    Raises:
+        BackendError: If a file was changed since it was written.
+    """
+    folder = bundle.folder / ENGINES_FOLDER / CPU_TARGET
+    if not (folder / _FILE_NAME).is_file():
+        return Prepared({}, ())
+    again = f"run trio-build {bundle.folder} --backend onnxruntime --force"
+    try:
+        found = msgspec.json.decode((folder / _FILE_NAME).read_bytes(), type=PreparedGraphs)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return Prepared({}, (f"prepared graphs are not used: {folder / _FILE_NAME}: {error}; {again}",))
+    here = {
+        "schema_version": _SCHEMA_VERSION,
+        "onnxruntime_version": ort.__version__,
+        "processor": processor_key(),
+        "cpu_accuracy": accuracy,
+        "manifest_sha256": sha256_of(bundle.folder / MANIFEST_NAME),
+    }
+    for name, value in here.items():
+        if getattr(found, name) != value:
+            reason = f"expected {name} {value}, they have {getattr(found, name)}"
+            return Prepared({}, (f"prepared graphs are not used: {reason}; {again}",))
+    files = {}
+    for name, entries in found.graphs.items():
+        for entry in entries:
+            problem = file_problem(folder / entry.file, entry, root=folder.resolve(), hash_all=False)
+            if problem is not None:
+                raise BackendError(f"{problem}; {again}")
+        files[name] = folder / entries[0].file
+    return Prepared(files, ())
+
+
+def processor_key() -> str:
+    """Return a name for the kernels that a library chooses on this processor: its machine and a digest of its features."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = platform.processor()
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    features = text if found is None else " ".join(sorted(found[1].split()))
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:16]}"
+
+
+def _prepare(bundle: Bundle, spec: GraphSpec, folder: Path, *, accuracy: CpuAccuracy) -> None:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    set_cpu_options(options, bundle, spec, accuracy=accuracy)
+    options.optimized_model_filepath = str(folder / f"{spec.name}.onnx")
+    for name, value in (
+        ("session.optimized_model_external_initializers_file_name", f"{spec.name}.data"),
+        ("session.optimized_model_external_initializers_min_size_in_bytes", _LEAST_STORED_BYTES),
+        ("session.save_external_prepacked_constant_initializers", "1"),
+    ):
+        options.add_session_config_entry(name, value)
+    file = bundle.folder / spec.file
+    try:
+        ort.InferenceSession(
+            file,
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=broken_optimizers(bundle, spec),
+        )
+    except Exception as error:  # onnxruntime's exceptions have no common public base
+        raise BackendError(
+            f"{file}: expected a graph that onnxruntime {ort.__version__} prepares, got: {first_line(error)}"
+        ) from None
+
+
+def _described(file: Path) -> PreparedFile:
+    return PreparedFile(file=file.name, num_bytes=file.stat().st_size, sha256=sha256_of(file))
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error of ONNX Runtime says, cut to a line."""
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+
+
+@functools.cache
+def _share_arena() -> bool:
+    """Make the one arena of this process that sessions can share; return whether there is one."""
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    same_as_requested = ort.OrtArenaCfg({"arena_extend_strategy": 1})
+    try:
+        ort.create_and_register_allocator(memory, same_as_requested)
+    except Exception:  # onnxruntime's exceptions have no common public base; the process has made its own
+        return False
+    return True
