@@ -94,9 +94,8 @@ if TYPE_CHECKING:
     type=click.IntRange(1, 1024),
     default=1,
     show_default=True,
-    help="Processes, or actors with --ray.",
+    help="Processes that answer at the same time.",
 )
-@click.option("--ray", "ray_address", help="Let a Ray cluster answer: 'auto' or its address.")
 @click.option(
     "--shard", default="1/1", show_default=True, help="I/N: only every N-th question, from the I-th."
 )

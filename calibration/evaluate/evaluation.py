@@ -20,7 +20,6 @@ from trio_edge.calibration.evaluate.comparison import (
     compare,
 )
 from trio_edge.calibration.evaluate.running.answering import Settings
-from trio_edge.calibration.evaluate.running.ray_workers import check_ray
 from trio_edge.calibration.evaluate.running.runs import answer_runs, keys_of, plan_runs
 from trio_edge.calibration.metrics import METRICS, check_metric, metric_for
 from trio_edge.calibration.questions import (
@@ -62,7 +61,6 @@ class EvaluationOptions:
     backend: str
     threads: int
     workers: int
-    ray_address: str | None
     work: Path | None
     merge: tuple[Path, ...]
 
@@ -91,11 +89,8 @@ def evaluate(
     Raises:
         DataError: If the questions cannot be read, or options contradict each other or a work folder.
         BundleError: If a bundle is broken.
-        BackendError: If the backend or Ray is not there, or a worker dies.
+        BackendError: If the backend is not there, or a worker dies.
     """
-    # before any work: each of these would otherwise show only at its end
-    if options.ray_address is not None:
-        check_ray()
     if options.merge and options.work is None:
         raise DataError("--merge: expected --work, the folder to merge into, got none; add --work FOLDER")
     selections = tuple(dict.fromkeys(options.selections))
@@ -107,7 +102,6 @@ def evaluate(
         backend=options.backend,
         threads=options.threads,
         workers=options.workers,
-        ray_address=options.ray_address,
     )
     keys = keys_of(runs, settings, data_sha256=asked.data.sha256)
     with ExitStack() as stack:

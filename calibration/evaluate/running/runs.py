@@ -19,7 +19,6 @@ from trio_edge.calibration.evaluate.running.answering import (
     Settings,
     Task,
 )
-from trio_edge.calibration.evaluate.running.ray_workers import answer_on_cluster
 from trio_edge.calibration.evaluate.running.work_folder import (
     SCHEMA_VERSION,
     RunKey,
@@ -224,9 +223,7 @@ def _answers(run: Run, tasks: list[Task], settings: Settings) -> Generator[Outco
     workers = min(settings.workers, len(tasks))
     if not tasks:
         return
-    if settings.ray_address is not None:
-        yield from answer_on_cluster(asking, tasks, workers=workers, address=settings.ray_address)
-    elif workers > 1:
+    if workers > 1:
         yield from answer_in_processes(asking, tasks, workers=workers)
     else:
         yield from answer_here(asking, tasks)
