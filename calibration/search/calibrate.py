@@ -27,7 +27,6 @@ from trio_edge.calibration.search.bundle_shape import (
     rounds_with_margin,
 )
 from trio_edge.calibration.search.held_out import accuracy, fidelity
-from trio_edge.calibration.search.measure.importance import mean_importance
 from trio_edge.calibration.search.measure.measurements import Measurements
 from trio_edge.calibration.search.measure.record import RecordKey, opened_record
 from trio_edge.calibration.search.measure.samples import read_samples, split_samples
@@ -123,8 +122,6 @@ def calibrate(
     setup = _set_up(options, samples_sha256, progress)
     split = setup.split
     with _measurements(setup, work) as measurements:
-        progress.step("importance of layers", len(split.search))
-        layers = mean_importance(measurements.importance(split.search))
         found, chosen = _find(setup, measurements)
         points = _points(setup, measurements, found.front, chosen)
     schedule, point = chosen.schedule, points.chosen
@@ -160,7 +157,6 @@ def calibrate(
         single_stages=[
             SingleStage(layer=layer, keep=keep, kl=kl) for (layer, keep), kl in found.single.items()
         ],
-        importance=layers,
         num_measured=len(found.candidates),
         revision=setup.model.checkpoint.revision,
         compute_dtype=str(setup.model.dtype).removeprefix("torch."),

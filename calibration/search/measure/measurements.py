@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, final
 import torch
 
 from trio_edge.calibration.model.prompts import make_prompt
-from trio_edge.calibration.search.measure.importance import importance
-from trio_edge.calibration.search.measure.measuring import MeasuredSchedule, keep_all, measure
-from trio_edge.calibration.search.measure.record import ImportanceLine, MeasuredLine
+from trio_edge.calibration.search.measure.measuring import keep_all, measure
+from trio_edge.calibration.search.measure.record import MeasuredLine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -18,9 +17,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.questions import Question
-    from trio_edge.calibration.search.measure.importance import LayerImportance
-    from trio_edge.calibration.search.measure.measuring import KeepAll
-    from trio_edge.calibration.search.measure.record import Line
+    from trio_edge.calibration.search.measure.measuring import KeepAll, MeasuredSchedule
     from trio_edge.runtime.bundle.schedule import Schedule
 
 KEPT_BYTES = 1 << 30  # about six samples of LLaVA-1.5-7B in float16
@@ -38,7 +35,7 @@ class Measurements:
         probes: Probes,
         num_tokens: int,
         record: ResultFile,
-        known: Iterable[Line],
+        known: Iterable[MeasuredLine],
         on_sample: Callable[[], None] = lambda: None,
     ) -> None:
         """Take over what the record holds.
@@ -53,17 +50,11 @@ class Measurements:
         """
         self._model, self._probes, self._num_tokens = model, probes, num_tokens
         self._record, self._on_sample = record, on_sample
-        self._measured: dict[tuple[int, Schedule], MeasuredSchedule] = {}
-        self._importance: dict[int, list[LayerImportance]] = {}
+        self._measured: dict[tuple[int, Schedule], MeasuredSchedule] = {
+            (line.index, line.schedule): line.result for line in known
+        }
         self._whole: dict[int, KeepAll] = {}
         self._whole_bytes = 0
-        for line in known:
-            if isinstance(line, MeasuredLine):
-                self._measured[line.index, line.schedule] = MeasuredSchedule(
-                    line.kl, line.agrees, line.rounds
-                )
-            else:
-                self._importance[line.index] = line.layers
 
     def of(
         self, schedules: Sequence[Schedule], questions: Sequence[Question]
@@ -81,24 +72,13 @@ class Measurements:
                     for schedule, result in measure(self._model, whole, missing, probes=self._probes):
                         self._measured[question.index, schedule] = result
                         self._record.append(
-                            MeasuredLine(index=question.index, schedule=schedule, **result._asdict())
+                            MeasuredLine(index=question.index, schedule=schedule, result=result)
                         )
             self._on_sample()
         return {
             schedule: [self._measured[question.index, schedule] for question in questions]
             for schedule in schedules
         }
-
-    def importance(self, questions: Sequence[Question]) -> list[list[LayerImportance]]:
-        """Return the importance of every layer's visual tokens for each of the questions."""
-        for question in questions:
-            if question.index not in self._importance:
-                with torch.inference_mode():
-                    layers = importance(self._model, self._keep_all(question), probes=self._probes)
-                self._importance[question.index] = layers
-                self._record.append(ImportanceLine(index=question.index, layers=layers))
-            self._on_sample()
-        return [self._importance[question.index] for question in questions]
 
     def _keep_all(self, question: Question) -> KeepAll:
         if question.index in self._whole:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from trio_edge.calibration.json_lines import ResultFile, appending, locked_folder, read_header, read_results
-from trio_edge.calibration.search.measure.importance import LayerImportance
+from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.schedule import Schedule
 
@@ -35,29 +35,19 @@ class RecordKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Largest N of all samples: the probes' form follows from it."""
 
 
-class MeasuredLine(msgspec.Struct, frozen=True, kw_only=True, tag="schedule"):
+class MeasuredLine(msgspec.Struct, frozen=True, kw_only=True):
     """One schedule on one sample."""
 
     index: int
     schedule: Schedule
-    kl: float
-    agrees: bool
-    rounds: int
+    result: MeasuredSchedule
 
 
-class ImportanceLine(msgspec.Struct, frozen=True, kw_only=True, tag="importance"):
-    """All layers of one sample."""
-
-    index: int
-    layers: list[LayerImportance]
-
-
-Line = MeasuredLine | ImportanceLine
-_DECODER: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
+_DECODER = msgspec.json.Decoder(MeasuredLine)
 
 
 @contextmanager
-def opened_record(folder: Path, key: RecordKey) -> Iterator[tuple[ResultFile, list[Line]]]:
+def opened_record(folder: Path, key: RecordKey) -> Iterator[tuple[ResultFile, list[MeasuredLine]]]:
     """Yield the folder's record, to append to, and what it holds already.
 
     Raises:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from trio_edge.calibration.quantize.report import QuantizationReport
-from trio_edge.calibration.search.measure.importance import LayerImportance
 from trio_edge.calibration.search.schedules.candidates import Tried
 from trio_edge.calibration.search.schedules.prefill_cost import CostKind
 from trio_edge.calibration.search.schedules.space import DEFAULT_KEEPS, DEFAULT_THRESHOLDS
@@ -212,7 +211,6 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     front: list[FrontPoint]
     settings: list[Tried]
     single_stages: list[SingleStage]
-    importance: list[LayerImportance]
     num_measured: int
     """Schedules that were measured on the search samples."""
     revision: str | None

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from trio_edge.calibration.search.report.plots import (
     front_plots,
-    importance_plots,
     layers_plot,
     quantization_plots,
 )
@@ -49,7 +48,6 @@ def page_of(calibration: Calibration, overlays: Sequence[Overlay], *, command: s
         front=spread(calibration.front, MAX_ROWS),
         front_plots=front_plots(calibration),
         layers_plot=layers_plot(calibration),
-        importance_plots=importance_plots(calibration),
         quantization_plots=quantization_plots(quantization) if quantization else (),
         overlays=[(overlay, _data_uri(overlay.sheet)) for overlay in overlays],
         nats=_nats,
