@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.profiling.page.charts import Bar, Curve, Point, curves, stacked
+from trio_edge.profiling.page.charts import Bar, stacked
 from trio_edge.profiling.page.page import render
 from trio_edge.profiling.predict.efficiency import fitted_for
 from trio_edge.profiling.predict.printing import GIB, NOTE, device_note, milliseconds, text_of
@@ -30,7 +30,7 @@ def prediction_page(found: Sequence[tuple[Plan, Prediction]], values: dict[str, 
     """
     devices = {prediction.device.name: prediction.device for _, prediction in found}
     drawn, setting = found[:MOST_DRAWN], found[0][1].setting
-    plots = [_first_token(drawn), _memory(drawn), _tokens(drawn)]
+    plots = [_first_token(drawn), _memory(drawn)]
     if len(found) > len(drawn):
         for plot in plots:
             plot.note += f" The first {len(drawn)} of {len(found)} settings."
@@ -50,7 +50,6 @@ def prediction_page(found: Sequence[tuple[Plan, Prediction]], values: dict[str, 
 
 
 def _row(plan: Plan, prediction: Prediction) -> dict[str, Any]:
-    base, per_row = prediction.token_line
     memory = prediction.memory
     return {
         "device": prediction.device.name,
@@ -58,8 +57,6 @@ def _row(plan: Plan, prediction: Prediction) -> dict[str, Any]:
         "visual tokens": " > ".join(map(str, prediction.setting.visual_rows)),
         "first token ms": milliseconds(prediction.seconds("prefill")),
         "token ms": f"{1e3 * prediction.seconds('decode'):.1f}",
-        "at 0 rows": f"{1e3 * base:.1f}",
-        "per 1000 rows": f"{1e6 * per_row:.2g}",
         "answers/s": f"{metric_of(prediction, 'answers-per-second'):.2f}",
         "GiB": f"{memory.total / GIB:.2g}" + ("" if memory.fits else ", too much"),
         "error, 9 in 10": f"{fitted_for(prediction.device).new_runtime.nine_in_ten:.0%}",
@@ -92,16 +89,3 @@ def _memory(found: Sequence[tuple[Plan, Prediction]]) -> Plot:
         text = label if memory.fits else f"{label} (does not fit {memory.usable / GIB:.1f})"
         bars.append(Bar(text, [(name, count / GIB) for name, count in parts.items()]))
     return stacked(bars, title="Memory", unit="GiB", note="What must be in memory at once.")
-
-
-def _tokens(found: Sequence[tuple[Plan, Prediction]]) -> Plot:
-    series = []
-    for label, (_, prediction) in zip(_labels(found), found):
-        times = [(point.context, 1e3 * point.seconds) for point in prediction.contexts]
-        series.append(Curve(label, [Point(at, ms, ms, ms) for at, ms in times]))
-    return curves(
-        series,
-        title="Time of a token over context length",
-        note="Of bundles whose KV caches end there; visual tokens are not reduced in the context.",
-        x_label="rows of context",
-    )

@@ -28,7 +28,6 @@ NOTE = "PREDICTED, nothing was measured: counted work, the device's rates and ef
 def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
     """Return a prediction as JSON types; milliseconds, bytes, and errors as fractions."""
     setting, fitted, memory = prediction.setting, fitted_for(prediction.device), prediction.memory
-    base, per_row = prediction.token_line
     return {
         "device": prediction.device.name,
         "model": setting.model.name,
@@ -44,18 +43,7 @@ def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
         "ttft_ms_unfused_attention": 1e3 * (prediction.seconds("prefill") + prediction.unfused_seconds),
         "ms_per_token": 1e3 * prediction.seconds("decode"),
         "answer_ms": 1e3 * prediction.answer_seconds,
-        "decode": [
-            {"context": point.context, "cached_rows": point.cached_rows, "ms": 1e3 * point.seconds}
-            for point in prediction.contexts
-        ],
-        "decode_fit": {"base_ms": 1e3 * base, "ms_per_1000_rows": 1e6 * per_row},
-        "memory": {
-            "weights": memory.weights,
-            "kv_caches": memory.kv_caches,
-            "activations": memory.activations,
-            "usable": memory.usable,
-            "fits": memory.fits,
-        },
+        "memory": {**dataclasses.asdict(memory), "fits": memory.fits},
         "error": {
             "num_figures": fitted.num_figures,
             "new_model": dataclasses.asdict(fitted.new_model),
@@ -109,7 +97,6 @@ def goal_text(goal: SpeedGoal, choice: Choice) -> str:
 def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> None:
     """Print the time of every graph, and what they come to."""
     setting, device = prediction.setting, prediction.device
-    base, per_row = prediction.token_line
     table = whole_table(
         "graph", "phase", "GFLOP", "ms", "bound by", title=escape(f"{setting.model.name} on {device.name}")
     )
@@ -125,8 +112,7 @@ def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> No
         "first token": f"{milliseconds(prediction.seconds('prefill'))} ms, up to"
         f" {milliseconds(prediction.seconds('prefill') + prediction.unfused_seconds)} ms if attention is not one kernel",
         "next tokens": f"{1e3 * prediction.seconds('decode'):.1f} ms each,"
-        f" {metric_of(prediction, 'tokens-per-second'):.1f} a second: {1e3 * base:.1f} ms and {1e6 * per_row:.2g} ms per 1000"
-        f" rows of the KV caches ({prediction.contexts[-1].cached_rows:.0f} here)",
+        f" {metric_of(prediction, 'tokens-per-second'):.1f} a second",
         "answer": f"{milliseconds(prediction.answer_seconds)} ms,"
         f" {metric_of(prediction, 'answers-per-second'):.2f} a second, without the host's work",
         "memory": _memory(prediction),
