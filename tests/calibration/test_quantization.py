@@ -30,7 +30,7 @@ from trio_edge.calibration.quantize.collecting import (
     listening_to_caches,
     listening_to_inputs,
 )
-from trio_edge.calibration.quantize.fidelity import given_tokens, measure_quantized
+from trio_edge.calibration.quantize.fidelity import measure_quantized
 from trio_edge.calibration.quantize.quantized_model import quantized_model
 from trio_edge.calibration.quantize.rounding import LARGEST_FACTOR, GroupRounding
 from trio_edge.calibration.quantize.sections import quantized_sections
@@ -263,7 +263,9 @@ def test_answers_are_measured_as_a_bundle_with_int8_caches_gives_them(
     with torch.inference_mode():
         prompt = make_prompt(model, questions[0])
         rounded, whole = (
-            given_tokens(model, prompt, tokens, schedule, probes=probes, caches=caches)[0]
+            greedy_answer(
+                model, prompt, schedule, probes=probes, max_tokens=4, given=tokens, caches=caches
+            ).logits_TV
             for caches in (INT8_CACHES.cache_max, ())
         )
     assert len(tokens) == 4
