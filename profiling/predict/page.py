@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from trio_edge.profiling.page.charts import Bar, stacked
 from trio_edge.profiling.page.page import render
 from trio_edge.profiling.predict.efficiency import fitted_for
-from trio_edge.profiling.predict.printing import GIB, NOTE, device_note, milliseconds, text_of
-from trio_edge.profiling.predict.sweep import metric_of
+from trio_edge.profiling.predict.printing import GIB, NOTE, device_note, row_of, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,18 +48,9 @@ def prediction_page(found: Sequence[tuple[Plan, Prediction]], values: dict[str, 
     )
 
 
-def _row(plan: Plan, prediction: Prediction) -> dict[str, Any]:
-    memory = prediction.memory
-    return {
-        "device": prediction.device.name,
-        "setting": plan.described(),
-        "visual tokens": " > ".join(map(str, prediction.setting.visual_rows)),
-        "first token ms": milliseconds(prediction.seconds("prefill")),
-        "token ms": f"{1e3 * prediction.seconds('decode'):.1f}",
-        "answers/s": f"{metric_of(prediction, 'answers-per-second'):.2f}",
-        "GiB": f"{memory.total / GIB:.2g}" + ("" if memory.fits else ", too much"),
-        "error, 9 in 10": f"{fitted_for(prediction.device).new_runtime.nine_in_ten:.0%}",
-    }
+def _row(plan: Plan, prediction: Prediction) -> dict[str, str]:
+    error = f"{fitted_for(prediction.device).new_runtime.nine_in_ten:.0%}"
+    return {**row_of(plan, prediction), "error, 9 in 10": error}
 
 
 def _labels(found: Sequence[tuple[Plan, Prediction]]) -> list[str]:

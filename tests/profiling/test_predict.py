@@ -21,7 +21,7 @@ from trio_edge.profiling.predict.efficiency import FITTED, fitted_for, rates_of
 from trio_edge.profiling.predict.models import MODELS
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.profiling.predict.speed import Formats, Rates, graph_time
-from trio_edge.profiling.predict.sweep import choose, nearest_text, parse_goal, parse_sweep, sweep
+from trio_edge.profiling.predict.sweep import choose, parse_goal, parse_sweep, sweep
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.tables import print_table, wide_console
@@ -199,10 +199,9 @@ def test_what_loses_least_is_chosen_in_whatever_order_it_is_wished(axes: str) ->
 
 def test_a_wish_is_not_met_by_what_does_not_fit_the_memory() -> None:
     found = sweep(plan_for(model="llava-1.5-7b"), parse_sweep("dtype=float16"), [NX])
-    wish = parse_goal("tokens-per-second=1")
-    choice = choose(found, wish)
+    choice = choose(found, parse_goal("tokens-per-second=1"))
     assert not choice.met
-    assert "float16: does not fit the memory)" in nearest_text(wish, choice)
+    assert "float16: does not fit the memory)" in choice.nearest
 
 
 # The command
