@@ -12,27 +12,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from trio_edge.calibration.evaluate.running.answering import Outcome
-from trio_edge.calibration.json_lines import (
-    LOCK_NAME,
-    SUFFIX,
-    ResultFile,
-    appending,
-    locked_folder,
-    read_header,
-    read_results,
-)
+from trio_edge.calibration.json_lines import LOCK_NAME, SUFFIX, locked_folder, read_header
 from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from trio_edge.calibration.questions import Question
-
 SCHEMA_VERSION = 1
-_DECODER = msgspec.json.Decoder(Outcome)
 
 
 class RunKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,27 +71,6 @@ def check_folder(folder: Path, keys: Collection[RunKey]) -> None:
         raise DataError(
             f"{folder}: expected outcomes of these bundles, got those of others; choose another folder"
         )
-
-
-def read_outcomes(folder: Path, key: RunKey) -> dict[int, Outcome]:
-    """Return the run's outcomes by question; none if it has no file yet.
-
-    Raises:
-        DataError: If a line is broken; the message starts with FILE:LINE.
-    """
-    outcomes = read_results(folder / key.file_name, _DECODER, what="an outcome")
-    return {outcome.index: outcome for outcome in outcomes}
-
-
-def appending_outcomes(folder: Path, key: RunKey) -> AbstractContextManager[ResultFile]:
-    """Return the run's file, to append outcomes to."""
-    return appending(folder / key.file_name, key)
-
-
-def still_valid(outcomes: dict[int, Outcome], questions: Collection[Question]) -> dict[int, Outcome]:
-    """Return the outcomes of those of ``questions`` whose image is still the same."""
-    images = {question.index: question.image_id for question in questions}
-    return {index: outcome for index, outcome in outcomes.items() if images.get(index) == outcome.picture_id}
 
 
 def _key_of(path: Path) -> RunKey | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from trio_edge.calibration.json_lines import ResultFile, appending, locked_folder, read_header, read_results
+from trio_edge.calibration.json_lines import ResultFile, locked_folder, opened_results, read_header
 from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.schedule import Schedule
@@ -43,9 +43,6 @@ class MeasuredLine(msgspec.Struct, frozen=True, kw_only=True):
     result: MeasuredSchedule
 
 
-_DECODER = msgspec.json.Decoder(MeasuredLine)
-
-
 @contextmanager
 def opened_record(folder: Path, key: RecordKey) -> Iterator[tuple[ResultFile, list[MeasuredLine]]]:
     """Yield the folder's record, to append to, and what it holds already.
@@ -56,9 +53,8 @@ def opened_record(folder: Path, key: RecordKey) -> Iterator[tuple[ResultFile, li
     path = folder / RECORD_NAME
     with locked_folder(folder):
         _check(path, key)
-        known = read_results(path, _DECODER, what="a measurement")
-        with appending(path, key) as record:
-            yield record, known
+        with opened_results(path, key, MeasuredLine, what="a measurement") as opened:
+            yield opened
 
 
 def _check(path: Path, key: RecordKey) -> None:
