@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.selecting import Probes, order_of, saliency
 from trio_edge.calibration.model.sequence import appended, begin, logits_of, no_past, run_layer, with_kept
 from trio_edge.export.quantize.numerics import rounded_activations
-from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +21,8 @@ if TYPE_CHECKING:
     from trio_edge.calibration.model.prompts import SamplePrompt
     from trio_edge.calibration.model.sequence import KeysAndValues, Sequence
     from trio_edge.calibration.model.torch_model import TorchModel
-    from trio_edge.calibration.questions import Question
     from trio_edge.export.quantize.scales import CacheRange
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,21 +104,3 @@ def _as_cached(rows: KeysAndValues, layer: int, caches: tuple[CacheRange, ...]) 
         rounded_activations(key, largest=caches[layer].key),
         rounded_activations(value, largest=caches[layer].value),
     )
-
-
-def answers_with_and_without(
-    model: TorchModel, question: Question, schedule: Schedule, *, probes: Probes, max_tokens: int
-) -> tuple[Greedy, Greedy]:
-    """Return keep-all's answer to ``question`` and that of ``schedule``.
-
-    Raises:
-        DataError: If the question cannot be asked.
-    """
-    keep_all = Schedule(positions=schedule.positions)
-    with torch.inference_mode():
-        prompt = make_prompt(model, question)
-        whole, reduced = (
-            greedy_answer(model, prompt, each, probes=probes, max_tokens=max_tokens)
-            for each in (keep_all, schedule)
-        )
-    return whole, reduced

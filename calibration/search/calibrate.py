@@ -38,7 +38,6 @@ from trio_edge.calibration.search.report.calibration_file import (
     Shapes,
     SingleStage,
 )
-from trio_edge.calibration.search.report.overlays import overlays_of
 from trio_edge.calibration.search.schedules.candidates import Searching
 from trio_edge.calibration.search.schedules.search import search
 from trio_edge.calibration.search.schedules.selection_rule import DEFAULT_MAX_KL, SelectionRule
@@ -67,7 +66,6 @@ if TYPE_CHECKING:
     from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
     from trio_edge.calibration.search.measure.samples import Split
     from trio_edge.calibration.search.report.calibration_file import CalibrationOptions, Fidelity
-    from trio_edge.calibration.search.report.overlays import Overlay
     from trio_edge.calibration.search.schedules.candidates import Candidate, Found
     from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost
     from trio_edge.calibration.search.schedules.space import Space
@@ -93,7 +91,6 @@ class Calibrated:
     """The result of a calibration."""
 
     calibration: Calibration
-    overlays: list[Overlay]
     scales: CalibratedScales = field(default_factory=CalibratedScales)
     """For the export of quantized layers."""
 
@@ -162,9 +159,7 @@ def calibrate(
         compute_dtype=str(setup.model.dtype).removeprefix("torch."),
         versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
     )
-    progress.step("drawing", 0)
-    overlays = overlays_of(setup.model, split.held_out, schedule, setup.probes)
-    return Calibrated(calibration=calibration, overlays=overlays, scales=quantized.scales)
+    return Calibrated(calibration=calibration, scales=quantized.scales)
 
 
 @dataclass(frozen=True, kw_only=True)
