@@ -48,19 +48,25 @@ class ResultFile:
         )
 
 
-def read_header(path: Path, kind: type[Header]) -> Header | None:
+def read_header(path: Path, kind: type[Header], *, what: str) -> Header | None:
     """Return the header; None if there is no file, or a kill cut its first line.
 
+    Args:
+        path: The file.
+        kind: Type of its header.
+        what: The file, for messages: "a file of outcomes".
+
     Raises:
-        OSError: If the file cannot be read.
-        ValueError: If its first line is no such header.
+        DataError: If the file cannot be read, or its first line is no such header.
     """
     try:
         with path.open("rb") as file:
             line = file.readline()
+        return msgspec.json.decode(line, type=kind) if line.endswith(b"\n") else None
     except FileNotFoundError:
         return None
-    return msgspec.json.decode(line, type=kind) if line.endswith(b"\n") else None
+    except (OSError, ValueError):  # msgspec's errors are ValueErrors
+        raise DataError(f"{path}: expected {what}, got something else; choose an empty folder") from None
 
 
 def read_results(path: Path, kind: type[Result], *, what: str) -> list[Result]:

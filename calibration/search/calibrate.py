@@ -27,8 +27,7 @@ from trio_edge.calibration.search.bundle_shape import (
     rounds_with_margin,
 )
 from trio_edge.calibration.search.held_out import accuracy, fidelity
-from trio_edge.calibration.search.measure.measurements import Measurements
-from trio_edge.calibration.search.measure.record import RecordKey, opened_record
+from trio_edge.calibration.search.measure.measurements import Measurements, RecordKey, opened_record
 from trio_edge.calibration.search.measure.samples import read_samples, split_samples
 from trio_edge.calibration.search.report.calibration_file import (
     SCHEMA_VERSION,

@@ -15,8 +15,8 @@ from trio_edge.calibration.model.prompts import SampleShape
 from trio_edge.calibration.search.bundle_shape import image_sizes, rounds_with_margin, text_buckets
 from trio_edge.calibration.search.calibrate import SearchProgress, _warn_above
 from trio_edge.calibration.search.held_out import accuracy
+from trio_edge.calibration.search.measure.measurements import MeasuredLine
 from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
-from trio_edge.calibration.search.measure.record import MeasuredLine
 from trio_edge.calibration.search.measure.samples import read_samples, split_samples
 from trio_edge.calibration.search.report.calibration_file import (
     CalibrationOptions,

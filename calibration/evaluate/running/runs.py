@@ -23,10 +23,9 @@ from trio_edge.calibration.evaluate.running.work_folder import (
     SCHEMA_VERSION,
     RunKey,
     check_folder,
-    opened_for_work,
 )
 from trio_edge.calibration.evaluate.running.workers import answer_here, answer_in_processes
-from trio_edge.calibration.json_lines import opened_results, read_results
+from trio_edge.calibration.json_lines import locked_folder, opened_results, read_results
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
@@ -173,7 +172,8 @@ def answer_runs(
             )
         check_folder(other, keys)
     answers = Answers([], [])
-    with opened_for_work(folder, keys):
+    with locked_folder(folder):
+        check_folder(folder, keys)
         # the reference is the first run, so its first tokens are there when the others need them
         firsts: dict[int, Outcome] = {}
         for run, key in zip(runs, keys):

@@ -7,16 +7,15 @@ to one data set and its bundles.
 from __future__ import annotations
 
 import hashlib
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from trio_edge.calibration.json_lines import LOCK_NAME, SUFFIX, locked_folder, read_header
+from trio_edge.calibration.json_lines import LOCK_NAME, SUFFIX, read_header
 from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection
     from pathlib import Path
 
 SCHEMA_VERSION = 1
@@ -40,18 +39,6 @@ class RunKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Name of the run's file."""
         digest = hashlib.sha256(msgspec.json.encode(self)).hexdigest()
         return f"{self.bundle_sha256[:12]}-{self.selection}-{digest[:12]}{SUFFIX}"
-
-
-@contextmanager
-def opened_for_work(folder: Path, keys: Collection[RunKey]) -> Iterator[None]:
-    """Create the folder if it is not there, lock it, and check that it is of these runs.
-
-    Raises:
-        DataError: If it cannot be written, is in use, or holds other files, other data, or other bundles only.
-    """
-    with locked_folder(folder):
-        check_folder(folder, keys)
-        yield
 
 
 def check_folder(folder: Path, keys: Collection[RunKey]) -> None:
@@ -79,13 +66,10 @@ def _key_of(path: Path) -> RunKey | None:
     Raises:
         DataError: If it is another file, or one of another schema.
     """
-    refusal = DataError(f"{path}: expected a file of outcomes, got something else; choose an empty folder")
+    what = "a file of outcomes"
     if path.suffix != SUFFIX:
-        raise refusal
-    try:
-        key = read_header(path, RunKey)
-    except (OSError, ValueError):  # msgspec's errors are ValueErrors
-        raise refusal from None
+        raise DataError(f"{path}: expected {what}, got something else; choose an empty folder")
+    key = read_header(path, RunKey, what=what)
     if key is not None and key.schema_version != SCHEMA_VERSION:
         raise DataError(
             f"{path}: outcomes have schema_version {key.schema_version}, this release reads {SCHEMA_VERSION};"

@@ -1,27 +1,76 @@
-"""Measures schedules on samples: what the record has is taken from it, the rest is run, sample by sample."""
+"""Measures schedules on samples: what the record has is taken from it, the rest is run, sample by sample.
+
+The record is a file that grows line by line, so that an interrupted calibration goes on where it stopped. Its header
+(``RecordKey``) says what was measured; a file about something else is refused.
+"""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, final
 
+import msgspec
 import torch
 
+from trio_edge.calibration.json_lines import ResultFile, locked_folder, opened_results, read_header
 from trio_edge.calibration.model.prompts import make_prompt
-from trio_edge.calibration.search.measure.measuring import keep_all, measure
-from trio_edge.calibration.search.measure.record import MeasuredLine
+from trio_edge.calibration.search.measure.measuring import MeasuredSchedule, keep_all, measure
+from trio_edge.runtime.bundle.errors import DataError
+from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
 
-    from trio_edge.calibration.json_lines import ResultFile
     from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.questions import Question
-    from trio_edge.calibration.search.measure.measuring import KeepAll, MeasuredSchedule
-    from trio_edge.runtime.bundle.schedule import Schedule
+    from trio_edge.calibration.search.measure.measuring import KeepAll
 
+RECORD_NAME = "measurements.jsonl"
 KEPT_BYTES = 1 << 30  # about six samples of LLaVA-1.5-7B in float16
 """Keep-all runs that stay in memory between calls; those beyond it run again."""
+
+
+class RecordKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that decides a measurement: those of equal keys are interchangeable."""
+
+    model: str
+    weights: str
+    """Digest of names, sizes and times of the weight files."""
+    samples_sha256: str
+    answer_tokens: int
+    dtype: str
+    max_visual: int
+    """Largest N of all samples: the probes' form follows from it."""
+
+
+class MeasuredLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One schedule on one sample."""
+
+    index: int
+    schedule: Schedule
+    result: MeasuredSchedule
+
+
+@contextmanager
+def opened_record(folder: Path, key: RecordKey) -> Iterator[tuple[ResultFile, list[MeasuredLine]]]:
+    """Yield the folder's record, to append to, and what it holds already.
+
+    Raises:
+        DataError: If it cannot be read or written, is in use, is broken, or is about something else.
+    """
+    path = folder / RECORD_NAME
+    with locked_folder(folder):
+        theirs = read_header(path, RecordKey, what="a record of measurements")
+        if theirs is not None and theirs != key:
+            names = [name for name in key.__struct_fields__ if getattr(theirs, name) != getattr(key, name)]
+            raise DataError(
+                f"{path}: expected measurements of this model and these samples, got others"
+                f" ({', '.join(names)} differ); choose another --work"
+            )
+        with opened_results(path, key, MeasuredLine, what="a measurement") as opened:
+            yield opened
 
 
 @final
