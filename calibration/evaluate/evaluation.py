@@ -65,14 +65,6 @@ class EvaluationOptions:
     merge: tuple[Path, ...]
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """The data set, and the part of it that is asked here."""
-
-    data: EvaluationData
-    questions: list[Question]
-
-
 def evaluate(
     options: EvaluationOptions,
     *,
@@ -95,31 +87,32 @@ def evaluate(
         raise DataError("--merge: expected --work, the folder to merge into, got none; add --work FOLDER")
     selections = tuple(dict.fromkeys(options.selections))
     runs = plan_runs(options.bundles, reference=options.reference, selections=selections)
-    asked = _ask(options)
+    data, questions = _asked(options)
     settings = Settings(
-        metric=asked.data.metric,
+        metric=data.metric,
         answer_tokens=min([options.answer_tokens, *(run.bundle.manifest.max_new_tokens for run in runs)]),
         backend=options.backend,
         threads=options.threads,
         workers=options.workers,
     )
-    keys = keys_of(runs, settings, data_sha256=asked.data.sha256)
+    keys = keys_of(runs, settings, data_sha256=data.sha256)
     with ExitStack() as stack:
         answers = answer_runs(
             runs,
             keys,
-            asked.questions,
+            questions,
             settings,
             folder=options.work
             or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trio-eval-"))),
             merge=options.merge,
-            on_start=lambda run, done: on_start(run.info.label, done, len(asked.questions)),
+            on_start=lambda run, done: on_start(run.info.label, done, len(questions)),
             on_answer=on_answer,
         )
-    return _report(asked.data, answers, settings, keys)
+    return _report(data, answers, settings, keys)
 
 
-def _ask(options: EvaluationOptions) -> _Asked:
+def _asked(options: EvaluationOptions) -> tuple[EvaluationData, list[Question]]:
+    """Return the data set, and the part of it that is asked here."""
     shard, num_shards = parse_shard(options.shard)
     is_synthetic = options.data == SYNTHETIC
     if is_synthetic:
@@ -147,7 +140,7 @@ def _ask(options: EvaluationOptions) -> _Asked:
         compared=0,
         shard=f"{shard}/{num_shards}",
     )
-    return _Asked(data, part)
+    return data, part
 
 
 def _report(

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
         AgainstReference,
         Estimate,
         EvaluationReport,
-        RunReport,
     )
 
 
@@ -106,9 +105,5 @@ def _kind_table(report: EvaluationReport) -> Table:
         "run", *(f"{escape(kind)} ({report.runs[0].by_kind[kind].questions})" for kind in kinds)
     )
     for run in report.runs:
-        table.add_row(escape(run.run.label), *_kind_cells(run, kinds))
+        table.add_row(escape(run.run.label), *(f"{100 * run.by_kind[kind].value:.1f}" for kind in kinds))
     return table
-
-
-def _kind_cells(run: RunReport, kinds: list[str]) -> list[str]:
-    return [f"{100 * run.by_kind[kind].value:.1f}" for kind in kinds]
