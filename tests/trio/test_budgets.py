@@ -215,9 +215,7 @@ def test_probe_rows_follow_the_average_keep(keep: str, rows: str) -> None:
 
 def test_probe_rows_count_the_tokens_that_the_encoder_removed() -> None:
     schedule = schedule_for_keep(0.3, num_layers=32, num_visual=144)
-    assert (
-        with_probe_rows(schedule, num_layers=32, picture_tokens=144, entering=144).probe_rows == "reference"
-    )
+    assert with_probe_rows(schedule, num_layers=32, picture_tokens=144, entering=144).probe_rows == "reference"
     assert with_probe_rows(schedule, num_layers=32, picture_tokens=576, entering=144).probe_rows == "answer"
 
 
