@@ -48,27 +48,33 @@ class ResultFile:
         )
 
 
-def read_header(path: Path, kind: type[Header]) -> Header | None:
+def read_header(path: Path, kind: type[Header], *, what: str) -> Header | None:
     """Return the header; None if there is no file, or a kill cut its first line.
 
+    Args:
+        path: The file.
+        kind: Type of its header.
+        what: The file, for messages: "a file of outcomes".
+
     Raises:
-        OSError: If the file cannot be read.
-        ValueError: If its first line is no such header.
+        DataError: If the file cannot be read, or its first line is no such header.
     """
     try:
         with path.open("rb") as file:
             line = file.readline()
+        return msgspec.json.decode(line, type=kind) if line.endswith(b"\n") else None
     except FileNotFoundError:
         return None
-    return msgspec.json.decode(line, type=kind) if line.endswith(b"\n") else None
+    except (OSError, ValueError):  # msgspec's errors are ValueErrors
+        raise DataError(f"{path}: expected {what}, got something else; choose an empty folder") from None
 
 
-def read_results(path: Path, decoder: msgspec.json.Decoder[Result], *, what: str) -> list[Result]:
+def read_results(path: Path, kind: type[Result], *, what: str) -> list[Result]:
     """Return the results of a file, none if there is no file; a cut last line is left out.
 
     Args:
         path: The file.
-        decoder: Reads a line.
+        kind: Type of a line.
         what: A result, for messages: "an outcome".
 
     Raises:
@@ -83,19 +89,28 @@ def read_results(path: Path, decoder: msgspec.json.Decoder[Result], *, what: str
     results = []
     for number, line in enumerate(lines[1:-1], start=2):  # after the last line break: nothing, or a cut line
         try:
-            results.append(decoder.decode(line))
+            results.append(msgspec.json.decode(line, type=kind))
         except (msgspec.DecodeError, UnicodeDecodeError):
             raise DataError(f"{path}:{number}: expected {what}, got {line[:40]!r}; delete the line") from None
     return results
 
 
 @contextmanager
-def appending(path: Path, header: msgspec.Struct) -> Iterator[ResultFile]:
-    """Yield a file to append to. A new one gets the header first; what a kill left of a last line is cut off.
+def opened_results(
+    path: Path, header: msgspec.Struct, kind: type[Result], *, what: str
+) -> Iterator[tuple[ResultFile, list[Result]]]:
+    """Yield a file to append to, and its results. A new one gets the header first; a cut last line is removed.
+
+    Args:
+        path: The file.
+        header: What its results are about.
+        kind: Type of a line.
+        what: A result, for messages: "an outcome".
 
     Raises:
-        DataError: If it cannot be written.
+        DataError: As ``read_results``, and if it cannot be written.
     """
+    known = read_results(path, kind, what=what)
     try:
         file = path.open("ab", buffering=0)
         size = path.read_bytes().rfind(b"\n") + 1
@@ -108,7 +123,7 @@ def appending(path: Path, header: msgspec.Struct) -> Iterator[ResultFile]:
         results = ResultFile(file, path)
         if not size:
             results.append(header)
-        yield results
+        yield results, known
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class Question:
     sample_id: str
     kind: str
     """Type of question, for the breakdown."""
-    image: Image.Image | Path | bytes
+    image: Image.Image | Path
     image_name: str
     image_id: str
     """Digest of the image's content; questions about one image share it."""

@@ -15,6 +15,7 @@ from trio_edge.profiling.measure.machine_info import find_governor, find_power_m
 from trio_edge.profiling.measure.measuring import NEW_TOKENS, MeasureOptions, measure
 from trio_edge.profiling.page.figures import check_matplotlib
 from trio_edge.profiling.predict.options import (
+    PREDICT_NAMES,
     PredictOptions,
     check_given,
     predict_options,
@@ -35,21 +36,23 @@ if TYPE_CHECKING:
 
     from trio_edge.profiling.measure.measuring import Measurement
 
+PATH = click.Path(path_type=Path)
 
-@click.command("trio-profile", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+
+@click.command("trio-profile", context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("bundle", type=PATH, required=False)
 @click.option(
     "--compare",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="BUNDLE",
     help="Another bundle that answers in turns with the first; repeatable.",
 )
-@click.option("--backend", default="auto", show_default=True, help=BACKENDS_HELP)
+@click.option("--backend", default="auto", help=BACKENDS_HELP)
 @click.option(
     "--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 lets the backend choose."
 )
-@click.option("--image", type=click.Path(path_type=Path), help="Image to ask about. [default: random pixels]")
+@click.option("--image", type=PATH, help="Image to ask about. [default: random pixels]")
 @click.option("--prompt", help="The question. [default: one about the image]")
 @click.option(
     "--new-tokens", type=click.IntRange(1), help="Tokens of each answer. [default: 16, or the bundles' room]"
@@ -57,74 +60,44 @@ if TYPE_CHECKING:
 @click.option(
     "--runs", type=click.IntRange(1), help="Answers per bundle. [default: as many as stable medians need]"
 )
+@click.option("--warm-up", type=click.IntRange(0), default=3, help="Answers before the runs.")
 @click.option(
-    "--warm-up", type=click.IntRange(0), default=3, show_default=True, help="Answers before the runs."
-)
-@click.option(
-    "--seconds", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True,
-    help="No new run begins after these seconds, unless --runs is given.",
+    "--seconds", type=click.FloatRange(0, min_open=True), default=30.0,
+    help="No new run begins after these seconds, unless --runs is given."
 )  # fmt: skip
+@click.option("--layers/--no-layers", default=True, help="Also time each layer, in runs of its own.")
+@click.option("--json", "json_file", type=PATH, metavar="FILE", help="Write all values as JSON.")
 @click.option(
-    "--layers/--no-layers", default=True, show_default=True, help="Also time each layer, in runs of its own."
+    "--html", "html_file", type=PATH, metavar="FILE", help="Write one page with plots; needs matplotlib."
 )
-@click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write all values as JSON."
-)
-@click.option(
-    "--html",
-    "html_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write one page with plots; needs matplotlib.",
-)
-@click.option("--trace", "trace_file", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--trace", "trace_file", type=PATH, metavar="FILE",
               help="Write a trace for Perfetto or chrome://tracing.")  # fmt: skip
 @predict_options
 def command(
     bundle: Path | None,
     compare: tuple[Path, ...],
-    backend: str,
-    threads: int,
-    image: Path | None,
-    prompt: str | None,
     new_tokens: int | None,
-    runs: int | None,
-    warm_up: int,
-    seconds: float,
-    layers: bool,
     json_file: Path | None,
     html_file: Path | None,
     trace_file: Path | None,
-    **prediction: Any,
+    **settings: Any,
 ) -> int:
     """Measure BUNDLE on this machine: time per graph, memory, energy, and how near the machine's limits it is.
 
     With --predict, say what another device would take instead.
     """
-    wishes = PredictOptions(**prediction)
+    wishes = PredictOptions(**{name: settings.pop(name) for name in PREDICT_NAMES})
     check_given(predicting=wishes.predict is not None)
     outputs = _Outputs(json=json_file, html=html_file, trace=trace_file)
     _check(outputs)
     if wishes.predict is not None:
         _predict(wishes, outputs, bundle=bundle, num_new=new_tokens or NEW_TOKENS)
         return 0
-    if not math.isfinite(seconds):  # click's ranges let "nan" pass
-        raise click.UsageError(f"--seconds: expected a time, got {seconds}; for instance 30")
+    if not math.isfinite(settings["seconds"]):  # click's ranges let "nan" pass
+        raise click.UsageError(f"--seconds: expected a time, got {settings['seconds']}; for instance 30")
     if bundle is None:
         raise BundleError("BUNDLE: expected a bundle folder, got none; make one with trio-export")
-    options = MeasureOptions(
-        bundles=(bundle, *compare),
-        backend=backend,
-        threads=threads,
-        image=image,
-        prompt=prompt,
-        new_tokens=new_tokens,
-        runs=runs,
-        warm_up=warm_up,
-        seconds=seconds,
-        layers=layers,
-    )
-    _profile(options, outputs)
+    _profile(MeasureOptions(bundles=(bundle, *compare), new_tokens=new_tokens, **settings), outputs)
     return 0
 
 

@@ -32,23 +32,17 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.evaluate.comparison import EvaluationReport
 
+PATH = click.Path(path_type=Path)
 
-@click.command("trio-eval", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--reference", type=click.Path(path_type=Path), help="A keep-all bundle that all are compared with."
-)
-@click.option(
-    "--data",
-    default=SYNTHETIC,
-    show_default=True,
-    help=f"'{SYNTHETIC}' (synthetic, held out) or a JSON-lines file.",
-)
+
+@click.command("trio-eval", context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=PATH)
+@click.option("--reference", type=PATH, help="A keep-all bundle that all are compared with.")
+@click.option("--data", default=SYNTHETIC, help=f"'{SYNTHETIC}' (synthetic, held out) or a JSON-lines file.")
 @click.option(
     "--metric",
     type=click.Choice(["auto", *METRICS]),
     default="auto",
-    show_default=True,
     help="auto: the one that the file's fields fit.",
 )
 @click.option(
@@ -56,20 +50,18 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     help=f"Questions at most; default all of a file, {DEFAULT_SYNTHETIC_COUNT} of '{SYNTHETIC}'.",
 )
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the synthetic set."
-)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the synthetic set.")
 @click.option("--split", help="Only the file's lines with this split.")
 @click.option(
     "--suffix",
     default="",
+    show_default=False,
     help="Appended to every prompt, for instance 'Answer the question using a single word or phrase.'",
 )
 @click.option(
     "--answer-tokens",
     type=click.IntRange(1, 4096),
     default=DEFAULT_ANSWER_TOKENS,
-    show_default=True,
     help="New tokens at most, where the bundle has room for them.",
 )
 @click.option(
@@ -78,44 +70,28 @@ if TYPE_CHECKING:
     multiple=True,
     type=click.Choice([OWN_SELECTION, *BASELINES]),
     default=(OWN_SELECTION,),
-    show_default=True,
     help="The bundle's own selection, or a baseline at the same schedule; repeatable.",
 )
-@click.option("--backend", default="auto", show_default=True, help=BACKENDS_HELP)
+@click.option("--backend", default="auto", help=BACKENDS_HELP)
 @click.option(
     "--threads",
     type=click.IntRange(0, 1024),
     default=1,
-    show_default=True,
     help="CPU threads of each worker; 0 lets the backend choose.",
 )
 @click.option(
-    "--workers",
-    type=click.IntRange(1, 1024),
-    default=1,
-    show_default=True,
-    help="Processes, or actors with --ray.",
+    "--workers", type=click.IntRange(1, 1024), default=1, help="Processes that answer at the same time."
 )
-@click.option("--ray", "ray_address", help="Let a Ray cluster answer: 'auto' or its address.")
-@click.option(
-    "--shard", default="1/1", show_default=True, help="I/N: only every N-th question, from the I-th."
-)
-@click.option(
-    "--work",
-    "--resume",
-    type=click.Path(path_type=Path),
-    help="Folder of outcomes; an interrupted run goes on.",
-)
+@click.option("--shard", default="1/1", help="I/N: only every N-th question, from the I-th.")
+@click.option("--work", "--resume", type=PATH, help="Folder of outcomes; an interrupted run goes on.")
 @click.option(
     "--merge",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Take over the outcomes of another work folder; repeatable, with --work.",
 )
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report to this file.")
-@click.option(
-    "--plot", type=click.Path(path_type=Path), help="Draw accuracy against FLOPs into this .png or .svg file."
-)
+@click.option("--json", "json_file", type=PATH, help="Write the report to this file.")
+@click.option("--plot", type=PATH, help="Draw accuracy against FLOPs into this .png or .svg file.")
 @click.option("--quiet", is_flag=True, help="No progress display.")
 def command(json_file: Path | None, plot: Path | None, quiet: bool, **settings: Any) -> int:
     """Measure BUNDLEs on the same questions: accuracy, agreement with keep-all, FLOPs and time."""

@@ -20,7 +20,6 @@ from trio_edge.calibration.evaluate.comparison import (
     compare,
 )
 from trio_edge.calibration.evaluate.running.answering import Settings
-from trio_edge.calibration.evaluate.running.ray_workers import check_ray
 from trio_edge.calibration.evaluate.running.runs import answer_runs, keys_of, plan_runs
 from trio_edge.calibration.metrics import METRICS, check_metric, metric_for
 from trio_edge.calibration.questions import (
@@ -62,17 +61,8 @@ class EvaluationOptions:
     backend: str
     threads: int
     workers: int
-    ray_address: str | None
     work: Path | None
     merge: tuple[Path, ...]
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """The data set, and the part of it that is asked here."""
-
-    data: EvaluationData
-    questions: list[Question]
 
 
 def evaluate(
@@ -91,41 +81,38 @@ def evaluate(
     Raises:
         DataError: If the questions cannot be read, or options contradict each other or a work folder.
         BundleError: If a bundle is broken.
-        BackendError: If the backend or Ray is not there, or a worker dies.
+        BackendError: If the backend is not there, or a worker dies.
     """
-    # before any work: each of these would otherwise show only at its end
-    if options.ray_address is not None:
-        check_ray()
     if options.merge and options.work is None:
         raise DataError("--merge: expected --work, the folder to merge into, got none; add --work FOLDER")
     selections = tuple(dict.fromkeys(options.selections))
     runs = plan_runs(options.bundles, reference=options.reference, selections=selections)
-    asked = _ask(options)
+    data, questions = _asked(options)
     settings = Settings(
-        metric=asked.data.metric,
+        metric=data.metric,
         answer_tokens=min([options.answer_tokens, *(run.bundle.manifest.max_new_tokens for run in runs)]),
         backend=options.backend,
         threads=options.threads,
         workers=options.workers,
-        ray_address=options.ray_address,
     )
-    keys = keys_of(runs, settings, data_sha256=asked.data.sha256)
+    keys = keys_of(runs, settings, data_sha256=data.sha256)
     with ExitStack() as stack:
         answers = answer_runs(
             runs,
             keys,
-            asked.questions,
+            questions,
             settings,
             folder=options.work
             or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trio-eval-"))),
             merge=options.merge,
-            on_start=lambda run, done: on_start(run.info.label, done, len(asked.questions)),
+            on_start=lambda run, done: on_start(run.info.label, done, len(questions)),
             on_answer=on_answer,
         )
-    return _report(asked.data, answers, settings, keys)
+    return _report(data, answers, settings, keys)
 
 
-def _ask(options: EvaluationOptions) -> _Asked:
+def _asked(options: EvaluationOptions) -> tuple[EvaluationData, list[Question]]:
+    """Return the data set, and the part of it that is asked here."""
     shard, num_shards = parse_shard(options.shard)
     is_synthetic = options.data == SYNTHETIC
     if is_synthetic:
@@ -153,7 +140,7 @@ def _ask(options: EvaluationOptions) -> _Asked:
         compared=0,
         shard=f"{shard}/{num_shards}",
     )
-    return _Asked(data, part)
+    return data, part
 
 
 def _report(

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
+
+from trio_edge.runtime.cli.tables import whole_table, wide_console
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from trio_edge.calibration.evaluate.comparison import (
         AgainstReference,
         Estimate,
         EvaluationReport,
-        RunReport,
     )
-
-_LEAST_WIDTH = 110  # where the output is no terminal
 
 
 def print_report(report: EvaluationReport) -> None:
     """Print the report to standard output."""
-    console = Console(width=max(shutil.get_terminal_size().columns, _LEAST_WIDTH))
+    console = wide_console()
     console.print(_accuracy_table(report))
     console.print(_cost_table(report))
     if report.data.metric == "yes-no":
@@ -54,12 +52,8 @@ def flops_unit(largest: float) -> tuple[str, float]:
     return "MFLOPs", 1e6
 
 
-def _run_column() -> Column:
-    return Column("run", overflow="fold")  # the end of a name tells runs apart
-
-
 def _accuracy_table(report: EvaluationReport) -> Table:
-    table = Table(_run_column(), "accuracy %", "minus keep-all", "retained %", "same answer %", "KL, nats")
+    table = whole_table("run", "accuracy %", "minus keep-all", "retained %", "same answer %", "KL, nats")
     for run in report.runs:
         table.add_row(escape(run.run.label), per_cent(run.accuracy), *_against(run.against_reference))
     return table
@@ -78,8 +72,8 @@ def _against(against: AgainstReference | None) -> tuple[str, str, str, str]:
 
 def _cost_table(report: EvaluationReport) -> Table:
     unit, size = flops_unit(max(run.flops for run in report.runs))
-    table = Table(
-        _run_column(), "tokens in", "kept on average", unit, "fewer", "first token ms", "faster", "tokens/s"
+    table = whole_table(
+        "run", "tokens in", "kept on average", unit, "fewer", "first token ms", "faster", "tokens/s"
     )
     for run in report.runs:
         against = run.against_reference
@@ -97,7 +91,7 @@ def _cost_table(report: EvaluationReport) -> Table:
 
 
 def _yes_no_table(report: EvaluationReport) -> Table:
-    table = Table(_run_column(), "accuracy %", "precision %", "recall %", "F1 %", "yes %")
+    table = whole_table("run", "accuracy %", "precision %", "recall %", "F1 %", "yes %")
     for run in report.runs:
         if (rates := run.yes_no) is not None:
             values = (rates.accuracy, rates.precision, rates.recall, rates.f1, rates.yes_ratio)
@@ -107,13 +101,9 @@ def _yes_no_table(report: EvaluationReport) -> Table:
 
 def _kind_table(report: EvaluationReport) -> Table:
     kinds = list(report.runs[0].by_kind)
-    table = Table(
-        _run_column(), *(f"{escape(kind)} ({report.runs[0].by_kind[kind].questions})" for kind in kinds)
+    table = whole_table(
+        "run", *(f"{escape(kind)} ({report.runs[0].by_kind[kind].questions})" for kind in kinds)
     )
     for run in report.runs:
-        table.add_row(escape(run.run.label), *_kind_cells(run, kinds))
+        table.add_row(escape(run.run.label), *(f"{100 * run.by_kind[kind].value:.1f}" for kind in kinds))
     return table
-
-
-def _kind_cells(run: RunReport, kinds: list[str]) -> list[str]:
-    return [f"{100 * run.by_kind[kind].value:.1f}" for kind in kinds]

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.selecting import Probes, order_of, saliency
 from trio_edge.calibration.model.sequence import appended, begin, logits_of, no_past, run_layer, with_kept
-from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.export.quantize.numerics import rounded_activations
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trio_edge.calibration.model.prompts import SamplePrompt
-    from trio_edge.calibration.model.sequence import Sequence
+    from trio_edge.calibration.model.sequence import KeysAndValues, Sequence
     from trio_edge.calibration.model.torch_model import TorchModel
-    from trio_edge.calibration.questions import Question
+    from trio_edge.export.quantize.scales import CacheRange
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +42,30 @@ class Greedy:
 
 
 def greedy_answer(
-    model: TorchModel, prompt: SamplePrompt, schedule: Schedule, *, probes: Probes, max_tokens: int
+    model: TorchModel,
+    prompt: SamplePrompt,
+    schedule: Schedule,
+    *,
+    probes: Probes,
+    max_tokens: int,
+    given: list[int] | None = None,
+    caches: tuple[CacheRange, ...] = (),
 ) -> Greedy:
-    """Return the answer's first ``max_tokens`` tokens."""
+    """Return the answer's first ``max_tokens`` tokens.
+
+    Args:
+        model: Computes them.
+        prompt: Image and question.
+        schedule: Reduces the tokens.
+        probes: The model's.
+        max_tokens: Tokens at most.
+        given: Tokens, ``max_tokens`` of them, that are taken for the answer; None for the likeliest ones.
+        caches: Largest values of each layer's KV cache where it is in INT8; none otherwise.
+    """
     stages = {stage.layer: stage.keep for stage in schedule.stages}
     sequence = begin(model, prompt)
     inputs: list[Sequence] = []
-    past: list[tuple[Tensor, Tensor]] = []
+    past: list[KeysAndValues] = []
     kept, rounds = [], []
     for layer in range(model.num_layers):
         if layer in stages:
@@ -60,10 +77,10 @@ def greedy_answer(
         inputs.append(sequence)
         nothing = no_past(model, sequence.hidden_SD)
         rows, present = run_layer(model, sequence.hidden_SD, sequence.positions_AS, layer, past=nothing)
-        past.append(present)
+        past.append(_as_cached(present, layer, caches))
         sequence = sequence.with_hidden(rows)
     logits = [logits_of(model, sequence.hidden_SD[-1:])]
-    tokens = [int(logits[0].argmax())]
+    tokens = [int(logits[0].argmax()) if given is None else given[0]]
     while len(tokens) < max_tokens and tokens[-1] not in model.text.stop_token_ids:
         preserved = prompt.next_position + len(tokens) - 1
         is_compact = schedule.positions == "compact" and bool(schedule.stages)
@@ -72,25 +89,18 @@ def greedy_answer(
             position = len(entering.hidden_SD) if is_compact else preserved
             inputs[layer] = entering.with_answer_row(row, position=position)
             row, new = run_layer(model, row, inputs[layer].positions_AS[:, -1:], layer, past=past[layer])
-            past[layer] = appended(past[layer], new)
+            past[layer] = appended(past[layer], _as_cached(new, layer, caches))
         logits.append(logits_of(model, row))
-        tokens.append(int(logits[-1].argmax()))
+        tokens.append(int(logits[-1].argmax()) if given is None else given[len(tokens)])
     return Greedy(tokens=tokens, logits_TV=torch.cat(logits), inputs=inputs, kept=kept, rounds=rounds)
 
 
-def answers_with_and_without(
-    model: TorchModel, question: Question, schedule: Schedule, *, probes: Probes, max_tokens: int
-) -> tuple[Greedy, Greedy]:
-    """Return keep-all's answer to ``question`` and that of ``schedule``.
-
-    Raises:
-        DataError: If the question cannot be asked.
-    """
-    keep_all = Schedule(positions=schedule.positions)
-    with torch.inference_mode():
-        prompt = make_prompt(model, question)
-        whole, reduced = (
-            greedy_answer(model, prompt, each, probes=probes, max_tokens=max_tokens)
-            for each in (keep_all, schedule)
-        )
-    return whole, reduced
+def _as_cached(rows: KeysAndValues, layer: int, caches: tuple[CacheRange, ...]) -> KeysAndValues:
+    """Return keys and values as later rows read them; a row sees itself in floating point."""
+    if not caches:
+        return rows
+    key, value = rows
+    return (
+        rounded_activations(key, largest=caches[layer].key),
+        rounded_activations(value, largest=caches[layer].value),
+    )

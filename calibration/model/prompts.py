@@ -99,21 +99,9 @@ def make_prompt(model: TorchModel, question: Question) -> SamplePrompt:
     )
 
 
-def read_image(question: Question) -> Image.Image:
-    """Return the image of a sample.
-
-    Raises:
-        DataError: If it cannot be read.
-    """
-    try:
-        return open_image(question.image)
-    except ImageError as error:
-        raise DataError(f"{question.where}: {error}") from None
-
-
 def _read(model: TorchModel, question: Question) -> tuple[Image.Image, PromptIds]:
-    image = read_image(question)
     try:
+        image = open_image(question.image)
         ids = question_ids(
             question.question,
             tokenizer=model.tokenizer,
@@ -121,7 +109,7 @@ def _read(model: TorchModel, question: Question) -> tuple[Image.Image, PromptIds
             text=model.text,
             has_image=True,
         )
-    except ShapeError as error:
+    except (ImageError, ShapeError) as error:
         raise DataError(f"{question.where}: {error}") from None
     return image, ids
 

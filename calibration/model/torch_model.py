@@ -7,6 +7,7 @@ model that does not fit into the memory runs too, slowly.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import sys
@@ -26,7 +27,6 @@ from trio_edge.runtime.bundle.errors import BackendError, CheckpointError
 from trio_edge.runtime.prompts.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     import numpy as np
@@ -152,10 +152,7 @@ def _compute_type(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _count(tensor: SourceTensor) -> int:
-    count = 1
-    for size in tensor.shape:
-        count *= size
-    return count
+    return math.prod(tensor.shape)
 
 
 class _Values:
@@ -208,17 +205,12 @@ def _fill(parts: FamilyModel, values: _Values) -> None:
                 " configuration and weights belong to different models"
             )
         real[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
-    for module in _modules(parts):
+    for module in (*parts.root.modules(), *parts.vision.module.modules()):
         for leaf, fake in module._parameters.items():
             if fake is not None and id(fake) in real:
                 module._parameters[leaf] = real[id(fake)]
     for name, constant in parts.vision.constants.items():
         _set_buffer(parts.vision.module, name, constant, device=values.of(EMBEDDING_NAME).device)
-
-
-def _modules(parts: FamilyModel) -> Iterator[nn.Module]:
-    yield from parts.root.modules()
-    yield from parts.vision.module.modules()
 
 
 def _set_buffer(module: nn.Module, name: str, constant: NDArray[np.generic], *, device: torch.device) -> None:

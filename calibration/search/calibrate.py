@@ -27,9 +27,7 @@ from trio_edge.calibration.search.bundle_shape import (
     rounds_with_margin,
 )
 from trio_edge.calibration.search.held_out import accuracy, fidelity
-from trio_edge.calibration.search.measure.importance import mean_importance
-from trio_edge.calibration.search.measure.measurements import Measurements
-from trio_edge.calibration.search.measure.record import RecordKey, opened_record
+from trio_edge.calibration.search.measure.measurements import Measurements, RecordKey, opened_record
 from trio_edge.calibration.search.measure.samples import read_samples, split_samples
 from trio_edge.calibration.search.report.calibration_file import (
     SCHEMA_VERSION,
@@ -39,7 +37,6 @@ from trio_edge.calibration.search.report.calibration_file import (
     Shapes,
     SingleStage,
 )
-from trio_edge.calibration.search.report.overlays import overlays_of
 from trio_edge.calibration.search.schedules.candidates import Searching
 from trio_edge.calibration.search.schedules.search import search
 from trio_edge.calibration.search.schedules.selection_rule import DEFAULT_MAX_KL, SelectionRule
@@ -68,7 +65,6 @@ if TYPE_CHECKING:
     from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
     from trio_edge.calibration.search.measure.samples import Split
     from trio_edge.calibration.search.report.calibration_file import CalibrationOptions, Fidelity
-    from trio_edge.calibration.search.report.overlays import Overlay
     from trio_edge.calibration.search.schedules.candidates import Candidate, Found
     from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost
     from trio_edge.calibration.search.schedules.space import Space
@@ -94,7 +90,6 @@ class Calibrated:
     """The result of a calibration."""
 
     calibration: Calibration
-    overlays: list[Overlay]
     scales: CalibratedScales = field(default_factory=CalibratedScales)
     """For the export of quantized layers."""
 
@@ -123,8 +118,6 @@ def calibrate(
     setup = _set_up(options, samples_sha256, progress)
     split = setup.split
     with _measurements(setup, work) as measurements:
-        progress.step("importance of layers", len(split.search))
-        layers = mean_importance(measurements.importance(split.search))
         found, chosen = _find(setup, measurements)
         points = _points(setup, measurements, found.front, chosen)
     schedule, point = chosen.schedule, points.chosen
@@ -160,15 +153,12 @@ def calibrate(
         single_stages=[
             SingleStage(layer=layer, keep=keep, kl=kl) for (layer, keep), kl in found.single.items()
         ],
-        importance=layers,
         num_measured=len(found.candidates),
         revision=setup.model.checkpoint.revision,
         compute_dtype=str(setup.model.dtype).removeprefix("torch."),
         versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
     )
-    progress.step("drawing", 0)
-    overlays = overlays_of(setup.model, split.held_out, schedule, setup.probes)
-    return Calibrated(calibration=calibration, overlays=overlays, scales=quantized.scales)
+    return Calibrated(calibration=calibration, scales=quantized.scales)
 
 
 @dataclass(frozen=True, kw_only=True)

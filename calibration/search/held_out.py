@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trio_edge.calibration.metrics import METRICS
-from trio_edge.calibration.model.greedy import answers_with_and_without
+import torch
+
+from trio_edge.calibration.metrics import METRICS, exact_normal
+from trio_edge.calibration.model.greedy import greedy_answer
+from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.search.report.calibration_file import Accuracy, Fidelity, Measure
 from trio_edge.profiling.statistics import bootstrap_interval, paired_interval, score_interval
+from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,7 +20,6 @@ if TYPE_CHECKING:
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.questions import Question
     from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
-    from trio_edge.runtime.bundle.schedule import Schedule
 
 MAX_ANSWER_TOKENS = 16
 """Tokens of an answer whose exact match is scored."""
@@ -46,19 +49,18 @@ def accuracy(
     with_answers = [question for question in questions if question.answers]
     if not with_answers:
         return None
-    metric, scores = METRICS["exact"], list[tuple[float, float]]()
+    whole_scores, scores_of_chosen = list[float](), list[float]()
     for question in with_answers:
-        answers = answers_with_and_without(
-            model, question, schedule, probes=probes, max_tokens=MAX_ANSWER_TOKENS
-        )
-        texts = [model.tokenizer.decode(answer.tokens) for answer in answers]
-        whole, reduced = (metric.score(metric.read(text, question), question) for text in texts)
-        scores.append((whole, reduced))
+        with torch.inference_mode():
+            prompt = make_prompt(model, question)
+            for each, scores in ((Schedule(), whole_scores), (schedule, scores_of_chosen)):
+                answer = greedy_answer(model, prompt, each, probes=probes, max_tokens=MAX_ANSWER_TOKENS)
+                reading = exact_normal(model.tokenizer.decode(answer.tokens))
+                scores.append(METRICS["exact"].score(reading, question))
         on_sample()
-    whole_scores, scores_of_chosen = [score for score, _ in scores], [score for _, score in scores]
     images = [question.image_id for question in with_answers]
     return Accuracy(
-        samples=len(scores),
+        samples=len(with_answers),
         keep_all=_measure(whole_scores, images),
         chosen=_measure(scores_of_chosen, images),
         difference=Measure(

@@ -28,7 +28,7 @@ def write_calibration(
     """Write ``calibration.json``, the page and, with ``export``, the bundle into ``folder``."""
     calibration = calibrated.calibration
     (folder / CALIBRATION_NAME).write_bytes(json_of(calibration))
-    page = page_of(calibration, calibrated.overlays, command=_export_command(calibration))
+    page = page_of(calibration, command=_export_command(calibration))
     (folder / REPORT_NAME).write_text(page, encoding="utf-8")
     if export:
         bundle.export_bundle(

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from trio_edge.trio.cost.work import WeightKind
 
 Precision = Literal["float16", "int8", "fp8", "int4"]
-DECODE_POINTS = 6
 PRECISIONS: tuple[Precision, ...] = ("float16", "int8", "fp8", "int4")
 """The finest first."""
 
@@ -177,15 +176,6 @@ class Prediction:
     unfused_seconds: float
     """Seconds that the prefill takes more if attention scores go through memory."""
     memory: MemoryNeed
-    contexts: tuple[DecodePoint, ...]
-    """Points of ``predict_contexts``."""
-
-    @property
-    def token_line(self) -> tuple[float, float]:
-        """A token's seconds with empty KV buffers, and what each row of them adds."""
-        first, last = self.contexts[0], self.contexts[-1]
-        per_row = (last.seconds - first.seconds) / (last.cached_rows - first.cached_rows)
-        return first.seconds - per_row * first.cached_rows, per_row
 
     def seconds(self, phase: Literal["prefill", "decode"]) -> float:
         """Return the sum over a phase's graphs: to the first token, or per further token."""
@@ -229,50 +219,12 @@ def predict(setting: Setting, device: DeviceSpec) -> Prediction:
         runs=tuple(runs),
         unfused_seconds=more,
         memory=memory_of(setting, usable=device.usable_bytes),
-        contexts=tuple(predict_contexts(setting, device)),
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecodePoint:
-    """A token of a bundle whose KV buffers end right after its context."""
-
-    context: int
-    """Rows before it, visual tokens not reduced."""
-    cached_rows: float
-    """Rows of the KV buffers, mean over layers."""
-    seconds: float
-
-
-def predict_contexts(setting: Setting, device: DeviceSpec) -> list[DecodePoint]:
-    """Return a token's time from the prompt's end to the end of the room, at up to ``DECODE_POINTS`` contexts.
-
-    The graphs read whole buffers, so a bundle takes the last of these times at every context; the others are of bundles with
-    less room.
-    """
-    efficiency, rates = fitted_for(device).efficiency, rates_of(device)
-    last, count = setting.room - setting.num_text, min(DECODE_POINTS, setting.room - setting.num_text + 1)
-    visual = sum(layers * rows for layers, rows in setting.ranges)
-    points = []
-    for index in range(count):
-        room = setting.num_text + index * last // (count - 1)
-        works = [run.work for run in _step_runs(setting, room=room)]
-        times = [
-            graph_time(work, formats=setting.formats, rates=rates, efficiency=efficiency) for work in works
-        ]
-        points.append(
-            DecodePoint(
-                context=setting.sizes["N"] + room,
-                cached_rows=visual / setting.model.decoder.num_layers + room,
-                seconds=sum(time.seconds for time in times),
-            )
-        )
-    return points
 
 
 def graph_runs(setting: Setting) -> list[CountedGraph]:
     """Return the graphs of a prefill in order, and those of one decode step with every KV buffer at its capacity."""
-    decoder, ranges = setting.model.decoder, setting.ranges
+    decoder = setting.model.decoder
     works: list[tuple[str, Work]] = [("vision", _vision(setting))]
     if setting.clip_text_flops is not None:
         works.append((CLIP_TEXT, counted_work(setting.clip_text_flops, rows=setting.clip_text_rows)))
@@ -281,24 +233,18 @@ def graph_runs(setting: Setting) -> list[CountedGraph]:
         again = setting.reduce_cost.read_again * 4 / setting.formats.bytes_per_element
         work = counted_work(setting.reduce_cost.flops, rows=setting.sizes["N"], other=again)
         works.append(("reduce", work))
-    for index, (layers, rows) in enumerate(ranges):
+    steps: list[tuple[str, Work]] = []
+    for index, (layers, rows) in enumerate(setting.ranges):
         if index:
             works.append((f"select_{index}", _select(setting, index - 1)))
-        work = range_work(decoder, num_layers=layers, rows=rows + setting.text_bucket)
-        works.append((range_name(index, len(ranges)), work))
-    works.append(("head", head_work(decoder)))
-    prefill = [CountedGraph(name=name, phase="prefill", work=work) for name, work in works]
-    return [*prefill, *_step_runs(setting, room=setting.room)]
-
-
-def _step_runs(setting: Setting, *, room: int) -> list[CountedGraph]:
-    """Return the graphs of one decode step where every KV buffer has ``room`` rows besides the visual ones."""
-    decoder, ranges, runs = setting.model.decoder, setting.ranges, []
-    for index, (layers, rows) in enumerate(ranges):
-        work = range_work(decoder, num_layers=layers, rows=1, past=rows + room)
-        runs.append(CountedGraph(name=range_name(index, len(ranges)), phase="decode", work=work))
-    runs.append(CountedGraph(name="head", phase="decode", work=head_work(decoder)))
-    return runs
+        name = range_name(index, len(setting.ranges))
+        works.append((name, range_work(decoder, num_layers=layers, rows=rows + setting.text_bucket)))
+        steps.append((name, range_work(decoder, num_layers=layers, rows=1, past=rows + setting.room)))
+    head = ("head", head_work(decoder))
+    return [
+        *(CountedGraph(name=name, phase="prefill", work=work) for name, work in (*works, head)),
+        *(CountedGraph(name=name, phase="decode", work=work) for name, work in (*steps, head)),
+    ]
 
 
 def range_name(index: int, count: int) -> str:

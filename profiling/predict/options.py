@@ -13,7 +13,6 @@ from trio_edge.profiling.predict.answer import PRECISIONS
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.profiling.predict.printing import (
     goal_summary,
-    print_goal,
     print_prediction,
     print_sweep,
     summary_of,
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
     from trio_edge.profiling.predict.answer import Precision, Prediction
     from trio_edge.profiling.predict.plan import Plan
-    from trio_edge.profiling.predict.sweep import Choice, SpeedGoal
+    from trio_edge.profiling.predict.sweep import Choice
     from trio_edge.trio.cost.devices import DeviceSpec
 
 _GOAL_AXES = "keep,image-size,dtype"
@@ -46,9 +45,7 @@ _OPTIONS = (
         "--image-size", metavar="WxH", help="With --predict: another picture than the bundle's largest."
     ),
     click.option("--dtype", type=click.Choice(PRECISIONS), help="With --predict: of the decoder's weights."),
-    click.option(
-        "--text", type=click.IntRange(1), default=40, show_default=True, help="With --predict: text tokens."
-    ),
+    click.option("--text", type=click.IntRange(1), default=40, help="With --predict: text tokens."),
     click.option(
         "--sweep",
         metavar="AXES",
@@ -76,6 +73,7 @@ class PredictOptions:
     want: str | None
 
 
+PREDICT_NAMES = frozenset(field.name for field in dataclasses.fields(PredictOptions))
 _SHARED = ("bundle", "new_tokens", "json_file", "html_file")
 """Parameters of the command that measuring and predicting both have."""
 
@@ -83,14 +81,15 @@ _SHARED = ("bundle", "new_tokens", "json_file", "html_file")
 def check_given(*, predicting: bool) -> None:
     """Raise TargetError if the running command was given an option that goes with the other half only."""
     context = click.get_current_context()
-    mine = {field.name for field in dataclasses.fields(PredictOptions)}
     for parameter in context.command.params:
         name = parameter.name or ""
         if name in _SHARED or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             continue
-        if (name in mine) != predicting:
+        if (name in PREDICT_NAMES) != predicting:
             text = (
-                "--predict DEVICE beside it, got none; add it" if name in mine else "no --predict beside it"
+                "--predict DEVICE beside it, got none; add it"
+                if name in PREDICT_NAMES
+                else "no --predict beside it"
             )
             raise TargetError(f"{parameter.opts[0]}: expected {text}, or leave {parameter.opts[0]} away")
 
@@ -110,16 +109,15 @@ class Predictions:
     """As JSON types."""
     found: list[tuple[Plan, Prediction]]
     is_sweep: bool
-    goal: SpeedGoal | None
     choices: list[Choice]
-    """The choice of each device."""
+    """The choice of each device where there is a goal."""
 
     @property
     def unmet(self) -> str | None:
         """The error's text if there was a goal that no device meets."""
-        if self.goal is None or any(choice.met for choice in self.choices):
+        if not self.choices or any(choice.met for choice in self.choices):
             return None
-        return unmet_text(self.goal, self.choices)
+        return unmet_text(self.choices)
 
 
 def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int) -> Predictions:
@@ -156,9 +154,9 @@ def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int
         choices = [
             choose([entry for entry in found if entry[1].device == device], goal) for device in devices
         ]
-        values["wish"] = goal_summary(goal, choices)
+        values["wish"] = goal_summary(choices)
         values["chosen"] = [summary_of(choice.plan, choice.prediction) for choice in choices if choice.met]
-    return Predictions(values=values, found=found, is_sweep=axes is not None, goal=goal, choices=choices)
+    return Predictions(values=values, found=found, is_sweep=axes is not None, choices=choices)
 
 
 def print_predictions(predictions: Predictions) -> None:
@@ -169,9 +167,10 @@ def print_predictions(predictions: Predictions) -> None:
     else:
         for plan, prediction in predictions.found:
             print_prediction(console, plan, prediction)
-    if predictions.goal is not None:
-        for choice in predictions.choices:
-            print_goal(console, predictions.goal, choice)
+    for choice in predictions.choices:
+        goal = f"[bold]{choice.goal.metric} {choice.goal.value:g}[/]"
+        text = f"{goal} on {choice.prediction.device.name}: {choice.text}"
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 def _devices(text: str) -> list[DeviceSpec]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.profiling.page.charts import Bar, Curve, Point, curves, stacked
+from trio_edge.profiling.page.charts import Bar, stacked
 from trio_edge.profiling.page.page import render
 from trio_edge.profiling.predict.efficiency import fitted_for
-from trio_edge.profiling.predict.printing import GIB, NOTE, device_note, milliseconds, text_of
-from trio_edge.profiling.predict.sweep import metric_of
+from trio_edge.profiling.predict.printing import GIB, NOTE, device_note, row_of, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +29,7 @@ def prediction_page(found: Sequence[tuple[Plan, Prediction]], values: dict[str, 
     """
     devices = {prediction.device.name: prediction.device for _, prediction in found}
     drawn, setting = found[:MOST_DRAWN], found[0][1].setting
-    plots = [_first_token(drawn), _memory(drawn), _tokens(drawn)]
+    plots = [_first_token(drawn), _memory(drawn)]
     if len(found) > len(drawn):
         for plot in plots:
             plot.note += f" The first {len(drawn)} of {len(found)} settings."
@@ -49,21 +48,9 @@ def prediction_page(found: Sequence[tuple[Plan, Prediction]], values: dict[str, 
     )
 
 
-def _row(plan: Plan, prediction: Prediction) -> dict[str, Any]:
-    base, per_row = prediction.token_line
-    memory = prediction.memory
-    return {
-        "device": prediction.device.name,
-        "setting": plan.described(),
-        "visual tokens": " > ".join(map(str, prediction.setting.visual_rows)),
-        "first token ms": milliseconds(prediction.seconds("prefill")),
-        "token ms": f"{1e3 * prediction.seconds('decode'):.1f}",
-        "at 0 rows": f"{1e3 * base:.1f}",
-        "per 1000 rows": f"{1e6 * per_row:.2g}",
-        "answers/s": f"{metric_of(prediction, 'answers-per-second'):.2f}",
-        "GiB": f"{memory.total / GIB:.2g}" + ("" if memory.fits else ", too much"),
-        "error, 9 in 10": f"{fitted_for(prediction.device).new_runtime.nine_in_ten:.0%}",
-    }
+def _row(plan: Plan, prediction: Prediction) -> dict[str, str]:
+    error = f"{fitted_for(prediction.device).new_runtime.nine_in_ten:.0%}"
+    return {**row_of(plan, prediction), "error, 9 in 10": error}
 
 
 def _labels(found: Sequence[tuple[Plan, Prediction]]) -> list[str]:
@@ -92,16 +79,3 @@ def _memory(found: Sequence[tuple[Plan, Prediction]]) -> Plot:
         text = label if memory.fits else f"{label} (does not fit {memory.usable / GIB:.1f})"
         bars.append(Bar(text, [(name, count / GIB) for name, count in parts.items()]))
     return stacked(bars, title="Memory", unit="GiB", note="What must be in memory at once.")
-
-
-def _tokens(found: Sequence[tuple[Plan, Prediction]]) -> Plot:
-    series = []
-    for label, (_, prediction) in zip(_labels(found), found):
-        times = [(point.context, 1e3 * point.seconds) for point in prediction.contexts]
-        series.append(Curve(label, [Point(at, ms, ms, ms) for at, ms in times]))
-    return curves(
-        series,
-        title="Time of a token over context length",
-        note="Of bundles whose KV caches end there; visual tokens are not reduced in the context.",
-        x_label="rows of context",
-    )

@@ -89,13 +89,14 @@ class Plan:
         entering = None if self.manifest is None else self.manifest.token_keep
         self._check_entering(sizes["N"], entering)
         schedule = self._schedule(sizes["N"], entering)
+        buckets = text_buckets(MAX_TEXT) if self.manifest is None else self.manifest.text_buckets
         schedule.check_fits(num_layers=self.model.decoder.num_layers, max_visual=entering or sizes["N"])
         setting = Setting(
             model=self.model,
             schedule=schedule,
             sizes=sizes,
             num_text=self.num_text,
-            text_bucket=bucket_of(self.num_text, self._text_buckets()),
+            text_bucket=bucket_of(self.num_text, buckets),
             num_new=self.num_new,
             precision=self.precision,
             entering=entering,
@@ -103,9 +104,6 @@ class Plan:
         if self.manifest is None:
             return setting
         return dataclasses.replace(setting, **_from_manifest(self.manifest, setting))
-
-    def _text_buckets(self) -> tuple[int, ...]:
-        return text_buckets(MAX_TEXT) if self.manifest is None else self.manifest.text_buckets
 
     def _check_entering(self, num_visual: int, token_keep: int | None) -> None:
         if token_keep is not None and self.picture is not None and num_visual <= token_keep:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from trio_edge.profiling.predict.efficiency import fitted_for
-from trio_edge.profiling.predict.sweep import metric_of, nearest_text
+from trio_edge.profiling.predict.sweep import metric_of
 from trio_edge.runtime.cli.tables import print_table, whole_table
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from trio_edge.profiling.predict.answer import Prediction, Setting
     from trio_edge.profiling.predict.plan import Plan
-    from trio_edge.profiling.predict.sweep import Choice, SpeedGoal
+    from trio_edge.profiling.predict.sweep import Choice
     from trio_edge.trio.cost.devices import DeviceSpec
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -28,7 +28,6 @@ NOTE = "PREDICTED, nothing was measured: counted work, the device's rates and ef
 def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
     """Return a prediction as JSON types; milliseconds, bytes, and errors as fractions."""
     setting, fitted, memory = prediction.setting, fitted_for(prediction.device), prediction.memory
-    base, per_row = prediction.token_line
     return {
         "device": prediction.device.name,
         "model": setting.model.name,
@@ -44,18 +43,7 @@ def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
         "ttft_ms_unfused_attention": 1e3 * (prediction.seconds("prefill") + prediction.unfused_seconds),
         "ms_per_token": 1e3 * prediction.seconds("decode"),
         "answer_ms": 1e3 * prediction.answer_seconds,
-        "decode": [
-            {"context": point.context, "cached_rows": point.cached_rows, "ms": 1e3 * point.seconds}
-            for point in prediction.contexts
-        ],
-        "decode_fit": {"base_ms": 1e3 * base, "ms_per_1000_rows": 1e6 * per_row},
-        "memory": {
-            "weights": memory.weights,
-            "kv_caches": memory.kv_caches,
-            "activations": memory.activations,
-            "usable": memory.usable,
-            "fits": memory.fits,
-        },
+        "memory": {**dataclasses.asdict(memory), "fits": memory.fits},
         "error": {
             "num_figures": fitted.num_figures,
             "new_model": dataclasses.asdict(fitted.new_model),
@@ -75,8 +63,9 @@ def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def goal_summary(goal: SpeedGoal, choices: Sequence[Choice]) -> dict[str, Any]:
+def goal_summary(choices: Sequence[Choice]) -> dict[str, Any]:
     """Return what a goal came to on each device, as JSON types: the setting that meets it, or the nearest to it."""
+    goal = choices[0].goal
     return {
         "metric": goal.metric,
         "value": goal.value,
@@ -86,30 +75,22 @@ def goal_summary(goal: SpeedGoal, choices: Sequence[Choice]) -> dict[str, Any]:
                 "device": choice.prediction.device.name,
                 "met": choice.met,
                 "value": metric_of(choice.prediction, goal.metric),
-                "times_too_slow": max(1.0, goal.shortfall(choice.prediction)),
+                "times_too_slow": max(1.0, choice.shortfall),
                 "of_settings": choice.num_settings,
                 "fits": choice.prediction.memory.fits,
                 "keep": choice.plan.keep,
                 "picture": None if choice.plan.picture is None else list(choice.plan.picture),
                 "precision": choice.plan.precision,
-                "text": goal_text(goal, choice),
+                "text": choice.text,
             }
             for choice in choices
         ],
     }
 
 
-def goal_text(goal: SpeedGoal, choice: Choice) -> str:
-    """Return the setting that meets a goal, or that none does and which is the nearest, in words."""
-    if choice.met:
-        return f"{choice.plan.described()} ({metric_of(choice.prediction, goal.metric):.3g})"
-    return f"no setting; {nearest_text(goal, choice)}"
-
-
 def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> None:
     """Print the time of every graph, and what they come to."""
     setting, device = prediction.setting, prediction.device
-    base, per_row = prediction.token_line
     table = whole_table(
         "graph", "phase", "GFLOP", "ms", "bound by", title=escape(f"{setting.model.name} on {device.name}")
     )
@@ -125,8 +106,7 @@ def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> No
         "first token": f"{milliseconds(prediction.seconds('prefill'))} ms, up to"
         f" {milliseconds(prediction.seconds('prefill') + prediction.unfused_seconds)} ms if attention is not one kernel",
         "next tokens": f"{1e3 * prediction.seconds('decode'):.1f} ms each,"
-        f" {metric_of(prediction, 'tokens-per-second'):.1f} a second: {1e3 * base:.1f} ms and {1e6 * per_row:.2g} ms per 1000"
-        f" rows of the KV caches ({prediction.contexts[-1].cached_rows:.0f} here)",
+        f" {metric_of(prediction, 'tokens-per-second'):.1f} a second",
         "answer": f"{milliseconds(prediction.answer_seconds)} ms,"
         f" {metric_of(prediction, 'answers-per-second'):.2f} a second, without the host's work",
         "memory": _memory(prediction),
@@ -146,36 +126,28 @@ def text_of(setting: Setting) -> str:
     return f"{setting.num_text} text in {setting.text_bucket} rows"
 
 
+def row_of(plan: Plan, prediction: Prediction) -> dict[str, str]:
+    """Return what a table says of a prediction, by the table's headers."""
+    memory = prediction.memory
+    return {
+        "device": prediction.device.name,
+        "setting": plan.described(),
+        "visual tokens": " > ".join(map(str, prediction.setting.visual_rows)),
+        "first token ms": milliseconds(prediction.seconds("prefill")),
+        "token ms": f"{1e3 * prediction.seconds('decode'):.1f}",
+        "answers/s": f"{metric_of(prediction, 'answers-per-second'):.2f}",
+        "memory": _size(memory.total) + ("" if memory.fits else ", too much"),
+    }
+
+
 def print_sweep(console: Console, found: Sequence[tuple[Plan, Prediction]]) -> None:
     """Print one line for every combination."""
     setting = found[0][1].setting
-    rows = [
-        (
-            prediction.device.name,
-            plan.described(),
-            " > ".join(map(str, prediction.setting.visual_rows)),
-            milliseconds(prediction.seconds("prefill")),
-            f"{1e3 * prediction.seconds('decode'):.1f}",
-            f"{metric_of(prediction, 'answers-per-second'):.2f}",
-            _size(prediction.memory.total) + ("" if prediction.memory.fits else ", too much"),
-        )
-        for plan, prediction in found
-    ]
-    headers = (
-        "device", "setting", "visual tokens", "first token ms", "ms / token", "answers / s", "memory",
-    )  # fmt: skip
+    rows = [row_of(*entry) for entry in found]
     title = escape(f"{setting.model.name}: {text_of(setting)}, {setting.num_new} new tokens")
-    print_table(console, headers, rows, title=title, less=("visual tokens",))
+    cells = [tuple(row.values()) for row in rows]
+    print_table(console, tuple(rows[0]), cells, title=title, less=("visual tokens",))
     _print_note(console, [prediction for _, prediction in found])
-
-
-def print_goal(console: Console, goal: SpeedGoal, choice: Choice) -> None:
-    """Print what a goal came to on one device."""
-    console.print(
-        f"[bold]{goal.metric} {goal.value:g}[/] on {choice.prediction.device.name}: {goal_text(goal, choice)}",
-        highlight=False,
-        soft_wrap=True,
-    )
 
 
 def _memory(prediction: Prediction) -> str:

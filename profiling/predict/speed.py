@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trio_edge.trio.cost.work import Attention, Product, WeightKind, Work
+    from trio_edge.trio.cost.work import Product, WeightKind, Work
 
 WeightFormat = Literal["float32", "float16", "int8", "fp8", "int4"]
 _VECTOR_ROWS = 16  # below it libraries take kernels for a matrix and a vector, which read each weight once
@@ -130,7 +130,8 @@ def graph_time(work: Work, *, formats: Formats, rates: Rates, efficiency: Effici
         )
         for part in work.attention
     ]
-    scores = _score_bytes(work.attention, efficiency) / bandwidth
+    elements = sum(part.score_elements for part in work.attention)
+    scores = 4.0 * efficiency.score_passes * elements / bandwidth
     rest = work.other_elements * formats.bytes_per_element / bandwidth
     launches = work.launches * efficiency.launch_s
     return GraphTime(
@@ -156,7 +157,3 @@ def _product_bytes(part: Product, formats: Formats) -> float:
     if part.weights != "none":
         matrix = BYTES_PER_WEIGHT[formats.of(part.weights)]
     return part.matrix_elements * matrix + part.row_elements * formats.bytes_per_element
-
-
-def _score_bytes(parts: tuple[Attention, ...], efficiency: Efficiency) -> float:
-    return 4.0 * efficiency.score_passes * sum(part.score_elements for part in parts)

@@ -17,7 +17,7 @@ from trio_edge.profiling.predict.answer import PRECISIONS, Prediction, predict
 from trio_edge.runtime.bundle.errors import ScheduleError, TargetError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from trio_edge.profiling.predict.plan import Plan
     from trio_edge.trio.cost.devices import DeviceSpec
@@ -28,6 +28,8 @@ AXES: dict[str, tuple[str, ...]] = {
     "dtype": PRECISIONS,
 }
 """Axes of a sweep, and their values where none are given."""
+_FIELDS = {"keep": "keep", "image-size": "picture", "dtype": "precision"}
+"""Fields of a plan that the axes set."""
 METRICS = {"answers-per-second": False, "tokens-per-second": False, "ttft-ms": True}
 """Speeds that can be asked for, and whether less is better."""
 
@@ -77,41 +79,34 @@ def parse_goal(text: str) -> SpeedGoal:
     return SpeedGoal(metric=metric, value=value)
 
 
-def parse_sweep(text: str) -> dict[str, tuple[str, ...]]:
-    """Return the values of each axis that ``text`` names.
+def parse_sweep(text: str) -> dict[str, list[Any]]:
+    """Return the values of each field of a plan whose axis ``text`` names.
 
     Raises:
         TargetError: If an axis is unknown, twice there, or has a value that cannot be read.
     """
-    axes: dict[str, tuple[str, ...]] = {}
+    fields: dict[str, list[Any]] = {}
     for part in text.split(","):
         name, sign, values = part.strip().partition("=")
-        if name not in AXES or name in axes:
+        if name not in AXES or _FIELDS[name] in fields:
             raise TargetError(
                 f"--sweep: expected each of {', '.join(AXES)} at most once, got {part.strip()!r} in {text!r};"
                 " write it as keep,image-size,dtype or keep=33.3%/11.1%"
             )
-        axes[name] = tuple(values.split("/")) if sign else AXES[name]
-        for value in axes[name]:
-            changed(name, value)
-    return axes
+        fields[_FIELDS[name]] = [
+            _parsed(name, value) for value in (values.split("/") if sign else AXES[name])
+        ]
+    return fields
 
 
-def changed(axis: str, value: str) -> dict[str, Any]:
-    """Return the fields of a plan that ``value`` of ``axis`` sets.
-
-    Raises:
-        TargetError: If the value cannot be read.
-    """
-    if axis == "keep":
-        return {"keep": value}
+def _parsed(axis: str, value: str) -> Any:
     if axis == "image-size":
-        return {"picture": parse_size(value)}
-    if value not in PRECISIONS:
+        return parse_size(value)
+    if axis == "dtype" and value not in PRECISIONS:
         raise TargetError(
             f"dtype: expected one of {', '.join(PRECISIONS)}, got {value!r}; choose one of these"
         )
-    return {"precision": value}
+    return value
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -127,7 +122,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def sweep(
-    plan: Plan, axes: dict[str, tuple[str, ...]], devices: Sequence[DeviceSpec]
+    plan: Plan, fields: dict[str, list[Any]], devices: Sequence[DeviceSpec]
 ) -> list[tuple[Plan, Prediction]]:
     """Return a prediction for every combination, for all devices; what is impossible and equal shapes are left out.
 
@@ -137,35 +132,30 @@ def sweep(
         ScheduleError: If no combination is possible, as the model cannot keep so little.
         TargetError: If none is possible on one of the devices, which has not the formats.
     """
-    return [entry for device in devices for entry in _on_device(plan, axes, device)]
+    plans = [
+        dataclasses.replace(plan, **dict(zip(fields, values)))
+        for values in itertools.product(*fields.values())
+    ]
+    plans.sort(key=_lost)
+    return [entry for device in devices for entry in _on_device(plans, device)]
 
 
-def _on_device(
-    plan: Plan, axes: dict[str, tuple[str, ...]], device: DeviceSpec
-) -> list[tuple[Plan, Prediction]]:
+def _on_device(plans: Sequence[Plan], device: DeviceSpec) -> list[tuple[Plan, Prediction]]:
     found: list[tuple[Plan, Prediction]] = []
     refused: ScheduleError | TargetError | None = None
     seen = set()
-    for one in sorted(_plans(plan, axes), key=_lost):
+    for plan in plans:
         try:
-            setting = one.setting()
+            setting = plan.setting()
             shape = (tuple(setting.sizes.items()), setting.schedule, setting.precision)
             if shape not in seen:
-                found.append((one, predict(setting, device)))
+                found.append((plan, predict(setting, device)))
                 seen.add(shape)
         except (ScheduleError, TargetError) as error:
             refused = error
     if not found and refused is not None:
         raise refused
     return found
-
-
-def _plans(plan: Plan, axes: dict[str, tuple[str, ...]]) -> Iterator[Plan]:
-    for values in itertools.product(*axes.values()):
-        fields: dict[str, Any] = {}
-        for axis, value in zip(axes, values):
-            fields |= changed(axis, value)
-        yield dataclasses.replace(plan, **fields)
 
 
 def _lost(plan: Plan) -> tuple[float, int, int]:
@@ -178,12 +168,39 @@ def _lost(plan: Plan) -> tuple[float, int, int]:
 class Choice:
     """The setting that meets a goal on one device, or the nearest to it."""
 
+    goal: SpeedGoal
     plan: Plan
     prediction: Prediction
-    met: bool
-    """Whether this meets the goal; else it is the nearest to it."""
     num_settings: int
     """That it was chosen from."""
+
+    @property
+    def met(self) -> bool:
+        """Whether this meets the goal; else it is the nearest to it."""
+        return self.goal.met_by(self.prediction)
+
+    @property
+    def shortfall(self) -> float:
+        """How many times too slow it is; at most 1 if it is fast enough."""
+        return self.goal.shortfall(self.prediction)
+
+    @property
+    def text(self) -> str:
+        """The setting that meets the goal, or that none does and which is the nearest, in words."""
+        if self.met:
+            return f"{self.plan.described()} ({metric_of(self.prediction, self.goal.metric):.3g})"
+        return f"no setting; {self.nearest}"
+
+    @property
+    def nearest(self) -> str:
+        """The setting in words, and what it lacks."""
+        lacks = [] if self.prediction.memory.fits else ["does not fit the memory"]
+        if self.shortfall > 1:
+            lacks.append(f"{self.shortfall:.2g} times too slow")
+        return (
+            f"{metric_of(self.prediction, self.goal.metric):.3g} as the nearest of {self.num_settings}"
+            f" ({self.plan.described()}: {' and '.join(lacks)})"
+        )
 
 
 def choose(found: Sequence[tuple[Plan, Prediction]], goal: SpeedGoal) -> Choice:
@@ -193,34 +210,23 @@ def choose(found: Sequence[tuple[Plan, Prediction]], goal: SpeedGoal) -> Choice:
         found: On one device; at least one.
         goal: The speed that is wanted.
     """
-    for plan, prediction in found:
-        if goal.met_by(prediction):
-            return Choice(plan=plan, prediction=prediction, met=True, num_settings=len(found))
-    fitting = [entry for entry in found if entry[1].memory.fits] or list(found)
-    plan, prediction = min(fitting, key=lambda entry: goal.shortfall(entry[1]))
-    return Choice(plan=plan, prediction=prediction, met=False, num_settings=len(found))
+    choices = [
+        Choice(goal=goal, plan=plan, prediction=prediction, num_settings=len(found))
+        for plan, prediction in found
+    ]
+    fitting = [choice for choice in choices if choice.prediction.memory.fits] or choices
+    nearest = min(fitting, key=lambda choice: choice.shortfall)
+    return next((choice for choice in choices if choice.met), nearest)
 
 
-def unmet_text(goal: SpeedGoal, choices: Sequence[Choice]) -> str:
+def unmet_text(choices: Sequence[Choice]) -> str:
     """Return the message for a goal that no device meets, with the nearest setting of the nearest device."""
-    nearest = min(choices, key=lambda choice: goal.shortfall(choice.prediction))
+    nearest = min(choices, key=lambda choice: choice.shortfall)
+    goal = nearest.goal
     side = "at most" if METRICS[goal.metric] else "at least"
     return (
         f"--want: expected a setting with {goal.metric} of {side} {goal.value:g} on"
-        f" {', '.join(choice.prediction.device.name for choice in choices)}, got {nearest_text(goal, nearest)}"
+        f" {', '.join(choice.prediction.device.name for choice in choices)}, got {nearest.nearest}"
         f"{f' on {nearest.prediction.device.name}' if len(choices) > 1 else ''};"
         " sweep more values, ask for fewer --new-tokens, or choose another device"
-    )
-
-
-def nearest_text(goal: SpeedGoal, choice: Choice) -> str:
-    """Return the nearest setting in words, and what it lacks."""
-    prediction = choice.prediction
-    lacks = [] if prediction.memory.fits else ["does not fit the memory"]
-    shortfall = goal.shortfall(prediction)
-    if shortfall > 1:
-        lacks.append(f"{shortfall:.2g} times too slow")
-    return (
-        f"{metric_of(prediction, goal.metric):.3g} as the nearest of {choice.num_settings}"
-        f" ({choice.plan.described()}: {' and '.join(lacks)})"
     )

@@ -111,18 +111,8 @@ def judge(*, flops: float, moved_bytes: float, milliseconds: float, ceilings: Ce
     share, ceiling = (of_memory, "bandwidth") if memory_bound else (of_compute, "the matmul rate")
     if share < NEAR:
         return Verdict("neither", share, f"bound by neither: {100 * share:.2g} % of {ceiling}")
-    if memory_bound and share > 1:
-        return Verdict(
-            "memory", share, f"memory-bound, {100 * share:.0f} % of bandwidth: its data stays in caches"
-        )
+    bound: Bound = "memory" if memory_bound else "compute"
+    text = f"{bound}-bound, {100 * share:.0f} % of {ceiling}"
     if share > 1:
-        return Verdict(
-            "compute",
-            share,
-            f"compute-bound, {100 * share:.0f} % of the matmul rate: repeat on an idle machine",
-        )
-    return Verdict(
-        "memory" if memory_bound else "compute",
-        share,
-        f"{'memory' if memory_bound else 'compute'}-bound, {100 * share:.0f} % of {ceiling}",
-    )
+        text += ": its data stays in caches" if memory_bound else ": repeat on an idle machine"
+    return Verdict(bound, share, text)

@@ -28,6 +28,9 @@ from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
 from trio_edge.runtime.bundle.reader import sha256_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trio_edge.profiling.measure.answers import Answer
     from trio_edge.profiling.measure.measuring import MeasuredBundle, Measurement
     from trio_edge.runtime.bundle.manifest import Manifest
 
@@ -179,17 +182,13 @@ def _growth(before: int | None, after: int | None) -> int | None:
 def _comparison(
     measured: MeasuredBundle, reference: MeasuredBundle, *, profile: BundleProfile, against: BundleProfile
 ) -> Comparison:
-    pairs = {
-        "ttft_ms": [[answer.ttft_ms for answer in one.answers] for one in (measured, reference)],
-        "prefill_ms": [
-            [answer.statistics.prefill_ms for answer in one.answers] for one in (measured, reference)
-        ],
-        "answer_ms": [[answer.answer_ms for answer in one.answers] for one in (measured, reference)],
+    times: dict[str, Callable[[Answer], float]] = {
+        "ttft_ms": lambda answer: answer.ttft_ms,
+        "prefill_ms": lambda answer: answer.statistics.prefill_ms,
+        "answer_ms": lambda answer: answer.answer_ms,
     }
     if profile.token_ms is not None and against.token_ms is not None:
-        pairs["token_ms"] = [
-            [statistics.fmean(answer.token_ms) for answer in one.answers] for one in (measured, reference)
-        ]
+        times["token_ms"] = lambda answer: statistics.fmean(answer.token_ms)
     ours, theirs = profile.memory, against.memory
     sizes = {
         "kv_used": ours.kv_used / theirs.kv_used,
@@ -205,6 +204,9 @@ def _comparison(
     return Comparison(
         label=profile.label,
         reference=against.label,
-        ratios={name: median_ratio(values, base) for name, (values, base) in pairs.items()},
+        ratios={
+            name: median_ratio(list(map(time, measured.answers)), list(map(time, reference.answers)))
+            for name, time in times.items()
+        },
         sizes=sizes,
     )

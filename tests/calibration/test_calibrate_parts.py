@@ -15,8 +15,8 @@ from trio_edge.calibration.model.prompts import SampleShape
 from trio_edge.calibration.search.bundle_shape import image_sizes, rounds_with_margin, text_buckets
 from trio_edge.calibration.search.calibrate import SearchProgress, _warn_above
 from trio_edge.calibration.search.held_out import accuracy
+from trio_edge.calibration.search.measure.measurements import MeasuredLine
 from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
-from trio_edge.calibration.search.measure.record import ImportanceLine
 from trio_edge.calibration.search.measure.samples import read_samples, split_samples
 from trio_edge.calibration.search.report.calibration_file import (
     CalibrationOptions,
@@ -272,7 +272,7 @@ def test_a_record_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with Path("/dev/full").open("ab", buffering=0) as full:
         record = ResultFile(full, tmp_path / "measurements.jsonl")
         with pytest.raises(DataError, match=r"measurements\.jsonl: expected room for a line, got none"):
-            record.append(ImportanceLine(index=0, layers=[]))
+            record.append(MeasuredLine(index=0, schedule=Schedule(), result=MeasuredSchedule(0.0, True, 0)))
 
 
 def test_a_divergence_above_the_bound_is_warned_of() -> None:

@@ -15,7 +15,7 @@ from tests.calibration.question_files import questions_about, write_questions
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.search import cli as cli_calibrate
 from trio_edge.calibration.search.calibrate import Calibrated, SearchProgress, calibrate
-from trio_edge.calibration.search.measure.record import RECORD_NAME, RecordKey, opened_record
+from trio_edge.calibration.search.measure.measurements import RECORD_NAME, RecordKey, opened_record
 from trio_edge.calibration.search.report.calibration_file import Calibration, CalibrationOptions, json_of
 from trio_edge.calibration.search.report.page import page_of
 from trio_edge.runtime.bundle.errors import DataError
@@ -80,15 +80,10 @@ def test_the_front_is_ordered_and_ends_with_keep_all(report: dict[str, Any]) -> 
     assert front[-1]["flops"] == pytest.approx(report["keep_all_flops"])
 
 
-def test_every_single_stage_and_layer_is_reported(report: dict[str, Any]) -> None:
+def test_every_single_stage_is_reported(report: dict[str, Any]) -> None:
     assert {(one["layer"], one["keep"]) for one in report["single_stages"]} == {
         (layer, keep) for layer in (1, 2) for keep in (5, 15)
     }
-    assert [one["layer"] for one in report["importance"]] == [1, 2]
-    for layer in report["importance"]:
-        assert 0.0 < layer["attention_share"] < 1.0
-        assert 0.0 < layer["effective_share"] <= 1.0
-        assert layer["saliency_mass"] > 0.0
 
 
 def test_the_page_is_well_formed_and_needs_nothing_else(calibrated: Path, report: dict[str, Any]) -> None:
@@ -97,9 +92,8 @@ def test_the_page_is_well_formed_and_needs_nothing_else(calibrated: Path, report
     page.feed(text)
     page.close()
     assert page.open == []
-    assert page.count["svg"] == 6  # two of the front, one of layers, three of importance
+    assert page.count["svg"] == 3  # two of the front, one of layers
     assert page.count["script"] == page.count["link"] == page.count["iframe"] == 0
-    assert page.count["img"] == 1  # as many images as are held out
     assert all(url.startswith(("data:image/png;base64,", "#")) for url in page.urls)
     assert len(page.ids) == len(set(page.ids))
     assert all(url[1:] in page.ids for url in page.urls if url.startswith("#"))
@@ -111,7 +105,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else(calibrated: Path, report
 def test_a_name_cannot_write_into_the_page(calibrated: Path) -> None:
     calibration = _read(calibrated)
     evil = msgspec.structs.replace(calibration.options, model="<script>alert(1)</script>")
-    page = page_of(msgspec.structs.replace(calibration, options=evil), [], command="<b>")
+    page = page_of(msgspec.structs.replace(calibration, options=evil), command="<b>")
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "<b>" not in page
@@ -149,7 +143,7 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(report: dict[str, A
 def test_ctrl_c_leaves_no_output(
     calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = Calibrated(calibration=_read(calibrated), overlays=[])
+    done = Calibrated(calibration=_read(calibrated))
     module = "trio_edge.calibration.search.calibrate.calibrate"
     monkeypatch.setattr(module, lambda *_arguments, **_options: done)
     monkeypatch.setattr("trio_edge.export.bundle.export_bundle", _interrupted)

@@ -20,7 +20,7 @@ from tests.checkpoints import save_checkpoint
 from tests.internvl_checkpoints import save_internvl_checkpoint
 from tests.qwen_checkpoints import save_qwen_checkpoint
 from trio_edge.calibration.model.greedy import greedy_answer
-from trio_edge.calibration.model.prompts import make_prompt, read_image
+from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.selecting import Probes
 from trio_edge.calibration.model.torch_model import TorchModel, load_model
 from trio_edge.calibration.quantize.calibrating import Quantized as Found
@@ -32,6 +32,7 @@ from trio_edge.export.quantize.assign import StoredForm
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.engines.child import optimization_profile
+from trio_edge.runtime.images.reading import open_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,7 +115,7 @@ class Quantized:
 
 @pytest.fixture(scope="module")
 def traced(folder: Path, questions: list[Question]) -> TracedEnds:
-    return traced_ends(folder, read_image(questions[0]).size)
+    return traced_ends(folder, open_image(questions[0].image).size)
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
@@ -162,7 +163,7 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor, in_float: torch.Tenso
 def test_the_vision_graph_computes_what_its_torch_twin_does(
     quantized: Quantized, questions: list[Question]
 ) -> None:
-    model, picture = quantized.model, read_image(questions[0])
+    model, picture = quantized.model, open_image(questions[0].image)
     graph: Any = model.parts.vision
     inputs = model.images.prepare(picture, model.images.sizes(*picture.size))
     tensors = [torch.from_numpy(inputs[spec.name]) for spec in graph.inputs]

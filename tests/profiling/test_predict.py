@@ -21,7 +21,7 @@ from trio_edge.profiling.predict.efficiency import FITTED, fitted_for, rates_of
 from trio_edge.profiling.predict.models import MODELS
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.profiling.predict.speed import Formats, Rates, graph_time
-from trio_edge.profiling.predict.sweep import choose, nearest_text, parse_goal, parse_sweep, sweep
+from trio_edge.profiling.predict.sweep import choose, parse_goal, parse_sweep, sweep
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.tables import print_table, wide_console
@@ -86,18 +86,12 @@ def test_fewer_tokens_answer_sooner_and_need_smaller_caches() -> None:
 
 @pytest.mark.parametrize("keep", ["100%", "11.1%"])
 def test_a_tokens_time_grows_on_a_line_with_the_rows_of_the_caches(keep: str) -> None:
-    prediction = predicted(keep=keep, num_text=64, num_new=4000)
-    base, per_row = prediction.token_line
-    visual = sum(layers * rows for layers, rows in prediction.setting.ranges)
-    assert [point.context for point in prediction.contexts] == [2992 + 800 * index for index in range(6)]
-    for index, point in enumerate(prediction.contexts):
-        assert point.cached_rows == pytest.approx(visual / 32 + 64 + 800 * index)
-        assert point.seconds == pytest.approx(base + per_row * point.cached_rows)
-    assert prediction.contexts[-1].seconds == pytest.approx(prediction.seconds("decode"))
+    room = (1000, 2000, 4000)
+    times = [predicted(keep=keep, num_text=64, num_new=rows).seconds("decode") for rows in room]
     cached = 32 * 2 * 4096 * 2  # bytes of a row in all layers
-    assert per_row == pytest.approx(
-        cached / (rates_of(ORIN).bandwidth * fitted_for(ORIN).efficiency.bandwidth)
-    )
+    per_row = cached / (rates_of(ORIN).bandwidth * fitted_for(ORIN).efficiency.bandwidth)
+    assert times[1] - times[0] == pytest.approx(1000 * per_row)
+    assert times[2] - times[1] == pytest.approx(2000 * per_row)
 
 
 def test_int4_decodes_faster_and_prefills_no_slower() -> None:
@@ -205,10 +199,9 @@ def test_what_loses_least_is_chosen_in_whatever_order_it_is_wished(axes: str) ->
 
 def test_a_wish_is_not_met_by_what_does_not_fit_the_memory() -> None:
     found = sweep(plan_for(model="llava-1.5-7b"), parse_sweep("dtype=float16"), [NX])
-    wish = parse_goal("tokens-per-second=1")
-    choice = choose(found, wish)
+    choice = choose(found, parse_goal("tokens-per-second=1"))
     assert not choice.met
-    assert "float16: does not fit the memory)" in nearest_text(wish, choice)
+    assert "float16: does not fit the memory)" in choice.nearest
 
 
 # The command
@@ -233,8 +226,6 @@ def test_all_predicts_every_device_and_json_has_every_graph(
     first = values["found"][0]
     prefill = sum(graph["milliseconds"] for graph in first["graphs"] if graph["phase"] == "prefill")
     assert prefill == pytest.approx(first["ttft_ms"])
-    assert first["decode"][-1]["ms"] == pytest.approx(first["ms_per_token"])
-    assert first["decode_fit"]["ms_per_1000_rows"] > 0
     assert "none of them is of rtx-3090" in " ".join(capsys.readouterr().out.split())
 
 

@@ -74,8 +74,6 @@ class Settings:
     backend: str = "auto"
     threads: int = 1
     workers: int = 1
-    ray_address: str | None = None
-    """Address of a Ray cluster that does the work; None for this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,17 +19,13 @@ from trio_edge.calibration.evaluate.running.answering import (
     Settings,
     Task,
 )
-from trio_edge.calibration.evaluate.running.ray_workers import answer_on_cluster
 from trio_edge.calibration.evaluate.running.work_folder import (
     SCHEMA_VERSION,
     RunKey,
-    appending_outcomes,
     check_folder,
-    opened_for_work,
-    read_outcomes,
-    still_valid,
 )
 from trio_edge.calibration.evaluate.running.workers import answer_here, answer_in_processes
+from trio_edge.calibration.json_lines import locked_folder, opened_results, read_results
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
@@ -40,8 +36,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
     from pathlib import Path
 
+    from trio_edge.calibration.json_lines import ResultFile
     from trio_edge.calibration.questions import Question
     from trio_edge.runtime.bundle.manifest import Manifest
+
+_AN_OUTCOME = "an outcome"
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -173,45 +172,49 @@ def answer_runs(
             )
         check_folder(other, keys)
     answers = Answers([], [])
-    with opened_for_work(folder, keys):
+    with locked_folder(folder):
+        check_folder(folder, keys)
         # the reference is the first run, so its first tokens are there when the others need them
         firsts: dict[int, Outcome] = {}
         for run, key in zip(runs, keys):
-            done = _taken_over(folder, key, merge, questions)
-            on_start(run, len(done))
-            tasks = [
-                Task(question, firsts[question.index].first_token if question.index in firsts else None)
-                for question in questions
-                if question.index not in done
-            ]
-            # closing ends the workers where an error or Ctrl-C leaves the loop
-            with appending_outcomes(folder, key) as file, closing(_answers(run, tasks, settings)) as results:
-                for result in results:
-                    if isinstance(result, Outcome):
-                        file.append(result)
-                        done[result.index] = result
-                    else:
-                        answers.failures.append((run.info.label, result))
-                    on_answer()
+            with opened_results(folder / key.file_name, key, Outcome, what=_AN_OUTCOME) as (file, known):
+                done = _still_valid(known, questions)
+                for other in merge:
+                    _take_over(other / key.file_name, questions, done, file)
+                on_start(run, len(done))
+                tasks = [
+                    Task(question, firsts[question.index].first_token if question.index in firsts else None)
+                    for question in questions
+                    if question.index not in done
+                ]
+                # closing ends the workers where an error or Ctrl-C leaves the loop
+                with closing(_answers(run, tasks, settings)) as results:
+                    for result in results:
+                        if isinstance(result, Outcome):
+                            file.append(result)
+                            done[result.index] = result
+                        else:
+                            answers.failures.append((run.info.label, result))
+                        on_answer()
             if run.info.is_reference:
                 firsts = done
             answers.runs.append((run.info, done))
     return answers
 
 
-def _taken_over(
-    folder: Path, key: RunKey, merge: Sequence[Path], questions: Sequence[Question]
-) -> dict[int, Outcome]:
-    """Return the outcomes that are there, after adding to the folder those of the others."""
-    done = still_valid(read_outcomes(folder, key), questions)
-    for other in merge:
-        found = still_valid(read_outcomes(other, key), questions)
-        with appending_outcomes(folder, key) as file:
-            for index, outcome in found.items():
-                if index not in done:
-                    file.append(outcome)
-                    done[index] = outcome
-    return done
+def _still_valid(outcomes: list[Outcome], questions: Sequence[Question]) -> dict[int, Outcome]:
+    """Return by question the outcomes of those of ``questions`` whose image is still the same."""
+    images = {question.index: question.image_id for question in questions}
+    return {one.index: one for one in outcomes if images.get(one.index) == one.picture_id}
+
+
+def _take_over(path: Path, questions: Sequence[Question], done: dict[int, Outcome], file: ResultFile) -> None:
+    """Add the outcomes of another folder's file to ``done`` and to ``file``."""
+    found = _still_valid(read_results(path, Outcome, what=_AN_OUTCOME), questions)
+    for index, outcome in found.items():
+        if index not in done:
+            file.append(outcome)
+            done[index] = outcome
 
 
 def _answers(run: Run, tasks: list[Task], settings: Settings) -> Generator[Outcome | Failure, None, None]:
@@ -224,9 +227,7 @@ def _answers(run: Run, tasks: list[Task], settings: Settings) -> Generator[Outco
     workers = min(settings.workers, len(tasks))
     if not tasks:
         return
-    if settings.ray_address is not None:
-        yield from answer_on_cluster(asking, tasks, workers=workers, address=settings.ray_address)
-    elif workers > 1:
+    if workers > 1:
         yield from answer_in_processes(asking, tasks, workers=workers)
     else:
         yield from answer_here(asking, tasks)

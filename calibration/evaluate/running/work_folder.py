@@ -7,32 +7,18 @@ to one data set and its bundles.
 from __future__ import annotations
 
 import hashlib
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from trio_edge.calibration.evaluate.running.answering import Outcome
-from trio_edge.calibration.json_lines import (
-    LOCK_NAME,
-    SUFFIX,
-    ResultFile,
-    appending,
-    locked_folder,
-    read_header,
-    read_results,
-)
+from trio_edge.calibration.json_lines import LOCK_NAME, SUFFIX, read_header
 from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-    from contextlib import AbstractContextManager
+    from collections.abc import Collection
     from pathlib import Path
 
-    from trio_edge.calibration.questions import Question
-
 SCHEMA_VERSION = 1
-_DECODER = msgspec.json.Decoder(Outcome)
 
 
 class RunKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,18 +41,6 @@ class RunKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return f"{self.bundle_sha256[:12]}-{self.selection}-{digest[:12]}{SUFFIX}"
 
 
-@contextmanager
-def opened_for_work(folder: Path, keys: Collection[RunKey]) -> Iterator[None]:
-    """Create the folder if it is not there, lock it, and check that it is of these runs.
-
-    Raises:
-        DataError: If it cannot be written, is in use, or holds other files, other data, or other bundles only.
-    """
-    with locked_folder(folder):
-        check_folder(folder, keys)
-        yield
-
-
 def check_folder(folder: Path, keys: Collection[RunKey]) -> None:
     """Raise DataError unless the folder is empty, or holds outcomes of these data and of at least one of these bundles."""
     if not folder.is_dir():
@@ -86,40 +60,16 @@ def check_folder(folder: Path, keys: Collection[RunKey]) -> None:
         )
 
 
-def read_outcomes(folder: Path, key: RunKey) -> dict[int, Outcome]:
-    """Return the run's outcomes by question; none if it has no file yet.
-
-    Raises:
-        DataError: If a line is broken; the message starts with FILE:LINE.
-    """
-    outcomes = read_results(folder / key.file_name, _DECODER, what="an outcome")
-    return {outcome.index: outcome for outcome in outcomes}
-
-
-def appending_outcomes(folder: Path, key: RunKey) -> AbstractContextManager[ResultFile]:
-    """Return the run's file, to append outcomes to."""
-    return appending(folder / key.file_name, key)
-
-
-def still_valid(outcomes: dict[int, Outcome], questions: Collection[Question]) -> dict[int, Outcome]:
-    """Return the outcomes of those of ``questions`` whose image is still the same."""
-    images = {question.index: question.image_id for question in questions}
-    return {index: outcome for index, outcome in outcomes.items() if images.get(index) == outcome.picture_id}
-
-
 def _key_of(path: Path) -> RunKey | None:
     """Return the header of a run's file; None if a kill cut it.
 
     Raises:
         DataError: If it is another file, or one of another schema.
     """
-    refusal = DataError(f"{path}: expected a file of outcomes, got something else; choose an empty folder")
+    what = "a file of outcomes"
     if path.suffix != SUFFIX:
-        raise refusal
-    try:
-        key = read_header(path, RunKey)
-    except (OSError, ValueError):  # msgspec's errors are ValueErrors
-        raise refusal from None
+        raise DataError(f"{path}: expected {what}, got something else; choose an empty folder")
+    key = read_header(path, RunKey, what=what)
     if key is not None and key.schema_version != SCHEMA_VERSION:
         raise DataError(
             f"{path}: outcomes have schema_version {key.schema_version}, this release reads {SCHEMA_VERSION};"

@@ -1,30 +1,76 @@
-"""Measures schedules on samples: what the record has is taken from it, the rest is run, sample by sample."""
+"""Measures schedules on samples: what the record has is taken from it, the rest is run, sample by sample.
+
+The record is a file that grows line by line, so that an interrupted calibration goes on where it stopped. Its header
+(``RecordKey``) says what was measured; a file about something else is refused.
+"""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, final
 
+import msgspec
 import torch
 
+from trio_edge.calibration.json_lines import ResultFile, locked_folder, opened_results, read_header
 from trio_edge.calibration.model.prompts import make_prompt
-from trio_edge.calibration.search.measure.importance import importance
 from trio_edge.calibration.search.measure.measuring import MeasuredSchedule, keep_all, measure
-from trio_edge.calibration.search.measure.record import ImportanceLine, MeasuredLine
+from trio_edge.runtime.bundle.errors import DataError
+from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
 
-    from trio_edge.calibration.json_lines import ResultFile
     from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.questions import Question
-    from trio_edge.calibration.search.measure.importance import LayerImportance
     from trio_edge.calibration.search.measure.measuring import KeepAll
-    from trio_edge.calibration.search.measure.record import Line
-    from trio_edge.runtime.bundle.schedule import Schedule
 
+RECORD_NAME = "measurements.jsonl"
 KEPT_BYTES = 1 << 30  # about six samples of LLaVA-1.5-7B in float16
 """Keep-all runs that stay in memory between calls; those beyond it run again."""
+
+
+class RecordKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that decides a measurement: those of equal keys are interchangeable."""
+
+    model: str
+    weights: str
+    """Digest of names, sizes and times of the weight files."""
+    samples_sha256: str
+    answer_tokens: int
+    dtype: str
+    max_visual: int
+    """Largest N of all samples: the probes' form follows from it."""
+
+
+class MeasuredLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One schedule on one sample."""
+
+    index: int
+    schedule: Schedule
+    result: MeasuredSchedule
+
+
+@contextmanager
+def opened_record(folder: Path, key: RecordKey) -> Iterator[tuple[ResultFile, list[MeasuredLine]]]:
+    """Yield the folder's record, to append to, and what it holds already.
+
+    Raises:
+        DataError: If it cannot be read or written, is in use, is broken, or is about something else.
+    """
+    path = folder / RECORD_NAME
+    with locked_folder(folder):
+        theirs = read_header(path, RecordKey, what="a record of measurements")
+        if theirs is not None and theirs != key:
+            names = [name for name in key.__struct_fields__ if getattr(theirs, name) != getattr(key, name)]
+            raise DataError(
+                f"{path}: expected measurements of this model and these samples, got others"
+                f" ({', '.join(names)} differ); choose another --work"
+            )
+        with opened_results(path, key, MeasuredLine, what="a measurement") as opened:
+            yield opened
 
 
 @final
@@ -38,7 +84,7 @@ class Measurements:
         probes: Probes,
         num_tokens: int,
         record: ResultFile,
-        known: Iterable[Line],
+        known: Iterable[MeasuredLine],
         on_sample: Callable[[], None] = lambda: None,
     ) -> None:
         """Take over what the record holds.
@@ -53,17 +99,11 @@ class Measurements:
         """
         self._model, self._probes, self._num_tokens = model, probes, num_tokens
         self._record, self._on_sample = record, on_sample
-        self._measured: dict[tuple[int, Schedule], MeasuredSchedule] = {}
-        self._importance: dict[int, list[LayerImportance]] = {}
+        self._measured: dict[tuple[int, Schedule], MeasuredSchedule] = {
+            (line.index, line.schedule): line.result for line in known
+        }
         self._whole: dict[int, KeepAll] = {}
         self._whole_bytes = 0
-        for line in known:
-            if isinstance(line, MeasuredLine):
-                self._measured[line.index, line.schedule] = MeasuredSchedule(
-                    line.kl, line.agrees, line.rounds
-                )
-            else:
-                self._importance[line.index] = line.layers
 
     def of(
         self, schedules: Sequence[Schedule], questions: Sequence[Question]
@@ -81,24 +121,13 @@ class Measurements:
                     for schedule, result in measure(self._model, whole, missing, probes=self._probes):
                         self._measured[question.index, schedule] = result
                         self._record.append(
-                            MeasuredLine(index=question.index, schedule=schedule, **result._asdict())
+                            MeasuredLine(index=question.index, schedule=schedule, result=result)
                         )
             self._on_sample()
         return {
             schedule: [self._measured[question.index, schedule] for question in questions]
             for schedule in schedules
         }
-
-    def importance(self, questions: Sequence[Question]) -> list[list[LayerImportance]]:
-        """Return the importance of every layer's visual tokens for each of the questions."""
-        for question in questions:
-            if question.index not in self._importance:
-                with torch.inference_mode():
-                    layers = importance(self._model, self._keep_all(question), probes=self._probes)
-                self._importance[question.index] = layers
-                self._record.append(ImportanceLine(index=question.index, layers=layers))
-            self._on_sample()
-        return [self._importance[question.index] for question in questions]
 
     def _keep_all(self, question: Question) -> KeepAll:
         if question.index in self._whole:

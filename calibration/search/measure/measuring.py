@@ -18,6 +18,7 @@ import torch
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.selecting import order_of, saliency
 from trio_edge.calibration.model.sequence import advanced, answer_logits, with_kept
+from trio_edge.calibration.search.schedules.space import stages_of
 from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def measure(
 ) -> Iterator[tuple[Schedule, MeasuredSchedule]]:
     """Yield what each schedule does to the sample, in an order of its own; equal ones once."""
     # sorted, schedules that begin alike are neighbours, which groupby needs
-    distinct = sorted(set(schedules), key=lambda schedule: (_settings(schedule), _stages(schedule)))
+    distinct = sorted(set(schedules), key=lambda schedule: (_settings(schedule), stages_of(schedule)))
     branching = _Branching(model, whole, probes)
     for _, group in groupby(distinct, key=_settings):
         yield from branching.from_keep_all(list(group))
@@ -75,10 +76,6 @@ def measure(
 
 def _settings(schedule: Schedule) -> tuple[object, ...]:
     return schedule.probe_rows, schedule.num_probe_rows, schedule.nms_threshold, schedule.positions
-
-
-def _stages(schedule: Schedule) -> list[tuple[int, int]]:
-    return [(stage.layer, stage.keep) for stage in schedule.stages]
 
 
 class _Branching:

@@ -79,7 +79,10 @@ def split_samples(questions: Sequence[Question], *, held_out: float, seed: int) 
         DataError: If there are fewer than two images.
     """
     # by digest, so that adding samples moves no other one
-    images = sorted({question.image_id for question in questions}, key=lambda name: _place(name, seed))
+    images = sorted(
+        {question.image_id for question in questions},
+        key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest(),
+    )
     if len(images) < 2:
         raise DataError(
             f"--samples: expected at least 2 different images (one is held out), got {len(images)}; add some"
@@ -90,10 +93,6 @@ def split_samples(questions: Sequence[Question], *, held_out: float, seed: int) 
         search=[question for question in questions if question.image_id not in kept_back],
         held_out=[question for question in questions if question.image_id in kept_back],
     )
-
-
-def _place(name: str, seed: int) -> str:
-    return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
 
 
 def _folder_questions(folder: Path, prompt: str, *, count: int | None) -> list[Question]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from trio_edge.calibration.quantize.report import QuantizationReport
-from trio_edge.calibration.search.measure.importance import LayerImportance
 from trio_edge.calibration.search.schedules.candidates import Tried
 from trio_edge.calibration.search.schedules.prefill_cost import CostKind
 from trio_edge.calibration.search.schedules.space import DEFAULT_KEEPS, DEFAULT_THRESHOLDS
@@ -24,6 +24,22 @@ CALIBRATION_NAME = "calibration.json"
 REPORT_NAME = "calibration.html"
 BUNDLE_NAME = "bundle"
 SCHEMA_VERSION = 1
+
+
+_BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "count": (lambda count: count >= 2, "2 or more samples"),
+    "seed": (lambda seed: seed >= 0, "a number of 0 or more"),
+    "held_out": (lambda share: 0.0 < share < 1.0, "a share between 0 and 100%"),
+    "answer_tokens": (lambda count: 1 <= count <= 64, "1..64"),
+    "max_kl": (lambda nats: 0.0 <= nats < inf, "nats of 0 or more"),
+    "target_ms": (lambda time: 0.0 < time < inf, "a time above 0"),
+    "keep": (lambda share: 0.0 < share <= 1.0, "a share above 0, up to 100%"),
+    "max_stages": (lambda count: 1 <= count <= 4, "1..4"),
+    "nms_thresholds": (lambda values: all(0.0 < value <= 1.0 for value in values), "values in (0, 1]"),
+    "evaluations": (lambda count: 0 <= count <= 10_000, "0..10000"),
+    "max_new_tokens": (lambda count: count >= 1, "1 or more"),
+}
+"""Rules for the options that are given, with the rule in words."""
 
 
 class CalibrationOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,27 +103,10 @@ class CalibrationOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
             raise ScheduleError(
                 f"--max-kl, --target-ms, --keep: expected one of them, got {names}; choose one"
             )
-        bounds = (
-            ("count", self.count, self.count is None or self.count >= 2, "2 or more samples"),
-            ("seed", self.seed, self.seed >= 0, "a number of 0 or more"),
-            ("held-out", self.held_out, 0.0 < self.held_out < 1.0, "a share between 0 and 100%"),
-            ("answer-tokens", self.answer_tokens, 1 <= self.answer_tokens <= 64, "1..64"),
-            ("max-kl", self.max_kl, self.max_kl is None or 0.0 <= self.max_kl < inf, "nats of 0 or more"),
-            (
-                "target-ms",
-                self.target_ms,
-                self.target_ms is None or 0.0 < self.target_ms < inf,
-                "a time above 0",
-            ),
-            ("keep", self.keep, self.keep is None or 0.0 < self.keep <= 1.0, "a share above 0, up to 100%"),
-            ("max-stages", self.max_stages, 1 <= self.max_stages <= 4, "1..4"),
-            ("evaluations", self.evaluations, 0 <= self.evaluations <= 10_000, "0..10000"),
-            ("max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more"),
-            ("nms-thresholds", self.nms_thresholds, _are_thresholds(self.nms_thresholds), "values in (0, 1]"),
-        )
-        for name, value, holds, rule in bounds:
-            if not holds:
-                raise ScheduleError(f"--{name}: expected {rule}, got {value}")
+        for name, (holds, rule) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ScheduleError(f"--{name.replace('_', '-')}: expected {rule}, got {value}")
 
 
 class Measure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -212,7 +211,6 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     front: list[FrontPoint]
     settings: list[Tried]
     single_stages: list[SingleStage]
-    importance: list[LayerImportance]
     num_measured: int
     """Schedules that were measured on the search samples."""
     revision: str | None
@@ -255,7 +253,3 @@ def read_options(path: Path) -> tuple[CalibrationOptions, str | None]:
 def json_of(calibration: Calibration) -> bytes:
     """Return the file's bytes."""
     return msgspec.json.format(msgspec.json.encode(calibration), indent=1) + b"\n"
-
-
-def _are_thresholds(values: tuple[float, ...]) -> bool:
-    return all(0.0 < value <= 1.0 for value in values)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import TYPE_CHECKING
 
 from trio_edge.calibration.search.report.plots import (
     front_plots,
-    importance_plots,
     layers_plot,
     quantization_plots,
 )
@@ -19,10 +16,7 @@ from trio_edge.profiling.page.page import render
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from PIL import Image
-
     from trio_edge.calibration.search.report.calibration_file import Calibration, Measure
-    from trio_edge.calibration.search.report.overlays import Overlay
 
 MAX_ROWS = 20
 """Rows in the table of a front; calibration.json has all of them."""
@@ -33,12 +27,11 @@ def check_plots() -> None:
     check_matplotlib("trio-calibrate", extra="calibrate")
 
 
-def page_of(calibration: Calibration, overlays: Sequence[Overlay], *, command: str) -> str:
+def page_of(calibration: Calibration, *, command: str) -> str:
     """Return the page.
 
     Args:
         calibration: What it is about.
-        overlays: Pictures to show.
         command: That exports the same bundle without calibrating.
     """
     quantization = calibration.quantization
@@ -49,9 +42,7 @@ def page_of(calibration: Calibration, overlays: Sequence[Overlay], *, command: s
         front=spread(calibration.front, MAX_ROWS),
         front_plots=front_plots(calibration),
         layers_plot=layers_plot(calibration),
-        importance_plots=importance_plots(calibration),
         quantization_plots=quantization_plots(quantization) if quantization else (),
-        overlays=[(overlay, _data_uri(overlay.sheet)) for overlay in overlays],
         nats=_nats,
         percent=_percent,
         stages=_stages,
@@ -71,9 +62,3 @@ def _percent(measure: Measure) -> str:
 
 def _stages(stages: Sequence[tuple[int, int]]) -> str:
     return ", ".join(f"{layer}:{keep}" for layer, keep in stages) or "none (keep-all)"
-
-
-def _data_uri(picture: Image.Image) -> str:
-    out = io.BytesIO()
-    picture.save(out, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trio_edge.profiling.page.charts import Curve, Point, draw_curve, draw_points, show_zero
+from trio_edge.profiling.page.charts import Curve, Point, draw_curve, draw_points
 from trio_edge.profiling.page.figures import LIGHT, Drawing, Plot, canvas, colour
 
 if TYPE_CHECKING:
@@ -72,25 +72,6 @@ def layers_plot(calibration: Calibration) -> Plot:
         _mark_stages(drawn, calibration)
     legend = [(colour(index), f"keep {keep}") for index, keep in enumerate(keeps)]
     return Plot(title=title, note="", svg=drawn.svg, legend=legend)
-
-
-def importance_plots(calibration: Calibration) -> list[Plot]:
-    """Return attention, saliency and its concentration by layer."""
-    layers = calibration.importance
-    values = {
-        "attention on visual tokens, %": [100 * one.attention_share for one in layers],
-        "saliency mass, nats": [one.saliency_mass for one in layers],
-        "tokens that carry it, %": [100 * one.effective_share for one in layers],
-    }
-    plots = []
-    for name, shown in values.items():
-        with canvas(name, x_label="layer") as drawn:
-            points = [_point(one.layer, value) for one, value in zip(layers, shown)]
-            draw_curve(drawn, Curve(name, points), _HELD_OUT)
-            _mark_stages(drawn, calibration)
-            show_zero(drawn)
-        plots.append(Plot(title=name[0].upper() + name[1:], note="", svg=drawn.svg))
-    return plots
 
 
 def quantization_plots(report: QuantizationReport) -> list[Plot]:

@@ -55,7 +55,12 @@ def open_sensors() -> tuple[list[Sensor], list[str]]:
 def _makers() -> list[Callable[[], Sensor]]:
     if is_jetson():
         return [_tegrastats]
-    return [_gpu, _cpu_clock, _rapl, _thermal_zones]
+    return [
+        _gpu,
+        lambda: _working(CpuClock(), "CPU clock: the system shows none"),
+        lambda: _working(Rapl(), "CPU energy: no readable counter in /sys/class/powercap (it may need root)"),
+        lambda: _working(ThermalZones(), "CPU temperature: no readable zone in /sys/class/thermal"),
+    ]
 
 
 def _tegrastats() -> Sensor:
@@ -80,18 +85,6 @@ def _gpu() -> Sensor:
         return Nvml()
     except NvmlUnavailable as error:
         raise SensorMissing(f"GPU power, clocks and memory: {error}") from None
-
-
-def _cpu_clock() -> Sensor:
-    return _working(CpuClock(), "CPU clock: the system shows none")
-
-
-def _rapl() -> Sensor:
-    return _working(Rapl(), "CPU energy: no readable counter in /sys/class/powercap (it may need root)")
-
-
-def _thermal_zones() -> Sensor:
-    return _working(ThermalZones(), "CPU temperature: no readable zone in /sys/class/thermal")
 
 
 def _working(sensor: Sensor, missing: str) -> Sensor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from trio_edge.profiling.measure.sensors.interface import Sensor
 
-INTERVAL_SECONDS = 0.2  # each reading takes 0.03 ms of the processor, which answers need too
+INTERVAL_SECONDS = 0.2  # each reading takes 0.05 ms of the processor, which answers need too
 _SLACK = 1.0
 """Seconds of the runs, at either end, that need no reading."""
 
