@@ -31,6 +31,7 @@ from trio_edge.export.bundle import export_bundle
 from trio_edge.export.options import ExportOptions, ScheduleInputs
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
+from trio_edge.runtime.backends.registry import CPU_ACCURACIES
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.pipeline import Pipeline
@@ -38,6 +39,7 @@ from trio_edge.trio.budgets import parse_keep, schedule_for_keep
 
 if TYPE_CHECKING:
     from trio_edge.calibration.questions import Question
+    from trio_edge.runtime.backends.interface import CpuAccuracy
     from trio_edge.runtime.bundle.manifest import FloatType
 
 
@@ -137,10 +139,12 @@ def weight_bytes(bundle: Path) -> int:
     )
 
 
-def kept_sets(bundle: Path, questions: list[Question]) -> list[list[set[int]]]:
+def kept_sets(
+    bundle: Path, questions: list[Question], *, cpu_accuracy: CpuAccuracy = "auto"
+) -> list[list[set[int]]]:
     """Return what each stage keeps, for each question."""
     result = []
-    with Pipeline.from_bundle(bundle, threads=1) as pipeline:
+    with Pipeline.from_bundle(bundle, threads=1, cpu_accuracy=cpu_accuracy) as pipeline:
         for question in questions:
             generation = pipeline.generate(question.image, question.question, max_new_tokens=1)
             assert generation.text is not None
@@ -180,6 +184,7 @@ def main() -> None:
     parser.add_argument(
         "--rows", nargs="+", metavar="WORD", help="only rows with one of these, and the first two"
     )
+    parser.add_argument("--cpu-accuracy", choices=CPU_ACCURACIES, default="auto", help="as trio-run's")
     parser.add_argument("--out", type=Path, default=Path("out/quantized"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -188,7 +193,10 @@ def main() -> None:
     full = bundle_for(BASE, keep="all", out=arguments.out)
     bundles = [bundle_for(variant, keep=arguments.keep, out=arguments.out) for variant in variants]
     runs = plan_runs(bundles, reference=full, labels=[variant.name for variant in variants])
-    answers = answers_of(runs, count=arguments.count, seed=arguments.seed, out=arguments.out)
+    accuracy = arguments.cpu_accuracy
+    answers = answers_of(
+        runs, count=arguments.count, seed=arguments.seed, out=arguments.out, cpu_accuracy=accuracy
+    )
     keep_all, *reports = compare(answers, metric=METRIC)
     looked_at = synthetic_questions(min(arguments.kept_count, arguments.count), seed=arguments.seed)
     base_kept = kept_sets(bundles[variants.index(BASE)], looked_at)
@@ -196,7 +204,7 @@ def main() -> None:
 
     print(
         f"tiny, {arguments.keep} of the visual tokens, {arguments.count} held-out questions (seed {arguments.seed}),"
-        f" ONNX Runtime CPU (1 thread), {platform.machine()}; keep-all in float32: {per_cent(keep_all.accuracy)}\n"
+        f" ONNX Runtime CPU (1 thread, {accuracy}), {platform.machine()}; keep-all in float32: {per_cent(keep_all.accuracy)}\n"
     )
     heads = (
         "quantized",
@@ -208,7 +216,13 @@ def main() -> None:
         "kept too %",
     )
     rows = [
-        cells_of(variant, bundle, report, overlaps(base_kept, kept_sets(bundle, looked_at)), whole=whole)
+        cells_of(
+            variant,
+            bundle,
+            report,
+            overlaps(base_kept, kept_sets(bundle, looked_at, cpu_accuracy=accuracy)),
+            whole=whole,
+        )
         for variant, bundle, report in zip(variants, bundles, reports, strict=True)
     ]
     print(markdown(heads, rows))

@@ -16,22 +16,29 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.evaluate.running.answering import Outcome
     from trio_edge.calibration.evaluate.running.runs import Run, RunInfo
+    from trio_edge.runtime.backends.interface import CpuAccuracy
 
 METRIC = "exact"
 
 
 def answers_of(
-    runs: Sequence[Run], *, count: int, seed: int, out: Path, workers: int = 1
+    runs: Sequence[Run],
+    *,
+    count: int,
+    seed: int,
+    out: Path,
+    workers: int = 1,
+    cpu_accuracy: CpuAccuracy = "auto",
 ) -> list[tuple[RunInfo, dict[int, Outcome]]]:
     """Ask ``count`` synthetic questions; answers are kept below ``out``."""
     questions = synthetic_questions(count, seed=seed)
-    settings = Settings(metric=METRIC, workers=workers, answer_tokens=8)
+    settings = Settings(metric=METRIC, workers=workers, answer_tokens=8, cpu_accuracy=cpu_accuracy)
     console = Console(stderr=True)
     return answer_runs(
         runs,
         keys_of(runs, settings, data_sha256=digest_of(questions, metric=METRIC)),
         questions,
         settings,
-        folder=out / f"work-{count}-{seed}",
+        folder=out / f"work-{count}-{seed}-{cpu_accuracy}",
         on_start=lambda run, _done: console.print(run.info.label),
     ).runs

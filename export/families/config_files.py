@@ -21,11 +21,24 @@ def load_config(checkpoint: Checkpoint) -> Any:
         CheckpointError: If it cannot be read.
     """
     try:
-        return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a broken config.json
         raise CheckpointError(
             f"{checkpoint.folder}/config.json: expected a valid configuration, got: {first_line(error)}"
         ) from None
+    _forget_dtype(config)
+    return config
+
+
+def _forget_dtype(config: Any) -> None:
+    """Clear the element type of ``config`` and its parts: the exporter chooses one for all.
+
+    transformers would build a part in its own. A released Qwen2.5-VL has a flat file, whose type counts for the decoder alone.
+    """
+    config.dtype = None
+    for name in getattr(config, "sub_configs", ()):
+        if (part := getattr(config, name, None)) is not None:
+            _forget_dtype(part)
 
 
 def read_image_processor(checkpoint: Checkpoint) -> dict[str, Any]:

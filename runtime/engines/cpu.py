@@ -18,7 +18,7 @@ import msgspec
 import onnxruntime as ort
 
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
+from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, PART_FROM_ROLE
 from trio_edge.runtime.bundle.reader import file_problem, sha256_of
 from trio_edge.runtime.engines.files import ENGINES_FOLDER, atomic_engines
 
@@ -101,15 +101,22 @@ def set_cpu_options(
 
 
 def broken_optimizers(bundle: Bundle, spec: GraphSpec) -> list[str]:
-    """Return those that onnxruntime 1.31 makes graphs with that it cannot load; to be removed with a release that can."""
+    """Return those that make graphs which onnxruntime itself cannot load or run; to be removed with a release that can."""
+    format_, quantization = bundle.manifest.format_of(spec), bundle.manifest.quantization
+    part = PART_FROM_ROLE.get(spec.role)
     broken = []
     if any(tensor.dtype == "int8" for tensor in spec.inputs):
-        # It moves DequantizeLinear after Transpose by a node that opset 21 does not allow (microsoft/onnxruntime issue 25526).
+        # 1.31 moves DequantizeLinear after Transpose by a node that opset 21 does not allow (microsoft/onnxruntime issue 25526).
         broken.append("QDQPropagationTransformer")
-    if bundle.manifest.format_of(spec) == "fp8":
-        # It makes integer products of FP8 inputs and weights.
+    has_int8_inputs = quantization is not None and part in quantization.inputs
+    if format_ == "fp8" or (has_int8_inputs and _version() < (1, 24)):
+        # It makes integer products of FP8 inputs and weights; 1.23 makes QGemm without the zero points that QGemm wants.
         broken.append("QDQSelectorActionTransformer")
     return broken
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", ort.__version__)[:2])
 
 
 def prepare_graphs(

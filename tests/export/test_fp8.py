@@ -193,6 +193,10 @@ def test_the_manifest_says_what_is_in_fp8_and_graphs_take_opset_19(bundle: Bundl
     assert {entry["dtype"] for entry in header.values()} == {"F8_E4M3", "F32"}
 
 
+@pytest.mark.skipif(
+    tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24),
+    reason="onnxruntime 1.23, the last one for Python 3.10, reads no FP8 selections; runs on Python 3.11 and later",
+)
 def test_a_bundle_in_fp8_answers(bundle: Bundle) -> None:
     with Pipeline.from_bundle(bundle.folder, threads=1) as pipeline:
         answer = pipeline.generate(Image.new("RGB", (30, 24), "red"), "w1 w2", max_new_tokens=4)

@@ -2,6 +2,7 @@ from datetime import datetime
 
 import numpy as np
 import pytest
+import transformers
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from trio_edge.runtime.bundle.errors import BundleError, ShapeError
@@ -43,6 +44,10 @@ CONVERSATION = [
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_rendering_equals_hugging_face(name, add_generation_prompt):
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    if name == "bos and json" and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 21):
+        pytest.skip(
+            "transformers 5.20, the last one for Python 3.10, cannot print a pixel array; runs on 3.11 and later"
+        )
     expected, _ = render_jinja_template(
         [CONVERSATION], chat_template=TEMPLATES[name], add_generation_prompt=add_generation_prompt, **tokens
     )

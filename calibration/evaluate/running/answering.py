@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trio_edge.calibration.questions import Question
+    from trio_edge.runtime.backends.interface import CpuAccuracy
     from trio_edge.runtime.images.interface import ImageProcessing
 
 OWN_SELECTION = "bundle"
@@ -74,6 +75,7 @@ class Settings:
     backend: str = "auto"
     threads: int = 1
     workers: int = 1
+    cpu_accuracy: CpuAccuracy = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,10 @@ class Answerer:
         self._asking = asking
         self._metric = METRICS[asking.settings.metric]
         self._pipeline = pipeline or Pipeline.from_bundle(
-            asking.bundle, backend=asking.settings.backend, threads=asking.settings.threads
+            asking.bundle,
+            backend=asking.settings.backend,
+            threads=asking.settings.threads,
+            cpu_accuracy=asking.settings.cpu_accuracy,
         )
         self._base_tokens = _base_tokens(self._pipeline.images)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
-from tests.pictures import noise_picture
+from tests.pictures import lays_over_white, noise_picture
 from tests.torchvision_reference import (
     LARGER_THAN_EXACT,
     MODES,
@@ -105,6 +105,7 @@ def test_a_picture_larger_than_the_exact_limit_is_within_one_level(torchvision_r
     np.testing.assert_allclose(_levels(ours, NEXT), _levels(theirs, NEXT), atol=1.01)
 
 
+@lays_over_white
 @pytest.mark.parametrize("mode", MODES)
 def test_pil_images_of_other_modes_equal_hugging_face(mode, torchvision_reference):
     theirs = torchvision_reference.theirs("LLaVA-1.5", MODES_SIZE, mode=mode)["pixel_values"]

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
+from tests.pictures import lays_over_white
 from trio_edge.runtime.bundle.errors import ImageError
 from trio_edge.runtime.images.reading import MAX_IMAGE_PIXELS, open_image
 
@@ -74,6 +75,7 @@ def test_a_file_gives_the_pixels_of_hugging_face_load_image(name, tmp_path):
     np.testing.assert_array_equal(np.asarray(open_image(path.read_bytes())), np.asarray(ours))
 
 
+@lays_over_white
 @pytest.mark.parametrize("name", [name for name in FILES if "exif" not in name])
 def test_a_pil_image_gives_the_pixels_of_hugging_face_image_processors(name, tmp_path):
     picture, file_format, options = FILES[name]()
