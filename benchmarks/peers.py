@@ -42,7 +42,13 @@ ROOT = Path(__file__).parents[1]
 EXPORT = "import sys; from trio_edge.export.cli import main; sys.exit(main())"
 TOKEN_SIDE = 28  # pixels of the square behind a visual token of Qwen2.5-VL
 PACKAGES = {
-    "openvino": ("optimum-intel==2.2.0", "openvino-genai==2026.4.1.0", "nncf==3.4.0", "pillow"),
+    "openvino": (
+        "optimum-intel==2.2.0",
+        "transformers==5.0.0",
+        "openvino-genai==2026.4.1.0",
+        "nncf==3.4.0",
+        "pillow",
+    ),
     "genai": ("onnxruntime-genai==0.18.0", "transformers==5.23.0", "onnx==1.23.2", "onnx-ir==1.1.0"),
 }
 TORCH = "torch==2.13.0"  # first, so that it is the one without CUDA where the index has such a one
@@ -88,66 +94,56 @@ class Row:
 def rows_of(options: argparse.Namespace) -> list[Row]:
     """Return all rows that the options ask for, nothing of them measured."""
     folder, here = options.folder, Path(sys.executable)
-    checkpoint, text = folder / "checkpoint", folder / "text"
-    bundles = [
-        (f"ours, {options.quantize}, {label}", keep, folder / f"ours-{keep}-{options.quantize}")
-        for keep, label in ((options.keep, f"reduced to {options.keep}"), ("all", "all tokens"))
-    ]
-    shape = f"{options.side}x{options.side}"
-    export = [str(here), "-c", EXPORT, str(checkpoint), "--quantize", options.quantize, "--image-size", shape]
-    export += ["--only-image-sizes", "--max-text", "64", "--quiet"]
+    checkpoint, text = str(folder / "checkpoint"), str(folder / "text")
+    export = [
+        str(here), "-c", EXPORT, checkpoint, "--quantize", options.quantize, "--only-image-sizes",
+        "--image-size", f"{options.side}x{options.side}", "--max-text", "64", "--quiet",
+    ]  # fmt: skip
     rows = [
-        Row(name, "ours.py", here, model, [*export, "--keep", keep, "--out"]) for name, keep, model in bundles
-    ]
+        Row(
+            f"ours, {options.quantize}, {label}", "ours.py", here, folder / f"ours-{keep}-{options.quantize}",
+            [*export, "--keep", keep, "--out"],
+        )
+        for keep, label in ((options.keep, f"reduced to {options.keep}"), ("all", "all tokens"))
+    ]  # fmt: skip
     if options.torch:
-        rows.append(Row("torch, float32, eager, all tokens", "torch_eager.py", here, checkpoint))
-    python, model = options.openvino_python, folder / "openvino-int4"
+        rows.append(Row("torch, float32, eager, all tokens", "torch_eager.py", here, Path(checkpoint)))
+    python = options.openvino_python
     convert = [
-        str(python and python.parent / "optimum-cli"),
-        "export",
-        "openvino",
-        "--model",
-        str(checkpoint),
-    ]
-    convert += ["--weight-format", "int4", "--task", "image-text-to-text"]
+        str(python and python.with_name("optimum-cli")), "export", "openvino", "--model", checkpoint,
+        "--weight-format", "int4", "--task", "image-text-to-text",
+    ]  # fmt: skip
     rows += [
         Row(
-            f"OpenVINO GenAI, int4, {label}",
-            "openvino_vlm.py",
-            python,
-            model,
-            convert,
+            f"OpenVINO GenAI, int4, {label}", "openvino_vlm.py", python, folder / "openvino-int4", convert,
             {"prune_percent": cut},
         )
         for label, cut in (("all tokens", 0), (f"CDPruner, {options.prune} % cut", options.prune))
-    ]
-    python, model = options.genai_python, folder / "onnxruntime-genai-int4"
+    ]  # fmt: skip
+    python = options.genai_python
     build = [
-        str(python),
-        "-m",
-        "onnxruntime_genai.models.builder",
-        "-m",
-        str(text),
-        "-p",
-        "int4",
-        "-e",
-        "cpu",
-    ]
-    build += ["-c", str(folder / "cache"), "--extra_options", "accuracy_level=4", "-o"]
+        str(python), "-m", "onnxruntime_genai.models.builder", "-m", text, "-p", "int4", "-e", "cpu",
+        "-c", str(folder / "cache"), "--extra_options", "accuracy_level=4", "-o",
+    ]  # fmt: skip
     name = "onnxruntime-genai, int4, decoder only: no picture, as many text tokens"
-    return [*rows, Row(name, "onnxruntime_text.py", python, model, build)]
+    return [*rows, Row(name, "onnxruntime_text.py", python, folder / "onnxruntime-genai-int4", build)]
 
 
-def install(environments: Path, name: str) -> Path:
-    """Return the interpreter of the virtual environment ``name``, which is made first if it is not there."""
-    folder = environments / name
-    if not (folder / "bin/python").exists():
-        venv.create(folder, with_pip=True)
+def install(environments: Path, name: str) -> Path | None:
+    """Return the interpreter of the virtual environment ``name``, made first if it is not there; None if that fails."""
+    folder = environments.absolute() / name
+    if not folder.exists():
+        print(f"installing {name}", file=sys.stderr, flush=True)
+        venv.create(folder, symlinks=True, with_pip=True)
         pip = [str(folder / "bin/python"), "-m", "pip"]
-        for packages in ((TORCH,), (TORCH, *PACKAGES[name])):
-            subprocess.run([*pip, "install", "-q", *packages], check=True)
-        if name in UNUSABLE:
-            subprocess.run([*pip, "uninstall", "-q", "-y", *UNUSABLE[name]], check=True)
+        try:
+            for packages in ((TORCH,), (TORCH, *PACKAGES[name])):
+                subprocess.run([*pip, "install", "-q", *packages], check=True)
+            if name in UNUSABLE:
+                subprocess.run([*pip, "uninstall", "-q", "-y", *UNUSABLE[name]], check=True)
+        except subprocess.CalledProcessError:
+            shutil.rmtree(folder)
+            return None
     return folder / "bin/python"
 
 
@@ -205,7 +201,9 @@ def measure(row: Row, request: dict[str, Any], *, seconds: int) -> Measured:
             raise MissingError(f"no answer after {seconds} s") from None
     if child.returncode:
         raise MissingError(f"exit code {child.returncode}: {last_line(errors)}")
-    measured = Measured(**json.loads(last_line(output)), resident=peaks.resident, anonymous=peaks.anonymous)
+    measured = Measured(
+        **json.loads(output.splitlines()[-1]), resident=peaks.resident, anonymous=peaks.anonymous
+    )
     if len(measured.tokens) + 1 != request["new_tokens"]:
         raise MissingError(f"gave {len(measured.tokens) + 1} of {request['new_tokens']} tokens")
     return measured
@@ -316,8 +314,8 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         make_text_only(options.folder / "text", checkpoint)
     make_picture(picture, options.side)
     if options.install:
-        options.openvino_python = options.openvino_python or install(options.install.absolute(), "openvino")
-        options.genai_python = options.genai_python or install(options.install.absolute(), "genai")
+        options.openvino_python = options.openvino_python or install(options.install, "openvino")
+        options.genai_python = options.genai_python or install(options.install, "genai")
     return {
         "picture": str(picture),
         "question": QUESTION,

@@ -1,4 +1,4 @@
-"""One answer by OpenVINO GenAI's VLMPipeline. Argument: a JSON object, see ``benchmarks/peers.py``."""
+"""One answer by OpenVINO GenAI's VLMPipeline. Argument: a JSON object, see ``measure`` in ``benchmarks/peers.py``."""
 
 import json
 import sys
@@ -13,8 +13,7 @@ from openvino import Tensor  # noqa: E402
 from PIL import Image  # noqa: E402
 
 request = json.loads(sys.argv[1])
-properties = {"INFERENCE_NUM_THREADS": request["threads"], "COMPILATION_NUM_THREADS": request["threads"]}
-pipeline = openvino_genai.VLMPipeline(request["model"], "CPU", **properties)
+pipeline = openvino_genai.VLMPipeline(request["model"], "CPU", INFERENCE_NUM_THREADS=request["threads"])
 clock.mark()
 
 

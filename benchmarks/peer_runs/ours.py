@@ -1,4 +1,4 @@
-"""One answer by trio-edge's runtime. Arguments: a JSON object, see ``Request`` in ``benchmarks/peers.py``."""
+"""One answer by trio-edge's runtime. Argument: a JSON object, see ``measure`` in ``benchmarks/peers.py``."""
 
 import json
 import sys

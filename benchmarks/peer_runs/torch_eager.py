@@ -1,4 +1,4 @@
-"""One answer by transformers' own model in torch, float32. Argument: a JSON object, see ``benchmarks/peers.py``."""
+"""One answer by transformers' own model in torch, float32. Argument: a JSON object, see ``measure`` in ``benchmarks/peers.py``."""
 
 import json
 import sys

@@ -33,7 +33,7 @@ def row(peers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def answering(row: Any, *, tokens: int = 2, before: str = "") -> Any:
     """Give the row a script that prints what a run prints, and return the row."""
     found = {"load": [2, 1], "first": [4, 3], "tokens": tokens * [[0.02, 0.01]], "prompt_tokens": 7}
-    text = json.dumps({**found, "versions": {"someone": "1.2"}})
+    text = json.dumps({**found, "versions": {"someone": "1.2", "else": "3" * 300}})
     (row.model.parent / "script.py").write_text(f"{before}\nprint('a warning')\nprint({text!r})\n")
     return row
 
@@ -56,7 +56,11 @@ def test_an_answer_is_measured_in_a_process_of_its_own(peers: Any, row: Any) -> 
         [answering(row, before="held = bytes(40_000_000); import time; time.sleep(0.3)")], REQUEST, seconds=60
     )
     (measured,) = row.rounds
-    assert (measured.load, measured.first, measured.versions) == ([2, 1], [4, 3], {"someone": "1.2"})
+    assert (measured.load, measured.first, measured.versions) == (
+        [2, 1],
+        [4, 3],
+        {"someone": "1.2", "else": "3" * 300},
+    )
     assert measured.resident > measured.anonymous > 10e6 / 4
 
 
