@@ -1,0 +1,29 @@
+"""Clock of one answer, without any package: wall and processor seconds of loading, of the first token and of each further one."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from importlib.metadata import version
+
+
+class Clock:
+    """Seconds of this process, by the wall and by its processors. Make it before any package is imported."""
+
+    def __init__(self) -> None:
+        self._marks = [(time.perf_counter(), time.process_time())]
+
+    def mark(self) -> None:
+        """Note the time: once when the model is loaded, then after each token."""
+        self._marks.append((time.perf_counter(), time.process_time()))
+
+    def report(self, *packages: str, prompt_tokens: int | None = None) -> None:
+        """Print one line of JSON: every step's seconds as (wall, processor), and the versions of ``packages``."""
+        load, first, *tokens = (
+            (after[0] - before[0], after[1] - before[1])
+            for before, after in zip(self._marks, self._marks[1:])
+        )
+        versions = {"Python": sys.version.split()[0]} | {name: version(name) for name in packages}
+        found = {"load": load, "first": first, "tokens": tokens, "versions": versions}
+        print(json.dumps(found | {"prompt_tokens": prompt_tokens}), flush=True)
