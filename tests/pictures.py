@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-
 import numpy as np
-import pytest
 from PIL import Image
-from transformers.image_transforms import convert_to_rgb
-
-lays_over_white = pytest.mark.skipif(
-    "return_numpy" not in inspect.signature(convert_to_rgb).parameters,
-    reason="needs transformers 5.23, whose processors lay transparent images over white as the runtime does;"
-    " Python 3.10 has no such release; runs on 3.11 and later",
-)
-"""For tests that compare with those processors."""
 
 
 def random_picture(width: int, height: int, *, seed: int = 0) -> Image.Image:

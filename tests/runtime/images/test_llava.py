@@ -12,7 +12,8 @@ from PIL import Image
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
-from tests.pictures import lays_over_white, noise_picture
+from tests.hugging_face import lays_over_white
+from tests.pictures import noise_picture
 from tests.torchvision_reference import (
     LARGER_THAN_EXACT,
     MODES,

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
-from tests.pictures import lays_over_white
+from tests.hugging_face import lays_over_white
 from trio_edge.runtime.bundle.errors import ImageError
 from trio_edge.runtime.images.reading import MAX_IMAGE_PIXELS, open_image
 
