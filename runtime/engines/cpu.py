@@ -88,11 +88,16 @@ def set_cpu_options(
         options.enable_mem_pattern = False  # a plan of one graph does not fit the next
         if _share_arena():
             options.add_session_config_entry("session.use_env_allocators", "1")
-    # Weights are folded into transposed copies otherwise: the head of a 3B then needs 1.2 GB more while it is loaded.
-    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "1000000")
     if accuracy == "auto":
         accuracy = "int8" if spec.weight_bytes >= _LARGE_GRAPH_BYTES else "float32"
     options.add_session_config_entry(ACCURACY_KEY, ACCURACY_LEVELS[accuracy])
+    if accuracy == "float32" and bundle.manifest.format_of(spec) == "int8":
+        # The kernel of onnxruntime 1.32 for INT8 weights and float32 inputs dequantizes all weights in every run, which is
+        # 2 s for the head of a 3B. Without it they are dequantized once.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    else:
+        # Weights are folded into transposed copies otherwise: the head of a 3B then needs 1.2 GB more while it is loaded.
+        options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "1000000")
     # INT8 weights have one scale for an output; the kernel wants one for a block of inputs, and is fastest with long blocks.
     options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")
     # Prepacking copies float weights. That pays for a decode step only; products with INT4 and INT8 weights need it.
