@@ -39,7 +39,11 @@ if TYPE_CHECKING:
 
 RUNS = Path(__file__).parent / "peer_runs"
 ROOT = Path(__file__).parents[1]
-EXPORT = "import sys; from trio_edge.export.cli import main; sys.exit(main())"
+EXPORT = (
+    "import sys\nfrom trio_edge.export.cli import main as export\nfrom trio_edge.runtime.cli.build import main as build\n"
+    "sys.exit(export() or build([sys.argv[-1], '--backend', 'onnxruntime', '--quiet']))"
+)
+"""A bundle, its graphs prepared for this CPU."""
 TOKEN_SIDE = 28  # pixels of the square behind a visual token of Qwen2.5-VL
 PACKAGES = {
     "openvino": (

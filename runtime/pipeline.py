@@ -10,6 +10,7 @@ print(answer.statistics.visual_tokens, answer.statistics.kept_tokens)
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
@@ -17,12 +18,13 @@ import numpy as np
 
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.embedding import EmbeddingTable
-from trio_edge.runtime.bundle.errors import BackendError, ShapeError
+from trio_edge.runtime.bundle.errors import BackendError, BundleError, ShapeError
 from trio_edge.runtime.bundle.graph_io import bucket_of
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.decoder import Decoder, DecoderPrompt
 from trio_edge.runtime.images.interface import image_processing
-from trio_edge.runtime.images.reading import open_image
+from trio_edge.runtime.images.reading import load_common_formats, open_image
+from trio_edge.runtime.prompts.chat import compile_template
 from trio_edge.runtime.prompts.clip_text import ClipTexts
 from trio_edge.runtime.prompts.positions import PromptPositions, mrope_positions, plain_positions
 from trio_edge.runtime.prompts.question import question_ids
@@ -144,6 +146,10 @@ class Pipeline:
         except BaseException:
             self._graphs.close()
             raise
+        # So that the first answer takes no longer than the others. A template that is refused is refused when it is used.
+        load_common_formats()
+        with suppress(BundleError):
+            compile_template(self._template)
         self._running: Generation | None = None
         """The answer whose rows the KV caches hold."""
         self._is_open = True

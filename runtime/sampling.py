@@ -27,11 +27,10 @@ _SMALLEST = 1e-30  # below it a share of the rest is rounding
 class Sampler:
     """Chooses tokens; see ``make_sampler``."""
 
-    def __init__(
-        self, *, temperature: float, top_p: float, top_k: int, generator: np.random.Generator
-    ) -> None:
+    def __init__(self, *, temperature: float, top_p: float, top_k: int, seed: int | None) -> None:
         self._temperature, self._top_p, self._top_k = temperature, top_p, top_k
-        self._generator = generator
+        # Greedy decoding draws nothing, and numpy imports its generators at first use, which takes 10 ms.
+        self._generator = None if temperature == 0.0 else np.random.default_rng(seed)
 
     def __call__(self, logits_V: NDArray[np.float32]) -> int:
         """Return the next token.
@@ -62,6 +61,7 @@ class Sampler:
         return int(ids[chosen])
 
     def _draw(self, logits: NDArray[np.float32]) -> int:
+        assert self._generator is not None  # the temperature is not 0
         # float64: the generator refuses probabilities whose float32 sum is not 1.
         scores = logits.astype(np.float64) / self._temperature
         probabilities = _nucleus(_softmax(_most_likely(scores, self._top_k)), self._top_p)
@@ -92,7 +92,7 @@ def make_sampler(
         raise ShapeError(f"top_k: expected a whole number >= 0, got {top_k!r}; use 0 to switch it off")
     if seed is not None and (not _is_whole(seed) or seed < 0):
         raise ShapeError(f"seed: expected a whole number >= 0 or None, got {seed!r}")
-    return Sampler(temperature=temperature, top_p=top_p, top_k=top_k, generator=np.random.default_rng(seed))
+    return Sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
 
 
 def _checked(logits_V: NDArray[np.float32]) -> NDArray[np.float32]:

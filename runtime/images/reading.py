@@ -100,9 +100,14 @@ def _decode_file(data: bytes, *, name: str) -> Image.Image:
         return _decode(opened, name=name, drop_alpha=True)
 
 
+def load_common_formats() -> None:
+    """Import Pillow's readers of PNG, JPEG, GIF and BMP. All forty take longer than an answer of a small model."""
+    Image.preinit()
+
+
 def _open(data: bytes) -> Image.Image:
     """Return the image before its pixels are decoded; raise what Pillow raises."""
-    Image.preinit()  # PNG, JPEG, GIF and BMP; importing all forty formats takes longer than an answer of a small model
+    load_common_formats()
     try:
         return _open_as(set(Image.OPEN), data)
     except UnidentifiedImageError:
