@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-import onnxruntime as ort
 
+from tests.reference.plain_decoder import plain_session
 from trio_edge.runtime.backends import tensorrt as backend_tensorrt
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, manifest_from_json
@@ -393,11 +393,7 @@ class Engine:
         folder = Path(description["bundle"])
         manifest = manifest_from_json((folder / MANIFEST_NAME).read_bytes(), where="here")
         self.spec = manifest.graph(description["graph"])
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        self.session = ort.InferenceSession(
-            folder / self.spec.file, options, providers=["CPUExecutionProvider"]
-        )
+        self.session = plain_session(folder, self.spec)
         cuda.engines.add(self)
 
     def create_execution_context(self, strategy: Strategy | RuntimeConfig) -> Context:

@@ -1,4 +1,4 @@
-"""ONNX Runtime: on the CPU, or on a GPU through its CUDA and TensorRT execution providers. The only file that imports it.
+"""ONNX Runtime: on the CPU, or on a GPU through its CUDA and TensorRT execution providers.
 
 Every tensor is bound to an address of the device, so hidden states and KV caches stay where they are in all three.
 """

@@ -9,22 +9,27 @@ import numpy as np
 import onnxruntime as ort
 
 from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest
+from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.decoder import greedy_nms
+from trio_edge.runtime.engines.cpu import set_cpu_options
 
 Arrays = dict[str, Any]
+
+
+def plain_session(folder: Path, spec: GraphSpec) -> ort.InferenceSession:
+    """Return a session of one graph with the runtime's own settings: others may add in another order."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    set_cpu_options(options, open_bundle(folder), spec, accuracy="auto")
+    return ort.InferenceSession(folder / spec.file, options, providers=["CPUExecutionProvider"])
 
 
 class PlainDecoder:
     """Prefill and decode of one sequence with inputs_embeds [1, S, D]."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
         self.manifest = manifest
-        self.sessions = {
-            spec.name: ort.InferenceSession(folder / spec.file, options, providers=["CPUExecutionProvider"])
-            for spec in manifest.graphs
-        }
+        self.sessions = {spec.name: plain_session(folder, spec) for spec in manifest.graphs}
         self.kept: list[Any] = []
         self.scores: list[Any] = []
         self.num_repaired = 0
