@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 
 from tests.bundles import export
@@ -129,6 +132,27 @@ def test_a_file_outside_the_folder_is_refused(bundle: Path, tmp_path: Path) -> N
     graphs["prefix"][0]["file"] = "../../../elsewhere.onnx"
     _changed(bundle, graphs=graphs)
     with pytest.raises(BackendError, match="inside the bundle"):
+        Pipeline.from_bundle(bundle, backend="onnxruntime")
+
+
+@pytest.mark.skipif(
+    tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24),
+    reason="onnxruntime 1.23, the last one for Python 3.10, follows such paths; runs on Python 3.11 and later",
+)
+def test_weights_outside_the_folder_are_refused(bundle: Path, tmp_path: Path) -> None:
+    folder = bundle / "engines" / CPU_TARGET
+    shutil.copy(folder / "prefix.data", tmp_path / "elsewhere.data")
+    model = onnx.load(folder / "prefix.onnx", load_external_data=False)
+    for initializer in model.graph.initializer:
+        for entry in initializer.external_data:
+            if entry.key == "location":
+                entry.value = "../../../elsewhere.data"
+    onnx.save(model, folder / "prefix.onnx")
+    graphs = json.loads(_graphs_json(bundle).read_text())["graphs"]
+    written = (folder / "prefix.onnx").read_bytes()
+    graphs["prefix"][0] |= {"num_bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
+    _changed(bundle, graphs=graphs)
+    with pytest.raises(BackendError, match=r"prefix\.onnx: expected a graph that onnxruntime"):
         Pipeline.from_bundle(bundle, backend="onnxruntime")
 
 
