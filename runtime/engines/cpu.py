@@ -182,9 +182,11 @@ def open_prepared(bundle: Bundle, *, accuracy: CpuAccuracy) -> Prepared:
         "schema_version": _SCHEMA_VERSION,
         "onnxruntime_version": ort.__version__,
         "processor": processor_key(),
-        "cpu_accuracy": accuracy,
         "manifest_sha256": sha256_of(bundle.folder / MANIFEST_NAME),
     }
+    if found.cpu_accuracy != accuracy:
+        reason = f"expected cpu_accuracy {accuracy}, they have {found.cpu_accuracy}"
+        return Prepared({}, (f"prepared graphs are not used: {reason}; ask for that, or go on without",))
     for name, value in here.items():
         if getattr(found, name) != value:
             reason = f"expected {name} {value}, they have {getattr(found, name)}"
