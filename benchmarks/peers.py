@@ -44,7 +44,7 @@ EXPORT = (
     "sys.exit(export() or build([sys.argv[-1], '--backend', 'onnxruntime', '--quiet']))"
 )
 """A bundle, its graphs prepared for this CPU."""
-TOKEN_SIDE = 28  # pixels of the square behind a visual token of Qwen2.5-VL
+TOKEN_SIDE = 28  # a visual token of Qwen2.5-VL shows a square of so many pixels
 PACKAGES = {
     "openvino": (
         "optimum-intel==2.2.0",

@@ -189,7 +189,7 @@ def import_torchvision(folder: Path) -> ModuleType:
 def _resize_alike_on_every_processor() -> None:
     """Let torchvision resize bilinearly in whole numbers, as it does wherever torch finds AVX2.
 
-    Elsewhere it resizes in floating point, and rounds some values to the level beside.
+    Elsewhere it resizes in floating point, and rounds some values to a neighbouring level.
     """
     from torchvision.transforms.v2.functional import _geometry
 

@@ -181,7 +181,7 @@ class Choice:
 
     @property
     def shortfall(self) -> float:
-        """How many times too slow it is; at most 1 if it is fast enough."""
+        """Returns the factor by which it is too slow; at most 1 if it is fast enough."""
         return self.goal.shortfall(self.prediction)
 
     @property

@@ -35,7 +35,7 @@ _FILE_NAME = "graphs.json"
 _SCHEMA_VERSION = 1
 ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
 ACCURACY_LEVELS = {"float32": "1", "int8": "4"}
-"""Of ONNX Runtime's MatMulNBits: the type that its inputs are rounded to."""
+"""Accuracy levels of ONNX Runtime's MatMulNBits, by the type that it rounds inputs to."""
 _LARGE_GRAPH_BYTES = 32 << 20
 """Weights from which rounded inputs save time that a user notices; a smaller graph takes a few milliseconds anyway."""
 _PREFILL_ROLES = ("vision", "clip_text", "reduce", "select")
@@ -69,7 +69,7 @@ class PreparedGraphs(_Spec, frozen=True):
 
 
 class Prepared(NamedTuple):
-    """What a backend loads in place of a bundle's own graphs."""
+    """Graphs that a backend loads instead of the bundle's own."""
 
     files: dict[str, Path]
     """ONNX file by graph."""
@@ -150,7 +150,7 @@ def prepare_graphs(
         for spec in specs:
             started(spec)
             _prepare(bundle, spec, folder, accuracy=accuracy)
-            files = (folder / f"{spec.name}.onnx", folder / f"{spec.name}.data")
+            files = (folder / name for name in _file_names(spec.name)[0])
             graphs[spec.name] = tuple(_described(file) for file in files if file.exists())
         found = PreparedGraphs(
             schema_version=_SCHEMA_VERSION,
@@ -192,13 +192,23 @@ def open_prepared(bundle: Bundle, *, accuracy: CpuAccuracy) -> Prepared:
             reason = f"expected {name} {value}, they have {getattr(found, name)}"
             return Prepared({}, (f"prepared graphs are not used: {reason}; {again}",))
     files = {}
-    for name, entries in found.graphs.items():
+    for name in (spec.name for spec in bundle.manifest.graphs if spec.name in found.graphs):
+        entries = found.graphs[name]
+        if tuple(entry.file for entry in entries) not in _file_names(name):
+            raise BackendError(
+                f"{folder}: expected {name}.onnx and its data inside the bundle, got others; {again}"
+            )
         for entry in entries:
             problem = file_problem(folder / entry.file, entry, root=folder.resolve(), hash_all=False)
             if problem is not None:
                 raise BackendError(f"{problem}; {again}")
         files[name] = folder / entries[0].file
     return Prepared(files, ())
+
+
+def _file_names(graph: str) -> tuple[tuple[str, ...], ...]:
+    """Return the files that a prepared graph can have: with weights in a file of their own, and without."""
+    return (f"{graph}.onnx", f"{graph}.data"), (f"{graph}.onnx",)
 
 
 def processor_key() -> str:

@@ -156,6 +156,16 @@ def test_weights_outside_the_folder_are_refused(bundle: Path, tmp_path: Path) ->
         Pipeline.from_bundle(bundle, backend="onnxruntime")
 
 
+@pytest.mark.parametrize(
+    "files", [[], [{"file": "a\0b", "num_bytes": 1, "sha256": ""}]], ids=["none", "odd name"]
+)
+def test_a_graph_with_other_files_is_refused(bundle: Path, files: list[dict[str, Any]]) -> None:
+    graphs = json.loads(_graphs_json(bundle).read_text())["graphs"]
+    _changed(bundle, graphs={**graphs, "prefix": files})
+    with pytest.raises(BackendError, match=r"expected prefix\.onnx and its data inside the bundle"):
+        Pipeline.from_bundle(bundle, backend="onnxruntime")
+
+
 def test_an_interrupted_preparation_leaves_nothing(
     reduced_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +206,6 @@ def test_options_of_tensorrt_are_refused_for_the_cpu(
 def test_small_graphs_are_computed_in_float32_and_rounded_inputs_change_little(int4_bundle: Path) -> None:
     logits = {accuracy: _answer(int4_bundle, cpu_accuracy=accuracy)[1] for accuracy in ("auto", "float32")}
     np.testing.assert_array_equal(logits["auto"], logits["float32"])
-    # The shared checkpoint's inputs are too narrow for ONNX Runtime's rounding kernels to matter; both must stay near.
     rounded = _answer(int4_bundle, cpu_accuracy="int8")[1]
     assert np.abs(rounded - logits["float32"]).max() < 0.1 * np.abs(logits["float32"]).max()
 
