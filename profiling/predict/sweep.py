@@ -181,7 +181,7 @@ class Choice:
 
     @property
     def shortfall(self) -> float:
-        """Returns the factor by which it is too slow; at most 1 if it is fast enough."""
+        """Factor by which it is too slow; at most 1 if it is fast enough."""
         return self.goal.shortfall(self.prediction)
 
     @property
