@@ -133,10 +133,11 @@ def _vision_graph(inner: Any, vision: Any, *, processing: ImageProcessing, dtype
     inv_freq, keep = torch.empty(len(values), dtype=torch.float32), processing.encoder_keep
     outputs = [TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", vision.out_hidden_size))]
     module: WindowedVision | ReducedWindowedVision
+    most = processing.any_image_sizes()[-1]["P"]
     if keep is None:
-        module = WindowedVision(inner.visual, inv_freq=inv_freq)
+        module = WindowedVision(inner.visual, inv_freq=inv_freq, max_patches=most)
     else:
-        module = ReducedWindowedVision(inner.visual, inv_freq=inv_freq, num_keep=keep)
+        module = ReducedWindowedVision(inner.visual, inv_freq=inv_freq, max_patches=most, num_keep=keep)
         outputs.append(TensorSpec(name=KEPT_TOKENS, dtype="int32", shape=(keep,)))
     return VisionGraph(
         module=module,

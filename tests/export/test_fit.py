@@ -12,11 +12,12 @@ from trio_edge.export.cli import main
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.profiling.predict.models import MODELS
 from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.manifest import VisionDimensions
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.trio.budgets import preset_schedule
 from trio_edge.trio.cost.devices import DEVICES, find_device
-from trio_edge.trio.cost.memory import Texts, Tiles, TokenSelection
+from trio_edge.trio.cost.memory import Texts, Tiles, TokenSelection, num_head_blocks, tiles_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,6 +137,26 @@ def test_quantized_parts_are_smaller_and_leave_the_rest() -> None:
 def test_activations_hold_the_attention_scores_of_the_first_range() -> None:
     rows = 2880 + 256
     assert estimate(llava_next_7b(), usable_bytes=0).parts["activations"] > 32 * rows**2 * (4 + 2)
+
+
+def test_a_whole_image_needs_the_scores_of_one_block_of_heads() -> None:
+    tower = VisionDimensions(
+        num_layers=32, hidden_size=1280, intermediate_size=3420, patches_per_tile=None, projector_weights=0
+    )
+    tiles = tiles_of(tower, {"P": 5184, "N": 1296})
+    inputs = dataclasses.replace(
+        llava_next_7b(schedule=Schedule(), max_text=8), picture=Picture(num_visual=8, tiles=tiles)
+    )
+    scores = 5184**2 * 2 * 2
+    assert estimate(inputs, usable_bytes=0).parts["activations"] == 6 * 5184 * 1280 * 2 + scores
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_patches", "blocks"),
+    [(16, 1024, 1), (16, 1025, 2), (16, 2304, 8), (16, 5120, 16), (16, 65536, 16), (0, 10, 1)],
+)
+def test_blocks_of_heads_are_equal_and_as_few_as_fit(num_heads: int, num_patches: int, blocks: int) -> None:
+    assert num_head_blocks(num_heads, num_patches) == blocks
 
 
 def test_int8_caches_are_half_of_float16_ones() -> None:

@@ -24,6 +24,7 @@ from tests.windowed_vision import (
     random_vision_encoder,
 )
 from trio_edge.export.check.tensorrt import require_supported
+from trio_edge.export.graphs.vision import windowed
 from trio_edge.export.graphs.vision.windowed import INV_FREQ_NAME, WindowedVision
 from trio_edge.runtime.bundle.manifest import TensorSpec
 
@@ -42,6 +43,8 @@ SIZES = {
     "one_column": (30, 300),
 }
 LARGEST = PROCESSING.any_image_sizes()[-1]
+IN_BLOCKS = 10_000
+"""Patches of which two heads have so many scores that each is computed alone."""
 TOLERANCES = {"float32": {"rtol": 1e-5, "atol": 1e-5}, "float16": {"rtol": 0.0, "atol": 2e-2}}
 """Reordered sums of a few blocks; in float16 weights and activations are rounded. Outputs are about 1."""
 
@@ -53,7 +56,7 @@ def visual() -> Qwen2_5_VisionTransformerPretrainedModel:
 
 @pytest.fixture(scope="module")
 def module(visual: Qwen2_5_VisionTransformerPretrainedModel) -> WindowedVision:
-    return WindowedVision(visual, inv_freq=inv_freq_of(visual))
+    return WindowedVision(visual, inv_freq=inv_freq_of(visual), max_patches=LARGEST["P"])
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["exact", "padded"])
@@ -73,7 +76,7 @@ def test_window_attention_is_not_attention_over_the_picture(
 ) -> None:
     size = SIZES["border_windows"]
     inputs = PROCESSING.prepare(random_picture(*size))
-    everywhere = WindowedVision(visual, inv_freq=inv_freq_of(visual))
+    everywhere = WindowedVision(visual, inv_freq=inv_freq_of(visual), max_patches=LARGEST["P"])
     everywhere.encoder.full_blocks = frozenset(range(ALL_BLOCKS["depth"]))
     tokens = everywhere(*map(torch.from_numpy, inputs.values())).numpy()
     assert np.abs(tokens - hugging_face_tokens(visual, inputs, size)).max() > 0.1
@@ -107,15 +110,35 @@ def test_float16_holds_activations_beyond_its_range() -> None:
     expected = hugging_face_tokens(visual, inputs, (100, 60))
     half = visual.half()
     assert not np.isfinite(hugging_face_tokens(half, inputs, (100, 60))).all()
-    tokens = WindowedVision(half, inv_freq=inv_freq_of(half))(*map(torch.from_numpy, inputs.values()))
+    tokens = WindowedVision(half, inv_freq=inv_freq_of(half), max_patches=LARGEST["P"])(
+        *map(torch.from_numpy, inputs.values())
+    )
     np.testing.assert_allclose(tokens.numpy(), expected, **TOLERANCES["float16"])
 
 
-@pytest.fixture(scope="module", params=["float32", "float16"])
+@pytest.mark.parametrize("name", SIZES)
+def test_attention_in_blocks_of_heads_equals_hugging_face(
+    name: str,
+    visual: Qwen2_5_VisionTransformerPretrainedModel,
+    module: WindowedVision,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(windowed, "num_head_blocks", lambda num_heads, _num_patches: num_heads)
+    inputs = PROCESSING.prepare(random_picture(*SIZES[name]), LARGEST)
+    expected = hugging_face_tokens(visual, inputs, SIZES[name])
+    tokens = module(*map(torch.from_numpy, inputs.values())).numpy()
+    np.testing.assert_allclose(tokens[: len(expected)], expected, **TOLERANCES["float32"])
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("float32", LARGEST["P"]), ("float32", IN_BLOCKS), ("float16", IN_BLOCKS)],
+    ids=["float32", "float32_in_blocks", "float16_in_blocks"],
+)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    dtype = request.param
+    dtype, max_patches = request.param
     path = export_vision(
-        lambda visual, inv_freq: WindowedVision(visual, inv_freq=inv_freq),
+        lambda visual, inv_freq: WindowedVision(visual, inv_freq=inv_freq, max_patches=max_patches),
         random_vision_encoder(**FEW_BLOCKS),
         tmp_path_factory.mktemp("windowed"),
         outputs=(TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", OUT)),),
@@ -134,6 +157,15 @@ def test_exported_graph_equals_hugging_face_at_every_size(exported: tuple[Path, 
             expected = hugging_face_tokens(visual, inputs, size)
             (tokens,) = session.run(None, inputs)
             np.testing.assert_allclose(tokens[: len(expected)], expected, **TOLERANCES[dtype], err_msg=name)
+
+
+def test_scores_over_a_large_picture_are_computed_head_by_head(
+    exported: tuple[Path, str], request: pytest.FixtureRequest
+) -> None:
+    path, _ = exported
+    in_windows, over_the_picture = 1, 2 if request.node.callspec.id.endswith("in_blocks") else 1
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    assert [node.op_type for node in nodes].count("Softmax") == in_windows + over_the_picture
 
 
 def test_exported_graph_holds_no_weights(exported: tuple[Path, str]) -> None:

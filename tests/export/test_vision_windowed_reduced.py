@@ -27,6 +27,7 @@ from tests.windowed_vision import (
     random_vision_encoder,
 )
 from trio_edge.export.check.tensorrt import require_supported
+from trio_edge.export.graphs.vision import windowed
 from trio_edge.export.graphs.vision.windowed import ReducedWindowedVision, check_windowed_keep, select_tokens
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.manifest import TensorSpec
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 KEEP = 11
+LARGEST = PROCESSING.any_image_sizes()[-1]
 SIZES = {
     "square": (196, 196),
     "wide": (350, 130),
@@ -115,16 +117,22 @@ def expected(
 def reduced_inputs(size: tuple[int, int], *, padded: bool = False) -> dict[str, NDArray[Any]]:
     """Room for K tokens; token_index picks the rows that a picture has."""
     own = PROCESSING.sizes(*size)
-    sizes = PROCESSING.any_image_sizes()[-1] if padded else {**own, "P": max(own["P"], 4 * KEEP)}
+    sizes = LARGEST if padded else {**own, "P": max(own["P"], 4 * KEEP)}
     inputs = PROCESSING.prepare(random_picture(*size), {**sizes, "N": own["N"]})
     return {**inputs, "token_index": np.arange(min(KEEP, own["N"]), dtype=np.int32)}
 
 
+@pytest.mark.parametrize("blocks", [1, 2], ids=["all_heads", "in_blocks"])
 @pytest.mark.parametrize("padded", [False, True], ids=["exact", "padded"])
 @pytest.mark.parametrize("name", SIZES)
-def test_reduced_tokens_equal_the_specification(name: str, padded: bool) -> None:
+def test_reduced_tokens_equal_the_specification(
+    name: str, padded: bool, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windowed, "num_head_blocks", lambda _num_heads, _num_patches: blocks)
     size, visual = SIZES[name], random_vision_encoder(**ALL_BLOCKS)
-    module = ReducedWindowedVision(visual, inv_freq=inv_freq_of(visual), num_keep=KEEP)
+    module = ReducedWindowedVision(
+        visual, inv_freq=inv_freq_of(visual), max_patches=LARGEST["P"], num_keep=KEEP
+    )
     tokens, kept = module(*map(torch.from_numpy, reduced_inputs(size, padded=padded).values()))
     expected_tokens, expected_kept = expected(
         visual, PROCESSING.prepare(random_picture(*size)), size, keep=KEEP
@@ -192,10 +200,12 @@ def test_an_encoder_whose_last_block_sees_windows_only_is_refused() -> None:
         check_windowed_keep(10, max_visual=60, vision_config=config)
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[LARGEST["P"], 10_000], ids=["all_heads", "in_blocks"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_vision(
-        lambda visual, inv_freq: ReducedWindowedVision(visual, inv_freq=inv_freq, num_keep=KEEP),
+        lambda visual, inv_freq: ReducedWindowedVision(
+            visual, inv_freq=inv_freq, max_patches=request.param, num_keep=KEEP
+        ),
         random_vision_encoder(**FEW_BLOCKS),
         tmp_path_factory.mktemp("reduced"),
         outputs=(
@@ -226,4 +236,4 @@ def test_exported_graph_is_supported_by_the_tensorrt_of_both_jetpacks(exported: 
 
 def test_exported_graph_builds_in_tensorrt(exported: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="has wheels for x86-64 Linux only; runs in CI")
-    assert build_in_tensorrt(trt, exported, ({**PROCESSING.any_image_sizes()[-1], "N": KEEP},)) is not None
+    assert build_in_tensorrt(trt, exported, ({**LARGEST, "N": KEEP},)) is not None

@@ -5,7 +5,8 @@ letters of ``trio_edge.trio.saliency``, I the intermediate size, S a graph's lar
 
     layer range   3 S D b + new KV rows + 4 S² + max(S (H + 2 G) E b + H S² (4 + b), 3 S I b)
     select        3 S D b + 8 S D + 8 N² + R V (4 + b)
-    vision        6 P F b + max((F / 64) P² 2 b, 2 P J b) per tile of P patches, width F, MLP width J
+    vision        6 P F b + max((F / 64) P² 2 b / A, 2 P J b) per tile of P patches, width F, MLP width J; attention of a
+                  whole image of P patches is computed in A = ``num_head_blocks`` parts, that of a tile in one
     head          S D b + 4 V
     clip_text     as vision, of M texts of L tokens, width Z, MLP width 4 Z
     reduce        8 N W + 12 N², width W of what is compared; 5 K N where nothing is
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
     from trio_edge.runtime.bundle.schedule import Schedule
 
+_BLOCK_BYTES = 64 << 20
+"""Of a block's scores. Fewer bytes save little, as the other activations are as large by then."""
 _CLIP_MLP = 4
 """Width of the MLP of CLIP's text towers, in widths of the tower, which is as wide as the space shared with images."""
 
@@ -38,6 +41,8 @@ class Tiles(NamedTuple):
     """Patches of each tile."""
     hidden_size: int
     intermediate_size: int
+    head_blocks: int = 1
+    """A: parts of the attention heads that are computed one after the other."""
 
 
 class TokenSelection(NamedTuple):
@@ -102,7 +107,23 @@ def kv_cache_bytes(ranges: Sequence[tuple[int, int]], *, other_rows: int, row_by
 
 def tiles_of(tower: VisionDimensions, sizes: Mapping[str, int]) -> Tiles:
     """Return the tiles for the sizes of a vision profile."""
-    return Tiles(*tiles_and_patches(tower, sizes), tower.hidden_size, tower.intermediate_size)
+    num_tiles, patches = tiles_and_patches(tower, sizes)
+    is_whole = tower.patches_per_tile is None
+    blocks = num_head_blocks(tower.hidden_size // VISION_HEAD_SIZE, patches) if is_whole else 1
+    return Tiles(num_tiles, patches, tower.hidden_size, tower.intermediate_size, blocks)
+
+
+def num_head_blocks(num_heads: int, num_patches: int) -> int:
+    """Return the number of equal blocks of heads in which attention over a whole image is computed.
+
+    It is the least that keeps a block's float32 scores below 64 MiB, or one head each. Heads are divided, not rows: their
+    number does not depend on the image.
+    """
+    for blocks in range(1, num_heads):
+        block_heads, others = divmod(num_heads, blocks)
+        if others == 0 and block_heads * 4 * num_patches**2 <= _BLOCK_BYTES:
+            return blocks
+    return max(1, num_heads)
 
 
 def largest_activations(
@@ -175,6 +196,6 @@ def _select_bytes(decoder: Dimensions, num_visual: int, rows: int, probe_rows: i
 
 def _vision_bytes(tiles: Tiles, size: int) -> int:
     patches, width = tiles.patches, tiles.hidden_size
-    scores = width // VISION_HEAD_SIZE * patches**2 * 2 * size
+    scores = width // VISION_HEAD_SIZE // tiles.head_blocks * patches**2 * 2 * size
     mlp = 2 * patches * tiles.intermediate_size * size
     return tiles.num_tiles * (6 * patches * width * size + max(scores, mlp))

@@ -13,7 +13,8 @@
 |                     |          |         | encoder reduction only. An image of n <= K tokens keeps all: its first n |
 
 Most blocks attend inside windows: queries, keys and values are gathered into [W, Q] and the result is gathered back, so
-their cost grows with P * Q. A few attend over all P patches. All that depends on the image is in the index inputs.
+their cost grows with P * Q. A few attend over all P patches, some heads after the others: all heads' scores would be the
+largest memory of a process. All that depends on the image is in the index inputs.
 P is a multiple of the patches of a visual token; with encoder reduction it has room for K tokens.
 
 Padding patches must be finite: their values reach no real patch, but they are multiplied by weights that are zero.
@@ -37,6 +38,7 @@ from trio_edge.export.graphs.attention import MASKED
 from trio_edge.export.graphs.linear_groups import LinearGroup, gated_mlp_groups, projector_groups
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.budgets import MAX_TOPK
+from trio_edge.trio.cost.memory import num_head_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,16 +57,17 @@ _HEADROOM = 64.0  # a power of two: scaling by it rounds nothing
 class WindowedVision(nn.Module):
     """Encoder, merger of neighbouring patches, and the gather that puts the visual tokens in order."""
 
-    def __init__(self, visual: nn.Module, *, inv_freq: Tensor) -> None:
+    def __init__(self, visual: nn.Module, *, inv_freq: Tensor, max_patches: int) -> None:
         """Take the parts of ``visual``.
 
         Args:
             visual: transformers' Qwen2_5_VisionTransformerPretrainedModel.
             inv_freq: [E/4] ``inverse_frequencies``; without values under FakeTensorMode.
+            max_patches: Largest P of any image.
         """
         super().__init__()
         core: Any = visual
-        self.encoder = WindowedEncoder(visual, inv_freq=inv_freq)
+        self.encoder = WindowedEncoder(visual, inv_freq=inv_freq, max_patches=max_patches)
         self.merger: nn.Module = core.merger
 
     def forward(
@@ -93,19 +96,22 @@ class ReducedWindowedVision(nn.Module):
     it is a number, so that all later shapes are fixed.
     """
 
-    def __init__(self, visual: nn.Module, *, inv_freq: Tensor, num_keep: int) -> None:
+    def __init__(self, visual: nn.Module, *, inv_freq: Tensor, max_patches: int, num_keep: int) -> None:
         """Take the parts of ``visual``.
 
         Args:
             visual: transformers' Qwen2_5_VisionTransformerPretrainedModel; its last block must be one that sees the
                 whole image.
             inv_freq: [E/4] ``inverse_frequencies``; without values under FakeTensorMode.
+            max_patches: Largest P of any image.
             num_keep: K, see ``check_windowed_keep``.
         """
         super().__init__()
         core: Any = visual
         observed = (min(core.fullatt_block_indexes), len(core.blocks) - 1)
-        self.encoder = WindowedEncoder(visual, inv_freq=inv_freq, observed_blocks=observed)
+        self.encoder = WindowedEncoder(
+            visual, inv_freq=inv_freq, max_patches=max_patches, observed_blocks=observed
+        )
         self.merger: nn.Module = core.merger
         self.merge_size = int(core.spatial_merge_size)
         self.num_keep = num_keep
@@ -194,12 +200,15 @@ class WindowedEncoder(nn.Module):
 
     inv_freq: Tensor
 
-    def __init__(self, visual: nn.Module, *, inv_freq: Tensor, observed_blocks: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, visual: nn.Module, *, inv_freq: Tensor, max_patches: int, observed_blocks: tuple[int, ...] = ()
+    ) -> None:
         """Take the parts of ``visual``.
 
         Args:
             visual: transformers' Qwen2_5_VisionTransformerPretrainedModel.
             inv_freq: [E/4] ``inverse_frequencies``.
+            max_patches: Largest P of a graph whose P is dynamic.
             observed_blocks: Blocks with attention over the whole image whose received attention is returned.
         """
         super().__init__()
@@ -207,6 +216,7 @@ class WindowedEncoder(nn.Module):
         self.patch_embed: nn.Module = core.patch_embed
         self.blocks: nn.ModuleList = core.blocks
         self.full_blocks = frozenset(core.fullatt_block_indexes)
+        self.max_patches = max_patches
         self.observed_blocks = observed_blocks
         self.register_buffer("inv_freq", inv_freq)
 
@@ -230,18 +240,24 @@ class WindowedEncoder(nn.Module):
         shape_WQ = window_slots.shape
         in_windows = torch.unflatten(patch_positions.index_select(1, patch_of_slot), 1, shape_WQ)
         windows = self._rows(in_windows, is_used_WQ)
+        # an axis that is traced as dynamic has no number
+        num_rows = pixel_values.shape[0] if isinstance(pixel_values.shape[0], int) else self.max_patches
         received = []
         block: Any
         for index, block in enumerate(self.blocks):
             qkv_P = block.attn.qkv(block.norm1(hidden_PD).to(block.attn.qkv.weight.dtype))
             if index in self.full_blocks:
-                mixed_1PD, weights_1HPP = attention(block.attn, qkv_P[None], whole)
-                mixed_PD = mixed_1PD[0]
+                head_blocks = num_head_blocks(block.attn.num_heads, num_rows)
                 if index in self.observed_blocks:
-                    received.append(received_attention(weights_1HPP[0], is_real_P))
+                    mixed_PD, received_P = observed_attention(
+                        block.attn, qkv_P, whole, is_real_P, head_blocks=head_blocks
+                    )
+                    received.append(received_P)
+                else:
+                    mixed_PD = attention(block.attn, qkv_P[None], whole, head_blocks=head_blocks)[0]
             else:
                 qkv_WQ = torch.unflatten(qkv_P.index_select(0, patch_of_slot), 0, shape_WQ)
-                mixed_PD = attention(block.attn, qkv_WQ, windows)[0].flatten(0, 1).index_select(0, patch_slot)
+                mixed_PD = attention(block.attn, qkv_WQ, windows).flatten(0, 1).index_select(0, patch_slot)
             hidden_PD = hidden_PD + block.attn.proj(mixed_PD).float()
             hidden_PD = hidden_PD + _mlp(block.mlp, block.norm2(hidden_PD))
         return hidden_PD, received
@@ -283,23 +299,55 @@ def _mlp(mlp: Any, normed_PD: Tensor) -> Tensor:
     return torch.add(product, down.bias.float())
 
 
-def attention(module: Any, qkv_BRX: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Return attention of each group of rows over itself, [B, R, D], and its float32 weights [B, H, R, R].
+def attention(module: Any, qkv_BRX: Tensor, rows: Rows, *, head_blocks: int = 1) -> Tensor:
+    """Return attention of each group of rows over itself, [B, R, D].
 
     Args:
         module: transformers' Qwen2_5_VLVisionAttention; only its sizes are read.
         qkv_BRX: [B, R, 3 D], queries, keys and values.
         rows: Tables for the same B and R.
+        head_blocks: Parts of equally many heads that are computed one after the other.
     """
+    mixed = [mixed_BhRE for _, mixed_BhRE in _head_blocks(module, qkv_BRX, rows, head_blocks)]
+    mixed_BHRE = mixed[0] if head_blocks == 1 else torch.cat(mixed, dim=1)
+    return mixed_BHRE.transpose(1, 2).flatten(2)
+
+
+def observed_attention(
+    module: Any, qkv_PX: Tensor, whole: Rows, is_real_P: Tensor, *, head_blocks: int
+) -> tuple[Tensor, Tensor]:
+    """Return attention over the whole image, [P, D], and the attention that each patch receives, [P] float32.
+
+    Received is the sum over heads, the mean over real queries.
+    """
+    query_P = is_real_P.to(torch.float32)
+    mean_11P = (query_P / query_P.sum())[None, None]
+    blocks = []
+    for weights_1hPP, mixed_1hPE in _head_blocks(module, qkv_PX[None], whole, head_blocks):
+        received_P1 = torch.matmul(mean_11P, weights_1hPP[0]).sum(dim=0).transpose(0, 1)
+        # One tensor for both. A runtime may leave what only the end of the graph reads to the end, with all weights alive.
+        blocks.append(torch.cat([mixed_1hPE[0].transpose(0, 1).flatten(1).float(), received_P1], dim=1))
+    both = torch.stack(blocks, dim=1)
+    return both[..., :-1].flatten(1).to(qkv_PX.dtype), both[..., -1].sum(dim=1)
+
+
+def _head_blocks(
+    module: Any, qkv_BRX: Tensor, rows: Rows, head_blocks: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield float32 weights [B, h, R, R] and mixed values [B, h, R, E] of h heads at a time."""
     heads, size = module.num_heads, module.head_dim
     rotated = _rotated(torch.unflatten(qkv_BRX[..., : 2 * module.dim], -1, (2 * heads, size)), rows)
-    query, key = rotated[:, :, :heads], rotated[:, :, heads:]
-    value = torch.unflatten(qkv_BRX[..., 2 * module.dim :], -1, (heads, size))
     # scaling the query, not the scores, keeps float16 scores in range
-    scores_BHRR = torch.matmul((query * module.scaling).transpose(1, 2), key.permute(0, 2, 3, 1))
-    weights_BHRR = torch.softmax(scores_BHRR.float() + rows.mask_B11R, dim=-1)
-    mixed_BHRE = torch.matmul(weights_BHRR.to(value.dtype), value.transpose(1, 2))
-    return mixed_BHRE.transpose(1, 2).flatten(2), weights_BHRR
+    query, key = rotated[:, :, :heads] * module.scaling, rotated[:, :, heads:]
+    value = torch.unflatten(qkv_BRX[..., 2 * module.dim :], -1, (heads, size))
+    step = heads // head_blocks
+    for start in range(0, heads, step):
+        query_BRhE, key_BRhE, value_BRhE = (
+            states[:, :, start : start + step] for states in (query, key, value)
+        )
+        scores_BhRR = torch.matmul(query_BRhE.transpose(1, 2), key_BRhE.permute(0, 2, 3, 1))
+        weights_BhRR = torch.softmax(scores_BhRR.float() + rows.mask_B11R, dim=-1)
+        yield weights_BhRR, torch.matmul(weights_BhRR.to(value.dtype), value_BRhE.transpose(1, 2))
 
 
 def _rotated(states_BRHE: Tensor, rows: Rows) -> Tensor:
@@ -308,12 +356,6 @@ def _rotated(states_BRHE: Tensor, rows: Rows) -> Tensor:
     half = states.shape[-1] // 2
     turned = torch.cat([-states[..., half:], states[..., :half]], dim=-1)
     return (states * rows.cos_BR1E + turned * rows.sin_BR1E).to(states_BRHE.dtype)
-
-
-def received_attention(weights_HPP: Tensor, is_real_P: Tensor) -> Tensor:
-    """Return the attention that each patch receives, [P]: the sum over heads, the mean over real queries."""
-    query_P = is_real_P.to(weights_HPP.dtype)
-    return torch.matmul(query_P / query_P.sum(), weights_HPP.sum(dim=0))
 
 
 def select_tokens(
