@@ -38,24 +38,28 @@ def chosen_profile(graph: GraphSpec, phase: str) -> Profile | None:
 
 
 def measured(folder: Path, manifest: Manifest, *, repeats: int) -> dict[tuple[str, str], tuple[float, float]]:
-    """Return milliseconds and GFLOP of every graph, by phase and name."""
+    """Return milliseconds and GFLOP of every graph, or piece of one, by phase and name."""
     found = {}
-    for graph in manifest.graphs:
-        session = single_thread_session(folder / graph.file)
+    parts = [(graph, part) for graph in manifest.graphs for part in graph.split()]
+    for graph, part in parts:
+        session = single_thread_session(folder / part.file)
         for phase in ("prefill", "decode"):
-            profile = chosen_profile(graph, phase)
+            profile = chosen_profile(part, phase)
             if profile is None:
                 continue
-            run = functools.partial(session.run, None, inputs_for(graph, profile))
+            run = functools.partial(session.run, None, inputs_for(part, profile))
             seconds = median_seconds(run, repeats=repeats)
-            found[phase, graph.name] = (1e3 * seconds, graph_work(manifest, graph, profile).flops / 1e9)
+            found[phase, part.name] = (1e3 * seconds, graph_work(manifest, graph, profile).flops / 1e9)
     return found
 
 
 def _place(graph: GraphSpec) -> tuple[float, bool]:
     """Return what sorts graphs in the order in which they run."""
-    ends = {"clip_text": -3.0, "vision": -2.0, "reduce": -1.0, "head": math.inf}
-    return ends[graph.role] if graph.first_layer is None else graph.first_layer, graph.role != "select"
+    ends = {"clip_text": -3.0, "vision": -2.0, "reduce": -1.0, "head": math.inf, "probe": math.inf}
+    return ends[graph.role] if graph.first_layer is None else graph.first_layer, graph.role not in (
+        "probe",
+        "select",
+    )
 
 
 def main() -> None:
@@ -66,7 +70,7 @@ def main() -> None:
     manifests = [open_bundle(folder).manifest for folder in options.bundles]
     results = [measured(*entry, repeats=options.repeats) for entry in zip(options.bundles, manifests)]
     graphs = sorted((graph for entry in manifests for graph in entry.graphs), key=_place)
-    places = dict.fromkeys(graph.name for graph in graphs)
+    places = dict.fromkeys(part.name for graph in graphs for part in graph.split())
     print(f"ONNX Runtime {onnxruntime.__version__}, {platform.machine()}, one thread; processor ms (GFLOP)\n")
     names = [f"{path.name}, {entry.average_keep:.1%}" for path, entry in zip(options.bundles, manifests)]
     rows = []

@@ -11,7 +11,13 @@ from trio_edge.trio.cost.bundle_work import fixed_sizes
 if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
 
-COUNTS = {"num_visual": "N", "length": "S", "past_length": "C"}
+COUNTS = {
+    "num_visual": "N",
+    "length": "S",
+    "past_length": "C",
+    "probe_length": "PS",
+    "gradient_num_visual": "GN",
+}
 
 
 def inputs_for(graph: GraphSpec, profile: Profile) -> dict[str, Any]:
