@@ -6,9 +6,11 @@ finished is not a bundle.
 
 from __future__ import annotations
 
+import itertools
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,18 +22,21 @@ from trio_edge.export.check.tensorrt import require_supported
 from trio_edge.export.checkpoints.stored import StoredName
 from trio_edge.export.checkpoints.weights import bytes_to_write, store_constants, store_weights
 from trio_edge.export.families.decoder_config import max_positions
-from trio_edge.export.graphs.onnx_graph import attach_weights, save
+from trio_edge.export.graphs.assembly.onnx_graph import attach_weights, save
+from trio_edge.export.graphs.assembly.pieces import join, with_pieces
 from trio_edge.export.model_cost import COST_TEXT_TOKENS, cost_of
 from trio_edge.export.options import Progress
 from trio_edge.export.plan import build, read, resolve, without_values
 from trio_edge.export.quantize.assign import (
     embedding_name,
+    is_quantized,
     plain_tensors,
     quantization_of,
     quantize_graphs,
     unquantized_parts,
 )
 from trio_edge.export.quantize.cache import check_cache, quantize_caches
+from trio_edge.export.quantize.integer_products import use_integer_products
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
 from trio_edge.export.tracing import trace_graphs
@@ -145,6 +150,7 @@ def trace(plan: ExportPlan, progress: Progress) -> list[TracedGraph]:
         dimensions=plan.dimensions,
         selector=plan.selector,
         clip=plan.clip_graphs,
+        is_quantized=partial(is_quantized, plan=plan.options.quantize, checkpoint=plan.source.checkpoint),
         step=progress.step,
     )
 
@@ -225,7 +231,7 @@ def write(plan: ExportPlan, contents: BundleContents, folder: Path, progress: Pr
     }
     tensors = weights.tensors | (store_constants(constants, folder) if constants else {})
     progress.step("writing the graphs")
-    graphs = tuple(write_graph(graph, tensors, folder) for graph in contents.graphs)
+    graphs = tuple(write_graphs(contents.graphs, tensors, folder))
     plan.resolved.text.write(folder)
     if clip is not None:
         clip.write(folder)
@@ -273,20 +279,42 @@ def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, fo
     return manifest
 
 
+def write_graphs(
+    graphs: Sequence[TracedGraph], stored: Mapping[StoredName, StoredTensor], folder: Path
+) -> Iterator[GraphSpec]:
+    """Write all graphs, pieces alone and joined, and give the description of each that is one in the bundle."""
+    for _, group in itertools.groupby(graphs, key=lambda graph: graph.spec.name):
+        pieces = list(group)
+        if pieces[0].piece is None:
+            yield write_graph(pieces[0], stored, folder)
+            continue
+        whole = join(pieces)  # a copy, before weights are attached
+        for piece in pieces:
+            if piece.piece == "gradient":
+                use_integer_products(piece.model)
+        written = [_write_graph(piece, stored, folder) for piece in pieces]  # TensorRT reads the whole
+        yield with_pieces(write_graph(whole, stored, folder), pieces, written)
+
+
 def write_graph(graph: TracedGraph, stored: Mapping[StoredName, StoredTensor], folder: Path) -> GraphSpec:
     """Write one graph with pointers into the weight files, and return its description with its weights' bytes.
 
     Raises:
         CheckpointError: If TensorRT cannot read the graph.
     """
+    spec = _write_graph(graph, stored, folder)
+    symbols = {symbol for profile in spec.profiles for symbol in profile.sizes}
+    require_supported(graph.model, name=spec.name, symbols=symbols)
+    return spec
+
+
+def _write_graph(graph: TracedGraph, stored: Mapping[StoredName, StoredTensor], folder: Path) -> GraphSpec:
     tensors = {name: stored[stored_name] for name, stored_name in graph.weights.items()}
     large = _large_constants(graph)
     tensors |= {name: stored[_constant_name(graph, name)] for name in large}
     small = {name: values for name, values in graph.constants.items() if name not in large}
     weight_bytes = attach_weights(graph.model, tensors, small, bundle=folder)
     save(graph.model, folder / graph.spec.file)
-    symbols = {symbol for profile in graph.spec.profiles for symbol in profile.sizes}
-    require_supported(graph.model, name=graph.spec.name, symbols=symbols)
     return msgspec.structs.replace(graph.spec, weight_bytes=weight_bytes)
 
 

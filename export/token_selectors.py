@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.trio.methods import stage_method, token_method
 from trio_edge.trio.selectors.interface import StageParts
+from trio_edge.trio.selectors.stages.trio import Trio
 
 if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.runtime.bundle.schedule import Schedule
     from trio_edge.runtime.images.interface import ImageProcessing
+    from trio_edge.trio.saliency import ProxySaliency
     from trio_edge.trio.selectors.interface import StageSelector, TokenSelector
 
 
@@ -50,6 +52,11 @@ def full_grid(processing: ImageProcessing) -> tuple[int, int] | None:
 def needs_previous(schedule: Schedule) -> bool:
     """Return whether the method looks at the layer that has just run."""
     return bool(schedule.stages) and stage_method(schedule.method).load().needs_previous
+
+
+def probe_of(selector: StageSelector) -> ProxySaliency | None:
+    """Return the probe that a selector wants scores of; None if it looks at the layer by itself."""
+    return selector.saliency if isinstance(selector, Trio) else None
 
 
 def stage_selector(model: FamilyModel, schedule: Schedule, *, stage: int, max_visual: int) -> StageSelector:

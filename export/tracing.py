@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import msgspec
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from trio_edge.export.checkpoints.checkpoint import Checkpoint, canonical_name
 from trio_edge.export.checkpoints.stored import StoredName
+from trio_edge.export.graphs.assembly.layer_stack import stack_layers
+from trio_edge.export.graphs.assembly.onnx_graph import dynamic_axes, example_input, trace
 from trio_edge.export.graphs.decoder_range import DecoderRange
 from trio_edge.export.graphs.head import Head
-from trio_edge.export.graphs.layer_stack import stack_layers
-from trio_edge.export.graphs.onnx_graph import dynamic_axes, example_input, trace
+from trio_edge.export.graphs.probe import Gradient, Probe, Saliency
 from trio_edge.export.graphs.reduce import FEATURE_NAMES, Reduce
 from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
 from trio_edge.export.quantize.unpacking import read_weight
-from trio_edge.export.token_selectors import needs_previous, stage_selector
+from trio_edge.export.token_selectors import needs_previous, probe_of, stage_selector
 from trio_edge.runtime.bundle.graph_io import (
     CLIP_TEXT,
     GraphTensors,
+    gradient_tensors,
     head_tensors,
+    probe_tensors,
     range_tensors,
+    saliency_tensors,
     select_tensors,
 )
 from trio_edge.runtime.bundle.manifest import GraphSpec, TensorSpec
-from trio_edge.trio.saliency import key_value_gram
+from trio_edge.trio.saliency import ProbeHead, key_value_gram
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +46,9 @@ if TYPE_CHECKING:
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.families.clip import ClipGraphs
     from trio_edge.export.graphs.layout import Layout
-    from trio_edge.runtime.bundle.manifest import Dimensions, Profile, Role
+    from trio_edge.runtime.bundle.manifest import Dimensions, PieceName, Profile, Role
+    from trio_edge.trio.cost.selections import SaliencyForm
+    from trio_edge.trio.saliency import ProxySaliency
     from trio_edge.trio.selectors.interface import TokenSelector
 
 _MIN_TRACE_ROWS = 37  # any number that no other axis has
@@ -55,6 +62,9 @@ _MORE = {
 }
 
 
+_Pieces: TypeAlias = "Mapping[PieceName, TracedGraph]"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TracedGraph:
     """A graph without weights, and the source of each of its initializers."""
@@ -66,6 +76,13 @@ class TracedGraph:
     """Initializer name -> the array that it is in the bundle."""
     constants: dict[str, NDArray[Any]]
     """Initializer name -> values that export computed."""
+    piece: PieceName | None = None
+    """Set if the graph is one of several that ``assembly/pieces.py`` joins; all have the joined graph's name."""
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether it reads weights of other layers than its own role's, and in both directions."""
+        return self.spec.role == "probe" or self.piece in ("probe", "gradient", "saliency")
 
 
 class _Tracer:
@@ -81,6 +98,8 @@ class _Tracer:
         self.names = {id(tensor): canonical_name(name) for name, tensor in model.root.named_parameters()}
         self.layer: ir.Model | None = None
         """Trace of one decoder layer, once there is one."""
+        self.probes: dict[SaliencyForm, list[ir.Model]] = {}
+        """Traces of the two halves of a probe; of stages they differ in nothing but weights."""
 
     def spec(
         self,
@@ -88,9 +107,11 @@ class _Tracer:
         role: Role,
         tensors: GraphTensors,
         profiles: tuple[Profile, ...],
-        **layers: int,
+        *,
+        first_layer: int | None = None,
+        num_layers: int = 0,
     ) -> GraphSpec:
-        """Return the description of a graph; ``layers`` are its ``first_layer`` and ``num_layers``."""
+        """Return the description of a graph."""
         inputs, outputs = tensors
         return GraphSpec(
             name=name,
@@ -100,7 +121,8 @@ class _Tracer:
             outputs=outputs,
             weight_bytes=0,  # known once the graph is written
             profiles=profiles,
-            **layers,
+            first_layer=first_layer,
+            num_layers=num_layers,
         )
 
     def rotary(self) -> RotaryTables:
@@ -123,8 +145,11 @@ class _Tracer:
         constants: Mapping[str, NDArray[Any]] = MappingProxyType({}),
     ) -> TracedGraph:
         """Return the trace of ``module``, whose ``forward`` takes inputs after the first ``num_named`` as ``*others``."""
-        if spec.role == "head":  # a named axis: torch.export's own symbols would rename values of the graph
-            sizes, dims = {"S": _MIN_TRACE_ROWS}, {"S": torch.export.Dim("S")}
+        if spec.role == "probe":
+            sizes, dims = _probe_sizes(spec)
+        elif spec.role == "head":  # a named axis: torch.export's own symbols would rename values of the graph
+            sizes = {"S": _MIN_TRACE_ROWS, "L": 5}
+            dims = {name: torch.export.Dim(name) for name in spec.profiles[0].sizes}
         else:
             sizes, dims = _trace_sizes(spec, several=_MORE[spec.role])
         axes = tuple(dynamic_axes(tensor, dims=dims) for tensor in spec.inputs)
@@ -161,9 +186,12 @@ def trace_graphs(
     dimensions: Dimensions,
     selector: TokenSelector | None,
     clip: ClipGraphs | None = None,
+    is_quantized: Callable[[Role], bool] = lambda _role: False,
     step: Callable[[str], None],
 ) -> list[TracedGraph]:
     """Return all graphs of the bundle in the order in which a prefill runs them; called under FakeTensorMode.
+
+    Graphs with a ``piece`` come next to each other, the one that the joined graph has its role from first.
 
     Args:
         model: The family's modules, without values.
@@ -172,6 +200,7 @@ def trace_graphs(
         dimensions: Sizes of the decoder.
         selector: The selection before the decoder, if there is one.
         clip: The text tower that it needs, if it does.
+        is_quantized: Whether the linear layers of graphs with a role are going to be.
         step: Called with what is traced next.
     """
     tracer = _Tracer(model, checkpoint, layout=layout, dimensions=dimensions)
@@ -186,17 +215,40 @@ def trace_graphs(
         step("tracing reduce")
         graphs.append(_reduce(tracer, selector, before=[graph.spec for graph in graphs]))
     ranges = layout.layer_ranges(dimensions.num_layers)
+    stages = _stages(tracer, step)
     for index, layers in enumerate(ranges):
-        if index > 0:
-            step(f"tracing select_{index}")
-            graphs.append(_select(tracer, index - 1))
         role = _range_role(index, len(ranges))
         name = f"segment_{index}" if role == "segment" else role
+        probe: _Pieces = {}
+        if index > 0:
+            select, probe = stages[index - 1]
+            if is_quantized(role):
+                graphs += _together(f"probe_{index}", "probe", probe)
+                probe = {}
+            graphs.append(select)
         step(f"tracing {name}")
-        graphs.append(_range(tracer, index, layers, name=name, role=role))
+        main = _range(tracer, index, layers, name=name, role=role)
+        graphs += _together(name, role, {"layers": main, **probe}) if probe else [main]
     step("tracing head")
-    graphs.append(_head(tracer))
-    return graphs
+    if not any(probe for _, probe in stages):
+        return [*graphs, _head(tracer)]
+    gradient = _gradient(tracer)
+    if is_quantized("head"):
+        return [*graphs, _head(tracer), *_together("gradient", "probe", {"gradient": gradient})]
+    head = _head(tracer, is_shared=True)
+    return [*graphs, *_together("head", "head", {"logits": head, "gradient": gradient})]
+
+
+def _together(name: str, role: Role, pieces: _Pieces) -> list[TracedGraph]:
+    """Return the pieces of the graph ``name``, which are given by what they are called."""
+    return [
+        replace(
+            graph,
+            piece=piece,
+            spec=msgspec.structs.replace(graph.spec, name=name, role=role, file=f"{name}.{piece}.onnx"),
+        )
+        for piece, graph in pieces.items()
+    ]
 
 
 def _range_role(index: int, num_ranges: int) -> Role:
@@ -316,12 +368,29 @@ def _one_layer(tracer: _Tracer) -> ir.Model:
     )
 
 
-def _select(tracer: _Tracer, stage: int) -> TracedGraph:
+def _stages(tracer: _Tracer, step: Callable[[str], None]) -> list[tuple[TracedGraph, _Pieces]]:
+    """Return the select graph of each stage, and the two halves of its probe if it has one."""
+    result = []
+    for stage in range(len(tracer.layout.schedule.stages)):
+        step(f"tracing select_{stage + 1}")
+        rows = max(tracer.layout.visual_rows(stage))
+        selector = stage_selector(tracer.model, tracer.layout.schedule, stage=stage, max_visual=rows)
+        probe = probe_of(selector)
+        halves = {} if probe is None else _probe_halves(tracer, stage, probe)
+        result.append((_select(tracer, stage, selector), halves))
+    return result
+
+
+def _select(tracer: _Tracer, stage: int, selector: Any) -> TracedGraph:
     layout, schedule = tracer.layout, tracer.layout.schedule
     layer_index, num_keep = schedule.stages[stage].layer, schedule.stages[stage].keep
-    rows = layout.visual_rows(stage)
-    selector: Any = stage_selector(tracer.model, schedule, stage=stage, max_visual=max(rows))
-    module = Select(selector, tracer.rotary(), preserve_positions=schedule.positions == "preserved")
+    has_probe = probe_of(selector) is not None
+    module = Select(
+        selector,
+        tracer.rotary(),
+        preserve_positions=schedule.positions == "preserved",
+        takes_saliency=has_probe,
+    )
     tensors = select_tensors(
         num_keep,
         dimensions=tracer.dimensions,
@@ -329,13 +398,54 @@ def _select(tracer: _Tracer, stage: int) -> TracedGraph:
         position_axes=tracer.position_axes,
         with_previous=selector.needs_previous,
         with_prompt=selector.needs_prompt,
+        with_saliency=has_probe,
     )
     profiles = layout.select_profiles(stage, with_prompt=selector.needs_prompt)
     spec = tracer.spec(f"select_{stage + 1}", "select", tensors, profiles, first_layer=layer_index)
+    return tracer.graph(module, spec, num_named=5, constants={"rotary.inv_freq": tracer.model.inv_freq})
+
+
+def _probe_halves(tracer: _Tracer, stage: int, probe: ProxySaliency) -> _Pieces:
+    """Return the two halves of a stage's probe."""
+    options: Any = {
+        "dimensions": tracer.dimensions,
+        "dtype": tracer.layout.dtype,
+        "position_axes": tracer.position_axes,
+        "with_keys": probe.form != "direct",
+    }
+    layer, layout = tracer.layout.schedule.stages[stage].layer, tracer.layout
     constants: dict[str, NDArray[Any]] = {"rotary.inv_freq": tracer.model.inv_freq}
-    if any(name == "saliency.key_value_gram" for name, _ in selector.named_buffers()):
-        constants["selector.saliency.key_value_gram"] = _gram(tracer.checkpoint, layer_index)
-    return tracer.graph(module, spec, num_named=5, constants=constants)
+    if probe.form != "direct":
+        constants["saliency.key_value_gram"] = _gram(tracer.checkpoint, layer)
+    name, profiles = f"probe_{stage + 1}", (layout.probe_profiles(stage), layout.saliency_profiles(stage))
+    forward = tracer.spec(name, "probe", probe_tensors(**options), profiles[0], first_layer=layer)
+    backward = tracer.spec(name, "probe", saliency_tensors(**options), profiles[1], first_layer=layer)
+    modules = Probe(probe, tracer.rotary()), Saliency(probe, tracer.rotary())
+    if probe.form not in tracer.probes:
+        tracer.probes[probe.form] = [
+            tracer.graph(modules[0], forward, constants=constants).model,
+            tracer.graph(modules[1], backward, num_named=7, constants=constants).model,
+        ]
+    halves = [
+        tracer.described(model.clone(), module, spec, constants=constants)
+        for model, module, spec in zip(tracer.probes[probe.form], modules, (forward, backward))
+    ]
+    return {"probe": halves[0], "saliency": halves[1]}
+
+
+def _gradient(tracer: _Tracer) -> TracedGraph:
+    """Return the head's part of all probes."""
+    tensors = gradient_tensors(dimensions=tracer.dimensions)
+    spec = tracer.spec("gradient", "probe", tensors, tracer.layout.gradient_profiles())
+    return tracer.graph(Gradient(ProbeHead(tracer.model.final_norm, tracer.model.lm_head)), spec)
+
+
+def _probe_sizes(spec: GraphSpec) -> tuple[dict[str, int], dict[str, Any]]:
+    """Return the sizes to trace a piece of a probe at: all of its axes have another size, 0, while it does not run."""
+    more = {"S": _MIN_TRACE_ROWS, "N": 3, "R": 1}
+    largest = {name: max(profile.sizes[name] for profile in spec.profiles) for name in spec.profiles[0].sizes}
+    sizes = {name: size + more[name[-1]] for name, size in largest.items()}
+    return sizes, dict.fromkeys(sizes, torch.export.Dim.DYNAMIC)
 
 
 def _gram(checkpoint: Checkpoint, layer: int) -> NDArray[np.float32]:
@@ -349,7 +459,7 @@ def _gram(checkpoint: Checkpoint, layer: int) -> NDArray[np.float32]:
         return gram
 
 
-def _head(tracer: _Tracer) -> TracedGraph:
-    tensors = head_tensors(dimensions=tracer.dimensions, dtype=tracer.layout.dtype)
-    spec = tracer.spec("head", "head", tensors, tracer.layout.head_profiles())
-    return tracer.graph(Head(tracer.model.final_norm, tracer.model.lm_head), spec)
+def _head(tracer: _Tracer, *, is_shared: bool = False) -> TracedGraph:
+    tensors = head_tensors(dimensions=tracer.dimensions, dtype=tracer.layout.dtype, is_shared=is_shared)
+    spec = tracer.spec("head", "head", tensors, tracer.layout.head_profiles(is_shared=is_shared))
+    return tracer.graph(Head(tracer.model.final_norm, tracer.model.lm_head, is_shared=is_shared), spec)

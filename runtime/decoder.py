@@ -23,6 +23,7 @@ from trio_edge.runtime.bundle.graph_io import (
     LOGITS,
     NUM_VISUAL,
     POSITIONS,
+    PROBE_ROWS,
     PROMPT_LENGTH,
     PROMPT_NUM_VISUAL,
     SCORES,
@@ -112,7 +113,8 @@ class _Chain(NamedTuple):
 
     ranges: list[Launch]
     new_rows: list[NewRows]
-    selects: list[Launch]
+    selects: list[tuple[Launch, ...]]
+    """All that a selection runs: the pieces of its probe if it has one, then the select graph."""
     head: Launch
 
 
@@ -295,11 +297,30 @@ class Decoder:
         for stage, spec in enumerate(buffers.selects):
             wanted = {"N": num_rows[stage], "S": sizes[stage], "R": sizes[stage + 1], "F": sizes[0]}
             profile = find_profile(spec, {name: wanted[name] for name in spec.profiles[0].sizes})
-            selects.append(self._engines[spec.name].prepare(profile, buffers.select_tensors(stage, profile)))
-        profile = find_profile(buffers.head, {"S": sizes[-1]})
+            select = self._engines[spec.name].prepare(profile, buffers.select_tensors(stage, profile))
+            selects.append((*self._probe(stage, rows=sizes[stage], num_visual=num_rows[stage]), select))
+        profile = buffers.head_profile(sizes[-1])
         head = self._engines["head"].prepare(profile, buffers.head_tensors(profile))
         self._chains[key] = _Chain(ranges, new_rows, selects, head)
         return self._chains[key]
+
+    def _probe(self, stage: int, *, rows: int, num_visual: int) -> list[Launch]:
+        """Return the launches of the probe of ``stage``: forward to the head, its gradient, and back; none if it has none."""
+        buffers = self._buffers
+        probe, gradient = buffers.probes[stage], buffers.gradient
+        if probe is None or gradient is None:
+            return []
+        num_probe_rows, launches = self._manifest.schedule.num_probe_rows, []
+        halves = [
+            find_profile(probe, {f"{half}S": rows, f"{half}N": num_visual, f"{half}R": num_probe_rows})
+            for half in ("P", "G")
+        ]
+        launches = [
+            self._engines[probe.name].prepare(half, buffers.probe_tensors(stage, half)) for half in halves
+        ]
+        profile = find_profile(gradient, {"GR": num_probe_rows})
+        launches.insert(1, self._engines[gradient.name].prepare(profile, buffers.gradient_tensors(profile)))
+        return launches
 
     def _send(self, prompt: DecoderPrompt, spans: list[_Span]) -> None:
         """Enqueue everything that the host knows: embeddings, positions, lengths."""
@@ -314,6 +335,8 @@ class Decoder:
         for stage, span in enumerate(spans[:-1]):
             inputs.host(f"{VISUAL_ROWS}.{stage}", (span.rows,))[:] = span.start + np.arange(span.rows)
             values |= {f"{NUM_VISUAL}.{stage}": span.num_visual, f"{LENGTH}.{stage}": span.length}
+            if self._buffers.probes[stage] is not None:
+                inputs.host(f"{PROBE_ROWS}.{stage}")[:] = self._probe_rows(span.length)
         for name, value in values.items():
             inputs.host(name)[0] = value
         inputs.upload(device)
@@ -325,6 +348,12 @@ class Decoder:
         self._place(prompt.visual, embeds.rows(num_before, prompt.num_visual))
         # Padding rows still hold an earlier prompt: masked rows must be finite, and every answer the same.
         device.clear(embeds.rows(prompt.length, prompt.visual_rows + prompt.text_bucket - prompt.length))
+
+    def _probe_rows(self, length: int) -> NDArray[np.int32]:
+        """Return the rows whose loss a probe looks at; those before the prompt's first row are that one."""
+        schedule = self._manifest.schedule
+        last = length - schedule.last_probe_offset
+        return np.maximum(np.arange(last - schedule.num_probe_rows + 1, last + 1, dtype=np.int32), 0)
 
     def _place(self, visual: DeviceTensor | NDArray[Any], target: DeviceTensor) -> None:
         size = target.num_bytes
@@ -342,7 +371,7 @@ class Decoder:
         for index in range(first, len(chain.ranges)):
             self._run_range(chain, spans, index)
             if index < len(chain.selects):
-                self._timeline.enqueue(self._buffers.selects[index].name, chain.selects[index])
+                self._timeline.enqueue(self._buffers.selects[index].name, *chain.selects[index])
         self._timeline.enqueue("head", chain.head)
 
     def _run_range(self, chain: _Chain, spans: list[_Span], index: int) -> None:

@@ -27,7 +27,7 @@ from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, manifest_from_json
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.runtime.devices import cuda as device_cuda
-from trio_edge.runtime.devices.interface import array_at
+from trio_edge.runtime.devices.interface import array_at, shape_at
 from trio_edge.runtime.engines.files import ENGINES_SCHEMA_VERSION, EngineEntry, EngineSet
 from trio_edge.runtime.engines.package import TensorRT
 
@@ -374,7 +374,7 @@ class Context:
         profile = spec.profiles[self.profile]
         tensors: dict[str, tuple[int, tuple[int, ...], str]] = {}
         for tensor in (*spec.inputs, *spec.outputs):
-            shape = tuple(profile.sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
+            shape = shape_at(tensor.shape, profile)
             assert self.shapes.get(tensor.name, shape) == shape
             tensors[tensor.name] = (self.addresses[tensor.name], shape, tensor.dtype)
         assert set(self.shapes) == set(spec.input_names)

@@ -36,7 +36,7 @@ def matmul_flops(graph: Path, feeds: dict[str, NDArray[Any]]) -> int:
 
 
 def example_feeds(spec: GraphSpec, profile: Profile) -> dict[str, NDArray[Any]]:
-    """Return inputs for one profile of a vision, reduce or select graph: every row real, the picture first."""
+    """Return inputs for one profile of a vision, reduce or select graph, or of a probe: every row real, the picture first."""
     sizes = profile.sizes
     counts = {
         "num_visual": "N",
@@ -44,6 +44,8 @@ def example_feeds(spec: GraphSpec, profile: Profile) -> dict[str, NDArray[Any]]:
         "length": "S",
         "prompt_length": "F",
         "num_text": "T",
+        "probe_length": "PS",
+        "gradient_num_visual": "GN",
     }
     random, feeds = np.random.default_rng(0), {}
     for tensor in spec.inputs:

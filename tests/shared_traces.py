@@ -13,10 +13,10 @@ import onnx_ir as ir
 import pytest
 
 from tests.shared_folder import kept_between_runs
+from trio_edge.export.graphs.assembly.onnx_graph import trace
 from trio_edge.export.graphs.clip_text import ClipText
 from trio_edge.export.graphs.decoder_range import DecoderRange
 from trio_edge.export.graphs.head import Head
-from trio_edge.export.graphs.onnx_graph import trace
 from trio_edge.export.graphs.reduce import Reduce
 from trio_edge.export.graphs.select import Select
 

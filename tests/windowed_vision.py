@@ -12,7 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from trio_edge.export.graphs.onnx_graph import attach_weights, dynamic_axes, example_input, save, trace
+from trio_edge.export.graphs.assembly.onnx_graph import (
+    attach_weights,
+    dynamic_axes,
+    example_input,
+    save,
+    trace,
+)
 from trio_edge.export.graphs.vision.windowed import INV_FREQ_NAME, inverse_frequencies
 from trio_edge.runtime.bundle.manifest import StoredTensor, TensorSpec
 from trio_edge.runtime.images.qwen import QwenImages

@@ -47,8 +47,8 @@ class StageMethod:
     """Whether ``budgets.PRESETS`` are its schedules; behind another reduction it has one stage halfway down then."""
     has_probe: bool = False
     """Whether the options of probe rows and NMS are its own."""
-    repeats: Literal["layer and head", "queries and keys", "keys", "nothing"] = "queries and keys"
-    """Weights that each stage's graph holds although other graphs have them."""
+    repeats: Literal["queries and keys", "keys", "nothing"] = "queries and keys"
+    """Weights that each stage's graph holds although other graphs have them; a probe's are ``cost.memory``'s to say."""
     flops: Callable[[Dimensions, Schedule, StageSizes], float]
     """FLOPs of one stage."""
     work: Callable[[Dimensions, Schedule, StageSizes], Work] | None = None
@@ -97,7 +97,7 @@ _STAGE_ROWS = (
         shape=keeps.trio_shape,
         has_presets=True,
         has_probe=True,
-        repeats="layer and head",
+        repeats="nothing",
         flops=selections.trio_flops,
         work=selections.trio_work,
     ),

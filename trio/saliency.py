@@ -11,13 +11,13 @@ the probe rows carry loss, and a visual token reaches them only through its key 
     da_i  = p · h_i,  ds = a ⊙ (da − Σ a ⊙ da) / √E
     dk_i  = RoPEᵀ(Σ_r ds q)
     u_i   = w ⊙ (W_kᵀ dk_i + Σ a p)                           gradient of n_i
-    c_i   = n_i · u_i = (W_k h_i) · dk_i + Σ a ⊙ da
+    c_i   = n_i · u_i = (W_k h_i) · dk_i + Σ a ⊙ da           no D-sized product needed
     ‖g_i‖² = r_i² (‖u_i‖² − 2 c_i²/D + c_i² ‖n_i‖²/D²)        through the norm
 
-V is never projected and c_i needs no D-sized product. Three forms of ‖u_i‖² are exact; ``cheapest_form``
+V is never projected. Three forms of ‖u_i‖² are exact; ``cheapest_form``
 counts them:
 
-    "direct"          u_i itself, D numbers per token; for multi-head attention
+    "direct"          u_i itself, D numbers per token, and c_i = n_i · u_i; for multi-head attention
     "key_gram"        keys by the constant Gram matrix W_k w² W_kᵀ, values by the small one of the vectors p;
                       for grouped-query attention
     "key_value_gram"  keys and values by the constant Gram matrix, V projected; for many probe rows and few
@@ -40,8 +40,7 @@ Source: arXiv 2602.04657, proxy saliency. The reference computes it by autograd,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,34 +53,21 @@ from trio_edge.trio.cost.selections import ProbeSizes, SaliencyForm, cheapest_fo
 _SILU = {"SiLU", "SiLUActivation"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProbeState:
+class ProbeState(NamedTuple):
     """Values that the forward half of the probe leaves for the backward half.
 
-    The two halves are apart so that a graph of its own can hold the head between them.
+    The two halves are apart because the head lies between them: its weights belong to another graph.
     """
 
     output_RD: Tensor
     """y, the layer's output on the probe rows."""
-    middle_RD: Tensor
-    """The residual stream after attention, on the probe rows."""
-    gate_RI: Tensor
-    up_RI: Tensor
-    query_GME: Tensor
-    """Rotated queries, by key/value head; M = H/G · R."""
-    attended_PD: Tensor
-    """Σ_i a h_i: the attention's mean of the normed inputs."""
-    attention_GMN: Tensor
+    rows_RX: Tensor
+    """What the way back needs of the probe rows, side by side: the residual stream after attention [D], the MLP's gate
+    and up [I, I], the rotated queries [H E], and Σ_i a h_i of each head, the attention's mean of the normed inputs [H D]."""
+    attention_HRN: Tensor
     """a at the visual tokens."""
-    normed_ND: Tensor
-    """h at the visual tokens, in the weights' type."""
-    key_NGE: Tensor
-    """W_k h at the visual tokens, without bias and rotation."""
-    inverse_rms_N1: Tensor
-    mean_square_N1: Tensor
-    """‖n_i‖²/D: 1 but for the norm's epsilon."""
-    cos_NE: Tensor
-    sin_NE: Tensor
+    key_NK: Tensor | None
+    """W_k h at the visual tokens, without bias and rotation; None in the direct form."""
 
 
 class ProbeHead(nn.Module):
@@ -207,30 +193,36 @@ class ProxySaliency(nn.Module):
         Returns:
             Scores >= 0, float32 (float64 in a float64 model), without any scale; -1 at padding.
         """
-        state = self.attend(hidden_SD, cos_SE, sin_SE, visual_rows_N, length)
-        return self.scores(state, self.head(state.output_RD), num_visual)
+        first = length.to(torch.int64).reshape(1) - self.last_probe_offset
+        probe_R = first + torch.arange(1 - self.num_probe_rows, 1, device=hidden_SD.device)
+        state = self.attend(hidden_SD, cos_SE, sin_SE, visual_rows_N, probe_R.clamp(min=0), length)
+        gradient_RD = self.head(state.output_RD)
+        return self.scores(state, gradient_RD, hidden_SD, cos_SE, sin_SE, visual_rows_N, num_visual)
 
     def attend(
-        self, hidden_SD: Tensor, cos_SE: Tensor, sin_SE: Tensor, visual_rows_N: Tensor, length: Tensor
+        self,
+        hidden_SD: Float[Tensor, "S D"],
+        cos_SE: Float[Tensor, "S E"],
+        sin_SE: Float[Tensor, "S E"],
+        visual_rows_N: Int[Tensor, "N"],
+        probe_R: Int[Tensor, "R"],
+        length: Int[Tensor, "*one"],
     ) -> ProbeState:
-        """Return the layer's output on the probe rows, and what the way back needs."""
+        """Return the layer's output on the rows ``probe_R``, and what the way back needs.
+
+        With S, N and R of 0 nothing is computed: that is how a graph that holds more than this leaves it out.
+        """
         attention: Any = self.layer.self_attn
         weight_dtype = attention.k_proj.weight.dtype
         dtype = torch.promote_types(weight_dtype, torch.float32)
-        length = length.to(torch.int64).reshape(1)
-        last_row = hidden_SD.shape[0] - 1
         index_S = torch.arange(hidden_SD.shape[0], device=hidden_SD.device)
-        visual_N = visual_rows_N.to(torch.int64).clamp(max=last_row)
-        probe_R = (
-            torch.arange(1 - self.num_probe_rows, 1, device=hidden_SD.device)
-            + length
-            - self.last_probe_offset
-        )
-        probe_R = probe_R.clamp(min=0)
+        probe_R = probe_R.to(torch.int64)
+        visual_N = visual_rows_N.to(torch.int64).clamp(max=hidden_SD.shape[0] - 1)
 
-        hidden_SD = torch.where((index_S < length)[:, None], hidden_SD, 0.0).to(dtype)
+        is_real_S = index_S < length.to(torch.int64).reshape(1)
+        hidden_SD = torch.where(is_real_S[:, None], hidden_SD, 0.0).to(dtype)
         cos_SE, sin_SE = cos_SE.to(dtype), sin_SE.to(dtype)
-        scaled_SD, inverse_rms_S1, mean_square_S1 = _normalize(hidden_SD, self.layer.input_layernorm)
+        scaled_SD, _, _ = _normalize(hidden_SD, self.layer.input_layernorm)
         normed_SD = (scaled_SD * self.layer.input_layernorm.weight.to(dtype)).to(weight_dtype)
 
         key_SGE = _unflatten(F.linear(normed_SD, attention.k_proj.weight).to(dtype), -1, (-1, self.head_size))
@@ -255,63 +247,78 @@ class ProxySaliency(nn.Module):
         out_RD = self._attention_output(attended_PD)
         middle_RD = hidden_SD.index_select(0, probe_R) + out_RD
         output_RD, gate_RI, up_RI = self._mlp(middle_RD)
-        return ProbeState(
-            output_RD=output_RD,
-            middle_RD=middle_RD,
-            gate_RI=gate_RI,
-            up_RI=up_RI,
-            query_GME=query_GME,
-            attended_PD=attended_PD,
-            attention_GMN=attention_GMS.index_select(2, visual_N),
-            normed_ND=normed_SD.index_select(0, visual_N),
-            key_NGE=key_SGE.index_select(0, visual_N),
-            inverse_rms_N1=inverse_rms_S1.index_select(0, visual_N),
-            mean_square_N1=mean_square_S1.index_select(0, visual_N),
-            cos_NE=cos_SE.index_select(0, visual_N),
-            sin_NE=sin_SE.index_select(0, visual_N),
+        attended_RHD = _unflatten(attended_PD, 0, (self.num_heads, -1)).transpose(0, 1)
+        rows_RX = torch.cat(
+            [middle_RD, gate_RI, up_RI, query_RHE.flatten(1), attended_RHD.flatten(1)], dim=-1
         )
+        attention_HRS = _unflatten(attention_GMS.flatten(0, 1), 0, (self.num_heads, -1))
+        key_NK = None if self.form == "direct" else key_SGE.index_select(0, visual_N).flatten(1)
+        return ProbeState(output_RD, rows_RX, attention_HRS.index_select(2, visual_N), key_NK)
 
     def scores(
-        self, state: ProbeState, gradient_RD: Float[Tensor, "R D"], num_visual: Int[Tensor, "*one"]
+        self,
+        state: ProbeState,
+        gradient_RD: Float[Tensor, "R D"],
+        hidden_SD: Float[Tensor, "S D"],
+        cos_SE: Float[Tensor, "S E"],
+        sin_SE: Float[Tensor, "S E"],
+        visual_rows_N: Int[Tensor, "N"],
+        num_visual: Int[Tensor, "*one"],
     ) -> Float[Tensor, "N"]:
-        """Return the scores from ∂loss/∂y on the probe rows."""
+        """Return the scores from ∂loss/∂y on the probe rows; the other arguments are those of ``attend``."""
+        attention: Any = self.layer.self_attn
+        weight_dtype = attention.k_proj.weight.dtype
+        dtype = torch.promote_types(weight_dtype, torch.float32)
+        visual_N = visual_rows_N.to(torch.int64).clamp(max=hidden_SD.shape[0] - 1)
+        scaled_ND, inverse_rms_N1, mean_square_N1 = _normalize(
+            hidden_SD.index_select(0, visual_N).to(dtype), self.layer.input_layernorm
+        )
+        normed_ND = (scaled_ND * self.layer.input_layernorm.weight.to(dtype)).to(weight_dtype)
+        D, width = hidden_SD.shape[1], self.layer.mlp.up_proj.weight.shape[0]
+        middle_RD, gate_RI, up_RI, query_RF, attended_RF = torch.split(
+            state.rows_RX,
+            [D, width, width, self.num_heads * self.head_size, self.num_heads * D],
+            dim=-1,
+        )
+        query_GME = self._by_kv_head(_unflatten(query_RF, -1, (self.num_heads, self.head_size)))
+        attended_PD = _unflatten(attended_RF, -1, (self.num_heads, D)).transpose(0, 1).flatten(0, 1)
+
         # Squares of a sure model's gradients underflow in float32: bring the largest to 1, and undo it at the end.
-        largest = gradient_RD.abs().flatten().amax(0)
+        # The 0 is for a gradient without rows, which has no largest element.
+        largest = torch.cat([gradient_RD.abs().flatten(), gradient_RD.new_zeros(1)]).amax(0)
         scale = torch.where(largest > 0, largest, 1.0)
         gradient_RD = gradient_RD / scale
-        gradient_GME = self._by_kv_head(
-            _unflatten(self._output_gradient(state, gradient_RD), -1, (-1, self.head_size))
-        )
-        value_GED = _unflatten(self.layer.self_attn.v_proj.weight, 0, (-1, self.head_size))
+        gradient_RF = self._output_gradient(middle_RD, gate_RI, up_RI, gradient_RD)
+        gradient_GME = self._by_kv_head(_unflatten(gradient_RF, -1, (self.num_heads, self.head_size)))
+        value_GED = _unflatten(attention.v_proj.weight, 0, (-1, self.head_size))
         pull_PD = _scaled_product(gradient_GME, value_GED).flatten(0, 1)
-        a_GMN = state.attention_GMN
+        a_PN = state.attention_HRN.flatten(0, 1)
+        a_GMN = _unflatten(a_PN, 0, (self.num_kv_heads, -1))
         if self.form == "key_value_gram":
-            value_GNE = F.linear(state.normed_ND, self.layer.self_attn.v_proj.weight).to(a_GMN.dtype)
+            value_GNE = F.linear(normed_ND, attention.v_proj.weight).to(dtype)
             value_GNE = _unflatten(value_GNE, -1, (-1, self.head_size)).transpose(0, 1)
             da_GMN = torch.matmul(gradient_GME, value_GNE.transpose(1, 2))
         else:
-            da_GMN = _unflatten(_scaled_product(pull_PD, state.normed_ND.T), 0, (self.num_kv_heads, -1))
+            da_GMN = _unflatten(_scaled_product(pull_PD, normed_ND.T), 0, (self.num_kv_heads, -1))
         # Σ_S a ⊙ da = p · Σ_S a h; a bias of the values shifts da and its mean alike.
-        mean_da_GM1 = _unflatten(
-            (pull_PD * state.attended_PD).sum(-1, keepdim=True), 0, (self.num_kv_heads, -1)
-        )
+        mean_da_GM1 = _unflatten((pull_PD * attended_PD).sum(-1, keepdim=True), 0, (self.num_kv_heads, -1))
         ds_GMN = a_GMN * (da_GMN - mean_da_GM1) / math.sqrt(self.head_size)
-        dk_NGE = torch.matmul(ds_GMN.transpose(1, 2), state.query_GME).transpose(0, 1)
-        dk_NGE = _rotate_back(dk_NGE, state.cos_NE[:, None], state.sin_NE[:, None])
-        dk_NK = dk_NGE.flatten(1)
-        a_PN = a_GMN.flatten(0, 1)
+        dk_NGE = torch.matmul(ds_GMN.transpose(1, 2), query_GME).transpose(0, 1)
+        cos_NE, sin_NE = (table.index_select(0, visual_N).to(dtype) for table in (cos_SE, sin_SE))
+        dk_NK = _rotate_back(dk_NGE, cos_NE[:, None], sin_NE[:, None]).flatten(1)
 
-        c_N = (state.key_NGE.flatten(1) * dk_NK).sum(-1) + (a_GMN * da_GMN).sum((0, 1))
-        if self.form == "key_value_gram":
-            dv_NK = torch.matmul(a_GMN.transpose(1, 2), gradient_GME).transpose(0, 1).flatten(1)
-            square_N = self._square_by_key_value_gram(dk_NK, dv_NK)
-        elif self.form == "key_gram":
-            square_N = self._square_by_key_gram(dk_NK, a_PN.T, pull_PD)
+        if state.key_NK is None:
+            u_ND = self._input_gradient(dk_NK, a_PN.T, pull_PD)
+            c_N, square_N = (scaled_ND * u_ND).sum(-1), (u_ND * u_ND).sum(-1)
         else:
-            square_N = self._square_direct(dk_NK, a_PN.T, pull_PD)
-        D = state.normed_ND.shape[1]
-        square_N = square_N - c_N * c_N * (2.0 - state.mean_square_N1[:, 0]) / D
-        scores_N = torch.sqrt(square_N.clamp(min=0.0)) * (state.inverse_rms_N1[:, 0] * scale)
+            c_N = (state.key_NK * dk_NK).sum(-1) + (a_GMN * da_GMN).sum((0, 1))
+            if self.form == "key_value_gram":
+                dv_NK = torch.matmul(a_GMN.transpose(1, 2), gradient_GME).transpose(0, 1).flatten(1)
+                square_N = self._square_by_key_value_gram(dk_NK, dv_NK)
+            else:
+                square_N = self._square_by_key_gram(dk_NK, a_PN.T, pull_PD)
+        square_N = square_N - c_N * c_N * (2.0 - mean_square_N1[:, 0]) / D
+        scores_N = torch.sqrt(square_N.clamp(min=0.0)) * (inverse_rms_N1[:, 0] * scale)
         index_N = torch.arange(scores_N.shape[0], device=scores_N.device)
         return torch.where(index_N < num_visual.reshape(1), scores_N, -1.0)
 
@@ -347,30 +354,32 @@ class ProxySaliency(nn.Module):
             up_RI = up_RI + mlp.up_proj.bias.to(up_RI.dtype)
         return middle_RD + _forward_product(F.silu(gate_RI) * up_RI, mlp.down_proj), gate_RI, up_RI
 
-    def _output_gradient(self, state: ProbeState, gradient_RD: Tensor) -> Tensor:
+    def _output_gradient(
+        self, middle_RD: Tensor, gate_RI: Tensor, up_RI: Tensor, gradient_RD: Tensor
+    ) -> Tensor:
         """Return do [R, H E]: back through MLP, post-attention norm and output projection."""
         mlp: Any = self.layer.mlp
-        sigmoid_RI = torch.sigmoid(state.gate_RI)
-        silu_RI = state.gate_RI * sigmoid_RI
+        sigmoid_RI = torch.sigmoid(gate_RI)
+        silu_RI = gate_RI * sigmoid_RI
         slope_RI = sigmoid_RI + silu_RI * (1.0 - sigmoid_RI)
         inner_RI = _scaled_product(gradient_RD, mlp.down_proj.weight)
         normed_RD = _scaled_product(inner_RI * silu_RI, mlp.up_proj.weight) + _scaled_product(
-            inner_RI * state.up_RI * slope_RI, mlp.gate_proj.weight
+            inner_RI * up_RI * slope_RI, mlp.gate_proj.weight
         )
         norm = self.layer.post_attention_layernorm
-        scaled_RD, inverse_rms_R1, _ = _normalize(state.middle_RD, norm)
-        middle_RD = gradient_RD + _normalize_backward(normed_RD, scaled_RD, inverse_rms_R1, norm)
-        return _scaled_product(middle_RD, self.layer.self_attn.o_proj.weight)
+        scaled_RD, inverse_rms_R1, _ = _normalize(middle_RD, norm)
+        gradient_RD = gradient_RD + _normalize_backward(normed_RD, scaled_RD, inverse_rms_R1, norm)
+        return _scaled_product(gradient_RD, self.layer.self_attn.o_proj.weight)
 
-    def _square_direct(self, dk_NK: Tensor, a_NP: Tensor, pull_PD: Tensor) -> Tensor:
+    def _input_gradient(self, dk_NK: Tensor, a_NP: Tensor, pull_PD: Tensor) -> Tensor:
+        """Return u [N, D], the gradient of the visual tokens' n."""
         weight: Tensor = self.layer.self_attn.k_proj.weight
         unit_PD, norm_P1 = _unit_rows(pull_PD)
-        u_ND = _scaled_product(dk_NK, weight) + _scaled_product(
+        unweighted_ND = _scaled_product(dk_NK, weight) + _scaled_product(
             a_NP * norm_P1[:, 0], unit_PD.to(weight.dtype)
         )
-        u_ND = u_ND * self.layer.input_layernorm.weight.to(u_ND.dtype)
-        square_N: Tensor = (u_ND * u_ND).sum(-1)
-        return square_N
+        u_ND: Tensor = unweighted_ND * self.layer.input_layernorm.weight.to(unweighted_ND.dtype)
+        return u_ND
 
     def _square_by_key_gram(self, dk_NK: Tensor, a_NP: Tensor, pull_PD: Tensor) -> Tensor:
         weight: Tensor = self.layer.self_attn.k_proj.weight

@@ -10,6 +10,7 @@ from trio_edge.calibration.quantize.products import products_of
 from trio_edge.calibration.quantize.sections import block_of, quantized_sections
 from trio_edge.export.quantize.numerics import quantize, rounded_activations
 from trio_edge.export.quantize.plan import PARTS, QuantizePlan
+from trio_edge.trio.methods import stage_method
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -34,8 +35,8 @@ def quantized_model(
 ) -> Iterator[None]:
     """Let ``model`` compute as the bundle does; a byte for each of its quantized weights is in memory meanwhile.
 
-    Probes read their layer and the head as the select graphs have them: as those are where the format is the same, else rounded to
-    nearest in their own, or in floating point.
+    TRIO's probes read their layer and the head as those are. Other selections read their layer in the format of select graphs,
+    rounded to nearest where it is another one.
 
     Args:
         model: Is as it was afterwards.
@@ -45,7 +46,8 @@ def quantized_model(
         dtype: The bundle's.
     """
     names = model.tensor_names()
-    in_probes = QuantizePlan(formats=dict.fromkeys(PARTS, plan.of_part("select")))
+    shares = stage_method(schedule.method).has_probe
+    in_probes = plan if shares else QuantizePlan(formats=dict.fromkeys(PARTS, plan.of_part("select")))
     own = {section.module: section for section in quantized_sections(model, schedule, plan)}
     probes = {section.module: section for section in quantized_sections(model, schedule, in_probes)}
     probed = [model.head, *(model.parts.layers[stage.layer] for stage in schedule.stages)]

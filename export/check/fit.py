@@ -6,8 +6,8 @@ padding included; INT8 and FP8: 1):
 
     decoder weights     L (2 D H E + 2 D G E + 3 D I) w
     head, vision        V D w, and the vision tower's and projector's parameters times w
-    repeated weights    what each ``select`` graph holds again: with TRIO one decoder layer and the head, with others of its
-                        layer what makes keys and queries
+    repeated weights    what stages hold again: with TRIO nothing, but of quantized weights each probed layer and once the
+                        head; with other methods of a stage's layer what makes keys and queries
     KV caches           per layer 2 G E b times its rows: visual rows of its range + largest text + new tokens;
                         b is 1 for keys and values in INT8
     activations         the largest of the graphs, by ``trio/cost/memory.py``
@@ -43,7 +43,7 @@ from trio_edge.trio.cost.memory import (
     tiles_of,
 )
 from trio_edge.trio.cost.work import layer_weights
-from trio_edge.trio.methods import DEFAULT_METHOD
+from trio_edge.trio.methods import DEFAULT_METHOD, stage_method
 from trio_edge.trio.methods import token_method as method_row
 
 if TYPE_CHECKING:
@@ -143,8 +143,13 @@ def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
     """Return the bytes of every category against ``usable_bytes``; the formulas are this module's head."""
     decoder, plan = inputs.decoder, inputs.quantize
     layer, head = layer_weights(decoder), decoder.vocab_size * decoder.hidden_size
-    repeated = repeated_weights(inputs.schedule.method, decoder)
     formats = plan.of_layers(inputs.schedule, num_layers=decoder.num_layers)
+    head_format, probed = plan.of_part("head"), formats[-1]
+    repeated = repeated_weights(
+        inputs.schedule, decoder, layers_quantized=probed != "none", head_quantized=head_format != "none"
+    )
+    if not stage_method(inputs.schedule.method).has_probe:
+        probed = plan.of_part("select")
     quantized = {"int4": 2 * INT4_SHARE, "int8": 1.0, "fp8": 1.0}
 
     def weights(num_params: int, kind: Format) -> int:
@@ -154,7 +159,7 @@ def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
         "decoder weights": sum(weights(layer, kind) for kind in formats),
         "head and vision weights": weights(head, plan.of_part("head"))
         + weights(inputs.vision_params, plan.of_part("vision")),
-        "repeated weights": len(inputs.schedule.stages) * weights(sum(repeated), plan.of_part("select")),
+        "repeated weights": weights(repeated.layers, probed) + weights(repeated.head, head_format),
         "KV caches": _kv_bytes(inputs),
         "activations": _activation_bytes(inputs),
     }

@@ -58,11 +58,12 @@ def two_part_attention(
     G = key.shape[1]
     # the query heads of a group stand below each other: one product serves them all, and keys are not repeated
     grouped = (query * scaling).reshape(1, G, (H // G) * S, E)
-    past_scores = torch.matmul(grouped, past[0].transpose(-1, -2)).reshape(1, G, H // G, S, -1)
-    new_scores = torch.matmul(grouped, key.transpose(-1, -2)).reshape(1, G, H // G, S, -1)
-    scores = torch.cat([past_scores, new_scores], dim=-1).float() + attention_mask
-    weights = torch.softmax(scores, dim=-1).to(value.dtype).reshape(1, G, (H // G) * S, -1)
     C = past[0].shape[2]
+    # sizes by name: with S = 0, where a probe runs in the same graph, no other can be left open
+    past_scores = torch.matmul(grouped, past[0].transpose(-1, -2)).reshape(1, G, H // G, S, C)
+    new_scores = torch.matmul(grouped, key.transpose(-1, -2)).reshape(1, G, H // G, S, S)
+    scores = torch.cat([past_scores, new_scores], dim=-1).float() + attention_mask
+    weights = torch.softmax(scores, dim=-1).to(value.dtype).reshape(1, G, (H // G) * S, C + S)
     output = torch.matmul(weights[..., :C], past[1]) + torch.matmul(weights[..., C:], value)
     return output.reshape(1, H, S, E).transpose(1, 2), None
 

@@ -8,6 +8,7 @@
 | out top_logits    | [T]       | float32 | runtime: the largest logits, descending              |
 | out top_ids       | [T]       | int32   | runtime: their tokens; the order of equals is free   |
 
+A head that a probe shares (``export/graphs/probe.py``) has L in place of the 1, and [L, T]: L is 0 while the probe runs.
 T is min(64, V). With it a decode step copies 512 bytes to the host in place of the whole vocabulary.
 """
 
@@ -22,15 +23,18 @@ from trio_edge.runtime.bundle.graph_io import MAX_CANDIDATES
 class Head(nn.Module):
     """Logits of one row of the decoder's output."""
 
-    def __init__(self, final_norm: nn.Module, lm_head: nn.Module) -> None:
+    def __init__(self, final_norm: nn.Module, lm_head: nn.Module, *, is_shared: bool = False) -> None:
         super().__init__()
         self.final_norm = final_norm
         self.lm_head = lm_head
+        self.is_shared = is_shared
 
     def forward(self, hidden_states: Tensor, last_row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the logits [1, V] of row ``last_row`` and the largest of them with their tokens, float32 and int32."""
-        row_1D = hidden_states[0].index_select(0, last_row)
-        logits_1V = self.lm_head(self.final_norm(row_1D)).to(torch.float32)
-        num_candidates = min(MAX_CANDIDATES, logits_1V.shape[1])
-        top_logits_1T, top_ids_1T = torch.topk(logits_1V, num_candidates, dim=1)
-        return logits_1V, top_logits_1T[0], top_ids_1T[0].to(torch.int32)
+        row_LD = hidden_states[0].index_select(0, last_row)
+        logits_LV = self.lm_head(self.final_norm(row_LD)).to(torch.float32)
+        num_candidates = min(MAX_CANDIDATES, logits_LV.shape[1])
+        top_logits_LT, top_ids_LT = torch.topk(logits_LV, num_candidates, dim=1)
+        if not self.is_shared:
+            top_logits_LT, top_ids_LT = top_logits_LT[0], top_ids_LT[0]
+        return logits_LV, top_logits_LT, top_ids_LT.to(torch.int32)

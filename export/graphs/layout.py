@@ -123,13 +123,39 @@ class Layout:
             for whole in ((rows,) if stage == 0 else self.visual_sizes)
         )
 
-    def head_profiles(self) -> tuple[Profile, ...]:
-        """Return the profiles of the head, which reads the last range's output."""
+    def probe_profiles(self, stage: int) -> tuple[Profile, ...]:
+        """Return the profiles of the forward half of a stage's probe."""
+        return self._probe_profiles(stage, "probe", "P")
+
+    def saliency_profiles(self, stage: int) -> tuple[Profile, ...]:
+        """Return the profiles of the backward half of a stage's probe."""
+        return self._probe_profiles(stage, "saliency", "G")
+
+    def _probe_profiles(self, stage: int, half: str, letter: str) -> tuple[Profile, ...]:
+        return tuple(
+            Profile(
+                name=name.replace("prefill", half),
+                sizes={
+                    f"{letter}S": rows + bucket,
+                    f"{letter}N": rows,
+                    f"{letter}R": self.schedule.num_probe_rows,
+                },
+            )
+            for name, rows, bucket in self._prefills(stage)
+        )
+
+    def head_profiles(self, *, is_shared: bool = False) -> tuple[Profile, ...]:
+        """Return the profiles of the head, which reads the last range's output; one that a probe shares has L rows."""
+        own = {"L": 1} if is_shared else {}
         prefill = [
-            Profile(name=name, sizes={"S": rows + bucket})
+            Profile(name=name, sizes={"S": rows + bucket, **own})
             for name, rows, bucket in self._prefills(len(self.schedule.stages))
         ]
-        return (*prefill, Profile(name="decode", sizes={"S": 1}))
+        return (*prefill, Profile(name="decode", sizes={"S": 1, **own}))
+
+    def gradient_profiles(self) -> tuple[Profile, ...]:
+        """Return the profile of the head's gradient."""
+        return (Profile(name="gradient", sizes={"GR": self.schedule.num_probe_rows}),)
 
     def _prefills(self, index: int) -> list[tuple[str, int, int]]:
         """Return name, visual rows and text bucket of every prefill of layer range ``index``."""

@@ -11,14 +11,15 @@
 | in  prompt_embeds     | [1, F, D] | model   | runtime: ``inputs_embeds`` of the prefill (some methods)             |
 | in  prompt_num_visual | [1]       | int32   | runtime: visual tokens of the picture (some methods)                 |
 | in  prompt_length     | [1]       | int32   | runtime: real rows of the prompt (some methods)                      |
+| in  saliency          | [N]       | float32 | ``export/graphs/probe.py``: scores (TRIO)                            |
 | out kept_hidden_states| [1, R, D] | model   | next layer range; R = S - N + K                                      |
 | out kept_position_ids | [A, R]    | int32   | next layer range: 0..R-1 ("compact") or gathered ("preserved")       |
 | out kept_indices      | [K]       | int32   | runtime: ascending, into the span that entered; min(K, num_visual) valid |
 | out scores            | [N]       | float32 | runtime: the method's scores, -1 where there is no token             |
 | out unsettled         | [1]       | int32   | runtime: not 0 means that the NMS needs more rounds than exported     |
 
-The graph holds the layer that it looks at, and for TRIO the head, a second time on the device; on disk they are stored
-once.
+Most methods hold two products of the layer that they look at a second time on the device; on disk they are stored once. TRIO's
+select graph holds no weight.
 """
 
 from __future__ import annotations
@@ -38,11 +39,19 @@ if TYPE_CHECKING:
 class Select(nn.Module):
     """A selector, and the gather of what stays."""
 
-    def __init__(self, selector: StageSelector, rotary: nn.Module, *, preserve_positions: bool) -> None:
+    def __init__(
+        self,
+        selector: StageSelector,
+        rotary: nn.Module,
+        *,
+        preserve_positions: bool,
+        takes_saliency: bool = False,
+    ) -> None:
         super().__init__()
         self.selector: Any = selector
         self.rotary = rotary
         self.preserve_positions = preserve_positions
+        self.takes_saliency = takes_saliency
 
     def forward(
         self,
@@ -57,10 +66,13 @@ class Select(nn.Module):
         hidden_SD = hidden_states[0]
         cos, sin = self.rotary(position_ids)
         rest = list(others)
+        saliency_N = rest.pop() if self.takes_saliency else None
         previous_SD = rest.pop(0)[0] if self.selector.needs_previous else None
         prompt = PromptInputs(rest[0][0], rest[1], rest[2]) if self.selector.needs_prompt else None
         selection: Selection = self.selector(
-            StageInputs(hidden_SD, cos[0], sin[0], visual_rows, num_visual, length, previous_SD, prompt)
+            StageInputs(
+                hidden_SD, cos[0], sin[0], visual_rows, num_visual, length, previous_SD, prompt, saliency_N
+            )
         )
         rows_R, _ = compact_rows(
             selection.kept_K,

@@ -1,7 +1,6 @@
 """Decides how each initializer of each graph is stored: in floating point or rounded, smoothed or not.
 
-A tensor that several graphs want in the same form is stored once. A probe in floating point therefore keeps a second
-copy of its layer next to the quantized one.
+A tensor that several graphs want in the same form is stored once. A probe reads its layer and the head as their own graphs do.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
     from trio_edge.export.tracing import TracedGraph
-    from trio_edge.runtime.bundle.manifest import Part, QuantizedFormat
+    from trio_edge.runtime.bundle.manifest import Part, QuantizedFormat, Role
 
 _LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
 DECODER_LINEAR = re.compile(
@@ -99,13 +98,13 @@ def quantize_graphs(
         checkpoint: For the shapes, and the blocks of one that is quantized already: parts that the plan does not name
             take its integers over where they are symmetric, and their values in floating point elsewhere.
     """
-    layer_formats = _layer_formats(graphs, plan)
+    layer_roles = _layer_roles(graphs)
     table = _embedding_form(plan)
     stored = {} if table.is_plain else {table.stored_name: table}
     result = []
     for graph in graphs:
         forms = {
-            name: _form(graph, name, stored_name.tensor, plan, scales, layer_formats, checkpoint)
+            name: _form(graph, name, stored_name.tensor, plan, scales, layer_roles, checkpoint)
             for name, stored_name in graph.weights.items()
         }
         stored |= {form.stored_name: form for form in forms.values() if not form.is_plain}
@@ -113,12 +112,20 @@ def quantize_graphs(
     return result, tuple(stored.values())
 
 
-def _layer_formats(graphs: Iterable[TracedGraph], plan: QuantizePlan) -> dict[int, Format]:
-    """Return the format of each decoder layer's own graph."""
+def is_quantized(role: Role, *, plan: QuantizePlan, checkpoint: Checkpoint) -> bool:
+    """Return whether the linear layers of the decoder's graphs with ``role`` are going to be."""
+    if plan.names(role):
+        return plan.of_role(role) != "none"
+    packed = (name for name in checkpoint.packed if DECODER_LINEAR.fullmatch(name))
+    return any((_LAYER.match(name) is None) == (role == "head") for name in packed)
+
+
+def _layer_roles(graphs: Iterable[TracedGraph]) -> dict[int, Role]:
+    """Return the role of each decoder layer's own graph."""
     return {
-        layer: plan.of_role(graph.spec.role)
+        layer: graph.spec.role
         for graph in graphs
-        if graph.spec.role in ("prefix", "segment", "suffix") and graph.spec.first_layer is not None
+        if graph.spec.num_layers and graph.spec.first_layer is not None
         for layer in range(graph.spec.first_layer, graph.spec.first_layer + graph.spec.num_layers)
     }
 
@@ -129,23 +136,25 @@ def _form(
     tensor: str,
     plan: QuantizePlan,
     scales: CalibratedScales,
-    layer_formats: Mapping[int, Format],
+    layer_roles: Mapping[int, Role],
     checkpoint: Checkpoint,
 ) -> StoredForm:
-    kind = plan.of_role(graph.spec.role)
+    layer = _LAYER.match(tensor)
+    own_role: Role = "head" if layer is None else layer_roles[int(layer[1])]
+    role = own_role if graph.is_probe else graph.spec.role
+    kind = plan.of_role(role)
     packed = checkpoint.packed.get(tensor)
     value = graph.model.graph.initializers[name]
     may = is_linear(value) or (graph.spec.role == "select" and _is_decoder_linear(tensor))
-    keeps_integers = kind == ("int4" if plan.names(graph.spec.role) else "none")
+    may |= graph.is_probe and _is_decoder_linear(tensor)
+    keeps_integers = kind == ("int4" if plan.names(role) else "none")
     if packed is not None and packed.format.is_symmetric and may and keeps_integers:
         return StoredForm(
             name=tensor, kind="int4", block=stored_block(packed), is_packed=True, is_taken_over=True
         )
-    # A probe may read smoothed weights only where it shares them with its layer and the head: the factors cancel only
-    # if all of a layer has them.
-    layer = _LAYER.match(tensor)
-    own_kind = plan.of_role("head") if layer is None else layer_formats[int(layer[1])]
-    shares = kind != "none" and (graph.spec.role != "select" or kind == own_kind)
+    # A selection may read smoothed weights only where it shares them with its layer: the factors cancel only if all of a
+    # layer has them.
+    shares = kind != "none" and (role != "select" or kind == plan.of_role(own_role))
     smoothing = scales.smoothing.get(tensor) if shares else None
     block = int4_block(checkpoint.tensor(tensor).shape) if kind == "int4" else None
     if kind == "none" or not may or (kind == "int4" and block is None):
@@ -168,7 +177,7 @@ def _rewritten(graph: TracedGraph, forms: Mapping[str, StoredForm], scales: Cali
     if not quantized:
         return replace(graph, weights=weights)
     weights |= {name + SCALE_SUFFIX: form.stored_name.scales for name, form in quantized.items()}
-    ranges = {} if graph.spec.role == "select" else scales.activation_max
+    ranges = {} if graph.spec.role == "select" or graph.is_probe else scales.activation_max
     opset = max(graph.model.opset_imports[""], *(OPSETS[form.kind] for form in quantized.values()))
     constants: dict[str, NDArray[Any]] = quantize_graph(
         graph.model,
@@ -221,9 +230,9 @@ def quantization_of(
     formats: dict[str, QuantizedFormat] = {
         PART_FROM_ROLE[graph.spec.role]: "int4"
         for graph in graphs
-        if not taken.isdisjoint(graph.weights.values())
+        if not graph.is_probe and not taken.isdisjoint(graph.weights.values())
     }
-    left_out = unquantized_parts(forms, plan, graphs=graphs)
+    left_out = {*unquantized_parts(forms, plan, graphs=graphs), *_parts_without_weights(graphs)}
     for part in PARTS:
         if (kind := plan.of_part(part)) != "none" and part not in left_out:
             formats[part] = kind
@@ -236,6 +245,15 @@ def quantization_of(
     )
 
 
+def _parts_without_weights(graphs: Iterable[TracedGraph]) -> set[Part]:
+    """Return the parts none of whose graphs holds weights of its own, as TRIO's selections."""
+    held: dict[Part, bool] = {}
+    for graph in graphs:
+        if (part := PART_FROM_ROLE.get(graph.spec.role)) is not None:
+            held[part] = held.get(part, False) or bool(graph.weights)
+    return {part for part, holds in held.items() if not holds}
+
+
 def unquantized_parts(
     forms: Iterable[StoredForm], plan: QuantizePlan, *, graphs: Iterable[TracedGraph]
 ) -> dict[Part, QuantizedFormat]:
@@ -245,7 +263,7 @@ def unquantized_parts(
     done: set[Part] = set()
     for graph in graphs:
         kind = plan.of_role(graph.spec.role)
-        if kind != "none":
+        if kind != "none" and graph.weights and not graph.is_probe:
             wanted[PART_FROM_ROLE[graph.spec.role]] = kind
             if not quantized.isdisjoint(graph.weights.values()):
                 done.add(PART_FROM_ROLE[graph.spec.role])
@@ -257,7 +275,8 @@ def _with_inputs(graphs: Iterable[TracedGraph]) -> tuple[Part, ...]:
     rounded = {
         PART_FROM_ROLE[graph.spec.role]
         for graph in graphs
-        if any(
+        if not graph.is_probe
+        and any(
             node.op_type == "QuantizeLinear" and not node.outputs[0].is_graph_output()
             for node in graph.model.graph
         )

@@ -9,8 +9,8 @@
 
 FP8 (E4M3) looks like INT8.
 
-A weight is stored with its inputs first: the product reads that operand, so the trace's transposes disappear. Nodes that
-read the weight in another way (the backward pass of a probe) get it transposed.
+A weight is stored with its inputs first: the product reads that operand, so the trace's transposes disappear. A product with
+the weight as the checkpoint has it (the backward pass of a probe, g W) becomes (Wᵀ gᵀ)ᵀ; other nodes get it transposed.
 """
 
 from __future__ import annotations
@@ -136,6 +136,9 @@ def _redirect(graph: ir.Graph, old: ir.Value, weight: ir.Value) -> None:
         elif node.op_type == "Gemm" and index == 1 and _is_transposed(node):
             node.attributes["transB"] = ir.AttrInt64("transB", 0)
             node.replace_input_with(1, weight)
+            _as_matmul(node)
+        elif node.op_type == "MatMul" and index == 1 and _rank(node.inputs[0]) == 2:
+            _multiply_from_the_left(graph, node, weight)
         else:
             if transposed is None:
                 assert old.dtype is not None
@@ -145,6 +148,33 @@ def _redirect(graph: ir.Graph, old: ir.Value, weight: ir.Value) -> None:
                 graph.append(back)
                 transposed = back.outputs[0]
             node.replace_input_with(index, transposed)
+
+
+def _as_matmul(gemm: ir.Node) -> None:
+    """Make of a Gemm that is nothing but a product a MatMul: ONNX Runtime's kernels for INT4 and INT8 weights want one."""
+    factors = [gemm.attributes[name].as_float() for name in ("alpha", "beta") if name in gemm.attributes]
+    if len(gemm.inputs) == 2 and not gemm.attributes.get_int("transA", 0) and all(f == 1.0 for f in factors):
+        gemm.op_type = "MatMul"
+        gemm.attributes.clear()
+
+
+def _rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def _multiply_from_the_left(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> None:
+    """Make of ``node``, rows [R, O] times a weight [O, I], a product of ``weight`` [I, O]: transposing rows costs nothing."""
+    rows, product = node.inputs[0], node.outputs[0]
+    assert rows is not None and rows.dtype is not None and weight.shape is not None
+    name = str(product.name)
+    columns = make_node("Transpose", [rows], f"{name}.rows", rows.dtype, None, {"perm": [1, 0]})
+    turned = make_node("MatMul", [weight, columns.outputs[0]], f"{name}.T", rows.dtype, None, {})
+    back = make_node(
+        "Transpose", [turned.outputs[0]], f"{name}.back", rows.dtype, product.shape, {"perm": [1, 0]}
+    )
+    graph.extend([columns, turned, back])
+    ir.convenience.replace_all_uses_with(product, back.outputs[0], replace_graph_outputs=True)
+    graph.remove(node, safe=True)
 
 
 def _quantized(

@@ -307,10 +307,17 @@ def _measure_layers(loaded: LoadedBundle, question: RunQuestion, options: Measur
             warm_up = again.answer(question).calls
             calls = [call for _ in range(_LAYER_RUNS) for call in again.answer(question).calls]
         layers = []
-        for graph in dict.fromkeys(call.graph for call in calls):
-            runs = layer_runs(json.loads((folder / f"{graph}.json").read_bytes()))
-            profiles = [call.profile for call in calls if call.graph == graph]
-            # The profiler cannot be switched on late: the runs of the first answer come first in its file.
-            skipped = sum(call.graph == graph for call in warm_up)
-            layers += layer_times(runs[skipped:], graph=graph, profiles=profiles, num_answers=_LAYER_RUNS)
+        for spec in bundle.manifest.graphs:
+            # One file for each session: where a graph's pieces are sessions of their own, there is none of the graph.
+            whole = (folder / f"{spec.name}.json").exists()
+            for part in (spec,) if whole else spec.split():
+                names = {(spec.name, profile.name) for profile in part.profiles}
+                profiles = [call.profile for call in calls if (call.graph, call.profile) in names]
+                # The profiler cannot be switched on late: the runs of the first answer come first in its file.
+                skipped = sum((call.graph, call.profile) in names for call in warm_up)
+                if profiles:
+                    runs = layer_runs(json.loads((folder / f"{part.name}.json").read_bytes()))
+                    layers += layer_times(
+                        runs[skipped:], graph=spec.name, profiles=profiles, num_answers=_LAYER_RUNS
+                    )
     return layers

@@ -263,11 +263,15 @@ def memory_of(setting: Setting, *, usable: int) -> MemoryNeed:
     decoder, tower, sizes = setting.model.decoder, setting.model.vision, setting.formats.bytes_per_weight()
     head = decoder.vocab_size * decoder.hidden_size
     vision = 0 if tower is None else tower_weights(tower)
-    repeated = repeated_weights(setting.schedule.method, decoder)
-    stages = len(setting.schedule.stages)
+    repeated = repeated_weights(
+        setting.schedule,
+        decoder,
+        layers_quantized=setting.precision != "float16",
+        head_quantized=setting.head_precision != "float16",
+    )
     weights = (
-        (decoder.num_layers * layer_weights(decoder) + stages * repeated.layer) * sizes["layer"]
-        + (head + stages * repeated.head) * sizes["head"]
+        (decoder.num_layers * layer_weights(decoder) + repeated.layers) * sizes["layer"]
+        + (head + repeated.head) * sizes["head"]
         + vision * sizes["vision"]
     )
     return MemoryNeed(

@@ -267,7 +267,7 @@ def _rounded_inputs(manifest: Manifest, setting: Setting) -> frozenset[WeightKin
 
 def _other_weight_bytes(manifest: Manifest) -> int:
     """Return the weights of graphs that ``Model`` does not describe, in half precision."""
-    described = {"prefix", "segment", "suffix", "select", "head"}
+    described = {"prefix", "segment", "suffix", "probe", "select", "head"}
     if manifest.vision is not None:
         described.add("vision")
     stored = sum(graph.weight_bytes for graph in manifest.graphs if graph.role not in described)

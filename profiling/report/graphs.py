@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from trio_edge.profiling.measure.recording import DECODE
 from trio_edge.profiling.report.profile import GraphProfile
 from trio_edge.profiling.statistics import distribution_of_runs
-from trio_edge.trio.cost.bundle_work import graph_work
+from trio_edge.runtime.bundle.graph_io import is_probe
+from trio_edge.trio.cost.bundle_work import graph_work, part_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,7 +79,7 @@ def _graph_profile(
         verdict = judge(flops=flops, moved_bytes=moved, milliseconds=call_ms.p50, ceilings=ceilings)
     return GraphProfile(
         name=spec.name,
-        role=spec.role,
+        role="select" if is_probe(part_of(spec, profile)) else spec.role,
         phase="decode" if profile.name == DECODE else "prefill",
         profile=profile.name,
         calls_per_answer=sum(map(len, answers)) / len(answers),

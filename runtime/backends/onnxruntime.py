@@ -107,21 +107,26 @@ class OnnxRuntimeBackend:
             prepared = Prepared({}, ()) if stream else open_prepared(bundle, accuracy=self._cpu_accuracy)
             loaded.notes.extend(prepared.notes)
             for spec in specs:
-                file = prepared.files.get(spec.name, bundle.folder / spec.file)
-                session = self._session(bundle, spec, file, stream)
-                _check_interface(spec.inputs, session.get_inputs(), where=f"{spec.file} inputs")
-                _check_interface(spec.outputs, session.get_outputs(), where=f"{spec.file} outputs")
-                engine = OnnxRuntimeEngine(
-                    session, spec, on_gpu=stream is not None, layer_times=self._layer_times
-                )
+                # A GPU holds a graph's weights once; on the CPU all sessions map the same files, and a piece alone is faster.
+                parts = (spec,) if stream is not None else spec.split()
+                engines = [self._engine(bundle, part, prepared, stream) for part in parts]
                 if stream is None and spec in bundle.manifest.selects[-1:]:
-                    engine.shrink_after_runs()
-                loaded.engines[spec.name] = engine
-                release_free_memory()  # loading needs as much again, and the C library would keep it
+                    engines[0].shrink_after_runs()
+                loaded.engines[spec.name] = engines[0] if len(engines) == 1 else PiecedEngine(spec, engines)
         except BaseException:
             loaded.close()
             raise
         return loaded
+
+    def _engine(
+        self, bundle: Bundle, spec: GraphSpec, prepared: Prepared, stream: int | None
+    ) -> OnnxRuntimeEngine:
+        file = prepared.files.get(spec.name, bundle.folder / spec.file)
+        session = self._session(bundle, spec, file, stream)
+        _check_interface(spec.inputs, session.get_inputs(), where=f"{spec.file} inputs")
+        _check_interface(spec.outputs, session.get_outputs(), where=f"{spec.file} outputs")
+        release_free_memory()  # loading needs as much again, and the C library would keep it
+        return OnnxRuntimeEngine(session, spec, on_gpu=stream is not None, layer_times=self._layer_times)
 
     def _open_device(self) -> tuple[Device, int | None]:
         """Return the device, and its stream if it is a GPU."""
@@ -266,6 +271,30 @@ class OnnxRuntimeEngine:
                 f"{self._spec.name}: expected an open session, got a closed one; load the bundle again"
             )
         return self._session
+
+
+@final
+class PiecedEngine:
+    """A graph whose pieces are sessions of their own."""
+
+    def __init__(self, spec: GraphSpec, pieces: Sequence[OnnxRuntimeEngine]) -> None:
+        self._spec, self._pieces = spec, pieces
+
+    @property
+    def spec(self) -> GraphSpec:
+        """The graph's entry in the manifest."""
+        return self._spec
+
+    def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> OnnxRuntimeLaunch:
+        """Bind a profile of a piece to addresses; the other pieces' tensors have no elements."""
+        check_tensors(self._spec, profile, tensors)
+        piece = next(piece for piece in self._pieces if profile in piece.spec.profiles)
+        return piece.prepare(profile, {tensor.name: tensors[tensor.name] for tensor in piece.spec.tensors})
+
+    def close(self) -> None:
+        """Close all sessions."""
+        for piece in self._pieces:
+            piece.close()
 
 
 @final

@@ -40,22 +40,24 @@ class SingleGraph:
             BackendError: If there is no such profile, or the device has not enough memory.
         """
         self._device, self._engine = graphs.device, graphs.engines[name]
-        spec = self.spec = self._engine.spec
-        found = next((entry for entry in spec.profiles if entry.name == profile), None)
+        whole = self._engine.spec
+        found = next((entry for entry in whole.profiles if entry.name == profile), None)
         if found is None:
-            known = ", ".join(entry.name for entry in spec.profiles)
+            known = ", ".join(entry.name for entry in whole.profiles)
             raise BackendError(
                 f"{name}: expected one of the profiles {known}, got {profile!r}; choose one of them"
             )
         self.profile = found
-        self._shapes = {tensor.name: shape_at(tensor.shape, found) for tensor in spec.tensors}
+        self.spec = next(part for part in whole.split() if found in part.profiles)
+        """The graph, or the piece of it that runs at the profile."""
+        self._shapes = {tensor.name: shape_at(tensor.shape, found) for tensor in whole.tensors}
         self._blocks = {
             tensor.name: Block(
                 self._device,
                 {tensor.name: (tensor.dtype, self._shapes[tensor.name])},
                 purpose=f"{tensor.name} of {name}",
             )
-            for tensor in spec.tensors
+            for tensor in whole.tensors
         }
         tensors = {key: block.tensor(key, self._shapes[key]) for key, block in self._blocks.items()}
         self._launch = self._engine.prepare(found, tensors)

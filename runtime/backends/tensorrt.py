@@ -1,8 +1,8 @@
 """TensorRT engines that ``trio-build`` made, run by ``tensorrt`` or ``tensorrt-rtx``.
 
 Each engine is loaded once. Its decode profile has an execution context of its own, which never switches so that it can be
-captured; all prefill profiles share another. All contexts of all engines share one workspace: they run one after the other on one
-stream.
+captured; so has each piece of its graph, for all its profiles. All contexts of all engines share one workspace: they run one
+after the other on one stream.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Workspace:
 
 @final
 class TensorRTEngine:
-    """One graph's engine and its two execution contexts."""
+    """One graph's engine and its execution contexts."""
 
     def __init__(
         self,
@@ -168,7 +168,8 @@ class TensorRTEngine:
         self._engine, self._spec, self._tensorrt = engine, spec, tensorrt
         self._device, self._workspace, self._errors, self._layers = device, workspace, errors, layers
         self._kernels = kernels
-        self._contexts: dict[bool, _Context] = {}
+        self._contexts: dict[str, _Context] = {}
+        """By what runs in it."""
         workspace.reserve(engine.device_memory_size_v2)  # of the largest profile
 
     @property
@@ -180,11 +181,13 @@ class TensorRTEngine:
         """Bind a profile to addresses."""
         check_tensors(self._spec, profile, tensors)
         index = self._spec.profiles.index(profile)
-        # A captured sequence holds its context's state, so decode shares its context with no other profile.
-        is_decode = profile.name == _DECODE
-        if is_decode not in self._contexts:
-            self._contexts[is_decode] = self._new_context()
-        return TensorRTLaunch(self._contexts[is_decode], index, tensors)
+        # A captured sequence holds its context's state, so decode shares its context with no other profile. Pieces take turns
+        # in every prefill, and to switch profiles takes time.
+        part = next(part.name for part in self._spec.split() if profile in part.profiles)
+        key = _DECODE if profile.name == _DECODE else part
+        if key not in self._contexts:
+            self._contexts[key] = self._new_context()
+        return TensorRTLaunch(self._contexts[key], index, tensors)
 
     def _new_context(self) -> _Context:
         settings = _context_settings(self._engine, self._tensorrt, self._kernels)

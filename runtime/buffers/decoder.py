@@ -6,6 +6,7 @@ Only the new KV rows of a prefill share one place: they are copied away before t
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, final
 
 import numpy as np
@@ -14,6 +15,14 @@ from trio_edge.runtime.buffers.blocks import Block, allocate_tensor
 from trio_edge.runtime.buffers.kv_cache import KVCache, NewRows
 from trio_edge.runtime.bundle.graph_io import (
     EMBEDS,
+    GRADIENT,
+    GRADIENT_ATTENTION,
+    GRADIENT_HIDDEN,
+    GRADIENT_KEYS,
+    GRADIENT_NUM_VISUAL,
+    GRADIENT_POSITIONS,
+    GRADIENT_STATE,
+    GRADIENT_VISUAL_ROWS,
     HIDDEN,
     HIDDEN_OUT,
     KEPT_HIDDEN,
@@ -22,16 +31,30 @@ from trio_edge.runtime.bundle.graph_io import (
     LENGTH,
     LOGITS,
     NUM_VISUAL,
+    OUTPUT_GRADIENT,
     PAST_LENGTH,
     POSITIONS,
     PREVIOUS,
+    PROBE_ATTENTION,
+    PROBE_HIDDEN,
+    PROBE_KEYS,
+    PROBE_LENGTH,
+    PROBE_OUTPUT,
+    PROBE_POSITIONS,
+    PROBE_ROWS,
+    PROBE_STATE,
+    PROBE_VISUAL_ROWS,
     PROMPT_EMBEDS,
     PROMPT_LENGTH,
     PROMPT_NUM_VISUAL,
+    SALIENCY,
+    SALIENCY_SCORES,
     SELECT_RESULTS,
     TOP_IDS,
     TOP_LOGITS,
     VISUAL_ROWS,
+    gradient_graph,
+    probe_graph,
 )
 from trio_edge.runtime.devices.interface import find_profile, largest_shape, shape_at
 
@@ -40,10 +63,19 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile, TensorSpec
     from trio_edge.runtime.devices.interface import Allocator, DeviceTensor
 
 _TOP = (TOP_LOGITS, TOP_IDS)
+_BETWEEN_HALVES = {
+    PROBE_OUTPUT: PROBE_OUTPUT,
+    OUTPUT_GRADIENT: GRADIENT,
+    PROBE_STATE: GRADIENT_STATE,
+    PROBE_ATTENTION: GRADIENT_ATTENTION,
+    PROBE_KEYS: GRADIENT_KEYS,
+    SALIENCY_SCORES: SALIENCY,
+}
+"""Outputs of a probe's pieces and the inputs of the later ones that read them."""
 _ONE = ("int32", (1,))
 _Fields: TypeAlias = "dict[str, tuple[str, tuple[int, ...]]]"
 """Dtype and largest shape by name. Stages and ranges are numbered from 0, as in ``length.0``."""
@@ -83,8 +115,11 @@ class DecoderBuffers:
         self.previous = _largest(allocator, [spec for spec in self.ranges if _has_previous(spec)], PREVIOUS)
         self.kept_hidden = _largest(allocator, self.selects, KEPT_HIDDEN)
         self.kept_positions = _largest(allocator, self.selects, KEPT_POSITIONS)
+        self.probes = [probe_graph(manifest, stage) for stage in range(len(self.selects))]
+        self.gradient = gradient_graph(manifest)
+        self._probe = self._probe_buffers(allocator)
         # Ranges of a prefill run one after the other, so their new KV rows share one place.
-        rows = [max(profile.sizes["S"] for profile in spec.profiles) for spec in self.ranges]
+        rows = [max(profile.sizes.get("S", 0) for profile in spec.profiles) for spec in self.ranges]
         sizes = [NewRows(0, spec, rows=most).stack.num_bytes for spec, most in zip(self.ranges, rows)]
         self._new_rows = allocator.allocate(max(sizes), purpose="new KV rows of a prefill")
         self.new_row = [_new_row(allocator, spec) for spec in self.ranges]
@@ -103,7 +138,23 @@ class DecoderBuffers:
         fields |= dict.fromkeys(("zero", LAST_ROW, PROMPT_NUM_VISUAL, PROMPT_LENGTH), _ONE)
         for stage, spec in enumerate(self.selects):
             fields |= _fields(spec, (VISUAL_ROWS, NUM_VISUAL, LENGTH), number=stage)
+            if (probe := self.probes[stage]) is not None:
+                fields |= _fields(probe, (PROBE_ROWS,), number=stage)
         return fields
+
+    def _probe_buffers(self, allocator: Allocator) -> dict[str, DeviceTensor]:
+        """Return memory for what goes from piece to piece of a probe; all stages use the same."""
+        largest: dict[str, tuple[GraphSpec, TensorSpec]] = {}
+        for spec in (*filter(None, self.probes), *filter(None, (self.gradient,))):
+            for tensor in spec.outputs:
+                if tensor.name in _BETWEEN_HALVES:
+                    known = largest.get(tensor.name)
+                    if known is None or _num_elements(spec, tensor) > _num_elements(*known):
+                        largest[tensor.name] = spec, tensor
+        return {
+            name: allocate_tensor(allocator, tensor, largest_shape(spec, tensor), graph=spec.name)
+            for name, (spec, tensor) in largest.items()
+        }
 
     def _result_fields(self) -> _Fields:
         fields = _fields(self.head, (LOGITS, *_TOP))
@@ -164,7 +215,7 @@ class DecoderBuffers:
         tensors[HIDDEN_OUT] = self.hidden_out[index]
         if _has_previous(spec):
             tensors[PREVIOUS] = self.previous[index]
-        return _at_profile(spec, tensors, profile)
+        return self._at_profile(spec, tensors, profile)
 
     def select_tensors(self, stage: int, profile: Profile) -> dict[str, DeviceTensor]:
         """Return the tensors of the select graph of ``stage``."""
@@ -181,21 +232,60 @@ class DecoderBuffers:
         }
         if self.previous:
             tensors[PREVIOUS] = self.previous[stage]
-        return _at_profile(self.selects[stage], tensors, profile)
+        if self._probe:
+            tensors[SALIENCY] = self._probe[SALIENCY_SCORES]
+        return self._at_profile(self.selects[stage], tensors, profile)
+
+    def probe_tensors(self, stage: int, profile: Profile) -> dict[str, DeviceTensor]:
+        """Return the tensors of either half of the probe of ``stage``."""
+        spec = self.probes[stage]
+        assert spec is not None, "a stage with a probe"
+        rows, num_visual, length = (
+            self.inputs.tensor(f"{name}.{stage}") for name in (VISUAL_ROWS, NUM_VISUAL, LENGTH)
+        )
+        hidden, positions = self.hidden_out[stage], self._positions(stage)
+        tensors = {
+            **self._probe_tensors(),
+            PROBE_HIDDEN: hidden,
+            PROBE_POSITIONS: positions,
+            PROBE_VISUAL_ROWS: rows,
+            PROBE_ROWS: self.inputs.tensor(f"{PROBE_ROWS}.{stage}"),
+            PROBE_LENGTH: length,
+            GRADIENT_HIDDEN: hidden,
+            GRADIENT_POSITIONS: positions,
+            GRADIENT_VISUAL_ROWS: rows,
+            GRADIENT_NUM_VISUAL: num_visual,
+        }
+        return self._at_profile(spec, tensors, profile)
+
+    def gradient_tensors(self, profile: Profile) -> dict[str, DeviceTensor]:
+        """Return the tensors of the head's gradient."""
+        assert self.gradient is not None, "a bundle with a probe"
+        return self._at_profile(self.gradient, self._probe_tensors(), profile)
+
+    def _probe_tensors(self) -> dict[str, DeviceTensor]:
+        outputs = self._probe
+        return outputs | {
+            reader: outputs[name] for name, reader in _BETWEEN_HALVES.items() if name in outputs
+        }
 
     def head_tensors(self, profile: Profile) -> dict[str, DeviceTensor]:
         """Return the tensors of the head in a prefill."""
         tensors = {name: self.results.tensor(name) for name in (LOGITS, *_TOP)}
         tensors |= {HIDDEN: self.hidden_out[-1], LAST_ROW: self.inputs.tensor(LAST_ROW)}
-        return _at_profile(self.head, tensors, profile)
+        return self._at_profile(self.head, tensors, profile)
+
+    def head_profile(self, rows: int) -> Profile:
+        """Return the profile of the head for ``rows`` rows of the last range."""
+        return find_profile(self.head, {"S": rows, "L": 1} if self.head.pieces else {"S": rows})
 
     def step_head_tensors(self) -> tuple[Profile, dict[str, DeviceTensor]]:
         """Return profile and tensors of the head in a decode step."""
-        profile = find_profile(self.head, {"S": 1})
+        profile = self.head_profile(1)
         tensors = {name: self.step_top.tensor(name) for name in _TOP}
         tensors |= {HIDDEN: self.hidden_out[-1], LAST_ROW: self.step.tensor(LAST_ROW)}
         tensors[LOGITS] = self.step_logits.tensor(LOGITS)
-        return profile, _at_profile(self.head, tensors, profile)
+        return profile, self._at_profile(self.head, tensors, profile)
 
     def sent_by_step(self) -> StepInputs:
         """Return what the host writes before each decode step: views, made once as a step takes microseconds."""
@@ -206,13 +296,25 @@ class DecoderBuffers:
             past_lengths=[self.step.host(f"{PAST_LENGTH}.{index}") for index in count],
         )
 
+    def _at_profile(
+        self, spec: GraphSpec, tensors: Mapping[str, DeviceTensor], profile: Profile
+    ) -> dict[str, DeviceTensor]:
+        """Return the tensors that ``spec`` has, at their shapes in ``profile``; those of its other pieces have no elements."""
+        nothing = self.inputs.tensor("zero")
+        return {
+            tensor.name: tensors.get(tensor.name, nothing)._replace(
+                shape=shape_at(tensor.shape, profile), dtype=tensor.dtype
+            )
+            for tensor in spec.tensors
+        }
+
     def _positions(self, index: int) -> DeviceTensor:
         return self.inputs.tensor(POSITIONS) if index == 0 else self.kept_positions[index - 1]
 
 
 def top_tokens(block: Block) -> TopTokens:
     """Return the most likely tokens in ``block``, the results of a prefill or a decode step: views."""
-    return TopTokens(ids=block.host(TOP_IDS), logits=block.host(TOP_LOGITS))
+    return TopTokens(ids=block.host(TOP_IDS).reshape(-1), logits=block.host(TOP_LOGITS).reshape(-1))
 
 
 def _has_previous(spec: GraphSpec) -> bool:
@@ -248,11 +350,5 @@ def _pinned_text(allocator: Allocator, manifest: Manifest) -> NDArray[Any]:
     return text.view(manifest.dtype).reshape(shape)
 
 
-def _at_profile(
-    spec: GraphSpec, tensors: Mapping[str, DeviceTensor], profile: Profile
-) -> dict[str, DeviceTensor]:
-    """Return the tensors that ``spec`` has, at their shapes in ``profile``."""
-    return {
-        tensor.name: tensors[tensor.name]._replace(shape=shape_at(tensor.shape, profile))
-        for tensor in spec.tensors
-    }
+def _num_elements(spec: GraphSpec, tensor: TensorSpec) -> int:
+    return math.prod(largest_shape(spec, tensor))

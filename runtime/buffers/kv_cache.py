@@ -29,7 +29,7 @@ class KVCache:
         """
         # Inputs and outputs are in the same order, so one strided copy moves the new rows of all layers.
         past = [tensor for tensor in spec.inputs if tensor.name.startswith(PAST_PREFIX)]
-        self.capacity = max(profile.sizes["C"] for profile in spec.profiles)
+        self.capacity = max(profile.sizes.get("C", 0) for profile in spec.profiles)
         self.length = 0
         self._names = [tensor.name for tensor in past]
         shape = tuple(self.capacity if axis == "C" else int(axis) for axis in past[0].shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from trio_edge.runtime.bundle.errors import ManifestError
 from trio_edge.runtime.bundle.manifest import TensorSpec
@@ -35,7 +35,33 @@ PRESENT_PREFIX = "present."
 PREVIOUS = "previous_hidden_states"
 """Hidden states that entered the layer before a stage's: output of a layer range, input of the select graph after it."""
 
+# Probes: the forward half, which gives the output of a layer on the probe rows, and the backward half, which takes its gradient.
+PROBE_HIDDEN = "probe_hidden_states"
+PROBE_POSITIONS = "probe_position_ids"
+PROBE_VISUAL_ROWS = "probe_visual_rows"
+PROBE_ROWS = "probe_rows"
+PROBE_LENGTH = "probe_length"
+PROBE_OUTPUT = "probe_output"
+PROBE_STATE = "probe_state"
+PROBE_ATTENTION = "probe_attention"
+PROBE_KEYS = "probe_keys"
+PROBE_RESULTS = (PROBE_OUTPUT, PROBE_STATE, PROBE_ATTENTION, PROBE_KEYS)
+"""Outputs of the forward half; the keys only where the backward half wants them."""
+GRADIENT_HIDDEN = "gradient_hidden_states"
+GRADIENT_POSITIONS = "gradient_position_ids"
+GRADIENT_VISUAL_ROWS = "gradient_visual_rows"
+GRADIENT_NUM_VISUAL = "gradient_num_visual"
+GRADIENT = "gradient"
+GRADIENT_STATE = "gradient_state"
+GRADIENT_ATTENTION = "gradient_attention"
+GRADIENT_KEYS = "gradient_keys"
+SALIENCY_SCORES = "saliency_scores"
+OUTPUT_GRADIENT = "output_gradient"
+"""What the head makes of ``PROBE_OUTPUT``."""
+
 # Select graphs.
+SALIENCY = "saliency"
+"""Scores of a probe, where one has run."""
 VISUAL_ROWS = "visual_rows"
 NUM_VISUAL = "num_visual"
 LENGTH = "length"
@@ -107,6 +133,7 @@ def select_tensors(
     position_axes: int,
     with_previous: bool,
     with_prompt: bool,
+    with_saliency: bool = False,
 ) -> GraphTensors:
     """Return the tensors of a select graph that keeps ``num_keep`` visual tokens."""
     width = dimensions.hidden_size
@@ -122,6 +149,8 @@ def select_tensors(
     if with_prompt:
         inputs.append(TensorSpec(name=PROMPT_EMBEDS, dtype=dtype, shape=(1, "F", width)))
         inputs += [_one(PROMPT_NUM_VISUAL), _one(PROMPT_LENGTH)]
+    if with_saliency:
+        inputs.append(TensorSpec(name=SALIENCY, dtype="float32", shape=("N",)))
     outputs = (
         TensorSpec(name=KEPT_HIDDEN, dtype=dtype, shape=(1, "R", width)),
         TensorSpec(name=KEPT_POSITIONS, dtype="int32", shape=(position_axes, "R")),
@@ -132,19 +161,79 @@ def select_tensors(
     return GraphTensors(tuple(inputs), outputs)
 
 
-def head_tensors(*, dimensions: Dimensions, dtype: DType) -> GraphTensors:
-    """Return the tensors of the head."""
+def probe_tensors(
+    *, dimensions: Dimensions, dtype: DType, position_axes: int, with_keys: bool
+) -> GraphTensors:
+    """Return the tensors of a probe's forward half."""
+    inputs = (
+        TensorSpec(name=PROBE_HIDDEN, dtype=dtype, shape=(1, "PS", dimensions.hidden_size)),
+        TensorSpec(name=PROBE_POSITIONS, dtype="int32", shape=(position_axes, "PS")),
+        TensorSpec(name=PROBE_VISUAL_ROWS, dtype="int32", shape=("PN",)),
+        TensorSpec(name=PROBE_ROWS, dtype="int32", shape=("PR",)),
+        _one(PROBE_LENGTH),
+    )
+    output = TensorSpec(name=PROBE_OUTPUT, dtype="float32", shape=("PR", dimensions.hidden_size))
+    return GraphTensors(inputs, (output, *_probe_state("PR", "PN", dimensions, PROBE_RESULTS[1:], with_keys)))
+
+
+def saliency_tensors(
+    *, dimensions: Dimensions, dtype: DType, position_axes: int, with_keys: bool
+) -> GraphTensors:
+    """Return the tensors of a probe's backward half."""
+    state = (GRADIENT_STATE, GRADIENT_ATTENTION, GRADIENT_KEYS)
+    inputs = (
+        TensorSpec(name=GRADIENT_HIDDEN, dtype=dtype, shape=(1, "GS", dimensions.hidden_size)),
+        TensorSpec(name=GRADIENT_POSITIONS, dtype="int32", shape=(position_axes, "GS")),
+        TensorSpec(name=GRADIENT_VISUAL_ROWS, dtype="int32", shape=("GN",)),
+        _one(GRADIENT_NUM_VISUAL),
+        TensorSpec(name=GRADIENT, dtype="float32", shape=("GR", dimensions.hidden_size)),
+        *_probe_state("GR", "GN", dimensions, state, with_keys),
+    )
+    return GraphTensors(inputs, (TensorSpec(name=SALIENCY_SCORES, dtype="float32", shape=("GN",)),))
+
+
+def _probe_state(
+    rows: str, visual: str, dimensions: Dimensions, names: Sequence[str], with_keys: bool
+) -> list[TensorSpec]:
+    """Return the tensors that a probe's halves have in common: ``ProbeState`` of trio_edge.trio.saliency."""
+    dims = dimensions
+    width = (
+        dims.hidden_size + 2 * dims.intermediate_size + dims.num_heads * (dims.head_size + dims.hidden_size)
+    )
+    state, attention, keys = names
+    tensors = [
+        TensorSpec(name=state, dtype="float32", shape=(rows, width)),
+        TensorSpec(name=attention, dtype="float32", shape=(dims.num_heads, rows, visual)),
+    ]
+    if with_keys:
+        shape = (visual, dims.num_kv_heads * dims.head_size)
+        tensors.append(TensorSpec(name=keys, dtype="float32", shape=shape))
+    return tensors
+
+
+def head_tensors(*, dimensions: Dimensions, dtype: DType, is_shared: bool = False) -> GraphTensors:
+    """Return the tensors of the head; one that is shared with a probe has L rows, 1 or none."""
     num_candidates = min(MAX_CANDIDATES, dimensions.vocab_size)
+    rows, top = ("L", ("L", num_candidates)) if is_shared else (1, (num_candidates,))
     inputs = (
         TensorSpec(name=HIDDEN, dtype=dtype, shape=(1, "S", dimensions.hidden_size)),
-        _one(LAST_ROW),
+        TensorSpec(name=LAST_ROW, dtype="int32", shape=(rows,)),
     )
     outputs = (
-        TensorSpec(name=LOGITS, dtype="float32", shape=(1, dimensions.vocab_size)),
-        TensorSpec(name=TOP_LOGITS, dtype="float32", shape=(num_candidates,)),
-        TensorSpec(name=TOP_IDS, dtype="int32", shape=(num_candidates,)),
+        TensorSpec(name=LOGITS, dtype="float32", shape=(rows, dimensions.vocab_size)),
+        TensorSpec(name=TOP_LOGITS, dtype="float32", shape=top),
+        TensorSpec(name=TOP_IDS, dtype="int32", shape=top),
     )
     return GraphTensors(inputs, outputs)
+
+
+def gradient_tensors(*, dimensions: Dimensions) -> GraphTensors:
+    """Return the tensors of the head's gradient."""
+    shape = ("GR", dimensions.hidden_size)
+    return GraphTensors(
+        (TensorSpec(name=PROBE_OUTPUT, dtype="float32", shape=shape),),
+        (TensorSpec(name=OUTPUT_GRADIENT, dtype="float32", shape=shape),),
+    )
 
 
 def check_tensors(manifest: Manifest, *, where: str) -> None:
@@ -165,8 +254,8 @@ def check_tensors(manifest: Manifest, *, where: str) -> None:
             position_axes=axes,
             with_previous=needed,
         )
-        _compare(spec, expected, where=where)
-    for spec, stage in zip(manifest.selects, manifest.schedule.stages):
+        _compare(spec, _with_probe(expected, spec, manifest), where=where)
+    for index, (spec, stage) in enumerate(zip(manifest.selects, manifest.schedule.stages)):
         expected = select_tensors(
             stage.keep,
             dimensions=dimensions,
@@ -174,11 +263,93 @@ def check_tensors(manifest: Manifest, *, where: str) -> None:
             position_axes=axes,
             with_previous=PREVIOUS in spec.input_names,
             with_prompt=PROMPT_EMBEDS in spec.input_names,
+            with_saliency=probe_graph(manifest, index) is not None,
         )
         _compare(spec, expected, where=where)
-    _compare(manifest.graph("head"), head_tensors(dimensions=dimensions, dtype=dtype), where=where)
+    head = manifest.graph("head")
+    expected = head_tensors(dimensions=dimensions, dtype=dtype, is_shared=bool(head.pieces))
+    if head.pieces:
+        expected = joined(expected, gradient_tensors(dimensions=dimensions))
+    _compare(head, expected, where=where)
     for spec in manifest.graphs:
-        _check_profiles(spec, where=where)
+        if spec.role == "probe":
+            _compare(spec, _probe_tensors(spec, manifest), where=where)
+    if gradient_graph(manifest) is None and any(SALIENCY in spec.input_names for spec in manifest.selects):
+        raise ManifestError(
+            f"{where}: expected a graph with the gradient of the head for the probes, got none; export the bundle again"
+        )
+    for spec in manifest.graphs:
+        if not spec.profiles or not spec.outputs:
+            raise ManifestError(
+                f"{where}: graph {spec.name!r}: expected profiles and outputs, got {len(spec.profiles)} and"
+                f" {len(spec.outputs)}; export the bundle again"
+            )
+        _check_pieces(spec, where=where)
+        for piece in spec.split():
+            _check_profiles(piece, where=where)
+
+
+def joined(*parts: GraphTensors) -> GraphTensors:
+    """Return the tensors of a graph that holds several pieces."""
+    return GraphTensors(
+        tuple(tensor for part in parts for tensor in part.inputs),
+        tuple(tensor for part in parts for tensor in part.outputs),
+    )
+
+
+def is_probe(spec: GraphSpec) -> bool:
+    """Return whether a graph, or a piece of one, is part of a probe and nothing else."""
+    return {tensor.name for tensor in spec.outputs} <= {*PROBE_RESULTS, OUTPUT_GRADIENT, SALIENCY_SCORES}
+
+
+def probe_graph(manifest: Manifest, stage: int) -> GraphSpec | None:
+    """Return the graph that holds the probe of ``stage``; None if its select graph looks at the layer by itself."""
+    layer = manifest.schedule.stages[stage].layer
+    return _graph_with(PROBE_OUTPUT, [spec for spec in manifest.graphs if spec.first_layer == layer])
+
+
+def gradient_graph(manifest: Manifest) -> GraphSpec | None:
+    """Return the graph that holds the head's gradient, if there is a probe."""
+    return _graph_with(OUTPUT_GRADIENT, manifest.graphs)
+
+
+def _graph_with(output: str, specs: Sequence[GraphSpec]) -> GraphSpec | None:
+    return next((spec for spec in specs if any(tensor.name == output for tensor in spec.outputs)), None)
+
+
+def _probe_tensors(spec: GraphSpec, manifest: Manifest) -> GraphTensors:
+    """Return the tensors of a graph that a probe has for itself."""
+    if any(piece.name == "gradient" for piece in spec.pieces):
+        return gradient_tensors(dimensions=manifest.dimensions)
+    return _with_probe(GraphTensors((), ()), spec, manifest)
+
+
+def _with_probe(tensors: GraphTensors, spec: GraphSpec, manifest: Manifest) -> GraphTensors:
+    if not spec.pieces:
+        return tensors
+    options: Any = {
+        "dimensions": manifest.dimensions,
+        "dtype": manifest.dtype,
+        "position_axes": manifest.position_axes,
+        "with_keys": any(tensor.name in (PROBE_KEYS, GRADIENT_KEYS) for tensor in spec.tensors),
+    }
+    return joined(tensors, probe_tensors(**options), saliency_tensors(**options))
+
+
+def _check_pieces(spec: GraphSpec, *, where: str) -> None:
+    """Raise ManifestError unless every input, output and profile belongs to one piece, if there are any."""
+    if not spec.pieces:
+        return
+    for whole, parts in (
+        (spec.input_names, [piece.inputs for piece in spec.pieces]),
+        (tuple(tensor.name for tensor in spec.outputs), [piece.outputs for piece in spec.pieces]),
+        (tuple(profile.name for profile in spec.profiles), [piece.profiles for piece in spec.pieces]),
+    ):
+        if sorted(name for part in parts for name in part) != sorted(whole):
+            raise ManifestError(
+                f"{where}: graph {spec.name!r}: expected each input, output and profile in one of its pieces, got others;"
+                " export the bundle again"
+            )
 
 
 def _compare(spec: GraphSpec, expected: GraphTensors, *, where: str) -> None:
@@ -199,11 +370,6 @@ def _compare(spec: GraphSpec, expected: GraphTensors, *, where: str) -> None:
 
 def _check_profiles(spec: GraphSpec, *, where: str) -> None:
     symbols = {axis for tensor in spec.tensors for axis in tensor.shape if isinstance(axis, str)}
-    if not spec.profiles or not spec.outputs:
-        raise ManifestError(
-            f"{where}: graph {spec.name!r}: expected profiles and outputs, got {len(spec.profiles)} and"
-            f" {len(spec.outputs)}; export the bundle again"
-        )
     for profile in spec.profiles:
         if missing := sorted(symbols - profile.sizes.keys()):
             raise ManifestError(

@@ -2,7 +2,8 @@
 
 Symbols in shapes: N visual tokens (padded), S sequence rows of a graph (padded), C rows of its past KV cache, R rows
 of the sequence after a selection (padded); of a vision graph also B image tiles, or P patches and W windows; of CLIP's
-text tower M texts. All other axes are numbers.
+text tower M texts. A probe has symbols of its own: of its forward half PS rows, PR probe rows and PN visual tokens, of its
+backward half GS, GR and GN; L is the rows of a head that the probe shares. All other axes are numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ StoredType = Literal["float32", "float16", "int32", "int64", "int8", "int4", "fl
 QuantizedFormat = Literal["int8", "fp8", "int4"]
 Part = Literal["vision", "prefix", "segments", "suffix", "select", "head", "embedding", "kv"]
 """Parts of a bundle, each with a format of its own."""
-Role = Literal["vision", "clip_text", "reduce", "prefix", "select", "segment", "suffix", "head"]
+Role = Literal["vision", "clip_text", "reduce", "prefix", "probe", "select", "segment", "suffix", "head"]
 PART_FROM_ROLE: dict[Role, Part] = {
     "vision": "vision",
     "prefix": "prefix",
@@ -59,7 +60,25 @@ class Profile(_Spec, frozen=True):
     name: str
     """"prefill_2928+64" (visual rows and text bucket), "prefill_64" where only one visual size is left, "decode"."""
     sizes: dict[str, int]
-    """Value of each symbol in the graph's shapes."""
+    """Value of each symbol in the graph's shapes; 0 for those of other pieces, which are left out."""
+
+
+PieceName = Literal["layers", "logits", "probe", "gradient", "saliency"]
+
+
+class Piece(_Spec, frozen=True):
+    """One computation of a graph that holds several, because they read the same weights.
+
+    A profile belongs to one piece. At it, all sizes of the others are 0: they compute nothing.
+    """
+
+    name: PieceName
+    file: str
+    """The piece as an ONNX graph of its own, for backends that need not have weights in one graph to have them once."""
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    profiles: tuple[str, ...]
+    weight_bytes: int
 
 
 class GraphSpec(_Spec, frozen=True):
@@ -74,11 +93,29 @@ class GraphSpec(_Spec, frozen=True):
     weight_bytes: int
     """Bytes of weights that an engine of this graph holds."""
     first_layer: int | None = None
-    """First decoder layer of a prefix, segment or suffix; of a select graph the layer that it probes."""
+    """First decoder layer of a prefix, segment or suffix; of a probe or select graph the layer that it looks at."""
     num_layers: int = 0
     """Decoder layers that run in this graph and own a KV cache."""
     opset: int | None = None
     """ONNX opset where it is another than the manifest's: quantized types came later."""
+    pieces: tuple[Piece, ...] = ()
+    """Computations in the graph; empty if it is one."""
+
+    def split(self) -> tuple[GraphSpec, ...]:
+        """Return each piece as a graph of its own, called ``graph.piece``; the graph itself if it has none."""
+        return tuple(map(self._alone, self.pieces)) or (self,)
+
+    def _alone(self, piece: Piece) -> GraphSpec:
+        return msgspec.structs.replace(
+            self,
+            name=f"{self.name}.{piece.name}",
+            file=piece.file,
+            inputs=tuple(tensor for tensor in self.inputs if tensor.name in piece.inputs),
+            outputs=tuple(tensor for tensor in self.outputs if tensor.name in piece.outputs),
+            profiles=tuple(profile for profile in self.profiles if profile.name in piece.profiles),
+            weight_bytes=piece.weight_bytes,
+            pieces=(),
+        )
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -301,7 +338,9 @@ class Manifest(_Spec, frozen=True):
 
     def _check_files(self) -> None:
         known = {entry.path for entry in self.files}
-        used = {graph.file for graph in self.graphs}
+        used = {
+            file for graph in self.graphs for file in (graph.file, *(piece.file for piece in graph.pieces))
+        }
         used |= {self.text.tokenizer, self.text.chat_template, self.token_embedding.file}
         if self.token_embedding_scales is not None:
             used.add(self.token_embedding_scales.file)
@@ -315,7 +354,7 @@ class Manifest(_Spec, frozen=True):
             )
 
     def _check_graphs(self) -> None:
-        roles = [graph.role for graph in self.graphs]
+        roles = [graph.role for graph in self.graphs if graph.role != "probe"]
         num_stages = len(self.schedule.stages)
         before = [] if self.clip_text is None else ["clip_text"]
         before += [] if self.token_method is None else ["reduce"]
@@ -344,8 +383,17 @@ class Manifest(_Spec, frozen=True):
 
     def format_of(self, graph: GraphSpec) -> QuantizedFormat | None:
         """Return what the linear layers of ``graph`` are quantized to; None in floating point."""
+        if graph.role == "probe":
+            return self.format_of(self._owner(graph))
         part = PART_FROM_ROLE.get(graph.role)
         return None if part is None or self.quantization is None else self.quantization.formats.get(part)
+
+    def _owner(self, probe: GraphSpec) -> GraphSpec:
+        """Return the graph that the weights of ``probe`` belong to: the range of its layer, or the head."""
+        layer = probe.first_layer
+        if layer is None:
+            return self.graph("head")
+        return next(graph for graph in reversed(self.ranges) if (graph.first_layer or 0) <= layer)
 
     @property
     def ranges(self) -> tuple[GraphSpec, ...]:

@@ -213,8 +213,8 @@ def find_profile(spec: GraphSpec, sizes: Mapping[str, int]) -> Profile:
 
 
 def shape_at(shape: tuple[int | str, ...], profile: Profile) -> tuple[int, ...]:
-    """Return a tensor's shape at a profile."""
-    return tuple(profile.sizes[size] if isinstance(size, str) else size for size in shape)
+    """Return a tensor's shape at a profile; tensors of other pieces than the profile's have no elements."""
+    return tuple(profile.sizes.get(size, 0) if isinstance(size, str) else size for size in shape)
 
 
 def largest_shape(spec: GraphSpec, tensor: TensorSpec) -> tuple[int, ...]:

@@ -21,13 +21,14 @@ class Timeline:
         """Forget what was recorded."""
         self._recorded.clear()
 
-    def enqueue(self, name: str, launch: Launch) -> None:
-        """Enqueue ``launch`` between two events; of several with one name the last one counts."""
+    def enqueue(self, name: str, *launches: Launch) -> None:
+        """Enqueue ``launches`` between two events; of several calls with one name the last one counts."""
         if name not in self._events:
             self._events[name] = self._device.event(), self._device.event()
         start, end = self._events[name]
         start.record()
-        launch.enqueue()
+        for launch in launches:
+            launch.enqueue()
         end.record()
         if name not in self._recorded:
             self._recorded.append(name)

@@ -17,7 +17,7 @@ from trio_edge.runtime.bundle.fp8 import fp8_refusal
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, GraphSpec
 from trio_edge.runtime.bundle.reader import sha256_of
 from trio_edge.runtime.devices.machine import Host, available_memory_bytes, find_host
-from trio_edge.runtime.engines.child import HEAD_ROLES, Job, run_job
+from trio_edge.runtime.engines.child import Job, holds_head, run_job
 from trio_edge.runtime.engines.estimate import BuildMemory, estimate_memory
 from trio_edge.runtime.engines.files import (
     ENGINES_FOLDER,
@@ -164,9 +164,9 @@ def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = Non
             f"--split-lm-head: expected 1 or more blocks, got {options.split_lm_head}; 4 is usual"
         )
     graphs = planned_graphs(bundle, options.graphs)
-    if options.split_lm_head > 1 and not any(graph.spec.role in HEAD_ROLES for graph in graphs):
+    if options.split_lm_head > 1 and not any(holds_head(graph.spec) for graph in graphs):
         raise BackendError(
-            f"--split-lm-head: expected head or a select graph in --graphs, got {', '.join(options.graphs)};"
+            f"--split-lm-head: expected head or gradient in --graphs, got {', '.join(options.graphs)};"
             " drop one of the options"
         )
     _check_formats(bundle, graphs, options, host)

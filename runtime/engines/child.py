@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.graph_io import OUTPUT_GRADIENT
+from trio_edge.runtime.devices.interface import shape_at
 from trio_edge.runtime.engines.log import make_logger
 from trio_edge.runtime.engines.network import Network
 from trio_edge.runtime.engines.package import EngineBackend, TensorRT, load_tensorrt
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
 
-HEAD_ROLES = ("head", "select")
-"""Graphs that hold the lm_head."""
 _STEP_SECONDS = 0.1  # steps are reported at most this often: TensorRT takes thousands
 _PIECE_BYTES = 16 << 20  # hashed and written at a time
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG
@@ -133,11 +133,16 @@ def build_engine(job: Job, reporter: Reporter) -> None:
     )
 
 
+def holds_head(spec: GraphSpec) -> bool:
+    """Return whether a graph has products with the lm_head."""
+    return spec.role == "head" or any(tensor.name == OUTPUT_GRADIENT for tensor in spec.outputs)
+
+
 def _run_passes(job: Job, network: Network) -> None:
     rows = {profile.sizes.get("S", 0) for profile in job.spec.profiles}
     if 1 in rows and len(rows) > 1:
         separate_products(network)
-    if job.split_lm_head > 1 and job.spec.role in HEAD_ROLES:
+    if job.split_lm_head > 1 and holds_head(job.spec):
         split_lm_head(
             network, vocab_size=job.vocab_size, hidden_size=job.hidden_size, num_blocks=job.split_lm_head
         )
@@ -183,7 +188,7 @@ def optimization_profile(builder: Any, spec: GraphSpec, profile: Profile) -> Any
     """Return a profile with one shape per input: min, opt and max are the same."""
     result = builder.create_optimization_profile()
     for tensor in spec.inputs:
-        shape = tuple(profile.sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
+        shape = shape_at(tensor.shape, profile)
         result.set_shape(tensor.name, shape, shape, shape)
     return result
 

@@ -18,6 +18,7 @@ import msgspec
 import onnxruntime as ort
 
 from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.graph_io import PROBE_OUTPUT, is_probe
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, PART_FROM_ROLE
 from trio_edge.runtime.bundle.reader import file_problem, sha256_of
 from trio_edge.runtime.engines.files import ENGINES_FOLDER, atomic_engines
@@ -81,13 +82,13 @@ def set_cpu_options(
     options: ort.SessionOptions, bundle: Bundle, spec: GraphSpec, *, accuracy: CpuAccuracy
 ) -> None:
     """Choose between memory, speed and accuracy of a graph on the CPU."""
-    # A session's own arena keeps the largest activations that it ever had: 2.8 GB for the vision tower of a Qwen2.5-VL-3B.
+    # A session's own arena keeps the largest activations that it ever had, and a pattern takes all of a run's at once.
     options.enable_cpu_mem_arena = False
-    if spec.role == "select":
-        # It writes float32 copies of its weights in every run. New memory for them doubles its time, so the stages share some.
-        options.enable_mem_pattern = False  # a plan of one graph does not fit the next
-        if _share_arena():
-            options.add_session_config_entry("session.use_env_allocators", "1")
+    if spec.role in _PREFILL_ROLES or is_probe(spec):
+        options.enable_mem_pattern = False
+    # These write float32 copies of their weights in every run. New memory for them doubles the time, so all share some.
+    if (spec.role == "select" or is_probe(spec)) and _share_arena():
+        options.add_session_config_entry("session.use_env_allocators", "1")
     if accuracy == "auto":
         accuracy = "int8" if spec.weight_bytes >= _LARGE_GRAPH_BYTES else "float32"
     options.add_session_config_entry(ACCURACY_KEY, ACCURACY_LEVELS[accuracy])
@@ -100,8 +101,9 @@ def set_cpu_options(
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "1000000")
     # INT8 weights have one scale for an output; the kernel wants one for a block of inputs, and is fastest with long blocks.
     options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")
-    # Prepacking copies float weights. That pays for a decode step only; products with INT4 and INT8 weights need it.
-    if bundle.manifest.format_of(spec) is None and spec.role in _PREFILL_ROLES:
+    # Prepacking copies weights. That pays for a decode step, and the kernel for INT4 and INT8 weights needs it.
+    is_in_prefill = spec.role in _PREFILL_ROLES or is_probe(spec)
+    if is_in_prefill and not _has_packed_weights(bundle, spec):
         options.add_session_config_entry("session.disable_prepacking", "1")
 
 
@@ -132,7 +134,7 @@ def prepare_graphs(
 ) -> Path:
     """Prepare the graphs of ``bundle`` for this machine's CPU and return the folder that holds them.
 
-    A selection is left as it is: it reads its weights once for a prompt, right from the bundle.
+    Selections and most of a probe are left as they are: they read weights once for a prompt, right from the bundle.
 
     Args:
         bundle: An opened bundle; older prepared graphs are replaced.
@@ -142,7 +144,7 @@ def prepare_graphs(
     Raises:
         BackendError: If ONNX Runtime cannot read a graph, or nothing can be written.
     """
-    specs = [spec for spec in bundle.manifest.graphs if spec.role != "select"]
+    specs = [spec for spec in _sessions(bundle) if _is_worth_preparing(bundle, spec)]
     target = bundle.folder / ENGINES_FOLDER / CPU_TARGET
     expected_bytes = 2 * sum(spec.weight_bytes for spec in specs)
     with atomic_engines(target, num_bytes=expected_bytes) as folder:
@@ -192,7 +194,7 @@ def open_prepared(bundle: Bundle, *, accuracy: CpuAccuracy) -> Prepared:
             reason = f"expected {name} {value}, they have {getattr(found, name)}"
             return Prepared({}, (f"prepared graphs are not used: {reason}; {again}",))
     files = {}
-    for name in (spec.name for spec in bundle.manifest.graphs if spec.name in found.graphs):
+    for name in (spec.name for spec in _sessions(bundle) if spec.name in found.graphs):
         entries = found.graphs[name]
         if tuple(entry.file for entry in entries) not in _file_names(name):
             raise BackendError(
@@ -204,6 +206,23 @@ def open_prepared(bundle: Bundle, *, accuracy: CpuAccuracy) -> Prepared:
                 raise BackendError(f"{problem}; {again}")
         files[name] = folder / entries[0].file
     return Prepared(files, ())
+
+
+def _sessions(bundle: Bundle) -> list[GraphSpec]:
+    return [piece for spec in bundle.manifest.graphs for piece in spec.split()]
+
+
+def _is_worth_preparing(bundle: Bundle, spec: GraphSpec) -> bool:
+    """Return whether a graph runs in every decode step, or has products that ONNX Runtime makes others of."""
+    if spec.role == "select" or is_probe(spec):
+        return is_probe(spec) and _has_packed_weights(bundle, spec)
+    return True
+
+
+def _has_packed_weights(bundle: Bundle, spec: GraphSpec) -> bool:
+    """Return whether ONNX Runtime brings the weights into another order; a probe's way back reads them as they lie."""
+    is_way_back = is_probe(spec) and PROBE_OUTPUT not in {tensor.name for tensor in spec.outputs}
+    return bundle.manifest.format_of(spec) is not None and not is_way_back
 
 
 def _file_names(graph: str) -> tuple[tuple[str, ...], ...]:

@@ -44,7 +44,7 @@ def split_lm_head(network: Network, *, vocab_size: int, hidden_size: int, num_bl
     blocks, in float32.
 
     Args:
-        network: Of a head or select graph.
+        network: Of the head, with or without a probe's gradient, or of the gradient alone.
         vocab_size: V, rows of the weight.
         hidden_size: D, its columns.
         num_blocks: At least 2; block sizes are multiples of 8, so there may be fewer.
@@ -103,15 +103,12 @@ def _split_inputs(network: Network, layer: Any, blocks: list[Any]) -> Any:
     """Return the sum of the products of the input's columns with the blocks."""
     trt, definition = network.trt, network.definition
     source = layer.get_input(0)
-    rows = tuple(source.shape)[:-1]
     total, start = None, 0
     for block in blocks:
         size = block.shape[0]
-        columns = definition.add_slice(
-            source, (0,) * len(rows) + (start,), (*rows, size), (1,) * (len(rows) + 1)
-        )
+        columns = _columns(network, source, start=start, size=size)
         part = definition.add_matrix_multiply(
-            columns.get_output(0), layer.op0, _of_rank(network, block, layer), trt.MatrixOperation.NONE
+            columns, layer.op0, _of_rank(network, block, layer), trt.MatrixOperation.NONE
         ).get_output(0)
         wide = definition.add_cast(part, trt.float32).get_output(0)
         total = (
@@ -121,6 +118,19 @@ def _split_inputs(network: Network, layer: Any, blocks: list[Any]) -> Any:
         )
         start += size
     return definition.add_cast(total, layer.get_output(0).dtype).get_output(0)
+
+
+def _columns(network: Network, source: Any, *, start: int, size: int) -> Any:
+    """Return ``size`` columns of ``source`` from ``start`` on; its other axes may be dynamic."""
+    definition, rank = network.definition, len(source.shape)
+    sizes = (*tuple(source.shape)[:-1], size)
+    slices = definition.add_slice(source, (0,) * (rank - 1) + (start,), sizes, (1,) * rank)
+    if min(sizes) < 0:
+        shape = definition.add_shape(source).get_output(0)
+        rows = definition.add_slice(shape, (0,), (rank - 1,), (1,)).get_output(0)
+        width = network.constant(np.array([size], np.int64))
+        slices.set_input(2, definition.add_concatenation([rows, width]).get_output(0))
+    return slices.get_output(0)
 
 
 def _of_rank(network: Network, block: Any, layer: Any) -> Any:

@@ -165,17 +165,19 @@ def test_quantized_layers_differ_by_their_rounding_and_are_given_back(
 
 
 @pytest.mark.parametrize(
-    ("plan", "outside", "inside"),
+    ("method", "plan", "outside", "inside"),
     [
-        ("int4,head=int4,select=int8", "int8", "int4"),
-        ("int4,head=int4,select=int4", "int4", "int4"),
-        ("int4,head=int4", "none", "int4"),
-        ("select=int4", "int4", "none"),
+        ("trio", "int4,head=int4,select=int8", "int4", "int4"),
+        ("trio", "int4,head=int4", "int4", "int4"),
+        ("trio", "select=int4", "none", "none"),
+        ("fastv", "int4,head=int4,select=int8", "int8", "int4"),
+        ("fastv", "int4,head=int4", "none", "int4"),
     ],
 )
-def test_a_probe_reads_its_layer_and_the_head_as_its_graph_has_them(
-    plan: str, outside: Any, inside: Any, checkpoint: Path, questions: list[Question]
+def test_a_selection_reads_its_layer_and_the_head_as_its_graphs_have_them(
+    method: str, plan: str, outside: Any, inside: Any, checkpoint: Path, questions: list[Question]
 ) -> None:
+    schedule = Schedule(stages=(Stage(layer=1, keep=5),), method=method)
     model = load_model(str(checkpoint))
     layers: Any = model.parts.layers
     modules = {layers[1]: layers[1].mlp.down_proj, model.head: model.parts.lm_head}
@@ -191,7 +193,7 @@ def test_a_probe_reads_its_layer_and_the_head_as_its_graph_has_them(
         )
 
     seen = {}
-    with quantized_model(model, SCHEDULE, parse_plan(plan), CalibratedScales(), dtype="float32"):
+    with quantized_model(model, schedule, parse_plan(plan), CalibratedScales(), dtype="float32"):
         for module in modules:
             module.register_forward_pre_hook(
                 lambda one, _inputs: seen.update({one: modules[one].weight.data})

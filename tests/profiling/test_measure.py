@@ -85,7 +85,12 @@ def profile(reduced_bundle: Path, keep_all_bundle: Path, tmp_path_factory: pytes
 def test_every_graph_is_timed_in_prefill_and_the_ranges_and_the_head_in_decode(profile: Profile) -> None:
     reduced, full = profile.report.bundles
     prefill = [graph.name for graph in reduced.graphs if graph.phase == "prefill"]
-    assert prefill == ["vision", "prefix", "select_1", "segment_1", "select_2", "suffix", "head"]
+    assert prefill == [
+        "vision", "prefix", "select_1", "segment_1", "segment_1", "segment_1",
+        "select_2", "suffix", "suffix", "suffix", "head", "head",
+    ]  # fmt: skip
+    probes = [graph.profile.partition("_")[0] for graph in reduced.graphs if graph.role == "select"]
+    assert probes == ["prefill", "probe", "saliency", "prefill", "probe", "saliency", "gradient"]
     decode = {graph.name: graph.calls_per_answer for graph in reduced.graphs if graph.phase == "decode"}
     assert decode == dict.fromkeys(("prefix", "segment_1", "suffix", "head"), NEW_TOKENS - 1)
     assert [graph.name for graph in full.graphs] == ["vision", "prefix", "head", "prefix", "head"]
@@ -94,7 +99,9 @@ def test_every_graph_is_timed_in_prefill_and_the_ranges_and_the_head_in_decode(p
 
 def test_graphs_and_the_time_outside_of_them_make_up_the_first_token(profile: Profile) -> None:
     for bundle in profile.report.bundles:
-        inside = sum(graph.call_ms.mean for graph in bundle.graphs if graph.phase == "prefill")
+        inside = sum(
+            graph.call_ms.mean * graph.calls_per_answer for graph in bundle.graphs if graph.phase == "prefill"
+        )
         assert inside + bundle.host_first_ms.mean == pytest.approx(bundle.ttft_ms.mean)
         assert bundle.host_first_ms.least > 0
         assert bundle.ttft_ms.mean + bundle.token_ms.mean * (NEW_TOKENS - 1) == pytest.approx(

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
     from trio_edge.profiling.measure.answers import Answer
 
-CHAIN = ["vision", "prefix", "select_1", "segment_1", "select_2", "suffix", "head"]
+CHAIN = [
+    "vision", "prefix",
+    "segment_1", "head", "segment_1", "select_1", "segment_1",
+    "suffix", "head", "suffix", "select_2", "suffix", "head",
+]  # fmt: skip
+"""Each probe runs forwards, through the head and back."""
 STEP = ["prefix", "segment_1", "suffix", "head"]
 WAITS = ("cudaEventSynchronize", "cudaStreamSynchronize")
 NEW_TOKENS = 5

@@ -23,6 +23,7 @@ from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.profiling.predict.speed import Formats, Rates, graph_time
 from trio_edge.profiling.predict.sweep import choose, parse_goal, parse_sweep, sweep
 from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.graph_io import probe_graph
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.tables import print_table, wide_console
 from trio_edge.trio.budgets import parse_schedule
@@ -150,7 +151,16 @@ def test_a_bundle_is_predicted_at_the_profiles_that_a_prompt_runs_at(
         graph = manifest.graph(run.name)
         wanted = "decode" if run.phase == "decode" else f"prefill_{bucket}"
         profile = next((entry for entry in graph.profiles if entry.name == wanted), graph.profiles[-1])
-        assert run.work.flops == graph_work(manifest, graph, profile).flops, run
+        flops = graph_work(manifest, graph, profile).flops
+        if graph.role == "select":  # a selection is predicted with its probe
+            probe = probe_graph(manifest, manifest.selects.index(graph))
+            assert probe is not None
+            for owner, name in (
+                (probe, f"probe_{bucket}"), (manifest.graph("head"), "gradient"), (probe, f"saliency_{bucket}"),
+            ):  # fmt: skip
+                half = next(entry for entry in owner.profiles if entry.name == name)
+                flops += graph_work(manifest, owner, half).flops
+        assert run.work.flops == flops, run
 
 
 def test_a_model_without_a_bundle_has_the_exporters_usual_buckets() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from trio_edge.runtime.bundle.graph_io import gradient_graph, probe_graph
 from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.decoder import greedy_nms
@@ -29,13 +30,16 @@ class PlainDecoder:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.manifest = manifest
-        self.sessions = {spec.name: plain_session(folder, spec) for spec in manifest.graphs}
+        # of a graph with pieces the first is what the decoder runs, the others are its probe
+        self.parts = {part.name: part for spec in manifest.graphs for part in spec.split()}
+        self.parts |= {spec.name: spec.split()[0] for spec in manifest.graphs}
+        self.sessions = {name: plain_session(folder, part) for name, part in self.parts.items()}
         self.kept: list[Any] = []
         self.scores: list[Any] = []
         self.num_repaired = 0
 
     def run(self, name: str, inputs: Arrays) -> Arrays:
-        outputs = [tensor.name for tensor in self.manifest.graph(name).outputs]
+        outputs = [tensor.name for tensor in self.parts[name].outputs]
         return dict(zip(outputs, self.sessions[name].run(outputs, inputs)))
 
     def prefill(
@@ -71,6 +75,8 @@ class PlainDecoder:
                     "num_visual": np.array([num_visual], np.int32),
                     "length": np.array([length], np.int32),
                 }
+                if "saliency" in select.input_names:
+                    given["saliency"] = self._saliency(index - 1, given)
                 outputs = self.run(select.name, {name: given[name] for name in select.input_names})
                 count = min(keep, num_visual)
                 kept = outputs["kept_indices"][:count]
@@ -101,6 +107,28 @@ class PlainDecoder:
             self.lengths.append(length)
             hidden, more = outputs["hidden_states_out"], more | outputs
         return self._logits(hidden, length - 1)
+
+    def _saliency(self, stage: int, given: Arrays) -> Any:
+        """Return the scores of the probe of ``stage``: forwards, through the head and back."""
+        probe, gradient = probe_graph(self.manifest, stage), gradient_graph(self.manifest)
+        assert probe is not None and gradient is not None
+        schedule = self.manifest.schedule
+        last = given["length"][0] - schedule.last_probe_offset
+        rows = np.arange(last - schedule.num_probe_rows + 1, last + 1, dtype=np.int32)
+        shared = {name: given[name] for name in ("hidden_states", "position_ids", "visual_rows")}
+        state = self.run(
+            f"{probe.name}.probe",
+            {f"probe_{name}": value for name, value in shared.items()}
+            | {"probe_rows": np.maximum(rows, 0), "probe_length": given["length"]},
+        )
+        (found,) = self.run(f"{gradient.name}.gradient", {"probe_output": state.pop("probe_output")}).values()
+        (scores,) = self.run(
+            f"{probe.name}.saliency",
+            {f"gradient_{name}": value for name, value in shared.items()}
+            | {name.replace("probe", "gradient"): value for name, value in state.items()}
+            | {"gradient_num_visual": given["num_visual"], "gradient": found},
+        ).values()
+        return scores
 
     def decode(self, embedding: Any) -> Any:
         """Return the logits [V] after one more token."""

@@ -212,7 +212,7 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     ),
     "blocks_are_a_word": (["--split-lm-head", "many"], "'many' is not a valid integer"),
     "empty_graph": (["--graphs", ""], "got ''; choose among them"),
-    "split_without_head": (["--split-lm-head", "2", "--graphs", "prefix"], "expected head or a select graph"),
+    "split_without_head": (["--split-lm-head", "2", "--graphs", "prefix"], "expected head or gradient"),
     "unknown_option": (["--turbo"], "No such option"),
 }
 
@@ -471,12 +471,10 @@ def parsed(bundle: Path, graph: str) -> tuple[Any, Network]:
     return (logger, builder, parser), Network(tensorrt, definition)
 
 
-@pytest.mark.parametrize(("graph", "num_replaced"), [("head", 1), ("select_1", 2)])
-def test_a_split_head_has_the_same_weight_in_blocks(
-    graph: str, num_replaced: int, reduced_bundle: Path
-) -> None:
-    sizes = open_bundle(reduced_bundle).manifest.dimensions
-    alive, network = parsed(reduced_bundle, graph)
+def test_a_split_head_has_the_same_weight_in_blocks(reduced_bundle: Path) -> None:
+    """The weight's three products are logits, and a probe's way to the head and back."""
+    sizes, num_replaced = open_bundle(reduced_bundle).manifest.dimensions, 3
+    alive, network = parsed(reduced_bundle, "head")
     (whole, *_) = [
         network.values(product.weight)
         for product in network.weight_products()
@@ -501,15 +499,15 @@ def test_a_split_head_has_the_same_weight_in_blocks(
     assert alive
 
 
-@pytest.mark.parametrize(("graph", "num_layers"), [("prefix", 1), ("suffix", 1)])
+@pytest.mark.parametrize(("graph", "in_probe"), [("prefix", 0), ("suffix", 11)])
 def test_key_value_and_up_products_get_an_input_of_their_own(
-    graph: str, num_layers: int, reduced_bundle: Path
+    graph: str, in_probe: int, reduced_bundle: Path
 ) -> None:
     alive, network = parsed(reduced_bundle, graph)
-    assert open_bundle(reduced_bundle).manifest.graph(graph).num_layers == num_layers
-    assert separate_products(network) == 3 * num_layers
+    assert open_bundle(reduced_bundle).manifest.graph(graph).num_layers == 1
+    assert separate_products(network) == 3
     names = [product.layer.get_input(0).name for product in network.weight_products()]
-    assert len(names) == 7 * num_layers
+    assert len(names) == 7 + in_probe
     assert len(set(names)) == len(names)
     assert alive
 

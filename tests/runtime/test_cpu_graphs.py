@@ -84,14 +84,15 @@ def test_prepared_int4_graphs_give_the_same_answer(int4_bundle: Path, tmp_path: 
     np.testing.assert_allclose(logits, expected_logits, **LOGITS_FLOAT32)
 
 
-def test_all_graphs_but_the_selections_are_prepared_and_read_from_there(bundle: Path) -> None:
+def test_all_graphs_but_selections_and_probes_are_prepared_and_read_from_there(bundle: Path) -> None:
     opened = open_bundle(bundle)
     prepared = open_prepared(opened, accuracy="auto")
-    names = {spec.name for spec in opened.manifest.graphs}
-    assert prepared.files.keys() == {name for name in names if not name.startswith("select")}
+    assert prepared.files.keys() == {
+        "vision", "prefix", "segment_1.layers", "suffix.layers", "head.logits",
+    }  # fmt: skip
     assert all(file.is_relative_to(bundle / "engines" / CPU_TARGET) for file in prepared.files.values())
-    prepared.files["head"].unlink()
-    with pytest.raises(BackendError, match=r"head\.onnx: expected this file"):
+    prepared.files["head.logits"].unlink()
+    with pytest.raises(BackendError, match=r"head\.logits\.onnx: expected this file"):
         Pipeline.from_bundle(bundle, backend="onnxruntime")
 
 
@@ -173,7 +174,7 @@ def test_an_interrupted_preparation_leaves_nothing(
     opened = open_bundle(copy)
 
     def interrupt(spec: Any) -> None:
-        if spec.name == "suffix":
+        if spec.name == "suffix.layers":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -189,7 +190,7 @@ def test_trio_build_prepares_once_and_again_with_force(
     assert cli_build.main(command) == 0
     captured = capsys.readouterr()
     assert "graphs for this CPU" in captured.out
-    assert "suffix: " in captured.err
+    assert "suffix.layers: " in captured.err
     assert cli_build.main(command) == 2
     assert "add --force" in capsys.readouterr().err
     assert cli_build.main([*command, "--force", "--quiet"]) == 0

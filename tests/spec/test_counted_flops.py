@@ -12,15 +12,18 @@ from tests.spec.test_selectors_through_bundles import STAGE_METHODS
 from tests.trio.selectors.token_graph import NUM_KEEP, D, E, F, T, export_once, random_case
 from trio_edge.calibration.evaluate.running.answer_cost import prefill_flops
 from trio_edge.export.token_selectors import token_selector
+from trio_edge.runtime.bundle.graph_io import gradient_graph, is_probe, probe_graph
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.trio.cost.bundle_work import input_widths
+from trio_edge.trio.cost.bundle_work import graph_work, input_widths
 from trio_edge.trio.cost.flops import stage_flops
 from trio_edge.trio.cost.selections import StageSizes, TokenSizes
 from trio_edge.trio.methods import TOKEN_METHODS
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest
 
 SCHEDULES = {"trio": Schedule(stages=(Stage(layer=1, keep=14), Stage(layer=2, keep=6))), **STAGE_METHODS}
 WIDTHS = {"visual_tokens": D, "features": F, "keys": E}
@@ -35,8 +38,24 @@ def test_stages_compute_the_products_that_the_formula_counts(method: str, checkp
         sizes = graph.profiles[-1].sizes
         num_text = sizes["S"] - sizes["N"]
         counted = StageSizes(sizes["N"], stage.keep, num_text, sizes.get("F", 0) - num_text)
-        feeds = example_feeds(graph, graph.profiles[-1])
-        assert stage_flops(manifest.dimensions, schedule, counted) == matmul_flops(bundle / graph.file, feeds)
+        parts = [graph, *_probe(manifest, manifest.selects.index(graph))]
+        found = [matmul_flops(bundle / part.file, example_feeds(part, part.profiles[-1])) for part in parts]
+        assert stage_flops(manifest.dimensions, schedule, counted) == sum(found)
+        by_part = [
+            graph_work(manifest, whole, part.profiles[-1]).flops for whole, part in _owned(manifest, parts)
+        ]
+        assert method != "trio" or by_part == found
+
+
+def _probe(manifest: Manifest, stage: int) -> list[GraphSpec]:
+    """Return the pieces of the probe of ``stage``."""
+    graphs = (probe_graph(manifest, stage), gradient_graph(manifest))
+    return [part for graph in graphs if graph is not None for part in graph.split() if is_probe(part)]
+
+
+def _owned(manifest: Manifest, parts: list[GraphSpec]) -> list[tuple[GraphSpec, GraphSpec]]:
+    """Return each part with the graph that it is a piece of."""
+    return [(manifest.graph(part.name.partition(".")[0]), part) for part in parts]
 
 
 @pytest.mark.parametrize("method", [method for method in TOKEN_METHODS if method != "visionzip"])

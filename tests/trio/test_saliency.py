@@ -182,8 +182,9 @@ def test_halves_with_the_head_between_equal_the_whole() -> None:
     module = ProxySaliency(decoder.layer, decoder.final_norm, decoder.lm_head, max_visual=NUM_VISUAL)
     visual, length = torch.tensor([NUM_VISUAL]), torch.tensor([LENGTH])
     rows = torch.arange(START, START + NUM_VISUAL)
-    state = module.attend(hidden, *tables, rows, length)
-    scores = module.scores(state, module.head(state.output_RD), visual)
+    probe_rows = LENGTH - 2 + torch.arange(-3, 1)
+    state = module.attend(hidden, *tables, rows, probe_rows, length)
+    scores = module.scores(state, module.head(state.output_RD), hidden, *tables, rows, visual)
     assert torch.equal(scores, module(hidden, *tables, rows, visual, length))
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trio_edge.runtime.bundle.graph_io import num_clip_texts
+from trio_edge.runtime.bundle.graph_io import SALIENCY, is_probe, num_clip_texts
 from trio_edge.trio.cost.flops import stage_work
-from trio_edge.trio.cost.selections import StageSizes, TokenSizes
+from trio_edge.trio.cost.selections import StageSizes, TokenSizes, trio_work
 from trio_edge.trio.cost.work import (
     ELEMENT_BYTES,
     Work,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile
-    from trio_edge.trio.cost.selections import TokenCost
+    from trio_edge.trio.cost.selections import TokenCost, TrioPiece
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class GraphWork:
 
     flops: float
     weight_bytes: int
-    """Weights that the graph holds, in the bundle's own formats; a run reads each at least once."""
+    """Weights that a run reads at least once, in the bundle's own formats."""
     moved_bytes: float
     """The least that must pass through memory: the weights once, every operand and result once, attention scores never."""
     launches: int
@@ -44,16 +44,21 @@ class GraphWork:
 
 def graph_work(manifest: Manifest, graph: GraphSpec, profile: Profile) -> GraphWork:
     """Return the work of one run of ``graph`` at the sizes of ``profile``."""
-    work = counted(manifest, graph, profile)
+    work, weights = counted(manifest, graph, profile), part_of(graph, profile).weight_bytes
     moved = work.moved_bytes(
         bytes_per_element=ELEMENT_BYTES[manifest.dtype], bytes_per_cached=ELEMENT_BYTES[manifest.kv_dtype]
     )
     return GraphWork(
         flops=work.flops,
-        weight_bytes=graph.weight_bytes,
-        moved_bytes=moved + graph.weight_bytes,
+        weight_bytes=weights,
+        moved_bytes=moved + weights,
         launches=work.launches,
     )
+
+
+def part_of(graph: GraphSpec, profile: Profile) -> GraphSpec:
+    """Return the piece of ``graph`` that runs at ``profile``; the graph itself if it has none."""
+    return next(part for part in graph.split() if profile in part.profiles)
 
 
 def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
@@ -68,6 +73,8 @@ def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
         if manifest.clip_text is not None:
             num_text = sizes["M"] * (manifest.clip_text.length - 2)
         return reduce_work(manifest, num_visual=sizes["N"], num_text=num_text)
+    if is_probe(part_of(graph, profile)):
+        return _probe_work(manifest, sizes)
     if graph.role == "select":
         return _select_work(manifest, manifest.selects.index(graph), sizes)
     if graph.role == "head":
@@ -129,7 +136,20 @@ def _select_work(manifest: Manifest, stage: int, sizes: Mapping[str, int]) -> Wo
         prompt_visual=sizes.get("F", num_text) - num_text,
         one_size=stage > 0 or len(manifest.visual_sizes) == 1,
     )
+    if SALIENCY in manifest.selects[stage].input_names:
+        return trio_work(manifest.dimensions, manifest.schedule, stage_sizes, pieces=("select",))
     return stage_work(manifest.dimensions, manifest.schedule, stage_sizes, weights="layer")
+
+
+def _probe_work(manifest: Manifest, sizes: Mapping[str, int]) -> Work:
+    """Return the work of a part of a probe."""
+    letter = "P" if "PS" in sizes else "G"
+    visual, rows = sizes.get(f"{letter}N", 0), sizes.get(f"{letter}S", 0)
+    stage = StageSizes(visual, num_keep=0, num_text=rows - visual, prompt_visual=0)
+    name: TrioPiece = "gradient"
+    if rows:
+        name = "probe" if letter == "P" else "saliency"
+    return trio_work(manifest.dimensions, manifest.schedule, stage, pieces=(name,))
 
 
 def fixed_sizes(graph: GraphSpec) -> dict[str, int]:

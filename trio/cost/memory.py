@@ -65,19 +65,29 @@ class Texts(NamedTuple):
 
 
 class RepeatedWeights(NamedTuple):
-    """Elements of weights that a stage's graph holds although other graphs have them."""
+    """Elements of weights that graphs of stages hold although other graphs have them."""
 
-    layer: int
-    head: int
+    layers: int
+    head: int = 0
 
 
-def repeated_weights(method: str, decoder: Dimensions) -> RepeatedWeights:
-    """Return the weights that each stage of ``method`` repeats."""
-    repeats = stage_method(method).repeats
-    if repeats == "layer and head":
-        return RepeatedWeights(layer_weights(decoder), decoder.vocab_size * decoder.hidden_size)
+def repeated_weights(
+    schedule: Schedule, decoder: Dimensions, *, layers_quantized: bool, head_quantized: bool
+) -> RepeatedWeights:
+    """Return the weights that all stages of ``schedule`` repeat.
+
+    A probe shares its layer and the head with their own graphs, but for quantized ones: ``export/graphs/probe.py``.
+    """
+    num_stages = len(schedule.stages)
+    if num_stages == 0:
+        return RepeatedWeights(0)
+    row = stage_method(schedule.method)
+    if row.has_probe:
+        layers = num_stages * layer_weights(decoder) if layers_quantized else 0
+        return RepeatedWeights(layers, decoder.vocab_size * decoder.hidden_size if head_quantized else 0)
     (queries, keys, *_) = (inputs * outputs for inputs, outputs in layer_matrices(decoder))
-    return RepeatedWeights({"queries and keys": queries + keys, "keys": keys, "nothing": 0}[repeats], 0)
+    in_stage = {"queries and keys": queries + keys, "keys": keys, "nothing": 0}[row.repeats]
+    return RepeatedWeights(num_stages * in_stage)
 
 
 def layers_and_rows(schedule: Schedule, *, num_layers: int, entering: int) -> tuple[tuple[int, int], ...]:

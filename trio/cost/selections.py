@@ -31,14 +31,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from trio_edge.runtime.bundle.graph_io import num_clip_texts
-from trio_edge.trio.cost.work import LAUNCHES_PER_PROBE, Product, Work, flops_of
+from trio_edge.trio.cost.work import LAUNCHES_PER_PROBE, Product, Work, flops_of, sum_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from trio_edge.runtime.bundle.manifest import Dimensions
     from trio_edge.runtime.bundle.schedule import Schedule
 
+TrioPiece = Literal["probe", "gradient", "saliency", "select"]
 SaliencyForm = Literal["direct", "key_gram", "key_value_gram"]
 SALIENCY_FORMS: tuple[SaliencyForm, ...] = ("direct", "key_gram", "key_value_gram")
 _MIRRORED_FROM = 1024
@@ -113,8 +114,14 @@ class ProbeSizes(NamedTuple):
 # TRIO
 
 
-def trio_work(decoder: Dimensions, schedule: Schedule, sizes: StageSizes) -> Work:
-    """Return the work of one of TRIO's stages: the probe and the NMS."""
+def trio_work(
+    decoder: Dimensions,
+    schedule: Schedule,
+    sizes: StageSizes,
+    *,
+    pieces: Sequence[TrioPiece] = ("probe", "gradient", "saliency", "select"),
+) -> Work:
+    """Return the work of one of TRIO's stages, or of some of its pieces."""
     probe = ProbeSizes(
         num_rows=sizes.num_rows,
         num_visual=sizes.num_visual,
@@ -124,18 +131,28 @@ def trio_work(decoder: Dimensions, schedule: Schedule, sizes: StageSizes) -> Wor
         head_size=decoder.head_size,
         num_probe_rows=schedule.num_probe_rows,
     )
-    products = probe_products(decoder, probe)
-    products += nms_products(
-        sizes.num_visual,
-        hidden_size=decoder.hidden_size,
-        rounds=schedule.nms_rounds,
-        one_size=sizes.one_size,
-    )
-    return Work(
-        products=tuple(products),
-        other_elements=float(6 * sizes.num_rows * decoder.hidden_size + 4 * sizes.num_visual**2),
-        launches=LAUNCHES_PER_PROBE + schedule.nms_rounds * _LAUNCHES_PER_ROUND,
-    )
+    return sum_of(_trio_piece(piece, decoder, schedule, sizes, probe) for piece in pieces)
+
+
+def _trio_piece(
+    piece: TrioPiece, decoder: Dimensions, schedule: Schedule, sizes: StageSizes, probe: ProbeSizes
+) -> Work:
+    rows, hidden = probe.num_probe_rows, decoder.hidden_size
+    if piece == "probe":
+        products = forward_products(decoder, probe)
+        other, launches = 6 * sizes.num_rows * hidden, LAUNCHES_PER_PROBE // 2
+    elif piece == "gradient":
+        products = [Product(rows=rows, inner=hidden, columns=decoder.vocab_size, count=2, weights="head")]
+        other, launches = 0, 0
+    elif piece == "saliency":
+        products = backward_products(decoder, probe)
+        other, launches = 0, LAUNCHES_PER_PROBE - LAUNCHES_PER_PROBE // 2
+    else:
+        products = nms_products(
+            sizes.num_visual, hidden_size=hidden, rounds=schedule.nms_rounds, one_size=sizes.one_size
+        )
+        other, launches = 4 * sizes.num_visual**2, schedule.nms_rounds * _LAUNCHES_PER_ROUND
+    return Work(products=tuple(products), other_elements=float(other), launches=launches)
 
 
 def trio_flops(decoder: Dimensions, schedule: Schedule, sizes: StageSizes) -> float:
@@ -144,35 +161,67 @@ def trio_flops(decoder: Dimensions, schedule: Schedule, sizes: StageSizes) -> fl
 
 
 def probe_products(decoder: Dimensions, sizes: ProbeSizes) -> list[Product]:
-    """Return the products of one closed-form probe.
+    """Return the products of one closed-form probe, with those of the head."""
+    head = Product(
+        rows=sizes.num_probe_rows,
+        inner=decoder.hidden_size,
+        columns=decoder.vocab_size,
+        count=2,
+        weights="head",
+    )
+    return [*forward_products(decoder, sizes), head, *backward_products(decoder, sizes)]
 
-    The R probe rows pass output projection, MLP and head forwards and backwards, and queries forwards only. The rest is
-    the saliency in its cheapest form.
-    """
-    rows, hidden, inner = sizes.num_probe_rows, decoder.hidden_size, decoder.intermediate_size
-    queries = decoder.num_heads * decoder.head_size
-    there_and_back = ((queries, hidden), (hidden, inner), (hidden, inner), (inner, hidden))
-    products = [
-        Product(rows=rows, inner=inputs, columns=outputs, count=2, weights="layer")
-        for inputs, outputs in there_and_back
+
+def forward_products(decoder: Dimensions, sizes: ProbeSizes) -> list[Product]:
+    """Return the products of a probe's forward half: keys of all rows, and the layer on R rows."""
+    hidden, queries = decoder.hidden_size, decoder.num_heads * decoder.head_size
+    return [
+        *_layer_products(decoder, rows=sizes.num_probe_rows),
+        Product(rows=sizes.num_probe_rows, inner=hidden, columns=queries, weights="layer"),
+        *_attention_products(sizes),
     ]
-    products += [
-        Product(rows=rows, inner=hidden, columns=queries, weights="layer"),
-        Product(rows=rows, inner=hidden, columns=decoder.vocab_size, count=2, weights="head"),
-    ]
-    return products + saliency_products(cheapest_form(sizes), sizes)
+
+
+def backward_products(decoder: Dimensions, sizes: ProbeSizes) -> list[Product]:
+    """Return the products of a probe's backward half: the layer on R rows, and the saliency in its cheapest form."""
+    form = cheapest_form(sizes)
+    return [*_layer_products(decoder, rows=sizes.num_probe_rows), *_gradient_products(form, sizes)]
+
+
+def _layer_products(decoder: Dimensions, *, rows: int) -> list[Product]:
+    """Return the products with output projection and MLP, the same in both directions."""
+    hidden, inner = decoder.hidden_size, decoder.intermediate_size
+    shapes = (
+        (decoder.num_heads * decoder.head_size, hidden),
+        (hidden, inner),
+        (hidden, inner),
+        (inner, hidden),
+    )
+    return [Product(rows=rows, inner=inputs, columns=outputs, weights="layer") for inputs, outputs in shapes]
 
 
 def saliency_products(form: SaliencyForm, sizes: ProbeSizes) -> list[Product]:
     """Return the products of the closed form that grow with S: those that all forms share, and the form's own."""
+    return [*_attention_products(sizes), *_gradient_products(form, sizes)]
+
+
+def _attention_products(sizes: ProbeSizes) -> list[Product]:
+    hidden, size = sizes.hidden_size, sizes.head_size
+    probes = sizes.num_probe_rows * sizes.num_heads
+    return [
+        Product(rows=sizes.num_rows, inner=hidden, columns=sizes.num_kv_heads * size, weights="layer"),
+        Product(rows=probes, inner=size, columns=sizes.num_rows),
+        Product(rows=probes, inner=sizes.num_rows, columns=hidden),
+        Product(rows=probes, inner=size, columns=hidden),
+    ]
+
+
+def _gradient_products(form: SaliencyForm, sizes: ProbeSizes) -> list[Product]:
     num_visual, hidden, size = sizes.num_visual, sizes.hidden_size, sizes.head_size
     keys, probes = sizes.num_kv_heads * size, sizes.num_probe_rows * sizes.num_heads
     shared = [
-        Product(rows=sizes.num_rows, inner=hidden, columns=keys, weights="layer"),
-        Product(rows=probes, inner=size, columns=sizes.num_rows),
         Product(rows=probes, inner=num_visual, columns=size),
-        Product(rows=probes, inner=sizes.num_rows, columns=hidden),
-        Product(rows=probes, inner=size, columns=hidden, count=2),
+        Product(rows=probes, inner=size, columns=hidden),
     ]
     from_rows = Product(rows=num_visual, inner=hidden, columns=probes)
     if form == "direct":

@@ -120,6 +120,17 @@ class Work:
         return cached + elements * bytes_per_element
 
 
+def sum_of(works: Iterable[Work]) -> Work:
+    """Return the work of several graphs together."""
+    parts = list(works)
+    return Work(
+        products=tuple(product for part in parts for product in part.products),
+        attention=tuple(attention for part in parts for attention in part.attention),
+        other_elements=sum(part.other_elements for part in parts),
+        launches=sum(part.launches for part in parts),
+    )
+
+
 def flops_of(products: Iterable[Product]) -> float:
     """Return the FLOPs of all ``products``."""
     return sum(product.flops for product in products)

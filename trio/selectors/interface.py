@@ -51,6 +51,8 @@ class StageInputs(NamedTuple):
     """[S, D], what entered layer l - 1; for selectors with ``needs_previous``."""
     prompt: PromptInputs | None = None
     """For selectors with ``needs_prompt``."""
+    saliency_N: Tensor | None = None
+    """[N] float32, the probe's scores, -1 at padding, where a probe has run before."""
 
 
 class ClipInputs(NamedTuple):

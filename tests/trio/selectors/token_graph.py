@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tests.shared_folder import kept_between_runs
 from tests.trio.module_digest import module_digest
 from trio_edge.export.check.tensorrt import RELEASES, check_graph
-from trio_edge.export.graphs.onnx_graph import dynamic_axes, example_input, save, trace
+from trio_edge.export.graphs.assembly.onnx_graph import dynamic_axes, example_input, save, trace
 from trio_edge.runtime.bundle.manifest import TensorSpec
 from trio_edge.trio.selectors.interface import Selection, TokenInputs
 

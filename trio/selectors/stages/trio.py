@@ -7,7 +7,8 @@ docs/how-it-works.md.
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from trio_edge.trio.nms import FeatureNms
 from trio_edge.trio.saliency import ProxySaliency
@@ -45,7 +46,16 @@ class Trio(nn.Module):
 
     def forward(self, inputs: StageInputs) -> Selection:
         """Return the most salient tokens that are unlike each other."""
-        scores_N = self.saliency(
+        scores_N = self._scores(inputs)
+        features_ND = inputs.hidden_SD.index_select(0, inputs.visual_rows_N)
+        kept_K, unsettled = self.nms(features_ND, scores_N, inputs.num_visual)
+        return Selection(kept_K, scores_N, unsettled)
+
+    def _scores(self, inputs: StageInputs) -> Tensor:
+        if inputs.saliency_N is not None:
+            index_N = torch.arange(inputs.saliency_N.shape[0], device=inputs.saliency_N.device)
+            return torch.where(index_N < inputs.num_visual, inputs.saliency_N, -1.0)
+        scores_N: Tensor = self.saliency(
             inputs.hidden_SD,
             inputs.cos_SE,
             inputs.sin_SE,
@@ -53,6 +63,4 @@ class Trio(nn.Module):
             inputs.num_visual,
             inputs.length,
         )
-        features_ND = inputs.hidden_SD.index_select(0, inputs.visual_rows_N)
-        kept_K, unsettled = self.nms(features_ND, scores_N, inputs.num_visual)
-        return Selection(kept_K, scores_N, unsettled)
+        return scores_N

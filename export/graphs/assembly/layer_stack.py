@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from trio_edge.export.graphs.onnx_graph import graph_value
+from trio_edge.export.graphs.assembly.onnx_graph import graph_value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,0 +1,1 @@
+"""Makes ONNX graphs: traces modules, repeats layers, joins pieces."""

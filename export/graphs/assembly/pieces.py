@@ -1,0 +1,113 @@
+"""Joins traced graphs that read the same weights into one, so that an engine holds these once.
+
+The pieces have nothing in common but weights: no tensor of one is read by another, and at a profile of one piece all
+sizes of the others are 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import msgspec
+import onnx_ir as ir
+
+from trio_edge.export.quantize.graph import raise_opset
+from trio_edge.runtime.bundle.manifest import Piece
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trio_edge.export.checkpoints.stored import StoredName
+    from trio_edge.export.tracing import TracedGraph
+    from trio_edge.runtime.bundle.manifest import GraphSpec
+
+
+def join(pieces: Sequence[TracedGraph]) -> TracedGraph:
+    """Return one graph with all tensors and profiles of ``pieces``, which do not change; before weights are attached.
+
+    Names of the first piece stay, those of the others get the piece's name in front.
+    """
+    opset = max(piece.model.opset_imports[""] for piece in pieces)
+    first_value: dict[StoredName, ir.Value] = {}
+    inputs, outputs, nodes, initializers = [], [], [], []
+    weights, constants = {}, {}
+    for piece in pieces:
+        before = "" if piece is pieces[0] else f"{piece.piece}/"
+        model = piece.model.clone()
+        raise_opset(model, opset)
+        graph = model.graph
+        own_inputs, own_outputs = list(graph.inputs), list(graph.outputs)
+        for name, value in list(graph.initializers.items()):
+            del graph.initializers[name]
+            stored = piece.weights.get(name)
+            if stored in first_value:
+                ir.convenience.replace_all_uses_with(value, first_value[stored])
+                continue
+            value.name = before + name
+            initializers.append(value)
+            if stored is not None:
+                first_value[stored] = value
+                weights[value.name] = stored
+            elif name in piece.constants:
+                constants[value.name] = piece.constants[name]
+        graph.inputs.clear()
+        graph.outputs.clear()
+        for node in list(graph):
+            graph.remove(node)
+            node.name = before + str(node.name)
+            for value in node.outputs:
+                if value not in own_outputs:
+                    value.name, value.shape = before + str(value.name), _renamed(value.shape, before)
+            nodes.append(node)
+        inputs += own_inputs
+        outputs += own_outputs
+    graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=nodes,
+        initializers=initializers,
+        opset_imports={"": opset},
+        name=pieces[0].spec.name,
+    )
+    model = ir.Model(graph, ir_version=max(piece.model.ir_version for piece in pieces))
+    return replace(
+        pieces[0], spec=_joined_spec(pieces), model=model, weights=weights, constants=constants, piece=None
+    )
+
+
+def _renamed(shape: ir.Shape | None, before: str) -> ir.Shape | None:
+    """Return a shape with its sizes' names changed: traces use the same ones, and equal names would mean equal sizes."""
+    if shape is None or not before:
+        return shape
+    return ir.Shape([size if isinstance(size, int) else f"{before}{size}" for size in shape])
+
+
+def _joined_spec(pieces: Sequence[TracedGraph]) -> GraphSpec:
+    specs, first = [piece.spec for piece in pieces], pieces[0].spec
+    opsets = [spec.opset for spec in specs if spec.opset is not None]
+    return msgspec.structs.replace(
+        first,
+        file=f"{first.name}.onnx",
+        inputs=tuple(tensor for spec in specs for tensor in spec.inputs),
+        outputs=tuple(tensor for spec in specs for tensor in spec.outputs),
+        profiles=tuple(profile for spec in specs for profile in spec.profiles),
+        opset=max(opsets, default=None),
+    )
+
+
+def with_pieces(spec: GraphSpec, pieces: Sequence[TracedGraph], written: Sequence[GraphSpec]) -> GraphSpec:
+    """Return the joined graph's description with that of its pieces, as they were written."""
+    entries = [
+        Piece(
+            name=piece.piece,
+            file=one.file,
+            inputs=one.input_names,
+            outputs=tuple(tensor.name for tensor in one.outputs),
+            profiles=tuple(profile.name for profile in one.profiles),
+            weight_bytes=one.weight_bytes,
+        )
+        for piece, one in zip(pieces, written)
+        if piece.piece is not None
+    ]
+    return msgspec.structs.replace(spec, pieces=tuple(entries))

@@ -1,0 +1,148 @@
+"""The head's products with an INT8 weight in integers, in the piece that ONNX Runtime runs alone on the CPU.
+
+ONNX Runtime would write out a weight of 300 million numbers in float32, or keep a second one in another order. In place of
+it, rows are rounded to two integers of at most 8 bits, a coarse one and one for what is left:
+
+    x = step coarse + fine_step fine                 each row with steps of its own
+    x W = step (coarse W) + fine_step (fine W)       MatMulInteger reads the weight as it lies
+
+Measured on a head of 151,936 by 2,048 with 4 rows and one thread: 0.2 s for the way back and no memory, against 2.2 s and 2.5 GB.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_FORWARD_BITS = 7
+"""Two products then fit 16 bits: kernels of processors without VNNI add them there, and saturate."""
+_BACKWARD_BITS = 8
+"""As a second operand, rows meet a kernel that does not saturate."""
+
+
+class _Product(NamedTuple):
+    node: ir.Node
+    weight: ir.Node
+    """The DequantizeLinear of an INT8 weight [I, O] with a scale for each output."""
+    is_forward: bool
+    """x W; else W gᵀ."""
+
+
+def use_integer_products(model: ir.Model) -> int:
+    """Let products with whole INT8 weights run in integers, in place; return how many there were."""
+    products = [product for node in model.graph if (product := _product(node)) is not None]
+    for product in products:
+        _replace(model.graph, product)
+    for weight in dict.fromkeys(product.weight for product in products):
+        model.graph.remove(weight, safe=True)
+    model.graph.sort()
+    return len(products)
+
+
+def _product(node: ir.Node) -> _Product | None:
+    if node.op_type != "MatMul":
+        return None
+    for place, value in enumerate(node.inputs):
+        weight = None if value is None else value.producer()
+        if weight is None or weight.op_type != "DequantizeLinear" or "block_size" in weight.attributes:
+            continue
+        values = weight.inputs[0]
+        if values is not None and values.is_initializer() and values.dtype == ir.DataType.INT8:
+            return _Product(node, weight, is_forward=place == 1)
+    return None
+
+
+def _replace(graph: ir.Graph, product: _Product) -> None:
+    node, (values, scales) = product.node, product.weight.inputs[:2]
+    rows, result = node.inputs[0 if product.is_forward else 1], node.outputs[0]
+    assert values is not None and scales is not None and rows is not None and rows.dtype is not None
+    assert values.shape is not None
+    maker = _Maker(graph, str(result.name))
+    make, scales = maker.node, maker.wide(scales)
+    if product.is_forward:
+        parts = _rounded(maker, maker.wide(rows), axis=1, bits=_FORWARD_BITS)
+        both = make("Concat", parts.unsigned, ir.DataType.UINT8, axis=0)
+        operands = [both, values, maker.constant(2 ** (_FORWARD_BITS - 1), np.uint8)]
+    else:
+        scaled = make("Mul", [maker.wide(rows), make("Unsqueeze", [scales, maker.constant([1], np.int64)])])
+        # no sum may leave int32
+        most = (2**31 - 1) // (127 * int(values.shape.numpy()[1]))
+        parts = _rounded(maker, scaled, axis=0, bits=_BACKWARD_BITS, most=most)
+        both = make("Concat", parts.unsigned, ir.DataType.UINT8, axis=1)
+        operands = [values, both, None, maker.constant(2 ** (_BACKWARD_BITS - 1), np.uint8)]
+    sums = make("Cast", [make("MatMulInteger", operands, ir.DataType.INT32)], to=ir.DataType.FLOAT.value)
+    coarse, fine = make("Split", [sums], axis=0 if product.is_forward else 1, num_outputs=2, outputs=2)
+    total = make("Add", [make("Mul", [coarse, parts.step]), make("Mul", [fine, parts.fine_step])])
+    if product.is_forward:
+        total = make("Mul", [total, scales])
+    if rows.dtype != ir.DataType.FLOAT:
+        total = make("Cast", [total], rows.dtype, to=rows.dtype.value)
+    ir.convenience.replace_all_uses_with(result, total)
+    graph.remove(node, safe=True)
+
+
+class _Rounded(NamedTuple):
+    unsigned: list[ir.Value]
+    """Coarse and fine integers around the middle of the bits' range."""
+    step: ir.Value
+    fine_step: ir.Value
+
+
+def _rounded(maker: _Maker, rows: ir.Value, *, axis: int, bits: int, most: int = 127) -> _Rounded:
+    """Return float32 rows, whose numbers lie along ``axis``, as two integers of ``bits`` bits, none above ``most``."""
+    make, constant = maker.node, maker.constant
+    middle = 2 ** (bits - 1)
+    largest = min(middle - 1, most)
+    top = make("ReduceMax", [make("Abs", [rows]), constant([axis], np.int64)], keepdims=1)
+    least = constant(np.finfo(np.float32).tiny * largest**3)  # a row of zeros has a step too
+    step = make("Div", [make("Max", [top, least]), constant(largest)])
+    fine_step = make("Div", [step, constant(2 * largest)])  # rounding leaves half a step
+    coarse = make("Round", [make("Div", [rows, step])])
+    rest = make("Div", [make("Sub", [rows, make("Mul", [coarse, step])]), fine_step])
+    fine = make("Clip", [make("Round", [rest]), constant(-largest), constant(largest)])
+    unsigned = [
+        make("Cast", [make("Add", [part, constant(middle)])], ir.DataType.UINT8, to=ir.DataType.UINT8.value)
+        for part in (coarse, fine)
+    ]
+    return _Rounded(unsigned, step, fine_step)
+
+
+class _Maker:
+    """Makes nodes in a graph, called after the product that they replace."""
+
+    def __init__(self, graph: ir.Graph, name: str) -> None:
+        self._graph, self._name, self._count = graph, name, 0
+
+    def node(
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        outputs: int = 1,
+        **attributes: Any,
+    ) -> Any:
+        values = [ir.Value(name=self._next(), type=ir.TensorType(dtype)) for _ in range(outputs)]
+        self._graph.append(ir.node(kind, inputs, attributes, outputs=values, name=self._next()))
+        return values[0] if outputs == 1 else values
+
+    def wide(self, value: ir.Value) -> Any:
+        """Return ``value`` in float32."""
+        if value.dtype == ir.DataType.FLOAT:
+            return value
+        return self.node("Cast", [value], to=ir.DataType.FLOAT.value)
+
+    def constant(self, number: Any, dtype: Any = np.float32) -> ir.Value:
+        array = np.asarray(number, dtype)
+        value = ir.Value(name=self._next(), const_value=ir.tensor(array), shape=ir.Shape(array.shape))
+        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+        self._graph.initializers[str(value.name)] = value
+        return value
+
+    def _next(self) -> str:
+        self._count += 1
+        return f"{self._name}/{self._count}"
