@@ -310,17 +310,17 @@ class Decoder:
         probe, gradient = buffers.probes[stage], buffers.gradient
         if probe is None or gradient is None:
             return []
-        num_probe_rows, launches = self._manifest.schedule.num_probe_rows, []
-        halves = [
+        num_probe_rows = self._manifest.schedule.num_probe_rows
+        forward, backward = (
             find_profile(probe, {f"{half}S": rows, f"{half}N": num_visual, f"{half}R": num_probe_rows})
             for half in ("P", "G")
+        )
+        between = find_profile(gradient, {"GR": num_probe_rows})
+        return [
+            self._engines[probe.name].prepare(forward, buffers.probe_tensors(stage, forward)),
+            self._engines[gradient.name].prepare(between, buffers.gradient_tensors(between)),
+            self._engines[probe.name].prepare(backward, buffers.probe_tensors(stage, backward)),
         ]
-        launches = [
-            self._engines[probe.name].prepare(half, buffers.probe_tensors(stage, half)) for half in halves
-        ]
-        profile = find_profile(gradient, {"GR": num_probe_rows})
-        launches.insert(1, self._engines[gradient.name].prepare(profile, buffers.gradient_tensors(profile)))
-        return launches
 
     def _send(self, prompt: DecoderPrompt, spans: list[_Span]) -> None:
         """Enqueue everything that the host knows: embeddings, positions, lengths."""

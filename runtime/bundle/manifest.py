@@ -9,6 +9,7 @@ backward half GS, GR and GN; L is the rows of a head that the probe shares. All 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from trio_edge.runtime.bundle.schedule import Schedule
 
 SCHEMA_VERSION = 3
 MANIFEST_NAME = "trio.json"
+_NUMBER = re.compile(r"[0-9]{1,4}")
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8, "int8": 1, "float8_e4m3fn": 1}
 
 DType = Literal["float32", "float16", "int32", "int64", "int8"]
@@ -364,6 +366,7 @@ class Manifest(_Spec, frozen=True):
         expected.append("head")
         if roles != expected:
             raise ManifestError(f"graphs: expected roles {expected}, got {roles}; export the bundle again")
+        self._check_graph_names()
         # The decoder appends KV rows range by range: a gap or an overlap would give wrong answers without an error.
         next_layer = 0
         for graph in self.ranges:
@@ -376,6 +379,21 @@ class Manifest(_Spec, frozen=True):
             raise ManifestError(
                 f"graphs: expected {self.dimensions.num_layers} decoder layers, got {next_layer}"
             )
+
+    def _check_graph_names(self) -> None:
+        """Raise ManifestError for names that graphs of a role do not have: files are called after them."""
+        found: set[str] = set()
+        for graph in self.graphs:
+            name, role = graph.name, graph.role
+            is_numbered = role in ("probe", "select", "segment") and _NUMBER.fullmatch(
+                name.removeprefix(f"{role}_")
+            )
+            is_known = name == role or is_numbered or (role, name) == ("probe", "gradient")
+            if not is_known or name in found:
+                raise ManifestError(
+                    f"graphs: expected a name of its own after the role {role}, got {name!r}; export the bundle again"
+                )
+            found.add(name)
 
     def graph(self, name: str) -> GraphSpec:
         """Return the graph called ``name``."""
@@ -393,7 +411,8 @@ class Manifest(_Spec, frozen=True):
         layer = probe.first_layer
         if layer is None:
             return self.graph("head")
-        return next(graph for graph in reversed(self.ranges) if (graph.first_layer or 0) <= layer)
+        before = [graph for graph in self.ranges if (graph.first_layer or 0) <= layer]
+        return before[-1] if before else self.ranges[0]
 
     @property
     def ranges(self) -> tuple[GraphSpec, ...]:

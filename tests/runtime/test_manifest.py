@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from trio_edge.runtime.bundle.errors import ManifestError
+from trio_edge.runtime.bundle.graph_io import check_tensors
 from trio_edge.runtime.bundle.manifest import json_from_manifest, manifest_from_json
 from trio_edge.runtime.bundle.reader import open_bundle
 
@@ -46,3 +47,24 @@ def test_no_graph_file_holds_weights(reduced_bundle: Path) -> None:
 def test_a_reduction_adds_no_weights_on_the_device(keep_all_bundle: Path, reduced_bundle: Path) -> None:
     keep_all, reduced = (open_bundle(folder).manifest for folder in (keep_all_bundle, reduced_bundle))
     assert keep_all.device_weight_ratio == reduced.device_weight_ratio < 1.0
+
+
+@pytest.mark.parametrize(
+    "name", ["../../suffix", "suffix.onnx", "head", "segment_1", "suffix_1", "", "select_x"]
+)
+def test_graphs_are_called_after_their_roles(name: str, reduced_bundle: Path) -> None:
+    manifest = json.loads((reduced_bundle / "trio.json").read_bytes())
+    (graph,) = (one for one in manifest["graphs"] if one["name"] == "suffix")
+    graph["name"] = name
+    with pytest.raises(ManifestError, match="expected a name of its own after the role suffix"):
+        manifest_from_json(json.dumps(manifest).encode(), where="trio.json")
+
+
+def test_a_probe_of_no_layer_is_refused_in_one_line(reduced_bundle: Path) -> None:
+    manifest = json.loads((reduced_bundle / "trio.json").read_bytes())
+    (select,) = (one for one in manifest["graphs"] if one["name"] == "select_1")
+    manifest["graphs"].append(select | {"name": "probe_7", "role": "probe", "first_layer": -7})
+    opened = manifest_from_json(json.dumps(manifest).encode(), where="trio.json")
+    assert opened.format_of(opened.graphs[-1]) is None
+    with pytest.raises(ManifestError, match="graph 'probe_7', inputs: expected"):
+        check_tensors(opened, where="trio.json")
