@@ -411,7 +411,7 @@ def _probe_halves(tracer: _Tracer, stage: int, probe: ProxySaliency) -> _Pieces:
         "dimensions": tracer.dimensions,
         "dtype": tracer.layout.dtype,
         "position_axes": tracer.position_axes,
-        "with_keys": probe.form != "direct",
+        "with_keys": probe.needs_keys,
     }
     layer, layout = tracer.layout.schedule.stages[stage].layer, tracer.layout
     constants: dict[str, NDArray[Any]] = {"rotary.inv_freq": tracer.model.inv_freq}

@@ -1,4 +1,4 @@
-"""A small random InternVL3 checkpoint, and Hugging Face's processor for it."""
+"""A small random InternVL3 (qwen2) or InternVL3.5 (qwen3) checkpoint, and Hugging Face's processor for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ MAX_TILES = 4
 
 
 def save_internvl_checkpoint(
-    folder: Path, *, tie: bool = False, num_layers: int = 4, dtype: torch.dtype = torch.float32
+    folder: Path,
+    *,
+    tie: bool = False,
+    num_layers: int = 4,
+    dtype: torch.dtype = torch.float32,
+    text_type: str = "qwen2",
 ) -> Path:
     """Write a random model with tokenizer and image processor into ``folder`` and return it.
 
@@ -36,7 +41,7 @@ def save_internvl_checkpoint(
     torch.manual_seed(23)
     config = hf.InternVLConfig(
         text_config={
-            "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": num_layers,
+            "model_type": text_type, "hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "num_hidden_layers": num_layers,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(VOCABULARY),
             "max_position_embeddings": 1024, "initializer_range": 0.2, "eos_token_id": END_ID,
             "tie_word_embeddings": tie,

@@ -17,6 +17,7 @@ from trio_edge.export.graphs.assembly.onnx_graph import trace
 from trio_edge.export.graphs.clip_text import ClipText
 from trio_edge.export.graphs.decoder_range import DecoderRange
 from trio_edge.export.graphs.head import Head
+from trio_edge.export.graphs.probe import Gradient, Probe, Saliency
 from trio_edge.export.graphs.reduce import Reduce
 from trio_edge.export.graphs.select import Select
 
@@ -43,8 +44,10 @@ def shared_traces(options: ExportOptions, schedule: Schedule) -> Iterator[None]:
     def trace_once(module: nn.Module, **settings: Any) -> ir.Model:
         if isinstance(module, (Select, Reduce)):
             origin = f"{_configuration(folders)} {selection} {next(stages)}"
-        elif isinstance(module, (DecoderRange, Head)):
+        elif isinstance(module, (DecoderRange, Head, Gradient)):
             origin = _decoder_configuration(folders[0])
+        elif isinstance(module, (Probe, Saliency)):
+            origin = f"{_decoder_configuration(folders[0])} {module.saliency.form}"
         elif isinstance(module, ClipText):
             origin = _configuration(folders)
         else:

@@ -14,6 +14,9 @@ the probe rows carry loss, and a visual token reaches them only through its key 
     c_i   = n_i · u_i = (W_k h_i) · dk_i + Σ a ⊙ da           no D-sized product needed
     ‖g_i‖² = r_i² (‖u_i‖² − 2 c_i²/D + c_i² ‖n_i‖²/D²)        through the norm
 
+Qwen3 normalizes each head of keys and queries before RoPE (QK-norm): dk_i then goes back through that norm, too, and the
+rest stays.
+
 V is never projected. Three forms of ‖u_i‖² are exact; ``cheapest_form``
 counts them:
 
@@ -67,7 +70,7 @@ class ProbeState(NamedTuple):
     attention_HRN: Tensor
     """a at the visual tokens."""
     key_NK: Tensor | None
-    """W_k h at the visual tokens, without bias and rotation; None in the direct form."""
+    """W_k h at the visual tokens, without bias, norm and rotation; None unless ``ProxySaliency.needs_keys``."""
 
 
 class ProbeHead(nn.Module):
@@ -121,7 +124,7 @@ class ProxySaliency(nn.Module):
         """Choose the cheapest exact form for the layer's shapes.
 
         Args:
-            layer: A Llama, Mistral or Qwen2 decoder layer (q, k and v may have biases; the MLP is SwiGLU).
+            layer: A Llama, Mistral, Qwen2 or Qwen3 decoder layer (q, k and v may have biases; the MLP is SwiGLU).
             final_norm: The decoder's final RMS norm.
             lm_head: The decoder's head, a linear layer.
             max_visual: Largest N, rows of the visual span with its padding; the form is chosen for it.
@@ -165,6 +168,11 @@ class ProxySaliency(nn.Module):
                     attention.k_proj.weight, attention.v_proj.weight, layer.input_layernorm.weight
                 )
             self.register_buffer("key_value_gram", gram)
+
+    @property
+    def needs_keys(self) -> bool:
+        """Whether the way back wants the visual tokens' keys."""
+        return self.form != "direct" or key_norm(self.layer.self_attn) is not None
 
     def forward(
         self,
@@ -226,12 +234,15 @@ class ProxySaliency(nn.Module):
         normed_SD = (scaled_SD * self.layer.input_layernorm.weight.to(dtype)).to(weight_dtype)
 
         key_SGE = _unflatten(F.linear(normed_SD, attention.k_proj.weight).to(dtype), -1, (-1, self.head_size))
-        rotated_SGE = _rotate(_add_bias(key_SGE, attention.k_proj), cos_SE[:, None], sin_SE[:, None])
+        ready_SGE = _head_normed(_add_bias(key_SGE, attention.k_proj), key_norm(attention))
+        rotated_SGE = _rotate(ready_SGE, cos_SE[:, None], sin_SE[:, None])
         query_RHE = _unflatten(
             attention.q_proj(normed_SD.index_select(0, probe_R)).to(dtype), -1, (-1, self.head_size)
         )
         query_RHE = _rotate(
-            query_RHE, cos_SE.index_select(0, probe_R)[:, None], sin_SE.index_select(0, probe_R)[:, None]
+            _head_normed(query_RHE, getattr(attention, "q_norm", None)),
+            cos_SE.index_select(0, probe_R)[:, None],
+            sin_SE.index_select(0, probe_R)[:, None],
         )
         query_GME = self._by_kv_head(query_RHE)
 
@@ -252,7 +263,7 @@ class ProxySaliency(nn.Module):
             [middle_RD, gate_RI, up_RI, query_RHE.flatten(1), attended_RHD.flatten(1)], dim=-1
         )
         attention_HRS = _unflatten(attention_GMS.flatten(0, 1), 0, (self.num_heads, -1))
-        key_NK = None if self.form == "direct" else key_SGE.index_select(0, visual_N).flatten(1)
+        key_NK = key_SGE.index_select(0, visual_N).flatten(1) if self.needs_keys else None
         return ProbeState(output_RD, rows_RX, attention_HRS.index_select(2, visual_N), key_NK)
 
     def scores(
@@ -305,12 +316,19 @@ class ProxySaliency(nn.Module):
         ds_GMN = a_GMN * (da_GMN - mean_da_GM1) / math.sqrt(self.head_size)
         dk_NGE = torch.matmul(ds_GMN.transpose(1, 2), query_GME).transpose(0, 1)
         cos_NE, sin_NE = (table.index_select(0, visual_N).to(dtype) for table in (cos_SE, sin_SE))
-        dk_NK = _rotate_back(dk_NGE, cos_NE[:, None], sin_NE[:, None]).flatten(1)
+        dk_NGE = _rotate_back(dk_NGE, cos_NE[:, None], sin_NE[:, None])
+        if (norm := key_norm(attention)) is not None:
+            assert state.key_NK is not None, "needs_keys"
+            key_NGE = _add_bias(_unflatten(state.key_NK, -1, (-1, self.head_size)), attention.k_proj)
+            unit_NGE, inverse_NG1, _ = _normalize(key_NGE, norm)
+            dk_NGE = _normalize_backward(dk_NGE, unit_NGE, inverse_NG1, norm)
+        dk_NK = dk_NGE.flatten(1)
 
-        if state.key_NK is None:
+        if self.form == "direct":
             u_ND = self._input_gradient(dk_NK, a_PN.T, pull_PD)
             c_N, square_N = (scaled_ND * u_ND).sum(-1), (u_ND * u_ND).sum(-1)
         else:
+            assert state.key_NK is not None, "needs_keys"
             c_N = (state.key_NK * dk_NK).sum(-1) + (a_GMN * da_GMN).sum((0, 1))
             if self.form == "key_value_gram":
                 dv_NK = torch.matmul(a_GMN.transpose(1, 2), gradient_GME).transpose(0, 1).flatten(1)
@@ -412,6 +430,15 @@ def key_value_gram(
     return weight @ weight.T
 
 
+def key_norm(attention: Any) -> Any | None:
+    """Return the RMS norm of each head of keys, as Qwen3 has it; None without one."""
+    return getattr(attention, "k_norm", None)
+
+
+def _head_normed(rows: Tensor, norm: Any | None) -> Tensor:
+    return rows if norm is None else _normalize(rows, norm)[0] * norm.weight.to(rows.dtype)
+
+
 def _sliding_window(attention: Any) -> int | None:
     """Return the attention's window; Qwen2 has it per layer, Mistral in its configuration, Llama has none."""
     if type(attention).__name__.startswith("Mistral"):
@@ -419,7 +446,7 @@ def _sliding_window(attention: Any) -> int | None:
     return getattr(attention, "sliding_window", None)
 
 
-def _normalize(rows_D: Float[Tensor, "rows D"], norm: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _normalize(rows_D: Float[Tensor, "*rows D"], norm: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return n = x / rms(x) without the norm's weight, 1 / rms(x), and the mean square of n."""
     mean_square_1 = (rows_D * rows_D).mean(-1, keepdim=True)
     inverse_rms_1 = torch.rsqrt(mean_square_1 + norm.variance_epsilon)

@@ -48,6 +48,10 @@ ALIASES = {
         Alias("internvl3-1b", "OpenGVLab/InternVL3-1B-hf", "InternVL3"),
         Alias("internvl3-2b", "OpenGVLab/InternVL3-2B-hf", "InternVL3"),
         Alias("internvl3-8b", "OpenGVLab/InternVL3-8B-hf", "InternVL3"),
+        Alias("internvl3.5-1b", "OpenGVLab/InternVL3_5-1B-HF", "InternVL3.5"),
+        Alias("internvl3.5-2b", "OpenGVLab/InternVL3_5-2B-HF", "InternVL3.5"),
+        Alias("internvl3.5-4b", "OpenGVLab/InternVL3_5-4B-HF", "InternVL3.5"),
+        Alias("internvl3.5-8b", "OpenGVLab/InternVL3_5-8B-HF", "InternVL3.5"),
     )
 }
 TINY_FOLDER = Path(__file__).parents[1] / "tiny"

@@ -1,4 +1,4 @@
-"""InternVL3 (and InternVL 2.5 in the transformers format): InternViT tiles with pixel shuffle, Qwen2 or Llama decoder."""
+"""InternVL3 and 3.5 (and 2.5 in the transformers format): InternViT tiles with pixel shuffle, Qwen2, Qwen3 or Llama decoder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.schedule import Positions
     from trio_edge.runtime.images.interface import ImageProcessing
 
-_TEXT_TYPES = ("qwen2", "llama")
+_TEXT_TYPES = ("qwen2", "qwen3", "llama")
 
 
 @final

@@ -155,6 +155,10 @@ _ALL = (
     _intern("internvl3-1b", _decoder(24, 896, 14, 2, 4864, 151674, head_size=64)),
     _intern("internvl3-2b", _decoder(28, 1536, 12, 2, 8960, 151674)),
     _intern("internvl3-8b", _decoder(28, 3584, 28, 4, 18944, 151674)),
+    _intern("internvl3.5-1b", _decoder(28, 1024, 16, 8, 3072, 151936, head_size=128)),
+    _intern("internvl3.5-2b", _decoder(28, 2048, 16, 8, 6144, 151936, head_size=128)),
+    _intern("internvl3.5-4b", _decoder(36, 2560, 32, 8, 9728, 151936, head_size=128)),
+    _intern("internvl3.5-8b", _decoder(36, 4096, 32, 8, 12288, 151936, head_size=128)),
 )
 MODELS: dict[str, Model] = {model.name: model for model in _ALL}
 """Released models by the alias that ``trio-export`` knows them by."""

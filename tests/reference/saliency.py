@@ -28,6 +28,8 @@ def decoder_layer(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tenso
         projection(normed).unflatten(-1, (-1, size)).transpose(0, 1)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
+    if hasattr(attention, "k_norm"):
+        query, key = rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm)
     groups = query.shape[0] // key.shape[0]
     query, key = rotate(query, cos, sin), rotate(key, cos, sin).repeat_interleave(groups, 0)
     scores = query @ key.transpose(1, 2) / size**0.5

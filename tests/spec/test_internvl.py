@@ -1,4 +1,4 @@
-"""InternVL3 through export and runtime: keep-all equals Hugging Face, reduced equals plain torch."""
+"""InternVL3 and InternVL3.5 through export and runtime: keep-all equals Hugging Face, reduced equals plain torch."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ PROMPTS = ["w1 w2 w3", "w5 w4 w3 w2 w1 w0 w7 w7"]
 NUM_STEPS = 12
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_internvl_checkpoint(tmp_path_factory.mktemp("internvl") / "ck")
+@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """InternVL3, and InternVL3.5, whose decoder normalizes the heads of queries and keys."""
+    return save_internvl_checkpoint(tmp_path_factory.mktemp("internvl") / "ck", text_type=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +270,10 @@ def test_encoder_reduction_is_refused(folder: Path) -> None:
         ({"vision_feature_layer": -2}, "expected vision_feature_layer -1, got -2"),
         ({"vision_feature_select_strategy": "full"}, "select_strategy 'default', got 'full'"),
         ({"downsample_ratio": 0.4}, r"expected downsample_ratio 1 / n with n dividing 8 .* got 0.4"),
-        ({"text_config": {"model_type": "qwen3"}}, "decoder of type qwen2, llama, got 'qwen3'"),
+        (
+            {"text_config": {"model_type": "qwen3_moe"}},
+            "decoder of type qwen2, qwen3, llama, got 'qwen3_moe'",
+        ),
         (
             {"vision_config": {"model_type": "internvl_vision", "image_size": [32, 64]}},
             "square vision image_size",

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 _FAMILIES = {
     "llama": (hf.LlamaConfig, LlamaDecoderLayer),
     "mistral": (hf.MistralConfig, MistralDecoderLayer),
     "qwen2": (hf.Qwen2Config, Qwen2DecoderLayer),
+    "qwen3": (hf.Qwen3Config, Qwen3DecoderLayer),
 }
 HIDDEN, HEADS, HEAD_SIZE, VOCAB = 64, 4, 16, 97
 

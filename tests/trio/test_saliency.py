@@ -60,6 +60,12 @@ DECODERS = {
     "llama with biases everywhere": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "qwen2 with q, k and v biases": ("qwen2", {"num_kv_heads": 2}),
     "mistral with a sliding window": ("mistral", {"num_kv_heads": 2, "sliding_window": 24}),
+    "qwen3 with norms of heads": ("qwen3", {"num_kv_heads": 2}),
+    "qwen3 with multi-head attention": ("qwen3", {"num_kv_heads": HEADS}),
+    "qwen3 with biases and a large epsilon": (
+        "qwen3",
+        {"num_kv_heads": 2, "attention_bias": True, "rms_norm_eps": 0.1},
+    ),
 }
 
 
@@ -186,6 +192,19 @@ def test_halves_with_the_head_between_equal_the_whole() -> None:
     state = module.attend(hidden, *tables, rows, probe_rows, length)
     scores = module.scores(state, module.head(state.output_RD), hidden, *tables, rows, visual)
     assert torch.equal(scores, module(hidden, *tables, rows, visual, length))
+
+
+def test_without_rows_there_are_no_scores_and_no_error() -> None:
+    """How a graph that holds a probe beside other computations leaves it out."""
+    for family in ("llama", "qwen3"):
+        decoder = random_decoder(family, num_kv_heads=2)
+        module = ProxySaliency(decoder.layer, decoder.final_norm, decoder.lm_head, max_visual=NUM_VISUAL)
+        hidden, rows, zero = _hidden()[:0], torch.arange(0), torch.tensor([0])
+        tables = rotary_tables(torch.arange(0))
+        state = module.attend(hidden, *tables, rows, rows, zero)
+        assert state.output_RD.shape == (0, HIDDEN)
+        scores = module.scores(state, module.head(state.output_RD), hidden, *tables, rows, zero)
+        assert scores.shape == (0,)
 
 
 def test_multi_head_attention_is_computed_directly() -> None:

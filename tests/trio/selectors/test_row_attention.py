@@ -19,6 +19,7 @@ from trio_edge.trio.selectors.stages.row_attention import RowAttention
 
 LENGTH, PADDED, ROWS = 19, 25, [0, 7, 18]
 LAYERS = {
+    "qwen3 with norms of heads": ("qwen3", {"num_kv_heads": 2}),
     "llama": ("llama", {}),
     "llama grouped-query": ("llama", {"num_kv_heads": 2}),
     "mistral with a window": ("mistral", {"num_kv_heads": 1, "sliding_window": 6}),

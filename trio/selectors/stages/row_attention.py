@@ -1,7 +1,7 @@
 """Attention of a few rows over all rows of one Hugging Face decoder layer, and what selectors read from it.
 
     h = w ⊙ x / rms(x)                          input norm
-    q = RoPE(W_q h + bias) of the given rows,   k = RoPE(W_k h + bias) of all rows
+    q = RoPE(W_q h + bias) of the given rows,   k = RoPE(W_k h + bias) of all rows      with Qwen3's norm of heads before RoPE
     a = softmax(q · k / √E)                     over the real rows that a row may see, per head
 
 Nothing else of the layer runs: no values, no output projection, no MLP, and no map of all rows against all rows. Weights
@@ -31,7 +31,7 @@ class RowAttention(nn.Module):
     layer: Any
 
     def __init__(self, layer: Any) -> None:
-        """Hold a Llama, Mistral, Qwen2 or Qwen2.5-VL decoder layer (q and k may have biases)."""
+        """Hold a Llama, Mistral, Qwen2, Qwen2.5-VL or Qwen3 decoder layer (q and k may have biases)."""
         super().__init__()
         self.layer = layer
 
@@ -62,6 +62,7 @@ class RowAttention(nn.Module):
         cos_SE, sin_SE = cos_SE.to(normed_SD.dtype), sin_SE.to(normed_SD.dtype)
         key_SGE = rotated_keys(self.layer, normed_SD, cos_SE, sin_SE)
         query_RHE = _projected(attention.q_proj, normed_SD.index_select(0, rows_R), size)
+        query_RHE = _head_normed(query_RHE, getattr(attention, "q_norm", None))
         query_RHE = _rotate(query_RHE, cos_SE.index_select(0, rows_R), sin_SE.index_select(0, rows_R))
         G, H = key_SGE.shape[1], query_RHE.shape[1]
         query_GME = query_RHE.transpose(0, 1).reshape(G, -1, size)  # heads of a group and rows side by side
@@ -138,7 +139,7 @@ def real_rows(hidden_SD: Float[Tensor, "S D"], length: Int[Tensor, "*one"]) -> F
     return torch.where((index_S < length.reshape(1))[:, None], hidden_SD, 0.0)
 
 
-def rms_norm(rows_SD: Float[Tensor, "S D"], norm: Any) -> Float[Tensor, "S D"]:
+def rms_norm(rows_SD: Float[Tensor, "*rows D"], norm: Any) -> Float[Tensor, "*rows D"]:
     """Return an RMS norm of float32 or float64 rows, in that type."""
     mean_square_S1 = (rows_SD * rows_SD).mean(-1, keepdim=True)
     weight_D: Tensor = norm.weight.to(rows_SD.dtype)
@@ -160,7 +161,13 @@ def rotated_keys(
 ) -> Float[Tensor, "S G E"]:
     """Return the keys of all rows, rotated."""
     attention: Any = layer.self_attn
-    return _rotate(_projected(attention.k_proj, normed_SD, int(attention.head_dim)), cos_SE, sin_SE)
+    key_SGE = _projected(attention.k_proj, normed_SD, int(attention.head_dim))
+    return _rotate(_head_normed(key_SGE, getattr(attention, "k_norm", None)), cos_SE, sin_SE)
+
+
+def _head_normed(rows_RHE: Tensor, norm: Any | None) -> Tensor:
+    """Apply Qwen3's norm of each head of queries or keys, where there is one."""
+    return rows_RHE if norm is None else rms_norm(rows_RHE, norm)
 
 
 def _projected(linear: Any, rows_RD: Tensor, head_size: int) -> Tensor:
