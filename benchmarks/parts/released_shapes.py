@@ -20,7 +20,7 @@ import torch
 import transformers as hf
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
-from trio_edge.runtime.prompts.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE
+from trio_edge.runtime.prompts.chat import INTERNVL_TEMPLATE, MISTRAL_TEMPLATE, VICUNA_TEMPLATE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -125,6 +125,22 @@ def qwen2_5_vl_7b() -> Any:
     return qwen2_5_vl(text=text, vision={"out_hidden_size": 3584}, tie=False)
 
 
+def internvl3_5_2b() -> Any:
+    text = {
+        "model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "eos_token_id": 151645,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
+        "attention_bias": True, "image_size": [448, 448], "patch_size": [14, 14],
+    }  # fmt: skip
+    return hf.InternVLConfig(
+        text_config=text, vision_config=vision, image_token_id=151671, image_seq_length=256, tie_word_embeddings=True
+    )  # fmt: skip
+
+
 LLAVA_RENAMES = (
     (r"^model\.vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
     (r"^model\.language_model\.", "language_model.model."),
@@ -146,6 +162,10 @@ QWEN_PREPROCESSOR = {
     "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2_5_VLProcessor",
 }  # fmt: skip
+INTERN_PREPROCESSOR = {
+    "image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 448, "width": 448},
+    "min_patches": 1, "max_patches": 12, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
+}  # fmt: skip
 QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
@@ -155,6 +175,12 @@ LLAMA_TOKENS = {0: "<unk>", 1: "<s>", 2: "</s>", 32000: "<image>", 32001: "<pad>
 QWEN_TOKENS = {
     151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>", 151652: "<|vision_start|>",
     151653: "<|vision_end|>", 151654: "<|vision_pad|>", 151655: "<|image_pad|>", 151656: "<|video_pad|>",
+}  # fmt: skip
+
+
+INTERN_TOKENS = {
+    151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>", 151669: "<img>", 151670: "</img>",
+    151671: "<IMG_CONTEXT>",
 }  # fmt: skip
 
 
@@ -189,6 +215,14 @@ FAMILIES = {
     ),
     "qwen2.5-vl-3b": _qwen_family(qwen2_5_vl_3b),
     "qwen2.5-vl-7b": _qwen_family(qwen2_5_vl_7b),
+    "internvl3.5-2b": Family(
+        config=internvl3_5_2b,
+        model="InternVLForConditionalGeneration",
+        renames=(),
+        preprocessor=INTERN_PREPROCESSOR,
+        chat_template=INTERNVL_TEMPLATE,
+        special_tokens=INTERN_TOKENS,
+    ),
     "tiny": _llava_next_family(tiny),
 }
 

@@ -12,6 +12,9 @@ import onnxruntime as ort
 import pytest
 
 from tests.bundles import export
+from tests.shared_traces import shared_traces
+from trio_edge.export.bundle import export_bundle
+from trio_edge.export.options import ExportOptions
 from trio_edge.export.quantize.integer_products import use_integer_products
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle.errors import ManifestError
@@ -95,6 +98,32 @@ def test_probes_of_quantized_weights_stand_alone(name: str, quantized_bundle: Pa
         for output, values in alone.items():
             scale = np.abs(values).max()
             np.testing.assert_allclose(joined[output] / scale, values / scale, **INTEGERS, err_msg=output)
+
+
+def test_a_large_gram_matrix_is_in_a_file_that_the_piece_and_the_joined_graph_read(
+    checkpoint: Path, reduced_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with grouped-query attention of released sizes, where it has megabytes."""
+    monkeypatch.setattr("trio_edge.export.bundle._LARGEST_INLINE_BYTES", 1024)
+    schedule = open_bundle(reduced_bundle).manifest.schedule
+    options = ExportOptions(model=str(checkpoint), out=tmp_path / "bundle", max_text=64, max_new_tokens=40)
+    with shared_traces(options, schedule):
+        export_bundle(options, schedule_for=lambda _inputs: schedule)
+    spec = open_bundle(tmp_path / "bundle").manifest.graph("segment_1")
+    places = [
+        {
+            (value.const_value.location, value.const_value.offset)
+            for name, value in ir.load(tmp_path / "bundle" / file).graph.initializers.items()
+            if name.endswith("key_value_gram") and isinstance(value.const_value, ir.ExternalTensor)
+        }
+        for file in (spec.file, "segment_1.saliency.onnx")
+    ]
+    assert len(places[0]) == 1 and places[0] == places[1]
+    profile = next(profile for profile in spec.profiles if profile.name.startswith("saliency"))
+    joined, alone = _both(tmp_path / "bundle", "segment_1", profile)
+    _, inline = _both(reduced_bundle, "segment_1", profile)
+    np.testing.assert_array_equal(alone["saliency_scores"], inline["saliency_scores"])
+    np.testing.assert_allclose(joined["saliency_scores"], inline["saliency_scores"], rtol=1e-4)
 
 
 def test_no_weight_is_in_two_graphs(reduced_bundle: Path) -> None:
