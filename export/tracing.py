@@ -445,7 +445,9 @@ def _probe_sizes(spec: GraphSpec) -> tuple[dict[str, int], dict[str, Any]]:
     more = {"S": _MIN_TRACE_ROWS, "N": 3, "R": 1}
     largest = {name: max(profile.sizes[name] for profile in spec.profiles) for name in spec.profiles[0].sizes}
     sizes = {name: size + more[name[-1]] for name, size in largest.items()}
-    return sizes, dict.fromkeys(sizes, torch.export.Dim.DYNAMIC)
+    return sizes, {
+        name: torch.export.Dim(name) for name in sizes
+    }  # named, so that values are always called alike
 
 
 def _gram(checkpoint: Checkpoint, layer: int) -> NDArray[np.float32]:
