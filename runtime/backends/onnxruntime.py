@@ -112,7 +112,7 @@ class OnnxRuntimeBackend:
                 engines = [self._engine(bundle, part, prepared, stream) for part in parts]
                 if stream is None and spec in bundle.manifest.selects[-1:]:
                     engines[0].shrink_after_runs()
-                loaded.engines[spec.name] = engines[0] if len(engines) == 1 else PiecedEngine(spec, engines)
+                loaded.engines[spec.name] = engines[0] if parts == (spec,) else PiecedEngine(spec, engines)
         except BaseException:
             loaded.close()
             raise

@@ -17,6 +17,7 @@ from trio_edge.export.bundle import export_bundle
 from trio_edge.export.options import ExportOptions
 from trio_edge.export.quantize.integer_products import use_integer_products
 from trio_edge.export.quantize.plan import parse_plan
+from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import ManifestError
 from trio_edge.runtime.bundle.graph_io import check_tensors
 from trio_edge.runtime.bundle.manifest import manifest_from_json
@@ -141,6 +142,15 @@ def test_quantized_layers_are_repeated_once_a_stage_and_the_head_once(quantized_
         "probe_2",
         "gradient",
     ]
+
+
+def test_an_engine_says_which_graph_it_is(quantized_bundle: Path, reduced_bundle: Path) -> None:
+    for bundle in (quantized_bundle, reduced_bundle):
+        graphs = make_backend("onnxruntime").load(open_bundle(bundle))
+        try:
+            assert [engine.spec.name for engine in graphs.engines.values()] == list(graphs.engines)
+        finally:
+            graphs.close()
 
 
 def _changed(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
