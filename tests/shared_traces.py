@@ -44,10 +44,12 @@ def shared_traces(options: ExportOptions, schedule: Schedule) -> Iterator[None]:
     def trace_once(module: nn.Module, **settings: Any) -> ir.Model:
         if isinstance(module, (Select, Reduce)):
             origin = f"{_configuration(folders)} {selection} {next(stages)}"
-        elif isinstance(module, (DecoderRange, Head, Gradient)):
+        elif isinstance(module, (DecoderRange, Head)):
             origin = _decoder_configuration(folders[0])
-        elif isinstance(module, (Probe, Saliency)):
-            origin = f"{_decoder_configuration(folders[0])} {module.saliency.form}"
+        elif isinstance(module, (Probe, Gradient, Saliency)):
+            # The gradient's arguments are float32 whatever the weights are.
+            form = "" if isinstance(module, Gradient) else module.saliency.form
+            origin = f"{_decoder_configuration(folders[0])} {form} {next(module.parameters()).dtype}"
         elif isinstance(module, ClipText):
             origin = _configuration(folders)
         else:
