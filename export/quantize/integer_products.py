@@ -39,7 +39,8 @@ def use_integer_products(model: ir.Model) -> int:
     for product in products:
         _replace(model.graph, product)
     for weight in dict.fromkeys(product.weight for product in products):
-        model.graph.remove(weight, safe=True)
+        if not weight.outputs[0].uses():
+            model.graph.remove(weight, safe=True)
     model.graph.sort()
     return len(products)
 
