@@ -330,10 +330,16 @@ def test_calls_are_what_the_decoders_own_timeline_says(reduced_bundle: Path) -> 
     picture = random_image(measured_sizes(loaded.pipeline)[0])
     answer = loaded.answer(RunQuestion(image=picture, prompt=PROMPT, new_tokens=3))
     loaded.close()
-    prefill = {call.graph: call.milliseconds for call in answer.calls if call.profile != "decode"}
-    assert prefill.keys() == answer.statistics.graph_ms.keys()
-    for graph, milliseconds in answer.statistics.graph_ms.items():
-        assert prefill[graph] <= milliseconds <= prefill[graph] + 1
+    told, inside = answer.statistics.graph_ms, dict[str, float]()
+    of_probe = 0.0  # the timeline counts a probe as part of its selection
+    for call in (call for call in answer.calls if call.profile != "decode"):
+        if call.profile.startswith(("probe", "gradient", "saliency")):
+            of_probe += call.milliseconds
+        else:
+            inside[call.graph], of_probe, last = call.milliseconds + of_probe, 0.0, call
+    assert inside.keys() == told.keys()
+    assert all(inside[graph] <= milliseconds for graph, milliseconds in told.items())
+    assert sum(told.values()) <= last.start_ms + last.milliseconds + 5.0
     assert len(answer.token_ids) == 3
 
 
