@@ -82,7 +82,7 @@ def _run_graph(bundle: Path, graph: str, mapped: bool, threads: int, writer: Any
     name, _, profile = graph.partition(":")
     spec = opened.manifest.graph(name)
     chosen = next(entry for entry in spec.profiles if profile in ("", entry.name))
-    spec = next(part for part in spec.split() if chosen in part.profiles)
+    spec = spec.part_at(chosen)
     sizes, inputs = chosen.sizes, inputs_for(spec, chosen)
     start = time.perf_counter()
     run = (

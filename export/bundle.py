@@ -324,9 +324,8 @@ def _large_constants(graph: TracedGraph) -> dict[str, NDArray[np.float32]]:
 
 
 def _constant_name(graph: TracedGraph, name: str) -> StoredName:
-    return StoredName(
-        f"{graph.spec.name}.{name.rpartition('/')[2]}"
-    )  # a joined graph puts the piece in front
+    own_name = name.rpartition("/")[2]  # a joined graph puts the piece in front
+    return StoredName(f"{graph.spec.name}.{own_name}")
 
 
 def _image_sizes(plan: ExportPlan) -> tuple[ImageSize, ...]:

@@ -65,8 +65,11 @@ class ProbeState(NamedTuple):
     output_RD: Tensor
     """y, the layer's output on the probe rows."""
     rows_RX: Tensor
-    """What the way back needs of the probe rows, side by side: the residual stream after attention [D], the MLP's gate
-    and up [I, I], the rotated queries [H E], and Σ_i a h_i of each head, the attention's mean of the normed inputs [H D]."""
+    """What the way back needs of each probe row, side by side.
+
+    In order: the residual stream after attention [D]; gate and up of the MLP [I, I]; the rotated queries [H E]; for each
+    head Σ_i a h_i, the attention's mean of the normed inputs [H D].
+    """
     attention_HRN: Tensor
     """a at the visual tokens."""
     key_NK: Tensor | None
@@ -151,7 +154,7 @@ class ProxySaliency(nn.Module):
         self.head_size = int(attention.head_dim)
         self.num_kv_heads = attention.k_proj.weight.shape[0] // self.head_size
         self.num_heads = attention.q_proj.weight.shape[0] // self.head_size
-        self.sliding_window = _sliding_window(attention)
+        self.sliding_window = sliding_window(attention)
         sizes = ProbeSizes(
             num_rows=max_visual,
             num_visual=max_visual,
@@ -234,13 +237,13 @@ class ProxySaliency(nn.Module):
         normed_SD = (scaled_SD * self.layer.input_layernorm.weight.to(dtype)).to(weight_dtype)
 
         key_SGE = _unflatten(F.linear(normed_SD, attention.k_proj.weight).to(dtype), -1, (-1, self.head_size))
-        ready_SGE = _head_normed(_add_bias(key_SGE, attention.k_proj), key_norm(attention))
+        ready_SGE = head_normed(_add_bias(key_SGE, attention.k_proj), key_norm(attention))
         rotated_SGE = _rotate(ready_SGE, cos_SE[:, None], sin_SE[:, None])
         query_RHE = _unflatten(
             attention.q_proj(normed_SD.index_select(0, probe_R)).to(dtype), -1, (-1, self.head_size)
         )
         query_RHE = _rotate(
-            _head_normed(query_RHE, getattr(attention, "q_norm", None)),
+            head_normed(query_RHE, getattr(attention, "q_norm", None)),
             cos_SE.index_select(0, probe_R)[:, None],
             sin_SE.index_select(0, probe_R)[:, None],
         )
@@ -435,11 +438,12 @@ def key_norm(attention: Any) -> Any | None:
     return getattr(attention, "k_norm", None)
 
 
-def _head_normed(rows: Tensor, norm: Any | None) -> Tensor:
+def head_normed(rows: Tensor, norm: Any | None) -> Tensor:
+    """Return queries or keys [..., E] after Qwen3's norm of each head, where there is one; without rounding."""
     return rows if norm is None else _normalize(rows, norm)[0] * norm.weight.to(rows.dtype)
 
 
-def _sliding_window(attention: Any) -> int | None:
+def sliding_window(attention: Any) -> int | None:
     """Return the attention's window; Qwen2 has it per layer, Mistral in its configuration, Llama has none."""
     if type(attention).__name__.startswith("Mistral"):
         return attention.config.sliding_window  # type: ignore[no-any-return]

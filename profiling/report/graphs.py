@@ -13,7 +13,7 @@ from trio_edge.profiling.measure.recording import DECODE
 from trio_edge.profiling.report.profile import GraphProfile
 from trio_edge.profiling.statistics import distribution_of_runs
 from trio_edge.runtime.bundle.graph_io import is_probe
-from trio_edge.trio.cost.bundle_work import graph_work, part_of
+from trio_edge.trio.cost.bundle_work import graph_work
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,7 +79,7 @@ def _graph_profile(
         verdict = judge(flops=flops, moved_bytes=moved, milliseconds=call_ms.p50, ceilings=ceilings)
     return GraphProfile(
         name=spec.name,
-        role="select" if is_probe(part_of(spec, profile)) else spec.role,
+        role="select" if is_probe(spec.part_at(profile)) else spec.role,
         phase="decode" if profile.name == DECODE else "prefill",
         profile=profile.name,
         calls_per_answer=sum(map(len, answers)) / len(answers),

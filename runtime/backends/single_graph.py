@@ -48,7 +48,7 @@ class SingleGraph:
                 f"{name}: expected one of the profiles {known}, got {profile!r}; choose one of them"
             )
         self.profile = found
-        self.spec = next(part for part in whole.split() if found in part.profiles)
+        self.spec = whole.part_at(found)
         """The graph, or the piece of it that runs at the profile."""
         self._shapes = {tensor.name: shape_at(tensor.shape, found) for tensor in whole.tensors}
         self._blocks = {

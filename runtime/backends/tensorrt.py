@@ -183,8 +183,7 @@ class TensorRTEngine:
         index = self._spec.profiles.index(profile)
         # A captured sequence holds its context's state, so decode shares its context with no other profile. Pieces take turns
         # in every prefill, and to switch profiles takes time.
-        part = next(part.name for part in self._spec.split() if profile in part.profiles)
-        key = _DECODE if profile.name == _DECODE else part
+        key = _DECODE if profile.name == _DECODE else self._spec.part_at(profile).name
         if key not in self._contexts:
             self._contexts[key] = self._new_context()
         return TensorRTLaunch(self._contexts[key], index, tensors)

@@ -57,7 +57,7 @@ GRADIENT_ATTENTION = "gradient_attention"
 GRADIENT_KEYS = "gradient_keys"
 SALIENCY_SCORES = "saliency_scores"
 OUTPUT_GRADIENT = "output_gradient"
-"""What the head makes of ``PROBE_OUTPUT``."""
+"""The gradient that the head gives for ``PROBE_OUTPUT``."""
 
 # Select graphs.
 SALIENCY = "saliency"

@@ -107,6 +107,10 @@ class GraphSpec(_Spec, frozen=True):
         """Return each piece as a graph of its own, called ``graph.piece``; the graph itself if it has none."""
         return tuple(map(self._alone, self.pieces)) or (self,)
 
+    def part_at(self, profile: Profile) -> GraphSpec:
+        """Return the one of ``split()`` that runs at ``profile``, which is one of this graph's."""
+        return next(part for part in self.split() if profile in part.profiles)
+
     def _alone(self, piece: Piece) -> GraphSpec:
         return msgspec.structs.replace(
             self,

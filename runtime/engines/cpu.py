@@ -84,7 +84,8 @@ def set_cpu_options(
     """Choose between memory, speed and accuracy of a graph on the CPU."""
     # A session's own arena keeps the largest activations that it ever had, and a pattern takes all of a run's at once.
     options.enable_cpu_mem_arena = False
-    if spec.role in _PREFILL_ROLES or is_probe(spec):
+    is_in_prefill = spec.role in _PREFILL_ROLES or is_probe(spec)
+    if is_in_prefill:
         options.enable_mem_pattern = False
     # These write float32 copies of their weights in every run. New memory for them doubles the time, so all share some.
     if (spec.role == "select" or is_probe(spec)) and _share_arena():
@@ -102,7 +103,6 @@ def set_cpu_options(
     # INT8 weights have one scale for an output; the kernel wants one for a block of inputs, and is fastest with long blocks.
     options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")
     # Prepacking copies weights. That pays for a decode step, and the kernel for INT4 and INT8 weights needs it.
-    is_in_prefill = spec.role in _PREFILL_ROLES or is_probe(spec)
     if is_in_prefill and not _has_packed_weights(bundle, spec):
         options.add_session_config_entry("session.disable_prepacking", "1")
 
@@ -215,9 +215,9 @@ def _sessions(bundle: Bundle) -> list[GraphSpec]:
 
 def _is_worth_preparing(bundle: Bundle, spec: GraphSpec) -> bool:
     """Return whether a graph runs in every decode step, or has products that ONNX Runtime makes others of."""
-    if spec.role == "select" or is_probe(spec):
-        return is_probe(spec) and _has_packed_weights(bundle, spec)
-    return True
+    if is_probe(spec):
+        return _has_packed_weights(bundle, spec)
+    return spec.role != "select"
 
 
 def _has_packed_weights(bundle: Bundle, spec: GraphSpec) -> bool:

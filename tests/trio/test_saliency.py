@@ -195,7 +195,7 @@ def test_halves_with_the_head_between_equal_the_whole() -> None:
 
 
 def test_without_rows_there_are_no_scores_and_no_error() -> None:
-    """How a graph that holds a probe beside other computations leaves it out."""
+    """A graph with several pieces runs its probe like this while another piece runs."""
     for family in ("llama", "qwen3"):
         decoder = random_decoder(family, num_kv_heads=2)
         module = ProxySaliency(decoder.layer, decoder.final_norm, decoder.lm_head, max_visual=NUM_VISUAL)

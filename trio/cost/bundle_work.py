@@ -44,7 +44,7 @@ class GraphWork:
 
 def graph_work(manifest: Manifest, graph: GraphSpec, profile: Profile) -> GraphWork:
     """Return the work of one run of ``graph`` at the sizes of ``profile``."""
-    work, weights = counted(manifest, graph, profile), part_of(graph, profile).weight_bytes
+    work, weights = counted(manifest, graph, profile), graph.part_at(profile).weight_bytes
     moved = work.moved_bytes(
         bytes_per_element=ELEMENT_BYTES[manifest.dtype], bytes_per_cached=ELEMENT_BYTES[manifest.kv_dtype]
     )
@@ -54,11 +54,6 @@ def graph_work(manifest: Manifest, graph: GraphSpec, profile: Profile) -> GraphW
         moved_bytes=moved + weights,
         launches=work.launches,
     )
-
-
-def part_of(graph: GraphSpec, profile: Profile) -> GraphSpec:
-    """Return the piece of ``graph`` that runs at ``profile``; the graph itself if it has none."""
-    return next(part for part in graph.split() if profile in part.profiles)
 
 
 def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
@@ -73,7 +68,7 @@ def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
         if manifest.clip_text is not None:
             num_text = sizes["M"] * (manifest.clip_text.length - 2)
         return reduce_work(manifest, num_visual=sizes["N"], num_text=num_text)
-    if is_probe(part_of(graph, profile)):
+    if is_probe(graph.part_at(profile)):
         return _probe_work(manifest, sizes)
     if graph.role == "select":
         return _select_work(manifest, manifest.selects.index(graph), sizes)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.schedule import Schedule
 
 _BLOCK_BYTES = 64 << 20
-"""Of a block's scores. Fewer bytes save little, as the other activations are as large by then."""
+"""Most bytes of one block's scores. Smaller blocks save little: the other activations are as large."""
 _CLIP_MLP = 4
 """Width of the MLP of CLIP's text towers, in widths of the tower, which is as wide as the space shared with images."""
 

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from trio_edge.trio.saliency import head_normed, key_norm, sliding_window
 from trio_edge.trio.selectors.interface import StageInputs  # noqa: TC001 -- the tests' shape checks read annotations
 
 
@@ -62,7 +63,7 @@ class RowAttention(nn.Module):
         cos_SE, sin_SE = cos_SE.to(normed_SD.dtype), sin_SE.to(normed_SD.dtype)
         key_SGE = rotated_keys(self.layer, normed_SD, cos_SE, sin_SE)
         query_RHE = _projected(attention.q_proj, normed_SD.index_select(0, rows_R), size)
-        query_RHE = _head_normed(query_RHE, getattr(attention, "q_norm", None))
+        query_RHE = head_normed(query_RHE, getattr(attention, "q_norm", None))
         query_RHE = _rotate(query_RHE, cos_SE.index_select(0, rows_R), sin_SE.index_select(0, rows_R))
         G, H = key_SGE.shape[1], query_RHE.shape[1]
         query_GME = query_RHE.transpose(0, 1).reshape(G, -1, size)  # heads of a group and rows side by side
@@ -81,7 +82,7 @@ class RowAttention(nn.Module):
     def _visible(self, rows_R: Tensor, num_rows: Any, length: Tensor) -> Tensor:
         index_S = torch.arange(num_rows, device=rows_R.device)
         visible_RS = (index_S[None, :] <= rows_R[:, None]) & (index_S < length.reshape(1))[None, :]
-        window = _sliding_window(self.layer.self_attn)
+        window = sliding_window(self.layer.self_attn)
         if window is not None:
             visible_RS = visible_RS & (index_S[None, :] > rows_R[:, None] - window)
         return visible_RS
@@ -162,12 +163,7 @@ def rotated_keys(
     """Return the keys of all rows, rotated."""
     attention: Any = layer.self_attn
     key_SGE = _projected(attention.k_proj, normed_SD, int(attention.head_dim))
-    return _rotate(_head_normed(key_SGE, getattr(attention, "k_norm", None)), cos_SE, sin_SE)
-
-
-def _head_normed(rows_RHE: Tensor, norm: Any | None) -> Tensor:
-    """Apply Qwen3's norm of each head of queries or keys, where there is one."""
-    return rows_RHE if norm is None else rms_norm(rows_RHE, norm)
+    return _rotate(head_normed(key_SGE, key_norm(attention)), cos_SE, sin_SE)
 
 
 def _projected(linear: Any, rows_RD: Tensor, head_size: int) -> Tensor:
@@ -181,10 +177,3 @@ def _rotate(rows_RHE: Tensor, cos_RE: Tensor, sin_RE: Tensor) -> Tensor:
     half_turn_RHE = torch.cat([-second, first], dim=-1)
     cos_R1E, sin_R1E = cos_RE[:, None].to(rows_RHE.dtype), sin_RE[:, None].to(rows_RHE.dtype)
     return rows_RHE * cos_R1E + half_turn_RHE * sin_R1E
-
-
-def _sliding_window(attention: Any) -> int | None:
-    """Return the attention's window; Qwen2 has it per layer, Mistral in its configuration, Llama has none."""
-    if type(attention).__name__.startswith("Mistral"):
-        return attention.config.sliding_window  # type: ignore[no-any-return]
-    return getattr(attention, "sliding_window", None)
