@@ -16,7 +16,7 @@ from trio_edge.export.graphs.assembly.layer_stack import stack_layers
 from trio_edge.export.graphs.assembly.onnx_graph import dynamic_axes, example_input, trace
 from trio_edge.export.graphs.decoder_range import DecoderRange
 from trio_edge.export.graphs.head import Head
-from trio_edge.export.graphs.probe import Gradient, Probe, Saliency
+from trio_edge.export.graphs.probe import Probe, Saliency
 from trio_edge.export.graphs.reduce import FEATURE_NAMES, Reduce
 from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.export.graphs.select import Select
@@ -27,6 +27,7 @@ from trio_edge.runtime.bundle.graph_io import (
     GraphTensors,
     gradient_tensors,
     head_tensors,
+    is_probe,
     probe_tensors,
     range_tensors,
     saliency_tensors,
@@ -82,7 +83,7 @@ class TracedGraph:
     @property
     def is_probe(self) -> bool:
         """Whether it reads weights of other layers than its own role's, and in both directions."""
-        return self.spec.role == "probe" or self.piece in ("probe", "gradient", "saliency")
+        return is_probe(self.spec)
 
 
 class _Tracer:
@@ -437,7 +438,7 @@ def _gradient(tracer: _Tracer) -> TracedGraph:
     """Return the head's part of all probes."""
     tensors = gradient_tensors(dimensions=tracer.dimensions)
     spec = tracer.spec("gradient", "probe", tensors, tracer.layout.gradient_profiles())
-    return tracer.graph(Gradient(ProbeHead(tracer.model.final_norm, tracer.model.lm_head)), spec)
+    return tracer.graph(ProbeHead(tracer.model.final_norm, tracer.model.lm_head), spec)
 
 
 def _probe_sizes(spec: GraphSpec) -> tuple[dict[str, int], dict[str, Any]]:

@@ -17,9 +17,10 @@ from trio_edge.export.graphs.assembly.onnx_graph import trace
 from trio_edge.export.graphs.clip_text import ClipText
 from trio_edge.export.graphs.decoder_range import DecoderRange
 from trio_edge.export.graphs.head import Head
-from trio_edge.export.graphs.probe import Gradient, Probe, Saliency
+from trio_edge.export.graphs.probe import Probe, Saliency
 from trio_edge.export.graphs.reduce import Reduce
 from trio_edge.export.graphs.select import Select
+from trio_edge.trio.saliency import ProbeHead
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -46,9 +47,9 @@ def shared_traces(options: ExportOptions, schedule: Schedule) -> Iterator[None]:
             origin = f"{_configuration(folders)} {selection} {next(stages)}"
         elif isinstance(module, (DecoderRange, Head)):
             origin = _decoder_configuration(folders[0])
-        elif isinstance(module, (Probe, Gradient, Saliency)):
+        elif isinstance(module, (Probe, ProbeHead, Saliency)):
             # The gradient's arguments are float32 whatever the weights are.
-            form = "" if isinstance(module, Gradient) else module.saliency.form
+            form = "" if isinstance(module, ProbeHead) else module.saliency.form
             origin = f"{_decoder_configuration(folders[0])} {form} {next(module.parameters()).dtype}"
         elif isinstance(module, ClipText):
             origin = _configuration(folders)

@@ -1,7 +1,7 @@
 """The probe of a stage in three pieces, so that no weight is needed twice: they stand next to what reads the same ones.
 
     probe      next to the layers from l on   hidden states → output of layer l on the probe rows, and its state
-    gradient   next to the head               output on the probe rows → gradient of the proxy loss there
+    gradient   next to the head               output on the probe rows → gradient of the proxy loss there (``ProbeHead``)
     saliency   next to the layers from l on   gradient and state → a score for each visual token
 
 Tensors are listed in ``trio_edge.runtime.bundle.graph_io``: ``probe_tensors``, ``gradient_tensors``, ``saliency_tensors``.
@@ -18,7 +18,7 @@ from trio_edge.trio.saliency import ProbeState
 
 if TYPE_CHECKING:
     from trio_edge.export.graphs.rope import RotaryTables
-    from trio_edge.trio.saliency import ProbeHead, ProxySaliency
+    from trio_edge.trio.saliency import ProxySaliency
 
 
 class Probe(nn.Module):
@@ -36,19 +36,6 @@ class Probe(nn.Module):
         cos, sin = self.rotary(position_ids)
         state = self.saliency.attend(hidden_states[0], cos[0], sin[0], visual_rows, rows, length)
         return tuple(tensor for tensor in state if tensor is not None)
-
-
-class Gradient(nn.Module):
-    """The head's part."""
-
-    def __init__(self, head: ProbeHead) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, output: Tensor) -> Tensor:
-        """Return the gradient of the proxy loss with respect to ``output``."""
-        gradient: Tensor = self.head(output)
-        return gradient
 
 
 class Saliency(nn.Module):

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _LARGEST = 63
-"""Of the rows' integers. Two products with a weight, or with one that a kernel made unsigned, then fit 16 bits: kernels of
-processors without VNNI add them there, and saturate."""
+"""Largest integer of a row. Some processors' kernels add two products in 16 bits, where more would saturate: 2 · 63 · 255."""
 _MIDDLE = 64
 """Zero point of rows that come first, which are unsigned."""
 
@@ -64,17 +63,18 @@ def _replace(graph: ir.Graph, product: _Product) -> None:
     rows, result = node.inputs[0 if product.is_forward else 1], node.outputs[0]
     assert values is not None and scales is not None and rows is not None and rows.dtype is not None
     assert values.shape is not None
+    num_inputs, num_outputs = (int(size) for size in values.shape.numpy())
     maker = _Maker(graph, str(result.name))
     make, scales = maker.node, maker.wide(scales)
     if product.is_forward:
-        parts = _rounded(maker, maker.wide(rows), axis=1)
+        parts = _rounded(maker, maker.wide(rows), axis=1, num_terms=num_inputs)
         both = make("Concat", parts.integers, axis=0)
         unsigned = make("Add", [both, maker.constant(_MIDDLE)])
         first = make("Cast", [unsigned], ir.DataType.UINT8, to=ir.DataType.UINT8.value)
         operands = [first, values, maker.constant(_MIDDLE, np.uint8)]
     else:
         scaled = make("Mul", [maker.wide(rows), make("Unsqueeze", [scales, maker.constant([1], np.int64)])])
-        parts = _rounded(maker, scaled, axis=0)
+        parts = _rounded(maker, scaled, axis=0, num_terms=num_outputs)
         both = make("Concat", parts.integers, axis=1)
         operands = [values, make("Cast", [both], ir.DataType.INT8, to=ir.DataType.INT8.value)]
     sums = make("Cast", [make("MatMulInteger", operands, ir.DataType.INT32)], to=ir.DataType.FLOAT.value)
@@ -95,9 +95,10 @@ class _Rounded(NamedTuple):
     fine_step: ir.Value
 
 
-def _rounded(maker: _Maker, rows: ir.Value, *, axis: int) -> _Rounded:
-    """Return float32 rows, whose numbers lie along ``axis``, as two integers."""
-    make, constant, largest = maker.node, maker.constant, _LARGEST
+def _rounded(maker: _Maker, rows: ir.Value, *, axis: int, num_terms: int) -> _Rounded:
+    """Return float32 rows, whose ``num_terms`` numbers lie along ``axis``, as two integers each."""
+    make, constant = maker.node, maker.constant
+    largest = min(_LARGEST, (2**31 - 1) // (127 * num_terms))  # no sum may leave int32
     top = make("ReduceMax", [make("Abs", [rows]), constant([axis], np.int64)], keepdims=1)
     least = constant(np.finfo(np.float32).tiny * largest**3)  # a row of zeros has a step too
     step = make("Div", [make("Max", [top, least]), constant(largest)])

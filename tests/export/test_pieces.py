@@ -257,9 +257,9 @@ def test_integer_products_are_near_those_in_floats(is_forward: bool) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("is_forward", [True, False])
 def test_integer_products_do_not_overflow(is_forward: bool, sign: int) -> None:
-    weight = np.full((8192, 16) if is_forward else (4, 160_000), 127, dtype=np.int8)
+    weight = np.full((8192, 16) if is_forward else (4, 300_000), 127, dtype=np.int8)
     scales = np.full(weight.shape[1], 0.5, np.float32)
-    rows = np.full((2, 8192) if is_forward else (160_000, 2), 3.0 * sign, np.float32)
+    rows = np.full((2, 8192) if is_forward else (300_000, 2), 3.0 * sign, np.float32)
     got = _product(weight, scales, rows, is_forward=is_forward)
     terms = weight.shape[0 if is_forward else 1]
     np.testing.assert_allclose(got, sign * 3.0 * 0.5 * 127 * terms, rtol=1e-3)
