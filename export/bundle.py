@@ -256,7 +256,7 @@ def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, fo
         text_buckets=layout.text_buckets,
         max_new_tokens=options.max_new_tokens,
         max_position=max_positions(model.text_config),
-        position_axes=3 if model.mrope_sections else 1,
+        position_axes=model.position_axes,
         text=resolved.text.spec,
         image_processing=resolved.processing.to_dict(),
         encoder_keep=resolved.processing.encoder_keep,
@@ -271,6 +271,7 @@ def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, fo
         cost=_cost(plan, written.graphs),
         vision=plan.model.vision_dimensions,
         clip_text=None if clip is None else clip.spec,
+        num_deepstack=model.num_deepstack,
         tools={
             name: version(name) for name in ("trio-edge", "torch", "transformers", "onnx-ir", "onnxscript")
         },

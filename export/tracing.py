@@ -24,6 +24,8 @@ from trio_edge.export.quantize.unpacking import read_weight
 from trio_edge.export.token_selectors import needs_previous, probe_of, stage_selector
 from trio_edge.runtime.bundle.graph_io import (
     CLIP_TEXT,
+    DEEPSTACK_TOKENS,
+    REDUCED_DEEPSTACK,
     GraphTensors,
     gradient_tensors,
     head_tensors,
@@ -32,6 +34,7 @@ from trio_edge.runtime.bundle.graph_io import (
     range_tensors,
     saliency_tensors,
     select_tensors,
+    token_planes,
 )
 from trio_edge.runtime.bundle.manifest import GraphSpec, TensorSpec
 from trio_edge.trio.saliency import ProbeHead, key_value_gram
@@ -128,14 +131,9 @@ class _Tracer:
 
     def rotary(self) -> RotaryTables:
         return RotaryTables(
-            torch.empty(len(self.model.inv_freq), dtype=torch.float32),
+            torch.empty(self.model.inv_freq.shape, dtype=torch.float32),
             attention_scaling=self.model.attention_scaling,
-            mrope_sections=self.model.mrope_sections,
         )
-
-    @property
-    def position_axes(self) -> int:
-        return 3 if self.model.mrope_sections else 1
 
     def graph(
         self,
@@ -291,6 +289,7 @@ def _clip_text(tracer: _Tracer, clip: ClipGraphs) -> TracedGraph:
 def _reduce(tracer: _Tracer, selector: Any, *, before: Sequence[GraphSpec]) -> TracedGraph:
     layout, hidden = tracer.layout, tracer.dimensions.hidden_size
     outputs_before = {tensor.name: tensor for graph in before for tensor in graph.outputs}
+    planes = [outputs_before[f"{DEEPSTACK_TOKENS}{index}"] for index in range(tracer.model.num_deepstack)]
     inputs = [
         outputs_before["visual_tokens"],
         TensorSpec(name="num_visual", dtype="int32", shape=(1,)),
@@ -307,18 +306,23 @@ def _reduce(tracer: _Tracer, selector: Any, *, before: Sequence[GraphSpec]) -> T
         texts = outputs_before["clip_texts"]
         marks = TensorSpec(name="text_marks", dtype="int32", shape=texts.shape[:2])
         inputs += [outputs_before["clip_patches"], texts, marks]
+    inputs += planes
     outputs = (
         TensorSpec(name="reduced_tokens", dtype=layout.dtype, shape=(selector.num_keep, hidden)),
         TensorSpec(name="kept_tokens", dtype="int32", shape=(selector.num_keep,)),
+        *token_planes(
+            REDUCED_DEEPSTACK, len(planes), rows=selector.num_keep, width=hidden, dtype=layout.dtype
+        ),
     )
     profiles = layout.reduce_profiles(with_text=selector.needs_text)
     spec = tracer.spec("reduce", "reduce", GraphTensors(tuple(inputs), outputs), profiles)
-    return tracer.graph(Reduce(selector), spec, num_named=3)
+    return tracer.graph(Reduce(selector, num_planes=len(planes)), spec, num_named=3)
 
 
 def _range(tracer: _Tracer, index: int, layers: range, *, name: str, role: Role) -> TracedGraph:
     with_previous = role != "suffix" and needs_previous(tracer.layout.schedule)
-    tensors = _range_tensors(tracer, layers, with_previous=with_previous)
+    num_deepstack = tracer.model.num_deepstack
+    tensors = _range_tensors(tracer, layers, num_deepstack=num_deepstack, with_previous=with_previous)
     profiles = tracer.layout.range_profiles(index)
     spec = tracer.spec(name, role, tensors, profiles, first_layer=layers.start, num_layers=len(layers))
     if tracer.layer is None:
@@ -330,19 +334,23 @@ def _range(tracer: _Tracer, index: int, layers: range, *, name: str, role: Role)
         inputs=tensors.inputs,
         outputs=layer_outputs,
         num_layers=len(layers),
+        num_planes=len(layers[: max(num_deepstack - layers.start, 0)]),
         last_input=previous,
     )
     module = DecoderRange([tracer.model.layers[layer] for layer in layers], tracer.rotary())
     return tracer.described(model, module, spec, constants={"rotary.inv_freq": tracer.model.inv_freq})
 
 
-def _range_tensors(tracer: _Tracer, layers: range, *, with_previous: bool = False) -> GraphTensors:
+def _range_tensors(
+    tracer: _Tracer, layers: range, *, num_deepstack: int, with_previous: bool = False
+) -> GraphTensors:
     return range_tensors(
         layers,
         dimensions=tracer.dimensions,
         dtype=tracer.layout.dtype,
         kv_dtype=tracer.layout.dtype,  # export/quantize/cache.py changes it
-        position_axes=tracer.position_axes,
+        position_axes=tracer.model.position_axes,
+        num_deepstack=num_deepstack,
         with_previous=with_previous,
     )
 
@@ -355,7 +363,7 @@ def _one_layer(tracer: _Tracer) -> ir.Model:
     }
     if len(structures) != 1:
         raise AssertionError(f"expected decoder layers of one structure, got {len(structures)}")
-    inputs, outputs = _range_tensors(tracer, range(1))
+    inputs, outputs = _range_tensors(tracer, range(1), num_deepstack=0)
     symbols = {"S": torch.export.Dim("S"), "C": torch.export.Dim("C")}
     *args, key, value = (example_input(tensor, trace_sizes={"S": _MIN_TRACE_ROWS}) for tensor in inputs)
     *axes, key_axes, value_axes = (dynamic_axes(tensor, dims=symbols) for tensor in inputs)
@@ -385,21 +393,23 @@ def _stages(tracer: _Tracer, step: Callable[[str], None]) -> list[tuple[TracedGr
 def _select(tracer: _Tracer, stage: int, selector: Any) -> TracedGraph:
     layout, schedule = tracer.layout, tracer.layout.schedule
     layer_index, num_keep = schedule.stages[stage].layer, schedule.stages[stage].keep
-    has_probe = probe_of(selector) is not None
+    has_probe, planes = probe_of(selector) is not None, range(layer_index, tracer.model.num_deepstack)
     module = Select(
         selector,
         tracer.rotary(),
         preserve_positions=schedule.positions == "preserved",
         takes_saliency=has_probe,
+        num_planes=len(planes),
     )
     tensors = select_tensors(
         num_keep,
         dimensions=tracer.dimensions,
         dtype=layout.dtype,
-        position_axes=tracer.position_axes,
+        position_axes=tracer.model.position_axes,
         with_previous=selector.needs_previous,
         with_prompt=selector.needs_prompt,
         with_saliency=has_probe,
+        planes=planes,
     )
     profiles = layout.select_profiles(stage, with_prompt=selector.needs_prompt)
     spec = tracer.spec(f"select_{stage + 1}", "select", tensors, profiles, first_layer=layer_index)
@@ -411,7 +421,7 @@ def _probe_halves(tracer: _Tracer, stage: int, probe: ProxySaliency) -> _Pieces:
     options: Any = {
         "dimensions": tracer.dimensions,
         "dtype": tracer.layout.dtype,
-        "position_axes": tracer.position_axes,
+        "position_axes": tracer.model.position_axes,
         "with_keys": probe.needs_keys,
     }
     layer, layout = tracer.layout.schedule.stages[stage].layer, tracer.layout

@@ -34,7 +34,7 @@ from trio_edge.runtime.devices.interface import DeviceTensor, PitchedRows, find_
 from trio_edge.runtime.devices.timeline import Timeline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -64,6 +64,8 @@ class DecoderPrompt:
     """Rows reserved for the text: one of the manifest's buckets, at least T1 + T2."""
     positions: PromptPositions
     """Positions of all N + bucket rows."""
+    planes: Sequence[DeviceTensor | NDArray[Any]] = ()
+    """[M, D] each, what DeepStack adds to the visual tokens behind the first layers; none without an image."""
 
     @property
     def num_visual(self) -> int:
@@ -264,7 +266,12 @@ class Decoder:
                 f"prompt: expected position ids {list(shape)}, got {list(prompt.positions.ids.shape)}; count all rows"
             )
         width, dtype = self._manifest.dimensions.hidden_size, np.dtype(self._manifest.dtype)
-        for rows in (prompt.before, prompt.visual, prompt.after):
+        if any(plane.shape[0] != prompt.num_visual for plane in prompt.planes):
+            raise ShapeError(
+                f"prompt: expected {prompt.num_visual} rows in each plane of DeepStack, as many as visual tokens, got"
+                f" {[plane.shape[0] for plane in prompt.planes]}"
+            )
+        for rows in (prompt.before, prompt.visual, prompt.after, *prompt.planes):
             if tuple(rows.shape[1:]) != (width,) or np.dtype(rows.dtype) != dtype:
                 raise ShapeError(
                     f"prompt: expected {dtype} rows of {width} numbers, got {rows.dtype} {list(rows.shape)}"
@@ -346,8 +353,13 @@ class Decoder:
         device.upload(embeds.rows(0, num_before), text[:num_before])
         device.upload(embeds.rows(start, num_text - num_before), text[num_before:num_text])
         self._place(prompt.visual, embeds.rows(num_before, prompt.num_visual))
+        num_rows = prompt.visual_rows + prompt.text_bucket
         # Padding rows still hold an earlier prompt: masked rows must be finite, and every answer the same.
-        device.clear(embeds.rows(prompt.length, prompt.visual_rows + prompt.text_bucket - prompt.length))
+        device.clear(embeds.rows(prompt.length, num_rows - prompt.length))
+        for layer, plane in self._buffers.planes[0].items():
+            device.clear(plane.rows(0, num_rows))
+            if prompt.planes:
+                self._place(prompt.planes[layer], plane.rows(num_before, prompt.num_visual))
 
     def _probe_rows(self, length: int) -> NDArray[np.int32]:
         """Return the rows whose loss a probe looks at; those before the prompt's first row are that one."""
@@ -435,21 +447,31 @@ class Decoder:
         """
         span, num_rows = spans[stage], self._keep(stage) + prompt.text_bucket
         num_entering, axes = span.rows + prompt.text_bucket, self._manifest.position_axes
-        hidden = self._download(self._buffers.hidden_out[stage].rows(0, num_entering))
         rows = np.concatenate(
             [np.arange(span.start), span.start + kept, np.arange(span.start + span.num_visual, span.length)]
         )
-        kept_hidden = np.zeros((num_rows, hidden.shape[1]), dtype=hidden.dtype)
-        kept_hidden[: len(rows)] = hidden[rows]
+        buffers = self._buffers
+        self._gather(buffers.hidden_out[stage], rows, buffers.kept_hidden[stage], num_rows=num_rows)
+        for layer, plane in buffers.planes[stage + 1].items():
+            self._gather(buffers.planes[stage][layer], rows, plane, num_rows=num_rows)
         positions = np.broadcast_to(np.arange(num_rows, dtype=np.int32), (axes, num_rows)).copy()
         if self._manifest.schedule.positions == "preserved":
             entering = prompt.positions.ids
             if stage > 0:
-                entering = self._download(self._buffers.kept_positions[stage - 1], shape=(axes, num_entering))
+                entering = self._download(buffers.kept_positions[stage - 1], shape=(axes, num_entering))
             positions[:, : len(rows)] = entering[:, rows]
-        self._device.upload(self._buffers.kept_hidden[stage], kept_hidden)
-        self._device.upload(self._buffers.kept_positions[stage], positions)
-        self._device.synchronize()  # the arrays are not pinned
+        self._device.upload(buffers.kept_positions[stage], positions)
+        self._device.synchronize()  # the array is not pinned
+
+    def _gather(
+        self, source: DeviceTensor, rows: NDArray[np.intp], target: DeviceTensor, *, num_rows: int
+    ) -> None:
+        """Copy ``rows`` of one tensor to the first ones of another, and zeros to the rest of ``num_rows``."""
+        entering = self._download(source.rows(0, int(rows[-1]) + 1))
+        kept = np.zeros((num_rows, entering.shape[1]), entering.dtype)
+        kept[: len(rows)] = entering[rows]
+        self._device.upload(target, kept)
+        self._device.synchronize()  # the array is not pinned
 
     def _download(self, source: DeviceTensor, *, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
         array = np.empty(source.shape if shape is None else shape, source.dtype)

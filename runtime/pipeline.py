@@ -315,6 +315,7 @@ class Pipeline:
             visual_rows=visual.rows,
             text_bucket=bucket,
             positions=self._positions(ids, visual, num_rows=visual.rows + bucket),
+            planes=visual.planes,
         )
 
     def _positions(self, ids: PromptIds, visual: VisualInput, *, num_rows: int) -> PromptPositions:

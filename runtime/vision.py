@@ -12,7 +12,12 @@ import numpy as np
 
 from trio_edge.runtime.buffers.vision import VisionBuffers
 from trio_edge.runtime.bundle.errors import ManifestError, ShapeError
-from trio_edge.runtime.bundle.graph_io import REDUCED_TOKENS, VISUAL_TOKENS
+from trio_edge.runtime.bundle.graph_io import (
+    DEEPSTACK_TOKENS,
+    REDUCED_DEEPSTACK,
+    REDUCED_TOKENS,
+    VISUAL_TOKENS,
+)
 from trio_edge.runtime.devices.interface import DeviceTensor, find_profile
 from trio_edge.runtime.devices.timeline import Timeline
 
@@ -54,6 +59,8 @@ class VisualInput(NamedTuple):
     """[3, M] with M-RoPE, else [3, 0]."""
     position_span: int
     """Positions that the image takes with M-RoPE, else 0."""
+    planes: tuple[DeviceTensor, ...] = ()
+    """[M, D] each: DeepStack's, where the model has them."""
 
 
 _NO_POSITIONS = np.empty((3, 0), np.int32)
@@ -136,16 +143,18 @@ class Vision:
         manifest, num_visual = self._manifest, prepared.layout.num_visual
         has_mrope, keep = manifest.position_axes == 3, manifest.token_keep
         rows = prepared.profile.sizes["N"]
-        tokens = self.run_vision(prepared.inputs, prepared.profile).rows(0, num_visual)
+        tokens, *planes = (
+            tensor.rows(0, num_visual) for tensor in self.run_vision(prepared.inputs, prepared.profile)
+        )
         if manifest.encoder_keep is not None and (has_mrope or keep is not None):
             self._device.synchronize()
         if keep is not None:
             reduced = self._reduce(prepared, after, text_bucket)
-            tokens, rows = reduced.rows(0, min(keep, num_visual)), keep
+            (tokens, *planes), rows = (tensor.rows(0, min(keep, num_visual)) for tensor in reduced), keep
             if has_mrope:
                 self._device.synchronize()
         positions, span = self._positions(prepared) if has_mrope else (_NO_POSITIONS, 0)
-        return VisualInput(tokens, num_visual, rows, positions, span)
+        return VisualInput(tokens, num_visual, rows, positions, span, tuple(planes))
 
     def without_image(self) -> VisualInput:
         """Return what a prompt without an image has."""
@@ -168,7 +177,9 @@ class Vision:
             raise ManifestError("position_axes: expected 1 with image tiles, got 3; export the bundle again")
         return layout.positions, layout.position_span
 
-    def _reduce(self, prepared: PreparedImage, after: NDArray[Any], text_bucket: int) -> DeviceTensor:
+    def _reduce(
+        self, prepared: PreparedImage, after: NDArray[Any], text_bucket: int
+    ) -> tuple[DeviceTensor, ...]:
         inputs, sizes = self._reduce_inputs(prepared, after, text_bucket)
         if prepared.clip_texts is not None:
             clip_ids, marks = prepared.clip_texts
@@ -195,8 +206,8 @@ class Vision:
 
     # The graphs one by one
 
-    def run_vision(self, inputs: Mapping[str, NDArray[Any]], profile: Profile) -> DeviceTensor:
-        """Enqueue the vision graph and return where its visual tokens [N, D] will be.
+    def run_vision(self, inputs: Mapping[str, NDArray[Any]], profile: Profile) -> tuple[DeviceTensor, ...]:
+        """Enqueue the vision graph and return where its visual tokens, and DeepStack's planes, will be: [N, D] each.
 
         Args:
             inputs: The graph's, padded to ``profile``.
@@ -207,15 +218,18 @@ class Vision:
         """
         self._timeline.clear()
         self._kept = {}
-        return self._run(self._buffers.graphs["vision"], profile, inputs)[VISUAL_TOKENS]
+        outputs = self._run(self._buffers.graphs["vision"], profile, inputs)
+        return self._with_planes(outputs, VISUAL_TOKENS, DEEPSTACK_TOKENS)
 
     def encode_question(self, clip_ids: NDArray[np.int32]) -> None:
         """Enqueue CLIP's text tower for texts [M, L]; the reduce graph finds them on the device."""
         spec = self._buffers.graphs["clip_text"]
         self._run(spec, find_profile(spec, {"M": len(clip_ids)}), {"clip_ids": clip_ids})
 
-    def reduce_tokens(self, inputs: Mapping[str, NDArray[Any]], *, sizes: Mapping[str, int]) -> DeviceTensor:
-        """Enqueue the reduce graph after the vision graph and return where its tokens [K, D] will be.
+    def reduce_tokens(
+        self, inputs: Mapping[str, NDArray[Any]], *, sizes: Mapping[str, int]
+    ) -> tuple[DeviceTensor, ...]:
+        """Enqueue the reduce graph after the vision graph and return where its tokens and planes, [K, D] each, will be.
 
         Args:
             inputs: What no other graph gives it.
@@ -223,7 +237,15 @@ class Vision:
         """
         spec = self._buffers.graphs["reduce"]
         wanted = {name: sizes[name] for name in spec.profiles[0].sizes}
-        return self._run(spec, find_profile(spec, wanted), inputs)[REDUCED_TOKENS]
+        outputs = self._run(spec, find_profile(spec, wanted), inputs)
+        return self._with_planes(outputs, REDUCED_TOKENS, REDUCED_DEEPSTACK)
+
+    def _with_planes(
+        self, outputs: Mapping[str, DeviceTensor], tokens: str, planes: str
+    ) -> tuple[DeviceTensor, ...]:
+        return outputs[tokens], *(
+            outputs[f"{planes}{index}"] for index in range(self._manifest.num_deepstack)
+        )
 
     def _run(
         self, spec: GraphSpec, profile: Profile, inputs: Mapping[str, NDArray[Any]]

@@ -46,7 +46,7 @@ class _Loaded:
 
     def prefill(self) -> PrefillResult:
         """Run vision and decoder, from arrays on the host to the first token there."""
-        visual = self.vision.run_vision(self.inputs, self.profile).rows(0, self.num_visual)
+        visual = self.vision.run_vision(self.inputs, self.profile)[0].rows(0, self.num_visual)
         prompt = DecoderPrompt(
             before=self.before,
             visual=visual,

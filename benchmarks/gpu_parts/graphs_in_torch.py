@@ -134,8 +134,4 @@ class _Layer(nn.Module):
 def rotary_tables(subject: Subject) -> RotaryTables:
     """Return the graphs' rotary tables of the subject's decoder."""
     inv_freq: Tensor = torch.from_numpy(subject.model.inv_freq).to(subject.device)
-    return RotaryTables(
-        inv_freq,
-        attention_scaling=subject.model.attention_scaling,
-        mrope_sections=subject.model.mrope_sections,
-    )
+    return RotaryTables(inv_freq, attention_scaling=subject.model.attention_scaling)

@@ -254,7 +254,7 @@ def subject_of(
     table = root.get_input_embeddings().weight
     ids = torch.from_numpy(prompt_ids(len(table), num_text=num_text, seed=seed)).to(device)
     positions = prompt_positions(
-        processing, picture, mrope=bool(model.mrope_sections), num_text=num_text, num_rows=sizes["N"] + num_text
+        processing, picture, mrope=model.position_axes == 3, num_text=num_text, num_rows=sizes["N"] + num_text
     )  # fmt: skip
     return Subject(
         sizes=_sizes(model, sizes, dtype=dtype, checkpoint=checkpoint),

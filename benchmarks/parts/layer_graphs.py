@@ -58,7 +58,7 @@ class LayerGraphs:
         )  # fmt: skip
         self.layer: Any = LlamaDecoderLayer(self.config, 0).eval().requires_grad_(False)
         frequencies = 1e4 ** -(torch.arange(0, HEAD_SIZE, 2) / HEAD_SIZE)
-        self.rotary = RotaryTables(frequencies, attention_scaling=1.0)
+        self.rotary = RotaryTables(frequencies[None], attention_scaling=1.0)
 
     def range_session(self) -> Any:
         """Return the layer for S new rows over C of the cache, both open."""

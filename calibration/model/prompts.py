@@ -116,7 +116,7 @@ def _read(model: TorchModel, question: Question) -> tuple[Image.Image, PromptIds
 
 def _positions(model: TorchModel, ids: PromptIds, image: Image.Image, *, num_visual: int) -> PromptPositions:
     length = ids.num_tokens + num_visual
-    if not model.parts.mrope_sections:
+    if model.parts.position_axes == 1:
         return plain_positions(num_rows=length, length=length)
     layout = model.images.layout(*image.size)
     assert layout.positions is not None  # models with M-RoPE have them

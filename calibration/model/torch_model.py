@@ -114,7 +114,6 @@ def load_model(
         rotary=RotaryTables(
             torch.from_numpy(parts.inv_freq).to(place),
             attention_scaling=parts.attention_scaling,
-            mrope_sections=parts.mrope_sections,
         ),
         embedding_VD=values.of(EMBEDDING_NAME),
         images=images,

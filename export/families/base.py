@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.methods import TOKEN_METHODS
@@ -30,7 +30,7 @@ class VisionGraph:
     inputs: tuple[TensorSpec, ...]
     """``token_index`` [N] among them, and what ``ImageProcessing.prepare`` fills."""
     outputs: tuple[TensorSpec, ...]
-    """``visual_tokens`` [N, D] first; with encoder reduction what it kept second."""
+    """``visual_tokens`` [N, D] first; then what encoder reduction kept, or DeepStack's planes."""
     linear_groups: tuple[LinearGroup, ...]
     """All linear layers that run."""
     constants: Mapping[str, NDArray[Any]] = field(default_factory=dict)
@@ -50,13 +50,18 @@ class FamilyModel:
     final_norm: nn.Module
     lm_head: nn.Module
     inv_freq: NDArray[np.float32]
-    """[E/2] inverse rotary frequencies."""
+    """[A, E/2] inverse rotary frequencies, for ``RotaryTables``; A = 3 with M-RoPE, else 1."""
     attention_scaling: float
     """Factor on the rotary tables (1 without RoPE scaling)."""
     text_config: Any
     """transformers' configuration of the decoder."""
-    mrope_sections: tuple[int, ...] = ()
-    """Frequencies per axis with M-RoPE; empty for ordinary positions."""
+    num_deepstack: int = 0
+    """Decoder layers, from the first on, that the vision graph has a plane of DeepStack for."""
+
+    @property
+    def position_axes(self) -> Literal[1, 3]:
+        """A."""
+        return 3 if len(self.inv_freq) == 3 else 1
 
 
 class Family(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -13,6 +14,8 @@ from trio_edge.export.families.decoder_config import check_decoder, untie_stored
 from trio_edge.runtime.bundle.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.runtime.bundle.manifest import VisionDimensions
 
@@ -46,12 +49,22 @@ def family_model(
     vision: VisionGraph,
     vision_dimensions: VisionDimensions,
     has_mrope: bool = False,
+    num_deepstack: int = 0,
 ) -> FamilyModel:
-    """Return Hugging Face's model ``root``, built without weights, taken apart; called under FakeTensorMode."""
+    """Return Hugging Face's model ``root``, built without weights, taken apart; called under FakeTensorMode.
+
+    Args:
+        root: The model.
+        vision: Its vision graph.
+        vision_dimensions: Its sizes.
+        has_mrope: Whether positions have three axes: time, row and column.
+        num_deepstack: Planes of DeepStack that the vision graph gives.
+    """
     decoder = root.model.language_model
     with unset_fake_temporarily():  # the frequencies are written into the graphs, so they need values
         rotary: Any = type(decoder.rotary_emb)(decoder.config)
         inv_freq = rotary.inv_freq.to(torch.float32).numpy()
+        inv_freq = _by_axis(rotary, inv_freq) if has_mrope else inv_freq[None]
     return FamilyModel(
         root=root,
         vision=vision,
@@ -62,5 +75,26 @@ def family_model(
         inv_freq=inv_freq,
         attention_scaling=float(rotary.attention_scaling),
         text_config=decoder.config,
-        mrope_sections=tuple(int(size) for size in rotary.mrope_section) if has_mrope else (),
+        num_deepstack=num_deepstack,
     )
+
+
+def _by_axis(rotary: Any, inv_freq: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return M-RoPE's frequencies by axis, [3, E/2]: each turns with one of time, row and column and is 0 at the others.
+
+    transformers itself is asked: where one axis is at position 1 and the others at 0, only that axis' angles are not 0.
+
+    Raises:
+        CheckpointError: If the axes do not share out the frequencies.
+    """
+    one_axis_3BS = torch.eye(3, dtype=torch.int64)[..., None]
+    try:
+        _, sin_BSE = rotary(torch.zeros(1), one_axis_3BS)
+    except RuntimeError:
+        sections = rotary.config.rope_parameters.get("mrope_section")
+        raise CheckpointError(
+            f"config.json mrope_section: expected three numbers with the sum {len(inv_freq)}, half of a head, got {sections};"
+            " this decoder cannot be exported"
+        ) from None
+    turns_BF = sin_BSE[:, 0, : len(inv_freq)].numpy() != 0
+    return np.where(turns_BF, inv_freq, np.float32(0))

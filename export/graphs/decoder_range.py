@@ -7,11 +7,15 @@
 | in  past_length                | [1]          | int32 | runtime: valid rows of the past buffers (0 in prefill)      |
 | in  past_key_values.{i}.key    | [1, G, C, E] | model | runtime's KV buffers; i is the model's layer number         |
 | in  past_key_values.{i}.value  | [1, G, C, E] | model |                                                            |
+| in  deepstack_embeds.{i}       | [1, S, D]    | model | runtime, or a select graph; with DeepStack only             |
 | out hidden_states_out          | [1, S, D]    | model | next graph                                                  |
 | out present.{i}.key            | [1, G, S, E] | model | runtime: new rows only, written into the buffers            |
 | out present.{i}.value          | [1, G, S, E] | model |                                                            |
 
 Prefill runs with C = 0 and padding on the right; decode with S = 1. ``export/quantize/cache.py`` makes keys and values int8.
+
+With DeepStack (Qwen3-VL) features of inner vision layers are added to the outputs of the first decoder layers: one plane of rows
+for each layer, 0 at text and in decode. ``assembly/layer_stack.py`` adds them between the layers.
 """
 
 from __future__ import annotations

@@ -13,8 +13,10 @@
 | in  clip_patches    | [N, Z] | model   | the vision graph: patches in CLIP's space (CLIP's form of a method)   |
 | in  clip_texts      |[M, L, Z]| model  | the text tower's graph (CLIP's form of a method)                      |
 | in  text_marks      | [M, L] | int32   | runtime: 1 at words, 2 at the ends of texts (CLIP's form of a method) |
+| in  deepstack_tokens.{i} | [N, D] | model | the vision graph (with DeepStack)                                   |
 | out reduced_tokens  | [K, D] | model   | runtime: placed into the prefix graph's ``inputs_embeds``             |
 | out kept_tokens     | [K]    | int32   | runtime: which tokens these are, for positions and drawing            |
+| out reduced_deepstack_tokens.{i} | [K, D] | model | runtime: placed into ``deepstack_embeds.{i}``                 |
 """
 
 from __future__ import annotations
@@ -35,25 +37,33 @@ FEATURE_NAMES = ("features", "keys", "class_attention")
 class Reduce(nn.Module):
     """A selector, and the gather or the sums of what stays."""
 
-    def __init__(self, selector: TokenSelector) -> None:
+    def __init__(self, selector: TokenSelector, *, num_planes: int = 0) -> None:
         super().__init__()
         self.selector: Any = selector
+        self.num_planes = num_planes
 
     def forward(
         self, visual_tokens: Tensor, num_visual: Tensor, is_newline: Tensor, *others: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the reduced tokens [K, D] and which ones they are [K]."""
-        rest = list(others)
+    ) -> tuple[Tensor, ...]:
+        """Return the reduced tokens [K, D], which ones they are [K], and the reduced planes."""
+        num_others = len(others) - self.num_planes
+        rest, planes = others[:num_others], others[num_others:]
         features = rest[:3] if self.selector.needs_features else [None] * 3
         text = rest[-2:] if self.selector.needs_text else [None] * 2
         inputs = TokenInputs(visual_tokens, num_visual, is_newline > 0, *features, *text)
         if self.selector.needs_clip:
             inputs = inputs._replace(clip=ClipInputs(*rest[-3:]))
         selection: Selection = self.selector(inputs)
-        if selection.weights_KN is None:
-            reduced_KD = visual_tokens.index_select(0, selection.kept_K)
-        else:
-            real_N = torch.arange(visual_tokens.shape[0]) < num_visual
-            values_ND = torch.where(real_N[:, None], visual_tokens.to(torch.float32), 0.0)
-            reduced_KD = torch.matmul(selection.weights_KN, values_ND).to(visual_tokens.dtype)
-        return reduced_KD, selection.kept_K.to(torch.int32)
+        reduced_KD, *reduced_planes = (
+            _reduced(rows_ND, selection, num_visual) for rows_ND in (visual_tokens, *planes)
+        )
+        return reduced_KD, selection.kept_K.to(torch.int32), *reduced_planes
+
+
+def _reduced(rows_ND: Tensor, selection: Selection, num_visual: Tensor) -> Tensor:
+    """Return the rows that go on, [K, D]: the kept ones, or the sums that the selection wants."""
+    if selection.weights_KN is None:
+        return rows_ND.index_select(0, selection.kept_K)
+    real_N = torch.arange(rows_ND.shape[0]) < num_visual
+    values_ND = torch.where(real_N[:, None], rows_ND.to(torch.float32), 0.0)
+    return torch.matmul(selection.weights_KN, values_ND).to(rows_ND.dtype)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 class RotaryTables(nn.Module):
@@ -19,21 +14,16 @@ class RotaryTables(nn.Module):
 
     inv_freq: Tensor
 
-    def __init__(
-        self, inv_freq: Tensor, *, attention_scaling: float, mrope_sections: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, inv_freq: Tensor, *, attention_scaling: float) -> None:
         """Fix the frequencies.
 
         Args:
-            inv_freq: [E/2] float32.
+            inv_freq: [A, E/2] float32. With M-RoPE, A = 3, each frequency turns with one axis and is 0 at the others.
             attention_scaling: Factor on both tables.
-            mrope_sections: Numbers of frequencies that turn with time, height and width in turn (M-RoPE), E/2 in all;
-                empty for ordinary positions.
         """
         super().__init__()
         self.register_buffer("inv_freq", inv_freq)
         self.attention_scaling = attention_scaling
-        self.mrope_sections = tuple(mrope_sections)
 
     def forward(self, position_ids_AS: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin, [1, S, E] float32, with the two halves of the head alike (Hugging Face's layout).
@@ -41,9 +31,8 @@ class RotaryTables(nn.Module):
         Args:
             position_ids_AS: A = 1, or 3 with M-RoPE: time, row and column of each token.
         """
-        angles = position_ids_AS[..., None].to(torch.float32) * self.inv_freq
-        if self.mrope_sections:
-            parts = torch.split(angles, list(self.mrope_sections), dim=-1)
-            angles = torch.cat([part[index % 3] for index, part in enumerate(parts)], dim=-1)[None]
+        angles = position_ids_AS[..., None].to(torch.float32) * self.inv_freq[:, None]
+        if len(self.inv_freq) > 1:
+            angles = angles.sum(dim=0, keepdim=True)  # exact: all but one are 0
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling

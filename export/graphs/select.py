@@ -12,11 +12,13 @@
 | in  prompt_num_visual | [1]       | int32   | runtime: visual tokens of the picture (some methods)                 |
 | in  prompt_length     | [1]       | int32   | runtime: real rows of the prompt (some methods)                      |
 | in  saliency          | [N]       | float32 | ``export/graphs/probe.py``: scores (TRIO)                            |
+| in  deepstack_embeds.{i} | [1, S, D] | model | the planes that entered the range before (with DeepStack: i >= l)   |
 | out kept_hidden_states| [1, R, D] | model   | next layer range; R = S - N + K                                      |
 | out kept_position_ids | [A, R]    | int32   | next layer range: 0..R-1 ("compact") or gathered ("preserved")       |
 | out kept_indices      | [K]       | int32   | runtime: ascending, into the span that entered; min(K, num_visual) valid |
 | out scores            | [N]       | float32 | runtime: the method's scores, -1 where there is no token             |
 | out unsettled         | [1]       | int32   | runtime: not 0 means that the NMS needs more rounds than exported     |
+| out kept_deepstack_embeds.{i} | [1, R, D] | model | later layer ranges: what is still to be added to the kept rows  |
 
 Most methods hold two products of the layer that they look at a second time on the device; on disk they are stored once. TRIO's
 select graph holds no weight.
@@ -46,12 +48,14 @@ class Select(nn.Module):
         *,
         preserve_positions: bool,
         takes_saliency: bool = False,
+        num_planes: int = 0,
     ) -> None:
         super().__init__()
         self.selector: Any = selector
         self.rotary = rotary
         self.preserve_positions = preserve_positions
         self.takes_saliency = takes_saliency
+        self.num_planes = num_planes
 
     def forward(
         self,
@@ -61,11 +65,12 @@ class Select(nn.Module):
         num_visual: Tensor,
         length: Tensor,
         *others: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return kept hidden states, kept position ids, kept indices, scores and the unsettled count."""
+    ) -> tuple[Tensor, ...]:
+        """Return kept hidden states, kept position ids, kept indices, scores, the unsettled count and kept planes."""
         hidden_SD = hidden_states[0]
         cos, sin = self.rotary(position_ids)
-        rest = list(others)
+        num_others = len(others) - self.num_planes
+        rest, planes = list(others[:num_others]), others[num_others:]
         saliency_N = rest.pop() if self.takes_saliency else None
         previous_SD = rest.pop(0)[0] if self.selector.needs_previous else None
         prompt = PromptInputs(rest[0][0], rest[1], rest[2]) if self.selector.needs_prompt else None
@@ -86,11 +91,22 @@ class Select(nn.Module):
             positions_AR = position_ids.index_select(1, rows_R)
         else:
             positions_AR = torch.arange(rows_R.shape[0]).to(torch.int32).expand(position_ids.shape[0], -1)
-        kept_RD = hidden_SD.index_select(0, rows_R)
-        if selection.weights_KN is not None:
-            kept_RD = _with_merged(kept_RD, selection.weights_KN, hidden_SD, visual_rows, num_visual)
+        kept_RD, *kept_planes = (
+            _kept_rows(rows_SD, rows_R, selection.weights_KN, visual_rows, num_visual)[None]
+            for rows_SD in (hidden_SD, *(plane[0] for plane in planes))
+        )
         kept_indices = selection.kept_K.to(torch.int32)
-        return kept_RD[None], positions_AR, kept_indices, selection.scores_N, selection.unsettled
+        return kept_RD, positions_AR, kept_indices, selection.scores_N, selection.unsettled, *kept_planes
+
+
+def _kept_rows(
+    rows_SD: Tensor, rows_R: Tensor, weights_KN: Tensor | None, visual_rows_N: Tensor, num_visual: Tensor
+) -> Tensor:
+    """Return the rows that stay, [R, D]; with weights, those of the visual span are sums of tokens."""
+    kept_RD = rows_SD.index_select(0, rows_R)
+    if weights_KN is None:
+        return kept_RD
+    return _with_merged(kept_RD, weights_KN, rows_SD, visual_rows_N, num_visual)
 
 
 def _with_merged(

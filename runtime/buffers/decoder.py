@@ -14,6 +14,7 @@ import numpy as np
 from trio_edge.runtime.buffers.blocks import Block, allocate_tensor
 from trio_edge.runtime.buffers.kv_cache import KVCache, NewRows
 from trio_edge.runtime.bundle.graph_io import (
+    DEEPSTACK,
     EMBEDS,
     GRADIENT,
     GRADIENT_ATTENTION,
@@ -25,6 +26,7 @@ from trio_edge.runtime.bundle.graph_io import (
     GRADIENT_VISUAL_ROWS,
     HIDDEN,
     HIDDEN_OUT,
+    KEPT_DEEPSTACK,
     KEPT_HIDDEN,
     KEPT_POSITIONS,
     LAST_ROW,
@@ -111,6 +113,11 @@ class DecoderBuffers:
         self.ranges, self.selects, self.head = manifest.ranges, manifest.selects, manifest.graph("head")
         self.caches = [KVCache(allocator, spec) for spec in self.ranges]
         (self.embeds,) = _largest(allocator, self.ranges[:1], EMBEDS)
+        self.planes = [self._planes(allocator, index) for index in range(len(self.ranges))]
+        """DeepStack's planes that enter each range, by the layer whose output they are added to: its own, and later ones."""
+        hidden = self.ranges[0].tensor(EMBEDS)
+        self._no_plane = allocate_tensor(allocator, hidden, (1, 1, hidden.shape[-1]), graph="decode")
+        """One row that stays zero: a new token is text."""
         self.hidden_out = _largest(allocator, self.ranges, HIDDEN_OUT)
         self.previous = _largest(allocator, [spec for spec in self.ranges if _has_previous(spec)], PREVIOUS)
         self.kept_hidden = _largest(allocator, self.selects, KEPT_HIDDEN)
@@ -131,6 +138,15 @@ class DecoderBuffers:
         # A step's logits have a block of their own: most steps fetch only the most likely tokens.
         self.step_top = Block(allocator, _fields(self.head, _TOP), purpose="results of a decode step")
         self.step_logits = Block(allocator, _fields(self.head, (LOGITS,)), purpose="logits")
+
+    def _planes(self, allocator: Allocator, index: int) -> dict[int, DeviceTensor]:
+        """Return memory for the planes that enter range ``index``, with as many rows as its hidden states have."""
+        spec = self.ranges[index]
+        hidden = spec.tensor(HIDDEN if index else EMBEDS)
+        return {
+            layer: allocate_tensor(allocator, hidden, largest_shape(spec, hidden), graph=spec.name)
+            for layer in range(spec.first_layer or 0, self._manifest.num_deepstack)
+        }
 
     def _input_fields(self) -> _Fields:
         fields: _Fields = _fields(self.ranges[0], (POSITIONS,))
@@ -187,6 +203,7 @@ class DecoderBuffers:
             PAST_LENGTH: self.inputs.tensor("zero"),
             **self.caches[index].no_rows(),
             **self.new_rows(index, profile.sizes["S"]).outputs(),
+            **_named(DEEPSTACK, self.planes[index]),
         }
         if index > 0:
             tensors[HIDDEN] = self.kept_hidden[index - 1]
@@ -202,6 +219,7 @@ class DecoderBuffers:
             PAST_LENGTH: self.step.tensor(f"{PAST_LENGTH}.{index}"),
             **cache.all_rows(),
             **self.new_row[index].outputs(),
+            **_named(DEEPSTACK, dict.fromkeys(self.planes[index], self._no_plane)),
         }
         if index > 0:
             tensors[HIDDEN] = self.hidden_out[index - 1]
@@ -229,6 +247,8 @@ class DecoderBuffers:
             KEPT_HIDDEN: self.kept_hidden[stage],
             KEPT_POSITIONS: self.kept_positions[stage],
             **{name: self.results.tensor(f"{name}.{stage}") for name in SELECT_RESULTS},
+            **_named(DEEPSTACK, self.planes[stage]),
+            **_named(KEPT_DEEPSTACK, self.planes[stage + 1]),
         }
         if self.previous:
             tensors[PREVIOUS] = self.previous[stage]
@@ -315,6 +335,10 @@ class DecoderBuffers:
 def top_tokens(block: Block) -> TopTokens:
     """Return the most likely tokens in ``block``, the results of a prefill or a decode step: views."""
     return TopTokens(ids=block.host(TOP_IDS).reshape(-1), logits=block.host(TOP_LOGITS).reshape(-1))
+
+
+def _named(prefix: str, planes: Mapping[int, DeviceTensor]) -> dict[str, DeviceTensor]:
+    return {f"{prefix}{layer}": plane for layer, plane in planes.items()}
 
 
 def _has_previous(spec: GraphSpec) -> bool:

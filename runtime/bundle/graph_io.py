@@ -20,6 +20,9 @@ KEPT_PATCHES = "kept_patches"
 KEPT_TOKENS = "kept_tokens"
 """Output of a graph that drops tokens: patches of each tile, or visual tokens of the image, that it kept."""
 REDUCED_TOKENS = "reduced_tokens"
+DEEPSTACK_TOKENS = "deepstack_tokens."
+REDUCED_DEEPSTACK = "reduced_deepstack_tokens."
+"""The same of what ``VISUAL_TOKENS`` and ``REDUCED_TOKENS`` are, for the planes of DeepStack; each ends in a number."""
 CLIP_TEXT: Literal["clip_text"] = "clip_text"
 """Name and role of the text tower's graph."""
 
@@ -32,6 +35,8 @@ PAST_LENGTH = "past_length"
 PAST_PREFIX = "past_key_values."
 HIDDEN_OUT = "hidden_states_out"
 PRESENT_PREFIX = "present."
+DEEPSTACK = "deepstack_embeds."
+"""DeepStack's plane of layer i, ``deepstack_embeds.{i}``: rows that are added to the layer's output, 0 at text."""
 PREVIOUS = "previous_hidden_states"
 """Hidden states that entered the layer before a stage's: output of a layer range, input of the select graph after it."""
 
@@ -70,6 +75,8 @@ PROMPT_NUM_VISUAL = "prompt_num_visual"
 PROMPT_LENGTH = "prompt_length"
 KEPT_HIDDEN = "kept_hidden_states"
 KEPT_POSITIONS = "kept_position_ids"
+KEPT_DEEPSTACK = "kept_deepstack_embeds."
+"""The planes of layers behind the stage, without the dropped tokens."""
 KEPT_INDICES = "kept_indices"
 SCORES = "scores"
 UNSETTLED = "unsettled"
@@ -102,9 +109,13 @@ def range_tensors(
     dtype: DType,
     kv_dtype: DType,
     position_axes: int,
+    num_deepstack: int = 0,
     with_previous: bool = False,
 ) -> GraphTensors:
-    """Return the tensors of decoder layers; the range that starts at layer 0 reads embeddings."""
+    """Return the tensors of decoder layers; the range that starts at layer 0 reads embeddings.
+
+    DeepStack's planes, one for each of the first ``num_deepstack`` layers, come last.
+    """
     past_shape = (1, dimensions.num_kv_heads, "C", dimensions.head_size)
     new_shape = (1, dimensions.num_kv_heads, "S", dimensions.head_size)
     hidden_shape = (1, "S", dimensions.hidden_size)
@@ -115,6 +126,7 @@ def range_tensors(
         TensorSpec(name=POSITIONS, dtype="int32", shape=(position_axes, "S")),
         _one(PAST_LENGTH),
         *(TensorSpec(name=f"{PAST_PREFIX}{part}", dtype=kv_dtype, shape=past_shape) for part in parts),
+        *_planes(DEEPSTACK, layers[: max(num_deepstack - layers.start, 0)], hidden_shape, dtype),
     )
     outputs = (
         TensorSpec(name=HIDDEN_OUT, dtype=dtype, shape=hidden_shape),
@@ -134,8 +146,12 @@ def select_tensors(
     with_previous: bool,
     with_prompt: bool,
     with_saliency: bool = False,
+    planes: range = range(0),
 ) -> GraphTensors:
-    """Return the tensors of a select graph that keeps ``num_keep`` visual tokens."""
+    """Return the tensors of a select graph that keeps ``num_keep`` visual tokens.
+
+    ``planes`` are the layers behind the stage that DeepStack adds to.
+    """
     width = dimensions.hidden_size
     inputs = [
         TensorSpec(name=HIDDEN, dtype=dtype, shape=(1, "S", width)),
@@ -151,14 +167,27 @@ def select_tensors(
         inputs += [_one(PROMPT_NUM_VISUAL), _one(PROMPT_LENGTH)]
     if with_saliency:
         inputs.append(TensorSpec(name=SALIENCY, dtype="float32", shape=("N",)))
+    inputs += _planes(DEEPSTACK, planes, (1, "S", width), dtype)
     outputs = (
         TensorSpec(name=KEPT_HIDDEN, dtype=dtype, shape=(1, "R", width)),
         TensorSpec(name=KEPT_POSITIONS, dtype="int32", shape=(position_axes, "R")),
         TensorSpec(name=KEPT_INDICES, dtype="int32", shape=(num_keep,)),
         TensorSpec(name=SCORES, dtype="float32", shape=("N",)),
         _one(UNSETTLED),
+        *_planes(KEPT_DEEPSTACK, planes, (1, "R", width), dtype),
     )
     return GraphTensors(tuple(inputs), outputs)
+
+
+def _planes(
+    prefix: str, layers: Sequence[int], shape: tuple[int | str, ...], dtype: DType
+) -> list[TensorSpec]:
+    return [TensorSpec(name=f"{prefix}{layer}", dtype=dtype, shape=shape) for layer in layers]
+
+
+def token_planes(prefix: str, count: int, *, rows: int | str, width: int, dtype: DType) -> list[TensorSpec]:
+    """Return DeepStack's planes as a graph before the decoder gives them, [rows, D] each; 0 or more."""
+    return _planes(prefix, range(count), (rows, width), dtype)
 
 
 def probe_tensors(
@@ -239,9 +268,10 @@ def gradient_tensors(*, dimensions: Dimensions) -> GraphTensors:
 def check_tensors(manifest: Manifest, *, where: str) -> None:
     """Raise ManifestError unless every graph reads and writes what the runtime will bind.
 
-    Graphs before the decoder differ by model family; of those only the profiles are looked at.
+    Graphs before the decoder differ by model family; of those only profiles and the decoder's tokens are looked at.
     """
     dimensions, dtype, axes = manifest.dimensions, manifest.dtype, manifest.position_axes
+    _check_tokens(manifest, where=where)
     for index, spec in enumerate(manifest.ranges):
         start = spec.first_layer or 0
         layers = range(start, start + spec.num_layers)
@@ -252,6 +282,7 @@ def check_tensors(manifest: Manifest, *, where: str) -> None:
             dtype=dtype,
             kv_dtype=manifest.kv_dtype,
             position_axes=axes,
+            num_deepstack=manifest.num_deepstack,
             with_previous=needed,
         )
         _compare(spec, _with_probe(expected, spec, manifest), where=where)
@@ -264,6 +295,7 @@ def check_tensors(manifest: Manifest, *, where: str) -> None:
             with_previous=PREVIOUS in spec.input_names,
             with_prompt=PROMPT_EMBEDS in spec.input_names,
             with_saliency=probe_graph(manifest, index) is not None,
+            planes=range(stage.layer, manifest.num_deepstack),
         )
         _compare(spec, expected, where=where)
     head = manifest.graph("head")
@@ -287,6 +319,24 @@ def check_tensors(manifest: Manifest, *, where: str) -> None:
         _check_pieces(spec, where=where)
         for piece in spec.split():
             _check_profiles(piece, where=where)
+
+
+def _check_tokens(manifest: Manifest, *, where: str) -> None:
+    """Raise ManifestError unless the graphs before the decoder give it its tokens, and DeepStack's planes."""
+    width, dtype, count = manifest.dimensions.hidden_size, manifest.dtype, manifest.num_deepstack
+    for role, tokens, planes, rows in (
+        ("vision", VISUAL_TOKENS, DEEPSTACK_TOKENS, "N"),
+        ("reduce", REDUCED_TOKENS, REDUCED_DEEPSTACK, manifest.token_keep or 0),
+    ):
+        for spec in manifest.graphs:
+            if spec.role != role:
+                continue
+            wanted = [TensorSpec(name=tokens, dtype=dtype, shape=(rows, width))]
+            wanted += token_planes(planes, count, rows=rows, width=width, dtype=dtype)
+            if missing := [tensor for tensor in wanted if tensor not in spec.outputs]:
+                raise ManifestError(
+                    f"{where}: graph {spec.name!r}, outputs: expected {_text(missing[0])}, got none; export the bundle again"
+                )
 
 
 def joined(*parts: GraphTensors) -> GraphTensors:

@@ -316,6 +316,8 @@ class Manifest(_Spec, frozen=True):
     """None where all weights and the KV caches are in ``dtype``."""
     clip_text: ClipTextSpec | None = None
     """Set where the reduce graph compares the question in CLIP's space; its text tower is a graph then."""
+    num_deepstack: int = 0
+    """Decoder layers, from the first on, whose outputs get features of inner vision layers added (DeepStack)."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:

@@ -56,7 +56,7 @@ def test_constant_tables_are_those_of_transformers_up_to_the_limit(name: str) ->
     check_decoder(config, folder=FOLDER)
     assert max_positions(config) == limit
     rotary = LlamaRotaryEmbedding(config)
-    tables = RotaryTables(rotary.inv_freq, attention_scaling=rotary.attention_scaling)
+    tables = RotaryTables(rotary.inv_freq[None], attention_scaling=rotary.attention_scaling)
     positions = torch.arange(limit)[None]
     for ours, theirs in zip(tables(positions), rotary(torch.zeros(1), positions)):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
@@ -67,7 +67,7 @@ def test_growing_rope_differs_behind_the_limit_and_is_refused_there(name: str) -
     rope, limit = ROPES[name]
     config = llama(rope)
     rotary = LlamaRotaryEmbedding(config)
-    tables = RotaryTables(rotary.inv_freq.clone(), attention_scaling=rotary.attention_scaling)
+    tables = RotaryTables(rotary.inv_freq[None], attention_scaling=rotary.attention_scaling)
     positions = torch.arange(limit + 1)[None]
     assert (tables(positions)[0] - rotary(torch.zeros(1), positions)[0]).abs().max() > 1e-3
     check_positions(config, num_visual=limit - 30, max_text=20, max_new_tokens=10)

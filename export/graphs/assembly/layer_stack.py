@@ -29,6 +29,7 @@ def stack_layers(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     num_layers: int,
+    num_planes: int = 0,
     last_input: TensorSpec | None = None,
 ) -> ir.Model:
     """Return ``num_layers`` copies of ``layer``, one after the other; ``layer`` itself does not change.
@@ -38,6 +39,7 @@ def stack_layers(
         inputs: I/O tensors of the result in the order of ``DecoderRange``.
         outputs: In the same order: hidden states, then key and value of each layer.
         num_layers: Number of copies; layer i's weights become initializers ``layers.{i}.…``.
+        num_planes: Rows to add to the outputs of the first so many layers; the last of ``inputs``.
         last_input: A further output, after the others: the hidden states that enter the last layer.
     """
     source = layer.graph
@@ -67,6 +69,11 @@ def stack_layers(
                 shared |= {value: values[value] for value in node.outputs}
         hidden, *new_rows = (values[value] for value in source.outputs)
         present += new_rows
+        if index < num_planes:
+            plane = graph_inputs[len(inputs) - num_planes + index]
+            nodes.append(ir.Node("", "Add", [hidden, plane], num_outputs=1, name=f"deepstack.{index}"))
+            (hidden,) = nodes[-1].outputs
+            hidden.name, hidden.shape, hidden.type = f"with_deepstack.{index}", plane.shape, plane.type
     results = [hidden, *present]
     if last_input is not None:
         # a copy: with one layer it would be an input of the graph, which cannot be an output as well
