@@ -1,6 +1,6 @@
-"""A small random Qwen2.5-VL checkpoint, and Hugging Face's inputs for it without its processor.
+"""Small random checkpoints of Qwen2.5-VL and Qwen3-VL, and Hugging Face's inputs for it without its processor.
 
-Hugging Face's Qwen2.5-VL processor needs torchvision (for videos); token ids, patches and grid are put together here.
+Hugging Face's processors of both need torchvision (for videos); token ids, patches and grid are put together here.
 """
 
 from __future__ import annotations
@@ -60,14 +60,53 @@ def save_qwen_checkpoint(
         vision_end_token_id=VOCABULARY.index("<|vision_end|>"),
         tie_word_embeddings=tie,
     )  # fmt: skip
-    model = hf.Qwen2_5_VLForConditionalGeneration(config)
+    return _save(hf.Qwen2_5_VLForConditionalGeneration(config), folder, dtype=dtype, patch_size=14)
+
+
+def save_qwen3_vl_checkpoint(
+    folder: Path, *, tie: bool = False, num_layers: int = 4, dtype: torch.dtype = torch.float32, **vision: Any
+) -> Path:
+    """The same of Qwen3-VL; ``vision`` changes its tower.
+
+    A patch has 14 pixels, so that images have the same tokens as Qwen2.5-VL's.
+    """
+    import transformers as hf
+
+    torch.manual_seed(23)
+    config = hf.Qwen3VLConfig(
+        text_config={
+            "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": num_layers, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 24, "vocab_size": len(VOCABULARY), "max_position_embeddings": 1024,
+            "initializer_range": 0.2, "bos_token_id": 90, "eos_token_id": END_ID, "tie_word_embeddings": tie,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 3, 3], "mrope_interleaved": True
+            },
+        },
+        vision_config={
+            "depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "patch_size": 14,
+            "num_position_embeddings": 25, "deepstack_visual_indexes": [0, 1, 3], "initializer_range": 0.2, **vision,
+        },
+        image_token_id=IMAGE_ID,
+        vision_start_token_id=VOCABULARY.index("<|vision_start|>"),
+        vision_end_token_id=VOCABULARY.index("<|vision_end|>"),
+        tie_word_embeddings=tie,
+    )  # fmt: skip
+    return _save(hf.Qwen3VLForConditionalGeneration(config), folder, dtype=dtype, patch_size=14)
+
+
+def _save(model: Any, folder: Path, *, dtype: torch.dtype, patch_size: int) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):  # ones and zeros would hide a forgotten one
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
-    processor = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2, **PIXELS}
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": patch_size,
+        "merge_size": 2,
+        **PIXELS,
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 

@@ -8,6 +8,7 @@ from trio_edge.export.checkpoints.packed import packed_format
 from trio_edge.export.families.internvl import InternVl
 from trio_edge.export.families.llava import Llava
 from trio_edge.export.families.qwen2_5_vl import Qwen25Vl
+from trio_edge.export.families.qwen3_vl import Qwen3Vl
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.prompts.chat import MISTRAL_TEMPLATE
 
@@ -34,6 +35,7 @@ FAMILIES: tuple[Family, ...] = (
         mistral_template=MISTRAL_TEMPLATE,
     ),
     Qwen25Vl(),
+    Qwen3Vl(),
     InternVl(),
 )
 

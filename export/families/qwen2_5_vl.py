@@ -7,7 +7,7 @@ Kept tokens keep their M-RoPE positions, as in the reference.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import msgspec
 import torch
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Positions
     from trio_edge.runtime.images.interface import ImageProcessing
+    from trio_edge.runtime.images.patches import PatchImages
+
+    _Images = TypeVar("_Images", bound=PatchImages)
 
 DEFAULT_MAX_VISUAL = 1280
 """Visual tokens that an image is scaled down to unless asked otherwise: a megapixel, where the model allows 16384."""
@@ -92,26 +95,43 @@ class Qwen25Vl:
     ) -> ImageProcessing:
         """Return the scaling and the patches; documented in ``Family``."""
         vision = read_config(checkpoint).vision_config
-        processing = QwenImages.from_preprocessor_config(
-            {"image_processor_type": "Qwen2VLImageProcessor", **read_image_processor(checkpoint)},
-            window_size=vision.window_size,
+        processing = patch_images(
+            QwenImages, checkpoint, vision, max_visual=max_visual, window_size=vision.window_size
         )
-        theirs = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
-        ours = (processing.patch_size, processing.temporal_patch_size, processing.merge_size)
-        if ours != theirs:
-            raise CheckpointError(
-                f"{checkpoint.folder}: expected patch sizes {theirs} (the vision tower's), got {ours};"
-                " preprocessor and weights belong to different models"
-            )
-        processing = _scaled_down(processing, max_visual)
         if encoder_keep is not None:
             most = processing.any_image_sizes()[-1]["N"]
             check_windowed_keep(encoder_keep, max_visual=most, vision_config=vision)
         return msgspec.structs.replace(processing, encoder_keep=encoder_keep)
 
 
-def _scaled_down(processing: QwenImages, max_visual: int | None) -> QwenImages:
-    """Return the processing with at most ``max_visual`` visual tokens an image."""
+def patch_images(
+    kind: type[_Images], checkpoint: Checkpoint, vision_config: Any, *, max_visual: int | None, **tower: int
+) -> _Images:
+    """Return the image processing of ``checkpoint``, with at most ``max_visual`` visual tokens an image.
+
+    Args:
+        kind: The family's class.
+        checkpoint: With its preprocessor's configuration.
+        vision_config: transformers' configuration of the vision tower.
+        max_visual: None for ``DEFAULT_MAX_VISUAL``.
+        tower: Fields of ``kind`` that the preprocessor's file does not hold.
+
+    Raises:
+        CheckpointError: If the processor cannot be followed, or belongs to another tower.
+        ScheduleError: If the processor does not scale down as far.
+    """
+    processing = kind.from_preprocessor_config(
+        {"image_processor_type": "Qwen2VLImageProcessor", **read_image_processor(checkpoint)}, **tower
+    )
+    theirs = tuple(
+        getattr(vision_config, name) for name in ("patch_size", "temporal_patch_size", "spatial_merge_size")
+    )
+    ours = (processing.patch_size, processing.temporal_patch_size, processing.merge_size)
+    if ours != theirs:
+        raise CheckpointError(
+            f"{checkpoint.folder}: expected patch sizes {theirs} (the vision tower's), got {ours};"
+            " preprocessor and weights belong to different models"
+        )
     wanted = DEFAULT_MAX_VISUAL if max_visual is None else max_visual
     most = min(processing.max_pixels, wanted * processing.token_size**2)
     # the default must not fail for a processor with a larger minimum; a number that the user gave may

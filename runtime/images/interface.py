@@ -1,7 +1,7 @@
 """From an image to the vision graph's inputs, whatever the family: sizes first, then arrays padded to a profile.
 
 ``ImageProcessing`` is all that the exporter and the pipeline know of images. Its kinds are tiles with newlines (LLaVA),
-window-ordered patches (Qwen2.5-VL) and a grid of tiles with a thumbnail (InternVL).
+patches in windows (Qwen2.5-VL) or as a whole (Qwen3-VL), and a grid of tiles with a thumbnail (InternVL).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from trio_edge.runtime.images.internvl import KIND as GRID_TILES
 from trio_edge.runtime.images.internvl import InternVlImages
 from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.images.qwen import KIND as PATCHES
-from trio_edge.runtime.images.qwen import QwenImages
+from trio_edge.runtime.images.qwen import TABLE_KIND, Qwen3Images, QwenImages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,10 +71,11 @@ def image_processing(values: Mapping[str, Any], *, encoder_keep: int | None) -> 
     """
     if values.get("kind") == PATCHES:
         return QwenImages.from_dict(values, encoder_keep=encoder_keep)
-    if values.get("kind") == GRID_TILES:
+    whole = {GRID_TILES: InternVlImages, TABLE_KIND: Qwen3Images}.get(values.get("kind", ""))
+    if whole is not None:
         if encoder_keep is not None:
             raise ManifestError(
-                f"encoder_keep: expected none with a grid of tiles, got {encoder_keep}; export the bundle again"
+                f"encoder_keep: expected none with kind {values['kind']}, got {encoder_keep}; export the bundle again"
             )
-        return InternVlImages.from_dict(values)
+        return whole.from_dict(values)
     return LlavaImages.from_dict(values, encoder_keep=encoder_keep)

@@ -82,6 +82,9 @@ QWEN2_5_VL_TEMPLATE = _chatml(
 )
 """ChatML with vision marks of Qwen2.5-VL, where a checkpoint has none."""
 
+QWEN3_VL_TEMPLATE = _chatml("<|vision_start|><|image_pad|><|vision_end|>")
+"""The same of Qwen3-VL, which has no system message of its own."""
+
 INTERNVL_TEMPLATE = _chatml("<IMG_CONTEXT>\n")
 """ChatML of InternVL3, where a checkpoint has none; the exporter adds the marks around the image."""
 

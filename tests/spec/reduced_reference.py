@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.decoder import greedy_nms
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PRESERVED_ANSWER_ROWS = Schedule(
     stages=(Stage(layer=1, keep=16), Stage(layer=2, keep=7)), positions="preserved", probe_rows="answer"
@@ -46,6 +49,7 @@ def reduced_logits(
     start: int,
     count: int,
     positions: torch.Tensor | None = None,
+    planes: Sequence[torch.Tensor] = (),
 ) -> tuple[torch.Tensor, list[list[int]]]:
     """Return the last row's logits and the kept original indices of every stage.
 
@@ -56,6 +60,7 @@ def reduced_logits(
         start: First visual row.
         count: Visual rows.
         positions: [1, S], or M-RoPE's [3, 1, S]; 0..S-1 by default.
+        planes: [count, D] each, DeepStack's.
     """
     hidden = embeds
     if positions is None:
@@ -76,5 +81,7 @@ def reduced_logits(
             kept_all.append(original.tolist())
         with torch.no_grad():
             hidden = causal_layer(model, layer, hidden, positions)
+            if layer < len(planes):
+                hidden[0, start : start + len(original)] += planes[layer][original]
     with torch.no_grad():
         return model.lm_head(model.model.language_model.norm(hidden))[0, -1], kept_all

@@ -19,23 +19,28 @@ P is a multiple of the patches of a visual token; with encoder reduction it has 
 
 Padding patches must be finite: their values reach no real patch, but they are multiplied by weights that are zero.
 
-The sum of the blocks stays float32, and the MLPs' last product is taken of scaled-down numbers: trained encoders reach
-beyond float16's 65504 there, in the last block and with some images only.
+The sum of the blocks stays float32: see ``patches``.
 
 Letters: P patches, M merged tokens (padded), K kept, W windows of Q slots.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionRotaryEmbedding
 
-from trio_edge.export.graphs.attention import MASKED
 from trio_edge.export.graphs.linear_groups import LinearGroup, gated_mlp_groups, projector_groups
+from trio_edge.export.graphs.vision.patches import (
+    attention,
+    embedded,
+    observed_attention,
+    rows_at,
+    with_headroom,
+)
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.budgets import MAX_TOPK
 from trio_edge.trio.cost.memory import num_head_blocks
@@ -51,7 +56,6 @@ INV_FREQ_NAME = "encoder.inv_freq"
 MIN_KEEP = 2
 """One token for each half of the budget."""
 _TOKENS_PER_WINDOW_SIDE = 4
-_HEADROOM = 64.0  # a power of two: scaling by it rounds nothing
 
 
 class WindowedVision(nn.Module):
@@ -186,15 +190,6 @@ def _block_groups(block: Any, index: int) -> Iterator[LinearGroup]:
     yield from gated_mlp_groups(block.mlp, norm=block.norm2, index=index)
 
 
-class Rows(NamedTuple):
-    """Tables for attention in B groups of R rows that see each other: all windows, or the whole image."""
-
-    cos_BR1E: Tensor
-    sin_BR1E: Tensor
-    mask_B11R: Tensor
-    """Added to the scores, float32."""
-
-
 class WindowedEncoder(nn.Module):
     """Patch embedding and blocks with attention inside windows or over the image."""
 
@@ -232,14 +227,14 @@ class WindowedEncoder(nn.Module):
 
         Both are float32.
         """
-        hidden_PD = self._embedded(pixel_values).float()
+        hidden_PD = embedded(self.patch_embed, pixel_values).float()
         is_real_P = torch.arange(pixel_values.shape[0]) < num_patches
-        whole = self._rows(patch_positions, is_real_P)
+        whole = rows_at(self.inv_freq, patch_positions, is_real_P)
         is_used_WQ = window_slots >= 0
         patch_of_slot = torch.where(is_used_WQ, window_slots, 0).flatten()
         shape_WQ = window_slots.shape
         in_windows = torch.unflatten(patch_positions.index_select(1, patch_of_slot), 1, shape_WQ)
-        windows = self._rows(in_windows, is_used_WQ)
+        windows = rows_at(self.inv_freq, in_windows, is_used_WQ)
         # an axis that is traced as dynamic has no number
         num_rows = pixel_values.shape[0] if isinstance(pixel_values.shape[0], int) else self.max_patches
         received = []
@@ -262,22 +257,6 @@ class WindowedEncoder(nn.Module):
             hidden_PD = hidden_PD + _mlp(block.mlp, block.norm2(hidden_PD))
         return hidden_PD, received
 
-    def _embedded(self, pixel_values: Tensor) -> Tensor:
-        """Return [P, D]; a convolution whose stride is its kernel is one product."""
-        embed: Any = self.patch_embed
-        weight = embed.proj.weight
-        return nn.functional.linear(pixel_values.to(weight.dtype), weight.flatten(1))
-
-    def _rows(self, positions: Tensor, is_real: Tensor) -> Rows:
-        """Return the tables of patches at ``positions`` [2, R] or [2, B, R]."""
-        row, column = positions.to(torch.float32)[..., None] * self.inv_freq
-        angles = torch.cat([row, column, row, column], dim=-1).unsqueeze(-2)
-        if is_real.dim() == 1:
-            angles, is_real = angles[None], is_real[None]
-        # not torch.where on two numbers: its result has the default dtype, where MASKED may be infinite
-        mask = (1.0 - is_real.to(torch.float32)) * MASKED
-        return Rows(angles.cos(), angles.sin(), mask[:, None, None])
-
 
 def merged_tokens(merger: nn.Module, hidden_PD: Tensor) -> Tensor:
     """Return the visual tokens of all patches in their order, [P / patches of a token, D] in the weights' dtype."""
@@ -288,74 +267,9 @@ def merged_tokens(merger: nn.Module, hidden_PD: Tensor) -> Tensor:
 
 
 def _mlp(mlp: Any, normed_PD: Tensor) -> Tensor:
-    """Return the gated MLP's output, [P, D] float32; its last product cannot overflow in float16.
-
-    Its numbers are scaled down in float32 too, so that the range of what enters is the same in both.
-    """
-    down = mlp.down_proj
-    states = normed_PD.to(down.weight.dtype)
-    gated: Tensor = mlp.act_fn(mlp.gate_proj(states)) * mlp.up_proj(states)
-    product = nn.functional.linear(gated * (1 / _HEADROOM), down.weight).float() * _HEADROOM
-    return torch.add(product, down.bias.float())
-
-
-def attention(module: Any, qkv_BRX: Tensor, rows: Rows, *, head_blocks: int = 1) -> Tensor:
-    """Return attention of each group of rows over itself, [B, R, D].
-
-    Args:
-        module: transformers' Qwen2_5_VLVisionAttention; only its sizes are read.
-        qkv_BRX: [B, R, 3 D], queries, keys and values.
-        rows: Tables for the same B and R.
-        head_blocks: Parts of equally many heads that are computed one after the other.
-    """
-    mixed = [mixed_BhRE for _, mixed_BhRE in _head_blocks(module, qkv_BRX, rows, head_blocks)]
-    mixed_BHRE = mixed[0] if head_blocks == 1 else torch.cat(mixed, dim=1)
-    return mixed_BHRE.transpose(1, 2).flatten(2)
-
-
-def observed_attention(
-    module: Any, qkv_PX: Tensor, whole: Rows, is_real_P: Tensor, *, head_blocks: int
-) -> tuple[Tensor, Tensor]:
-    """Return attention over the whole image, [P, D], and the attention that each patch receives, [P] float32.
-
-    Received is the sum over heads, the mean over real queries.
-    """
-    query_P = is_real_P.to(torch.float32)
-    mean_11P = (query_P / query_P.sum())[None, None]
-    blocks = []
-    for weights_1hPP, mixed_1hPE in _head_blocks(module, qkv_PX[None], whole, head_blocks):
-        received_P1 = torch.matmul(mean_11P, weights_1hPP[0]).sum(dim=0).transpose(0, 1)
-        # One tensor for both. A runtime may leave what only the end of the graph reads to the end, with all weights alive.
-        blocks.append(torch.cat([mixed_1hPE[0].transpose(0, 1).flatten(1).float(), received_P1], dim=1))
-    both = torch.stack(blocks, dim=1)
-    return both[..., :-1].flatten(1).to(qkv_PX.dtype), both[..., -1].sum(dim=1)
-
-
-def _head_blocks(
-    module: Any, qkv_BRX: Tensor, rows: Rows, head_blocks: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield float32 weights [B, h, R, R] and mixed values [B, h, R, E] of h heads at a time."""
-    heads, size = module.num_heads, module.head_dim
-    rotated = _rotated(torch.unflatten(qkv_BRX[..., : 2 * module.dim], -1, (2 * heads, size)), rows)
-    # scaling the query, not the scores, keeps float16 scores in range
-    query, key = rotated[:, :, :heads] * module.scaling, rotated[:, :, heads:]
-    value = torch.unflatten(qkv_BRX[..., 2 * module.dim :], -1, (heads, size))
-    step = heads // head_blocks
-    for start in range(0, heads, step):
-        query_BRhE, key_BRhE, value_BRhE = (
-            states[:, :, start : start + step] for states in (query, key, value)
-        )
-        scores_BhRR = torch.matmul(query_BRhE.transpose(1, 2), key_BRhE.permute(0, 2, 3, 1))
-        weights_BhRR = torch.softmax(scores_BhRR.float() + rows.mask_B11R, dim=-1)
-        yield weights_BhRR, torch.matmul(weights_BhRR.to(value.dtype), value_BRhE.transpose(1, 2))
-
-
-def _rotated(states_BRHE: Tensor, rows: Rows) -> Tensor:
-    """Return the states rotated to their positions; in float32, as Hugging Face does it."""
-    states = states_BRHE.float()
-    half = states.shape[-1] // 2
-    turned = torch.cat([-states[..., half:], states[..., :half]], dim=-1)
-    return (states * rows.cos_BR1E + turned * rows.sin_BR1E).to(states_BRHE.dtype)
+    """Return the gated MLP's output, [P, D] float32."""
+    states = normed_PD.to(mlp.down_proj.weight.dtype)
+    return with_headroom(mlp.down_proj, mlp.act_fn(mlp.gate_proj(states)) * mlp.up_proj(states))
 
 
 def select_tokens(

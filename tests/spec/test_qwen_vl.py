@@ -1,4 +1,4 @@
-"""Qwen2.5-VL through export and runtime: keep-all equals Hugging Face, reduced equals plain torch."""
+"""Qwen2.5-VL and Qwen3-VL through export and runtime: keep-all equals Hugging Face, reduced equals plain torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ import torch
 from tests.bundles import export
 from tests.decode_logits import record_logits
 from tests.pictures import random_picture
-from tests.qwen_checkpoints import CAMERA, REDUCED, hugging_face_inputs, save_qwen_checkpoint
+from tests.qwen_checkpoints import (
+    CAMERA,
+    REDUCED,
+    hugging_face_inputs,
+    save_qwen3_vl_checkpoint,
+    save_qwen_checkpoint,
+)
 from tests.spec.reduced_reference import reduced_logits
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.runtime.bundle.errors import ScheduleError, ShapeError
@@ -30,16 +36,25 @@ NUM_STEPS = 12
 NO_TEXT = PromptIds(before=np.zeros(1, np.int32), after=np.zeros(1, np.int32), has_image=True)
 
 
+SAVE = {"qwen2_5_vl": save_qwen_checkpoint, "qwen3_vl": save_qwen3_vl_checkpoint}
+
+
+@pytest.fixture(scope="module", params=SAVE)
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_qwen_checkpoint(tmp_path_factory.mktemp("qwen") / "ck")
+def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return SAVE[family](tmp_path_factory.mktemp(family) / "ck")
 
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Any:
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -106,16 +121,17 @@ def test_reduced_bundle_equals_plain_torch(model: Any, reduced: Pipeline, size: 
     answer = reduced.generate(picture, prompt, max_new_tokens=1)
     _ = answer.text
     with torch.no_grad():
-        features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output[0]
+        features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
         embeds = model.get_input_embeddings()(inputs["input_ids"])
     spots = inputs["mm_token_type_ids"][0] == 1
-    embeds[0, spots] = features
+    embeds[0, spots] = features.pooler_output[0]
     positions, _ = model.model.get_rope_index(
         inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
     )
     logits, kept = reduced_logits(
-        model, embeds, REDUCED, start=int(spots.nonzero()[0]), count=int(spots.sum()), positions=positions
-    )
+        model, embeds, REDUCED, start=int(spots.nonzero()[0]), count=int(spots.sum()), positions=positions,
+        planes=[plane[0] for plane in getattr(features, "deepstack_features", ())],
+    )  # fmt: skip
     assert [indices.tolist() for indices in answer.kept] == kept
     np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
 
@@ -150,9 +166,10 @@ def test_the_camera_has_no_padding(reduced: Pipeline) -> None:
     assert inputs["num_patches"][0] == len(inputs["pixel_values"])
 
 
-def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(folder: Path) -> None:
+def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(tmp_path: Path) -> None:
     """With an encoder that keeps 8 of 20 tokens in front of a stage; a smaller picture passes whole."""
     schedule = Schedule(stages=(Stage(layer=2, keep=4),), positions="preserved")
+    folder = save_qwen_checkpoint(tmp_path / "ck")
     bundle = export(folder, schedule=schedule, image_sizes=(CAMERA,), encoder_keep=0.4)
     with Pipeline.from_bundle(bundle) as pipeline:
         prepared = pipeline._vision.prepare(random_picture(*CAMERA, seed=2), PROMPTS[0])
@@ -175,8 +192,8 @@ def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(folder: Pa
         )
 
 
-def test_compact_positions_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ScheduleError, match="positions: expected preserved for qwen2_5_vl, got compact"):
+def test_compact_positions_are_refused(folder: Path, family: str) -> None:
+    with pytest.raises(ScheduleError, match=f"positions: expected preserved for {family}, got compact"):
         export(folder, schedule=Schedule(positions="compact"))
 
 
@@ -185,10 +202,9 @@ def test_a_picture_too_thin_for_the_model_is_refused(reduced: Pipeline) -> None:
         reduced.generate(random_picture(4100, 20), PROMPTS[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-def test_tied_bfloat16_checkpoint_is_exported_as_float16(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Qwen2.5-VL-3B ties its head to its embeddings, and its weights are bfloat16."""
-    folder = save_qwen_checkpoint(tmp_path / "ck", tie=True, num_layers=2, dtype=dtype)
+def test_tied_bfloat16_checkpoint_is_exported_as_float16(family: str, tmp_path: Path) -> None:
+    """Qwen2.5-VL-3B and Qwen3-VL-4B tie their heads to their embeddings, and their weights are bfloat16."""
+    folder = SAVE[family](tmp_path / "ck", tie=True, num_layers=2, dtype=torch.bfloat16)
     bundle = export(folder, schedule=Schedule(stages=(Stage(layer=1, keep=6),), positions="preserved"))
     with Pipeline.from_bundle(bundle) as pipeline:
         assert pipeline.manifest.dtype == "float16"

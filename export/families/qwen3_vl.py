@@ -1,0 +1,134 @@
+"""Qwen3-VL, and Cosmos-Reason2 which is one: DeepStack, interleaved M-RoPE, Qwen3 decoder layers with norms of their heads.
+
+DeepStack adds features of inner vision layers to the visual rows behind the first decoder layers, one plane a layer. A stage
+in front of one of these layers takes the rest of the planes along, cut like the tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_features
+from trio_edge.export.families.decoder import family_model, read_config
+from trio_edge.export.families.qwen2_5_vl import patch_images
+from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
+from trio_edge.export.graphs.vision.deepstack import (
+    INV_FREQ_NAME,
+    DeepstackVision,
+    deepstack_groups,
+    plane_mergers,
+)
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.graph_io import DEEPSTACK_TOKENS, token_planes
+from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
+from trio_edge.runtime.images.qwen import Qwen3Images
+from trio_edge.runtime.prompts.chat import QWEN3_VL_TEMPLATE
+
+if TYPE_CHECKING:
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
+    from trio_edge.runtime.bundle.manifest import FloatType
+    from trio_edge.runtime.bundle.schedule import Positions
+    from trio_edge.runtime.images.interface import ImageProcessing
+
+
+@final
+class Qwen3Vl:
+    """Implements ``Family``."""
+
+    model_type = "qwen3_vl"
+    positions: tuple[Positions, ...] = ("preserved",)
+    image_marks = ("", "")
+
+    def default_chat_template(self, checkpoint: Checkpoint) -> str:
+        """Return ChatML with the vision marks, and no system message of its own."""
+        return QWEN3_VL_TEMPLATE
+
+    def build(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        processing: ImageProcessing,
+        dtype: FloatType,
+        with_features: bool,
+    ) -> FamilyModel:
+        """Build the model; documented in ``Family``."""
+        refuse_features(self.model_type, with_features=with_features)
+        from transformers import Qwen3VLForConditionalGeneration
+
+        register_attention()
+        config = read_config(checkpoint)
+        text, vision = config.text_config, config.vision_config
+        text._attn_implementation = ATTENTION_NAME
+        root: Any = Qwen3VLForConditionalGeneration(config)
+        # transformers adds no plane where there is no layer for it
+        num_planes = len(plane_mergers(root.model.visual, text.num_hidden_layers))
+        merged = vision.hidden_size * vision.spatial_merge_size**2
+        return family_model(
+            root,
+            vision=_vision_graph(
+                root.model.visual, vision, processing=processing, dtype=dtype, num_planes=num_planes
+            ),
+            vision_dimensions=VisionDimensions(
+                num_layers=vision.depth,
+                hidden_size=vision.hidden_size,
+                intermediate_size=vision.intermediate_size,
+                patches_per_tile=None,
+                projector_weights=(1 + num_planes) * merged * (merged + vision.out_hidden_size),
+                patches_per_token=vision.spatial_merge_size**2,
+            ),
+            has_mrope=True,
+            num_deepstack=num_planes,
+        )
+
+    def image_processing(
+        self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
+    ) -> ImageProcessing:
+        """Return the scaling and the patches; documented in ``Family``."""
+        vision = read_config(checkpoint).vision_config
+        if encoder_keep is not None:
+            raise ScheduleError(
+                f"--encoder-keep: expected none for {self.model_type}, got {encoder_keep}; use --token-method, which drops"
+                " the tokens' rows of DeepStack too"
+            )
+        side = round(vision.num_position_embeddings**0.5)
+        if side**2 != vision.num_position_embeddings:
+            raise CheckpointError(
+                f"{checkpoint.folder}/config.json num_position_embeddings: expected a square number, got"
+                f" {vision.num_position_embeddings}; this vision tower cannot be exported"
+            )
+        return patch_images(Qwen3Images, checkpoint, vision, max_visual=max_visual, table_size=side)
+
+
+def _vision_graph(
+    visual: Any, vision: Any, *, processing: ImageProcessing, dtype: FloatType, num_planes: int
+) -> VisionGraph:
+    with unset_fake_temporarily():  # the frequencies are written into the graph, so they need values
+        inv_freq, _ = type(visual.rotary_pos_emb).compute_axial_rope_parameters(vision)
+        values = inv_freq.to(torch.float32).numpy()
+    patch_values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    width = vision.out_hidden_size
+    return VisionGraph(
+        module=DeepstackVision(
+            visual,
+            inv_freq=torch.empty(len(values), dtype=torch.float32),
+            max_patches=processing.any_image_sizes()[-1]["P"],
+            num_planes=num_planes,
+        ),
+        inputs=(
+            TensorSpec(name="pixel_values", dtype="float32", shape=("P", patch_values)),
+            TensorSpec(name="patch_positions", dtype="int32", shape=(2, "P")),
+            TensorSpec(name="table_index", dtype="int32", shape=(4, "P")),
+            TensorSpec(name="table_weights", dtype="float32", shape=(4, "P")),
+            TensorSpec(name="num_patches", dtype="int32", shape=(1,)),
+            TensorSpec(name="token_index", dtype="int32", shape=("N",)),
+        ),
+        outputs=(
+            TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", width)),
+            *token_planes(DEEPSTACK_TOKENS, num_planes, rows="N", width=width, dtype=dtype),
+        ),
+        linear_groups=deepstack_groups(visual, num_planes=num_planes),
+        constants={INV_FREQ_NAME: values},
+    )
