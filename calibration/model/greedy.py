@@ -78,7 +78,7 @@ def greedy_answer(
         nothing = no_past(model, sequence.hidden_SD)
         rows, present = run_layer(model, sequence.hidden_SD, sequence.positions_AS, layer, past=nothing)
         past.append(_as_cached(present, layer, caches))
-        sequence = sequence.with_hidden(rows)
+        sequence = sequence.after(layer, rows)
     logits = [logits_of(model, sequence.hidden_SD[-1:])]
     tokens = [int(logits[0].argmax()) if given is None else given[0]]
     while len(tokens) < max_tokens and tokens[-1] not in model.text.stop_token_ids:

@@ -50,6 +50,8 @@ class SamplePrompt:
     """Position of the first answer token."""
     visual_start: int
     num_visual: int
+    planes_ND: tuple[Tensor, ...] = ()
+    """[N, D] each, what DeepStack adds to the visual rows behind the first layers."""
 
 
 def sample_shape(model: TorchModel, question: Question) -> SampleShape:
@@ -84,11 +86,12 @@ def make_prompt(model: TorchModel, question: Question) -> SamplePrompt:
     tensors[pixels] = tensors[pixels].to(model.dtype)
     with model.device:  # where the graph's own constants are made
         outputs = graph.module(*tensors)
-    visual_ND = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    visual_ND, *planes_ND = (rows[: sizes["N"]].to(model.dtype) for rows in outputs)
     before, after = (
         model.embedding_VD[torch.from_numpy(part.astype(np.int64))] for part in (ids.before, ids.after)
     )
-    embeds_SD = torch.cat([before, visual_ND[: sizes["N"]].to(model.dtype), after])
+    embeds_SD = torch.cat([before, visual_ND, after])
     positions = _positions(model, ids, image, num_visual=sizes["N"])
     return SamplePrompt(
         embeds_SD=embeds_SD,
@@ -96,6 +99,7 @@ def make_prompt(model: TorchModel, question: Question) -> SamplePrompt:
         next_position=positions.next,
         visual_start=len(ids.before),
         num_visual=sizes["N"],
+        planes_ND=tuple(planes_ND),
     )
 
 

@@ -36,6 +36,8 @@ class Sequence:
     """int64, which of the image's visual tokens are left."""
     num_answer: int = 0
     """Rows after the prompt."""
+    planes_ND: tuple[Tensor, ...] = ()
+    """[N, D] each, DeepStack's: plane i is added to the visual rows behind layer i."""
 
     @property
     def num_visual(self) -> int:
@@ -47,8 +49,12 @@ class Sequence:
         """Rows without those of the answer."""
         return len(self.hidden_SD) - self.num_answer
 
-    def with_hidden(self, hidden_SD: Tensor) -> Sequence:
-        """Return the same rows with other hidden states."""
+    def after(self, layer: int, hidden_SD: Tensor) -> Sequence:
+        """Return the same rows behind ``layer``, whose output is ``hidden_SD``."""
+        if layer < len(self.planes_ND):
+            start, stop = self.visual_start, self.visual_start + self.num_visual
+            visual_ND = hidden_SD[start:stop] + self.planes_ND[layer]
+            hidden_SD = torch.cat([hidden_SD[:start], visual_ND, hidden_SD[stop:]])
         return replace(self, hidden_SD=hidden_SD)
 
     def with_answer_row(self, row_1D: Tensor, *, position: int) -> Sequence:
@@ -70,21 +76,17 @@ def begin(model: TorchModel, prompt: SamplePrompt) -> Sequence:
         positions_AS=prompt.positions_AS,
         visual_start=prompt.visual_start,
         original_N=torch.arange(prompt.num_visual, device=model.device),
+        planes_ND=prompt.planes_ND,
     )
 
 
 def advanced(model: TorchModel, sequence: Sequence, layers: range) -> Sequence:
     """Return the sequence after ``layers``."""
     nothing = no_past(model, sequence.hidden_SD)
-    rows = run_layers(
-        model,
-        sequence.hidden_SD,
-        sequence.positions_AS,
-        layers,
-        past=[nothing] * len(layers),
-        present=[],
-    )
-    return sequence.with_hidden(rows)
+    for layer in layers:
+        rows, _ = run_layer(model, sequence.hidden_SD, sequence.positions_AS, layer, past=nothing)
+        sequence = sequence.after(layer, rows)
+    return sequence
 
 
 def run_layers(
@@ -143,6 +145,7 @@ def with_kept(sequence: Sequence, kept_K: Tensor, *, positions: Positions) -> Se
         hidden_SD=sequence.hidden_SD[rows_R],
         positions_AS=positions_AS,
         original_N=sequence.original_N[kept_K],
+        planes_ND=tuple(plane_ND[kept_K] for plane_ND in sequence.planes_ND),
     )
 
 

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.bundles import export
 from tests.calibration.question_files import questions_about, write_questions
 from tests.conftest import REDUCED_STAGES
+from tests.qwen_checkpoints import CAMERA, save_qwen3_vl_checkpoint
+from tests.qwen_checkpoints import REDUCED as DEEPSTACK_STAGES
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.selecting import Probes, order_of
@@ -95,6 +98,23 @@ def test_kept_tokens_and_divergence_are_the_bundles(
             expected = first_token_kl(summary_of(theirs[0].first_logits), theirs[1].first_logits)
             assert measured.kl == pytest.approx(expected, rel=1e-3)
             assert measured.agrees == (theirs[0].token_ids[0] == theirs[1].token_ids[0])
+
+
+def test_kept_tokens_and_answers_are_the_bundles_with_deepstack(
+    questions: list[Question], tmp_path: Path
+) -> None:
+    """Planes are added behind layers before and after the stages."""
+    folder = save_qwen3_vl_checkpoint(tmp_path / "ck")
+    model = load_model(str(folder))
+    prompt = make_prompt(model, questions[0])
+    probes = Probes(model, max_visual=prompt.num_visual)
+    ours = greedy_answer(model, prompt, DEEPSTACK_STAGES, probes=probes, max_tokens=3)
+    bundle = export(folder, schedule=DEEPSTACK_STAGES, image_sizes=(CAMERA,))
+    with Pipeline.from_bundle(bundle, threads=1) as pipeline:
+        theirs = _answered(pipeline, questions[0])
+    assert [kept.tolist() for kept in ours.kept] == [kept.tolist() for kept in theirs.kept]
+    assert ours.tokens == theirs.token_ids
+    np.testing.assert_allclose(ours.logits_TV[0], theirs.first_logits, atol=1e-3)
 
 
 @pytest.mark.parametrize("positions", ["compact", "preserved"])

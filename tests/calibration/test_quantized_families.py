@@ -18,7 +18,7 @@ from tests.calibration.question_files import questions_about, write_questions
 from tests.calibration.smoothing import apply_smoothing
 from tests.checkpoints import save_checkpoint
 from tests.internvl_checkpoints import save_internvl_checkpoint
-from tests.qwen_checkpoints import save_qwen_checkpoint
+from tests.qwen_checkpoints import save_qwen3_vl_checkpoint, save_qwen_checkpoint
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.selecting import Probes
@@ -44,12 +44,14 @@ CLIP = partial(save_checkpoint, text="qwen2", random_biases=True)
 CHECKPOINTS: dict[str, Callable[..., Path]] = {
     "llava-next": partial(CLIP, num_kv_heads=4, tie=True),
     "qwen2.5-vl": save_qwen_checkpoint,
+    "qwen3-vl": save_qwen3_vl_checkpoint,
     "internvl": save_internvl_checkpoint,
 }
 ATTENTION, GATED_MLP = ["qkv", "o"], ["gate_up", "down"]
 MOVABLE = {
     "llava-next": ([*ATTENTION, "fc1"], [*ATTENTION, *GATED_MLP]),
     "qwen2.5-vl": ([*ATTENTION, *GATED_MLP], ["qkv", *GATED_MLP]),  # grouped queries in the decoder
+    "qwen3-vl": ([*ATTENTION, "fc1", "plane_0_1"], ["qkv", *GATED_MLP]),
     "internvl": ([*ATTENTION, "fc1", "projector_1"], ["qkv", *GATED_MLP]),
 }
 """Groups that factors can move out of, of the vision graph and of the decoder."""
@@ -140,8 +142,8 @@ def quantized(
     return Quantized(request.param, plan, model, found, forms, specs, out)
 
 
-def run(quantized: Quantized, graph: str, inputs: dict[str, Any]) -> torch.Tensor:
-    """Return the first output of a graph as the runtime's sessions compute it."""
+def run(quantized: Quantized, graph: str, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """Return the outputs of a graph as the runtime's sessions compute them."""
     options = ort.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32 products
     session = ort.InferenceSession(
@@ -150,7 +152,7 @@ def run(quantized: Quantized, graph: str, inputs: dict[str, Any]) -> torch.Tenso
         providers=["CPUExecutionProvider"],
         disabled_optimizers=["QDQSelectorActionTransformer"] if OLD_ONNX_RUNTIME else [],
     )
-    return torch.from_numpy(session.run(None, inputs)[0])
+    return [torch.from_numpy(output) for output in session.run(None, inputs)]
 
 
 def as_bundle(quantized: Quantized) -> AbstractContextManager[None]:
@@ -172,13 +174,20 @@ def test_the_vision_graph_computes_what_its_torch_twin_does(
     graph: Any = model.parts.vision
     inputs = model.images.prepare(picture, model.images.sizes(*picture.size))
     tensors = [torch.from_numpy(inputs[spec.name]) for spec in graph.inputs]
+
+    def outputs() -> tuple[torch.Tensor, ...]:
+        result = graph.module(*tensors)
+        return (result,) if isinstance(result, torch.Tensor) else result
+
     with torch.inference_mode():
-        in_float = graph.module(*tensors)
+        in_float = outputs()
         with as_bundle(quantized):
-            expected = graph.module(*tensors)
-        assert torch.equal(graph.module(*tensors), in_float)  # it is given back
+            expected = outputs()
+        assert all(map(torch.equal, outputs(), in_float))  # it is given back
     got = run(quantized, "vision", inputs)
-    assert_same(got, expected, in_float, quantized.kind)
+    assert len(got) == len(expected)
+    for tensors_of_one in zip(got, expected, in_float):
+        assert_same(*tensors_of_one, quantized.kind)
 
 
 def test_the_head_computes_what_its_torch_twin_does(quantized: Quantized) -> None:
@@ -191,7 +200,7 @@ def test_the_head_computes_what_its_torch_twin_does(quantized: Quantized) -> Non
         with as_bundle(quantized):
             expected = model.head(hidden[0, 5:6])
     inputs = {"hidden_states": hidden.numpy(), "last_row": np.array([5], np.int32)}
-    got = run(quantized, "head", inputs)
+    got, *_ = run(quantized, "head", inputs)
     if any(one.part == "head" for one in quantized.found.report.errors):
         assert_same(got, expected, in_float, quantized.kind)
     else:  # INT4 needs an even vocabulary
