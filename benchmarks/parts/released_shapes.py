@@ -125,6 +125,45 @@ def qwen2_5_vl_7b() -> Any:
     return qwen2_5_vl(text=text, vision={"out_hidden_size": 3584}, tie=False)
 
 
+def qwen3_vl(*, text: dict[str, Any], out_hidden_size: int) -> Any:
+    """Return the configuration of Qwen3-VL-2B or -4B, which have the same vision tower."""
+    text_sizes = {
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "bos_token_id": 151643, "eos_token_id": 151645,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True
+        },
+    }  # fmt: skip
+    vision = {
+        "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": out_hidden_size,
+        "patch_size": 16, "num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17],
+    }  # fmt: skip
+    return hf.Qwen3VLConfig(
+        text_config={**text_sizes, **text}, vision_config=vision, tie_word_embeddings=True,
+        image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653,
+    )  # fmt: skip
+
+
+def qwen3_vl_2b() -> Any:
+    text = {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+    }
+    return qwen3_vl(text=text, out_hidden_size=2048)
+
+
+def qwen3_vl_4b() -> Any:
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+    }
+    return qwen3_vl(text=text, out_hidden_size=2560)
+
+
 def internvl3_5_2b() -> Any:
     text = {
         "model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
@@ -162,6 +201,11 @@ QWEN_PREPROCESSOR = {
     "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2_5_VLProcessor",
 }  # fmt: skip
+QWEN3_PREPROCESSOR = {
+    "size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, "temporal_patch_size": 2,
+    "merge_size": 2, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor",
+}  # fmt: skip
 INTERN_PREPROCESSOR = {
     "image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 448, "width": 448},
     "min_patches": 1, "max_patches": 12, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
@@ -191,6 +235,13 @@ def _llava_next_family(config: Callable[[], Any], template: str = VICUNA_TEMPLAT
     )  # fmt: skip
 
 
+def _qwen3_family(config: Callable[[], Any]) -> Family:
+    return Family(
+        config=config, model="Qwen3VLForConditionalGeneration", renames=(), preprocessor=QWEN3_PREPROCESSOR,
+        chat_template=QWEN_TEMPLATE, special_tokens=QWEN_TOKENS,
+    )  # fmt: skip
+
+
 def _qwen_family(config: Callable[[], Any]) -> Family:
     return Family(
         config=config, model="Qwen2_5_VLForConditionalGeneration", renames=QWEN_RENAMES,
@@ -215,6 +266,8 @@ FAMILIES = {
     ),
     "qwen2.5-vl-3b": _qwen_family(qwen2_5_vl_3b),
     "qwen2.5-vl-7b": _qwen_family(qwen2_5_vl_7b),
+    "qwen3-vl-2b": _qwen3_family(qwen3_vl_2b),
+    "qwen3-vl-4b": _qwen3_family(qwen3_vl_4b),
     "internvl3.5-2b": Family(
         config=internvl3_5_2b,
         model="InternVLForConditionalGeneration",

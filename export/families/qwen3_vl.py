@@ -6,6 +6,7 @@ in front of one of these layers takes the rest of the planes along, cut like the
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -21,7 +22,7 @@ from trio_edge.export.graphs.vision.deepstack import (
     deepstack_groups,
     plane_mergers,
 )
-from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import DEEPSTACK_TOKENS, token_planes
 from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
 from trio_edge.runtime.images.qwen import Qwen3Images
@@ -93,12 +94,8 @@ class Qwen3Vl:
                 f"--encoder-keep: expected none for {self.model_type}, got {encoder_keep}; use --token-method, which drops"
                 " the tokens' rows of DeepStack too"
             )
-        side = round(vision.num_position_embeddings**0.5)
-        if side**2 != vision.num_position_embeddings:
-            raise CheckpointError(
-                f"{checkpoint.folder}/config.json num_position_embeddings: expected a square number, got"
-                f" {vision.num_position_embeddings}; this vision tower cannot be exported"
-            )
+        # transformers takes the largest square table
+        side = math.isqrt(vision.num_position_embeddings)
         return patch_images(Qwen3Images, checkpoint, vision, max_visual=max_visual, table_size=side)
 
 

@@ -13,7 +13,7 @@ from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
 from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.images.internvl import InternVlImages
 from trio_edge.runtime.images.llava import LlavaImages
-from trio_edge.runtime.images.qwen import QwenImages
+from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
 
 if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import Manifest
@@ -77,6 +77,7 @@ _INTERN_VIT = VisionDimensions(
     patches_per_tile=1025,
     projector_weights=0,
 )
+_HALF = (0.5, 0.5, 0.5)
 _PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 
@@ -131,6 +132,23 @@ def _qwen(name: str, decoder: Dimensions) -> Model:
     )
 
 
+def _qwen3(name: str, decoder: Dimensions, *, large_tower: bool = False) -> Model:
+    width, layers, inner = (1152, 27, 4304) if large_tower else (1024, 24, 4096)
+    merged, mergers = 4 * width, 1 + 3  # of the last layer, and of the three planes of DeepStack
+    vision = VisionDimensions(
+        num_layers=layers,
+        hidden_size=width,
+        intermediate_size=inner,
+        patches_per_tile=None,
+        patches_per_token=4,
+        projector_weights=mergers * merged * (merged + decoder.hidden_size),
+    )
+    pictures = Qwen3Images(
+        patch_size=16, table_size=48, min_pixels=65536, max_pixels=16777216, image_mean=_HALF, image_std=_HALF
+    )
+    return Model(name=name, decoder=decoder, vision=vision, pictures=pictures)
+
+
 def _intern(name: str, decoder: Dimensions) -> Model:
     processing = InternVlImages(tile_size=448, tokens_per_side=16)
     hidden = decoder.hidden_size
@@ -144,6 +162,8 @@ def _intern(name: str, decoder: Dimensions) -> Model:
 
 _VICUNA_7B = _decoder(32, 4096, 32, 32, 11008, 32064)
 _VICUNA_13B = _decoder(40, 5120, 40, 40, 13824, 32064)
+_QWEN3_2B = _decoder(28, 2048, 16, 8, 6144, 151936)
+_QWEN3_8B = _decoder(36, 4096, 32, 8, 12288, 151936)
 _ALL = (
     _llava("llava-1.5-7b", _VICUNA_7B, tiles=False),
     _llava("llava-1.5-13b", _VICUNA_13B, tiles=False),
@@ -152,6 +172,11 @@ _ALL = (
     _llava("llava-next-13b", _VICUNA_13B, tiles=True),
     _qwen("qwen2.5-vl-3b", _decoder(36, 2048, 16, 2, 11008, 151936)),
     _qwen("qwen2.5-vl-7b", _decoder(28, 3584, 28, 4, 18944, 152064)),
+    _qwen3("qwen3-vl-2b", _QWEN3_2B),
+    _qwen3("qwen3-vl-4b", _decoder(36, 2560, 32, 8, 9728, 151936)),
+    _qwen3("qwen3-vl-8b", _QWEN3_8B, large_tower=True),
+    _qwen3("cosmos-reason2-2b", _QWEN3_2B),
+    _qwen3("cosmos-reason2-8b", _QWEN3_8B, large_tower=True),
     _intern("internvl3-1b", _decoder(24, 896, 14, 2, 4864, 151674, head_size=64)),
     _intern("internvl3-2b", _decoder(28, 1536, 12, 2, 8960, 151674)),
     _intern("internvl3-8b", _decoder(28, 3584, 28, 4, 18944, 151674)),

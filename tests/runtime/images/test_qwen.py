@@ -1,4 +1,4 @@
-"""Patches of Qwen2.5-VL's pictures: the same counts, order and numbers as Hugging Face, within known bounds."""
+"""Patches of Qwen2.5-VL's and Qwen3-VL's pictures: the same counts, order and numbers as Hugging Face, within known bounds."""
 
 import json
 
@@ -9,11 +9,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from tests.pictures import random_picture
 from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
-from trio_edge.runtime.images.qwen import QwenImages
+from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
 
 CONFIGS = {
     "default": {},
@@ -102,6 +106,32 @@ def test_patches_are_hugging_faces_in_window_order(name: str, size: tuple[int, i
     positions = get_vision_position_ids(grid, ours.merge_size).reshape(-1, merged, 2)[order]
     np.testing.assert_array_equal(inputs["patch_positions"].T, positions.reshape(-1, 2))
     np.testing.assert_array_equal(inputs["token_index"], torch.argsort(order))
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(["default", "small_patches", "merge_3"]),
+    st.integers(1, 700),
+    st.integers(1, 700),
+    st.integers(1, 60),
+)
+@example("default", 640, 480, 48)
+def test_the_table_of_positions_is_interpolated_as_hugging_face_does(
+    name: str, width: int, height: int, side: int
+) -> None:
+    if max(width, height) > 200 * min(width, height):
+        return
+    ours = Qwen3Images(**{"patch_size": 14, "table_size": side, **CONFIGS[name]})
+    inputs = ours.prepare(Image.new("RGB", (width, height)))
+    grid = torch.tensor([[1, *patch_grid(ours, width, height)]])
+    index, weights = get_vision_interpolation_indices_and_weights(
+        grid, side, align_corners=True, spatial_merge_size=ours.merge_size
+    )
+    np.testing.assert_array_equal(inputs["table_index"].T, index)
+    np.testing.assert_allclose(inputs["table_weights"].T, weights, rtol=0, atol=1e-5)
+    positions = get_vision_position_ids(grid, ours.merge_size)
+    np.testing.assert_array_equal(inputs["patch_positions"].T, positions)
+    np.testing.assert_array_equal(inputs["token_index"], np.arange(ours.sizes(width, height)["N"]))
 
 
 @pytest.mark.parametrize("window", [28, 56, 112, 100])
