@@ -1,0 +1,104 @@
+"""Where a decoder loses its visual tokens: before it, behind its first layers, or stage by stage, at equal average keep.
+
+    python benchmarks/reduction_places.py --model qwen3-vl-4b --image-size 1024x1024
+
+Nothing is measured: FLOPs and KV bytes are counted, times predicted (docs/prediction.md says how well). "DART before the decoder"
+is what TensorRT Edge-LLM does: eight pivots among the embeddings, and as many tokens in every layer as the average keep says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from parts.arguments import errors_in_one_line, parser_for
+from parts.tables import markdown
+
+from trio_edge.profiling.predict.answer import Setting, predict
+from trio_edge.profiling.predict.plan import plan_for
+from trio_edge.profiling.predict.sweep import parse_size
+from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.trio.budgets import method_schedule, parse_keep
+from trio_edge.trio.cost.devices import find_device
+from trio_edge.trio.cost.selections import NUM_DART_PIVOTS, TokenCost
+
+INSIDE = {"TRIO": "trio", "DART inside": "dart", "FastV": "fastv"}
+HEADS = (
+    "",
+    "stages",
+    "decoder TFLOP",
+    "KV rows, MB",
+    "decoder's prefill, ms",
+    "first token, ms",
+    "a token, ms",
+    "answer, s",
+)
+
+
+def settings(whole: Setting, share: float) -> dict[str, Setting]:
+    """Return the settings to compare; methods that cannot keep so little are left out."""
+    decoder, num_visual = whole.model.decoder, whole.sizes["N"]
+    pivots = 2 * 2 * NUM_DART_PIVOTS * num_visual * decoder.hidden_size
+    found = {
+        "all tokens": whole,
+        "DART before the decoder": dataclasses.replace(
+            whole, entering=max(1, int(share * num_visual)), reduce_cost=TokenCost(products=float(pivots))
+        ),
+    }
+    for name, method in INSIDE.items():
+        try:
+            schedule = method_schedule(method, share, num_layers=decoder.num_layers, num_visual=num_visual)
+        except ScheduleError:
+            continue
+        found[name] = dataclasses.replace(whole, schedule=schedule)
+    return found
+
+
+def row(name: str, setting: Setting, device: str) -> tuple[str, ...]:
+    """Return a line of the table."""
+    prediction = predict(setting, find_device(device))
+    prefill = [
+        timed for timed in prediction.runs if timed.run.phase == "prefill" and timed.run.name != "vision"
+    ]
+    rows = sum(layers * (rows + setting.num_text) for layers, rows in setting.ranges)
+    stages = ", ".join(f"{stage.layer}:{stage.keep}" for stage in setting.schedule.stages)
+    return (
+        name,
+        stages or str(setting.entering or setting.sizes["N"]),
+        f"{sum(timed.run.work.flops for timed in prefill) / 1e12:.2f}",
+        f"{rows * setting.cache_row_bytes / 1e6:.1f}",
+        f"{1e3 * sum(timed.time.seconds for timed in prefill):.0f}",
+        f"{1e3 * prediction.seconds('prefill'):.0f}",
+        f"{1e3 * prediction.seconds('decode'):.1f}",
+        f"{prediction.answer_seconds:.2f}",
+    )
+
+
+def main() -> None:
+    """Print a table for each keep and device."""
+    parser = parser_for(__doc__)
+    parser.add_argument("--model", default="qwen3-vl-4b", help="alias of a released model")
+    parser.add_argument("--image-size", type=parse_size, default=(1024, 1024), metavar="WxH")
+    parser.add_argument("--keep", nargs="+", default=["22.2%", "11.1%"], metavar="PERCENT")
+    parser.add_argument("--device", nargs="+", default=["jetson-orin-nx-16"])
+    parser.add_argument("--dtype", choices=["float16", "int8", "int4"], default="int4", help="of the decoder")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    options = parser.parse_args()
+    with errors_in_one_line(parser):
+        whole = plan_for(
+            model=options.model,
+            picture=options.image_size,
+            precision=options.dtype,
+            num_new=options.new_tokens,
+        ).setting()
+        for device in options.device:
+            for keep in options.keep:
+                found = settings(whole, parse_keep(keep))
+                rows = [row(name, setting, device) for name, setting in found.items()]
+                print(
+                    f"\n**{options.model}, {keep}, {device}, {options.dtype}**\n\n{markdown(HEADS, rows)}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
