@@ -20,6 +20,7 @@ from tests.qwen_checkpoints import (
     save_qwen_checkpoint,
 )
 from tests.spec.reduced_reference import reduced_logits
+from tests.spec.test_selectors_through_bundles import through_the_decoder
 from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.runtime.bundle.errors import ScheduleError, ShapeError
 from trio_edge.runtime.bundle.reader import open_bundle
@@ -101,6 +102,7 @@ def generate(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[list[int], np
 class Whole(NamedTuple):
     """A prompt as Hugging Face's model puts it together."""
 
+    model: Any
     embeds: torch.Tensor
     positions: torch.Tensor
     start: int
@@ -118,7 +120,7 @@ def prompt_of(model: Any, inputs: dict[str, torch.Tensor]) -> Whole:
         inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
     )
     planes = [plane[0] for plane in getattr(features, "deepstack_features", ())]
-    return Whole(embeds, positions, int(spots.nonzero()[0]), int(spots.sum()), planes)
+    return Whole(model, embeds, positions, int(spots.nonzero()[0]), int(spots.sum()), planes)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -177,6 +179,22 @@ def test_a_selection_before_the_decoder_cuts_positions_and_deepstack_alike(
         positions=whole.positions[..., rows], planes=[plane[kept] for plane in whole.planes],
     )  # fmt: skip
     np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
+
+
+@pytest.mark.parametrize("method", ["fastv", "dart", "sparsevlm"])
+def test_other_methods_inside_the_decoder_equal_their_modules(model: Any, folder: Path, method: str) -> None:
+    """FastV reads the layer before, DART keys, SparseVLM the prompt's rows, and it merges tokens."""
+    schedule = Schedule(
+        stages=(Stage(layer=1, keep=11), Stage(layer=2, keep=6)), method=method, positions="preserved"
+    )  # type: ignore[arg-type]
+    picture = random_picture(*CAMERA, seed=5)
+    with Pipeline.from_bundle(export(folder, schedule=schedule, image_sizes=(CAMERA,))) as pipeline:
+        answer = pipeline.generate(picture, PROMPTS[0], max_new_tokens=1)
+        _ = answer.text
+        whole = prompt_of(model, hugging_face_inputs(pipeline, picture, PROMPTS[0]))
+    logits, kept = through_the_decoder(whole, whole.embeds, whole.count, schedule)
+    assert [indices.tolist() for indices in answer.kept] == kept
+    np.testing.assert_allclose(answer.first_logits, logits, **LOGITS_FLOAT32)
 
 
 def test_decode_after_a_reduction_goes_on_at_the_original_positions(

@@ -68,23 +68,35 @@ def scalar(value: int) -> torch.Tensor:
     return torch.tensor([value], dtype=torch.int32)
 
 
+def kept_rows(selection: Selection, visual: torch.Tensor) -> torch.Tensor:
+    """Return the visual rows that go on: gathered, or summed where the selection merges."""
+    return visual[selection.kept_K] if selection.weights_KN is None else selection.weights_KN @ visual
+
+
 def rows_after(selection: Selection, hidden: torch.Tensor, start: int, count: int) -> torch.Tensor:
-    """Return the reduced rows: gathered, or summed where the selection merges."""
-    visual = hidden[0, start : start + count]
-    kept = visual[selection.kept_K] if selection.weights_KN is None else selection.weights_KN @ visual
+    """Return all rows that go on."""
+    kept = kept_rows(selection, hidden[0, start : start + count])
     return torch.cat([hidden[0, :start], kept, hidden[0, start + count :]])[None]
 
 
 @torch.no_grad()
 def through_the_decoder(
-    sequence: Sequence, embeds: torch.Tensor, count: int, schedule: Schedule
+    sequence: Any, embeds: torch.Tensor, count: int, schedule: Schedule
 ) -> tuple[np.ndarray[Any, Any], list[list[int]]]:
-    """Return the last row's logits and the kept original tokens of every stage."""
+    """Return the last row's logits and the kept original tokens of every stage.
+
+    Args:
+        sequence: With ``model`` and ``start``; with M-RoPE also ``positions`` [3, 1, S], with DeepStack ``planes`` [N, D].
+        embeds: [1, S, D].
+        count: N.
+        schedule: The stages.
+    """
     model, start, hidden = sequence.model, sequence.start, embeds
     text = model.model.language_model
     family: Any = SimpleNamespace(layers=text.layers, final_norm=text.norm, lm_head=model.lm_head)
     prompt = PromptInputs(embeds[0], scalar(count), scalar(embeds.shape[1]))
-    positions, previous = torch.arange(hidden.shape[1])[None], hidden
+    positions, previous = getattr(sequence, "positions", torch.arange(hidden.shape[1])[None]), hidden
+    planes = list(getattr(sequence, "planes", ()))
     original, kept_all, stages = np.arange(count), [], [stage.layer for stage in schedule.stages]
     for layer in range(len(text.layers)):
         if layer in stages:
@@ -107,15 +119,18 @@ def through_the_decoder(
             picked = [
                 *range(start),
                 *(start + selection.kept_K).tolist(),
-                *range(start + count, positions.shape[1]),
+                *range(start + count, positions.shape[-1]),
             ]
-            positions = positions[:, picked]
+            positions = positions[..., picked]
+            planes = [kept_rows(selection, plane) for plane in planes]
             if schedule.positions == "compact":
                 positions = torch.arange(hidden.shape[1])[None]
             original, count = original[selection.kept_K.numpy()], len(selection.kept_K)
             kept_all.append(original.tolist())
         previous = hidden
         hidden = causal_layer(model, layer, hidden, positions)
+        if layer < len(planes):
+            hidden[0, start : start + count] += planes[layer]
     return model.lm_head(text.norm(hidden))[0, -1].numpy(), kept_all
 
 
