@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +74,7 @@ def read_text_files(
         eos_token=tokenizer.eos_token or "",
         stop_token_ids=_stop_token_ids(checkpoint, tokenizer),
     )
-    template = _chat_template(checkpoint) or default_template
+    template = _with_special_tokens(_chat_template(checkpoint) or default_template, tokenizer)
     if any(image_marks):
         template = _with_marks(template, image_token, image_marks, checkpoint)
     return TextFiles(spec=spec, tokenizer=backend.to_str(), chat_template=template)
@@ -131,9 +133,35 @@ def _chat_template(checkpoint: Checkpoint) -> str | None:
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if (folder / name).exists():
             template = read_json(folder / name).get("chat_template")
-            if isinstance(template, str):
-                return template
+            if template is not None:
+                return _default_template(template, folder / name)
     return None
+
+
+def _default_template(template: Any, path: Path) -> str:
+    """Return the template itself, or the one called "default" where there are several by name."""
+    if isinstance(template, list):  # of objects with a name: transformers 4 wrote several so
+        template = {part.get("name"): part.get("template") for part in template if isinstance(part, dict)}
+    text = template.get("default") if isinstance(template, dict) else template
+    if not isinstance(text, str):
+        raise CheckpointError(
+            f"{path} chat_template: expected Jinja text, or several with one called 'default', got"
+            f" {', '.join(map(str, template)) if isinstance(template, dict) else type(template).__name__};"
+            " write the template into chat_template.jinja"
+        )
+    return text
+
+
+def _with_special_tokens(template: str, tokenizer: Any) -> str:
+    """Return the template with the special tokens that it names; the manifest has the first and the last token only."""
+    more = {
+        name: token
+        for name, token in tokenizer.special_tokens_map.items()
+        if name not in ("bos_token", "eos_token") and re.search(rf"\b{re.escape(name)}\b", template)
+    }
+    return (
+        "".join(f"{{% set {name} = {json.dumps(str(token))} %}}" for name, token in more.items()) + template
+    )
 
 
 def _stop_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:

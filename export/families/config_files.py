@@ -50,11 +50,12 @@ def read_image_processor(checkpoint: Checkpoint) -> dict[str, Any]:
         CheckpointError: If neither is there.
     """
     folder = checkpoint.folder
-    values: dict[str, Any] | None = None
-    if (folder / "preprocessor_config.json").exists():
-        values = read_json(folder / "preprocessor_config.json")
-    elif (folder / "processor_config.json").exists():
+    values: Any = None
+    # transformers reads the newer file first, too: saving again leaves the older one where it lies
+    if (folder / "processor_config.json").exists():
         values = read_json(folder / "processor_config.json").get("image_processor")
+    if values is None and (folder / "preprocessor_config.json").exists():
+        values = read_json(folder / "preprocessor_config.json")
     if not isinstance(values, dict):
         raise CheckpointError(
             f"{folder}: expected preprocessor_config.json or processor_config.json with an image processor, got none;"
