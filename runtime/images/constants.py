@@ -30,6 +30,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _RESAMPLE_OF_ID: dict[object, Resample] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+_NOT_FOLLOWED = ("use_square_size", "pad_size")
 _PIXELS = ("do_rescale", "do_normalize", "rescale_factor", "image_mean", "image_std")
 _Constants = TypeVar("_Constants", bound="ImageConstants")
 
@@ -118,7 +119,7 @@ def processor_values(
         always: Steps that the file may not switch off.
 
     Raises:
-        CheckpointError: If it is of another class, or switches a step off.
+        CheckpointError: If it is of another class, switches a step off, or asks for one that is not followed.
     """
     name = str(config.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil")
     if name not in processors:
@@ -132,6 +133,11 @@ def processor_values(
     for key in always:
         if not values.get(key, True):
             raise CheckpointError(f"preprocessor_config {key}: expected true, got false")
+    for key in _NOT_FOLLOWED:
+        if values.get(key):
+            raise CheckpointError(
+                f"preprocessor_config {key}: expected none, got {values[key]}; this image processor cannot be followed"
+            )
     return name, values
 
 

@@ -211,6 +211,19 @@ def test_older_image_processor_files_say_the_same(processor: dict[str, Any], tmp
     assert plan_of(folder).resolved.processing == expected
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("use_square_size", True), ("pad_size", {"height": 400, "width": 400})]
+)
+def test_a_step_of_the_image_processor_that_is_not_followed_is_refused(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    folder = files_of("llava-1.5-7b", tmp_path, preprocessor_config={key: value})
+    with pytest.raises(
+        CheckpointError, match=f"preprocessor_config {key}: expected none, got .*; this image"
+    ):
+        plan_of(folder)
+
+
 def test_the_processor_file_of_transformers_5_counts_more_than_an_older_one(tmp_path: Path) -> None:
     """Saving a processor again leaves the older file where it lies; transformers reads the newer."""
     folder = files_of("llava-1.5-7b", tmp_path)
