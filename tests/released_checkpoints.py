@@ -20,6 +20,7 @@ from trio_edge.runtime.prompts.chat import (
     INTERNVL_TEMPLATE,
     MISTRAL_TEMPLATE,
     QWEN2_5_VL_TEMPLATE,
+    QWEN3_VL_TEMPLATE,
     VICUNA_TEMPLATE,
 )
 
@@ -33,6 +34,7 @@ _TEMPLATES = {
     "vicuna": VICUNA_TEMPLATE.replace(_ANSWER, "{% generation %}{% endgeneration %}" + _ANSWER),
     "mistral": MISTRAL_TEMPLATE,
     "qwen2_5_vl": QWEN2_5_VL_TEMPLATE,
+    "qwen3_vl": QWEN3_VL_TEMPLATE,
     "internvl": INTERNVL_TEMPLATE,
 }
 # From a parameter of transformers' model to the name in released files, which are older than these classes.
@@ -46,6 +48,7 @@ _OLD_NAMES = {
     "llava": _LLAVA_NAMES,
     "llava_next": _LLAVA_NAMES,
     "qwen2_5_vl": ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
+    "qwen3_vl": (),
     "internvl": _LLAVA_NAMES[1:],
 }
 _DTYPES = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16)}
