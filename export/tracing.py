@@ -143,6 +143,12 @@ class _Tracer:
         num_named: int | None = None,
         constants: Mapping[str, NDArray[Any]] = MappingProxyType({}),
     ) -> TracedGraph:
+        """Return ``traced`` with what each of its initializers is."""
+        return self.described(
+            self.traced(module, spec, num_named=num_named), module, spec, constants=constants
+        )
+
+    def traced(self, module: nn.Module, spec: GraphSpec, *, num_named: int | None = None) -> ir.Model:
         """Return the trace of ``module``, whose ``forward`` takes inputs after the first ``num_named`` as ``*others``."""
         if spec.role == "probe":
             sizes, dims = _probe_sizes(spec)
@@ -153,7 +159,7 @@ class _Tracer:
             sizes, dims = _trace_sizes(spec, several=_MORE[spec.role])
         axes = tuple(dynamic_axes(tensor, dims=dims) for tensor in spec.inputs)
         others = axes[num_named:] if num_named is not None else ()
-        model = trace(
+        return trace(
             module,
             args=tuple(example_input(tensor, trace_sizes=sizes) for tensor in spec.inputs),
             dynamic_shapes=(*axes[:num_named], others) if others else axes,
@@ -161,7 +167,6 @@ class _Tracer:
             outputs=spec.outputs,
             opset=self.layout.opset,
         )
-        return self.described(model, module, spec, constants=constants)
 
     def described(
         self, model: ir.Model, module: nn.Module, spec: GraphSpec, *, constants: Mapping[str, NDArray[Any]]
@@ -260,7 +265,18 @@ def _vision(tracer: _Tracer) -> TracedGraph:
     vision = tracer.model.vision
     tensors = GraphTensors(vision.inputs, vision.outputs)
     spec = tracer.spec("vision", "vision", tensors, tracer.layout.vision_profiles())
-    return tracer.graph(vision.module, spec, constants=vision.constants)
+    if vision.layered is None:
+        return tracer.graph(vision.module, spec, constants=vision.constants)
+    traces = {
+        name: tracer.traced(
+            part.traceable(),
+            msgspec.structs.replace(spec, inputs=part.inputs, outputs=part.outputs),
+            num_named=0,
+        )
+        for name, part in vision.layered.parts.items()
+    }
+    model = vision.layered.assemble(traces, inputs=spec.inputs, outputs=spec.outputs)
+    return tracer.described(model, vision.module, spec, constants=vision.constants)
 
 
 def _trace_sizes(spec: GraphSpec, *, several: Mapping[str, int]) -> tuple[dict[str, int], dict[str, Any]]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
+    from trio_edge.export.graphs.assembly.copies import LayeredModule
     from trio_edge.export.graphs.linear_groups import LinearGroup
     from trio_edge.runtime.bundle.manifest import FloatType, TensorSpec, VisionDimensions
     from trio_edge.runtime.bundle.schedule import Positions
@@ -35,6 +36,8 @@ class VisionGraph:
     """All linear layers that run."""
     constants: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     """Buffers that have no values under FakeTensorMode."""
+    layered: LayeredModule | None = None
+    """The module as copies of few parts, where its layers are large graphs; None if it is traced as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,7 @@ from trio_edge.export.graphs.vision.deepstack import (
     DeepstackVision,
     deepstack_groups,
     plane_mergers,
+    vision_inputs,
 )
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import DEEPSTACK_TOKENS, token_planes
@@ -105,27 +106,21 @@ def _vision_graph(
     with unset_fake_temporarily():  # the frequencies are written into the graph, so they need values
         inv_freq, _ = type(visual.rotary_pos_emb).compute_axial_rope_parameters(vision)
         values = inv_freq.to(torch.float32).numpy()
-    patch_values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    module = DeepstackVision(
+        visual,
+        inv_freq=torch.empty(len(values), dtype=torch.float32),
+        max_patches=processing.any_image_sizes()[-1]["P"],
+        num_planes=num_planes,
+    )
     width = vision.out_hidden_size
     return VisionGraph(
-        module=DeepstackVision(
-            visual,
-            inv_freq=torch.empty(len(values), dtype=torch.float32),
-            max_patches=processing.any_image_sizes()[-1]["P"],
-            num_planes=num_planes,
-        ),
-        inputs=(
-            TensorSpec(name="pixel_values", dtype="float32", shape=("P", patch_values)),
-            TensorSpec(name="patch_positions", dtype="int32", shape=(2, "P")),
-            TensorSpec(name="table_index", dtype="int32", shape=(4, "P")),
-            TensorSpec(name="table_weights", dtype="float32", shape=(4, "P")),
-            TensorSpec(name="num_patches", dtype="int32", shape=(1,)),
-            TensorSpec(name="token_index", dtype="int32", shape=("N",)),
-        ),
+        module=module,
+        inputs=vision_inputs(module.embedding.patch_values),
         outputs=(
             TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", width)),
             *token_planes(DEEPSTACK_TOKENS, num_planes, rows="N", width=width, dtype=dtype),
         ),
         linear_groups=deepstack_groups(visual, num_planes=num_planes),
         constants={INV_FREQ_NAME: values},
+        layered=module.parts(width=width, dtype=dtype),
     )

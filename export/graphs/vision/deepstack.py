@@ -21,24 +21,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
+from trio_edge.export.graphs.assembly.copies import Copy, LayeredModule, Part
 from trio_edge.export.graphs.linear_groups import LinearGroup
-from trio_edge.export.graphs.vision.patches import attention, embedded, rows_at, with_headroom
+from trio_edge.export.graphs.vision.patches import Rows, attention, embedded, rows_at, with_headroom
+from trio_edge.runtime.bundle.graph_io import DEEPSTACK_TOKENS, VISUAL_TOKENS
+from trio_edge.runtime.bundle.manifest import TensorSpec
 from trio_edge.trio.cost.memory import num_head_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-INV_FREQ_NAME = "inv_freq"
+    from trio_edge.runtime.bundle.manifest import FloatType
+
+INV_FREQ_NAME = "tables.inv_freq"
 """The graph's one constant, [E/4]."""
 
 
 class DeepstackVision(nn.Module):
     """Encoder, mergers of neighbouring patches, and the gather that pads the visual tokens."""
-
-    inv_freq: Tensor
 
     def __init__(self, visual: nn.Module, *, inv_freq: Tensor, max_patches: int, num_planes: int) -> None:
         """Take the parts of ``visual``.
@@ -51,15 +55,13 @@ class DeepstackVision(nn.Module):
         """
         super().__init__()
         core: Any = visual
-        self.patch_embed: nn.Module = core.patch_embed
-        self.pos_embed: nn.Embedding = core.pos_embed
-        self.blocks: nn.ModuleList = core.blocks
-        self.merger: nn.Module = core.merger
-        self.max_patches = max_patches
         mergers = plane_mergers(core, num_planes)
         self.plane_layers = list(mergers)
-        self.plane_mergers = nn.ModuleList(mergers.values())
-        self.register_buffer("inv_freq", inv_freq)
+        self.embedding = PatchEmbedding(core)
+        self.tables = PatchTables(inv_freq)
+        self.layers = nn.ModuleList(PatchLayer(block, max_patches=max_patches) for block in core.blocks)
+        self.merger = TokenMerger(core.merger)
+        self.plane_mergers = nn.ModuleList(TokenMerger(merger) for merger in mergers.values())
 
     def forward(
         self,
@@ -71,36 +73,162 @@ class DeepstackVision(nn.Module):
         token_index: Tensor,
     ) -> tuple[Tensor, ...]:
         """Return the visual tokens [N, D], then the planes [N, D]."""
-        hidden_PD = embedded(self.patch_embed, pixel_values).float()
-        hidden_PD = hidden_PD + self._places(table_index, table_weights)
-        is_real_P = torch.arange(pixel_values.shape[0]) < num_patches
-        rows = rows_at(self.inv_freq, patch_positions, is_real_P)
-        # an axis that is traced as dynamic has no number
-        num_rows = pixel_values.shape[0] if isinstance(pixel_values.shape[0], int) else self.max_patches
+        hidden_PD = self.embedding(pixel_values, table_index, table_weights)
+        rows = self.tables(patch_positions, num_patches)
         planes = []
-        block: Any
-        for index, block in enumerate(self.blocks):
-            qkv_PX = block.attn.qkv(_normed(block.norm1, hidden_PD).to(block.attn.qkv.weight.dtype))
-            head_blocks = num_head_blocks(block.attn.num_heads, num_rows)
-            mixed_PD = attention(block.attn, qkv_PX[None], rows, head_blocks=head_blocks)[0]
-            hidden_PD = hidden_PD + block.attn.proj(mixed_PD).float()
-            hidden_PD = hidden_PD + _mlp(block.mlp, _normed(block.norm2, hidden_PD))
+        for index, layer in enumerate(self.layers):
+            hidden_PD = layer(hidden_PD, *rows)
             if index in self.plane_layers:
                 merger = self.plane_mergers[self.plane_layers.index(index)]
-                planes.append(_merged(merger, hidden_PD))
-        tokens_MD = _merged(self.merger, hidden_PD)
-        return tuple(rows_MD.index_select(0, token_index) for rows_MD in (tokens_MD, *planes))
+                planes.append(merger(hidden_PD, token_index))
+        return self.merger(hidden_PD, token_index), *planes
 
-    def _places(self, table_index: Tensor, table_weights: Tensor) -> Tensor:
-        """Return what stands for the patches' places, [P, D] float32; one entry of the table after the other saves memory."""
-        table = self.pos_embed.weight
-        first, *others = (
-            table.index_select(0, table_index[corner]).float() * table_weights[corner][:, None]
-            for corner in range(4)
+    def parts(self, *, width: int, dtype: FloatType) -> LayeredModule:
+        """Return the same as parts that are traced once each.
+
+        Args:
+            width: D, the decoder's.
+            dtype: Of the outputs.
+        """
+        size = 4 * len(self.tables.inv_freq)
+        hidden = TensorSpec(name="hidden", dtype="float32", shape=("P", self.embedding.width))
+        table = TensorSpec(name="cos", dtype="float32", shape=(1, "P", 1, size))
+        tables = (
+            table,
+            msgspec.structs.replace(table, name="sin"),
+            TensorSpec(name="mask", dtype="float32", shape=(1, 1, 1, "P")),
         )
-        for more in others:
-            first = first + more
-        return first
+        inputs = {tensor.name: tensor for tensor in vision_inputs(self.embedding.patch_values)}
+        placed = (hidden, inputs["token_index"])
+        tokens, plane = (
+            TensorSpec(name=name, dtype=dtype, shape=("N", width)) for name in ("tokens", "plane")
+        )
+        parts = {
+            "embedding": Part(
+                self.embedding,
+                (inputs["pixel_values"], inputs["table_index"], inputs["table_weights"]),
+                (hidden,),
+            ),
+            "tables": Part(self.tables, (inputs["patch_positions"], inputs["num_patches"]), tables),
+            "layer": Part(self.layers[0], (hidden, *tables), (hidden,)),
+            "merger": Part(self.merger, placed, (tokens,)),
+        }
+        names = [tensor.name for tensor in tables]
+        steps = [
+            Copy(
+                "embedding", "embedding.", [tensor.name for tensor in parts["embedding"].inputs], ["hidden.0"]
+            ),
+            Copy("tables", "tables.", [tensor.name for tensor in parts["tables"].inputs], names),
+        ]
+        for index in range(len(self.layers)):
+            after = f"hidden.{index + 1}"
+            steps.append(Copy("layer", f"layers.{index}.", [f"hidden.{index}", *names], [after]))
+            if index in self.plane_layers:
+                parts["plane_merger"] = Part(self.plane_mergers[0], placed, (plane,))
+                number = self.plane_layers.index(index)
+                found = f"{DEEPSTACK_TOKENS}{number}"
+                steps.append(
+                    Copy("plane_merger", f"plane_mergers.{number}.", [after, "token_index"], [found])
+                )
+        last = f"hidden.{len(self.layers)}"
+        steps.append(Copy("merger", "merger.", [last, "token_index"], [VISUAL_TOKENS]))
+        return LayeredModule(parts=parts, copies=tuple(steps))
+
+
+def vision_inputs(patch_values: int) -> tuple[TensorSpec, ...]:
+    """Return the graph's inputs, for patches of so many numbers."""
+    return (
+        TensorSpec(name="pixel_values", dtype="float32", shape=("P", patch_values)),
+        TensorSpec(name="patch_positions", dtype="int32", shape=(2, "P")),
+        TensorSpec(name="table_index", dtype="int32", shape=(4, "P")),
+        TensorSpec(name="table_weights", dtype="float32", shape=(4, "P")),
+        TensorSpec(name="num_patches", dtype="int32", shape=(1,)),
+        TensorSpec(name="token_index", dtype="int32", shape=("N",)),
+    )
+
+
+class PatchEmbedding(nn.Module):
+    """Patches and the places that they are at."""
+
+    def __init__(self, visual: Any) -> None:
+        super().__init__()
+        self.patch_embed: nn.Module = visual.patch_embed
+        self.pos_embed: nn.Embedding = visual.pos_embed
+
+    @property
+    def width(self) -> int:
+        """Numbers of a patch's hidden state."""
+        return self.pos_embed.embedding_dim
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers of a patch."""
+        weight: Tensor = self.patch_embed.get_submodule("proj").get_parameter("weight")
+        return weight[0].numel()
+
+    def forward(self, pixel_values: Tensor, table_index: Tensor, table_weights: Tensor) -> Tensor:
+        """Return the hidden states [P, D] in front of the first layer, float32."""
+        hidden_PD = embedded(self.patch_embed, pixel_values).float()
+        table = self.pos_embed.weight
+        for corner in range(4):  # one entry of the table after the other saves memory
+            entry_PD = table.index_select(0, table_index[corner]).float()
+            hidden_PD = hidden_PD + entry_PD * table_weights[corner][:, None]
+        return hidden_PD
+
+
+class PatchTables(nn.Module):
+    """What all layers' attention reads besides the hidden states: ``Rows``."""
+
+    inv_freq: Tensor
+
+    def __init__(self, inv_freq: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", inv_freq)
+
+    def forward(self, patch_positions: Tensor, num_patches: Tensor) -> Rows:
+        """Return the tables of P patches, of which ``num_patches`` are real."""
+        is_real_P = torch.arange(patch_positions.shape[1]) < num_patches
+        return rows_at(self.inv_freq, patch_positions, is_real_P)
+
+
+class PatchLayer(nn.Module):
+    """One layer of the encoder."""
+
+    def __init__(self, block: nn.Module, *, max_patches: int) -> None:
+        super().__init__()
+        self.block = block
+        self.max_patches = max_patches
+
+    def forward(self, hidden_PD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        """Return the hidden states after the layer, float32 like those before it."""
+        block: Any = self.block
+        # an axis that is traced as dynamic has no number
+        num_rows = hidden_PD.shape[0] if isinstance(hidden_PD.shape[0], int) else self.max_patches
+        head_blocks = num_head_blocks(block.attn.num_heads, num_rows)
+        qkv_PX = block.attn.qkv(_normed(block.norm1, hidden_PD).to(block.attn.qkv.weight.dtype))
+        mixed_PD = attention(block.attn, qkv_PX[None], Rows(cos, sin, mask), head_blocks=head_blocks)[0]
+        hidden_PD = hidden_PD + block.attn.proj(mixed_PD).float()
+        states = block.mlp.linear_fc1(_normed(block.norm2, hidden_PD).to(block.mlp.linear_fc1.weight.dtype))
+        return hidden_PD + with_headroom(block.mlp.linear_fc2, block.mlp.act_fn(states))
+
+
+class TokenMerger(nn.Module):
+    """Neighbouring patches to one token each, and the gather that puts the tokens in their rows."""
+
+    def __init__(self, merger: nn.Module) -> None:
+        super().__init__()
+        self.merger = merger
+
+    def forward(self, hidden_PD: Tensor, token_index: Tensor) -> Tensor:
+        """Return the tokens [N, D] in the weights' dtype."""
+        merger: Any = self.merger
+        if merger.use_postshuffle_norm:
+            normed = _normed(merger.norm, hidden_PD.view(-1, merger.hidden_size))
+        else:
+            normed = _normed(merger.norm, hidden_PD).view(-1, merger.hidden_size)
+        states = merger.act_fn(merger.linear_fc1(normed.to(merger.linear_fc1.weight.dtype)))
+        tokens: Tensor = merger.linear_fc2(states)
+        return tokens.index_select(0, token_index)
 
 
 def plane_mergers(visual: nn.Module, num_planes: int) -> dict[int, nn.Module]:
@@ -150,18 +278,3 @@ def _normed(norm: Any, hidden: Tensor) -> Tensor:
     return nn.functional.layer_norm(
         hidden, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
     )
-
-
-def _merged(merger: Any, hidden_PD: Tensor) -> Tensor:
-    """Return the tokens of all patches in their order, [M, D] in the weights' dtype."""
-    if merger.use_postshuffle_norm:
-        normed = _normed(merger.norm, hidden_PD.view(-1, merger.hidden_size))
-    else:
-        normed = _normed(merger.norm, hidden_PD).view(-1, merger.hidden_size)
-    states = merger.act_fn(merger.linear_fc1(normed.to(merger.linear_fc1.weight.dtype)))
-    return merger.linear_fc2(states)  # type: ignore[no-any-return]
-
-
-def _mlp(mlp: Any, normed_PD: Tensor) -> Tensor:
-    states = mlp.act_fn(mlp.linear_fc1(normed_PD.to(mlp.linear_fc1.weight.dtype)))
-    return with_headroom(mlp.linear_fc2, states)

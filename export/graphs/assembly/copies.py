@@ -1,0 +1,199 @@
+"""Makes a graph of many layers from traces of a few parts.
+
+Tracing takes seconds a layer, and layers differ in nothing but their weights. So each kind of part is traced once, and its
+nodes are repeated. What does not differ from copy to copy, as masks, rotary tables and sizes do not, stays single.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import onnx_ir as ir
+from torch import nn
+
+from trio_edge.export.graphs.assembly.onnx_graph import graph_value
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+    from trio_edge.runtime.bundle.manifest import TensorSpec
+
+LAYER_PREFIX = "layers.0."
+"""Start of the names of a traced part's own weights."""
+
+
+class Part(NamedTuple):
+    """A module that is traced once."""
+
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def traceable(self) -> nn.Module:
+        """Return the module with weights whose names start with ``LAYER_PREFIX``."""
+        return _Traceable(self.module)
+
+
+class Copy(NamedTuple):
+    """One copy of a part in a graph."""
+
+    part: str
+    weights: str
+    """Start of the names that the copy's weights have in the whole module."""
+    inputs: Sequence[str]
+    """Inputs of the graph, or outputs of earlier copies."""
+    outputs: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayeredModule:
+    """A module as copies of few parts."""
+
+    parts: Mapping[str, Part]
+    copies: tuple[Copy, ...]
+
+    def assemble(
+        self, traces: Mapping[str, ir.Model], *, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+    ) -> ir.Model:
+        """Return the whole graph, of which ``traces`` has the parts."""
+        graph = Copies(inputs)
+        values = dict(zip((tensor.name for tensor in inputs), graph.inputs))
+        for number, copy in enumerate(self.copies):
+            found = graph.add(
+                traces[copy.part],
+                [values[name] for name in copy.inputs],
+                varying=self._varying(copy.part),
+                weights=copy.weights,
+                own_suffix=f".{number}",
+                shared_suffix=f".{copy.part}",
+            )
+            values |= zip(copy.outputs, found)
+        return graph.model(
+            [values[tensor.name] for tensor in outputs], outputs, like=next(iter(traces.values()))
+        )
+
+    def _varying(self, part: str) -> list[int]:
+        """Return the places of a part's inputs that are not the same in all its copies."""
+        places = zip(*(copy.inputs for copy in self.copies if copy.part == part))
+        return [index for index, names in enumerate(places) if len(set(names)) > 1]
+
+
+class Copies:
+    """A graph in the making."""
+
+    def __init__(self, inputs: Sequence[TensorSpec]) -> None:
+        self.inputs = [graph_value(spec) for spec in inputs]
+        self.nodes: list[ir.Node] = []
+        self._initializers: list[ir.Value] = []
+        self._shared: dict[int, dict[ir.Value, ir.Value]] = {}
+        """By trace what its copies have in common."""
+
+    def add(
+        self,
+        source: ir.Model,
+        inputs: Sequence[ir.Value],
+        *,
+        varying: Collection[int],
+        weights: str,
+        own_suffix: str,
+        shared_suffix: str = "",
+    ) -> list[ir.Value]:
+        """Append a copy of a trace, which does not change, and return its outputs.
+
+        Args:
+            source: The trace.
+            inputs: What its inputs are here.
+            varying: Places of the inputs that other copies have other values for.
+            weights: Start of the names of the copy's weights, in place of ``LAYER_PREFIX``.
+            own_suffix: End of the names of what other copies have too.
+            shared_suffix: End of the names of what all copies have in common.
+        """
+        graph = source.graph
+        own = _own_values(graph, varying)
+        is_first = id(source) not in self._shared
+        shared = self._shared.setdefault(id(source), {})
+        values = {**shared, **dict(zip(graph.inputs, inputs))}
+        for value in graph.initializers.values():
+            name = str(value.name)
+            if value in own:
+                values[value] = _copied(value, weights + name.removeprefix(LAYER_PREFIX))
+            elif is_first:  # a buffer has no value yet: its name says what it is
+                shared[value] = values[value] = _copied(
+                    value, name + shared_suffix * (value.const_value is not None)
+                )
+            else:
+                continue
+            self._initializers.append(values[value])
+        for node in graph:
+            is_own = node.outputs[0] in own
+            if not is_own and not is_first:
+                continue
+            self.nodes.append(_repeat(node, values, suffix=own_suffix if is_own else shared_suffix))
+            if not is_own:
+                shared |= {value: values[value] for value in node.outputs}
+        return [values[value] for value in graph.outputs]
+
+    def add_node(self, operator: str, inputs: Sequence[ir.Value], *, name: str) -> ir.Value:
+        """Append a node whose output is like its first input, and return that."""
+        (output,) = (node := ir.Node("", operator, inputs, num_outputs=1, name=name)).outputs
+        output.name, output.shape, output.type = name, inputs[0].shape, inputs[0].type
+        self.nodes.append(node)
+        return output
+
+    def model(self, values: Iterable[ir.Value], outputs: Sequence[TensorSpec], *, like: ir.Model) -> ir.Model:
+        """Return the graph with ``values`` for its outputs; opset and name are those of ``like``."""
+        results = list(values)
+        for value, spec in zip(results, outputs):
+            named = graph_value(spec)
+            value.name, value.shape, value.type = named.name, named.shape, named.type
+        graph = ir.Graph(
+            self.inputs,
+            results,
+            nodes=self.nodes,
+            initializers=self._initializers,
+            opset_imports=dict(like.opset_imports),
+            name=like.graph.name,
+        )
+        return ir.Model(graph, ir_version=like.ir_version)
+
+
+class _Traceable(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([module])
+
+    def forward(self, *inputs: object) -> object:
+        return self.layers[0](*inputs)
+
+
+def _own_values(graph: ir.Graph, varying: Collection[int]) -> set[ir.Value]:
+    """Return what differs from copy to copy: weights, varying inputs, and all that is computed from them.
+
+    A shape does not differ: what is computed from shapes, as the decoder's mask is, belongs to all copies.
+    """
+    own = {graph.inputs[index] for index in varying}
+    own |= {value for name, value in graph.initializers.items() if name.startswith(LAYER_PREFIX)}
+    for node in graph:
+        if node.op_type != "Shape" and any(value in own for value in node.inputs):
+            own |= set(node.outputs)
+    return own
+
+
+def _copied(value: ir.Value, name: str) -> ir.Value:
+    return ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
+
+
+def _repeat(node: ir.Node, values: dict[ir.Value, ir.Value], *, suffix: str) -> ir.Node:
+    """Return a copy of ``node`` that reads from ``values`` and adds its outputs to them."""
+    outputs = [_copied(value, f"{value.name}{suffix}") for value in node.outputs]
+    values |= dict(zip(node.outputs, outputs))
+    return ir.Node(
+        node.domain,
+        node.op_type,
+        [None if value is None else values[value] for value in node.inputs],
+        list(node.attributes.values()),
+        overload=node.overload,
+        outputs=outputs,
+        name=f"{node.name}{suffix}",
+    )
