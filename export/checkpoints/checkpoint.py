@@ -43,6 +43,8 @@ ALIASES = {
         Alias("llava-next-7b", "llava-hf/llava-v1.6-vicuna-7b-hf", "LLaVA-NeXT, Vicuna"),
         Alias("llava-next-mistral-7b", "llava-hf/llava-v1.6-mistral-7b-hf", "LLaVA-NeXT, Mistral"),
         Alias("llava-next-13b", "llava-hf/llava-v1.6-vicuna-13b-hf", "LLaVA-NeXT, Vicuna"),
+        Alias("llava-onevision-0.5b", "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "LLaVA-OneVision"),
+        Alias("llava-onevision-7b", "llava-hf/llava-onevision-qwen2-7b-ov-hf", "LLaVA-OneVision"),
         Alias("qwen2.5-vl-3b", "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL"),
         Alias("qwen2.5-vl-7b", "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL"),
         Alias("qwen3-vl-2b", "Qwen/Qwen3-VL-2B-Instruct", "Qwen3-VL"),

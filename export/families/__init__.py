@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from trio_edge.export.checkpoints.packed import packed_format
 from trio_edge.export.families.internvl import InternVl
 from trio_edge.export.families.llava import Llava
+from trio_edge.export.families.llava_onevision import LlavaOnevision
 from trio_edge.export.families.qwen2_5_vl import Qwen25Vl
 from trio_edge.export.families.qwen3_vl import Qwen3Vl
 from trio_edge.runtime.bundle.errors import CheckpointError
@@ -34,6 +35,7 @@ FAMILIES: tuple[Family, ...] = (
         image_processor="LlavaNextImageProcessor",
         mistral_template=MISTRAL_TEMPLATE,
     ),
+    LlavaOnevision(),
     Qwen25Vl(),
     Qwen3Vl(),
     InternVl(),

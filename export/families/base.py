@@ -130,3 +130,11 @@ def refuse_features(model_type: str, *, with_features: bool) -> None:
             f"--token-method: expected one that needs no class token for {model_type} ({others}), got one that does;"
             " choose another"
         )
+
+
+def refuse_encoder_keep(model_type: str, encoder_keep: int | None) -> None:
+    """Raise ScheduleError if a family is asked to drop patches in its vision encoder that it cannot rank."""
+    if encoder_keep is not None:
+        raise ScheduleError(
+            f"--encoder-keep: expected none for {model_type}, got {encoder_keep}; leave it out"
+        )

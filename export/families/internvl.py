@@ -6,11 +6,17 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
-from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_features
+from trio_edge.export.families.base import (
+    FamilyModel,
+    VisionGraph,
+    refuse_encoder_keep,
+    refuse_features,
+)
 from trio_edge.export.families.config_files import read_image_processor
 from trio_edge.export.families.decoder import family_model, read_config
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
-from trio_edge.export.graphs.vision.internvl import TILE_ATTENTION_NAME, TileVision, register_tile_attention
+from trio_edge.export.graphs.vision.internvl import TileVision
+from trio_edge.export.graphs.vision.tile_attention import TILE_ATTENTION_NAME, register_tile_attention
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
 from trio_edge.runtime.images.internvl import InternVlImages
@@ -75,10 +81,7 @@ class InternVl:
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
     ) -> ImageProcessing:
         """Return the tiling, documented in ``Family``; ``max_visual`` lowers the number of tiles."""
-        if encoder_keep is not None:
-            raise ScheduleError(
-                f"--encoder-keep: expected none for {self.model_type}, got {encoder_keep}; leave it out"
-            )
+        refuse_encoder_keep(self.model_type, encoder_keep)
         config = _read_config(checkpoint)
         processing = InternVlImages.from_preprocessor_config(
             {"image_processor_type": "GotOcr2ImageProcessor", **read_image_processor(checkpoint)},

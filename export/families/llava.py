@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.schedule import Positions
     from trio_edge.runtime.images.interface import ImageProcessing
 
-_TEXT_TYPES = ("llama", "mistral", "qwen2")
+TEXT_TYPES = ("llama", "mistral", "qwen2")
+"""Decoders of LLaVA models."""
 
 
 @final
@@ -83,7 +84,7 @@ class Llava:
                 f"--max-visual: expected none for {self.model_type}, whose images are not scaled to"
                 f" a number of tokens, got {max_visual}; use --image-size"
             )
-        processing = _image_processing(checkpoint, default_type=self.image_processor)
+        processing = read_llava_images(checkpoint, default_type=self.image_processor)
         if encoder_keep is not None:
             check_encoder_keep(encoder_keep, patches_per_side=processing.patches_per_side)
         return msgspec.structs.replace(processing, encoder_keep=encoder_keep)
@@ -95,7 +96,7 @@ def read_clip_config(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: If it cannot be read, or names another decoder or vision tower.
     """
-    config = read_config(checkpoint, text_types=_TEXT_TYPES)
+    config = read_config(checkpoint, text_types=TEXT_TYPES)
     vision = config.vision_config
     if vision.model_type != "clip_vision_model":
         raise CheckpointError(
@@ -126,10 +127,8 @@ def _build(
     vision._attn_implementation = "eager"
     root: Any = model_class(config)
     inner = root.model
-    layer = config.vision_feature_layer
-    feature_layers = (layer,) if isinstance(layer, int) else tuple(layer)
     graph, num_layers = _vision_graph(
-        inner, feature_layers, processing=processing, dtype=dtype, with_features=with_features
+        inner, feature_layers_of(config), processing=processing, dtype=dtype, with_features=with_features
     )
     return family_model(
         root,
@@ -144,6 +143,12 @@ def _build(
             merged_weights=2 * (processing.encoder_keep or 0) * text.hidden_size,
         ),
     )
+
+
+def feature_layers_of(config: Any) -> tuple[int, ...]:
+    """Return the indices of the vision tower's hidden states that a LLaVA's projector reads."""
+    layer = config.vision_feature_layer
+    return (layer,) if isinstance(layer, int) else tuple(layer)
 
 
 def _vision_graph(
@@ -201,8 +206,12 @@ def _vision_module(
     return module, [*outputs, TensorSpec(name=FEATURE_NAMES[2], dtype="float32", shape=("N",))]
 
 
-def _image_processing(checkpoint: Checkpoint, *, default_type: str) -> LlavaImages:
-    """Return the constants of the checkpoint's image processor."""
+def read_llava_images(checkpoint: Checkpoint, *, default_type: str) -> LlavaImages:
+    """Return the constants of the checkpoint's image processor, of the class ``default_type`` if its file names none.
+
+    Raises:
+        CheckpointError: If it cannot be followed, or does not fit the model's configuration.
+    """
     folder, values = checkpoint.folder, read_image_processor(checkpoint)
     config = read_config(checkpoint)
     processing = LlavaImages.from_preprocessor_config(
@@ -210,10 +219,10 @@ def _image_processing(checkpoint: Checkpoint, *, default_type: str) -> LlavaImag
     )
     if processing.tile_size != config.vision_config.image_size:
         raise CheckpointError(
-            f"{folder}: expected crop_size {config.vision_config.image_size} (the vision tower's), got"
+            f"{folder}: expected tiles of {config.vision_config.image_size} (the vision tower's), got"
             f" {processing.tile_size}; preprocessor and weights belong to different models"
         )
-    theirs = [list(pinpoint) for pinpoint in checkpoint.config.get("image_grid_pinpoints") or []]
+    theirs = [list(pinpoint) for pinpoint in getattr(config, "image_grid_pinpoints", None) or []]
     ours = [list(pinpoint) for pinpoint in processing.grid_pinpoints]
     if processing.kind == "anyres" and theirs and ours != theirs:
         raise CheckpointError(

@@ -12,7 +12,7 @@ from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
 from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.images.internvl import InternVlImages
-from trio_edge.runtime.images.llava import LlavaImages
+from trio_edge.runtime.images.llava import ONEVISION_PINPOINTS, LlavaImages
 from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
 
 if TYPE_CHECKING:
@@ -78,6 +78,14 @@ _INTERN_VIT = VisionDimensions(
     projector_weights=0,
 )
 _HALF = (0.5, 0.5, 0.5)
+_SIGLIP = VisionDimensions(
+    num_layers=26,
+    hidden_size=1152,
+    intermediate_size=4304,
+    patches_per_tile=729,
+    projected_per_tile=729,
+    projector_weights=0,
+)
 _PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 
@@ -115,6 +123,24 @@ def _llava(name: str, decoder: Dimensions, *, tiles: bool) -> Model:
         name=name,
         decoder=decoder,
         vision=msgspec.structs.replace(_CLIP, projector_weights=(1024 + hidden) * hidden),
+        pictures=processing,
+    )
+
+
+def _onevision(name: str, decoder: Dimensions) -> Model:
+    processing = LlavaImages(
+        kind="anyres",
+        tile_size=384,
+        patch_size=14,
+        resize_size=384,
+        grid_pinpoints=ONEVISION_PINPOINTS,
+        max_grid_tiles=9,
+    )
+    hidden = decoder.hidden_size
+    return Model(
+        name=name,
+        decoder=decoder,
+        vision=msgspec.structs.replace(_SIGLIP, projector_weights=(1152 + hidden) * hidden),
         pictures=processing,
     )
 
@@ -170,6 +196,8 @@ _ALL = (
     _llava("llava-next-7b", _VICUNA_7B, tiles=True),
     _llava("llava-next-mistral-7b", _decoder(32, 4096, 32, 8, 14336, 32064), tiles=True),
     _llava("llava-next-13b", _VICUNA_13B, tiles=True),
+    _onevision("llava-onevision-0.5b", _decoder(24, 896, 14, 2, 4864, 152000, head_size=64)),
+    _onevision("llava-onevision-7b", _decoder(28, 3584, 28, 4, 18944, 152128)),
     _qwen("qwen2.5-vl-3b", _decoder(36, 2048, 16, 2, 11008, 151936)),
     _qwen("qwen2.5-vl-7b", _decoder(28, 3584, 28, 4, 18944, 152064)),
     _qwen3("qwen3-vl-2b", _QWEN3_2B),

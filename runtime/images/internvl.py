@@ -35,6 +35,7 @@ from trio_edge.runtime.images.layout import (
     boxes_between,
     check_not_empty,
     check_rgb,
+    few_counts,
     padded_index,
     room_for,
 )
@@ -123,18 +124,10 @@ class InternVlImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind"
         return {"B": tiles, "N": tiles * self.tokens_per_tile}
 
     def any_image_sizes(self) -> tuple[dict[str, int], ...]:
-        """Return the largest N with a few numbers of tiles.
-
-        Each number of tiles is about half of the next one: an engine has few profiles, and no image pays for much more
-        than twice its tiles.
-        """
+        """Return the largest N with a few numbers of tiles."""
         counts = sorted({_with_thumbnail(columns * rows) for columns, rows in _grids(self)})
-        wanted, limit = {counts[0], counts[-1]}, counts[-1]
-        while limit > counts[0]:
-            limit = (limit + 1) // 2
-            wanted.add(max((count for count in counts if count <= limit), default=counts[0]))
         most = counts[-1] * self.tokens_per_tile
-        return tuple({"B": count, "N": most} for count in sorted(wanted))
+        return tuple({"B": count, "N": most} for count in few_counts(counts))
 
     def layout(self, width: int, height: int) -> ImageLayout:
         """Return the layout of an image; the overview is the thumbnail."""

@@ -10,7 +10,7 @@ import numpy as np
 from trio_edge.runtime.bundle.errors import ImageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
     from PIL import Image
@@ -97,10 +97,25 @@ def room_for(
 
 
 def padded_index(used: NDArray[Any], size: int) -> NDArray[np.int32]:
-    """Return ``used`` as int32 [size]; the rest is 0, a row that every graph has."""
-    index = np.zeros(size, np.int32)
+    """Return ``used`` as int32 with ``size`` rows; the rest is 0, a row that every graph has."""
+    index = np.zeros((size, *used.shape[1:]), np.int32)
     index[: len(used)] = used
     return index
+
+
+def few_counts(counts: Sequence[int]) -> list[int]:
+    """Return a few of the numbers of tiles, the fewest and the most among them.
+
+    Each is about half of the next one: an engine has few profiles, and no image pays for much more than twice its tiles.
+
+    Args:
+        counts: All numbers of tiles that an image may have, ascending.
+    """
+    wanted, limit = {counts[0], counts[-1]}, counts[-1]
+    while limit > counts[0]:
+        limit = (limit + 1) // 2
+        wanted.add(max((count for count in counts if count <= limit), default=counts[0]))
+    return sorted(wanted)
 
 
 def boxes_between(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:

@@ -1,11 +1,12 @@
-"""From an image to the vision graph's inputs: pixel tiles, and the feature row of each visual token (LLaVA, LLaVA-NeXT).
+"""From an image to the vision graph's inputs: pixel tiles, and the feature row of each visual token (the LLaVA families).
 
 The vision graph outputs flat features of ``B * P + 1`` rows: the P patches of each of the B tiles in raster
 order, tile after tile, then one row ``image_newline``. All of LLaVA-NeXT's tiling, unpadding and newlines is
-one gather of these rows by ``token_index``, which is computed here, on the host.
+one gather of these rows by ``token_index``, which is computed here, on the host. LLaVA-OneVision also makes large grids
+smaller, bilinearly: there each token is a weighted sum of four rows.
 
-Source: LlavaNextImageProcessor, LlavaImageProcessor, CLIPImageProcessor and
-LlavaNextModel.pack_image_features of transformers 5.23.
+Source: LlavaNextImageProcessor, LlavaOnevisionImageProcessor, LlavaImageProcessor, CLIPImageProcessor,
+LlavaNextModel.pack_image_features and LlavaOnevisionModel.pack_image_features of transformers 5.23.
 """
 
 from __future__ import annotations
@@ -36,19 +37,26 @@ from trio_edge.runtime.images.layout import (
     boxes_between,
     check_not_empty,
     check_rgb,
+    few_counts,
     padded_index,
     room_for,
 )
 from trio_edge.runtime.images.resizing import Resample, resize
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
 ResizeMode = Literal["shortest_edge", "stretch"]
-_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor")
+_ONEVISION = "LlavaOnevisionImageProcessor"
+_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor", _ONEVISION)
 _PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+_ONEVISION_SIDES = range(384, 2305, 384)
+ONEVISION_PINPOINTS = tuple((height, width) for height in _ONEVISION_SIDES for width in _ONEVISION_SIDES)
+"""(height, width) of LLaVA-OneVision's grids of 1 x 1 to 6 x 6 tiles."""
+_MOST_EXCESS = 1.1
+"""Grids are made smaller whose sides are longer by more than this factor than the limit allows."""
 
 
 @final
@@ -68,6 +76,9 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
     resample: Resample = "bicubic"
     grid_pinpoints: tuple[tuple[Size, Size], ...] = ()
     """(height, width) of every grid of "anyres", in multiples of ``tile_size``; empty for "single"."""
+    max_grid_tiles: Size | None = None
+    """Tiles' worth of tokens that a grid keeps; one with clearly more is made smaller, bilinearly (LLaVA-OneVision). None for
+    no limit."""
     do_resize: bool = True
     do_center_crop: bool = True
     do_rescale: bool = True
@@ -92,6 +103,10 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
                 raise ManifestError(
                     f"grid_pinpoints: expected (height, width) in multiples of tile_size {tile}, got {pinpoint!r}"
                 )
+        if self.max_grid_tiles is not None and (self.kind == "single" or self.encoder_keep is not None):
+            raise ManifestError(
+                f"max_grid_tiles: expected none for kind 'single' or with an encoder_keep, got {self.max_grid_tiles}"
+            )
         if self.kind == "anyres" and self.do_pad:
             raise ManifestError("do_pad: expected false for kind 'anyres', got true")
         # Without a crop, only these give tiles of the encoder's size.
@@ -114,8 +129,10 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
             CheckpointError: If the processor is of another kind, or its values cannot be followed.
         """
         name, values = processor_values(config, processors=_PROCESSORS, always=("do_convert_rgb",))
-        is_anyres = name == "LlavaNextImageProcessor"
+        is_anyres = name in ("LlavaNextImageProcessor", _ONEVISION)
         with only_checkpoint_errors():
+            if name == _ONEVISION:
+                values = _with_onevision_defaults(values)
             resize_size, resize_mode = _side(values.get("size", {"shortest_edge": 224}), name="size")
             tile_size, _ = _side(values.get("crop_size", {"height": 224, "width": 224}), name="crop_size")
             fields = {
@@ -147,7 +164,7 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         if self.kind == "anyres":
             grid = _grid(width, height, self)
             tiles += grid.num_tiles
-            tokens += len(grid.rows) * (len(grid.columns) + 1)
+            tokens += grid.lines * (grid.line_tokens + 1)
         return {"B": tiles, "N": tokens if self.encoder_keep is None else tiles * self.encoder_keep}
 
     def any_image_sizes(self) -> tuple[dict[str, int], ...]:
@@ -155,12 +172,20 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
 
         A grid of R x C patches gives P + R(C + 1) tokens less what unpadding removes. An image of exactly the
         grid's size selects that grid (no grid shows more of it, none wastes less) and loses nothing, so the
-        bound is reached.
+        bound is reached. Where large grids are made smaller there are only a few numbers of tiles: LLaVA-OneVision has 18.
         """
         pinpoints = self.grid_pinpoints or ((self.tile_size, self.tile_size),)
         found = [self.sizes(width, height) for height, width in pinpoints]
-        most = max(sizes["N"] for sizes in found)
-        return tuple({"B": count, "N": most} for count in sorted({sizes["B"] for sizes in found}))
+        counts = sorted({sizes["B"] for sizes in found})
+        if self.max_grid_tiles is None:
+            most = max(sizes["N"] for sizes in found)
+        else:
+            limited = (
+                _limited(*size, self) for pinpoint in pinpoints for size in _unpadded_sizes(pinpoint, self)
+            )
+            most = self.patches_per_tile + max(lines * (tokens + 1) for lines, tokens in limited)
+            counts = few_counts(counts)
+        return tuple({"B": count, "N": most} for count in counts)
 
     def layout(self, width: int, height: int) -> ImageLayout:
         """Return the layout of an image; the overview is the base tile.
@@ -188,7 +213,8 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
 
         Returns:
             ``pixel_values`` float32 [B, 3, T, T], for "anyres" the base tile first, padded with tiles of zeros;
-            ``token_index`` int32 [N], padded with 0.
+            ``token_index`` int32 [N], padded with 0. With ``max_grid_tiles``, ``token_index`` is [N, 4], and there are
+            ``token_weights`` float32 [N, 4], padded with 0.
         """
         check_rgb(image)
         own = self.sizes(*image.size)
@@ -196,6 +222,14 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         tiles = [_single_tile(image, self)] if self.kind == "single" else _anyres_tiles(image, self)
         pixels = np.zeros((room["B"], 3, self.tile_size, self.tile_size), np.float32)
         pixels[: own["B"]] = normalized(np.stack(tiles), self).transpose(0, 3, 1, 2)
+        if self.max_grid_tiles is not None:
+            used, weights = self.weighted_index(*image.size, num_tiles=room["B"])
+            padding = np.zeros((room["N"] - own["N"], 4), np.float32)
+            return {
+                "pixel_values": pixels,
+                "token_index": padded_index(used, room["N"]),
+                "token_weights": np.concatenate([weights, padding]),
+            }
         if self.encoder_keep is None:
             used = self.token_index(*image.size, num_tiles=room["B"])
         else:  # the graph has rows of kept patches only, no newline
@@ -215,21 +249,49 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         Returns:
             int32 [N].
         """
-        num_patches, per_side = self.patches_per_tile, self.patches_per_side
+        num_patches = self.patches_per_tile
         base = np.arange(num_patches, dtype=np.int32)
         if self.kind == "single":
             return base
         on_grid = _grid(width, height, self)
         newline = (1 + on_grid.num_tiles if num_tiles is None else num_tiles) * num_patches
-        rows, columns = np.array(on_grid.rows, np.int64), np.array(on_grid.columns, np.int64)
-        tiles = 1 + (rows // per_side)[:, None] * on_grid.num_columns + (columns // per_side)[None, :]
-        patches = (rows % per_side)[:, None] * per_side + (columns % per_side)[None, :]
-        grid = tiles * num_patches + patches
-        lines = np.concatenate([grid, np.full((len(rows), 1), newline)], axis=1)
+        grid = _feature_rows(on_grid, self)
+        lines = np.concatenate([grid, np.full((len(grid), 1), newline)], axis=1)
         return np.concatenate([base, lines.ravel().astype(np.int32)])
 
+    def weighted_index(
+        self, width: int, height: int, *, num_tiles: int | None = None
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Return, for each visual token of an image of this size, four rows of the vision graph's flat features and their weights.
 
-# LLaVA-NeXT's choice of a grid
+        Tokens of a grid that is made smaller are sums of the four patches around their centre; of all others the first row
+        has all the weight. Arguments and order are those of ``token_index``; the kind must be "anyres".
+
+        Returns:
+            int32 [N, 4] and float32 [N, 4].
+
+        Source: torch's interpolate with mode "bilinear", which pack_image_features calls.
+        """
+        on_grid = _grid(width, height, self)
+        lines, tokens, num_patches = on_grid.lines, on_grid.line_tokens, self.patches_per_tile
+        newline = (1 + on_grid.num_tiles if num_tiles is None else num_tiles) * num_patches
+        y, y_shares = _between(len(on_grid.rows), lines)
+        x, x_shares = _between(len(on_grid.columns), tokens)
+        grid = _feature_rows(on_grid, self)[y[:, None, :, None], x[None, :, None, :]]
+        shares = y_shares[:, None, :, None] * x_shares[None, :, None, :]
+        rows = np.full((lines, tokens + 1, 4), newline, np.int32)
+        weights = np.zeros((lines, tokens + 1, 4), np.float32)
+        rows[:, :-1], weights[:, :-1] = (part.reshape(lines, tokens, 4) for part in (grid, shares))
+        weights[:, -1, 0] = 1.0
+        base = np.repeat(np.arange(num_patches, dtype=np.int32)[:, None], 4, axis=1)
+        first = np.array([1.0, 0.0, 0.0, 0.0], np.float32)
+        return (
+            np.concatenate([base, rows.reshape(-1, 4)]),
+            np.concatenate([np.tile(first, (num_patches, 1)), weights.reshape(-1, 4)]),
+        )
+
+
+# LLaVA-NeXT's choice of a grid, and LLaVA-OneVision's limit
 
 
 class _Grid(NamedTuple):
@@ -248,6 +310,10 @@ class _Grid(NamedTuple):
     """Rows of the grid's patches that are left without padding. A very thin image can be left without any: then it has only the
     base tile's tokens."""
     columns: range
+    lines: int
+    """Lines of tokens: as many as rows unless the grid is made smaller."""
+    line_tokens: int
+    """Tokens of a line without its newline."""
 
 
 def _grid(width: int, height: int, images: LlavaImages) -> _Grid:
@@ -262,14 +328,62 @@ def _grid(width: int, height: int, images: LlavaImages) -> _Grid:
         top = (rows - int(round(height * (columns / width), 7))) // 2
     else:
         left = (columns - int(round(width * (rows / height), 7))) // 2
+    kept_rows, kept_columns = range(top, rows - top), range(left, columns - left)
+    lines, line_tokens = _limited(len(kept_rows), len(kept_columns), images)
     return _Grid(
         *pinpoint,
         *fitted,
         num_columns=tile_columns,
         num_tiles=tile_rows * tile_columns,
-        rows=range(top, rows - top),
-        columns=range(left, columns - left),
+        rows=kept_rows,
+        columns=kept_columns,
+        lines=lines,
+        line_tokens=line_tokens,
     )
+
+
+def _limited(rows: int, columns: int, images: LlavaImages) -> tuple[int, int]:
+    """Return the rows and columns that a grid of so many patches is made smaller to. Source: pack_image_features."""
+    if images.max_grid_tiles is None:
+        return rows, columns
+    excess = math.sqrt(rows * columns / (images.max_grid_tiles * images.patches_per_tile))
+    return (int(rows // excess), int(columns // excess)) if excess > _MOST_EXCESS else (rows, columns)
+
+
+def _unpadded_sizes(pinpoint: tuple[int, int], images: LlavaImages) -> Iterator[tuple[int, int]]:
+    """Yield the rows and columns of patches that images on the grid ``pinpoint`` can have.
+
+    An image leaves padding at two sides only. If it fitted into a smaller grid at the same scale, it would be on that one.
+    """
+    tile, per_side = images.tile_size, images.patches_per_side
+    height, width = pinpoint
+    rows, columns = height // tile * per_side, width // tile * per_side
+    lower = [other for other, same in images.grid_pinpoints if same == width and other < height]
+    narrower = [other for same, other in images.grid_pinpoints if same == height and other < width]
+    yield from ((left, columns) for left in range(rows, max(lower, default=0) // tile * per_side - 1, -2))
+    yield from ((rows, left) for left in range(columns, max(narrower, default=0) // tile * per_side - 1, -2))
+
+
+def _feature_rows(on_grid: _Grid, images: LlavaImages) -> NDArray[np.int64]:
+    """Return the row of the flat features of each of the grid's patches: [rows, columns]."""
+    per_side = images.patches_per_side
+    rows, columns = np.array(on_grid.rows, np.int64), np.array(on_grid.columns, np.int64)
+    tiles = 1 + (rows // per_side)[:, None] * on_grid.num_columns + (columns // per_side)[None, :]
+    patches = (rows % per_side)[:, None] * per_side + (columns % per_side)[None, :]
+    return tiles * images.patches_per_tile + patches
+
+
+def _between(size: int, wanted: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the two of ``size`` points around each of ``wanted`` ones and their shares: [wanted, 2] each.
+
+    Source: aten/src/ATen/native/UpSample.h of torch 2.13. As on a GPU and on CPUs with AVX2, product and difference are rounded to
+    float32 once; other CPUs round twice.
+    """
+    scale = float(np.float32(size) / np.float32(max(wanted, 1)))
+    places = np.maximum(scale * (np.arange(wanted) + 0.5) - 0.5, 0).astype(np.float32)
+    first = places.astype(np.int64)
+    share = places - first.astype(np.float32)
+    return np.stack([first, np.minimum(first + 1, size - 1)], axis=-1), np.stack([1 - share, share], axis=-1)
 
 
 def _best_pinpoint(width: int, height: int, images: LlavaImages) -> tuple[int, int]:
@@ -387,8 +501,9 @@ def _token_boxes(width: int, height: int, images: LlavaImages) -> NDArray[np.flo
     base = boxes_between(unit * width, unit * height).reshape(-1, 4)
     on_grid = _grid(width, height, images)
     left, top = (on_grid.width - on_grid.fitted_width) // 2, (on_grid.height - on_grid.fitted_height) // 2
-    x = (_grid_edges(unit, on_grid.columns, images) - left) * (width / on_grid.fitted_width)
-    y = (_grid_edges(unit, on_grid.rows, images) - top) * (height / on_grid.fitted_height)
+    x_edges, y_edges = (_grid_edges(unit, patches, images) for patches in (on_grid.columns, on_grid.rows))
+    x = (_shared_edges(x_edges, on_grid.line_tokens) - left) * (width / on_grid.fitted_width)
+    y = (_shared_edges(y_edges, on_grid.lines) - top) * (height / on_grid.fitted_height)
     grid = np.full((len(y), len(x) + 1, 4), np.nan)
     grid[:, :-1, 0], grid[:, :-1, 2] = x[None, :, 0], x[None, :, 1]
     grid[:, :-1, 1], grid[:, :-1, 3] = y[:, None, 0], y[:, None, 1]
@@ -423,6 +538,15 @@ def _grid_edges(unit: NDArray[Any], patches: range, images: LlavaImages) -> NDAr
     return np.stack([tiles + unit[inside], tiles + unit[inside + 1]], axis=-1) * images.tile_size
 
 
+def _shared_edges(edges: NDArray[Any], count: int) -> NDArray[Any]:
+    """Return [count, 2]: start and end of each of ``count`` tokens that share the patches of ``edges`` evenly."""
+    places = np.linspace(0, len(edges), count + 1)
+    first, last = np.floor(places[:-1]).astype(int), np.ceil(places[1:]).astype(int) - 1
+    sizes = edges[:, 1] - edges[:, 0]
+    starts = edges[first, 0] + (places[:-1] - first) * sizes[first]
+    return np.stack([starts, edges[last, 0] + (places[1:] - last) * sizes[last]], axis=-1)
+
+
 def _clipped(boxes: NDArray[Any], width: int, height: int) -> NDArray[np.float32]:
     """Return the boxes [..., 4] on a image of this size, as [N, 4]."""
     clipped: NDArray[np.float32] = np.clip(boxes.reshape(-1, 4), 0, [width, height, width, height])
@@ -430,6 +554,13 @@ def _clipped(boxes: NDArray[Any], width: int, height: int) -> NDArray[np.float32
 
 
 # Preprocessor files
+
+
+def _with_onevision_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a LlavaOnevisionImageProcessor with its defaults; without a crop, tiles are as large as ``size``."""
+    size = values.get("size", {"height": 384, "width": 384})
+    defaults = {"crop_size": size, "do_center_crop": False, "image_grid_pinpoints": ONEVISION_PINPOINTS}
+    return {**defaults, **values, "size": size}
 
 
 def _side(size: Any, *, name: str) -> tuple[int, ResizeMode]:

@@ -88,6 +88,9 @@ QWEN3_VL_TEMPLATE = _chatml("<|vision_start|><|image_pad|><|vision_end|>")
 INTERNVL_TEMPLATE = _chatml("<IMG_CONTEXT>\n")
 """ChatML of InternVL3, where a checkpoint has none; the exporter adds the marks around the image."""
 
+LLAVA_ONEVISION_TEMPLATE = _chatml("<image>\n")
+"""ChatML of LLaVA-OneVision, where a checkpoint has none."""
+
 MISTRAL_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['content'] is string %}{% set text = message['content'] %}{% else %}"

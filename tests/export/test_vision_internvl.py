@@ -8,12 +8,8 @@ import pytest
 import torch
 import transformers as hf
 
-from trio_edge.export.graphs.vision.internvl import (
-    TILE_ATTENTION_NAME,
-    TileVision,
-    register_tile_attention,
-    shuffled,
-)
+from trio_edge.export.graphs.vision.internvl import TileVision, shuffled
+from trio_edge.export.graphs.vision.tile_attention import TILE_ATTENTION_NAME, register_tile_attention
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "300M": {"attention_bias": True},

@@ -76,7 +76,7 @@ class ClipVision(nn.Module):
     def forward(self, pixel_values: Tensor, token_index: Tensor) -> Tensor:
         """Return the visual tokens [N, D]."""
         rows_RD = self.projector(self.features(pixel_values)).flatten(0, 1)
-        return _with_newline(rows_RD, self.newline).index_select(0, token_index)
+        return with_newline(rows_RD, self.newline).index_select(0, token_index)
 
 
 class VisionWithPatches(nn.Module):
@@ -94,7 +94,7 @@ class VisionWithPatches(nn.Module):
     def forward(self, pixel_values: Tensor, token_index: Tensor) -> tuple[Tensor, Tensor]:
         """Return the visual tokens [N, D] and their patches [N, Z]."""
         features_BPF = self.features(pixel_values)
-        tokens_RD = _with_newline(self.projector(features_BPF).flatten(0, 1), self.newline)
+        tokens_RD = with_newline(self.projector(features_BPF).flatten(0, 1), self.newline)
         patches_RZ = _with_empty_row(self.projection(self.norm(features_BPF)).flatten(0, 1))
         return tokens_RD.index_select(0, token_index), patches_RZ.index_select(0, token_index)
 
@@ -141,7 +141,7 @@ class VisionWithFeatures(nn.Module):
 
         features_BPF = _features(self.features, pixel_values, observe=observe)
         attention_BP, keys_BPE = seen
-        tokens_RD = _with_newline(self.projector(features_BPF).flatten(0, 1), self.newline)
+        tokens_RD = with_newline(self.projector(features_BPF).flatten(0, 1), self.newline)
         features_N, keys_N, attention_N = (
             _with_empty_row(rows.flatten(0, 1)).index_select(0, token_index)
             for rows in (features_BPF, keys_BPE, attention_BP)
@@ -212,7 +212,7 @@ def check_encoder_keep(num_keep: int, *, patches_per_side: int) -> None:
 
 
 def clip_groups(layers: Iterable[nn.Module], projector: nn.Module) -> tuple[LinearGroup, ...]:
-    """Return the linear layers of CLIP's ``layers`` and of a LLaVA's projector, which reads hidden states without a norm."""
+    """Return the linear layers of CLIP's or SigLIP's ``layers`` and of a LLaVA's projector, which reads states without a norm."""
     parts: Any = projector
     return (
         *(group for index, layer in enumerate(layers) for group in _layer_groups(layer, index)),
@@ -244,7 +244,7 @@ def _features(
     return torch.cat([states[index] for index in tower.states], dim=-1)[:, 1:]
 
 
-def _with_newline(rows_RD: Tensor, newline: nn.Parameter | None) -> Tensor:
+def with_newline(rows_RD: Tensor, newline: nn.Parameter | None) -> Tensor:
     """Return the rows with the newline as the last one; a model without one gets a row that no index points to."""
     newline_D = rows_RD[0] if newline is None else newline
     return torch.cat([rows_RD, newline_D[None]], dim=0)
