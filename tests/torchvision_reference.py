@@ -122,6 +122,22 @@ PROCESSORS = {
     "not normalized": Processor(
         config={"image_processor_type": "CLIPImageProcessor", "do_normalize": False, **_SQUARE}
     ),
+    "LLaVA-OneVision": Processor(
+        config={
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
+        sizes=((601, 673), (50, 3)),
+    ),
+    "LLaVA-OneVision small": Processor(
+        config={
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "image_grid_pinpoints": [[58, 58], [58, 116], [116, 58], [116, 116], [174, 174]],
+            "size": {"height": 58, "width": 58},
+            "resample": 2,
+        }
+    ),
     "InternVL3": Processor(config={**_INTERNVL, "size": {"height": 448, "width": 448}}, sizes=((601, 673),)),
     "InternVL3 small": Processor(config={**_INTERNVL, "size": {"height": 56, "width": 56}}),
     "InternVL3 bilinear": Processor(

@@ -18,6 +18,7 @@ from tests.calibration.question_files import questions_about, write_questions
 from tests.calibration.smoothing import apply_smoothing
 from tests.checkpoints import save_checkpoint
 from tests.internvl_checkpoints import save_internvl_checkpoint
+from tests.onevision_checkpoints import save_onevision_checkpoint
 from tests.qwen_checkpoints import save_qwen3_vl_checkpoint, save_qwen_checkpoint
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
@@ -46,6 +47,7 @@ CHECKPOINTS: dict[str, Callable[..., Path]] = {
     "qwen2.5-vl": save_qwen_checkpoint,
     "qwen3-vl": save_qwen3_vl_checkpoint,
     "internvl": save_internvl_checkpoint,
+    "llava-onevision": save_onevision_checkpoint,
 }
 ATTENTION, GATED_MLP = ["qkv", "o"], ["gate_up", "down"]
 MOVABLE = {
@@ -53,6 +55,7 @@ MOVABLE = {
     "qwen2.5-vl": ([*ATTENTION, *GATED_MLP], ["qkv", *GATED_MLP]),  # grouped queries in the decoder
     "qwen3-vl": ([*ATTENTION, "fc1", "plane_0_1"], ["qkv", *GATED_MLP]),
     "internvl": ([*ATTENTION, "fc1", "projector_1"], ["qkv", *GATED_MLP]),
+    "llava-onevision": ([*ATTENTION, "fc1"], ["qkv", *GATED_MLP]),
 }
 """Groups that factors can move out of, of the vision graph and of the decoder."""
 

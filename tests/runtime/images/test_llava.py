@@ -27,7 +27,12 @@ from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.images.reading import open_image
 from trio_edge.runtime.images.resizing import MAX_EXACT_PIXELS
 
-LLAVA_CLASSES = ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor")
+LLAVA_CLASSES = (
+    "CLIPImageProcessor",
+    "LlavaImageProcessor",
+    "LlavaNextImageProcessor",
+    "LlavaOnevisionImageProcessor",
+)
 LLAVA = {
     name: processor
     for name, processor in PROCESSORS.items()
