@@ -124,7 +124,7 @@ def _count(option: str) -> Callable[[str], int | float]:
 @click.option(
     "--max-visual",
     type=int,
-    help="Most visual tokens of an image, where the family can scale down: Qwen-VL (pixels), InternVL (tiles).",
+    help="Most visual tokens of an image, where the family can scale down: Qwen-VL (pixels), InternVL and LLaVA-OneVision (tiles).",
 )
 @click.option("--max-text", type=int, help="Largest prompt in text tokens.")
 @click.option(

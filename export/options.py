@@ -35,7 +35,8 @@ class ExportOptions:
     only_image_sizes: bool = False
     """Make no shapes for images of other sizes. The runtime then refuses those that need more room."""
     max_visual: int | None = None
-    """Visual tokens that images of any size are scaled down to, in families that can: Qwen-VL (pixels), InternVL (tiles)."""
+    """Visual tokens that images of any size are scaled down to, in families that can: Qwen-VL (pixels), InternVL and
+    LLaVA-OneVision (tiles)."""
     max_text: int = MAX_TEXT
     """Largest prompt in text tokens."""
     text_buckets: tuple[int, ...] = ()

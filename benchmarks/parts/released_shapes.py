@@ -20,7 +20,12 @@ import torch
 import transformers as hf
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
-from trio_edge.runtime.prompts.chat import INTERNVL_TEMPLATE, MISTRAL_TEMPLATE, VICUNA_TEMPLATE
+from trio_edge.runtime.prompts.chat import (
+    INTERNVL_TEMPLATE,
+    LLAVA_ONEVISION_TEMPLATE,
+    MISTRAL_TEMPLATE,
+    VICUNA_TEMPLATE,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -91,6 +96,27 @@ def tiny() -> Any:
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, projection_dim=32
     )
     return llava_next(text, vision, PINPOINTS)
+
+
+def llava_onevision(**text: Any) -> Any:
+    """Return LLaVA-OneVision's configuration with the decoder's sizes of one release; those of 0.5B are given where none are."""
+    sizes = {
+        "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 152000, "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "tie_word_embeddings": True, "bos_token_id": 151643, "eos_token_id": 151645,
+    }  # fmt: skip
+    # the vision tower and the grids are transformers' defaults
+    return hf.LlavaOnevisionConfig(
+        text_config={**sizes, **text}, tie_word_embeddings={**sizes, **text}["tie_word_embeddings"]
+    )
+
+
+def llava_onevision_7b() -> Any:
+    return llava_onevision(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, vocab_size=152128, tie_word_embeddings=False,
+    )  # fmt: skip
 
 
 def qwen2_5_vl(*, text: dict[str, Any], vision: dict[str, Any], tie: bool) -> Any:
@@ -196,6 +222,11 @@ ANYRES_PREPROCESSOR = {
     **CLIP_PREPROCESSOR, "image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor",
     "image_grid_pinpoints": PINPOINTS,
 }  # fmt: skip
+ONEVISION_PREPROCESSOR = {
+    "do_resize": True, "size": {"height": 384, "width": 384}, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_convert_rgb": True, "do_pad": True,
+    "image_processor_type": "LlavaOnevisionImageProcessor", "processor_class": "LlavaOnevisionProcessor",
+}  # fmt: skip
 QWEN_PREPROCESSOR = {
     "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
     "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "image_processor_type": "Qwen2VLImageProcessor",
@@ -222,6 +253,9 @@ QWEN_TOKENS = {
 }  # fmt: skip
 
 
+ONEVISION_TOKENS = {
+    151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>", 151646: "<image>", 151647: "<video>",
+}  # fmt: skip
 INTERN_TOKENS = {
     151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>", 151669: "<img>", 151670: "</img>",
     151671: "<IMG_CONTEXT>",
@@ -239,6 +273,13 @@ def _qwen3_family(config: Callable[[], Any]) -> Family:
     return Family(
         config=config, model="Qwen3VLForConditionalGeneration", renames=(), preprocessor=QWEN3_PREPROCESSOR,
         chat_template=QWEN_TEMPLATE, special_tokens=QWEN_TOKENS,
+    )  # fmt: skip
+
+
+def _onevision_family(config: Callable[[], Any]) -> Family:
+    return Family(
+        config=config, model="LlavaOnevisionForConditionalGeneration", renames=LLAVA_RENAMES,
+        preprocessor=ONEVISION_PREPROCESSOR, chat_template=LLAVA_ONEVISION_TEMPLATE, special_tokens=ONEVISION_TOKENS,
     )  # fmt: skip
 
 
@@ -264,6 +305,8 @@ FAMILIES = {
         chat_template=VICUNA_TEMPLATE,
         special_tokens=LLAMA_TOKENS,
     ),
+    "llava-onevision-0.5b": _onevision_family(llava_onevision),
+    "llava-onevision-7b": _onevision_family(llava_onevision_7b),
     "qwen2.5-vl-3b": _qwen_family(qwen2_5_vl_3b),
     "qwen2.5-vl-7b": _qwen_family(qwen2_5_vl_7b),
     "qwen3-vl-2b": _qwen3_family(qwen3_vl_2b),

@@ -29,7 +29,7 @@ class VisionGraph:
 
     module: nn.Module
     inputs: tuple[TensorSpec, ...]
-    """``token_index`` [N] among them, and what ``ImageProcessing.prepare`` fills."""
+    """What ``ImageProcessing.prepare`` fills, ``token_index`` with N rows among them."""
     outputs: tuple[TensorSpec, ...]
     """``visual_tokens`` [N, D] first; then what encoder reduction kept, or DeepStack's planes."""
     linear_groups: tuple[LinearGroup, ...]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-REDUCED = Schedule(stages=(Stage(layer=1, keep=31), Stage(layer=2, keep=9)))
+REDUCED = Schedule(stages=(Stage(layer=1, keep=9),))
 CAMERA = (101, 67)
 MADE_SMALLER = [CAMERA, (300, 290), (64, 99), (53, 78)]
 SIZES = [*MADE_SMALLER, (26, 26), (7, 9), (300, 41), (1, 90), (3, 1)]

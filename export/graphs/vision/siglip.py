@@ -41,7 +41,7 @@ class SiglipVision(nn.Module):
             feature_layers: Indices into the tower's hidden states (0 is the embedding, -1 the last layer's output).
         """
         super().__init__()
-        core: Any = tower
+        core: Any = getattr(tower, "vision_model", tower)  # older releases have a layer more
         self.states = tuple(range(len(core.encoder.layers) + 1)[layer] for layer in feature_layers)
         self.embeddings: nn.Module = core.embeddings
         self.layers = nn.ModuleList(core.encoder.layers[: max(self.states)])
