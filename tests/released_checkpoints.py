@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from trio_edge.runtime.prompts.chat import (
     INTERNVL_TEMPLATE,
+    LLAVA_ONEVISION_TEMPLATE,
     MISTRAL_TEMPLATE,
     QWEN2_5_VL_TEMPLATE,
     QWEN3_VL_TEMPLATE,
@@ -35,6 +36,7 @@ _TEMPLATES = {
     "mistral": MISTRAL_TEMPLATE,
     "qwen2_5_vl": QWEN2_5_VL_TEMPLATE,
     "qwen3_vl": QWEN3_VL_TEMPLATE,
+    "llava_onevision": LLAVA_ONEVISION_TEMPLATE,
     "internvl": INTERNVL_TEMPLATE,
 }
 # From a parameter of transformers' model to the name in released files, which are older than these classes.
@@ -47,6 +49,7 @@ _LLAVA_NAMES = (
 _OLD_NAMES = {
     "llava": _LLAVA_NAMES,
     "llava_next": _LLAVA_NAMES,
+    "llava_onevision": _LLAVA_NAMES,
     "qwen2_5_vl": ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
     "qwen3_vl": (),
     "internvl": _LLAVA_NAMES[1:],

@@ -64,9 +64,8 @@ class LlavaOnevision:
         text, vision = config.text_config, config.vision_config
         text._attn_implementation = ATTENTION_NAME
         vision._attn_implementation = TILE_ATTENTION_NAME
-        with (
-            no_init_weights()
-        ):  # SigLIP's random numbers look at values, which nothing has under FakeTensorMode
+        # SigLIP's random numbers look at values, which nothing has under FakeTensorMode
+        with no_init_weights():
             root: Any = LlavaOnevisionForConditionalGeneration(config)
         root.tie_weights()  # a part of what is switched off above
         inner, layers = root.model, feature_layers_of(config)

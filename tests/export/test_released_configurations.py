@@ -58,6 +58,7 @@ _QWEN = {
 SMALL: dict[str, dict[str, Any]] = {
     "llava-1.5-7b": {"text_config": _DECODER, "vision_config": _TOWER},
     "llava-next-mistral-7b": {"text_config": _DECODER, "vision_config": _TOWER},
+    "llava-onevision-0.5b": {"text_config": _DECODER, "vision_config": _TOWER},
     "qwen2.5-vl-3b": _QWEN,
     "qwen3-vl-2b": {
         "text_config": {key: value for key, value in _QWEN.items() if key != "vision_config"},
@@ -161,7 +162,7 @@ def hugging_face_inputs(pipeline: Pipeline, model_type: str) -> dict[str, torch.
     count = processing.sizes(*picture.size)["N"]
     input_ids = np.concatenate([ids.before, np.full(count, image_id), ids.after]).astype(np.int64)[None]
     pixels, inputs = torch.from_numpy(prepared["pixel_values"]), {"input_ids": torch.from_numpy(input_ids)}
-    if model_type == "llava_next":
+    if model_type in ("llava_next", "llava_onevision"):
         return {**inputs, "pixel_values": pixels[None], "image_sizes": torch.tensor([picture.size[::-1]])}
     if not model_type.startswith("qwen"):
         return {**inputs, "pixel_values": pixels}
