@@ -25,10 +25,11 @@ from trio_edge.profiling.predict.options import (
 from trio_edge.profiling.report.profile import ProfileConditions
 from trio_edge.profiling.report.summary import report_of
 from trio_edge.profiling.report.table import print_profile
-from trio_edge.runtime.backends.registry import BACKENDS_HELP
+from trio_edge.runtime.backends.registry import with_accuracy
 from trio_edge.runtime.bundle.errors import BundleError, TargetError
 from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.cli.backend_options import backend_options
 from trio_edge.runtime.cli.console import run
 
 if TYPE_CHECKING:
@@ -48,10 +49,7 @@ PATH = click.Path(path_type=Path)
     metavar="BUNDLE",
     help="Another bundle that answers in turns with the first; repeatable.",
 )
-@click.option("--backend", default="auto", help=BACKENDS_HELP)
-@click.option(
-    "--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 lets the backend choose."
-)
+@backend_options()
 @click.option("--image", type=PATH, help="Image to ask about. [default: random pixels]")
 @click.option("--prompt", help="The question. [default: one about the image]")
 @click.option(
@@ -167,7 +165,7 @@ def _conditions(
 ) -> ProfileConditions:
     return ProfileConditions(
         started=started.isoformat(timespec="seconds"),
-        backend=measurement.backend_name,
+        backend=with_accuracy(measurement.backend_name, options.cpu_accuracy),
         threads=options.threads,
         clock=measurement.clock,
         power_mode=find_power_mode(),

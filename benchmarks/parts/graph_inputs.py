@@ -27,7 +27,7 @@ def inputs_for(graph: GraphSpec, profile: Profile) -> dict[str, Any]:
         shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
         if tensor.name in COUNTS:
             value: Any = np.array([sizes[COUNTS[tensor.name]]])
-        elif tensor.name in ("token_index", "last_row"):
+        elif tensor.name in ("token_index", "table_index", "last_row"):
             value = np.zeros(shape)
         elif tensor.dtype == "int32":  # positions and rows: within whatever they index
             value = np.broadcast_to(np.arange(shape[-1]) % max(shape[-1] - 1, 1), shape)

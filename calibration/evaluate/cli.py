@@ -23,8 +23,8 @@ from trio_edge.calibration.evaluate.running.answering import DEFAULT_ANSWER_TOKE
 from trio_edge.calibration.evaluate.running.baselines import BASELINES
 from trio_edge.calibration.metrics import METRICS
 from trio_edge.calibration.questions import SYNTHETIC
-from trio_edge.runtime.backends.registry import BACKENDS_HELP
 from trio_edge.runtime.bundle.files import check_outputs, write_output
+from trio_edge.runtime.cli.backend_options import backend_options
 from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run
 
 if TYPE_CHECKING:
@@ -72,13 +72,7 @@ PATH = click.Path(path_type=Path)
     default=(OWN_SELECTION,),
     help="The bundle's own selection, or a baseline at the same schedule; repeatable.",
 )
-@click.option("--backend", default="auto", help=BACKENDS_HELP)
-@click.option(
-    "--threads",
-    type=click.IntRange(0, 1024),
-    default=1,
-    help="CPU threads of each worker; 0 lets the backend choose.",
-)
+@backend_options(threads=1, threads_help="CPU threads of each worker; 0 lets the backend choose.")
 @click.option(
     "--workers", type=click.IntRange(1, 1024), default=1, help="Processes that answer at the same time."
 )

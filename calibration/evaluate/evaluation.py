@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.evaluate.running.runs import Answers
     from trio_edge.calibration.evaluate.running.work_folder import RunKey
     from trio_edge.calibration.questions import Question
+    from trio_edge.runtime.backends.interface import CpuAccuracy
 
 DEFAULT_SYNTHETIC_COUNT = 500
 
@@ -60,6 +61,7 @@ class EvaluationOptions:
     selections: tuple[str, ...]
     backend: str
     threads: int
+    cpu_accuracy: CpuAccuracy
     workers: int
     work: Path | None
     merge: tuple[Path, ...]
@@ -94,6 +96,7 @@ def evaluate(
         backend=options.backend,
         threads=options.threads,
         workers=options.workers,
+        cpu_accuracy=options.cpu_accuracy,
     )
     keys = keys_of(runs, settings, data_sha256=data.sha256)
     with ExitStack() as stack:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from trio_edge.profiling.measure.ceilings import Ceilings
     from trio_edge.profiling.measure.layers import LayerTime
+    from trio_edge.runtime.backends.interface import Backend, CpuAccuracy
+    from trio_edge.runtime.bundle.reader import Bundle
 
 NARROW = 0.02
 """Width of the median's 95 % interval, as a share of the median, at which a time is known well enough."""
@@ -55,6 +57,7 @@ class MeasureOptions:
     """The first is the reference of comparisons."""
     backend: str = "auto"
     threads: int = 0
+    cpu_accuracy: CpuAccuracy = "auto"
     image: Path | None = None
     """None for random pixels that give as many visual tokens as the first bundle takes."""
     prompt: str | None = None
@@ -67,6 +70,18 @@ class MeasureOptions:
     """No new round begins after these, unless ``runs`` is given."""
     layers: bool = True
     """Whether layers are timed too, in runs of their own."""
+
+    def make_backend(
+        self, bundle: Bundle, *, name: str | None = None, layer_times: Path | None = None
+    ) -> Backend:
+        """Return the backend for ``bundle``: the options' own, or the one called ``name``."""
+        return make_backend(
+            name or self.backend,
+            bundle=bundle,
+            threads=self.threads,
+            cpu_accuracy=self.cpu_accuracy,
+            layer_times=layer_times,
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -164,7 +179,7 @@ def _num_new(options: MeasureOptions) -> int:
 
 def _ceilings(options: MeasureOptions, missing: list[str]) -> Ceilings | None:
     bundle = open_bundle(options.bundles[0])
-    backend = make_backend(options.backend, bundle=bundle, threads=options.threads)
+    backend = options.make_backend(bundle)
     try:
         return measure_ceilings(backend, bundle.manifest, cores=options.threads or find_machine().cores)
     except BackendError as error:
@@ -181,7 +196,7 @@ def _first_answers(
     for folder in options.bundles:
         on_step(f"loading {folder}")
         memory = MeasuredMemory(before=resident_bytes())
-        backend = make_backend(options.backend, bundle=open_bundle(folder), threads=options.threads)
+        backend = options.make_backend(open_bundle(folder))
         loaded = LoadedBundle(folder, backend)
         stack.callback(loaded.close)
         memory.loaded = resident_bytes()
@@ -291,7 +306,7 @@ def _runs_of_its_own(
         one.layers = _measure_layers(one.loaded, question, options)
     if one.loaded.recording.captured:
         on_step(f"decode steps one by one: {folder}")
-        backend = make_backend(options.backend, bundle=one.loaded.bundle, threads=options.threads)
+        backend = options.make_backend(one.loaded.bundle)
         with closing(LoadedBundle(folder, backend, capture=False)) as again:
             again.answer(question)
             one.steps = [again.answer(question) for _ in range(_STEP_RUNS)]
@@ -302,7 +317,7 @@ def _measure_layers(loaded: LoadedBundle, question: RunQuestion, options: Measur
     bundle, name = loaded.bundle, loaded.pipeline.backend_name
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        backend = make_backend(name, bundle=bundle, threads=options.threads, layer_times=folder)
+        backend = options.make_backend(bundle, name=name, layer_times=folder)
         with closing(LoadedBundle(bundle.folder, backend, capture=False)) as again:
             warm_up = again.answer(question).calls
             calls = [call for _ in range(_LAYER_RUNS) for call in again.answer(question).calls]

@@ -76,6 +76,11 @@ def make_backend(
     )
 
 
+def with_accuracy(backend: str, cpu_accuracy: CpuAccuracy) -> str:
+    """Return what to call a backend in a report, where it is told how exactly to compute."""
+    return backend if cpu_accuracy == "auto" else f"{backend} ({cpu_accuracy})"
+
+
 def _fastest(bundle: Bundle | None) -> tuple[str, tuple[str, ...]]:
     """Return a backend's name, and as a note why it is not that of the bundle's engines although there is a GPU."""
     from trio_edge.runtime.devices.cuda import cuda_problem

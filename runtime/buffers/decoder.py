@@ -115,8 +115,8 @@ class DecoderBuffers:
         (self.embeds,) = _largest(allocator, self.ranges[:1], EMBEDS)
         self.planes = [self._planes(allocator, index) for index in range(len(self.ranges))]
         """DeepStack's planes that enter each range, by the layer whose output they are added to: its own, and later ones."""
-        hidden = self.ranges[0].tensor(EMBEDS)
-        self._no_plane = allocate_tensor(allocator, hidden, (1, 1, hidden.shape[-1]), graph="decode")
+        row = (1, 1, manifest.dimensions.hidden_size)
+        self._no_plane = allocate_tensor(allocator, self.ranges[0].tensor(EMBEDS), row, graph="decode")
         """One row that stays zero: a new token is text."""
         self.hidden_out = _largest(allocator, self.ranges, HIDDEN_OUT)
         self.previous = _largest(allocator, [spec for spec in self.ranges if _has_previous(spec)], PREVIOUS)

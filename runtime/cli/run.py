@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trio_edge.runtime.backends.registry import BACKENDS_HELP, CPU_ACCURACIES
 from trio_edge.runtime.bundle.errors import BundleError, ImageError
+from trio_edge.runtime.cli.backend_options import backend_options
 from trio_edge.runtime.cli.console import run
 
 if TYPE_CHECKING:
@@ -30,17 +30,7 @@ if TYPE_CHECKING:
 )
 @click.option("--prompt", required=True, help="The question.")
 @click.option("--system", help="System prompt.")
-@click.option("--backend", default="auto", show_default=True, help=BACKENDS_HELP)
-@click.option(
-    "--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 lets the backend choose."
-)
-@click.option(
-    "--cpu-accuracy",
-    type=click.Choice(CPU_ACCURACIES),
-    default="auto",
-    show_default=True,
-    help="On the CPU, products with INT4 and INT8 weights round their inputs to this; auto: int8 in large graphs.",
-)
+@backend_options()
 @click.option("--max-new-tokens", type=int, help="At most this many tokens. [default: the bundle's room]")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling.")

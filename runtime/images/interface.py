@@ -71,11 +71,12 @@ def image_processing(values: Mapping[str, Any], *, encoder_keep: int | None) -> 
     """
     if values.get("kind") == PATCHES:
         return QwenImages.from_dict(values, encoder_keep=encoder_keep)
-    whole = {GRID_TILES: InternVlImages, TABLE_KIND: Qwen3Images}.get(values.get("kind", ""))
-    if whole is not None:
+    for kind, images in ((GRID_TILES, InternVlImages), (TABLE_KIND, Qwen3Images)):
+        if values.get("kind") != kind:
+            continue
         if encoder_keep is not None:
             raise ManifestError(
-                f"encoder_keep: expected none with kind {values['kind']}, got {encoder_keep}; export the bundle again"
+                f"encoder_keep: expected none with kind {kind!r}, got {encoder_keep}; export the bundle again"
             )
-        return whole.from_dict(values)
+        return images.from_dict(values)
     return LlavaImages.from_dict(values, encoder_keep=encoder_keep)

@@ -26,7 +26,7 @@ from trio_edge.calibration.evaluate.running.work_folder import (
 )
 from trio_edge.calibration.evaluate.running.workers import answer_here, answer_in_processes
 from trio_edge.calibration.json_lines import locked_folder, opened_results, read_results
-from trio_edge.runtime.backends.registry import make_backend
+from trio_edge.runtime.backends.registry import make_backend, with_accuracy
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
@@ -132,7 +132,10 @@ def keys_of(runs: Sequence[Run], settings: Settings, *, data_sha256: str) -> lis
             selection=run.info.selection,
             reference_sha256=reference,
             answer_tokens=settings.answer_tokens,
-            backend=make_backend(settings.backend, bundle=run.bundle, threads=settings.threads).name,
+            backend=with_accuracy(
+                make_backend(settings.backend, bundle=run.bundle, threads=settings.threads).name,
+                settings.cpu_accuracy,
+            ),
         )
         for run in runs
     ]

@@ -155,7 +155,7 @@ def test_a_manifests_constants_give_the_grid_of_tiles() -> None:
 
 
 def test_a_manifest_with_encoder_reduction_is_refused() -> None:
-    with pytest.raises(ManifestError, match="encoder_keep: expected none with a grid of tiles, got 32"):
+    with pytest.raises(ManifestError, match="encoder_keep: expected none with kind 'grid_tiles', got 32"):
         image_processing(SMALL.to_dict(), encoder_keep=32)
 
 
