@@ -5,7 +5,8 @@
 
 ``published_figures.json`` has the figures with their sources and conditions. Efficiencies are fitted per kind of device to
 the logarithms of the times. The error of a figure is that of a fit which saw no figure of the same decoder; further
-columns leave out the device, or the source. ``--cpu`` leaves out a whole hidden size at a time.
+columns leave out the device, or the runtime (one runtime can have several sources). ``--cpu`` leaves out a whole hidden
+size at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from parts.arguments import parser_for
 
+from trio_edge.profiling.predict.efficiency import rates_of
 from trio_edge.profiling.predict.models import MODELS
 from trio_edge.profiling.predict.speed import Efficiency, Formats, Rates, graph_time
 from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
@@ -32,11 +34,16 @@ from trio_edge.trio.cost.work import Work, head_work, range_work, vision_work
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from trio_edge.profiling.predict.speed import WeightFormat
+    from trio_edge.trio.cost.work import WeightKind
+
 FIGURES = Path(__file__).parent / "published_figures.json"
 KINDS = {"jetson": "Jetson Orin", "rtx": "GeForce RTX"}
+_NX_SUPER = Rates(flops=19.2e12, bandwidth=102.4e9, low_flops={"int8": 38.4e12})
 ASSUMED_RATES = {
-    ("edge-llm-0.10", "jetson-orin-nx-16"): Rates(flops=19.2e12, bandwidth=102.4e9),
+    ("edge-llm-0.10", "jetson-orin-nx-16"): _NX_SUPER,
     ("edge-llm-0.10", "jetson-orin-nano-8"): Rates(flops=10.2e12, bandwidth=68e9),
+    ("pymllm", "jetson-orin-nx-16"): _NX_SUPER,
 }
 """For pages that do not state the power mode, whose figures fit another one than the table's: the NX in Super mode
 (8 SMs at 1.173 GHz), the Nano without it (0.625 GHz, 68 GB/s). Assumed, not known."""
@@ -60,13 +67,16 @@ class Figure:
     """One published time."""
 
     source: str
+    runtime: str
     device: str
     model: str
     decoder: str
-    format: str
+    format: WeightFormat
     what: str
     tokens: int
     ms: float
+    inputs: bool = False
+    """Whether the inputs of the decoder's products have the format of the weights too."""
 
     @property
     def kind(self) -> str:
@@ -74,24 +84,34 @@ class Figure:
 
     @property
     def rates(self) -> Rates:
-        target = DEVICES[self.device]
-        known = Rates(flops=target.fp16_flops, bandwidth=target.bandwidth_bytes_per_s)
-        return ASSUMED_RATES.get((self.source, self.device), known)
+        return ASSUMED_RATES.get((self.source, self.device)) or rates_of(DEVICES[self.device])
+
+    @property
+    def formats(self) -> Formats:
+        inputs: frozenset[WeightKind] = frozenset({"layer"} if self.inputs else ())
+        return Formats(layer=self.format, other="float16", inputs=inputs)
+
+    @property
+    def format_name(self) -> str:
+        return f"{self.format} and inputs" if self.inputs else self.format
 
 
 def read_figures() -> tuple[list[Figure], dict[str, Any]]:
     """Return the figures, and what the file says beside them."""
     values = json.loads(FIGURES.read_text(encoding="utf-8"))
-    figures = [Figure(**{"decoder": entry["model"], **entry}) for entry in values.pop("figures")]
+    sources = values["sources"]
+    figures = [
+        Figure(**{"decoder": entry["model"], "runtime": sources[entry["source"]]["runtime"], **entry})
+        for entry in values.pop("figures")
+    ]
     values["work"] = functools.cache(lambda figure: _work(figure, values))
     return figures, values
 
 
 def predicted_ms(figure: Figure, efficiency: Efficiency, known: dict[str, Any]) -> float:
     """Return the predicted time of a figure."""
-    formats = Formats(layer=figure.format, other="float16")  # type: ignore[arg-type]
     times = [
-        graph_time(part, formats=formats, rates=figure.rates, efficiency=efficiency)
+        graph_time(part, formats=figure.formats, rates=figure.rates, efficiency=efficiency)
         for part in known["work"](figure)
     ]
     return 1e3 * sum(time.seconds for time in times)
@@ -179,22 +199,25 @@ def print_published(kind: str) -> None:
     efficiency = fit(chosen, predicted, GPU_VALUES)
     left_out = {
         name: errors_left_out(chosen, predicted, GPU_VALUES, lambda entry, name=name: getattr(entry, name))
-        for name in ("decoder", "device", "source")
+        for name in ("decoder", "device", "runtime")
     }
     print(f"\n## {KINDS[kind]}\n\n{efficiency}\n")
     print("| source | device | model | weights | what | tokens | published ms | predicted | fitted | without its decoder"
-          " | without its device | without its source |\n|---|---|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+          " | without its device | without its runtime |\n|---|---|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     for entry in chosen:
         ms = predicted(entry, efficiency)
         errors = [ms / entry.ms - 1, *(errors.get(entry, math.nan) for errors in left_out.values())]
         cells = ["" if math.isnan(error) else f"{error:+.0%}" for error in errors]
-        print(f"| {entry.source} | {entry.device} | {entry.model} | {entry.format} | {entry.what} | {entry.tokens} |"
+        print(f"| {entry.source} | {entry.device} | {entry.model} | {entry.format_name} | {entry.what} | {entry.tokens} |"
               f" {entry.ms:.1f} | {ms:.1f} | {' | '.join(cells)} |")  # fmt: skip
     print()
     for name, errors in left_out.items():
         print(f"without its {name}: {spread(errors.values())}")
-        for what in ("prefill", "decode", "vision"):
-            print(f"    {what}: {spread(error for entry, error in errors.items() if entry.what == what)}")
+        for part in ("what", "format_name", "source"):
+            for value in sorted({getattr(entry, part) for entry in errors}):
+                print(
+                    f"    {value}: {spread(errors[entry] for entry in errors if getattr(entry, part) == value)}"
+                )
     for source, facts in known["sources"].items():
         print(f"{source}: {facts['title']}, {facts['url']} ({facts['conditions']})")
 
