@@ -71,6 +71,7 @@ VARIANTS = (
     Variant("fp8 all graphs, calibrated", "all=fp8", is_calibrated=True),
     Variant("int4 decoder", "int4"),
     Variant("int4 decoder, AWQ", "int4", is_calibrated=True),
+    Variant("int4 decoder, AWQ, int8 vision, SmoothQuant", "int4,vision=int8", is_calibrated=True),
     Variant("int4 all graphs but select", "all=int4,select=none"),
     Variant("int4 all graphs", "all=int4"),
     Variant("int4 all graphs, AWQ", "all=int4", is_calibrated=True),
