@@ -110,7 +110,7 @@ def test_a_broken_bundle_is_one_line_from_workers_too(
     copy = shutil.copytree(reduced_bundle, tmp_path / "copy")
     manifest = json.loads((copy / "trio.json").read_text())
     vision = next(graph for graph in manifest["graphs"] if graph["name"] == "vision")
-    vision["outputs"][0]["dtype"] = "int32"
+    vision["inputs"][0]["dtype"] = "int32"
     (copy / "trio.json").write_text(json.dumps(manifest))
     assert cli_eval.main([str(copy), "--data", str(questions), "--workers", "2", "--quiet"]) == 2
     error = capsys.readouterr().err.strip()
