@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from trio_edge.runtime.images.layout import ImageLayout
     from trio_edge.runtime.vision import PreparedImage, VisualInput
 
+MOST_KEPT_IMAGES = 64
+
 
 @dataclass(slots=True)
 class Statistics:
@@ -74,6 +76,8 @@ class Statistics:
     """KV rows in use at the end."""
     repaired_stages: int = 0
     """Stages whose parallel NMS was redone exactly on the host."""
+    image_was_kept: bool = False
+    """Whether the vision graph did not run, as the image's visual tokens were kept from an earlier question."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -128,8 +132,12 @@ class Generation:
 class Pipeline:
     """An opened bundle with all its graphs loaded. One answer at a time."""
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, *, keep_images: int = 0) -> None:
         """Load the bundle's graphs with ``backend``; see ``from_bundle``."""
+        if type(keep_images) is not int or not 0 <= keep_images <= MOST_KEPT_IMAGES:
+            raise ShapeError(
+                f"keep_images: expected 0..{MOST_KEPT_IMAGES}, got {keep_images!r}; choose a number in this range"
+            )
         manifest = bundle.manifest
         self.manifest: Manifest = manifest
         self.backend_name = backend.name
@@ -141,7 +149,9 @@ class Pipeline:
         # After all that can fail early: loading takes seconds, and the device's memory.
         self._graphs = backend.load(bundle)
         try:
-            self._vision = Vision(manifest, self._graphs, images=self.images, clip_texts=clip_texts)
+            self._vision = Vision(
+                manifest, self._graphs, images=self.images, clip_texts=clip_texts, keep_images=keep_images
+            )
             self._decoder = Decoder(manifest, self._graphs)
         except BaseException:
             self._graphs.close()
@@ -162,6 +172,7 @@ class Pipeline:
         backend: str = "auto",
         threads: int = 0,
         cpu_accuracy: CpuAccuracy = "auto",
+        keep_images: int = 0,
     ) -> Pipeline:
         """Open the bundle at ``path`` and load its graphs.
 
@@ -170,14 +181,18 @@ class Pipeline:
             backend: "auto" or a name from ``trio_edge.runtime.backends.registry.BACKENDS``.
             threads: CPU threads; 0 lets the backend choose.
             cpu_accuracy: "auto", "float32" or "int8"; see ``make_backend``.
+            keep_images: Images whose visual tokens are kept, 0 to ``MOST_KEPT_IMAGES``: a further question about one of the
+                last ones skips the vision graph. Answers do not change.
 
         Raises:
             BundleError: If the bundle is broken.
             ManifestError: If its manifest is broken or of another schema.
             BackendError: If the backend is missing or cannot load a graph, or the device has not enough memory.
+            ShapeError: If ``keep_images`` is out of range.
         """
         bundle = open_bundle(path)
-        return cls(bundle, make_backend(backend, bundle=bundle, threads=threads, cpu_accuracy=cpu_accuracy))
+        chosen = make_backend(backend, bundle=bundle, threads=threads, cpu_accuracy=cpu_accuracy)
+        return cls(bundle, chosen, keep_images=keep_images)
 
     def generate(
         self,
@@ -358,7 +373,7 @@ class Pipeline:
         statistics.ttft_ms += 1e3 * (now - start)
         statistics.prefill_ms = 1e3 * (now - prefill_start)
         statistics.graph_ms |= self._decoder.graph_ms
-        statistics.repaired_stages = result.num_repaired
+        statistics.repaired_stages, statistics.image_was_kept = result.num_repaired, visual.was_kept
         yield from self._decode(generation, token, limit=limit, sample=sample)
 
     def _decode(self, generation: Generation, token: int, *, limit: int, sample: Sampler) -> Iterator[str]:

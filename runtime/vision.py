@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
+from trio_edge.runtime.buffers.seen_images import SeenImages
 from trio_edge.runtime.buffers.vision import VisionBuffers
 from trio_edge.runtime.bundle.errors import ManifestError, ShapeError
 from trio_edge.runtime.bundle.graph_io import (
@@ -44,6 +45,8 @@ class PreparedImage(NamedTuple):
     """Profile of the vision graph; its N is the number of visual rows."""
     clip_texts: tuple[NDArray[np.int32], NDArray[np.int32]] | None
     """Ids and marks of the question as CLIP's texts, where a selection reads them."""
+    key: bytes = b""
+    """The same for the same pixels; empty where no image is kept."""
 
 
 class VisualInput(NamedTuple):
@@ -61,6 +64,8 @@ class VisualInput(NamedTuple):
     """Positions that the image takes with M-RoPE, else 0."""
     planes: tuple[DeviceTensor, ...] = ()
     """[M, D] each: DeepStack's, where the model has them."""
+    was_kept: bool = False
+    """Whether the vision graph did not run, as its outputs for this image were kept."""
 
 
 _NO_POSITIONS = np.empty((3, 0), np.int32)
@@ -77,6 +82,7 @@ class Vision:
         *,
         images: ImageProcessing,
         clip_texts: ClipTexts | None = None,
+        keep_images: int = 0,
     ) -> None:
         """Allocate all buffers.
 
@@ -85,6 +91,7 @@ class Vision:
             graphs: The graphs before the decoder, loaded.
             images: The bundle's image processing.
             clip_texts: Cuts questions into texts, where the bundle has CLIP's text tower.
+            keep_images: Images whose visual tokens are kept: a further question about one of them runs no vision graph.
 
         Raises:
             BackendError: If the device has not enough memory.
@@ -96,6 +103,7 @@ class Vision:
         self._launches: dict[tuple[str, str], Launch] = {}
         self._kept: dict[str, NDArray[np.int32]] = {}
         """By role what a graph kept of the last image, once the device has been waited for."""
+        self._seen = SeenImages(self._buffers.graphs["vision"], graphs.device, count=keep_images)
 
     @property
     def graph_ms(self) -> dict[str, float]:
@@ -113,12 +121,15 @@ class Vision:
             ImageError: If the image cannot be processed.
             ShapeError: If no profile has room for the image, or the bundle has none for the question.
         """
+        texts = None if self._clip_texts is None else self._clip_texts.arrays(question)
+        key = self._seen.key_of(image)
+        if (seen := self._seen.prepared(key)) is not None:
+            return seen._replace(clip_texts=texts)
         layout = self._images.layout(*image.size)
         for profile in self._buffers.graphs["vision"].profiles:
             if all(profile.sizes[name] >= size for name, size in layout.sizes.items()):
                 inputs = self._images.prepare(image, profile.sizes)
-                texts = None if self._clip_texts is None else self._clip_texts.arrays(question)
-                return PreparedImage(layout=layout, inputs=inputs, profile=profile, clip_texts=texts)
+                return PreparedImage(layout=layout, inputs=inputs, profile=profile, clip_texts=texts, key=key)
         raise ShapeError(
             f"image: expected at most {self._manifest.max_visual} visual tokens in the exported shapes, got"
             f" {layout.num_visual} for {image.width}x{image.height} pixels; export for this size, or without"
@@ -143,9 +154,15 @@ class Vision:
         manifest, num_visual = self._manifest, prepared.layout.num_visual
         has_mrope, keep = manifest.position_axes == 3, manifest.token_keep
         rows = prepared.profile.sizes["N"]
-        tokens, *planes = (
-            tensor.rows(0, num_visual) for tensor in self.run_vision(prepared.inputs, prepared.profile)
+        was_kept = self._bring_back(prepared)
+        outputs = (
+            self._vision_tokens(prepared.profile)
+            if was_kept
+            else self.run_vision(prepared.inputs, prepared.profile)
         )
+        if not was_kept:
+            self._seen.keep(prepared, self._device, self._vision_outputs(prepared.profile))
+        tokens, *planes = (tensor.rows(0, num_visual) for tensor in outputs)
         if manifest.encoder_keep is not None and (has_mrope or keep is not None):
             self._device.synchronize()
         if keep is not None:
@@ -154,7 +171,25 @@ class Vision:
             if has_mrope:
                 self._device.synchronize()
         positions, span = self._positions(prepared) if has_mrope else (_NO_POSITIONS, 0)
-        return VisualInput(tokens, num_visual, rows, positions, span, tuple(planes))
+        return VisualInput(tokens, num_visual, rows, positions, span, tuple(planes), was_kept)
+
+    def _bring_back(self, prepared: PreparedImage) -> bool:
+        """Enqueue copies of what the vision graph gave for a kept image; False if it must run."""
+        spec, profile = self._buffers.graphs["vision"], prepared.profile
+        if not self._seen.bring_back(prepared.key, self._device, self._vision_outputs(profile)):
+            return False
+        self._timeline.clear()
+        kept = self._buffers.fetch(self._device, spec, profile)
+        self._kept = {} if kept is None else {spec.role: kept}
+        return True
+
+    def _vision_outputs(self, profile: Profile) -> dict[str, DeviceTensor]:
+        spec = self._buffers.graphs["vision"]
+        tensors = self._buffers.tensors(spec, profile)
+        return {tensor.name: tensors[tensor.name] for tensor in spec.outputs}
+
+    def _vision_tokens(self, profile: Profile) -> tuple[DeviceTensor, ...]:
+        return self._with_planes(self._vision_outputs(profile), VISUAL_TOKENS, DEEPSTACK_TOKENS)
 
     def without_image(self) -> VisualInput:
         """Return what a prompt without an image has."""
@@ -218,8 +253,8 @@ class Vision:
         """
         self._timeline.clear()
         self._kept = {}
-        outputs = self._run(self._buffers.graphs["vision"], profile, inputs)
-        return self._with_planes(outputs, VISUAL_TOKENS, DEEPSTACK_TOKENS)
+        self._run(self._buffers.graphs["vision"], profile, inputs)
+        return self._vision_tokens(profile)
 
     def encode_question(self, clip_ids: NDArray[np.int32]) -> None:
         """Enqueue CLIP's text tower for texts [M, L]; the reduce graph finds them on the device."""

@@ -1,0 +1,82 @@
+"""Outputs of the vision graph for the last images, so that a further question about one of them need not see it again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from typing import TYPE_CHECKING, NamedTuple, final
+
+from trio_edge.runtime.buffers.blocks import allocate_tensor
+from trio_edge.runtime.devices.interface import PitchedRows, largest_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from PIL import Image
+
+    from trio_edge.runtime.bundle.manifest import GraphSpec
+    from trio_edge.runtime.devices.interface import Allocator, Device, DeviceTensor
+    from trio_edge.runtime.vision import PreparedImage
+
+
+class _Seen(NamedTuple):
+    prepared: PreparedImage
+    """Without the graph's inputs."""
+    slot: dict[str, DeviceTensor]
+    """The graph's outputs by name, with room for the largest profile."""
+
+
+@final
+class SeenImages:
+    """The ``count`` images that were asked about last, by their pixels; a new one takes the place of the oldest."""
+
+    def __init__(self, spec: GraphSpec, allocator: Allocator, *, count: int) -> None:
+        """Allocate memory for the outputs of ``spec``, the vision graph, of ``count`` images."""
+        self._free = [
+            {
+                tensor.name: allocate_tensor(
+                    allocator, tensor, largest_shape(spec, tensor), graph=f"{spec.name}, kept"
+                )
+                for tensor in spec.outputs
+            }
+            for _ in range(count)
+        ]
+        self._count = count
+        self._seen: OrderedDict[bytes, _Seen] = OrderedDict()
+
+    def key_of(self, image: Image.Image) -> bytes:
+        """Return what is the same for the same pixels; nothing if no image is kept."""
+        if self._count == 0:
+            return b""
+        digest = hashlib.blake2b(repr((image.size, image.mode)).encode(), digest_size=32)
+        digest.update(image.tobytes())
+        return digest.digest()
+
+    def prepared(self, key: bytes) -> PreparedImage | None:
+        """Return a kept image as it was prepared, without the vision graph's inputs; None if it is not kept."""
+        return self._seen[key].prepared if key in self._seen else None
+
+    def bring_back(self, key: bytes, device: Device, outputs: Mapping[str, DeviceTensor]) -> bool:
+        """Enqueue the copies of a kept image's outputs to where the graph writes them; False if it is not kept."""
+        if key not in self._seen:
+            return False
+        self._seen.move_to_end(key)
+        slot = self._seen[key].slot
+        for name, target in outputs.items():
+            _copy(device, target, slot[name], size=target.num_bytes)
+        return True
+
+    def keep(self, prepared: PreparedImage, device: Device, outputs: Mapping[str, DeviceTensor]) -> None:
+        """Enqueue the copies of what the graph has just written for an image, which it is then kept as."""
+        if self._count == 0:
+            return
+        slot = self._free.pop() if self._free else self._seen.popitem(last=False)[1].slot
+        for name, source in outputs.items():
+            _copy(device, slot[name], source, size=source.num_bytes)
+        self._seen[prepared.key] = _Seen(prepared._replace(inputs={}, clip_texts=None), slot)
+
+
+def _copy(device: Device, target: DeviceTensor, source: DeviceTensor, *, size: int) -> None:
+    device.copy_rows(
+        PitchedRows(target.address, size), PitchedRows(source.address, size), row_bytes=size, num_rows=1
+    )

@@ -1,0 +1,108 @@
+"""A further question about an image that was kept: the same answer bit for bit, and the vision graph does not run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from tests.bundles import export
+from tests.pictures import random_picture
+from tests.qwen_checkpoints import CAMERA, REDUCED, save_qwen3_vl_checkpoint, save_qwen_checkpoint
+from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
+from trio_edge.runtime.pipeline import MOST_KEPT_IMAGES, Pipeline
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PICTURES = [random_picture(48, 48, seed=1), random_picture(70, 30, seed=2), random_picture(48, 48, seed=3)]
+PROMPTS = ["w1 w2 w3", "w9 w8", "w5 w4 w3 w2 w1"]
+
+
+def answer(
+    pipeline: Pipeline, picture: Any, prompt: str
+) -> tuple[bool, list[int], Any, list[list[int]], Any]:
+    """Return whether the image was kept, and all that an answer says."""
+    found = pipeline.generate(picture, prompt, max_new_tokens=4)
+    assert found.text is not None
+    assert ("vision" in found.statistics.graph_ms) != found.statistics.image_was_kept
+    kept = [indices.tolist() for indices in found.kept]
+    return found.statistics.image_was_kept, found.token_ids, found.first_logits, kept, found.boxes
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    assert (got[1], got[3]) == (expected[1], expected[3])
+    np.testing.assert_array_equal(got[2], expected[2])
+    np.testing.assert_array_equal(got[4], expected[4])
+
+
+@pytest.fixture(scope="module")
+def bundles(
+    checkpoint: Path, reduced_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("kept")
+    encoder = Schedule(stages=(Stage(layer=2, keep=4),), positions="preserved")
+    return {
+        "tiles": reduced_bundle,
+        "before the decoder": export(checkpoint, token_method="visionzip", token_keep=15),
+        "in the encoder": export(
+            save_qwen_checkpoint(folder / "qwen"), schedule=encoder, image_sizes=(CAMERA,), encoder_keep=0.4
+        ),
+        "deepstack": export(
+            save_qwen3_vl_checkpoint(folder / "qwen3"), schedule=REDUCED, image_sizes=(CAMERA,)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["tiles", "before the decoder", "in the encoder", "deepstack"])
+def test_a_kept_image_gives_the_same_answers(name: str, bundles: dict[str, Path]) -> None:
+    """Asked about in turn, so that other images have been seen in between; the second picture is the third's shape."""
+    with (
+        Pipeline.from_bundle(bundles[name], threads=1) as fresh,
+        Pipeline.from_bundle(bundles[name], threads=1, keep_images=2) as keeping,
+    ):
+        for turn, prompt in enumerate(PROMPTS):
+            for picture in PICTURES[:2]:
+                got = answer(keeping, picture, prompt)
+                assert got[0] == (turn > 0)
+                assert_same(got, answer(fresh, picture, prompt))
+
+
+def test_the_oldest_image_makes_room(reduced_bundle: Path) -> None:
+    first, second, third = PICTURES
+    with Pipeline.from_bundle(reduced_bundle, threads=1, keep_images=2) as pipeline:
+        asked = [first, second, first, third, first, second, None, third]
+        was_kept = [
+            answer_without_image(pipeline) if one is None else answer(pipeline, one, "w1")[0] for one in asked
+        ]
+    assert was_kept == [False, False, True, False, True, False, False, False]
+
+
+def answer_without_image(pipeline: Pipeline) -> bool:
+    found = pipeline.generate(None, "w1", max_new_tokens=1)
+    assert found.text is not None
+    return found.statistics.image_was_kept
+
+
+def test_pixels_count_not_where_they_come_from(reduced_bundle: Path, tmp_path: Path) -> None:
+    picture = PICTURES[0]
+    picture.save(tmp_path / "one.png")
+    picture.save(tmp_path / "two.bmp")
+    other = picture.copy()
+    other.putpixel((0, 0), tuple(255 - level for level in picture.getpixel((0, 0))))  # type: ignore[union-attr]
+    with Pipeline.from_bundle(reduced_bundle, threads=1, keep_images=1) as pipeline:
+        images = [tmp_path / "one.png", str(tmp_path / "two.bmp"), picture, other]
+        assert [answer(pipeline, image, "w1")[0] for image in images] == [False, True, True, False]
+
+
+def test_nothing_is_kept_unless_asked_for(reduced_bundle: Path) -> None:
+    with Pipeline.from_bundle(reduced_bundle, threads=1) as pipeline:
+        assert [answer(pipeline, PICTURES[0], "w1")[0] for _ in range(2)] == [False, False]
+
+
+@pytest.mark.parametrize("count", [-1, MOST_KEPT_IMAGES + 1, 1.0, True, "2"])
+def test_a_count_out_of_range_is_refused(count: Any, reduced_bundle: Path) -> None:
+    with pytest.raises(ShapeError, match=f"keep_images: expected 0..{MOST_KEPT_IMAGES}, got "):
+        Pipeline.from_bundle(reduced_bundle, keep_images=count)
