@@ -258,6 +258,7 @@ def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, fo
         max_position=max_positions(model.text_config),
         position_axes=model.position_axes,
         text=resolved.text.spec,
+        generation=resolved.generation,
         image_processing=resolved.processing.to_dict(),
         encoder_keep=resolved.processing.encoder_keep,
         token_method=options.token_method,

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, canonical_name, read_checkpoint
+from trio_edge.export.checkpoints.generation import read_generation
 from trio_edge.export.checkpoints.text_files import read_text_files
 from trio_edge.export.families import check_architecture, family_of
 from trio_edge.export.families.clip import build_clip, read_clip, with_patches
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from trio_edge.export.families.base import Family, FamilyModel
     from trio_edge.export.families.clip import Clip, ClipGraphs
     from trio_edge.export.options import ExportOptions
+    from trio_edge.runtime.bundle.generation import GenerationSettings
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Schedule
     from trio_edge.runtime.images.interface import ImageProcessing
@@ -66,6 +68,7 @@ class ResolvedOptions:
     """K of the selection before the decoder."""
     dtype: FloatType
     text: TextFiles
+    generation: GenerationSettings
 
     @property
     def entering(self) -> int:
@@ -134,6 +137,7 @@ def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
             default_template=family.default_chat_template(checkpoint),
             image_marks=family.image_marks,
         ),
+        generation=read_generation(checkpoint),
     )
 
 

@@ -29,7 +29,7 @@ from trio_edge.runtime.prompts.clip_text import ClipTexts
 from trio_edge.runtime.prompts.positions import PromptPositions, mrope_positions, plain_positions
 from trio_edge.runtime.prompts.question import question_ids
 from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, PromptIds, Tokenizer
-from trio_edge.runtime.sampling import Sampler, make_sampler
+from trio_edge.runtime.sampling import AnswerRules, Sampler, TokenChooser, make_sampler, with_overrides
 from trio_edge.runtime.vision import Vision
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trio_edge.runtime.backends.interface import Backend, CpuAccuracy
-    from trio_edge.runtime.buffers.decoder import TopTokens
+    from trio_edge.runtime.bundle.generation import GenerationSettings
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.decoder import SelectorOverride
     from trio_edge.runtime.images.layout import ImageLayout
@@ -202,10 +202,13 @@ class Pipeline:
         history: Sequence[tuple[str, str]] = (),
         system: str | None = None,
         max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
         seed: int | None = None,
+        repetition_penalty: float | None = None,
+        no_repeat_ngram_size: int | None = None,
+        min_new_tokens: int | None = None,
         override: SelectorOverride | None = None,
     ) -> Generation:
         """Return the answer to ``prompt`` about ``image``, to be streamed.
@@ -216,10 +219,13 @@ class Pipeline:
             history: Earlier (question, answer) turns; the image belongs to the first question.
             system: System prompt, where the chat template knows one.
             max_new_tokens: At most this many; None means all that the bundle has room for.
-            temperature: 0 is greedy.
+            temperature: 0 is greedy; None, here and below, means what the checkpoint wants (``manifest.generation``).
             top_p: Smallest set of tokens with this probability is sampled from.
             top_k: Only the k most likely tokens are sampled from; 0 means all.
             seed: Makes sampling repeatable.
+            repetition_penalty: What logits of tokens that are there already are divided by; 1 for none.
+            no_repeat_ngram_size: No group of so many tokens comes twice; 0 for no such rule.
+            min_new_tokens: Tokens before which the answer does not end.
             override: Selects visual tokens on the host in place of the select graphs; for comparisons.
 
         Raises:
@@ -235,18 +241,27 @@ class Pipeline:
                 f"max_new_tokens: expected 1..{self.manifest.max_new_tokens} (the bundle's room), got {limit};"
                 " export with a larger --max-new-tokens"
             )
-        sample = make_sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        rules = with_overrides(
+            self.manifest.generation,
+            {
+                "repetition_penalty": repetition_penalty,
+                "no_repeat_ngram_size": no_repeat_ngram_size,
+                "min_new_tokens": min_new_tokens,
+            },
+        )
+        sampler = self._sampler(temperature, top_p, top_k, seed)
         if isinstance(image, (list, tuple)):
             raise ShapeError(f"image: expected one image a prompt, got {len(image)}; ask about one at a time")
         opened = None if image is None else open_image(image)
         ids = self._encode(prompt, has_image=opened is not None, history=history, system=system)
         self._check_text(ids)
         prepared = None if opened is None else self._vision.prepare(opened, prompt)
+        chooser = TokenChooser(sampler, self._rules(rules, ids, prepared, limit) if rules.are_rules else None)
         prepare_ms = 1e3 * (time.perf_counter() - start)
 
         def steps(generation: Generation) -> Iterator[str]:
             generation.image, generation.statistics.ttft_ms = opened, prepare_ms
-            return self._steps(generation, ids, prepared, limit=limit, sample=sample, override=override)
+            return self._steps(generation, ids, prepared, limit=limit, chooser=chooser, override=override)
 
         return Generation(steps)
 
@@ -269,11 +284,11 @@ class Pipeline:
         self._check_open()
         self._running = None
         self._decoder.skip(skip)
-        sample, times = make_sampler(), []
+        chooser, times = TokenChooser(make_sampler()), []
         for token in range(count):  # any tokens will do: the work does not depend on them
             start = time.perf_counter()
             top = self._decoder.decode(np.asarray(self._embedding[token]))
-            self._choose_token(top, sample)
+            chooser.choose(top, self._decoder.logits)
             times.append(1e3 * (time.perf_counter() - start))
         return times
 
@@ -304,6 +319,27 @@ class Pipeline:
             history=history,
             system=system,
         )
+
+    def _sampler(
+        self, temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None
+    ) -> Sampler:
+        """Return what chooses tokens: as the checkpoint wants it where an argument is None."""
+        own = self.manifest.generation
+        defaults = (own.temperature, own.top_p, own.top_k) if own.do_sample else (0.0, 1.0, 0)
+        return make_sampler(
+            defaults[0] if temperature is None else temperature,
+            defaults[1] if top_p is None else top_p,
+            defaults[2] if top_k is None else top_k,
+            seed,
+        )
+
+    def _rules(
+        self, settings: GenerationSettings, ids: PromptIds, prepared: PreparedImage | None, limit: int
+    ) -> AnswerRules:
+        text = self.manifest.text
+        count = 0 if prepared is None else prepared.layout.num_visual
+        prompt = [*ids.before.tolist(), *[text.image_token_id] * count, *ids.after.tolist()]
+        return AnswerRules(settings, prompt_ids=prompt, stop_ids=text.stop_token_ids, limit=limit)
 
     def _check_text(self, ids: PromptIds) -> None:
         num_text, largest = ids.num_tokens, self.manifest.text_buckets[-1]
@@ -351,7 +387,7 @@ class Pipeline:
         prepared: PreparedImage | None,
         *,
         limit: int,
-        sample: Sampler,
+        chooser: TokenChooser,
         override: SelectorOverride | None,
     ) -> Iterator[str]:
         """Yield the pieces of an answer. ``prepared`` is None without an image."""
@@ -361,7 +397,7 @@ class Pipeline:
         visual = self._vision.without_image() if prepared is None else self._encode_image(prepared, ids)
         prefill_start = time.perf_counter()
         result = self._decoder.prefill(self._prompt(ids, visual, bucket=self._bucket(ids)), override=override)
-        token = self._choose_token(result.top, sample)
+        token = chooser.choose(result.top, self._decoder.logits)
         now = time.perf_counter()
         if prepared is not None:  # the token was waited for, so what the graphs kept has come back too
             generation.layout = self._vision.entering(prepared)
@@ -374,9 +410,11 @@ class Pipeline:
         statistics.prefill_ms = 1e3 * (now - prefill_start)
         statistics.graph_ms |= self._decoder.graph_ms
         statistics.repaired_stages, statistics.image_was_kept = result.num_repaired, visual.was_kept
-        yield from self._decode(generation, token, limit=limit, sample=sample)
+        yield from self._decode(generation, token, limit=limit, chooser=chooser)
 
-    def _decode(self, generation: Generation, token: int, *, limit: int, sample: Sampler) -> Iterator[str]:
+    def _decode(
+        self, generation: Generation, token: int, *, limit: int, chooser: TokenChooser
+    ) -> Iterator[str]:
         """Yield the pieces of the answer that starts with ``token``."""
         statistics, stream = generation.statistics, DetokenizeStream(self._tokenizer)
         while True:
@@ -397,13 +435,8 @@ class Pipeline:
                 )
             start = time.perf_counter()
             top = self._decoder.decode(np.asarray(self._embedding[token]))
-            token = self._choose_token(top, sample)
+            token = chooser.choose(top, self._decoder.logits)
             statistics.token_ms.append(1e3 * (time.perf_counter() - start))
             statistics.decode_ms += statistics.token_ms[-1]
         if rest := stream.finish():
             yield rest
-
-    def _choose_token(self, top: TopTokens, sample: Sampler) -> int:
-        """Return the next token; all logits are fetched only if the most likely ones do not decide it."""
-        token = sample.from_top(top)
-        return sample(self._decoder.logits()) if token is None else token

@@ -6,7 +6,7 @@ The most likely tokens alone, which a device returns, suffice for greedy decodin
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 import numpy as np
@@ -14,9 +14,12 @@ import numpy as np
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from numpy.typing import NDArray
 
     from trio_edge.runtime.buffers.decoder import TopTokens
+    from trio_edge.runtime.bundle.generation import GenerationSettings
 
 NUM_SUMMED_UP = 256
 """Tokens of a ``FirstToken``."""
@@ -44,15 +47,20 @@ class Sampler:
         logits_V = _checked(logits_V)
         return int(np.argmax(logits_V)) if self._temperature == 0.0 else self._draw(logits_V)
 
-    def from_top(self, top: TopTokens) -> int | None:
+    def from_top(self, top: TopTokens, *, floor: float | None = None) -> int | None:
         """Return the token that all logits would give, or None if the most likely ones do not decide it.
+
+        Args:
+            top: The most likely tokens, in any order.
+            floor: What no other token's logit is above; the smallest of theirs by default.
 
         Raises:
             BackendError: As with all logits.
         """
         logits_T = _checked(top.logits)
         needed = 1 if self._temperature == 0.0 else self._top_k
-        if not 1 <= needed < len(logits_T) or logits_T[-1] == logits_T[needed - 1]:
+        above = int((logits_T > (logits_T.min() if floor is None else floor)).sum())
+        if not 1 <= needed <= above:
             return None  # equals of the last one needed may not be among them
         # In the order of ids, as all logits are: equals, and the generator's draw, then come out the same.
         order = np.argsort(top.ids)
@@ -63,9 +71,142 @@ class Sampler:
     def _draw(self, logits: NDArray[np.float32]) -> int:
         assert self._generator is not None  # the temperature is not 0
         # float64: the generator refuses probabilities whose float32 sum is not 1.
-        scores = logits.astype(np.float64) / self._temperature
+        scores = logits.astype(np.float64)
+        scores = (
+            scores - scores.max()
+        ) / self._temperature  # the smallest temperature makes no infinity less infinity
         probabilities = _nucleus(_softmax(_most_likely(scores, self._top_k)), self._top_p)
         return int(self._generator.choice(len(probabilities), p=probabilities))
+
+
+@final
+class AnswerRules:
+    """What ``GenerationSettings`` forbid or discourage in one answer, in Hugging Face's order; see ``_get_logits_processor``."""
+
+    def __init__(
+        self, settings: GenerationSettings, *, prompt_ids: Sequence[int], stop_ids: Sequence[int], limit: int
+    ) -> None:
+        """Take the settings and the answer's frame.
+
+        Args:
+            settings: The rules.
+            prompt_ids: The prompt, with a token for each visual one.
+            stop_ids: Tokens that end the answer.
+            limit: Tokens of the answer, at most.
+        """
+        self._settings, self._stop_ids, self._limit = settings, list(stop_ids), limit
+        self._ids, self._num_prompt = list(prompt_ids), len(prompt_ids)
+        self._seen = set(self._ids)
+
+    def add(self, token: int) -> None:
+        """Append a token to the answer."""
+        self._ids.append(token)
+        self._seen.add(token)
+
+    def apply(self, logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the logits of all tokens, changed.
+
+        Raises:
+            ShapeError: If no token is allowed.
+        """
+        changed_V = self._changed(logits_V, np.arange(len(logits_V)))
+        if np.isneginf(changed_V.max()) and np.isfinite(logits_V.max()):
+            raise ShapeError(
+                "generation settings: expected at least one token that may come next, got none; override one of them, as"
+                " no_repeat_ngram_size=0"
+            )
+        return changed_V
+
+    def choose_from_top(self, top: TopTokens, sample: Sampler) -> int | None:
+        """Return the next token, or None if it takes all logits: the most likely ones fall, others may then be above."""
+        if self._settings.repetition_penalty < 1.0 or self._is_last:  # others may rise
+            return None
+        changed = self._changed(top.logits, top.ids)
+        if not np.isfinite(changed.max()):
+            return None
+        return sample.from_top(top._replace(logits=changed), floor=float(top.logits.min()))
+
+    @property
+    def _num_new(self) -> int:
+        return len(self._ids) - self._num_prompt
+
+    @property
+    def _is_last(self) -> bool:
+        return bool(self._settings.forced_eos_token_id) and self._num_new == self._limit - 1
+
+    def _changed(self, logits_T: NDArray[np.float32], ids_T: NDArray[Any]) -> NDArray[np.float32]:
+        settings, changed_T = self._settings, logits_T.copy()
+        if settings.repetition_penalty != 1.0:
+            penalty = np.float32(settings.repetition_penalty)
+            seen_T = np.isin(ids_T, list(self._seen))
+            scaled_T = np.where(changed_T < 0, changed_T * penalty, changed_T / penalty)
+            changed_T = np.where(seen_T, scaled_T, changed_T)
+        forbidden = self._after_same_words()
+        least = (
+            settings.min_length - self._num_prompt
+            if settings.min_new_tokens == 0
+            else settings.min_new_tokens
+        )
+        if self._num_new < least:
+            forbidden |= set(self._stop_ids)
+        changed_T[np.isin(ids_T, list(forbidden))] = -np.inf
+        if self._is_last:
+            changed_T[:] = np.where(np.isin(ids_T, settings.forced_eos_token_id), np.float32(0), -np.inf)
+        never = {*settings.suppress_tokens, *(settings.begin_suppress_tokens if self._num_new == 0 else ())}
+        changed_T[np.isin(ids_T, list(never))] = -np.inf
+        return changed_T
+
+    def _after_same_words(self) -> set[int]:
+        """Return the tokens that would complete a group which is there already."""
+        size, ids = self._settings.no_repeat_ngram_size, self._ids
+        if size == 0 or len(ids) + 1 < size:
+            return set()
+        last = ids[len(ids) - size + 1 :]
+        return {ids[at + size - 1] for at in range(len(ids) - size + 1) if ids[at : at + size - 1] == last}
+
+
+@final
+class TokenChooser:
+    """Chooses the tokens of one answer."""
+
+    def __init__(self, sampler: Sampler, rules: AnswerRules | None = None) -> None:
+        self._sampler, self._rules = sampler, rules
+
+    def choose(self, top: TopTokens, all_logits: Callable[[], NDArray[np.float32]]) -> int:
+        """Return the next token.
+
+        Args:
+            top: The most likely tokens.
+            all_logits: Fetches [V], which is done only if those do not decide it.
+
+        Raises:
+            BackendError: If logits are NaN or infinite.
+            ShapeError: If the answer's rules allow no token.
+        """
+        sampler, rules = self._sampler, self._rules
+        if rules is None:
+            token = sampler.from_top(top)
+            return sampler(all_logits()) if token is None else token
+        token = rules.choose_from_top(top, sampler)
+        if token is None:
+            token = sampler(rules.apply(all_logits()))
+        rules.add(token)
+        return token
+
+
+def with_overrides(settings: GenerationSettings, overrides: Mapping[str, object]) -> GenerationSettings:
+    """Return ``settings`` with those of ``overrides`` that are not None.
+
+    Raises:
+        ShapeError: If one is out of range.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    for name, value in given.items():
+        try:
+            msgspec.convert({name: value}, type(settings))
+        except msgspec.ValidationError as error:
+            raise ShapeError(f"{name}: expected a setting in range, got {value!r} ({error})") from None
+    return msgspec.structs.replace(settings, **given)
 
 
 def make_sampler(

@@ -103,7 +103,9 @@ class Vision:
         self._launches: dict[tuple[str, str], Launch] = {}
         self._kept: dict[str, NDArray[np.int32]] = {}
         """By role what a graph kept of the last image, once the device has been waited for."""
-        self._seen = SeenImages(self._buffers.graphs["vision"], graphs.device, count=keep_images)
+        self._seen: SeenImages[PreparedImage] = SeenImages(
+            self._buffers.graphs["vision"], graphs.device, count=keep_images
+        )
 
     @property
     def graph_ms(self) -> dict[str, float]:
@@ -123,7 +125,7 @@ class Vision:
         """
         texts = None if self._clip_texts is None else self._clip_texts.arrays(question)
         key = self._seen.key_of(image)
-        if (seen := self._seen.prepared(key)) is not None:
+        if (seen := self._seen.get(key)) is not None:
             return seen._replace(clip_texts=texts)
         layout = self._images.layout(*image.size)
         for profile in self._buffers.graphs["vision"].profiles:
@@ -155,14 +157,11 @@ class Vision:
         has_mrope, keep = manifest.position_axes == 3, manifest.token_keep
         rows = prepared.profile.sizes["N"]
         was_kept = self._bring_back(prepared)
-        outputs = (
-            self._vision_tokens(prepared.profile)
-            if was_kept
-            else self.run_vision(prepared.inputs, prepared.profile)
-        )
         if not was_kept:
-            self._seen.keep(prepared, self._device, self._vision_outputs(prepared.profile))
-        tokens, *planes = (tensor.rows(0, num_visual) for tensor in outputs)
+            self.run_vision(prepared.inputs, prepared.profile)
+            kept_as = prepared._replace(inputs={}, clip_texts=None)
+            self._seen.keep(prepared.key, kept_as, self._device, self._vision_outputs(prepared.profile))
+        tokens, *planes = (tensor.rows(0, num_visual) for tensor in self._vision_tokens(prepared.profile))
         if manifest.encoder_keep is not None and (has_mrope or keep is not None):
             self._device.synchronize()
         if keep is not None:

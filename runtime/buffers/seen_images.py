@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from typing import TYPE_CHECKING, NamedTuple, final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar, final
 
 from trio_edge.runtime.buffers.blocks import allocate_tensor
 from trio_edge.runtime.devices.interface import PitchedRows, largest_shape
@@ -16,18 +17,19 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.manifest import GraphSpec
     from trio_edge.runtime.devices.interface import Allocator, Device, DeviceTensor
-    from trio_edge.runtime.vision import PreparedImage
+
+_Image = TypeVar("_Image")
 
 
-class _Seen(NamedTuple):
-    prepared: PreparedImage
-    """Without the graph's inputs."""
+@dataclass(frozen=True, slots=True)
+class _Seen(Generic[_Image]):
+    image: _Image
     slot: dict[str, DeviceTensor]
     """The graph's outputs by name, with room for the largest profile."""
 
 
 @final
-class SeenImages:
+class SeenImages(Generic[_Image]):
     """The ``count`` images that were asked about last, by their pixels; a new one takes the place of the oldest."""
 
     def __init__(self, spec: GraphSpec, allocator: Allocator, *, count: int) -> None:
@@ -42,7 +44,7 @@ class SeenImages:
             for _ in range(count)
         ]
         self._count = count
-        self._seen: OrderedDict[bytes, _Seen] = OrderedDict()
+        self._seen: OrderedDict[bytes, _Seen[_Image]] = OrderedDict()
 
     def key_of(self, image: Image.Image) -> bytes:
         """Return what is the same for the same pixels; nothing if no image is kept."""
@@ -52,9 +54,9 @@ class SeenImages:
         digest.update(image.tobytes())
         return digest.digest()
 
-    def prepared(self, key: bytes) -> PreparedImage | None:
-        """Return a kept image as it was prepared, without the vision graph's inputs; None if it is not kept."""
-        return self._seen[key].prepared if key in self._seen else None
+    def get(self, key: bytes) -> _Image | None:
+        """Return what ``keep`` was given for an image; None if it is not kept."""
+        return self._seen[key].image if key in self._seen else None
 
     def bring_back(self, key: bytes, device: Device, outputs: Mapping[str, DeviceTensor]) -> bool:
         """Enqueue the copies of a kept image's outputs to where the graph writes them; False if it is not kept."""
@@ -66,14 +68,14 @@ class SeenImages:
             _copy(device, target, slot[name], size=target.num_bytes)
         return True
 
-    def keep(self, prepared: PreparedImage, device: Device, outputs: Mapping[str, DeviceTensor]) -> None:
-        """Enqueue the copies of what the graph has just written for an image, which it is then kept as."""
+    def keep(self, key: bytes, image: _Image, device: Device, outputs: Mapping[str, DeviceTensor]) -> None:
+        """Enqueue the copies of what the graph has just written for an image, and keep ``image`` with them."""
         if self._count == 0:
             return
         slot = self._free.pop() if self._free else self._seen.popitem(last=False)[1].slot
         for name, source in outputs.items():
             _copy(device, slot[name], source, size=source.num_bytes)
-        self._seen[prepared.key] = _Seen(prepared._replace(inputs={}, clip_texts=None), slot)
+        self._seen[key] = _Seen(image, slot)
 
 
 def _copy(device: Device, target: DeviceTensor, source: DeviceTensor, *, size: int) -> None:

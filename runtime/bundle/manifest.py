@@ -16,6 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from trio_edge.runtime.bundle.errors import ManifestError
+from trio_edge.runtime.bundle.generation import GenerationSettings
 from trio_edge.runtime.bundle.schedule import Schedule
 
 SCHEMA_VERSION = 3
@@ -316,6 +317,8 @@ class Manifest(_Spec, frozen=True):
     """None where all weights and the KV caches are in ``dtype``."""
     clip_text: ClipTextSpec | None = None
     """Set where the reduce graph compares the question in CLIP's space; its text tower is a graph then."""
+    generation: GenerationSettings = GenerationSettings()
+    """How the checkpoint wants answers to be made, where the user says nothing else."""
     num_deepstack: int = 0
     """Decoder layers, from the first on, whose outputs get features of inner vision layers added (DeepStack)."""
 

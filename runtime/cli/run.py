@@ -32,9 +32,14 @@ if TYPE_CHECKING:
 @click.option("--system", help="System prompt.")
 @backend_options()
 @click.option("--max-new-tokens", type=int, help="At most this many tokens. [default: the bundle's room]")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling.")
-@click.option("--top-k", type=int, default=0, show_default=True, help="0 means all tokens.")
+@click.option("--temperature", type=float, help="0 is greedy. [default, here and below: the checkpoint's]")
+@click.option("--top-p", type=float, help="Nucleus sampling.")
+@click.option("--top-k", type=int, help="0 means all tokens.")
+@click.option("--repetition-penalty", type=float, help="Above 1: words come again less often; 1 for none.")
+@click.option(
+    "--no-repeat-ngram-size", type=int, help="No group of so many tokens comes twice; 0 for no such rule."
+)
+@click.option("--min-new-tokens", type=int, help="The answer does not end before.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option(
     "--show-kept", type=click.Path(path_type=Path), help="Write the image with the kept tokens drawn."

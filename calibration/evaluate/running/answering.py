@@ -136,6 +136,7 @@ class Answerer:
             question.image,
             question.question,
             max_new_tokens=min(asking.settings.answer_tokens, manifest.max_new_tokens),
+            temperature=0.0,  # a drawn answer is another one each time
             override=override,
         )
         text, statistics = generation.text, generation.statistics
