@@ -47,6 +47,8 @@ class PreparedImage(NamedTuple):
     """Ids and marks of the question as CLIP's texts, where a selection reads them."""
     key: bytes = b""
     """The same for the same pixels; empty where no image is kept."""
+    image: Image.Image | None = None
+    """Of one that was kept: ``inputs`` are empty, and are made of it if it has made room in the meantime."""
 
 
 class VisualInput(NamedTuple):
@@ -126,7 +128,7 @@ class Vision:
         texts = None if self._clip_texts is None else self._clip_texts.arrays(question)
         key = self._seen.key_of(image)
         if (seen := self._seen.get(key)) is not None:
-            return seen._replace(clip_texts=texts)
+            return seen._replace(clip_texts=texts, image=image)
         layout = self._images.layout(*image.size)
         for profile in self._buffers.graphs["vision"].profiles:
             if all(profile.sizes[name] >= size for name, size in layout.sizes.items()):
@@ -158,8 +160,11 @@ class Vision:
         rows = prepared.profile.sizes["N"]
         was_kept = self._bring_back(prepared)
         if not was_kept:
-            self.run_vision(prepared.inputs, prepared.profile)
-            kept_as = prepared._replace(inputs={}, clip_texts=None)
+            inputs, image = prepared.inputs, prepared.image
+            if image is not None:
+                inputs = self._images.prepare(image, prepared.profile.sizes)
+            self.run_vision(inputs, prepared.profile)
+            kept_as = prepared._replace(inputs={}, clip_texts=None, image=None)
             self._seen.keep(prepared.key, kept_as, self._device, self._vision_outputs(prepared.profile))
         tokens, *planes = (tensor.rows(0, num_visual) for tensor in self._vision_tokens(prepared.profile))
         if manifest.encoder_keep is not None and (has_mrope or keep is not None):

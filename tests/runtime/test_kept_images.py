@@ -86,6 +86,22 @@ def answer_without_image(pipeline: Pipeline) -> bool:
     return found.statistics.image_was_kept
 
 
+def test_an_image_that_made_room_before_its_answer_began_is_seen_again(reduced_bundle: Path) -> None:
+    first, second, _ = PICTURES
+    with (
+        Pipeline.from_bundle(reduced_bundle, threads=1) as fresh,
+        Pipeline.from_bundle(reduced_bundle, threads=1, keep_images=1) as pipeline,
+    ):
+        answer(pipeline, first, "w1")
+        later = pipeline.generate(first, "w2 w3", max_new_tokens=4)  # it is kept now
+        answer(pipeline, second, "w1")
+        assert later.text is not None
+        assert not later.statistics.image_was_kept
+        expected = fresh.generate(first, "w2 w3", max_new_tokens=4)
+        assert (expected.text, expected.token_ids) == (later.text, later.token_ids)
+        np.testing.assert_array_equal(later.first_logits, expected.first_logits)
+
+
 def test_pixels_count_not_where_they_come_from(reduced_bundle: Path, tmp_path: Path) -> None:
     picture = PICTURES[0]
     picture.save(tmp_path / "one.png")
