@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from tests.bundles import export
-from tests.decode_logits import record_logits
 from tests.engine_bundles import build_here
 from tests.onevision_checkpoints import (
     IMAGE_ID,
@@ -24,6 +23,7 @@ from tests.onevision_checkpoints import (
 )
 from tests.pictures import random_picture
 from tests.spec.reduced_reference import reduced_logits
+from tests.spec.whole_answers import assert_same_answer
 from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.export.checkpoints.checkpoint import ALIASES, canonical_name, read_checkpoint
 from trio_edge.export.checkpoints.text_files import read_text_files
@@ -97,38 +97,16 @@ def hugging_face_inputs(
     return inputs
 
 
-def answer_with_logits(
-    pipeline: Pipeline, picture: Any, prompt: str, monkeypatch: pytest.MonkeyPatch
-) -> tuple[list[int], np.ndarray[Any, Any]]:
-    seen = record_logits(pipeline, monkeypatch)
-    answer = pipeline.generate(picture, prompt, max_new_tokens=NUM_STEPS)
-    _ = answer.text
-    return answer.token_ids, np.stack([answer.first_logits, *seen])
-
-
-def generate(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[list[int], np.ndarray[Any, Any]]:
-    with torch.no_grad():
-        output = model.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=NUM_STEPS,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-    tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    return tokens, torch.stack(output.logits)[:, 0].numpy()
-
-
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_keep_all_bundle_gives_the_tokens_of_hugging_face(
     model: Any, keep_all: Pipeline, size: tuple[int, int], prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture = random_picture(*size, seed=size[0])
-    tokens, logits = generate(model, hugging_face_inputs(keep_all, picture, prompt))
-    ours, our_logits = answer_with_logits(keep_all, picture, prompt, monkeypatch)
-    assert ours == tokens
-    np.testing.assert_allclose(our_logits, logits, **LOGITS_FLOAT32)
+    inputs = hugging_face_inputs(keep_all, picture, prompt)
+    assert_same_answer(
+        model, keep_all, inputs, picture=picture, prompt=prompt, monkeypatch=monkeypatch, num_steps=NUM_STEPS
+    )
 
 
 def test_large_pictures_here_are_made_smaller(keep_all: Pipeline) -> None:
@@ -140,10 +118,10 @@ def test_large_pictures_here_are_made_smaller(keep_all: Pipeline) -> None:
 def test_text_only_equals_hugging_face(
     model: Any, keep_all: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens, logits = generate(model, hugging_face_inputs(keep_all, None, PROMPTS[0]))
-    ours, our_logits = answer_with_logits(keep_all, None, PROMPTS[0], monkeypatch)
-    assert ours == tokens
-    np.testing.assert_allclose(our_logits, logits, **LOGITS_FLOAT32)
+    inputs = hugging_face_inputs(keep_all, None, PROMPTS[0])
+    assert_same_answer(
+        model, keep_all, inputs, picture=None, prompt=PROMPTS[0], monkeypatch=monkeypatch, num_steps=NUM_STEPS
+    )
 
 
 @pytest.mark.parametrize("size", [CAMERA, (65, 63), (20, 300), (7, 9)], ids=str)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tests.bundles import export
-from tests.decode_logits import record_logits
 from tests.engine_bundles import build_here
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import (
@@ -21,6 +20,7 @@ from tests.qwen_checkpoints import (
 )
 from tests.spec.reduced_reference import reduced_logits
 from tests.spec.test_selectors_through_bundles import through_the_decoder
+from tests.spec.whole_answers import assert_same_answer, generate
 from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.runtime.bundle.errors import ScheduleError, ShapeError
 from trio_edge.runtime.bundle.reader import open_bundle
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 KEEP_ALL = Schedule(positions="preserved")
 SIZES = [CAMERA, (28, 28), (300, 40), (40, 300), (61, 59), (200, 200), (90, 33)]
 PROMPTS = ["w1 w2 w3", "w9", "w5 w4 w3 w2 w1 w0 w7 w7"]
-NUM_STEPS = 12
 NO_TEXT = PromptIds(before=np.zeros(1, np.int32), after=np.zeros(1, np.int32), has_image=True)
 
 
@@ -76,29 +75,6 @@ def reduced(folder: Path) -> Iterator[Pipeline]:
         yield pipeline
 
 
-def answer_with_logits(
-    pipeline: Pipeline, picture: Any, prompt: str, monkeypatch: pytest.MonkeyPatch
-) -> tuple[list[int], np.ndarray[Any, Any]]:
-    seen = record_logits(pipeline, monkeypatch)
-    answer = pipeline.generate(picture, prompt, max_new_tokens=NUM_STEPS)
-    _ = answer.text
-    return answer.token_ids, np.stack([answer.first_logits, *seen])
-
-
-def generate(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[list[int], np.ndarray[Any, Any]]:
-    model.model.rope_deltas = None
-    with torch.no_grad():
-        output = model.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=NUM_STEPS,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-    tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    return tokens, torch.stack(output.logits)[:, 0].numpy()
-
-
 class Whole(NamedTuple):
     """A prompt as Hugging Face's model puts it together."""
 
@@ -129,19 +105,15 @@ def test_keep_all_bundle_gives_the_tokens_of_hugging_face(
     model: Any, keep_all: Pipeline, size: tuple[int, int], prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture = random_picture(*size, seed=size[0])
-    tokens, logits = generate(model, hugging_face_inputs(keep_all, picture, prompt))
-    ours, our_logits = answer_with_logits(keep_all, picture, prompt, monkeypatch)
-    assert ours == tokens
-    np.testing.assert_allclose(our_logits, logits, **LOGITS_FLOAT32)
+    inputs = hugging_face_inputs(keep_all, picture, prompt)
+    assert_same_answer(model, keep_all, inputs, picture=picture, prompt=prompt, monkeypatch=monkeypatch)
 
 
 def test_text_only_equals_hugging_face(
     model: Any, keep_all: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens, logits = generate(model, hugging_face_inputs(keep_all, None, PROMPTS[0]))
-    ours, our_logits = answer_with_logits(keep_all, None, PROMPTS[0], monkeypatch)
-    assert ours == tokens
-    np.testing.assert_allclose(our_logits, logits, **LOGITS_FLOAT32)
+    inputs = hugging_face_inputs(keep_all, None, PROMPTS[0])
+    assert_same_answer(model, keep_all, inputs, picture=None, prompt=PROMPTS[0], monkeypatch=monkeypatch)
 
 
 @pytest.mark.parametrize("size", [CAMERA, (300, 40), (61, 59)], ids=str)
