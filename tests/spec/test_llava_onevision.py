@@ -23,7 +23,7 @@ from tests.onevision_checkpoints import (
 )
 from tests.pictures import random_picture
 from tests.spec.reduced_reference import reduced_logits
-from tests.spec.whole_answers import assert_same_answer
+from tests.spec.whole_answers import assert_same_answer, generate
 from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.export.checkpoints.checkpoint import ALIASES, canonical_name, read_checkpoint
 from trio_edge.export.checkpoints.text_files import read_text_files
