@@ -29,7 +29,14 @@ from trio_edge.runtime.prompts.clip_text import ClipTexts
 from trio_edge.runtime.prompts.positions import PromptPositions, mrope_positions, plain_positions
 from trio_edge.runtime.prompts.question import question_ids
 from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, PromptIds, Tokenizer
-from trio_edge.runtime.sampling import AnswerRules, Sampler, TokenChooser, make_sampler, with_overrides
+from trio_edge.runtime.sampling import (
+    AnswerRules,
+    Sampler,
+    TokenChooser,
+    is_whole,
+    make_sampler,
+    with_overrides,
+)
 from trio_edge.runtime.vision import Vision
 
 if TYPE_CHECKING:
@@ -134,7 +141,7 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, backend: Backend, *, keep_images: int = 0) -> None:
         """Load the bundle's graphs with ``backend``; see ``from_bundle``."""
-        if type(keep_images) is not int or not 0 <= keep_images <= MOST_KEPT_IMAGES:
+        if not is_whole(keep_images) or not 0 <= keep_images <= MOST_KEPT_IMAGES:
             raise ShapeError(
                 f"keep_images: expected 0..{MOST_KEPT_IMAGES}, got {keep_images!r}; choose a number in this range"
             )
@@ -236,11 +243,13 @@ class Pipeline:
         self._check_open()
         start = time.perf_counter()
         limit = self.manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if not 1 <= limit <= self.manifest.max_new_tokens:
+        if not is_whole(limit) or not 1 <= limit <= self.manifest.max_new_tokens:
             raise ShapeError(
-                f"max_new_tokens: expected 1..{self.manifest.max_new_tokens} (the bundle's room), got {limit};"
+                f"max_new_tokens: expected 1..{self.manifest.max_new_tokens} (the bundle's room), got {limit!r};"
                 " export with a larger --max-new-tokens"
             )
+        if not isinstance(prompt, str):
+            raise ShapeError(f"prompt: expected text, got {type(prompt).__name__}; write a question")
         rules = with_overrides(
             self.manifest.generation,
             {

@@ -72,9 +72,10 @@ class Sampler:
         assert self._generator is not None  # the temperature is not 0
         # float64: the generator refuses probabilities whose float32 sum is not 1.
         scores = logits.astype(np.float64)
-        scores = (
-            scores - scores.max()
-        ) / self._temperature  # the smallest temperature makes no infinity less infinity
+        with np.errstate(
+            over="ignore"
+        ):  # at the smallest temperature all but the most likely token are at minus infinity
+            scores = (scores - scores.max()) / self._temperature
         probabilities = _nucleus(_softmax(_most_likely(scores, self._top_k)), self._top_p)
         return int(self._generator.choice(len(probabilities), p=probabilities))
 
@@ -142,11 +143,7 @@ class AnswerRules:
             scaled_T = np.where(changed_T < 0, changed_T * penalty, changed_T / penalty)
             changed_T = np.where(seen_T, scaled_T, changed_T)
         forbidden = self._after_same_words()
-        least = (
-            settings.min_length - self._num_prompt
-            if settings.min_new_tokens == 0
-            else settings.min_new_tokens
-        )
+        least = settings.min_new_tokens or settings.min_length - self._num_prompt
         if self._num_new < least:
             forbidden |= set(self._stop_ids)
         changed_T[np.isin(ids_T, list(forbidden))] = -np.inf
@@ -229,9 +226,9 @@ def make_sampler(
         )
     if not _is_number(top_p) or not 0.0 < top_p <= 1.0:
         raise ShapeError(f"top_p: expected 0 < top_p <= 1, got {top_p!r}; use 1 to switch it off")
-    if not _is_whole(top_k) or top_k < 0:
+    if not is_whole(top_k) or top_k < 0:
         raise ShapeError(f"top_k: expected a whole number >= 0, got {top_k!r}; use 0 to switch it off")
-    if seed is not None and (not _is_whole(seed) or seed < 0):
+    if seed is not None and (not is_whole(seed) or seed < 0):
         raise ShapeError(f"seed: expected a whole number >= 0 or None, got {seed!r}")
     return Sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
 
@@ -275,7 +272,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Return whether ``value`` is a whole number, which True and 2.0 are not."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 

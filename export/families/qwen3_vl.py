@@ -122,5 +122,5 @@ def _vision_graph(
         ),
         linear_groups=deepstack_groups(visual, num_planes=num_planes),
         constants={INV_FREQ_NAME: values},
-        layered=module.parts(width=width, dtype=dtype),
+        layered=module.layered(width=width, dtype=dtype),
     )

@@ -6,8 +6,9 @@ PIL image, upright too, then like its image processors' ``do_convert_rgb``.
 
 | image                                | result                                                         |
 |----------------------------------------|----------------------------------------------------------------|
-| transparent, from a path or bytes      | alpha is dropped, the colour under it shows                    |
-| transparent, from a PIL image          | laid over white (Hugging Face makes the same difference)       |
+| with alpha, from a path or bytes       | alpha is dropped, the colour under it shows                    |
+| with alpha, from a PIL image           | laid over white (Hugging Face makes the same difference)       |
+| with one transparent colour            | laid over white                                                |
 | palette, 1-bit, grayscale, CMYK, YCbCr | Pillow's conversion to RGB                                     |
 | 16- or 32-bit grayscale, float         | clipped to 0..255, not scaled; a warning is logged if it shows |
 | 16-bit RGB                             | the high bytes                                                 |
@@ -150,7 +151,11 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _rgb(image: Image.Image, *, name: str, drop_alpha: bool) -> Image.Image:
     has_alpha = "A" in image.getbands() or image.info.get("transparency") is not None
-    if has_alpha and not drop_alpha:
+    if has_alpha and drop_alpha:
+        image = image.convert("RGB")
+        # a single transparent colour is still one, and Hugging Face's image processors see it
+        has_alpha = image.info.get("transparency") is not None
+    if has_alpha:
         over = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, (255, 255, 255, 255)), over).convert("RGB")
     if image.mode.startswith("I") or image.mode == "F":

@@ -122,8 +122,7 @@ def test_control_c_prints_one_line_and_leaves_nothing(moment: str, exports: Expo
     code, lines = exports.run(
         tmp_path / "bundle", stop_at=moment, by=signal.SIGINT, traces=moment.startswith("tracing")
     )
-    assert code == 130
-    assert lines[-1] == "trio-export: interrupted"
+    assert (code, lines[-1]) == (130, "trio-export: interrupted"), lines
     assert not any("Traceback" in line or "Error" in line for line in lines)
     assert list(tmp_path.iterdir()) == []
 

@@ -179,3 +179,21 @@ def test_settings_of_sampling_say_nothing_where_nothing_is_sampled(folder: Path,
     values = {"do_sample": False, "temperature": 0.7, "top_k": 20, "min_p": 0.1, "eos_token_id": 86}
     (checkpoint / "generation_config.json").write_text(json.dumps(values))
     assert read_generation(read_checkpoint(str(checkpoint))) == GenerationSettings()
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, True, "3", [1]], ids=str)
+def test_a_number_of_tokens_that_is_none_is_refused(count: Any, bundle: Path) -> None:
+    with (
+        Pipeline.from_bundle(bundle) as pipeline,
+        pytest.raises(ShapeError, match=r"max_new_tokens: expected 1\.\.40"),
+    ):
+        pipeline.generate(None, "w1", max_new_tokens=count)
+
+
+@pytest.mark.parametrize("prompt", [None, 3, b"w1", ["w1"]], ids=str)
+def test_a_prompt_that_is_no_text_is_refused(prompt: Any, bundle: Path) -> None:
+    with (
+        Pipeline.from_bundle(bundle) as pipeline,
+        pytest.raises(ShapeError, match="prompt: expected text, got"),
+    ):
+        pipeline.generate(None, prompt)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -83,56 +82,56 @@ class DeepstackVision(nn.Module):
                 planes.append(merger(hidden_PD, token_index))
         return self.merger(hidden_PD, token_index), *planes
 
-    def parts(self, *, width: int, dtype: FloatType) -> LayeredModule:
+    def layered(self, *, width: int, dtype: FloatType) -> LayeredModule:
         """Return the same as parts that are traced once each.
 
         Args:
             width: D, the decoder's.
             dtype: Of the outputs.
         """
-        size = 4 * len(self.tables.inv_freq)
-        hidden = TensorSpec(name="hidden", dtype="float32", shape=("P", self.embedding.width))
-        table = TensorSpec(name="cos", dtype="float32", shape=(1, "P", 1, size))
-        tables = (
-            table,
-            msgspec.structs.replace(table, name="sin"),
-            TensorSpec(name="mask", dtype="float32", shape=(1, 1, 1, "P")),
-        )
-        inputs = {tensor.name: tensor for tensor in vision_inputs(self.embedding.patch_values)}
-        placed = (hidden, inputs["token_index"])
-        tokens, plane = (
-            TensorSpec(name=name, dtype=dtype, shape=("N", width)) for name in ("tokens", "plane")
-        )
-        parts = {
-            "embedding": Part(
-                self.embedding,
-                (inputs["pixel_values"], inputs["table_index"], inputs["table_weights"]),
-                (hidden,),
-            ),
-            "tables": Part(self.tables, (inputs["patch_positions"], inputs["num_patches"]), tables),
-            "layer": Part(self.layers[0], (hidden, *tables), (hidden,)),
-            "merger": Part(self.merger, placed, (tokens,)),
-        }
-        names = [tensor.name for tensor in tables]
-        steps = [
-            Copy(
-                "embedding", "embedding.", [tensor.name for tensor in parts["embedding"].inputs], ["hidden.0"]
-            ),
-            Copy("tables", "tables.", [tensor.name for tensor in parts["tables"].inputs], names),
+        parts = self._parts(width, dtype)
+        tables = [tensor.name for tensor in parts["tables"].outputs]
+        copies = [
+            Copy("embedding", "embedding.", _names(parts["embedding"].inputs), ["hidden.0"]),
+            Copy("tables", "tables.", _names(parts["tables"].inputs), tables),
         ]
         for index in range(len(self.layers)):
             after = f"hidden.{index + 1}"
-            steps.append(Copy("layer", f"layers.{index}.", [f"hidden.{index}", *names], [after]))
+            copies.append(Copy("layer", f"layers.{index}.", [f"hidden.{index}", *tables], [after]))
             if index in self.plane_layers:
-                parts["plane_merger"] = Part(self.plane_mergers[0], placed, (plane,))
-                number = self.plane_layers.index(index)
-                found = f"{DEEPSTACK_TOKENS}{number}"
-                steps.append(
-                    Copy("plane_merger", f"plane_mergers.{number}.", [after, "token_index"], [found])
-                )
+                plane = self.plane_layers.index(index)
+                weights, placed = f"plane_mergers.{plane}.", [after, "token_index"]
+                copies.append(Copy("plane_merger", weights, placed, [f"{DEEPSTACK_TOKENS}{plane}"]))
         last = f"hidden.{len(self.layers)}"
-        steps.append(Copy("merger", "merger.", [last, "token_index"], [VISUAL_TOKENS]))
-        return LayeredModule(parts=parts, copies=tuple(steps))
+        copies.append(Copy("merger", "merger.", [last, "token_index"], [VISUAL_TOKENS]))
+        return LayeredModule(parts=parts, copies=tuple(copies))
+
+    def _parts(self, width: int, dtype: FloatType) -> dict[str, Part]:
+        inputs = {tensor.name: tensor for tensor in vision_inputs(self.embedding.patch_values)}
+        hidden = TensorSpec(name="hidden", dtype="float32", shape=("P", self.embedding.width))
+        head_size = 4 * len(self.tables.inv_freq)
+        tables = (
+            TensorSpec(name="cos", dtype="float32", shape=(1, "P", 1, head_size)),
+            TensorSpec(name="sin", dtype="float32", shape=(1, "P", 1, head_size)),
+            TensorSpec(name="mask", dtype="float32", shape=(1, 1, 1, "P")),
+        )
+        patches = tuple(inputs[name] for name in ("pixel_values", "table_index", "table_weights"))
+        places = tuple(inputs[name] for name in ("patch_positions", "num_patches"))
+        parts = {
+            "embedding": Part(self.embedding, patches, (hidden,)),
+            "tables": Part(self.tables, places, tables),
+            "layer": Part(self.layers[0], (hidden, *tables), (hidden,)),
+        }
+        mergers = {"merger": self.merger, "plane_merger": next(iter(self.plane_mergers), None)}
+        for name, merger in mergers.items():
+            if merger is not None:
+                tokens = TensorSpec(name=f"{name}_tokens", dtype=dtype, shape=("N", width))
+                parts[name] = Part(merger, (hidden, inputs["token_index"]), (tokens,))
+        return parts
+
+
+def _names(tensors: tuple[TensorSpec, ...]) -> list[str]:
+    return [tensor.name for tensor in tensors]
 
 
 def vision_inputs(patch_values: int) -> tuple[TensorSpec, ...]:

@@ -22,6 +22,10 @@ def _palette() -> Image.Image:
     return Image.fromarray(_noise(20, 30, 3)).quantize(16)
 
 
+def _few_levels(levels: np.ndarray) -> Image.Image:
+    return Image.fromarray(levels // 64 * 64)
+
+
 def _rotated() -> tuple[Image.Image, dict]:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -34,6 +38,13 @@ FILES = {
     "gray with alpha": lambda: (Image.fromarray(_noise(20, 30, 2), "LA"), "PNG", {}),
     "palette": lambda: (_palette(), "PNG", {}),
     "palette with a transparent colour": lambda: (_palette(), "PNG", {"transparency": 0}),
+    "gray with a transparent level": lambda: (_few_levels(_noise(20, 30)), "PNG", {"transparency": 64}),
+    "rgb with a transparent colour": lambda: (
+        _few_levels(_noise(20, 30, 3)),
+        "PNG",
+        {"transparency": (64, 0, 64)},
+    ),
+    "gif with a transparent colour": lambda: (_palette(), "GIF", {"transparency": 3}),
     "gray": lambda: (Image.fromarray(_noise(20, 30)), "PNG", {}),
     "1-bit": lambda: (Image.fromarray(_noise(20, 30)).convert("1"), "PNG", {}),
     "16-bit gray png": lambda: (Image.fromarray(_noise(20, 30, dtype=np.uint16)), "PNG", {}),
@@ -61,8 +72,10 @@ def _png(width: int, height: int) -> bytes:
     )
 
 
+@lays_over_white
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_gives_the_pixels_of_hugging_face_load_image(name, tmp_path):
+def test_a_file_gives_the_pixels_that_hugging_face_makes_of_it(name, tmp_path):
+    """``load_image`` first, then what every image processor does."""
     picture, file_format, options = FILES[name]()
     path = tmp_path / "picture"
     picture.save(path, format=file_format, **options)
@@ -71,7 +84,8 @@ def test_a_file_gives_the_pixels_of_hugging_face_load_image(name, tmp_path):
 
     assert ours.mode == "RGB"
     with Image.open(path) as opened:  # load_image leaves the file of a path open
-        np.testing.assert_allclose(np.asarray(ours, int), np.asarray(load_image(opened), int), atol=1)
+        expected = convert_to_rgb(load_image(opened), return_numpy=True)
+        np.testing.assert_allclose(np.asarray(ours, int), expected.astype(int), atol=1)
     np.testing.assert_array_equal(np.asarray(open_image(path.read_bytes())), np.asarray(ours))
 
 
@@ -99,6 +113,14 @@ def test_transparency_from_a_file_is_dropped_and_from_a_pil_image_laid_over_whit
     clear_red.save(buffer, format="PNG")
     assert open_image(buffer.getvalue()).getpixel((0, 0)) == (255, 0, 0)
     assert open_image(clear_red).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_one_transparent_colour_of_a_file_is_laid_over_white():
+    picture = Image.new("P", (2, 2), 1)
+    picture.putpalette([9, 9, 9, 200, 0, 0])
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", transparency=1)
+    assert open_image(buffer.getvalue()).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_clipping_a_16_bit_picture_is_logged(caplog):
