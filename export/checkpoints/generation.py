@@ -1,4 +1,4 @@
-"""Reads a checkpoint's generation settings, by transformers' own rules, and refuses those that no bundle can follow."""
+"""Reads a checkpoint's generation settings, and refuses those that no bundle can follow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from trio_edge.export.checkpoints.hub import first_line
+from trio_edge.export.checkpoints.checkpoint import read_json
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.generation import GenerationSettings
 
@@ -52,15 +52,7 @@ def read_generation(checkpoint: Checkpoint) -> GenerationSettings:
     path = checkpoint.folder / _FILE
     if not path.exists():
         return GenerationSettings()
-    from transformers import GenerationConfig
-
-    try:
-        config = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    except Exception as error:  # transformers raises many types for a broken file
-        raise CheckpointError(
-            f"{path}: expected generation settings, got: {first_line(error)}; correct the file"
-        ) from None
-    values = {key: value for key, value in vars(config).items() if value is not None}
+    values = {key: value for key, value in read_json(path).items() if value is not None}
     unknown = _NEUTRAL | (_NEUTRAL_IF_SAMPLED if values.get("do_sample") else {})
     for name, neutral in unknown.items():
         if name in values and values[name] not in neutral:

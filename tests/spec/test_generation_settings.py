@@ -161,7 +161,7 @@ def test_rules_that_leave_no_token_are_one_line(bundle: Path) -> None:
         ({"encoder_repetition_penalty": 1.2}, "encoder_repetition_penalty: expected none, got 1.2"),
         ({"do_sample": True, "top_p": 1.5}, "generation settings"),
         ({"repetition_penalty": -1.0}, "expected generation settings in range"),
-        ("not an object", "expected generation settings"),
+        ("not an object", "expected a JSON object"),
     ],
     ids=str,
 )
