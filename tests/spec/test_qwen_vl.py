@@ -131,6 +131,20 @@ def test_reduced_bundle_equals_plain_torch(model: Any, reduced: Pipeline, size: 
     np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
 
 
+def test_a_selection_on_the_host_cuts_positions_and_deepstack_too(reduced: Pipeline) -> None:
+    """Baselines, and stages whose NMS had not settled, go this way; here it takes what the graphs took."""
+    picture = random_picture(*CAMERA, seed=3)
+    own = reduced.generate(picture, PROMPTS[2], max_new_tokens=4)
+    assert own.text is not None
+
+    def as_the_graphs(stage: int, entering: np.ndarray[Any, Any], _keep: int) -> np.ndarray[Any, Any]:
+        return np.flatnonzero(np.isin(entering, own.kept[stage])).astype(np.int32)
+
+    ours = reduced.generate(picture, PROMPTS[2], max_new_tokens=4, override=as_the_graphs)
+    assert (ours.text, ours.token_ids) == (own.text, own.token_ids)
+    np.testing.assert_allclose(ours.first_logits, own.first_logits, **LOGITS_FLOAT32)
+
+
 @pytest.mark.parametrize("method", ["divprune", "cdpruner"])
 def test_a_selection_before_the_decoder_cuts_positions_and_deepstack_alike(
     model: Any, folder: Path, method: str
