@@ -136,7 +136,9 @@ PROCESSORS = {
             "image_grid_pinpoints": [[58, 58], [58, 116], [116, 58], [116, 116], [174, 174]],
             "size": {"height": 58, "width": 58},
             "resample": 2,
-        }
+        },
+        # where there is no AVX, torch repeats the first pixel of a column that is one pixel wide
+        sizes=tuple(size for size in SIZES if size != (1, 400)),
     ),
     "InternVL3": Processor(config={**_INTERNVL, "size": {"height": 448, "width": 448}}, sizes=((601, 673),)),
     "InternVL3 small": Processor(config={**_INTERNVL, "size": {"height": 56, "width": 56}}),
