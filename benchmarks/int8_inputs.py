@@ -33,7 +33,7 @@ QUANTIZED: dict[str, dict[str, Any]] = {
         "inputs": frozenset({"layer", "head", "vision"}),
     },
 }
-"""What ``trio-calibrate --quantize`` stores, by its text. INT4 has float16 inputs, INT8 has INT8 inputs."""
+"""Settings of a prediction for each ``trio-calibrate --quantize``. INT4 has float16 inputs, INT8 has INT8 inputs."""
 
 
 def cell(prediction: Prediction) -> str:

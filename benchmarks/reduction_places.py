@@ -1,4 +1,4 @@
-"""Where a decoder loses its visual tokens: before it, behind its first layers, or stage by stage, at equal average keep.
+"""Where to drop visual tokens: before the decoder, once inside it, or stage by stage; all with the same average keep.
 
     python benchmarks/reduction_places.py --model qwen3-vl-4b --image-size 1024x1024
 

@@ -65,7 +65,7 @@ class DecoderPrompt:
     positions: PromptPositions
     """Positions of all N + bucket rows."""
     planes: Sequence[DeviceTensor | NDArray[Any]] = ()
-    """[M, D] each, what DeepStack adds to the visual tokens behind the first layers; none without an image."""
+    """[M, D] each, DeepStack's: plane i is added to the visual tokens after layer i; none without an image."""
 
     @property
     def num_visual(self) -> int:

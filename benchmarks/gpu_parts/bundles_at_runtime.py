@@ -46,7 +46,8 @@ class _Loaded:
 
     def prefill(self) -> PrefillResult:
         """Run vision and decoder, from arrays on the host to the first token there."""
-        visual = self.vision.run_vision(self.inputs, self.profile)[0].rows(0, self.num_visual)
+        outputs = self.vision.run_vision(self.inputs, self.profile)
+        visual, *planes = (tensor.rows(0, self.num_visual) for tensor in outputs)
         prompt = DecoderPrompt(
             before=self.before,
             visual=visual,
@@ -54,6 +55,7 @@ class _Loaded:
             visual_rows=self.profile.sizes["N"],
             text_bucket=self.bucket,
             positions=self.positions,
+            planes=planes,
         )
         return self.decoder.prefill(prompt)
 

@@ -51,7 +51,7 @@ class SamplePrompt:
     visual_start: int
     num_visual: int
     planes_ND: tuple[Tensor, ...] = ()
-    """[N, D] each, what DeepStack adds to the visual rows behind the first layers."""
+    """[N, D] each, DeepStack's: plane i is added to the visual rows after layer i."""
 
 
 def sample_shape(model: TorchModel, question: Question) -> SampleShape:

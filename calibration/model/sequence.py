@@ -37,7 +37,7 @@ class Sequence:
     num_answer: int = 0
     """Rows after the prompt."""
     planes_ND: tuple[Tensor, ...] = ()
-    """[N, D] each, DeepStack's: plane i is added to the visual rows behind layer i."""
+    """[N, D] each, DeepStack's: plane i is added to the visual rows after layer i."""
 
     @property
     def num_visual(self) -> int:
@@ -50,7 +50,7 @@ class Sequence:
         return len(self.hidden_SD) - self.num_answer
 
     def after(self, layer: int, hidden_SD: Tensor) -> Sequence:
-        """Return the same rows behind ``layer``, whose output is ``hidden_SD``."""
+        """Return the sequence after ``layer``: ``hidden_SD``, its output, with DeepStack's plane added."""
         if layer < len(self.planes_ND):
             start, stop = self.visual_start, self.visual_start + self.num_visual
             visual_ND = hidden_SD[start:stop] + self.planes_ND[layer]

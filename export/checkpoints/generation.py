@@ -8,7 +8,7 @@ import msgspec
 
 from trio_edge.export.checkpoints.checkpoint import read_json
 from trio_edge.runtime.bundle.errors import CheckpointError
-from trio_edge.runtime.bundle.generation import GenerationSettings
+from trio_edge.runtime.bundle.generation import SAMPLING_SETTINGS, GenerationSettings
 
 if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
@@ -66,9 +66,7 @@ def read_generation(checkpoint: Checkpoint) -> GenerationSettings:
     if "min_new_tokens" in wanted:  # 0 too
         wanted.pop("min_length", None)
     if not wanted.get("do_sample"):  # files keep settings of sampling that nothing reads
-        wanted = {
-            name: value for name, value in wanted.items() if name not in ("temperature", "top_k", "top_p")
-        }
+        wanted = {name: value for name, value in wanted.items() if name not in SAMPLING_SETTINGS}
     try:
         return msgspec.convert(wanted, GenerationSettings)
     except msgspec.ValidationError as error:

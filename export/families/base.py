@@ -29,7 +29,7 @@ class VisionGraph:
 
     module: nn.Module
     inputs: tuple[TensorSpec, ...]
-    """What ``ImageProcessing.prepare`` fills, ``token_index`` with N rows among them."""
+    """The tensors that ``ImageProcessing.prepare`` fills. One is ``token_index`` [N]."""
     outputs: tuple[TensorSpec, ...]
     """``visual_tokens`` [N, D] first; then what encoder reduction kept, or DeepStack's planes."""
     linear_groups: tuple[LinearGroup, ...]
@@ -136,5 +136,5 @@ def refuse_encoder_keep(model_type: str, encoder_keep: int | None) -> None:
     """Raise ScheduleError if a family is asked to drop patches in its vision encoder that it cannot rank."""
     if encoder_keep is not None:
         raise ScheduleError(
-            f"--encoder-keep: expected none for {model_type}, got {encoder_keep}; leave it out"
+            f"--encoder-keep: expected none for {model_type}, got {encoder_keep}; use --token-method, or leave it out"
         )

@@ -1,7 +1,7 @@
 """Qwen3-VL, and Cosmos-Reason2 which is one: DeepStack, interleaved M-RoPE, Qwen3 decoder layers with norms of their heads.
 
-DeepStack adds features of inner vision layers to the visual rows behind the first decoder layers, one plane a layer. A stage
-in front of one of these layers takes the rest of the planes along, cut like the tokens.
+DeepStack adds features of inner vision layers to the visual rows after the first decoder layers: one plane of rows for each.
+A stage drops the same tokens from the planes that are still to come.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_features
+from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_encoder_keep, refuse_features
 from trio_edge.export.families.decoder import family_model, read_config
 from trio_edge.export.families.qwen2_5_vl import patch_images
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
@@ -23,7 +23,6 @@ from trio_edge.export.graphs.vision.deepstack import (
     plane_mergers,
     vision_inputs,
 )
-from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import DEEPSTACK_TOKENS, token_planes
 from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
 from trio_edge.runtime.images.qwen import Qwen3Images
@@ -90,11 +89,7 @@ class Qwen3Vl:
     ) -> ImageProcessing:
         """Return the scaling and the patches; documented in ``Family``."""
         vision = read_config(checkpoint).vision_config
-        if encoder_keep is not None:
-            raise ScheduleError(
-                f"--encoder-keep: expected none for {self.model_type}, got {encoder_keep}; use --token-method, which drops"
-                " the tokens' rows of DeepStack too"
-            )
+        refuse_encoder_keep(self.model_type, encoder_keep)
         # transformers takes the largest square table
         side = math.isqrt(vision.num_position_embeddings)
         return patch_images(Qwen3Images, checkpoint, vision, max_visual=max_visual, table_size=side)

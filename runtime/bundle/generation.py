@@ -10,12 +10,15 @@ _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 _Factor: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 _Share: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p")
+"""Read only where tokens are drawn."""
+
 
 class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Hugging Face's settings, by its names and with its defaults. They apply where a user gives none."""
 
     do_sample: bool = False
-    """Whether tokens are drawn; greedy otherwise, and the next three say nothing."""
+    """Whether tokens are drawn; greedy otherwise, and ``SAMPLING_SETTINGS`` say nothing."""
     temperature: _Factor = 1.0
     top_k: _Count = 50
     """0 means all."""
@@ -39,4 +42,5 @@ class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     def are_rules(self) -> bool:
         """Whether any of them changes logits before a token is chosen."""
         neutral = GenerationSettings()
-        return any(getattr(self, name) != getattr(neutral, name) for name in self.__struct_fields__[4:])
+        rules = set(self.__struct_fields__) - {"do_sample", *SAMPLING_SETTINGS}
+        return any(getattr(self, name) != getattr(neutral, name) for name in rules)

@@ -76,7 +76,7 @@ PROMPT_LENGTH = "prompt_length"
 KEPT_HIDDEN = "kept_hidden_states"
 KEPT_POSITIONS = "kept_position_ids"
 KEPT_DEEPSTACK = "kept_deepstack_embeds."
-"""The planes of layers behind the stage, without the dropped tokens."""
+"""The planes of layers after the stage, without the dropped tokens."""
 KEPT_INDICES = "kept_indices"
 SCORES = "scores"
 UNSETTLED = "unsettled"
@@ -150,7 +150,7 @@ def select_tensors(
 ) -> GraphTensors:
     """Return the tensors of a select graph that keeps ``num_keep`` visual tokens.
 
-    ``planes`` are the layers behind the stage that DeepStack adds to.
+    ``planes`` are the layers after the stage whose outputs DeepStack adds to.
     """
     width = dimensions.hidden_size
     inputs = [

@@ -103,7 +103,7 @@ def test_kept_tokens_and_divergence_are_the_bundles(
 def test_kept_tokens_and_answers_are_the_bundles_with_deepstack(
     questions: list[Question], tmp_path: Path
 ) -> None:
-    """Planes are added behind layers before and after the stages."""
+    """Some planes are added before a stage, some after it."""
     folder = save_qwen3_vl_checkpoint(tmp_path / "ck")
     model = load_model(str(folder))
     prompt = make_prompt(model, questions[0])

@@ -9,7 +9,7 @@
 | in  num_patches            | [1]    | int32   | runtime: real patches; those from there on are padding               |
 | in  token_index            | [N]    | int32   | runtime: merged token of each visual token                           |
 | out visual_tokens          | [N, D] | model   | runtime: placed into the prefix graph's ``inputs_embeds``            |
-| out deepstack_tokens.{i}   | [N, D] | model   | runtime: placed into ``deepstack_embeds.{i}``, added behind layer i  |
+| out deepstack_tokens.{i}   | [N, D] | model   | runtime: placed into ``deepstack_embeds.{i}``, added after layer i   |
 
 All layers attend to the whole image. The outputs of some inner ones go through mergers of their own: these are the planes.
 Padding patches must be finite: their values reach no real patch, but they are multiplied by weights that are zero.
