@@ -39,6 +39,15 @@ class ImageLayout:
     """Visual tokens of a tile that shows the whole image besides finer ones; for drawing."""
     patches_per_tile: int = 0
     """Patches of a tile, where the vision graph drops some of each."""
+    text: tuple[str, ...] = ("", "")
+    """What the prompt says before each run of visual tokens, and after the last run."""
+    runs: tuple[int, ...] = ()
+    """Visual tokens of each run; empty where all of them are one."""
+
+    @property
+    def run_lengths(self) -> tuple[int, ...]:
+        """Visual tokens of each run, one run at least."""
+        return self.runs or (len(self.boxes),)
 
     @property
     def num_visual(self) -> int:
@@ -58,7 +67,9 @@ class ImageLayout:
     def taken(self, indices: NDArray[Any]) -> ImageLayout:
         """Return the layout with only the boxes and positions at ``indices``."""
         positions = None if self.positions is None else self.positions[:, indices]
-        return replace(self, boxes=self.boxes[indices], positions=positions)
+        ends = np.cumsum(self.run_lengths)
+        runs = np.bincount(np.searchsorted(ends, indices, side="right"), minlength=len(ends))
+        return replace(self, boxes=self.boxes[indices], positions=positions, runs=tuple(runs.tolist()))
 
 
 def check_rgb(image: Image.Image) -> None:
