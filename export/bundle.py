@@ -260,6 +260,7 @@ def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, fo
         text=resolved.text.spec,
         generation=resolved.generation,
         image_processing=resolved.processing.to_dict(),
+        max_images=options.max_images,
         encoder_keep=resolved.processing.encoder_keep,
         token_method=options.token_method,
         token_keep=resolved.token_keep,
@@ -334,7 +335,8 @@ def _image_sizes(plan: ExportPlan) -> tuple[ImageSize, ...]:
     result = []
     for width, height in plan.options.image_sizes:
         num_visual = plan.resolved.processing.sizes(width, height)["N"]
-        rows = next(size for size in plan.layout.vision_rows if size >= num_visual)
+        sizes = plan.layout.visual_sizes if plan.resolved.token_keep is None else plan.layout.vision_rows
+        rows = next(size for size in sizes if size >= num_visual)
         result.append(ImageSize(width=width, height=height, num_visual=num_visual, rows=rows))
     return tuple(result)
 
@@ -345,8 +347,9 @@ def _cost(plan: ExportPlan, graphs: Sequence[GraphSpec]) -> Cost:
         plan.model.vision_dimensions,
         plan.dimensions,
         plan.layout.schedule,
-        vision_sizes=resolved.largest,
+        vision_sizes=resolved.images.largest,
         picture_tokens=resolved.image_tokens,
+        num_images=resolved.images.num_images,
         num_visual_sizes=len(plan.layout.visual_sizes),
         token_method=options.token_method,
         token_keep=resolved.token_keep,

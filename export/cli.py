@@ -126,6 +126,11 @@ def _count(option: str) -> Callable[[str], int | float]:
     type=int,
     help="Most visual tokens of an image, where the family can scale down: Qwen-VL (pixels), InternVL and LLaVA-OneVision (tiles).",
 )
+@click.option(
+    "--max-images",
+    type=int,
+    help="Images of a prompt, each of the largest size; --keep is then a share of the tokens of all. [default: 1]",
+)
 @click.option("--max-text", type=int, help="Largest prompt in text tokens.")
 @click.option(
     "--text-buckets",

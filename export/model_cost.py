@@ -31,6 +31,7 @@ def cost_of(
     *,
     vision_sizes: Mapping[str, int],
     picture_tokens: int,
+    num_images: int,
     num_visual_sizes: int,
     token_method: str | None,
     token_keep: int | None,
@@ -38,42 +39,43 @@ def cost_of(
     kv_dtype: CacheType,
     clip_text_flops: float | None = None,
 ) -> Cost:
-    """Return the cost of a prefill with an image of ``vision_sizes`` and ``COST_TEXT_TOKENS`` text tokens.
+    """Return the cost of a prefill with images of ``vision_sizes`` and ``COST_TEXT_TOKENS`` text tokens.
 
     Args:
         tower: Sizes of the vision tower.
         dimensions: Sizes of the decoder.
         schedule: Its stages.
-        vision_sizes: Sizes of the image.
-        picture_tokens: Visual tokens of the image before any reduction.
+        vision_sizes: Sizes of each image.
+        picture_tokens: Visual tokens of each image before any reduction.
+        num_images: Number of images.
         num_visual_sizes: Number of different N of the prefix.
         token_method: Selection before the decoder, if there is one.
-        token_keep: Tokens that it passes on.
+        token_keep: Tokens of each image that it passes on.
         graphs: Graphs of the bundle; the ``reduce`` graph's inputs tell its widths.
         kv_dtype: Type of the KV caches.
         clip_text_flops: FLOPs of CLIP's text tower for this text, if there is one.
     """
-    num_visual = vision_sizes["N"]
+    num_visual = num_images * vision_sizes["N"]
     cached = ELEMENT_BYTES[kv_dtype]
     # Without reduction no tokens are merged in the encoder either.
     unmerged = msgspec.structs.replace(tower, merged_weights=0)
     whole = count_prefill(
         dimensions,
         Schedule(),
-        num_visual=picture_tokens,
+        num_visual=num_images * picture_tokens,
         num_text=COST_TEXT_TOKENS,
         bytes_per_cached=cached,
     )
     cost = count_prefill(
         dimensions,
         schedule,
-        num_visual=num_visual if token_keep is None else min(token_keep, num_visual),
+        num_visual=num_visual if token_keep is None else min(num_images * token_keep, num_visual),
         num_text=COST_TEXT_TOKENS,
         one_size=num_visual_sizes == 1,
         bytes_per_cached=cached,
     )
     reduced = {
-        "vision": round(vision_work(tower, vision_sizes).flops),
+        "vision": round(num_images * vision_work(tower, vision_sizes).flops),
         "decoder": round(cost.decoder_flops),
         "select": round(cost.select_flops),
     }
@@ -81,17 +83,18 @@ def cost_of(
         reduced["clip_text"] = round(clip_text_flops)
     if token_method is not None and token_keep is not None:
         (graph,) = (graph for graph in graphs if graph.role == "reduce")
-        sizes = TokenSizes(num_visual, token_keep, COST_TEXT_TOKENS, input_widths(graph))
-        reduced["reduce"] = round(method_row(token_method).cost(sizes).flops)
+        sizes = TokenSizes(vision_sizes["N"], token_keep, COST_TEXT_TOKENS, input_widths(graph))
+        reduced["reduce"] = round(num_images * method_row(token_method).cost(sizes).flops)
     return Cost(
         num_visual=num_visual,
+        num_images=num_images,
         num_text=COST_TEXT_TOKENS,
         full_flops={
-            "vision": round(vision_work(unmerged, vision_sizes).flops),
+            "vision": round(num_images * vision_work(unmerged, vision_sizes).flops),
             "decoder": round(whole.decoder_flops),
         },
         reduced_flops=reduced,
         full_kv_bytes=whole.kv_bytes,
         reduced_kv_bytes=cost.kv_bytes,
-        picture_tokens=None if picture_tokens == num_visual else picture_tokens,
+        picture_tokens=None if picture_tokens == vision_sizes["N"] else num_images * picture_tokens,
     )

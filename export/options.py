@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.schedule import Positions
 
 
+MOST_IMAGES = 1024
+"""Largest --max-images: far above any model's positions."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportOptions:
     """The user's choices. The fields hold the only defaults."""
@@ -37,6 +41,8 @@ class ExportOptions:
     max_visual: int | None = None
     """Visual tokens that images of any size are scaled down to, in families that can: Qwen-VL (pixels), InternVL and
     LLaVA-OneVision (tiles)."""
+    max_images: int = 1
+    """Images of a prompt, each of the largest size that is exported for; smaller ones may be more."""
     max_text: int = MAX_TEXT
     """Largest prompt in text tokens."""
     text_buckets: tuple[int, ...] = ()
@@ -65,6 +71,8 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.target is not None:
             find_device(self.target)
+        if not 1 <= self.max_images <= MOST_IMAGES:
+            raise ScheduleError(f"--max-images: expected 1..{MOST_IMAGES}, got {self.max_images}")
         for name, value, low in (("max-text", self.max_text, 8), ("max-new-tokens", self.max_new_tokens, 1)):
             if not low <= value <= MOST_TOKENS:
                 raise ScheduleError(f"--{name}: expected {low}..{MOST_TOKENS}, got {value}")
@@ -109,9 +117,9 @@ class ScheduleInputs:
     num_layers: int
     """Decoder layers."""
     num_visual: int
-    """Visual tokens of the largest image that is exported for, as many as enter the decoder."""
+    """Visual tokens of the largest images that are exported for, as many as enter the decoder."""
     image_tokens: int
-    """Visual tokens of that image before any reduction; an average keep is a share of them."""
+    """Visual tokens of these images before any reduction; an average keep is a share of them."""
     positions: tuple[Positions, ...]
     """Position rules that the family can follow; the first one is its default."""
 

@@ -54,26 +54,38 @@ class ExportSource:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ImageProfiles:
+    """The images to make shapes for."""
+
+    sizes: tuple[Mapping[str, int], ...]
+    """Sizes of the vision graph's axes for each of them."""
+    largest: Mapping[str, int]
+    """Those of each image in the prompt with most visual tokens, which schedule and cost are made for."""
+    num_images: int = 1
+    """Images in that prompt."""
+    most_of_several: int = 0
+    """Visual tokens of an image in a prompt with several, at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ResolvedOptions:
     """The options as numbers of this checkpoint: no share, no "auto"."""
 
     processing: ImageProcessing
-    image_profiles: tuple[Mapping[str, int], ...]
-    """Sizes of every image to make shapes for."""
-    largest: Mapping[str, int]
-    """The one of them that schedule and cost are made for."""
+    images: ImageProfiles
     image_tokens: int
-    """Visual tokens of that image before any reduction."""
+    """Visual tokens of the image before any reduction."""
     token_keep: int | None
-    """K of the selection before the decoder."""
+    """K of the selection before the decoder, of each image."""
     dtype: FloatType
     text: TextFiles
     generation: GenerationSettings
 
     @property
     def entering(self) -> int:
-        """Visual tokens of the largest image that enter the decoder."""
-        return self.largest["N"] if self.token_keep is None else self.token_keep
+        """Visual tokens of the prompt with most that enter the decoder."""
+        one = self.images.largest["N"] if self.token_keep is None else self.token_keep
+        return self.images.num_images * one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,21 +128,20 @@ def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
     """
     checkpoint, family = source.checkpoint, source.family
     processing = family.image_processing(checkpoint, encoder_keep=None, max_visual=options.max_visual)
-    profiles, largest = _image_profiles(processing, options)
-    image_tokens = largest["N"]
+    profiles = _image_profiles(processing, options)
+    image_tokens = profiles.largest["N"]
     if options.encoder_keep is not None:
         processing = family.image_processing(
             checkpoint,
-            encoder_keep=_encoder_keep(options.encoder_keep, largest),
+            encoder_keep=_encoder_keep(options.encoder_keep, profiles.largest),
             max_visual=options.max_visual,
         )
-        profiles, largest = _image_profiles(processing, options)
+        profiles = _image_profiles(processing, options)
     return ResolvedOptions(
         processing=processing,
-        image_profiles=profiles,
-        largest=largest,
+        images=profiles,
         image_tokens=image_tokens,
-        token_keep=_token_keep(options, num_visual=largest["N"]),
+        token_keep=_token_keep(options, num_visual=profiles.largest["N"]),
         dtype=bundle_dtype(checkpoint, options.dtype),
         text=read_text_files(
             checkpoint,
@@ -173,7 +184,7 @@ def build(
         ScheduleInputs(
             num_layers=dimensions.num_layers,
             num_visual=resolved.entering,
-            image_tokens=resolved.image_tokens,
+            image_tokens=resolved.images.num_images * resolved.image_tokens,
             positions=source.family.positions,
         )
     )
@@ -199,10 +210,25 @@ def build(
     )
 
 
-def _image_profiles(
+def _image_profiles(processing: ImageProcessing, options: ExportOptions) -> ImageProfiles:
+    sizes, largest = _sizes(processing, options)
+    if options.max_images == 1:
+        return ImageProfiles(sizes=sizes, largest=largest)
+    of_several = processing.of_several()
+    others, several = (sizes, largest) if of_several == processing else _sizes(of_several, options)
+    one_has_most = largest["N"] >= options.max_images * several["N"]
+    return ImageProfiles(
+        sizes=sizes if others is sizes else (*others, *sizes),
+        largest=largest if one_has_most else several,
+        num_images=1 if one_has_most else options.max_images,
+        most_of_several=several["N"],
+    )
+
+
+def _sizes(
     processing: ImageProcessing, options: ExportOptions
 ) -> tuple[tuple[Mapping[str, int], ...], Mapping[str, int]]:
-    """Return the sizes of all images to make shapes for, and of the one that schedule and cost are made for."""
+    """Return the sizes of all images to make shapes for, and the largest."""
     exact = [processing.sizes(width, height) for width, height in options.image_sizes]
     any_image = [] if options.only_image_sizes else list(processing.any_image_sizes())
     largest = max(exact or any_image, key=lambda sizes: (sizes["N"], *sizes.values()))
@@ -314,7 +340,10 @@ def _layout(
     buckets = tuple(sorted({*options.text_buckets, options.max_text}))
     return Layout(
         vision_sizes=vision_profiles(
-            resolved.image_profiles, schedule=schedule, token_keep=resolved.token_keep
+            resolved.images.sizes,
+            schedule=schedule,
+            token_keep=resolved.token_keep,
+            max_images=options.max_images,
         ),
         schedule=schedule,
         token_keep=resolved.token_keep,
@@ -323,4 +352,6 @@ def _layout(
         dtype=resolved.dtype,
         opset=options.opset,
         clip_texts=() if source.clip is None else source.clip.num_texts(options.max_text),
+        max_images=options.max_images,
+        most_of_several=resolved.images.most_of_several,
     )

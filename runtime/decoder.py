@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, final
 
 import numpy as np
 
+from trio_edge.runtime.buffers.blocks import copy_tensor
 from trio_edge.runtime.buffers.decoder import DecoderBuffers, TopTokens, top_tokens
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 from trio_edge.runtime.bundle.graph_io import (
@@ -24,13 +25,13 @@ from trio_edge.runtime.bundle.graph_io import (
     NUM_VISUAL,
     POSITIONS,
     PROBE_ROWS,
+    PROMPT_IS_VISUAL,
     PROMPT_LENGTH,
-    PROMPT_NUM_VISUAL,
     SCORES,
     UNSETTLED,
     VISUAL_ROWS,
 )
-from trio_edge.runtime.devices.interface import DeviceTensor, PitchedRows, find_profile
+from trio_edge.runtime.devices.interface import DeviceTensor, find_profile
 from trio_edge.runtime.devices.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -50,18 +51,18 @@ returns the kept ones as ascending indices into the entering tokens."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderPrompt:
-    """The rows of a prefill: text, visual tokens, text, and padding up to ``visual_rows + text_bucket``."""
+    """The rows of a prefill: text and visual tokens in the prompt's order, and padding up to ``max_visual + text_bucket``."""
 
-    before: NDArray[Any]
-    """[T1, D], embeddings of the text before the image."""
+    text: NDArray[Any]
+    """[T, D], embeddings of all text."""
     visual: DeviceTensor | NDArray[Any]
     """[M, D], visual tokens, on the device or on the host; M = 0 without an image."""
-    after: NDArray[Any]
-    """[T2, D], embeddings of the text after the image."""
-    visual_rows: int
+    visual_rows: NDArray[np.int32]
+    """[M], row of each visual token, ascending; text has the others of the T + M."""
+    max_visual: int
     """N, rows reserved for the visual tokens: one of the manifest's visual sizes, at least M."""
     text_bucket: int
-    """Rows reserved for the text: one of the manifest's buckets, at least T1 + T2."""
+    """Rows reserved for the text: one of the manifest's buckets, at least T."""
     positions: PromptPositions
     """Positions of all N + bucket rows."""
     planes: Sequence[DeviceTensor | NDArray[Any]] = ()
@@ -74,13 +75,20 @@ class DecoderPrompt:
 
     @property
     def num_text(self) -> int:
-        """T1 + T2."""
-        return len(self.before) + len(self.after)
+        """T."""
+        return len(self.text)
 
     @property
     def length(self) -> int:
         """Rows that are no padding."""
         return self.num_text + self.num_visual
+
+    @property
+    def visual_runs(self) -> list[range]:
+        """The runs of consecutive rows that the visual tokens have."""
+        starts = np.flatnonzero(np.diff(self.visual_rows, prepend=-2) > 1)
+        counts = np.diff(starts, append=self.num_visual)
+        return [range(int(row), int(row + count)) for row, count in zip(self.visual_rows[starts], counts)]
 
 
 @dataclass(slots=True)
@@ -101,9 +109,8 @@ class PrefillResult:
 
 
 class _Span(NamedTuple):
-    """The rows that enter a layer range: where the visual tokens lie, how many, and where the sequence ends."""
+    """The rows that enter a layer range: how many visual tokens, and where the sequence ends."""
 
-    start: int
     num_visual: int
     rows: int
     """Reserved for the visual tokens."""
@@ -181,7 +188,7 @@ class Decoder:
         """
         self._check(prompt)
         spans = self._spans(prompt)
-        chain = self._chain(prompt.visual_rows, prompt.text_bucket)
+        chain = self._chain(prompt.max_visual, prompt.text_bucket)
         self._timeline.clear()
         self._next_position = prompt.positions.next
         self._send(prompt, spans)
@@ -256,11 +263,19 @@ class Decoder:
             raise ShapeError(
                 f"prompt: expected 1..{prompt.text_bucket} text tokens (the bucket), got {prompt.num_text}; use a larger one"
             )
-        if prompt.num_visual > prompt.visual_rows:
+        if prompt.num_visual > prompt.max_visual:
             raise ShapeError(
-                f"prompt: expected at most {prompt.visual_rows} visual tokens, got {prompt.num_visual}; use more rows"
+                f"prompt: expected at most {prompt.max_visual} visual tokens, got {prompt.num_visual}; use more rows"
             )
-        shape = (self._manifest.position_axes, prompt.visual_rows + prompt.text_bucket)
+        rows = prompt.visual_rows
+        if len(rows) != prompt.num_visual or not np.array_equal(
+            rows, np.unique(rows.clip(0, prompt.length - 1))
+        ):
+            raise ShapeError(
+                f"prompt: expected {prompt.num_visual} ascending rows below {prompt.length} for the visual tokens, got"
+                f" {len(rows)} others"
+            )
+        shape = (self._manifest.position_axes, prompt.max_visual + prompt.text_bucket)
         if prompt.positions.ids.shape != shape:
             raise ShapeError(
                 f"prompt: expected position ids {list(shape)}, got {list(prompt.positions.ids.shape)}; count all rows"
@@ -271,10 +286,10 @@ class Decoder:
                 f"prompt: expected {prompt.num_visual} rows in each plane of DeepStack, as many as visual tokens, got"
                 f" {[plane.shape[0] for plane in prompt.planes]}"
             )
-        for rows in (prompt.before, prompt.visual, prompt.after, *prompt.planes):
-            if tuple(rows.shape[1:]) != (width,) or np.dtype(rows.dtype) != dtype:
+        for values in (prompt.text, prompt.visual, *prompt.planes):
+            if tuple(values.shape[1:]) != (width,) or np.dtype(values.dtype) != dtype:
                 raise ShapeError(
-                    f"prompt: expected {dtype} rows of {width} numbers, got {rows.dtype} {list(rows.shape)}"
+                    f"prompt: expected {dtype} rows of {width} numbers, got {values.dtype} {list(values.shape)}"
                 )
 
     def _keep(self, stage: int) -> int:
@@ -282,20 +297,20 @@ class Decoder:
 
     def _spans(self, prompt: DecoderPrompt) -> list[_Span]:
         """Return what enters each layer range; it follows from the K's, so the device need not say."""
-        spans = [_Span(len(prompt.before), prompt.num_visual, prompt.visual_rows, prompt.length)]
+        spans = [_Span(prompt.num_visual, prompt.max_visual, prompt.length)]
         for stage in range(len(self._buffers.selects)):
             last, keep = spans[-1], self._keep(stage)
             kept = min(keep, last.num_visual)
-            spans.append(_Span(last.start, kept, keep, last.length - last.num_visual + kept))
+            spans.append(_Span(kept, keep, last.length - last.num_visual + kept))
         return spans
 
-    def _chain(self, visual_rows: int, text_bucket: int) -> _Chain:
+    def _chain(self, max_visual: int, text_bucket: int) -> _Chain:
         """Return the launches of a bucket, bound when it is first used."""
-        key = (visual_rows, text_bucket)
+        key = (max_visual, text_bucket)
         if key in self._chains:
             return self._chains[key]
         buffers, ranges, new_rows, selects = self._buffers, [], [], []
-        num_rows = [visual_rows, *(stage.keep for stage in self._manifest.schedule.stages)]
+        num_rows = [max_visual, *(stage.keep for stage in self._manifest.schedule.stages)]
         sizes = [rows + text_bucket for rows in num_rows]
         for index, spec in enumerate(buffers.ranges):
             profile = find_profile(spec, {"S": sizes[index], "C": 0})
@@ -331,35 +346,44 @@ class Decoder:
 
     def _send(self, prompt: DecoderPrompt, spans: list[_Span]) -> None:
         """Enqueue everything that the host knows: embeddings, positions, lengths."""
-        inputs, device, embeds = self._buffers.inputs, self._device, self._buffers.embeds
+        inputs, device = self._buffers.inputs, self._device
         ids = prompt.positions.ids
         inputs.host(POSITIONS, ids.shape)[...] = ids
-        values = {
-            LAST_ROW: spans[-1].length - 1,
-            PROMPT_NUM_VISUAL: prompt.num_visual,
-            PROMPT_LENGTH: prompt.length,
-        }
+        values = {LAST_ROW: spans[-1].length - 1, PROMPT_LENGTH: prompt.length}
+        if len(spans) > 1:
+            rows = inputs.host(VISUAL_ROWS, (prompt.max_visual,))
+            rows[:] = prompt.num_text + np.arange(prompt.max_visual)  # those of padding
+            rows[: prompt.num_visual] = prompt.visual_rows
+        if PROMPT_IS_VISUAL in inputs:
+            marks = inputs.host(PROMPT_IS_VISUAL, (ids.shape[1],))
+            marks[:] = 0
+            marks[prompt.visual_rows] = 1
         for stage, span in enumerate(spans[:-1]):
-            inputs.host(f"{VISUAL_ROWS}.{stage}", (span.rows,))[:] = span.start + np.arange(span.rows)
             values |= {f"{NUM_VISUAL}.{stage}": span.num_visual, f"{LENGTH}.{stage}": span.length}
             if self._buffers.probes[stage] is not None:
                 inputs.host(f"{PROBE_ROWS}.{stage}")[:] = self._probe_rows(span.length)
         for name, value in values.items():
             inputs.host(name)[0] = value
         inputs.upload(device)
-        text, num_before, num_text = self._buffers.text, len(prompt.before), prompt.num_text
-        text[:num_before], text[num_before:num_text] = prompt.before, prompt.after
-        start = num_before + prompt.num_visual
-        device.upload(embeds.rows(0, num_before), text[:num_before])
-        device.upload(embeds.rows(start, num_text - num_before), text[num_before:num_text])
-        self._place(prompt.visual, embeds.rows(num_before, prompt.num_visual))
-        num_rows = prompt.visual_rows + prompt.text_bucket
+        self._send_text(prompt)
+        self._place(prompt.visual, self._buffers.embeds, prompt.visual_runs)
+        num_rows = prompt.max_visual + prompt.text_bucket
         # Padding rows still hold an earlier prompt: masked rows must be finite, and every answer the same.
-        device.clear(embeds.rows(prompt.length, num_rows - prompt.length))
+        device.clear(self._buffers.embeds.rows(prompt.length, num_rows - prompt.length))
         for layer, plane in self._buffers.planes[0].items():
             device.clear(plane.rows(0, num_rows))
             if prompt.planes:
-                self._place(prompt.planes[layer], plane.rows(num_before, prompt.num_visual))
+                self._place(prompt.planes[layer], plane, prompt.visual_runs)
+
+    def _send_text(self, prompt: DecoderPrompt) -> None:
+        """Enqueue the text's rows, which lie before, between and after the runs of visual tokens."""
+        text, row, sent = self._buffers.text, 0, 0
+        text[: prompt.num_text] = prompt.text
+        for run in (*prompt.visual_runs, range(prompt.length, prompt.length)):
+            count = run.start - row
+            if count:
+                self._device.upload(self._buffers.embeds.rows(row, count), text[sent : sent + count])
+            row, sent = run.stop, sent + count
 
     def _probe_rows(self, length: int) -> NDArray[np.int32]:
         """Return the rows whose loss a probe looks at; those before the prompt's first row are that one."""
@@ -367,16 +391,19 @@ class Decoder:
         last = length - schedule.last_probe_offset
         return np.maximum(np.arange(last - schedule.num_probe_rows + 1, last + 1, dtype=np.int32), 0)
 
-    def _place(self, visual: DeviceTensor | NDArray[Any], target: DeviceTensor) -> None:
-        size = target.num_bytes
-        if size == 0:
-            return
-        if isinstance(visual, DeviceTensor):
-            source = PitchedRows(visual.address, size)
-            self._device.copy_rows(PitchedRows(target.address, size), source, row_bytes=size, num_rows=1)
-        else:
-            self._device.upload(target, np.ascontiguousarray(visual))
-            self._device.synchronize()  # the array is not pinned, and the caller's
+    def _place(
+        self, visual: DeviceTensor | NDArray[Any], target: DeviceTensor, runs: Sequence[range]
+    ) -> None:
+        """Enqueue the copies of ``visual``, all rows in order, to the ``runs`` of rows of ``target``."""
+        first = 0
+        for run in runs:
+            place, count = target.rows(run.start, len(run)), len(run)
+            if isinstance(visual, DeviceTensor):
+                copy_tensor(self._device, place, visual.rows(first, count))
+            else:
+                self._device.upload(place, np.ascontiguousarray(visual[first : first + count]))
+                self._device.synchronize()  # the array is not pinned, and the caller's
+            first += count
 
     def _run(self, chain: _Chain, spans: list[_Span], *, first: int) -> None:
         """Enqueue the chain from layer range ``first`` on."""
@@ -402,12 +429,13 @@ class Decoder:
     ) -> dict[int, NDArray[np.int32]]:
         """Run the chain with every stage's selection on the host; return the kept indices of each stage."""
         kept_of: dict[int, NDArray[np.int32]] = {}
-        original = np.arange(prompt.num_visual, dtype=np.int32)
+        original, rows = np.arange(prompt.num_visual, dtype=np.int32), prompt.visual_rows
         for stage in range(len(chain.selects)):
             self._run_range(chain, spans, stage)
             kept_of[stage] = override(stage, original, spans[stage + 1].num_visual)
             original = original[kept_of[stage]]
-            self._replace(stage, kept_of[stage], spans, prompt)
+            self._replace(stage, kept_of[stage], rows, spans, prompt)
+            rows = rows_after(rows, kept_of[stage])
         self._run(chain, spans, first=len(chain.selects))
         return kept_of
 
@@ -416,40 +444,48 @@ class Decoder:
     ) -> dict[int, NDArray[np.int32]]:
         """Redo each stage whose parallel NMS had not settled, exactly and on the host; return their kept indices."""
         kept_of: dict[int, NDArray[np.int32]] = {}
+        results, rows = self._buffers.results, prompt.visual_rows
         for stage in range(len(chain.selects)):
-            if self._buffers.results.host(f"{UNSETTLED}.{stage}")[0] == 0:
+            if results.host(f"{UNSETTLED}.{stage}")[0] == 0:
+                kept = results.host(f"{KEPT_INDICES}.{stage}", (spans[stage + 1].num_visual,))
+                rows = rows_after(rows, kept)
                 continue
-            kept_of[stage] = self._exact(stage, spans[stage])
-            self._replace(stage, kept_of[stage], spans, prompt)
+            kept_of[stage] = self._exact(stage, rows, spans[stage])
+            self._replace(stage, kept_of[stage], rows, spans, prompt)
             self._run(chain, spans, first=stage + 1)
             self._fetch()  # later stages saw other tokens, so their counters are new
+            rows = rows_after(rows, kept_of[stage])
         return kept_of
 
-    def _exact(self, stage: int, span: _Span) -> NDArray[np.int32]:
-        hidden = self._download(self._buffers.hidden_out[stage].rows(span.start, span.num_visual))
+    def _exact(self, stage: int, rows: NDArray[np.int32], span: _Span) -> NDArray[np.int32]:
+        hidden = self._download(self._buffers.hidden_out[stage].rows(0, span.length))
         return greedy_nms(
-            hidden,
+            hidden[rows],
             self._buffers.results.host(f"{SCORES}.{stage}", (span.num_visual,)),
             num_keep=min(self._keep(stage), span.num_visual),
             threshold=self._manifest.schedule.nms_threshold,
         )
 
     def _replace(
-        self, stage: int, kept: NDArray[np.int32], spans: list[_Span], prompt: DecoderPrompt
+        self,
+        stage: int,
+        kept: NDArray[np.int32],
+        visual_rows: NDArray[np.int32],
+        spans: list[_Span],
+        prompt: DecoderPrompt,
     ) -> None:
         """Do on the host what the select graph's gather does, and put it where the next range reads.
 
         Args:
             stage: Whose selection is replaced.
-            kept: Indices into its visual tokens.
+            kept: Indices into its visual tokens, ascending.
+            visual_rows: Rows of all tokens that enter it.
             spans: What enters each range.
             prompt: For the positions that enter the first stage.
         """
         span, num_rows = spans[stage], self._keep(stage) + prompt.text_bucket
         num_entering, axes = span.rows + prompt.text_bucket, self._manifest.position_axes
-        rows = np.concatenate(
-            [np.arange(span.start), span.start + kept, np.arange(span.start + span.num_visual, span.length)]
-        )
+        rows = np.delete(np.arange(span.length), np.delete(visual_rows, kept))
         buffers = self._buffers
         self._gather(buffers.hidden_out[stage], rows, buffers.kept_hidden[stage], num_rows=num_rows)
         for layer, plane in buffers.planes[stage + 1].items():
@@ -460,7 +496,10 @@ class Decoder:
             if stage > 0:
                 entering = self._download(buffers.kept_positions[stage - 1], shape=(axes, num_entering))
             positions[:, : len(rows)] = entering[:, rows]
+        kept_rows = num_rows - self._keep(stage) + np.arange(self._keep(stage), dtype=np.int32)
+        kept_rows[: len(kept)] = rows_after(visual_rows, kept)
         self._device.upload(buffers.kept_positions[stage], positions)
+        self._device.upload(buffers.kept_visual_rows[stage], kept_rows)
         self._device.synchronize()  # the array is not pinned
 
     def _gather(
@@ -529,6 +568,16 @@ class Decoder:
 def _copied(top: TopTokens) -> TopTokens:
     """Return what the next step does not overwrite."""
     return TopTokens(ids=top.ids.copy(), logits=top.logits.copy())
+
+
+def rows_after(visual_rows: NDArray[np.int32], kept: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return the rows of the kept visual tokens in the sequence without the others.
+
+    Args:
+        visual_rows: Rows of all that enter a selection, ascending.
+        kept: Indices into them, ascending.
+    """
+    return (visual_rows[kept] - kept + np.arange(len(kept))).astype(np.int32)
 
 
 def greedy_nms(

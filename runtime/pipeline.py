@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import numpy as np
 
@@ -24,10 +24,15 @@ from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.decoder import Decoder, DecoderPrompt
 from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.images.reading import load_common_formats, open_image
-from trio_edge.runtime.prompts.chat import compile_template
+from trio_edge.runtime.prompts.chat import build_messages, compile_template
 from trio_edge.runtime.prompts.clip_text import ClipTexts
-from trio_edge.runtime.prompts.positions import PromptPositions, mrope_positions, plain_positions
-from trio_edge.runtime.prompts.question import question_ids
+from trio_edge.runtime.prompts.positions import (
+    PromptPositions,
+    RunPositions,
+    mrope_positions,
+    plain_positions,
+)
+from trio_edge.runtime.prompts.question import check_messages, images_of, last_question, prompt_ids
 from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, PromptIds, Tokenizer
 from trio_edge.runtime.sampling import (
     AnswerRules,
@@ -51,6 +56,8 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.decoder import SelectorOverride
     from trio_edge.runtime.images.layout import ImageLayout
+    from trio_edge.runtime.images.reading import ImageSource
+    from trio_edge.runtime.prompts.chat import Message
     from trio_edge.runtime.vision import PreparedImage, VisualInput
 
 MOST_KEPT_IMAGES = 64
@@ -61,7 +68,7 @@ class Statistics:
     """Cost of one answer. Times are wall-clock milliseconds on the host."""
 
     visual_tokens: int = 0
-    """Visual tokens of the image, before any selection."""
+    """Visual tokens of the images, before any selection."""
     kept_tokens: tuple[int, ...] = ()
     """Visual tokens kept by each stage."""
     average_keep: float = 1.0
@@ -70,7 +77,7 @@ class Statistics:
     """Prompt tokens without the visual ones."""
     new_tokens: int = 0
     ttft_ms: float = 0.0
-    """Work up to the first token: reading the image, vision, prefill, sampling."""
+    """Work up to the first token: reading the images, vision, prefill, sampling."""
     prefill_ms: float = 0.0
     """Decoder part of the first token."""
     decode_ms: float = 0.0
@@ -84,7 +91,7 @@ class Statistics:
     repaired_stages: int = 0
     """Stages whose parallel NMS was redone exactly on the host."""
     image_was_kept: bool = False
-    """Whether the vision graph did not run, as the image's visual tokens were kept from an earlier question."""
+    """Whether no vision graph ran, as the visual tokens of all images were kept from an earlier question."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -107,11 +114,11 @@ class Generation:
         self.first_logits: NDArray[np.float32] = np.empty(0, np.float32)
         """[V], of the answer's first token; filled when the first piece is asked for."""
         self.kept: list[NDArray[np.int32]] = []
-        """Per stage the kept tokens as indices into the image's visual tokens, ascending."""
-        self.image: Image.Image | None = None
-        """The image as it was read: upright, RGB."""
-        self.layout: ImageLayout | None = None
-        """Layout of the visual tokens that entered the decoder; filled with the first piece."""
+        """Per stage the kept tokens as indices into the visual tokens of all images, ascending."""
+        self.images: tuple[Image.Image, ...] = ()
+        """The images as they were read, upright, RGB; filled with the first piece, like ``layouts``."""
+        self.layouts: tuple[ImageLayout, ...] = ()
+        """For each image, the layout of its visual tokens that entered the decoder."""
         self._pieces: list[str] = []
         self._steps = steps(self)
 
@@ -124,8 +131,8 @@ class Generation:
 
     @property
     def boxes(self) -> NDArray[np.float32]:
-        """[N, 4], box on the image in pixels of each visual token that entered the decoder; NaN for newline tokens."""
-        return np.empty((0, 4), np.float32) if self.layout is None else self.layout.boxes
+        """[N, 4], box on its image in pixels of each visual token that entered the decoder; NaN for newline tokens."""
+        return np.concatenate([np.empty((0, 4), np.float32), *(layout.boxes for layout in self.layouts)])
 
     @property
     def text(self) -> str:
@@ -203,11 +210,37 @@ class Pipeline:
 
     def generate(
         self,
-        image: str | Path | bytes | Image.Image | None,
+        image: ImageSource | Sequence[ImageSource] | None,
         prompt: str,
         *,
         history: Sequence[tuple[str, str]] = (),
         system: str | None = None,
+        **settings: Any,
+    ) -> Generation:
+        """Return the answer to ``prompt`` about an image, or several, to be streamed.
+
+        Args:
+            image: A path, the bytes of a file or a PIL image; a list of them; or None for text only.
+            prompt: The user's question.
+            history: Earlier (question, answer) turns; the images stand before the first question.
+            system: System prompt, where the chat template knows one.
+            settings: The keyword arguments of ``chat``.
+
+        Raises:
+            ImageError: If an image cannot be read.
+            ShapeError: If prompt, images or request exceed what the bundle was exported for.
+            BackendError: If the pipeline is closed; while streaming also if a graph fails.
+        """
+        if image is None:
+            images: Sequence[ImageSource] = ()
+        else:
+            images = list(image) if isinstance(image, (list, tuple)) else [cast("ImageSource", image)]
+        return self.chat(build_messages(prompt, images=images, history=history, system=system), **settings)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -218,13 +251,12 @@ class Pipeline:
         min_new_tokens: int | None = None,
         override: SelectorOverride | None = None,
     ) -> Generation:
-        """Return the answer to ``prompt`` about ``image``, to be streamed.
+        """Return the answer to the last turn of a conversation, to be streamed.
 
         Args:
-            image: A path, the bytes of a file or a PIL image, or None for text only.
-            prompt: The user's question.
-            history: Earlier (question, answer) turns; the image belongs to the first question.
-            system: System prompt, where the chat template knows one.
+            messages: Turns as ``{"role": "user", "content": …}``. A content is text, or a list of parts in the order in which
+                the model reads them: ``{"type": "text", "text": …}`` and ``{"type": "image", "image": …}`` with a path, the
+                bytes of a file or a PIL image.
             max_new_tokens: At most this many; None means all that the bundle has room for.
             temperature: 0 is greedy; None, here and below, means what the checkpoint wants (``manifest.generation``).
             top_p: Smallest set of tokens with this probability is sampled from.
@@ -236,8 +268,8 @@ class Pipeline:
             override: Selects visual tokens on the host in place of the select graphs; for comparisons.
 
         Raises:
-            ImageError: If the image cannot be read.
-            ShapeError: If prompt, image or request exceed what the bundle was exported for.
+            ImageError: If an image cannot be read.
+            ShapeError: If messages, images or request exceed what the bundle was exported for.
             BackendError: If the pipeline is closed; while streaming also if a graph fails.
         """
         self._check_open()
@@ -248,8 +280,7 @@ class Pipeline:
                 f"max_new_tokens: expected 1..{self.manifest.max_new_tokens} (the bundle's room), got {limit!r};"
                 " export with a larger --max-new-tokens"
             )
-        if not isinstance(prompt, str):
-            raise ShapeError(f"prompt: expected text, got {type(prompt).__name__}; write a question")
+        check_messages(messages)
         rules = with_overrides(
             self.manifest.generation,
             {
@@ -259,17 +290,18 @@ class Pipeline:
             },
         )
         sampler = self._sampler(temperature, top_p, top_k, seed)
-        if isinstance(image, (list, tuple)):
-            raise ShapeError(f"image: expected one image a prompt, got {len(image)}; ask about one at a time")
-        opened = None if image is None else open_image(image)
-        ids = self._encode(prompt, has_image=opened is not None, history=history, system=system)
+        images = tuple(open_image(image) for image in images_of(messages))
+        processing = self.images if len(images) == 1 else self.images.of_several()
+        ids = self._encode(messages, [processing.layout(*image.size).text for image in images])
         self._check_text(ids)
-        prepared = None if opened is None else self._vision.prepare(opened, prompt)
+        question = last_question(messages)
+        prepared = [self._vision.prepare(image, question, images=processing) for image in images]
+        self._vision.check_room(prepared)
         chooser = TokenChooser(sampler, self._rules(rules, ids, prepared, limit) if rules.are_rules else None)
         prepare_ms = 1e3 * (time.perf_counter() - start)
 
         def steps(generation: Generation) -> Iterator[str]:
-            generation.image, generation.statistics.ttft_ms = opened, prepare_ms
+            generation.images, generation.statistics.ttft_ms = images, prepare_ms
             return self._steps(generation, ids, prepared, limit=limit, chooser=chooser, override=override)
 
         return Generation(steps)
@@ -317,16 +349,14 @@ class Pipeline:
         self.close()
 
     def _encode(
-        self, prompt: str, *, has_image: bool, history: Sequence[tuple[str, str]], system: str | None
+        self, messages: Sequence[Message], insets: Sequence[Sequence[str]] | None = None
     ) -> PromptIds:
-        return question_ids(
-            prompt,
+        return prompt_ids(
+            messages,
             tokenizer=self._tokenizer,
             template=self._template,
             text=self.manifest.text,
-            has_image=has_image,
-            history=history,
-            system=system,
+            insets=insets,
         )
 
     def _sampler(
@@ -343,11 +373,11 @@ class Pipeline:
         )
 
     def _rules(
-        self, settings: GenerationSettings, ids: PromptIds, prepared: PreparedImage | None, limit: int
+        self, settings: GenerationSettings, ids: PromptIds, prepared: Sequence[PreparedImage], limit: int
     ) -> AnswerRules:
         text = self.manifest.text
-        count = 0 if prepared is None else prepared.layout.num_visual
-        prompt = [*ids.before.tolist(), *[text.image_token_id] * count, *ids.after.tolist()]
+        run_lengths = [length for image in prepared for length in image.layout.run_lengths]
+        prompt = ids.all_ids(run_lengths, image_token_id=text.image_token_id).tolist()
         return AnswerRules(settings, prompt_ids=prompt, stop_ids=text.stop_token_ids, limit=limit)
 
     def _check_text(self, ids: PromptIds) -> None:
@@ -363,16 +393,16 @@ class Pipeline:
     def _bucket(self, ids: PromptIds) -> int:
         return bucket_of(ids.num_tokens, self.manifest.text_buckets)
 
-    def _encode_image(self, prepared: PreparedImage, ids: PromptIds) -> VisualInput:
+    def _encode_images(self, prepared: Sequence[PreparedImage], ids: PromptIds) -> VisualInput:
         after = self._embedding[ids.after]
-        return self._vision.encode_image(prepared, after=after, text_bucket=self._bucket(ids))
+        return self._vision.encode_images(prepared, after=after, text_bucket=self._bucket(ids))
 
     def _prompt(self, ids: PromptIds, visual: VisualInput, *, bucket: int) -> DecoderPrompt:
         return DecoderPrompt(
-            before=self._embedding[ids.before],
+            text=self._embedding[ids.text],
             visual=visual.tokens,
-            after=self._embedding[ids.after],
-            visual_rows=visual.rows,
+            visual_rows=ids.visual_rows(visual.run_lengths),
+            max_visual=visual.rows,
             text_bucket=bucket,
             positions=self._positions(ids, visual, num_rows=visual.rows + bucket),
             planes=visual.planes,
@@ -381,40 +411,37 @@ class Pipeline:
     def _positions(self, ids: PromptIds, visual: VisualInput, *, num_rows: int) -> PromptPositions:
         if self.manifest.position_axes == 1:
             return plain_positions(num_rows=num_rows, length=visual.tokens.shape[0] + ids.num_tokens)
-        return mrope_positions(
-            visual.positions,
-            image_span=visual.position_span,
-            num_before=len(ids.before),
-            num_after=len(ids.after),
-            num_rows=num_rows,
-        )
+        runs = [
+            RunPositions(positions, span, text_before)
+            for (positions, span), text_before in zip(visual.positions, ids.text_before)
+        ]
+        return mrope_positions(runs, num_text=ids.num_tokens, num_rows=num_rows)
 
     def _steps(
         self,
         generation: Generation,
         ids: PromptIds,
-        prepared: PreparedImage | None,
+        prepared: Sequence[PreparedImage],
         *,
         limit: int,
         chooser: TokenChooser,
         override: SelectorOverride | None,
     ) -> Iterator[str]:
-        """Yield the pieces of an answer. ``prepared`` is None without an image."""
+        """Yield the pieces of an answer."""
         self._check_open()
         self._running, statistics = generation, generation.statistics
         start = time.perf_counter()
-        visual = self._vision.without_image() if prepared is None else self._encode_image(prepared, ids)
+        visual = self._encode_images(prepared, ids)
         prefill_start = time.perf_counter()
         result = self._decoder.prefill(self._prompt(ids, visual, bucket=self._bucket(ids)), override=override)
         token = chooser.choose(result.top, self._decoder.logits)
         now = time.perf_counter()
-        if prepared is not None:  # the token was waited for, so what the graphs kept has come back too
-            generation.layout = self._vision.entering(prepared)
-            statistics.graph_ms = self._vision.graph_ms
+        # the token was waited for, so what the graphs kept has come back too
+        generation.layouts, statistics.graph_ms = self._vision.layouts, self._vision.graph_ms
         generation.first_logits, generation.kept = result.logits, result.kept
         statistics.visual_tokens, statistics.text_tokens = visual.num_visual, ids.num_tokens
         statistics.kept_tokens = tuple(len(kept) for kept in result.kept)
-        statistics.average_keep = self.manifest.average_keep_of(visual.num_visual)
+        statistics.average_keep = self.manifest.average_keep_of(visual.num_visual, num_images=len(prepared))
         statistics.ttft_ms += 1e3 * (now - start)
         statistics.prefill_ms = 1e3 * (now - prefill_start)
         statistics.graph_ms |= self._decoder.graph_ms

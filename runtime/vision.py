@@ -1,7 +1,7 @@
-"""From an image to the visual tokens that enter the decoder: the vision graph, and the selection after it if there is one.
+"""From images to the visual tokens that enter the decoder: the vision graph, and the selection after it if there is one.
 
 Where that selection compares the question in CLIP's space, CLIP's text tower runs between them. Nothing waits for the device,
-except where the host must know what was kept before it can go on: see ``Vision.encode_image``.
+except where the host must know what was kept before it can go on: see ``Vision.encode_images``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
+from trio_edge.runtime.buffers.blocks import allocate_tensor, copy_tensor
 from trio_edge.runtime.buffers.seen_images import SeenImages
 from trio_edge.runtime.buffers.vision import VisionBuffers
 from trio_edge.runtime.bundle.errors import ManifestError, ShapeError
@@ -19,11 +20,12 @@ from trio_edge.runtime.bundle.graph_io import (
     REDUCED_TOKENS,
     VISUAL_TOKENS,
 )
+from trio_edge.runtime.bundle.manifest import TensorSpec
 from trio_edge.runtime.devices.interface import DeviceTensor, find_profile
 from trio_edge.runtime.devices.timeline import Timeline
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
     from PIL import Image
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 class PreparedImage(NamedTuple):
     """An image as the vision graph takes it, and its question as the selection after it reads it."""
 
+    processing: ImageProcessing
     layout: ImageLayout
     inputs: dict[str, NDArray[Any]]
     """Inputs of the vision graph, padded to ``profile``."""
@@ -52,30 +55,27 @@ class PreparedImage(NamedTuple):
 
 
 class VisualInput(NamedTuple):
-    """The decoder's share of an image. The device may still be at work on it."""
+    """The decoder's share of a prompt's images. The device may still be at work on it."""
 
     tokens: DeviceTensor | NDArray[Any]
-    """[M, D], visual tokens that enter the decoder."""
+    """[M, D], visual tokens that enter the decoder, image by image."""
     num_visual: int
-    """Visual tokens of the image; M unless a selection before the decoder dropped some."""
+    """Visual tokens of the images; M unless a selection before the decoder dropped some."""
     rows: int
     """N, rows reserved for them."""
-    positions: NDArray[np.int32]
-    """[3, M] with M-RoPE, else [3, 0]."""
-    position_span: int
-    """Positions that the image takes with M-RoPE, else 0."""
+    run_lengths: tuple[int, ...] = ()
+    """Tokens of each run; M in all."""
+    positions: tuple[tuple[NDArray[np.int32], int], ...] = ()
+    """With M-RoPE for each image: [3, M'] of its tokens from 0, and the positions that it takes."""
     planes: tuple[DeviceTensor, ...] = ()
     """[M, D] each: DeepStack's, where the model has them."""
     was_kept: bool = False
-    """Whether the vision graph did not run, as its outputs for this image were kept."""
-
-
-_NO_POSITIONS = np.empty((3, 0), np.int32)
+    """Whether no vision graph ran, as its outputs for all these images were kept."""
 
 
 @final
 class Vision:
-    """Runs the graphs before the decoder. One image at a time."""
+    """Runs the graphs before the decoder, image by image."""
 
     def __init__(
         self,
@@ -105,84 +105,171 @@ class Vision:
         self._launches: dict[tuple[str, str], Launch] = {}
         self._kept: dict[str, NDArray[np.int32]] = {}
         """By role what a graph kept of the last image, once the device has been waited for."""
+        self._layouts: list[tuple[ImageLayout, dict[str, NDArray[np.int32]]]] = []
+        """Of each image of the last prompt its layout before any selection, and ``_kept``."""
+        self._collection: list[DeviceTensor] = []
+        """Tokens and planes of several images, one after the other; allocated when there are several."""
         self._seen: SeenImages[PreparedImage] = SeenImages(
             self._buffers.graphs["vision"], graphs.device, count=keep_images
         )
 
     @property
     def graph_ms(self) -> dict[str, float]:
-        """Milliseconds that the device spent in each graph for the last image."""
-        return self._timeline.milliseconds()
+        """Milliseconds that the device spent in each graph for the images of the last prompt."""
+        times: dict[str, float] = {}
+        for name, milliseconds in self._timeline.milliseconds().items():
+            graph = name.partition(".")[0]
+            times[graph] = times.get(graph, 0.0) + milliseconds
+        return times
 
-    def prepare(self, image: Image.Image, question: str) -> PreparedImage:
+    def prepare(
+        self, image: Image.Image, question: str, *, images: ImageProcessing | None = None
+    ) -> PreparedImage:
         """Return what the graphs before the decoder read, padded to the first profile that has room for it.
 
         Args:
             image: As ``open_image`` returns it.
             question: For a selection that compares it with the image.
+            images: Processing of this image; None for that of an image alone.
 
         Raises:
             ImageError: If the image cannot be processed.
             ShapeError: If no profile has room for the image, or the bundle has none for the question.
         """
         texts = None if self._clip_texts is None else self._clip_texts.arrays(question)
-        key = self._seen.key_of(image)
+        images = self._images if images is None else images
+        key = self._seen.key_of(image, images)
         if (seen := self._seen.get(key)) is not None:
             return seen._replace(clip_texts=texts, image=image)
-        layout = self._images.layout(*image.size)
+        layout = images.layout(*image.size)
         for profile in self._buffers.graphs["vision"].profiles:
             if all(profile.sizes[name] >= size for name, size in layout.sizes.items()):
-                inputs = self._images.prepare(image, profile.sizes)
-                return PreparedImage(layout=layout, inputs=inputs, profile=profile, clip_texts=texts, key=key)
+                inputs = images.prepare(image, profile.sizes)
+                return PreparedImage(images, layout, inputs, profile, clip_texts=texts, key=key)
         raise ShapeError(
             f"image: expected at most {self._manifest.max_visual} visual tokens in the exported shapes, got"
             f" {layout.num_visual} for {image.width}x{image.height} pixels; export for this size, or without"
             " --only-image-sizes"
         )
 
-    def encode_image(self, prepared: PreparedImage, *, after: NDArray[Any], text_bucket: int) -> VisualInput:
-        """Enqueue the vision graph, and the selection before the decoder if there is one.
+    def encode_images(
+        self, images: Sequence[PreparedImage], *, after: NDArray[Any], text_bucket: int
+    ) -> VisualInput:
+        """Enqueue the vision graph for each image, and the selection before the decoder if there is one.
 
-        The host waits for the device only where it needs what the graphs kept: to number positions with M-RoPE, and to tell
-        the reduce graph what shows nothing of the image.
+        The host waits for the device only where it needs what the graphs kept: to number positions with M-RoPE, to tell the
+        reduce graph what shows nothing of the image, and to know how long an image's runs are; and before it sends another image.
 
         Args:
-            prepared: From ``prepare``.
-            after: [T2, D], embeddings of the text after the image, for a selection that compares it.
+            images: From ``prepare``, in the prompt's order; none for text only.
+            after: [T2, D], embeddings of the text after the last image, for a selection that compares it.
             text_bucket: Rows that the prompt's text is padded to.
 
         Raises:
-            ShapeError: If the graphs' inputs do not fit.
+            ShapeError: If the graphs' inputs do not fit, or all images together have more tokens than were exported.
             BackendError: If a graph fails.
         """
+        self._layouts = []
+        self._timeline.clear()
+        rows = self._rows_of(images)
+        if not images:
+            tokens = np.empty((0, self._manifest.dimensions.hidden_size), self._manifest.dtype)
+            return VisualInput(tokens, 0, rows)
+        encoded: list[list[DeviceTensor]] = []
+        were_kept, num_tokens = [], 0
+        for prepared in images:
+            outputs, was_kept = self._encode(prepared, after=after, text_bucket=text_bucket)
+            if len(images) > 1:  # the next image takes the graphs' outputs
+                outputs = self._collected(outputs, first=num_tokens)
+            num_tokens += outputs[0].shape[0]
+            encoded.append(outputs)
+            were_kept.append(was_kept)
+        whole, *planes = (first._replace(shape=(num_tokens, *first.shape[1:])) for first in encoded[0])
+        return VisualInput(
+            tokens=whole,
+            num_visual=sum(prepared.layout.num_visual for prepared in images),
+            rows=rows,
+            run_lengths=self._run_lengths(images, encoded),
+            positions=self._positions() if self._manifest.position_axes == 3 else (),
+            planes=tuple(planes),
+            was_kept=all(were_kept),
+        )
+
+    def check_room(self, images: Sequence[PreparedImage]) -> None:
+        """Raise ShapeError if all images together have more visual tokens than were exported."""
+        self._rows_of(images)
+
+    def _rows_of(self, images: Sequence[PreparedImage]) -> int:
+        """Return N, the rows of the prefix that have room for all images."""
+        keep, sizes = self._manifest.token_keep, self._manifest.visual_sizes
+        counts = [prepared.layout.num_visual for prepared in images]
+        total = sum(counts if keep is None else (min(count, keep) for count in counts))
+        for rows in sizes:
+            if rows >= total:
+                return rows
+        raise ShapeError(
+            f"images: expected at most {sizes[-1]} visual tokens in all (the exported shapes), got {total} for {len(images)}"
+            " images; use fewer or smaller ones, or export with a larger --max-images"
+        )
+
+    def _encode(
+        self, prepared: PreparedImage, *, after: NDArray[Any], text_bucket: int
+    ) -> tuple[list[DeviceTensor], bool]:
+        """Enqueue the graphs for one image; return its tokens and planes, and whether the vision graph did not run."""
         manifest, num_visual = self._manifest, prepared.layout.num_visual
         has_mrope, keep = manifest.position_axes == 3, manifest.token_keep
-        rows = prepared.profile.sizes["N"]
+        must_know = has_mrope or len(prepared.layout.runs) > 1
         was_kept = self._bring_back(prepared)
         if not was_kept:
             inputs, image = prepared.inputs, prepared.image
             if image is not None:
-                inputs = self._images.prepare(image, prepared.profile.sizes)
+                inputs = prepared.processing.prepare(image, prepared.profile.sizes)
             self.run_vision(inputs, prepared.profile)
             kept_as = prepared._replace(inputs={}, clip_texts=None, image=None)
             self._seen.keep(prepared.key, kept_as, self._device, self._vision_outputs(prepared.profile))
-        tokens, *planes = (tensor.rows(0, num_visual) for tensor in self._vision_tokens(prepared.profile))
-        if manifest.encoder_keep is not None and (has_mrope or keep is not None):
+        outputs = [tensor.rows(0, num_visual) for tensor in self._vision_tokens(prepared.profile)]
+        if manifest.encoder_keep is not None and (must_know or keep is not None):
             self._device.synchronize()
         if keep is not None:
             reduced = self._reduce(prepared, after, text_bucket)
-            (tokens, *planes), rows = (tensor.rows(0, min(keep, num_visual)) for tensor in reduced), keep
-            if has_mrope:
+            outputs = [tensor.rows(0, min(keep, num_visual)) for tensor in reduced]
+            if must_know:
                 self._device.synchronize()
-        positions, span = self._positions(prepared) if has_mrope else (_NO_POSITIONS, 0)
-        return VisualInput(tokens, num_visual, rows, positions, span, tuple(planes), was_kept)
+        self._layouts.append((prepared.layout, self._kept))
+        return outputs, was_kept
+
+    def _collected(self, outputs: Sequence[DeviceTensor], *, first: int) -> list[DeviceTensor]:
+        """Enqueue the copies of an image's tokens and planes to where those of all images lie, from row ``first`` on."""
+        if not self._collection:
+            shape = self._manifest.max_visual, self._manifest.dimensions.hidden_size
+            tokens = TensorSpec(name=VISUAL_TOKENS, dtype=self._manifest.dtype, shape=shape)
+            self._collection = [
+                allocate_tensor(self._device, tokens, shape, graph="several images") for _ in outputs
+            ]
+        places = [whole.rows(first, tensor.shape[0]) for whole, tensor in zip(self._collection, outputs)]
+        for place, source in zip(places, outputs):
+            copy_tensor(self._device, place, source)
+        # The next image takes the place of inputs and of what was kept on the host.
+        self._device.synchronize()
+        layout, kept = self._layouts[-1]
+        self._layouts[-1] = layout, {role: indices.copy() for role, indices in kept.items()}
+        return places
+
+    def _run_lengths(
+        self, images: Sequence[PreparedImage], encoded: Sequence[Sequence[DeviceTensor]]
+    ) -> tuple[int, ...]:
+        """Return the tokens of each run of all images; only those of an image with several ask what graphs kept."""
+        lengths: list[int] = []
+        for index, (prepared, outputs) in enumerate(zip(images, encoded)):
+            is_one = len(prepared.layout.runs) < 2
+            lengths += [outputs[0].shape[0]] if is_one else self.entering(index).run_lengths
+        return tuple(lengths)
 
     def _bring_back(self, prepared: PreparedImage) -> bool:
         """Enqueue copies of what the vision graph gave for a kept image; False if it must run."""
         spec, profile = self._buffers.graphs["vision"], prepared.profile
         if not self._seen.bring_back(prepared.key, self._device, self._vision_outputs(profile)):
             return False
-        self._timeline.clear()
         kept = self._buffers.fetch(self._device, spec, profile)
         self._kept = {} if kept is None else {spec.role: kept}
         return True
@@ -195,26 +282,30 @@ class Vision:
     def _vision_tokens(self, profile: Profile) -> tuple[DeviceTensor, ...]:
         return self._with_planes(self._vision_outputs(profile), VISUAL_TOKENS, DEEPSTACK_TOKENS)
 
-    def without_image(self) -> VisualInput:
-        """Return what a prompt without an image has."""
-        tokens = np.empty((0, self._manifest.dimensions.hidden_size), self._manifest.dtype)
-        return VisualInput(tokens, 0, self._manifest.visual_sizes[0], _NO_POSITIONS, 0)
+    @property
+    def layouts(self) -> tuple[ImageLayout, ...]:
+        """Layouts of the last images' tokens that entered the decoder, once the device has been waited for."""
+        return tuple(self.entering(index) for index in range(len(self._layouts)))
 
-    def entering(self, prepared: PreparedImage) -> ImageLayout:
-        """Return the layout of the tokens that entered the decoder, once the device has been waited for."""
-        layout, kept = self._encoded(prepared), self._kept.get("reduce")
+    def entering(self, index: int) -> ImageLayout:
+        """Return the layout of the tokens of one of the last images that entered the decoder; as ``layouts``."""
+        layout, kept = self._encoded(index), self._layouts[index][1].get("reduce")
         return layout if kept is None else layout.taken(kept[: layout.num_visual])
 
-    def _encoded(self, prepared: PreparedImage) -> ImageLayout:
-        """Return the layout of the tokens that the vision graph gave, once the device has been waited for."""
-        kept = self._kept.get("vision")
-        return prepared.layout if kept is None else prepared.layout.kept(kept)
+    def _encoded(self, index: int) -> ImageLayout:
+        """Return the layout of the tokens that the vision graph gave."""
+        layout, kept = self._layouts[index]
+        return layout.kept(kept["vision"]) if "vision" in kept else layout
 
-    def _positions(self, prepared: PreparedImage) -> tuple[NDArray[np.int32], int]:
-        layout = self.entering(prepared)
-        if layout.positions is None:
-            raise ManifestError("position_axes: expected 1 with image tiles, got 3; export the bundle again")
-        return layout.positions, layout.position_span
+    def _positions(self) -> tuple[tuple[NDArray[np.int32], int], ...]:
+        result = []
+        for layout in self.layouts:
+            if layout.positions is None:
+                raise ManifestError(
+                    "position_axes: expected 1 with image tiles, got 3; export the bundle again"
+                )
+            result.append((layout.positions, layout.position_span))
+        return tuple(result)
 
     def _reduce(
         self, prepared: PreparedImage, after: NDArray[Any], text_bucket: int
@@ -232,7 +323,8 @@ class Vision:
         """Return what the reduce graph needs besides other graphs' outputs, and its sizes."""
         num_visual, rows = prepared.layout.num_visual, prepared.profile.sizes["N"]
         is_newline = np.zeros(rows, np.int32)
-        is_newline[:num_visual] = np.isnan(self._encoded(prepared).boxes[:, 0])
+        layout = prepared.layout.kept(self._kept["vision"]) if "vision" in self._kept else prepared.layout
+        is_newline[:num_visual] = np.isnan(layout.boxes[:, 0])
         inputs: dict[str, NDArray[Any]] = {
             "num_visual": np.array([num_visual], np.int32),
             "is_newline": is_newline,
@@ -255,7 +347,6 @@ class Vision:
         Raises:
             ShapeError: If an input is missing, unknown or of another shape or dtype.
         """
-        self._timeline.clear()
         self._kept = {}
         self._run(self._buffers.graphs["vision"], profile, inputs)
         return self._vision_tokens(profile)
@@ -301,7 +392,7 @@ class Vision:
         key = (spec.name, profile.name)
         if key not in self._launches:
             self._launches[key] = self._engines[spec.name].prepare(profile, tensors)
-        self._timeline.enqueue(spec.name, self._launches[key])
+        self._timeline.enqueue(f"{spec.name}.{len(self._layouts)}", self._launches[key])
         kept = self._buffers.fetch(self._device, spec, profile)
         if kept is not None:
             self._kept[spec.role] = kept

@@ -40,7 +40,6 @@ def example_feeds(spec: GraphSpec, profile: Profile) -> dict[str, NDArray[Any]]:
     sizes = profile.sizes
     counts = {
         "num_visual": "N",
-        "prompt_num_visual": "N",
         "length": "S",
         "prompt_length": "F",
         "num_text": "T",

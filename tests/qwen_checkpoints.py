@@ -127,7 +127,7 @@ def hugging_face_inputs(
 
     The patches' numbers are the runtime's, which has tests of its own against Hugging Face's image processor.
     """
-    ids = pipeline._encode(prompt, has_image=picture is not None, history=(), system=None)
+    ids = pipeline._encode(build_messages(prompt, images=[] if picture is None else [picture]))
     if picture is None:
         return {"input_ids": torch.from_numpy(ids.before.astype(np.int64))[None]}
     processing: Any = pipeline.images  # type: ignore[attr-defined]

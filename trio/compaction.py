@@ -1,53 +1,85 @@
 """The sequence after a selection: which old row each new row is.
 
-    before: [text | N visual rows | text | padding]      S rows,          ``length`` of them real
-    after:  [text | K visual rows | text | padding]      S - N + K rows
+    before: text and N visual rows, mixed as the prompt has them, then padding      S rows, ``length`` of them real
+    after:  the same without the visual rows that were dropped                      S - N + K rows
 
-Letters: S rows before, N visual rows before, K kept.
+Text rows are never dropped, and the order stays. One run of visual rows, [text | visual | text], is a special case.
+Letters: S rows before, N visual rows before, K kept, R rows after, T = S - N text rows with their padding.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 
+class CompactedRows(NamedTuple):
+    """The rows of the reduced sequence."""
+
+    rows_R: Tensor
+    """[R] int64, the row of the old sequence that each row is; those of padding are any row in [0, S)."""
+    kept_R: Tensor
+    """[R] int64, the place in the selection, 0..K-1, of each visual row; any place at text."""
+    is_visual_R: Tensor
+    """[R] bool, rows that are kept visual tokens."""
+    visual_rows_K: Tensor
+    """[K] int64, the row of each kept token in the reduced sequence; those of padding lie after all real rows."""
+
+
 def compact_rows(
     kept_K: Int[Tensor, "K"],
-    visual_start: Int[Tensor, "*one"],
+    visual_rows_N: Int[Tensor, "N"],
     num_visual: Int[Tensor, "*one"],
     length: Int[Tensor, "*one"],
     *,
     padded_length: Any,
-    max_visual: Any,
-) -> tuple[Int[Tensor, "rows"], Int[Tensor, "1"]]:
-    """Return the row of the old sequence that each row of the reduced one is, and the reduced real length.
+    is_ascending: bool = True,
+) -> CompactedRows:
+    """Return the rows of the sequence without the visual tokens that were dropped.
 
-    With fewer visual tokens than K all of them stay and the text after follows directly; the rows saved
-    become padding.
+    With fewer visual tokens than K all of them stay; the rows saved become padding.
 
     Args:
-        kept_K: Kept tokens, int64, ascending indices into the visual span; the first min(K, num_visual) are
-            real.
-        visual_start: First row of the visual span, 0-d or [1].
-        num_visual: Real visual tokens, 0-d or [1], at most ``max_visual``.
+        kept_K: Kept tokens, int64, indices into ``visual_rows_N``; the first min(K, num_visual) are real.
+        visual_rows_N: Row of each visual token, ascending; those of padding are any row.
+        num_visual: Real visual tokens, 0-d or [1], at most N.
         length: Real rows of the old sequence, 0-d or [1].
         padded_length: S, rows of the old sequence with padding; an int, or torch.SymInt under export.
-        max_visual: N, visual rows that the old sequence has room for; may be symbolic too.
-
-    Returns:
-        Rows in [0, S), int64 of S - N + K entries (those of padding point at any row in range), and the new
-        real length, int64.
+        is_ascending: Whether ``kept_K`` is. If not, a token that comes after a later one in the selection stands after it in
+            the sequence, too: rows that merge several tokens do.
     """
-    num_keep = kept_K.shape[0]
-    start, visual, length = (value.to(torch.int64).reshape(1) for value in (visual_start, num_visual, length))
-    num_kept = visual.clamp(max=num_keep)
-    row_S = torch.arange(padded_length - max_visual + num_keep, device=kept_K.device)
-    in_span_S = row_S - start
-    visual_S = start + kept_K.index_select(0, in_span_S.clamp(0, num_keep - 1))
-    after_S = row_S - num_kept + visual
-    moved_S = torch.where(in_span_S < 0, row_S, torch.where(in_span_S < num_kept, visual_S, after_S))
-    return moved_S.clamp(0, padded_length - 1), length - visual + num_kept
+    num_keep, max_visual = kept_K.shape[0], visual_rows_N.shape[0]
+    visual, length = (value.to(torch.int64).reshape(1) for value in (num_visual, length))
+    index_N = torch.arange(max_visual, device=kept_K.device)
+    index_K = torch.arange(num_keep, device=kept_K.device)
+    # A kept token's new row is its place in the selection plus the text before it, which stays.
+    text_before_N = visual_rows_N.to(torch.int64) - index_N
+    text_before_K = text_before_N.index_select(0, kept_K)
+    if not is_ascending:
+        text_before_K = torch.where(index_K[None, :] <= index_K[:, None], text_before_K[None, :], 0).amax(1)
+    visual_rows_K = index_K + torch.where(index_K < visual, text_before_K, length - visual)
+
+    row_R = torch.arange(padded_length - max_visual + num_keep, device=kept_K.device)
+    kept_R = _count(visual_rows_K[None, :] < row_R[:, None])
+    text_R = (row_R - kept_R).clamp(0, padded_length - max_visual - 1)
+    kept_R = kept_R.clamp(0, num_keep - 1)
+    is_visual_R = visual_rows_K.index_select(0, kept_R) == row_R
+    # A text row's old place is its number plus the visual rows before it.
+    text_T = torch.arange(padded_length - max_visual, device=kept_K.device)
+    is_before_TN = (text_before_N[None, :] <= text_T[:, None]) & (index_N < visual)[None, :]
+    text_rows_T = text_T + _count(is_before_TN)
+    rows_R = torch.where(
+        is_visual_R,
+        visual_rows_N.to(torch.int64).index_select(0, kept_K.index_select(0, kept_R)),
+        text_rows_T.index_select(0, text_R),
+    )
+    is_real_R = is_visual_R & (kept_R < visual)
+    return CompactedRows(rows_R.clamp(0, padded_length - 1), kept_R, is_real_R, visual_rows_K)
+
+
+def _count(is_counted: Tensor) -> Tensor:
+    """Return how many of the last axis there are, int64; summed as float32, which is exact and which every kernel has."""
+    return is_counted.to(torch.float32).sum(-1).to(torch.int64)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gpu_parts.measure import WARM_UPS, Measured
 from gpu_parts.prompts import num_before, prompt_ids, prompt_positions
@@ -49,10 +50,10 @@ class _Loaded:
         outputs = self.vision.run_vision(self.inputs, self.profile)
         visual, *planes = (tensor.rows(0, self.num_visual) for tensor in outputs)
         prompt = DecoderPrompt(
-            before=self.before,
+            text=np.concatenate([self.before, self.after]),
             visual=visual,
-            after=self.after,
-            visual_rows=self.profile.sizes["N"],
+            visual_rows=len(self.before) + np.arange(self.num_visual, dtype=np.int32),
+            max_visual=self.profile.sizes["N"],
             text_bucket=self.bucket,
             positions=self.positions,
             planes=planes,

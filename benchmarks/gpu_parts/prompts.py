@@ -7,7 +7,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trio_edge.runtime.images.interface import ImageProcessing
-from trio_edge.runtime.prompts.positions import PromptPositions, mrope_positions, plain_positions
+from trio_edge.runtime.prompts.positions import (
+    PromptPositions,
+    RunPositions,
+    mrope_positions,
+    plain_positions,
+)
 
 _NUM_BEFORE = 35
 """Text tokens before the picture, where there is room for them: LLaVA's system prompt."""
@@ -39,10 +44,5 @@ def prompt_positions(
     before = num_before(num_text)
     layout = processing.layout(*picture.size)
     assert layout.positions is not None  # models with M-RoPE have them
-    return mrope_positions(
-        layout.positions,
-        image_span=layout.position_span,
-        num_before=before,
-        num_after=num_text - before,
-        num_rows=num_rows,
-    )
+    run = RunPositions(layout.positions, layout.position_span, before)
+    return mrope_positions([run], num_text=num_text, num_rows=num_rows)

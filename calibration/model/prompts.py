@@ -10,8 +10,9 @@ import torch
 
 from trio_edge.runtime.bundle.errors import DataError, ImageError, ShapeError
 from trio_edge.runtime.images.reading import open_image
-from trio_edge.runtime.prompts.positions import mrope_positions, plain_positions
-from trio_edge.runtime.prompts.question import question_ids
+from trio_edge.runtime.prompts.chat import build_messages
+from trio_edge.runtime.prompts.positions import RunPositions, mrope_positions, plain_positions
+from trio_edge.runtime.prompts.question import prompt_ids
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.questions import Question
+    from trio_edge.runtime.images.layout import ImageLayout
     from trio_edge.runtime.prompts.positions import PromptPositions
     from trio_edge.runtime.prompts.tokenizer import PromptIds
 
@@ -43,13 +45,13 @@ class SamplePrompt:
     """One sample's sequence."""
 
     embeds_SD: Tensor
-    """[text | visual | text]."""
+    """Text and visual rows in the prompt's order."""
     positions_AS: Tensor
     """int32; A = 1, or 3 with M-RoPE."""
     next_position: int
     """Position of the first answer token."""
-    visual_start: int
-    num_visual: int
+    visual_rows_N: Tensor
+    """int64, row of each visual token, ascending."""
     planes_ND: tuple[Tensor, ...] = ()
     """[N, D] each, DeepStack's: plane i is added to the visual rows after layer i."""
 
@@ -88,17 +90,16 @@ def make_prompt(model: TorchModel, question: Question) -> SamplePrompt:
         outputs = graph.module(*tensors)
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
     visual_ND, *planes_ND = (rows[: sizes["N"]].to(model.dtype) for rows in outputs)
-    before, after = (
-        model.embedding_VD[torch.from_numpy(part.astype(np.int64))] for part in (ids.before, ids.after)
-    )
-    embeds_SD = torch.cat([before, visual_ND, after])
-    positions = _positions(model, ids, image, num_visual=sizes["N"])
+    layout = model.images.layout(*image.size)
+    rows_N = torch.from_numpy(ids.visual_rows(layout.run_lengths).astype(np.int64)).to(model.device)
+    all_ids = ids.all_ids(layout.run_lengths, image_token_id=model.text.image_token_id).astype(np.int64)
+    embeds_SD = model.embedding_VD[torch.from_numpy(all_ids)].index_copy(0, rows_N, visual_ND)
+    positions = _positions(model, ids, layout)
     return SamplePrompt(
         embeds_SD=embeds_SD,
         positions_AS=torch.from_numpy(positions.ids).to(model.device),
         next_position=positions.next,
-        visual_start=len(ids.before),
-        num_visual=sizes["N"],
+        visual_rows_N=rows_N,
         planes_ND=tuple(planes_ND),
     )
 
@@ -106,28 +107,22 @@ def make_prompt(model: TorchModel, question: Question) -> SamplePrompt:
 def _read(model: TorchModel, question: Question) -> tuple[Image.Image, PromptIds]:
     try:
         image = open_image(question.image)
-        ids = question_ids(
-            question.question,
+        ids = prompt_ids(
+            build_messages(question.question, images=[image]),
             tokenizer=model.tokenizer,
             template=model.template,
             text=model.text,
-            has_image=True,
+            insets=[model.images.layout(*image.size).text],
         )
     except (ImageError, ShapeError) as error:
         raise DataError(f"{question.where}: {error}") from None
     return image, ids
 
 
-def _positions(model: TorchModel, ids: PromptIds, image: Image.Image, *, num_visual: int) -> PromptPositions:
-    length = ids.num_tokens + num_visual
+def _positions(model: TorchModel, ids: PromptIds, layout: ImageLayout) -> PromptPositions:
+    length = ids.num_tokens + layout.num_visual
     if model.parts.position_axes == 1:
         return plain_positions(num_rows=length, length=length)
-    layout = model.images.layout(*image.size)
     assert layout.positions is not None  # models with M-RoPE have them
-    return mrope_positions(
-        layout.positions,
-        image_span=layout.position_span,
-        num_before=len(ids.before),
-        num_after=len(ids.after),
-        num_rows=length,
-    )
+    run = RunPositions(layout.positions, layout.position_span, len(ids.before))
+    return mrope_positions([run], num_text=ids.num_tokens, num_rows=length)

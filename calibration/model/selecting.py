@@ -64,12 +64,11 @@ def saliency(model: TorchModel, probe: ProxySaliency, sequence: Sequence) -> Ten
     """Return the score [N] of each visual token that is left, float32."""
     length = sequence.prompt_length
     cos, sin = model.rotary(sequence.positions_AS[:, :length])
-    visual_N = torch.arange(sequence.num_visual, device=model.device) + sequence.visual_start
     scores: Tensor = probe(
         sequence.hidden_SD[:length],
         cos[0],
         sin[0],
-        visual_N,
+        sequence.visual_rows_N,
         torch.tensor([sequence.num_visual], device=model.device),
         torch.tensor([length], device=model.device),
     )
@@ -78,8 +77,8 @@ def saliency(model: TorchModel, probe: ProxySaliency, sequence: Sequence) -> Ten
 
 def order_of(sequence: Sequence, scores_N: Tensor, *, threshold: float) -> Order:
     """Return the order of the visual tokens by saliency and NMS."""
-    start, N = sequence.visual_start, sequence.num_visual
-    features_ND = sequence.hidden_SD[start : start + N]
+    N = sequence.num_visual
+    features_ND = sequence.hidden_SD[sequence.visual_rows_N]
     index_N = torch.arange(N, device=scores_N.device)
     before_NN = comes_before(scores_N, index_N)
     similar_NN = similar_tokens(features_ND, torch.ones_like(index_N, dtype=torch.bool), threshold=threshold)

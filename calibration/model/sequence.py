@@ -1,7 +1,7 @@
 """One sequence on its way through the decoder: it advances by layers, and loses visual tokens in between.
 
-The rows are [text | visual | text | answer]: answer tokens, given beforehand, follow the prompt and go through every
-layer with it. Under the causal mask they change nothing before them, and they are what decoding them one by one would
+The rows are those of the prompt, text and visual, then those of the answer. Answer tokens, given beforehand, go through every
+layer with the prompt. Under the causal mask they change nothing before them, and they are what decoding them one by one would
 give, so one pass shows a whole answer's logits. Selections look at the prompt alone.
 """
 
@@ -31,7 +31,8 @@ class Sequence:
     hidden_SD: Tensor
     positions_AS: Tensor
     """int32."""
-    visual_start: int
+    visual_rows_N: Tensor
+    """int64, row of each visual token that is left, ascending."""
     original_N: Tensor
     """int64, which of the image's visual tokens are left."""
     num_answer: int = 0
@@ -52,9 +53,7 @@ class Sequence:
     def after(self, layer: int, hidden_SD: Tensor) -> Sequence:
         """Return the sequence after ``layer``: ``hidden_SD``, its output, with DeepStack's plane added."""
         if layer < len(self.planes_ND):
-            start, stop = self.visual_start, self.visual_start + self.num_visual
-            visual_ND = hidden_SD[start:stop] + self.planes_ND[layer]
-            hidden_SD = torch.cat([hidden_SD[:start], visual_ND, hidden_SD[stop:]])
+            hidden_SD = hidden_SD.index_add(0, self.visual_rows_N, self.planes_ND[layer])
         return replace(self, hidden_SD=hidden_SD)
 
     def with_answer_row(self, row_1D: Tensor, *, position: int) -> Sequence:
@@ -74,8 +73,8 @@ def begin(model: TorchModel, prompt: SamplePrompt) -> Sequence:
     return Sequence(
         hidden_SD=prompt.embeds_SD,
         positions_AS=prompt.positions_AS,
-        visual_start=prompt.visual_start,
-        original_N=torch.arange(prompt.num_visual, device=model.device),
+        visual_rows_N=prompt.visual_rows_N,
+        original_N=torch.arange(len(prompt.visual_rows_N), device=model.device),
         planes_ND=prompt.planes_ND,
     )
 
@@ -134,9 +133,11 @@ def run_layer(
 
 def with_kept(sequence: Sequence, kept_K: Tensor, *, positions: Positions) -> Sequence:
     """Return the sequence with the visual tokens ``kept_K`` (ascending, into those that are left) only."""
-    start, num_visual = sequence.visual_start, sequence.num_visual
     all_S = torch.arange(len(sequence.hidden_SD), device=kept_K.device)
-    rows_R = torch.cat([all_S[:start], start + kept_K, all_S[start + num_visual :]])
+    stays_S = torch.ones_like(all_S, dtype=torch.bool)
+    stays_S[sequence.visual_rows_N] = False
+    stays_S[sequence.visual_rows_N[kept_K]] = True
+    rows_R = all_S[stays_S]
     positions_AS = sequence.positions_AS[:, rows_R]
     if positions == "compact":
         positions_AS = all_S[: len(rows_R)].to(torch.int32).expand(len(positions_AS), -1)
@@ -144,6 +145,7 @@ def with_kept(sequence: Sequence, kept_K: Tensor, *, positions: Positions) -> Se
         sequence,
         hidden_SD=sequence.hidden_SD[rows_R],
         positions_AS=positions_AS,
+        visual_rows_N=torch.searchsorted(rows_R, sequence.visual_rows_N[kept_K]),
         original_N=sequence.original_N[kept_K],
         planes_ND=tuple(plane_ND[kept_K] for plane_ND in sequence.planes_ND),
     )

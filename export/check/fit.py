@@ -88,6 +88,8 @@ class FitInputs:
     vision_params: int
     """Parameters of the vision tower and the projector, and of CLIP's text tower where there is one."""
     picture: Picture
+    most_visual: int = 0
+    """Visual tokens of the largest prompt with several pictures that enter the decoder; 0 where there is one picture."""
     schedule: Schedule
     max_text: int
     """Largest prompt in text tokens."""
@@ -104,7 +106,8 @@ class FitInputs:
     @property
     def entering(self) -> int:
         """Visual rows of the first layer range."""
-        return self.picture.num_visual if self.token_selection is None else self.token_selection.num_keep
+        one = self.picture.num_visual if self.token_selection is None else self.token_selection.num_keep
+        return max(one, self.most_visual)
 
     @property
     def layers_and_rows(self) -> tuple[tuple[int, int], ...]:
@@ -258,7 +261,7 @@ def _with_keep(inputs: FitInputs) -> FitInputs | None:
             DEFAULT_METHOD,
             parse_keep(USUAL_KEEP),
             num_layers=inputs.decoder.num_layers,
-            picture_tokens=inputs.picture.num_visual,
+            picture_tokens=max(inputs.picture.num_visual, inputs.most_visual),
             entering=inputs.entering,
         )
     except ScheduleError:
@@ -345,6 +348,7 @@ def fit_inputs(
         vision_params=sum(parameter.numel() for module in towers for parameter in module.parameters()),
         quantize=quantize,
         picture=picture,
+        most_visual=layout.visual_sizes[-1] if layout.max_images > 1 else 0,
         schedule=layout.schedule,
         max_text=layout.text_buckets[-1],
         max_new_tokens=layout.max_new_tokens,

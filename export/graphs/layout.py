@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def vision_profiles(
-    images: Sequence[Mapping[str, int]], *, schedule: Schedule, token_keep: int | None
+    images: Sequence[Mapping[str, int]], *, schedule: Schedule, token_keep: int | None, max_images: int = 1
 ) -> tuple[Mapping[str, int], ...]:
     """Return the sizes that the vision graph runs at, cheapest decoder first.
 
@@ -23,8 +23,9 @@ def vision_profiles(
         images: The sizes of each image that is exported for, N among them.
         schedule: A selection needs at least as many rows as it keeps, so N is raised to the first stage's K.
         token_keep: K of the selection before the decoder, if there is one.
+        max_images: Images of a prompt.
     """
-    least = schedule.stages[0].keep if schedule.stages else 1
+    least = schedule.stages[0].keep if schedule.stages and max_images == 1 else 1
     if token_keep is not None:
         least = token_keep
     raised = {tuple(sorted({**sizes, "N": max(sizes["N"], least)}.items())) for sizes in images}
@@ -48,6 +49,10 @@ class Layout:
     opset: int
     clip_texts: tuple[int, ...] = ()
     """Every M of CLIP's text tower, ascending; none without one."""
+    max_images: int = 1
+    """Images of a prompt."""
+    most_of_several: int = 0
+    """Visual tokens of an image in a prompt with several, at most."""
 
     @property
     def vision_rows(self) -> tuple[int, ...]:
@@ -56,8 +61,15 @@ class Layout:
 
     @property
     def visual_sizes(self) -> tuple[int, ...]:
-        """Every N of the prefix, ascending."""
-        return self.vision_rows if self.token_keep is None else (self.token_keep,)
+        """Every N of the prefix, ascending: of one image, and of half, a quarter, … of the most images."""
+        sizes = {*self.vision_rows} if self.token_keep is None else {self.token_keep}
+        of_several = self.most_of_several if self.token_keep is None else self.token_keep
+        count = self.max_images
+        while count > 1:
+            sizes.add(count * of_several)
+            count = (count + 1) // 2
+        least = self.schedule.stages[0].keep if self.schedule.stages else 1
+        return tuple(sorted({max(size, least) for size in sizes}))
 
     def reduce_profiles(self, *, with_text: bool) -> tuple[Profile, ...]:
         """Return the profiles of the selection before the decoder.

@@ -2,20 +2,21 @@
 
 | I/O tensor            | shape     | dtype   | filled or read by                                                    |
 |-----------------------|-----------|---------|----------------------------------------------------------------------|
-| in  hidden_states     | [1, S, D] | model   | the layer range before; [text | visual | text | padding]             |
+| in  hidden_states     | [1, S, D] | model   | the layer range before; text and visual rows, then padding           |
 | in  position_ids      | [A, S]    | int32   | what that range used; A = 1, or 3 for M-RoPE                         |
-| in  visual_rows       | [N]       | int32   | runtime: row of each visual token, ascending from the span's start   |
-| in  num_visual        | [1]       | int32   | runtime: real visual tokens in the span, at most N                   |
+| in  visual_rows       | [N]       | int32   | runtime, or the stage before: row of each visual token, ascending    |
+| in  num_visual        | [1]       | int32   | runtime: real visual tokens, at most N                               |
 | in  length            | [1]       | int32   | runtime: real rows; the rest is padding                              |
 | in  previous_hidden_states | [1, S, D] | model | the layer range before: what entered its last layer (some methods)  |
 | in  prompt_embeds     | [1, F, D] | model   | runtime: ``inputs_embeds`` of the prefill (some methods)             |
-| in  prompt_num_visual | [1]       | int32   | runtime: visual tokens of the picture (some methods)                 |
+| in  prompt_is_visual  | [F]       | int32   | runtime: 1 at visual tokens of the prompt (some methods)             |
 | in  prompt_length     | [1]       | int32   | runtime: real rows of the prompt (some methods)                      |
 | in  saliency          | [N]       | float32 | ``export/graphs/probe.py``: scores (TRIO)                            |
 | in  deepstack_embeds.{i} | [1, S, D] | model | the planes that entered the range before (with DeepStack: i >= l)   |
 | out kept_hidden_states| [1, R, D] | model   | next layer range; R = S - N + K                                      |
 | out kept_position_ids | [A, R]    | int32   | next layer range: 0..R-1 ("compact") or gathered ("preserved")       |
-| out kept_indices      | [K]       | int32   | runtime: ascending, into the span that entered; min(K, num_visual) valid |
+| out kept_visual_rows  | [K]       | int32   | next stage: row of each kept token in the reduced sequence           |
+| out kept_indices      | [K]       | int32   | runtime: ascending, into the N that entered; min(K, num_visual) are real   |
 | out scores            | [N]       | float32 | runtime: the method's scores, -1 where there is no token             |
 | out unsettled         | [1]       | int32   | runtime: not 0 means that the NMS needs more rounds than exported     |
 | out kept_deepstack_embeds.{i} | [1, R, D] | model | later layer ranges: what is still to be added to the kept rows  |
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trio_edge.trio.compaction import compact_rows
+from trio_edge.trio.compaction import CompactedRows, compact_rows
 from trio_edge.trio.selectors.interface import PromptInputs, StageInputs
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Select(nn.Module):
         length: Tensor,
         *others: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Return kept hidden states, kept position ids, kept indices, scores, the unsettled count and kept planes."""
+        """Return kept hidden states, position ids, visual rows and indices, scores, the unsettled count and kept planes."""
         hidden_SD = hidden_states[0]
         cos, sin = self.rotary(position_ids)
         num_others = len(others) - self.num_planes
@@ -79,48 +80,49 @@ class Select(nn.Module):
                 hidden_SD, cos[0], sin[0], visual_rows, num_visual, length, previous_SD, prompt, saliency_N
             )
         )
-        rows_R, _ = compact_rows(
+        compacted = compact_rows(
             selection.kept_K,
-            visual_rows[:1],
+            visual_rows,
             num_visual,
             length,
             padded_length=hidden_SD.shape[0],
-            max_visual=visual_rows.shape[0],
+            is_ascending=selection.weights_KN is None,
         )
+        rows_R = compacted.rows_R
         if self.preserve_positions:
             positions_AR = position_ids.index_select(1, rows_R)
         else:
             positions_AR = torch.arange(rows_R.shape[0]).to(torch.int32).expand(position_ids.shape[0], -1)
         kept_RD, *kept_planes = (
-            _kept_rows(rows_SD, rows_R, selection.weights_KN, visual_rows, num_visual)[None]
+            _kept_rows(rows_SD, compacted, selection.weights_KN, visual_rows, num_visual)[None]
             for rows_SD in (hidden_SD, *(plane[0] for plane in planes))
         )
-        kept_indices = selection.kept_K.to(torch.int32)
-        return kept_RD, positions_AR, kept_indices, selection.scores_N, selection.unsettled, *kept_planes
+        return (
+            kept_RD,
+            positions_AR,
+            compacted.visual_rows_K.to(torch.int32),
+            selection.kept_K.to(torch.int32),
+            selection.scores_N,
+            selection.unsettled,
+            *kept_planes,
+        )
 
 
 def _kept_rows(
-    rows_SD: Tensor, rows_R: Tensor, weights_KN: Tensor | None, visual_rows_N: Tensor, num_visual: Tensor
+    rows_SD: Tensor,
+    compacted: CompactedRows,
+    weights_KN: Tensor | None,
+    visual_rows_N: Tensor,
+    num_visual: Tensor,
 ) -> Tensor:
-    """Return the rows that stay, [R, D]; with weights, those of the visual span are sums of tokens."""
-    kept_RD = rows_SD.index_select(0, rows_R)
+    """Return the rows that stay, [R, D]; with weights, visual rows are sums of tokens."""
+    kept_RD = rows_SD.index_select(0, compacted.rows_R)
     if weights_KN is None:
         return kept_RD
-    return _with_merged(kept_RD, weights_KN, rows_SD, visual_rows_N, num_visual)
-
-
-def _with_merged(
-    kept_RD: Tensor, weights_KN: Tensor, hidden_SD: Tensor, visual_rows_N: Tensor, num_visual: Tensor
-) -> Tensor:
-    """Return the rows with those of the visual span replaced by their weighted sums of tokens."""
-    num_keep = weights_KN.shape[0]
-    visual_ND = hidden_SD.index_select(0, visual_rows_N).to(torch.float32)
+    visual_ND = rows_SD.index_select(0, visual_rows_N).to(torch.float32)
     real_N = torch.arange(visual_ND.shape[0]) < num_visual
     merged_KD = torch.matmul(weights_KN, torch.where(real_N[:, None], visual_ND, 0.0)).to(kept_RD.dtype)
     is_merged_K = (weights_KN > 0).to(torch.float32).sum(-1) > 1.0
-    place_R = torch.arange(kept_RD.shape[0]) - visual_rows_N[:1]
-    in_span_R = (place_R >= 0) & (place_R < num_visual.clamp(max=num_keep))
-    place_R = place_R.clamp(0, num_keep - 1).to(torch.int64)
     # only these rows: a product with a single 1 may round where TensorRT takes TF32
-    takes_R = in_span_R & is_merged_K.index_select(0, place_R)
-    return torch.where(takes_R[:, None], merged_KD.index_select(0, place_R), kept_RD)
+    takes_R = compacted.is_visual_R & is_merged_K.index_select(0, compacted.kept_R)
+    return torch.where(takes_R[:, None], merged_KD.index_select(0, compacted.kept_R), kept_RD)

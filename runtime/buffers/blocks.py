@@ -41,6 +41,9 @@ class Block:
         self._whole = DeviceTensor(allocator.allocate(end, purpose=purpose), (end,), "uint8")
         self._host = allocator.allocate_pinned(end, purpose=purpose)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._fields
+
     def _field(self, name: str, shape: tuple[int, ...] | None) -> DeviceTensor:
         field = self._fields[name]
         return field if shape is None else field._replace(shape=shape)
@@ -67,6 +70,14 @@ class Block:
     def download(self, device: Device) -> None:
         """Copy all fields to the host."""
         device.download(self._host, self._whole)
+
+
+def copy_tensor(device: Device, target: DeviceTensor, source: DeviceTensor) -> None:
+    """Enqueue the copy of all of ``source`` to the start of ``target``."""
+    size = source.num_bytes
+    device.copy_rows(
+        PitchedRows(target.address, size), PitchedRows(source.address, size), row_bytes=size, num_rows=1
+    )
 
 
 @final

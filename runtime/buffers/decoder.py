@@ -29,6 +29,7 @@ from trio_edge.runtime.bundle.graph_io import (
     KEPT_DEEPSTACK,
     KEPT_HIDDEN,
     KEPT_POSITIONS,
+    KEPT_VISUAL_ROWS,
     LAST_ROW,
     LENGTH,
     LOGITS,
@@ -47,8 +48,8 @@ from trio_edge.runtime.bundle.graph_io import (
     PROBE_STATE,
     PROBE_VISUAL_ROWS,
     PROMPT_EMBEDS,
+    PROMPT_IS_VISUAL,
     PROMPT_LENGTH,
-    PROMPT_NUM_VISUAL,
     SALIENCY,
     SALIENCY_SCORES,
     SELECT_RESULTS,
@@ -122,6 +123,7 @@ class DecoderBuffers:
         self.previous = _largest(allocator, [spec for spec in self.ranges if _has_previous(spec)], PREVIOUS)
         self.kept_hidden = _largest(allocator, self.selects, KEPT_HIDDEN)
         self.kept_positions = _largest(allocator, self.selects, KEPT_POSITIONS)
+        self.kept_visual_rows = _largest(allocator, self.selects, KEPT_VISUAL_ROWS)
         self.probes = [probe_graph(manifest, stage) for stage in range(len(self.selects))]
         self.gradient = gradient_graph(manifest)
         self._probe = self._probe_buffers(allocator)
@@ -131,7 +133,7 @@ class DecoderBuffers:
         self._new_rows = allocator.allocate(max(sizes), purpose="new KV rows of a prefill")
         self.new_row = [_new_row(allocator, spec) for spec in self.ranges]
         self.text = _pinned_text(allocator, manifest)
-        """Pinned rows [largest bucket, D]: the text before the image, then the text after it."""
+        """Pinned rows [largest bucket, D], all text of a prompt in order."""
         self.inputs = Block(allocator, self._input_fields(), purpose="inputs of a prefill")
         self.results = Block(allocator, self._result_fields(), purpose="results of a prefill")
         self.step = Block(allocator, self._step_fields(), purpose="inputs of a decode step")
@@ -151,9 +153,13 @@ class DecoderBuffers:
     def _input_fields(self) -> _Fields:
         fields: _Fields = _fields(self.ranges[0], (POSITIONS,))
         # Prefill has no past; "zero" says so to every range.
-        fields |= dict.fromkeys(("zero", LAST_ROW, PROMPT_NUM_VISUAL, PROMPT_LENGTH), _ONE)
+        fields |= dict.fromkeys(("zero", LAST_ROW, PROMPT_LENGTH), _ONE)
         for stage, spec in enumerate(self.selects):
-            fields |= _fields(spec, (VISUAL_ROWS, NUM_VISUAL, LENGTH), number=stage)
+            fields |= _fields(spec, (NUM_VISUAL, LENGTH), number=stage)
+            if stage == 0:  # the others read the rows that the stage before left
+                fields |= _fields(spec, (VISUAL_ROWS,))
+            if PROMPT_IS_VISUAL in spec.input_names:
+                fields |= _fields(spec, (PROMPT_IS_VISUAL,))
             if (probe := self.probes[stage]) is not None:
                 fields |= _fields(probe, (PROBE_ROWS,), number=stage)
         return fields
@@ -237,21 +243,24 @@ class DecoderBuffers:
 
     def select_tensors(self, stage: int, profile: Profile) -> dict[str, DeviceTensor]:
         """Return the tensors of the select graph of ``stage``."""
-        own = (VISUAL_ROWS, NUM_VISUAL, LENGTH)
         tensors = {
             HIDDEN: self.hidden_out[stage],
             POSITIONS: self._positions(stage),
-            **{name: self.inputs.tensor(f"{name}.{stage}") for name in own},
+            VISUAL_ROWS: self._visual_rows(stage),
+            **{name: self.inputs.tensor(f"{name}.{stage}") for name in (NUM_VISUAL, LENGTH)},
             PROMPT_EMBEDS: self.embeds,
-            **{name: self.inputs.tensor(name) for name in (PROMPT_NUM_VISUAL, PROMPT_LENGTH)},
+            PROMPT_LENGTH: self.inputs.tensor(PROMPT_LENGTH),
             KEPT_HIDDEN: self.kept_hidden[stage],
             KEPT_POSITIONS: self.kept_positions[stage],
+            KEPT_VISUAL_ROWS: self.kept_visual_rows[stage],
             **{name: self.results.tensor(f"{name}.{stage}") for name in SELECT_RESULTS},
             **_named(DEEPSTACK, self.planes[stage]),
             **_named(KEPT_DEEPSTACK, self.planes[stage + 1]),
         }
         if self.previous:
             tensors[PREVIOUS] = self.previous[stage]
+        if PROMPT_IS_VISUAL in self.selects[stage].input_names:
+            tensors[PROMPT_IS_VISUAL] = self.inputs.tensor(PROMPT_IS_VISUAL)
         if self._probe:
             tensors[SALIENCY] = self._probe[SALIENCY_SCORES]
         return self._at_profile(self.selects[stage], tensors, profile)
@@ -260,9 +269,8 @@ class DecoderBuffers:
         """Return the tensors of either half of the probe of ``stage``."""
         spec = self.probes[stage]
         assert spec is not None, "a stage with a probe"
-        rows, num_visual, length = (
-            self.inputs.tensor(f"{name}.{stage}") for name in (VISUAL_ROWS, NUM_VISUAL, LENGTH)
-        )
+        rows = self._visual_rows(stage)
+        num_visual, length = (self.inputs.tensor(f"{name}.{stage}") for name in (NUM_VISUAL, LENGTH))
         hidden, positions = self.hidden_out[stage], self._positions(stage)
         tensors = {
             **self._probe_tensors(),
@@ -327,6 +335,9 @@ class DecoderBuffers:
             )
             for tensor in spec.tensors
         }
+
+    def _visual_rows(self, stage: int) -> DeviceTensor:
+        return self.inputs.tensor(VISUAL_ROWS) if stage == 0 else self.kept_visual_rows[stage - 1]
 
     def _positions(self, index: int) -> DeviceTensor:
         return self.inputs.tensor(POSITIONS) if index == 0 else self.kept_positions[index - 1]

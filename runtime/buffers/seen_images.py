@@ -7,8 +7,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar, final
 
-from trio_edge.runtime.buffers.blocks import allocate_tensor
-from trio_edge.runtime.devices.interface import PitchedRows, largest_shape
+from trio_edge.runtime.buffers.blocks import allocate_tensor, copy_tensor
+from trio_edge.runtime.devices.interface import largest_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,11 +46,11 @@ class SeenImages(Generic[_Image]):
         self._count = count
         self._seen: OrderedDict[bytes, _Seen[_Image]] = OrderedDict()
 
-    def key_of(self, image: Image.Image) -> bytes:
-        """Return what is the same for the same pixels; nothing if no image is kept."""
+    def key_of(self, image: Image.Image, processing: object) -> bytes:
+        """Return what is the same for the same pixels and the same processing; nothing if no image is kept."""
         if self._count == 0:
             return b""
-        digest = hashlib.blake2b(repr((image.size, image.mode)).encode(), digest_size=32)
+        digest = hashlib.blake2b(repr((image.size, image.mode, processing)).encode(), digest_size=32)
         digest.update(image.tobytes())
         return digest.digest()
 
@@ -65,20 +65,14 @@ class SeenImages(Generic[_Image]):
         self._seen.move_to_end(key)
         slot = self._seen[key].slot
         for name, target in outputs.items():
-            _copy(device, target, slot[name], size=target.num_bytes)
+            copy_tensor(device, target, slot[name].rows(0, target.shape[0]))
         return True
 
     def keep(self, key: bytes, image: _Image, device: Device, outputs: Mapping[str, DeviceTensor]) -> None:
         """Enqueue the copies of what the graph has just written for an image, and keep ``image`` with them."""
-        if self._count == 0:
+        if not key:
             return
         slot = self._free.pop() if self._free else self._seen.popitem(last=False)[1].slot
         for name, source in outputs.items():
-            _copy(device, slot[name], source, size=source.num_bytes)
+            copy_tensor(device, slot[name], source)
         self._seen[key] = _Seen(image, slot)
-
-
-def _copy(device: Device, target: DeviceTensor, source: DeviceTensor, *, size: int) -> None:
-    device.copy_rows(
-        PitchedRows(target.address, size), PitchedRows(source.address, size), row_bytes=size, num_rows=1
-    )

@@ -71,10 +71,12 @@ VISUAL_ROWS = "visual_rows"
 NUM_VISUAL = "num_visual"
 LENGTH = "length"
 PROMPT_EMBEDS = "prompt_embeds"
-PROMPT_NUM_VISUAL = "prompt_num_visual"
+PROMPT_IS_VISUAL = "prompt_is_visual"
 PROMPT_LENGTH = "prompt_length"
 KEPT_HIDDEN = "kept_hidden_states"
 KEPT_POSITIONS = "kept_position_ids"
+KEPT_VISUAL_ROWS = "kept_visual_rows"
+"""Row of each kept token in the reduced sequence: ``VISUAL_ROWS`` of the next stage."""
 KEPT_DEEPSTACK = "kept_deepstack_embeds."
 """The planes of layers after the stage, without the dropped tokens."""
 KEPT_INDICES = "kept_indices"
@@ -164,13 +166,14 @@ def select_tensors(
         inputs.append(TensorSpec(name=PREVIOUS, dtype=dtype, shape=(1, "S", width)))
     if with_prompt:
         inputs.append(TensorSpec(name=PROMPT_EMBEDS, dtype=dtype, shape=(1, "F", width)))
-        inputs += [_one(PROMPT_NUM_VISUAL), _one(PROMPT_LENGTH)]
+        inputs += [TensorSpec(name=PROMPT_IS_VISUAL, dtype="int32", shape=("F",)), _one(PROMPT_LENGTH)]
     if with_saliency:
         inputs.append(TensorSpec(name=SALIENCY, dtype="float32", shape=("N",)))
     inputs += _planes(DEEPSTACK, planes, (1, "S", width), dtype)
     outputs = (
         TensorSpec(name=KEPT_HIDDEN, dtype=dtype, shape=(1, "R", width)),
         TensorSpec(name=KEPT_POSITIONS, dtype="int32", shape=(position_axes, "R")),
+        TensorSpec(name=KEPT_VISUAL_ROWS, dtype="int32", shape=(num_keep,)),
         TensorSpec(name=KEPT_INDICES, dtype="int32", shape=(num_keep,)),
         TensorSpec(name=SCORES, dtype="float32", shape=("N",)),
         _one(UNSETTLED),

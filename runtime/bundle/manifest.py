@@ -19,7 +19,7 @@ from trio_edge.runtime.bundle.errors import ManifestError
 from trio_edge.runtime.bundle.generation import GenerationSettings
 from trio_edge.runtime.bundle.schedule import Schedule
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_NAME = "trio.json"
 _NUMBER = re.compile(r"[0-9]{1,4}")
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8, "int8": 1, "float8_e4m3fn": 1}
@@ -255,7 +255,7 @@ class Cost(_Spec, frozen=True):
     """FLOPs and KV bytes of one answer's prefill, counted by ``trio_edge.trio.cost.flops``, at ``num_text`` text tokens."""
 
     num_visual: int
-    """Visual tokens that the vision graph gives."""
+    """Visual tokens that the vision graph gives for all images."""
     num_text: int
     full_flops: dict[str, int]
     """Per part ("vision", "decoder" with its head) without reduction."""
@@ -264,8 +264,9 @@ class Cost(_Spec, frozen=True):
     "clip_text" for the text tower."""
     full_kv_bytes: int
     reduced_kv_bytes: int
+    num_images: int = 1
     picture_tokens: int | None = None
-    """Visual tokens of the same image without encoder reduction; None if they are ``num_visual``."""
+    """Visual tokens of the same images without encoder reduction; None if they are ``num_visual``."""
 
 
 class Manifest(_Spec, frozen=True):
@@ -293,12 +294,14 @@ class Manifest(_Spec, frozen=True):
     """A, rows of position ids: 1, or 3 for M-RoPE (time, row, column)."""
     text: TextSpec
     image_processing: dict[str, Any]
+    max_images: int
+    """Images of a prompt, of the largest size that was exported for."""
     encoder_keep: int | None
     """Patches per tile, or visual tokens of the image, that the vision graph keeps; None for all."""
     token_method: str | None
     """Selector of the reduce graph between vision and prefix, by its name in ``trio_edge.trio.methods``; None without one."""
     token_keep: int | None
-    """K, visual tokens that the reduce graph passes on."""
+    """K, visual tokens of each image that the reduce graph passes on."""
     token_embedding: StoredTensor
     graphs: tuple[GraphSpec, ...]
     """In the order in which a prefill runs them."""
@@ -471,13 +474,15 @@ class Manifest(_Spec, frozen=True):
     def average_keep(self) -> float:
         """Mean over layers of the visual tokens processed, as a fraction of the image's before any reduction."""
         whole = self.cost.picture_tokens or self.cost.num_visual
-        return self.average_keep_of(self.cost.num_visual) * self.cost.num_visual / whole
+        share = self.average_keep_of(self.cost.num_visual, num_images=self.cost.num_images)
+        return share * self.cost.num_visual / whole
 
-    def average_keep_of(self, num_visual: int) -> float:
-        """Return the mean over layers of the visual tokens processed, as a fraction of an image's ``num_visual``."""
+    def average_keep_of(self, num_visual: int, *, num_images: int = 1) -> float:
+        """Return the mean over layers of the visual tokens processed, as a fraction of the ``num_visual`` of all images."""
         if num_visual == 0:
             return 1.0
-        entering = num_visual if self.token_keep is None else min(self.token_keep, num_visual)
+        most = None if self.token_keep is None else self.token_keep * num_images
+        entering = num_visual if most is None else min(most, num_visual)
         share = self.schedule.average_keep(num_layers=self.dimensions.num_layers, num_visual=entering)
         return share * entering / num_visual
 

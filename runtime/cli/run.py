@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     "images",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Image to ask about; none for text only.",
+    help="Image to ask about; may be repeated, none for text only.",
 )
 @click.option("--prompt", required=True, help="The question.")
 @click.option("--system", help="System prompt.")
@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 @click.option("--min-new-tokens", type=int, help="The answer does not end before.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option(
-    "--show-kept", type=click.Path(path_type=Path), help="Write the image with the kept tokens drawn."
+    "--show-kept",
+    type=click.Path(path_type=Path),
+    help="Write the images with the kept tokens drawn, one below the other.",
 )
 @click.option(
     "--compare-full",
@@ -61,21 +63,16 @@ def command(
     compare_full: Path | None,
     **settings: Any,
 ) -> int:
-    """Answer a question about an image with BUNDLE."""
+    """Answer a question about images with BUNDLE."""
     from trio_edge.runtime.pipeline import Pipeline  # slow to import, and --help needs none of it
 
-    if len(images) > 1:
-        raise click.UsageError(
-            f"--image: expected one image a prompt, got {len(images)}; ask about one at a time"
-        )
-    image = images[0] if images else None
     if show_kept is not None:
-        if image is None:
+        if not images:
             raise click.UsageError("--show-kept: expected --image as well, got none; name the image")
         _check_drawing_target(show_kept)
     loading: dict[str, Any] = {"backend": backend, "threads": threads, "cpu_accuracy": cpu_accuracy}
     with Pipeline.from_bundle(bundle, **loading) as pipeline:
-        answer = pipeline.generate(image, prompt, **settings)
+        answer = pipeline.generate(images, prompt, **settings)
         for piece in answer:
             print(piece, end="", flush=True)
         print()
@@ -84,7 +81,7 @@ def command(
             print(f"trio-run: {note}", file=sys.stderr)
         if show_kept is not None:
             _draw(pipeline, answer, show_kept)
-        if image is not None:
+        if images:
             print(_tokens_line(answer))
     if compare_full is not None:
         with Pipeline.from_bundle(compare_full, **loading) as full:
@@ -92,7 +89,7 @@ def command(
                 raise BundleError(
                     f"{compare_full}: expected a keep-all bundle, got one with stages; export --keep all"
                 )
-            reference = full.generate(image, prompt, **settings)
+            reference = full.generate(images, prompt, **settings)
             _ = reference.text
         _print_comparison(answer, reference)
     return 0
@@ -132,13 +129,10 @@ def _check_drawing_target(path: Path) -> None:
 
 
 def _draw(pipeline: Pipeline, answer: Generation, target: Path) -> None:
-    from trio_edge.runtime.images.overlay import draw_kept
+    from trio_edge.runtime.images.overlay import draw_all
 
-    assert answer.image is not None  # --show-kept wants --image
-    assert answer.layout is not None
     captions = [f"layer {stage.layer}" for stage in pipeline.manifest.schedule.stages]
-    overview = answer.layout.overview
-    drawing = draw_kept(answer.image, answer.boxes, answer.kept, captions=captions, overview=overview)
+    drawing = draw_all(answer.images, answer.layouts, answer.kept, captions=captions)
     try:
         drawing.save(target)
     except (OSError, ValueError) as error:

@@ -34,6 +34,9 @@ class ImageProcessing(Protocol):
     def to_dict(self) -> dict[str, Any]:
         """Return the constants as JSON types, with "kind"."""
 
+    def of_several(self) -> ImageProcessing:
+        """Return the processing of an image in a prompt with several, where it is another; else itself."""
+
     def sizes(self, width: int, height: int) -> dict[str, int]:
         """Return the sizes of the vision graph's axes that an image needs, N (its visual tokens) among them.
 

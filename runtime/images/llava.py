@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
 
+import msgspec
 import numpy as np
 from PIL import Image
 
@@ -79,6 +80,8 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
     max_grid_tiles: Size | None = None
     """Tiles' worth of tokens that a grid keeps; one with clearly more is made smaller, bilinearly (LLaVA-OneVision). None for
     no limit."""
+    is_one_of_several: bool = False
+    """Leave out the grid: only the base tile and a newline. LLaVA-OneVision does so with several images in a prompt."""
     do_resize: bool = True
     do_center_crop: bool = True
     do_rescale: bool = True
@@ -167,6 +170,10 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
             tokens += grid.lines * (grid.line_tokens + 1)
         return {"B": tiles, "N": tokens if self.encoder_keep is None else tiles * self.encoder_keep}
 
+    def of_several(self) -> LlavaImages:
+        """Return the processing of an image in a prompt with several."""
+        return self if self.max_grid_tiles is None else msgspec.structs.replace(self, is_one_of_several=True)
+
     def any_image_sizes(self) -> tuple[dict[str, int], ...]:
         """Return the largest N with every possible number of tiles.
 
@@ -177,7 +184,7 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         pinpoints = self.grid_pinpoints or ((self.tile_size, self.tile_size),)
         found = [self.sizes(width, height) for height, width in pinpoints]
         counts = sorted({sizes["B"] for sizes in found})
-        if self.max_grid_tiles is None:
+        if self.max_grid_tiles is None or self.is_one_of_several:
             most = max(sizes["N"] for sizes in found)
         else:
             limited = (
@@ -275,7 +282,7 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         on_grid = _grid(width, height, self)
         lines, tokens, num_patches = on_grid.lines, on_grid.line_tokens, self.patches_per_tile
         newline = (1 + on_grid.num_tiles if num_tiles is None else num_tiles) * num_patches
-        y, y_shares = _between(len(on_grid.rows), lines)
+        y, y_shares = _between(len(on_grid.rows), lines if tokens else 0)
         x, x_shares = _between(len(on_grid.columns), tokens)
         grid = _feature_rows(on_grid, self)[y[:, None, :, None], x[None, :, None, :]]
         shares = y_shares[:, None, :, None] * x_shares[None, :, None, :]
@@ -317,7 +324,9 @@ class _Grid(NamedTuple):
 
 
 def _grid(width: int, height: int, images: LlavaImages) -> _Grid:
-    """Return the grid for an image of this size."""
+    """Return the grid for an image of this size; without tiles, but with a newline, where only the base tile is used."""
+    if images.is_one_of_several:
+        return _Grid(0, 0, 1, 1, 0, 0, range(0), range(0), lines=1, line_tokens=0)
     pinpoint = _best_pinpoint(width, height, images)
     fitted = _fitted_size(width, height, pinpoint)
     tile_rows, tile_columns = (side // images.tile_size for side in pinpoint)
@@ -499,6 +508,8 @@ def _token_boxes(width: int, height: int, images: LlavaImages) -> NDArray[np.flo
     # base tile, and where tiles are resized again, the same part of each tile of the grid
     unit = _cropped_fraction(edges, images)
     base = boxes_between(unit * width, unit * height).reshape(-1, 4)
+    if images.is_one_of_several:
+        return _clipped(np.concatenate([base, np.full((1, 4), np.nan)]), width, height)
     on_grid = _grid(width, height, images)
     left, top = (on_grid.width - on_grid.fitted_width) // 2, (on_grid.height - on_grid.fitted_height) // 2
     x_edges, y_edges = (_grid_edges(unit, patches, images) for patches in (on_grid.columns, on_grid.rows))

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from trio_edge.runtime.images.layout import ImageLayout
+
     Box = tuple[int, int, int, int]
     Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -25,6 +27,38 @@ _INK = (32, 34, 38)
 _FAINT_INK = (110, 114, 120)
 _BASE_COLOUR = (255, 153, 0)
 _BASE_INK = (196, 110, 0)
+
+
+def draw_all(
+    images: Sequence[Image.Image],
+    layouts: Sequence[ImageLayout],
+    kept: Sequence[NDArray[np.integer]],
+    *,
+    captions: Sequence[str] = (),
+) -> Image.Image:
+    """Return ``draw_kept`` of each image, one below the other.
+
+    Args:
+        images: RGB, at least one.
+        layouts: Theirs.
+        kept: For each stage the indices of its tokens among those of all images.
+        captions: For each stage a title.
+
+    Raises:
+        ShapeError: As ``draw_kept``.
+    """
+    sheets, first = [], 0
+    for image, layout in zip(images, layouts):
+        after = first + len(layout.boxes)
+        own = [indices[(indices >= first) & (indices < after)] - first for indices in kept]
+        sheets.append(draw_kept(image, layout.boxes, own, captions=captions, overview=layout.overview))
+        first = after
+    size = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
+    drawing, y = Image.new("RGB", size, _PAPER), 0
+    for sheet in sheets:
+        drawing.paste(sheet, (0, y))
+        y += sheet.height
+    return drawing
 
 
 def draw_kept(

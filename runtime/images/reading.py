@@ -31,6 +31,9 @@ from trio_edge.runtime.bundle.errors import ImageError
 
 if TYPE_CHECKING:
     from collections.abc import Set
+    from typing import TypeAlias
+
+    ImageSource: TypeAlias = str | Path | bytes | Image.Image
 
 # A small file can decode to gigabytes: the size in its header is checked first.
 MAX_IMAGE_PIXELS = 178_956_970
@@ -42,7 +45,7 @@ _logger = logging.getLogger(__name__)
 _warning_filters = threading.Lock()  # warnings.catch_warnings changes the whole process
 
 
-def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+def open_image(source: ImageSource) -> Image.Image:
     """Return the image as a loaded, upright RGB image.
 
     Args:

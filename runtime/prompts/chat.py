@@ -105,26 +105,35 @@ MISTRAL_TEMPLATE = (
 
 
 def build_messages(
-    prompt: str, *, has_image: bool, history: Sequence[Message] = (), system: str | None = None
+    prompt: str,
+    *,
+    images: Sequence[Any] = (),
+    history: Sequence[tuple[str, str]] = (),
+    system: str | None = None,
 ) -> list[Message]:
-    """Return the messages of one question: system, history, then the user's text with the image before it.
+    """Return the messages of one question: system, history, then the user's text.
 
-    The image belongs to the conversation's first user message, so with a history it is put there.
+    The images stand before the text of the conversation's first question.
 
     Args:
         prompt: The user's text.
-        has_image: Whether there is an image.
-        history: Earlier messages with the roles user and assistant; not changed.
+        images: Of any kind; they are passed on as they are.
+        history: Earlier (question, answer) turns.
         system: System prompt, if any.
     """
-    texts: list[Message] = [{"role": "system", "content": _text_parts(system)}] if system is not None else []
-    texts += [{**message, "content": _text_parts(message.get("content", ""))} for message in history]
-    texts.append({"role": "user", "content": _text_parts(prompt)})
-    already = any(part.get("type") == "image" for message in texts for part in message["content"])
-    if has_image and not already:
-        first = next(message for message in texts if message.get("role") == "user")
-        first["content"] = [{"type": "image"}, *first["content"]]
-    return texts
+    messages = [] if system is None else [_message("system", system)]
+    questions = [*(question for question, _ in history), prompt]
+    answers = [answer for _, answer in history]
+    for turn, question in enumerate(questions):
+        messages.append(_message("user", question, images=images if turn == 0 else ()))
+        if turn < len(answers):
+            messages.append(_message("assistant", answers[turn]))
+    return messages
+
+
+def _message(role: str, text: str, *, images: Sequence[Any] = ()) -> Message:
+    shown = [{"type": "image", "image": image} for image in images]
+    return {"role": role, "content": [*shown, {"type": "text", "text": text}]}
 
 
 def render_chat(
@@ -305,10 +314,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return f"<{type(value).__name__}>"
-
-
-def _text_parts(content: Any) -> list[Any]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Position ids of a prompt: plain counting, or M-RoPE's time, row and column for the image's tokens."""
+"""Position ids of a prompt: plain counting, or M-RoPE's time, row and column for the tokens of images and videos."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 
@@ -24,26 +26,35 @@ def plain_positions(*, num_rows: int, length: int) -> PromptPositions:
     return PromptPositions(np.arange(num_rows, dtype=np.int32)[None], length)
 
 
-def mrope_positions(
-    image_3N: NDArray[np.int32], *, image_span: int, num_before: int, num_after: int, num_rows: int
-) -> PromptPositions:
-    """Return M-RoPE positions [3, num_rows] of text, image, text.
+class RunPositions(NamedTuple):
+    """M-RoPE positions of one run of visual tokens, counted from where the run starts."""
 
-    Text counts up on all axes alike. The image's tokens are offset by where it starts, and the text after it
-    goes on ``image_span`` later, however many tokens the image has.
+    ids: NDArray[np.int32]
+    """[3, M]: time, row and column of each token."""
+    span: int
+    """Positions from the run's start to what follows it, however many tokens it has."""
+    text_before: int
+    """Text tokens of the prompt before the run."""
+
+
+def mrope_positions(runs: Sequence[RunPositions], *, num_text: int, num_rows: int) -> PromptPositions:
+    """Return M-RoPE positions [3, num_rows] of text and runs of visual tokens, in the prompt's order.
+
+    Text counts up on all axes alike. A run's tokens are offset by where it starts.
     Source: Qwen2_5_VLModel.get_rope_index of transformers 5.23.
 
     Args:
-        image_3N: Time, row and column of each visual token, from 0.
-        image_span: Positions that the image takes; 0 without one.
-        num_before: Text tokens before the image.
-        num_after: Text tokens after it.
+        runs: In order; none without an image.
+        num_text: Text tokens of the prompt.
         num_rows: S, with padding.
     """
     ids = np.zeros((3, num_rows), np.int32)  # padding rows are masked: any position will do
-    ids[:, :num_before] = np.arange(num_before)
-    first_after = num_before + image_3N.shape[1]
-    ids[:, num_before:first_after] = num_before + image_3N
-    after = num_before + image_span
-    ids[:, first_after : first_after + num_after] = after + np.arange(num_after)
-    return PromptPositions(ids, after + num_after)
+    row = text = position = 0
+    for run in (*runs, RunPositions(np.empty((3, 0), np.int32), 0, num_text)):
+        count = run.text_before - text
+        ids[:, row : row + count] = position + np.arange(count)
+        row, text, position = row + count, run.text_before, position + count
+        stop = row + run.ids.shape[1]
+        ids[:, row:stop] = position + run.ids
+        row, position = stop, position + run.span
+    return PromptPositions(ids, position)

@@ -23,17 +23,38 @@ _INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character, o
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PromptIds:
-    """A prompt's text tokens before and after the place of the image."""
+    """A prompt's text tokens, and where its runs of visual tokens stand among them."""
 
-    before: NDArray[np.int32]
-    """All tokens, if there is no image."""
-    after: NDArray[np.int32]
-    has_image: bool
+    text: NDArray[np.int32]
+    """[T], all of them in order."""
+    text_before: tuple[int, ...] = ()
+    """Text tokens before each run of visual tokens, ascending."""
 
     @property
     def num_tokens(self) -> int:
-        """Text tokens, without the image's."""
-        return len(self.before) + len(self.after)
+        """T."""
+        return len(self.text)
+
+    @property
+    def before(self) -> NDArray[np.int32]:
+        """The text before the first run; all of it, if there is no image."""
+        return self.text[: self.text_before[0]] if self.text_before else self.text
+
+    @property
+    def after(self) -> NDArray[np.int32]:
+        """The text after the last run; none, if there is no image."""
+        return self.text[self.text_before[-1] if self.text_before else len(self.text) :]
+
+    def visual_rows(self, run_lengths: Sequence[int]) -> NDArray[np.int32]:
+        """Return the row [M] of each visual token, for runs of these lengths."""
+        text_before = np.repeat(np.array(self.text_before, np.int32), run_lengths)
+        return (text_before + np.arange(len(text_before))).astype(np.int32)
+
+    def all_ids(self, run_lengths: Sequence[int], *, image_token_id: int) -> NDArray[np.int32]:
+        """Return the ids of the whole prompt, with an image token for each visual token."""
+        ids = np.full(len(self.text) + sum(run_lengths), image_token_id, np.int32)
+        ids[np.delete(np.arange(len(ids)), self.visual_rows(run_lengths))] = self.text
+        return ids
 
 
 class Tokenizer:
@@ -77,16 +98,28 @@ class Tokenizer:
                 raise ShapeError(f"prompt: expected plain text, got the special token {token!r}; remove it")
 
     def encode_prompt(
-        self, text: str, *, image_token: str, image_token_id: int, has_image: bool, bos_token: str = ""
+        self,
+        text: str,
+        *,
+        image_token: str,
+        image_token_id: int,
+        insets: Sequence[Sequence[str]] = (),
+        bos_token: str = "",
     ) -> PromptIds:
-        """Return the ids of a rendered chat, split at its image token.
+        """Return the ids of a rendered chat without its image tokens.
 
         Special tokens (a leading BOS) are added unless the text starts with ``bos_token``, which is Hugging
         Face's rule in ``processor.apply_chat_template(tokenize=True)``.
 
+        Args:
+            text: The chat, with one image token for each image.
+            image_token: Its text.
+            image_token_id: Its id.
+            insets: For each image, the text before each of its runs of visual tokens and after the last.
+            bos_token: The text of the BOS token.
+
         Raises:
-            ShapeError: If there is not exactly one image token with an image, or any without; or the text is
-                empty or not valid Unicode.
+            ShapeError: If there are not as many image tokens as images; or the text is empty or not valid Unicode.
             BundleError: If the tokenizer has another id for the image token.
         """
         if self._tokenizer.token_to_id(image_token) != image_token_id:
@@ -95,22 +128,20 @@ class Tokenizer:
                 f" got {self._tokenizer.token_to_id(image_token)}; export the bundle again"
             )
         _check_unicode(text)
+        text = _with_insets(text, insets, image_token=image_token)
         starts_with_bos = bool(bos_token) and text.startswith(bos_token)
         ids = np.array(
             self._tokenizer.encode(text, add_special_tokens=not starts_with_bos).ids, dtype=np.int32
         )
-        places = np.flatnonzero(ids == image_token_id)
-        if len(places) != int(has_image):
-            what = "with an image" if has_image else "without an image"
-            raise ShapeError(
-                f"prompt: expected {int(has_image)} image token {image_token!r} {what}, got {len(places)};"
-                " remove it from your text"
-                + (", or use a chat template that places the image" if not len(places) else "")
+        is_run = ids == image_token_id
+        places, num_runs = np.flatnonzero(is_run), sum(len(inset) - 1 for inset in insets)
+        if len(places) != num_runs:
+            raise BundleError(
+                f"tokenizer: expected {num_runs} tokens {image_token!r}, got {len(places)}; export the bundle again"
             )
         if len(ids) == 0:
             raise ShapeError("prompt: expected some text, got none; write a question")
-        split = int(places[0]) if has_image else len(ids)
-        return PromptIds(before=ids[:split], after=ids[split + 1 :], has_image=has_image)
+        return PromptIds(text=ids[~is_run], text_before=tuple((places - np.arange(num_runs)).tolist()))
 
     def plain_ids(self, text: str) -> NDArray[np.int32]:
         """Return the ids of a text alone, without the special tokens that a model wants around it.
@@ -165,6 +196,18 @@ class DetokenizeStream:
         piece = text[len(self._sent) :]
         self._sent = text
         return piece
+
+
+def _with_insets(text: str, insets: Sequence[Sequence[str]], *, image_token: str) -> str:
+    """Return the chat with one image token for each run of visual tokens, and the text around the runs."""
+    first, *rest = text.split(image_token)
+    if len(rest) != len(insets):
+        many = "" if len(insets) == 1 else "s"
+        raise ShapeError(
+            f"prompt: expected {len(insets)} image token{many} {image_token!r} for {len(insets)} image{many}, got"
+            f" {len(rest)}; remove it from your text, or use a chat template that places all images"
+        )
+    return first + "".join(image_token.join(inset) + piece for inset, piece in zip(insets, rest))
 
 
 def _check_unicode(text: str) -> None:

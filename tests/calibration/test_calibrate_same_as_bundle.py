@@ -73,7 +73,7 @@ def crowd() -> Crowd:
     sequence = Sequence(
         hidden_SD=torch.cat([torch.zeros(4, 3), features, torch.zeros(6, 3)]),
         positions_AS=torch.arange(130, dtype=torch.int32)[None],
-        visual_start=4,
+        visual_rows_N=torch.arange(4, 124),
         original_N=torch.arange(120),
     )
     return Crowd(sequence, features, torch.rand(120, generator=generator))

@@ -156,7 +156,7 @@ def test_a_small_model_with_released_files_answers_as_in_transformers(alias: str
 def hugging_face_inputs(pipeline: Pipeline, model_type: str) -> dict[str, torch.Tensor]:
     """Return the model's inputs with the runtime's ids and pixels, which have tests of their own."""
     picture, image_id = random_picture(*CAMERA), pipeline.manifest.text.image_token_id
-    ids = pipeline._encode(PROMPT, has_image=True, history=(), system=None)
+    ids = pipeline._encode(build_messages(PROMPT, images=[None]))
     processing: Any = pipeline.images  # type: ignore[attr-defined]
     prepared = processing.prepare(picture)
     count = processing.sizes(*picture.size)["N"]
@@ -280,11 +280,11 @@ def test_a_template_may_name_any_special_token_of_the_tokenizer(tmp_path: Path) 
     (folder / "chat_template.json").write_text(
         json.dumps({"chat_template": "{% for m in messages %}{{ image_token + eos_token }}{% endfor %}"})
     )
-    from trio_edge.runtime.prompts.chat import build_messages, render_chat
+    from trio_edge.runtime.prompts.chat import render_chat
 
     text = plan_of(folder).resolved.text
     tokens = {"bos_token": text.spec.bos_token, "eos_token": text.spec.eos_token}
-    messages = build_messages("w", has_image=True)
+    messages = build_messages("w", images=[None])
     assert render_chat(messages, template=text.chat_template, special_tokens=tokens) == "<image></s>"
 
 

@@ -59,9 +59,11 @@ class PlainDecoder:
         self.kept, self.scores, self.num_repaired, self.next_position = [], [], 0, next_position
         original = np.arange(num_visual)
         hidden = embeds
+        is_visual = np.zeros(embeds.shape[1], np.int32)
+        is_visual[start : start + num_visual] = 1
         more: Arrays = {
             "prompt_embeds": embeds,
-            "prompt_num_visual": np.array([num_visual], np.int32),
+            "prompt_is_visual": is_visual,
             "prompt_length": np.array([length], np.int32),
         }
         for index, spec in enumerate(self.manifest.ranges):

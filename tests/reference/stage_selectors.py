@@ -17,17 +17,15 @@ class Rows:
 
     def __init__(self, inputs: StageInputs) -> None:
         length, self.num_visual = int(inputs.length), int(inputs.num_visual)
-        self.first = int(inputs.visual_rows_N[0])
         self.hidden = inputs.hidden_SD[:length].double()
         self.previous = None if inputs.previous_SD is None else inputs.previous_SD[:length].double()
         self.cos, self.sin = inputs.cos_SE[:length].double(), inputs.sin_SE[:length].double()
-        self.visual = list(range(self.first, self.first + self.num_visual))
-        self.text = list(range(self.first + self.num_visual, length))
+        self.visual = inputs.visual_rows_N[: self.num_visual].tolist()
+        self.text = list(range(self.visual[-1] + 1, length)) if self.visual else []
         if inputs.prompt is not None:
             embeds = inputs.prompt.embeds_FD[: int(inputs.prompt.length)].double()
-            count = int(inputs.prompt.num_visual)
-            self.prompt_visual = embeds[self.first : self.first + count]
-            self.prompt_text = embeds[self.first + count :]
+            self.prompt_visual = embeds[inputs.prompt.is_visual_F[: len(embeds)] > 0]
+            self.prompt_text = embeds[len(embeds) - len(self.text) :]
 
 
 def attention_of_row(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, row: int) -> Tensor:

@@ -28,6 +28,7 @@ from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.prompts.chat import build_messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,12 +52,12 @@ class Answer(NamedTuple):
 def plain_answer(pipeline: Pipeline, plain: PlainDecoder, picture: Any, prompt: str) -> Answer:
     """Return the greedy answer of the graphs alone; the pipeline only prepares text and picture."""
     manifest, embedding = pipeline.manifest, pipeline._embedding
-    ids = pipeline._encode(prompt, has_image=picture is not None, history=(), system=None)
-    seen = pipeline._vision.without_image()
+    images = [] if picture is None else [picture]
+    ids = pipeline._encode(build_messages(prompt, images=images))
+    prepared_images = [pipeline._vision.prepare(image, prompt) for image in images]
+    seen = pipeline._encode_images(prepared_images, ids)
     visual: Any = seen.tokens
-    if picture is not None:
-        prepared = pipeline._vision.prepare(picture, prompt)
-        seen = pipeline._encode_image(prepared, ids)
+    for prepared in prepared_images:
         pipeline._graphs.device.synchronize()
         outputs = plain.run("vision", prepared.inputs)
         visual = outputs["visual_tokens"]

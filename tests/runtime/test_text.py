@@ -68,6 +68,8 @@ def _unigram() -> tokenizers.Tokenizer:
 BACKENDS = {"llama": _llama_like(), "byte level": _byte_level(), "unigram": _unigram()}
 LLAMA = Tokenizer(BACKENDS["llama"])
 IMAGE = {"image_token": "<image>", "image_token_id": BACKENDS["llama"].token_to_id("<image>")}
+ONE = [("", "")]
+"""One image, whose visual tokens are one run without text."""
 
 
 def _hugging_face(backend: tokenizers.Tokenizer, template: str) -> LlavaNextProcessor:
@@ -90,7 +92,7 @@ def _hugging_face(backend: tokenizers.Tokenizer, template: str) -> LlavaNextProc
 def test_ids_equal_hugging_face_apply_chat_template(name, template, bos):
     template = bos + template
     processor = _hugging_face(BACKENDS[name], template)
-    messages = build_messages("count the red squares, 你!", has_image=True)
+    messages = build_messages("count the red squares, 你!", images=[None])
     picture = np.zeros((20, 40, 3), np.uint8)
     conversation = [
         {**messages[0], "content": [{"type": "image", "image": picture}, messages[0]["content"][1]]}
@@ -104,7 +106,7 @@ def test_ids_equal_hugging_face_apply_chat_template(name, template, bos):
         messages, template=template, special_tokens={"bos_token": "<s>", "eos_token": "</s>"}
     )
     ids = Tokenizer(BACKENDS[name]).encode_prompt(
-        rendered, image_token="<image>", image_token_id=image_id, has_image=True, bos_token="<s>"
+        rendered, image_token="<image>", image_token_id=image_id, insets=ONE, bos_token="<s>"
     )
 
     first, last = theirs.index(image_id), len(theirs) - theirs[::-1].index(image_id)
@@ -115,28 +117,28 @@ def test_ids_equal_hugging_face_apply_chat_template(name, template, bos):
 
 
 def test_a_prompt_without_image_is_all_before():
-    ids = LLAMA.encode_prompt("USER: hi ASSISTANT:", **IMAGE, has_image=False)
+    ids = LLAMA.encode_prompt("USER: hi ASSISTANT:", **IMAGE)
     assert len(ids.before) > 1
     assert len(ids.after) == 0
-    assert not ids.has_image
+    assert ids.text_before == ()
 
 
 @pytest.mark.parametrize(
-    ("text", "has_image", "message"),
+    ("text", "num_images", "message"),
     [
-        ("<image> what is <image>?", True, "expected 1 image token '<image>' with an image, got 2"),
-        ("what?", True, "expected 1 image token '<image>' with an image, got 0"),
-        ("what is <image>?", False, "expected 0 image token '<image>' without an image, got 1"),
+        ("<image> what is <image>?", 1, "expected 1 image token '<image>' for 1 image, got 2"),
+        ("what?", 2, "expected 2 image tokens '<image>' for 2 images, got 0"),
+        ("what is <image>?", 0, "expected 0 image tokens '<image>' for 0 images, got 1"),
     ],
 )
-def test_another_number_of_image_tokens_is_refused(text, has_image, message):
+def test_another_number_of_image_tokens_is_refused(text, num_images, message):
     with pytest.raises(ShapeError, match=message):
-        LLAMA.encode_prompt(text, **IMAGE, has_image=has_image)
+        LLAMA.encode_prompt(text, **IMAGE, insets=ONE * num_images)
 
 
 def test_an_image_token_of_another_tokenizer_is_refused():
     with pytest.raises(BundleError, match="to have id 999, got 3"):
-        LLAMA.encode_prompt("<image>", image_token="<image>", image_token_id=999, has_image=True)
+        LLAMA.encode_prompt("<image>", image_token="<image>", image_token_id=999, insets=ONE)
 
 
 @pytest.mark.parametrize("text", ["a <image> b", "</s>", "x<s>"])
@@ -152,29 +154,27 @@ def test_ordinary_text_is_accepted(text):
 
 def test_lone_surrogates_are_refused():
     with pytest.raises(ShapeError, match="a lone surrogate at character 2"):
-        LLAMA.encode_prompt("ab\ud800", **IMAGE, has_image=False)
+        LLAMA.encode_prompt("ab\ud800", **IMAGE)
     with pytest.raises(ShapeError, match="a lone surrogate at character 0"):
         LLAMA.check_user_text("\udfff")
 
 
 def test_a_null_character_is_a_character_like_others():
-    assert LLAMA.decode(LLAMA.encode_prompt("a\0b", **IMAGE, has_image=False).before) == "a\0b"
+    assert LLAMA.decode(LLAMA.encode_prompt("a\0b", **IMAGE).before) == "a\0b"
 
 
 def test_an_empty_prompt_is_its_bos_or_an_error():
-    assert LLAMA.encode_prompt("", **IMAGE, has_image=False).before.tolist() == [1]
+    assert LLAMA.encode_prompt("", **IMAGE).before.tolist() == [1]
     with pytest.raises(ShapeError, match="expected some text, got none"):
-        Tokenizer(BACKENDS["byte level"]).encode_prompt("", **IMAGE, has_image=False)
+        Tokenizer(BACKENDS["byte level"]).encode_prompt("", **IMAGE)
 
 
 def test_truncation_and_padding_of_the_file_are_ignored():
     backend = tokenizers.Tokenizer.from_str(BACKENDS["llama"].to_str())
     backend.enable_truncation(2)
     backend.enable_padding(length=100)
-    ids = Tokenizer(backend).encode_prompt("USER: what is shown", **IMAGE, has_image=False).before
-    assert (
-        ids.tolist() == LLAMA.encode_prompt("USER: what is shown", **IMAGE, has_image=False).before.tolist()
-    )
+    ids = Tokenizer(backend).encode_prompt("USER: what is shown", **IMAGE).before
+    assert ids.tolist() == LLAMA.encode_prompt("USER: what is shown", **IMAGE).before.tolist()
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "not json", "[1]"])

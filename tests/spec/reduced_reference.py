@@ -46,8 +46,7 @@ def reduced_logits(
     embeds: torch.Tensor,
     schedule: Schedule,
     *,
-    start: int,
-    count: int,
+    visual: Sequence[int],
     positions: torch.Tensor | None = None,
     planes: Sequence[torch.Tensor] = (),
 ) -> tuple[torch.Tensor, list[list[int]]]:
@@ -57,23 +56,23 @@ def reduced_logits(
         model: Hugging Face's, with its language model and head.
         embeds: [1, S, D].
         schedule: The stages.
-        start: First visual row.
-        count: Visual rows.
+        visual: The visual rows, ascending.
         positions: [1, S], or M-RoPE's [3, 1, S]; 0..S-1 by default.
-        planes: [count, D] each, DeepStack's.
+        planes: One row for each of them, DeepStack's.
     """
     hidden = embeds
     if positions is None:
         positions = torch.arange(embeds.shape[1])[None]
-    original, kept_all = np.arange(count), []
+    here = np.array(visual)
+    original, kept_all = np.arange(len(here)), []
     stages = {stage.layer: stage.keep for stage in schedule.stages}
     for layer in range(len(model.model.language_model.layers)):
         if layer in stages:
             saliency = autograd_saliency(model, layer, hidden, positions, offset=schedule.last_probe_offset)
-            scores = saliency[start : start + len(original)].numpy()
-            features = hidden[0, start : start + len(original)].detach().numpy()
+            scores, features = saliency[here].numpy(), hidden[0, here].detach().numpy()
             kept = greedy_nms(features, scores, num_keep=min(stages[layer], len(original)), threshold=0.8)
-            rows = [*range(start), *(start + kept), *range(start + len(original), hidden.shape[1])]
+            rows = sorted({*range(hidden.shape[1])} - {*here} | {*here[kept]})
+            here = np.searchsorted(rows, here[kept])
             hidden, original = hidden[:, rows], original[kept]
             positions = (
                 positions[..., rows] if schedule.positions == "preserved" else torch.arange(len(rows))[None]
@@ -82,6 +81,6 @@ def reduced_logits(
         with torch.no_grad():
             hidden = causal_layer(model, layer, hidden, positions)
             if layer < len(planes):
-                hidden[0, start : start + len(original)] += planes[layer][original]
+                hidden[0, here] += planes[layer][original]
     with torch.no_grad():
         return model.lm_head(model.model.language_model.norm(hidden))[0, -1], kept_all

@@ -117,9 +117,7 @@ def test_yarn_small_heads_and_biases_keep_the_tokens_of_plain_torch(tmp_path: Pa
         embeds = original.model.get_input_embeddings()(inputs["input_ids"])
     spots = inputs["input_ids"][0] == original.model.config.image_token_id
     embeds[0, spots] = features
-    logits, kept = reduced_logits(
-        original.model, embeds, schedule, start=int(spots.nonzero()[0]), count=int(spots.sum())
-    )
+    logits, kept = reduced_logits(original.model, embeds, schedule, visual=spots.nonzero()[:, 0].tolist())
     assert [indices.tolist() for indices in answer.kept] == kept
     np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
 

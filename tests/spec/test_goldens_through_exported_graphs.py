@@ -30,10 +30,10 @@ class Run:
         self.golden = golden
         self.prefill: PrefillResult = decoder.prefill(
             DecoderPrompt(
-                before=embeds[:start],
+                text=np.concatenate([embeds[:start], embeds[end:]]),
                 visual=embeds[start:end],
-                after=embeds[end:],
-                visual_rows=max_visual,
+                visual_rows=np.arange(start, end, dtype=np.int32),
+                max_visual=max_visual,
                 text_bucket=bucket,
                 positions=plain_positions(num_rows=max_visual + bucket, length=len(embeds)),
             )

@@ -117,9 +117,7 @@ def test_reduced_bundle_equals_plain_torch(model: Any, reduced: Pipeline, size: 
         embeds = model.get_input_embeddings()(inputs["input_ids"])
     spots = inputs["input_ids"][0] == IMAGE_ID
     embeds[0, spots] = features
-    logits, kept = reduced_logits(
-        model, embeds, REDUCED, start=int(spots.nonzero()[0]), count=int(spots.sum())
-    )
+    logits, kept = reduced_logits(model, embeds, REDUCED, visual=spots.nonzero()[:, 0].tolist())
     assert [indices.tolist() for indices in answer.kept] == kept
     np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
 
@@ -141,7 +139,7 @@ def test_the_thumbnail_is_drawn_as_an_overview(reduced: Pipeline) -> None:
 
 
 def test_marks_stand_around_the_picture_as_hugging_faces_processor_puts_them(keep_all: Pipeline) -> None:
-    ids = keep_all._encode(PROMPTS[0], has_image=True, history=(), system=None)
+    ids = keep_all._encode(build_messages(PROMPTS[0], images=[None]))
     theirs = hugging_face_inputs(keep_all, random_picture(32, 32), PROMPTS[0])["input_ids"][0]
     assert [*ids.before, *[IMAGE_ID] * TOKENS_PER_TILE, *ids.after] == theirs.tolist()
 
@@ -154,7 +152,7 @@ def test_the_bundles_template_writes_the_marks(folder: Path, tmp_path: Path, own
         default_template=INTERNVL_TEMPLATE,
         image_marks=InternVl.image_marks,
     )
-    rendered = render_chat(build_messages("w1", has_image=True, system="w2"), template=text.chat_template)
+    rendered = render_chat(build_messages("w1", images=[None], system="w2"), template=text.chat_template)
     assert rendered == (
         "<|im_start|>system\nw2<|im_end|>\n"
         "<|im_start|>user\n<img><IMG_CONTEXT></img>\nw1<|im_end|>\n<|im_start|>assistant\n"

@@ -135,9 +135,7 @@ def test_reduced_bundle_equals_plain_torch(model: Any, reduced: Pipeline, size: 
         embeds = model.get_input_embeddings()(inputs["input_ids"])
     spots = inputs["input_ids"][0] == IMAGE_ID
     embeds[0, spots] = features
-    logits, kept = reduced_logits(
-        model, embeds, REDUCED, start=int(spots.nonzero()[0]), count=int(spots.sum())
-    )
+    logits, kept = reduced_logits(model, embeds, REDUCED, visual=spots.nonzero()[:, 0].tolist())
     assert [indices.tolist() for indices in answer.kept] == kept
     np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
 
@@ -159,7 +157,7 @@ def test_the_base_tile_is_drawn_as_an_overview(reduced: Pipeline) -> None:
 
 def test_the_prompt_is_the_one_of_hugging_faces_processor(keep_all: Pipeline) -> None:
     picture = random_picture(53, 40)
-    ids = keep_all._encode(PROMPTS[0], has_image=True, history=(), system=None)
+    ids = keep_all._encode(build_messages(PROMPTS[0], images=[None]))
     theirs = hugging_face_inputs(keep_all, picture, PROMPTS[0])["input_ids"][0]
     count = keep_all.images.sizes(*picture.size)["N"]
     assert [*ids.before, *[IMAGE_ID] * count, *ids.after] == theirs.tolist()
@@ -167,7 +165,7 @@ def test_the_prompt_is_the_one_of_hugging_faces_processor(keep_all: Pipeline) ->
 
 def test_the_template_of_a_checkpoint_comes_before_the_familys(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "ck")
-    messages = build_messages("w1", has_image=True, system="w2")
+    messages = build_messages("w1", images=[None], system="w2")
     for expected in (
         "<|im_start|>system\n\nw2<|im_end|><|im_start|>user\n<image>\nw1<|im_end|><|im_start|>assistant\n",
         "<|im_start|>system\nw2<|im_end|>\n<|im_start|>user\n<image>\nw1<|im_end|>\n<|im_start|>assistant\n",

@@ -15,6 +15,7 @@ from trio_edge.runtime.bundle.errors import ShapeError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.decoder import DecoderPrompt, PrefillResult
 from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.prompts.chat import build_messages
 from trio_edge.runtime.prompts.positions import plain_positions
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ def test_decode_equals_a_longer_prefill(keep_all: Pipeline) -> None:
     def prefill(count: int) -> PrefillResult:
         return decoder.prefill(
             DecoderPrompt(
-                before=rows[:3],
+                text=np.concatenate([rows[:3], rows[23:count]]),
                 visual=rows[3:23],
-                after=rows[23:count],
-                visual_rows=size - 32,
+                visual_rows=np.arange(3, 23, dtype=np.int32),
+                max_visual=size - 32,
                 text_bucket=32,
                 positions=plain_positions(num_rows=size, length=count),
             )
@@ -73,9 +74,9 @@ def test_every_bucket_gives_the_same_answer(kind: str, request: pytest.FixtureRe
     pipeline: Pipeline = request.getfixturevalue(kind)
     picture = random_picture(60, 45)
     small, large = pipeline.manifest.text_buckets[0], pipeline.manifest.text_buckets[-1]
-    ids = pipeline._encode(PROMPT, has_image=True, history=(), system=None)
+    ids = pipeline._encode(build_messages(PROMPT, images=[picture]))
     assert ids.num_tokens <= small < large
-    seen = pipeline._encode_image(pipeline._vision.prepare(picture, PROMPT), ids)
+    seen = pipeline._encode_images([pipeline._vision.prepare(picture, PROMPT)], ids)
     hidden = pipeline.manifest.dimensions.hidden_size
     results = []
     for bucket in (small, large):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 KEEP_ALL = Schedule(positions="preserved")
 SIZES = [CAMERA, (28, 28), (300, 40), (40, 300), (61, 59), (200, 200), (90, 33)]
 PROMPTS = ["w1 w2 w3", "w9", "w5 w4 w3 w2 w1 w0 w7 w7"]
-NO_TEXT = PromptIds(before=np.zeros(1, np.int32), after=np.zeros(1, np.int32), has_image=True)
+NO_TEXT = PromptIds(text=np.zeros(2, np.int32), text_before=(1,))
 
 
 SAVE = {"qwen2_5_vl": save_qwen_checkpoint, "qwen3_vl": save_qwen3_vl_checkpoint}
@@ -125,7 +125,8 @@ def test_reduced_bundle_equals_plain_torch(model: Any, reduced: Pipeline, size: 
     _ = answer.text
     whole = prompt_of(model, inputs)
     logits, kept = reduced_logits(
-        model, whole.embeds, REDUCED, start=whole.start, count=whole.count, positions=whole.positions, planes=whole.planes
+        model, whole.embeds, REDUCED, visual=range(whole.start, whole.start + whole.count),
+        positions=whole.positions, planes=whole.planes,
     )  # fmt: skip
     assert [indices.tolist() for indices in answer.kept] == kept
     np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
@@ -161,7 +162,7 @@ def test_a_selection_before_the_decoder_cuts_positions_and_deepstack_alike(
     rows = [*range(whole.start), *(whole.start + index for index in kept)]
     rows += range(whole.start + whole.count, whole.embeds.shape[1])
     logits, _ = reduced_logits(
-        model, whole.embeds[:, rows], KEEP_ALL, start=whole.start, count=7,
+        model, whole.embeds[:, rows], KEEP_ALL, visual=range(whole.start, whole.start + 7),
         positions=whole.positions[..., rows], planes=[plane[kept] for plane in whole.planes],
     )  # fmt: skip
     np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
@@ -220,20 +221,21 @@ def test_encoder_reduction_keeps_positions_and_boxes_of_what_it_keeps(tmp_path: 
     bundle = export(folder, schedule=schedule, image_sizes=(CAMERA,), encoder_keep=0.4)
     with Pipeline.from_bundle(bundle) as pipeline:
         prepared = pipeline._vision.prepare(random_picture(*CAMERA, seed=2), PROMPTS[0])
-        seen = pipeline._encode_image(prepared, NO_TEXT)
+        seen = pipeline._encode_images([prepared], NO_TEXT)
         pipeline._graphs.device.synchronize()
-        boxes = pipeline._vision.entering(prepared).boxes
-        assert seen.tokens.shape[0] == seen.rows == boxes.shape[0] == seen.positions.shape[1] == 8
-        assert seen.position_span == 5
-        corners = seen.positions[[2, 1]].T * [150 / 5, 100 / 4]
+        boxes = pipeline._vision.entering(0).boxes
+        ((positions, span),) = seen.positions
+        assert seen.tokens.shape[0] == seen.rows == boxes.shape[0] == positions.shape[1] == 8
+        assert span == 5
+        corners = positions[[2, 1]].T * [150 / 5, 100 / 4]
         np.testing.assert_allclose(boxes[:, :2], corners, atol=1e-4)
         answer = pipeline.generate(random_picture(*CAMERA, seed=2), PROMPTS[0], max_new_tokens=3)
         assert answer.text is not None
         assert answer.statistics.visual_tokens == 8
         assert answer.statistics.kept_tokens == (4,)
         assert (
-            pipeline._encode_image(
-                pipeline._vision.prepare(random_picture(56, 56), PROMPTS[0]), NO_TEXT
+            pipeline._encode_images(
+                [pipeline._vision.prepare(random_picture(56, 56), PROMPTS[0])], NO_TEXT
             ).tokens.shape[0]
             == 4
         )

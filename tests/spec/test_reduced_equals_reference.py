@@ -50,7 +50,7 @@ def assert_equals_plain_torch(checkpoint: Path, bundle: Path) -> None:
             spots = inputs["input_ids"][0] == original.model.config.image_token_id
             embeds[0, spots] = features
             logits, kept = reduced_logits(
-                original.model, embeds, schedule, start=int(spots.nonzero()[0]), count=int(spots.sum())
+                original.model, embeds, schedule, visual=spots.nonzero()[:, 0].tolist()
             )
             assert [indices.tolist() for indices in answer.kept] == kept
             np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)

@@ -17,7 +17,7 @@ from trio_edge.trio.nms import FeatureNms
 from trio_edge.trio.saliency import ProxySaliency
 
 INPUTS = ("hidden", "cos", "sin", "visual_rows", "num_visual", "length")
-OUTPUTS = ("kept", "scores", "unsettled", "rows", "new_length")
+OUTPUTS = ("kept", "scores", "unsettled", "rows", "visual_rows_out")
 
 
 class SelectGraph(nn.Module):
@@ -38,11 +38,8 @@ class SelectGraph(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         scores = self.saliency(hidden, cos, sin, visual_rows, num_visual, length)
         kept, unsettled = self.nms(hidden.index_select(0, visual_rows), scores, num_visual)
-        rows, new_length = compact_rows(
-            kept, visual_rows[:1], num_visual, length, padded_length=hidden.shape[0],
-            max_visual=visual_rows.shape[0],
-        )  # fmt: skip
-        return kept, scores, unsettled, rows, new_length
+        compacted = compact_rows(kept, visual_rows, num_visual, length, padded_length=hidden.shape[0])
+        return kept, scores, unsettled, compacted.rows_R, compacted.visual_rows_K
 
 
 def example_inputs(

@@ -73,8 +73,9 @@ def test_rows_gathered_between_stages_are_the_reference_rows() -> None:
     model = _model(golden)
     for stage in range(2):
         inputs = _inputs(golden, model, stage)
-        *_, rows, new_length = _select(golden, model, stage)(*inputs)
-        hidden, first = inputs[0][rows[: int(new_length)]], golden.settings["stage_layers"][stage]
+        kept, _, _, rows, _ = _select(golden, model, stage)(*inputs)
+        length = len(inputs[0]) - int(inputs[4]) + len(kept)
+        hidden, first = inputs[0][rows[:length]], golden.settings["stage_layers"][stage]
         for layer in model.model.layers[first : golden.settings["stage_layers"][stage + 1]]:
             tables = model.model.rotary_emb(hidden, torch.arange(len(hidden))[None])
             hidden = layer(hidden[None], position_embeddings=tables)[0]

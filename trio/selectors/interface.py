@@ -26,9 +26,9 @@ class PromptInputs(NamedTuple):
     """The prompt as it entered layer 0, for selectors that look at the text's own embeddings."""
 
     embeds_FD: Tensor
-    """[F, D], right-padded: [text | visual | text | padding]."""
-    num_visual: Tensor
-    """[1] int32, visual tokens of the picture."""
+    """[F, D], right-padded."""
+    is_visual_F: Tensor
+    """[F] int32, 1 at visual tokens."""
     length: Tensor
     """[1] int32, real rows."""
 
@@ -42,7 +42,7 @@ class StageInputs(NamedTuple):
     """[S, E] float32 rotary table of the rows, already merged for M-RoPE."""
     sin_SE: Tensor
     visual_rows_N: Tensor
-    """[N] int32, row of each visual token; ascending from the span's first row."""
+    """[N] int32, row of each visual token, ascending; any row at padding."""
     num_visual: Tensor
     """[1] int32, real visual tokens, at most N."""
     length: Tensor

@@ -23,7 +23,7 @@ from trio_edge.trio.selectors.interface import PromptInputs, Selection, StageInp
 
 NAMES = (
     "hidden", "previous", "cos", "sin", "visual_rows", "num_visual", "length",
-    "prompt_embeds", "prompt_num_visual", "prompt_length",
+    "prompt_embeds", "prompt_is_visual", "prompt_length",
 )  # fmt: skip
 ROOM, BEFORE = 24, 3
 
@@ -40,28 +40,36 @@ class Case:
     garbage: float = 0.0
     """What padding is filled with."""
     dropped: int = 5
-    """Visual tokens that earlier stages took away."""
+    """Visual tokens that earlier stages took away, the first ones."""
+    gap: int = 0
+    """Text rows in the middle of the visual tokens, as between two pictures."""
 
     def inputs(self, dtype: torch.dtype = torch.float64, *, seed: int = 0) -> StageInputs:
         generator = torch.Generator().manual_seed(seed)
-        rows, length = self.num_rows + ROOM, BEFORE + self.num_visual + self.num_text
+        rows, length = self.num_rows + ROOM, BEFORE + self.num_visual + self.gap + self.num_text
         assert length <= rows
-        span = slice(BEFORE, BEFORE + self.num_visual)
+        visual = self._visual_rows(self.num_rows)
+        span = visual[: self.num_visual]
         hidden, previous = (self._rows(rows, length, span, generator) for _ in range(2))
-        full = self.num_visual + self.dropped
+        in_prompt = self._visual_rows(self.num_visual + self.dropped, first_part=self.dropped)
         prompt_length = length + self.dropped
-        prompt = self._rows(rows + 17, prompt_length, slice(BEFORE, BEFORE + full), generator)
+        prompt = self._rows(rows + 17, prompt_length, in_prompt, generator)
+        is_visual = torch.zeros(rows + 17, dtype=torch.int32).index_fill(0, in_prompt, 1)
         cos, sin = rotary_tables(torch.arange(rows) * 2)
-        scalars = [
-            torch.tensor([n], dtype=torch.int32) for n in (self.num_visual, length, full, prompt_length)
-        ]
+        num_visual, num_rows, num_prompt = (
+            torch.tensor([n], dtype=torch.int32) for n in (self.num_visual, length, prompt_length)
+        )
         return StageInputs(
-            hidden.to(dtype), cos.to(dtype), sin.to(dtype),
-            torch.arange(BEFORE, BEFORE + self.num_rows, dtype=torch.int32), *scalars[:2],
-            previous.to(dtype), PromptInputs(prompt.to(dtype), *scalars[2:]),
+            hidden.to(dtype), cos.to(dtype), sin.to(dtype), visual.to(torch.int32), num_visual, num_rows,
+            previous.to(dtype), PromptInputs(prompt.to(dtype), is_visual, num_prompt),
         )  # fmt: skip
 
-    def _rows(self, rows: int, length: int, span: slice, generator: torch.Generator) -> Tensor:
+    def _visual_rows(self, count: int, *, first_part: int = 0) -> Tensor:
+        """Return the rows of ``count`` visual tokens, of which half, and ``first_part``, stand before the gap."""
+        index = torch.arange(count)
+        return BEFORE + index + self.gap * (index >= first_part + self.num_visual // 2)
+
+    def _rows(self, rows: int, length: int, span: Tensor, generator: torch.Generator) -> Tensor:
         if self.tokens == "zero":
             result = torch.zeros(rows, HIDDEN)
         else:
@@ -85,6 +93,8 @@ CASES = {
     "one text row after the picture": Case(num_text=1),
     "three text rows after the picture": Case(num_text=3, num_visual=35),
     "no text after the picture": Case(num_text=0),
+    "two pictures": Case(gap=4),
+    "two pictures with padding": Case(num_visual=31, gap=1, num_text=5),
     "no padding": Case(num_text=ROOM - BEFORE),
     "huge padding": Case(num_visual=29, garbage=1e30),
     "identical tokens": Case(tokens="identical"),
@@ -101,9 +111,9 @@ class StageGraph(nn.Module):
 
     def forward(
         self, hidden: Tensor, previous: Tensor, cos: Tensor, sin: Tensor, visual_rows: Tensor, num_visual: Tensor,
-        length: Tensor, prompt_embeds: Tensor, prompt_num_visual: Tensor, prompt_length: Tensor,
+        length: Tensor, prompt_embeds: Tensor, prompt_is_visual: Tensor, prompt_length: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        prompt = PromptInputs(prompt_embeds, prompt_num_visual, prompt_length)
+        prompt = PromptInputs(prompt_embeds, prompt_is_visual, prompt_length)
         selection = self.selector(
             StageInputs(hidden, cos, sin, visual_rows, num_visual, length, previous, prompt)
         )
@@ -131,7 +141,7 @@ def export_stage(selector: Any, path: Path, case: Case, *, several_sizes: bool =
 
 def _trace_stage(selector: Any, path: Path, case: Case, *, several_sizes: bool) -> None:
     rows = {0: torch.export.Dim.DYNAMIC}
-    axes = (*[rows] * 4, rows if several_sizes else None, None, None, rows, None, None)
+    axes = (*[rows] * 4, rows if several_sizes else None, None, None, rows, rows, None)
     outputs = ["kept", "scores", "unsettled", "weights"]
     program = torch.onnx.export(
         StageGraph(selector).eval(), flat(case.inputs(_dtype(selector))), dynamo=True, opset_version=18,

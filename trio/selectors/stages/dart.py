@@ -1,6 +1,6 @@
 """DART (arXiv 2502.11494): tokens that repeat a few pivots go; importance is not asked.
 
-    pivots  = the 4 visual tokens and the 4 rows of the text after the picture whose key in layer l - 1 has the largest
+    pivots  = the 4 visual tokens and the 4 rows of the text after the last visual token whose key in layer l - 1 has the largest
               L1 norm (after RoPE, all heads side by side)
     for each pivot, visual ones in reading order and then those of the text:
         take the t tokens of the pool that are least similar to it, by the cosine of final_norm(x_l); they leave the pool

@@ -89,7 +89,7 @@ class RowAttention(nn.Module):
 
 
 class TextRows(NamedTuple):
-    """The text after the picture; T = S - N, the text's room, bounds it."""
+    """The text after the last visual token; T = S - N, the text's room, bounds it."""
 
     rows_T: Tensor
     """[T] int64, within [0, S)."""
@@ -100,13 +100,11 @@ class TextRows(NamedTuple):
 
 
 def text_after(inputs: StageInputs) -> TextRows:
-    """Return the rows of the text behind the visual span."""
+    """Return the rows of the text after the last visual token."""
     num_rows = inputs.hidden_SD.shape[0]
-    start, num_visual, length = (
-        value.to(torch.int64).reshape(1)
-        for value in (inputs.visual_rows_N[:1], inputs.num_visual, inputs.length)
-    )
-    first = start + num_visual
+    num_visual, length = (value.to(torch.int64).reshape(1) for value in (inputs.num_visual, inputs.length))
+    last = inputs.visual_rows_N.to(torch.int64).index_select(0, (num_visual - 1).clamp(min=0))
+    first = torch.where(num_visual > 0, last + 1, length)
     index_T = torch.arange(num_rows - inputs.visual_rows_N.shape[0], device=first.device)
     num_text = (length - first).clamp(min=0)
     return TextRows((first + index_T).clamp(0, num_rows - 1), index_T < num_text, num_text)

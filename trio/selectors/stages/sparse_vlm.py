@@ -175,17 +175,14 @@ def rater_weights(inputs: StageInputs) -> Float[Tensor, "T"]:
     assert inputs.prompt is not None, "needs_prompt"
     embeds_FD = real_rows(inputs.prompt.embeds_FD, inputs.prompt.length)
     text = text_after(inputs)
-    start, num_visual = (
-        value.to(torch.int64).reshape(1) for value in (inputs.visual_rows_N[:1], inputs.prompt.num_visual)
-    )
+    visual_F = (inputs.prompt.is_visual_F > 0).to(embeds_FD.dtype)
     index_T = torch.arange(text.rows_T.shape[0], device=embeds_FD.device)
-    rows_T = (start + num_visual + index_T).clamp(max=embeds_FD.shape[0] - 1)
+    first = inputs.prompt.length.to(torch.int64).reshape(1) - text.num_text  # no selection drops text
+    rows_T = (first + index_T).clamp(0, embeds_FD.shape[0] - 1)
     logits_FT = torch.matmul(embeds_FD, embeds_FD.index_select(0, rows_T).T)
     logits_FT = torch.where(text.real_T[None], logits_FT, torch.finfo(logits_FT.dtype).min)
-    index_F = torch.arange(embeds_FD.shape[0], device=embeds_FD.device)
-    visual_F = ((index_F >= start) & (index_F < start + num_visual)).to(embeds_FD.dtype)
     relevance_T = torch.matmul(visual_F[None], torch.softmax(logits_FT, dim=-1))[0]
-    relevance_T = torch.where(text.real_T, relevance_T / num_visual.clamp(min=1), 0.0)
+    relevance_T = torch.where(text.real_T, relevance_T / visual_F.sum(0, keepdim=True).clamp(min=1.0), 0.0)
     above_T = text.real_T & (relevance_T * text.num_text > 1.0 + _ABOVE_MEAN)
     above_T = above_T | (text.real_T & ~above_T.any(0, keepdim=True))
     rater_T = above_T.to(torch.float32)
