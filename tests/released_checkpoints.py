@@ -22,6 +22,7 @@ from trio_edge.runtime.prompts.chat import (
     MISTRAL_TEMPLATE,
     QWEN2_5_VL_TEMPLATE,
     QWEN3_VL_TEMPLATE,
+    SMOLVLM_TEMPLATE,
     VICUNA_TEMPLATE,
 )
 
@@ -38,6 +39,7 @@ _TEMPLATES = {
     "qwen3_vl": QWEN3_VL_TEMPLATE,
     "llava_onevision": LLAVA_ONEVISION_TEMPLATE,
     "internvl": INTERNVL_TEMPLATE,
+    "smolvlm": SMOLVLM_TEMPLATE,
 }
 # From a parameter of transformers' model to the name in released files, which are older than these classes.
 _LLAVA_NAMES = (
@@ -53,8 +55,13 @@ _OLD_NAMES = {
     "qwen2_5_vl": ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
     "qwen3_vl": (),
     "internvl": _LLAVA_NAMES[1:],
+    "smolvlm": (),
 }
-_DTYPES = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16)}
+_DTYPES = {
+    "float16": ("F16", torch.float16),
+    "bfloat16": ("BF16", torch.bfloat16),
+    "float32": ("F32", torch.float32),
+}
 
 
 @cache
@@ -103,9 +110,9 @@ def write_files(folder: Path, description: dict[str, Any]) -> Path:
 
 def _tokenizer(special: dict[int, str]) -> Tokenizer:
     """Return a byte-level BPE tokenizer, or one like Llama's where there is an ``<s>``."""
-    begin = special.get(1) == "<s>"
+    begin, first = special.get(1) == "<s>", 3 * (1 in special)
     letters = [f"<0x{byte:02X}>" for byte in range(256)] if begin else pre_tokenizers.ByteLevel.alphabet()
-    words = {word: index + 3 * begin for index, word in enumerate([*sorted(letters), *["▁"] * begin])}
+    words = {word: index + first for index, word in enumerate([*sorted(letters), *["▁"] * begin])}
     tokenizer = Tokenizer(
         models.BPE(words | {token: index for index, token in special.items()}, [], byte_fallback=begin)
     )
@@ -121,12 +128,12 @@ def _tokenizer(special: dict[int, str]) -> Tokenizer:
 def write_empty_weights(folder: Path) -> None:
     """Write a weight file with names, types and shapes that takes no room: its values are a hole."""
     config = json.loads((folder / "config.json").read_text())
-    dtype, _ = _DTYPES[config.get("torch_dtype", "bfloat16")]
+    dtype, element = _DTYPES[config.get("torch_dtype", "bfloat16")]
     with torch.device("meta"):
         shapes = {name: list(parameter.shape) for name, parameter in _parameters(folder)}
     header, end = {}, 0
     for name, shape in shapes.items():
-        begin, end = end, end + 2 * int(torch.Size(shape).numel())
+        begin, end = end, end + element.itemsize * int(torch.Size(shape).numel())
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -42,7 +42,7 @@ SIZES: tuple[Size, ...] = (
     (601, 673),
     (4000, 300),
 )
-LARGER_THAN_EXACT: Size = (2300, 1800)
+LARGER_THAN_EXACT: Size = (2300, 1900)
 """More pixels than ``trio_edge.runtime.images.resizing.MAX_EXACT_PIXELS``."""
 MODES = ("RGBA", "P", "LA", "I;16", "L", "CMYK")
 MODES_SIZE: Size = (70, 90)
@@ -73,6 +73,20 @@ _INTERNVL = {
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
 }
+
+
+def _smolvlm(longest_edge: int, tile_size: int, **settings: Any) -> dict[str, Any]:
+    sizes = {"size": {"longest_edge": longest_edge}, "max_image_size": {"longest_edge": tile_size}}
+    return {
+        "image_processor_type": "SmolVLMImageProcessor",
+        **sizes,
+        "return_row_col_info": True,
+        **settings,
+    }
+
+
+# where there is no AVX, torch repeats the first pixel of a column that is one pixel wide
+_NO_COLUMN = tuple(size for size in SIZES if size != (1, 400))
 PROCESSORS = {
     "LLaVA-NeXT": Processor(
         config={
@@ -137,8 +151,7 @@ PROCESSORS = {
             "size": {"height": 58, "width": 58},
             "resample": 2,
         },
-        # where there is no AVX, torch repeats the first pixel of a column that is one pixel wide
-        sizes=tuple(size for size in SIZES if size != (1, 400)),
+        sizes=_NO_COLUMN,
     ),
     "InternVL3": Processor(config={**_INTERNVL, "size": {"height": 448, "width": 448}}, sizes=((601, 673),)),
     "InternVL3 small": Processor(config={**_INTERNVL, "size": {"height": 56, "width": 56}}),
@@ -150,6 +163,15 @@ PROCESSORS = {
             "max_patches": 5,
             "resample": 2,
         }
+    ),
+    "SmolVLM2": Processor(config=_smolvlm(1536, 384), sizes=((601, 673),)),
+    "SmolVLM2 small": Processor(config=_smolvlm(100, 20), sizes=_NO_COLUMN),
+    "SmolVLM2 with a smaller last tile": Processor(config=_smolvlm(101, 34), sizes=_NO_COLUMN),
+    "SmolVLM2 rounded up": Processor(config=_smolvlm(27, 27), sizes=_NO_COLUMN),
+    "SmolVLM2 without tiles": Processor(config=_smolvlm(60, 27, do_image_splitting=False), sizes=_NO_COLUMN),
+    "SmolVLM2 bicubic": Processor(
+        config=_smolvlm(80, 30, resample=3, image_mean=[0.1, 0.2, 0.3], image_std=[0.3, 0.2, 0.1]),
+        sizes=_NO_COLUMN,
     ),
 }
 

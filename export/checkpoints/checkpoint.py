@@ -59,6 +59,9 @@ ALIASES = {
         Alias("internvl3.5-2b", "OpenGVLab/InternVL3_5-2B-HF", "InternVL3.5"),
         Alias("internvl3.5-4b", "OpenGVLab/InternVL3_5-4B-HF", "InternVL3.5"),
         Alias("internvl3.5-8b", "OpenGVLab/InternVL3_5-8B-HF", "InternVL3.5"),
+        Alias("smolvlm2-256m", "HuggingFaceTB/SmolVLM2-256M-Video-Instruct", "SmolVLM2"),
+        Alias("smolvlm2-500m", "HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "SmolVLM2"),
+        Alias("smolvlm2-2.2b", "HuggingFaceTB/SmolVLM2-2.2B-Instruct", "SmolVLM2"),
     )
 }
 TINY_FOLDER = Path(__file__).parents[1] / "tiny"
@@ -73,6 +76,10 @@ _CANONICAL_RULES = (
     (re.compile(r"^(?:model\.)?language_model\.lm_head\."), "lm_head."),
     (re.compile(r"^(?:model\.)?language_model\.(?:model\.)?"), "language_model."),
     (re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"), "vision_tower."),
+    # SmolVLM's; CLIP's checkpoints have the names without "model."
+    (re.compile(r"^model\.text_model\."), "language_model."),
+    (re.compile(r"^model\.vision_model\."), "vision_tower."),
+    (re.compile(r"^model\.connector\."), "connector."),
     (re.compile(r"^(?:model\.)?multi_modal_projector\."), "multi_modal_projector."),
     (re.compile(r"^(?:model\.)?image_newline$"), "image_newline"),
     (re.compile(r"^(?:model\.)?visual\."), "visual."),

@@ -10,6 +10,7 @@ from trio_edge.export.families.llava import Llava
 from trio_edge.export.families.llava_onevision import LlavaOnevision
 from trio_edge.export.families.qwen2_5_vl import Qwen25Vl
 from trio_edge.export.families.qwen3_vl import Qwen3Vl
+from trio_edge.export.families.smolvlm import SmolVlm
 from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.prompts.chat import MISTRAL_TEMPLATE
 
@@ -39,6 +40,7 @@ FAMILIES: tuple[Family, ...] = (
     Qwen25Vl(),
     Qwen3Vl(),
     InternVl(),
+    SmolVlm(),
 )
 
 

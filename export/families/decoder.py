@@ -60,7 +60,7 @@ def family_model(
         has_mrope: Whether positions have three axes: time, row and column.
         num_deepstack: Planes of DeepStack that the vision graph gives.
     """
-    decoder = root.model.language_model
+    decoder = root.get_decoder()
     with unset_fake_temporarily():  # the frequencies are written into the graphs, so they need values
         rotary: Any = type(decoder.rotary_emb)(decoder.config)
         inv_freq = rotary.inv_freq.to(torch.float32).numpy()

@@ -14,6 +14,7 @@ from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.images.internvl import InternVlImages
 from trio_edge.runtime.images.llava import ONEVISION_PINPOINTS, LlavaImages
 from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
+from trio_edge.runtime.images.smolvlm import SmolVlmImages
 
 if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import Manifest
@@ -84,6 +85,13 @@ _SIGLIP = VisionDimensions(
     intermediate_size=4304,
     patches_per_tile=729,
     projected_per_tile=729,
+    projector_weights=0,
+)
+_SIGLIP_BASE = VisionDimensions(
+    num_layers=12,
+    hidden_size=768,
+    intermediate_size=3072,
+    patches_per_tile=1024,
     projector_weights=0,
 )
 _PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -186,6 +194,20 @@ def _intern(name: str, decoder: Dimensions) -> Model:
     )
 
 
+def _smolvlm(name: str, decoder: Dimensions) -> Model:
+    vision = msgspec.structs.replace(_SIGLIP_BASE, projector_weights=16 * 768 * decoder.hidden_size)
+    pictures = SmolVlmImages(tile_size=512, token_size=64, longest_edge=2048)
+    return Model(name=name, decoder=decoder, vision=vision, pictures=pictures)
+
+
+def _large_smolvlm(name: str, decoder: Dimensions) -> Model:
+    vision = msgspec.structs.replace(
+        _SIGLIP, num_layers=27, projected_per_tile=None, projector_weights=9 * 1152 * decoder.hidden_size
+    )
+    pictures = SmolVlmImages(tile_size=384, token_size=42, longest_edge=1536)
+    return Model(name=name, decoder=decoder, vision=vision, pictures=pictures)
+
+
 _VICUNA_7B = _decoder(32, 4096, 32, 32, 11008, 32064)
 _VICUNA_13B = _decoder(40, 5120, 40, 40, 13824, 32064)
 _QWEN3_2B = _decoder(28, 2048, 16, 8, 6144, 151936)
@@ -212,6 +234,9 @@ _ALL = (
     _intern("internvl3.5-2b", _decoder(28, 2048, 16, 8, 6144, 151936, head_size=128)),
     _intern("internvl3.5-4b", _decoder(36, 2560, 32, 8, 9728, 151936, head_size=128)),
     _intern("internvl3.5-8b", _decoder(36, 4096, 32, 8, 12288, 151936, head_size=128)),
+    _smolvlm("smolvlm2-256m", _decoder(30, 576, 9, 3, 1536, 49280, head_size=64)),
+    _smolvlm("smolvlm2-500m", _decoder(32, 960, 15, 5, 2560, 49280, head_size=64)),
+    _large_smolvlm("smolvlm2-2.2b", _decoder(24, 2048, 32, 32, 8192, 49280, head_size=64)),
 )
 MODELS: dict[str, Model] = {model.name: model for model in _ALL}
 """Released models by the alias that ``trio-export`` knows them by."""

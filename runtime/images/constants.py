@@ -29,7 +29,7 @@ Spread: TypeAlias = tuple[Factor, Factor, Factor]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-_RESAMPLE_OF_ID: dict[object, Resample] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+_RESAMPLE_OF_ID: dict[object, Resample] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _NOT_FOLLOWED = ("use_square_size", "pad_size")
 _PIXELS = ("do_rescale", "do_normalize", "rescale_factor", "image_mean", "image_std")
 _Constants = TypeVar("_Constants", bound="ImageConstants")

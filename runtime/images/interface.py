@@ -1,7 +1,8 @@
 """From an image to the vision graph's inputs, whatever the family: sizes first, then arrays padded to a profile.
 
 ``ImageProcessing`` is all that the exporter and the pipeline know of images. Its kinds are tiles with newlines (LLaVA),
-patches in windows (Qwen2.5-VL) or as a whole (Qwen3-VL), and a grid of tiles with a thumbnail (InternVL).
+patches in windows (Qwen2.5-VL) or as a whole (Qwen3-VL), a grid of tiles with a thumbnail (InternVL), and the same with text
+between the tiles (SmolVLM2).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from trio_edge.runtime.images.internvl import InternVlImages
 from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.images.qwen import KIND as PATCHES
 from trio_edge.runtime.images.qwen import TABLE_KIND, Qwen3Images, QwenImages
+from trio_edge.runtime.images.smolvlm import KIND as NAMED_TILES
+from trio_edge.runtime.images.smolvlm import SmolVlmImages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,7 +77,11 @@ def image_processing(values: Mapping[str, Any], *, encoder_keep: int | None) -> 
     """
     if values.get("kind") == PATCHES:
         return QwenImages.from_dict(values, encoder_keep=encoder_keep)
-    for kind, images in ((GRID_TILES, InternVlImages), (TABLE_KIND, Qwen3Images)):
+    for kind, images in (
+        (GRID_TILES, InternVlImages),
+        (NAMED_TILES, SmolVlmImages),
+        (TABLE_KIND, Qwen3Images),
+    ):
         if values.get("kind") != kind:
             continue
         if encoder_keep is not None:

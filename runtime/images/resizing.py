@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-Resample = Literal["bilinear", "bicubic"]
+Resample = Literal["bilinear", "bicubic", "lanczos"]
 
-MAX_EXACT_PIXELS = 4_000_000
+MAX_EXACT_PIXELS = 2048 * 2048  # SmolVLM's square images are resized to this size, and then again
 """Images with more pixels are resized by Pillow, which is several times faster and needs less memory."""
 
 
@@ -58,7 +58,7 @@ def resize(
 def _resized_by_pillow(
     image: Image.Image, size: tuple[int, int], *, rows: range, columns: range, resample: Resample
 ) -> NDArray[np.uint8]:
-    method = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[resample]
+    method = _PILLOWS[resample]
     x_scale, y_scale = image.width / size[1], image.height / size[0]
     x_box = (columns.start * x_scale, 0, columns.stop * x_scale, image.height)
     narrow = image.resize((len(columns), image.height), method, box=x_box)
@@ -123,7 +123,19 @@ def _triangle(distance: NDArray[np.float64]) -> NDArray[np.float64]:
     return result
 
 
+def _lanczos(distance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Lanczos' windowed sinc with three lobes."""
+    result: NDArray[np.float64] = np.where(distance < 3, np.sinc(distance) * np.sinc(distance / 3), 0.0)
+    return result
+
+
 _FILTERS: dict[Resample, tuple[Callable[[NDArray[np.float64]], NDArray[np.float64]], float]] = {
     "bilinear": (_triangle, 1.0),
     "bicubic": (_cubic, 2.0),
+    "lanczos": (_lanczos, 3.0),
+}
+_PILLOWS: dict[Resample, Image.Resampling] = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
 }

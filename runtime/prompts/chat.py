@@ -91,6 +91,21 @@ INTERNVL_TEMPLATE = _chatml("<IMG_CONTEXT>\n")
 LLAVA_ONEVISION_TEMPLATE = _chatml("<image>\n")
 """ChatML of LLaVA-OneVision, where a checkpoint has none."""
 
+SMOLVLM_TEMPLATE = (
+    "{{ '<|im_start|>' }}{% for message in messages %}"
+    "{% if message['role'] not in ('system', 'user', 'assistant') %}" + _REFUSE_ROLE + "{% endif %}"
+    "{{ message['role'] | capitalize + ':' }}"
+    "{% if message['content'] is string %}{{ ' ' + message['content'] }}{% else %}"
+    "{% if message['content'][0]['type'] != 'image' %}{{ ' ' }}{% endif %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ '<end_of_utterance>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+"""``<|im_start|>User:<image>…<end_of_utterance>\\nAssistant:`` of SmolVLM2, where a checkpoint has none."""
+
 MISTRAL_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['content'] is string %}{% set text = message['content'] %}{% else %}"

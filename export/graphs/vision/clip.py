@@ -214,10 +214,12 @@ def check_encoder_keep(num_keep: int, *, patches_per_side: int) -> None:
 def clip_groups(layers: Iterable[nn.Module], projector: nn.Module) -> tuple[LinearGroup, ...]:
     """Return the linear layers of CLIP's or SigLIP's ``layers`` and of a LLaVA's projector, which reads states without a norm."""
     parts: Any = projector
-    return (
-        *(group for index, layer in enumerate(layers) for group in _layer_groups(layer, index)),
-        *projector_groups(parts.linear_1, parts.linear_2, norm=None),
-    )
+    return (*encoder_groups(layers), *projector_groups(parts.linear_1, parts.linear_2, norm=None))
+
+
+def encoder_groups(layers: Iterable[nn.Module]) -> tuple[LinearGroup, ...]:
+    """Return the linear layers of CLIP's or SigLIP's ``layers``."""
+    return tuple(group for index, layer in enumerate(layers) for group in _layer_groups(layer, index))
 
 
 def _layer_groups(layer: Any, index: int) -> Iterator[LinearGroup]:

@@ -24,7 +24,7 @@ def _by_torch(picture: Image.Image, size: tuple[int, int], resample: str) -> np.
 @settings(max_examples=25, deadline=None)
 @given(
     *[st.integers(1, 150)] * 4,
-    st.sampled_from(["bicubic", "bilinear"]),
+    st.sampled_from(["bicubic", "bilinear", "lanczos"]),
     st.booleans(),
 )
 def test_resizing_equals_torchs_uint8_kernel_which_torchvision_calls(
@@ -47,10 +47,17 @@ def test_a_crop_of_a_huge_enlargement_needs_no_huge_memory():
     assert resize(_picture(4000, 1), (336, 1_344_000), resample="bicubic", crop=crop).shape == (336, 336, 3)
 
 
+def test_the_largest_square_of_smolvlm_is_resized_exactly():
+    picture = _picture(2048, 2048)
+    ours, theirs = resize(picture, (64, 64), resample="lanczos"), _by_torch(picture, (64, 64), "lanczos")
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "lanczos"])
 @pytest.mark.parametrize("crop", [None, (5, 10, 20, 30)], ids=["whole", "crop"])
-def test_the_faster_way_for_large_pictures_is_within_one_level(crop, monkeypatch):
+def test_the_faster_way_for_large_pictures_is_within_one_level(crop, resample, monkeypatch):
     picture = _picture(400, 300)
-    exact = resize(picture, (60, 80), resample="bicubic", crop=crop)
+    exact = resize(picture, (60, 80), resample=resample, crop=crop)
     monkeypatch.setattr(image_resize, "MAX_EXACT_PIXELS", 0)
-    fast = resize(picture, (60, 80), resample="bicubic", crop=crop)
+    fast = resize(picture, (60, 80), resample=resample, crop=crop)
     np.testing.assert_allclose(fast.astype(int), exact.astype(int), atol=1)
