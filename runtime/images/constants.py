@@ -41,6 +41,10 @@ class ImageConstants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     encoder_keep: int | None = None
     """Patches per tile, or visual tokens of the image, that the vision graph keeps; None for all. Not part of the JSON."""
 
+    def of_several(self: _Constants) -> _Constants:
+        """Return the processing of an image in a prompt with several: the same, unless a family says otherwise."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Return the constants as JSON types, with "kind"."""
         values: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))

@@ -117,10 +117,6 @@ class InternVlImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind"
         check_not_empty(width, height)
         return _best_grid(width, height, self)
 
-    def of_several(self) -> InternVlImages:
-        """Return itself: several images are processed like one."""
-        return self
-
     def sizes(self, width: int, height: int) -> dict[str, int]:
         """Return B, the number of tiles with the thumbnail, and N."""
         rows, columns = self.grid(width, height)

@@ -109,10 +109,6 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
             )
         return _token_grid(width, height, self)
 
-    def of_several(self: _Images) -> _Images:
-        """Return itself: several images are processed like one."""
-        return self
-
     def sizes(self, width: int, height: int) -> dict[str, int]:
         """Return P, the number of patches, N, and the family's own."""
         return self._reduced(self.whole_sizes(*self.token_grid(width, height)))
