@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.schedule import Schedule
 
 DEFAULT_KEEP = "11.1%"
-_SCHEDULE_SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions")
+_SCHEDULE_SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions", "budget")
 
 
 def _image_size(text: str) -> tuple[int, int]:
@@ -104,6 +104,12 @@ def _count(option: str) -> Callable[[str], int | float]:
 @click.option("--nms-threshold", type=float, help="Cosine similarity at which a token suppresses another.")
 @click.option("--nms-rounds", type=int, help="Rounds of the parallel NMS.")
 @click.option("--positions", type=click.Choice(["compact", "preserved"]), help="Position ids after a stage.")
+@click.option(
+    "--budget",
+    type=click.Choice(["prompt", "image"]),
+    help="With --max-images: 'prompt' keeps the best tokens of all images together, 'image' an equal share of each at least."
+    " [default: prompt]",
+)
 @click.option(
     "--encoder-keep",
     type=_count("--encoder-keep"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.images.llava import LlavaImages
-from trio_edge.trio.methods import stage_method, token_method
+from trio_edge.trio.methods import STAGE_METHODS, stage_method, token_method
 from trio_edge.trio.selectors.interface import StageParts
 from trio_edge.trio.selectors.stages.trio import Trio
 
@@ -59,7 +60,9 @@ def probe_of(selector: StageSelector) -> ProxySaliency | None:
     return selector.saliency if isinstance(selector, Trio) else None
 
 
-def stage_selector(model: FamilyModel, schedule: Schedule, *, stage: int, max_visual: int) -> StageSelector:
+def stage_selector(
+    model: FamilyModel, schedule: Schedule, *, stage: int, max_visual: int, max_images: int = 1
+) -> StageSelector:
     """Return the selector of ``stage``, holding the model's own modules.
 
     Args:
@@ -67,19 +70,28 @@ def stage_selector(model: FamilyModel, schedule: Schedule, *, stage: int, max_vi
         schedule: With the method and its settings.
         stage: Index in ``schedule``.
         max_visual: Largest N of the stage.
+        max_images: Images of a prompt.
 
     Raises:
-        ScheduleError: If there is no such method.
+        ScheduleError: If there is no such method, or it cannot give each image a share.
     """
+    row, keep = stage_method(schedule.method), schedule.stages[stage].keep
+    if schedule.budget == "image" and not (row.has_image_shares and keep >= max_images):
+        able = ", ".join(name for name, other in STAGE_METHODS.items() if other.has_image_shares)
+        raise ScheduleError(
+            f"--budget image: expected a method of {able}, and at least {max_images} kept tokens (one for each image), got"
+            f" {row.name} and {keep}; leave out --budget"
+        )
     layer = schedule.stages[stage].layer
     parts = StageParts(
         previous_layer=model.layers[layer - 1],
         layer=model.layers[layer],
         final_norm=model.final_norm,
         lm_head=model.lm_head,
-        num_keep=schedule.stages[stage].keep,
+        num_keep=keep,
         max_visual=max_visual,
         settings=schedule,
+        image_share=keep // max_images if schedule.budget == "image" else None,
     )
-    selector: StageSelector = stage_method(schedule.method).load().for_stage(parts)
+    selector: StageSelector = row.load().for_stage(parts)
     return selector

@@ -399,7 +399,13 @@ def _stages(tracer: _Tracer, step: Callable[[str], None]) -> list[tuple[TracedGr
     for stage in range(len(tracer.layout.schedule.stages)):
         step(f"tracing select_{stage + 1}")
         rows = max(tracer.layout.visual_rows(stage))
-        selector = stage_selector(tracer.model, tracer.layout.schedule, stage=stage, max_visual=rows)
+        selector = stage_selector(
+            tracer.model,
+            tracer.layout.schedule,
+            stage=stage,
+            max_visual=rows,
+            max_images=tracer.layout.max_images,
+        )
         probe = probe_of(selector)
         halves = {} if probe is None else _probe_halves(tracer, stage, probe)
         result.append((_select(tracer, stage, selector), halves))
@@ -415,6 +421,7 @@ def _select(tracer: _Tracer, stage: int, selector: Any) -> TracedGraph:
         tracer.rotary(),
         preserve_positions=schedule.positions == "preserved",
         takes_saliency=has_probe,
+        takes_images=schedule.budget == "image",
         num_planes=len(planes),
     )
     tensors = select_tensors(
@@ -425,6 +432,7 @@ def _select(tracer: _Tracer, stage: int, selector: Any) -> TracedGraph:
         with_previous=selector.needs_previous,
         with_prompt=selector.needs_prompt,
         with_saliency=has_probe,
+        with_images=schedule.budget == "image",
         planes=planes,
     )
     profiles = layout.select_profiles(stage, with_prompt=selector.needs_prompt)

@@ -9,6 +9,7 @@ It knows embeddings and rows, nothing of images, prompts or sampling. docs/runti
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, final
 
@@ -29,6 +30,7 @@ from trio_edge.runtime.bundle.graph_io import (
     PROMPT_LENGTH,
     SCORES,
     UNSETTLED,
+    VISUAL_IMAGES,
     VISUAL_ROWS,
 )
 from trio_edge.runtime.devices.interface import DeviceTensor, find_profile
@@ -65,6 +67,8 @@ class DecoderPrompt:
     """Rows reserved for the text: one of the manifest's buckets, at least T."""
     positions: PromptPositions
     """Positions of all N + bucket rows."""
+    images: NDArray[np.int32] | None = None
+    """[M], the image that each visual token belongs to; None where all belong to one."""
     planes: Sequence[DeviceTensor | NDArray[Any]] = ()
     """[M, D] each, DeepStack's: plane i is added to the visual tokens after layer i; none without an image."""
 
@@ -115,6 +119,20 @@ class _Span(NamedTuple):
     rows: int
     """Reserved for the visual tokens."""
     length: int
+
+
+class _VisualTokens(NamedTuple):
+    """The visual tokens that enter a stage, as the host knows them."""
+
+    rows: NDArray[np.int32]
+    """Ascending."""
+    images: NDArray[np.int32]
+    """The image of each."""
+
+    def kept(self, indices: NDArray[np.int32]) -> _VisualTokens:
+        """Return the tokens at ``indices``, ascending, in the sequence without the others."""
+        rows = (self.rows[indices] - indices + np.arange(len(indices))).astype(np.int32)
+        return _VisualTokens(rows, self.images[indices])
 
 
 class _Chain(NamedTuple):
@@ -354,6 +372,10 @@ class Decoder:
             rows = inputs.host(VISUAL_ROWS, (prompt.max_visual,))
             rows[:] = prompt.num_text + np.arange(prompt.max_visual)  # those of padding
             rows[: prompt.num_visual] = prompt.visual_rows
+        if VISUAL_IMAGES in inputs:
+            images = inputs.host(VISUAL_IMAGES, (prompt.max_visual,))
+            images[:] = 0
+            images[: prompt.num_visual] = 0 if prompt.images is None else prompt.images
         if PROMPT_IS_VISUAL in inputs:
             marks = inputs.host(PROMPT_IS_VISUAL, (ids.shape[1],))
             marks[:] = 0
@@ -429,13 +451,13 @@ class Decoder:
     ) -> dict[int, NDArray[np.int32]]:
         """Run the chain with every stage's selection on the host; return the kept indices of each stage."""
         kept_of: dict[int, NDArray[np.int32]] = {}
-        original, rows = np.arange(prompt.num_visual, dtype=np.int32), prompt.visual_rows
+        original, tokens = np.arange(prompt.num_visual, dtype=np.int32), _tokens_of(prompt)
         for stage in range(len(chain.selects)):
             self._run_range(chain, spans, stage)
             kept_of[stage] = override(stage, original, spans[stage + 1].num_visual)
             original = original[kept_of[stage]]
-            self._replace(stage, kept_of[stage], rows, spans, prompt)
-            rows = rows_after(rows, kept_of[stage])
+            self._replace(stage, kept_of[stage], tokens, spans, prompt)
+            tokens = tokens.kept(kept_of[stage])
         self._run(chain, spans, first=len(chain.selects))
         return kept_of
 
@@ -444,33 +466,37 @@ class Decoder:
     ) -> dict[int, NDArray[np.int32]]:
         """Redo each stage whose parallel NMS had not settled, exactly and on the host; return their kept indices."""
         kept_of: dict[int, NDArray[np.int32]] = {}
-        results, rows = self._buffers.results, prompt.visual_rows
+        results, tokens = self._buffers.results, _tokens_of(prompt)
         for stage in range(len(chain.selects)):
             if results.host(f"{UNSETTLED}.{stage}")[0] == 0:
                 kept = results.host(f"{KEPT_INDICES}.{stage}", (spans[stage + 1].num_visual,))
-                rows = rows_after(rows, kept)
+                tokens = tokens.kept(kept)
                 continue
-            kept_of[stage] = self._exact(stage, rows, spans[stage])
-            self._replace(stage, kept_of[stage], rows, spans, prompt)
+            kept_of[stage] = self._exact(stage, tokens, spans[stage])
+            self._replace(stage, kept_of[stage], tokens, spans, prompt)
             self._run(chain, spans, first=stage + 1)
             self._fetch()  # later stages saw other tokens, so their counters are new
-            rows = rows_after(rows, kept_of[stage])
+            tokens = tokens.kept(kept_of[stage])
         return kept_of
 
-    def _exact(self, stage: int, rows: NDArray[np.int32], span: _Span) -> NDArray[np.int32]:
+    def _exact(self, stage: int, tokens: _VisualTokens, span: _Span) -> NDArray[np.int32]:
         hidden = self._download(self._buffers.hidden_out[stage].rows(0, span.length))
+        manifest, keep = self._manifest, self._keep(stage)
+        is_shared = manifest.schedule.budget == "image"
         return greedy_nms(
-            hidden[rows],
+            hidden[tokens.rows],
             self._buffers.results.host(f"{SCORES}.{stage}", (span.num_visual,)),
-            num_keep=min(self._keep(stage), span.num_visual),
-            threshold=self._manifest.schedule.nms_threshold,
+            num_keep=min(keep, span.num_visual),
+            threshold=manifest.schedule.nms_threshold,
+            images=tokens.images if is_shared else None,
+            image_share=keep // manifest.max_images,
         )
 
     def _replace(
         self,
         stage: int,
         kept: NDArray[np.int32],
-        visual_rows: NDArray[np.int32],
+        tokens: _VisualTokens,
         spans: list[_Span],
         prompt: DecoderPrompt,
     ) -> None:
@@ -479,13 +505,13 @@ class Decoder:
         Args:
             stage: Whose selection is replaced.
             kept: Indices into its visual tokens, ascending.
-            visual_rows: Rows of all tokens that enter it.
+            tokens: All that enter it.
             spans: What enters each range.
             prompt: For the positions that enter the first stage.
         """
         span, num_rows = spans[stage], self._keep(stage) + prompt.text_bucket
         num_entering, axes = span.rows + prompt.text_bucket, self._manifest.position_axes
-        rows = np.delete(np.arange(span.length), np.delete(visual_rows, kept))
+        rows = np.delete(np.arange(span.length), np.delete(tokens.rows, kept))
         buffers = self._buffers
         self._gather(buffers.hidden_out[stage], rows, buffers.kept_hidden[stage], num_rows=num_rows)
         for layer, plane in buffers.planes[stage + 1].items():
@@ -497,9 +523,13 @@ class Decoder:
                 entering = self._download(buffers.kept_positions[stage - 1], shape=(axes, num_entering))
             positions[:, : len(rows)] = entering[:, rows]
         kept_rows = num_rows - self._keep(stage) + np.arange(self._keep(stage), dtype=np.int32)
-        kept_rows[: len(kept)] = rows_after(visual_rows, kept)
+        kept_rows[: len(kept)] = tokens.kept(kept).rows
         self._device.upload(buffers.kept_positions[stage], positions)
         self._device.upload(buffers.kept_visual_rows[stage], kept_rows)
+        if buffers.kept_visual_images:
+            kept_images = np.zeros(self._keep(stage), np.int32)
+            kept_images[: len(kept)] = tokens.images[kept]
+            self._device.upload(buffers.kept_visual_images[stage], kept_images)
         self._device.synchronize()  # the array is not pinned
 
     def _gather(
@@ -570,18 +600,19 @@ def _copied(top: TopTokens) -> TopTokens:
     return TopTokens(ids=top.ids.copy(), logits=top.logits.copy())
 
 
-def rows_after(visual_rows: NDArray[np.int32], kept: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return the rows of the kept visual tokens in the sequence without the others.
-
-    Args:
-        visual_rows: Rows of all that enter a selection, ascending.
-        kept: Indices into them, ascending.
-    """
-    return (visual_rows[kept] - kept + np.arange(len(kept))).astype(np.int32)
+def _tokens_of(prompt: DecoderPrompt) -> _VisualTokens:
+    images = np.zeros(prompt.num_visual, np.int32) if prompt.images is None else prompt.images
+    return _VisualTokens(prompt.visual_rows, images)
 
 
 def greedy_nms(
-    features: NDArray[Any], scores: NDArray[np.float32], *, num_keep: int, threshold: float
+    features: NDArray[Any],
+    scores: NDArray[np.float32],
+    *,
+    num_keep: int,
+    threshold: float,
+    images: NDArray[np.int32] | None = None,
+    image_share: int = 0,
 ) -> NDArray[np.int32]:
     """Return the ``num_keep`` kept tokens in ascending order: the select graph's NMS, exactly, for chains that outgrow its rounds.
 
@@ -593,6 +624,8 @@ def greedy_nms(
         scores: [N].
         num_keep: K <= N.
         threshold: τ.
+        images: [N], where each image has a share: its first tokens in this order then come before all others.
+        image_share: How many of each image do.
 
     Source:
         arXiv 2602.04657, the reference code's selection.
@@ -605,13 +638,19 @@ def greedy_nms(
     suppressed = np.zeros(len(scores), dtype=bool)
     survivors: list[int] = []
     for token in order:
-        if len(survivors) == num_keep:
+        if len(survivors) == num_keep and images is None:
             break
         if suppressed[token]:
             continue
         survivors.append(int(token))
         suppressed |= unit @ unit[token] >= threshold
-    if len(survivors) < num_keep:
-        taken = set(survivors)
-        survivors += [int(token) for token in order if int(token) not in taken][: num_keep - len(survivors)]
-    return np.sort(np.array(survivors, dtype=np.int32))
+    taken = set(survivors)
+    first = survivors + [int(token) for token in order if int(token) not in taken]
+    if images is not None:
+        seen: Counter[int] = Counter()
+        is_beyond = []
+        for token in first:
+            is_beyond.append(seen[int(images[token])] >= image_share)
+            seen[int(images[token])] += 1
+        first = [first[place] for place in np.argsort(is_beyond, kind="stable")]
+    return np.sort(np.array(first[:num_keep], dtype=np.int32))

@@ -406,6 +406,7 @@ class Pipeline:
             text_bucket=bucket,
             positions=self._positions(ids, visual, num_rows=visual.rows + bucket),
             planes=visual.planes,
+            images=np.repeat(np.arange(len(visual.image_lengths), dtype=np.int32), visual.image_lengths),
         )
 
     def _positions(self, ids: PromptIds, visual: VisualInput, *, num_rows: int) -> PromptPositions:

@@ -65,6 +65,8 @@ class VisualInput(NamedTuple):
     """N, rows reserved for them."""
     run_lengths: tuple[int, ...] = ()
     """Tokens of each run; M in all."""
+    image_lengths: tuple[int, ...] = ()
+    """Tokens of each image; M in all."""
     positions: tuple[tuple[NDArray[np.int32], int], ...] = ()
     """With M-RoPE for each image: [3, M'] of its tokens from 0, and the positions that it takes."""
     planes: tuple[DeviceTensor, ...] = ()
@@ -190,6 +192,7 @@ class Vision:
             num_visual=sum(prepared.layout.num_visual for prepared in images),
             rows=rows,
             run_lengths=self._run_lengths(images, encoded),
+            image_lengths=tuple(outputs[0].shape[0] for outputs in encoded),
             positions=self._positions() if self._manifest.position_axes == 3 else (),
             planes=tuple(planes),
             was_kept=all(were_kept),

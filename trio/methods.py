@@ -47,6 +47,8 @@ class StageMethod:
     """Whether ``budgets.PRESETS`` are its schedules; behind another reduction it has one stage halfway down then."""
     has_probe: bool = False
     """Whether the options of probe rows and NMS are its own."""
+    has_image_shares: bool = False
+    """Whether each image can have a share of what a stage keeps."""
     repeats: Literal["queries and keys", "keys", "nothing"] = "queries and keys"
     """Weights that each stage's graph holds although other graphs have them; a probe's are ``cost.memory``'s to say."""
     flops: Callable[[Dimensions, Schedule, StageSizes], float]
@@ -97,6 +99,7 @@ _STAGE_ROWS = (
         shape=keeps.trio_shape,
         has_presets=True,
         has_probe=True,
+        has_image_shares=True,
         repeats="nothing",
         flops=selections.trio_flops,
         work=selections.trio_work,
@@ -108,6 +111,7 @@ _STAGE_ROWS = (
         positions="preserved",
         layers=((2,), (1,)),
         at_any_depth=True,
+        has_image_shares=True,
         flops=selections.one_row_flops,
     ),
     StageMethod(
@@ -117,6 +121,7 @@ _STAGE_ROWS = (
         positions="compact",
         layers=tuple((first, 2 * first, 3 * first) for first in range(8, 0, -1)),
         shape=keeps.pyramid,
+        has_image_shares=True,
         flops=selections.one_row_flops,
     ),
     StageMethod(

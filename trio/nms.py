@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.trio.selectors.interface import ascending, comes_before
+from trio_edge.trio.selectors.interface import comes_before, first_in_order
 
 _MIRROR_BLOCKS = 4
 _MIRROR_MIN_TOKENS = 1024
@@ -29,13 +29,16 @@ _MIRROR_MIN_TOKENS = 1024
 class FeatureNms(nn.Module):
     """Greedy suppression of similar tokens, in parallel; no parameters."""
 
-    def __init__(self, *, num_keep: int, threshold: float, rounds: int) -> None:
+    def __init__(
+        self, *, num_keep: int, threshold: float, rounds: int, image_share: int | None = None
+    ) -> None:
         """Fix the shape of the selection.
 
         Args:
             num_keep: K, tokens to keep; at most N of the later call, and at most 3839 for TensorRT's TopK.
             threshold: τ; a cosine similarity at or above it suppresses.
             rounds: Iterations of the fixed point.
+            image_share: Tokens that each image keeps at least; None where all images share one budget.
 
         Raises:
             ScheduleError: If a value is out of range.
@@ -50,9 +53,14 @@ class FeatureNms(nn.Module):
         self.num_keep = num_keep
         self.threshold = threshold
         self.rounds = rounds
+        self.image_share = image_share
 
     def forward(
-        self, features_ND: Float[Tensor, "N D"], scores_N: Float[Tensor, "N"], num_visual: Int[Tensor, "*one"]
+        self,
+        features_ND: Float[Tensor, "N D"],
+        scores_N: Float[Tensor, "N"],
+        num_visual: Int[Tensor, "*one"],
+        image_N: Int[Tensor, "N"] | None = None,
     ) -> tuple[Int[Tensor, "K"], Int[Tensor, "1"]]:
         """Return the kept tokens in raster order, and how many tokens the last round still changed.
 
@@ -65,6 +73,8 @@ class FeatureNms(nn.Module):
                 nothing.
             scores_N: Saliency, higher is better. Its values at padding are not read.
             num_visual: Real tokens, 0-d or [1]; the rows from there on are padding.
+            image_N: Image of each token, where each image has a share of the kept ones: its first tokens in this order, at
+                most as many as the share, come before all others.
 
         Returns:
             Kept indices into the N axis, int64, strictly increasing; and the number of tokens that changed in
@@ -87,8 +97,11 @@ class FeatureNms(nn.Module):
         dtype = features_ND.dtype if features_ND.dtype.itemsize == 2 else torch.float32
         adjacency_NN = (before_NN & similar_tokens(features_ND, real_N, threshold=self.threshold)).to(dtype)
         kept_N, unsettled = self._fixed_point(adjacency_NN)
-        order_N = rank_N + N * (1.0 - kept_N.to(torch.float32)) + 2 * N * (1.0 - real_N.to(torch.float32))
-        return ascending(torch.topk(order_N, self.num_keep, largest=False).indices), unsettled
+        order_N = rank_N + N * (1.0 - kept_N.to(torch.float32))
+        kept_K = first_in_order(
+            order_N, real_N, num_keep=self.num_keep, image_N=image_N, image_share=self.image_share
+        )
+        return kept_K, unsettled
 
     def _fixed_point(self, adjacency_NN: Float[Tensor, "N N"]) -> tuple[Float[Tensor, "N"], Int[Tensor, "1"]]:
         """Return 1 for what is kept, 0 for what is suppressed, and how many of them the last round changed."""

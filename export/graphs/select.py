@@ -12,6 +12,7 @@
 | in  prompt_is_visual  | [F]       | int32   | runtime: 1 at visual tokens of the prompt (some methods)             |
 | in  prompt_length     | [1]       | int32   | runtime: real rows of the prompt (some methods)                      |
 | in  saliency          | [N]       | float32 | ``export/graphs/probe.py``: scores (TRIO)                            |
+| in  visual_images     | [N]       | int32   | runtime, or the stage before: image of each visual token (--budget image) |
 | in  deepstack_embeds.{i} | [1, S, D] | model | the planes that entered the range before (with DeepStack: i >= l)   |
 | out kept_hidden_states| [1, R, D] | model   | next layer range; R = S - N + K                                      |
 | out kept_position_ids | [A, R]    | int32   | next layer range: 0..R-1 ("compact") or gathered ("preserved")       |
@@ -19,6 +20,7 @@
 | out kept_indices      | [K]       | int32   | runtime: ascending, into the N that entered; min(K, num_visual) are real   |
 | out scores            | [N]       | float32 | runtime: the method's scores, -1 where there is no token             |
 | out unsettled         | [1]       | int32   | runtime: not 0 means that the NMS needs more rounds than exported     |
+| out kept_visual_images| [K]       | int32   | next stage: image of each kept token (--budget image)                |
 | out kept_deepstack_embeds.{i} | [1, R, D] | model | later layer ranges: what is still to be added to the kept rows  |
 
 Most methods hold two products of the layer that they look at a second time on the device; on disk they are stored once. TRIO's
@@ -49,6 +51,7 @@ class Select(nn.Module):
         *,
         preserve_positions: bool,
         takes_saliency: bool = False,
+        takes_images: bool = False,
         num_planes: int = 0,
     ) -> None:
         super().__init__()
@@ -56,6 +59,7 @@ class Select(nn.Module):
         self.rotary = rotary
         self.preserve_positions = preserve_positions
         self.takes_saliency = takes_saliency
+        self.takes_images = takes_images
         self.num_planes = num_planes
 
     def forward(
@@ -67,17 +71,27 @@ class Select(nn.Module):
         length: Tensor,
         *others: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Return kept hidden states, position ids, visual rows and indices, scores, the unsettled count and kept planes."""
+        """Return kept hidden states, position ids, visual rows and indices, scores, the unsettled count, images and planes."""
         hidden_SD = hidden_states[0]
         cos, sin = self.rotary(position_ids)
         num_others = len(others) - self.num_planes
         rest, planes = list(others[:num_others]), others[num_others:]
+        image_N = rest.pop() if self.takes_images else None
         saliency_N = rest.pop() if self.takes_saliency else None
         previous_SD = rest.pop(0)[0] if self.selector.needs_previous else None
         prompt = PromptInputs(rest[0][0], rest[1], rest[2]) if self.selector.needs_prompt else None
         selection: Selection = self.selector(
             StageInputs(
-                hidden_SD, cos[0], sin[0], visual_rows, num_visual, length, previous_SD, prompt, saliency_N
+                hidden_SD,
+                cos[0],
+                sin[0],
+                visual_rows,
+                num_visual,
+                length,
+                previous_SD,
+                prompt,
+                saliency_N,
+                image_N,
             )
         )
         compacted = compact_rows(
@@ -104,6 +118,7 @@ class Select(nn.Module):
             selection.kept_K.to(torch.int32),
             selection.scores_N,
             selection.unsettled,
+            *([] if image_N is None else [image_N.index_select(0, selection.kept_K)]),
             *kept_planes,
         )
 

@@ -29,6 +29,7 @@ from trio_edge.runtime.bundle.graph_io import (
     KEPT_DEEPSTACK,
     KEPT_HIDDEN,
     KEPT_POSITIONS,
+    KEPT_VISUAL_IMAGES,
     KEPT_VISUAL_ROWS,
     LAST_ROW,
     LENGTH,
@@ -55,6 +56,7 @@ from trio_edge.runtime.bundle.graph_io import (
     SELECT_RESULTS,
     TOP_IDS,
     TOP_LOGITS,
+    VISUAL_IMAGES,
     VISUAL_ROWS,
     gradient_graph,
     probe_graph,
@@ -124,6 +126,9 @@ class DecoderBuffers:
         self.kept_hidden = _largest(allocator, self.selects, KEPT_HIDDEN)
         self.kept_positions = _largest(allocator, self.selects, KEPT_POSITIONS)
         self.kept_visual_rows = _largest(allocator, self.selects, KEPT_VISUAL_ROWS)
+        self.kept_visual_images: list[DeviceTensor] = []
+        if manifest.schedule.budget == "image":
+            self.kept_visual_images = _largest(allocator, self.selects, KEPT_VISUAL_IMAGES)
         self.probes = [probe_graph(manifest, stage) for stage in range(len(self.selects))]
         self.gradient = gradient_graph(manifest)
         self._probe = self._probe_buffers(allocator)
@@ -157,7 +162,7 @@ class DecoderBuffers:
         for stage, spec in enumerate(self.selects):
             fields |= _fields(spec, (NUM_VISUAL, LENGTH), number=stage)
             if stage == 0:  # the others read the rows that the stage before left
-                fields |= _fields(spec, (VISUAL_ROWS,))
+                fields |= _fields(spec, (VISUAL_ROWS, *((VISUAL_IMAGES,) if self.kept_visual_images else ())))
             if PROMPT_IS_VISUAL in spec.input_names:
                 fields |= _fields(spec, (PROMPT_IS_VISUAL,))
             if (probe := self.probes[stage]) is not None:
@@ -259,6 +264,9 @@ class DecoderBuffers:
         }
         if self.previous:
             tensors[PREVIOUS] = self.previous[stage]
+        if self.kept_visual_images:
+            before = self.inputs.tensor(VISUAL_IMAGES) if stage == 0 else self.kept_visual_images[stage - 1]
+            tensors |= {VISUAL_IMAGES: before, KEPT_VISUAL_IMAGES: self.kept_visual_images[stage]}
         if PROMPT_IS_VISUAL in self.selects[stage].input_names:
             tensors[PROMPT_IS_VISUAL] = self.inputs.tensor(PROMPT_IS_VISUAL)
         if self._probe:

@@ -77,6 +77,10 @@ KEPT_HIDDEN = "kept_hidden_states"
 KEPT_POSITIONS = "kept_position_ids"
 KEPT_VISUAL_ROWS = "kept_visual_rows"
 """Row of each kept token in the reduced sequence: ``VISUAL_ROWS`` of the next stage."""
+VISUAL_IMAGES = "visual_images"
+"""The image that each visual token belongs to, where each image has a share of what a stage keeps."""
+KEPT_VISUAL_IMAGES = "kept_visual_images"
+"""The same of each kept token: ``VISUAL_IMAGES`` of the next stage."""
 KEPT_DEEPSTACK = "kept_deepstack_embeds."
 """The planes of layers after the stage, without the dropped tokens."""
 KEPT_INDICES = "kept_indices"
@@ -148,6 +152,7 @@ def select_tensors(
     with_previous: bool,
     with_prompt: bool,
     with_saliency: bool = False,
+    with_images: bool = False,
     planes: range = range(0),
 ) -> GraphTensors:
     """Return the tensors of a select graph that keeps ``num_keep`` visual tokens.
@@ -169,6 +174,10 @@ def select_tensors(
         inputs += [TensorSpec(name=PROMPT_IS_VISUAL, dtype="int32", shape=("F",)), _one(PROMPT_LENGTH)]
     if with_saliency:
         inputs.append(TensorSpec(name=SALIENCY, dtype="float32", shape=("N",)))
+    kept_images = []
+    if with_images:
+        inputs.append(TensorSpec(name=VISUAL_IMAGES, dtype="int32", shape=("N",)))
+        kept_images.append(TensorSpec(name=KEPT_VISUAL_IMAGES, dtype="int32", shape=(num_keep,)))
     inputs += _planes(DEEPSTACK, planes, (1, "S", width), dtype)
     outputs = (
         TensorSpec(name=KEPT_HIDDEN, dtype=dtype, shape=(1, "R", width)),
@@ -177,6 +186,7 @@ def select_tensors(
         TensorSpec(name=KEPT_INDICES, dtype="int32", shape=(num_keep,)),
         TensorSpec(name=SCORES, dtype="float32", shape=("N",)),
         _one(UNSETTLED),
+        *kept_images,
         *_planes(KEPT_DEEPSTACK, planes, (1, "R", width), dtype),
     )
     return GraphTensors(tuple(inputs), outputs)
@@ -298,6 +308,7 @@ def check_tensors(manifest: Manifest, *, where: str) -> None:
             with_previous=PREVIOUS in spec.input_names,
             with_prompt=PROMPT_EMBEDS in spec.input_names,
             with_saliency=probe_graph(manifest, index) is not None,
+            with_images=manifest.schedule.budget == "image",
             planes=range(stage.layer, manifest.num_deepstack),
         )
         _compare(spec, expected, where=where)

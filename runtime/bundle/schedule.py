@@ -15,6 +15,7 @@ from trio_edge.runtime.bundle.errors import ScheduleError
 
 ProbeRows = Literal["reference", "answer"]
 Positions = Literal["compact", "preserved"]
+Budget = Literal["prompt", "image"]
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,6 +53,9 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     positions: Positions = "compact"
     """Position ids after a stage: "compact" re-indexes 0..S'-1, "preserved" keeps the original ids."""
 
+    budget: Budget = "prompt"
+    """Whose tokens ``keep`` counts: "prompt" keeps the best of all images together, "image" an equal share of each at least."""
+
     def __post_init__(self) -> None:
         for earlier, later in zip(self.stages, self.stages[1:]):
             if later.layer <= earlier.layer:
@@ -70,6 +74,8 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ScheduleError(f"probe_rows: expected 'reference' or 'answer', got {self.probe_rows!r}")
         if self.positions not in ("compact", "preserved"):
             raise ScheduleError(f"positions: expected 'compact' or 'preserved', got {self.positions!r}")
+        if self.budget not in ("prompt", "image"):
+            raise ScheduleError(f"budget: expected 'prompt' or 'image', got {self.budget!r}")
         if not 1 <= self.num_probe_rows <= 64:
             raise ScheduleError(f"num_probe_rows: expected 1..64, got {self.num_probe_rows}")
         if not 0.0 < self.nms_threshold <= 1.0:

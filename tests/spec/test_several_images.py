@@ -20,7 +20,7 @@ from tests.qwen_checkpoints import save_qwen3_vl_checkpoint, save_qwen_checkpoin
 from tests.spec.reduced_reference import reduced_logits
 from tests.spec.whole_answers import NUM_STEPS, generate
 from tests.tolerances import LOGITS_FLOAT32
-from trio_edge.runtime.bundle.errors import ImageError, ShapeError
+from trio_edge.runtime.bundle.errors import ImageError, ScheduleError, ShapeError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
 
@@ -236,3 +236,42 @@ def test_an_image_that_cannot_be_read_is_named_and_nothing_is_lost(subject: Subj
 def test_messages_that_are_none_are_one_line(keep_all_bundle: Path, messages: Any, message: str) -> None:
     with Pipeline.from_bundle(keep_all_bundle) as pipeline, pytest.raises(ShapeError, match=message):
         pipeline.chat(messages)
+
+
+@pytest.mark.parametrize("method", ["trio", "fastv", "pyramiddrop"])
+def test_each_image_keeps_its_share(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shares of images that have fewer tokens go to the best of the others; the host's exact NMS keeps to them, too."""
+    folder, pictures = (
+        save_checkpoint(tmp_path / "ck"),
+        [random_picture(60, 45, seed=seed) for seed in (1, 2)],
+    )
+    schedule = Schedule(stages=STAGES, method=method, nms_threshold=0.1)
+    by_image, unsettled = (
+        msgspec.structs.replace(schedule, budget="image", nms_rounds=rounds) for rounds in (64, 1)
+    )
+    kept = {}
+    for wanted in (schedule, by_image, unsettled):
+        with Pipeline.from_bundle(export(folder, schedule=wanted, max_images=3)) as pipeline:
+            answer = pipeline.generate(pictures, "w1 w2 w3", max_new_tokens=2)
+            assert answer.text is not None
+            kept[wanted] = [indices.tolist() for indices in answer.kept]
+            first = len(answer.layouts[0].boxes)
+            if wanted is by_image:
+                for indices, stage in zip(answer.kept, STAGES):
+                    assert len(indices) == stage.keep
+                    assert min((indices < first).sum(), (indices >= first).sum()) >= stage.keep // 3
+            if wanted is unsettled and method == "trio":
+                assert answer.statistics.repaired_stages > 0
+    assert kept[by_image] == kept[unsettled]
+
+
+def test_a_method_without_shares_is_refused(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "ck")
+    for schedule, images in (
+        (Schedule(stages=STAGES, method="dart", budget="image"), 2),
+        (Schedule(stages=STAGES, budget="image"), 12),
+    ):
+        with pytest.raises(
+            ScheduleError, match="--budget image: expected a method of trio, fastv, pyramiddrop"
+        ):
+            export(folder, schedule=schedule, max_images=images)

@@ -53,6 +53,8 @@ class StageInputs(NamedTuple):
     """For selectors with ``needs_prompt``."""
     saliency_N: Tensor | None = None
     """[N] float32, the probe's scores, -1 at padding, where a probe has run before."""
+    image_N: Tensor | None = None
+    """[N] int32, the image that each token belongs to, where each has a share of the kept tokens."""
 
 
 class ClipInputs(NamedTuple):
@@ -119,6 +121,8 @@ class StageParts(NamedTuple):
     """Largest N."""
     settings: Schedule
     """Probe rows and NMS."""
+    image_share: int | None = None
+    """Tokens that each image keeps at least, if it has as many; None where all images share one budget."""
 
 
 class StageSelector(Protocol):
@@ -152,17 +156,52 @@ class TokenSelector(Protocol):
         """Return the selection."""
 
 
-def best_tokens(scores_N: Tensor, num_visual: Tensor, *, num_keep: int) -> Tensor:
+def best_tokens(
+    scores_N: Tensor,
+    num_visual: Tensor,
+    *,
+    num_keep: int,
+    image_N: Tensor | None = None,
+    image_share: int | None = None,
+) -> Tensor:
     """Return the ``num_keep`` best of the first ``num_visual`` tokens as ascending indices, int64 [K].
 
     Args:
         scores_N: Any finite values; those of padding are not read.
         num_visual: Real tokens, [1].
         num_keep: K, at most N.
+        image_N: As ``first_in_order``.
+        image_share: As ``first_in_order``.
     """
     index_N = torch.arange(scores_N.shape[0], device=scores_N.device)
     real_N = index_N < num_visual.reshape(1)
-    order_N = ranks(scores_N, real_N) + scores_N.shape[0] * (1.0 - real_N.to(torch.float32))
+    order_N = ranks(scores_N, real_N)
+    return first_in_order(order_N, real_N, num_keep=num_keep, image_N=image_N, image_share=image_share)
+
+
+def first_in_order(
+    order_N: Tensor,
+    real_N: Tensor,
+    *,
+    num_keep: int,
+    image_N: Tensor | None = None,
+    image_share: int | None = None,
+) -> Tensor:
+    """Return the first ``num_keep`` real tokens as ascending indices, int64 [K]; padding comes after all of them.
+
+    Args:
+        order_N: Place of each real token, float32, below 4 N, no two alike.
+        real_N: Which tokens are no padding, bool.
+        num_keep: K, at most N.
+        image_N: Image of each token, int32. The first tokens of each image then come before all others.
+        image_share: How many of each image do.
+    """
+    N = order_N.shape[0]
+    if image_N is not None and image_share is not None:
+        same_NN = (image_N[:, None] == image_N[None, :]) & real_N[:, None]
+        place_N = ((order_N[:, None] < order_N[None, :]) & same_NN).to(torch.float32).sum(0)
+        order_N = order_N + 4 * N * (place_N >= image_share).to(torch.float32)
+    order_N = order_N + 8 * N * (1.0 - real_N.to(torch.float32))
     return ascending(torch.topk(order_N, num_keep, largest=False).indices)
 
 

@@ -33,12 +33,13 @@ class PyramidDrop(nn.Module):
     needs_previous = False
     needs_prompt = False
 
-    def __init__(self, layer: Any, *, num_keep: int) -> None:
+    def __init__(self, layer: Any, *, num_keep: int, image_share: int | None = None) -> None:
         """Hold the layer after the stage.
 
         Args:
             layer: Decoder layer l.
             num_keep: K.
+            image_share: Tokens that each image keeps at least; None where all images share one budget.
 
         Raises:
             ScheduleError: If K is below 1.
@@ -47,11 +48,12 @@ class PyramidDrop(nn.Module):
         check_num_keep(num_keep)
         self.attention = RowAttention(layer)
         self.num_keep = num_keep
+        self.image_share = image_share
 
     @classmethod
     def for_stage(cls, parts: StageParts) -> PyramidDrop:
         """Return the selector of a stage, with the attention of the next layer."""
-        return cls(parts.layer, num_keep=parts.num_keep)
+        return cls(parts.layer, num_keep=parts.num_keep, image_share=parts.image_share)
 
     def forward(self, inputs: StageInputs) -> Selection:
         """Return the tokens that the last real row attends to most in layer l.
@@ -61,5 +63,11 @@ class PyramidDrop(nn.Module):
         """
         check_num_keep(self.num_keep, inputs.visual_rows_N.shape[0])
         scores_N = self.attention.last_row(inputs.hidden_SD, inputs)
-        kept_K = best_tokens(scores_N, inputs.num_visual, num_keep=self.num_keep)
+        kept_K = best_tokens(
+            scores_N,
+            inputs.num_visual,
+            num_keep=self.num_keep,
+            image_N=inputs.image_N,
+            image_share=self.image_share,
+        )
         return Selection(kept_K, scores_N, settled(inputs))

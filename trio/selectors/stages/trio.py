@@ -40,7 +40,10 @@ class Trio(nn.Module):
             last_probe_offset=settings.last_probe_offset,
         )
         nms = FeatureNms(
-            num_keep=parts.num_keep, threshold=settings.nms_threshold, rounds=settings.nms_rounds
+            num_keep=parts.num_keep,
+            threshold=settings.nms_threshold,
+            rounds=settings.nms_rounds,
+            image_share=parts.image_share,
         )
         return cls(saliency, nms)
 
@@ -48,7 +51,7 @@ class Trio(nn.Module):
         """Return the most salient tokens that are unlike each other."""
         scores_N = self._scores(inputs)
         features_ND = inputs.hidden_SD.index_select(0, inputs.visual_rows_N)
-        kept_K, unsettled = self.nms(features_ND, scores_N, inputs.num_visual)
+        kept_K, unsettled = self.nms(features_ND, scores_N, inputs.num_visual, inputs.image_N)
         return Selection(kept_K, scores_N, unsettled)
 
     def _scores(self, inputs: StageInputs) -> Tensor:
