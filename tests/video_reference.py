@@ -106,7 +106,9 @@ def video_arrays() -> dict[str, Any]:
         loaded = video_processor(values)
         processor = kind(Qwen2VLImageProcessor(), tokenizer, loaded)
         arrays[f"videos/{config}/constants"] = json.dumps(loaded.to_dict())
-        arrays[f"videos/{config}/sampling"] = json.dumps([_indices(loaded, *case) for case in sampling_cases()])
+        arrays[f"videos/{config}/sampling"] = json.dumps(
+            [_indices(loaded, *case) for case in sampling_cases()]
+        )
         for name, case in VIDEO_CASES.items():
             if case.config == config:
                 arrays |= {f"videos/{name}/{key}": value for key, value in _outputs(processor, case).items()}
@@ -153,7 +155,9 @@ def _indices(processor: Any, total: int, fps: float, request: dict[str, float]) 
 def _tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(("<unk>", *MARKS))}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(("<unk>", *MARKS))}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>")

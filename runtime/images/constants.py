@@ -171,6 +171,4 @@ def only_checkpoint_errors(file: str = "preprocessor_config") -> Iterator[None]:
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{file}: expected values that trio-edge can follow, got {error}"
-        ) from error
+        raise CheckpointError(f"{file}: expected values that trio-edge can follow, got {error}") from error

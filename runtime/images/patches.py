@@ -104,9 +104,7 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
         """
         check_not_empty(width, height)
         check_aspect_ratio(width, height)
-        return scaled_grid(
-            width, height, size=self.token_size, least=self.min_pixels, most=self.max_pixels
-        )
+        return scaled_grid(width, height, size=self.token_size, least=self.min_pixels, most=self.max_pixels)
 
     def sizes(self, width: int, height: int) -> dict[str, int]:
         """Return P, the number of patches, N, and the family's own."""

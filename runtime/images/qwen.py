@@ -88,9 +88,7 @@ class QwenImages(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag=K
         slots, patch_slot = _slots(window_of_token, self, num_windows=room["W"])
         positions = patch_positions(token_order, columns, self)
         return {
-            "pixel_values": padded_rows(
-                patches(frames, self, grid=grid, token_order=token_order), room["P"]
-            ),
+            "pixel_values": padded_rows(patches(frames, self, grid=grid, token_order=token_order), room["P"]),
             "patch_positions": padded_rows(positions, room["P"]).T.copy(),
             "window_slots": slots,
             "patch_slot": padded_rows(patch_slot, room["P"]),

@@ -78,7 +78,9 @@ class VideoProcessing:
         times = sampling.times(video.indices, video.total, video.fps)
         texts = sampling.texts(video.indices, video.fps)
         whole = self._frames.grid_layout(*video.size, grid)
-        is_one = isinstance(sampling, Qwen25Videos)  # one run of positions, where Qwen3-VL has one for each unit
+        is_one = isinstance(
+            sampling, Qwen25Videos
+        )  # one run of positions, where Qwen3-VL has one for each unit
         layouts = []
         for unit, (time, text) in enumerate(zip(times, texts)):
             assert whole.positions is not None

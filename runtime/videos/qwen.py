@@ -174,7 +174,11 @@ class Qwen25Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=
         if not 0 < count <= total:
             raise ImageError(
                 f"video: expected {max(count, 2)} frames to take, got a video of {total}; take"
-                + (" 2 or more with num_frames" if count < 1 < total else " fewer, or ask about it as an image")
+                + (
+                    " 2 or more with num_frames"
+                    if count < 1 < total
+                    else " fewer, or ask about it as an image"
+                )
             )
         # float32, as torch.arange: in float64 a product just below a whole number would lose it
         places = (np.arange(count) * (total / count)).astype(np.float32)

@@ -174,13 +174,16 @@ def _from_file(source: str | Path, chosen: Callable[[int, float | None], list[in
         total = _count(container, _stream(av, container, name=name).index, name=name)
     with _only_image_errors(av, name), _opened(av, path, name=name) as container:
         stream = _stream(av, container, name=name)
-        fps = float(stream.average_rate) if stream.average_rate else None
+        rate = stream.average_rate or stream.guessed_rate  # MPEG's transport streams have the second one only
+        fps = float(rate) if rate else None
         indices = chosen(total, fps)
         size = (stream.width, stream.height)
         _check_size(size, size, num_frames=len(indices), name=name)
         stream.thread_type = "AUTO"
         frames = _decoded(container.decode(stream), indices, name=name)
-    return Video(frames=tuple(frames[index] for index in indices), indices=tuple(indices), total=total, fps=fps)
+    return Video(
+        frames=tuple(frames[index] for index in indices), indices=tuple(indices), total=total, fps=fps
+    )
 
 
 def import_av() -> ModuleType:
@@ -204,7 +207,9 @@ def _only_image_errors(av: ModuleType, name: str) -> Iterator[None]:
     try:
         yield
     except av.error.FFmpegError as error:
-        raise ImageError(f"{name}: expected a readable video, got {one_line(error)}; the file is damaged") from error
+        raise ImageError(
+            f"{name}: expected a readable video, got {one_line(error)}; the file is damaged"
+        ) from error
 
 
 def _opened(av: ModuleType, path: Path, *, name: str) -> Any:
@@ -233,7 +238,9 @@ def _count(container: Any, index: int, *, name: str) -> int:
         if packet.size and packet.pts is not None and packet.time_base is not None:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         count += bool(packet.size) and packet.stream_index == index
-    seconds = container.duration / 1e6 if container.duration and _HAS_LENGTH.search(container.format.name) else 0.0
+    seconds = (
+        container.duration / 1e6 if container.duration and _HAS_LENGTH.search(container.format.name) else 0.0
+    )
     if not count or end + _MISSING_AT_END < seconds:
         raise ImageError(
             f"{name}: expected {seconds:.1f} seconds as its header says, got {end:.1f} with {count} frames; the file is"

@@ -126,7 +126,14 @@ def test_grids_equal_qwen3_vls_for_any_size(num_frames: int, width: int, height:
     assert ours.grid(num_frames, width, height, size=32) == (theirs[0] // 32, theirs[1] // 32)
 
 
-VISION = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "patch_size": 14}
+VISION = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "patch_size": 14,
+}
 TEXT = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 100,
     "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
@@ -136,7 +143,12 @@ TEXT = {
 def model_of(family: str) -> Any:
     torch.manual_seed(3)
     if family == "Qwen2.5-VL":
-        vision = {**VISION, "window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": TOKENS_PER_SECOND}
+        vision = {
+            **VISION,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": TOKENS_PER_SECOND,
+        }
         return Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=TEXT, vision_config=vision)).eval()
     vision = {**VISION, "num_position_embeddings": 25, "deepstack_visual_indexes": [0, 1]}
     return Qwen3VLModel(Qwen3VLConfig(text_config=TEXT, vision_config=vision)).eval()
@@ -201,7 +213,12 @@ def test_constants_survive_the_manifest(config: str) -> None:
 
 def test_a_checkpoint_without_a_file_for_videos_takes_the_images_constants() -> None:
     """As transformers does: a released Qwen2.5-VL has preprocessor_config.json alone."""
-    file = {"min_pixels": 3136, "max_pixels": 12845056, "image_processor_type": "Qwen2VLImageProcessor", "merge_size": 2}
+    file = {
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "merge_size": 2,
+    }
     ours = constants_of("Qwen2.5-VL", file)
     assert (ours.min_pixels, ours.max_pixels, ours.max_frames) == (3136, 12845056, 768)
 
