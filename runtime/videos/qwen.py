@@ -182,7 +182,7 @@ class Qwen25Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=
             )
         # float32, as torch.arange: in float64 a product just below a whole number would lose it
         places = (np.arange(count) * (total / count)).astype(np.float32)
-        return places.astype(np.int64).tolist()
+        return [int(place) for place in places]
 
     def _count_at(self, fps: float, total: int, video_fps: float | None) -> int:
         if video_fps is None:
@@ -253,7 +253,7 @@ class Qwen3Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=T
             wanted = total if fps is None else int(total / (video_fps or UNKNOWN_FPS) * fps)
             num_frames = min(max(wanted, self.min_frames), self.max_frames)
             num_frames = num_frames if fps is None else min(num_frames, total)
-        return np.linspace(0, total - 1, num_frames).round().astype(np.int64).tolist()
+        return [int(place) for place in np.linspace(0, total - 1, num_frames).round()]
 
     def grid(self, num_frames: int, width: int, height: int, *, size: int) -> tuple[int, int]:
         """Return the rows and columns of visual tokens of a pair of frames; arguments as ``Qwen25Videos.grid``.
