@@ -59,8 +59,8 @@ class Reduce(nn.Module):
         text = taken(2, is_wanted=selector.needs_text)
         clip = ClipInputs(*taken(3, is_wanted=True)) if selector.needs_clip else None
         previous = taken(2, is_wanted=selector.needs_previous)
-        inputs = TokenInputs(visual_tokens, num_visual, is_newline > 0, *features, *text, clip)
-        inputs = inputs._replace(previous_ND=previous[0], has_previous=previous[1])
+        inputs = TokenInputs(visual_tokens, num_visual, is_newline > 0, *features, *text)
+        inputs = inputs._replace(clip=clip, previous_ND=previous[0], has_previous=previous[1])
         selection: Selection = self.selector(inputs)
         reduced_KD, *reduced_planes = (
             _reduced(rows_ND, selection, num_visual) for rows_ND in (visual_tokens, *planes)

@@ -72,7 +72,9 @@ def test_units_through_the_graph_equal_the_whole_video(
             torch.from_numpy(np.concatenate(patches)), torch.tensor([[3, 2 * rows, 2 * columns]])
         )
     planes = getattr(theirs, "deepstack_features", None) or ()
-    expected = [torch.cat(list(parts)) for parts in (theirs.pooler_output, *planes)]  # one part for each video
+    expected = [
+        torch.cat(list(parts)) for parts in (theirs.pooler_output, *planes)
+    ]  # one part for each video
     assert len(ours) == len(expected)
     for found, wanted in zip(ours, expected):
         np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-3, atol=1e-4)
