@@ -16,6 +16,8 @@ from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.videos.interface import VideoProcessing
 from trio_edge.runtime.videos.qwen import Qwen3Videos, Qwen25Videos
 from trio_edge.runtime.videos.reading import Video, open_video
+from trio_edge.trio.selectors.interface import TokenInputs
+from trio_edge.trio.selectors.tokens.evs import Evs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,3 +80,41 @@ def test_units_through_the_graph_equal_the_whole_video(
     assert len(ours) == len(expected)
     for found, wanted in zip(ours, expected):
         np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", SAVE)
+def test_evs_keeps_what_changed_between_two_pairs_of_frames(
+    family: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The graph's selection, given the tokens of the pair before, is its module's."""
+    folder: Path = SAVE[family](tmp_path_factory.mktemp(family) / "ck")
+    bundle = export(folder, schedule=KEEP_ALL, image_sizes=(CAMERA,), token_method="evs", token_keep=7)
+    frames = [random_picture(*CAMERA, seed=1) for _ in range(4)]
+    frames[3].paste(random_picture(70, 60, seed=5), (20, 20))  # a part of the second pair changes
+    with Pipeline.from_bundle(bundle) as pipeline:
+        images: Any = pipeline.images
+        videos = VideoProcessing(sampling_of(family), images)
+        video = open_video(frames, videos.sampling)
+        before, after = np.split(graph_outputs(pipeline, videos, video)[0], 2)
+        (layout, _), rows = videos.layouts(video), pipeline.manifest.graph("reduce").profiles[0].sizes["N"]
+        padded = np.full((rows, before.shape[1]), np.nan, pipeline.manifest.dtype)
+        padded[: len(before)] = before
+        pipeline._vision.reduce_tokens(
+            {
+                "num_visual": np.array([layout.num_visual], np.int32),
+                "is_newline": np.zeros(rows, np.int32),
+                "previous_tokens": padded,
+                "has_previous": np.ones(1, np.int32),
+            },
+            sizes={"N": rows},
+        )
+        pipeline._vision._device.synchronize()
+        kept = pipeline._vision._kept["reduce"]
+    inputs = TokenInputs(
+        torch.from_numpy(after),
+        torch.tensor([layout.num_visual], dtype=torch.int32),
+        previous_ND=torch.from_numpy(before),
+        has_previous=torch.ones(1, dtype=torch.int32),
+    )
+    np.testing.assert_array_equal(kept, Evs(num_keep=7)(inputs).kept_K)
+    assert layout.taken(kept).boxes.shape == (7, 4)
