@@ -170,12 +170,12 @@ def _check_size(size: tuple[int, int], first: tuple[int, int], *, num_frames: in
 def _from_file(source: str | Path, chosen: Callable[[int, float | None], list[int]]) -> Video:
     path, name = file_of(source, kind="video"), f"video {short_name(source)}"
     av = import_av()
-    with _only_image_errors(av, name), _opened(av, path, name=name) as container:
+    with _only_image_errors(name), _opened(av, path, name=name) as container:
         total = _count(container, _stream(av, container, name=name).index, name=name)
-    with _only_image_errors(av, name), _opened(av, path, name=name) as container:
+    with _only_image_errors(name), _opened(av, path, name=name) as container:
         stream = _stream(av, container, name=name)
         rate = stream.average_rate or stream.guessed_rate  # MPEG's transport streams have the second one only
-        fps = float(rate) if rate else None
+        fps = float(rate) if rate and rate > 0 else None
         indices = chosen(total, fps)
         size = (stream.width, stream.height)
         _check_size(size, size, num_frames=len(indices), name=name)
@@ -203,10 +203,14 @@ def import_av() -> ModuleType:
 
 
 @contextmanager
-def _only_image_errors(av: ModuleType, name: str) -> Iterator[None]:
+def _only_image_errors(name: str) -> Iterator[None]:
     try:
         yield
-    except av.error.FFmpegError as error:
+    except ImageError:
+        raise
+    except (
+        Exception
+    ) as error:  # besides its own errors PyAV raises IndexError, AttributeError, … on damaged data
         raise ImageError(
             f"{name}: expected a readable video, got {one_line(error)}; the file is damaged"
         ) from error
@@ -214,7 +218,9 @@ def _only_image_errors(av: ModuleType, name: str) -> Iterator[None]:
 
 def _opened(av: ModuleType, path: Path, *, name: str) -> Any:
     """Return the container. Only the file itself is read, whatever addresses it names."""
-    container = av.open(f"file:{path.resolve()}", options={"protocol_whitelist": "file"})
+    container = av.open(
+        f"file:{path.resolve()}", options={"protocol_whitelist": "file"}, metadata_errors="replace"
+    )
     if _NO_VIDEO.search(container.format.name):
         container.close()
         raise ImageError(

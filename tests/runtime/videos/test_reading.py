@@ -151,6 +151,24 @@ def test_damaged_bytes_are_one_line(tmp_path: Path) -> None:
         open_video(path, ALL)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".ts"])
+def test_any_damaged_byte_is_one_line_or_harmless(suffix: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    path = write_video(tmp_path / f"clip{suffix}", 8)
+    data, num_refused = path.read_bytes(), 0
+    for _ in range(60):
+        damaged = bytearray(data[: rng.integers(len(data) // 2, len(data) + 1)])
+        for place in rng.integers(len(damaged), size=20):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            open_video(path, ALL)
+        except ImageError as error:
+            assert "\n" not in str(error)
+            num_refused += 1
+    assert num_refused > 0
+
+
 def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
     picture, text, empty = tmp_path / "cat.png", tmp_path / "cat.txt", tmp_path / "cat.mp4"
     random_picture(8, 6).save(picture)
