@@ -25,6 +25,8 @@ from trio_edge.export.token_selectors import needs_previous, probe_of, stage_sel
 from trio_edge.runtime.bundle.graph_io import (
     CLIP_TEXT,
     DEEPSTACK_TOKENS,
+    HAS_PREVIOUS,
+    PREVIOUS_TOKENS,
     REDUCED_DEEPSTACK,
     GraphTensors,
     gradient_tensors,
@@ -322,6 +324,11 @@ def _reduce(tracer: _Tracer, selector: Any, *, before: Sequence[GraphSpec]) -> T
         texts = outputs_before["clip_texts"]
         marks = TensorSpec(name="text_marks", dtype="int32", shape=texts.shape[:2])
         inputs += [outputs_before["clip_patches"], texts, marks]
+    if selector.needs_previous:
+        inputs += [
+            TensorSpec(name=PREVIOUS_TOKENS, dtype=layout.dtype, shape=inputs[0].shape),
+            TensorSpec(name=HAS_PREVIOUS, dtype="int32", shape=(1,)),
+        ]
     inputs += planes
     outputs = (
         TensorSpec(name="reduced_tokens", dtype=layout.dtype, shape=(selector.num_keep, hidden)),

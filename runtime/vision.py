@@ -16,6 +16,8 @@ from trio_edge.runtime.buffers.vision import VisionBuffers
 from trio_edge.runtime.bundle.errors import ManifestError, ShapeError
 from trio_edge.runtime.bundle.graph_io import (
     DEEPSTACK_TOKENS,
+    HAS_PREVIOUS,
+    PREVIOUS_TOKENS,
     REDUCED_DEEPSTACK,
     REDUCED_TOKENS,
     VISUAL_TOKENS,
@@ -336,6 +338,9 @@ class Vision:
             text = np.zeros((text_bucket, self._manifest.dimensions.hidden_size), self._manifest.dtype)
             text[: len(after)] = after
             inputs |= {"text_embeds": text, "num_text": np.array([len(after)], np.int32)}
+        if PREVIOUS_TOKENS in self._buffers.graphs["reduce"].input_names:  # an image has no frames before it
+            previous = np.zeros((rows, self._manifest.dimensions.hidden_size), self._manifest.dtype)
+            inputs |= {PREVIOUS_TOKENS: previous, HAS_PREVIOUS: np.zeros(1, np.int32)}
         return inputs, {"N": rows, "T": text_bucket}
 
     # The graphs one by one

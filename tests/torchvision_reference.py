@@ -1,4 +1,4 @@
-"""Runs Hugging Face's default image processors, which need torchvision, and stores what they give.
+"""Runs Hugging Face's default image and video processors, which need torchvision, and stores what they give.
 
     python -m tests.torchvision_reference FOLDER OUT.npz
 
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tests.pictures import noise_picture
+from tests.video_reference import sampling_cases, video_arrays
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -194,6 +195,22 @@ class TorchvisionReference:
         constants: dict[str, Any] = json.loads(str(self._arrays[f"{name}/constants"]))
         return constants
 
+    def video(self, name: str) -> dict[str, NDArray[Any]]:
+        """Return what the processor gave for a case of ``VIDEO_CASES``, by name."""
+        start = f"videos/{name}/"
+        return {
+            key.removeprefix(start): self._arrays[key] for key in self._arrays.files if key.startswith(start)
+        }
+
+    def video_constants(self, config: str) -> dict[str, Any]:
+        """Return the ``to_dict()`` of a video processor."""
+        constants: dict[str, Any] = json.loads(str(self._arrays[f"videos/{config}/constants"]))
+        return constants
+
+    def samplings(self, config: str) -> list[tuple[tuple[int, float, dict[str, float]], list[int] | None]]:
+        """Return each of ``sampling_cases`` with the frames that a video processor takes; None if it fails."""
+        return list(zip(sampling_cases(), json.loads(str(self._arrays[f"videos/{config}/sampling"]))))
+
 
 def load_processor(config: dict[str, Any]) -> Any:
     """Return the image processor that transformers chooses for this preprocessor_config.json."""
@@ -249,7 +266,7 @@ def main(folder: Path, out: Path) -> None:
         for size, mode in processor.pictures():
             outputs = loaded(noise_picture(*size, mode=mode), return_tensors="np")
             arrays |= {_key(name, size, mode, output): values for output, values in outputs.items()}
-    np.savez(out, **arrays)
+    np.savez(out, **arrays, **video_arrays())
 
 
 def _key(name: str, size: Size, mode: str, output: str) -> str:

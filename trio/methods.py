@@ -186,6 +186,13 @@ _TOKEN_ROWS = (
         cost=selections.eadp_cost,
     ),
     TokenMethod(
+        name="evs",
+        summary="largest change since the frames before, for videos",
+        selector="tokens.evs.Evs",
+        compares=None,
+        cost=selections.no_cost,
+    ),
+    TokenMethod(
         name="uniform",
         summary="every n-th token",
         selector="tokens.uniform.Uniform",

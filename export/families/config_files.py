@@ -13,6 +13,8 @@ from trio_edge.runtime.bundle.errors import CheckpointError
 if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
 
+_A = {"image_processor": "an image processor", "video_processor": "a video processor"}
+
 
 def load_config(checkpoint: Checkpoint) -> Any:
     """Return transformers' configuration of ``checkpoint``.
@@ -49,16 +51,34 @@ def read_image_processor(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises:
         CheckpointError: If neither is there.
     """
+    return _processor(checkpoint, "image_processor", "preprocessor_config.json")
+
+
+def read_video_processor(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the video processor's constants: its own, or the image processor's where it has no file.
+
+    They are in ``video_preprocessor_config.json`` or, as transformers 5 writes it, ``processor_config.json``.
+
+    Raises:
+        CheckpointError: If there is none of them.
+    """
+    return _processor(
+        checkpoint, "video_processor", "video_preprocessor_config.json", "preprocessor_config.json"
+    )
+
+
+def _processor(checkpoint: Checkpoint, part: str, *names: str) -> dict[str, Any]:
     folder = checkpoint.folder
     values: Any = None
-    # transformers reads the newer file first, too: saving again leaves the older one where it lies
+    # transformers reads the newer file first, too: saving again leaves the older ones where they lie
     if (folder / "processor_config.json").exists():
-        values = read_json(folder / "processor_config.json").get("image_processor")
-    if values is None and (folder / "preprocessor_config.json").exists():
-        values = read_json(folder / "preprocessor_config.json")
+        values = read_json(folder / "processor_config.json").get(part)
+    for name in names:
+        if values is None and (folder / name).exists():
+            values = read_json(folder / name)
     if not isinstance(values, dict):
         raise CheckpointError(
-            f"{folder}: expected preprocessor_config.json or processor_config.json with an image processor, got none;"
+            f"{folder}: expected {names[-1]} or processor_config.json with {_A[part]}, got none;"
             " download it with the weights"
         )
     return values

@@ -13,6 +13,8 @@
 | in  clip_patches    | [N, Z] | model   | the vision graph: patches in CLIP's space (CLIP's form of a method)   |
 | in  clip_texts      |[M, L, Z]| model  | the text tower's graph (CLIP's form of a method)                      |
 | in  text_marks      | [M, L] | int32   | runtime: 1 at words, 2 at the ends of texts (CLIP's form of a method) |
+| in  previous_tokens | [N, D] | model   | runtime: visual tokens of the frames before (some methods)            |
+| in  has_previous    | [1]    | int32   | runtime: 0 for an image and the first frames (some methods)           |
 | in  deepstack_tokens.{i} | [N, D] | model | the vision graph (with DeepStack)                                   |
 | out reduced_tokens  | [K, D] | model   | runtime: placed into the prefix graph's ``inputs_embeds``             |
 | out kept_tokens     | [K]    | int32   | runtime: which tokens these are, for positions and drawing            |
@@ -47,12 +49,18 @@ class Reduce(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Return the reduced tokens [K, D], which ones they are [K], and the reduced planes."""
         num_others = len(others) - self.num_planes
-        rest, planes = others[:num_others], others[num_others:]
-        features = rest[:3] if self.selector.needs_features else [None] * 3
-        text = rest[-2:] if self.selector.needs_text else [None] * 2
+        rest, planes = list(others[:num_others]), others[num_others:]
+        selector = self.selector
+
+        def taken(count: int, *, is_wanted: bool) -> list[Any]:
+            return [rest.pop(0) if is_wanted else None for _ in range(count)]
+
+        features = taken(3, is_wanted=selector.needs_features)
+        text = taken(2, is_wanted=selector.needs_text)
+        clip = ClipInputs(*taken(3, is_wanted=True)) if selector.needs_clip else None
+        previous = taken(2, is_wanted=selector.needs_previous)
         inputs = TokenInputs(visual_tokens, num_visual, is_newline > 0, *features, *text)
-        if self.selector.needs_clip:
-            inputs = inputs._replace(clip=ClipInputs(*rest[-3:]))
+        inputs = inputs._replace(clip=clip, previous_ND=previous[0], has_previous=previous[1])
         selection: Selection = self.selector(inputs)
         reduced_KD, *reduced_planes = (
             _reduced(rows_ND, selection, num_visual) for rows_ND in (visual_tokens, *planes)

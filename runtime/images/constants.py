@@ -168,13 +168,11 @@ def square_side(size: Any) -> int | None:
 
 
 @contextmanager
-def only_checkpoint_errors() -> Iterator[None]:
-    """Make a CheckpointError of whatever a preprocessor file's values cause."""
+def only_checkpoint_errors(file: str = "preprocessor_config") -> Iterator[None]:
+    """Make a CheckpointError of whatever the values of ``file`` cause."""
     try:
         yield
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"preprocessor_config: expected values that trio-edge can follow, got {error}"
-        ) from error
+        raise CheckpointError(f"{file}: expected values that trio-edge can follow, got {error}") from error

@@ -31,7 +31,7 @@ from trio_edge.runtime.images.layout import ImageLayout, boxes_between, check_no
 from trio_edge.runtime.images.resizing import Resample, resize
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
     from PIL import Image
@@ -103,11 +103,8 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
             ImageError: If the image is empty or too thin.
         """
         check_not_empty(width, height)
-        if max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
-            raise ImageError(
-                f"image: expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {width}x{height} pixels; crop it"
-            )
-        return _token_grid(width, height, self)
+        check_aspect_ratio(width, height)
+        return scaled_grid(width, height, size=self.token_size, least=self.min_pixels, most=self.max_pixels)
 
     def sizes(self, width: int, height: int) -> dict[str, int]:
         """Return P, the number of patches, N, and the family's own."""
@@ -135,22 +132,35 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
 
     def layout(self, width: int, height: int) -> ImageLayout:
         """Return the layout of an image; tokens are in raster order."""
-        rows, columns = self.token_grid(width, height)
+        return self.grid_layout(width, height, self.token_grid(width, height))
+
+    def grid_layout(self, width: int, height: int, grid: tuple[int, int]) -> ImageLayout:
+        """Return the layout of an image, or of a pair of frames, that has ``grid`` rows and columns of visual tokens."""
+        rows, columns = grid
         x, y = np.linspace(0, width, columns + 1), np.linspace(0, height, rows + 1)
         row, column = np.indices((rows, columns), dtype=np.int32)
         return ImageLayout(
             width=width,
             height=height,
-            sizes=self.sizes(width, height),
+            sizes=self._reduced(self.whole_sizes(rows, columns)),
             boxes=boxes_between(x, y).reshape(-1, 4).astype(np.float32),
             positions=np.stack([np.zeros_like(row), row, column]).reshape(3, -1),
             position_span=max(rows, columns),
         )
 
 
-def _token_grid(width: int, height: int, images: PatchImages) -> tuple[int, int]:
-    """Return the rows and columns of visual tokens. Source: smart_resize."""
-    size, least, most = images.token_size, images.min_pixels, images.max_pixels
+def scaled_grid(width: int, height: int, *, size: int, least: int, most: int) -> tuple[int, int]:
+    """Return the rows and columns of visual tokens of an image.
+
+    Args:
+        width: In pixels.
+        height: In pixels.
+        size: Side of a visual token in pixels of the scaled image.
+        least: Pixels that the scaled image has at least.
+        most: Pixels that it has at most.
+
+    Source: smart_resize.
+    """
     # Python's round takes halves to even numbers; so does the original.
     rows, columns = round(height / size), round(width / size)
     if rows * columns * size**2 > most:
@@ -160,6 +170,14 @@ def _token_grid(width: int, height: int, images: PatchImages) -> tuple[int, int]
         enlarge = math.sqrt(least / (height * width))
         return math.ceil(height * enlarge / size), math.ceil(width * enlarge / size)
     return rows, columns
+
+
+def check_aspect_ratio(width: int, height: int) -> None:
+    """Raise ImageError if an image, or a frame, is thinner than Hugging Face's processors accept."""
+    if max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
+        raise ImageError(
+            f"image: expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {width}x{height} pixels; crop it"
+        )
 
 
 def _largest_grids(images: PatchImages) -> list[tuple[int, int]]:
@@ -193,16 +211,32 @@ def patch_positions(token_order: NDArray[np.int64], columns: int, images: PatchI
     return positions
 
 
-def patches(image: Image.Image, images: PatchImages, token_order: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Return the patches, [P, C * frames * side * side], where the visual tokens come in ``token_order`` [N]."""
-    merge, side, frames = images.merge_size, images.patch_size, images.temporal_patch_size
-    rows, columns = images.token_grid(*image.size)
+def patches(
+    frames: Sequence[Image.Image],
+    images: PatchImages,
+    *,
+    grid: tuple[int, int],
+    token_order: NDArray[np.int64],
+) -> NDArray[np.float32]:
+    """Return the patches of one image or of a pair of frames.
+
+    Args:
+        frames: An image, or at most ``temporal_patch_size`` frames of one size; the last one is repeated.
+        images: The constants.
+        grid: Rows and columns of visual tokens.
+        token_order: [N], order of the visual tokens.
+
+    Returns:
+        float32 [P, ``patch_values``]: colour, frame, row and column of each pixel of a patch.
+    """
+    merge, side, (rows, columns) = images.merge_size, images.patch_size, grid
     size = (rows * images.token_size, columns * images.token_size)
-    pixels = normalized(resize(image, size, resample=images.resample), images)
-    tokens = pixels.reshape(rows, merge, side, columns, merge, side, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-    patches = tokens.reshape(rows * columns, merge**2, 3, 1, side, side)[token_order]
-    # The encoder's patches span several frames of a video; an image is the same frame each time.
-    return np.repeat(patches, frames, axis=3).reshape(-1, images.patch_values)
+    levels = np.stack([resize(frame, size, resample=images.resample) for frame in frames])
+    pixels = normalized(levels, images).reshape(-1, rows, merge, side, columns, merge, side, 3)
+    tokens = pixels.transpose(1, 4, 2, 5, 7, 0, 3, 6)
+    patches = tokens.reshape(rows * columns, merge**2, 3, len(frames), side, side)[token_order]
+    frame_of_patch = np.minimum(np.arange(images.temporal_patch_size), len(frames) - 1)
+    return np.take(patches, frame_of_patch, axis=3).reshape(-1, images.patch_values)
 
 
 def padded_rows(rows: NDArray[Any], count: int) -> NDArray[Any]:

@@ -22,7 +22,7 @@ from trio_edge.runtime.images.layout import check_rgb, padded_index, room_for
 from trio_edge.runtime.images.patches import PatchImages, padded_rows, patch_positions, patches
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
     from PIL import Image
@@ -71,15 +71,24 @@ class QwenImages(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag=K
             in the flattened ``window_slots``; ``num_patches`` int32 [1]; ``token_index`` int32 [N], in raster order the
             visual token in window order.
         """
-        check_rgb(image)
-        rows, columns = self.token_grid(*image.size)
+        return self.prepare_frames((image,), self.token_grid(*image.size), sizes)
+
+    def prepare_frames(
+        self,
+        frames: Sequence[Image.Image],
+        grid: tuple[int, int],
+        sizes: Mapping[str, int] | None = None,
+    ) -> dict[str, NDArray[Any]]:
+        """Return the same of the frames of one temporal patch, scaled to ``grid`` rows and columns of visual tokens."""
+        check_rgb(frames[0])
+        rows, columns = grid
         whole = self.whole_sizes(rows, columns)
-        room = room_for(self._reduced(whole), sizes, image=image)
+        room = room_for(self._reduced(whole), sizes, image=frames[0])
         token_order, window_of_token = _window_order(rows, columns, side=self.tokens_per_window_side)
         slots, patch_slot = _slots(window_of_token, self, num_windows=room["W"])
         positions = patch_positions(token_order, columns, self)
         return {
-            "pixel_values": padded_rows(patches(image, self, token_order), room["P"]),
+            "pixel_values": padded_rows(patches(frames, self, grid=grid, token_order=token_order), room["P"]),
             "patch_positions": padded_rows(positions, room["P"]).T.copy(),
             "window_slots": slots,
             "patch_slot": padded_rows(patch_slot, room["P"]),
@@ -110,17 +119,26 @@ class Qwen3Images(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag=
             ``table_index`` int32 [4, P] and ``table_weights`` float32 [4, P], the entries of the table around each patch and
             their shares; ``num_patches`` int32 [1]; ``token_index`` int32 [N].
         """
-        check_rgb(image)
-        rows, columns = self.token_grid(*image.size)
+        return self.prepare_frames((image,), self.token_grid(*image.size), sizes)
+
+    def prepare_frames(
+        self,
+        frames: Sequence[Image.Image],
+        grid: tuple[int, int],
+        sizes: Mapping[str, int] | None = None,
+    ) -> dict[str, NDArray[Any]]:
+        """Return the same of the frames of one temporal patch, scaled to ``grid`` rows and columns of visual tokens."""
+        check_rgb(frames[0])
+        rows, columns = grid
         whole = self.whole_sizes(rows, columns)
-        room = room_for(whole, sizes, image=image)
+        room = room_for(whole, sizes, image=frames[0])
         order = np.arange(whole["N"])
         positions = padded_rows(patch_positions(order, columns, self), room["P"])
         index, weights = _around(
             positions, (rows * self.merge_size, columns * self.merge_size), self.table_size
         )
         return {
-            "pixel_values": padded_rows(patches(image, self, order), room["P"]),
+            "pixel_values": padded_rows(patches(frames, self, grid=grid, token_order=order), room["P"]),
             "patch_positions": positions.T.copy(),
             "table_index": index,
             "table_weights": weights,

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import threading
 import warnings
 from pathlib import Path
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 MAX_IMAGE_PIXELS = 178_956_970
 """Pixels above which an image is refused before decoding; the bound at which Pillow itself refuses."""
 
+_A = {"image": "an image", "video": "a video"}
 _MAX_LEVEL = 255
 _FORMATS_NOT_READ = frozenset({"EPS"})  # Pillow hands EPS files to Ghostscript, which runs them as programs
 _logger = logging.getLogger(__name__)
@@ -60,27 +62,46 @@ def open_image(source: ImageSource) -> Image.Image:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode_file(bytes(source), name="image")
     if isinstance(source, (str, Path)):
-        return _decode_file(_read(source), name=f"image {_short(source)}")
+        return _decode_file(_read(source), name=f"image {short_name(source)}")
     raise ImageError(f"image: expected a path, bytes or a PIL image, got {type(source).__name__}")
 
 
 def _read(source: str | Path) -> bytes:
-    name = f"image {_short(source)}"
-    if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
+    path = file_of(source, kind="image")
+    try:
+        return path.read_bytes()
+    except OSError as error:  # no permission
+        raise ImageError(
+            f"image {short_name(source)}: expected a readable file, got {one_line(error)}"
+        ) from error
+
+
+def file_of(source: str | Path, *, kind: str) -> Path:
+    """Return the path of a regular file.
+
+    Args:
+        source: Its name.
+        kind: "image" or "video", for messages.
+
+    Raises:
+        ImageError: If it is a URL, missing, or no regular file.
+    """
+    name = f"{kind} {short_name(source)}"
+    if isinstance(source, str) and re.match(r"[a-z0-9+]{2,}://|data:", source):
         raise ImageError(f"{name}: expected a local file, got a URL; download it first")
     try:
         path = Path(source)
         if path.is_dir():
-            raise ImageError(f"{name}: expected an image file, got a directory")
+            raise ImageError(f"{name}: expected {_A[kind]} file, got a directory")
         if not path.exists():
             raise ImageError(f"{name}: expected an existing file, found none; check the path")
         if not path.is_file():
             raise ImageError(f"{name}: expected a regular file, got a device or pipe")
-        return path.read_bytes()
     except (OSError, ValueError) as error:  # no permission; a name with a null byte or too long
         if isinstance(error, ImageError):
             raise
-        raise ImageError(f"{name}: expected a readable file, got {_one_line(error)}") from error
+        raise ImageError(f"{name}: expected a readable file, got {one_line(error)}") from error
+    return path
 
 
 def _decode_file(data: bytes, *, name: str) -> Image.Image:
@@ -99,7 +120,7 @@ def _decode_file(data: bytes, *, name: str) -> Image.Image:
             f"{name}: expected an image (PNG, JPEG, WebP, …), got {len(data)} bytes of no known format"
         ) from error
     except Exception as error:  # Pillow's readers raise almost anything on damaged headers
-        raise ImageError(f"{name}: expected a readable image, got {_one_line(error)}") from error
+        raise ImageError(f"{name}: expected a readable image, got {one_line(error)}") from error
     with opened:
         return _decode(opened, name=name, drop_alpha=True)
 
@@ -140,7 +161,7 @@ def _decode(image: Image.Image, *, name: str, drop_alpha: bool) -> Image.Image:
             return _rgb(_upright(image), name=name, drop_alpha=drop_alpha)
     except Exception as error:  # Pillow's decoders raise almost anything on damaged data
         raise ImageError(
-            f"{name}: expected a whole image, got {_one_line(error)}; the file is damaged"
+            f"{name}: expected a whole image, got {one_line(error)}; the file is damaged"
         ) from error
 
 
@@ -179,10 +200,12 @@ def _rgb_from_wide(image: Image.Image, *, name: str) -> Image.Image:
     return Image.fromarray(np.nan_to_num(values).clip(0, _MAX_LEVEL).astype(np.uint8)).convert("RGB")
 
 
-def _short(source: object) -> str:
+def short_name(source: object) -> str:
+    """Return a source for a message: quoted, and cut if it is long."""
     text = repr(str(source))
     return text if len(text) <= 200 else text[:120] + "…" + text[-60:]
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return an error of a library as one short line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -112,7 +112,7 @@ def expected(method: str, sequence: Sequence, clip: Clip, question: str) -> list
     case = Case(
         tokens=sequence.tokens.double().numpy(), num_visual=count,
         newline=(sequence.index == len(sequence.pixels) * 9).numpy(), features=empty, keys=empty,
-        attention=empty[:, 0], text=empty, num_text=0,
+        attention=empty[:, 0], text=empty, num_text=0, previous=empty,
     )  # fmt: skip
     patches, texts = clip.patches(sequence), clip.texts(question)
     if method == "cdpruner":

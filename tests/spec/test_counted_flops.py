@@ -83,7 +83,7 @@ def test_greedy_steps_count_beside_the_products() -> None:
     sizes = TokenSizes(100, 10, 9, WIDTHS)
     steps = {method: row.cost(sizes).steps for method, row in TOKEN_METHODS.items()}
     assert steps == {
-        "visionzip": 0, "holov": 0, "uniform": 0, "divprune": 10 * 100, "cdpruner": 2 * 10 * 10 * 100,
+        "visionzip": 0, "holov": 0, "evs": 0, "uniform": 0, "divprune": 10 * 100, "cdpruner": 2 * 10 * 10 * 100,
         "scope": 2 * 10 * 100**2, "eadp": 2 * 10 * 100**2,
     }  # fmt: skip
 

@@ -35,7 +35,7 @@ STAGE_METHODS = {
     "sparsevlm": Schedule(stages=(Stage(layer=1, keep=20), Stage(layer=2, keep=9)), method="sparsevlm"),
 }
 """Two stages where the second one looks back at the whole prompt."""
-TOKEN_METHODS = ["visionzip", "divprune", "cdpruner"]
+TOKEN_METHODS = ["visionzip", "divprune", "cdpruner", "evs"]
 """One with features and merged rows, one with steps that depend on each other, one with text."""
 
 
@@ -187,6 +187,8 @@ def test_a_method_before_the_decoder_equals_its_module(
             more = tower_features(sequence) if selector.needs_features else {}
             if selector.needs_text:
                 more |= {"text_TD": sequence.after, "num_text": scalar(len(sequence.after))}
+            if selector.needs_previous:  # an image has no frames before it
+                more |= {"previous_ND": sequence.tokens, "has_previous": scalar(0)}
             selection = selector(TokenInputs(sequence.tokens, scalar(sequence.count), is_newline, **more))
             embeds = rows_after(selection, sequence.embeds, sequence.start, sequence.count)
             logits, _ = through_the_decoder(sequence, embeds, 15, Schedule())

@@ -18,6 +18,7 @@ In front of it, with N tokens of width D, F of features, E of keys:
     divprune    2 N² D  and K' steps of N
     cdpruner    2 N² D  and K' steps of 2 K' N
     eadp        2 T N D  text,  2 N² D  and K' steps of 2 N²; with CLIP 2 M L N Z  text
+    evs         nothing: one cosine a token is element-wise
     uniform     nothing
 
 Products are what a graph's MatMul nodes do, exactly. Steps are sums over pairs inside the greedy loop, which no MatMul

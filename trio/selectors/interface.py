@@ -90,6 +90,11 @@ class TokenInputs(NamedTuple):
     """[1] int32, real text tokens."""
     clip: ClipInputs | None = None
     """With ``needs_clip``."""
+    previous_ND: Tensor | None = None
+    """[N, D], visual tokens of the pair of frames before, at the same places. With ``needs_previous``."""
+    has_previous: Tensor | None = None
+    """[1] int32, 0 for the first pair of a video and for an image: ``previous_ND`` means nothing then. With
+    ``needs_previous``."""
 
 
 class Selection(NamedTuple):
@@ -151,6 +156,7 @@ class TokenSelector(Protocol):
     needs_features: bool
     needs_text: bool
     needs_clip: bool
+    needs_previous: bool
 
     def __call__(self, inputs: TokenInputs) -> Selection:
         """Return the selection."""

@@ -39,6 +39,8 @@ class Case:
     attention: Array
     text: Array
     num_text: int
+    previous: Array
+    has_previous: int = 1
 
     @property
     def shown(self) -> list[int]:
@@ -53,7 +55,8 @@ class Case:
             tokens_ND=tensor(self.tokens), num_visual=torch.tensor([self.num_visual], dtype=torch.int32),
             is_newline_N=torch.from_numpy(self.newline), features_NF=tensor(self.features),
             keys_NE=tensor(self.keys), attention_N=tensor(self.attention), text_TD=tensor(self.text),
-            num_text=torch.tensor([self.num_text], dtype=torch.int32),
+            num_text=torch.tensor([self.num_text], dtype=torch.int32), previous_ND=tensor(self.previous),
+            has_previous=torch.tensor([self.has_previous], dtype=torch.int32),
         )  # fmt: skip
 
     def feeds(self) -> dict[str, Array]:
@@ -61,6 +64,7 @@ class Case:
             "tokens": self.tokens, "num_visual": np.array([self.num_visual], np.int32),
             "newline": self.newline.astype(np.int32), "features": self.features, "keys": self.keys,
             "attention": self.attention, "text": self.text, "num_text": np.array([self.num_text], np.int32),
+            "previous": self.previous, "has_previous": np.array([self.has_previous], np.int32),
         }  # fmt: skip
 
 
@@ -80,12 +84,20 @@ def random_case(
         tokens=normal(num_tokens, D), num_visual=num_tokens if num_visual is None else num_visual,
         newline=newline, features=normal(num_tokens, F) * seen, keys=normal(num_tokens, E) * seen,
         attention=rng.random(num_tokens).astype(np.float32) * seen[:, 0], text=normal(T, D), num_text=6,
+        previous=normal(num_tokens, D),
     )  # fmt: skip
 
 
 def _garbage_in_padding() -> Case:
     case = random_case(1, num_visual=33)
-    for name, used in (("tokens", 33), ("features", 33), ("keys", 33), ("attention", 33), ("text", 6)):
+    for name, used in (
+        ("tokens", 33),
+        ("features", 33),
+        ("keys", 33),
+        ("attention", 33),
+        ("text", 6),
+        ("previous", 33),
+    ):
         values = getattr(case, name)
         values[used:] = np.nan
         values[used + 1 :: 2] = 3e38
@@ -94,14 +106,14 @@ def _garbage_in_padding() -> Case:
 
 def _zero_vectors() -> Case:
     case = random_case(2)
-    for values in (case.tokens, case.features, case.keys):
+    for values in (case.tokens, case.features, case.keys, case.previous[7:]):
         values[5:25] = 0.0
     return case
 
 
 def _identical() -> Case:
     case = random_case(3)
-    for values in (case.tokens, case.features, case.keys):
+    for values in (case.tokens, case.features, case.keys, case.previous):
         values[:] = np.eye(1, values.shape[1], 2, dtype=np.float32) * 2
     return case
 
@@ -132,10 +144,13 @@ class TokenGraph(nn.Module):
         self.selector = selector
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        tokens, num_visual, newline, features, keys, attention, text, num_text = values
-        inputs = TokenInputs(
-            tokens, num_visual, newline.to(torch.bool), features, keys, attention, text, num_text
+        tokens, num_visual, newline, features, keys, attention, text, num_text, previous, has_previous = (
+            values
         )
+        inputs = TokenInputs(
+            tokens, num_visual, newline.to(torch.bool), features, keys, attention, text, num_text,
+            previous_ND=previous, has_previous=has_previous,
+        )  # fmt: skip
         selection: Selection = self.selector(inputs)
         fields = (selection.kept_K, selection.scores_N, selection.unsettled, selection.weights_KN)
         return tuple(field for field in fields if field is not None)
@@ -147,6 +162,7 @@ def input_specs(num_tokens: int | str, num_text: int | str) -> tuple[TensorSpec,
         "newline": ("int32", (num_tokens,)), "features": ("float32", (num_tokens, F)),
         "keys": ("float32", (num_tokens, E)), "attention": ("float32", (num_tokens,)),
         "text": ("float32", (num_text, D)), "num_text": ("int32", (1,)),
+        "previous": ("float32", (num_tokens, D)), "has_previous": ("int32", (1,)),
     }  # fmt: skip
     return tuple(TensorSpec(name=name, dtype=dtype, shape=shape) for name, (dtype, shape) in axes.items())  # type: ignore[arg-type]
 

@@ -53,6 +53,7 @@ class CdPruner(nn.Module):
     """CDPruner with relevance in the decoder's embedding space or in CLIP's; no parameters."""
 
     needs_features = False
+    needs_previous = False
 
     def __init__(self, *, num_keep: int, sign: int | None = None, clip: bool = False) -> None:
         """Fix the shape of the selection.

@@ -29,6 +29,7 @@ class DivPrune(nn.Module):
     needs_features = False
     needs_text = False
     needs_clip = False
+    needs_previous = False
 
     def __init__(self, *, num_keep: int) -> None:
         """Fix K.

@@ -57,6 +57,7 @@ class Eadp(nn.Module):
     """EADP with relevance in the decoder's embedding space or in CLIP's; no parameters."""
 
     needs_features = False
+    needs_previous = False
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ class HoloV(nn.Module):
     needs_features = True
     needs_text = False
     needs_clip = False
+    needs_previous = False
 
     def __init__(self, *, num_keep: int, num_chunks: int = 16) -> None:
         """Fix the shape of the selection.

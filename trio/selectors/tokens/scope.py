@@ -29,6 +29,7 @@ class Scope(nn.Module):
     needs_features = True
     needs_text = False
     needs_clip = False
+    needs_previous = False
 
     def __init__(self, *, num_keep: int, exponent: float = 1.0) -> None:
         """Fix the shape of the selection.

@@ -7,7 +7,7 @@ at positions only.
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep
 from trio_edge.trio.selectors.tokens.candidates import real_tokens
@@ -19,6 +19,7 @@ class Uniform(nn.Module):
     needs_features = False
     needs_text = False
     needs_clip = False
+    needs_previous = False
 
     def __init__(self, *, num_keep: int) -> None:
         """Fix K.
@@ -32,12 +33,8 @@ class Uniform(nn.Module):
 
     def forward(self, inputs: TokenInputs) -> Selection:
         """Return the selection; scores are 1 for the kept tokens and 0 for the others."""
-        K = self.num_keep
-        real_N = real_tokens(inputs, num_keep=K)
-        place_K = torch.arange(K, device=real_N.device)
-        count = inputs.num_visual.reshape(1).to(torch.int64)
-        spaced_K = torch.div((2 * place_K + 1) * count, 2 * K, rounding_mode="trunc")
-        kept_K = torch.where(count > K, spaced_K, place_K)
+        real_N = real_tokens(inputs, num_keep=self.num_keep)
+        kept_K = evenly_spaced(inputs.num_visual, num_keep=self.num_keep)
         index_N = torch.arange(real_N.shape[0], device=real_N.device)
         kept_N = (kept_K[:, None] == index_N[None, :]).to(torch.float32).amax(0)
         return Selection(
@@ -45,3 +42,11 @@ class Uniform(nn.Module):
             scores_N=torch.where(real_N, kept_N, -1.0),
             unsettled=torch.zeros(1, dtype=torch.int32, device=real_N.device),
         )
+
+
+def evenly_spaced(num_visual: Tensor, *, num_keep: int) -> Tensor:
+    """Return evenly spaced indices below ``num_visual`` [1], ascending, int64 [K]; the first K if there are no more."""
+    place_K = torch.arange(num_keep, device=num_visual.device)
+    count = num_visual.reshape(1).to(torch.int64)
+    spaced_K = torch.div((2 * place_K + 1) * count, 2 * num_keep, rounding_mode="trunc")
+    return torch.where(count > num_keep, spaced_K, place_K)

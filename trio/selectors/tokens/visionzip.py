@@ -44,6 +44,7 @@ class VisionZip(nn.Module):
     needs_features = True
     needs_text = False
     needs_clip = False
+    needs_previous = False
 
     def __init__(
         self,

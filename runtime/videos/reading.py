@@ -1,0 +1,277 @@
+"""Reading a video: a file, a folder of frames or frames in memory; only sampled frames are decoded to RGB and kept.
+
+| source                        | frames in all                          | frames per second                       |
+|-------------------------------|----------------------------------------|-----------------------------------------|
+| a file, through PyAV          | packets of its first video stream      | the stream's average rate               |
+| a folder of images            | images in it, in natural order         | ``source_fps``, else not known          |
+| a list of images              | its items                              | ``source_fps``, else not known          |
+
+Frames are counted from the packets, not from the header: Matroska has no count there, and a file that was cut short has a
+wrong one. Frames are upright: a phone's rotation is applied.
+
+Source: read_video_pyav of transformers 5.23, which has the same frames and rate where the header tells the count.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, final
+
+import numpy as np
+from PIL import Image
+
+from trio_edge.runtime.bundle.errors import ImageError
+from trio_edge.runtime.images.reading import MAX_IMAGE_PIXELS, file_of, one_line, open_image, short_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from types import ModuleType
+
+MAX_FRAMES = 4096
+"""Frames above which a sampling is refused: far more than a prompt has room for."""
+MAX_VIDEO_PIXELS = 2**29
+"""Pixels of all sampled frames together, above which a video is refused; they take 1.5 GiB."""
+
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"})
+# Demuxers for single images and for text, and those that open further files or addresses that a file names.
+_NO_VIDEO = re.compile(r"(?:^|,)(?:\w+_pipe|image2|tty|concat|concatf|hls|dash|imf|webvtt|sdp|rtsp)(?:,|$)")
+_HAS_LENGTH = re.compile(r"matroska|mov|avi")  # demuxers whose files name it; for others it is a guess
+_MISSING_AT_END = 0.5
+"""Seconds that a file's content may be shorter than its header says: sound and pictures end at different times."""
+
+
+class Sampling(Protocol):
+    """Chooses frames."""
+
+    def indices(
+        self, total: int, video_fps: float | None, *, fps: float | None, num_frames: int | None
+    ) -> list[int]:
+        """Return the frames to take of ``total``, ascending; one may come twice.
+
+        Raises:
+            ImageError: If the video cannot be sampled like this.
+        """
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Video:
+    """The sampled frames of a video."""
+
+    frames: tuple[Image.Image, ...]
+    """RGB, all of one size."""
+    indices: tuple[int, ...]
+    """Place of each frame in the video, from 0."""
+    total: int
+    """Frames of the video."""
+    fps: float | None
+    """Frames per second of the video; None if not known."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.frames[0].size
+
+
+def open_video(
+    source: str | Path | Sequence[str | Path | bytes | Image.Image],
+    sampling: Sampling,
+    *,
+    fps: float | None = None,
+    num_frames: int | None = None,
+    source_fps: float | None = None,
+) -> Video:
+    """Return the sampled frames of a video.
+
+    Args:
+        source: A video file, a folder of images, or a list of images.
+        sampling: The bundle's.
+        fps: Frames to take per second; without it and ``num_frames``, as the checkpoint wants it.
+        num_frames: Frames to take in all.
+        source_fps: Frames per second of a folder or a list.
+
+    Raises:
+        ImageError: If it is no video, is damaged, cut short, too large, or cannot be sampled like this.
+    """
+    for name, rate in (("fps", fps), ("source_fps", source_fps)):
+        if rate is not None and not 0 < rate < math.inf:
+            raise ImageError(f"{name}: expected frames per second above 0, got {rate}")
+    if num_frames is not None and num_frames < 1:
+        raise ImageError(f"num_frames: expected at least 1, got {num_frames}")
+    if fps is not None and num_frames is not None:
+        raise ImageError(f"video: expected fps or num_frames, got both ({fps} and {num_frames}); give one")
+
+    def chosen(total: int, video_fps: float | None) -> list[int]:
+        indices = sampling.indices(total, video_fps, fps=fps, num_frames=num_frames)
+        if len(indices) > MAX_FRAMES:
+            raise ImageError(
+                f"video: expected at most {MAX_FRAMES} frames, got {len(indices)}; take fewer with fps or num_frames"
+            )
+        return indices
+
+    if not isinstance(source, (str, Path)):
+        if isinstance(source, (bytes, bytearray, Image.Image)):
+            raise ImageError(f"video: expected a path or a list of images, got {type(source).__name__}")
+        return _from_images(list(source), chosen, source_fps, name="video")
+    if Path(source).is_dir():
+        return _from_images(_images_in(Path(source)), chosen, source_fps, name=f"video {short_name(source)}")
+    if source_fps is not None:
+        raise ImageError(f"source_fps: expected none with a video file, which has its own, got {source_fps}")
+    return _from_file(source, chosen)
+
+
+def _from_images(
+    images: Sequence[str | Path | bytes | Image.Image],
+    chosen: Callable[[int, float | None], list[int]],
+    fps: float | None,
+    *,
+    name: str,
+) -> Video:
+    if not images:
+        raise ImageError(f"{name}: expected at least one image, got none")
+    indices = chosen(len(images), fps)
+    frames: dict[int, Image.Image] = {}
+    for index in indices:
+        if index not in frames:
+            frames[index] = open_image(images[index])
+            _check_size(frames[index].size, frames[indices[0]].size, num_frames=len(indices), name=name)
+    return Video(
+        frames=tuple(frames[index] for index in indices), indices=tuple(indices), total=len(images), fps=fps
+    )
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """Return the images of a folder in natural order: 2 before 10."""
+    images = (path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and path.name[0] != ".")
+    return sorted(images, key=lambda path: [_natural(part) for part in re.split(r"(\d+)", path.name)])
+
+
+def _natural(part: str) -> tuple[int, str]:
+    return (int(part), "") if part.isdecimal() else (-1, part)
+
+
+def _check_size(size: tuple[int, int], first: tuple[int, int], *, num_frames: int, name: str) -> None:
+    if size != first:
+        raise ImageError(
+            f"{name}: expected frames of one size, got {first[0]}x{first[1]} and {size[0]}x{size[1]}; scale them alike"
+        )
+    width, height = size
+    if width * height > MAX_IMAGE_PIXELS or num_frames * width * height > MAX_VIDEO_PIXELS:
+        raise ImageError(
+            f"{name}: expected at most {MAX_VIDEO_PIXELS} pixels in all frames, got {num_frames} frames of"
+            f" {width}x{height}; take fewer with fps or num_frames, or scale it down"
+        )
+
+
+def _from_file(source: str | Path, chosen: Callable[[int, float | None], list[int]]) -> Video:
+    path, name = file_of(source, kind="video"), f"video {short_name(source)}"
+    av = import_av()
+    with _only_image_errors(name), _opened(av, path, name=name) as container:
+        total = _count(container, _stream(av, container, name=name).index, name=name)
+    with _only_image_errors(name), _opened(av, path, name=name) as container:
+        stream = _stream(av, container, name=name)
+        rate = stream.average_rate or stream.guessed_rate  # MPEG's transport streams have the second one only
+        fps = float(rate) if rate and rate > 0 else None
+        indices = chosen(total, fps)
+        size = (stream.width, stream.height)
+        _check_size(size, size, num_frames=len(indices), name=name)
+        stream.thread_type = "AUTO"
+        frames = _decoded(container.decode(stream), indices, name=name)
+    return Video(
+        frames=tuple(frames[index] for index in indices), indices=tuple(indices), total=total, fps=fps
+    )
+
+
+def import_av() -> ModuleType:
+    """Return PyAV.
+
+    Raises:
+        ImageError: If it is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ImageError(
+            'video: expected PyAV to be installed, it is not; run pip install "trio-edge[video]"'
+        ) from error
+    module: ModuleType = av
+    return module
+
+
+@contextmanager
+def _only_image_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ImageError:
+        raise
+    except (
+        Exception
+    ) as error:  # besides its own errors PyAV raises IndexError, AttributeError, … on damaged data
+        raise ImageError(
+            f"{name}: expected a readable video, got {one_line(error)}; the file is damaged"
+        ) from error
+
+
+def _opened(av: ModuleType, path: Path, *, name: str) -> Any:
+    """Return the container. Only the file itself is read, whatever addresses it names."""
+    container = av.open(
+        f"file:{path.resolve()}", options={"protocol_whitelist": "file"}, metadata_errors="replace"
+    )
+    if _NO_VIDEO.search(container.format.name):
+        container.close()
+        raise ImageError(
+            f"{name}: expected a video, got {container.format.long_name or container.format.name}; give a video file"
+        )
+    return container
+
+
+def _stream(av: ModuleType, container: Any, *, name: str) -> Any:
+    """Return the first stream of pictures that is no cover of a piece of music."""
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            return stream
+    raise ImageError(f"{name}: expected a video, got a file without moving pictures; give a video file")
+
+
+def _count(container: Any, index: int, *, name: str) -> int:
+    """Return the frames of stream ``index`` without decoding them; raise ImageError if the file was cut short."""
+    count, end = 0, 0.0
+    for packet in container.demux():
+        if packet.size and packet.pts is not None and packet.time_base is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        count += bool(packet.size) and packet.stream_index == index
+    seconds = (
+        container.duration / 1e6 if container.duration and _HAS_LENGTH.search(container.format.name) else 0.0
+    )
+    if not count or end + _MISSING_AT_END < seconds:
+        raise ImageError(
+            f"{name}: expected {seconds:.1f} seconds as its header says, got {end:.1f} with {count} frames; the file is"
+            " cut short or damaged"
+        )
+    return count
+
+
+def _decoded(decoder: Iterator[Any], indices: Sequence[int], *, name: str) -> dict[int, Image.Image]:
+    """Return the wanted frames by index; frames between them are decoded but not kept."""
+    wanted, frames = set(indices), {}
+    for index, frame in enumerate(decoder):
+        if index in wanted:
+            frames[index] = _upright(frame)
+            _check_size(frames[index].size, frames[indices[0]].size, num_frames=len(indices), name=name)
+        if index >= indices[-1]:
+            break
+    if len(frames) < len(wanted):
+        raise ImageError(
+            f"{name}: expected {indices[-1] + 1} frames that can be decoded, got fewer; the file is damaged"
+        )
+    return frames
+
+
+def _upright(frame: Any) -> Image.Image:
+    pixels = frame.to_ndarray(format="rgb24")
+    quarters = round(frame.rotation / 90) % 4  # counterclockwise, as numpy's
+    return Image.fromarray(np.ascontiguousarray(np.rot90(pixels, quarters)) if quarters else pixels)

@@ -1,0 +1,71 @@
+"""EVS: of a pair of frames, the K tokens that changed most since the pair before.
+
+Source: arXiv 2510.14624 (Efficient Video Sampling).
+
+    change(i) = 1 − cos(x_i, y_i)
+
+x are the visual tokens of a pair of frames as the decoder reads them, y those of the pair before, at the same places. The
+largest changes stay.
+
+Where we differ:
+
+- The original keeps one share of all tokens of a video, however many that is for one pair. Here each pair keeps K, so that
+  all shapes are fixed and a stream needs no look ahead.
+- The original keeps the whole first pair. Here it keeps K evenly spaced tokens, as ``uniform``: nothing is known about change,
+  and the lower index, which decides between equals, would keep the top rows alone. Images are such first pairs.
+- A zero row is at distance 1 from every other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trio_edge.trio.selectors.interface import Selection, TokenInputs, best_tokens, check_num_keep
+from trio_edge.trio.selectors.tokens.candidates import given, real_tokens, unit_rows
+from trio_edge.trio.selectors.tokens.uniform import evenly_spaced
+
+
+class Evs(nn.Module):
+    """EVS; no parameters."""
+
+    needs_features = False
+    needs_text = False
+    needs_clip = False
+    needs_previous = True
+
+    def __init__(self, *, num_keep: int) -> None:
+        """Fix K.
+
+        Raises:
+            ScheduleError: If it is below 1.
+        """
+        super().__init__()
+        check_num_keep(num_keep)
+        self.num_keep = num_keep
+
+    def forward(self, inputs: TokenInputs) -> Selection:
+        """Return the selection; scores are changes, 0 to 2, or 1 for the kept tokens of the first pair and 0 for the others."""
+        real_N = real_tokens(inputs, num_keep=self.num_keep)
+        is_later = given(inputs.has_previous, "has_previous").reshape(1) > 0
+        spaced_K = evenly_spaced(inputs.num_visual, num_keep=self.num_keep)
+        change_N = _change(inputs, real_N)
+        score_N = torch.where(is_later, change_N, _marks(spaced_K, real_N).to(change_N.dtype))
+        return Selection(
+            kept_K=best_tokens(score_N, inputs.num_visual, num_keep=self.num_keep),
+            scores_N=torch.where(real_N, score_N.to(torch.float32), -1.0),
+            unsettled=torch.zeros(1, dtype=torch.int32, device=real_N.device),
+        )
+
+
+def _change(inputs: TokenInputs, real_N: Tensor) -> Tensor:
+    """Return 1 − cosine of each token and the one at its place in the pair before, [N], 0 to 2."""
+    unit_ND = unit_rows(inputs.tokens_ND, real_N)
+    before_ND = unit_rows(given(inputs.previous_ND, "previous_ND"), real_N)
+    return (1.0 - (unit_ND * before_ND).sum(-1)).clamp(0.0, 2.0)
+
+
+def _marks(index_K: Tensor, real_N: Tensor) -> Tensor:
+    """Return 1 at the tokens of ``index_K``, 0 elsewhere, float32 [N]."""
+    index_N = torch.arange(real_N.shape[0], device=real_N.device)
+    return (index_K[:, None] == index_N[None, :]).to(torch.float32).amax(0)
