@@ -137,6 +137,11 @@ def _count(option: str) -> Callable[[str], int | float]:
     type=int,
     help="Images of a prompt, each of the largest size; --keep is then a share of the tokens of all. [default: 1]",
 )
+@click.option(
+    "--max-frames",
+    type=int,
+    help="Frames of a video (Qwen-VL): room for half as many images, as two frames are seen together.",
+)
 @click.option("--max-text", type=int, help="Largest prompt in text tokens.")
 @click.option(
     "--text-buckets",

@@ -43,6 +43,8 @@ class ExportOptions:
     LLaVA-OneVision (tiles)."""
     max_images: int = 1
     """Images of a prompt, each of the largest size that is exported for; smaller ones may be more."""
+    max_frames: int | None = None
+    """Frames of a video, in families that take videos: room for half as many images."""
     max_text: int = MAX_TEXT
     """Largest prompt in text tokens."""
     text_buckets: tuple[int, ...] = ()
@@ -73,6 +75,8 @@ class ExportOptions:
             find_device(self.target)
         if not 1 <= self.max_images <= MOST_IMAGES:
             raise ScheduleError(f"--max-images: expected 1..{MOST_IMAGES}, got {self.max_images}")
+        if self.max_frames is not None and not 2 <= self.max_frames <= 2 * MOST_IMAGES:
+            raise ScheduleError(f"--max-frames: expected 2..{2 * MOST_IMAGES}, got {self.max_frames}")
         for name, value, low in (("max-text", self.max_text, 8), ("max-new-tokens", self.max_new_tokens, 1)):
             if not low <= value <= MOST_TOKENS:
                 raise ScheduleError(f"--{name}: expected {low}..{MOST_TOKENS}, got {value}")
@@ -92,6 +96,11 @@ class ExportOptions:
         for width, height in self.image_sizes:
             if not (1 <= width <= 65535 and 1 <= height <= 65535):
                 raise ScheduleError(f"--image-size: expected sides of 1..65535 pixels, got {width}x{height}")
+
+    @property
+    def num_units(self) -> int:
+        """Most runs of the vision graph for a prompt: images, or pairs of a video's frames."""
+        return max(self.max_images, -(-(self.max_frames or 0) // 2))
 
     def _check_selection(self) -> None:
         """Raise ScheduleError unless the options of the selection before the decoder fit together."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +16,7 @@ from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, canonical_na
 from trio_edge.export.checkpoints.generation import read_generation
 from trio_edge.export.checkpoints.text_files import read_text_files
 from trio_edge.export.families import check_architecture, family_of
+from trio_edge.export.families.base import VideoFamily
 from trio_edge.export.families.clip import build_clip, read_clip, with_patches
 from trio_edge.export.families.decoder_config import check_positions
 from trio_edge.export.graphs.layout import Layout, vision_profiles
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Schedule
     from trio_edge.runtime.images.interface import ImageProcessing
+    from trio_edge.runtime.videos.interface import VideoProcessing
     from trio_edge.trio.selectors.interface import TokenSelector
 
 
@@ -72,6 +74,8 @@ class ResolvedOptions:
     """The options as numbers of this checkpoint: no share, no "auto"."""
 
     processing: ImageProcessing
+    video_processing: dict[str, Any] | None
+    """The constants for videos; None where the model takes none."""
     images: ImageProfiles
     image_tokens: int
     """Visual tokens of the image before any reduction."""
@@ -128,7 +132,8 @@ def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
     """
     checkpoint, family = source.checkpoint, source.family
     processing = family.image_processing(checkpoint, encoder_keep=None, max_visual=options.max_visual)
-    profiles = _image_profiles(processing, options)
+    videos = _video_processing(source, processing, options)
+    profiles = _image_profiles(processing, videos, options)
     image_tokens = profiles.largest["N"]
     if options.encoder_keep is not None:
         processing = family.image_processing(
@@ -136,9 +141,11 @@ def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
             encoder_keep=_encoder_keep(options.encoder_keep, profiles.largest),
             max_visual=options.max_visual,
         )
-        profiles = _image_profiles(processing, options)
+        videos = _video_processing(source, processing, options)
+        profiles = _image_profiles(processing, videos, options)
     return ResolvedOptions(
         processing=processing,
+        video_processing=None if videos is None else videos.sampling.to_dict(),
         images=profiles,
         image_tokens=image_tokens,
         token_keep=_token_keep(options, num_visual=profiles.largest["N"]),
@@ -150,6 +157,20 @@ def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
         ),
         generation=read_generation(checkpoint),
     )
+
+
+def _video_processing(
+    source: ExportSource, processing: ImageProcessing, options: ExportOptions
+) -> VideoProcessing | None:
+    """Return the processing of videos, where the model takes them."""
+    if isinstance(source.family, VideoFamily):
+        return source.family.video_processing(source.checkpoint, processing)
+    if options.max_frames is not None:
+        raise ScheduleError(
+            f"--max-frames: expected a model that takes videos, got {source.family.model_type}; give frames as images"
+            " (--max-images)"
+        )
+    return None
 
 
 @contextmanager
@@ -210,19 +231,31 @@ def build(
     )
 
 
-def _image_profiles(processing: ImageProcessing, options: ExportOptions) -> ImageProfiles:
+def _image_profiles(
+    processing: ImageProcessing, videos: VideoProcessing | None, options: ExportOptions
+) -> ImageProfiles:
     sizes, largest = _sizes(processing, options)
-    if options.max_images == 1:
+    if options.num_units == 1:
         return ImageProfiles(sizes=sizes, largest=largest)
-    of_several = processing.of_several()
-    others, several = (sizes, largest) if of_several == processing else _sizes(of_several, options)
-    one_has_most = largest["N"] >= options.max_images * several["N"]
+    others, several = sizes, largest
+    if (of_several := processing.of_several()) != processing and options.max_images > 1:
+        others, several = _sizes(of_several, options)
+    units = _unit_sizes(videos, options)
+    most_of_several = max((several, *units), key=lambda found: found["N"])
+    one_has_most = largest["N"] >= options.num_units * most_of_several["N"]
     return ImageProfiles(
-        sizes=sizes if others is sizes else (*others, *sizes),
-        largest=largest if one_has_most else several,
-        num_images=1 if one_has_most else options.max_images,
-        most_of_several=several["N"],
+        sizes=(*units, *(() if others is sizes else others), *sizes),
+        largest=largest if one_has_most else most_of_several,
+        num_images=1 if one_has_most else options.num_units,
+        most_of_several=most_of_several["N"],
     )
+
+
+def _unit_sizes(videos: VideoProcessing | None, options: ExportOptions) -> list[dict[str, int]]:
+    """Return the sizes of a pair of frames of each image size, in a video with as many frames as there are room for."""
+    if videos is None or options.max_frames is None:
+        return []
+    return [videos.sizes(options.max_frames, width, height) for width, height in options.image_sizes]
 
 
 def _sizes(
@@ -343,7 +376,7 @@ def _layout(
             resolved.images.sizes,
             schedule=schedule,
             token_keep=resolved.token_keep,
-            max_images=options.max_images,
+            max_images=options.num_units,
         ),
         schedule=schedule,
         token_keep=resolved.token_keep,
@@ -352,6 +385,6 @@ def _layout(
         dtype=resolved.dtype,
         opset=options.opset,
         clip_texts=() if source.clip is None else source.clip.num_texts(options.max_text),
-        max_images=options.max_images,
+        max_images=options.num_units,
         most_of_several=resolved.images.most_of_several,
     )

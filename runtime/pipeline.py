@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
 import numpy as np
 
@@ -32,8 +32,8 @@ from trio_edge.runtime.prompts.positions import (
     mrope_positions,
     plain_positions,
 )
-from trio_edge.runtime.prompts.question import check_messages, images_of, last_question, prompt_ids
-from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, PromptIds, Tokenizer
+from trio_edge.runtime.prompts.question import check_messages, last_question, prompt_ids, visual_parts
+from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, Inset, PromptIds, Tokenizer
 from trio_edge.runtime.sampling import (
     AnswerRules,
     Sampler,
@@ -42,10 +42,12 @@ from trio_edge.runtime.sampling import (
     make_sampler,
     with_overrides,
 )
+from trio_edge.runtime.videos.interface import video_processing
+from trio_edge.runtime.videos.reading import open_video
 from trio_edge.runtime.vision import Vision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -142,6 +144,26 @@ class Generation:
         return "".join(self._pieces)
 
 
+class _Shown(NamedTuple):
+    """An image, or a video, of a prompt."""
+
+    images: tuple[Image.Image, ...]
+    """As read; of a video the first of each pair of frames."""
+    prepared: list[PreparedImage]
+    """As many."""
+    is_video: bool
+
+    @property
+    def inset(self) -> Inset:
+        """What the prompt says in its place: the texts around all runs of visual tokens, one after the other."""
+        first, *rest = (image.layout.text for image in self.prepared)
+        text = list(first)
+        for start, *others in rest:
+            text[-1] += start
+            text += others
+        return Inset(text, self.is_video)
+
+
 @final
 class Pipeline:
     """An opened bundle with all its graphs loaded. One answer at a time."""
@@ -156,6 +178,11 @@ class Pipeline:
         self.manifest: Manifest = manifest
         self.backend_name = backend.name
         self.images = image_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
+        self._videos = (
+            None
+            if manifest.video_processing is None
+            else video_processing(manifest.video_processing, images=self.images)
+        )
         self._tokenizer = Tokenizer.from_file(bundle.path(manifest.text.tokenizer))
         self._template = bundle.read_text(manifest.text.chat_template)
         self._embedding = EmbeddingTable(bundle)
@@ -213,16 +240,24 @@ class Pipeline:
         image: ImageSource | Sequence[ImageSource] | None,
         prompt: str,
         *,
+        video: str | Path | Sequence[ImageSource] | None = None,
+        fps: float | None = None,
+        num_frames: int | None = None,
+        source_fps: float | None = None,
         history: Sequence[tuple[str, str]] = (),
         system: str | None = None,
         **settings: Any,
     ) -> Generation:
-        """Return the answer to ``prompt`` about an image, or several, to be streamed.
+        """Return the answer to ``prompt`` about an image, several, or a video, to be streamed.
 
         Args:
             image: A path, the bytes of a file or a PIL image; a list of them; or None for text only.
             prompt: The user's question.
-            history: Earlier (question, answer) turns; the images stand before the first question.
+            video: A file, a folder of frames or a list of images; it stands after the images.
+            fps: Frames to take of the video per second; without it and ``num_frames``, as the checkpoint wants it.
+            num_frames: Frames to take of it in all.
+            source_fps: Frames per second of a folder or list.
+            history: Earlier (question, answer) turns; what is shown stands before the first question.
             system: System prompt, where the chat template knows one.
             settings: The keyword arguments of ``chat``.
 
@@ -235,7 +270,10 @@ class Pipeline:
             images: Sequence[ImageSource] = ()
         else:
             images = list(image) if isinstance(image, (list, tuple)) else [cast("ImageSource", image)]
-        return self.chat(build_messages(prompt, images=images, history=history, system=system), **settings)
+        sampling = {"fps": fps, "num_frames": num_frames, "source_fps": source_fps}
+        videos = [] if video is None else [{"video": video, **sampling}]
+        messages = build_messages(prompt, images=images, videos=videos, history=history, system=system)
+        return self.chat(messages, **settings)
 
     def chat(
         self,
@@ -255,8 +293,9 @@ class Pipeline:
 
         Args:
             messages: Turns as ``{"role": "user", "content": …}``. A content is text, or a list of parts in the order in which
-                the model reads them: ``{"type": "text", "text": …}`` and ``{"type": "image", "image": …}`` with a path, the
-                bytes of a file or a PIL image.
+                the model reads them: ``{"type": "text", "text": …}``, ``{"type": "image", "image": …}`` with a path, the
+                bytes of a file or a PIL image, and ``{"type": "video", "video": …}`` with a file, a folder of frames or a list
+                of images, and with "fps", "num_frames" and "source_fps" if wanted.
             max_new_tokens: At most this many; None means all that the bundle has room for.
             temperature: 0 is greedy; None, here and below, means what the checkpoint wants (``manifest.generation``).
             top_p: Smallest set of tokens with this probability is sampled from.
@@ -290,13 +329,12 @@ class Pipeline:
             },
         )
         sampler = self._sampler(temperature, top_p, top_k, seed)
-        images = tuple(open_image(image) for image in images_of(messages))
-        processing = self.images if len(images) == 1 else self.images.of_several()
-        ids = self._encode(messages, [processing.layout(*image.size).text for image in images])
+        shown = self._open(messages)
+        ids = self._encode(messages, [part.inset for part in shown])
         self._check_text(ids)
-        question = last_question(messages)
-        prepared = [self._vision.prepare(image, question, images=processing) for image in images]
+        prepared = [image for part in shown for image in part.prepared]
         self._vision.check_room(prepared)
+        images = tuple(image for part in shown for image in part.images)
         chooser = TokenChooser(sampler, self._rules(rules, ids, prepared, limit) if rules.are_rules else None)
         prepare_ms = 1e3 * (time.perf_counter() - start)
 
@@ -348,9 +386,7 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _encode(
-        self, messages: Sequence[Message], insets: Sequence[Sequence[str]] | None = None
-    ) -> PromptIds:
+    def _encode(self, messages: Sequence[Message], insets: Sequence[Inset] | None = None) -> PromptIds:
         return prompt_ids(
             messages,
             tokenizer=self._tokenizer,
@@ -358,6 +394,32 @@ class Pipeline:
             text=self.manifest.text,
             insets=insets,
         )
+
+    def _open(self, messages: Sequence[Message]) -> list[_Shown]:
+        """Return the images and videos of a conversation, read and prepared."""
+        parts, question = visual_parts(messages), last_question(messages)
+        num_images = sum(part["type"] == "image" for part in parts)
+        images = self.images if num_images == 1 else self.images.of_several()
+        shown = []
+        for part in parts:
+            if part["type"] == "video":
+                shown.append(self._open_video(part, question))
+                continue
+            image = open_image(part["image"])
+            prepared = self._vision.prepare(image, question, images=images)
+            shown.append(_Shown((image,), [prepared], is_video=False))
+        return shown
+
+    def _open_video(self, part: Mapping[str, Any], question: str) -> _Shown:
+        if self._videos is None:
+            raise ShapeError(
+                f"video: expected a model that takes videos (Qwen2.5-VL, Qwen3-VL), got {self.manifest.family}; give its"
+                " frames as images"
+            )
+        settings = {name: part.get(name) for name in ("fps", "num_frames", "source_fps")}
+        video = open_video(part["video"], self._videos.sampling, **settings)
+        prepared = self._vision.prepare_video(video, question, videos=self._videos)
+        return _Shown(video.frames[::2], prepared, is_video=True)
 
     def _sampler(
         self, temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None
@@ -377,7 +439,7 @@ class Pipeline:
     ) -> AnswerRules:
         text = self.manifest.text
         run_lengths = [length for image in prepared for length in image.layout.run_lengths]
-        prompt = ids.all_ids(run_lengths, image_token_id=text.image_token_id).tolist()
+        prompt = ids.all_ids(run_lengths).tolist()
         return AnswerRules(settings, prompt_ids=prompt, stop_ids=text.stop_token_ids, limit=limit)
 
     def _check_text(self, ids: PromptIds) -> None:

@@ -6,6 +6,7 @@ except where the host must know what was kept before it can go on: see ``Vision.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
@@ -27,7 +28,7 @@ from trio_edge.runtime.devices.interface import DeviceTensor, find_profile
 from trio_edge.runtime.devices.timeline import Timeline
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
     from PIL import Image
@@ -37,23 +38,29 @@ if TYPE_CHECKING:
     from trio_edge.runtime.images.interface import ImageProcessing
     from trio_edge.runtime.images.layout import ImageLayout
     from trio_edge.runtime.prompts.clip_text import ClipTexts
+    from trio_edge.runtime.videos.interface import VideoProcessing
+    from trio_edge.runtime.videos.reading import Video
 
 
 class PreparedImage(NamedTuple):
-    """An image as the vision graph takes it, and its question as the selection after it reads it."""
+    """An image, or a pair of a video's frames, as the vision graph takes it, and its question for the selection after it."""
 
-    processing: ImageProcessing
     layout: ImageLayout
-    inputs: dict[str, NDArray[Any]]
-    """Inputs of the vision graph, padded to ``profile``."""
     profile: Profile
-    """Profile of the vision graph; its N is the number of visual rows."""
+    """Profile of the vision graph that has room for it."""
+    make_inputs: Callable[[Mapping[str, int]], dict[str, NDArray[Any]]]
+    """Returns the inputs of the vision graph, padded to the sizes of a profile."""
     clip_texts: tuple[NDArray[np.int32], NDArray[np.int32]] | None
     """Ids and marks of the question as CLIP's texts, where a selection reads them."""
     key: bytes = b""
     """The same for the same pixels; empty where no image is kept."""
-    image: Image.Image | None = None
-    """Of one that was kept: ``inputs`` are empty, and are made of it if it has made room in the meantime."""
+    has_previous: bool = False
+    """Whether it is a pair of frames that comes after another of the same video."""
+
+    @property
+    def inputs(self) -> dict[str, NDArray[Any]]:
+        """Inputs of the vision graph, padded to ``profile``; made when they are asked for."""
+        return self.make_inputs(self.profile.sizes)
 
 
 class VisualInput(NamedTuple):
@@ -113,9 +120,7 @@ class Vision:
         """Of each image of the last prompt its layout before any selection, and ``_kept``."""
         self._collection: list[DeviceTensor] = []
         """Tokens and planes of several images, one after the other; allocated when there are several."""
-        self._seen: SeenImages[PreparedImage] = SeenImages(
-            self._buffers.graphs["vision"], graphs.device, count=keep_images
-        )
+        self._seen = SeenImages(self._buffers.graphs["vision"], graphs.device, count=keep_images)
 
     @property
     def graph_ms(self) -> dict[str, float]:
@@ -129,7 +134,7 @@ class Vision:
     def prepare(
         self, image: Image.Image, question: str, *, images: ImageProcessing | None = None
     ) -> PreparedImage:
-        """Return what the graphs before the decoder read, padded to the first profile that has room for it.
+        """Return what the graphs before the decoder read of an image.
 
         Args:
             image: As ``open_image`` returns it.
@@ -140,19 +145,46 @@ class Vision:
             ImageError: If the image cannot be processed.
             ShapeError: If no profile has room for the image, or the bundle has none for the question.
         """
-        texts = None if self._clip_texts is None else self._clip_texts.arrays(question)
         images = self._images if images is None else images
-        key = self._seen.key_of(image, images)
-        if (seen := self._seen.get(key)) is not None:
-            return seen._replace(clip_texts=texts, image=image)
-        layout = images.layout(*image.size)
+        return PreparedImage(
+            layout := images.layout(*image.size),
+            self._profile_of(layout),
+            partial(images.prepare, image),
+            clip_texts=self._texts(question),
+            key=self._seen.key_of(image, images),
+        )
+
+    def prepare_video(self, video: Video, question: str, *, videos: VideoProcessing) -> list[PreparedImage]:
+        """Return what the graphs before the decoder read of each pair of frames; errors are those of ``prepare``.
+
+        Args:
+            video: As ``open_video`` returns it.
+            question: For a selection that compares it with the frames.
+            videos: The bundle's video processing.
+        """
+        texts = self._texts(question)
+        return [
+            PreparedImage(
+                layout,
+                self._profile_of(layout),
+                partial(videos.prepare, video, unit),
+                clip_texts=texts,
+                has_previous=unit > 0,
+            )
+            for unit, layout in enumerate(videos.layouts(video))
+        ]
+
+    def _texts(self, question: str) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
+        return None if self._clip_texts is None else self._clip_texts.arrays(question)
+
+    def _profile_of(self, layout: ImageLayout) -> Profile:
+        """Return the first profile of the vision graph that has room for an image."""
         for profile in self._buffers.graphs["vision"].profiles:
             if all(profile.sizes[name] >= size for name, size in layout.sizes.items()):
-                inputs = images.prepare(image, profile.sizes)
-                return PreparedImage(images, layout, inputs, profile, clip_texts=texts, key=key)
+                return profile
         raise ShapeError(
             f"image: expected at most {self._manifest.max_visual} visual tokens in the exported shapes, got"
-            f" {layout.num_visual} for {image.width}x{image.height} pixels; export for this size, or without"
+            f" {layout.num_visual} for {layout.width}x{layout.height} pixels; export for this size, or without"
             " --only-image-sizes"
         )
 
@@ -224,14 +256,12 @@ class Vision:
         manifest, num_visual = self._manifest, prepared.layout.num_visual
         has_mrope, keep = manifest.position_axes == 3, manifest.token_keep
         must_know = has_mrope or len(prepared.layout.runs) > 1
+        if prepared.has_previous:
+            self._keep_previous(prepared)
         was_kept = self._bring_back(prepared)
         if not was_kept:
-            inputs, image = prepared.inputs, prepared.image
-            if image is not None:
-                inputs = prepared.processing.prepare(image, prepared.profile.sizes)
-            self.run_vision(inputs, prepared.profile)
-            kept_as = prepared._replace(inputs={}, clip_texts=None, image=None)
-            self._seen.keep(prepared.key, kept_as, self._device, self._vision_outputs(prepared.profile))
+            self.run_vision(prepared.inputs, prepared.profile)
+            self._seen.keep(prepared.key, self._device, self._vision_outputs(prepared.profile))
         outputs = [tensor.rows(0, num_visual) for tensor in self._vision_tokens(prepared.profile)]
         if manifest.encoder_keep is not None and (must_know or keep is not None):
             self._device.synchronize()
@@ -242,6 +272,14 @@ class Vision:
                 self._device.synchronize()
         self._layouts.append((prepared.layout, self._kept))
         return outputs, was_kept
+
+    def _keep_previous(self, prepared: PreparedImage) -> None:
+        """Enqueue the copy of the last frames' tokens to where a selection that compares them with the next ones reads them."""
+        spec = self._buffers.graphs.get("reduce")
+        if spec is not None and PREVIOUS_TOKENS in spec.input_names:
+            profile = find_profile(spec, {"N": prepared.profile.sizes["N"]})
+            tokens, *_ = self._vision_tokens(prepared.profile)
+            copy_tensor(self._device, self._buffers.tensors(spec, profile)[PREVIOUS_TOKENS], tokens)
 
     def _collected(self, outputs: Sequence[DeviceTensor], *, first: int) -> list[DeviceTensor]:
         """Enqueue the copies of an image's tokens and planes to where those of all images lie, from row ``first`` on."""
@@ -338,9 +376,12 @@ class Vision:
             text = np.zeros((text_bucket, self._manifest.dimensions.hidden_size), self._manifest.dtype)
             text[: len(after)] = after
             inputs |= {"text_embeds": text, "num_text": np.array([len(after)], np.int32)}
-        if PREVIOUS_TOKENS in self._buffers.graphs["reduce"].input_names:  # an image has no frames before it
-            previous = np.zeros((rows, self._manifest.dimensions.hidden_size), self._manifest.dtype)
-            inputs |= {PREVIOUS_TOKENS: previous, HAS_PREVIOUS: np.zeros(1, np.int32)}
+        if PREVIOUS_TOKENS in self._buffers.graphs["reduce"].input_names:
+            inputs[HAS_PREVIOUS] = np.array([prepared.has_previous], np.int32)
+            if not prepared.has_previous:  # the graph reads them all the same
+                inputs[PREVIOUS_TOKENS] = np.zeros(
+                    (rows, self._manifest.dimensions.hidden_size), self._manifest.dtype
+                )
         return inputs, {"N": rows, "T": text_bucket}
 
     # The graphs one by one

@@ -23,10 +23,19 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.pipeline import Pipeline
 
-MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+MARKS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 WORDS = ("<unk>", "system", "user", "assistant", *(f"w{index}" for index in range(84)))
 VOCABULARY = (*WORDS, *MARKS)
 IMAGE_ID, END_ID = VOCABULARY.index("<|image_pad|>"), VOCABULARY.index("<|im_end|>")
+VIDEO_ID = VOCABULARY.index("<|video_pad|>")
 PIXELS = {"min_pixels": 4 * 28 * 28, "max_pixels": 30 * 28 * 28}
 CAMERA = (150, 100)
 REDUCED = Schedule(
@@ -56,6 +65,7 @@ def save_qwen_checkpoint(
             "window_size": 56, "fullatt_block_indexes": [1, 3], "initializer_range": 0.2,
         },
         image_token_id=IMAGE_ID,
+        video_token_id=VIDEO_ID,
         vision_start_token_id=VOCABULARY.index("<|vision_start|>"),
         vision_end_token_id=VOCABULARY.index("<|vision_end|>"),
         tie_word_embeddings=tie,
@@ -87,6 +97,7 @@ def save_qwen3_vl_checkpoint(
             "num_position_embeddings": 25, "deepstack_visual_indexes": [0, 1, 3], "initializer_range": 0.2, **vision,
         },
         image_token_id=IMAGE_ID,
+        video_token_id=VIDEO_ID,
         vision_start_token_id=VOCABULARY.index("<|vision_start|>"),
         vision_end_token_id=VOCABULARY.index("<|vision_end|>"),
         tie_word_embeddings=tie,

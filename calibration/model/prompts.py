@@ -13,6 +13,7 @@ from trio_edge.runtime.images.reading import open_image
 from trio_edge.runtime.prompts.chat import build_messages
 from trio_edge.runtime.prompts.positions import RunPositions, mrope_positions, plain_positions
 from trio_edge.runtime.prompts.question import prompt_ids
+from trio_edge.runtime.prompts.tokenizer import Inset
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -92,7 +93,7 @@ def make_prompt(model: TorchModel, question: Question) -> SamplePrompt:
     visual_ND, *planes_ND = (rows[: sizes["N"]].to(model.dtype) for rows in outputs)
     layout = model.images.layout(*image.size)
     rows_N = torch.from_numpy(ids.visual_rows(layout.run_lengths).astype(np.int64)).to(model.device)
-    all_ids = ids.all_ids(layout.run_lengths, image_token_id=model.text.image_token_id).astype(np.int64)
+    all_ids = ids.all_ids(layout.run_lengths).astype(np.int64)
     embeds_SD = model.embedding_VD[torch.from_numpy(all_ids)].index_copy(0, rows_N, visual_ND)
     positions = _positions(model, ids, layout)
     return SamplePrompt(
@@ -112,7 +113,7 @@ def _read(model: TorchModel, question: Question) -> tuple[Image.Image, PromptIds
             tokenizer=model.tokenizer,
             template=model.template,
             text=model.text,
-            insets=[model.images.layout(*image.size).text],
+            insets=[Inset(model.images.layout(*image.size).text)],
         )
     except (ImageError, ShapeError) as error:
         raise DataError(f"{question.where}: {error}") from None

@@ -73,6 +73,7 @@ def read_text_files(
         bos_token=tokenizer.bos_token or "",
         eos_token=tokenizer.eos_token or "",
         stop_token_ids=_stop_token_ids(checkpoint, tokenizer),
+        **_video_token(checkpoint, backend),
     )
     template = _with_special_tokens(_chat_template(checkpoint) or default_template, tokenizer)
     if any(image_marks):
@@ -88,6 +89,13 @@ def _with_marks(template: str, image_token: str, marks: tuple[str, str], checkpo
             " one without; use the template of the checkpoint's newest revision"
         )
     return template.replace(image_token, f"{marks[0]}{image_token}{marks[1]}")
+
+
+def _video_token(checkpoint: Checkpoint, backend: Any) -> dict[str, Any]:
+    """Return text and id of the token that stands for a video, where the configuration names one of the tokenizer's."""
+    token_id = checkpoint.config.get("video_token_id")
+    token = backend.id_to_token(token_id) if isinstance(token_id, int) else None
+    return {} if token is None else {"video_token": token, "video_token_id": token_id}
 
 
 def _check_vocabulary(checkpoint: Checkpoint, backend: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.methods import TOKEN_METHODS
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import FloatType, TensorSpec, VisionDimensions
     from trio_edge.runtime.bundle.schedule import Positions
     from trio_edge.runtime.images.interface import ImageProcessing
+    from trio_edge.runtime.videos.interface import VideoProcessing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +120,22 @@ class Family(Protocol):
         Raises:
             CheckpointError: If the checkpoint's processor cannot be followed.
             ScheduleError: If an option does not fit the family.
+        """
+
+
+@runtime_checkable
+class VideoFamily(Family, Protocol):
+    """A family whose models take videos, too."""
+
+    def video_processing(self, checkpoint: Checkpoint, processing: ImageProcessing) -> VideoProcessing:
+        """Return the processing of videos.
+
+        Args:
+            checkpoint: With its video processor's configuration.
+            processing: That of images.
+
+        Raises:
+            CheckpointError: If the checkpoint's processor cannot be followed.
         """
 
 

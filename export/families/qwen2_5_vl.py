@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_features
-from trio_edge.export.families.config_files import read_image_processor
+from trio_edge.export.families.config_files import read_image_processor, read_video_processor
 from trio_edge.export.families.decoder import family_model, read_config
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision.windowed import (
@@ -27,15 +27,17 @@ from trio_edge.export.graphs.vision.windowed import (
 from trio_edge.runtime.bundle.errors import CheckpointError, ManifestError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import KEPT_TOKENS
 from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
+from trio_edge.runtime.images.patches import PatchImages
 from trio_edge.runtime.images.qwen import QwenImages
 from trio_edge.runtime.prompts.chat import QWEN2_5_VL_TEMPLATE
+from trio_edge.runtime.videos.interface import VideoProcessing, video_processing
+from trio_edge.runtime.videos.qwen import Qwen3Videos, Qwen25Videos
 
 if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Positions
     from trio_edge.runtime.images.interface import ImageProcessing
-    from trio_edge.runtime.images.patches import PatchImages
 
     _Images = TypeVar("_Images", bound=PatchImages)
 
@@ -102,6 +104,35 @@ class Qwen25Vl:
             most = processing.any_image_sizes()[-1]["N"]
             check_windowed_keep(encoder_keep, max_visual=most, vision_config=vision)
         return msgspec.structs.replace(processing, encoder_keep=encoder_keep)
+
+    def video_processing(self, checkpoint: Checkpoint, processing: ImageProcessing) -> VideoProcessing:
+        """Return sampling and scaling; documented in ``VideoFamily``."""
+        vision = read_config(checkpoint).vision_config
+        return patch_videos(
+            Qwen25Videos, checkpoint, processing, tokens_per_second=float(vision.tokens_per_second)
+        )
+
+
+def patch_videos(
+    kind: type[Qwen25Videos | Qwen3Videos],
+    checkpoint: Checkpoint,
+    processing: ImageProcessing,
+    **tower: float,
+) -> VideoProcessing:
+    """Return the video processing of ``checkpoint``.
+
+    Args:
+        kind: The family's class.
+        checkpoint: With its video processor's configuration.
+        processing: That of images.
+        tower: Fields of ``kind`` that the file does not hold.
+
+    Raises:
+        CheckpointError: If the processor cannot be followed.
+    """
+    assert isinstance(processing, PatchImages)  # as the families' image_processing makes it
+    values = kind.from_preprocessor_config(read_video_processor(checkpoint), images=processing, **tower)
+    return video_processing(values.to_dict(), images=processing)
 
 
 def patch_images(

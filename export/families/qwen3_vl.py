@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_encoder_keep, refuse_features
 from trio_edge.export.families.decoder import family_model, read_config
-from trio_edge.export.families.qwen2_5_vl import patch_images
+from trio_edge.export.families.qwen2_5_vl import patch_images, patch_videos
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision.deepstack import (
     INV_FREQ_NAME,
@@ -27,12 +27,14 @@ from trio_edge.runtime.bundle.graph_io import DEEPSTACK_TOKENS, token_planes
 from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
 from trio_edge.runtime.images.qwen import Qwen3Images
 from trio_edge.runtime.prompts.chat import QWEN3_VL_TEMPLATE
+from trio_edge.runtime.videos.qwen import Qwen3Videos
 
 if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Positions
     from trio_edge.runtime.images.interface import ImageProcessing
+    from trio_edge.runtime.videos.interface import VideoProcessing
 
 
 @final
@@ -93,6 +95,10 @@ class Qwen3Vl:
         # transformers takes the largest square table
         side = math.isqrt(vision.num_position_embeddings)
         return patch_images(Qwen3Images, checkpoint, vision, max_visual=max_visual, table_size=side)
+
+    def video_processing(self, checkpoint: Checkpoint, processing: ImageProcessing) -> VideoProcessing:
+        """Return sampling, scaling and timestamps; documented in ``VideoFamily``."""
+        return patch_videos(Qwen3Videos, checkpoint, processing)
 
 
 def _vision_graph(

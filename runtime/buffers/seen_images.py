@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar, final
+from typing import TYPE_CHECKING, final
 
 from trio_edge.runtime.buffers.blocks import allocate_tensor, copy_tensor
 from trio_edge.runtime.devices.interface import largest_shape
@@ -18,18 +17,9 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import GraphSpec
     from trio_edge.runtime.devices.interface import Allocator, Device, DeviceTensor
 
-_Image = TypeVar("_Image")
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen(Generic[_Image]):
-    image: _Image
-    slot: dict[str, DeviceTensor]
-    """The graph's outputs by name, with room for the largest profile."""
-
 
 @final
-class SeenImages(Generic[_Image]):
+class SeenImages:
     """The ``count`` images that were asked about last, by their pixels; a new one takes the place of the oldest."""
 
     def __init__(self, spec: GraphSpec, allocator: Allocator, *, count: int) -> None:
@@ -44,7 +34,8 @@ class SeenImages(Generic[_Image]):
             for _ in range(count)
         ]
         self._count = count
-        self._seen: OrderedDict[bytes, _Seen[_Image]] = OrderedDict()
+        self._seen: OrderedDict[bytes, dict[str, DeviceTensor]] = OrderedDict()
+        """By key the graph's outputs by name, with room for the largest profile."""
 
     def key_of(self, image: Image.Image, processing: object) -> bytes:
         """Return what is the same for the same pixels and the same processing; nothing if no image is kept."""
@@ -54,25 +45,20 @@ class SeenImages(Generic[_Image]):
         digest.update(image.tobytes())
         return digest.digest()
 
-    def get(self, key: bytes) -> _Image | None:
-        """Return what ``keep`` was given for an image; None if it is not kept."""
-        return self._seen[key].image if key in self._seen else None
-
     def bring_back(self, key: bytes, device: Device, outputs: Mapping[str, DeviceTensor]) -> bool:
         """Enqueue the copies of a kept image's outputs to where the graph writes them; False if it is not kept."""
         if key not in self._seen:
             return False
         self._seen.move_to_end(key)
-        slot = self._seen[key].slot
         for name, target in outputs.items():
-            copy_tensor(device, target, slot[name].rows(0, target.shape[0]))
+            copy_tensor(device, target, self._seen[key][name].rows(0, target.shape[0]))
         return True
 
-    def keep(self, key: bytes, image: _Image, device: Device, outputs: Mapping[str, DeviceTensor]) -> None:
-        """Enqueue the copies of what the graph has just written for an image, and keep ``image`` with them."""
+    def keep(self, key: bytes, device: Device, outputs: Mapping[str, DeviceTensor]) -> None:
+        """Enqueue the copies of what the graph has just written for an image; one without a key is not kept."""
         if not key:
             return
-        slot = self._free.pop() if self._free else self._seen.popitem(last=False)[1].slot
+        slot = self._free.pop() if self._free else self._seen.popitem(last=False)[1]
         for name, source in outputs.items():
             copy_tensor(device, slot[name], source)
-        self._seen[key] = _Seen(image, slot)
+        self._seen[key] = slot

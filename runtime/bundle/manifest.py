@@ -226,6 +226,9 @@ class TextSpec(_Spec, frozen=True):
     bos_token: str
     eos_token: str
     stop_token_ids: tuple[int, ...]
+    video_token: str | None = None
+    """Stands for a video in the chat template; None where the model takes none, as ``video_token_id``."""
+    video_token_id: int | None = None
 
 
 class ClipTextSpec(_Spec, frozen=True):
@@ -295,7 +298,7 @@ class Manifest(_Spec, frozen=True):
     text: TextSpec
     image_processing: dict[str, Any]
     max_images: int
-    """Images of a prompt, of the largest size that was exported for."""
+    """Images of a prompt, or pairs of a video's frames, of the largest size that was exported for."""
     encoder_keep: int | None
     """Patches per tile, or visual tokens of the image, that the vision graph keeps; None for all."""
     token_method: str | None
@@ -322,6 +325,8 @@ class Manifest(_Spec, frozen=True):
     """Set where the reduce graph compares the question in CLIP's space; its text tower is a graph then."""
     generation: GenerationSettings = GenerationSettings()
     """How the checkpoint wants answers to be made, where the user says nothing else."""
+    video_processing: dict[str, Any] | None = None
+    """None where the bundle takes no videos."""
     num_deepstack: int = 0
     """Decoder layers, from the first on, whose outputs get features of inner vision layers added (DeepStack)."""
 

@@ -28,6 +28,14 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Image to ask about; may be repeated, none for text only.",
 )
+@click.option(
+    "--video",
+    type=click.Path(path_type=Path),
+    help="Video file, or folder of frames, to ask about (Qwen-VL).",
+)
+@click.option("--fps", type=float, help="Frames to take of the video per second. [default: the checkpoint's]")
+@click.option("--num-frames", type=int, help="Frames to take of the video in all; instead of --fps.")
+@click.option("--source-fps", type=float, help="Frames per second of a folder of frames.")
 @click.option("--prompt", required=True, help="The question.")
 @click.option("--system", help="System prompt.")
 @backend_options()
@@ -63,12 +71,12 @@ def command(
     compare_full: Path | None,
     **settings: Any,
 ) -> int:
-    """Answer a question about images with BUNDLE."""
+    """Answer a question about images or a video with BUNDLE."""
     from trio_edge.runtime.pipeline import Pipeline  # slow to import, and --help needs none of it
 
     if show_kept is not None:
-        if not images:
-            raise click.UsageError("--show-kept: expected --image as well, got none; name the image")
+        if not images and settings["video"] is None:
+            raise click.UsageError("--show-kept: expected --image or --video as well, got none; name one")
         _check_drawing_target(show_kept)
     loading: dict[str, Any] = {"backend": backend, "threads": threads, "cpu_accuracy": cpu_accuracy}
     with Pipeline.from_bundle(bundle, **loading) as pipeline:
@@ -81,7 +89,7 @@ def command(
             print(f"trio-run: {note}", file=sys.stderr)
         if show_kept is not None:
             _draw(pipeline, answer, show_kept)
-        if images:
+        if answer.images:
             print(_tokens_line(answer))
     if compare_full is not None:
         with Pipeline.from_bundle(compare_full, **loading) as full:

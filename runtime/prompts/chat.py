@@ -56,8 +56,8 @@ VICUNA_TEMPLATE = (
 """``USER: <image>\\n… ASSISTANT:`` of LLaVA-1.5 and LLaVA-NeXT (Vicuna), where a checkpoint has none."""
 
 
-def _chatml(image: str, *, first: str = "") -> str:
-    """Return a ChatML template that puts ``image`` where a message has one, and ``first`` before all messages."""
+def _chatml(image: str, *, video: str = "", first: str = "") -> str:
+    """Return a ChatML template that puts ``image`` and ``video`` where a message has one, and ``first`` before all messages."""
     return (
         "{% for message in messages %}"
         + first
@@ -67,22 +67,30 @@ def _chatml(image: str, *, first: str = "") -> str:
         "{{ '<|im_start|>' + message['role'] + '\n' }}"
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
         "{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}{{ '" + image + "' }}"
-        "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+        "{% if part['type'] == 'image' %}{{ '"
+        + image
+        + "' }}"
+        + (video and "{% elif part['type'] == 'video' %}{{ '" + video + "' }}")
+        + "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
         "{% endfor %}{% endif %}"
         "{{ '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
 
 
+_VISION_MARKS = "<|vision_start|>{}<|vision_end|>"
+
 QWEN2_5_VL_TEMPLATE = _chatml(
-    "<|vision_start|><|image_pad|><|vision_end|>",
+    _VISION_MARKS.format("<|image_pad|>"),
+    video=_VISION_MARKS.format("<|video_pad|>"),
     first="{% if loop.first and message['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}",
 )
 """ChatML with vision marks of Qwen2.5-VL, where a checkpoint has none."""
 
-QWEN3_VL_TEMPLATE = _chatml("<|vision_start|><|image_pad|><|vision_end|>")
+QWEN3_VL_TEMPLATE = _chatml(
+    _VISION_MARKS.format("<|image_pad|>"), video=_VISION_MARKS.format("<|video_pad|>")
+)
 """The same of Qwen3-VL, which has no system message of its own."""
 
 INTERNVL_TEMPLATE = _chatml("<IMG_CONTEXT>\n")
@@ -123,16 +131,18 @@ def build_messages(
     prompt: str,
     *,
     images: Sequence[Any] = (),
+    videos: Sequence[Mapping[str, Any]] = (),
     history: Sequence[tuple[str, str]] = (),
     system: str | None = None,
 ) -> list[Message]:
     """Return the messages of one question: system, history, then the user's text.
 
-    The images stand before the text of the conversation's first question.
+    Images and videos stand before the text of the conversation's first question.
 
     Args:
         prompt: The user's text.
         images: Of any kind; they are passed on as they are.
+        videos: Each with "video", and with settings of its own.
         history: Earlier (question, answer) turns.
         system: System prompt, if any.
     """
@@ -140,14 +150,15 @@ def build_messages(
     questions = [*(question for question, _ in history), prompt]
     answers = [answer for _, answer in history]
     for turn, question in enumerate(questions):
-        messages.append(_message("user", question, images=images if turn == 0 else ()))
+        shown = [{"type": "image", "image": image} for image in images]
+        shown += [{"type": "video", **video} for video in videos]
+        messages.append(_message("user", question, shown=shown if turn == 0 else ()))
         if turn < len(answers):
             messages.append(_message("assistant", answers[turn]))
     return messages
 
 
-def _message(role: str, text: str, *, images: Sequence[Any] = ()) -> Message:
-    shown = [{"type": "image", "image": image} for image in images]
+def _message(role: str, text: str, *, shown: Sequence[dict[str, Any]] = ()) -> Message:
     return {"role": role, "content": [*shown, {"type": "text", "text": text}]}
 
 

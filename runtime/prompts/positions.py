@@ -57,4 +57,5 @@ def mrope_positions(runs: Sequence[RunPositions], *, num_text: int, num_rows: in
         stop = row + run.ids.shape[1]
         ids[:, row:stop] = position + run.ids
         row, position = stop, position + run.span
-    return PromptPositions(ids, position)
+    # The time of a long video can be larger than the positions of the text after it.
+    return PromptPositions(ids, max(position, int(ids[:, :row].max(initial=-1)) + 1))

@@ -1,4 +1,4 @@
-"""Messages to token ids: checked, put into the chat template, tokenized, without the places of the images."""
+"""Messages to token ids: checked, put into the chat template, tokenized, without the places of images and videos."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.bundle.errors import ShapeError
 from trio_edge.runtime.prompts.chat import render_chat
+from trio_edge.runtime.prompts.tokenizer import Inset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -15,13 +16,16 @@ if TYPE_CHECKING:
     from trio_edge.runtime.prompts.tokenizer import PromptIds, Tokenizer
 
 
+_VISUAL = ("image", "video")
+
+
 def prompt_ids(
     messages: Sequence[Message],
     *,
     tokenizer: Tokenizer,
     template: str,
     text: TextSpec,
-    insets: Sequence[Sequence[str]] | None = None,
+    insets: Sequence[Inset] | None = None,
 ) -> PromptIds:
     """Return the ids of a conversation's text.
 
@@ -30,8 +34,7 @@ def prompt_ids(
         tokenizer: The model's.
         template: Its chat template.
         text: Its tokens with a meaning.
-        insets: For each image in order, what the prompt says before each of its runs of visual tokens and after the last
-            (``ImageLayout.text``); None means one run without text for each.
+        insets: What stands in place of each image and video, in order; None means one run without text for each.
 
     Raises:
         ShapeError: If a text holds a special token, or the template refuses the messages.
@@ -41,7 +44,7 @@ def prompt_ids(
         if part["type"] == "text":
             tokenizer.check_user_text(part["text"])
     rendered = render_chat(
-        [{**message, "content": _without_images(message["content"])} for message in messages],
+        [{**message, "content": _places(message["content"])} for message in messages],
         template=template,
         special_tokens={"bos_token": text.bos_token, "eos_token": text.eos_token},
     )
@@ -49,14 +52,17 @@ def prompt_ids(
         rendered,
         image_token=text.image_token,
         image_token_id=text.image_token_id,
-        insets=[("", "")] * len(images_of(messages)) if insets is None else insets,
+        video=None if text.video_token is None else (text.video_token, text.video_token_id or 0),
+        insets=[Inset(is_video=part["type"] == "video") for part in visual_parts(messages)]
+        if insets is None
+        else insets,
         bos_token=text.bos_token,
     )
 
 
-def images_of(messages: Sequence[Message]) -> list[Any]:
-    """Return the images of a conversation in order."""
-    return [part.get("image") for part in _parts(messages) if part["type"] == "image"]
+def visual_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return the images and videos of a conversation in order."""
+    return [part for part in _parts(messages) if part["type"] in _VISUAL]
 
 
 def last_question(messages: Sequence[Message]) -> str:
@@ -86,16 +92,17 @@ def check_messages(messages: object) -> None:
 
 
 def _check_part(part: object, *, where: str) -> None:
-    if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
+    if not isinstance(part, dict) or part.get("type") not in ("text", *_VISUAL):
         raise ShapeError(
-            f"{where}: expected parts of the type 'text' or 'image', got {_described(part)}; see docs/python.md"
+            f"{where}: expected parts of the type 'text', 'image' or 'video', got {_described(part)}; see docs/runtime.md"
         )
-    if part["type"] == "text" and not isinstance(part.get("text"), str):
+    kind = part["type"]
+    if kind == "text" and not isinstance(part.get("text"), str):
         raise ShapeError(
             f"{where}: expected text in a part of the type 'text', got {_described(part.get('text'))}"
         )
-    if part["type"] == "image" and part.get("image") is None:
-        raise ShapeError(f"{where}: expected an image in a part of the type 'image', got none")
+    if kind in _VISUAL and part.get(kind) is None:
+        raise ShapeError(f"{where}: expected something to see in a part of the type {kind!r}, got none")
 
 
 def _parts(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
@@ -107,13 +114,11 @@ def _parts(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
             yield from content
 
 
-def _without_images(content: Any) -> Any:
-    """Return the content with parts that only say where an image stands."""
-    return (
-        content
-        if isinstance(content, str)
-        else [{"type": "image"} if part["type"] == "image" else part for part in content]
-    )
+def _places(content: Any) -> Any:
+    """Return the content with parts that only say where an image or a video stands."""
+    if isinstance(content, str):
+        return content
+    return [{"type": part["type"]} if part["type"] in _VISUAL else part for part in content]
 
 
 def _described(value: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -21,6 +21,14 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character, or not yet
 
 
+class Inset(NamedTuple):
+    """What the prompt says in place of one image or video."""
+
+    text: Sequence[str] = ("", "")
+    """Before each run of its visual tokens, and after the last."""
+    is_video: bool = False
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PromptIds:
     """A prompt's text tokens, and where its runs of visual tokens stand among them."""
@@ -29,6 +37,8 @@ class PromptIds:
     """[T], all of them in order."""
     text_before: tuple[int, ...] = ()
     """Text tokens before each run of visual tokens, ascending."""
+    run_ids: tuple[int, ...] = ()
+    """Token that stands for each run's visual tokens: the image's, or the video's."""
 
     @property
     def num_tokens(self) -> int:
@@ -50,10 +60,12 @@ class PromptIds:
         text_before = np.repeat(np.array(self.text_before, np.int32), run_lengths)
         return (text_before + np.arange(len(text_before))).astype(np.int32)
 
-    def all_ids(self, run_lengths: Sequence[int], *, image_token_id: int) -> NDArray[np.int32]:
-        """Return the ids of the whole prompt, with an image token for each visual token."""
-        ids = np.full(len(self.text) + sum(run_lengths), image_token_id, np.int32)
-        ids[np.delete(np.arange(len(ids)), self.visual_rows(run_lengths))] = self.text
+    def all_ids(self, run_lengths: Sequence[int]) -> NDArray[np.int32]:
+        """Return the ids of the whole prompt, with an image's or video's token for each visual token."""
+        rows = self.visual_rows(run_lengths)
+        ids = np.empty(len(self.text) + len(rows), np.int32)
+        ids[rows] = np.repeat(np.array(self.run_ids, np.int32), run_lengths)
+        ids[np.delete(np.arange(len(ids)), rows)] = self.text
         return ids
 
 
@@ -103,19 +115,21 @@ class Tokenizer:
         *,
         image_token: str,
         image_token_id: int,
-        insets: Sequence[Sequence[str]] = (),
+        video: tuple[str, int] | None = None,
+        insets: Sequence[Inset] = (),
         bos_token: str = "",
     ) -> PromptIds:
-        """Return the ids of a rendered chat without its image tokens.
+        """Return the ids of a rendered chat without its image and video tokens.
 
         Special tokens (a leading BOS) are added unless the text starts with ``bos_token``, which is Hugging
         Face's rule in ``processor.apply_chat_template(tokenize=True)``.
 
         Args:
-            text: The chat, with one image token for each image.
-            image_token: Its text.
+            text: The chat, with one token for each image and each video.
+            image_token: The text of an image's.
             image_token_id: Its id.
-            insets: For each image, the text before each of its runs of visual tokens and after the last.
+            video: Text and id of a video's, where the model takes videos.
+            insets: What comes in their places, in order.
             bos_token: The text of the BOS token.
 
         Raises:
@@ -128,20 +142,29 @@ class Tokenizer:
                 f" got {self._tokenizer.token_to_id(image_token)}; export the bundle again"
             )
         _check_unicode(text)
-        text = _with_insets(text, insets, image_token=image_token)
+        text = _with_insets(text, insets, image_token=image_token, video_token=video and video[0])
         starts_with_bos = bool(bos_token) and text.startswith(bos_token)
         ids = np.array(
             self._tokenizer.encode(text, add_special_tokens=not starts_with_bos).ids, dtype=np.int32
         )
         is_run = ids == image_token_id
-        places, num_runs = np.flatnonzero(is_run), sum(len(inset) - 1 for inset in insets)
+        places, num_runs = np.flatnonzero(is_run), sum(len(inset.text) - 1 for inset in insets)
         if len(places) != num_runs:
             raise BundleError(
                 f"tokenizer: expected {num_runs} tokens {image_token!r}, got {len(places)}; export the bundle again"
             )
         if len(ids) == 0:
             raise ShapeError("prompt: expected some text, got none; write a question")
-        return PromptIds(text=ids[~is_run], text_before=tuple((places - np.arange(num_runs)).tolist()))
+        run_ids = [
+            video[1] if video is not None and inset.is_video else image_token_id
+            for inset in insets
+            for _ in inset.text[1:]
+        ]
+        return PromptIds(
+            text=ids[~is_run],
+            text_before=tuple((places - np.arange(num_runs)).tolist()),
+            run_ids=tuple(run_ids),
+        )
 
     def plain_ids(self, text: str) -> NDArray[np.int32]:
         """Return the ids of a text alone, without the special tokens that a model wants around it.
@@ -198,16 +221,22 @@ class DetokenizeStream:
         return piece
 
 
-def _with_insets(text: str, insets: Sequence[Sequence[str]], *, image_token: str) -> str:
+def _with_insets(text: str, insets: Sequence[Inset], *, image_token: str, video_token: str | None) -> str:
     """Return the chat with one image token for each run of visual tokens, and the text around the runs."""
-    first, *rest = text.split(image_token)
-    if len(rest) != len(insets):
-        many = "" if len(insets) == 1 else "s"
-        raise ShapeError(
-            f"prompt: expected {len(insets)} image token{many} {image_token!r} for {len(insets)} image{many}, got"
-            f" {len(rest)}; remove it from your text, or use a chat template that places all images"
-        )
-    return first + "".join(image_token.join(inset) + piece for inset, piece in zip(insets, rest))
+    places = re.compile("|".join(re.escape(token) for token in (image_token, video_token) if token))
+    found = places.findall(text)
+    for kind, token, wanted in (
+        ("image", image_token, sum(not inset.is_video for inset in insets)),
+        ("video", video_token, sum(inset.is_video for inset in insets)),
+    ):
+        if found.count(token) != wanted:
+            many = "" if wanted == 1 else "s"
+            raise ShapeError(
+                f"prompt: expected {wanted} {kind} token{many} {token!r} for {wanted} {kind}{many}, got"
+                f" {found.count(token)}; remove it from your text, or use a chat template that places all {kind}s"
+            )
+    first, *rest = places.split(text)
+    return first + "".join(image_token.join(inset.text) + piece for inset, piece in zip(insets, rest))
 
 
 def _check_unicode(text: str) -> None:

@@ -50,7 +50,7 @@ class VideoProcessing:
 
     def __init__(self, sampling: Qwen25Videos | Qwen3Videos, images: QwenImages | Qwen3Images) -> None:
         """Take the constants of videos, and the images' processing, which has the encoder's."""
-        self.sampling = sampling
+        self.sampling: Qwen25Videos | Qwen3Videos = sampling
         self._frames = msgspec.structs.replace(images, **{key: getattr(sampling, key) for key in _PIXELS})
 
     def grid(self, video: Video) -> tuple[int, int]:
@@ -62,8 +62,20 @@ class VideoProcessing:
         Raises:
             ImageError: If the frames are too thin, or too few.
         """
-        frames, (width, height) = self._frames, video.size
-        rows, columns = self.sampling.grid(len(video.indices), width, height, size=frames.token_size)
+        return self._grid(len(video.indices), *video.size)
+
+    def sizes(self, num_frames: int, width: int, height: int) -> dict[str, int]:
+        """Return the sizes of the vision graph's axes that each unit of a video needs, N among them.
+
+        Raises:
+            ImageError: If the frames are too thin, or too few.
+        """
+        grid = self._grid(num_frames, width, height)
+        return dict(self._frames.grid_layout(width, height, grid).sizes)
+
+    def _grid(self, num_frames: int, width: int, height: int) -> tuple[int, int]:
+        frames = self._frames
+        rows, columns = self.sampling.grid(num_frames, width, height, size=frames.token_size)
         if rows * columns * frames.token_size**2 <= frames.max_pixels:
             return rows, columns
         return scaled_grid(width, height, size=frames.token_size, least=1, most=frames.max_pixels)

@@ -12,7 +12,7 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 
 from trio_edge.runtime.bundle.errors import BundleError, ShapeError
 from trio_edge.runtime.prompts.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE, build_messages, render_chat
-from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, Tokenizer
+from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, Inset, Tokenizer
 
 CORPUS = [
     "USER: what is shown in this picture? ASSISTANT: a red circle and a green square.",
@@ -68,7 +68,7 @@ def _unigram() -> tokenizers.Tokenizer:
 BACKENDS = {"llama": _llama_like(), "byte level": _byte_level(), "unigram": _unigram()}
 LLAMA = Tokenizer(BACKENDS["llama"])
 IMAGE = {"image_token": "<image>", "image_token_id": BACKENDS["llama"].token_to_id("<image>")}
-ONE = [("", "")]
+ONE = [Inset()]
 """One image, whose visual tokens are one run without text."""
 
 

@@ -84,3 +84,19 @@ def reduced_logits(
                 hidden[0, here] += planes[layer][original]
     with torch.no_grad():
         return model.lm_head(model.model.language_model.norm(hidden))[0, -1], kept_all
+
+
+def entering_the_decoder(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Return what Hugging Face's model gives its decoder in a prefill."""
+    seen: dict[str, Any] = {}
+
+    def record(_module: Any, _arguments: Any, options: dict[str, Any]) -> None:
+        seen.update(options)
+
+    handle = model.model.language_model.register_forward_pre_hook(record, with_kwargs=True)
+    if hasattr(model.model, "rope_deltas"):
+        model.model.rope_deltas = None
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    return seen

@@ -17,12 +17,13 @@ from tests.internvl_checkpoints import save_internvl_checkpoint
 from tests.onevision_checkpoints import save_onevision_checkpoint
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import save_qwen3_vl_checkpoint, save_qwen_checkpoint
-from tests.spec.reduced_reference import reduced_logits
+from tests.spec.reduced_reference import entering_the_decoder, reduced_logits
 from tests.spec.whole_answers import NUM_STEPS, generate
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.runtime.bundle.errors import ImageError, ScheduleError, ShapeError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.prompts.tokenizer import Inset
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -112,10 +113,10 @@ def hugging_face_inputs(pipeline: Pipeline, model: Any, messages: list[Message])
     ]
     processing: Any = pipeline.images if len(pictures) == 1 else pipeline.images.of_several()
     layouts = [processing.layout(*picture.size) for picture in pictures]
-    ids = pipeline._encode(messages, [layout.text for layout in layouts])
+    ids = pipeline._encode(messages, [Inset(layout.text) for layout in layouts])
     image_id = pipeline.manifest.text.image_token_id
     runs = [length for layout in layouts for length in layout.run_lengths]
-    input_ids = torch.from_numpy(ids.all_ids(runs, image_token_id=image_id).astype(np.int64))[None]
+    input_ids = torch.from_numpy(ids.all_ids(runs).astype(np.int64))[None]
     prepared = [processing.prepare(picture) for picture in pictures]
     inputs, model_type = {"input_ids": input_ids}, model.config.model_type
     pixels = [one["pixel_values"] for one in prepared]
@@ -159,7 +160,7 @@ def test_reduced_bundle_equals_plain_torch(subject: Subject, name: str) -> None:
     """One budget for all images: text between them stays, kept tokens keep their order."""
     messages = CONVERSATIONS[name]
     inputs = hugging_face_inputs(subject.reduced, subject.model, messages)
-    entering = _entering_the_decoder(subject.model, inputs)
+    entering = entering_the_decoder(subject.model, inputs)
     spots = inputs["input_ids"][0] == subject.reduced.manifest.text.image_token_id
     positions = entering["position_ids"] if subject.family.positions == "preserved" else None
     logits, kept = reduced_logits(
@@ -175,22 +176,6 @@ def test_reduced_bundle_equals_plain_torch(subject: Subject, name: str) -> None:
     assert [indices.tolist() for indices in answer.kept] == kept
     np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
     assert answer.statistics.visual_tokens == int(spots.sum()) == len(answer.boxes)
-
-
-def _entering_the_decoder(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Return what Hugging Face's model gives its decoder in a prefill."""
-    seen: dict[str, Any] = {}
-
-    def record(_module: Any, _arguments: Any, options: dict[str, Any]) -> None:
-        seen.update(options)
-
-    handle = model.model.language_model.register_forward_pre_hook(record, with_kwargs=True)
-    if hasattr(model.model, "rope_deltas"):
-        model.model.rope_deltas = None
-    with torch.no_grad():
-        model(**inputs)
-    handle.remove()
-    return seen
 
 
 def test_a_bundle_for_one_image_takes_several_that_fit(tmp_path: Path) -> None:
@@ -227,8 +212,8 @@ def test_an_image_that_cannot_be_read_is_named_and_nothing_is_lost(subject: Subj
         ("w1", "expected a list of turns"),
         ([{"role": "user"}], r"messages\[0\]: expected text or a list of parts as content, got NoneType"),
         ([{"content": "w1"}], r"messages\[0\]: expected a dict with 'role' and 'content'"),
-        ([{"role": "user", "content": [{"type": "sound"}]}], "expected parts of the type 'text' or 'image', got 'sound'"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "expected an image in a part of the type 'image', got none"),
+        ([{"role": "user", "content": [{"type": "sound"}]}], "expected parts of the type 'text', 'image' or 'video', got 'sound'"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "expected something to see in a part of the type 'image', got none"),
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "expected text in a part"),
         ([{"role": "assistant", "content": "w1"}], "expected the last turn to be the user's, got 'assistant'"),
     ],
