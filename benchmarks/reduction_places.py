@@ -63,7 +63,7 @@ def row(name: str, setting: Setting, device: str) -> tuple[str, ...]:
     stages = ", ".join(f"{stage.layer}:{stage.keep}" for stage in setting.schedule.stages)
     return (
         name,
-        stages or str(setting.entering or setting.sizes["N"]),
+        stages or str(setting.num_images * (setting.entering or setting.sizes["N"])),
         f"{sum(timed.run.work.flops for timed in prefill) / 1e12:.2f}",
         f"{rows * setting.cache_row_bytes / 1e6:.1f}",
         f"{1e3 * sum(timed.time.seconds for timed in prefill):.0f}",

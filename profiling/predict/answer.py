@@ -29,6 +29,7 @@ from trio_edge.trio.cost.work import (
     head_work,
     layer_weights,
     range_work,
+    sum_of,
     tower_weights,
     vision_work,
 )
@@ -53,7 +54,9 @@ class Setting:
     model: Model
     schedule: Schedule
     sizes: Mapping[str, int]
-    """Sizes of the vision profile: N visual tokens, and B tiles or P patches."""
+    """Sizes of the vision profile for one image: N visual tokens, and B tiles or P patches."""
+    num_images: int = 1
+    """Images of this size, or pairs of a video's frames."""
     num_text: int
     """Text tokens of the prompt."""
     text_bucket: int
@@ -71,7 +74,7 @@ class Setting:
     one_size: bool = True
     """Whether the first stage's graph is made for one N."""
     entering: int | None = None
-    """Visual tokens that enter the decoder where a selection before it leaves fewer than N."""
+    """Visual tokens of an image that enter the decoder where a selection before it leaves fewer than N."""
     vision_flops: float | None = None
     """Counted elsewhere, where the model says nothing of its vision tower."""
     clip_text_flops: float | None = None
@@ -93,7 +96,11 @@ class Setting:
     def ranges(self) -> tuple[tuple[int, int], ...]:
         """Layers and visual rows of each layer range."""
         entering = self.sizes["N"] if self.entering is None else self.entering
-        return layers_and_rows(self.schedule, num_layers=self.model.decoder.num_layers, entering=entering)
+        return layers_and_rows(
+            self.schedule,
+            num_layers=self.model.decoder.num_layers,
+            entering=self.num_images * entering,
+        )
 
     @property
     def visual_rows(self) -> tuple[int, ...]:
@@ -225,14 +232,14 @@ def predict(setting: Setting, device: DeviceSpec) -> Prediction:
 def graph_runs(setting: Setting) -> list[CountedGraph]:
     """Return the graphs of a prefill in order, and those of one decode step with every KV buffer at its capacity."""
     decoder = setting.model.decoder
-    works: list[tuple[str, Work]] = [("vision", _vision(setting))]
+    works: list[tuple[str, Work]] = [("vision", sum_of([_vision(setting)] * setting.num_images))]
     if setting.clip_text_flops is not None:
         works.append((CLIP_TEXT, counted_work(setting.clip_text_flops, rows=setting.clip_text_rows)))
     if setting.reduce_cost is not None:
         # The greedy loop is float32 whatever the other numbers are.
         again = setting.reduce_cost.read_again * 4 / setting.formats.bytes_per_element
         work = counted_work(setting.reduce_cost.flops, rows=setting.sizes["N"], other=again)
-        works.append(("reduce", work))
+        works.append(("reduce", sum_of([work] * setting.num_images)))
     steps: list[tuple[str, Work]] = []
     for index, (layers, rows) in enumerate(setting.ranges):
         if index:

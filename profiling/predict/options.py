@@ -44,6 +44,11 @@ _OPTIONS = (
     click.option(
         "--image-size", metavar="WxH", help="With --predict: another picture than the bundle's largest."
     ),
+    click.option(
+        "--images",
+        type=click.IntRange(1),
+        help="With --predict: images of a prompt, or pairs of a video's frames. [default: as many as the bundle has room for]",
+    ),
     click.option("--dtype", type=click.Choice(PRECISIONS), help="With --predict: of the decoder's weights."),
     click.option("--text", type=click.IntRange(1), default=40, help="With --predict: text tokens."),
     click.option(
@@ -67,6 +72,7 @@ class PredictOptions:
     model: str | None
     keep: str | None
     image_size: str | None
+    images: int | None
     dtype: Precision | None
     text: int
     sweep: str | None
@@ -144,6 +150,7 @@ def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int
         precision=options.dtype,
         num_text=options.text,
         num_new=num_new,
+        num_images=options.images,
     )
     goal = None if options.want is None else parse_goal(options.want)
     axes = _GOAL_AXES if options.sweep is None and goal is not None else options.sweep

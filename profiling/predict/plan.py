@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 KEEP_ALL = "100%"
 WITHOUT_STAGES = "all"
 """A keep that leaves all tokens which enter the decoder in it."""
-_SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions")
+_SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions", "budget")
 """Fields of a bundle's schedule that another keep leaves as they are."""
 USUAL_PICTURE = (672, 672)
 """Width and height of a picture for a released model, where none is wished."""
@@ -60,6 +60,8 @@ class Plan:
     precision: Precision
     num_text: int
     num_new: int
+    num_images: int = 1
+    """Images of a prompt, or pairs of a video's frames."""
 
     @property
     def kept_share(self) -> float:
@@ -76,7 +78,8 @@ class Plan:
         """Return the wishes in words."""
         keep = "the bundle's schedule" if self.keep is None else f"keep {self.keep}"
         picture = "its largest picture" if self.picture is None else "{}x{}".format(*self.picture)
-        return f"{keep}, {picture}, {self.precision}"
+        images = "" if self.num_images == 1 else f"{self.num_images} times "
+        return f"{keep}, {images}{picture}, {self.precision}"
 
     def setting(self) -> Setting:
         """Return the sizes that follow.
@@ -90,11 +93,15 @@ class Plan:
         self._check_entering(sizes["N"], entering)
         schedule = self._schedule(sizes["N"], entering)
         buckets = text_buckets(MAX_TEXT) if self.manifest is None else self.manifest.text_buckets
-        schedule.check_fits(num_layers=self.model.decoder.num_layers, max_visual=entering or sizes["N"])
+        schedule.check_fits(
+            num_layers=self.model.decoder.num_layers,
+            max_visual=self.num_images * (entering or sizes["N"]),
+        )
         setting = Setting(
             model=self.model,
             schedule=schedule,
             sizes=sizes,
+            num_images=self.num_images,
             num_text=self.num_text,
             text_bucket=bucket_of(self.num_text, buckets),
             num_new=self.num_new,
@@ -129,8 +136,8 @@ class Plan:
         if self.keep == WITHOUT_STAGES:
             return Schedule(**settings)
         sizes = {
-            "picture_tokens": self._picture_tokens(num_visual),
-            "entering": num_visual if token_keep is None else min(token_keep, num_visual),
+            "picture_tokens": self.num_images * self._picture_tokens(num_visual),
+            "entering": self.num_images * (num_visual if token_keep is None else min(token_keep, num_visual)),
         }
         check_combined_keep(self.keep, **sizes)
         return combined_schedule(
@@ -158,6 +165,7 @@ def plan_for(
     precision: Precision | None = None,
     num_text: int = 40,
     num_new: int = 16,
+    num_images: int | None = None,
 ) -> Plan:
     """Return the plan for a bundle's manifest or a model's name.
 
@@ -169,6 +177,7 @@ def plan_for(
         precision: The bundle's own, or float16, by default.
         num_text: Text tokens of the prompt, at most ``MOST_TOKENS``.
         num_new: Tokens of the answer, at most as many.
+        num_images: Images of a prompt, or pairs of a video's frames; the bundle's most, or one, by default.
 
     Raises:
         TargetError: If no model is called so.
@@ -191,6 +200,7 @@ def plan_for(
         precision=precision or _precision_of(manifest),
         num_text=num_text,
         num_new=num_new,
+        num_images=num_images or (1 if manifest is None or picture is not None else manifest.cost.num_images),
     )
 
 

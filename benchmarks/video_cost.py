@@ -1,0 +1,68 @@
+"""The cost of a video: all tokens, EVS before the decoder, TRIO inside it, and both.
+
+    python benchmarks/video_cost.py --model qwen3-vl-4b --frame-size 448x256
+
+Nothing is measured: FLOPs and KV bytes are counted, times predicted (docs/prediction.md says how well). The two frames of a pair
+are seen together, so 16 frames are 8 runs of the vision graph. The text is that of the question; Qwen3-VL's timestamps are not
+counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from parts.arguments import errors_in_one_line, parser_for
+from parts.tables import markdown
+from reduction_places import HEADS, row
+
+from trio_edge.profiling.predict.answer import Setting
+from trio_edge.profiling.predict.plan import plan_for
+from trio_edge.profiling.predict.sweep import parse_size
+from trio_edge.trio.budgets import method_schedule, parse_keep
+from trio_edge.trio.cost.selections import TokenSizes
+from trio_edge.trio.methods import token_method
+
+
+def settings(whole: Setting, *, share: float, evs_share: float) -> dict[str, Setting]:
+    """Return the settings to compare; the average keep of each reduction is a share of what enters it."""
+    decoder, num_visual = whole.model.decoder, whole.sizes["N"]
+    kept = max(1, int(evs_share * num_visual))
+    sizes = TokenSizes(num_visual, kept, whole.num_text, {"visual_tokens": decoder.hidden_size})
+    evs = dataclasses.replace(whole, entering=kept, reduce_cost=token_method("evs").cost(sizes))
+    found = {"all tokens": whole, f"EVS {evs_share:.0%}": evs}
+    for name, setting in (("", whole), (f"EVS {evs_share:.0%} and ", evs)):
+        entering = setting.num_images * (setting.entering or num_visual)
+        schedule = method_schedule("trio", share, num_layers=decoder.num_layers, num_visual=entering)
+        found[f"{name}TRIO {share:.1%}"] = dataclasses.replace(setting, schedule=schedule)
+    return found
+
+
+def main() -> None:
+    """Print a table for each number of frames."""
+    parser = parser_for(__doc__)
+    parser.add_argument("--model", default="qwen3-vl-4b", help="alias of a released model that takes videos")
+    parser.add_argument("--frame-size", type=parse_size, default=(448, 256), metavar="WxH")
+    parser.add_argument("--frames", nargs="+", type=int, default=[16, 64, 256])
+    parser.add_argument("--keep", default="11.1%", metavar="PERCENT", help="TRIO's average")
+    parser.add_argument("--evs-keep", default="25%", metavar="PERCENT", help="of each pair of frames")
+    parser.add_argument("--device", default="jetson-orin-nx-16")
+    parser.add_argument("--dtype", choices=["float16", "int8", "int4"], default="int4", help="of the decoder")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    options = parser.parse_args()
+    with errors_in_one_line(parser):
+        for frames in options.frames:
+            whole = plan_for(
+                model=options.model,
+                picture=options.frame_size,
+                precision=options.dtype,
+                num_new=options.new_tokens,
+                num_images=-(-frames // 2),
+            ).setting()
+            found = settings(whole, share=parse_keep(options.keep), evs_share=parse_keep(options.evs_keep))
+            rows = [row(name, setting, options.device) for name, setting in found.items()]
+            title = f"{options.model}, {frames} frames of {'x'.join(map(str, options.frame_size))}"
+            print(f"\n**{title}, {options.device}, {options.dtype}**\n\n{markdown(HEADS, rows)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
