@@ -103,7 +103,7 @@ class GraphsInTorch:
         num_visual, length = self._zero + count, self._zero + buffers.lengths[stage]
 
         def run() -> None:
-            hidden, positions, kept, _, _ = module(
+            hidden, positions, _, kept, _, _ = module(
                 buffers.leaving[stage], buffers.position_ids[stage], visual_rows, num_visual, length
             )
             buffers.entering[stage + 1].copy_(hidden)

@@ -114,7 +114,7 @@ def test_compare_full_of_a_bundle_with_itself_has_no_divergence(
 
 REQUESTS: dict[str, tuple[list[str], str]] = {
     "missing_picture": (["--image", "nowhere.png", "--prompt", "w1"], "nowhere.png"),
-    "two_pictures": (["--image", "P", "--image", "P", "--prompt", "w1"], "one image"),
+    "two_pictures": (["--image", "P", "--image", "P", "--prompt", "w1"], "images: expected at most"),
     "no_prompt": (["--image", "P"], "--prompt"),
     "empty_text_picture": (["--image", "EMPTY", "--prompt", "w1"], "expected"),
     "not_a_picture": (["--image", "TEXT", "--prompt", "w1"], "expected"),
