@@ -142,6 +142,12 @@ def _count(option: str) -> Callable[[str], int | float]:
     type=int,
     help="Frames of a video (Qwen-VL): room for half as many images, as two frames are seen together.",
 )
+@click.option(
+    "--follow-ups",
+    is_flag=True,
+    default=None,
+    help="Let a further question about kept images start at its own rows in the first layer range; for bundles with --keep all.",
+)
 @click.option("--max-text", type=int, help="Largest prompt in text tokens.")
 @click.option(
     "--text-buckets",

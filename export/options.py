@@ -45,6 +45,8 @@ class ExportOptions:
     """Images of a prompt, each of the largest size that is exported for; smaller ones may be more."""
     max_frames: int | None = None
     """Frames of a video, in families that take videos: room for half as many images."""
+    follow_ups: bool = False
+    """Let the first layer range run a question after rows that are kept of an earlier one about the same images."""
     max_text: int = MAX_TEXT
     """Largest prompt in text tokens."""
     text_buckets: tuple[int, ...] = ()

@@ -385,6 +385,7 @@ def _layout(
         dtype=resolved.dtype,
         opset=options.opset,
         clip_texts=() if source.clip is None else source.clip.num_texts(options.max_text),
+        follow_ups=options.follow_ups,
         max_images=options.num_units,
         most_of_several=resolved.images.most_of_several,
     )

@@ -17,6 +17,7 @@ import numpy as np
 
 from trio_edge.runtime.buffers.blocks import copy_tensor
 from trio_edge.runtime.buffers.decoder import DecoderBuffers, TopTokens, top_tokens
+from trio_edge.runtime.buffers.question_rows import QuestionRows, has_follow_ups
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 from trio_edge.runtime.bundle.graph_io import (
     KEPT_INDICES,
@@ -71,6 +72,8 @@ class DecoderPrompt:
     """[M], the image that each visual token belongs to; None where all belong to one."""
     planes: Sequence[DeviceTensor | NDArray[Any]] = ()
     """[M, D] each, DeepStack's: plane i is added to the visual tokens after layer i; none without an image."""
+    key: bytes = b""
+    """The same for prompts that are the same up to their last visual token; empty if nothing of them is kept."""
 
     @property
     def num_visual(self) -> int:
@@ -149,12 +152,13 @@ class _Chain(NamedTuple):
 class Decoder:
     """Runs prefill and decode of one sequence. Not thread-safe: it owns one set of KV caches."""
 
-    def __init__(self, manifest: Manifest, graphs: LoadedGraphs) -> None:
+    def __init__(self, manifest: Manifest, graphs: LoadedGraphs, *, keep_images: int = 0) -> None:
         """Allocate all buffers and bind decode's.
 
         Args:
             manifest: The bundle's.
             graphs: The decoder's graphs, loaded; the decoder does not close them.
+            keep_images: Prompts whose rows up to the last visual token are kept, where the bundle has graphs for it.
 
         Raises:
             BackendError: If the device has not enough memory.
@@ -163,6 +167,10 @@ class Decoder:
         self._notes = graphs.notes
         self._buffers = DecoderBuffers(manifest, graphs.device)
         self.caches = self._buffers.caches
+        self._question: QuestionRows | None = None
+        if has_follow_ups(self._buffers.ranges[0]):
+            prefix = graphs.engines[self._buffers.ranges[0].name]
+            self._question = QuestionRows(manifest, self._buffers, prefix, graphs.device, count=keep_images)
         self._timeline = Timeline(graphs.device)
         self._chains: dict[tuple[int, int], _Chain] = {}
         self._step = [
@@ -172,6 +180,8 @@ class Decoder:
         self._step.append(self._engines["head"].prepare(*self._buffers.step_head_tensors()))
         self._sent, self._step_top = self._buffers.sent_by_step(), top_tokens(self._buffers.step_top)
         self._is_compact = manifest.schedule.positions == "compact"
+        self.prefix_was_kept = False
+        """Whether the first range ran only the question's rows in the last prefill."""
         self._captured: Callable[[], None] | None = None
         self._num_steps = 0
         self._done = graphs.device.event()
@@ -208,13 +218,19 @@ class Decoder:
         spans = self._spans(prompt)
         chain = self._chain(prompt.max_visual, prompt.text_bucket)
         self._timeline.clear()
+        self.prefix_was_kept = False
         self._next_position = prompt.positions.next
         self._send(prompt, spans)
         if override is not None:
             kept_of = self._run_overridden(chain, spans, prompt, override)
             self._fetch()
             return self._result(spans, kept_of, has_scores=False)
-        self._run(chain, spans, first=0)
+        self._run_prefix(chain, spans, prompt)
+        if chain.selects:
+            self._enqueue_select(chain, 0)
+            self._run(chain, spans, first=1)
+        else:
+            self._timeline.enqueue("head", chain.head)
         self._fetch()
         kept_of = self._repair(chain, spans, prompt)
         return self._result(spans, kept_of, has_scores=True)
@@ -432,14 +448,35 @@ class Decoder:
         for index in range(first, len(chain.ranges)):
             self._run_range(chain, spans, index)
             if index < len(chain.selects):
-                self._timeline.enqueue(self._buffers.selects[index].name, *chain.selects[index])
+                self._enqueue_select(chain, index)
         self._timeline.enqueue("head", chain.head)
 
+    def _enqueue_select(self, chain: _Chain, stage: int) -> None:
+        self._timeline.enqueue(self._buffers.selects[stage].name, *chain.selects[stage])
+
+    def _run_prefix(self, chain: _Chain, spans: list[_Span], prompt: DecoderPrompt) -> None:
+        """Enqueue the first range: at once, or the question's rows after those before them, which may have been kept."""
+        first = 0 if prompt.num_visual == 0 else int(prompt.visual_rows[-1]) + 1
+        question = self._question
+        if question is None or not 0 < first < prompt.length:
+            self._run_range(chain, spans, 0)
+            return
+        self.prefix_was_kept = question.bring_back(prompt.key, num_rows=first)
+        if not self.prefix_was_kept:
+            self._enqueue_range(chain, 0, num_rows=first)
+            question.keep(prompt.key, num_rows=first)
+        self._timeline.enqueue("question", question.prepare(prompt, first=first))
+        question.finish(prompt, first=first)
+
     def _run_range(self, chain: _Chain, spans: list[_Span], index: int) -> None:
+        self._enqueue_range(chain, index, num_rows=spans[index].length)
+
+    def _enqueue_range(self, chain: _Chain, index: int, *, num_rows: int) -> None:
+        """Enqueue layer range ``index``, and the copy of its first ``num_rows`` KV rows."""
         self._timeline.enqueue(self._buffers.ranges[index].name, chain.ranges[index])
         cache = self.caches[index]
         cache.clear()
-        cache.append(self._device, chain.new_rows[index], num_rows=spans[index].length)
+        cache.append(self._device, chain.new_rows[index], num_rows=num_rows)
 
     def _fetch(self) -> None:
         self._buffers.results.download(self._device)
@@ -453,7 +490,10 @@ class Decoder:
         kept_of: dict[int, NDArray[np.int32]] = {}
         original, tokens = np.arange(prompt.num_visual, dtype=np.int32), _tokens_of(prompt)
         for stage in range(len(chain.selects)):
-            self._run_range(chain, spans, stage)
+            if stage == 0:
+                self._run_prefix(chain, spans, prompt)
+            else:
+                self._run_range(chain, spans, stage)
             kept_of[stage] = override(stage, original, spans[stage + 1].num_visual)
             original = original[kept_of[stage]]
             self._replace(stage, kept_of[stage], tokens, spans, prompt)

@@ -9,9 +9,10 @@ print(answer.statistics.visual_tokens, answer.statistics.kept_tokens)
 
 from __future__ import annotations
 
+import hashlib
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
 import numpy as np
@@ -92,6 +93,8 @@ class Statistics:
     """KV rows in use at the end."""
     repaired_stages: int = 0
     """Stages whose parallel NMS was redone exactly on the host."""
+    prefix_was_kept: bool = False
+    """Whether the first layer range ran only the question's rows, as those before them were kept (--follow-ups)."""
     image_was_kept: bool = False
     """Whether no vision graph ran, as the visual tokens of all images were kept from an earlier question."""
 
@@ -193,7 +196,7 @@ class Pipeline:
             self._vision = Vision(
                 manifest, self._graphs, images=self.images, clip_texts=clip_texts, keep_images=keep_images
             )
-            self._decoder = Decoder(manifest, self._graphs)
+            self._decoder = Decoder(manifest, self._graphs, keep_images=keep_images)
         except BaseException:
             self._graphs.close()
             raise
@@ -223,7 +226,8 @@ class Pipeline:
             threads: CPU threads; 0 lets the backend choose.
             cpu_accuracy: "auto", "float32" or "int8"; see ``make_backend``.
             keep_images: Images whose visual tokens are kept, 0 to ``MOST_KEPT_IMAGES``: a further question about one of the
-                last ones skips the vision graph. Answers do not change.
+                last ones skips the vision graph and, in a bundle exported with --follow-ups, the first layer range's rows
+                before the question. Answers do not change.
 
         Raises:
             BundleError: If the bundle is broken.
@@ -496,7 +500,10 @@ class Pipeline:
         start = time.perf_counter()
         visual = self._encode_images(prepared, ids)
         prefill_start = time.perf_counter()
-        result = self._decoder.prefill(self._prompt(ids, visual, bucket=self._bucket(ids)), override=override)
+        prompt = self._prompt(ids, visual, bucket=self._bucket(ids))
+        if prepared and all(image.key for image in prepared) and not self._vision.reads_question:
+            prompt = replace(prompt, key=_prefix_key(ids, prompt, prepared))
+        result = self._decoder.prefill(prompt, override=override)
         token = chooser.choose(result.top, self._decoder.logits)
         now = time.perf_counter()
         # the token was waited for, so what the graphs kept has come back too
@@ -509,6 +516,7 @@ class Pipeline:
         statistics.prefill_ms = 1e3 * (now - prefill_start)
         statistics.graph_ms |= self._decoder.graph_ms
         statistics.repaired_stages, statistics.image_was_kept = result.num_repaired, visual.was_kept
+        statistics.prefix_was_kept = self._decoder.prefix_was_kept
         yield from self._decode(generation, token, limit=limit, chooser=chooser)
 
     def _decode(
@@ -539,3 +547,13 @@ class Pipeline:
             statistics.decode_ms += statistics.token_ms[-1]
         if rest := stream.finish():
             yield rest
+
+
+def _prefix_key(ids: PromptIds, prompt: DecoderPrompt, images: Sequence[PreparedImage]) -> bytes:
+    """Return what is the same for prompts of the same shapes that are the same up to their last visual token."""
+    before = ids.text[: ids.text_before[-1]]
+    shapes = prompt.max_visual, prompt.text_bucket, ids.text_before, prompt.visual_rows.tolist()
+    digest = hashlib.blake2b(repr(shapes).encode(), digest_size=32)
+    for part in (before.tobytes(), *(image.key for image in images)):
+        digest.update(part)
+    return digest.digest()

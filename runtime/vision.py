@@ -123,6 +123,12 @@ class Vision:
         self._seen = SeenImages(self._buffers.graphs["vision"], graphs.device, count=keep_images)
 
     @property
+    def reads_question(self) -> bool:
+        """Whether a selection before the decoder compares the question, so that the tokens depend on it."""
+        reduce = self._buffers.graphs.get("reduce")
+        return self._clip_texts is not None or (reduce is not None and "text_embeds" in reduce.input_names)
+
+    @property
     def graph_ms(self) -> dict[str, float]:
         """Milliseconds that the device spent in each graph for the images of the last prompt."""
         times: dict[str, float] = {}

@@ -49,6 +49,8 @@ class Layout:
     opset: int
     clip_texts: tuple[int, ...] = ()
     """Every M of CLIP's text tower, ascending; none without one."""
+    follow_ups: bool = False
+    """Whether the first range can run a question after kept rows."""
     max_images: int = 1
     """Images of a prompt."""
     most_of_several: int = 0
@@ -110,13 +112,18 @@ class Layout:
         )
 
     def range_profiles(self, index: int) -> tuple[Profile, ...]:
-        """Return the prefill profiles (per visual size and text bucket) and the decode profile of a layer range."""
+        """Return the prefill profiles (per visual size and text bucket), those of follow-ups, and decode's."""
         prefill = [
             Profile(name=name, sizes={"S": rows + bucket, "C": 0})
             for name, rows, bucket in self._prefills(index)
         ]
         capacity = max(self.visual_rows(index)) + self.text_buckets[-1] + self.max_new_tokens
-        return (*prefill, Profile(name="decode", sizes={"S": 1, "C": capacity}))
+        follow_ups = [
+            Profile(name=f"follow_{bucket}", sizes={"S": bucket, "C": capacity})
+            for bucket in self.text_buckets
+            if self.follow_ups and index == 0
+        ]
+        return (*prefill, *follow_ups, Profile(name="decode", sizes={"S": 1, "C": capacity}))
 
     def select_profiles(self, stage: int, *, with_prompt: bool) -> tuple[Profile, ...]:
         """Return the profiles of the select graph of ``stage``; F is the rows of the whole prompt, if it needs them."""

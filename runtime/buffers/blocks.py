@@ -73,8 +73,8 @@ class Block:
 
 
 def copy_tensor(device: Device, target: DeviceTensor, source: DeviceTensor) -> None:
-    """Enqueue the copy of all of ``source`` to the start of ``target``."""
-    size = source.num_bytes
+    """Enqueue the copy of the start of ``source`` to the start of ``target``, as much as both have."""
+    size = min(target.num_bytes, source.num_bytes)
     device.copy_rows(
         PitchedRows(target.address, size), PitchedRows(source.address, size), row_bytes=size, num_rows=1
     )

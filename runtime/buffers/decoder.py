@@ -244,7 +244,7 @@ class DecoderBuffers:
         tensors[HIDDEN_OUT] = self.hidden_out[index]
         if _has_previous(spec):
             tensors[PREVIOUS] = self.previous[index]
-        return self._at_profile(spec, tensors, profile)
+        return self.at_profile(spec, tensors, profile)
 
     def select_tensors(self, stage: int, profile: Profile) -> dict[str, DeviceTensor]:
         """Return the tensors of the select graph of ``stage``."""
@@ -271,7 +271,7 @@ class DecoderBuffers:
             tensors[PROMPT_IS_VISUAL] = self.inputs.tensor(PROMPT_IS_VISUAL)
         if self._probe:
             tensors[SALIENCY] = self._probe[SALIENCY_SCORES]
-        return self._at_profile(self.selects[stage], tensors, profile)
+        return self.at_profile(self.selects[stage], tensors, profile)
 
     def probe_tensors(self, stage: int, profile: Profile) -> dict[str, DeviceTensor]:
         """Return the tensors of either half of the probe of ``stage``."""
@@ -292,12 +292,12 @@ class DecoderBuffers:
             GRADIENT_VISUAL_ROWS: rows,
             GRADIENT_NUM_VISUAL: num_visual,
         }
-        return self._at_profile(spec, tensors, profile)
+        return self.at_profile(spec, tensors, profile)
 
     def gradient_tensors(self, profile: Profile) -> dict[str, DeviceTensor]:
         """Return the tensors of the head's gradient."""
         assert self.gradient is not None, "a bundle with a probe"
-        return self._at_profile(self.gradient, self._probe_tensors(), profile)
+        return self.at_profile(self.gradient, self._probe_tensors(), profile)
 
     def _probe_tensors(self) -> dict[str, DeviceTensor]:
         outputs = self._probe
@@ -309,7 +309,7 @@ class DecoderBuffers:
         """Return the tensors of the head in a prefill."""
         tensors = {name: self.results.tensor(name) for name in (LOGITS, *_TOP)}
         tensors |= {HIDDEN: self.hidden_out[-1], LAST_ROW: self.inputs.tensor(LAST_ROW)}
-        return self._at_profile(self.head, tensors, profile)
+        return self.at_profile(self.head, tensors, profile)
 
     def head_profile(self, rows: int) -> Profile:
         """Return the profile of the head for ``rows`` rows of the last range."""
@@ -321,7 +321,7 @@ class DecoderBuffers:
         tensors = {name: self.step_top.tensor(name) for name in _TOP}
         tensors |= {HIDDEN: self.hidden_out[-1], LAST_ROW: self.step.tensor(LAST_ROW)}
         tensors[LOGITS] = self.step_logits.tensor(LOGITS)
-        return profile, self._at_profile(self.head, tensors, profile)
+        return profile, self.at_profile(self.head, tensors, profile)
 
     def sent_by_step(self) -> StepInputs:
         """Return what the host writes before each decode step: views, made once as a step takes microseconds."""
@@ -332,7 +332,7 @@ class DecoderBuffers:
             past_lengths=[self.step.host(f"{PAST_LENGTH}.{index}") for index in count],
         )
 
-    def _at_profile(
+    def at_profile(
         self, spec: GraphSpec, tensors: Mapping[str, DeviceTensor], profile: Profile
     ) -> dict[str, DeviceTensor]:
         """Return the tensors that ``spec`` has, at their shapes in ``profile``; those of its other pieces have no elements."""

@@ -32,10 +32,11 @@ class KVCache:
         self.capacity = max(profile.sizes.get("C", 0) for profile in spec.profiles)
         self.length = 0
         self._names = [tensor.name for tensor in past]
-        shape = tuple(self.capacity if axis == "C" else int(axis) for axis in past[0].shape)
-        size = Stack(0, count=len(past), shape=shape, dtype=past[0].dtype).num_bytes
+        self._shape = tuple(self.capacity if axis == "C" else int(axis) for axis in past[0].shape)
+        self._dtype = past[0].dtype
+        size = Stack(0, count=len(past), shape=self._shape, dtype=self._dtype).num_bytes
         address = allocator.allocate(size, purpose=f"the KV cache of {spec.name}")
-        self._stack = Stack(address, count=len(past), shape=shape, dtype=past[0].dtype)
+        self._stack = Stack(address, count=len(past), shape=self._shape, dtype=self._dtype)
 
     @property
     def used_bytes(self) -> int:
@@ -53,6 +54,22 @@ class KVCache:
     def all_rows(self) -> dict[str, DeviceTensor]:
         """Return the graph inputs of a decode step: the whole buffers."""
         return {name: self._stack.tensor(index) for index, name in enumerate(self._names)}
+
+    def stack_like(self, allocator: Allocator, *, rows: int) -> Stack:
+        """Return memory for ``rows`` rows of all layers."""
+        shape = (*self._shape[:-2], rows, self._shape[-1])
+        size = Stack(0, count=len(self._names), shape=shape, dtype=self._dtype).num_bytes
+        address = allocator.allocate(size, purpose="kept KV rows")
+        return Stack(address, count=len(self._names), shape=shape, dtype=self._dtype)
+
+    def save(self, device: Device, target: Stack, *, num_rows: int) -> None:
+        """Enqueue the copy of the first ``num_rows`` rows to ``target``."""
+        self._stack.copy_to(device, target, first_row=0, num_rows=num_rows)
+
+    def restore(self, device: Device, source: Stack, *, num_rows: int) -> None:
+        """Enqueue the copy of ``num_rows`` rows back; they are the valid ones then."""
+        source.copy_to(device, self._stack, first_row=0, num_rows=num_rows)
+        self.length = num_rows
 
     def append(self, device: Device, new: NewRows, *, num_rows: int) -> None:
         """Enqueue the copy of the first ``num_rows`` new rows to the end of the valid ones.

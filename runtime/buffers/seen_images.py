@@ -51,7 +51,7 @@ class SeenImages:
             return False
         self._seen.move_to_end(key)
         for name, target in outputs.items():
-            copy_tensor(device, target, self._seen[key][name].rows(0, target.shape[0]))
+            copy_tensor(device, target, self._seen[key][name])
         return True
 
     def keep(self, key: bytes, device: Device, outputs: Mapping[str, DeviceTensor]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from tests.bundles import export
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import CAMERA, REDUCED, save_qwen3_vl_checkpoint, save_qwen_checkpoint
+from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.runtime.bundle.errors import ShapeError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import MOST_KEPT_IMAGES, Pipeline
@@ -122,3 +123,47 @@ def test_nothing_is_kept_unless_asked_for(reduced_bundle: Path) -> None:
 def test_a_count_out_of_range_is_refused(count: Any, reduced_bundle: Path) -> None:
     with pytest.raises(ShapeError, match=f"keep_images: expected 0..{MOST_KEPT_IMAGES}, got "):
         Pipeline.from_bundle(reduced_bundle, keep_images=count)
+
+
+FOLLOW_UPS: dict[str, dict[str, Any]] = {
+    "keep-all": {},
+    "reduced": {"schedule": Schedule(stages=(Stage(layer=1, keep=14), Stage(layer=2, keep=6)))},
+    "looks at the layer before": {"schedule": Schedule(stages=(Stage(layer=2, keep=14),), method="fastv")},
+    "redone on the host": {
+        "schedule": Schedule(stages=(Stage(layer=2, keep=14),), nms_rounds=1, nms_threshold=0.02)
+    },
+    "before the decoder": {"token_method": "divprune", "token_keep": 15},
+    "compares the question": {"token_method": "cdpruner", "token_keep": 15},
+    "deepstack": {"schedule": REDUCED},
+}
+
+
+@pytest.mark.parametrize("name", FOLLOW_UPS)
+def test_a_follow_up_starts_at_its_own_rows(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    """The same bit for bit as without kept rows; as a bundle without follow-ups but for rounding."""
+    folder = save_qwen3_vl_checkpoint(tmp_path / "ck") if name == "deepstack" else checkpoint
+    options = {"max_images": 2, **FOLLOW_UPS[name]}
+    bundle = export(folder, follow_ups=True, **options)
+    with (
+        Pipeline.from_bundle(bundle, threads=1) as fresh,
+        Pipeline.from_bundle(bundle, threads=1, keep_images=2) as keeping,
+        Pipeline.from_bundle(export(folder, **options), threads=1) as plain,
+    ):
+        for turn, prompt in enumerate(PROMPTS):
+            for pictures in (PICTURES[:1], PICTURES[1:]):
+                history = [("w1", "w2")] * (turn == 2)
+                found = [
+                    pipeline.generate(pictures, prompt, history=history, max_new_tokens=4)
+                    for pipeline in (keeping, fresh, plain)
+                ]
+                assert len({one.text for one in found}) == 1
+                got, same, near = found
+                was_kept = turn > 0 and pictures == PICTURES[:1] and name != "compares the question"
+                assert got.statistics.prefix_was_kept == was_kept or len(pictures) == 2
+                assert not same.statistics.prefix_was_kept
+                np.testing.assert_array_equal(got.first_logits, same.first_logits)
+                np.testing.assert_allclose(got.first_logits, near.first_logits, **LOGITS_FLOAT32)
+                for other in (same, near):
+                    assert [kept.tolist() for kept in got.kept] == [kept.tolist() for kept in other.kept]
+        nothing = [pipeline.generate(None, "w1 w2", max_new_tokens=2) for pipeline in (keeping, plain)]
+        assert nothing[0].text == nothing[1].text
