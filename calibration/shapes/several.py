@@ -198,7 +198,11 @@ def _ask_color_in_one(images: _Images, rng: random.Random) -> Asked | None:
 
 def _ask_both(images: _Images, rng: random.Random) -> Asked | None:
     """Asks whether both images have an object; at least one has it, and the same form of question allows yes and no."""
-    phrases = [color_noun_of, noun_of, lambda thing: f"{thing.color} object"]
+    phrases: list[Callable[[Thing], str]] = [
+        color_noun_of,
+        noun_of,
+        lambda thing: f"{thing.color} object",
+    ]
     rng.shuffle(phrases)
     for phrase in phrases:
         keys = sorted({phrase(thing) for things in images for thing in things})

@@ -407,7 +407,7 @@ def evaluate(
         kinds: the kinds that the lessons number; those that were not asked count for nothing.
     """
     right, seen = np.zeros((1 + len(layers), len(kinds))), np.zeros(len(kinds))
-    share = 1.0 if limit is None else limit / max(len(x.ids) for x in lessons)
+    share = 1.0 if limit is None else min(1.0, limit / max(len(x.ids) for x in lessons))
     for lesson in lessons:
         for first in range(0, max(2, round(share * len(lesson.ids))), batch):
             rows = np.arange(first, min(first + batch, len(lesson.ids)))
