@@ -147,7 +147,7 @@ def kept_sets(
     result = []
     with Pipeline.from_bundle(bundle, threads=1, cpu_accuracy=cpu_accuracy) as pipeline:
         for question in questions:
-            generation = pipeline.generate(question.image, question.question, max_new_tokens=1)
+            generation = pipeline.generate(list(question.images), question.question, max_new_tokens=1)
             assert generation.text is not None
             result.append([set(kept.tolist()) for kept in generation.kept])
     return result

@@ -1,4 +1,4 @@
-"""Questions about images: from a JSON-lines file or the synthetic set, their digest and their shards."""
+"""Questions about images: from a JSON-lines file or a synthetic set, their digest and their shards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from trio_edge.calibration.shapes.samples import held_out
+from trio_edge.calibration.shapes.several import held_out_several
 from trio_edge.runtime.bundle.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,26 +21,31 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trio_edge.calibration.shapes.samples import ShapeSample
+    from trio_edge.calibration.shapes.several import SeveralSample
 
 
 SYNTHETIC = "shapes"
 """Name of the packaged set, where a data set is asked for."""
+SYNTHETIC_SEVERAL = "shapes-several"
+"""Name of the packaged set of questions about two images or a short video."""
+SYNTHETIC_SETS = (SYNTHETIC, SYNTHETIC_SEVERAL)
 _ID_LENGTH = 16  # 64 bits: two of a million images are alike by chance once in 10^7 data sets
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question about one image, with its place in the data."""
+    """One question about one image or several, with its place in the data."""
 
     index: int
     """Place in the whole data set; pairs outcomes of different runs, and seeds random selections."""
     sample_id: str
     kind: str
     """Type of question, for the breakdown."""
-    image: Image.Image | Path
-    image_name: str
+    images: tuple[Image.Image | Path, ...]
+    """In the order in which the model reads them; at least one."""
+    image_names: tuple[str, ...]
     image_id: str
-    """Digest of the image's content; questions about one image share it."""
+    """Digest of the images' contents; questions about the same images share it."""
     question: str
     """The prompt as asked, with the choices and the suffix."""
     answers: tuple[str, ...]
@@ -48,16 +54,18 @@ class Question:
     """For messages: FILE:LINE."""
 
 
-def questions_of(samples: Iterable[ShapeSample]) -> list[Question]:
+def questions_of(samples: Iterable[ShapeSample | SeveralSample]) -> list[Question]:
     """Return generated samples as questions."""
     return [
         Question(
             index=index,
             sample_id=sample.sample_id,
             kind=sample.kind,
-            image=sample.image,
-            image_name=sample.sample_id,
-            image_id=hashlib.sha256(sample.image.tobytes()).hexdigest()[:_ID_LENGTH],
+            images=sample.images,
+            image_names=(sample.sample_id,),
+            image_id=_joined_id(
+                [hashlib.sha256(image.tobytes()).hexdigest()[:_ID_LENGTH] for image in sample.images]
+            ),
             question=sample.question,
             answers=(sample.answer,),
             where=f"shapes sample {sample.sample_id}",
@@ -66,9 +74,10 @@ def questions_of(samples: Iterable[ShapeSample]) -> list[Question]:
     ]
 
 
-def synthetic_questions(count: int, *, seed: int) -> list[Question]:
-    """Return the packaged held-out set's first ``count`` questions."""
-    return questions_of(held_out(count, seed=seed))
+def synthetic_questions(count: int, *, seed: int, name: str = SYNTHETIC) -> list[Question]:
+    """Return the first ``count`` questions of a packaged held-out set, one of ``SYNTHETIC_SETS``."""
+    samples = held_out_several(count, seed=seed) if name == SYNTHETIC_SEVERAL else held_out(count, seed=seed)
+    return questions_of(samples)
 
 
 def read_questions(
@@ -81,8 +90,9 @@ def read_questions(
 ) -> list[Question]:
     """Return the questions of a JSON-lines file, one object a line.
 
-    Fields: ``image`` (a path relative to the file), ``question``, ``answers`` (a list) or ``answer``; optional ``id``,
-    ``kind``, ``choices`` (a list, appended to the prompt with letters) and ``split``. Others are ignored.
+    Fields: ``image`` (a path relative to the file) or ``images`` (a list of them), ``question``, ``answers`` (a list) or
+    ``answer``; optional ``id``, ``kind``, ``choices`` (a list, appended to the prompt with letters) and ``split``. Others
+    are ignored.
 
     Args:
         path: The file.
@@ -121,10 +131,12 @@ def read_questions(
             suffix=suffix,
             need_answers=need_answers,
         )
-        image = path.parent / question.image_name
-        if image not in image_ids:
-            image_ids[image] = image_id(image, where=where)
-        questions.append(replace(question, image=image, image_id=image_ids[image]))
+        images = tuple(path.parent / name for name in question.image_names)
+        for image in images:
+            if image not in image_ids:
+                image_ids[image] = image_id(image, where=where)
+        together = _joined_id([image_ids[image] for image in images])
+        questions.append(replace(question, images=images, image_id=together))
     if not questions:
         wanted = "" if split is None else f" of split {split!r}"
         raise DataError(f"{path}: expected at least one question{wanted}, got none; check the file")
@@ -138,7 +150,7 @@ def digest_of(questions: Sequence[Question], *, metric: str) -> str:
     """
     digest = hashlib.sha256(metric.encode())
     for question in questions:
-        fields = [question.sample_id, question.kind, question.image_name, question.question]
+        fields = [question.sample_id, question.kind, *question.image_names, question.question]
         digest.update(json.dumps([*fields, question.answers, question.choices]).encode())
     return digest.hexdigest()
 
@@ -174,9 +186,9 @@ def _question(
     entry: dict[str, Any], *, index: int, number: int, path: Path, suffix: str, need_answers: bool
 ) -> Question:
     where = f"{path}:{number}"
-    for name in ("image", "question"):
-        if not isinstance(entry.get(name), str) or not entry[name].strip():
-            raise DataError(f"{where}: expected a text {name!r}, got {entry.get(name)!r}; mend the line")
+    names = _image_names(entry, where=where)
+    if not _is_text(entry.get("question")):
+        raise DataError(f"{where}: expected a text 'question', got {entry.get('question')!r}; mend the line")
     answers = _texts(entry["answers"] if "answers" in entry else [entry.get("answer")])
     if answers is None or (need_answers and not answers):
         raise DataError(f"{where}: expected 'answer' or a list 'answers' of texts, got none; mend the line")
@@ -188,14 +200,41 @@ def _question(
         index=index,
         sample_id=str(entry.get("id", number)),
         kind=str(entry.get("kind", "all")),
-        image=path,
-        image_name=entry["image"],
+        images=(),
+        image_names=names,
         image_id="",
         question="\n".join([entry["question"], *options, *([suffix] if suffix else [])]),
         answers=answers,
         choices=choices,
         where=where,
     )
+
+
+def _image_names(entry: dict[str, Any], *, where: str) -> tuple[str, ...]:
+    """Return the names in a line's 'image' or 'images'."""
+    if "images" not in entry:
+        if not _is_text(entry.get("image")):
+            raise DataError(
+                f"{where}: expected a text 'image' or a list 'images' of them, got {entry.get('image')!r}; mend the line"
+            )
+        return (entry["image"],)
+    names = entry["images"]
+    if "image" in entry:
+        raise DataError(f"{where}: expected 'image' or 'images', got both; leave one out")
+    if not isinstance(names, list) or not names or not all(_is_text(name) for name in names):
+        raise DataError(
+            f"{where}: expected one text or more in the list 'images', got {str(names)[:60]!r}; mend the line"
+        )
+    return tuple(names)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _joined_id(ids: Sequence[str]) -> str:
+    """Return the digest of several images; of one its own."""
+    return ids[0] if len(ids) == 1 else hashlib.sha256(" ".join(ids).encode()).hexdigest()[:_ID_LENGTH]
 
 
 def _texts(values: object) -> tuple[str, ...] | None:
@@ -219,7 +258,9 @@ def image_id(path: Path, *, where: str) -> str:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(f"{where}: expected an image at {path}, got none ({reason}); check 'image'") from None
+        raise DataError(
+            f"{where}: expected an image at {path}, got none ({reason}); check the name"
+        ) from None
     try:
         with Image.open(io.BytesIO(data)):  # its header; a damaged rest shows when it is asked about
             pass

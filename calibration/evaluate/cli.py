@@ -22,7 +22,7 @@ from trio_edge.calibration.evaluate.report_table import print_report
 from trio_edge.calibration.evaluate.running.answering import DEFAULT_ANSWER_TOKENS, OWN_SELECTION
 from trio_edge.calibration.evaluate.running.baselines import BASELINES
 from trio_edge.calibration.metrics import METRICS
-from trio_edge.calibration.questions import SYNTHETIC
+from trio_edge.calibration.questions import SYNTHETIC, SYNTHETIC_SETS
 from trio_edge.runtime.bundle.files import check_outputs, write_output
 from trio_edge.runtime.cli.backend_options import backend_options
 from trio_edge.runtime.cli.console import EXIT_USER_ERROR, run
@@ -38,7 +38,11 @@ PATH = click.Path(path_type=Path)
 @click.command("trio-eval", context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=PATH)
 @click.option("--reference", type=PATH, help="A keep-all bundle that all are compared with.")
-@click.option("--data", default=SYNTHETIC, help=f"'{SYNTHETIC}' (synthetic, held out) or a JSON-lines file.")
+@click.option(
+    "--data",
+    default=SYNTHETIC,
+    help=f"A JSON-lines file, or a synthetic held-out set: {', '.join(SYNTHETIC_SETS)}.",
+)
 @click.option(
     "--metric",
     type=click.Choice(["auto", *METRICS]),
@@ -48,9 +52,9 @@ PATH = click.Path(path_type=Path)
 @click.option(
     "--count",
     type=click.IntRange(1),
-    help=f"Questions at most; default all of a file, {DEFAULT_SYNTHETIC_COUNT} of '{SYNTHETIC}'.",
+    help=f"Questions at most; default all of a file, {DEFAULT_SYNTHETIC_COUNT} of a synthetic set.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the synthetic set.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of a synthetic set.")
 @click.option("--split", help="Only the file's lines with this split.")
 @click.option(
     "--suffix",
@@ -70,7 +74,7 @@ PATH = click.Path(path_type=Path)
     multiple=True,
     type=click.Choice([OWN_SELECTION, *BASELINES]),
     default=(OWN_SELECTION,),
-    help="The bundle's own selection, or a baseline at the same schedule; repeatable.",
+    help="The bundle's own selection, or a baseline at the same budget; repeatable.",
 )
 @backend_options(threads=1, threads_help="CPU threads of each worker; 0 lets the backend choose.")
 @click.option(

@@ -23,7 +23,7 @@ from trio_edge.calibration.evaluate.running.answering import Settings
 from trio_edge.calibration.evaluate.running.runs import answer_runs, keys_of, plan_runs
 from trio_edge.calibration.metrics import METRICS, check_metric, metric_for
 from trio_edge.calibration.questions import (
-    SYNTHETIC,
+    SYNTHETIC_SETS,
     digest_of,
     parse_shard,
     read_questions,
@@ -117,12 +117,12 @@ def evaluate(
 def _asked(options: EvaluationOptions) -> tuple[EvaluationData, list[Question]]:
     """Return the data set, and the part of it that is asked here."""
     shard, num_shards = parse_shard(options.shard)
-    is_synthetic = options.data == SYNTHETIC
+    is_synthetic = options.data in SYNTHETIC_SETS
     if is_synthetic:
         if options.split is not None or options.suffix:
-            raise DataError(f"--split and --suffix: expected a JSON-lines file, got '{SYNTHETIC}'")
+            raise DataError(f"--split and --suffix: expected a JSON-lines file, got '{options.data}'")
         count = DEFAULT_SYNTHETIC_COUNT if options.count is None else options.count
-        questions = synthetic_questions(count, seed=options.seed)
+        questions = synthetic_questions(count, seed=options.seed, name=options.data)
     else:
         path = Path(options.data)
         questions = read_questions(path, split=options.split, suffix=options.suffix, count=options.count)

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from trio_edge.calibration.evaluate.running.answer_cost import processed_tokens
+from trio_edge.calibration.evaluate.running.answer_cost import image_tokens, processed_tokens
 from trio_edge.runtime.bundle.errors import DataError, ShapeError
 from trio_edge.runtime.pipeline import Pipeline
 
@@ -71,14 +71,14 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
             context, settings, doc_to_visual, doc_id, task, split = request.args
             images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
             generation = self._pipeline.generate(
-                _image(images), context, **_generation_settings(settings, self._pipeline)
+                _images(images), context, **_generation_settings(settings, self._pipeline)
             )
             answers.append(_cut(generation.text, settings.get("until") or []))
             self.cache_hook.add_partial("generate_until", (context, settings), answers[-1])
-            statistics = generation.statistics
-            entered += statistics.visual_tokens
+            counts = image_tokens(self._pipeline.images, generation.images)
+            entered += sum(counts)
             processed += processed_tokens(
-                self._pipeline.manifest, num_visual=statistics.visual_tokens, kept=statistics.kept_tokens
+                self._pipeline.manifest, image_tokens=counts, kept=generation.statistics.kept_tokens
             )
         count = max(len(answers), 1)
         console.print(f"visual tokens: {entered / count:.1f} in, {processed / count:.1f} kept on average")
@@ -89,7 +89,7 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
         raise _other_task("loglikelihood")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Raise DataError: later rounds ask for all answers and images so far, a bundle takes one image."""
+        """Raise DataError: later rounds ask for all answers and images so far, a bundle answers one round."""
         raise _other_task("generate_until_multi_round")
 
 
@@ -99,11 +99,11 @@ def _other_task(kind: str) -> DataError:
     )
 
 
-def _image(images: Sequence[Any]) -> Image.Image | None:
-    if len(images) > 1 or not all(isinstance(image, Image.Image) for image in images):
+def _images(images: Sequence[Any]) -> list[Image.Image]:
+    if not all(isinstance(image, Image.Image) for image in images):
         kinds = ", ".join(type(image).__name__ for image in images)
-        raise ShapeError(f"task: expected at most one image a question, got {kinds}; choose another task")
-    return images[0] if images else None
+        raise ShapeError(f"task: expected images only in a question, got {kinds}; choose another task")
+    return list(images)
 
 
 def _generation_settings(settings: dict[str, Any], pipeline: Pipeline) -> dict[str, Any]:

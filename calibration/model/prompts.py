@@ -106,8 +106,13 @@ def make_prompt(model: TorchModel, question: Question) -> SamplePrompt:
 
 
 def _read(model: TorchModel, question: Question) -> tuple[Image.Image, PromptIds]:
+    if len(question.images) != 1:
+        raise DataError(
+            f"{question.where}: expected one image to calibrate on, got {len(question.images)};"
+            " leave the sample out, trio-eval takes it"
+        )
     try:
-        image = open_image(question.image)
+        image = open_image(question.images[0])
         ids = prompt_ids(
             build_messages(question.question, images=[image]),
             tokenizer=model.tokenizer,

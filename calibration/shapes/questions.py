@@ -59,12 +59,12 @@ def _unique(items: list[tuple[str, Thing]]) -> list[tuple[str, Thing]]:
     return [(key, thing) for key, thing in items if seen[key] == 1]
 
 
-def _noun(thing: Thing) -> str:
+def noun_of(thing: Thing) -> str:
     """Returns `digit 7` or `star`."""
     return f"digit {thing.name}" if thing.is_digit else thing.name
 
 
-def _color_noun(thing: Thing) -> str:
+def color_noun_of(thing: Thing) -> str:
     """Returns `red digit` or `red star`."""
     return f"{thing.color} {'digit' if thing.is_digit else thing.name}"
 
@@ -73,7 +73,7 @@ def _ask_color(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str]
     """Asks for the colour of an object named by shape, by size and shape, or by place."""
     way = rng.random()
     if way < 0.55:
-        found = _unique([(_noun(t), t) for t in things])
+        found = _unique([(noun_of(t), t) for t in things])
     elif way < 0.75:
         found = _unique([(f"{t.size} {t.name}", t) for t in things if not t.is_digit])
     else:
@@ -118,15 +118,15 @@ def _ask_digit(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str]
 
 def _ask_place(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str] | None:
     """Asks where an object is."""
-    found = _unique([((_color_noun if rng.random() < 0.6 else _noun)(t), t) for t in things])
-    found = [(key, thing) for key, thing in found if _matches(things, key) == 1]
+    found = _unique([((color_noun_of if rng.random() < 0.6 else noun_of)(t), t) for t in things])
+    found = [(key, thing) for key, thing in found if matches(things, key) == 1]
     if not found:
         return None
     key, thing = rng.choice(found)
     return f"where is the {key} ?", thing.place
 
 
-def _matches(things: tuple[Thing, ...], key: str) -> int:
+def matches(things: tuple[Thing, ...], key: str) -> int:
     """Counts the objects that a noun phrase describes."""
     return sum(_fits(thing, key) for thing in things)
 
@@ -145,7 +145,7 @@ def _word_fits(thing: Thing, word: str) -> bool:
     return word in (thing.name, thing.color, thing.size, PLURALS.get(thing.name))
 
 
-def _group(things: tuple[Thing, ...], rng: random.Random) -> str:
+def group_of(things: tuple[Thing, ...], rng: random.Random) -> str:
     """Returns a plural phrase, half of the time about something that is there."""
     thing = rng.choice(things) if rng.random() < 0.75 else None
     way = rng.random()
@@ -163,7 +163,7 @@ def _ask_count(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str]
     """Asks for a number of objects from zero to five, larger numbers preferred a little."""
     if not things:
         return None
-    drawn = [(_matches(things, group), group) for group in (_group(things, rng) for _ in range(2))]
+    drawn = [(matches(things, group), group) for group in (group_of(things, rng) for _ in range(2))]
     number, group = max(drawn) if rng.random() < 0.6 else drawn[0]
     if number > 5:
         return None
@@ -176,10 +176,10 @@ def _ask_comparison(things: tuple[Thing, ...], rng: random.Random) -> tuple[str,
     if rng.random() < 0.4:
         return _ask_larger(things, rng, answer)
     for _ in range(12):
-        first, second = _group(things, rng), _group(things, rng)
+        first, second = group_of(things, rng), group_of(things, rng)
         if first.split()[-1] != second.split()[-1] and "objects" in first + second:
             continue
-        more, fewer = _matches(things, first), _matches(things, second)
+        more, fewer = matches(things, first), matches(things, second)
         if more != fewer and (more > fewer) == (answer == "yes"):
             return f"are there more {first} than {second} ?", answer
     return None
@@ -187,7 +187,7 @@ def _ask_comparison(things: tuple[Thing, ...], rng: random.Random) -> tuple[str,
 
 def _ask_larger(things: tuple[Thing, ...], rng: random.Random, answer: str) -> tuple[str, str] | None:
     """Asks whether one object is larger than another of the other size."""
-    found = _unique([(_color_noun(t), t) for t in things])
+    found = _unique([(color_noun_of(t), t) for t in things])
     large = [key for key, thing in found if thing.size == "large"]
     small = [key for key, thing in found if thing.size == "small"]
     if not large or not small:
@@ -208,11 +208,11 @@ def _ask_existence(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, 
         if rng.random() < 0.3:
             key = f"digit {one.name if one.is_digit and answer == 'yes' else rng.choice(DIGITS)}"
         elif answer == "yes":
-            key = _color_noun(one)
+            key = color_noun_of(one)
         else:
-            noun = rng.choice((*SHAPES, "digit")) if rng.random() < 0.4 else _color_noun(one).split()[1]
+            noun = rng.choice((*SHAPES, "digit")) if rng.random() < 0.4 else color_noun_of(one).split()[1]
             key = f"{color} {noun}"
-        if (_matches(things, key) > 0) == (answer == "yes"):
+        if (matches(things, key) > 0) == (answer == "yes"):
             return f"is there a {key} ?", answer
     return None
 

@@ -53,6 +53,11 @@ class ShapeSample:
     kind: str
     sample_id: str
 
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """The image, as samples of several have them."""
+        return (self.image,)
+
 
 def held_out(count: int, *, seed: int = 0) -> Iterator[ShapeSample]:
     """Yields `count` samples, every kind equally often (up to one), about two questions per image.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -114,13 +114,13 @@ def make_scene(seed: int, *, canvas: SceneCanvas | None = None) -> Scene:
     names = rng.sample(SHAPES, rng.randint(2, len(SHAPES)))
     things: list[Thing] = []
     for _ in range(wanted):
-        thing = _place_thing(rng, canvas, things, palette=palette, names=names)
+        thing = place_thing(rng, canvas, things, palette=palette, names=names)
         if thing is not None:
             things.append(thing)
     return Scene(seed, canvas, tuple(things))
 
 
-def _place_thing(
+def place_thing(
     rng: random.Random, canvas: SceneCanvas, others: list[Thing], *, palette: list[str], names: list[str]
 ) -> Thing | None:
     """Returns a new object clear of `others`, or None when no free spot was found."""
@@ -130,7 +130,14 @@ def _place_thing(
     half_height = side / 2
     half_width = half_height * (DIGIT_ASPECT if name in DIGITS else 1.0)
     color = rng.choice(palette)
+    look = Thing(name, color, size, PLACES[0], 0.0, 0.0, half_width, half_height)
+    return moved_thing(look, canvas, others, rng)
+
+
+def moved_thing(look: Thing, canvas: SceneCanvas, others: list[Thing], rng: random.Random) -> Thing | None:
+    """Returns an object that looks like `look` on a free spot clear of `others`, or None when none was found."""
     width, height = canvas.layout_width, canvas.layout_height
+    half_width, half_height = look.half_width, look.half_height
     for _ in range(60):
         x, y = rng.uniform(0, width), rng.uniform(0, height)
         column = _third(x, half_width, width, canvas.cuts_x)
@@ -141,7 +148,7 @@ def _place_thing(
             abs(x - o.x) > half_width + o.half_width + 2 or abs(y - o.y) > half_height + o.half_height + 2
             for o in others
         ):
-            return Thing(name, color, size, PLACES[3 * row + column], x, y, half_width, half_height)
+            return replace(look, place=PLACES[3 * row + column], x=x, y=y)
     return None
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -201,6 +202,7 @@ class Recipe:
     guide: float = 0.4
     drop_layers: tuple[int, ...] = (1, 1, 1, 2, 3)
     keep: tuple[int, ...] = (24, 32, 48, 64, 80)
+    place: float = 0.1
 
 
 def _make_drops(
@@ -242,6 +244,16 @@ def answer_losses(
     return total, right
 
 
+class Aid(Protocol):
+    """A training aid: what else the first layers' visual tokens are asked."""
+
+    def loss(self, prefixes: list[Tensor], labels: Tensor, opening: int) -> Tensor:
+        """Returns a loss on the states `[B, P, D]` of the prefix after each layer."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Returns its own weights."""
+
+
 class PlaceReader(nn.Module):
     """Training aid: asks every visual token, after the first layers, where in the picture it is and if it is base."""
 
@@ -267,9 +279,10 @@ class PlaceReader(nn.Module):
 
 
 def train_language(
-    model: LlavaNextForConditionalGeneration, lessons: list[Lesson], aid: PlaceReader, recipe: Recipe, *,
+    model: LlavaNextForConditionalGeneration, lessons: list[Lesson], aid: Aid, recipe: Recipe, *,
     seed: int, name: str, validation: list[Lesson],
     save: Callable[[LlavaNextForConditionalGeneration], None] | None = None, report_seconds: float = 150,
+    kinds: tuple[str, ...] = KINDS,
 ) -> None:  # fmt: skip
     """Trains the decoder, the embeddings, the head and the newline embedding in place for a wall-clock time."""
     rng, numbers = random.Random(seed), np.random.default_rng(seed)
@@ -307,10 +320,10 @@ def train_language(
                   f"loss {mean[0]:.3f} right {100 * mean[1]:.1f} threads {torch.get_num_threads()}", flush=True)  # fmt: skip
         if spent - reported > report_seconds:
             reported = spent
-            print(name, "validation", evaluate(model, validation, limit=96), flush=True)
+            print(name, "validation", evaluate(model, validation, limit=96, kinds=kinds), flush=True)
             if save:
                 save(model)
-    print(name, "end", evaluate(model, validation), flush=True)
+    print(name, "end", evaluate(model, validation, kinds=kinds), flush=True)
 
 
 GUIDED = (1, 2, 3)
@@ -342,7 +355,7 @@ def guidance_loss(watch: Watch, drops: list[Drop], things: Tensor, about: Tensor
 
 
 def _step_loss(
-    model: LlavaNextForConditionalGeneration, lesson: Lesson, aid: PlaceReader, recipe: Recipe, rng: random.Random,
+    model: LlavaNextForConditionalGeneration, lesson: Lesson, aid: Aid, recipe: Recipe, rng: random.Random,
     numbers: np.random.Generator, used: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns loss and share of right answers of one random batch."""
@@ -371,13 +384,15 @@ def _step_loss(
         about = torch.from_numpy(lesson.about[rows][:, picks]).to(model.device)
         guide = recipe.guide * guidance_loss(watch, drops, things, about, where)
         loss = loss + guide * min(1.0, 2 * (1 - used))
-    return loss + 0.1 * aid.loss(prefixes, labels, len(opening)), right
+    if recipe.place:
+        loss = loss + recipe.place * aid.loss(prefixes, labels, len(opening))
+    return loss, right
 
 
 @torch.no_grad()
 def evaluate(
     model: LlavaNextForConditionalGeneration, lessons: Sequence[Lesson], *, limit: int | None = None, other: bool = False,
-    base_only: bool = False, layers: Sequence[int] = (), batch: int = 16,
+    base_only: bool = False, layers: Sequence[int] = (), batch: int = 16, kinds: tuple[str, ...] = KINDS,
 ) -> dict[str, float]:  # fmt: skip
     """Returns exact-match percentages (answer and end token) by kind, over all kinds equally, and by early layer.
 
@@ -389,9 +404,10 @@ def evaluate(
         base_only: shows the base tile only.
         layers: early layers whose lens accuracy is reported too.
         batch: pictures per step.
+        kinds: the kinds that the lessons number; those that were not asked count for nothing.
     """
-    right, seen = np.zeros((1 + len(layers), len(KINDS))), np.zeros(len(KINDS))
-    share = 1.0 if limit is None else limit / max(len(x.ids) for x in lessons)
+    right, seen = np.zeros((1 + len(layers), len(kinds))), np.zeros(len(kinds))
+    share = 1.0 if limit is None else min(1.0, limit / max(len(x.ids) for x in lessons))
     for lesson in lessons:
         for first in range(0, max(2, round(share * len(lesson.ids))), batch):
             rows = np.arange(first, min(first + batch, len(lesson.ids)))
@@ -406,9 +422,11 @@ def evaluate(
             for slot, layer in enumerate((len(states) - 1, *layers)):
                 ok = head_logits(model, states[layer].gather(2, at)[:, :, 0]).argmax(-1) == answer
                 ok = (ok & ended if slot == 0 else ok).cpu().numpy()
-                right[slot] += np.bincount(lesson.kind[rows].ravel(), ok.ravel(), len(KINDS))
-            seen += np.bincount(lesson.kind[rows].ravel(), minlength=len(KINDS))
+                right[slot] += np.bincount(lesson.kind[rows].ravel(), ok.ravel(), len(kinds))
+            seen += np.bincount(lesson.kind[rows].ravel(), minlength=len(kinds))
+    some = seen > 0
+    right, seen, kinds = right[:, some], seen[some], tuple(kind for kind, there in zip(kinds, some) if there)
     result = {"all": float((right[0] / seen).mean()), "mixed": float(right[0].sum() / seen.sum())}
-    result |= {kind: float(right[0, i] / seen[i]) for i, kind in enumerate(KINDS)}
+    result |= {kind: float(right[0, i] / seen[i]) for i, kind in enumerate(kinds)}
     result |= {f"layer {layer}": float((right[1 + i] / seen).mean()) for i, layer in enumerate(layers)}
     return {key: round(100 * value, 1) for key, value in result.items()} | {"n": int(seen.sum())}

@@ -195,6 +195,6 @@ def test_the_rounds_are_the_fewest_that_settle_in_a_graph(crowd: Crowd) -> None:
 
 
 def _answered(pipeline: Pipeline, question: Question) -> Any:
-    generation = pipeline.generate(question.image, question.question, max_new_tokens=3)
+    generation = pipeline.generate(list(question.images), question.question, max_new_tokens=3)
     assert generation.text is not None
     return generation

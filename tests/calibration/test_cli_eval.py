@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.bundles import export
 from tests.calibration.question_files import questions_about, write_questions
 from trio_edge.calibration.evaluate import cli as cli_eval
-from trio_edge.calibration.evaluate.running.baselines import BASELINES
+from trio_edge.calibration.evaluate.running.baselines import SELECTIONS
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -186,6 +188,8 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "reference_that_selects": (["B", "--reference", "B"], "keep-all bundle"),
     "reference_missing": (["B", "--reference", "nowhere"], "expected a bundle folder"),
     "selection_of_keep_all": (["A", "--selection", "random"], "bundle with stages"),
+    "smaller_image_without_reference": (["B", "--selection", "smaller-image"], "expected --reference"),
+    "split_of_shapes_several": (["B", "--data", "shapes-several", "--split", "v"], "got 'shapes-several'"),
     "unknown_selection": (["B", "--selection", "best"], "--selection"),
     "unknown_metric": (["B", "--metric", "bleu"], "--metric"),
     "metric_that_does_not_fit": (["B", "--data", "Q", "--metric", "vqa"], "expected 10 answers"),
@@ -239,10 +243,68 @@ def test_a_missing_extra_is_named(
     assert 'pip install "trio-edge[eval]"' in error
 
 
-@pytest.mark.parametrize("selection", BASELINES)
+@pytest.mark.parametrize("selection", SELECTIONS)
 def test_a_baseline_has_the_bundles_schedule(
     selection: str, reduced_bundle: Path, questions: Path, tmp_path: Path
 ) -> None:
     report = evaluated(tmp_path, reduced_bundle, "--data", questions, "--selection", selection)
     assert report["runs"][0]["run"]["selection"] == selection
     assert report["runs"][0]["outcomes"][0]["processed_tokens"] == pytest.approx(71 / 3)
+
+
+def test_a_smaller_image_goes_through_the_keep_all_bundle(
+    keep_all_bundle: Path, reduced_bundle: Path, tmp_path: Path
+) -> None:
+    """Its image has fewer tokens, all of which are processed."""
+    questions = write_questions(tmp_path, questions_about(3))
+    selections = ("--selection", "bundle", "--selection", "smaller-image")
+    report = evaluated(
+        tmp_path, reduced_bundle, "--reference", keep_all_bundle, "--data", questions, *selections
+    )
+    full, trio, smaller = report["runs"]
+    assert smaller["run"]["label"] == f"{trio['run']['label']} (smaller-image)"
+    assert smaller["run"]["method"] == "smaller-image"
+    assert smaller["processed_tokens"] == smaller["visual_tokens"] < full["visual_tokens"]
+    assert smaller["average_keep"] == pytest.approx(smaller["visual_tokens"] / full["visual_tokens"])
+    assert smaller["flops"] < full["flops"]
+    assert smaller["against_reference"]["first_token_kl"] > 0
+
+
+@pytest.mark.parametrize("budget", ["prompt", "image"])
+def test_questions_about_several_images(
+    budget: Literal["prompt", "image"], checkpoint: Path, tmp_path: Path
+) -> None:
+    """Tokens of all images count, and each baseline has the bundle's schedule."""
+    schedule = Schedule(stages=(Stage(layer=1, keep=14), Stage(layer=2, keep=6)), budget=budget)
+    bundle = export(checkpoint, schedule=schedule, max_images=3)
+    keep_all = export(checkpoint, max_images=3)
+    names = (["p0.png", "p1.png"], ["p0.png"], ["p0.png", "p0.png", "p2.png"])
+    questions = write_questions(
+        tmp_path, [{"images": name, "question": "w1 w2 ?", "answer": "w1"} for name in names]
+    )
+    chosen = [part for name in ("bundle", *SELECTIONS) for part in ("--selection", name)]
+    report = evaluated(tmp_path, bundle, "--reference", keep_all, "--data", questions, *chosen)
+    counts = [outcome["visual_tokens"] for outcome in report["runs"][0]["outcomes"]]
+    with Pipeline.from_bundle(keep_all, threads=1) as pipeline:
+        for name, outcome in zip(names, report["runs"][0]["outcomes"]):
+            answer = pipeline.generate([tmp_path / one for one in name], "w1 w2 ?", max_new_tokens=16)
+            assert answer.text == outcome["text"]
+            assert answer.statistics.visual_tokens == outcome["visual_tokens"]
+    assert counts[1] < min(counts[0], counts[2])
+    for run in report["runs"][1:]:
+        processed = [outcome["processed_tokens"] for outcome in run["outcomes"]]
+        assert processed == pytest.approx([(count + 14 + 6) / 3 for count in counts])
+    data = json.loads((tmp_path / "report.json").read_text())["data"]
+    assert data["compared"] == 3
+
+
+def test_tokens_selected_before_the_decoder_count_image_by_image(checkpoint: Path, tmp_path: Path) -> None:
+    bundle = export(checkpoint, token_method="uniform", token_keep=0.3, max_images=2)
+    questions = write_questions(
+        tmp_path,
+        [{"images": ["p0.png", "p1.png"][:count], "question": "w1", "answer": "w1"} for count in (1, 2)],
+    )
+    (run,) = evaluated(tmp_path, bundle, "--data", questions)["runs"]
+    one, two = run["outcomes"]
+    assert two["processed_tokens"] == 2 * one["processed_tokens"] < two["visual_tokens"]
+    assert two["flops"] > one["flops"]

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.bundles import export
 from tests.calibration.question_files import questions_about, write_questions
 from trio_edge.calibration.evaluate import cli as cli_eval
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +36,7 @@ from pathlib import Path
 from PIL import Image
 
 def doc_to_visual(doc):
-    return [Image.open(Path(__file__).parent / doc["image"])]
+    return [Image.open(Path(__file__).parent / name) for name in doc["images"]]
 """
 
 
@@ -43,14 +45,20 @@ def test_the_package_names_its_model_for_lmms_eval() -> None:
     assert found.value == "trio_edge.calibration.evaluate.lmms_eval_model:manifest"
 
 
-def test_lmms_eval_gets_the_answers_that_trio_eval_gets(reduced_bundle: Path, tmp_path: Path) -> None:
+def test_lmms_eval_gets_the_answers_that_trio_eval_gets(checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("lmms_eval", reason="needs pip install lmms-eval")
-    data = write_questions(tmp_path, questions_about(6))
+    schedule = Schedule(stages=(Stage(layer=1, keep=14), Stage(layer=2, keep=6)))
+    bundle = export(checkpoint, schedule=schedule, max_images=2)
+    lines = [
+        {"question": line["question"], "answer": line["answer"], "images": ["p0.png", "p1.png"][: 1 + i % 2]}
+        for i, line in enumerate(questions_about(6))
+    ]
+    data = write_questions(tmp_path, lines)
     (tmp_path / "local.yaml").write_text(TASK.replace("DATA", str(data)))
     (tmp_path / "functions.py").write_text(FUNCTIONS)
     command = [
         sys.executable, "-m", "lmms_eval", "--model", "trio_edge", "--model_args",
-        f"pretrained={reduced_bundle},threads=1", "--tasks", "trio_edge_local", "--include_path", str(tmp_path),
+        f"pretrained={bundle},threads=1", "--tasks", "trio_edge_local", "--include_path", str(tmp_path),
         "--batch_size", "1", "--output_path", str(tmp_path / "out"), "--log_samples",
     ]  # fmt: skip
     subprocess.run(command, check=True, env={**os.environ, "HF_HOME": str(tmp_path / "home")}, timeout=300)
@@ -58,7 +66,7 @@ def test_lmms_eval_gets_the_answers_that_trio_eval_gets(reduced_bundle: Path, tm
     lines = [json.loads(line) for line in samples.read_text().splitlines()]
     theirs = [line["filtered_resps"] for line in sorted(lines, key=lambda line: line["doc_id"])]
     report = tmp_path / "report.json"
-    arguments = [str(reduced_bundle), "--data", str(data), "--json", str(report), "--quiet"]
+    arguments = [str(bundle), "--data", str(data), "--json", str(report), "--quiet"]
     assert cli_eval.main(arguments) == 0
     outcomes = json.loads(report.read_text())["runs"][0]["outcomes"]
     assert theirs == [outcome["text"].strip() for outcome in outcomes]

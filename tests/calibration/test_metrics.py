@@ -18,7 +18,7 @@ from trio_edge.calibration.questions import Question
 
 
 def question(*answers: str, choices: tuple[str, ...] = ()) -> Question:
-    fields: Any = {"image": b"", "image_name": "p", "image_id": "p"}
+    fields: Any = {"images": (), "image_names": ("p",), "image_id": "p"}
     return Question(
         index=0, sample_id="0", kind="all", question="?", answers=answers, choices=choices, **fields
     )

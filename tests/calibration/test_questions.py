@@ -10,6 +10,8 @@ import pytest
 from tests.calibration.question_files import questions_about, write_questions
 from trio_edge.calibration.metrics import METRICS, check_metric
 from trio_edge.calibration.questions import (
+    SYNTHETIC_SETS,
+    SYNTHETIC_SEVERAL,
     digest_of,
     parse_shard,
     read_questions,
@@ -27,11 +29,23 @@ LINE: dict[str, Any] = {"image": "p0.png", "question": "what ?", "answer": "w1"}
 def test_fields_of_a_line(tmp_path: Path) -> None:
     line = {**LINE, "answers": ["a", 2], "choices": ["x", "y"], "id": 7, "kind": "k", "more": None}
     (question,) = read_questions(write_questions(tmp_path, [line]), suffix="Be short.")
-    assert question.image == tmp_path / "p0.png"
+    assert question.images == (tmp_path / "p0.png",)
     assert question.question == "what ?\nA. x\nB. y\nBe short."
     assert (question.answers, question.choices) == (("a", "2"), ("x", "y"))
     assert (question.sample_id, question.kind) == ("7", "k")
     assert question.where == f"{tmp_path / 'questions.jsonl'}:1"
+
+
+def test_a_line_may_have_several_images(tmp_path: Path) -> None:
+    rest = {"question": "what ?", "answer": "w1"}
+    names = (["p0.png", "p1.png"], ["p1.png", "p0.png"], ["p0.png"])
+    lines = [{"images": list(name), **rest} for name in names]
+    questions = read_questions(write_questions(tmp_path, [*lines, LINE]))
+    assert [question.images for question in questions[:3]] == [
+        tuple(tmp_path / name for name in some) for some in names
+    ]
+    assert len({question.image_id for question in questions[:3]}) == 3
+    assert questions[2].image_id == questions[3].image_id
 
 
 def test_blank_lines_count_for_the_line_number_only(tmp_path: Path) -> None:
@@ -58,6 +72,23 @@ BAD_LINES: dict[str, tuple[str, str]] = {
     "a_list": ("[]", "expected one JSON object"),
     "deep": ("[" * 100_000, "expected one JSON object"),
     "no_image": ('{"question": "q", "answer": "a"}', "text 'image'"),
+    "image_and_images": (
+        '{"image": "p0.png", "images": ["p1.png"], "question": "q", "answer": "a"}',
+        "'image' or 'images', got both",
+    ),
+    "images_empty": (
+        '{"images": [], "question": "q", "answer": "a"}',
+        "one text or more in the list 'images'",
+    ),
+    "images_is_a_text": (
+        '{"images": "p0.png", "question": "q", "answer": "a"}',
+        "list 'images', got 'p0.png'",
+    ),
+    "images_hold_a_number": ('{"images": ["p0.png", 1], "question": "q", "answer": "a"}', "list 'images'"),
+    "one_of_the_images_missing": (
+        '{"images": ["p0.png", "no.png"], "question": "q", "answer": "a"}',
+        "no.png",
+    ),
     "image_is_a_number": ('{"image": 1, "question": "q", "answer": "a"}', "text 'image'"),
     "no_question": ('{"image": "p0.png", "answer": "a"}', "text 'question'"),
     "no_answer": ('{"image": "p0.png", "question": "q"}', "expected 'answer'"),
@@ -112,10 +143,20 @@ def test_a_metric_that_does_not_fit_names_the_line(metric: str, expected: str, t
 
 def test_the_digest_depends_on_what_is_asked_and_how_it_is_scored(tmp_path: Path) -> None:
     digests = set()
-    for change in ({}, {"question": "other ?"}, {"answer": "w2"}, {"image": "p1.png"}, {"id": "x"}):
-        questions = read_questions(write_questions(tmp_path, [{**LINE, **change}]))
+    for change in (
+        {},
+        {"question": "other ?"},
+        {"answer": "w2"},
+        {"image": "p1.png"},
+        {"id": "x"},
+        {"images": ["p0.png"] * 2},
+    ):
+        line = {**LINE, **change}
+        if "images" in line:
+            del line["image"]
+        questions = read_questions(write_questions(tmp_path, [line]))
         digests |= {digest_of(questions, metric="exact"), digest_of(questions, metric="vqa")}
-    assert len(digests) == 10
+    assert len(digests) == 12
 
 
 def test_shards_share_nothing_and_are_all_together(tmp_path: Path) -> None:
@@ -128,6 +169,15 @@ def test_shards_share_nothing_and_are_all_together(tmp_path: Path) -> None:
 def test_a_shard_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(DataError, match="expected I/N with 1 <= I <= N"):
         parse_shard(text)
+
+
+def test_both_synthetic_sets_become_questions() -> None:
+    for name in SYNTHETIC_SETS:
+        questions = synthetic_questions(8, seed=0, name=name)
+        assert len({question.sample_id for question in questions}) == 8
+        assert {len(question.images) > 1 for question in questions} == {name == SYNTHETIC_SEVERAL}
+        ids = {question.image_id: [image.tobytes() for image in question.images] for question in questions}
+        assert all(ids[question.image_id][0] == question.images[0].tobytes() for question in questions)
 
 
 def test_questions_about_one_synthetic_image_share_its_id() -> None:

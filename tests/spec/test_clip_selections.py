@@ -185,7 +185,7 @@ def test_every_graph_before_the_decoder_computes_what_the_formulas_count(
             assert work.products[0].rows == 8 * LENGTH
             assert work.products[0].weights == "layer"
     written = manifest.cost
-    answer = prefill_flops(manifest, num_visual=written.num_visual, kept=(), num_text=written.num_text)
+    answer = prefill_flops(manifest, image_tokens=[written.num_visual], kept=(), num_text=written.num_text)
     assert answer == pytest.approx(sum(written.reduced_flops.values()), rel=1e-6)
 
 

@@ -75,7 +75,7 @@ def test_visionzip_computes_similarities_and_merged_rows(checkpoint: Path) -> No
     assert flops.products == matmul_flops(bundle / graph.file, feeds)
     reduced = manifest.cost.reduced_flops
     assert reduced["reduce"] == flops.products
-    answer = prefill_flops(manifest, num_visual=manifest.cost.num_visual, kept=(), num_text=40)
+    answer = prefill_flops(manifest, image_tokens=[manifest.cost.num_visual], kept=(), num_text=40)
     assert answer == pytest.approx(sum(reduced.values()), rel=1e-6)
 
 

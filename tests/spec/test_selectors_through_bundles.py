@@ -208,7 +208,7 @@ def test_a_selection_before_the_decoder_combines_with_stages_inside(checkpoint: 
         assert answer.statistics.average_keep == pytest.approx((15 + 15 + 6) / (3 * 51))
         assert list(answer.statistics.graph_ms)[:2] == ["vision", "reduce"]
         manifest = pipeline.manifest
-        assert processed_tokens(manifest, num_visual=51, kept=(6,)) == (15 + 15 + 6) / 3
-        flops = prefill_flops(manifest, num_visual=51, kept=(6,), num_text=manifest.cost.num_text)
+        assert processed_tokens(manifest, image_tokens=[51], kept=(6,)) == (15 + 15 + 6) / 3
+        flops = prefill_flops(manifest, image_tokens=[51], kept=(6,), num_text=manifest.cost.num_text)
         assert flops == pytest.approx(sum(manifest.cost.reduced_flops.values()), rel=1e-6)
         assert manifest.cost.reduced_flops["reduce"] > 0 < manifest.cost.reduced_flops["select"]

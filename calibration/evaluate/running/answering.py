@@ -6,21 +6,33 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 import msgspec
+import numpy as np
 
-from trio_edge.calibration.evaluate.running.answer_cost import prefill_flops, processed_tokens
-from trio_edge.calibration.evaluate.running.baselines import baseline
+from trio_edge.calibration.evaluate.running.answer_cost import (
+    image_tokens,
+    prefill_flops,
+    processed_tokens,
+    processing_of,
+)
+from trio_edge.calibration.evaluate.running.baselines import SMALLER_IMAGE, baseline, smaller_image
 from trio_edge.calibration.metrics import METRICS
 from trio_edge.runtime.bundle.errors import ImageError, ShapeError
+from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.images.llava import LlavaImages
+from trio_edge.runtime.images.reading import open_image
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.sampling import FirstToken, first_token_kl, summary_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from numpy.typing import NDArray
+    from PIL import Image
 
     from trio_edge.calibration.questions import Question
     from trio_edge.runtime.backends.interface import CpuAccuracy
-    from trio_edge.runtime.images.interface import ImageProcessing
+    from trio_edge.runtime.images.reading import ImageSource
 
 OWN_SELECTION = "bundle"
 DEFAULT_ANSWER_TOKENS = 16
@@ -40,7 +52,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The part of it that the metric compared."""
     score: float
     visual_tokens: int
-    """Visual tokens of the image, before any selection that is a graph of its own."""
+    """Visual tokens of the images, before any selection that is a graph of its own."""
     processed_tokens: float
     """Mean over decoder layers of the visual tokens processed."""
     text_tokens: int
@@ -85,6 +97,8 @@ class Asking:
     bundle: Path
     selection: str = OWN_SELECTION
     """``OWN_SELECTION`` or one of ``baselines.BASELINES`` at the bundle's schedule."""
+    budget_of: Path | None = None
+    """With a smaller image the bundle whose average keep it has; ``bundle`` keeps all."""
     is_reference: bool = False
     """Whether first tokens are summed up for the others."""
     settings: Settings = Settings()
@@ -112,7 +126,7 @@ class Answerer:
             threads=asking.settings.threads,
             cpu_accuracy=asking.settings.cpu_accuracy,
         )
-        self._base_tokens = _base_tokens(self._pipeline.images)
+        self._budget = None if asking.budget_of is None else open_bundle(asking.budget_of).manifest
 
     def answer(self, task: Task) -> Outcome | Failure:
         """Ask one question."""
@@ -128,19 +142,21 @@ class Answerer:
 
     def _ask(self, question: Question, reference: FirstToken | None) -> Outcome:
         asking, manifest = self._asking, self._pipeline.manifest
-        own = asking.selection == OWN_SELECTION
+        is_override = asking.selection not in (OWN_SELECTION, SMALLER_IMAGE)
         override = (
-            None if own else baseline(asking.selection, seed=question.index, base_tokens=self._base_tokens)
+            baseline(asking.selection, seed=question.index, is_base=lambda: self._is_base(generation.images))
+            if is_override
+            else None
         )
         generation = self._pipeline.generate(
-            question.image,
+            self._shown(question),
             question.question,
             max_new_tokens=min(asking.settings.answer_tokens, manifest.max_new_tokens),
             temperature=0.0,  # a drawn answer is another one each time
             override=override,
         )
         text, statistics = generation.text, generation.statistics
-        num_visual, kept, num_text = statistics.visual_tokens, statistics.kept_tokens, statistics.text_tokens
+        counts, kept = image_tokens(self._pipeline.images, generation.images), statistics.kept_tokens
         reading, logits = self._metric.read(text, question), generation.first_logits
         return Outcome(
             index=question.index,
@@ -151,11 +167,17 @@ class Answerer:
             text=text,
             reading=reading,
             score=self._metric.score(reading, question),
-            visual_tokens=num_visual,
-            processed_tokens=processed_tokens(manifest, num_visual=num_visual, kept=kept),
-            text_tokens=num_text,
+            visual_tokens=statistics.visual_tokens,
+            processed_tokens=processed_tokens(manifest, image_tokens=counts, kept=kept),
+            text_tokens=statistics.text_tokens,
             new_tokens=statistics.new_tokens,
-            flops=prefill_flops(manifest, num_visual=num_visual, kept=kept, num_text=num_text, select=own),
+            flops=prefill_flops(
+                manifest,
+                image_tokens=counts,
+                kept=kept,
+                num_text=statistics.text_tokens,
+                select=not is_override,
+            ),
             ttft_ms=statistics.ttft_ms,
             decode_ms=statistics.decode_ms,
             kv_bytes=statistics.kv_bytes,
@@ -164,10 +186,24 @@ class Answerer:
             first_token=summary_of(logits) if asking.is_reference else None,
         )
 
+    def _shown(self, question: Question) -> list[ImageSource]:
+        """Return the question's images, made smaller where that is the baseline."""
+        budget = self._budget
+        if budget is None:
+            return list(question.images)
+        images = [open_image(image) for image in question.images]
+        counts = image_tokens(self._pipeline.images, images)
+        share = budget.average_keep_of(sum(counts), num_images=len(counts))
+        return [
+            smaller_image(image, processing_of(images, self._pipeline.images), share=share)
+            for image in images
+        ]
 
-def _base_tokens(images: ImageProcessing) -> int:
-    """Return the visual tokens of the tile that shows the whole image and comes first; 0 without one."""
-    # LLaVA's first tile shows the whole image; InternVL's comes last, Qwen2.5-VL has none
-    if not isinstance(images, LlavaImages):
-        return 0
-    return images.encoder_keep or images.patches_per_tile
+    def _is_base(self, images: Sequence[Image.Image]) -> NDArray[np.bool_]:
+        """Return for each visual token of a prompt whether it is of a tile that shows a whole image."""
+        processing = self._pipeline.images
+        # LLaVA's first tile shows the whole image; InternVL's comes last, Qwen2.5-VL has none
+        base = 0
+        if isinstance(processing, LlavaImages):
+            base = processing.encoder_keep or processing.patches_per_tile
+        return np.concatenate([np.arange(count) < base for count in image_tokens(processing, images)])

@@ -1,6 +1,7 @@
-"""Selections that look at nothing but positions: the floors that a real method must beat.
+"""Baselines that a real method must beat: selections that look at nothing but positions, and a smaller image.
 
-Each returns a function for ``Pipeline.generate(override=…)``; kept tokens are nested from stage to stage.
+A selection is a function for ``Pipeline.generate(override=…)``; its kept tokens are nested from stage to stage. A smaller image
+goes through a keep-all bundle: it is what a runtime without token reduction can do.
 """
 
 from __future__ import annotations
@@ -8,30 +9,39 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from trio_edge.runtime.decoder import SelectorOverride
+    from trio_edge.runtime.images.interface import ImageProcessing
 
-BASELINES = ("random", "uniform", "base-tile-first")
+SMALLER_IMAGE = "smaller-image"
+SELECTIONS = ("random", "uniform", "base-tile-first")
+BASELINES = (*SELECTIONS, SMALLER_IMAGE)
+_SCALES = 128
+"""Sizes that a smaller image is chosen from, in equal steps."""
 
 
-def baseline(name: str, *, seed: int, base_tokens: int) -> SelectorOverride:
+def baseline(name: str, *, seed: int, is_base: Callable[[], NDArray[np.bool_]]) -> SelectorOverride:
     """Return the baseline called ``name``.
 
     Args:
-        name: One of ``BASELINES``.
+        name: One of ``SELECTIONS``.
         seed: Of "random"; give each sample its own.
-        base_tokens: Visual tokens of the base tile, which come first; 0 without one, then all are alike.
+        is_base: Returns for each visual token of the prompt whether it is of a tile that shows a whole image; called while
+            the answer is streamed.
     """
     if name == "random":
         return _random(seed)
     if name == "uniform":
         return lambda _stage, entering, num_keep: evenly_spaced(len(entering), num_keep)
     if name == "base-tile-first":
-        return lambda _stage, entering, num_keep: _base_first(entering, num_keep, base_tokens)
-    raise ValueError(f"baseline: expected one of {', '.join(BASELINES)}, got {name!r}")
+        return lambda _stage, entering, num_keep: _base_first(is_base()[entering], num_keep)
+    raise ValueError(f"baseline: expected one of {', '.join(SELECTIONS)}, got {name!r}")
 
 
 def evenly_spaced(count: int, num_keep: int) -> NDArray[np.int32]:
@@ -48,9 +58,25 @@ def _random(seed: int) -> SelectorOverride:
     return choose
 
 
-def _base_first(entering: NDArray[np.int32], num_keep: int, base_tokens: int) -> NDArray[np.int32]:
-    num_base = int(np.count_nonzero(entering < base_tokens))  # the base tile's tokens come first
-    if num_keep <= num_base:
-        return evenly_spaced(num_base, num_keep)
-    others = num_base + evenly_spaced(len(entering) - num_base, num_keep - num_base)
-    return np.concatenate([np.arange(num_base), others]).astype(np.int32)
+def _base_first(is_base: NDArray[np.bool_], num_keep: int) -> NDArray[np.int32]:
+    base, others = np.flatnonzero(is_base), np.flatnonzero(~is_base)
+    num_base = min(num_keep, len(base))
+    kept = [base[evenly_spaced(len(base), num_base)], others[evenly_spaced(len(others), num_keep - num_base)]]
+    return np.sort(np.concatenate(kept)).astype(np.int32)
+
+
+def smaller_image(image: Image.Image, processing: ImageProcessing, *, share: float) -> Image.Image:
+    """Return the image scaled down until it has at most ``share`` of its visual tokens.
+
+    It is as large as it can be. Tiles are not cut smaller: where no size has so few tokens, it is the largest of those with
+    the fewest.
+    """
+    width, height = image.size
+    sizes = [
+        (max(1, round(width * step / _SCALES)), max(1, round(height * step / _SCALES)))
+        for step in range(_SCALES, 0, -1)
+    ]
+    counts = [processing.sizes(*size)["N"] for size in sizes]
+    wanted = max(share * counts[0], min(counts))
+    size = next(size for size, count in zip(sizes, counts) if count <= wanted)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)

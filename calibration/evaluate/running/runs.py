@@ -19,6 +19,7 @@ from trio_edge.calibration.evaluate.running.answering import (
     Settings,
     Task,
 )
+from trio_edge.calibration.evaluate.running.baselines import SMALLER_IMAGE
 from trio_edge.calibration.evaluate.running.work_folder import (
     SCHEMA_VERSION,
     RunKey,
@@ -62,6 +63,8 @@ class Run(NamedTuple):
 
     info: RunInfo
     bundle: Bundle
+    keep_all: Bundle | None = None
+    """With a smaller image the bundle that is asked, at the budget of ``bundle``."""
 
 
 class Answers(NamedTuple):
@@ -94,7 +97,7 @@ def plan_runs(
     """
     opened = [open_bundle(folder) for folder in bundles]
     names = list(labels) if labels is not None else _names(bundles)
-    runs = []
+    runs, full = [], None
     if reference is not None:
         full = open_bundle(reference)
         _check_reference(full, opened)
@@ -107,9 +110,10 @@ def plan_runs(
         if reference is not None and bundle.folder.resolve() == reference.resolve():
             continue
         for selection in selections:
-            _check_selection(bundle, selection)
+            _check_selection(bundle, selection, has_reference=reference is not None)
             label = name if selection == OWN_SELECTION else f"{name} ({selection})"
-            runs.append(_run(bundle, label, selection, is_reference=False))
+            run = _run(bundle, label, selection, is_reference=False)
+            runs.append(run._replace(keep_all=full) if selection == SMALLER_IMAGE else run)
     wanted = [(run.info.bundle_sha256, run.info.selection) for run in runs]
     for index, run in enumerate(runs):
         if wanted.index(wanted[index]) != index:
@@ -222,7 +226,8 @@ def _take_over(path: Path, questions: Sequence[Question], done: dict[int, Outcom
 
 def _answers(run: Run, tasks: list[Task], settings: Settings) -> Generator[Outcome | Failure, None, None]:
     asking = Asking(
-        bundle=run.bundle.folder,
+        bundle=(run.keep_all or run.bundle).folder,
+        budget_of=None if run.keep_all is None else run.bundle.folder,
         selection=run.info.selection,
         is_reference=run.info.is_reference,
         settings=settings,
@@ -253,6 +258,8 @@ def _run(bundle: Bundle, label: str, selection: str, *, is_reference: bool) -> R
 def method_of(manifest: Manifest, selection: str) -> str:
     """Return the name of what selects: runs that differ in budget only have the same one."""
     schedule = manifest.schedule
+    if selection == SMALLER_IMAGE:
+        return selection
     if selection != OWN_SELECTION:
         return selection if schedule.positions == "compact" else f"{selection}, {schedule.positions}"
     before = [] if manifest.encoder_keep is None else ["encoder"]
@@ -289,7 +296,13 @@ def _check_reference(reference: Bundle, bundles: Sequence[Bundle]) -> None:
             )
 
 
-def _check_selection(bundle: Bundle, selection: str) -> None:
+def _check_selection(bundle: Bundle, selection: str, *, has_reference: bool) -> None:
+    if selection == SMALLER_IMAGE:
+        if not has_reference:
+            raise DataError(
+                f"--selection {selection}: expected --reference, the keep-all bundle that is asked, got none; add it"
+            )
+        return
     if selection != OWN_SELECTION and not bundle.manifest.schedule.stages:
         raise DataError(
             f"--selection {selection}: expected a bundle with stages, got {bundle.folder} without any;"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from trio_edge.calibration.questions import (
     SYNTHETIC,
+    SYNTHETIC_SETS,
     Question,
     image_id,
     read_questions,
@@ -39,7 +40,7 @@ def read_samples(source: str, *, prompt: str | None, count: int | None, seed: in
     """Return the samples.
 
     Args:
-        source: ``SYNTHETIC``, a JSON-lines file as ``trio-eval`` reads it (answers may be missing), or a folder with
+        source: One of ``SYNTHETIC_SETS``, a JSON-lines file as ``trio-eval`` reads it (answers may be missing), or a folder with
             images, sub-folders included.
         prompt: What is asked about each image of a folder; for a folder only.
         count: Samples at most.
@@ -49,19 +50,21 @@ def read_samples(source: str, *, prompt: str | None, count: int | None, seed: in
         DataError: If there are none, or one cannot be read.
     """
     path = Path(source)
-    if source != SYNTHETIC and not path.exists():
+    if source not in SYNTHETIC_SETS and not path.exists():
         raise DataError(
             f"--samples {source}: expected a folder of images, a JSON-lines file or '{SYNTHETIC}', got no such"
             " file; check the name"
         )
-    is_folder = source != SYNTHETIC and path.is_dir()
+    is_folder = source not in SYNTHETIC_SETS and path.is_dir()
     if is_folder != (prompt is not None):
         raise DataError(
             f"--samples {source}: expected --prompt with a folder of images and only there,"
             f" got {'none' if prompt is None else 'one'}; {'add it' if prompt is None else 'leave it out'}"
         )
-    if source == SYNTHETIC:
-        return synthetic_questions(DEFAULT_SYNTHETIC_COUNT if count is None else count, seed=seed)
+    if source in SYNTHETIC_SETS:
+        return synthetic_questions(
+            DEFAULT_SYNTHETIC_COUNT if count is None else count, seed=seed, name=source
+        )
     if prompt is not None:
         return _folder_questions(path, prompt, count=count)
     return read_questions(path, count=count, need_answers=False)
@@ -109,8 +112,8 @@ def _folder_questions(folder: Path, prompt: str, *, count: int | None) -> list[Q
             index=index,
             sample_id=path.relative_to(folder).as_posix(),
             kind="all",
-            image=path,
-            image_name=path.relative_to(folder).as_posix(),
+            images=(path,),
+            image_names=(path.relative_to(folder).as_posix(),),
             image_id=image_id(path, where=str(path)),
             question=prompt,
             answers=(),
