@@ -32,6 +32,7 @@ from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.prompts.chat import build_messages
 from trio_edge.trio.budgets import schedule_for_keep
 
 if TYPE_CHECKING:
