@@ -17,6 +17,7 @@ from tests.internvl_checkpoints import save_internvl_checkpoint
 from tests.onevision_checkpoints import save_onevision_checkpoint
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import save_qwen3_vl_checkpoint, save_qwen_checkpoint
+from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
 from tests.spec.reduced_reference import reduced_logits
 from tests.spec.whole_answers import NUM_STEPS, generate
 from tests.tolerances import LOGITS_FLOAT32
@@ -45,6 +46,9 @@ FAMILIES = {
     "llava_next": Family(save_checkpoint, "LlavaNextForConditionalGeneration"),
     "llava_onevision": Family(save_onevision_checkpoint, "LlavaOnevisionForConditionalGeneration"),
     "internvl": Family(save_internvl_checkpoint, "InternVLForConditionalGeneration"),
+    "smolvlm": Family(
+        save_smolvlm_checkpoint, "SmolVLMForConditionalGeneration", options=(("max_text", 192),)
+    ),
     "qwen2_5_vl": Family(save_qwen_checkpoint, "Qwen2_5_VLForConditionalGeneration", "preserved"),
     "qwen3_vl": Family(save_qwen3_vl_checkpoint, "Qwen3VLForConditionalGeneration", "preserved"),
 }
@@ -70,9 +74,10 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     model = getattr(transformers, family.model_class).from_pretrained(folder, dtype=torch.float32).eval()
     everything = Schedule(positions=family.positions)
     schedule = msgspec.structs.replace(everything, stages=STAGES)
+    options = {"max_images": 4, **dict(family.options)}
     with (
-        Pipeline.from_bundle(export(folder, schedule=everything, max_images=4)) as keep_all,
-        Pipeline.from_bundle(export(folder, schedule=schedule, max_images=4)) as reduced,
+        Pipeline.from_bundle(export(folder, schedule=everything, **options)) as keep_all,
+        Pipeline.from_bundle(export(folder, schedule=schedule, **options)) as reduced,
     ):
         yield Subject(family, folder, model, keep_all, reduced)
 
@@ -133,7 +138,8 @@ def hugging_face_inputs(pipeline: Pipeline, model: Any, messages: list[Message])
         if model_type == "llava_onevision":
             inputs["batch_num_images"] = torch.tensor([len(pictures)])
     else:
-        inputs["pixel_values"] = torch.from_numpy(np.concatenate(pixels))
+        tiles = torch.from_numpy(np.concatenate(pixels))
+        inputs["pixel_values"] = tiles[None] if model_type == "smolvlm" else tiles
     return inputs
 
 
@@ -184,7 +190,7 @@ def _entering_the_decoder(model: Any, inputs: dict[str, torch.Tensor]) -> dict[s
     def record(_module: Any, _arguments: Any, options: dict[str, Any]) -> None:
         seen.update(options)
 
-    handle = model.model.language_model.register_forward_pre_hook(record, with_kwargs=True)
+    handle = model.get_decoder().register_forward_pre_hook(record, with_kwargs=True)
     if hasattr(model.model, "rope_deltas"):
         model.model.rope_deltas = None
     with torch.no_grad():
