@@ -118,9 +118,7 @@ def through_the_decoder(
     stages = [stage.layer for stage in schedule.stages]
     for layer in range(len(text.layers)):
         if layer in stages:
-            selector = stage_selector(
-                family, schedule, stage=stages.index(layer), max_visual=len(visual)
-            )
+            selector = stage_selector(family, schedule, stage=stages.index(layer), max_visual=len(visual))
             cos, sin = text.rotary_emb(hidden, positions)
             inputs = StageInputs(
                 hidden[0], cos[0], sin[0], torch.tensor(visual, dtype=torch.int32), scalar(len(visual)),

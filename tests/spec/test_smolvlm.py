@@ -267,7 +267,9 @@ def test_a_selection_before_the_decoder_combines_with_stages_inside(model: Any, 
     np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
 
 
-def test_a_second_question_about_an_image_that_was_kept_answers_alike(folder: Path, keep_all: Pipeline) -> None:
+def test_a_second_question_about_an_image_that_was_kept_answers_alike(
+    folder: Path, keep_all: Pipeline
+) -> None:
     picture = random_picture(*CAMERA, seed=8)
     with Pipeline.from_bundle(export(folder), keep_images=1) as pipeline:
         for prompt in PROMPTS:
