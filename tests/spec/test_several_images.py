@@ -19,6 +19,7 @@ from tests.pictures import random_picture
 from tests.qwen_checkpoints import save_qwen3_vl_checkpoint, save_qwen_checkpoint
 from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
 from tests.spec.reduced_reference import reduced_logits
+from tests.spec.test_selectors_through_bundles import rows_after
 from tests.spec.whole_answers import NUM_STEPS, generate
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.runtime.bundle.errors import ImageError, ShapeError
@@ -181,6 +182,36 @@ def test_reduced_bundle_equals_plain_torch(subject: Subject, name: str) -> None:
     assert [indices.tolist() for indices in answer.kept] == kept
     np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
     assert answer.statistics.visual_tokens == int(spots.sum()) == len(answer.boxes)
+
+
+def test_a_selection_before_the_decoder_is_each_images_own(subject: Subject) -> None:
+    """A token stays in the run that it comes from, whatever is kept of the others."""
+    messages, everything = CONVERSATIONS["an image in each turn"], Schedule(positions=subject.family.positions)
+    options = {"max_images": 2, "token_method": "divprune", "token_keep": 7, **dict(subject.family.options)}
+    with Pipeline.from_bundle(export(subject.folder, schedule=everything, **options)) as pipeline:
+        inputs = hugging_face_inputs(pipeline, subject.model, messages)
+        answer = pipeline.chat(messages, max_new_tokens=3)
+        assert answer.text is not None
+        each = pipeline._vision._layouts
+    kept: list[int] = []
+    first = 0
+    for layout, of_image in each:
+        kept += (first + of_image["reduce"][: layout.num_visual]).tolist()
+        first += layout.num_visual
+    assert len(kept) == min(14, first) == len(answer.boxes)
+    entering = _entering_the_decoder(subject.model, inputs)
+    spots = inputs["input_ids"][0] == pipeline.manifest.text.image_token_id
+    rows, visual = rows_after(kept, spots.nonzero()[:, 0].tolist(), len(spots))
+    positions = entering["position_ids"] if subject.family.positions == "preserved" else None
+    logits, _ = reduced_logits(
+        subject.model,
+        entering["inputs_embeds"][:, rows],
+        everything,
+        visual=visual,
+        positions=None if positions is None else positions[-3:, :, rows],
+        planes=[plane[kept] for plane in entering.get("deepstack_visual_embeds") or ()],
+    )
+    np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
 
 
 def _entering_the_decoder(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:

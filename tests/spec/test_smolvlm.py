@@ -267,6 +267,20 @@ def test_a_selection_before_the_decoder_combines_with_stages_inside(model: Any, 
     np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
 
 
+def test_a_selection_on_the_host_gives_the_graphs_answer(reduced: Pipeline) -> None:
+    """Stages whose NMS had not settled go this way; here it takes what the graphs took."""
+    picture = random_picture(*CAMERA, seed=3)
+    own = reduced.generate(picture, PROMPTS[1], max_new_tokens=4)
+    assert own.text is not None
+
+    def as_the_graphs(stage: int, entering: np.ndarray[Any, Any], _keep: int) -> np.ndarray[Any, Any]:
+        return np.flatnonzero(np.isin(entering, own.kept[stage])).astype(np.int32)
+
+    ours = reduced.generate(picture, PROMPTS[1], max_new_tokens=4, override=as_the_graphs)
+    assert (ours.text, ours.token_ids) == (own.text, own.token_ids)
+    np.testing.assert_allclose(ours.first_logits, own.first_logits, **LOGITS_FLOAT32)
+
+
 def test_a_second_question_about_an_image_that_was_kept_answers_alike(
     folder: Path, keep_all: Pipeline
 ) -> None:
