@@ -39,8 +39,8 @@ class ExportOptions:
     only_image_sizes: bool = False
     """Make no shapes for images of other sizes. The runtime then refuses those that need more room."""
     max_visual: int | None = None
-    """Visual tokens that images of any size are scaled down to, in families that can: Qwen-VL (pixels), InternVL and
-    LLaVA-OneVision (tiles)."""
+    """Visual tokens that images of any size are scaled down to, in families that can: Qwen-VL (pixels), InternVL,
+    LLaVA-OneVision and SmolVLM2 (tiles)."""
     max_images: int = 1
     """Images of a prompt, each of the largest size that is exported for; smaller ones may be more."""
     max_frames: int | None = None

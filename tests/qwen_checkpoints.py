@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
+from trio_edge.runtime.prompts.chat import build_messages
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -24,6 +24,7 @@ from trio_edge.runtime.prompts.chat import (
     INTERNVL_TEMPLATE,
     LLAVA_ONEVISION_TEMPLATE,
     MISTRAL_TEMPLATE,
+    SMOLVLM_TEMPLATE,
     VICUNA_TEMPLATE,
 )
 
@@ -50,6 +51,9 @@ class Family:
     preprocessor: dict[str, Any]
     chat_template: str
     special_tokens: dict[int, str]
+    end_token: int = 151645
+    begin_token: int | None = None
+    """Before every prompt, unless the chat template writes it."""
 
 
 def clip_large(**changes: Any) -> Any:
@@ -206,6 +210,53 @@ def internvl3_5_2b() -> Any:
     )  # fmt: skip
 
 
+def smolvlm2(*, text: dict[str, Any], vision: dict[str, Any] | None = None, scale_factor: int = 4) -> Any:
+    """Return the configuration of one SmolVLM2; the two smaller models have the same vision tower."""
+    text_sizes = {
+        "model_type": "llama", "head_dim": 64, "vocab_size": 49280, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}, "tie_word_embeddings": False,
+        "bos_token_id": 1, "eos_token_id": 49279, "pad_token_id": 2,
+    }  # fmt: skip
+    vision_sizes = {
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+        "image_size": 512, "patch_size": 16,
+    }  # fmt: skip
+    return hf.SmolVLMConfig(
+        text_config={**text_sizes, **text}, vision_config={**vision_sizes, **(vision or {})}, image_token_id=49190,
+        scale_factor=scale_factor, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def smolvlm2_256m() -> Any:
+    return smolvlm2(
+        text={
+            "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+        }
+    )  # fmt: skip
+
+
+def smolvlm2_500m() -> Any:
+    return smolvlm2(
+        text={
+            "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15,
+            "num_key_value_heads": 5,
+        }
+    )  # fmt: skip
+
+
+def smolvlm2_2_2b() -> Any:
+    text = {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1.3e5},
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16, "intermediate_size": 4304,
+        "image_size": 384, "patch_size": 14,
+    }  # fmt: skip
+    return smolvlm2(text=text, vision=vision, scale_factor=3)
+
+
 LLAVA_RENAMES = (
     (r"^model\.vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
     (r"^model\.language_model\.", "language_model.model."),
@@ -241,6 +292,12 @@ INTERN_PREPROCESSOR = {
     "image_processor_type": "GotOcr2ImageProcessor", "size": {"height": 448, "width": 448},
     "min_patches": 1, "max_patches": 12, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
 }  # fmt: skip
+SMOLVLM_PREPROCESSOR = {
+    "image_processor_type": "SmolVLMImageProcessor", "processor_class": "SmolVLMProcessor", "do_convert_rgb": True,
+    "do_image_splitting": True, "do_resize": True, "size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512},
+    "resample": 1, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}  # fmt: skip
 QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
@@ -260,12 +317,18 @@ INTERN_TOKENS = {
     151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>", 151669: "<img>", 151670: "</img>",
     151671: "<IMG_CONTEXT>",
 }  # fmt: skip
+SMOLVLM_TOKENS = {
+    0: "<|endoftext|>", 1: "<|im_start|>", 2: "<|im_end|>", 49152: "<global-img>",
+    **{49153 + 6 * row + column: f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)},
+    49189: "<fake_token_around_image>", 49190: "<image>", 49279: "<end_of_utterance>",
+}  # fmt: skip
 
 
 def _llava_next_family(config: Callable[[], Any], template: str = VICUNA_TEMPLATE) -> Family:
     return Family(
         config=config, model="LlavaNextForConditionalGeneration", renames=LLAVA_RENAMES,
-        preprocessor=ANYRES_PREPROCESSOR, chat_template=template, special_tokens=LLAMA_TOKENS,
+        preprocessor=ANYRES_PREPROCESSOR, chat_template=template, special_tokens=LLAMA_TOKENS, end_token=2,
+        begin_token=1,
     )  # fmt: skip
 
 
@@ -290,6 +353,13 @@ def _qwen_family(config: Callable[[], Any]) -> Family:
     )  # fmt: skip
 
 
+def _smolvlm_family(config: Callable[[], Any], preprocessor: dict[str, Any] = SMOLVLM_PREPROCESSOR) -> Family:
+    return Family(
+        config=config, model="SmolVLMForConditionalGeneration", renames=(), preprocessor=preprocessor,
+        chat_template=SMOLVLM_TEMPLATE, special_tokens=SMOLVLM_TOKENS, end_token=49279,
+    )  # fmt: skip
+
+
 FAMILIES = {
     "llava-next-7b": _llava_next_family(lambda: llava_next(vicuna_7b(), clip_large(), PINPOINTS)),
     "llava-next-mistral-7b": _llava_next_family(
@@ -304,6 +374,8 @@ FAMILIES = {
         preprocessor={**CLIP_PREPROCESSOR, "image_processor_type": "CLIPImageProcessor"},
         chat_template=VICUNA_TEMPLATE,
         special_tokens=LLAMA_TOKENS,
+        end_token=2,
+        begin_token=1,
     ),
     "llava-onevision-0.5b": _onevision_family(llava_onevision),
     "llava-onevision-7b": _onevision_family(llava_onevision_7b),
@@ -318,6 +390,12 @@ FAMILIES = {
         preprocessor=INTERN_PREPROCESSOR,
         chat_template=INTERNVL_TEMPLATE,
         special_tokens=INTERN_TOKENS,
+    ),
+    "smolvlm2-256m": _smolvlm_family(smolvlm2_256m),
+    "smolvlm2-500m": _smolvlm_family(smolvlm2_500m),
+    "smolvlm2-2.2b": _smolvlm_family(
+        smolvlm2_2_2b,
+        {**SMOLVLM_PREPROCESSOR, "size": {"longest_edge": 1536}, "max_image_size": {"longest_edge": 384}},
     ),
     "tiny": _llava_next_family(tiny),
 }
@@ -413,12 +491,12 @@ def _write_processor(folder: Path, family: Family) -> None:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([AddedToken(word, special=True) for word in special.values()])
-    begin = special.get(1)
-    if begin is not None:
+    begin, end = None, family.end_token
+    if family.begin_token is not None:
+        begin = special[family.begin_token]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{begin} $A", special_tokens=[(begin, 1)]
+            single=f"{begin} $A", special_tokens=[(begin, family.begin_token)]
         )
-    end = 2 if begin is not None else 151645
     hf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token=unknown, bos_token=begin, eos_token=special[end]
     ).save_pretrained(folder)

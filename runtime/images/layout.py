@@ -35,8 +35,8 @@ class ImageLayout:
     """[3, N]: time, row and column of each token for M-RoPE, counted from 0; None where positions are plain."""
     position_span: int = 0
     """Positions that the image takes with M-RoPE: its rows or columns, whichever are more."""
-    overview: range = range(0)
-    """Visual tokens of a tile that shows the whole image besides finer ones; for drawing."""
+    overview: Sequence[int] = range(0)
+    """Visual tokens of a tile that shows the whole image besides finer ones, as indices into ``boxes``; for drawing."""
     patches_per_tile: int = 0
     """Patches of a tile, where the vision graph drops some of each."""
     text: tuple[str, ...] = ("", "")
@@ -65,11 +65,18 @@ class ImageLayout:
         return self.taken(kept[: self.num_visual])
 
     def taken(self, indices: NDArray[Any]) -> ImageLayout:
-        """Return the layout with only the boxes and positions at ``indices``."""
+        """Return the layout of the tokens at ``indices`` alone."""
         positions = None if self.positions is None else self.positions[:, indices]
         ends = np.cumsum(self.run_lengths)
         runs = np.bincount(np.searchsorted(ends, indices, side="right"), minlength=len(ends))
-        return replace(self, boxes=self.boxes[indices], positions=positions, runs=tuple(runs.tolist()))
+        overview = np.flatnonzero(np.isin(indices, self.overview))
+        return replace(
+            self,
+            boxes=self.boxes[indices],
+            positions=positions,
+            overview=tuple(overview.tolist()),
+            runs=tuple(runs.tolist()),
+        )
 
 
 def check_rgb(image: Image.Image) -> None:

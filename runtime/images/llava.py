@@ -205,13 +205,12 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
             box_of_patch = np.full((sizes["B"] * self.patches_per_tile + 1, 4), np.nan, np.float32)
             box_of_patch[self.token_index(width, height)] = boxes
             boxes = box_of_patch[:-1]
-        base = self.patches_per_tile if keep is None else keep
         return ImageLayout(
             width=width,
             height=height,
             sizes=sizes,
             boxes=boxes,
-            overview=range(0 if self.kind == "single" else base),
+            overview=range(0 if self.kind == "single" else self.patches_per_tile),
             patches_per_tile=self.patches_per_tile,
         )
 

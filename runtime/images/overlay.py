@@ -67,7 +67,7 @@ def draw_kept(
     kept: Sequence[NDArray[np.integer]],
     *,
     captions: Sequence[str] = (),
-    overview: range = range(0),
+    overview: Sequence[int] = (),
 ) -> Image.Image:
     """Return the image once per stage, with the tokens that the stage kept.
 
@@ -115,13 +115,13 @@ def _panel(
     boxes: NDArray[np.float32],
     indices: NDArray[np.integer],
     *,
-    outlined: range,
+    outlined: Sequence[int],
     title: str,
 ) -> Image.Image:
     scale = _PANEL_SIDE / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     bright = image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
-    is_outlined = (indices >= outlined.start) & (indices < outlined.stop)
+    is_outlined = np.isin(indices, outlined)
     patches = _pixel_boxes(boxes, indices[~is_outlined], scale=scale)
     outlines = _pixel_boxes(boxes, indices[is_outlined], scale=scale)
     # One mask for all patches: compositing once is faster than pasting hundreds of boxes.

@@ -13,6 +13,7 @@ from tests.calibration.question_files import questions_about, write_questions
 from tests.conftest import REDUCED_STAGES
 from tests.qwen_checkpoints import CAMERA, save_qwen3_vl_checkpoint
 from tests.qwen_checkpoints import REDUCED as DEEPSTACK_STAGES
+from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.selecting import Probes, order_of
@@ -107,7 +108,7 @@ def test_kept_tokens_and_answers_are_the_bundles_with_deepstack(
     folder = save_qwen3_vl_checkpoint(tmp_path / "ck")
     model = load_model(str(folder))
     prompt = make_prompt(model, questions[0])
-    probes = Probes(model, max_visual=prompt.num_visual)
+    probes = Probes(model, max_visual=len(prompt.visual_rows_N))
     ours = greedy_answer(model, prompt, DEEPSTACK_STAGES, probes=probes, max_tokens=3)
     bundle = export(folder, schedule=DEEPSTACK_STAGES, image_sizes=(CAMERA,))
     with Pipeline.from_bundle(bundle, threads=1) as pipeline:
@@ -115,6 +116,23 @@ def test_kept_tokens_and_answers_are_the_bundles_with_deepstack(
     assert [kept.tolist() for kept in ours.kept] == [kept.tolist() for kept in theirs.kept]
     assert ours.tokens == theirs.token_ids
     np.testing.assert_allclose(ours.logits_TV[0], theirs.first_logits, atol=1e-3)
+
+
+def test_kept_tokens_and_answers_are_the_bundles_with_text_between_tiles(
+    questions: list[Question], tmp_path: Path
+) -> None:
+    folder = save_smolvlm_checkpoint(tmp_path / "ck")
+    model = load_model(str(folder))
+    schedule = Schedule(stages=(Stage(layer=1, keep=13), Stage(layer=2, keep=5)))
+    with Pipeline.from_bundle(export(folder, schedule=schedule), threads=1) as pipeline:
+        for question in questions:
+            prompt = make_prompt(model, question)
+            probes = Probes(model, max_visual=len(prompt.visual_rows_N))
+            ours = greedy_answer(model, prompt, schedule, probes=probes, max_tokens=3)
+            theirs = _answered(pipeline, question)
+            assert [kept.tolist() for kept in ours.kept] == [kept.tolist() for kept in theirs.kept]
+            assert ours.tokens == theirs.token_ids
+            np.testing.assert_allclose(ours.logits_TV[0], theirs.first_logits, atol=1e-3)
 
 
 @pytest.mark.parametrize("positions", ["compact", "preserved"])

@@ -12,6 +12,7 @@ from tests.bundles import export
 from tests.calibration.question_files import questions_about, write_questions
 from tests.internvl_checkpoints import save_internvl_checkpoint
 from tests.qwen_checkpoints import save_qwen3_vl_checkpoint
+from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
 from trio_edge.calibration.model.selecting import Probes
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 CHECKPOINTS: dict[str, tuple[Callable[..., Path], int]] = {
     "qwen3-vl": (save_qwen3_vl_checkpoint, 4 * 4 + 2 * (1 + 3)),
     "internvl3.5": (partial(save_internvl_checkpoint, text_type="qwen3"), 3 * 6 + 2),
+    "smolvlm": (save_smolvlm_checkpoint, 2 * 6 + 1),
 }
-"""Products with weights in the vision graph: layers, and two for each merger, of which Qwen3-VL has one a plane too."""
+"""Products with weights in the vision graph: layers, and two for each merger (Qwen3-VL has one a plane too) or one projection."""
 SCHEDULE = Schedule(stages=(Stage(layer=1, keep=3),), positions="preserved", probe_rows="answer")
 NUM_LAYERS, PRODUCTS_OF_A_LAYER = 3, 7  # as many layers as planes, so that each plane is added
 

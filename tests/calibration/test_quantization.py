@@ -65,7 +65,7 @@ def logits_of(model: TorchModel, question: Question, schedule: Schedule) -> torc
     with torch.inference_mode():
         prompt = make_prompt(model, question)
         return greedy_answer(
-            model, prompt, schedule, probes=Probes(model, max_visual=prompt.num_visual), max_tokens=3
+            model, prompt, schedule, probes=Probes(model, max_visual=len(prompt.visual_rows_N)), max_tokens=3
         ).logits_TV
 
 
@@ -76,7 +76,7 @@ def test_layers_behind_a_stage_are_listened_to_with_fewer_tokens_and_the_head_wh
     model, one = load_model(str(checkpoint)), questions[:1]
     with torch.inference_mode():
         prompt = make_prompt(model, one[0])
-    probes = Probes(model, max_visual=prompt.num_visual)
+    probes = Probes(model, max_visual=len(prompt.visual_rows_N))
     sections = quantized_sections(model, SCHEDULE, parse_plan("int8,head=int8"))
     with listening_to_inputs(sections, num_samples=1) as found:
         answer_samples(model, one, SCHEDULE, probes=probes, num_tokens=3, on_sample=lambda: None)
@@ -86,7 +86,7 @@ def test_layers_behind_a_stage_are_listened_to_with_fewer_tokens_and_the_head_wh
     ]  # the last one holds the largest values
     new_tokens = rows[0] - len(prompt.embeds_SD)
     assert new_tokens == 2
-    assert rows[1:] == [rows[0] - prompt.num_visual + 5] * 2
+    assert rows[1:] == [rows[0] - len(prompt.visual_rows_N) + 5] * 2
     assert head_rows == 1 + new_tokens  # neither the prompt's other rows nor the probe's
     for section in found:
         for inputs in section:

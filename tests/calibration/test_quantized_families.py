@@ -20,6 +20,7 @@ from tests.checkpoints import save_checkpoint
 from tests.internvl_checkpoints import save_internvl_checkpoint
 from tests.onevision_checkpoints import save_onevision_checkpoint
 from tests.qwen_checkpoints import save_qwen3_vl_checkpoint, save_qwen_checkpoint
+from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.selecting import Probes
@@ -48,6 +49,7 @@ CHECKPOINTS: dict[str, Callable[..., Path]] = {
     "qwen3-vl": save_qwen3_vl_checkpoint,
     "internvl": save_internvl_checkpoint,
     "llava-onevision": save_onevision_checkpoint,
+    "smolvlm": save_smolvlm_checkpoint,
 }
 ATTENTION, GATED_MLP = ["qkv", "o"], ["gate_up", "down"]
 MOVABLE = {
@@ -56,6 +58,7 @@ MOVABLE = {
     "qwen3-vl": ([*ATTENTION, "fc1", "plane_0_1"], ["qkv", *GATED_MLP]),
     "internvl": ([*ATTENTION, "fc1", "projector_1"], ["qkv", *GATED_MLP]),
     "llava-onevision": ([*ATTENTION, "fc1"], ["qkv", *GATED_MLP]),
+    "smolvlm": ([*ATTENTION, "fc1"], ["qkv", *GATED_MLP]),
 }
 """Groups that factors can move out of, of the vision graph and of the decoder."""
 
@@ -80,7 +83,7 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first_logits(model: TorchModel, question: Question) -> torch.Tensor:
     with torch.inference_mode():
         prompt = make_prompt(model, question)
-        probes = Probes(model, max_visual=prompt.num_visual)
+        probes = Probes(model, max_visual=len(prompt.visual_rows_N))
         return greedy_answer(model, prompt, Schedule(), probes=probes, max_tokens=1).logits_TV[0]
 
 

@@ -32,6 +32,7 @@ from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.runtime.prompts.chat import build_messages
 from trio_edge.trio.budgets import schedule_for_keep
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "internvl3-1b": {"text_config": _DECODER, "vision_config": _TOWER},
     "internvl3.5-1b": {"text_config": {**_DECODER, "head_dim": 32}, "vision_config": _TOWER},
+    "smolvlm2-500m": {"text_config": {**_DECODER, "head_dim": 16}, "vision_config": _TOWER},
 }
 """Sizes of one model of each family, all else as released: also the vocabulary, image sizes and token ids."""
 
@@ -156,14 +158,16 @@ def test_a_small_model_with_released_files_answers_as_in_transformers(alias: str
 def hugging_face_inputs(pipeline: Pipeline, model_type: str) -> dict[str, torch.Tensor]:
     """Return the model's inputs with the runtime's ids and pixels, which have tests of their own."""
     picture, image_id = random_picture(*CAMERA), pipeline.manifest.text.image_token_id
-    ids = pipeline._encode(build_messages(PROMPT, images=[None]))
     processing: Any = pipeline.images  # type: ignore[attr-defined]
-    prepared = processing.prepare(picture)
-    count = processing.sizes(*picture.size)["N"]
-    input_ids = np.concatenate([ids.before, np.full(count, image_id), ids.after]).astype(np.int64)[None]
+    layout = processing.layout(*picture.size)
+    ids = pipeline._encode(build_messages(PROMPT, images=[picture]), [layout.text])
+    prepared, count = processing.prepare(picture), layout.num_visual
+    input_ids = ids.all_ids(layout.run_lengths, image_token_id=image_id).astype(np.int64)[None]
     pixels, inputs = torch.from_numpy(prepared["pixel_values"]), {"input_ids": torch.from_numpy(input_ids)}
     if model_type in ("llava_next", "llava_onevision"):
         return {**inputs, "pixel_values": pixels[None], "image_sizes": torch.tensor([picture.size[::-1]])}
+    if model_type == "smolvlm":
+        return {**inputs, "pixel_values": pixels[None]}
     if not model_type.startswith("qwen"):
         return {**inputs, "pixel_values": pixels}
     by_token = prepared["pixel_values"].reshape(count, 4, -1)[prepared["token_index"]]

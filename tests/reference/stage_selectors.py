@@ -24,7 +24,10 @@ class Rows:
         self.text = list(range(self.visual[-1] + 1, length)) if self.visual else []
         if inputs.prompt is not None:
             embeds = inputs.prompt.embeds_FD[: int(inputs.prompt.length)].double()
-            self.prompt_visual = embeds[inputs.prompt.is_visual_F[: len(embeds)] > 0]
+            in_prompt = (inputs.prompt.is_visual_F[: len(embeds)] > 0).nonzero()[:, 0].tolist()
+            self.prompt_visual = embeds[in_prompt]
+            if self.visual:  # the last of the prompt's, which a stage may have dropped
+                self.text = list(range(length - (len(embeds) - 1 - in_prompt[-1]), length))
             self.prompt_text = embeds[len(embeds) - len(self.text) :]
 
 

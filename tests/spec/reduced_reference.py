@@ -20,7 +20,7 @@ PRESERVED_ANSWER_ROWS = Schedule(
 
 def causal_layer(model: Any, index: int, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Run one Hugging Face decoder layer with an additive causal mask."""
-    text = model.model.language_model
+    text = model.get_decoder()
     rows = hidden.shape[1]
     mask = torch.full((1, 1, rows, rows), float("-inf"), dtype=hidden.dtype).triu(1)
     tables = text.rotary_emb(hidden, positions)
@@ -33,7 +33,7 @@ def autograd_saliency(
     """Return the gradient norm of every row: the whole layer and head over all rows, by autograd."""
     leaf = hidden.detach().requires_grad_(True)
     out = causal_layer(model, layer, leaf, positions)
-    logits = model.lm_head(model.model.language_model.norm(out))[0]
+    logits = model.lm_head(model.get_decoder().norm(out))[0]
     last = logits.shape[0] - offset
     rows = logits[last - 3 : last + 1]
     torch.nn.functional.cross_entropy(rows, rows.argmax(-1)).backward()
@@ -66,7 +66,7 @@ def reduced_logits(
     here = np.array(visual)
     original, kept_all = np.arange(len(here)), []
     stages = {stage.layer: stage.keep for stage in schedule.stages}
-    for layer in range(len(model.model.language_model.layers)):
+    for layer in range(len(model.get_decoder().layers)):
         if layer in stages:
             saliency = autograd_saliency(model, layer, hidden, positions, offset=schedule.last_probe_offset)
             scores, features = saliency[here].numpy(), hidden[0, here].detach().numpy()
@@ -83,7 +83,7 @@ def reduced_logits(
             if layer < len(planes):
                 hidden[0, here] += planes[layer][original]
     with torch.no_grad():
-        return model.lm_head(model.model.language_model.norm(hidden))[0, -1], kept_all
+        return model.lm_head(model.get_decoder().norm(hidden))[0, -1], kept_all
 
 
 def entering_the_decoder(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def entering_the_decoder(model: Any, inputs: dict[str, torch.Tensor]) -> dict[st
     def record(_module: Any, _arguments: Any, options: dict[str, Any]) -> None:
         seen.update(options)
 
-    handle = model.model.language_model.register_forward_pre_hook(record, with_kwargs=True)
+    handle = model.get_decoder().register_forward_pre_hook(record, with_kwargs=True)
     if hasattr(model.model, "rope_deltas"):
         model.model.rope_deltas = None
     with torch.no_grad():

@@ -16,7 +16,7 @@ from tests.hugging_face import Original
 from tests.matmul_flops import example_feeds, matmul_flops
 from tests.pictures import random_picture
 from tests.reference.token_selectors import cdpruner, clip_importance, clip_relevance, cover
-from tests.spec.test_selectors_through_bundles import Sequence, through_the_decoder
+from tests.spec.test_selectors_through_bundles import Sequence, rows_after, through_the_decoder
 from tests.tolerances import LOGITS_FLOAT32
 from tests.trio.selectors.token_graph import Case
 from trio_edge.calibration.evaluate.running.answer_cost import prefill_flops
@@ -107,7 +107,7 @@ def test_a_prediction_runs_the_texts_that_there_are_shapes_for(checkpoint: Path,
 
 
 def expected(method: str, sequence: Sequence, clip: Clip, question: str) -> list[int]:
-    count = sequence.count
+    count = len(sequence.visual)
     empty = np.zeros((count, 1))
     case = Case(
         tokens=sequence.tokens.double().numpy(), num_visual=count,
@@ -133,9 +133,8 @@ def test_the_bundle_keeps_what_plain_loops_keep_and_gives_the_logits_of_these_to
             assert answer.text is not None
             sequence = Sequence(original, pipeline, picture, question)
             kept = expected(method, sequence, clip, question)
-            rows = [*range(sequence.start), *(sequence.start + place for place in kept)]
-            rows += range(sequence.start + sequence.count, sequence.embeds.shape[1])
-            logits, _ = through_the_decoder(sequence, sequence.embeds[:, rows], NUM_KEEP, Schedule())
+            rows, visual = rows_after(kept, sequence.visual, sequence.embeds.shape[1])
+            logits, _ = through_the_decoder(sequence, sequence.embeds[:, rows], visual, Schedule())
             np.testing.assert_allclose(answer.first_logits, logits, **LOGITS_FLOAT32)
             assert list(answer.statistics.graph_ms)[:3] == ["vision", "clip_text", "reduce"]
 

@@ -19,7 +19,7 @@ from tests.qwen_checkpoints import (
     save_qwen_checkpoint,
 )
 from tests.spec.reduced_reference import reduced_logits
-from tests.spec.test_selectors_through_bundles import through_the_decoder
+from tests.spec.test_selectors_through_bundles import rows_after, through_the_decoder
 from tests.spec.whole_answers import assert_same_answer, generate
 from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.runtime.bundle.errors import ScheduleError, ShapeError
@@ -81,8 +81,7 @@ class Whole(NamedTuple):
     model: Any
     embeds: torch.Tensor
     positions: torch.Tensor
-    start: int
-    count: int
+    visual: list[int]
     planes: list[torch.Tensor]
 
 
@@ -96,7 +95,7 @@ def prompt_of(model: Any, inputs: dict[str, torch.Tensor]) -> Whole:
         inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=inputs["image_grid_thw"]
     )
     planes = [plane[0] for plane in getattr(features, "deepstack_features", ())]
-    return Whole(model, embeds, positions, int(spots.nonzero()[0]), int(spots.sum()), planes)
+    return Whole(model, embeds, positions, spots.nonzero()[:, 0].tolist(), planes)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -125,9 +124,8 @@ def test_reduced_bundle_equals_plain_torch(model: Any, reduced: Pipeline, size: 
     _ = answer.text
     whole = prompt_of(model, inputs)
     logits, kept = reduced_logits(
-        model, whole.embeds, REDUCED, visual=range(whole.start, whole.start + whole.count),
-        positions=whole.positions, planes=whole.planes,
-    )  # fmt: skip
+        model, whole.embeds, REDUCED, visual=whole.visual, positions=whole.positions, planes=whole.planes
+    )
     assert [indices.tolist() for indices in answer.kept] == kept
     np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
 
@@ -159,10 +157,9 @@ def test_a_selection_before_the_decoder_cuts_positions_and_deepstack_alike(
         kept = pipeline._vision._kept["reduce"].tolist()
         assert len(set(kept)) == answer.statistics.average_keep * answer.statistics.visual_tokens == 7
         whole = prompt_of(model, hugging_face_inputs(pipeline, picture, prompt))
-    rows = [*range(whole.start), *(whole.start + index for index in kept)]
-    rows += range(whole.start + whole.count, whole.embeds.shape[1])
+    rows, visual = rows_after(kept, whole.visual, whole.embeds.shape[1])
     logits, _ = reduced_logits(
-        model, whole.embeds[:, rows], KEEP_ALL, visual=range(whole.start, whole.start + 7),
+        model, whole.embeds[:, rows], KEEP_ALL, visual=visual,
         positions=whole.positions[..., rows], planes=[plane[kept] for plane in whole.planes],
     )  # fmt: skip
     np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
@@ -179,7 +176,7 @@ def test_other_methods_inside_the_decoder_equal_their_modules(model: Any, folder
         answer = pipeline.generate(picture, PROMPTS[0], max_new_tokens=1)
         _ = answer.text
         whole = prompt_of(model, hugging_face_inputs(pipeline, picture, PROMPTS[0]))
-    logits, kept = through_the_decoder(whole, whole.embeds, whole.count, schedule)
+    logits, kept = through_the_decoder(whole, whole.embeds, whole.visual, schedule)
     assert [indices.tolist() for indices in answer.kept] == kept
     np.testing.assert_allclose(answer.first_logits, logits, **LOGITS_FLOAT32)
 

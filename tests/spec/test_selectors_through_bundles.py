@@ -60,8 +60,8 @@ class Sequence:
             self.embeds = self.model.get_input_embeddings()(inputs["input_ids"])
         spots = inputs["input_ids"][0] == self.model.config.image_token_id
         self.embeds[0, spots] = self.tokens
-        self.start, self.count = int(spots.nonzero()[0]), int(spots.sum())
-        self.after = self.embeds[0, self.start + self.count :]
+        self.visual = spots.nonzero()[:, 0].tolist()
+        self.after = self.embeds[0, self.visual[-1] + 1 :]
 
 
 def scalar(value: int) -> torch.Tensor:
@@ -73,64 +73,71 @@ def kept_rows(selection: Selection, visual: torch.Tensor) -> torch.Tensor:
     return visual[selection.kept_K] if selection.weights_KN is None else selection.weights_KN @ visual
 
 
-def rows_after(selection: Selection, hidden: torch.Tensor, start: int, count: int) -> torch.Tensor:
-    """Return all rows that go on."""
-    kept = kept_rows(selection, hidden[0, start : start + count])
-    return torch.cat([hidden[0, :start], kept, hidden[0, start + count :]])[None]
+def rows_after(kept: list[int], visual: list[int], num_rows: int) -> tuple[list[int], list[int]]:
+    """Return which row each remaining row was, and where the kept tokens stand among them.
+
+    Text stays, and so does its order with the tokens. A merged row, which comes last in ``kept``, may stand for a token far in
+    front: then it stands after the text that is between them.
+    """
+    is_visual = set(visual)
+    rows, places, next_row = [], [], 0
+
+    def take_text(end: int) -> int:
+        rows.extend(row for row in range(next_row, end) if row not in is_visual)
+        return max(next_row, end)
+
+    for index in kept:
+        next_row = take_text(visual[index])
+        places.append(len(rows))
+        rows.append(visual[index])
+    take_text(num_rows)
+    return rows, places
 
 
 @torch.no_grad()
 def through_the_decoder(
-    sequence: Any, embeds: torch.Tensor, count: int, schedule: Schedule
+    sequence: Any, embeds: torch.Tensor, visual: list[int], schedule: Schedule
 ) -> tuple[np.ndarray[Any, Any], list[list[int]]]:
     """Return the last row's logits and the kept original tokens of every stage.
 
     Args:
-        sequence: With ``model`` and ``start``; with M-RoPE also ``positions`` [3, 1, S], with DeepStack ``planes`` [N, D].
+        sequence: With ``model``; with M-RoPE also ``positions`` [3, 1, S], with DeepStack ``planes`` [N, D].
         embeds: [1, S, D].
-        count: N.
+        visual: The visual rows, ascending.
         schedule: The stages.
     """
-    model, start, hidden = sequence.model, sequence.start, embeds
-    text = model.model.language_model
+    model, hidden = sequence.model, embeds
+    text = model.get_decoder()
     family: Any = SimpleNamespace(layers=text.layers, final_norm=text.norm, lm_head=model.lm_head)
-    prompt = PromptInputs(embeds[0], scalar(count), scalar(embeds.shape[1]))
+    is_visual = torch.zeros(embeds.shape[1], dtype=torch.int32)
+    is_visual[visual] = 1
+    prompt = PromptInputs(embeds[0], is_visual, scalar(embeds.shape[1]))
     positions, previous = getattr(sequence, "positions", torch.arange(hidden.shape[1])[None]), hidden
     planes = list(getattr(sequence, "planes", ()))
-    original, kept_all, stages = np.arange(count), [], [stage.layer for stage in schedule.stages]
+    original, kept_all = np.arange(len(visual)), []
+    stages = [stage.layer for stage in schedule.stages]
     for layer in range(len(text.layers)):
         if layer in stages:
-            selector = stage_selector(family, schedule, stage=stages.index(layer), max_visual=count)
+            selector = stage_selector(family, schedule, stage=stages.index(layer), max_visual=len(visual))
             cos, sin = text.rotary_emb(hidden, positions)
-            rows = torch.arange(start, start + count, dtype=torch.int32)
-            selection = selector(
-                StageInputs(
-                    hidden[0],
-                    cos[0],
-                    sin[0],
-                    rows,
-                    scalar(count),
-                    scalar(hidden.shape[1]),
-                    previous[0],
-                    prompt,
-                )
-            )
-            hidden = rows_after(selection, hidden, start, count)
-            picked = [
-                *range(start),
-                *(start + selection.kept_K).tolist(),
-                *range(start + count, positions.shape[-1]),
-            ]
-            positions = positions[..., picked]
+            inputs = StageInputs(
+                hidden[0], cos[0], sin[0], torch.tensor(visual, dtype=torch.int32), scalar(len(visual)),
+                scalar(hidden.shape[1]), previous[0], prompt,
+            )  # fmt: skip
+            selection = selector(inputs)
+            going_on = kept_rows(selection, hidden[0, visual])
+            rows, visual = rows_after(selection.kept_K.tolist(), visual, hidden.shape[1])
+            hidden, positions = hidden[:, rows], positions[..., rows]
+            hidden[0, visual] = going_on
             planes = [kept_rows(selection, plane) for plane in planes]
             if schedule.positions == "compact":
                 positions = torch.arange(hidden.shape[1])[None]
-            original, count = original[selection.kept_K.numpy()], len(selection.kept_K)
+            original = original[selection.kept_K.numpy()]
             kept_all.append(original.tolist())
         previous = hidden
         hidden = causal_layer(model, layer, hidden, positions)
         if layer < len(planes):
-            hidden[0, start : start + count] += planes[layer]
+            hidden[0, visual] += planes[layer]
     return model.lm_head(text.norm(hidden))[0, -1].numpy(), kept_all
 
 
@@ -145,7 +152,7 @@ def test_a_method_inside_the_decoder_equals_its_module(
             answer = pipeline.generate(picture, PROMPT, max_new_tokens=1)
             _ = answer.text
             sequence = Sequence(original, pipeline, picture)
-            logits, kept = through_the_decoder(sequence, sequence.embeds, sequence.count, schedule)
+            logits, kept = through_the_decoder(sequence, sequence.embeds, sequence.visual, schedule)
             assert [indices.tolist() for indices in answer.kept] == kept
             np.testing.assert_allclose(answer.first_logits, logits, **LOGITS_FLOAT32)
 
@@ -189,12 +196,15 @@ def test_a_method_before_the_decoder_equals_its_module(
                 more |= {"text_TD": sequence.after, "num_text": scalar(len(sequence.after))}
             if selector.needs_previous:  # an image has no frames before it
                 more |= {"previous_ND": sequence.tokens, "has_previous": scalar(0)}
-            selection = selector(TokenInputs(sequence.tokens, scalar(sequence.count), is_newline, **more))
-            embeds = rows_after(selection, sequence.embeds, sequence.start, sequence.count)
-            logits, _ = through_the_decoder(sequence, embeds, 15, Schedule())
+            count = len(sequence.visual)
+            selection = selector(TokenInputs(sequence.tokens, scalar(count), is_newline, **more))
+            rows, visual = rows_after(selection.kept_K.tolist(), sequence.visual, sequence.embeds.shape[1])
+            embeds = sequence.embeds[:, rows]
+            embeds[0, visual] = kept_rows(selection, sequence.tokens)
+            logits, _ = through_the_decoder(sequence, embeds, visual, Schedule())
             np.testing.assert_allclose(answer.first_logits, logits, **LOGITS_FLOAT32)
-            assert answer.statistics.visual_tokens == sequence.count
-            assert answer.statistics.average_keep == pytest.approx(15 / sequence.count)
+            assert answer.statistics.visual_tokens == count
+            assert answer.statistics.average_keep == pytest.approx(15 / count)
 
 
 def test_a_selection_before_the_decoder_combines_with_stages_inside(checkpoint: Path) -> None:

@@ -17,7 +17,9 @@ from tests.internvl_checkpoints import save_internvl_checkpoint
 from tests.onevision_checkpoints import save_onevision_checkpoint
 from tests.pictures import random_picture
 from tests.qwen_checkpoints import save_qwen3_vl_checkpoint, save_qwen_checkpoint
+from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
 from tests.spec.reduced_reference import entering_the_decoder, reduced_logits
+from tests.spec.test_selectors_through_bundles import rows_after
 from tests.spec.whole_answers import NUM_STEPS, generate
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.runtime.bundle.errors import ImageError, ScheduleError, ShapeError
@@ -46,6 +48,9 @@ FAMILIES = {
     "llava_next": Family(save_checkpoint, "LlavaNextForConditionalGeneration"),
     "llava_onevision": Family(save_onevision_checkpoint, "LlavaOnevisionForConditionalGeneration"),
     "internvl": Family(save_internvl_checkpoint, "InternVLForConditionalGeneration"),
+    "smolvlm": Family(
+        save_smolvlm_checkpoint, "SmolVLMForConditionalGeneration", options=(("max_text", 192),)
+    ),
     "qwen2_5_vl": Family(save_qwen_checkpoint, "Qwen2_5_VLForConditionalGeneration", "preserved"),
     "qwen3_vl": Family(save_qwen3_vl_checkpoint, "Qwen3VLForConditionalGeneration", "preserved"),
 }
@@ -71,9 +76,10 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     model = getattr(transformers, family.model_class).from_pretrained(folder, dtype=torch.float32).eval()
     everything = Schedule(positions=family.positions)
     schedule = msgspec.structs.replace(everything, stages=STAGES)
+    options = {"max_images": 4, **dict(family.options)}
     with (
-        Pipeline.from_bundle(export(folder, schedule=everything, max_images=4)) as keep_all,
-        Pipeline.from_bundle(export(folder, schedule=schedule, max_images=4)) as reduced,
+        Pipeline.from_bundle(export(folder, schedule=everything, **options)) as keep_all,
+        Pipeline.from_bundle(export(folder, schedule=schedule, **options)) as reduced,
     ):
         yield Subject(family, folder, model, keep_all, reduced)
 
@@ -134,7 +140,8 @@ def hugging_face_inputs(pipeline: Pipeline, model: Any, messages: list[Message])
         if model_type == "llava_onevision":
             inputs["batch_num_images"] = torch.tensor([len(pictures)])
     else:
-        inputs["pixel_values"] = torch.from_numpy(np.concatenate(pixels))
+        tiles = torch.from_numpy(np.concatenate(pixels))
+        inputs["pixel_values"] = tiles[None] if model_type == "smolvlm" else tiles
     return inputs
 
 
@@ -176,6 +183,39 @@ def test_reduced_bundle_equals_plain_torch(subject: Subject, name: str) -> None:
     assert [indices.tolist() for indices in answer.kept] == kept
     np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
     assert answer.statistics.visual_tokens == int(spots.sum()) == len(answer.boxes)
+
+
+def test_a_selection_before_the_decoder_is_each_images_own(subject: Subject) -> None:
+    """A token stays in the run that it comes from, whatever is kept of the others."""
+    messages, everything = (
+        CONVERSATIONS["an image in each turn"],
+        Schedule(positions=subject.family.positions),
+    )
+    options = {"max_images": 2, "token_method": "divprune", "token_keep": 7, **dict(subject.family.options)}
+    with Pipeline.from_bundle(export(subject.folder, schedule=everything, **options)) as pipeline:
+        inputs = hugging_face_inputs(pipeline, subject.model, messages)
+        answer = pipeline.chat(messages, max_new_tokens=3)
+        assert answer.text is not None
+        each = pipeline._vision._layouts
+    kept: list[int] = []
+    first = 0
+    for layout, of_image in each:
+        kept += (first + of_image["reduce"][: layout.num_visual]).tolist()
+        first += layout.num_visual
+    assert len(kept) == min(14, first) == len(answer.boxes)
+    entering = entering_the_decoder(subject.model, inputs)
+    spots = inputs["input_ids"][0] == pipeline.manifest.text.image_token_id
+    rows, visual = rows_after(kept, spots.nonzero()[:, 0].tolist(), len(spots))
+    positions = entering["position_ids"] if subject.family.positions == "preserved" else None
+    logits, _ = reduced_logits(
+        subject.model,
+        entering["inputs_embeds"][:, rows],
+        everything,
+        visual=visual,
+        positions=None if positions is None else positions[-3:, :, rows],
+        planes=[plane[kept] for plane in entering.get("deepstack_visual_embeds") or ()],
+    )
+    np.testing.assert_allclose(answer.first_logits, logits.numpy(), **LOGITS_FLOAT32)
 
 
 def test_a_bundle_for_one_image_takes_several_that_fit(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,6 +19,13 @@ ORANGE = (255, 153, 0)
 
 def _colours(drawing: Image.Image) -> set[tuple[int, int, int]]:
     return {colour for _, colour in drawing.getcolors(1 << 20)}
+
+
+def test_tokens_of_the_overview_stay_its_own_after_a_selection_before_the_decoder():
+    merged_last = LAYOUT.taken(np.array([1, NUM_BASE + 2, NUM_BASE + 4, 0]))
+    assert list(merged_last.overview) == [0, 3]
+    reduced = msgspec.structs.replace(PROCESSING, encoder_keep=2)
+    assert list(reduced.layout(64, 64).kept(np.array([[2, 5]] + [[1, 3]] * 4)).overview) == [0, 1]
 
 
 def test_kept_patches_stay_bright_and_the_rest_is_dark():

@@ -26,6 +26,8 @@ NAMES = (
     "prompt_embeds", "prompt_is_visual", "prompt_length",
 )  # fmt: skip
 ROOM, BEFORE = 24, 3
+LOST = 6
+"""Tokens of a lost picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +45,23 @@ class Case:
     """Visual tokens that earlier stages took away, the first ones."""
     gap: int = 0
     """Text rows in the middle of the visual tokens, as between two pictures."""
+    lost_picture: int = 0
+    """Text rows before a last picture whose tokens earlier stages took all away; 0 where there is none."""
 
     def inputs(self, dtype: torch.dtype = torch.float64, *, seed: int = 0) -> StageInputs:
         generator = torch.Generator().manual_seed(seed)
-        rows, length = self.num_rows + ROOM, BEFORE + self.num_visual + self.gap + self.num_text
+        num_text = self.gap + self.lost_picture + self.num_text
+        rows, length = self.num_rows + ROOM, BEFORE + self.num_visual + num_text
         assert length <= rows
         visual = self._visual_rows(self.num_rows)
         span = visual[: self.num_visual]
         hidden, previous = (self._rows(rows, length, span, generator) for _ in range(2))
         in_prompt = self._visual_rows(self.num_visual + self.dropped, first_part=self.dropped)
         prompt_length = length + self.dropped
+        if self.lost_picture:
+            prompt_length += LOST
+            lost = prompt_length - self.num_text - 1 - torch.arange(LOST).flip(0)
+            in_prompt = torch.cat([in_prompt, lost])
         prompt = self._rows(rows + 17, prompt_length, in_prompt, generator)
         is_visual = torch.zeros(rows + 17, dtype=torch.int32).index_fill(0, in_prompt, 1)
         cos, sin = rotary_tables(torch.arange(rows) * 2)
@@ -95,6 +104,7 @@ CASES = {
     "no text after the picture": Case(num_text=0),
     "two pictures": Case(gap=4),
     "two pictures with padding": Case(num_visual=31, gap=1, num_text=5),
+    "a last picture that is lost": Case(gap=2, lost_picture=5),
     "no padding": Case(num_text=ROOM - BEFORE),
     "huge padding": Case(num_visual=29, garbage=1e30),
     "identical tokens": Case(tokens="identical"),

@@ -89,7 +89,7 @@ class RowAttention(nn.Module):
 
 
 class TextRows(NamedTuple):
-    """The text after the last visual token; T = S - N, the text's room, bounds it."""
+    """The text after the images; T = S - N, the text's room, bounds it."""
 
     rows_T: Tensor
     """[T] int64, within [0, S)."""
@@ -100,14 +100,24 @@ class TextRows(NamedTuple):
 
 
 def text_after(inputs: StageInputs) -> TextRows:
-    """Return the rows of the text after the last visual token."""
+    """Return the rows of the text after the last visual token.
+
+    It is the last one of the prompt, where the selector has it. Earlier stages may have dropped all tokens of the last run,
+    and then the text before that run stands after the last token that is left.
+    """
     num_rows = inputs.hidden_SD.shape[0]
     num_visual, length = (value.to(torch.int64).reshape(1) for value in (inputs.num_visual, inputs.length))
-    last = inputs.visual_rows_N.to(torch.int64).index_select(0, (num_visual - 1).clamp(min=0))
-    first = torch.where(num_visual > 0, last + 1, length)
-    index_T = torch.arange(num_rows - inputs.visual_rows_N.shape[0], device=first.device)
-    num_text = (length - first).clamp(min=0)
-    return TextRows((first + index_T).clamp(0, num_rows - 1), index_T < num_text, num_text)
+    if inputs.prompt is None:
+        last = inputs.visual_rows_N.to(torch.int64).index_select(0, (num_visual - 1).clamp(min=0))
+        num_text = length - 1 - last
+    else:
+        is_visual_F = inputs.prompt.is_visual_F > 0
+        index_F = torch.arange(is_visual_F.shape[0], device=length.device).to(torch.float32)
+        last = torch.where(is_visual_F, index_F, 0.0).amax(0, keepdim=True).to(torch.int64)
+        num_text = inputs.prompt.length.to(torch.int64).reshape(1) - 1 - last
+    num_text = torch.where(num_visual > 0, num_text, 0).clamp(min=0)
+    index_T = torch.arange(num_rows - inputs.visual_rows_N.shape[0], device=length.device)
+    return TextRows((length - num_text + index_T).clamp(0, num_rows - 1), index_T < num_text, num_text)
 
 
 def visual_rows(inputs: StageInputs) -> Int[Tensor, "N"]:
