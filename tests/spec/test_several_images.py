@@ -186,7 +186,10 @@ def test_reduced_bundle_equals_plain_torch(subject: Subject, name: str) -> None:
 
 def test_a_selection_before_the_decoder_is_each_images_own(subject: Subject) -> None:
     """A token stays in the run that it comes from, whatever is kept of the others."""
-    messages, everything = CONVERSATIONS["an image in each turn"], Schedule(positions=subject.family.positions)
+    messages, everything = (
+        CONVERSATIONS["an image in each turn"],
+        Schedule(positions=subject.family.positions),
+    )
     options = {"max_images": 2, "token_method": "divprune", "token_keep": 7, **dict(subject.family.options)}
     with Pipeline.from_bundle(export(subject.folder, schedule=everything, **options)) as pipeline:
         inputs = hugging_face_inputs(pipeline, subject.model, messages)
