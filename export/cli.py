@@ -130,7 +130,8 @@ def _count(option: str) -> Callable[[str], int | float]:
 @click.option(
     "--max-visual",
     type=int,
-    help="Most visual tokens of an image, where the family can scale down: Qwen-VL (pixels), InternVL, LLaVA-OneVision and SmolVLM2 (tiles).",
+    help="Most visual tokens of an image, where the family can scale down: Qwen-VL (pixels), InternVL, LLaVA-OneVision and"
+    " SmolVLM2 (tiles).",
 )
 @click.option(
     "--max-images",
