@@ -54,7 +54,9 @@ def shared_traces(options: ExportOptions, schedule: Schedule) -> Iterator[None]:
         elif isinstance(module, ClipText):
             origin = _configuration(folders)
         else:
+            # The parts of a layered tower have float32 arguments whatever the weights are.
             origin = f"{_configuration(folders, without='text_config')} {options.max_visual} {options.encoder_keep}"
+            origin += f" {options.dtype}"
         arguments = {**settings, "args": _shapes(settings["args"])}
         wanted = f"{type(module).__name__} {origin} {sorted(arguments.items())}"
         name = f"trace-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.onnx"

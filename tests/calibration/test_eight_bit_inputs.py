@@ -100,7 +100,7 @@ def test_every_product_with_weights_rounds_its_inputs_but_the_patches(family: st
 
 def test_the_bundle_answers(bundle: Bundle, questions: list[Question]) -> None:
     with Pipeline.from_bundle(bundle.folder, threads=1) as pipeline:
-        assert pipeline.generate(open_image(questions[0].image), "w1 w2", max_new_tokens=3).text
+        assert pipeline.generate(open_image(questions[0].images[0]), "w1 w2", max_new_tokens=3).text
 
 
 def test_tensorrt_builds_every_graph(bundle: Bundle, tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def test_answers_are_measured_as_a_bundle_with_int8_caches_gives_them(
 ) -> None:
     with Pipeline.from_bundle(int8_cache_bundle, threads=1) as pipeline:
         seen = record_logits(pipeline, monkeypatch)
-        answer = pipeline.generate(questions[0].image, questions[0].question, max_new_tokens=4)
+        answer = pipeline.generate(questions[0].images, questions[0].question, max_new_tokens=4)
         assert len(answer.text) > 0  # it is decoded now
         schedule, tokens = pipeline.manifest.schedule, answer.token_ids
         theirs = torch.from_numpy(np.stack([answer.first_logits, *seen]))

@@ -127,7 +127,7 @@ class Quantized:
 
 @pytest.fixture(scope="module")
 def traced(folder: Path, questions: list[Question]) -> TracedEnds:
-    return traced_ends(folder, open_image(questions[0].image).size)
+    return traced_ends(folder, open_image(questions[0].images[0]).size)
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
@@ -176,7 +176,7 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor, in_float: torch.Tenso
 def test_the_vision_graph_computes_what_its_torch_twin_does(
     quantized: Quantized, questions: list[Question]
 ) -> None:
-    model, picture = quantized.model, open_image(questions[0].image)
+    model, picture = quantized.model, open_image(questions[0].images[0])
     graph: Any = model.parts.vision
     inputs = model.images.prepare(picture, model.images.sizes(*picture.size))
     tensors = [torch.from_numpy(inputs[spec.name]) for spec in graph.inputs]

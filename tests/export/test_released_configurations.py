@@ -162,7 +162,7 @@ def hugging_face_inputs(pipeline: Pipeline, model_type: str) -> dict[str, torch.
     layout = processing.layout(*picture.size)
     ids = pipeline._encode(build_messages(PROMPT, images=[picture]), [layout.text])
     prepared, count = processing.prepare(picture), layout.num_visual
-    input_ids = ids.all_ids(layout.run_lengths, image_token_id=image_id).astype(np.int64)[None]
+    input_ids = ids.all_ids(layout.run_lengths).astype(np.int64)[None]
     pixels, inputs = torch.from_numpy(prepared["pixel_values"]), {"input_ids": torch.from_numpy(input_ids)}
     if model_type in ("llava_next", "llava_onevision"):
         return {**inputs, "pixel_values": pixels[None], "image_sizes": torch.tensor([picture.size[::-1]])}

@@ -48,6 +48,7 @@ from trio_edge.runtime.cli.run import main as run
 from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.prompts.chat import SMOLVLM_TEMPLATE, build_messages, render_chat
+from trio_edge.runtime.prompts.tokenizer import Inset
 from trio_edge.trio.selectors.interface import TokenInputs
 
 if TYPE_CHECKING:
@@ -196,9 +197,9 @@ def test_text_only_equals_hugging_face(
 def test_ids_are_those_of_hugging_faces_processor(keep_all: Pipeline, size: tuple[int, int]) -> None:
     picture = random_picture(*size)
     layout = keep_all.images.layout(*size)  # type: ignore[attr-defined]
-    ids = keep_all._encode(build_messages(PROMPTS[1], images=[picture]), [layout.text])
+    ids = keep_all._encode(build_messages(PROMPTS[1], images=[picture]), [Inset(layout.text)])
     theirs = hugging_face_inputs(keep_all, picture, PROMPTS[1])["input_ids"][0]
-    assert ids.all_ids(layout.run_lengths, image_token_id=IMAGE_ID).tolist() == theirs.tolist()
+    assert ids.all_ids(layout.run_lengths).tolist() == theirs.tolist()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -312,7 +313,7 @@ def test_an_int4_bundle_computes_what_its_torch_twin_does(folder: Path, tmp_path
         probes = Probes(model, max_visual=len(prompt.visual_rows_N))
         ours = greedy_answer(model, prompt, REDUCED, probes=probes, max_tokens=4)
     with Pipeline.from_bundle(reduced_bundle(folder, quantize=plan), cpu_accuracy="float32") as pipeline:
-        answer = pipeline.generate(question.image, question.question, max_new_tokens=4)
+        answer = pipeline.generate(question.images, question.question, max_new_tokens=4)
         _ = answer.text
         assert pipeline.manifest.quantization is not None
     assert [kept.tolist() for kept in ours.kept] == [kept.tolist() for kept in answer.kept]
