@@ -205,6 +205,10 @@ BAD_CASES: dict[str, tuple[list[str], str]] = {
         ["--count", "2", "--samples", "{one}", "--prompt", "w1"],
         "at least 2 different images",
     ),
+    "several images": (
+        ["--samples", "shapes-several", "--count", "4"],
+        "900000000-two-which: expected one image to calibrate on, got 2",
+    ),
     "a damaged image": (["--samples", "{damaged}", "--prompt", "w1"], "damaged.png"),
     "a special token in a prompt": (["--samples", "{pictures}", "--prompt", "<image>"], "special token"),
     "an unknown target": (["--target", "orin-nx-17"], "did you mean"),

@@ -1,0 +1,56 @@
+"""Prints where a bundle's kept tokens lie when the answer is in one of several images or frames.
+
+`python benchmarks/kept_by_image.py BUNDLE --count 160` asks the set `shapes-several`. For each kind whose answer lies in one
+image it prints that image's share of all visual tokens, its share of the tokens that each stage kept, and how many questions kept
+none of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trio_edge.calibration.shapes.several import held_out_several
+from trio_edge.runtime.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from trio_edge.calibration.shapes.several import SeveralSample
+
+
+def shares_of(pipeline: Pipeline, sample: SeveralSample) -> list[float]:
+    """Return the answer image's share of all visual tokens, then of those that each stage kept."""
+    generation = pipeline.generate(list(sample.images), sample.question, max_new_tokens=1)
+    assert generation.text is not None
+    lengths = [layout.num_visual for layout in generation.layouts]
+    image_of: NDArray[np.int64] = np.repeat(np.arange(len(lengths)), lengths)
+    stages = [image_of, *(image_of[kept] for kept in generation.kept)]
+    return [float((images == sample.answer_image).mean()) for images in stages]
+
+
+def main() -> None:
+    """Parse the arguments, ask and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--count", type=int, default=160)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    shares: dict[str, list[list[float]]] = defaultdict(list)
+    with Pipeline.from_bundle(arguments.bundle, threads=1) as pipeline:
+        for sample in held_out_several(arguments.count, seed=arguments.seed):
+            if sample.answer_image is not None:
+                shares[sample.kind].append(shares_of(pipeline, sample))
+    for kind, rows in sorted(shares.items()):
+        whole, *stages = 100 * np.mean(rows, axis=0)
+        lost = sum(row[-1] == 0.0 for row in rows)
+        kept = ", ".join(f"{stage:.0f}" for stage in stages)
+        print(f"{kind:12} all {whole:3.0f} %  kept {kept} %  none kept {lost} of {len(rows)}")
+
+
+if __name__ == "__main__":
+    main()
