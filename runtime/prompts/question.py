@@ -94,7 +94,7 @@ def check_messages(messages: object) -> None:
 def _check_part(part: object, *, where: str) -> None:
     if not isinstance(part, dict) or part.get("type") not in ("text", *_VISUAL):
         raise ShapeError(
-            f"{where}: expected parts of the type 'text', 'image' or 'video', got {_described(part)}; see docs/runtime.md"
+            f"{where}: expected parts of the type 'text', 'image' or 'video', got {_described(part)}; see docs/images-and-video.md"
         )
     kind = part["type"]
     if kind == "text" and not isinstance(part.get("text"), str):
