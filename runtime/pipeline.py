@@ -274,6 +274,9 @@ class Pipeline:
             images: Sequence[ImageSource] = ()
         else:
             images = list(image) if isinstance(image, (list, tuple)) else [cast("ImageSource", image)]
+        for turn in history:
+            if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+                raise ShapeError(f"history: expected pairs of question and answer, got {turn!r:.80}")
         sampling = {"fps": fps, "num_frames": num_frames, "source_fps": source_fps}
         videos = [] if video is None else [{"video": video, **sampling}]
         messages = build_messages(prompt, images=images, videos=videos, history=history, system=system)

@@ -152,8 +152,9 @@ class Vision:
             ShapeError: If no profile has room for the image, or the bundle has none for the question.
         """
         images = self._images if images is None else images
+        layout = images.layout(*image.size)
         return PreparedImage(
-            layout := images.layout(*image.size),
+            layout,
             self._profile_of(layout),
             partial(images.prepare, image),
             clip_texts=self._texts(question),

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from trio_edge.runtime.buffers.question_rows import has_follow_ups
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.tables import profile_list
@@ -54,6 +55,9 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "dtype": manifest.dtype,
         "opset": manifest.opset,
         "max_visual": manifest.max_visual,
+        "max_images": manifest.max_images,
+        "takes_videos": manifest.video_processing is not None,
+        "follow_ups": has_follow_ups(manifest.ranges[0]),
         "visual_sizes": list(manifest.visual_sizes),
         "image_sizes": [
             {
@@ -73,6 +77,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
             "nms_threshold": manifest.schedule.nms_threshold,
             "nms_rounds": manifest.schedule.nms_rounds,
             "positions": manifest.schedule.positions,
+            "budget": manifest.schedule.budget,
         },
         "average_keep": manifest.average_keep,
         "flops": {
@@ -143,7 +148,12 @@ def _visual_sizes(manifest: Manifest) -> str:
         + (f" (+{size.rows - size.num_visual} padding)" if size.rows > size.num_visual else " (no padding)")
         for size in manifest.image_sizes
     ]
-    if manifest.max_visual > max((size.rows for size in manifest.image_sizes), default=0):
+    if manifest.max_images > 1:
+        kept = (
+            "all images share what is kept" if manifest.schedule.budget == "prompt" else "each keeps a share"
+        )
+        parts.append(f"up to {manifest.max_visual} for {manifest.max_images} images; {kept}")
+    elif manifest.max_visual > max((size.rows for size in manifest.image_sizes), default=0):
         parts.append(f"any image padded to {manifest.max_visual}")
     return ", ".join(parts)
 
