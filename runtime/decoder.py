@@ -465,8 +465,10 @@ class Decoder:
         if not self.prefix_was_kept:
             self._enqueue_range(chain, 0, num_rows=first)
             question.keep(prompt.key, num_rows=first)
-        self._timeline.enqueue("question", question.prepare(prompt, first=first))
-        question.finish(prompt, first=first)
+        positions, bucket = prompt.positions.ids[:, first : prompt.length], prompt.text_bucket
+        self._timeline.enqueue("question", question.prepare(positions, first=first, bucket=bucket))
+        num_rows = prompt.max_visual + bucket
+        question.finish(rows=range(first, prompt.length), bucket=bucket, num_rows=num_rows)
 
     def _run_range(self, chain: _Chain, spans: list[_Span], index: int) -> None:
         self._enqueue_range(chain, index, num_rows=spans[index].length)

@@ -274,6 +274,8 @@ class Pipeline:
             images: Sequence[ImageSource] = ()
         else:
             images = list(image) if isinstance(image, (list, tuple)) else [cast("ImageSource", image)]
+        if not isinstance(prompt, str):
+            raise ShapeError(f"prompt: expected text, got {type(prompt).__name__}; write a question")
         for turn in history:
             if not isinstance(turn, (list, tuple)) or len(turn) != 2:
                 raise ShapeError(f"history: expected pairs of question and answer, got {turn!r:.80}")

@@ -23,9 +23,11 @@ from trio_edge.runtime.bundle.graph_io import (
 from trio_edge.runtime.devices.interface import DeviceTensor, find_profile
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from trio_edge.runtime.buffers.decoder import DecoderBuffers
     from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest
-    from trio_edge.runtime.decoder import DecoderPrompt
     from trio_edge.runtime.devices.interface import Device, Engine, Launch
 
 
@@ -102,12 +104,18 @@ class QuestionRows:
             copy_tensor(self._device, kept.rows(0, num_rows), whole.rows(0, num_rows))
         self._kept[key] = slot
 
-    def prepare(self, prompt: DecoderPrompt, *, first: int) -> Launch:
-        """Enqueue what the question's rows, from row ``first`` of the prompt on, are run with, and return the launch."""
-        bucket, count = prompt.text_bucket, prompt.length - first
-        ids = self._inputs.host(POSITIONS, (prompt.positions.ids.shape[0], bucket))
+    def prepare(self, positions: NDArray[np.int32], *, first: int, bucket: int) -> Launch:
+        """Enqueue what the question's rows are run with, and return the launch.
+
+        Args:
+            positions: [A, rows], theirs.
+            first: Row of the prompt at which they begin.
+            bucket: Rows that they are padded to.
+        """
+        axes, count = positions.shape
+        ids = self._inputs.host(POSITIONS, (axes, bucket))
         ids[...] = 0
-        ids[:, :count] = prompt.positions.ids[:, first : prompt.length]
+        ids[:, :count] = positions
         self._inputs.host(PAST_LENGTH)[0] = first
         self._inputs.upload(self._device)
         copy_tensor(self._device, self._embeds.rows(0, count), self._buffers.embeds.rows(first, count))
@@ -116,14 +124,19 @@ class QuestionRows:
             self._launches[bucket] = self._bound(bucket)
         return self._launches[bucket]
 
-    def finish(self, prompt: DecoderPrompt, *, first: int) -> None:
-        """Enqueue the copies of the question's rows to after those before them."""
-        count, num_rows = prompt.length - first, prompt.max_visual + prompt.text_bucket
-        new = NewRows(self._new_rows, self._spec, rows=prompt.text_bucket)
-        self._cache.append(self._device, new, num_rows=count)
+    def finish(self, *, rows: range, bucket: int, num_rows: int) -> None:
+        """Enqueue the copies of the question's rows to after those before them.
+
+        Args:
+            rows: Theirs in the prompt.
+            bucket: Rows that they were padded to.
+            num_rows: Rows of the prompt with its padding.
+        """
+        new = NewRows(self._new_rows, self._spec, rows=bucket)
+        self._cache.append(self._device, new, num_rows=len(rows))
         for whole, own in self._outputs:
-            copy_tensor(self._device, whole.rows(first, count), own.rows(0, count))
-            self._device.clear(whole.rows(prompt.length, num_rows - prompt.length))
+            copy_tensor(self._device, whole.rows(rows.start, len(rows)), own.rows(0, len(rows)))
+            self._device.clear(whole.rows(rows.stop, num_rows - rows.stop))
 
     def _bound(self, bucket: int) -> Launch:
         profile = find_profile(self._spec, {"S": bucket, "C": self._cache.capacity})

@@ -215,6 +215,7 @@ def test_the_option_list_changes_only_on_purpose() -> None:
     assert options == {
         "--out", "--revision", "--keep", "--schedule", "--method", "--probe-rows", "--num-probe-rows",
         "--token-method", "--token-keep", "--clip", "--nms-threshold", "--nms-rounds", "--positions", "--encoder-keep",
-        "--image-size", "--only-image-sizes", "--max-visual", "--max-text", "--text-buckets", "--max-new-tokens",
+        "--image-size", "--only-image-sizes", "--max-visual", "--max-images",
+        "--max-frames", "--budget", "--follow-ups", "--max-text", "--text-buckets", "--max-new-tokens",
         "--dtype", "--quantize", "--opset", "--target", "--force", "--list", "--quiet",
     }  # fmt: skip

@@ -33,6 +33,7 @@ from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.prompts.chat import build_messages
+from trio_edge.runtime.prompts.tokenizer import Inset
 from trio_edge.trio.budgets import schedule_for_keep
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def hugging_face_inputs(pipeline: Pipeline, model_type: str) -> dict[str, torch.
     picture, image_id = random_picture(*CAMERA), pipeline.manifest.text.image_token_id
     processing: Any = pipeline.images  # type: ignore[attr-defined]
     layout = processing.layout(*picture.size)
-    ids = pipeline._encode(build_messages(PROMPT, images=[picture]), [layout.text])
+    ids = pipeline._encode(build_messages(PROMPT, images=[picture]), [Inset(layout.text)])
     prepared, count = processing.prepare(picture), layout.num_visual
     input_ids = ids.all_ids(layout.run_lengths).astype(np.int64)[None]
     pixels, inputs = torch.from_numpy(prepared["pixel_values"]), {"input_ids": torch.from_numpy(input_ids)}

@@ -13,6 +13,7 @@ import torch
 from tests.bundles import export
 from tests.checkpoints import save_checkpoint
 from tests.decode_logits import record_logits
+from tests.engine_bundles import build_here
 from tests.internvl_checkpoints import save_internvl_checkpoint
 from tests.onevision_checkpoints import save_onevision_checkpoint
 from tests.pictures import random_picture
@@ -23,6 +24,7 @@ from tests.spec.test_selectors_through_bundles import rows_after
 from tests.spec.whole_answers import NUM_STEPS, generate
 from tests.tolerances import LOGITS_FLOAT32
 from trio_edge.runtime.bundle.errors import ImageError, ScheduleError, ShapeError
+from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.prompts.tokenizer import Inset
@@ -263,31 +265,46 @@ def test_messages_that_are_none_are_one_line(keep_all_bundle: Path, messages: An
         pipeline.chat(messages)
 
 
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("shares") / "ck")
+
+
+BY_IMAGE = Schedule(stages=STAGES, budget="image", nms_threshold=0.1, nms_rounds=64)
+PAIR = [random_picture(60, 45, seed=seed) for seed in (1, 2)]
+
+
+def _kept(folder: Path, schedule: Schedule) -> tuple[list[list[int]], int]:
+    """Return what each stage keeps of two pictures in a bundle for three, and the stages that the host redid."""
+    with Pipeline.from_bundle(export(folder, schedule=schedule, max_images=3)) as pipeline:
+        answer = pipeline.generate(PAIR, "w1 w2 w3", max_new_tokens=2)
+        assert answer.text is not None
+        first = len(answer.layouts[0].boxes)
+        if schedule.budget == "image":
+            for indices, stage in zip(answer.kept, STAGES):
+                assert len(indices) == stage.keep
+                assert min((indices < first).sum(), (indices >= first).sum()) >= stage.keep // 3
+        return [indices.tolist() for indices in answer.kept], answer.statistics.repaired_stages
+
+
 @pytest.mark.parametrize("method", ["trio", "fastv", "pyramiddrop"])
-def test_each_image_keeps_its_share(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shares of images that have fewer tokens go to the best of the others; the host's exact NMS keeps to them, too."""
-    folder, pictures = (
-        save_checkpoint(tmp_path / "ck"),
-        [random_picture(60, 45, seed=seed) for seed in (1, 2)],
-    )
-    schedule = Schedule(stages=STAGES, method=method, nms_threshold=0.1)
-    by_image, unsettled = (
-        msgspec.structs.replace(schedule, budget="image", nms_rounds=rounds) for rounds in (64, 1)
-    )
-    kept = {}
-    for wanted in (schedule, by_image, unsettled):
-        with Pipeline.from_bundle(export(folder, schedule=wanted, max_images=3)) as pipeline:
-            answer = pipeline.generate(pictures, "w1 w2 w3", max_new_tokens=2)
-            assert answer.text is not None
-            kept[wanted] = [indices.tolist() for indices in answer.kept]
-            first = len(answer.layouts[0].boxes)
-            if wanted is by_image:
-                for indices, stage in zip(answer.kept, STAGES):
-                    assert len(indices) == stage.keep
-                    assert min((indices < first).sum(), (indices >= first).sum()) >= stage.keep // 3
-            if wanted is unsettled and method == "trio":
-                assert answer.statistics.repaired_stages > 0
-    assert kept[by_image] == kept[unsettled]
+def test_each_image_keeps_its_share(method: str, llava: Path) -> None:
+    """Shares that images with fewer tokens leave go to the best of the others."""
+    _kept(llava, msgspec.structs.replace(BY_IMAGE, method=method))
+
+
+def test_the_hosts_exact_nms_keeps_the_shares_too(llava: Path) -> None:
+    kept, num_repaired = _kept(llava, msgspec.structs.replace(BY_IMAGE, nms_rounds=1))
+    assert num_repaired > 0
+    assert (kept, 0) == _kept(llava, BY_IMAGE)
+
+
+def test_tensorrt_builds_every_graph(llava: Path, tmp_path: Path) -> None:
+    """Rows with marks, shares of images, and a first range with follow-ups."""
+    bundle = export(llava, schedule=BY_IMAGE, max_images=3, follow_ups=True)
+    assert set(build_here(open_bundle(bundle), tmp_path)) == {
+        graph.name for graph in open_bundle(bundle).manifest.graphs
+    }
 
 
 def test_a_method_without_shares_is_refused(tmp_path: Path) -> None:
