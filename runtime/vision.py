@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
-from trio_edge.runtime.buffers.blocks import allocate_tensor, copy_tensor
+from trio_edge.runtime.buffers.blocks import copy_tensor
 from trio_edge.runtime.buffers.seen_images import SeenImages
 from trio_edge.runtime.buffers.vision import VisionBuffers
 from trio_edge.runtime.bundle.errors import ManifestError, ShapeError
@@ -23,7 +23,6 @@ from trio_edge.runtime.bundle.graph_io import (
     REDUCED_TOKENS,
     VISUAL_TOKENS,
 )
-from trio_edge.runtime.bundle.manifest import TensorSpec
 from trio_edge.runtime.devices.interface import DeviceTensor, find_profile
 from trio_edge.runtime.devices.timeline import Timeline
 
@@ -118,8 +117,6 @@ class Vision:
         """By role what a graph kept of the last image, once the device has been waited for."""
         self._layouts: list[tuple[ImageLayout, dict[str, NDArray[np.int32]]]] = []
         """Of each image of the last prompt its layout before any selection, and ``_kept``."""
-        self._collection: list[DeviceTensor] = []
-        """Tokens and planes of several images, one after the other; allocated when there are several."""
         self._seen = SeenImages(self._buffers.graphs["vision"], graphs.device, count=keep_images)
 
     @property
@@ -290,13 +287,8 @@ class Vision:
 
     def _collected(self, outputs: Sequence[DeviceTensor], *, first: int) -> list[DeviceTensor]:
         """Enqueue the copies of an image's tokens and planes to where those of all images lie, from row ``first`` on."""
-        if not self._collection:
-            shape = self._manifest.max_visual, self._manifest.dimensions.hidden_size
-            tokens = TensorSpec(name=VISUAL_TOKENS, dtype=self._manifest.dtype, shape=shape)
-            self._collection = [
-                allocate_tensor(self._device, tokens, shape, graph="several images") for _ in outputs
-            ]
-        places = [whole.rows(first, tensor.shape[0]) for whole, tensor in zip(self._collection, outputs)]
+        several = self._buffers.several(self._device)
+        places = [whole.rows(first, tensor.shape[0]) for whole, tensor in zip(several, outputs)]
         for place, source in zip(places, outputs):
             copy_tensor(self._device, place, source)
         # The next image takes the place of inputs and of what was kept on the host.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, final
 
 from trio_edge.runtime.buffers.blocks import Block, allocate_tensor
-from trio_edge.runtime.bundle.graph_io import KEPT_PATCHES, KEPT_TOKENS
+from trio_edge.runtime.bundle.graph_io import KEPT_PATCHES, KEPT_TOKENS, VISUAL_TOKENS
 from trio_edge.runtime.devices.interface import largest_shape, shape_at
 
 if TYPE_CHECKING:
@@ -35,6 +35,22 @@ class VisionBuffers:
         for spec in self.graphs.values():
             for tensor in spec.tensors:
                 self._allocate(allocator, spec, tensor)
+        self._manifest = manifest
+        self._several: list[DeviceTensor] = []
+        if manifest.max_images > 1:
+            self.several(allocator)
+
+    def several(self, allocator: Allocator) -> list[DeviceTensor]:
+        """Return where the tokens of several images, and their planes, lie one after the other: [largest N, D] each.
+
+        A bundle for one image has no such memory until it is asked about several small ones.
+        """
+        manifest = self._manifest
+        tokens = self.graphs["vision"].tensor(VISUAL_TOKENS)
+        shape = manifest.max_visual, manifest.dimensions.hidden_size
+        while len(self._several) <= manifest.num_deepstack:
+            self._several.append(allocate_tensor(allocator, tokens, shape, graph="several images"))
+        return self._several
 
     def _allocate(self, allocator: Allocator, spec: GraphSpec, tensor: TensorSpec) -> None:
         shape = largest_shape(spec, tensor)
