@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from tests.bundles import export
 from tests.cuda_on_host import (
     Context,
     CudaOnHost,
@@ -22,6 +23,7 @@ from tests.cuda_on_host import (
 )
 from tests.engine_bundles import HOST, copy_bundle, replace_bytes
 from tests.pictures import random_picture
+from tests.qwen_checkpoints import save_qwen3_vl_checkpoint
 from trio_edge.runtime.backends import registry as module
 from trio_edge.runtime.backends import tensorrt as backend_tensorrt
 from trio_edge.runtime.backends.registry import make_backend
@@ -29,6 +31,7 @@ from trio_edge.runtime.backends.single_graph import SingleGraph
 from trio_edge.runtime.backends.tensorrt import TensorRTEngine
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.reader import open_bundle, sha256_of
+from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.cli.run import main
 from trio_edge.runtime.decoder import Decoder
 from trio_edge.runtime.devices import cuda as device_cuda
@@ -528,3 +531,42 @@ def test_tensorrt_has_every_name_that_is_used(package: str) -> None:
 
 def _public(ours: type) -> set[str]:
     return {name for name in vars(ours) if not name.startswith("_")}
+
+
+_STAGES = (Stage(layer=1, keep=14), Stage(layer=2, keep=6))
+SHOWN: dict[str, dict[str, Any]] = {
+    "images": {"schedule": Schedule(stages=_STAGES, budget="image"), "max_images": 3},
+    "images before the decoder": {"token_method": "visionzip", "token_keep": 15, "max_images": 3},
+    "a video": {
+        "schedule": Schedule(stages=(Stage(layer=2, keep=7),), positions="preserved"),
+        "max_frames": 6,
+        "token_method": "evs",
+        "token_keep": 5,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_several_images_and_follow_ups_wait_where_they_must(
+    name: str, checkpoint: Path, tmp_path: Path, cuda: CudaOnHost
+) -> None:
+    """The stream is lazy: an input that is overwritten too early, or read too early, changes the answer."""
+    is_video = name == "a video"
+    source = save_qwen3_vl_checkpoint(tmp_path / "ck") if is_video else checkpoint
+    folder = export(source, tmp_path / "bundle", follow_ups=True, max_text=128, **SHOWN[name])
+    write_engines(folder, host=HOST)
+    pictures = [random_picture(60, 40, seed=seed) for seed in range(6)]
+    asked = {"video": pictures, "source_fps": 2.0, "num_frames": 6} if is_video else {}
+    answers = []
+    for options in ({"backend": "onnxruntime"}, {"backend": "tensorrt", "keep_images": 2}):
+        with Pipeline.from_bundle(folder, **options) as pipeline:  # type: ignore[arg-type]
+            for prompt in (PROMPT, LONG_PROMPT, "w4", "w5"):
+                shown = None if is_video else pictures[:2]
+                found = pipeline.generate(shown, prompt, max_new_tokens=3, **asked)
+                assert found.text is not None
+                answers.append((found.token_ids, [kept.tolist() for kept in found.kept], found.first_logits))
+            if "keep_images" in options:
+                assert found.statistics.prefix_was_kept == (not is_video)
+    for theirs, ours in zip(answers[:4], answers[4:]):
+        assert ours[:2] == theirs[:2]
+        np.testing.assert_array_equal(ours[2], theirs[2])
