@@ -31,7 +31,7 @@ class Inset(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PromptIds:
-    """A prompt's text tokens, and where its runs of visual tokens stand among them."""
+    """A prompt's text tokens, and the places of its runs of visual tokens."""
 
     text: NDArray[np.int32]
     """[T], all of them in order."""

@@ -65,7 +65,7 @@ class VideoProcessing:
         return self._grid(len(video.indices), *video.size)
 
     def sizes(self, num_frames: int, width: int, height: int) -> dict[str, int]:
-        """Return the sizes of the vision graph's axes that each unit of a video needs, N among them.
+        """Return the sizes of the vision graph's axes that each unit of a video needs, N included.
 
         Raises:
             ImageError: If the frames are too thin, or too few.
