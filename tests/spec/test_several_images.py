@@ -14,6 +14,7 @@ from tests.bundles import export
 from tests.checkpoints import save_checkpoint
 from tests.decode_logits import record_logits
 from tests.engine_bundles import build_here
+from tests.hugging_face import merges_smolvlm
 from tests.internvl_checkpoints import save_internvl_checkpoint
 from tests.onevision_checkpoints import save_onevision_checkpoint
 from tests.pictures import random_picture
@@ -69,7 +70,10 @@ class Subject:
     reduced: Pipeline
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=merges_smolvlm) if name == "smolvlm" else name for name in FAMILIES],
+)
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
     import transformers
 

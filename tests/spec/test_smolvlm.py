@@ -15,6 +15,7 @@ from PIL import Image
 from tests.bundles import export
 from tests.calibration.question_files import questions_about, write_questions
 from tests.engine_bundles import build_here
+from tests.hugging_face import merges_smolvlm
 from tests.pictures import random_picture
 from tests.smolvlm_checkpoints import (
     IMAGE_ID,
@@ -163,6 +164,7 @@ def prompt_of(model: Any, inputs: dict[str, torch.Tensor]) -> Whole:
 # Whole answers
 
 
+@merges_smolvlm
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_keep_all_bundle_gives_the_tokens_of_hugging_face(
@@ -174,6 +176,7 @@ def test_keep_all_bundle_gives_the_tokens_of_hugging_face(
     assert_same_answer(model, keep_all, inputs, picture=picture, prompt=prompt, monkeypatch=monkeypatch)
 
 
+@merges_smolvlm
 @pytest.mark.parametrize("size", SIZES[:4], ids=str)
 def test_an_image_of_one_tile_equals_hugging_face(
     model: Any, folder: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
@@ -294,6 +297,7 @@ def test_a_second_question_about_an_image_that_was_kept_answers_alike(
         assert ours.statistics.image_was_kept
 
 
+@merges_smolvlm
 def test_tied_bfloat16_checkpoint_is_exported_as_float16(tmp_path: Path) -> None:
     folder = save_smolvlm_checkpoint(tmp_path / "ck", tie=True, num_layers=1, dtype=torch.bfloat16)
     with Pipeline.from_bundle(export(folder)) as pipeline:
