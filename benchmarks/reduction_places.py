@@ -1,4 +1,4 @@
-"""Where to drop visual tokens: before the decoder, once inside it, or stage by stage; all with the same average keep.
+"""Compares three places to drop visual tokens at the same average keep: before the decoder, once inside it, or stage by stage.
 
     python benchmarks/reduction_places.py --model qwen3-vl-4b --image-size 1024x1024
 

@@ -5,7 +5,7 @@
     python examples/camera.py clip.mp4 --bundle BUNDLE --prompt "What happens?"
 
 A thread reads the stream and keeps one frame, the newest: an answer that takes longer than a frame skips the frames in
-between, and never falls behind. A file is read at its own speed, as if it were a camera. Needs the extra "video".
+between, and is always about the present. A file is read at its own speed, as if it were a camera. This needs the extra "video".
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Frame(NamedTuple):
     picture: Any
     """PyAV's; made RGB only if somebody asks about it."""
     arrived: float
-    """Of ``time.monotonic``."""
+    """Seconds, by ``time.monotonic``."""
 
     def image(self) -> Image.Image:
         return self.picture.to_image()  # type: ignore[no-any-return]

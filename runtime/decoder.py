@@ -17,7 +17,7 @@ import numpy as np
 
 from trio_edge.runtime.buffers.blocks import copy_tensor
 from trio_edge.runtime.buffers.decoder import DecoderBuffers, TopTokens, top_tokens
-from trio_edge.runtime.buffers.question_rows import QuestionRows, has_follow_ups
+from trio_edge.runtime.buffers.question_rows import QuestionRows
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 from trio_edge.runtime.bundle.graph_io import (
     KEPT_INDICES,
@@ -33,6 +33,7 @@ from trio_edge.runtime.bundle.graph_io import (
     UNSETTLED,
     VISUAL_IMAGES,
     VISUAL_ROWS,
+    has_follow_ups,
 )
 from trio_edge.runtime.devices.interface import DeviceTensor, find_profile
 from trio_edge.runtime.devices.timeline import Timeline
@@ -168,7 +169,7 @@ class Decoder:
         self._buffers = DecoderBuffers(manifest, graphs.device)
         self.caches = self._buffers.caches
         self._question: QuestionRows | None = None
-        if has_follow_ups(self._buffers.ranges[0]):
+        if has_follow_ups(manifest):
             prefix = graphs.engines[self._buffers.ranges[0].name]
             self._question = QuestionRows(manifest, self._buffers, prefix, graphs.device, count=keep_images)
         self._timeline = Timeline(graphs.device)

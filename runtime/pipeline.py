@@ -158,7 +158,7 @@ class _Shown(NamedTuple):
 
     @property
     def inset(self) -> Inset:
-        """What the prompt says in its place: the texts around all runs of visual tokens, one after the other."""
+        """The prompt's text in its place: that around all runs of visual tokens, one after the other."""
         first, *rest = (image.layout.text for image in self.prepared)
         text = list(first)
         for start, *others in rest:

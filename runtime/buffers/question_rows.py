@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trio_edge.runtime.buffers.decoder import DecoderBuffers
-    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest
+    from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.devices.interface import Device, Engine, Launch
 
 
@@ -58,9 +58,7 @@ class QuestionRows:
         self._spec, self._cache = buffers.ranges[0], buffers.caches[0]
         most, width = manifest.text_buckets[-1], manifest.dimensions.hidden_size
         self._embeds, self._hidden, self._zeros = (self._rows(1, most, width) for _ in range(3))
-        whole = [buffers.hidden_out[0]]
-        """What the range gives for all rows of a prompt, and for the question's."""
-        own = [self._hidden]
+        whole, own = [buffers.hidden_out[0]], [self._hidden]  # of all rows of a prompt, and of the question's
         if buffers.previous:
             whole.append(buffers.previous[0])
             own.append(self._rows(1, most, width))
@@ -152,8 +150,3 @@ class QuestionRows:
         if self._buffers.previous:
             tensors[PREVIOUS] = self._outputs[1][1]
         return self._engine.prepare(profile, self._buffers.at_profile(self._spec, tensors, profile))
-
-
-def has_follow_ups(spec: GraphSpec) -> bool:
-    """Return whether the first layer range ``spec`` has profiles for a question after kept rows."""
-    return any(profile.sizes.get("S", 0) > 1 and profile.sizes.get("C", 0) for profile in spec.profiles)

@@ -381,6 +381,12 @@ def gradient_graph(manifest: Manifest) -> GraphSpec | None:
     return _graph_with(OUTPUT_GRADIENT, manifest.graphs)
 
 
+def has_follow_ups(manifest: Manifest) -> bool:
+    """Return whether the first layer range has profiles for a question after kept rows (--follow-ups)."""
+    profiles = manifest.ranges[0].profiles
+    return any(profile.sizes.get("S", 0) > 1 and profile.sizes.get("C", 0) for profile in profiles)
+
+
 def _graph_with(output: str, specs: Sequence[GraphSpec]) -> GraphSpec | None:
     return next((spec for spec in specs if any(tensor.name == output for tensor in spec.outputs)), None)
 

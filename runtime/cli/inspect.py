@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from trio_edge.runtime.buffers.question_rows import has_follow_ups
+from trio_edge.runtime.bundle.graph_io import has_follow_ups
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.tables import profile_list
@@ -57,7 +57,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "max_visual": manifest.max_visual,
         "max_images": manifest.max_images,
         "takes_videos": manifest.video_processing is not None,
-        "follow_ups": has_follow_ups(manifest.ranges[0]),
+        "follow_ups": has_follow_ups(manifest),
         "visual_sizes": list(manifest.visual_sizes),
         "image_sizes": [
             {

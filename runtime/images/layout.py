@@ -40,7 +40,7 @@ class ImageLayout:
     patches_per_tile: int = 0
     """Patches of a tile, where the vision graph drops some of each."""
     text: tuple[str, ...] = ("", "")
-    """What the prompt says before each run of visual tokens, and after the last run."""
+    """Text of the prompt before each run of visual tokens, and after the last run."""
     runs: tuple[int, ...] = ()
     """Visual tokens of each run; empty where all of them are one."""
 

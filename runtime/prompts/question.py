@@ -34,7 +34,7 @@ def prompt_ids(
         tokenizer: The model's.
         template: Its chat template.
         text: Its tokens with a meaning.
-        insets: What stands in place of each image and video, in order; None means one run without text for each.
+        insets: The text in place of each image and video, in order; None means one run without text for each.
 
     Raises:
         ShapeError: If a text holds a special token, or the template refuses the messages.

@@ -22,7 +22,7 @@ _INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character, o
 
 
 class Inset(NamedTuple):
-    """What the prompt says in place of one image or video."""
+    """The prompt's text in place of one image or video."""
 
     text: Sequence[str] = ("", "")
     """Before each run of its visual tokens, and after the last."""
@@ -129,7 +129,7 @@ class Tokenizer:
             image_token: The text of an image's.
             image_token_id: Its id.
             video: Text and id of a video's, where the model takes videos.
-            insets: What comes in their places, in order.
+            insets: The text that comes in their places, in order.
             bos_token: The text of the BOS token.
 
         Raises:

@@ -62,7 +62,7 @@ class QwenVideos(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_pixels: Size
     """Larger videos are reduced."""
     max_video_tokens: Size
-    """What ``cap_pixels_per_frame`` allows."""
+    """Visual tokens that ``cap_pixels_per_frame`` allows."""
     cap_pixels_per_frame: bool = False
     min_frames: Size = 4
     """Fewest frames that sampling by ``fps`` takes, where there are as many."""
@@ -231,9 +231,9 @@ class Qwen3Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=T
     old_sizes = False
 
     min_pixels: Size = 128 * 32 * 32
-    """Of all frames together."""
+    """All frames together are enlarged to so many."""
     max_pixels: Size = 768 * 32 * 32
-    """Of all frames together."""
+    """All frames together are reduced to so many."""
     max_video_tokens: Size = 768
     """Visual tokens of a frame that ``cap_pixels_per_frame`` allows."""
     do_sample_frames: bool = True

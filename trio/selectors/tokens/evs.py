@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from trio_edge.trio.selectors.interface import Selection, TokenInputs, best_tokens, check_num_keep
 from trio_edge.trio.selectors.tokens.candidates import given, real_tokens, unit_rows
-from trio_edge.trio.selectors.tokens.uniform import evenly_spaced
+from trio_edge.trio.selectors.tokens.uniform import evenly_spaced, marks
 
 
 class Evs(nn.Module):
@@ -50,7 +50,9 @@ class Evs(nn.Module):
         is_later = given(inputs.has_previous, "has_previous").reshape(1) > 0
         spaced_K = evenly_spaced(inputs.num_visual, num_keep=self.num_keep)
         change_N = _change(inputs, real_N)
-        score_N = torch.where(is_later, change_N, _marks(spaced_K, real_N).to(change_N.dtype))
+        score_N = torch.where(
+            is_later, change_N, marks(spaced_K, num_tokens=real_N.shape[0]).to(change_N.dtype)
+        )
         return Selection(
             kept_K=best_tokens(score_N, inputs.num_visual, num_keep=self.num_keep),
             scores_N=torch.where(real_N, score_N.to(torch.float32), -1.0),
@@ -63,9 +65,3 @@ def _change(inputs: TokenInputs, real_N: Tensor) -> Tensor:
     unit_ND = unit_rows(inputs.tokens_ND, real_N)
     before_ND = unit_rows(given(inputs.previous_ND, "previous_ND"), real_N)
     return (1.0 - (unit_ND * before_ND).sum(-1)).clamp(0.0, 2.0)
-
-
-def _marks(index_K: Tensor, real_N: Tensor) -> Tensor:
-    """Return 1 at the tokens of ``index_K``, 0 elsewhere, float32 [N]."""
-    index_N = torch.arange(real_N.shape[0], device=real_N.device)
-    return (index_K[:, None] == index_N[None, :]).to(torch.float32).amax(0)

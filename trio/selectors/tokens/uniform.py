@@ -6,6 +6,8 @@ at positions only.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -35,11 +37,9 @@ class Uniform(nn.Module):
         """Return the selection; scores are 1 for the kept tokens and 0 for the others."""
         real_N = real_tokens(inputs, num_keep=self.num_keep)
         kept_K = evenly_spaced(inputs.num_visual, num_keep=self.num_keep)
-        index_N = torch.arange(real_N.shape[0], device=real_N.device)
-        kept_N = (kept_K[:, None] == index_N[None, :]).to(torch.float32).amax(0)
         return Selection(
             kept_K=kept_K,
-            scores_N=torch.where(real_N, kept_N, -1.0),
+            scores_N=torch.where(real_N, marks(kept_K, num_tokens=real_N.shape[0]), -1.0),
             unsettled=torch.zeros(1, dtype=torch.int32, device=real_N.device),
         )
 
@@ -50,3 +50,9 @@ def evenly_spaced(num_visual: Tensor, *, num_keep: int) -> Tensor:
     count = num_visual.reshape(1).to(torch.int64)
     spaced_K = torch.div((2 * place_K + 1) * count, 2 * num_keep, rounding_mode="trunc")
     return torch.where(count > num_keep, spaced_K, place_K)
+
+
+def marks(index_K: Tensor, *, num_tokens: Any) -> Tensor:
+    """Return 1 at the tokens of ``index_K``, 0 elsewhere, float32 [N]; N may be symbolic."""
+    index_N = torch.arange(num_tokens, device=index_K.device)
+    return (index_K[:, None] == index_N[None, :]).to(torch.float32).amax(0)
