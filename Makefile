@@ -1,4 +1,5 @@
-# make demo  sets up and answers a question about a picture; make test  sets up and passes the tests; make lint
+# make demo  sets up and answers a question about an image; make test  sets up and passes the tests; make lint
+# make docs  builds the site in out/site; make wheel  builds dist/*.whl and *.tar.gz
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Each takes 1.5 GB and one core.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-matrix lint format bundle clean
+.PHONY: demo test test-matrix lint format bundle docs wheel clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -53,6 +54,18 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	rm -rf out/typed && $(BIN)/python -m pip install --quiet --no-deps --target out/typed .
 	MYPYPATH=out/typed $(BIN)/mypy --explicit-package-bases -p trio_edge
+
+# Sources are mapped to other names, so the docstrings are read from an installed copy.
+docs: $(READY)
+	$(PIP) -e ".[docs]"
+	rm -rf out/typed && $(BIN)/python -m pip install --quiet --no-deps --target out/typed .
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# What a folder build/ holds goes into every wheel, also files that are gone from the tree.
+wheel: $(READY)
+	rm -rf build dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/python tests/check_dist.py dist
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
