@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 import trio_edge
 import trio_edge.runtime
+from tests.check_dist import FOLDERS, problems
 from tests.shared_folder import made_once
 
 ROOT = Path(__file__).parents[1]
@@ -98,3 +101,25 @@ def test_shape_annotations_are_checked_in_tests() -> None:
     nms = FeatureNms(num_keep=2, threshold=0.8, rounds=2)
     with pytest.raises(Exception, match=r"Type-check error"):
         nms(torch.zeros(4, 3), torch.zeros(5), torch.tensor([4]))
+
+
+def test_the_citation_has_the_packages_version() -> None:
+    assert f"\nversion: {trio_edge.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_a_wheel_or_sdist_with_a_missing_or_a_foreign_file_is_found(tmp_path: Path, wheel: Path) -> None:
+    shutil.copy(wheel, tmp_path)
+    with tarfile.open(tmp_path / "trio_edge-0.tar.gz", "w") as sdist:
+        for top in FOLDERS:
+            if (ROOT / top).exists():
+                sdist.add(ROOT / top, f"trio_edge-0/{top}", filter=_without_pipeline)
+    with zipfile.ZipFile(tmp_path / wheel.name, "a") as archive:
+        archive.writestr("trio_edge/secret.txt", "")
+    assert problems(tmp_path) == [
+        f"{wheel.name}: expected no trio_edge/secret.txt, got it",
+        "trio_edge-0.tar.gz: expected runtime/pipeline.py, got none",
+    ]
+
+
+def _without_pipeline(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    return None if member.name.endswith("runtime/pipeline.py") else member
