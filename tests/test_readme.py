@@ -1,7 +1,7 @@
 """The README and the documents: links point at things that exist, commands exist, and printed output is what a command prints.
 
-``console`` blocks are run and their output is compared, "…" standing for anything. One that cannot be run has a comment before it that
-says why. ``bash`` blocks need a released checkpoint, a device or hours: their commands and options must exist.
+``console`` blocks are run and their output is compared, "…" standing for anything. One that cannot be run has a comment before it
+that says why. ``bash`` blocks need a released checkpoint, a device or hours: their commands and options must exist.
 """
 
 from __future__ import annotations
