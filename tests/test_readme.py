@@ -117,6 +117,12 @@ def _known_extras() -> set[str]:
     return set(re.findall(r"^([\w-]+) = \[", text.partition("\n[")[0], re.MULTILINE))
 
 
+@EACH_DOCUMENT
+def test_every_code_block_is_read(document: Path) -> None:
+    fences = re.findall(r"^```", document.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(fences) == 2 * len(blocks(document))
+
+
 def test_a_command_with_an_unknown_option_is_found() -> None:
     assert _problems(["trio-run", "bundle", "--imge"]) == ["trio-run --imge"]
     assert _problems(["trio-walk"]) == ["trio-walk"]

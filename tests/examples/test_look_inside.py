@@ -51,7 +51,9 @@ def test_the_notebook_runs_and_its_answers_are_right(
     assert set(names["answers"].values()) == {"northeast"}
     assert "where is the diamond ? -> northeast" in capsys.readouterr().out
     assert len(names["runs"]) == 7
-    accuracies = {(run["run"]["label"], run["run"]["selection"]): run["accuracy"]["value"] for run in names["runs"]}
+    accuracies = {
+        (run["run"]["label"], run["run"]["selection"]): run["accuracy"]["value"] for run in names["runs"]
+    }
     assert len(accuracies) == 7
     assert max(accuracies.values()) > 0.8
 
