@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Each takes 1.5 GB and one core.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo check wheel test test-matrix lint format bundle clean
+.PHONY: demo check wheel test test-arm test-matrix lint format bundle clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -51,6 +51,10 @@ wheel: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 6 --dist worksteal $(PYTEST_ARGS)
+
+# On aarch64, emulated; docs/jetson.md says what it needs and what it showed.
+test-arm: wheel $(BUNDLE)/trio.json
+	tests/arm/run $(BIN)/python $(BUNDLE)
 
 # The tests as other processors, thread numbers and orders run them; CONTRIBUTING.md says more.
 PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OPENBLAS_CORETYPE=Nehalem
