@@ -1,0 +1,1 @@
+"""What clients send: bodies, fields, images and videos, each checked."""
