@@ -111,7 +111,7 @@ def command(
     """
     _check_installed()
     from trio_edge.serving.app import make_app
-    from trio_edge.serving.server import is_loopback, listen, serve
+    from trio_edge.serving.server import BundleServer, is_loopback, listen, serve
 
     limits = ServerSettings(**settings)
     loading = {"backend": backend, "threads": threads, "cpu_accuracy": cpu_accuracy}
@@ -120,13 +120,8 @@ def command(
     with listen(host, port) as listener:
         if not limits.api_key and not is_loopback(listener):
             raise click.UsageError(f"--host: expected --api-key with {host}, got none; others could ask too")
-        serve(
-            app,
-            listener,
-            shutdown_s=limits.shutdown_s,
-            access_log=access_log,
-            on_ready=partial(_announce, app, listener),
-        )
+        server = BundleServer(app, shutdown_s=limits.shutdown_s, access_log=access_log)
+        serve(server, listener, on_ready=partial(_announce, app, listener))
     return 0
 
 
