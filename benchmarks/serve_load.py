@@ -105,9 +105,7 @@ def report(
     print(
         f"latency ms: median {np.median(waits):.0f}, 95 % {np.quantile(waits, 0.95):.0f}, most {waits.max():.0f}"
     )
-    print(
-        f"server's memory MB: {first / 1e6:.1f} after a fifth of the requests, {memory[-1][1] / 1e6:.1f} at the end"
-    )
+    print(f"server's memory MB after each fifth: {', '.join(f'{size:.1f}' for size in fifths)}")
     if len(answers) != options.requests or equal != options.requests:
         sys.exit(1)
 
