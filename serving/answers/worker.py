@@ -182,7 +182,7 @@ class Worker:
                 self._answer(pipeline, constraints, job, queue_s=start - job.submitted)
                 self._num_failures = 0
         except Exception as error:
-            job.emit(Failed(self._told(error)))
+            job.emit(Failed(self._told(error, job)))
         finally:
             job.generation = None  # it holds images
             job.prompt.close()
@@ -191,8 +191,9 @@ class Worker:
                 self._note_load()
             job.emit(None)
 
-    def _told(self, error: Exception) -> RequestError:
+    def _told(self, error: Exception, job: AnswerJob) -> RequestError:
         told = request_error_from(error)
+        told.message = job.prompt.without_paths(told.message)
         if told.status >= 500:
             is_ours = isinstance(error, BackendError)
             _logger.error("model %s: %s", self.name, error, exc_info=None if is_ours else error)
