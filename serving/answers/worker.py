@@ -92,13 +92,14 @@ class Worker:
         with self._changed:
             if self._is_stopping:
                 raise RequestError(503, "server: stops; ask another one", code="stopping", retry_after_s=5.0)
-            wait_s, is_full = self._expected_wait_s(), len(self._waiting) >= self._settings.max_queue
+            wait_s, is_full = self._left_s(), len(self._waiting) >= self._settings.max_queue
+            wait_s += self._service_s * len(self._waiting)
             if is_full or wait_s > self._settings.max_wait_s:
                 raise RequestError(
                     429,
                     f"model {self.name}: {len(self._waiting)} requests wait, about {wait_s:.1f} s; try again later",
                     code="queue_full",
-                    retry_after_s=wait_s / 2 if is_full else wait_s - self._settings.max_wait_s,
+                    retry_after_s=self._left_s() if is_full else wait_s - self._settings.max_wait_s,
                 )
             self._waiting.append(job)
             self._note_load()
@@ -134,12 +135,11 @@ class Worker:
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
-    def _expected_wait_s(self) -> float:
-        """Return the time after which a new job would start."""
+    def _left_s(self) -> float:
+        """Return the time that the running answer still needs, by the mean of earlier ones."""
         if self._running is None:
-            return self._service_s * len(self._waiting)
-        left = max(0.0, self._service_s - (time.perf_counter() - self._running_since))
-        return left + self._service_s * len(self._waiting)
+            return 0.0
+        return max(0.0, self._service_s - (time.perf_counter() - self._running_since))
 
     def _note_load(self) -> None:
         running = int(self._running is not None)
