@@ -1,4 +1,4 @@
-# make demo  sets up and answers a question about a picture; make test  sets up and passes the tests; make lint;
+# make demo  sets up and answers a question about a picture; make serve  answers over HTTP; make test  sets up and passes the tests; make lint;
 # make check  runs trio-check here; make wheel  builds the wheel of a release
 PYTHON ?= python3.11
 VENV := .venv
@@ -18,7 +18,9 @@ unexport PYTHONDONTWRITEBYTECODE
 # Each takes 1.5 GB and one core.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo check wheel test test-arm test-matrix lint format bundle clean
+PORT ?= 8000
+
+.PHONY: demo serve check wheel test test-arm test-matrix lint format bundle clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,6 +37,9 @@ bundle: $(BUNDLE)/trio.json
 
 demo: $(BUNDLE)/trio.json
 	$(BIN)/python examples/demo.py --bundle $(BUNDLE) --out out
+
+serve: $(BUNDLE)/trio.json
+	$(BIN)/trio-serve $(BUNDLE) --port $(PORT)
 
 # Its weights are export/tiny/model.safetensors byte for byte, which the wheel holds once.
 $(PACKAGED)/trio.json: $(READY) $(wildcard export/tiny/*)

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from trio_edge.runtime.sampling import first_token_kl, summary_of
+from trio_edge.runtime.model.sampling import first_token_kl, summary_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
