@@ -59,18 +59,20 @@ def _attention_parts(network: Network, softmax: Any) -> _AttentionParts | None:
     if scores is None or scores.num_inputs != 2:
         return None
     through = (types.SHUFFLE,)
-    products = [_source(network, scores.get_input(i), types.MATRIX_MULTIPLY, through=through) for i in (0, 1)]
+    past, new = (
+        _source(network, scores.get_input(index), types.MATRIX_MULTIPLY, through=through) for index in (0, 1)
+    )
     weights = softmax.get_output(0)
     while len(users := network.users(weights)) == 1 and users[0].type in (types.CAST, types.SHUFFLE):
         weights = users[0].get_output(0)
     slices = [user for user in users if user.type == types.SLICE]
     outputs = [user for part in slices for user in network.users(part.get_output(0))]
     sums = [user for part in outputs for user in network.users(part.get_output(0))]
-    if None in products or len(outputs) != 2 or len(sums) != 2 or sums[0].name != sums[1].name:
+    if not past or not new or len(outputs) != 2 or len(sums) != 2 or sums[0].name != sums[1].name:
         return None
     # the graph adds the new rows' part to the past rows'
-    parts = [network.maker(sums[0].get_input(i)) for i in (0, 1)]
-    return _AttentionParts(*products, scores, weights, *parts, sums[0])
+    past_output, new_output = (network.maker(sums[0].get_input(index)) for index in (0, 1))
+    return _AttentionParts(past, new, scores, weights, past_output, new_output, sums[0])
 
 
 def _source(network: Network, tensor: Any, wanted: Any, *, through: tuple[Any, ...]) -> Any | None:
