@@ -21,6 +21,7 @@ from trio_edge.serving.answers.worker import Worker
 from trio_edge.serving.guard import Guard
 from trio_edge.serving.metrics import CONTENT_TYPE, Metrics
 from trio_edge.serving.page.response import page
+from trio_edge.serving.requests.body import BodyDrain
 from trio_edge.serving.requests.errors import RequestError, request_error_from
 from trio_edge.serving.requests.media import MediaReader
 from trio_edge.serving.settings import ServerSettings
@@ -74,7 +75,7 @@ def make_app(
             Route("/metrics", _metrics),
             Route("/", page),
         ],
-        middleware=[Middleware(Guard, settings=settings)],
+        middleware=[Middleware(BodyDrain), Middleware(Guard, settings=settings)],
         exception_handlers={RequestError: _refusal, HTTPException: _http_refusal, Exception: _failure},
         lifespan=lifespan,
     )

@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -111,22 +112,18 @@ def command(
     """
     _check_installed()
     from trio_edge.serving.app import make_app
-    from trio_edge.serving.server import is_loopback, listen, serve
+    from trio_edge.serving.server import BundleServer, is_loopback, listen, serve
 
     limits = ServerSettings(**settings)
+    _check_settings(limits)
     loading = {"backend": backend, "threads": threads, "cpu_accuracy": cpu_accuracy}
     models = _models(bundles, {**loading, "keep_images": keep_images})
     app = make_app(models, limits)
     with listen(host, port) as listener:
         if not limits.api_key and not is_loopback(listener):
             raise click.UsageError(f"--host: expected --api-key with {host}, got none; others could ask too")
-        serve(
-            app,
-            listener,
-            shutdown_s=limits.shutdown_s,
-            access_log=access_log,
-            on_ready=partial(_announce, app, listener),
-        )
+        server = BundleServer(app, shutdown_s=limits.shutdown_s, access_log=access_log)
+        serve(server, listener, on_ready=partial(_announce, app, listener))
     return 0
 
 
@@ -144,6 +141,17 @@ def _check_installed() -> None:
         raise BackendError(
             f'server: expected {error.name}, found none; run pip install "trio-edge[serve]"'
         ) from None
+
+
+def _check_settings(limits: ServerSettings) -> None:
+    key = limits.api_key or ""
+    if not key.isascii() or any(character <= " " for character in key):
+        raise click.UsageError("--api-key: expected ASCII without spaces, got another; headers carry no more")
+    for domain in limits.allowed_media_domains:
+        if urlsplit(f"//{domain}").netloc != domain or "@" in domain:
+            raise click.UsageError(
+                f"--allowed-media-domains: expected a host such as images.example, got {domain!r:.80}"
+            )
 
 
 def _models(bundles: Sequence[str], loading: dict[str, Any]) -> dict[str, Callable[[], Pipeline]]:

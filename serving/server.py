@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -52,51 +52,25 @@ def is_loopback(listener: socket.socket) -> bool:
     return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
-def serve(
-    app: Starlette,
-    listener: socket.socket,
-    *,
-    shutdown_s: float,
-    access_log: bool = False,
-    on_ready: Callable[[], None] = lambda: None,
-) -> None:
-    """Serve until Ctrl-C or SIGTERM; then answers have ``shutdown_s`` seconds to finish, and are cut.
+def serve(server: BundleServer, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
+    """Serve until Ctrl-C or SIGTERM.
 
     Args:
-        app: From ``make_app``.
+        server: Around an app.
         listener: From ``listen``.
-        shutdown_s: Seconds; a second Ctrl-C ends at once.
-        access_log: Print a line for each request.
         on_ready: Called when all bundles are loaded.
 
     Raises:
         TrioEdgeError: If a bundle cannot be loaded.
     """
-    config = uvicorn.Config(
-        app,
-        http=_ImpatientProtocol,
-        ws="none",
-        lifespan="on",
-        log_level="info" if access_log else "warning",
-        access_log=access_log,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=MOST_CONNECTIONS,
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(shutdown_s) + _GRACE_S,
-    )
-    server = _Server(config, app.state.workers.values(), shutdown_s=shutdown_s)
-    asyncio.run(_serve(server, listener, list(app.state.workers.values()), on_ready))
+    asyncio.run(_serve(server, listener, on_ready))
 
 
-async def _serve(
-    server: _Server,
-    listener: socket.socket,
-    workers: Sequence[Worker],
-    on_ready: Callable[[], None],
-) -> None:
+async def _serve(server: BundleServer, listener: socket.socket, on_ready: Callable[[], None]) -> None:
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-    loading = asyncio.ensure_future(_loaded(workers))
+    while not (serving.done() or server.started):  # the app's lifespan starts the workers
+        await asyncio.sleep(0.01)
+    loading = asyncio.ensure_future(_loaded(server.workers))
     await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
     if loading.done() and loading.exception() is None:
         on_ready()
@@ -118,12 +92,33 @@ async def _loaded(workers: Sequence[Worker]) -> None:
 
 
 @final
-class _Server(uvicorn.Server):
+class BundleServer(uvicorn.Server):
     """Ends quietly at a signal, and cuts answers that take too long then."""
 
-    def __init__(self, config: uvicorn.Config, workers: Any, *, shutdown_s: float) -> None:
+    def __init__(self, app: Starlette, *, shutdown_s: float, access_log: bool = False) -> None:
+        """Take an app.
+
+        Args:
+            app: From ``make_app``.
+            shutdown_s: Seconds that answers have to finish; a second Ctrl-C ends at once.
+            access_log: Print a line for each request.
+        """
+        config = uvicorn.Config(
+            app,
+            http=_ImpatientProtocol,
+            ws="none",
+            lifespan="on",
+            log_level="info" if access_log else "warning",
+            access_log=access_log,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(shutdown_s) + _GRACE_S,
+        )
         super().__init__(config)
-        self._workers, self._shutdown_s = workers, shutdown_s
+        self.workers: Sequence[Worker] = list(app.state.workers.values())
+        self._shutdown_s = shutdown_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop; at a second signal at once. uvicorn's own would raise the signal again afterwards."""
@@ -139,7 +134,7 @@ class _Server(uvicorn.Server):
             timer.cancel()
 
     def _cut(self) -> None:
-        for worker in self._workers:
+        for worker in self.workers:
             worker.cut()
 
 

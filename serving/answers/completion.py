@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
-from trio_edge.serving.answers.job import Failed, Finished, Kept, Piece
+from trio_edge.serving.answers.job import Failed, Finished, Kept, NewText
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +37,7 @@ class Completion:
         """
         if isinstance(event, Failed):
             raise event.error
-        if isinstance(event, Piece):
+        if isinstance(event, NewText):
             self._pieces.append(event.text)
         elif isinstance(event, Kept):
             self._report = event.report
@@ -57,7 +57,7 @@ class Completion:
 
     def chunks(self, event: Event) -> Iterator[bytes]:
         """Yield the chunks of an event."""
-        if isinstance(event, Piece):
+        if isinstance(event, NewText):
             yield self._chunk({"content": event.text})
         elif isinstance(event, Kept):
             yield self._event(self._frame("chat.completion.chunk", choices=[], trio=event.report))

@@ -12,7 +12,7 @@ from starlette.responses import Response, StreamingResponse
 
 from trio_edge.runtime.bundle.errors import TrioEdgeError
 from trio_edge.serving.answers.completion import Completion
-from trio_edge.serving.answers.job import Failed, Job
+from trio_edge.serving.answers.job import AnswerJob, Failed
 from trio_edge.serving.answers.worker import answer_settings
 from trio_edge.serving.requests.body import Body, BodyMemory
 from trio_edge.serving.requests.content import Prompt
@@ -75,10 +75,10 @@ class ChatEndpoint:
             self._metrics.count_request(name, told.status)
             raise told from None
 
-    async def _submitted(self, worker: Worker, chat: ChatRequest) -> Job:
+    async def _submitted(self, worker: Worker, chat: ChatRequest) -> AnswerJob:
         answer_settings(chat, worker.pipeline)  # what is wrong there need not wait
         prompt = await run_in_threadpool(Prompt, chat, self._media, max_pixels=self._settings.max_pixels)
-        job = Job(chat, prompt)
+        job = AnswerJob(chat, prompt)
         try:
             worker.submit(job)
         except BaseException:
@@ -86,7 +86,7 @@ class ChatEndpoint:
             raise
         return job
 
-    async def _response(self, request: Request, worker: Worker, job: Job) -> Response:
+    async def _response(self, request: Request, worker: Worker, job: AnswerJob) -> Response:
         options = job.chat.stream_options
         include_usage = options is not None and bool(options.include_usage)
         completion, events = Completion(worker.name, include_usage=include_usage), job.events()

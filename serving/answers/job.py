@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class NewText:
     """More text of the answer."""
 
     text: str
@@ -47,11 +47,11 @@ class Failed:
     error: RequestError
 
 
-Event: TypeAlias = Piece | Kept | Finished | Failed
+Event: TypeAlias = NewText | Kept | Finished | Failed
 
 
 @final
-class Job:
+class AnswerJob:
     """A request for a worker. Events come from its thread and are read on the event loop."""
 
     def __init__(self, chat: ChatRequest, prompt: Prompt) -> None:

@@ -63,7 +63,9 @@ class Constraints:
     def _json(self, schema: dict[str, Any]) -> GrammarConstraint:
         import llguidance
 
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+        # Spaces between the fields would cost a decode step each.
+        compact: Any = {"whitespace_flexible": False}
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=compact)
         matcher = llguidance.LLMatcher(self._grammar_tokenizer(), grammar, log_level=0)
         if matcher.is_error():
             raise _refused("response_format", "a schema that llguidance knows", matcher.get_error()[:200])

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, final
 
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.serving.answers.job import Failed, Finished, Job, Kept, Piece
+from trio_edge.serving.answers.job import AnswerJob, Failed, Finished, Kept, NewText
 from trio_edge.serving.answers.kept import kept_report
 from trio_edge.serving.answers.stops import StopTexts
 from trio_edge.serving.answers.structured import Constraints
@@ -51,8 +51,8 @@ class Worker:
         self.loaded: Future[Pipeline] = Future()
         """The pipeline, or why it could not be loaded."""
         self._load, self._settings, self._metrics = load, settings, metrics
-        self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._waiting: deque[AnswerJob] = deque()
+        self._running: AnswerJob | None = None
         self._running_since = 0.0
         self._service_s = 0.0
         self._num_failures = 0
@@ -83,7 +83,7 @@ class Worker:
             )
         return self.loaded.result()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: AnswerJob) -> None:
         """Let a job wait for its turn.
 
         Raises:
@@ -104,7 +104,7 @@ class Worker:
             self._note_load()
             self._changed.notify()
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: AnswerJob) -> None:
         """End a job at its next token; one that waits leaves the queue at once. A job that has ended is left alone."""
         job.cancel()
         with self._changed:
@@ -154,10 +154,10 @@ class Worker:
         with pipeline:
             constraints = Constraints(pipeline)
             self.loaded.set_result(pipeline)
-            while (job := self._next()) is not None:
-                self._serve(pipeline, constraints, job)
+            while self._serve_next(pipeline, constraints):
+                pass
 
-    def _next(self) -> Job | None:
+    def _next(self) -> AnswerJob | None:
         """Return the next job, or None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_stopping)
@@ -167,7 +167,15 @@ class Worker:
             self._note_load()
             return self._running
 
-    def _serve(self, pipeline: Pipeline, constraints: Constraints, job: Job) -> None:
+    def _serve_next(self, pipeline: Pipeline, constraints: Constraints) -> bool:
+        """Answer one request; return whether there may be another. It holds no job, and no images, while it waits."""
+        job = self._next()
+        if job is None:
+            return False
+        self._serve(pipeline, constraints, job)
+        return True
+
+    def _serve(self, pipeline: Pipeline, constraints: Constraints, job: AnswerJob) -> None:
         start = time.perf_counter()
         try:
             if not job.is_cancelled:
@@ -191,7 +199,9 @@ class Worker:
             self._num_failures += 1
         return told
 
-    def _answer(self, pipeline: Pipeline, constraints: Constraints, job: Job, *, queue_s: float) -> None:
+    def _answer(
+        self, pipeline: Pipeline, constraints: Constraints, job: AnswerJob, *, queue_s: float
+    ) -> None:
         start = time.perf_counter()
         constraint = constraints.make(job.chat)
         answer = pipeline.chat(
@@ -208,21 +218,21 @@ class Worker:
         has_ended = stops.is_found or answer.token_ids[-1] in pipeline.manifest.text.stop_token_ids
         job.emit(Finished("stop" if has_ended else "length", usage_of(statistics, queue_s=queue_s)))
 
-    def _stream(self, pipeline: Pipeline, answer: Generation, stops: StopTexts, job: Job) -> None:
+    def _stream(self, pipeline: Pipeline, answer: Generation, stops: StopTexts, job: AnswerJob) -> None:
         wants_kept = job.chat.trio.kept
         for piece in answer:
             if wants_kept:
                 job.emit(Kept(kept_report(answer, pipeline.manifest.schedule.stages)))
                 wants_kept = False
             if text := stops.push(piece):
-                job.emit(Piece(text))
+                job.emit(NewText(text))
             if stops.is_found:
                 answer.cancel()
                 break
         if wants_kept:  # an answer without text
             job.emit(Kept(kept_report(answer, pipeline.manifest.schedule.stages)))
         if text := stops.finish():
-            job.emit(Piece(text))
+            job.emit(NewText(text))
 
     def _note_service(self, seconds: float) -> None:
         with self._changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, final
 
 from starlette.requests import ClientDisconnect
@@ -13,8 +14,45 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from starlette.requests import Request
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from trio_edge.serving.settings import ServerSettings
+
+_LINGER_S = 2.0  # for the rest of a body that nobody wants
+
+
+@final
+class BodyDrain:
+    """Middleware that reads a refused body to its end, for a while, before the refusal is sent.
+
+    A connection that is closed while the client still sends is reset, and the client never sees the refusal.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        # A client that waits for "100 Continue" sends nothing before; reading would ask for it.
+        is_left = scope["type"] == "http" and (b"expect", b"100-continue") not in scope["headers"]
+
+        async def receiving() -> Message:
+            nonlocal is_left
+            message = await receive()
+            is_left = message["type"] == "http.request" and message.get("more_body", False)
+            return message
+
+        async def drain() -> None:
+            while is_left:
+                await receiving()
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start" and is_left:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(drain(), _LINGER_S)
+            await send(message)
+
+        await self._app(scope, receiving, sending)
 
 
 @final

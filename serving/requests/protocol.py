@@ -223,7 +223,7 @@ def _field_error(message: str) -> RequestError:
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL)
     missing = re.fullmatch(r"Object missing required field `(.*)`", reason)
     if found := unknown or missing:
-        path = f"{path}.{found[1][:64]}".lstrip(".")
+        path = f"{path}.{' '.join(found[1].split())[:64]}".lstrip(".")
         reason = "not a field of this server; remove it" if unknown else "expected this field, got none"
     code = "unknown_parameter" if unknown else "missing_required_parameter" if missing else "invalid_value"
     return RequestError(
