@@ -444,6 +444,12 @@ def test_a_further_question_knows_the_conversation(page: Page, pipeline: Pipelin
 
 
 @needs_browser
+def test_a_model_next_to_itself_is_asked_once(page: Page) -> None:
+    page.ask("w1", other="reduced")
+    assert len(page.all(".panel")) == 1
+
+
+@needs_browser
 def test_limits_that_are_set_are_sent(page: Page) -> None:
     page.driver.execute_script("document.querySelector('#ask details').open = true")
     page["max-tokens"].send_keys("3")
