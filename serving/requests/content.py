@@ -32,6 +32,7 @@ class Prompt:
             ImageError: If an image is broken.
         """
         self._media, self._pixels_left, self._files = media, max_pixels, ExitStack()
+        self._folders: list[str] = []
         try:
             self.messages: list[Message] = [
                 {
@@ -51,6 +52,12 @@ class Prompt:
         """Remove the files."""
         self._files.close()
 
+    def without_paths(self, message: str) -> str:
+        """Return a message without the names of the files, which are this machine's affair."""
+        for folder in self._folders:
+            message = message.replace(f"{folder}/", "")
+        return message
+
     def _part(self, part: Part, *, where: str) -> dict[str, Any]:
         if isinstance(part, TextPart):
             return {"type": "text", "text": part.text}
@@ -63,6 +70,7 @@ class Prompt:
     def _video(self, part: VideoPart, *, where: str) -> dict[str, Any]:
         data = self._media.read(part.video_url.url, kind="video", where=where)
         folder = self._files.enter_context(tempfile.TemporaryDirectory(prefix="trio-serve-"))
+        self._folders.append(folder)
         path = Path(folder) / "video"
         path.write_bytes(data)
         settings = {"fps": part.video_url.fps, "num_frames": part.video_url.num_frames}

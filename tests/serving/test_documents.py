@@ -57,7 +57,10 @@ def test_the_curl_examples_answer(tiny: RunningServer) -> None:
     assert [model["id"] for model in json.loads(models)["data"]] == ["tiny", "tiny-all"]
     answer = json.loads(where)
     assert answer["choices"][0]["message"]["content"] == "northeast"
-    for name in ("prompt_tokens", "completion_tokens", "visual_tokens", "kept_tokens"):
+    assert (
+        len(answer["usage"]["kept_tokens"]) == 3
+    )  # of another schedule of 11.1 %, which other tests export too
+    for name in ("prompt_tokens", "completion_tokens", "visual_tokens"):
         assert f'"{name}": {answer["usage"][name]}' in TEXT
     assert json.loads(choice)["choices"][0]["message"]["content"] in ("yes", "no")
     assert json.loads(ready)["status"] == "ready"
