@@ -1,5 +1,5 @@
-# make demo  sets up and answers a question about an image; make test  sets up and passes the tests; make lint
-# make docs  builds the site in out/site; make wheel  builds dist/*.whl and *.tar.gz
+# make demo  sets up and answers a question about an image; make serve  answers over HTTP; make test  sets up and passes the tests; make lint;
+# make check  runs trio-check here; make docs  builds the site in out/site; make wheel  builds the files of a release, dist/*.whl and *.tar.gz
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,13 +10,17 @@ TORCH ?= torch==2.13.0
 # dependencies: on the package index its wheel is built for CUDA, and pip would replace a CPU torch to suit it.
 TORCHVISION ?= torchvision==0.28.0
 BUNDLE := out/tiny
+# Graphs and manifest of the packaged model for trio-check: in the wheel, not in git.
+PACKAGED := profiling/check/bundle
 # Python compiles, and keeps, what is imported: compiling all that is installed takes longer than installing it.
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 # Each takes 1.5 GB and one core.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-matrix lint format bundle docs wheel clean
+PORT ?= 8000
+
+.PHONY: demo serve check docs wheel test test-arm test-matrix lint format bundle clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,8 +38,29 @@ bundle: $(BUNDLE)/trio.json
 demo: $(BUNDLE)/trio.json
 	$(BIN)/python examples/demo.py --bundle $(BUNDLE) --out out
 
+serve: $(BUNDLE)/trio.json
+	$(BIN)/trio-serve $(BUNDLE) --port $(PORT)
+
+# Its weights are export/tiny/model.safetensors byte for byte, which the wheel holds once.
+$(PACKAGED)/trio.json: $(READY) $(wildcard export/tiny/*)
+	$(BIN)/trio-export tiny --out $(PACKAGED) --dtype float16 --max-text 64 --max-new-tokens 16 --force
+	rm -r $(PACKAGED)/weights
+
+check: $(PACKAGED)/trio.json
+	$(BIN)/trio-check
+
+wheel: $(READY)
+	rm -rf $(PACKAGED) build dist
+	$(MAKE) $(PACKAGED)/trio.json
+	$(BIN)/python -m build --quiet
+	$(BIN)/python tests/check_dist.py dist
+
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 6 --dist worksteal $(PYTEST_ARGS)
+
+# On aarch64, emulated; docs/jetson.md says what it needs and what it showed.
+test-arm: wheel $(BUNDLE)/trio.json
+	tests/arm/run $(BIN)/python $(BUNDLE)
 
 # The tests as other processors, thread numbers and orders run them; CONTRIBUTING.md says more.
 PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OPENBLAS_CORETYPE=Nehalem
@@ -61,15 +86,9 @@ docs: $(READY)
 	rm -rf out/typed && $(BIN)/python -m pip install --quiet --no-deps --target out/typed .
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-# What a folder build/ holds goes into every wheel, also files that are gone from the tree.
-wheel: $(READY)
-	rm -rf build dist
-	$(BIN)/python -m build --quiet
-	$(BIN)/python tests/check_dist.py dist
-
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf out build dist
+	rm -rf out build dist $(PACKAGED)

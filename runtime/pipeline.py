@@ -19,7 +19,7 @@ import numpy as np
 
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.embedding import EmbeddingTable
-from trio_edge.runtime.bundle.errors import BackendError, BundleError, ShapeError
+from trio_edge.runtime.bundle.errors import BackendError, BundleError, PromptTooLongError, ShapeError
 from trio_edge.runtime.bundle.graph_io import bucket_of
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.images.interface import image_processing
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.images.layout import ImageLayout
     from trio_edge.runtime.images.reading import ImageSource
     from trio_edge.runtime.model.host_selection import SelectorOverride
+    from trio_edge.runtime.model.sampling import TokenConstraint
     from trio_edge.runtime.model.vision import PreparedImage, VisualInput
     from trio_edge.runtime.prompts.chat import Message
 
@@ -125,6 +126,7 @@ class Generation:
         """The images as they were read, upright, RGB; filled with the first piece, like ``layouts``."""
         self.layouts: tuple[ImageLayout, ...] = ()
         """For each image, the layout of its visual tokens that entered the decoder."""
+        self.is_cancelled = False
         self._pieces: list[str] = []
         self._steps = steps(self)
 
@@ -134,6 +136,10 @@ class Generation:
         for piece in self._steps:
             self._pieces.append(piece)
             yield piece
+
+    def cancel(self) -> None:
+        """End the answer at the next token; any thread may call it."""
+        self.is_cancelled = True
 
     @property
     def boxes(self) -> NDArray[np.float32]:
@@ -187,7 +193,7 @@ class Pipeline:
             if manifest.video_processing is None
             else video_processing(manifest.video_processing, images=self.images)
         )
-        self._tokenizer = Tokenizer.from_file(bundle.path(manifest.text.tokenizer))
+        self.tokenizer = Tokenizer.from_file(bundle.path(manifest.text.tokenizer))
         self._template = bundle.read_text(manifest.text.chat_template)
         self._embedding = EmbeddingTable(bundle)
         clip_texts = None if manifest.clip_text is None else ClipTexts(bundle)
@@ -297,6 +303,7 @@ class Pipeline:
         repetition_penalty: float | None = None,
         no_repeat_ngram_size: int | None = None,
         min_new_tokens: int | None = None,
+        constraint: TokenConstraint | None = None,
         override: SelectorOverride | None = None,
     ) -> Generation:
         """Return the answer to the last turn of a conversation, to be streamed.
@@ -314,11 +321,13 @@ class Pipeline:
             repetition_penalty: What logits of tokens that are there already are divided by; 1 for none.
             no_repeat_ngram_size: No group of so many tokens comes twice; 0 for no such rule.
             min_new_tokens: Tokens before which the answer does not end.
+            constraint: Says which tokens may come next, as a grammar does; one for each answer.
             override: Selects visual tokens on the host in place of the select graphs; for comparisons.
 
         Raises:
             ImageError: If an image cannot be read.
-            ShapeError: If messages, images or request exceed what the bundle was exported for.
+            PromptTooLongError: If the prompt has more tokens than the bundle has room for.
+            ShapeError: If messages or request do not fit the bundle in another way.
             BackendError: If the pipeline is closed; while streaming also if a graph fails.
         """
         self._check_open()
@@ -345,7 +354,10 @@ class Pipeline:
         prepared = [image for part in shown for image in part.prepared]
         self._vision.check_room(prepared)
         images = tuple(image for part in shown for image in part.images)
-        chooser = TokenChooser(sampler, self._rules(rules, ids, prepared, limit) if rules.are_rules else None)
+        has_rules = rules.are_rules or constraint is not None
+        chooser = TokenChooser(
+            sampler, self._rules(rules, ids, prepared, limit, constraint) if has_rules else None
+        )
         prepare_ms = 1e3 * (time.perf_counter() - start)
 
         def steps(generation: Generation) -> Iterator[str]:
@@ -399,7 +411,7 @@ class Pipeline:
     def _encode(self, messages: Sequence[Message], insets: Sequence[Inset] | None = None) -> PromptIds:
         return prompt_ids(
             messages,
-            tokenizer=self._tokenizer,
+            tokenizer=self.tokenizer,
             template=self._template,
             text=self.manifest.text,
             insets=insets,
@@ -445,17 +457,24 @@ class Pipeline:
         )
 
     def _rules(
-        self, settings: GenerationSettings, ids: PromptIds, prepared: Sequence[PreparedImage], limit: int
+        self,
+        settings: GenerationSettings,
+        ids: PromptIds,
+        prepared: Sequence[PreparedImage],
+        limit: int,
+        constraint: TokenConstraint | None,
     ) -> AnswerRules:
         text = self.manifest.text
         run_lengths = [length for image in prepared for length in image.layout.run_lengths]
         prompt = ids.all_ids(run_lengths).tolist()
-        return AnswerRules(settings, prompt_ids=prompt, stop_ids=text.stop_token_ids, limit=limit)
+        return AnswerRules(
+            settings, prompt_ids=prompt, stop_ids=text.stop_token_ids, limit=limit, constraint=constraint
+        )
 
     def _check_text(self, ids: PromptIds) -> None:
         num_text, largest = ids.num_tokens, self.manifest.text_buckets[-1]
         if num_text > largest:
-            raise ShapeError(
+            raise PromptTooLongError(
                 f"prompt: expected at most {largest} text tokens (the largest bucket), got {num_text};"
                 " shorten it or export with a larger --max-text"
             )
@@ -529,7 +548,7 @@ class Pipeline:
         self, generation: Generation, token: int, *, limit: int, chooser: TokenChooser
     ) -> Iterator[str]:
         """Yield the pieces of the answer that starts with ``token``."""
-        statistics, stream = generation.statistics, DetokenizeStream(self._tokenizer)
+        statistics, stream = generation.statistics, DetokenizeStream(self.tokenizer)
         while True:
             generation.token_ids.append(token)
             statistics.new_tokens += 1
@@ -538,7 +557,7 @@ class Pipeline:
                 break
             if piece := stream.push(token):
                 yield piece
-            if statistics.new_tokens >= limit:
+            if statistics.new_tokens >= limit or generation.is_cancelled:
                 break
             # The caller has run in between: it may have closed the pipeline, or asked something else.
             self._check_open()

@@ -13,10 +13,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("calibration", "export", "profiling", "runtime", "serving", "trio")
 LARGEST_WHEEL = 20_000_000
+PACKAGED = "trio_edge/profiling/check/bundle/trio.json"
+"""What ``make wheel`` adds for ``trio-check``; git has no copy."""
 
 
-def problems(folder: Path) -> list[str]:
-    """Return what is wrong with the files in ``folder``, one line each."""
+def problems(folder: Path, *, is_release: bool = False) -> list[str]:
+    """Return what is wrong with the files in ``folder``, one line each; a release also has the graphs of the packaged model."""
     (wheel,) = folder.glob("*.whl")
     (sdist,) = folder.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
@@ -25,6 +27,7 @@ def problems(folder: Path) -> list[str]:
         in_sdist = {name.partition("/")[2] for name in archive.getnames()}
     return [
         *(f"{wheel.name}: expected {name}, got none" for name in sorted(_expected() - in_wheel)),
+        *([f"{wheel.name}: expected {PACKAGED}, got none"] if is_release and PACKAGED not in in_wheel else []),
         *(f"{wheel.name}: expected no {name}, got it" for name in sorted(in_wheel) if not _belongs(name)),
         *(f"{sdist.name}: expected {name}, got none" for name in sorted(_sources() - in_sdist)),
         *([f"{wheel.name}: expected at most 20 MB"] if wheel.stat().st_size > LARGEST_WHEEL else []),
@@ -52,7 +55,7 @@ def _belongs(name: str) -> bool:
 
 def main(argv: list[str]) -> int:
     """Print the problems; 2 if there are any."""
-    found = problems(Path(argv[0]))
+    found = problems(Path(argv[0]), is_release=True)
     print("\n".join(found) or f"{argv[0]}: wheel and sdist are complete")
     return 2 if found else 0
 

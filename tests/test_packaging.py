@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,7 @@ for name in {BLOCKED!r}:
 import trio_edge.runtime, trio_edge.runtime.cli.run, trio_edge.runtime.cli.inspect
 import trio_edge.runtime.images.overlay, trio_edge.runtime.backends.onnxruntime
 import trio_edge.runtime.cli.build, trio_edge.profiling.cli, trio_edge.profiling.page.page
+import trio_edge.serving.cli, trio_edge.serving.app
 import trio_edge.calibration.evaluate.cli, trio_edge.calibration.shapes.samples
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -64,9 +66,45 @@ import trio_edge.calibration.evaluate.cli, trio_edge.calibration.shapes.samples
 
 def test_the_wheel_has_every_module_of_the_tree(wheel: Path) -> None:
     """A new folder must be listed in pyproject.toml; an editable install works without."""
-    packages = ("trio", "export", "runtime", "profiling", "calibration")
+    packages = ("trio", "export", "runtime", "profiling", "calibration", "serving")
     tree = {f"trio_edge/{path.relative_to(ROOT)}" for top in packages for path in (ROOT / top).rglob("*.py")}
     assert tree - set(zipfile.ZipFile(wheel).namelist()) == set()
+
+
+@pytest.mark.parametrize(
+    ("python", "glibc_minor", "cuda_python"),
+    [
+        pytest.param("3.10", 35, "cuda-python==12.6.*", id="JetPack 6"),
+        pytest.param("3.12", 39, "cuda-python==13.2.*", id="JetPack 7.2"),
+    ],
+)
+def test_a_jetson_installs_everything_from_wheels(
+    wheel: Path, tmp_path: Path, python: str, glibc_minor: int, cuda_python: str
+) -> None:
+    """A Jetson shall need no compiler. pip takes none but the tags that it is given, so all up to the device's are named."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    if subprocess.run([*pip, "index", "versions", "numpy"], capture_output=True, check=False).returncode:
+        pytest.skip("needs a package index, which this machine does not reach; runs in CI")
+    tags = [f"--platform=manylinux_2_{minor}_aarch64" for minor in range(17, glibc_minor + 1)]
+    where = ["--dry-run", "--ignore-installed", "--only-binary=:all:", f"--target={tmp_path}"]
+    result = subprocess.run(
+        [
+            *pip,
+            "install",
+            *where,
+            *tags,
+            f"--python-version={python}",
+            f"{wheel}[ort,gpu,profile]",
+            cuda_python,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = re.search(r"\bonnxruntime-1\.(\d+)\.", result.stdout)
+    assert found is not None
+    assert int(found[1]) >= 20  # the extra's bound
 
 
 def test_the_version_is_that_of_the_installed_package() -> None:
@@ -84,7 +122,17 @@ def test_the_repositorys_trio_folder_does_not_shadow_pypis_package() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["trio-export", "trio-inspect", "trio-build", "trio-run", "trio-profile", "trio-eval"]
+    "command",
+    [
+        "trio-export",
+        "trio-inspect",
+        "trio-build",
+        "trio-run",
+        "trio-profile",
+        "trio-check",
+        "trio-eval",
+        "trio-serve",
+    ],
 )
 def test_every_command_prints_help(command: str) -> None:
     path = Path(sys.executable).parent / command

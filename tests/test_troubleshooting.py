@@ -8,7 +8,7 @@ import pytest
 
 from tests.documents import ROOT
 
-FOLDERS = ("calibration", "export", "profiling", "runtime", "trio")
+FOLDERS = ("calibration", "export", "profiling", "runtime", "serving", "trio")
 JOINED = re.compile(r'"\s*\n\s*(?:\(|f?")')
 """Where a message goes on in the next literal."""
 VALUE = re.compile(r"\b[A-Z]+\b|\b\d\.X\b|…|'[^']*'|\b\d+\b|\([^)]*\)|float16|torch|trio\.json")

@@ -104,13 +104,32 @@ def file_of(source: str | Path, *, kind: str) -> Path:
     return path
 
 
+def image_header(data: bytes, *, name: str = "image") -> tuple[tuple[int, int], str | None]:
+    """Return width and height in pixels, and Pillow's name of the format; nothing is decoded.
+
+    Args:
+        data: The bytes of a file.
+        name: For messages.
+
+    Raises:
+        ImageError: If it is no image, or has more than ``MAX_IMAGE_PIXELS``.
+    """
+    with _opened(data, name=name) as image:
+        return image.size, image.format
+
+
 def _decode_file(data: bytes, *, name: str) -> Image.Image:
+    with _opened(data, name=name) as opened:
+        return _decode(opened, name=name, drop_alpha=True)
+
+
+def _opened(data: bytes, *, name: str) -> Image.Image:
     if not data:
         raise ImageError(f"{name}: expected an image, got an empty file")
     try:
         with _warning_filters, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own, smaller size warning, and those on odd EXIF data
-            opened = _open(data)
+            return _open(data)
     except Image.DecompressionBombError as error:
         raise ImageError(
             f"{name}: expected at most {MAX_IMAGE_PIXELS} pixels, got more; scale it down"
@@ -121,8 +140,6 @@ def _decode_file(data: bytes, *, name: str) -> Image.Image:
         ) from error
     except Exception as error:  # Pillow's readers raise almost anything on damaged headers
         raise ImageError(f"{name}: expected a readable image, got {one_line(error)}") from error
-    with opened:
-        return _decode(opened, name=name, drop_alpha=True)
 
 
 def load_common_formats() -> None:
