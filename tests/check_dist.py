@@ -27,7 +27,11 @@ def problems(folder: Path, *, is_release: bool = False) -> list[str]:
         in_sdist = {name.partition("/")[2] for name in archive.getnames()}
     return [
         *(f"{wheel.name}: expected {name}, got none" for name in sorted(_expected() - in_wheel)),
-        *([f"{wheel.name}: expected {PACKAGED}, got none"] if is_release and PACKAGED not in in_wheel else []),
+        *(
+            [f"{wheel.name}: expected {PACKAGED}, got none"]
+            if is_release and PACKAGED not in in_wheel
+            else []
+        ),
         *(f"{wheel.name}: expected no {name}, got it" for name in sorted(in_wheel) if not _belongs(name)),
         *(f"{sdist.name}: expected {name}, got none" for name in sorted(_sources() - in_sdist)),
         *([f"{wheel.name}: expected at most 20 MB"] if wheel.stat().st_size > LARGEST_WHEEL else []),

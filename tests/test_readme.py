@@ -17,9 +17,6 @@ import pytest
 
 from tests.documents import DOCUMENTS, ROOT, Block, blocks, commands
 from tests.shared_traces import shared_traces
-from trio_edge.export.checkpoints.checkpoint import TINY_FOLDER
-from trio_edge.export.options import ExportOptions
-from trio_edge.runtime.bundle.schedule import Schedule, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,8 +28,6 @@ ENTRY_POINTS = {
     for point in importlib.metadata.entry_points(group="console_scripts")
     if point.name.startswith("trio-")
 }
-TINY_SCHEDULE = Schedule(stages=(Stage(layer=1, keep=20), Stage(layer=5, keep=12), Stage(layer=8, keep=4)))
-"""What --keep 11.1% means for the packaged model; it names the traces that tests share."""
 
 
 def _options(name: str) -> set[str]:
@@ -164,8 +159,7 @@ def _main(name: str) -> Callable[[list[str]], int]:
     main: Callable[[list[str]], int] = ENTRY_POINTS[name].load()
 
     def export(arguments: list[str]) -> int:
-        wanted = ExportOptions(model=str(TINY_FOLDER), out=TINY_FOLDER / "out", dtype="float32")
-        with shared_traces(wanted, TINY_SCHEDULE):
+        with shared_traces():
             return main(arguments)
 
     return export if name == "trio-export" else main

@@ -10,8 +10,6 @@ import pytest
 
 from tests.shared_traces import shared_traces
 from trio_edge.export import cli as export_cli
-from trio_edge.export.checkpoints.checkpoint import TINY_FOLDER
-from trio_edge.export.options import ExportOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,8 +24,7 @@ def _cells() -> list[Any]:
 
 def _export_with_shared_traces(arguments: Sequence[str]) -> int:
     """The command itself, in which only graphs that a test run has traced already are not traced again."""
-    wanted = ExportOptions(model=str(TINY_FOLDER), out=TINY_FOLDER / "out", dtype="float32")
-    with shared_traces(wanted, arguments[-4:]):  # a key for the traces of selections
+    with shared_traces():
         return export(arguments)
 
 
