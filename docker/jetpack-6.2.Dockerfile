@@ -1,10 +1,6 @@
-# The runtime on a Jetson with JetPack 6.2: trio-build, trio-run and trio-profile, without torch. Run it with `--runtime nvidia`.
+# The runtime on a Jetson with JetPack 6.2: trio-check, trio-build, trio-run and trio-profile, without torch. Run `make wheel` on the PC
+# first, copy dist/ and docker/ to the Jetson, build it there from their folder, and run it with `--runtime nvidia`.
 ARG BASE=nvcr.io/nvidia/l4t-jetpack:r36.4.0
-FROM python:3.11-slim-bookworm AS wheel
-WORKDIR /source
-COPY . .
-RUN pip install --no-cache-dir "build==1.3.0" && python -m build --wheel --outdir /wheels
-
 FROM ${BASE}
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # TensorRT's module is made for the system's Python, 3.10. Versions are those of the base image's JetPack.
@@ -12,14 +8,13 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3-libnvinfer python3-pip python3-venv \
     && rm -rf /var/lib/apt/lists/*
-COPY --from=wheel /wheels /wheels
+COPY dist/*.whl /wheels/
 ENV PATH=/opt/trio/bin:$PATH
 # cuda-python must not be newer than the driver's CUDA, 12.6.
 RUN python3 -m venv --system-site-packages /opt/trio \
-    && pip install --no-cache-dir "$(echo /wheels/*.whl)[gpu]" "cuda-python==12.6.2" \
-    && rm -rf /wheels
+    && pip install --no-cache-dir "$(echo /wheels/*.whl)[gpu]" "cuda-python==12.6.2"
 RUN useradd --create-home --uid 1000 --groups video trio && mkdir /bundles && chown trio /bundles
 USER 1000
 WORKDIR /bundles
 VOLUME /bundles
-CMD ["trio-run", "--help"]
+CMD ["trio-check"]
