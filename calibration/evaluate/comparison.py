@@ -117,12 +117,7 @@ class EvaluationReport(_Part, frozen=True):
 
 
 def compare(runs: Sequence[tuple[RunInfo, Mapping[int, Outcome]]], *, metric: str) -> list[RunReport]:
-    """Return each run's report over the questions that all of them answered.
-
-    Args:
-        runs: Each with its outcomes by question; the reference, if there is one, first.
-        metric: Name of the metric.
-    """
+    """Return each run's report over the questions that all of them answered; ``runs`` has the reference, if there is one, first."""
     # a question that one run could not answer would move its mean, not theirs
     common = sorted(set.intersection(*(set(outcomes) for _, outcomes in runs)))
     if not common:

@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trio_edge.calibration.model.selecting import Probes, order_of, saliency
-from trio_edge.calibration.model.sequence import appended, begin, logits_of, no_past, run_layer, with_kept
+from trio_edge.calibration.model.sequence import (
+    appended,
+    begin,
+    logits_of,
+    no_past,
+    order_of,
+    run_layer,
+    saliency,
+    with_kept,
+)
 from trio_edge.export.quantize.numerics import rounded_activations
 
 if TYPE_CHECKING:
@@ -46,21 +54,14 @@ def greedy_answer(
     prompt: SamplePrompt,
     schedule: Schedule,
     *,
-    probes: Probes,
     max_tokens: int,
     given: list[int] | None = None,
     caches: tuple[CacheRange, ...] = (),
 ) -> Greedy:
     """Return the answer's first ``max_tokens`` tokens.
 
-    Args:
-        model: Computes them.
-        prompt: Image and question.
-        schedule: Reduces the tokens.
-        probes: The model's.
-        max_tokens: Tokens at most.
-        given: Tokens, ``max_tokens`` of them, that are taken for the answer; None for the likeliest ones.
-        caches: Largest values of each layer's KV cache where it is in INT8; none otherwise.
+    ``given`` tokens, as many, are taken for the answer in place of the likeliest ones. ``caches`` has the largest values of each
+    layer's KV cache where it is in INT8.
     """
     stages = {stage.layer: stage.keep for stage in schedule.stages}
     sequence = begin(model, prompt)
@@ -69,7 +70,7 @@ def greedy_answer(
     kept, rounds = [], []
     for layer in range(model.num_layers):
         if layer in stages:
-            scores_N = saliency(model, probes.of(layer, schedule), sequence)
+            scores_N = saliency(model, layer, schedule, sequence)
             order = order_of(sequence, scores_N, threshold=schedule.nms_threshold)
             sequence = with_kept(sequence, order.kept(stages[layer]), positions=schedule.positions)
             kept.append(sequence.original_N)

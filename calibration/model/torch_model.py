@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
@@ -25,6 +25,7 @@ from trio_edge.export.families import check_architecture, family_of
 from trio_edge.export.graphs.rope import RotaryTables
 from trio_edge.runtime.bundle.errors import BackendError, CheckpointError
 from trio_edge.runtime.prompts.tokenizer import Tokenizer
+from trio_edge.trio.saliency import ProxySaliency
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from trio_edge.export.checkpoints.safetensors import SourceTensor
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.runtime.bundle.manifest import TextSpec
-    from trio_edge.runtime.bundle.schedule import Positions
+    from trio_edge.runtime.bundle.schedule import Positions, ProbeRows, Schedule
     from trio_edge.runtime.images.interface import ImageProcessing
 
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -67,6 +68,23 @@ class TorchModel:
     dtype: torch.dtype
     """Compute type."""
     device: torch.device
+    most_visual: int = 576
+    """Largest N that enters a probe; every probe has the cheapest form for it."""
+    _probes: dict[tuple[int, ProbeRows, int], ProxySaliency] = field(default_factory=dict)
+
+    def probe(self, layer: int, schedule: Schedule) -> ProxySaliency:
+        """Return the probe in front of ``layer`` as the select graph of a bundle has it; each is made once."""
+        key = layer, schedule.probe_rows, schedule.num_probe_rows
+        if key not in self._probes:
+            self._probes[key] = ProxySaliency(
+                self.parts.layers[layer],
+                self.parts.final_norm,
+                self.parts.lm_head,
+                max_visual=self.most_visual,
+                num_probe_rows=schedule.num_probe_rows,
+                last_probe_offset=schedule.last_probe_offset,
+            )
+        return self._probes[key]
 
     @property
     def num_layers(self) -> int:
@@ -81,13 +99,9 @@ class TorchModel:
 def load_model(
     model: str, *, revision: str | None = None, max_visual: int | None = None, device: str = "cpu"
 ) -> TorchModel:
-    """Return the checkpoint that ``model`` names, ready to run.
+    """Return the checkpoint that ``model`` (alias, Hub id or folder) names, ready to run on torch's ``device``.
 
-    Args:
-        model: Alias, Hub id or folder.
-        revision: Branch, tag or commit on the Hub.
-        max_visual: Visual tokens that images are scaled down to, in families that can.
-        device: torch's name.
+    Images are scaled down to ``max_visual`` visual tokens, in families that can.
 
     Raises:
         CheckpointError: If the checkpoint cannot be read or exported.

@@ -7,7 +7,7 @@ import json
 import platform
 import tempfile
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from trio_edge.calibration.model.prompts import sample_shape
-from trio_edge.calibration.model.selecting import Probes
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
-from trio_edge.calibration.quantize.fidelity import measure_quantized
-from trio_edge.calibration.quantize.modelopt_search import check_modelopt
+from trio_edge.calibration.quantize.quantized_model import measure_quantized
+from trio_edge.calibration.quantize.rounding import check_modelopt
 from trio_edge.calibration.search.bundle_shape import (
     bundle_shape,
     memory_warning,
@@ -27,8 +26,7 @@ from trio_edge.calibration.search.bundle_shape import (
     rounds_with_margin,
 )
 from trio_edge.calibration.search.held_out import accuracy, fidelity
-from trio_edge.calibration.search.measure.measurements import Measurements, RecordKey, opened_record
-from trio_edge.calibration.search.measure.samples import read_samples, split_samples
+from trio_edge.calibration.search.measuring import Measurements, RecordKey, opened_record
 from trio_edge.calibration.search.report.calibration_file import (
     SCHEMA_VERSION,
     Calibration,
@@ -37,6 +35,7 @@ from trio_edge.calibration.search.report.calibration_file import (
     Shapes,
     SingleStage,
 )
+from trio_edge.calibration.search.samples import read_samples, split_samples
 from trio_edge.calibration.search.schedules.candidates import Searching
 from trio_edge.calibration.search.schedules.search import search
 from trio_edge.calibration.search.schedules.selection_rule import DEFAULT_MAX_KL, SelectionRule
@@ -62,9 +61,9 @@ if TYPE_CHECKING:
     from trio_edge.calibration.quantize.report import QuantizationReport
     from trio_edge.calibration.questions import Question
     from trio_edge.calibration.search.bundle_shape import BundleShape
-    from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
-    from trio_edge.calibration.search.measure.samples import Split
+    from trio_edge.calibration.search.measuring import MeasuredSchedule
     from trio_edge.calibration.search.report.calibration_file import CalibrationOptions, Fidelity
+    from trio_edge.calibration.search.samples import Split
     from trio_edge.calibration.search.schedules.candidates import Candidate, Found
     from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost
     from trio_edge.calibration.search.schedules.space import Space
@@ -101,13 +100,9 @@ def calibrate(
     samples_sha256: str | None = None,
     progress: SearchProgress = SearchProgress(),
 ) -> Calibrated:
-    """Return the calibration that ``options`` describe.
+    """Return the calibration that ``options`` describe; a warning tells of samples with another digest than ``samples_sha256``.
 
-    Args:
-        options: The user's.
-        work: Folder of measurements, so that an interrupted calibration goes on; none for one that is thrown away.
-        samples_sha256: Digest of the samples that are expected; a warning tells of others.
-        progress: Callbacks for a progress display.
+    ``work`` is a folder of measurements, so that an interrupted calibration goes on.
 
     Raises:
         TargetError: If the target is not known, or does not have a format of the plan.
@@ -125,7 +120,7 @@ def calibrate(
         setup.rule, point.held_out, progress, what="", way_out="give more samples, or a smaller bound"
     )
     progress.step("answering held-out samples", len(split.held_out))
-    scores = accuracy(setup.model, split.held_out, schedule, probes=setup.probes, on_sample=progress.sample)
+    scores = accuracy(setup.model, split.held_out, schedule, on_sample=progress.sample)
     quantized = _quantize(setup, schedule)
     rounds = max(result.rounds for result in (*chosen.results, *points.held_out, *quantized.results))
     calibration = Calibration(
@@ -177,7 +172,6 @@ class _Setup:
     cost: PrefillCost
     rule: SelectionRule
     kind: CostKind
-    probes: Probes
     progress: SearchProgress
 
 
@@ -212,14 +206,13 @@ def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: S
         plan=plan,
         split=split,
         digest=digest,
-        model=model,
+        model=replace(model, most_visual=shape.num_visual),
         samples=samples,
         shape=shape,
         space=space,
         cost=cost,
         rule=rule,
         kind=rule.kind(options.cost, space, cost),
-        probes=Probes(model, max_visual=shape.num_visual),
         progress=progress,
     )
     _warn_before_measuring(setup)
@@ -227,12 +220,7 @@ def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: S
 
 
 def _checked_plan(options: CalibrationOptions) -> QuantizePlan:
-    """Return the formats to quantize to.
-
-    Raises:
-        TargetError: If the target does not have one of them.
-        CheckpointError: If factors are to be searched for, and Model Optimizer is not installed.
-    """
+    """Return the formats to quantize to, once the target has them and what searches for factors is installed."""
     plan = parse_plan(options.quantize)
     refusal = find_device(options.target).refusal(plan.formats)
     if refusal is not None:
@@ -272,7 +260,6 @@ def _measurements(setup: _Setup, work: Path | None) -> Iterator[Measurements]:
         record, known = stack.enter_context(opened_record(folder, key))
         yield Measurements(
             setup.model,
-            probes=setup.probes,
             num_tokens=setup.options.answer_tokens,
             record=record,
             known=known,
@@ -363,7 +350,6 @@ def _quantize(setup: _Setup, schedule: Schedule) -> _Quantized:
         schedule,
         setup.plan,
         dtype=setup.shape.dtype,
-        probes=setup.probes,
         num_tokens=setup.options.answer_tokens,
         on_step=progress.step,
         on_one=progress.sample,
@@ -378,7 +364,6 @@ def _quantize(setup: _Setup, schedule: Schedule) -> _Quantized:
         setup.plan,
         found.scales,
         dtype=setup.shape.dtype,
-        probes=setup.probes,
         num_tokens=setup.options.answer_tokens,
         on_sample=progress.sample,
     )

@@ -188,10 +188,7 @@ def read_given(
 ) -> tuple[CalibrationOptions, str | None]:
     """Return the options, and the digest of the samples that a config was made with if they are asked for again.
 
-    Args:
-        model: MODEL, if it was given.
-        config: A ``calibration.json``, if one was given.
-        given: Fields of ``Options`` that were given beside it, which win.
+    Fields that were ``given`` win over those of ``config``, a ``calibration.json``.
 
     Raises:
         UsageError: If without a config something is missing.

@@ -18,7 +18,6 @@ from PIL import Image
 from tests.bundles import export
 from tests.calibration.question_files import questions_about, write_questions
 from tests.engine_bundles import GPU, HOST, copy_bundle
-from trio_edge.calibration.model.selecting import Probes
 from trio_edge.calibration.model.sequence import no_past, run_layers
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
@@ -245,7 +244,6 @@ def test_a_calibration_finds_ranges_without_factors_and_without_model_optimizer(
         SCHEDULE,
         parse_plan("fp8"),
         dtype="float32",
-        probes=Probes(model, max_visual=64),
         num_tokens=2,
     )
     assert found is not None

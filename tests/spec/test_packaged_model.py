@@ -59,7 +59,7 @@ def test_all_tokens_answer_held_out_questions(keep_all: Pipeline) -> None:
 
 def test_another_picture_does_not_answer_them(keep_all: Pipeline) -> None:
     samples = list(held_out(QUESTIONS, seed=1))
-    swapped = [replace(a, image=b.image) for a, b in zip(samples, samples[91:] + samples[:91])]
+    swapped = [replace(a, images=b.images) for a, b in zip(samples, samples[91:] + samples[:91])]
     assert accuracy(outcomes(keep_all, swapped)) < 0.45
 
 

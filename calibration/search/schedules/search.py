@@ -27,8 +27,9 @@ from trio_edge.calibration.search.schedules.candidates import (
     Found,
     Searching,
     Tried,
+    first_fronts,
+    pareto_front,
 )
-from trio_edge.calibration.search.schedules.pareto import first_fronts, pareto_front
 from trio_edge.calibration.search.schedules.space import (
     SETTING_KEEPS,
     setting_variants,
