@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 
 SYNTHETIC = "shapes"
-"""Name of the packaged set, where a data set is asked for."""
 SYNTHETIC_SEVERAL = "shapes-several"
-"""Name of the packaged set of questions about two images or a short video."""
 SYNTHETIC_SETS = (SYNTHETIC, SYNTHETIC_SEVERAL)
 _ID_LENGTH = 16  # 64 bits: two of a million images are alike by chance once in 10^7 data sets
 
@@ -39,7 +37,6 @@ class Question:
     """Place in the whole data set; pairs outcomes of different runs, and seeds random selections."""
     sample_id: str
     kind: str
-    """Type of question, for the breakdown."""
     images: tuple[Image.Image | Path, ...]
     """In the order in which the model reads them; at least one."""
     image_names: tuple[str, ...]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from trio_edge.calibration.evaluate.answering import Settings
 from trio_edge.calibration.evaluate.comparison import (
     SCHEMA_VERSION,
     EvaluationConditions,
@@ -19,8 +20,7 @@ from trio_edge.calibration.evaluate.comparison import (
     EvaluationReport,
     compare,
 )
-from trio_edge.calibration.evaluate.running.answering import Settings
-from trio_edge.calibration.evaluate.running.runs import answer_runs, keys_of, plan_runs
+from trio_edge.calibration.evaluate.runs import answer_runs, keys_of, plan_runs
 from trio_edge.calibration.metrics import METRICS, check_metric, metric_for
 from trio_edge.calibration.questions import (
     SYNTHETIC_SETS,
@@ -36,7 +36,7 @@ from trio_edge.runtime.bundle.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from trio_edge.calibration.evaluate.running.runs import Answers, RunKey
+    from trio_edge.calibration.evaluate.runs import Answers, RunKey
     from trio_edge.calibration.questions import Question
     from trio_edge.runtime.backends.interface import CpuAccuracy
 

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from trio_edge.calibration.evaluate.running.answer_cost import image_tokens, processed_tokens
+from trio_edge.calibration.evaluate.answer_cost import image_tokens, processed_tokens
 from trio_edge.runtime.bundle.errors import DataError, ShapeError
 from trio_edge.runtime.pipeline import Pipeline
 

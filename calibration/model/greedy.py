@@ -46,7 +46,6 @@ class Greedy:
     kept: list[Tensor]
     """Per stage the image's visual tokens that are left, ascending."""
     rounds: list[int]
-    """Per stage the rounds that its NMS took."""
 
 
 def greedy_answer(

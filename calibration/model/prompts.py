@@ -33,12 +33,10 @@ class SampleShape:
     where: str
     """FILE or FILE:LINE of the sample."""
     width: int
-    """In pixels."""
     height: int
     sizes: dict[str, int]
     """Sizes of the vision graph's axes, N among them."""
     num_text: int
-    """Text tokens of the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +44,9 @@ class SamplePrompt:
     """One sample's sequence."""
 
     embeds_SD: Tensor
-    """Text and visual rows in the prompt's order."""
     positions_AS: Tensor
     """int32; A = 1, or 3 with M-RoPE."""
     next_position: int
-    """Position of the first answer token."""
     visual_rows_N: Tensor
     """int64, row of each visual token, ascending."""
     planes_ND: tuple[Tensor, ...] = ()

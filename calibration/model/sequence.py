@@ -40,7 +40,6 @@ class Sequence:
     original_N: Tensor
     """int64, which of the image's visual tokens are left."""
     num_answer: int = 0
-    """Rows after the prompt."""
     planes_ND: tuple[Tensor, ...] = ()
     """[N, D] each, DeepStack's: plane i is added to the visual rows after layer i."""
 
@@ -78,7 +77,6 @@ class Order(NamedTuple):
     tokens_N: Tensor
     """int64, best first: survivors of the NMS, then suppressed ones."""
     rounds: int
-    """Rounds of the parallel NMS, until the last one changed nothing."""
 
     def kept(self, num_keep: int) -> Tensor:
         """Return the best ``num_keep`` tokens (all, if there are fewer), ascending."""

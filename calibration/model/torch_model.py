@@ -57,7 +57,6 @@ class TorchModel:
     """Final norm and lm_head as the head graph runs them; probes have the two for themselves."""
     rotary: RotaryTables
     embedding_VD: Tensor
-    """Token embeddings, in the compute type."""
     images: ImageProcessing
     tokenizer: Tokenizer
     template: str
@@ -66,7 +65,6 @@ class TorchModel:
     """Rules that the family can follow, its default first."""
     checkpoint: Checkpoint
     dtype: torch.dtype
-    """Compute type."""
     device: torch.device
     most_visual: int = 576
     """Largest N that enters a probe; every probe has the cheapest form for it."""

@@ -103,7 +103,6 @@ class CachedRows:
     key_GE: Tensor | None = None
     """float32, largest absolute value of each element of the rotated keys over all rows."""
     value_GE: Tensor | None = None
-    """The same of the values."""
 
     def add(self, key: Tensor, value: Tensor) -> None:
         """Take the largest of rows [1, G, S, E]."""

@@ -41,7 +41,6 @@ class GroupRounding:
     """A group as one linear layer with the outputs of all, its inputs, and how it is rounded."""
 
     weight_OI: Tensor
-    """float32."""
     rows_TI: Tensor
     """The last row is the largest absolute value of each input over all rows that entered."""
     kind: Format
@@ -114,7 +113,6 @@ def _around_one(factors: Tensor) -> Tensor:
 
 
 AWQ_STEP = 0.1
-"""Distance of the exponents that AWQ tries, from 0 to 1."""
 _OFF = {"quantizer_name": "*", "enable": False}
 
 

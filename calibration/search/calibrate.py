@@ -25,9 +25,7 @@ from trio_edge.calibration.search.bundle_shape import (
     prefill_cost,
     rounds_with_margin,
 )
-from trio_edge.calibration.search.held_out import accuracy, fidelity
-from trio_edge.calibration.search.measuring import Measurements, RecordKey, opened_record
-from trio_edge.calibration.search.report.calibration_file import (
+from trio_edge.calibration.search.calibration_file import (
     SCHEMA_VERSION,
     Calibration,
     CalibrationData,
@@ -35,6 +33,8 @@ from trio_edge.calibration.search.report.calibration_file import (
     Shapes,
     SingleStage,
 )
+from trio_edge.calibration.search.held_out import accuracy, fidelity
+from trio_edge.calibration.search.measuring import Measurements, RecordKey, opened_record
 from trio_edge.calibration.search.samples import read_samples, split_samples
 from trio_edge.calibration.search.schedules.candidates import Searching
 from trio_edge.calibration.search.schedules.search import search
@@ -61,8 +61,7 @@ if TYPE_CHECKING:
     from trio_edge.calibration.quantize.report import QuantizationReport
     from trio_edge.calibration.questions import Question
     from trio_edge.calibration.search.bundle_shape import BundleShape
-    from trio_edge.calibration.search.measuring import MeasuredSchedule
-    from trio_edge.calibration.search.report.calibration_file import CalibrationOptions, Fidelity
+    from trio_edge.calibration.search.calibration_file import CalibrationOptions, Fidelity
     from trio_edge.calibration.search.samples import Split
     from trio_edge.calibration.search.schedules.candidates import Candidate, Found
     from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost
@@ -79,7 +78,6 @@ class SearchProgress:
     step: Callable[[str, int], None] = lambda _text, _samples: None
     """Called with what begins and how many samples it has."""
     sample: Callable[[], None] = lambda: None
-    """Called after each of them."""
     warn: Callable[[str], None] = lambda _text: None
     """Called with one line that the user should read; the calibration goes on."""
 
@@ -90,7 +88,6 @@ class Calibrated:
 
     calibration: Calibration
     scales: CalibratedScales = field(default_factory=CalibratedScales)
-    """For the export of quantized layers."""
 
 
 def calibrate(
@@ -114,15 +111,15 @@ def calibrate(
     split = setup.split
     with _measurements(setup, work) as measurements:
         found, chosen = _find(setup, measurements)
-        points = _points(setup, measurements, found.front, chosen)
-    schedule, point = chosen.schedule, points.chosen
-    _warn_above(
-        setup.rule, point.held_out, progress, what="", way_out="give more samples, or a smaller bound"
-    )
+        schedule, usual = chosen.schedule, _usual(setup, chosen.schedule)
+        points = _points(setup, measurements, [*(one.schedule for one in found.front), schedule, *usual])
+        rounds = measurements.most_rounds(schedule)
+    held_out = points[schedule].held_out
+    _warn_above(setup.rule, held_out, progress, what="", way_out="give more samples, or a smaller bound")
     progress.step("answering held-out samples", len(split.held_out))
     scores = accuracy(setup.model, split.held_out, schedule, on_sample=progress.sample)
     quantized = _quantize(setup, schedule)
-    rounds = max(result.rounds for result in (*chosen.results, *points.held_out, *quantized.results))
+    rounds, whole = max(rounds, quantized.rounds), setup.cost.of_stages([])
     calibration = Calibration(
         schema_version=SCHEMA_VERSION,
         options=options,
@@ -134,16 +131,16 @@ def calibrate(
             text_buckets=setup.shape.text_buckets,
             largest_rounds=rounds,
         ),
-        chosen=point,
-        usual=points.usual,
+        chosen=points[schedule],
+        usual=points[usual[0]] if usual else None,
         compared_by=setup.kind,
-        keep_all_ms=setup.cost.of_stages([]).milliseconds,
-        keep_all_flops=setup.cost.of_stages([]).flops,
+        keep_all_ms=whole.milliseconds,
+        keep_all_flops=whole.flops,
         prediction=fitted_for(setup.cost.target).sentence(setup.cost.target.name),
         accuracy=scores,
         quantization=quantized.report,
         quantized_held_out=quantized.held_out,
-        front=points.front,
+        front=[points[one.schedule] for one in found.front],
         settings=found.tried,
         single_stages=[
             SingleStage(layer=layer, keep=keep, kl=kl) for (layer, keep), kl in found.single.items()
@@ -164,7 +161,6 @@ class _Setup:
     plan: QuantizePlan
     split: Split
     digest: str
-    """SHA-256 of the samples."""
     model: TorchModel
     samples: list[SampleShape]
     shape: BundleShape
@@ -288,47 +284,33 @@ def _find(setup: _Setup, measurements: Measurements) -> tuple[Found, Candidate]:
     return found, chosen
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Points:
-    """Schedules with their figures on both parts of the samples."""
-
-    front: list[FrontPoint]
-    chosen: FrontPoint
-    usual: FrontPoint | None
-    held_out: list[MeasuredSchedule]
-    """The chosen schedule's, one for each held-out sample."""
-
-
-def _points(setup: _Setup, measurements: Measurements, front: list[Candidate], chosen: Candidate) -> _Points:
-    """Measure the front, the chosen schedule and ``trio-export``'s usual one on the held-out samples."""
-    split, space = setup.split, setup.space
-    # trio-export's own settings, not those that the search found
+def _usual(setup: _Setup, schedule: Schedule) -> list[Schedule]:
+    """Return ``trio-export``'s schedule of the same average keep, if it makes one, with its own settings."""
     defaults = Schedule(positions=setup.model.positions[0])
-    usual = usual_schedules(space, defaults, [average_keep(stages_of(chosen.schedule), space)])
-    schedules = [*(candidate.schedule for candidate in front), chosen.schedule, *usual]
-    schedules = list(dict.fromkeys(schedules))
+    return usual_schedules(setup.space, defaults, [average_keep(stages_of(schedule), setup.space)])
+
+
+def _points(
+    setup: _Setup, measurements: Measurements, schedules: list[Schedule]
+) -> dict[Schedule, FrontPoint]:
+    """Return the figures of schedules on both parts of the samples."""
+    split, schedules = setup.split, list(dict.fromkeys(schedules))
     setup.progress.step("measuring on held-out samples", len(split.held_out))
     held_out = measurements.of(schedules, split.held_out)
     setup.progress.step("comparing with the usual schedule", len(split.search))
     searched = measurements.of(schedules, split.search)
-
-    def point(schedule: Schedule) -> FrontPoint:
-        cost = setup.cost.of(schedule)
-        return FrontPoint(
+    costs = {schedule: setup.cost.of(schedule) for schedule in schedules}
+    return {
+        schedule: FrontPoint(
             stages=stages_of(schedule),
             first_token_ms=cost.milliseconds,
             flops=cost.flops,
-            average_keep=average_keep(stages_of(schedule), space),
+            average_keep=average_keep(stages_of(schedule), setup.space),
             search=fidelity(searched[schedule], split.search),
             held_out=fidelity(held_out[schedule], split.held_out),
         )
-
-    return _Points(
-        front=[point(candidate.schedule) for candidate in front],
-        chosen=point(chosen.schedule),
-        usual=point(usual[0]) if usual else None,
-        held_out=held_out[chosen.schedule],
-    )
+        for schedule, cost in costs.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,8 +320,8 @@ class _Quantized:
     report: QuantizationReport | None = None
     scales: CalibratedScales = field(default_factory=CalibratedScales)
     held_out: Fidelity | None = None
-    results: Sequence[MeasuredSchedule] = ()
-    """One for each held-out sample."""
+    rounds: int = 0
+    """Most that an NMS took on a held-out sample."""
 
 
 def _quantize(setup: _Setup, schedule: Schedule) -> _Quantized:
@@ -375,7 +357,8 @@ def _quantize(setup: _Setup, schedule: Schedule) -> _Quantized:
         what=f" with --quantize {setup.options.quantize}",
         way_out="quantize fewer parts, or give a smaller bound",
     )
-    return _Quantized(report=found.report, scales=found.scales, held_out=held_out, results=results)
+    rounds = max(result.rounds for result in results)
+    return _Quantized(report=found.report, scales=found.scales, held_out=held_out, rounds=rounds)
 
 
 def rule_of(options: CalibrationOptions) -> SelectionRule:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from trio_edge.calibration.search.calibrate import SearchProgress
-    from trio_edge.calibration.search.report.calibration_file import CalibrationOptions
+    from trio_edge.calibration.search.calibration_file import CalibrationOptions
 
 PATH = click.Path(path_type=Path)
 _REPORT_BYTES = 16 << 20
@@ -157,7 +157,7 @@ def command(
                 f"trio-calibrate: expected its packages to be installed, got no {error.name};"
                 " pip install 'trio-edge[calibrate]'"
             ) from None
-        from trio_edge.calibration.search.report.page import check_plots
+        from trio_edge.calibration.search.page import check_plots
 
         check_plots()
         options, expected_samples = read_given(model, config, given)
@@ -196,7 +196,7 @@ def read_given(
     """
     import msgspec
 
-    from trio_edge.calibration.search.report.calibration_file import CalibrationOptions, read_options
+    from trio_edge.calibration.search.calibration_file import CalibrationOptions, read_options
 
     if model is not None:
         given["model"] = model
@@ -214,7 +214,7 @@ def read_given(
 
 def _check_out(out: Path, *, force: bool) -> None:
     """Raise DataError if ``out`` exists and may not be replaced."""
-    from trio_edge.calibration.search.report.calibration_file import CALIBRATION_NAME
+    from trio_edge.calibration.search.calibration_file import CALIBRATION_NAME
 
     if not out.exists() and not out.is_symlink():
         return

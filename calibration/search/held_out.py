@@ -9,7 +9,7 @@ import torch
 from trio_edge.calibration.metrics import METRICS, exact_normal
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
-from trio_edge.calibration.search.report.calibration_file import Accuracy, Fidelity, Measure
+from trio_edge.calibration.search.calibration_file import Accuracy, Fidelity, Measure
 from trio_edge.profiling.statistics import bootstrap_interval, paired_interval, score_interval
 from trio_edge.runtime.bundle.schedule import Schedule
 

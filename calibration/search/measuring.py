@@ -59,7 +59,6 @@ class MeasuredSchedule(NamedTuple):
     kl: float
     agrees: bool
     rounds: int
-    """Most that a stage's NMS took."""
 
 
 def keep_all(model: TorchModel, prompt: SamplePrompt, *, num_tokens: int) -> KeepAll:
@@ -76,7 +75,7 @@ def measure(
     distinct = sorted(set(schedules), key=lambda schedule: (_settings(schedule), stages_of(schedule)))
     branching = _Branching(model, whole)
     for _, group in groupby(distinct, key=_settings):
-        yield from branching.from_keep_all(list(group))
+        yield from branching.branches(list(group), 0, lambda layer: whole.inputs[layer], rounds=0)
 
 
 def _settings(schedule: Schedule) -> tuple[object, ...]:
@@ -89,11 +88,7 @@ class _Branching:
     def __init__(self, model: TorchModel, whole: KeepAll) -> None:
         self._model, self._whole = model, whole
 
-    def from_keep_all(self, schedules: list[Schedule]) -> Iterator[tuple[Schedule, MeasuredSchedule]]:
-        inputs = self._whole.inputs
-        return self._branches(schedules, 0, lambda layer: inputs[layer], rounds=0)
-
-    def _branches(
+    def branches(
         self, schedules: list[Schedule], stage: int, at: Callable[[int], Sequence], *, rounds: int
     ) -> Iterator[tuple[Schedule, MeasuredSchedule]]:
         """Yield the schedules, alike up to ``stage``, where ``at`` gives what enters a layer; asked in ascending order."""
@@ -106,7 +101,7 @@ class _Branching:
             for keep, branch in groupby(alike, key=lambda schedule: schedule.stages[stage].keep):
                 kept = with_kept(entering, order.kept(keep), positions=alike[0].positions)
                 onward = self._onward(kept, layer)
-                yield from self._branches(list(branch), stage + 1, onward, rounds=max(rounds, order.rounds))
+                yield from self.branches(list(branch), stage + 1, onward, rounds=max(rounds, order.rounds))
         for schedule in schedules:
             if len(schedule.stages) == stage:
                 yield schedule, self._compared(schedule, at, rounds)
@@ -228,6 +223,10 @@ class Measurements:
             schedule: [self._measured[question.index, schedule] for question in questions]
             for schedule in schedules
         }
+
+    def most_rounds(self, schedule: Schedule) -> int:
+        """Return the most rounds that an NMS of ``schedule`` took on any sample."""
+        return max(result.rounds for (_, known), result in self._measured.items() if known == schedule)
 
     def _keep_all(self, question: Question) -> KeepAll:
         if question.index in self._whole:

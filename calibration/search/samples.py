@@ -28,12 +28,10 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".t
 
 
 class Split(NamedTuple):
-    """The two parts of the samples, each in the order of the data."""
+    """The part that decides everything and the part that only the report looks at, each in the order of the data."""
 
     search: list[Question]
-    """Decide everything."""
     held_out: list[Question]
-    """Are looked at once, for the report."""
 
 
 def read_samples(source: str, *, prompt: str | None, count: int | None, seed: int) -> list[Question]:

@@ -50,7 +50,6 @@ class Asked:
     images: tuple[int, ...]
     """Indices of the images in which it is looked for."""
     answer_image: int | None = None
-    """As in `ShapeSample`."""
 
 
 def make_pair(seed: int) -> tuple[Scene, ...]:

@@ -11,12 +11,7 @@ from click.core import ParameterSource
 
 from trio_edge.profiling.predict.answer import PRECISIONS
 from trio_edge.profiling.predict.plan import plan_for
-from trio_edge.profiling.predict.printing import (
-    goal_summary,
-    print_prediction,
-    print_sweep,
-    summary_of,
-)
+from trio_edge.profiling.predict.printing import goal_summary, print_prediction, print_sweep, summary_of
 from trio_edge.profiling.predict.sweep import choose, parse_goal, parse_size, parse_sweep, sweep, unmet_text
 from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.runtime.bundle.reader import open_bundle

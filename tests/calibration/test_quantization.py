@@ -116,10 +116,11 @@ def test_factors_lessen_the_error_where_some_inputs_are_large(kind: Any) -> None
             inputs = torch.round(inputs / scale) * scale
         return float((inputs @ rounded.dequantized().T - rows @ weight.T).square().mean())
 
-    if kind == "int4":
-        factors = awq_factors(weight, rows, block=16)
-    else:
-        factors = smoothquant_factors(weight, rows, alpha=0.5)
+    factors = (
+        awq_factors(weight, rows, block=16)
+        if kind == "int4"
+        else smoothquant_factors(weight, rows, alpha=0.5)
+    )
     assert factors.shape == (64,)
     assert error(factors) < 0.7 * error(torch.ones(64))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.bundles import export
-from trio_edge.calibration.evaluate.running.answering import Answerer, Asking, Outcome, Task
+from trio_edge.calibration.evaluate.answering import Answerer, Asking, Outcome, Task
 from trio_edge.calibration.questions import questions_of
 from trio_edge.calibration.shapes.samples import held_out
 from trio_edge.runtime.pipeline import Pipeline

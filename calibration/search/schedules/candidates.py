@@ -25,7 +25,6 @@ class Tried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     setting: str
     value: str
     kl: float
-    """Mean, nats."""
     minus_default: float
     interval_95: tuple[float, float]
     """Interval of ``minus_default``; paired, by image."""
@@ -39,11 +38,9 @@ class Candidate:
     schedule: Schedule
     cost: ScheduleCost
     kind: CostKind
-    """Quantity that it is compared by."""
     results: list[MeasuredSchedule]
     """One for each search sample."""
     images: list[str]
-    """Images of these samples."""
 
     @property
     def kl(self) -> float:
@@ -68,7 +65,6 @@ class EstimatedSchedule(NamedTuple):
 
     cost: ScheduleCost
     kl: float
-    """Sum of its stages' own."""
     stages: tuple[tuple[int, int], ...]
 
 
@@ -80,7 +76,6 @@ class Found:
     """Without stages."""
     tried: list[Tried]
     single: dict[tuple[int, int], float]
-    """Mean divergence of every single stage, by layer and budget."""
     candidates: list[Candidate]
     """All that were measured with the chosen settings, keep-all first."""
 
@@ -99,11 +94,9 @@ class Searching:
     questions: Sequence[Question]
     cost: PrefillCost
     kind: CostKind
-    """Cost that is traded against error."""
     positions: Sequence[Positions]
     thresholds: Sequence[float]
     evaluations: int
-    """Lists of several stages that may be measured."""
     on_step: Callable[[str], None]
     """Called with what begins; every step asks for all samples once."""
 

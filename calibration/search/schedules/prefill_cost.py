@@ -48,11 +48,9 @@ class Situation(NamedTuple):
     """Sizes at which some of the samples run."""
 
     share: float
-    """Share of the samples."""
     sizes: Mapping[str, int]
     """Sizes of the vision profile, N among them."""
     num_text: int
-    """Text bucket."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,9 @@ class PrefillCost:
         starts = [0, *(layer for layer, _ in stages)]
         stops = [*starts[1:], self.decoder.num_layers]
         rows: list[int | None] = [None, *(keep for _, keep in stages)]
-        total = self._part("fixed", None, 0, self._fixed_works)
+        total = self._part(
+            "fixed", None, 0, lambda one: [vision_work(self.vision, one.sizes), head_work(self.decoder)]
+        )
         for index, (start, stop, keep) in enumerate(zip(starts, stops, rows)):
             if index:
                 total = total.plus(self._select(rows[index - 1], settings))
@@ -100,10 +100,6 @@ class PrefillCost:
             return [stage_work(self.decoder, settings, sizes)]
 
         return self._part("select", entering, settings.num_probe_rows, works)
-
-    def _fixed_works(self, situation: Situation) -> list[Work]:
-        """Return what no schedule changes."""
-        return [vision_work(self.vision, situation.sizes), head_work(self.decoder)]
 
     def _part(
         self, name: str, keep: int | None, probe_rows: int, works: Callable[[Situation], list[Work]]

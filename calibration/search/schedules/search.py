@@ -33,6 +33,7 @@ from trio_edge.calibration.search.schedules.candidates import (
 from trio_edge.calibration.search.schedules.space import (
     SETTING_KEEPS,
     setting_variants,
+    stages_of,
     usual_schedules,
     with_stages,
 )
@@ -62,32 +63,25 @@ def search(searching: Searching, rule: SelectionRule) -> Found:
         for keep in searching.space.keeps
     ]
     candidates = _measured(searching, [settings, *singles])
-    single = {
-        (candidate.schedule.stages[0].layer, candidate.schedule.stages[0].keep): candidate.kl
-        for candidate in candidates[1:]
-    }
+    single = {stages_of(schedule)[0]: candidates[schedule].kl for schedule in singles}
     searching.on_step("several stages")
     promising = _promising(searching, settings, single, rule)
     usual = usual_schedules(searching.space, settings, [*USUAL_KEEPS, *rule.average_keeps])
     allowed = [schedule for schedule in usual if searching.space.allows(schedule)]
-    candidates = _with(candidates, _measured(searching, [*promising, *allowed]))
+    candidates |= _measured(searching, [*promising, *allowed])
     left = searching.evaluations - len(promising)
-    while left > 0:
-        near = _neighbours(searching, candidates, rule)[:left]
-        if not near:
-            break
+    while left > 0 and (near := _neighbours(searching, candidates, rule)[:left]):
         searching.on_step("refining the front")
         left -= len(near)
         before = _front_points(candidates)
-        candidates = _with(candidates, _measured(searching, near))
+        candidates |= _measured(searching, near)
         if _front_points(candidates) == before:  # nothing near the front improved it
             break
-    return Found(settings=settings, tried=tried, single=single, candidates=candidates)
+    return Found(settings=settings, tried=tried, single=single, candidates=list(candidates.values()))
 
 
-def _front_points(candidates: list[Candidate]) -> list[tuple[float, float]]:
-    points = [candidate.point for candidate in candidates]
-    return pareto_front(points, key=lambda point: point)
+def _front_points(candidates: dict[Schedule, Candidate]) -> list[tuple[float, float]]:
+    return pareto_front([one.point for one in candidates.values()], key=lambda point: point)
 
 
 def _settings(searching: Searching) -> tuple[Schedule, list[Tried]]:
@@ -154,30 +148,27 @@ def _promising(
     return [with_stages(settings, stages) for stages in chosen[: searching.evaluations]]
 
 
-def _neighbours(searching: Searching, candidates: list[Candidate], rule: SelectionRule) -> list[Schedule]:
+def _neighbours(
+    searching: Searching, candidates: dict[Schedule, Candidate], rule: SelectionRule
+) -> list[Schedule]:
     """Return what is next to the front and not measured yet, next to what would be chosen now first."""
-    known = {candidate.schedule for candidate in candidates}
-    front = pareto_front(candidates, key=lambda candidate: candidate.point)
-    chosen = rule.choice(candidates, searching.space)
+    front = pareto_front(candidates.values(), key=lambda candidate: candidate.point)
+    chosen = rule.choice(list(candidates.values()), searching.space)
     around = [*([] if chosen is None else [chosen]), *front]
     near = [other for candidate in around for other in searching.space.neighbours(candidate.schedule)]
-    return [schedule for schedule in dict.fromkeys(near) if schedule not in known]
+    return [schedule for schedule in dict.fromkeys(near) if schedule not in candidates]
 
 
-def _measured(searching: Searching, schedules: Sequence[Schedule]) -> list[Candidate]:
+def _measured(searching: Searching, schedules: Sequence[Schedule]) -> dict[Schedule, Candidate]:
     table = searching.measurements.of(list(dict.fromkeys(schedules)), searching.questions)
-    return [
-        Candidate(
+    images = [question.image_id for question in searching.questions]
+    return {
+        schedule: Candidate(
             schedule=schedule,
             cost=searching.cost.of(schedule),
             kind=searching.kind,
             results=results,
-            images=[question.image_id for question in searching.questions],
+            images=images,
         )
         for schedule, results in table.items()
-    ]
-
-
-def _with(candidates: list[Candidate], more: list[Candidate]) -> list[Candidate]:
-    known = {candidate.schedule for candidate in candidates}
-    return candidates + [candidate for candidate in more if candidate.schedule not in known]
+    }

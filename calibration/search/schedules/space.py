@@ -36,9 +36,7 @@ class Space:
     """Stages that are possible."""
 
     num_layers: int
-    """L."""
     num_visual: int
-    """N of the largest image."""
     layers: tuple[int, ...]
     """Layers that stages can be at, ascending."""
     keeps: tuple[int, ...]

@@ -11,16 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from trio_edge.calibration.evaluate.running.answering import (
-    OWN_SELECTION,
-    Asking,
-    Failure,
-    Outcome,
-    Settings,
-    Task,
-)
-from trio_edge.calibration.evaluate.running.baselines import SMALLER_IMAGE
-from trio_edge.calibration.evaluate.running.workers import answer_here, answer_in_processes
+from trio_edge.calibration.evaluate.answering import OWN_SELECTION, Asking, Failure, Outcome, Settings
+from trio_edge.calibration.evaluate.baselines import SMALLER_IMAGE
+from trio_edge.calibration.evaluate.workers import answer_here, answer_in_processes
 from trio_edge.calibration.json_lines import (
     LOCK_NAME,
     SUFFIX,
@@ -39,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Sequence
     from pathlib import Path
 
+    from trio_edge.calibration.evaluate.workers import Task
     from trio_edge.calibration.json_lines import ResultFile
     from trio_edge.calibration.questions import Question
     from trio_edge.runtime.bundle.manifest import Manifest
@@ -55,7 +49,6 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Runs that differ in budget only have the same method."""
     bundle: str
     bundle_sha256: str
-    """SHA-256 of the manifest."""
     selection: str
     dtype: str
     is_reference: bool
@@ -75,7 +68,6 @@ class Answers(NamedTuple):
 
     runs: list[tuple[RunInfo, dict[int, Outcome]]]
     failures: list[tuple[str, Failure]]
-    """With the run's label."""
 
 
 def plan_runs(
@@ -175,7 +167,7 @@ def answer_runs(
                     _take_over(other / key.file_name, questions, done, file)
                 on_start(run, len(done))
                 tasks = [
-                    Task(question, firsts[question.index].first_token if question.index in firsts else None)
+                    (question, firsts[question.index].first_token if question.index in firsts else None)
                     for question in questions
                     if question.index not in done
                 ]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from trio_edge.calibration.quantize.report import GroupError, QuantizationReport
-    from trio_edge.calibration.search.report.calibration_file import Calibration, FrontPoint, Measure
+    from trio_edge.calibration.search.calibration_file import Calibration, FrontPoint, Measure
 
 
 MAX_ROWS = 20
@@ -29,7 +29,7 @@ def page_of(calibration: Calibration, *, command: str) -> str:
     """Return the page; ``command`` exports the same bundle without calibrating."""
     quantization = calibration.quantization
     page = render(
-        "trio_edge.calibration.search.report:page.html.jinja",
+        "trio_edge.calibration.search:page.html.jinja",
         calibration=calibration,
         command=command,
         front=spread(calibration.front, MAX_ROWS),
