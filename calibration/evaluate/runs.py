@@ -1,6 +1,7 @@
 """Runs several bundles over the same questions, into a work folder that lets an interrupted evaluation go on.
 
-The reference goes first: the others compare their first token with its.
+The reference goes first: the others compare their first token with its. The folder has one file for each run: its header says
+what was run (``RunKey``), each of its results is an outcome. It belongs to one data set and its bundles.
 """
 
 from __future__ import annotations

@@ -143,7 +143,11 @@ def listening_to_caches(layers: Sequence[nn.Module]) -> Iterator[list[CachedRows
 
 
 class _Products(TorchFunctionMode):
-    """Calls ``inputs[weight]`` in place of what enters a product with a weight."""
+    """Calls ``inputs[weight]`` in place of what enters a product with a weight.
+
+    Forward hooks would miss products that are functions of a weight, not calls of a layer, and would hear probes, which call
+    layers of a module that does not run.
+    """
 
     def __init__(self, inputs: Mapping[nn.Parameter, Callable[[Tensor], Tensor]]) -> None:
         super().__init__()

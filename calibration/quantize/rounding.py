@@ -151,6 +151,11 @@ def smoothquant_factors(weight_OI: Tensor, rows_TI: Tensor, *, alpha: float) -> 
 
 
 def _factors(weight_OI: Tensor, rows_TI: Tensor, config: dict[str, Any]) -> Tensor:
+    """Return what NVIDIA's Model Optimizer finds for a group of linear layers, given as one with the outputs of all.
+
+    So its search ends with factors that the group can share. The rows were collected before, so that one decoder layer at a
+    time is in memory.
+    """
     mtq = _modelopt()
     linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight_OI.clone(), requires_grad=False)  # it is changed in place

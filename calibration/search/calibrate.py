@@ -48,7 +48,7 @@ from trio_edge.calibration.search.schedules.space import (
 )
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
-from trio_edge.profiling.predict.efficiency import fitted_for
+from trio_edge.profiling.predict.speed import fitted_for
 from trio_edge.runtime.bundle.errors import DataError, TargetError
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.devices import find_device

@@ -164,7 +164,7 @@ class MeasuredLine(msgspec.Struct, frozen=True, kw_only=True):
 
 @contextmanager
 def opened_record(folder: Path, key: RecordKey) -> Iterator[tuple[ResultFile, list[MeasuredLine]]]:
-    """Yield the folder's record, to append to, and what it holds already.
+    """Yield the folder's record, to append to, and what it holds already: an interrupted calibration goes on.
 
     Raises:
         DataError: If it cannot be read or written, is in use, is broken, or is about something else.

@@ -5,8 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trio_edge.calibration.search.schedules.candidates import spread
-from trio_edge.profiling.page.charts import Curve, Point, draw_curve, draw_points
-from trio_edge.profiling.page.figures import LIGHT, Drawing, Plot, canvas, check_matplotlib, colour
+from trio_edge.profiling.page.figures import (
+    LIGHT,
+    Curve,
+    Drawing,
+    Plot,
+    Point,
+    canvas,
+    check_matplotlib,
+    colour,
+    draw_curve,
+    draw_points,
+)
 from trio_edge.profiling.page.page import render
 
 if TYPE_CHECKING:

@@ -5,7 +5,9 @@ Bundles take turns (A B A B), so whatever disturbs the machine disturbs all of t
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import tempfile
 import time
 from contextlib import ExitStack, closing
@@ -13,30 +15,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+from PIL import Image
+
 from trio_edge.profiling.measure.answers import Answer, LoadedBundle, RunQuestion
 from trio_edge.profiling.measure.ceilings import measure_ceilings
 from trio_edge.profiling.measure.contexts import TimedContext, time_contexts
-from trio_edge.profiling.measure.images import PROMPT, MeasuredSize, measured_sizes, random_image
 from trio_edge.profiling.measure.layers import layer_runs, layer_times
 from trio_edge.profiling.measure.machine_info import find_machine
-from trio_edge.profiling.measure.memory import MeasuredMemory, peak_bytes, reset_peak, resident_bytes
 from trio_edge.profiling.measure.sensors.interface import open_sensors
 from trio_edge.profiling.measure.sensors.sampling_thread import SamplingThread, SensorSample
 from trio_edge.profiling.statistics import LEAST_FOR_INTERVAL, distribution
 from trio_edge.runtime.backends.registry import make_backend
-from trio_edge.runtime.bundle.errors import BackendError, ShapeError
+from trio_edge.runtime.bundle.errors import BackendError, ShapeError, TrioEdgeError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.images.reading import open_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from PIL import Image
-
     from trio_edge.profiling.measure.ceilings import Ceilings
     from trio_edge.profiling.measure.layers import LayerTime
     from trio_edge.runtime.backends.interface import Backend, CpuAccuracy
     from trio_edge.runtime.bundle.reader import Bundle
+    from trio_edge.runtime.pipeline import Pipeline
+
 
 NARROW = 0.02
 """Width of the median's 95 % interval, as a share of the median, at which a time is known well enough."""
@@ -69,7 +72,6 @@ class MeasureOptions:
     seconds: float = 30.0
     """No new round begins after these, unless ``runs`` is given."""
     layers: bool = True
-    """Whether layers are timed too, in runs of their own."""
 
     def make_backend(
         self, bundle: Bundle, *, name: str | None = None, layer_times: Path | None = None
@@ -91,7 +93,6 @@ class MeasuredBundle:
     loaded: LoadedBundle
     memory: MeasuredMemory
     first: Answer
-    """Before any warm-up."""
     answers: list[Answer] = field(default_factory=list)
     sizes: list[tuple[MeasuredSize, list[Answer]]] = field(default_factory=list)
     contexts: list[TimedContext] = field(default_factory=list)
@@ -106,7 +107,6 @@ class Measurement:
 
     question: RunQuestion
     image: str
-    """The image of the question in words."""
     backend_name: str
     clock: str
     """The clock that graphs were timed with, in words."""
@@ -126,11 +126,7 @@ class _Asked(NamedTuple):
 
 
 def measure(options: MeasureOptions, *, on_step: Callable[[str], None] = lambda _step: None) -> Measurement:
-    """Measure all bundles of ``options``.
-
-    Args:
-        options: What to measure.
-        on_step: Called with the next step in words.
+    """Measure all bundles of ``options``; ``on_step`` is called with the next step in words.
 
     Raises:
         TrioEdgeError: If a bundle cannot be opened, loaded or asked.
@@ -336,3 +332,83 @@ def _measure_layers(loaded: LoadedBundle, question: RunQuestion, options: Measur
                         runs[skipped:], graph=spec.name, profiles=profiles, num_answers=_LAYER_RUNS
                     )
     return layers
+
+
+PROMPT = "What is in the picture?"
+_SIDES = (48, 96, 144, 336, 448, 672, 896, 1008, 1344)
+_SEED = 0
+
+
+class MeasuredSize(NamedTuple):
+    """Pixels of an image, and the visual tokens they become."""
+
+    width: int
+    height: int
+    visual_tokens: int
+
+
+def measured_sizes(pipeline: Pipeline) -> list[MeasuredSize]:
+    """Return one size for each number of visual tokens that fits the bundle's shapes, most tokens first."""
+    manifest = pipeline.manifest
+    exact = [(size.width, size.height) for size in manifest.image_sizes]
+    sides = [(width, height) for width in _SIDES for height in _SIDES]
+    # Exact shapes first, then small images: of those with as many tokens the first one is kept.
+    candidates = [*exact, *sorted(sides, key=lambda size: size[0] * size[1])]
+    profiles = [profile.sizes for profile in manifest.graph("vision").profiles]
+    found: dict[int, MeasuredSize] = {}
+    for width, height in candidates:
+        try:
+            sizes = pipeline.images.sizes(width, height)
+        except TrioEdgeError:
+            continue
+        if any(all(profile[name] >= size for name, size in sizes.items()) for profile in profiles):
+            found.setdefault(sizes["N"], MeasuredSize(width, height, sizes["N"]))
+    return [found[count] for count in sorted(found, reverse=True)]
+
+
+def random_image(size: MeasuredSize) -> Image.Image:
+    """Return an image of random pixels, the same each time; no selection finds anything special in it."""
+    pixels = np.random.default_rng(_SEED).integers(0, 256, (size.height, size.width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # of proc(5): the peak starts again at what is resident now
+
+
+@dataclass(slots=True, kw_only=True)
+class MeasuredMemory:
+    """Bytes; None where the system does not say."""
+
+    planned: dict[str, int] = field(default_factory=dict)
+    """Bytes by purpose, as the backend says them."""
+    before: int | None = None
+    loaded: int | None = None
+    peak: int | None = None
+    device_free: int | None = None
+    """Free on the GPU after them; None on a CPU."""
+
+
+def resident_bytes() -> int | None:
+    """Return what is resident now; None where the system does not say."""
+    return _kilobytes("VmRSS")
+
+
+def peak_bytes() -> int | None:
+    """Return the most that was resident since ``reset_peak``, or since the start where the system cannot reset it."""
+    return _kilobytes("VmHWM")
+
+
+def reset_peak() -> None:
+    """Let the peak start again, where the system can."""
+    with contextlib.suppress(OSError):
+        _CLEAR.write_text(_RESET_PEAK)
+
+
+def _kilobytes(name: str) -> int | None:
+    try:
+        found = re.search(rf"^{name}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if found is None else 1024 * int(found[1])

@@ -107,7 +107,6 @@ class Predictions:
     """All that was predicted."""
 
     values: dict[str, Any]
-    """As JSON types."""
     found: list[tuple[Plan, Prediction]]
     is_sweep: bool
     choices: list[Choice]
@@ -122,12 +121,7 @@ class Predictions:
 
 
 def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int) -> Predictions:
-    """Return what ``options`` ask for.
-
-    Args:
-        options: With ``predict``.
-        bundle: Folder of a bundle, unless a model is named.
-        num_new: Tokens of each answer.
+    """Return what ``options`` ask for; ``bundle`` is a folder, unless a model is named.
 
     Raises:
         TargetError: If a name, a sweep or a goal cannot be read.

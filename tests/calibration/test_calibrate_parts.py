@@ -163,7 +163,6 @@ def test_costs_are_those_of_trio_profiles_prediction(target: str, stages: str | 
         num_text=40,
         text_bucket=40,
         num_new=1,
-        precision="float16",
     )
     prediction = predict(setting, find_device(target))
     cost = cost_on(target, Situation(1.0, SIZES, 40)).of(schedule)

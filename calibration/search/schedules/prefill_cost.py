@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from trio_edge.profiling.predict.efficiency import fitted_for, rates_of
-from trio_edge.profiling.predict.speed import Formats, graph_time
+from trio_edge.profiling.predict.speed import Formats, fitted_for, graph_time, rates_of
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.flops import stage_work
 from trio_edge.trio.cost.selections import StageSizes
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 CostKind = Literal["time", "flops"]
 _USUAL = Schedule()
-_FORMATS = Formats(layer="float16", other="float16")
+_FORMATS = Formats()
 
 
 class ScheduleCost(NamedTuple):
