@@ -24,7 +24,7 @@ from parts.asking import METRIC, answers_of
 from parts.tables import markdown
 
 from trio_edge.calibration.evaluate.comparison import RunReport, compare
-from trio_edge.calibration.evaluate.report_table import per_cent
+from trio_edge.calibration.evaluate.report import per_cent
 from trio_edge.calibration.evaluate.runs import RunInfo, plan_runs
 from trio_edge.export.bundle import export_bundle
 from trio_edge.export.options import ExportOptions, ScheduleInputs

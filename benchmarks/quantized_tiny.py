@@ -21,7 +21,7 @@ from parts.asking import METRIC, answers_of
 from parts.tables import markdown
 
 from trio_edge.calibration.evaluate.comparison import RunReport, compare
-from trio_edge.calibration.evaluate.report_table import per_cent
+from trio_edge.calibration.evaluate.report import per_cent
 from trio_edge.calibration.evaluate.runs import plan_runs
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization

@@ -178,23 +178,23 @@ def score_interval(scores: Sequence[float], images: Sequence[str]) -> tuple[floa
 
 
 def paired_interval(
-    scores: Sequence[float], reference: Sequence[float], images: Sequence[str], *, seed: int = SEED
+    scores: Sequence[float], reference: Sequence[float], images: Sequence[str]
 ) -> tuple[float, float]:
     """Return the interval of mean(scores) - mean(reference), both of the same questions in the same order."""
     differences = [ours - theirs for ours, theirs in zip(scores, reference, strict=True)]
-    return bootstrap_interval(differences, images, seed=seed)
+    return bootstrap_interval(differences, images)
 
 
 def bootstrap_interval(
-    values: Sequence[float], images: Sequence[str], *, seed: int = SEED, resamples: int = RESAMPLES
+    values: Sequence[float], images: Sequence[str], *, seed: int = SEED
 ) -> tuple[float, float]:
     """Return the percentile interval of the mean of ``values``, drawing images with replacement; ``images`` has each value's."""
     sums, counts = _by_image(values, images)
     generator = np.random.default_rng(seed)
     at_once = max(1, _MAX_DRAWN // len(sums))
     means = []
-    for start in range(0, resamples, at_once):
-        drawn = generator.integers(len(sums), size=(min(at_once, resamples - start), len(sums)))
+    for start in range(0, RESAMPLES, at_once):
+        drawn = generator.integers(len(sums), size=(min(at_once, RESAMPLES - start), len(sums)))
         means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
     low, high = np.percentile(np.concatenate(means), _PERCENTILES)
     return float(low), float(high)

@@ -36,9 +36,7 @@ def baseline(name: str, *, seed: int, is_base: Callable[[], NDArray[np.bool_]]) 
         return _random(seed)
     if name == "uniform":
         return lambda _stage, entering, num_keep: evenly_spaced(len(entering), num_keep)
-    if name == "base-tile-first":
-        return lambda _stage, entering, num_keep: _base_first(is_base()[entering], num_keep)
-    raise ValueError(f"baseline: expected one of {', '.join(SELECTIONS)}, got {name!r}")
+    return lambda _stage, entering, num_keep: _base_first(is_base()[entering], num_keep)
 
 
 def evenly_spaced(count: int, num_keep: int) -> NDArray[np.int32]:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trio_edge.calibration.evaluate.workers import Task
-    from trio_edge.calibration.json_lines import ResultFile
     from trio_edge.calibration.questions import Question
     from trio_edge.runtime.bundle.manifest import Manifest
 
@@ -165,7 +164,11 @@ def answer_runs(
             with opened_results(folder / key.file_name, key, Outcome, what=_AN_OUTCOME) as (file, known):
                 done = _still_valid(known, questions)
                 for other in merge:
-                    _take_over(other / key.file_name, questions, done, file)
+                    theirs = read_results(other / key.file_name, Outcome, what=_AN_OUTCOME)
+                    for index, outcome in _still_valid(theirs, questions).items():
+                        if index not in done:
+                            file.append(outcome)
+                            done[index] = outcome
                 on_start(run, len(done))
                 tasks = [
                     (question, firsts[question.index].first_token if question.index in firsts else None)
@@ -191,15 +194,6 @@ def _still_valid(outcomes: list[Outcome], questions: Sequence[Question]) -> dict
     """Return by question the outcomes of those of ``questions`` whose image is still the same."""
     images = {question.index: question.image_id for question in questions}
     return {one.index: one for one in outcomes if images.get(one.index) == one.picture_id}
-
-
-def _take_over(path: Path, questions: Sequence[Question], done: dict[int, Outcome], file: ResultFile) -> None:
-    """Add the outcomes of another folder's file to ``done`` and to ``file``."""
-    found = _still_valid(read_results(path, Outcome, what=_AN_OUTCOME), questions)
-    for index, outcome in found.items():
-        if index not in done:
-            file.append(outcome)
-            done[index] = outcome
 
 
 def _answers(run: Run, tasks: list[Task], settings: Settings) -> Generator[Outcome | Failure, None, None]:

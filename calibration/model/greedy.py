@@ -13,9 +13,7 @@ import torch
 
 from trio_edge.calibration.model.sequence import (
     appended,
-    begin,
     logits_of,
-    no_past,
     order_of,
     run_layer,
     saliency,
@@ -26,7 +24,6 @@ from trio_edge.export.quantize.numerics import rounded_activations
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trio_edge.calibration.model.prompts import SamplePrompt
     from trio_edge.calibration.model.sequence import KeysAndValues, Sequence
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.export.quantize.scales import CacheRange
@@ -50,7 +47,7 @@ class Greedy:
 
 def greedy_answer(
     model: TorchModel,
-    prompt: SamplePrompt,
+    prompt: Sequence,
     schedule: Schedule,
     *,
     max_tokens: int,
@@ -63,7 +60,7 @@ def greedy_answer(
     layer's KV cache where it is in INT8.
     """
     stages = {stage.layer: stage.keep for stage in schedule.stages}
-    sequence = begin(model, prompt)
+    sequence = prompt
     inputs: list[Sequence] = []
     past: list[KeysAndValues] = []
     kept, rounds = [], []
@@ -75,8 +72,7 @@ def greedy_answer(
             kept.append(sequence.original_N)
             rounds.append(order.rounds)
         inputs.append(sequence)
-        nothing = no_past(model, sequence.hidden_SD)
-        rows, present = run_layer(model, sequence.hidden_SD, sequence.positions_AS, layer, past=nothing)
+        rows, present = run_layer(model, sequence.hidden_SD, sequence.positions_AS, layer)
         past.append(_as_cached(present, layer, caches))
         sequence = sequence.after(layer, rows)
     logits = [logits_of(model, sequence.hidden_SD[-1:])]

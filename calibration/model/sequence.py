@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from trio_edge.export.graphs.attention import causal_mask
+from trio_edge.export.plan import dimensions_of
 from trio_edge.trio.nms import similar_tokens
 from trio_edge.trio.selectors.interface import comes_before
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trio_edge.calibration.model.prompts import SamplePrompt
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.runtime.bundle.schedule import Positions, Schedule
 
@@ -39,6 +39,8 @@ class Sequence:
     """int64, row of each visual token that is left, ascending."""
     original_N: Tensor
     """int64, which of the image's visual tokens are left."""
+    next_position: int
+    """Position of the first answer token where positions are preserved."""
     num_answer: int = 0
     planes_ND: tuple[Tensor, ...] = ()
     """[N, D] each, DeepStack's: plane i is added to the visual rows after layer i."""
@@ -83,61 +85,38 @@ class Order(NamedTuple):
         return self.tokens_N[:num_keep].sort().values
 
 
-def begin(model: TorchModel, prompt: SamplePrompt) -> Sequence:
-    """Return the sequence of a prompt, about to enter layer 0."""
-    return Sequence(
-        hidden_SD=prompt.embeds_SD,
-        positions_AS=prompt.positions_AS,
-        visual_rows_N=prompt.visual_rows_N,
-        original_N=torch.arange(len(prompt.visual_rows_N), device=model.device),
-        planes_ND=prompt.planes_ND,
-    )
-
-
 def advanced(model: TorchModel, sequence: Sequence, layers: range) -> Sequence:
     """Return the sequence after ``layers``."""
-    nothing = no_past(model, sequence.hidden_SD)
     for layer in layers:
-        rows, _ = run_layer(model, sequence.hidden_SD, sequence.positions_AS, layer, past=nothing)
+        rows, _ = run_layer(model, sequence.hidden_SD, sequence.positions_AS, layer)
         sequence = sequence.after(layer, rows)
     return sequence
 
 
-def run_layers(
+def run_layer(
     model: TorchModel,
     hidden_SD: Tensor,
     positions_AS: Tensor,
-    layers: range,
+    layer: int,
     *,
-    past: list[KeysAndValues],
-    present: list[Tensor],
-) -> Tensor:
-    """Return the hidden states of new rows after ``layers``, as the exported layer ranges do.
+    past: KeysAndValues | None = None,
+) -> tuple[Tensor, KeysAndValues]:
+    """Return the hidden states of new rows after one layer, as the exported layer ranges do, and their keys and values.
 
-    ``past`` has keys and values of the rows before, for each layer; ``present`` receives those of the new rows, layer by layer.
+    Keys and values are [1, G, S, E]; ``past`` has those of the rows before.
     """
+    past = past or _no_past(model, hidden_SD)
     cos, sin = model.rotary(positions_AS)
-    tables = cos.to(hidden_SD.dtype), sin.to(hidden_SD.dtype)
-    num_past = past[0][0].shape[2] if past else 0
+    num_past = past[0].shape[2]
     with torch.device(model.device):
         mask = causal_mask(len(hidden_SD), num_past, torch.tensor([num_past]))
-    hidden: Any = hidden_SD[None]
-    for index, layer_past in zip(layers, past):
-        layer: Any = model.parts.layers[index]
-        hidden = layer(
-            hidden, attention_mask=mask, position_embeddings=tables, past=layer_past, present=present
-        )
-    rows: Tensor = hidden[0]
-    return rows
-
-
-def run_layer(
-    model: TorchModel, hidden_SD: Tensor, positions_AS: Tensor, layer: int, *, past: KeysAndValues
-) -> tuple[Tensor, KeysAndValues]:
-    """Return the hidden states of new rows after one layer, with the keys and values [1, G, S, E] of these rows."""
     present: list[Tensor] = []
-    rows = run_layers(model, hidden_SD, positions_AS, range(layer, layer + 1), past=[past], present=present)
-    return rows, (present[0], present[1])
+    module: Any = model.parts.layers[layer]
+    tables = cos.to(hidden_SD.dtype), sin.to(hidden_SD.dtype)
+    hidden = module(
+        hidden_SD[None], attention_mask=mask, position_embeddings=tables, past=past, present=present
+    )
+    return hidden[0], (present[0], present[1])
 
 
 def with_kept(sequence: Sequence, kept_K: Tensor, *, positions: Positions) -> Sequence:
@@ -172,13 +151,10 @@ def logits_of(model: TorchModel, rows: Tensor) -> Tensor:
     return logits
 
 
-def no_past(model: TorchModel, hidden_SD: Tensor) -> KeysAndValues:
+def _no_past(model: TorchModel, hidden_SD: Tensor) -> KeysAndValues:
     """Return keys and values of no rows."""
-    text = model.parts.text_config
-    heads = int(text.num_attention_heads)
-    groups = int(getattr(text, "num_key_value_heads", None) or heads)
-    size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    empty = hidden_SD.new_empty((1, groups, 0, size))
+    sizes = dimensions_of(model.parts)
+    empty = hidden_SD.new_empty((1, sizes.num_kv_heads, 0, sizes.head_size))
     return empty, empty
 
 

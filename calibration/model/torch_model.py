@@ -23,6 +23,7 @@ from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, canonical_na
 from trio_edge.export.checkpoints.text_files import read_text_files
 from trio_edge.export.families import check_architecture, family_of
 from trio_edge.export.graphs.rope import RotaryTables
+from trio_edge.export.plan import check_tensors
 from trio_edge.runtime.bundle.errors import BackendError, CheckpointError
 from trio_edge.runtime.prompts.tokenizer import Tokenizer
 from trio_edge.trio.saliency import ProxySaliency
@@ -30,8 +31,6 @@ from trio_edge.trio.saliency import ProxySaliency
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
@@ -117,9 +116,10 @@ def load_model(
     # real initial values would need the memory of the whole model, and time
     with FakeTensorMode(allow_non_fake_inputs=True):
         parts = family.build(checkpoint, processing=images, dtype="float32", with_features=False)
+    check_tensors(checkpoint, parts)
     dtype = _compute_type(checkpoint)
     values = _Values(checkpoint, dtype=dtype, device=place)
-    _fill(parts, values)
+    _fill(parts, values, checkpoint)
     return TorchModel(
         parts=parts,
         head=nn.Sequential(parts.final_norm, parts.lm_head),
@@ -153,17 +153,13 @@ def _device(name: str) -> torch.device:
 
 def _compute_type(checkpoint: Checkpoint) -> torch.dtype:
     """Return float32 if the model's weights fit the memory in it, else the type in which they are stored."""
-    num_bytes = sum(4 * _count(tensor) for tensor in checkpoint.tensors.values())
+    num_bytes = sum(4 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     free = 0
     if sys.platform == "linux":  # elsewhere a large model stays in its own type
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if num_bytes <= max(_MEMORY_SHARE * free, _TINY_BYTES):
         return torch.float32
     return _TYPES.get(checkpoint.tensor(EMBEDDING_NAME).dtype, torch.float32)
-
-
-def _count(tensor: SourceTensor) -> int:
-    return math.prod(tensor.shape)
 
 
 class _Values:
@@ -174,9 +170,6 @@ class _Values:
         self._dtype, self._device = dtype, device
         self._files: dict[Path, mmap.mmap] = {}
         self._tensors: dict[str, Tensor] = {}
-
-    def has(self, name: str) -> bool:
-        return name in self._checkpoint.tensors
 
     def of(self, name: str) -> Tensor:
         if name not in self._tensors:
@@ -196,35 +189,25 @@ class _Values:
         values = torch.frombuffer(
             self._files[source.file],
             dtype=_TYPES[source.dtype],
-            count=_count(source),
+            count=math.prod(source.shape),
             offset=source.offset,
         )
         return values.reshape(source.shape)
 
 
-def _fill(parts: FamilyModel, values: _Values) -> None:
+def _fill(parts: FamilyModel, values: _Values, checkpoint: Checkpoint) -> None:
     """Put values in place of the fake parameters and buffers that the modules were built with."""
     real = {}
     for name, parameter in parts.root.named_parameters():
         known = canonical_name(name)
-        if known.startswith("vision_tower.") and not values.has(known):
-            continue  # behind the last layer that is used
-        tensor = values.of(known)
-        if tensor.shape != parameter.shape:
-            raise CheckpointError(
-                f"tensor {known!r}: expected shape {list(parameter.shape)} (config.json), got {list(tensor.shape)};"
-                " configuration and weights belong to different models"
-            )
-        real[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+        if known.startswith("vision_tower.") and known not in checkpoint.tensors:
+            continue  # after the last layer that is used
+        real[id(parameter)] = nn.Parameter(values.of(known), requires_grad=False)
     for module in (*parts.root.modules(), *parts.vision.module.modules()):
         for leaf, fake in module._parameters.items():
             if fake is not None and id(fake) in real:
                 module._parameters[leaf] = real[id(fake)]
     for name, constant in parts.vision.constants.items():
-        _set_buffer(parts.vision.module, name, constant, device=values.of(EMBEDDING_NAME).device)
-
-
-def _set_buffer(module: nn.Module, name: str, constant: NDArray[np.generic], *, device: torch.device) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner: Any = module.get_submodule(path)
-    owner._buffers[leaf] = torch.from_numpy(constant).to(device)
+        path, _, leaf = name.rpartition(".")
+        owner: Any = parts.vision.module.get_submodule(path)
+        owner._buffers[leaf] = torch.from_numpy(constant).to(values.of(EMBEDDING_NAME).device)

@@ -279,8 +279,7 @@ def _find(setup: _Setup, measurements: Measurements) -> tuple[Found, Candidate]:
     )
     found = search(searching, setup.rule)
     chosen = setup.rule.choice(found.candidates, setup.space)
-    if chosen is None:
-        raise AssertionError("expected a candidate that the rule allows: it was checked before the search")
+    assert chosen is not None, "the rule was checked before the search"
     return found, chosen
 
 

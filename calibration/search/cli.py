@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +152,9 @@ def command(
         try:
             with ctrl_c_held():  # importing torch turns a Ctrl-C into errors of its own
                 from trio_edge.calibration.search.calibrate import calibrate
+                from trio_edge.calibration.search.calibration_file import CALIBRATION_NAME
                 from trio_edge.calibration.search.output import summary_of, write_calibration
+                from trio_edge.export.bundle import check_output
         except ModuleNotFoundError as error:
             raise CheckpointError(
                 f"trio-calibrate: expected its packages to be installed, got no {error.name};"
@@ -162,7 +165,10 @@ def command(
         check_plots()
         options, expected_samples = read_given(model, config, given)
         check_place(out, num_bytes=_REPORT_BYTES, error=DataError, way_out=_WAY_OUT)
-        _check_out(out, force=force)
+        check_out = partial(
+            check_output, out, force=force, what="calibration", marker=CALIBRATION_NAME, error=DataError
+        )
+        check_out()
         with _progress(check, quiet=quiet) as progress:
             calibrated = calibrate(options, work=work, samples_sha256=expected_samples, progress=progress)
             with atomic_folder(
@@ -171,7 +177,7 @@ def command(
                 error=DataError,
                 what="calibration",
                 way_out=_WAY_OUT,
-                before_rename=lambda: _check_out(out, force=force),
+                before_rename=check_out,
             ) as folder:
                 write_calibration(calibrated, folder, progress, export=not no_export)
         print(summary_of(calibrated.calibration, out, exported=not no_export))
@@ -210,18 +216,6 @@ def read_given(
         if name not in given:
             raise click.UsageError(f"expected {what}, got none; give it, or --config")
     return CalibrationOptions(**given), None
-
-
-def _check_out(out: Path, *, force: bool) -> None:
-    """Raise DataError if ``out`` exists and may not be replaced."""
-    from trio_edge.calibration.search.calibration_file import CALIBRATION_NAME
-
-    if not out.exists() and not out.is_symlink():
-        return
-    if not force:
-        raise DataError(f"{out}: expected no such folder, it exists; choose another --out or add --force")
-    if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not (out / CALIBRATION_NAME).exists()):
-        raise DataError(f"{out}: expected a calibration to replace, got something else; choose another --out")
 
 
 @contextmanager

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from trio_edge.calibration.model.prompts import SamplePrompt
     from trio_edge.calibration.model.sequence import Sequence
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.questions import Question
@@ -61,7 +60,7 @@ class MeasuredSchedule(NamedTuple):
     rounds: int
 
 
-def keep_all(model: TorchModel, prompt: SamplePrompt, *, num_tokens: int) -> KeepAll:
+def keep_all(model: TorchModel, prompt: Sequence, *, num_tokens: int) -> KeepAll:
     """Return the sample's own answer, up to ``num_tokens`` tokens, and what entered every layer."""
     answer = greedy_answer(model, prompt, Schedule(), max_tokens=num_tokens)
     return KeepAll(inputs=answer.inputs, tokens=answer.tokens, log_probs_TV=_log_probs(answer.logits_TV))

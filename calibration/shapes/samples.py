@@ -42,19 +42,12 @@ class ShapeSample:
     """Index of the one of several images that holds the answer; None where all are needed or none holds it."""
 
 
-def first_seed(count: int, seed: int) -> int:
-    """Returns the first scene seed of a held-out stream; raises ValueError where `count` or `seed` is negative."""
-    if count < 0 or seed < 0:
-        raise ValueError(f"held_out: expected count >= 0 and seed >= 0, got {count} and {seed}")
-    return HELD_OUT_OFFSET + seed * SEEDS_PER_STREAM
-
-
 def held_out(count: int, *, seed: int = 0) -> Iterator[ShapeSample]:
     """Yields `count` samples, every kind equally often (up to one), about two questions per image.
 
-    Two streams, by `seed`, share no image. Raises ValueError where `count` or `seed` is negative.
+    Two streams, by `seed`, share no image.
     """
-    given, scene_seed = 0, first_seed(count, seed)
+    given, scene_seed = 0, HELD_OUT_OFFSET + seed * SEEDS_PER_STREAM
     while given < count:
         wanted = [KINDS[(given + i) % len(KINDS)] for i in range(min(QUESTIONS_PER_PICTURE, count - given))]
         for sample in samples_of(make_scene(scene_seed), wanted):

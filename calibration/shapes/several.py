@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trio_edge.calibration.shapes.questions import COUNT_WORDS, color_noun_of, group_of, matches, noun_of
-from trio_edge.calibration.shapes.samples import ShapeSample, first_seed
+from trio_edge.calibration.shapes.samples import HELD_OUT_OFFSET, SEEDS_PER_STREAM, ShapeSample
 from trio_edge.calibration.shapes.scene import (
     CANVASES,
     COLOR_NAMES,
@@ -92,7 +92,7 @@ def ask_several(scenes: tuple[Scene, ...], kind: str, rng: random.Random) -> Ask
 
 def held_out_several(count: int, *, seed: int = 0) -> Iterator[ShapeSample]:
     """Yields `count` samples as `held_out` does, every kind equally often (up to one), one question per set of images."""
-    given, scene_seed = 0, first_seed(count, seed)
+    given, scene_seed = 0, HELD_OUT_OFFSET + seed * SEEDS_PER_STREAM
     while given < count:
         sample = sample_of(scene_seed, SEVERAL_KINDS[given % len(SEVERAL_KINDS)])
         scene_seed += 1

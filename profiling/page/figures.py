@@ -235,9 +235,9 @@ def _draw_bar(drawn: Drawing, row: int, bar: Bar, styles: Mapping[str, str], *, 
     drawn.axes.text(0, row - 0.33, f"{bar.label}: {short(end)} {unit}")
 
 
-def curves(series: Sequence[Curve], *, title: str, note: str, x_label: str, y_label: str = "ms") -> Plot:
-    """Return values over something, one curve for each of ``series``."""
-    with canvas(title, x_label=x_label, y_label=y_label) as drawn:
+def curves(series: Sequence[Curve], *, title: str, note: str, x_label: str) -> Plot:
+    """Return milliseconds over something, one curve for each of ``series``."""
+    with canvas(title, x_label=x_label, y_label="ms") as drawn:
         for index, one in enumerate(series):
             draw_curve(drawn, one, colour(index))
         drawn.axes.set_xlim(left=0)

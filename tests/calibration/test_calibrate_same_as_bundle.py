@@ -16,7 +16,7 @@ from tests.qwen_checkpoints import REDUCED as DEEPSTACK_STAGES
 from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
-from trio_edge.calibration.model.sequence import Sequence, advanced, begin, order_of
+from trio_edge.calibration.model.sequence import Sequence, advanced, order_of
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.questions import read_questions
 from trio_edge.calibration.search.measuring import KeepAll, keep_all, measure
@@ -70,6 +70,7 @@ def crowd() -> Crowd:
         positions_AS=torch.arange(130, dtype=torch.int32)[None],
         visual_rows_N=torch.arange(4, 124),
         original_N=torch.arange(120),
+        next_position=130,
     )
     return Crowd(sequence, features, torch.rand(120, generator=generator))
 
@@ -135,7 +136,7 @@ def test_answer_tokens_behind_the_prompt_see_what_decoding_sees(
     prompt = make_prompt(model, questions[0])
     decoded = greedy_answer(model, prompt, schedule, max_tokens=4)
     assert len(decoded.tokens) > 1
-    sequence = begin(model, prompt)
+    sequence = prompt
     for place, token in enumerate(decoded.tokens[:-1]):
         row = model.embedding_VD[token][None]
         sequence = sequence.with_answer_row(row, position=prompt.next_position + place)

@@ -19,7 +19,7 @@ from tests.checkpoints import save_checkpoint
 from tests.decode_logits import record_logits
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
-from trio_edge.calibration.model.sequence import begin, no_past, run_layers
+from trio_edge.calibration.model.sequence import run_layer
 from trio_edge.calibration.model.torch_model import TorchModel, load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization, smoothing_of
 from trio_edge.calibration.quantize.collecting import (
@@ -83,7 +83,7 @@ def test_layers_behind_a_stage_are_listened_to_with_fewer_tokens_and_the_head_wh
     *rows, head_rows = [
         len(section[0].all_rows()) - 1 for section in found
     ]  # the last one holds the largest values
-    new_tokens = rows[0] - len(prompt.embeds_SD)
+    new_tokens = rows[0] - len(prompt.hidden_SD)
     assert new_tokens == 2
     assert rows[1:] == [rows[0] - len(prompt.visual_rows_N) + 5] * 2
     assert head_rows == 1 + new_tokens  # neither the prompt's other rows nor the probe's
@@ -225,11 +225,10 @@ def test_ranges_are_of_rotated_keys_and_of_values(checkpoint: Path, questions: l
     handle.remove()
     assert found[1].range_of(None).value == pytest.approx(max(float(rows.abs().max()) for rows in values))
     with torch.inference_mode():
-        sequence = begin(model, make_prompt(model, questions[0]))
-        rows, present = sequence.hidden_SD, list[torch.Tensor]()
-        run_layers(model, rows, sequence.positions_AS, range(1), past=[no_past(model, rows)], present=present)
+        sequence = make_prompt(model, questions[0])
+        _, present = run_layer(model, sequence.hidden_SD, sequence.positions_AS, 0)
     prompt_alone = CachedRows()
-    prompt_alone.add(present[0], present[1])
+    prompt_alone.add(*present)
     assert found[0].range_of(None).key >= prompt_alone.range_of(None).key > 0.0
 
 
