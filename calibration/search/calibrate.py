@@ -36,8 +36,7 @@ from trio_edge.calibration.search.calibration_file import (
 from trio_edge.calibration.search.held_out import accuracy, fidelity
 from trio_edge.calibration.search.measuring import Measurements, RecordKey, opened_record
 from trio_edge.calibration.search.samples import read_samples, split_samples
-from trio_edge.calibration.search.schedules.candidates import Searching
-from trio_edge.calibration.search.schedules.search import search
+from trio_edge.calibration.search.schedules.search import SearchProgress, Setup, search
 from trio_edge.calibration.search.schedules.selection_rule import DEFAULT_MAX_KL, SelectionRule
 from trio_edge.calibration.search.schedules.space import (
     average_keep,
@@ -54,32 +53,16 @@ from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.devices import find_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from trio_edge.calibration.model.prompts import SampleShape
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.quantize.report import QuantizationReport
     from trio_edge.calibration.questions import Question
-    from trio_edge.calibration.search.bundle_shape import BundleShape
     from trio_edge.calibration.search.calibration_file import CalibrationOptions, Fidelity
-    from trio_edge.calibration.search.samples import Split
-    from trio_edge.calibration.search.schedules.candidates import Candidate, Found
-    from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost
-    from trio_edge.calibration.search.schedules.space import Space
     from trio_edge.export.quantize.plan import QuantizePlan
 
 _PACKAGES = ("trio-edge", "torch", "transformers", "numpy", "pillow", "tokenizers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchProgress:
-    """Callbacks for a progress display."""
-
-    step: Callable[[str, int], None] = lambda _text, _samples: None
-    """Called with what begins and how many samples it has."""
-    sample: Callable[[], None] = lambda: None
-    warn: Callable[[str], None] = lambda _text: None
-    """Called with one line that the user should read; the calibration goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +78,7 @@ def calibrate(
     *,
     work: Path | None = None,
     samples_sha256: str | None = None,
-    progress: SearchProgress = SearchProgress(),
+    progress: SearchProgress,
 ) -> Calibrated:
     """Return the calibration that ``options`` describe; a warning tells of samples with another digest than ``samples_sha256``.
 
@@ -110,7 +93,9 @@ def calibrate(
     setup = _set_up(options, samples_sha256, progress)
     split = setup.split
     with _measurements(setup, work) as measurements:
-        found, chosen = _find(setup, measurements)
+        found = search(setup, measurements)
+        chosen = setup.rule.choice(found.candidates, setup.space)
+        assert chosen is not None, "the rule was checked before the search"
         schedule, usual = chosen.schedule, _usual(setup, chosen.schedule)
         points = _points(setup, measurements, [*(one.schedule for one in found.front), schedule, *usual])
         rounds = measurements.most_rounds(schedule)
@@ -153,25 +138,7 @@ def calibrate(
     return Calibrated(calibration=calibration, scales=quantized.scales)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Setup:
-    """Everything that is known before a schedule is measured."""
-
-    options: CalibrationOptions
-    plan: QuantizePlan
-    split: Split
-    digest: str
-    model: TorchModel
-    samples: list[SampleShape]
-    shape: BundleShape
-    space: Space
-    cost: PrefillCost
-    rule: SelectionRule
-    kind: CostKind
-    progress: SearchProgress
-
-
-def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: SearchProgress) -> _Setup:
+def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: SearchProgress) -> Setup:
     plan = _checked_plan(options)
     progress.step("reading the samples", 0)
     questions = read_samples(options.samples, prompt=options.prompt, count=options.count, seed=options.seed)
@@ -197,7 +164,7 @@ def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: S
     )
     cost, rule = prefill_cost(model, shape, samples, target=options.target), rule_of(options)
     rule.check(space, cost)
-    setup = _Setup(
+    setup = Setup(
         options=options,
         plan=plan,
         split=split,
@@ -226,7 +193,7 @@ def _checked_plan(options: CalibrationOptions) -> QuantizePlan:
     return plan
 
 
-def _warn_before_measuring(setup: _Setup) -> None:
+def _warn_before_measuring(setup: Setup) -> None:
     if setup.kind == "flops" and setup.options.cost == "auto":
         setup.progress.warn(
             f"no schedule is predicted to be faster than keep-all on {setup.cost.target.name}: what a selection"
@@ -241,7 +208,7 @@ def _warn_before_measuring(setup: _Setup) -> None:
 
 
 @contextmanager
-def _measurements(setup: _Setup, work: Path | None) -> Iterator[Measurements]:
+def _measurements(setup: Setup, work: Path | None) -> Iterator[Measurements]:
     """Yield measurements that the work folder keeps, or a temporary one."""
     key = RecordKey(
         model=setup.options.model,
@@ -263,34 +230,14 @@ def _measurements(setup: _Setup, work: Path | None) -> Iterator[Measurements]:
         )
 
 
-def _find(setup: _Setup, measurements: Measurements) -> tuple[Found, Candidate]:
-    """Return everything that the search found, and the candidate that the rule chooses."""
-    questions, step = setup.split.search, setup.progress.step
-    searching = Searching(
-        space=setup.space,
-        measurements=measurements,
-        questions=questions,
-        cost=setup.cost,
-        kind=setup.kind,
-        positions=setup.model.positions,
-        thresholds=setup.options.nms_thresholds,
-        evaluations=setup.options.evaluations,
-        on_step=lambda text: step(text, len(questions)),
-    )
-    found = search(searching, setup.rule)
-    chosen = setup.rule.choice(found.candidates, setup.space)
-    assert chosen is not None, "the rule was checked before the search"
-    return found, chosen
-
-
-def _usual(setup: _Setup, schedule: Schedule) -> list[Schedule]:
+def _usual(setup: Setup, schedule: Schedule) -> list[Schedule]:
     """Return ``trio-export``'s schedule of the same average keep, if it makes one, with its own settings."""
     defaults = Schedule(positions=setup.model.positions[0])
     return usual_schedules(setup.space, defaults, [average_keep(stages_of(schedule), setup.space)])
 
 
 def _points(
-    setup: _Setup, measurements: Measurements, schedules: list[Schedule]
+    setup: Setup, measurements: Measurements, schedules: list[Schedule]
 ) -> dict[Schedule, FrontPoint]:
     """Return the figures of schedules on both parts of the samples."""
     split, schedules = setup.split, list(dict.fromkeys(schedules))
@@ -323,7 +270,7 @@ class _Quantized:
     """Most that an NMS took on a held-out sample."""
 
 
-def _quantize(setup: _Setup, schedule: Schedule) -> _Quantized:
+def _quantize(setup: Setup, schedule: Schedule) -> _Quantized:
     split, progress = setup.split, setup.progress
     found = calibrate_quantization(
         setup.model,
@@ -405,7 +352,7 @@ def _weights_digest(model: TorchModel) -> str:
     return digest.hexdigest()
 
 
-def _data(setup: _Setup) -> CalibrationData:
+def _data(setup: Setup) -> CalibrationData:
     questions = [*setup.split.search, *setup.split.held_out]
     visual = [sample.sizes["N"] for sample in setup.samples]
     text = [sample.num_text for sample in setup.samples]

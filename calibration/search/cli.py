@@ -20,8 +20,8 @@ from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from trio_edge.calibration.search.calibrate import SearchProgress
     from trio_edge.calibration.search.calibration_file import CalibrationOptions
+    from trio_edge.calibration.search.schedules.search import SearchProgress
 
 PATH = click.Path(path_type=Path)
 _REPORT_BYTES = 16 << 20
@@ -221,7 +221,7 @@ def read_given(
 @contextmanager
 def _progress(check: Callable[[], None], *, quiet: bool) -> Iterator[SearchProgress]:
     """Yield callbacks that show a bar for each step; they notice a Ctrl-C that was lost."""
-    from trio_edge.calibration.search.calibrate import SearchProgress
+    from trio_edge.calibration.search.schedules.search import SearchProgress
 
     console = Console(stderr=True, quiet=quiet)
     columns = (

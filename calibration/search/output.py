@@ -13,8 +13,9 @@ from trio_edge.export.quantize.plan import parse_plan
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trio_edge.calibration.search.calibrate import Calibrated, SearchProgress
+    from trio_edge.calibration.search.calibrate import Calibrated
     from trio_edge.calibration.search.calibration_file import Calibration
+    from trio_edge.calibration.search.schedules.search import SearchProgress
 
 
 def write_calibration(

@@ -29,6 +29,7 @@ class RunQuestion:
     image: Path | Image.Image | None
     prompt: str
     new_tokens: int
+    image_words: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -106,7 +106,6 @@ class Measurement:
     """Everything that was measured."""
 
     question: RunQuestion
-    image: str
     backend_name: str
     clock: str
     """The clock that graphs were timed with, in words."""
@@ -116,13 +115,6 @@ class Measurement:
     sensors: tuple[str, ...]
     missing: tuple[str, ...]
     stopped: str
-
-
-class _Asked(NamedTuple):
-    """The question of all bundles, and its image in words."""
-
-    question: RunQuestion
-    image: str
 
 
 def measure(options: MeasureOptions, *, on_step: Callable[[str], None] = lambda _step: None) -> Measurement:
@@ -140,15 +132,14 @@ def measure(options: MeasureOptions, *, on_step: Callable[[str], None] = lambda 
         on_step("measuring what the machine reaches")
         # Before any bundle is loaded, so that the product has the memory and the caches for itself.
         ceilings = _ceilings(options, missing)
-        measured, asked = _first_answers(options, stack, num_new=num_new, on_step=on_step)
-        stopped = _rounds(measured, asked.question, options, on_step)
-        _further_rounds(measured, asked.question, options, on_step)
+        measured, question = _first_answers(options, stack, num_new=num_new, on_step=on_step)
+        stopped = _rounds(measured, question, options, on_step)
+        _further_rounds(measured, question, options, on_step)
     # The bundles are closed now: what follows loads each of them again, and there may be room for one only.
     for one in measured:
-        _runs_of_its_own(one, asked.question, options, on_step)
+        _runs_of_its_own(one, question, options, on_step)
     return Measurement(
-        question=asked.question,
-        image=asked.image,
+        question=question,
         backend_name=measured[0].loaded.pipeline.backend_name,
         clock="the host" if measured[0].memory.device_free is None else "events of the GPU",
         measured=tuple(measured),
@@ -185,10 +176,10 @@ def _ceilings(options: MeasureOptions, missing: list[str]) -> Ceilings | None:
 
 def _first_answers(
     options: MeasureOptions, stack: ExitStack, *, num_new: int, on_step: Callable[[str], None]
-) -> tuple[list[MeasuredBundle], _Asked]:
+) -> tuple[list[MeasuredBundle], RunQuestion]:
     """Load each bundle and let it answer before the next one is loaded, so that the memory they add is its own."""
     measured: list[MeasuredBundle] = []
-    asked = None
+    question = None
     for folder in options.bundles:
         on_step(f"loading {folder}")
         memory = MeasuredMemory(before=resident_bytes())
@@ -197,14 +188,14 @@ def _first_answers(
         stack.callback(loaded.close)
         memory.loaded = resident_bytes()
         memory.planned = dict(loaded.recording.memory)
-        asked = asked or _asked(options, loaded, num_new=num_new)
-        first = _warm_up(loaded, memory, asked.question, options)
+        question = question or _question(options, loaded, num_new=num_new)
+        first = _warm_up(loaded, memory, question, options)
         measured.append(MeasuredBundle(loaded=loaded, memory=memory, first=first))
-    assert asked is not None  # there is at least one bundle
-    return measured, asked
+    assert question is not None  # there is at least one bundle
+    return measured, question
 
 
-def _asked(options: MeasureOptions, loaded: LoadedBundle, *, num_new: int) -> _Asked:
+def _question(options: MeasureOptions, loaded: LoadedBundle, *, num_new: int) -> RunQuestion:
     image: Path | Image.Image
     if options.image is not None:
         image, text = options.image, options.image.name
@@ -212,7 +203,7 @@ def _asked(options: MeasureOptions, loaded: LoadedBundle, *, num_new: int) -> _A
         size = measured_sizes(loaded.pipeline)[0]
         image, text = random_image(size), f"{size.width}x{size.height} random pixels"
     prompt = PROMPT if options.prompt is None else options.prompt
-    return _Asked(RunQuestion(image=image, prompt=prompt, new_tokens=num_new), text)
+    return RunQuestion(image=image, prompt=prompt, new_tokens=num_new, image_words=text)
 
 
 def _warm_up(

@@ -10,13 +10,11 @@ import msgspec
 from trio_edge.profiling.statistics import bootstrap_interval
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
-    from trio_edge.calibration.questions import Question
-    from trio_edge.calibration.search.measuring import MeasuredSchedule, Measurements
-    from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost, ScheduleCost
-    from trio_edge.calibration.search.schedules.space import Space
-    from trio_edge.runtime.bundle.schedule import Positions, Schedule
+    from trio_edge.calibration.search.measuring import MeasuredSchedule
+    from trio_edge.calibration.search.schedules.prefill_cost import CostKind, ScheduleCost
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 
 class Tried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -83,22 +81,6 @@ class Found:
     def front(self) -> list[Candidate]:
         """Cheapest first."""
         return pareto_front(self.candidates, key=lambda candidate: candidate.point)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Searching:
-    """Everything that a search works with."""
-
-    space: Space
-    measurements: Measurements
-    questions: Sequence[Question]
-    cost: PrefillCost
-    kind: CostKind
-    positions: Sequence[Positions]
-    thresholds: Sequence[float]
-    evaluations: int
-    on_step: Callable[[str], None]
-    """Called with what begins; every step asks for all samples once."""
 
 
 Point = TypeVar("Point")
