@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from trio_edge.calibration.questions import Question
-    from trio_edge.runtime.sampling import FirstToken
+    from trio_edge.runtime.model.sampling import FirstToken
 
     Task = tuple[Question, FirstToken | None]
     """A question, with keep-all's first token where there is one."""
