@@ -133,7 +133,7 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(report: dict[str, A
         calibrate(options, work=tmp_path, progress=SearchProgress(sample=stop))
     done = record.read_bytes()
     record.write_bytes(done + b'{"type":"sched')  # a kill in the middle of a line
-    again = calibrate(options, work=tmp_path).calibration
+    again = calibrate(options, work=tmp_path, progress=SearchProgress()).calibration
     assert json.loads(json_of(again)) == report
     lines = record.read_bytes()
     assert lines.startswith(done)
