@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.bundles import export
-from trio_edge.calibration.evaluate.answering import Answerer, Asking, Outcome, Task
+from trio_edge.calibration.evaluate.answering import Answerer, Asking, Outcome
 from trio_edge.calibration.questions import questions_of
 from trio_edge.calibration.shapes.samples import held_out
 from trio_edge.runtime.pipeline import Pipeline
@@ -44,7 +44,7 @@ def reduced() -> Iterator[Pipeline]:
 
 def outcomes(pipeline: Pipeline, samples: Iterable[ShapeSample]) -> list[Outcome]:
     answerer = Answerer(Asking(bundle=Path()), pipeline)
-    answers = [answerer.answer(Task(question)) for question in questions_of(samples)]
+    answers = [answerer.answer(question) for question in questions_of(samples)]
     return [answer for answer in answers if isinstance(answer, Outcome)]
 
 
