@@ -166,5 +166,5 @@ def _named(given: str) -> tuple[str, Path]:
 def _announce(app: Starlette, listener: socket) -> None:
     host, port, *_ = listener.getsockname()
     shown = f"[{host}]" if ":" in host else host
-    names = [f"{worker.name} ({worker.pipeline.backend_name})" for worker in app.state.workers.values()]
+    names = [f"{worker.name} ({worker.backend_name})" for worker in app.state.workers.values()]
     print(f"trio-serve: http://{shown}:{port}/v1 answers with {', '.join(names)}", file=sys.stderr)

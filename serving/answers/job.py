@@ -5,34 +5,33 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, final
+
+import msgspec
+
+from trio_edge.serving.requests.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from trio_edge.runtime.pipeline import Generation
     from trio_edge.serving.requests.content import Prompt
-    from trio_edge.serving.requests.errors import RequestError
     from trio_edge.serving.requests.protocol import ChatRequest
 
 
-@dataclass(frozen=True, slots=True)
-class NewText:
+class NewText(msgspec.Struct, frozen=True, tag=True):
     """More text of the answer."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(msgspec.Struct, frozen=True, tag=True):
     """The report on the kept tokens."""
 
     report: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True, tag=True):
     """The end of an answer."""
 
     reason: str
@@ -40,8 +39,7 @@ class Finished:
     usage: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True, tag=True):
     """The end of an answer that went wrong."""
 
     error: RequestError
