@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -114,6 +115,7 @@ def command(
     from trio_edge.serving.server import BundleServer, is_loopback, listen, serve
 
     limits = ServerSettings(**settings)
+    _check_settings(limits)
     loading = {"backend": backend, "threads": threads, "cpu_accuracy": cpu_accuracy}
     models = _models(bundles, {**loading, "keep_images": keep_images})
     app = make_app(models, limits)
@@ -139,6 +141,17 @@ def _check_installed() -> None:
         raise BackendError(
             f'server: expected {error.name}, found none; run pip install "trio-edge[serve]"'
         ) from None
+
+
+def _check_settings(limits: ServerSettings) -> None:
+    key = limits.api_key or ""
+    if not key.isascii() or any(character <= " " for character in key):
+        raise click.UsageError("--api-key: expected ASCII without spaces, got another; headers carry no more")
+    for domain in limits.allowed_media_domains:
+        if urlsplit(f"//{domain}").netloc != domain or "@" in domain:
+            raise click.UsageError(
+                f"--allowed-media-domains: expected a host such as images.example, got {domain!r:.80}"
+            )
 
 
 def _models(bundles: Sequence[str], loading: dict[str, Any]) -> dict[str, Callable[[], Pipeline]]:

@@ -159,8 +159,8 @@ class Worker:
         with pipeline:
             constraints = Constraints(pipeline)
             self.loaded.set_result(pipeline)
-            while (job := self._next()) is not None:
-                self._serve(pipeline, constraints, job)
+            while self._serve_next(pipeline, constraints):
+                pass
 
     def _next(self) -> AnswerJob | None:
         """Return the next job, or None at the end."""
@@ -171,6 +171,14 @@ class Worker:
             self._running, self._running_since = self._waiting.popleft(), time.perf_counter()
             self._note_load()
             return self._running
+
+    def _serve_next(self, pipeline: Pipeline, constraints: Constraints) -> bool:
+        """Answer one request; return whether there may be another. It holds no job, and no images, while it waits."""
+        job = self._next()
+        if job is None:
+            return False
+        self._serve(pipeline, constraints, job)
+        return True
 
     def _serve(self, pipeline: Pipeline, constraints: Constraints, job: AnswerJob) -> None:
         start = time.perf_counter()

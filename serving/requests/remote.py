@@ -25,7 +25,6 @@ MOST_REDIRECTS = 3
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CHUNK = 1 << 16
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class _Place(NamedTuple):
@@ -78,7 +77,10 @@ class RemoteMedia:
             try:
                 with _response(place, self._address(place, where=where), deadline=deadline) as response:
                     if response.status not in _REDIRECTS:
-                        return self._read(response, where=where)
+                        data = self._read(response, where=where)
+                        if time.monotonic() >= deadline:  # what was cut may look whole
+                            raise TimeoutError
+                        return data
                     url = urljoin(url, response.headers.get("location", ""))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 raise _refused(
@@ -118,6 +120,8 @@ class RemoteMedia:
             if size > self._max_bytes:
                 raise _refused(where, f"at most {self._max_bytes} bytes", "more", code="media_too_large")
             chunks.append(chunk)
+        if response.length:
+            raise http.client.IncompleteRead(b"", response.length)
         return b"".join(chunks)
 
 
@@ -126,8 +130,6 @@ def is_global(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in _NAT64:
-            inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
         if not all(_is_public(v4) for v4 in inner if v4 is not None):
             return False
         if ip.ipv4_mapped is not None:
@@ -158,8 +160,8 @@ def _response(place: _Place, address: str, *, deadline: float) -> Iterator[http.
         connection = http.client.HTTPConnection(place.host, place.port)
         connection.sock = _secured(raw, place.host) if place.scheme == "https" else raw
         connection.request("GET", place.target, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
-        with contextlib.closing(connection):
-            yield connection.getresponse()
+        with contextlib.closing(connection), connection.getresponse() as response:
+            yield response
     finally:
         cut.cancel()
         raw.close()
