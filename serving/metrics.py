@@ -39,6 +39,7 @@ class Metrics:
         self._new = Counter("trio_completion_tokens", "Tokens of answers", by_model, registry=registry)
         self._waiting = Gauge("trio_waiting_requests", "Requests that wait", by_model, registry=registry)
         self._running = Gauge("trio_running_requests", "Answers that run", by_model, registry=registry)
+        self._replicas = Gauge("trio_replicas", "Replicas that run", by_model, registry=registry)
         self._queue = self._seconds("trio_queue_seconds", "Wait before an answer starts")
         self._ttft = self._seconds("trio_first_token_seconds", "From an answer's start to its first token")
         self._decode = self._seconds("trio_decode_seconds", "All tokens of an answer after the first")
@@ -54,6 +55,10 @@ class Metrics:
         """Note the requests of a model at this moment."""
         self._waiting.labels(model).set(waiting)
         self._running.labels(model).set(running)
+
+    def set_replicas(self, model: str, count: int) -> None:
+        """Note how many replicas of a model run."""
+        self._replicas.labels(model).set(count)
 
     def count_answer(self, model: str, usage: dict[str, Any], *, is_cancelled: bool) -> None:
         """Count an answer that ended, by its usage."""

@@ -58,12 +58,15 @@ class AnswerJob:
         self.generation: Generation | None = None
         """Set by the worker while the answer runs."""
         self.is_cancelled = False
+        self.has_ended = False
+        """Whether the last event was handed over."""
         self.submitted = time.perf_counter()
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
 
     def emit(self, event: Event | None) -> None:
         """Hand an event over; None if nothing more comes. Any thread may call it."""
+        self.has_ended = self.has_ended or event is None or isinstance(event, (Finished, Failed))
         with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 

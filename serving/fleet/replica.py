@@ -14,7 +14,7 @@ from trio_edge.serving.answers.worker import Worker
 from trio_edge.serving.fleet.wire import packed_event, unpacked_request
 from trio_edge.serving.metrics import Metrics
 from trio_edge.serving.requests.content import Prompt
-from trio_edge.serving.requests.errors import request_error_from
+from trio_edge.serving.requests.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -59,9 +59,11 @@ class Replica:
         """Yield ``TURN_HAS_COME``, then the events of an answer; Ray Serve closes it when the client goes away."""
         yield TURN_HAS_COME
         try:
-            job = await asyncio.to_thread(self._submitted, request, asyncio.get_running_loop())
-        except Exception as error:
-            yield packed_event(Failed(request_error_from(error)))
+            chat, messages = unpacked_request(request)
+            job = AnswerJob(chat, await asyncio.to_thread(Prompt, messages))
+            self._worker.submit(job)
+        except RequestError as error:
+            yield packed_event(Failed(error))
             return
         try:
             async for event in job.events():
