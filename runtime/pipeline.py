@@ -22,9 +22,19 @@ from trio_edge.runtime.bundle.embedding import EmbeddingTable
 from trio_edge.runtime.bundle.errors import BackendError, BundleError, PromptTooLongError, ShapeError
 from trio_edge.runtime.bundle.graph_io import bucket_of
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
-from trio_edge.runtime.decoder import Decoder, DecoderPrompt
 from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.images.reading import load_common_formats, open_image
+from trio_edge.runtime.model.decoder import Decoder
+from trio_edge.runtime.model.decoder_prompt import DecoderPrompt
+from trio_edge.runtime.model.sampling import (
+    AnswerRules,
+    Sampler,
+    TokenChooser,
+    is_whole,
+    make_sampler,
+    with_overrides,
+)
+from trio_edge.runtime.model.vision import Vision
 from trio_edge.runtime.prompts.chat import build_messages, compile_template
 from trio_edge.runtime.prompts.clip_text import ClipTexts
 from trio_edge.runtime.prompts.positions import (
@@ -35,17 +45,8 @@ from trio_edge.runtime.prompts.positions import (
 )
 from trio_edge.runtime.prompts.question import check_messages, last_question, prompt_ids, visual_parts
 from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, Inset, PromptIds, Tokenizer
-from trio_edge.runtime.sampling import (
-    AnswerRules,
-    Sampler,
-    TokenChooser,
-    is_whole,
-    make_sampler,
-    with_overrides,
-)
 from trio_edge.runtime.videos.interface import video_processing
 from trio_edge.runtime.videos.reading import open_video
-from trio_edge.runtime.vision import Vision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,12 +58,12 @@ if TYPE_CHECKING:
     from trio_edge.runtime.backends.interface import Backend, CpuAccuracy
     from trio_edge.runtime.bundle.generation import GenerationSettings
     from trio_edge.runtime.bundle.manifest import Manifest
-    from trio_edge.runtime.decoder import SelectorOverride
     from trio_edge.runtime.images.layout import ImageLayout
     from trio_edge.runtime.images.reading import ImageSource
+    from trio_edge.runtime.model.host_selection import SelectorOverride
+    from trio_edge.runtime.model.sampling import TokenConstraint
+    from trio_edge.runtime.model.vision import PreparedImage, VisualInput
     from trio_edge.runtime.prompts.chat import Message
-    from trio_edge.runtime.sampling import TokenConstraint
-    from trio_edge.runtime.vision import PreparedImage, VisualInput
 
 MOST_KEPT_IMAGES = 64
 

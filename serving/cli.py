@@ -256,3 +256,7 @@ def _announce(app: Starlette, listener: socket) -> None:
     shown = f"[{host}]" if ":" in host else host
     names = [f"{worker.name} ({worker.backend_name})" for worker in app.state.workers.values()]
     print(f"trio-serve: http://{shown}:{port}/v1 answers with {', '.join(names)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

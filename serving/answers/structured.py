@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from trio_edge.runtime.model.sampling import TokenConstraint
     from trio_edge.runtime.pipeline import Pipeline
-    from trio_edge.runtime.sampling import TokenConstraint
     from trio_edge.serving.requests.protocol import ChatRequest
 
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
