@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import re
+import socket
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ _BACKOFF_S = (
     0.005,
     0.02,
 )  # between looks for a free replica; Ray's own choice, up to 0.5 s, leaves replicas idle
+_REACH_S = 5.0
 _MOST_STARTS = 3  # of one replica, after which its deployment has failed
 
 
@@ -69,6 +71,8 @@ def ray_running(fleet: FleetSettings, *, cpus: float) -> Iterator[None]:
         ShapeError: If this machine is too small for the replicas.
     """
     ray, serve = _imported(is_local=fleet.ray_address is None)
+    if fleet.ray_address not in (None, "auto"):
+        _check_reachable(fleet.ray_address)
     own: dict[str, Any] = {"object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
     try:
         with _quiet():
@@ -78,14 +82,12 @@ def ray_running(fleet: FleetSettings, *, cpus: float) -> Iterator[None]:
         raise BackendError(f"Ray: expected a cluster, got: {str(error)[:300]}") from None
     try:
         if fleet.ray_address is None:
-            _check_room(ray.cluster_resources(), fleet, cpus=cpus)
+            check_room(ray.cluster_resources(), fleet, cpus=cpus)
         with _quiet():
             serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
         yield
     finally:
-        if fleet.ray_address is None:
-            serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # ends all of Ray if it was started here
 
 
 def _imported(*, is_local: bool) -> tuple[Any, Any]:
@@ -105,6 +107,17 @@ def _imported(*, is_local: bool) -> tuple[Any, Any]:
     return ray, serve
 
 
+def _check_reachable(address: str) -> None:
+    """Refuse an address where nothing listens: Ray would try again for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise BackendError(
+            f"--ray-address: expected HOST:PORT of a cluster, got {address!r:.80} ({error}); see: ray status"
+        ) from None
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Ray Serve's remarks off the terminal; its files have them."""
@@ -116,7 +129,17 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
 
 
-def _check_room(room: Mapping[str, float], fleet: FleetSettings, *, cpus: float) -> None:
+def check_room(room: Mapping[str, float], fleet: FleetSettings, *, cpus: float) -> None:
+    """Refuse more replicas than a cluster of fixed size has room for: Ray would wait for more machines.
+
+    Args:
+        room: CPUs and GPUs of the cluster, by Ray's names.
+        fleet: What is to run there.
+        cpus: Of a replica of each model together.
+
+    Raises:
+        ShapeError: If they do not fit.
+    """
     for name, each in (("CPU", cpus), ("GPU", fleet.gpus)):
         if each * fleet.max_replicas > room.get(name, 0.0):
             raise ShapeError(

@@ -89,8 +89,8 @@ class FleetWorker:
 
     @property
     def backend_name(self) -> str:
-        """The backend and the replicas; raises ``RequestError`` if no replica has been loaded."""
-        return f"{self._description()[0]}, {self._num_replicas} replicas"
+        """The backend that runs the graphs; raises ``RequestError`` if no replica has been loaded."""
+        return self._description()[0]
 
     def _description(self) -> tuple[str, Manifest]:
         if not self._is_loaded:
