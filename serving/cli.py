@@ -27,18 +27,16 @@ if TYPE_CHECKING:
 _DEFAULT = ServerSettings()
 
 
-class _ReplicaRange(click.ParamType):
-    """``3``, or ``1-4``."""
-
-    name = "N|MIN-MAX"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        found = re.fullmatch(r"([1-9]\d{0,3})(?:-([1-9]\d{0,3}))?", str(value), re.ASCII)
-        if found is None or int(found[2] or found[1]) < int(found[1]):
-            self.fail(f"expected a number, or two as 1-4, got {value!r}", param, ctx)
-        return int(found[1]), int(found[2] or found[1])
+def _replica_range(
+    _context: click.Context, _option: click.Parameter, given: str | None
+) -> tuple[int, int] | None:
+    """Return the least and the most replicas of ``3`` or ``1-4``."""
+    if given is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,3})(?:-([1-9]\d{0,3}))?", given, re.ASCII)
+    if found is None or int(found[2] or found[1]) < int(found[1]):
+        raise click.BadParameter(f"expected a number, or two as 1-4, got {given[:40]!r}")
+    return int(found[1]), int(found[2] or found[1])
 
 
 @click.command("trio-serve", context_settings={"help_option_names": ["-h", "--help"]})
@@ -111,7 +109,8 @@ class _ReplicaRange(click.ParamType):
 )
 @click.option(
     "--replicas",
-    type=_ReplicaRange(),
+    metavar="N|MIN-MAX",
+    callback=_replica_range,
     help="Processes with a pipeline of their own for each BUNDLE, with Ray Serve; MIN-MAX for as many as the load asks for.",
 )
 @click.option(

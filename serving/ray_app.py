@@ -89,7 +89,7 @@ def _front(names: list[str], settings: ServerSettings) -> Starlette:
     workers = {
         name: FleetWorker(
             name,
-            partial(serve.get_deployment_handle, deployment_name(name), app),
+            serve.get_deployment_handle(deployment_name(name), app),
             partial(status, app, name),
             settings=settings,
             metrics=metrics,

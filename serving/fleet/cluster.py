@@ -229,7 +229,7 @@ def deployed(
         yield {
             name: FleetWorker(
                 name,
-                lambda handle=handle: handle,
+                handle,
                 partial(status, apps[name], name),
                 settings=settings,
                 metrics=metrics,

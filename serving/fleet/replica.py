@@ -30,7 +30,7 @@ _STOP_S = 5.0
 class Replica:
     """Answers requests that Ray Serve hands over."""
 
-    async def __init__(
+    def __init__(
         self, name: str, bundle: str, *, loading: dict[str, Any], settings: ServerSettings
     ) -> None:
         """Load a bundle; Ray Serve hands over requests when this is done.
@@ -49,7 +49,7 @@ class Replica:
         load = partial(Pipeline.from_bundle, bundle, **loading)
         self._worker = Worker(name, load, settings=settings, metrics=Metrics())
         self._worker.start()
-        await asyncio.wrap_future(self._worker.loaded)
+        self._worker.loaded.result()
 
     async def describe(self) -> tuple[str, bytes]:
         """Return the backend's name, and the manifest as JSON."""

@@ -41,7 +41,7 @@ class FleetWorker:
     def __init__(
         self,
         name: str,
-        handle: Callable[[], DeploymentHandle],
+        replicas: DeploymentHandle,
         status: Callable[[], DeploymentStatusOverview],
         *,
         settings: ServerSettings,
@@ -51,7 +51,7 @@ class FleetWorker:
 
         Args:
             name: Of the model, for clients.
-            handle: Returns Ray Serve's handle of the replicas; called on the event loop.
+            replicas: Ray Serve's handle.
             status: Returns what Ray Serve knows of the replicas; called in a thread.
             settings: The server's limits.
             metrics: Counts what happens.
@@ -59,7 +59,7 @@ class FleetWorker:
         self.name = name
         self.loaded: Future[tuple[str, Manifest]] = Future()
         """The backend's name and the manifest, or why no replica could be loaded."""
-        self._handle, self._status = handle, status
+        self._replicas, self._status = replicas, status
         self._settings, self._metrics = settings, metrics
         self._answering: dict[AnswerJob, asyncio.Task[None]] = {}
         self._started: dict[AnswerJob, float] = {}
@@ -70,7 +70,6 @@ class FleetWorker:
     def start(self) -> None:
         """Wait for the first replica, and watch how many there are."""
         self._loop = asyncio.get_running_loop()
-        self._replicas = self._handle()
         self._watching = self._loop.create_task(self._watch())
 
     @property

@@ -60,7 +60,7 @@ class Fleet:
         with urllib.request.urlopen(f"{self.url}/metrics") as answer:
             families = text_string_to_metric_families(answer.read().decode())
         values = {sample.name: sample.value for family in families for sample in family.samples}
-        return values[name]
+        return values.get(name, 0.0)
 
     def replica_ids(self) -> list[int]:
         """Return the process ids of the replicas."""
@@ -180,7 +180,7 @@ def test_errors_are_those_of_a_server_without_replicas(
 
 @pytest.mark.usefixtures("two_long_answers")
 def test_a_full_queue_says_when_to_come_back_and_vanished_clients_leave_it(fleet: Fleet) -> None:
-    cancelled = fleet.metric("trio_cancelled_answers_total") if fleet.metric("trio_replicas") else 0
+    cancelled = fleet.metric("trio_cancelled_answers_total")
     waiting = [threading.Thread(target=partial(_give_up, fleet)) for _ in range(NUM_QUEUED)]
     for thread in waiting:
         thread.start()
@@ -224,15 +224,18 @@ def test_a_dead_replica_ends_its_answer_with_an_error_and_is_replaced(
 
 
 def test_nobody_without_the_token_of_ray_can_speak_to_a_replica(fleet: Fleet) -> None:
-    grpc = pytest.importorskip("grpc")
-    ports = {port for pid in fleet.replica_ids() for port in listening(pid)}
-    assert ports
-    for port in ports:
+    import grpc
+
+    codes = set()
+    for port in {port for pid in fleet.replica_ids() for port in listening(pid)}:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
             with pytest.raises(grpc.RpcError) as caught:
                 call(b"", timeout=10)
-            assert caught.value.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED)
+            codes.add(caught.value.code())
+    # Ray's own ports know no such method, and a replica that still loads answers nobody.
+    others = {grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAVAILABLE}
+    assert codes - others == {grpc.StatusCode.UNAUTHENTICATED}
 
 
 def listening(pid: int) -> set[int]:
