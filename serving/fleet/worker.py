@@ -161,6 +161,7 @@ class FleetWorker:
         try:
             await self._relay(job)
         except BackPressureError:
+            self._answering.pop(job)  # it does not wait
             job.emit(Failed(self._too_long(retry_after_s=self._expected_wait_s() / 2)))
         except (RayError, RayServeException) as error:
             job.emit(Failed(self._told(error)))
@@ -192,7 +193,7 @@ class FleetWorker:
             queue_ms = 1e3 * (self._started.get(job, time.perf_counter()) - job.submitted)
             usage = {"queue_ms": queue_ms, "completion_tokens": 0}
             self._metrics.count_answer(self.name, usage, is_cancelled=True)
-        del self._answering[job]
+        self._answering.pop(job, None)
         self._started.pop(job, None)
         job.prompt.close()
         self._note_load()

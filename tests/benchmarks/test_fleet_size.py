@@ -36,8 +36,8 @@ def test_the_simulation_agrees(replicas: int, spread: float) -> None:
     services = drawn_services(spread, None, 100_000, random)
     waits = simulated_waits(replicas, 0.7 * replicas, services, random)
     mean, slow = predicted_wait(replicas, 0.7 * replicas, spread)
-    assert waits.mean() == pytest.approx(mean, rel=0.12)
-    assert np.percentile(waits, 95) == pytest.approx(slow, rel=0.12)
+    assert waits.mean() == pytest.approx(mean, rel=0.2)
+    assert np.percentile(waits, 95) == pytest.approx(slow, rel=0.2)
 
 
 def test_more_requests_need_more_replicas_and_never_more_load_than_all_can_take() -> None:
