@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What a server allows its clients. The defaults suit one device with one model."""
+    """Limits that a server sets its clients. The defaults suit one device with one model."""
 
     api_key: str | None = None
     """Key that every request must carry; None for no key."""

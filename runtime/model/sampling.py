@@ -81,7 +81,7 @@ class Sampler:
 
 
 class TokenConstraint(Protocol):
-    """What one answer may say, as a grammar does."""
+    """Tokens that one answer may have, as a grammar says."""
 
     def allowed(self) -> NDArray[np.bool_]:
         """Return [V], whether each token may come next; a stop token may where the answer is complete.

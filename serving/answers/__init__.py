@@ -1,1 +1,1 @@
-"""What clients get: one thread for each bundle, and its answers in OpenAI's form."""
+"""Answers to clients: one thread for each bundle, in OpenAI's form."""

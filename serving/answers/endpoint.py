@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Mapping
     from typing import Any
 
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope, Send
 
     from trio_edge.serving.answers.interface import ModelWorker
     from trio_edge.serving.answers.job import Event
@@ -66,7 +66,7 @@ class ChatEndpoint:
                 job = await self._submitted(worker, chat)
                 try:
                     response = await self._response(request, worker, job)
-                    await response(scope, receive, send)
+                    await response(scope, receive, self._impatient(send))
                 finally:
                     worker.cancel(job)
             self._metrics.count_request(name, response.status_code)
@@ -74,6 +74,16 @@ class ChatEndpoint:
             told = request_error_from(error)
             self._metrics.count_request(name, told.status)
             raise told from None
+        except asyncio.TimeoutError:  # the server closes the connection, as the answer has no end
+            self._metrics.count_request(name, _CLOSED)
+
+    def _impatient(self, send: Send) -> Send:
+        """Return a ``send`` that gives up: a client that never reads would hold its body in memory for ever."""
+
+        async def sending(message: Message) -> None:
+            await asyncio.wait_for(send(message), self._settings.body_s)
+
+        return sending
 
     async def _submitted(self, worker: ModelWorker, chat: ChatRequest) -> AnswerJob:
         answer_settings(chat, worker.manifest)  # what is wrong there need not wait

@@ -101,9 +101,10 @@ class Worker:
         with self._changed:
             if self._is_stopping:
                 raise stopping()
-            wait_s, is_full = self._expected_wait_s(), len(self._waiting) >= self._settings.max_queue
+            wait_s, is_full = self._left_s(), len(self._waiting) >= self._settings.max_queue
+            wait_s += self._service_s * len(self._waiting)
             if is_full or wait_s > self._settings.max_wait_s:
-                retry_after_s = wait_s / 2 if is_full else wait_s - self._settings.max_wait_s
+                retry_after_s = self._left_s() if is_full else wait_s - self._settings.max_wait_s
                 raise queue_full(self.name, len(self._waiting), wait_s, retry_after_s=retry_after_s)
             self._waiting.append(job)
             self._note_load()
@@ -139,12 +140,11 @@ class Worker:
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
-    def _expected_wait_s(self) -> float:
-        """Return the time after which a new job would start."""
+    def _left_s(self) -> float:
+        """Return the time that the running answer still needs, by the mean of earlier ones."""
         if self._running is None:
-            return self._service_s * len(self._waiting)
-        left = max(0.0, self._service_s - (time.perf_counter() - self._running_since))
-        return left + self._service_s * len(self._waiting)
+            return 0.0
+        return max(0.0, self._service_s - (time.perf_counter() - self._running_since))
 
     def _note_load(self) -> None:
         running = int(self._running is not None)
@@ -187,7 +187,7 @@ class Worker:
                 self._answer(pipeline, constraints, job, queue_s=start - job.submitted)
                 self._num_failures = 0
         except Exception as error:
-            job.emit(Failed(self._told(error)))
+            job.emit(Failed(self._told(error, job)))
         finally:
             job.generation = None  # it holds images
             job.prompt.close()
@@ -196,8 +196,9 @@ class Worker:
                 self._note_load()
             job.emit(None)
 
-    def _told(self, error: Exception) -> RequestError:
+    def _told(self, error: Exception, job: AnswerJob) -> RequestError:
         told = request_error_from(error)
+        told.message = job.prompt.without_paths(told.message)
         if told.status >= 500:
             is_ours = isinstance(error, BackendError)
             _logger.error("model %s: %s", self.name, error, exc_info=None if is_ours else error)

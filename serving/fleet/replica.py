@@ -30,9 +30,7 @@ _STOP_S = 5.0
 class Replica:
     """Answers requests that Ray Serve hands over."""
 
-    def __init__(
-        self, name: str, bundle: str, *, loading: dict[str, Any], settings: ServerSettings
-    ) -> None:
+    def __init__(self, name: str, bundle: str, *, loading: dict[str, Any], settings: ServerSettings) -> None:
         """Load a bundle; Ray Serve hands over requests when this is done.
 
         Args:

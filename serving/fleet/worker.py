@@ -162,7 +162,7 @@ class FleetWorker:
             await self._relay(job)
         except BackPressureError:
             self._answering.pop(job)  # it does not wait
-            job.emit(Failed(self._too_long(retry_after_s=self._expected_wait_s() / 2)))
+            job.emit(Failed(self._too_long(retry_after_s=self._service_s / max(self._num_replicas, 1))))
         except (RayError, RayServeException) as error:
             job.emit(Failed(self._told(error)))
 

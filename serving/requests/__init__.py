@@ -1,1 +1,1 @@
-"""What clients send: bodies, fields, images and videos, each checked."""
+"""Requests of clients: bodies, fields, images and videos, each checked."""

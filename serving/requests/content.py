@@ -24,6 +24,7 @@ class Prompt:
     def __init__(self, messages: Iterable[Message]) -> None:
         """Take messages whose videos are bytes, which become files until ``close``."""
         self._files = ExitStack()
+        self._folders: list[str] = []
         try:
             self.messages: list[Message] = [
                 {**message, "content": [self._with_file(part) for part in message["content"]]}
@@ -37,10 +38,17 @@ class Prompt:
         """Remove the files."""
         self._files.close()
 
+    def without_paths(self, message: str) -> str:
+        """Return a message without the names of the files, which are this machine's affair."""
+        for folder in self._folders:
+            message = message.replace(f"{folder}/", "")
+        return message
+
     def _with_file(self, part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] != "video":
             return part
         folder = self._files.enter_context(tempfile.TemporaryDirectory(prefix="trio-serve-"))
+        self._folders.append(folder)
         path = Path(folder) / "video"
         path.write_bytes(part["video"])
         return {**part, "video": path}

@@ -46,14 +46,14 @@ class _Spec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=Tru
 
 
 class ImageAddress(_Spec, kw_only=True, frozen=True):
-    """Where an image is."""
+    """The address of an image."""
 
     url: str
     detail: Literal["low", "high", "auto"] = "auto"
 
 
 class VideoAddress(_Spec, kw_only=True, frozen=True):
-    """Where a video is, and which of its frames are taken."""
+    """The address of a video, and the frames that are taken of it."""
 
     url: str
     fps: float | None = None
@@ -182,7 +182,7 @@ class ChatRequest(_Spec, kw_only=True, frozen=True):
 
     @property
     def details(self) -> frozenset[str]:
-        """What the images ask for, apart from "auto"."""
+        """The details that images ask for, apart from "auto"."""
         parts = (part for turn in self.messages for part in turn.parts)
         return frozenset(part.image_url.detail for part in parts if isinstance(part, ImagePart)) - {"auto"}
 

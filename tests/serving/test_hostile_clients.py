@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import re
@@ -17,6 +18,7 @@ from tests.pictures import random_picture
 from tests.serving.server import image_url, question, running, slowed, until
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.serving import server as server_module
+from trio_edge.serving.app import make_app
 from trio_edge.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -255,6 +257,31 @@ def test_a_client_that_vanishes_frees_its_place_at_the_next_token(reduced_bundle
             until(lambda: worker._running is None and not worker._waiting)
             assert time.perf_counter() - start < 2.0  # 40 tokens take 4 s, both 8 s
         assert server.ask(max_tokens=1)[0] == 200
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_client_that_never_reads_is_given_up(reduced_bundle: Path, is_streamed: bool) -> None:
+    body = json.dumps({**GOOD, "stream": is_streamed, "max_tokens": 5}).encode()
+    received = [{"type": "http.request", "body": body, "more_body": False}]
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+
+    async def receive() -> Any:
+        return received.pop() if received else await asyncio.sleep(60)
+
+    async def send(_: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def ask() -> None:
+        models = {"reduced": partial(Pipeline.from_bundle, reduced_bundle)}
+        app = make_app(models, ServerSettings(body_s=0.3))
+        async with app.router.lifespan_context(app):
+            await asyncio.wrap_future(app.state.workers["reduced"].loaded)
+            start = time.perf_counter()
+            await app({**scope, "query_string": b"", "asgi": {"version": "3.0"}}, receive, send)
+            assert time.perf_counter() - start < 5.0
+
+    asyncio.run(ask())
 
 
 def test_a_pipeline_that_fails_is_a_server_error_and_the_other_model_answers(

@@ -1,4 +1,4 @@
-"""Which images a server fetches, and from where: nothing of the inside, by no trick with names, redirects or links."""
+"""A server fetches images from allowed places only: none of the inside, by no trick with names, redirects or links."""
 
 from __future__ import annotations
 

@@ -197,12 +197,6 @@ ERRORS: dict[str, tuple[dict[str, Any], type[openai.APIStatusError], str, str | 
         None,
     ),
     "no_messages": ({"messages": []}, openai.BadRequestError, "invalid_value", "messages"),
-    "stream_options_alone": (
-        {"stream_options": {"include_usage": True}},
-        openai.BadRequestError,
-        "invalid_value",
-        "stream_options",
-    ),
 }
 
 
@@ -210,10 +204,14 @@ ERRORS: dict[str, tuple[dict[str, Any], type[openai.APIStatusError], str, str | 
 @pytest.mark.parametrize("case", ERRORS)
 def test_an_error_is_the_clients_exception(server: RunningServer, case: str, is_streamed: bool) -> None:
     fields, kind, code, param = ERRORS[case]
-    if case == "stream_options_alone" and is_streamed:
-        pytest.skip("it is allowed with a streamed answer")
     with pytest.raises(kind) as raised:
         ask(server, stream=is_streamed, **fields)
     assert raised.value.code == code
     assert raised.value.param == param
     assert raised.value.body["message"].count("\n") == 0
+
+
+def test_stream_options_need_a_streamed_answer(server: RunningServer) -> None:
+    with pytest.raises(openai.BadRequestError, match="stream_options: expected it with") as raised:
+        ask(server, stream_options={"include_usage": True})
+    assert raised.value.param == "stream_options"
