@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, final
 
 from trio_edge.runtime.bundle.manifest import json_from_manifest
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.serving.answers.job import AnswerJob, Failed
+from trio_edge.serving.answers.job import AnswerJob, Failed, Finished
 from trio_edge.serving.answers.worker import Worker
-from trio_edge.serving.fleet.wire import packed_event, unpacked_request
+from trio_edge.serving.fleet.wire import packed_events, unpacked_request
 from trio_edge.serving.metrics import Metrics
 from trio_edge.serving.requests.content import Prompt
 from trio_edge.serving.requests.errors import RequestError
@@ -19,6 +19,7 @@ from trio_edge.serving.requests.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from trio_edge.serving.answers.job import Event
     from trio_edge.serving.settings import ServerSettings
 
 TURN_HAS_COME = b""
@@ -61,11 +62,16 @@ class Replica:
             job = AnswerJob(chat, await asyncio.to_thread(Prompt, messages))
             self._worker.submit(job)
         except RequestError as error:
-            yield packed_event(Failed(error))
+            yield packed_events([Failed(error)])
             return
         try:
+            events: list[Event] = []
             async for event in job.events():
-                yield packed_event(event)
+                events.append(event)
+                # A message costs about a millisecond: an answer that is not streamed needs one.
+                if chat.stream or isinstance(event, (Finished, Failed)):
+                    yield packed_events(events)
+                    events.clear()
         finally:
             self._worker.cancel(job)
 

@@ -30,15 +30,14 @@ def unpacked_request(data: bytes) -> tuple[ChatRequest, list[Message]]:
     return msgspec.msgpack.decode(data, type=tuple[ChatRequest, list[dict[str, Any]]])
 
 
-def packed_event(event: Event) -> bytes:
-    """Return an event as bytes."""
-    return msgspec.msgpack.encode(event, enc_hook=_plain)
+def packed_events(events: list[Event]) -> bytes:
+    """Return events as bytes."""
+    return msgspec.msgpack.encode(events, enc_hook=_plain)
 
 
-def unpacked_event(data: bytes) -> Event:
-    """Return the event in ``data``."""
-    event: Event = msgspec.msgpack.decode(data, type=Event, dec_hook=_error)
-    return event
+def unpacked_events(data: bytes) -> list[Event]:
+    """Return the events in ``data``."""
+    return msgspec.msgpack.decode(data, type=list[Event], dec_hook=_error)
 
 
 def _plain(value: Any) -> Any:

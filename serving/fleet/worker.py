@@ -18,7 +18,7 @@ from trio_edge.runtime.bundle.manifest import Manifest, manifest_from_json
 from trio_edge.serving.answers.interface import cut_short, queue_full, smoothed, still_loading, stopping
 from trio_edge.serving.answers.job import AnswerJob, Failed, Finished
 from trio_edge.serving.fleet.replica import TURN_HAS_COME
-from trio_edge.serving.fleet.wire import packed_request, unpacked_event
+from trio_edge.serving.fleet.wire import packed_request, unpacked_events
 from trio_edge.serving.requests.errors import RequestError
 
 if TYPE_CHECKING:
@@ -175,7 +175,8 @@ class FleetWorker:
                     self._started[job] = time.perf_counter()
                     self._note_load()
                 else:
-                    job.emit(self._noted(unpacked_event(data), job))
+                    for event in unpacked_events(data):
+                        job.emit(self._noted(event, job))
         except asyncio.CancelledError:
             answer.cancel()
             raise

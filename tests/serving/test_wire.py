@@ -10,7 +10,7 @@ import pytest
 
 from tests.serving.server import image_url, question
 from trio_edge.serving.answers.job import AnswerJob, Event, Failed, Finished, Kept, NewText
-from trio_edge.serving.fleet.wire import packed_event, packed_request, unpacked_event, unpacked_request
+from trio_edge.serving.fleet.wire import packed_events, packed_request, unpacked_events, unpacked_request
 from trio_edge.serving.requests.content import Prompt, read_prompt
 from trio_edge.serving.requests.errors import RequestError
 from trio_edge.serving.requests.media import MediaReader
@@ -63,12 +63,12 @@ def test_a_video_travels_as_bytes_and_becomes_a_file_again() -> None:
     ids=["text", "kept", "end"],
 )
 def test_an_event_arrives_equal(event: Event) -> None:
-    assert unpacked_event(packed_event(event)) == event
+    assert unpacked_events(packed_events([event, event])) == [event, event]
 
 
 def test_an_error_arrives_with_all_that_a_client_is_told() -> None:
     error = RequestError(429, "full", code="queue_full", param="model", retry_after_s=2.5)
-    arrived = unpacked_event(packed_event(Failed(error)))
+    (arrived,) = unpacked_events(packed_events([Failed(error)]))
     assert isinstance(arrived, Failed)
     assert (arrived.error.status, arrived.error.body, arrived.error.headers) == (
         429,
