@@ -36,7 +36,7 @@ _BACKOFF_S = (
     0.02,
 )  # between looks for a free replica; Ray's own choice, up to 0.5 s, leaves replicas idle
 _REACH_S = 5.0
-_MOST_STARTS = 3  # of one replica, after which its deployment has failed
+_MOST_STARTS = 1  # of a replica at first; more would repeat the same error for a minute
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,26 +136,35 @@ class FleetWorker:
 
     async def _watch(self) -> None:
         try:
-            backend_name, manifest = await self._replicas.describe.remote()
-            await self._count_replicas()
-            self.loaded.set_result((backend_name, manifest_from_json(manifest, where=self.name)))
-        except (RayError, RayServeException) as error:
-            self.loaded.set_exception(await run_in_threadpool(self._why_not_loaded, error))
+            self.loaded.set_result(await self._described())
+        except (BackendError, RayError, RayServeException) as error:
+            self.loaded.set_exception(BackendError(f"model {self.name}: no replica could start: {error}"))
             return
         while True:
             await asyncio.sleep(_WATCH_S)
             await self._count_replicas()
 
+    async def _described(self) -> tuple[str, Manifest]:
+        """Return what the first replica says of itself."""
+        asking = asyncio.ensure_future(self._ask_one())
+        # A handle waits on for replicas whose deployment has failed (Ray 2.60).
+        while not (await asyncio.wait({asking}, timeout=_WATCH_S))[0]:
+            status = await run_in_threadpool(self._status)
+            if status.status == "DEPLOY_FAILED":
+                asking.cancel()
+                raise BackendError(_last_error(str(status.message)))
+        backend_name, manifest = asking.result()
+        await self._count_replicas()
+        return backend_name, manifest_from_json(manifest, where=self.name)
+
+    async def _ask_one(self) -> tuple[str, bytes]:
+        described: tuple[str, bytes] = await self._replicas.describe.remote()
+        return described
+
     async def _count_replicas(self) -> None:
         states = (await run_in_threadpool(self._status)).replica_states
         self._num_replicas = states.get("RUNNING", 0)
         self._metrics.set_replicas(self.name, self._num_replicas)
-
-    def _why_not_loaded(self, error: Exception) -> BackendError:
-        told = re.findall(
-            r"^\s*(?:trio_edge[\w.]*|\w*Error): (.+)$", str(self._status().message), re.MULTILINE
-        )
-        return BackendError(f"model {self.name}: no replica could start: {told[-1] if told else error}")
 
     async def _answer(self, job: AnswerJob) -> None:
         try:
@@ -224,3 +233,9 @@ class FleetWorker:
 
     def _note_load(self) -> None:
         self._metrics.set_load(self.name, waiting=self._num_waiting, running=len(self._started))
+
+
+def _last_error(traceback: str) -> str:
+    """Return the message of the last error in what Ray Serve tells of a failed start."""
+    found = re.findall(r"^\s*[\w.]*Error: (.+)$", traceback, re.MULTILINE)
+    return found[-1] if found else " ".join(traceback.split())[-300:]

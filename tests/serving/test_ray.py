@@ -289,3 +289,20 @@ def test_a_cluster_that_is_not_there_is_one_line(reduced_bundle: Path) -> None:
     assert re.fullmatch(
         r"trio-serve: --ray-address: expected HOST:PORT of a cluster, got '127.0.0.1:1' .+\n", result.stderr
     ), result.stderr
+
+
+def test_replicas_that_cannot_start_say_why(reduced_bundle: Path) -> None:
+    options = ["--port", "0", "--replicas", "1", "--threads", "1", "--backend", "none-such"]
+    result = subprocess.run(
+        [str(COMMAND), str(reduced_bundle), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == 2
+    assert re.match(
+        r"trio-serve: model \w+.*: no replica could start: backend: expected .+ got 'none-such'",
+        result.stderr,
+    )
+    assert "Traceback" not in result.stderr
