@@ -1,4 +1,5 @@
-# make demo  sets up and answers a question about a picture; make serve  answers over HTTP; make test  sets up and passes the tests; make lint
+# make demo  sets up and answers a question about a picture; make serve  answers over HTTP; make test  sets up and passes the tests; make lint;
+# make check  runs trio-check here; make wheel  builds the wheel of a release
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,6 +10,8 @@ TORCH ?= torch==2.13.0
 # dependencies: on the package index its wheel is built for CUDA, and pip would replace a CPU torch to suit it.
 TORCHVISION ?= torchvision==0.28.0
 BUNDLE := out/tiny
+# Graphs and manifest of the packaged model for trio-check: in the wheel, not in git.
+PACKAGED := profiling/check/bundle
 # Python compiles, and keeps, what is imported: compiling all that is installed takes longer than installing it.
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
@@ -17,7 +20,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 PORT ?= 8000
 
-.PHONY: demo serve test test-matrix lint format bundle clean
+.PHONY: demo serve check wheel test test-arm test-matrix lint format bundle clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,8 +41,25 @@ demo: $(BUNDLE)/trio.json
 serve: $(BUNDLE)/trio.json
 	$(BIN)/trio-serve $(BUNDLE) --port $(PORT)
 
+# Its weights are export/tiny/model.safetensors byte for byte, which the wheel holds once.
+$(PACKAGED)/trio.json: $(READY) $(wildcard export/tiny/*)
+	$(BIN)/trio-export tiny --out $(PACKAGED) --dtype float16 --max-text 64 --max-new-tokens 16 --force
+	rm -r $(PACKAGED)/weights
+
+check: $(PACKAGED)/trio.json
+	$(BIN)/trio-check
+
+wheel: $(READY)
+	rm -rf $(PACKAGED) build
+	$(MAKE) $(PACKAGED)/trio.json
+	$(BIN)/python -m build --wheel
+
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 6 --dist worksteal $(PYTEST_ARGS)
+
+# On aarch64, emulated; docs/jetson.md says what it needs and what it showed.
+test-arm: wheel $(BUNDLE)/trio.json
+	tests/arm/run $(BIN)/python $(BUNDLE)
 
 # The tests as other processors, thread numbers and orders run them; CONTRIBUTING.md says more.
 PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OPENBLAS_CORETYPE=Nehalem
@@ -64,4 +84,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf out build dist
+	rm -rf out build dist $(PACKAGED)

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from trio_edge.serving.answers.endpoint import ChatEndpoint
 from trio_edge.serving.answers.worker import Worker
 from trio_edge.serving.guard import Guard
 from trio_edge.serving.metrics import CONTENT_TYPE, Metrics
+from trio_edge.serving.page.response import page
 from trio_edge.serving.requests.body import BodyDrain
 from trio_edge.serving.requests.errors import RequestError, request_error_from
 from trio_edge.serving.requests.media import MediaReader
@@ -91,7 +91,7 @@ def app_of(
             Route("/health", _health),
             Route("/health/ready", _ready),
             Route("/metrics", _metrics),
-            Route("/", _page),
+            Route("/", page),
         ],
         middleware=[Middleware(BodyDrain), Middleware(Guard, settings=settings)],
         exception_handlers={RequestError: _refusal, HTTPException: _http_refusal, Exception: _failure},
@@ -151,13 +151,6 @@ async def _ready(request: Request) -> Response:
 
 async def _metrics(request: Request) -> Response:
     return Response(request.app.state.metrics.text(), headers={"content-type": CONTENT_TYPE})
-
-
-async def _page(_request: Request) -> Response:
-    page = resources.files("trio_edge.serving").joinpath("page", "index.html")
-    if not page.is_file():
-        raise RequestError(404, "page: not part of this installation; ask /v1/chat/completions")
-    return HTMLResponse(page.read_text(encoding="utf-8"))
 
 
 async def _refusal(_request: Request, error: Exception) -> Response:

@@ -21,6 +21,7 @@ from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.graph_io import PROBE_OUTPUT, is_probe
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, PART_FROM_ROLE
 from trio_edge.runtime.bundle.reader import file_problem, sha256_of
+from trio_edge.runtime.bundle.typed_json import typed
 from trio_edge.runtime.engines.files import ENGINES_FOLDER, atomic_engines
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def open_prepared(bundle: Bundle, *, accuracy: CpuAccuracy) -> Prepared:
         return Prepared({}, ())
     again = f"run trio-build {bundle.folder} --backend onnxruntime --force"
     try:
-        found = msgspec.json.decode((folder / _FILE_NAME).read_bytes(), type=PreparedGraphs)
+        found = typed(msgspec.json.decode((folder / _FILE_NAME).read_bytes()), PreparedGraphs)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return Prepared({}, (f"prepared graphs are not used: {folder / _FILE_NAME}: {error}; {again}",))
     here = {
