@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.pipeline import Pipeline
+    from trio_edge.serving.answers.interface import ModelWorker
 
 _STOP_S = 5.0  # for the answer that runs when the others have been cut; a prefill cannot be
 
@@ -50,9 +51,26 @@ def make_app(
         settings: Limits and policy.
         media: Reads images and videos; made of ``settings`` by default.
     """
-    settings = settings or ServerSettings()
-    metrics = Metrics()
+    settings, metrics = settings or ServerSettings(), Metrics()
     workers = {name: Worker(name, load, settings=settings, metrics=metrics) for name, load in models.items()}
+    return app_of(workers, settings, metrics=metrics, media=media)
+
+
+def app_of(
+    workers: Mapping[str, ModelWorker],
+    settings: ServerSettings,
+    *,
+    metrics: Metrics,
+    media: MediaReader | None = None,
+) -> Starlette:
+    """Return the app around workers that have not been started; its lifespan starts and stops them.
+
+    Args:
+        workers: By the models' names.
+        settings: Limits and policy.
+        metrics: The workers'.
+        media: Reads images and videos; made of ``settings`` by default.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -97,9 +115,9 @@ async def _model(request: Request) -> Response:
     return JSONResponse(_described(request.app.state.workers[name], request))
 
 
-def _described(worker: Worker, request: Request) -> dict[str, Any]:
+def _described(worker: ModelWorker, request: Request) -> dict[str, Any]:
     common = {"id": worker.name, "object": "model", "created": request.app.state.started}
-    trio = _facts(worker.pipeline.manifest) if worker.is_ready else None
+    trio = _facts(worker.manifest) if worker.is_ready else None
     return {**common, "owned_by": "trio-edge", "trio": trio}
 
 

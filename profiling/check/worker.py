@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from trio_edge.profiling.check.answers import AnswerRecord, CheckQuestion, answer
-from trio_edge.profiling.measure.images import PROMPT, measured_sizes
-from trio_edge.profiling.measure.memory import resident_bytes
+from trio_edge.profiling.measure.measuring import PROMPT, measured_sizes, resident_bytes
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.errors import BackendError, TrioEdgeError
 from trio_edge.runtime.bundle.reader import open_bundle

@@ -33,13 +33,7 @@ def image_tokens(processing: ImageProcessing, images: Sequence[Image.Image]) -> 
 
 
 def tokens_per_layer(manifest: Manifest, *, image_tokens: Sequence[int], kept: Sequence[int]) -> list[int]:
-    """Return the visual tokens that each decoder layer processed.
-
-    Args:
-        manifest: The bundle's.
-        image_tokens: Visual tokens of each image.
-        kept: Per stage what was left.
-    """
+    """Return the visual tokens that each decoder layer processed; ``kept`` has for each stage what was left."""
     return [
         count
         for graph, count in zip(manifest.ranges, (_entering(manifest, image_tokens), *kept), strict=True)
@@ -61,15 +55,7 @@ def prefill_flops(
     num_text: int,
     select: bool = True,
 ) -> float:
-    """Return the FLOPs of one prefill: vision tower, selection before the decoder, decoder, head, stages if ``select``.
-
-    Args:
-        manifest: The bundle's.
-        image_tokens: Visual tokens of each image.
-        kept: Per stage what was left.
-        num_text: Text tokens of the prompt.
-        select: False for stages that compute nothing.
-    """
+    """Return the FLOPs of one prefill: vision tower, selection before the decoder, decoder, head, stages if ``select``."""
     num_visual = sum(image_tokens)
     rows = [count + num_text for count in tokens_per_layer(manifest, image_tokens=image_tokens, kept=kept)]
     decoder = decoder_flops(manifest.dimensions, rows)

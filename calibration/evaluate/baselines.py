@@ -27,21 +27,16 @@ _SCALES = 128
 
 
 def baseline(name: str, *, seed: int, is_base: Callable[[], NDArray[np.bool_]]) -> SelectorOverride:
-    """Return the baseline called ``name``.
+    """Return the baseline called ``name``, one of ``SELECTIONS``.
 
-    Args:
-        name: One of ``SELECTIONS``.
-        seed: Of "random"; give each sample its own.
-        is_base: Returns for each visual token of the prompt whether it is of a tile that shows a whole image; called while
-            the answer is streamed.
+    ``is_base`` says for each visual token of the prompt whether it is of a tile that shows a whole image. It is called while
+    the answer is streamed.
     """
     if name == "random":
         return _random(seed)
     if name == "uniform":
         return lambda _stage, entering, num_keep: evenly_spaced(len(entering), num_keep)
-    if name == "base-tile-first":
-        return lambda _stage, entering, num_keep: _base_first(is_base()[entering], num_keep)
-    raise ValueError(f"baseline: expected one of {', '.join(SELECTIONS)}, got {name!r}")
+    return lambda _stage, entering, num_keep: _base_first(is_base()[entering], num_keep)
 
 
 def evenly_spaced(count: int, num_keep: int) -> NDArray[np.int32]:

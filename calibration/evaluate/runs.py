@@ -1,6 +1,7 @@
 """Runs several bundles over the same questions, into a work folder that lets an interrupted evaluation go on.
 
-The reference goes first: the others compare their first token with its.
+The reference goes first: the others compare their first token with its. The folder has one file for each run: its header says
+what was run (``RunKey``), each of its results is an outcome. It belongs to one data set and its bundles.
 """
 
 from __future__ import annotations
@@ -11,22 +12,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from trio_edge.calibration.evaluate.running.answering import (
-    OWN_SELECTION,
-    Asking,
-    Failure,
-    Outcome,
-    Settings,
-    Task,
+from trio_edge.calibration.evaluate.answering import OWN_SELECTION, Asking, Failure, Outcome, Settings
+from trio_edge.calibration.evaluate.baselines import SMALLER_IMAGE
+from trio_edge.calibration.evaluate.workers import answer_here, answer_in_processes
+from trio_edge.calibration.json_lines import (
+    LOCK_NAME,
+    SUFFIX,
+    locked_folder,
+    opened_results,
+    read_header,
+    read_results,
 )
-from trio_edge.calibration.evaluate.running.baselines import SMALLER_IMAGE
-from trio_edge.calibration.evaluate.running.work_folder import (
-    SCHEMA_VERSION,
-    RunKey,
-    check_folder,
-)
-from trio_edge.calibration.evaluate.running.workers import answer_here, answer_in_processes
-from trio_edge.calibration.json_lines import locked_folder, opened_results, read_results
 from trio_edge.runtime.backends.registry import make_backend, with_accuracy
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
@@ -34,12 +30,13 @@ from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.trio.methods import stage_method
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Collection, Generator, Sequence
     from pathlib import Path
 
-    from trio_edge.calibration.json_lines import ResultFile
+    from trio_edge.calibration.evaluate.workers import Task
     from trio_edge.calibration.questions import Question
     from trio_edge.runtime.bundle.manifest import Manifest
+
 
 _AN_OUTCOME = "an outcome"
 
@@ -52,7 +49,6 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Runs that differ in budget only have the same method."""
     bundle: str
     bundle_sha256: str
-    """SHA-256 of the manifest."""
     selection: str
     dtype: str
     is_reference: bool
@@ -72,7 +68,6 @@ class Answers(NamedTuple):
 
     runs: list[tuple[RunInfo, dict[int, Outcome]]]
     failures: list[tuple[str, Failure]]
-    """With the run's label."""
 
 
 def plan_runs(
@@ -82,13 +77,7 @@ def plan_runs(
     selections: Sequence[str] = (OWN_SELECTION,),
     labels: Sequence[str] | None = None,
 ) -> list[Run]:
-    """Return every bundle with every selection, the reference first.
-
-    Args:
-        bundles: Folders.
-        reference: A keep-all bundle of the same model; may be one of ``bundles``.
-        selections: ``OWN_SELECTION`` or names of ``baselines.BASELINES``.
-        labels: Names of ``bundles`` for tables; by default the folders' names, or their paths where names repeat.
+    """Return every bundle with every selection, the reference first; ``reference`` may be one of ``bundles``.
 
     Raises:
         BundleError: If a bundle is broken.
@@ -122,11 +111,7 @@ def plan_runs(
 
 
 def keys_of(runs: Sequence[Run], settings: Settings, *, data_sha256: str) -> list[RunKey]:
-    """Return what each run's outcomes are filed under.
-
-    Raises:
-        BackendError: If the backend is not there.
-    """
+    """Return what each run's outcomes are filed under."""
     reference = next((run.info.bundle_sha256 for run in runs if run.info.is_reference), None)
     return [
         RunKey(
@@ -156,17 +141,9 @@ def answer_runs(
     on_start: Callable[[Run, int], None] = lambda _run, _done: None,
     on_answer: Callable[[], None] = lambda: None,
 ) -> Answers:
-    """Answer what the work folder has no answer for yet, run after run.
+    """Answer what the work folder has no answer for yet, run after run; outcomes of the folders ``merge`` are taken over first.
 
-    Args:
-        runs: From ``plan_runs``.
-        keys: From ``keys_of``.
-        questions: What to ask.
-        settings: Settings for asking.
-        folder: The work folder.
-        merge: Other work folders, of the same data and bundles, whose outcomes are taken over first.
-        on_start: Called with each run and the number of answers it has already.
-        on_answer: Called after every answer.
+    ``on_start`` gets each run and the number of answers it has already.
 
     Raises:
         DataError: If a folder is of other data or bundles, or cannot be written.
@@ -187,10 +164,14 @@ def answer_runs(
             with opened_results(folder / key.file_name, key, Outcome, what=_AN_OUTCOME) as (file, known):
                 done = _still_valid(known, questions)
                 for other in merge:
-                    _take_over(other / key.file_name, questions, done, file)
+                    theirs = read_results(other / key.file_name, Outcome, what=_AN_OUTCOME)
+                    for index, outcome in _still_valid(theirs, questions).items():
+                        if index not in done:
+                            file.append(outcome)
+                            done[index] = outcome
                 on_start(run, len(done))
                 tasks = [
-                    Task(question, firsts[question.index].first_token if question.index in firsts else None)
+                    (question, firsts[question.index].first_token if question.index in firsts else None)
                     for question in questions
                     if question.index not in done
                 ]
@@ -213,15 +194,6 @@ def _still_valid(outcomes: list[Outcome], questions: Sequence[Question]) -> dict
     """Return by question the outcomes of those of ``questions`` whose image is still the same."""
     images = {question.index: question.image_id for question in questions}
     return {one.index: one for one in outcomes if images.get(one.index) == one.picture_id}
-
-
-def _take_over(path: Path, questions: Sequence[Question], done: dict[int, Outcome], file: ResultFile) -> None:
-    """Add the outcomes of another folder's file to ``done`` and to ``file``."""
-    found = _still_valid(read_results(path, Outcome, what=_AN_OUTCOME), questions)
-    for index, outcome in found.items():
-        if index not in done:
-            file.append(outcome)
-            done[index] = outcome
 
 
 def _answers(run: Run, tasks: list[Task], settings: Settings) -> Generator[Outcome | Failure, None, None]:
@@ -313,3 +285,59 @@ def _check_selection(bundle: Bundle, selection: str, *, has_reference: bool) -> 
             f"--selection {selection}: expected a bundle whose decoder sees tile after tile, got {bundle.folder} with a"
             " selection before it; leave it out"
         )
+
+
+SCHEMA_VERSION = 1
+
+
+class RunKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that decides an answer: outcomes of equal keys are interchangeable."""
+
+    schema_version: int
+    data_sha256: str
+    bundle_sha256: str
+    """The manifest's, which has the digests of all other files."""
+    selection: str
+    reference_sha256: str | None
+    """Bundle that ``first_token_kl`` compares with."""
+    answer_tokens: int
+    backend: str
+
+    @property
+    def file_name(self) -> str:
+        """Name of the run's file."""
+        digest = hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+        return f"{self.bundle_sha256[:12]}-{self.selection}-{digest[:12]}{SUFFIX}"
+
+
+def check_folder(folder: Path, keys: Collection[RunKey]) -> None:
+    """Raise DataError unless the folder is empty, or holds outcomes of these data and of at least one of these bundles."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: expected a folder of outcomes, got none; check the name")
+    paths = sorted(path for path in folder.iterdir() if path.name != LOCK_NAME)
+    found = [key for key in map(_key_of, paths) if key is not None]
+    if not found:
+        return
+    if any(key.data_sha256 not in {own.data_sha256 for own in keys} for key in found):
+        raise DataError(
+            f"{folder}: expected outcomes of these questions, got those of others"
+            " (data, metric, --count, --seed, --split or --suffix differ); choose another folder"
+        )
+    if not {key.bundle_sha256 for key in found} & {own.bundle_sha256 for own in keys}:
+        raise DataError(
+            f"{folder}: expected outcomes of these bundles, got those of others; choose another folder"
+        )
+
+
+def _key_of(path: Path) -> RunKey | None:
+    """Return the header of a run's file; None if a kill cut it."""
+    what = "a file of outcomes"
+    if path.suffix != SUFFIX:
+        raise DataError(f"{path}: expected {what}, got something else; choose an empty folder")
+    key = read_header(path, RunKey, what=what)
+    if key is not None and key.schema_version != SCHEMA_VERSION:
+        raise DataError(
+            f"{path}: outcomes have schema_version {key.schema_version}, this release reads {SCHEMA_VERSION};"
+            " choose another folder"
+        )
+    return key

@@ -17,11 +17,17 @@ from contextlib import closing
 from multiprocessing import connection
 from typing import TYPE_CHECKING
 
-from trio_edge.calibration.evaluate.running.answering import Answerer, Asking, Failure, Outcome, Task
+from trio_edge.calibration.evaluate.answering import Answerer, Asking, Failure, Outcome
 from trio_edge.runtime.bundle.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from trio_edge.calibration.questions import Question
+    from trio_edge.runtime.model.sampling import FirstToken
+
+    Task = tuple[Question, FirstToken | None]
+    """A question, with keep-all's first token where there is one."""
 
 _TASKS_PER_WORKER = 4  # in flight: enough that no worker waits, few enough that images do not pile up
 _answerer: Answerer | None = None
@@ -31,8 +37,7 @@ _asking: Asking | None = None
 def answer_here(asking: Asking, tasks: Iterable[Task]) -> Iterator[Outcome | Failure]:
     """Answer in this process, in order."""
     with closing(Answerer(asking)) as answerer:
-        for task in tasks:
-            yield answerer.answer(task)
+        yield from (answerer.answer(*task) for task in tasks)
 
 
 def answer_in_processes(
@@ -49,7 +54,7 @@ def answer_in_processes(
         try:
             while waiting or running:
                 while waiting and len(running) < _TASKS_PER_WORKER * workers:
-                    running.add(pool.submit(_answer, waiting.popleft()))
+                    running.add(pool.submit(_answer, *waiting.popleft()))
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield future.result()
@@ -79,10 +84,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _answer(task: Task) -> Outcome | Failure:
+def _answer(question: Question, reference: FirstToken | None) -> Outcome | Failure:
     """Open the bundle with the first task, where an error reaches the caller, and keep it for the next ones."""
     global _answerer
     if _answerer is None:
         assert _asking is not None
         _answerer = Answerer(_asking)
-    return _answerer.answer(task)
+    return _answerer.answer(question, reference)

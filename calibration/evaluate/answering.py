@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, final
 import msgspec
 import numpy as np
 
-from trio_edge.calibration.evaluate.running.answer_cost import (
+from trio_edge.calibration.evaluate.answer_cost import (
     image_tokens,
     prefill_flops,
     processed_tokens,
     processing_of,
 )
-from trio_edge.calibration.evaluate.running.baselines import SMALLER_IMAGE, baseline, smaller_image
+from trio_edge.calibration.evaluate.baselines import SMALLER_IMAGE, baseline, smaller_image
 from trio_edge.calibration.metrics import METRICS
 from trio_edge.runtime.bundle.errors import ImageError, ShapeError
 from trio_edge.runtime.bundle.reader import open_bundle
@@ -47,18 +47,14 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     picture_id: str
     answers: tuple[str, ...]
     text: str
-    """The answer as it came."""
     reading: str
     """The part of it that the metric compared."""
     score: float
     visual_tokens: int
-    """Visual tokens of the images, before any selection that is a graph of its own."""
     processed_tokens: float
-    """Mean over decoder layers of the visual tokens processed."""
     text_tokens: int
     new_tokens: int
     flops: float
-    """FLOPs of the prefill."""
     ttft_ms: float
     decode_ms: float
     kv_bytes: int
@@ -66,7 +62,6 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     first_token_kl: float | None = None
     """In nats, against keep-all; None without a reference."""
     first_token: FirstToken | None = None
-    """The reference's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +99,6 @@ class Asking:
     settings: Settings = Settings()
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A question, with keep-all's first token where there is one."""
-
-    question: Question
-    reference: FirstToken | None = None
-
-
 @final
 class Answerer:
     """An opened bundle that answers one question after the other, greedily."""
@@ -128,11 +115,10 @@ class Answerer:
         )
         self._budget = None if asking.budget_of is None else open_bundle(asking.budget_of).manifest
 
-    def answer(self, task: Task) -> Outcome | Failure:
-        """Ask one question."""
-        question = task.question
+    def answer(self, question: Question, reference: FirstToken | None = None) -> Outcome | Failure:
+        """Ask one question; ``reference`` is keep-all's first token where there is one."""
         try:
-            return self._ask(question, task.reference)
+            return self._ask(question, reference)
         except (ImageError, ShapeError) as error:
             return Failure(question.index, question.where, str(error))
 

@@ -28,23 +28,17 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".t
 
 
 class Split(NamedTuple):
-    """The two parts of the samples, each in the order of the data."""
+    """The part that decides everything and the part that only the report looks at, each in the order of the data."""
 
     search: list[Question]
-    """Decide everything."""
     held_out: list[Question]
-    """Are looked at once, for the report."""
 
 
 def read_samples(source: str, *, prompt: str | None, count: int | None, seed: int) -> list[Question]:
-    """Return the samples.
+    """Return the samples, ``count`` at most.
 
-    Args:
-        source: One of ``SYNTHETIC_SETS``, a JSON-lines file as ``trio-eval`` reads it (answers may be missing), or a folder with
-            images, sub-folders included.
-        prompt: What is asked about each image of a folder; for a folder only.
-        count: Samples at most.
-        seed: Of the synthetic set.
+    ``source`` is one of ``SYNTHETIC_SETS``, a JSON-lines file as ``trio-eval`` reads it (answers may be missing), or a folder
+    with images, sub-folders included, each of which is asked ``prompt``.
 
     Raises:
         DataError: If there are none, or one cannot be read.
@@ -71,12 +65,7 @@ def read_samples(source: str, *, prompt: str | None, count: int | None, seed: in
 
 
 def split_samples(questions: Sequence[Question], *, held_out: float, seed: int) -> Split:
-    """Return the samples in two parts that share no image.
-
-    Args:
-        questions: All of them.
-        held_out: Wished share of the second part, above 0 and below 1; both parts have at least one image.
-        seed: Of the split.
+    """Return the samples in two parts that share no image and have at least one each, with a share ``held_out`` in the second.
 
     Raises:
         DataError: If there are fewer than two images.

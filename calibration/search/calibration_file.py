@@ -43,56 +43,32 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 class CalibrationOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that a user can choose. The fields hold the only defaults."""
+    """Everything that a user can choose, as ``trio-calibrate --help`` explains it. The fields hold the only defaults."""
 
     model: str
-    """Alias, Hub id or checkpoint folder."""
     samples: str
-    """"shapes", a JSON-lines file or a folder of images, as seen from where the command runs."""
     target: str
-    """Device that times are predicted for."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub."""
     prompt: str | None = None
-    """Question about every image of a folder."""
     count: int | None = None
-    """Samples at most."""
     seed: int = 0
-    """Seed of the split and of the synthetic samples."""
     held_out: float = 1 / 3
-    """Share of the images that only the report looks at."""
     answer_tokens: int = 4
-    """Answer tokens that are compared with keep-all's."""
     max_kl: float | None = None
-    """Nats; the cheapest schedule within it, with 95 % confidence, is chosen."""
     target_ms: float | None = None
-    """Predicted milliseconds to the first token; the schedule of lowest KL within it is chosen."""
     keep: float | None = None
-    """Average keep in (0, 1]; likewise."""
     layers: tuple[int, ...] = ()
-    """Candidate stage layers; none for evenly spread ones."""
     keeps: tuple[float, ...] = DEFAULT_KEEPS
-    """Candidate budgets, as shares of the largest image's visual tokens."""
     max_stages: int = 3
     nms_thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS
-    """Candidate τ."""
     evaluations: int = 120
-    """Schedules of several stages that are measured, at most."""
     cost: Literal["auto", "time", "flops"] = "auto"
-    """Cost that is traded against error: predicted time on the target, or counted FLOPs; "auto" is time where any schedule is
-    predicted to be faster than keep-all."""
     dtype: Literal["auto", "float16", "float32"] = "auto"
-    """Element type of the bundle."""
     quantize: str = "none"
-    """Formats of the bundle's parts, as ``trio-export --quantize`` takes them; decoder layers and KV caches are calibrated."""
     max_visual: int | None = None
-    """Visual tokens that images are scaled down to, in families that can."""
     max_new_tokens: int = 256
-    """Room for the answer in the bundle."""
     only_image_sizes: bool = False
-    """No shapes for images of sizes that no sample has."""
     device: str = "cpu"
-    """torch's device that samples run on."""
 
     def __post_init__(self) -> None:
         find_device(self.target)
@@ -121,7 +97,6 @@ class Fidelity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     samples: int
     kl: Measure
-    """Nats."""
     agreement: Measure
     """Share of samples with the same answer tokens."""
 
@@ -130,7 +105,6 @@ class FrontPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """A schedule that no cheaper one beats on the search samples."""
 
     stages: tuple[tuple[int, int], ...]
-    """(layer, keep)."""
     first_token_ms: float
     """Predicted."""
     flops: float
@@ -168,7 +142,6 @@ class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Fixed shapes that fit the samples."""
 
     image_sizes: tuple[tuple[int, int], ...]
-    """(width, height) of images with exact shapes."""
     text_buckets: tuple[int, ...]
     largest_rounds: int
     """Most rounds that the NMS of the chosen schedule took on any sample."""
@@ -212,7 +185,6 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     settings: list[Tried]
     single_stages: list[SingleStage]
     num_measured: int
-    """Schedules that were measured on the search samples."""
     revision: str | None
     compute_dtype: str
     versions: dict[str, str]
