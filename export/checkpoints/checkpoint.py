@@ -18,6 +18,8 @@ from trio_edge.export.checkpoints.hub import SAFETENSORS_WAY_OUT, download_descr
 from trio_edge.export.checkpoints.packed import PackedWeight, packed_format, with_packed
 from trio_edge.export.checkpoints.safetensors import SourceTensor, read_safetensors_header
 from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.files import read_regular
+from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -204,7 +206,7 @@ def read_checkpoint(
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in ``path``, or raise CheckpointError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path, max_bytes=MAX_JSON_BYTES))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.parent}: expected a checkpoint with {path.name}, got none; name the folder that save_pretrained wrote"

@@ -14,9 +14,17 @@
 A message reads ``<where>: expected <rule>, got <value>; <what to do>``.
 """
 
+from __future__ import annotations
+
+import unicodedata
+
 
 class TrioEdgeError(Exception):
     """Base class of all errors that a user can mend."""
+
+    def __str__(self) -> str:
+        """Return the message as one line, without what could move a terminal's cursor or turn its text round."""
+        return printable(" ".join(super().__str__().split()))
 
 
 class ManifestError(TrioEdgeError, ValueError):
@@ -53,3 +61,20 @@ class DataError(TrioEdgeError, ValueError):
 
 class BackendError(TrioEdgeError, RuntimeError):
     """A backend is missing, or cannot load or run a graph."""
+
+
+def printable(text: str, *, but: str = "") -> str:
+    """Return a text from a file with control characters, bidirectional marks and lone surrogates escaped.
+
+    Args:
+        text: The text. It may come from anybody: escape sequences can rename a terminal's window, and marks turn a name round.
+        but: Characters that stay, such as line breaks.
+    """
+    if text.isprintable():  # the common case
+        return text
+    return "".join(
+        char.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in but
+        else char
+        for char in text
+    )

@@ -18,7 +18,9 @@ import msgspec
 import onnxruntime as ort
 
 from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.files import read_regular
 from trio_edge.runtime.bundle.graph_io import PROBE_OUTPUT, is_probe
+from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, PART_FROM_ROLE
 from trio_edge.runtime.bundle.reader import file_problem, sha256_of
 from trio_edge.runtime.engines.files import ENGINES_FOLDER, atomic_engines
@@ -178,7 +180,9 @@ def open_prepared(bundle: Bundle, *, accuracy: CpuAccuracy) -> Prepared:
         return Prepared({}, ())
     again = f"run trio-build {bundle.folder} --backend onnxruntime --force"
     try:
-        found = msgspec.json.decode((folder / _FILE_NAME).read_bytes(), type=PreparedGraphs)
+        found = msgspec.json.decode(
+            read_regular(folder / _FILE_NAME, max_bytes=MAX_JSON_BYTES), type=PreparedGraphs
+        )
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return Prepared({}, (f"prepared graphs are not used: {folder / _FILE_NAME}: {error}; {again}",))
     here = {

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.images.resizing import Resample
 
-Size: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
+Size: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
+"""In pixels along a side, or in all; more would be no image that this machine can hold."""
 # The bounds refuse infinite values and NaN, which JSON files of Python may hold; real ones lie far inside.
 Level: TypeAlias = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
 Factor: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1e6)]

@@ -1,0 +1,34 @@
+"""Bounds of the numbers and texts in a bundle's JSON files: far above any model's, far below what would fill a machine.
+
+A manifest may come from anybody. What breaks a bound is refused with the key's name before anything is allocated.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+import msgspec
+
+# Far above any model's positions: a mistyped number fails here, not when memory is full.
+MOST_TOKENS = 1 << 20
+"""Largest prompt, and longest answer, that can be chosen."""
+MOST_TENSOR_BYTES = 1 << 44
+"""Largest tensor of a graph at any profile."""
+MAX_JSON_BYTES = 64 << 20
+"""Largest JSON file that is read; a manifest of a large model has less than 1 MB."""
+
+Tokens: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=MOST_TOKENS)]
+Axis: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+"""Length of an axis of a tensor."""
+Extent: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+"""Value of a symbol at a profile."""
+Layer: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
+Bytes: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
+Work: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+"""FLOPs, or a product of sizes."""
+TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+Symbol: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Z]{1,8}\Z")]
+"""Axis that a profile gives a size."""
+Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+"""SHA-256 in hexadecimal."""
