@@ -21,6 +21,7 @@ from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.embedding import EmbeddingTable
 from trio_edge.runtime.bundle.errors import BackendError, BundleError, ShapeError
 from trio_edge.runtime.bundle.graph_io import bucket_of
+from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS, is_whole
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.decoder import Decoder, DecoderPrompt
 from trio_edge.runtime.images.interface import image_processing
@@ -39,7 +40,6 @@ from trio_edge.runtime.sampling import (
     AnswerRules,
     Sampler,
     TokenChooser,
-    is_whole,
     make_sampler,
     with_overrides,
 )
@@ -171,8 +171,20 @@ class _Shown(NamedTuple):
 class Pipeline:
     """An opened bundle with all its graphs loaded. One answer at a time."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, *, keep_images: int = 0) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        keep_images: int = 0,
+        max_pixels: int = MAX_IMAGE_PIXELS,
+    ) -> None:
         """Load the bundle's graphs with ``backend``; see ``from_bundle``."""
+        if not is_whole(max_pixels) or not 1 <= max_pixels <= MOST_IMAGE_PIXELS:
+            raise ShapeError(
+                f"max_pixels: expected 1..{MOST_IMAGE_PIXELS}, got {max_pixels!r:.80}; choose a number in this range"
+            )
+        self._max_pixels = max_pixels
         if not is_whole(keep_images) or not 0 <= keep_images <= MOST_KEPT_IMAGES:
             raise ShapeError(
                 f"keep_images: expected 0..{MOST_KEPT_IMAGES}, got {keep_images!r}; choose a number in this range"
@@ -217,6 +229,7 @@ class Pipeline:
         threads: int = 0,
         cpu_accuracy: CpuAccuracy = "auto",
         keep_images: int = 0,
+        max_pixels: int = MAX_IMAGE_PIXELS,
     ) -> Pipeline:
         """Open the bundle at ``path`` and load its graphs.
 
@@ -228,16 +241,17 @@ class Pipeline:
             keep_images: Images whose visual tokens are kept, 0 to ``MOST_KEPT_IMAGES``: a further question about one of the
                 last ones skips the vision graph and, in a bundle exported with --follow-ups, the first layer range's rows
                 before the question. Answers do not change.
+            max_pixels: Pixels above which an image or a frame is refused before it is decoded.
 
         Raises:
             BundleError: If the bundle is broken.
             ManifestError: If its manifest is broken or of another schema.
             BackendError: If the backend is missing or cannot load a graph, or the device has not enough memory.
-            ShapeError: If ``keep_images`` is out of range.
+            ShapeError: If ``keep_images`` or ``max_pixels`` is out of range.
         """
         bundle = open_bundle(path)
         chosen = make_backend(backend, bundle=bundle, threads=threads, cpu_accuracy=cpu_accuracy)
-        return cls(bundle, chosen, keep_images=keep_images)
+        return cls(bundle, chosen, keep_images=keep_images, max_pixels=max_pixels)
 
     def generate(
         self,
@@ -276,8 +290,11 @@ class Pipeline:
             images = list(image) if isinstance(image, (list, tuple)) else [cast("ImageSource", image)]
         if not isinstance(prompt, str):
             raise ShapeError(f"prompt: expected text, got {type(prompt).__name__}; write a question")
-        for turn in history:
-            if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+        if system is not None and not isinstance(system, str):
+            raise ShapeError(f"system: expected text, got {type(system).__name__}; write a system prompt")
+        for turn in history if isinstance(history, (list, tuple)) else (history,):
+            is_pair = isinstance(turn, (list, tuple)) and len(turn) == 2
+            if not is_pair or not all(isinstance(text, str) for text in turn):
                 raise ShapeError(f"history: expected pairs of question and answer, got {turn!r:.80}")
         sampling = {"fps": fps, "num_frames": num_frames, "source_fps": source_fps}
         videos = [] if video is None else [{"video": video, **sampling}]
@@ -402,6 +419,7 @@ class Pipeline:
             template=self._template,
             text=self.manifest.text,
             insets=insets,
+            max_tokens=self.manifest.text_buckets[-1],
         )
 
     def _open(self, messages: Sequence[Message]) -> list[_Shown]:
@@ -414,7 +432,7 @@ class Pipeline:
             if part["type"] == "video":
                 shown.append(self._open_video(part, question))
                 continue
-            image = open_image(part["image"])
+            image = open_image(part["image"], max_pixels=self._max_pixels)
             prepared = self._vision.prepare(image, question, images=images)
             shown.append(_Shown((image,), [prepared], is_video=False))
         return shown
@@ -426,7 +444,9 @@ class Pipeline:
                 " frames as images"
             )
         settings = {name: part.get(name) for name in ("fps", "num_frames", "source_fps")}
-        video = open_video(part["video"], self._videos.sampling, **settings)
+        video = open_video(
+            part["video"], self._videos.sampling, max_pixels=self._max_pixels, **settings
+        )
         prepared = self._vision.prepare_video(video, question, videos=self._videos)
         return _Shown(video.frames[::2], prepared, is_video=True)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trio_edge.runtime.bundle.errors import BundleError, ImageError
+from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
 from trio_edge.runtime.cli.backend_options import backend_options
 from trio_edge.runtime.cli.console import run
 
@@ -36,6 +37,13 @@ if TYPE_CHECKING:
 @click.option("--fps", type=float, help="Frames to take of the video per second. [default: the checkpoint's]")
 @click.option("--num-frames", type=int, help="Frames to take of the video in all; instead of --fps.")
 @click.option("--source-fps", type=float, help="Frames per second of a folder of frames.")
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(1, MOST_IMAGE_PIXELS),
+    default=MAX_IMAGE_PIXELS,
+    show_default=True,
+    help="Images with more pixels are refused before they are decoded.",
+)
 @click.option("--prompt", required=True, help="The question.")
 @click.option("--system", help="System prompt.")
 @backend_options()
@@ -67,6 +75,7 @@ def command(
     backend: str,
     threads: int,
     cpu_accuracy: CpuAccuracy,
+    max_pixels: int,
     show_kept: Path | None,
     compare_full: Path | None,
     **settings: Any,
@@ -79,6 +88,7 @@ def command(
             raise click.UsageError("--show-kept: expected --image or --video as well, got none; name one")
         _check_drawing_target(show_kept)
     loading: dict[str, Any] = {"backend": backend, "threads": threads, "cpu_accuracy": cpu_accuracy}
+    loading["max_pixels"] = max_pixels
     with Pipeline.from_bundle(bundle, **loading) as pipeline:
         answer = pipeline.generate(images, prompt, **settings)
         for piece in answer:
