@@ -345,6 +345,8 @@ class Pipeline:
                 f"max_new_tokens: expected 1..{self.manifest.max_new_tokens} (the bundle's room), got {limit!r};"
                 " export with a larger --max-new-tokens"
             )
+        if override is not None and not callable(override):
+            raise ShapeError(f"override: expected a function, got {type(override).__name__}; see SelectorOverride")
         check_messages(messages)
         rules = with_overrides(
             self.manifest.generation,

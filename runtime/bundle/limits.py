@@ -33,7 +33,15 @@ Bytes: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
 Work: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 """FLOPs, or a product of sizes."""
 TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
-Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+# No control characters and no marks that turn text round: commands print these names.
+Name: TypeAlias = Annotated[
+    str,
+    msgspec.Meta(
+        min_length=1,
+        max_length=200,
+        pattern=r"^[^\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]+\Z",
+    ),
+]
 Symbol: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Z]{1,8}\Z")]
 """Axis that a profile gives a size."""
 Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]

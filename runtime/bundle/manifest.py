@@ -290,9 +290,9 @@ class Manifest(_Spec, frozen=True):
 
     schema_version: int
     family: Name
-    model: str
+    model: Name
     """Alias, Hub id or folder name that was exported."""
-    revision: str | None
+    revision: Name | None
     dtype: FloatType
     opset: Layer
     dimensions: Dimensions
@@ -314,7 +314,7 @@ class Manifest(_Spec, frozen=True):
     """Images of a prompt, or pairs of a video's frames, of the largest size that was exported for."""
     encoder_keep: Tokens | None
     """Patches per tile, or visual tokens of the image, that the vision graph keeps; None for all."""
-    token_method: str | None
+    token_method: Name | None
     """Selector of the reduce graph between vision and prefix, by its name in ``trio_edge.trio.methods``; None without one."""
     token_keep: Tokens | None
     """K, visual tokens of each image that the reduce graph passes on."""
@@ -326,7 +326,7 @@ class Manifest(_Spec, frozen=True):
     model_bytes: Bytes
     """Bytes of the whole model's weights in ``dtype``, each tensor once."""
     cost: Cost
-    tools: dict[str, str]
+    tools: dict[Name, Name]
     """Versions of the packages that made the bundle."""
     vision: VisionDimensions | None = None
     """None in bundles of releases that did not write it."""
@@ -404,10 +404,7 @@ class Manifest(_Spec, frozen=True):
 
     def _check_files(self) -> None:
         known = {entry.path for entry in self.files}
-        used = {
-            file for graph in self.graphs for file in (graph.file, *(piece.file for piece in graph.pieces))
-        }
-        used |= {self.text.tokenizer, self.text.chat_template, self.token_embedding.file}
+        used = graph_files(self) | {self.text.tokenizer, self.text.chat_template, self.token_embedding.file}
         if self.token_embedding_scales is not None:
             used.add(self.token_embedding_scales.file)
         if self.clip_text is not None:
@@ -539,6 +536,13 @@ class Manifest(_Spec, frozen=True):
         entering = num_visual if most is None else min(most, num_visual)
         share = self.schedule.average_keep(num_layers=self.dimensions.num_layers, num_visual=entering)
         return share * entering / num_visual
+
+
+def graph_files(manifest: Manifest) -> set[str]:
+    """Return the ONNX files of all graphs and pieces."""
+    return {
+        file for graph in manifest.graphs for file in (graph.file, *(piece.file for piece in graph.pieces))
+    }
 
 
 def _check_relative(path: str) -> None:

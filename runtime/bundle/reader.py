@@ -15,7 +15,14 @@ from trio_edge.runtime.bundle.errors import BundleError
 from trio_edge.runtime.bundle.files import read_regular
 from trio_edge.runtime.bundle.graph_io import check_tensors
 from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
-from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, Manifest, StoredTensor, manifest_from_json
+from trio_edge.runtime.bundle.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    StoredTensor,
+    graph_files,
+    manifest_from_json,
+)
+from trio_edge.runtime.bundle.onnx_files import check_weight_places
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,6 +106,9 @@ def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
         problem = file_problem(folder / entry.path, entry, root=root, hash_all=hash_all)
         if problem is not None:
             raise BundleError(f"{problem}; export the bundle again")
+    sizes = {entry.path: entry.num_bytes for entry in manifest.files}
+    for name in sorted(graph_files(manifest)):
+        check_weight_places(folder / name, sizes)
     return Bundle(folder=folder, manifest=manifest)
 
 

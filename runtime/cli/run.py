@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trio_edge.runtime.bundle.errors import BundleError, ImageError
+from trio_edge.runtime.bundle.errors import BundleError, ImageError, printable
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
 from trio_edge.runtime.cli.backend_options import backend_options
 from trio_edge.runtime.cli.console import run
@@ -92,11 +92,11 @@ def command(
     with Pipeline.from_bundle(bundle, **loading) as pipeline:
         answer = pipeline.generate(images, prompt, **settings)
         for piece in answer:
-            print(piece, end="", flush=True)
+            print(_shown(piece), end="", flush=True)
         print()
         print(f"{pipeline.backend_name}: {_statistics_line(answer)}", file=sys.stderr)
         for note in pipeline.notes:  # after the answer, which may add some
-            print(f"trio-run: {note}", file=sys.stderr)
+            print(f"trio-run: {printable(note)}", file=sys.stderr)
         if show_kept is not None:
             _draw(pipeline, answer, show_kept)
         if answer.images:
@@ -116,6 +116,11 @@ def command(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     return run(command, argv)
+
+
+def _shown(text: str) -> str:
+    """Return a piece of an answer as a terminal may show it; files and pipes get it as it is."""
+    return printable(text, but="\n\t") if sys.stdout.isatty() else text
 
 
 def _tokens_line(answer: Generation) -> str:
@@ -165,7 +170,7 @@ def _print_comparison(answer: Generation, reference: Generation) -> None:
     def ratio(ours: float, theirs: float) -> str:
         return f"{theirs / ours:.2f}x" if ours > 0 else "-"
 
-    print(f"keep-all answer: {reference.text}")
+    print(f"keep-all answer: {_shown(reference.text)}")
     everything = summary_of(reference.first_logits, num_tokens=len(reference.first_logits))
     print(f"KL of the first token: {first_token_kl(everything, answer.first_logits):.4f} nats")
     print(

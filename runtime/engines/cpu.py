@@ -248,7 +248,7 @@ def processor_key() -> str:
 
 def _prepare(bundle: Bundle, spec: GraphSpec, folder: Path, *, accuracy: CpuAccuracy) -> None:
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # only what is fatal
     set_cpu_options(options, bundle, spec, accuracy=accuracy)
     options.optimized_model_filepath = str(folder / f"{spec.name}.onnx")
     for name, value in (

@@ -46,20 +46,17 @@ def prompt_ids(
         ShapeError: If a text holds a special token or is far too long, or the template refuses the messages.
         BundleError: If the template is broken.
     """
-    for part in _parts(messages):
-        if part["type"] == "text":
-            tokenizer.check_user_text(part["text"])
+    most = max(_FEW_CHARACTERS, _CHARACTERS_PER_TOKEN * max_tokens)
+    texts = [part["text"] for part in _parts(messages) if part["type"] == "text"]
+    _check_length(sum(map(len, texts)), most=most, max_tokens=max_tokens)
+    for written in texts:
+        tokenizer.check_user_text(written)
     rendered = render_chat(
         [{**message, "content": _places(message["content"])} for message in messages],
         template=template,
         special_tokens={"bos_token": text.bos_token, "eos_token": text.eos_token},
     )
-    most = max(_FEW_CHARACTERS, _CHARACTERS_PER_TOKEN * max_tokens)
-    if len(rendered) > most:
-        raise ShapeError(
-            f"prompt: expected at most {most} characters for {max_tokens} text tokens (the largest bucket), got"
-            f" {len(rendered)}; shorten it or export with a larger --max-text"
-        )
+    _check_length(len(rendered), most=most, max_tokens=max_tokens)
     return tokenizer.encode_prompt(
         rendered,
         image_token=text.image_token,
@@ -70,6 +67,14 @@ def prompt_ids(
         else insets,
         bos_token=text.bos_token,
     )
+
+
+def _check_length(num_characters: int, *, most: int, max_tokens: int) -> None:
+    if num_characters > most:
+        raise ShapeError(
+            f"prompt: expected at most {most} characters for {max_tokens} text tokens (the largest bucket), got"
+            f" {num_characters}; shorten it or export with a larger --max-text"
+        )
 
 
 def visual_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
