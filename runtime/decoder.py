@@ -92,6 +92,11 @@ class DecoderPrompt:
         return self.num_text + self.num_visual
 
     @property
+    def num_after(self) -> int:
+        """Text tokens after the last visual one; all, without an image."""
+        return self.length - 1 - int(self.visual_rows[-1]) if self.num_visual else self.length
+
+    @property
     def visual_runs(self) -> list[range]:
         """The runs of consecutive rows that the visual tokens have."""
         starts = np.flatnonzero(np.diff(self.visual_rows, prepend=-2) > 1)
@@ -310,6 +315,11 @@ class Decoder:
                 f"prompt: expected {prompt.num_visual} ascending rows below {prompt.length} for the visual tokens, got"
                 f" {len(rows)} others"
             )
+        if prompt.num_after == 0 and self._buffers.gradient is not None:
+            raise ShapeError(
+                "prompt: expected text after the image, whose answer the probes look at, got none; use a chat template that"
+                " asks for an answer"
+            )
         shape = (self._manifest.position_axes, prompt.max_visual + prompt.text_bucket)
         if prompt.positions.ids.shape != shape:
             raise ShapeError(
@@ -400,7 +410,8 @@ class Decoder:
         for stage, span in enumerate(spans[:-1]):
             values |= {f"{NUM_VISUAL}.{stage}": span.num_visual, f"{LENGTH}.{stage}": span.length}
             if self._buffers.probes[stage] is not None:
-                inputs.host(f"{PROBE_ROWS}.{stage}")[:] = self._probe_rows(span.length)
+                rows = self._probe_rows(span.length, num_after=prompt.num_after)
+                inputs.host(f"{PROBE_ROWS}.{stage}")[:] = rows
         for name, value in values.items():
             inputs.host(name)[0] = value
         inputs.upload(device)
@@ -424,11 +435,15 @@ class Decoder:
                 self._device.upload(self._buffers.embeds.rows(row, count), text[sent : sent + count])
             row, sent = run.stop, sent + count
 
-    def _probe_rows(self, length: int) -> NDArray[np.int32]:
-        """Return the rows whose loss a probe looks at; those before the prompt's first row are that one."""
+    def _probe_rows(self, length: int, *, num_after: int) -> NDArray[np.int32]:
+        """Return the rows whose loss a probe looks at; in place of those before the last image's end stands the first after it.
+
+        The graphs give a visual token no credit for its own way to the loss, which it has where it is a probe row.
+        """
         schedule = self._manifest.schedule
         last = length - schedule.last_probe_offset
-        return np.maximum(np.arange(last - schedule.num_probe_rows + 1, last + 1, dtype=np.int32), 0)
+        rows = np.arange(last - schedule.num_probe_rows + 1, last + 1, dtype=np.int32)
+        return np.maximum(rows, length - num_after)
 
     def _place(
         self, visual: DeviceTensor | NDArray[Any], target: DeviceTensor, runs: Sequence[range]
