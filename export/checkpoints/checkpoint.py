@@ -69,6 +69,8 @@ ALIASES = {
 TINY_FOLDER = Path(__file__).parents[1] / "tiny"
 EMBEDDING_NAME = "language_model.embed_tokens.weight"
 """Canonical name of the token embeddings."""
+HEAD_NAME = "lm_head.weight"
+"""Canonical name of the head; checkpoints whose head is the table of embeddings leave it out."""
 
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -110,9 +112,12 @@ class Checkpoint:
             CheckpointError: If the checkpoint does not have it.
         """
         if name not in self.tensors:
+            way_out = "download the checkpoint again"
+            if name == HEAD_NAME:
+                way_out = "set tie_word_embeddings in config.json to true if the head is the embedding table"
             raise CheckpointError(
                 f"{self.folder}: expected a tensor {name!r} for this architecture, got none among"
-                f" {len(self.tensors)}; download the checkpoint again"
+                f" {len(self.tensors)}; {way_out}"
             )
         return self.tensors[name]
 

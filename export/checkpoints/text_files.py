@@ -76,7 +76,7 @@ def read_text_files(
         image_token_id=image_token_id,
         bos_token=tokenizer.bos_token or "",
         eos_token=tokenizer.eos_token or "",
-        stop_token_ids=_stop_token_ids(checkpoint, tokenizer),
+        stop_token_ids=_stop_token_ids(checkpoint),
         **_video_token(checkpoint, backend),
     )
     template = _with_special_tokens(_chat_template(checkpoint) or default_template, tokenizer)
@@ -195,20 +195,17 @@ def _with_special_tokens(template: str, tokenizer: Any) -> str:
     )
 
 
-def _stop_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
-    """Return what ends an answer: the first of the places where transformers looks that names any tokens."""
-    path = checkpoint.folder / "generation_config.json"
-    config = checkpoint.config
-    places = (
-        read_json(path) if path.exists() else {},
-        config,
-        config.get("text_config") or {},
-        {"eos_token_id": tokenizer.eos_token_id},
-    )
+def _stop_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Return what ends an answer, as for ``generate``: what ``generation_config.json`` names, if anything.
+
+    Only without that file the configurations are asked. Where nothing is named, no token ends an answer.
+    """
+    path, config = checkpoint.folder / "generation_config.json", checkpoint.config
+    places = (read_json(path),) if path.exists() else (config, config.get("text_config") or {})
     ids = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), ())
-    ids = (ids,) if isinstance(ids, int) else tuple(ids)
-    if not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
+    found = tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+    if not all(isinstance(token_id, int) and 0 <= token_id < 1 << 31 for token_id in found):
         raise CheckpointError(
-            f"{checkpoint.folder}: expected eos_token_id to be token ids, got {list(ids)}; correct generation_config.json"
+            f"{checkpoint.folder}: expected eos_token_id to be token ids, got {ids!r:.200}; correct generation_config.json"
         )
-    return ids
+    return found

@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import unicodedata
 
+_MOST_CHARACTERS = 2000
+
 
 class TrioEdgeError(Exception):
     """Base class of all errors that a user can mend."""
 
     def __str__(self) -> str:
-        """Return the message as one line, without what could move a terminal's cursor or turn its text round."""
-        return printable(" ".join(super().__str__().split()))
+        """Return the message as ``message_line`` gives it."""
+        return message_line(super().__str__())
 
 
 class ManifestError(TrioEdgeError, ValueError):
@@ -61,6 +63,12 @@ class DataError(TrioEdgeError, ValueError):
 
 class BackendError(TrioEdgeError, RuntimeError):
     """A backend is missing, or cannot load or run a graph."""
+
+
+def message_line(text: str) -> str:
+    """Return a message as one line that a terminal may show, without the middle where it is very long."""
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= _MOST_CHARACTERS else f"{line[:1000]}…{line[-600:]}"
 
 
 def printable(text: str, *, but: str = "") -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trio_edge.runtime.bundle.errors import TrioEdgeError, printable
+from trio_edge.runtime.bundle.errors import TrioEdgeError, message_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,6 +67,5 @@ def _print_nowhere() -> None:
 
 
 def _fail(command: click.Command, message: str) -> int:
-    line = printable(" ".join(message.split()))
-    print(f"{command.name}: {line}", file=sys.stderr)
+    print(f"{command.name}: {message_line(message)}", file=sys.stderr)
     return EXIT_USER_ERROR

@@ -150,10 +150,17 @@ def pixel_fields(values: Mapping[str, Any], *others: str) -> dict[str, Any]:
     """Return the filter, the pixel constants and the fields ``others``, as far as a preprocessor file names them.
 
     Raises:
-        KeyError: If the filter is none of ours.
+        CheckpointError: If the filter is none of ours.
     """
     fields = {key: values[key] for key in (*_PIXELS, *others) if key in values}
-    return {**fields, "resample": _RESAMPLE_OF_ID[values.get("resample", 3)]}
+    number = values.get("resample", 3)
+    if not isinstance(number, int) or number not in _RESAMPLE_OF_ID:
+        known = ", ".join(f"{key} ({name})" for key, name in _RESAMPLE_OF_ID.items())
+        raise CheckpointError(
+            f"preprocessor_config resample: expected one of Pillow's filters {known}, got {number!r:.80};"
+            " this image processor cannot be followed"
+        )
+    return {**fields, "resample": _RESAMPLE_OF_ID[number]}
 
 
 def square_side(size: Any) -> int | None:

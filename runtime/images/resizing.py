@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Very narrow images become gigabytes on their way to a square.
-_MOST_LINES, _MOST_BETWEEN, _MOST_BETWEEN_LARGE = 1 << 22, 1 << 24, 1 << 26
+_MOST_LINES, _MOST_BETWEEN, _MOST_BETWEEN_LARGE = 1 << 21, 1 << 23, 1 << 26
 _MOST_SUMS = 1 << 24
 Resample = Literal["bilinear", "bicubic", "lanczos"]
 

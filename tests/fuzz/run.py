@@ -18,7 +18,7 @@ from pathlib import Path
 
 _RESTART_AFTER = 3000
 """Inputs of one process: what leaks slowly shows as little as in a user's."""
-_STUCK_SECONDS = 90.0
+_STUCK_SECONDS = 150.0
 
 
 @dataclass
