@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Each takes 1.5 GB and one core.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test test-matrix lint format bundle clean
+.PHONY: demo test fuzz test-matrix lint format bundle clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,6 +35,11 @@ demo: $(BUNDLE)/trio.json
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 6 --dist worksteal $(PYTEST_ARGS)
+
+# 200,000 malformed inputs, each from its number; INPUTS=5000 runs fewer.
+INPUTS ?= 200000
+fuzz: $(BUNDLE)/trio.json
+	$(BIN)/python -m tests.fuzz.run --bundle $(BUNDLE) --inputs $(INPUTS) --processes $(WORKERS) --report out/fuzz.json
 
 # The tests as other processors, thread numbers and orders run them; CONTRIBUTING.md says more.
 PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OPENBLAS_CORETYPE=Nehalem

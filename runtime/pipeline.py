@@ -10,6 +10,8 @@ print(answer.statistics.visual_tokens, answer.statistics.kept_tokens)
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -169,7 +171,7 @@ class _Shown(NamedTuple):
 
 @final
 class Pipeline:
-    """An opened bundle with all its graphs loaded. One answer at a time."""
+    """An opened bundle with all its graphs loaded. One answer at a time, from any thread of the process that loaded it."""
 
     def __init__(
         self,
@@ -219,6 +221,9 @@ class Pipeline:
         self._running: Generation | None = None
         """The answer whose rows the KV caches hold."""
         self._is_open = True
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        """Held while the graphs run: all answers share their memory, and closing releases it."""
 
     @classmethod
     def from_bundle(
@@ -388,6 +393,10 @@ class Pipeline:
             ShapeError: If the KV caches have no room for as many.
             BackendError: If the pipeline is closed, or a graph fails.
         """
+        with self._lock:
+            return self._timed_tokens(count, skip=skip)
+
+    def _timed_tokens(self, count: int, *, skip: int) -> list[float]:
         self._check_open()
         self._running = None
         self._decoder.skip(skip)
@@ -401,12 +410,17 @@ class Pipeline:
 
     def close(self) -> None:
         """Release all graphs and all memory of the device; a second time does nothing."""
-        self._is_open = False
-        self._graphs.close()
+        with self._lock:
+            self._is_open = False
+            self._graphs.close()
 
     def _check_open(self) -> None:
         if not self._is_open:
             raise BackendError("pipeline: expected an open one, got a closed one; load the bundle again")
+        if os.getpid() != self._process:  # the threads of its graphs stayed behind: it would wait for them without end
+            raise BackendError(
+                "pipeline: expected the process that loaded it, got a fork of it; load the bundle in each process"
+            )
 
     def __enter__(self) -> Pipeline:
         return self
@@ -522,6 +536,20 @@ class Pipeline:
         override: SelectorOverride | None,
     ) -> Iterator[str]:
         """Yield the pieces of an answer."""
+        with self._lock:
+            token = self._first_token(generation, ids, prepared, chooser=chooser, override=override)
+        yield from self._decode(generation, token, limit=limit, chooser=chooser)
+
+    def _first_token(
+        self,
+        generation: Generation,
+        ids: PromptIds,
+        prepared: Sequence[PreparedImage],
+        *,
+        chooser: TokenChooser,
+        override: SelectorOverride | None,
+    ) -> int:
+        """Run the graphs up to an answer's first token and return it."""
         self._check_open()
         self._running, statistics = generation, generation.statistics
         start = time.perf_counter()
@@ -544,7 +572,7 @@ class Pipeline:
         statistics.graph_ms |= self._decoder.graph_ms
         statistics.repaired_stages, statistics.image_was_kept = result.num_repaired, visual.was_kept
         statistics.prefix_was_kept = self._decoder.prefix_was_kept
-        yield from self._decode(generation, token, limit=limit, chooser=chooser)
+        return token
 
     def _decode(
         self, generation: Generation, token: int, *, limit: int, chooser: TokenChooser
@@ -561,19 +589,23 @@ class Pipeline:
                 yield piece
             if statistics.new_tokens >= limit:
                 break
+            start = time.perf_counter()
+            token = self._next_token(generation, token, chooser=chooser)
+            statistics.token_ms.append(1e3 * (time.perf_counter() - start))
+            statistics.decode_ms += statistics.token_ms[-1]
+        if rest := stream.finish():
+            yield rest
+
+    def _next_token(self, generation: Generation, token: int, *, chooser: TokenChooser) -> int:
+        with self._lock:
             # The caller has run in between: it may have closed the pipeline, or asked something else.
             self._check_open()
             if self._running is not generation:
                 raise ShapeError(
                     "answer: expected one answer at a time, another was started; finish streaming first"
                 )
-            start = time.perf_counter()
             top = self._decoder.decode(np.asarray(self._embedding[token]))
-            token = chooser.choose(top, self._decoder.logits)
-            statistics.token_ms.append(1e3 * (time.perf_counter() - start))
-            statistics.decode_ms += statistics.token_ms[-1]
-        if rest := stream.finish():
-            yield rest
+            return chooser.choose(top, self._decoder.logits)
 
 
 def _prefix_key(ids: PromptIds, prompt: DecoderPrompt, images: Sequence[PreparedImage]) -> bytes:

@@ -56,6 +56,7 @@ def atomic_folder(
     Raises:
         TrioEdgeError: ``error``, as it says.
     """
+    _check_name(target, error=error)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         delete_leftovers(target)
@@ -91,6 +92,7 @@ def check_place(target: Path, *, num_bytes: int, error: type[TrioEdgeError], way
         error: As for ``atomic_folder``.
         way_out: Likewise.
     """
+    _check_name(target, error=error)
     # Path.exists raises in a folder that may not be entered
     place = next(folder for folder in target.absolute().parents if os.path.exists(folder))  # noqa: PTH110
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
@@ -98,6 +100,11 @@ def check_place(target: Path, *, num_bytes: int, error: type[TrioEdgeError], way
             f"{target}: expected {place} to be a folder that can be written to, got another; {way_out}"
         )
     _check_free(place, num_bytes=num_bytes, error=error, elsewhere=f" or {way_out}")
+
+
+def _check_name(target: Path, *, error: type[TrioEdgeError]) -> None:
+    if target.name in ("", ".."):  # the root, or a folder that a command runs in
+        raise error(f"{target}: expected a new folder's name, got one that cannot be replaced; choose another")
 
 
 def _check_free(folder: Path, *, num_bytes: int, error: type[TrioEdgeError], elsewhere: str) -> None:

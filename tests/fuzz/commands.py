@@ -54,10 +54,14 @@ def _arguments(rng: random.Random, subject: Subject, name: str) -> list[str]:
         base = [bundle, "--image", str(subject.picture), "--prompt", "what?", "--max-new-tokens", "2", "--threads", "1"]
     elif name == "trio-build":
         base = [bundle, "--dry-run"]
-    elif name == "trio-export":
-        base = [rng.choice(_NAMES), "--out", str(subject.folder / "out")]
+    elif name == "trio-inspect":
+        base = [bundle]
+    elif name == "trio-eval":
+        base = [bundle, "--data", str(subject.folder / "no.jsonl")]
+    elif name == "trio-profile":
+        base = [rng.choice(_NAMES)]
     else:
-        base = {"trio-inspect": [bundle]}.get(name, ["--bundle", bundle, "--count", "0"])
+        base = [rng.choice(_NAMES), "--out", rng.choice((str(subject.folder / "out"), "/", ".."))]
     odd = rng.choice((0, 1, 1, 2))
     for option in rng.sample(_options(name), odd):
         base += [option, _value(rng)]
@@ -67,7 +71,7 @@ def _arguments(rng: random.Random, subject: Subject, name: str) -> list[str]:
 def _options(name: str) -> list[str]:
     """Return the names of a command's options, without those that would start a long run or leave the machine."""
     command = _COMMANDS[name].command
-    left_out = {"--help", "--out", "--revision", "--runs", "--synthetic"}
+    left_out = {"--help", "--out", "--revision", "--force", "--data"}
     return sorted({option for param in command.params for option in param.opts if option.startswith("--")} - left_out)
 
 

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from tests.fuzz.subject import Outcome, Subject, judged
-from tests.fuzz.values import NUMBERS, damaged, hostile, mutated
+from tests.fuzz.values import damaged, hostile, mutated
 from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, Tokenizer
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _PATTERNS = (
     "(?<x>a\\g<x>?)", "(a)\\1", "\\p{L}+", "[^\\r\\n]*", "(?i:'s)", "x{2,1}", "*", "a**", "(?:)", "\\b", "^", "$", ".*",
 )  # fmt: skip
 _TEXTS = ("", "a", " ", "aa" * 50, "\0", "é", "▁", "\ud800", "\x1b[31m", "\u202e", "what")
-PROMPTS = (
+_PROMPTS = (
     "what is this?", "", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "   \n\n\t  x", "𝔘𝔫𝔦 é ﬃ \u0301\u0301", "<image>" * 3,
     "a" * 3000, "word " * 600, "\0\x1b[2J",
 )  # fmt: skip
@@ -31,12 +31,9 @@ def tokenizer(rng: random.Random, subject: Subject) -> Outcome:
 
     def use() -> str:
         found = Tokenizer.from_file(path)
-        for text in rng.sample(PROMPTS, 3):
+        for text in rng.sample(_PROMPTS, 3):
             ids = found.plain_ids(text)
             found.decode(ids.tolist()[:50])
-        found.encode_prompt(
-            "user: <image> what?", image_token="<image>", image_token_id=4, insets=(), bos_token=""
-        ) if rng.random() < 0.1 else None
         stream = DetokenizeStream(found)
         for token in (5, 9, 100, 4, 2**31 - 1):
             stream.push(token)
@@ -146,6 +143,3 @@ def _model(rng: random.Random, _depth: int) -> Any:
         {"type": "Nothing"},
         hostile(rng),
     ))  # fmt: skip
-
-
-__all__ = ["NUMBERS", "PROMPTS", "tokenizer"]
