@@ -1,4 +1,4 @@
-# make demo  sets up and answers a question about a picture; make test  sets up and passes the tests; make lint
+# make demo  sets up and answers a question about a picture; make serve  answers over HTTP; make test  sets up and passes the tests; make lint
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,9 @@ unexport PYTHONDONTWRITEBYTECODE
 # Each takes 1.5 GB and one core.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test fuzz test-matrix lint format bundle clean
+PORT ?= 8000
+
+.PHONY: demo serve test fuzz test-matrix lint format bundle clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +34,9 @@ bundle: $(BUNDLE)/trio.json
 
 demo: $(BUNDLE)/trio.json
 	$(BIN)/python examples/demo.py --bundle $(BUNDLE) --out out
+
+serve: $(BUNDLE)/trio.json
+	$(BIN)/trio-serve $(BUNDLE) --port $(PORT)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 6 --dist worksteal $(PYTEST_ARGS)

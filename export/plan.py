@@ -23,7 +23,7 @@ from trio_edge.export.graphs.layout import Layout, vision_profiles
 from trio_edge.export.graphs.vision.clip import KEEP_MULTIPLE
 from trio_edge.export.options import ScheduleInputs
 from trio_edge.export.quantize.assign import check_packed
-from trio_edge.export.token_selectors import full_grid, token_selector
+from trio_edge.export.token_selectors import check_image_shares, full_grid, token_selector
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import text_buckets
 from trio_edge.runtime.bundle.manifest import Dimensions
@@ -211,6 +211,7 @@ def build(
     )
     schedule.check_fits(num_layers=dimensions.num_layers, max_visual=resolved.entering)
     _check_position_rule(schedule, source.family)
+    check_image_shares(schedule, max_images=options.num_units)
     layout = _layout(options, source, resolved, schedule)
     check_positions(
         model.text_config,

@@ -60,6 +60,23 @@ def probe_of(selector: StageSelector) -> ProxySaliency | None:
     return selector.saliency if isinstance(selector, Trio) else None
 
 
+def check_image_shares(schedule: Schedule, *, max_images: int) -> None:
+    """Refuse shares of images that the method does not know, or that would be empty.
+
+    Raises:
+        ScheduleError: Names the methods that know them.
+    """
+    if schedule.budget != "image" or not schedule.stages:
+        return
+    row, keep = stage_method(schedule.method), min(stage.keep for stage in schedule.stages)
+    if not (row.has_image_shares and keep >= max_images):
+        able = ", ".join(name for name, other in STAGE_METHODS.items() if other.has_image_shares)
+        raise ScheduleError(
+            f"--budget image: expected a method of {able}, and at least {max_images} kept tokens (one for each image), got"
+            f" {row.name} and {keep}; leave out --budget"
+        )
+
+
 def stage_selector(
     model: FamilyModel, schedule: Schedule, *, stage: int, max_visual: int, max_images: int = 1
 ) -> StageSelector:
@@ -73,15 +90,9 @@ def stage_selector(
         max_images: Images of a prompt.
 
     Raises:
-        ScheduleError: If there is no such method, or it cannot give each image a share.
+        ScheduleError: If there is no such method.
     """
-    row, keep = stage_method(schedule.method), schedule.stages[stage].keep
-    if schedule.budget == "image" and not (row.has_image_shares and keep >= max_images):
-        able = ", ".join(name for name, other in STAGE_METHODS.items() if other.has_image_shares)
-        raise ScheduleError(
-            f"--budget image: expected a method of {able}, and at least {max_images} kept tokens (one for each image), got"
-            f" {row.name} and {keep}; leave out --budget"
-        )
+    keep = schedule.stages[stage].keep
     layer = schedule.stages[stage].layer
     parts = StageParts(
         previous_layer=model.layers[layer - 1],
@@ -93,5 +104,5 @@ def stage_selector(
         settings=schedule,
         image_share=keep // max_images if schedule.budget == "image" else None,
     )
-    selector: StageSelector = row.load().for_stage(parts)
+    selector: StageSelector = stage_method(schedule.method).load().for_stage(parts)
     return selector

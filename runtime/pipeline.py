@@ -14,20 +14,30 @@ import os
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
 import numpy as np
 
+from trio_edge.runtime.answer import Generation
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.embedding import EmbeddingTable
-from trio_edge.runtime.bundle.errors import BackendError, BundleError, ShapeError
+from trio_edge.runtime.bundle.errors import BackendError, BundleError, PromptTooLongError, ShapeError
 from trio_edge.runtime.bundle.graph_io import bucket_of
 from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS, is_whole
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
-from trio_edge.runtime.decoder import Decoder, DecoderPrompt
 from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.images.reading import load_common_formats, open_image
+from trio_edge.runtime.model.decoder import Decoder
+from trio_edge.runtime.model.decoder_prompt import DecoderPrompt
+from trio_edge.runtime.model.sampling import (
+    AnswerRules,
+    Sampler,
+    TokenChooser,
+    make_sampler,
+    with_overrides,
+)
+from trio_edge.runtime.model.vision import Vision
 from trio_edge.runtime.prompts.chat import build_messages, compile_template
 from trio_edge.runtime.prompts.clip_text import ClipTexts
 from trio_edge.runtime.prompts.positions import (
@@ -38,115 +48,25 @@ from trio_edge.runtime.prompts.positions import (
 )
 from trio_edge.runtime.prompts.question import check_messages, last_question, prompt_ids, visual_parts
 from trio_edge.runtime.prompts.tokenizer import DetokenizeStream, Inset, PromptIds, Tokenizer
-from trio_edge.runtime.sampling import (
-    AnswerRules,
-    Sampler,
-    TokenChooser,
-    make_sampler,
-    with_overrides,
-)
 from trio_edge.runtime.videos.interface import video_processing
 from trio_edge.runtime.videos.reading import open_video
-from trio_edge.runtime.vision import Vision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from numpy.typing import NDArray
     from PIL import Image
 
     from trio_edge.runtime.backends.interface import Backend, CpuAccuracy
     from trio_edge.runtime.bundle.generation import GenerationSettings
     from trio_edge.runtime.bundle.manifest import Manifest
-    from trio_edge.runtime.decoder import SelectorOverride
-    from trio_edge.runtime.images.layout import ImageLayout
     from trio_edge.runtime.images.reading import ImageSource
+    from trio_edge.runtime.model.host_selection import SelectorOverride
+    from trio_edge.runtime.model.sampling import TokenConstraint
+    from trio_edge.runtime.model.vision import PreparedImage, VisualInput
     from trio_edge.runtime.prompts.chat import Message
-    from trio_edge.runtime.vision import PreparedImage, VisualInput
 
 MOST_KEPT_IMAGES = 64
-
-
-@dataclass(slots=True)
-class Statistics:
-    """Cost of one answer. Times are wall-clock milliseconds on the host."""
-
-    visual_tokens: int = 0
-    """Visual tokens of the images, before any selection."""
-    kept_tokens: tuple[int, ...] = ()
-    """Visual tokens kept by each stage."""
-    average_keep: float = 1.0
-    """Mean over decoder layers of the visual tokens processed, as a fraction of ``visual_tokens``."""
-    text_tokens: int = 0
-    """Prompt tokens without the visual ones."""
-    new_tokens: int = 0
-    ttft_ms: float = 0.0
-    """Work up to the first token: reading the images, vision, prefill, sampling."""
-    prefill_ms: float = 0.0
-    """Decoder part of the first token."""
-    decode_ms: float = 0.0
-    """All tokens after the first."""
-    token_ms: list[float] = field(default_factory=list)
-    """Each of them."""
-    graph_ms: dict[str, float] = field(default_factory=dict)
-    """Time that the device spent in each graph up to the first token."""
-    kv_bytes: int = 0
-    """KV rows in use at the end."""
-    repaired_stages: int = 0
-    """Stages whose parallel NMS was redone exactly on the host."""
-    prefix_was_kept: bool = False
-    """Whether the first layer range ran only the question's rows, as those before them were kept (--follow-ups)."""
-    image_was_kept: bool = False
-    """Whether no vision graph ran, as the visual tokens of all images were kept from an earlier question."""
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decode speed after the first token; 0 if there was no second one."""
-        return (
-            1e3 * (self.new_tokens - 1) / self.decode_ms
-            if self.new_tokens > 1 and self.decode_ms > 0
-            else 0.0
-        )
-
-
-@final
-class Generation:
-    """One answer: iterate to stream its pieces; ``text`` is all of it. Runs once, lazily."""
-
-    def __init__(self, steps: Callable[[Generation], Iterator[str]]) -> None:
-        self.statistics = Statistics()
-        self.token_ids: list[int] = []
-        """Ids of the answer, the stop token included if one came."""
-        self.first_logits: NDArray[np.float32] = np.empty(0, np.float32)
-        """[V], of the answer's first token; filled when the first piece is asked for."""
-        self.kept: list[NDArray[np.int32]] = []
-        """Per stage the kept tokens as indices into the visual tokens of all images, ascending."""
-        self.images: tuple[Image.Image, ...] = ()
-        """The images as they were read, upright, RGB; filled with the first piece, like ``layouts``."""
-        self.layouts: tuple[ImageLayout, ...] = ()
-        """For each image, the layout of its visual tokens that entered the decoder."""
-        self._pieces: list[str] = []
-        self._steps = steps(self)
-
-    def __iter__(self) -> Iterator[str]:
-        """Yield the answer's text piece by piece."""
-        yield from tuple(self._pieces)
-        for piece in self._steps:
-            self._pieces.append(piece)
-            yield piece
-
-    @property
-    def boxes(self) -> NDArray[np.float32]:
-        """[N, 4], box on its image in pixels of each visual token that entered the decoder; NaN for newline tokens."""
-        return np.concatenate([np.empty((0, 4), np.float32), *(layout.boxes for layout in self.layouts)])
-
-    @property
-    def text(self) -> str:
-        """The whole answer; runs what has not been streamed yet."""
-        for _ in self:
-            pass
-        return "".join(self._pieces)
 
 
 class _Shown(NamedTuple):
@@ -200,7 +120,7 @@ class Pipeline:
             if manifest.video_processing is None
             else video_processing(manifest.video_processing, images=self.images)
         )
-        self._tokenizer = Tokenizer.from_file(bundle.path(manifest.text.tokenizer))
+        self.tokenizer = Tokenizer.from_file(bundle.path(manifest.text.tokenizer))
         self._template = bundle.read_text(manifest.text.chat_template)
         self._embedding = EmbeddingTable(bundle)
         clip_texts = None if manifest.clip_text is None else ClipTexts(bundle)
@@ -318,6 +238,7 @@ class Pipeline:
         repetition_penalty: float | None = None,
         no_repeat_ngram_size: int | None = None,
         min_new_tokens: int | None = None,
+        constraint: TokenConstraint | None = None,
         override: SelectorOverride | None = None,
     ) -> Generation:
         """Return the answer to the last turn of a conversation, to be streamed.
@@ -335,11 +256,13 @@ class Pipeline:
             repetition_penalty: What logits of tokens that are there already are divided by; 1 for none.
             no_repeat_ngram_size: No group of so many tokens comes twice; 0 for no such rule.
             min_new_tokens: Tokens before which the answer does not end.
+            constraint: Says which tokens may come next, as a grammar does; one for each answer.
             override: Selects visual tokens on the host in place of the select graphs; for comparisons.
 
         Raises:
             ImageError: If an image cannot be read.
-            ShapeError: If messages, images or request exceed what the bundle was exported for.
+            PromptTooLongError: If the prompt has more tokens than the bundle has room for.
+            ShapeError: If messages or request do not fit the bundle in another way.
             BackendError: If the pipeline is closed; while streaming also if a graph fails.
         """
         self._check_open()
@@ -368,7 +291,10 @@ class Pipeline:
         prepared = [image for part in shown for image in part.prepared]
         self._vision.check_room(prepared)
         images = tuple(image for part in shown for image in part.images)
-        chooser = TokenChooser(sampler, self._rules(rules, ids, prepared, limit) if rules.are_rules else None)
+        has_rules = rules.are_rules or constraint is not None
+        chooser = TokenChooser(
+            sampler, self._rules(rules, ids, prepared, limit, constraint) if has_rules else None
+        )
         prepare_ms = 1e3 * (time.perf_counter() - start)
 
         def steps(generation: Generation) -> Iterator[str]:
@@ -431,7 +357,7 @@ class Pipeline:
     def _encode(self, messages: Sequence[Message], insets: Sequence[Inset] | None = None) -> PromptIds:
         return prompt_ids(
             messages,
-            tokenizer=self._tokenizer,
+            tokenizer=self.tokenizer,
             template=self._template,
             text=self.manifest.text,
             insets=insets,
@@ -480,17 +406,24 @@ class Pipeline:
         )
 
     def _rules(
-        self, settings: GenerationSettings, ids: PromptIds, prepared: Sequence[PreparedImage], limit: int
+        self,
+        settings: GenerationSettings,
+        ids: PromptIds,
+        prepared: Sequence[PreparedImage],
+        limit: int,
+        constraint: TokenConstraint | None,
     ) -> AnswerRules:
         text = self.manifest.text
         run_lengths = [length for image in prepared for length in image.layout.run_lengths]
         prompt = ids.all_ids(run_lengths).tolist()
-        return AnswerRules(settings, prompt_ids=prompt, stop_ids=text.stop_token_ids, limit=limit)
+        return AnswerRules(
+            settings, prompt_ids=prompt, stop_ids=text.stop_token_ids, limit=limit, constraint=constraint
+        )
 
     def _check_text(self, ids: PromptIds) -> None:
         num_text, largest = ids.num_tokens, self.manifest.text_buckets[-1]
         if num_text > largest:
-            raise ShapeError(
+            raise PromptTooLongError(
                 f"prompt: expected at most {largest} text tokens (the largest bucket), got {num_text};"
                 " shorten it or export with a larger --max-text"
             )
@@ -578,7 +511,7 @@ class Pipeline:
         self, generation: Generation, token: int, *, limit: int, chooser: TokenChooser
     ) -> Iterator[str]:
         """Yield the pieces of the answer that starts with ``token``."""
-        statistics, stream = generation.statistics, DetokenizeStream(self._tokenizer)
+        statistics, stream = generation.statistics, DetokenizeStream(self.tokenizer)
         while True:
             generation.token_ids.append(token)
             statistics.new_tokens += 1
@@ -587,7 +520,7 @@ class Pipeline:
                 break
             if piece := stream.push(token):
                 yield piece
-            if statistics.new_tokens >= limit:
+            if statistics.new_tokens >= limit or generation.is_cancelled:
                 break
             start = time.perf_counter()
             token = self._next_token(generation, token, chooser=chooser)

@@ -43,7 +43,7 @@ def export(
 
     def make(out: Path) -> None:
         wanted = ExportOptions(model=str(source), out=out, **settings)
-        with shared_traces(wanted, schedule):
+        with shared_traces():
             export_bundle(wanted, schedule_for=lambda _inputs: schedule, scales=scales)
 
     wanted = f"{_digest(source)} {schedule} {scales} {sorted(settings.items())}"

@@ -2,63 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import itertools
-import json
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
 
 from tests.shared_folder import kept_between_runs
 from trio_edge.export.graphs.assembly.onnx_graph import trace
-from trio_edge.export.graphs.clip_text import ClipText
-from trio_edge.export.graphs.decoder_range import DecoderRange
-from trio_edge.export.graphs.head import Head
-from trio_edge.export.graphs.probe import Probe, Saliency
-from trio_edge.export.graphs.reduce import Reduce
-from trio_edge.export.graphs.select import Select
-from trio_edge.trio.saliency import ProbeHead
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
+    from pathlib import Path
 
-    from torch import nn
 
-    from trio_edge.export.options import ExportOptions
-    from trio_edge.runtime.bundle.schedule import Schedule
+_OF_TORCH = set(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
+# One layer is traced, whatever the number and kinds of its followers are; types are in the shapes of the weights.
+_IRRELEVANT = {
+    "num_hidden_layers",
+    "layer_types",
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+    "architectures",
+    "layer_idx",
+}
 
 
 @contextmanager
-def shared_traces(options: ExportOptions, schedule: Schedule) -> Iterator[None]:
-    """Trace only what no test run has traced yet for a model of the same configuration.
-
-    Modules are built from configuration files and few options, selections from the schedule too; shapes, types and opset are in
-    the trace's arguments.
-    """
-    folders = [Path(folder) for folder in (options.model, options.clip) if folder is not None]
-    selection = f"{schedule} {options.token_method} {options.token_keep}"
-    stages = itertools.count()
+def shared_traces() -> Iterator[None]:
+    """Trace only what no test run has traced yet: a module of equal structure and arguments gives the same graph."""
 
     def trace_once(module: nn.Module, **settings: Any) -> ir.Model:
-        if isinstance(module, (Select, Reduce)):
-            origin = f"{_configuration(folders)} {selection} {next(stages)}"
-        elif isinstance(module, (DecoderRange, Head)):
-            origin = _decoder_configuration(folders[0])
-        elif isinstance(module, (Probe, ProbeHead, Saliency)):
-            # The gradient's arguments are float32 whatever the weights are.
-            form = "" if isinstance(module, ProbeHead) else module.saliency.form
-            origin = f"{_decoder_configuration(folders[0])} {form} {next(module.parameters()).dtype}"
-        elif isinstance(module, ClipText):
-            origin = _configuration(folders)
-        else:
-            # The parts of a layered tower have float32 arguments whatever the weights are.
-            origin = f"{_configuration(folders, without='text_config')} {options.max_visual} {options.encoder_keep}"
-            origin += f" {options.dtype}"
         arguments = {**settings, "args": _shapes(settings["args"])}
-        wanted = f"{type(module).__name__} {origin} {sorted(arguments.items())}"
+        wanted = f"{_structure(module, {})} {sorted(arguments.items())}"
         name = f"trace-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.onnx"
         return _read(kept_between_runs(name, lambda out: _write(trace(module, **settings), out)))
 
@@ -85,27 +68,37 @@ def _read(path: Path) -> ir.Model:
     return model
 
 
-def _configuration(folders: Sequence[Path], *, without: str = "") -> str:
-    """Return all that the models' modules and the processing of pictures are built from; a vision tower knows no decoder."""
-    files = {
-        path: json.loads(path.read_bytes())
-        for folder in folders
-        for path in sorted(folder.glob("*config.json"))
-    }
-    for content in files.values():
-        content.pop(without, None)
-    return str([(path.name, content) for path, content in files.items()])
+def _structure(value: Any, seen: dict[int, int]) -> Any:
+    """Return all of a module, or of what it holds, that its trace can depend on: classes, settings and shapes, no weights.
 
+    Args:
+        value: The module, or a part of it.
+        seen: Numbers of the tensors so far, by their ids: a shared tensor is another structure than two equal ones.
 
-def _decoder_configuration(folder: Path) -> str:
-    """Return all that one decoder layer and the head are built from; how many layers there are changes neither."""
-    config = json.loads((folder / "config.json").read_bytes())
-    decoder = dict(config["text_config"]) if "text_config" in config else config
-    # One layer is traced, whatever kinds its followers are of; types are in the trace's arguments.
-    for irrelevant in ("num_hidden_layers", "layer_types", "dtype", "torch_dtype"):
-        decoder.pop(irrelevant, None)
-    around = [config.get(name) for name in ("tie_word_embeddings", "quantization_config")]
-    return f"{decoder.get('model_type', config['model_type'])} {sorted(decoder.items(), key=str)} {around}"
+    Raises:
+    """
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return value
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype, seen.setdefault(id(value), len(seen))
+    if isinstance(value, np.ndarray):
+        return value.shape, value.dtype.str, hashlib.sha256(value.tobytes()).hexdigest()
+    if isinstance(value, (list, tuple)):
+        return [_structure(part, seen) for part in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, dict):
+        return [(name, _structure(part, seen)) for name, part in value.items() if name not in _IRRELEVANT]
+    if isinstance(value, PreTrainedConfig):
+        return _structure(value.to_dict(), seen)
+    if isinstance(value, functools.partial):
+        return _structure([value.func, value.args, value.keywords], seen)
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    if not hasattr(value, "__dict__"):
+        return str(value)
+    own = {name: part for name, part in vars(value).items() if name not in _OF_TORCH}
+    return [f"{type(value).__module__}.{type(value).__qualname__}", _structure(own, seen)]
 
 
 def _shapes(args: Any) -> Any:

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "runtime": (),
     "trio": ("runtime.bundle",),
     "profiling": ("runtime", "trio"),
+    "serving": ("runtime",),
     "export": ("runtime", "trio"),
     "calibration": ("runtime", "trio", "export", "profiling"),
 }
@@ -104,7 +105,9 @@ def _public_classes(path: Path) -> Iterator[str]:
             yield node.name
 
 
-@pytest.mark.parametrize("package", ["runtime", "profiling", "trio.cost", "trio.budgets", "trio.methods"])
+@pytest.mark.parametrize(
+    "package", ["runtime", "profiling", "serving", "trio.cost", "trio.budgets", "trio.methods"]
+)
 def test_every_module_of_the_target_imports_without_torch_transformers_and_onnx(package: str) -> None:
     names = [f"trio_edge.{name}" for name in modules() if f"{name}.".startswith(f"{package}.")]
     code = (

@@ -53,6 +53,7 @@ for name in {BLOCKED!r}:
 import trio_edge.runtime, trio_edge.runtime.cli.run, trio_edge.runtime.cli.inspect
 import trio_edge.runtime.images.overlay, trio_edge.runtime.backends.onnxruntime
 import trio_edge.runtime.cli.build, trio_edge.profiling.cli, trio_edge.profiling.page.page
+import trio_edge.serving.cli, trio_edge.serving.app
 import trio_edge.calibration.evaluate.cli, trio_edge.calibration.shapes.samples
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -61,7 +62,7 @@ import trio_edge.calibration.evaluate.cli, trio_edge.calibration.shapes.samples
 
 def test_the_wheel_has_every_module_of_the_tree(wheel: Path) -> None:
     """A new folder must be listed in pyproject.toml; an editable install works without."""
-    packages = ("trio", "export", "runtime", "profiling", "calibration")
+    packages = ("trio", "export", "runtime", "profiling", "calibration", "serving")
     tree = {f"trio_edge/{path.relative_to(ROOT)}" for top in packages for path in (ROOT / top).rglob("*.py")}
     assert tree - set(zipfile.ZipFile(wheel).namelist()) == set()
 
@@ -81,7 +82,8 @@ def test_the_repositorys_trio_folder_does_not_shadow_pypis_package() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["trio-export", "trio-inspect", "trio-build", "trio-run", "trio-profile", "trio-eval"]
+    "command",
+    ["trio-export", "trio-inspect", "trio-build", "trio-run", "trio-profile", "trio-eval", "trio-serve"],
 )
 def test_every_command_prints_help(command: str) -> None:
     path = Path(sys.executable).parent / command

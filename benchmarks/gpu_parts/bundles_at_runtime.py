@@ -19,12 +19,13 @@ from PIL import Image
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.graph_io import bucket_of
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
-from trio_edge.runtime.decoder import Decoder, DecoderPrompt, PrefillResult
 from trio_edge.runtime.devices.interface import LoadedGraphs
 from trio_edge.runtime.engines.build import BuildOptions, build_engines, plan_build
 from trio_edge.runtime.images.interface import image_processing
+from trio_edge.runtime.model.decoder import Decoder, PrefillResult
+from trio_edge.runtime.model.decoder_prompt import DecoderPrompt
+from trio_edge.runtime.model.vision import Vision
 from trio_edge.runtime.prompts.positions import PromptPositions
-from trio_edge.runtime.vision import Vision
 
 ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
 

@@ -4,6 +4,7 @@
     ├── ManifestError          a bundle's description is broken or of another schema   (also a ValueError)
     ├── BundleError            a bundle's files are missing, changed or unfinished     (also a ValueError)
     ├── ShapeError             an array or a prompt does not fit the exported shapes   (also a ValueError)
+    │   └── PromptTooLongError a prompt has more tokens than the bundle has room for
     ├── ScheduleError          an impossible reduction schedule                        (also a ValueError)
     ├── CheckpointError        a checkpoint cannot be exported                         (also a ValueError)
     ├── ImageError             an image cannot be read                                (also a ValueError)
@@ -39,6 +40,10 @@ class BundleError(TrioEdgeError, ValueError):
 
 class ShapeError(TrioEdgeError, ValueError):
     """An array, prompt or request does not fit the exported shapes."""
+
+
+class PromptTooLongError(ShapeError):
+    """A prompt with more text or visual tokens than the bundle has room for."""
 
 
 class ScheduleError(TrioEdgeError, ValueError):

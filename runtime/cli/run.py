@@ -16,8 +16,9 @@ from trio_edge.runtime.cli.console import run
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from trio_edge.runtime.answer import Generation
     from trio_edge.runtime.backends.interface import CpuAccuracy
-    from trio_edge.runtime.pipeline import Generation, Pipeline
+    from trio_edge.runtime.pipeline import Pipeline
 
 
 @click.command("trio-run", context_settings={"help_option_names": ["-h", "--help"]})
@@ -163,7 +164,7 @@ def _draw(pipeline: Pipeline, answer: Generation, target: Path) -> None:
 
 
 def _print_comparison(answer: Generation, reference: Generation) -> None:
-    from trio_edge.runtime.sampling import first_token_kl, summary_of
+    from trio_edge.runtime.model.sampling import first_token_kl, summary_of
 
     reduced, full = answer.statistics, reference.statistics
 

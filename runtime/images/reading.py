@@ -106,7 +106,29 @@ def file_of(source: str | Path, *, kind: str) -> Path:
     return path
 
 
+def image_header(
+    data: bytes, *, name: str = "image", max_pixels: int = MAX_IMAGE_PIXELS
+) -> tuple[tuple[int, int], str | None]:
+    """Return width and height in pixels, and Pillow's name of the format; nothing is decoded.
+
+    Args:
+        data: The bytes of a file.
+        name: For messages.
+        max_pixels: Pixels above which an image is refused.
+
+    Raises:
+        ImageError: If it is no image, or has more than ``max_pixels``.
+    """
+    with _opened(io.BytesIO(data), len(data), name=name, max_pixels=max_pixels) as image:
+        return image.size, image.format
+
+
 def _decode_file(file: IO[bytes], num_bytes: int, *, name: str, max_pixels: int) -> Image.Image:
+    with _opened(file, num_bytes, name=name, max_pixels=max_pixels) as opened:
+        return _decode(opened, name=name, drop_alpha=True, max_pixels=max_pixels)
+
+
+def _opened(file: IO[bytes], num_bytes: int, *, name: str, max_pixels: int) -> Image.Image:
     """Return the image in a file that is open; of one that is refused, little more than the header is read."""
     if num_bytes == 0:
         raise ImageError(f"{name}: expected an image, got an empty file")
@@ -117,7 +139,7 @@ def _decode_file(file: IO[bytes], num_bytes: int, *, name: str, max_pixels: int)
         )
     try:
         with _pillows_limits(max_pixels):
-            opened = _open(file)
+            return _open(file)
     except Image.DecompressionBombError as error:
         raise ImageError(_too_many(name, max_pixels)) from error
     except UnidentifiedImageError as error:
@@ -126,8 +148,6 @@ def _decode_file(file: IO[bytes], num_bytes: int, *, name: str, max_pixels: int)
         ) from error
     except Exception as error:  # Pillow's readers raise almost anything on damaged headers
         raise ImageError(f"{name}: expected a readable image, got {one_line(error)}") from error
-    with opened:
-        return _decode(opened, name=name, drop_alpha=True, max_pixels=max_pixels)
 
 
 @contextmanager

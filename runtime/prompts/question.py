@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.runtime.bundle.errors import PromptTooLongError, ShapeError
 from trio_edge.runtime.bundle.limits import MOST_TOKENS
 from trio_edge.runtime.prompts.chat import render_chat
 from trio_edge.runtime.prompts.tokenizer import Inset
@@ -71,7 +71,7 @@ def prompt_ids(
 
 def _check_length(num_characters: int, *, most: int, max_tokens: int) -> None:
     if num_characters > most:
-        raise ShapeError(
+        raise PromptTooLongError(
             f"prompt: expected at most {most} characters for {max_tokens} text tokens (the largest bucket), got"
             f" {num_characters}; shorten it or export with a larger --max-text"
         )

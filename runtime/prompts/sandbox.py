@@ -41,7 +41,7 @@ _MOST_BITS = 100_000  # of a whole number
 _LEFT_OUT = ("urlize", "striptags", "wordwrap", "xmlattr", "pprint", "random", "wordcount", "filesizeformat")
 _LONG_WIDTH = re.compile(r"\d{5,}|\*")
 _GROWING = frozenset(
-    "replace join translate format format_map ljust rjust center zfill expandtabs indent tojson batch slice".split()
+    ["replace", "join", "translate", "format", "format_map", "ljust", "rjust", "center", "zfill", "expandtabs", "indent", "tojson", "batch", "slice"]
 )
 """Methods of strings, and filters, whose result can be larger than all that they are given."""
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {

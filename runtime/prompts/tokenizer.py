@@ -113,6 +113,10 @@ class Tokenizer:
         tokenizer, growth = tokenizer_from(content, where=where)
         return cls(tokenizer, growth=growth)
 
+    def to_json(self) -> str:
+        """Return the text of the ``tokenizer.json``, without truncation and padding."""
+        return self._tokenizer.to_str()
+
     def check_user_text(self, text: str) -> None:
         """Raise ShapeError if a user's text holds a special token, or is not valid Unicode."""
         _check_unicode(text)

@@ -166,7 +166,7 @@ def test_a_part_that_cannot_be_in_its_format_is_named_and_not_in_the_manifest(tm
     options = ExportOptions(
         model=str(checkpoint), out=tmp_path / "out", quantize=parse_plan("head=int4,prefix=int8"), max_text=8
     )
-    with shared_traces(options, Schedule()):
+    with shared_traces():
         export_bundle(options, schedule_for=lambda _: Schedule(), progress=Progress(warn=warnings.append))
     quantization = open_bundle(tmp_path / "out").manifest.quantization
     assert quantization is not None

@@ -11,8 +11,8 @@ import onnxruntime as ort
 from trio_edge.runtime.bundle.graph_io import gradient_graph, probe_graph
 from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.decoder import greedy_nms
 from trio_edge.runtime.engines.cpu import set_cpu_options
+from trio_edge.runtime.model.host_selection import greedy_nms
 
 Arrays = dict[str, Any]
 

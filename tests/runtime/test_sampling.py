@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from trio_edge.runtime.buffers.decoder import TopTokens
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
-from trio_edge.runtime.sampling import make_sampler
+from trio_edge.runtime.model.sampling import make_sampler
 
 LOGITS_V = np.log(np.array([0.05, 0.5, 0.3, 0.15], np.float32))
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.runtime.decoder import greedy_nms
+from trio_edge.runtime.model.host_selection import greedy_nms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

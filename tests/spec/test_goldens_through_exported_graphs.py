@@ -11,7 +11,8 @@ from tests.goldens import GOLDEN_NAMES, Golden, golden_bundle, load_golden, need
 from tests.tolerances import LOGITS_FLOAT32, SALIENCY_FLOAT32
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.reader import open_bundle
-from trio_edge.runtime.decoder import Decoder, DecoderPrompt, PrefillResult
+from trio_edge.runtime.model.decoder import Decoder, PrefillResult
+from trio_edge.runtime.model.decoder_prompt import DecoderPrompt
 from trio_edge.runtime.prompts.positions import plain_positions
 
 if TYPE_CHECKING:

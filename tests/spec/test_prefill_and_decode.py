@@ -13,7 +13,8 @@ from tests.pictures import random_picture
 from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.runtime.bundle.errors import ShapeError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
-from trio_edge.runtime.decoder import DecoderPrompt, PrefillResult
+from trio_edge.runtime.model.decoder import PrefillResult
+from trio_edge.runtime.model.decoder_prompt import DecoderPrompt
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.runtime.prompts.chat import build_messages
 from trio_edge.runtime.prompts.positions import plain_positions

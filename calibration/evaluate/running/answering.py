@@ -20,8 +20,8 @@ from trio_edge.runtime.bundle.errors import ImageError, ShapeError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.images.reading import open_image
+from trio_edge.runtime.model.sampling import FirstToken, first_token_kl, summary_of
 from trio_edge.runtime.pipeline import Pipeline
-from trio_edge.runtime.sampling import FirstToken, first_token_kl, summary_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trio_edge.runtime.decoder import SelectorOverride
     from trio_edge.runtime.images.interface import ImageProcessing
+    from trio_edge.runtime.model.host_selection import SelectorOverride
 
 SMALLER_IMAGE = "smaller-image"
 SELECTIONS = ("random", "uniform", "base-tile-first")

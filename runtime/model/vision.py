@@ -14,7 +14,7 @@ import numpy as np
 from trio_edge.runtime.buffers.blocks import copy_tensor
 from trio_edge.runtime.buffers.seen_images import SeenImages
 from trio_edge.runtime.buffers.vision import VisionBuffers
-from trio_edge.runtime.bundle.errors import ManifestError, ShapeError
+from trio_edge.runtime.bundle.errors import ManifestError, PromptTooLongError, ShapeError
 from trio_edge.runtime.bundle.graph_io import (
     DEEPSTACK_TOKENS,
     HAS_PREVIOUS,
@@ -237,7 +237,7 @@ class Vision:
         )
 
     def check_room(self, images: Sequence[PreparedImage]) -> None:
-        """Raise ShapeError if all images together have more visual tokens than were exported."""
+        """Raise PromptTooLongError if all images together have more visual tokens than were exported."""
         self._rows_of(images)
 
     def _rows_of(self, images: Sequence[PreparedImage]) -> int:
@@ -248,7 +248,7 @@ class Vision:
         for rows in sizes:
             if rows >= total:
                 return rows
-        raise ShapeError(
+        raise PromptTooLongError(
             f"images: expected at most {sizes[-1]} visual tokens in all (the exported shapes), got {total} for {len(images)}"
             " images; use fewer or smaller ones, or export with a larger --max-images"
         )

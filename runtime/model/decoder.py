@@ -9,9 +9,8 @@ It knows embeddings and rows, nothing of images, prompts or sampling. docs/runti
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
@@ -37,6 +36,8 @@ from trio_edge.runtime.bundle.graph_io import (
 )
 from trio_edge.runtime.devices.interface import DeviceTensor, find_profile
 from trio_edge.runtime.devices.timeline import Timeline
+from trio_edge.runtime.model.decoder_prompt import Span
+from trio_edge.runtime.model.host_selection import HostSelection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,62 +47,8 @@ if TYPE_CHECKING:
     from trio_edge.runtime.buffers.kv_cache import NewRows
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.devices.interface import Launch, LoadedGraphs
-    from trio_edge.runtime.prompts.positions import PromptPositions
-
-SelectorOverride: TypeAlias = "Callable[[int, NDArray[np.int32], int], NDArray[np.int32]]"
-"""Selects on the host in place of a select graph. It is given the stage, the tokens that enter it (original indices) and K, and
-returns the kept ones as ascending indices into the entering tokens."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecoderPrompt:
-    """The rows of a prefill: text and visual tokens in the prompt's order, and padding up to ``max_visual + text_bucket``."""
-
-    text: NDArray[Any]
-    """[T, D], embeddings of all text."""
-    visual: DeviceTensor | NDArray[Any]
-    """[M, D], visual tokens, on the device or on the host; M = 0 without an image."""
-    visual_rows: NDArray[np.int32]
-    """[M], row of each visual token, ascending; text has the others of the T + M."""
-    max_visual: int
-    """N, rows reserved for the visual tokens: one of the manifest's visual sizes, at least M."""
-    text_bucket: int
-    """Rows reserved for the text: one of the manifest's buckets, at least T."""
-    positions: PromptPositions
-    """Positions of all N + bucket rows."""
-    images: NDArray[np.int32] | None = None
-    """[M], the image that each visual token belongs to; None where all belong to one."""
-    planes: Sequence[DeviceTensor | NDArray[Any]] = ()
-    """[M, D] each, DeepStack's: plane i is added to the visual tokens after layer i; none without an image."""
-    key: bytes = b""
-    """The same for prompts that are the same up to their last visual token; empty if nothing of them is kept."""
-
-    @property
-    def num_visual(self) -> int:
-        """M."""
-        return self.visual.shape[0]
-
-    @property
-    def num_text(self) -> int:
-        """T."""
-        return len(self.text)
-
-    @property
-    def length(self) -> int:
-        """Rows that are no padding."""
-        return self.num_text + self.num_visual
-
-    @property
-    def num_after(self) -> int:
-        """Text tokens after the last visual one; all, without an image."""
-        return self.length - 1 - int(self.visual_rows[-1]) if self.num_visual else self.length
-
-    @property
-    def visual_runs(self) -> list[range]:
-        """The runs of consecutive rows that the visual tokens have."""
-        starts = np.flatnonzero(np.diff(self.visual_rows, prepend=-2) > 1)
-        counts = np.diff(starts, append=self.num_visual)
-        return [range(int(row), int(row + count)) for row, count in zip(self.visual_rows[starts], counts)]
+    from trio_edge.runtime.model.decoder_prompt import DecoderPrompt
+    from trio_edge.runtime.model.host_selection import SelectorOverride
 
 
 @dataclass(slots=True)
@@ -119,29 +66,6 @@ class PrefillResult:
     """Per stage the saliency of the tokens that entered it."""
     num_repaired: int = 0
     """Stages whose parallel NMS had not settled and were redone exactly on the host."""
-
-
-class _Span(NamedTuple):
-    """The rows that enter a layer range: how many visual tokens, and where the sequence ends."""
-
-    num_visual: int
-    rows: int
-    """Reserved for the visual tokens."""
-    length: int
-
-
-class _VisualTokens(NamedTuple):
-    """The visual tokens that enter a stage, as the host knows them."""
-
-    rows: NDArray[np.int32]
-    """Ascending."""
-    images: NDArray[np.int32]
-    """The image of each."""
-
-    def kept(self, indices: NDArray[np.int32]) -> _VisualTokens:
-        """Return the tokens at ``indices``, ascending, in the sequence without the others."""
-        rows = (self.rows[indices] - indices + np.arange(len(indices))).astype(np.int32)
-        return _VisualTokens(rows, self.images[indices])
 
 
 class _Chain(NamedTuple):
@@ -177,6 +101,7 @@ class Decoder:
         if has_follow_ups(manifest):
             prefix = graphs.engines[self._buffers.ranges[0].name]
             self._question = QuestionRows(manifest, self._buffers, prefix, graphs.device, count=keep_images)
+        self._host = HostSelection(manifest, graphs.device, self._buffers)
         self._timeline = Timeline(graphs.device)
         self._chains: dict[tuple[int, int], _Chain] = {}
         self._step = [
@@ -220,7 +145,7 @@ class Decoder:
             ShapeError: If the prompt does not fit its bucket.
             BackendError: If a graph fails.
         """
-        self._check(prompt)
+        prompt.check(self._manifest)
         spans = self._spans(prompt)
         chain = self._chain(prompt.max_visual, prompt.text_bucket)
         self._timeline.clear()
@@ -298,55 +223,13 @@ class Decoder:
 
     # Prefill
 
-    def _check(self, prompt: DecoderPrompt) -> None:
-        if not 1 <= prompt.num_text <= prompt.text_bucket:
-            raise ShapeError(
-                f"prompt: expected 1..{prompt.text_bucket} text tokens (the bucket), got {prompt.num_text}; use a larger one"
-            )
-        if prompt.num_visual > prompt.max_visual:
-            raise ShapeError(
-                f"prompt: expected at most {prompt.max_visual} visual tokens, got {prompt.num_visual}; use more rows"
-            )
-        rows = prompt.visual_rows
-        if len(rows) != prompt.num_visual or not np.array_equal(
-            rows, np.unique(rows.clip(0, prompt.length - 1))
-        ):
-            raise ShapeError(
-                f"prompt: expected {prompt.num_visual} ascending rows below {prompt.length} for the visual tokens, got"
-                f" {len(rows)} others"
-            )
-        if prompt.num_after == 0 and self._buffers.gradient is not None:
-            raise ShapeError(
-                "prompt: expected text after the image, whose answer the probes look at, got none; use a chat template that"
-                " asks for an answer"
-            )
-        shape = (self._manifest.position_axes, prompt.max_visual + prompt.text_bucket)
-        if prompt.positions.ids.shape != shape:
-            raise ShapeError(
-                f"prompt: expected position ids {list(shape)}, got {list(prompt.positions.ids.shape)}; count all rows"
-            )
-        width, dtype = self._manifest.dimensions.hidden_size, np.dtype(self._manifest.dtype)
-        if any(plane.shape[0] != prompt.num_visual for plane in prompt.planes):
-            raise ShapeError(
-                f"prompt: expected {prompt.num_visual} rows in each plane of DeepStack, as many as visual tokens, got"
-                f" {[plane.shape[0] for plane in prompt.planes]}"
-            )
-        for values in (prompt.text, prompt.visual, *prompt.planes):
-            if tuple(values.shape[1:]) != (width,) or np.dtype(values.dtype) != dtype:
-                raise ShapeError(
-                    f"prompt: expected {dtype} rows of {width} numbers, got {values.dtype} {list(values.shape)}"
-                )
-
-    def _keep(self, stage: int) -> int:
-        return self._manifest.schedule.stages[stage].keep
-
-    def _spans(self, prompt: DecoderPrompt) -> list[_Span]:
+    def _spans(self, prompt: DecoderPrompt) -> list[Span]:
         """Return what enters each layer range; it follows from the K's, so the device need not say."""
-        spans = [_Span(prompt.num_visual, prompt.max_visual, prompt.length)]
-        for stage in range(len(self._buffers.selects)):
-            last, keep = spans[-1], self._keep(stage)
-            kept = min(keep, last.num_visual)
-            spans.append(_Span(kept, keep, last.length - last.num_visual + kept))
+        spans = [Span(prompt.num_visual, prompt.max_visual, prompt.length)]
+        for stage in self._manifest.schedule.stages:
+            last = spans[-1]
+            kept = min(stage.keep, last.num_visual)
+            spans.append(Span(kept, stage.keep, last.length - last.num_visual + kept))
         return spans
 
     def _chain(self, max_visual: int, text_bucket: int) -> _Chain:
@@ -389,7 +272,7 @@ class Decoder:
             self._engines[probe.name].prepare(backward, buffers.probe_tensors(stage, backward)),
         ]
 
-    def _send(self, prompt: DecoderPrompt, spans: list[_Span]) -> None:
+    def _send(self, prompt: DecoderPrompt, spans: list[Span]) -> None:
         """Enqueue everything that the host knows: embeddings, positions, lengths."""
         inputs, device = self._buffers.inputs, self._device
         ids = prompt.positions.ids
@@ -459,7 +342,7 @@ class Decoder:
                 self._device.synchronize()  # the array is not pinned, and the caller's
             first += count
 
-    def _run(self, chain: _Chain, spans: list[_Span], *, first: int) -> None:
+    def _run(self, chain: _Chain, spans: list[Span], *, first: int) -> None:
         """Enqueue the chain from layer range ``first`` on."""
         for index in range(first, len(chain.ranges)):
             self._run_range(chain, spans, index)
@@ -470,7 +353,7 @@ class Decoder:
     def _enqueue_select(self, chain: _Chain, stage: int) -> None:
         self._timeline.enqueue(self._buffers.selects[stage].name, *chain.selects[stage])
 
-    def _run_prefix(self, chain: _Chain, spans: list[_Span], prompt: DecoderPrompt) -> None:
+    def _run_prefix(self, chain: _Chain, spans: list[Span], prompt: DecoderPrompt) -> None:
         """Enqueue the first range: at once, or the question's rows after those before them, which may have been kept."""
         first = 0 if prompt.num_visual == 0 else int(prompt.visual_rows[-1]) + 1
         question = self._question
@@ -486,7 +369,7 @@ class Decoder:
         num_rows = prompt.max_visual + bucket
         question.finish(rows=range(first, prompt.length), bucket=bucket, num_rows=num_rows)
 
-    def _run_range(self, chain: _Chain, spans: list[_Span], index: int) -> None:
+    def _run_range(self, chain: _Chain, spans: list[Span], index: int) -> None:
         self._enqueue_range(chain, index, num_rows=spans[index].length)
 
     def _enqueue_range(self, chain: _Chain, index: int, *, num_rows: int) -> None:
@@ -502,11 +385,11 @@ class Decoder:
         self._done.wait()
 
     def _run_overridden(
-        self, chain: _Chain, spans: list[_Span], prompt: DecoderPrompt, override: SelectorOverride
+        self, chain: _Chain, spans: list[Span], prompt: DecoderPrompt, override: SelectorOverride
     ) -> dict[int, NDArray[np.int32]]:
         """Run the chain with every stage's selection on the host; return the kept indices of each stage."""
         kept_of: dict[int, NDArray[np.int32]] = {}
-        original, tokens = np.arange(prompt.num_visual, dtype=np.int32), _tokens_of(prompt)
+        original, tokens = np.arange(prompt.num_visual, dtype=np.int32), prompt.visual_tokens
         for stage in range(len(chain.selects)):
             if stage == 0:
                 self._run_prefix(chain, spans, prompt)
@@ -514,100 +397,31 @@ class Decoder:
                 self._run_range(chain, spans, stage)
             kept_of[stage] = override(stage, original, spans[stage + 1].num_visual)
             original = original[kept_of[stage]]
-            self._replace(stage, kept_of[stage], tokens, spans, prompt)
+            self._host.replace(stage, kept_of[stage], tokens, spans[stage], prompt)
             tokens = tokens.kept(kept_of[stage])
         self._run(chain, spans, first=len(chain.selects))
         return kept_of
 
     def _repair(
-        self, chain: _Chain, spans: list[_Span], prompt: DecoderPrompt
+        self, chain: _Chain, spans: list[Span], prompt: DecoderPrompt
     ) -> dict[int, NDArray[np.int32]]:
         """Redo each stage whose parallel NMS had not settled, exactly and on the host; return their kept indices."""
         kept_of: dict[int, NDArray[np.int32]] = {}
-        results, tokens = self._buffers.results, _tokens_of(prompt)
+        results, tokens = self._buffers.results, prompt.visual_tokens
         for stage in range(len(chain.selects)):
             if results.host(f"{UNSETTLED}.{stage}")[0] == 0:
                 kept = results.host(f"{KEPT_INDICES}.{stage}", (spans[stage + 1].num_visual,))
                 tokens = tokens.kept(kept)
                 continue
-            kept_of[stage] = self._exact(stage, tokens, spans[stage])
-            self._replace(stage, kept_of[stage], tokens, spans, prompt)
+            kept_of[stage] = self._host.exact(stage, tokens, spans[stage])
+            self._host.replace(stage, kept_of[stage], tokens, spans[stage], prompt)
             self._run(chain, spans, first=stage + 1)
             self._fetch()  # later stages saw other tokens, so their counters are new
             tokens = tokens.kept(kept_of[stage])
         return kept_of
 
-    def _exact(self, stage: int, tokens: _VisualTokens, span: _Span) -> NDArray[np.int32]:
-        hidden = self._download(self._buffers.hidden_out[stage].rows(0, span.length))
-        manifest, keep = self._manifest, self._keep(stage)
-        is_shared = manifest.schedule.budget == "image"
-        return greedy_nms(
-            hidden[tokens.rows],
-            self._buffers.results.host(f"{SCORES}.{stage}", (span.num_visual,)),
-            num_keep=min(keep, span.num_visual),
-            threshold=manifest.schedule.nms_threshold,
-            images=tokens.images if is_shared else None,
-            image_share=keep // manifest.max_images,
-        )
-
-    def _replace(
-        self,
-        stage: int,
-        kept: NDArray[np.int32],
-        tokens: _VisualTokens,
-        spans: list[_Span],
-        prompt: DecoderPrompt,
-    ) -> None:
-        """Do on the host what the select graph's gather does, and put it where the next range reads.
-
-        Args:
-            stage: Whose selection is replaced.
-            kept: Indices into its visual tokens, ascending.
-            tokens: All that enter it.
-            spans: What enters each range.
-            prompt: For the positions that enter the first stage.
-        """
-        span, num_rows = spans[stage], self._keep(stage) + prompt.text_bucket
-        num_entering, axes = span.rows + prompt.text_bucket, self._manifest.position_axes
-        rows = np.delete(np.arange(span.length), np.delete(tokens.rows, kept))
-        buffers = self._buffers
-        self._gather(buffers.hidden_out[stage], rows, buffers.kept_hidden[stage], num_rows=num_rows)
-        for layer, plane in buffers.planes[stage + 1].items():
-            self._gather(buffers.planes[stage][layer], rows, plane, num_rows=num_rows)
-        positions = np.broadcast_to(np.arange(num_rows, dtype=np.int32), (axes, num_rows)).copy()
-        if self._manifest.schedule.positions == "preserved":
-            entering = prompt.positions.ids
-            if stage > 0:
-                entering = self._download(buffers.kept_positions[stage - 1], shape=(axes, num_entering))
-            positions[:, : len(rows)] = entering[:, rows]
-        kept_rows = num_rows - self._keep(stage) + np.arange(self._keep(stage), dtype=np.int32)
-        kept_rows[: len(kept)] = tokens.kept(kept).rows
-        self._device.upload(buffers.kept_positions[stage], positions)
-        self._device.upload(buffers.kept_visual_rows[stage], kept_rows)
-        if buffers.kept_visual_images:
-            kept_images = np.zeros(self._keep(stage), np.int32)
-            kept_images[: len(kept)] = tokens.images[kept]
-            self._device.upload(buffers.kept_visual_images[stage], kept_images)
-        self._device.synchronize()  # the array is not pinned
-
-    def _gather(
-        self, source: DeviceTensor, rows: NDArray[np.intp], target: DeviceTensor, *, num_rows: int
-    ) -> None:
-        """Copy ``rows`` of one tensor to the first ones of another, and zeros to the rest of ``num_rows``."""
-        entering = self._download(source.rows(0, int(rows[-1]) + 1))
-        kept = np.zeros((num_rows, entering.shape[1]), entering.dtype)
-        kept[: len(rows)] = entering[rows]
-        self._device.upload(target, kept)
-        self._device.synchronize()  # the array is not pinned
-
-    def _download(self, source: DeviceTensor, *, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
-        array = np.empty(source.shape if shape is None else shape, source.dtype)
-        self._device.download(array, source)
-        self._device.synchronize()
-        return array
-
     def _result(
-        self, spans: list[_Span], kept_of: dict[int, NDArray[np.int32]], *, has_scores: bool
+        self, spans: list[Span], kept_of: dict[int, NDArray[np.int32]], *, has_scores: bool
     ) -> PrefillResult:
         """Return what came back; ``kept_of`` has the stages that were selected on the host."""
         results = self._buffers.results
@@ -656,59 +470,3 @@ class Decoder:
 def _copied(top: TopTokens) -> TopTokens:
     """Return what the next step does not overwrite."""
     return TopTokens(ids=top.ids.copy(), logits=top.logits.copy())
-
-
-def _tokens_of(prompt: DecoderPrompt) -> _VisualTokens:
-    images = np.zeros(prompt.num_visual, np.int32) if prompt.images is None else prompt.images
-    return _VisualTokens(prompt.visual_rows, images)
-
-
-def greedy_nms(
-    features: NDArray[Any],
-    scores: NDArray[np.float32],
-    *,
-    num_keep: int,
-    threshold: float,
-    images: NDArray[np.int32] | None = None,
-    image_share: int = 0,
-) -> NDArray[np.int32]:
-    """Return the ``num_keep`` kept tokens in ascending order: the select graph's NMS, exactly, for chains that outgrow its rounds.
-
-    Tokens are taken by descending score (ties: lower index first); each suppresses the later ones whose cosine
-    similarity is at least ``threshold``; suppressed ones fill up, in the same order, if too few survive.
-
-    Args:
-        features: [N, D].
-        scores: [N].
-        num_keep: K <= N.
-        threshold: τ.
-        images: [N], where each image has a share: its first tokens in this order then come before all others.
-        image_share: How many of each image do.
-
-    Source:
-        arXiv 2602.04657, the reference code's selection.
-    """
-    features = features.astype(np.float32)
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    # Rows of zeros, as padding has, stay zeros: they are like nothing.
-    unit = features / np.maximum(norms, np.finfo(np.float32).tiny)
-    order = np.argsort(-scores, kind="stable")  # ties: lower index first, as in the graph
-    suppressed = np.zeros(len(scores), dtype=bool)
-    survivors: list[int] = []
-    for token in order:
-        if len(survivors) == num_keep and images is None:
-            break
-        if suppressed[token]:
-            continue
-        survivors.append(int(token))
-        suppressed |= unit @ unit[token] >= threshold
-    taken = set(survivors)
-    first = survivors + [int(token) for token in order if int(token) not in taken]
-    if images is not None:
-        seen: Counter[int] = Counter()
-        is_beyond = []
-        for token in first:
-            is_beyond.append(seen[int(images[token])] >= image_share)
-            seen[int(images[token])] += 1
-        first = [first[place] for place in np.argsort(is_beyond, kind="stable")]
-    return np.sort(np.array(first[:num_keep], dtype=np.int32))

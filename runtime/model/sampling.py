@@ -6,7 +6,7 @@ The most likely tokens alone, which a device returns, suffice for greedy decodin
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
 import msgspec
 import numpy as np
@@ -81,12 +81,32 @@ class Sampler:
         return int(self._generator.choice(len(probabilities), p=probabilities))
 
 
+class TokenConstraint(Protocol):
+    """Tokens that one answer may have, as a grammar says."""
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Return [V], whether each token may come next; a stop token may where the answer is complete.
+
+        Raises:
+            ShapeError: If the constraint cannot be followed any further.
+        """
+
+    def add(self, token: int) -> None:
+        """Append a token to the answer."""
+
+
 @final
 class AnswerRules:
     """What ``GenerationSettings`` forbid or discourage in one answer, in Hugging Face's order; see ``_get_logits_processor``."""
 
     def __init__(
-        self, settings: GenerationSettings, *, prompt_ids: Sequence[int], stop_ids: Sequence[int], limit: int
+        self,
+        settings: GenerationSettings,
+        *,
+        prompt_ids: Sequence[int],
+        stop_ids: Sequence[int],
+        limit: int,
+        constraint: TokenConstraint | None = None,
     ) -> None:
         """Take the settings and the answer's frame.
 
@@ -95,8 +115,10 @@ class AnswerRules:
             prompt_ids: The prompt, with a token for each visual one.
             stop_ids: Tokens that end the answer.
             limit: Tokens of the answer, at most.
+            constraint: Says which tokens may come next.
         """
         self._settings, self._stop_ids, self._limit = settings, list(stop_ids), limit
+        self._constraint = constraint
         self._ids, self._num_prompt = list(prompt_ids), len(prompt_ids)
         self._seen = set(self._ids)
 
@@ -104,6 +126,8 @@ class AnswerRules:
         """Append a token to the answer."""
         self._ids.append(token)
         self._seen.add(token)
+        if self._constraint is not None:
+            self._constraint.add(token)
 
     def apply(self, logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the logits of all tokens, changed.
@@ -152,6 +176,8 @@ class AnswerRules:
             changed_T[:] = np.where(np.isin(ids_T, settings.forced_eos_token_id), np.float32(0), -np.inf)
         never = {*settings.suppress_tokens, *(settings.begin_suppress_tokens if self._num_new == 0 else ())}
         changed_T[np.isin(ids_T, list(never))] = -np.inf
+        if self._constraint is not None:
+            changed_T[~self._constraint.allowed()[ids_T]] = -np.inf
         return changed_T
 
     def _after_same_words(self) -> set[int]:

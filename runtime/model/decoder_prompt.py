@@ -1,0 +1,142 @@
+"""The rows that enter the reduced decoder, and the visual tokens as the host follows them from stage to stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.runtime.bundle.graph_io import gradient_graph
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.devices.interface import DeviceTensor
+    from trio_edge.runtime.prompts.positions import PromptPositions
+
+
+class VisualTokens(NamedTuple):
+    """The visual tokens that enter a stage, as the host knows them."""
+
+    rows: NDArray[np.int32]
+    """Ascending."""
+    images: NDArray[np.int32]
+    """The image of each."""
+
+    def kept(self, indices: NDArray[np.int32]) -> VisualTokens:
+        """Return the tokens at ``indices``, ascending, in the sequence without the others."""
+        rows = (self.rows[indices] - indices + np.arange(len(indices))).astype(np.int32)
+        return VisualTokens(rows, self.images[indices])
+
+
+class Span(NamedTuple):
+    """The rows that enter a layer range: how many visual tokens, and where the sequence ends."""
+
+    num_visual: int
+    rows: int
+    """Reserved for the visual tokens."""
+    length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderPrompt:
+    """The rows of a prefill: text and visual tokens in the prompt's order, and padding up to ``max_visual + text_bucket``."""
+
+    text: NDArray[Any]
+    """[T, D], embeddings of all text."""
+    visual: DeviceTensor | NDArray[Any]
+    """[M, D], visual tokens, on the device or on the host; M = 0 without an image."""
+    visual_rows: NDArray[np.int32]
+    """[M], row of each visual token, ascending; text has the others of the T + M."""
+    max_visual: int
+    """N, rows reserved for the visual tokens: one of the manifest's visual sizes, at least M."""
+    text_bucket: int
+    """Rows reserved for the text: one of the manifest's buckets, at least T."""
+    positions: PromptPositions
+    """Positions of all N + bucket rows."""
+    images: NDArray[np.int32] | None = None
+    """[M], the image that each visual token belongs to; None where all belong to one."""
+    planes: Sequence[DeviceTensor | NDArray[Any]] = ()
+    """[M, D] each, DeepStack's: plane i is added to the visual tokens after layer i; none without an image."""
+    key: bytes = b""
+    """The same for prompts that are the same up to their last visual token; empty if nothing of them is kept."""
+
+    @property
+    def num_visual(self) -> int:
+        """M."""
+        return self.visual.shape[0]
+
+    @property
+    def num_text(self) -> int:
+        """T."""
+        return len(self.text)
+
+    @property
+    def length(self) -> int:
+        """Rows that are no padding."""
+        return self.num_text + self.num_visual
+
+    @property
+    def num_after(self) -> int:
+        """Text tokens after the last visual one; all, without an image."""
+        return self.length - 1 - int(self.visual_rows[-1]) if self.num_visual else self.length
+
+    @property
+    def visual_runs(self) -> list[range]:
+        """The runs of consecutive rows that the visual tokens have."""
+        starts = np.flatnonzero(np.diff(self.visual_rows, prepend=-2) > 1)
+        counts = np.diff(starts, append=self.num_visual)
+        return [range(int(row), int(row + count)) for row, count in zip(self.visual_rows[starts], counts)]
+
+    @property
+    def visual_tokens(self) -> VisualTokens:
+        """The visual tokens that enter the first stage."""
+        images = np.zeros(self.num_visual, np.int32) if self.images is None else self.images
+        return VisualTokens(self.visual_rows, images)
+
+    def check(self, manifest: Manifest) -> None:
+        """Refuse rows that do not fit one another or the bundle.
+
+        Raises:
+            ShapeError: Names what does not fit.
+        """
+        if not 1 <= self.num_text <= self.text_bucket:
+            raise ShapeError(
+                f"prompt: expected 1..{self.text_bucket} text tokens (the bucket), got {self.num_text}; use a larger one"
+            )
+        if self.num_visual > self.max_visual:
+            raise ShapeError(
+                f"prompt: expected at most {self.max_visual} visual tokens, got {self.num_visual}; use more rows"
+            )
+        rows = self.visual_rows
+        if len(rows) != self.num_visual or not np.array_equal(rows, np.unique(rows.clip(0, self.length - 1))):
+            raise ShapeError(
+                f"prompt: expected {self.num_visual} ascending rows below {self.length} for the visual tokens, got"
+                f" {len(rows)} others"
+            )
+        if self.num_after == 0 and gradient_graph(manifest) is not None:
+            raise ShapeError(
+                "prompt: expected text after the image, whose answer the probes look at, got none; use a chat template that"
+                " asks for an answer"
+            )
+        shape = (manifest.position_axes, self.max_visual + self.text_bucket)
+        if self.positions.ids.shape != shape:
+            raise ShapeError(
+                f"prompt: expected position ids {list(shape)}, got {list(self.positions.ids.shape)}; count all rows"
+            )
+        width, dtype = manifest.dimensions.hidden_size, np.dtype(manifest.dtype)
+        if any(plane.shape[0] != self.num_visual for plane in self.planes):
+            raise ShapeError(
+                f"prompt: expected {self.num_visual} rows in each plane of DeepStack, as many as visual tokens, got"
+                f" {[plane.shape[0] for plane in self.planes]}"
+            )
+        for values in (self.text, self.visual, *self.planes):
+            if tuple(values.shape[1:]) != (width,) or np.dtype(values.dtype) != dtype:
+                raise ShapeError(
+                    f"prompt: expected {dtype} rows of {width} numbers, got {values.dtype} {list(values.shape)}"
+                )

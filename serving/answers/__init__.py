@@ -1,0 +1,1 @@
+"""Answers to clients: one thread for each bundle, in OpenAI's form."""

@@ -1,0 +1,88 @@
+"""Answers in OpenAI's form: one object, or chunks as server-sent events."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import TYPE_CHECKING, Any, final
+
+import msgspec
+
+from trio_edge.serving.answers.job import Failed, Finished, Kept, NewText
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from trio_edge.serving.answers.job import Event
+
+DONE = b"data: [DONE]\n\n"
+
+
+@final
+class Completion:
+    """The frame of one answer."""
+
+    def __init__(self, model: str, *, include_usage: bool = False) -> None:
+        """Take the name of the model that answers, and whether a last chunk tells the usage."""
+        self._model, self._include_usage = model, include_usage
+        self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self._pieces: list[str] = []
+        self._report: dict[str, Any] | None = None
+
+    def add(self, event: Event) -> dict[str, Any] | None:
+        """Add an event; return the whole answer when it is the last one.
+
+        Raises:
+            RequestError: If the answer failed.
+        """
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, NewText):
+            self._pieces.append(event.text)
+        elif isinstance(event, Kept):
+            self._report = event.report
+        elif isinstance(event, Finished):
+            return self._whole(event)
+        return None
+
+    def _whole(self, end: Finished) -> dict[str, Any]:
+        message = {"role": "assistant", "content": "".join(self._pieces), "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": end.reason}
+        trio = {} if self._report is None else {"trio": self._report}
+        return self._frame("chat.completion", choices=[choice], usage=end.usage, **trio)
+
+    def first_chunk(self) -> bytes:
+        """Return the chunk that names the role."""
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def chunks(self, event: Event) -> Iterator[bytes]:
+        """Yield the chunks of an event."""
+        if isinstance(event, NewText):
+            yield self._chunk({"content": event.text})
+        elif isinstance(event, Kept):
+            yield self._event(self._frame("chat.completion.chunk", choices=[], trio=event.report))
+        elif isinstance(event, Failed):
+            yield self._event(event.error.body)
+        else:
+            yield self._chunk({}, reason=event.reason)
+            if self._include_usage:
+                yield self._event(self._frame("chat.completion.chunk", choices=[], usage=event.usage))
+            yield DONE
+
+    def _chunk(self, delta: dict[str, Any], *, reason: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        usage = {"usage": None} if self._include_usage else {}
+        return self._event(self._frame("chat.completion.chunk", choices=[choice], **usage))
+
+    def _frame(self, kind: str, **fields: Any) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            **fields,
+        }
+
+    @staticmethod
+    def _event(value: dict[str, Any]) -> bytes:
+        return b"data: " + msgspec.json.encode(value) + b"\n\n"

@@ -1,0 +1,189 @@
+"""``POST /v1/chat/completions``: from a body to an answer, whole or streamed, and an end for clients that went away."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, TypeVar, final
+
+import msgspec
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from trio_edge.runtime.bundle.errors import TrioEdgeError
+from trio_edge.serving.answers.completion import Completion
+from trio_edge.serving.answers.job import AnswerJob, Failed
+from trio_edge.serving.answers.worker import answer_settings
+from trio_edge.serving.requests.body import Body, BodyMemory
+from trio_edge.serving.requests.content import Prompt
+from trio_edge.serving.requests.errors import RequestError, request_error_from
+from trio_edge.serving.requests.protocol import parse_chat
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Coroutine, Mapping
+    from typing import Any
+
+    from starlette.types import Message, Receive, Scope, Send
+
+    from trio_edge.serving.answers.job import Event
+    from trio_edge.serving.answers.worker import Worker
+    from trio_edge.serving.metrics import Metrics
+    from trio_edge.serving.requests.media import MediaReader
+    from trio_edge.serving.requests.protocol import ChatRequest
+    from trio_edge.serving.settings import ServerSettings
+
+_T = TypeVar("_T")
+_CLOSED = 499  # nginx's status for a client that went away; nobody reads it
+
+
+@final
+class ChatEndpoint:
+    """An ASGI app that answers one request after the other of each client, many clients at a time."""
+
+    def __init__(
+        self,
+        workers: Mapping[str, Worker],
+        *,
+        settings: ServerSettings,
+        metrics: Metrics,
+        media: MediaReader,
+    ) -> None:
+        self._workers, self._settings, self._metrics, self._media = workers, settings, metrics, media
+        self._memory = BodyMemory(settings.max_body * settings.max_bodies)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request.
+
+        Raises:
+            RequestError: If it is refused.
+        """
+        request, name = Request(scope, receive), ""
+        try:
+            async with Body(request, settings=self._settings, memory=self._memory) as body:
+                chat = await run_in_threadpool(parse_chat, body, max_parts=self._settings.max_parts)
+                worker = chosen_worker(self._workers, chat)
+                name = worker.name
+                job = await self._submitted(worker, chat)
+                try:
+                    response = await self._response(request, worker, job)
+                    await response(scope, receive, self._impatient(send))
+                finally:
+                    worker.cancel(job)
+            self._metrics.count_request(name, response.status_code)
+        except (RequestError, TrioEdgeError) as error:
+            told = request_error_from(error)
+            self._metrics.count_request(name, told.status)
+            raise told from None
+        except asyncio.TimeoutError:  # the server closes the connection, as the answer has no end
+            self._metrics.count_request(name, _CLOSED)
+
+    def _impatient(self, send: Send) -> Send:
+        """Return a ``send`` that gives up: a client that never reads would hold its body in memory for ever."""
+
+        async def sending(message: Message) -> None:
+            await asyncio.wait_for(send(message), self._settings.body_s)
+
+        return sending
+
+    async def _submitted(self, worker: Worker, chat: ChatRequest) -> AnswerJob:
+        answer_settings(chat, worker.pipeline)  # what is wrong there need not wait
+        prompt = await run_in_threadpool(Prompt, chat, self._media, max_pixels=self._settings.max_pixels)
+        job = AnswerJob(chat, prompt)
+        try:
+            worker.submit(job)
+        except BaseException:
+            prompt.close()
+            raise
+        return job
+
+    async def _response(self, request: Request, worker: Worker, job: AnswerJob) -> Response:
+        options = job.chat.stream_options
+        include_usage = options is not None and bool(options.include_usage)
+        completion, events = Completion(worker.name, include_usage=include_usage), job.events()
+        if not job.chat.stream:
+            answer = await _unless_gone(request, _whole(completion, events))
+            return Response(msgspec.json.encode(answer), media_type="application/json")
+        # An error before the first piece still has a status of its own.
+        first = await _unless_gone(request, _first(events))
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        return StreamingResponse(
+            _streamed(completion, first, events), media_type="text/event-stream", headers=headers
+        )
+
+
+def chosen_worker(workers: Mapping[str, Worker], chat: ChatRequest) -> Worker:
+    """Return the worker that a request asks for, by its model and by its images' ``detail``.
+
+    "low" is the bundle of the same model that keeps the fewest visual tokens, "high" that which keeps the most.
+
+    Raises:
+        RequestError: If there is no such model, or it is not loaded.
+    """
+    asked = workers.get(chat.model)
+    if asked is None:
+        raise RequestError(
+            404,
+            f"model: expected one of {', '.join(workers)}, got {chat.model[:80]!r}",
+            code="model_not_found",
+            param="model",
+        )
+    model = asked.pipeline.manifest.model
+    if not chat.details:
+        return asked
+    same = [
+        worker
+        for worker in (asked, *workers.values())  # of equals the asked one
+        if worker.is_ready and worker.pipeline.manifest.model == model
+    ]
+    choose = min if chat.details == {"low"} else max
+    return choose(same or [asked], key=_kept_tokens)
+
+
+def _kept_tokens(worker: Worker) -> float:
+    manifest = worker.pipeline.manifest
+    most = manifest.visual_sizes[-1]
+    return most * manifest.average_keep_of(most, num_images=manifest.max_images)
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """Return what ``work`` returns, unless the client goes away before."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise RequestError(_CLOSED, "client: went away")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _whole(completion: Completion, events: AsyncIterator[Event]) -> dict[str, Any]:
+    async for event in events:
+        if (answer := completion.add(event)) is not None:
+            return answer
+    raise RequestError(_CLOSED, "answer: cancelled")
+
+
+async def _first(events: AsyncIterator[Event]) -> Event:
+    async for event in events:
+        if isinstance(event, Failed):
+            raise event.error
+        return event
+    raise RequestError(_CLOSED, "answer: cancelled")
+
+
+async def _streamed(
+    completion: Completion, first: Event, events: AsyncIterator[Event]
+) -> AsyncIterator[bytes]:
+    yield completion.first_chunk()
+    for chunk in completion.chunks(first):
+        yield chunk
+    async for event in events:
+        for chunk in completion.chunks(event):
+            yield chunk

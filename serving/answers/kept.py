@@ -1,0 +1,53 @@
+"""The kept tokens of an answer as boxes on its images: what a page draws."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from trio_edge.runtime.answer import Generation
+    from trio_edge.runtime.bundle.schedule import Stage
+    from trio_edge.runtime.images.layout import ImageLayout
+
+
+def kept_report(answer: Generation, stages: Sequence[Stage]) -> dict[str, Any]:
+    """Return the boxes that each stage kept of each image, and the milliseconds of each graph up to the first token.
+
+    Args:
+        answer: Its first piece has come.
+        stages: Of the bundle's schedule.
+    """
+    images, first = [], 0
+    for image, layout in zip(answer.images, answer.layouts):
+        after = first + len(layout.boxes)
+        own = [indices[(indices >= first) & (indices < after)] - first for indices in answer.kept]
+        entered = {"layer": 0, **_boxes(layout, np.arange(len(layout.boxes)))}
+        kept = [{"layer": stage.layer, **_boxes(layout, chosen)} for stage, chosen in zip(stages, own)]
+        images.append({"width": image.width, "height": image.height, "stages": [entered, *kept]})
+        first = after
+    return {"images": images, "graph_ms": _rounded(answer.statistics.graph_ms)}
+
+
+def _boxes(layout: ImageLayout, chosen: NDArray[np.integer]) -> dict[str, Any]:
+    is_overview = np.isin(chosen, layout.overview)
+    return {
+        "kept": len(chosen),
+        "boxes": _drawable(layout.boxes[chosen[~is_overview]]),
+        "overview_boxes": _drawable(layout.boxes[chosen[is_overview]]),
+    }
+
+
+def _drawable(boxes: NDArray[np.float32]) -> list[list[float]]:
+    """Return boxes with an area: newlines have none."""
+    with_area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    return [[round(edge, 1) for edge in box] for box in boxes[with_area].tolist()]
+
+
+def _rounded(times: dict[str, float]) -> dict[str, float]:
+    return {name: round(ms, 3) for name, ms in times.items()}

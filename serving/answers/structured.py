@@ -1,0 +1,165 @@
+"""Answers of a given form: one of several texts, or JSON that fits a schema.
+
+llguidance computes which tokens a schema allows; it is fast, reads Hugging Face's tokenizers and needs no torch. A choice
+needs no grammar: the answer follows the ids of one of the texts, which also works with tokenizers of whole words.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+
+from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.serving.requests.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from trio_edge.runtime.model.sampling import TokenConstraint
+    from trio_edge.runtime.pipeline import Pipeline
+    from trio_edge.serving.requests.protocol import ChatRequest
+
+_ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+
+@final
+class Constraints:
+    """Makes the constraints of a bundle's answers."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        manifest = pipeline.manifest
+        self._tokenizer, self._num_tokens = pipeline.tokenizer, manifest.token_embedding.shape[0]
+        self._stop_ids = manifest.text.stop_token_ids
+        self._for_grammars: Any = None
+
+    def make(self, chat: ChatRequest) -> TokenConstraint | None:
+        """Return what ``chat`` asks for, or None if any text will do.
+
+        Raises:
+            RequestError: If the bundle's tokenizer cannot write it, or the schema is refused.
+        """
+        if chat.structured_outputs is not None:
+            return self._choice(chat.structured_outputs.choice)
+        form = chat.response_format
+        if form is None or form.type == "text":
+            return None
+        return self._json(_ANY_OBJECT if form.json_schema is None else form.json_schema.schema)
+
+    def _choice(self, texts: Sequence[str]) -> ChoiceConstraint:
+        sequences = []
+        for text in texts:
+            ids = self._tokenizer.plain_ids(text).tolist()
+            if self._tokenizer.decode(ids) != text:
+                raise _refused(
+                    "structured_outputs", "texts that this model's tokenizer can write", f"{text[:80]!r}"
+                )
+            sequences.append(ids)
+        return ChoiceConstraint(sequences, stop_ids=self._stop_ids, num_tokens=self._num_tokens)
+
+    def _json(self, schema: dict[str, Any]) -> GrammarConstraint:
+        import llguidance
+
+        # Spaces between the fields would cost a decode step each.
+        compact: Any = {"whitespace_flexible": False}
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=compact)
+        matcher = llguidance.LLMatcher(self._grammar_tokenizer(), grammar, log_level=0)
+        if matcher.is_error():
+            raise _refused("response_format", "a schema that llguidance knows", matcher.get_error()[:200])
+        return GrammarConstraint(matcher, stop_ids=self._stop_ids, num_tokens=self._num_tokens)
+
+    def _grammar_tokenizer(self) -> Any:
+        """Return llguidance's form of the tokenizer, made when it is first needed: that takes up to seconds."""
+        if self._for_grammars is None:
+            import llguidance
+
+            try:
+                self._for_grammars = llguidance.LLTokenizer(
+                    self._tokenizer.to_json(), n_vocab=self._num_tokens, eos_token=list(self._stop_ids)
+                )
+            except ValueError as error:
+                raise _refused(
+                    "response_format", "a bundle whose tokenizer can spell JSON", str(error)[:200]
+                ) from None
+        return self._for_grammars
+
+
+@final
+class ChoiceConstraint:
+    """Lets an answer be one of several sequences of tokens."""
+
+    def __init__(
+        self, sequences: Sequence[Sequence[int]], *, stop_ids: Sequence[int], num_tokens: int
+    ) -> None:
+        """Take the sequences.
+
+        Args:
+            sequences: Ids, at least one sequence.
+            stop_ids: Tokens that may follow a whole sequence.
+            num_tokens: V.
+        """
+        self._sequences, self._stop_ids, self._num_tokens = sequences, list(stop_ids), num_tokens
+        self._answer: list[int] = []
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Return [V], whether each token may come next."""
+        length = len(self._answer)
+        left = [sequence for sequence in self._sequences if list(sequence[:length]) == self._answer]
+        ids = [sequence[length] for sequence in left if len(sequence) > length]
+        ids += self._stop_ids if any(len(sequence) == length for sequence in left) else []
+        allowed_V = np.zeros(self._num_tokens, np.bool_)
+        allowed_V[ids] = True
+        return allowed_V
+
+    def add(self, token: int) -> None:
+        """Append a token to the answer."""
+        self._answer.append(token)
+
+
+@final
+class GrammarConstraint:
+    """Lets an answer be what a grammar of llguidance allows."""
+
+    def __init__(self, matcher: Any, *, stop_ids: Sequence[int], num_tokens: int) -> None:
+        """Take the grammar's state.
+
+        Args:
+            matcher: An ``LLMatcher``.
+            stop_ids: Tokens that end the answer.
+            num_tokens: V.
+        """
+        self._matcher, self._stop_ids, self._num_tokens = matcher, list(stop_ids), num_tokens
+        self._mask_V: NDArray[np.bool_] | None = None
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Return [V], whether each token may come next.
+
+        Raises:
+            ShapeError: If the grammar became too complex.
+        """
+        if self._mask_V is None:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            if self._matcher.is_error():
+                raise ShapeError(
+                    f"response_format: expected a simpler schema, got: {self._matcher.get_error()[:200]}"
+                )
+            self._mask_V = np.unpackbits(bits, bitorder="little")[: self._num_tokens].astype(np.bool_)
+        return self._mask_V
+
+    def add(self, token: int) -> None:
+        """Append a token to the answer."""
+        self._mask_V = None
+        if token not in self._stop_ids:
+            self._matcher.consume_token(token)
+
+
+def _refused(param: str, expected: str, got: str) -> RequestError:
+    return RequestError(
+        400,
+        f"{param}: expected {expected}, got {' '.join(got.split())}",
+        code="invalid_value",
+        param=param,
+    )

@@ -1,0 +1,158 @@
+"""The HTTP interface as an ASGI app: OpenAI's chat completions, models, health, metrics and the page.
+
+Starlette routes; pydantic, which FastAPI would bring, is not needed: msgspec reads the requests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from trio_edge.serving.answers.endpoint import ChatEndpoint
+from trio_edge.serving.answers.worker import Worker
+from trio_edge.serving.guard import Guard
+from trio_edge.serving.metrics import CONTENT_TYPE, Metrics
+from trio_edge.serving.requests.body import BodyDrain
+from trio_edge.serving.requests.errors import RequestError, request_error_from
+from trio_edge.serving.requests.media import MediaReader
+from trio_edge.serving.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+    from starlette.requests import Request
+
+    from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.pipeline import Pipeline
+
+_STOP_S = 5.0  # for the answer that runs when the others have been cut; a prefill cannot be
+
+
+def make_app(
+    models: Mapping[str, Callable[[], Pipeline]],
+    settings: ServerSettings | None = None,
+    *,
+    media: MediaReader | None = None,
+) -> Starlette:
+    """Return the app; its lifespan loads the pipelines, each in a thread of its own, and closes them.
+
+    Args:
+        models: Names for clients, and functions that return the pipelines. An open pipeline is ``lambda: pipeline``.
+        settings: Limits and policy.
+        media: Reads images and videos; made of ``settings`` by default.
+    """
+    settings = settings or ServerSettings()
+    metrics = Metrics()
+    workers = {name: Worker(name, load, settings=settings, metrics=metrics) for name, load in models.items()}
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        for worker in workers.values():
+            worker.start()
+        try:
+            yield
+        finally:
+            for worker in workers.values():
+                await run_in_threadpool(worker.stop, timeout_s=_STOP_S)
+
+    endpoint = ChatEndpoint(workers, settings=settings, metrics=metrics, media=media or MediaReader(settings))
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", endpoint, methods=["POST"]),
+            Route("/v1/models", _models),
+            Route("/v1/models/{name:path}", _model),
+            Route("/health", _health),
+            Route("/health/ready", _ready),
+            Route("/metrics", _metrics),
+            Route("/", _page),
+        ],
+        middleware=[Middleware(BodyDrain), Middleware(Guard, settings=settings)],
+        exception_handlers={RequestError: _refusal, HTTPException: _http_refusal, Exception: _failure},
+        lifespan=lifespan,
+    )
+    app.state.workers, app.state.metrics, app.state.started = workers, metrics, int(time.time())
+    return app
+
+
+async def _models(request: Request) -> Response:
+    described = [_described(worker, request) for worker in request.app.state.workers.values()]
+    return JSONResponse({"object": "list", "data": described})
+
+
+async def _model(request: Request) -> Response:
+    name = request.path_params["name"]
+    if name not in request.app.state.workers:
+        raise RequestError(
+            404, f"model: expected a served one, got {name[:80]!r}", code="model_not_found", param="model"
+        )
+    return JSONResponse(_described(request.app.state.workers[name], request))
+
+
+def _described(worker: Worker, request: Request) -> dict[str, Any]:
+    common = {"id": worker.name, "object": "model", "created": request.app.state.started}
+    trio = _facts(worker.pipeline.manifest) if worker.is_ready else None
+    return {**common, "owned_by": "trio-edge", "trio": trio}
+
+
+def _facts(manifest: Manifest) -> dict[str, Any]:
+    """Return what a client may want to know of a bundle."""
+    most = manifest.visual_sizes[-1]
+    return {
+        "model": manifest.model,
+        "family": manifest.family,
+        "visual_tokens": most,
+        "average_keep": manifest.average_keep_of(most, num_images=manifest.max_images),
+        "stages": [{"layer": stage.layer, "keep": stage.keep} for stage in manifest.schedule.stages],
+        "max_images": manifest.max_images,
+        "takes_videos": manifest.video_processing is not None,
+        "max_text": manifest.text_buckets[-1],
+        "max_new_tokens": manifest.max_new_tokens,
+    }
+
+
+async def _health(_request: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+async def _ready(request: Request) -> Response:
+    states = {name: worker.is_ready for name, worker in request.app.state.workers.items()}
+    is_ready = all(states.values())
+    return JSONResponse(
+        {"status": "ready" if is_ready else "not ready", "models": states}, 200 if is_ready else 503
+    )
+
+
+async def _metrics(request: Request) -> Response:
+    return Response(request.app.state.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+
+async def _page(_request: Request) -> Response:
+    page = resources.files("trio_edge.serving").joinpath("page", "index.html")
+    if not page.is_file():
+        raise RequestError(404, "page: not part of this installation; ask /v1/chat/completions")
+    return HTMLResponse(page.read_text(encoding="utf-8"))
+
+
+async def _refusal(_request: Request, error: Exception) -> Response:
+    told = request_error_from(error)
+    return JSONResponse(told.body, told.status, headers=told.headers)
+
+
+async def _http_refusal(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    told = RequestError(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}")
+    return JSONResponse(told.body, told.status, headers=error.headers)
+
+
+async def _failure(_request: Request, error: Exception) -> Response:
+    told = request_error_from(error)
+    return JSONResponse(told.body, told.status)

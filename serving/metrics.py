@@ -1,0 +1,78 @@
+"""Numbers of a server for Prometheus, one registry for each app. prometheus-client is Prometheus' own library."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+if TYPE_CHECKING:
+    from trio_edge.runtime.answer import Statistics
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+@final
+class Metrics:
+    """Counts requests, tokens and times; any thread may use it."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        by_model = ("model",)
+        self._requests = Counter(
+            "trio_requests", "Requests by HTTP status", ("model", "status"), registry=registry
+        )
+        self._cancelled = Counter(
+            "trio_cancelled_answers", "Answers whose client went away", by_model, registry=registry
+        )
+        self._prompt = Counter(
+            "trio_prompt_tokens", "Prompt tokens before reduction", by_model, registry=registry
+        )
+        self._visual = Counter(
+            "trio_visual_tokens", "Visual tokens before reduction", by_model, registry=registry
+        )
+        self._kept = Counter(
+            "trio_kept_tokens",
+            "Visual tokens that each stage kept",
+            ("model", "stage"),
+            registry=registry,
+        )
+        self._new = Counter("trio_completion_tokens", "Tokens of answers", by_model, registry=registry)
+        self._waiting = Gauge("trio_waiting_requests", "Requests that wait", by_model, registry=registry)
+        self._running = Gauge("trio_running_requests", "Answers that run", by_model, registry=registry)
+        self._queue = self._seconds("trio_queue_seconds", "Wait before an answer starts")
+        self._ttft = self._seconds("trio_first_token_seconds", "From an answer's start to its first token")
+        self._decode = self._seconds("trio_decode_seconds", "All tokens of an answer after the first")
+
+    def _seconds(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, ("model",), buckets=_SECONDS, registry=self._registry)
+
+    def count_request(self, model: str, status: int) -> None:
+        """Count a request that was answered or refused."""
+        self._requests.labels(model, str(status)).inc()
+
+    def set_load(self, model: str, *, waiting: int, running: int) -> None:
+        """Note the requests of a model at this moment."""
+        self._waiting.labels(model).set(waiting)
+        self._running.labels(model).set(running)
+
+    def count_answer(self, model: str, statistics: Statistics, *, queue_s: float, is_cancelled: bool) -> None:
+        """Count an answer that ended."""
+        self._queue.labels(model).observe(queue_s)
+        if is_cancelled:
+            self._cancelled.labels(model).inc()
+        if not statistics.new_tokens:
+            return
+        self._prompt.labels(model).inc(statistics.text_tokens + statistics.visual_tokens)
+        self._visual.labels(model).inc(statistics.visual_tokens)
+        for stage, kept in enumerate(statistics.kept_tokens, 1):
+            self._kept.labels(model, str(stage)).inc(kept)
+        self._new.labels(model).inc(statistics.new_tokens)
+        self._ttft.labels(model).observe(statistics.ttft_ms / 1e3)
+        self._decode.labels(model).observe(statistics.decode_ms / 1e3)
+
+    def text(self) -> bytes:
+        """Return all numbers in Prometheus' text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,1 @@
+"""Requests of clients: bodies, fields, images and videos, each checked."""

@@ -1,0 +1,77 @@
+"""Content parts to messages for ``Pipeline.chat``: text, images as bytes, videos as files."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from trio_edge.serving.requests.protocol import ImagePart, TextPart
+
+if TYPE_CHECKING:
+    from trio_edge.runtime.prompts.chat import Message
+    from trio_edge.serving.requests.media import MediaReader
+    from trio_edge.serving.requests.protocol import ChatRequest, Part, VideoPart
+
+
+@final
+class Prompt:
+    """The messages of a request, and the files that they need until they are read."""
+
+    def __init__(self, chat: ChatRequest, media: MediaReader, *, max_pixels: int) -> None:
+        """Read what the messages show.
+
+        Args:
+            chat: The request.
+            media: Reads files.
+            max_pixels: Of all images together.
+
+        Raises:
+            RequestError: If an image or a video is refused.
+            ImageError: If an image is broken.
+        """
+        self._media, self._pixels_left, self._files = media, max_pixels, ExitStack()
+        self._folders: list[str] = []
+        try:
+            self.messages: list[Message] = [
+                {
+                    "role": "system" if turn.role == "developer" else turn.role,
+                    "content": [
+                        self._part(part, where=f"messages[{number}].content[{place}]")
+                        for place, part in enumerate(turn.parts)
+                    ],
+                }
+                for number, turn in enumerate(chat.messages)
+            ]
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Remove the files."""
+        self._files.close()
+
+    def without_paths(self, message: str) -> str:
+        """Return a message without the names of the files, which are this machine's affair."""
+        for folder in self._folders:
+            message = message.replace(f"{folder}/", "")
+        return message
+
+    def _part(self, part: Part, *, where: str) -> dict[str, Any]:
+        if isinstance(part, TextPart):
+            return {"type": "text", "text": part.text}
+        if isinstance(part, ImagePart):
+            data = self._media.read(part.image_url.url, kind="image", where=where)
+            self._pixels_left -= self._media.check_image(data, where=where, pixels_left=self._pixels_left)
+            return {"type": "image", "image": data}
+        return self._video(part, where=where)
+
+    def _video(self, part: VideoPart, *, where: str) -> dict[str, Any]:
+        data = self._media.read(part.video_url.url, kind="video", where=where)
+        folder = self._files.enter_context(tempfile.TemporaryDirectory(prefix="trio-serve-"))
+        self._folders.append(folder)
+        path = Path(folder) / "video"
+        path.write_bytes(data)
+        settings = {"fps": part.video_url.fps, "num_frames": part.video_url.num_frames}
+        return {"type": "video", "video": path, **settings}

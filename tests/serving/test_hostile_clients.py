@@ -1,0 +1,297 @@
+"""Malformed, oversized, slow and vanishing clients get an error in OpenAI's form, and the server lives."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+import struct
+import time
+import zlib
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.pictures import random_picture
+from tests.serving.server import image_url, question, running, slowed, until
+from trio_edge.runtime.pipeline import Pipeline
+from trio_edge.serving import server as server_module
+from trio_edge.serving.app import make_app
+from trio_edge.serving.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.serving.server import RunningServer
+
+SETTINGS = ServerSettings(max_body=600_000, max_pixels=100_000, body_s=1.0, max_bodies=2)
+
+
+@pytest.fixture(scope="module")
+def strict(reduced_bundle: Path) -> Iterator[RunningServer]:
+    """A server with small limits."""
+    with running({"reduced": partial(Pipeline.from_bundle, reduced_bundle)}, SETTINGS) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _lives(strict: RunningServer) -> Iterator[None]:
+    yield
+    status, answer = strict.ask(max_tokens=2)
+    assert (status, answer["usage"]["completion_tokens"]) == (200, 2)
+
+
+def assert_refused(result: tuple[int, dict[str, Any]], status: int, expected: str) -> None:
+    got, body = result
+    assert got == status, body
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert re.search(expected, error["message"]), error
+    assert "\n" not in error["message"]
+    assert len(error["message"]) < 1000
+
+
+def png_of_zeros(width: int, height: int, *, num_rows: int | None = None) -> str:
+    """Return a small file that decodes to many pixels, or says so and has fewer rows."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    compressor = zlib.compressobj(9)
+    rows = (
+        b"".join(compressor.compress(bytes(width + 1)) for _ in range(num_rows or height))
+        + compressor.flush()
+    )
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return f"data:image/png;base64,{base64.b64encode(file).decode()}"
+
+
+GOOD = {"model": "reduced", "messages": [{"role": "user", "content": "w1"}]}
+BODIES: dict[str, tuple[bytes, int, str]] = {
+    "nothing": (b"", 400, "body: expected JSON"),
+    "no_json": (b"what is this?", 400, "body: expected JSON"),
+    "cut_short": (json.dumps(GOOD).encode()[:-5], 400, "body: expected JSON"),
+    "two_values": (json.dumps(GOOD).encode() * 2, 400, "body: expected JSON"),
+    "a_list": (b"[]", 400, "body: Expected `object`"),
+    "bad_utf8": (b'{"model": "\xff\xfe"}', 400, "body: expected JSON in UTF-8"),
+    "lone_surrogate": (
+        rb'{"model": "reduced", "messages": [{"role": "user", "content": "\ud800"}]}',
+        400,
+        "body: expected JSON|Unicode",
+    ),
+    "deep_lists": (b'{"model": ' + b"[" * 90_000, 400, "model: Expected `str`|body"),
+    "deep_schema": (
+        b'{"model": "reduced", "messages": [{"role": "user", "content": "w1"}], "response_format": {"type": "json_schema",'
+        b' "json_schema": {"schema": ' + b'{"a":' * 30_000 + b"1" + b"}" * 30_000 + b"}}}",
+        400,
+        "levels",
+    ),
+    "forty_levels": (
+        json.dumps({**GOOD, "response_format": {"type": "json_schema", "json_schema": {"schema": 0}}})
+        .replace('"schema": 0', '"schema": ' + '{"a":' * 40 + "{}" + "}" * 40)
+        .encode(),
+        400,
+        "at most 32 levels",
+    ),
+    "number_as_text": (json.dumps({**GOOD, "max_tokens": "5"}).encode(), 400, "max_tokens: Expected `int"),
+    "huge_number": (json.dumps({**GOOD, "max_tokens": 10**30}).encode(), 400, "max_tokens|body"),
+    "not_a_number": (b'{"model": "reduced", "temperature": NaN}', 400, "body: expected JSON"),
+    "long_field_name": (json.dumps({**GOOD, "x" * 5000: 1}).encode(), 400, "not a field of this server"),
+    "line_breaks_in_a_field": (json.dumps({**GOOD, "a\nb": 1}).encode(), 400, "not a field"),
+    "unknown_part": (
+        json.dumps(
+            {**GOOD, "messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}
+        ).encode(),
+        400,
+        r"messages\[\.\.\.\]\.content|messages\[0\].content\[0\]|Invalid value 'input_audio'",
+    ),
+    "ten_thousand_parts": (
+        json.dumps(
+            {**GOOD, "messages": [{"role": "user", "content": [{"type": "text", "text": "w"}] * 5000}]}
+        ).encode(),
+        400,
+        "messages: expected at most 256 messages and parts, got 5001",
+    ),
+    "too_large": (json.dumps(GOOD).encode() + b" " * 600_000, 413, "body: expected at most 600000 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", BODIES)
+def test_a_malformed_body_is_refused(strict: RunningServer, case: str) -> None:
+    body, status, expected = BODIES[case]
+    assert_refused(strict.post(body), status, expected)
+
+
+def test_ten_thousand_parts_are_refused_in_little_time(server: RunningServer) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": image_url(random_picture(2, 2))}}] * 10_000
+    start = time.perf_counter()
+    result = server.ask(messages=[{"role": "user", "content": parts}])
+    assert_refused(result, 400, "at most 256 messages and parts, got 10001")
+    assert time.perf_counter() - start < 5.0
+
+
+def test_a_body_that_hides_its_length_is_cut_off_too(strict: RunningServer) -> None:
+    chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    head += b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert_refused(strict.exchange(head + chunk * 12), 413, "at most 600000 bytes")
+
+
+def test_another_content_type_is_refused_which_web_pages_could_send_unasked(strict: RunningServer) -> None:
+    result = strict.post(json.dumps(GOOD).encode(), Content_Type="text/plain")
+    assert_refused(result, 415, "expected application/json, got 'text/plain'")
+
+
+def test_a_refusal_reaches_a_client_that_sends_on(strict: RunningServer) -> None:
+    """Without reading its body the connection would be reset, and the client would not know why."""
+    body = json.dumps(GOOD).encode() + b" " * 20_000_000
+    assert_refused(strict.post(body), 413, "at most 600000 bytes")
+    assert_refused(strict.post(body, Host="evil.example"), 421, "host: expected")
+
+
+def test_a_foreign_host_name_is_refused(strict: RunningServer) -> None:
+    assert_refused(strict.post(json.dumps(GOOD).encode(), Host="evil.example"), 421, "host: expected")
+
+
+def test_no_http_at_all_is_refused(strict: RunningServer) -> None:
+    with strict.connect() as connection:
+        connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 400")
+
+
+IMAGES: dict[str, tuple[str, str]] = {
+    "bomb": (
+        png_of_zeros(6000, 6000),
+        r"expected at most 100000 pixels in all images, got more with 6000x6000",
+    ),
+    "larger_bomb": (png_of_zeros(20_000, 20_000, num_rows=10), "pixels, got more"),
+    "no_image": ("data:image/png;base64,bm90IGFuIGltYWdl", "no known format"),
+    "half_an_image": (image_url()[:-4000], "damaged|base64"),
+    "empty": ("data:image/png;base64,", "expected a file, got an empty one"),
+    "no_base64": ("data:image/png;base64,????", "expected base64"),
+    "other_characters": ("data:image/png;base64,äö", "expected base64"),
+    "not_base64_encoded": ("data:image/png,abc", "expected data:image/…;base64"),
+    "text": ("data:text/html;base64,PGh0bWw+", "expected data:image/…;base64"),
+    "a_video": ("data:video/mp4;base64,AAAA", "expected a data URL of the type image"),
+    "a_path": ("/etc/passwd", "expected data:image"),
+    "a_file": ("file:///etc/passwd", "expected data:image"),
+    "over_http": ("http://images.example/a.png", "expected data:image"),
+    "postscript": (
+        f"data:image/png;base64,{base64.b64encode(b'%!PS-Adobe-3.0 EPSF-3.0').decode()}",
+        "no known format",
+    ),
+    "unusual_format": (image_url(random_picture(20, 20), format="TIFF"), "expected a PNG, JPEG, WebP"),
+}
+
+
+@pytest.mark.parametrize("case", IMAGES)
+def test_a_bad_image_is_refused(strict: RunningServer, case: str) -> None:
+    url, expected = IMAGES[case]
+    assert_refused(strict.ask(messages=question("w1", url)), 400, expected)
+
+
+def test_pixels_of_all_images_count_together(strict: RunningServer) -> None:
+    picture = image_url(random_picture(200, 200), format="JPEG")
+    result = strict.ask(messages=question("w1", picture, picture, picture))
+    assert_refused(result, 400, r"messages\[0\].content\[2\]: expected at most 100000 pixels in all")
+
+
+def test_a_body_that_does_not_come_ends_the_request(strict: RunningServer) -> None:
+    with strict.connect() as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 1000\r\n\r\n{"
+        )
+        start = time.perf_counter()
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        assert time.perf_counter() - start < 5.0
+
+
+def test_headers_that_drip_end_the_connection(strict: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_HEADER_S", 0.3)
+    with strict.connect() as connection:
+        for byte in b"POST / HTTP/1.1\r\n":
+            try:
+                connection.sendall(bytes([byte]))
+            except (BrokenPipeError, ConnectionResetError):
+                break
+            time.sleep(0.05)
+        assert connection.recv(100) == b""
+
+
+def test_bodies_together_have_a_limit(strict: RunningServer) -> None:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: 599999\r\n\r\n"
+    slow = [strict.connect() for _ in range(2)]
+    for connection in slow:
+        connection.sendall(head + b" " * 599_998)
+    time.sleep(0.2)  # the server reads them
+    status, body = strict.post(json.dumps(GOOD).encode() + b" " * 1000)
+    assert (status, body["error"]["code"]) == (429, "server_busy")
+    for connection in slow:
+        connection.close()
+    until(lambda: strict.ask(max_tokens=1)[0] == 200)
+
+
+def test_a_client_that_vanishes_frees_its_place_at_the_next_token(reduced_bundle: Path) -> None:
+    def load() -> Pipeline:
+        return slowed(Pipeline.from_bundle(reduced_bundle), 0.1)
+
+    with running({"reduced": load}, ServerSettings(max_queue=1)) as server:
+        worker = server.workers["reduced"]
+        for is_streamed in (True, False):
+            body = json.dumps({**GOOD, "stream": is_streamed, "ignore_eos": True, "max_tokens": 40}).encode()
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+            with server.connect() as running_one, server.connect() as waiting_one:
+                for connection in (running_one, waiting_one):
+                    connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+                    time.sleep(0.3)
+                until(lambda: len(worker._waiting) == 1)
+                status, refused = server.ask()
+                assert (status, refused["error"]["code"]) == (429, "queue_full")
+            start = time.perf_counter()
+            until(lambda: worker._running is None and not worker._waiting)
+            assert time.perf_counter() - start < 2.0  # 40 tokens take 4 s, both 8 s
+        assert server.ask(max_tokens=1)[0] == 200
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_a_client_that_never_reads_is_given_up(reduced_bundle: Path, is_streamed: bool) -> None:
+    body = json.dumps({**GOOD, "stream": is_streamed, "max_tokens": 5}).encode()
+    received = [{"type": "http.request", "body": body, "more_body": False}]
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+
+    async def receive() -> Any:
+        return received.pop() if received else await asyncio.sleep(60)
+
+    async def send(_: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def ask() -> None:
+        models = {"reduced": partial(Pipeline.from_bundle, reduced_bundle)}
+        app = make_app(models, ServerSettings(body_s=0.3))
+        async with app.router.lifespan_context(app):
+            await asyncio.wrap_future(app.state.workers["reduced"].loaded)
+            start = time.perf_counter()
+            await app({**scope, "query_string": b"", "asgi": {"version": "3.0"}}, receive, send)
+            assert time.perf_counter() - start < 5.0
+
+    asyncio.run(ask())
+
+
+def test_a_pipeline_that_fails_is_a_server_error_and_the_other_model_answers(
+    reduced_bundle: Path, keep_all_bundle: Path
+) -> None:
+    bundles = {"reduced": reduced_bundle, "full": keep_all_bundle}
+    with running({name: partial(Pipeline.from_bundle, path) for name, path in bundles.items()}) as server:
+        worker = server.workers["reduced"]
+        worker.pipeline.close()
+        for _ in range(3):
+            assert_refused(server.ask(), 500, "pipeline: expected an open one")
+        assert not worker.is_ready
+        assert server.ask(model="full")[0] == 200
