@@ -274,7 +274,9 @@ class Pipeline:
                 " export with a larger --max-new-tokens"
             )
         if override is not None and not callable(override):
-            raise ShapeError(f"override: expected a function, got {type(override).__name__}; see SelectorOverride")
+            raise ShapeError(
+                f"override: expected a function, got {type(override).__name__}; see SelectorOverride"
+            )
         check_messages(messages)
         rules = with_overrides(
             self.manifest.generation,
@@ -343,7 +345,9 @@ class Pipeline:
     def _check_open(self) -> None:
         if not self._is_open:
             raise BackendError("pipeline: expected an open one, got a closed one; load the bundle again")
-        if os.getpid() != self._process:  # the threads of its graphs stayed behind: it would wait for them without end
+        if (
+            os.getpid() != self._process
+        ):  # the threads of its graphs stayed behind: it would wait for them without end
             raise BackendError(
                 "pipeline: expected the process that loaded it, got a fork of it; load the bundle in each process"
             )
@@ -386,9 +390,7 @@ class Pipeline:
                 " frames as images"
             )
         settings = {name: part.get(name) for name in ("fps", "num_frames", "source_fps")}
-        video = open_video(
-            part["video"], self._videos.sampling, max_pixels=self._max_pixels, **settings
-        )
+        video = open_video(part["video"], self._videos.sampling, max_pixels=self._max_pixels, **settings)
         prepared = self._vision.prepare_video(video, question, videos=self._videos)
         return _Shown(video.frames[::2], prepared, is_video=True)
 

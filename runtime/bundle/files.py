@@ -104,7 +104,9 @@ def check_place(target: Path, *, num_bytes: int, error: type[TrioEdgeError], way
 
 def _check_name(target: Path, *, error: type[TrioEdgeError]) -> None:
     if target.name in ("", ".."):  # the root, or a folder that a command runs in
-        raise error(f"{target}: expected a new folder's name, got one that cannot be replaced; choose another")
+        raise error(
+            f"{target}: expected a new folder's name, got one that cannot be replaced; choose another"
+        )
 
 
 def _check_free(folder: Path, *, num_bytes: int, error: type[TrioEdgeError], elsewhere: str) -> None:

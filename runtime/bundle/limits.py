@@ -1,4 +1,6 @@
-"""Bounds of the numbers and texts in a bundle's JSON files, and of what users give: far above any model's, far below what would fill a machine.
+"""Bounds of the numbers and texts in a bundle's JSON files, and of what users give.
+
+They lie far above any model's numbers, and far below what would fill a machine.
 
 A manifest may come from anybody. What breaks a bound is refused with the key's name before anything is allocated.
 """

@@ -171,7 +171,7 @@ class StoredTensor(_Spec, frozen=True):
 class Quantization(_Spec, frozen=True):
     """The rounding of weights, and of keys and values in the KV caches."""
 
-    formats: dict[Part, QuantizedFormat]
+    formats: dict[Name, QuantizedFormat]
     """By ``Part``."""
     method: Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant", "checkpoint"]
     """The search for scales; "checkpoint" where its own integers were taken over."""
@@ -359,7 +359,9 @@ class Manifest(_Spec, frozen=True):
 
     def _check_embedding(self) -> None:
         table, scales = self.token_embedding, self.token_embedding_scales
-        if table.dtype not in ("float32", "float16", "int8") or (table.dtype == "int8") != (scales is not None):
+        if table.dtype not in ("float32", "float16", "int8") or (table.dtype == "int8") != (
+            scales is not None
+        ):
             raise ManifestError(
                 "token_embedding: expected float32 or float16 rows, or int8 rows with scales, got"
                 f" {table.dtype} {'without' if scales is None else 'with'} scales; export the bundle again"
@@ -389,8 +391,18 @@ class Manifest(_Spec, frozen=True):
             self.schedule.check_fits(num_layers=dims.num_layers, max_visual=self.max_visual)
         except ScheduleError as error:
             raise ManifestError(f"schedule: {error}; export the bundle again") from None
-        if min(dims.num_layers, self.model_bytes, self.cost.reduced_kv_bytes, sum(self.cost.reduced_flops.values())) < 1:
-            raise ManifestError("dimensions, model_bytes, cost: expected numbers above 0, got 0; export the bundle again")
+        if (
+            min(
+                dims.num_layers,
+                self.model_bytes,
+                self.cost.reduced_kv_bytes,
+                sum(self.cost.reduced_flops.values()),
+            )
+            < 1
+        ):
+            raise ManifestError(
+                "dimensions, model_bytes, cost: expected numbers above 0, got 0; export the bundle again"
+            )
         if (self.token_method is None) != (self.token_keep is None):
             raise ManifestError(
                 f"token_keep: expected a number with a token_method and nowhere else, got {self.token_keep} with"
@@ -548,7 +560,7 @@ def graph_files(manifest: Manifest) -> set[str]:
 def _check_relative(path: str) -> None:
     # A downloaded bundle must not name files of the machine that it is opened on.
     pure = PurePosixPath(path)
-    is_odd = re.search(r'[\\:\x00-\x1f\x7f]', path) is not None or pure.as_posix() != path
+    is_odd = re.search(r"[\\:\x00-\x1f\x7f]", path) is not None or pure.as_posix() != path
     if pure.is_absolute() or ".." in pure.parts or is_odd or path in (".", MANIFEST_NAME):
         raise ManifestError(
             f"files: expected a path inside the bundle, got {path!r}; export the bundle again"

@@ -73,7 +73,11 @@ def _check(tensor: bytes, sizes: Mapping[str, int], *, where: Path) -> None:
     if not is_external and not places:
         return
     wanted = -(-math.prod(dims) * _BITS.get(data_type, 0) // 8)
-    file, offset, length = places.get("location", ""), int(places.get("offset", 0)), int(places.get("length", -1))
+    file, offset, length = (
+        places.get("location", ""),
+        int(places.get("offset", 0)),
+        int(places.get("length", -1)),
+    )
     if length != wanted or offset < 0 or offset + length > sizes.get(file, -1):
         raise BundleError(
             f"{where}: expected {wanted} bytes of {name[:80]!r} inside a file of the bundle, got {length} from byte {offset} of"

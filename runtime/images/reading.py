@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 
     ImageSource: TypeAlias = str | Path | bytes | Image.Image
 
-_HEADER_BYTES, _BYTES_PER_PIXEL = 16 << 20, 8  # no format needs more for what it holds besides pixels, and for one of them
+_HEADER_BYTES, _BYTES_PER_PIXEL = (
+    16 << 20,
+    8,
+)  # no format needs more for what it holds besides pixels, and for one of them
 
 _A = {"image": "an image", "video": "a video"}
 _MAX_LEVEL = 255

@@ -23,6 +23,8 @@ from trio_edge.runtime.prompts.sandbox import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     import jinja2
 
 Message: TypeAlias = dict[str, Any]
@@ -184,16 +186,9 @@ def render_chat(
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
     }
-    pieces: list[str] = []
-    num_characters = 0
     try:
         with budget():
-            # Piece by piece, so that an endless template is stopped at the limit.
-            for piece in compiled.generate(_plain(values)):
-                num_characters += len(piece)
-                if num_characters > MAX_PROMPT_CHARACTERS:
-                    raise TooMuchError
-                pieces.append(piece)
+            return "".join(_bounded(compiled.generate(_plain(values))))
     except TemplateRefusal as error:
         raise ShapeError(f"messages: refused by the chat template: {_one_line(error)}") from error
     except TooMuchError as error:
@@ -203,7 +198,16 @@ def render_chat(
         ) from error
     except Exception as error:  # a template can raise whatever Python code can
         raise BundleError(f"chat template: expected it to render, got {_one_line(error)}") from error
-    return "".join(pieces)
+
+
+def _bounded(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield the pieces of a text until it is too long: an endless template is stopped there."""
+    num_characters = 0
+    for piece in pieces:
+        num_characters += len(piece)
+        if num_characters > MAX_PROMPT_CHARACTERS:
+            raise TooMuchError
+        yield piece
 
 
 @lru_cache(maxsize=16)  # compiling takes milliseconds, and each question renders the same template

@@ -15,7 +15,7 @@ import re
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
 import jinja2
 import jinja2.nodes
@@ -40,9 +40,10 @@ _MOST_BITS = 100_000  # of a whole number
 # They match patterns or build numbers in time that grows faster than their input, and no chat needs them.
 _LEFT_OUT = ("urlize", "striptags", "wordwrap", "xmlattr", "pprint", "random", "wordcount", "filesizeformat")
 _LONG_WIDTH = re.compile(r"\d{5,}|\*")
-_GROWING = frozenset(
-    ["replace", "join", "translate", "format", "format_map", "ljust", "rjust", "center", "zfill", "expandtabs", "indent", "tojson", "batch", "slice"]
-)
+_GROWING = frozenset({
+    "replace", "join", "translate", "format", "format_map", "ljust", "rjust", "center", "zfill", "expandtabs", "indent",
+    "tojson", "batch", "slice",
+})  # fmt: skip
 """Methods of strings, and filters, whose result can be larger than all that they are given."""
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "+": operator.add,
@@ -156,8 +157,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for name in _LEFT_OUT:
             del self.filters[name]
         self.filters = {name: _paid(function, name=name) for name, function in self.filters.items()}
-        self.tests = {name: _paid(function, name=name) for name, function in self.tests.items()}
-        self.filters |= {"counted ": _counted, "joined ": _joined, "read ": _read}  # no template can name them
+        self.tests = {name: _paid(cast("Any", test), name=name) for name, test in self.tests.items()}
+        self.filters |= {
+            "counted ": _counted,
+            "joined ": _joined,
+            "read ": _read,
+        }  # no template can name them
         del self.globals["lipsum"]
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
@@ -165,7 +170,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals["dict"] = _Dict()
         self.globals["namespace"] = _Namespace
 
-    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, parts: Iterable[str]) -> str:
         """Join the text of a macro, a block or a ``set`` block."""
         pieces = list(parts)
         _budget.get().pay(_CHARACTER * sum(map(len, pieces)))
@@ -179,7 +184,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise TooMuchError
         if operator_name == "%":
             _check_widths(left)
-        spent.pay_for_call((left, right), can_grow=operator_name in ("*", "%") and not _are_numbers(left, right))
+        spent.pay_for_call(
+            (left, right), can_grow=operator_name in ("*", "%") and not _are_numbers(left, right)
+        )
         return spent.weighed(_OPERATORS[operator_name](left, right))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
@@ -207,43 +214,43 @@ class Sandbox(ImmutableSandboxedEnvironment):
 class _Payments(NodeTransformer):
     """Puts filters that pay into a template: round what loops run over, what is compared, literals, slices and ``~``."""
 
-    def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:
+    def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:  # noqa: N802
         if node.recursive:
             raise jinja2.TemplateSyntaxError("recursive loops are not supported", node.lineno)
         self.generic_visit(node)
         node.iter = _filtered(node.iter, "counted ")
         return node
 
-    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:
+    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:  # noqa: N802
         self.generic_visit(node)
         return _filtered(jinja2.nodes.List(node.nodes, lineno=node.lineno), "joined ")
 
-    def visit_Compare(self, node: jinja2.nodes.Compare) -> jinja2.nodes.Node:
+    def visit_Compare(self, node: jinja2.nodes.Compare) -> jinja2.nodes.Node:  # noqa: N802
         self.generic_visit(node)
         node.expr = _filtered(node.expr, "read ")
         for operand in node.ops:
             operand.expr = _filtered(operand.expr, "read ")
         return node
 
-    def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:
+    def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:  # noqa: N802
         self.generic_visit(node)
         is_slice = isinstance(node.arg, jinja2.nodes.Slice) and node.ctx == "load"
         return _filtered(node, "read ") if is_slice else node
 
-    def visit_List(self, node: jinja2.nodes.List) -> jinja2.nodes.Node:
+    def visit_List(self, node: jinja2.nodes.List) -> jinja2.nodes.Node:  # noqa: N802
         self.generic_visit(node)
         return _filtered(node, "read ")
 
-    def visit_Dict(self, node: jinja2.nodes.Dict) -> jinja2.nodes.Node:
+    def visit_Dict(self, node: jinja2.nodes.Dict) -> jinja2.nodes.Node:  # noqa: N802
         self.generic_visit(node)
         return _filtered(node, "read ")
 
-    def visit_Tuple(self, node: jinja2.nodes.Tuple) -> jinja2.nodes.Node:
+    def visit_Tuple(self, node: jinja2.nodes.Tuple) -> jinja2.nodes.Node:  # noqa: N802
         self.generic_visit(node)
         return _filtered(node, "read ") if node.ctx == "load" else node
 
 
-def _filtered(node: jinja2.nodes.Expr, name: str) -> jinja2.nodes.Filter:
+def _filtered(node: Any, name: str) -> jinja2.nodes.Filter:
     return jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 

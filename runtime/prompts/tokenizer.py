@@ -109,7 +109,9 @@ class Tokenizer:
         try:
             content = read_regular(Path(path), max_bytes=MAX_TOKENIZER_BYTES)
         except OSError as error:
-            raise BundleError(f"{where}: cannot be read ({error.strerror}); export the bundle again") from None
+            raise BundleError(
+                f"{where}: cannot be read ({error.strerror}); export the bundle again"
+            ) from None
         tokenizer, growth = tokenizer_from(content, where=where)
         return cls(tokenizer, growth=growth)
 
@@ -198,7 +200,9 @@ class Tokenizer:
         with only_bundle_errors("tokenizer"):
             ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         if max(ids, default=0) > _LARGEST_ID:
-            raise BundleError(f"tokenizer: expected token ids below 2^31, got {max(ids)}; export the bundle again")
+            raise BundleError(
+                f"tokenizer: expected token ids below 2^31, got {max(ids)}; export the bundle again"
+            )
         return np.array(ids, dtype=np.int32)
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -59,10 +59,11 @@ def tokenizer_from(content: bytes, *, where: str) -> tuple[tokenizers.Tokenizer,
         file = msgspec.json.decode(content, type=_File)
         growth = _growth(file.normalizer) * _growth(file.pre_tokenizer)
         _check_added_tokens(file.added_tokens, growth=growth)
-        if (times := _growth(file.decoder)) > _MOST_DECODER_GROWTH:
-            raise ValueError(f"a decoder that can make a text {times} times as long")
+        _check_decoder(file.decoder)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = error if isinstance(error, ValueError) else f"a rule of another form ({type(error).__name__})"
+        reason = (
+            error if isinstance(error, ValueError) else f"a rule of another form ({type(error).__name__})"
+        )
         raise BundleError(
             f"{where}: expected a tokenizer.json, got {str(reason)[:200]}; export the bundle again"
         ) from None
@@ -84,6 +85,11 @@ def only_bundle_errors(where: str) -> Iterator[None]:
         raise BundleError(
             f"{where}: expected a tokenizer.json, got {reason}; export the bundle again"
         ) from None
+
+
+def _check_decoder(decoder: dict[str, Any] | None) -> None:
+    if (times := _growth(decoder)) > _MOST_DECODER_GROWTH:
+        raise ValueError(f"a decoder that can make a text {times} times as long")
 
 
 def _check_added_tokens(tokens: list[dict[str, Any]], *, growth: int) -> None:
@@ -124,7 +130,8 @@ def _growth_of_one(rule: dict[str, Any]) -> int:
         check_pattern(regex)
     if kind == "Replace":
         content = len(rule["content"])
-        replaced = 0 if regex is not None else len(pattern["String"] if isinstance(pattern, dict) else pattern)
+        text = pattern.get("String", "") if isinstance(pattern, dict) else pattern
+        replaced = len(text) if isinstance(text, str) and regex is None else 0
         return 1 + content if replaced == 0 else max(1, -(-content // replaced))
     if kind == "Prepend":
         return 1 + len(rule["prepend"])

@@ -207,7 +207,10 @@ def test_a_missing_head_is_answered_with_the_setting_that_says_where_it_is(
     ("rule", "expected"),
     [
         ({"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}, "a choice inside a repeat"),
-        ({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "a" * 999}] * 4}, "added tokens longer"),
+        (
+            {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "a" * 999}] * 4},
+            "added tokens longer",
+        ),
     ],
     ids=["pattern", "growth"],
 )

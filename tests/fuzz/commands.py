@@ -24,7 +24,22 @@ _COMMANDS = {
     module.command.name: module
     for module in (cli_run, cli_inspect, cli_build, cli_export, cli_eval, cli_calibrate, cli_profile)
 }
-_NAMES = ("n" * 300, "n" * 5000, "a/" * 200 + "b", "a\0b", "/", "", ".", "/dev/null", "/proc/1/mem", "no such", "-", "--", "\x1b[31m", "\u202e")
+_NAMES = (
+    "n" * 300,
+    "n" * 5000,
+    "a/" * 200 + "b",
+    "a\0b",
+    "/",
+    "",
+    ".",
+    "/dev/null",
+    "/proc/1/mem",
+    "no such",
+    "-",
+    "--",
+    "\x1b[31m",
+    "\u202e",
+)
 
 
 def run_command(rng: random.Random, subject: Subject) -> Outcome:
@@ -51,7 +66,17 @@ def _run(name: str, arguments: list[str]) -> str:
 def _arguments(rng: random.Random, subject: Subject, name: str) -> list[str]:
     bundle = rng.choice((str(subject.bundle), str(subject.bundle), rng.choice(_NAMES)))
     if name == "trio-run":
-        base = [bundle, "--image", str(subject.picture), "--prompt", "what?", "--max-new-tokens", "2", "--threads", "1"]
+        base = [
+            bundle,
+            "--image",
+            str(subject.picture),
+            "--prompt",
+            "what?",
+            "--max-new-tokens",
+            "2",
+            "--threads",
+            "1",
+        ]
     elif name == "trio-build":
         base = [bundle, "--dry-run"]
     elif name == "trio-inspect":
@@ -72,7 +97,9 @@ def _options(name: str) -> list[str]:
     """Return the names of a command's options, without those that would start a long run or leave the machine."""
     command = _COMMANDS[name].command
     left_out = {"--help", "--out", "--revision", "--force", "--data"}
-    return sorted({option for param in command.params for option in param.opts if option.startswith("--")} - left_out)
+    return sorted(
+        {option for param in command.params for option in param.opts if option.startswith("--")} - left_out
+    )
 
 
 def _value(rng: random.Random) -> str:

@@ -16,7 +16,23 @@ from trio_edge.runtime.images.reading import open_image
 if TYPE_CHECKING:
     import random
 
-_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA", "PCX", "SGI", "JPEG2000", "MPO", "DDS", "IM")
+_FORMATS = (
+    "PNG",
+    "JPEG",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "WEBP",
+    "PPM",
+    "ICO",
+    "TGA",
+    "PCX",
+    "SGI",
+    "JPEG2000",
+    "MPO",
+    "DDS",
+    "IM",
+)
 _MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "I", "F", "YCbCr")
 _SIDES = (1, 2, 3, 7, 16, 40, 100)
 _SMALL = 4_000_000
@@ -47,7 +63,11 @@ def _data(rng: random.Random) -> bytes:
     if kind == 0:
         return rng.randbytes(rng.choice((0, 1, 30, 3000)))
     if kind == 1:
-        return _png(rng.choice((0, 1, 7, 65535, 2**31 - 1)), rng.choice((0, 1, 9, 65535, 2**31 - 1)), rng.randbytes(20))
+        return _png(
+            rng.choice((0, 1, 7, 65535, 2**31 - 1)),
+            rng.choice((0, 1, 9, 65535, 2**31 - 1)),
+            rng.randbytes(20),
+        )
     if kind == 2:
         narrow = (1, rng.choice((1000, 30_000, 300_000)))
         return _saved(rng, narrow if rng.random() < 0.5 else narrow[::-1], "PNG", "RGB")
@@ -57,7 +77,11 @@ def _data(rng: random.Random) -> bytes:
 
 def _saved(rng: random.Random, size: tuple[int, int], file_format: str, mode: str) -> bytes:
     buffer = io.BytesIO()
-    picture = Image.new("RGB", size, (200, 30, 30)).convert("L" if mode in ("I;16", "I", "F") else mode).convert(mode)
+    picture = (
+        Image.new("RGB", size, (200, 30, 30))
+        .convert("L" if mode in ("I;16", "I", "F") else mode)
+        .convert(mode)
+    )
     options: dict[str, Any] = {"exif": rng.randbytes(40)} if rng.random() < 0.1 else {}
     if file_format in ("GIF", "TIFF", "WEBP") and rng.random() < 0.3:
         options |= {"save_all": True, "append_images": [picture] * 3}
@@ -73,7 +97,14 @@ def _saved(rng: random.Random, size: tuple[int, int], file_format: str, mode: st
 
 def _png(width: int, height: int, data: bytes) -> bytes:
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(data))
+        + chunk(b"IEND", b"")
+    )

@@ -46,7 +46,9 @@ def _manifest_text(rng: random.Random, subject: Subject) -> bytes:
 def bundle(rng: random.Random, subject: Subject) -> Outcome:
     """A bundle with a changed manifest, or another file changed and its hash made right again, loaded and asked."""
     copy = subject.copy()
-    name = rng.choice([entry["path"] for entry in subject.manifest["files"] if "weights" not in entry["path"]])
+    name = rng.choice(
+        [entry["path"] for entry in subject.manifest["files"] if "weights" not in entry["path"]]
+    )
     if rng.random() < 0.6:
         subject.replace(copy / "trio.json", _manifest_text(rng, subject))
     else:
@@ -65,7 +67,9 @@ def files(rng: random.Random, subject: Subject) -> Outcome:
     if kind == 0:
         os.mkfifo(path)
     elif kind == 1:
-        path.symlink_to(rng.choice(("/dev/zero", "/dev/random", "/dev/stdin", "/etc/passwd", "/proc/self/mem")))
+        path.symlink_to(
+            rng.choice(("/dev/zero", "/dev/random", "/dev/stdin", "/etc/passwd", "/proc/self/mem"))
+        )
     elif kind == 2:
         path.symlink_to(path.name)
     elif kind == 3:
@@ -78,8 +82,8 @@ def files(rng: random.Random, subject: Subject) -> Outcome:
         with path.open("wb") as file:
             file.truncate(1 << 42)
     elif kind == 7:
-        os.symlink("b", copy / "a")
-        os.symlink("a", copy / "b")
+        (copy / "a").symlink_to("b")
+        (copy / "b").symlink_to("a")
         path.symlink_to("a")
     return judged(lambda: "ok" if open_bundle(copy) else "")
 

@@ -26,7 +26,21 @@ def prompt(rng: random.Random, subject: Subject) -> Outcome:
 def _value(rng: random.Random) -> Any:
     kind = rng.randrange(6)
     if kind == 0:
-        return rng.choice((b"bytes", [1], (), {"a": 1}, object(), np.float32(0.5), np.int64(3), np.zeros(3), 1j, range(3), "3"))
+        return rng.choice(
+            (
+                b"bytes",
+                [1],
+                (),
+                {"a": 1},
+                object(),
+                np.float32(0.5),
+                np.int64(3),
+                np.zeros(3),
+                1j,
+                range(3),
+                "3",
+            )
+        )
     return rng.choice(NUMBERS) if kind < 4 else hostile(rng)
 
 
@@ -36,9 +50,17 @@ def _generate(rng: random.Random, subject: Subject) -> str:
     for name in rng.sample(_SETTINGS, rng.choice((0, 1, 1, 2, 3))):
         settings[name] = _value(rng)
     if rng.random() < 0.3:
-        text = rng.choice((_value(rng), rng.choice(TEXTS), rng.choice(("word ", "é", "\0", "<image>", " ")) * rng.choice((1, 9, 9999))))
+        text = rng.choice(
+            (
+                _value(rng),
+                rng.choice(TEXTS),
+                rng.choice(("word ", "é", "\0", "<image>", " ")) * rng.choice((1, 9, 9999)),
+            )
+        )
     if rng.random() < 0.2:
-        image = rng.choice((_value(rng), [subject.image] * 2, [None], rng.choice(TEXTS), None, [], [subject.image] * 300))
+        image = rng.choice(
+            (_value(rng), [subject.image] * 2, [None], rng.choice(TEXTS), None, [], [subject.image] * 300)
+        )
     answer = subject.pipeline.generate(image, text, **settings)
     assert isinstance(answer.text, str)
     return "ok"
@@ -50,8 +72,16 @@ def _chat(rng: random.Random, subject: Subject) -> str:
         {"type": "video", "video": hostile(rng)}, {"type": "image", "image": hostile(rng)}, hostile(rng),
     ))  # fmt: skip
     content = rng.choice((QUESTION, [part], [part, {"type": "text", "text": "a"}], (part,), hostile(rng)))
-    turn = rng.choice(({"role": "user", "content": content}, {"role": hostile(rng), "content": content}, {"content": content}))
-    messages = rng.choice(([turn], [turn, {"role": "user", "content": "b"}], (turn,), turn, rng.choice(OTHERS)))
+    turn = rng.choice(
+        (
+            {"role": "user", "content": content},
+            {"role": hostile(rng), "content": content},
+            {"content": content},
+        )
+    )
+    messages = rng.choice(
+        ([turn], [turn, {"role": "user", "content": "b"}], (turn,), turn, rng.choice(OTHERS))
+    )
     answer = subject.pipeline.chat(messages, max_new_tokens=2)
     assert isinstance(answer.text, str)
     return "ok"

@@ -47,7 +47,9 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many, with what was run")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop after so many, with what was run"
+    )
     parser.add_argument("--kinds", default="", help="only these, with commas between")
     parser.add_argument("--report", type=Path, help="write counts and findings as JSON")
     options = parser.parse_args()
@@ -61,7 +63,10 @@ def main() -> int:
     )
     _print(counts, findings)
     if options.report is not None:
-        report = {"counts": {f"{kind} {end}": number for (kind, end), number in counts.items()}, "findings": findings}
+        report = {
+            "counts": {f"{kind} {end}": number for (kind, end), number in counts.items()},
+            "findings": findings,
+        }
         options.report.write_text(json.dumps(report, indent=1))
     return 1 if findings else 0
 
@@ -103,7 +108,15 @@ def _watch(share: _Share, bundle: Path, seed: int, kinds: str) -> None:
     if share.process is None:
         last = min(share.last, share.first + _RESTART_AFTER * share.step)
         numbers = {"seed": seed, "first": share.first, "last": last, "step": share.step}
-        command = [sys.executable, "-m", "tests.fuzz.worker", "--bundle", str(bundle), "--results", str(share.results)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.fuzz.worker",
+            "--bundle",
+            str(bundle),
+            "--results",
+            str(share.results),
+        ]
         command += [f"--{name}={number}" for name, number in numbers.items()] + [f"--kinds={kinds}"]
         share.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         share.changed, share.size = time.monotonic(), -1
@@ -122,7 +135,9 @@ def _watch(share: _Share, bundle: Path, seed: int, kinds: str) -> None:
     kind, index, state = lines[-1][:3] if lines else ("start", str(share.first), "started")
     if code != 0:
         how = "stands still" if is_stuck else f"ended with {code}"
-        share.findings.append(f"{kind} {index}: the process {how}" + ("" if state == "started" else " after it"))
+        share.findings.append(
+            f"{kind} {index}: the process {how}" + ("" if state == "started" else " after it")
+        )
     share.first = int(index) + share.step
 
 

@@ -45,7 +45,9 @@ def judged(action: Callable[[], str]) -> Outcome:
         return Outcome(action())
     except TrioEdgeError as error:
         line = str(error)
-        return Outcome("clear", line[:200]) if is_clear(line) else Outcome("broken", f"unclear: {line!r:.300}")
+        return (
+            Outcome("clear", line[:200]) if is_clear(line) else Outcome("broken", f"unclear: {line!r:.300}")
+        )
     except Exception as error:
         where = traceback.format_exception(error)[-3:]
         return Outcome("broken", f"{type(error).__name__}: {' '.join(''.join(where).split())[:600]}")
@@ -95,7 +97,9 @@ class Subject:
         shutil.copytree(self.bundle, target, copy_function=os.link)
         return target
 
-    def seal(self, bundle: Path, changed: str, content: bytes, manifest: dict[str, Any] | None = None) -> None:
+    def seal(
+        self, bundle: Path, changed: str, content: bytes, manifest: dict[str, Any] | None = None
+    ) -> None:
         """Change a file of a copy and make its hash in the manifest right again."""
         self.replace(bundle / changed, content)
         manifest = json.loads(self.manifest_text) if manifest is None else manifest

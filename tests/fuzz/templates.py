@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 _ATOMS = (
     "messages", "messages[0]", "messages[0]['content']", "m", "m.role", "x", "ns.a", "ns", "'ab'", "''", "1", "0", "-3", "99999",
-    "10 ** 9", "2 ** 99999", "1.5e308", "none", "true", "[1, 2]", "[[]]", "('a', 2)", "{'a': 1}", "range(99999)", "range(9)", "loop",
+    "10 ** 9", "2 ** 99999", "1.5e308", "none", "true", "[1, 2]", "[[]]", "('a', 2)", "{'a': 1}", "range(99999)",
+    "range(9)", "loop",
     "loop.index", "bos_token", "f", "cycler", "joiner(',')", "namespace(a=1)", "dict(a=2)", "self", "caller", "strftime_now('%Y')",
     "''.__class__", "messages.__len__", "varargs", "undefined_name", "'%s'", "'{0}{0}'", "'%99999999d'", "'\\u202e'", "'\\x1b[31m'",
 )  # fmt: skip
@@ -20,17 +21,48 @@ _FILTERS = (
     "upper", "length", "list", "join", "join(x)", "first", "last", "string", "int", "float", "tojson", "tojson(indent=99999)",
     "replace('a', x)", "replace('', 'zzzz')", "map('upper')", "map(attribute='role')", "select('defined')",
     "selectattr('role', 'equalto', 'user')", "groupby('role')", "batch(3)", "batch(10 ** 9, 0)", "slice(10 ** 9)", "sort", "unique",
-    "reverse", "sum", "sum(start=[])", "center(10 ** 9)", "indent(10 ** 9, true)", "trim", "safe", "escape", "format(x)", "dictsort",
+    "reverse", "sum", "sum(start=[])", "center(10 ** 9)", "indent(10 ** 9, true)", "trim", "safe", "escape", "format(x)",
+    "dictsort",
     "items", "default(x)", "attr('__class__')", "min", "max", "abs", "round(99)", "truncate(10 ** 9)", "striptags", "urlize",
     "wordwrap(1)", "pprint", "random", "xmlattr", "title", "capitalize", "urlencode", "filesizeformat", "nothing",
 )  # fmt: skip
 _METHODS = (
-    "ljust(10 ** 9)", "join(x)", "split('a')", "replace('', x)", "format(x, x)", "format_map(x)", "expandtabs(10 ** 9)", "zfill(99999)",
+    "ljust(10 ** 9)", "join(x)", "split('a')", "replace('', x)", "format(x, x)", "format_map(x)", "expandtabs(10 ** 9)",
+    "zfill(99999)",
     "encode()", "append(1)", "items()", "get('a')", "update({})", "upper()", "__class__", "mro()", "translate({97: 'x' * 99999})",
     "startswith(x)", "strip()", "keys()", "index(1)", "count('a')", "splitlines()", "title()", "center(99999999)",
 )  # fmt: skip
-_OPERATORS = ("+", "-", "*", "/", "//", "%", "**", "~", "==", "<", "in", "not in", "and", "or", "is", "is not")
-_TESTS = ("defined", "none", "string", "mapping", "sequence", "iterable", "callable", "equalto", "in", "odd", "divisibleby(0)")
+_OPERATORS = (
+    "+",
+    "-",
+    "*",
+    "/",
+    "//",
+    "%",
+    "**",
+    "~",
+    "==",
+    "<",
+    "in",
+    "not in",
+    "and",
+    "or",
+    "is",
+    "is not",
+)
+_TESTS = (
+    "defined",
+    "none",
+    "string",
+    "mapping",
+    "sequence",
+    "iterable",
+    "callable",
+    "equalto",
+    "in",
+    "odd",
+    "divisibleby(0)",
+)
 
 
 def template(rng: random.Random, subject: Subject) -> Outcome:
@@ -43,7 +75,19 @@ def template(rng: random.Random, subject: Subject) -> Outcome:
 def _changed(rng: random.Random, text: str) -> str:
     for _ in range(rng.choice((1, 2, 4))):
         at = rng.randrange(len(text) + 1)
-        piece = rng.choice((_statements(rng, 2), _expression(rng, 2), "{% endfor %}", "{%", "}}", "'", "#}", "{% break %}", "("))
+        piece = rng.choice(
+            (
+                _statements(rng, 2),
+                _expression(rng, 2),
+                "{% endfor %}",
+                "{%",
+                "}}",
+                "'",
+                "#}",
+                "{% break %}",
+                "(",
+            )
+        )
         text = text[:at] + piece + text[at + rng.choice((0, 1, 5, 30)) :]
     return text
 

@@ -75,7 +75,9 @@ def _gigabytes(path: Path) -> None:
 
 @pytest.mark.parametrize("make", [_pipe, _endless_device, _link_to_itself, _gigabytes, Path.mkdir])
 @pytest.mark.parametrize("name", ["trio.json", "prefix.onnx", "tokenizer.json", "chat_template.jinja"])
-def test_what_is_no_regular_file_is_refused_at_once(name: str, make: Callable[[Path], None], copy: Path) -> None:
+def test_what_is_no_regular_file_is_refused_at_once(
+    name: str, make: Callable[[Path], None], copy: Path
+) -> None:
     (copy / name).unlink()
     make(copy / name)
     with pytest.raises(BundleError) as caught:
@@ -93,7 +95,9 @@ def _seal(bundle: Path, name: str, content: bytes) -> None:
     (bundle / "trio.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("wrong", [{"length": "0"}, {"offset": "-1"}, {"location": "../x"}, {"location": "trio.json"}])
+@pytest.mark.parametrize(
+    "wrong", [{"length": "0"}, {"offset": "-1"}, {"location": "../x"}, {"location": "trio.json"}]
+)
 def test_weights_of_a_graph_lie_inside_the_bundle_as_many_as_their_shape_says(
     wrong: dict[str, str], copy: Path
 ) -> None:
@@ -104,7 +108,9 @@ def test_weights_of_a_graph_lie_inside_the_bundle_as_many_as_their_shape_says(
     for entry in tensor.external_data:
         entry.value = wrong.get(entry.key, entry.value)
     _seal(copy, "prefix.onnx", graph.SerializeToString())
-    with pytest.raises(BundleError, match=r"prefix.onnx: expected \d+ bytes of .* inside a file of the bundle, got"):
+    with pytest.raises(
+        BundleError, match=r"prefix.onnx: expected \d+ bytes of .* inside a file of the bundle, got"
+    ):
         open_bundle(copy)
 
 
@@ -150,7 +156,9 @@ def test_a_tokenizer_that_hung_or_ended_the_process_is_one_line(change: dict[str
     with pytest.raises(BundleError) as caught:
         tokenizer = Tokenizer.from_file(copy / "tokenizer.json")
         tokenizer.encode_prompt(
-            "aaaaaaaaaaaaaaaaaaaa what?" * 50, image_token=image.image_token, image_token_id=image.image_token_id
+            "aaaaaaaaaaaaaaaaaaaa what?" * 50,
+            image_token=image.image_token,
+            image_token_id=image.image_token_id,
         )
     assert is_clear(str(caught.value))
 
@@ -159,9 +167,13 @@ def test_a_token_without_a_row_in_the_table_is_one_line(copy: Path) -> None:
     content = json.loads((copy / "tokenizer.json").read_bytes())
     content["model"]["vocab"]["w1"] = 1_000_000
     _seal(copy, "tokenizer.json", json.dumps(content).encode())
-    with Pipeline.from_bundle(copy, backend="onnxruntime") as pipeline:
-        with pytest.raises(BundleError, match=r"expected token ids below \d+ \(rows of the embedding table\), got 1000000"):
-            _ = pipeline.generate(Image.new("RGB", (48, 48)), "w1").text
+    with (
+        Pipeline.from_bundle(copy, backend="onnxruntime") as pipeline,
+        pytest.raises(
+            BundleError, match=r"expected token ids below \d+ \(rows of the embedding table\), got 1000000"
+        ),
+    ):
+        _ = pipeline.generate(Image.new("RGB", (48, 48)), "w1").text
 
 
 # Flags

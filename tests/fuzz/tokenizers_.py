@@ -77,7 +77,9 @@ def _normalizer(rng: random.Random, depth: int) -> Any:
 
 def _charsmap(rng: random.Random) -> Any:
     size = rng.choice((0, 4, 8, 64, 2**31, 2**32 - 1)).to_bytes(4, "little")
-    return rng.choice((base64.b64encode(size + rng.randbytes(rng.choice((0, 3, 64, 2000)))).decode(), "!", hostile(rng)))
+    return rng.choice(
+        (base64.b64encode(size + rng.randbytes(rng.choice((0, 3, 64, 2000)))).decode(), "!", hostile(rng))
+    )
 
 
 def _pre_tokenizer(rng: random.Random, depth: int) -> Any:
@@ -130,12 +132,19 @@ def _post_processor(rng: random.Random, _depth: int) -> Any:
 
 
 def _model(rng: random.Random, _depth: int) -> Any:
-    vocab = {text: index * rng.choice((1, 1, 1, 40_000_000)) for index, text in enumerate(("a", "b", "ab", "w", "##b", "<image>"))}
-    scores: Any = [[text, rng.choice((-1.0, 0.0, float("nan"), float("inf"), -1e308))] for text in ("<unk>", "a", "b", "▁", "aa")]
+    vocab = {
+        text: index * rng.choice((1, 1, 1, 40_000_000))
+        for index, text in enumerate(("a", "b", "ab", "w", "##b", "<image>"))
+    }
+    scores: Any = [
+        [text, rng.choice((-1.0, 0.0, float("nan"), float("inf"), -1e308))]
+        for text in ("<unk>", "a", "b", "▁", "aa")
+    ]
     return rng.choice((
         {"type": "BPE", "vocab": vocab, "merges": rng.choice((["a b"], [["a", "b"]], ["a z"], ["a"], [])),
          "unk_token": rng.choice((None, "a", "zz")), "dropout": rng.choice((None, 0.5, 1.0, 7.0)), "fuse_unk": True,
-         "byte_fallback": rng.random() < 0.5, "continuing_subword_prefix": rng.choice((None, "", "##")), "end_of_word_suffix": None},
+         "byte_fallback": rng.random() < 0.5, "continuing_subword_prefix": rng.choice((None, "", "##")),
+         "end_of_word_suffix": None},
         {"type": "WordPiece", "vocab": vocab, "unk_token": rng.choice(("[UNK]", "a", "")), "continuing_subword_prefix": "##",
          "max_input_chars_per_word": rng.choice((0, 100, 2**63 - 1))},
         {"type": "WordLevel", "vocab": vocab, "unk_token": rng.choice(("[UNK]", "a", ""))},

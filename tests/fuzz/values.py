@@ -28,7 +28,9 @@ def hostile(rng: random.Random) -> Any:
 def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
     """Return the paths of all values in JSON."""
     found = [path] if path else []
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    entries = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
     for key, inner in entries:
         found += places(inner, (*path, key))
     return found
@@ -62,7 +64,9 @@ def _change(rng: random.Random, place: Any, key: Any) -> None:
         at = rng.randrange(len(old))
         place[key] = old[:at] + chr(ord(old[at]) ^ 1 << rng.randrange(7)) + old[at + 1 :]
     elif kind == 4 and isinstance(old, (int, float)) and not isinstance(old, bool):
-        place[key] = rng.choice((old + 1, old - 1, -old, old * 2, old * 1000, old // 2, old * 10**9, float(old)))
+        place[key] = rng.choice(
+            (old + 1, old - 1, -old, old * 2, old * 1000, old // 2, old * 10**9, float(old))
+        )
     elif kind == 5 and isinstance(old, list):
         place[key] = rng.choice((old[::-1], old[:-1], old * 2, old[:1] * 50, []))
     elif kind == 6 and isinstance(place, list):
@@ -83,7 +87,9 @@ def damaged(rng: random.Random, content: bytes) -> bytes:
         elif kind == 2:
             data[at:at] = rng.randbytes(rng.choice((1, 4, 100)))
         elif kind == 3:
-            data[at : at + 4] = rng.choice((b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\0\x01"))
+            data[at : at + 4] = rng.choice(
+                (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\0\x01")
+            )
         else:
             data[at:at] = data[at : at + rng.choice((1, 8, 200))]
         if not data:

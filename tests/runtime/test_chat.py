@@ -140,8 +140,10 @@ def test_output_and_repetition_are_bounded(template):
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(100) }}",
         "{% set ns = namespace(a='ab') %}{% for i in range(40) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}{{ ns.a | length }}",
         "{% set ns = namespace(a='ab') %}{% for i in range(40) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
-        "{% set ns = namespace(a='ab') %}{% for i in range(40) %}{% set x %}{{ ns.a }}{{ ns.a }}{% endset %}"
-        "{% set ns.a = x %}{% endfor %}",
+        (
+            "{% set ns = namespace(a='ab') %}{% for i in range(40) %}{% set x %}{{ ns.a }}{{ ns.a }}{% endset %}"
+            "{% set ns.a = x %}{% endfor %}"
+        ),
         "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a == ns.a }}",
         "{% set ns = namespace(a=(1,)) %}{% for i in range(60) %}{% set ns.a = (ns.a, ns.a) %}{% endfor %}{{ {ns.a: 1} }}",
         "{% set ns = namespace(a=1) %}{% for i in range(60) %}{% set b = namespace(x=1) %}{% set b.y = [ns, ns] %}{% endfor %}",

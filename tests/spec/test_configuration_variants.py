@@ -205,7 +205,13 @@ def test_every_stop_token_of_the_generation_config_ends_the_answer(
 
 @pytest.mark.parametrize(
     ("generation", "top", "text"),
-    [(None, None, 7), (None, 9, 7), ({}, 9, 7), ({"eos_token_id": None}, 9, 7), ({"eos_token_id": [3, 4]}, 9, 7)],
+    [
+        (None, None, 7),
+        (None, 9, 7),
+        ({}, 9, 7),
+        ({"eos_token_id": None}, 9, 7),
+        ({"eos_token_id": [3, 4]}, 9, 7),
+    ],
 )
 def test_what_ends_an_answer_is_what_ends_hugging_faces(
     generation: dict[str, Any] | None, top: int | None, text: int, old_checkpoint: Path, tmp_path: Path

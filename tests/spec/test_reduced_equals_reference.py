@@ -49,9 +49,7 @@ def assert_equals_plain_torch(checkpoint: Path, bundle: Path, *, prompt: str = "
             answer = pipeline.generate(picture, prompt, max_new_tokens=1)
             _ = answer.text
             pixels = pipeline.images.prepare(picture)["pixel_values"]
-            inputs = original.processor(
-                images=picture, text=original.render(prompt), return_tensors="pt"
-            )
+            inputs = original.processor(images=picture, text=original.render(prompt), return_tensors="pt")
             with torch.no_grad():
                 features = original.model.get_image_features(
                     torch.from_numpy(pixels)[None], image_sizes=inputs["image_sizes"]

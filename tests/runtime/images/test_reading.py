@@ -186,7 +186,9 @@ def test_a_large_picture_below_the_limit_passes_pillows_size_warning():
 def test_the_limit_can_be_raised_and_lowered():
     with pytest.raises(ImageError, match="expected a whole image"):
         open_image(_png(20_000, 20_000), max_pixels=400_000_000)
-    with pytest.raises(ImageError, match=r"expected at most 99 pixels, got more; scale it down or raise --max-pixels"):
+    with pytest.raises(
+        ImageError, match=r"expected at most 99 pixels, got more; scale it down or raise --max-pixels"
+    ):
         open_image(_png(10, 10), max_pixels=99)
     with pytest.raises(ImageError, match=r"expected at most 99 pixels, got 10x10"):
         open_image(Image.new("RGB", (10, 10)), max_pixels=99)
@@ -195,7 +197,9 @@ def test_the_limit_can_be_raised_and_lowered():
 def test_a_file_of_gigabytes_is_not_read(tmp_path):
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(ImageError, match=r"huge.png': expected at most \d+ bytes for 67108864 pixels, got 1099511627776"):
+    with pytest.raises(
+        ImageError, match=r"huge.png': expected at most \d+ bytes for 67108864 pixels, got 1099511627776"
+    ):
         open_image(tmp_path / "huge.png")
 
 
