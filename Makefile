@@ -20,7 +20,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 PORT ?= 8000
 
-.PHONY: demo serve check docs wheel test test-arm test-matrix lint format bundle clean
+.PHONY: demo serve check docs wheel test fuzz test-arm test-matrix lint format bundle clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -61,6 +61,11 @@ test: $(READY)
 # On aarch64, emulated; docs/jetson.md says what it needs and what it showed.
 test-arm: wheel $(BUNDLE)/trio.json
 	tests/arm/run $(BIN)/python $(BUNDLE)
+
+# 200,000 malformed inputs, each from its number; INPUTS=5000 runs fewer.
+INPUTS ?= 200000
+fuzz: $(BUNDLE)/trio.json
+	$(BIN)/python -m tests.fuzz.run --bundle $(BUNDLE) --inputs $(INPUTS) --processes $(WORKERS) --report out/fuzz.json
 
 # The tests as other processors, thread numbers and orders run them; CONTRIBUTING.md says more.
 PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OPENBLAS_CORETYPE=Nehalem

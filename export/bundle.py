@@ -39,7 +39,7 @@ from trio_edge.export.quantize.integer_products import use_integer_products
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
 from trio_edge.export.tracing import trace_graphs
-from trio_edge.runtime.bundle.errors import CheckpointError, TrioEdgeError
+from trio_edge.runtime.bundle.errors import CheckpointError, TrioEdgeError, printable
 from trio_edge.runtime.bundle.files import atomic_folder
 from trio_edge.runtime.bundle.manifest import (
     MANIFEST_NAME,
@@ -254,7 +254,7 @@ def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, fo
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         family=plan.source.family.model_type,
-        model=Path(options.model).name if Path(options.model).is_dir() else options.model,
+        model=_model_name(options.model),
         revision=plan.source.checkpoint.revision,
         dtype=resolved.dtype,
         opset=options.opset,
@@ -290,6 +290,12 @@ def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, fo
     )
     (folder / MANIFEST_NAME).write_bytes(json_from_manifest(manifest))
     return manifest
+
+
+def _model_name(model: str) -> str:
+    """Return what the manifest calls the model: a folder's name, without characters that could disturb a terminal."""
+    path = Path(model)
+    return printable(path.resolve().name if path.is_dir() else model)[-200:] or "model"
 
 
 def write_graphs(

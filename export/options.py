@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from trio_edge.export.quantize.plan import QuantizePlan
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.runtime.bundle.graph_io import MAX_TEXT, MOST_TOKENS
+from trio_edge.runtime.bundle.graph_io import MAX_TEXT
+from trio_edge.runtime.bundle.limits import MOST_TOKENS
 from trio_edge.trio.cost.devices import find_device
 from trio_edge.trio.methods import TOKEN_METHODS, token_method
 

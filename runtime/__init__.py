@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trio_edge.runtime.answer import Generation, Statistics
     from trio_edge.runtime.bundle.errors import (
         BackendError,
         BundleError,
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.bundle.reader import Bundle, open_bundle
     from trio_edge.runtime.bundle.schedule import Schedule, Stage
-    from trio_edge.runtime.pipeline import Generation, Pipeline, Statistics
+    from trio_edge.runtime.pipeline import Pipeline
 
 __all__ = [
     "BackendError",
@@ -43,12 +44,12 @@ __all__ = [
 # A name is imported when it is first used: numpy, Pillow and Jinja take longer than all else that `trio-run --help` does.
 _MODULES = {
     "Bundle": "bundle.reader",
-    "Generation": "pipeline",
+    "Generation": "answer",
     "Manifest": "bundle.manifest",
     "Pipeline": "pipeline",
     "Schedule": "bundle.schedule",
     "Stage": "bundle.schedule",
-    "Statistics": "pipeline",
+    "Statistics": "answer",
     "open_bundle": "bundle.reader",
 }
 

@@ -10,17 +10,21 @@ print(answer.statistics.visual_tokens, answer.statistics.kept_tokens)
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
 
 import numpy as np
 
+from trio_edge.runtime.answer import Generation
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.embedding import EmbeddingTable
 from trio_edge.runtime.bundle.errors import BackendError, BundleError, PromptTooLongError, ShapeError
 from trio_edge.runtime.bundle.graph_io import bucket_of
+from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS, is_whole
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.images.reading import load_common_formats, open_image
@@ -30,7 +34,6 @@ from trio_edge.runtime.model.sampling import (
     AnswerRules,
     Sampler,
     TokenChooser,
-    is_whole,
     make_sampler,
     with_overrides,
 )
@@ -49,16 +52,14 @@ from trio_edge.runtime.videos.interface import video_processing
 from trio_edge.runtime.videos.reading import open_video
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from numpy.typing import NDArray
     from PIL import Image
 
     from trio_edge.runtime.backends.interface import Backend, CpuAccuracy
     from trio_edge.runtime.bundle.generation import GenerationSettings
     from trio_edge.runtime.bundle.manifest import Manifest
-    from trio_edge.runtime.images.layout import ImageLayout
     from trio_edge.runtime.images.reading import ImageSource
     from trio_edge.runtime.model.host_selection import SelectorOverride
     from trio_edge.runtime.model.sampling import TokenConstraint
@@ -66,92 +67,6 @@ if TYPE_CHECKING:
     from trio_edge.runtime.prompts.chat import Message
 
 MOST_KEPT_IMAGES = 64
-
-
-@dataclass(slots=True)
-class Statistics:
-    """Cost of one answer. Times are wall-clock milliseconds on the host."""
-
-    visual_tokens: int = 0
-    """Visual tokens of the images, before any selection."""
-    kept_tokens: tuple[int, ...] = ()
-    """Visual tokens kept by each stage."""
-    average_keep: float = 1.0
-    """Mean over decoder layers of the visual tokens processed, as a fraction of ``visual_tokens``."""
-    text_tokens: int = 0
-    """Prompt tokens without the visual ones."""
-    new_tokens: int = 0
-    ttft_ms: float = 0.0
-    """Work up to the first token: reading the images, vision, prefill, sampling."""
-    prefill_ms: float = 0.0
-    """Decoder part of the first token."""
-    decode_ms: float = 0.0
-    """All tokens after the first."""
-    token_ms: list[float] = field(default_factory=list)
-    """Each of them."""
-    graph_ms: dict[str, float] = field(default_factory=dict)
-    """Time that the device spent in each graph up to the first token."""
-    kv_bytes: int = 0
-    """KV rows in use at the end."""
-    repaired_stages: int = 0
-    """Stages whose parallel NMS was redone exactly on the host."""
-    prefix_was_kept: bool = False
-    """Whether the first layer range ran only the question's rows, as those before them were kept (--follow-ups)."""
-    image_was_kept: bool = False
-    """Whether no vision graph ran, as the visual tokens of all images were kept from an earlier question."""
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decode speed after the first token; 0 if there was no second one."""
-        return (
-            1e3 * (self.new_tokens - 1) / self.decode_ms
-            if self.new_tokens > 1 and self.decode_ms > 0
-            else 0.0
-        )
-
-
-@final
-class Generation:
-    """One answer: iterate to stream its pieces; ``text`` is all of it. Runs once, lazily."""
-
-    def __init__(self, steps: Callable[[Generation], Iterator[str]]) -> None:
-        self.statistics = Statistics()
-        self.token_ids: list[int] = []
-        """Ids of the answer, the stop token included if one came."""
-        self.first_logits: NDArray[np.float32] = np.empty(0, np.float32)
-        """[V], of the answer's first token; filled when the first piece is asked for."""
-        self.kept: list[NDArray[np.int32]] = []
-        """Per stage the kept tokens as indices into the visual tokens of all images, ascending."""
-        self.images: tuple[Image.Image, ...] = ()
-        """The images as they were read, upright, RGB; filled with the first piece, like ``layouts``."""
-        self.layouts: tuple[ImageLayout, ...] = ()
-        """For each image, the layout of its visual tokens that entered the decoder."""
-        self.is_cancelled = False
-        self._pieces: list[str] = []
-        self._steps = steps(self)
-
-    def __iter__(self) -> Iterator[str]:
-        """Yield the answer's text piece by piece."""
-        yield from tuple(self._pieces)
-        for piece in self._steps:
-            self._pieces.append(piece)
-            yield piece
-
-    def cancel(self) -> None:
-        """End the answer at the next token; any thread may call it."""
-        self.is_cancelled = True
-
-    @property
-    def boxes(self) -> NDArray[np.float32]:
-        """[N, 4], box on its image in pixels of each visual token that entered the decoder; NaN for newline tokens."""
-        return np.concatenate([np.empty((0, 4), np.float32), *(layout.boxes for layout in self.layouts)])
-
-    @property
-    def text(self) -> str:
-        """The whole answer; runs what has not been streamed yet."""
-        for _ in self:
-            pass
-        return "".join(self._pieces)
 
 
 class _Shown(NamedTuple):
@@ -176,10 +91,22 @@ class _Shown(NamedTuple):
 
 @final
 class Pipeline:
-    """An opened bundle with all its graphs loaded. One answer at a time."""
+    """An opened bundle with all its graphs loaded. One answer at a time, from any thread of the process that loaded it."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, *, keep_images: int = 0) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        keep_images: int = 0,
+        max_pixels: int = MAX_IMAGE_PIXELS,
+    ) -> None:
         """Load the bundle's graphs with ``backend``; see ``from_bundle``."""
+        if not is_whole(max_pixels) or not 1 <= max_pixels <= MOST_IMAGE_PIXELS:
+            raise ShapeError(
+                f"max_pixels: expected 1..{MOST_IMAGE_PIXELS}, got {max_pixels!r:.80}; choose a number in this range"
+            )
+        self._max_pixels = max_pixels
         if not is_whole(keep_images) or not 0 <= keep_images <= MOST_KEPT_IMAGES:
             raise ShapeError(
                 f"keep_images: expected 0..{MOST_KEPT_IMAGES}, got {keep_images!r}; choose a number in this range"
@@ -214,6 +141,9 @@ class Pipeline:
         self._running: Generation | None = None
         """The answer whose rows the KV caches hold."""
         self._is_open = True
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        """Held while the graphs run: all answers share their memory, and closing releases it."""
 
     @classmethod
     def from_bundle(
@@ -224,6 +154,7 @@ class Pipeline:
         threads: int = 0,
         cpu_accuracy: CpuAccuracy = "auto",
         keep_images: int = 0,
+        max_pixels: int = MAX_IMAGE_PIXELS,
     ) -> Pipeline:
         """Open the bundle at ``path`` and load its graphs.
 
@@ -235,16 +166,17 @@ class Pipeline:
             keep_images: Images whose visual tokens are kept, 0 to ``MOST_KEPT_IMAGES``: a further question about one of the
                 last ones skips the vision graph and, in a bundle exported with --follow-ups, the first layer range's rows
                 before the question. Answers do not change.
+            max_pixels: Pixels above which an image or a frame is refused before it is decoded.
 
         Raises:
             BundleError: If the bundle is broken.
             ManifestError: If its manifest is broken or of another schema.
             BackendError: If the backend is missing or cannot load a graph, or the device has not enough memory.
-            ShapeError: If ``keep_images`` is out of range.
+            ShapeError: If ``keep_images`` or ``max_pixels`` is out of range.
         """
         bundle = open_bundle(path)
         chosen = make_backend(backend, bundle=bundle, threads=threads, cpu_accuracy=cpu_accuracy)
-        return cls(bundle, chosen, keep_images=keep_images)
+        return cls(bundle, chosen, keep_images=keep_images, max_pixels=max_pixels)
 
     def generate(
         self,
@@ -283,8 +215,11 @@ class Pipeline:
             images = list(image) if isinstance(image, (list, tuple)) else [cast("ImageSource", image)]
         if not isinstance(prompt, str):
             raise ShapeError(f"prompt: expected text, got {type(prompt).__name__}; write a question")
-        for turn in history:
-            if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+        if system is not None and not isinstance(system, str):
+            raise ShapeError(f"system: expected text, got {type(system).__name__}; write a system prompt")
+        for turn in history if isinstance(history, (list, tuple)) else (history,):
+            is_pair = isinstance(turn, (list, tuple)) and len(turn) == 2
+            if not is_pair or not all(isinstance(text, str) for text in turn):
                 raise ShapeError(f"history: expected pairs of question and answer, got {turn!r:.80}")
         sampling = {"fps": fps, "num_frames": num_frames, "source_fps": source_fps}
         videos = [] if video is None else [{"video": video, **sampling}]
@@ -338,6 +273,10 @@ class Pipeline:
                 f"max_new_tokens: expected 1..{self.manifest.max_new_tokens} (the bundle's room), got {limit!r};"
                 " export with a larger --max-new-tokens"
             )
+        if override is not None and not callable(override):
+            raise ShapeError(
+                f"override: expected a function, got {type(override).__name__}; see SelectorOverride"
+            )
         check_messages(messages)
         rules = with_overrides(
             self.manifest.generation,
@@ -382,6 +321,10 @@ class Pipeline:
             ShapeError: If the KV caches have no room for as many.
             BackendError: If the pipeline is closed, or a graph fails.
         """
+        with self._lock:
+            return self._timed_tokens(count, skip=skip)
+
+    def _timed_tokens(self, count: int, *, skip: int) -> list[float]:
         self._check_open()
         self._running = None
         self._decoder.skip(skip)
@@ -395,12 +338,19 @@ class Pipeline:
 
     def close(self) -> None:
         """Release all graphs and all memory of the device; a second time does nothing."""
-        self._is_open = False
-        self._graphs.close()
+        with self._lock:
+            self._is_open = False
+            self._graphs.close()
 
     def _check_open(self) -> None:
         if not self._is_open:
             raise BackendError("pipeline: expected an open one, got a closed one; load the bundle again")
+        if (
+            os.getpid() != self._process
+        ):  # the threads of its graphs stayed behind: it would wait for them without end
+            raise BackendError(
+                "pipeline: expected the process that loaded it, got a fork of it; load the bundle in each process"
+            )
 
     def __enter__(self) -> Pipeline:
         return self
@@ -415,6 +365,7 @@ class Pipeline:
             template=self._template,
             text=self.manifest.text,
             insets=insets,
+            max_tokens=self.manifest.text_buckets[-1],
         )
 
     def _open(self, messages: Sequence[Message]) -> list[_Shown]:
@@ -427,7 +378,7 @@ class Pipeline:
             if part["type"] == "video":
                 shown.append(self._open_video(part, question))
                 continue
-            image = open_image(part["image"])
+            image = open_image(part["image"], max_pixels=self._max_pixels)
             prepared = self._vision.prepare(image, question, images=images)
             shown.append(_Shown((image,), [prepared], is_video=False))
         return shown
@@ -439,7 +390,7 @@ class Pipeline:
                 " frames as images"
             )
         settings = {name: part.get(name) for name in ("fps", "num_frames", "source_fps")}
-        video = open_video(part["video"], self._videos.sampling, **settings)
+        video = open_video(part["video"], self._videos.sampling, max_pixels=self._max_pixels, **settings)
         prepared = self._vision.prepare_video(video, question, videos=self._videos)
         return _Shown(video.frames[::2], prepared, is_video=True)
 
@@ -520,6 +471,20 @@ class Pipeline:
         override: SelectorOverride | None,
     ) -> Iterator[str]:
         """Yield the pieces of an answer."""
+        with self._lock:
+            token = self._first_token(generation, ids, prepared, chooser=chooser, override=override)
+        yield from self._decode(generation, token, limit=limit, chooser=chooser)
+
+    def _first_token(
+        self,
+        generation: Generation,
+        ids: PromptIds,
+        prepared: Sequence[PreparedImage],
+        *,
+        chooser: TokenChooser,
+        override: SelectorOverride | None,
+    ) -> int:
+        """Run the graphs up to an answer's first token and return it."""
         self._check_open()
         self._running, statistics = generation, generation.statistics
         start = time.perf_counter()
@@ -542,7 +507,7 @@ class Pipeline:
         statistics.graph_ms |= self._decoder.graph_ms
         statistics.repaired_stages, statistics.image_was_kept = result.num_repaired, visual.was_kept
         statistics.prefix_was_kept = self._decoder.prefix_was_kept
-        yield from self._decode(generation, token, limit=limit, chooser=chooser)
+        return token
 
     def _decode(
         self, generation: Generation, token: int, *, limit: int, chooser: TokenChooser
@@ -559,19 +524,23 @@ class Pipeline:
                 yield piece
             if statistics.new_tokens >= limit or generation.is_cancelled:
                 break
+            start = time.perf_counter()
+            token = self._next_token(generation, token, chooser=chooser)
+            statistics.token_ms.append(1e3 * (time.perf_counter() - start))
+            statistics.decode_ms += statistics.token_ms[-1]
+        if rest := stream.finish():
+            yield rest
+
+    def _next_token(self, generation: Generation, token: int, *, chooser: TokenChooser) -> int:
+        with self._lock:
             # The caller has run in between: it may have closed the pipeline, or asked something else.
             self._check_open()
             if self._running is not generation:
                 raise ShapeError(
                     "answer: expected one answer at a time, another was started; finish streaming first"
                 )
-            start = time.perf_counter()
             top = self._decoder.decode(np.asarray(self._embedding[token]))
-            token = chooser.choose(top, self._decoder.logits)
-            statistics.token_ms.append(1e3 * (time.perf_counter() - start))
-            statistics.decode_ms += statistics.token_ms[-1]
-        if rest := stream.finish():
-            yield rest
+            return chooser.choose(top, self._decoder.logits)
 
 
 def _prefix_key(ids: PromptIds, prompt: DecoderPrompt, images: Sequence[PreparedImage]) -> bytes:

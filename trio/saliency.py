@@ -189,9 +189,9 @@ class ProxySaliency(nn.Module):
         """Return the saliency of each row of the visual span, and -1 where there is no visual token.
 
         Gradients flow through keys and values only, which is all there is as long as the probe rows lie
-        behind the visual span. A visual token that is itself a probe row (text after the image shorter than R
-        + offset - 1) gets no credit for its own residual path; autograd would give it one. A probe row before
-        the first row of the prompt is replaced by row 0.
+        after the visual span. So where the text after it is shorter than R + offset - 1, each probe row that
+        would lie in the span, or before the prompt, is replaced by the first row after the span; its loss
+        counts as often.
 
         Args:
             hidden_SD: Hidden states about to enter the layer, right-padded.
@@ -206,7 +206,10 @@ class ProxySaliency(nn.Module):
         """
         first = length.to(torch.int64).reshape(1) - self.last_probe_offset
         probe_R = first + torch.arange(1 - self.num_probe_rows, 1, device=hidden_SD.device)
-        state = self.attend(hidden_SD, cos_SE, sin_SE, visual_rows_N, probe_R.clamp(min=0), length)
+        visible_N = torch.arange(visual_rows_N.shape[0], device=hidden_SD.device) < num_visual.reshape(1)
+        first_after = torch.where(visible_N, visual_rows_N.to(torch.int64), -1).amax() + 1
+        probe_R = torch.maximum(probe_R, first_after)
+        state = self.attend(hidden_SD, cos_SE, sin_SE, visual_rows_N, probe_R, length)
         gradient_RD = self.head(state.output_RD)
         return self.scores(state, gradient_RD, hidden_SD, cos_SE, sin_SE, visual_rows_N, num_visual)
 

@@ -46,7 +46,7 @@ PATH = click.Path(path_type=Path)
 )
 @click.option(
     "--count",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 1_000_000),
     help=f"Questions at most; default all of a file, {DEFAULT_SYNTHETIC_COUNT} of a synthetic set.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of a synthetic set.")

@@ -69,7 +69,7 @@ def _numbers(kind: type[int | float]) -> Callable[..., tuple[float, ...] | None]
 @click.option("--out", type=PATH, required=True, help="Folder to create.")
 @click.option("--config", type=PATH, help="Repeat a calibration.json; other options win.")
 @click.option("--prompt", help="Question about every image of a folder.")
-@click.option("--count", type=int, help="Samples at most.")
+@click.option("--count", type=click.IntRange(1, 1_000_000), help="Samples at most.")
 @click.option("--seed", type=int, help="Seed of the split and of the synthetic samples. [default: 0]")
 @click.option(
     "--held-out",

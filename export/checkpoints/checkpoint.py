@@ -18,6 +18,8 @@ from trio_edge.export.checkpoints.hub import SAFETENSORS_WAY_OUT, download_descr
 from trio_edge.export.checkpoints.packed import PackedWeight, packed_format, with_packed
 from trio_edge.export.checkpoints.safetensors import SourceTensor, read_safetensors_header
 from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.files import read_regular
+from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,6 +69,8 @@ ALIASES = {
 TINY_FOLDER = Path(__file__).parents[1] / "tiny"
 EMBEDDING_NAME = "language_model.embed_tokens.weight"
 """Canonical name of the token embeddings."""
+HEAD_NAME = "lm_head.weight"
+"""Canonical name of the head; checkpoints whose head is the table of embeddings leave it out."""
 
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -108,9 +112,12 @@ class Checkpoint:
             CheckpointError: If the checkpoint does not have it.
         """
         if name not in self.tensors:
+            way_out = "download the checkpoint again"
+            if name == HEAD_NAME:
+                way_out = "set tie_word_embeddings in config.json to true if the head is the embedding table"
             raise CheckpointError(
                 f"{self.folder}: expected a tensor {name!r} for this architecture, got none among"
-                f" {len(self.tensors)}; download the checkpoint again"
+                f" {len(self.tensors)}; {way_out}"
             )
         return self.tensors[name]
 
@@ -204,7 +211,7 @@ def read_checkpoint(
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in ``path``, or raise CheckpointError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path, max_bytes=MAX_JSON_BYTES))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.parent}: expected a checkpoint with {path.name}, got none; name the folder that save_pretrained wrote"

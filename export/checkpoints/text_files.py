@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, read_json
 from trio_edge.export.checkpoints.hub import first_line
-from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.errors import BundleError, CheckpointError
+from trio_edge.runtime.bundle.files import read_regular
 from trio_edge.runtime.bundle.manifest import TextSpec
+from trio_edge.runtime.bundle.reader import MAX_TEXT_BYTES
+from trio_edge.runtime.prompts.tokenizer_file import MAX_TOKENIZER_BYTES, only_bundle_errors, tokenizer_from
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +57,7 @@ def read_text_files(
     """
     tokenizer = load_tokenizer(checkpoint)
     backend = tokenizer.backend_tokenizer
+    _check_rules(backend.to_str().encode(), where=checkpoint.folder)
     image_token_id = checkpoint.config.get("image_token_index", checkpoint.config.get("image_token_id"))
     image_token = backend.id_to_token(image_token_id) if isinstance(image_token_id, int) else None
     if image_token is None or not isinstance(image_token_id, int):
@@ -72,7 +76,7 @@ def read_text_files(
         image_token_id=image_token_id,
         bos_token=tokenizer.bos_token or "",
         eos_token=tokenizer.eos_token or "",
-        stop_token_ids=_stop_token_ids(checkpoint, tokenizer),
+        stop_token_ids=_stop_token_ids(checkpoint),
         **_video_token(checkpoint, backend),
     )
     template = _with_special_tokens(_chat_template(checkpoint) or default_template, tokenizer)
@@ -89,6 +93,15 @@ def _with_marks(template: str, image_token: str, marks: tuple[str, str], checkpo
             " one without; use the template of the checkpoint's newest revision"
         )
     return template.replace(image_token, f"{marks[0]}{image_token}{marks[1]}")
+
+
+def _check_rules(content: bytes, *, where: Path) -> None:
+    """Raise CheckpointError for a tokenizer that the runtime would refuse."""
+    try:
+        tokenizer_from(content, where=str(where))
+    except BundleError as error:
+        reason = str(error).removesuffix("; export the bundle again")
+        raise CheckpointError(f"{reason}; use the checkpoint's own tokenizer files") from None
 
 
 def _video_token(checkpoint: Checkpoint, backend: Any) -> dict[str, Any]:
@@ -117,10 +130,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if (file := checkpoint.folder / TOKENIZER_NAME).exists():
+        _check_rules(_read_text(file, max_bytes=MAX_TOKENIZER_BYTES).encode(), where=file)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.folder, local_files_only=True, trust_remote_code=False
-        )
+        with only_bundle_errors(str(checkpoint.folder)):
+            tokenizer = AutoTokenizer.from_pretrained(
+                checkpoint.folder, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # transformers raises many types for missing or broken files
         raise CheckpointError(
             f"{checkpoint.folder}: expected tokenizer files, got none that load ({first_line(error)}); download them"
@@ -137,13 +153,20 @@ def _chat_template(checkpoint: Checkpoint) -> str | None:
     """Return the checkpoint's template from the places where transformers has kept it over time."""
     folder = checkpoint.folder
     if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return _read_text(folder / "chat_template.jinja", max_bytes=MAX_TEXT_BYTES)
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if (folder / name).exists():
             template = read_json(folder / name).get("chat_template")
             if template is not None:
                 return _default_template(template, folder / name)
     return None
+
+
+def _read_text(path: Path, *, max_bytes: int) -> str:
+    try:
+        return read_regular(path, max_bytes=max_bytes).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: expected UTF-8 text ({error}); download it again") from None
 
 
 def _default_template(template: Any, path: Path) -> str:
@@ -172,20 +195,17 @@ def _with_special_tokens(template: str, tokenizer: Any) -> str:
     )
 
 
-def _stop_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
-    """Return what ends an answer: the first of the places where transformers looks that names any tokens."""
-    path = checkpoint.folder / "generation_config.json"
-    config = checkpoint.config
-    places = (
-        read_json(path) if path.exists() else {},
-        config,
-        config.get("text_config") or {},
-        {"eos_token_id": tokenizer.eos_token_id},
-    )
+def _stop_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Return what ends an answer, as for ``generate``: what ``generation_config.json`` names, if anything.
+
+    Only without that file the configurations are asked. Where nothing is named, no token ends an answer.
+    """
+    path, config = checkpoint.folder / "generation_config.json", checkpoint.config
+    places = (read_json(path),) if path.exists() else (config, config.get("text_config") or {})
     ids = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), ())
-    ids = (ids,) if isinstance(ids, int) else tuple(ids)
-    if not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
+    found = tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+    if not all(isinstance(token_id, int) and 0 <= token_id < 1 << 31 for token_id in found):
         raise CheckpointError(
-            f"{checkpoint.folder}: expected eos_token_id to be token ids, got {list(ids)}; correct generation_config.json"
+            f"{checkpoint.folder}: expected eos_token_id to be token ids, got {ids!r:.200}; correct generation_config.json"
         )
-    return ids
+    return found

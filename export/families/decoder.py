@@ -90,7 +90,7 @@ def _by_axis(rotary: Any, inv_freq: NDArray[np.float32]) -> NDArray[np.float32]:
     one_axis_3BS = torch.eye(3, dtype=torch.int64)[..., None]
     try:
         _, sin_BSE = rotary(torch.zeros(1), one_axis_3BS)
-    except RuntimeError:
+    except (RuntimeError, TypeError, ValueError, IndexError):
         sections = rotary.config.rope_parameters.get("mrope_section")
         raise CheckpointError(
             f"config.json mrope_section: expected three numbers with the sum {len(inv_freq)}, half of a head, got {sections};"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from trio_edge.export.checkpoints.checkpoint import HEAD_NAME
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
 
-HEAD_NAME = "lm_head.weight"
 _FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _GROWING_ROPE_TYPES = ("dynamic", "longrope")
 _WINDOWED = "sliding_attention"

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from trio_edge.profiling.measure.recording import GraphCall, Stamp
+    from trio_edge.runtime.answer import Statistics
     from trio_edge.runtime.backends.interface import Backend
-    from trio_edge.runtime.pipeline import Statistics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,11 +17,11 @@ from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import (
     CLIP_TEXT,
     MAX_TEXT,
-    MOST_TOKENS,
     bucket_of,
     num_clip_texts,
     text_buckets,
 )
+from trio_edge.runtime.bundle.limits import MOST_TOKENS
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.bundle_work import (
     clip_text_flops,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.limits import is_whole
 from trio_edge.runtime.engines.package import ENGINE_BACKENDS, installed_backend
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.reader import Bundle
 
 _ONNX_RUNTIMES: tuple[OnnxRuntimeName, ...] = ("onnxruntime-tensorrt", "onnxruntime-cuda", "onnxruntime")
+# Each graph has as many threads of its own; where the system gives no more, onnxruntime waits for them without end.
+_MOST_THREADS = 16
 BACKENDS = (*ENGINE_BACKENDS, *_ONNX_RUNTIMES)
 CPU_ACCURACIES: tuple[CpuAccuracy, ...] = ("auto", "float32", "int8")
 BACKENDS_HELP = (
@@ -61,11 +65,16 @@ def make_backend(
     onnx_runtime = next((known for known in _ONNX_RUNTIMES if known == name), None)
     if onnx_runtime is None:
         raise BackendError(
-            f"backend: expected one of auto, {', '.join(BACKENDS)}, got {name!r}; choose one of them"
+            f"backend: expected one of auto, {', '.join(BACKENDS)}, got {name!r:.80}; choose one of them"
         )
     if cpu_accuracy not in CPU_ACCURACIES:
         raise BackendError(
-            f"cpu_accuracy: expected one of {', '.join(CPU_ACCURACIES)}, got {cpu_accuracy!r}; choose one of them"
+            f"cpu_accuracy: expected one of {', '.join(CPU_ACCURACIES)}, got {cpu_accuracy!r:.80}; choose one of them"
+        )
+    most = max(_MOST_THREADS, os.cpu_count() or 1)
+    if not is_whole(threads) or not 0 <= threads <= most:
+        raise BackendError(
+            f"threads: expected 0..{most} (no more than processors help), got {threads!r:.80}; 0 lets the backend choose"
         )
     if find_spec("onnxruntime") is None:
         raise BackendError(

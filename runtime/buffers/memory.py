@@ -17,6 +17,7 @@ from trio_edge.runtime.buffers.decoder import DecoderBuffers
 from trio_edge.runtime.buffers.vision import VisionBuffers
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.devices.interface import aligned
+from trio_edge.runtime.devices.machine import whole_memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,13 +47,17 @@ def estimate(manifest: Manifest, specs: Sequence[GraphSpec], *, weight_bytes: in
 
 
 def check_memory(device: Device, memory: Mapping[str, int]) -> None:
-    """Raise BackendError if ``device`` says that it has less free than ``memory``."""
+    """Raise BackendError if ``device`` says that it has less free than ``memory``, or the machine has less in all."""
     # Without this, the system may end the whole process instead, as on a Jetson, whose GPU shares its memory.
-    free, needed = device.free_bytes(), sum(memory.values())
+    free, what = device.free_bytes(), "free"
+    if free is None:  # the CPU: weights are mapped files, which the system can take back
+        memory = {name: count for name, count in memory.items() if name != "weights"}
+        free, what = whole_memory_bytes(), "in all"
+    needed = sum(memory.values())
     if free is not None and needed > free:
         parts = ", ".join(f"{name} {count / 1e9:.2f}" for name, count in memory.items())
         raise BackendError(
-            f"{device.name} memory: expected {needed / 1e9:.2f} GB free ({parts}), got {free / 1e9:.2f} GB; close other"
+            f"{device.name} memory: expected {needed / 1e9:.2f} GB {what} ({parts}), got {free / 1e9:.2f} GB; close other"
             " programs, or export with fewer --image-size, --max-text or --max-new-tokens"
         )
 
@@ -76,4 +81,8 @@ class _CountingAllocator:
         return 0
 
     def allocate_pinned(self, num_bytes: int, *, purpose: str) -> NDArray[np.uint8]:
-        return np.empty(num_bytes, np.uint8)
+        if num_bytes > (whole_memory_bytes() or num_bytes):
+            raise BackendError(
+                f"memory: expected {num_bytes / 1e9:.2f} GB for {purpose}, the machine has less; export the bundle again"
+            )
+        return np.empty(num_bytes, np.uint8)  # the system gives pages only when they are written

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, final
 
+import numpy as np
+
+from trio_edge.runtime.bundle.errors import BundleError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -22,7 +26,17 @@ class EmbeddingTable:
         self._scales = None if scales is None else bundle.map_tensor(scales)
 
     def __getitem__(self, token_ids: NDArray[Any] | int) -> NDArray[Any]:
-        """Return the rows of ``token_ids``, [..., D], in the type of the graphs."""
+        """Return the rows of ``token_ids``, [..., D], in the type of the graphs.
+
+        Raises:
+            BundleError: If there is no such row: the tokenizer is another model's.
+        """
+        largest = int(np.max(token_ids, initial=0))
+        if largest >= len(self._rows) or np.min(token_ids, initial=0) < 0:
+            raise BundleError(
+                f"tokenizer: expected token ids below {len(self._rows)} (rows of the embedding table), got {largest};"
+                " export the bundle again"
+            )
         rows: NDArray[Any] = self._rows[token_ids]
         if self._scales is None:
             return rows

@@ -15,9 +15,19 @@
 A message reads ``<where>: expected <rule>, got <value>; <what to do>``.
 """
 
+from __future__ import annotations
+
+import unicodedata
+
+_MOST_CHARACTERS = 2000
+
 
 class TrioEdgeError(Exception):
     """Base class of all errors that a user can mend."""
+
+    def __str__(self) -> str:
+        """Return the message as ``message_line`` gives it."""
+        return message_line(super().__str__())
 
 
 class ManifestError(TrioEdgeError, ValueError):
@@ -58,3 +68,26 @@ class DataError(TrioEdgeError, ValueError):
 
 class BackendError(TrioEdgeError, RuntimeError):
     """A backend is missing, or cannot load or run a graph."""
+
+
+def message_line(text: str) -> str:
+    """Return a message as one line that a terminal may show, without the middle where it is very long."""
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= _MOST_CHARACTERS else f"{line[:1000]}…{line[-600:]}"
+
+
+def printable(text: str, *, but: str = "") -> str:
+    """Return a text from a file with control characters, bidirectional marks and lone surrogates escaped.
+
+    Args:
+        text: The text. It may come from anybody: escape sequences can rename a terminal's window, and marks turn a name round.
+        but: Characters that stay, such as line breaks.
+    """
+    if text.isprintable():  # the common case
+        return text
+    return "".join(
+        char.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in but
+        else char
+        for char in text
+    )

@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ def atomic_folder(
     Raises:
         TrioEdgeError: ``error``, as it says.
     """
+    _check_name(target, error=error)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         delete_leftovers(target)
@@ -90,6 +92,7 @@ def check_place(target: Path, *, num_bytes: int, error: type[TrioEdgeError], way
         error: As for ``atomic_folder``.
         way_out: Likewise.
     """
+    _check_name(target, error=error)
     # Path.exists raises in a folder that may not be entered
     place = next(folder for folder in target.absolute().parents if os.path.exists(folder))  # noqa: PTH110
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
@@ -97,6 +100,13 @@ def check_place(target: Path, *, num_bytes: int, error: type[TrioEdgeError], way
             f"{target}: expected {place} to be a folder that can be written to, got another; {way_out}"
         )
     _check_free(place, num_bytes=num_bytes, error=error, elsewhere=f" or {way_out}")
+
+
+def _check_name(target: Path, *, error: type[TrioEdgeError]) -> None:
+    if target.name in ("", ".."):  # the root, or a folder that a command runs in
+        raise error(
+            f"{target}: expected a new folder's name, got one that cannot be replaced; choose another"
+        )
 
 
 def _check_free(folder: Path, *, num_bytes: int, error: type[TrioEdgeError], elsewhere: str) -> None:
@@ -190,7 +200,23 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
 
 
-# Single files that a command writes
+# Single files
+
+
+def read_regular(path: Path, *, max_bytes: int) -> bytes:
+    """Return the content of a regular file. A pipe or a device, which may have no end, is not waited for.
+
+    Raises:
+        OSError: If it cannot be read, is no regular file, or is larger than ``max_bytes``.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb") as file:  # noqa: PTH123  # a descriptor has no Path
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        if status.st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"larger than {max_bytes >> 20} MiB")
+        return file.read(max_bytes)
 
 
 def check_outputs(paths: Mapping[str, Path]) -> None:
@@ -201,7 +227,8 @@ def check_outputs(paths: Mapping[str, Path]) -> None:
     """
     named: dict[Path, str] = {}
     for option, path in paths.items():
-        _check_output(option, path)
+        with _data_errors(option, path):
+            _check_output(option, path)
         if (other := named.setdefault(path.resolve(), option)) != option:
             raise DataError(
                 f"{option}: expected another file than {other}'s, got {path} for both; rename one"
@@ -214,8 +241,7 @@ def _check_output(option: str, path: Path) -> None:
     # Renaming onto a device would put a file in its place.
     if (path.exists() or path.is_symlink()) and not path.is_file():
         raise DataError(f"{option}: expected a file, got {path}, which is none; choose another name")
-    with _data_errors(option, path):
-        _new_partial_file(path).unlink()
+    _new_partial_file(path).unlink()
 
 
 def write_output(option: str, path: Path, content: bytes) -> None:
@@ -242,10 +268,9 @@ def write_output(option: str, path: Path, content: bytes) -> None:
 def _data_errors(option: str, path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise DataError(
-            f"{option} {path}: cannot be written ({error.strerror}); choose another folder"
-        ) from None
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself; a null byte in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{option} {path}: cannot be written ({reason}); choose another folder") from None
 
 
 def _new_partial_file(path: Path) -> Path:

@@ -8,6 +8,7 @@ import msgspec
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 _Factor: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+_Penalty: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-3, le=1e3)]
 _Share: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 SAMPLING_SETTINGS = ("temperature", "top_k", "top_p")
@@ -23,7 +24,7 @@ class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     top_k: _Count = 50
     """0 means all."""
     top_p: _Share = 1.0
-    repetition_penalty: _Factor = 1.0
+    repetition_penalty: _Penalty = 1.0
     """Positive logits of tokens that are in the prompt or the answer are divided by it, negative ones multiplied."""
     no_repeat_ngram_size: _Count = 0
     """No group of so many tokens comes twice in prompt and answer; 0 for no such rule."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from trio_edge.runtime.bundle.errors import ManifestError
-from trio_edge.runtime.bundle.manifest import TensorSpec
+from trio_edge.runtime.bundle.limits import MOST_TENSOR_BYTES
+from trio_edge.runtime.bundle.manifest import DTYPE_BYTES, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -450,11 +452,13 @@ def _check_profiles(spec: GraphSpec, *, where: str) -> None:
                 f"{where}: graph {spec.name!r}, profile {profile.name!r}: expected a size of {missing[0]}, got none;"
                 " export the bundle again"
             )
-        if negative := sorted(name for name, size in profile.sizes.items() if size < 0):
-            raise ManifestError(
-                f"{where}: graph {spec.name!r}, profile {profile.name!r}: expected sizes of 0 or more, got"
-                f" {profile.sizes[negative[0]]} for {negative[0]}; export the bundle again"
-            )
+        for tensor in spec.tensors:
+            sizes = [profile.sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
+            if math.prod(sizes) * DTYPE_BYTES[tensor.dtype] > MOST_TENSOR_BYTES:
+                raise ManifestError(
+                    f"{where}: graph {spec.name!r}, profile {profile.name!r}: expected tensors of at most"
+                    f" {MOST_TENSOR_BYTES >> 40} TiB, got {_text(tensor)}; export the bundle again"
+                )
 
 
 def _one(name: str) -> TensorSpec:
@@ -470,9 +474,6 @@ def _text(tensor: TensorSpec) -> str:
 
 MAX_TEXT = 256
 """Largest prompt in text tokens, unless the user chooses another."""
-# Far above any model's positions: a mistyped number fails here, not when memory is full.
-MOST_TOKENS = 1 << 20
-"""Largest prompt, and longest answer, that can be chosen."""
 # Every bucket is one more profile of every engine; doublings waste less than half of a prompt's rows.
 _SMALLEST_BUCKET = 32
 

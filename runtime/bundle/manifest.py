@@ -11,19 +11,32 @@ from __future__ import annotations
 import math
 import re
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from trio_edge.runtime.bundle.errors import ManifestError
+from trio_edge.runtime.bundle.errors import ManifestError, ScheduleError
 from trio_edge.runtime.bundle.generation import GenerationSettings
+from trio_edge.runtime.bundle.limits import (
+    Axis,
+    Bytes,
+    Digest,
+    Extent,
+    Layer,
+    Name,
+    Symbol,
+    TokenId,
+    Tokens,
+    Work,
+)
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.bundle.typed_json import typed
 
 SCHEMA_VERSION = 4
 MANIFEST_NAME = "trio.json"
 _NUMBER = re.compile(r"[0-9]{1,4}")
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8, "int8": 1, "float8_e4m3fn": 1}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8, "int8": 1, "float8_e4m3fn": 1}
+"""Bytes of an element."""
 
 DType = Literal["float32", "float16", "int32", "int64", "int8"]
 FloatType = Literal["float32", "float16"]
@@ -52,18 +65,18 @@ class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class TensorSpec(_Spec, frozen=True):
     """Name, dtype and shape of one graph input or output."""
 
-    name: str
+    name: Name
     dtype: DType
-    shape: tuple[int | str, ...]
+    shape: tuple[Axis | Symbol, ...]
     """Numbers, or one of the symbols of this module's head."""
 
 
 class Profile(_Spec, frozen=True):
     """One set of fixed sizes that a graph runs at."""
 
-    name: str
+    name: Name
     """"prefill_2928+64" (visual rows and text bucket), "prefill_64" where only one visual size is left, "decode"."""
-    sizes: dict[str, int]
+    sizes: dict[Symbol, Extent]
     """Value of each symbol in the graph's shapes; 0 for those of other pieces, which are left out."""
 
 
@@ -77,30 +90,30 @@ class Piece(_Spec, frozen=True):
     """
 
     name: PieceName
-    file: str
+    file: Name
     """The piece as an ONNX graph of its own, for backends that need not have weights in one graph to have them once."""
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    profiles: tuple[str, ...]
-    weight_bytes: int
+    inputs: tuple[Name, ...]
+    outputs: tuple[Name, ...]
+    profiles: tuple[Name, ...]
+    weight_bytes: Bytes
 
 
 class GraphSpec(_Spec, frozen=True):
     """One ONNX graph of the bundle."""
 
-    name: str
+    name: Name
     role: Role
-    file: str
+    file: Name
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     profiles: tuple[Profile, ...]
-    weight_bytes: int
+    weight_bytes: Bytes
     """Bytes of weights that an engine of this graph holds."""
-    first_layer: int | None = None
+    first_layer: Layer | None = None
     """First decoder layer of a prefix, segment or suffix; of a probe or select graph the layer that it looks at."""
-    num_layers: int = 0
+    num_layers: Layer = 0
     """Decoder layers that run in this graph and own a KV cache."""
-    opset: int | None = None
+    opset: Layer | None = None
     """ONNX opset where it is another than the manifest's: quantized types came later."""
     pieces: tuple[Piece, ...] = ()
     """Computations in the graph; empty if it is one."""
@@ -143,29 +156,29 @@ class GraphSpec(_Spec, frozen=True):
 class StoredTensor(_Spec, frozen=True):
     """An array inside one of the bundle's weight files."""
 
-    file: str
+    file: Name
     dtype: StoredType
-    shape: tuple[int, ...]
-    offset: int
+    shape: tuple[Axis, ...]
+    offset: Bytes
     """Bytes from the start of the file."""
 
     @property
     def num_bytes(self) -> int:
         """Size of the array in bytes."""
         count = math.prod(self.shape)
-        return (count + 1) // 2 if self.dtype == "int4" else count * _DTYPE_BYTES[self.dtype]
+        return (count + 1) // 2 if self.dtype == "int4" else count * DTYPE_BYTES[self.dtype]
 
 
 class Quantization(_Spec, frozen=True):
     """The rounding of weights, and of keys and values in the KV caches."""
 
-    formats: dict[str, QuantizedFormat]
+    formats: dict[Name, QuantizedFormat]
     """By ``Part``."""
     method: Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant", "checkpoint"]
     """The search for scales; "checkpoint" where its own integers were taken over."""
-    block_size: int | None = None
+    block_size: Tokens | None = None
     """Inputs that share an INT4 scale, where their number is a multiple of it."""
-    num_samples: int = 0
+    num_samples: Extent = 0
     """Samples that activations were collected from; the tokens that the bundle's stages drop were dropped."""
     inputs: tuple[Part, ...] = ()
     """Parts in INT8 or FP8 whose linear layers have their inputs in that format too."""
@@ -174,102 +187,102 @@ class Quantization(_Spec, frozen=True):
 class FileEntry(_Spec, frozen=True):
     """A file of the bundle and what it must contain."""
 
-    path: str
+    path: Name
     """Relative to the bundle, forward slashes, no '..'."""
-    num_bytes: int
-    sha256: str
+    num_bytes: Bytes
+    sha256: Digest
 
 
 class Dimensions(_Spec, frozen=True):
     """Sizes of the decoder."""
 
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    intermediate_size: int
-    vocab_size: int
+    num_layers: Layer
+    hidden_size: Axis
+    num_heads: Axis
+    num_kv_heads: Axis
+    head_size: Axis
+    intermediate_size: Axis
+    vocab_size: Axis
 
 
 class VisionDimensions(_Spec, frozen=True):
     """Sizes of the vision tower and its projector, as far as they decide what the vision graph computes."""
 
-    num_layers: int
+    num_layers: Layer
     """Layers that run."""
-    hidden_size: int
-    intermediate_size: int
-    patches_per_tile: int | None
+    hidden_size: Axis
+    intermediate_size: Axis
+    patches_per_tile: Tokens | None
     """With the class token; None where the whole image of P patches is one tile."""
-    projector_weights: int
+    projector_weights: Work
     """Weights that each visual token is multiplied with."""
-    mlp_matrices: int = 2
+    mlp_matrices: Layer = 2
     """2, or 3 where the MLP has a gate."""
-    patches_per_window: int | None = None
+    patches_per_window: Tokens | None = None
     """Patches that a patch attends to in layers with windows; None if all layers attend to the whole tile."""
-    num_full_layers: int = 0
+    num_full_layers: Layer = 0
     """Layers that attend to the whole tile, besides those with windows."""
-    projected_per_tile: int | None = None
+    projected_per_tile: Tokens | None = None
     """Tokens of each tile that the projector sees; None where it sees the decoder's, or P patches are one tile."""
-    patches_per_token: int | None = None
+    patches_per_token: Tokens | None = None
     """Patches that are one token of the projector, where P patches are one tile."""
-    merged_weights: int = 0
+    merged_weights: Work = 0
     """Weights that would cost what the encoder's own reduction does for each token of the projector."""
 
 
 class TextSpec(_Spec, frozen=True):
     """Tokens with a meaning, and where the tokenizer's files are."""
 
-    tokenizer: str
-    chat_template: str
-    image_token: str
-    image_token_id: int
+    tokenizer: Name
+    chat_template: Name
+    image_token: Name
+    image_token_id: TokenId
     bos_token: str
     eos_token: str
-    stop_token_ids: tuple[int, ...]
-    video_token: str | None = None
+    stop_token_ids: tuple[TokenId, ...]
+    video_token: Name | None = None
     """Stands for a video in the chat template; None where the model takes none, as ``video_token_id``."""
-    video_token_id: int | None = None
+    video_token_id: TokenId | None = None
 
 
 class ClipTextSpec(_Spec, frozen=True):
     """Constants that make texts of a CLIP model from questions."""
 
-    tokenizer: str
-    start_id: int
-    end_id: int
+    tokenizer: Name
+    start_id: TokenId
+    end_id: TokenId
     """Also what a text is padded with."""
-    length: int
+    length: Annotated[int, msgspec.Meta(ge=3, le=4096)]
     """L, tokens of a text, start and end among them."""
 
 
 class ImageSize(_Spec, frozen=True):
     """An image size that the bundle has exact shapes for."""
 
-    width: int
-    height: int
+    width: Axis
+    height: Axis
     """In pixels."""
-    num_visual: int
+    num_visual: Tokens
     """Visual tokens that such an image gives."""
-    rows: int
+    rows: Tokens
     """N that it runs at; more than ``num_visual`` only where a stage keeps more than the image has."""
 
 
 class Cost(_Spec, frozen=True):
     """FLOPs and KV bytes of one answer's prefill, counted by ``trio_edge.trio.cost.flops``, at ``num_text`` text tokens."""
 
-    num_visual: int
+    num_visual: Extent
     """Visual tokens that the vision graph gives for all images."""
-    num_text: int
-    full_flops: dict[str, int]
+    num_text: Extent
+    full_flops: dict[Name, Work]
     """Per part ("vision", "decoder" with its head) without reduction."""
-    reduced_flops: dict[str, int]
+    reduced_flops: dict[Name, Work]
     """Per part, with "select" for the stages and, where there are, "reduce" for the selection before the decoder and
     "clip_text" for the text tower."""
-    full_kv_bytes: int
-    reduced_kv_bytes: int
-    num_images: int = 1
-    picture_tokens: int | None = None
+    full_kv_bytes: Bytes
+    reduced_kv_bytes: Bytes
+    num_images: Tokens = 1
+    picture_tokens: Extent | None = None
     """Visual tokens of the same images without encoder reduction; None if they are ``num_visual``."""
 
 
@@ -277,44 +290,44 @@ class Manifest(_Spec, frozen=True):
     """Everything that a runtime must know about a bundle."""
 
     schema_version: int
-    family: str
-    model: str
+    family: Name
+    model: Name
     """Alias, Hub id or folder name that was exported."""
-    revision: str | None
+    revision: Name | None
     dtype: FloatType
-    opset: int
+    opset: Layer
     dimensions: Dimensions
     schedule: Schedule
-    visual_sizes: tuple[int, ...]
+    visual_sizes: tuple[Tokens, ...]
     """Every N, rows of the visual span in a prefill, ascending; images are padded to one of them."""
     image_sizes: tuple[ImageSize, ...]
     """Image sizes that were exported for; empty if any image is as good as another."""
-    text_buckets: tuple[int, ...]
+    text_buckets: tuple[Tokens, ...]
     """Text tokens (before and after the image together) are padded to one of these, ascending."""
-    max_new_tokens: int
-    max_position: int
+    max_new_tokens: Tokens
+    max_position: Axis
     """Positions the model was made for."""
     position_axes: Literal[1, 3]
     """A, rows of position ids: 1, or 3 for M-RoPE (time, row, column)."""
     text: TextSpec
     image_processing: dict[str, Any]
-    max_images: int
+    max_images: Tokens
     """Images of a prompt, or pairs of a video's frames, of the largest size that was exported for."""
-    encoder_keep: int | None
+    encoder_keep: Tokens | None
     """Patches per tile, or visual tokens of the image, that the vision graph keeps; None for all."""
-    token_method: str | None
+    token_method: Name | None
     """Selector of the reduce graph between vision and prefix, by its name in ``trio_edge.trio.methods``; None without one."""
-    token_keep: int | None
+    token_keep: Tokens | None
     """K, visual tokens of each image that the reduce graph passes on."""
     token_embedding: StoredTensor
     graphs: tuple[GraphSpec, ...]
     """In the order in which a prefill runs them."""
     files: tuple[FileEntry, ...]
     """Every file of the bundle except the manifest itself."""
-    model_bytes: int
+    model_bytes: Bytes
     """Bytes of the whole model's weights in ``dtype``, each tensor once."""
     cost: Cost
-    tools: dict[str, str]
+    tools: dict[Name, Name]
     """Versions of the packages that made the bundle."""
     vision: VisionDimensions | None = None
     """None in bundles of releases that did not write it."""
@@ -328,7 +341,7 @@ class Manifest(_Spec, frozen=True):
     """How the checkpoint wants answers to be made, where the user says nothing else."""
     video_processing: dict[str, Any] | None = None
     """None where the bundle takes no videos."""
-    num_deepstack: int = 0
+    num_deepstack: Layer = 0
     """Decoder layers, from the first on, whose outputs get features of inner vision layers added (DeepStack)."""
 
     def __post_init__(self) -> None:
@@ -340,34 +353,79 @@ class Manifest(_Spec, frozen=True):
         for name, sizes in (("text_buckets", self.text_buckets), ("visual_sizes", self.visual_sizes)):
             if not sizes or list(sizes) != sorted(set(sizes)):
                 raise ManifestError(f"{name}: expected ascending sizes, got {sizes}; export again")
-        self._check_embedding()
         self._check_files()
+        self._check_embedding()
+        self._check_sizes()
         self._check_graphs()
 
     def _check_embedding(self) -> None:
-        if self.token_embedding.dtype not in ("float32", "float16", "int8"):
+        table, scales = self.token_embedding, self.token_embedding_scales
+        if table.dtype not in ("float32", "float16", "int8") or (table.dtype == "int8") != (
+            scales is not None
+        ):
             raise ManifestError(
-                f"token_embedding: expected float32, float16 or int8, got {self.token_embedding.dtype};"
+                "token_embedding: expected float32 or float16 rows, or int8 rows with scales, got"
+                f" {table.dtype} {'without' if scales is None else 'with'} scales; export the bundle again"
+            )
+        shape = self.dimensions.vocab_size, self.dimensions.hidden_size
+        self._check_stored("token_embedding", table, shape)
+        if scales is not None:
+            self._check_stored("token_embedding_scales", scales, shape[:1])
+            if scales.dtype not in ("float32", "float16"):
+                raise ManifestError(
+                    f"token_embedding_scales: expected float32 or float16, got {scales.dtype}; export the bundle again"
+                )
+
+    def _check_stored(self, name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
+        sizes = {entry.path: entry.num_bytes for entry in self.files}
+        end = tensor.offset + tensor.num_bytes
+        if tensor.shape != shape or end > sizes.get(tensor.file, end):
+            raise ManifestError(
+                f"{name}: expected {list(shape)} inside {tensor.file}, got {list(tensor.shape)} up to byte {end};"
                 " export the bundle again"
             )
-        if (self.token_embedding.dtype == "int8") != (self.token_embedding_scales is not None):
+
+    def _check_sizes(self) -> None:
+        """Raise ManifestError for sizes that no other check compares with anything."""
+        dims = self.dimensions
+        try:
+            self.schedule.check_fits(num_layers=dims.num_layers, max_visual=self.max_visual)
+        except ScheduleError as error:
+            raise ManifestError(f"schedule: {error}; export the bundle again") from None
+        if (
+            min(
+                dims.num_layers,
+                self.model_bytes,
+                self.cost.reduced_kv_bytes,
+                sum(self.cost.reduced_flops.values()),
+            )
+            < 1
+        ):
             raise ManifestError(
-                f"token_embedding: expected scales with INT8 rows and nowhere else, got {self.token_embedding.dtype};"
-                " export the bundle again"
+                "dimensions, model_bytes, cost: expected numbers above 0, got 0; export the bundle again"
+            )
+        if (self.token_method is None) != (self.token_keep is None):
+            raise ManifestError(
+                f"token_keep: expected a number with a token_method and nowhere else, got {self.token_keep} with"
+                f" {self.token_method!r}; export the bundle again"
+            )
+        if self.max_images > self.max_visual or dims.num_heads % dims.num_kv_heads:
+            raise ManifestError(
+                f"max_images, num_kv_heads: expected at most {self.max_visual} (visual tokens) and a divisor of"
+                f" {dims.num_heads}, got {self.max_images} and {dims.num_kv_heads}; export the bundle again"
             )
 
     def _check_files(self) -> None:
         known = {entry.path for entry in self.files}
-        used = {
-            file for graph in self.graphs for file in (graph.file, *(piece.file for piece in graph.pieces))
-        }
-        used |= {self.text.tokenizer, self.text.chat_template, self.token_embedding.file}
+        used = graph_files(self) | {self.text.tokenizer, self.text.chat_template, self.token_embedding.file}
         if self.token_embedding_scales is not None:
             used.add(self.token_embedding_scales.file)
         if self.clip_text is not None:
             used.add(self.clip_text.tokenizer)
         for path in sorted(known | used):
             _check_relative(path)
+        if len(known) != len(self.files):
+            raise ManifestError("files: expected each file once, got one twice; export the bundle again")
         if missing := sorted(used - known):
             raise ManifestError(
                 f"files: expected an entry for {missing[0]!r}, got none; export the bundle again"
@@ -468,7 +526,7 @@ class Manifest(_Spec, frozen=True):
     def kv_bytes(self) -> int:
         """Bytes of all KV caches as allocated, at full capacity."""
         dims = self.dimensions
-        row = 2 * dims.num_kv_heads * dims.head_size * _DTYPE_BYTES[self.kv_dtype]
+        row = 2 * dims.num_kv_heads * dims.head_size * DTYPE_BYTES[self.kv_dtype]
         return sum(graph.num_layers * rows * row for graph, rows in zip(self.ranges, self.kv_capacities))
 
     @property
@@ -493,10 +551,18 @@ class Manifest(_Spec, frozen=True):
         return share * entering / num_visual
 
 
+def graph_files(manifest: Manifest) -> set[str]:
+    """Return the ONNX files of all graphs and pieces."""
+    return {
+        file for graph in manifest.graphs for file in (graph.file, *(piece.file for piece in graph.pieces))
+    }
+
+
 def _check_relative(path: str) -> None:
     # A downloaded bundle must not name files of the machine that it is opened on.
     pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or not pure.parts:
+    is_odd = re.search(r"[\\:\x00-\x1f\x7f]", path) is not None or pure.as_posix() != path
+    if pure.is_absolute() or ".." in pure.parts or is_odd or path in (".", MANIFEST_NAME):
         raise ManifestError(
             f"files: expected a path inside the bundle, got {path!r}; export the bundle again"
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,8 +12,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import BundleError
+from trio_edge.runtime.bundle.files import read_regular
 from trio_edge.runtime.bundle.graph_io import check_tensors
-from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, Manifest, StoredTensor, manifest_from_json
+from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
+from trio_edge.runtime.bundle.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    StoredTensor,
+    graph_files,
+    manifest_from_json,
+)
+from trio_edge.runtime.bundle.onnx_files import check_weight_places
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +33,8 @@ _HASH_CHUNK_BYTES = 4 << 20
 # Hashing the weights of a 7B model would take longer than loading them.
 LARGEST_HASHED_BYTES = 256 << 20
 """Files above this are checked by size when a bundle is opened, and by hash only on request."""
+MAX_TEXT_BYTES = 1 << 20
+"""Largest chat template; released ones have less than 20 kB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +50,11 @@ class Bundle:
 
     def read_text(self, name: str) -> str:
         """Return a UTF-8 text file of the bundle."""
+        path = self.path(name)
         try:
-            return self.path(name).read_text(encoding="utf-8")
+            return read_regular(path, max_bytes=MAX_TEXT_BYTES).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(
-                f"{self.path(name)}: expected UTF-8 text ({error}); export the bundle again"
-            ) from None
+            raise BundleError(f"{path}: expected UTF-8 text ({error}); export the bundle again") from None
 
     def map_tensor(self, tensor: StoredTensor) -> NDArray[Any]:
         """Return a stored tensor as a read-only memory map."""
@@ -74,20 +86,29 @@ def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
     try:
         if not folder.is_dir():
             raise BundleError(f"{folder}: expected a bundle folder, got none; make one with trio-export")
-        text = path.read_bytes()
+        path.lstat()
     except FileNotFoundError:
         raise BundleError(
             f"{folder}: expected {MANIFEST_NAME}, got none; the export did not finish, run it again"
         ) from None
+    except OSError as error:  # no permission, or a name that is too long
+        raise BundleError(f"{path}: cannot be read ({error.strerror}); export the bundle again") from None
+    root = folder.resolve()
+    if (problem := _place_problem(path, root=root)) is not None:
+        raise BundleError(f"{problem}; export the bundle again")
+    try:
+        text = read_regular(path, max_bytes=MAX_JSON_BYTES)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror}); export the bundle again") from None
     manifest = manifest_from_json(text, where=str(path))
     check_tensors(manifest, where=str(path))
-    root = folder.resolve()
     for entry in manifest.files:
         problem = file_problem(folder / entry.path, entry, root=root, hash_all=hash_all)
         if problem is not None:
             raise BundleError(f"{problem}; export the bundle again")
+    sizes = {entry.path: entry.num_bytes for entry in manifest.files}
+    for name in sorted(graph_files(manifest)):
+        check_weight_places(folder / name, sizes)
     return Bundle(folder=folder, manifest=manifest)
 
 
@@ -112,16 +133,28 @@ def file_problem(file: Path, entry: WrittenFile, *, root: Path, hash_all: bool) 
         root: Resolved folder that it must lie in: a link that leads out of a bundle is not followed.
         hash_all: Also hash files above ``LARGEST_HASHED_BYTES``; without it their sizes are compared.
     """
-    if not file.resolve().is_relative_to(root):
-        return f"{file}: expected a file inside the bundle, got a link to elsewhere, which is refused"
-    if not file.is_file():
-        return f"{file}: expected this file, got none"
+    if (problem := _place_problem(file, root=root)) is not None:
+        return problem
     size = file.stat().st_size
     if size != entry.num_bytes:
         return f"{file}: expected {entry.num_bytes} bytes, got {size}"
     if (hash_all or size <= LARGEST_HASHED_BYTES) and (digest := sha256_of(file)) != entry.sha256:
         return f"{file}: expected SHA-256 {entry.sha256[:12]}…, got {digest[:12]}…; the file was changed"
     return None
+
+
+def _place_problem(file: Path, *, root: Path) -> str | None:
+    """Return why ``file`` is not read: it lies elsewhere, is not there, or is a pipe or device, which may have no end."""
+    try:
+        place = Path(os.path.realpath(file, strict=True))
+        is_regular = stat.S_ISREG(place.stat().st_mode)
+    except FileNotFoundError:
+        return f"{file}: expected this file, got none"
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself; Python 3.10 raises RuntimeError
+        return f"{file}: cannot be read ({error.strerror if isinstance(error, OSError) else error})"
+    if not place.is_relative_to(root):
+        return f"{file}: expected a file inside the bundle, got a link to elsewhere, which is refused"
+    return None if is_regular else f"{file}: expected a regular file, got a folder, pipe or device"
 
 
 def sha256_of(path: Path, *, on_bytes: Callable[[int], None] = lambda _count: None) -> str:

@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.limits import MOST_TOKENS
 
 ProbeRows = Literal["reference", "answer"]
 Positions = Literal["compact", "preserved"]
@@ -31,8 +32,10 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ScheduleError(
                 f"stage at layer {self.layer}: expected a layer >= 1, layer 0 always sees all tokens"
             )
-        if self.keep < 1:
-            raise ScheduleError(f"stage at layer {self.layer}: expected to keep >= 1 tokens, got {self.keep}")
+        if not 1 <= self.keep <= MOST_TOKENS:
+            raise ScheduleError(
+                f"stage at layer {self.layer}: expected to keep 1..{MOST_TOKENS} tokens, got {self.keep}"
+            )
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trio_edge.runtime.bundle.errors import TrioEdgeError
+from trio_edge.runtime.bundle.errors import TrioEdgeError, message_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,16 +19,26 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's quota
+_NAMES = (
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)
 
 
 def run(command: click.Command, argv: Sequence[str] | None) -> int:
     """Run a click command and return its exit code; errors of our own and of usage print one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if any("\0" in argument for argument in arguments):
+        return _fail(command, "arguments: expected text, got a null byte; remove it")
     try:
-        result = command.main(
-            args=None if argv is None else list(argv), prog_name=command.name, standalone_mode=False
-        )
+        result = command.main(args=arguments, prog_name=command.name, standalone_mode=False)
         sys.stdout.flush()
     except click.exceptions.Abort:
         print(f"{command.name}: interrupted", file=sys.stderr)
@@ -37,17 +47,25 @@ def run(command: click.Command, argv: Sequence[str] | None) -> int:
         return _fail(command, error.format_message())
     except TrioEdgeError as error:
         return _fail(command, str(error))
+    except MemoryError:
+        return _fail(command, "expected more memory, the system has none left; close other programs")
     except BrokenPipeError:  # the reader has gone
         _print_nowhere()
         return 1
     except OSError as error:
-        if error.errno not in _FULL or error.filename is not None:
-            raise
+        return _fail_with_files(command, error)
+    return result if isinstance(result, int) else 0
+
+
+def _fail_with_files(command: click.Command, error: OSError) -> int:
+    if error.errno in _FULL and error.filename is None:
         _print_nowhere()
         return _fail(
             command, f"expected room for what is written, got: {error.strerror}; free some disk space"
         )
-    return result if isinstance(result, int) else 0
+    if error.errno not in _NAMES or error.filename is None:
+        raise error
+    return _fail(command, f"{error.filename}: cannot be used ({error.strerror}); choose another name")
 
 
 def _print_nowhere() -> None:
@@ -57,6 +75,5 @@ def _print_nowhere() -> None:
 
 
 def _fail(command: click.Command, message: str) -> int:
-    line = " ".join(message.split())
-    print(f"{command.name}: {line}", file=sys.stderr)
+    print(f"{command.name}: {message_line(message)}", file=sys.stderr)
     return EXIT_USER_ERROR

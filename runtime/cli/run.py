@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trio_edge.runtime.bundle.errors import BundleError, ImageError
+from trio_edge.runtime.bundle.errors import BundleError, ImageError, printable
+from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
 from trio_edge.runtime.cli.backend_options import backend_options
 from trio_edge.runtime.cli.console import run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from trio_edge.runtime.answer import Generation
     from trio_edge.runtime.backends.interface import CpuAccuracy
-    from trio_edge.runtime.pipeline import Generation, Pipeline
+    from trio_edge.runtime.pipeline import Pipeline
 
 
 @click.command("trio-run", context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,6 +38,13 @@ if TYPE_CHECKING:
 @click.option("--fps", type=float, help="Frames to take of the video per second. [default: the checkpoint's]")
 @click.option("--num-frames", type=int, help="Frames to take of the video in all; instead of --fps.")
 @click.option("--source-fps", type=float, help="Frames per second of a folder of frames.")
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(1, MOST_IMAGE_PIXELS),
+    default=MAX_IMAGE_PIXELS,
+    show_default=True,
+    help="Images with more pixels are refused before they are decoded.",
+)
 @click.option("--prompt", required=True, help="The question.")
 @click.option("--system", help="System prompt.")
 @backend_options()
@@ -67,6 +76,7 @@ def command(
     backend: str,
     threads: int,
     cpu_accuracy: CpuAccuracy,
+    max_pixels: int,
     show_kept: Path | None,
     compare_full: Path | None,
     **settings: Any,
@@ -79,14 +89,15 @@ def command(
             raise click.UsageError("--show-kept: expected --image or --video as well, got none; name one")
         _check_drawing_target(show_kept)
     loading: dict[str, Any] = {"backend": backend, "threads": threads, "cpu_accuracy": cpu_accuracy}
+    loading["max_pixels"] = max_pixels
     with Pipeline.from_bundle(bundle, **loading) as pipeline:
         answer = pipeline.generate(images, prompt, **settings)
         for piece in answer:
-            print(piece, end="", flush=True)
+            print(_shown(piece), end="", flush=True)
         print()
         print(f"{pipeline.backend_name}: {_statistics_line(answer)}", file=sys.stderr)
         for note in pipeline.notes:  # after the answer, which may add some
-            print(f"trio-run: {note}", file=sys.stderr)
+            print(f"trio-run: {printable(note)}", file=sys.stderr)
         if show_kept is not None:
             _draw(pipeline, answer, show_kept)
         if answer.images:
@@ -106,6 +117,11 @@ def command(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     return run(command, argv)
+
+
+def _shown(text: str) -> str:
+    """Return a piece of an answer as a terminal may show it; files and pipes get it as it is."""
+    return printable(text, but="\n\t") if sys.stdout.isatty() else text
 
 
 def _tokens_line(answer: Generation) -> str:
@@ -155,7 +171,7 @@ def _print_comparison(answer: Generation, reference: Generation) -> None:
     def ratio(ours: float, theirs: float) -> str:
         return f"{theirs / ours:.2f}x" if ours > 0 else "-"
 
-    print(f"keep-all answer: {reference.text}")
+    print(f"keep-all answer: {_shown(reference.text)}")
     everything = summary_of(reference.first_logits, num_tokens=len(reference.first_logits))
     print(f"KL of the first token: {first_token_kl(everything, answer.first_logits):.4f} nats")
     print(

@@ -45,7 +45,7 @@ class HostDevice:
         """Allocate host memory; any will do."""
         try:
             return np.zeros(num_bytes, np.uint8)
-        except MemoryError:
+        except (MemoryError, OverflowError, ValueError):  # the last two beyond what an address can say
             raise BackendError(
                 f"memory: expected {num_bytes / 1e6:.1f} MB for {purpose}, got none; close other programs"
             ) from None

@@ -67,11 +67,22 @@ def l4t_release() -> str | None:
 
 def available_memory_bytes() -> int | None:
     """Return how much memory new processes can have without swapping; None where the system does not say."""
+    return _meminfo().get("MemAvailable")
+
+
+def whole_memory_bytes() -> int | None:
+    """Return all memory of the machine, swap included; None where the system does not say."""
+    info = _meminfo()
+    return info["MemTotal"] + info.get("SwapTotal", 0) if "MemTotal" in info else None
+
+
+def _meminfo() -> dict[str, int]:
+    """Return the numbers of Linux's ``/proc/meminfo`` in bytes; none on other systems."""
     try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        text = Path("/proc/meminfo").read_text()
     except OSError:
-        return None
-    return None if found is None else 1024 * int(found[1])
+        return {}
+    return {name: 1024 * int(count) for name, count in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
 
 
 def find_gpu(library: str = _CUDA_LIBRARY) -> Gpu | None:

@@ -18,7 +18,9 @@ import msgspec
 import onnxruntime as ort
 
 from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.files import read_regular
 from trio_edge.runtime.bundle.graph_io import PROBE_OUTPUT, is_probe
+from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, PART_FROM_ROLE
 from trio_edge.runtime.bundle.reader import file_problem, sha256_of
 from trio_edge.runtime.bundle.typed_json import typed
@@ -179,7 +181,8 @@ def open_prepared(bundle: Bundle, *, accuracy: CpuAccuracy) -> Prepared:
         return Prepared({}, ())
     again = f"run trio-build {bundle.folder} --backend onnxruntime --force"
     try:
-        found = typed(msgspec.json.decode((folder / _FILE_NAME).read_bytes()), PreparedGraphs)
+        content = read_regular(folder / _FILE_NAME, max_bytes=MAX_JSON_BYTES)
+        found = typed(msgspec.json.decode(content), PreparedGraphs)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return Prepared({}, (f"prepared graphs are not used: {folder / _FILE_NAME}: {error}; {again}",))
     here = {
@@ -245,7 +248,7 @@ def processor_key() -> str:
 
 def _prepare(bundle: Bundle, spec: GraphSpec, folder: Path, *, accuracy: CpuAccuracy) -> None:
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # only what is fatal
     set_cpu_options(options, bundle, spec, accuracy=accuracy)
     options.optimized_model_filepath = str(folder / f"{spec.name}.onnx")
     for name, value in (

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from trio_edge.runtime.bundle.errors import BackendError
-from trio_edge.runtime.bundle.files import atomic_folder, check_place
+from trio_edge.runtime.bundle.files import atomic_folder, check_place, read_regular
+from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, Profile
 from trio_edge.runtime.bundle.reader import Bundle, file_problem, sha256_of
 from trio_edge.runtime.bundle.typed_json import typed
@@ -137,7 +138,7 @@ def read_engine_set(folder: Path) -> EngineSet:
     """
     file = folder / ENGINES_NAME
     try:
-        head = msgspec.json.decode(file.read_bytes())
+        head = msgspec.json.decode(read_regular(file, max_bytes=MAX_JSON_BYTES))
         version = head.get("schema_version") if isinstance(head, dict) else None
         if version != ENGINES_SCHEMA_VERSION:
             raise BackendError(

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.images.resizing import Resample
 
-Size: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
+Size: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
+"""In pixels along a side, or in all; more would be no image that this machine can hold."""
 # The bounds refuse infinite values and NaN, which JSON files of Python may hold; real ones lie far inside.
 Level: TypeAlias = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
 Factor: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
@@ -150,10 +151,17 @@ def pixel_fields(values: Mapping[str, Any], *others: str) -> dict[str, Any]:
     """Return the filter, the pixel constants and the fields ``others``, as far as a preprocessor file names them.
 
     Raises:
-        KeyError: If the filter is none of ours.
+        CheckpointError: If the filter is none of ours.
     """
     fields = {key: values[key] for key in (*_PIXELS, *others) if key in values}
-    return {**fields, "resample": _RESAMPLE_OF_ID[values.get("resample", 3)]}
+    number = values.get("resample", 3)
+    if not isinstance(number, int) or number not in _RESAMPLE_OF_ID:
+        known = ", ".join(f"{key} ({name})" for key, name in _RESAMPLE_OF_ID.items())
+        raise CheckpointError(
+            f"preprocessor_config resample: expected one of Pillow's filters {known}, got {number!r:.80};"
+            " this image processor cannot be followed"
+        )
+    return {**fields, "resample": _RESAMPLE_OF_ID[number]}
 
 
 def square_side(size: Any) -> int | None:

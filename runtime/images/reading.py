@@ -19,61 +19,66 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import threading
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trio_edge.runtime.bundle.errors import ImageError
+from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS
 
 if TYPE_CHECKING:
-    from collections.abc import Set
+    from collections.abc import Iterator, Set
     from typing import TypeAlias
 
     ImageSource: TypeAlias = str | Path | bytes | Image.Image
 
-# A small file can decode to gigabytes: the size in its header is checked first.
-MAX_IMAGE_PIXELS = 178_956_970
-"""Pixels above which an image is refused before decoding; the bound at which Pillow itself refuses."""
+_HEADER_BYTES, _BYTES_PER_PIXEL = (
+    16 << 20,
+    8,
+)  # no format needs more for what it holds besides pixels, and for one of them
 
 _A = {"image": "an image", "video": "a video"}
 _MAX_LEVEL = 255
 _FORMATS_NOT_READ = frozenset({"EPS"})  # Pillow hands EPS files to Ghostscript, which runs them as programs
 _logger = logging.getLogger(__name__)
-_warning_filters = threading.Lock()  # warnings.catch_warnings changes the whole process
+_pillows_settings = threading.Lock()  # they, and warnings.catch_warnings, are the whole process's
 
 
-def open_image(source: ImageSource) -> Image.Image:
+def open_image(source: ImageSource, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Return the image as a loaded, upright RGB image.
 
     Args:
         source: A file's path, the bytes of such a file, or a PIL image, which is not changed. No URLs.
+        max_pixels: Pixels above which an image is refused before it is decoded.
 
     Raises:
         ImageError: If there is no such file, or it is no image, damaged, cut short, has no pixels, or has
-            more than ``MAX_IMAGE_PIXELS``.
+            more than ``max_pixels``.
     """
     if isinstance(source, Image.Image):
-        return _decode(source, name="image", drop_alpha=False)
+        return _decode(source, name="image", drop_alpha=False, max_pixels=max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode_file(bytes(source), name="image")
+        data = bytes(source)
+        return _decode_file(io.BytesIO(data), len(data), name="image", max_pixels=max_pixels)
     if isinstance(source, (str, Path)):
-        return _decode_file(_read(source), name=f"image {short_name(source)}")
+        return _decode_path(source, max_pixels=max_pixels)
     raise ImageError(f"image: expected a path, bytes or a PIL image, got {type(source).__name__}")
 
 
-def _read(source: str | Path) -> bytes:
-    path = file_of(source, kind="image")
+def _decode_path(source: str | Path, *, max_pixels: int) -> Image.Image:
+    path, name = file_of(source, kind="image"), f"image {short_name(source)}"
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return _decode_file(file, os.fstat(file.fileno()).st_size, name=name, max_pixels=max_pixels)
     except OSError as error:  # no permission
-        raise ImageError(
-            f"image {short_name(source)}: expected a readable file, got {one_line(error)}"
-        ) from error
+        raise ImageError(f"{name}: expected a readable file, got {one_line(error)}") from error
 
 
 def file_of(source: str | Path, *, kind: str) -> Path:
@@ -104,42 +109,65 @@ def file_of(source: str | Path, *, kind: str) -> Path:
     return path
 
 
-def image_header(data: bytes, *, name: str = "image") -> tuple[tuple[int, int], str | None]:
+def image_header(
+    data: bytes, *, name: str = "image", max_pixels: int = MAX_IMAGE_PIXELS
+) -> tuple[tuple[int, int], str | None]:
     """Return width and height in pixels, and Pillow's name of the format; nothing is decoded.
 
     Args:
         data: The bytes of a file.
         name: For messages.
+        max_pixels: Pixels above which an image is refused.
 
     Raises:
-        ImageError: If it is no image, or has more than ``MAX_IMAGE_PIXELS``.
+        ImageError: If it is no image, or has more than ``max_pixels``.
     """
-    with _opened(data, name=name) as image:
+    with _opened(io.BytesIO(data), len(data), name=name, max_pixels=max_pixels) as image:
         return image.size, image.format
 
 
-def _decode_file(data: bytes, *, name: str) -> Image.Image:
-    with _opened(data, name=name) as opened:
-        return _decode(opened, name=name, drop_alpha=True)
+def _decode_file(file: IO[bytes], num_bytes: int, *, name: str, max_pixels: int) -> Image.Image:
+    with _opened(file, num_bytes, name=name, max_pixels=max_pixels) as opened:
+        return _decode(opened, name=name, drop_alpha=True, max_pixels=max_pixels)
 
 
-def _opened(data: bytes, *, name: str) -> Image.Image:
-    if not data:
+def _opened(file: IO[bytes], num_bytes: int, *, name: str, max_pixels: int) -> Image.Image:
+    """Return the image in a file that is open; of one that is refused, little more than the header is read."""
+    if num_bytes == 0:
         raise ImageError(f"{name}: expected an image, got an empty file")
-    try:
-        with _warning_filters, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own, smaller size warning, and those on odd EXIF data
-            return _open(data)
-    except Image.DecompressionBombError as error:
+    if num_bytes > (most := _HEADER_BYTES + _BYTES_PER_PIXEL * max_pixels):
         raise ImageError(
-            f"{name}: expected at most {MAX_IMAGE_PIXELS} pixels, got more; scale it down"
-        ) from error
+            f"{name}: expected at most {most} bytes for {max_pixels} pixels, got {num_bytes}; scale it down"
+            " or raise --max-pixels"
+        )
+    try:
+        with _pillows_limits(max_pixels):
+            return _open(file)
+    except Image.DecompressionBombError as error:
+        raise ImageError(_too_many(name, max_pixels)) from error
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{name}: expected an image (PNG, JPEG, WebP, …), got {len(data)} bytes of no known format"
+            f"{name}: expected an image (PNG, JPEG, WebP, …), got {num_bytes} bytes of no known format"
         ) from error
     except Exception as error:  # Pillow's readers raise almost anything on damaged headers
         raise ImageError(f"{name}: expected a readable image, got {one_line(error)}") from error
+
+
+@contextmanager
+def _pillows_limits(max_pixels: int) -> Iterator[None]:
+    """Let Pillow refuse what is too large, also inside of containers, and keep its warnings to itself."""
+    with _pillows_settings, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on sizes, odd EXIF data, and palettes with transparency
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses what has more than twice as many
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _too_many(name: str, max_pixels: int, got: str = "more") -> str:
+    return f"{name}: expected at most {max_pixels} pixels, got {got}; scale it down or raise --max-pixels"
 
 
 def load_common_formats() -> None:
@@ -147,35 +175,35 @@ def load_common_formats() -> None:
     Image.preinit()
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(file: IO[bytes]) -> Image.Image:
     """Return the image before its pixels are decoded; raise what Pillow raises."""
     load_common_formats()
     try:
-        return _open_as(set(Image.OPEN), data)
+        return _open_as(set(Image.OPEN), file)
     except UnidentifiedImageError:
         common = set(Image.OPEN)
         Image.init()
-        return _open_as(set(Image.OPEN) - common, data)
+        return _open_as(set(Image.OPEN) - common, file)
 
 
-def _open_as(formats: Set[str], data: bytes) -> Image.Image:
+def _open_as(formats: Set[str], file: IO[bytes]) -> Image.Image:
     wanted = [name for name in Image.OPEN if name in formats and name not in _FORMATS_NOT_READ]
-    return Image.open(io.BytesIO(data), formats=wanted)
+    file.seek(0)
+    return Image.open(file, formats=wanted)
 
 
-def _decode(image: Image.Image, *, name: str, drop_alpha: bool) -> Image.Image:
+def _decode(image: Image.Image, *, name: str, drop_alpha: bool, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageError(f"{name}: expected at least 1x1 pixels, got {width}x{height}")
-    if width * height > MAX_IMAGE_PIXELS:
-        raise ImageError(
-            f"{name}: expected at most {MAX_IMAGE_PIXELS} pixels, got {width}x{height}; scale it down"
-        )
+    if width * height > max_pixels:
+        raise ImageError(_too_many(name, max_pixels, f"{width}x{height}"))
     try:
-        with _warning_filters, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's advice on palettes with transparency
+        with _pillows_limits(max_pixels):
             image.load()
             return _rgb(_upright(image), name=name, drop_alpha=drop_alpha)
+    except Image.DecompressionBombError as error:
+        raise ImageError(_too_many(name, max_pixels)) from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged data
         raise ImageError(
             f"{name}: expected a whole image, got {one_line(error)}; the file is damaged"

@@ -16,11 +16,16 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image
 
+from trio_edge.runtime.bundle.errors import ImageError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
+# Very narrow images become gigabytes on their way to a square.
+_MOST_LINES, _MOST_BETWEEN, _MOST_BETWEEN_LARGE = 1 << 21, 1 << 23, 1 << 26
+_MOST_SUMS = 1 << 24
 Resample = Literal["bilinear", "bicubic", "lanczos"]
 
 MAX_EXACT_PIXELS = 2048 * 2048  # SmolVLM's square images are resized to this size, and then again
@@ -45,10 +50,20 @@ def resize(
 
     Returns:
         uint8 [height, width, 3].
+
+    Raises:
+        ImageError: If it is so narrow that resizing it would take gigabytes.
     """
     top, left, crop_height, crop_width = crop or (0, 0, *size)
     rows, columns = range(top, top + crop_height), range(left, left + crop_width)
-    if image.width * image.height > MAX_EXACT_PIXELS:
+    is_large = image.width * image.height > MAX_EXACT_PIXELS
+    between = image.height * len(columns)  # pixels after the first pass
+    if max(size) > _MOST_LINES or between > (_MOST_BETWEEN_LARGE if is_large else _MOST_BETWEEN):
+        raise ImageError(
+            f"image: expected sides that resizing to {size[1]}x{size[0]} pixels has room for, got"
+            f" {image.width}x{image.height}; cut the image so that it is less narrow"
+        )
+    if is_large:
         return _resized_by_pillow(image, size, rows=rows, columns=columns, resample=resample)
     pixels = np.asarray(image)
     pixels = _resized_axis(pixels.transpose(1, 0, 2), size[1], wanted=columns, resample=resample)
@@ -73,14 +88,26 @@ def _resized_axis(
     if len(pixels) == size:
         return pixels[wanted.start : wanted.stop]
     starts, weights, num_bits = _integer_weights(len(pixels), size, wanted=wanted, resample=resample)
+    flat = pixels.reshape(len(pixels), -1)
+    resized = np.empty((len(wanted), flat.shape[1]), np.uint8)
+    # In parts: a very narrow image would need gigabytes for its sums.
+    step = max(1, _MOST_SUMS // max(len(pixels), len(wanted)))
+    for first in range(0, flat.shape[1], step):
+        part = slice(first, first + step)
+        resized[:, part] = _weighted_sums(flat[:, part], starts, weights, num_bits)
+    return resized.reshape(len(wanted), *pixels.shape[1:])
+
+
+def _weighted_sums(
+    values: NDArray[np.uint8], starts: list[int], weights: list[NDArray[np.float64]], num_bits: int
+) -> NDArray[np.float64]:
     # float64 holds these sums of whole numbers exactly, and numpy hands them to BLAS
-    lines = np.ascontiguousarray(pixels).reshape(len(pixels), -1).astype(np.float64)
-    sums = np.empty((len(wanted), lines.shape[1]))
+    lines = np.ascontiguousarray(values).astype(np.float64)
+    sums = np.empty((len(starts), lines.shape[1]))
     for line, (start, weight) in enumerate(zip(starts, weights)):
         np.dot(weight, lines[start : start + len(weight)], out=sums[line])
-    levels = np.floor((sums + 2 ** (num_bits - 1)) / 2**num_bits)
-    resized: NDArray[np.uint8] = levels.clip(0, 255).astype(np.uint8).reshape(len(wanted), *pixels.shape[1:])
-    return resized
+    levels: NDArray[np.float64] = np.floor((sums + 2 ** (num_bits - 1)) / 2**num_bits).clip(0, 255)
+    return levels
 
 
 def _integer_weights(

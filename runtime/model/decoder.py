@@ -293,7 +293,8 @@ class Decoder:
         for stage, span in enumerate(spans[:-1]):
             values |= {f"{NUM_VISUAL}.{stage}": span.num_visual, f"{LENGTH}.{stage}": span.length}
             if self._buffers.probes[stage] is not None:
-                inputs.host(f"{PROBE_ROWS}.{stage}")[:] = self._probe_rows(span.length)
+                rows = self._probe_rows(span.length, num_after=prompt.num_after)
+                inputs.host(f"{PROBE_ROWS}.{stage}")[:] = rows
         for name, value in values.items():
             inputs.host(name)[0] = value
         inputs.upload(device)
@@ -317,11 +318,15 @@ class Decoder:
                 self._device.upload(self._buffers.embeds.rows(row, count), text[sent : sent + count])
             row, sent = run.stop, sent + count
 
-    def _probe_rows(self, length: int) -> NDArray[np.int32]:
-        """Return the rows whose loss a probe looks at; those before the prompt's first row are that one."""
+    def _probe_rows(self, length: int, *, num_after: int) -> NDArray[np.int32]:
+        """Return the rows whose loss a probe looks at; in place of those before the last image's end stands the first after it.
+
+        The graphs give a visual token no credit for its own way to the loss, which it has where it is a probe row.
+        """
         schedule = self._manifest.schedule
         last = length - schedule.last_probe_offset
-        return np.maximum(np.arange(last - schedule.num_probe_rows + 1, last + 1, dtype=np.int32), 0)
+        rows = np.arange(last - schedule.num_probe_rows + 1, last + 1, dtype=np.int32)
+        return np.maximum(rows, length - num_after)
 
     def _place(
         self, visual: DeviceTensor | NDArray[Any], target: DeviceTensor, runs: Sequence[range]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.runtime.bundle.graph_io import gradient_graph
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,6 +82,11 @@ class DecoderPrompt:
         return self.num_text + self.num_visual
 
     @property
+    def num_after(self) -> int:
+        """Text tokens after the last visual one; all, without an image."""
+        return self.length - 1 - int(self.visual_rows[-1]) if self.num_visual else self.length
+
+    @property
     def visual_runs(self) -> list[range]:
         """The runs of consecutive rows that the visual tokens have."""
         starts = np.flatnonzero(np.diff(self.visual_rows, prepend=-2) > 1)
@@ -112,6 +118,11 @@ class DecoderPrompt:
             raise ShapeError(
                 f"prompt: expected {self.num_visual} ascending rows below {self.length} for the visual tokens, got"
                 f" {len(rows)} others"
+            )
+        if self.num_after == 0 and gradient_graph(manifest) is not None:
+            raise ShapeError(
+                "prompt: expected text after the image, whose answer the probes look at, got none; use a chat template that"
+                " asks for an answer"
             )
         shape = (manifest.position_axes, self.max_visual + self.text_bucket)
         if self.positions.ids.shape != shape:

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
+from trio_edge.runtime.bundle.limits import is_number, is_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -246,11 +247,11 @@ def make_sampler(
     Raises:
         ShapeError: If an argument is out of range.
     """
-    if not _is_number(temperature) or not 0.0 <= temperature < math.inf:
+    if not is_number(temperature) or not 0.0 <= temperature < math.inf:
         raise ShapeError(
             f"temperature: expected a number >= 0, got {temperature!r}; use 0 for greedy decoding"
         )
-    if not _is_number(top_p) or not 0.0 < top_p <= 1.0:
+    if not is_number(top_p) or not 0.0 < top_p <= 1.0:
         raise ShapeError(f"top_p: expected 0 < top_p <= 1, got {top_p!r}; use 1 to switch it off")
     if not is_whole(top_k) or top_k < 0:
         raise ShapeError(f"top_k: expected a whole number >= 0, got {top_k!r}; use 0 to switch it off")
@@ -292,15 +293,6 @@ def _nucleus(probabilities_V: NDArray[np.float64], top_p: float) -> NDArray[np.f
     kept_V[order_V[:num_kept]] = probabilities_V[order_V[:num_kept]]
     normalized_V: NDArray[np.float64] = kept_V / kept_V.sum()
     return normalized_V
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
-
-
-def is_whole(value: object) -> bool:
-    """Return whether ``value`` is a whole number, which True and 2.0 are not."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 # Distributions of first tokens, which bundles are compared by.

@@ -2,36 +2,32 @@
 
 Same environment and same template variables as Hugging Face's ``apply_chat_template``, so that the prompt is
 the same character for character. Templates come from downloaded files: they run sandboxed, see plain JSON
-values only, and their output is bounded.
+values only, and what they may compute and build is bounded (``sandbox.py``).
 
 Source: transformers 5.23, utils/chat_template_utils.py.
 """
 
 from __future__ import annotations
 
-import json
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import jinja2
-import jinja2.nodes
-import jinja2.runtime
-import jinja2.utils
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from trio_edge.runtime.bundle.errors import BundleError, ShapeError
+from trio_edge.runtime.prompts.sandbox import (
+    MAX_PROMPT_CHARACTERS,
+    Sandbox,
+    TemplateRefusal,
+    TooMuchError,
+    budget,
+)
 
 if TYPE_CHECKING:
-    from jinja2.parser import Parser
+    from collections.abc import Iterable, Iterator
+
+    import jinja2
 
 Message: TypeAlias = dict[str, Any]
-
-MAX_PROMPT_CHARACTERS = 4_000_000
-"""Longest text that a template may produce, and longest string that it may build by repetition."""
 
 _TEXTS = "message['content'] | selectattr('type', 'equalto', 'text')"
 _IMAGES = (
@@ -190,22 +186,28 @@ def render_chat(
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
     }
-    pieces: list[str] = []
-    num_characters = 0
     try:
-        # Piece by piece, so that an endless template is stopped at the limit.
-        for piece in compiled.generate(_plain(values)):
-            num_characters = _checked_length(num_characters + len(piece))
-            pieces.append(piece)
-    except _TemplateRefusal as error:
+        with budget():
+            return "".join(_bounded(compiled.generate(_plain(values))))
+    except TemplateRefusal as error:
         raise ShapeError(f"messages: refused by the chat template: {_one_line(error)}") from error
-    except _TooLongError as error:
+    except TooMuchError as error:
         raise BundleError(
-            f"chat template: expected at most {MAX_PROMPT_CHARACTERS} characters of text, got more"
+            f"chat template: expected at most {MAX_PROMPT_CHARACTERS} characters of text and some seconds of work, got"
+            " more; export the checkpoint with another template"
         ) from error
     except Exception as error:  # a template can raise whatever Python code can
         raise BundleError(f"chat template: expected it to render, got {_one_line(error)}") from error
-    return "".join(pieces)
+
+
+def _bounded(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield the pieces of a text until it is too long: an endless template is stopped there."""
+    num_characters = 0
+    for piece in pieces:
+        num_characters += len(piece)
+        if num_characters > MAX_PROMPT_CHARACTERS:
+            raise TooMuchError
+        yield piece
 
 
 @lru_cache(maxsize=16)  # compiling takes milliseconds, and each question renders the same template
@@ -215,117 +217,11 @@ def compile_template(template: str) -> jinja2.Template:
     Raises:
         BundleError: If it is no valid Jinja text.
     """
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
-    # Jinja's own two give templates a way to attributes of Python classes.
-    environment.globals["dict"] = _Dict()
-    environment.globals["namespace"] = _Namespace
     try:
-        return environment.from_string(template)
+        with budget():  # constants are computed here
+            return Sandbox().from_string(template)
     except Exception as error:  # syntax errors, and recursion or overflow in hostile templates
         raise BundleError(f"chat template: expected valid Jinja text, got {_one_line(error)}") from error
-
-
-class _TemplateRefusal(jinja2.TemplateError):
-    """The template called ``raise_exception``."""
-
-
-class _TooLongError(Exception):
-    """The output or a string inside passed the limit."""
-
-
-# Jinja's sandbox bounds neither time nor memory: {{ 'a' * 10**9 }} in a downloaded template would fill the machine.
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Hugging Face's sandbox, and a limit on strings, lists and numbers built by ``*`` and ``**``."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: jinja2.runtime.Context, operator_name: str, left: Any, right: Any) -> Any:
-        if operator_name == "**":
-            if (
-                isinstance(left, int)
-                and isinstance(right, int)
-                and left.bit_length() * right > MAX_PROMPT_CHARACTERS
-            ):
-                raise _TooLongError
-            return operator.pow(left, right)
-        for sequence, count in ((left, right), (right, left)):
-            if (
-                hasattr(sequence, "__len__")
-                and isinstance(count, int)
-                and len(sequence) * count > MAX_PROMPT_CHARACTERS
-            ):
-                raise _TooLongError
-        return operator.mul(left, right)
-
-
-class _GenerationTag(Extension):
-    """``{% generation %}…{% endgeneration %}``, which marks answers in training, renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012  # jinja2's own declaration
-
-    def parse(self, parser: Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
-
-    def _body(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace without underscore names, which reach into the interpreter."""
-
-    def __init__(*args: Any, **values: Any) -> None:  # jinja2's own signature: "self" may be a name
-        self, *rest = args
-        attributes = dict(*rest, **values)
-        for name in attributes:
-            _check_attribute(name)
-        jinja2.utils.Namespace.__init__(self, attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_attribute(name)
-        super().__setitem__(name, value)
-
-
-def _check_attribute(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} starts with an underscore")
-
-
-class _Dict:
-    """``dict`` for templates, without the class's other attributes."""
-
-    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
-        return dict(*args, **values)
-
-    def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
-        return dict.fromkeys(keys, value)
-
-
-def _checked_length(length: int) -> int:
-    if length > MAX_PROMPT_CHARACTERS:
-        raise _TooLongError
-    return length
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    """Plain JSON; Jinja's own filter escapes for HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: object) -> None:
-    raise _TemplateRefusal(str(message))
 
 
 def _plain(value: Any) -> Any:

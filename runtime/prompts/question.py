@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.runtime.bundle.errors import ShapeError
+from trio_edge.runtime.bundle.errors import PromptTooLongError, ShapeError
+from trio_edge.runtime.bundle.limits import MOST_TOKENS
 from trio_edge.runtime.prompts.chat import render_chat
 from trio_edge.runtime.prompts.tokenizer import Inset
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 
 _VISUAL = ("image", "video")
+# Of ordinary text a token has four characters; the longest that vocabularies have are 128 blanks.
+_CHARACTERS_PER_TOKEN = 32
+_FEW_CHARACTERS = 16_384
 
 
 def prompt_ids(
@@ -26,6 +30,7 @@ def prompt_ids(
     template: str,
     text: TextSpec,
     insets: Sequence[Inset] | None = None,
+    max_tokens: int = MOST_TOKENS,
 ) -> PromptIds:
     """Return the ids of a conversation's text.
 
@@ -35,19 +40,23 @@ def prompt_ids(
         template: Its chat template.
         text: Its tokens with a meaning.
         insets: The text in place of each image and video, in order; None means one run without text for each.
+        max_tokens: Tokens that the text may have. One that is far too long is not tokenized: that takes time.
 
     Raises:
-        ShapeError: If a text holds a special token, or the template refuses the messages.
+        ShapeError: If a text holds a special token or is far too long, or the template refuses the messages.
         BundleError: If the template is broken.
     """
-    for part in _parts(messages):
-        if part["type"] == "text":
-            tokenizer.check_user_text(part["text"])
+    most = max(_FEW_CHARACTERS, _CHARACTERS_PER_TOKEN * max_tokens)
+    texts = [part["text"] for part in _parts(messages) if part["type"] == "text"]
+    _check_length(sum(map(len, texts)), most=most, max_tokens=max_tokens)
+    for written in texts:
+        tokenizer.check_user_text(written)
     rendered = render_chat(
         [{**message, "content": _places(message["content"])} for message in messages],
         template=template,
         special_tokens={"bos_token": text.bos_token, "eos_token": text.eos_token},
     )
+    _check_length(len(rendered), most=most, max_tokens=max_tokens)
     return tokenizer.encode_prompt(
         rendered,
         image_token=text.image_token,
@@ -58,6 +67,14 @@ def prompt_ids(
         else insets,
         bos_token=text.bos_token,
     )
+
+
+def _check_length(num_characters: int, *, most: int, max_tokens: int) -> None:
+    if num_characters > most:
+        raise PromptTooLongError(
+            f"prompt: expected at most {most} characters for {max_tokens} text tokens (the largest bucket), got"
+            f" {num_characters}; shorten it or export with a larger --max-text"
+        )
 
 
 def visual_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -8,16 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import tokenizers
 
 from trio_edge.runtime.bundle.errors import BundleError, ShapeError
+from trio_edge.runtime.bundle.files import read_regular
+from trio_edge.runtime.prompts.sandbox import MAX_PROMPT_CHARACTERS
+from trio_edge.runtime.prompts.tokenizer_file import (
+    MAX_CHARACTERS,
+    MAX_TOKENIZER_BYTES,
+    only_bundle_errors,
+    tokenizer_from,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import tokenizers
     from numpy.typing import NDArray
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_LARGEST_ID = (1 << 31) - 1
 _INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character, or not yet
 
 
@@ -72,12 +81,17 @@ class PromptIds:
 class Tokenizer:
     """A bundle's ``tokenizer.json``."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        """Take over a tokenizer; truncation and padding are switched off, as in Hugging Face."""
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, growth: int = 1) -> None:
+        """Take over a tokenizer; truncation and padding are switched off, as in Hugging Face.
+
+        Args:
+            tokenizer: The library's.
+            growth: Times that its rules can make a text longer.
+        """
         # tokenizer.json keeps both as they were in training; a truncated prompt would lose its question.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self._tokenizer = tokenizer
+        self._tokenizer, self._growth = tokenizer, growth
         self._special_tokens = tuple(
             token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special
         )
@@ -87,19 +101,19 @@ class Tokenizer:
         """Return the tokenizer of a ``tokenizer.json``.
 
         Raises:
-            BundleError: If the file is missing or broken.
+            BundleError: If the file is missing or broken, or could hang or end the process.
         """
+        where = f"tokenizer {str(path)!r}"
         if not Path(path).is_file():
-            raise BundleError(
-                f"tokenizer {str(path)!r}: expected a file, found none; export the bundle again"
-            )
+            raise BundleError(f"{where}: expected a file, found none; export the bundle again")
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
-        except Exception as error:  # the library raises plain Exception for broken JSON
-            reason = " ".join(str(error).split())[:200]
+            content = read_regular(Path(path), max_bytes=MAX_TOKENIZER_BYTES)
+        except OSError as error:
             raise BundleError(
-                f"tokenizer {str(path)!r}: expected a tokenizer.json, got {reason}; export the bundle again"
-            ) from error
+                f"{where}: cannot be read ({error.strerror}); export the bundle again"
+            ) from None
+        tokenizer, growth = tokenizer_from(content, where=where)
+        return cls(tokenizer, growth=growth)
 
     def to_json(self) -> str:
         """Return the text of the ``tokenizer.json``, without truncation and padding."""
@@ -148,9 +162,7 @@ class Tokenizer:
         _check_unicode(text)
         text = _with_insets(text, insets, image_token=image_token, video_token=video and video[0])
         starts_with_bos = bool(bos_token) and text.startswith(bos_token)
-        ids = np.array(
-            self._tokenizer.encode(text, add_special_tokens=not starts_with_bos).ids, dtype=np.int32
-        )
+        ids = self._encode(text, add_special_tokens=not starts_with_bos)
         is_run = ids == image_token_id
         places, num_runs = np.flatnonzero(is_run), sum(len(inset.text) - 1 for inset in insets)
         if len(places) != num_runs:
@@ -177,11 +189,36 @@ class Tokenizer:
             ShapeError: If the text is not valid Unicode.
         """
         _check_unicode(text)
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> NDArray[np.int32]:
+        if (1 + len(text)) * self._growth > MAX_CHARACTERS:
+            raise BundleError(
+                f"tokenizer: expected rules that leave {len(text)} characters below {MAX_CHARACTERS}, got some that make"
+                f" them up to {self._growth} times as many; shorten the prompt"
+            )
+        with only_bundle_errors("tokenizer"):
+            ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if max(ids, default=0) > _LARGEST_ID:
+            raise BundleError(
+                f"tokenizer: expected token ids below 2^31, got {max(ids)}; export the bundle again"
+            )
+        return np.array(ids, dtype=np.int32)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of the ids without special tokens."""
-        return self._tokenizer.decode([int(token_id) for token_id in token_ids], skip_special_tokens=True)
+        """Return the text of the ids without special tokens.
+
+        Raises:
+            BundleError: If the tokenizer cannot, or makes it longer than any answer.
+        """
+        with only_bundle_errors("tokenizer"):
+            text = self._tokenizer.decode([int(token_id) for token_id in token_ids], skip_special_tokens=True)
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise BundleError(
+                f"tokenizer: expected an answer of at most {MAX_PROMPT_CHARACTERS} characters, got {len(text)};"
+                " export the bundle again"
+            )
+        return text
 
     def ends_text(self, token_id: int) -> bool:
         """Return whether no later token changes the text up to this one, apart from a character's missing bytes.

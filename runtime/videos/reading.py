@@ -25,7 +25,8 @@ import numpy as np
 from PIL import Image
 
 from trio_edge.runtime.bundle.errors import ImageError
-from trio_edge.runtime.images.reading import MAX_IMAGE_PIXELS, file_of, one_line, open_image, short_name
+from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS, is_number, is_whole
+from trio_edge.runtime.images.reading import file_of, one_line, open_image, short_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -84,6 +85,7 @@ def open_video(
     fps: float | None = None,
     num_frames: int | None = None,
     source_fps: float | None = None,
+    max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Video:
     """Return the sampled frames of a video.
 
@@ -93,15 +95,16 @@ def open_video(
         fps: Frames to take per second; without it and ``num_frames``, as the checkpoint wants it.
         num_frames: Frames to take in all.
         source_fps: Frames per second of a folder or a list.
+        max_pixels: Pixels above which a frame is refused.
 
     Raises:
         ImageError: If it is no video, is damaged, cut short, too large, or cannot be sampled like this.
     """
     for name, rate in (("fps", fps), ("source_fps", source_fps)):
-        if rate is not None and not 0 < rate < math.inf:
-            raise ImageError(f"{name}: expected frames per second above 0, got {rate}")
-    if num_frames is not None and num_frames < 1:
-        raise ImageError(f"num_frames: expected at least 1, got {num_frames}")
+        if rate is not None and not (is_number(rate) and 0 < rate < math.inf):
+            raise ImageError(f"{name}: expected frames per second above 0, got {rate!r:.80}")
+    if num_frames is not None and not (is_whole(num_frames) and num_frames >= 1):
+        raise ImageError(f"num_frames: expected at least 1, got {num_frames!r:.80}")
     if fps is not None and num_frames is not None:
         raise ImageError(f"video: expected fps or num_frames, got both ({fps} and {num_frames}); give one")
 
@@ -114,14 +117,22 @@ def open_video(
         return indices
 
     if not isinstance(source, (str, Path)):
-        if isinstance(source, (bytes, bytearray, Image.Image)):
+        if not isinstance(source, (list, tuple)):
             raise ImageError(f"video: expected a path or a list of images, got {type(source).__name__}")
-        return _from_images(list(source), chosen, source_fps, name="video")
-    if Path(source).is_dir():
-        return _from_images(_images_in(Path(source)), chosen, source_fps, name=f"video {short_name(source)}")
+        return _from_images(source, chosen, source_fps, name="video", max_pixels=max_pixels)
+    if _is_folder(source):
+        name = f"video {short_name(source)}"
+        return _from_images(_images_in(Path(source)), chosen, source_fps, name=name, max_pixels=max_pixels)
     if source_fps is not None:
         raise ImageError(f"source_fps: expected none with a video file, which has its own, got {source_fps}")
-    return _from_file(source, chosen)
+    return _from_file(source, chosen, max_pixels=max_pixels)
+
+
+def _is_folder(source: str | Path) -> bool:
+    try:
+        return Path(source).is_dir()
+    except OSError:  # a name that is too long; reading it as a file says so
+        return False
 
 
 def _from_images(
@@ -130,6 +141,7 @@ def _from_images(
     fps: float | None,
     *,
     name: str,
+    max_pixels: int,
 ) -> Video:
     if not images:
         raise ImageError(f"{name}: expected at least one image, got none")
@@ -137,7 +149,7 @@ def _from_images(
     frames: dict[int, Image.Image] = {}
     for index in indices:
         if index not in frames:
-            frames[index] = open_image(images[index])
+            frames[index] = open_image(images[index], max_pixels=max_pixels)
             _check_size(frames[index].size, frames[indices[0]].size, num_frames=len(indices), name=name)
     return Video(
         frames=tuple(frames[index] for index in indices), indices=tuple(indices), total=len(images), fps=fps
@@ -160,14 +172,16 @@ def _check_size(size: tuple[int, int], first: tuple[int, int], *, num_frames: in
             f"{name}: expected frames of one size, got {first[0]}x{first[1]} and {size[0]}x{size[1]}; scale them alike"
         )
     width, height = size
-    if width * height > MAX_IMAGE_PIXELS or num_frames * width * height > MAX_VIDEO_PIXELS:
+    if num_frames * width * height > MAX_VIDEO_PIXELS:
         raise ImageError(
             f"{name}: expected at most {MAX_VIDEO_PIXELS} pixels in all frames, got {num_frames} frames of"
             f" {width}x{height}; take fewer with fps or num_frames, or scale it down"
         )
 
 
-def _from_file(source: str | Path, chosen: Callable[[int, float | None], list[int]]) -> Video:
+def _from_file(
+    source: str | Path, chosen: Callable[[int, float | None], list[int]], *, max_pixels: int
+) -> Video:
     path, name = file_of(source, kind="video"), f"video {short_name(source)}"
     av = import_av()
     with _only_image_errors(name), _opened(av, path, name=name) as container:
@@ -178,6 +192,12 @@ def _from_file(source: str | Path, chosen: Callable[[int, float | None], list[in
         fps = float(rate) if rate and rate > 0 else None
         indices = chosen(total, fps)
         size = (stream.width, stream.height)
+        if stream.width * stream.height > max_pixels:
+            raise ImageError(
+                f"{name}: expected frames of at most {max_pixels} pixels, got {stream.width}x{stream.height}; scale it"
+                " down or raise --max-pixels"
+            )
+        stream.codec_context.options = {"max_pixels": str(max_pixels)}  # a damaged stream can change its size
         _check_size(size, size, num_frames=len(indices), name=name)
         stream.thread_type = "AUTO"
         frames = _decoded(container.decode(stream), indices, name=name)

@@ -14,7 +14,7 @@ from trio_edge.serving.requests.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from trio_edge.runtime.pipeline import Generation
+    from trio_edge.runtime.answer import Generation
     from trio_edge.serving.requests.content import Prompt
     from trio_edge.serving.requests.protocol import ChatRequest
 

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from trio_edge.runtime.answer import Generation
     from trio_edge.runtime.bundle.schedule import Stage
     from trio_edge.runtime.images.layout import ImageLayout
-    from trio_edge.runtime.pipeline import Generation
 
 
 def kept_report(answer: Generation, stages: Sequence[Stage]) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from trio_edge.serving.requests.errors import RequestError, request_error_from
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from trio_edge.runtime.answer import Generation, Statistics
     from trio_edge.runtime.bundle.manifest import Manifest
-    from trio_edge.runtime.pipeline import Generation, Pipeline, Statistics
+    from trio_edge.runtime.pipeline import Pipeline
     from trio_edge.serving.metrics import Metrics
     from trio_edge.serving.requests.protocol import ChatRequest
     from trio_edge.serving.settings import ServerSettings

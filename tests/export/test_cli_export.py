@@ -191,6 +191,38 @@ def test_missing_tensor_is_named(copy: Path, tmp_path: Path, capsys: pytest.Capt
     assert_refused(code, error, expected="language_model.layers.1.mlp.up_proj.weight")
 
 
+def test_a_missing_head_is_answered_with_the_setting_that_says_where_it_is(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(copy / "model.safetensors")
+    del tensors[next(name for name in tensors if name.endswith("lm_head.weight"))]
+    save_file(tensors, copy / "model.safetensors")
+    code, error = run(capsys, copy, "--schedule", "1:9", "--out", tmp_path / "bundle")
+    assert_refused(code, error, expected="set tie_word_embeddings in config.json to true")
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}, "a choice inside a repeat"),
+        (
+            {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "a" * 999}] * 4},
+            "added tokens longer",
+        ),
+    ],
+    ids=["pattern", "growth"],
+)
+def test_a_tokenizer_that_could_hang_or_end_the_runtime_is_refused(
+    rule: dict[str, Any], expected: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads((copy / "tokenizer.json").read_bytes())
+    (copy / "tokenizer.json").write_text(json.dumps(content | {"normalizer": rule}))
+    code, error = run(capsys, copy, "--schedule", "1:9", "--out", tmp_path / "bundle")
+    assert_refused(code, error, expected=expected)
+
+
 def test_existing_output_is_kept_without_force(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

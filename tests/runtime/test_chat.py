@@ -1,3 +1,5 @@
+import resource
+import time
 from datetime import datetime
 
 import numpy as np
@@ -6,7 +8,6 @@ import transformers
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from trio_edge.runtime.bundle.errors import BundleError, ShapeError
-from trio_edge.runtime.prompts import chat
 from trio_edge.runtime.prompts.chat import MISTRAL_TEMPLATE, VICUNA_TEMPLATE, build_messages, render_chat
 
 # llava-hf's own template of LLaVA-1.5, with the training tag that transformers adds to Jinja
@@ -128,7 +129,54 @@ def test_a_broken_or_hostile_template_is_one_error_line(template):
         "{% for i in range(9999) %}{% for j in range(9999) %}{{ 'abc' }}{% endfor %}{% endfor %}",
     ],
 )
-def test_output_and_repetition_are_bounded(template, monkeypatch):
-    monkeypatch.setattr(chat, "MAX_PROMPT_CHARACTERS", 10_000)
-    with pytest.raises(BundleError, match="expected at most 10000 characters of text, got more"):
-        render_chat([], template=template)
+def test_output_and_repetition_are_bounded(template):
+    _refuses_soon(template)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(100) }}",
+        "{% set ns = namespace(a='ab') %}{% for i in range(40) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}{{ ns.a | length }}",
+        "{% set ns = namespace(a='ab') %}{% for i in range(40) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
+        (
+            "{% set ns = namespace(a='ab') %}{% for i in range(40) %}{% set x %}{{ ns.a }}{{ ns.a }}{% endset %}"
+            "{% set ns.a = x %}{% endfor %}"
+        ),
+        "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a == ns.a }}",
+        "{% set ns = namespace(a=(1,)) %}{% for i in range(60) %}{% set ns.a = (ns.a, ns.a) %}{% endfor %}{{ {ns.a: 1} }}",
+        "{% set ns = namespace(a=1) %}{% for i in range(60) %}{% set b = namespace(x=1) %}{% set b.y = [ns, ns] %}{% endfor %}",
+        "{{ 'x'.ljust(10 ** 9) }}",
+        "{{ 'x' | center(10 ** 9) }}",
+        "{{ 'x' | indent(10 ** 9, first=true) }}",
+        "{{ ('x' * 100000).replace('', 'y' * 100000) }}",
+        "{{ ('x' * 100000).join(range(9999) | map('string')) | length }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (10 ** 9, 1) }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 10 ** 9) }}",
+        "{{ [1] | batch(10 ** 9, 0) | list }}",
+        "{{ 'x' | tojson(indent=10 ** 9) }}",
+        "{{ 'a\tb'.expandtabs(10 ** 9) }}",
+        "{% set ns = namespace(n=7) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
+        "{% set s = 'ab' * 1000000 %}{% for i in range(9999) %}{% set t = s[1:] %}{% endfor %}",
+        "{% set s = 'ab' * 1000000 %}{% for i in range(9999) %}{% if s == s ~ '' %}{% endif %}{% endfor %}",
+        "{% set s = ('ab,' * 1000000) %}{% for i in range(9999) %}{% set t = s.split(',') %}{% endfor %}",
+        "{{ range(9999) | map('list') | list }}",
+        "{{ ([[1]] * 99999) | sum(start=[]) }}",
+        "{{ ('<' * 4000000) | striptags }}",
+        "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+        "{{ lipsum(n=99999) }}",
+    ],
+)
+def test_a_template_that_would_take_hours_or_all_memory_is_one_error_line(template):
+    _refuses_soon(template)
+
+
+def _refuses_soon(template):
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(BundleError, match=r"^chat template: "):
+        render_chat([{"role": "user", "content": "hi"}], template=template)
+    assert time.monotonic() - start < 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6  # KiB

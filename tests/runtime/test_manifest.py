@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import shutil
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from trio_edge.runtime.bundle.errors import ManifestError
+from trio_edge.runtime.bundle.errors import BackendError, ManifestError
 from trio_edge.runtime.bundle.graph_io import check_tensors
 from trio_edge.runtime.bundle.manifest import json_from_manifest, manifest_from_json
 from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,7 +52,7 @@ def test_a_reduction_adds_no_weights_on_the_device(keep_all_bundle: Path, reduce
 
 
 @pytest.mark.parametrize(
-    "name", ["../../suffix", "suffix.onnx", "head", "segment_1", "suffix_1", "", "select_x"]
+    "name", ["../../suffix", "suffix.onnx", "head", "segment_1", "suffix_1", " ", "select_x"]
 )
 def test_graphs_are_called_after_their_roles(name: str, reduced_bundle: Path) -> None:
     manifest = json.loads((reduced_bundle / "trio.json").read_bytes())
@@ -63,8 +65,66 @@ def test_graphs_are_called_after_their_roles(name: str, reduced_bundle: Path) ->
 def test_a_probe_of_no_layer_is_refused_in_one_line(reduced_bundle: Path) -> None:
     manifest = json.loads((reduced_bundle / "trio.json").read_bytes())
     (select,) = (one for one in manifest["graphs"] if one["name"] == "select_1")
-    manifest["graphs"].append(select | {"name": "probe_7", "role": "probe", "first_layer": -7})
+    manifest["graphs"].append(select | {"name": "probe_7", "role": "probe", "first_layer": 7})
     opened = manifest_from_json(json.dumps(manifest).encode(), where="trio.json")
     assert opened.format_of(opened.graphs[-1]) is None
     with pytest.raises(ManifestError, match="graph 'probe_7', inputs: expected"):
         check_tensors(opened, where="trio.json")
+
+
+def _set(manifest: dict[str, Any], keys: tuple[str | int, ...], value: object) -> None:
+    *parents, last = keys
+    place: Any = manifest
+    for key in parents:
+        place = place[key]
+    place[last] = value
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("text_buckets",), [32, 10**9]),
+        (("text_buckets",), [-5, 64]),
+        (("max_new_tokens",), 10**12),
+        (("max_new_tokens",), 10**30),
+        (("visual_sizes",), [10**9]),
+        (("token_keep",), 10**9),
+        (("max_images",), 10**9),
+        (("dimensions", "hidden_size"), 10**9),
+        (("dimensions", "num_kv_heads"), 0),
+        (("schedule", "stages", 0, "keep"), 10**9),
+        (("graphs", 0, "profiles", 0, "sizes", "N"), 10**12),
+        (("graphs", 0, "profiles", 0, "sizes", "N"), -1),
+        (("graphs", 1, "profiles", 0, "sizes", "S"), 10**12),
+        (("graphs", 0, "inputs", 0, "shape"), ["B", 3, 10**9, 10**9]),
+        (("graphs", 0, "name"), "vision2"),
+        (("graphs", 0, "weight_bytes"), -1),
+        (("token_embedding", "shape"), [1, 1]),
+        (("token_embedding", "offset"), -1),
+        (("token_embedding", "offset"), 10**12),
+        (("model_bytes",), 0),
+        (("cost", "reduced_kv_bytes"), 0),
+        (("files", 0, "sha256"), "0"),
+        (("files", 0, "path"), "trio.json"),
+    ],
+)
+def test_sizes_that_no_bundle_has_are_refused_in_one_line(
+    keys: tuple[str | int, ...], value: object, reduced_bundle: Path
+) -> None:
+    manifest = json.loads((reduced_bundle / "trio.json").read_bytes())
+    _set(manifest, keys, value)
+    with pytest.raises(ManifestError) as caught:
+        check_tensors(manifest_from_json(json.dumps(manifest).encode(), where="trio.json"), where="trio.json")
+    assert "\n" not in str(caught.value)
+    assert "export the bundle again" in str(caught.value)
+
+
+def test_sizes_that_the_machine_has_no_memory_for_are_refused_before_anything_is_allocated(
+    reduced_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(reduced_bundle, tmp_path / "bundle")
+    manifest = json.loads((bundle / "trio.json").read_bytes())
+    manifest["graphs"][0]["profiles"][0]["sizes"]["B"] = 1 << 25
+    (bundle / "trio.json").write_text(json.dumps(manifest))
+    with pytest.raises(BackendError, match=r"CPU memory: expected .* GB in all .*, got|memory: expected"):
+        Pipeline.from_bundle(bundle, backend="onnxruntime")

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from trio_edge.runtime.pipeline import Generation, Pipeline
+    from trio_edge.runtime.answer import Generation
+    from trio_edge.runtime.pipeline import Pipeline
     from trio_edge.serving.answers.worker import Worker
     from trio_edge.serving.requests.media import MediaReader
     from trio_edge.serving.settings import ServerSettings

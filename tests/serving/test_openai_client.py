@@ -13,7 +13,8 @@ from tests.serving.server import image_url, question
 
 if TYPE_CHECKING:
     from tests.serving.server import RunningServer
-    from trio_edge.runtime.pipeline import Generation, Pipeline
+    from trio_edge.runtime.answer import Generation
+    from trio_edge.runtime.pipeline import Pipeline
 
 PICTURE = random_picture(48, 48)
 ASKED = question("w1 w2", image_url(PICTURE))

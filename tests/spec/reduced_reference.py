@@ -28,14 +28,17 @@ def causal_layer(model: Any, index: int, hidden: torch.Tensor, positions: torch.
 
 
 def autograd_saliency(
-    model: Any, layer: int, hidden: torch.Tensor, positions: torch.Tensor, *, offset: int
+    model: Any, layer: int, hidden: torch.Tensor, positions: torch.Tensor, *, schedule: Schedule, after: int
 ) -> Any:
-    """Return the gradient norm of every row: the whole layer and head over all rows, by autograd."""
+    """Return the gradient norm of every row: the whole layer and head over all rows, by autograd.
+
+    Probe rows before row ``after``, where the text after the image starts, are replaced by it.
+    """
     leaf = hidden.detach().requires_grad_(True)
     out = causal_layer(model, layer, leaf, positions)
     logits = model.lm_head(model.get_decoder().norm(out))[0]
-    last = logits.shape[0] - offset
-    rows = logits[last - 3 : last + 1]
+    last = logits.shape[0] - schedule.last_probe_offset
+    rows = logits[torch.arange(last - schedule.num_probe_rows + 1, last + 1).clamp(min=after)]
     torch.nn.functional.cross_entropy(rows, rows.argmax(-1)).backward()
     assert leaf.grad is not None
     return leaf.grad[0].norm(dim=-1)
@@ -68,7 +71,8 @@ def reduced_logits(
     stages = {stage.layer: stage.keep for stage in schedule.stages}
     for layer in range(len(model.get_decoder().layers)):
         if layer in stages:
-            saliency = autograd_saliency(model, layer, hidden, positions, offset=schedule.last_probe_offset)
+            after = hidden.shape[1] - (embeds.shape[1] - 1 - visual[-1])
+            saliency = autograd_saliency(model, layer, hidden, positions, schedule=schedule, after=after)
             scores, features = saliency[here].numpy(), hidden[0, here].detach().numpy()
             kept = greedy_nms(features, scores, num_keep=min(stages[layer], len(original)), threshold=0.8)
             rows = sorted({*range(hidden.shape[1])} - {*here} | {*here[kept]})

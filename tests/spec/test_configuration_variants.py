@@ -203,6 +203,31 @@ def test_every_stop_token_of_the_generation_config_ends_the_answer(
     assert stopped == tokens[: tokens.index(tokens[3]) + 1]
 
 
+@pytest.mark.parametrize(
+    ("generation", "top", "text"),
+    [
+        (None, None, 7),
+        (None, 9, 7),
+        ({}, 9, 7),
+        ({"eos_token_id": None}, 9, 7),
+        ({"eos_token_id": [3, 4]}, 9, 7),
+    ],
+)
+def test_what_ends_an_answer_is_what_ends_hugging_faces(
+    generation: dict[str, Any] | None, top: int | None, text: int, old_checkpoint: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(old_checkpoint, tmp_path / "ck")
+    config = json.loads((copy / "config.json").read_text())
+    config["eos_token_id"], config["text_config"]["eos_token_id"] = top, text
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (copy / "generation_config.json").write_text(json.dumps(generation))
+    expected = Original.load(copy).model.generation_config.eos_token_id
+    stops = read_text_files(read_checkpoint(str(copy)), default_template="").spec.stop_token_ids
+    assert list(stops) == ([] if expected is None else expected if isinstance(expected, list) else [expected])
+
+
 def test_tokenizer_with_more_tokens_than_the_embedding_table_is_refused(
     old_checkpoint: Path, tmp_path: Path
 ) -> None:

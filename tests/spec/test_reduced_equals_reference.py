@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
+import pytest
 import torch
 
 from tests.bundles import export
@@ -30,18 +32,24 @@ def test_preserved_positions_and_answer_rows_equal_plain_torch(tmp_path: Path) -
     assert_equals_plain_torch(checkpoint, export(checkpoint, schedule=PRESERVED_ANSWER_ROWS))
 
 
-def assert_equals_plain_torch(checkpoint: Path, bundle: Path) -> None:
+@pytest.mark.parametrize("prompt", ["w1", "w1 w2 w3 w4 w5 w6"])
+def test_probe_rows_that_would_lie_in_the_image_are_the_first_one_after_it(
+    prompt: str, checkpoint: Path
+) -> None:
+    schedule = msgspec.structs.replace(PRESERVED_ANSWER_ROWS, num_probe_rows=12)
+    assert_equals_plain_torch(checkpoint, export(checkpoint, schedule=schedule), prompt=prompt)
+
+
+def assert_equals_plain_torch(checkpoint: Path, bundle: Path, *, prompt: str = "w1 w2 w3 w4 w5 w6") -> None:
     original = Original.load(checkpoint)
     with Pipeline.from_bundle(bundle) as pipeline:
         schedule = pipeline.manifest.schedule
         for size in ((48, 48), (70, 30), (24, 90)):
             picture = random_picture(*size, seed=size[0])
-            answer = pipeline.generate(picture, "w1 w2 w3 w4 w5 w6", max_new_tokens=1)
+            answer = pipeline.generate(picture, prompt, max_new_tokens=1)
             _ = answer.text
             pixels = pipeline.images.prepare(picture)["pixel_values"]
-            inputs = original.processor(
-                images=picture, text=original.render("w1 w2 w3 w4 w5 w6"), return_tensors="pt"
-            )
+            inputs = original.processor(images=picture, text=original.render(prompt), return_tensors="pt")
             with torch.no_grad():
                 features = original.model.get_image_features(
                     torch.from_numpy(pixels)[None], image_sizes=inputs["image_sizes"]

@@ -48,7 +48,8 @@ def _scores(
 def _reference(
     decoder: Decoder, hidden: Tensor, tables: tuple[Tensor, Tensor], *, rows: int = 4, offset: int = 2
 ) -> Tensor:
-    probe = list(range(LENGTH - offset - rows + 1, LENGTH - offset + 1))
+    after = START + NUM_VISUAL
+    probe = [max(row, after) for row in range(LENGTH - offset - rows + 1, LENGTH - offset + 1)]
     scores = autograd_saliency(decoder.layer, decoder.final_norm, decoder.lm_head, hidden, *tables, probe)
     return scores[START : START + NUM_VISUAL]
 
@@ -252,3 +253,9 @@ def test_shapes_are_checked() -> None:
     """Guards jaxtyping's import hook: without it a wrong rank gives some plausible tensor."""
     with pytest.raises(Exception, match=r"value_weight"):
         key_value_gram(torch.ones(4, 8), torch.ones(6, 8), torch.ones(8))
+
+
+def test_probe_rows_that_would_lie_in_the_image_are_the_first_one_after_it() -> None:
+    decoder, hidden, tables = random_decoder("llama"), _hidden(), rotary_tables(torch.arange(LENGTH))
+    scores = _scores(decoder, hidden, tables, num_probe_rows=20)  # 13 rows come after the image
+    torch.testing.assert_close(scores, _reference(decoder, hidden, tables, rows=20), **SALIENCY_FLOAT64)

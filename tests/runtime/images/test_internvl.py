@@ -201,7 +201,7 @@ def test_a_loaded_processor_gives_the_same_constants_as_its_file(name: str) -> N
         ({"size": {"height": 4, "width": 5}}, "size: expected a square 'height' and 'width', got"),
         ({"do_resize": False}, "do_resize: expected true, got false"),
         ({"do_convert_rgb": False}, "do_convert_rgb: expected true, got false"),
-        ({"resample": 0}, "expected values that trio-edge can follow"),
+        ({"resample": 0}, "preprocessor_config resample: expected one of"),
         ({"max_patches": 0}, r"Expected `int` >= 1 - at `\$.max_tiles`"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

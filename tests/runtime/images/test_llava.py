@@ -262,7 +262,7 @@ def test_values_that_break_a_rule_are_refused(change, message):
     [
         ({"image_processor_type": "SiglipImageProcessor"}, "got 'SiglipImageProcessor'"),
         ({"size": {"height": 336, "width": 224}}, "size: expected a square or a shortest edge"),
-        ({"resample": 0}, "expected values that trio-edge can follow"),
+        ({"resample": 0}, "preprocessor_config resample: expected one of"),
         ({"do_convert_rgb": False}, "do_convert_rgb: expected true, got false"),
     ],
 )

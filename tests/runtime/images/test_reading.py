@@ -11,7 +11,8 @@ from transformers.image_utils import load_image
 
 from tests.hugging_face import lays_over_white
 from trio_edge.runtime.bundle.errors import ImageError
-from trio_edge.runtime.images.reading import MAX_IMAGE_PIXELS, open_image
+from trio_edge.runtime.bundle.limits import MAX_IMAGE_PIXELS
+from trio_edge.runtime.images.reading import open_image
 
 
 def _noise(*shape: int, dtype: type = np.uint8) -> np.ndarray:
@@ -179,7 +180,34 @@ def test_a_file_cut_short_is_refused(file_format):
 
 def test_a_large_picture_below_the_limit_passes_pillows_size_warning():
     with pytest.raises(ImageError, match="expected a whole image"):  # not a DecompressionBombWarning
-        open_image(_png(12_000, 9_000))
+        open_image(_png(8_000, 8_000))
+
+
+def test_the_limit_can_be_raised_and_lowered():
+    with pytest.raises(ImageError, match="expected a whole image"):
+        open_image(_png(20_000, 20_000), max_pixels=400_000_000)
+    with pytest.raises(
+        ImageError, match=r"expected at most 99 pixels, got more; scale it down or raise --max-pixels"
+    ):
+        open_image(_png(10, 10), max_pixels=99)
+    with pytest.raises(ImageError, match=r"expected at most 99 pixels, got 10x10"):
+        open_image(Image.new("RGB", (10, 10)), max_pixels=99)
+
+
+def test_a_file_of_gigabytes_is_not_read(tmp_path):
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(
+        ImageError, match=r"huge.png': expected at most \d+ bytes for 67108864 pixels, got 1099511627776"
+    ):
+        open_image(tmp_path / "huge.png")
+
+
+def test_an_icon_with_a_larger_image_inside_is_refused():
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, format="ICO", sizes=[(64, 64)])
+    with pytest.raises(ImageError, match="expected at most"):
+        open_image(buffer.getvalue(), max_pixels=1000)
 
 
 @pytest.mark.parametrize(

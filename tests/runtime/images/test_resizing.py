@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from trio_edge.runtime.bundle.errors import ImageError
 from trio_edge.runtime.images import resizing as image_resize
 from trio_edge.runtime.images.resizing import resize
 
@@ -61,3 +62,18 @@ def test_the_faster_way_for_large_pictures_is_within_one_level(crop, resample, m
     monkeypatch.setattr(image_resize, "MAX_EXACT_PIXELS", 0)
     fast = resize(picture, (60, 80), resample=resample, crop=crop)
     np.testing.assert_allclose(fast.astype(int), exact.astype(int), atol=1)
+
+
+@pytest.mark.parametrize("size", [(1, 1_000_000), (1_000_000, 1), (2, 1_000_000), (1, 20_000_000)])
+def test_an_image_so_narrow_that_it_would_take_gigabytes_is_refused(size):
+    width, height = size
+    scaled = (336 * height, 336) if height > width else (336, 336 * width)
+    with pytest.raises(ImageError, match=f"got {width}x{height}; cut the image so that it is less narrow"):
+        resize(Image.new("RGB", size), scaled, resample="bicubic", crop=(0, 0, 336, 336))
+
+
+def test_a_narrow_image_is_resized_in_parts_as_at_once(monkeypatch):
+    picture = _picture(7, 5000)
+    whole = resize(picture, (90, 300), resample="bicubic")
+    monkeypatch.setattr(image_resize, "_MOST_SUMS", 4096)
+    np.testing.assert_array_equal(resize(picture, (90, 300), resample="bicubic"), whole)

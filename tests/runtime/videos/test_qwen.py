@@ -230,7 +230,7 @@ def test_a_checkpoint_without_a_file_for_videos_takes_the_images_constants() -> 
         ("Qwen3-VL", {"size": {"shortest_edge": 5}}, "size: expected areas"),
         ("Qwen2.5-VL", {"min_pixels": 1_000_000}, "min_pixels: expected <= max_pixels 602112, got 1000000"),
         ("Qwen3-VL", {"max_frames": 3}, "min_frames: expected <= max_frames 3, got 4"),
-        ("Qwen3-VL", {"resample": 4}, "video_preprocessor_config: expected values that trio-edge can follow"),
+        ("Qwen3-VL", {"resample": 4}, "preprocessor_config resample: expected one of"),
         ("Qwen3-VL", {"fps": -1}, "video_preprocessor_config: expected values that trio-edge can follow"),
         ("Qwen3-VL", {"image_mean": 0.5}, "video_preprocessor_config: expected values that trio-edge can follow"),
     ],

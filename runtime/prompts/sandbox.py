@@ -1,0 +1,370 @@
+"""Where chat templates run: Hugging Face's Jinja sandbox, with a bound on what a template may compute and build.
+
+Jinja's own sandbox keeps a template away from the interpreter, but nested loops run for hours and doubled strings fill the
+machine. Here everything that takes time or memory is paid from a budget: loops by their length, and operators, filters, tests,
+calls and literals by the sizes of what they read and return. What could outgrow its arguments is estimated before it runs. No
+clock is read, so the same template is refused everywhere or nowhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import operator
+import re
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
+
+import jinja2
+import jinja2.nodes
+import jinja2.runtime
+import jinja2.utils
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from jinja2.parser import Parser
+
+MAX_PROMPT_CHARACTERS = 4_000_000
+"""Longest text that a template may produce, and largest value that it may build: characters, or elements with theirs."""
+# The unit is about a nanosecond of a slow processor, but for characters, which take memory too.
+_BUDGET = 1_000_000_000
+_CHARACTER, _ELEMENT, _STEP, _CALL = 20, 100, 300, 5000
+"""Prices of a character or an element that is read or built, of a step of a loop, and of everything that is called."""
+_MOST_BITS = 100_000  # of a whole number
+# They match patterns or build numbers in time that grows faster than their input, and no chat needs them.
+_LEFT_OUT = ("urlize", "striptags", "wordwrap", "xmlattr", "pprint", "random", "wordcount", "filesizeformat")
+_LONG_WIDTH = re.compile(r"\d{5,}|\*")
+_GROWING = frozenset({
+    "replace", "join", "translate", "format", "format_map", "ljust", "rjust", "center", "zfill", "expandtabs", "indent",
+    "tojson", "batch", "slice",
+})  # fmt: skip
+"""Methods of strings, and filters, whose result can be larger than all that they are given."""
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+    "//": operator.floordiv,
+    "%": operator.mod,
+    "**": operator.pow,
+}
+
+
+class TemplateRefusal(jinja2.TemplateError):
+    """The template called ``raise_exception``."""
+
+
+class TooMuchError(Exception):
+    """A template computes or builds more than it may."""
+
+
+@final
+class _Budget:
+    """What a rendering may still read and build."""
+
+    def __init__(self) -> None:
+        self._left = _BUDGET
+
+    def pay(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise TooMuchError
+
+    def weighed(self, value: Any) -> Any:
+        """Return ``value`` after paying for its size."""
+        self.pay(_weight(value).price)
+        return value
+
+    def pay_for_call(self, args: Iterable[Any], *, can_grow: bool) -> None:
+        """Pay for the arguments. The result of what can grow has at most the product of the two largest."""
+        weights = [_weight(arg) for arg in args]
+        self.pay(_CALL + sum(weight.price for weight in weights))
+        if can_grow:
+            numbers = [abs(arg) for arg in args if isinstance(arg, int)]
+            second, first = sorted([0, 0, *map(sum, weights), *numbers])[-2:]
+            if (first + 1) * (second + 1) > 16 * MAX_PROMPT_CHARACTERS:
+                raise TooMuchError
+
+
+_budget: ContextVar[_Budget] = ContextVar("budget of the template that is rendered")
+
+
+@contextmanager
+def budget() -> Iterator[None]:
+    """Give what compiles or renders a template in the block its budget."""
+    token = _budget.set(_Budget())
+    try:
+        yield
+    finally:
+        _budget.reset(token)
+
+
+class _Weight(NamedTuple):
+    """Size of a value, its elements included, each as often as it is there."""
+
+    characters: int
+    elements: int
+
+    @property
+    def price(self) -> int:
+        return _CHARACTER * self.characters + _ELEMENT * self.elements
+
+
+def _weight(value: Any) -> _Weight:
+    """Return the size of a value.
+
+    Raises:
+        TooMuchError: If it is larger than a prompt may be.
+        TypeError: If it holds a namespace.
+    """
+    characters, elements, values = 0, 0, [value]
+    while values:
+        item = values.pop()
+        if isinstance(item, (str, bytes)):
+            characters += len(item)
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            elements += len(item)
+            values.extend(item)
+        elif isinstance(item, dict):
+            elements += 2 * len(item)
+            values.extend(item)
+            values.extend(item.values())
+        elif isinstance(item, int) and item.bit_length() > _MOST_BITS:
+            raise TooMuchError
+        elif isinstance(item, _Namespace) and item is not value:
+            # Its values change later, and so would the size of everything that holds it.
+            raise TypeError("expected a namespace by itself, got one inside another value")
+        if characters + elements > MAX_PROMPT_CHARACTERS:
+            raise TooMuchError
+    return _Weight(characters, elements)
+
+
+@final
+class Sandbox(ImmutableSandboxedEnvironment):
+    """The environment of ``apply_chat_template``, in which everything is paid for."""
+
+    intercepted_binops = frozenset(_OPERATORS)
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
+        self.filters["tojson"] = _tojson
+        for name in _LEFT_OUT:
+            del self.filters[name]
+        self.filters = {name: _paid(function, name=name) for name, function in self.filters.items()}
+        self.tests = {name: _paid(cast("Any", test), name=name) for name, test in self.tests.items()}
+        self.filters |= {
+            "counted ": _counted,
+            "joined ": _joined,
+            "read ": _read,
+        }  # no template can name them
+        del self.globals["lipsum"]
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
+        # Jinja's own two give templates a way to attributes of Python classes.
+        self.globals["dict"] = _Dict()
+        self.globals["namespace"] = _Namespace
+
+    def concat(self, parts: Iterable[str]) -> str:
+        """Join the text of a macro, a block or a ``set`` block."""
+        pieces = list(parts)
+        _budget.get().pay(_CHARACTER * sum(map(len, pieces)))
+        return str(_read("".join(pieces)))
+
+    def call_binop(self, context: jinja2.runtime.Context, operator_name: str, left: Any, right: Any) -> Any:
+        """Compute an operator; ``*``, ``**`` and ``%`` can give more than they are given."""
+        spent = _budget.get()
+        is_power = operator_name == "**" and isinstance(left, int) and isinstance(right, int)
+        if is_power and left.bit_length() * right > _MOST_BITS:
+            raise TooMuchError
+        if operator_name == "%":
+            _check_widths(left)
+        spent.pay_for_call(
+            (left, right), can_grow=operator_name in ("*", "%") and not _are_numbers(left, right)
+        )
+        return spent.weighed(_OPERATORS[operator_name](left, right))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """Look something up; hashing a tuple takes as long as reading it."""
+        if not isinstance(argument, (str, int)):
+            _read(argument)
+        return super().getitem(obj, argument)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  # jinja2's own names
+        """Call a function, a macro or a method."""
+        method = getattr(__obj, "__wrapped__", __obj)
+        receiver = getattr(method, "__self__", None)
+        is_text = isinstance(receiver, str)
+        if is_text and method.__name__ in ("format", "format_map"):
+            _check_widths(receiver)
+        given = ([receiver] if is_text else []) + [*args, *kwargs.values()]
+        can_grow = is_text and method.__name__ in _GROWING
+        _budget.get().pay_for_call(given, can_grow=can_grow)
+        return _budget.get().weighed(super().call(__context, __obj, *args, **kwargs))
+
+    def _generate(self, source: jinja2.nodes.Template, *args: Any, **kwargs: Any) -> str:
+        return super()._generate(_Payments().visit(source), *args, **kwargs)
+
+
+class _Payments(NodeTransformer):
+    """Puts filters that pay into a template: round what loops run over, what is compared, literals, slices and ``~``."""
+
+    def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:  # noqa: N802
+        if node.recursive:
+            raise jinja2.TemplateSyntaxError("recursive loops are not supported", node.lineno)
+        self.generic_visit(node)
+        node.iter = _filtered(node.iter, "counted ")
+        return node
+
+    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        return _filtered(jinja2.nodes.List(node.nodes, lineno=node.lineno), "joined ")
+
+    def visit_Compare(self, node: jinja2.nodes.Compare) -> jinja2.nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        node.expr = _filtered(node.expr, "read ")
+        for operand in node.ops:
+            operand.expr = _filtered(operand.expr, "read ")
+        return node
+
+    def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        is_slice = isinstance(node.arg, jinja2.nodes.Slice) and node.ctx == "load"
+        return _filtered(node, "read ") if is_slice else node
+
+    def visit_List(self, node: jinja2.nodes.List) -> jinja2.nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        return _filtered(node, "read ")
+
+    def visit_Dict(self, node: jinja2.nodes.Dict) -> jinja2.nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        return _filtered(node, "read ")
+
+    def visit_Tuple(self, node: jinja2.nodes.Tuple) -> jinja2.nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        return _filtered(node, "read ") if node.ctx == "load" else node
+
+
+def _filtered(node: Any, name: str) -> jinja2.nodes.Filter:
+    return jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+def _counted(values: Any) -> Any:
+    """Return what a loop runs over, paid for."""
+    spent = _budget.get()
+    if hasattr(values, "__len__"):
+        spent.pay(_STEP * (1 + len(values)))
+        return values
+
+    def paid() -> Iterator[Any]:
+        for value in values:
+            spent.pay(_STEP)
+            yield value
+
+    return paid()
+
+
+def _joined(values: list[Any]) -> str:
+    _read(values)
+    return str(_read("".join(map(str, values))))
+
+
+def _read(value: Any) -> Any:
+    return _budget.get().weighed(value)
+
+
+def _paid(function: Callable[..., Any], *, name: str) -> Callable[..., Any]:
+    """Return a filter or test whose arguments and result are paid for."""
+    num_own = 1 if hasattr(function, "jinja_pass_arg") else 0  # Jinja gives it its environment first
+
+    @functools.wraps(function)  # which keeps that mark
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = [*args[num_own:], *kwargs.values()]
+        if name == "sum" and not all(isinstance(arg, (int, float, str, type(None))) for arg in given[1:]):
+            raise TypeError("sum: expected a number to start from")
+        if name == "format":
+            _check_widths(given[0])
+        if name in _GROWING and not hasattr(given[0], "__len__"):
+            given[0] = list(given[0])  # else nobody knows how much there will be
+            args = (*args[:num_own], given[0], *args[num_own + 1 :])
+        _budget.get().pay_for_call(given, can_grow=name in _GROWING)
+        return _read(function(*args, **kwargs))
+
+    return run
+
+
+def _check_widths(template: Any) -> None:
+    """Raise TooMuchError if a format asks for a number of thousands of digits, or for a width that it does not say."""
+    if isinstance(template, str) and _LONG_WIDTH.search(template):
+        raise TooMuchError
+
+
+def _are_numbers(*values: Any) -> bool:
+    return all(isinstance(value, (int, float)) for value in values)
+
+
+class _GenerationTag(Extension):
+    """``{% generation %}…{% endgeneration %}``, which marks answers in training, renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012  # jinja2's own declaration
+
+    def parse(self, parser: Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Jinja's namespace without underscore names, which reach into the interpreter."""
+
+    def __init__(*args: Any, **values: Any) -> None:  # jinja2's own signature: "self" may be a name
+        self, *rest = args
+        attributes = dict(*rest, **values)
+        for name, value in attributes.items():
+            _check_attribute(name, value)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name, value)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: object, value: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} starts with an underscore")
+    _read([value])
+
+
+class _Dict:
+    """``dict`` for templates, without the class's other attributes."""
+
+    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
+        return dict(*args, **values)
+
+    def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON; Jinja's own filter escapes for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: object) -> None:
+    raise TemplateRefusal(str(message))
