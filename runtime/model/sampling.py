@@ -228,7 +228,7 @@ def with_overrides(settings: GenerationSettings, overrides: Mapping[str, object]
     for name, value in given.items():
         try:
             msgspec.convert({name: value}, type(settings))
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, UnicodeError) as error:  # the second for lone surrogates
             raise ShapeError(f"{name}: expected a setting in range, got {value!r} ({error})") from None
     return msgspec.structs.replace(settings, **given)
 

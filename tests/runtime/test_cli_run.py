@@ -65,9 +65,9 @@ def test_an_image_that_is_drawn_is_read_once(
 ) -> None:
     read: list[object] = []
 
-    def open_image(source: Path) -> Image.Image:
+    def open_image(source: Path, **settings: Any) -> Image.Image:
         read.append(source)
-        return original(source)
+        return original(source, **settings)
 
     original = reading.open_image
     for module in (reading, pipeline_module):
@@ -75,6 +75,15 @@ def test_an_image_that_is_drawn_is_read_once(
     arguments = [str(reduced_bundle), "--image", str(picture), "--prompt", "w1"]
     assert cli_run.main([*arguments, "--show-kept", str(tmp_path / "kept.png")]) == 0
     assert read == [picture]
+
+
+def test_answers_that_a_terminal_may_not_show_are_escaped_there_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = "a\x1b[31m\u202eb\n\t"
+    assert cli_run._shown(text) == text
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert cli_run._shown(text) == "a\\x1b[31m\\u202eb\n\t"
 
 
 def test_compare_full_prints_both_answers_and_ratios(

@@ -315,7 +315,7 @@ def test_a_loaded_processor_gives_the_same_constants_as_its_keywords(name: str) 
         ({"image_processor_type": "CLIPImageProcessor"}, "got 'CLIPImageProcessor'"),
         ({"do_resize": False}, "do_resize: expected true, got false"),
         ({"do_convert_rgb": False}, "do_convert_rgb: expected true, got false"),
-        ({"resample": 0}, "expected values that trio-edge can follow"),
+        ({"resample": 0}, "preprocessor_config resample: expected one of"),
         ({"size": {"height": 4, "width": 4}}, "size: expected areas 'shortest_edge' and 'longest_edge'"),
         ({"patch_size": [14, 14]}, r"Expected `int`, got `array` - at `\$.patch_size`"),
     ],

@@ -269,7 +269,7 @@ def test_a_loaded_processor_gives_the_same_constants_as_its_file(name: str) -> N
         ({"max_image_size": {"longest_edge": "x"}}, "expected values that trio-edge can follow"),
         ({"do_resize": False}, "do_resize: expected true, got false"),
         ({"do_convert_rgb": False}, "do_convert_rgb: expected true, got false"),
-        ({"resample": 0}, "expected values that trio-edge can follow"),
+        ({"resample": 0}, "preprocessor_config resample: expected one of"),
         ({"do_image_splitting": "yes"}, r"Expected `bool`, got `str` - at `\$.do_image_splitting`"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

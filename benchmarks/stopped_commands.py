@@ -1,0 +1,151 @@
+"""Stop trio-export, trio-build, trio-eval and trio-calibrate at random moments, and print what was left behind.
+
+python benchmarks/stopped_commands.py WORK_FOLDER --moments 200 --seconds 3600
+
+Each command runs over a good result of its own, with --force where it has one. It is stopped by SIGKILL, by SIGTERM or by a disk
+that is full (a limit on the size of files). After each stop the old result must still be whole, or the new one must be; after the
+next whole run nothing may be left over.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from parts.arguments import errors_in_one_line, parser_for, positive
+from parts.tables import markdown
+
+from trio_edge.runtime.bundle.errors import TrioEdgeError
+from trio_edge.runtime.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
+
+_STOPS = ("SIGKILL", "SIGTERM", "full disk")
+_BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """A command, and whether what it leaves is whole."""
+
+    name: str
+    arguments: Sequence[str]
+    is_whole: Callable[[], bool]
+    folder: Path
+    """Where it writes; nothing else may stay there."""
+    expected: frozenset[str]
+    """Names in ``folder`` after a whole run."""
+    share: int
+
+
+def main() -> None:
+    parser = parser_for(__doc__)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--moments", type=positive, default=200)
+    parser.add_argument("--seconds", type=positive, default=3600, help="stop after so many, with what was done")
+    parser.add_argument("--seed", type=positive, default=1)
+    options = parser.parse_args()
+    with errors_in_one_line(parser):
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    options.work.mkdir(parents=True, exist_ok=True)
+    commands, rng, end = _commands(options.work), random.Random(options.seed), time.monotonic() + options.seconds
+    seconds = {command.name: _whole_run(command) for command in commands}
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for _ in range(options.moments):
+        if time.monotonic() > end:
+            break
+        (command,) = rng.choices(commands, [command.share for command in commands])
+        stop = rng.choice(_STOPS)
+        ended = _stopped(command, stop, rng, seconds[command.name])
+        outcome = "whole" if command.is_whole() else "BROKEN"
+        counts[command.name, stop, f"{ended}, {outcome}"] += 1
+        if rng.random() < 0.1:
+            _whole_run(command)
+            names = {path.name for path in command.folder.iterdir()}
+            counts[command.name, "then a whole run", "clean" if names == command.expected else "LEFTOVERS"] += 1
+    rows = [(*key, str(count)) for key, count in sorted(counts.items())]
+    print(markdown(("command", "stopped by", "ended, and what is there", "times"), rows))
+
+
+def _commands(work: Path) -> list[_Command]:
+    bundle, built = work / "exported" / "bundle", work / "built" / "bundle"
+    answered, calibrated = work / "answered", work / "calibrated"
+    for folder in (bundle.parent, answered, calibrated):
+        folder.mkdir(exist_ok=True)
+    tiny = ["tiny", "--dtype", "float32", "--max-text", "64", "--max-new-tokens", "16"]
+    _call("trio-export", [*tiny, "--out", str(bundle), "--force"])
+    if not built.exists():
+        shutil.copytree(bundle, built)
+    evaluate = [str(built), "--count", "24", "--work", str(answered / "work"), "--json", str(answered / "report.json")]
+    search = ["tiny", "--samples", "shapes", "--count", "6", "--target", "jetson-orin-nano-8", "--evaluations", "2"]
+    target = str(calibrated / "result")
+    return [
+        _Command("trio-export", [*tiny, "--out", str(bundle), "--force"], lambda: _answers(bundle), bundle.parent,
+                 frozenset({"bundle"}), 2),
+        _Command("trio-build", [str(built), "--backend", "onnxruntime", "--force"], lambda: _answers(built), built / "engines",
+                 frozenset({"onnxruntime-cpu"}), 10),
+        _Command("trio-eval", [*evaluate], lambda: _answers(built), answered, frozenset({"work", "report.json"}), 6),
+        _Command("trio-calibrate", [*search, "--no-export", "--out", target, "--force"], lambda: _answers(built), calibrated,
+                 frozenset({"result"}), 1),
+    ]  # fmt: skip
+
+
+def _answers(bundle: Path) -> bool:
+    try:
+        with Pipeline.from_bundle(bundle, backend="onnxruntime", threads=1) as pipeline:
+            return bool(pipeline.generate(None, "what is this?", max_new_tokens=2).text)
+    except TrioEdgeError as error:
+        print(error)
+        return False
+
+
+def _whole_run(command: _Command) -> float:
+    start = time.monotonic()
+    _call(command.name, command.arguments)
+    return time.monotonic() - start
+
+
+def _call(name: str, arguments: Sequence[str]) -> None:
+    result = subprocess.run([_BIN / name, *arguments], capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise SystemExit(f"{name} {' '.join(arguments)}: {result.stderr[-500:]}")
+
+
+def _stopped(command: _Command, stop: str, rng: random.Random, seconds: float) -> str:
+    """Run a command, stop it, and return how it ended."""
+    limit = None
+    if stop == "full disk":
+        size = rng.choice((0, 100, 10_000, 1_000_000, 10_000_000))
+
+        def limit() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    process = subprocess.Popen(
+        [_BIN / command.name, *command.arguments], preexec_fn=limit, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    if stop != "full disk":
+        time.sleep(rng.uniform(0, seconds))
+        process.send_signal(signal.Signals[stop])
+    _, errors = process.communicate()
+    if b"Traceback" in errors:
+        print(command.name, stop, errors.decode()[-1500:])
+        return "TRACEBACK"
+    return {0: "done", 2: "one line", 130: "interrupted", 1: "code 1"}.get(process.returncode, f"code {process.returncode}")
+
+
+if __name__ == "__main__":
+    main()
