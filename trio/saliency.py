@@ -207,7 +207,7 @@ class ProxySaliency(nn.Module):
         first = length.to(torch.int64).reshape(1) - self.last_probe_offset
         probe_R = first + torch.arange(1 - self.num_probe_rows, 1, device=hidden_SD.device)
         visible_N = torch.arange(visual_rows_N.shape[0], device=hidden_SD.device) < num_visual.reshape(1)
-        first_after = torch.where(visible_N, visual_rows_N.to(torch.int64), -1).amax() + 1
+        first_after = torch.where(visible_N, visual_rows_N.to(torch.int64), -1).amax(0) + 1
         probe_R = torch.maximum(probe_R, first_after)
         state = self.attend(hidden_SD, cos_SE, sin_SE, visual_rows_N, probe_R, length)
         gradient_RD = self.head(state.output_RD)

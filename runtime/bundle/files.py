@@ -268,6 +268,8 @@ def write_output(option: str, path: Path, content: bytes) -> None:
 def _data_errors(option: str, path: Path) -> Iterator[None]:
     try:
         yield
+    except DataError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself; a null byte in the name
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{option} {path}: cannot be written ({reason}); choose another folder") from None

@@ -365,7 +365,7 @@ class Manifest(_Spec, frozen=True):
         ):
             raise ManifestError(
                 "token_embedding: expected float32 or float16 rows, or int8 rows with scales, got"
-                f" {table.dtype} {'without' if scales is None else 'with'} scales; export the bundle again"
+                f" {table.dtype} {'without' if scales is None else 'with'} scales"
             )
         shape = self.dimensions.vocab_size, self.dimensions.hidden_size
         self._check_stored("token_embedding", table, shape)

@@ -213,7 +213,7 @@ def test_a_bundle_in_fp8_answers(bundle: Bundle) -> None:
         (
             ("token_embedding", "dtype"),
             "float8_e4m3fn",
-            "expected float32, float16 or int8, got float8_e4m3fn",
+            "expected float32 or float16 rows, or int8 rows with scales, got float8_e4m3fn",
         ),
     ],
     ids=["a format", "a part", "the embeddings' type"],
