@@ -1,4 +1,5 @@
-# make demo  sets up and answers a question about a picture; make serve  answers over HTTP; make test  sets up and passes the tests; make lint
+# make demo  sets up and answers a question about an image; make serve  answers over HTTP; make test  sets up and passes the tests; make lint;
+# make check  runs trio-check here; make docs  builds the site in out/site; make wheel  builds the files of a release, dist/*.whl and *.tar.gz
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,6 +10,8 @@ TORCH ?= torch==2.13.0
 # dependencies: on the package index its wheel is built for CUDA, and pip would replace a CPU torch to suit it.
 TORCHVISION ?= torchvision==0.28.0
 BUNDLE := out/tiny
+# Graphs and manifest of the packaged model for trio-check: in the wheel, not in git.
+PACKAGED := profiling/check/bundle
 # Python compiles, and keeps, what is imported: compiling all that is installed takes longer than installing it.
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
@@ -17,7 +20,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 PORT ?= 8000
 
-.PHONY: demo serve test fuzz test-matrix lint format bundle clean
+.PHONY: demo serve check docs wheel test fuzz test-arm test-matrix lint format bundle clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,8 +41,26 @@ demo: $(BUNDLE)/trio.json
 serve: $(BUNDLE)/trio.json
 	$(BIN)/trio-serve $(BUNDLE) --port $(PORT)
 
+# Its weights are export/tiny/model.safetensors byte for byte, which the wheel holds once.
+$(PACKAGED)/trio.json: $(READY) $(wildcard export/tiny/*)
+	$(BIN)/trio-export tiny --out $(PACKAGED) --dtype float16 --max-text 64 --max-new-tokens 16 --force
+	rm -r $(PACKAGED)/weights
+
+check: $(PACKAGED)/trio.json
+	$(BIN)/trio-check
+
+wheel: $(READY)
+	rm -rf $(PACKAGED) build dist
+	$(MAKE) $(PACKAGED)/trio.json
+	$(BIN)/python -m build --quiet
+	$(BIN)/python tests/check_dist.py dist
+
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 6 --dist worksteal $(PYTEST_ARGS)
+
+# On aarch64, emulated; docs/jetson.md says what it needs and what it showed.
+test-arm: wheel $(BUNDLE)/trio.json
+	tests/arm/run $(BIN)/python $(BUNDLE)
 
 # 200,000 malformed inputs, each from its number; INPUTS=5000 runs fewer.
 INPUTS ?= 200000
@@ -64,9 +85,15 @@ lint: $(READY)
 	rm -rf out/typed && $(BIN)/python -m pip install --quiet --no-deps --target out/typed .
 	MYPYPATH=out/typed $(BIN)/mypy --explicit-package-bases -p trio_edge
 
+# Sources are mapped to other names, so the docstrings are read from an installed copy.
+docs: $(READY)
+	$(PIP) -e ".[docs]"
+	rm -rf out/typed && $(BIN)/python -m pip install --quiet --no-deps --target out/typed .
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf out build dist
+	rm -rf out build dist $(PACKAGED)

@@ -24,8 +24,8 @@ from parts.asking import METRIC, answers_of
 from parts.tables import markdown
 
 from trio_edge.calibration.evaluate.comparison import RunReport, compare
-from trio_edge.calibration.evaluate.report_table import per_cent
-from trio_edge.calibration.evaluate.running.runs import RunInfo, plan_runs
+from trio_edge.calibration.evaluate.report import per_cent
+from trio_edge.calibration.evaluate.runs import RunInfo, plan_runs
 from trio_edge.export.bundle import export_bundle
 from trio_edge.export.options import ExportOptions, ScheduleInputs
 from trio_edge.runtime.bundle.errors import ScheduleError
@@ -35,7 +35,7 @@ from trio_edge.trio.budgets import schedule_for_keep
 from trio_edge.trio.keeps import integer_keeps
 
 if TYPE_CHECKING:
-    from trio_edge.calibration.evaluate.running.answering import Outcome
+    from trio_edge.calibration.evaluate.answering import Outcome
 
 BUDGETS = {"33.3": 1 / 3, "22.2": 2 / 9, "11.1": 1 / 9}
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.cuda_on_host import CudaOnHost, Error, pretend_gpu, write_engines
 from tests.engine_bundles import HOST
 from trio_edge.profiling.measure.answers import without_stop_tokens
-from trio_edge.profiling.measure.images import PROMPT, measured_sizes, random_image
+from trio_edge.profiling.measure.measuring import PROMPT, measured_sizes, random_image
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.pipeline import Pipeline

@@ -2,38 +2,35 @@
 
     python benchmarks/int8_inputs.py --model qwen2.5-vl-7b qwen3-vl-4b --image-size 1024x1024
 
-Nothing is measured: times are predicted (docs/prediction.md says how well). Each cell: vision + the rest to the first
+Nothing is measured: times are predicted (docs/results/prediction-error.md says how well). Each cell: vision + the rest to the first
 token, then each further token.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from parts.arguments import errors_in_one_line, parser_for
 from parts.tables import markdown
 
 from trio_edge.profiling.predict.answer import predict
 from trio_edge.profiling.predict.plan import plan_for
+from trio_edge.profiling.predict.speed import Formats
 from trio_edge.profiling.predict.sweep import parse_size
 from trio_edge.trio.cost.devices import find_device
 
 if TYPE_CHECKING:
     from trio_edge.profiling.predict.answer import Prediction, Setting
 
-INT8 = {"vision_precision": "int8", "inputs": frozenset({"vision"})}
-QUANTIZED: dict[str, dict[str, Any]] = {
-    "int4": {"precision": "int4"},
-    "int4,vision=int8": {"precision": "int4", **INT8},
-    "all=int8": {
-        **INT8,
-        "precision": "int8",
-        "head_precision": "int8",
-        "inputs": frozenset({"layer", "head", "vision"}),
-    },
+QUANTIZED: dict[str, Formats] = {
+    "int4": Formats(layer="int4"),
+    "int4,vision=int8": Formats(layer="int4", vision="int8", inputs=frozenset({"vision"})),
+    "all=int8": Formats(
+        layer="int8", head="int8", vision="int8", inputs=frozenset({"layer", "head", "vision"})
+    ),
 }
-"""Settings of a prediction for each ``trio-calibrate --quantize``. INT4 has float16 inputs, INT8 has INT8 inputs."""
+"""Formats of a prediction for each ``trio-calibrate --quantize``. INT4 has float16 inputs, INT8 has INT8 inputs."""
 
 
 def cell(prediction: Prediction) -> str:
@@ -56,7 +53,7 @@ def rows(setting: Setting, keep: str, devices: list[str]) -> list[list[str]]:
     lines = []
     for name, formats in QUANTIZED.items():
         predictions = [
-            predict(dataclasses.replace(setting, **formats), find_device(device)) for device in devices
+            predict(dataclasses.replace(setting, formats=formats), find_device(device)) for device in devices
         ]
         gib = predictions[0].memory.total / 2**30
         lines.append([f"`{name}`", keep, f"{gib:.1f}", *map(cell, predictions)])

@@ -20,10 +20,10 @@ from trio_edge.runtime.pipeline import Pipeline
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from trio_edge.calibration.shapes.several import SeveralSample
+    from trio_edge.calibration.shapes.samples import ShapeSample
 
 
-def shares_of(pipeline: Pipeline, sample: SeveralSample) -> list[float]:
+def shares_of(pipeline: Pipeline, sample: ShapeSample) -> list[float]:
     """Return the answer image's share of all visual tokens, then of those that each stage kept."""
     generation = pipeline.generate(list(sample.images), sample.question, max_new_tokens=1)
     assert generation.text is not None

@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from parts.arguments import parser_for
 
-from trio_edge.profiling.predict.efficiency import rates_of
 from trio_edge.profiling.predict.models import MODELS
-from trio_edge.profiling.predict.speed import Efficiency, Formats, Rates, graph_time
+from trio_edge.profiling.predict.speed import Efficiency, Formats, Rates, graph_time, rates_of
 from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
 from trio_edge.trio.cost.devices import DEVICES
 from trio_edge.trio.cost.work import Work, head_work, range_work, vision_work
@@ -89,7 +88,7 @@ class Figure:
     @property
     def formats(self) -> Formats:
         inputs: frozenset[WeightKind] = frozenset({"layer"} if self.inputs else ())
-        return Formats(layer=self.format, other="float16", inputs=inputs)
+        return Formats(layer=self.format, inputs=inputs)
 
     @property
     def format_name(self) -> str:
@@ -248,7 +247,7 @@ def print_cpu(hidden_sizes: Sequence[int]) -> None:
         runs.pop((HEAD_SIZE, 1, 1)) / range_work(dimensions(HEAD_SIZE), num_layers=1, rows=1, past=1).launches
     )
     entries = [Measured(*key, 1e3 * seconds) for key, seconds in runs.items()]
-    formats = Formats(layer="float32", other="float32", bytes_per_element=4)
+    formats = Formats(layer="float32", bytes_per_element=4)
 
     def predicted(entry: Measured, efficiency: Efficiency) -> float:
         work = range_work(dimensions(entry.hidden), num_layers=1, rows=entry.rows, past=entry.past)

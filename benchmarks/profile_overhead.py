@@ -18,7 +18,7 @@ import numpy as np
 from parts.arguments import parser_for
 
 from trio_edge.profiling.measure.answers import LoadedBundle, RunQuestion, without_stop_tokens
-from trio_edge.profiling.measure.images import PROMPT, measured_sizes, random_image
+from trio_edge.profiling.measure.measuring import PROMPT, measured_sizes, random_image
 from trio_edge.profiling.measure.recording import Recording
 from trio_edge.profiling.measure.sensors.interface import open_sensors
 from trio_edge.profiling.measure.sensors.sampling_thread import INTERVAL_SECONDS, SamplingThread

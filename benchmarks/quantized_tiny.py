@@ -21,9 +21,8 @@ from parts.asking import METRIC, answers_of
 from parts.tables import markdown
 
 from trio_edge.calibration.evaluate.comparison import RunReport, compare
-from trio_edge.calibration.evaluate.report_table import per_cent
-from trio_edge.calibration.evaluate.running.runs import plan_runs
-from trio_edge.calibration.model.selecting import Probes
+from trio_edge.calibration.evaluate.report import per_cent
+from trio_edge.calibration.evaluate.runs import plan_runs
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
 from trio_edge.calibration.questions import synthetic_questions
@@ -126,7 +125,6 @@ def calibrated_scales(variant: Variant, *, keep: str) -> CalibratedScales:
         schedule_of(inputs, keep=keep),
         parse_plan(variant.plan or "none"),
         dtype=variant.dtype,
-        probes=Probes(model, max_visual=num_visual),
         num_tokens=4,
     )
     assert found is not None

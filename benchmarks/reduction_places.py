@@ -2,8 +2,9 @@
 
     python benchmarks/reduction_places.py --model qwen3-vl-4b --image-size 1024x1024
 
-Nothing is measured: FLOPs and KV bytes are counted, times predicted (docs/prediction.md says how well). "DART before the decoder"
-is what TensorRT Edge-LLM does: eight pivots among the embeddings, and as many tokens in every layer as the average keep says.
+Nothing is measured: FLOPs and KV bytes are counted, times predicted (docs/results/prediction-error.md says how
+well). "DART before the decoder" is what TensorRT Edge-LLM does: eight pivots among the embeddings, and as many tokens in every
+layer as the average keep says.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/video_cost.py --model qwen3-vl-4b --frame-size 448x256
 
-Nothing is measured: FLOPs and KV bytes are counted, times predicted (docs/prediction.md says how well). The two frames of a pair
-are seen together, so 16 frames are 8 runs of the vision graph. The text is that of the question; Qwen3-VL's timestamps are not
-counted.
+Nothing is measured: FLOPs and KV bytes are counted, times predicted (docs/results/prediction-error.md says how
+well). The two frames of a pair are seen together, so 16 frames are 8 runs of the vision graph. The text is that of the question;
+Qwen3-VL's timestamps are not counted.
 """
 
 from __future__ import annotations

@@ -49,12 +49,7 @@ class ResultFile:
 
 
 def read_header(path: Path, kind: type[Header], *, what: str) -> Header | None:
-    """Return the header; None if there is no file, or a kill cut its first line.
-
-    Args:
-        path: The file.
-        kind: Type of its header.
-        what: The file, for messages: "a file of outcomes".
+    """Return the header; None if there is no file, or a kill cut its first line. ``what`` names the file in messages.
 
     Raises:
         DataError: If the file cannot be read, or its first line is no such header.
@@ -70,12 +65,7 @@ def read_header(path: Path, kind: type[Header], *, what: str) -> Header | None:
 
 
 def read_results(path: Path, kind: type[Result], *, what: str) -> list[Result]:
-    """Return the results of a file, none if there is no file; a cut last line is left out.
-
-    Args:
-        path: The file.
-        kind: Type of a line.
-        what: A result, for messages: "an outcome".
+    """Return the results of a file, none if there is no file; a cut last line is left out. ``what`` names a result in messages.
 
     Raises:
         DataError: If the file cannot be read, or another line is broken; the message then starts with FILE:LINE.
@@ -100,12 +90,6 @@ def opened_results(
     path: Path, header: msgspec.Struct, kind: type[Result], *, what: str
 ) -> Iterator[tuple[ResultFile, list[Result]]]:
     """Yield a file to append to, and its results. A new one gets the header first; a cut last line is removed.
-
-    Args:
-        path: The file.
-        header: What its results are about.
-        kind: Type of a line.
-        what: A result, for messages: "an outcome".
 
     Raises:
         DataError: As ``read_results``, and if it cannot be written.

@@ -176,7 +176,6 @@ METRICS = {
         ),
     )
 }
-"""By name."""
 
 
 def check_metric(questions: Sequence[Question], metric: Metric) -> None:

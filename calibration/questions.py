@@ -21,13 +21,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trio_edge.calibration.shapes.samples import ShapeSample
-    from trio_edge.calibration.shapes.several import SeveralSample
 
 
 SYNTHETIC = "shapes"
-"""Name of the packaged set, where a data set is asked for."""
 SYNTHETIC_SEVERAL = "shapes-several"
-"""Name of the packaged set of questions about two images or a short video."""
 SYNTHETIC_SETS = (SYNTHETIC, SYNTHETIC_SEVERAL)
 _ID_LENGTH = 16  # 64 bits: two of a million images are alike by chance once in 10^7 data sets
 
@@ -40,7 +37,6 @@ class Question:
     """Place in the whole data set; pairs outcomes of different runs, and seeds random selections."""
     sample_id: str
     kind: str
-    """Type of question, for the breakdown."""
     images: tuple[Image.Image | Path, ...]
     """In the order in which the model reads them; at least one."""
     image_names: tuple[str, ...]
@@ -54,7 +50,7 @@ class Question:
     """For messages: FILE:LINE."""
 
 
-def questions_of(samples: Iterable[ShapeSample | SeveralSample]) -> list[Question]:
+def questions_of(samples: Iterable[ShapeSample]) -> list[Question]:
     """Return generated samples as questions."""
     return [
         Question(
@@ -88,18 +84,11 @@ def read_questions(
     count: int | None = None,
     need_answers: bool = True,
 ) -> list[Question]:
-    """Return the questions of a JSON-lines file, one object a line.
+    """Return the questions of a JSON-lines file, one object a line, ``count`` at most.
 
     Fields: ``image`` (a path relative to the file) or ``images`` (a list of them), ``question``, ``answers`` (a list) or
     ``answer``; optional ``id``, ``kind``, ``choices`` (a list, appended to the prompt with letters) and ``split``. Others
-    are ignored.
-
-    Args:
-        path: The file.
-        split: Only lines with this ``split``.
-        suffix: Appended to every prompt, after a line break.
-        count: Questions at most; later lines are not looked at.
-        need_answers: Whether a line without ``answer`` and ``answers`` is refused; else it has none.
+    are ignored. ``suffix`` is appended to every prompt, after a line break.
 
     Raises:
         DataError: If the file cannot be read, has no question, or a line is not of that form or names an image that
@@ -161,11 +150,7 @@ def shard_of(questions: Sequence[Question], *, shard: int, num_shards: int) -> l
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Return I and N of ``I/N``.
-
-    Raises:
-        DataError: If it is not of that form, or not 1 <= I <= N.
-    """
+    """Return I and N of ``I/N``, 1 <= I <= N."""
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text.strip())
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise DataError(f"--shard: expected I/N with 1 <= I <= N, got {text!r}; write it as 1/2")
@@ -246,10 +231,6 @@ def _texts(values: object) -> tuple[str, ...] | None:
 
 def image_id(path: Path, *, where: str) -> str:
     """Return the digest of an image's file.
-
-    Args:
-        path: The file.
-        where: For messages.
 
     Raises:
         DataError: If it cannot be read or is no image; damage after its header shows later.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -40,7 +39,7 @@ from trio_edge.export.quantize.integer_products import use_integer_products
 from trio_edge.export.quantize.scales import CalibratedScales
 from trio_edge.export.quantize.store import quantized_bytes, store_quantized
 from trio_edge.export.tracing import trace_graphs
-from trio_edge.runtime.bundle.errors import CheckpointError, printable
+from trio_edge.runtime.bundle.errors import CheckpointError, TrioEdgeError, printable
 from trio_edge.runtime.bundle.files import atomic_folder
 from trio_edge.runtime.bundle.manifest import (
     MANIFEST_NAME,
@@ -107,7 +106,17 @@ def export_bundle(
         check_target(plan, progress)
         traced = trace(plan, progress)
     contents = quantize(plan, traced, scales, progress)
-    with _new_folder(plan, num_bytes=contents.num_bytes) as folder:
+    with atomic_folder(
+        options.out,
+        num_bytes=contents.num_bytes + _SPARE_BYTES,
+        error=CheckpointError,
+        what="bundle",
+        way_out="choose another --out",
+        elsewhere=" or choose another --out",
+        before_rename=lambda: check_output(
+            options.out, force=options.force
+        ),  # again: the export took a while
+    ) as folder:
         written = write(plan, contents, folder, progress)
         progress.step("hashing")
         return record(plan, contents, written, folder)
@@ -380,39 +389,20 @@ def _model_bytes(checkpoint: Checkpoint, dtype: FloatType) -> int:
     return sum(size * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
 
 
-def check_output(out: Path, *, force: bool) -> None:
-    """Raise CheckpointError if ``out`` exists and may not be replaced. Only bundles and empty folders ever are."""
+def check_output(
+    out: Path,
+    *,
+    force: bool,
+    what: str = "bundle",
+    marker: str = MANIFEST_NAME,
+    error: type[TrioEdgeError] = CheckpointError,
+) -> None:
+    """Raise ``error`` if ``out`` exists and may not be replaced: nothing but empty folders and those with ``marker`` ever is."""
     if not out.exists() and not out.is_symlink():
         return
     if not force:
-        raise CheckpointError(
-            f"{out}: expected no such folder, it exists; choose another --out or add --force"
-        )
+        raise error(f"{out}: expected no such folder, it exists; choose another --out or add --force")
     if not out.is_dir() or out.is_symlink():
-        raise CheckpointError(
-            f"{out}: expected a bundle to replace, got a file or a link; choose another --out"
-        )
-    if not (out / MANIFEST_NAME).exists() and any(out.iterdir()):
-        raise CheckpointError(
-            f"{out}: expected a bundle to replace, got a folder of other files; choose another --out"
-        )
-
-
-@contextmanager
-def _new_folder(plan: ExportPlan, *, num_bytes: int) -> Iterator[Path]:
-    """Yield a new folder that becomes the bundle when the block ends well.
-
-    Raises:
-        CheckpointError: If the folder cannot be written, the disk is full, or the target may not be replaced.
-    """
-    out, force = plan.options.out, plan.options.force
-    with atomic_folder(
-        out,
-        num_bytes=num_bytes + _SPARE_BYTES,
-        error=CheckpointError,
-        what="bundle",
-        way_out="choose another --out",
-        elsewhere=" or choose another --out",
-        before_rename=lambda: check_output(out, force=force),  # again: the export took a while
-    ) as folder:
-        yield folder
+        raise error(f"{out}: expected a {what} to replace, got a file or a link; choose another --out")
+    if not (out / marker).exists() and any(out.iterdir()):
+        raise error(f"{out}: expected a {what} to replace, got a folder of other files; choose another --out")

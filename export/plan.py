@@ -323,14 +323,14 @@ def _model(
         dtype=resolved.dtype,
         with_features=selector is not None and selector.needs_features,
     )
-    _check_tensors(source.checkpoint, model)
+    check_tensors(source.checkpoint, model)
     if source.clip is None:
         return model, None
     clip_graphs = build_clip(source.clip)
     return with_patches(model, clip_graphs, dtype=resolved.dtype), clip_graphs
 
 
-def _check_tensors(checkpoint: Checkpoint, model: FamilyModel) -> None:
+def check_tensors(checkpoint: Checkpoint, model: FamilyModel) -> None:
     """Raise CheckpointError unless the checkpoint has the decoder's tensors, and all tensors have the right shapes."""
     for name, parameter in model.root.named_parameters():
         wanted = canonical_name(name)

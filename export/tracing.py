@@ -197,17 +197,9 @@ def trace_graphs(
 ) -> list[TracedGraph]:
     """Return all graphs of the bundle in the order in which a prefill runs them; called under FakeTensorMode.
 
-    Graphs with a ``piece`` come next to each other, the one that the joined graph has its role from first.
-
-    Args:
-        model: The family's modules, without values.
-        checkpoint: Read only where a constant must be computed from weights (grouped-query saliency).
-        layout: Shapes.
-        dimensions: Sizes of the decoder.
-        selector: The selection before the decoder, if there is one.
-        clip: The text tower that it needs, if it does.
-        is_quantized: Whether the linear layers of graphs with a role are going to be.
-        step: Called with what is traced next.
+    Graphs with a ``piece`` come next to each other, the one that the joined graph has its role from first. The checkpoint is
+    read only where a constant must be computed from weights (grouped-query saliency). ``is_quantized`` says whether the
+    linear layers of graphs with a role are going to be.
     """
     tracer = _Tracer(model, checkpoint, layout=layout, dimensions=dimensions)
     if clip is not None:

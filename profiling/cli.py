@@ -171,7 +171,7 @@ def _conditions(
         power_mode=find_power_mode(),
         cpu_governor=find_governor(),
         load_average=busy,
-        picture=measurement.image,
+        picture=measurement.question.image_words,
         prompt=measurement.question.prompt,
         new_tokens=measurement.question.new_tokens,
         warm_up=options.warm_up,

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 LEAST_FOR_INTERVAL = 6
 RESAMPLES = 10_000
-"""Draws of images."""
 SEED = 0
 _ROUND_RESAMPLES = 5_000
 """Draws of rounds: a median of them takes longer than a mean, and times vary more than its last digits."""
@@ -47,7 +46,6 @@ class Distribution(msgspec.Struct, frozen=True, kw_only=True):
     spread: float
     """Distance between the first and the third quartile."""
     interval_95: Interval | None
-    """Interval of the median; None for fewer than ``LEAST_FOR_INTERVAL`` runs."""
 
     @property
     def range(self) -> Interval:
@@ -68,7 +66,6 @@ class Ratio(msgspec.Struct, frozen=True, kw_only=True):
 
     value: float
     interval_95: Interval | None
-    """None for fewer than ``LEAST_FOR_INTERVAL`` rounds."""
     rounds: int
 
 
@@ -78,7 +75,6 @@ class LineFit(msgspec.Struct, frozen=True, kw_only=True):
     base_ms: float
     ms_per_1000_rows: float
     interval_95: Interval | None
-    """Interval of ``ms_per_1000_rows``; None for fewer than ``LEAST_FOR_INTERVAL`` rounds."""
 
     @property
     def words(self) -> str:
@@ -93,12 +89,7 @@ def in_brackets(interval: Interval | None, digits: str) -> str:
 
 
 def distribution(values: Sequence[float], *, per_run: int = 1) -> Distribution:
-    """Return the distribution of at least one value.
-
-    Args:
-        values: Run after run.
-        per_run: Number of values of one run.
-    """
+    """Return the distribution of at least one value; they come run after run, ``per_run`` of each."""
     data = np.sort(np.asarray(values, np.float64))
     p25, p50, p75, p95, p99 = (float(one) for one in np.percentile(data, (25, 50, 75, 95, 99)))
     return Distribution(
@@ -123,12 +114,7 @@ def distribution_of_runs(runs: Sequence[Sequence[float]]) -> Distribution:
 
 
 def median_interval(values: Sequence[float], *, per_run: int = 1) -> Interval | None:
-    """Return the 95 % interval of the median, two of the values; None for fewer than ``LEAST_FOR_INTERVAL`` runs.
-
-    Args:
-        values: Run after run.
-        per_run: Number of values of one run.
-    """
+    """Return the 95 % interval of the median, two of the values; None for fewer than ``LEAST_FOR_INTERVAL`` runs."""
     runs = np.asarray(values, np.float64).reshape(-1, per_run)
     if len(runs) < LEAST_FOR_INTERVAL:
         return None
@@ -143,12 +129,7 @@ def median_interval(values: Sequence[float], *, per_run: int = 1) -> Interval | 
 
 
 def median_ratio(values: Sequence[float], reference: Sequence[float]) -> Ratio:
-    """Return median(values) / median(reference) with its interval.
-
-    Args:
-        values: One per round.
-        reference: One per round, the same rounds in the same order; above 0.
-    """
+    """Return median(values) / median(reference) with its interval; both have one value for each of the same rounds, in order."""
     ours, theirs = np.asarray(values, np.float64), np.asarray(reference, np.float64)
     if len(ours) != len(theirs):
         raise ValueError(f"expected as many values as in the reference, got {len(ours)} and {len(theirs)}")
@@ -164,9 +145,7 @@ def median_ratio(values: Sequence[float], reference: Sequence[float]) -> Ratio:
 def line_fit(rows: Sequence[float], milliseconds: Sequence[Sequence[float]]) -> LineFit | None:
     """Return the line through the medians by least squares; None for fewer than two points.
 
-    Args:
-        rows: One for each point.
-        milliseconds: For each point one per round, the same rounds in the same order.
+    ``milliseconds`` has for each point one value per round, the same rounds in the same order.
     """
     if len(rows) < 2:
         return None
@@ -199,30 +178,23 @@ def score_interval(scores: Sequence[float], images: Sequence[str]) -> tuple[floa
 
 
 def paired_interval(
-    scores: Sequence[float], reference: Sequence[float], images: Sequence[str], *, seed: int = SEED
+    scores: Sequence[float], reference: Sequence[float], images: Sequence[str]
 ) -> tuple[float, float]:
     """Return the interval of mean(scores) - mean(reference), both of the same questions in the same order."""
     differences = [ours - theirs for ours, theirs in zip(scores, reference, strict=True)]
-    return bootstrap_interval(differences, images, seed=seed)
+    return bootstrap_interval(differences, images)
 
 
 def bootstrap_interval(
-    values: Sequence[float], images: Sequence[str], *, seed: int = SEED, resamples: int = RESAMPLES
+    values: Sequence[float], images: Sequence[str], *, seed: int = SEED
 ) -> tuple[float, float]:
-    """Return the percentile interval of the mean of ``values``, drawing images with replacement.
-
-    Args:
-        values: One per question.
-        images: The name of each question's image.
-        seed: Seed of the draws.
-        resamples: Number of draws.
-    """
+    """Return the percentile interval of the mean of ``values``, drawing images with replacement; ``images`` has each value's."""
     sums, counts = _by_image(values, images)
     generator = np.random.default_rng(seed)
     at_once = max(1, _MAX_DRAWN // len(sums))
     means = []
-    for start in range(0, resamples, at_once):
-        drawn = generator.integers(len(sums), size=(min(at_once, resamples - start), len(sums)))
+    for start in range(0, RESAMPLES, at_once):
+        drawn = generator.integers(len(sums), size=(min(at_once, RESAMPLES - start), len(sums)))
         means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
     low, high = np.percentile(np.concatenate(means), _PERCENTILES)
     return float(low), float(high)

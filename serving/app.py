@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from trio_edge.serving.answers.endpoint import ChatEndpoint
 from trio_edge.serving.answers.worker import Worker
 from trio_edge.serving.guard import Guard
 from trio_edge.serving.metrics import CONTENT_TYPE, Metrics
+from trio_edge.serving.page.response import page
 from trio_edge.serving.requests.body import BodyDrain
 from trio_edge.serving.requests.errors import RequestError, request_error_from
 from trio_edge.serving.requests.media import MediaReader
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.pipeline import Pipeline
+    from trio_edge.serving.answers.interface import ModelWorker
 
 _STOP_S = 5.0  # for the answer that runs when the others have been cut; a prefill cannot be
 
@@ -50,9 +51,26 @@ def make_app(
         settings: Limits and policy.
         media: Reads images and videos; made of ``settings`` by default.
     """
-    settings = settings or ServerSettings()
-    metrics = Metrics()
+    settings, metrics = settings or ServerSettings(), Metrics()
     workers = {name: Worker(name, load, settings=settings, metrics=metrics) for name, load in models.items()}
+    return app_of(workers, settings, metrics=metrics, media=media)
+
+
+def app_of(
+    workers: Mapping[str, ModelWorker],
+    settings: ServerSettings,
+    *,
+    metrics: Metrics,
+    media: MediaReader | None = None,
+) -> Starlette:
+    """Return the app around workers that have not been started; its lifespan starts and stops them.
+
+    Args:
+        workers: By the models' names.
+        settings: Limits and policy.
+        metrics: The workers'.
+        media: Reads images and videos; made of ``settings`` by default.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -73,7 +91,7 @@ def make_app(
             Route("/health", _health),
             Route("/health/ready", _ready),
             Route("/metrics", _metrics),
-            Route("/", _page),
+            Route("/", page),
         ],
         middleware=[Middleware(BodyDrain), Middleware(Guard, settings=settings)],
         exception_handlers={RequestError: _refusal, HTTPException: _http_refusal, Exception: _failure},
@@ -97,9 +115,9 @@ async def _model(request: Request) -> Response:
     return JSONResponse(_described(request.app.state.workers[name], request))
 
 
-def _described(worker: Worker, request: Request) -> dict[str, Any]:
+def _described(worker: ModelWorker, request: Request) -> dict[str, Any]:
     common = {"id": worker.name, "object": "model", "created": request.app.state.started}
-    trio = _facts(worker.pipeline.manifest) if worker.is_ready else None
+    trio = _facts(worker.manifest) if worker.is_ready else None
     return {**common, "owned_by": "trio-edge", "trio": trio}
 
 
@@ -133,13 +151,6 @@ async def _ready(request: Request) -> Response:
 
 async def _metrics(request: Request) -> Response:
     return Response(request.app.state.metrics.text(), headers={"content-type": CONTENT_TYPE})
-
-
-async def _page(_request: Request) -> Response:
-    page = resources.files("trio_edge.serving").joinpath("page", "index.html")
-    if not page.is_file():
-        raise RequestError(404, "page: not part of this installation; ask /v1/chat/completions")
-    return HTMLResponse(page.read_text(encoding="utf-8"))
 
 
 async def _refusal(_request: Request, error: Exception) -> Response:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,17 +15,28 @@ import click
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.cli.backend_options import backend_options
 from trio_edge.runtime.cli.console import run
+from trio_edge.serving.fleet.cluster import FleetSettings
 from trio_edge.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Sequence
     from socket import socket
 
     from starlette.applications import Starlette
 
-    from trio_edge.runtime.pipeline import Pipeline
-
 _DEFAULT = ServerSettings()
+
+
+def _replica_range(
+    _context: click.Context, _option: click.Parameter, given: str | None
+) -> tuple[int, int] | None:
+    """Return the least and the most replicas of ``3`` or ``1-4``."""
+    if given is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,3})(?:-([1-9]\d{0,3}))?", given, re.ASCII)
+    if found is None or int(found[2] or found[1]) < int(found[1]):
+        raise click.BadParameter(f"expected a number, or two as 1-4, got {given[:40]!r}")
+    return int(found[1]), int(found[2] or found[1])
 
 
 @click.command("trio-serve", context_settings={"help_option_names": ["-h", "--help"]})
@@ -94,6 +107,24 @@ _DEFAULT = ServerSettings()
     show_default=True,
     help="Seconds that answers have to finish at Ctrl-C or SIGTERM.",
 )
+@click.option(
+    "--replicas",
+    metavar="N|MIN-MAX",
+    callback=_replica_range,
+    help="Processes with a pipeline of their own for each BUNDLE, with Ray Serve; MIN-MAX for as many as the load asks for.",
+)
+@click.option(
+    "--ray-address",
+    metavar="HOST:PORT",
+    help="Ray cluster to use; auto: this machine's. [default: start one here]",
+)
+@click.option(
+    "--gpus",
+    type=click.FloatRange(0),
+    default=FleetSettings.gpus,
+    show_default=True,
+    help="GPUs of a replica; may be a part of one.",
+)
 @click.option("--access-log", is_flag=True, help="Print a line for each request.")
 def command(
     bundles: tuple[str, ...],
@@ -104,6 +135,9 @@ def command(
     threads: int,
     cpu_accuracy: str,
     keep_images: int,
+    replicas: tuple[int, int] | None,
+    ray_address: str | None,
+    gpus: float,
     **settings: Any,
 ) -> int:
     """Answer questions about images over HTTP with each BUNDLE, in OpenAI's form.
@@ -111,19 +145,24 @@ def command(
     A bundle is a model by its folder's name, or by NAME.
     """
     _check_installed()
-    from trio_edge.serving.app import make_app
     from trio_edge.serving.server import BundleServer, is_loopback, listen, serve
 
     limits = ServerSettings(**settings)
     _check_settings(limits)
-    loading = {"backend": backend, "threads": threads, "cpu_accuracy": cpu_accuracy}
-    models = _models(bundles, {**loading, "keep_images": keep_images})
-    app = make_app(models, limits)
+    fleet = _fleet(replicas, ray_address, gpus, limits)
+    folders = named_bundles(bundles)
+    loading = {
+        "backend": backend,
+        "threads": threads,
+        "cpu_accuracy": cpu_accuracy,
+        "keep_images": keep_images,
+    }
     with listen(host, port) as listener:
         if not limits.api_key and not is_loopback(listener):
             raise click.UsageError(f"--host: expected --api-key with {host}, got none; others could ask too")
-        server = BundleServer(app, shutdown_s=limits.shutdown_s, access_log=access_log)
-        serve(server, listener, on_ready=partial(_announce, app, listener))
+        with _app(folders, limits, loading=loading, fleet=fleet) as app:
+            server = BundleServer(app, shutdown_s=limits.shutdown_s, access_log=access_log)
+            serve(server, listener, on_ready=partial(_announce, app, listener))
     return 0
 
 
@@ -154,19 +193,54 @@ def _check_settings(limits: ServerSettings) -> None:
             )
 
 
-def _models(bundles: Sequence[str], loading: dict[str, Any]) -> dict[str, Callable[[], Pipeline]]:
-    """Return a function that loads each bundle by the model's name; broken bundles are told at once."""
-    from trio_edge.runtime.bundle.reader import open_bundle
-    from trio_edge.runtime.pipeline import Pipeline
+def _fleet(
+    replicas: tuple[int, int] | None, ray_address: str | None, gpus: float, limits: ServerSettings
+) -> FleetSettings | None:
+    if replicas is None:
+        if ray_address is not None or gpus:
+            raise click.UsageError("--ray-address, --gpus: expected --replicas with them, got none")
+        return None
+    if limits.max_queue < 1:
+        raise click.UsageError("--max-queue: expected at least 1 with --replicas, got 0; Ray Serve needs it")
+    return FleetSettings(
+        min_replicas=replicas[0], max_replicas=replicas[1], gpus=gpus, ray_address=ray_address
+    )
 
-    models: dict[str, Callable[[], Pipeline]] = {}
+
+@contextlib.contextmanager
+def _app(
+    bundles: dict[str, Path], limits: ServerSettings, *, loading: dict[str, Any], fleet: FleetSettings | None
+) -> Iterator[Starlette]:
+    if fleet is not None:
+        from trio_edge.serving.fleet.app import fleet_app
+
+        with fleet_app(bundles, limits, loading=loading, fleet=fleet) as app:
+            yield app
+        return
+    from trio_edge.runtime.pipeline import Pipeline
+    from trio_edge.serving.app import make_app
+
+    models = {name: partial(Pipeline.from_bundle, path, **loading) for name, path in bundles.items()}
+    yield make_app(models, limits)
+
+
+def named_bundles(bundles: Sequence[str]) -> dict[str, Path]:
+    """Return the folders of ``[NAME=]BUNDLE`` by the models' names.
+
+    Raises:
+        UsageError: If two have one name.
+        BundleError: If one is broken.
+    """
+    from trio_edge.runtime.bundle.reader import open_bundle
+
+    folders: dict[str, Path] = {}
     for given in bundles:
         name, path = _named(given)
-        if name in models:
+        if name in folders:
             raise click.UsageError(f"BUNDLE: expected different names, got {name!r} twice; write NAME=BUNDLE")
         open_bundle(path)
-        models[name] = partial(Pipeline.from_bundle, path, **loading)
-    return models
+        folders[name] = path
+    return folders
 
 
 def _named(given: str) -> tuple[str, Path]:
@@ -179,7 +253,7 @@ def _named(given: str) -> tuple[str, Path]:
 def _announce(app: Starlette, listener: socket) -> None:
     host, port, *_ = listener.getsockname()
     shown = f"[{host}]" if ":" in host else host
-    names = [f"{worker.name} ({worker.pipeline.backend_name})" for worker in app.state.workers.values()]
+    names = [f"{worker.name} ({worker.backend_name})" for worker in app.state.workers.values()]
     print(f"trio-serve: http://{shown}:{port}/v1 answers with {', '.join(names)}", file=sys.stderr)
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, final
+from typing import Any, final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-
-if TYPE_CHECKING:
-    from trio_edge.runtime.answer import Statistics
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -42,6 +39,7 @@ class Metrics:
         self._new = Counter("trio_completion_tokens", "Tokens of answers", by_model, registry=registry)
         self._waiting = Gauge("trio_waiting_requests", "Requests that wait", by_model, registry=registry)
         self._running = Gauge("trio_running_requests", "Answers that run", by_model, registry=registry)
+        self._replicas = Gauge("trio_replicas", "Replicas that run", by_model, registry=registry)
         self._queue = self._seconds("trio_queue_seconds", "Wait before an answer starts")
         self._ttft = self._seconds("trio_first_token_seconds", "From an answer's start to its first token")
         self._decode = self._seconds("trio_decode_seconds", "All tokens of an answer after the first")
@@ -58,20 +56,24 @@ class Metrics:
         self._waiting.labels(model).set(waiting)
         self._running.labels(model).set(running)
 
-    def count_answer(self, model: str, statistics: Statistics, *, queue_s: float, is_cancelled: bool) -> None:
-        """Count an answer that ended."""
-        self._queue.labels(model).observe(queue_s)
+    def set_replicas(self, model: str, count: int) -> None:
+        """Note how many replicas of a model run."""
+        self._replicas.labels(model).set(count)
+
+    def count_answer(self, model: str, usage: dict[str, Any], *, is_cancelled: bool) -> None:
+        """Count an answer that ended, by its usage."""
+        self._queue.labels(model).observe(usage["queue_ms"] / 1e3)
         if is_cancelled:
             self._cancelled.labels(model).inc()
-        if not statistics.new_tokens:
+        if not usage["completion_tokens"]:
             return
-        self._prompt.labels(model).inc(statistics.text_tokens + statistics.visual_tokens)
-        self._visual.labels(model).inc(statistics.visual_tokens)
-        for stage, kept in enumerate(statistics.kept_tokens, 1):
+        self._prompt.labels(model).inc(usage["prompt_tokens"])
+        self._visual.labels(model).inc(usage["visual_tokens"])
+        for stage, kept in enumerate(usage["kept_tokens"], 1):
             self._kept.labels(model, str(stage)).inc(kept)
-        self._new.labels(model).inc(statistics.new_tokens)
-        self._ttft.labels(model).observe(statistics.ttft_ms / 1e3)
-        self._decode.labels(model).observe(statistics.decode_ms / 1e3)
+        self._new.labels(model).inc(usage["completion_tokens"])
+        self._ttft.labels(model).observe(usage["ttft_ms"] / 1e3)
+        self._decode.labels(model).observe(usage["decode_ms"] / 1e3)
 
     def text(self) -> bytes:
         """Return all numbers in Prometheus' text format."""

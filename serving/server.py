@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from starlette.applications import Starlette
 
-    from trio_edge.serving.answers.worker import Worker
+    from trio_edge.serving.answers.interface import ModelWorker
 
 MOST_CONNECTIONS = 512
 _HEADER_S = 15.0  # for the first line and the headers of a request
@@ -83,7 +83,7 @@ async def _serve(server: BundleServer, listener: socket.socket, on_ready: Callab
         loading.cancel()
 
 
-async def _loaded(workers: Sequence[Worker]) -> None:
+async def _loaded(workers: Sequence[ModelWorker]) -> None:
     for worker in workers:
         try:
             await asyncio.shield(asyncio.wrap_future(worker.loaded))
@@ -117,7 +117,7 @@ class BundleServer(uvicorn.Server):
             timeout_graceful_shutdown=int(shutdown_s) + _GRACE_S,
         )
         super().__init__(config)
-        self.workers: Sequence[Worker] = list(app.state.workers.values())
+        self.workers: Sequence[ModelWorker] = list(app.state.workers.values())
         self._shutdown_s = shutdown_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 
 import trio_edge
 import trio_edge.runtime
+from tests.check_dist import FOLDERS, problems
 from tests.shared_folder import made_once
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +71,42 @@ def test_the_wheel_has_every_module_of_the_tree(wheel: Path) -> None:
     assert tree - set(zipfile.ZipFile(wheel).namelist()) == set()
 
 
+@pytest.mark.parametrize(
+    ("python", "glibc_minor", "cuda_python"),
+    [
+        pytest.param("3.10", 35, "cuda-python==12.6.*", id="JetPack 6"),
+        pytest.param("3.12", 39, "cuda-python==13.2.*", id="JetPack 7.2"),
+    ],
+)
+def test_a_jetson_installs_everything_from_wheels(
+    wheel: Path, tmp_path: Path, python: str, glibc_minor: int, cuda_python: str
+) -> None:
+    """A Jetson shall need no compiler. pip takes none but the tags that it is given, so all up to the device's are named."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    if subprocess.run([*pip, "index", "versions", "numpy"], capture_output=True, check=False).returncode:
+        pytest.skip("needs a package index, which this machine does not reach; runs in CI")
+    tags = [f"--platform=manylinux_2_{minor}_aarch64" for minor in range(17, glibc_minor + 1)]
+    where = ["--dry-run", "--ignore-installed", "--only-binary=:all:", f"--target={tmp_path}"]
+    result = subprocess.run(
+        [
+            *pip,
+            "install",
+            *where,
+            *tags,
+            f"--python-version={python}",
+            f"{wheel}[ort,gpu,profile]",
+            cuda_python,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = re.search(r"\bonnxruntime-1\.(\d+)\.", result.stdout)
+    assert found is not None
+    assert int(found[1]) >= 20  # the extra's bound
+
+
 def test_the_version_is_that_of_the_installed_package() -> None:
     assert trio_edge.__version__ == importlib.metadata.version("trio-edge")
 
@@ -83,7 +123,16 @@ def test_the_repositorys_trio_folder_does_not_shadow_pypis_package() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["trio-export", "trio-inspect", "trio-build", "trio-run", "trio-profile", "trio-eval", "trio-serve"],
+    [
+        "trio-export",
+        "trio-inspect",
+        "trio-build",
+        "trio-run",
+        "trio-profile",
+        "trio-check",
+        "trio-eval",
+        "trio-serve",
+    ],
 )
 def test_every_command_prints_help(command: str) -> None:
     path = Path(sys.executable).parent / command
@@ -100,3 +149,25 @@ def test_shape_annotations_are_checked_in_tests() -> None:
     nms = FeatureNms(num_keep=2, threshold=0.8, rounds=2)
     with pytest.raises(Exception, match=r"Type-check error"):
         nms(torch.zeros(4, 3), torch.zeros(5), torch.tensor([4]))
+
+
+def test_the_citation_has_the_packages_version() -> None:
+    assert f"\nversion: {trio_edge.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_a_wheel_or_sdist_with_a_missing_or_a_foreign_file_is_found(tmp_path: Path, wheel: Path) -> None:
+    shutil.copy(wheel, tmp_path)
+    with tarfile.open(tmp_path / "trio_edge-0.tar.gz", "w") as sdist:
+        for top in FOLDERS:
+            if (ROOT / top).exists():
+                sdist.add(ROOT / top, f"trio_edge-0/{top}", filter=_without_pipeline)
+    with zipfile.ZipFile(tmp_path / wheel.name, "a") as archive:
+        archive.writestr("trio_edge/secret.txt", "")
+    assert problems(tmp_path) == [
+        f"{wheel.name}: expected no trio_edge/secret.txt, got it",
+        "trio_edge-0.tar.gz: expected runtime/pipeline.py, got none",
+    ]
+
+
+def _without_pipeline(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    return None if member.name.endswith("runtime/pipeline.py") else member

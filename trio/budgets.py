@@ -30,7 +30,7 @@ MAX_TOPK = 3839
 _DEPTH = 32
 """Decoder layers that the methods' own layers are given for."""
 LEAST_FOR_REFERENCE_ROWS = 0.1
-"""Below this average keep, answer rows lose less accuracy: docs/selectors.md has the measurement."""
+"""Below this average keep, answer rows lose less accuracy: docs/results/selector-choices.md has the measurement."""
 PRINTED = 0.0005
 """Half of the last digit of a percentage printed with one decimal: 11.1 % means 64 of 576."""
 

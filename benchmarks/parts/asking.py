@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from trio_edge.calibration.evaluate.running.answering import Settings
-from trio_edge.calibration.evaluate.running.runs import answer_runs, keys_of
+from trio_edge.calibration.evaluate.answering import Settings
+from trio_edge.calibration.evaluate.runs import answer_runs, keys_of
 from trio_edge.calibration.questions import digest_of, synthetic_questions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from trio_edge.calibration.evaluate.running.answering import Outcome
-    from trio_edge.calibration.evaluate.running.runs import Run, RunInfo
+    from trio_edge.calibration.evaluate.answering import Outcome
+    from trio_edge.calibration.evaluate.runs import Run, RunInfo
     from trio_edge.runtime.backends.interface import CpuAccuracy
 
 METRIC = "exact"

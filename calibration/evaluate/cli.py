@@ -12,15 +12,10 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trio_edge.calibration.evaluate.evaluation import (
-    DEFAULT_SYNTHETIC_COUNT,
-    EvaluationOptions,
-    evaluate,
-)
-from trio_edge.calibration.evaluate.plot import check_plot, draw_plot
-from trio_edge.calibration.evaluate.report_table import print_report
-from trio_edge.calibration.evaluate.running.answering import DEFAULT_ANSWER_TOKENS, OWN_SELECTION
-from trio_edge.calibration.evaluate.running.baselines import BASELINES
+from trio_edge.calibration.evaluate.answering import DEFAULT_ANSWER_TOKENS, OWN_SELECTION
+from trio_edge.calibration.evaluate.baselines import BASELINES
+from trio_edge.calibration.evaluate.evaluation import DEFAULT_SYNTHETIC_COUNT, EvaluationOptions, evaluate
+from trio_edge.calibration.evaluate.report import check_plot, draw_plot, print_report
 from trio_edge.calibration.metrics import METRICS
 from trio_edge.calibration.questions import SYNTHETIC, SYNTHETIC_SETS
 from trio_edge.runtime.bundle.files import check_outputs, write_output

@@ -11,23 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from trio_edge.calibration.evaluate.running.runs import RunInfo  # noqa: TC001 - msgspec reads it
+from trio_edge.calibration.evaluate.runs import RunInfo  # noqa: TC001 - msgspec reads it
 from trio_edge.calibration.metrics import YesNoRates, exact_normal, yes_no_rates
 from trio_edge.profiling.statistics import paired_interval, score_interval, wilson_interval
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from trio_edge.calibration.evaluate.running.answering import Outcome
+    from trio_edge.calibration.evaluate.answering import Outcome
 
 SCHEMA_VERSION = 1
 
 
-class _Part(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of the report's values."""
-
-
-class Estimate(_Part, frozen=True):
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """A value with its 95 % confidence interval."""
 
     value: float
@@ -35,7 +31,7 @@ class Estimate(_Part, frozen=True):
     questions: int
 
 
-class AgainstReference(_Part, frozen=True):
+class AgainstReference(msgspec.Struct, frozen=True, kw_only=True):
     """One run against keep-all, on the same questions."""
 
     difference: Estimate
@@ -43,23 +39,20 @@ class AgainstReference(_Part, frozen=True):
     retained: float | None
     """Accuracy over keep-all's; None if that is 0."""
     agreement: Estimate
-    """Share of questions with the same answer."""
     first_token_kl: float | None
     """Mean, in nats."""
     flops_ratio: float
-    """Keep-all's FLOPs over this run's."""
     ttft_ratio: float
     """Keep-all's median time to the first token over this run's."""
 
 
-class RunReport(_Part, frozen=True):
+class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     """One bundle with one selection."""
 
     run: RunInfo
     accuracy: Estimate
     by_kind: dict[str, Estimate]
     yes_no: YesNoRates | None
-    """With the metric yes-no."""
     visual_tokens: float
     """Mean over the images, before any selection that is a graph of its own."""
     processed_tokens: float
@@ -69,32 +62,29 @@ class RunReport(_Part, frozen=True):
     flops: float
     """Mean over prefills: vision tower, decoder, head, selection."""
     ttft_ms: float
-    """Median time to the first token."""
     tokens_per_second: float | None
     """Rate of all tokens after the first; None if no answer had one."""
     kv_bytes: float
     """Mean in use at the end of an answer."""
     repaired_stages: int
-    """Selections whose parallel NMS was redone on the host."""
     against_reference: AgainstReference | None
     outcomes: list[dict[str, Any]]
 
 
-class EvaluationData(_Part, frozen=True):
+class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
     """The questions."""
 
     name: str
     sha256: str
     metric: str
     questions: int
-    """In the data."""
     compared: int
     """Answered by every run."""
     shard: str
     """I/N, the part that was asked here; 1/1 is all."""
 
 
-class EvaluationConditions(_Part, frozen=True):
+class EvaluationConditions(msgspec.Struct, frozen=True, kw_only=True):
     """Machine, versions and settings of the measurement."""
 
     versions: dict[str, str]
@@ -105,7 +95,7 @@ class EvaluationConditions(_Part, frozen=True):
     machine: dict[str, str]
 
 
-class EvaluationReport(_Part, frozen=True):
+class EvaluationReport(msgspec.Struct, frozen=True, kw_only=True):
     """All that ``--json`` writes."""
 
     schema_version: int
@@ -113,16 +103,10 @@ class EvaluationReport(_Part, frozen=True):
     conditions: EvaluationConditions
     runs: list[RunReport]
     failures: list[dict[str, str]]
-    """Questions that could not be asked: where and why."""
 
 
 def compare(runs: Sequence[tuple[RunInfo, Mapping[int, Outcome]]], *, metric: str) -> list[RunReport]:
-    """Return each run's report over the questions that all of them answered.
-
-    Args:
-        runs: Each with its outcomes by question; the reference, if there is one, first.
-        metric: Name of the metric.
-    """
+    """Return each run's report over the questions that all of them answered; ``runs`` has the reference, if there is one, first."""
     # a question that one run could not answer would move its mean, not theirs
     common = sorted(set.intersection(*(set(outcomes) for _, outcomes in runs)))
     if not common:
@@ -139,7 +123,7 @@ def _run_report(
     info: RunInfo, outcomes: list[Outcome], reference: list[Outcome] | None, *, metric: str
 ) -> RunReport:
     kinds = sorted({outcome.kind for outcome in outcomes})
-    processed = statistics.fmean(outcome.processed_tokens for outcome in outcomes)
+    processed = _mean(outcomes, "processed_tokens")
     decode_ms = sum(outcome.decode_ms for outcome in outcomes)
     # the first token of an answer comes with its prefill
     decoded = sum(outcome.new_tokens - 1 for outcome in outcomes)
@@ -147,17 +131,22 @@ def _run_report(
         run=info,
         accuracy=_accuracy(outcomes),
         by_kind={kind: _accuracy([one for one in outcomes if one.kind == kind]) for kind in kinds},
-        yes_no=_yes_no(outcomes) if metric == "yes-no" else None,
-        visual_tokens=statistics.fmean(outcome.visual_tokens for outcome in outcomes),
+        yes_no=yes_no_rates(
+            [one.reading for one in outcomes], [exact_normal(one.answers[0]) for one in outcomes]
+        )
+        if metric == "yes-no"
+        else None,
+        visual_tokens=_mean(outcomes, "visual_tokens"),
         processed_tokens=processed,
-        average_keep=processed / statistics.fmean(one.visual_tokens for one in reference or outcomes),
-        flops=_flops(outcomes),
+        average_keep=processed / _mean(reference or outcomes, "visual_tokens"),
+        flops=_mean(outcomes, "flops"),
         ttft_ms=_ttft_ms(outcomes),
         tokens_per_second=1e3 * decoded / decode_ms if decoded and decode_ms > 0 else None,
-        kv_bytes=statistics.fmean(outcome.kv_bytes for outcome in outcomes),
+        kv_bytes=_mean(outcomes, "kv_bytes"),
         repaired_stages=sum(outcome.repaired_stages for outcome in outcomes),
         against_reference=(None if reference is None or info.is_reference else _against(outcomes, reference)),
-        outcomes=[_plain(outcome) for outcome in outcomes],
+        # the first token's summary is for resuming
+        outcomes=[msgspec.to_builtins(msgspec.structs.replace(one, first_token=None)) for one in outcomes],
     )
 
 
@@ -179,7 +168,7 @@ def _against(outcomes: list[Outcome], reference: list[Outcome]) -> AgainstRefere
             questions=len(outcomes),
         ),
         first_token_kl=statistics.fmean(divergences) if divergences else None,
-        flops_ratio=_flops(reference) / _flops(outcomes),
+        flops_ratio=_mean(reference, "flops") / _mean(outcomes, "flops"),
         ttft_ratio=_ttft_ms(reference) / _ttft_ms(outcomes),
     )
 
@@ -193,24 +182,13 @@ def _accuracy(outcomes: list[Outcome]) -> Estimate:
     )
 
 
-def _yes_no(outcomes: list[Outcome]) -> YesNoRates:
-    expected = [exact_normal(outcome.answers[0]) for outcome in outcomes]
-    return yes_no_rates([outcome.reading for outcome in outcomes], expected)
-
-
 def _scores(outcomes: list[Outcome]) -> list[float]:
     return [outcome.score for outcome in outcomes]
 
 
-def _flops(outcomes: list[Outcome]) -> float:
-    return statistics.fmean(outcome.flops for outcome in outcomes)
+def _mean(outcomes: list[Outcome], name: str) -> float:
+    return statistics.fmean(getattr(outcome, name) for outcome in outcomes)
 
 
 def _ttft_ms(outcomes: list[Outcome]) -> float:
     return statistics.median(outcome.ttft_ms for outcome in outcomes)
-
-
-def _plain(outcome: Outcome) -> dict[str, Any]:
-    """Return the outcome as JSON types, without the first token's summary: that is for resuming."""
-    fields: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(outcome, first_token=None))
-    return fields

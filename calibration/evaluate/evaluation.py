@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from trio_edge.calibration.evaluate.answering import Settings
 from trio_edge.calibration.evaluate.comparison import (
     SCHEMA_VERSION,
     EvaluationConditions,
@@ -19,8 +20,7 @@ from trio_edge.calibration.evaluate.comparison import (
     EvaluationReport,
     compare,
 )
-from trio_edge.calibration.evaluate.running.answering import Settings
-from trio_edge.calibration.evaluate.running.runs import answer_runs, keys_of, plan_runs
+from trio_edge.calibration.evaluate.runs import answer_runs, keys_of, plan_runs
 from trio_edge.calibration.metrics import METRICS, check_metric, metric_for
 from trio_edge.calibration.questions import (
     SYNTHETIC_SETS,
@@ -36,8 +36,7 @@ from trio_edge.runtime.bundle.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from trio_edge.calibration.evaluate.running.runs import Answers
-    from trio_edge.calibration.evaluate.running.work_folder import RunKey
+    from trio_edge.calibration.evaluate.runs import Answers, RunKey
     from trio_edge.calibration.questions import Question
     from trio_edge.runtime.backends.interface import CpuAccuracy
 
@@ -75,10 +74,7 @@ def evaluate(
 ) -> EvaluationReport:
     """Ask all bundles the same questions and return what came of it.
 
-    Args:
-        options: The user's.
-        on_start: Called with each run's label, the number of answers that it has already, and that of all questions.
-        on_answer: Called after every answer.
+    ``on_start`` gets each run's label, how many answers it has already, and how many questions there are.
 
     Raises:
         DataError: If the questions cannot be read, or options contradict each other or a work folder.

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from trio_edge.calibration.evaluate.running.answer_cost import image_tokens, processed_tokens
+from trio_edge.calibration.evaluate.answer_cost import image_tokens, processed_tokens
 from trio_edge.runtime.bundle.errors import DataError, ShapeError
 from trio_edge.runtime.pipeline import Pipeline
 
@@ -44,14 +44,7 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
         batch_size: int | str = 1,
         **ignored: Any,
     ) -> None:
-        """Open the bundle.
-
-        Args:
-            pretrained: Folder of the bundle.
-            backend: As in ``Pipeline.from_bundle``.
-            threads: CPU threads; 0 lets the backend choose.
-            batch_size: 1; the command line's default.
-            ignored: What lmms-eval passes to every model: device and the like.
+        """Open the bundle ``pretrained``; ``ignored`` is what lmms-eval passes to every model: device and the like.
 
         Raises:
             ShapeError: If the batch size is not 1.

@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trio_edge.calibration.model.selecting import Probes, order_of, saliency
-from trio_edge.calibration.model.sequence import appended, begin, logits_of, no_past, run_layer, with_kept
+from trio_edge.calibration.model.sequence import (
+    appended,
+    logits_of,
+    order_of,
+    run_layer,
+    saliency,
+    with_kept,
+)
 from trio_edge.export.quantize.numerics import rounded_activations
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trio_edge.calibration.model.prompts import SamplePrompt
     from trio_edge.calibration.model.sequence import KeysAndValues, Sequence
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.export.quantize.scales import CacheRange
@@ -38,45 +43,36 @@ class Greedy:
     kept: list[Tensor]
     """Per stage the image's visual tokens that are left, ascending."""
     rounds: list[int]
-    """Per stage the rounds that its NMS took."""
 
 
 def greedy_answer(
     model: TorchModel,
-    prompt: SamplePrompt,
+    prompt: Sequence,
     schedule: Schedule,
     *,
-    probes: Probes,
     max_tokens: int,
     given: list[int] | None = None,
     caches: tuple[CacheRange, ...] = (),
 ) -> Greedy:
     """Return the answer's first ``max_tokens`` tokens.
 
-    Args:
-        model: Computes them.
-        prompt: Image and question.
-        schedule: Reduces the tokens.
-        probes: The model's.
-        max_tokens: Tokens at most.
-        given: Tokens, ``max_tokens`` of them, that are taken for the answer; None for the likeliest ones.
-        caches: Largest values of each layer's KV cache where it is in INT8; none otherwise.
+    ``given`` tokens, as many, are taken for the answer in place of the likeliest ones. ``caches`` has the largest values of each
+    layer's KV cache where it is in INT8.
     """
     stages = {stage.layer: stage.keep for stage in schedule.stages}
-    sequence = begin(model, prompt)
+    sequence = prompt
     inputs: list[Sequence] = []
     past: list[KeysAndValues] = []
     kept, rounds = [], []
     for layer in range(model.num_layers):
         if layer in stages:
-            scores_N = saliency(model, probes.of(layer, schedule), sequence)
+            scores_N = saliency(model, layer, schedule, sequence)
             order = order_of(sequence, scores_N, threshold=schedule.nms_threshold)
             sequence = with_kept(sequence, order.kept(stages[layer]), positions=schedule.positions)
             kept.append(sequence.original_N)
             rounds.append(order.rounds)
         inputs.append(sequence)
-        nothing = no_past(model, sequence.hidden_SD)
-        rows, present = run_layer(model, sequence.hidden_SD, sequence.positions_AS, layer, past=nothing)
+        rows, present = run_layer(model, sequence.hidden_SD, sequence.positions_AS, layer)
         past.append(_as_cached(present, layer, caches))
         sequence = sequence.after(layer, rows)
     logits = [logits_of(model, sequence.hidden_SD[-1:])]

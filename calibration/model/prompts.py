@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from trio_edge.calibration.model.sequence import Sequence
 from trio_edge.runtime.bundle.errors import DataError, ImageError, ShapeError
 from trio_edge.runtime.images.reading import open_image
 from trio_edge.runtime.prompts.chat import build_messages
@@ -17,7 +18,6 @@ from trio_edge.runtime.prompts.tokenizer import Inset
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import Tensor
 
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.questions import Question
@@ -33,28 +33,10 @@ class SampleShape:
     where: str
     """FILE or FILE:LINE of the sample."""
     width: int
-    """In pixels."""
     height: int
     sizes: dict[str, int]
     """Sizes of the vision graph's axes, N among them."""
     num_text: int
-    """Text tokens of the prompt."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplePrompt:
-    """One sample's sequence."""
-
-    embeds_SD: Tensor
-    """Text and visual rows in the prompt's order."""
-    positions_AS: Tensor
-    """int32; A = 1, or 3 with M-RoPE."""
-    next_position: int
-    """Position of the first answer token."""
-    visual_rows_N: Tensor
-    """int64, row of each visual token, ascending."""
-    planes_ND: tuple[Tensor, ...] = ()
-    """[N, D] each, DeepStack's: plane i is added to the visual rows after layer i."""
 
 
 def sample_shape(model: TorchModel, question: Question) -> SampleShape:
@@ -74,8 +56,8 @@ def sample_shape(model: TorchModel, question: Question) -> SampleShape:
     )
 
 
-def make_prompt(model: TorchModel, question: Question) -> SamplePrompt:
-    """Return the sequence of a sample, after running the vision encoder.
+def make_prompt(model: TorchModel, question: Question) -> Sequence:
+    """Return the sequence of a sample, about to enter layer 0, after running the vision encoder.
 
     Raises:
         DataError: As ``sample_shape``.
@@ -94,13 +76,14 @@ def make_prompt(model: TorchModel, question: Question) -> SamplePrompt:
     layout = model.images.layout(*image.size)
     rows_N = torch.from_numpy(ids.visual_rows(layout.run_lengths).astype(np.int64)).to(model.device)
     all_ids = ids.all_ids(layout.run_lengths).astype(np.int64)
-    embeds_SD = model.embedding_VD[torch.from_numpy(all_ids)].index_copy(0, rows_N, visual_ND)
+    hidden_SD = model.embedding_VD[torch.from_numpy(all_ids)].index_copy(0, rows_N, visual_ND)
     positions = _positions(model, ids, layout)
-    return SamplePrompt(
-        embeds_SD=embeds_SD,
+    return Sequence(
+        hidden_SD=hidden_SD,
         positions_AS=torch.from_numpy(positions.ids).to(model.device),
         next_position=positions.next,
         visual_rows_N=rows_N,
+        original_N=torch.arange(len(rows_N), device=model.device),
         planes_ND=tuple(planes_ND),
     )
 

@@ -2,24 +2,28 @@
 
 The rows are those of the prompt, text and visual, then those of the answer. Answer tokens, given beforehand, go through every
 layer with the prompt. Under the causal mask they change nothing before them, and they are what decoding them one by one would
-give, so one pass shows a whole answer's logits. Selections look at the prompt alone.
+give, so one pass shows a whole answer's logits. Selections look at the prompt alone: one order of the tokens, by saliency and
+NMS, gives the kept sets of every budget. The NMS runs until it has settled, which is exact and tells how many rounds a graph must
+have: a chain of t suppressions takes t rounds, and one more to see that nothing changes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from trio_edge.export.graphs.attention import causal_mask
+from trio_edge.export.plan import dimensions_of
+from trio_edge.trio.nms import similar_tokens
+from trio_edge.trio.selectors.interface import comes_before
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trio_edge.calibration.model.prompts import SamplePrompt
     from trio_edge.calibration.model.torch_model import TorchModel
-    from trio_edge.runtime.bundle.schedule import Positions
+    from trio_edge.runtime.bundle.schedule import Positions, Schedule
 
     KeysAndValues = tuple[Tensor, Tensor]
 
@@ -35,8 +39,9 @@ class Sequence:
     """int64, row of each visual token that is left, ascending."""
     original_N: Tensor
     """int64, which of the image's visual tokens are left."""
+    next_position: int
+    """Position of the first answer token where positions are preserved."""
     num_answer: int = 0
-    """Rows after the prompt."""
     planes_ND: tuple[Tensor, ...] = ()
     """[N, D] each, DeepStack's: plane i is added to the visual rows after layer i."""
 
@@ -68,67 +73,50 @@ class Sequence:
         )
 
 
-def begin(model: TorchModel, prompt: SamplePrompt) -> Sequence:
-    """Return the sequence of a prompt, about to enter layer 0."""
-    return Sequence(
-        hidden_SD=prompt.embeds_SD,
-        positions_AS=prompt.positions_AS,
-        visual_rows_N=prompt.visual_rows_N,
-        original_N=torch.arange(len(prompt.visual_rows_N), device=model.device),
-        planes_ND=prompt.planes_ND,
-    )
+class Order(NamedTuple):
+    """Visual tokens in the order in which a stage takes them."""
+
+    tokens_N: Tensor
+    """int64, best first: survivors of the NMS, then suppressed ones."""
+    rounds: int
+
+    def kept(self, num_keep: int) -> Tensor:
+        """Return the best ``num_keep`` tokens (all, if there are fewer), ascending."""
+        return self.tokens_N[:num_keep].sort().values
 
 
 def advanced(model: TorchModel, sequence: Sequence, layers: range) -> Sequence:
     """Return the sequence after ``layers``."""
-    nothing = no_past(model, sequence.hidden_SD)
     for layer in layers:
-        rows, _ = run_layer(model, sequence.hidden_SD, sequence.positions_AS, layer, past=nothing)
+        rows, _ = run_layer(model, sequence.hidden_SD, sequence.positions_AS, layer)
         sequence = sequence.after(layer, rows)
     return sequence
 
 
-def run_layers(
+def run_layer(
     model: TorchModel,
     hidden_SD: Tensor,
     positions_AS: Tensor,
-    layers: range,
+    layer: int,
     *,
-    past: list[KeysAndValues],
-    present: list[Tensor],
-) -> Tensor:
-    """Return the hidden states of new rows after ``layers``, as the exported layer ranges do.
+    past: KeysAndValues | None = None,
+) -> tuple[Tensor, KeysAndValues]:
+    """Return the hidden states of new rows after one layer, as the exported layer ranges do, and their keys and values.
 
-    Args:
-        model: The model.
-        hidden_SD: New rows.
-        positions_AS: Theirs.
-        layers: Which ones.
-        past: Keys and values of the rows before, for each layer.
-        present: Receives keys and values of the new rows, layer by layer.
+    Keys and values are [1, G, S, E]; ``past`` has those of the rows before.
     """
+    past = past or _no_past(model, hidden_SD)
     cos, sin = model.rotary(positions_AS)
-    tables = cos.to(hidden_SD.dtype), sin.to(hidden_SD.dtype)
-    num_past = past[0][0].shape[2] if past else 0
+    num_past = past[0].shape[2]
     with torch.device(model.device):
         mask = causal_mask(len(hidden_SD), num_past, torch.tensor([num_past]))
-    hidden: Any = hidden_SD[None]
-    for index, layer_past in zip(layers, past):
-        layer: Any = model.parts.layers[index]
-        hidden = layer(
-            hidden, attention_mask=mask, position_embeddings=tables, past=layer_past, present=present
-        )
-    rows: Tensor = hidden[0]
-    return rows
-
-
-def run_layer(
-    model: TorchModel, hidden_SD: Tensor, positions_AS: Tensor, layer: int, *, past: KeysAndValues
-) -> tuple[Tensor, KeysAndValues]:
-    """Return the hidden states of new rows after one layer, with the keys and values [1, G, S, E] of these rows."""
     present: list[Tensor] = []
-    rows = run_layers(model, hidden_SD, positions_AS, range(layer, layer + 1), past=[past], present=present)
-    return rows, (present[0], present[1])
+    module: Any = model.parts.layers[layer]
+    tables = cos.to(hidden_SD.dtype), sin.to(hidden_SD.dtype)
+    hidden = module(
+        hidden_SD[None], attention_mask=mask, position_embeddings=tables, past=past, present=present
+    )
+    return hidden[0], (present[0], present[1])
 
 
 def with_kept(sequence: Sequence, kept_K: Tensor, *, positions: Positions) -> Sequence:
@@ -163,16 +151,50 @@ def logits_of(model: TorchModel, rows: Tensor) -> Tensor:
     return logits
 
 
-def no_past(model: TorchModel, hidden_SD: Tensor) -> KeysAndValues:
+def _no_past(model: TorchModel, hidden_SD: Tensor) -> KeysAndValues:
     """Return keys and values of no rows."""
-    text = model.parts.text_config
-    heads = int(text.num_attention_heads)
-    groups = int(getattr(text, "num_key_value_heads", None) or heads)
-    size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    empty = hidden_SD.new_empty((1, groups, 0, size))
+    sizes = dimensions_of(model.parts)
+    empty = hidden_SD.new_empty((1, sizes.num_kv_heads, 0, sizes.head_size))
     return empty, empty
 
 
 def appended(past: KeysAndValues, new: KeysAndValues) -> KeysAndValues:
     """Return keys and values [1, G, S, E] of the rows before and of new ones."""
     return torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2)
+
+
+def saliency(model: TorchModel, layer: int, schedule: Schedule, sequence: Sequence) -> Tensor:
+    """Return the score [N] of each visual token that is left, float32, as the probe in front of ``layer`` gives it."""
+    length = sequence.prompt_length
+    cos, sin = model.rotary(sequence.positions_AS[:, :length])
+    scores: Tensor = model.probe(layer, schedule)(
+        sequence.hidden_SD[:length],
+        cos[0],
+        sin[0],
+        sequence.visual_rows_N,
+        torch.tensor([sequence.num_visual], device=model.device),
+        torch.tensor([length], device=model.device),
+    )
+    return scores
+
+
+def order_of(sequence: Sequence, scores_N: Tensor, *, threshold: float) -> Order:
+    """Return the order of the visual tokens by saliency and NMS."""
+    N = sequence.num_visual
+    features_ND = sequence.hidden_SD[sequence.visual_rows_N]
+    index_N = torch.arange(N, device=scores_N.device)
+    before_NN = comes_before(scores_N, index_N)
+    similar_NN = similar_tokens(features_ND, torch.ones_like(index_N, dtype=torch.bool), threshold=threshold)
+    kept_N, rounds = _settled((before_NN & similar_NN).to(torch.float32))
+    rank_N = before_NN.to(torch.int64).sum(0)
+    return Order(torch.argsort(rank_N + N * (~kept_N).to(torch.int64)), rounds)
+
+
+def _settled(adjacency_NN: Tensor) -> tuple[Tensor, int]:
+    kept_N = torch.ones_like(adjacency_NN[0], dtype=torch.bool)
+    rounds = 0
+    while True:
+        earlier_N, rounds = kept_N, rounds + 1
+        kept_N = (earlier_N.to(adjacency_NN.dtype) @ adjacency_NN) == 0
+        if torch.equal(kept_N, earlier_N):
+            return kept_N, rounds

@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
@@ -23,21 +23,21 @@ from trio_edge.export.checkpoints.checkpoint import EMBEDDING_NAME, canonical_na
 from trio_edge.export.checkpoints.text_files import read_text_files
 from trio_edge.export.families import check_architecture, family_of
 from trio_edge.export.graphs.rope import RotaryTables
+from trio_edge.export.plan import check_tensors
 from trio_edge.runtime.bundle.errors import BackendError, CheckpointError
 from trio_edge.runtime.prompts.tokenizer import Tokenizer
+from trio_edge.trio.saliency import ProxySaliency
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.checkpoints.safetensors import SourceTensor
     from trio_edge.export.families.base import FamilyModel
     from trio_edge.runtime.bundle.manifest import TextSpec
-    from trio_edge.runtime.bundle.schedule import Positions
+    from trio_edge.runtime.bundle.schedule import Positions, ProbeRows, Schedule
     from trio_edge.runtime.images.interface import ImageProcessing
 
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -56,7 +56,6 @@ class TorchModel:
     """Final norm and lm_head as the head graph runs them; probes have the two for themselves."""
     rotary: RotaryTables
     embedding_VD: Tensor
-    """Token embeddings, in the compute type."""
     images: ImageProcessing
     tokenizer: Tokenizer
     template: str
@@ -65,8 +64,24 @@ class TorchModel:
     """Rules that the family can follow, its default first."""
     checkpoint: Checkpoint
     dtype: torch.dtype
-    """Compute type."""
     device: torch.device
+    most_visual: int = 576
+    """Largest N that enters a probe; every probe has the cheapest form for it."""
+    _probes: dict[tuple[int, ProbeRows, int], ProxySaliency] = field(default_factory=dict)
+
+    def probe(self, layer: int, schedule: Schedule) -> ProxySaliency:
+        """Return the probe in front of ``layer`` as the select graph of a bundle has it; each is made once."""
+        key = layer, schedule.probe_rows, schedule.num_probe_rows
+        if key not in self._probes:
+            self._probes[key] = ProxySaliency(
+                self.parts.layers[layer],
+                self.parts.final_norm,
+                self.parts.lm_head,
+                max_visual=self.most_visual,
+                num_probe_rows=schedule.num_probe_rows,
+                last_probe_offset=schedule.last_probe_offset,
+            )
+        return self._probes[key]
 
     @property
     def num_layers(self) -> int:
@@ -81,13 +96,9 @@ class TorchModel:
 def load_model(
     model: str, *, revision: str | None = None, max_visual: int | None = None, device: str = "cpu"
 ) -> TorchModel:
-    """Return the checkpoint that ``model`` names, ready to run.
+    """Return the checkpoint that ``model`` (alias, Hub id or folder) names, ready to run on torch's ``device``.
 
-    Args:
-        model: Alias, Hub id or folder.
-        revision: Branch, tag or commit on the Hub.
-        max_visual: Visual tokens that images are scaled down to, in families that can.
-        device: torch's name.
+    Images are scaled down to ``max_visual`` visual tokens, in families that can.
 
     Raises:
         CheckpointError: If the checkpoint cannot be read or exported.
@@ -105,9 +116,10 @@ def load_model(
     # real initial values would need the memory of the whole model, and time
     with FakeTensorMode(allow_non_fake_inputs=True):
         parts = family.build(checkpoint, processing=images, dtype="float32", with_features=False)
+    check_tensors(checkpoint, parts)
     dtype = _compute_type(checkpoint)
     values = _Values(checkpoint, dtype=dtype, device=place)
-    _fill(parts, values)
+    _fill(parts, values, checkpoint)
     return TorchModel(
         parts=parts,
         head=nn.Sequential(parts.final_norm, parts.lm_head),
@@ -141,17 +153,13 @@ def _device(name: str) -> torch.device:
 
 def _compute_type(checkpoint: Checkpoint) -> torch.dtype:
     """Return float32 if the model's weights fit the memory in it, else the type in which they are stored."""
-    num_bytes = sum(4 * _count(tensor) for tensor in checkpoint.tensors.values())
+    num_bytes = sum(4 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     free = 0
     if sys.platform == "linux":  # elsewhere a large model stays in its own type
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if num_bytes <= max(_MEMORY_SHARE * free, _TINY_BYTES):
         return torch.float32
     return _TYPES.get(checkpoint.tensor(EMBEDDING_NAME).dtype, torch.float32)
-
-
-def _count(tensor: SourceTensor) -> int:
-    return math.prod(tensor.shape)
 
 
 class _Values:
@@ -162,9 +170,6 @@ class _Values:
         self._dtype, self._device = dtype, device
         self._files: dict[Path, mmap.mmap] = {}
         self._tensors: dict[str, Tensor] = {}
-
-    def has(self, name: str) -> bool:
-        return name in self._checkpoint.tensors
 
     def of(self, name: str) -> Tensor:
         if name not in self._tensors:
@@ -184,35 +189,25 @@ class _Values:
         values = torch.frombuffer(
             self._files[source.file],
             dtype=_TYPES[source.dtype],
-            count=_count(source),
+            count=math.prod(source.shape),
             offset=source.offset,
         )
         return values.reshape(source.shape)
 
 
-def _fill(parts: FamilyModel, values: _Values) -> None:
+def _fill(parts: FamilyModel, values: _Values, checkpoint: Checkpoint) -> None:
     """Put values in place of the fake parameters and buffers that the modules were built with."""
     real = {}
     for name, parameter in parts.root.named_parameters():
         known = canonical_name(name)
-        if known.startswith("vision_tower.") and not values.has(known):
-            continue  # behind the last layer that is used
-        tensor = values.of(known)
-        if tensor.shape != parameter.shape:
-            raise CheckpointError(
-                f"tensor {known!r}: expected shape {list(parameter.shape)} (config.json), got {list(tensor.shape)};"
-                " configuration and weights belong to different models"
-            )
-        real[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+        if known.startswith("vision_tower.") and known not in checkpoint.tensors:
+            continue  # after the last layer that is used
+        real[id(parameter)] = nn.Parameter(values.of(known), requires_grad=False)
     for module in (*parts.root.modules(), *parts.vision.module.modules()):
         for leaf, fake in module._parameters.items():
             if fake is not None and id(fake) in real:
                 module._parameters[leaf] = real[id(fake)]
     for name, constant in parts.vision.constants.items():
-        _set_buffer(parts.vision.module, name, constant, device=values.of(EMBEDDING_NAME).device)
-
-
-def _set_buffer(module: nn.Module, name: str, constant: NDArray[np.generic], *, device: torch.device) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner: Any = module.get_submodule(path)
-    owner._buffers[leaf] = torch.from_numpy(constant).to(device)
+        path, _, leaf = name.rpartition(".")
+        owner: Any = parts.vision.module.get_submodule(path)
+        owner._buffers[leaf] = torch.from_numpy(constant).to(values.of(EMBEDDING_NAME).device)

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from trio_edge.calibration.quantize.collecting import answer_samples, listening_to_caches, listening_to_inputs
-from trio_edge.calibration.quantize.modelopt_search import check_modelopt
 from trio_edge.calibration.quantize.report import CacheReport, GroupError, QuantizationReport
-from trio_edge.calibration.quantize.rounding import GroupRounding
+from trio_edge.calibration.quantize.rounding import GroupRounding, check_modelopt
 from trio_edge.calibration.quantize.sections import quantized_sections
 from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.quantize.collecting import Inputs
     from trio_edge.calibration.quantize.sections import Section
@@ -58,23 +56,14 @@ def calibrate_quantization(
     plan: QuantizePlan,
     *,
     dtype: FloatType,
-    probes: Probes,
     num_tokens: int,
     on_step: Callable[[str, int], None] = lambda _text, _count: None,
     on_one: Callable[[], None] = lambda: None,
 ) -> Quantized | None:
     """Return factors and ranges for what ``plan`` quantizes; None if it is nothing but selections or the table.
 
-    Args:
-        model: In floating point.
-        questions: Samples that inputs are collected from, with token reduction on.
-        schedule: The bundle's.
-        plan: The format of every part.
-        dtype: The bundle's, in which scales are stored.
-        probes: The model's.
-        num_tokens: Answer tokens of a sample, at most.
-        on_step: Called with what begins and how many samples or groups of linear layers it has.
-        on_one: Called after each of them.
+    Inputs are collected while ``questions`` are answered under ``schedule``, with at most ``num_tokens`` tokens each.
+    ``on_step`` gets what begins and how many samples or groups of linear layers it has; ``on_one`` is called after each.
 
     Raises:
         DataError: If a sample cannot be asked.
@@ -92,7 +81,7 @@ def calibrate_quantization(
         listening_to_caches(layers if plan.has_cache else ()) as cached,
         listening_to_inputs(sections, num_samples=len(questions)) as collected,
     ):
-        answer_samples(model, questions, schedule, probes=probes, num_tokens=num_tokens, on_sample=on_one)
+        answer_samples(model, questions, schedule, num_tokens=num_tokens, on_sample=on_one)
     if sections:
         on_step("quantizing layer by layer", sum(len(section.groups) for section in sections))
     names = model.tensor_names()
@@ -169,9 +158,7 @@ def smoothing_of(
 ) -> dict[str, Smoothing]:
     """Return what happens to the tensors of the groups and of what is before them, by canonical name.
 
-    Args:
-        found: Groups that factors can be moved out of, and [I] what their weights' columns are multiplied by.
-        names: Canonical name of every parameter.
+    ``found`` has groups that factors can be moved out of, and [I] what their weights' columns are multiplied by.
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}

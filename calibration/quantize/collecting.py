@@ -11,23 +11,24 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
-from trio_edge.calibration.quantize.products import products_of
 from trio_edge.export.quantize.scales import CacheRange
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.quantize.sections import Section
     from trio_edge.calibration.questions import Question
     from trio_edge.export.quantize.scales import Smoothing
     from trio_edge.runtime.bundle.schedule import Schedule
+
 
 NUM_ROWS = 512
 """Rows of every input that are kept, of all samples together, at most a few more."""
@@ -60,38 +61,20 @@ def answer_samples(
     questions: Sequence[Question],
     schedule: Schedule,
     *,
-    probes: Probes,
     num_tokens: int,
     on_sample: Callable[[], None],
 ) -> None:
-    """Answer ``questions``, for those who listen.
-
-    Args:
-        model: In floating point.
-        questions: Samples; each is answered.
-        schedule: What reduces the tokens meanwhile.
-        probes: The model's.
-        num_tokens: Answer tokens of a sample, at most: decoding sees other rows than prompts.
-        on_sample: Called after every sample.
-
-    Raises:
-        DataError: If a sample cannot be asked.
-    """
+    """Answer ``questions``, for those who listen: with answer tokens, as decoding sees other rows than prompts."""
     for question in questions:
         with torch.inference_mode():
             prompt = make_prompt(model, question)
-            greedy_answer(model, prompt, schedule, probes=probes, max_tokens=num_tokens)
+            greedy_answer(model, prompt, schedule, max_tokens=num_tokens)
         on_sample()
 
 
 @contextmanager
 def listening_to_inputs(sections: Sequence[Section], *, num_samples: int) -> Iterator[list[list[Inputs]]]:
-    """Collect from ``sections``, while they run, what enters each of their groups.
-
-    Args:
-        sections: Of the model.
-        num_samples: How many are going to be answered, so that each gives its share of the rows.
-    """
+    """Collect from ``sections``, while they run, what enters each of their groups; each sample gives its share of the rows."""
     found = [[Inputs() for _ in section.groups] for section in sections]
     generator = torch.Generator().manual_seed(0)  # the same samples give the same factors
     num_rows = -(-NUM_ROWS // num_samples)
@@ -120,7 +103,6 @@ class CachedRows:
     key_GE: Tensor | None = None
     """float32, largest absolute value of each element of the rotated keys over all rows."""
     value_GE: Tensor | None = None
-    """The same of the values."""
 
     def add(self, key: Tensor, value: Tensor) -> None:
         """Take the largest of rows [1, G, S, E]."""
@@ -158,3 +140,42 @@ def listening_to_caches(layers: Sequence[nn.Module]) -> Iterator[list[CachedRows
             handle = layer.register_forward_hook(listener(rows), with_kwargs=True)
             stack.callback(handle.remove)
         yield found
+
+
+class _Products(TorchFunctionMode):
+    """Calls ``inputs[weight]`` in place of what enters a product with a weight.
+
+    Forward hooks would miss products that are functions of a weight, not calls of a layer, and would hear probes, which call
+    layers of a module that does not run.
+    """
+
+    def __init__(self, inputs: Mapping[nn.Parameter, Callable[[Tensor], Tensor]]) -> None:
+        super().__init__()
+        self._inputs = inputs
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.linear and args[1] in self._inputs:
+            args = (self._inputs[args[1]](args[0]), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def products_of(
+    module: nn.Module, inputs: Mapping[nn.Parameter, Callable[[Tensor], Tensor]]
+) -> Iterator[None]:
+    """Let products x Wᵀ compute with ``inputs[W](x)``, whenever ``module`` runs."""
+    mode: Any = _Products(inputs)
+
+    def begin(*_: Any) -> None:
+        mode.__enter__()
+
+    def end(*_: Any) -> None:
+        mode.__exit__(None, None, None)
+
+    with ExitStack() as stack:
+        for handle in (
+            module.register_forward_pre_hook(begin),
+            module.register_forward_hook(end, always_call=True),
+        ):
+            stack.callback(handle.remove)
+        yield

@@ -6,20 +6,26 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from trio_edge.calibration.quantize.products import products_of
+import torch
+
+from trio_edge.calibration.model.greedy import greedy_answer
+from trio_edge.calibration.model.prompts import make_prompt
+from trio_edge.calibration.quantize.collecting import products_of
 from trio_edge.calibration.quantize.sections import block_of, quantized_sections
+from trio_edge.calibration.search.measuring import divergence, keep_all
 from trio_edge.export.quantize.numerics import quantize, rounded_activations
 from trio_edge.export.quantize.plan import PARTS, QuantizePlan
 from trio_edge.trio.methods import stage_method
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    import torch
     from torch import Tensor, nn
 
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.quantize.sections import Section
+    from trio_edge.calibration.questions import Question
+    from trio_edge.calibration.search.measuring import MeasuredSchedule
     from trio_edge.export.quantize.numerics import QuantizedWeight
     from trio_edge.export.quantize.scales import CalibratedScales, Smoothing
     from trio_edge.runtime.bundle.manifest import FloatType
@@ -37,13 +43,6 @@ def quantized_model(
 
     TRIO's probes read their layer and the head as those are. Other selections read their layer in the format of select graphs,
     rounded to nearest where it is another one.
-
-    Args:
-        model: Is as it was afterwards.
-        schedule: The bundle's.
-        plan: The bundle's.
-        scales: Calibrated.
-        dtype: The bundle's.
     """
     names = model.tensor_names()
     shares = stage_method(schedule.method).has_probe
@@ -129,3 +128,38 @@ def _exchanged(module: nn.Module, *, inside: Values, outside: Values) -> Iterato
             ):
                 stack.callback(handle.remove)
         yield
+
+
+def measure_quantized(
+    model: TorchModel,
+    questions: Sequence[Question],
+    schedule: Schedule,
+    plan: QuantizePlan,
+    scales: CalibratedScales,
+    *,
+    dtype: FloatType,
+    num_tokens: int,
+    on_sample: Callable[[], None],
+) -> list[MeasuredSchedule]:
+    """Return for each question how the quantized model under ``schedule`` changes keep-all's answer."""
+    with torch.inference_mode():
+        wholes = []
+        for question in questions:
+            whole = keep_all(model, make_prompt(model, question), num_tokens=num_tokens)
+            wholes.append((whole.tokens, whole.log_probs_TV))  # without what entered every layer
+        results = []
+        with quantized_model(model, schedule, plan, scales, dtype=dtype):
+            for question, (tokens, log_probs_TV) in zip(questions, wholes):
+                prompt = make_prompt(model, question)  # its image is encoded by the quantized vision graph
+                answer = greedy_answer(
+                    model,
+                    prompt,
+                    schedule,
+                    max_tokens=len(tokens),
+                    given=tokens,
+                    caches=scales.cache_max,
+                )
+                rounds = max(answer.rounds, default=0)
+                results.append(divergence(log_probs_TV, tokens, answer.logits_TV, rounds=rounds))
+                on_sample()
+    return results

@@ -23,7 +23,6 @@ class GroupError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     calibrated: float
     """The same as the bundle computes it, in INT8 and FP8 with its inputs in eight bits too."""
     moved: bool
-    """Whether factors were moved out of the inputs."""
 
 
 class CacheReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,9 +39,7 @@ class QuantizationReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     """Quantization of vision graph, decoder and head."""
 
     method: Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant"]
-    """Method for the weights."""
     samples: int
-    """Samples that inputs were collected from."""
     errors: list[GroupError]
     """Empty where the KV caches alone are quantized."""
     caches: list[CacheReport] = []

@@ -5,14 +5,18 @@ Weights are rounded as the export is going to do it (``export/quantize/numerics`
 
 from __future__ import annotations
 
+import io
+import warnings
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from trio_edge.calibration.quantize.modelopt_search import awq_factors, smoothquant_factors
 from trio_edge.calibration.quantize.sections import block_of
 from trio_edge.export.quantize.numerics import quantize, rounded_activations
+from trio_edge.runtime.bundle.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from trio_edge.export.graphs.linear_groups import LinearGroup
     from trio_edge.export.quantize.numerics import Format
     from trio_edge.runtime.bundle.manifest import FloatType
+
 
 ALPHAS = (0.25, 0.5, 0.75)
 """SmoothQuant's exponents; the best one is taken for every group."""
@@ -36,7 +41,6 @@ class GroupRounding:
     """A group as one linear layer with the outputs of all, its inputs, and how it is rounded."""
 
     weight_OI: Tensor
-    """float32."""
     rows_TI: Tensor
     """The last row is the largest absolute value of each input over all rows that entered."""
     kind: Format
@@ -106,3 +110,72 @@ def _around_one(factors: Tensor) -> Tensor:
     """Return ``factors`` over their geometric mean, within ``LARGEST_FACTOR``."""
     ratios = factors / factors.log().mean().exp()
     return ratios.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)
+
+
+AWQ_STEP = 0.1
+_OFF = {"quantizer_name": "*", "enable": False}
+
+
+def check_modelopt() -> None:
+    """Raise CheckpointError unless Model Optimizer is installed."""
+    _modelopt()
+
+
+def awq_factors(weight_OI: Tensor, rows_TI: Tensor, *, block: int) -> Tensor:
+    """Return what to multiply the columns of a float32 weight by before it is rounded to INT4 by ``block``, float32 [I]."""
+    weights = {
+        "quantizer_name": "*weight_quantizer",
+        "cfg": {"num_bits": 4, "block_sizes": {-1: block, "type": "static"}},
+    }
+    return _factors(
+        weight_OI,
+        rows_TI,
+        {"quant_cfg": [_OFF, weights], "algorithm": {"method": "awq_lite", "alpha_step": AWQ_STEP}},
+    )
+
+
+def smoothquant_factors(weight_OI: Tensor, rows_TI: Tensor, *, alpha: float) -> Tensor:
+    """Return what to multiply the columns of a weight by, and divide its inputs by, before both are rounded to INT8.
+
+    ``rows_TI`` has the largest of each input among them; ``alpha`` of the inputs' spread goes into the weight, 0 to 1.
+    """
+    quantizers = [
+        {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}},
+        {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 8, "axis": None}},
+    ]
+    return _factors(
+        weight_OI,
+        rows_TI,
+        {"quant_cfg": [_OFF, *quantizers], "algorithm": {"method": "smoothquant", "alpha": alpha}},
+    )
+
+
+def _factors(weight_OI: Tensor, rows_TI: Tensor, config: dict[str, Any]) -> Tensor:
+    """Return what NVIDIA's Model Optimizer finds for a group of linear layers, given as one with the outputs of all.
+
+    So its search ends with factors that the group can share. The rows were collected before, so that one decoder layer at a
+    time is in memory.
+    """
+    mtq = _modelopt()
+    linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight_OI.clone(), requires_grad=False)  # it is changed in place
+    module = nn.Sequential(linear)
+    with torch.no_grad(), redirect_stdout(io.StringIO()):
+        mtq.quantize(module, config, forward_loop=lambda layer: layer(rows_TI))
+    scale: Tensor = module[0].input_quantizer.pre_quant_scale  # type: ignore[union-attr, assignment]
+    return 1.0 / scale.detach().to(torch.float32).flatten()
+
+
+def _modelopt() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # of releases of transformers that it was not tried with; none is used here
+        try:
+            import modelopt.torch.quantization as mtq
+        except ModuleNotFoundError as error:
+            raise CheckpointError(
+                f"--quantize: expected nvidia-modelopt to be installed, got no {error.name};"
+                " pip install 'trio-edge[quantize]'"
+            ) from None
+    return mtq

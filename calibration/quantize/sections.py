@@ -29,7 +29,6 @@ class Section:
     groups: tuple[LinearGroup, ...]
     """Those that ``kind`` can express."""
     kind: QuantizedFormat
-    """Format of the graph that the module is in."""
 
 
 def quantized_sections(model: TorchModel, schedule: Schedule, plan: QuantizePlan) -> list[Section]:

@@ -7,7 +7,7 @@ import json
 import platform
 import tempfile
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,21 +15,17 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from trio_edge.calibration.model.prompts import sample_shape
-from trio_edge.calibration.model.selecting import Probes
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
-from trio_edge.calibration.quantize.fidelity import measure_quantized
-from trio_edge.calibration.quantize.modelopt_search import check_modelopt
+from trio_edge.calibration.quantize.quantized_model import measure_quantized
+from trio_edge.calibration.quantize.rounding import check_modelopt
 from trio_edge.calibration.search.bundle_shape import (
     bundle_shape,
     memory_warning,
     prefill_cost,
     rounds_with_margin,
 )
-from trio_edge.calibration.search.held_out import accuracy, fidelity
-from trio_edge.calibration.search.measure.measurements import Measurements, RecordKey, opened_record
-from trio_edge.calibration.search.measure.samples import read_samples, split_samples
-from trio_edge.calibration.search.report.calibration_file import (
+from trio_edge.calibration.search.calibration_file import (
     SCHEMA_VERSION,
     Calibration,
     CalibrationData,
@@ -37,8 +33,10 @@ from trio_edge.calibration.search.report.calibration_file import (
     Shapes,
     SingleStage,
 )
-from trio_edge.calibration.search.schedules.candidates import Searching
-from trio_edge.calibration.search.schedules.search import search
+from trio_edge.calibration.search.held_out import accuracy, fidelity
+from trio_edge.calibration.search.measuring import Measurements, RecordKey, opened_record
+from trio_edge.calibration.search.samples import read_samples, split_samples
+from trio_edge.calibration.search.schedules.search import SearchProgress, Setup, search
 from trio_edge.calibration.search.schedules.selection_rule import DEFAULT_MAX_KL, SelectionRule
 from trio_edge.calibration.search.schedules.space import (
     average_keep,
@@ -49,40 +47,22 @@ from trio_edge.calibration.search.schedules.space import (
 )
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.export.quantize.scales import CalibratedScales
-from trio_edge.profiling.predict.efficiency import fitted_for
+from trio_edge.profiling.predict.speed import fitted_for
 from trio_edge.runtime.bundle.errors import DataError, TargetError
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.devices import find_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from trio_edge.calibration.model.prompts import SampleShape
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.quantize.report import QuantizationReport
     from trio_edge.calibration.questions import Question
-    from trio_edge.calibration.search.bundle_shape import BundleShape
-    from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
-    from trio_edge.calibration.search.measure.samples import Split
-    from trio_edge.calibration.search.report.calibration_file import CalibrationOptions, Fidelity
-    from trio_edge.calibration.search.schedules.candidates import Candidate, Found
-    from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost
-    from trio_edge.calibration.search.schedules.space import Space
+    from trio_edge.calibration.search.calibration_file import CalibrationOptions, Fidelity
     from trio_edge.export.quantize.plan import QuantizePlan
 
 _PACKAGES = ("trio-edge", "torch", "transformers", "numpy", "pillow", "tokenizers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchProgress:
-    """Callbacks for a progress display."""
-
-    step: Callable[[str, int], None] = lambda _text, _samples: None
-    """Called with what begins and how many samples it has."""
-    sample: Callable[[], None] = lambda: None
-    """Called after each of them."""
-    warn: Callable[[str], None] = lambda _text: None
-    """Called with one line that the user should read; the calibration goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +71,6 @@ class Calibrated:
 
     calibration: Calibration
     scales: CalibratedScales = field(default_factory=CalibratedScales)
-    """For the export of quantized layers."""
 
 
 def calibrate(
@@ -99,15 +78,11 @@ def calibrate(
     *,
     work: Path | None = None,
     samples_sha256: str | None = None,
-    progress: SearchProgress = SearchProgress(),
+    progress: SearchProgress,
 ) -> Calibrated:
-    """Return the calibration that ``options`` describe.
+    """Return the calibration that ``options`` describe; a warning tells of samples with another digest than ``samples_sha256``.
 
-    Args:
-        options: The user's.
-        work: Folder of measurements, so that an interrupted calibration goes on; none for one that is thrown away.
-        samples_sha256: Digest of the samples that are expected; a warning tells of others.
-        progress: Callbacks for a progress display.
+    ``work`` is a folder of measurements, so that an interrupted calibration goes on.
 
     Raises:
         TargetError: If the target is not known, or does not have a format of the plan.
@@ -118,16 +93,18 @@ def calibrate(
     setup = _set_up(options, samples_sha256, progress)
     split = setup.split
     with _measurements(setup, work) as measurements:
-        found, chosen = _find(setup, measurements)
-        points = _points(setup, measurements, found.front, chosen)
-    schedule, point = chosen.schedule, points.chosen
-    _warn_above(
-        setup.rule, point.held_out, progress, what="", way_out="give more samples, or a smaller bound"
-    )
+        found = search(setup, measurements)
+        chosen = setup.rule.choice(found.candidates, setup.space)
+        assert chosen is not None, "the rule was checked before the search"
+        schedule, usual = chosen.schedule, _usual(setup, chosen.schedule)
+        points = _points(setup, measurements, [*(one.schedule for one in found.front), schedule, *usual])
+        rounds = measurements.most_rounds(schedule)
+    held_out = points[schedule].held_out
+    _warn_above(setup.rule, held_out, progress, what="", way_out="give more samples, or a smaller bound")
     progress.step("answering held-out samples", len(split.held_out))
-    scores = accuracy(setup.model, split.held_out, schedule, probes=setup.probes, on_sample=progress.sample)
+    scores = accuracy(setup.model, split.held_out, schedule, on_sample=progress.sample)
     quantized = _quantize(setup, schedule)
-    rounds = max(result.rounds for result in (*chosen.results, *points.held_out, *quantized.results))
+    rounds, whole = max(rounds, quantized.rounds), setup.cost.of_stages([])
     calibration = Calibration(
         schema_version=SCHEMA_VERSION,
         options=options,
@@ -139,16 +116,16 @@ def calibrate(
             text_buckets=setup.shape.text_buckets,
             largest_rounds=rounds,
         ),
-        chosen=point,
-        usual=points.usual,
+        chosen=points[schedule],
+        usual=points[usual[0]] if usual else None,
         compared_by=setup.kind,
-        keep_all_ms=setup.cost.of_stages([]).milliseconds,
-        keep_all_flops=setup.cost.of_stages([]).flops,
+        keep_all_ms=whole.milliseconds,
+        keep_all_flops=whole.flops,
         prediction=fitted_for(setup.cost.target).sentence(setup.cost.target.name),
         accuracy=scores,
         quantization=quantized.report,
         quantized_held_out=quantized.held_out,
-        front=points.front,
+        front=[points[one.schedule] for one in found.front],
         settings=found.tried,
         single_stages=[
             SingleStage(layer=layer, keep=keep, kl=kl) for (layer, keep), kl in found.single.items()
@@ -161,27 +138,7 @@ def calibrate(
     return Calibrated(calibration=calibration, scales=quantized.scales)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Setup:
-    """Everything that is known before a schedule is measured."""
-
-    options: CalibrationOptions
-    plan: QuantizePlan
-    split: Split
-    digest: str
-    """SHA-256 of the samples."""
-    model: TorchModel
-    samples: list[SampleShape]
-    shape: BundleShape
-    space: Space
-    cost: PrefillCost
-    rule: SelectionRule
-    kind: CostKind
-    probes: Probes
-    progress: SearchProgress
-
-
-def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: SearchProgress) -> _Setup:
+def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: SearchProgress) -> Setup:
     plan = _checked_plan(options)
     progress.step("reading the samples", 0)
     questions = read_samples(options.samples, prompt=options.prompt, count=options.count, seed=options.seed)
@@ -207,19 +164,18 @@ def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: S
     )
     cost, rule = prefill_cost(model, shape, samples, target=options.target), rule_of(options)
     rule.check(space, cost)
-    setup = _Setup(
+    setup = Setup(
         options=options,
         plan=plan,
         split=split,
         digest=digest,
-        model=model,
+        model=replace(model, most_visual=shape.num_visual),
         samples=samples,
         shape=shape,
         space=space,
         cost=cost,
         rule=rule,
         kind=rule.kind(options.cost, space, cost),
-        probes=Probes(model, max_visual=shape.num_visual),
         progress=progress,
     )
     _warn_before_measuring(setup)
@@ -227,12 +183,7 @@ def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: S
 
 
 def _checked_plan(options: CalibrationOptions) -> QuantizePlan:
-    """Return the formats to quantize to.
-
-    Raises:
-        TargetError: If the target does not have one of them.
-        CheckpointError: If factors are to be searched for, and Model Optimizer is not installed.
-    """
+    """Return the formats to quantize to, once the target has them and what searches for factors is installed."""
     plan = parse_plan(options.quantize)
     refusal = find_device(options.target).refusal(plan.formats)
     if refusal is not None:
@@ -242,7 +193,7 @@ def _checked_plan(options: CalibrationOptions) -> QuantizePlan:
     return plan
 
 
-def _warn_before_measuring(setup: _Setup) -> None:
+def _warn_before_measuring(setup: Setup) -> None:
     if setup.kind == "flops" and setup.options.cost == "auto":
         setup.progress.warn(
             f"no schedule is predicted to be faster than keep-all on {setup.cost.target.name}: what a selection"
@@ -257,7 +208,7 @@ def _warn_before_measuring(setup: _Setup) -> None:
 
 
 @contextmanager
-def _measurements(setup: _Setup, work: Path | None) -> Iterator[Measurements]:
+def _measurements(setup: Setup, work: Path | None) -> Iterator[Measurements]:
     """Yield measurements that the work folder keeps, or a temporary one."""
     key = RecordKey(
         model=setup.options.model,
@@ -272,7 +223,6 @@ def _measurements(setup: _Setup, work: Path | None) -> Iterator[Measurements]:
         record, known = stack.enter_context(opened_record(folder, key))
         yield Measurements(
             setup.model,
-            probes=setup.probes,
             num_tokens=setup.options.answer_tokens,
             record=record,
             known=known,
@@ -280,68 +230,33 @@ def _measurements(setup: _Setup, work: Path | None) -> Iterator[Measurements]:
         )
 
 
-def _find(setup: _Setup, measurements: Measurements) -> tuple[Found, Candidate]:
-    """Return everything that the search found, and the candidate that the rule chooses."""
-    questions, step = setup.split.search, setup.progress.step
-    searching = Searching(
-        space=setup.space,
-        measurements=measurements,
-        questions=questions,
-        cost=setup.cost,
-        kind=setup.kind,
-        positions=setup.model.positions,
-        thresholds=setup.options.nms_thresholds,
-        evaluations=setup.options.evaluations,
-        on_step=lambda text: step(text, len(questions)),
-    )
-    found = search(searching, setup.rule)
-    chosen = setup.rule.choice(found.candidates, setup.space)
-    if chosen is None:
-        raise AssertionError("expected a candidate that the rule allows: it was checked before the search")
-    return found, chosen
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Points:
-    """Schedules with their figures on both parts of the samples."""
-
-    front: list[FrontPoint]
-    chosen: FrontPoint
-    usual: FrontPoint | None
-    held_out: list[MeasuredSchedule]
-    """The chosen schedule's, one for each held-out sample."""
-
-
-def _points(setup: _Setup, measurements: Measurements, front: list[Candidate], chosen: Candidate) -> _Points:
-    """Measure the front, the chosen schedule and ``trio-export``'s usual one on the held-out samples."""
-    split, space = setup.split, setup.space
-    # trio-export's own settings, not those that the search found
+def _usual(setup: Setup, schedule: Schedule) -> list[Schedule]:
+    """Return ``trio-export``'s schedule of the same average keep, if it makes one, with its own settings."""
     defaults = Schedule(positions=setup.model.positions[0])
-    usual = usual_schedules(space, defaults, [average_keep(stages_of(chosen.schedule), space)])
-    schedules = [*(candidate.schedule for candidate in front), chosen.schedule, *usual]
-    schedules = list(dict.fromkeys(schedules))
+    return usual_schedules(setup.space, defaults, [average_keep(stages_of(schedule), setup.space)])
+
+
+def _points(
+    setup: Setup, measurements: Measurements, schedules: list[Schedule]
+) -> dict[Schedule, FrontPoint]:
+    """Return the figures of schedules on both parts of the samples."""
+    split, schedules = setup.split, list(dict.fromkeys(schedules))
     setup.progress.step("measuring on held-out samples", len(split.held_out))
     held_out = measurements.of(schedules, split.held_out)
     setup.progress.step("comparing with the usual schedule", len(split.search))
     searched = measurements.of(schedules, split.search)
-
-    def point(schedule: Schedule) -> FrontPoint:
-        cost = setup.cost.of(schedule)
-        return FrontPoint(
+    costs = {schedule: setup.cost.of(schedule) for schedule in schedules}
+    return {
+        schedule: FrontPoint(
             stages=stages_of(schedule),
             first_token_ms=cost.milliseconds,
             flops=cost.flops,
-            average_keep=average_keep(stages_of(schedule), space),
+            average_keep=average_keep(stages_of(schedule), setup.space),
             search=fidelity(searched[schedule], split.search),
             held_out=fidelity(held_out[schedule], split.held_out),
         )
-
-    return _Points(
-        front=[point(candidate.schedule) for candidate in front],
-        chosen=point(chosen.schedule),
-        usual=point(usual[0]) if usual else None,
-        held_out=held_out[chosen.schedule],
-    )
+        for schedule, cost in costs.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,11 +266,11 @@ class _Quantized:
     report: QuantizationReport | None = None
     scales: CalibratedScales = field(default_factory=CalibratedScales)
     held_out: Fidelity | None = None
-    results: Sequence[MeasuredSchedule] = ()
-    """One for each held-out sample."""
+    rounds: int = 0
+    """Most that an NMS took on a held-out sample."""
 
 
-def _quantize(setup: _Setup, schedule: Schedule) -> _Quantized:
+def _quantize(setup: Setup, schedule: Schedule) -> _Quantized:
     split, progress = setup.split, setup.progress
     found = calibrate_quantization(
         setup.model,
@@ -363,7 +278,6 @@ def _quantize(setup: _Setup, schedule: Schedule) -> _Quantized:
         schedule,
         setup.plan,
         dtype=setup.shape.dtype,
-        probes=setup.probes,
         num_tokens=setup.options.answer_tokens,
         on_step=progress.step,
         on_one=progress.sample,
@@ -378,7 +292,6 @@ def _quantize(setup: _Setup, schedule: Schedule) -> _Quantized:
         setup.plan,
         found.scales,
         dtype=setup.shape.dtype,
-        probes=setup.probes,
         num_tokens=setup.options.answer_tokens,
         on_sample=progress.sample,
     )
@@ -390,7 +303,8 @@ def _quantize(setup: _Setup, schedule: Schedule) -> _Quantized:
         what=f" with --quantize {setup.options.quantize}",
         way_out="quantize fewer parts, or give a smaller bound",
     )
-    return _Quantized(report=found.report, scales=found.scales, held_out=held_out, results=results)
+    rounds = max(result.rounds for result in results)
+    return _Quantized(report=found.report, scales=found.scales, held_out=held_out, rounds=rounds)
 
 
 def rule_of(options: CalibrationOptions) -> SelectionRule:
@@ -438,7 +352,7 @@ def _weights_digest(model: TorchModel) -> str:
     return digest.hexdigest()
 
 
-def _data(setup: _Setup) -> CalibrationData:
+def _data(setup: Setup) -> CalibrationData:
     questions = [*setup.split.search, *setup.split.held_out]
     visual = [sample.sizes["N"] for sample in setup.samples]
     text = [sample.num_text for sample in setup.samples]

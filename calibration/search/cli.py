@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,8 @@ from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from trio_edge.calibration.search.calibrate import SearchProgress
-    from trio_edge.calibration.search.report.calibration_file import CalibrationOptions
+    from trio_edge.calibration.search.calibration_file import CalibrationOptions
+    from trio_edge.calibration.search.schedules.search import SearchProgress
 
 PATH = click.Path(path_type=Path)
 _REPORT_BYTES = 16 << 20
@@ -151,18 +152,23 @@ def command(
         try:
             with ctrl_c_held():  # importing torch turns a Ctrl-C into errors of its own
                 from trio_edge.calibration.search.calibrate import calibrate
+                from trio_edge.calibration.search.calibration_file import CALIBRATION_NAME
                 from trio_edge.calibration.search.output import summary_of, write_calibration
+                from trio_edge.export.bundle import check_output
         except ModuleNotFoundError as error:
             raise CheckpointError(
                 f"trio-calibrate: expected its packages to be installed, got no {error.name};"
                 " pip install 'trio-edge[calibrate]'"
             ) from None
-        from trio_edge.calibration.search.report.page import check_plots
+        from trio_edge.calibration.search.page import check_plots
 
         check_plots()
         options, expected_samples = read_given(model, config, given)
         check_place(out, num_bytes=_REPORT_BYTES, error=DataError, way_out=_WAY_OUT)
-        _check_out(out, force=force)
+        check_out = partial(
+            check_output, out, force=force, what="calibration", marker=CALIBRATION_NAME, error=DataError
+        )
+        check_out()
         with _progress(check, quiet=quiet) as progress:
             calibrated = calibrate(options, work=work, samples_sha256=expected_samples, progress=progress)
             with atomic_folder(
@@ -171,7 +177,7 @@ def command(
                 error=DataError,
                 what="calibration",
                 way_out=_WAY_OUT,
-                before_rename=lambda: _check_out(out, force=force),
+                before_rename=check_out,
             ) as folder:
                 write_calibration(calibrated, folder, progress, export=not no_export)
         print(summary_of(calibrated.calibration, out, exported=not no_export))
@@ -188,10 +194,7 @@ def read_given(
 ) -> tuple[CalibrationOptions, str | None]:
     """Return the options, and the digest of the samples that a config was made with if they are asked for again.
 
-    Args:
-        model: MODEL, if it was given.
-        config: A ``calibration.json``, if one was given.
-        given: Fields of ``Options`` that were given beside it, which win.
+    Fields that were ``given`` win over those of ``config``, a ``calibration.json``.
 
     Raises:
         UsageError: If without a config something is missing.
@@ -199,7 +202,7 @@ def read_given(
     """
     import msgspec
 
-    from trio_edge.calibration.search.report.calibration_file import CalibrationOptions, read_options
+    from trio_edge.calibration.search.calibration_file import CalibrationOptions, read_options
 
     if model is not None:
         given["model"] = model
@@ -215,22 +218,10 @@ def read_given(
     return CalibrationOptions(**given), None
 
 
-def _check_out(out: Path, *, force: bool) -> None:
-    """Raise DataError if ``out`` exists and may not be replaced."""
-    from trio_edge.calibration.search.report.calibration_file import CALIBRATION_NAME
-
-    if not out.exists() and not out.is_symlink():
-        return
-    if not force:
-        raise DataError(f"{out}: expected no such folder, it exists; choose another --out or add --force")
-    if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not (out / CALIBRATION_NAME).exists()):
-        raise DataError(f"{out}: expected a calibration to replace, got something else; choose another --out")
-
-
 @contextmanager
 def _progress(check: Callable[[], None], *, quiet: bool) -> Iterator[SearchProgress]:
     """Yield callbacks that show a bar for each step; they notice a Ctrl-C that was lost."""
-    from trio_edge.calibration.search.calibrate import SearchProgress
+    from trio_edge.calibration.search.schedules.search import SearchProgress
 
     console = Console(stderr=True, quiet=quiet)
     columns = (

@@ -9,17 +9,16 @@ import torch
 from trio_edge.calibration.metrics import METRICS, exact_normal
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
-from trio_edge.calibration.search.report.calibration_file import Accuracy, Fidelity, Measure
+from trio_edge.calibration.search.calibration_file import Accuracy, Fidelity, Measure
 from trio_edge.profiling.statistics import bootstrap_interval, paired_interval, score_interval
 from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from trio_edge.calibration.model.selecting import Probes
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.questions import Question
-    from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
+    from trio_edge.calibration.search.measuring import MeasuredSchedule
 
 MAX_ANSWER_TOKENS = 16
 """Tokens of an answer whose exact match is scored."""
@@ -42,7 +41,6 @@ def accuracy(
     questions: Sequence[Question],
     schedule: Schedule,
     *,
-    probes: Probes,
     on_sample: Callable[[], None],
 ) -> Accuracy | None:
     """Return exact matches of keep-all and of ``schedule``; None if no sample has an answer."""
@@ -54,7 +52,7 @@ def accuracy(
         with torch.inference_mode():
             prompt = make_prompt(model, question)
             for each, scores in ((Schedule(), whole_scores), (schedule, scores_of_chosen)):
-                answer = greedy_answer(model, prompt, each, probes=probes, max_tokens=MAX_ANSWER_TOKENS)
+                answer = greedy_answer(model, prompt, each, max_tokens=MAX_ANSWER_TOKENS)
                 reading = exact_normal(model.tokenizer.decode(answer.tokens))
                 scores.append(METRICS["exact"].score(reading, question))
         on_sample()

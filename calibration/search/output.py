@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trio_edge.calibration.search.report.calibration_file import (
-    BUNDLE_NAME,
-    CALIBRATION_NAME,
-    REPORT_NAME,
-    json_of,
-)
-from trio_edge.calibration.search.report.page import page_of
+from trio_edge.calibration.search.calibration_file import BUNDLE_NAME, CALIBRATION_NAME, REPORT_NAME, json_of
+from trio_edge.calibration.search.page import page_of
 from trio_edge.export import bundle
 from trio_edge.export.options import ExportOptions, Progress
 from trio_edge.export.quantize.plan import parse_plan
@@ -18,8 +13,9 @@ from trio_edge.export.quantize.plan import parse_plan
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trio_edge.calibration.search.calibrate import Calibrated, SearchProgress
-    from trio_edge.calibration.search.report.calibration_file import Calibration
+    from trio_edge.calibration.search.calibrate import Calibrated
+    from trio_edge.calibration.search.calibration_file import Calibration
+    from trio_edge.calibration.search.schedules.search import SearchProgress
 
 
 def write_calibration(

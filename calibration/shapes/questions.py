@@ -16,14 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 KINDS: tuple[str, ...] = ("color", "shape", "digit", "place", "count", "comparison", "existence")
-PLURALS: dict[str, str] = {
-    "circle": "circles",
-    "square": "squares",
-    "triangle": "triangles",
-    "diamond": "diamonds",
-    "cross": "crosses",
-    "star": "stars",
-}
+PLURALS: dict[str, str] = {shape: f"{shape}es" if shape == "cross" else f"{shape}s" for shape in SHAPES}
 COUNT_WORDS: tuple[str, ...] = ("zero", "one", "two", "three", "four", "five", "six", "seven")
 _QUESTION_WORDS = (
     "what", "which", "where", "how", "many", "is", "are", "there", "the", "a", "in", "of", "color", "shape", "digit",
@@ -59,6 +52,16 @@ def _unique(items: list[tuple[str, Thing]]) -> list[tuple[str, Thing]]:
     return [(key, thing) for key, thing in items if seen[key] == 1]
 
 
+def _about_one(
+    found: list[tuple[str, Thing]], rng: random.Random, question: str, answer: str
+) -> tuple[str, str] | None:
+    """Asks for the attribute `answer` of one of the named things, drawn; None if there is none."""
+    if not found:
+        return None
+    key, thing = rng.choice(found)
+    return question.format(key), getattr(thing, answer)
+
+
 def noun_of(thing: Thing) -> str:
     """Returns `digit 7` or `star`."""
     return f"digit {thing.name}" if thing.is_digit else thing.name
@@ -78,10 +81,7 @@ def _ask_color(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str]
         found = _unique([(f"{t.size} {t.name}", t) for t in things if not t.is_digit])
     else:
         found = _unique([(f"object in the {t.place}", t) for t in things])
-    if not found:
-        return None
-    key, thing = rng.choice(found)
-    return f"what color is the {key} ?", thing.color
+    return _about_one(found, rng, "what color is the {} ?", "color")
 
 
 def _ask_shape(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str] | None:
@@ -94,10 +94,7 @@ def _ask_shape(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str]
     else:
         found = _unique([(f"object in the {t.place}", t) for t in things])
     found = [(key, thing) for key, thing in found if not thing.is_digit]
-    if not found:
-        return None
-    key, thing = rng.choice(found)
-    return f"what shape is the {key} ?", thing.name
+    return _about_one(found, rng, "what shape is the {} ?", "name")
 
 
 def _ask_digit(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str] | None:
@@ -110,30 +107,19 @@ def _ask_digit(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str]
         found = _unique([(t.size, t) for t in digits])
     else:
         found = _unique([(f"in the {t.place}", t) for t in digits])
-    if not found:
-        return None
-    key, thing = rng.choice(found)
-    return f"which digit is {key} ?", thing.name
+    return _about_one(found, rng, "which digit is {} ?", "name")
 
 
 def _ask_place(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str] | None:
     """Asks where an object is."""
     found = _unique([((color_noun_of if rng.random() < 0.6 else noun_of)(t), t) for t in things])
     found = [(key, thing) for key, thing in found if matches(things, key) == 1]
-    if not found:
-        return None
-    key, thing = rng.choice(found)
-    return f"where is the {key} ?", thing.place
+    return _about_one(found, rng, "where is the {} ?", "place")
 
 
 def matches(things: tuple[Thing, ...], key: str) -> int:
     """Counts the objects that a noun phrase describes."""
-    return sum(_fits(thing, key) for thing in things)
-
-
-def _fits(thing: Thing, key: str) -> bool:
-    """Whether every word of a noun phrase is true of an object."""
-    return all(_word_fits(thing, word) for word in key.split())
+    return sum(all(_word_fits(thing, word) for word in key.split()) for thing in things)
 
 
 def _word_fits(thing: Thing, word: str) -> bool:

@@ -12,23 +12,13 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trio_edge.calibration.shapes.questions import KINDS, VOCABULARY, ask
+from trio_edge.calibration.shapes.questions import KINDS, ask
 from trio_edge.calibration.shapes.scene import Scene, make_scene, render
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from PIL import Image
-
-__all__ = [
-    "HELD_OUT_OFFSET",
-    "KINDS",
-    "SEEDS_PER_STREAM",
-    "VOCABULARY",
-    "ShapeSample",
-    "held_out",
-    "samples_of",
-]
 
 HELD_OUT_OFFSET = 900_000_000
 SEEDS_PER_STREAM = 1_000_000
@@ -37,42 +27,27 @@ QUESTIONS_PER_PICTURE = 2
 
 @dataclass(frozen=True)
 class ShapeSample:
-    """One question about one image.
+    """One question about one image or several."""
 
-    Attributes:
-        image: RGB image; samples that share an image share the object.
-        question: words separated by blanks, ending in ` ?`.
-        answer: one word of `VOCABULARY`.
-        kind: one of `KINDS`.
-        sample_id: `<scene seed>-<kind>`, unique within a stream.
-    """
-
-    image: Image.Image
+    images: tuple[Image.Image, ...]
+    """RGB, in the order in which the model reads them; samples that share an image share the object."""
     question: str
+    """Words separated by blanks, ending in ` ?`."""
     answer: str
+    """One word of `VOCABULARY`."""
     kind: str
     sample_id: str
-
-    @property
-    def images(self) -> tuple[Image.Image, ...]:
-        """The image, as samples of several have them."""
-        return (self.image,)
+    """`<scene seed>-<kind>`, unique within a stream."""
+    answer_image: int | None = None
+    """Index of the one of several images that holds the answer; None where all are needed or none holds it."""
 
 
 def held_out(count: int, *, seed: int = 0) -> Iterator[ShapeSample]:
     """Yields `count` samples, every kind equally often (up to one), about two questions per image.
 
-    Args:
-        count: number of samples.
-        seed: stream; two streams share no image.
-
-    Raises:
-        ValueError: `count` or `seed` is negative.
+    Two streams, by `seed`, share no image.
     """
-    if count < 0 or seed < 0:
-        raise ValueError(f"held_out: expected count >= 0 and seed >= 0, got {count} and {seed}")
-    given = 0
-    scene_seed = HELD_OUT_OFFSET + seed * SEEDS_PER_STREAM
+    given, scene_seed = 0, HELD_OUT_OFFSET + seed * SEEDS_PER_STREAM
     while given < count:
         wanted = [KINDS[(given + i) % len(KINDS)] for i in range(min(QUESTIONS_PER_PICTURE, count - given))]
         for sample in samples_of(make_scene(scene_seed), wanted):
@@ -91,5 +66,5 @@ def samples_of(scene: Scene, kinds: list[str]) -> list[ShapeSample]:
     for kind in kinds:
         pair = next((found for found in (ask(scene, kind, rng) for _ in range(4)) if found), None)
         if pair is not None:
-            samples.append(ShapeSample(image, *pair, kind=kind, sample_id=f"{scene.seed}-{kind}"))
+            samples.append(ShapeSample((image,), *pair, kind=kind, sample_id=f"{scene.seed}-{kind}"))
     return samples

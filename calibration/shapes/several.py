@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trio_edge.calibration.shapes.questions import COUNT_WORDS, color_noun_of, group_of, matches, noun_of
-from trio_edge.calibration.shapes.samples import HELD_OUT_OFFSET, SEEDS_PER_STREAM
+from trio_edge.calibration.shapes.samples import HELD_OUT_OFFSET, SEEDS_PER_STREAM, ShapeSample
 from trio_edge.calibration.shapes.scene import (
     CANVASES,
     COLOR_NAMES,
@@ -29,8 +29,6 @@ from trio_edge.calibration.shapes.scene import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from PIL import Image
-
 PAIR_KINDS: tuple[str, ...] = ("two-which", "two-color", "two-both", "two-more")
 VIDEO_KINDS: tuple[str, ...] = ("video-once", "video-when", "video-what", "video-where")
 SEVERAL_KINDS: tuple[str, ...] = tuple(kind for pair in zip(PAIR_KINDS, VIDEO_KINDS) for kind in pair)
@@ -42,42 +40,15 @@ _ASKED_TIMES = 8  # not every draw finds a question
 
 
 @dataclass(frozen=True)
-class SeveralSample:
-    """One question about several images.
-
-    Attributes:
-        images: RGB images in the order in which the model reads them.
-        question: words separated by blanks, ending in ` ?`.
-        answer: one word of `VOCABULARY`.
-        kind: one of `SEVERAL_KINDS`.
-        sample_id: `<seed>-<kind>`, unique within a stream.
-        answer_image: index of the image that holds the answer; None where all are needed or none holds it.
-    """
-
-    images: tuple[Image.Image, ...]
-    question: str
-    answer: str
-    kind: str
-    sample_id: str
-    answer_image: int | None = None
-
-
-@dataclass(frozen=True)
 class Asked:
-    """A question about several scenes.
-
-    Attributes:
-        question: see `SeveralSample`.
-        answer: see `SeveralSample`.
-        key: the noun phrase asked about.
-        images: indices of the images in which it is looked for.
-        answer_image: see `SeveralSample`.
-    """
+    """A question about several scenes, with its answer."""
 
     question: str
     answer: str
     key: str
+    """The noun phrase asked about."""
     images: tuple[int, ...]
+    """Indices of the images in which it is looked for."""
     answer_image: int | None = None
 
 
@@ -119,18 +90,8 @@ def ask_several(scenes: tuple[Scene, ...], kind: str, rng: random.Random) -> Ask
     return _ASKERS[kind](tuple(scene.things for scene in scenes), rng)
 
 
-def held_out_several(count: int, *, seed: int = 0) -> Iterator[SeveralSample]:
-    """Yields `count` samples, every kind equally often (up to one), one question per set of images.
-
-    Args:
-        count: number of samples.
-        seed: stream; two streams share no image.
-
-    Raises:
-        ValueError: `count` or `seed` is negative.
-    """
-    if count < 0 or seed < 0:
-        raise ValueError(f"held_out_several: expected count >= 0 and seed >= 0, got {count} and {seed}")
+def held_out_several(count: int, *, seed: int = 0) -> Iterator[ShapeSample]:
+    """Yields `count` samples as `held_out` does, every kind equally often (up to one), one question per set of images."""
     given, scene_seed = 0, HELD_OUT_OFFSET + seed * SEEDS_PER_STREAM
     while given < count:
         sample = sample_of(scene_seed, SEVERAL_KINDS[given % len(SEVERAL_KINDS)])
@@ -140,14 +101,14 @@ def held_out_several(count: int, *, seed: int = 0) -> Iterator[SeveralSample]:
             yield sample
 
 
-def sample_of(seed: int, kind: str) -> SeveralSample | None:
+def sample_of(seed: int, kind: str) -> ShapeSample | None:
     """Returns the sample of a seed, or None when its scenes allow no question of that kind."""
     scenes, rng = scenes_of(seed, kind), random.Random(f"held out {seed}")
     drawn = (ask_several(scenes, kind, rng) for _ in range(_ASKED_TIMES))
     asked = next((found for found in drawn if found), None)
     if asked is None:
         return None
-    return SeveralSample(
+    return ShapeSample(
         images=tuple(render(scene) for scene in scenes),
         question=asked.question,
         answer=asked.answer,
@@ -198,11 +159,7 @@ def _ask_color_in_one(images: _Images, rng: random.Random) -> Asked | None:
 
 def _ask_both(images: _Images, rng: random.Random) -> Asked | None:
     """Asks whether both images have an object; at least one has it, and the same form of question allows yes and no."""
-    phrases: list[Callable[[Thing], str]] = [
-        color_noun_of,
-        noun_of,
-        lambda thing: f"{thing.color} object",
-    ]
+    phrases: list[Callable[[Thing], str]] = [color_noun_of, noun_of, lambda thing: f"{thing.color} object"]
     rng.shuffle(phrases)
     for phrase in phrases:
         keys = sorted({phrase(thing) for things in images for thing in things})

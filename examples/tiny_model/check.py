@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
-from trio_edge.calibration.shapes.samples import HELD_OUT_OFFSET, KINDS, held_out, samples_of
+from trio_edge.calibration.shapes.questions import KINDS
+from trio_edge.calibration.shapes.samples import HELD_OUT_OFFSET, held_out, samples_of
 from trio_edge.calibration.shapes.scene import CANVASES, make_scene
 
 DEMO_SIZES = ((96, 96), (144, 48), (48, 144), (200, 150))
@@ -46,8 +47,8 @@ def measure(answerer: Answerer, count: int, seed: int) -> None:
     right: Counter[str] = Counter()
     seen: Counter[str] = Counter()
     for sample in held_out(count, seed=seed):
-        ok = answerer.answer(sample.image, sample.question) == sample.answer
-        for key in (sample.kind, "{}x{}".format(*sample.image.size), "all"):
+        ok = answerer.answer(sample.images[0], sample.question) == sample.answer
+        for key in (sample.kind, "{}x{}".format(*sample.images[0].size), "all"):
             right[key] += ok
             seen[key] += 1
     for key in (*KINDS, *sorted(set(seen) - {*KINDS, "all"}), "all"):
@@ -64,7 +65,7 @@ def write_demo(answerer: Answerer, folder: Path) -> None:
             HELD_OUT_OFFSET + 90_000_000 + 1000 * number, HELD_OUT_OFFSET + 90_001_000 + 1000 * number
         ):
             samples = samples_of(make_scene(seed, canvas=canvas), DEMO_KINDS)
-            right = [s for s in samples if answerer.answer(s.image, s.question) == s.answer]
+            right = [s for s in samples if answerer.answer(s.images[0], s.question) == s.answer]
             if len(right) >= 5:
                 break
         name = f"shapes-{size[0]}x{size[1]}.png"

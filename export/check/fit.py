@@ -319,18 +319,7 @@ def fit_inputs(
     text_tower: nn.Module | None = None,
     texts: Texts | None = None,
 ) -> FitInputs:
-    """Return the numbers of a model that is about to be exported; reads no weight.
-
-    Args:
-        model: The family's modules, without values.
-        dimensions: Sizes of the decoder.
-        layout: Shapes of all graphs.
-        processing: Gives the sizes of a small picture.
-        quantize: Formats of the weights.
-        token_method: Of the selection before the decoder, if there is one.
-        text_tower: CLIP's, if the bundle has it.
-        texts: What that runs on.
-    """
+    """Return the numbers of a model that is about to be exported; reads no weight. ``texts`` are what ``text_tower`` runs on."""
     towers = [model.vision.module] if text_tower is None else [model.vision.module, text_tower]
     largest = max(layout.vision_sizes, key=lambda sizes: (sizes["N"], *sizes.values()))
     tower = model.vision_dimensions

@@ -53,11 +53,8 @@ class Finding:
 def check_graph(model: ir.Model, *, release: str, symbols: Collection[str] | None = None) -> list[Finding]:
     """Return every place where ``model`` breaks a rule of ``release``; empty if there is none.
 
-    Args:
-        model: Graph as it is written. Values without a type get one by shape inference, in place.
-        release: One of ``RELEASES``.
-        symbols: Names that dynamic axes of inputs may have: those that the optimization profiles give a size.
-            None leaves the names unchecked.
+    Values without a type get one by shape inference, in place. Dynamic axes of inputs may have the names ``symbols``: those
+    that the optimization profiles give a size.
     """
     if any(value.dtype is None for node in _nodes(model) for value in node.outputs):
         ShapeInferencePass()(model)

@@ -82,10 +82,7 @@ def projector_groups(
 ) -> tuple[LinearGroup, LinearGroup]:
     """Return the groups of a projector of two layers with an activation between them.
 
-    Args:
-        first: Its first layer.
-        second: Its second one.
-        norm: The norm before the first one, if it has as many elements as that has inputs.
+    ``norm`` is the norm before the first one, if it has as many elements as that has inputs.
     """
     return (
         LinearGroup(name="projector_1", layer=None, linears=(first,), before=norm),

@@ -89,14 +89,9 @@ def quantize_graphs(
 ) -> tuple[list[TracedGraph], tuple[StoredForm, ...]]:
     """Return the graphs with quantized linear layers, and the forms of all tensors that are not stored as they are.
 
-    The weights of the returned graphs are the stored names of these forms, and the scales of quantized ones.
-
-    Args:
-        graphs: All of the bundle, traced, before their weights are attached.
-        plan: The format of every part.
-        scales: From calibration; empty without.
-        checkpoint: For the shapes, and the blocks of one that is quantized already: parts that the plan does not name
-            take its integers over where they are symmetric, and their values in floating point elsewhere.
+    The weights of the returned graphs are the stored names of these forms, and the scales of quantized ones. ``graphs`` are
+    all of the bundle, before their weights are attached. Of a checkpoint that is quantized already, parts that the plan does
+    not name take the integers over where they are symmetric, and the values in floating point elsewhere.
     """
     layer_roles = _layer_roles(graphs)
     table = _embedding_form(plan)

@@ -45,12 +45,7 @@ def check_cache(plan: QuantizePlan, scales: CalibratedScales) -> None:
 
 
 def quantize_caches(graphs: Iterable[TracedGraph], ranges: Sequence[CacheRange]) -> list[TracedGraph]:
-    """Return the graphs with INT8 KV caches in all layer ranges, which are changed in place.
-
-    Args:
-        graphs: All of the bundle, before their weights are attached.
-        ranges: Largest values of each decoder layer.
-    """
+    """Return the graphs with INT8 KV caches in all layer ranges, changed in place; ``ranges`` are those of the decoder layers."""
     return [_with_cache(graph, ranges) if graph.spec.num_layers else graph for graph in graphs]
 
 

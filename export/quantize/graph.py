@@ -73,13 +73,9 @@ def quantize_graph(
 ) -> dict[str, NDArray[Any]]:
     """Let ``model`` read the initializers in ``forms`` quantized, in place; return the constants that came in.
 
-    The initializer of a weight keeps its name and becomes [I, O] of its format; its scales become an initializer of that name with
-    ``SCALE_SUFFIX``. Both still need their values, the constants too.
-
-    Args:
-        model: Traced graph, before its weights are attached.
-        forms: By initializer name.
-        opset: The graph is raised to this one, if its own is lower.
+    The initializer of a weight keeps its name and becomes [I, O] of its format; its scales become an initializer of that name
+    with ``SCALE_SUFFIX``. Both still need their values, the constants too. The graph is raised to ``opset``, if its own is
+    lower.
     """
     raise_opset(model, opset)
     constants: dict[str, NDArray[Any]] = {}

@@ -56,13 +56,9 @@ def block_size(num_inputs: int) -> int | None:
 def quantize(
     weight_OI: Tensor, *, kind: Format, dtype: FloatType, block: int | None = None
 ) -> QuantizedWeight:
-    """Return ``weight_OI`` rounded to the nearest value of its block's scale.
+    """Return ``weight_OI`` rounded to the nearest value of its block's scale; the arithmetic is float32.
 
-    Args:
-        weight_OI: Any floating point type; the arithmetic is float32.
-        kind: All but "none".
-        dtype: Type of the scales.
-        block: Inputs that share a scale; all of them but for INT4.
+    ``block`` inputs share a scale of type ``dtype``; all of them but for INT4.
     """
     blocks_OBK = weight_OI.to(torch.float32).reshape(len(weight_OI), -1, block or weight_OI.shape[1])
     scales_OB = blocks_OBK.abs().amax(-1) / _LARGEST[kind]

@@ -44,12 +44,8 @@ def store_quantized(
 ) -> StoredWeights:
     """Write ``forms`` into one file of ``bundle`` and return where each is; memory is that of the largest tensor.
 
-    Args:
-        checkpoint: Source of the weights.
-        forms: The tensors to write; weights [O, I] become [I, O], tables stay as they are.
-        bundle: Folder being written.
-        dtype: Element type of scales, and of what stays in floating point.
-        on_bytes: Called with the number of bytes just written, for progress.
+    Weights [O, I] become [I, O], tables stay as they are. ``dtype`` is that of scales, and of what stays in floating point.
+    ``on_bytes`` is called with the number of bytes just written.
 
     Raises:
         CheckpointError: If a tensor is missing or has values that are not finite.

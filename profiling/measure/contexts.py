@@ -22,7 +22,6 @@ _LEAST_ROUNDS = 2
 POINTS = 6
 """Contexts after the question with its image."""
 _TOKENS = 4
-"""Tokens that are timed at each context in each round."""
 _SETTLING = 12
 """Tokens after a prefill that are left out: the prefill's data fills the processor's caches, which makes them slower."""
 
@@ -42,15 +41,9 @@ class TimedContext:
 def time_contexts(
     bundles: Sequence[LoadedBundle], question: RunQuestion, *, seconds: float
 ) -> list[list[TimedContext]]:
-    """Return each bundle's times at ascending contexts, all in turns.
+    """Return each bundle's times at ascending contexts after ``question``, all in turns.
 
-    Args:
-        bundles: Loaded bundles.
-        question: Its image and prompt stand before the tokens.
-        seconds: No round begins after these, except the first ``_LEAST_ROUNDS``.
-
-    Raises:
-        TrioEdgeError: As ``Pipeline.generate``.
+    No round begins after ``seconds``, except the first ``_LEAST_ROUNDS``.
     """
     found: list[dict[int, TimedContext]] = [{} for _ in bundles]
     end = time.perf_counter() + seconds
@@ -67,13 +60,9 @@ def time_contexts(
 def _time_round(
     loaded: LoadedBundle, question: RunQuestion, contexts: dict[int, TimedContext], *, is_downward: bool
 ) -> None:
-    """Time one token after the other at all contexts of a question; those right after a prefill are left out.
+    """Time one token after the other at all ``contexts`` of a question; those right after a prefill are left out.
 
-    Args:
-        loaded: Answers the question first.
-        question: What stands before the tokens.
-        contexts: Contexts by their rows; receives the times.
-        is_downward: Whether the longest context comes first, so that no drift looks like a slope.
+    The longest context comes first where it ``is_downward``, so that no drift looks like a slope.
     """
     manifest, seen = loaded.bundle.manifest, loaded.answer(question).statistics
     prompt = seen.visual_tokens + seen.text_tokens

@@ -26,7 +26,6 @@ class LayerTime(msgspec.Struct, frozen=True, kw_only=True):
     phase: Phase
     name: str
     kind: str
-    """Operator."""
     answer_ms: float
     """Median time of a run in a whole answer's runs, under the backend's own profiler."""
     calls_per_answer: float
@@ -48,7 +47,6 @@ class LayerCall(NamedTuple):
 
     name: str
     kind: str
-    """Operator, in the backend's words."""
     milliseconds: float
     shapes: str
     """Shapes of its inputs, as text."""
@@ -59,11 +57,7 @@ def layer_times(
 ) -> list[LayerTime]:
     """Return every layer of one graph with its time in an answer, in the order in which they first ran.
 
-    Args:
-        runs: The layers of each run.
-        graph: Name of the graph.
-        profiles: The profile of each run.
-        num_answers: Number of answers that the runs were for.
+    ``runs`` has the layers of each run, for ``num_answers`` answers together, and ``profiles`` the profile of each.
     """
     found: dict[tuple[Phase, str], list[LayerCall]] = {}
     for calls, profile in zip(runs, profiles, strict=True):
@@ -118,9 +112,8 @@ def slowest_layers(layers: Sequence[LayerTime]) -> tuple[LayerTime, ...]:
 def layer_runs(written: Any) -> list[list[LayerCall]]:
     """Return the layers of each run of one graph, in order.
 
-    Args:
-        written: The JSON of the backend's profiler: a list of trace events from ONNX Runtime, else what
-            ``trio_edge.runtime.engines.log`` writes of a TensorRT engine.
+    ``written`` is the JSON of the backend's profiler: a list of trace events from ONNX Runtime, else what
+    ``trio_edge.runtime.engines.log`` writes of a TensorRT engine.
     """
     return _runs_of_trace(written) if isinstance(written, list) else _runs_of_engine(written)
 

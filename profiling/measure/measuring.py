@@ -5,7 +5,9 @@ Bundles take turns (A B A B), so whatever disturbs the machine disturbs all of t
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import tempfile
 import time
 from contextlib import ExitStack, closing
@@ -13,30 +15,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+from PIL import Image
+
 from trio_edge.profiling.measure.answers import Answer, LoadedBundle, RunQuestion
 from trio_edge.profiling.measure.ceilings import measure_ceilings
 from trio_edge.profiling.measure.contexts import TimedContext, time_contexts
-from trio_edge.profiling.measure.images import PROMPT, MeasuredSize, measured_sizes, random_image
 from trio_edge.profiling.measure.layers import layer_runs, layer_times
 from trio_edge.profiling.measure.machine_info import find_machine
-from trio_edge.profiling.measure.memory import MeasuredMemory, peak_bytes, reset_peak, resident_bytes
 from trio_edge.profiling.measure.sensors.interface import open_sensors
 from trio_edge.profiling.measure.sensors.sampling_thread import SamplingThread, SensorSample
 from trio_edge.profiling.statistics import LEAST_FOR_INTERVAL, distribution
 from trio_edge.runtime.backends.registry import make_backend
-from trio_edge.runtime.bundle.errors import BackendError, ShapeError
+from trio_edge.runtime.bundle.errors import BackendError, ShapeError, TrioEdgeError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.images.reading import open_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from PIL import Image
-
     from trio_edge.profiling.measure.ceilings import Ceilings
     from trio_edge.profiling.measure.layers import LayerTime
     from trio_edge.runtime.backends.interface import Backend, CpuAccuracy
     from trio_edge.runtime.bundle.reader import Bundle
+    from trio_edge.runtime.pipeline import Pipeline
+
 
 NARROW = 0.02
 """Width of the median's 95 % interval, as a share of the median, at which a time is known well enough."""
@@ -69,7 +72,6 @@ class MeasureOptions:
     seconds: float = 30.0
     """No new round begins after these, unless ``runs`` is given."""
     layers: bool = True
-    """Whether layers are timed too, in runs of their own."""
 
     def make_backend(
         self, bundle: Bundle, *, name: str | None = None, layer_times: Path | None = None
@@ -91,7 +93,6 @@ class MeasuredBundle:
     loaded: LoadedBundle
     memory: MeasuredMemory
     first: Answer
-    """Before any warm-up."""
     answers: list[Answer] = field(default_factory=list)
     sizes: list[tuple[MeasuredSize, list[Answer]]] = field(default_factory=list)
     contexts: list[TimedContext] = field(default_factory=list)
@@ -105,8 +106,6 @@ class Measurement:
     """Everything that was measured."""
 
     question: RunQuestion
-    image: str
-    """The image of the question in words."""
     backend_name: str
     clock: str
     """The clock that graphs were timed with, in words."""
@@ -118,19 +117,8 @@ class Measurement:
     stopped: str
 
 
-class _Asked(NamedTuple):
-    """The question of all bundles, and its image in words."""
-
-    question: RunQuestion
-    image: str
-
-
 def measure(options: MeasureOptions, *, on_step: Callable[[str], None] = lambda _step: None) -> Measurement:
-    """Measure all bundles of ``options``.
-
-    Args:
-        options: What to measure.
-        on_step: Called with the next step in words.
+    """Measure all bundles of ``options``; ``on_step`` is called with the next step in words.
 
     Raises:
         TrioEdgeError: If a bundle cannot be opened, loaded or asked.
@@ -144,15 +132,14 @@ def measure(options: MeasureOptions, *, on_step: Callable[[str], None] = lambda 
         on_step("measuring what the machine reaches")
         # Before any bundle is loaded, so that the product has the memory and the caches for itself.
         ceilings = _ceilings(options, missing)
-        measured, asked = _first_answers(options, stack, num_new=num_new, on_step=on_step)
-        stopped = _rounds(measured, asked.question, options, on_step)
-        _further_rounds(measured, asked.question, options, on_step)
+        measured, question = _first_answers(options, stack, num_new=num_new, on_step=on_step)
+        stopped = _rounds(measured, question, options, on_step)
+        _further_rounds(measured, question, options, on_step)
     # The bundles are closed now: what follows loads each of them again, and there may be room for one only.
     for one in measured:
-        _runs_of_its_own(one, asked.question, options, on_step)
+        _runs_of_its_own(one, question, options, on_step)
     return Measurement(
-        question=asked.question,
-        image=asked.image,
+        question=question,
         backend_name=measured[0].loaded.pipeline.backend_name,
         clock="the host" if measured[0].memory.device_free is None else "events of the GPU",
         measured=tuple(measured),
@@ -189,10 +176,10 @@ def _ceilings(options: MeasureOptions, missing: list[str]) -> Ceilings | None:
 
 def _first_answers(
     options: MeasureOptions, stack: ExitStack, *, num_new: int, on_step: Callable[[str], None]
-) -> tuple[list[MeasuredBundle], _Asked]:
+) -> tuple[list[MeasuredBundle], RunQuestion]:
     """Load each bundle and let it answer before the next one is loaded, so that the memory they add is its own."""
     measured: list[MeasuredBundle] = []
-    asked = None
+    question = None
     for folder in options.bundles:
         on_step(f"loading {folder}")
         memory = MeasuredMemory(before=resident_bytes())
@@ -201,14 +188,14 @@ def _first_answers(
         stack.callback(loaded.close)
         memory.loaded = resident_bytes()
         memory.planned = dict(loaded.recording.memory)
-        asked = asked or _asked(options, loaded, num_new=num_new)
-        first = _warm_up(loaded, memory, asked.question, options)
+        question = question or _question(options, loaded, num_new=num_new)
+        first = _warm_up(loaded, memory, question, options)
         measured.append(MeasuredBundle(loaded=loaded, memory=memory, first=first))
-    assert asked is not None  # there is at least one bundle
-    return measured, asked
+    assert question is not None  # there is at least one bundle
+    return measured, question
 
 
-def _asked(options: MeasureOptions, loaded: LoadedBundle, *, num_new: int) -> _Asked:
+def _question(options: MeasureOptions, loaded: LoadedBundle, *, num_new: int) -> RunQuestion:
     image: Path | Image.Image
     if options.image is not None:
         image, text = options.image, options.image.name
@@ -216,7 +203,7 @@ def _asked(options: MeasureOptions, loaded: LoadedBundle, *, num_new: int) -> _A
         size = measured_sizes(loaded.pipeline)[0]
         image, text = random_image(size), f"{size.width}x{size.height} random pixels"
     prompt = PROMPT if options.prompt is None else options.prompt
-    return _Asked(RunQuestion(image=image, prompt=prompt, new_tokens=num_new), text)
+    return RunQuestion(image=image, prompt=prompt, new_tokens=num_new, image_words=text)
 
 
 def _warm_up(
@@ -336,3 +323,83 @@ def _measure_layers(loaded: LoadedBundle, question: RunQuestion, options: Measur
                         runs[skipped:], graph=spec.name, profiles=profiles, num_answers=_LAYER_RUNS
                     )
     return layers
+
+
+PROMPT = "What is in the picture?"
+_SIDES = (48, 96, 144, 336, 448, 672, 896, 1008, 1344)
+_SEED = 0
+
+
+class MeasuredSize(NamedTuple):
+    """Pixels of an image, and the visual tokens they become."""
+
+    width: int
+    height: int
+    visual_tokens: int
+
+
+def measured_sizes(pipeline: Pipeline) -> list[MeasuredSize]:
+    """Return one size for each number of visual tokens that fits the bundle's shapes, most tokens first."""
+    manifest = pipeline.manifest
+    exact = [(size.width, size.height) for size in manifest.image_sizes]
+    sides = [(width, height) for width in _SIDES for height in _SIDES]
+    # Exact shapes first, then small images: of those with as many tokens the first one is kept.
+    candidates = [*exact, *sorted(sides, key=lambda size: size[0] * size[1])]
+    profiles = [profile.sizes for profile in manifest.graph("vision").profiles]
+    found: dict[int, MeasuredSize] = {}
+    for width, height in candidates:
+        try:
+            sizes = pipeline.images.sizes(width, height)
+        except TrioEdgeError:
+            continue
+        if any(all(profile[name] >= size for name, size in sizes.items()) for profile in profiles):
+            found.setdefault(sizes["N"], MeasuredSize(width, height, sizes["N"]))
+    return [found[count] for count in sorted(found, reverse=True)]
+
+
+def random_image(size: MeasuredSize) -> Image.Image:
+    """Return an image of random pixels, the same each time; no selection finds anything special in it."""
+    pixels = np.random.default_rng(_SEED).integers(0, 256, (size.height, size.width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # of proc(5): the peak starts again at what is resident now
+
+
+@dataclass(slots=True, kw_only=True)
+class MeasuredMemory:
+    """Bytes; None where the system does not say."""
+
+    planned: dict[str, int] = field(default_factory=dict)
+    """Bytes by purpose, as the backend says them."""
+    before: int | None = None
+    loaded: int | None = None
+    peak: int | None = None
+    device_free: int | None = None
+    """Free on the GPU after them; None on a CPU."""
+
+
+def resident_bytes() -> int | None:
+    """Return what is resident now; None where the system does not say."""
+    return _kilobytes("VmRSS")
+
+
+def peak_bytes() -> int | None:
+    """Return the most that was resident since ``reset_peak``, or since the start where the system cannot reset it."""
+    return _kilobytes("VmHWM")
+
+
+def reset_peak() -> None:
+    """Let the peak start again, where the system can."""
+    with contextlib.suppress(OSError):
+        _CLEAR.write_text(_RESET_PEAK)
+
+
+def _kilobytes(name: str) -> int | None:
+    try:
+        found = re.search(rf"^{name}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if found is None else 1024 * int(found[1])

@@ -75,13 +75,7 @@ class Recording:
         return None if self._device is None else self._device.free_bytes()
 
     def timed(self, launch: Launch, names: tuple[str, str], *, capture: bool) -> Launch:
-        """Return ``launch`` with its time taken.
-
-        Args:
-            launch: On the attached device.
-            names: Names of its graph and its profile.
-            capture: Whether the decoder may capture it with others; then it cannot be timed.
-        """
+        """Return ``launch`` with its time taken; the decoder may ``capture`` it with others, then it cannot be timed."""
         assert self._device is not None  # a launch belongs to a device
         if isinstance(self._device, HostDevice):
             return _ClockedLaunch(launch, names, self._stamps)
@@ -122,12 +116,9 @@ class RecordingBackend:
     """A backend whose engines record their launches. Results are the backend's own."""
 
     def __init__(self, backend: Backend, recording: Recording, *, capture: bool = True) -> None:
-        """Wrap ``backend``.
+        """Wrap ``backend``; ``recording`` takes the launches of the graphs loaded last.
 
-        Args:
-            backend: Loads the graphs.
-            recording: Where the launches of the graphs loaded last go.
-            capture: False times decode steps launch by launch where the decoder would capture them as one sequence.
+        Without ``capture``, decode steps are timed launch by launch where the decoder would capture them as one sequence.
         """
         self._backend, self._recording, self._capture = backend, recording, capture
 

@@ -8,11 +8,29 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import msgspec
 
-from trio_edge.profiling.page.figures import SCHEME
-from trio_edge.profiling.page.plots import plots_of
+from trio_edge.profiling.page.figures import (
+    LIGHT,
+    OUTSIDE,
+    SCHEME,
+    Bar,
+    Curve,
+    Drawing,
+    Plot,
+    Point,
+    canvas,
+    colour,
+    curves,
+    stacked,
+)
 
 if TYPE_CHECKING:
-    from trio_edge.profiling.report.profile import ProfileReport
+    from collections.abc import Sequence
+
+    from trio_edge.profiling.measure.ceilings import Ceilings
+    from trio_edge.profiling.measure.layers import Phase
+    from trio_edge.profiling.report.profile import BundleProfile, GraphProfile, ProfileReport
+    from trio_edge.profiling.statistics import Distribution
+
 
 _PACKAGE = "trio_edge.profiling.page"
 
@@ -25,12 +43,7 @@ def page_html(report: ProfileReport) -> bytes:
 
 
 def render(template: str, **values: Any) -> bytes:
-    """Return the page that ``template`` makes.
-
-    Args:
-        template: Package and file, as ``trio_edge.profiling.page:page.html.j2``.
-        **values: What the template reads, functions too.
-    """
+    """Return the page that ``template`` (package and file, as ``trio_edge.profiling.page:page.html.j2``) makes."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_source),
         autoescape=True,
@@ -49,3 +62,121 @@ def _source(name: str) -> str:
 def _number(value: Any) -> str:
     """Return a number as the JSON writes it."""
     return msgspec.json.encode(value).decode()
+
+
+_MEGABYTE = 1e6
+_MARGIN = 1.6
+"""Factor by which the roofline goes on at either side."""
+_MEDIAN = "Median and its 95 % interval (of fewer than six runs, all of them)"
+
+
+def plots_of(report: ProfileReport) -> list[Plot]:
+    """Return all figures that the report has values for."""
+    bundles = report.bundles
+    plots = [_stacked_time(bundles, "prefill", "Time to the first token by graph")]
+    if any(graph.phase == "decode" for bundle in bundles for graph in bundle.graphs):
+        plots.append(_stacked_time(bundles, "decode", "Time of a later token by graph"))
+    if any(bundle.decode for bundle in bundles):
+        plots.append(_decode(bundles))
+    plots += [_first_token(bundles), _memory(bundles)]
+    if report.ceilings is not None:
+        plots.append(_roofline(bundles, report.ceilings))
+    return plots
+
+
+def _stacked_time(bundles: Sequence[BundleProfile], phase: Phase, title: str) -> Plot:
+    """Return one bar per bundle: medians of its graphs, and what is left of the whole."""
+    bars = []
+    for bundle in bundles:
+        parts = [(graph.name, graph.call_ms.p50) for graph in bundle.graphs if graph.phase == phase]
+        host = bundle.host_first_ms.p50 if phase == "prefill" else bundle.host_token_ms
+        bars.append(Bar(bundle.label, [*parts, (OUTSIDE, max(0.0, host or 0.0))]))
+    return stacked(bars, title=title, unit="ms", note="Medians in milliseconds.")
+
+
+def _memory(bundles: Sequence[BundleProfile]) -> Plot:
+    bars = []
+    for bundle in bundles:
+        memory = bundle.memory
+        parts = {
+            "weights": memory.weights,
+            "KV caches": memory.kv_allocated,
+            "buffers": memory.buffers,
+            "workspace": memory.workspace,
+            "other": memory.other or 0,
+        }
+        bars.append(Bar(bundle.label, [(name, count / _MEGABYTE) for name, count in parts.items()]))
+    note = "Memory by purpose, in MB. Other: the rest of the process at its peak."
+    return stacked(bars, title="Memory", unit="MB", note=note)
+
+
+def _first_token(bundles: Sequence[BundleProfile]) -> Plot:
+    """Return time to the first token against visual tokens, for each bundle at each size of image."""
+    series = []
+    for bundle in bundles:
+        points = [_point(size.visual_tokens, size.ttft_ms) for size in bundle.sizes]
+        if all(point.at != bundle.visual_tokens for point in points):
+            points.append(_point(bundle.visual_tokens, bundle.ttft_ms))
+        name = f"{bundle.label}, {bundle.processed_tokens:.0f} on average"
+        series.append(Curve(name, sorted(points)))
+    return curves(
+        series,
+        title="Time to the first token against visual tokens",
+        note=f"{_MEDIAN}, at each size of image that has shapes of its own.",
+        x_label="visual tokens of the image",
+    )
+
+
+def _decode(bundles: Sequence[BundleProfile]) -> Plot:
+    """Return the time of a token against the rows before it, for each bundle."""
+    return curves(
+        [
+            Curve(
+                f"{bundle.label}: {bundle.decode_fit.words}" if bundle.decode_fit else bundle.label,
+                [_point(step.context, step.ms) for step in bundle.decode],
+            )
+            for bundle in bundles
+        ],
+        title="Time of a token over context length",
+        note=f"{_MEDIAN}; visual tokens are not reduced in the context, but are in the rows of the fits.",
+        x_label="rows of context",
+    )
+
+
+def _point(at: int, time: Distribution) -> Point:
+    low, high = time.range
+    return Point(at, low, time.p50, high)
+
+
+def _roofline(bundles: Sequence[BundleProfile], ceilings: Ceilings) -> Plot:
+    title = "Roofline"
+    ridge = ceilings.flops_per_s / ceilings.bytes_per_s
+    places = [ridge]
+    with canvas(title, x_label="FLOPs per byte", y_label="FLOP/s") as drawn:
+        drawn.axes.set(xscale="log", yscale="log")
+        for index, bundle in enumerate(bundles):
+            for graph in bundle.graphs:
+                if graph.intensity and graph.flops_per_s:
+                    _draw_graph(drawn, graph, label=bundle.label, ink=LIGHT[colour(index)])
+                    places.append(graph.intensity)
+        ends = [min(places) / _MARGIN, ridge, max(places) * _MARGIN]
+        roof = [min(ceilings.flops_per_s, end * ceilings.bytes_per_s) for end in ends]
+        drawn.axes.plot(ends, roof, color=LIGHT["text"], zorder=1)
+    return Plot(
+        title=title,
+        note="FLOP/s against FLOPs per byte; the line is what the machine reached on the spot. Filled: prefill.",
+        svg=drawn.svg,
+        legend=[(colour(index), bundle.label) for index, bundle in enumerate(bundles)],
+    )
+
+
+def _draw_graph(drawn: Drawing, graph: GraphProfile, *, label: str, ink: str) -> None:
+    drawn.axes.plot(
+        graph.intensity,
+        graph.flops_per_s,
+        "o",
+        color=ink,
+        markerfacecolor=LIGHT["box"] if graph.phase == "decode" else ink,
+        markeredgewidth=2,
+        gid=drawn.tip(f"{label}: {graph.name}, {graph.phase}: {graph.verdict}"),
+    )

@@ -7,11 +7,17 @@ counted work, ``predict`` times them. Rows are those that graphs run at: the tex
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from trio_edge.profiling.predict.efficiency import UNFUSED_SCORE_PASSES, fitted_for, rates_of
-from trio_edge.profiling.predict.speed import Formats, GraphTime, graph_time
+from trio_edge.profiling.predict.speed import (
+    UNFUSED_SCORE_PASSES,
+    Formats,
+    GraphTime,
+    fitted_for,
+    graph_time,
+    rates_of,
+)
 from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.runtime.bundle.graph_io import CLIP_TEXT
 from trio_edge.trio.cost.flops import kv_row_bytes, stage_work
@@ -40,7 +46,6 @@ if TYPE_CHECKING:
     from trio_edge.profiling.predict.models import Model
     from trio_edge.runtime.bundle.schedule import Schedule
     from trio_edge.trio.cost.devices import DeviceSpec
-    from trio_edge.trio.cost.work import WeightKind
 
 Precision = Literal["float16", "int8", "fp8", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("float16", "int8", "fp8", "int4")
@@ -62,15 +67,7 @@ class Setting:
     text_bucket: int
     """Rows that they are padded to."""
     num_new: int
-    """Tokens of the answer."""
-    precision: Precision
-    """Format of the decoder's linear weights."""
-    head_precision: Precision = "float16"
-    vision_precision: Precision = "float16"
-    cache_precision: Literal["float16", "int8"] = "float16"
-    """Format of the KV caches."""
-    inputs: frozenset[WeightKind] = frozenset()
-    """Weights whose products have their inputs in the same format, INT8 or FP8."""
+    formats: Formats = field(default_factory=Formats)
     one_size: bool = True
     """Whether the first stage's graph is made for one N."""
     entering: int | None = None
@@ -78,7 +75,6 @@ class Setting:
     vision_flops: float | None = None
     """Counted elsewhere, where the model says nothing of its vision tower."""
     clip_text_flops: float | None = None
-    """FLOPs of CLIP's text tower, where there is one."""
     clip_text_rows: int = 1
     """Tokens of all its texts, padding too."""
     reduce_cost: TokenCost | None = None
@@ -116,18 +112,6 @@ class Setting:
     def room(self) -> int:
         """Rows of every KV buffer besides the visual ones."""
         return self.text_rows + max(self.num_new, self.most_new or 0)
-
-    @property
-    def formats(self) -> Formats:
-        """Storage formats of all numbers."""
-        return Formats(
-            layer=self.precision,
-            other="float16",
-            head=self.head_precision,
-            vision=self.vision_precision,
-            bytes_per_cached=1 if self.cache_precision == "int8" else 2,
-            inputs=self.inputs,
-        )
 
     @property
     def cache_row_bytes(self) -> int:
@@ -200,25 +184,21 @@ def predict(setting: Setting, device: DeviceSpec) -> Prediction:
     Raises:
         TargetError: If it has not one of the setting's formats.
     """
-    formats = {
-        "decoder": setting.precision,
-        "head": setting.head_precision,
-        "vision": setting.vision_precision,
-    }
-    refusal = device.refusal(formats, option="--predict")
+    numbers = setting.formats
+    parts = {"decoder": numbers.layer, "head": numbers.head, "vision": numbers.vision}
+    refusal = device.refusal(parts, option="--predict")
     if refusal is not None:
         raise TargetError(refusal)
     efficiency, rates = fitted_for(device).efficiency, rates_of(device)
     unfused = dataclasses.replace(efficiency, score_passes=UNFUSED_SCORE_PASSES)
     runs, more = [], 0.0
     for run in graph_runs(setting):
-        numbers = setting.formats
-        if run.name.startswith("select"):  # probes round no inputs
-            numbers = dataclasses.replace(numbers, inputs=frozenset())
-        time = graph_time(run.work, formats=numbers, rates=rates, efficiency=efficiency)
+        inputs = frozenset() if run.name.startswith("select") else numbers.inputs  # probes round none
+        formats = dataclasses.replace(numbers, inputs=inputs)
+        time = graph_time(run.work, formats=formats, rates=rates, efficiency=efficiency)
         runs.append(TimedGraph(run=run, time=time))
         if run.phase == "prefill":
-            slower = graph_time(run.work, formats=numbers, rates=rates, efficiency=unfused)
+            slower = graph_time(run.work, formats=formats, rates=rates, efficiency=unfused)
             more += slower.seconds - time.seconds
     return Prediction(
         device=device,
@@ -273,8 +253,8 @@ def memory_of(setting: Setting, *, usable: int) -> MemoryNeed:
     repeated = repeated_weights(
         setting.schedule,
         decoder,
-        layers_quantized=setting.precision != "float16",
-        head_quantized=setting.head_precision != "float16",
+        layers_quantized=setting.formats.layer != "float16",
+        head_quantized=setting.formats.head != "float16",
     )
     weights = (
         (decoder.num_layers * layer_weights(decoder) + repeated.layers) * sizes["layer"]

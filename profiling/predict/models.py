@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -17,6 +17,8 @@ from trio_edge.runtime.images.qwen import Qwen3Images, QwenImages
 from trio_edge.runtime.images.smolvlm import SmolVlmImages
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.images.interface import ImageProcessing
 
@@ -52,191 +54,145 @@ def find_model(name: str) -> Model:
     raise TargetError(f"--model: expected one of {', '.join(MODELS)}, got {name!r}; {hint}")
 
 
-_CLIP = VisionDimensions(
-    num_layers=23,
-    hidden_size=1024,
-    intermediate_size=4096,
-    patches_per_tile=577,
-    projected_per_tile=576,
-    projector_weights=0,
-)
-_QWEN_VISION = VisionDimensions(
-    num_layers=32,
-    hidden_size=1280,
-    intermediate_size=3420,
-    patches_per_tile=None,
-    patches_per_token=4,
-    mlp_matrices=3,
-    patches_per_window=64,
-    num_full_layers=4,
-    projector_weights=0,
-)
-_INTERN_VIT = VisionDimensions(
-    num_layers=24,
-    hidden_size=1024,
-    intermediate_size=4096,
-    patches_per_tile=1025,
-    projector_weights=0,
+_DECODER = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
+_TOWER = ("num_layers", "hidden_size", "intermediate_size", "patches_per_tile")
+
+
+def _decoder(*sizes: int, head_size: int = 128) -> Dimensions:
+    return Dimensions(head_size=head_size, **dict(zip(_DECODER, sizes, strict=True)))
+
+
+def _tower(*sizes: Any, **more: int) -> VisionDimensions:
+    """Return the dimensions of a vision tower; those of its projector depend on the decoder."""
+    return VisionDimensions(projector_weights=0, **dict(zip(_TOWER, sizes, strict=True)), **more)
+
+
+def _family(
+    tower: VisionDimensions,
+    pictures: ImageProcessing,
+    projector_weights: Callable[[int], int],
+    decoders: Mapping[str, Dimensions],
+) -> list[Model]:
+    """Return models with one tower; ``projector_weights`` are a function of the decoder's hidden size."""
+    return [
+        Model(
+            name=name,
+            decoder=decoder,
+            vision=msgspec.structs.replace(tower, projector_weights=projector_weights(decoder.hidden_size)),
+            pictures=pictures,
+        )
+        for name, decoder in decoders.items()
+    ]
+
+
+_LLAVA: dict[str, Any] = {"tile_size": 336, "patch_size": 14, "resize_size": 336}
+_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+_LLAVA_NEXT = LlavaImages(kind="anyres", grid_pinpoints=_PINPOINTS, **_LLAVA)
+_ONEVISION = LlavaImages(
+    kind="anyres",
+    tile_size=384,
+    patch_size=14,
+    resize_size=384,
+    grid_pinpoints=ONEVISION_PINPOINTS,
+    max_grid_tiles=9,
 )
 _HALF = (0.5, 0.5, 0.5)
-_SIGLIP = VisionDimensions(
-    num_layers=26,
-    hidden_size=1152,
-    intermediate_size=4304,
-    patches_per_tile=729,
-    projected_per_tile=729,
-    projector_weights=0,
+_QWEN3 = Qwen3Images(
+    patch_size=16, table_size=48, min_pixels=65536, max_pixels=16777216, image_mean=_HALF, image_std=_HALF
 )
-_SIGLIP_BASE = VisionDimensions(
-    num_layers=12,
-    hidden_size=768,
-    intermediate_size=3072,
-    patches_per_tile=1024,
-    projector_weights=0,
+_CLIP = _tower(23, 1024, 4096, 577, projected_per_tile=576)
+_SIGLIP = _tower(26, 1152, 4304, 729, projected_per_tile=729)
+_QWEN_VISION = _tower(
+    32, 1280, 3420, None, patches_per_token=4, mlp_matrices=3, patches_per_window=64, num_full_layers=4
 )
-_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 
-def _decoder(
-    num_layers: int,
-    hidden_size: int,
-    num_heads: int,
-    num_kv_heads: int,
-    intermediate_size: int,
-    vocab_size: int,
-    *,
-    head_size: int = 128,
-) -> Dimensions:
-    return Dimensions(
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_size=head_size,
-        intermediate_size=intermediate_size,
-        vocab_size=vocab_size,
-    )
+def _clip(hidden: int) -> int:
+    return (1024 + hidden) * hidden
 
 
-def _llava(name: str, decoder: Dimensions, *, tiles: bool) -> Model:
-    processing = LlavaImages(
-        kind="anyres" if tiles else "single",
-        tile_size=336,
-        patch_size=14,
-        resize_size=336,
-        grid_pinpoints=_PINPOINTS if tiles else (),
-    )
-    hidden = decoder.hidden_size
-    return Model(
-        name=name,
-        decoder=decoder,
-        vision=msgspec.structs.replace(_CLIP, projector_weights=(1024 + hidden) * hidden),
-        pictures=processing,
-    )
+def _merger(width: int, count: int = 1) -> Callable[[int], int]:
+    """Return the weights of ``count`` mergers of four patches: DeepStack has three more, for its planes."""
+    return lambda hidden: count * 4 * width * (4 * width + hidden)
 
 
-def _onevision(name: str, decoder: Dimensions) -> Model:
-    processing = LlavaImages(
-        kind="anyres",
-        tile_size=384,
-        patch_size=14,
-        resize_size=384,
-        grid_pinpoints=ONEVISION_PINPOINTS,
-        max_grid_tiles=9,
-    )
-    hidden = decoder.hidden_size
-    return Model(
-        name=name,
-        decoder=decoder,
-        vision=msgspec.structs.replace(_SIGLIP, projector_weights=(1152 + hidden) * hidden),
-        pictures=processing,
-    )
-
-
-def _qwen(name: str, decoder: Dimensions) -> Model:
-    processing = QwenImages(patch_size=14, window_size=112, max_pixels=12845056)
-    merged = 1280 * 4
-    return Model(
-        name=name,
-        decoder=decoder,
-        vision=msgspec.structs.replace(
-            _QWEN_VISION, projector_weights=merged * (merged + decoder.hidden_size)
-        ),
-        pictures=processing,
-    )
-
-
-def _qwen3(name: str, decoder: Dimensions, *, large_tower: bool = False) -> Model:
-    width, layers, inner = (1152, 27, 4304) if large_tower else (1024, 24, 4096)
-    merged, mergers = 4 * width, 1 + 3  # of the last layer, and of the three planes of DeepStack
-    vision = VisionDimensions(
-        num_layers=layers,
-        hidden_size=width,
-        intermediate_size=inner,
-        patches_per_tile=None,
-        patches_per_token=4,
-        projector_weights=mergers * merged * (merged + decoder.hidden_size),
-    )
-    pictures = Qwen3Images(
-        patch_size=16, table_size=48, min_pixels=65536, max_pixels=16777216, image_mean=_HALF, image_std=_HALF
-    )
-    return Model(name=name, decoder=decoder, vision=vision, pictures=pictures)
-
-
-def _intern(name: str, decoder: Dimensions) -> Model:
-    processing = InternVlImages(tile_size=448, tokens_per_side=16)
-    hidden = decoder.hidden_size
-    return Model(
-        name=name,
-        decoder=decoder,
-        vision=msgspec.structs.replace(_INTERN_VIT, projector_weights=(4 * 1024 + hidden) * hidden),
-        pictures=processing,
-    )
-
-
-def _smolvlm(name: str, decoder: Dimensions) -> Model:
-    vision = msgspec.structs.replace(_SIGLIP_BASE, projector_weights=16 * 768 * decoder.hidden_size)
-    pictures = SmolVlmImages(tile_size=512, token_size=64, longest_edge=2048)
-    return Model(name=name, decoder=decoder, vision=vision, pictures=pictures)
-
-
-def _large_smolvlm(name: str, decoder: Dimensions) -> Model:
-    vision = msgspec.structs.replace(
-        _SIGLIP, num_layers=27, projected_per_tile=None, projector_weights=9 * 1152 * decoder.hidden_size
-    )
-    pictures = SmolVlmImages(tile_size=384, token_size=42, longest_edge=1536)
-    return Model(name=name, decoder=decoder, vision=vision, pictures=pictures)
-
-
+_QWEN3_SMALL = _tower(24, 1024, 4096, None, patches_per_token=4), _QWEN3, _merger(1024, 4)
+_QWEN3_LARGE = _tower(27, 1152, 4304, None, patches_per_token=4), _QWEN3, _merger(1152, 4)
 _VICUNA_7B = _decoder(32, 4096, 32, 32, 11008, 32064)
 _VICUNA_13B = _decoder(40, 5120, 40, 40, 13824, 32064)
 _QWEN3_2B = _decoder(28, 2048, 16, 8, 6144, 151936)
 _QWEN3_8B = _decoder(36, 4096, 32, 8, 12288, 151936)
 _ALL = (
-    _llava("llava-1.5-7b", _VICUNA_7B, tiles=False),
-    _llava("llava-1.5-13b", _VICUNA_13B, tiles=False),
-    _llava("llava-next-7b", _VICUNA_7B, tiles=True),
-    _llava("llava-next-mistral-7b", _decoder(32, 4096, 32, 8, 14336, 32064), tiles=True),
-    _llava("llava-next-13b", _VICUNA_13B, tiles=True),
-    _onevision("llava-onevision-0.5b", _decoder(24, 896, 14, 2, 4864, 152000, head_size=64)),
-    _onevision("llava-onevision-7b", _decoder(28, 3584, 28, 4, 18944, 152128)),
-    _qwen("qwen2.5-vl-3b", _decoder(36, 2048, 16, 2, 11008, 151936)),
-    _qwen("qwen2.5-vl-7b", _decoder(28, 3584, 28, 4, 18944, 152064)),
-    _qwen3("qwen3-vl-2b", _QWEN3_2B),
-    _qwen3("qwen3-vl-4b", _decoder(36, 2560, 32, 8, 9728, 151936)),
-    _qwen3("qwen3-vl-8b", _QWEN3_8B, large_tower=True),
-    _qwen3("cosmos-reason2-2b", _QWEN3_2B),
-    _qwen3("cosmos-reason2-8b", _QWEN3_8B, large_tower=True),
-    _intern("internvl3-1b", _decoder(24, 896, 14, 2, 4864, 151674, head_size=64)),
-    _intern("internvl3-2b", _decoder(28, 1536, 12, 2, 8960, 151674)),
-    _intern("internvl3-8b", _decoder(28, 3584, 28, 4, 18944, 151674)),
-    _intern("internvl3.5-1b", _decoder(28, 1024, 16, 8, 3072, 151936, head_size=128)),
-    _intern("internvl3.5-2b", _decoder(28, 2048, 16, 8, 6144, 151936, head_size=128)),
-    _intern("internvl3.5-4b", _decoder(36, 2560, 32, 8, 9728, 151936, head_size=128)),
-    _intern("internvl3.5-8b", _decoder(36, 4096, 32, 8, 12288, 151936, head_size=128)),
-    _smolvlm("smolvlm2-256m", _decoder(30, 576, 9, 3, 1536, 49280, head_size=64)),
-    _smolvlm("smolvlm2-500m", _decoder(32, 960, 15, 5, 2560, 49280, head_size=64)),
-    _large_smolvlm("smolvlm2-2.2b", _decoder(24, 2048, 32, 32, 8192, 49280, head_size=64)),
+    *_family(
+        _CLIP,
+        LlavaImages(kind="single", **_LLAVA),
+        _clip,
+        {"llava-1.5-7b": _VICUNA_7B, "llava-1.5-13b": _VICUNA_13B},
+    ),
+    *_family(
+        _CLIP,
+        _LLAVA_NEXT,
+        _clip,
+        {
+            "llava-next-7b": _VICUNA_7B,
+            "llava-next-mistral-7b": _decoder(32, 4096, 32, 8, 14336, 32064),
+            "llava-next-13b": _VICUNA_13B,
+        },
+    ),
+    *_family(
+        _SIGLIP,
+        _ONEVISION,
+        lambda hidden: (1152 + hidden) * hidden,
+        {
+            "llava-onevision-0.5b": _decoder(24, 896, 14, 2, 4864, 152000, head_size=64),
+            "llava-onevision-7b": _decoder(28, 3584, 28, 4, 18944, 152128),
+        },
+    ),
+    *_family(
+        _QWEN_VISION,
+        QwenImages(patch_size=14, window_size=112, max_pixels=12845056),
+        _merger(1280),
+        {
+            "qwen2.5-vl-3b": _decoder(36, 2048, 16, 2, 11008, 151936),
+            "qwen2.5-vl-7b": _decoder(28, 3584, 28, 4, 18944, 152064),
+        },
+    ),
+    *_family(
+        *_QWEN3_SMALL,
+        {"qwen3-vl-2b": _QWEN3_2B, "qwen3-vl-4b": _decoder(36, 2560, 32, 8, 9728, 151936)},
+    ),
+    *_family(*_QWEN3_LARGE, {"qwen3-vl-8b": _QWEN3_8B}),
+    *_family(*_QWEN3_SMALL, {"cosmos-reason2-2b": _QWEN3_2B}),
+    *_family(*_QWEN3_LARGE, {"cosmos-reason2-8b": _QWEN3_8B}),
+    *_family(
+        _tower(24, 1024, 4096, 1025),
+        InternVlImages(tile_size=448, tokens_per_side=16),
+        lambda hidden: (4 * 1024 + hidden) * hidden,
+        {
+            "internvl3-1b": _decoder(24, 896, 14, 2, 4864, 151674, head_size=64),
+            "internvl3-2b": _decoder(28, 1536, 12, 2, 8960, 151674),
+            "internvl3-8b": _decoder(28, 3584, 28, 4, 18944, 151674),
+            "internvl3.5-1b": _decoder(28, 1024, 16, 8, 3072, 151936),
+            "internvl3.5-2b": _decoder(28, 2048, 16, 8, 6144, 151936),
+            "internvl3.5-4b": _decoder(36, 2560, 32, 8, 9728, 151936),
+            "internvl3.5-8b": _decoder(36, 4096, 32, 8, 12288, 151936),
+        },
+    ),
+    *_family(
+        _tower(12, 768, 3072, 1024),
+        SmolVlmImages(tile_size=512, token_size=64, longest_edge=2048),
+        lambda hidden: 16 * 768 * hidden,
+        {
+            "smolvlm2-256m": _decoder(30, 576, 9, 3, 1536, 49280, head_size=64),
+            "smolvlm2-500m": _decoder(32, 960, 15, 5, 2560, 49280, head_size=64),
+        },
+    ),
+    *_family(
+        _tower(27, 1152, 4304, 729),
+        SmolVlmImages(tile_size=384, token_size=42, longest_edge=1536),
+        lambda hidden: 9 * 1152 * hidden,
+        {"smolvlm2-2.2b": _decoder(24, 2048, 32, 32, 8192, 49280, head_size=64)},
+    ),
 )
 MODELS: dict[str, Model] = {model.name: model for model in _ALL}
 """Released models by the alias that ``trio-export`` knows them by."""

@@ -11,12 +11,7 @@ from click.core import ParameterSource
 
 from trio_edge.profiling.predict.answer import PRECISIONS
 from trio_edge.profiling.predict.plan import plan_for
-from trio_edge.profiling.predict.printing import (
-    goal_summary,
-    print_prediction,
-    print_sweep,
-    summary_of,
-)
+from trio_edge.profiling.predict.printing import goal_summary, print_prediction, print_sweep, summary_of
 from trio_edge.profiling.predict.sweep import choose, parse_goal, parse_size, parse_sweep, sweep, unmet_text
 from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.runtime.bundle.reader import open_bundle
@@ -112,7 +107,6 @@ class Predictions:
     """All that was predicted."""
 
     values: dict[str, Any]
-    """As JSON types."""
     found: list[tuple[Plan, Prediction]]
     is_sweep: bool
     choices: list[Choice]
@@ -127,12 +121,7 @@ class Predictions:
 
 
 def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int) -> Predictions:
-    """Return what ``options`` ask for.
-
-    Args:
-        options: With ``predict``.
-        bundle: Folder of a bundle, unless a model is named.
-        num_new: Tokens of each answer.
+    """Return what ``options`` ask for; ``bundle`` is a folder, unless a model is named.
 
     Raises:
         TargetError: If a name, a sweep or a goal cannot be read.

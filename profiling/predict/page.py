@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trio_edge.profiling.page.charts import Bar, stacked
+from trio_edge.profiling.page.figures import Bar, stacked
 from trio_edge.profiling.page.page import render
-from trio_edge.profiling.predict.efficiency import fitted_for
 from trio_edge.profiling.predict.printing import GIB, NOTE, device_note, row_of, text_of
+from trio_edge.profiling.predict.speed import fitted_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,12 +21,7 @@ MOST_DRAWN = 8
 
 
 def prediction_page(found: Sequence[tuple[Plan, Prediction]], values: dict[str, Any]) -> bytes:
-    """Return the page of all predictions.
-
-    Args:
-        found: At least one.
-        values: What their JSON says, with the goal if there was one.
-    """
+    """Return the page of all predictions, at least one; ``values`` is what their JSON says."""
     devices = {prediction.device.name: prediction.device for _, prediction in found}
     drawn, setting = found[:MOST_DRAWN], found[0][1].setting
     plots = [_first_token(drawn), _memory(drawn)]

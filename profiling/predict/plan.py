@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trio_edge.profiling.predict.answer import Precision, Setting
 from trio_edge.profiling.predict.models import find_model, model_of
+from trio_edge.profiling.predict.speed import Formats
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import (
     CLIP_TEXT,
@@ -65,11 +66,7 @@ class Plan:
 
     @property
     def kept_share(self) -> float:
-        """The wished average keep as a fraction; 1 where none is wished.
-
-        Raises:
-            ScheduleError: If it is no number in (0, 1].
-        """
+        """The wished average keep as a fraction; 1 where none is wished."""
         from trio_edge.trio.budgets import parse_keep
 
         return 1.0 if self.keep in (None, WITHOUT_STAGES) else parse_keep(self.keep)
@@ -105,7 +102,7 @@ class Plan:
             num_text=self.num_text,
             text_bucket=bucket_of(self.num_text, buckets),
             num_new=self.num_new,
-            precision=self.precision,
+            formats=Formats(layer=self.precision),
             entering=entering,
         )
         if self.manifest is None:
@@ -169,15 +166,8 @@ def plan_for(
 ) -> Plan:
     """Return the plan for a bundle's manifest or a model's name.
 
-    Args:
-        manifest: Of a bundle.
-        model: Alias of a released model, where there is no bundle.
-        keep: As ``11.1%``; the bundle's own schedule, or everything for a model, by default.
-        picture: Width and height.
-        precision: The bundle's own, or float16, by default.
-        num_text: Text tokens of the prompt, at most ``MOST_TOKENS``.
-        num_new: Tokens of the answer, at most as many.
-        num_images: Images of a prompt, or pairs of a video's frames; the bundle's most, or one, by default.
+    Without ``keep`` it has the bundle's own schedule, or everything for a model; without ``precision`` the bundle's
+    own, or float16; without ``num_images`` the bundle's most, or one: images of a prompt, or pairs of a video's frames.
 
     Raises:
         TargetError: If no model is called so.
@@ -222,10 +212,13 @@ def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
     num_visual, formats = setting.sizes["N"], _formats(manifest)
     more: dict[str, Any] = {
         "one_size": len(manifest.visual_sizes) == 1,
-        "head_precision": formats.get("head", "float16"),
-        "vision_precision": formats.get("vision", "float16"),
-        "inputs": _rounded_inputs(manifest, setting),
-        "cache_precision": "float16" if manifest.kv_dtype == "float32" else manifest.kv_dtype,
+        "formats": dataclasses.replace(
+            setting.formats,
+            head=formats.get("head", "float16"),
+            vision=formats.get("vision", "float16"),
+            bytes_per_cached=1 if manifest.kv_dtype == "int8" else 2,
+            inputs=_rounded_inputs(manifest, setting),
+        ),
         "other_weight_bytes": _other_weight_bytes(manifest),
         "largest_text": manifest.text_buckets[-1],
         "most_new": manifest.max_new_tokens,
@@ -268,7 +261,7 @@ def _rounded_inputs(manifest: Manifest, setting: Setting) -> frozenset[WeightKin
         "vision": "vision" in quantization.inputs,
         "head": "head" in quantization.inputs,
         "layer": any(
-            part in quantization.inputs and quantization.formats.get(part) == setting.precision
+            part in quantization.inputs and quantization.formats.get(part) == setting.formats.layer
             for part in ("prefix", "segments", "suffix")
         ),
     }

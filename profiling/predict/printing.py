@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from trio_edge.profiling.predict.efficiency import fitted_for
+from trio_edge.profiling.predict.speed import fitted_for
 from trio_edge.profiling.predict.sweep import metric_of
 from trio_edge.runtime.cli.tables import print_table, whole_table
 
@@ -33,7 +33,7 @@ def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
         "model": setting.model.name,
         "keep": plan.keep,
         "picture": None if plan.picture is None else list(plan.picture),
-        "precision": setting.precision,
+        "precision": setting.formats.layer,
         "visual_tokens": list(setting.visual_rows),
         "stages": [{"layer": stage.layer, "keep": stage.keep} for stage in setting.schedule.stages],
         "text_tokens": setting.num_text,

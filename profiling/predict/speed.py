@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from trio_edge.trio.cost.devices import DeviceSpec
     from trio_edge.trio.cost.work import Product, WeightKind, Work
+
 
 WeightFormat = Literal["float32", "float16", "int8", "fp8", "int4"]
 _VECTOR_ROWS = 16  # below it libraries take kernels for a matrix and a vector, which read each weight once
@@ -66,12 +68,10 @@ class Efficiency:
 class Formats:
     """Storage formats of a bundle's numbers."""
 
-    layer: WeightFormat
+    layer: WeightFormat = "float16"
     """Linear weights of the decoder."""
-    other: WeightFormat
-    """Head and vision, where they have none of their own."""
-    head: WeightFormat | None = None
-    vision: WeightFormat | None = None
+    head: WeightFormat = "float16"
+    vision: WeightFormat = "float16"
     bytes_per_element: int = 2
     """Bytes of an activation."""
     bytes_per_cached: int = 2
@@ -81,9 +81,7 @@ class Formats:
 
     def of(self, kind: WeightKind) -> WeightFormat:
         """Return the format of one kind of weights."""
-        if kind == "layer":
-            return self.layer
-        return (self.head if kind == "head" else self.vision) or self.other
+        return {"layer": self.layer, "head": self.head, "vision": self.vision}[kind]
 
     def bytes_per_weight(self) -> Mapping[WeightKind, float]:
         """Return the bytes of a weight by kind."""
@@ -157,3 +155,80 @@ def _product_bytes(part: Product, formats: Formats) -> float:
     if part.weights != "none":
         matrix = BYTES_PER_WEIGHT[formats.of(part.weights)]
     return part.matrix_elements * matrix + part.row_elements * formats.bytes_per_element
+
+
+UNFUSED_SCORE_PASSES = 2.0
+"""Passes of attention that a builder leaves in parts: a score is written, normalized in place and read, in half precision."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Errors:
+    """Sizes of errors as fractions."""
+
+    median: float
+    nine_in_ten: float
+    """Nine of ten are smaller."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fitted:
+    """Efficiencies of tuned runtimes on one kind of device."""
+
+    efficiency: Efficiency
+    num_figures: int
+    """Published times that they were fitted to."""
+    new_model: Errors
+    """Error of a figure when all figures of its model are left out of the fit."""
+    new_runtime: Errors
+    """Error of a figure when all figures of its runtime are left out, as ours is in none."""
+    devices: tuple[str, ...]
+    """That figures are of; others of the kind are not validated."""
+
+    def sentence(self, device: str) -> str:
+        """Return what a reader of a prediction for ``device`` must know of its error."""
+        text = (
+            f"{self.num_figures} published times of other runtimes were predicted with a median error of"
+            f" {self.new_runtime.median:.0%}, nine in ten within {self.new_runtime.nine_in_ten:.0%}, when nothing of their"
+            f" runtime was known ({self.new_model.median:.0%} and {self.new_model.nine_in_ten:.0%} when only their model"
+            " was not)"
+        )
+        if device not in self.devices:
+            text += f"; none of them is of {device}"
+        return text
+
+
+FITTED: dict[str, Fitted] = {
+    "jetson": Fitted(
+        efficiency=Efficiency(
+            plateau=0.603, rows_for_half=54.4, attention=0.781, bandwidth=0.830, launch_s=6.40e-6
+        ),
+        num_figures=114,
+        new_model=Errors(median=0.08, nine_in_ten=0.16),
+        new_runtime=Errors(median=0.12, nine_in_ten=0.23),
+        devices=("jetson-agx-orin-64", "jetson-orin-nx-16", "jetson-orin-nano-8"),
+    ),
+    "rtx": Fitted(
+        efficiency=Efficiency(
+            plateau=0.953, rows_for_half=35.4, attention=0.867, bandwidth=0.930, launch_s=4.84e-6
+        ),
+        num_figures=29,
+        new_model=Errors(median=0.06, nine_in_ten=0.16),
+        new_runtime=Errors(median=0.13, nine_in_ten=0.27),
+        devices=("rtx-4090",),
+    ),
+}
+"""By the first part of a device's name. ``benchmarks/predict_validation.py`` fits them and prints every figure's error; a test
+holds them to these figures."""
+
+
+def fitted_for(device: DeviceSpec) -> Fitted:
+    """Return the efficiencies for the device's kind."""
+    return FITTED[device.name.split("-")[0]]
+
+
+def rates_of(device: DeviceSpec) -> Rates:
+    """Return the device's peaks."""
+    low: dict[WeightFormat, float] = {"int8": device.int8_ops}
+    if device.fp8_flops is not None:
+        low["fp8"] = device.fp8_flops
+    return Rates(flops=device.fp16_flops, low_flops=low, bandwidth=device.bandwidth_bytes_per_s)

@@ -147,7 +147,7 @@ def _on_device(plans: Sequence[Plan], device: DeviceSpec) -> list[tuple[Plan, Pr
     for plan in plans:
         try:
             setting = plan.setting()
-            shape = (tuple(setting.sizes.items()), setting.schedule, setting.precision)
+            shape = (tuple(setting.sizes.items()), setting.schedule, setting.formats.layer)
             if shape not in seen:
                 found.append((plan, predict(setting, device)))
                 seen.add(shape)
@@ -204,12 +204,7 @@ class Choice:
 
 
 def choose(found: Sequence[tuple[Plan, Prediction]], goal: SpeedGoal) -> Choice:
-    """Return the first combination that meets ``goal``: the one that loses least; the nearest one if none does.
-
-    Args:
-        found: On one device; at least one.
-        goal: The speed that is wanted.
-    """
+    """Return the first combination that meets ``goal``: the one that loses least; the nearest one if none does."""
     choices = [
         Choice(goal=goal, plan=plan, prediction=prediction, num_settings=len(found))
         for plan, prediction in found

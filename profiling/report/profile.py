@@ -27,7 +27,6 @@ class ProfileConditions(_Part, frozen=True):
     """Settings and state of the machine during the measurement."""
 
     started: str
-    """UTC."""
     backend: str
     threads: int
     """0 is the backend's choice."""
@@ -43,9 +42,7 @@ class ProfileConditions(_Part, frozen=True):
     new_tokens: int
     warm_up: int
     runs: int
-    """Answers of each bundle."""
     stopped: str
-    """Why there were no more."""
     sensors: tuple[str, ...]
     missing: tuple[str, ...]
     """One line for each thing that could not be measured."""
@@ -55,10 +52,8 @@ class Load(_Part, frozen=True):
     """Opening the bundle and loading its graphs, once; the system's file cache was as it was."""
 
     open_ms: float
-    """Reading the manifest, checking files."""
     graphs_ms: float
     first_answer_ms: float
-    """The first answer, before any warm-up."""
     first_ttft_ms: float
 
 
@@ -74,15 +69,12 @@ class GraphProfile(_Part, frozen=True):
     answer_ms: float
     """Median of its time in a whole answer."""
     share: float
-    """Share of the answer."""
     flops: float | None
-    """FLOPs of the matrix products of one call."""
     moved_bytes: float | None
     """Bytes of one call at least: weights, and what products, attention and element-wise kernels read and write, once each."""
     flops_per_s: float | None
     bytes_per_s: float | None
     intensity: float | None
-    """FLOPs per byte."""
     bound: Bound | None
     of_ceiling: float | None
     """Share of the ceiling that bounds it."""
@@ -104,7 +96,6 @@ class MemoryProfile(_Part, frozen=True):
     """Bytes by purpose."""
 
     weights: int
-    """Weights of all graphs."""
     kv_allocated: int
     kv_used: int
     """At the end of an answer."""
@@ -118,11 +109,9 @@ class MemoryProfile(_Part, frozen=True):
     peak_rss: int | None
     """Peak of the process with this bundle alone, while it was loaded and answered its first questions."""
     loading_rss: int | None
-    """Growth of the process while the bundle was loaded."""
     answering_rss: int | None
     """Growth of the process during the first answers, at their peak."""
     device_free: int | None
-    """Free memory of the GPU after the first answers; None on a CPU."""
 
 
 class SizePoint(_Part, frozen=True):
@@ -132,7 +121,6 @@ class SizePoint(_Part, frozen=True):
     height: int
     visual_tokens: int
     processed_tokens: float
-    """Mean over the decoder's layers."""
     ttft_ms: Distribution
 
 
@@ -156,7 +144,6 @@ class BundleProfile(_Part, frozen=True):
     ttft_ms: Distribution
     """Image and prompt to first token: reading, preparing, vision, prefill, sampling."""
     prefill_ms: Distribution
-    """The decoder's part of ``ttft_ms``."""
     token_ms: Distribution | None
     """Each token after the first; None if there was none."""
     tokens_per_s: float | None
@@ -169,19 +156,15 @@ class BundleProfile(_Part, frozen=True):
     decode: tuple[DecodeStep, ...]
     """Contexts from a question without an image to the end of the KV caches."""
     decode_fit: LineFit | None
-    """Line through ``decode`` over ``cached_rows``."""
     sizes: tuple[SizePoint, ...]
     memory: MemoryProfile
     energy_j: dict[str, float]
     """Energy of one answer, the idle share included, by the place where it was measured."""
     sensors: dict[str, SensorRange]
-    """Ranges during all runs."""
     operators: tuple[OperatorTime, ...]
-    """Every kind of layer, where the backend tells its layers apart."""
     layers: tuple[LayerTime, ...]
     """The slowest of each graph in each phase."""
     advice: tuple[str, ...] = ()
-    """Lines of advice."""
 
     @property
     def numbers(self) -> str:

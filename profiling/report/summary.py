@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from trio_edge.profiling.measure.layers import operator_times, slowest_layers
 from trio_edge.profiling.measure.machine_info import find_machine, find_versions
+from trio_edge.profiling.measure.recording import DECODE
 from trio_edge.profiling.measure.sensors.sampling_thread import joules, sensor_ranges
-from trio_edge.profiling.report.advice import advise
-from trio_edge.profiling.report.graphs import graph_profiles
 from trio_edge.profiling.report.profile import (
     SCHEMA_VERSION,
     BundleProfile,
     Comparison,
     DecodeStep,
+    GraphProfile,
     Load,
     MemoryProfile,
     ProfileConditions,
@@ -24,24 +24,23 @@ from trio_edge.profiling.report.profile import (
     SizePoint,
 )
 from trio_edge.profiling.statistics import distribution, distribution_of_runs, line_fit, median_ratio
+from trio_edge.runtime.bundle.graph_io import is_probe
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
 from trio_edge.runtime.bundle.reader import sha256_of
+from trio_edge.trio.cost.bundle_work import graph_work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from trio_edge.profiling.measure.answers import Answer
+    from trio_edge.profiling.measure.ceilings import Ceilings
     from trio_edge.profiling.measure.measuring import MeasuredBundle, Measurement
-    from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.profiling.report.profile import Bound
+    from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile
 
 
 def report_of(measurement: Measurement, conditions: ProfileConditions) -> ProfileReport:
-    """Return the report of ``measurement``.
-
-    Args:
-        measurement: All that was measured.
-        conditions: How it was measured.
-    """
+    """Return the report of ``measurement``."""
     labels = _labels(measurement)
     profiles = [
         _bundle_profile(measured, measurement, label=label)
@@ -146,12 +145,7 @@ def _host_token_ms(measured: MeasuredBundle) -> float | None:
 
 
 def _memory(measured: MeasuredBundle, *, before_all: int | None) -> MemoryProfile:
-    """Return the memory of one bundle, as if no other were loaded.
-
-    Args:
-        measured: The bundle.
-        before_all: Bytes of the process before the first bundle was loaded.
-    """
+    """Return the memory of one bundle, as if no other were loaded; ``before_all`` was in the process before the first one was."""
     seen, manifest = measured.memory, measured.loaded.bundle.manifest
     added = _growth(seen.before, seen.peak)
     peak = None if added is None or before_all is None else before_all + added
@@ -210,3 +204,151 @@ def _comparison(
         },
         sizes=sizes,
     )
+
+
+NEAR = 0.15
+"""Share of a ceiling below which it does not bound a graph."""
+
+
+class Verdict(NamedTuple):
+    """The limit that bounds a graph, and how near it is."""
+
+    bound: Bound
+    of_ceiling: float
+    text: str
+
+
+def graph_profiles(measured: MeasuredBundle, ceilings: Ceilings | None) -> tuple[GraphProfile, ...]:
+    """Return each graph in each profile that ran, in the order of the manifest, prefill first."""
+    manifest = measured.loaded.bundle.manifest
+    answer_ms = statistics.median(answer.answer_ms for answer in measured.answers)
+    found = []
+    for decodes in (False, True):
+        for spec in manifest.graphs:
+            for profile in spec.profiles:
+                if (profile.name == DECODE) == decodes:
+                    answers = _answers_with(measured, spec.name, profile.name)
+                    if answers:
+                        found.append(_graph_profile(manifest, spec, profile, answers, answer_ms, ceilings))
+    return tuple(found)
+
+
+def _answers_with(measured: MeasuredBundle, graph: str, profile: str) -> list[list[float]]:
+    """Return per answer the times of a graph's calls; from the runs without capture where the others have none."""
+    for answers in (measured.answers, measured.steps):
+        found = [
+            [call.milliseconds for call in answer.calls if (call.graph, call.profile) == (graph, profile)]
+            for answer in answers
+        ]
+        if any(found):
+            return found
+    return []
+
+
+def _graph_profile(
+    manifest: Manifest,
+    spec: GraphSpec,
+    profile: Profile,
+    answers: Sequence[Sequence[float]],
+    answer_ms: float,
+    ceilings: Ceilings | None,
+) -> GraphProfile:
+    call_ms = distribution_of_runs(answers)
+    in_answer = statistics.median(sum(calls) for calls in answers)
+    work = graph_work(manifest, spec, profile)
+    flops, moved = work.flops, work.moved_bytes
+    verdict = None
+    if ceilings is not None and call_ms.p50 > 0:
+        verdict = judge(flops=flops, moved_bytes=moved, milliseconds=call_ms.p50, ceilings=ceilings)
+    return GraphProfile(
+        name=spec.name,
+        role="select" if is_probe(spec.part_at(profile)) else spec.role,
+        phase="decode" if profile.name == DECODE else "prefill",
+        profile=profile.name,
+        calls_per_answer=sum(map(len, answers)) / len(answers),
+        call_ms=call_ms,
+        answer_ms=in_answer,
+        share=in_answer / answer_ms,
+        flops=flops,
+        moved_bytes=moved,
+        flops_per_s=1e3 * flops / call_ms.p50 if call_ms.p50 > 0 else None,
+        bytes_per_s=1e3 * moved / call_ms.p50 if call_ms.p50 > 0 else None,
+        intensity=flops / moved,
+        bound=None if verdict is None else verdict.bound,
+        of_ceiling=None if verdict is None else verdict.of_ceiling,
+        verdict=None if verdict is None else verdict.text,
+    )
+
+
+def judge(*, flops: float, moved_bytes: float, milliseconds: float, ceilings: Ceilings) -> Verdict:
+    """Return the verdict on one call; bytes and milliseconds are above 0.
+
+    A graph that makes fewer FLOPs for each byte than the machine can is bounded by memory, else by arithmetic. One that
+    reaches little of its bound waits for something else: launches, short loops, few rows.
+    """
+    of_compute = 1e3 * flops / milliseconds / ceilings.flops_per_s
+    of_memory = 1e3 * moved_bytes / milliseconds / ceilings.bytes_per_s
+    memory_bound = flops / moved_bytes < ceilings.flops_per_s / ceilings.bytes_per_s
+    share, ceiling = (of_memory, "bandwidth") if memory_bound else (of_compute, "the matmul rate")
+    if share < NEAR:
+        return Verdict("neither", share, f"bound by neither: {100 * share:.2g} % of {ceiling}")
+    bound: Bound = "memory" if memory_bound else "compute"
+    text = f"{bound}-bound, {100 * share:.0f} % of {ceiling}"
+    if share > 1:
+        text += ": its data stays in caches" if memory_bound else ": repeat on an idle machine"
+    return Verdict(bound, share, text)
+
+
+MUCH = {"vision": 0.4, "select": 0.15, "decoder": 0.5, "outside": 0.25, "kv": 0.2}
+"""Shares, of the first token and for ``kv`` of a token's bytes, from which a part is worth a change."""
+_LITTLE_USED = 0.5
+"""Share of the KV buffers that an answer fills, below which their room is worth a change."""
+_RANGES = ("prefix", "segment", "suffix")
+
+
+def advise(bundle: BundleProfile) -> tuple[str, ...]:
+    """Return lines that would make ``bundle`` faster; none if no part stands out."""
+    return (*_about_the_first_token(bundle), *_about_tokens(bundle))
+
+
+def _about_the_first_token(bundle: BundleProfile) -> Iterator[str]:
+    whole = bundle.ttft_ms.p50
+    shares = dict.fromkeys(("vision", "select", "decoder"), 0.0)
+    for graph in bundle.graphs:
+        if graph.phase == "prefill":
+            part = "decoder" if graph.role in _RANGES else graph.role
+            shares[part] = shares.get(part, 0.0) + graph.call_ms.p50 * graph.calls_per_answer / whole
+    if shares["vision"] >= MUCH["vision"]:
+        yield f"vision takes {shares['vision']:.0%} of the first token: a smaller --image-size makes it less"
+    if shares["decoder"] >= MUCH["decoder"] and bundle.processed_tokens >= bundle.visual_tokens > 0:
+        yield (
+            f"the decoder takes {shares['decoder']:.0%} of the first token, with all {bundle.visual_tokens} visual tokens in every"
+            " layer: a --keep makes them fewer"
+        )
+    if shares["select"] >= MUCH["select"]:
+        yield f"selections take {shares['select']:.0%} of the first token: fewer stages (--schedule) take less"
+    outside = bundle.host_first_ms.p50 / whole
+    if outside >= MUCH["outside"]:
+        yield (
+            f"{outside:.0%} of the first token is outside of graphs: preparing a smaller image takes less, and so do"
+            " fewer graphs"
+        )
+
+
+def _about_tokens(bundle: BundleProfile) -> Iterator[str]:
+    steps = [graph for graph in bundle.graphs if graph.phase == "decode" and graph.moved_bytes]
+    if not steps:
+        return
+    moved, memory = sum(graph.moved_bytes or 0.0 for graph in steps), bundle.memory
+    if memory.kv_allocated >= MUCH["kv"] * moved and memory.kv_used < _LITTLE_USED * memory.kv_allocated:
+        yield (
+            f"a token reads {memory.kv_allocated / 1e6:.1f} MB of KV buffers whole, and an answer fills"
+            f" {memory.kv_used / 1e6:.1f} of them: export with less --max-new-tokens or --max-text"
+        )
+    slowest = max(steps, key=lambda graph: graph.answer_ms)
+    waits = slowest.bound == "memory" and (slowest.of_ceiling or 0.0) <= 1.0  # more comes from caches
+    if waits and slowest.role in _RANGES and not bundle.formats:
+        yield (
+            f"tokens wait for memory ({slowest.name}: {slowest.verdict}): --quantize int4 makes the decoder's weights a"
+            " quarter of float16's"
+        )

@@ -19,12 +19,7 @@ _SENSOR_PROCESS = 0
 
 
 def trace_json(measurement: Measurement, labels: Sequence[str]) -> bytes:
-    """Return the trace of all timed answers.
-
-    Args:
-        measurement: All that was measured.
-        labels: Names of its bundles.
-    """
+    """Return the trace of all timed answers; ``labels`` name the bundles."""
     origin = min(one.answers[0].start for one in measurement.measured)
     last = max(one.answers[-1].end for one in measurement.measured)
     events: list[dict[str, Any]] = [_name("process_name", _SENSOR_PROCESS, 0, "sensors")]

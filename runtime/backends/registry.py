@@ -33,6 +33,7 @@ def make_backend(
     bundle: Bundle | None = None,
     threads: int = 0,
     cpu_accuracy: CpuAccuracy = "auto",
+    cuda_graph: bool = True,
     layer_times: Path | None = None,
 ) -> Backend:
     """Return the backend called ``name``; for "auto" the fastest that can run ``bundle`` here.
@@ -46,6 +47,7 @@ def make_backend(
         threads: CPU threads for one graph; 0 lets the backend choose.
         cpu_accuracy: What ONNX Runtime rounds the inputs of products with INT4 and INT8 weights to on the CPU. "int8" takes a
             third of the time of "float32"; "auto" takes it for graphs so large that this shows.
+        cuda_graph: Whether engines of TensorRT are captured for decode; False to find out whether capturing is to blame.
         layer_times: Folder into which each graph, when it is closed, writes what its layers took in every run, as the
             backend's own profiler says it: ``<graph>.json``. It slows the graphs down.
 
@@ -59,7 +61,7 @@ def make_backend(
         if name == engine_backend:
             from trio_edge.runtime.backends.tensorrt import TensorRTBackend
 
-            return TensorRTBackend(engine_backend, layer_times=layer_times)
+            return TensorRTBackend(engine_backend, cuda_graph=cuda_graph, layer_times=layer_times)
     onnx_runtime = next((known for known in _ONNX_RUNTIMES if known == name), None)
     if onnx_runtime is None:
         raise BackendError(

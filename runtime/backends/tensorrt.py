@@ -57,13 +57,16 @@ def engines_that_run(bundle: Bundle) -> tuple[EngineBackend | None, str | None]:
 class TensorRTBackend:
     """Loads a bundle's engines."""
 
-    def __init__(self, name: EngineBackend, *, layer_times: Path | None = None) -> None:
+    def __init__(
+        self, name: EngineBackend, *, cuda_graph: bool = True, layer_times: Path | None = None
+    ) -> None:
         """Import the package; see ``make_backend``.
 
         Raises:
             BackendError: If it is not installed.
         """
         self._tensorrt = load_tensorrt(name)
+        self._cuda_graph = cuda_graph
         self._layer_times = layer_times
 
     @property
@@ -90,7 +93,7 @@ class TensorRTBackend:
                 engine = _read_engine(runtime, engines.path(spec.name), device, errors)
                 layers = self._layers_of(engine, spec)
                 loaded.engines[spec.name] = TensorRTEngine(
-                    engine, spec, tensorrt, device, workspace, errors, kernels, layers
+                    engine, spec, tensorrt, device, workspace, errors, kernels, layers, self._cuda_graph
                 )
             memory["workspace"] = workspace.allocate()
         except BaseException:
@@ -164,8 +167,10 @@ class TensorRTEngine:
         errors: EngineErrors,
         kernels: CompiledKernels | None,
         layers: EngineLayerTimes | None = None,
+        cuda_graph: bool = True,
     ) -> None:
         self._engine, self._spec, self._tensorrt = engine, spec, tensorrt
+        self._cuda_graph = cuda_graph
         self._device, self._workspace, self._errors, self._layers = device, workspace, errors, layers
         self._kernels = kernels
         self._contexts: dict[str, _Context] = {}
@@ -204,6 +209,7 @@ class TensorRTEngine:
             stream=self._device.stream,
             errors=self._errors,
             layers=self._layers,
+            cuda_graph=self._cuda_graph,
         )
 
     def close(self) -> None:
@@ -249,10 +255,13 @@ class _Context:
         stream: int,
         errors: EngineErrors,
         layers: EngineLayerTimes | None,
+        cuda_graph: bool,
     ) -> None:
         self._context, self._spec, self._stream = context, spec, stream
         self._settings = settings  # the context refers to them, and TensorRT's bindings do not keep them
         self._errors, self._layers = errors, layers
+        # a layer profiler waits after every run, which a captured sequence cannot
+        self._may_capture = cuda_graph and layers is None
         if layers is not None:
             layers.attach(context)
         self._bound: TensorRTLaunch | None = None
@@ -267,8 +276,8 @@ class _Context:
 
     def is_capturable(self) -> bool:
         """Ask tensorrt-rtx; TensorRT cannot be asked, and captures what has no control flow."""
-        if self._layers is not None:
-            return False  # its profiler waits after every run
+        if not self._may_capture:
+            return False
         asked = getattr(self._context, "is_stream_capturable", None)
         return True if asked is None else bool(asked(self._stream))
 

@@ -30,6 +30,7 @@ from trio_edge.runtime.bundle.limits import (
     Work,
 )
 from trio_edge.runtime.bundle.schedule import Schedule
+from trio_edge.runtime.bundle.typed_json import typed
 
 SCHEMA_VERSION = 4
 MANIFEST_NAME = "trio.json"
@@ -590,7 +591,7 @@ def manifest_from_json(text: bytes, *, where: str) -> Manifest:
             " export the bundle again"
         )
     try:
-        return msgspec.convert(head, Manifest, strict=True)
+        return typed(head, Manifest)
     except msgspec.ValidationError as error:
         raise ManifestError(f"{where}: {error}; export the bundle again") from None
 

@@ -26,7 +26,7 @@ from trio_edge.runtime.devices.interface import shape_at
 from trio_edge.runtime.engines.log import make_logger
 from trio_edge.runtime.engines.network import Network
 from trio_edge.runtime.engines.package import EngineBackend, TensorRT, load_tensorrt
-from trio_edge.runtime.engines.passes import separate_products, split_lm_head
+from trio_edge.runtime.engines.passes import join_attention, separate_products, split_lm_head
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -139,6 +139,7 @@ def holds_head(spec: GraphSpec) -> bool:
 
 
 def _run_passes(job: Job, network: Network) -> None:
+    join_attention(network)
     rows = {profile.sizes.get("S", 0) for profile in job.spec.profiles}
     if 1 in rows and len(rows) > 1:
         separate_products(network)

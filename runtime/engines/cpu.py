@@ -23,6 +23,7 @@ from trio_edge.runtime.bundle.graph_io import PROBE_OUTPUT, is_probe
 from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, PART_FROM_ROLE
 from trio_edge.runtime.bundle.reader import file_problem, sha256_of
+from trio_edge.runtime.bundle.typed_json import typed
 from trio_edge.runtime.engines.files import ENGINES_FOLDER, atomic_engines
 
 if TYPE_CHECKING:
@@ -180,9 +181,8 @@ def open_prepared(bundle: Bundle, *, accuracy: CpuAccuracy) -> Prepared:
         return Prepared({}, ())
     again = f"run trio-build {bundle.folder} --backend onnxruntime --force"
     try:
-        found = msgspec.json.decode(
-            read_regular(folder / _FILE_NAME, max_bytes=MAX_JSON_BYTES), type=PreparedGraphs
-        )
+        content = read_regular(folder / _FILE_NAME, max_bytes=MAX_JSON_BYTES)
+        found = typed(msgspec.json.decode(content), PreparedGraphs)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return Prepared({}, (f"prepared graphs are not used: {folder / _FILE_NAME}: {error}; {again}",))
     here = {

@@ -18,6 +18,7 @@ from trio_edge.runtime.bundle.files import atomic_folder, check_place, read_regu
 from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME, Profile
 from trio_edge.runtime.bundle.reader import Bundle, file_problem, sha256_of
+from trio_edge.runtime.bundle.typed_json import typed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -143,7 +144,7 @@ def read_engine_set(folder: Path) -> EngineSet:
             raise BackendError(
                 f"{file}: expected schema_version {ENGINES_SCHEMA_VERSION}, got {version!r}; {_again(folder)}"
             )
-        return msgspec.convert(head, EngineSet, strict=True)
+        return typed(head, EngineSet)
     except OSError as error:
         raise BackendError(f"{file}: cannot be read ({error.strerror}); {_again(folder)}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -56,6 +56,10 @@ class Network:
         layer = self._makers.get(tensor.name)
         return None if layer is None else self._typed(layer)
 
+    def users(self, tensor: Any) -> list[Any]:
+        """Return the layers that used ``tensor`` when the network was parsed."""
+        return [layer for layer, _ in self._users.get(tensor.name, [])]
+
     def connect(self, old: Any, new: Any) -> None:
         """Give ``new`` to every layer that used ``old`` when the network was parsed; it takes its place as an output too."""
         for layer, index in self._users.get(old.name, []):

@@ -104,8 +104,12 @@ def choose_backend(name: str, *, host: Host, ahead_of_time: bool) -> EngineBacke
 
 def installed_backend() -> EngineBackend | None:
     """Return the first backend whose package is there; None without any."""
-    found = (name for name in ENGINE_BACKENDS if _spec(_MODULES[name], system_folders()) is not None)
-    return next(found, None)
+    return next((name for name in ENGINE_BACKENDS if is_installed(name)), None)
+
+
+def is_installed(backend: EngineBackend) -> bool:
+    """Whether a backend's package is there; it may still not be one that this Python imports."""
+    return _spec(_MODULES[backend], system_folders()) is not None
 
 
 def load_tensorrt(backend: EngineBackend, *, folders: Sequence[Path] | None = None) -> TensorRT:

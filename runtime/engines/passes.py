@@ -1,8 +1,12 @@
-"""Two passes over a parsed network: ``separate_products`` keeps weights once, ``split_lm_head`` cuts the lm_head into blocks."""
+"""Passes over a parsed network.
+
+``join_attention`` lets TensorRT make one kernel of attention, ``separate_products`` keeps weights once, ``split_lm_head`` cuts the
+lm_head into blocks.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +16,86 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from trio_edge.runtime.engines.network import Network, WeightProduct
+
+
+def join_attention(network: Network) -> int:
+    """Let each attention read past and new rows as one, and return how many were changed.
+
+    The graphs multiply the query with the past keys and with the new ones, and join the scores: so ONNX Runtime copies no KV
+    cache. TensorRT fuses only one product of scores with one softmax and one product of values. It makes nine kernels of the two
+    halves in decode, of which one writes the past keys anew. With keys and values joined it makes one kernel, in prefill and in
+    decode, which reads both parts where they lie (tensorrt-rtx 1.7; docs/kernels.md). The sums are the same.
+    """
+    joined = 0
+    for layer in network.layers():
+        if layer.type == network.trt.LayerType.SOFTMAX and (parts := _attention_parts(network, layer)):
+            _join(network, parts)
+            joined += 1
+    return joined
+
+
+class _AttentionParts(NamedTuple):
+    """Layers and tensors of one attention, as ``export/graphs/attention.py`` writes it."""
+
+    past_scores: Any
+    new_scores: Any
+    scores: Any
+    """The concatenation of both."""
+    weights: Any
+    """Tensor of both parts' weights, of the values' type and rank."""
+    past_output: Any
+    new_output: Any
+    output: Any
+    """The sum of both."""
+
+
+def _attention_parts(network: Network, softmax: Any) -> _AttentionParts | None:
+    """Return the parts of the attention around a softmax; None if it is another softmax."""
+    types = network.trt.LayerType
+    masked = network.maker(softmax.get_input(0))
+    if masked is None or masked.type != types.ELEMENTWISE:
+        return None
+    scores = _source(network, masked.get_input(0), types.CONCATENATION, through=(types.CAST,))
+    if scores is None or scores.num_inputs != 2:
+        return None
+    through = (types.SHUFFLE,)
+    past, new = (
+        _source(network, scores.get_input(index), types.MATRIX_MULTIPLY, through=through) for index in (0, 1)
+    )
+    weights = softmax.get_output(0)
+    while len(users := network.users(weights)) == 1 and users[0].type in (types.CAST, types.SHUFFLE):
+        weights = users[0].get_output(0)
+    slices = [user for user in users if user.type == types.SLICE]
+    outputs = [user for part in slices for user in network.users(part.get_output(0))]
+    sums = [user for part in outputs for user in network.users(part.get_output(0))]
+    if not past or not new or len(outputs) != 2 or len(sums) != 2 or sums[0].name != sums[1].name:
+        return None
+    # the graph adds the new rows' part to the past rows'
+    past_output, new_output = (network.maker(sums[0].get_input(index)) for index in (0, 1))
+    return _AttentionParts(past, new, scores, weights, past_output, new_output, sums[0])
+
+
+def _source(network: Network, tensor: Any, wanted: Any, *, through: tuple[Any, ...]) -> Any | None:
+    """Return the layer of type ``wanted`` that ``tensor`` comes from but for layers of the types ``through``."""
+    layer = network.maker(tensor)
+    while layer is not None and layer.type in through:
+        layer = network.maker(layer.get_input(0))
+    return layer if layer is not None and layer.type == wanted else None
+
+
+def _join(network: Network, parts: _AttentionParts) -> None:
+    definition, plain = network.definition, network.trt.MatrixOperation.NONE
+    keys = definition.add_concatenation([parts.past_scores.get_input(1), parts.new_scores.get_input(1)])
+    keys.axis = 3  # [1, G, E, C + S]: the graph has transposed them
+    query = parts.past_scores.get_input(0)
+    product = definition.add_matrix_multiply(query, plain, keys.get_output(0), plain).get_output(0)
+    scores = definition.add_shuffle(product)
+    scores.set_input(1, definition.add_shape(parts.scores.get_output(0)).get_output(0))
+    network.connect(parts.scores.get_output(0), scores.get_output(0))
+    values = definition.add_concatenation([parts.past_output.get_input(1), parts.new_output.get_input(1)])
+    values.axis = 2  # [1, G, C + S, E]
+    output = definition.add_matrix_multiply(parts.weights, plain, values.get_output(0), plain)
+    network.connect(parts.output.get_output(0), output.get_output(0))
 
 
 def separate_products(network: Network) -> int:

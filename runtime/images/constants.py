@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import CheckpointError, ManifestError
+from trio_edge.runtime.bundle.typed_json import typed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -62,7 +63,7 @@ class ImageConstants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             ManifestError: If it is of another kind, a key is unknown or missing, or a value breaks a rule.
         """
         try:
-            return msgspec.convert({**values, "encoder_keep": encoder_keep}, cls, strict=True)
+            return typed({**values, "encoder_keep": encoder_keep}, cls)
         except msgspec.ValidationError as error:
             raise ManifestError(f"image_processing: {error}") from None
 

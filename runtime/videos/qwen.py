@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import CheckpointError, ImageError, ManifestError
+from trio_edge.runtime.bundle.typed_json import typed
 from trio_edge.runtime.images.constants import (
     CLIP_MEAN,
     CLIP_STD,
@@ -99,7 +100,7 @@ class QwenVideos(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             ManifestError: If it is of another kind, a key is unknown or missing, or a value breaks a rule.
         """
         try:
-            return msgspec.convert(dict(values), cls, strict=True)
+            return typed(dict(values), cls)
         except msgspec.ValidationError as error:
             raise ManifestError(f"video_processing: {error}") from None
 

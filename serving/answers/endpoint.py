@@ -15,7 +15,7 @@ from trio_edge.serving.answers.completion import Completion
 from trio_edge.serving.answers.job import AnswerJob, Failed
 from trio_edge.serving.answers.worker import answer_settings
 from trio_edge.serving.requests.body import Body, BodyMemory
-from trio_edge.serving.requests.content import Prompt
+from trio_edge.serving.requests.content import read_prompt
 from trio_edge.serving.requests.errors import RequestError, request_error_from
 from trio_edge.serving.requests.protocol import parse_chat
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from starlette.types import Message, Receive, Scope, Send
 
+    from trio_edge.serving.answers.interface import ModelWorker
     from trio_edge.serving.answers.job import Event
-    from trio_edge.serving.answers.worker import Worker
     from trio_edge.serving.metrics import Metrics
     from trio_edge.serving.requests.media import MediaReader
     from trio_edge.serving.requests.protocol import ChatRequest
@@ -42,7 +42,7 @@ class ChatEndpoint:
 
     def __init__(
         self,
-        workers: Mapping[str, Worker],
+        workers: Mapping[str, ModelWorker],
         *,
         settings: ServerSettings,
         metrics: Metrics,
@@ -85,9 +85,9 @@ class ChatEndpoint:
 
         return sending
 
-    async def _submitted(self, worker: Worker, chat: ChatRequest) -> AnswerJob:
-        answer_settings(chat, worker.pipeline)  # what is wrong there need not wait
-        prompt = await run_in_threadpool(Prompt, chat, self._media, max_pixels=self._settings.max_pixels)
+    async def _submitted(self, worker: ModelWorker, chat: ChatRequest) -> AnswerJob:
+        answer_settings(chat, worker.manifest)  # what is wrong there need not wait
+        prompt = await run_in_threadpool(read_prompt, chat, self._media, max_pixels=self._settings.max_pixels)
         job = AnswerJob(chat, prompt)
         try:
             worker.submit(job)
@@ -96,7 +96,7 @@ class ChatEndpoint:
             raise
         return job
 
-    async def _response(self, request: Request, worker: Worker, job: AnswerJob) -> Response:
+    async def _response(self, request: Request, worker: ModelWorker, job: AnswerJob) -> Response:
         options = job.chat.stream_options
         include_usage = options is not None and bool(options.include_usage)
         completion, events = Completion(worker.name, include_usage=include_usage), job.events()
@@ -111,7 +111,7 @@ class ChatEndpoint:
         )
 
 
-def chosen_worker(workers: Mapping[str, Worker], chat: ChatRequest) -> Worker:
+def chosen_worker(workers: Mapping[str, ModelWorker], chat: ChatRequest) -> ModelWorker:
     """Return the worker that a request asks for, by its model and by its images' ``detail``.
 
     "low" is the bundle of the same model that keeps the fewest visual tokens, "high" that which keeps the most.
@@ -127,20 +127,20 @@ def chosen_worker(workers: Mapping[str, Worker], chat: ChatRequest) -> Worker:
             code="model_not_found",
             param="model",
         )
-    model = asked.pipeline.manifest.model
+    model = asked.manifest.model
     if not chat.details:
         return asked
     same = [
         worker
         for worker in (asked, *workers.values())  # of equals the asked one
-        if worker.is_ready and worker.pipeline.manifest.model == model
+        if worker.is_ready and worker.manifest.model == model
     ]
     choose = min if chat.details == {"low"} else max
     return choose(same or [asked], key=_kept_tokens)
 
 
-def _kept_tokens(worker: Worker) -> float:
-    manifest = worker.pipeline.manifest
+def _kept_tokens(worker: ModelWorker) -> float:
+    manifest = worker.manifest
     most = manifest.visual_sizes[-1]
     return most * manifest.average_keep_of(most, num_images=manifest.max_images)
 

@@ -5,34 +5,33 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, final
+
+import msgspec
+
+from trio_edge.serving.requests.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from trio_edge.runtime.answer import Generation
     from trio_edge.serving.requests.content import Prompt
-    from trio_edge.serving.requests.errors import RequestError
     from trio_edge.serving.requests.protocol import ChatRequest
 
 
-@dataclass(frozen=True, slots=True)
-class NewText:
+class NewText(msgspec.Struct, frozen=True, tag=True):
     """More text of the answer."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(msgspec.Struct, frozen=True, tag=True):
     """The report on the kept tokens."""
 
     report: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True, tag=True):
     """The end of an answer."""
 
     reason: str
@@ -40,8 +39,7 @@ class Finished:
     usage: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True, tag=True):
     """The end of an answer that went wrong."""
 
     error: RequestError
@@ -60,12 +58,15 @@ class AnswerJob:
         self.generation: Generation | None = None
         """Set by the worker while the answer runs."""
         self.is_cancelled = False
+        self.has_ended = False
+        """Whether the last event was handed over."""
         self.submitted = time.perf_counter()
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
 
     def emit(self, event: Event | None) -> None:
         """Hand an event over; None if nothing more comes. Any thread may call it."""
+        self.has_ended = self.has_ended or event is None or isinstance(event, (Finished, Failed))
         with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 

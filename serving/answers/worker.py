@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, final
 
 from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.serving.answers.interface import cut_short, queue_full, smoothed, still_loading, stopping
 from trio_edge.serving.answers.job import AnswerJob, Failed, Finished, Kept, NewText
 from trio_edge.serving.answers.kept import kept_report
 from trio_edge.serving.answers.stops import StopTexts
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from trio_edge.runtime.answer import Generation, Statistics
+    from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.pipeline import Pipeline
     from trio_edge.serving.metrics import Metrics
     from trio_edge.serving.requests.protocol import ChatRequest
     from trio_edge.serving.settings import ServerSettings
 
 _logger = logging.getLogger("trio_serve")
-_MEMORY = 0.8  # of the mean service time: the last five answers count for two thirds
 _MOST_FAILURES = 3  # in a row, after which the backend is taken for broken
 
 
@@ -79,10 +80,18 @@ class Worker:
             RequestError: If it is not loaded.
         """
         if not self.loaded.done() or self.loaded.exception() is not None:
-            raise RequestError(
-                503, f"model {self.name}: still loading; try again later", code="loading", retry_after_s=5.0
-            )
+            raise still_loading(self.name)
         return self.loaded.result()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest; raises ``RequestError`` if it is not loaded."""
+        return self.pipeline.manifest
+
+    @property
+    def backend_name(self) -> str:
+        """The backend that runs the graphs; raises ``RequestError`` if it is not loaded."""
+        return self.pipeline.backend_name
 
     def submit(self, job: AnswerJob) -> None:
         """Let a job wait for its turn.
@@ -92,16 +101,12 @@ class Worker:
         """
         with self._changed:
             if self._is_stopping:
-                raise RequestError(503, "server: stops; ask another one", code="stopping", retry_after_s=5.0)
+                raise stopping()
             wait_s, is_full = self._left_s(), len(self._waiting) >= self._settings.max_queue
             wait_s += self._service_s * len(self._waiting)
             if is_full or wait_s > self._settings.max_wait_s:
-                raise RequestError(
-                    429,
-                    f"model {self.name}: {len(self._waiting)} requests wait, about {wait_s:.1f} s; try again later",
-                    code="queue_full",
-                    retry_after_s=self._left_s() if is_full else wait_s - self._settings.max_wait_s,
-                )
+                retry_after_s = self._left_s() if is_full else wait_s - self._settings.max_wait_s
+                raise queue_full(self.name, len(self._waiting), wait_s, retry_after_s=retry_after_s)
             self._waiting.append(job)
             self._note_load()
             self._changed.notify()
@@ -127,7 +132,7 @@ class Worker:
         for job in waiting:
             job.prompt.close()
         for job in waiting if running is None else [*waiting, running]:
-            job.emit(Failed(RequestError(503, "server: stopped before the answer's end", code="stopping")))
+            job.emit(Failed(cut_short()))
             job.cancel()
 
     def stop(self, *, timeout_s: float) -> None:
@@ -207,18 +212,18 @@ class Worker:
         start = time.perf_counter()
         constraint = constraints.make(job.chat)
         answer = pipeline.chat(
-            job.prompt.messages, constraint=constraint, **answer_settings(job.chat, pipeline)
+            job.prompt.messages, constraint=constraint, **answer_settings(job.chat, pipeline.manifest)
         )
         job.generation = answer
         if job.is_cancelled:
             answer.cancel()
         stops = StopTexts(job.chat.stops)
         self._stream(pipeline, answer, stops, job)
-        statistics = answer.statistics
-        self._metrics.count_answer(self.name, statistics, queue_s=queue_s, is_cancelled=job.is_cancelled)
+        usage = usage_of(answer.statistics, queue_s=queue_s)
+        self._metrics.count_answer(self.name, usage, is_cancelled=job.is_cancelled)
         self._note_service(time.perf_counter() - start)
         has_ended = stops.is_found or answer.token_ids[-1] in pipeline.manifest.text.stop_token_ids
-        job.emit(Finished("stop" if has_ended else "length", usage_of(statistics, queue_s=queue_s)))
+        job.emit(Finished("stop" if has_ended else "length", usage))
 
     def _stream(self, pipeline: Pipeline, answer: Generation, stops: StopTexts, job: AnswerJob) -> None:
         wants_kept = job.chat.trio.kept
@@ -238,17 +243,16 @@ class Worker:
 
     def _note_service(self, seconds: float) -> None:
         with self._changed:
-            is_first = self._service_s == 0.0
-            self._service_s = seconds if is_first else _MEMORY * self._service_s + (1 - _MEMORY) * seconds
+            self._service_s = smoothed(self._service_s, seconds)
 
 
-def answer_settings(chat: ChatRequest, pipeline: Pipeline) -> dict[str, Any]:
+def answer_settings(chat: ChatRequest, manifest: Manifest) -> dict[str, Any]:
     """Return the keyword arguments of ``Pipeline.chat`` that a request asks for.
 
     Raises:
         RequestError: If the answer may be longer than the bundle has room for.
     """
-    room, limit = pipeline.manifest.max_new_tokens, chat.limit
+    room, limit = manifest.max_new_tokens, chat.limit
     if limit is not None and limit > room:
         raise RequestError(
             400,

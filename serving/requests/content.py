@@ -10,39 +10,25 @@ from typing import TYPE_CHECKING, Any, final
 from trio_edge.serving.requests.protocol import ImagePart, TextPart
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from trio_edge.runtime.prompts.chat import Message
     from trio_edge.serving.requests.media import MediaReader
-    from trio_edge.serving.requests.protocol import ChatRequest, Part, VideoPart
+    from trio_edge.serving.requests.protocol import ChatRequest, Part
 
 
 @final
 class Prompt:
     """The messages of a request, and the files that they need until they are read."""
 
-    def __init__(self, chat: ChatRequest, media: MediaReader, *, max_pixels: int) -> None:
-        """Read what the messages show.
-
-        Args:
-            chat: The request.
-            media: Reads files.
-            max_pixels: Of all images together.
-
-        Raises:
-            RequestError: If an image or a video is refused.
-            ImageError: If an image is broken.
-        """
-        self._media, self._pixels_left, self._files = media, max_pixels, ExitStack()
+    def __init__(self, messages: Iterable[Message]) -> None:
+        """Take messages whose videos are bytes, which become files until ``close``."""
+        self._files = ExitStack()
         self._folders: list[str] = []
         try:
             self.messages: list[Message] = [
-                {
-                    "role": "system" if turn.role == "developer" else turn.role,
-                    "content": [
-                        self._part(part, where=f"messages[{number}].content[{place}]")
-                        for place, part in enumerate(turn.parts)
-                    ],
-                }
-                for number, turn in enumerate(chat.messages)
+                {**message, "content": [self._with_file(part) for part in message["content"]]}
+                for message in messages
             ]
         except BaseException:
             self.close()
@@ -58,20 +44,53 @@ class Prompt:
             message = message.replace(f"{folder}/", "")
         return message
 
-    def _part(self, part: Part, *, where: str) -> dict[str, Any]:
+    def _with_file(self, part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != "video":
+            return part
+        folder = self._files.enter_context(tempfile.TemporaryDirectory(prefix="trio-serve-"))
+        self._folders.append(folder)
+        path = Path(folder) / "video"
+        path.write_bytes(part["video"])
+        return {**part, "video": path}
+
+
+def read_prompt(chat: ChatRequest, media: MediaReader, *, max_pixels: int) -> Prompt:
+    """Return the messages of a request with what they show.
+
+    Args:
+        chat: The request.
+        media: Reads files.
+        max_pixels: Of all images together.
+
+    Raises:
+        RequestError: If an image or a video is refused.
+        ImageError: If an image is broken.
+    """
+    reader = _PartReader(media, max_pixels)
+    return Prompt(
+        {
+            "role": "system" if turn.role == "developer" else turn.role,
+            "content": [
+                reader.read(part, where=f"messages[{number}].content[{place}]")
+                for place, part in enumerate(turn.parts)
+            ],
+        }
+        for number, turn in enumerate(chat.messages)
+    )
+
+
+@final
+class _PartReader:
+    def __init__(self, media: MediaReader, max_pixels: int) -> None:
+        self._media, self._pixels_left = media, max_pixels
+
+    def read(self, part: Part, *, where: str) -> dict[str, Any]:
         if isinstance(part, TextPart):
             return {"type": "text", "text": part.text}
         if isinstance(part, ImagePart):
             data = self._media.read(part.image_url.url, kind="image", where=where)
             self._pixels_left -= self._media.check_image(data, where=where, pixels_left=self._pixels_left)
             return {"type": "image", "image": data}
-        return self._video(part, where=where)
-
-    def _video(self, part: VideoPart, *, where: str) -> dict[str, Any]:
         data = self._media.read(part.video_url.url, kind="video", where=where)
-        folder = self._files.enter_context(tempfile.TemporaryDirectory(prefix="trio-serve-"))
-        self._folders.append(folder)
-        path = Path(folder) / "video"
-        path.write_bytes(data)
         settings = {"fps": part.video_url.fps, "num_frames": part.video_url.num_frames}
-        return {"type": "video", "video": path, **settings}
+        return {"type": "video", "video": data, **settings}

@@ -65,7 +65,7 @@ def test_counts_add_up_to_the_cost_of_the_schedule(family: str, keep: float) -> 
 
 
 def test_the_decoder_of_llava_next_could_be_more_than_seven_times_faster() -> None:
-    """The number of docs/performance.md; whole layers of 7B models are read for every decoded token."""
+    """The number of docs/results/counted.md; whole layers of 7B models are read for every decoded token."""
     full, reduced = (full_sizes("llava-next-7b").count(keep, num_text=64) for keep in (1.0, 0.111))
     ratio = sum(work.causal_flops for work in full.decoder()) / sum(
         work.causal_flops for work in reduced.decoder()

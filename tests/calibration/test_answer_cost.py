@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from trio_edge.calibration.evaluate.running.answer_cost import prefill_flops, processed_tokens
+from trio_edge.calibration.evaluate.answer_cost import prefill_flops, processed_tokens
 from trio_edge.runtime.bundle.reader import open_bundle
 
 if TYPE_CHECKING:

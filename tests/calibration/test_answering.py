@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.pictures import random_picture
-from trio_edge.calibration.evaluate.running.answering import Answerer, Asking, Outcome, Task
-from trio_edge.calibration.evaluate.running.baselines import SELECTIONS, baseline, smaller_image
+from trio_edge.calibration.evaluate.answering import Answerer, Asking, Outcome
+from trio_edge.calibration.evaluate.baselines import SELECTIONS, baseline, smaller_image
 from trio_edge.calibration.questions import synthetic_questions
 from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.images.qwen import QwenImages
@@ -75,7 +75,7 @@ def test_a_smaller_image_has_at_most_its_share_of_tokens(family: str, share: flo
 def test_an_opened_bundle_answers_generated_samples(reduced_bundle: Path) -> None:
     with Pipeline.from_bundle(reduced_bundle, threads=1) as pipeline:
         answerer = Answerer(Asking(bundle=reduced_bundle), pipeline)
-        outcomes = [answerer.answer(Task(question)) for question in synthetic_questions(3, seed=0)]
+        outcomes = [answerer.answer(question) for question in synthetic_questions(3, seed=0)]
     for outcome in outcomes:
         assert isinstance(outcome, Outcome)
         assert 0.0 < outcome.processed_tokens / outcome.visual_tokens < 0.6

@@ -14,18 +14,11 @@ from trio_edge.calibration.json_lines import ResultFile
 from trio_edge.calibration.model.prompts import SampleShape
 from trio_edge.calibration.search.bundle_shape import image_sizes, rounds_with_margin, text_buckets
 from trio_edge.calibration.search.calibrate import SearchProgress, _warn_above
+from trio_edge.calibration.search.calibration_file import CalibrationOptions, Fidelity, Measure, read_options
 from trio_edge.calibration.search.held_out import accuracy
-from trio_edge.calibration.search.measure.measurements import MeasuredLine
-from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
-from trio_edge.calibration.search.measure.samples import read_samples, split_samples
-from trio_edge.calibration.search.report.calibration_file import (
-    CalibrationOptions,
-    Fidelity,
-    Measure,
-    read_options,
-)
-from trio_edge.calibration.search.schedules.candidates import Candidate
-from trio_edge.calibration.search.schedules.pareto import first_fronts, pareto_front
+from trio_edge.calibration.search.measuring import MeasuredLine, MeasuredSchedule
+from trio_edge.calibration.search.samples import read_samples, split_samples
+from trio_edge.calibration.search.schedules.candidates import Candidate, first_fronts, pareto_front
 from trio_edge.calibration.search.schedules.prefill_cost import PrefillCost, ScheduleCost, Situation
 from trio_edge.calibration.search.schedules.selection_rule import SelectionRule
 from trio_edge.calibration.search.schedules.space import make_space
@@ -71,7 +64,7 @@ def test_samples_without_answers_have_no_accuracy(tmp_path: Path) -> None:
     lines = [{key: line[key] for key in ("image", "question")} for line in questions_about(2)]
     questions = read_samples(str(write_questions(tmp_path, lines)), prompt=None, count=None, seed=0)
     never: Any = None
-    assert accuracy(never, questions, Schedule(), probes=never, on_sample=never) is None
+    assert accuracy(never, questions, Schedule(), on_sample=never) is None
 
 
 def test_a_folder_of_images_is_asked_one_prompt(tmp_path: Path) -> None:
@@ -170,7 +163,6 @@ def test_costs_are_those_of_trio_profiles_prediction(target: str, stages: str | 
         num_text=40,
         text_bucket=40,
         num_new=1,
-        precision="float16",
     )
     prediction = predict(setting, find_device(target))
     cost = cost_on(target, Situation(1.0, SIZES, 40)).of(schedule)

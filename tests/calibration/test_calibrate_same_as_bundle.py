@@ -16,11 +16,10 @@ from tests.qwen_checkpoints import REDUCED as DEEPSTACK_STAGES
 from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
-from trio_edge.calibration.model.selecting import Probes, order_of
-from trio_edge.calibration.model.sequence import Sequence, advanced, begin
+from trio_edge.calibration.model.sequence import Sequence, advanced, order_of
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.questions import read_questions
-from trio_edge.calibration.search.measure.measuring import KeepAll, keep_all, measure
+from trio_edge.calibration.search.measuring import KeepAll, keep_all, measure
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.model.host_selection import greedy_nms
 from trio_edge.runtime.model.sampling import first_token_kl, summary_of
@@ -54,11 +53,6 @@ def model(checkpoint: Path) -> TorchModel:
     return load_model(str(checkpoint))
 
 
-@pytest.fixture(scope="module")
-def probes(model: TorchModel) -> Probes:
-    return Probes(model, max_visual=60)
-
-
 class Crowd(NamedTuple):
     """Tokens in few directions, so that they suppress each other in long chains."""
 
@@ -76,12 +70,13 @@ def crowd() -> Crowd:
         positions_AS=torch.arange(130, dtype=torch.int32)[None],
         visual_rows_N=torch.arange(4, 124),
         original_N=torch.arange(120),
+        next_position=130,
     )
     return Crowd(sequence, features, torch.rand(120, generator=generator))
 
 
 def test_kept_tokens_and_divergence_are_the_bundles(
-    model: TorchModel, probes: Probes, questions: list[Question], keep_all_bundle: Path, reduced_bundle: Path
+    model: TorchModel, questions: list[Question], keep_all_bundle: Path, reduced_bundle: Path
 ) -> None:
     with (
         Pipeline.from_bundle(keep_all_bundle, threads=1) as full,
@@ -90,12 +85,12 @@ def test_kept_tokens_and_divergence_are_the_bundles(
         for question in questions:
             theirs = [_answered(pipeline, question) for pipeline in (full, reduced)]
             prompt = make_prompt(model, question)
-            ours = greedy_answer(model, prompt, SCHEDULE, probes=probes, max_tokens=3)
+            ours = greedy_answer(model, prompt, SCHEDULE, max_tokens=3)
             assert [kept.tolist() for kept in ours.kept] == [kept.tolist() for kept in theirs[1].kept]
             assert ours.tokens == theirs[1].token_ids
             np.testing.assert_allclose(ours.logits_TV[0], theirs[1].first_logits, atol=1e-3)
-            whole = keep_all(model, prompt, probes=probes, num_tokens=1)
-            ((_, measured),) = measure(model, whole, [SCHEDULE], probes=probes)
+            whole = keep_all(model, prompt, num_tokens=1)
+            ((_, measured),) = measure(model, whole, [SCHEDULE])
             expected = first_token_kl(summary_of(theirs[0].first_logits), theirs[1].first_logits)
             assert measured.kl == pytest.approx(expected, rel=1e-3)
             assert measured.agrees == (theirs[0].token_ids[0] == theirs[1].token_ids[0])
@@ -108,8 +103,7 @@ def test_kept_tokens_and_answers_are_the_bundles_with_deepstack(
     folder = save_qwen3_vl_checkpoint(tmp_path / "ck")
     model = load_model(str(folder))
     prompt = make_prompt(model, questions[0])
-    probes = Probes(model, max_visual=len(prompt.visual_rows_N))
-    ours = greedy_answer(model, prompt, DEEPSTACK_STAGES, probes=probes, max_tokens=3)
+    ours = greedy_answer(model, prompt, DEEPSTACK_STAGES, max_tokens=3)
     bundle = export(folder, schedule=DEEPSTACK_STAGES, image_sizes=(CAMERA,))
     with Pipeline.from_bundle(bundle, threads=1) as pipeline:
         theirs = _answered(pipeline, questions[0])
@@ -127,8 +121,7 @@ def test_kept_tokens_and_answers_are_the_bundles_with_text_between_tiles(
     with Pipeline.from_bundle(export(folder, schedule=schedule), threads=1) as pipeline:
         for question in questions:
             prompt = make_prompt(model, question)
-            probes = Probes(model, max_visual=len(prompt.visual_rows_N))
-            ours = greedy_answer(model, prompt, schedule, probes=probes, max_tokens=3)
+            ours = greedy_answer(model, prompt, schedule, max_tokens=3)
             theirs = _answered(pipeline, question)
             assert [kept.tolist() for kept in ours.kept] == [kept.tolist() for kept in theirs.kept]
             assert ours.tokens == theirs.token_ids
@@ -137,13 +130,13 @@ def test_kept_tokens_and_answers_are_the_bundles_with_text_between_tiles(
 
 @pytest.mark.parametrize("positions", ["compact", "preserved"])
 def test_answer_tokens_behind_the_prompt_see_what_decoding_sees(
-    model: TorchModel, probes: Probes, questions: list[Question], positions: Any
+    model: TorchModel, questions: list[Question], positions: Any
 ) -> None:
     schedule = parse_schedule("1:14,2:6", positions=positions, probe_rows="answer")
     prompt = make_prompt(model, questions[0])
-    decoded = greedy_answer(model, prompt, schedule, probes=probes, max_tokens=4)
+    decoded = greedy_answer(model, prompt, schedule, max_tokens=4)
     assert len(decoded.tokens) > 1
-    sequence = begin(model, prompt)
+    sequence = prompt
     for place, token in enumerate(decoded.tokens[:-1]):
         row = model.embedding_VD[token][None]
         sequence = sequence.with_answer_row(row, position=prompt.next_position + place)
@@ -152,16 +145,14 @@ def test_answer_tokens_behind_the_prompt_see_what_decoding_sees(
         inputs.append(advanced(model, inputs[-1], range(layer, layer + 1)))
     log_probs = torch.log_softmax(decoded.logits_TV.double(), dim=-1)
     whole = KeepAll(inputs=inputs, tokens=decoded.tokens, log_probs_TV=log_probs)
-    ((_, measured),) = measure(model, whole, [schedule], probes=probes)
+    ((_, measured),) = measure(model, whole, [schedule])
     assert measured.agrees
     assert measured.kl == pytest.approx(0.0, abs=1e-7)
 
 
-def test_keep_all_leaves_what_enters_every_layer(
-    model: TorchModel, probes: Probes, questions: list[Question]
-) -> None:
+def test_keep_all_leaves_what_enters_every_layer(model: TorchModel, questions: list[Question]) -> None:
     prompt = make_prompt(model, questions[1])
-    whole = keep_all(model, prompt, probes=probes, num_tokens=3)
+    whole = keep_all(model, prompt, num_tokens=3)
     assert whole.inputs[0].num_answer == len(whole.tokens) - 1
     again = whole.inputs[0]
     for layer in range(model.num_layers):
@@ -169,9 +160,7 @@ def test_keep_all_leaves_what_enters_every_layer(
         again = advanced(model, again, range(layer, layer + 1))
 
 
-def test_schedules_measured_together_are_as_each_alone(
-    model: TorchModel, probes: Probes, questions: list[Question]
-) -> None:
+def test_schedules_measured_together_are_as_each_alone(model: TorchModel, questions: list[Question]) -> None:
     schedules = [
         Schedule(),
         parse_schedule("1:14,2:6"),
@@ -183,10 +172,10 @@ def test_schedules_measured_together_are_as_each_alone(
         parse_schedule("1:14,2:6", nms_threshold=0.5),
         parse_schedule("1:14,2:6", probe_rows="answer", num_probe_rows=2),
     ]
-    whole = keep_all(model, make_prompt(model, questions[2]), probes=probes, num_tokens=2)
-    together = dict(measure(model, whole, schedules, probes=probes))
+    whole = keep_all(model, make_prompt(model, questions[2]), num_tokens=2)
+    together = dict(measure(model, whole, schedules))
     assert list(map(dict(together).get, schedules)) == [
-        dict(measure(model, whole, [schedule], probes=probes))[schedule] for schedule in schedules
+        dict(measure(model, whole, [schedule]))[schedule] for schedule in schedules
     ]
     assert together[Schedule()].kl == 0.0
     assert len({round(result.kl, 9) for result in together.values()}) == len(schedules)

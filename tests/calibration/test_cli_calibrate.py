@@ -15,9 +15,9 @@ from tests.calibration.question_files import questions_about, write_questions
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.search import cli as cli_calibrate
 from trio_edge.calibration.search.calibrate import Calibrated, SearchProgress, calibrate
-from trio_edge.calibration.search.measure.measurements import RECORD_NAME, RecordKey, opened_record
-from trio_edge.calibration.search.report.calibration_file import Calibration, CalibrationOptions, json_of
-from trio_edge.calibration.search.report.page import page_of
+from trio_edge.calibration.search.calibration_file import Calibration, CalibrationOptions, json_of
+from trio_edge.calibration.search.measuring import RECORD_NAME, RecordKey, opened_record
+from trio_edge.calibration.search.page import page_of
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.pipeline import Pipeline
@@ -133,7 +133,7 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(report: dict[str, A
         calibrate(options, work=tmp_path, progress=SearchProgress(sample=stop))
     done = record.read_bytes()
     record.write_bytes(done + b'{"type":"sched')  # a kill in the middle of a line
-    again = calibrate(options, work=tmp_path).calibration
+    again = calibrate(options, work=tmp_path, progress=SearchProgress()).calibration
     assert json.loads(json_of(again)) == report
     lines = record.read_bytes()
     assert lines.startswith(done)

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.bundles import export
 from tests.calibration.question_files import questions_about, write_questions
 from trio_edge.calibration.evaluate import cli as cli_eval
-from trio_edge.calibration.evaluate.running.baselines import SELECTIONS
+from trio_edge.calibration.evaluate.baselines import SELECTIONS
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline
 

@@ -13,7 +13,6 @@ from tests.calibration.question_files import questions_about, write_questions
 from tests.internvl_checkpoints import save_internvl_checkpoint
 from tests.qwen_checkpoints import save_qwen3_vl_checkpoint
 from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
-from trio_edge.calibration.model.selecting import Probes
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
 from trio_edge.calibration.questions import Question, read_questions
@@ -54,9 +53,7 @@ def bundle(family: str, questions: list[Question], tmp_path_factory: pytest.Temp
     save, _ = CHECKPOINTS[family]
     folder = save(tmp_path_factory.mktemp(family) / "checkpoint", num_layers=NUM_LAYERS)
     model, plan = load_model(str(folder)), parse_plan("all=int8")
-    found = calibrate_quantization(
-        model, questions, SCHEDULE, plan, dtype="float16", probes=Probes(model, max_visual=99), num_tokens=2
-    )
+    found = calibrate_quantization(model, questions, SCHEDULE, plan, dtype="float16", num_tokens=2)
     assert found is not None
     return open_bundle(export(folder, schedule=SCHEDULE, scales=found.scales, quantize=plan, dtype="float16"))
 

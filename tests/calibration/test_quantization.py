@@ -19,10 +19,8 @@ from tests.checkpoints import save_checkpoint
 from tests.decode_logits import record_logits
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
-from trio_edge.calibration.model.selecting import Probes
-from trio_edge.calibration.model.sequence import begin, no_past, run_layers
+from trio_edge.calibration.model.sequence import run_layer
 from trio_edge.calibration.model.torch_model import TorchModel, load_model
-from trio_edge.calibration.quantize import modelopt_search
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization, smoothing_of
 from trio_edge.calibration.quantize.collecting import (
     CachedRows,
@@ -30,13 +28,17 @@ from trio_edge.calibration.quantize.collecting import (
     listening_to_caches,
     listening_to_inputs,
 )
-from trio_edge.calibration.quantize.fidelity import measure_quantized
-from trio_edge.calibration.quantize.quantized_model import quantized_model
-from trio_edge.calibration.quantize.rounding import LARGEST_FACTOR, GroupRounding
+from trio_edge.calibration.quantize.quantized_model import measure_quantized, quantized_model
+from trio_edge.calibration.quantize.rounding import (
+    LARGEST_FACTOR,
+    GroupRounding,
+    awq_factors,
+    smoothquant_factors,
+)
 from trio_edge.calibration.quantize.sections import quantized_sections
 from trio_edge.calibration.questions import Question, read_questions
 from trio_edge.calibration.search import cli as cli_calibrate
-from trio_edge.calibration.search.measure.measuring import MeasuredSchedule, keep_all, measure
+from trio_edge.calibration.search.measuring import MeasuredSchedule, keep_all, measure
 from trio_edge.export.graphs.linear_groups import LinearGroup, decoder_groups
 from trio_edge.export.quantize.numerics import block_size, quantize
 from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
@@ -64,9 +66,7 @@ def questions(samples: Path) -> list[Question]:
 def logits_of(model: TorchModel, question: Question, schedule: Schedule) -> torch.Tensor:
     with torch.inference_mode():
         prompt = make_prompt(model, question)
-        return greedy_answer(
-            model, prompt, schedule, probes=Probes(model, max_visual=len(prompt.visual_rows_N)), max_tokens=3
-        ).logits_TV
+        return greedy_answer(model, prompt, schedule, max_tokens=3).logits_TV
 
 
 def test_layers_behind_a_stage_are_listened_to_with_fewer_tokens_and_the_head_where_it_is_read(
@@ -76,15 +76,14 @@ def test_layers_behind_a_stage_are_listened_to_with_fewer_tokens_and_the_head_wh
     model, one = load_model(str(checkpoint)), questions[:1]
     with torch.inference_mode():
         prompt = make_prompt(model, one[0])
-    probes = Probes(model, max_visual=len(prompt.visual_rows_N))
     sections = quantized_sections(model, SCHEDULE, parse_plan("int8,head=int8"))
     with listening_to_inputs(sections, num_samples=1) as found:
-        answer_samples(model, one, SCHEDULE, probes=probes, num_tokens=3, on_sample=lambda: None)
+        answer_samples(model, one, SCHEDULE, num_tokens=3, on_sample=lambda: None)
     assert [group.name for group in sections[0].groups] == ["qkv", "o", "gate_up", "down"]
     *rows, head_rows = [
         len(section[0].all_rows()) - 1 for section in found
     ]  # the last one holds the largest values
-    new_tokens = rows[0] - len(prompt.embeds_SD)
+    new_tokens = rows[0] - len(prompt.hidden_SD)
     assert new_tokens == 2
     assert rows[1:] == [rows[0] - len(prompt.visual_rows_N) + 5] * 2
     assert head_rows == 1 + new_tokens  # neither the prompt's other rows nor the probe's
@@ -117,10 +116,11 @@ def test_factors_lessen_the_error_where_some_inputs_are_large(kind: Any) -> None
             inputs = torch.round(inputs / scale) * scale
         return float((inputs @ rounded.dequantized().T - rows @ weight.T).square().mean())
 
-    if kind == "int4":
-        factors = modelopt_search.awq_factors(weight, rows, block=16)
-    else:
-        factors = modelopt_search.smoothquant_factors(weight, rows, alpha=0.5)
+    factors = (
+        awq_factors(weight, rows, block=16)
+        if kind == "int4"
+        else smoothquant_factors(weight, rows, alpha=0.5)
+    )
     assert factors.shape == (64,)
     assert error(factors) < 0.7 * error(torch.ones(64))
 
@@ -130,10 +130,9 @@ def test_quantized_layers_differ_by_their_rounding_and_are_given_back(
 ) -> None:
     model = load_model(str(checkpoint))
     parameters = [parameter.clone() for layer in model.parts.layers for parameter in layer.parameters()]
-    probes = Probes(model, max_visual=64)
     with torch.inference_mode():
-        whole = keep_all(model, make_prompt(model, questions[0]), probes=probes, num_tokens=3)
-        expected = dict(measure(model, whole, [SCHEDULE], probes=probes))[SCHEDULE]
+        whole = keep_all(model, make_prompt(model, questions[0]), num_tokens=3)
+        expected = dict(measure(model, whole, [SCHEDULE]))[SCHEDULE]
 
     def measured(
         plan: str,
@@ -147,7 +146,6 @@ def test_quantized_layers_differ_by_their_rounding_and_are_given_back(
             parse_plan(plan),
             scales,
             dtype="float32",
-            probes=probes,
             num_tokens=3,
             on_sample=lambda: None,
         )
@@ -227,11 +225,10 @@ def test_ranges_are_of_rotated_keys_and_of_values(checkpoint: Path, questions: l
     handle.remove()
     assert found[1].range_of(None).value == pytest.approx(max(float(rows.abs().max()) for rows in values))
     with torch.inference_mode():
-        sequence = begin(model, make_prompt(model, questions[0]))
-        rows, present = sequence.hidden_SD, list[torch.Tensor]()
-        run_layers(model, rows, sequence.positions_AS, range(1), past=[no_past(model, rows)], present=present)
+        sequence = make_prompt(model, questions[0])
+        _, present = run_layer(model, sequence.hidden_SD, sequence.positions_AS, 0)
     prompt_alone = CachedRows()
-    prompt_alone.add(present[0], present[1])
+    prompt_alone.add(*present)
     assert found[0].range_of(None).key >= prompt_alone.range_of(None).key > 0.0
 
 
@@ -261,13 +258,10 @@ def test_answers_are_measured_as_a_bundle_with_int8_caches_gives_them(
         schedule, tokens = pipeline.manifest.schedule, answer.token_ids
         theirs = torch.from_numpy(np.stack([answer.first_logits, *seen]))
     model = load_model(str(checkpoint))
-    probes = Probes(model, max_visual=64)
     with torch.inference_mode():
         prompt = make_prompt(model, questions[0])
         rounded, whole = (
-            greedy_answer(
-                model, prompt, schedule, probes=probes, max_tokens=4, given=tokens, caches=caches
-            ).logits_TV
+            greedy_answer(model, prompt, schedule, max_tokens=4, given=tokens, caches=caches).logits_TV
             for caches in (INT8_CACHES.cache_max, ())
         )
     assert len(tokens) == 4
@@ -281,11 +275,8 @@ def test_caches_alone_are_calibrated_without_model_optimizer(
 ) -> None:
     monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", None)
     model = load_model(str(checkpoint))
-    probes = Probes(model, max_visual=64)
     plan = parse_plan("kv=int8")
-    found = calibrate_quantization(
-        model, questions, SCHEDULE, plan, dtype="float32", probes=probes, num_tokens=2
-    )
+    found = calibrate_quantization(model, questions, SCHEDULE, plan, dtype="float32", num_tokens=2)
     assert found is not None
     assert found.report.errors == []
     assert found.scales.method == "round-to-nearest"
@@ -420,13 +411,9 @@ def test_fewer_than_two_inputs_have_no_factors(num_alive: int) -> None:
 
 
 def test_nothing_is_calibrated_where_only_selection_and_table_are_quantized(checkpoint: Path) -> None:
-    never: Any = None
     model = load_model(str(checkpoint))
     for plan in (QuantizePlan(), parse_plan("select=int8,embedding=int8")):
-        assert (
-            calibrate_quantization(model, [], SCHEDULE, plan, dtype="float32", probes=never, num_tokens=2)
-            is None
-        )
+        assert calibrate_quantization(model, [], SCHEDULE, plan, dtype="float32", num_tokens=2) is None
 
 
 def test_a_missing_library_is_told_before_samples_are_read(

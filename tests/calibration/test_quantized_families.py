@@ -23,7 +23,6 @@ from tests.qwen_checkpoints import save_qwen3_vl_checkpoint, save_qwen_checkpoin
 from tests.smolvlm_checkpoints import save_smolvlm_checkpoint
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
-from trio_edge.calibration.model.selecting import Probes
 from trio_edge.calibration.model.torch_model import TorchModel, load_model
 from trio_edge.calibration.quantize.calibrating import Quantized as Found
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization, smoothing_of
@@ -83,8 +82,7 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first_logits(model: TorchModel, question: Question) -> torch.Tensor:
     with torch.inference_mode():
         prompt = make_prompt(model, question)
-        probes = Probes(model, max_visual=len(prompt.visual_rows_N))
-        return greedy_answer(model, prompt, Schedule(), probes=probes, max_tokens=1).logits_TV[0]
+        return greedy_answer(model, prompt, Schedule(), max_tokens=1).logits_TV[0]
 
 
 def test_factors_move_where_the_model_stays_as_it_was(
@@ -139,9 +137,7 @@ def quantized(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Quantized:
     model, plan = load_model(str(folder)), parse_plan(f"all={request.param}")
-    found = calibrate_quantization(
-        model, questions, Schedule(), plan, dtype="float32", probes=Probes(model, max_visual=99), num_tokens=2
-    )
+    found = calibrate_quantization(model, questions, Schedule(), plan, dtype="float32", num_tokens=2)
     assert found is not None
     out = tmp_path_factory.mktemp("quantized")
     forms, specs = write_quantized(traced, plan, found.scales, out)

@@ -61,11 +61,6 @@ def test_kinds_are_equally_frequent_and_words_are_known() -> None:
         assert wanted[0] <= len(sample.images) <= wanted[1]
 
 
-def test_a_negative_count_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected count >= 0"):
-        next(held_out_several(-1))
-
-
 def test_a_video_has_two_objects_in_one_frame_only_and_others_that_move() -> None:
     for frames in map(make_video, range(60)):
         frames_of = Counter((t.color, t.name) for frame in frames for t in frame.things)

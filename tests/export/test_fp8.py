@@ -18,8 +18,7 @@ from PIL import Image
 from tests.bundles import export
 from tests.calibration.question_files import questions_about, write_questions
 from tests.engine_bundles import GPU, HOST, copy_bundle
-from trio_edge.calibration.model.selecting import Probes
-from trio_edge.calibration.model.sequence import no_past, run_layers
+from trio_edge.calibration.model.sequence import run_layer
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.calibrating import calibrate_quantization
 from trio_edge.calibration.quantize.quantized_model import quantized_model
@@ -168,8 +167,10 @@ def test_onnx_runtime_computes_a_range_as_the_torch_twin_does(
     layers = range(spec.first_layer, spec.first_layer + spec.num_layers)
 
     def computed() -> np.ndarray[Any, Any]:
-        past = [no_past(model, hidden)] * len(layers)
-        return run_layers(model, hidden, positions, layers, past=past, present=[]).numpy()
+        rows = hidden
+        for layer in layers:
+            rows, _ = run_layer(model, rows, positions, layer)
+        return rows.numpy()
 
     with torch.inference_mode():
         whole = computed()
@@ -245,7 +246,6 @@ def test_a_calibration_finds_ranges_without_factors_and_without_model_optimizer(
         SCHEDULE,
         parse_plan("fp8"),
         dtype="float32",
-        probes=Probes(model, max_visual=64),
         num_tokens=2,
     )
     assert found is not None
@@ -339,7 +339,8 @@ def test_inputs_in_fp8_are_predicted_at_the_rate_of_fp8(bundle: Bundle) -> None:
     assert target.fp8_flops == pytest.approx(2 * target.fp16_flops, rel=1e-3)
     setting = plan_for(manifest=manifest).setting()
     fast = predict(setting, target)
-    slow = predict(dataclasses.replace(setting, inputs=frozenset()), target)
+    half = dataclasses.replace(setting.formats, inputs=frozenset())
+    slow = predict(dataclasses.replace(setting, formats=half), target)
     for one, other in zip(fast.runs, slow.runs, strict=True):
         share = one.time.compute_seconds / other.time.compute_seconds
         if one.run.name in ("prefix", "suffix"):

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from tests.profiling.test_page import bundle_profile, graph
-from trio_edge.profiling.report.advice import advise
 from trio_edge.profiling.report.profile import BundleProfile, GraphProfile
+from trio_edge.profiling.report.summary import advise
 from trio_edge.profiling.statistics import distribution
 
 

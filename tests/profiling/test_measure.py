@@ -17,8 +17,8 @@ from tests.engine_bundles import copy_bundle
 from trio_edge.profiling.cli import main
 from trio_edge.profiling.measure import ceilings, contexts, measuring
 from trio_edge.profiling.measure.answers import LoadedBundle, RunQuestion
-from trio_edge.profiling.measure.images import PROMPT, measured_sizes, random_image
 from trio_edge.profiling.measure.layers import SLOWEST, layer_runs, layer_times
+from trio_edge.profiling.measure.measuring import PROMPT, measured_sizes, random_image
 from trio_edge.profiling.measure.recording import Recording, RecordingBackend, graph_calls
 from trio_edge.profiling.report.profile import ProfileReport
 from trio_edge.runtime.backends.registry import make_backend

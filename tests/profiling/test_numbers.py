@@ -11,10 +11,14 @@ import pytest
 
 from tests.engine_bundles import HOST
 from trio_edge.profiling.measure import ceilings
-from trio_edge.profiling.measure.ceilings import Ceilings, measure_ceilings
+from trio_edge.profiling.measure.ceilings import (
+    Ceilings,
+    measure_ceilings,
+    product_model,
+    write_product_bundle,
+)
 from trio_edge.profiling.measure.layers import LayerCall, layer_times, slowest_layers
-from trio_edge.profiling.measure.product import product_model, write_product_bundle
-from trio_edge.profiling.report.graphs import judge
+from trio_edge.profiling.report.summary import judge
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.engines.build import BuildOptions, build_engines, plan_build

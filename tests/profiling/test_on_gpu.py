@@ -11,7 +11,7 @@ from tests.engine_bundles import HOST, copy_bundle
 from trio_edge.profiling.measure import contexts
 from trio_edge.profiling.measure.answers import LoadedBundle, RunQuestion, without_stop_tokens
 from trio_edge.profiling.measure.contexts import time_contexts
-from trio_edge.profiling.measure.images import measured_sizes, random_image
+from trio_edge.profiling.measure.measuring import measured_sizes, random_image
 from trio_edge.runtime.backends.registry import make_backend
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.pipeline import Pipeline

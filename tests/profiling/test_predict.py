@@ -17,10 +17,9 @@ from rich.console import Console
 
 from trio_edge.profiling import cli as cli_profile
 from trio_edge.profiling.predict.answer import graph_runs, predict
-from trio_edge.profiling.predict.efficiency import FITTED, fitted_for, rates_of
 from trio_edge.profiling.predict.models import MODELS
 from trio_edge.profiling.predict.plan import plan_for
-from trio_edge.profiling.predict.speed import Formats, Rates, graph_time
+from trio_edge.profiling.predict.speed import FITTED, Formats, Rates, fitted_for, graph_time, rates_of
 from trio_edge.profiling.predict.sweep import choose, parse_goal, parse_sweep, sweep
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import probe_graph
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 ORIN = DEVICES["jetson-agx-orin-64"]
 NX = DEVICES["jetson-orin-nx-16"]
 LLAMA = MODELS["llava-next-7b"].decoder
-HALF = Formats(layer="float16", other="float16")
+HALF = Formats()
 
 
 def predicted(**wishes: Any) -> Prediction:

@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.engine_bundles import (
-    GPU,
-    HOST,
-    bundle_with_engines,
-    copy_bundle,
-    engine_folder,
-    replace_bytes,
-)
+from tests.engine_bundles import GPU, HOST, bundle_with_engines, copy_bundle, engine_folder, replace_bytes
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.reader import open_bundle
 from trio_edge.runtime.cli import inspect as cli_inspect

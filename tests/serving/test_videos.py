@@ -45,8 +45,17 @@ def ask(server: RunningServer, url: str, **settings: Any) -> Any:
     )
 
 
+@pytest.fixture
+def server_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where the server, a thread of this process, puts what it needs for an answer."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
 def test_an_answer_about_a_video_is_the_pipelines_own(
-    qwen: RunningServer, bundle: Path, tmp_path: Path
+    qwen: RunningServer, bundle: Path, tmp_path: Path, server_files: Path
 ) -> None:
     file = write_video(tmp_path / "clip.mp4", 5, size=CAMERA)
     url = f"data:video/mp4;base64,{base64.b64encode(file.read_bytes()).decode()}"
@@ -57,14 +66,14 @@ def test_an_answer_about_a_video_is_the_pipelines_own(
     assert answer.choices[0].message.content == text
     assert answer.usage.visual_tokens == own.statistics.visual_tokens
     assert [len(image["stages"]) for image in answer.trio["images"]] == [3, 3]  # one for each pair of frames
-    assert list(Path(tempfile.gettempdir()).glob("trio-serve-*")) == []
+    assert list(server_files.iterdir()) == []
 
 
-def test_a_broken_video_is_refused_and_leaves_no_file(qwen: RunningServer) -> None:
+def test_a_broken_video_is_refused_and_leaves_no_file(qwen: RunningServer, server_files: Path) -> None:
     with pytest.raises(openai.BadRequestError, match="video") as raised:
         ask(qwen, "data:video/mp4;base64,AAAA")
     assert "/tmp" not in str(raised.value)
-    assert list(Path(tempfile.gettempdir()).glob("trio-serve-*")) == []
+    assert list(server_files.iterdir()) == []
 
 
 def test_an_image_is_no_video(qwen: RunningServer) -> None:

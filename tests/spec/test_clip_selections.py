@@ -19,7 +19,7 @@ from tests.reference.token_selectors import cdpruner, clip_importance, clip_rele
 from tests.spec.test_selectors_through_bundles import Sequence, rows_after, through_the_decoder
 from tests.tolerances import LOGITS_FLOAT32
 from tests.trio.selectors.token_graph import Case
-from trio_edge.calibration.evaluate.running.answer_cost import prefill_flops
+from trio_edge.calibration.evaluate.answer_cost import prefill_flops
 from trio_edge.profiling.predict.answer import memory_of
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.runtime.backends.registry import make_backend

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.bundles import export
-from trio_edge.calibration.evaluate.running.answering import Answerer, Asking, Outcome, Task
+from trio_edge.calibration.evaluate.answering import Answerer, Asking, Outcome
 from trio_edge.calibration.questions import questions_of
 from trio_edge.calibration.shapes.samples import held_out
 from trio_edge.runtime.pipeline import Pipeline
@@ -44,7 +44,7 @@ def reduced() -> Iterator[Pipeline]:
 
 def outcomes(pipeline: Pipeline, samples: Iterable[ShapeSample]) -> list[Outcome]:
     answerer = Answerer(Asking(bundle=Path()), pipeline)
-    answers = [answerer.answer(Task(question)) for question in questions_of(samples)]
+    answers = [answerer.answer(question) for question in questions_of(samples)]
     return [answer for answer in answers if isinstance(answer, Outcome)]
 
 
@@ -59,7 +59,7 @@ def test_all_tokens_answer_held_out_questions(keep_all: Pipeline) -> None:
 
 def test_another_picture_does_not_answer_them(keep_all: Pipeline) -> None:
     samples = list(held_out(QUESTIONS, seed=1))
-    swapped = [replace(a, image=b.image) for a, b in zip(samples, samples[91:] + samples[:91])]
+    swapped = [replace(a, images=b.images) for a, b in zip(samples, samples[91:] + samples[:91])]
     assert accuracy(outcomes(keep_all, swapped)) < 0.45
 
 

@@ -18,7 +18,7 @@ from tests.hugging_face import Original
 from tests.pictures import random_picture
 from tests.spec.reduced_reference import causal_layer
 from tests.tolerances import LOGITS_FLOAT32
-from trio_edge.calibration.evaluate.running.answer_cost import prefill_flops, processed_tokens
+from trio_edge.calibration.evaluate.answer_cost import prefill_flops, processed_tokens
 from trio_edge.export.token_selectors import stage_selector, token_selector
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.runtime.pipeline import Pipeline

@@ -32,7 +32,6 @@ from tests.spec.whole_answers import assert_same_answer, generate
 from tests.tolerances import LOGITS_FLOAT16, LOGITS_FLOAT32
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
-from trio_edge.calibration.model.selecting import Probes
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.quantize.quantized_model import quantized_model
 from trio_edge.calibration.questions import read_questions
@@ -314,8 +313,7 @@ def test_an_int4_bundle_computes_what_its_torch_twin_does(folder: Path, tmp_path
     (question,) = read_questions(write_questions(tmp_path, questions_about(1)))
     with torch.inference_mode(), quantized_model(model, REDUCED, plan, CalibratedScales(), dtype="float32"):
         prompt = make_prompt(model, question)
-        probes = Probes(model, max_visual=len(prompt.visual_rows_N))
-        ours = greedy_answer(model, prompt, REDUCED, probes=probes, max_tokens=4)
+        ours = greedy_answer(model, prompt, REDUCED, max_tokens=4)
     with Pipeline.from_bundle(reduced_bundle(folder, quantize=plan), cpu_accuracy="float32") as pipeline:
         answer = pipeline.generate(question.images, question.question, max_new_tokens=4)
         _ = answer.text

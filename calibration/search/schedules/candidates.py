@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import msgspec
 
-from trio_edge.calibration.search.schedules.pareto import pareto_front
 from trio_edge.profiling.statistics import bootstrap_interval
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable
 
-    from trio_edge.calibration.questions import Question
-    from trio_edge.calibration.search.measure.measurements import Measurements
-    from trio_edge.calibration.search.measure.measuring import MeasuredSchedule
-    from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost, ScheduleCost
-    from trio_edge.calibration.search.schedules.space import Space
-    from trio_edge.runtime.bundle.schedule import Positions, Schedule
+    from trio_edge.calibration.search.measuring import MeasuredSchedule
+    from trio_edge.calibration.search.schedules.prefill_cost import CostKind, ScheduleCost
+    from trio_edge.runtime.bundle.schedule import Schedule
 
 
 class Tried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,7 +23,6 @@ class Tried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     setting: str
     value: str
     kl: float
-    """Mean, nats."""
     minus_default: float
     interval_95: tuple[float, float]
     """Interval of ``minus_default``; paired, by image."""
@@ -41,11 +36,9 @@ class Candidate:
     schedule: Schedule
     cost: ScheduleCost
     kind: CostKind
-    """Quantity that it is compared by."""
     results: list[MeasuredSchedule]
     """One for each search sample."""
     images: list[str]
-    """Images of these samples."""
 
     @property
     def kl(self) -> float:
@@ -70,7 +63,6 @@ class EstimatedSchedule(NamedTuple):
 
     cost: ScheduleCost
     kl: float
-    """Sum of its stages' own."""
     stages: tuple[tuple[int, int], ...]
 
 
@@ -82,7 +74,6 @@ class Found:
     """Without stages."""
     tried: list[Tried]
     single: dict[tuple[int, int], float]
-    """Mean divergence of every single stage, by layer and budget."""
     candidates: list[Candidate]
     """All that were measured with the chosen settings, keep-all first."""
 
@@ -92,19 +83,37 @@ class Found:
         return pareto_front(self.candidates, key=lambda candidate: candidate.point)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Searching:
-    """Everything that a search works with."""
+Point = TypeVar("Point")
 
-    space: Space
-    measurements: Measurements
-    questions: Sequence[Question]
-    cost: PrefillCost
-    kind: CostKind
-    """Cost that is traded against error."""
-    positions: Sequence[Positions]
-    thresholds: Sequence[float]
-    evaluations: int
-    """Lists of several stages that may be measured."""
-    on_step: Callable[[str], None]
-    """Called with what begins; every step asks for all samples once."""
+
+def pareto_front(points: Iterable[Point], *, key: Callable[[Point], tuple[float, float]]) -> list[Point]:
+    """Return the points that are better than every faster one, fastest first; of equal ones the first."""
+    front: list[Point] = []
+    lowest = float("inf")
+    for point in sorted(points, key=key):
+        if key(point)[1] < lowest:
+            front.append(point)
+            lowest = key(point)[1]
+    return front
+
+
+def first_fronts(
+    points: Iterable[Point], *, key: Callable[[Point], tuple[float, float]], count: int
+) -> list[Point]:
+    """Return at most ``count`` points: the front, then that of what is left, and so on."""
+    left, chosen = list(points), list[Point]()
+    while left and len(chosen) < count:
+        front = pareto_front(left, key=key)
+        taken = {id(point) for point in front}
+        left = [point for point in left if id(point) not in taken]
+        chosen += spread(front, count - len(chosen))
+    return chosen
+
+
+def spread(front: list[Point], count: int) -> list[Point]:
+    """Return ``count`` points of a front, evenly along it, its ends among them."""
+    if len(front) <= count:
+        return front
+    if count == 1:
+        return front[-1:]
+    return [front[round(index * (len(front) - 1) / (count - 1))] for index in range(count)]

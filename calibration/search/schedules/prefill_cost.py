@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from trio_edge.profiling.predict.efficiency import fitted_for, rates_of
-from trio_edge.profiling.predict.speed import Formats, graph_time
+from trio_edge.profiling.predict.speed import Formats, fitted_for, graph_time, rates_of
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.flops import stage_work
 from trio_edge.trio.cost.selections import StageSizes
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 CostKind = Literal["time", "flops"]
 _USUAL = Schedule()
-_FORMATS = Formats(layer="float16", other="float16")
+_FORMATS = Formats()
 
 
 class ScheduleCost(NamedTuple):
@@ -48,11 +47,9 @@ class Situation(NamedTuple):
     """Sizes at which some of the samples run."""
 
     share: float
-    """Share of the samples."""
     sizes: Mapping[str, int]
     """Sizes of the vision profile, N among them."""
     num_text: int
-    """Text bucket."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,9 @@ class PrefillCost:
         starts = [0, *(layer for layer, _ in stages)]
         stops = [*starts[1:], self.decoder.num_layers]
         rows: list[int | None] = [None, *(keep for _, keep in stages)]
-        total = self._part("fixed", None, 0, self._fixed_works)
+        total = self._part(
+            "fixed", None, 0, lambda one: [vision_work(self.vision, one.sizes), head_work(self.decoder)]
+        )
         for index, (start, stop, keep) in enumerate(zip(starts, stops, rows)):
             if index:
                 total = total.plus(self._select(rows[index - 1], settings))
@@ -100,10 +99,6 @@ class PrefillCost:
             return [stage_work(self.decoder, settings, sizes)]
 
         return self._part("select", entering, settings.num_probe_rows, works)
-
-    def _fixed_works(self, situation: Situation) -> list[Work]:
-        """Return what no schedule changes."""
-        return [vision_work(self.vision, situation.sizes), head_work(self.decoder)]
 
     def _part(
         self, name: str, keep: int | None, probe_rows: int, works: Callable[[Situation], list[Work]]

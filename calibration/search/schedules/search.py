@@ -17,6 +17,7 @@ ask for one point at a time and know nothing of shared beginnings) would measure
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -25,13 +26,14 @@ from trio_edge.calibration.search.schedules.candidates import (
     Candidate,
     EstimatedSchedule,
     Found,
-    Searching,
     Tried,
+    first_fronts,
+    pareto_front,
 )
-from trio_edge.calibration.search.schedules.pareto import first_fronts, pareto_front
 from trio_edge.calibration.search.schedules.space import (
     SETTING_KEEPS,
     setting_variants,
+    stages_of,
     usual_schedules,
     with_stages,
 )
@@ -39,9 +41,18 @@ from trio_edge.profiling.statistics import paired_interval
 from trio_edge.runtime.bundle.schedule import Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from trio_edge.calibration.model.prompts import SampleShape
+    from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.search.bundle_shape import BundleShape
+    from trio_edge.calibration.search.calibration_file import CalibrationOptions
+    from trio_edge.calibration.search.measuring import Measurements
+    from trio_edge.calibration.search.samples import Split
+    from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost
     from trio_edge.calibration.search.schedules.selection_rule import SelectionRule
+    from trio_edge.calibration.search.schedules.space import Space
+    from trio_edge.export.quantize.plan import QuantizePlan
 
 USUAL_KEEPS = (0.06, 0.08, 0.111, 0.15, 0.222, 0.333, 0.5)
 """Average keeps whose ``trio-export`` schedules are measured beside the others, where the space has them."""
@@ -51,56 +62,81 @@ _NEAR_THE_RULE = 16
 """Estimated schedules measured because they are next to what the user asked for."""
 
 
-def search(searching: Searching, rule: SelectionRule) -> Found:
-    """Return what was found; ``wish`` only directs where to look more closely."""
-    settings, tried = _settings(searching)
-    searching.on_step("single stages")
+@dataclass(frozen=True, kw_only=True)
+class SearchProgress:
+    """Callbacks for a progress display."""
+
+    step: Callable[[str, int], None] = lambda _text, _samples: None
+    """Called with what begins and how many samples it has."""
+    sample: Callable[[], None] = lambda: None
+    warn: Callable[[str], None] = lambda _text: None
+    """Called with one line that the user should read; the calibration goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Everything that is known before a schedule is measured."""
+
+    options: CalibrationOptions
+    plan: QuantizePlan
+    split: Split
+    digest: str
+    model: TorchModel
+    samples: list[SampleShape]
+    shape: BundleShape
+    space: Space
+    cost: PrefillCost
+    rule: SelectionRule
+    kind: CostKind
+    progress: SearchProgress
+
+    def begin(self, text: str) -> None:
+        """Tell that a step begins which asks for all search samples once."""
+        self.progress.step(text, len(self.split.search))
+
+
+def search(setup: Setup, measurements: Measurements) -> Found:
+    """Return what was found; the rule only directs where to look more closely."""
+    rule = setup.rule
+    settings, tried = _settings(setup, measurements)
+    setup.begin("single stages")
     singles = [
-        with_stages(settings, [(layer, keep)])
-        for layer in searching.space.layers
-        for keep in searching.space.keeps
+        with_stages(settings, [(layer, keep)]) for layer in setup.space.layers for keep in setup.space.keeps
     ]
-    candidates = _measured(searching, [settings, *singles])
-    single = {
-        (candidate.schedule.stages[0].layer, candidate.schedule.stages[0].keep): candidate.kl
-        for candidate in candidates[1:]
-    }
-    searching.on_step("several stages")
-    promising = _promising(searching, settings, single, rule)
-    usual = usual_schedules(searching.space, settings, [*USUAL_KEEPS, *rule.average_keeps])
-    allowed = [schedule for schedule in usual if searching.space.allows(schedule)]
-    candidates = _with(candidates, _measured(searching, [*promising, *allowed]))
-    left = searching.evaluations - len(promising)
-    while left > 0:
-        near = _neighbours(searching, candidates, rule)[:left]
-        if not near:
-            break
-        searching.on_step("refining the front")
+    candidates = _measured(setup, measurements, [settings, *singles])
+    single = {stages_of(schedule)[0]: candidates[schedule].kl for schedule in singles}
+    setup.begin("several stages")
+    promising = _promising(setup, settings, single)
+    usual = usual_schedules(setup.space, settings, [*USUAL_KEEPS, *rule.average_keeps])
+    allowed = [schedule for schedule in usual if setup.space.allows(schedule)]
+    candidates |= _measured(setup, measurements, [*promising, *allowed])
+    left = setup.options.evaluations - len(promising)
+    while left > 0 and (near := _neighbours(setup, candidates)[:left]):
+        setup.begin("refining the front")
         left -= len(near)
         before = _front_points(candidates)
-        candidates = _with(candidates, _measured(searching, near))
+        candidates |= _measured(setup, measurements, near)
         if _front_points(candidates) == before:  # nothing near the front improved it
             break
-    return Found(settings=settings, tried=tried, single=single, candidates=candidates)
+    return Found(settings=settings, tried=tried, single=single, candidates=list(candidates.values()))
 
 
-def _front_points(candidates: list[Candidate]) -> list[tuple[float, float]]:
-    points = [candidate.point for candidate in candidates]
-    return pareto_front(points, key=lambda point: point)
+def _front_points(candidates: dict[Schedule, Candidate]) -> list[tuple[float, float]]:
+    return pareto_front([one.point for one in candidates.values()], key=lambda point: point)
 
 
-def _settings(searching: Searching) -> tuple[Schedule, list[Tried]]:
+def _settings(setup: Setup, measurements: Measurements) -> tuple[Schedule, list[Tried]]:
     """Return the settings without stages, and all values that were compared."""
-    settings, tried = Schedule(positions=searching.positions[0]), list[Tried]()
-    for values in setting_variants(searching.positions, searching.thresholds):
+    settings, tried = Schedule(positions=setup.model.positions[0]), list[Tried]()
+    for values in setting_variants(setup.model.positions, setup.options.nms_thresholds):
         name = _differing(values)
-        searching.on_step(f"comparing {name.replace('_', ' ')}")
+        setup.begin(f"comparing {name.replace('_', ' ')}")
         # each setting is compared with those found before it in force
         options = [msgspec.structs.replace(settings, **{name: getattr(value, name)}) for value in values]
-        kls = [_sample_kls(searching, option) for option in options]
+        kls = [_sample_kls(setup, measurements, option) for option in options]
         if not kls[0]:
             continue  # so small a decoder that trio-export makes no schedule for it
-        images = [question.image_id for question in searching.questions]
+        images = [question.image_id for question in setup.split.search]
         intervals = [paired_interval(kl, kls[0], images) for kl in kls]
         surely_lower = [index for index, (_, high) in enumerate(intervals) if high < 0]
         best = min(surely_lower, key=lambda index: sum(kls[index]), default=0)
@@ -124,59 +160,56 @@ def _differing(values: Sequence[Schedule]) -> str:
     return next(name for name in first.__struct_fields__ if getattr(first, name) != getattr(second, name))
 
 
-def _sample_kls(searching: Searching, settings: Schedule) -> list[float]:
+def _sample_kls(setup: Setup, measurements: Measurements, settings: Schedule) -> list[float]:
     """Return for each sample the mean divergence of the schedules that settings are compared on."""
-    schedules = usual_schedules(searching.space, settings, SETTING_KEEPS)
-    table = searching.measurements.of(schedules, searching.questions)
+    schedules = usual_schedules(setup.space, settings, SETTING_KEEPS)
+    table = measurements.of(schedules, setup.split.search)
     return [sum(result.kl for result in results) / len(results) for results in zip(*table.values())]
 
 
-def _promising(
-    searching: Searching, settings: Schedule, single: dict[tuple[int, int], float], rule: SelectionRule
-) -> list[Schedule]:
+def _promising(setup: Setup, settings: Schedule, single: dict[tuple[int, int], float]) -> list[Schedule]:
     """Return the lists of stages whose estimates are on the first fronts, or next to what the rule would choose."""
-    space = searching.space
+    space = setup.space
     estimates = list[EstimatedSchedule]()
     for stages in space.stage_lists():
         if len(stages) > 1:
             kl = sum(single[stage] for stage in stages)
-            estimates.append(EstimatedSchedule(searching.cost.of_stages(stages, settings), kl, stages))
-    count = max(1, int(_FIRST_SHARE * searching.evaluations))
+            estimates.append(EstimatedSchedule(setup.cost.of_stages(stages, settings), kl, stages))
+    count = max(1, int(_FIRST_SHARE * setup.options.evaluations))
 
     def point(estimate: EstimatedSchedule) -> tuple[float, float]:
-        return estimate.cost.of(searching.kind), estimate.kl
+        return estimate.cost.of(setup.kind), estimate.kl
 
     chosen = [estimate.stages for estimate in first_fronts(estimates, key=point, count=count)]
     chosen += [
-        stages for stages in rule.nearest(estimates, searching, count=_NEAR_THE_RULE) if stages not in chosen
+        stages
+        for stages in setup.rule.nearest(estimates, setup.space, setup.kind, count=_NEAR_THE_RULE)
+        if stages not in chosen
     ]
-    return [with_stages(settings, stages) for stages in chosen[: searching.evaluations]]
+    return [with_stages(settings, stages) for stages in chosen[: setup.options.evaluations]]
 
 
-def _neighbours(searching: Searching, candidates: list[Candidate], rule: SelectionRule) -> list[Schedule]:
+def _neighbours(setup: Setup, candidates: dict[Schedule, Candidate]) -> list[Schedule]:
     """Return what is next to the front and not measured yet, next to what would be chosen now first."""
-    known = {candidate.schedule for candidate in candidates}
-    front = pareto_front(candidates, key=lambda candidate: candidate.point)
-    chosen = rule.choice(candidates, searching.space)
+    front = pareto_front(candidates.values(), key=lambda candidate: candidate.point)
+    chosen = setup.rule.choice(list(candidates.values()), setup.space)
     around = [*([] if chosen is None else [chosen]), *front]
-    near = [other for candidate in around for other in searching.space.neighbours(candidate.schedule)]
-    return [schedule for schedule in dict.fromkeys(near) if schedule not in known]
+    near = [other for candidate in around for other in setup.space.neighbours(candidate.schedule)]
+    return [schedule for schedule in dict.fromkeys(near) if schedule not in candidates]
 
 
-def _measured(searching: Searching, schedules: Sequence[Schedule]) -> list[Candidate]:
-    table = searching.measurements.of(list(dict.fromkeys(schedules)), searching.questions)
-    return [
-        Candidate(
+def _measured(
+    setup: Setup, measurements: Measurements, schedules: Sequence[Schedule]
+) -> dict[Schedule, Candidate]:
+    table = measurements.of(list(dict.fromkeys(schedules)), setup.split.search)
+    images = [question.image_id for question in setup.split.search]
+    return {
+        schedule: Candidate(
             schedule=schedule,
-            cost=searching.cost.of(schedule),
-            kind=searching.kind,
+            cost=setup.cost.of(schedule),
+            kind=setup.kind,
             results=results,
-            images=[question.image_id for question in searching.questions],
+            images=images,
         )
         for schedule, results in table.items()
-    ]
-
-
-def _with(candidates: list[Candidate], more: list[Candidate]) -> list[Candidate]:
-    known = {candidate.schedule for candidate in candidates}
-    return candidates + [candidate for candidate in more if candidate.schedule not in known]
+    }

@@ -11,7 +11,7 @@ from trio_edge.runtime.bundle.errors import ScheduleError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trio_edge.calibration.search.schedules.candidates import Candidate, EstimatedSchedule, Searching
+    from trio_edge.calibration.search.schedules.candidates import Candidate, EstimatedSchedule
     from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost
     from trio_edge.calibration.search.schedules.space import Space, Stages
 
@@ -87,12 +87,12 @@ class SelectionRule:
                 )
 
     def nearest(
-        self, estimates: Sequence[EstimatedSchedule], searching: Searching, *, count: int
+        self, estimates: Sequence[EstimatedSchedule], space: Space, kind: CostKind, *, count: int
     ) -> list[Stages]:
         """Return at most ``count`` lists of stages that are likely to be chosen."""
 
         def cost(estimate: EstimatedSchedule) -> float:
-            return estimate.cost.of(searching.kind)
+            return estimate.cost.of(kind)
 
         if self.bounded == "max_kl":
             within = [estimate for estimate in estimates if estimate.kl <= _HOPEFUL * self.bound]
@@ -101,7 +101,7 @@ class SelectionRule:
             within = [
                 estimate
                 for estimate in estimates
-                if self._allows(estimate.cost.milliseconds, estimate.stages, searching.space)
+                if self._allows(estimate.cost.milliseconds, estimate.stages, space)
             ]
             ranked = sorted(within, key=lambda estimate: (estimate.kl, cost(estimate)))
         return [estimate.stages for estimate in ranked[:count]]

@@ -36,9 +36,7 @@ class Space:
     """Stages that are possible."""
 
     num_layers: int
-    """L."""
     num_visual: int
-    """N of the largest image."""
     layers: tuple[int, ...]
     """Layers that stages can be at, ascending."""
     keeps: tuple[int, ...]
@@ -99,14 +97,7 @@ def make_space(
     keeps: Sequence[float],
     max_stages: int,
 ) -> Space:
-    """Return the space for a decoder.
-
-    Args:
-        num_layers: L.
-        num_visual: N of the largest image.
-        layers: Candidate layers; none for up to ``MAX_LAYERS`` evenly spread ones and those of the presets.
-        keeps: Budgets as shares of N.
-        max_stages: Stages at most.
+    """Return the space for a decoder; without ``layers`` it has up to ``MAX_LAYERS`` evenly spread ones and those of the presets.
 
     Raises:
         ScheduleError: If a layer or budget is impossible.

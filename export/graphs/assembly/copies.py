@@ -101,13 +101,9 @@ class Copies:
     ) -> list[ir.Value]:
         """Append a copy of a trace, which does not change, and return its outputs.
 
-        Args:
-            source: The trace.
-            inputs: What its inputs are here.
-            varying: Places of the inputs that other copies have other values for.
-            weights: Start of the names of the copy's weights, in place of ``LAYER_PREFIX``.
-            own_suffix: End of the names of what other copies have too.
-            shared_suffix: End of the names of what all copies have in common.
+        ``varying`` are the places of the inputs that other copies have other values for. The names of the copy's weights
+        start with ``weights`` in place of ``LAYER_PREFIX``. Names of what other copies have too end with ``own_suffix``,
+        those of what all copies have in common with ``shared_suffix``.
         """
         graph = source.graph
         own = _own_values(graph, varying)

@@ -29,13 +29,9 @@ def stack_layers(
 ) -> ir.Model:
     """Return ``num_layers`` copies of ``layer``, one after the other; ``layer`` itself does not change.
 
-    Args:
-        layer: Trace of a ``DecoderRange`` with one layer.
-        inputs: I/O tensors of the result in the order of ``DecoderRange``.
-        outputs: In the same order: hidden states, then key and value of each layer.
-        num_layers: Number of copies; layer i's weights become initializers ``layers.{i}.…``.
-        num_planes: Rows to add to the outputs of the first so many layers; the last of ``inputs``.
-        last_input: A further output, after the others: the hidden states that enter the last layer.
+    Inputs are in the order of ``DecoderRange``; the last ones are the planes, rows to add to the outputs of the first
+    ``num_planes`` layers. Outputs are hidden states, key and value of each layer, then ``last_input``, if it is given: the
+    hidden states that enter the last layer. Layer i's weights become initializers ``layers.{i}.…``.
     """
     graph = Copies(inputs)
     given, present = graph.inputs, []

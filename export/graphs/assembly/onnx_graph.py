@@ -139,11 +139,8 @@ def attach_weights(
 ) -> int:
     """Give every initializer of ``model`` that has no value one, and return the bytes of the stored ones.
 
-    Args:
-        model: Traced model; initializers without a value are named as in ``stored`` and ``inline``.
-        stored: By initializer name; becomes external data.
-        inline: By initializer name; written into the graph.
-        bundle: Folder that the stored files' paths are relative to.
+    ``stored`` and ``inline`` are by initializer name: external data, whose paths are relative to ``bundle``, and values that
+    are written into the graph.
     """
     total = 0
     for name, value in model.graph.initializers.items():

@@ -26,12 +26,9 @@ class TileVision(nn.Module):
     """InternViT, pixel shuffle, projector, and the gather that pads the visual tokens."""
 
     def __init__(self, tower: nn.Module, projector: nn.Module, *, merge: int) -> None:
-        """Take the parts of ``tower`` that are needed.
+        """Take the parts of ``tower`` that are needed, transformers' InternVLVisionModel, whose last layer's output is projected.
 
-        Args:
-            tower: transformers' InternVLVisionModel, whose last layer's output is projected.
-            projector: Its InternVLMultiModalProjector.
-            merge: Patches along one side of a visual token.
+        ``merge`` is the number of patches along one side of a visual token.
         """
         super().__init__()
         core: Any = tower

@@ -326,10 +326,7 @@ def _rank_in_window(scores_M: Tensor, window_M: Tensor, is_real_M: Tensor) -> Te
 def merge_into_kept(tokens_MD: Tensor, kept_K: Tensor, is_real_M: Tensor) -> Tensor:
     """Return the kept tokens [K, D], each averaged with the dropped ones that are most like it (cosine).
 
-    Args:
-        tokens_MD: All tokens.
-        kept_K: Indices into them.
-        is_real_M: False for padding, which is merged into nothing.
+    Padding, where ``is_real_M`` is False, is merged into nothing.
     """
     values_MD = tokens_MD.float()
     unit_MD = values_MD / values_MD.norm(dim=-1, keepdim=True).clamp_min(1e-12)

@@ -23,9 +23,6 @@ class Nvml:
     def __init__(self, *, nvml: Any = pynvml) -> None:
         """Open the first GPU.
 
-        Args:
-            nvml: The module ``pynvml``.
-
         Raises:
             NvmlUnavailable: If the driver has no NVML or shows no GPU.
         """

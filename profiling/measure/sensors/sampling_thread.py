@@ -109,14 +109,10 @@ def sensor_ranges(samples: Sequence[SensorSample], *, start: float, end: float) 
 
 
 def joules(samples: Sequence[SensorSample], windows: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Return the energy of all ``windows`` together, by where it was measured.
+    """Return the energy of all ``windows`` together (``time.perf_counter`` seconds), by where it was measured.
 
     A counter is interpolated between its readings; without one, power is integrated. What was not read from the first window to
     the last, as its sensor failed, is left out.
-
-    Args:
-        samples: In order of time.
-        windows: Start and end of each, in ``time.perf_counter`` seconds.
     """
     names = sorted({name for sample in samples for name in sample.readings})
     counted = {name.partition(".")[2] for name in names if name.startswith(f"{ENERGY}.")}

@@ -71,11 +71,7 @@ class Tegrastats:
     name = TEGRASTATS
 
     def __init__(self, *, command: str = TEGRASTATS) -> None:
-        """Start it.
-
-        Raises:
-            OSError: If it does not start.
-        """
+        """Start it; raises OSError if it does not start."""
         self._process = subprocess.Popen(
             [command, "--interval", str(_INTERVAL_MS)],
             stdin=subprocess.DEVNULL,

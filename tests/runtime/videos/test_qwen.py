@@ -10,12 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import (
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLModel,
-    Qwen3VLConfig,
-    Qwen3VLModel,
-)
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen3VLConfig, Qwen3VLModel
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
 from tests.pictures import random_picture

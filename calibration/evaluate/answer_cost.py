@@ -1,0 +1,95 @@
+"""FLOPs of one answer's prefill, at the images' own tokens and the prompt's own length.
+
+The decoder is counted layer by layer from the visual tokens that it really processed, selections by their methods'
+formulas. The vision tower's FLOPs are in the manifest for one image size, and scaled by visual tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trio_edge.runtime.bundle.graph_io import num_clip_texts
+from trio_edge.trio.cost.bundle_work import clip_text_flops, reduce_cost
+from trio_edge.trio.cost.flops import count_prefill, decoder_flops
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+
+    from trio_edge.runtime.bundle.manifest import Manifest
+    from trio_edge.runtime.images.interface import ImageProcessing
+
+
+def processing_of(images: Sequence[Image.Image], processing: ImageProcessing) -> ImageProcessing:
+    """Return the processing of one of ``images``: where there are several, it may be another."""
+    return processing if len(images) == 1 else processing.of_several()
+
+
+def image_tokens(processing: ImageProcessing, images: Sequence[Image.Image]) -> list[int]:
+    """Return the visual tokens of each of a prompt's images, before any selection that is a graph of its own."""
+    own = processing_of(images, processing)
+    return [own.sizes(*image.size)["N"] for image in images]
+
+
+def tokens_per_layer(manifest: Manifest, *, image_tokens: Sequence[int], kept: Sequence[int]) -> list[int]:
+    """Return the visual tokens that each decoder layer processed; ``kept`` has for each stage what was left."""
+    return [
+        count
+        for graph, count in zip(manifest.ranges, (_entering(manifest, image_tokens), *kept), strict=True)
+        for _ in range(graph.num_layers)
+    ]
+
+
+def processed_tokens(manifest: Manifest, *, image_tokens: Sequence[int], kept: Sequence[int]) -> float:
+    """Return the mean over decoder layers of the visual tokens processed."""
+    counts = tokens_per_layer(manifest, image_tokens=image_tokens, kept=kept)
+    return sum(counts) / manifest.dimensions.num_layers
+
+
+def prefill_flops(
+    manifest: Manifest,
+    *,
+    image_tokens: Sequence[int],
+    kept: Sequence[int],
+    num_text: int,
+    select: bool = True,
+) -> float:
+    """Return the FLOPs of one prefill: vision tower, selection before the decoder, decoder, head, stages if ``select``."""
+    num_visual = sum(image_tokens)
+    rows = [count + num_text for count in tokens_per_layer(manifest, image_tokens=image_tokens, kept=kept)]
+    decoder = decoder_flops(manifest.dimensions, rows)
+    vision = manifest.cost.reduced_flops["vision"] * num_visual / manifest.cost.num_visual
+    if not num_visual:
+        return decoder
+    entering = _entering(manifest, image_tokens)
+    stages = _select_flops(manifest, num_visual=entering, num_text=num_text) if select else 0.0
+    before = sum(_before_decoder(manifest, num_visual=count, num_text=num_text) for count in image_tokens)
+    return decoder + vision + stages + before
+
+
+def _entering(manifest: Manifest, image_tokens: Sequence[int]) -> int:
+    """Return the visual tokens of all images that enter the decoder."""
+    keep = manifest.token_keep
+    return sum(image_tokens if keep is None else (min(keep, count) for count in image_tokens))
+
+
+def _select_flops(manifest: Manifest, *, num_visual: int, num_text: int) -> float:
+    return count_prefill(
+        manifest.dimensions,
+        manifest.schedule,
+        num_visual=num_visual,
+        num_text=num_text,
+        one_size=len(manifest.visual_sizes) == 1,
+    ).select_flops
+
+
+def _before_decoder(manifest: Manifest, *, num_visual: int, num_text: int) -> float:
+    """Return the FLOPs of the selection before the decoder for one image, and of the text tower that it needs."""
+    if manifest.token_method is None:
+        return 0.0
+    tower = 0.0
+    if manifest.clip_text is not None:
+        texts = num_clip_texts(num_text, length=manifest.clip_text.length)
+        tower = clip_text_flops(manifest, num_texts=texts)
+    return tower + reduce_cost(manifest, num_visual=num_visual, num_text=num_text).flops

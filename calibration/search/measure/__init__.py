@@ -1,1 +1,0 @@
-"""Measurements of one schedule on samples."""

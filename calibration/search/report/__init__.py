@@ -1,1 +1,0 @@
-"""Results of a search: ``calibration.json``, a page and its plots."""

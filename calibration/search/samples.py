@@ -1,0 +1,112 @@
+"""Samples to calibrate on: a JSON-lines file, a folder of images with one prompt, or the synthetic set; and their split.
+
+The split is by image: questions about one image are never on both sides. An image's side follows from its content
+and the seed alone, so adding samples moves no other one as long as the share holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from trio_edge.calibration.questions import (
+    SYNTHETIC,
+    SYNTHETIC_SETS,
+    Question,
+    image_id,
+    read_questions,
+    synthetic_questions,
+)
+from trio_edge.runtime.bundle.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DEFAULT_SYNTHETIC_COUNT = 100
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+class Split(NamedTuple):
+    """The part that decides everything and the part that only the report looks at, each in the order of the data."""
+
+    search: list[Question]
+    held_out: list[Question]
+
+
+def read_samples(source: str, *, prompt: str | None, count: int | None, seed: int) -> list[Question]:
+    """Return the samples, ``count`` at most.
+
+    ``source`` is one of ``SYNTHETIC_SETS``, a JSON-lines file as ``trio-eval`` reads it (answers may be missing), or a folder
+    with images, sub-folders included, each of which is asked ``prompt``.
+
+    Raises:
+        DataError: If there are none, or one cannot be read.
+    """
+    path = Path(source)
+    if source not in SYNTHETIC_SETS and not path.exists():
+        raise DataError(
+            f"--samples {source}: expected a folder of images, a JSON-lines file or '{SYNTHETIC}', got no such"
+            " file; check the name"
+        )
+    is_folder = source not in SYNTHETIC_SETS and path.is_dir()
+    if is_folder != (prompt is not None):
+        raise DataError(
+            f"--samples {source}: expected --prompt with a folder of images and only there,"
+            f" got {'none' if prompt is None else 'one'}; {'add it' if prompt is None else 'leave it out'}"
+        )
+    if source in SYNTHETIC_SETS:
+        return synthetic_questions(
+            DEFAULT_SYNTHETIC_COUNT if count is None else count, seed=seed, name=source
+        )
+    if prompt is not None:
+        return _folder_questions(path, prompt, count=count)
+    return read_questions(path, count=count, need_answers=False)
+
+
+def split_samples(questions: Sequence[Question], *, held_out: float, seed: int) -> Split:
+    """Return the samples in two parts that share no image and have at least one each, with a share ``held_out`` in the second.
+
+    Raises:
+        DataError: If there are fewer than two images.
+    """
+    # by digest, so that adding samples moves no other one
+    images = sorted(
+        {question.image_id for question in questions},
+        key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest(),
+    )
+    if len(images) < 2:
+        raise DataError(
+            f"--samples: expected at least 2 different images (one is held out), got {len(images)}; add some"
+        )
+    num_held_out = min(max(round(held_out * len(images)), 1), len(images) - 1)
+    kept_back = set(images[:num_held_out])
+    return Split(
+        search=[question for question in questions if question.image_id not in kept_back],
+        held_out=[question for question in questions if question.image_id in kept_back],
+    )
+
+
+def _folder_questions(folder: Path, prompt: str, *, count: int | None) -> list[Question]:
+    try:
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    except OSError as error:
+        raise DataError(f"--samples {folder}: cannot be read ({error.strerror}); check its rights") from None
+    if not paths:
+        raise DataError(
+            f"--samples {folder}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none; check the folder"
+        )
+    return [
+        Question(
+            index=index,
+            sample_id=path.relative_to(folder).as_posix(),
+            kind="all",
+            images=(path,),
+            image_names=(path.relative_to(folder).as_posix(),),
+            image_id=image_id(path, where=str(path)),
+            question=prompt,
+            answers=(),
+            where=str(path),
+        )
+        for index, path in enumerate(paths[:count])
+    ]

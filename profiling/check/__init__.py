@@ -1,0 +1,1 @@
+"""``trio-check``: does every installed backend answer here as it should?"""

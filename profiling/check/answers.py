@@ -1,0 +1,134 @@
+"""Questions about a drawn image, what a backend answered, and how two answers may differ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+import numpy as np
+from PIL import Image
+
+from trio_edge.runtime.model.sampling import first_token_kl, summary_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trio_edge.runtime.pipeline import Pipeline
+
+NEW_TOKENS = 8
+"""Of each answer: the second decode step is captured as a CUDA graph, later ones replay it."""
+LOGITS_RTOL = LOGITS_ATOL = 5e-2
+"""Float16 weights and activations; ``tests/tolerances.py`` has the reason."""
+LEAST_KEPT = 0.95
+"""Share of kept tokens that two backends have in common for a bundle of the user's: some scores are equal but for rounding."""
+MOST_KL = 0.05
+"""Nats between the first tokens' distributions of two backends, for a bundle of the user's."""
+
+
+class CheckQuestion(NamedTuple):
+    """A question about ``draw`` at some size."""
+
+    width: int
+    height: int
+    prompt: str
+
+
+QUESTIONS = (
+    CheckQuestion(96, 96, "what color is the circle ?"),
+    CheckQuestion(96, 96, "what color is the square ?"),
+    CheckQuestion(200, 150, "how many squares are there ?"),
+)
+"""For the packaged model, which knows no other words than those of its pictures."""
+
+
+class AnswerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer, greedy."""
+
+    prompt: str
+    text: str
+    ids: list[int]
+    kept: list[list[int]]
+    """For each stage the kept visual tokens."""
+    logits: list[float]
+    """Of the first token, for the whole vocabulary."""
+
+
+def draw(width: int, height: int) -> Image.Image:
+    """Return a red circle and a blue square on a gradient: the same pixels everywhere, without a file."""
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([100 + 40 * x // width, 100 + 40 * y // height, 120 + 0 * x], axis=-1)
+    side = min(width, height)
+    circle = (x - 0.25 * width) ** 2 + (y - 0.3 * height) ** 2 < (0.17 * side) ** 2
+    square = (abs(x - 0.7 * width) < 0.15 * side) & (abs(y - 0.7 * height) < 0.15 * side)
+    pixels[circle], pixels[square] = (220, 40, 40), (40, 80, 220)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def answer(pipeline: Pipeline, questions: Sequence[CheckQuestion]) -> list[AnswerRecord]:
+    """Return the answers of a loaded bundle, all of the same length."""
+    count = min(NEW_TOKENS, pipeline.manifest.max_new_tokens)
+    records = []
+    for question in questions:
+        generation = pipeline.generate(
+            draw(question.width, question.height),
+            question.prompt,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            temperature=0.0,
+        )
+        text = generation.text  # runs it
+        records.append(
+            AnswerRecord(
+                prompt=question.prompt,
+                text=text,
+                ids=generation.token_ids,
+                kept=[kept.tolist() for kept in generation.kept],
+                logits=generation.first_logits.tolist(),
+            )
+        )
+    return records
+
+
+def largest_difference(got: Sequence[AnswerRecord], expected: Sequence[AnswerRecord]) -> float:
+    """Return by how much any logit differs."""
+    pairs = [(np.asarray(a.logits), np.asarray(b.logits)) for a, b in zip(got, expected)]
+    return max(float(np.abs(a - b).max()) for a, b in pairs)
+
+
+def exact_difference(got: AnswerRecord, expected: AnswerRecord) -> str | None:
+    """Return the first difference of two answers that should be the same but for rounding; None without one."""
+    if (kept := _kept_difference(got, expected, least=1.0)) is not None:
+        return kept
+    found, wanted = np.asarray(got.logits), np.asarray(expected.logits)
+    if found.shape != wanted.shape:
+        return f"{len(found)} logits for {len(wanted)}"
+    if not np.allclose(found, wanted, rtol=LOGITS_RTOL, atol=LOGITS_ATOL):
+        return f"a logit differs by {np.abs(found - wanted).max():.3g}, allowed are {LOGITS_ATOL:g}"
+    if got.ids != expected.ids:
+        return f"the answer is {got.text!r}, not {expected.text!r}"
+    return None
+
+
+def close_difference(got: AnswerRecord, expected: AnswerRecord) -> str | None:
+    """Return the first difference of two answers that is larger than two backends' rounding explains; None without one."""
+    if (kept := _kept_difference(got, expected, least=LEAST_KEPT)) is not None:
+        return kept
+    divergence = _divergence(got, expected)
+    if not divergence <= MOST_KL:
+        return f"the first token's distribution differs by {divergence:.3g} nats, allowed are {MOST_KL:g}"
+    return None
+
+
+def _divergence(got: AnswerRecord, expected: AnswerRecord) -> float:
+    reference = summary_of(np.asarray(expected.logits, np.float32))
+    return first_token_kl(reference, np.asarray(got.logits, np.float32))
+
+
+def _kept_difference(got: AnswerRecord, expected: AnswerRecord, *, least: float) -> str | None:
+    if len(got.kept) != len(expected.kept):
+        return f"{len(got.kept)} stages for {len(expected.kept)}"
+    for stage, (found, wanted) in enumerate(zip(got.kept, expected.kept), start=1):
+        same = len(set(found) & set(wanted))
+        if len(found) != len(wanted) or same < least * len(wanted):
+            return f"stage {stage} keeps {same} of the {len(wanted)} expected tokens"
+    return None

@@ -1,0 +1,125 @@
+"""``trio-check``: one command that tells whether this machine runs bundles as it should, backend by backend."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+from rich.console import Console
+
+from trio_edge.profiling.check.answers import QUESTIONS
+from trio_edge.profiling.check.checks import CheckResult, check_backends
+from trio_edge.profiling.check.packaged import put_together, stored_answers
+from trio_edge.profiling.measure.machine_info import find_machine, find_power_mode, find_versions
+from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.reader import open_bundle
+from trio_edge.runtime.cli.console import run
+from trio_edge.runtime.cli.interruption import interruptible
+from trio_edge.runtime.devices.machine import available_memory_bytes, l4t_release
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SCHEMA_VERSION = 1
+
+
+@click.command("trio-check", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="Check a bundle of yours: its backends are compared with one another. [default: the packaged model]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, for a report.")
+def command(bundle: Path | None, as_json: bool) -> int:
+    """Check that every installed backend answers as it should on this machine.
+
+    The exit code is 0 if no check failed, 1 if one did, 2 if nothing could be checked.
+    """
+    facts = machine_facts()
+    if not as_json:
+        for name, text in facts_in_words(facts).items():
+            print(f"{name:14}{text}")
+    console = Console(stderr=True)
+    with (
+        interruptible(),
+        tempfile.TemporaryDirectory(prefix="trio-check-") as folder,
+        console.status("") as status,
+    ):
+
+        def starting(backend: str) -> None:
+            status.update(f"{backend}: building, answering, loading again")
+
+        def done(result: CheckResult) -> None:
+            if not as_json:
+                print(line_of(result), flush=True)
+
+        place = Path(folder)
+        settings: dict[str, Any] = {"questions": (), "stored": ()}
+        if bundle is None:
+            bundle = put_together(place / "bundle")
+            settings = {"questions": QUESTIONS, "stored": stored_answers()}
+        open_bundle(bundle)
+        results = check_backends(bundle, place, starting=starting, done=done, **settings)
+    if as_json:
+        print(json.dumps(as_dict(facts, results), indent=1))
+    if all(result.status == "not here" for result in results):
+        raise BackendError(
+            'backend: expected one that runs here, got none; run pip install "trio-edge[ort]" for the CPU'
+        )
+    return int(any(result.status == "fail" for result in results))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run(command, argv)
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return what a report says of this machine, as JSON types."""
+    return {
+        "versions": find_versions(),
+        "machine": msgspec.to_builtins(find_machine()),
+        "l4t": l4t_release(),
+        "power_mode": find_power_mode(),
+        "available_bytes": available_memory_bytes(),
+    }
+
+
+def facts_in_words(facts: dict[str, Any]) -> dict[str, str]:
+    """Return the facts as lines by name."""
+    machine, available = facts["machine"], facts["available_bytes"]
+    capability, free = (
+        machine["gpu_compute_capability"],
+        "" if available is None else f", {available / 1e9:.1f} GB free",
+    )
+    release = "" if facts["l4t"] is None else f", Jetson Linux {facts['l4t']}"
+    memory = "unknown" if machine["memory_bytes"] is None else f"{machine['memory_bytes'] / 1e9:.1f} GB"
+    return {
+        "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        "machine": f"{machine['name']}, {machine['machine']}, {machine['system']}{release}, {machine['cores']} cores",
+        "GPU": "none"
+        if machine["gpu"] is None
+        else f"{machine['gpu']}, compute capability {capability / 10:.1f}, driver {machine['gpu_driver']}",
+        "power mode": facts["power_mode"] or "not known: no nvpmodel here",
+        "memory": f"{memory}{free}",
+    }
+
+
+def line_of(result: CheckResult) -> str:
+    """Return one check in one line."""
+    text = " ".join(result.text.split())
+    return f"{result.status:10}{f'{result.backend}, {result.check}':34}{text}"
+
+
+def as_dict(facts: dict[str, Any], results: Sequence[CheckResult]) -> dict[str, Any]:
+    """Return what ``--json`` prints."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "passed": not any(result.status == "fail" for result in results),
+        **facts,
+        "checks": msgspec.to_builtins(list(results)),
+    }

@@ -1,0 +1,1 @@
+"""Replicas of a pipeline in processes of their own, on one machine or several, with Ray Serve."""

@@ -1,0 +1,58 @@
+"""A request and its events as bytes between the server and a replica: MessagePack, read back into the same types."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from trio_edge.serving.answers.job import Event
+from trio_edge.serving.requests.errors import RequestError
+from trio_edge.serving.requests.protocol import ChatRequest, Turn
+
+if TYPE_CHECKING:
+    from trio_edge.runtime.prompts.chat import Message
+    from trio_edge.serving.answers.job import AnswerJob
+
+_NO_MESSAGES = [Turn(role="user", content="")]
+
+
+def packed_request(job: AnswerJob) -> bytes:
+    """Return a request with the images and videos that the server has read: a replica fetches nothing."""
+    # The messages as the client sent them would carry every image a second time.
+    chat = msgspec.structs.replace(job.chat, messages=_NO_MESSAGES)
+    return msgspec.msgpack.encode((chat, job.prompt.messages), enc_hook=_plain)
+
+
+def unpacked_request(data: bytes) -> tuple[ChatRequest, list[Message]]:
+    """Return the request without its messages, and the messages; a video is its file's bytes."""
+    return msgspec.msgpack.decode(data, type=tuple[ChatRequest, list[dict[str, Any]]])
+
+
+def packed_events(events: list[Event]) -> bytes:
+    """Return events as bytes."""
+    return msgspec.msgpack.encode(events, enc_hook=_plain)
+
+
+def unpacked_events(data: bytes) -> list[Event]:
+    """Return the events in ``data``."""
+    return msgspec.msgpack.decode(data, type=list[Event], dec_hook=_error)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.read_bytes()
+    assert isinstance(value, RequestError)
+    return {
+        "status": value.status,
+        "message": value.message,
+        "code": value.code,
+        "param": value.param,
+        "retry_after_s": value.retry_after_s,
+    }
+
+
+def _error(kind: type, value: Any) -> RequestError:
+    assert kind is RequestError
+    return RequestError(value.pop("status"), value.pop("message"), **value)

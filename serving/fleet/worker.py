@@ -1,0 +1,241 @@
+"""The server's side of a fleet: requests go to Ray Serve, which queues them and finds a free replica."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, final
+
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from starlette.concurrency import run_in_threadpool
+
+from trio_edge.runtime.bundle.errors import BackendError
+from trio_edge.runtime.bundle.manifest import Manifest, manifest_from_json
+from trio_edge.serving.answers.interface import cut_short, queue_full, smoothed, still_loading, stopping
+from trio_edge.serving.answers.job import AnswerJob, Failed, Finished
+from trio_edge.serving.fleet.replica import TURN_HAS_COME
+from trio_edge.serving.fleet.wire import packed_request, unpacked_events
+from trio_edge.serving.requests.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ray.serve.handle import DeploymentHandle
+    from ray.serve.schema import DeploymentStatusOverview
+
+    from trio_edge.serving.answers.job import Event
+    from trio_edge.serving.metrics import Metrics
+    from trio_edge.serving.settings import ServerSettings
+
+_WATCH_S = 2.0
+
+
+@final
+class FleetWorker:
+    """Answers requests with the replicas of one model. All but ``loaded`` and ``stop`` is for the event loop."""
+
+    def __init__(
+        self,
+        name: str,
+        replicas: DeploymentHandle,
+        status: Callable[[], DeploymentStatusOverview],
+        *,
+        settings: ServerSettings,
+        metrics: Metrics,
+    ) -> None:
+        """Take what is needed; ``start`` asks for the first replica.
+
+        Args:
+            name: Of the model, for clients.
+            replicas: Ray Serve's handle.
+            status: Returns what Ray Serve knows of the replicas; called in a thread.
+            settings: The server's limits.
+            metrics: Counts what happens.
+        """
+        self.name = name
+        self.loaded: Future[tuple[str, Manifest]] = Future()
+        """The backend's name and the manifest, or why no replica could be loaded."""
+        self._replicas, self._status = replicas, status
+        self._settings, self._metrics = settings, metrics
+        self._answering: dict[AnswerJob, asyncio.Task[None]] = {}
+        self._started: dict[AnswerJob, float] = {}
+        self._num_replicas = 0
+        self._service_s = 0.0
+        self._is_stopping = False
+
+    def start(self) -> None:
+        """Wait for the first replica, and watch how many there are."""
+        self._loop = asyncio.get_running_loop()
+        self._watching = self._loop.create_task(self._watch())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a replica runs and the server goes on."""
+        return self._is_loaded and not self._is_stopping and self._num_replicas > 0
+
+    @property
+    def _is_loaded(self) -> bool:
+        return self.loaded.done() and self.loaded.exception() is None
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest; raises ``RequestError`` if no replica has been loaded."""
+        return self._description()[1]
+
+    @property
+    def backend_name(self) -> str:
+        """The backend that runs the graphs; raises ``RequestError`` if no replica has been loaded."""
+        return self._description()[0]
+
+    def _description(self) -> tuple[str, Manifest]:
+        if not self._is_loaded:
+            raise still_loading(self.name)
+        return self.loaded.result()
+
+    def submit(self, job: AnswerJob) -> None:
+        """Let a job wait for its turn.
+
+        Raises:
+            RequestError: If it would wait for too long, or the server stops. A full queue is told by the job.
+        """
+        if self._is_stopping:
+            raise stopping()
+        wait_s = self._expected_wait_s()
+        if wait_s > self._settings.max_wait_s:
+            raise self._too_long(retry_after_s=wait_s - self._settings.max_wait_s)
+        self._answering[job] = task = self._loop.create_task(self._answer(job))
+        task.add_done_callback(partial(self._ended, job))
+        self._note_load()
+
+    def cancel(self, job: AnswerJob) -> None:
+        """End a job: Ray Serve takes it out of its queue, or tells the replica. One that has ended is left alone."""
+        task = self._answering.get(job)
+        if task is not None and not job.has_ended:
+            task.cancel()
+
+    def cut(self) -> None:
+        """End all jobs, as the server's time is over."""
+        self._is_stopping = True
+        self._watching.cancel()
+        for job in list(self._answering):
+            self.cancel(job)
+            job.emit(Failed(cut_short()))
+
+    def stop(self, *, timeout_s: float) -> None:
+        """End all jobs."""
+        done = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        done.result(timeout_s)
+
+    async def _end(self) -> None:
+        self.cut()
+        await asyncio.gather(*self._answering.values(), return_exceptions=True)
+
+    async def _watch(self) -> None:
+        try:
+            self.loaded.set_result(await self._described())
+        except (BackendError, RayError, RayServeException) as error:
+            self.loaded.set_exception(BackendError(f"model {self.name}: no replica could start: {error}"))
+            return
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            await self._count_replicas()
+
+    async def _described(self) -> tuple[str, Manifest]:
+        """Return what the first replica says of itself."""
+        asking = asyncio.ensure_future(self._ask_one())
+        # A handle waits on for replicas whose deployment has failed (Ray 2.60).
+        while not (await asyncio.wait({asking}, timeout=_WATCH_S))[0]:
+            status = await run_in_threadpool(self._status)
+            if status.status == "DEPLOY_FAILED":
+                asking.cancel()
+                raise BackendError(_last_error(str(status.message)))
+        backend_name, manifest = asking.result()
+        await self._count_replicas()
+        return backend_name, manifest_from_json(manifest, where=self.name)
+
+    async def _ask_one(self) -> tuple[str, bytes]:
+        described: tuple[str, bytes] = await self._replicas.describe.remote()
+        return described
+
+    async def _count_replicas(self) -> None:
+        states = (await run_in_threadpool(self._status)).replica_states
+        self._num_replicas = states.get("RUNNING", 0)
+        self._metrics.set_replicas(self.name, self._num_replicas)
+
+    async def _answer(self, job: AnswerJob) -> None:
+        try:
+            await self._relay(job)
+        except BackPressureError:
+            self._answering.pop(job)  # it does not wait
+            job.emit(Failed(self._too_long(retry_after_s=self._service_s / max(self._num_replicas, 1))))
+        except (RayError, RayServeException) as error:
+            job.emit(Failed(self._told(error)))
+
+    async def _relay(self, job: AnswerJob) -> None:
+        request = await run_in_threadpool(packed_request, job)
+        answer = self._replicas.options(stream=True).answer.remote(request)
+        try:
+            async for data in answer:
+                if data == TURN_HAS_COME:
+                    self._started[job] = time.perf_counter()
+                    self._note_load()
+                else:
+                    for event in unpacked_events(data):
+                        job.emit(self._noted(event, job))
+        except asyncio.CancelledError:
+            answer.cancel()
+            raise
+
+    def _noted(self, event: Event, job: AnswerJob) -> Event:
+        if isinstance(event, Finished):
+            start = self._started[job]
+            event.usage["queue_ms"] = round(1e3 * (start - job.submitted), 3)
+            self._metrics.count_answer(self.name, event.usage, is_cancelled=False)
+            self._service_s = smoothed(self._service_s, time.perf_counter() - start)
+        return event
+
+    def _ended(self, job: AnswerJob, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            queue_ms = 1e3 * (self._started.get(job, time.perf_counter()) - job.submitted)
+            usage = {"queue_ms": queue_ms, "completion_tokens": 0}
+            self._metrics.count_answer(self.name, usage, is_cancelled=True)
+        self._answering.pop(job, None)
+        self._started.pop(job, None)
+        job.prompt.close()
+        self._note_load()
+        job.emit(None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error  # one of ours: the event loop writes its traceback
+
+    def _told(self, error: Exception) -> RequestError:
+        if isinstance(error, RayActorError):
+            message = f"model {self.name}: the replica ended before the answer's end; ask again"
+            return RequestError(503, message, code="replica_died", retry_after_s=1.0)
+        return RequestError(500, f"model {self.name}: {type(error).__name__} in Ray Serve; its log has more")
+
+    def _too_long(self, *, retry_after_s: float) -> RequestError:
+        return queue_full(self.name, self._num_waiting, self._expected_wait_s(), retry_after_s=retry_after_s)
+
+    @property
+    def _num_waiting(self) -> int:
+        return len(self._answering) - len(self._started)
+
+    def _expected_wait_s(self) -> float:
+        """Return the time after which a new job would start: an answer ends each ``service_s / replicas``."""
+        busy = max(self._num_replicas, 1)
+        if len(self._answering) < busy:
+            return 0.0
+        return self._service_s * (len(self._answering) - busy + 1) / busy
+
+    def _note_load(self) -> None:
+        self._metrics.set_load(self.name, waiting=self._num_waiting, running=len(self._started))
+
+
+def _last_error(traceback: str) -> str:
+    """Return the message of the last error in what Ray Serve tells of a failed start."""
+    found = re.findall(r"^\s*[\w.]*Error: (.+)$", traceback, re.MULTILINE)
+    return found[-1] if found else " ".join(traceback.split())[-300:]

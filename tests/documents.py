@@ -1,0 +1,51 @@
+"""Reads the documents: their pages, code blocks and commands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_BLOCK = re.compile(
+    r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```", re.M | re.S
+)
+_COMMAND = re.compile(r"(?:^|[;|&]\s*|\bdo\s+|^\$ )((?:trio-\w+|python \S+\.py|pip|make)\b[^;|&]*)")
+
+
+class Block(NamedTuple):
+    """A code block of a document."""
+
+    document: Path
+    language: str
+    text: str
+    reason: str | None
+    """Why its commands are not run, if they are not."""
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the tests run its commands."""
+        return self.language == "console" and self.reason is None
+
+
+def blocks(document: Path) -> list[Block]:
+    """Return the code blocks of a document in their order."""
+    text = document.read_text(encoding="utf-8")
+    return [
+        Block(document, found["language"], found["text"], found["reason"]) for found in _BLOCK.finditer(text)
+    ]
+
+
+def commands(document: Path) -> Iterator[list[str]]:
+    """Yield the words of each command of ours in the document's shell blocks, loops and pipes taken apart."""
+    for block in blocks(document):
+        if block.language not in ("bash", "console"):
+            continue
+        for line in block.text.replace("\\\n", " ").splitlines():
+            for found in _COMMAND.finditer(line.partition(" #")[0].removeprefix("$ ")):
+                yield shlex.split(found[1])

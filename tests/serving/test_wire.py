@@ -1,0 +1,77 @@
+"""Requests and events as bytes between the server and a replica."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.serving.server import image_url, question
+from trio_edge.serving.answers.job import AnswerJob, Event, Failed, Finished, Kept, NewText
+from trio_edge.serving.fleet.wire import packed_events, packed_request, unpacked_events, unpacked_request
+from trio_edge.serving.requests.content import Prompt, read_prompt
+from trio_edge.serving.requests.errors import RequestError
+from trio_edge.serving.requests.media import MediaReader
+from trio_edge.serving.requests.protocol import parse_chat
+from trio_edge.serving.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from trio_edge.runtime.prompts.chat import Message
+
+
+def travelled(prompt: Prompt, **fields: object) -> tuple[object, list[Message]]:
+    """Return the settings and the messages of a request after its way to a replica."""
+    body = {"model": "m", "messages": question("w1"), **fields}
+    chat = parse_chat(json.dumps(body).encode(), max_parts=9)
+
+    async def packed() -> bytes:
+        return packed_request(AnswerJob(chat, prompt))
+
+    return unpacked_request(asyncio.run(packed()))
+
+
+def test_a_request_travels_with_its_images_read() -> None:
+    body = json.dumps({"model": "m", "messages": question("w1", image_url())}).encode()
+    prompt = read_prompt(parse_chat(body, max_parts=9), MediaReader(ServerSettings()), max_pixels=10_000)
+    chat, messages = travelled(prompt, temperature=0.5, stop=["a"], trio={"kept": True})
+    assert messages == prompt.messages
+    assert (chat.temperature, chat.stops, chat.trio.kept) == (0.5, ("a",), True)  # type: ignore[attr-defined]
+
+
+def test_a_video_travels_as_bytes_and_becomes_a_file_again() -> None:
+    video = {"type": "video", "video": b"frames", "fps": 2.0, "num_frames": None}
+    prompt = Prompt([{"role": "user", "content": [video]}])
+    _, messages = travelled(prompt)
+    prompt.close()
+    assert messages == [{"role": "user", "content": [video]}]
+    arrived = Prompt(messages)
+    path = arrived.messages[0]["content"][0]["video"]
+    assert path.read_bytes() == b"frames"
+    arrived.close()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        NewText("é"),
+        Kept({"images": [{"boxes": [[0, 1.5, 2, 3]]}]}),
+        Finished("stop", {"kept_tokens": [1, 2]}),
+    ],
+    ids=["text", "kept", "end"],
+)
+def test_an_event_arrives_equal(event: Event) -> None:
+    assert unpacked_events(packed_events([event, event])) == [event, event]
+
+
+def test_an_error_arrives_with_all_that_a_client_is_told() -> None:
+    error = RequestError(429, "full", code="queue_full", param="model", retry_after_s=2.5)
+    (arrived,) = unpacked_events(packed_events([Failed(error)]))
+    assert isinstance(arrived, Failed)
+    assert (arrived.error.status, arrived.error.body, arrived.error.headers) == (
+        429,
+        error.body,
+        error.headers,
+    )
