@@ -32,6 +32,24 @@ TEMPLATES = {
     "namespace and dict": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
     "{{ ns.n }}{{ dict(a=1) }}{{ dict.fromkeys('ab') }}",
     "undefined variable": "{{ nothing }}{{ messages[9] }}",
+    "what reasoning models use": (
+        "{%- macro shown(content, is_last=false) -%}"
+        "{%- if content is string %}{{ content }}{%- elif content is iterable and content is not mapping %}"
+        "{%- for part in content if part.type == 'text' %}{{ part.text ~ ('.' if is_last else ',') }}{%- endfor %}{%- endif %}"
+        "{%- endmacro %}"
+        "{%- set ns = namespace(last=messages | length - 1, found=false) %}"
+        "{%- for message in messages[::-1] %}{%- set index = (messages | length - 1) - loop.index0 %}"
+        "{%- if message.role == 'user' and not ns.found %}{%- set ns.found = true %}{%- set ns.last = index %}{%- endif %}{%- endfor %}"
+        "{%- for message in messages %}"
+        "{%- set text = shown(message.content, is_last=loop.last) | trim %}"
+        "{%- if '</think>' in text %}{%- set text = text.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
+        "{{ loop.index ~ '/' ~ loop.length ~ ' ' ~ loop.revindex0 ~ loop.cycle('a', 'b') }}"
+        "{{ text[:3] + '|' + text[3:] if text | length > 3 else text }}{{ '%s-%d' % (message.role, 7) }}"
+        "{{ '{:>5}'.format(message.role) }}{{ [1, 2] + [3] }}{{ (1, 'a') }}{{ {'a': [1]} }}{{ 2 ** 3 // 3 % 2 * 4 - 1 }}"
+        "{{ message.keys() | list | sort | join('+') }}{{ text.replace('a', '') | upper }}{{ 1 < 2 <= 2 }}"
+        "{%- set block %}<{{ text }}>{% endset %}{{ block }}{{ loop.index0 == ns.last }}"
+        "{%- macro twice() %}{{ caller() }}{{ caller() }}{% endmacro %}{% call twice() %}z{% endcall %}{{ loop.previtem is defined }}{{ loop.changed(message.role) }}\n{%- endfor %}"
+    ),
 }
 CONVERSATION = [
     {"role": "system", "content": [{"type": "text", "text": 'Be <brief> & "kind" – 你好'}]},
