@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-_PROMPTS = ("what is this?", "how many circles are there?", "yes or no: is it red?", "what color is the square?")
+_PROMPTS = (
+    "what is this?",
+    "how many circles are there?",
+    "yes or no: is it red?",
+    "what color is the square?",
+)
 
 
 def main() -> None:
@@ -59,7 +64,14 @@ def _rows(options: argparse.Namespace) -> Sequence[Sequence[str]]:
 def _row(number: int, times: Sequence[float]) -> tuple[str, ...]:
     median, late = statistics.median(times), sorted(times)[int(0.95 * (len(times) - 1))]
     files, threads = _count("/proc/self/fd"), _count("/proc/self/task")
-    return str(number), f"{median:.1f}", f"{late:.1f}", f"{memory()['host'] / 1e6:.1f}", str(files), str(threads)
+    return (
+        str(number),
+        f"{median:.1f}",
+        f"{late:.1f}",
+        f"{memory()['host'] / 1e6:.1f}",
+        str(files),
+        str(threads),
+    )
 
 
 def _count(folder: str) -> int:

@@ -53,7 +53,9 @@ def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--moments", type=positive, default=200)
-    parser.add_argument("--seconds", type=positive, default=3600, help="stop after so many, with what was done")
+    parser.add_argument(
+        "--seconds", type=positive, default=3600, help="stop after so many, with what was done"
+    )
     parser.add_argument("--seed", type=positive, default=1)
     options = parser.parse_args()
     with errors_in_one_line(parser):
@@ -62,7 +64,11 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
-    commands, rng, end = _commands(options.work), random.Random(options.seed), time.monotonic() + options.seconds
+    commands, rng, end = (
+        _commands(options.work),
+        random.Random(options.seed),
+        time.monotonic() + options.seconds,
+    )
     seconds = {command.name: _whole_run(command) for command in commands}
     counts: Counter[tuple[str, str, str]] = Counter()
     for _ in range(options.moments):
@@ -76,7 +82,9 @@ def run(options: argparse.Namespace) -> None:
         if rng.random() < 0.1:
             _whole_run(command)
             names = {path.name for path in command.folder.iterdir()}
-            counts[command.name, "then a whole run", "clean" if names == command.expected else "LEFTOVERS"] += 1
+            counts[
+                command.name, "then a whole run", "clean" if names == command.expected else "LEFTOVERS"
+            ] += 1
     rows = [(*key, str(count)) for key, count in sorted(counts.items())]
     print(markdown(("command", "stopped by", "ended, and what is there", "times"), rows))
 
@@ -90,8 +98,26 @@ def _commands(work: Path) -> list[_Command]:
     _call("trio-export", [*tiny, "--out", str(bundle), "--force"])
     if not built.exists():
         shutil.copytree(bundle, built)
-    evaluate = [str(built), "--count", "24", "--work", str(answered / "work"), "--json", str(answered / "report.json")]
-    search = ["tiny", "--samples", "shapes", "--count", "6", "--target", "jetson-orin-nano-8", "--evaluations", "2"]
+    evaluate = [
+        str(built),
+        "--count",
+        "24",
+        "--work",
+        str(answered / "work"),
+        "--json",
+        str(answered / "report.json"),
+    ]
+    search = [
+        "tiny",
+        "--samples",
+        "shapes",
+        "--count",
+        "6",
+        "--target",
+        "jetson-orin-nano-8",
+        "--evaluations",
+        "2",
+    ]
     target = str(calibrated / "result")
     return [
         _Command("trio-export", [*tiny, "--out", str(bundle), "--force"], lambda: _answers(bundle), bundle.parent,
@@ -135,7 +161,10 @@ def _stopped(command: _Command, stop: str, rng: random.Random, seconds: float) -
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     process = subprocess.Popen(
-        [_BIN / command.name, *command.arguments], preexec_fn=limit, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [_BIN / command.name, *command.arguments],
+        preexec_fn=limit,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     if stop != "full disk":
         time.sleep(rng.uniform(0, seconds))
@@ -144,7 +173,9 @@ def _stopped(command: _Command, stop: str, rng: random.Random, seconds: float) -
     if b"Traceback" in errors:
         print(command.name, stop, errors.decode()[-1500:])
         return "TRACEBACK"
-    return {0: "done", 2: "one line", 130: "interrupted", 1: "code 1"}.get(process.returncode, f"code {process.returncode}")
+    return {0: "done", 2: "one line", 130: "interrupted", 1: "code 1"}.get(
+        process.returncode, f"code {process.returncode}"
+    )
 
 
 if __name__ == "__main__":

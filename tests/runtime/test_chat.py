@@ -39,7 +39,8 @@ TEMPLATES = {
         "{%- endmacro %}"
         "{%- set ns = namespace(last=messages | length - 1, found=false) %}"
         "{%- for message in messages[::-1] %}{%- set index = (messages | length - 1) - loop.index0 %}"
-        "{%- if message.role == 'user' and not ns.found %}{%- set ns.found = true %}{%- set ns.last = index %}{%- endif %}{%- endfor %}"
+        "{%- if message.role == 'user' and not ns.found %}{%- set ns.found = true %}"
+        "{%- set ns.last = index %}{%- endif %}{%- endfor %}"
         "{%- for message in messages %}"
         "{%- set text = shown(message.content, is_last=loop.last) | trim %}"
         "{%- if '</think>' in text %}{%- set text = text.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
@@ -48,7 +49,8 @@ TEMPLATES = {
         "{{ '{:>5}'.format(message.role) }}{{ [1, 2] + [3] }}{{ (1, 'a') }}{{ {'a': [1]} }}{{ 2 ** 3 // 3 % 2 * 4 - 1 }}"
         "{{ message.keys() | list | sort | join('+') }}{{ text.replace('a', '') | upper }}{{ 1 < 2 <= 2 }}"
         "{%- set block %}<{{ text }}>{% endset %}{{ block }}{{ loop.index0 == ns.last }}"
-        "{%- macro twice() %}{{ caller() }}{{ caller() }}{% endmacro %}{% call twice() %}z{% endcall %}{{ loop.previtem is defined }}{{ loop.changed(message.role) }}\n{%- endfor %}"
+        "{%- macro twice() %}{{ caller() }}{{ caller() }}{% endmacro %}{% call twice() %}z{% endcall %}"
+        "{{ loop.previtem is defined }}{{ loop.changed(message.role) }}\n{%- endfor %}"
     ),
 }
 CONVERSATION = [
