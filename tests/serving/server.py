@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -34,13 +34,15 @@ class RunningServer:
 
     def __init__(self, port: int, workers: dict[str, Worker]) -> None:
         self.port, self.workers = port, workers
+        self.clients = ExitStack()
+        """Closed with the server."""
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self, **settings: Any) -> openai.OpenAI:
-        return openai.OpenAI(**self._settings(settings))
+        return self.clients.enter_context(openai.OpenAI(**self._settings(settings)))
 
     def async_client(self, **settings: Any) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(**self._settings(settings))
@@ -87,14 +89,16 @@ def running(
     listener = listen("127.0.0.1", 0)
     server = BundleServer(app, shutdown_s=1.0)
     thread = threading.Thread(target=serve, args=(server, listener), kwargs={"on_ready": ready.set})
+    running_server = RunningServer(listener.getsockname()[1], app.state.workers)
     thread.start()
     try:
         assert ready.wait(60), "the server did not start"
-        yield RunningServer(listener.getsockname()[1], app.state.workers)
+        yield running_server
     finally:
         server.should_exit = True
         thread.join(30)
         listener.close()
+        running_server.clients.close()
     assert not thread.is_alive()
 
 

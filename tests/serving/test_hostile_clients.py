@@ -9,6 +9,7 @@ import re
 import struct
 import time
 import zlib
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from tests.serving.server import image_url, question, running, slowed, until
 from trio_edge.runtime.pipeline import Pipeline
 from trio_edge.serving import server as server_module
 from trio_edge.serving.app import make_app
+from trio_edge.serving.requests.body import BodyMemory
 from trio_edge.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -223,18 +225,27 @@ def test_headers_that_drip_end_the_connection(strict: RunningServer, monkeypatch
         assert connection.recv(100) == b""
 
 
-def test_bodies_together_have_a_limit(strict: RunningServer) -> None:
+def test_bodies_together_have_a_limit(reduced_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    take = BodyMemory.take
+
+    def noted(memory: BodyMemory, count: int) -> None:
+        take(memory, count)
+        taken.append(count)
+
+    monkeypatch.setattr(BodyMemory, "take", noted)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += b"Content-Length: 599999\r\n\r\n"
-    slow = [strict.connect() for _ in range(2)]
-    for connection in slow:
-        connection.sendall(head + b" " * 599_998)
-    time.sleep(0.2)  # the server reads them
-    status, body = strict.post(json.dumps(GOOD).encode() + b" " * 1000)
-    assert (status, body["error"]["code"]) == (429, "server_busy")
-    for connection in slow:
-        connection.close()
-    until(lambda: strict.ask(max_tokens=1)[0] == 200)
+    patient, load = replace(SETTINGS, body_s=60.0), partial(Pipeline.from_bundle, reduced_bundle)
+    asked = json.dumps({**GOOD, "max_tokens": 1}).encode() + b" " * 1000
+    with running({"reduced": load}, patient) as server:
+        with server.connect() as one, server.connect() as other:
+            for connection in (one, other):
+                connection.sendall(head + b" " * 599_998)
+            until(lambda: sum(taken) == 2 * 599_998)
+            status, body = server.post(asked)
+            assert (status, body["error"]["code"]) == (429, "server_busy")
+        until(lambda: server.post(asked)[0] == 200)
 
 
 def test_a_client_that_vanishes_frees_its_place_at_the_next_token(reduced_bundle: Path) -> None:
@@ -249,13 +260,12 @@ def test_a_client_that_vanishes_frees_its_place_at_the_next_token(reduced_bundle
             with server.connect() as running_one, server.connect() as waiting_one:
                 for connection in (running_one, waiting_one):
                     connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
-                    time.sleep(0.3)
+                    until(lambda: worker._running is not None)
                 until(lambda: len(worker._waiting) == 1)
                 status, refused = server.ask()
                 assert (status, refused["error"]["code"]) == (429, "queue_full")
-            start = time.perf_counter()
-            until(lambda: worker._running is None and not worker._waiting)
-            assert time.perf_counter() - start < 2.0  # 40 tokens take 4 s, both 8 s
+            # 40 tokens take 4 s, both 8 s
+            until(lambda: worker._running is None and not worker._waiting, seconds=3.0)
         assert server.ask(max_tokens=1)[0] == 200
 
 
