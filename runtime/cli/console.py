@@ -35,8 +35,8 @@ def run(command: click.Command, argv: Sequence[str] | None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if any("\0" in argument for argument in arguments):
-        return _fail(command, "arguments: expected text, got a null byte; remove it")
+    if not all(map(_is_text, arguments)):
+        return _fail(command, "arguments: expected text, got a null byte or half a character; remove it")
     try:
         result = command.main(args=arguments, prog_name=command.name, standalone_mode=False)
         sys.stdout.flush()
@@ -55,6 +55,14 @@ def run(command: click.Command, argv: Sequence[str] | None) -> int:
     except OSError as error:
         return _fail_with_files(command, error)
     return result if isinstance(result, int) else 0
+
+
+def _is_text(argument: str) -> bool:
+    """Return whether a system call takes it; bytes that are no UTF-8 arrive as characters that it takes, too."""
+    try:
+        return b"\0" not in os.fsencode(argument)
+    except UnicodeEncodeError:
+        return False
 
 
 def _fail_with_files(command: click.Command, error: OSError) -> int:

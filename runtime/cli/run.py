@@ -82,12 +82,17 @@ def command(
     **settings: Any,
 ) -> int:
     """Answer a question about images or a video with BUNDLE."""
+    from trio_edge.runtime.bundle.reader import open_bundle
     from trio_edge.runtime.pipeline import Pipeline  # slow to import, and --help needs none of it
 
     if show_kept is not None:
         if not images and settings["video"] is None:
             raise click.UsageError("--show-kept: expected --image or --video as well, got none; name one")
         _check_drawing_target(show_kept)
+    if compare_full is not None and open_bundle(compare_full).manifest.schedule.stages:
+        raise BundleError(
+            f"{compare_full}: expected a keep-all bundle, got one with stages; export --keep all"
+        )
     loading: dict[str, Any] = {"backend": backend, "threads": threads, "cpu_accuracy": cpu_accuracy}
     loading["max_pixels"] = max_pixels
     with Pipeline.from_bundle(bundle, **loading) as pipeline:
@@ -104,10 +109,6 @@ def command(
             print(_tokens_line(answer))
     if compare_full is not None:
         with Pipeline.from_bundle(compare_full, **loading) as full:
-            if full.manifest.schedule.stages:
-                raise BundleError(
-                    f"{compare_full}: expected a keep-all bundle, got one with stages; export --keep all"
-                )
             reference = full.generate(images, prompt, **settings)
             _ = reference.text
         _print_comparison(answer, reference)

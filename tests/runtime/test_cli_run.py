@@ -139,6 +139,9 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
     "show_kept_with_odd_suffix": (["--image", "P", "--prompt", "w1", "--show-kept", "x.doc"], "--show-kept"),
     "show_kept_nowhere": (["--image", "P", "--prompt", "w1", "--show-kept", "no/such/x.png"], "--show-kept"),
     "compare_with_a_reduced_bundle": (["--prompt", "w1", "--compare-full", "B"], "keep-all bundle"),
+    "compare_with_nothing": (["--prompt", "w1", "--compare-full", "no/such"], "no/such: expected a bundle"),
+    "null_byte": (["--prompt", "w\0"], "null byte"),
+    "half_a_character": (["--prompt", "w1", "--image", "\ud800"], "half a character"),
 }
 
 
@@ -158,9 +161,10 @@ def test_bad_request_gives_one_line(
     code = cli_run.main(
         [str(reduced_bundle), *(str(places.get(argument, argument)) for argument in arguments)]
     )
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trio-run: ")]
+    errors = capsys.readouterr().err.splitlines()
     assert code == 2
     assert len(errors) == 1
+    assert errors[0].startswith("trio-run: ")
     assert expected in errors[0]
 
 
