@@ -218,11 +218,7 @@ def main() -> None:
         for bundle, (_, name) in zip(bundles, names):  # one by one: two choices may give the same bundle
             runs += plan_runs([bundle], labels=[f"{name} {budget} %"])
         answers = answers_of(
-            runs,
-            count=arguments.count,
-            seed=arguments.seed,
-            out=arguments.out,
-            workers=arguments.workers,
+            runs, count=arguments.count, seed=arguments.seed, out=arguments.out, workers=arguments.workers
         )
         reports = against_default(answers)
         written[budget] = [msgspec.to_builtins(run) for run in reports[0]]

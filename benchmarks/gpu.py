@@ -41,15 +41,7 @@ from gpu_parts.layers_in_torch import LayersInTorch
 from gpu_parts.measure import Measured, measure
 from gpu_parts.parity import REFERENCE, Compared, compare
 from gpu_parts.prompts import random_picture
-from gpu_parts.subjects import (
-    BUDGETS,
-    SHAPES,
-    Sizes,
-    Subject,
-    random_subject,
-    sizes_of,
-    subject_of,
-)
+from gpu_parts.subjects import BUDGETS, SHAPES, Sizes, Subject, random_subject, sizes_of, subject_of
 from gpu_parts.tables import Row, count_tables, measured_table, parity_table
 from parts.arguments import parser_for, positive
 
@@ -300,12 +292,7 @@ def _room(options: argparse.Namespace) -> int:
 
 
 def _row(
-    family: str,
-    keep: float,
-    way: str,
-    run: Callable[[], Measured],
-    sizes: Sizes,
-    options: argparse.Namespace,
+    family: str, keep: float, way: str, run: Callable[[], Measured], sizes: Sizes, options: argparse.Namespace
 ) -> Row:
     """Return what ``run`` measured; the others go on if it fails, out of memory or for a kernel that this GPU lacks."""
     measured, problem = None, ""

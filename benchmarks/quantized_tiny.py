@@ -114,10 +114,7 @@ def calibrated_scales(variant: Variant, *, keep: str) -> CalibratedScales:
     model = load_model("tiny")
     num_visual = max(sizes["N"] for sizes in model.images.any_image_sizes())
     inputs = ScheduleInputs(
-        num_layers=model.num_layers,
-        num_visual=num_visual,
-        image_tokens=num_visual,
-        positions=model.positions,
+        num_layers=model.num_layers, num_visual=num_visual, image_tokens=num_visual, positions=model.positions
     )
     found = calibrate_quantization(
         model,

@@ -128,11 +128,7 @@ def watch(
 def step_table(groups: dict[str, list[Step]], peaks: Peaks) -> str:
     """Return a table of steps under the name that each group of them has, and the line of the peak memory."""
     rows = [
-        (
-            name,
-            f"{sum(step.seconds for step in group):.1f}",
-            f"{sum(step.cpu_seconds for step in group):.1f}",
-        )
+        (name, f"{sum(step.seconds for step in group):.1f}", f"{sum(step.cpu_seconds for step in group):.1f}")
         for name, group in groups.items()
     ]
     return (

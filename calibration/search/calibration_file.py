@@ -1,4 +1,4 @@
-"""``calibration.json``: options and results of a calibration. Its ``options`` alone repeat the calibration."""
+"""``calibration.json``: options and results of a calibration. Its ``options`` suffice to repeat it."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "evaluations": (lambda count: 0 <= count <= 10_000, "0..10000"),
     "max_new_tokens": (lambda count: count >= 1, "1 or more"),
 }
-"""Rules for the options that are given, with the rule in words."""
+"""Checks of the options' values, and each rule in words."""
 
 
 class CalibrationOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that a user can choose, as ``trio-calibrate --help`` explains it. The fields hold the only defaults."""
+    """The options of ``trio-calibrate``, which explains them, under their names. The only defaults are here."""
 
     model: str
     samples: str
@@ -77,7 +77,7 @@ class CalibrationOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         if len(rules) > 1:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in rules)
             raise ScheduleError(
-                f"--max-kl, --target-ms, --keep: expected one of them, got {names}; choose one"
+                f"--max-kl, --target-ms, --keep: expected one, got {names}; leave the others out"
             )
         for name, (holds, rule) in _BOUNDS.items():
             value = getattr(self, name)
@@ -93,7 +93,7 @@ class Measure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Fidelity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Closeness of a schedule to keep-all on one part of the samples."""
+    """Agreement of a schedule with keep-all on one part of the samples."""
 
     samples: int
     kl: Measure
@@ -102,21 +102,21 @@ class Fidelity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class FrontPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A schedule that no cheaper one beats on the search samples."""
+    """A schedule's figures."""
 
     stages: tuple[tuple[int, int], ...]
     first_token_ms: float
     """Predicted."""
     flops: float
-    """FLOPs of the prefill with the vision tower, mean over the samples."""
+    """Of vision tower and prefill, mean over the samples."""
     average_keep: float
-    """Share of the largest image's visual tokens."""
+    """As a share of the largest image's visual tokens."""
     search: Fidelity
     held_out: Fidelity
 
 
 class SingleStage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The divergence of one stage alone, on the search samples."""
+    """Divergence of a schedule with one stage, on the search samples."""
 
     layer: int
     keep: int
@@ -139,16 +139,16 @@ class CalibrationData(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class Shapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Fixed shapes that fit the samples."""
+    """The bundle's fixed shapes."""
 
     image_sizes: tuple[tuple[int, int], ...]
     text_buckets: tuple[int, ...]
     largest_rounds: int
-    """Most rounds that the NMS of the chosen schedule took on any sample."""
+    """Most NMS rounds of the chosen schedule on any sample."""
 
 
 class Accuracy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Exact matches with the samples' own answers, on the held-out samples that have some."""
+    """Exact matches with the samples' answers, on the held-out samples that have any."""
 
     samples: int
     keep_all: Measure
@@ -157,31 +157,32 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The file."""
+    """The content of the file."""
 
     schema_version: int
     options: CalibrationOptions
     data: CalibrationData
     rule: str
-    """Why the schedule was chosen, in words."""
+    """The selection rule in words."""
     schedule: Schedule
-    """The chosen one, with NMS rounds for the bundle."""
+    """The chosen one, with the bundle's NMS rounds."""
     shapes: Shapes
     chosen: FrontPoint
     usual: FrontPoint | None
-    """``trio-export``'s schedule of the average keep nearest below the chosen one's, with default settings."""
+    """``trio-export``'s default schedule with the nearest average keep that is not above the chosen one's."""
     compared_by: CostKind
     keep_all_ms: float
-    """Predicted time without any stage."""
+    """Predicted time to the first token without stages."""
     keep_all_flops: float
     prediction: str
-    """Error of such predictions where they could be compared."""
+    """Known error of such predictions, in words."""
     accuracy: Accuracy | None
     quantization: QuantizationReport | None
-    """None where neither vision graph, decoder, head nor a KV cache is quantized."""
+    """None if neither vision graph, decoder, head nor KV caches are quantized."""
     quantized_held_out: Fidelity | None
-    """The chosen schedule with quantized weights and KV caches against keep-all in floating point."""
+    """The chosen schedule with quantized weights and KV caches, compared with keep-all in floating point."""
     front: list[FrontPoint]
+    """Schedules that no cheaper one beats on the search samples."""
     settings: list[Tried]
     single_stages: list[SingleStage]
     num_measured: int
@@ -195,16 +196,16 @@ class _DataHead(msgspec.Struct):
 
 
 class _Head(msgspec.Struct):
-    """The part of a ``--config`` that is read; the rest may be of another release."""
+    """The part of a ``--config`` that is read; the rest may come from another release."""
 
     options: CalibrationOptions
     data: _DataHead | None = None
 
 
 def read_options(path: Path) -> tuple[CalibrationOptions, str | None]:
-    """Return the options of a ``calibration.json``, and the digest of the samples that it was made with.
+    """Return the options of a ``calibration.json``, and the digest of its samples, if it has one.
 
-    A file that holds ``{"options": …}`` alone will do.
+    The file needs only ``{"options": …}``.
 
     Raises:
         DataError: If it is not such a file.
@@ -223,5 +224,5 @@ def read_options(path: Path) -> tuple[CalibrationOptions, str | None]:
 
 
 def json_of(calibration: Calibration) -> bytes:
-    """Return the file's bytes."""
+    """Return the bytes of ``calibration.json``."""
     return msgspec.json.format(msgspec.json.encode(calibration), indent=1) + b"\n"

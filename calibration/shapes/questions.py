@@ -1,7 +1,6 @@
-"""Asks questions about a scene: `ask` draws one unambiguous question of a kind with its one-word answer.
+"""Questions about a scene: `ask` draws one unambiguous question of a kind, with its one-word answer.
 
-Every reference ("the small red star") names exactly one object of the scene, and every answer is certain.
-`VOCABULARY` lists all words of questions and answers. Pure Python.
+Every reference ("the small red star") names exactly one object. `VOCABULARY` has all words of questions and answers.
 """
 
 from __future__ import annotations
@@ -23,22 +22,8 @@ _QUESTION_WORDS = (
     "digits", "object", "objects", "larger", "more", "than", "or", "and", "?", ".", ",", "look", "at", "this", "picture",
     "please", "answer", "question", "you", "see", "image", "short", "with", "one-word", "to", "it", "can", "do",
 )  # fmt: skip
-VOCABULARY: tuple[str, ...] = tuple(
-    dict.fromkeys(
-        (
-            "yes",
-            "no",
-            *COLOR_NAMES,
-            *SHAPES,
-            *PLURALS.values(),
-            *DIGITS,
-            *SIZES,
-            *PLACES,
-            *COUNT_WORDS,
-            *_QUESTION_WORDS,
-        )
-    )
-)
+_WORDS = ("yes", "no", *COLOR_NAMES, *SHAPES, *PLURALS.values(), *DIGITS, *SIZES, *PLACES, *COUNT_WORDS)
+VOCABULARY: tuple[str, ...] = tuple(dict.fromkeys((*_WORDS, *_QUESTION_WORDS)))
 
 
 def ask(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:

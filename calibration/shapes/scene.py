@@ -1,7 +1,7 @@
-"""Draws deterministic images of coloured shapes and digits: `make_scene` chooses the objects, `render` paints them.
+"""Deterministic images of coloured shapes and digits: `make_scene` chooses the objects, `render` paints them.
 
-A seed fixes everything. Objects keep clear of each other, of the borders between thirds of the image (so that
-every place word is certain) and of the lines at which LLaVA-NeXT cuts the image into tiles. numpy and Pillow only.
+The seed decides everything. Objects keep their distance from each other, from the borders between thirds of the image (so that
+every place word is certain) and from the lines at which LLaVA-NeXT cuts the image into tiles.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ SUPERSAMPLE = 4
 
 @dataclass(frozen=True)
 class SceneCanvas:
-    """One image size, in pixels, and the unit square it is laid out on.
+    """One image size, in pixels, and its layout.
 
-    `scale` is image pixels per layout pixel: after the tiling of LLaVA-NeXT with 48-pixel tiles an object has its
-    layout size again. `cuts_x` and `cuts_y` are the layout coordinates of the tile borders.
+    `scale` is image pixels per layout pixel: after LLaVA-NeXT's tiling with 48-pixel tiles an object has its layout size
+    again. `cuts_x` and `cuts_y` are the layout coordinates of the tile borders.
     """
 
     width: int
@@ -97,7 +97,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that is true about one image."""
+    """The objects of one image."""
 
     seed: int
     canvas: SceneCanvas
@@ -105,7 +105,7 @@ class Scene:
 
 
 def make_scene(seed: int, *, canvas: SceneCanvas | None = None) -> Scene:
-    """Returns the scene of a seed; `canvas` overrides the image size that the seed would choose."""
+    """Returns the scene of a seed; `canvas` replaces the image size that the seed would choose."""
     rng = random.Random(f"scene {seed}")
     chosen = rng.choices(CANVASES, [c.weight for c in CANVASES])[0]
     canvas = canvas or chosen
@@ -123,7 +123,7 @@ def make_scene(seed: int, *, canvas: SceneCanvas | None = None) -> Scene:
 def place_thing(
     rng: random.Random, canvas: SceneCanvas, others: list[Thing], *, palette: list[str], names: list[str]
 ) -> Thing | None:
-    """Returns a new object clear of `others`, or None when no free spot was found."""
+    """Returns a new object that overlaps none of `others`, or None when no free spot was found."""
     name = rng.choice(DIGITS) if rng.random() < 0.42 else rng.choice(names)
     size = "small" if rng.random() < 0.6 else "large"
     side = rng.uniform(*(SMALL_PIXELS if size == "small" else LARGE_PIXELS))
@@ -135,7 +135,7 @@ def place_thing(
 
 
 def moved_thing(look: Thing, canvas: SceneCanvas, others: list[Thing], rng: random.Random) -> Thing | None:
-    """Returns an object that looks like `look` on a free spot clear of `others`, or None when none was found."""
+    """Returns an object that looks like `look` on a spot free of `others`, or None when none was found."""
     width, height = canvas.layout_width, canvas.layout_height
     half_width, half_height = look.half_width, look.half_height
     for _ in range(60):

@@ -1,9 +1,9 @@
 """Questions about several images: a pair of images, or the frames of a short video.
 
-`make_pair` draws two scenes that have nothing to do with each other. `make_video` draws 4 to 6 frames: one or two objects stay
-and move, two others are there in one frame only. `ask_several` asks a question whose answer lies in one image or one
-frame, or needs both images. `held_out_several` yields samples as `samples.held_out` does, from seeds that training never touches.
-All words are in `questions.VOCABULARY`, so that a model trained on single images can read them.
+`make_pair` draws two independent scenes. `make_video` draws 4 to 6 frames: one or two objects move from frame to frame, two
+others are in one frame only. `ask_several` asks about one image or frame, or about both images. `held_out_several` yields
+samples as `samples.held_out` does, from seeds that training never uses. All words are in `questions.VOCABULARY`, so that a model
+trained on single images can read them.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class Asked:
     key: str
     """The noun phrase asked about."""
     images: tuple[int, ...]
-    """Indices of the images in which it is looked for."""
+    """Indices of the images that the question is about."""
     answer_image: int | None = None
+    """Index of the image that has the answer, if only one has it."""
 
 
 def make_pair(seed: int) -> tuple[Scene, ...]:
@@ -58,7 +59,7 @@ def make_pair(seed: int) -> tuple[Scene, ...]:
 
 
 def make_video(seed: int) -> tuple[Scene, ...]:
-    """Returns the frames of a seed: same background, 1 or 2 objects that move, 2 that are in one frame only."""
+    """Returns the frames of a seed: one background, 1 or 2 objects that move, 2 that are in one frame only."""
     rng = random.Random(f"video {seed}")
     num_frames = rng.randint(*NUM_FRAMES)
     num_staying = rng.randint(1, 2)
@@ -81,7 +82,7 @@ def make_video(seed: int) -> tuple[Scene, ...]:
 
 
 def scenes_of(seed: int, kind: str) -> tuple[Scene, ...]:
-    """Returns the scenes of a seed that a kind of question is asked about."""
+    """Returns the scenes of a seed for a kind of question."""
     return make_pair(seed) if kind in PAIR_KINDS else make_video(seed)
 
 
@@ -91,7 +92,7 @@ def ask_several(scenes: tuple[Scene, ...], kind: str, rng: random.Random) -> Ask
 
 
 def held_out_several(count: int, *, seed: int = 0) -> Iterator[ShapeSample]:
-    """Yields `count` samples as `held_out` does, every kind equally often (up to one), one question per set of images."""
+    """Yields `count` samples with one question per set of images; each kind occurs equally often, give or take one."""
     given, scene_seed = 0, HELD_OUT_OFFSET + seed * SEEDS_PER_STREAM
     while given < count:
         sample = sample_of(scene_seed, SEVERAL_KINDS[given % len(SEVERAL_KINDS)])
@@ -127,7 +128,7 @@ def _name(index: int) -> str:
 
 
 def _with(images: _Images, key: str) -> list[int]:
-    """Returns the indices of the images that have an object of a noun phrase."""
+    """Returns the indices of the images with an object that a noun phrase describes."""
     return [index for index, things in enumerate(images) if matches(things, key)]
 
 
@@ -143,7 +144,7 @@ def _ask_which(images: _Images, rng: random.Random) -> Asked | None:
 
 
 def _ask_color_in_one(images: _Images, rng: random.Random) -> Asked | None:
-    """Asks for the colour of an object of one image; the other has one of that shape in another colour."""
+    """Asks for the colour of an object in one image; the other image has the shape in another colour."""
     keys = {noun_of(thing) for things in images for thing in things}
     once = sorted(key for key in keys if all(matches(things, key) == 1 for things in images))
     colors = {
@@ -158,7 +159,7 @@ def _ask_color_in_one(images: _Images, rng: random.Random) -> Asked | None:
 
 
 def _ask_both(images: _Images, rng: random.Random) -> Asked | None:
-    """Asks whether both images have an object; at least one has it, and the same form of question allows yes and no."""
+    """Asks whether both images have an object; at least one has it, and both answers are possible."""
     phrases: list[Callable[[Thing], str]] = [color_noun_of, noun_of, lambda thing: f"{thing.color} object"]
     rng.shuffle(phrases)
     for phrase in phrases:
@@ -187,7 +188,7 @@ def _ask_more(images: _Images, rng: random.Random) -> Asked | None:
 
 
 def _ask_once(images: _Images, rng: random.Random) -> Asked | None:
-    """Asks whether an object exists: it is in one frame, or only its colour and its shape are somewhere."""
+    """Asks whether an object exists: it is in one frame, or only its colour and its shape occur."""
     every = tuple(range(len(images)))
     things = [thing for frame in images for thing in frame]
     if rng.random() < 0.5:

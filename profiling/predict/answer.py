@@ -93,9 +93,7 @@ class Setting:
         """Layers and visual rows of each layer range."""
         entering = self.sizes["N"] if self.entering is None else self.entering
         return layers_and_rows(
-            self.schedule,
-            num_layers=self.model.decoder.num_layers,
-            entering=self.num_images * entering,
+            self.schedule, num_layers=self.model.decoder.num_layers, entering=self.num_images * entering
         )
 
     @property

@@ -158,8 +158,7 @@ _ALL = (
         },
     ),
     *_family(
-        *_QWEN3_SMALL,
-        {"qwen3-vl-2b": _QWEN3_2B, "qwen3-vl-4b": _decoder(36, 2560, 32, 8, 9728, 151936)},
+        *_QWEN3_SMALL, {"qwen3-vl-2b": _QWEN3_2B, "qwen3-vl-4b": _decoder(36, 2560, 32, 8, 9728, 151936)}
     ),
     *_family(*_QWEN3_LARGE, {"qwen3-vl-8b": _QWEN3_8B}),
     *_family(*_QWEN3_SMALL, {"cosmos-reason2-2b": _QWEN3_2B}),

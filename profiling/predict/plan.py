@@ -14,13 +14,7 @@ from trio_edge.profiling.predict.answer import Precision, Setting
 from trio_edge.profiling.predict.models import find_model, model_of
 from trio_edge.profiling.predict.speed import Formats
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.runtime.bundle.graph_io import (
-    CLIP_TEXT,
-    MAX_TEXT,
-    bucket_of,
-    num_clip_texts,
-    text_buckets,
-)
+from trio_edge.runtime.bundle.graph_io import CLIP_TEXT, MAX_TEXT, bucket_of, num_clip_texts, text_buckets
 from trio_edge.runtime.bundle.limits import MOST_TOKENS
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.bundle_work import (
@@ -91,8 +85,7 @@ class Plan:
         schedule = self._schedule(sizes["N"], entering)
         buckets = text_buckets(MAX_TEXT) if self.manifest is None else self.manifest.text_buckets
         schedule.check_fits(
-            num_layers=self.model.decoder.num_layers,
-            max_visual=self.num_images * (entering or sizes["N"]),
+            num_layers=self.model.decoder.num_layers, max_visual=self.num_images * (entering or sizes["N"])
         )
         setting = Setting(
             model=self.model,
@@ -138,11 +131,7 @@ class Plan:
         }
         check_combined_keep(self.keep, **sizes)
         return combined_schedule(
-            own.method,
-            parse_keep(self.keep),
-            num_layers=self.model.decoder.num_layers,
-            **sizes,
-            **settings,
+            own.method, parse_keep(self.keep), num_layers=self.model.decoder.num_layers, **sizes, **settings
         )
 
     def _picture_tokens(self, num_visual: int) -> int:

@@ -105,8 +105,7 @@ def _bundle_profile(measured: MeasuredBundle, measurement: Measurement, *, label
             for one in measured.contexts
         ),
         decode_fit=line_fit(
-            [one.cached_rows for one in measured.contexts],
-            [one.milliseconds for one in measured.contexts],
+            [one.cached_rows for one in measured.contexts], [one.milliseconds for one in measured.contexts]
         ),
         sizes=tuple(
             SizePoint(

@@ -263,7 +263,7 @@ def test_options_alone_are_a_config(tmp_path: Path) -> None:
 def test_a_record_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with Path("/dev/full").open("ab", buffering=0) as full:
         record = ResultFile(full, tmp_path / "measurements.jsonl")
-        with pytest.raises(DataError, match=r"measurements\.jsonl: expected room for a line, got none"):
+        with pytest.raises(DataError, match=r"measurements\.jsonl: expected space for one more line, got none"):
             record.append(MeasuredLine(index=0, schedule=Schedule(), result=MeasuredSchedule(0.0, True, 0)))
 
 

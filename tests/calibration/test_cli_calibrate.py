@@ -207,7 +207,7 @@ BAD_CASES: dict[str, tuple[list[str], str]] = {
     ),
     "several images": (
         ["--samples", "shapes-several", "--count", "4"],
-        "900000000-two-which: expected one image to calibrate on, got 2",
+        "900000000-two-which: expected one image, got 2",
     ),
     "a damaged image": (["--samples", "{damaged}", "--prompt", "w1"], "damaged.png"),
     "a special token in a prompt": (["--samples", "{pictures}", "--prompt", "<image>"], "special token"),
@@ -224,7 +224,7 @@ BAD_CASES: dict[str, tuple[list[str], str]] = {
         ["--out", "{damaged}/damaged.png/out", "--samples", "none"],
         "expected {damaged}/damaged.png to be a folder",
     ),
-    "no device": (["--device", "cudo"], "--device: expected one that torch has"),
+    "no device": (["--device", "cudo"], "--device: expected a device that torch can use"),
     "an existing folder": (["--out", "{empty}"], "it exists"),
     "a folder of something else": (["--out", "{pictures}", "--force"], "expected a calibration to replace"),
 }
