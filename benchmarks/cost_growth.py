@@ -26,6 +26,7 @@ from trio_edge.profiling.predict.answer import Setting, predict
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.trio.budgets import schedule_for_keep
 from trio_edge.trio.cost.devices import DEVICES
+from trio_edge.trio.cost.flops import kv_row_bytes
 from trio_edge.trio.cost.memory import kv_cache_bytes
 
 SIZES = (576, 1152, 1728, 2304, 2880)
@@ -79,7 +80,8 @@ def counted(keep: float) -> dict[str, list[float]]:
 
 
 def _kv_bytes(setting: Setting) -> int:
-    return kv_cache_bytes(setting.ranges, other_rows=NUM_TEXT, row_bytes=setting.cache_row_bytes)
+    row_bytes = kv_row_bytes(setting.model.decoder, bytes_per_cached=setting.formats.bytes_per_cached)
+    return kv_cache_bytes(setting.ranges, other_rows=NUM_TEXT, row_bytes=row_bytes)
 
 
 def measured(hidden: int) -> dict[str, list[float]]:

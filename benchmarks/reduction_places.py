@@ -20,6 +20,7 @@ from trio_edge.profiling.predict.sweep import parse_size
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.budgets import method_schedule, parse_keep
 from trio_edge.trio.cost.devices import find_device
+from trio_edge.trio.cost.flops import kv_row_bytes
 from trio_edge.trio.cost.selections import NUM_DART_PIVOTS, TokenCost
 
 INSIDE = {"TRIO": "trio", "DART inside": "dart", "FastV": "fastv"}
@@ -62,11 +63,12 @@ def row(name: str, setting: Setting, device: str) -> tuple[str, ...]:
     ]
     rows = sum(layers * (rows + setting.num_text) for layers, rows in setting.ranges)
     stages = ", ".join(f"{stage.layer}:{stage.keep}" for stage in setting.schedule.stages)
+    row_bytes = kv_row_bytes(setting.model.decoder, bytes_per_cached=setting.formats.bytes_per_cached)
     return (
         name,
         stages or str(setting.num_images * (setting.entering or setting.sizes["N"])),
         f"{sum(timed.run.work.flops for timed in prefill) / 1e12:.2f}",
-        f"{rows * setting.cache_row_bytes / 1e6:.1f}",
+        f"{rows * row_bytes / 1e6:.1f}",
         f"{1e3 * sum(timed.time.seconds for timed in prefill):.0f}",
         f"{1e3 * prediction.seconds('prefill'):.0f}",
         f"{1e3 * prediction.seconds('decode'):.1f}",

@@ -232,7 +232,7 @@ def test_the_nearest_that_is_told_can_be_had() -> None:
     ("settings", "message"),
     [
         ({"target": "orin"}, "--target: expected one of"),
-        ({"max_kl": 0.1, "keep": 0.2}, "expected one of them, got --max-kl, --keep"),
+        ({"max_kl": 0.1, "keep": 0.2}, "expected one, got --max-kl, --keep"),
         ({"held_out": 1.0}, "--held-out: expected a share"),
         ({"nms_thresholds": (0.0,)}, "--nms-thresholds: expected values"),
         ({"answer_tokens": 0}, "--answer-tokens: expected 1..64, got 0"),

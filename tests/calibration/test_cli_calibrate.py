@@ -170,7 +170,7 @@ def test_a_work_folder_in_use_is_refused(tmp_path: Path) -> None:
     key = RecordKey(
         model="tiny", weights="w", samples_sha256="a", answer_tokens=4, dtype="float32", max_visual=9
     )
-    refused = pytest.raises(DataError, match="another one writes to it")
+    refused = pytest.raises(DataError, match="got a second one")
     with opened_record(tmp_path, key), refused, opened_record(tmp_path, key):
         pass
 
@@ -218,7 +218,7 @@ BAD_CASES: dict[str, tuple[list[str], str]] = {
     "an unknown layer": (["--layers", "7"], "--layers: expected layers in 1..2"),
     "no layer": (["--layers", "one"], "--layers: expected numbers"),
     "a whole budget": (["--keeps", "100%"], "--keeps: expected shares"),
-    "two wishes": (["--keep", "50%", "--max-kl", "0.1"], "expected one of them"),
+    "two wishes": (["--keep", "50%", "--max-kl", "0.1"], "keep: expected one, got"),
     "too long an answer": (["--max-new-tokens", "2000"], "jsonl:1, or lower --max-new-tokens"),
     "no place for the output": (
         ["--out", "{damaged}/damaged.png/out", "--samples", "none"],
