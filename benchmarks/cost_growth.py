@@ -1,11 +1,10 @@
 """Growth of prefill, selection and KV cache with the visual tokens N, counted and measured, with fitted exponents.
 
     python benchmarks/cost_growth.py                  # counted for LLaVA-NeXT-7B, predicted for an AGX Orin
-    python benchmarks/cost_growth.py --hidden 1024    # one layer and one stage of that width too, measured here
+    python benchmarks/cost_growth.py --hidden 1024    # also measures one layer and one stage of that hidden size here
 
 An exponent is the slope of a straight line through the logarithms: 1 is proportional to N, 2 to its square. Text fills a bucket
-of 64 rows throughout, which makes slopes a little smaller. Measured times are processor times of one thread of ONNX Runtime,
-float32.
+of 64 rows, which makes slopes a little smaller. Measured times are processor times of one thread of ONNX Runtime, in float32.
 """
 
 from __future__ import annotations
@@ -114,9 +113,7 @@ def measured(hidden: int) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = parser_for(__doc__)
-    parser.add_argument(
-        "--hidden", type=int, nargs="*", default=[], help="hidden sizes to measure one layer of"
-    )
+    parser.add_argument("--hidden", type=int, nargs="*", default=[], help="hidden sizes of measured layers")
     options = parser.parse_args()
     print_table(f"{MODEL}, keep-all, {NUM_TEXT} text tokens, float16", counted(1.0), digits=2)
     print_table(f"{MODEL}, 11.1 %, {NUM_TEXT} text tokens, float16", counted(0.111), digits=2)
