@@ -59,7 +59,8 @@ if TYPE_CHECKING:
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.quantize.report import QuantizationReport
     from trio_edge.calibration.questions import Question
-    from trio_edge.calibration.search.calibration_file import CalibrationOptions, Fidelity
+    from trio_edge.calibration.search.calibration_file import Fidelity
+    from trio_edge.calibration.search.options import CalibrationOptions
     from trio_edge.export.quantize.plan import QuantizePlan
 
 _PACKAGES = ("trio-edge", "torch", "transformers", "numpy", "pillow", "tokenizers")

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from trio_edge.calibration.search.options import CalibrationOptions
+from trio_edge.calibration.search.samples import DEFAULT_SYNTHETIC_COUNT
+from trio_edge.calibration.search.schedules.selection_rule import DEFAULT_MAX_KL
 from trio_edge.runtime.bundle.errors import CheckpointError, DataError
 from trio_edge.runtime.bundle.files import atomic_folder, check_place
 from trio_edge.runtime.cli.console import run
@@ -20,12 +24,12 @@ from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from trio_edge.calibration.search.calibration_file import CalibrationOptions
     from trio_edge.calibration.search.schedules.search import SearchProgress
 
 PATH = click.Path(path_type=Path)
 _REPORT_BYTES = 16 << 20
 _WAY_OUT = "choose another --out"
+_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(CalibrationOptions)}
 
 
 def _share(option: str, text: str) -> float:
@@ -69,19 +73,25 @@ def _numbers(kind: type[int | float]) -> Callable[..., tuple[float, ...] | None]
 @click.option("--out", type=PATH, required=True, help="Folder to create.")
 @click.option("--config", type=PATH, help="Repeat this calibration.json; other options change it.")
 @click.option("--prompt", help="Question about every image of a folder.")
-@click.option("--count", type=click.IntRange(1, 1_000_000), help="Most samples to use. [default: all]")
-@click.option("--seed", type=int, help="Seed of the split and of a synthetic set. [default: 0]")
+@click.option(
+    "--count",
+    type=click.IntRange(1, 1_000_000),
+    help=f"Most samples to use. [default: all, {DEFAULT_SYNTHETIC_COUNT} of a synthetic set]",
+)
+@click.option(
+    "--seed", type=int, help=f"Seed of the split and of a synthetic set. [default: {_DEFAULTS['seed']}]"
+)
 @click.option(
     "--held-out",
     metavar="PERCENT",
     callback=_one,
-    help="Share of the images to hold out for the report. [default: 33.3%]",
+    help=f"Share of the images to hold out for the report. [default: {_DEFAULTS['held_out']:.1%}]",
 )
 @click.option(
     "--max-kl",
     type=float,
     metavar="NATS",
-    help="Choose the cheapest schedule with at most this KL to keep-all, with 95 % confidence. [default: 0.05]",
+    help=f"Choose the cheapest schedule with at most this KL to keep-all, with 95 % confidence. [default: {DEFAULT_MAX_KL:g}]",
 )
 @click.option(
     "--target-ms",
@@ -92,7 +102,11 @@ def _numbers(kind: type[int | float]) -> Callable[..., tuple[float, ...] | None]
 @click.option(
     "--keep", metavar="PERCENT", callback=_one, help="Choose the lowest KL up to this average keep."
 )
-@click.option("--answer-tokens", type=int, help="Answer tokens to compare with keep-all's. [default: 4]")
+@click.option(
+    "--answer-tokens",
+    type=int,
+    help=f"Answer tokens to compare with keep-all's. [default: {_DEFAULTS['answer_tokens']}]",
+)
 @click.option(
     "--layers",
     metavar="N,N,…",
@@ -103,26 +117,33 @@ def _numbers(kind: type[int | float]) -> Callable[..., tuple[float, ...] | None]
     "--keeps",
     metavar="PERCENT,…",
     callback=_shares,
-    help="Budgets to try, in percent of the largest image's visual tokens. [default: 3,6,10,16,25,40,60 %]",
+    help="Budgets to try, as shares of the largest image's visual tokens."
+    f" [default: {','.join(f'{keep:.0%}' for keep in _DEFAULTS['keeps'])}]",
 )
-@click.option("--max-stages", type=int, help="Most stages of a schedule. [default: 3]")
+@click.option(
+    "--max-stages", type=int, help=f"Most stages of a schedule. [default: {_DEFAULTS['max_stages']}]"
+)
 @click.option(
     "--nms-thresholds",
     metavar="τ,…",
     callback=_numbers(float),
-    help="NMS similarity thresholds to try. [default: 0.7,0.8,0.9]",
+    help=f"NMS similarity thresholds to try. [default: {','.join(map(str, _DEFAULTS['nms_thresholds']))}]",
 )
-@click.option("--evaluations", type=int, help="Most schedules of several stages to measure. [default: 120]")
+@click.option(
+    "--evaluations",
+    type=int,
+    help=f"Most schedules of several stages to measure. [default: {_DEFAULTS['evaluations']}]",
+)
 @click.option(
     "--cost",
     type=click.Choice(["auto", "time", "flops"]),
-    help="Cost to compare schedules by. [default: auto: predicted time, or FLOPs if no schedule is faster than keep-all]",
+    help="Cost to compare schedules by. [default: auto, predicted time, or FLOPs if no schedule is faster than keep-all]",
 )
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float16", "float32"]),
-    help="Element type of the bundle. [default: auto]",
+    help=f"Element type of the bundle. [default: {_DEFAULTS['dtype']}]",
 )
 @click.option(
     "--quantize",
@@ -132,14 +153,18 @@ def _numbers(kind: type[int | float]) -> Callable[..., tuple[float, ...] | None]
 @click.option(
     "--max-visual", type=int, help="Most visual tokens of an image, in families that can scale images down."
 )
-@click.option("--max-new-tokens", type=int, help="Most new tokens of an answer. [default: 256]")
+@click.option(
+    "--max-new-tokens",
+    type=int,
+    help=f"Most new tokens of an answer. [default: {_DEFAULTS['max_new_tokens']}]",
+)
 @click.option(
     "--only-image-sizes",
     is_flag=True,
     default=None,
     help="Make no shapes for images larger than the samples.",
 )
-@click.option("--device", help="torch device to run the samples on. [default: cpu]")
+@click.option("--device", help=f"torch device to run the samples on. [default: {_DEFAULTS['device']}]")
 @click.option(
     "--work",
     type=PATH,
@@ -215,9 +240,7 @@ def read_given(
         UsageError: If something is missing and there is no config.
         DataError: If the config is not a ``calibration.json``.
     """
-    import msgspec
-
-    from trio_edge.calibration.search.calibration_file import CalibrationOptions, read_options
+    from trio_edge.calibration.search.calibration_file import read_options
 
     if model is not None:
         given["model"] = model

@@ -15,8 +15,9 @@ from tests.calibration.question_files import questions_about, write_questions
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.search import cli as cli_calibrate
 from trio_edge.calibration.search.calibrate import Calibrated, SearchProgress, calibrate
-from trio_edge.calibration.search.calibration_file import Calibration, CalibrationOptions, json_of
+from trio_edge.calibration.search.calibration_file import Calibration, json_of
 from trio_edge.calibration.search.measuring import RECORD_NAME, RecordKey, opened_record
+from trio_edge.calibration.search.options import CalibrationOptions
 from trio_edge.calibration.search.page import page_of
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.schedule import Schedule

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from trio_edge.calibration.model.prompts import SampleShape
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.search.bundle_shape import BundleShape
-    from trio_edge.calibration.search.calibration_file import CalibrationOptions
     from trio_edge.calibration.search.measuring import Measurements
+    from trio_edge.calibration.search.options import CalibrationOptions
     from trio_edge.calibration.search.samples import Split
     from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost
     from trio_edge.calibration.search.schedules.selection_rule import SelectionRule
