@@ -74,8 +74,6 @@ def _structure(value: Any, seen: dict[int, int]) -> Any:
     Args:
         value: The module, or a part of it.
         seen: Numbers of the tensors so far, by their ids: a shared tensor is another structure than two equal ones.
-
-    Raises:
     """
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
         return value
