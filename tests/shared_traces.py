@@ -49,7 +49,7 @@ def shared_traces() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trio_edge.export.tracing.trace", trace_once)
-        patch.setattr(ONNXRegistry, "from_torchlib", _registry)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_registry))
         yield
 
 
