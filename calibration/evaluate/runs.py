@@ -26,7 +26,7 @@ from trio_edge.calibration.json_lines import (
 from trio_edge.runtime.backends.registry import make_backend, with_accuracy
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
-from trio_edge.runtime.bundle.reader import Bundle, open_bundle
+from trio_edge.runtime.bundle.reader import Bundle, open_bundle, sha256_of
 from trio_edge.trio.methods import stage_method
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def _run(bundle: Bundle, label: str, selection: str, *, is_reference: bool) -> R
         label=label,
         method=method_of(manifest, selection),
         bundle=str(bundle.folder),
-        bundle_sha256=hashlib.sha256(bundle.path(MANIFEST_NAME).read_bytes()).hexdigest(),
+        bundle_sha256=sha256_of(bundle.folder / MANIFEST_NAME),
         selection=selection,
         dtype=manifest.dtype,
         is_reference=is_reference,

@@ -1,7 +1,7 @@
 """The demo task: images of coloured shapes and digits with questions that have one certain answer.
 
-`held_out` yields samples for measuring accuracy, the same ones on every run. Its images have seeds from `HELD_OUT_OFFSET` on;
-training uses smaller ones. `scene` draws the images, `questions` asks the questions.
+``held_out`` yields samples for measuring accuracy, the same ones on every run. Its images have seeds from ``HELD_OUT_OFFSET`` on;
+training uses smaller ones. ``scene`` draws the images, ``questions`` asks the questions.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ class ShapeSample:
     images: tuple[Image.Image, ...]
     """RGB, in the order of the prompt; samples that share an image share the object."""
     question: str
-    """Words separated by blanks, ending in ` ?`."""
+    """Words separated by blanks, the last one ``?``."""
     answer: str
-    """One word of `VOCABULARY`."""
+    """One word of ``VOCABULARY``."""
     kind: str
     sample_id: str
-    """`<scene seed>-<kind>`, unique within a stream."""
+    """``<scene seed>-<kind>``, unique within a stream."""
     answer_image: int | None = None
     """Index of the image that has the answer, if one of several has it."""
 
 
 def held_out(count: int, *, seed: int = 0) -> Iterator[ShapeSample]:
-    """Yields `count` samples with about two questions per image; each kind occurs equally often, give or take one.
+    """Yield ``count`` samples with about two questions per image; each kind occurs equally often, give or take one.
 
     Streams of different seeds share no image.
     """
@@ -57,7 +57,7 @@ def held_out(count: int, *, seed: int = 0) -> Iterator[ShapeSample]:
 
 
 def samples_of(scene: Scene, kinds: list[str]) -> list[ShapeSample]:
-    """Returns one sample of each kind that the scene allows, in the order of `kinds`."""
+    """Return one sample of each kind that the scene allows, in the order of ``kinds``."""
     rng = random.Random(f"held out {scene.seed}")
     image = render(scene)
     samples = []

@@ -32,7 +32,6 @@ TILE, PATCH = 48, 8
 SIDE = TILE // PATCH
 PINPOINTS = [[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]]
 NAMES = (*SHAPES, *DIGITS)
-LABELS = ("name", "color", "size", "place", "center", "thing")
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,10 @@ MEMORY = bundle_profile("bundle", 1.0).memory
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (with_graph(one("vision", 62.0)), "vision takes 62% of the first token: export a smaller --image-size"),
+        (
+            with_graph(one("vision", 62.0)),
+            "vision takes 62% of the first token: export a smaller --image-size",
+        ),
         (
             with_graph(one("select", 15.0)),
             "selections take 15% of the first token: export fewer stages (--schedule)",
