@@ -6,12 +6,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import msgspec
 
-from trio_edge.export.families.base import (
-    FamilyModel,
-    VisionGraph,
-    refuse_encoder_keep,
-    refuse_features,
-)
+from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_encoder_keep, refuse_features
 from trio_edge.export.families.config_files import read_image_processor
 from trio_edge.export.families.decoder import family_model, read_config
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention

@@ -9,12 +9,7 @@ import msgspec
 import numpy as np
 
 from trio_edge.export.checkpoints.checkpoint import read_json
-from trio_edge.export.families.base import (
-    FamilyModel,
-    VisionGraph,
-    refuse_encoder_keep,
-    refuse_features,
-)
+from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_encoder_keep, refuse_features
 from trio_edge.export.families.decoder import family_model, read_config
 from trio_edge.export.families.llava import TEXT_TYPES, feature_layers_of, read_llava_images
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention

@@ -9,12 +9,7 @@ import torch
 
 from trio_edge.export.checkpoints.checkpoint import read_json
 from trio_edge.export.checkpoints.text_files import load_tokenizer
-from trio_edge.export.families.base import (
-    FamilyModel,
-    VisionGraph,
-    refuse_encoder_keep,
-    refuse_features,
-)
+from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_encoder_keep, refuse_features
 from trio_edge.export.families.config_files import read_image_processor
 from trio_edge.export.families.decoder import family_model, read_config
 from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
