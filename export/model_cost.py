@@ -1,4 +1,4 @@
-"""A bundle's cost, written into its manifest: FLOPs and KV bytes with and without its schedule."""
+"""The cost of a bundle's prefill for its manifest: FLOPs and KV bytes with and without token reduction."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 COST_TEXT_TOKENS = 40
-"""Text tokens of the prompt that costs are given for: LLaVA's system prompt and a short question."""
+"""Text tokens of the prompt that the cost is given for: LLaVA's system prompt and a short question."""
 
 
 def cost_of(
@@ -45,19 +45,19 @@ def cost_of(
         tower: Sizes of the vision tower.
         dimensions: Sizes of the decoder.
         schedule: Its stages.
-        vision_sizes: Sizes of each image.
+        vision_sizes: Sizes of the vision graph's axes for each image.
         picture_tokens: Visual tokens of each image before any reduction.
         num_images: Number of images.
-        num_visual_sizes: Number of different N of the prefix.
-        token_method: Selection before the decoder, if there is one.
-        token_keep: Tokens of each image that it passes on.
-        graphs: Graphs of the bundle; the ``reduce`` graph's inputs tell its widths.
+        num_visual_sizes: Number of different N of the prefix graph.
+        token_method: Selector before the decoder, or None.
+        token_keep: Tokens of each image that it keeps.
+        graphs: Graphs of the bundle; the ``reduce`` graph's inputs give the widths of its rows.
         kv_dtype: Type of the KV caches.
-        clip_text_flops: FLOPs of CLIP's text tower for this text, if there is one.
+        clip_text_flops: FLOPs of CLIP's text tower for this text, or None.
     """
     num_visual = num_images * vision_sizes["N"]
     cached = ELEMENT_BYTES[kv_dtype]
-    # Without reduction no tokens are merged in the encoder either.
+    # The full cost has no merging in the encoder either.
     unmerged = msgspec.structs.replace(tower, merged_weights=0)
     whole = count_prefill(
         dimensions,

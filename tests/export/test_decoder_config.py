@@ -150,7 +150,7 @@ def test_window_counts_the_rows_that_a_schedule_leaves_in_front_of_its_layer(lay
         check_positions(config, **sizes, schedule=schedule)
         schedule = Schedule(stages=(Stage(layer=layer, keep=71),))
     got = "101 = 71 visual" if fits else "530 = 500 visual"
-    with pytest.raises(ScheduleError, match=rf"sliding window\), got {got} .* in front of layer 3"):
+    with pytest.raises(ScheduleError, match=rf"sliding window\), got {got} .* before layer 3"):
         check_positions(config, **sizes, schedule=schedule)
 
 
