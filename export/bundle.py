@@ -22,7 +22,7 @@ from trio_edge.export.checkpoints.weights import bytes_to_write, store_constants
 from trio_edge.export.families.decoder_config import max_positions
 from trio_edge.export.graphs.assembly.onnx_graph import attach_weights, save
 from trio_edge.export.graphs.assembly.pieces import join, with_pieces
-from trio_edge.export.model_cost import COST_TEXT_TOKENS, cost_of
+from trio_edge.export.model_cost import cost_of
 from trio_edge.export.options import Progress
 from trio_edge.export.plan import build, read, resolve, without_values
 from trio_edge.export.quantize.assign import (
@@ -43,7 +43,6 @@ from trio_edge.runtime.bundle.files import atomic_folder
 from trio_edge.runtime.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
-    Cost,
     FileEntry,
     GraphSpec,
     ImageSize,
@@ -276,7 +275,7 @@ def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, fo
         graphs=written.graphs,
         files=_file_entries(folder, known=written.sha256),
         model_bytes=_model_bytes(plan.source.checkpoint, resolved.dtype),
-        cost=_cost(plan, written.graphs),
+        cost=cost_of(plan, written.graphs),
         vision=plan.model.vision_dimensions,
         clip_text=None if clip is None else clip.spec,
         num_deepstack=model.num_deepstack,
@@ -353,24 +352,6 @@ def _image_sizes(plan: ExportPlan) -> tuple[ImageSize, ...]:
         rows = next(size for size in sizes if size >= num_visual)
         result.append(ImageSize(width=width, height=height, num_visual=num_visual, rows=rows))
     return tuple(result)
-
-
-def _cost(plan: ExportPlan, graphs: Sequence[GraphSpec]) -> Cost:
-    options, resolved, clip = plan.options, plan.resolved, plan.source.clip
-    return cost_of(
-        plan.model.vision_dimensions,
-        plan.dimensions,
-        plan.layout.schedule,
-        vision_sizes=resolved.images.largest,
-        picture_tokens=resolved.image_tokens,
-        num_images=resolved.images.num_images,
-        num_visual_sizes=len(plan.layout.visual_sizes),
-        token_method=options.token_method,
-        token_keep=resolved.token_keep,
-        graphs=graphs,
-        kv_dtype="int8" if options.quantize.has_cache else resolved.dtype,
-        clip_text_flops=None if clip is None else clip.flops(COST_TEXT_TOKENS),
-    )
 
 
 def _file_entries(folder: Path, *, known: Mapping[str, str]) -> tuple[FileEntry, ...]:

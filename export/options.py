@@ -76,18 +76,15 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.target is not None:
             find_device(self.target)
-        if not 1 <= self.max_images <= MOST_IMAGES:
-            raise ScheduleError(
-                f"--max-images: expected 1..{MOST_IMAGES}, got {self.max_images}; choose a number in this range"
-            )
-        if self.max_frames is not None and not 2 <= self.max_frames <= 2 * MOST_IMAGES:
-            raise ScheduleError(
-                f"--max-frames: expected 2..{2 * MOST_IMAGES}, got {self.max_frames}; choose a number in this range"
-            )
-        for name, value, low in (("max-text", self.max_text, 8), ("max-new-tokens", self.max_new_tokens, 1)):
-            if not low <= value <= MOST_TOKENS:
+        for name, value, low, high in (
+            ("max-images", self.max_images, 1, MOST_IMAGES),
+            ("max-frames", self.max_frames, 2, 2 * MOST_IMAGES),
+            ("max-text", self.max_text, 8, MOST_TOKENS),
+            ("max-new-tokens", self.max_new_tokens, 1, MOST_TOKENS),
+        ):
+            if value is not None and not low <= value <= high:
                 raise ScheduleError(
-                    f"--{name}: expected {low}..{MOST_TOKENS}, got {value}; choose a number in this range"
+                    f"--{name}: expected {low}..{high}, got {value}; choose a number in this range"
                 )
         if self.opset not in (18, 19):
             raise ScheduleError(f"--opset: expected 18 or 19, got {self.opset}; choose one of these")

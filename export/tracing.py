@@ -108,9 +108,16 @@ class _Tracer:
         """Traces of the two halves of a probe; stages differ only in their weights."""
 
     def spec(
-        self, name: str, role: Role, tensors: GraphTensors, profiles: tuple[Profile, ...], **layers: int
+        self,
+        name: str,
+        role: Role,
+        tensors: GraphTensors,
+        profiles: tuple[Profile, ...],
+        *,
+        first_layer: int | None = None,
+        num_layers: int = 0,
     ) -> GraphSpec:
-        """Return the description of a graph; ``layers`` are ``first_layer`` and ``num_layers``."""
+        """Return the description of a graph."""
         inputs, outputs = tensors
         return GraphSpec(
             name=name,
@@ -120,7 +127,8 @@ class _Tracer:
             outputs=outputs,
             weight_bytes=0,  # known when the graph is written
             profiles=profiles,
-            **layers,
+            first_layer=first_layer,
+            num_layers=num_layers,
         )
 
     def rotary(self) -> RotaryTables:
@@ -443,18 +451,22 @@ def _probe_halves(tracer: _Tracer, stage: int, probe: ProxySaliency) -> _Pieces:
     constants: dict[str, NDArray[Any]] = {"rotary.inv_freq": tracer.model.inv_freq}
     if probe.form != "direct":
         constants["saliency.key_value_gram"] = _gram(tracer.checkpoint, layer)
-    name, profiles = f"probe_{stage + 1}", (layout.probe_profiles(stage), layout.saliency_profiles(stage))
-    forward = tracer.spec(name, "probe", probe_tensors(**options), profiles[0], first_layer=layer)
-    backward = tracer.spec(name, "probe", saliency_tensors(**options), profiles[1], first_layer=layer)
+    specs = [
+        tracer.spec(f"probe_{stage + 1}", "probe", tensors, profiles, first_layer=layer)
+        for tensors, profiles in (
+            (probe_tensors(**options), layout.probe_profiles(stage, "probe")),
+            (saliency_tensors(**options), layout.probe_profiles(stage, "saliency")),
+        )
+    ]
     modules = Probe(probe, tracer.rotary()), Saliency(probe, tracer.rotary())
     if probe.form not in tracer.probes:
         tracer.probes[probe.form] = [
-            tracer.graph(modules[0], forward, constants=constants).model,
-            tracer.graph(modules[1], backward, num_named=7, constants=constants).model,
+            tracer.graph(modules[0], specs[0], constants=constants).model,
+            tracer.graph(modules[1], specs[1], num_named=7, constants=constants).model,
         ]
     halves = [
         tracer.described(model.clone(), module, spec, constants=constants)
-        for model, module, spec in zip(tracer.probes[probe.form], modules, (forward, backward))
+        for model, module, spec in zip(tracer.probes[probe.form], modules, specs)
     ]
     return {"probe": halves[0], "saliency": halves[1]}
 

@@ -288,9 +288,7 @@ class ProxySaliency(nn.Module):
         normed_ND = (scaled_ND * self.layer.input_layernorm.weight.to(dtype)).to(weight_dtype)
         D, width = hidden_SD.shape[1], self.layer.mlp.up_proj.weight.shape[0]
         middle_RD, gate_RI, up_RI, query_RF, attended_RF = torch.split(
-            state.rows_RX,
-            [D, width, width, self.num_heads * self.head_size, self.num_heads * D],
-            dim=-1,
+            state.rows_RX, [D, width, width, self.num_heads * self.head_size, self.num_heads * D], dim=-1
         )
         query_GME = self._by_kv_head(_unflatten(query_RF, -1, (self.num_heads, self.head_size)))
         attended_PD = _unflatten(attended_RF, -1, (self.num_heads, D)).transpose(0, 1).flatten(0, 1)

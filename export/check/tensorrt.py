@@ -289,9 +289,8 @@ def _never(_node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
 
 
 def _constant(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index in limit.inputs:
-        value = _input(node, index)
-        if value is not None and not _is_constant(value):
+    for index, value in _inputs(node, limit):
+        if not _is_constant(value):
             yield f"a constant as {_input_name(node, index)}", f"the computed {value.name!r}"
 
 
@@ -306,8 +305,8 @@ def _fixed_steps(node: ir.Node, _limit: _Limit) -> Iterator[tuple[str, str]]:
 
 
 def _constant_at_most(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index in limit.inputs:
-        largest = max((int(number) for number in _numbers(_input(node, index))), default=0)
+    for index, value in _inputs(node, limit):
+        largest = max((int(number) for number in _numbers(value)), default=0)
         if largest > limit.value:
             yield f"{_input_name(node, index)} <= {limit.value}", str(largest)
 
@@ -331,10 +330,8 @@ def _attribute_all_ones(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str
 
 
 def _absent_inputs(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index in limit.inputs:
-        value = _input(node, index)
-        if value is not None:
-            yield f"no {_input_name(node, index)}", repr(value.name)
+    for index, value in _inputs(node, limit):
+        yield f"no {_input_name(node, index)}", repr(value.name)
 
 
 def _max_outputs(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
@@ -344,31 +341,25 @@ def _max_outputs(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
 
 
 def _rank(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index in limit.inputs:
-        value = _input(node, index)
-        if value is not None and value.shape is not None and len(value.shape) not in limit.allowed:
+    for index, value in _inputs(node, limit):
+        if value.shape is not None and len(value.shape) not in limit.allowed:
             yield f"{_names(limit.allowed)} axes of {_input_name(node, index)}", str(len(value.shape))
 
 
 def _input_type(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index in limit.inputs:
-        value = _input(node, index)
-        if value is not None and (value.dtype is None or value.dtype.name not in limit.allowed):
+    for index, value in _inputs(node, limit):
+        if value.dtype is None or value.dtype.name not in limit.allowed:
             yield f"{_names(limit.allowed)} for {_input_name(node, index)}", _type_name(value)
 
 
 def _static_shape(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index in limit.inputs:
-        value = _input(node, index)
-        if value is not None and (value.shape is None or not value.shape.is_static()):
+    for index, value in _inputs(node, limit):
+        if value.shape is None or not value.shape.is_static():
             yield f"fixed sizes of {_input_name(node, index)}", str(value.shape)
 
 
 def _zero(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index in limit.inputs:
-        value = _input(node, index)
-        if value is None:
-            continue
+    for index, value in _inputs(node, limit):
         numbers = _numbers(value)
         if not numbers:
             yield f"a small constant or no {_input_name(node, index)}", repr(value.name)
@@ -414,6 +405,13 @@ def _nodes(model: ir.Model) -> Iterator[ir.Node]:
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _inputs(node: ir.Node, limit: _Limit) -> Iterator[tuple[int, ir.Value]]:
+    """Yield those of the limit's inputs that ``node`` has."""
+    for index in limit.inputs:
+        if (value := _input(node, index)) is not None:
+            yield index, value
 
 
 def _is_constant(value: ir.Value) -> bool:

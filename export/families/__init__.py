@@ -25,9 +25,7 @@ __all__ = ["FAMILIES", "check_architecture", "family_of"]
 FAMILIES: tuple[Family, ...] = (
     # one CLIP crop per image
     Llava(
-        model_type="llava",
-        architecture="LlavaForConditionalGeneration",
-        image_processor="CLIPImageProcessor",
+        model_type="llava", architecture="LlavaForConditionalGeneration", image_processor="CLIPImageProcessor"
     ),
     # a base tile and a grid of CLIP tiles with newline tokens
     Llava(

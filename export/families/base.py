@@ -88,12 +88,7 @@ class Family(Protocol):
         """Return the Jinja template for a checkpoint without one."""
 
     def build(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        processing: ImageProcessing,
-        dtype: FloatType,
-        with_features: bool,
+        self, checkpoint: Checkpoint, *, processing: ImageProcessing, dtype: FloatType, with_features: bool
     ) -> FamilyModel:
         """Return the model's modules; called under FakeTensorMode with ``dtype`` as torch's default.
 

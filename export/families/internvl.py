@@ -47,12 +47,7 @@ class InternVl:
         return INTERNVL_TEMPLATE
 
     def build(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        processing: ImageProcessing,
-        dtype: FloatType,
-        with_features: bool,
+        self, checkpoint: Checkpoint, *, processing: ImageProcessing, dtype: FloatType, with_features: bool
     ) -> FamilyModel:
         """Return the model's modules; see ``Family``."""
         refuse_features(self.model_type, with_features=with_features)

@@ -56,12 +56,7 @@ class Llava:
         return self.mistral_template if text_type == "mistral" else VICUNA_TEMPLATE
 
     def build(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        processing: ImageProcessing,
-        dtype: FloatType,
-        with_features: bool,
+        self, checkpoint: Checkpoint, *, processing: ImageProcessing, dtype: FloatType, with_features: bool
     ) -> FamilyModel:
         """Return the model's modules; see ``Family``."""
         import transformers

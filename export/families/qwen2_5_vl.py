@@ -57,12 +57,7 @@ class Qwen25Vl:
         return QWEN2_5_VL_TEMPLATE
 
     def build(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        processing: ImageProcessing,
-        dtype: FloatType,
-        with_features: bool,
+        self, checkpoint: Checkpoint, *, processing: ImageProcessing, dtype: FloatType, with_features: bool
     ) -> FamilyModel:
         """Return the model's modules; see ``Family``."""
         refuse_features(self.model_type, with_features=with_features)

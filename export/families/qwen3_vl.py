@@ -55,12 +55,7 @@ class Qwen3Vl:
         return QWEN3_VL_TEMPLATE
 
     def build(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        processing: ImageProcessing,
-        dtype: FloatType,
-        with_features: bool,
+        self, checkpoint: Checkpoint, *, processing: ImageProcessing, dtype: FloatType, with_features: bool
     ) -> FamilyModel:
         """Return the model's modules; see ``Family``."""
         refuse_features(self.model_type, with_features=with_features)

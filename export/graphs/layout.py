@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from trio_edge.runtime.bundle.manifest import Profile
 
@@ -141,15 +141,9 @@ class Layout:
             for whole in ((rows,) if stage == 0 else self.visual_sizes)
         )
 
-    def probe_profiles(self, stage: int) -> tuple[Profile, ...]:
-        """Return the profiles of the forward half of a stage's probe."""
-        return self._probe_profiles(stage, "probe", "P")
-
-    def saliency_profiles(self, stage: int) -> tuple[Profile, ...]:
-        """Return the profiles of the backward half of a stage's probe."""
-        return self._probe_profiles(stage, "saliency", "G")
-
-    def _probe_profiles(self, stage: int, half: str, letter: str) -> tuple[Profile, ...]:
+    def probe_profiles(self, stage: int, half: Literal["probe", "saliency"]) -> tuple[Profile, ...]:
+        """Return the profiles of a half of a stage's probe; the symbols of the backward half start with G."""
+        letter = "P" if half == "probe" else "G"
         return tuple(
             Profile(
                 name=name.replace("prefill", half),

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from trio_edge.export.quantize.graph import make_node, raise_opset
+from trio_edge.export.quantize.graph import add_constants, make_node, raise_opset
 from trio_edge.export.quantize.numerics import activation_scale
 from trio_edge.export.quantize.plan import OPSETS
 from trio_edge.runtime.bundle.errors import ScheduleError
@@ -62,12 +62,7 @@ def _with_cache(traced: TracedGraph, ranges: Sequence[CacheRange]) -> TracedGrap
         # without a zero point the output of QuantizeLinear is uint8
         added = {f"{_PAST}{part}.scale": scale, f"{_PAST}{part}.zero": np.array(0, np.int8)}
         constants |= added
-        inputs = [
-            ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(ir.DataType.from_numpy(value.dtype)))
-            for name, value in added.items()
-        ]
-        for value in inputs:
-            graph.initializers[str(value.name)] = value
+        inputs = add_constants(graph, added)
         _read_rounded(graph, past, inputs)
         _return_rounded(graph, f"{_PRESENT}{part}", inputs)
     graph.sort()  # new nodes come after the nodes that read them

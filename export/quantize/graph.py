@@ -180,14 +180,9 @@ def _quantized(
     kind, rounded = source.dtype, _IR_FROM_FORMAT[form.kind]
     scale = np.array(activation_scale(form.activation_max, kind=form.kind), kind.numpy())
     # without a zero point the output of QuantizeLinear is uint8
-    names = f"{source.name}.scale", f"{source.name}.zero"
-    inputs = [
-        ir.Value(name=names[0], shape=ir.Shape(()), type=ir.TensorType(kind)),
-        ir.Value(name=names[1], shape=ir.Shape(()), type=ir.TensorType(rounded)),
-    ]
-    constants |= {names[0]: scale, names[1]: np.zeros((), rounded.numpy())}
-    for value in inputs:
-        graph.initializers[str(value.name)] = value
+    added = {f"{source.name}.scale": scale, f"{source.name}.zero": np.zeros((), rounded.numpy())}
+    inputs = add_constants(graph, added)
+    constants |= added
     down = make_node(
         "QuantizeLinear", [source, *inputs], f"{source.name}.quantized", rounded, source.shape, {}
     )
@@ -196,6 +191,16 @@ def _quantized(
     )
     graph.extend([down, up])
     return up.outputs[0]
+
+
+def add_constants(graph: ir.Graph, constants: Mapping[str, NDArray[Any]]) -> list[ir.Value]:
+    """Add an initializer for each scalar in ``constants``, still without its value, and return them."""
+    values = [
+        ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(ir.DataType.from_numpy(value.dtype)))
+        for name, value in constants.items()
+    ]
+    graph.initializers.update({str(value.name): value for value in values})
+    return values
 
 
 def make_node(

@@ -172,10 +172,7 @@ def normed_rows(
 
 
 def rotated_keys(
-    layer: Any,
-    normed_SD: Float[Tensor, "S D"],
-    cos_SE: Float[Tensor, "S E"],
-    sin_SE: Float[Tensor, "S E"],
+    layer: Any, normed_SD: Float[Tensor, "S D"], cos_SE: Float[Tensor, "S E"], sin_SE: Float[Tensor, "S E"]
 ) -> Float[Tensor, "S G E"]:
     """Return the keys of all rows, rotated."""
     attention: Any = layer.self_attn

@@ -43,15 +43,11 @@ def given(value: Tensor | None, name: str) -> Tensor:
     return value
 
 
-def working_dtype(tensor: Tensor) -> torch.dtype:
-    """Return float64 for float64, else float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def masked(values: Tensor, usable: Tensor, *, fill: float = 0.0) -> Tensor:
     """Return ``values`` in the working type, with ``fill`` where ``usable`` (the leading axis) is False."""
     usable = usable.reshape(-1, *[1] * (values.ndim - 1))
-    return torch.where(usable, values.to(working_dtype(values)), fill)
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    return torch.where(usable, values.to(dtype), fill)
 
 
 def unit_rows(rows_XD: Float[Tensor, "X D"], usable_X: Bool[Tensor, "X"]) -> Float[Tensor, "X D"]:
@@ -78,19 +74,19 @@ def scaled_to_one(
 
 
 def selection_of(
-    chosen_N: Bool[Tensor, "N"],
-    scores_N: Float[Tensor, "N"],
-    real_N: Bool[Tensor, "N"],
-    *,
-    num_keep: int,
+    chosen_N: Bool[Tensor, "N"], scores_N: Float[Tensor, "N"], real_N: Bool[Tensor, "N"], *, num_keep: int
 ) -> Selection:
     """Return a selection of exactly ``num_keep`` tokens: the chosen ones, then the first other real ones, then padding.
 
     At most ``num_keep`` tokens may be chosen.
     """
     group_N = 2.0 - chosen_N.to(torch.float32) - real_N.to(torch.float32)
-    return Selection(
-        kept_K=ascending(indices_by_group(group_N, num_keep=num_keep)),
-        scores_N=torch.where(real_N, scores_N.to(torch.float32), -1.0),
-        unsettled=torch.zeros(1, dtype=torch.int32, device=chosen_N.device),
-    )
+    return exact_selection(ascending(indices_by_group(group_N, num_keep=num_keep)), scores_N, real_N)
+
+
+def exact_selection(
+    kept_K: Tensor, scores_N: Tensor, real_N: Tensor, weights_KN: Tensor | None = None
+) -> Selection:
+    """Return the selection of ``kept_K``, with scores of -1 at padding; it takes no rounds, so ``unsettled`` is 0."""
+    scores_N = torch.where(real_N, scores_N.to(torch.float32), -1.0)
+    return Selection(kept_K, scores_N, torch.zeros(1, dtype=torch.int32, device=real_N.device), weights_KN)

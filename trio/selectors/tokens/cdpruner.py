@@ -127,13 +127,9 @@ def _most_determinant(
         num_keep=num_keep,
         state=(diagonal_N, rows_KN),
         constants=(kernel_NN, diagonal_N.clone(), explained_N, step_K1),
-        gain=_variance_left,
+        gain=lambda state, fixed: torch.where(state[0] > 0, state[0], fixed[2]),
         update=_explain,
     )
-
-
-def _variance_left(state: State, constants: State) -> Tensor:
-    return torch.where(state[0] > 0, state[0], constants[2])
 
 
 def _explain(state: State, constants: State, best: Tensor, number: Tensor) -> State:

@@ -52,13 +52,9 @@ class DivPrune(nn.Module):
             num_keep=self.num_keep,
             state=(nearest_N,),
             constants=(distance_NN,),
-            gain=_distance,
+            gain=lambda state, _: state[0],
             update=_nearest_taken,
         )
-
-
-def _distance(state: State, _constants: State) -> Tensor:
-    return state[0]
 
 
 def _nearest_taken(state: State, constants: State, best: Tensor, number: Tensor) -> State:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trio_edge.trio.selectors.interface import Selection, TokenInputs, best_tokens, check_num_keep
-from trio_edge.trio.selectors.tokens.candidates import given, real_tokens, unit_rows
+from trio_edge.trio.selectors.tokens.candidates import exact_selection, given, real_tokens, unit_rows
 from trio_edge.trio.selectors.tokens.uniform import evenly_spaced, marks
 
 
@@ -47,11 +47,8 @@ class Evs(nn.Module):
         score_N = torch.where(
             is_later, change_N, marks(spaced_K, num_tokens=real_N.shape[0]).to(change_N.dtype)
         )
-        return Selection(
-            kept_K=best_tokens(score_N, inputs.num_visual, num_keep=self.num_keep),
-            scores_N=torch.where(real_N, score_N.to(torch.float32), -1.0),
-            unsettled=torch.zeros(1, dtype=torch.int32, device=real_N.device),
-        )
+        kept_K = best_tokens(score_N, inputs.num_visual, num_keep=self.num_keep)
+        return exact_selection(kept_K, score_N, real_N)
 
 
 def _change(inputs: TokenInputs, real_N: Tensor) -> Tensor:

@@ -36,7 +36,14 @@ from trio_edge.trio.selectors.interface import (
     comes_before,
     ranks,
 )
-from trio_edge.trio.selectors.tokens.candidates import given, masked, real_tokens, shown_tokens, unit_rows
+from trio_edge.trio.selectors.tokens.candidates import (
+    exact_selection,
+    given,
+    masked,
+    real_tokens,
+    shown_tokens,
+    unit_rows,
+)
 
 _ATTENTION = 1000.0
 _VARIETY = 0.09
@@ -80,11 +87,8 @@ class HoloV(nn.Module):
         # Newlines come after the image, padding after newlines.
         after_N = count * torch.where(real_N, 2.0, 3.0) + index_N.to(torch.float32)
         order_N = torch.where(shown_N, group_N + ranks(_coarse(score_N), shown_N), after_N)
-        return Selection(
-            kept_K=ascending(torch.topk(order_N, self.num_keep, largest=False).indices),
-            scores_N=torch.where(real_N, score_N.to(torch.float32), -1.0),
-            unsettled=torch.zeros(1, dtype=torch.int32, device=real_N.device),
-        )
+        kept_K = ascending(torch.topk(order_N, self.num_keep, largest=False).indices)
+        return exact_selection(kept_K, score_N, real_N)
 
 
 def _chunks(shown_N: Bool[Tensor, "N"], *, num_chunks: int) -> Float[Tensor, "N"]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep
-from trio_edge.trio.selectors.tokens.candidates import real_tokens
+from trio_edge.trio.selectors.tokens.candidates import exact_selection, real_tokens
 
 
 class Uniform(nn.Module):
@@ -32,11 +32,7 @@ class Uniform(nn.Module):
         """Return the selection; scores are 1 for the kept tokens and 0 for the others."""
         real_N = real_tokens(inputs, num_keep=self.num_keep)
         kept_K = evenly_spaced(inputs.num_visual, num_keep=self.num_keep)
-        return Selection(
-            kept_K=kept_K,
-            scores_N=torch.where(real_N, marks(kept_K, num_tokens=real_N.shape[0]), -1.0),
-            unsettled=torch.zeros(1, dtype=torch.int32, device=real_N.device),
-        )
+        return exact_selection(kept_K, marks(kept_K, num_tokens=real_N.shape[0]), real_N)
 
 
 def evenly_spaced(num_visual: Tensor, *, num_keep: int) -> Tensor:

@@ -35,7 +35,14 @@ from trio_edge.trio.selectors.interface import (
     indices_by_group,
     ranks,
 )
-from trio_edge.trio.selectors.tokens.candidates import given, masked, real_tokens, shown_tokens, unit_rows
+from trio_edge.trio.selectors.tokens.candidates import (
+    exact_selection,
+    given,
+    masked,
+    real_tokens,
+    shown_tokens,
+    unit_rows,
+)
 
 
 class VisionZip(nn.Module):
@@ -46,13 +53,7 @@ class VisionZip(nn.Module):
     needs_clip = False
     needs_previous = False
 
-    def __init__(
-        self,
-        *,
-        num_keep: int,
-        num_contextual: int | None = None,
-        merge: str = "sum",
-    ) -> None:
+    def __init__(self, *, num_keep: int, num_contextual: int | None = None, merge: str = "sum") -> None:
         """Fix the shape of the selection.
 
         Args:
@@ -101,12 +102,7 @@ class VisionZip(nn.Module):
             keys_NE = unit_rows(given(inputs.keys_NE, "keys_NE"), shown_N)
             merged_N = rest_N & ~target_N & merging
             weights_KN = self._weights(kept_K, keys_NE, merged_N)
-        return Selection(
-            kept_K=kept_K,
-            scores_N=torch.where(real_N, attention_N.to(torch.float32), -1.0),
-            unsettled=torch.zeros(1, dtype=torch.int32, device=real_N.device),
-            weights_KN=weights_KN,
-        )
+        return exact_selection(kept_K, attention_N, real_N, weights_KN)
 
     def _weights(
         self, kept_K: Int[Tensor, "K"], keys_NE: Float[Tensor, "N E"], merged_N: Bool[Tensor, "N"]
