@@ -171,7 +171,6 @@ class BundleContents:
     whole_files: bool
     """Whether the checkpoint's files may be copied as they are, including tensors that no graph uses."""
     num_bytes: int
-    """Bytes of all weights."""
     quantization: Quantization | None
 
 

@@ -30,9 +30,7 @@ class ExportOptions:
     model: str
     """Alias, Hub id or checkpoint folder."""
     out: Path
-    """Folder to create."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub."""
     dtype: Literal["auto", "float16", "float32"] = "auto"
     """Element type of weights and activations; "auto" is float32 for a float32 checkpoint, else float16."""
     image_sizes: tuple[tuple[int, int], ...] = ()
@@ -65,11 +63,9 @@ class ExportOptions:
     """CLIP model (folder or Hub id) in whose space ``token_method`` compares question and image; None for the decoder's
     embedding space."""
     quantize: QuantizePlan = field(default_factory=QuantizePlan)
-    """Weight format of each part."""
     opset: int = 18
     """ONNX opset, 18 or 19, the last one that TensorRT 10.3 reads; graphs with INT4 weights have 21."""
     force: bool = False
-    """Replace an existing bundle."""
     target: str | None = None
     """Device whose memory is checked; the bundle does not depend on it."""
 
@@ -131,7 +127,6 @@ class ScheduleInputs:
     """The numbers that a schedule depends on; the checkpoint gives them."""
 
     num_layers: int
-    """Decoder layers."""
     num_visual: int
     """Visual tokens of the largest exported images, after any reduction before the decoder."""
     image_tokens: int

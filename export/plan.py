@@ -64,7 +64,6 @@ class ImageProfiles:
     largest: Mapping[str, int]
     """Sizes of an image in the prompt with the most visual tokens; schedule and cost are made for this prompt."""
     num_images: int = 1
-    """Images in that prompt."""
     most_of_several: int = 0
     """Most visual tokens of an image in a prompt with several images."""
 
@@ -100,10 +99,8 @@ class ExportPlan:
     source: ExportSource
     resolved: ResolvedOptions
     model: FamilyModel
-    """The modules, without values."""
     dimensions: Dimensions
     selector: TokenSelector | None
-    """The selector before the decoder."""
     clip_graphs: ClipGraphs | None
     layout: Layout
 

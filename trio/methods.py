@@ -32,7 +32,6 @@ class StageMethod:
     name: str
     """Value of ``--method`` and of the manifest."""
     summary: str
-    """Phrase for ``--help``."""
     selector: str
     """Module under ``trio_edge.trio.selectors`` and class name of a ``StageSelector``."""
     positions: Positions
@@ -52,7 +51,6 @@ class StageMethod:
     repeats: Literal["queries and keys", "keys", "nothing"] = "queries and keys"
     """Layer weights that each stage's graph holds a second time; ``cost.memory`` counts those of a probe."""
     flops: Callable[[Dimensions, Schedule, StageSizes], float]
-    """FLOPs of one stage."""
     work: Callable[[Dimensions, Schedule, StageSizes], Work] | None = None
     """Products of one stage; None if only the FLOPs are known."""
 
@@ -68,7 +66,6 @@ class TokenMethod:
     name: str
     """Value of ``--token-method`` and of the manifest."""
     summary: str
-    """Phrase for ``--help``."""
     selector: str
     """Module under ``trio_edge.trio.selectors`` and class name of a ``TokenSelector``."""
     takes_clip: bool = False

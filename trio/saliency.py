@@ -185,8 +185,8 @@ class ProxySaliency(nn.Module):
         """Return the saliency of each visual token, and -1 at padding.
 
         Gradients flow through keys and values only, which is complete as long as all probe rows come after the visual
-        tokens. If the text after them is too short for that, the first row after them replaces each probe row that is
-        not, and its loss counts as often.
+        tokens. If the text there is too short, the first row after the visual tokens replaces every earlier probe row,
+        and its loss counts as often.
 
         Args:
             hidden_SD: Hidden states that enter the layer, right-padded.

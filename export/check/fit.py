@@ -63,7 +63,6 @@ SMALL_TEXT = 64
 USUAL_KEEP = "11.1%"
 """Average keep of the remedy with fewer visual tokens."""
 SMALL_IMAGE = (336, 336)
-"""Width and height of the remedy with a smaller image."""
 _INT4 = "all=int4"
 
 
@@ -93,11 +92,9 @@ class FitInputs:
     """Largest prompt in text tokens."""
     max_new_tokens: int
     quantize: QuantizePlan = field(default_factory=QuantizePlan)
-    """Formats of the weights."""
     small_image: FitImage | None = None
     """An image of ``SMALL_IMAGE``, if that is smaller than ``image``."""
     token_selection: TokenSelection | None = None
-    """The selection before the decoder."""
     texts: Texts | None = None
     """Texts of CLIP's text tower, if there is one."""
 
@@ -118,7 +115,6 @@ class Fit:
     """Bytes needed in memory at once, and bytes that a device has."""
 
     parts: dict[str, int]
-    """Bytes per category."""
     usable_bytes: int
 
     @property
@@ -255,7 +251,7 @@ def _with_int4(inputs: FitInputs) -> FitInputs | None:
 
 def _with_keep(inputs: FitInputs) -> FitInputs | None:
     try:
-        wished = combined_schedule(
+        wanted = combined_schedule(
             DEFAULT_METHOD,
             parse_keep(USUAL_KEEP),
             num_layers=inputs.decoder.num_layers,
@@ -264,7 +260,7 @@ def _with_keep(inputs: FitInputs) -> FitInputs | None:
         )
     except ScheduleError:
         return None  # the model has too few layers or tokens
-    changed = dataclasses.replace(inputs, schedule=wished)
+    changed = dataclasses.replace(inputs, schedule=wanted)
     return changed if _kv_bytes(changed) < _kv_bytes(inputs) else None
 
 

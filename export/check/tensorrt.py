@@ -38,7 +38,6 @@ class Finding:
     operator: str
     """ONNX operator; empty if the finding is not about a node."""
     expected: str
-    """The release's rule."""
     got: str
     remedy: str
     source: tuple[str, ...]
@@ -106,7 +105,6 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     about: str
     notes: tuple[str, ...]
-    """Notes on sources that disagree."""
     sources: dict[str, str]
     type_sets: dict[str, tuple[str, ...]]
     releases: dict[str, _Release]

@@ -33,7 +33,6 @@ class Alias:
     repository: str | None
     """Hub id; None for the packaged model."""
     family: str
-    """Name of the model family, for ``--list``."""
 
 
 ALIASES = {
@@ -68,7 +67,6 @@ ALIASES = {
 }
 TINY_FOLDER = Path(__file__).parents[1] / "tiny"
 EMBEDDING_NAME = "language_model.embed_tokens.weight"
-"""Canonical name of the token embeddings."""
 HEAD_NAME = "lm_head.weight"
 """Canonical name of the head; checkpoints with tied embeddings leave it out."""
 
@@ -97,7 +95,6 @@ class Checkpoint:
 
     folder: Path
     name: str
-    """The model as the user named it."""
     revision: str | None
     """Commit of a Hub repository; None for a local folder."""
     config: dict[str, Any]

@@ -91,36 +91,20 @@ def _explained(error: Exception, repository: str, *, revision: str | None) -> Ch
         RevisionNotFoundError,
     )
 
-    if isinstance(error, HFValidationError):
-        return CheckpointError(
-            f"{repository}: expected a Hub id (owner/name), got a malformed one; check the spelling"
-        )
-    if isinstance(error, GatedRepoError):
-        return CheckpointError(
-            f"{repository}: expected access to this gated repository, got none; accept its terms on"
-            f" https://huggingface.co/{repository}, then 'hf auth login' or set HF_TOKEN"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return CheckpointError(
-            f"{repository}: expected a Hub repository or a local folder, got neither (or a private one);"
-            " check the spelling, or 'hf auth login' or set HF_TOKEN"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return CheckpointError(
-            f"--revision: expected a branch, tag or commit of {repository}, got {revision!r}; check the spelling"
-        )
-    if isinstance(error, LocalEntryNotFoundError):
-        at = "" if revision is None else f" at revision {revision!r}"
-        return CheckpointError(
-            f"{repository}: expected the Hub or a complete cached copy{at}, got no connection and none in the cache;"
-            " download it first or name a local folder"
-        )
-    if isinstance(error, HfHubHTTPError):
-        return CheckpointError(
-            f"{repository}: expected a download, got '{first_line(error)}' from the Hub; try again later"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError(
-            f"{repository}: expected room in the Hub's cache, got a full disk; free some space or set HF_HOME to another disk"
-        )
-    return CheckpointError(f"{repository}: expected a download, got '{first_line(error)}'; try again")
+    at = "" if revision is None else f" at revision {revision!r}"
+    reasons: dict[type[Exception], str] = {  # a subclass comes before its base
+        HFValidationError: "expected a Hub id (owner/name), got a malformed one; check the spelling",
+        GatedRepoError: "expected access to this gated repository, got none; accept its terms on"
+        f" https://huggingface.co/{repository}, then 'hf auth login' or set HF_TOKEN",
+        RepositoryNotFoundError: "expected a Hub repository or a local folder, got neither (or a private one); check the"
+        " spelling, or 'hf auth login' or set HF_TOKEN",
+        RevisionNotFoundError: f"expected a branch, tag or commit for --revision, got {revision!r}; check the spelling",
+        LocalEntryNotFoundError: f"expected the Hub or a complete cached copy{at}, got no connection and none in the cache;"
+        " download it first or name a local folder",
+        HfHubHTTPError: f"expected a download, got '{first_line(error)}' from the Hub; try again later",
+    }
+    reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), None)
+    if reason is None and isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = "expected room in the Hub's cache, got a full disk; free some space or set HF_HOME to another disk"
+    reason = reason or f"expected a download, got '{first_line(error)}'; try again"
+    return CheckpointError(f"{repository}: {reason}")

@@ -50,7 +50,6 @@ class FamilyModel:
     """The Hugging Face model; its parameters' canonical names are those of the checkpoint's tensors."""
     vision: VisionGraph
     vision_dimensions: VisionDimensions
-    """Sizes of the vision tower and its projector."""
     layers: tuple[nn.Module, ...]
     final_norm: nn.Module
     lm_head: nn.Module
@@ -59,7 +58,6 @@ class FamilyModel:
     attention_scaling: float
     """Factor on the rotary tables (1 without RoPE scaling)."""
     text_config: Any
-    """transformers' configuration of the decoder."""
     num_deepstack: int = 0
     """Number of DeepStack planes; plane i is added after decoder layer i."""
 

@@ -43,7 +43,6 @@ class Clip:
 
     checkpoint: Checkpoint
     config: Any
-    """transformers' CLIPConfig."""
     spec: ClipTextSpec
     tokenizer: str
     """The text of its ``tokenizer.json``."""

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from trio_edge.runtime.images.interface import ImageProcessing
 
 TEXT_TYPES = ("llama", "mistral", "qwen2")
-"""Decoders of LLaVA models."""
 
 
 @final
@@ -43,7 +42,6 @@ class Llava:
 
     model_type: str
     architecture: str
-    """Hugging Face's class of the model."""
     image_processor: str
     """Hugging Face's class of the image processor, if the checkpoint's file names none."""
     mistral_template: str = VICUNA_TEMPLATE
@@ -127,18 +125,19 @@ def _vision_graph(
     module, more_outputs = _vision_module(
         inner, feature_layers, keep=processing.encoder_keep, dtype=dtype, with_features=with_features
     )
+    layers = module.layers if isinstance(module, ReducedVision) else module.features.layers
     graph = VisionGraph(
         module=module,
         inputs=tile_inputs(processing.tile_size),
         outputs=(visual_tokens(inner.language_model.config.hidden_size, dtype=dtype), *more_outputs),
-        linear_groups=clip_groups(module.tower_layers(), inner.multi_modal_projector),
+        linear_groups=clip_groups(layers, inner.multi_modal_projector),
         constants={
             name: np.arange(processing.patches_per_tile + 1, dtype=np.int64)[None]
             for name, _ in module.named_buffers()
             if name.endswith("position_ids")
         },
     )
-    return graph, len(module.tower_layers())
+    return graph, len(layers)
 
 
 def _vision_module(

@@ -54,7 +54,6 @@ class Layout:
     follow_ups: bool = False
     """Whether the first range can run a question after the kept rows of an earlier one."""
     max_images: int = 1
-    """Images of a prompt."""
     most_of_several: int = 0
     """Most visual tokens of an image in a prompt with several images."""
 

@@ -43,7 +43,6 @@ class StoredForm:
     """One tensor, and the form in which it is stored."""
 
     name: str
-    """Canonical name in the checkpoint."""
     kind: Format
     block: int | None = None
     smoothing: Smoothing | None = None

@@ -71,7 +71,9 @@ def test_growing_rope_differs_behind_the_limit_and_is_refused_there(name: str) -
     positions = torch.arange(limit + 1)[None]
     assert (tables(positions)[0] - rotary(torch.zeros(1), positions)[0]).abs().max() > 1e-3
     check_positions(config, num_visual=limit - 30, max_text=20, max_new_tokens=10)
-    with pytest.raises(ScheduleError, match=f"at most {limit} positions .beyond it RoPE type '{name}' depends on the length"):
+    with pytest.raises(
+        ScheduleError, match=f"at most {limit} positions .beyond it RoPE type '{name}' depends on the length"
+    ):
         check_positions(config, num_visual=limit - 29, max_text=20, max_new_tokens=10)
 
 

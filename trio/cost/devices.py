@@ -49,7 +49,6 @@ class DeviceSpec:
     tensorrt: tuple[str, ...]
     """Releases of its JetPacks; empty if any release can be installed."""
     sources: dict[str, Source]
-    """Source of each field."""
 
     @property
     def usable_bytes(self) -> int:
@@ -245,7 +244,6 @@ _ALL = (
     ),
 )
 DEVICES: dict[str, DeviceSpec] = {device.name: device for device in _ALL}
-"""Known devices by name."""
 
 
 def find_device(name: str, *, option: str = "--target") -> DeviceSpec:

@@ -31,7 +31,6 @@ class CountedPrefill:
     """The decoder's cost of one prefill under a schedule."""
 
     decoder_flops: float
-    """FLOPs of decoder layers and head."""
     select_flops: float
     """FLOPs of all stages' selections."""
     kv_bytes: int

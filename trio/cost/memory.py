@@ -38,7 +38,6 @@ class Tiles(NamedTuple):
 
     num_tiles: int
     patches: int
-    """Patches of each tile."""
     hidden_size: int
     intermediate_size: int
     head_blocks: int = 1

@@ -67,10 +67,6 @@ class ClipVision(nn.Module):
         self.projector = projector
         self.newline = newline
 
-    def tower_layers(self) -> nn.ModuleList:
-        """Return the vision layers that run."""
-        return self.features.layers
-
     def forward(self, pixel_values: Tensor, token_index: Tensor) -> Tensor:
         """Return the visual tokens [N, D]."""
         rows_RD = self.projector(self.features(pixel_values)).flatten(0, 1)
@@ -119,10 +115,6 @@ class VisionWithFeatures(nn.Module):
         self.newline = newline
         self.observed = observed
 
-    def tower_layers(self) -> nn.ModuleList:
-        """Return the vision layers that run."""
-        return self.features.layers
-
     def forward(self, pixel_values: Tensor, token_index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return visual tokens [N, D], features [N, F], keys [N, E] and class attention [N]."""
         seen: list[Tensor] = []
@@ -167,10 +159,6 @@ class ReducedVision(nn.Module):
         self.layers = nn.ModuleList(core.encoder.layers[: max(*self.states, self.global_layer + 1)])
         self.projector = projector
         self.num_keep = num_keep
-
-    def tower_layers(self) -> nn.ModuleList:
-        """Return the vision layers that run."""
-        return self.layers
 
     def forward(self, pixel_values: Tensor, token_index: Tensor) -> tuple[Tensor, Tensor]:
         """Return the visual tokens [N, D] and the kept patches [B, T]."""

@@ -140,9 +140,7 @@ class _Cosines(NamedTuple):
     """Negated cosines of the text with each token."""
 
     words_MLN: Tensor
-    """Of each word."""
     whole_MN: Tensor
-    """Of each text as a whole."""
     is_word_ML: Tensor
     is_real_M: Tensor
 
