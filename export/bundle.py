@@ -147,16 +147,8 @@ def check_target(plan: ExportPlan, progress: Progress) -> None:
 
 def trace(plan: ExportPlan, progress: Progress) -> list[TracedGraph]:
     """Return all graphs without weights; called under ``without_values``."""
-    return trace_graphs(
-        plan.model,
-        plan.source.checkpoint,
-        layout=plan.layout,
-        dimensions=plan.dimensions,
-        selector=plan.selector,
-        clip=plan.clip_graphs,
-        is_quantized=partial(is_quantized, plan=plan.options.quantize, checkpoint=plan.source.checkpoint),
-        step=progress.step,
-    )
+    quantized = partial(is_quantized, plan=plan.options.quantize, checkpoint=plan.source.checkpoint)
+    return trace_graphs(plan, is_quantized=quantized, step=progress.step)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

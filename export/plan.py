@@ -22,7 +22,7 @@ from trio_edge.export.families.decoder_config import check_positions
 from trio_edge.export.graphs.layout import Layout, vision_profiles
 from trio_edge.export.graphs.vision.clip import KEEP_MULTIPLE
 from trio_edge.export.options import ScheduleInputs
-from trio_edge.export.quantize.assign import check_packed
+from trio_edge.export.quantize.plan import check_packed
 from trio_edge.export.token_selectors import check_image_shares, full_grid, token_selector
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import text_buckets

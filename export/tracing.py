@@ -49,13 +49,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.families.clip import ClipGraphs
-    from trio_edge.export.graphs.layout import Layout
-    from trio_edge.runtime.bundle.manifest import Dimensions, PieceName, Profile, Role
+    from trio_edge.export.plan import ExportPlan
+    from trio_edge.runtime.bundle.manifest import PieceName, Profile, Role
     from trio_edge.trio.cost.selections import SaliencyForm
     from trio_edge.trio.saliency import ProxySaliency
-    from trio_edge.trio.selectors.interface import TokenSelector
 
 _MIN_TRACE_ROWS = 37  # any number that no other axis has
 # Dynamic axes are traced at their largest size plus this, so that no two axes are equal for torch.export. P stays a multiple
@@ -94,14 +92,15 @@ class TracedGraph:
 class _Tracer:
     """The state that the graphs of one export share while they are traced."""
 
-    def __init__(
-        self, model: FamilyModel, checkpoint: Checkpoint, *, layout: Layout, dimensions: Dimensions
-    ) -> None:
-        self.model = model
-        self.checkpoint = checkpoint
-        self.layout = layout
-        self.dimensions = dimensions
-        self.names = {id(tensor): canonical_name(name) for name, tensor in model.root.named_parameters()}
+    def __init__(self, plan: ExportPlan) -> None:
+        self.model = plan.model
+        self.checkpoint = plan.source.checkpoint
+        self.layout = plan.layout
+        self.dimensions = plan.dimensions
+        parameters = plan.model.root.named_parameters()
+        self.names = {id(tensor): canonical_name(name) for name, tensor in parameters}
+        if plan.clip_graphs is not None:
+            self.names |= plan.clip_graphs.names
         self.layer: ir.Model | None = None
         """Trace of one decoder layer, once there is one."""
         self.probes: dict[SaliencyForm, list[ir.Model]] = {}
@@ -185,15 +184,7 @@ class _Tracer:
 
 
 def trace_graphs(
-    model: FamilyModel,
-    checkpoint: Checkpoint,
-    *,
-    layout: Layout,
-    dimensions: Dimensions,
-    selector: TokenSelector | None,
-    clip: ClipGraphs | None = None,
-    is_quantized: Callable[[Role], bool] = lambda _role: False,
-    step: Callable[[str], None],
+    plan: ExportPlan, *, is_quantized: Callable[[Role], bool], step: Callable[[str], None]
 ) -> list[TracedGraph]:
     """Return all graphs of the bundle in the order of a prefill; called under FakeTensorMode.
 
@@ -201,18 +192,16 @@ def trace_graphs(
     that are computed from them (grouped-query saliency). ``is_quantized`` tells whether the linear layers of a role are
     going to be quantized.
     """
-    tracer = _Tracer(model, checkpoint, layout=layout, dimensions=dimensions)
-    if clip is not None:
-        tracer.names |= clip.names
+    tracer = _Tracer(plan)
     step("tracing vision")
     graphs = [_vision(tracer)]
-    if clip is not None:
+    if plan.clip_graphs is not None:
         step("tracing clip_text")
-        graphs.append(_clip_text(tracer, clip))
-    if selector is not None:
+        graphs.append(_clip_text(tracer, plan.clip_graphs))
+    if plan.selector is not None:
         step("tracing reduce")
-        graphs.append(_reduce(tracer, selector, before=[graph.spec for graph in graphs]))
-    ranges = layout.layer_ranges(dimensions.num_layers)
+        graphs.append(_reduce(tracer, plan.selector, before=[graph.spec for graph in graphs]))
+    ranges = plan.layout.layer_ranges(plan.dimensions.num_layers)
     stages = _stages(tracer, step)
     for index, layers in enumerate(ranges):
         role = _range_role(index, len(ranges))

@@ -17,7 +17,6 @@ from trio_edge.export.quantize.graph import SCALE_SUFFIX, LinearForm, is_linear,
 from trio_edge.export.quantize.numerics import BLOCK_SIZE, Format, block_size
 from trio_edge.export.quantize.plan import OPSETS, PARTS
 from trio_edge.export.quantize.unpacking import stored_block
-from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.manifest import PART_FROM_ROLE, Quantization
 
 if TYPE_CHECKING:
@@ -71,16 +70,6 @@ class StoredForm:
     def is_plain(self) -> bool:
         """Whether the checkpoint's own values are stored."""
         return not self.stored_name.changes
-
-
-def check_packed(checkpoint: Checkpoint, plan: QuantizePlan) -> None:
-    """Raise CheckpointError if ``checkpoint`` has integers with zero points and ``plan`` is empty."""
-    asymmetric = next((name for name, one in checkpoint.packed.items() if not one.format.is_symmetric), None)
-    if asymmetric is not None and not plan.formats:
-        raise CheckpointError(
-            f"{checkpoint.folder} {asymmetric}: expected symmetric integers, which alone TensorRT reads, got zero points; add"
-            " --quantize int4 to round the values again, or --quantize none for floating point"
-        )
 
 
 def quantize_graphs(

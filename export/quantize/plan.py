@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, get_args
 
 from trio_edge.export.quantize.numerics import FORMATS, Format
-from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import PART_FROM_ROLE, Part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.runtime.bundle.manifest import Role
     from trio_edge.runtime.bundle.schedule import Schedule
 
@@ -84,6 +85,16 @@ def parse_plan(text: str) -> QuantizePlan:
         if (kind := formats.get(part, "none")) not in ("int8", "none"):
             raise ScheduleError(f"--quantize: expected {part}=int8 or none, got {kind}; {reason}")
     return QuantizePlan(formats=formats)
+
+
+def check_packed(checkpoint: Checkpoint, plan: QuantizePlan) -> None:
+    """Raise CheckpointError if ``checkpoint`` has integers with zero points and ``plan`` is empty."""
+    asymmetric = next((name for name, one in checkpoint.packed.items() if not one.format.is_symmetric), None)
+    if asymmetric is not None and not plan.formats:
+        raise CheckpointError(
+            f"{checkpoint.folder} {asymmetric}: expected symmetric integers, which alone TensorRT reads, got zero points; add"
+            " --quantize int4 to round the values again, or --quantize none for floating point"
+        )
 
 
 def _format(text: str) -> Format:
