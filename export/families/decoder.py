@@ -73,6 +73,15 @@ def require_square_tiles(vision_config: Any, folder: Path) -> None:
             )
 
 
+def require_same(what: str, checkpoint: Checkpoint, *, tower: object, processor: object) -> None:
+    """Raise CheckpointError unless the vision tower and the checkpoint's image processor agree on ``what``."""
+    if tower != processor:
+        raise CheckpointError(
+            f"{checkpoint.folder}: expected {what} {tower} (the vision tower's), got {processor}; preprocessor and weights"
+            " belong to different models"
+        )
+
+
 def choose_attention(config: Any, *, vision: str | None = None) -> None:
     """Make the decoder of ``config`` use two-part attention, and its vision tower the attention called ``vision``."""
     register_attention()

@@ -15,7 +15,13 @@ from trio_edge.export.families.base import (
     visual_tokens,
 )
 from trio_edge.export.families.config_files import read_image_processor
-from trio_edge.export.families.decoder import choose_attention, family_model, read_config, require
+from trio_edge.export.families.decoder import (
+    choose_attention,
+    family_model,
+    read_config,
+    require,
+    require_same,
+)
 from trio_edge.export.graphs.vision.internvl import TileVision
 from trio_edge.export.graphs.vision.tile_attention import TILE_ATTENTION_NAME
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
@@ -80,11 +86,8 @@ class InternVl:
             {"image_processor_type": "GotOcr2ImageProcessor", **read_image_processor(checkpoint)},
             tokens_per_side=_patches_per_side(config) // _merge(config),
         )
-        if processing.tile_size != config.vision_config.image_size[0]:
-            raise CheckpointError(
-                f"{checkpoint.folder}: expected size {config.vision_config.image_size[0]} (the vision tower's), got"
-                f" {processing.tile_size}; preprocessor and weights belong to different models"
-            )
+        side = config.vision_config.image_size[0]
+        require_same("size", checkpoint, tower=side, processor=processing.tile_size)
         return _with_fewer_tiles(processing, max_visual)
 
 

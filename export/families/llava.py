@@ -10,7 +10,13 @@ import numpy as np
 
 from trio_edge.export.families.base import FamilyModel, VisionGraph, tile_inputs, visual_tokens
 from trio_edge.export.families.config_files import read_image_processor
-from trio_edge.export.families.decoder import choose_attention, family_model, read_config, require
+from trio_edge.export.families.decoder import (
+    choose_attention,
+    family_model,
+    read_config,
+    require,
+    require_same,
+)
 from trio_edge.export.graphs.reduce import FEATURE_NAMES
 from trio_edge.export.graphs.vision.clip import (
     ClipFeatures,
@@ -176,11 +182,8 @@ def read_llava_images(checkpoint: Checkpoint, *, default_type: str) -> LlavaImag
     processing = LlavaImages.from_preprocessor_config(
         {"image_processor_type": default_type, **values}, patch_size=config.vision_config.patch_size
     )
-    if processing.tile_size != config.vision_config.image_size:
-        raise CheckpointError(
-            f"{folder}: expected tiles of {config.vision_config.image_size} (the vision tower's), got"
-            f" {processing.tile_size}; preprocessor and weights belong to different models"
-        )
+    side = config.vision_config.image_size
+    require_same("tiles of", checkpoint, tower=side, processor=processing.tile_size)
     theirs = [list(pinpoint) for pinpoint in getattr(config, "image_grid_pinpoints", None) or []]
     ours = [list(pinpoint) for pinpoint in processing.grid_pinpoints]
     if processing.kind == "anyres" and theirs and ours != theirs:

@@ -14,7 +14,7 @@ import torch
 
 from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_features, visual_tokens
 from trio_edge.export.families.config_files import read_image_processor, read_video_processor
-from trio_edge.export.families.decoder import choose_attention, family_model, read_config
+from trio_edge.export.families.decoder import choose_attention, family_model, read_config, require_same
 from trio_edge.export.graphs.vision.windowed import (
     INV_FREQ_NAME,
     ReducedWindowedVision,
@@ -23,7 +23,7 @@ from trio_edge.export.graphs.vision.windowed import (
     inverse_frequencies,
     windowed_groups,
 )
-from trio_edge.runtime.bundle.errors import CheckpointError, ManifestError, ScheduleError
+from trio_edge.runtime.bundle.errors import ManifestError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import KEPT_TOKENS
 from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
 from trio_edge.runtime.images.patches import PatchImages
@@ -135,15 +135,10 @@ def patch_images(
     processing = kind.from_preprocessor_config(
         {"image_processor_type": "Qwen2VLImageProcessor", **read_image_processor(checkpoint)}, **tower
     )
-    theirs = tuple(
-        getattr(vision_config, name) for name in ("patch_size", "temporal_patch_size", "spatial_merge_size")
-    )
+    names = ("patch_size", "temporal_patch_size", "spatial_merge_size")
+    theirs = tuple(getattr(vision_config, name) for name in names)
     ours = (processing.patch_size, processing.temporal_patch_size, processing.merge_size)
-    if ours != theirs:
-        raise CheckpointError(
-            f"{checkpoint.folder}: expected patch sizes {theirs} (the vision tower's), got {ours};"
-            " preprocessor and weights belong to different models"
-        )
+    require_same("patch sizes", checkpoint, tower=theirs, processor=ours)
     wanted = DEFAULT_MAX_VISUAL if max_visual is None else max_visual
     most = min(processing.max_pixels, wanted * processing.token_size**2)
     # only a number from the user may be below the processor's minimum, not the default

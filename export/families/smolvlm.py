@@ -22,6 +22,7 @@ from trio_edge.export.families.decoder import (
     choose_attention,
     family_model,
     read_config,
+    require_same,
     require_square_tiles,
 )
 from trio_edge.export.graphs.vision.smolvlm import SmolVlmVision, patch_positions
@@ -87,11 +88,8 @@ class SmolVlm:
             token_size=config.vision_config.patch_size * config.scale_factor,
             **_marks(checkpoint),
         )
-        if processing.tile_size != config.vision_config.image_size:
-            raise CheckpointError(
-                f"{checkpoint.folder}: expected max_image_size {config.vision_config.image_size} (the vision tower's), got"
-                f" {processing.tile_size}; preprocessor and weights belong to different models"
-            )
+        side = config.vision_config.image_size
+        require_same("max_image_size", checkpoint, tower=side, processor=processing.tile_size)
         _check_tokens_per_tile(processing.tokens_per_tile, checkpoint)
         return _with_fewer_tiles(processing, max_visual)
 
