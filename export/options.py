@@ -108,16 +108,16 @@ class ExportOptions:
     def _check_selection(self) -> None:
         """Raise ScheduleError unless the options of the selector before the decoder fit together."""
         if (self.token_method is None) != (self.token_keep is None):
+            missing = "--token-method" if self.token_method is None else "--token-keep"
             raise ScheduleError(
-                f"--token-method and --token-keep: expected both or none, got {self.token_method} and"
-                f" {self.token_keep}; add the missing one"
+                f"--token-method and --token-keep: expected both or none, got one; add {missing}"
             )
         if self.token_method is not None:
             token_method(self.token_method)  # raises for an unknown one
         takes_clip = [row.name for row in TOKEN_METHODS.values() if row.takes_clip]
         if self.clip is not None and self.token_method not in takes_clip:
             raise ScheduleError(
-                f"--clip: expected --token-method {' or '.join(takes_clip)} with it, got {self.token_method}; leave out"
+                f"--clip: expected --token-method {' or '.join(takes_clip)} with it, got {self.token_method or 'none'}; leave out"
                 " --clip"
             )
 

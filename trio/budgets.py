@@ -249,8 +249,8 @@ def _stages(
     least = (first * num_visual + num_layers - first) / (num_layers * num_visual)
     whose = "" if method == DEFAULT_METHOD else f" for {method}"
     raise ScheduleError(
-        f"keep {average:.1%}: expected an average of at least {math.ceil(least * 1000) / 10:.1f}%{whose} (layers"
-        f" 0..{first - 1} of {num_layers} see all {num_visual} visual tokens), got {average:.1%}; keep more"
+        f"keep {average:.1%}: expected an average of at least {math.ceil(least * 1000) / 10:.1f}%{whose} (the first {first}"
+        f" of {num_layers} layers see all {num_visual} visual tokens), got {average:.1%}; keep more"
     )
 
 

@@ -83,7 +83,9 @@ def parse_plan(text: str) -> QuantizePlan:
             formats[part] = kind
     for part, reason in _ONLY_INT8.items():
         if (kind := formats.get(part, "none")) not in ("int8", "none"):
-            raise ScheduleError(f"--quantize: expected {part}=int8 or none, got {kind}; {reason}")
+            raise ScheduleError(
+                f"--quantize: expected {part}=int8 or none, got {kind} ({reason}); choose one of these"
+            )
     return QuantizePlan(formats=formats)
 
 
