@@ -169,7 +169,7 @@ class BundleContents:
 def quantize(
     plan: ExportPlan, traced: Sequence[TracedGraph], scales: CalibratedScales, progress: Progress
 ) -> BundleContents:
-    """Return the graphs with the linear layers and KV caches quantized that the options name."""
+    """Return the graphs with linear layers and KV caches quantized as the options say."""
     checkpoint, wanted, dtype = plan.source.checkpoint, plan.options.quantize, plan.resolved.dtype
     graphs, forms = quantize_graphs(traced, wanted, scales, checkpoint=checkpoint)
     for part, kind in unquantized_parts(forms, wanted, graphs=graphs).items():
@@ -367,7 +367,7 @@ def check_output(
     marker: str = MANIFEST_NAME,
     error: type[TrioEdgeError] = CheckpointError,
 ) -> None:
-    """Raise ``error`` if ``out`` exists, unless ``force`` and it is an empty folder or one that holds ``marker``."""
+    """Raise ``error`` if ``out`` exists; with ``force`` it may be an empty folder or one that holds ``marker``."""
     if not out.exists() and not out.is_symlink():
         return
     if not force:

@@ -146,7 +146,7 @@ class Location:
 
 
 def locate(model: str, *, revision: str | None = None) -> Location:
-    """Return the folder of ``model``: a local folder, an alias or a Hub id, whose files but the weights are downloaded.
+    """Return the folder of ``model``: a local folder, an alias or a Hub id. It downloads all files but the weights.
 
     Raises:
         CheckpointError: If there is no such folder, alias or Hub repository, or the Hub cannot be reached.

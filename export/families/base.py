@@ -1,4 +1,4 @@
-"""The interface of a model family: its modules, its image processing and its prompt defaults; and what families share."""
+"""The interface of a model family: modules, image processing and prompt defaults; and I/O tensors of several families."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class FamilyModel:
 
     @property
     def position_axes(self) -> Literal[1, 3]:
-        """A."""
+        """A: 3 with M-RoPE, else 1."""
         return 3 if len(self.inv_freq) == 3 else 1
 
 

@@ -116,7 +116,7 @@ def read_clip(model: str) -> Clip:
 
 
 def build_clip(clip: Clip) -> ClipGraphs:
-    """Return CLIP's modules; called under FakeTensorMode with the wanted default dtype.
+    """Return CLIP's modules; called under FakeTensorMode with the bundle's type as torch's default.
 
     Raises:
         CheckpointError: If configuration and weights belong to different models.

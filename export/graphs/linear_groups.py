@@ -32,7 +32,7 @@ class LinearGroup:
 
     @property
     def num_inputs(self) -> int:
-        """I."""
+        """I, the number of inputs."""
         return int(self.linears[0].get_parameter("weight").shape[1])
 
     @property
