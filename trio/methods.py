@@ -133,7 +133,7 @@ _STAGE_ROWS = (
     ),
     StageMethod(
         name="sparsevlm",
-        summary="attention of the question's most relevant words; merges some of the others",
+        summary="attention of the question's most relevant words, with some others merged",
         selector="stages.sparse_vlm.SparseVlm",
         positions="compact",
         layers=((3, 7, 16), (2, 6, 15), (1, 5, 14)),
@@ -144,7 +144,7 @@ _STAGE_ROWS = (
 _TOKEN_ROWS = (
     TokenMethod(
         name="visionzip",
-        summary="class-token attention; merges the others",
+        summary="class-token attention, with the others merged",
         selector="tokens.visionzip.VisionZip",
         cost=selections.vision_zip_cost,
     ),
