@@ -16,7 +16,7 @@ from gpu_parts.subjects import SHAPES, Sizes, sizes_of
 from parts.arguments import parser_for
 from parts.tables import markdown, percent
 
-from trio_edge.export.check.fit import INT4_SHARE, Fit, FitInputs, Picture, estimate
+from trio_edge.export.check.fit import INT4_SHARE, Fit, FitImage, FitInputs, estimate
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
 from trio_edge.runtime.bundle.schedule import Schedule
@@ -34,7 +34,7 @@ def fit_inputs(sizes: Sizes, schedule: Schedule, options: argparse.Namespace, *,
         decoder=sizes.decoder,
         element_bytes=sizes.element_bytes,
         vision_params=sizes.vision_weights,
-        picture=Picture(num_visual=sizes.num_visual, tiles=tiles_of(sizes.tower, sizes.vision_sizes)),
+        image=FitImage(num_visual=sizes.num_visual, tiles=tiles_of(sizes.tower, sizes.vision_sizes)),
         schedule=schedule,
         max_text=options.max_text,
         max_new_tokens=options.max_new_tokens,

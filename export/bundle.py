@@ -1,7 +1,6 @@
 """Exports a checkpoint into a bundle. ``export_bundle`` lists the steps; the first three are in ``plan.py``.
 
-All files are written into a folder next to the target, which is renamed when it is complete: a bundle that was not
-finished is not a bundle.
+All files are written into a temporary folder next to the target, which is renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from trio_edge.export.checkpoints.weights import bytes_to_write, store_constants
 from trio_edge.export.families.decoder_config import max_positions
 from trio_edge.export.graphs.assembly.onnx_graph import attach_weights, save
 from trio_edge.export.graphs.assembly.pieces import join, with_pieces
-from trio_edge.export.model_cost import COST_TEXT_TOKENS, cost_of
+from trio_edge.export.model_cost import cost_of
 from trio_edge.export.options import Progress
 from trio_edge.export.plan import build, read, resolve, without_values
 from trio_edge.export.quantize.assign import (
@@ -44,7 +43,6 @@ from trio_edge.runtime.bundle.files import atomic_folder
 from trio_edge.runtime.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
-    Cost,
     FileEntry,
     GraphSpec,
     ImageSize,
@@ -71,9 +69,9 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Schedule
 
-_LARGEST_INLINE_BYTES = 1 << 20  # an ONNX file is read whole, and may have 2 GB at most
+_LARGEST_INLINE_BYTES = 1 << 20  # ONNX files are read as a whole and have at most 2 GB
 _SPARE_BYTES = 64 << 20
-"""Free space for graphs, tokenizer and manifest, on top of the weights."""
+"""Free disk space required for graphs, tokenizer and manifest."""
 
 
 def export_bundle(
@@ -87,15 +85,15 @@ def export_bundle(
 
     Args:
         options: The source, the target folder and all settings.
-        schedule_for: Returns the schedule.
-        scales: The calibrated scales of the layers that are quantized.
+        schedule_for: Makes the schedule, once the model's sizes are known.
+        scales: Calibrated scales of quantized layers.
         progress: Callbacks for a progress display.
 
     Raises:
         CheckpointError: If the checkpoint cannot be exported, or the target exists or has no room.
         ScheduleError: If the model cannot follow the schedule, or an INT8 KV cache has no scales.
     """
-    # before the checkpoint is read: it may have to be downloaded
+    # Before the checkpoint is read, because that may download it.
     check_output(options.out, force=options.force)
     check_cache(options.quantize, scales)
     progress.step("reading the checkpoint")
@@ -113,9 +111,8 @@ def export_bundle(
         what="bundle",
         way_out="choose another --out",
         elsewhere=" or choose another --out",
-        before_rename=lambda: check_output(
-            options.out, force=options.force
-        ),  # again: the export took a while
+        # Again, as the export takes a while.
+        before_rename=lambda: check_output(options.out, force=options.force),
     ) as folder:
         written = write(plan, contents, folder, progress)
         progress.step("hashing")
@@ -123,13 +120,12 @@ def export_bundle(
 
 
 def check_target(plan: ExportPlan, progress: Progress) -> None:
-    """Warn if the target device cannot run the bundle's formats, or its memory is too small."""
+    """Warn if the target device cannot run the bundle's formats or has too little memory."""
     options, clip, clip_graphs = plan.options, plan.source.clip, plan.clip_graphs
     if options.target is None:
         return
     target = find_device(options.target)
-    refusal = target.refusal(options.quantize.formats)
-    if refusal is not None:
+    if (refusal := target.refusal(options.quantize.formats)) is not None:
         progress.warn(refusal)
     progress.step(f"checking the fit on {target.name}")
     texts = None
@@ -145,56 +141,46 @@ def check_target(plan: ExportPlan, progress: Progress) -> None:
         text_tower=None if clip_graphs is None else clip_graphs.text,
         texts=texts,
     )
-    warning = check_fit(inputs, target)
-    if warning is not None:
+    if (warning := check_fit(inputs, target)) is not None:
         progress.warn(warning)
 
 
 def trace(plan: ExportPlan, progress: Progress) -> list[TracedGraph]:
-    """Return all graphs, without weights; called under ``without_values``."""
-    return trace_graphs(
-        plan.model,
-        plan.source.checkpoint,
-        layout=plan.layout,
-        dimensions=plan.dimensions,
-        selector=plan.selector,
-        clip=plan.clip_graphs,
-        is_quantized=partial(is_quantized, plan=plan.options.quantize, checkpoint=plan.source.checkpoint),
-        step=progress.step,
-    )
+    """Return all graphs without weights; called under ``without_values``."""
+    quantized = partial(is_quantized, plan=plan.options.quantize, checkpoint=plan.source.checkpoint)
+    return trace_graphs(plan, is_quantized=quantized, step=progress.step)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BundleContents:
-    """The graphs, and the form in which each of their tensors is going to be stored."""
+    """The graphs, and the form in which each tensor is stored."""
 
     graphs: Sequence[TracedGraph]
     plain: set[str]
-    """Tensors that are stored as the checkpoint has them, in the bundle's element type."""
+    """Tensors stored with the checkpoint's values, in the bundle's element type."""
     forms: tuple[StoredForm, ...]
-    """All others."""
+    """All other tensors."""
     whole_files: bool
-    """Whether the checkpoint's files may be copied, with tensors that no graph uses."""
+    """Whether the checkpoint's files may be copied as they are, including tensors that no graph uses."""
     num_bytes: int
-    """Bytes of all weights."""
     quantization: Quantization | None
 
 
 def quantize(
     plan: ExportPlan, traced: Sequence[TracedGraph], scales: CalibratedScales, progress: Progress
 ) -> BundleContents:
-    """Return the graphs with quantized linear layers and KV caches, as far as the options ask for it."""
+    """Return the graphs with linear layers and KV caches quantized as the options say."""
     checkpoint, wanted, dtype = plan.source.checkpoint, plan.options.quantize, plan.resolved.dtype
     graphs, forms = quantize_graphs(traced, wanted, scales, checkpoint=checkpoint)
     for part, kind in unquantized_parts(forms, wanted, graphs=graphs).items():
         progress.warn(
-            f"--quantize: expected weights of {part} that {kind} can hold (INT4: an even number of outputs, a multiple of 16"
-            f" inputs), got none; {part} stays in {dtype}"
+            f"--quantize: expected weights in {part} that {kind} can store (INT4 needs an even number of outputs and a"
+            f" multiple of 16 inputs), got none; {part} stays in {dtype}"
         )
     if wanted.has_cache:
         graphs = quantize_caches(graphs, scales.cache_max)
-    # A copied file would hold the tensors once more that are also stored in another form. CLIP's files hold a vision
-    # tower, and may have names that the model's files have.
+    # Copied files would repeat tensors that are stored in another form. CLIP's files hold a vision tower that is not used,
+    # and their names may be those of the model's files.
     plain, whole_files = plain_tensors(graphs, forms), not forms and plan.source.clip is None
     return BundleContents(
         graphs=graphs,
@@ -218,7 +204,7 @@ class WrittenFiles:
 
 
 def write(plan: ExportPlan, contents: BundleContents, folder: Path, progress: Progress) -> WrittenFiles:
-    """Write all files but the manifest into ``folder``: weights first, as the graphs point into them."""
+    """Write all files but the manifest into ``folder``, weights first, because graphs point into them."""
     checkpoint, dtype, clip = plan.source.checkpoint, plan.resolved.dtype, plan.source.clip
     progress.step("writing the weights")
     progress.expect_bytes(contents.num_bytes)
@@ -248,7 +234,7 @@ def write(plan: ExportPlan, contents: BundleContents, folder: Path, progress: Pr
 
 
 def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, folder: Path) -> Manifest:
-    """Write the manifest, the last file of a bundle, and return it."""
+    """Write and return the manifest, a bundle's last file."""
     options, resolved, layout, model = plan.options, plan.resolved, plan.layout, plan.model
     embedding, clip = embedding_name(options.quantize), plan.source.clip
     manifest = Manifest(
@@ -280,7 +266,7 @@ def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, fo
         graphs=written.graphs,
         files=_file_entries(folder, known=written.sha256),
         model_bytes=_model_bytes(plan.source.checkpoint, resolved.dtype),
-        cost=_cost(plan, written.graphs),
+        cost=cost_of(plan, written.graphs),
         vision=plan.model.vision_dimensions,
         clip_text=None if clip is None else clip.spec,
         num_deepstack=model.num_deepstack,
@@ -293,7 +279,7 @@ def record(plan: ExportPlan, contents: BundleContents, written: WrittenFiles, fo
 
 
 def _model_name(model: str) -> str:
-    """Return what the manifest calls the model: a folder's name, without characters that could disturb a terminal."""
+    """Return the model's name for the manifest: the Hub id or the folder's name, without control characters."""
     path = Path(model)
     return printable(path.resolve().name if path.is_dir() else model)[-200:] or "model"
 
@@ -301,22 +287,24 @@ def _model_name(model: str) -> str:
 def write_graphs(
     graphs: Sequence[TracedGraph], stored: Mapping[StoredName, StoredTensor], folder: Path
 ) -> Iterator[GraphSpec]:
-    """Write all graphs, pieces alone and joined, and give the description of each that is one in the bundle."""
+    """Write all graphs, pieces alone and joined, and yield the description of each whole graph."""
     for _, group in itertools.groupby(graphs, key=lambda graph: graph.spec.name):
         pieces = list(group)
         if pieces[0].piece is None:
             yield write_graph(pieces[0], stored, folder)
             continue
-        whole = join(pieces)  # a copy, before weights are attached
+        whole = join(pieces)  # a copy, so before weights are attached
         for piece in pieces:
             if piece.piece == "gradient":
                 use_integer_products(piece.model)
-        written = [_write_graph(piece, stored, folder) for piece in pieces]  # TensorRT reads the whole
+        written = [
+            _write_graph(piece, stored, folder) for piece in pieces
+        ]  # no TensorRT check: it reads the whole graph
         yield with_pieces(write_graph(whole, stored, folder), pieces, written)
 
 
 def write_graph(graph: TracedGraph, stored: Mapping[StoredName, StoredTensor], folder: Path) -> GraphSpec:
-    """Write one graph with pointers into the weight files, and return its description with its weights' bytes.
+    """Write one graph that points into the weight files, and return its description with its weights' bytes.
 
     Raises:
         CheckpointError: If TensorRT cannot read the graph.
@@ -338,12 +326,12 @@ def _write_graph(graph: TracedGraph, stored: Mapping[StoredName, StoredTensor], 
 
 
 def _large_constants(graph: TracedGraph) -> dict[str, NDArray[np.float32]]:
-    """Return the constants that go into a file of their own; the others are written into the graph."""
+    """Return the constants that are stored in the constants' file; the others are written into the graph."""
     return {name: values for name, values in graph.constants.items() if values.nbytes > _LARGEST_INLINE_BYTES}
 
 
 def _constant_name(graph: TracedGraph, name: str) -> StoredName:
-    own_name = name.rpartition("/")[2]  # a joined graph puts the piece in front
+    own_name = name.rpartition("/")[2]  # joined graphs add the piece's name before
     return StoredName(f"{graph.spec.name}.{own_name}")
 
 
@@ -357,26 +345,8 @@ def _image_sizes(plan: ExportPlan) -> tuple[ImageSize, ...]:
     return tuple(result)
 
 
-def _cost(plan: ExportPlan, graphs: Sequence[GraphSpec]) -> Cost:
-    options, resolved, clip = plan.options, plan.resolved, plan.source.clip
-    return cost_of(
-        plan.model.vision_dimensions,
-        plan.dimensions,
-        plan.layout.schedule,
-        vision_sizes=resolved.images.largest,
-        picture_tokens=resolved.image_tokens,
-        num_images=resolved.images.num_images,
-        num_visual_sizes=len(plan.layout.visual_sizes),
-        token_method=options.token_method,
-        token_keep=resolved.token_keep,
-        graphs=graphs,
-        kv_dtype="int8" if options.quantize.has_cache else resolved.dtype,
-        clip_text_flops=None if clip is None else clip.flops(COST_TEXT_TOKENS),
-    )
-
-
 def _file_entries(folder: Path, *, known: Mapping[str, str]) -> tuple[FileEntry, ...]:
-    """Return all files of ``folder``; those with a ``known`` SHA-256 were hashed while they were written."""
+    """Return all files of ``folder``; ``known`` has the SHA-256 of those that were hashed while they were written."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return tuple(
         FileEntry(path=name, num_bytes=path.stat().st_size, sha256=known.get(name) or sha256_of(path))
@@ -397,7 +367,7 @@ def check_output(
     marker: str = MANIFEST_NAME,
     error: type[TrioEdgeError] = CheckpointError,
 ) -> None:
-    """Raise ``error`` if ``out`` exists and may not be replaced: nothing but empty folders and those with ``marker`` ever is."""
+    """Raise ``error`` if ``out`` exists; with ``force`` it may be an empty folder or one that holds ``marker``."""
     if not out.exists() and not out.is_symlink():
         return
     if not force:

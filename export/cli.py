@@ -1,4 +1,4 @@
-"""``trio-export MODEL --out BUNDLE`` and ``optimum-cli export trio --model MODEL BUNDLE``: checkpoint to bundle."""
+"""The commands ``trio-export MODEL --out BUNDLE`` and ``optimum-cli export trio --model MODEL BUNDLE``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from trio_edge.runtime.bundle.errors import CheckpointError
+from trio_edge.runtime.bundle.graph_io import MAX_TEXT
+from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.runtime.cli.console import run
 from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
 from trio_edge.trio.methods import DEFAULT_METHOD, STAGE_METHODS, TOKEN_METHODS, described
@@ -21,9 +23,9 @@ if TYPE_CHECKING:
 
     from trio_edge.export.options import ExportOptions, ScheduleInputs
     from trio_edge.runtime.bundle.manifest import Manifest
-    from trio_edge.runtime.bundle.schedule import Schedule
 
 DEFAULT_KEEP = "11.1%"
+_SCHEDULE = Schedule()  # for the defaults of its settings
 _SCHEDULE_SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions", "budget")
 
 
@@ -32,7 +34,7 @@ def _image_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
     if match is None:
         raise click.UsageError(
-            f"--image-size: expected WIDTHxHEIGHT in pixels, got {text!r}; for instance 640x480"
+            f"--image-size: expected WIDTHxHEIGHT in pixels, got {text!r}; write it as 640x480"
         )
     return int(match[1]), int(match[2])
 
@@ -42,18 +44,18 @@ def _text_buckets(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise click.UsageError(
-            f"--text-buckets: expected numbers with commas between, got {text!r}; for instance 32,64"
+            f"--text-buckets: expected numbers separated by commas, got {text!r}; write it as 32,64"
         ) from None
 
 
 def _count(option: str) -> Callable[[str], int | float]:
-    """Return the parser of ``option``: a number, or a share below 1 for a percentage."""
+    """Return the parser of ``option``, which makes an int of a number and a share below 1 of a percentage."""
 
     def parse(text: str) -> int | float:
         match = re.fullmatch(r"(\d{1,2}(?:\.\d+)?)%|(\d{1,6})", text)
         if match is None or (match[1] is not None and float(match[1]) == 0):
             raise click.UsageError(
-                f"{option}: expected a number or a percentage, got {text!r}; for instance 96 or 16.7%"
+                f"{option}: expected a number or a percentage, got {text!r}; write it as 96 or 16.7%"
             )
         return int(match[2]) if match[1] is None else float(match[1]) / 100
 
@@ -62,59 +64,84 @@ def _count(option: str) -> Callable[[str], int | float]:
 
 @click.command("trio-export", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", required=False)
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to create (default: MODEL's name).")
-@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Bundle folder to create. [default: MODEL's name and -bundle]",
+)
+@click.option("--revision", help="Branch, tag or commit of the model on the Hub. [default: its main branch]")
 @click.option(
     "--keep",
     metavar="PERCENT",
-    help="Average over all layers, of the image's tokens before any reduction, for instance 11.1%; 'all' for no"
+    help="Average share of the image's visual tokens (before any reduction) that a decoder layer processes; 'all' for no"
     f" reduction in the decoder. [default: {DEFAULT_KEEP}]",
 )
-@click.option("--schedule", "stages", metavar="STAGES", help="Stages as LAYER:KEEP,…; instead of --keep.")
+@click.option(
+    "--schedule",
+    "stages",
+    metavar="LAYER:KEPT,…",
+    help="Stages with the visual tokens that they keep, such as 1:460,10:270,15:110; replaces --keep.",
+)
 @click.option(
     "--method",
     type=click.Choice(tuple(STAGE_METHODS)),
-    help=f"Selector of visual tokens inside the decoder. {described(STAGE_METHODS)}. [default: {DEFAULT_METHOD}]",
+    help=f"Selector inside the decoder. {described(STAGE_METHODS)}. [default: {DEFAULT_METHOD}]",
 )
 @click.option(
     "--token-method",
     type=click.Choice(tuple(TOKEN_METHODS)),
-    help="Selector of visual tokens before the decoder; combines with --keep all or any --method."
-    f" {described(TOKEN_METHODS)}.",
+    help=f"Selector before the decoder, with --token-keep; works with any --method and --keep. {described(TOKEN_METHODS)}."
+    " [default: none]",
 )
 @click.option(
     "--token-keep",
     type=_count("--token-keep"),
     metavar="N|PERCENT",
-    help="Visual tokens that --token-method passes on.",
+    help="Visual tokens of each image that --token-method keeps, as a number or a share.",
 )
 @click.option(
     "--clip",
     metavar="MODEL",
-    help="CLIP model (folder or Hub id) of the vision tower:"
-    f" {' and '.join(row.name for row in TOKEN_METHODS.values() if row.takes_clip)} then compare the question in its space.",
+    help="CLIP model (folder or Hub id) that the vision tower comes from; with"
+    f" {' and '.join(row.name for row in TOKEN_METHODS.values() if row.takes_clip)}, compares question and image in its space.",
 )
 @click.option(
     "--probe-rows",
     type=click.Choice(["auto", "reference", "answer"]),
-    help="Prompt rows with the proxy loss: 'reference' is S-5..S-2, 'answer' is S-4..S-1; 'auto' takes 'answer' where"
-    " the average keep is below 10%. [default: auto]",
+    help="Rows that carry TRIO's loss, in a prompt of S rows: 'reference' is S-5..S-2, 'answer' is S-4..S-1, and 'auto' is"
+    " 'answer' if the average keep is below 10%, else 'reference'. [default: auto]",
 )
-@click.option("--num-probe-rows", type=int, help="How many of them.")
-@click.option("--nms-threshold", type=float, help="Cosine similarity at which a token suppresses another.")
-@click.option("--nms-rounds", type=int, help="Rounds of the parallel NMS.")
-@click.option("--positions", type=click.Choice(["compact", "preserved"]), help="Position ids after a stage.")
+@click.option(
+    "--num-probe-rows", type=int, help=f"Number of probe rows. [default: {_SCHEDULE.num_probe_rows}]"
+)
+@click.option(
+    "--nms-threshold",
+    type=float,
+    help="Cosine similarity from which on TRIO's NMS suppresses the less salient token."
+    f" [default: {_SCHEDULE.nms_threshold}]",
+)
+@click.option(
+    "--nms-rounds",
+    type=int,
+    help=f"Rounds of TRIO's parallel NMS; the runtime redoes stages that need more. [default: {_SCHEDULE.nms_rounds}]",
+)
+@click.option(
+    "--positions",
+    type=click.Choice(["compact", "preserved"]),
+    help="Position ids after a stage: renumbered, or as before. [default: the method's, if the model family allows it]",
+)
 @click.option(
     "--budget",
     type=click.Choice(["prompt", "image"]),
-    help="With --max-images: 'prompt' keeps the best tokens of all images together, 'image' an equal share of each at least."
+    help="With --max-images: 'prompt' keeps the best tokens of all images together, 'image' at least an equal share of each."
     " [default: prompt]",
 )
 @click.option(
     "--encoder-keep",
     type=_count("--encoder-keep"),
     metavar="N|PERCENT",
-    help="Patches that the vision encoder keeps per tile (a multiple of 32), tokens per image (Qwen2.5-VL), or 33.3%.",
+    help="What the vision encoder keeps: patches per tile (LLaVA, a multiple of 32), visual tokens per image (Qwen2.5-VL),"
+    " or a share such as 33.3%. [default: all]",
 )
 @click.option(
     "--image-size",
@@ -122,56 +149,62 @@ def _count(option: str) -> Callable[[str], int | float]:
     multiple=True,
     type=_image_size,
     metavar="WxH",
-    help="Exact shapes for images of this size (a fixed camera); may be repeated.",
+    help="Size in pixels that images of a fixed camera have; makes exact shapes for it. May be repeated.",
 )
 @click.option(
-    "--only-image-sizes", is_flag=True, default=None, help="No shapes for images of any other size."
+    "--only-image-sizes", is_flag=True, default=None, help="Makes no shapes for images of other sizes."
 )
 @click.option(
     "--max-visual",
     type=int,
-    help="Most visual tokens of an image, where the family can scale down: Qwen-VL (pixels), InternVL, LLaVA-OneVision and"
-    " SmolVLM2 (tiles).",
+    help="Most visual tokens of an image; larger images are scaled down (Qwen-VL) or cut into fewer tiles (InternVL,"
+    " LLaVA-OneVision, SmolVLM2). [default: 1280 for Qwen-VL, else the checkpoint's]",
 )
 @click.option(
     "--max-images",
     type=int,
-    help="Images of a prompt, each of the largest size; --keep is then a share of the tokens of all. [default: 1]",
+    help="Most images of the largest size in a prompt; --keep is a share of all their tokens. [default: 1]",
 )
 @click.option(
     "--max-frames",
     type=int,
-    help="Frames of a video (Qwen-VL): room for half as many images, as two frames are seen together.",
+    help="Most frames of a video (Qwen-VL); a pair of frames takes the room of one image. [default: none]",
 )
 @click.option(
     "--follow-ups",
     is_flag=True,
     default=None,
-    help="Let a further question about kept images start at its own rows in the first layer range; for bundles with --keep all.",
+    help="Lets the runtime keep an image for further questions, so that only their text runs; for --keep all.",
 )
-@click.option("--max-text", type=int, help="Largest prompt in text tokens.")
+@click.option("--max-text", type=int, help=f"Largest prompt, in text tokens. [default: {MAX_TEXT}]")
 @click.option(
     "--text-buckets",
     type=_text_buckets,
     metavar="N,N,…",
-    help="Sizes that prompts are padded to, below --max-text.",
+    help="Text lengths in tokens that prompts are padded to, besides --max-text. [default: powers of two from 32]",
 )
-@click.option("--max-new-tokens", type=int, help="Room for the answer.")
+@click.option("--max-new-tokens", type=int, help="Longest answer, in tokens. [default: 256]")
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float16", "float32"]), help="Element type of the graphs."
+    "--dtype",
+    type=click.Choice(["auto", "float16", "float32"]),
+    help="Element type of weights and activations; 'auto' is float32 for a float32 checkpoint, else float16."
+    " [default: auto]",
 )
 @click.option(
     "--quantize",
     metavar="FORMAT|PART=FORMAT,…",
-    help="int4, int8 or fp8 for the decoder, or by part: suffix=int4,head=int8,vision=none (docs/quantization.md).",
+    help="Weight format int4, int8 or fp8 of the decoder, or of each part: suffix=int4,head=int8,vision=none"
+    " (docs/quantization.md). [default: none]",
 )
-@click.option("--opset", type=int, help="ONNX opset, 18 or 19.")
+@click.option("--opset", type=int, help="ONNX opset, 18 or 19. [default: 18]")
 @click.option(
-    "--target", metavar="DEVICE", help="Warn if the bundle cannot fit it: docs/targets.md has the names."
+    "--target",
+    metavar="DEVICE",
+    help="Device whose memory is checked; warns if the bundle cannot fit (names: docs/targets.md).",
 )
-@click.option("--force", is_flag=True, default=None, help="Replace an existing bundle.")
-@click.option("--list", "list_models", is_flag=True, help="Print the known model names and exit.")
-@click.option("--quiet", is_flag=True, help="No progress display.")
+@click.option("--force", is_flag=True, default=None, help="Replaces an existing bundle.")
+@click.option("--list", "list_models", is_flag=True, help="Prints the known model names and exits.")
+@click.option("--quiet", is_flag=True, help="Shows no progress.")
 def command(
     model: str | None,
     out: Path | None,
@@ -185,16 +218,18 @@ def command(
 ) -> int:
     """Export MODEL (an alias, a Hub id or a checkpoint folder) into a bundle.
 
-    Hub downloads use huggingface_hub's own settings: the token of 'hf auth login' or HF_TOKEN, the cache under
-    HF_HOME, and HF_HUB_OFFLINE=1 for no network.
+    Prints the bundle's folder, sizes and schedule. Downloads follow huggingface_hub's settings: the token of 'hf auth
+    login' or HF_TOKEN, the cache in HF_HOME, and HF_HUB_OFFLINE=1 for no network.
     """
     if list_models:
         _print_models()
         return 0
     if model is None:
-        raise click.UsageError("expected MODEL, got none; see --list")
+        raise click.UsageError(
+            "expected MODEL, got none; name one of --list, a Hub id or a checkpoint folder"
+        )
     if keep is not None and stages is not None:
-        raise click.UsageError("expected --keep or --schedule, got both; choose one")
+        raise click.UsageError("--keep and --schedule: expected one of them, got both; leave one out")
     shared = {name: value for name in _SCHEDULE_SETTINGS if (value := settings.pop(name)) is not None}
     chosen = {name: value for name, value in settings.items() if value is not None}
     with interruptible() as check:
@@ -238,7 +273,7 @@ def optimum_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _import_exporter(*, quiet: bool) -> None:
-    """Import torch and the other packages first: it takes seconds, and Ctrl-C has to wait for the end of it."""
+    """Import torch and other packages, which takes seconds; Ctrl-C is held until they are complete."""
     try:
         with ctrl_c_held():
             import trio_edge.export.bundle  # noqa: F401
@@ -255,8 +290,7 @@ def _import_exporter(*, quiet: bool) -> None:
 def _schedule_rule(
     keep: str | None, stages: str | None, shared: dict[str, Any], *, method: str
 ) -> Callable[[ScheduleInputs], Schedule]:
-    """Return the function that makes the schedule once layers and visual tokens are known."""
-    from trio_edge.runtime.bundle.schedule import Schedule
+    """Return the function that makes the schedule as soon as layers and visual tokens are known."""
     from trio_edge.trio.budgets import (
         check_combined_keep,
         combined_schedule,
@@ -266,25 +300,19 @@ def _schedule_rule(
         with_probe_rows,
     )
 
-    rows_by_keep = shared.get("probe_rows", "auto") == "auto"
+    chooses_rows = shared.get("probe_rows", "auto") == "auto"
     shared = {name: value for name, value in shared.items() if value != "auto"}
     text = keep if keep is not None else DEFAULT_KEEP
     average = None if stages is not None or text == "all" else parse_keep(text)
     if stages is not None:
-        parse_schedule(stages, **shared)  # refuse a wrong one before the checkpoint is read
+        parse_schedule(stages, **shared)  # an error is found before the checkpoint is read
 
     def schedule_for(inputs: ScheduleInputs) -> Schedule:
-        schedule = with_stages(inputs)
-        if not rows_by_keep:
-            return schedule
-        return with_probe_rows(
-            schedule,
-            num_layers=inputs.num_layers,
-            picture_tokens=inputs.image_tokens,
-            entering=inputs.num_visual,
-        )
+        tokens = {"picture_tokens": inputs.image_tokens, "entering": inputs.num_visual}
+        schedule = with_stages(inputs, tokens)
+        return with_probe_rows(schedule, num_layers=inputs.num_layers, **tokens) if chooses_rows else schedule
 
-    def with_stages(inputs: ScheduleInputs) -> Schedule:
+    def with_stages(inputs: ScheduleInputs, tokens: dict[str, int]) -> Schedule:
         own = default_positions(method)
         positions = own if own in inputs.positions else inputs.positions[0]
         settings = {"positions": positions, **shared}
@@ -293,15 +321,8 @@ def _schedule_rule(
         if average is None:
             return Schedule(**settings)
         if keep is not None:
-            check_combined_keep(keep, picture_tokens=inputs.image_tokens, entering=inputs.num_visual)
-        return combined_schedule(
-            method,
-            average,
-            num_layers=inputs.num_layers,
-            picture_tokens=inputs.image_tokens,
-            entering=inputs.num_visual,
-            **settings,
-        )
+            check_combined_keep(keep, **tokens)
+        return combined_schedule(method, average, num_layers=inputs.num_layers, **tokens, **settings)
 
     return schedule_for
 
@@ -312,7 +333,7 @@ def _export(
     console: Console,
     check: Callable[[], None],
 ) -> Manifest:
-    """Export with a progress display on ``console``; ``check`` raises where the user has interrupted."""
+    """Export with a progress display on ``console``; ``check`` raises if the user has interrupted."""
     from trio_edge.export.bundle import export_bundle
 
     bars = Progress(

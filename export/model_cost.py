@@ -1,8 +1,8 @@
-"""A bundle's cost, written into its manifest: FLOPs and KV bytes with and without its schedule."""
+"""The cost of a bundle's prefill for its manifest: FLOPs and KV bytes with and without token reduction."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -12,89 +12,58 @@ from trio_edge.trio.cost.bundle_work import input_widths
 from trio_edge.trio.cost.flops import count_prefill
 from trio_edge.trio.cost.selections import TokenSizes
 from trio_edge.trio.cost.work import ELEMENT_BYTES, vision_work
-from trio_edge.trio.methods import token_method as method_row
+from trio_edge.trio.methods import token_method
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from trio_edge.runtime.bundle.manifest import CacheType, Dimensions, GraphSpec, VisionDimensions
-
+    from trio_edge.export.plan import ExportPlan
+    from trio_edge.runtime.bundle.manifest import GraphSpec
 
 COST_TEXT_TOKENS = 40
-"""Text tokens of the prompt that costs are given for: LLaVA's system prompt and a short question."""
+"""Text tokens of the prompt that the cost is given for: LLaVA's system prompt and a short question."""
 
 
-def cost_of(
-    tower: VisionDimensions,
-    dimensions: Dimensions,
-    schedule: Schedule,
-    *,
-    vision_sizes: Mapping[str, int],
-    picture_tokens: int,
-    num_images: int,
-    num_visual_sizes: int,
-    token_method: str | None,
-    token_keep: int | None,
-    graphs: Sequence[GraphSpec],
-    kv_dtype: CacheType,
-    clip_text_flops: float | None = None,
-) -> Cost:
-    """Return the cost of a prefill with images of ``vision_sizes`` and ``COST_TEXT_TOKENS`` text tokens.
-
-    Args:
-        tower: Sizes of the vision tower.
-        dimensions: Sizes of the decoder.
-        schedule: Its stages.
-        vision_sizes: Sizes of each image.
-        picture_tokens: Visual tokens of each image before any reduction.
-        num_images: Number of images.
-        num_visual_sizes: Number of different N of the prefix.
-        token_method: Selection before the decoder, if there is one.
-        token_keep: Tokens of each image that it passes on.
-        graphs: Graphs of the bundle; the ``reduce`` graph's inputs tell its widths.
-        kv_dtype: Type of the KV caches.
-        clip_text_flops: FLOPs of CLIP's text tower for this text, if there is one.
-    """
-    num_visual = num_images * vision_sizes["N"]
-    cached = ELEMENT_BYTES[kv_dtype]
-    # Without reduction no tokens are merged in the encoder either.
-    unmerged = msgspec.structs.replace(tower, merged_weights=0)
-    whole = count_prefill(
-        dimensions,
-        Schedule(),
-        num_visual=num_images * picture_tokens,
-        num_text=COST_TEXT_TOKENS,
-        bytes_per_cached=cached,
-    )
+def cost_of(plan: ExportPlan, graphs: Sequence[GraphSpec]) -> Cost:
+    """Return the cost of the plan's largest prompt with ``COST_TEXT_TOKENS`` text tokens; ``graphs`` are the bundle's."""
+    resolved, clip = plan.resolved, plan.source.clip
+    images, tower, whole = resolved.images, plan.model.vision_dimensions, resolved.image_tokens
+    num_visual = images.num_images * images.largest["N"]
+    shared: Any = {
+        "num_text": COST_TEXT_TOKENS,
+        "bytes_per_cached": ELEMENT_BYTES["int8" if plan.options.quantize.has_cache else resolved.dtype],
+    }
+    full = count_prefill(plan.dimensions, Schedule(), num_visual=images.num_images * whole, **shared)
     cost = count_prefill(
-        dimensions,
-        schedule,
-        num_visual=num_visual if token_keep is None else min(num_images * token_keep, num_visual),
-        num_text=COST_TEXT_TOKENS,
-        one_size=num_visual_sizes == 1,
-        bytes_per_cached=cached,
+        plan.dimensions,
+        plan.layout.schedule,
+        num_visual=min(resolved.entering, num_visual),
+        one_size=len(plan.layout.visual_sizes) == 1,
+        **shared,
     )
     reduced = {
-        "vision": round(num_images * vision_work(tower, vision_sizes).flops),
+        "vision": round(images.num_images * vision_work(tower, images.largest).flops),
         "decoder": round(cost.decoder_flops),
         "select": round(cost.select_flops),
     }
-    if clip_text_flops is not None:
-        reduced["clip_text"] = round(clip_text_flops)
-    if token_method is not None and token_keep is not None:
+    if clip is not None:
+        reduced["clip_text"] = round(clip.flops(COST_TEXT_TOKENS))
+    if (method := plan.options.token_method) is not None and resolved.token_keep is not None:
         (graph,) = (graph for graph in graphs if graph.role == "reduce")
-        sizes = TokenSizes(vision_sizes["N"], token_keep, COST_TEXT_TOKENS, input_widths(graph))
-        reduced["reduce"] = round(num_images * method_row(token_method).cost(sizes).flops)
+        sizes = TokenSizes(images.largest["N"], resolved.token_keep, COST_TEXT_TOKENS, input_widths(graph))
+        reduced["reduce"] = round(images.num_images * token_method(method).cost(sizes).flops)
+    # Without reduction the encoder merges no tokens either.
+    unmerged = msgspec.structs.replace(tower, merged_weights=0)
     return Cost(
         num_visual=num_visual,
-        num_images=num_images,
+        num_images=images.num_images,
         num_text=COST_TEXT_TOKENS,
         full_flops={
-            "vision": round(num_images * vision_work(unmerged, vision_sizes).flops),
-            "decoder": round(whole.decoder_flops),
+            "vision": round(images.num_images * vision_work(unmerged, images.largest).flops),
+            "decoder": round(full.decoder_flops),
         },
         reduced_flops=reduced,
-        full_kv_bytes=whole.kv_bytes,
+        full_kv_bytes=full.kv_bytes,
         reduced_kv_bytes=cost.kv_bytes,
-        picture_tokens=None if picture_tokens == vision_sizes["N"] else num_images * picture_tokens,
+        picture_tokens=None if whole == images.largest["N"] else images.num_images * whole,
     )

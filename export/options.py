@@ -1,4 +1,4 @@
-"""The inputs of an export: what a user chooses, what a schedule is made from, and the callbacks for a progress display."""
+"""The inputs of an export: the user's options, the inputs of a schedule, and callbacks for a progress display."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 MOST_IMAGES = 1024
-"""Largest --max-images: far above any model's positions."""
+"""Upper limit of --max-images, far above any model's positions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,110 +30,109 @@ class ExportOptions:
     model: str
     """Alias, Hub id or checkpoint folder."""
     out: Path
-    """Folder to create."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub."""
     dtype: Literal["auto", "float16", "float32"] = "auto"
     """Element type of weights and activations; "auto" is float32 for a float32 checkpoint, else float16."""
     image_sizes: tuple[tuple[int, int], ...] = ()
-    """(width, height) of images that get exact shapes, without padding; the schedule is made for the largest."""
+    """(width, height) of images that get exact shapes, without padding; the schedule fits the largest."""
     only_image_sizes: bool = False
-    """Make no shapes for images of other sizes. The runtime then refuses those that need more room."""
+    """Make no shapes for other image sizes; the runtime then refuses images that need more visual tokens."""
     max_visual: int | None = None
-    """Visual tokens that images of any size are scaled down to, in families that can: Qwen-VL (pixels), InternVL,
-    LLaVA-OneVision and SmolVLM2 (tiles)."""
+    """Most visual tokens of an image of any size, in families that scale images (Qwen-VL) or cut fewer tiles (InternVL,
+    LLaVA-OneVision and SmolVLM2)."""
     max_images: int = 1
-    """Images of a prompt, each of the largest size that is exported for; smaller ones may be more."""
+    """Images of a prompt if all have the largest exported size; smaller images may be more."""
     max_frames: int | None = None
-    """Frames of a video, in families that take videos: room for half as many images."""
+    """Frames of a video, in families that take videos; two frames take the room of one image."""
     follow_ups: bool = False
-    """Let the first layer range run a question after rows that are kept of an earlier one about the same images."""
+    """Let the first layer range run a question after the kept rows of an earlier question about the same images."""
     max_text: int = MAX_TEXT
     """Largest prompt in text tokens."""
     text_buckets: tuple[int, ...] = ()
-    """Sizes that prompts are padded to, up to ``max_text``; none means doublings from 32."""
+    """Text lengths that prompts are padded to, besides ``max_text``; if empty, powers of two from 32."""
     max_new_tokens: int = 256
-    """Room in the KV caches for the answer."""
+    """Longest answer, in tokens; the KV caches have room for it."""
     encoder_keep: int | float | None = None
-    """Patches per tile, or visual tokens of the image, that the vision encoder keeps (the reference's encoder
-    reduction), or a share of them below 1; None keeps all."""
+    """Patches per tile, or visual tokens per image, that the vision encoder keeps (encoder reduction); below 1 a share
+    of them; None keeps all."""
     token_method: str | None = None
-    """Selection among the image's visual tokens before the decoder; combines with any schedule."""
+    """Selector before the decoder, a key of ``TOKEN_METHODS``; works with any schedule."""
     token_keep: int | float | None = None
-    """Visual tokens of an image that it passes on, or a share of them below 1."""
+    """Visual tokens of an image that it keeps; below 1 a share of them."""
     clip: str | None = None
-    """CLIP model (folder or Hub id) in whose space the selection before the decoder compares the question; None for the
-    decoder's embeddings."""
+    """CLIP model (folder or Hub id) in whose space ``token_method`` compares question and image; None for the decoder's
+    embedding space."""
     quantize: QuantizePlan = field(default_factory=QuantizePlan)
-    """The parts that are stored in four or eight bits."""
     opset: int = 18
-    """ONNX opset; TensorRT 10.3 reads up to 19. Graphs with quantized types have a higher one."""
+    """ONNX opset, 18 or 19, the last one that TensorRT 10.3 reads; graphs with INT4 weights have 21."""
     force: bool = False
-    """Replace an existing bundle."""
     target: str | None = None
-    """Device to warn about if the bundle cannot fit its memory; changes nothing in the bundle."""
+    """Device whose memory is checked; the bundle does not depend on it."""
 
     def __post_init__(self) -> None:
         if self.target is not None:
             find_device(self.target)
-        if not 1 <= self.max_images <= MOST_IMAGES:
-            raise ScheduleError(f"--max-images: expected 1..{MOST_IMAGES}, got {self.max_images}")
-        if self.max_frames is not None and not 2 <= self.max_frames <= 2 * MOST_IMAGES:
-            raise ScheduleError(f"--max-frames: expected 2..{2 * MOST_IMAGES}, got {self.max_frames}")
-        for name, value, low in (("max-text", self.max_text, 8), ("max-new-tokens", self.max_new_tokens, 1)):
-            if not low <= value <= MOST_TOKENS:
-                raise ScheduleError(f"--{name}: expected {low}..{MOST_TOKENS}, got {value}")
+        for name, value, low, high in (
+            ("max-images", self.max_images, 1, MOST_IMAGES),
+            ("max-frames", self.max_frames, 2, 2 * MOST_IMAGES),
+            ("max-text", self.max_text, 8, MOST_TOKENS),
+            ("max-new-tokens", self.max_new_tokens, 1, MOST_TOKENS),
+        ):
+            if value is not None and not low <= value <= high:
+                raise ScheduleError(
+                    f"--{name}: expected {low}..{high}, got {value}; choose a number in this range"
+                )
         if self.opset not in (18, 19):
-            raise ScheduleError(
-                f"--opset: expected 18 or 19, got {self.opset}; leave it out, or choose one of these"
-            )
+            raise ScheduleError(f"--opset: expected 18 or 19, got {self.opset}; choose one of these")
         if any(not 8 <= bucket <= self.max_text for bucket in self.text_buckets):
             raise ScheduleError(
-                f"--text-buckets: expected sizes in 8..{self.max_text} (--max-text), got {list(self.text_buckets)}"
+                f"--text-buckets: expected sizes in 8..{self.max_text} (--max-text), got {list(self.text_buckets)};"
+                " remove the others"
             )
         if self.only_image_sizes and not self.image_sizes:
             raise ScheduleError(
-                "--only-image-sizes: expected --image-size with it, got none; add the camera's"
+                "--only-image-sizes: expected --image-size with it, got none; add your camera's size"
             )
         self._check_selection()
         for width, height in self.image_sizes:
             if not (1 <= width <= 65535 and 1 <= height <= 65535):
-                raise ScheduleError(f"--image-size: expected sides of 1..65535 pixels, got {width}x{height}")
+                raise ScheduleError(
+                    f"--image-size: expected sides of 1..65535 pixels, got {width}x{height}; give the camera's size"
+                )
 
     @property
     def num_units(self) -> int:
-        """Most runs of the vision graph for a prompt: images, or pairs of a video's frames."""
+        """Most runs of the vision graph per prompt: images, or pairs of a video's frames."""
         return max(self.max_images, -(-(self.max_frames or 0) // 2))
 
     def _check_selection(self) -> None:
-        """Raise ScheduleError unless the options of the selection before the decoder fit together."""
+        """Raise ScheduleError unless the options of the selector before the decoder fit together."""
         if (self.token_method is None) != (self.token_keep is None):
+            missing = "--token-method" if self.token_method is None else "--token-keep"
             raise ScheduleError(
-                f"--token-method and --token-keep: expected both or none, got {self.token_method} and"
-                f" {self.token_keep}; give the other one too"
+                f"--token-method and --token-keep: expected both or none, got one; add {missing}"
             )
         if self.token_method is not None:
-            token_method(self.token_method)  # refuses an unknown one
+            token_method(self.token_method)  # raises for an unknown one
         takes_clip = [row.name for row in TOKEN_METHODS.values() if row.takes_clip]
         if self.clip is not None and self.token_method not in takes_clip:
             raise ScheduleError(
-                f"--clip: expected --token-method {' or '.join(takes_clip)} with it, got {self.token_method};"
-                " leave out --clip"
+                f"--clip: expected --token-method {' or '.join(takes_clip)} with it, got {self.token_method or 'none'}; leave out"
+                " --clip"
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleInputs:
-    """The numbers that a schedule depends on, known once the checkpoint is read."""
+    """The numbers that a schedule depends on; the checkpoint gives them."""
 
     num_layers: int
-    """Decoder layers."""
     num_visual: int
-    """Visual tokens of the largest images that are exported for, as many as enter the decoder."""
+    """Visual tokens of the largest exported images, after any reduction before the decoder."""
     image_tokens: int
-    """Visual tokens of these images before any reduction; an average keep is a share of them."""
+    """Visual tokens of these images before any reduction; the average keep is a share of them."""
     positions: tuple[Positions, ...]
-    """Position rules that the family can follow; the first one is its default."""
+    """Rules for position ids that the family supports, the default first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,10 +140,10 @@ class Progress:
     """Callbacks for a progress display."""
 
     step: Callable[[str], None] = lambda _text: None
-    """Called with what is done next."""
+    """Called with the name of the next step."""
     expect_bytes: Callable[[int], None] = lambda _count: None
-    """Called once with the bytes of weights to write."""
+    """Called once with the number of bytes of all weights."""
     wrote_bytes: Callable[[int], None] = lambda _count: None
-    """Called with the bytes written since the last call."""
+    """Called with the number of bytes written since the last call."""
     warn: Callable[[str], None] = lambda _text: None
-    """Called with one line that the user should read; the export goes on."""
+    """Called with a warning of one line."""

@@ -1,6 +1,6 @@
-"""The decisions of an export, before a graph is traced and a file is written: ``read``, ``resolve``, ``build``.
+"""The decisions of an export before any graph is traced or file is written: ``read``, ``resolve``, ``build``.
 
-Everything that can be wrong with the options or the checkpoint is found here.
+Nearly all errors in options and checkpoints are found here.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from trio_edge.export.families.decoder_config import check_positions
 from trio_edge.export.graphs.layout import Layout, vision_profiles
 from trio_edge.export.graphs.vision.clip import KEEP_MULTIPLE
 from trio_edge.export.options import ScheduleInputs
-from trio_edge.export.quantize.assign import check_packed
+from trio_edge.export.quantize.plan import check_packed
 from trio_edge.export.token_selectors import check_image_shares, full_grid, token_selector
-from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
+from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.graph_io import text_buckets
 from trio_edge.runtime.bundle.manifest import Dimensions
 from trio_edge.trio.budgets import MAX_TOPK
@@ -47,69 +47,66 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportSource:
-    """The checkpoint, with its CLIP checkpoint if the options name one."""
+    """The checkpoint, and the CLIP checkpoint if the options name one."""
 
     checkpoint: Checkpoint
-    """The model's tensors, and those of CLIP that graphs may use."""
+    """Has the model's tensors, and those of CLIP that graphs may use."""
     family: Family
     clip: Clip | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageProfiles:
-    """The images to make shapes for."""
+    """The image sizes that get shapes."""
 
     sizes: tuple[Mapping[str, int], ...]
-    """Sizes of the vision graph's axes for each of them."""
+    """Sizes of the vision graph's axes, for each image size."""
     largest: Mapping[str, int]
-    """Those of each image in the prompt with most visual tokens, which schedule and cost are made for."""
+    """Sizes of an image in the prompt with the most visual tokens; schedule and cost are made for this prompt."""
     num_images: int = 1
-    """Images in that prompt."""
     most_of_several: int = 0
-    """Visual tokens of an image in a prompt with several, at most."""
+    """Most visual tokens of an image in a prompt with several images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResolvedOptions:
-    """The options as numbers of this checkpoint: no share, no "auto"."""
+    """The options with all shares and "auto" replaced by this checkpoint's numbers."""
 
     processing: ImageProcessing
     video_processing: dict[str, Any] | None
-    """The constants for videos; None where the model takes none."""
+    """The constants for videos; None if the model takes no videos."""
     images: ImageProfiles
     image_tokens: int
     """Visual tokens of the image before any reduction."""
     token_keep: int | None
-    """K of the selection before the decoder, of each image."""
+    """K of the selector before the decoder, per image."""
     dtype: FloatType
     text: TextFiles
     generation: GenerationSettings
 
     @property
     def entering(self) -> int:
-        """Visual tokens of the prompt with most that enter the decoder."""
+        """Visual tokens that enter the decoder, in the prompt with the most."""
         one = self.images.largest["N"] if self.token_keep is None else self.token_keep
         return self.images.num_images * one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportPlan:
-    """All that graphs, weights and manifest of a bundle follow from."""
+    """All inputs of a bundle's graphs, weights and manifest."""
 
     options: ExportOptions
     source: ExportSource
     resolved: ResolvedOptions
     model: FamilyModel
-    """The modules, without values."""
     dimensions: Dimensions
     selector: TokenSelector | None
-    """The selection before the decoder."""
     clip_graphs: ClipGraphs | None
     layout: Layout
 
 
 def read(options: ExportOptions) -> ExportSource:
-    """Return the checkpoints that ``options`` name, downloaded if need be.
+    """Return the checkpoints that ``options`` name, downloaded if necessary.
 
     Raises:
         CheckpointError: If one cannot be exported.
@@ -124,11 +121,11 @@ def read(options: ExportOptions) -> ExportSource:
 
 
 def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
-    """Return ``options`` as numbers.
+    """Return ``options`` with this checkpoint's numbers.
 
     Raises:
-        CheckpointError: If the checkpoint's image processor or tokenizer cannot be followed.
-        ScheduleError: If an option does not fit the family, or its number is out of range.
+        CheckpointError: If the checkpoint's image processor or tokenizer is not supported.
+        ScheduleError: If the family does not support an option, or its number is out of range.
     """
     checkpoint, family = source.checkpoint, source.family
     processing = family.image_processing(checkpoint, encoder_keep=None, max_visual=options.max_visual)
@@ -162,20 +159,20 @@ def resolve(options: ExportOptions, source: ExportSource) -> ResolvedOptions:
 def _video_processing(
     source: ExportSource, processing: ImageProcessing, options: ExportOptions
 ) -> VideoProcessing | None:
-    """Return the processing of videos, where the model takes them."""
+    """Return the processing of videos; None if the model takes none."""
     if isinstance(source.family, VideoFamily):
         return source.family.video_processing(source.checkpoint, processing)
     if options.max_frames is not None:
         raise ScheduleError(
-            f"--max-frames: expected a model that takes videos, got {source.family.model_type}; give frames as images"
-            " (--max-images)"
+            f"--max-frames: expected a model that takes videos, got {source.family.model_type}; use --max-images and give"
+            " frames as images"
         )
     return None
 
 
 @contextmanager
 def without_values(dtype: FloatType) -> Iterator[None]:
-    """Let torch build and trace modules of type ``dtype`` whose tensors have shapes but take no memory."""
+    """Let torch build and trace modules of type ``dtype`` whose tensors have shapes but no values."""
     before = torch.get_default_dtype()
     with FakeTensorMode(allow_non_fake_inputs=True):
         torch.set_default_dtype(getattr(torch, dtype))
@@ -195,8 +192,8 @@ def build(
     """Return the plan with the model's modules, the schedule and all shapes; called under ``without_values``.
 
     Raises:
-        CheckpointError: If configuration and weights do not belong together, or the graphs cannot express the model.
-        ScheduleError: If the model cannot follow the schedule, or the longest sequence does not fit it.
+        CheckpointError: If configuration and weights belong to different models, or the model is not supported.
+        ScheduleError: If the model cannot follow the schedule, or the longest sequence does not fit the model.
     """
     selector = _selector(options, resolved)
     model, clip_graphs = _model(source, resolved, selector)
@@ -253,7 +250,7 @@ def _image_profiles(
 
 
 def _unit_sizes(videos: VideoProcessing | None, options: ExportOptions) -> list[dict[str, int]]:
-    """Return the sizes of a pair of frames of each image size, in a video with as many frames as there are room for."""
+    """Return the sizes of a pair of frames, for each image size, in a video of the most frames."""
     if videos is None or options.max_frames is None:
         return []
     return [videos.sizes(options.max_frames, width, height) for width, height in options.image_sizes]
@@ -262,7 +259,7 @@ def _unit_sizes(videos: VideoProcessing | None, options: ExportOptions) -> list[
 def _sizes(
     processing: ImageProcessing, options: ExportOptions
 ) -> tuple[tuple[Mapping[str, int], ...], Mapping[str, int]]:
-    """Return the sizes of all images to make shapes for, and the largest."""
+    """Return the sizes of all images that get shapes, and the largest."""
     exact = [processing.sizes(width, height) for width, height in options.image_sizes]
     any_image = [] if options.only_image_sizes else list(processing.any_image_sizes())
     largest = max(exact or any_image, key=lambda sizes: (sizes["N"], *sizes.values()))
@@ -270,17 +267,17 @@ def _sizes(
 
 
 def _encoder_keep(keep: int | float, largest: Mapping[str, int]) -> int:
-    """Return the patches or tokens that the vision encoder keeps; a share is one of the largest image."""
+    """Return the patches or tokens that the vision encoder keeps; ``keep`` below 1 is a share of the largest image."""
     if isinstance(keep, int):
         return keep
-    if "B" not in largest:  # no tiles: the encoder counts tokens of the whole image
+    if "B" not in largest:  # no tiles, so the number counts tokens of the whole image
         return int(keep * largest["N"])
     wanted = keep * largest["N"] / largest["B"]
     return max(1, round(wanted / KEEP_MULTIPLE)) * KEEP_MULTIPLE
 
 
 def _token_keep(options: ExportOptions, *, num_visual: int) -> int | None:
-    """Return K of the selection before the decoder, as a number."""
+    """Return K of the selector before the decoder; None without one."""
     keep = options.token_keep
     if keep is None:
         return None
@@ -288,8 +285,8 @@ def _token_keep(options: ExportOptions, *, num_visual: int) -> int | None:
     most = min(num_visual - 1, MAX_TOPK)
     if not 1 <= count <= most:
         raise ScheduleError(
-            f"--token-keep: expected 1..{most} of the image's {num_visual} visual tokens, got {count};"
-            " choose a number in this range"
+            f"--token-keep: expected 1..{most} of the image's {num_visual} visual tokens, got {count}; choose a number in"
+            " this range"
         )
     return count
 
@@ -302,7 +299,7 @@ def bundle_dtype(checkpoint: Checkpoint, wanted: Literal["auto", "float16", "flo
 
 
 def _selector(options: ExportOptions, resolved: ResolvedOptions) -> TokenSelector | None:
-    """Return the selection before the decoder, if the options ask for one."""
+    """Return the selector before the decoder, or None."""
     if options.token_method is None or resolved.token_keep is None:
         return None
     return token_selector(
@@ -316,7 +313,7 @@ def _selector(options: ExportOptions, resolved: ResolvedOptions) -> TokenSelecto
 def _model(
     source: ExportSource, resolved: ResolvedOptions, selector: TokenSelector | None
 ) -> tuple[FamilyModel, ClipGraphs | None]:
-    """Return the model's modules, and CLIP's if there is a CLIP checkpoint."""
+    """Return the model's modules, and those of the CLIP checkpoint, if there is one."""
     model = source.family.build(
         source.checkpoint,
         processing=resolved.processing,
@@ -331,17 +328,12 @@ def _model(
 
 
 def check_tensors(checkpoint: Checkpoint, model: FamilyModel) -> None:
-    """Raise CheckpointError unless the checkpoint has the decoder's tensors, and all tensors have the right shapes."""
+    """Raise CheckpointError unless the checkpoint has all tensors in the right shapes."""
     for name, parameter in model.root.named_parameters():
         wanted = canonical_name(name)
         if wanted.startswith("vision_tower.") and wanted not in checkpoint.tensors:
-            continue  # no graph may use it; one that is used is missed before anything is written
-        got = checkpoint.tensor(wanted).shape
-        if got != tuple(parameter.shape):
-            raise CheckpointError(
-                f"{checkpoint.folder} tensor {wanted!r}: expected shape {list(parameter.shape)} (config.json),"
-                f" got {list(got)}; configuration and weights belong to different models"
-            )
+            continue  # unused layers may be left out; a used one that is missing is found before anything is written
+        checkpoint.check_shape(wanted, parameter.shape)
 
 
 def dimensions_of(model: FamilyModel) -> Dimensions:
@@ -352,7 +344,7 @@ def dimensions_of(model: FamilyModel) -> Dimensions:
         num_layers=len(model.layers),
         hidden_size=int(text.hidden_size),
         num_heads=heads,
-        # configurations leave these two out, or set them to None, where they follow from the others
+        # configurations omit these two, or set them to None, if they follow from the others
         num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
         head_size=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
         intermediate_size=int(text.intermediate_size),
@@ -363,8 +355,8 @@ def dimensions_of(model: FamilyModel) -> Dimensions:
 def _check_position_rule(schedule: Schedule, family: Family) -> None:
     if schedule.positions not in family.positions:
         raise ScheduleError(
-            f"positions: expected {' or '.join(family.positions)} for {family.model_type}, got {schedule.positions};"
-            " leave out --positions"
+            f"--positions: expected {' or '.join(family.positions)} for {family.model_type}, got {schedule.positions};"
+            " leave it out"
         )
 
 

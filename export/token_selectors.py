@@ -1,4 +1,4 @@
-"""Makes selectors from the rows of ``trio_edge.trio.methods`` and a family's modules."""
+"""Makes selectors from the registry ``trio_edge.trio.methods`` and a family's modules."""
 
 from __future__ import annotations
 
@@ -21,16 +21,9 @@ if TYPE_CHECKING:
 def token_selector(
     method: str, *, num_keep: int, clip: bool = False, grid: tuple[int, int] | None = None
 ) -> TokenSelector:
-    """Return the selector ``method`` that keeps ``num_keep`` tokens of an image.
+    """Return the selector ``method`` that keeps ``num_keep`` tokens of an image; raise ScheduleError if there is none.
 
-    Args:
-        method: Row of ``TOKEN_METHODS``.
-        num_keep: K.
-        clip: Whether it compares the text with the image in CLIP's space.
-        grid: Rows and columns if every image is one full grid of tokens.
-
-    Raises:
-        ScheduleError: If there is no such method.
+    With ``clip`` it compares text and image in CLIP's space. ``grid`` is the result of ``full_grid``.
     """
     row = token_method(method)
     options: dict[str, Any] = {"clip": clip} if row.takes_clip else {}
@@ -41,59 +34,40 @@ def token_selector(
 
 
 def full_grid(processing: ImageProcessing) -> tuple[int, int] | None:
-    """Return rows and columns where every picture is one full grid of tokens, as with LLaVA-1.5; else None."""
-    if not isinstance(processing, LlavaImages) or processing.encoder_keep is not None:
+    """Return rows and columns if every image is one full grid of tokens, as with LLaVA-1.5; else None."""
+    if not isinstance(processing, LlavaImages) or processing.kind != "single" or processing.encoder_keep:
         return None
-    if processing.kind != "single":
-        return None
-    side = processing.patches_per_side
-    return side, side
+    return processing.patches_per_side, processing.patches_per_side
 
 
 def needs_previous(schedule: Schedule) -> bool:
-    """Return whether the method looks at the layer that has just run."""
+    """Return whether the schedule's method reads the input of the layer before a stage."""
     return bool(schedule.stages) and stage_method(schedule.method).load().needs_previous
 
 
 def probe_of(selector: StageSelector) -> ProxySaliency | None:
-    """Return the probe that a selector wants scores of; None if it looks at the layer by itself."""
+    """Return the probe whose scores the selector reads, or None."""
     return selector.saliency if isinstance(selector, Trio) else None
 
 
 def check_image_shares(schedule: Schedule, *, max_images: int) -> None:
-    """Refuse shares of images that the method does not know, or that would be empty.
-
-    Raises:
-        ScheduleError: Names the methods that know them.
-    """
+    """Raise ScheduleError if ``--budget image`` is set and the method does not support it, or a share would be empty."""
     if schedule.budget != "image" or not schedule.stages:
         return
     row, keep = stage_method(schedule.method), min(stage.keep for stage in schedule.stages)
     if not (row.has_image_shares and keep >= max_images):
-        able = ", ".join(name for name, other in STAGE_METHODS.items() if other.has_image_shares)
+        able = " or ".join(name for name, other in STAGE_METHODS.items() if other.has_image_shares)
         raise ScheduleError(
-            f"--budget image: expected a method of {able}, and at least {max_images} kept tokens (one for each image), got"
-            f" {row.name} and {keep}; leave out --budget"
+            f"--budget image: expected --method {able}, and at least {max_images} kept tokens (one for each image), got"
+            f" {row.name} and {keep} tokens; leave out --budget"
         )
 
 
 def stage_selector(
     model: FamilyModel, schedule: Schedule, *, stage: int, max_visual: int, max_images: int = 1
 ) -> StageSelector:
-    """Return the selector of ``stage``, holding the model's own modules.
-
-    Args:
-        model: The family's.
-        schedule: With the method and its settings.
-        stage: Index in ``schedule``.
-        max_visual: Largest N of the stage.
-        max_images: Images of a prompt.
-
-    Raises:
-        ScheduleError: If there is no such method.
-    """
-    keep = schedule.stages[stage].keep
-    layer = schedule.stages[stage].layer
+    """Return the selector of stage number ``stage``, which holds the model's own modules; ``max_visual`` is its largest N."""
+    keep, layer = schedule.stages[stage].keep, schedule.stages[stage].layer
     parts = StageParts(
         previous_layer=model.layers[layer - 1],
         layer=model.layers[layer],

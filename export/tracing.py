@@ -1,4 +1,4 @@
-"""Traces every graph of a bundle from a family's modules. No weight is read here."""
+"""Traces all graphs of a bundle from a family's modules, without reading weights."""
 
 from __future__ import annotations
 
@@ -49,17 +49,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from trio_edge.export.families.base import FamilyModel
     from trio_edge.export.families.clip import ClipGraphs
-    from trio_edge.export.graphs.layout import Layout
-    from trio_edge.runtime.bundle.manifest import Dimensions, PieceName, Profile, Role
+    from trio_edge.export.plan import ExportPlan
+    from trio_edge.runtime.bundle.manifest import PieceName, Profile, Role
     from trio_edge.trio.cost.selections import SaliencyForm
     from trio_edge.trio.saliency import ProxySaliency
-    from trio_edge.trio.selectors.interface import TokenSelector
 
 _MIN_TRACE_ROWS = 37  # any number that no other axis has
-# Dynamic axes are traced at so much more than their largest size, so that no two axes look alike to torch.export. P stays
-# a multiple of the four patches of a Qwen token.
+# Dynamic axes are traced at their largest size plus this, so that no two axes are equal for torch.export. P stays a multiple
+# of the four patches of a Qwen token.
 _MORE = {
     "vision": {"B": 3, "N": 5, "P": 148, "W": 7},
     "clip_text": {"M": 3},
@@ -73,39 +71,40 @@ _Pieces: TypeAlias = "Mapping[PieceName, TracedGraph]"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TracedGraph:
-    """A graph without weights, and the source of each of its initializers."""
+    """A graph without weights, and the source of each initializer."""
 
     spec: GraphSpec
     """Description, with ``weight_bytes`` still 0."""
     model: ir.Model
     weights: dict[str, StoredName]
-    """Initializer name -> the array that it is in the bundle."""
+    """Initializer name -> array in the bundle."""
     constants: dict[str, NDArray[Any]]
-    """Initializer name -> values that export computed."""
+    """Initializer name -> values computed by the export."""
     piece: PieceName | None = None
-    """Set if the graph is one of several that ``assembly/pieces.py`` joins; all have the joined graph's name."""
+    """Set if ``assembly/pieces.py`` joins the graph with others; all have the joined graph's name."""
 
     @property
     def is_probe(self) -> bool:
-        """Whether it reads weights of other layers than its own role's, and in both directions."""
+        """Whether it is a piece of a probe, which reads weights of other roles, and in both directions."""
         return is_probe(self.spec)
 
 
 class _Tracer:
-    """Holds what all graphs of one export share while they are traced one after the other."""
+    """The state that the graphs of one export share while they are traced."""
 
-    def __init__(
-        self, model: FamilyModel, checkpoint: Checkpoint, *, layout: Layout, dimensions: Dimensions
-    ) -> None:
-        self.model = model
-        self.checkpoint = checkpoint
-        self.layout = layout
-        self.dimensions = dimensions
-        self.names = {id(tensor): canonical_name(name) for name, tensor in model.root.named_parameters()}
+    def __init__(self, plan: ExportPlan) -> None:
+        self.model = plan.model
+        self.checkpoint = plan.source.checkpoint
+        self.layout = plan.layout
+        self.dimensions = plan.dimensions
+        parameters = plan.model.root.named_parameters()
+        self.names = {id(tensor): canonical_name(name) for name, tensor in parameters}
+        if plan.clip_graphs is not None:
+            self.names |= plan.clip_graphs.names
         self.layer: ir.Model | None = None
         """Trace of one decoder layer, once there is one."""
         self.probes: dict[SaliencyForm, list[ir.Model]] = {}
-        """Traces of the two halves of a probe; of stages they differ in nothing but weights."""
+        """Traces of the two halves of a probe; stages differ only in their weights."""
 
     def spec(
         self,
@@ -125,7 +124,7 @@ class _Tracer:
             file=f"{name}.onnx",
             inputs=inputs,
             outputs=outputs,
-            weight_bytes=0,  # known once the graph is written
+            weight_bytes=0,  # known when the graph is written
             profiles=profiles,
             first_layer=first_layer,
             num_layers=num_layers,
@@ -145,16 +144,16 @@ class _Tracer:
         num_named: int | None = None,
         constants: Mapping[str, NDArray[Any]] = MappingProxyType({}),
     ) -> TracedGraph:
-        """Return ``traced`` with what each of its initializers is."""
+        """Trace ``module`` and return the graph with the sources of its initializers."""
         return self.described(
             self.traced(module, spec, num_named=num_named), module, spec, constants=constants
         )
 
     def traced(self, module: nn.Module, spec: GraphSpec, *, num_named: int | None = None) -> ir.Model:
-        """Return the trace of ``module``, whose ``forward`` takes inputs after the first ``num_named`` as ``*others``."""
+        """Return the trace of ``module``; its ``forward`` takes the inputs after the first ``num_named`` as ``*others``."""
         if spec.role == "probe":
             sizes, dims = _probe_sizes(spec)
-        elif spec.role == "head":  # a named axis: torch.export's own symbols would rename values of the graph
+        elif spec.role == "head":  # a named axis, as torch.export's own symbols would rename values
             sizes = {"S": _MIN_TRACE_ROWS, "L": 5}
             dims = {name: torch.export.Dim(name) for name in spec.profiles[0].sizes}
         else:
@@ -173,7 +172,7 @@ class _Tracer:
     def described(
         self, model: ir.Model, module: nn.Module, spec: GraphSpec, *, constants: Mapping[str, NDArray[Any]]
     ) -> TracedGraph:
-        """Return ``model`` with what each of its initializers, named as in ``module``, is."""
+        """Return ``model`` with the sources of its initializers, which have the names of ``module``."""
         parameters = dict(module.named_parameters(remove_duplicate=False))
         weights, values = {}, {}
         for name, value in model.graph.initializers.items():
@@ -185,34 +184,24 @@ class _Tracer:
 
 
 def trace_graphs(
-    model: FamilyModel,
-    checkpoint: Checkpoint,
-    *,
-    layout: Layout,
-    dimensions: Dimensions,
-    selector: TokenSelector | None,
-    clip: ClipGraphs | None = None,
-    is_quantized: Callable[[Role], bool] = lambda _role: False,
-    step: Callable[[str], None],
+    plan: ExportPlan, *, is_quantized: Callable[[Role], bool], step: Callable[[str], None]
 ) -> list[TracedGraph]:
-    """Return all graphs of the bundle in the order in which a prefill runs them; called under FakeTensorMode.
+    """Return all graphs of the bundle in the order of a prefill; called under FakeTensorMode.
 
-    Graphs with a ``piece`` come next to each other, the one that the joined graph has its role from first. The checkpoint is
-    read only where a constant must be computed from weights (grouped-query saliency). ``is_quantized`` says whether the
-    linear layers of graphs with a role are going to be.
+    Pieces of one graph follow each other, first the one with the joined graph's role. Weights are read only for constants
+    that are computed from them (grouped-query saliency). ``is_quantized`` tells whether the linear layers of a role are
+    going to be quantized.
     """
-    tracer = _Tracer(model, checkpoint, layout=layout, dimensions=dimensions)
-    if clip is not None:
-        tracer.names |= clip.names
+    tracer = _Tracer(plan)
     step("tracing vision")
     graphs = [_vision(tracer)]
-    if clip is not None:
+    if plan.clip_graphs is not None:
         step("tracing clip_text")
-        graphs.append(_clip_text(tracer, clip))
-    if selector is not None:
+        graphs.append(_clip_text(tracer, plan.clip_graphs))
+    if plan.selector is not None:
         step("tracing reduce")
-        graphs.append(_reduce(tracer, selector, before=[graph.spec for graph in graphs]))
-    ranges = layout.layer_ranges(dimensions.num_layers)
+        graphs.append(_reduce(tracer, plan.selector, before=[graph.spec for graph in graphs]))
+    ranges = plan.layout.layer_ranges(plan.dimensions.num_layers)
     stages = _stages(tracer, step)
     for index, layers in enumerate(ranges):
         role = _range_role(index, len(ranges))
@@ -238,7 +227,7 @@ def trace_graphs(
 
 
 def _together(name: str, role: Role, pieces: _Pieces) -> list[TracedGraph]:
-    """Return the pieces of the graph ``name``, which are given by what they are called."""
+    """Return ``pieces`` as pieces of the graph ``name``."""
     return [
         replace(
             graph,
@@ -274,9 +263,9 @@ def _vision(tracer: _Tracer) -> TracedGraph:
 
 
 def _trace_sizes(spec: GraphSpec, *, several: Mapping[str, int]) -> tuple[dict[str, int], dict[str, Any]]:
-    """Return the sizes to trace at, and torch.export's dynamic dimension of the axes that have several sizes.
+    """Return the sizes to trace at, and torch.export's dynamic dimensions of the axes with several sizes.
 
-    An axis that has one size in all profiles is traced as that number: TensorRT plans better with constants.
+    An axis with one size in all profiles is traced as a number, because TensorRT optimizes better with constants.
     """
     values = {name: {profile.sizes[name] for profile in spec.profiles} for name in spec.profiles[0].sizes}
     sizes = {
@@ -371,7 +360,7 @@ def _range_tensors(
 
 
 def _one_layer(tracer: _Tracer) -> ir.Model:
-    """Trace the first decoder layer; the others have the same structure."""
+    """Return the trace of the first decoder layer; all layers have the same structure."""
     structures = {
         (type(layer), tuple((name, tuple(value.shape)) for name, value in layer.named_parameters()))
         for layer in tracer.model.layers
@@ -393,7 +382,7 @@ def _one_layer(tracer: _Tracer) -> ir.Model:
 
 
 def _stages(tracer: _Tracer, step: Callable[[str], None]) -> list[tuple[TracedGraph, _Pieces]]:
-    """Return the select graph of each stage, and the two halves of its probe if it has one."""
+    """Return the select graph of each stage, and the two halves of its probe, if it has one."""
     result = []
     for stage in range(len(tracer.layout.schedule.stages)):
         step(f"tracing select_{stage + 1}")
@@ -451,37 +440,41 @@ def _probe_halves(tracer: _Tracer, stage: int, probe: ProxySaliency) -> _Pieces:
     constants: dict[str, NDArray[Any]] = {"rotary.inv_freq": tracer.model.inv_freq}
     if probe.form != "direct":
         constants["saliency.key_value_gram"] = _gram(tracer.checkpoint, layer)
-    name, profiles = f"probe_{stage + 1}", (layout.probe_profiles(stage), layout.saliency_profiles(stage))
-    forward = tracer.spec(name, "probe", probe_tensors(**options), profiles[0], first_layer=layer)
-    backward = tracer.spec(name, "probe", saliency_tensors(**options), profiles[1], first_layer=layer)
+    specs = [
+        tracer.spec(f"probe_{stage + 1}", "probe", tensors, profiles, first_layer=layer)
+        for tensors, profiles in (
+            (probe_tensors(**options), layout.probe_profiles(stage, "probe")),
+            (saliency_tensors(**options), layout.probe_profiles(stage, "saliency")),
+        )
+    ]
     modules = Probe(probe, tracer.rotary()), Saliency(probe, tracer.rotary())
     if probe.form not in tracer.probes:
         tracer.probes[probe.form] = [
-            tracer.graph(modules[0], forward, constants=constants).model,
-            tracer.graph(modules[1], backward, num_named=7, constants=constants).model,
+            tracer.graph(modules[0], specs[0], constants=constants).model,
+            tracer.graph(modules[1], specs[1], num_named=7, constants=constants).model,
         ]
     halves = [
         tracer.described(model.clone(), module, spec, constants=constants)
-        for model, module, spec in zip(tracer.probes[probe.form], modules, (forward, backward))
+        for model, module, spec in zip(tracer.probes[probe.form], modules, specs)
     ]
     return {"probe": halves[0], "saliency": halves[1]}
 
 
 def _gradient(tracer: _Tracer) -> TracedGraph:
-    """Return the head's part of all probes."""
+    """Return the head's piece of all probes."""
     tensors = gradient_tensors(dimensions=tracer.dimensions)
     spec = tracer.spec("gradient", "probe", tensors, tracer.layout.gradient_profiles())
     return tracer.graph(ProbeHead(tracer.model.final_norm, tracer.model.lm_head), spec)
 
 
 def _probe_sizes(spec: GraphSpec) -> tuple[dict[str, int], dict[str, Any]]:
-    """Return the sizes to trace a piece of a probe at: all of its axes have another size, 0, while it does not run."""
+    """Return the sizes to trace a piece of a probe at; all axes are dynamic, as they are 0 while it does not run."""
     more = {"S": _MIN_TRACE_ROWS, "N": 3, "R": 1}
     largest = {name: max(profile.sizes[name] for profile in spec.profiles) for name in spec.profiles[0].sizes}
     sizes = {name: size + more[name[-1]] for name, size in largest.items()}
     return sizes, {
         name: torch.export.Dim(name) for name in sizes
-    }  # named, so that values are always called alike
+    }  # named, so that names of values are stable
 
 
 def _gram(checkpoint: Checkpoint, layer: int) -> NDArray[np.float32]:

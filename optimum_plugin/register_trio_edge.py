@@ -1,7 +1,7 @@
-"""``optimum-cli export trio``: optimum imports every file in its namespace ``optimum.commands.register``, so also this one.
+"""The command ``optimum-cli export trio``; optimum imports every file in its namespace ``optimum.commands.register``.
 
-Every optimum command imports it, so it imports nothing of trio-edge and never fails: the exporter itself is imported
-when the command runs. optimum's parser hands all arguments on to the exporter, which reads them.
+Every optimum command imports this file, so it never fails and imports nothing of trio-edge before the command runs.
+optimum's parser passes all arguments on to the exporter.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 REGISTER_COMMANDS: Iterator[object] = iter(())
-"""Pairs of a command and the command that it belongs to, under the name that optimum looks for.
+"""Pairs of a command and its parent command, under the name that optimum reads.
 
-An iterator, because optimum reads this once for each folder of the namespace, and two installations (a virtual
-environment over the system's) are two folders; a second command of the same name would break all of optimum's.
+An iterator is read only once. optimum reads this for each folder of the namespace, and two installations (a virtual
+environment over the system's) have two folders; a second command of the same name would break optimum's other commands.
 """
 
 try:
     from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
     from optimum.commands.export.base import ExportCommand
-except ImportError:  # another release of optimum: without this command rather than without any
+except ImportError:  # another release of optimum: only this command is missing then
     pass
 else:
 
     class TrioExportCommand(BaseOptimumCLICommand):
-        """Hands everything after ``trio`` to the exporter."""
+        """Passes all arguments after ``trio`` to the exporter."""
 
         COMMAND = CommandInfo(
             name="trio", help="Export a vision-language model with TRIO token reduction (trio-edge)."
@@ -36,7 +36,7 @@ else:
 
         @staticmethod
         def parse_args(parser: ArgumentParser) -> None:
-            """Take all arguments, options and --help too, as they are."""
+            """Take all arguments as they are, options and --help included."""
             parser.prefix_chars = "\0"  # no argument looks like an option, or argparse would refuse it
             parser.add_argument("arguments", nargs=argparse.REMAINDER)
 

@@ -1,9 +1,9 @@
-"""Schedules from presets, from text and from a wished average keep.
+"""Schedules from presets, from text and from a wanted average keep.
 
-The *average keep* is the mean over all decoder layers of the visual tokens that a layer processes, as a fraction of those
-that the image has. Papers count differently: some name the tokens behind the only stage, some an average that counts the
-scoring layer at its reduced length. Here every method gets the same true budget. Its layers and proportions are in
-``trio_edge.trio.methods`` and ``trio_edge.trio.keeps``.
+The *average keep* is the mean number of visual tokens that a decoder layer processes, as a fraction of the image's tokens.
+Papers count differently: some give the tokens after the only stage, others count the scoring layer at its reduced length.
+Here every method gets the same true budget. Layers and proportions are in ``trio_edge.trio.methods`` and
+``trio_edge.trio.keeps``.
 """
 
 from __future__ import annotations
@@ -26,58 +26,45 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.schedule import Positions
 
 MAX_TOPK = 3839
-"""The most tokens that a stage can keep: TensorRT's TopK is documented to take K up to 3840, or less than it."""
+"""Most tokens that a stage can keep. TensorRT documents K <= 3840 for TopK in one place and K < 3840 in another."""
 _DEPTH = 32
-"""Decoder layers that the methods' own layers are given for."""
+"""Depth of the decoder that the published stage layers belong to."""
 LEAST_FOR_REFERENCE_ROWS = 0.1
-"""Below this average keep, answer rows lose less accuracy: docs/results/selector-choices.md has the measurement."""
+"""Below this average keep, "answer" probe rows lose less accuracy (measured in docs/results/selector-choices.md)."""
 PRINTED = 0.0005
-"""Half of the last digit of a percentage printed with one decimal: 11.1 % means 64 of 576."""
+"""Rounding error of a percentage with one decimal: 11.1 % stands for 64 of 576."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A schedule that is published for one model, or derived from one that is."""
+    """A published schedule of one model, or one derived from it."""
 
     name: str
-    """As wished on a command line: ``11.1%``."""
+    """Its keep as given on a command line, for example ``11.1%``."""
     stages: tuple[tuple[int, int], ...]
-    """(layer, visual tokens kept)."""
+    """Pairs of layer and visual tokens kept."""
     num_layers: int
     num_visual: int
     """Visual tokens of an image before any reduction."""
     source: str
     """"reference", "reference benchmark script", "continued linearly" or "derived"."""
     encoder_keep: int | None = None
-    """Visual tokens per tile that an encoder-side selector passes on; None without one."""
+    """Visual tokens per tile after encoder reduction; None without it."""
 
     def schedule(self, **settings: Any) -> Schedule:
-        """Return the preset with ``Schedule``'s other fields set."""
+        """Return the schedule; ``settings`` are its other fields."""
         return _schedule(self.stages, settings)
 
     @property
     def average_keep(self) -> float:
         """Mean over layers of the visual tokens processed, as a fraction of ``num_visual``."""
         entering = self.num_visual if self.encoder_keep is None else self.encoder_keep
-        schedule = self.schedule()
-        return (
-            schedule.average_keep(num_layers=self.num_layers, num_visual=entering)
-            * entering
-            / self.num_visual
-        )
+        share = self.schedule().average_keep(num_layers=self.num_layers, num_visual=entering)
+        return share * entering / self.num_visual
 
 
-def _llava(
-    name: str, *stages: tuple[int, int], num_visual: int, source: str, encoder_keep: int | None = None
-) -> Preset:
-    return Preset(
-        name=name,
-        stages=stages,
-        num_layers=32,
-        num_visual=num_visual,
-        source=source,
-        encoder_keep=encoder_keep,
-    )
+def _llava(name: str, *stages: tuple[int, int], **fields: Any) -> Preset:
+    return Preset(name=name, stages=stages, num_layers=32, **fields)
 
 
 PRESETS: dict[str, tuple[Preset, ...]] = {
@@ -96,14 +83,14 @@ PRESETS: dict[str, tuple[Preset, ...]] = {
         _llava("12.0%", (1, 436), (10, 255), (15, 173), num_visual=2880, source="reference benchmark script"),
     ),
 }
-"""By model key, most reduced first. ``llava-1.5-7b-encoder`` goes with the encoder-side selector."""
+"""Presets by model, most reduced first. ``llava-1.5-7b-encoder`` is for encoder reduction."""
 
 
 def preset_schedule(model: str, keep: str, **settings: Any) -> Schedule:
     """Return the preset ``keep`` (for example ``11.1%``) of ``model``.
 
     Raises:
-        ScheduleError: If there is no such model key or budget; the message names those that there are.
+        ScheduleError: If there is no such model or keep; the message lists the known ones.
     """
     if model not in PRESETS:
         raise ScheduleError(
@@ -117,12 +104,12 @@ def preset_schedule(model: str, keep: str, **settings: Any) -> Schedule:
 
 
 def parse_schedule(text: str, **settings: Any) -> Schedule:
-    """Return the schedule written as ``layer:kept`` pairs, for instance ``1:460,10:270,15:110``.
+    """Return the schedule written as ``LAYER:KEPT`` pairs, for example ``1:460,10:270,15:110``.
 
     ``settings`` are ``Schedule``'s other fields.
 
     Raises:
-        ScheduleError: If the text is not of that form, the stages are not in order, or one keeps more than ``MAX_TOPK``.
+        ScheduleError: If the text has another form, stages are out of order, or one keeps more than ``MAX_TOPK``.
     """
     stages = []
     for part in text.split(","):
@@ -140,7 +127,7 @@ def parse_keep(text: str) -> float:
     """Return the fraction written as ``11.1%`` or ``0.111``.
 
     Raises:
-        ScheduleError: If the text is no number, or not in (0, 1].
+        ScheduleError: If the text is not a number in (0, 1].
     """
     stripped = text.strip()
     try:
@@ -155,15 +142,15 @@ def parse_keep(text: str) -> float:
 
 
 def default_stage_layers(num_layers: int) -> tuple[int, ...]:
-    """Return TRIO's stage layers for a decoder of ``num_layers``: the preset's 1, 10, 15 of 32 in proportion.
+    """Return TRIO's stage layers: the preset's 1, 10 and 15 of 32, scaled to ``num_layers``.
 
-    A decoder of 3 layers has two stages, one of 2 layers has one, and one of a single layer has none.
+    Decoders of 3, 2 and 1 layers have two, one and no stage.
     """
     return next(iter(default_layers(DEFAULT_METHOD, num_layers=num_layers)), ())
 
 
 def default_layers(method: str, *, num_layers: int) -> list[tuple[int, ...]]:
-    """Return the method's stage layers, and then earlier ones for budgets that those cannot meet."""
+    """Return the method's stage layers, then earlier alternatives for budgets that the first cannot meet."""
     row = stage_method(method)
     candidates = (layers if row.at_any_depth else _scaled(layers, num_layers) for layers in row.layers)
     inside = (tuple(layer for layer in layers if layer < num_layers) for layers in candidates)
@@ -171,7 +158,7 @@ def default_layers(method: str, *, num_layers: int) -> list[tuple[int, ...]]:
 
 
 def _scaled(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Return the layers in proportion to the depth, each at least 1 and after the one before it."""
+    """Return ``layers`` scaled to the decoder's depth, strictly ascending from 1 on."""
     result: list[int] = []
     for layer in layers:
         nearest = math.floor(layer * num_layers / _DEPTH + 0.5)
@@ -180,7 +167,7 @@ def _scaled(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
 
 
 def default_positions(method: str) -> Positions:
-    """Return the position ids that the method's original gives to the rows behind a stage."""
+    """Return the rule for position ids after a stage in the method's original code."""
     return stage_method(method).positions
 
 
@@ -198,23 +185,21 @@ def method_schedule(
     layers: Sequence[int] | None = None,
     **settings: Any,
 ) -> Schedule:
-    """Return a method's schedule whose true average keep is as near to ``average`` as integers allow, never above.
+    """Return the method's schedule with the largest average keep that does not exceed ``average``.
 
-    Where a preset has this number of layers and of visual tokens, and ``average`` is its budget as printed (11.1 % stands
-    for 64 of 576), TRIO's schedule is the preset. A stage that would keep everything is left out. If even the earliest
-    layers are too many stages for the budget's last few tokens, the last ones are left out too.
+    For TRIO this is the preset, where one has the same layers, visual tokens and printed budget (11.1 % stands for 64 of
+    576). Stages that would keep everything are left out, and so are the last ones if the budget is too small for them.
 
     Args:
-        method: Row of ``STAGE_METHODS``.
-        average: Wished average keep, in (0, 1]; 1 gives a schedule without stages.
+        method: Key of ``STAGE_METHODS``.
+        average: Wanted average keep, in (0, 1]; 1 gives a schedule without stages.
         num_layers: L, decoder layers.
         num_visual: N, visual tokens of the image.
         layers: Stage layers, ascending; by default the method's own.
         settings: ``Schedule``'s other fields; positions are the method's by default.
 
     Raises:
-        ScheduleError: If the layers before the first stage alone exceed the wished average, or a stage would keep more
-            than ``MAX_TOPK``.
+        ScheduleError: If the layers before the first stage exceed the budget, or a stage would keep more than ``MAX_TOPK``.
     """
     settings = {"method": method, "positions": default_positions(method), **settings}
     if not 0.0 < average <= 1.0:
@@ -235,7 +220,7 @@ def method_schedule(
 
 
 def _presets(average: float, sizes: tuple[int, int, int | None]) -> list[Preset]:
-    """Return the presets of this budget with these layers, visual tokens and tokens that enter the decoder."""
+    """Return the presets of this budget; ``sizes`` are layers, visual tokens, and those that enter the decoder."""
     return [
         preset
         for presets in PRESETS.values()
@@ -248,48 +233,38 @@ def _presets(average: float, sizes: tuple[int, int, int | None]) -> list[Preset]
 def _stages(
     method: str, candidates: Sequence[tuple[int, ...]], average: float, *, num_layers: int, num_visual: int
 ) -> list[tuple[int, int]]:
-    """Return layer and keep of each stage, at the first of ``candidates`` that the budget can be met with."""
-    # Without the 1e-6 a budget that is a whole number may lose a token to rounding.
+    """Return layer and keep of each stage, for the first of ``candidates`` that can meet the budget."""
+    # The 1e-6 keeps rounding from taking a token off a budget that is a whole number.
     budget = math.floor(average * num_layers * num_visual + 1e-6)
     last = candidates[-1] if candidates else ()
     for layers in [*candidates, *(last[:count] for count in range(len(last) - 1, 0, -1))]:
         weights = [end - start for start, end in zip(layers, (*layers[1:], num_layers))]
         rest = budget - layers[0] * num_visual
-        wished = (
-            stage_method(method).shape(rest, weights, num_visual, layers[0] == last[0]) if rest > 0 else None
-        )
-        keeps = wished and integer_keeps(wished, budget=rest, weights=weights, num_visual=num_visual)
+        shape = stage_method(method).shape
+        wanted = shape(rest, weights, num_visual, layers[0] == last[0]) if rest > 0 else None
+        keeps = wanted and integer_keeps(wanted, budget=rest, weights=weights, num_visual=num_visual)
         if keeps:
             return [(layer, keep) for layer, keep in zip(layers, keeps) if keep < num_visual]
     first = last[0] if last else num_layers
     least = (first * num_visual + num_layers - first) / (num_layers * num_visual)
     whose = "" if method == DEFAULT_METHOD else f" for {method}"
     raise ScheduleError(
-        f"keep {average:.1%}: expected an average of at least {math.ceil(least * 1000) / 10:.1f}%{whose} (layers"
-        f" 0..{first - 1} of {num_layers} see all {num_visual} visual tokens), got {average:.1%}; keep more"
+        f"keep {average:.1%}: expected an average of at least {math.ceil(least * 1000) / 10:.1f}%{whose} (the first {first}"
+        f" of {num_layers} layers see all {num_visual} visual tokens), got {average:.1%}; keep more"
     )
 
 
 def combined_schedule(
     method: str, average: float, *, num_layers: int, picture_tokens: int, entering: int, **settings: Any
 ) -> Schedule:
-    """Return the schedule of a decoder that only some of the image's tokens reach.
+    """Return the schedule of a decoder that only ``entering`` of the image's ``picture_tokens`` visual tokens reach.
 
-    TRIO then has one stage halfway down, as in the paper's mode with encoder reduction, where the budget allows it.
-
-    Args:
-        method: Row of ``STAGE_METHODS``.
-        average: Wished mean over all layers, as a share of ``picture_tokens``; no stages if ``entering`` are no more.
-        num_layers: L, decoder layers.
-        picture_tokens: Visual tokens of the image before any reduction.
-        entering: Those that enter the decoder.
-        settings: ``Schedule``'s other fields.
-
-    Raises:
-        ScheduleError: As ``method_schedule``.
+    After another reduction TRIO has one stage at half the depth, as in the paper, if the budget allows it.
+    ``average`` is a share of ``picture_tokens``; the schedule has no stage if ``entering`` meets it already. Other
+    arguments and errors are those of ``method_schedule``.
     """
     share = min(average * picture_tokens / entering, 1.0)
-    # A keep as printed, 16.7 % of 576, may be a little less than the 96 tokens that it means.
+    # A printed keep may be slightly low: 16.7 % of 576 stands for 96 tokens.
     if entering < picture_tokens and (average + PRINTED) * picture_tokens >= entering:
         share = 1.0
     halfway, layers = num_layers // 2, None
@@ -304,15 +279,10 @@ def combined_schedule(
 
 
 def with_probe_rows(schedule: Schedule, *, num_layers: int, picture_tokens: int, entering: int) -> Schedule:
-    """Return TRIO's schedule with the probe rows that suit its average keep; other methods have none.
+    """Return TRIO's schedule with the probe rows that suit its average keep; other schedules are returned as they are.
 
-    The reference's rows from ``LEAST_FOR_REFERENCE_ROWS`` on, answer rows below.
-
-    Args:
-        schedule: With any probe rows.
-        num_layers: L, decoder layers.
-        picture_tokens: Visual tokens of the image before any reduction.
-        entering: Those that enter the decoder.
+    These are "answer" rows below ``LEAST_FOR_REFERENCE_ROWS``, else "reference" rows. Arguments are those of
+    ``combined_schedule``.
 
     Raises:
         ScheduleError: If a stage is not inside the model.
@@ -321,23 +291,17 @@ def with_probe_rows(schedule: Schedule, *, num_layers: int, picture_tokens: int,
         return schedule
     schedule.check_fits(num_layers=num_layers, max_visual=entering)
     average = schedule.average_keep(num_layers=num_layers, num_visual=entering) * entering / picture_tokens
-    # Rounding to whole tokens leaves the average of --keep 10% a little below.
+    # Whole tokens put the average of --keep 10% slightly below 10 %.
     is_small = average + PRINTED < LEAST_FOR_REFERENCE_ROWS
     return msgspec.structs.replace(schedule, probe_rows="answer" if is_small else "reference")
 
 
 def check_combined_keep(text: str, *, picture_tokens: int, entering: int) -> None:
-    """Raise ScheduleError if the wished keep ``text`` is more than what enters the decoder: that has gone before.
-
-    Args:
-        text: As ``11.1%``.
-        picture_tokens: Visual tokens of the image before any reduction.
-        entering: Those that enter the decoder.
-    """
+    """Raise ScheduleError if the average keep ``text`` (``11.1%``) needs more than ``entering`` of the image's tokens."""
     if parse_keep(text) * picture_tokens >= entering + 1:
         raise ScheduleError(
-            f"--keep: expected at most {entering / picture_tokens:.1%}, which is what enters the decoder of the picture's"
-            f" {picture_tokens} visual tokens, got {text}; give 'all' for no reduction in the decoder"
+            f"--keep: expected at most {entering / picture_tokens:.1%}, which is what enters the decoder ({entering} of the"
+            f" image's {picture_tokens} visual tokens), got {text}; give 'all' for no reduction in the decoder"
         )
 
 

@@ -1,9 +1,9 @@
-"""The sequence after a selection: which old row each new row is.
+"""The sequence after a selection: the old row that each new row comes from.
 
-    before: text and N visual rows, mixed as the prompt has them, then padding      S rows, ``length`` of them real
-    after:  the same without the visual rows that were dropped                      S - N + K rows
+    before: text and N visual rows in the prompt's order, then padding      S rows, ``length`` of them real
+    after:  the same without the dropped visual rows                        S - N + K rows
 
-Text rows are never dropped, and the order stays. One run of visual rows, [text | visual | text], is a special case.
+Text rows are never dropped, and the order stays.
 Letters: S rows before, N visual rows before, K kept, R rows after, T = S - N text rows with their padding.
 """
 
@@ -20,13 +20,13 @@ class CompactedRows(NamedTuple):
     """The rows of the reduced sequence."""
 
     rows_R: Tensor
-    """[R] int64, the row of the old sequence that each row is; those of padding are any row in [0, S)."""
+    """[R] int64, the old row of each new row; any row in [0, S) at padding."""
     kept_R: Tensor
-    """[R] int64, the place in the selection, 0..K-1, of each visual row; any place at text."""
+    """[R] int64, the place of each visual row in the selection, 0..K-1; any place at text."""
     is_visual_R: Tensor
-    """[R] bool, rows that are kept visual tokens."""
+    """[R] bool, whether a row is a kept visual token."""
     visual_rows_K: Tensor
-    """[K] int64, the row of each kept token in the reduced sequence; those of padding lie after all real rows."""
+    """[K] int64, the new row of each kept token; padding comes after all real rows."""
 
 
 def compact_rows(
@@ -38,24 +38,24 @@ def compact_rows(
     padded_length: Any,
     is_ascending: bool = True,
 ) -> CompactedRows:
-    """Return the rows of the sequence without the visual tokens that were dropped.
+    """Return the rows of the sequence without the dropped visual tokens.
 
-    With fewer visual tokens than K all of them stay; the rows saved become padding.
+    If there are fewer visual tokens than K, all of them stay and the other rows become padding.
 
     Args:
         kept_K: Kept tokens, int64, indices into ``visual_rows_N``; the first min(K, num_visual) are real.
-        visual_rows_N: Row of each visual token, ascending; those of padding are any row.
+        visual_rows_N: Row of each visual token, ascending; any row at padding.
         num_visual: Real visual tokens, 0-d or [1], at most N.
         length: Real rows of the old sequence, 0-d or [1].
-        padded_length: S, rows of the old sequence with padding; an int, or torch.SymInt under export.
-        is_ascending: Whether ``kept_K`` is. If not, a token that comes after a later one in the selection stands after it in
-            the sequence, too: rows that merge several tokens do.
+        padded_length: S, an int, or torch.SymInt under export.
+        is_ascending: Whether ``kept_K`` is ascending. If not (rows that merge several tokens come last), a token after a
+            later one in the selection also comes after it in the sequence.
     """
     num_keep, max_visual = kept_K.shape[0], visual_rows_N.shape[0]
     visual, length = (value.to(torch.int64).reshape(1) for value in (num_visual, length))
     index_N = torch.arange(max_visual, device=kept_K.device)
     index_K = torch.arange(num_keep, device=kept_K.device)
-    # A kept token's new row is its place in the selection plus the text before it, which stays.
+    # A kept token's new row is its place in the selection plus the number of text rows before it.
     text_before_N = visual_rows_N.to(torch.int64) - index_N
     text_before_K = text_before_N.index_select(0, kept_K)
     if not is_ascending:
@@ -67,7 +67,7 @@ def compact_rows(
     text_R = (row_R - kept_R).clamp(0, padded_length - max_visual - 1)
     kept_R = kept_R.clamp(0, num_keep - 1)
     is_visual_R = visual_rows_K.index_select(0, kept_R) == row_R
-    # A text row's old place is its number plus the visual rows before it.
+    # A text row's old row is its number among text rows plus the number of visual rows before it.
     text_T = torch.arange(padded_length - max_visual, device=kept_K.device)
     is_before_TN = (text_before_N[None, :] <= text_T[:, None]) & (index_N < visual)[None, :]
     text_rows_T = text_T + _count(is_before_TN)
@@ -81,5 +81,5 @@ def compact_rows(
 
 
 def _count(is_counted: Tensor) -> Tensor:
-    """Return how many of the last axis there are, int64; summed as float32, which is exact and which every kernel has."""
+    """Return the number of true entries on the last axis, int64; the float32 sum is exact and every backend has it."""
     return is_counted.to(torch.float32).sum(-1).to(torch.int64)

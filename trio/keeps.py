@@ -1,8 +1,8 @@
-"""Visual tokens that each stage keeps, so that a budget is spent.
+"""The visual tokens that each stage keeps, chosen to spend a budget.
 
-A *shape* gives real numbers in a method's proportions, ``integer_keeps`` makes strictly decreasing whole ones of them.
-``rest`` is the budget behind the first stage: the sum, over the layers there, of the visual tokens that they may process.
-``weights`` are the layers that each stage's tokens go through.
+A *shape* gives keeps in a method's proportions; ``integer_keeps`` makes them strictly decreasing integers.
+``rest`` is the budget after the first stage: the visual tokens that its layers may process, summed over these layers.
+``weights`` are the numbers of layers that each stage's tokens pass through.
 """
 
 from __future__ import annotations
@@ -14,26 +14,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     Shape = Callable[[int, Sequence[int], int, bool], list[float] | None]
-    """From rest, weights, N and whether there are no earlier layers to try: wished keeps, None to try those."""
+    """From rest, weights, N and whether these are the earliest layers: the wanted keeps; None to try earlier layers."""
 
 _TRIO_KEEPS = (460, 270, 110)
 _LEAST_LAMBDA = 0.25
 _TABLE_VISUAL = 576
 _SPARSEVLM_TABLES = ((82, 32, 18), (249, 55, 27), (312, 117, 39), (309, 204, 113))
-"""Rows that go on, merged ones among them; by true average, 82.2 to 206.5 of 576. The scoring layer runs before its
-tokens are dropped, so these are more than the published "64, 96, 128, 192"."""
+"""Rows after each stage, merged ones included. Their true averages are 82.2 to 206.5 of 576, not the published 64 to 192:
+the scoring layer runs before its tokens are dropped."""
 
 
 def integer_keeps(
     real_keeps: Sequence[float], *, budget: int, weights: Sequence[int], num_visual: int
 ) -> tuple[int, ...] | None:
-    """Return strictly decreasing keeps near ``real_keeps`` that leave the least of the budget; None if there are none.
+    """Return strictly decreasing keeps near ``real_keeps`` that spend most of ``budget``; None if there are none.
 
-    Args:
-        real_keeps: Wished visual tokens of each stage.
-        budget: Sum over the layers behind the first stage of the visual tokens that they may process.
-        weights: Layers that each stage's tokens go through.
-        num_visual: N.
+    ``budget`` is the module's ``rest``.
     """
     least = sum(weight * (len(weights) - index) for index, weight in enumerate(weights))
     if budget < least or num_visual < len(weights):
@@ -42,7 +38,7 @@ def integer_keeps(
     for index in range(len(keeps) - 1, -1, -1):  # strictly decreasing, at least 1
         low = keeps[index + 1] + 1 if index + 1 < len(keeps) else 1
         keeps[index] = min(max(keeps[index], low), num_visual - index)
-    # Raising small keeps may have overdrawn the budget: take it back from the largest.
+    # Raising small keeps may have exceeded the budget: lower the largest ones.
     for index in range(len(keeps)):
         floor = len(keeps) - index
         while sum(w * k for w, k in zip(weights, keeps)) > budget and keeps[index] > floor:
@@ -55,9 +51,9 @@ def integer_keeps(
 def _spend_rest(
     budget: int, *, weights: Sequence[int], keeps: list[int], num_visual: int
 ) -> tuple[int, ...] | None:
-    """Return keeps near ``keeps`` that leave the least of the budget, and of those the nearest."""
+    """Return the keeps near ``keeps`` that leave least of the budget; of equals, the nearest."""
     candidates: list[tuple[int, ...]] = [()]
-    # Two stages that vary within the largest weight reach every remainder; more would only cost time.
+    # Varying two stages within the largest weight reaches every remainder; varying more only costs time.
     reach = [max(weights) if index < 2 else 0 for index in range(len(keeps) - 1)]
     for keep, distance in zip(keeps, reach):
         steps = range(-distance, distance + 1)
@@ -76,13 +72,11 @@ def _spend_rest(
 
 
 def trio_shape(rest: int, weights: Sequence[int], num_visual: int, _is_last: bool) -> list[float]:
-    """Return keeps in the presets' proportions; past their largest size, between that and keeping all."""
+    """Return keeps in the presets' proportions; for larger budgets, between their largest size and keeping all."""
     shape = [float(keep) for keep in _TRIO_KEEPS]
     if len(weights) != len(shape):  # geometric between the same ends
-        ratio = _TRIO_KEEPS[-1] / _TRIO_KEEPS[0]
-        shape = [
-            _TRIO_KEEPS[0] * ratio ** (index / max(len(weights) - 1, 1)) for index in range(len(weights))
-        ]
+        first, last, steps = _TRIO_KEEPS[0], _TRIO_KEEPS[-1], max(len(weights) - 1, 1)
+        shape = [first * (last / first) ** (index / steps) for index in range(len(weights))]
     unit = sum(weight * keep for weight, keep in zip(weights, shape))
     largest = [keep * num_visual / shape[0] for keep in shape]
     most = sum(weight * keep for weight, keep in zip(weights, largest))
@@ -93,17 +87,17 @@ def trio_shape(rest: int, weights: Sequence[int], num_visual: int, _is_last: boo
 
 
 def equal_steps(rest: int, weights: Sequence[int], _num_visual: int, _is_last: bool) -> list[float]:
-    """Return keeps in equal steps of what the budget leaves; one stage gets all of it."""
+    """Return keeps that fall in equal steps; a single stage gets the whole budget."""
     shape = [float(len(weights) - index) for index in range(len(weights))]
     unit = sum(weight * share for weight, share in zip(weights, shape))
     return [share * rest / unit for share in shape]
 
 
 def pyramid(rest: int, weights: Sequence[int], num_visual: int, is_last: bool) -> list[float] | None:
-    """Return λ N, λ² N, λ³ N with the λ that spends the budget; 0.5 is published, at 46.9 %.
+    """Return λ N, λ² N, λ³ N with the λ that spends the budget; the paper's 0.5 has an average keep of 46.9 %.
 
-    Below λ = 1/4 earlier layers are better, if there are some: at 8, 16, 24 of 32 alone a quarter of the average is
-    spent before the first stage.
+    Below λ = 1/4 it returns None if there are earlier layers: with 8, 16, 24 of 32 a quarter of the full cost is spent
+    before the first stage.
     """
 
     def spent(share: float) -> float:
@@ -119,9 +113,9 @@ def pyramid(rest: int, weights: Sequence[int], num_visual: int, is_last: bool) -
 
 
 def sparse_vlm_tables(rest: int, weights: Sequence[int], num_visual: int, _is_last: bool) -> list[float]:
-    """Return keeps on the straight line between the two published tables around the budget, scaled to N.
+    """Return keeps interpolated between the two published tables around the budget, scaled to N.
 
-    Below the smallest table they are in its proportions, above the largest they go towards all tokens.
+    Below the smallest table they have its proportions; above the largest they approach all tokens.
     """
     scale = num_visual / _TABLE_VISUAL
     tables = [[scale * keep for keep in table[: len(weights)]] for table in _SPARSEVLM_TABLES]

@@ -1,8 +1,8 @@
-"""One row for every selector: all that exporting, counting and predicting know of it by name.
+"""The registry of selectors: one row holds all that export, cost and prediction need to know about one.
 
 ``STAGE_METHODS`` run inside the decoder (``--method``), ``TOKEN_METHODS`` before it (``--token-method``). The table needs
 no torch: a row names its class as text, and ``load`` imports it. The class itself says which inputs it reads
-(``needs_previous``, ``needs_features``, …). ``docs/adding-a-selector.md`` adds one.
+(``needs_previous``, ``needs_features``, …). ``docs/adding-a-selector.md`` shows how to add one.
 """
 
 from __future__ import annotations
@@ -27,60 +27,57 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageMethod:
-    """A selector of the stages inside the decoder."""
+    """A selector that runs at stages inside the decoder."""
 
     name: str
-    """As ``--method`` and the manifest have it."""
+    """Value of ``--method`` and of the manifest."""
     summary: str
-    """A phrase for ``--help``."""
     selector: str
-    """Module below ``trio_edge.trio.selectors`` and class; a ``StageSelector``."""
+    """Module under ``trio_edge.trio.selectors`` and class name of a ``StageSelector``."""
     positions: Positions
-    """Position ids that the original gives to the rows behind a stage."""
+    """Rule for position ids after a stage in the original code."""
     layers: tuple[tuple[int, ...], ...]
-    """Layers with a stage in front, of 32; then earlier ones for budgets that the first ones cannot meet."""
+    """Layers that a stage precedes, of 32; then earlier alternatives for budgets that the first ones cannot meet."""
     at_any_depth: bool = False
-    """Whether ``layers`` are those of every decoder, and not in proportion to its depth."""
+    """Whether ``layers`` hold for decoders of any depth; otherwise they are scaled to it."""
     shape: Shape = keeps.equal_steps
-    """Proportions of the tokens that the stages keep."""
+    """Proportions of the stages' keeps."""
     has_presets: bool = False
-    """Whether ``budgets.PRESETS`` are its schedules; behind another reduction it has one stage halfway down then."""
+    """Whether ``budgets.PRESETS`` are its schedules. After another reduction it then has one stage at half the depth."""
     has_probe: bool = False
-    """Whether the options of probe rows and NMS are its own."""
+    """Whether it reads the probe-row and NMS settings."""
     has_image_shares: bool = False
-    """Whether each image can have a share of what a stage keeps."""
+    """Whether it supports an equal share for each image (``--budget image``)."""
     repeats: Literal["queries and keys", "keys", "nothing"] = "queries and keys"
-    """Weights that each stage's graph holds although other graphs have them; a probe's are ``cost.memory``'s to say."""
+    """Layer weights that each stage's graph holds a second time; ``cost.memory`` counts those of a probe."""
     flops: Callable[[Dimensions, Schedule, StageSizes], float]
-    """FLOPs of one stage."""
     work: Callable[[Dimensions, Schedule, StageSizes], Work] | None = None
-    """Its work product by product; None where only the FLOPs are known."""
+    """Products of one stage; None if only the FLOPs are known."""
 
     def load(self) -> Any:
-        """Return the class."""
+        """Return the selector's class."""
         return _load(self.selector)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenMethod:
-    """A selector among an image's visual tokens before the decoder."""
+    """A selector that runs on an image's visual tokens before the decoder."""
 
     name: str
-    """As ``--token-method`` and the manifest have it."""
+    """Value of ``--token-method`` and of the manifest."""
     summary: str
-    """A phrase for ``--help``."""
     selector: str
-    """Module below ``trio_edge.trio.selectors`` and class; a ``TokenSelector``."""
+    """Module under ``trio_edge.trio.selectors`` and class name of a ``TokenSelector``."""
     takes_clip: bool = False
-    """Whether it reads the question and can do so in CLIP's space, with ``--clip``."""
+    """Whether it can compare the question in CLIP's space (``--clip``)."""
     takes_grid: bool = False
-    """Whether it uses rows and columns of images that are one full grid of tokens."""
+    """Whether it uses the rows and columns of images that are one full grid of tokens."""
     compares: Literal["visual_tokens", "features"] | None = "visual_tokens"
-    """Rows whose similarities it holds in memory; None where it compares nothing."""
+    """Rows whose similarity matrix it holds in memory; None if it has none."""
     cost: Callable[[TokenSizes], TokenCost]
 
     def load(self) -> Any:
-        """Return the class."""
+        """Return the selector's class."""
         return _load(self.selector)
 
 
@@ -92,7 +89,7 @@ def _load(selector: str) -> Any:
 _STAGE_ROWS = (
     StageMethod(
         name="trio",
-        summary="gradient saliency, then feature-space NMS",
+        summary="gradient saliency, then NMS of similar tokens",
         selector="stages.trio.Trio",
         positions="compact",
         layers=((1, 10, 15),),
@@ -106,7 +103,7 @@ _STAGE_ROWS = (
     ),
     StageMethod(
         name="fastv",
-        summary="attention of the last row in the layer before",
+        summary="attention of the last prompt token in the previous layer",
         selector="stages.fastv.FastV",
         positions="preserved",
         layers=((2,), (1,)),
@@ -116,7 +113,7 @@ _STAGE_ROWS = (
     ),
     StageMethod(
         name="pyramiddrop",
-        summary="attention of the last row in the next layer",
+        summary="attention of the last prompt token in the next layer",
         selector="stages.pyramid_drop.PyramidDrop",
         positions="compact",
         layers=tuple((first, 2 * first, 3 * first) for first in range(8, 0, -1)),
@@ -126,7 +123,7 @@ _STAGE_ROWS = (
     ),
     StageMethod(
         name="dart",
-        summary="tokens unlike a few pivots",
+        summary="tokens least similar to a few pivot tokens",
         selector="stages.dart.Dart",
         positions="preserved",
         layers=((2,), (1,)),
@@ -136,7 +133,7 @@ _STAGE_ROWS = (
     ),
     StageMethod(
         name="sparsevlm",
-        summary="attention of the question's telling words; merges others",
+        summary="attention of the question's most relevant words, with some others merged",
         selector="stages.sparse_vlm.SparseVlm",
         positions="compact",
         layers=((3, 7, 16), (2, 6, 15), (1, 5, 14)),
@@ -147,39 +144,39 @@ _STAGE_ROWS = (
 _TOKEN_ROWS = (
     TokenMethod(
         name="visionzip",
-        summary="attention of the class row; merges others",
+        summary="class-token attention, with the others merged",
         selector="tokens.visionzip.VisionZip",
         cost=selections.vision_zip_cost,
     ),
     TokenMethod(
         name="holov",
-        summary="attention and variety, part by part",
+        summary="class-token attention and variety in each part of the image",
         selector="tokens.holov.HoloV",
         cost=selections.holo_v_cost,
     ),
     TokenMethod(
         name="scope",
-        summary="attention times newly covered similarity",
+        summary="class-token attention times newly covered similarity",
         selector="tokens.scope.Scope",
         compares="features",
         cost=selections.scope_cost,
     ),
     TokenMethod(
         name="divprune",
-        summary="largest smallest distance",
+        summary="tokens far from each other (max-min distance)",
         selector="tokens.divprune.DivPrune",
         cost=selections.div_prune_cost,
     ),
     TokenMethod(
         name="cdpruner",
-        summary="relevance to the question and difference",
+        summary="relevance to the question and diversity",
         selector="tokens.cdpruner.CdPruner",
         takes_clip=True,
         cost=selections.cd_pruner_cost,
     ),
     TokenMethod(
         name="eadp",
-        summary="coverage, weighted by relevance to the question",
+        summary="coverage of the image, weighted by relevance to the question",
         selector="tokens.eadp.Eadp",
         takes_clip=True,
         takes_grid=True,
@@ -187,14 +184,14 @@ _TOKEN_ROWS = (
     ),
     TokenMethod(
         name="evs",
-        summary="largest change since the frames before, for videos",
+        summary="largest change since the previous frames of a video",
         selector="tokens.evs.Evs",
         compares=None,
         cost=selections.no_cost,
     ),
     TokenMethod(
         name="uniform",
-        summary="every n-th token",
+        summary="evenly spaced tokens",
         selector="tokens.uniform.Uniform",
         compares=None,
         cost=selections.no_cost,
@@ -206,27 +203,19 @@ DEFAULT_METHOD = _STAGE_ROWS[0].name
 
 
 def stage_method(name: str) -> StageMethod:
-    """Return the row of a selector inside the decoder.
-
-    Raises:
-        ScheduleError: If there is none of that name.
-    """
+    """Return the selector ``name`` inside the decoder; raise ScheduleError if there is none."""
     if name not in STAGE_METHODS:
         raise ScheduleError(f"method: expected one of {', '.join(STAGE_METHODS)}, got {name!r}")
     return STAGE_METHODS[name]
 
 
 def token_method(name: str) -> TokenMethod:
-    """Return the row of a selector before the decoder.
-
-    Raises:
-        ScheduleError: If there is none of that name.
-    """
+    """Return the selector ``name`` before the decoder; raise ScheduleError if there is none."""
     if name not in TOKEN_METHODS:
         raise ScheduleError(f"token_method: expected one of {', '.join(TOKEN_METHODS)}, got {name!r}")
     return TOKEN_METHODS[name]
 
 
 def described(methods: dict[str, StageMethod] | dict[str, TokenMethod]) -> str:
-    """Return all names with their summaries, for a help text."""
+    """Return all names with their summaries, for ``--help``."""
     return "; ".join(f"{row.name}: {row.summary}" for row in methods.values())

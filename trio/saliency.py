@@ -1,8 +1,8 @@
-"""TRIO's saliency in closed form: how strongly each visual token moves the model's answer, without autograd.
+"""TRIO's saliency in closed form: the influence of each visual token on the model's answer, without autograd.
 
-For hidden states x about to enter decoder layer l, the score of visual token i is ‖∂loss/∂x_i‖₂, where loss
-is the mean cross-entropy of R probe rows of ``lm_head(final_norm(layer(x)))`` against their own argmax. Only
-the probe rows carry loss, and a visual token reaches them only through its key and its value:
+For hidden states x that enter decoder layer l, the score of visual token i is ‖∂loss/∂x_i‖₂. The loss is the mean
+cross-entropy of R probe rows of ``lm_head(final_norm(layer(x)))`` against their own argmax. Only the probe rows carry
+loss, and a visual token reaches them only through its key and its value:
 
     h_i   = w ⊙ n_i,  n_i = x_i r_i,  r_i = 1/rms(x_i)        input norm with weight w
     a     = softmax(q · RoPE(W_k h_i + bias) / √E)            attention of R queries per head
@@ -14,11 +14,9 @@ the probe rows carry loss, and a visual token reaches them only through its key 
     c_i   = n_i · u_i = (W_k h_i) · dk_i + Σ a ⊙ da           no D-sized product needed
     ‖g_i‖² = r_i² (‖u_i‖² − 2 c_i²/D + c_i² ‖n_i‖²/D²)        through the norm
 
-Qwen3 normalizes each head of keys and queries before RoPE (QK-norm): dk_i then goes back through that norm, too, and the
-rest stays.
+Qwen3 normalizes each head of keys and queries before RoPE (QK-norm); dk_i then passes back through that norm, too.
 
-V is never projected. Three forms of ‖u_i‖² are exact; ``cheapest_form``
-counts them:
+Three forms of ‖u_i‖² are exact, and ``cheapest_form`` counts their FLOPs; only the last projects V:
 
     "direct"          u_i itself, D numbers per token, and c_i = n_i · u_i; for multi-head attention
     "key_gram"        keys by the constant Gram matrix W_k w² W_kᵀ, values by the small one of the vectors p;
@@ -26,11 +24,10 @@ counts them:
     "key_value_gram"  keys and values by the constant Gram matrix, V projected; for many probe rows and few
                       key/value heads
 
-Precision. Row-wise arithmetic (norms, softmax, RoPE, gradients) is float32, or float64 in a float64 model.
-Products with a weight run in the weight's own type and their result is cast: on the tensor cores where that is
-half precision, and because a float32 copy of half-precision weights (TensorRT would store one) costs more
-memory than the whole stage. Every gradient is scaled to unit length, row by row, before such a product and
-back after it, so nothing underflows and the scores carry no loss scale.
+Precision: row-wise arithmetic (norms, softmax, RoPE, gradients) is float32, or float64 in a float64 model. Products with
+a weight run in the weight's own type, and their result is cast. In half precision they use tensor cores; a float32
+copy of the weights, which TensorRT would store, needs more memory than the whole stage. Each row of a gradient is
+scaled to unit length before such a product and back after it, so nothing underflows and scores carry no loss scale.
 
 Weights are used as they are, never folded or copied: the exporter maps every parameter to the checkpoint.
 
@@ -57,27 +54,27 @@ _SILU = {"SiLU", "SiLUActivation"}
 
 
 class ProbeState(NamedTuple):
-    """Values that the forward half of the probe leaves for the backward half.
+    """Values that the probe's forward half passes to its backward half.
 
-    The two halves are apart because the head lies between them: its weights belong to another graph.
+    The halves are separate because the head's gradient comes between them, and its weights belong to another graph.
     """
 
     output_RD: Tensor
     """y, the layer's output on the probe rows."""
     rows_RX: Tensor
-    """What the way back needs of each probe row, side by side.
+    """Values of each probe row for the backward half, concatenated.
 
-    In order: the residual stream after attention [D]; gate and up of the MLP [I, I]; the rotated queries [H E]; for each
-    head Σ_i a h_i, the attention's mean of the normed inputs [H D].
+    In order: the residual stream after attention [D]; gate and up of the MLP [I, I]; the rotated queries [H E]; and per
+    head Σ_i a h_i, the attention-weighted mean of the normed inputs [H D].
     """
     attention_HRN: Tensor
     """a at the visual tokens."""
     key_NK: Tensor | None
-    """W_k h at the visual tokens, without bias, norm and rotation; None unless ``ProxySaliency.needs_keys``."""
+    """W_k h at the visual tokens, before bias, norm and rotation; None unless ``ProxySaliency.needs_keys``."""
 
 
 class ProbeHead(nn.Module):
-    """Gradient of the proxy loss with respect to the probed layer's output, on the probe rows."""
+    """Gradient of the proxy loss with respect to the probed layer's output on the probe rows."""
 
     final_norm: Any
     lm_head: Any
@@ -96,7 +93,7 @@ class ProbeHead(nn.Module):
         probability_RV = torch.softmax(logits_RV, dim=-1)
         best_R1 = logits_RV.argmax(dim=-1, keepdim=True)
         is_best_RV = torch.arange(logits_RV.shape[-1], device=logits_RV.device)[None, :] == best_R1
-        # p - 1 cancels where the model is sure; the sum of the other probabilities does not.
+        # p - 1 cancels where the model is certain; the sum of the other probabilities does not.
         others_RV = torch.where(is_best_RV, 0.0, probability_RV)
         gradient_RV = (
             torch.where(is_best_RV, -others_RV.sum(-1, keepdim=True), others_RV) / logits_RV.shape[0]
@@ -106,12 +103,12 @@ class ProbeHead(nn.Module):
 
 
 class ProxySaliency(nn.Module):
-    """Scores of the visual tokens that are about to enter ``layer``; holds Hugging Face's own modules."""
+    """Scores of the visual tokens that enter ``layer``; holds Hugging Face's own modules."""
 
     layer: Any
     head: ProbeHead
     key_value_gram: Tensor
-    """Only in the Gram forms."""
+    """There in the Gram forms only."""
 
     def __init__(
         self,
@@ -130,12 +127,11 @@ class ProxySaliency(nn.Module):
             layer: A Llama, Mistral, Qwen2 or Qwen3 decoder layer (q, k and v may have biases; the MLP is SwiGLU).
             final_norm: The decoder's final RMS norm.
             lm_head: The decoder's head, a linear layer.
-            max_visual: Largest N, rows of the visual span with its padding; the form is chosen for it.
+            max_visual: Largest N, with padding; the form is chosen for it.
             num_probe_rows: R.
             last_probe_offset: The last probe row is ``length - last_probe_offset``.
-            form: "auto" counts FLOPs. The Gram forms hold a float32 buffer ``key_value_gram`` [2GE, 2GE];
-                under FakeTensorMode or on the meta device it has no values, and the exporter fills it in the
-                graph.
+            form: "auto" takes the fewest FLOPs. The Gram forms hold a float32 buffer ``key_value_gram`` [2GE, 2GE]. It
+                has no values under FakeTensorMode; the exporter fills it in the graph.
 
         Raises:
             CheckpointError: If the MLP's activation is not SiLU.
@@ -144,7 +140,7 @@ class ProxySaliency(nn.Module):
         activation = type(layer.mlp.act_fn).__name__
         if activation not in _SILU:
             raise CheckpointError(
-                f"mlp.act_fn: expected SiLU, got {activation}; the saliency's derivative is written for SwiGLU decoders"
+                f"mlp.act_fn: expected SiLU, got {activation}; TRIO's saliency needs a SwiGLU decoder, choose another --method"
             )
         attention: Any = layer.self_attn
         self.layer = layer
@@ -174,7 +170,7 @@ class ProxySaliency(nn.Module):
 
     @property
     def needs_keys(self) -> bool:
-        """Whether the way back wants the visual tokens' keys."""
+        """Whether the backward half needs the visual tokens' keys."""
         return self.form != "direct" or key_norm(self.layer.self_attn) is not None
 
     def forward(
@@ -186,23 +182,22 @@ class ProxySaliency(nn.Module):
         num_visual: Int[Tensor, "*one"],
         length: Int[Tensor, "*one"],
     ) -> Float[Tensor, "N"]:
-        """Return the saliency of each row of the visual span, and -1 where there is no visual token.
+        """Return the saliency of each visual token, and -1 at padding.
 
-        Gradients flow through keys and values only, which is all there is as long as the probe rows lie
-        after the visual span. So where the text after it is shorter than R + offset - 1, each probe row that
-        would lie in the span, or before the prompt, is replaced by the first row after the span; its loss
-        counts as often.
+        Gradients flow through keys and values only, which is complete as long as all probe rows come after the visual
+        tokens. If the text there is too short, the first row after the visual tokens replaces every earlier probe row,
+        and its loss counts as often.
 
         Args:
-            hidden_SD: Hidden states about to enter the layer, right-padded.
+            hidden_SD: Hidden states that enter the layer, right-padded.
             cos_SE: Rotary table, already merged for M-RoPE.
-            sin_SE: Rotary table, already merged for M-RoPE.
-            visual_rows_N: Row of each visual token, and any rows where the span is padded. N may be symbolic.
-            num_visual: Visual tokens in the span, at most N; 0-d or [1].
-            length: Real rows; nothing behind them is read. 0-d or [1].
+            sin_SE: Likewise.
+            visual_rows_N: Row of each visual token; any row at padding. N may be symbolic.
+            num_visual: Number of visual tokens, at most N; 0-d or [1].
+            length: Number of real rows, 0-d or [1]; later rows are not read.
 
         Returns:
-            Scores >= 0, float32 (float64 in a float64 model), without any scale; -1 at padding.
+            Unscaled scores >= 0, float32 (float64 in a float64 model); -1 at padding.
         """
         first = length.to(torch.int64).reshape(1) - self.last_probe_offset
         probe_R = first + torch.arange(1 - self.num_probe_rows, 1, device=hidden_SD.device)
@@ -222,9 +217,9 @@ class ProxySaliency(nn.Module):
         probe_R: Int[Tensor, "R"],
         length: Int[Tensor, "*one"],
     ) -> ProbeState:
-        """Return the layer's output on the rows ``probe_R``, and what the way back needs.
+        """Return the layer's output on the rows ``probe_R``, and the state for the backward half.
 
-        With S, N and R of 0 nothing is computed: that is how a graph that holds more than this leaves it out.
+        With S, N and R of 0 nothing is computed; a joined graph skips the probe in this way.
         """
         attention: Any = self.layer.self_attn
         weight_dtype = attention.k_proj.weight.dtype
@@ -282,7 +277,7 @@ class ProxySaliency(nn.Module):
         visual_rows_N: Int[Tensor, "N"],
         num_visual: Int[Tensor, "*one"],
     ) -> Float[Tensor, "N"]:
-        """Return the scores from ∂loss/∂y on the probe rows; the other arguments are those of ``attend``."""
+        """Return the scores, given ∂loss/∂y on the probe rows; other arguments are those of ``forward``."""
         attention: Any = self.layer.self_attn
         weight_dtype = attention.k_proj.weight.dtype
         dtype = torch.promote_types(weight_dtype, torch.float32)
@@ -293,15 +288,13 @@ class ProxySaliency(nn.Module):
         normed_ND = (scaled_ND * self.layer.input_layernorm.weight.to(dtype)).to(weight_dtype)
         D, width = hidden_SD.shape[1], self.layer.mlp.up_proj.weight.shape[0]
         middle_RD, gate_RI, up_RI, query_RF, attended_RF = torch.split(
-            state.rows_RX,
-            [D, width, width, self.num_heads * self.head_size, self.num_heads * D],
-            dim=-1,
+            state.rows_RX, [D, width, width, self.num_heads * self.head_size, self.num_heads * D], dim=-1
         )
         query_GME = self._by_kv_head(_unflatten(query_RF, -1, (self.num_heads, self.head_size)))
         attended_PD = _unflatten(attended_RF, -1, (self.num_heads, D)).transpose(0, 1).flatten(0, 1)
 
-        # Squares of a sure model's gradients underflow in float32: bring the largest to 1, and undo it at the end.
-        # The 0 is for a gradient without rows, which has no largest element.
+        # If the model is certain, squares of its gradients underflow in float32: scale the largest to 1, and back at the end.
+        # The added 0 gives a gradient without rows a largest element.
         largest = torch.cat([gradient_RD.abs().flatten(), gradient_RD.new_zeros(1)]).amax(0)
         scale = torch.where(largest > 0, largest, 1.0)
         gradient_RD = gradient_RD / scale
@@ -347,7 +340,7 @@ class ProxySaliency(nn.Module):
         return torch.where(index_N < num_visual.reshape(1), scores_N, -1.0)
 
     def _by_kv_head(self, rows_RHE: Tensor) -> Tensor:
-        """[R, H, E] -> [G, M, E], the heads of a group and the probe rows side by side."""
+        """[R, H, E] -> [G, M, E]; M runs over the heads of a group and the probe rows."""
         return rows_RHE.transpose(0, 1).reshape(self.num_kv_heads, -1, self.head_size)
 
     def _attention_output(self, attended_PD: Tensor) -> Tensor:
@@ -369,8 +362,8 @@ class ProxySaliency(nn.Module):
         norm = self.layer.post_attention_layernorm
         normed_RD = _normalize(middle_RD, norm)[0] * norm.weight.to(middle_RD.dtype)
         gate_RI = _forward_product(normed_RD, mlp.gate_proj)
-        # Two products of the same rows would be fused by TensorRT into one with both weights side by side, a second
-        # copy of them beside the one for the way back. Halving is exact, and keeps the rows apart.
+        # TensorRT would fuse two products of the same rows into one and store both weights again, next to those of the
+        # backward half. Halving the rows is exact and prevents that.
         up_RI = 2.0 * F.linear((0.5 * normed_RD).to(mlp.up_proj.weight.dtype), mlp.up_proj.weight).to(
             normed_RD.dtype
         )
@@ -381,7 +374,7 @@ class ProxySaliency(nn.Module):
     def _output_gradient(
         self, middle_RD: Tensor, gate_RI: Tensor, up_RI: Tensor, gradient_RD: Tensor
     ) -> Tensor:
-        """Return do [R, H E]: back through MLP, post-attention norm and output projection."""
+        """Return do [R, H E]: the gradient taken back through MLP, post-attention norm and output projection."""
         mlp: Any = self.layer.mlp
         sigmoid_RI = torch.sigmoid(gate_RI)
         silu_RI = gate_RI * sigmoid_RI
@@ -424,12 +417,9 @@ class ProxySaliency(nn.Module):
 def key_value_gram(
     key_weight: Float[Tensor, "GE D"], value_weight: Float[Tensor, "GE D"], norm_weight: Float[Tensor, "D"]
 ) -> Float[Tensor, "2*GE 2*GE"]:
-    """Return W Wᵀ of W = [W_k; W_v] with the input norm's weight folded in.
+    """Return W Wᵀ of W = [W_k; W_v] with the input norm's weight folded in, float32 (float64 for float64 weights).
 
-    float32, or float64 for float64 weights.
-
-    ``eᵀ (W Wᵀ) e`` is the squared length of ``Wᵀ e``, for e = [dk; dv] of one token. Its first quarter is the
-    keys' own.
+    ``eᵀ (W Wᵀ) e`` is the squared length of ``Wᵀ e``, for e = [dk; dv] of one token. The upper left block is W_k's own.
     """
     dtype = torch.promote_types(key_weight.dtype, torch.float32)
     weight = torch.cat([key_weight, value_weight]).to(dtype) * norm_weight.to(dtype)
@@ -437,31 +427,31 @@ def key_value_gram(
 
 
 def key_norm(attention: Any) -> Any | None:
-    """Return the RMS norm of each head of keys, as Qwen3 has it; None without one."""
+    """Return Qwen3's RMS norm of the heads of keys; None in other layers."""
     return getattr(attention, "k_norm", None)
 
 
 def head_normed(rows: Tensor, norm: Any | None) -> Tensor:
-    """Return queries or keys [..., E] after Qwen3's norm of each head, where there is one; without rounding."""
+    """Return queries or keys [..., E] after ``norm`` of each head, if there is one, without rounding."""
     return rows if norm is None else _normalize(rows, norm)[0] * norm.weight.to(rows.dtype)
 
 
 def sliding_window(attention: Any) -> int | None:
-    """Return the attention's window; Qwen2 has it per layer, Mistral in its configuration, Llama has none."""
+    """Return the attention's window or None; Qwen2 has one per layer, Mistral in its configuration, Llama none."""
     if type(attention).__name__.startswith("Mistral"):
         return attention.config.sliding_window  # type: ignore[no-any-return]
     return getattr(attention, "sliding_window", None)
 
 
 def _normalize(rows_D: Float[Tensor, "*rows D"], norm: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return n = x / rms(x) without the norm's weight, 1 / rms(x), and the mean square of n."""
+    """Return n = x / rms(x) without the norm's weight, then 1 / rms(x) and the mean square of n."""
     mean_square_1 = (rows_D * rows_D).mean(-1, keepdim=True)
     inverse_rms_1 = torch.rsqrt(mean_square_1 + norm.variance_epsilon)
     return rows_D * inverse_rms_1, inverse_rms_1, mean_square_1 * inverse_rms_1 * inverse_rms_1
 
 
 def _normalize_backward(gradient_RD: Tensor, scaled_RD: Tensor, inverse_rms_R1: Tensor, norm: Any) -> Tensor:
-    """Return the gradient of an RMS norm's input from that of its output."""
+    """Return the gradient at an RMS norm's input, given that at its output."""
     gradient_RD = gradient_RD * norm.weight.to(gradient_RD.dtype)
     return inverse_rms_R1 * (gradient_RD - scaled_RD * (scaled_RD * gradient_RD).mean(-1, keepdim=True))
 
@@ -471,7 +461,7 @@ def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rotate_back(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Transpose of ``_rotate``; not its inverse where the tables carry a scale."""
+    """Transpose of ``_rotate``; not its inverse if the tables carry a scale."""
     return rows * cos - _half_turn(rows * sin)
 
 
@@ -509,7 +499,7 @@ def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scaled_product(rows: Tensor, weight: Tensor) -> Tensor:
-    """Return ``rows @ weight`` in the type of ``rows``; a narrower weight is met by rows of length 1."""
+    """Return ``rows @ weight`` in the type of ``rows``; for a narrower weight, rows are scaled to length 1 before."""
     if rows.dtype == weight.dtype:
         return rows @ weight
     unit, length = _unit_rows(rows)

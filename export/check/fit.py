@@ -1,21 +1,19 @@
-"""Whether a bundle fits a device's memory, estimated before any work, and which changes would make it fit.
+"""Estimates before an export whether the bundle fits a device's memory, and which changes would make it fit.
 
-Pure functions of plain numbers. In memory at the same time are, with the letters of ``trio.saliency``, I the
-intermediate size, b bytes per element and w bytes per weight of a part (INT4 blocks: 0.30 of float16, scales and
-padding included; INT8 and FP8: 1):
+Pure functions of numbers. The following is in memory at the same time. Letters as in ``trio.saliency``; I intermediate
+size, b bytes per element, w bytes per weight of a part (INT4: 0.30 of float16, scales and padding included; INT8, FP8: 1):
 
     decoder weights     L (2 D H E + 2 D G E + 3 D I) w
-    head, vision        V D w, and the vision tower's and projector's parameters times w
-    repeated weights    what stages hold again: with TRIO nothing, but of quantized weights each probed layer and once the
-                        head; with other methods of a stage's layer what makes keys and queries
+    head, vision        V D w, and the parameters of vision tower and projector times w
+    repeated weights    weights that stages hold a second time: with TRIO none, unless layers or head are quantized; with
+                        other methods those of a layer's keys and queries
     KV caches           per layer 2 G E b times its rows: visual rows of its range + largest text + new tokens;
-                        b is 1 for keys and values in INT8
-    activations         the largest of the graphs, by ``trio/cost/memory.py``
+                        b is 1 for INT8 caches
+    activations         those of the largest graph, by ``trio/cost/memory.py``
 
-A selection before the decoder leaves K visual rows for the first range.
-
-Graphs run one after the other, so their activations are taken to share one buffer. Not counted: the workspace of TensorRT's
-tactics, building (which takes several times an engine's weights), and the token embeddings, which stay in a mapped file.
+A selector before the decoder leaves K visual rows for the first range. Graphs run one after the other, so their
+activations share one buffer. Not counted: the workspace of TensorRT's tactics, building (several times an engine's
+weights), and the token embeddings, which stay in a mapped file.
 """
 
 from __future__ import annotations
@@ -56,19 +54,18 @@ if TYPE_CHECKING:
     from trio_edge.trio.cost.devices import DeviceSpec
 
 INT4_SHARE = 0.30
-"""Bytes of 4-bit blocks over those of the same weights in float16: 4.125 / 16 with scales, and some padding."""
+"""Bytes of INT4 weights as a share of float16: 4.125 / 16 with scales, and some padding."""
 SMALL_TEXT = 64
-"""Text tokens, and new tokens, of the remedy that shortens the text."""
+"""--max-text and --max-new-tokens of the remedy with a shorter text."""
 USUAL_KEEP = "11.1%"
-"""Average keep of the remedy that reduces tokens."""
-SMALL_PICTURE = (336, 336)
-"""Width and height of the remedy with a smaller camera."""
+"""Average keep of the remedy with fewer visual tokens."""
+SMALL_IMAGE = (336, 336)
 _INT4 = "all=int4"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Picture:
-    """The largest picture that a bundle has shapes for."""
+class FitImage:
+    """The largest image that a bundle has shapes for."""
 
     num_visual: int
     """N, rows of the visual span."""
@@ -77,33 +74,31 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitInputs:
-    """Numbers that the memory of a bundle follows from."""
+    """Numbers that determine a bundle's memory."""
 
     decoder: Dimensions
     element_bytes: int = 2
-    """b, of all weights, activations and KV caches that are not quantized."""
+    """b of weights, activations and KV caches that are not quantized."""
     vision_params: int
-    """Parameters of the vision tower and the projector, and of CLIP's text tower where there is one."""
-    picture: Picture
+    """Parameters of the vision tower and the projector, and of CLIP's text tower, if there is one."""
+    image: FitImage
     most_visual: int = 0
-    """Visual tokens of the largest prompt with several pictures that enter the decoder; 0 where there is one picture."""
+    """Visual tokens that enter the decoder, in the largest prompt with several images; 0 if prompts have one image."""
     schedule: Schedule
     max_text: int
     """Largest prompt in text tokens."""
     max_new_tokens: int
     quantize: QuantizePlan = field(default_factory=QuantizePlan)
-    """Formats of the weights."""
-    small_picture: Picture | None = None
-    """A picture of ``SMALL_PICTURE``, where it is smaller than ``picture``."""
+    small_image: FitImage | None = None
+    """An image of ``SMALL_IMAGE``, if that is smaller than ``image``."""
     token_selection: TokenSelection | None = None
-    """Before the decoder."""
     texts: Texts | None = None
-    """Texts of CLIP's text tower, where there is one."""
+    """Texts of CLIP's text tower, if there is one."""
 
     @property
     def entering(self) -> int:
         """Visual rows of the first layer range."""
-        one = self.picture.num_visual if self.token_selection is None else self.token_selection.num_keep
+        one = self.image.num_visual if self.token_selection is None else self.token_selection.num_keep
         return max(one, self.most_visual)
 
     @property
@@ -114,10 +109,9 @@ class FitInputs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
-    """Bytes that must be in memory at once, against those that a device has."""
+    """Bytes needed in memory at once, and bytes that a device has."""
 
     parts: dict[str, int]
-    """Bytes per category."""
     usable_bytes: int
 
     @property
@@ -127,24 +121,24 @@ class Fit:
 
     @property
     def fits(self) -> bool:
-        """Whether they are no more than the device has."""
+        """Whether the device has enough."""
         return self.total_bytes <= self.usable_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Remedy:
-    """A change and what it would come to."""
+    """A change of the options, and the memory with it."""
 
     label: str
     fit: Fit
 
 
 def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
-    """Return the bytes of every category against ``usable_bytes``; the formulas are this module's head."""
+    """Return the bytes of every category by the formulas above, next to ``usable_bytes``."""
     plan, size, before = inputs.quantize, inputs.element_bytes, 0
     per_weight: dict[Format, float] = {"none": size, "int4": 2 * INT4_SHARE, "int8": 1.0, "fp8": 1.0}
     if inputs.token_selection is not None:
-        rows = inputs.picture.num_visual
+        rows = inputs.image.num_visual
         before = scratch_before(inputs.token_selection, inputs.texts, num_visual=rows, element_bytes=size)
     formats = plan.of_layers(inputs.schedule, num_layers=inputs.decoder.num_layers)
     found = bundle_bytes(
@@ -161,7 +155,7 @@ def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
         text_rows=inputs.max_text,
         new_rows=inputs.max_new_tokens,
         bytes_per_cached=1 if plan.has_cache else size,
-        tiles=inputs.picture.tiles,
+        tiles=inputs.image.tiles,
         before=before,
         element_bytes=size,
     )
@@ -176,7 +170,7 @@ def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
 
 
 def remedies(inputs: FitInputs, *, usable_bytes: int) -> list[Remedy]:
-    """Return what each change, and then all up to each, would come to; changes that change nothing are left out."""
+    """Return the effect of each change alone, then of all changes up to each; changes without effect are left out."""
     alone, together = [], []
     current, labels = inputs, list[str]()
     for label, change in _CHANGES:
@@ -193,7 +187,7 @@ def remedies(inputs: FitInputs, *, usable_bytes: int) -> list[Remedy]:
 
 
 def check_fit(inputs: FitInputs, target: DeviceSpec) -> str | None:
-    """Return one line that says why the bundle cannot fit ``target`` and what would; None if it fits."""
+    """Return one line with the estimate and the changes that would fit ``target``; None if the bundle fits."""
     fit = estimate(inputs, usable_bytes=target.usable_bytes)
     if fit.fits:
         return None
@@ -206,7 +200,7 @@ def check_fit(inputs: FitInputs, target: DeviceSpec) -> str | None:
 
 
 def _advice(options: Sequence[Remedy]) -> str:
-    """Return the single changes that fit; if there is none the first combination that does, beside the best single one."""
+    """Return the single changes that fit; if none does, the best single change and the first combination that fits."""
     if not options:
         return "no option makes it smaller; choose a smaller model"
     single = [option for option in options if " + " not in option.label]
@@ -240,26 +234,24 @@ def _with_int4(inputs: FitInputs) -> FitInputs | None:
 
 def _with_keep(inputs: FitInputs) -> FitInputs | None:
     try:
-        wished = combined_schedule(
+        wanted = combined_schedule(
             DEFAULT_METHOD,
             parse_keep(USUAL_KEEP),
             num_layers=inputs.decoder.num_layers,
-            picture_tokens=max(inputs.picture.num_visual, inputs.most_visual),
+            picture_tokens=max(inputs.image.num_visual, inputs.most_visual),
             entering=inputs.entering,
         )
     except ScheduleError:
-        return None  # too few layers or tokens for it
-    changed = dataclasses.replace(inputs, schedule=wished)
+        return None  # the model has too few layers or tokens
+    changed = dataclasses.replace(inputs, schedule=wanted)
     return changed if _cached_visual_rows(changed) < _cached_visual_rows(inputs) else None
 
 
-def _with_small_picture(inputs: FitInputs) -> FitInputs | None:
-    if inputs.small_picture is None:
+def _with_small_image(inputs: FitInputs) -> FitInputs | None:
+    image, selection = inputs.small_image, inputs.token_selection
+    if image is None or (selection is not None and image.num_visual <= selection.num_keep):
         return None
-    picture, selection = inputs.small_picture, inputs.token_selection
-    if selection is not None and picture.num_visual <= selection.num_keep:
-        return None
-    share = picture.num_visual / inputs.picture.num_visual
+    share = image.num_visual / inputs.image.num_visual
     try:
         stages = tuple(
             Stage(layer=stage.layer, keep=max(1, round(stage.keep * share)))
@@ -267,8 +259,8 @@ def _with_small_picture(inputs: FitInputs) -> FitInputs | None:
         )
         schedule = msgspec.structs.replace(inputs.schedule, stages=stages)
     except ScheduleError:
-        return None  # so few tokens that two stages would keep the same number
-    return dataclasses.replace(inputs, picture=picture, schedule=schedule, small_picture=None)
+        return None  # two stages would keep the same number of tokens
+    return dataclasses.replace(inputs, image=image, schedule=schedule, small_image=None)
 
 
 def _with_short_text(inputs: FitInputs) -> FitInputs | None:
@@ -282,7 +274,7 @@ _CHANGES: tuple[tuple[str, Callable[[FitInputs], FitInputs | None]], ...] = (
     ("--dtype float16", _with_float16),
     (f"--quantize {_INT4}", _with_int4),
     (f"--keep {USUAL_KEEP}", _with_keep),
-    ("--image-size {}x{} --only-image-sizes".format(*SMALL_PICTURE), _with_small_picture),
+    ("--image-size {}x{} --only-image-sizes".format(*SMALL_IMAGE), _with_small_image),
     (f"--max-text {SMALL_TEXT} --max-new-tokens {SMALL_TEXT}", _with_short_text),
 )
 
@@ -302,29 +294,29 @@ def fit_inputs(
     text_tower: nn.Module | None = None,
     texts: Texts | None = None,
 ) -> FitInputs:
-    """Return the numbers of a model that is about to be exported; reads no weight. ``texts`` are what ``text_tower`` runs on."""
+    """Return the numbers of a model to export, without reading weights; ``text_tower`` runs on ``texts``."""
     towers = [model.vision.module] if text_tower is None else [model.vision.module, text_tower]
     largest = max(layout.vision_sizes, key=lambda sizes: (sizes["N"], *sizes.values()))
     tower = model.vision_dimensions
-    picture = Picture(num_visual=largest["N"], tiles=tiles_of(tower, largest))
+    image = FitImage(num_visual=largest["N"], tiles=tiles_of(tower, largest))
     selection = None
     if token_method is not None and layout.token_keep is not None:
         by_features = method_row(token_method).compares == "features"
         width = tower.hidden_size if by_features else dimensions.hidden_size
         selection = TokenSelection(token_method, layout.token_keep, width)
-    sizes = processing.sizes(*SMALL_PICTURE)
-    small = Picture(num_visual=sizes["N"], tiles=tiles_of(tower, sizes))
+    sizes = processing.sizes(*SMALL_IMAGE)
+    small = FitImage(num_visual=sizes["N"], tiles=tiles_of(tower, sizes))
     return FitInputs(
         decoder=dimensions,
         element_bytes=2 if layout.dtype == "float16" else 4,
         vision_params=sum(parameter.numel() for module in towers for parameter in module.parameters()),
         quantize=quantize,
-        picture=picture,
+        image=image,
         most_visual=layout.visual_sizes[-1] if layout.max_images > 1 else 0,
         schedule=layout.schedule,
         max_text=layout.text_buckets[-1],
         max_new_tokens=layout.max_new_tokens,
-        small_picture=small if small.num_visual < picture.num_visual else None,
+        small_image=small if small.num_visual < image.num_visual else None,
         token_selection=selection,
         texts=texts,
     )

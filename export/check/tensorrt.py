@@ -1,8 +1,8 @@
 """Checks a graph against the operators, types and limits of TensorRT 10.3 (JetPack 6) and 10.16 (JetPack 7.2).
 
-Static: no TensorRT and no GPU, and no weight is read. The facts, each with its source, are data in
-``tensorrt_rules.json``; this file holds one small function per kind of limit. A graph that passes can still fail to
-build (no tactic, no memory); one that does not pass fails in TensorRT's parser or breaks a rule of our own there.
+The check needs no TensorRT and no GPU, and reads no weights. The rules, each with its source, are data in
+``tensorrt_rules.json``; this file has one small function per kind of limit. A graph that passes may still fail to build
+(no tactic, no memory). One that does not pass fails in TensorRT's parser or breaks one of our own rules.
 """
 
 from __future__ import annotations
@@ -25,24 +25,23 @@ if TYPE_CHECKING:
 
 RELEASES = ("10.3", "10.16")
 """The TensorRT releases of JetPack 6.1 to 6.2 and of JetPack 7.2."""
-_READABLE_ELEMENTS = 4096  # constants up to this size are looked into
+_READABLE_ELEMENTS = 4096  # constants up to this size are read
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One place where a graph breaks a rule of one TensorRT release."""
+    """One violation of a TensorRT release's rule in a graph."""
 
     release: str
     where: str
-    """Node with its operator, input or initializer."""
+    """A node with its operator, an input or an initializer."""
     operator: str
-    """ONNX operator; empty for a finding about the whole graph."""
+    """ONNX operator; empty if the finding is not about a node."""
     expected: str
-    """The release's rule."""
     got: str
     remedy: str
     source: tuple[str, ...]
-    """Keys into the rules' ``sources``."""
+    """Keys of the rules' ``sources``."""
 
     def __str__(self) -> str:
         return (
@@ -51,10 +50,10 @@ class Finding:
 
 
 def check_graph(model: ir.Model, *, release: str, symbols: Collection[str] | None = None) -> list[Finding]:
-    """Return every place where ``model`` breaks a rule of ``release``; empty if there is none.
+    """Return every violation of the rules of ``release`` in ``model``.
 
-    Values without a type get one by shape inference, in place. Dynamic axes of inputs may have the names ``symbols``: those
-    that the optimization profiles give a size.
+    Values without a type get one by shape inference, in place. ``symbols`` are the dynamic axes to which the optimization
+    profiles give a size; other names are violations.
     """
     if any(value.dtype is None for node in _nodes(model) for value in node.outputs):
         ShapeInferencePass()(model)
@@ -62,11 +61,7 @@ def check_graph(model: ir.Model, *, release: str, symbols: Collection[str] | Non
 
 
 def require_supported(model: ir.Model, *, name: str, symbols: Collection[str] | None = None) -> None:
-    """Raise unless ``model`` passes ``check_graph`` for every release of ``RELEASES``.
-
-    Raises:
-        CheckpointError: If it does not, with the first finding and the number of the others.
-    """
+    """Raise CheckpointError unless ``model`` passes ``check_graph`` for all ``RELEASES``; it names the first finding."""
     findings = [
         finding for release in RELEASES for finding in check_graph(model, release=release, symbols=symbols)
     ]
@@ -102,7 +97,7 @@ class _Release(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_rank: int
     io_types: tuple[str, ...]
     operators: dict[str, tuple[str, ...]]
-    """Differences from the rules' ``operators``."""
+    """Exceptions from the rules' ``operators``."""
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -110,20 +105,19 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     about: str
     notes: tuple[str, ...]
-    """Disagreements of the sources."""
     sources: dict[str, str]
     type_sets: dict[str, tuple[str, ...]]
     releases: dict[str, _Release]
     operators: dict[str, tuple[str, ...]]
-    """Operators by the type set that each allows."""
+    """Operators by the type set that they allow."""
     typed_inputs: dict[str, tuple[str, ...]]
-    """Operators by the inputs that the type set applies to; input 0 for all others."""
+    """Operators by the inputs that the type set restricts; for other operators it is input 0."""
     typed_outputs: tuple[str, ...]
-    """Operators whose outputs it applies to as well."""
+    """Operators whose outputs it restricts, too."""
     limits: tuple[_Limit, ...]
 
     def operator_types(self, release: str) -> dict[str, tuple[str, ...]]:
-        """Return each operator that ``release`` reads with the ONNX types that it allows."""
+        """Return the allowed ONNX types of each operator that ``release`` reads."""
         result = {}
         for table in (self.operators, self.releases[release].operators):
             for type_set, operators in table.items():
@@ -131,7 +125,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return result
 
     def checked_values(self, node: ir.Node) -> Iterator[ir.Value]:
-        """Yield the inputs and outputs of ``node`` whose type its operator restricts."""
+        """Yield the inputs and outputs of ``node`` whose types are restricted."""
         places = next((key for key, names in self.typed_inputs.items() if node.op_type in names), "0")
         wanted = {"all": range(len(node.inputs)), "none": range(0)}.get(places)
         indices = [int(place) for place in places.split()] if wanted is None else wanted
@@ -148,7 +142,7 @@ def load_rules() -> Rules:
 
 
 class _Check:
-    """One model against one release."""
+    """The check of one model for one release."""
 
     def __init__(self, model: ir.Model, release: str) -> None:
         self.model = model
@@ -220,19 +214,17 @@ class _Check:
     def _node(self, node: ir.Node) -> Iterator[Finding]:
         if node.domain not in ("", "ai.onnx"):
             yield self._finding(
-                _where(node),
-                operator=node.op_type,
+                node,
                 expected="operators of the default ONNX domain",
                 got=f"domain {node.domain!r}",
-                remedy="write it with standard operators: plugins are not part of a bundle",
+                remedy="write it with standard operators, as a bundle has no plugins",
                 source=("own",),
             )
             return
         if node.op_type not in self.types:
             others = [release for release in RELEASES if node.op_type in self.rules.operator_types(release)]
             yield self._finding(
-                _where(node),
-                operator=node.op_type,
+                node,
                 expected="an operator that the parser reads",
                 got=node.op_type,
                 remedy=f"TensorRT {others[0]} reads it" if others else "write it with other operators",
@@ -248,8 +240,7 @@ class _Check:
         for value in self.rules.checked_values(node):
             if value.dtype is None or value.dtype.name not in allowed:
                 yield self._finding(
-                    _where(node),
-                    operator=node.op_type,
+                    node,
                     expected=f"{_names(allowed)} for {value.name!r}",
                     got=_type_name(value),
                     remedy="cast it before",
@@ -257,8 +248,7 @@ class _Check:
         for value in node.outputs:
             if value.shape is not None and len(value.shape) > self.limits.max_rank:
                 yield self._finding(
-                    _where(node),
-                    operator=node.op_type,
+                    node,
                     expected=f"at most {self.limits.max_rank} axes",
                     got=f"{len(value.shape)}",
                     remedy="merge axes",
@@ -267,29 +257,21 @@ class _Check:
 
     def _limit(self, node: ir.Node, limit: _Limit) -> Iterator[Finding]:
         for expected, got in _CHECKS[limit.check](node, limit):
-            yield self._finding(
-                _where(node),
-                operator=node.op_type,
-                expected=expected,
-                got=got,
-                remedy=limit.remedy,
-                source=limit.source,
-            )
+            yield self._finding(node, expected=expected, got=got, remedy=limit.remedy, source=limit.source)
 
     def _finding(
         self,
-        where: str,
+        where: str | ir.Node,
         *,
         expected: str,
         got: str,
         remedy: str,
-        operator: str = "",
         source: tuple[str, ...] = ("table-10.1", "table-10.15"),
     ) -> Finding:
         return Finding(
             release=self.release,
-            where=where,
-            operator=operator,
+            where=where if isinstance(where, str) else _where(where),
+            operator="" if isinstance(where, str) else where.op_type,
             expected=expected,
             got=got,
             remedy=remedy,
@@ -297,7 +279,7 @@ class _Check:
         )
 
 
-# Each yields (expected, got) for every way in which a node breaks a limit.
+# Each yields (expected, got) for every violation of a limit by a node.
 
 
 def _never(_node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
@@ -305,9 +287,8 @@ def _never(_node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
 
 
 def _constant(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index in limit.inputs:
-        value = _input(node, index)
-        if value is not None and not _is_constant(value):
+    for index, value in _inputs(node, limit):
+        if not _is_constant(value):
             yield f"a constant as {_input_name(node, index)}", f"the computed {value.name!r}"
 
 
@@ -322,8 +303,8 @@ def _fixed_steps(node: ir.Node, _limit: _Limit) -> Iterator[tuple[str, str]]:
 
 
 def _constant_at_most(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index in limit.inputs:
-        largest = max((int(number) for number in _numbers(_input(node, index))), default=0)
+    for index, value in _inputs(node, limit):
+        largest = max((int(number) for number in _numbers(value)), default=0)
         if largest > limit.value:
             yield f"{_input_name(node, index)} <= {limit.value}", str(largest)
 
@@ -347,10 +328,8 @@ def _attribute_all_ones(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str
 
 
 def _absent_inputs(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index in limit.inputs:
-        value = _input(node, index)
-        if value is not None:
-            yield f"no {_input_name(node, index)}", repr(value.name)
+    for index, value in _inputs(node, limit):
+        yield f"no {_input_name(node, index)}", repr(value.name)
 
 
 def _max_outputs(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
@@ -360,31 +339,25 @@ def _max_outputs(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
 
 
 def _rank(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index in limit.inputs:
-        value = _input(node, index)
-        if value is not None and value.shape is not None and len(value.shape) not in limit.allowed:
+    for index, value in _inputs(node, limit):
+        if value.shape is not None and len(value.shape) not in limit.allowed:
             yield f"{_names(limit.allowed)} axes of {_input_name(node, index)}", str(len(value.shape))
 
 
 def _input_type(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index in limit.inputs:
-        value = _input(node, index)
-        if value is not None and (value.dtype is None or value.dtype.name not in limit.allowed):
+    for index, value in _inputs(node, limit):
+        if value.dtype is None or value.dtype.name not in limit.allowed:
             yield f"{_names(limit.allowed)} for {_input_name(node, index)}", _type_name(value)
 
 
 def _static_shape(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index in limit.inputs:
-        value = _input(node, index)
-        if value is not None and (value.shape is None or not value.shape.is_static()):
+    for index, value in _inputs(node, limit):
+        if value.shape is None or not value.shape.is_static():
             yield f"fixed sizes of {_input_name(node, index)}", str(value.shape)
 
 
 def _zero(node: ir.Node, limit: _Limit) -> Iterator[tuple[str, str]]:
-    for index in limit.inputs:
-        value = _input(node, index)
-        if value is None:
-            continue
+    for index, value in _inputs(node, limit):
         numbers = _numbers(value)
         if not numbers:
             yield f"a small constant or no {_input_name(node, index)}", repr(value.name)
@@ -424,12 +397,19 @@ _CHECKS: dict[str, Callable[[ir.Node, _Limit], Iterator[tuple[str, str]]]] = {
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
-    """Yield the nodes of the graph and of the graphs inside them."""
+    """Yield the nodes of the graph and of its subgraphs."""
     yield from ir.traversal.RecursiveGraphIterator(model.graph)
 
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _inputs(node: ir.Node, limit: _Limit) -> Iterator[tuple[int, ir.Value]]:
+    """Yield those of the limit's inputs that ``node`` has."""
+    for index in limit.inputs:
+        if (value := _input(node, index)) is not None:
+            yield index, value
 
 
 def _is_constant(value: ir.Value) -> bool:
@@ -438,7 +418,7 @@ def _is_constant(value: ir.Value) -> bool:
 
 
 def _numbers(value: ir.Value | None) -> list[float]:
-    """Return the elements of a small constant; empty for anything else. External data is not read."""
+    """Return the elements of a small constant; empty for other values and external data."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.size > _READABLE_ELEMENTS:
         return []
@@ -452,7 +432,7 @@ def _static_sizes(value: ir.Value | None) -> tuple[int, ...] | None:
 
 
 def _is_blocked(sizes: tuple[int, ...], scales: tuple[int, ...]) -> bool:
-    """Whether exactly one axis is shortened, by a whole block size."""
+    """Whether exactly one axis of ``sizes`` is divided into equal blocks."""
     shortened = [(size, scale) for size, scale in zip(sizes, scales) if size != scale]
     return len(shortened) == 1 and shortened[0][1] > 0 and shortened[0][0] % shortened[0][1] == 0
 
@@ -467,7 +447,7 @@ def _where(node: ir.Node) -> str:
 
 
 def _input_name(node: ir.Node, index: int) -> str:
-    """Return the name that ONNX gives this input."""
+    """Return the input's name in ONNX's schema."""
     if not onnx.defs.has(node.op_type):
         return f"input {index}"
     formal = onnx.defs.get_schema(node.op_type).inputs

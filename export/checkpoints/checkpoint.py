@@ -1,8 +1,8 @@
-"""Finds a checkpoint and reads its description, without its weights.
+"""Finds a checkpoint and reads its configuration and tensor headers, not its weights.
 
 A checkpoint is a folder as ``save_pretrained`` writes it: ``config.json``, safetensors files (one, or shards with an
-index), tokenizer and processor files. ``locate`` turns what a user types into such a folder: a local path, the
-packaged model ``tiny``, an alias, or a Hub id (``export/checkpoints/hub.py``). Only safetensors are read, and no code is run.
+index), tokenizer and processor files. ``locate`` finds this folder for a local path, the packaged model ``tiny``, an alias,
+or a Hub id (``export/checkpoints/hub.py``). Only safetensors are read, and no code of a checkpoint runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trio_edge.runtime.bundle.files import read_regular
 from trio_edge.runtime.bundle.limits import MAX_JSON_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,8 @@ class Alias:
 
     name: str
     repository: str | None
-    """Hub id; None for the model that comes with the package."""
+    """Hub id; None for the packaged model."""
     family: str
-    """Name of the model family, for ``--list``."""
 
 
 ALIASES = {
@@ -68,19 +67,18 @@ ALIASES = {
 }
 TINY_FOLDER = Path(__file__).parents[1] / "tiny"
 EMBEDDING_NAME = "language_model.embed_tokens.weight"
-"""Canonical name of the token embeddings."""
 HEAD_NAME = "lm_head.weight"
-"""Canonical name of the head; checkpoints whose head is the table of embeddings leave it out."""
+"""Canonical name of the head; checkpoints with tied embeddings leave it out."""
 
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "pytorch_model.bin.index.json")
-# Checkpoints name the same tensor in several ways (before and after transformers 4.52); these rules give one name.
+# Tensor names differ between checkpoints (before and after transformers 4.52); these rules make them the same.
 _CANONICAL_RULES = (
     (re.compile(r"^(?:model\.)?language_model\.lm_head\."), "lm_head."),
     (re.compile(r"^(?:model\.)?language_model\.(?:model\.)?"), "language_model."),
     (re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"), "vision_tower."),
-    # SmolVLM's; CLIP's checkpoints have the names without "model."
+    # names of SmolVLM; CLIP's checkpoints have them without "model."
     (re.compile(r"^model\.text_model\."), "language_model."),
     (re.compile(r"^model\.vision_model\."), "vision_tower."),
     (re.compile(r"^model\.connector\."), "connector."),
@@ -93,17 +91,16 @@ _CANONICAL_RULES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A located checkpoint: its folder, its configuration, and every tensor under its canonical name."""
+    """A checkpoint's folder, configuration, and tensors by canonical name."""
 
     folder: Path
     name: str
-    """The name that the user gave."""
     revision: str | None
-    """Commit of a Hub repository; for a local folder, the user's ``--revision``."""
+    """Commit of a Hub repository; None for a local folder."""
     config: dict[str, Any]
     tensors: dict[str, SourceTensor]
     packed: dict[str, PackedWeight] = field(default_factory=dict)
-    """The tensors that are integers with scales."""
+    """The tensors that are stored as integers with scales."""
 
     def tensor(self, name: str) -> SourceTensor:
         """Return the tensor with canonical ``name``.
@@ -114,16 +111,24 @@ class Checkpoint:
         if name not in self.tensors:
             way_out = "download the checkpoint again"
             if name == HEAD_NAME:
-                way_out = "set tie_word_embeddings in config.json to true if the head is the embedding table"
+                way_out = "if the head is the embedding table, set tie_word_embeddings in config.json to true"
             raise CheckpointError(
-                f"{self.folder}: expected a tensor {name!r} for this architecture, got none among"
-                f" {len(self.tensors)}; {way_out}"
+                f"{self.folder}: expected a tensor {name!r} for this architecture, got {len(self.tensors)} tensors without"
+                f" it; {way_out}"
             )
         return self.tensors[name]
 
+    def check_shape(self, name: str, shape: Sequence[int]) -> None:
+        """Raise CheckpointError unless there is a tensor ``name`` with ``shape``."""
+        if (got := self.tensor(name).shape) != tuple(shape):
+            raise CheckpointError(
+                f"{self.folder} tensor {name!r}: expected shape {list(shape)} (config.json), got {list(got)}; configuration"
+                " and weights belong to different models"
+            )
+
 
 def canonical_name(name: str) -> str:
-    """Return the one name we use for a tensor that checkpoints and transformers releases call differently."""
+    """Return the common name of a tensor that checkpoints and transformers releases name differently."""
     for pattern, replacement in _CANONICAL_RULES:
         renamed, count = pattern.subn(replacement, name, count=1)
         if count:
@@ -137,11 +142,11 @@ class Location:
 
     folder: Path
     repository: str | None = None
-    """Hub id, if ``folder`` is a snapshot in the Hub's cache, where weights may still be missing."""
+    """Hub id, if ``folder`` is a snapshot in the Hub's cache; its weights may still be missing."""
 
 
 def locate(model: str, *, revision: str | None = None) -> Location:
-    """Return where ``model`` lies: a local folder, an alias or a Hub id (described, without weights, in its cache).
+    """Return the folder of ``model``: a local folder, an alias or a Hub id. It downloads all files but the weights.
 
     Raises:
         CheckpointError: If there is no such folder, alias or Hub repository, or the Hub cannot be reached.
@@ -150,7 +155,7 @@ def locate(model: str, *, revision: str | None = None) -> Location:
     if path.is_dir():
         if revision is not None:
             raise CheckpointError(
-                f"--revision: expected a model of the Hub, got {revision!r} of {model}, which is a local folder; leave it out"
+                f"--revision: expected a model on the Hub, got {revision!r} of {model}, which is a local folder; leave it out"
             )
         return Location(folder=path)
     if path.exists():
@@ -159,18 +164,14 @@ def locate(model: str, *, revision: str | None = None) -> Location:
         )
     repository = ALIASES[model].repository if model in ALIASES else model
     if repository is None or model.startswith((".", "/", "~")):
-        raise CheckpointError(f"{model}: expected a checkpoint folder, got none there; check the path")
+        raise CheckpointError(f"{model}: expected a checkpoint folder, got nothing there; check the path")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        near = difflib.get_close_matches(model.lower(), ALIASES, n=1)
         raise CheckpointError(
             f"{model}: expected a folder, a Hub id (owner/name) or one of {', '.join(ALIASES)}, got none of them;"
-            f" {_suggestion(model)}"
+            f" {f'did you mean {near[0]}?' if near else 'check the spelling'}"
         )
     return Location(folder=download_description(repository, revision=revision), repository=repository)
-
-
-def _suggestion(model: str) -> str:
-    near = difflib.get_close_matches(model.lower(), ALIASES, n=1)
-    return f"did you mean {near[0]}?" if near else "check the spelling"
 
 
 def read_checkpoint(
@@ -179,13 +180,13 @@ def read_checkpoint(
     revision: str | None = None,
     check_config: Callable[[Path, dict[str, Any]], None] = lambda _folder, _config: None,
 ) -> Checkpoint:
-    """Return the checkpoint that ``model`` names, with all weight files checked for completeness.
+    """Return the checkpoint that ``model`` names; all weight files are there and complete.
 
     Args:
         model: Local folder, alias or Hub id.
         revision: Branch, tag or commit on the Hub.
-        check_config: Called with the folder and the configuration before weights are downloaded or read; raises
-            CheckpointError for what cannot be exported.
+        check_config: Called with folder and configuration before weights are downloaded or read; raises CheckpointError
+            if the model cannot be exported.
 
     Raises:
         CheckpointError: If configuration or weights are missing, broken, truncated, or not safetensors.
@@ -214,12 +215,10 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(read_regular(path, max_bytes=MAX_JSON_BYTES))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path.parent}: expected a checkpoint with {path.name}, got none; name the folder that save_pretrained wrote"
+            f"{path.parent}: expected a checkpoint with {path.name}, got no such file; name the folder that save_pretrained wrote"
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: expected JSON, got something else ({error}); download it again"
-        ) from None
+        raise CheckpointError(f"{path}: expected readable JSON, got {error}; download it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(
             f"{path}: expected a JSON object, got {type(value).__name__}; download it again"
@@ -228,33 +227,31 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _weight_names(folder: Path) -> list[str]:
-    """Return the names of the weight files: the index's, or the one that needs no index."""
+    """Return the names of the weight files: those in the index, or the single file without an index."""
     index = folder / _WEIGHTS_INDEX
     if not index.exists():
         return [_WEIGHTS]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(
-            f"{index}: expected a 'weight_map' of file names, got another form; download it again"
-        )
+        raise CheckpointError(f"{index}: expected a 'weight_map' of file names, got none; download it again")
     names = sorted(set(weight_map.values()))
     for name in names:
         if PurePosixPath(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index}: expected plain names of safetensors files, got {name!r}; refused"
+                f"{index}: expected plain names of safetensors files, got {name!r}; download it again"
             )
     return names
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the weight files, all of which exist. In the Hub's cache they are links, which is fine: they are copied."""
+    """Return the weight files, all of which exist. In the Hub's cache they may be links; export copies their content."""
     files = [folder / name for name in _weight_names(folder)]
     missing = [file for file in files if not file.exists()]
     if not missing:
         return files
     if (folder / _WEIGHTS_INDEX).exists():
         raise CheckpointError(
-            f"{missing[0]}: expected this shard (named by the index), got no file; download it again"
+            f"{missing[0]}: expected this shard, which the index names, got no file; download it again"
         )
     if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's generation settings, and refuses those that no bundle can follow."""
+"""Reads a checkpoint's generation settings, and refuses those that the runtime does not implement."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (),
     "prompt_lookup_num_tokens": (),
 }
-"""Settings that change answers, and the values besides None that change nothing."""
+"""Unsupported settings, and their values besides None that have no effect."""
 _NEUTRAL_IF_SAMPLED: dict[str, tuple[Any, ...]] = {
     "min_p": (0.0,),
     "top_h": (),
@@ -44,10 +44,10 @@ _NEUTRAL_IF_SAMPLED: dict[str, tuple[Any, ...]] = {
 
 
 def read_generation(checkpoint: Checkpoint) -> GenerationSettings:
-    """Return the checkpoint's settings; Hugging Face's defaults where it has none.
+    """Return the checkpoint's settings, or Hugging Face's defaults if it has none.
 
     Raises:
-        CheckpointError: If they cannot be read or followed.
+        CheckpointError: If they cannot be read, or one is not supported.
     """
     path = checkpoint.folder / _FILE
     if not path.exists():
@@ -57,19 +57,19 @@ def read_generation(checkpoint: Checkpoint) -> GenerationSettings:
     for name, neutral in unknown.items():
         if name in values and values[name] not in neutral:
             raise CheckpointError(
-                f"{path} {name}: expected none, got {values[name]!r}; answers would differ from the checkpoint's: remove it to"
-                " export without it"
+                f"{path} {name}: expected none, got {values[name]!r}, which the runtime does not implement; remove it to export"
+                " without it (answers would differ from the checkpoint's)"
             )
     wanted = {name: values[name] for name in GenerationSettings.__struct_fields__ if name in values}
     if isinstance(wanted.get("forced_eos_token_id"), int):
         wanted["forced_eos_token_id"] = [wanted["forced_eos_token_id"]]
-    if "min_new_tokens" in wanted:  # 0 too
+    if "min_new_tokens" in wanted:  # even 0 has precedence
         wanted.pop("min_length", None)
-    if not wanted.get("do_sample"):  # files keep settings of sampling that nothing reads
+    if not wanted.get("do_sample"):  # files often keep sampling settings that have no effect
         wanted = {name: value for name, value in wanted.items() if name not in SAMPLING_SETTINGS}
     try:
         return msgspec.convert(wanted, GenerationSettings)
     except msgspec.ValidationError as error:
         raise CheckpointError(
-            f"{path}: expected generation settings in range, got: {error}; correct the file"
+            f"{path}: expected generation settings in range, got '{error}'; correct the file"
         ) from None

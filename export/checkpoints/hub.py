@@ -1,8 +1,8 @@
-"""Downloads a checkpoint from the Hub through ``huggingface_hub``: its cache, token, offline mode and progress hold.
+"""Downloads a checkpoint from the Hub with ``huggingface_hub``, which handles cache, token, offline mode and progress.
 
-It happens in two steps. ``download_description`` brings configuration and tokenizer, a few megabytes, so that a model
-that cannot be exported is refused before its weights are on their way; ``download_weights`` then brings exactly the
-safetensors files that the index names. Pickles and code are never asked for, whatever else a repository holds.
+``download_description`` gets configuration and tokenizer, a few megabytes, so that an unsupported model is refused before
+its weights are downloaded. ``download_weights`` then gets exactly the safetensors files that the index names. Pickles and
+code are never downloaded.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ SAFETENSORS_WAY_OUT = (
 
 
 def download_description(repository: str, *, revision: str | None) -> Path:
-    """Return the cached snapshot folder of ``repository`` with everything but the weights; its name is the commit.
+    """Return the cached snapshot folder of ``repository``, without weights; its name is the commit.
 
     Raises:
-        CheckpointError: If the Hub refuses or cannot be reached and the cache has no copy.
+        CheckpointError: If the Hub refuses, or it cannot be reached and the cache has no copy.
     """
     from huggingface_hub import snapshot_download
 
@@ -37,17 +37,17 @@ def download_description(repository: str, *, revision: str | None) -> Path:
                 repository,
                 revision=revision,
                 allow_patterns=list(DESCRIPTION_FILES),
-                ignore_patterns=["*/*"],  # other formats and original code releases lie in folders
+                ignore_patterns=["*/*"],  # folders hold other formats and original code
             )
         )
-    except Exception as error:  # HTTP libraries differ between releases of huggingface_hub
-        raise _mendable(error, repository, revision=revision) from None
+    except Exception as error:  # releases of huggingface_hub raise errors of different HTTP libraries
+        raise _explained(error, repository, revision=revision) from None
 
 
 def download_weights(repository: str, names: Sequence[str], *, snapshot: Path) -> None:
-    """Bring the files ``names`` of ``repository`` into ``snapshot``, one after the other, unless they are there.
+    """Download the files ``names`` of ``repository`` into ``snapshot``, unless they are there.
 
-    One after the other, because Ctrl-C then ends the download at once; a large file is parallel in itself.
+    One file after the other, so that Ctrl-C ends the download at once; each large file is downloaded in parallel.
 
     Raises:
         CheckpointError: If a file is neither on the Hub nor in the cache.
@@ -67,21 +67,21 @@ def download_weights(repository: str, names: Sequence[str], *, snapshot: Path) -
             ) from None
         except EntryNotFoundError:
             raise CheckpointError(
-                f"{repository}: expected {name}, got a repository without it; only safetensors are read, never pickles:"
+                f"{repository}: expected {name} (only safetensors are read, never pickles), got a repository without it;"
                 f" {SAFETENSORS_WAY_OUT}"
             ) from None
         except Exception as error:
-            raise _mendable(error, repository, revision=snapshot.name) from None
+            raise _explained(error, repository, revision=snapshot.name) from None
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of a library's message; the error's type if it has none."""
+    """Return the first line of an error's message, or its type if it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-def _mendable(error: Exception, repository: str, *, revision: str | None) -> CheckpointError:
-    """Return what a user can do about a failed download."""
+def _explained(error: Exception, repository: str, *, revision: str | None) -> CheckpointError:
+    """Return a failed download as one line that says what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -91,35 +91,20 @@ def _mendable(error: Exception, repository: str, *, revision: str | None) -> Che
         RevisionNotFoundError,
     )
 
-    if isinstance(error, HFValidationError):
-        return CheckpointError(f"{repository}: expected a Hub id, got a malformed one; check the spelling")
-    if isinstance(error, GatedRepoError):
-        return CheckpointError(
-            f"{repository}: expected access to this gated repository, got none; accept its terms on"
-            f" https://huggingface.co/{repository}, then 'hf auth login' or set HF_TOKEN"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return CheckpointError(
-            f"{repository}: expected a Hub repository or a local folder, got neither (or a private one);"
-            " check the spelling, or 'hf auth login' or set HF_TOKEN"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return CheckpointError(
-            f"{repository}: expected a branch, tag or commit for --revision, got {revision!r}, which it does not have;"
-            " check the spelling"
-        )
-    if isinstance(error, LocalEntryNotFoundError):
-        at = "" if revision is None else f" at revision {revision!r}"
-        return CheckpointError(
-            f"{repository}: expected the Hub or a complete cached copy{at}, got no connection and none in the cache;"
-            " download it first or name a local folder"
-        )
-    if isinstance(error, HfHubHTTPError):
-        return CheckpointError(
-            f"{repository}: expected a download, the Hub answered: {first_line(error)}; try again later"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError(
-            f"{repository}: expected room in the Hub's cache, got a full disk; free some or set HF_HOME to another disk"
-        )
-    return CheckpointError(f"{repository}: expected a download, got: {first_line(error)}; try again")
+    at = "" if revision is None else f" at revision {revision!r}"
+    reasons: dict[type[Exception], str] = {  # a subclass comes before its base
+        HFValidationError: "expected a Hub id (owner/name), got a malformed one; check the spelling",
+        GatedRepoError: "expected access to this gated repository, got none; accept its terms on"
+        f" https://huggingface.co/{repository}, then 'hf auth login' or set HF_TOKEN",
+        RepositoryNotFoundError: "expected a Hub repository or a local folder, got neither (or a private one); check the"
+        " spelling, or 'hf auth login' or set HF_TOKEN",
+        RevisionNotFoundError: f"expected a branch, tag or commit for --revision, got {revision!r}; check the spelling",
+        LocalEntryNotFoundError: f"expected the Hub or a complete cached copy{at}, got no connection and none in the cache;"
+        " download it first or name a local folder",
+        HfHubHTTPError: f"expected a download, got '{first_line(error)}' from the Hub; try again later",
+    }
+    reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), None)
+    if reason is None and isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = "expected room in the Hub's cache, got a full disk; free some space or set HF_HOME to another disk"
+    reason = reason or f"expected a download, got '{first_line(error)}'; try again"
+    return CheckpointError(f"{repository}: {reason}")

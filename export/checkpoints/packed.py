@@ -1,7 +1,8 @@
-"""Finds integer weights of checkpoints that were quantized before: AWQ, GPTQ, compressed-tensors and Model Optimizer, INT4.
+"""Finds the INT4 weights of checkpoints that are quantized already, by AWQ, GPTQ, compressed-tensors or Model Optimizer.
 
-Every packed linear layer becomes one tensor of the checkpoint, with the shape [O, I] of its weight and the dtype ``PACKED``; where
-its integers and scales lie is in ``PackedWeight``. Only descriptions are read here; ``quantize/unpacking.py`` reads the values.
+Every packed linear layer becomes one tensor of the checkpoint, with its weight's shape [O, I] and the dtype ``PACKED``.
+``PackedWeight`` holds the places of its integers and scales. Only headers are read here; ``quantize/unpacking.py`` reads the
+values.
 
 | layout             | integers                                     | scales   | zero points                        |
 |--------------------|----------------------------------------------|----------|------------------------------------|
@@ -36,17 +37,17 @@ _SCALES = {
 }
 _ZEROS = {"awq": "qzeros", "gptq": "qzeros"}
 _IGNORED = ("g_idx", "weight_shape", "weight_g_idx")
-"""Other tensors of a packed layer, which nothing reads."""
+"""Other tensors of a packed layer, which are not read."""
 _WAY_OUT = "export the checkpoint that was not quantized"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedFormat:
-    """The packing of a checkpoint's weights, as its configuration describes it."""
+    """The packing that a checkpoint's configuration describes."""
 
     layout: Layout
     is_symmetric: bool
-    """Whether every zero point is the middle, 8."""
+    """Whether every zero point is 8, the middle."""
     stored_zero_offset: int = 0
     """Added to a stored zero point."""
 
@@ -62,11 +63,11 @@ class PackedWeight:
     scales: SourceTensor
     zeros: SourceTensor | None
     order: SourceTensor | None
-    """GPTQ's ``g_idx`` [I]: the block of each input."""
+    """GPTQ's ``g_idx`` [I], the block of each input."""
 
     @property
     def num_blocks(self) -> int:
-        """Scales of one output."""
+        """Blocks, and scales, per output."""
         blocks_first = self.format.layout in ("awq", "gptq")
         return self.scales.shape[0 if blocks_first else 1]
 
@@ -77,10 +78,10 @@ class PackedWeight:
 
 
 def packed_format(folder: Path, config: Mapping[str, Any]) -> PackedFormat | None:
-    """Return how the checkpoint with ``config`` packs its weights; None if it does not.
+    """Return the packing of the weights of the checkpoint with ``config``; None if they are not packed.
 
     Raises:
-        CheckpointError: If it packs them in a way that cannot be read.
+        CheckpointError: If the packing is not supported.
     """
     if "quantization_config" not in config:
         return None
@@ -93,7 +94,7 @@ def packed_format(folder: Path, config: Mapping[str, Any]) -> PackedFormat | Non
     if method == "gptq":
         _require(folder, "bits", said.get("bits"), (4,))
         _require(folder, "desc_act", said.get("desc_act", False), (False,))
-        # AutoGPTQ's first format stores zero points less one
+        # AutoGPTQ's first format stores zero points minus one
         is_v1 = said.get("checkpoint_format", "gptq") == "gptq"
         return PackedFormat(
             layout="gptq", is_symmetric=bool(said.get("sym", True)), stored_zero_offset=1 if is_v1 else 0
@@ -120,18 +121,18 @@ def packed_format(folder: Path, config: Mapping[str, Any]) -> PackedFormat | Non
 def _require(folder: Path, name: str, got: object, wanted: tuple[object, ...]) -> None:
     if got not in wanted:
         raise CheckpointError(
-            f"{folder}/config.json quantization_config.{name}: expected {' or '.join(map(repr, wanted))}, got {got!r}, which"
-            f" symmetric INT4 blocks cannot express; {_WAY_OUT}"
+            f"{folder}/config.json quantization_config.{name}: expected {' or '.join(map(repr, wanted))}, got {got!r}, which is"
+            f" not supported; {_WAY_OUT}"
         )
 
 
 def with_packed(
     folder: Path, tensors: Mapping[str, SourceTensor], form: PackedFormat
 ) -> tuple[dict[str, SourceTensor], dict[str, PackedWeight]]:
-    """Return the tensors with one for each packed weight, and where the parts of these lie.
+    """Return the tensors with one for each packed weight, and the packed weights by name.
 
     Raises:
-        CheckpointError: If parts are missing or do not fit together.
+        CheckpointError: If parts of a packed weight are missing or do not fit together.
     """
     result, packed = dict(tensors), {}
     values_name, scales_name = _VALUES[form.layout], _SCALES[form.layout]
@@ -139,7 +140,7 @@ def with_packed(
         layer = scales_key.removesuffix(f".{scales_name}")
         if f"{layer}.pre_quant_scale" in tensors:
             raise CheckpointError(
-                f"{folder} tensor '{layer}.pre_quant_scale': expected inputs without factors of their own, got some; {_WAY_OUT}"
+                f"{folder} tensor '{layer}.pre_quant_scale': expected no scales of a layer's inputs, got some; {_WAY_OUT}"
             )
         values = result.pop(f"{layer}.{values_name}", None)
         if values is None:

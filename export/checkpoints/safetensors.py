@@ -1,4 +1,4 @@
-"""Reads the header of a safetensors file, which says where each tensor lies; the values stay on disk."""
+"""Reads the header of a safetensors file, which has the place of each tensor; the values stay on disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceTensor:
-    """One tensor of a checkpoint: where its raw little-endian values lie."""
+    """The place of one tensor's raw little-endian values in a checkpoint."""
 
     file: Path
     dtype: str
@@ -36,7 +36,7 @@ def read_safetensors_header(file: Path) -> dict[str, SourceTensor]:
     """
     try:
         with safe_open(file, framework="numpy"):
-            pass  # checks the header, each entry and the file's length, but tells no offsets
+            pass  # checks the header, each entry and the file's length, but has no offsets
         with file.open("rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(header_bytes))

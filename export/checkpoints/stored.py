@@ -1,7 +1,7 @@
-"""The names of the arrays in a bundle's weight files, and where each array lies.
+"""The names and places of the arrays in a bundle's weight files.
 
-One weight has a name in the checkpoint's files, one canonical name (``canonical_name``), and one initializer name in each
-graph that reads it. A bundle can store it in several forms, so there it goes by ``StoredName``.
+A weight has a name in the checkpoint's files, a canonical name (``canonical_name``), and an initializer name in each graph
+that reads it. A bundle can store it in several forms; ``StoredName`` names one of them.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 class Change(Enum):
-    """A difference between a checkpoint's tensor and a stored array; the value is what the array's name says of it."""
+    """A difference between a checkpoint's tensor and a stored array; its value is part of the array's name."""
 
     ROWS = "rows"
-    """A table of rows, stored as it lies: other weights are transposed."""
+    """A table of rows, which is not transposed; other weights are."""
     SMOOTHED = "smoothed"
-    """With the factors of a calibration."""
+    """Multiplied by the factors of a calibration."""
     UNPACKED = "unpacked"
-    """Floating point where the checkpoint has integers."""
+    """Floating point, from the checkpoint's integers."""
     INT4 = "int4"
     INT8 = "int8"
     FP8 = "fp8"
     SCALE = "scale"
-    """The scales, not the values."""
+    """The scales instead of the values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +35,13 @@ class StoredName:
     """Identifies one array of a bundle."""
 
     tensor: str
-    """Canonical name in the checkpoint; for a constant of one graph, that graph's name and the constant's."""
+    """Canonical name in the checkpoint; for a graph's constant, the names of graph and constant."""
     changes: tuple[Change, ...] = ()
-    """In the order of ``Change``; none for the checkpoint's own values."""
+    """In the order of ``Change``; empty for the checkpoint's own values."""
 
     @property
     def scales(self) -> StoredName:
-        """The name of the scales that belong to this array."""
+        """Name of this array's scales."""
         return StoredName(self.tensor, (*self.changes, Change.SCALE))
 
     def __str__(self) -> str:
@@ -51,11 +51,11 @@ class StoredName:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredWeights:
-    """The arrays that were written, and the files that hold them."""
+    """The written arrays, and the hashes of their files."""
 
     tensors: dict[StoredName, StoredTensor]
     sha256: dict[str, str]
-    """Hash of every file, by its path in the bundle."""
+    """SHA-256 of every file, by its path in the bundle."""
 
     def with_more(self, other: StoredWeights) -> StoredWeights:
         """Return the arrays and files of both."""

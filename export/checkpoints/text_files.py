@@ -1,4 +1,4 @@
-"""Takes the tokenizer and the chat template from a checkpoint and writes them into a bundle."""
+"""Reads the tokenizer and the chat template of a checkpoint, and writes them into a bundle."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEMPLATE_NAME = "chat_template.jinja"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextFiles:
-    """The text side of a bundle: the manifest's part, and two files."""
+    """The manifest's description of a bundle's text, and the contents of two files."""
 
     spec: TextSpec
     tokenizer: str
@@ -43,17 +43,17 @@ def read_text_files(
 ) -> TextFiles:
     """Return the tokenizer and the chat template of a checkpoint.
 
-    The tokenizer is the one that transformers uses for this checkpoint, saved as one file: some releases build parts
-    of it in code, so the checkpoint's own tokenizer.json alone may tokenize differently.
+    The tokenizer is the one that transformers uses, saved as one file. Some releases build parts of it in code, so the
+    checkpoint's own tokenizer.json may tokenize differently.
 
     Args:
-        checkpoint: With its tokenizer's files.
-        default_template: For a checkpoint without a chat template.
-        image_marks: Texts that are written into the template before and after its image token.
+        checkpoint: The checkpoint.
+        default_template: Chat template for a checkpoint without one.
+        image_marks: Texts added to the template before and after its image token.
 
     Raises:
-        CheckpointError: If there is no tokenizer, its image token is not a single known token or not in the template
-            that needs marks, or it has tokens without a row in the embedding table.
+        CheckpointError: If there is no tokenizer, its image token is unknown or missing in a template that needs marks,
+            or it has tokens without a row in the embedding table.
     """
     tokenizer = load_tokenizer(checkpoint)
     backend = tokenizer.backend_tokenizer
@@ -62,11 +62,11 @@ def read_text_files(
     image_token = backend.id_to_token(image_token_id) if isinstance(image_token_id, int) else None
     if image_token is None or not isinstance(image_token_id, int):
         raise CheckpointError(
-            f"{checkpoint.folder}: expected image_token_index to name a token of the tokenizer, got {image_token_id};"
+            f"{checkpoint.folder}: expected image_token_index to be the id of a token, got {image_token_id};"
             " use the checkpoint's own tokenizer files"
         )
     _check_vocabulary(checkpoint, backend)
-    # some checkpoints bring both settings; the runtime pads to its buckets itself and refuses prompts that are too long
+    # some checkpoints set both; the runtime pads to its own buckets and refuses prompts that are too long
     backend.no_padding()
     backend.no_truncation()
     spec = TextSpec(
@@ -86,17 +86,17 @@ def read_text_files(
 
 
 def _with_marks(template: str, image_token: str, marks: tuple[str, str], checkpoint: Checkpoint) -> str:
-    """Return the template with marks around its image token: no code of the processor runs after it."""
+    """Return the template with marks around its image token, as no processor adds them at run time."""
     if image_token not in template:
         raise CheckpointError(
-            f"{checkpoint.folder}: expected a chat template with {image_token!r}, which this model's images need, got"
-            " one without; use the template of the checkpoint's newest revision"
+            f"{checkpoint.folder}: expected a chat template with the image token {image_token!r}, got one without it; use the"
+            " template of the checkpoint's newest revision"
         )
     return template.replace(image_token, f"{marks[0]}{image_token}{marks[1]}")
 
 
 def _check_rules(content: bytes, *, where: Path) -> None:
-    """Raise CheckpointError for a tokenizer that the runtime would refuse."""
+    """Raise CheckpointError if the runtime refuses this tokenizer."""
     try:
         tokenizer_from(content, where=str(where))
     except BundleError as error:
@@ -105,14 +105,14 @@ def _check_rules(content: bytes, *, where: Path) -> None:
 
 
 def _video_token(checkpoint: Checkpoint, backend: Any) -> dict[str, Any]:
-    """Return text and id of the token that stands for a video, where the configuration names one of the tokenizer's."""
+    """Return text and id of the video token; empty if the configuration names none of the tokenizer's tokens."""
     token_id = checkpoint.config.get("video_token_id")
     token = backend.id_to_token(token_id) if isinstance(token_id, int) else None
     return {} if token is None else {"video_token": token, "video_token_id": token_id}
 
 
 def _check_vocabulary(checkpoint: Checkpoint, backend: Any) -> None:
-    """Raise CheckpointError if a token has no embedding; rows without a token are common padding."""
+    """Raise CheckpointError if a token has no row in the embedding table; rows without a token are allowed."""
     num_rows = checkpoint.tensor(EMBEDDING_NAME).shape[0]
     token, token_id = max(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
     if token_id >= num_rows:
@@ -126,7 +126,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """Return the fast tokenizer that transformers uses for a checkpoint.
 
     Raises:
-        CheckpointError: If its files are missing or broken, or it is a slow one.
+        CheckpointError: If its files are missing or broken, or it is not a fast tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -139,7 +139,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             )
     except Exception as error:  # transformers raises many types for missing or broken files
         raise CheckpointError(
-            f"{checkpoint.folder}: expected tokenizer files, got none that load ({first_line(error)}); download them"
+            f"{checkpoint.folder}: expected tokenizer files, got none that load ({first_line(error)}); download them again"
         ) from None
     if not getattr(tokenizer, "is_fast", False):
         raise CheckpointError(
@@ -150,7 +150,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def _chat_template(checkpoint: Checkpoint) -> str | None:
-    """Return the checkpoint's template from the places where transformers has kept it over time."""
+    """Return the checkpoint's template, from one of the files in which releases of transformers store it."""
     folder = checkpoint.folder
     if (folder / "chat_template.jinja").exists():
         return _read_text(folder / "chat_template.jinja", max_bytes=MAX_TEXT_BYTES)
@@ -166,12 +166,12 @@ def _read_text(path: Path, *, max_bytes: int) -> str:
     try:
         return read_regular(path, max_bytes=max_bytes).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: expected UTF-8 text ({error}); download it again") from None
+        raise CheckpointError(f"{path}: expected UTF-8 text, got {error}; download it again") from None
 
 
 def _default_template(template: Any, path: Path) -> str:
-    """Return the template itself, or the one called "default" where there are several by name."""
-    if isinstance(template, list):  # of objects with a name: transformers 4 wrote several so
+    """Return ``template`` itself, or the one called "default" if it holds several."""
+    if isinstance(template, list):  # transformers 4 wrote several as a list of objects
         template = {part.get("name"): part.get("template") for part in template if isinstance(part, dict)}
     text = template.get("default") if isinstance(template, dict) else template
     if not isinstance(text, str):
@@ -184,7 +184,7 @@ def _default_template(template: Any, path: Path) -> str:
 
 
 def _with_special_tokens(template: str, tokenizer: Any) -> str:
-    """Return the template with the special tokens that it names; the manifest has the first and the last token only."""
+    """Return the template with its special tokens set; the manifest holds only the begin and end tokens."""
     more = {
         name: token
         for name, token in tokenizer.special_tokens_map.items()
@@ -196,9 +196,9 @@ def _with_special_tokens(template: str, tokenizer: Any) -> str:
 
 
 def _stop_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Return what ends an answer, as for ``generate``: what ``generation_config.json`` names, if anything.
+    """Return the tokens that end an answer, as for ``generate``: those in ``generation_config.json``, if there are any.
 
-    Only without that file the configurations are asked. Where nothing is named, no token ends an answer.
+    The model's configuration is read only if that file is missing. The result may be empty.
     """
     path, config = checkpoint.folder / "generation_config.json", checkpoint.config
     places = (read_json(path),) if path.exists() else (config, config.get("text_config") or {})

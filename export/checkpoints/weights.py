@@ -1,8 +1,8 @@
-"""Writes a checkpoint's weights into a bundle, once, and says where each tensor lies.
+"""Writes a checkpoint's weights into a bundle once, and returns the place of each tensor.
 
-A file whose tensors need no change is copied as it is (by reflink where the file system can); graphs then point into it
-by offset. Otherwise the tensors that the graphs use are converted and streamed, piece by piece, into one new file. The
-files are hashed by a second thread while they are written: reading 14 GB again would take longer than hashing them.
+If no tensor needs a change, files are copied as they are (by reflink if the file system can), and graphs point into them by
+offset. Otherwise the used tensors are converted and streamed piece by piece into one new file. A second thread hashes the
+files while they are written, as reading 14 GB again would take longer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _TORCH_FROM_SAFETENSORS = {
     "BF16": torch.bfloat16,
 }
 _TORCH_FROM_INTEGERS = {"I32": torch.int32, "U8": torch.uint8}
-_PIECE_BYTES = 8 << 20  # a multiple of every element's size; bounds the memory of an export
+_PIECE_BYTES = 8 << 20  # a multiple of all element sizes; limits the memory of an export
 _FICLONE = 0x40049409  # Linux: share a whole file's extents
 
 
@@ -58,19 +58,19 @@ def store_weights(
 ) -> StoredWeights:
     """Write the tensors ``names`` of ``checkpoint`` into ``bundle``; memory does not grow with the model.
 
-    A conversion rounds to the nearest value of ``dtype``. What is too small for it becomes subnormal or zero; what is too
-    large, infinite or not a number is refused. Copied files are not looked into.
+    A conversion rounds to the nearest value of ``dtype``. Values too small for it become subnormal or zero; values that are
+    too large, infinite or NaN are refused. The values of copied files are not read.
 
     Args:
         checkpoint: Source of the weights.
         names: Canonical names that the graphs and the embedding table use.
         bundle: Folder being written.
-        dtype: Wanted element type of all weights.
-        whole_files: Whether files that need no change are copied as they are, with tensors that are not in ``names``.
-        on_bytes: Called with the number of bytes just written (and hashed), for progress.
+        dtype: Element type of all weights in the bundle.
+        whole_files: Whether files that need no change are copied, including tensors that are not in ``names``.
+        on_bytes: Called with the number of bytes just written and hashed.
 
     Raises:
-        CheckpointError: If a tensor is missing, is not floating point, or has values that ``dtype`` cannot hold, or a
+        CheckpointError: If a tensor is missing, is not floating point, or has values that ``dtype`` cannot hold, or if a
             file cannot be read to its end.
     """
     sources = {name: checkpoint.tensor(name) for name in sorted(names)}
@@ -89,7 +89,7 @@ def store_weights(
 def bytes_to_write(
     checkpoint: Checkpoint, names: set[str], *, dtype: FloatType, whole_files: bool = True
 ) -> int:
-    """Return how many bytes ``store_weights`` is going to write, for progress and for the check of free space."""
+    """Return the number of bytes that ``store_weights`` writes, for progress and the check of free space."""
     sources = [checkpoint.tensor(name) for name in names]
     if whole_files and all(source.dtype == SAFETENSORS_FROM_DTYPE[dtype] for source in sources):
         return sum(file.stat().st_size for file in {source.file for source in sources})
@@ -125,7 +125,7 @@ def _copy(source: Path, target: Path, *, on_bytes: Callable[[int], None]) -> str
 
 
 def _clone(source: Path, target: Path) -> bool:
-    """Make ``target`` share the extents of ``source``; return whether the file system could."""
+    """Make ``target`` share the extents of ``source``; return False if the file system cannot."""
     if sys.platform != "linux":
         return False
     import fcntl
@@ -140,7 +140,7 @@ def _clone(source: Path, target: Path) -> bool:
 
 
 class HashedFile:
-    """A new file; a second thread hashes each piece while it is written."""
+    """A new file that a second thread hashes while it is written."""
 
     def __init__(self, path: Path) -> None:
         self._stream = path.open("xb")
@@ -157,18 +157,18 @@ class HashedFile:
         self._stream.close()
 
     def write(self, piece: bytes | memoryview) -> None:
-        """Write and hash ``piece``, which may be reused afterwards."""
+        """Write and hash ``piece``, which the caller may reuse afterwards."""
         hashing = self._thread.submit(self._digest.update, piece)
         self._stream.write(piece)
         hashing.result()
 
     def hexdigest(self) -> str:
-        """Return the SHA-256 of all that was written."""
+        """Return the SHA-256 of all written bytes."""
         return self._digest.hexdigest()
 
 
 def _pieces(file: Path, *, offset: int, num_bytes: int) -> Iterator[memoryview]:
-    """Yield part of a file piece by piece; each piece is valid until the next one is asked for."""
+    """Yield part of a file in pieces; each piece is valid until the next one."""
     buffer = memoryview(bytearray(min(num_bytes, _PIECE_BYTES)))
     try:
         with file.open("rb", buffering=0) as stream:
@@ -181,13 +181,15 @@ def _pieces(file: Path, *, offset: int, num_bytes: int) -> Iterator[memoryview]:
                     filled += count
                 if filled < len(piece):
                     raise CheckpointError(
-                        f"{file}: expected {offset + num_bytes} bytes, it ended at"
+                        f"{file}: expected {offset + num_bytes} bytes, got"
                         f" {offset + num_bytes - remaining + filled}; it changed while it was read, export again"
                     )
                 yield piece
                 remaining -= filled
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check the disk") from None
+        raise CheckpointError(
+            f"{file}: expected a readable file, got '{error.strerror}'; check the disk"
+        ) from None
 
 
 def _convert(
@@ -213,10 +215,9 @@ def _convert(
 
 
 def safetensors_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
-    """Return a file's header and the absolute offset of each tensor after it.
+    """Return a file's header, and the absolute offset of each tensor.
 
-    Args:
-        tensors: Safetensors dtype and shape, in the order in which the values will follow.
+    ``tensors`` are dtype and shape by name, in the order of their values in the file.
     """
     entries: dict[str, Any] = {}
     begin, begins = 0, {}
@@ -232,7 +233,7 @@ def safetensors_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tu
 
 
 def _converted(piece: memoryview, name: str, source: SourceTensor, *, dtype: FloatType) -> torch.Tensor:
-    """Return the values of ``piece`` in ``dtype``; raise CheckpointError if it cannot hold one of them."""
+    """Return the values of ``piece`` in ``dtype``; raise CheckpointError if ``dtype`` cannot hold one of them."""
     raw = torch.frombuffer(piece, dtype=_TORCH_FROM_SAFETENSORS[source.dtype])
     values = raw.to(getattr(torch, dtype))
     if _all_finite(values):
@@ -241,13 +242,12 @@ def _converted(piece: memoryview, name: str, source: SourceTensor, *, dtype: Flo
     bad = raw[~torch.isfinite(values)][0].item()
     raise CheckpointError(
         f"{source.file} tensor {name!r}: expected values that {dtype} holds (at most"
-        f" {torch.finfo(values.dtype).max:.6g}), got {bad:.6g};"
-        " export with --dtype float32"
+        f" {torch.finfo(values.dtype).max:.6g}), got {bad:.6g}; export with --dtype float32"
     )
 
 
 def check_finite(values: torch.Tensor, source: SourceTensor, *, name: str) -> None:
-    """Raise CheckpointError if one of the ``values`` of tensor ``name`` is infinite or not a number."""
+    """Raise CheckpointError if one of the ``values`` of tensor ``name`` is infinite or NaN."""
     if not _all_finite(values):
         bad = values[~torch.isfinite(values)][0].item()
         raise CheckpointError(
@@ -256,15 +256,15 @@ def check_finite(values: torch.Tensor, source: SourceTensor, *, name: str) -> No
 
 
 def _all_finite(values: torch.Tensor) -> bool:
-    """Return whether no value is infinite or not a number; 20 times as fast as ``isfinite().all()``."""
+    """Return whether no value is infinite or NaN; 20 times as fast as ``isfinite().all()``."""
     return all(math.isfinite(bound.item()) for bound in torch.aminmax(values))
 
 
 def read_tensor(source: SourceTensor) -> torch.Tensor:
-    """Return a copy of one tensor's values, in the type in which they are stored.
+    """Return a copy of one tensor's values in their stored type.
 
     Raises:
-        CheckpointError: If the file cannot be read, or its type is none that a checkpoint's weights have.
+        CheckpointError: If the file cannot be read, or the type is not supported.
     """
     raw = bytearray(source.num_bytes)
     filled = 0
@@ -274,7 +274,7 @@ def read_tensor(source: SourceTensor) -> torch.Tensor:
     known = _TORCH_FROM_SAFETENSORS | _TORCH_FROM_INTEGERS
     if source.dtype not in known:
         raise CheckpointError(
-            f"{source.file}: expected tensors of {', '.join(known)}, got {source.dtype}; export another checkpoint"
+            f"{source.file}: expected tensors of type {', '.join(known)}, got {source.dtype}; export another checkpoint"
         )
     dtype = known[source.dtype]
     if not raw:
@@ -285,7 +285,7 @@ def read_tensor(source: SourceTensor) -> torch.Tensor:
 def store_constants(
     constants: Mapping[StoredName, NDArray[np.float32]], bundle: Path
 ) -> dict[StoredName, StoredTensor]:
-    """Write arrays that export computed (float32) into a file of their own and return where each one is."""
+    """Write float32 arrays that the export computed into one file, and return the place of each."""
     shapes = {name: values.shape for name, values in constants.items()}
     header, offsets = safetensors_header({str(name): ("F32", shape) for name, shape in shapes.items()})
     path = f"{WEIGHTS_FOLDER}/constants.safetensors"

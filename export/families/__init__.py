@@ -1,4 +1,4 @@
-"""Model families: one small module each, behind the interface in ``base``. To add one, write it and list it here."""
+"""Model families: one module each, with the interface in ``base``. To add one, write it and list it here."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ __all__ = ["FAMILIES", "check_architecture", "family_of"]
 FAMILIES: tuple[Family, ...] = (
     # one CLIP crop per image
     Llava(
-        model_type="llava",
-        architecture="LlavaForConditionalGeneration",
-        image_processor="CLIPImageProcessor",
+        model_type="llava", architecture="LlavaForConditionalGeneration", image_processor="CLIPImageProcessor"
     ),
     # a base tile and a grid of CLIP tiles with newline tokens
     Llava(
@@ -45,25 +43,21 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def check_architecture(folder: Path, config: dict[str, Any]) -> None:
-    """Raise CheckpointError unless the checkpoint in ``folder`` can be read: no remote code, a family and a packing known here.
+    """Raise CheckpointError if ``config`` (the content of config.json) has remote code, an unknown family or packing.
 
-    ``config`` is its ``config.json``; this needs no weights, which may still have to be downloaded.
+    Weights are not read, as they may not be downloaded yet.
     """
     if "auto_map" in config:
         raise CheckpointError(
-            f"{folder}: expected an architecture of transformers, got one with remote code, which is never"
-            " run; use a checkpoint in the transformers format (names ending in -hf)"
+            f"{folder}: expected an architecture of transformers, got one with remote code, which is never run; use a"
+            " checkpoint in the transformers format (names ending in -hf)"
         )
     packed_format(folder, config)
     _family(folder, config)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
-    """Return the family that ``checkpoint`` belongs to.
-
-    Raises:
-        CheckpointError: If no family exports this architecture.
-    """
+    """Return the family of ``checkpoint``; raise CheckpointError if there is none."""
     return _family(checkpoint.folder, checkpoint.config)
 
 

@@ -1,4 +1,4 @@
-"""The interface of a model family: its modules, its image processing and its prompt defaults."""
+"""The interface of a model family: modules, image processing and prompt defaults; and I/O tensors of several families."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.manifest import TensorSpec
 from trio_edge.trio.methods import TOKEN_METHODS
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.graphs.assembly.copies import LayeredModule
     from trio_edge.export.graphs.linear_groups import LinearGroup
-    from trio_edge.runtime.bundle.manifest import FloatType, TensorSpec, VisionDimensions
+    from trio_edge.runtime.bundle.manifest import FloatType, VisionDimensions
     from trio_edge.runtime.bundle.schedule import Positions
     from trio_edge.runtime.images.interface import ImageProcessing
     from trio_edge.runtime.videos.interface import VideoProcessing
@@ -30,46 +31,44 @@ class VisionGraph:
 
     module: nn.Module
     inputs: tuple[TensorSpec, ...]
-    """The tensors that ``ImageProcessing.prepare`` fills. One is ``token_index`` [N]."""
+    """The tensors that ``ImageProcessing.prepare`` fills; one is ``token_index`` [N]."""
     outputs: tuple[TensorSpec, ...]
-    """``visual_tokens`` [N, D] first; then what encoder reduction kept, or DeepStack's planes."""
+    """``visual_tokens`` [N, D] first; then the kept patches of encoder reduction, features, or DeepStack's planes."""
     linear_groups: tuple[LinearGroup, ...]
     """All linear layers that run."""
     constants: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    """Buffers that have no values under FakeTensorMode."""
+    """Values of buffers, which have none under FakeTensorMode."""
     layered: LayeredModule | None = None
-    """The module as copies of few parts, where its layers are large graphs; None if it is traced as a whole."""
+    """The module as copies of a few parts, which are traced once each; None if it is traced as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FamilyModel:
-    """A checkpoint's architecture, built without weights, taken apart into the modules that the graphs wrap."""
+    """The modules of a checkpoint's model, built without weights, as the graphs wrap them."""
 
     root: nn.Module
-    """The Hugging Face model; its parameter names, made canonical, name the checkpoint's tensors."""
+    """The Hugging Face model; its parameters' canonical names are those of the checkpoint's tensors."""
     vision: VisionGraph
     vision_dimensions: VisionDimensions
-    """Sizes of the vision tower and its projector."""
     layers: tuple[nn.Module, ...]
     final_norm: nn.Module
     lm_head: nn.Module
     inv_freq: NDArray[np.float32]
-    """[A, E/2] inverse rotary frequencies, for ``RotaryTables``; A = 3 with M-RoPE, else 1."""
+    """[A, E/2] inverse rotary frequencies for ``RotaryTables``; A = 3 with M-RoPE, else 1."""
     attention_scaling: float
     """Factor on the rotary tables (1 without RoPE scaling)."""
     text_config: Any
-    """transformers' configuration of the decoder."""
     num_deepstack: int = 0
-    """Decoder layers, from the first on, that the vision graph has a plane of DeepStack for."""
+    """Number of DeepStack planes; plane i is added after decoder layer i."""
 
     @property
     def position_axes(self) -> Literal[1, 3]:
-        """A."""
+        """A: 3 with M-RoPE, else 1."""
         return 3 if len(self.inv_freq) == 3 else 1
 
 
 class Family(Protocol):
-    """One architecture that can be exported."""
+    """A model architecture that can be exported."""
 
     @property
     def model_type(self) -> str:
@@ -77,34 +76,29 @@ class Family(Protocol):
 
     @property
     def positions(self) -> tuple[Positions, ...]:
-        """Position rules that the family can follow; the first one is its default."""
+        """Rules for position ids that the family supports, the default first."""
 
     @property
     def image_marks(self) -> tuple[str, str]:
-        """Text that Hugging Face's processor writes before and after an image's tokens, if the chat template does not."""
+        """Text that Hugging Face's processor adds before and after an image's tokens, and the chat template does not."""
 
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
-        """Return the Jinja template for a checkpoint that brings none."""
+        """Return the Jinja template for a checkpoint without one."""
 
     def build(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        processing: ImageProcessing,
-        dtype: FloatType,
-        with_features: bool,
+        self, checkpoint: Checkpoint, *, processing: ImageProcessing, dtype: FloatType, with_features: bool
     ) -> FamilyModel:
-        """Return the model's modules; called under FakeTensorMode with the wanted default dtype.
+        """Return the model's modules; called under FakeTensorMode with ``dtype`` as torch's default.
 
         Args:
             checkpoint: Holds the configuration.
-            processing: With the encoder reduction that the vision graph shall do.
-            dtype: Type of the graph's floating point outputs.
-            with_features: Whether the vision graph gives what ``TokenSelector.needs_features`` names.
+            processing: Holds the number of patches or tokens that encoder reduction keeps.
+            dtype: Type of the graph's floating-point outputs.
+            with_features: Whether the vision graph also returns what selectors with ``needs_features`` read.
 
         Raises:
-            CheckpointError: If the configuration describes something that the graphs cannot express.
-            ScheduleError: If the family's vision encoder has no class row to give features of.
+            CheckpointError: If the configuration is not supported.
+            ScheduleError: If features are wanted and the family's vision encoder has no class row.
         """
 
     def image_processing(
@@ -113,30 +107,35 @@ class Family(Protocol):
         """Return the processing of images into the vision graph's inputs.
 
         Args:
-            checkpoint: With its preprocessor's configuration.
+            checkpoint: Holds the configuration of its image processor.
             encoder_keep: Patches or tokens that the vision encoder keeps; None for all.
-            max_visual: Visual tokens that an image of any size is scaled down to, where the family scales.
+            max_visual: Most visual tokens of an image, if the family can reduce their number; None for its default.
 
         Raises:
-            CheckpointError: If the checkpoint's processor cannot be followed.
-            ScheduleError: If an option does not fit the family.
+            CheckpointError: If the checkpoint's processor is not supported.
+            ScheduleError: If the family does not support an option.
         """
 
 
 @runtime_checkable
 class VideoFamily(Family, Protocol):
-    """A family whose models take videos, too."""
+    """A family whose models also take videos."""
 
     def video_processing(self, checkpoint: Checkpoint, processing: ImageProcessing) -> VideoProcessing:
-        """Return the processing of videos.
+        """Return the processing of videos; raise CheckpointError if the checkpoint's is not supported."""
 
-        Args:
-            checkpoint: With its video processor's configuration.
-            processing: That of images.
 
-        Raises:
-            CheckpointError: If the checkpoint's processor cannot be followed.
-        """
+def tile_inputs(side: int) -> tuple[TensorSpec, TensorSpec]:
+    """Return the inputs of a vision graph that runs on tiles of ``side`` pixels."""
+    return (
+        TensorSpec(name="pixel_values", dtype="float32", shape=("B", 3, side, side)),
+        TensorSpec(name="token_index", dtype="int32", shape=("N",)),
+    )
+
+
+def visual_tokens(width: int, *, dtype: FloatType) -> TensorSpec:
+    """Return the first output of every vision graph; ``width`` is D."""
+    return TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", width))
 
 
 def refuse_features(model_type: str, *, with_features: bool) -> None:
@@ -150,8 +149,8 @@ def refuse_features(model_type: str, *, with_features: bool) -> None:
 
 
 def refuse_encoder_keep(model_type: str, encoder_keep: int | None) -> None:
-    """Raise ScheduleError if a family is asked to drop patches in its vision encoder that it cannot rank."""
+    """Raise ScheduleError if encoder reduction is wanted of a family that does not support it."""
     if encoder_keep is not None:
         raise ScheduleError(
-            f"--encoder-keep: expected none for {model_type}, got {encoder_keep}; use --token-method, or leave it out"
+            f"--encoder-keep: expected none for {model_type}, got {encoder_keep}; use --token-method instead"
         )

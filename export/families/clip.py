@@ -1,8 +1,8 @@
 """The CLIP checkpoint of a LLaVA: its text tower, and the projection of its patch features into the text embedding space.
 
-A LLaVA checkpoint holds CLIP's vision tower only. Selections in CLIP's space also need the text tower, both projections and
-the norm after the vision tower. These come from the CLIP checkpoint that the tower was taken from. In the bundle, their names
-begin with ``clip.``.
+A LLaVA checkpoint holds only CLIP's vision tower. Selectors in CLIP's space also need the text tower, both projections and
+the norm after the vision tower, from the CLIP checkpoint that the tower comes from. Their names in the bundle begin with
+``clip.``.
 """
 
 from __future__ import annotations
@@ -43,13 +43,12 @@ class Clip:
 
     checkpoint: Checkpoint
     config: Any
-    """transformers' CLIPConfig."""
     spec: ClipTextSpec
     tokenizer: str
     """The text of its ``tokenizer.json``."""
 
     def merged_with(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Return ``checkpoint`` with the tensors of this one that graphs may use."""
+        """Return ``checkpoint`` with CLIP's tensors that graphs may use."""
         more = {
             PREFIX + name: tensor
             for name, tensor in self.checkpoint.tensors.items()
@@ -73,7 +72,7 @@ class Clip:
         )
 
     def num_texts(self, max_text: int) -> tuple[int, ...]:
-        """Return every M to make shapes for: one text, and as many as a question of ``max_text`` tokens needs."""
+        """Return the exported M: one text, and as many as a question of ``max_text`` tokens needs."""
         return tuple(sorted({1, num_clip_texts(max_text, length=self.spec.length)}))
 
 
@@ -117,7 +116,7 @@ def read_clip(model: str) -> Clip:
 
 
 def build_clip(clip: Clip) -> ClipGraphs:
-    """Return CLIP's modules; called under FakeTensorMode with the wanted default dtype.
+    """Return CLIP's modules; called under FakeTensorMode with the bundle's type as torch's default.
 
     Raises:
         CheckpointError: If configuration and weights belong to different models.
@@ -128,12 +127,7 @@ def build_clip(clip: Clip) -> ClipGraphs:
     root: Any = transformers.CLIPModel(clip.config)
     parts = {name: value for name, value in root.named_parameters() if name.startswith(_PARTS)}
     for name, parameter in parts.items():
-        got = clip.checkpoint.tensor(name).shape
-        if got != tuple(parameter.shape):
-            raise CheckpointError(
-                f"{clip.checkpoint.folder} tensor {name!r}: expected shape {list(parameter.shape)} (config.json), got"
-                f" {list(got)}; configuration and weights belong to different models"
-            )
+        clip.checkpoint.check_shape(name, parameter.shape)
     return ClipGraphs(
         text=ClipText(root),
         norm=root.vision_model.post_layernorm,
@@ -144,11 +138,11 @@ def build_clip(clip: Clip) -> ClipGraphs:
 
 
 def with_patches(model: FamilyModel, graphs: ClipGraphs, *, dtype: FloatType) -> FamilyModel:
-    """Return ``model`` with a vision graph that also gives each token's patch in CLIP's space.
+    """Return ``model`` with a vision graph that also returns each token's patch in CLIP's space.
 
     Raises:
-        ScheduleError: If the model's vision encoder is not CLIP's, or reduces its patches itself.
-        CheckpointError: If the tower's features are of another width than the CLIP model's.
+        ScheduleError: If the model's vision encoder is not CLIP's, or has encoder reduction.
+        CheckpointError: If the tower's features differ in width from the CLIP model's.
     """
     vision = model.vision.module
     if not isinstance(vision, ClipVision) or len(vision.features.states) != 1:
@@ -160,7 +154,7 @@ def with_patches(model: FamilyModel, graphs: ClipGraphs, *, dtype: FloatType) ->
     if width != graphs.projection.in_features:
         raise CheckpointError(
             f"--clip: expected the CLIP model that the vision tower was taken from, of width {width}, got one of width"
-            f" {graphs.projection.in_features}; name that one"
+            f" {graphs.projection.in_features}; name the right one"
         )
     tower = model.vision_dimensions
     patches = TensorSpec(name=PATCHES, dtype=dtype, shape=("N", graphs.projection_size))
@@ -186,7 +180,7 @@ def _check_is_clip(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _check_tokenizer(checkpoint: Checkpoint, tokenizer: Any, config: Any) -> None:
-    """Raise CheckpointError unless the tokenizer marks start and end, and every token has an embedding."""
+    """Raise CheckpointError unless the tokenizer has start and end tokens, and every token has an embedding."""
     rows = config.text_config.vocab_size
     largest = max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values())
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None or largest >= rows:

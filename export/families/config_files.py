@@ -26,16 +26,16 @@ def load_config(checkpoint: Checkpoint) -> Any:
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a broken config.json
         raise CheckpointError(
-            f"{checkpoint.folder}/config.json: expected a valid configuration, got: {first_line(error)}"
+            f"{checkpoint.folder}/config.json: expected a valid configuration, got '{first_line(error)}'; download it again"
         ) from None
     _forget_dtype(config)
     return config
 
 
 def _forget_dtype(config: Any) -> None:
-    """Clear the element type of ``config`` and its parts: the exporter chooses one for all.
+    """Clear the element type of ``config`` and its parts, because the exporter chooses one for all.
 
-    transformers would build a part in its own. A released Qwen2.5-VL has a flat file, whose type counts for the decoder alone.
+    transformers would build each part in its own type. In a released Qwen2.5-VL the type holds for the decoder only.
     """
     config.dtype = None
     for name in getattr(config, "sub_configs", ()):
@@ -44,9 +44,7 @@ def _forget_dtype(config: Any) -> None:
 
 
 def read_image_processor(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the image processor's constants.
-
-    They are in ``preprocessor_config.json`` or, as transformers 5 writes it, ``processor_config.json``.
+    """Return the image processor's constants, from ``preprocessor_config.json`` or transformers 5's ``processor_config.json``.
 
     Raises:
         CheckpointError: If neither is there.
@@ -55,12 +53,12 @@ def read_image_processor(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def read_video_processor(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the video processor's constants: its own, or the image processor's where it has no file.
+    """Return the video processor's constants, or the image processor's if there are none.
 
-    They are in ``video_preprocessor_config.json`` or, as transformers 5 writes it, ``processor_config.json``.
+    They are in ``video_preprocessor_config.json`` or transformers 5's ``processor_config.json``.
 
     Raises:
-        CheckpointError: If there is none of them.
+        CheckpointError: If all files are missing.
     """
     return _processor(
         checkpoint, "video_processor", "video_preprocessor_config.json", "preprocessor_config.json"
@@ -70,7 +68,7 @@ def read_video_processor(checkpoint: Checkpoint) -> dict[str, Any]:
 def _processor(checkpoint: Checkpoint, part: str, *names: str) -> dict[str, Any]:
     folder = checkpoint.folder
     values: Any = None
-    # transformers reads the newer file first, too: saving again leaves the older ones where they lie
+    # as transformers, reads the newer file first: saving again does not delete the older ones
     if (folder / "processor_config.json").exists():
         values = read_json(folder / "processor_config.json").get(part)
     for name in names:

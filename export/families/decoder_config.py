@@ -1,17 +1,17 @@
-"""Checks a decoder's configuration for what the graphs replace: rotary tables, attention masks and their lengths.
+"""Checks a decoder's configuration for what the graphs replace: rotary tables and attention masks.
 
-Everything else in a decoder comes with transformers' own layers, which the graphs wrap: biases, head sizes that differ
-from ``hidden_size / num_attention_heads``, tied embeddings. Rotary tables are constants of a graph, so RoPE types whose
-frequencies follow the sequence length are exported only where they cannot change; the graphs' causal mask has no
-window, so a sliding window is exported only where it cannot cut anything off of what a schedule leaves.
+Everything else comes with transformers' own layers, which the graphs wrap: biases, head sizes that differ from
+``hidden_size / num_attention_heads``, tied embeddings. Rotary frequencies are constants of a graph, so RoPE types whose
+frequencies depend on the sequence length are exported only for lengths at which they are constant. The graphs' causal mask
+has no window, so a model with a sliding window is exported only for sequences that fit the window.
 
 | RoPE type                  | exported                                                                |
 |----------------------------|-------------------------------------------------------------------------|
 | default, linear, llama3    | yes                                                                     |
 | yarn                       | yes, with its factor on the tables                                      |
-| dynamic                    | up to ``max_position_embeddings``, where it is the default type         |
+| dynamic                    | up to ``max_position_embeddings``, where it equals the default type     |
 | longrope                   | up to ``original_max_position_embeddings``, with its short factors      |
-| others, partial or by layer | no                                                                     |
+| others, partial, per layer | no                                                                      |
 """
 
 from __future__ import annotations
@@ -34,12 +34,7 @@ _LAYER_TYPES = ("full_attention", _WINDOWED)
 
 
 def check_decoder(text_config: Any, *, folder: Path) -> None:
-    """Raise CheckpointError if the graphs cannot express the decoder that ``text_config`` describes at any length.
-
-    Args:
-        text_config: transformers' configuration of the decoder.
-        folder: The checkpoint's, for the message.
-    """
+    """Raise CheckpointError if the decoder that ``text_config`` describes is not supported at any length."""
     rope = _rope(text_config)
     rope_type, known = rope.get("rope_type"), (*_FIXED_ROPE_TYPES, *_GROWING_ROPE_TYPES)
     if rope_type not in known:
@@ -61,23 +56,18 @@ def check_decoder(text_config: Any, *, folder: Path) -> None:
 
 
 def untie_stored_head(config: Any, checkpoint: Checkpoint) -> None:
-    """Switch ``config.tie_word_embeddings`` off where the checkpoint stores a head.
+    """Set ``config.tie_word_embeddings``, of the whole model, to False if the checkpoint stores a head.
 
-    Fine-tuning can produce checkpoints whose head differs from the embedding table that they claim it is tied to;
-    transformers then uses the head that is there.
-
-    Args:
-        config: transformers' configuration of the whole model; changed.
-        checkpoint: Holds the tensors.
+    Fine-tuned checkpoints may claim tied embeddings and hold a head that differs; transformers then uses this head.
     """
     config.tie_word_embeddings = config.tie_word_embeddings and HEAD_NAME not in checkpoint.tensors
 
 
 def max_positions(text_config: Any) -> int:
-    """Return how many positions the decoder is made for.
+    """Return the number of positions that the decoder supports.
 
-    That is ``max_position_embeddings``, or the RoPE scaling's factor times its original length where that is more:
-    checkpoints differ in whether they raise the former with the latter.
+    It is ``max_position_embeddings``, or the RoPE scaling's factor times its original length if that is more, since only
+    some checkpoints raise the former with the latter.
     """
     limit, rope = int(text_config.max_position_embeddings), _rope(text_config)
     if rope["rope_type"] == "longrope":
@@ -89,12 +79,9 @@ def max_positions(text_config: Any) -> int:
 
 
 def sliding_window(text_config: Any) -> tuple[int, int] | None:
-    """Return the first layer whose rows see only so many rows, and how many; None if every row sees all before it."""
-    window, layer_types = (
-        getattr(text_config, "sliding_window", None),
-        getattr(text_config, "layer_types", None),
-    )
-    if window is None:
+    """Return the first layer with a sliding window and the window in rows; None if there is none."""
+    layer_types = getattr(text_config, "layer_types", None)
+    if (window := getattr(text_config, "sliding_window", None)) is None:
         return None
     if layer_types:
         return (layer_types.index(_WINDOWED), int(window)) if _WINDOWED in layer_types else None
@@ -111,23 +98,23 @@ def check_positions(
     schedule: Schedule = Schedule(),  # noqa: B008
     way_out: str = "lower --max-text or --max-new-tokens",
 ) -> None:
-    """Raise ScheduleError if the longest sequence does not fit the decoder that ``check_decoder`` accepted.
+    """Raise ScheduleError if the longest sequence does not fit a decoder that ``check_decoder`` accepts.
 
     Args:
         text_config: transformers' configuration of the decoder.
         num_visual: Largest number of visual tokens.
         max_text: Largest prompt, in text tokens.
-        max_new_tokens: Longest answer.
-        schedule: Decides what reaches the layers with a window, which counts rows, not positions. A stage in front of
-            such a layer probes it with the rows that it had before.
-        way_out: Advice to the user, at the end of a message.
+        max_new_tokens: Longest answer, in tokens.
+        schedule: Determines the rows that reach layers with a window, which counts rows and not positions. A stage probes
+            such a layer with the rows before the stage.
+        way_out: Advice at the end of a message.
     """
     needed = num_visual + max_text + max_new_tokens
     parts = f"{needed} = {num_visual} visual + {max_text} text + {max_new_tokens} new"
     limit, rope_type = max_positions(text_config), _rope(text_config)["rope_type"]
     if needed > limit:
         reason = (
-            f"where RoPE type {rope_type!r} begins to change with the length"
+            f"beyond it RoPE type {rope_type!r} depends on the length"
             if rope_type in _GROWING_ROPE_TYPES
             else "the model's limit"
         )
@@ -145,11 +132,11 @@ def check_positions(
     if needed > window:
         raise ScheduleError(
             f"sequence: expected at most {window} positions (the model's sliding window), got"
-            f" {needed} = {left} visual + {max_text} text + {max_new_tokens} new in front of layer {layer};"
+            f" {needed} = {left} visual + {max_text} text + {max_new_tokens} new before layer {layer};"
             f" {way_out}, or reduce earlier"
         )
 
 
 def _rope(text_config: Any) -> dict[str, Any]:
-    """Return the RoPE parameters; transformers has brought old forms (``rope_theta``, ``rope_scaling``) into this one."""
+    """Return the RoPE parameters; transformers converts older forms (``rope_theta``, ``rope_scaling``) to this one."""
     return getattr(text_config, "rope_parameters", None) or {"rope_type": "default"}

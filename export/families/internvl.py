@@ -1,4 +1,4 @@
-"""InternVL3 and 3.5 (and 2.5 in the transformers format): InternViT tiles with pixel shuffle, Qwen2, Qwen3 or Llama decoder."""
+"""InternVL3, 3.5 and 2.5 (transformers format): InternViT tiles with pixel shuffle, and a Qwen2, Qwen3 or Llama decoder."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from trio_edge.export.families.base import (
     VisionGraph,
     refuse_encoder_keep,
     refuse_features,
+    tile_inputs,
+    visual_tokens,
 )
 from trio_edge.export.families.config_files import read_image_processor
-from trio_edge.export.families.decoder import family_model, read_config
-from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
+from trio_edge.export.families.decoder import (
+    choose_attention,
+    family_model,
+    read_config,
+    require,
+    require_same,
+)
 from trio_edge.export.graphs.vision.internvl import TileVision
-from trio_edge.export.graphs.vision.tile_attention import TILE_ATTENTION_NAME, register_tile_attention
+from trio_edge.export.graphs.vision.tile_attention import TILE_ATTENTION_NAME
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
-from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
+from trio_edge.runtime.bundle.manifest import VisionDimensions
 from trio_edge.runtime.images.internvl import InternVlImages
 from trio_edge.runtime.prompts.chat import INTERNVL_TEMPLATE
 
@@ -42,27 +49,19 @@ class InternVl:
     image_marks = ("<img>", "</img>")
 
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
-        """Return ChatML; the marks around the image come from ``image_marks``."""
+        """Return ChatML; ``image_marks`` adds the marks around the image."""
         return INTERNVL_TEMPLATE
 
     def build(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        processing: ImageProcessing,
-        dtype: FloatType,
-        with_features: bool,
+        self, checkpoint: Checkpoint, *, processing: ImageProcessing, dtype: FloatType, with_features: bool
     ) -> FamilyModel:
-        """Build the model; documented in ``Family``."""
+        """Return the model's modules; see ``Family``."""
         refuse_features(self.model_type, with_features=with_features)
         from transformers import InternVLForConditionalGeneration
 
-        register_attention()
-        register_tile_attention()
         config = _read_config(checkpoint)
+        choose_attention(config, vision=TILE_ATTENTION_NAME)
         text, vision = config.text_config, config.vision_config
-        text._attn_implementation = ATTENTION_NAME
-        vision._attn_implementation = TILE_ATTENTION_NAME
         root: Any = InternVLForConditionalGeneration(config)
         merged = vision.hidden_size * _merge(config) ** 2
         return family_model(
@@ -80,36 +79,23 @@ class InternVl:
     def image_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
     ) -> ImageProcessing:
-        """Return the tiling, documented in ``Family``; ``max_visual`` lowers the number of tiles."""
+        """Return the tiling; see ``Family``. ``max_visual`` lowers the number of tiles."""
         refuse_encoder_keep(self.model_type, encoder_keep)
         config = _read_config(checkpoint)
         processing = InternVlImages.from_preprocessor_config(
             {"image_processor_type": "GotOcr2ImageProcessor", **read_image_processor(checkpoint)},
             tokens_per_side=_patches_per_side(config) // _merge(config),
         )
-        if processing.tile_size != config.vision_config.image_size[0]:
-            raise CheckpointError(
-                f"{checkpoint.folder}: expected size {config.vision_config.image_size[0]} (the vision tower's), got"
-                f" {processing.tile_size}; preprocessor and weights belong to different models"
-            )
+        side = config.vision_config.image_size[0]
+        require_same("size", checkpoint, tower=side, processor=processing.tile_size)
         return _with_fewer_tiles(processing, max_visual)
 
 
 def _read_config(checkpoint: Checkpoint) -> Any:
-    """Return transformers' configuration, checked for what the graphs can express."""
-    config = read_config(checkpoint, text_types=_TEXT_TYPES)
-    folder, vision = checkpoint.folder, config.vision_config
-    if vision.model_type != "internvl_vision":
-        raise CheckpointError(
-            f"{folder}: expected a vision tower 'internvl_vision', got {vision.model_type!r};"
-            " this architecture cannot be exported"
-        )
-    for name, wanted in (("vision_feature_layer", -1), ("vision_feature_select_strategy", "default")):
-        if getattr(config, name) != wanted:
-            raise CheckpointError(
-                f"{folder}: expected {name} {wanted!r}, got {getattr(config, name)!r}; this variant cannot be exported"
-            )
-    _check_sides(config, folder)
+    """Return transformers' configuration, checked."""
+    config = read_config(checkpoint, text_types=_TEXT_TYPES, vision_type="internvl_vision")
+    require(config, checkpoint.folder, vision_feature_layer=-1, vision_feature_select_strategy="default")
+    _check_sides(config, checkpoint.folder)
     return config
 
 
@@ -139,7 +125,7 @@ def _patches_per_side(config: Any) -> int:
 
 
 def _with_fewer_tiles(processing: InternVlImages, max_visual: int | None) -> InternVlImages:
-    """Return the processing with at most ``max_visual`` visual tokens an image."""
+    """Return the processing with at most ``max_visual`` visual tokens per image."""
     if max_visual is None:
         return processing
     tiles = max_visual // processing.tokens_per_tile
@@ -154,14 +140,10 @@ def _with_fewer_tiles(processing: InternVlImages, max_visual: int | None) -> Int
 
 
 def _vision_graph(inner: Any, config: Any, *, dtype: FloatType) -> VisionGraph:
-    side = config.vision_config.image_size[0]
     module = TileVision(inner.vision_tower, inner.multi_modal_projector, merge=_merge(config))
     return VisionGraph(
         module=module,
-        inputs=(
-            TensorSpec(name="pixel_values", dtype="float32", shape=("B", 3, side, side)),
-            TensorSpec(name="token_index", dtype="int32", shape=("N",)),
-        ),
-        outputs=(TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", config.text_config.hidden_size)),),
+        inputs=tile_inputs(config.vision_config.image_size[0]),
+        outputs=(visual_tokens(config.text_config.hidden_size, dtype=dtype),),
         linear_groups=module.linear_groups(),
     )

@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any, final
 import msgspec
 import numpy as np
 
-from trio_edge.export.families.base import FamilyModel, VisionGraph
+from trio_edge.export.families.base import FamilyModel, VisionGraph, tile_inputs, visual_tokens
 from trio_edge.export.families.config_files import read_image_processor
-from trio_edge.export.families.decoder import family_model, read_config
-from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
+from trio_edge.export.families.decoder import (
+    choose_attention,
+    family_model,
+    read_config,
+    require,
+    require_same,
+)
 from trio_edge.export.graphs.reduce import FEATURE_NAMES
 from trio_edge.export.graphs.vision.clip import (
     ClipFeatures,
@@ -28,17 +33,12 @@ from trio_edge.runtime.images.llava import LlavaImages
 from trio_edge.runtime.prompts.chat import VICUNA_TEMPLATE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import nn
-
     from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Positions
     from trio_edge.runtime.images.interface import ImageProcessing
 
 TEXT_TYPES = ("llama", "mistral", "qwen2")
-"""Decoders of LLaVA models."""
 
 
 @final
@@ -48,41 +48,57 @@ class Llava:
 
     model_type: str
     architecture: str
-    """Hugging Face's class."""
     image_processor: str
-    """Hugging Face's class for files that do not name one."""
+    """Hugging Face's class of the image processor, if the checkpoint's file names none."""
     mistral_template: str = VICUNA_TEMPLATE
     positions: tuple[Positions, ...] = ("compact", "preserved")
     image_marks: tuple[str, str] = ("", "")
 
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
-        """Return Vicuna's template, or Mistral's where the family has one for such decoders."""
+        """Return Vicuna's template, or for a Mistral decoder the family's template for it."""
         text_type = checkpoint.config.get("text_config", {}).get("model_type")
         return self.mistral_template if text_type == "mistral" else VICUNA_TEMPLATE
 
     def build(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        processing: ImageProcessing,
-        dtype: FloatType,
-        with_features: bool,
+        self, checkpoint: Checkpoint, *, processing: ImageProcessing, dtype: FloatType, with_features: bool
     ) -> FamilyModel:
-        """Build the model; documented in ``Family``."""
+        """Return the model's modules; see ``Family``."""
         import transformers
 
-        model_class = getattr(transformers, self.architecture)
-        config = read_clip_config(checkpoint)
-        return _build(model_class, config, processing=processing, dtype=dtype, with_features=with_features)
+        assert isinstance(processing, LlavaImages)  # as the families' image_processing makes it
+        config = _read_config(checkpoint)
+        choose_attention(config, vision="eager")
+        text, vision = config.text_config, config.vision_config
+        root: Any = getattr(transformers, self.architecture)(config)
+        graph, num_layers = _vision_graph(
+            root.model,
+            feature_layers_of(config),
+            processing=processing,
+            dtype=dtype,
+            with_features=with_features,
+        )
+        return family_model(
+            root,
+            vision=graph,
+            vision_dimensions=VisionDimensions(
+                num_layers=num_layers,
+                hidden_size=vision.hidden_size,
+                intermediate_size=vision.intermediate_size,
+                patches_per_tile=processing.patches_per_tile + 1,
+                projector_weights=(vision.hidden_size + text.hidden_size) * text.hidden_size,
+                projected_per_tile=processing.patches_per_tile,
+                merged_weights=2 * (processing.encoder_keep or 0) * text.hidden_size,
+            ),
+        )
 
     def image_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
     ) -> ImageProcessing:
-        """Return the tiling, documented in ``Family``; it takes no ``max_visual``."""
+        """Return the tiling; see ``Family``. There is no ``max_visual``."""
         if max_visual is not None:
             raise ScheduleError(
-                f"--max-visual: expected none for {self.model_type}, whose images are not scaled to"
-                f" a number of tokens, got {max_visual}; use --image-size"
+                f"--max-visual: expected none for {self.model_type}, which does not scale images to a number of tokens, got"
+                f" {max_visual}; use --image-size"
             )
         processing = read_llava_images(checkpoint, default_type=self.image_processor)
         if encoder_keep is not None:
@@ -90,63 +106,15 @@ class Llava:
         return msgspec.structs.replace(processing, encoder_keep=encoder_keep)
 
 
-def read_clip_config(checkpoint: Checkpoint) -> Any:
-    """Return transformers' configuration of ``checkpoint``, checked for what the graphs can express.
-
-    Raises:
-        CheckpointError: If it cannot be read, or names another decoder or vision tower.
-    """
-    config = read_config(checkpoint, text_types=TEXT_TYPES)
-    vision = config.vision_config
-    if vision.model_type != "clip_vision_model":
-        raise CheckpointError(
-            f"{checkpoint.folder}: expected a CLIP vision tower, got {vision.model_type!r};"
-            " this architecture cannot be exported"
-        )
-    if config.vision_feature_select_strategy != "default":
-        raise CheckpointError(
-            f"{checkpoint.folder}: expected vision_feature_select_strategy 'default', got"
-            f" {config.vision_feature_select_strategy!r}; this variant cannot be exported"
-        )
+def _read_config(checkpoint: Checkpoint) -> Any:
+    """Return transformers' configuration, checked."""
+    config = read_config(checkpoint, text_types=TEXT_TYPES, vision_type="clip_vision_model")
+    require(config, checkpoint.folder, vision_feature_select_strategy="default")
     return config
 
 
-def _build(
-    model_class: Callable[[Any], nn.Module],
-    config: Any,
-    *,
-    processing: ImageProcessing,
-    dtype: FloatType,
-    with_features: bool,
-) -> FamilyModel:
-    """Return the parts of ``model_class(config)``; under FakeTensorMode this takes no memory."""
-    assert isinstance(processing, LlavaImages)  # as the families' image_processing makes it
-    register_attention()
-    text, vision = config.text_config, config.vision_config
-    text._attn_implementation = ATTENTION_NAME
-    vision._attn_implementation = "eager"
-    root: Any = model_class(config)
-    inner = root.model
-    graph, num_layers = _vision_graph(
-        inner, feature_layers_of(config), processing=processing, dtype=dtype, with_features=with_features
-    )
-    return family_model(
-        root,
-        vision=graph,
-        vision_dimensions=VisionDimensions(
-            num_layers=num_layers,
-            hidden_size=vision.hidden_size,
-            intermediate_size=vision.intermediate_size,
-            patches_per_tile=processing.patches_per_tile + 1,
-            projector_weights=(vision.hidden_size + text.hidden_size) * text.hidden_size,
-            projected_per_tile=processing.patches_per_tile,
-            merged_weights=2 * (processing.encoder_keep or 0) * text.hidden_size,
-        ),
-    )
-
-
 def feature_layers_of(config: Any) -> tuple[int, ...]:
-    """Return the indices of the vision tower's hidden states that a LLaVA's projector reads."""
+    """Return the indices of the vision tower's hidden states that the projector reads."""
     layer = config.vision_feature_layer
     return (layer,) if isinstance(layer, int) else tuple(layer)
 
@@ -159,38 +127,35 @@ def _vision_graph(
     dtype: FloatType,
     with_features: bool,
 ) -> tuple[VisionGraph, int]:
-    """Return the graph and how many layers of the vision tower run in it."""
+    """Return the graph, and the number of the vision tower's layers that run."""
     module, more_outputs = _vision_module(
         inner, feature_layers, keep=processing.encoder_keep, dtype=dtype, with_features=with_features
     )
-    hidden, side = inner.language_model.config.hidden_size, processing.tile_size
+    layers = module.layers if isinstance(module, ReducedVision) else module.features.layers
     graph = VisionGraph(
         module=module,
-        inputs=(
-            TensorSpec(name="pixel_values", dtype="float32", shape=("B", 3, side, side)),
-            TensorSpec(name="token_index", dtype="int32", shape=("N",)),
-        ),
-        outputs=(TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", hidden)), *more_outputs),
-        linear_groups=clip_groups(module.tower_layers(), inner.multi_modal_projector),
+        inputs=tile_inputs(processing.tile_size),
+        outputs=(visual_tokens(inner.language_model.config.hidden_size, dtype=dtype), *more_outputs),
+        linear_groups=clip_groups(layers, inner.multi_modal_projector),
         constants={
             name: np.arange(processing.patches_per_tile + 1, dtype=np.int64)[None]
             for name, _ in module.named_buffers()
             if name.endswith("position_ids")
         },
     )
-    return graph, len(module.tower_layers())
+    return graph, len(layers)
 
 
 def _vision_module(
     inner: Any, feature_layers: tuple[int, ...], *, keep: int | None, dtype: FloatType, with_features: bool
 ) -> tuple[ClipVision | VisionWithFeatures | ReducedVision, list[TensorSpec]]:
-    """Return the module, and its outputs after the visual tokens."""
+    """Return the module, and its outputs besides the visual tokens."""
     tower, projector = inner.vision_tower, inner.multi_modal_projector
     if keep is not None:
         if with_features:
             raise ScheduleError(
-                "--token-method: expected one that needs no class token with --encoder-keep, got one that does;"
-                " leave out --encoder-keep"
+                "--token-method: expected one that needs no class token with --encoder-keep, got one that does; leave out"
+                " --encoder-keep"
             )
         reduced = ReducedVision(tower, projector, feature_layers=feature_layers, num_keep=keep)
         return reduced, [TensorSpec(name=KEPT_PATCHES, dtype="int32", shape=("B", keep))]
@@ -207,21 +172,18 @@ def _vision_module(
 
 
 def read_llava_images(checkpoint: Checkpoint, *, default_type: str) -> LlavaImages:
-    """Return the constants of the checkpoint's image processor, of the class ``default_type`` if its file names none.
+    """Return the constants of the checkpoint's image processor, of class ``default_type`` if its file names none.
 
     Raises:
-        CheckpointError: If it cannot be followed, or does not fit the model's configuration.
+        CheckpointError: If it is not supported, or does not fit the model's configuration.
     """
     folder, values = checkpoint.folder, read_image_processor(checkpoint)
     config = read_config(checkpoint)
     processing = LlavaImages.from_preprocessor_config(
         {"image_processor_type": default_type, **values}, patch_size=config.vision_config.patch_size
     )
-    if processing.tile_size != config.vision_config.image_size:
-        raise CheckpointError(
-            f"{folder}: expected tiles of {config.vision_config.image_size} (the vision tower's), got"
-            f" {processing.tile_size}; preprocessor and weights belong to different models"
-        )
+    side = config.vision_config.image_size
+    require_same("tiles of", checkpoint, tower=side, processor=processing.tile_size)
     theirs = [list(pinpoint) for pinpoint in getattr(config, "image_grid_pinpoints", None) or []]
     ours = [list(pinpoint) for pinpoint in processing.grid_pinpoints]
     if processing.kind == "anyres" and theirs and ours != theirs:

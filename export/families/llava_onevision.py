@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: SigLIP tiles in LLaVA-NeXT's order, large grids made smaller bilinearly, a Qwen2 decoder."""
+"""LLaVA-OneVision: SigLIP tiles in LLaVA-NeXT's order, bilinear reduction of large grids, and a Qwen2 decoder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from trio_edge.export.families.base import (
     VisionGraph,
     refuse_encoder_keep,
     refuse_features,
+    visual_tokens,
 )
-from trio_edge.export.families.decoder import family_model, read_config
+from trio_edge.export.families.decoder import (
+    choose_attention,
+    family_model,
+    read_config,
+    require,
+    require_square_tiles,
+)
 from trio_edge.export.families.llava import TEXT_TYPES, feature_layers_of, read_llava_images
-from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision.clip import clip_groups
 from trio_edge.export.graphs.vision.siglip import SiglipVision
-from trio_edge.export.graphs.vision.tile_attention import TILE_ATTENTION_NAME, register_tile_attention
+from trio_edge.export.graphs.vision.tile_attention import TILE_ATTENTION_NAME
 from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
 from trio_edge.runtime.prompts.chat import LLAVA_ONEVISION_TEMPLATE
@@ -46,28 +52,20 @@ class LlavaOnevision:
         return LLAVA_ONEVISION_TEMPLATE
 
     def build(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        processing: ImageProcessing,
-        dtype: FloatType,
-        with_features: bool,
+        self, checkpoint: Checkpoint, *, processing: ImageProcessing, dtype: FloatType, with_features: bool
     ) -> FamilyModel:
-        """Build the model; documented in ``Family``."""
+        """Return the model's modules; see ``Family``."""
         refuse_features(self.model_type, with_features=with_features)
         from transformers import LlavaOnevisionForConditionalGeneration
         from transformers.initialization import no_init_weights
 
-        register_attention()
-        register_tile_attention()
         config = _read_config(checkpoint)
+        choose_attention(config, vision=TILE_ATTENTION_NAME)
         text, vision = config.text_config, config.vision_config
-        text._attn_implementation = ATTENTION_NAME
-        vision._attn_implementation = TILE_ATTENTION_NAME
-        # SigLIP's random numbers look at values, which nothing has under FakeTensorMode
+        # SigLIP's random initialization reads values, which tensors lack under FakeTensorMode
         with no_init_weights():
             root: Any = LlavaOnevisionForConditionalGeneration(config)
-        root.tie_weights()  # a part of what is switched off above
+        root.tie_weights()  # no_init_weights skips it
         inner, layers = root.model, feature_layers_of(config)
         module = SiglipVision(
             inner.vision_tower, inner.multi_modal_projector, inner.image_newline, feature_layers=layers
@@ -89,7 +87,7 @@ class LlavaOnevision:
     def image_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
     ) -> ImageProcessing:
-        """Return the tiling, documented in ``Family``; ``max_visual`` leaves out the larger grids."""
+        """Return the tiling; see ``Family``. ``max_visual`` leaves out the larger grids."""
         refuse_encoder_keep(self.model_type, encoder_keep)
         config = _read_config(checkpoint)
         processing = read_llava_images(checkpoint, default_type="LlavaOnevisionImageProcessor")
@@ -100,31 +98,16 @@ class LlavaOnevision:
 
 
 def _read_config(checkpoint: Checkpoint) -> Any:
-    """Return transformers' configuration, checked for what the graphs can express."""
-    config = read_config(checkpoint, text_types=TEXT_TYPES)
-    folder, vision = checkpoint.folder, config.vision_config
-    if vision.model_type != "siglip_vision_model":
-        raise CheckpointError(
-            f"{folder}: expected a vision tower 'siglip_vision_model', got {vision.model_type!r};"
-            " this architecture cannot be exported"
-        )
-    for name in ("image_size", "patch_size"):
-        if not isinstance(getattr(vision, name), int):
-            raise CheckpointError(
-                f"{folder}: expected one number as vision {name}, got {getattr(vision, name)}; this variant cannot be"
-                " exported"
-            )
-    if config.vision_feature_select_strategy != "full":  # SigLIP has no class token to leave out
-        raise CheckpointError(
-            f"{folder}: expected vision_feature_select_strategy 'full', got"
-            f" {config.vision_feature_select_strategy!r}; this variant cannot be exported"
-        )
+    """Return transformers' configuration, checked."""
+    config = read_config(checkpoint, text_types=TEXT_TYPES, vision_type="siglip_vision_model")
+    require_square_tiles(config.vision_config, checkpoint.folder)
+    require(config, checkpoint.folder, vision_feature_select_strategy="full")  # SigLIP has no class token
     _check_processor(config, checkpoint)
     return config
 
 
 def _check_processor(config: Any, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if the processor's file counts visual tokens in another way than the model makes them."""
+    """Raise CheckpointError if the processor's file disagrees with the model on the number of visual tokens."""
     path = checkpoint.folder / "processor_config.json"
     written = read_json(path) if path.exists() else {}
     wanted = {
@@ -157,7 +140,7 @@ def _max_grid_tiles(config: Any, checkpoint: Checkpoint) -> int:
 
 
 def _with_smaller_grids(processing: LlavaImages, max_visual: int | None) -> LlavaImages:
-    """Return the processing with the grids of as many tiles as give at most ``max_visual`` visual tokens an image."""
+    """Return the processing without the grids that give more than ``max_visual`` visual tokens."""
     if max_visual is None:
         return processing
     pinpoints = processing.grid_pinpoints
@@ -181,7 +164,7 @@ def _vision_graph(module: SiglipVision, config: Any, *, dtype: FloatType) -> Vis
             TensorSpec(name="token_index", dtype="int32", shape=("N", 4)),
             TensorSpec(name="token_weights", dtype="float32", shape=("N", 4)),
         ),
-        outputs=(TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", config.text_config.hidden_size)),),
+        outputs=(visual_tokens(config.text_config.hidden_size, dtype=dtype),),
         linear_groups=clip_groups(module.layers, module.projector),
         constants={
             name: np.arange(_num_patches(config), dtype=np.int64)[None]

@@ -1,8 +1,8 @@
-"""Qwen2.5-VL: dynamic-resolution encoder with window attention, M-RoPE, Qwen2 decoder layers with biases.
+"""Qwen2.5-VL: dynamic-resolution encoder with window attention, M-RoPE, and Qwen2 decoder layers with biases.
 
-The probe runs the next layer with the model's own head, as for LLaVA. The reference's Qwen code probes the layer that
-has just run, and can take the input embeddings for the head; those are defects that are not followed here.
-Kept tokens keep their M-RoPE positions, as in the reference.
+As for LLaVA, TRIO probes the next layer with the model's own head. The reference's Qwen code has two defects here: it
+probes the layer that has just run, and may use the input embeddings as the head. Kept tokens keep their M-RoPE positions,
+as in the reference.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, final
 import msgspec
 import torch
 
-from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_features
+from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_features, visual_tokens
 from trio_edge.export.families.config_files import read_image_processor, read_video_processor
-from trio_edge.export.families.decoder import family_model, read_config
-from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
+from trio_edge.export.families.decoder import choose_attention, family_model, read_config, require_same
 from trio_edge.export.graphs.vision.windowed import (
     INV_FREQ_NAME,
     ReducedWindowedVision,
@@ -24,7 +23,7 @@ from trio_edge.export.graphs.vision.windowed import (
     inverse_frequencies,
     windowed_groups,
 )
-from trio_edge.runtime.bundle.errors import CheckpointError, ManifestError, ScheduleError
+from trio_edge.runtime.bundle.errors import ManifestError, ScheduleError
 from trio_edge.runtime.bundle.graph_io import KEPT_TOKENS
 from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
 from trio_edge.runtime.images.patches import PatchImages
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     _Images = TypeVar("_Images", bound=PatchImages)
 
 DEFAULT_MAX_VISUAL = 1280
-"""Visual tokens that an image is scaled down to unless asked otherwise: a megapixel, where the model allows 16384."""
+"""Default for the most visual tokens of an image: a megapixel; the model allows 16384."""
 
 
 @final
@@ -58,21 +57,15 @@ class Qwen25Vl:
         return QWEN2_5_VL_TEMPLATE
 
     def build(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        processing: ImageProcessing,
-        dtype: FloatType,
-        with_features: bool,
+        self, checkpoint: Checkpoint, *, processing: ImageProcessing, dtype: FloatType, with_features: bool
     ) -> FamilyModel:
-        """Build the model; documented in ``Family``."""
+        """Return the model's modules; see ``Family``."""
         refuse_features(self.model_type, with_features=with_features)
         from transformers import Qwen2_5_VLForConditionalGeneration
 
-        register_attention()
         config = read_config(checkpoint)
+        choose_attention(config)
         text, vision = config.text_config, config.vision_config
-        text._attn_implementation = ATTENTION_NAME
         root: Any = Qwen2_5_VLForConditionalGeneration(config)
         return family_model(
             root,
@@ -95,7 +88,7 @@ class Qwen25Vl:
     def image_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
     ) -> ImageProcessing:
-        """Return the scaling and the patches; documented in ``Family``."""
+        """Return scaling and patches; see ``Family``."""
         vision = read_config(checkpoint).vision_config
         processing = patch_images(
             QwenImages, checkpoint, vision, max_visual=max_visual, window_size=vision.window_size
@@ -106,7 +99,7 @@ class Qwen25Vl:
         return msgspec.structs.replace(processing, encoder_keep=encoder_keep)
 
     def video_processing(self, checkpoint: Checkpoint, processing: ImageProcessing) -> VideoProcessing:
-        """Return sampling and scaling; documented in ``VideoFamily``."""
+        """Return sampling and scaling; see ``VideoFamily``."""
         vision = read_config(checkpoint).vision_config
         return patch_videos(
             Qwen25Videos, checkpoint, processing, tokens_per_second=float(vision.tokens_per_second)
@@ -119,16 +112,9 @@ def patch_videos(
     processing: ImageProcessing,
     **tower: float,
 ) -> VideoProcessing:
-    """Return the video processing of ``checkpoint``.
+    """Return the video processing of ``checkpoint``, of class ``kind``; raise CheckpointError if it is not supported.
 
-    Args:
-        kind: The family's class.
-        checkpoint: With its video processor's configuration.
-        processing: That of images.
-        tower: Fields of ``kind`` that the file does not hold.
-
-    Raises:
-        CheckpointError: If the processor cannot be followed.
+    ``processing`` is that of images; ``tower`` has fields of ``kind`` that the processor's file lacks.
     """
     assert isinstance(processing, PatchImages)  # as the families' image_processing makes it
     values = kind.from_preprocessor_config(read_video_processor(checkpoint), images=processing, **tower)
@@ -138,34 +124,24 @@ def patch_videos(
 def patch_images(
     kind: type[_Images], checkpoint: Checkpoint, vision_config: Any, *, max_visual: int | None, **tower: int
 ) -> _Images:
-    """Return the image processing of ``checkpoint``, with at most ``max_visual`` visual tokens an image.
+    """Return the image processing of ``checkpoint``, of class ``kind``, with at most ``max_visual`` visual tokens per image.
 
-    Args:
-        kind: The family's class.
-        checkpoint: With its preprocessor's configuration.
-        vision_config: transformers' configuration of the vision tower.
-        max_visual: None for ``DEFAULT_MAX_VISUAL``.
-        tower: Fields of ``kind`` that the preprocessor's file does not hold.
+    ``max_visual`` None stands for ``DEFAULT_MAX_VISUAL``; ``tower`` has fields of ``kind`` that the processor's file lacks.
 
     Raises:
-        CheckpointError: If the processor cannot be followed, or belongs to another tower.
-        ScheduleError: If the processor does not scale down as far.
+        CheckpointError: If the processor is not supported, or belongs to another vision tower.
+        ScheduleError: If the processor does not scale images down to ``max_visual``.
     """
     processing = kind.from_preprocessor_config(
         {"image_processor_type": "Qwen2VLImageProcessor", **read_image_processor(checkpoint)}, **tower
     )
-    theirs = tuple(
-        getattr(vision_config, name) for name in ("patch_size", "temporal_patch_size", "spatial_merge_size")
-    )
+    names = ("patch_size", "temporal_patch_size", "spatial_merge_size")
+    theirs = tuple(getattr(vision_config, name) for name in names)
     ours = (processing.patch_size, processing.temporal_patch_size, processing.merge_size)
-    if ours != theirs:
-        raise CheckpointError(
-            f"{checkpoint.folder}: expected patch sizes {theirs} (the vision tower's), got {ours};"
-            " preprocessor and weights belong to different models"
-        )
+    require_same("patch sizes", checkpoint, tower=theirs, processor=ours)
     wanted = DEFAULT_MAX_VISUAL if max_visual is None else max_visual
     most = min(processing.max_pixels, wanted * processing.token_size**2)
-    # the default must not fail for a processor with a larger minimum; a number that the user gave may
+    # only a number from the user may be below the processor's minimum, not the default
     least = min(processing.min_pixels, most) if max_visual is None else processing.min_pixels
     try:
         return msgspec.structs.replace(processing, max_pixels=most, min_pixels=least)
@@ -182,7 +158,7 @@ def _vision_graph(inner: Any, vision: Any, *, processing: ImageProcessing, dtype
     slots = (vision.window_size // vision.patch_size // vision.spatial_merge_size) ** 2
     slots *= vision.spatial_merge_size**2
     inv_freq, keep = torch.empty(len(values), dtype=torch.float32), processing.encoder_keep
-    outputs = [TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", vision.out_hidden_size))]
+    outputs = [visual_tokens(vision.out_hidden_size, dtype=dtype)]
     module: WindowedVision | ReducedWindowedVision
     most = processing.any_image_sizes()[-1]["P"]
     if keep is None:

@@ -1,7 +1,7 @@
-"""Qwen3-VL, and Cosmos-Reason2 which is one: DeepStack, interleaved M-RoPE, Qwen3 decoder layers with norms of their heads.
+"""Qwen3-VL, including Cosmos-Reason2: DeepStack, interleaved M-RoPE, and Qwen3 decoder layers with QK-norm.
 
-DeepStack adds features of inner vision layers to the visual rows after the first decoder layers: one plane of rows for each.
-A stage drops the same tokens from the planes that are still to come.
+DeepStack adds features of inner vision layers to the visual rows after the first decoder layers, one plane of rows per
+layer. A stage drops its tokens from the remaining planes, too.
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from trio_edge.export.families.base import FamilyModel, VisionGraph, refuse_encoder_keep, refuse_features
-from trio_edge.export.families.decoder import family_model, read_config
+from trio_edge.export.families.base import (
+    FamilyModel,
+    VisionGraph,
+    refuse_encoder_keep,
+    refuse_features,
+    visual_tokens,
+)
+from trio_edge.export.families.decoder import choose_attention, family_model, read_config
 from trio_edge.export.families.qwen2_5_vl import patch_images, patch_videos
-from trio_edge.export.graphs.attention import ATTENTION_NAME, register_attention
 from trio_edge.export.graphs.vision.deepstack import (
     INV_FREQ_NAME,
     DeepstackVision,
@@ -24,7 +29,7 @@ from trio_edge.export.graphs.vision.deepstack import (
     vision_inputs,
 )
 from trio_edge.runtime.bundle.graph_io import DEEPSTACK_TOKENS, token_planes
-from trio_edge.runtime.bundle.manifest import TensorSpec, VisionDimensions
+from trio_edge.runtime.bundle.manifest import VisionDimensions
 from trio_edge.runtime.images.qwen import Qwen3Images
 from trio_edge.runtime.prompts.chat import QWEN3_VL_TEMPLATE
 from trio_edge.runtime.videos.qwen import Qwen3Videos
@@ -46,27 +51,21 @@ class Qwen3Vl:
     image_marks = ("", "")
 
     def default_chat_template(self, checkpoint: Checkpoint) -> str:
-        """Return ChatML with the vision marks, and no system message of its own."""
+        """Return ChatML with the vision marks and no default system message."""
         return QWEN3_VL_TEMPLATE
 
     def build(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        processing: ImageProcessing,
-        dtype: FloatType,
-        with_features: bool,
+        self, checkpoint: Checkpoint, *, processing: ImageProcessing, dtype: FloatType, with_features: bool
     ) -> FamilyModel:
-        """Build the model; documented in ``Family``."""
+        """Return the model's modules; see ``Family``."""
         refuse_features(self.model_type, with_features=with_features)
         from transformers import Qwen3VLForConditionalGeneration
 
-        register_attention()
         config = read_config(checkpoint)
+        choose_attention(config)
         text, vision = config.text_config, config.vision_config
-        text._attn_implementation = ATTENTION_NAME
         root: Any = Qwen3VLForConditionalGeneration(config)
-        # transformers adds no plane where there is no layer for it
+        # as transformers, adds no plane that has no decoder layer
         num_planes = len(plane_mergers(root.model.visual, text.num_hidden_layers))
         merged = vision.hidden_size * vision.spatial_merge_size**2
         return family_model(
@@ -89,7 +88,7 @@ class Qwen3Vl:
     def image_processing(
         self, checkpoint: Checkpoint, *, encoder_keep: int | None, max_visual: int | None
     ) -> ImageProcessing:
-        """Return the scaling and the patches; documented in ``Family``."""
+        """Return scaling and patches; see ``Family``."""
         vision = read_config(checkpoint).vision_config
         refuse_encoder_keep(self.model_type, encoder_keep)
         # transformers takes the largest square table
@@ -97,14 +96,14 @@ class Qwen3Vl:
         return patch_images(Qwen3Images, checkpoint, vision, max_visual=max_visual, table_size=side)
 
     def video_processing(self, checkpoint: Checkpoint, processing: ImageProcessing) -> VideoProcessing:
-        """Return sampling, scaling and timestamps; documented in ``VideoFamily``."""
+        """Return sampling, scaling and timestamps; see ``VideoFamily``."""
         return patch_videos(Qwen3Videos, checkpoint, processing)
 
 
 def _vision_graph(
     visual: Any, vision: Any, *, processing: ImageProcessing, dtype: FloatType, num_planes: int
 ) -> VisionGraph:
-    with unset_fake_temporarily():  # the frequencies are written into the graph, so they need values
+    with unset_fake_temporarily():  # the graph holds the frequencies, so they need values
         inv_freq, _ = type(visual.rotary_pos_emb).compute_axial_rope_parameters(vision)
         values = inv_freq.to(torch.float32).numpy()
     module = DeepstackVision(
@@ -118,7 +117,7 @@ def _vision_graph(
         module=module,
         inputs=vision_inputs(module.embedding.patch_values),
         outputs=(
-            TensorSpec(name="visual_tokens", dtype=dtype, shape=("N", width)),
+            visual_tokens(width, dtype=dtype),
             *token_planes(DEEPSTACK_TOKENS, num_planes, rows="N", width=width, dtype=dtype),
         ),
         linear_groups=deepstack_groups(visual, num_planes=num_planes),

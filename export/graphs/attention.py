@@ -1,7 +1,7 @@
 """Attention over past and new rows in two parts, registered with transformers under the name ``trio_edge``.
 
-Scores against the past buffer and against the new rows are joined before one softmax, so the KV cache is read where
-it lies and is never copied. MatMul and Softmax only: TensorRT 10.3 knows no other attention.
+Scores against the past buffer and the new rows are joined before one softmax, so the KV cache is read in place and never
+copied. It uses MatMul and Softmax only, because TensorRT 10.3 reads no other attention.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 ATTENTION_NAME = "trio_edge"
 MASKED = -1e30
-"""Added to the score of a row that may not be seen; finite, so that a fully masked row gives no NaN."""
+"""Added to the score of a masked row; finite, so that a fully masked row gives no NaN."""
 
 
 def register_attention() -> None:
-    """Make ``attn_implementation="trio_edge"`` known to transformers."""
+    """Register ``attn_implementation="trio_edge"`` with transformers."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, two_part_attention)
@@ -46,7 +46,7 @@ def two_part_attention(
         key: [1, G, S, E], rotated.
         value: [1, G, S, E].
         attention_mask: [S, C + S] float32, added to the scores.
-        scaling: Multiplied into the query before the product, which keeps fp16 scores in range.
+        scaling: Multiplied with the query before the product, which keeps float16 scores in range.
         past: Key and value buffers, [1, G, C, E] each.
         present: Receives ``key`` and ``value``.
 
@@ -56,10 +56,10 @@ def two_part_attention(
     present += [key, value]
     _, H, S, E = query.shape
     G = key.shape[1]
-    # the query heads of a group stand below each other: one product serves them all, and keys are not repeated
+    # the query heads of a group are rows of one product, so keys are not repeated
     grouped = (query * scaling).reshape(1, G, (H // G) * S, E)
     C = past[0].shape[2]
-    # sizes by name: with S = 0, where a probe runs in the same graph, no other can be left open
+    # all sizes are given: with S = 0, while a probe runs in the same graph, none can be inferred
     past_scores = torch.matmul(grouped, past[0].transpose(-1, -2)).reshape(1, G, H // G, S, C)
     new_scores = torch.matmul(grouped, key.transpose(-1, -2)).reshape(1, G, H // G, S, S)
     scores = torch.cat([past_scores, new_scores], dim=-1).float() + attention_mask
@@ -69,11 +69,11 @@ def two_part_attention(
 
 
 def causal_mask(num_rows: int, num_past: int, past_length: Tensor) -> Tensor:
-    """Return the additive mask [S, C + S], float32, of new rows over a partly filled past buffer and themselves."""
+    """Return the additive causal mask [S, C + S], float32, of new rows over a partly filled past buffer and themselves."""
     row_S = torch.arange(num_rows)
     past_C = torch.arange(num_past)
     sees_past = (past_C[None, :] < past_length.to(torch.int64)).expand(num_rows, num_past)
     sees_new = row_S[None, :] <= row_S[:, None]
     seen = torch.cat([sees_past, sees_new], dim=-1)
-    # not torch.where on two numbers: its result has the default dtype, where MASKED may be infinite
+    # not torch.where of two numbers: its result has the default dtype, in which MASKED may be infinite
     return (1.0 - seen.to(torch.float32)) * MASKED

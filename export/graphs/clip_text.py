@@ -5,7 +5,7 @@
 | in  clip_ids   | [M, L]    | int32 | runtime: M texts of the question, each with start and end          |
 | out clip_texts | [M, L, Z] | model | the reduce graph: every token in the space shared with images      |
 
-Attention is causal, so that padding after a text's end changes no token of the text and needs no mask.
+Attention is causal, so padding after a text's end does not change the text's tokens and needs no mask.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ class ClipText(nn.Module):
         hidden_MLD = self.token_embedding(clip_ids) + self.position_embedding.weight
         place_L = torch.arange(clip_ids.shape[1])
         later_LL = place_L[None, :] > place_L[:, None]
-        mask_11LL = torch.where(later_LL, torch.finfo(hidden_MLD.dtype).min, 0.0).to(hidden_MLD.dtype)[
-            None, None
-        ]
+        mask_LL = torch.where(later_LL, torch.finfo(hidden_MLD.dtype).min, 0.0).to(hidden_MLD.dtype)
+        mask_11LL = mask_LL[None, None]
         for layer in self.layers:
             hidden_MLD = layer(hidden_MLD, attention_mask=mask_11LL)
         projected_MLZ: Tensor = self.projection(self.final_layer_norm(hidden_MLD))

@@ -14,8 +14,8 @@
 
 Prefill runs with C = 0 and padding on the right; decode with S = 1. ``export/quantize/cache.py`` makes keys and values int8.
 
-With DeepStack (Qwen3-VL) features of inner vision layers are added to the outputs of the first decoder layers: one plane of rows
-for each layer, 0 at text and in decode. ``assembly/layer_stack.py`` adds them between the layers.
+With DeepStack (Qwen3-VL) features of inner vision layers are added to the outputs of the first decoder layers, one plane of
+rows per layer, 0 at text and in decode. ``assembly/layer_stack.py`` adds them between the layers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class DecoderRange(nn.Module):
-    """Consecutive Hugging Face decoder layers over a flat KV interface."""
+    """Consecutive Hugging Face decoder layers with a flat KV interface."""
 
     def __init__(self, layers: Sequence[nn.Module], rotary: RotaryTables) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class DecoderRange(nn.Module):
         past_length: Tensor,
         past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, ...]:
-        """Return the hidden states after the layers, then key and value of the new rows layer by layer."""
+        """Return the hidden states after the layers, then key and value of the new rows for each layer."""
         cos, sin = self.rotary(position_ids)
         tables = cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
         mask = causal_mask(hidden_states.shape[1], past[0][0].shape[2], past_length)

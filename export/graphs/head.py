@@ -1,4 +1,4 @@
-"""``head``: final norm and lm_head on one row, and its most likely tokens.
+"""``head``: final norm and lm_head on one row, and the row's most likely tokens.
 
 | I/O tensor        | shape     | dtype   | filled or read by                                    |
 |-------------------|-----------|---------|------------------------------------------------------|
@@ -8,8 +8,8 @@
 | out top_logits    | [T]       | float32 | runtime: the largest logits, descending              |
 | out top_ids       | [T]       | int32   | runtime: their tokens; the order of equals is free   |
 
-A head that a probe shares (``export/graphs/probe.py``) has L in place of the 1, and [L, T]: L is 0 while the probe runs.
-T is min(64, V). With it a decode step copies 512 bytes to the host in place of the whole vocabulary.
+T is min(64, V), so a decode step copies 512 bytes to the host instead of the whole vocabulary. A head that shares its graph
+with a probe (``export/graphs/probe.py``) has L instead of 1, and [L, T]; L is 0 while the probe runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Head(nn.Module):
         self.is_shared = is_shared
 
     def forward(self, hidden_states: Tensor, last_row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the logits [1, V] of row ``last_row`` and the largest of them with their tokens, float32 and int32."""
+        """Return the logits of row ``last_row``, the largest of them, and their tokens."""
         row_LD = hidden_states[0].index_select(0, last_row)
         logits_LV = self.lm_head(self.final_norm(row_LD)).to(torch.float32)
         num_candidates = min(MAX_CANDIDATES, logits_LV.shape[1])

@@ -1,9 +1,9 @@
-"""The fixed sizes of a bundle's graphs, before the graphs exist."""
+"""The fixed sizes of a bundle's graphs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from trio_edge.runtime.bundle.manifest import Profile
 
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 def vision_profiles(
     images: Sequence[Mapping[str, int]], *, schedule: Schedule, token_keep: int | None, max_images: int = 1
 ) -> tuple[Mapping[str, int], ...]:
-    """Return the sizes that the vision graph runs at, cheapest decoder first.
+    """Return the sizes that the vision graph runs at, by ascending N.
+
+    A selection needs at least as many rows as it keeps, so N is at least ``token_keep`` or the first stage's K.
 
     Args:
-        images: The sizes of each image that is exported for, N among them.
-        schedule: A selection needs at least as many rows as it keeps, so N is raised to the first stage's K.
-        token_keep: K of the selection before the decoder, if there is one.
+        images: The sizes of each exported image, including N.
+        schedule: Its stages.
+        token_keep: K of the selector before the decoder, or None.
         max_images: Images of a prompt.
     """
     least = schedule.stages[0].keep if schedule.stages and max_images == 1 else 1
@@ -36,25 +38,24 @@ def vision_profiles(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """The sizes that all shapes of all graphs follow from."""
+    """The sizes that determine the shapes of all graphs."""
 
     vision_sizes: tuple[Mapping[str, int], ...]
-    """Sizes of the vision graph's profiles, N among them."""
+    """Sizes of the vision graph's profiles, including N."""
     schedule: Schedule
     token_keep: int | None
-    """K of the selection before the decoder."""
+    """K of the selector before the decoder, or None."""
     text_buckets: tuple[int, ...]
     max_new_tokens: int
     dtype: FloatType
     opset: int
     clip_texts: tuple[int, ...] = ()
-    """Every M of CLIP's text tower, ascending; none without one."""
+    """Every M of CLIP's text tower, ascending; empty without one."""
     follow_ups: bool = False
-    """Whether the first range can run a question after kept rows."""
+    """Whether the first range can run a question after the kept rows of an earlier one."""
     max_images: int = 1
-    """Images of a prompt."""
     most_of_several: int = 0
-    """Visual tokens of an image in a prompt with several, at most."""
+    """Most visual tokens of an image in a prompt with several images."""
 
     @property
     def vision_rows(self) -> tuple[int, ...]:
@@ -63,7 +64,7 @@ class Layout:
 
     @property
     def visual_sizes(self) -> tuple[int, ...]:
-        """Every N of the prefix, ascending: of one image, and of half, a quarter, … of the most images."""
+        """Every N of the prefix graph, ascending: of one image, and of all, half, a quarter, … of the most images."""
         sizes = {*self.vision_rows} if self.token_keep is None else {self.token_keep}
         of_several = self.most_of_several if self.token_keep is None else self.token_keep
         count = self.max_images
@@ -74,10 +75,7 @@ class Layout:
         return tuple(sorted({max(size, least) for size in sizes}))
 
     def reduce_profiles(self, *, with_text: bool) -> tuple[Profile, ...]:
-        """Return the profiles of the selection before the decoder.
-
-        T is the rows of the text, if it needs them; M is CLIP's texts, if it needs those.
-        """
+        """Return the profiles of the selector before the decoder; T text rows or M texts of CLIP, if it reads them."""
         if self.clip_texts:
             return self._reduce_profiles("M", self.clip_texts)
         if with_text:
@@ -96,7 +94,7 @@ class Layout:
         return tuple(Profile(name=f"m{count}", sizes={"M": count}) for count in self.clip_texts)
 
     def visual_rows(self, index: int) -> tuple[int, ...]:
-        """Return the rows that layer range ``index`` can have for the visual span: every N, or K of its stage."""
+        """Return the possible numbers of visual rows of layer range ``index``: every N, or K of its stage."""
         return self.visual_sizes if index == 0 else (self.schedule.stages[index - 1].keep,)
 
     def layer_ranges(self, num_layers: int) -> tuple[range, ...]:
@@ -112,7 +110,7 @@ class Layout:
         )
 
     def range_profiles(self, index: int) -> tuple[Profile, ...]:
-        """Return the prefill profiles (per visual size and text bucket), those of follow-ups, and decode's."""
+        """Return the profiles of prefills (per visual size and text bucket), of follow-ups, and of decode."""
         prefill = [
             Profile(name=name, sizes={"S": rows + bucket, "C": 0})
             for name, rows, bucket in self._prefills(index)
@@ -126,7 +124,7 @@ class Layout:
         return (*prefill, *follow_ups, Profile(name="decode", sizes={"S": 1, "C": capacity}))
 
     def select_profiles(self, stage: int, *, with_prompt: bool) -> tuple[Profile, ...]:
-        """Return the profiles of the select graph of ``stage``; F is the rows of the whole prompt, if it needs them."""
+        """Return the profiles of the select graph of ``stage``; F rows of the whole prompt, if it reads them."""
         keep = self.schedule.stages[stage].keep
         if not with_prompt:
             return tuple(
@@ -142,15 +140,9 @@ class Layout:
             for whole in ((rows,) if stage == 0 else self.visual_sizes)
         )
 
-    def probe_profiles(self, stage: int) -> tuple[Profile, ...]:
-        """Return the profiles of the forward half of a stage's probe."""
-        return self._probe_profiles(stage, "probe", "P")
-
-    def saliency_profiles(self, stage: int) -> tuple[Profile, ...]:
-        """Return the profiles of the backward half of a stage's probe."""
-        return self._probe_profiles(stage, "saliency", "G")
-
-    def _probe_profiles(self, stage: int, half: str, letter: str) -> tuple[Profile, ...]:
+    def probe_profiles(self, stage: int, half: Literal["probe", "saliency"]) -> tuple[Profile, ...]:
+        """Return the profiles of a half of a stage's probe; the symbols of the backward half start with G."""
+        letter = "P" if half == "probe" else "G"
         return tuple(
             Profile(
                 name=name.replace("prefill", half),

@@ -1,10 +1,10 @@
-"""Groups linear layers that read one input with the layer before them, which can take smoothing factors of that input.
+"""Groups the linear layers that read one input, with the layer before them, which can absorb smoothing factors.
 
     norm ──► q, k, v        v ──► attention ──► o        norm ──► gate, up        up ──► ⊙ ──► down
 
-A group's weights are multiplied by the factors, column by column, and the layer before it is divided by them, row by row:
-the model computes the same. Attention mixes rows of v but not their elements, and the gate's factor stays outside, so both
-let factors through; an activation in between does not.
+The columns of a group's weights are multiplied by the factors, and the rows of the layer before are divided by them, so
+the model computes the same. Attention mixes rows of v but not their elements, and the product with the gate is
+element-wise, so factors pass through both; they do not pass through an activation.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ class LinearGroup:
     """Index in the decoder or the vision tower; None outside of both."""
     linears: tuple[nn.Module, ...]
     before: nn.Module | None
-    """The norm or linear layer whose outputs, element by element, are the inputs; None if nothing can take factors."""
+    """The norm or linear layer whose outputs are the inputs; None if no layer can absorb factors."""
     start: int = 0
-    """Output of ``before`` that is the first input: other layers may be fused in front of it."""
+    """Index of the output of ``before`` that is the first input; fused layers may come first."""
 
     @property
     def num_inputs(self) -> int:
-        """I."""
+        """I, the number of inputs."""
         return int(self.linears[0].get_parameter("weight").shape[1])
 
     @property
     def can_smooth(self) -> bool:
-        """Whether the inputs are the outputs of ``before``, one for one.
+        """Whether each output of ``before`` is one input.
 
-        They are not for ``o`` with grouped-query attention, where several heads read one row of v.
+        With grouped-query attention this is not so for ``o``: several heads read one row of v.
         """
         if self.before is None:
             return False
@@ -47,7 +47,7 @@ class LinearGroup:
 
 
 def decoder_groups(layer: Any, *, index: int) -> tuple[LinearGroup, ...]:
-    """Return the groups of a Llama-like decoder layer, or of any other layer with its modules."""
+    """Return the groups of a Llama-like decoder layer."""
     attention, mlp = layer.self_attn, layer.mlp
     return (
         LinearGroup(
@@ -82,7 +82,7 @@ def projector_groups(
 ) -> tuple[LinearGroup, LinearGroup]:
     """Return the groups of a projector of two layers with an activation between them.
 
-    ``norm`` is the norm before the first one, if it has as many elements as that has inputs.
+    ``norm`` precedes the first one; None if its elements are not the inputs one for one.
     """
     return (
         LinearGroup(name="projector_1", layer=None, linears=(first,), before=norm),

@@ -1,11 +1,11 @@
-"""The probe of a stage in three pieces, so that no weight is needed twice: they stand next to what reads the same ones.
+"""The probe of a stage in three pieces, each in the graph that reads the same weights, so that no weight is stored twice.
 
-    probe      next to the layers from l on   hidden states → output of layer l on the probe rows, and its state
-    gradient   next to the head               output on the probe rows → gradient of the proxy loss there (``ProbeHead``)
-    saliency   next to the layers from l on   gradient and state → a score for each visual token
+    probe      in the graph of layers l…    hidden states → output of layer l on the probe rows, and its state
+    gradient   in the graph of the head     output on the probe rows → gradient of the proxy loss there (``ProbeHead``)
+    saliency   in the graph of layers l…    gradient and state → a score for each visual token
 
-Tensors are listed in ``trio_edge.runtime.bundle.graph_io``: ``probe_tensors``, ``gradient_tensors``, ``saliency_tensors``.
-Where layers or head are quantized, these stand in graphs of their own instead: a decode step would dequantize for them.
+``trio_edge.runtime.bundle.graph_io`` lists the tensors: ``probe_tensors``, ``gradient_tensors``, ``saliency_tensors``. If
+layers or head are quantized, the pieces are separate graphs: in a joined one a decode step would dequantize for them, too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Probe(nn.Module):
-    """The forward half."""
+    """The forward half of a probe."""
 
     def __init__(self, saliency: ProxySaliency, rotary: RotaryTables) -> None:
         super().__init__()
@@ -32,14 +32,14 @@ class Probe(nn.Module):
     def forward(
         self, hidden_states: Tensor, position_ids: Tensor, visual_rows: Tensor, rows: Tensor, length: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return the layer's output on ``rows``, their state, the attention to visual tokens, and keys if there are any."""
+        """Return the layer's output on ``rows``, their state, the attention to visual tokens, and the keys if they are needed."""
         cos, sin = self.rotary(position_ids)
         state = self.saliency.attend(hidden_states[0], cos[0], sin[0], visual_rows, rows, length)
         return tuple(tensor for tensor in state if tensor is not None)
 
 
 class Saliency(nn.Module):
-    """The backward half."""
+    """The backward half of a probe."""
 
     def __init__(self, saliency: ProxySaliency, rotary: RotaryTables) -> None:
         super().__init__()

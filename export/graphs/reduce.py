@@ -1,14 +1,14 @@
-"""``reduce``: a selection among the picture's visual tokens before the decoder.
+"""``reduce``: a selection among an image's visual tokens before the decoder.
 
 | I/O tensor          | shape  | dtype   | filled or read by                                                     |
 |---------------------|--------|---------|-----------------------------------------------------------------------|
 | in  visual_tokens   | [N, D] | model   | the vision graph                                                      |
 | in  num_visual      | [1]    | int32   | runtime: real visual tokens, at most N                                |
-| in  is_newline      | [N]    | int32   | runtime: 1 at tokens that show no part of the picture                 |
+| in  is_newline      | [N]    | int32   | runtime: 1 at tokens that show no part of the image                   |
 | in  features        | [N, F] | model   | the vision graph: before the projector (some methods)                 |
 | in  keys            | [N, E] | model   | the vision graph: attention keys, mean over heads (some methods)      |
 | in  class_attention | [N]    | float32 | the vision graph: attention of the class row (some methods)           |
-| in  text_embeds     | [T, D] | model   | runtime: embeddings of the text behind the picture (some methods)     |
+| in  text_embeds     | [T, D] | model   | runtime: embeddings of the text after the image (some methods)        |
 | in  num_text        | [1]    | int32   | runtime: how many of them are real (some methods)                     |
 | in  clip_patches    | [N, Z] | model   | the vision graph: patches in CLIP's space (CLIP's form of a method)   |
 | in  clip_texts      |[M, L, Z]| model  | the text tower's graph (CLIP's form of a method)                      |
@@ -37,7 +37,7 @@ FEATURE_NAMES = ("features", "keys", "class_attention")
 
 
 class Reduce(nn.Module):
-    """A selector, and the gather or the sums of what stays."""
+    """A selector, and the gather or weighted sums of the kept tokens."""
 
     def __init__(self, selector: TokenSelector, *, num_planes: int = 0) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Reduce(nn.Module):
     def forward(
         self, visual_tokens: Tensor, num_visual: Tensor, is_newline: Tensor, *others: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return the reduced tokens [K, D], which ones they are [K], and the reduced planes."""
+        """Return the reduced tokens [K, D], their indices [K], and the reduced planes."""
         num_others = len(others) - self.num_planes
         rest, planes = list(others[:num_others]), others[num_others:]
         selector = self.selector
@@ -69,7 +69,7 @@ class Reduce(nn.Module):
 
 
 def _reduced(rows_ND: Tensor, selection: Selection, num_visual: Tensor) -> Tensor:
-    """Return the rows that go on, [K, D]: the kept ones, or the sums that the selection wants."""
+    """Return the kept rows, or the selection's weighted sums: [K, D]."""
     if selection.weights_KN is None:
         return rows_ND.index_select(0, selection.kept_K)
     real_N = torch.arange(rows_ND.shape[0]) < num_visual

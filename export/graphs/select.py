@@ -1,4 +1,4 @@
-"""``select_i``: which visual tokens go on to layer l, and the sequence without the others.
+"""``select_i``: keeps K visual tokens for layer l, and returns the sequence without the others.
 
 | I/O tensor            | shape     | dtype   | filled or read by                                                    |
 |-----------------------|-----------|---------|----------------------------------------------------------------------|
@@ -19,12 +19,12 @@
 | out kept_visual_rows  | [K]       | int32   | next stage: row of each kept token in the reduced sequence           |
 | out kept_indices      | [K]       | int32   | runtime: ascending, into the N that entered; min(K, num_visual) are real   |
 | out scores            | [N]       | float32 | runtime: the method's scores, -1 where there is no token             |
-| out unsettled         | [1]       | int32   | runtime: not 0 means that the NMS needs more rounds than exported     |
+| out unsettled         | [1]       | int32   | runtime: not 0 if the NMS needs more rounds than exported             |
 | out kept_visual_images| [K]       | int32   | next stage: image of each kept token (--budget image)                |
-| out kept_deepstack_embeds.{i} | [1, R, D] | model | later layer ranges: what is still to be added to the kept rows  |
+| out kept_deepstack_embeds.{i} | [1, R, D] | model | later layer ranges: the kept rows of the remaining planes       |
 
-Most methods hold two products of the layer that they look at a second time on the device; on disk they are stored once. TRIO's
-select graph holds no weight.
+The engines of most methods hold the weights of two of the layer's products a second time; on disk they are stored once.
+TRIO's select graph holds no weight.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class Select(nn.Module):
-    """A selector, and the gather of what stays."""
+    """A selector, and the gather of the kept rows."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Select(nn.Module):
         length: Tensor,
         *others: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Return kept hidden states, position ids, visual rows and indices, scores, the unsettled count, images and planes."""
+        """Return the outputs in the order of the table above."""
         hidden_SD = hidden_states[0]
         cos, sin = self.rotary(position_ids)
         num_others = len(others) - self.num_planes
@@ -80,20 +80,8 @@ class Select(nn.Module):
         saliency_N = rest.pop() if self.takes_saliency else None
         previous_SD = rest.pop(0)[0] if self.selector.needs_previous else None
         prompt = PromptInputs(rest[0][0], rest[1], rest[2]) if self.selector.needs_prompt else None
-        selection: Selection = self.selector(
-            StageInputs(
-                hidden_SD,
-                cos[0],
-                sin[0],
-                visual_rows,
-                num_visual,
-                length,
-                previous_SD,
-                prompt,
-                saliency_N,
-                image_N,
-            )
-        )
+        sequence = hidden_SD, cos[0], sin[0], visual_rows, num_visual, length
+        selection: Selection = self.selector(StageInputs(*sequence, previous_SD, prompt, saliency_N, image_N))
         compacted = compact_rows(
             selection.kept_K,
             visual_rows,
@@ -130,7 +118,7 @@ def _kept_rows(
     visual_rows_N: Tensor,
     num_visual: Tensor,
 ) -> Tensor:
-    """Return the rows that stay, [R, D]; with weights, visual rows are sums of tokens."""
+    """Return the kept rows, [R, D]; with weights, visual rows are weighted sums of tokens."""
     kept_RD = rows_SD.index_select(0, compacted.rows_R)
     if weights_KN is None:
         return kept_RD
@@ -138,6 +126,6 @@ def _kept_rows(
     real_N = torch.arange(visual_ND.shape[0]) < num_visual
     merged_KD = torch.matmul(weights_KN, torch.where(real_N[:, None], visual_ND, 0.0)).to(kept_RD.dtype)
     is_merged_K = (weights_KN > 0).to(torch.float32).sum(-1) > 1.0
-    # only these rows: a product with a single 1 may round where TensorRT takes TF32
+    # only rows of several tokens: a product with a single 1 may round if TensorRT uses TF32
     takes_R = compacted.is_visual_R & is_merged_K.index_select(0, compacted.kept_R)
     return torch.where(takes_R[:, None], merged_KD.index_select(0, compacted.kept_R), kept_RD)

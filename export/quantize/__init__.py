@@ -1,1 +1,1 @@
-"""Weights in four or eight bits: which parts, which numbers, where they lie, and how the graphs read them."""
+"""Weights in four or eight bits: their parts, formats and storage, and the graphs that read them."""

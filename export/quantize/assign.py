@@ -1,6 +1,6 @@
-"""Decides how each initializer of each graph is stored: in floating point or rounded, smoothed or not.
+"""Decides the stored form of each initializer of each graph: floating point or quantized, smoothed or not.
 
-A tensor that several graphs want in the same form is stored once. A probe reads its layer and the head as their own graphs do.
+A tensor that several graphs read in the same form is stored once. A probe reads weights in the form of their own graphs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from trio_edge.export.quantize.graph import SCALE_SUFFIX, LinearForm, is_linear,
 from trio_edge.export.quantize.numerics import BLOCK_SIZE, Format, block_size
 from trio_edge.export.quantize.plan import OPSETS, PARTS
 from trio_edge.export.quantize.unpacking import stored_block
-from trio_edge.runtime.bundle.errors import CheckpointError
 from trio_edge.runtime.bundle.manifest import PART_FROM_ROLE, Quantization
 
 if TYPE_CHECKING:
@@ -35,24 +34,23 @@ _LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
 DECODER_LINEAR = re.compile(
     r"language_model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight|lm_head\.weight"
 )
-"""Weights that probes read in both directions."""
+"""Weights of linear layers that probes also read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredForm:
-    """One tensor in the form in which it is written."""
+    """One tensor, and the form in which it is stored."""
 
     name: str
-    """Canonical, in the checkpoint."""
     kind: Format
     block: int | None = None
     smoothing: Smoothing | None = None
     is_table: bool = False
-    """Whether it is a table of rows, stored as it lies."""
+    """Whether it is a table of rows, which is not transposed."""
     is_packed: bool = False
-    """Whether the checkpoint stores integers."""
+    """Whether the checkpoint stores it as integers."""
     is_taken_over: bool = False
-    """Whether the bundle stores the checkpoint's own integers."""
+    """Whether the bundle stores the checkpoint's integers."""
 
     @property
     def stored_name(self) -> StoredName:
@@ -70,18 +68,8 @@ class StoredForm:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the values are the checkpoint's own."""
+        """Whether the checkpoint's own values are stored."""
         return not self.stored_name.changes
-
-
-def check_packed(checkpoint: Checkpoint, plan: QuantizePlan) -> None:
-    """Raise CheckpointError if ``checkpoint`` has integers with zero points, and ``plan`` says nothing about them."""
-    asymmetric = next((name for name, one in checkpoint.packed.items() if not one.format.is_symmetric), None)
-    if asymmetric is not None and not plan.formats:
-        raise CheckpointError(
-            f"{checkpoint.folder} {asymmetric}: expected symmetric integers, which alone TensorRT reads, got some with zero"
-            " points; add --quantize int4 to round their values again, or --quantize none for floating point"
-        )
 
 
 def quantize_graphs(
@@ -89,9 +77,9 @@ def quantize_graphs(
 ) -> tuple[list[TracedGraph], tuple[StoredForm, ...]]:
     """Return the graphs with quantized linear layers, and the forms of all tensors that are not stored as they are.
 
-    The weights of the returned graphs are the stored names of these forms, and the scales of quantized ones. ``graphs`` are
-    all of the bundle, before their weights are attached. Of a checkpoint that is quantized already, parts that the plan does
-    not name take the integers over where they are symmetric, and the values in floating point elsewhere.
+    ``graphs`` are all graphs of the bundle, before their weights are attached. The weights of the returned graphs are the
+    stored names of these forms and of their scales. If the checkpoint is quantized already, parts that the plan does not
+    name keep its integers if these are symmetric; otherwise they get the values in floating point.
     """
     layer_roles = _layer_roles(graphs)
     table = _embedding_form(plan)
@@ -108,7 +96,7 @@ def quantize_graphs(
 
 
 def is_quantized(role: Role, *, plan: QuantizePlan, checkpoint: Checkpoint) -> bool:
-    """Return whether the linear layers of the decoder's graphs with ``role`` are going to be."""
+    """Return whether the linear layers of the decoder's graphs with ``role`` are going to be quantized."""
     if plan.names(role):
         return plan.of_role(role) != "none"
     packed = (name for name in checkpoint.packed if DECODER_LINEAR.fullmatch(name))
@@ -147,8 +135,8 @@ def _form(
         return StoredForm(
             name=tensor, kind="int4", block=stored_block(packed), is_packed=True, is_taken_over=True
         )
-    # A selection may read smoothed weights only where it shares them with its layer: the factors cancel only if all of a
-    # layer has them.
+    # A selection may read smoothed weights only if it shares them with its layer: the factors cancel only if all weights of
+    # the layer have them.
     shares = kind != "none" and (role != "select" or kind == plan.of_role(own_role))
     smoothing = scales.smoothing.get(tensor) if shares else None
     block = int4_block(checkpoint.tensor(tensor).shape) if kind == "int4" else None
@@ -158,11 +146,13 @@ def _form(
 
 
 def _is_decoder_linear(tensor: str) -> bool:
-    return DECODER_LINEAR.fullmatch(tensor) is not None or tensor == EMBEDDING_NAME  # of a tied head
+    return (
+        DECODER_LINEAR.fullmatch(tensor) is not None or tensor == EMBEDDING_NAME
+    )  # the embeddings are a tied head
 
 
 def int4_block(shape: Sequence[int]) -> int | None:
-    """Return the inputs of an INT4 block of a weight; None if it cannot be INT4: TensorRT wants even rows [I, O]."""
+    """Return the inputs per INT4 block of a weight; None if it cannot be INT4, for which TensorRT needs an even O."""
     return block_size(shape[1]) if len(shape) == 2 and shape[0] % 2 == 0 else None
 
 
@@ -195,14 +185,14 @@ def _rewritten(graph: TracedGraph, forms: Mapping[str, StoredForm], scales: Cali
 
 
 def plain_tensors(graphs: Iterable[TracedGraph], forms: Iterable[StoredForm]) -> set[str]:
-    """Return the tensors that are stored as the checkpoint has them, the embeddings among them unless they are in ``forms``."""
+    """Return the tensors that are stored as they are, including the embeddings unless they are in ``forms``."""
     tables = {form.name for form in forms if form.is_table}
     used = {name.tensor for graph in graphs for name in graph.weights.values() if not name.changes}
     return used | ({EMBEDDING_NAME} - tables)
 
 
 def embedding_name(plan: QuantizePlan) -> StoredName:
-    """Return the name in the bundle of the token embeddings."""
+    """Return the token embeddings' name in the bundle."""
     return _embedding_form(plan).stored_name
 
 
@@ -218,7 +208,7 @@ def quantization_of(
     *,
     graphs: Sequence[TracedGraph],
 ) -> Quantization | None:
-    """Return the manifest's entry for ``forms`` and the KV caches; None if all is in floating point."""
+    """Return the manifest's entry for ``forms`` and the KV caches; None if nothing is quantized."""
     if not plan.has_cache and all(form.kind == "none" for form in forms):
         return None
     taken = {form.stored_name for form in forms if form.is_taken_over}
@@ -241,7 +231,7 @@ def quantization_of(
 
 
 def _parts_without_weights(graphs: Iterable[TracedGraph]) -> set[Part]:
-    """Return the parts none of whose graphs holds weights of its own, as TRIO's selections."""
+    """Return the parts whose graphs hold no weights, such as TRIO's selections."""
     held: dict[Part, bool] = {}
     for graph in graphs:
         if (part := PART_FROM_ROLE.get(graph.spec.role)) is not None:
@@ -252,7 +242,7 @@ def _parts_without_weights(graphs: Iterable[TracedGraph]) -> set[Part]:
 def unquantized_parts(
     forms: Iterable[StoredForm], plan: QuantizePlan, *, graphs: Iterable[TracedGraph]
 ) -> dict[Part, QuantizedFormat]:
-    """Return the parts that ``plan`` quantizes, but that have no weight which the format can hold."""
+    """Return the parts that ``plan`` quantizes but that have no weight which the format can store."""
     quantized = {form.stored_name for form in forms if form.kind != "none"}
     wanted: dict[Part, QuantizedFormat] = {}
     done: set[Part] = set()
@@ -266,7 +256,7 @@ def unquantized_parts(
 
 
 def _with_inputs(graphs: Iterable[TracedGraph]) -> tuple[Part, ...]:
-    """Return the parts whose graphs round the inputs of their products."""
+    """Return the parts whose graphs quantize the inputs of their products."""
     rounded = {
         PART_FROM_ROLE[graph.spec.role]
         for graph in graphs
@@ -280,6 +270,6 @@ def _with_inputs(graphs: Iterable[TracedGraph]) -> tuple[Part, ...]:
 
 
 def largest_block(forms: Iterable[StoredForm]) -> int | None:
-    """Return the usual INT4 block of ``forms``: 128 unless no weight has inputs for it; None without INT4."""
+    """Return the usual INT4 block of ``forms``: 128 if a weight has it, else the largest; None without INT4."""
     blocks = {form.block for form in forms if form.kind == "int4" and form.block is not None}
     return BLOCK_SIZE if BLOCK_SIZE in blocks else max(blocks, default=None)

@@ -1,11 +1,11 @@
-"""Rewrites traced layer ranges so that their KV caches are INT8: past rows are read, and new rows returned, with constant scales.
+"""Rewrites traced layer ranges for INT8 KV caches: past rows are read and new rows returned with constant scales.
 
     past_key_values.{i}.key  INT8 ── DequantizeLinear ── attention
     new keys, rotated ──┬─────────────────────────────── attention
                         └── QuantizeLinear ── present.{i}.key  INT8
 
-Rows are rounded on their way into the cache only: a pass sees its own rows as they are. One scale for all keys of a layer and one
-for its values, since TensorRT quantizes activations with constant scales of whole tensors.
+Rows are rounded only on their way into the cache; a pass attends to its own rows unrounded. All keys of a layer share one
+scale, and so do its values, because TensorRT quantizes activations with one constant scale per tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from trio_edge.export.quantize.graph import make_node, raise_opset
+from trio_edge.export.quantize.graph import add_constants, make_node, raise_opset
 from trio_edge.export.quantize.numerics import activation_scale
 from trio_edge.export.quantize.plan import OPSETS
 from trio_edge.runtime.bundle.errors import ScheduleError
@@ -36,16 +36,16 @@ _PAST, _PRESENT = "past_key_values.", "present."
 
 
 def check_cache(plan: QuantizePlan, scales: CalibratedScales) -> None:
-    """Raise ScheduleError if ``plan`` wants a KV cache in INT8 and nobody has looked at keys and values."""
+    """Raise ScheduleError if ``plan`` has an INT8 KV cache and there are no calibrated scales of keys and values."""
     if plan.has_cache and not scales.cache_max:
         raise ScheduleError(
-            "--quantize: expected kv=int8 with scales of keys and values, which a calibration finds, got none;"
-            " run trio-calibrate with the same --quantize"
+            "--quantize: expected kv=int8 with scales of keys and values from a calibration, got none; run trio-calibrate with"
+            " the same --quantize"
         )
 
 
 def quantize_caches(graphs: Iterable[TracedGraph], ranges: Sequence[CacheRange]) -> list[TracedGraph]:
-    """Return the graphs with INT8 KV caches in all layer ranges, changed in place; ``ranges`` are those of the decoder layers."""
+    """Return the graphs with INT8 KV caches, changed in place; ``ranges`` has one entry per decoder layer."""
     return [_with_cache(graph, ranges) if graph.spec.num_layers else graph for graph in graphs]
 
 
@@ -59,18 +59,13 @@ def _with_cache(traced: TracedGraph, ranges: Sequence[CacheRange]) -> TracedGrap
         largest = ranges[int(layer)].key if kind == "key" else ranges[int(layer)].value
         assert past.dtype is not None
         scale = np.array(activation_scale(largest), past.dtype.numpy())
-        # without a zero point, the output of QuantizeLinear would be uint8
+        # without a zero point the output of QuantizeLinear is uint8
         added = {f"{_PAST}{part}.scale": scale, f"{_PAST}{part}.zero": np.array(0, np.int8)}
         constants |= added
-        inputs = [
-            ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(ir.DataType.from_numpy(value.dtype)))
-            for name, value in added.items()
-        ]
-        for value in inputs:
-            graph.initializers[str(value.name)] = value
+        inputs = add_constants(graph, added)
         _read_rounded(graph, past, inputs)
         _return_rounded(graph, f"{_PRESENT}{part}", inputs)
-    graph.sort()  # new nodes were appended after the nodes that read them
+    graph.sort()  # new nodes come after the nodes that read them
     spec = traced.spec
     spec = msgspec.structs.replace(
         spec,
@@ -82,7 +77,7 @@ def _with_cache(traced: TracedGraph, ranges: Sequence[CacheRange]) -> TracedGrap
 
 
 def _read_rounded(graph: ir.Graph, past: ir.Value, scale: list[ir.Value]) -> None:
-    """Make ``past`` INT8, and give its values to all that read it."""
+    """Make ``past`` INT8, and give its dequantized values to its readers."""
     assert past.dtype is not None
     node = make_node(
         "DequantizeLinear", [past, *scale], f"{past.name}.dequantized", past.dtype, past.shape, {}
@@ -94,7 +89,7 @@ def _read_rounded(graph: ir.Graph, past: ir.Value, scale: list[ir.Value]) -> Non
 
 
 def _return_rounded(graph: ir.Graph, name: str, scale: list[ir.Value]) -> None:
-    """Return the output ``name`` in INT8; what reads it inside the graph still gets it as it is."""
+    """Make the output ``name`` INT8; readers inside the graph still get it unrounded."""
     index = next(index for index, value in enumerate(graph.outputs) if value.name == name)
     rows = graph.outputs[index]
     rows.name = f"{name}.unquantized"

@@ -1,4 +1,4 @@
-"""Rewrites a traced graph so that linear layers read quantized weights through explicit DequantizeLinear.
+"""Rewrites a traced graph so that its linear layers read quantized weights through DequantizeLinear.
 
     x ─────────────────────────────┐
     values [I, O] INT4 ── DequantizeLinear(axis 0, block) ── MatMul        INT4, and INT8 without activation ranges
@@ -7,10 +7,10 @@
     x ── QuantizeLinear ── DequantizeLinear ──┐
     values [I, O] INT8 ── DequantizeLinear ── MatMul                       INT8 with activation ranges
 
-FP8 (E4M3) looks like INT8.
+FP8 (E4M3) is handled as INT8.
 
-A weight is stored with its inputs first: the product reads that operand, so the trace's transposes disappear. A product with
-the weight as the checkpoint has it (the backward pass of a probe, g W) becomes (Wᵀ gᵀ)ᵀ; other nodes get it transposed.
+A weight is stored with its inputs first, as the product reads it, so the trace's transposes disappear. A product with the
+weight in the checkpoint's order (g W in a probe's backward half) becomes (Wᵀ gᵀ)ᵀ; other nodes get a transposed weight.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
     from trio_edge.export.quantize.numerics import Format
 
 SCALE_SUFFIX = ".scale"
-"""Added to an initializer's name for the initializer of its scales."""
+"""Suffix of the name of the initializer that holds another one's scales."""
 _IR_FROM_FORMAT = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearForm:
-    """The form in which a graph reads one weight."""
+    """The quantized form of one weight in a graph."""
 
     kind: Format
     block: int | None
-    """Inputs that share a scale; None for one scale an output."""
+    """Inputs that share a scale; None for one scale per output."""
     activation_max: float | None = None
-    """Largest absolute input of the product; None leaves the inputs in floating point."""
+    """Largest absolute input of the product; None if inputs are not quantized."""
 
 
 def is_linear(weight: ir.Value) -> bool:
-    """Return whether ``weight`` is a matrix [O, I] that products alone read, as x Wᵀ."""
+    """Return whether ``weight`` is a matrix [O, I] that is read only by products x Wᵀ."""
     if weight.shape is None or len(weight.shape) != 2:
         return False
     uses = [_product_input(node, index) for node, index in weight.uses()]
@@ -71,11 +71,10 @@ def _is_transposed(gemm: ir.Node) -> bool:
 def quantize_graph(
     model: ir.Model, forms: Mapping[str, LinearForm], *, opset: int
 ) -> dict[str, NDArray[Any]]:
-    """Let ``model`` read the initializers in ``forms`` quantized, in place; return the constants that came in.
+    """Make ``model`` read the initializers in ``forms`` quantized, in place; return the values of new constants.
 
-    The initializer of a weight keeps its name and becomes [I, O] of its format; its scales become an initializer of that name
-    with ``SCALE_SUFFIX``. Both still need their values, the constants too. The graph is raised to ``opset``, if its own is
-    lower.
+    The initializer of a weight keeps its name and becomes [I, O] in its format; its scales are an initializer of that name
+    with ``SCALE_SUFFIX``. All new initializers still need their values. The graph gets at least ``opset``.
     """
     raise_opset(model, opset)
     constants: dict[str, NDArray[Any]] = {}
@@ -90,12 +89,12 @@ def quantize_graph(
                     if source not in quantized_inputs:
                         quantized_inputs[source] = _quantized(model.graph, source, form, constants)
                     node.replace_input_with(0, quantized_inputs[source])
-    model.graph.sort()  # new nodes were appended after the nodes that read them
+    model.graph.sort()  # new nodes come after the nodes that read them
     return constants
 
 
 def raise_opset(model: ir.Model, opset: int) -> None:
-    """Convert ``model`` to ``opset`` unless it has that or a later one."""
+    """Convert ``model`` to ``opset`` if it has a lower one."""
     if model.opset_imports[""] < opset:
         version_converter.convert_version(model, opset)
 
@@ -123,7 +122,7 @@ def _dequantized(graph: ir.Graph, name: str, form: LinearForm) -> ir.Value:
 
 
 def _redirect(graph: ir.Graph, old: ir.Value, weight: ir.Value) -> None:
-    """Give ``weight`` [I, O] to all that read ``old`` [O, I]."""
+    """Make all readers of ``old`` [O, I] read ``weight`` [I, O]."""
     transposed: ir.Value | None = None
     for node, index in list(old.uses()):
         if node.op_type == "Transpose":
@@ -147,7 +146,7 @@ def _redirect(graph: ir.Graph, old: ir.Value, weight: ir.Value) -> None:
 
 
 def _as_matmul(gemm: ir.Node) -> None:
-    """Make of a Gemm that is nothing but a product a MatMul: ONNX Runtime's kernels for INT4 and INT8 weights want one."""
+    """Turn a Gemm that is a plain product into a MatMul, which ONNX Runtime's INT4 and INT8 kernels need."""
     factors = [gemm.attributes[name].as_float() for name in ("alpha", "beta") if name in gemm.attributes]
     if len(gemm.inputs) == 2 and not gemm.attributes.get_int("transA", 0) and all(f == 1.0 for f in factors):
         gemm.op_type = "MatMul"
@@ -159,7 +158,7 @@ def _rank(value: ir.Value | None) -> int | None:
 
 
 def _multiply_from_the_left(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> None:
-    """Make of ``node``, rows [R, O] times a weight [O, I], a product of ``weight`` [I, O]: transposing rows costs nothing."""
+    """Turn ``node``, rows [R, O] times a weight [O, I], into a product with ``weight`` [I, O] by transposing the few rows."""
     rows, product = node.inputs[0], node.outputs[0]
     assert rows is not None and rows.dtype is not None and weight.shape is not None
     name = str(product.name)
@@ -176,19 +175,14 @@ def _multiply_from_the_left(graph: ir.Graph, node: ir.Node, weight: ir.Value) ->
 def _quantized(
     graph: ir.Graph, source: ir.Value, form: LinearForm, constants: dict[str, NDArray[Any]]
 ) -> ir.Value:
-    """Return ``source`` rounded to the weight's format and back, with one scale."""
+    """Return ``source``, quantized to the weight's format with one scale, and dequantized."""
     assert source.dtype is not None and form.activation_max is not None
     kind, rounded = source.dtype, _IR_FROM_FORMAT[form.kind]
     scale = np.array(activation_scale(form.activation_max, kind=form.kind), kind.numpy())
-    # without a zero point, the output of QuantizeLinear would be uint8
-    names = f"{source.name}.scale", f"{source.name}.zero"
-    inputs = [
-        ir.Value(name=names[0], shape=ir.Shape(()), type=ir.TensorType(kind)),
-        ir.Value(name=names[1], shape=ir.Shape(()), type=ir.TensorType(rounded)),
-    ]
-    constants |= {names[0]: scale, names[1]: np.zeros((), rounded.numpy())}
-    for value in inputs:
-        graph.initializers[str(value.name)] = value
+    # without a zero point the output of QuantizeLinear is uint8
+    added = {f"{source.name}.scale": scale, f"{source.name}.zero": np.zeros((), rounded.numpy())}
+    inputs = add_constants(graph, added)
+    constants |= added
     down = make_node(
         "QuantizeLinear", [source, *inputs], f"{source.name}.quantized", rounded, source.shape, {}
     )
@@ -199,6 +193,16 @@ def _quantized(
     return up.outputs[0]
 
 
+def add_constants(graph: ir.Graph, constants: Mapping[str, NDArray[Any]]) -> list[ir.Value]:
+    """Add an initializer for each scalar in ``constants``, still without its value, and return them."""
+    values = [
+        ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(ir.DataType.from_numpy(value.dtype)))
+        for name, value in constants.items()
+    ]
+    graph.initializers.update({str(value.name): value for value in values})
+    return values
+
+
 def make_node(
     kind: str,
     inputs: list[ir.Value],
@@ -207,6 +211,6 @@ def make_node(
     shape: ir.Shape | None,
     attributes: dict[str, Any],
 ) -> ir.Node:
-    """Return a node with one output, called as itself."""
+    """Return a node with one output; both are called ``name``."""
     output = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
     return ir.node(kind, inputs, attributes, outputs=[output], name=name)

@@ -1,12 +1,13 @@
-"""The head's products with an INT8 weight in integers, in the piece that ONNX Runtime runs alone on the CPU.
+"""Integer products with the head's INT8 weight, in the piece that ONNX Runtime runs alone on the CPU.
 
-ONNX Runtime would write out a weight of 300 million numbers in float32, or keep a second one in another order. In place of
-it, rows are rounded to two integers of 7 bits, a coarse one and one for what is left:
+ONNX Runtime would dequantize a weight of 300 million numbers to float32, or keep a reordered copy. Instead, rows are
+rounded to two integers of 7 bits, a coarse one and a fine one for the remainder:
 
-    x = step coarse + fine_step fine                 each row with steps of its own
-    x W = step (coarse W) + fine_step (fine W)       MatMulInteger reads the weight as it lies
+    x = step coarse + fine_step fine                 each row has its own steps
+    x W = step (coarse W) + fine_step (fine W)       MatMulInteger reads the stored weight
 
-Measured on a head of 151,936 by 2,048 with 4 rows and one thread: 0.2 s for the way back and no memory, against 2.2 s and 2.5 GB.
+Measured for a head of 151,936 x 2,048, 4 rows and one thread: 0.2 s for the backward product and no extra memory, instead
+of 2.2 s and 2.5 GB.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _LARGEST = 63
-"""Largest integer of a row. Some processors' kernels add two products in 16 bits, where more would saturate: 2 · 63 · 255."""
+"""Largest integer of a row. Some CPUs' kernels add two products in 16 bits and would saturate above 2 · 63 · 255."""
 _MIDDLE = 64
-"""Zero point of rows that come first, which are unsigned."""
+"""Zero point of rows that are the first operand, which is unsigned."""
 
 
 class _Product(NamedTuple):
     node: ir.Node
     weight: ir.Node
-    """The DequantizeLinear of an INT8 weight [I, O] with a scale for each output."""
+    """The DequantizeLinear of an INT8 weight [I, O] with a scale per output."""
     is_forward: bool
-    """x W; else W gᵀ."""
+    """x W; otherwise W gᵀ."""
 
 
 def use_integer_products(model: ir.Model) -> int:
-    """Let products with whole INT8 weights run in integers, in place; return how many there were."""
+    """Turn products with INT8 weights into integer products, in place; return their number."""
     products = [product for node in model.graph if (product := _product(node)) is not None]
     for product in products:
         _replace(model.graph, product)
@@ -96,13 +97,13 @@ class _Rounded(NamedTuple):
 
 
 def _rounded(maker: _Maker, rows: ir.Value, *, axis: int, num_terms: int) -> _Rounded:
-    """Return float32 rows, whose ``num_terms`` numbers lie along ``axis``, as two integers each."""
+    """Return float32 rows of ``num_terms`` numbers along ``axis`` as coarse and fine integers."""
     make, constant = maker.node, maker.constant
-    largest = min(_LARGEST, (2**31 - 1) // (127 * num_terms))  # no sum may leave int32
+    largest = min(_LARGEST, (2**31 - 1) // (127 * num_terms))  # sums must fit int32
     top = make("ReduceMax", [make("Abs", [rows]), constant([axis], np.int64)], keepdims=1)
-    least = constant(np.finfo(np.float32).tiny * largest**3)  # a row of zeros has a step too
+    least = constant(np.finfo(np.float32).tiny * largest**3)  # so that a row of zeros has a step > 0
     step = make("Div", [make("Max", [top, least]), constant(largest)])
-    fine_step = make("Div", [step, constant(2 * largest)])  # rounding leaves half a step
+    fine_step = make("Div", [step, constant(2 * largest)])  # the remainder is at most half a step
     coarse = make("Round", [make("Div", [rows, step])])
     rest = make("Div", [make("Sub", [rows, make("Mul", [coarse, step])]), fine_step])
     fine = make("Clip", [make("Round", [rest]), constant(-largest), constant(largest)])
@@ -110,7 +111,7 @@ def _rounded(maker: _Maker, rows: ir.Value, *, axis: int, num_terms: int) -> _Ro
 
 
 class _Maker:
-    """Makes nodes in a graph, called after the product that they replace."""
+    """Adds nodes to a graph, with names after the product that they replace."""
 
     def __init__(self, graph: ir.Graph, name: str) -> None:
         self._graph, self._name, self._count = graph, name, 0

@@ -1,8 +1,8 @@
-"""Symmetric quantization of a linear layer's weight, and the bytes that ONNX wants.
+"""Symmetric quantization of a linear layer's weight, and its bytes in ONNX's layout.
 
-INT4 has a scale for each block of inputs of each output, INT8 and FP8 (E4M3: four bits of exponent, three of mantissa, up to
-448) one for each output. Scales are rounded to the graph's element type before the values are chosen, so that a graph reads
-back exactly what was rounded to.
+INT4 has a scale per block of inputs and output; INT8 and FP8 (E4M3: 4 bits of exponent, 3 of mantissa, up to 448) have one
+per output. Scales are rounded to the graph's element type before the values are chosen, so that a graph computes exactly
+the values that were chosen.
 
 Letters: O outputs, I inputs, B blocks of inputs.
 """
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 Format = Literal["none", "int4", "int8", "fp8"]
 FORMATS: tuple[Format, ...] = ("none", "int4", "int8", "fp8")
 BLOCK_SIZE = 128
-"""Inputs that share an INT4 scale, where the number of inputs is a multiple of it."""
+"""Inputs that share an INT4 scale, if it divides the number of inputs."""
 _BLOCK_STEP = 16
 _LARGEST = {"int4": 7, "int8": 127, "fp8": 448}
 _LEAST_FP8_SCALE = 2.0**-14
-"""The smallest number that float16 has with all its bits. FP8 numbers lose none of theirs by being smaller than they could be."""
+"""The smallest normal float16. A larger scale than needed costs FP8 values no precision."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,19 +34,19 @@ class QuantizedWeight:
     """Values and scales of one weight."""
 
     values_OI: Tensor
-    """int8, of INT4 within -8..7; float8_e4m3fn for FP8."""
+    """int8, for INT4 within -8..7; float8_e4m3fn for FP8."""
     scales_OB: Tensor
-    """In the graph's element type; one block but for INT4."""
+    """In the graph's element type; B is 1 except for INT4."""
 
     def dequantized(self) -> Tensor:
-        """Return [O, I] in the type of the scales, as a graph computes it."""
+        """Return the values [O, I] in the type of the scales, as a graph computes them."""
         blocks = self.values_OI.reshape(*self.scales_OB.shape, -1).to(self.scales_OB.dtype)
         result: Tensor = (blocks * self.scales_OB[..., None]).flatten(1)
         return result
 
 
 def block_size(num_inputs: int) -> int | None:
-    """Return the inputs of an INT4 block: 128, else the largest multiple of 16 below that divides; None without one."""
+    """Return the inputs per INT4 block: 128, else the largest divisor below that is a multiple of 16, else None."""
     if num_inputs % BLOCK_SIZE == 0:
         return BLOCK_SIZE
     sizes = range(_BLOCK_STEP, BLOCK_SIZE, _BLOCK_STEP)
@@ -56,15 +56,15 @@ def block_size(num_inputs: int) -> int | None:
 def quantize(
     weight_OI: Tensor, *, kind: Format, dtype: FloatType, block: int | None = None
 ) -> QuantizedWeight:
-    """Return ``weight_OI`` rounded to the nearest value of its block's scale; the arithmetic is float32.
+    """Return ``weight_OI`` rounded to the nearest values, computed in float32.
 
-    ``block`` inputs share a scale of type ``dtype``; all of them but for INT4.
+    ``block`` inputs share a scale of type ``dtype``; None means that all inputs do.
     """
     blocks_OBK = weight_OI.to(torch.float32).reshape(len(weight_OI), -1, block or weight_OI.shape[1])
     scales_OB = blocks_OBK.abs().amax(-1) / _LARGEST[kind]
     if kind == "fp8":
         scales_OB = scales_OB.clamp(min=_LEAST_FP8_SCALE)
-    # rounded before the values are chosen: they have to fit the scale that the graph multiplies by
+    # rounded first, because the values must fit the scale that the graph multiplies by
     scales_OB = scales_OB.to(getattr(torch, dtype))
     scales_OB = torch.where(scales_OB > 0, scales_OB, 1.0)  # a block of zeros
     values = _nearest(blocks_OBK / scales_OB.to(torch.float32)[..., None], kind)
@@ -72,7 +72,7 @@ def quantize(
 
 
 def _nearest(scaled: Tensor, kind: Format) -> Tensor:
-    """Return ``scaled`` as the nearest numbers of ``kind``; ties go to the even one, what is too large to the largest."""
+    """Return ``scaled`` rounded to ``kind``: ties to even, and too large values to the largest."""
     largest = _LARGEST[kind]
     if kind == "fp8":
         return scaled.clamp(-largest, largest).to(torch.float8_e4m3fn)
@@ -80,24 +80,24 @@ def _nearest(scaled: Tensor, kind: Format) -> Tensor:
 
 
 def rounded_activations(values: Tensor, *, largest: float, kind: Format = "int8") -> Tensor:
-    """Return ``values`` rounded to INT8 or FP8 and back with the one scale that takes ``largest`` to 127 or 448."""
+    """Return ``values`` rounded to INT8 or FP8 and back, with one scale that maps ``largest`` to 127 or 448."""
     scale = activation_scale(largest, kind=kind)
     result: Tensor = _nearest(values / scale, kind).to(values.dtype) * scale
     return result
 
 
 def activation_scale(largest: float, *, kind: Format = "int8") -> float:
-    """Return the scale of inputs whose largest absolute value is ``largest``; never so small that float16 loses it."""
-    if kind == "fp8":  # as float16 has it: the same number in graphs of either type
+    """Return the scale of inputs with the largest absolute value ``largest``, large enough for float16."""
+    if kind == "fp8":  # rounded to float16, so that graphs of both types have the same number
         return float(torch.tensor(max(largest / _LARGEST[kind], _LEAST_FP8_SCALE), dtype=torch.float16))
     return max(largest, 1e-4) / _LARGEST[kind]
 
 
 def stored_bytes(weight: QuantizedWeight, *, kind: Format) -> tuple[Tensor, Tensor]:
-    """Return values [I, O] (INT4: two in a byte, the first in the low half) and scales [B, O] or [O], contiguous.
+    """Return values [I, O] (INT4: two per byte, the first in the low half) and scales [B, O] or [O], contiguous.
 
-    Inputs come first: that is the operand that a matrix product reads, and the layout that TensorRT and ONNX Runtime
-    know INT4 products by.
+    Inputs come first, because a matrix product reads the weight so, and TensorRT and ONNX Runtime recognize INT4
+    products by this layout.
     """
     values_IO = weight.values_OI.T.contiguous()
     scales = weight.scales_OB.T.contiguous()
@@ -105,7 +105,7 @@ def stored_bytes(weight: QuantizedWeight, *, kind: Format) -> tuple[Tensor, Tens
 
 
 def pack_int4(values: Tensor) -> Tensor:
-    """Return int8 values of -8..7 as bytes, two in each, the first in the low half; an odd end is filled with 0."""
+    """Return int8 values in -8..7 as bytes of two values, the first in the low half, padded with 0."""
     flat = values.reshape(-1)
     if len(flat) % 2:
         flat = torch.cat([flat, flat.new_zeros(1)])

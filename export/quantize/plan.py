@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, get_args
 
 from trio_edge.export.quantize.numerics import FORMATS, Format
-from trio_edge.runtime.bundle.errors import ScheduleError
+from trio_edge.runtime.bundle.errors import CheckpointError, ScheduleError
 from trio_edge.runtime.bundle.manifest import PART_FROM_ROLE, Part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.runtime.bundle.manifest import Role
     from trio_edge.runtime.bundle.schedule import Schedule
 
@@ -22,15 +23,15 @@ _GROUPS: dict[str, tuple[Part, ...]] = {
 }
 _ONLY_INT8: dict[Part, str] = {
     "embedding": "its rows are read by the host, one scale each",
-    "kv": "INT4 is for weights only, and no cache in FP8 is offered",
+    "kv": "INT4 is for weights only, and FP8 caches are not supported",
 }
 OPSETS: dict[Format, int] = {"int4": 21, "int8": 19, "fp8": 19}
-"""First ONNX opset with INT4, with float16 in QuantizeLinear, and with FP8."""
+"""First ONNX opset with INT4; with float16 in QuantizeLinear; with FP8."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizePlan:
-    """The format of every part; parts that are not named stay in floating point."""
+    """The weight format of every part; other parts stay in floating point."""
 
     formats: Mapping[Part, Format] = field(default_factory=dict)
 
@@ -43,7 +44,7 @@ class QuantizePlan:
         return self.of_part(PART_FROM_ROLE[role]) if role in PART_FROM_ROLE else "none"
 
     def names(self, role: Role) -> bool:
-        """Return whether it says anything of graphs with ``role``."""
+        """Return whether it has a format for graphs with ``role``."""
         return PART_FROM_ROLE.get(role) in self.formats
 
     def of_layers(self, schedule: Schedule, *, num_layers: int) -> list[Format]:
@@ -62,17 +63,17 @@ class QuantizePlan:
 
     @property
     def has_factors(self) -> bool:
-        """Whether a calibration looks for factors: not for selections, which take those of their layers, and not for FP8."""
+        """Whether a calibration chooses smoothing factors: not for FP8, nor for selections, which use their layers' ones."""
         return any(self.of_part(part) in ("int4", "int8") for part in _GROUPS["all"] if part != "select")
 
 
 def parse_plan(text: str) -> QuantizePlan:
-    """Return the plan that ``--quantize`` describes: FORMAT for the decoder, or PART=FORMAT,…; later entries win.
+    """Return the plan in the text of ``--quantize``: FORMAT for the decoder, or PART=FORMAT,…; later entries win.
 
-    PART is one of ``PARTS``, or "decoder" (prefix, segments, suffix) or "all" (every graph); "kv" is the KV caches.
+    PART is one of ``PARTS``, "decoder" (prefix, segments, suffix) or "all" (every graph); "kv" means the KV caches.
 
     Raises:
-        ScheduleError: If it is not of that form.
+        ScheduleError: If the text has another form.
     """
     formats: dict[Part, Format] = {}
     for entry in text.split(","):
@@ -82,8 +83,20 @@ def parse_plan(text: str) -> QuantizePlan:
             formats[part] = kind
     for part, reason in _ONLY_INT8.items():
         if (kind := formats.get(part, "none")) not in ("int8", "none"):
-            raise ScheduleError(f"--quantize: expected {part}=int8 or none, got {kind}; {reason}")
+            raise ScheduleError(
+                f"--quantize: expected {part}=int8 or none, got {kind} ({reason}); choose one of these"
+            )
     return QuantizePlan(formats=formats)
+
+
+def check_packed(checkpoint: Checkpoint, plan: QuantizePlan) -> None:
+    """Raise CheckpointError if ``checkpoint`` has integers with zero points and ``plan`` is empty."""
+    asymmetric = next((name for name, one in checkpoint.packed.items() if not one.format.is_symmetric), None)
+    if asymmetric is not None and not plan.formats:
+        raise CheckpointError(
+            f"{checkpoint.folder} {asymmetric}: expected symmetric integers, which alone TensorRT reads, got zero points; add"
+            " --quantize int4 to round the values again, or --quantize none for floating point"
+        )
 
 
 def _format(text: str) -> Format:
@@ -91,7 +104,7 @@ def _format(text: str) -> Format:
         if text == kind:
             return kind
     raise ScheduleError(
-        f"--quantize: expected {', '.join(FORMATS)}, got {text!r}; for instance int4 or suffix=int4,head=int8"
+        f"--quantize: expected {', '.join(FORMATS)}, got {text!r}; write it as int4 or suffix=int4,head=int8"
     )
 
 
@@ -102,5 +115,5 @@ def _parts(name: str) -> tuple[Part, ...]:
         if name == part:
             return (part,)
     raise ScheduleError(
-        f"--quantize: expected one of {', '.join((*PARTS, *_GROUPS))}, got {name!r}; for instance suffix=int4,head=int8"
+        f"--quantize: expected one of {', '.join((*PARTS, *_GROUPS))}, got {name!r}; write it as suffix=int4,head=int8"
     )

@@ -1,4 +1,4 @@
-"""The result of a calibration: smoothing factors that cancel between layers, and the largest activations."""
+"""The result of a calibration: smoothing factors and the largest activations."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Calibrated = Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant"
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Smoothing:
-    """Factors of one tensor that cancel with another's, so that the model computes the same."""
+    """Factors of one tensor that another tensor's factors cancel, so that the model computes the same."""
 
     inputs: Tensor | None = None
     """[I], multiplied into the columns of a weight [O, I]."""
     outputs: Tensor | None = None
-    """[O], divides the rows of a weight, or the elements of a norm's weight or of a bias."""
+    """[O], divide the rows of a weight, or the elements of a norm's weight or of a bias."""
 
     def apply(self, values: Tensor) -> Tensor:
-        """Return ``values`` with the factors in them, float32."""
+        """Return ``values`` with the factors applied, float32."""
         result = values.to(torch.float32)
         if self.inputs is not None:
             result = result * self.inputs
@@ -37,12 +37,12 @@ class Smoothing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheRange:
-    """The largest absolute values that one layer's KV cache has held."""
+    """The range of one layer's KV cache."""
 
     key: float
-    """Keys, after the rotation."""
+    """Largest absolute key, after RoPE."""
     value: float
-    """Values, after smoothing."""
+    """Largest absolute value, after smoothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -50,10 +50,10 @@ class CalibratedScales:
     """The result of a calibration, by the canonical names of the checkpoint's tensors."""
 
     smoothing: Mapping[str, Smoothing] = field(default_factory=dict)
-    """Factors of weights, norms and biases."""
+    """Of weights, norms and biases."""
     activation_max: Mapping[str, float] = field(default_factory=dict)
-    """Largest absolute input of a linear layer, by its weight, after smoothing; there for parts in INT8 and FP8."""
+    """Largest absolute input of each linear layer after smoothing, by its weight; for parts in INT8 and FP8."""
     cache_max: tuple[CacheRange, ...] = ()
-    """Ranges of every decoder layer; there for a KV cache in INT8."""
+    """Ranges of all decoder layers, for an INT8 KV cache."""
     method: Calibrated = "round-to-nearest"
     num_samples: int = 0

@@ -1,4 +1,4 @@
-"""Writes quantized tensors into a bundle, one after the other: one tensor is in memory at a time."""
+"""Writes quantized tensors into a bundle, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def store_quantized(
     dtype: FloatType,
     on_bytes: Callable[[int], None],
 ) -> StoredWeights:
-    """Write ``forms`` into one file of ``bundle`` and return where each is; memory is that of the largest tensor.
+    """Write ``forms`` into one file of ``bundle`` and return the place of each.
 
-    Weights [O, I] become [I, O], tables stay as they are. ``dtype`` is that of scales, and of what stays in floating point.
+    Weights [O, I] become [I, O], tables are not transposed. ``dtype`` is that of scales and floating-point tensors.
     ``on_bytes`` is called with the number of bytes just written.
 
     Raises:
@@ -78,7 +78,7 @@ _STORED: dict[Format, StoredType] = {"int4": "int4", "int8": "int8", "fp8": "flo
 
 
 def quantized_bytes(checkpoint: Checkpoint, forms: Sequence[StoredForm], *, dtype: FloatType) -> int:
-    """Return how many bytes ``store_quantized`` is going to write for ``forms``."""
+    """Return the number of bytes that ``store_quantized`` writes for ``forms``."""
     writers = [_Writer(checkpoint, form, dtype=dtype) for form in forms]
     return sum(
         StoredTensor(file=_FILE, dtype=kind, shape=shape, offset=0).num_bytes
@@ -88,12 +88,12 @@ def quantized_bytes(checkpoint: Checkpoint, forms: Sequence[StoredForm], *, dtyp
 
 
 def _file_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape that the file's header gives: safetensors has no INT4, so it counts bytes."""
+    """Return the shape in the file's header, in bytes for INT4, which safetensors does not have."""
     return (math.ceil(math.prod(shape) / 2),) if kind == "int4" else shape
 
 
 class _Writer:
-    """One tensor on its way into the file: first what it will be, later its bytes."""
+    """One tensor to write: describes the arrays first, and computes them later."""
 
     def __init__(self, checkpoint: Checkpoint, form: StoredForm, *, dtype: FloatType) -> None:
         self.checkpoint = checkpoint
@@ -102,7 +102,7 @@ class _Writer:
         self.dtype = dtype
 
     def described(self) -> dict[StoredName, tuple[StoredType, tuple[int, ...]]]:
-        """Return dtype and shape of each array, by its name in the bundle, in the order of ``tensors``."""
+        """Return dtype and shape of each array by its name in the bundle, in the order of ``tensors``."""
         form, shape = self.form, self.source.shape
         if form.kind == "none":
             return {form.stored_name: (self.dtype, shape)}
@@ -128,7 +128,7 @@ class _Writer:
             return
         quantized = quantize(weight, kind=form.kind, dtype=self.dtype, block=form.block)
         if form.is_table:
-            # the host reads single rows of a table, so it is not transposed
+            # not transposed, as the host reads single rows of a table
             yield from (quantized.values_OI, quantized.scales_OB[:, 0])
         else:
             yield from stored_bytes(quantized, kind=form.kind)

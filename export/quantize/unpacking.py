@@ -1,4 +1,4 @@
-"""Reads a checkpoint's weight, be it stored as values or as integers and scales, and takes such integers over as they are."""
+"""Reads a checkpoint's weights, stored as floating point or as packed integers and scales."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import FloatType
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""The output that each four bits of an AWQ word belong to, the lowest first."""
+"""Output of each four bits of an AWQ word, the lowest first."""
 _MIDDLE = 8
 """Added to symmetric integers to make them unsigned."""
 
 
 def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Return the values of a tensor; those of a packed weight, float32, as its integers and scales say.
+    """Return the values of a tensor; a packed weight is dequantized to float32.
 
     Raises:
-        CheckpointError: If the file cannot be read, or the packing cannot be expressed.
+        CheckpointError: If the file cannot be read, or the packing is not supported.
     """
     packed = checkpoint.packed.get(name)
     if packed is None:
@@ -38,10 +38,10 @@ def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def taken_over(checkpoint: Checkpoint, name: str, *, dtype: FloatType) -> QuantizedWeight:
-    """Return the integers and scales of a packed weight as a graph stores them; blocks above 128 are divided.
+    """Return the integers and scales of a packed weight for a bundle; blocks above 128 are divided.
 
     Raises:
-        CheckpointError: If the file cannot be read, or the packing is not symmetric or not by blocks of neighbours.
+        CheckpointError: If the file cannot be read, or the packing is asymmetric or reorders inputs.
     """
     packed = checkpoint.packed[name]
     _check_order(packed, name)
@@ -60,12 +60,12 @@ def taken_over(checkpoint: Checkpoint, name: str, *, dtype: FloatType) -> Quanti
 
 
 def stored_block(packed: PackedWeight) -> int:
-    """Return the inputs of a block in the bundle: the checkpoint's, or 128 where that divides larger ones."""
+    """Return the inputs per block in the bundle: the checkpoint's, or 128 if that divides them."""
     return BLOCK_SIZE if packed.block % BLOCK_SIZE == 0 else packed.block
 
 
 def _integers(packed: PackedWeight, name: str) -> Tensor:
-    """Return int8 [O, I], 0 to 15."""
+    """Return the integers as int8 [O, I], 0 to 15."""
     words = read_tensor(packed.values)
     if packed.format.layout == "awq":
         return _awq_columns(words).T
@@ -73,19 +73,19 @@ def _integers(packed: PackedWeight, name: str) -> Tensor:
         return _nibbles(words.T).contiguous()
     if packed.format.layout == "compressed-tensors":
         return _nibbles(words)
-    low, high = words & 0xF, words >> 4  # of two outputs, as two's complement: 8 is added modulo 16
+    low, high = words & 0xF, words >> 4  # of two outputs, in two's complement: add 8 modulo 16
     both = torch.stack([low, high], dim=1).reshape(packed.shape).to(torch.int8)
     return (both + _MIDDLE) & 0xF
 
 
 def _nibbles(words: Tensor) -> Tensor:
-    """Return int8 [rows, 8 columns] of int32 words, the lowest four bits first."""
+    """Return the four-bit parts of int32 words as int8 [rows, 8 columns], the lowest bits first."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     return ((words[..., None] >> shifts) & 0xF).to(torch.int8).flatten(-2)
 
 
 def _awq_columns(words: Tensor) -> Tensor:
-    """Return int8 [rows, 8 columns], the outputs in order."""
+    """Return the four-bit parts of AWQ words as int8 [rows, 8 columns], in the order of the outputs."""
     shuffled = _nibbles(words).reshape(len(words), -1, 8)
     in_order = torch.empty_like(shuffled)
     in_order[..., list(_AWQ_ORDER)] = shuffled
@@ -93,7 +93,7 @@ def _awq_columns(words: Tensor) -> Tensor:
 
 
 def _zeros(packed: PackedWeight) -> Tensor:
-    """Return int8 [O, I], the zero point of each integer; [1, 1] where all are the middle."""
+    """Return the zero point of each integer, int8 [O, I]; [1, 1] if all are 8."""
     if packed.zeros is None:
         return torch.full((1, 1), _MIDDLE, dtype=torch.int8)
     words = read_tensor(packed.zeros)
@@ -103,7 +103,7 @@ def _zeros(packed: PackedWeight) -> Tensor:
 
 
 def _scales(packed: PackedWeight, name: str) -> Tensor:
-    """Return float32 [O, B]."""
+    """Return the scales, float32 [O, B]."""
     scales = read_tensor(packed.scales).to(torch.float32)
     check_finite(scales, packed.scales, name=name)
     return scales.T.contiguous() if packed.format.layout in ("awq", "gptq") else scales
@@ -115,6 +115,6 @@ def _check_order(packed: PackedWeight, name: str) -> None:
     expected_I = torch.arange(packed.shape[1]) // packed.block
     if not torch.equal(read_tensor(packed.order).to(torch.int64), expected_I):
         raise CheckpointError(
-            f"{packed.order.file} {name}: expected blocks of neighbouring inputs, got others (desc_act); export the checkpoint"
-            " that was not quantized"
+            f"{packed.order.file} {name}: expected blocks of neighbouring inputs, got reordered ones (desc_act); export the"
+            " checkpoint that was not quantized"
         )

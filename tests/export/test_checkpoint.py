@@ -209,7 +209,9 @@ def test_token_opens_a_private_repository(hub: HubServer, tmp_path: Path) -> Non
 
 
 def test_gated_repository_and_unknown_revision_say_what_to_do(hub: HubServer, tmp_path: Path) -> None:
-    assert "got 'v9', which it does not have" in refusal(read(hub, tmp_path, revision="v9"))
+    assert "expected a branch, tag or commit for --revision, got 'v9'" in refusal(
+        read(hub, tmp_path, revision="v9")
+    )
     assert "check the spelling" in refusal(read(hub, tmp_path, model="someone/else"))
     hub.gated = True
     assert "accept its terms" in refusal(read(hub, tmp_path))

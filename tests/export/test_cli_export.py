@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import click
 import pytest
 
 from tests.checkpoints import save_checkpoint
 from trio_edge.export.cli import command, main
+from trio_edge.export.options import ExportOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +41,14 @@ def assert_refused(code: int, error: str, *, expected: str) -> None:
     assert len(lines) == 1
     assert expected in lines[0]
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", ["max_images", "max_text", "max_new_tokens", "opset", "dtype"])
+def test_help_shows_the_default_of_the_option(name: str) -> None:
+    (default,) = (field.default for field in fields(ExportOptions) if field.name == name)
+    (option,) = (option for option in command.params if option.name == name)
+    assert isinstance(option, click.Option)
+    assert f"[default: {default}]" in str(option.help)
 
 
 FLAGS = {
@@ -159,7 +170,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: (folder / "model.safetensors.index.json").write_text(
             '{"weight_map": {"a": "../b.safetensors"}}'
         ),
-        "refused",
+        "expected plain names of safetensors files",
     ),
     "no_tokenizer": (
         lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],

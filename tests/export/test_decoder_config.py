@@ -71,7 +71,9 @@ def test_growing_rope_differs_behind_the_limit_and_is_refused_there(name: str) -
     positions = torch.arange(limit + 1)[None]
     assert (tables(positions)[0] - rotary(torch.zeros(1), positions)[0]).abs().max() > 1e-3
     check_positions(config, num_visual=limit - 30, max_text=20, max_new_tokens=10)
-    with pytest.raises(ScheduleError, match=f"at most {limit} positions .where RoPE type '{name}' begins to"):
+    with pytest.raises(
+        ScheduleError, match=f"at most {limit} positions .beyond it RoPE type '{name}' depends on the length"
+    ):
         check_positions(config, num_visual=limit - 29, max_text=20, max_new_tokens=10)
 
 
@@ -150,7 +152,7 @@ def test_window_counts_the_rows_that_a_schedule_leaves_in_front_of_its_layer(lay
         check_positions(config, **sizes, schedule=schedule)
         schedule = Schedule(stages=(Stage(layer=layer, keep=71),))
     got = "101 = 71 visual" if fits else "530 = 500 visual"
-    with pytest.raises(ScheduleError, match=rf"sliding window\), got {got} .* in front of layer 3"):
+    with pytest.raises(ScheduleError, match=rf"sliding window\), got {got} .* before layer 3"):
         check_positions(config, **sizes, schedule=schedule)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from trio_edge.export.check.fit import FitInputs, Picture, check_fit, estimate, remedies
+from trio_edge.export.check.fit import FitImage, FitInputs, check_fit, estimate, remedies
 from trio_edge.export.cli import main
 from trio_edge.export.quantize.plan import parse_plan
 from trio_edge.profiling.predict.models import MODELS
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 CLIP = Tiles(num_tiles=5, patches=577, hidden_size=1024, intermediate_size=4096)
-SMALL = Picture(num_visual=1176, tiles=CLIP._replace(num_tiles=2))
+SMALL = FitImage(num_visual=1176, tiles=CLIP._replace(num_tiles=2))
 
 
 def llava_next_7b(**changes: Any) -> FitInputs:
@@ -32,11 +32,11 @@ def llava_next_7b(**changes: Any) -> FitInputs:
     inputs = FitInputs(
         decoder=MODELS["llava-next-7b"].decoder,
         vision_params=325_000_000,
-        picture=Picture(num_visual=2880, tiles=CLIP),
+        image=FitImage(num_visual=2880, tiles=CLIP),
         schedule=preset_schedule("llava-next-7b", "11.1%"),
         max_text=256,
         max_new_tokens=256,
-        small_picture=SMALL,
+        small_image=SMALL,
     )
     return dataclasses.replace(inputs, **changes)
 
@@ -112,9 +112,7 @@ def test_every_remedy_is_smaller_than_the_request() -> None:
 
 
 def test_changes_that_are_made_already_are_not_offered() -> None:
-    inputs = llava_next_7b(
-        quantize=parse_plan("all=int4"), small_picture=None, max_text=64, max_new_tokens=64
-    )
+    inputs = llava_next_7b(quantize=parse_plan("all=int4"), small_image=None, max_text=64, max_new_tokens=64)
     assert remedies(inputs, usable_bytes=0) == []
     warning = check_fit(inputs, dataclasses.replace(find_device("orin-nano-8"), memory_bytes=3 * GIB))
     assert warning is not None
@@ -148,7 +146,7 @@ def test_a_whole_image_needs_the_scores_of_one_block_of_heads() -> None:
     )
     tiles = tiles_of(tower, {"P": 5184, "N": 1296})
     inputs = dataclasses.replace(
-        llava_next_7b(schedule=Schedule(), max_text=8), picture=Picture(num_visual=8, tiles=tiles)
+        llava_next_7b(schedule=Schedule(), max_text=8), image=FitImage(num_visual=8, tiles=tiles)
     )
     scores = 5184**2 * 2 * 2
     assert estimate(inputs, usable_bytes=0).parts["activations"] == 6 * 5184 * 1280 * 2 + scores
@@ -193,7 +191,7 @@ def test_weights_and_caches_are_those_of_the_exported_bundle(
         decoder=manifest.dimensions,
         element_bytes=4,
         vision_params=manifest.graph("vision").weight_bytes // 4,
-        picture=Picture(num_visual=manifest.visual_sizes[-1], tiles=tiles),
+        image=FitImage(num_visual=manifest.visual_sizes[-1], tiles=tiles),
         schedule=manifest.schedule,
         max_text=manifest.text_buckets[-1],
         max_new_tokens=manifest.max_new_tokens,

@@ -92,7 +92,7 @@ def test_help_is_the_exporters_own() -> None:
     result = optimum_cli("export", "trio", "--help")
     assert result.returncode == 0
     assert result.stdout.startswith("Usage: optimum-cli export trio [OPTIONS] [OUT]")
-    assert "--schedule STAGES" in result.stdout
+    assert "--schedule LAYER:KEPT" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,12 @@ def write_damaged(
 @pytest.mark.parametrize(
     ("method", "part", "change", "message"),
     [
-        ("modelopt", "pre_quant_scale", lambda _: torch.ones(4), r"pre_quant_scale.*without factors"),
+        (
+            "modelopt",
+            "pre_quant_scale",
+            lambda _: torch.ones(4),
+            r"pre_quant_scale.*expected no scales of a layer.s inputs",
+        ),
         (
             "compressed-tensors",
             "weight_scale",

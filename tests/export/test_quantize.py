@@ -172,7 +172,7 @@ def test_a_part_that_cannot_be_in_its_format_is_named_and_not_in_the_manifest(tm
     assert quantization is not None
     assert quantization.formats == {"prefix": "int8"}
     (warning,) = warnings
-    assert "weights of head that int4 can hold" in warning
+    assert "weights in head that int4 can store" in warning
 
 
 def test_the_manifest_says_what_was_quantized_and_which_opset_it_took(quantized: Bundle) -> None:

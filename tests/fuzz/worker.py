@@ -34,7 +34,7 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
     kinds = {name: KINDS[name] for name in options.kinds.split(",") if name} or KINDS
-    subject = Subject(options.bundle)
+    subject = Subject(options.bundle.resolve())  # commands run in another folder
     try:
         with options.results.open("a", buffering=1) as results:
             for index in range(options.first, options.last, options.step):

@@ -10,7 +10,7 @@ import pytest
 from tests.bundles import export
 from tests.matmul_flops import example_feeds, matmul_flops
 from tests.spec.test_selectors_through_bundles import STAGE_METHODS
-from trio_edge.export.check.fit import FitInputs, Picture, estimate
+from trio_edge.export.check.fit import FitImage, FitInputs, estimate
 from trio_edge.export.checkpoints.checkpoint import ALIASES
 from trio_edge.profiling.predict.answer import memory_of
 from trio_edge.profiling.predict.models import MODELS
@@ -138,7 +138,7 @@ def test_memory_is_what_the_exporter_estimates(name: str, keep: str) -> None:
     setting = plan_for(model=name, keep=keep, num_text=256, num_new=256).setting()
     inputs = FitInputs(
         decoder=model.decoder, vision_params=tower_weights(model.vision), schedule=setting.schedule, max_text=256,
-        picture=Picture(num_visual=setting.sizes["N"], tiles=tiles_of(model.vision, setting.sizes)),
+        image=FitImage(num_visual=setting.sizes["N"], tiles=tiles_of(model.vision, setting.sizes)),
         max_new_tokens=256,
     )  # fmt: skip
     theirs = estimate(inputs, usable_bytes=0)

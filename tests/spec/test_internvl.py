@@ -161,7 +161,9 @@ def test_the_bundles_template_writes_the_marks(folder: Path, tmp_path: Path, own
 
 def test_a_template_with_another_image_token_is_refused(folder: Path, tmp_path: Path) -> None:
     checkpoint = with_template(folder, tmp_path, "{{ '<image>' }}")
-    with pytest.raises(CheckpointError, match="expected a chat template with '<IMG_CONTEXT>'"):
+    with pytest.raises(
+        CheckpointError, match="expected a chat template with the image token '<IMG_CONTEXT>'"
+    ):
         export(checkpoint)
 
 

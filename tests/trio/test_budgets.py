@@ -188,7 +188,12 @@ def test_settings_pass_through() -> None:
 @pytest.mark.parametrize(
     ("average", "num_layers", "layers", "message"),
     [
-        (0.1, 8, None, r"keep 10\.0%: expected an average of at least 13\.\d% \(layers 0\.\.0 of 8 see all"),
+        (
+            0.1,
+            8,
+            None,
+            r"keep 10\.0%: expected an average of at least 13\.\d% \(the first 1 of 8 layers see all",
+        ),
         (0.5, 1, None, r"expected an average of at least 100\.0%"),
         (0.5, 8, (3, 3), r"stage layers: expected ascending layers in 1\.\.7, got 3, 3"),
         (0.5, 8, (3, 8), r"stage layers: expected ascending layers in 1\.\.7, got 3, 8"),

@@ -1,7 +1,7 @@
-"""The work of a bundle's graphs, from its manifest.
+"""The work of a bundle's graphs, counted from the shapes in its manifest.
 
-All of it is counted from shapes, except for vision graphs of bundles that say nothing of their tower: these have the
-manifest's ``cost``, which is for one image and is scaled by its tokens.
+If the manifest does not describe the vision tower, the vision graph's work is the manifest's ``cost`` of one image, scaled
+by the number of visual tokens.
 """
 
 from __future__ import annotations
@@ -12,14 +12,7 @@ from typing import TYPE_CHECKING
 from trio_edge.runtime.bundle.graph_io import SALIENCY, is_probe, num_clip_texts
 from trio_edge.trio.cost.flops import stage_work
 from trio_edge.trio.cost.selections import StageSizes, TokenSizes, trio_work
-from trio_edge.trio.cost.work import (
-    ELEMENT_BYTES,
-    Work,
-    counted_work,
-    head_work,
-    range_work,
-    vision_work,
-)
+from trio_edge.trio.cost.work import ELEMENT_BYTES, Work, counted_work, head_work, range_work, vision_work
 from trio_edge.trio.methods import token_method
 
 if TYPE_CHECKING:
@@ -35,11 +28,11 @@ class GraphWork:
 
     flops: float
     weight_bytes: int
-    """Weights that a run reads at least once, in the bundle's own formats."""
+    """Weights that a run reads, in the bundle's own formats."""
     moved_bytes: float
-    """The least that must pass through memory: the weights once, every operand and result once, attention scores never."""
+    """Least memory traffic: weights, operands and results once, attention scores never."""
     launches: int
-    """Kernels of a fused implementation."""
+    """Kernel launches of a fused implementation."""
 
 
 def graph_work(manifest: Manifest, graph: GraphSpec, profile: Profile) -> GraphWork:
@@ -49,15 +42,12 @@ def graph_work(manifest: Manifest, graph: GraphSpec, profile: Profile) -> GraphW
         bytes_per_element=ELEMENT_BYTES[manifest.dtype], bytes_per_cached=ELEMENT_BYTES[manifest.kv_dtype]
     )
     return GraphWork(
-        flops=work.flops,
-        weight_bytes=weights,
-        moved_bytes=moved + weights,
-        launches=work.launches,
+        flops=work.flops, weight_bytes=weights, moved_bytes=moved + weights, launches=work.launches
     )
 
 
 def counted(manifest: Manifest, graph: GraphSpec, profile: Profile) -> Work:
-    """Return the products of one run of ``graph``, with sizes that the graph fixes taken from its inputs."""
+    """Return the products of one run of ``graph``; sizes that are not in ``profile`` come from the graph's inputs."""
     sizes = {**fixed_sizes(graph), **profile.sizes}
     if graph.role == "vision":
         return vision_graph_work(manifest, sizes)
@@ -86,7 +76,7 @@ def vision_graph_work(manifest: Manifest, sizes: Mapping[str, int]) -> Work:
 
 
 def vision_flops(manifest: Manifest, *, num_visual: int) -> float:
-    """Return the vision graph's FLOPs as the manifest counts them, scaled to ``num_visual`` tokens."""
+    """Return the manifest's count of the vision graph's FLOPs, scaled to ``num_visual`` tokens."""
     return manifest.cost.full_flops["vision"] * num_visual / max(manifest.cost.num_visual, 1)
 
 
@@ -98,16 +88,16 @@ def clip_text_work(manifest: Manifest, *, num_texts: int) -> Work:
 
 
 def clip_text_flops(manifest: Manifest, *, num_texts: int) -> float:
-    """Return the FLOPs of CLIP's text tower, which the manifest says for its own text."""
+    """Return the manifest's count of the FLOPs of CLIP's text tower, scaled to ``num_texts`` texts."""
     assert manifest.clip_text is not None  # else there is no such graph
-    its_own = num_clip_texts(manifest.cost.num_text, length=manifest.clip_text.length)
-    return manifest.cost.reduced_flops["clip_text"] * num_texts / its_own
+    counted_texts = num_clip_texts(manifest.cost.num_text, length=manifest.clip_text.length)
+    return manifest.cost.reduced_flops["clip_text"] * num_texts / counted_texts
 
 
 def reduce_work(manifest: Manifest, *, num_visual: int, num_text: int) -> Work:
     """Return the work of the selection before the decoder."""
     cost = reduce_cost(manifest, num_visual=num_visual, num_text=num_text)
-    # The greedy loop is float32 whatever the model's type, and ``other`` counts elements of that type.
+    # The greedy loop reads float32, while ``other`` counts elements of the model's type.
     other = cost.read_again * 4 / ELEMENT_BYTES[manifest.dtype]
     return counted_work(cost.flops, rows=num_visual, other=other)
 
@@ -137,7 +127,7 @@ def _select_work(manifest: Manifest, stage: int, sizes: Mapping[str, int]) -> Wo
 
 
 def _probe_work(manifest: Manifest, sizes: Mapping[str, int]) -> Work:
-    """Return the work of a part of a probe."""
+    """Return the work of one piece of a probe."""
     letter = "P" if "PS" in sizes else "G"
     visual, rows = sizes.get(f"{letter}N", 0), sizes.get(f"{letter}S", 0)
     stage = StageSizes(visual, num_keep=0, num_text=rows - visual, prompt_visual=0)
@@ -148,7 +138,7 @@ def _probe_work(manifest: Manifest, sizes: Mapping[str, int]) -> Work:
 
 
 def fixed_sizes(graph: GraphSpec) -> dict[str, int]:
-    """Return the sizes of axes that are numbers in the graph because all profiles have the same."""
+    """Return the sizes of the axes that are fixed in the graph because all profiles agree on them."""
     names = {
         "hidden_states": {1: "S"},
         "inputs_embeds": {1: "S"},
@@ -160,15 +150,14 @@ def fixed_sizes(graph: GraphSpec) -> dict[str, int]:
         "prompt_embeds": {1: "F"},
         "text_embeds": {0: "T"},
     }
-    sizes: dict[str, int] = {}
-    for tensor in graph.inputs:
-        for axis, symbol in names.get(tensor.name, {}).items():
-            size = tensor.shape[axis]
-            if isinstance(size, int):
-                sizes[symbol] = size
-    return sizes
+    return {
+        symbol: size
+        for tensor in graph.inputs
+        for axis, symbol in names.get(tensor.name, {}).items()
+        if isinstance(size := tensor.shape[axis], int)
+    }
 
 
 def input_widths(graph: GraphSpec) -> dict[str, int]:
-    """Return the last axis of each of a graph's inputs where it is a number."""
+    """Return the last axis of each graph input whose last axis is fixed."""
     return {tensor.name: size for tensor in graph.inputs if isinstance(size := tensor.shape[-1], int)}

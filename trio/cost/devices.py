@@ -1,7 +1,7 @@
-"""Devices that bundles are made for: memory, bandwidth and peak rates, each value with its source.
+"""Target devices: memory, bandwidth and peak rates, each value with its source. Plain data, no torch.
 
-Plain data without torch: ``trio-export --target`` asks whether a model fits, a prediction of times uses the rates.
-Rates are dense (no sparsity) peaks of the GPU alone, without the DLAs of a Jetson.
+``trio-export --target`` compares a bundle with the memory; predictions of times use the rates. Rates are dense (not
+sparse) peaks of the GPU alone, without a Jetson's DLAs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Source:
 
     text: str
     status: Literal["verified", "third-party", "derived", "unverified"]
-    """Read in the vendor's or a device's own output, read in somebody else's table, concluded, or none of these."""
+    """Read in the vendor's or a device's own output; read in somebody else's table; concluded; or not checked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class DeviceSpec:
 
     name: str
     memory_bytes: int
-    """As sold. On a Jetson the CPU and the GPU share it."""
+    """Nominal size. On a Jetson, CPU and GPU share it."""
     reserve_bytes: int
     """Memory that is never free for engines: firmware carve-outs, operating system, CUDA context."""
     bandwidth_bytes_per_s: float
@@ -44,12 +44,11 @@ class DeviceSpec:
     int8_ops: float
     """Dense tensor-core operations/s."""
     fp8_flops: float | None
-    """Dense tensor-core FLOP/s with FP8 inputs and float32 sums; None for a GPU that has no FP8."""
+    """Dense tensor-core FLOP/s with FP8 inputs and float32 sums; None for a GPU without FP8."""
     compute_capability: tuple[int, int]
     tensorrt: tuple[str, ...]
-    """Releases that its JetPack brings; empty where any release can be installed."""
+    """Releases of its JetPacks; empty if any release can be installed."""
     sources: dict[str, Source]
-    """By field name."""
 
     @property
     def usable_bytes(self) -> int:
@@ -57,12 +56,12 @@ class DeviceSpec:
         return self.memory_bytes - self.reserve_bytes
 
     def refusal(self, formats: Mapping[Any, str | None], *, option: str = "--target") -> str | None:
-        """Return why this device cannot run parts with ``formats``, for a message about ``option``; None if it can."""
+        """Return one line, for ``option``, that says why this device cannot run ``formats``; None if it can."""
         major, minor = self.compute_capability
         return fp8_refusal(formats, capability=10 * major + minor, where=option, device=self.name)
 
     def is_verified(self, field: str) -> bool:
-        """Whether the value of ``field`` was read in its source."""
+        """Whether the vendor or a device itself gives the value of ``field``."""
         return self.sources[field].status == "verified"
 
 
@@ -98,7 +97,7 @@ def _orin(
     fp16_flops: float,
     rates: Source,
 ) -> DeviceSpec:
-    """Return an Orin module; it does twice as many int8 operations as float16 FLOPs."""
+    """Return an Orin module, whose int8 rate is twice its float16 rate."""
     return DeviceSpec(
         name=name,
         memory_bytes=memory_gib * GIB,
@@ -133,7 +132,7 @@ def _geforce(
     compute_capability: tuple[int, int],
     source: Source,
 ) -> DeviceSpec:
-    """Return a GeForce card with one source for all of its specification but the FP8 rate."""
+    """Return a GeForce card; ``source`` is that of all values but the FP8 rate."""
     fields = ("memory_bytes", "bandwidth_bytes_per_s", "fp16_flops", "int8_ops")
     return DeviceSpec(
         name=name,
@@ -245,18 +244,13 @@ _ALL = (
     ),
 )
 DEVICES: dict[str, DeviceSpec] = {device.name: device for device in _ALL}
-"""Known devices by name."""
 
 
 def find_device(name: str, *, option: str = "--target") -> DeviceSpec:
-    """Return the device called ``name``, written with or without "jetson-".
-
-    Args:
-        name: As the user wrote it.
-        option: Where, for the message.
+    """Return the device called ``name``, with or without "jetson-".
 
     Raises:
-        TargetError: If no device is called so; the message has the nearest names and all others.
+        TargetError: If there is none; the message starts with ``option`` and lists all names.
     """
     known = DEVICES.get(name) or DEVICES.get(f"jetson-{name}")
     if known is not None:

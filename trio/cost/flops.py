@@ -1,14 +1,14 @@
-"""FLOPs and KV bytes of a whole prefill, with and without token reduction; the sums of ``trio_edge.trio.cost.work``.
+"""FLOPs and KV bytes of a whole prefill, with and without token reduction, summed from ``trio_edge.trio.cost.work``.
 
     decoder layer   2 S (D H E + 2 D G E + H E D + 3 D I) + 4 S² H E
-    vision tower    per tile of P patches: L (2 P (4 D² + m D I) + 4 P A D), m matrices in the MLP, each patch attending
-                    to A others: all P, or those of its window
-    projector       2 N weights, for every token that the tower gives
-    merging         2 N weights, where the encoder itself reduces: similarity to the tokens that stay, and sums
-    head            2 D V for the one row that is answered
+    vision tower    per tile of P patches: L (2 P (4 D² + m D I) + 4 P A D), with m matrices in the MLP; each patch
+                    attends to A patches: all P, or those of its window
+    projector       2 N weights, for each of the tower's N tokens
+    merging         2 N weights, with encoder reduction: similarity to the kept tokens, and sums
+    head            2 D V for one row
     KV cache        2 G E bytes_per_cached per layer and row
 
-Letters as in ``saliency``; S rows of a layer, text and visual, I intermediate size, L layers.
+Letters as in ``saliency``; S rows (text and visual), I intermediate size, L layers.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CountedPrefill:
-    """The decoder's part of one prefill under a schedule."""
+    """The decoder's cost of one prefill under a schedule."""
 
     decoder_flops: float
-    """FLOPs of decoder layers and head."""
     select_flops: float
-    """FLOPs of the selections of all stages."""
+    """FLOPs of all stages' selections."""
     kv_bytes: int
-    """Bytes of the KV rows that the prefill leaves."""
+    """Bytes of the KV rows after the prefill."""
 
     @property
     def flops(self) -> float:
@@ -55,12 +54,12 @@ def count_prefill(
     """Return the cost of one prefill of the decoder.
 
     Args:
-        decoder: Sizes.
-        schedule: Its stages; none for a prefill with every token.
+        decoder: The decoder's sizes.
+        schedule: The stages; none for a prefill with all tokens.
         num_visual: Visual tokens that enter the decoder.
         num_text: Text tokens of the prompt.
-        one_size: Whether the first stage's graph is made for one number of visual tokens; it computes less then.
-        bytes_per_cached: Bytes of an element of the KV caches.
+        one_size: Whether the first stage's graph has one fixed number of visual tokens; it computes less then.
+        bytes_per_cached: Bytes per element of the KV caches.
     """
     kept = schedule.tokens_per_layer(num_layers=decoder.num_layers, num_visual=num_visual)
     select = 0.0
@@ -77,32 +76,25 @@ def count_prefill(
 
 
 def decoder_flops(decoder: Dimensions, rows_per_layer: list[int]) -> float:
-    """Return the FLOPs of decoder layers with these rows, and of the head."""
+    """Return the FLOPs of the decoder layers, given the rows of each, and of the head."""
     layers = sum(range_work(decoder, num_layers=1, rows=rows).flops for rows in rows_per_layer)
     return layers + head_work(decoder).flops
 
 
 def kv_row_bytes(decoder: Dimensions, *, bytes_per_cached: int) -> int:
-    """Return the bytes of one row of one layer's keys and values."""
+    """Return the KV cache's bytes per row and layer."""
     return 2 * decoder.num_kv_heads * decoder.head_size * bytes_per_cached
 
 
 def stage_flops(decoder: Dimensions, schedule: Schedule, sizes: StageSizes) -> float:
-    """Return the FLOPs of one stage's selection, by the schedule's method."""
+    """Return the FLOPs of one stage's selection."""
     return stage_method(schedule.method).flops(decoder, schedule, sizes)
 
 
 def stage_work(
     decoder: Dimensions, schedule: Schedule, sizes: StageSizes, *, weights: WeightKind = "none"
 ) -> Work:
-    """Return the work of one stage's selection, by the schedule's method.
-
-    Args:
-        decoder: Sizes.
-        schedule: With the method, its probe rows and NMS rounds.
-        sizes: Sizes of the stage.
-        weights: Kind of the second factor where only the FLOPs are known.
-    """
+    """Return the work of one stage's selection; where only FLOPs are known, as one product with ``weights``."""
     row = stage_method(schedule.method)
     if row.work is not None:
         return row.work(decoder, schedule, sizes)

@@ -1,17 +1,17 @@
 """Memory of a bundle: weights that stages repeat, KV caches, and the largest scratch buffer.
 
-Graphs run one after the other, so they share one scratch buffer. Each needs, besides its inputs and results, with the
-letters of ``trio_edge.trio.saliency``, I the intermediate size, S a graph's largest prefill and b bytes per element:
+Graphs run one after the other and share one scratch buffer. Each needs the following bytes besides its inputs and results.
+Letters as in ``trio_edge.trio.saliency``; I intermediate size, S rows of the largest prefill, b bytes per element:
 
     layer range   3 S D b + new KV rows + 4 S² + max(S (H + 2 G) E b + H S² (4 + b), 3 S I b)
     select        3 S D b + 8 S D + 8 N² + R V (4 + b)
-    vision        6 P F b + max((F / 64) P² 2 b / A, 2 P J b) per tile of P patches, width F, MLP width J; attention of a
-                  whole image of P patches is computed in A = ``num_head_blocks`` parts, that of a tile in one
+    vision        6 P F b + max((F / 64) P² 2 b / A, 2 P J b) per tile of P patches, width F, MLP width J; attention over
+                  a whole image is computed in A = ``num_head_blocks`` parts, over a tile in one
     head          S D b + 4 V
-    clip_text     as vision, of M texts of L tokens, width Z, MLP width 4 Z
-    reduce        8 N W + 12 N², width W of what is compared; 5 K N where nothing is
+    clip_text     as vision, for M texts of L tokens, width Z, MLP width 4 Z
+    reduce        8 N W + 12 N² if rows of width W are compared, else 5 K N
 
-Attention scores are counted in float32 and once more in the model's type: TensorRT may fuse them away.
+Attention scores are counted in float32 and again in the model's type; TensorRT may fuse them away.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.schedule import Schedule
 
 _BLOCK_BYTES = 64 << 20
-"""Most bytes of one block's scores. Smaller blocks save little: the other activations are as large."""
+"""Most bytes of one block's scores. Smaller blocks save little, as other activations are as large."""
 _CLIP_MLP = 4
-"""Width of the MLP of CLIP's text towers, in widths of the tower, which is as wide as the space shared with images."""
+"""MLP width of CLIP's text towers in tower widths; a tower is as wide as the space shared with images."""
 
 
 class Tiles(NamedTuple):
@@ -39,11 +39,10 @@ class Tiles(NamedTuple):
 
     num_tiles: int
     patches: int
-    """Patches of each tile."""
     hidden_size: int
     intermediate_size: int
     head_blocks: int = 1
-    """A: parts of the attention heads that are computed one after the other."""
+    """A: blocks of attention heads that are computed one after the other."""
 
 
 class TokenSelection(NamedTuple):
@@ -53,16 +52,16 @@ class TokenSelection(NamedTuple):
     num_keep: int
     """K."""
     width: int
-    """W of the rows that it compares."""
+    """W, width of the compared rows."""
 
 
 class Texts(NamedTuple):
-    """The texts that CLIP's text tower runs on, for the longest question."""
+    """The texts of the longest question, as CLIP's text tower runs on them."""
 
     num_texts: int
     length: int
     width: int
-    """Z, of the space shared with images."""
+    """Z, width of the space shared with images."""
 
 
 class WeightBytes(NamedTuple):
@@ -143,7 +142,7 @@ def bundle_bytes(
 
 
 class RepeatedWeights(NamedTuple):
-    """Elements of weights that graphs of stages hold although other graphs have them."""
+    """Elements of weights that the stages' graphs hold a second time."""
 
     layers: int
     head: int = 0
@@ -152,9 +151,9 @@ class RepeatedWeights(NamedTuple):
 def repeated_weights(
     schedule: Schedule, decoder: Dimensions, *, layers_quantized: bool, head_quantized: bool
 ) -> RepeatedWeights:
-    """Return the weights that all stages of ``schedule`` repeat.
+    """Return the weights that the stages of ``schedule`` repeat.
 
-    A probe shares its layer and the head with their own graphs, but for quantized ones: ``export/graphs/probe.py``.
+    A probe shares the weights of its layer and of the head, unless they are quantized (``export/graphs/probe.py``).
     """
     num_stages = len(schedule.stages)
     if num_stages == 0:
@@ -169,15 +168,9 @@ def repeated_weights(
 
 
 def layers_and_rows(schedule: Schedule, *, num_layers: int, entering: int) -> tuple[tuple[int, int], ...]:
-    """Return number of layers and visual rows of every layer range.
-
-    Args:
-        schedule: Its stages.
-        num_layers: L, decoder layers.
-        entering: Visual rows of the first range.
-    """
+    """Return the number of layers and the visual rows of every layer range; ``entering`` are those of the first one."""
     starts = [0, *(stage.layer for stage in schedule.stages), num_layers]
-    # A stage keeps what there is where an image has fewer tokens.
+    # If there are fewer tokens than a stage keeps, it keeps all of them.
     rows = [entering, *(min(stage.keep, entering) for stage in schedule.stages)]
     return tuple((stop - start, count) for start, stop, count in zip(starts, starts[1:], rows))
 
@@ -186,15 +179,15 @@ def kv_cache_bytes(ranges: Sequence[tuple[int, int]], *, other_rows: int, row_by
     """Return the bytes of all KV caches at full capacity.
 
     Args:
-        ranges: Layers and visual rows of each range.
+        ranges: Number of layers and visual rows of each range.
         other_rows: Rows of text and new tokens.
-        row_bytes: Bytes of one row of one layer's keys and values.
+        row_bytes: Bytes per row and layer.
     """
     return row_bytes * sum(layers * (rows + other_rows) for layers, rows in ranges)
 
 
 def tiles_of(tower: VisionDimensions, sizes: Mapping[str, int]) -> Tiles:
-    """Return the tiles for the sizes of a vision profile."""
+    """Return the tiles for ``sizes`` of a vision profile."""
     num_tiles, patches = tiles_and_patches(tower, sizes)
     is_whole = tower.patches_per_tile is None
     blocks = num_head_blocks(tower.hidden_size // VISION_HEAD_SIZE, patches) if is_whole else 1
@@ -202,10 +195,10 @@ def tiles_of(tower: VisionDimensions, sizes: Mapping[str, int]) -> Tiles:
 
 
 def num_head_blocks(num_heads: int, num_patches: int) -> int:
-    """Return the number of equal blocks of heads in which attention over a whole image is computed.
+    """Return the number of equal blocks of heads for attention over a whole image.
 
-    It is the least that keeps a block's float32 scores below 64 MiB, or one head each. Heads are divided, not rows: their
-    number does not depend on the image.
+    It is the smallest one whose blocks have at most 64 MiB of float32 scores, or one block per head. Heads are divided
+    and not rows, because their number does not depend on the image.
     """
     for blocks in range(1, num_heads):
         block_heads, others = divmod(num_heads, blocks)
@@ -228,13 +221,13 @@ def largest_activations(
     """Return the bytes of the graph that needs most, at the largest prefill.
 
     Args:
-        decoder: Its sizes.
-        ranges: Layers and visual rows of each range; a selection is in front of each but the first.
-        text_rows: Rows besides the visual ones.
+        decoder: The decoder's sizes.
+        ranges: Number of layers and visual rows of each range; a selection precedes each but the first.
+        text_rows: Rows that are not visual.
         probe_rows: R of a selection.
-        cache_row_bytes: Bytes of one row of one layer's keys and values.
-        tiles: Those of the largest image; None where vision is not known.
-        before: Bytes of ``scratch_before``; 0 where nothing is between vision and decoder.
+        cache_row_bytes: KV cache's bytes per row and layer.
+        tiles: Tiles of the largest image; None if the vision tower is unknown.
+        before: Result of ``scratch_before``; 0 without a selection before the decoder.
         element_bytes: b.
     """
     visual = [rows for _, rows in ranges]
@@ -253,14 +246,7 @@ def largest_activations(
 def scratch_before(
     selection: TokenSelection, texts: Texts | None, *, num_visual: int, element_bytes: int
 ) -> int:
-    """Return the bytes of the graph between vision and decoder that needs most.
-
-    Args:
-        selection: Selection of the ``reduce`` graph.
-        texts: Texts of the ``clip_text`` graph, where there is one.
-        num_visual: N of the largest image.
-        element_bytes: b.
-    """
+    """Return the bytes of the larger one of the graphs ``reduce`` and ``clip_text``; ``texts`` are None without the latter."""
     reduced = 8 * num_visual * selection.width + 12 * num_visual**2
     if token_method(selection.method).compares is None:
         reduced = 5 * selection.num_keep * num_visual

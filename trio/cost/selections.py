@@ -1,16 +1,16 @@
-"""The work of every selection, counted from shapes. ``trio_edge.trio.methods`` says which formula is whose.
+"""The work of every selection, counted from shapes. ``trio_edge.trio.methods`` names each method's formula.
 
-Inside the decoder, with K = G E and Q = H E, the projected widths of keys and queries, and P = R H:
+Inside the decoder, with the projected widths K = G E of keys and Q = H E of queries:
 
     attention of R rows     2 S D K  keys,  2 R D Q  queries,  2 R Q S  scores
-    trio                    R rows forwards and backwards through layer and head, the saliency's cheapest form,
-                            2 N² D  similarities (5/8 of them from 1024 tokens on in a graph for one N), 2 N² a round
+    trio                    R rows forward and backward through layer and head, the saliency's cheapest form,
+                            2 N² D  similarities (5/8 of it from 1024 tokens on if N is fixed), 2 N² per round
     fastv, pyramiddrop      attention of 1 row
     dart                    2 S D K  keys for the norms,  2 · 8 N D  pivots against tokens
     sparsevlm               2 F T D + 2 F T  raters,  attention of T rows,  2 T S  their mean,
                             2 P² D  distances in the pool of P tokens,  2 K' N D  merged rows
 
-In front of it, with N tokens of width D, F of features, E of keys:
+Before the decoder, with N tokens of width D, features of width F and keys of width E:
 
     visionzip   2 C N E  keys of targets and tokens,  2 K' N D  merged rows
     holov       2 N² D
@@ -18,11 +18,11 @@ In front of it, with N tokens of width D, F of features, E of keys:
     divprune    2 N² D  and K' steps of N
     cdpruner    2 N² D  and K' steps of 2 K' N
     eadp        2 T N D  text,  2 N² D  and K' steps of 2 N²; with CLIP 2 M L N Z  text
-    evs         nothing: one cosine a token is element-wise
+    evs         nothing: its one cosine per token is element-wise
     uniform     nothing
 
-Products are what a graph's MatMul nodes do, exactly. Steps are sums over pairs inside the greedy loop, which no MatMul
-shows. Other element-wise work does not count, as everywhere.
+Products are exactly a graph's MatMul nodes. Steps are sums over pairs inside the greedy loop, which is no MatMul. Other
+element-wise work is not counted.
 Letters: S rows, N visual tokens, K' kept, R probe rows, F rows of the whole prompt, T text rows, D hidden size, H query
 heads, G key/value heads, E head size, C contextual tokens, M texts of L tokens, Z width of CLIP's space.
 """
@@ -45,25 +45,25 @@ SaliencyForm = Literal["direct", "key_gram", "key_value_gram"]
 SALIENCY_FORMS: tuple[SaliencyForm, ...] = ("direct", "key_gram", "key_value_gram")
 _MIRRORED_FROM = 1024
 _MIRROR_SHARE = 5 / 8
-"""Share of the similarities that ``nms`` computes in a graph for one N of at least ``_MIRRORED_FROM``."""
+"""Share of the similarities that ``nms`` computes if N is fixed and at least ``_MIRRORED_FROM``."""
 _LAUNCHES_PER_ROUND = 3
 NUM_DART_PIVOTS = 4
-"""Pivots of each kind, visual tokens and text rows."""
+"""Pivots among visual tokens, and as many among text rows."""
 
 
 class StageSizes(NamedTuple):
     """Sizes of one stage."""
 
     num_visual: int
-    """N, entering."""
+    """N, before the stage."""
     num_keep: int
     """K'."""
     num_text: int
     """T; S = N + T."""
     prompt_visual: int
-    """Visual tokens that entered layer 0; F = these + T."""
+    """Visual tokens that entered layer 0; F is their number plus T."""
     one_size: bool = True
-    """Whether the graph is made for one N. TRIO mirrors similarities only then; SparseVLM else clusters all tokens."""
+    """Whether the graph's N is fixed. Only then TRIO mirrors similarities, and SparseVLM clusters only some tokens."""
 
     @property
     def num_rows(self) -> int:
@@ -72,31 +72,31 @@ class StageSizes(NamedTuple):
 
 
 class TokenSizes(NamedTuple):
-    """Sizes of a selection in front of the decoder."""
+    """Sizes of a selection before the decoder."""
 
     num_visual: int
     """N, tokens of the image."""
     num_keep: int
     """K'."""
     num_text: int
-    """T, text tokens; only read by methods with text."""
+    """T, text tokens; read only for methods that look at text."""
     widths: Mapping[str, int]
     """Last axis of the ``reduce`` graph's inputs, by name."""
 
 
 class TokenCost(NamedTuple):
-    """FLOPs and greedy reads of a selection in front of the decoder."""
+    """FLOPs and greedy reads of a selection before the decoder."""
 
     products: float = 0.0
     """FLOPs of matrix products."""
     steps: float = 0.0
     """FLOPs of sums over pairs inside the greedy loop."""
     read_again: float = 0.0
-    """Float32 numbers that all greedy steps together read."""
+    """Float32 numbers that all greedy steps read in total."""
 
     @property
     def flops(self) -> float:
-        """FLOPs of both."""
+        """FLOPs of products and steps."""
         return self.products + self.steps
 
 
@@ -122,7 +122,7 @@ def trio_work(
     *,
     pieces: Sequence[TrioPiece] = ("probe", "gradient", "saliency", "select"),
 ) -> Work:
-    """Return the work of one of TRIO's stages, or of some of its pieces."""
+    """Return the work of one of TRIO's stages, or of the given ``pieces`` of it."""
     probe = ProbeSizes(
         num_rows=sizes.num_rows,
         num_visual=sizes.num_visual,
@@ -162,7 +162,7 @@ def trio_flops(decoder: Dimensions, schedule: Schedule, sizes: StageSizes) -> fl
 
 
 def probe_products(decoder: Dimensions, sizes: ProbeSizes) -> list[Product]:
-    """Return the products of one closed-form probe, with those of the head."""
+    """Return the products of one closed-form probe, including the head's."""
     head = Product(
         rows=sizes.num_probe_rows,
         inner=decoder.hidden_size,
@@ -190,7 +190,7 @@ def backward_products(decoder: Dimensions, sizes: ProbeSizes) -> list[Product]:
 
 
 def _layer_products(decoder: Dimensions, *, rows: int) -> list[Product]:
-    """Return the products with output projection and MLP, the same in both directions."""
+    """Return the products with output projection and MLP; both directions have the same."""
     hidden, inner = decoder.hidden_size, decoder.intermediate_size
     shapes = (
         (decoder.num_heads * decoder.head_size, hidden),
@@ -202,7 +202,7 @@ def _layer_products(decoder: Dimensions, *, rows: int) -> list[Product]:
 
 
 def saliency_products(form: SaliencyForm, sizes: ProbeSizes) -> list[Product]:
-    """Return the products of the closed form that grow with S: those that all forms share, and the form's own."""
+    """Return the products of the closed form that grow with S: those shared by all forms, and the form's own."""
     return [*_attention_products(sizes), *_gradient_products(form, sizes)]
 
 
@@ -244,14 +244,14 @@ def _gradient_products(form: SaliencyForm, sizes: ProbeSizes) -> list[Product]:
 
 
 def cheapest_form(sizes: ProbeSizes) -> SaliencyForm:
-    """Return the form with the fewest FLOPs; of equals the one without a Gram matrix."""
+    """Return the form with the fewest FLOPs; of equals, the first."""
     return min(SALIENCY_FORMS, key=lambda form: flops_of(saliency_products(form, sizes)))
 
 
 def nms_products(
     num_visual: int, *, hidden_size: int, rounds: int = 16, one_size: bool = True
 ) -> list[Product]:
-    """Return the similarities of all tokens, and one product a round."""
+    """Return the product of the similarities, and that of all rounds."""
     share = _MIRROR_SHARE if one_size and num_visual >= _MIRRORED_FROM else 1.0
     return [
         Product(rows=num_visual, inner=hidden_size, columns=num_visual, count=share),
@@ -263,7 +263,7 @@ def nms_products(
 
 
 def one_row_flops(decoder: Dimensions, _schedule: Schedule, sizes: StageSizes) -> float:
-    """Return the FLOPs of a stage that looks at the attention of one row."""
+    """Return the FLOPs of a stage that reads the attention of one row."""
     return _attention_flops(decoder, num_rows=sizes.num_rows, num_queries=1)
 
 
@@ -286,13 +286,9 @@ def sparse_vlm_flops(decoder: Dimensions, _schedule: Schedule, sizes: StageSizes
 
 
 def split_of(num_visual: int, num_keep: int) -> tuple[int, int, int]:
-    """Return how SparseVLM's K rows split: tokens kept, clusters, and tokens that are clustered.
+    """Return the split of SparseVLM's K rows: tokens kept, clusters, and tokens that are clustered.
 
-    ``trio_edge.trio.selectors.stages.sparse_vlm`` derives the split.
-
-    Args:
-        num_visual: V.
-        num_keep: K, rows that go on.
+    ``trio_edge.trio.selectors.stages.sparse_vlm`` derives it.
     """
     excess = num_visual - num_keep
     if excess <= 0:
@@ -312,7 +308,7 @@ def _attention_flops(decoder: Dimensions, *, num_rows: int, num_queries: int) ->
     return _key_flops(decoder, num_rows=num_rows) + queries + 2.0 * num_queries * width * num_rows
 
 
-# In front of the decoder
+# Before the decoder
 
 
 def vision_zip_cost(sizes: TokenSizes) -> TokenCost:
@@ -341,7 +337,7 @@ def div_prune_cost(sizes: TokenSizes) -> TokenCost:
 
 
 def cd_pruner_cost(sizes: TokenSizes) -> TokenCost:
-    """Return CDPruner's cost; each step reads K' rows, which earlier steps explained."""
+    """Return CDPruner's cost; each step reads the K' Cholesky rows."""
     rows = float(sizes.num_keep * sizes.num_keep * sizes.num_visual)
     return TokenCost(_similarity_flops(sizes), 2.0 * rows, rows)
 

@@ -1,17 +1,16 @@
-"""The work of one run of a graph, counted from shapes: its products, its attention, and the rest.
+"""The work of one run of a graph, counted from shapes: products, attention, and the rest.
 
     range     per layer the seven products of S rows, and attention of S rows to C + S
     head      one row
-    vision    per layer the products of all patches, and attention inside tiles or windows; the projector per token
-              that it sees; 2 weights per token where the encoder itself merges tokens
+    vision    per layer the products of all patches, and attention inside tiles or windows; the projector for each of
+              its tokens; 2 weights per token if the encoder itself merges tokens
 
-A multiplication and an addition are two FLOPs. Only products count, element-wise work does not. Attention counts the
-full S², not its causal half: a padded graph and most kernels of this size compute all of it. The one row of class
-attention that some selections look at is not counted, it is below 1e-4 of the tower.
+A multiplication and an addition are two FLOPs. Element-wise work is not counted. Attention counts the full S² and not its
+causal half, because a padded graph and most kernels of this size compute all of it. The row of class attention that some
+selections read is not counted; it is below 1e-4 of the tower.
 
-``moved_bytes`` is the least that must pass through memory: every operand and every result once, weights once, and
-attention scores never, as in a fused kernel; ``score_elements`` says how many scores there are where they are not.
-Letters as in ``runtime.bundle.manifest``.
+``moved_bytes`` is the least memory traffic: operands, results and weights once, and attention scores never, as in a fused
+kernel; ``score_elements`` counts the scores for other kernels. Letters as in ``runtime.bundle.manifest``.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import Dimensions, VisionDimensions
 
 WeightKind = Literal["layer", "head", "vision", "none"]
-"""Weights that a product reads; "none" if both factors are activations. Quantization differs by kind."""
+"""Kind of weights that a product reads, which decides their format; "none" if both factors are activations."""
 ELEMENT_BYTES = {"float16": 2, "float32": 4, "int8": 1}
 VISION_HEAD_SIZE = 64
-"""Size of an attention head in every tower so far; manifests do not say it."""
-# Kernels of a fused decoder or vision layer: two norms with their sums, four products, rotation, attention, gate, sum.
+"""Attention head size of all supported towers; manifests do not hold it."""
+# Kernels of a fused layer: two norms with their sums, four products, rotation, attention, gate, sum.
 _LAUNCHES_PER_LAYER = 10
 _LAUNCHES_PER_HEAD = 3
 LAUNCHES_PER_PROBE = 60
@@ -44,7 +43,7 @@ class Product:
     inner: int
     columns: int
     count: int | float = 1
-    """Not whole where only a share of a product is computed."""
+    """A fraction if only a share of a product is computed."""
     weights: WeightKind = "none"
 
     @property
@@ -65,7 +64,7 @@ class Product:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
-    """``count`` times attention of ``rows`` to ``context`` rows in each of ``num_heads``."""
+    """``count`` attentions of ``rows`` to ``context`` rows in ``num_heads`` heads."""
 
     rows: int
     context: int
@@ -74,15 +73,15 @@ class Attention:
     head_size: int
     count: int = 1
     past: int = 0
-    """Rows of the context that are read from the KV cache."""
+    """Rows of the context that come from the KV cache."""
 
     @property
     def flops(self) -> float:
-        """FLOPs of scores and weighted sum, with those that a causal mask hides."""
+        """FLOPs of scores and weighted sum, including those that a causal mask hides."""
         return 4.0 * self.rows * self.context * self.num_heads * self.head_size * self.count
 
     def moved_bytes(self, *, bytes_per_element: int, bytes_per_cached: int) -> float:
-        """Return the bytes of queries and outputs, and of keys and values of the whole context."""
+        """Return the bytes of queries, outputs, and the whole context's keys and values."""
         queries = 2 * self.rows * self.num_heads
         new, cached = (2 * rows * self.num_kv_heads for rows in (self.context - self.past, self.past))
         row_bytes = (queries + new) * bytes_per_element + cached * bytes_per_cached
@@ -90,7 +89,7 @@ class Attention:
 
     @property
     def score_elements(self) -> float:
-        """Scores, which a fused kernel never writes."""
+        """Number of scores; a fused kernel never writes them."""
         return float(self.rows * self.context * self.num_heads * self.count)
 
 
@@ -101,7 +100,7 @@ class Work:
     products: tuple[Product, ...]
     attention: tuple[Attention, ...] = ()
     other_elements: float = 0.0
-    """Activations that element-wise kernels read and write: norms, sums, rotations, gates."""
+    """Elements that norms, sums, rotations and gates read and write."""
     launches: int = 1
 
     @property
@@ -110,7 +109,7 @@ class Work:
         return sum(part.flops for part in self.products) + sum(part.flops for part in self.attention)
 
     def moved_bytes(self, *, bytes_per_element: int, bytes_per_cached: int) -> float:
-        """Return the bytes of activations and KV caches that must pass through memory; weights are not among them."""
+        """Return the least memory traffic of activations and KV caches, without weights."""
         elements = self.other_elements + sum(part.row_elements for part in self.products)
         elements += sum(part.matrix_elements for part in self.products if part.weights == "none")
         cached = sum(
@@ -137,19 +136,11 @@ def flops_of(products: Iterable[Product]) -> float:
 
 
 def layer_matrices(decoder: Dimensions) -> tuple[tuple[int, int], ...]:
-    """Return inputs and outputs of one decoder layer's matrices: queries, keys, values, output, gate, up, down."""
+    """Return inputs and outputs of a decoder layer's matrices: queries, keys, values, output, gate, up, down."""
     hidden, inner = decoder.hidden_size, decoder.intermediate_size
-    queries = decoder.num_heads * decoder.head_size
-    keys = decoder.num_kv_heads * decoder.head_size
-    return (
-        (hidden, queries),
-        (hidden, keys),
-        (hidden, keys),
-        (queries, hidden),
-        (hidden, inner),
-        (hidden, inner),
-        (inner, hidden),
-    )
+    queries, keys = (heads * decoder.head_size for heads in (decoder.num_heads, decoder.num_kv_heads))
+    mlp = (hidden, inner), (hidden, inner), (inner, hidden)
+    return (hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden), *mlp
 
 
 def layer_weights(decoder: Dimensions) -> int:
@@ -165,21 +156,14 @@ def tower_weights(tower: VisionDimensions) -> int:
 
 
 def tiles_and_patches(tower: VisionDimensions, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """Return the number of tiles and of patches in each, for the sizes of a vision profile."""
+    """Return the number of tiles, and of patches per tile, for ``sizes`` of a vision profile."""
     if tower.patches_per_tile is None:
         return 1, sizes["P"]
     return sizes["B"], tower.patches_per_tile
 
 
 def range_work(decoder: Dimensions, *, num_layers: int, rows: int, past: int = 0) -> Work:
-    """Return the work of ``num_layers`` decoder layers.
-
-    Args:
-        decoder: Sizes.
-        num_layers: Layers of the range.
-        rows: S, new rows.
-        past: C, rows of the KV buffers that are read.
-    """
+    """Return the work of ``num_layers`` decoder layers on ``rows`` new rows (S) and ``past`` cached ones (C)."""
     products = tuple(
         Product(rows=rows, inner=inner, columns=columns, count=num_layers, weights="layer")
         for inner, columns in layer_matrices(decoder)
@@ -210,12 +194,7 @@ def head_work(decoder: Dimensions) -> Work:
 
 
 def vision_work(tower: VisionDimensions, sizes: Mapping[str, int]) -> Work:
-    """Return the work of the vision tower and the projector.
-
-    Args:
-        tower: Sizes of both.
-        sizes: Sizes of the profile: B tiles or P patches, and N visual tokens.
-    """
+    """Return the work of vision tower and projector; ``sizes`` are a profile's: B tiles or P patches, N visual tokens."""
     tiles, patches = tiles_and_patches(tower, sizes)
     rows, width, inner = tiles * patches, tower.hidden_size, tower.intermediate_size
     projected = sizes["N"]
@@ -258,19 +237,15 @@ def _vision_attention(tower: VisionDimensions, *, tiles: int, patches: int) -> t
 
 
 def counted_work(flops: float, *, rows: int, weights: WeightKind = "none", other: float = 0.0) -> Work:
-    """Return work of which only the FLOPs are known, as one product of ``rows`` rows.
+    """Return the work of a graph whose FLOPs alone are known, as one product of ``rows`` rows.
 
-    Args:
-        flops: FLOPs of the graph.
-        rows: Rows that it works on.
-        weights: Kind of its second factor.
-        other: Elements that it reads besides the product's.
+    ``weights`` is the kind of its second factor; ``other`` counts elements that it reads besides.
     """
     product = _square(rows, flops / (2 * rows), weights=weights)
     return Work(products=(product,), other_elements=other, launches=LAUNCHES_PER_PROBE)
 
 
 def _square(rows: int, elements: int | float, *, weights: WeightKind) -> Product:
-    """Return a product with as many elements in its second factor, about as wide as high."""
+    """Return a product whose second factor is nearly square and has ``elements`` elements."""
     side = max(1, math.isqrt(round(elements)))
     return Product(rows=rows, inner=side, columns=side, count=elements / side**2, weights=weights)

@@ -1,11 +1,11 @@
-"""The contract of every selector: what a selection may look at, and what it must say.
+"""The interface of selectors: their inputs and their result.
 
-In the decoder a selector sees the rows that are about to enter a layer (``StageInputs``); in front of it, a picture's
-tokens (``TokenInputs``). Both answer with a ``Selection`` of exactly K rows. All shapes are fixed by N and K; real counts
-are scalars. Of equal scores the lower index comes first. With no more than K real tokens all of them are kept, in order.
+Inside the decoder a selector reads the rows that enter a layer (``StageInputs``), before the decoder an image's tokens
+(``TokenInputs``). Both return a ``Selection`` of exactly K rows. N and K fix all shapes; real counts are scalars. Of equal
+scores the lower index comes first. If there are at most K real tokens, all are kept, in order.
 
 Letters: S rows, N visual tokens (padded), K kept, D hidden size, E head size, F rows of the whole prompt, T text tokens;
-of CLIP M texts, L tokens of a text, Z width of the space that texts and pictures share.
+for CLIP M texts, L tokens per text, Z width of the space that texts and images share.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class PromptInputs(NamedTuple):
-    """The prompt as it entered layer 0, for selectors that look at the text's own embeddings."""
+    """The prompt as it entered layer 0, for selectors that read its embeddings."""
 
     embeds_FD: Tensor
     """[F, D], right-padded."""
@@ -34,10 +34,10 @@ class PromptInputs(NamedTuple):
 
 
 class StageInputs(NamedTuple):
-    """All that a selector in front of decoder layer l may look at."""
+    """The inputs of a selector before decoder layer l."""
 
     hidden_SD: Tensor
-    """[S, D], about to enter layer l; right-padded."""
+    """[S, D], input of layer l, right-padded."""
     cos_SE: Tensor
     """[S, E] float32 rotary table of the rows, already merged for M-RoPE."""
     sin_SE: Tensor
@@ -48,35 +48,35 @@ class StageInputs(NamedTuple):
     length: Tensor
     """[1] int32, real rows."""
     previous_SD: Tensor | None = None
-    """[S, D], what entered layer l - 1; for selectors with ``needs_previous``."""
+    """[S, D], input of layer l - 1; for selectors with ``needs_previous``."""
     prompt: PromptInputs | None = None
     """For selectors with ``needs_prompt``."""
     saliency_N: Tensor | None = None
-    """[N] float32, the probe's scores, -1 at padding, where a probe has run before."""
+    """[N] float32, scores of a probe that has run before, -1 at padding."""
     image_N: Tensor | None = None
-    """[N] int32, the image that each token belongs to, where each has a share of the kept tokens."""
+    """[N] int32, image of each token, if each image has a share of the kept tokens."""
 
 
 class ClipInputs(NamedTuple):
-    """A picture and a question in the space of a CLIP model, whose texts are short: a long question is several."""
+    """An image and a question in CLIP's space. CLIP's texts are short, so a long question is several texts."""
 
     patches_NZ: Tensor
-    """[N, Z], each visual token's patch; 0 at newlines."""
+    """[N, Z], patch of each visual token; 0 at newlines."""
     texts_MLZ: Tensor
     """[M, L, Z], every token of every text."""
     marks_ML: Tensor
-    """[M, L] int32, what each token is: 1 a word, 2 the end, whose row stands for the text, 0 the start or padding."""
+    """[M, L] int32: 1 at words, 2 at the end token, whose row stands for the text, 0 at the start token and padding."""
 
 
 class TokenInputs(NamedTuple):
-    """All that a selector in front of the decoder may look at."""
+    """The inputs of a selector before the decoder."""
 
     tokens_ND: Tensor
     """[N, D], visual tokens after the projector, in the order in which the decoder reads them."""
     num_visual: Tensor
     """[1] int32, real tokens."""
     is_newline_N: Tensor | None = None
-    """[N] bool, tokens that show no part of the picture."""
+    """[N] bool, whether a token shows no part of the image."""
     features_NF: Tensor | None = None
     """[N, F], vision encoder's features before the projector; 0 at newlines. With ``needs_features``."""
     keys_NE: Tensor | None = None
@@ -85,34 +85,34 @@ class TokenInputs(NamedTuple):
     """[N] float32, attention of the class row (or attention received), mean over heads; 0 at newlines. With
     ``needs_features``."""
     text_TD: Tensor | None = None
-    """[T, D], embeddings of the user's text after the picture. With ``needs_text``."""
+    """[T, D], embeddings of the user's text after the image. With ``needs_text``."""
     num_text: Tensor | None = None
     """[1] int32, real text tokens."""
     clip: ClipInputs | None = None
     """With ``needs_clip``."""
     previous_ND: Tensor | None = None
-    """[N, D], visual tokens of the pair of frames before, at the same places. With ``needs_previous``."""
+    """[N, D], visual tokens at the same places in the previous pair of frames. With ``needs_previous``."""
     has_previous: Tensor | None = None
-    """[1] int32, 0 for the first pair of a video and for an image: ``previous_ND`` means nothing then. With
+    """[1] int32; 0 for an image and a video's first pair of frames, where ``previous_ND`` is not read. With
     ``needs_previous``."""
 
 
 class Selection(NamedTuple):
-    """The tokens that go on."""
+    """The tokens that a selector keeps."""
 
     kept_K: Tensor
-    """[K] int64 indices into the N axis. Ascending, but for rows that merge others: those come last, each with the index
-    of the token that stands for it. Entries from ``num_visual`` on are padding."""
+    """[K] int64 indices into the N axis, ascending; rows that merge others come last, each with the index of the token
+    that stands for it. Entries from ``num_visual`` on are padding."""
     scores_N: Tensor
     """[N] float32, higher is better; -1 at padding."""
     unsettled: Tensor
-    """[1] int32; not 0 if the fixed number of rounds was too small for an exact result."""
+    """[1] int32; 0 if the result is exact, else the fixed number of rounds was too small."""
     weights_KN: Tensor | None = None
-    """[K, N] float32, rows that go on as sums of tokens; None if each is the kept token itself."""
+    """[K, N] float32, weights of rows that are sums of tokens; None if each row is the kept token itself."""
 
 
 class StageParts(NamedTuple):
-    """The decoder around a stage, and the stage's settings."""
+    """The decoder's modules at a stage, and the stage's settings."""
 
     previous_layer: Any
     """Decoder layer l - 1."""
@@ -127,11 +127,11 @@ class StageParts(NamedTuple):
     settings: Schedule
     """Probe rows and NMS."""
     image_share: int | None = None
-    """Tokens that each image keeps at least, if it has as many; None where all images share one budget."""
+    """Least number of tokens kept per image, if it has as many; None if all images share one budget."""
 
 
 class StageSelector(Protocol):
-    """A selector in front of a decoder layer; a ``torch.nn.Module``."""
+    """A selector before a decoder layer; a ``torch.nn.Module``."""
 
     num_keep: int
     """K."""
@@ -147,9 +147,9 @@ class StageSelector(Protocol):
 
 
 class TokenSelector(Protocol):
-    """A selector in front of the decoder; a ``torch.nn.Module`` without parameters, made from ``num_keep``.
+    """A selector before the decoder; a ``torch.nn.Module`` without parameters, made from ``num_keep``.
 
-    Where its row in ``trio_edge.trio.methods`` says so, it is made from ``clip`` and ``grid`` too.
+    It also takes ``clip`` and ``grid`` if its row in ``trio_edge.trio.methods`` says so.
     """
 
     num_keep: int
@@ -172,12 +172,7 @@ def best_tokens(
 ) -> Tensor:
     """Return the ``num_keep`` best of the first ``num_visual`` tokens as ascending indices, int64 [K].
 
-    Args:
-        scores_N: Any finite values; those of padding are not read.
-        num_visual: Real tokens, [1].
-        num_keep: K, at most N.
-        image_N: As ``first_in_order``.
-        image_share: As ``first_in_order``.
+    ``scores_N`` are finite and not read at padding; other arguments are those of ``first_in_order``.
     """
     index_N = torch.arange(scores_N.shape[0], device=scores_N.device)
     real_N = index_N < num_visual.reshape(1)
@@ -196,11 +191,11 @@ def first_in_order(
     """Return the first ``num_keep`` real tokens as ascending indices, int64 [K]; padding comes after all of them.
 
     Args:
-        order_N: Place of each real token, float32, below 4 N, no two alike.
-        real_N: Which tokens are no padding, bool.
+        order_N: Place of each real token, float32, unique, below 4 N.
+        real_N: False at padding.
         num_keep: K, at most N.
-        image_N: Image of each token, int32. The first tokens of each image then come before all others.
-        image_share: How many of each image do.
+        image_N: Image of each token, int32. With it, the first ``image_share`` tokens of each image come first.
+        image_share: Tokens per image.
     """
     N = order_N.shape[0]
     if image_N is not None and image_share is not None:
@@ -212,11 +207,9 @@ def first_in_order(
 
 
 def ranks(scores_N: Tensor, real_N: Tensor) -> Tensor:
-    """Return the place of each token in descending score, float32; of equal scores the lower index comes first.
+    """Return the rank of each token by descending score, float32; of equal scores the lower index comes first.
 
-    Args:
-        scores_N: [N], or several rows of them.
-        real_N: Which may be read; the others come last.
+    ``scores_N`` is [..., N]; tokens where ``real_N`` is False come last.
     """
     index_N = torch.arange(scores_N.shape[-1], device=scores_N.device)
     scores_N = torch.where(real_N, scores_N, torch.finfo(scores_N.dtype).min)
@@ -224,23 +217,21 @@ def ranks(scores_N: Tensor, real_N: Tensor) -> Tensor:
 
 
 def comes_before(scores_N: Tensor, index_N: Tensor) -> Tensor:
-    """Return [N, N] bool, for each row of scores: whether the token of the row comes before that of the column."""
+    """Return [..., N, N] bool: whether the row's token ranks before the column's."""
     first, second = scores_N[..., :, None], scores_N[..., None, :]
     return (first > second) | ((first == second) & (index_N[:, None] < index_N[None, :]))
 
 
 def ascending(index_K: Tensor) -> Tensor:
-    """Return indices in ascending order, int64; exact in float32, the type that every TopK kernel has."""
+    """Return indices in ascending order, int64; float32 is exact, and every TopK kernel supports it."""
     ordered = torch.topk(index_K.to(torch.float32), index_K.shape[0], largest=False, sorted=True).values
     return ordered.to(torch.int64)
 
 
 def indices_by_group(group_N: Tensor, *, num_keep: int) -> Tensor:
-    """Return the first ``num_keep`` indices, those of the lowest group first and each group in order; int64.
+    """Return the first ``num_keep`` indices, int64, ordered by group and then by index.
 
-    Args:
-        group_N: Small whole numbers >= 0, float32.
-        num_keep: K, at most N.
+    ``group_N`` holds small integers >= 0 as float32.
     """
     index_N = torch.arange(group_N.shape[0], device=group_N.device)
     place_N = group_N * group_N.shape[0] + index_N.to(torch.float32)
@@ -248,7 +239,7 @@ def indices_by_group(group_N: Tensor, *, num_keep: int) -> Tensor:
 
 
 def check_num_keep(num_keep: int, num_tokens: int | torch.SymInt | None = None) -> None:
-    """Raise ScheduleError unless 1 <= K <= N; a symbolic N is left to the graph."""
+    """Raise ScheduleError unless 1 <= K <= N; a symbolic N is not checked."""
     if num_keep < 1:
         raise ScheduleError(f"num_keep: expected >= 1, got {num_keep}; keep at least one token")
     if isinstance(num_tokens, int) and num_keep > num_tokens:

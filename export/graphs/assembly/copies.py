@@ -1,7 +1,7 @@
 """Makes a graph of many layers from traces of a few parts.
 
-Tracing takes seconds a layer, and layers differ in nothing but their weights. So each kind of part is traced once, and its
-nodes are repeated. What does not differ from copy to copy, as masks, rotary tables and sizes do not, stays single.
+Tracing takes seconds per layer, and layers differ only in their weights. So each kind of part is traced once, and its nodes
+are copied. Nodes that are the same in all copies, such as masks, rotary tables and sizes, are not repeated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import TensorSpec
 
 LAYER_PREFIX = "layers.0."
-"""Start of the names of a traced part's own weights."""
+"""Prefix of the names of a traced part's weights."""
 
 
 class Part(NamedTuple):
@@ -40,7 +40,7 @@ class Copy(NamedTuple):
 
     part: str
     weights: str
-    """Start of the names that the copy's weights have in the whole module."""
+    """Prefix of the names of the copy's weights in the whole module."""
     inputs: Sequence[str]
     """Inputs of the graph, or outputs of earlier copies."""
     outputs: Sequence[str]
@@ -48,7 +48,7 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayeredModule:
-    """A module as copies of few parts."""
+    """A module as copies of a few parts."""
 
     parts: Mapping[str, Part]
     copies: tuple[Copy, ...]
@@ -56,7 +56,7 @@ class LayeredModule:
     def assemble(
         self, traces: Mapping[str, ir.Model], *, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
     ) -> ir.Model:
-        """Return the whole graph, of which ``traces`` has the parts."""
+        """Return the whole graph, made of the parts in ``traces``."""
         graph = Copies(inputs)
         values = dict(zip((tensor.name for tensor in inputs), graph.inputs))
         for number, copy in enumerate(self.copies):
@@ -74,20 +74,20 @@ class LayeredModule:
         )
 
     def _varying(self, part: str) -> list[int]:
-        """Return the places of a part's inputs that are not the same in all its copies."""
+        """Return the indices of a part's inputs that differ between its copies."""
         places = zip(*(copy.inputs for copy in self.copies if copy.part == part))
         return [index for index, names in enumerate(places) if len(set(names)) > 1]
 
 
 class Copies:
-    """A graph in the making."""
+    """A graph under construction."""
 
     def __init__(self, inputs: Sequence[TensorSpec]) -> None:
         self.inputs = [graph_value(spec) for spec in inputs]
         self.nodes: list[ir.Node] = []
         self._initializers: list[ir.Value] = []
         self._shared: dict[int, dict[ir.Value, ir.Value]] = {}
-        """By trace what its copies have in common."""
+        """Values that all copies of a trace share, by the trace's id."""
 
     def add(
         self,
@@ -99,11 +99,15 @@ class Copies:
         own_suffix: str,
         shared_suffix: str = "",
     ) -> list[ir.Value]:
-        """Append a copy of a trace, which does not change, and return its outputs.
+        """Append a copy of ``source``, which stays as it is, and return its outputs.
 
-        ``varying`` are the places of the inputs that other copies have other values for. The names of the copy's weights
-        start with ``weights`` in place of ``LAYER_PREFIX``. Names of what other copies have too end with ``own_suffix``,
-        those of what all copies have in common with ``shared_suffix``.
+        Args:
+            source: The trace of one part.
+            inputs: The copy's inputs.
+            varying: Indices of the inputs that differ between copies.
+            weights: Prefix of the names of the copy's weights, instead of ``LAYER_PREFIX``.
+            own_suffix: Suffix of the names of values that differ between copies.
+            shared_suffix: Suffix of the names of values that all copies share.
         """
         graph = source.graph
         own = _own_values(graph, varying)
@@ -114,7 +118,7 @@ class Copies:
             name = str(value.name)
             if value in own:
                 values[value] = _copied(value, weights + name.removeprefix(LAYER_PREFIX))
-            elif is_first:  # a buffer has no value yet: its name says what it is
+            elif is_first:  # a buffer has no value yet and is found by its name, which therefore stays
                 shared[value] = values[value] = _copied(
                     value, name + shared_suffix * (value.const_value is not None)
                 )
@@ -131,14 +135,14 @@ class Copies:
         return [values[value] for value in graph.outputs]
 
     def add_node(self, operator: str, inputs: Sequence[ir.Value], *, name: str) -> ir.Value:
-        """Append a node whose output is like its first input, and return that."""
+        """Append a node whose output has the type and shape of its first input; return the output."""
         (output,) = (node := ir.Node("", operator, inputs, num_outputs=1, name=name)).outputs
         output.name, output.shape, output.type = name, inputs[0].shape, inputs[0].type
         self.nodes.append(node)
         return output
 
     def model(self, values: Iterable[ir.Value], outputs: Sequence[TensorSpec], *, like: ir.Model) -> ir.Model:
-        """Return the graph with ``values`` for its outputs; opset and name are those of ``like``."""
+        """Return the graph with ``values`` as its outputs; opset and name are those of ``like``."""
         results = list(values)
         for value, spec in zip(results, outputs):
             named = graph_value(spec)
@@ -164,9 +168,9 @@ class _Traceable(nn.Module):
 
 
 def _own_values(graph: ir.Graph, varying: Collection[int]) -> set[ir.Value]:
-    """Return what differs from copy to copy: weights, varying inputs, and all that is computed from them.
+    """Return the values that differ between copies: weights, varying inputs, and all values computed from them.
 
-    A shape does not differ: what is computed from shapes, as the decoder's mask is, belongs to all copies.
+    Shapes do not differ, so values computed from shapes alone, such as the decoder's mask, are shared.
     """
     own = {graph.inputs[index] for index in varying}
     own |= {value for name, value in graph.initializers.items() if name.startswith(LAYER_PREFIX)}
@@ -181,7 +185,7 @@ def _copied(value: ir.Value, name: str) -> ir.Value:
 
 
 def _repeat(node: ir.Node, values: dict[ir.Value, ir.Value], *, suffix: str) -> ir.Node:
-    """Return a copy of ``node`` that reads from ``values`` and adds its outputs to them."""
+    """Return a copy of ``node`` that reads the mapped ``values``, and add its outputs to them."""
     outputs = [_copied(value, f"{value.name}{suffix}") for value in node.outputs]
     values |= dict(zip(node.outputs, outputs))
     return ir.Node(

@@ -29,8 +29,8 @@ def stack_layers(
 ) -> ir.Model:
     """Return ``num_layers`` copies of ``layer``, one after the other; ``layer`` itself does not change.
 
-    Inputs are in the order of ``DecoderRange``; the last ones are the planes, rows to add to the outputs of the first
-    ``num_planes`` layers. Outputs are hidden states, key and value of each layer, then ``last_input``, if it is given: the
+    Inputs are in the order of ``DecoderRange``, then the DeepStack planes, which are added to the outputs of the first
+    ``num_planes`` layers. Outputs are hidden states, key and value of each layer, then ``last_input``, if given: the
     hidden states that enter the last layer. Layer i's weights become initializers ``layers.{i}.…``.
     """
     graph = Copies(inputs)
@@ -51,7 +51,7 @@ def stack_layers(
             hidden = graph.add_node("Add", [hidden, planes[index]], name=f"with_deepstack.{index}")
     results = [hidden, *present]
     if last_input is not None:
-        # a copy: with one layer it would be an input of the graph, which cannot be an output as well
+        # Identity, because with one layer it is an input of the graph, which cannot be an output, too
         results.append(graph.add_node("Identity", [enters_last], name="last_input"))
         outputs = [*outputs, last_input]
     return graph.model(results, outputs, like=layer)

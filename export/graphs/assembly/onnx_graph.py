@@ -1,9 +1,9 @@
 """Turns a torch module into an ONNX file whose weights stay in the bundle's weight files.
 
-The module is traced under FakeTensorMode, so no weight is ever in memory; initializers become external data that
-points into the stored files. A trace is optimized while its initializers have no values yet, so that no weight, nor its
-transpose, is folded into the graph, and before a layer is repeated, so that it is done once. Without it TensorRT finds axes
-that are no constants.
+The module is traced under FakeTensorMode, so no weight is ever in memory; initializers become external data that points
+into the stored files. A trace is optimized while its initializers have no values, so that no weight is folded into the
+graph, and before a layer is copied, so that this is done once. Without the optimization TensorRT finds axes that are not
+constant.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.manifest import StoredTensor, TensorSpec
 
-# Elements. Arithmetic on shapes and small tables is folded, nothing as large as a weight is.
+# Number of elements: arithmetic on shapes and small tables is folded, but nothing as large as a weight.
 _FOLD_INPUT_SIZE = 512
 _FOLD_OUTPUT_SIZE = 4096
 _TORCH_FROM_DTYPE = {
@@ -44,31 +44,31 @@ _IR_FROM_DTYPE = {
     "int4": "INT4",
     "float8_e4m3fn": "FLOAT8E4M3FN",
 }
-# torch 2.13 warns of equal axis names, through copyreg on some releases, and logs for each trace which operators of
-# torchvision it leaves out when that is not installed; none of it concerns the graph.
+# torch 2.13 warns of equal axis names, on some releases through copyreg, and logs for each trace the torchvision operators
+# that are not installed; neither concerns the graph.
 _TRACING_LOG = "torch.onnx._internal.exporter._registration"
-# onnx_ir 0.1 logs every constant that it cannot merge with another because it is an output.
+# onnx_ir 0.1 logs every constant that it cannot merge because it is an output.
 _OPTIMIZER_LOG = "onnx_ir.passes.common.initializer_deduplication"
-# Sizes that symbols get while tracing. All differ and none is 0 or 1, so that torch.export merges and fixes nothing.
+# Sizes of symbols while tracing. All differ, and none is 0 or 1, so that torch.export neither merges nor fixes axes.
 _TRACE_BASE = {"B": 3, "C": 11}
 
 
 def example_input(spec: TensorSpec, *, trace_sizes: Mapping[str, int]) -> torch.Tensor:
-    """Return an input for tracing; under FakeTensorMode it has no memory."""
+    """Return an input for tracing; under FakeTensorMode it needs no memory."""
     sizes = {**_TRACE_BASE, **trace_sizes}
     shape = [sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape]
     return torch.zeros(shape, dtype=_TORCH_FROM_DTYPE[spec.dtype])
 
 
 def dynamic_axes(spec: TensorSpec, *, dims: Mapping[str, Any]) -> dict[int, Any]:
-    """Return torch.export's description of the axes of ``spec`` whose symbols are in ``dims``; others are fixed."""
+    """Return torch.export's dynamic axes of ``spec``: those whose symbols are in ``dims``."""
     return {
         axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str) and size in dims
     }
 
 
 def graph_value(spec: TensorSpec) -> ir.Value:
-    """Return a graph input or output as ``spec`` describes it."""
+    """Return the graph input or output that ``spec`` describes."""
     kind = ir.TensorType(ir.DataType[_IR_FROM_DTYPE[spec.dtype]])
     return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=kind)
 
@@ -84,8 +84,8 @@ def trace(
 ) -> ir.Model:
     """Return ``module`` as an optimized ONNX model.
 
-    Its I/O tensors carry the names and shapes of ``inputs`` and ``outputs``. An initializer has a value if it is a literal of the
-    trace, none if it is a parameter or buffer of ``module``.
+    Its I/O tensors have the names and shapes of ``inputs`` and ``outputs``. Parameters and buffers of ``module`` become
+    initializers without values; literals have values.
     """
     with _errors_only(_TRACING_LOG), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -99,20 +99,20 @@ def trace(
             dynamic_shapes=dynamic_shapes,
         )
     if program is None:
-        raise AssertionError("torch.onnx.export with dynamo=True returns a program")
-    # A copy names what it is optimized into by itself, not by how many names the tracing has used up.
+        raise AssertionError("expected a program from torch.onnx.export with dynamo=True, got none")
+    # In a copy, names of new values do not depend on the number of names used while tracing.
     model = program.model.clone()
     _name_values(model.graph.inputs, inputs)
     _name_values(model.graph.outputs, outputs)
     for value in model.graph.initializers.values():
-        value.const_value = None  # under FakeTensorMode it holds nothing; attach_weights gives it one
+        value.const_value = None  # fake, under FakeTensorMode; attach_weights sets the real one
     _optimize(model)
     return model
 
 
 @contextmanager
 def _errors_only(log: str) -> Iterator[None]:
-    """Hold back what the logger ``log`` says below its errors."""
+    """Let the logger ``log`` report errors only."""
     logger = logging.getLogger(log)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -137,10 +137,13 @@ def _name_values(values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> Non
 def attach_weights(
     model: ir.Model, stored: Mapping[str, StoredTensor], inline: Mapping[str, NDArray[Any]], *, bundle: Path
 ) -> int:
-    """Give every initializer of ``model`` that has no value one, and return the bytes of the stored ones.
+    """Give a value to every initializer of ``model`` without one, and return the number of bytes of the stored ones.
 
-    ``stored`` and ``inline`` are by initializer name: external data, whose paths are relative to ``bundle``, and values that
-    are written into the graph.
+    Args:
+        model: The graph; changed.
+        stored: External data by initializer name, with paths relative to ``bundle``.
+        inline: Values to write into the graph, by initializer name.
+        bundle: The bundle's folder.
     """
     total = 0
     for name, value in model.graph.initializers.items():
@@ -164,10 +167,9 @@ def attach_weights(
 
 
 def _optimize(model: ir.Model) -> None:
-    """Fold what is small and merge what is equal; leave no trace of this machine."""
+    """Fold small constants, merge equal ones, and remove source paths and stack traces."""
     with _errors_only(_OPTIMIZER_LOG):
         optimizer.optimize_ir(model, input_size_limit=_FOLD_INPUT_SIZE, output_size_limit=_FOLD_OUTPUT_SIZE)
-    # source paths and stacks, in loops' bodies too
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         node.metadata_props.clear()
         node.doc_string = None

@@ -1,7 +1,7 @@
-"""Joins traced graphs that read the same weights into one, so that an engine holds these once.
+"""Joins traced graphs that read the same weights into one, so that an engine holds the weights once.
 
-The pieces have nothing in common but weights: no tensor of one is read by another, and at a profile of one piece all
-sizes of the others are 0.
+The pieces share nothing but weights: none reads a tensor of another, and at a profile of one piece all sizes of the
+others are 0.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 def join(pieces: Sequence[TracedGraph]) -> TracedGraph:
-    """Return one graph with all tensors and profiles of ``pieces``, which do not change; before weights are attached.
+    """Return one graph with all tensors and profiles of ``pieces``, which stay as they are and have no weights yet.
 
-    Names of the first piece stay, those of the others get the piece's name in front.
+    Names in the first piece stay; names in the others get the piece's name as a prefix.
     """
     opset = max(piece.model.opset_imports[""] for piece in pieces)
     first_value: dict[StoredName, ir.Value] = {}
@@ -77,7 +77,7 @@ def join(pieces: Sequence[TracedGraph]) -> TracedGraph:
 
 
 def _renamed(shape: ir.Shape | None, before: str) -> ir.Shape | None:
-    """Return a shape with its sizes' names changed: traces use the same ones, and equal names would mean equal sizes."""
+    """Return a shape with prefixed symbols, because traces use the same ones, and equal symbols would mean equal sizes."""
     if shape is None or not before:
         return shape
     return ir.Shape([size if isinstance(size, int) else f"{before}{size}" for size in shape])
@@ -97,7 +97,7 @@ def _joined_spec(pieces: Sequence[TracedGraph]) -> GraphSpec:
 
 
 def with_pieces(spec: GraphSpec, pieces: Sequence[TracedGraph], written: Sequence[GraphSpec]) -> GraphSpec:
-    """Return the joined graph's description with that of its pieces, as they were written."""
+    """Return the joined graph's description with those of its written pieces."""
     entries = [
         Piece(
             name=piece.piece,

@@ -1,4 +1,4 @@
-"""``vision`` of the LLaVA families: image tiles to visual tokens, by a CLIP tower. Four modules share one interface.
+"""``vision`` of LLaVA-1.5 and LLaVA-NeXT: image tiles to visual tokens, by a CLIP tower. Four modules share one interface.
 
 | I/O tensor          | shape        | dtype   | filled or read by                                                           |
 |---------------------|--------------|---------|-----------------------------------------------------------------------------|
@@ -11,11 +11,11 @@
 | out clip_patches    | [N, Z]       | model   | reduce graph: last norm and projection of the features, 0 at newlines (2)   |
 | out kept_patches    | [B, T]       | int32   | runtime: kept patches of each tile in raster order, for drawing (3)         |
 
-(1) ``VisionWithFeatures``, for selections that look at the class row. (2) ``VisionWithPatches``, for those that compare patches
-with a text in CLIP's space. (3) ``ReducedVision``, the encoder reduction.
+(1) ``VisionWithFeatures``, for selectors that read the class row. (2) ``VisionWithPatches``, for those that compare patches
+with a text in CLIP's space. (3) ``ReducedVision``, encoder reduction.
 
-Feature rows are tile-major, patches in raster order, and one newline row last. All of anyres tiling, unpadding and
-newline placement is in ``token_index``, so the graph has no image-dependent shape.
+Feature rows are tile-major with patches in raster order, and one newline row last. ``token_index`` expresses anyres tiling,
+unpadding and newlines, so no shape of the graph depends on the image.
 """
 
 from __future__ import annotations
@@ -33,19 +33,17 @@ if TYPE_CHECKING:
 
 WINDOWS_PER_SIDE = 4
 KEEP_MULTIPLE = 2 * WINDOWS_PER_SIDE**2
-"""Half of the patches that a tile keeps are spread over its windows, so their number is a multiple of this."""
+"""Half of a tile's kept patches are divided among its windows, so their number is a multiple of this."""
 _LOCAL_LAYER_SHARE = 5 / 24  # layer 5 of CLIP-L's 24
 
 
 class ClipFeatures(nn.Module):
-    """Hidden states of chosen CLIP layers without the class row. Layers that nothing reads are not run."""
+    """Hidden states of chosen CLIP layers, without the class row. Unused layers do not run."""
 
     def __init__(self, tower: nn.Module, *, feature_layers: tuple[int, ...]) -> None:
-        """Take the parts of ``tower`` that are needed.
+        """Take the used parts of ``tower``, transformers' CLIPVisionModel.
 
-        Args:
-            tower: transformers' CLIPVisionModel.
-            feature_layers: Indices into its hidden states (0 is the embedding, -1 the last layer's output).
+        ``feature_layers`` are indices into its hidden states (0 is the embedding, -1 the last layer's output).
         """
         super().__init__()
         core: Any = getattr(tower, "vision_model", tower)
@@ -61,17 +59,13 @@ class ClipFeatures(nn.Module):
 
 
 class ClipVision(nn.Module):
-    """Features, projector, newline row, and the gather that puts the visual tokens in order."""
+    """Features, projector, newline row, and the gather that orders the visual tokens."""
 
     def __init__(self, features: ClipFeatures, projector: nn.Module, newline: nn.Parameter | None) -> None:
         super().__init__()
         self.features = features
         self.projector = projector
         self.newline = newline
-
-    def tower_layers(self) -> nn.ModuleList:
-        """Return the vision layers that run."""
-        return self.features.layers
 
     def forward(self, pixel_values: Tensor, token_index: Tensor) -> Tensor:
         """Return the visual tokens [N, D]."""
@@ -80,10 +74,10 @@ class ClipVision(nn.Module):
 
 
 class VisionWithPatches(nn.Module):
-    """A vision graph, and CLIP's own norm and projection of the same features."""
+    """A vision graph that also returns CLIP's own norm and projection of its features."""
 
     def __init__(self, vision: ClipVision, *, norm: nn.Module, projection: nn.Module) -> None:
-        """Take the parts of ``vision``; ``norm`` and ``projection`` follow CLIP's own tower."""
+        """Take the parts of ``vision``; ``norm`` and ``projection`` are those of the CLIP model."""
         super().__init__()
         self.features = vision.features
         self.projector = vision.projector
@@ -105,13 +99,7 @@ class VisionWithFeatures(nn.Module):
     def __init__(
         self, features: ClipFeatures, projector: nn.Module, newline: nn.Parameter | None, *, observed: int
     ) -> None:
-        """Take the parts of the tower.
-
-        Args:
-            features: The layers of the tower that run.
-            projector: Takes features to the decoder's width.
-            newline: The newline token; LLaVA-NeXT has one.
-            observed: Layer whose keys and attention are given: the one before the tower's last.
+        """Take the parts of the tower; ``observed`` is the layer whose keys and attention are returned.
 
         Raises:
             CheckpointError: If that layer does not run.
@@ -119,17 +107,13 @@ class VisionWithFeatures(nn.Module):
         super().__init__()
         if not 0 <= observed < len(features.layers):
             raise CheckpointError(
-                f"vision_feature_layer: expected layer {observed} of the tower to run, got {len(features.layers)}"
-                " layers that do; this selection needs it, choose another --token-method"
+                f"--token-method: expected one without keys of the vision tower's layer {observed}, as only"
+                f" {len(features.layers)} layers run (vision_feature_layer), got one that needs it; choose another"
             )
         self.features = features
         self.projector = projector
         self.newline = newline
         self.observed = observed
-
-    def tower_layers(self) -> nn.ModuleList:
-        """Return the vision layers that run."""
-        return self.features.layers
 
     def forward(self, pixel_values: Tensor, token_index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return visual tokens [N, D], features [N, F], keys [N, E] and class attention [N]."""
@@ -152,13 +136,13 @@ class VisionWithFeatures(nn.Module):
 class ReducedVision(nn.Module):
     """CLIP tower, projector, selection of T patches per tile, and merging of the others.
 
-    Half of the budget goes to windows: the best patches of each of 16 windows by the class row of an early layer's
-    attention. Half goes to the image as a whole, by the class row of the second-to-last layer. Every dropped patch is
-    added to the kept one that is most like it after the projector, and each kept one is divided by one plus the number
-    of patches that it received. ``token_index`` then names rows of the B * T kept ones.
+    Half of the budget goes to windows: each of 16 windows keeps the patches with the most class-row attention in an early
+    layer. The other half goes to the patches of the whole tile with the most in the second-to-last layer. Each dropped
+    patch is added to the most similar kept one after the projector, and each kept one is divided by one plus the number
+    of patches added to it. ``token_index`` then indexes the B * T kept rows.
 
-    Source: the TRIO reference code's encoder stage for CLIP. We differ for LLaVA-NeXT: every tile keeps T patches and no
-    newline token remains, so the count is fixed; the reference unpads afterwards and its count depends on the image.
+    Source: the TRIO reference code's encoder stage for CLIP. Difference for LLaVA-NeXT: every tile keeps T patches and no
+    newline token remains, so the count is fixed; the reference unpads afterwards, and its count depends on the image.
     """
 
     def __init__(
@@ -175,10 +159,6 @@ class ReducedVision(nn.Module):
         self.layers = nn.ModuleList(core.encoder.layers[: max(*self.states, self.global_layer + 1)])
         self.projector = projector
         self.num_keep = num_keep
-
-    def tower_layers(self) -> nn.ModuleList:
-        """Return the vision layers that run."""
-        return self.layers
 
     def forward(self, pixel_values: Tensor, token_index: Tensor) -> tuple[Tensor, Tensor]:
         """Return the visual tokens [N, D] and the kept patches [B, T]."""
@@ -197,22 +177,22 @@ class ReducedVision(nn.Module):
 
 
 def check_encoder_keep(num_keep: int, *, patches_per_side: int) -> None:
-    """Raise ScheduleError unless a tile of this many patches can keep ``num_keep`` of them."""
+    """Raise ScheduleError unless a tile can keep ``num_keep`` of its patches."""
     num_patches = patches_per_side**2
     if patches_per_side % WINDOWS_PER_SIDE:
         raise ScheduleError(
-            f"--encoder-keep: expected tiles of {WINDOWS_PER_SIDE} x {WINDOWS_PER_SIDE} equal windows,"
-            f" got {patches_per_side} patches a side; export without it"
+            f"--encoder-keep: expected tiles of {WINDOWS_PER_SIDE} x {WINDOWS_PER_SIDE} equal windows, got {patches_per_side}"
+            " patches per side; leave it out"
         )
     if num_keep % KEEP_MULTIPLE or not KEEP_MULTIPLE <= num_keep < num_patches:
         raise ScheduleError(
-            f"--encoder-keep: expected a multiple of {KEEP_MULTIPLE} below {num_patches} (patches of a tile),"
-            f" got {num_keep}"
+            f"--encoder-keep: expected a multiple of {KEEP_MULTIPLE} below {num_patches} (patches of a tile), got {num_keep};"
+            " choose such a number"
         )
 
 
 def clip_groups(layers: Iterable[nn.Module], projector: nn.Module) -> tuple[LinearGroup, ...]:
-    """Return the linear layers of CLIP's or SigLIP's ``layers`` and of a LLaVA's projector, which reads states without a norm."""
+    """Return the linear layers of CLIP's or SigLIP's ``layers`` and of LLaVA's projector, which no norm precedes."""
     parts: Any = projector
     return (*encoder_groups(layers), *projector_groups(parts.linear_1, parts.linear_2, norm=None))
 
@@ -236,7 +216,7 @@ def _features(
     *,
     observe: Callable[[int, Any, Tensor], None] = lambda _index, _layer, _hidden: None,
 ) -> Tensor:
-    """Return the features [B, P, F] of all tiles; ``observe`` sees each layer and its input [B, P + 1, D] before it runs."""
+    """Return the features [B, P, F]; ``observe`` is called with each layer and its input [B, P + 1, D]."""
     hidden: Tensor = tower.pre_layrnorm(tower.embeddings(pixel_values))
     states = [hidden]
     for index, layer in enumerate(tower.layers):
@@ -247,13 +227,13 @@ def _features(
 
 
 def with_newline(rows_RD: Tensor, newline: nn.Parameter | None) -> Tensor:
-    """Return the rows with the newline as the last one; a model without one gets a row that no index points to."""
+    """Return the rows with the newline appended; without one, a row that no index uses."""
     newline_D = rows_RD[0] if newline is None else newline
     return torch.cat([rows_RD, newline_D[None]], dim=0)
 
 
 def _with_empty_row(rows: Tensor) -> Tensor:
-    """Return the rows with zeros as the last one, where the newline's index points."""
+    """Return the rows with a row of zeros appended, which the newline's index uses."""
     return torch.cat([rows, torch.zeros_like(rows[:1])], dim=0)
 
 
@@ -271,7 +251,7 @@ def class_attention(layer: Any, hidden_BPD: Tensor) -> Tensor:
 def _mean_keys(layer: Any, hidden_BPD: Tensor) -> Tensor:
     """Return the attention keys of the patches, mean over heads: [B, P, E]."""
     attention = layer.self_attn
-    keys = attention.k_proj(layer.layer_norm1(hidden_BPD))[:, 1:]  # the product that the layer itself has
+    keys = attention.k_proj(layer.layer_norm1(hidden_BPD))[:, 1:]  # the same product as in the layer
     mean: Tensor = keys.unflatten(-1, (attention.num_heads, attention.head_dim)).mean(dim=2)
     return mean
 
@@ -303,7 +283,7 @@ def select_patches(local_BP: Tensor, global_BP: Tensor, *, num_keep: int) -> Ten
 
 
 def merge_dropped(tokens_BPD: Tensor, kept_BT: Tensor) -> Tensor:
-    """Return the kept tokens [B, T, D] with every dropped token averaged into the kept one most like it (cosine)."""
+    """Return the kept tokens [B, T, D], each averaged with the dropped ones that are most similar to it (cosine)."""
     index = kept_BT[:, :, None].expand(-1, -1, tokens_BPD.shape[-1])
     kept_BTD = tokens_BPD.gather(1, index)
     values = tokens_BPD.float()

@@ -2,17 +2,17 @@
 
 | I/O tensor                 | shape  | dtype   | filled or read by                                                    |
 |----------------------------|--------|---------|----------------------------------------------------------------------|
-| in  pixel_values           | [P, F] | float32 | runtime's image processing; F numbers of each patch                  |
+| in  pixel_values           | [P, F] | float32 | runtime's image processing; F numbers per patch                      |
 | in  patch_positions        | [2, P] | int32   | runtime: row and column of each patch                                |
-| in  table_index            | [4, P] | int32   | runtime: the entries of the table of positions around each patch     |
-| in  table_weights          | [4, P] | float32 | runtime: their shares                                                |
-| in  num_patches            | [1]    | int32   | runtime: real patches; those from there on are padding               |
+| in  table_index            | [4, P] | int32   | runtime: entries of the position table around each patch             |
+| in  table_weights          | [4, P] | float32 | runtime: their weights                                               |
+| in  num_patches            | [1]    | int32   | runtime: number of real patches; later ones are padding              |
 | in  token_index            | [N]    | int32   | runtime: merged token of each visual token                           |
 | out visual_tokens          | [N, D] | model   | runtime: placed into the prefix graph's ``inputs_embeds``            |
 | out deepstack_tokens.{i}   | [N, D] | model   | runtime: placed into ``deepstack_embeds.{i}``, added after layer i   |
 
-All layers attend to the whole image. The outputs of some inner ones go through mergers of their own: these are the planes.
-Padding patches must be finite: their values reach no real patch, but they are multiplied by weights that are zero.
+All layers attend to the whole image. The planes are outputs of inner layers, each through its own merger. Padding patches
+must be finite: their values are multiplied by weights of zero and reach no real patch.
 
 Letters: P patches, M merged tokens (padded).
 """
@@ -50,7 +50,7 @@ class DeepstackVision(nn.Module):
             visual: transformers' Qwen3VLVisionModel.
             inv_freq: [E/4]; without values under FakeTensorMode.
             max_patches: Largest P of any image.
-            num_planes: Planes that the decoder has layers for.
+            num_planes: Most planes; the decoder has no layers for more.
         """
         super().__init__()
         core: Any = visual
@@ -83,12 +83,7 @@ class DeepstackVision(nn.Module):
         return self.merger(hidden_PD, token_index), *planes
 
     def layered(self, *, width: int, dtype: FloatType) -> LayeredModule:
-        """Return the same as parts that are traced once each.
-
-        Args:
-            width: D, the decoder's.
-            dtype: Of the outputs.
-        """
+        """Return the module as parts that are traced once each; ``width`` is D, ``dtype`` that of the outputs."""
         parts = self._parts(width, dtype)
         tables = [tensor.name for tensor in parts["tables"].outputs]
         copies = [
@@ -135,7 +130,7 @@ def _names(tensors: tuple[TensorSpec, ...]) -> list[str]:
 
 
 def vision_inputs(patch_values: int) -> tuple[TensorSpec, ...]:
-    """Return the graph's inputs, for patches of so many numbers."""
+    """Return the graph's inputs, for patches of ``patch_values`` numbers."""
     return (
         TensorSpec(name="pixel_values", dtype="float32", shape=("P", patch_values)),
         TensorSpec(name="patch_positions", dtype="int32", shape=(2, "P")),
@@ -147,7 +142,7 @@ def vision_inputs(patch_values: int) -> tuple[TensorSpec, ...]:
 
 
 class PatchEmbedding(nn.Module):
-    """Patches and the places that they are at."""
+    """Embeddings of the patches and their positions."""
 
     def __init__(self, visual: Any) -> None:
         super().__init__()
@@ -156,27 +151,27 @@ class PatchEmbedding(nn.Module):
 
     @property
     def width(self) -> int:
-        """Numbers of a patch's hidden state."""
+        """Numbers per hidden state."""
         return self.pos_embed.embedding_dim
 
     @property
     def patch_values(self) -> int:
-        """Numbers of a patch."""
+        """Numbers per patch."""
         weight: Tensor = self.patch_embed.get_submodule("proj").get_parameter("weight")
         return weight[0].numel()
 
     def forward(self, pixel_values: Tensor, table_index: Tensor, table_weights: Tensor) -> Tensor:
-        """Return the hidden states [P, D] in front of the first layer, float32."""
+        """Return the hidden states [P, D] before the first layer, float32."""
         hidden_PD = embedded(self.patch_embed, pixel_values).float()
         table = self.pos_embed.weight
-        for corner in range(4):  # one entry of the table after the other saves memory
+        for corner in range(4):  # one corner after the other, to save memory
             entry_PD = table.index_select(0, table_index[corner]).float()
             hidden_PD = hidden_PD + entry_PD * table_weights[corner][:, None]
         return hidden_PD
 
 
 class PatchTables(nn.Module):
-    """What all layers' attention reads besides the hidden states: ``Rows``."""
+    """The tables that the attention of all layers reads."""
 
     inv_freq: Tensor
 
@@ -185,7 +180,7 @@ class PatchTables(nn.Module):
         self.register_buffer("inv_freq", inv_freq)
 
     def forward(self, patch_positions: Tensor, num_patches: Tensor) -> Rows:
-        """Return the tables of P patches, of which ``num_patches`` are real."""
+        """Return the tables of P patches; the first ``num_patches`` are real."""
         is_real_P = torch.arange(patch_positions.shape[1]) < num_patches
         return rows_at(self.inv_freq, patch_positions, is_real_P)
 
@@ -199,9 +194,9 @@ class PatchLayer(nn.Module):
         self.max_patches = max_patches
 
     def forward(self, hidden_PD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """Return the hidden states after the layer, float32 like those before it."""
+        """Return the hidden states after the layer, float32."""
         block: Any = self.block
-        # an axis that is traced as dynamic has no number
+        # a dynamic axis has no number while it is traced
         num_rows = hidden_PD.shape[0] if isinstance(hidden_PD.shape[0], int) else self.max_patches
         head_blocks = num_head_blocks(block.attn.num_heads, num_rows)
         qkv_PX = block.attn.qkv(_normed(block.norm1, hidden_PD).to(block.attn.qkv.weight.dtype))
@@ -212,7 +207,7 @@ class PatchLayer(nn.Module):
 
 
 class TokenMerger(nn.Module):
-    """Neighbouring patches to one token each, and the gather that puts the tokens in their rows."""
+    """Merges neighbouring patches into tokens, and gathers the tokens into their rows."""
 
     def __init__(self, merger: nn.Module) -> None:
         super().__init__()
@@ -231,9 +226,9 @@ class TokenMerger(nn.Module):
 
 
 def plane_mergers(visual: nn.Module, num_planes: int) -> dict[int, nn.Module]:
-    """Return the mergers of at most ``num_planes`` planes by the layer whose output they read, ascending.
+    """Return the mergers of at most ``num_planes`` planes, by the layer whose output they read, ascending.
 
-    transformers takes no plane of an index that is no layer, and one of an index that is there twice.
+    As transformers, it ignores indices that are no layer, and the second of two equal ones.
     """
     core: Any = visual
     indexes = list(core.deepstack_visual_indexes)
@@ -244,8 +239,8 @@ def plane_mergers(visual: nn.Module, num_planes: int) -> dict[int, nn.Module]:
 def deepstack_groups(visual: nn.Module, *, num_planes: int) -> tuple[LinearGroup, ...]:
     """Return the linear layers of transformers' Qwen3VLVisionModel that run.
 
-    Four patches with one norm each are one input of the last merger, so its norm has no element for each of its inputs; those
-    of the planes come after four patches are one row.
+    The last merger normalizes patches before it joins four of them, so its norm does not have one element per input. The
+    planes' mergers normalize after that.
     """
     core: Any = visual
     mergers = {
@@ -273,7 +268,7 @@ def _merger_groups(merger: Any, name: str) -> Iterator[LinearGroup]:
 
 
 def _normed(norm: Any, hidden: Tensor) -> Tensor:
-    """Return the layer norm in float32."""
+    """Return the layer norm, computed in float32."""
     return nn.functional.layer_norm(
         hidden, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
     )

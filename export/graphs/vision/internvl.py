@@ -1,13 +1,13 @@
-"""``vision`` of the InternVL family: image tiles to visual tokens, four neighbouring patches to each.
+"""``vision`` of the InternVL family: image tiles to visual tokens, each made of four neighbouring patches.
 
 | I/O tensor        | shape        | dtype   | filled or read by                                                       |
 |-------------------|--------------|---------|-------------------------------------------------------------------------|
 | in  pixel_values  | [B, 3, T, T] | float32 | runtime's image processing; B tiles, the thumbnail last                 |
-| in  token_index   | [N]          | int32   | runtime: which row each visual token is; the first rows, then padding   |
+| in  token_index   | [N]          | int32   | runtime: row of each visual token; the first rows, then padding         |
 | out visual_tokens | [N, D]       | model   | runtime: placed into the prefix graph's ``inputs_embeds``               |
 
-Rows are tile-major, tokens in raster order. Embeddings, layers, norms and projector are transformers' own modules; the
-attention inside the layers is ``tile_attention``, and the pixel shuffle is one reshape.
+Rows are tile-major with tokens in raster order. Embeddings, layers, norms and projector are transformers' own modules; the
+attention in the layers is ``tile_attention``, and the pixel shuffle is one reshape.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TileVision(nn.Module):
     """InternViT, pixel shuffle, projector, and the gather that pads the visual tokens."""
 
     def __init__(self, tower: nn.Module, projector: nn.Module, *, merge: int) -> None:
-        """Take the parts of ``tower`` that are needed, transformers' InternVLVisionModel, whose last layer's output is projected.
+        """Take the used parts of ``tower``, transformers' InternVLVisionModel.
 
         ``merge`` is the number of patches along one side of a visual token.
         """
@@ -57,7 +57,7 @@ class TileVision(nn.Module):
 
 
 def shuffled(patches_BPF: Tensor, *, merge: int) -> Tensor:
-    """Return the features of ``merge`` x ``merge`` neighbouring patches side by side: [B, P / merge², F * merge²]."""
+    """Return the concatenated features of ``merge`` x ``merge`` neighbouring patches: [B, P / merge², F * merge²]."""
     B, P, F = patches_BPF.shape
     side = round(P**0.5) // merge
     blocks = patches_BPF.reshape(B, side, merge, side, merge, F).transpose(2, 3)
@@ -65,7 +65,7 @@ def shuffled(patches_BPF: Tensor, *, merge: int) -> Tensor:
 
 
 def _layer_groups(layer: Any, index: int) -> Iterator[LinearGroup]:
-    attention = layer.attention  # norms of queries and keys come after their products
+    attention = layer.attention  # norms of queries and keys follow these products
     products = attention.q_proj, attention.k_proj, attention.v_proj
     yield LinearGroup(name="qkv", layer=index, linears=products, before=layer.layernorm_before)
     yield LinearGroup(name="o", layer=index, linears=(attention.projection_layer,), before=attention.v_proj)

@@ -1,8 +1,8 @@
-"""Attention over the patches of one image: what the encoders of Qwen2.5-VL and Qwen3-VL have in common.
+"""Attention over the patches of one image, shared by the encoders of Qwen2.5-VL and Qwen3-VL.
 
-Most memory of a process would be the scores of all heads at once, so heads are taken block by block. The sum of the layers
-stays float32, and the MLPs' last product is taken of scaled-down numbers: trained encoders reach beyond float16's 65504
-there, in the last layer and with some images only.
+The scores of all heads would take most of the memory, so heads are computed in blocks. The residual stream is float32, and
+the MLPs' last product has scaled-down inputs: in trained encoders it exceeds float16's 65504, in the last layer and for
+some images.
 
 Letters: P patches, B groups of R rows that see each other, H heads of E numbers.
 """
@@ -23,7 +23,7 @@ _HEADROOM = 64.0  # a power of two: scaling by it rounds nothing
 
 
 class Rows(NamedTuple):
-    """Tables for attention in B groups of R rows that see each other: all windows, or the whole image."""
+    """Tables for attention within B groups of R rows: all windows, or the whole image."""
 
     cos_BR1E: Tensor
     sin_BR1E: Tensor
@@ -32,45 +32,42 @@ class Rows(NamedTuple):
 
 
 def rows_at(inv_freq: Tensor, positions: Tensor, is_real: Tensor) -> Rows:
-    """Return the tables of patches at ``positions`` [2, R] or [2, B, R], of which some are real.
+    """Return the tables of patches at ``positions``, row and column, [2, R] or [2, B, R].
 
-    Args:
-        inv_freq: [E/4].
-        positions: Row and column of each patch.
-        is_real: [R] or [B, R]; False for padding.
+    ``inv_freq`` is [E/4]; ``is_real`` [R] or [B, R] is False at padding.
     """
     row, column = positions.to(torch.float32)[..., None] * inv_freq
     angles = torch.cat([row, column, row, column], dim=-1).unsqueeze(-2)
     if is_real.dim() == 1:
         angles, is_real = angles[None], is_real[None]
-    # not torch.where on two numbers: its result has the default dtype, where MASKED may be infinite
+    # not torch.where of two numbers: its result has the default dtype, in which MASKED may be infinite
     mask = (1.0 - is_real.to(torch.float32)) * MASKED
     return Rows(angles.cos(), angles.sin(), mask[:, None, None])
 
 
 def embedded(patch_embed: Any, pixel_values: Tensor) -> Tensor:
-    """Return the patches' embeddings, [P, D]; a convolution whose stride is its kernel is one product."""
+    """Return the patches' embeddings, [P, D]; the convolution's stride is its kernel size, so it is one product."""
     weight, bias = patch_embed.proj.weight, patch_embed.proj.bias
     return nn.functional.linear(pixel_values.to(weight.dtype), weight.flatten(1), bias)
 
 
 def with_headroom(linear: Any, states: Tensor) -> Tensor:
-    """Return ``linear`` of ``states`` in float32; the product cannot overflow in float16.
+    """Return ``linear`` of ``states`` in float32, with inputs scaled down so that the product fits float16.
 
-    Its numbers are scaled down in float32 too, so that the range of what enters is the same in both.
+    A float32 model scales, too, so that inputs have the same range in both types.
     """
     product = nn.functional.linear(states * (1 / _HEADROOM), linear.weight).float() * _HEADROOM
     return torch.add(product, linear.bias.float())
 
 
 def attention(module: Any, qkv_BRX: Tensor, rows: Rows, *, head_blocks: int = 1) -> Tensor:
-    """Return attention of each group of rows over itself, [B, R, D].
+    """Return attention within each group of rows, [B, R, D].
 
     Args:
-        module: transformers' attention of the layer; only its sizes are read.
+        module: transformers' attention module, for its sizes.
         qkv_BRX: [B, R, 3 D], queries, keys and values.
         rows: Tables for the same B and R.
-        head_blocks: Parts of equally many heads that are computed one after the other.
+        head_blocks: Number of equal blocks of heads, computed one after the other.
     """
     mixed = [mixed_BhRE for _, mixed_BhRE in _head_blocks(module, qkv_BRX, rows, head_blocks)]
     mixed_BHRE = mixed[0] if head_blocks == 1 else torch.cat(mixed, dim=1)
@@ -82,14 +79,14 @@ def observed_attention(
 ) -> tuple[Tensor, Tensor]:
     """Return attention over the whole image, [P, D], and the attention that each patch receives, [P] float32.
 
-    Received is the sum over heads, the mean over real queries.
+    The latter is summed over heads and averaged over real queries.
     """
     query_P = is_real_P.to(torch.float32)
     mean_11P = (query_P / query_P.sum())[None, None]
     blocks = []
     for weights_1hPP, mixed_1hPE in _head_blocks(module, qkv_PX[None], whole, head_blocks):
         received_P1 = torch.matmul(mean_11P, weights_1hPP[0]).sum(dim=0).transpose(0, 1)
-        # One tensor for both. A runtime may leave what only the end of the graph reads to the end, with all weights alive.
+        # One tensor for both: otherwise a runtime may compute the received attention last and keep all weights alive.
         blocks.append(torch.cat([mixed_1hPE[0].transpose(0, 1).flatten(1).float(), received_P1], dim=1))
     both = torch.stack(blocks, dim=1)
     return both[..., :-1].flatten(1).to(qkv_PX.dtype), both[..., -1].sum(dim=1)
@@ -98,7 +95,7 @@ def observed_attention(
 def _head_blocks(
     module: Any, qkv_BRX: Tensor, rows: Rows, head_blocks: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield float32 weights [B, h, R, R] and mixed values [B, h, R, E] of h heads at a time."""
+    """Yield float32 weights [B, h, R, R] and mixed values [B, h, R, E] of blocks of h heads."""
     heads, size = module.num_heads, module.head_dim
     rotated = _rotated(torch.unflatten(qkv_BRX[..., : 2 * module.dim], -1, (2 * heads, size)), rows)
     # scaling the query, not the scores, keeps float16 scores in range
@@ -115,7 +112,7 @@ def _head_blocks(
 
 
 def _rotated(states_BRHE: Tensor, rows: Rows) -> Tensor:
-    """Return the states rotated to their positions; in float32, as Hugging Face does it."""
+    """Return the states rotated to their positions, computed in float32 as in Hugging Face."""
     states = states_BRHE.float()
     half = states.shape[-1] // 2
     turned = torch.cat([-states[..., half:], states[..., :half]], dim=-1)

@@ -3,12 +3,12 @@
 | I/O tensor        | shape        | dtype   | filled or read by                                                |
 |-------------------|--------------|---------|------------------------------------------------------------------|
 | in  pixel_values  | [B, 3, T, T] | float32 | runtime's image processing; B tiles, the base tile first         |
-| in  token_index   | [N, 4]       | int32   | runtime: the four feature rows that each visual token is made of |
+| in  token_index   | [N, 4]       | int32   | runtime: four feature rows of each visual token                  |
 | in  token_weights | [N, 4]       | float32 | runtime: their weights                                           |
 | out visual_tokens | [N, D]       | model   | runtime: placed into the prefix graph's ``inputs_embeds``        |
 
-Feature rows are those of LLaVA-NeXT: tile-major, patches in raster order, and one newline row last. The bilinear reduction of
-large grids is a weighted sum of four rows; a token that is not reduced has the weight 1 for its first row.
+Feature rows are as in LLaVA-NeXT: tile-major with patches in raster order, and one newline row last. The bilinear reduction
+of large grids is a weighted sum of four rows; other tokens have the weight 1 for their first row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trio_edge.export.graphs.vision.clip import with_newline
 
 
 class SiglipVision(nn.Module):
-    """SigLIP tower, projector, newline row, and the sums that are the visual tokens. Layers that nothing reads are not run."""
+    """SigLIP tower, projector, newline row, and the weighted sums. Unused layers do not run."""
 
     def __init__(
         self,
@@ -32,16 +32,12 @@ class SiglipVision(nn.Module):
         *,
         feature_layers: tuple[int, ...],
     ) -> None:
-        """Take the parts of ``tower`` that are needed.
+        """Take the used parts of ``tower``, transformers' SiglipVisionModel.
 
-        Args:
-            tower: transformers' SiglipVisionModel.
-            projector: Takes features to the decoder's width.
-            newline: The newline token.
-            feature_layers: Indices into the tower's hidden states (0 is the embedding, -1 the last layer's output).
+        ``feature_layers`` are indices into its hidden states (0 is the embedding, -1 the last layer's output).
         """
         super().__init__()
-        core: Any = getattr(tower, "vision_model", tower)  # older releases have a layer more
+        core: Any = getattr(tower, "vision_model", tower)  # older releases wrap it once more
         self.states = tuple(range(len(core.encoder.layers) + 1)[layer] for layer in feature_layers)
         self.embeddings: nn.Module = core.embeddings
         self.layers = nn.ModuleList(core.encoder.layers[: max(self.states)])
@@ -59,8 +55,8 @@ class SiglipVision(nn.Module):
 
 
 def weighted_rows(rows_RD: Tensor, index_N4: Tensor, weights_N4: Tensor) -> Tensor:
-    """Return sums of four rows each, taken in float32 as torch's own interpolation: [N, D] in the rows' dtype."""
-    # four gathers of N rows, one after the other: a single one of 4 N would need four times the memory
+    """Return weighted sums of four rows, in float32 as torch's interpolation: [N, D] in the rows' dtype."""
+    # four gathers of N rows one after the other: a single one needs four times the memory
     first, *others = (
         rows_RD.index_select(0, index_N4[:, corner]).float() * weights_N4[:, corner : corner + 1]
         for corner in range(4)

@@ -1,12 +1,12 @@
-"""``vision`` of SmolVLM2: image tiles to visual tokens, by a SigLIP tower whose neighbouring patches are joined.
+"""``vision`` of SmolVLM2: image tiles to visual tokens, by a SigLIP tower with pixel shuffle.
 
 | I/O tensor        | shape        | dtype   | filled or read by                                                     |
 |-------------------|--------------|---------|-----------------------------------------------------------------------|
-| in  pixel_values  | [B, 3, T, T] | float32 | runtime's image processing; B tiles, that of the whole image last     |
-| in  token_index   | [N]          | int32   | runtime: which row each visual token is; the first rows, then padding |
+| in  pixel_values  | [B, 3, T, T] | float32 | runtime's image processing; B tiles, the whole image's tile last      |
+| in  token_index   | [N]          | int32   | runtime: row of each visual token; the first rows, then padding       |
 | out visual_tokens | [N, D]       | model   | runtime: placed into the prefix graph's ``inputs_embeds``             |
 
-Rows are tile-major, tokens in raster order. Every tile is full, so the positions of its patches are constants.
+Rows are tile-major with tokens in raster order. Every tile is full, so the positions of its patches are constant.
 """
 
 from __future__ import annotations
@@ -36,12 +36,9 @@ class SmolVlmVision(nn.Module):
     """[P] int64."""
 
     def __init__(self, tower: nn.Module, connector: nn.Module, *, position_ids: Tensor) -> None:
-        """Take the parts of both that are needed.
+        """Take the used parts of transformers' SmolVLMVisionTransformer and SmolVLMConnector.
 
-        Args:
-            tower: transformers' SmolVLMVisionTransformer.
-            connector: Its SmolVLMConnector.
-            position_ids: [P], the position of each patch, from ``patch_positions``.
+        ``position_ids`` [P] has the position of each patch, from ``patch_positions``.
         """
         super().__init__()
         core: Any = tower
@@ -65,16 +62,16 @@ class SmolVlmVision(nn.Module):
         return rows.index_select(0, token_index)
 
     def linear_groups(self) -> tuple[LinearGroup, ...]:
-        """Return the linear layers of tower and connector, whose input is wider than the norm before it."""
+        """Return the linear layers of tower and connector; the connector's input is wider than the norm before it."""
         projection = LinearGroup(name="projector_1", layer=None, linears=(self.projection,), before=None)
         return (*encoder_groups(self.layers), projection)
 
 
 def patch_positions(patches_per_side: int) -> NDArray[np.int64]:
-    """Return the row of the position table that each patch of a full tile has: [P].
+    """Return the row of the position table for each patch of a full tile: [P].
 
-    They are 0, 1, 2, … for most sizes. transformers finds them by comparing fractions, whose rounding shifts some of them
-    where a tile has 25 patches along a side, for example. So transformers itself is asked, with a table of row numbers.
+    They are 0, 1, 2, … for most sizes. transformers compares fractions, and rounding shifts some rows, for example in tiles
+    with 25 patches per side. So transformers' own module is run, with a table of row numbers.
     """
     from transformers import SmolVLMVisionConfig
     from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
@@ -94,7 +91,7 @@ def patch_positions(patches_per_side: int) -> NDArray[np.int64]:
 
 @contextmanager
 def _float32_by_default() -> Iterator[None]:
-    """Let torch make float32 tensors, as it does where transformers' model runs, whatever type is exported."""
+    """Make float32 torch's default dtype, as when transformers' model runs, whatever type is exported."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

@@ -2,24 +2,20 @@
 
 | I/O tensor          | shape    | dtype   | filled or read by                                                        |
 |---------------------|----------|---------|--------------------------------------------------------------------------|
-| in  pixel_values    | [P, F]   | float32 | runtime's image processing; F numbers of each patch                      |
+| in  pixel_values    | [P, F]   | float32 | runtime's image processing; F numbers per patch                          |
 | in  patch_positions | [2, P]   | int32   | runtime: row and column of each patch                                    |
-| in  window_slots    | [W, Q]   | int32   | runtime: patch in each slot of each attention window, -1 where none is   |
+| in  window_slots    | [W, Q]   | int32   | runtime: patch in each slot of each attention window, -1 in empty slots  |
 | in  patch_slot      | [P]      | int32   | runtime: slot of each patch in the flattened windows                     |
-| in  num_patches     | [1]      | int32   | runtime: real patches; those from there on are padding                   |
+| in  num_patches     | [1]      | int32   | runtime: number of real patches; later ones are padding                  |
 | in  token_index     | [N]      | int32   | runtime: merged token of each visual token, or its row of the K kept ones |
 | out visual_tokens   | [N, D]   | model   | runtime: placed into the prefix graph's ``inputs_embeds``                |
 | out kept_tokens     | [K]      | int32   | runtime: raster indices, ascending, for positions and boxes; with        |
 |                     |          |         | encoder reduction only. An image of n <= K tokens keeps all: its first n |
 
 Most blocks attend inside windows: queries, keys and values are gathered into [W, Q] and the result is gathered back, so
-their cost grows with P * Q. A few attend over all P patches, some heads after the others: all heads' scores would be the
-largest memory of a process. All that depends on the image is in the index inputs.
-P is a multiple of the patches of a visual token; with encoder reduction it has room for K tokens.
-
-Padding patches must be finite: their values reach no real patch, but they are multiplied by weights that are zero.
-
-The sum of the blocks stays float32: see ``patches``.
+their cost grows with P * Q. The others attend over all P patches, in blocks of heads (see ``patches``). Only the index
+inputs depend on the image. P is a multiple of the patches per visual token; with encoder reduction it has room for K
+tokens. Padding patches must be finite: their values are multiplied by weights of zero and reach no real patch.
 
 Letters: P patches, M merged tokens (padded), K kept, W windows of Q slots.
 """
@@ -52,14 +48,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 INV_FREQ_NAME = "encoder.inv_freq"
-"""The graph's one constant; ``inverse_frequencies`` gives its values."""
+"""The graph's one constant, with the values of ``inverse_frequencies``."""
 MIN_KEEP = 2
 """One token for each half of the budget."""
 _TOKENS_PER_WINDOW_SIDE = 4
 
 
 class WindowedVision(nn.Module):
-    """Encoder, merger of neighbouring patches, and the gather that puts the visual tokens in order."""
+    """Encoder, merger of neighbouring patches, and the gather that orders the visual tokens."""
 
     def __init__(self, visual: nn.Module, *, inv_freq: Tensor, max_patches: int) -> None:
         """Take the parts of ``visual``.
@@ -91,24 +87,19 @@ class WindowedVision(nn.Module):
 class ReducedWindowedVision(nn.Module):
     """Encoder, merger, selection of K visual tokens, and merging of the others.
 
-    Half of the budget goes to windows: tokens are taken in descending attention received in the first block that sees
-    the whole image, but not more than an equal share from one window. The rest goes to the tokens that receive most in
-    the last block. Every dropped token is added to the kept one that is most like it after the merger, and each kept one
-    is divided by one plus the number of tokens that it received.
+    Half of the budget goes to the tokens that receive most attention in the first block that sees the whole image, but at
+    most an equal share to each window. The other half goes to those that receive most in the last block. Each dropped
+    token is added to the most similar kept one after the merger, and each kept one is divided by one plus the number of
+    tokens added to it.
 
     Source: the TRIO reference code's encoder stage for Qwen2.5-VL. Its budget is a fraction of the image's tokens; here
     it is a number, so that all later shapes are fixed.
     """
 
     def __init__(self, visual: nn.Module, *, inv_freq: Tensor, max_patches: int, num_keep: int) -> None:
-        """Take the parts of ``visual``.
+        """Take the parts of ``visual``, whose last block must see the whole image; see ``WindowedVision``.
 
-        Args:
-            visual: transformers' Qwen2_5_VisionTransformerPretrainedModel; its last block must be one that sees the
-                whole image.
-            inv_freq: [E/4] ``inverse_frequencies``; without values under FakeTensorMode.
-            max_patches: Largest P of any image.
-            num_keep: K, see ``check_windowed_keep``.
+        ``num_keep`` is K, checked by ``check_windowed_keep``.
         """
         super().__init__()
         core: Any = visual
@@ -129,7 +120,7 @@ class ReducedWindowedVision(nn.Module):
         num_patches: Tensor,
         token_index: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return the visual tokens [N, D] and the kept ones' raster indices [K]."""
+        """Return the visual tokens [N, D], and the raster indices [K] of the kept ones."""
         hidden_PD, received = self.encoder(
             pixel_values, patch_positions, window_slots, patch_slot, num_patches
         )
@@ -149,22 +140,21 @@ class ReducedWindowedVision(nn.Module):
 
 
 def check_windowed_keep(num_keep: int, *, max_visual: int, vision_config: Any) -> None:
-    """Raise ScheduleError unless this encoder can keep ``num_keep`` of at most ``max_visual`` tokens."""
+    """Raise ScheduleError unless the encoder can keep ``num_keep`` of at most ``max_visual`` tokens."""
     if not MIN_KEEP <= num_keep < max_visual or num_keep > MAX_TOPK:
         raise ScheduleError(
-            f"--encoder-keep: expected {MIN_KEEP} to {min(MAX_TOPK, max_visual - 1)} (below the image's"
-            f" {max_visual} visual tokens, and TensorRT's TopK), got {num_keep}; choose a number in this range"
+            f"--encoder-keep: expected {MIN_KEEP} to {min(MAX_TOPK, max_visual - 1)} (fewer than the image's {max_visual} visual"
+            f" tokens, and TensorRT's TopK limit), got {num_keep}; choose a number in this range"
         )
     if vision_config.depth - 1 not in vision_config.fullatt_block_indexes:
         raise ScheduleError(
             "--encoder-keep: expected a vision encoder whose last block sees the whole image, got"
-            f" fullatt_block_indexes {list(vision_config.fullatt_block_indexes)} of {vision_config.depth};"
-            " export without it"
+            f" fullatt_block_indexes {list(vision_config.fullatt_block_indexes)} of {vision_config.depth}; leave it out"
         )
 
 
 def inverse_frequencies(vision_config: Any) -> NDArray[np.float32]:
-    """Return [E/4] inverse frequencies of the rotary embedding, also under FakeTensorMode."""
+    """Return the inverse frequencies of the rotary embedding, [E/4], also under FakeTensorMode."""
     with unset_fake_temporarily():
         inv_freq, _ = Qwen2_5_VLVisionRotaryEmbedding.compute_axial_rope_parameters(vision_config)
         values: NDArray[np.float32] = inv_freq.to(torch.float32).numpy()
@@ -174,7 +164,7 @@ def inverse_frequencies(vision_config: Any) -> NDArray[np.float32]:
 def windowed_groups(visual: nn.Module) -> tuple[LinearGroup, ...]:
     """Return the linear layers of transformers' Qwen2_5_VisionTransformerPretrainedModel.
 
-    Four patches with one norm each are one input of the merger, so the norm has no element for each of its inputs.
+    The merger normalizes patches before it joins four of them, so its norm does not have one element per input.
     """
     core: Any = visual
     return (
@@ -198,13 +188,9 @@ class WindowedEncoder(nn.Module):
     def __init__(
         self, visual: nn.Module, *, inv_freq: Tensor, max_patches: int, observed_blocks: tuple[int, ...] = ()
     ) -> None:
-        """Take the parts of ``visual``.
+        """Take the parts of ``visual``; see ``WindowedVision``.
 
-        Args:
-            visual: transformers' Qwen2_5_VisionTransformerPretrainedModel.
-            inv_freq: [E/4] ``inverse_frequencies``.
-            max_patches: Largest P of a graph whose P is dynamic.
-            observed_blocks: Blocks with attention over the whole image whose received attention is returned.
+        The attention received in ``observed_blocks``, which see the whole image, is returned.
         """
         super().__init__()
         core: Any = visual
@@ -223,10 +209,7 @@ class WindowedEncoder(nn.Module):
         patch_slot: Tensor,
         num_patches: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the patches' hidden states [P, D] and, of each observed block, the attention that they received [P].
-
-        Both are float32.
-        """
+        """Return the patches' hidden states [P, D], and for each observed block the attention received [P]; float32."""
         hidden_PD = embedded(self.patch_embed, pixel_values).float()
         is_real_P = torch.arange(pixel_values.shape[0]) < num_patches
         whole = rows_at(self.inv_freq, patch_positions, is_real_P)
@@ -235,7 +218,7 @@ class WindowedEncoder(nn.Module):
         shape_WQ = window_slots.shape
         in_windows = torch.unflatten(patch_positions.index_select(1, patch_of_slot), 1, shape_WQ)
         windows = rows_at(self.inv_freq, in_windows, is_used_WQ)
-        # an axis that is traced as dynamic has no number
+        # a dynamic axis has no number while it is traced
         num_rows = pixel_values.shape[0] if isinstance(pixel_values.shape[0], int) else self.max_patches
         received = []
         block: Any
@@ -259,7 +242,7 @@ class WindowedEncoder(nn.Module):
 
 
 def merged_tokens(merger: nn.Module, hidden_PD: Tensor) -> Tensor:
-    """Return the visual tokens of all patches in their order, [P / patches of a token, D] in the weights' dtype."""
+    """Return the visual tokens in the patches' order, [M, D] in the weights' dtype."""
     parts: Any = merger
     normed_PD = parts.ln_q(hidden_PD).to(parts.mlp[0].weight.dtype)
     tokens: Tensor = parts.mlp(normed_PD.view(-1, parts.hidden_size))
@@ -278,11 +261,11 @@ def select_tokens(
     """Return the kept tokens in the image's raster order: [K] int64 indices into the M axis.
 
     Args:
-        local_M: Scores for the half of the budget that is shared among windows, float32 >= 0.
+        local_M: Scores for the half of the budget that windows share, float32 >= 0.
         global_M: Scores for the other half, float32 >= 0.
-        row_M: Row of each token, float32 whole numbers.
-        column_M: Column of each token, in the same way.
-        is_real_M: False for padding, which ranks after every real token.
+        row_M: Row of each token, integers as float32.
+        column_M: Column of each token, likewise.
+        is_real_M: False at padding, which ranks after every real token.
         num_keep: K <= M.
     """
     num_local = num_keep // 2
@@ -291,7 +274,7 @@ def select_tokens(
     column_window_M, num_column_windows = _windows(column_M, is_real_M)
     window_M = row_window_M * num_column_windows + column_window_M
     num_windows = num_row_windows * num_column_windows
-    # not a number over a tensor: torch makes that a product with the reciprocal, which can pass a whole number
+    # not a number divided by a tensor: torch multiplies by the reciprocal, which may exceed an integer
     share = torch.ceil(torch.full_like(num_windows, num_local) / num_windows)
     in_reach_M = is_real_M & (_rank_in_window(local_M, window_M, is_real_M) < share)
     local_M = torch.where(in_reach_M, local_M, is_real_M.to(torch.float32) - 2.0)
@@ -307,14 +290,14 @@ def select_tokens(
 
 
 def _windows(coordinate_M: Tensor, is_real_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each token's window along one axis and the number of windows; the last one takes the rest."""
+    """Return each token's window along one axis, and the number of windows; the last window takes the rest."""
     masked_M, extent = _masked(coordinate_M, is_real_M)
     num_windows = torch.floor(extent / _TOKENS_PER_WINDOW_SIDE).clamp_min(1.0)
     return torch.minimum(torch.floor(masked_M / _TOKENS_PER_WINDOW_SIDE), num_windows - 1.0), num_windows
 
 
 def _rank_in_window(scores_M: Tensor, window_M: Tensor, is_real_M: Tensor) -> Tensor:
-    """Return how many real tokens of its own window come before each token, by descending score, [M] float32."""
+    """Return each token's rank by descending score among the real tokens of its window, [M] float32."""
     index_M = torch.arange(scores_M.shape[0])
     is_before_MM = (scores_M[:, None] > scores_M) | (
         (scores_M[:, None] == scores_M) & (index_M[:, None] < index_M)
@@ -324,10 +307,7 @@ def _rank_in_window(scores_M: Tensor, window_M: Tensor, is_real_M: Tensor) -> Te
 
 
 def merge_into_kept(tokens_MD: Tensor, kept_K: Tensor, is_real_M: Tensor) -> Tensor:
-    """Return the kept tokens [K, D], each averaged with the dropped ones that are most like it (cosine).
-
-    Padding, where ``is_real_M`` is False, is merged into nothing.
-    """
+    """Return the kept tokens [K, D], each averaged with the dropped real ones that are most similar to it (cosine)."""
     values_MD = tokens_MD.float()
     unit_MD = values_MD / values_MD.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     nearest_M = torch.matmul(unit_MD, unit_MD.index_select(0, kept_K).transpose(0, 1)).argmax(dim=-1)
@@ -339,12 +319,12 @@ def merge_into_kept(tokens_MD: Tensor, kept_K: Tensor, is_real_M: Tensor) -> Ten
 
 
 def raster_index(row_M: Tensor, column_M: Tensor, is_real_M: Tensor) -> Tensor:
-    """Return each token's place in the image's raster order, [M] float32; padding comes after all real tokens."""
+    """Return each token's place in raster order, [M] float32; padding comes after all real tokens."""
     _, width = _masked(column_M, is_real_M)
     return torch.where(is_real_M, row_M * width + column_M, torch.arange(row_M.shape[0]).to(torch.float32))
 
 
 def _masked(coordinate_M: Tensor, is_real_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the coordinates with 0 for padding, and how many values real tokens have, 0-d."""
+    """Return the coordinates with 0 at padding, and the number of values among real tokens, 0-d."""
     masked_M = coordinate_M * is_real_M.to(torch.float32)
     return masked_M, masked_M.amax(dim=0) + 1.0

@@ -125,7 +125,7 @@ def test_everything_kept_has_no_stage() -> None:
 @pytest.mark.parametrize(
     ("method", "average", "sizes", "message"),
     [
-        ("sparsevlm", 0.02, {}, r"at least 3.3% for sparsevlm \(layers 0..0 of 32"),
+        ("sparsevlm", 0.02, {}, r"at least 3.3% for sparsevlm \(the first 1 of 32 layers"),
         ("fastv", 0.5, {"num_layers": 1}, "at least 100.0% for fastv"),
         ("dart", 0.9, {"num_visual": 9000}, "expected to keep <= 3839 tokens"),
     ],

@@ -1,25 +1,24 @@
-"""DART (arXiv 2502.11494): tokens that repeat a few pivots go; importance is not asked.
+"""DART (arXiv 2502.11494): drops tokens that are similar to a few pivots, whatever their importance.
 
-    pivots  = the 4 visual tokens and the 4 rows of the text after the last visual token whose key in layer l - 1 has the largest
-              L1 norm (after RoPE, all heads side by side)
-    for each pivot, visual ones in reading order and then those of the text:
-        take the t tokens of the pool that are least similar to it, by the cosine of final_norm(x_l); they leave the pool
+    pivots  = the 4 visual tokens, and the 4 text rows after the last visual token, whose key in layer l - 1 has the
+              largest L1 norm (after RoPE, all heads concatenated)
+    for each pivot, visual ones in reading order, then those of the text:
+        take from the pool the t tokens that are least similar to it, by the cosine of final_norm(x_l)
     kept    = visual pivots and all tokens taken, in reading order;   t = ceil((K - 4) / 8)
 
-One stage, in front of layer 2 (counted from 0); position ids are kept ("preserved").
+One stage, before layer 2 (counted from 0); position ids are kept ("preserved").
 
-Where we differ from the original, or fix what it leaves open:
-- Exactly K tokens are kept. 8 t is up to 7 more than K - 4, so a pivot takes min(t, what is still missing): the last
-  pivots take fewer.
+Differences from the original, and choices that it leaves open:
+- Exactly K tokens are kept. 8 t may exceed K - 4, so the last pivots take fewer.
 - The original visits pivots in the order of a Python set; here it is the order above.
-- With fewer than 4 text rows after the picture the pivots that there are share the work: t = ceil((K - 4) / (4 + rows)).
+- With fewer than 4 text rows after the image, t = ceil((K - 4) / (4 + rows)).
 - With K < 4 only the K visual tokens of the largest norm are kept.
-- Of equal norms or similarities the lower index comes first. Similarities come from a matrix product: where the
-  same tokens stand twice, its rounding may make their similarities differ in the last bit and decide instead.
-- Keys of grouped-query attention are not repeated: that multiplies every norm by the same number.
+- Of equal norms or similarities the lower index comes first. Equal tokens may get similarities that differ in the last
+  bit, because a matrix product rounds.
+- Keys of grouped-query attention are not repeated: that would only multiply all norms by one number.
 
-There is no score in this method. ``scores_N`` shows what happened: 1 for visual pivots, (1 - cosine)/2 with the pivot that
-took it for a token that was taken, 0 for the others.
+The method has no score. ``scores_N`` is 1 at visual pivots, (1 - cosine) / 2 at a token that a pivot took, with the
+cosine to that pivot, and 0 elsewhere.
 """
 
 from __future__ import annotations
@@ -60,16 +59,7 @@ class Dart(nn.Module):
     needs_prompt = False
 
     def __init__(self, layer: Any, final_norm: Any, *, num_keep: int) -> None:
-        """Hold the layer before the stage and the decoder's last norm.
-
-        Args:
-            layer: Decoder layer l - 1.
-            final_norm: The decoder's final RMS norm.
-            num_keep: K.
-
-        Raises:
-            ScheduleError: If K is below 1.
-        """
+        """Hold decoder layer l - 1 and the decoder's final norm; raise ScheduleError if K is below 1."""
         super().__init__()
         check_num_keep(num_keep)
         self.layer = layer
@@ -79,15 +69,11 @@ class Dart(nn.Module):
 
     @classmethod
     def for_stage(cls, parts: StageParts) -> Dart:
-        """Return the selector of a stage, with the keys of the layer before."""
+        """Return the selector of a stage, which reads the keys of layer l - 1."""
         return cls(parts.previous_layer, parts.final_norm, num_keep=parts.num_keep)
 
     def forward(self, inputs: StageInputs) -> Selection:
-        """Return the pivots and the tokens least similar to them.
-
-        Raises:
-            ScheduleError: If there are fewer than K visual rows.
-        """
+        """Return the visual pivots and the tokens least similar to all pivots; raise ScheduleError if N < K."""
         check_num_keep(self.num_keep, inputs.visual_rows_N.shape[0])
         visual_N, real_N, text = visual_rows(inputs), real_tokens(inputs), text_after(inputs)
         norm_S = self._key_norms(inputs)
@@ -122,16 +108,14 @@ class Dart(nn.Module):
     def _take(
         self, cosine_PN: Tensor, pool_N: Tensor, num_text: Tensor
     ) -> tuple[Bool[Tensor, "N"], Float[Tensor, "N"]]:
-        """Return which tokens the pivots take, and their distance from the pivot that did."""
+        """Return whether a pivot takes each token, and the token's distance from that pivot."""
         missing = self.num_keep - self.num_visual_pivots
         if not missing:
             return torch.zeros_like(pool_N), torch.zeros_like(cosine_PN[0])
         shares = [-(-missing // (self.num_visual_pivots + rows)) for rows in range(NUM_PIVOTS + 1)]
         num_text_pivots = num_text.clamp(max=NUM_PIVOTS)
         share_1 = torch.zeros(1)
-        for rows, share in enumerate(
-            shares
-        ):  # a table would be a constant, which has no values while a graph is traced
+        for rows, share in enumerate(shares):  # not a table: constants have no values while a graph is traced
             share_1 = torch.where(num_text_pivots == rows, float(share), share_1)
         left_1 = torch.full((1,), float(missing))
         taken_N, distance_N = torch.zeros_like(pool_N), torch.zeros_like(cosine_PN[0])
@@ -147,9 +131,9 @@ class Dart(nn.Module):
 
 
 def _text_pivots(norm_S: Tensor, text: TextRows) -> Int[Tensor, "4"]:
-    """Return the rows of the largest norm in order; where there are fewer, the rest is any row."""
+    """Return the text rows of the largest norm, ascending; if there are fewer than 4, the last row fills up."""
     chosen_T = text.real_T & (ranks(norm_S.index_select(0, text.rows_T), text.real_T) < NUM_PIVOTS)
     last_row = norm_S.shape[0] - 1
     rows_T = torch.where(chosen_T, text.rows_T, last_row).to(torch.float32)
-    rows_T = torch.cat([rows_T, torch.ones(NUM_PIVOTS) * last_row])  # TopK wants at least 4
+    rows_T = torch.cat([rows_T, torch.ones(NUM_PIVOTS) * last_row])  # TopK needs at least 4
     return torch.topk(rows_T, NUM_PIVOTS, largest=False, sorted=True).values.to(torch.int64)

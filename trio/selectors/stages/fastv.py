@@ -1,14 +1,14 @@
-"""FastV (arXiv 2403.06764): the visual tokens that the last row of the prompt looked at most, one layer before.
+"""FastV (arXiv 2403.06764): keeps the visual tokens with the most attention of the last prompt row in layer l - 1.
 
     score_i = mean over heads of softmax(q_last · k / √E)_i        in layer l - 1, which has just run
     kept    = the K largest, in reading order
 
-One stage, in front of layer 2 (counted from 0); position ids are kept ("preserved").
+One stage, before layer 2 (counted from 0); position ids are kept ("preserved").
 
-Where we differ from the original. The row is computed again from what entered layer l - 1, so that the layer itself may
-run with any attention kernel; the numbers are the same. Of equal scores the lower index comes first (there: TopK's
-choice). K is a number of the graph instead of round((1 - R) N) of each picture. Selection runs once, in the prefill, like
-the original's variant with a KV cache.
+Differences from the original: the row is computed again from the input of layer l - 1, so that the layer may run with any
+attention kernel; the numbers are the same. Of equal scores the lower index comes first (there: TopK's choice). K is fixed
+instead of round((1 - R) N) of each image. Selection runs once, in the prefill, as in the original's variant with a KV
+cache.
 """
 
 from __future__ import annotations
@@ -17,14 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from trio_edge.trio.selectors.interface import (
-    Selection,
-    StageInputs,
-    StageParts,
-    best_tokens,
-    check_num_keep,
-)
-from trio_edge.trio.selectors.stages.row_attention import RowAttention, settled
+from trio_edge.trio.selectors.interface import Selection, StageInputs, StageParts, check_num_keep
+from trio_edge.trio.selectors.stages.row_attention import RowAttention
 
 
 class FastV(nn.Module):
@@ -34,16 +28,7 @@ class FastV(nn.Module):
     needs_prompt = False
 
     def __init__(self, layer: Any, *, num_keep: int, image_share: int | None = None) -> None:
-        """Hold the layer before the stage.
-
-        Args:
-            layer: Decoder layer l - 1.
-            num_keep: K.
-            image_share: Tokens that each image keeps at least; None where all images share one budget.
-
-        Raises:
-            ScheduleError: If K is below 1.
-        """
+        """Hold decoder layer l - 1; raise ScheduleError if K is below 1. ``image_share`` is that of ``StageParts``."""
         super().__init__()
         check_num_keep(num_keep)
         self.attention = RowAttention(layer)
@@ -52,23 +37,12 @@ class FastV(nn.Module):
 
     @classmethod
     def for_stage(cls, parts: StageParts) -> FastV:
-        """Return the selector of a stage, with the attention of the layer before."""
+        """Return the selector of a stage, which reads the attention of layer l - 1."""
         return cls(parts.previous_layer, num_keep=parts.num_keep, image_share=parts.image_share)
 
     def forward(self, inputs: StageInputs) -> Selection:
-        """Return the tokens that the last real row attended to most in layer l - 1.
-
-        Raises:
-            ScheduleError: If there are fewer than K visual rows.
-        """
+        """Return the tokens with the most attention of the last real row in layer l - 1; raise ScheduleError if N < K."""
         assert inputs.previous_SD is not None, "needs_previous"
-        check_num_keep(self.num_keep, inputs.visual_rows_N.shape[0])
-        scores_N = self.attention.last_row(inputs.previous_SD, inputs)
-        kept_K = best_tokens(
-            scores_N,
-            inputs.num_visual,
-            num_keep=self.num_keep,
-            image_N=inputs.image_N,
-            image_share=self.image_share,
+        return self.attention.most_attended(
+            inputs.previous_SD, inputs, num_keep=self.num_keep, image_share=self.image_share
         )
-        return Selection(kept_K, scores_N, settled(inputs))

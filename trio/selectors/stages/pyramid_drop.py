@@ -1,14 +1,14 @@
-"""PyramidDrop (arXiv 2410.17247): the visual tokens that the last instruction token is about to look at most.
+"""PyramidDrop (arXiv 2410.17247): keeps the visual tokens with the most attention of the last prompt row in layer l.
 
     score_i = mean over heads of softmax(q_last · k / √E)_i        in layer l, the next one, with the current positions
     kept    = the K largest, in reading order
 
-Stages in front of layers 8, 16 and 24 of 32, each keeping λ of the tokens before it, λ = 0.5; position ids are numbered
-again after each ("compact").
+Stages come before layers 8, 16 and 24 of 32; each keeps λ = 0.5 of its tokens. Position ids are renumbered after each
+("compact").
 
-Where we differ from the original. The last instruction token is the last real row of the prompt, which is what the
-original's index comes to when the prompt ends there. Of equal scores the lower index comes first. K is a number of the
-graph instead of a share of each picture's tokens.
+Differences from the original: the last instruction token is the last real row of the prompt, which the original's index
+also gives if the prompt ends there. Of equal scores the lower index comes first. K is fixed instead of a share of each
+image's tokens.
 """
 
 from __future__ import annotations
@@ -17,14 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from trio_edge.trio.selectors.interface import (
-    Selection,
-    StageInputs,
-    StageParts,
-    best_tokens,
-    check_num_keep,
-)
-from trio_edge.trio.selectors.stages.row_attention import RowAttention, settled
+from trio_edge.trio.selectors.interface import Selection, StageInputs, StageParts, check_num_keep
+from trio_edge.trio.selectors.stages.row_attention import RowAttention
 
 
 class PyramidDrop(nn.Module):
@@ -34,16 +28,7 @@ class PyramidDrop(nn.Module):
     needs_prompt = False
 
     def __init__(self, layer: Any, *, num_keep: int, image_share: int | None = None) -> None:
-        """Hold the layer after the stage.
-
-        Args:
-            layer: Decoder layer l.
-            num_keep: K.
-            image_share: Tokens that each image keeps at least; None where all images share one budget.
-
-        Raises:
-            ScheduleError: If K is below 1.
-        """
+        """Hold decoder layer l; raise ScheduleError if K is below 1. ``image_share`` is that of ``StageParts``."""
         super().__init__()
         check_num_keep(num_keep)
         self.attention = RowAttention(layer)
@@ -52,22 +37,11 @@ class PyramidDrop(nn.Module):
 
     @classmethod
     def for_stage(cls, parts: StageParts) -> PyramidDrop:
-        """Return the selector of a stage, with the attention of the next layer."""
+        """Return the selector of a stage, which reads the attention of layer l."""
         return cls(parts.layer, num_keep=parts.num_keep, image_share=parts.image_share)
 
     def forward(self, inputs: StageInputs) -> Selection:
-        """Return the tokens that the last real row attends to most in layer l.
-
-        Raises:
-            ScheduleError: If there are fewer than K visual rows.
-        """
-        check_num_keep(self.num_keep, inputs.visual_rows_N.shape[0])
-        scores_N = self.attention.last_row(inputs.hidden_SD, inputs)
-        kept_K = best_tokens(
-            scores_N,
-            inputs.num_visual,
-            num_keep=self.num_keep,
-            image_N=inputs.image_N,
-            image_share=self.image_share,
+        """Return the tokens with the most attention of the last real row in layer l; raise ScheduleError if N < K."""
+        return self.attention.most_attended(
+            inputs.hidden_SD, inputs, num_keep=self.num_keep, image_share=self.image_share
         )
-        return Selection(kept_K, scores_N, settled(inputs))

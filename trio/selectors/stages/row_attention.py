@@ -1,13 +1,12 @@
-"""Attention of a few rows over all rows of one Hugging Face decoder layer, and what selectors read from it.
+"""Attention of a few rows over all rows of one Hugging Face decoder layer, and helpers of the selectors that read it.
 
     h = w ⊙ x / rms(x)                          input norm
     q = RoPE(W_q h + bias) of the given rows,   k = RoPE(W_k h + bias) of all rows      with Qwen3's norm of heads before RoPE
     a = softmax(q · k / √E)                     over the real rows that a row may see, per head
 
-Nothing else of the layer runs: no values, no output projection, no MLP, and no map of all rows against all rows. Weights
-are used as they are, in their own type; everything between the products is float32, or float64 in a float64 model.
-The queries' rows are gathered before their product, so that TensorRT does not fuse both products into one with a second
-copy of both weights.
+Nothing else of the layer runs: no values, no output projection, no MLP, and no attention between all rows. Weights are
+used in their own type; everything between the products is float32, or float64 in a float64 model. The query rows are
+gathered before their product, so that TensorRT does not fuse both products into one with a second copy of both weights.
 
 Letters: S rows, R query rows, N visual tokens (padded), D hidden size, H query heads, G key/value heads, E head size, T
 text rows.
@@ -23,11 +22,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trio_edge.trio.saliency import head_normed, key_norm, sliding_window
-from trio_edge.trio.selectors.interface import StageInputs  # noqa: TC001 -- the tests' shape checks read annotations
+from trio_edge.trio.selectors.interface import Selection, StageInputs, best_tokens, check_num_keep
 
 
 class RowAttention(nn.Module):
-    """Attention probabilities of given rows in ``layer``; holds Hugging Face's own module."""
+    """Attention probabilities of given rows in one layer; holds Hugging Face's own module."""
 
     layer: Any
 
@@ -47,14 +46,14 @@ class RowAttention(nn.Module):
         """Return the attention of each row, per head.
 
         Args:
-            hidden_SD: Hidden states that enter the layer, right-padded. Padding is not read.
+            hidden_SD: Hidden states that enter the layer, right-padded; padding is not read.
             cos_SE: Rotary table, already merged for M-RoPE.
-            sin_SE: Rotary table, already merged for M-RoPE.
-            rows_R: Rows to look from, in [0, S). R may be symbolic.
-            length: Real rows; 0-d or [1].
+            sin_SE: Likewise.
+            rows_R: Query rows, in [0, S). R may be symbolic.
+            length: Number of real rows, 0-d or [1].
 
         Returns:
-            Probabilities, float32 (float64 in a float64 model); 0 where a row does not look.
+            Probabilities, float32 (float64 in a float64 model); 0 at rows that a query may not see.
         """
         attention: Any = self.layer.self_attn
         size = int(attention.head_dim)
@@ -66,18 +65,29 @@ class RowAttention(nn.Module):
         query_RHE = head_normed(query_RHE, getattr(attention, "q_norm", None))
         query_RHE = _rotate(query_RHE, cos_SE.index_select(0, rows_R), sin_SE.index_select(0, rows_R))
         G, H = key_SGE.shape[1], query_RHE.shape[1]
-        query_GME = query_RHE.transpose(0, 1).reshape(G, -1, size)  # heads of a group and rows side by side
+        query_GME = query_RHE.transpose(0, 1).reshape(G, -1, size)  # M: heads of a group, then rows
         scores_GMS = torch.matmul(query_GME, key_SGE.permute(1, 2, 0)) / math.sqrt(size)
         visible_MS = self._visible(rows_R, hidden_SD.shape[0], length).repeat(H // G, 1)
         scores_GMS = torch.where(visible_MS[None], scores_GMS, torch.finfo(scores_GMS.dtype).min)
         probability_GMS = torch.softmax(scores_GMS, dim=-1)
         return probability_GMS.reshape(H, -1, hidden_SD.shape[0]).transpose(0, 1)
 
-    def last_row(self, hidden_SD: Tensor, inputs: StageInputs) -> Float[Tensor, "N"]:
-        """Return the last real row's attention to each visual token, mean over heads; -1 at padding."""
+    def most_attended(
+        self, hidden_SD: Tensor, inputs: StageInputs, *, num_keep: int, image_share: int | None
+    ) -> Selection:
+        """Return the ``num_keep`` tokens with the most attention of the last real row, mean over heads.
+
+        Raises:
+            ScheduleError: If N < K.
+        """
+        check_num_keep(num_keep, inputs.visual_rows_N.shape[0])
         last_1 = inputs.length.to(torch.int64).reshape(1) - 1
         attention_RHS = self(hidden_SD, inputs.cos_SE, inputs.sin_SE, last_1, inputs.length)
-        return at_visual_tokens(attention_RHS.mean(1)[0], inputs)
+        scores_N = at_visual_tokens(attention_RHS.mean(1)[0], inputs)
+        kept_K = best_tokens(
+            scores_N, inputs.num_visual, num_keep=num_keep, image_N=inputs.image_N, image_share=image_share
+        )
+        return Selection(kept_K, scores_N, settled(inputs))
 
     def _visible(self, rows_R: Tensor, num_rows: Any, length: Tensor) -> Tensor:
         index_S = torch.arange(num_rows, device=rows_R.device)
@@ -89,7 +99,7 @@ class RowAttention(nn.Module):
 
 
 class TextRows(NamedTuple):
-    """The text after the images; T = S - N, the text's room, bounds it."""
+    """The text after the images, padded to T = S - N rows."""
 
     rows_T: Tensor
     """[T] int64, within [0, S)."""
@@ -100,10 +110,9 @@ class TextRows(NamedTuple):
 
 
 def text_after(inputs: StageInputs) -> TextRows:
-    """Return the rows of the text after the last visual token.
+    """Return the rows of the text after the last visual token of the prompt, or of this stage if there is no ``prompt``.
 
-    It is the last one of the prompt, where the selector has it. Earlier stages may have dropped all tokens of the last run,
-    and then the text before that run stands after the last token that is left.
+    The two differ if earlier stages have dropped all tokens of the last image.
     """
     num_rows = inputs.hidden_SD.shape[0]
     num_visual, length = (value.to(torch.int64).reshape(1) for value in (inputs.num_visual, inputs.length))
@@ -121,12 +130,12 @@ def text_after(inputs: StageInputs) -> TextRows:
 
 
 def visual_rows(inputs: StageInputs) -> Int[Tensor, "N"]:
-    """Return the visual tokens' rows as int64, those of padding within the sequence."""
+    """Return the visual tokens' rows as int64; those of padding are within the sequence."""
     return inputs.visual_rows_N.to(torch.int64).clamp(max=inputs.hidden_SD.shape[0] - 1)
 
 
 def real_tokens(inputs: StageInputs) -> Tensor:
-    """Return which of the N visual tokens are real, bool [N]."""
+    """Return whether each of the N visual tokens is real, bool [N]."""
     index_N = torch.arange(inputs.visual_rows_N.shape[0], device=inputs.visual_rows_N.device)
     return index_N < inputs.num_visual.reshape(1)
 
@@ -137,19 +146,19 @@ def at_visual_tokens(scores_S: Tensor, inputs: StageInputs) -> Float[Tensor, "N"
 
 
 def settled(inputs: StageInputs) -> Int[Tensor, "1"]:
-    """Return 0: nothing here takes rounds. Computed, because a graph's output should not be a constant."""
+    """Return 0, as there are no rounds; computed, because a graph's output should not be a constant."""
     return inputs.num_visual.reshape(1).to(torch.int32) * 0
 
 
 def real_rows(hidden_SD: Float[Tensor, "S D"], length: Int[Tensor, "*one"]) -> Float[Tensor, "S D"]:
-    """Return hidden states in at least float32, with 0 at padding, whatever was there."""
+    """Return hidden states in at least float32, with 0 at padding."""
     index_S = torch.arange(hidden_SD.shape[0], device=hidden_SD.device)
     hidden_SD = hidden_SD.to(torch.promote_types(hidden_SD.dtype, torch.float32))
     return torch.where((index_S < length.reshape(1))[:, None], hidden_SD, 0.0)
 
 
 def rms_norm(rows_SD: Float[Tensor, "*rows D"], norm: Any) -> Float[Tensor, "*rows D"]:
-    """Return an RMS norm of float32 or float64 rows, in that type."""
+    """Return the RMS norm of float32 or float64 rows, in their type."""
     mean_square_S1 = (rows_SD * rows_SD).mean(-1, keepdim=True)
     weight_D: Tensor = norm.weight.to(rows_SD.dtype)
     return rows_SD * torch.rsqrt(mean_square_S1 + norm.variance_epsilon) * weight_D
@@ -158,15 +167,12 @@ def rms_norm(rows_SD: Float[Tensor, "*rows D"], norm: Any) -> Float[Tensor, "*ro
 def normed_rows(
     layer: Any, hidden_SD: Float[Tensor, "S D"], length: Int[Tensor, "*one"]
 ) -> Float[Tensor, "S D"]:
-    """Return what enters the attention of ``layer``, in at least float32; 0 at padding."""
+    """Return the input of the attention of ``layer``, in at least float32; 0 at padding."""
     return rms_norm(real_rows(hidden_SD, length), layer.input_layernorm)
 
 
 def rotated_keys(
-    layer: Any,
-    normed_SD: Float[Tensor, "S D"],
-    cos_SE: Float[Tensor, "S E"],
-    sin_SE: Float[Tensor, "S E"],
+    layer: Any, normed_SD: Float[Tensor, "S D"], cos_SE: Float[Tensor, "S E"], sin_SE: Float[Tensor, "S E"]
 ) -> Float[Tensor, "S G E"]:
     """Return the keys of all rows, rotated."""
     attention: Any = layer.self_attn
@@ -175,7 +181,7 @@ def rotated_keys(
 
 
 def _projected(linear: Any, rows_RD: Tensor, head_size: int) -> Tensor:
-    """Apply a linear layer in its own type, and split its result into heads; the type is that of the rows."""
+    """Return a linear layer's result, computed in its own type, split into heads and cast to the type of the rows."""
     rows: Tensor = linear(rows_RD.to(linear.weight.dtype)).to(rows_RD.dtype)
     return rows.reshape(-1, linear.weight.shape[0] // head_size, head_size)
 

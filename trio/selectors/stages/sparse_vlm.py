@@ -1,38 +1,36 @@
-"""SparseVLM (arXiv 2410.04417, the ICML version): tokens that the question's telling words look at; others are merged.
+"""SparseVLM (arXiv 2410.04417, ICML version): keeps tokens that the question's relevant words attend to, merges others.
 
-    raters  : once, from the embeddings that enter layer 0, V visual and T of the text after the picture:
+    raters  : once, from the embeddings that enter layer 0, V of visual tokens and T of the text after the image:
               p = mean over visual tokens of softmax over text of V Tᵀ;  raters = text tokens with p above the mean
     score_i = mean over raters and heads of the attention to visual token i in layer l - 1, which has just run
-    kept    = the k tokens of the largest score, each as it is
-    merged  = of the r = N - k others the int(0.3 r) + 1 of the largest score, n, in int(n / 10) + 1 clusters; each cluster
-              goes on as the plain mean of its tokens, behind the kept ones
+    kept    = the k tokens of the largest score, unchanged
+    merged  = of the r = N - k others, the n = int(0.3 r) + 1 of the largest score, in int(n / 10) + 1 clusters; the plain
+              mean of each cluster comes after the kept tokens
 
-Clusters are density peaks of x_l, with c = number of clusters and dist = ‖x - y‖ / √D:
+Clusters are density peaks of x_l, with c clusters and dist = ‖x - y‖ / √D:
 
-    density = exp(-mean of dist² to the c nearest tokens, itself among them)
-    centres = the c tokens with the largest density × distance to the nearest denser token (or the largest distance that
-              there is, for the densest); every other token belongs to its nearest centre
+    density = exp(-mean of dist² to the c nearest tokens, itself included)
+    centres = the c tokens with the largest density × distance to the nearest denser token (for the densest: × the largest
+              distance of all); every other token belongs to its nearest centre
 
-Three stages, in front of layers 3, 7 and 16 of 32: layers 2, 6 and 15 score, and run with all tokens before it. Position
-ids are numbered again ("compact").
+Three stages, before layers 3, 7 and 16 of 32: layers 2, 6 and 15 score, with all tokens of their stage. Position ids are
+renumbered ("compact").
 
-K rows and how they split. The published tables fix k, 66, 30 and 17 for example, and 82, 32 and 18 rows go on. Here K
-counts the rows that go on. With f(r) = int((int(0.3 r) + 1) / 10) + 1 clusters, k + f(r) = K and r = V - k give r - f(r) =
-V - K for V real visual tokens; the smallest solution is r = int((100 (V - K) + 10) / 97) + 1, so f(r) = r - (V - K). It
-returns every entry of the published tables. V is the picture's own count: with K fixed, fewer tokens than N make fewer
-clusters.
+The split of the K rows: the published tables fix k (for example 66, 30 and 17, which give 82, 32 and 18 rows); here K is
+the number of rows. With f(r) = int((int(0.3 r) + 1) / 10) + 1 clusters and V real visual tokens, k + f(r) = K and
+r = V - k give r - f(r) = V - K. The smallest solution is r = int((100 (V - K) + 10) / 97) + 1, so f(r) = r - (V - K). It
+reproduces the published tables. V is the image's own count: fewer tokens than N make fewer clusters.
 
-Where we differ from the original:
-- At most K // 2 rows are merged ones, which no published budget reaches; K = 1 is plain top-k.
-- No random noise in the densities. Of equal scores, densities or distances the lower index comes first, and of two equally
-  dense tokens the lower one counts as denser.
+Differences from the original:
+- At most K // 2 rows are merged, which no published budget reaches; K = 1 is plain top-k.
+- No random noise in the densities. Of equal scores, densities or distances the lower index comes first.
 - Densities are compared as logarithms, so they do not vanish; distances below float32's rounding error are 0.
-- Merged rows are in order of their centres.
-- A rater's probability must be above the mean by 1e-4 of it, so that rounding decides nothing. Where no text token is
-  above it (one text token, or all alike) all of them are raters. Without text after the picture every score is 0.
+- Merged rows are in the order of their centres.
+- A rater's probability must exceed the mean by 1e-4 of it, so that rounding decides nothing. If no text token does (one
+  token, or all alike), all are raters. Without text after the image all scores are 0.
 - Products of embeddings are float32, whatever the model's type.
-- The text ends where the prompt does, at any length; the original assumes the length of its own prompt.
-- Version 2 (14 heads, no merging, attention divided by that of equal rows) is not here.
+- The text ends with the prompt; the original assumes the length of its own prompt.
+- Version 2 (14 heads, no merging, attention divided by that of equal rows) is not implemented.
 """
 
 from __future__ import annotations
@@ -76,15 +74,9 @@ class SparseVlm(nn.Module):
     needs_prompt = True
 
     def __init__(self, layer: Any, *, num_keep: int, recycle: bool = True) -> None:
-        """Hold the layer before the stage.
+        """Hold decoder layer l - 1; raise ScheduleError if K is below 1.
 
-        Args:
-            layer: Decoder layer l - 1.
-            num_keep: K, rows that go on, merged ones among them.
-            recycle: Whether there are merged rows; if not, the K best tokens go on.
-
-        Raises:
-            ScheduleError: If K is below 1.
+        K counts merged rows, too. Without ``recycle`` there are none, and the K best tokens are kept.
         """
         super().__init__()
         check_num_keep(num_keep)
@@ -94,14 +86,14 @@ class SparseVlm(nn.Module):
 
     @classmethod
     def for_stage(cls, parts: StageParts) -> SparseVlm:
-        """Return the selector of a stage, which scores with the layer before."""
+        """Return the selector of a stage, which scores with layer l - 1."""
         return cls(parts.previous_layer, num_keep=parts.num_keep)
 
     def forward(self, inputs: StageInputs) -> Selection:
-        """Return the tokens that the raters attended to most in layer l - 1, and clusters of some others.
+        """Return the tokens that the raters attend to most in layer l - 1, and clusters of some others.
 
         Raises:
-            ScheduleError: If there are fewer than K visual rows.
+            ScheduleError: If N < K.
         """
         N = inputs.visual_rows_N.shape[0]
         check_num_keep(self.num_keep, N)
@@ -151,17 +143,15 @@ class SparseVlm(nn.Module):
 
 
 class _Split(NamedTuple):
-    """Numbers of real tokens by what becomes of them; whole numbers, float32 [1]."""
+    """Numbers of kept tokens, clusters and clustered tokens; integers as float32 [1]."""
 
     num_kept: Tensor
     num_merged: Tensor
-    """Clusters."""
     num_pooled: Tensor
-    """Tokens that are in a cluster."""
 
 
 def _split(num_visual: Float[Tensor, "1"], num_keep: int) -> _Split:
-    """Return ``split_of`` in the graph. The extra half keeps divisions away from whole numbers."""
+    """Return ``split_of``, computed in the graph; the added half keeps quotients away from integers."""
     excess = num_visual - num_keep
     merged = torch.floor((100.0 * excess + 10.5) / 97.0) + 1.0 - excess
     merged = torch.where(excess > 0, merged.clamp(max=float(num_keep // 2)), 0.0)
@@ -171,7 +161,7 @@ def _split(num_visual: Float[Tensor, "1"], num_keep: int) -> _Split:
 
 
 def rater_weights(inputs: StageInputs) -> Float[Tensor, "T"]:
-    """Return 1 / number of raters at each rater of the text after the picture, 0 elsewhere; float32."""
+    """Return 1 / number of raters at each rater among the text after the image, 0 elsewhere; float32."""
     assert inputs.prompt is not None, "needs_prompt"
     embeds_FD = real_rows(inputs.prompt.embeds_FD, inputs.prompt.length)
     text = text_after(inputs)
@@ -192,13 +182,10 @@ def rater_weights(inputs: StageInputs) -> Float[Tensor, "T"]:
 def density_peaks(
     points_PD: Float[Tensor, "P D"], real_P: Tensor, num_clusters: Float[Tensor, "1"], *, max_clusters: int
 ) -> tuple[Tensor, Tensor]:
-    """Return which points are centres, bool [P], and the centre of each point, int64 [P].
+    """Return whether each point is a centre, bool [P], and each point's centre, int64 [P].
 
-    Args:
-        points_PD: float32 or float64.
-        real_P: Points to cluster; the others are padding, whose results mean nothing.
-        num_clusters: At most the number of real points and ``max_clusters``.
-        max_clusters: At most P.
+    Results are undefined where ``real_P`` is False. ``num_clusters`` is at most the number of real points and
+    ``max_clusters``, which is at most P.
     """
     index_P = torch.arange(points_PD.shape[0], device=points_PD.device)
     real_PP = real_P[:, None] & real_P[None, :]

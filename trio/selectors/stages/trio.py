@@ -1,8 +1,8 @@
 """TRIO (arXiv 2602.04657): gradient saliency of a layer-local proxy loss, then feature-space NMS.
 
-Scores are ‖∂loss/∂x_i‖₂ of the next layer with the model's own head (``saliency``); features of the NMS are the hidden
-states that enter that layer (``nms``). Defaults: 4 probe rows, τ = 0.8. Where we differ from the paper's code:
-docs/how-it-works.md.
+Scores are ‖∂loss/∂x_i‖₂ of the next layer with the model's own head (``saliency``). The NMS compares the hidden states
+that enter that layer (``nms``). Defaults: 4 probe rows, τ = 0.8. docs/how-it-works.md lists the differences from the
+paper's code.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Trio(nn.Module):
         return cls(saliency, nms)
 
     def forward(self, inputs: StageInputs) -> Selection:
-        """Return the most salient tokens that are unlike each other."""
+        """Return the most salient tokens that are not similar to each other."""
         scores_N = self._scores(inputs)
         features_ND = inputs.hidden_SD.index_select(0, inputs.visual_rows_N)
         kept_K, unsettled = self.nms(features_ND, scores_N, inputs.num_visual, inputs.image_N)

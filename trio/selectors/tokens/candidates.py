@@ -1,6 +1,6 @@
-"""The tokens that a selector in front of the decoder may choose, and rows that can be compared.
+"""Helpers of the selectors before the decoder: candidate tokens, and rows made ready for comparison.
 
-Padding may hold anything, NaN included, so it is replaced before any arithmetic. Work is done in float32, in float64 for
+Padding may hold anything, even NaN, so it is replaced before any arithmetic. The working type is float32, or float64 for
 float64 inputs.
 """
 
@@ -20,7 +20,7 @@ from trio_edge.trio.selectors.interface import (
 
 
 def real_tokens(inputs: TokenInputs, *, num_keep: int) -> Bool[Tensor, "N"]:
-    """Return which tokens are no padding.
+    """Return whether each token is real, that is, no padding.
 
     Raises:
         ScheduleError: If there are fewer rows than ``num_keep``.
@@ -30,34 +30,30 @@ def real_tokens(inputs: TokenInputs, *, num_keep: int) -> Bool[Tensor, "N"]:
     return torch.arange(N, device=inputs.tokens_ND.device) < inputs.num_visual.reshape(1)
 
 
-def picture_tokens(inputs: TokenInputs, *, num_keep: int) -> Bool[Tensor, "N"]:
-    """Return which tokens show a part of the picture: neither padding nor newlines."""
+def shown_tokens(inputs: TokenInputs, *, num_keep: int) -> Bool[Tensor, "N"]:
+    """Return whether each token shows a part of the image: neither padding nor newlines."""
     real_N = real_tokens(inputs, num_keep=num_keep)
     return real_N if inputs.is_newline_N is None else real_N & ~inputs.is_newline_N.to(torch.bool)
 
 
 def given(value: Tensor | None, name: str) -> Tensor:
-    """Return ``value``, which a selector that asks for it always gets."""
+    """Return ``value``; the caller always fills the inputs that a selector needs."""
     if value is None:
-        raise AssertionError(f"{name}: missing, though the selector asks for it")
+        raise AssertionError(f"{name}: expected a tensor, as the selector needs it, got none")
     return value
 
 
-def working_dtype(tensor: Tensor) -> torch.dtype:
-    """Return float64 for float64, else float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def masked(values: Tensor, usable: Tensor, *, fill: float = 0.0) -> Tensor:
-    """Return ``values`` in the working type, with ``fill`` where ``usable`` (leading axis) is false."""
+    """Return ``values`` in the working type, with ``fill`` where ``usable`` (the leading axis) is False."""
     usable = usable.reshape(-1, *[1] * (values.ndim - 1))
-    return torch.where(usable, values.to(working_dtype(values)), fill)
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    return torch.where(usable, values.to(dtype), fill)
 
 
 def unit_rows(rows_XD: Float[Tensor, "X D"], usable_X: Bool[Tensor, "X"]) -> Float[Tensor, "X D"]:
-    """Return the rows at length 1 in the working type; zero rows and unusable ones are 0, similar to nothing."""
+    """Return the rows scaled to length 1 in the working type; zero and unusable rows are 0, so similar to nothing."""
     rows_XD = masked(rows_XD, usable_X)
-    # Scaled by the largest entry first: squares neither overflow nor vanish.
+    # Scaled by the largest entry first, so that squares neither overflow nor vanish.
     largest_X1 = rows_XD.abs().amax(-1, keepdim=True)
     scaled_XD = rows_XD / torch.where(largest_X1 > 0, largest_X1, 1.0)
     square_X1 = (scaled_XD * scaled_XD).sum(-1, keepdim=True)
@@ -67,36 +63,30 @@ def unit_rows(rows_XD: Float[Tensor, "X D"], usable_X: Bool[Tensor, "X"]) -> Flo
 def scaled_to_one(
     values_N: Float[Tensor, "N"], usable_N: Bool[Tensor, "N"], *, floor: float
 ) -> Float[Tensor, "N"]:
-    """Return ``(x − min + floor) / (max − min)`` over the usable ones: 1 if all are equal, 0 elsewhere."""
+    """Return ``(x − min + floor) / (max − min)`` of the usable values, or 1 if all are equal; 0 at unusable ones."""
     largest = torch.finfo(values_N.dtype).max
     low = torch.where(usable_N, values_N, largest).amin(0)
     span = torch.where(usable_N, values_N, -largest).amax(0) - low
-    # Differences that rounding makes are none: equal relevance must not become a random order.
+    # Rounding differences count as equal, so that equal relevance does not become a random order.
     equal = span <= 16 * torch.finfo(torch.float32).eps
     scaled_N = torch.where(equal, 1.0, (values_N - low + floor) / torch.where(equal, 1.0, span))
     return torch.where(usable_N, scaled_N, 0.0)
 
 
 def selection_of(
-    chosen_N: Bool[Tensor, "N"],
-    scores_N: Float[Tensor, "N"],
-    real_N: Bool[Tensor, "N"],
-    *,
-    num_keep: int,
+    chosen_N: Bool[Tensor, "N"], scores_N: Float[Tensor, "N"], real_N: Bool[Tensor, "N"], *, num_keep: int
 ) -> Selection:
-    """Return the chosen tokens as a selection of exactly ``num_keep``.
+    """Return a selection of exactly ``num_keep`` tokens: the chosen ones, then the first other real ones, then padding.
 
-    Where too few are chosen, the first real ones that are not follow, then padding.
-
-    Args:
-        chosen_N: At most ``num_keep`` real tokens.
-        scores_N: Higher is better.
-        real_N: Which tokens are no padding.
-        num_keep: K, at most N.
+    At most ``num_keep`` tokens may be chosen.
     """
     group_N = 2.0 - chosen_N.to(torch.float32) - real_N.to(torch.float32)
-    return Selection(
-        kept_K=ascending(indices_by_group(group_N, num_keep=num_keep)),
-        scores_N=torch.where(real_N, scores_N.to(torch.float32), -1.0),
-        unsettled=torch.zeros(1, dtype=torch.int32, device=chosen_N.device),
-    )
+    return exact_selection(ascending(indices_by_group(group_N, num_keep=num_keep)), scores_N, real_N)
+
+
+def exact_selection(
+    kept_K: Tensor, scores_N: Tensor, real_N: Tensor, weights_KN: Tensor | None = None
+) -> Selection:
+    """Return the selection of ``kept_K``, with scores of -1 at padding; it takes no rounds, so ``unsettled`` is 0."""
+    scores_N = torch.where(real_N, scores_N.to(torch.float32), -1.0)
+    return Selection(kept_K, scores_N, torch.zeros(1, dtype=torch.int32, device=real_N.device), weights_KN)

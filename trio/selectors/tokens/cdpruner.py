@@ -1,29 +1,31 @@
-"""CDPruner: a determinantal point process of relevance and difference, solved greedily.
+"""CDPruner: a determinantal point process of relevance and diversity, solved greedily.
 
 Source: arXiv 2506.10967.
 
-    L_ij = r_i cos(x_i, x_j) r_j,      choose the next token by the largest gain in det L of the chosen ones
+    L_ij = r_i cos(x_i, x_j) r_j,      the next token is the one with the largest gain in det L of the chosen ones
 
 With Cholesky rows c_s of the steps so far and d²_i = L_ii − Σ_s c_si², step t takes j = argmax d², then
 
     c_ti = (L_ji − Σ_{s<t} c_sj c_si) / d_j,      d²_i ← d²_i − c_ti²
 
-x are the visual tokens after the projector. r is the relevance ``sign · mean over text tokens of cos(x_i, text)``, brought
-to 0..1 by (r − min + 1e-6) / (max − min) over the picture.
+x are the visual tokens after the projector. r is the relevance ``sign · mean over text tokens of cos(x_i, text)``, scaled
+to 0..1 by (r − min + 1e-6) / (max − min) over the image.
 
-With ``clip``, the paper's own form for LLaVA, the relevance is taken in CLIP's space instead: of each token's patch, after
-CLIP's last norm and visual projection, and of the question's texts as a whole; cosines are then negated, since CLIP's
-patches score inversely.
+With ``clip``, the paper's form for LLaVA, the cosine is taken in CLIP's space: between each token's patch, after CLIP's
+last norm and visual projection, and the end tokens of the question's texts. It is negated, since CLIP's patches score
+inversely. Without ``clip`` both sides are in the decoder's embedding space, for models without a CLIP text tower. There
+OpenVINO GenAI takes the cosine as it is (our default, sign = 1), and EADP's port for Qwen negates it (sign = -1).
 
-Without it both sides are in the decoder's embedding space, the form for models without a CLIP text tower; there OpenVINO
-GenAI takes the cosine as it is (our default, sign = 1), while EADP's port for Qwen negates it (sign = -1).
+Differences from the original:
+- A question longer than CLIP's texts becomes several whole texts, each with start and end; the original cuts the marked
+  tokens into runs of 77, of which only the last has an end.
+- The whole image is one pool; the original gives every crop of LLaVA-NeXT the same share.
+- Newlines are kept only if the image has fewer than K tokens; the original drops them.
+- If all tokens are equally relevant, as without text, r = 1 instead of a division by zero.
+- A token that the chosen ones explain up to 1e-4 counts as explained, since float32 resolves no more. Such tokens follow
+  by relevance; the original takes the square root of rounding errors.
 
-Where we differ: a question longer than one of CLIP's texts is several whole texts, each with start and end (the original
-cuts the marked tokens into runs of 77, of which only the last has an end); one pool for the whole picture (the original gives
-every crop of LLaVA-NeXT the same share); newlines take no part (the original drops them) and fill up only where the picture
-has fewer than K tokens; where all are equally relevant, as without text, r = 1 instead of a division by zero; a token of which
-the chosen ones explain all but 1e-4 counts as explained entirely, since float32 knows no better, and such tokens follow in the
-order of relevance, where the original takes the square root of what rounding left. K steps of K N each, in float32.
+The K steps read K N numbers each, in float32.
 Letters: N visual tokens (padded), K kept, D hidden size, T text tokens, M texts of CLIP, Z width of its space.
 """
 
@@ -37,9 +39,9 @@ from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep
 from trio_edge.trio.selectors.tokens.candidates import (
     given,
-    picture_tokens,
     real_tokens,
     scaled_to_one,
+    shown_tokens,
     unit_rows,
 )
 from trio_edge.trio.selectors.tokens.clip_texts import clip_texts
@@ -60,8 +62,8 @@ class CdPruner(nn.Module):
 
         Args:
             num_keep: K.
-            sign: 1 if tokens like the text are relevant, -1 if those unlike it are; None is -1 with ``clip``, else 1.
-            clip: Whether the relevance is taken in CLIP's space.
+            sign: 1 if tokens similar to the text are relevant, -1 if dissimilar ones are; None is -1 with ``clip``, else 1.
+            clip: Whether text and image are compared in CLIP's space.
 
         Raises:
             ScheduleError: If a value is out of range.
@@ -75,9 +77,9 @@ class CdPruner(nn.Module):
         self.needs_clip, self.needs_text = clip, not clip
 
     def forward(self, inputs: TokenInputs) -> Selection:
-        """Return the selection; scores tell the order of choice, K for the first."""
+        """Return the selection; scores give the order of choice, K for the first token."""
         real_N = real_tokens(inputs, num_keep=self.num_keep)
-        shown_N = picture_tokens(inputs, num_keep=self.num_keep)
+        shown_N = shown_tokens(inputs, num_keep=self.num_keep)
         unit_ND = unit_rows(inputs.tokens_ND, shown_N)
         cosine_N = self._cosine(inputs, unit_ND, shown_N)
         relevance_N = scaled_to_one(self.sign * cosine_N, shown_N, floor=_FLOOR)
@@ -98,7 +100,7 @@ class CdPruner(nn.Module):
 
 
 def mean_text(text_TD: Float[Tensor, "T D"], num_text: Tensor) -> Float[Tensor, "D"]:
-    """Return the mean of the text's unit rows, 0 without text: its dot product with a unit row is the mean cosine."""
+    """Return the mean of the text's unit rows, 0 without text; its dot product with a unit row is the mean cosine."""
     T = text_TD.shape[0]
     used_T = torch.arange(T, device=text_TD.device) < num_text.reshape(1)
     unit_TD = unit_rows(text_TD, used_T)
@@ -125,13 +127,9 @@ def _most_determinant(
         num_keep=num_keep,
         state=(diagonal_N, rows_KN),
         constants=(kernel_NN, diagonal_N.clone(), explained_N, step_K1),
-        gain=_variance_left,
+        gain=lambda state, fixed: torch.where(state[0] > 0, state[0], fixed[2]),
         update=_explain,
     )
-
-
-def _variance_left(state: State, constants: State) -> Tensor:
-    return torch.where(state[0] > 0, state[0], constants[2])
 
 
 def _explain(state: State, constants: State, best: Tensor, number: Tensor) -> State:

@@ -1,8 +1,8 @@
-"""A question in CLIP's space, for selectors that compare it with the picture's patches there.
+"""A question in CLIP's space, for selectors that compare it with the image's patches.
 
-A text is CLIP's start token, its words, and the end token that stands for all of it. Rows of padding may hold anything; a
-text without an end is padding.
-Letters: M texts, L tokens of a text, Z width of the space.
+A text is CLIP's start token, its words, and the end token, which stands for the whole text. Padding rows may hold anything;
+a text without an end token is padding.
+Letters: M texts, L tokens per text, Z width of the space.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ class UnitTexts(NamedTuple):
     """All texts of a question."""
 
     unit_MLZ: Tensor
-    """[M, L, Z] words and ends at length 1, 0 elsewhere."""
+    """[M, L, Z], words and end tokens scaled to length 1; 0 elsewhere."""
     is_word_ML: Tensor
     """[M, L] bool."""
     is_end_ML: Tensor
-    """[M, L] bool, the rows that stand for their texts."""
+    """[M, L] bool, rows that stand for their texts."""
     is_real_M: Tensor
     """[M] bool."""
 
 
 def clip_texts(clip: ClipInputs) -> UnitTexts:
-    """Return the question's texts at length 1, and what each row is."""
+    """Return the question's texts with rows of length 1, and the kind of each row."""
     is_end_ML = clip.marks_ML == END
     unit_RZ = unit_rows(clip.texts_MLZ.flatten(0, 1), (clip.marks_ML > 0).flatten())
     return UnitTexts(

@@ -1,4 +1,4 @@
-"""DivPrune: the K tokens whose smallest distance to each other is large (max-min), greedily.
+"""DivPrune: greedily keeps K tokens whose smallest distance to each other is large (max-min).
 
 Source: arXiv 2503.02175.
 
@@ -6,9 +6,9 @@ Source: arXiv 2503.02175.
     first:  argmax_i  min over j ≠ i of distance(i, j)
     then:   argmax_i  min over taken t of distance(i, t)
 
-x are the visual tokens as the decoder reads them. As in the original, LLaVA-NeXT's newlines take part like any other
-token (one pool, unpadded). Defaults: none; the original keeps round(r N). Where we differ: a zero row is at distance 1
-from every other (the original divides by zero). K steps of N.
+x are the visual tokens as the decoder reads them. As in the original, LLaVA-NeXT's newlines take part like other tokens,
+and the image is one pool. The original keeps round(r N); here K is given. Difference from the original: a zero row is at
+distance 1 from every other row (there: a division by zero). The K steps read N numbers each.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num
 from trio_edge.trio.selectors.tokens.candidates import real_tokens, unit_rows
 from trio_edge.trio.selectors.tokens.greedy import State, greedy_selection, row_at
 
-_FAR = 4.0  # beyond every distance, which are at most 2
+_FAR = 4.0  # above every distance; these are at most 2
 
 
 class DivPrune(nn.Module):
@@ -32,17 +32,13 @@ class DivPrune(nn.Module):
     needs_previous = False
 
     def __init__(self, *, num_keep: int) -> None:
-        """Fix K.
-
-        Raises:
-            ScheduleError: If it is below 1.
-        """
+        """Fix K; raise ScheduleError if it is below 1."""
         super().__init__()
         check_num_keep(num_keep)
         self.num_keep = num_keep
 
     def forward(self, inputs: TokenInputs) -> Selection:
-        """Return the selection; scores tell the order of choice, K for the first."""
+        """Return the selection; scores give the order of choice, K for the first token."""
         real_N = real_tokens(inputs, num_keep=self.num_keep)
         unit_ND = unit_rows(inputs.tokens_ND, real_N)
         distance_NN = 1.0 - unit_ND @ unit_ND.T
@@ -56,16 +52,12 @@ class DivPrune(nn.Module):
             num_keep=self.num_keep,
             state=(nearest_N,),
             constants=(distance_NN,),
-            gain=_distance,
+            gain=lambda state, _: state[0],
             update=_nearest_taken,
         )
 
 
-def _distance(state: State, _constants: State) -> Tensor:
-    return state[0]
-
-
 def _nearest_taken(state: State, constants: State, best: Tensor, number: Tensor) -> State:
-    # What decided the first step, the nearest neighbours, is no distance to a taken token.
+    # The first step compared nearest neighbours, which are no distances to taken tokens.
     earlier_N = torch.where(number > 0, state[0], _FAR)
     return (torch.minimum(earlier_N, row_at(constants[0], best)),)

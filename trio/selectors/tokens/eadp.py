@@ -1,28 +1,31 @@
-"""EADP: covers the picture, weighted by how much the text asks for each token (facility location).
+"""EADP: covers the image with the tokens kept, weighted by each token's relevance to the text (facility location).
 
-Source: arXiv 2607.02484. In its form for Qwen the text is the decoder's input embeddings of the instruction; in that for
-LLaVA (``clip``) text and patches are compared in the space of the CLIP model whose tower LLaVA has.
+Source: arXiv 2607.02484. Its form for Qwen reads the text as the decoder's input embeddings; its form for LLaVA (``clip``)
+compares text and patches in the space of the CLIP model that LLaVA's tower comes from.
 
     c_li = −cos(text_l, x_i)                 for every text token l; all cosines are negated, as in the original
     global_i = −cos(mean of the text's embeddings, x_i); with CLIP the embedding of the text's end token
-    h_l = entropy of softmax_i(100 c_li)     of the tokens l, the max(1, ⌊q L⌋) of the lowest entropy count
+    h_l = entropy of softmax_i(100 c_li)     only the max(1, ⌊q L⌋) text tokens l of the lowest entropy count
     dense_i = Σ_l softmax_l(−h_l / 0.01) c_li
     m = minmax(α global + (1 − α) dense),    smoothed by a 3 × 3 Gaussian (σ 1, edges mirrored) where the tokens are a grid
     gain_i = Σ_j m_j^β max(0, s_ij − max over taken t of s_tj),    s = (1 + cos(x_i, x_j)) / 2
 
-With CLIP, x_i in c and global is the token's patch after CLIP's last norm and visual projection; s stays what it is, of the
-tokens after the projector. A question longer than one of CLIP's texts is several, whose α global + (1 − α) dense are averaged.
+With CLIP, x_i in c and global is the token's patch after CLIP's last norm and visual projection; s still compares tokens
+after the projector. A question longer than CLIP's texts is several texts, whose α global + (1 − α) dense are averaged.
 
-Defaults: q = 0.2 (the original's code; its paper's best is 0.3), α = 0.5 (the paper's; the original's scripts for LLaVA set
-1, which leaves single tokens out), β = 2, with CLIP 1.
+Defaults: q = 0.2 (the original's code; the paper's best is 0.3), α = 0.5 (the paper's; the original's scripts for LLaVA
+set 1, which ignores single tokens), β = 2, or 1 with CLIP.
 
-Where we differ: of CLIP's texts only words count one by one (the original's code takes start, end and padding too, its paper
-all but the end), and a long question is several whole texts, each with start and end (the original cuts the marked tokens
-into runs of 77). One pool for the whole picture (the
-original's "joint" mode, its only one with an exact budget). Newlines take no part (the original drops them) and fill up
-only where the picture has fewer than K tokens; with them, or where tokens form more than one grid, there is no smoothing.
-Without text, or where all tokens are equally relevant, every token weighs 1.
-K steps of N² each: the paper itself finds this to be nearly all of the selector's time.
+Differences from the original:
+- Of CLIP's texts only words count one by one; the original's code also takes start, end and padding, its paper all but
+  the end.
+- A long question becomes several whole texts, each with start and end; the original cuts it into runs of 77 tokens.
+- The whole image is one pool, the original's "joint" mode, its only one with an exact budget.
+- Newlines are kept only if the image has fewer than K tokens; the original drops them. With newlines, or with tokens in
+  several grids, there is no smoothing.
+- Without text, or if all tokens are equally relevant, every token has the weight 1.
+
+The K steps read N² numbers each, which takes nearly all of the selector's time, as the paper finds, too.
 Letters: N visual tokens (padded), K kept, D hidden size, T text tokens, M texts of L tokens, Z width of CLIP's space.
 """
 
@@ -40,9 +43,9 @@ from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num
 from trio_edge.trio.selectors.tokens.candidates import (
     given,
     masked,
-    picture_tokens,
     real_tokens,
     scaled_to_one,
+    shown_tokens,
     unit_rows,
 )
 from trio_edge.trio.selectors.tokens.clip_texts import clip_texts
@@ -50,7 +53,7 @@ from trio_edge.trio.selectors.tokens.greedy import cover
 
 _SHARPNESS = 100.0
 _ENTROPY_SCALE = 0.01
-_NEVER = -1e6  # of a softmax's input; finite, so that its product with a probability of 0 is 0
+_NEVER = -1e6  # softmax input of excluded tokens; finite, so that its product with a probability of 0 is 0
 
 
 class Eadp(nn.Module):
@@ -73,11 +76,11 @@ class Eadp(nn.Module):
 
         Args:
             num_keep: K.
-            text_share: q, the part of the text tokens that counts one by one.
-            global_share: α, weight of the text's mean against single tokens.
+            text_share: q, share of the text tokens that count one by one.
+            global_share: α, weight of the whole text against single tokens.
             exponent: β of the importance; None is 1 with ``clip``, else 2.
-            grid: Rows and columns if the N tokens are one full grid; None leaves out the smoothing.
-            clip: Whether the relevance is taken in CLIP's space.
+            grid: Rows and columns if the N tokens are one full grid; None for no smoothing.
+            clip: Whether text and image are compared in CLIP's space.
 
         Raises:
             ScheduleError: If a value is out of range.
@@ -100,9 +103,9 @@ class Eadp(nn.Module):
         self.needs_clip, self.needs_text = clip, not clip
 
     def forward(self, inputs: TokenInputs) -> Selection:
-        """Return the selection; scores tell the order of choice, K for the first."""
+        """Return the selection; scores give the order of choice, K for the first token."""
         real_N = real_tokens(inputs, num_keep=self.num_keep)
-        shown_N = picture_tokens(inputs, num_keep=self.num_keep)
+        shown_N = shown_tokens(inputs, num_keep=self.num_keep)
         unit_ND = unit_rows(inputs.tokens_ND, shown_N)
         importance_N = self._importance(inputs, unit_ND, shown_N)
         similarity_NN = importance_N[None, :] * (1.0 + unit_ND @ unit_ND.T) * 0.5
@@ -125,7 +128,7 @@ class Eadp(nn.Module):
         log_MLN = torch.log_softmax(torch.where(shown_N, _SHARPNESS * texts.words_MLN, _NEVER), dim=-1)
         entropy_ML = -(log_MLN.exp() * log_MLN).sum(-1)
         num_M1 = texts.is_word_ML.to(torch.float32).sum(-1, keepdim=True)
-        # A share of 0.2 has no exact binary form: without the addend ⌊0.2 · 5⌋ could be 0.
+        # 0.2 is not exact in binary: without the addend ⌊0.2 · 5⌋ could be 0.
         count_M1 = torch.floor(self.text_share * num_M1 + 1e-4).clamp(min=1.0)
         counted_ML = texts.is_word_ML & (ranks(-entropy_ML, texts.is_word_ML) < count_M1)
         sharpened_ML = torch.where(counted_ML, -entropy_ML / _ENTROPY_SCALE, _NEVER)
@@ -137,18 +140,16 @@ class _Cosines(NamedTuple):
     """Negated cosines of the text with each token."""
 
     words_MLN: Tensor
-    """Those of each word."""
     whole_MN: Tensor
-    """Those of each text as a whole."""
     is_word_ML: Tensor
     is_real_M: Tensor
 
 
 def _in_embeddings(inputs: TokenInputs, unit_ND: Float[Tensor, "N D"]) -> _Cosines:
-    """Return the cosines in the decoder's embedding space, where all words are one text and their mean is its whole."""
+    """Return the cosines in the decoder's embedding space, where the question is one text and its mean the whole."""
     text_TD, num_text = given(inputs.text_TD, "text_TD"), given(inputs.num_text, "num_text")
     used_T = torch.arange(text_TD.shape[0], device=text_TD.device) < num_text.reshape(1)
-    sum_1D = masked(text_TD, used_T).sum(0, keepdim=True)  # points where the mean does
+    sum_1D = masked(text_TD, used_T).sum(0, keepdim=True)  # has the direction of the mean
     whole_1D = unit_rows(sum_1D, torch.ones_like(used_T[:1])).to(unit_ND.dtype)
     words_TD = unit_rows(text_TD, used_T).to(unit_ND.dtype)
     return _Cosines(
@@ -160,12 +161,10 @@ def _in_embeddings(inputs: TokenInputs, unit_ND: Float[Tensor, "N D"]) -> _Cosin
 
 
 def _in_clip(inputs: TokenInputs, shown_N: Bool[Tensor, "N"]) -> _Cosines:
-    """Return the cosines in CLIP's space, where a text's end stands for its whole."""
-    clip = inputs.clip
-    if clip is None:
-        raise AssertionError("clip: missing, though the selector asks for it")
-    texts = clip_texts(clip)
-    unit_NZ = unit_rows(clip.patches_NZ, shown_N)
+    """Return the cosines in CLIP's space, where a text's end token stands for the whole."""
+    assert inputs.clip is not None, "needs_clip"
+    texts = clip_texts(inputs.clip)
+    unit_NZ = unit_rows(inputs.clip.patches_NZ, shown_N)
     cosine_MLN = -(texts.unit_MLZ.to(unit_NZ.dtype) @ unit_NZ.T)
     return _Cosines(
         words_MLN=cosine_MLN,

@@ -1,19 +1,17 @@
-"""EVS: of a pair of frames, the K tokens that changed most since the pair before.
+"""EVS: keeps the K tokens of a pair of frames that changed most since the previous pair.
 
 Source: arXiv 2510.14624 (Efficient Video Sampling).
 
     change(i) = 1 − cos(x_i, y_i)
 
-x are the visual tokens of a pair of frames as the decoder reads them, y those of the pair before, at the same places. The
-largest changes stay.
+x are the visual tokens of a pair of frames as the decoder reads them, y those of the previous pair at the same places.
 
-Where we differ:
-
-- The original keeps one share of all tokens of a video, however many that is for one pair. Here each pair keeps K, so that
-  all shapes are fixed and a stream needs no look ahead.
-- The original keeps the whole first pair. Here it keeps K evenly spaced tokens, as ``uniform``: nothing is known about change,
-  and the lower index, which decides between equals, would keep the top rows alone. Images are such first pairs.
-- A zero row is at distance 1 from every other.
+Differences from the original:
+- The original keeps a share of all tokens of a video. Here each pair keeps K, so that all shapes are fixed and a stream
+  needs no look-ahead.
+- The original keeps the whole first pair. Here the first pair, or an image, keeps K evenly spaced tokens, as ``uniform``:
+  without changes all scores are equal, and the lower index would keep only the top rows.
+- A zero row is at distance 1 from every other row.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trio_edge.trio.selectors.interface import Selection, TokenInputs, best_tokens, check_num_keep
-from trio_edge.trio.selectors.tokens.candidates import given, real_tokens, unit_rows
+from trio_edge.trio.selectors.tokens.candidates import exact_selection, given, real_tokens, unit_rows
 from trio_edge.trio.selectors.tokens.uniform import evenly_spaced, marks
 
 
@@ -35,17 +33,13 @@ class Evs(nn.Module):
     needs_previous = True
 
     def __init__(self, *, num_keep: int) -> None:
-        """Fix K.
-
-        Raises:
-            ScheduleError: If it is below 1.
-        """
+        """Fix K; raise ScheduleError if it is below 1."""
         super().__init__()
         check_num_keep(num_keep)
         self.num_keep = num_keep
 
     def forward(self, inputs: TokenInputs) -> Selection:
-        """Return the selection; scores are changes, 0 to 2, or 1 for the kept tokens of the first pair and 0 for the others."""
+        """Return the selection; scores are changes, 0 to 2; in the first pair 1 at kept tokens, 0 elsewhere."""
         real_N = real_tokens(inputs, num_keep=self.num_keep)
         is_later = given(inputs.has_previous, "has_previous").reshape(1) > 0
         spaced_K = evenly_spaced(inputs.num_visual, num_keep=self.num_keep)
@@ -53,15 +47,12 @@ class Evs(nn.Module):
         score_N = torch.where(
             is_later, change_N, marks(spaced_K, num_tokens=real_N.shape[0]).to(change_N.dtype)
         )
-        return Selection(
-            kept_K=best_tokens(score_N, inputs.num_visual, num_keep=self.num_keep),
-            scores_N=torch.where(real_N, score_N.to(torch.float32), -1.0),
-            unsettled=torch.zeros(1, dtype=torch.int32, device=real_N.device),
-        )
+        kept_K = best_tokens(score_N, inputs.num_visual, num_keep=self.num_keep)
+        return exact_selection(kept_K, score_N, real_N)
 
 
 def _change(inputs: TokenInputs, real_N: Tensor) -> Tensor:
-    """Return 1 − cosine of each token and the one at its place in the pair before, [N], 0 to 2."""
+    """Return 1 − cosine of each token and the one at the same place in the previous pair, [N], 0 to 2."""
     unit_ND = unit_rows(inputs.tokens_ND, real_N)
     before_ND = unit_rows(given(inputs.previous_ND, "previous_ND"), real_N)
     return (1.0 - (unit_ND * before_ND).sum(-1)).clamp(0.0, 2.0)

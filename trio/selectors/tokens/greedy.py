@@ -1,15 +1,15 @@
-"""Greedy selection with a fixed number of steps: each step takes the token of the largest gain and updates a state.
+"""Greedy selection in a fixed number of steps: each step takes the token with the largest gain and updates a state.
 
-The steps depend on each other, and there are up to a few hundred, so an exported graph holds them once, as the body of a
-``Scan`` over the step's number: K steps, no early exit, states of fixed shapes, float only (TensorRT's support table
-lists float types for Scan and no others). Outside of an export the same steps run in a plain loop.
+There are up to a few hundred dependent steps, so an exported graph holds them once, as the body of a ``Scan`` over the
+step's number: K steps, no early exit, states of fixed shapes, float only (TensorRT's support table lists float types alone
+for Scan). Outside of an export the same steps run in a plain loop.
 
-Ties are common: of two tokens that cover only each other, both gain the same, but rounding says otherwise, differently in
-every runtime. So a gain within 1e-5 (relative) of the best one is a tie.
+Ties are common: two tokens that cover only each other gain the same, but rounding differs between runtimes. So gains
+within 1e-5 (relative) of the best one are ties.
 
-``Scan`` and not ``Loop``: torch.onnx writes a ``while_loop`` as a Loop that ends by a condition, whose number of steps no
-build can know. ``ArgMax`` is avoided: it has no tolerance, and TensorRT's takes no vector. torch.onnx translates ``scan``
-since pytorch/pytorch#154513 (mid-2025); tried with torch 2.13.
+``Scan`` and not ``Loop``: torch.onnx writes a ``while_loop`` as a Loop that ends by a condition, so its number of steps
+is unknown to a build. ``ArgMax`` is avoided: it has no tolerance, and TensorRT's takes no vector. torch.onnx translates
+``scan`` since pytorch/pytorch#154513 (mid-2025); tried with torch 2.13.
 Letters: N visual tokens (padded), K kept = steps.
 """
 
@@ -45,19 +45,18 @@ def greedy_selection(
 ) -> Selection:
     """Return the tokens that ``num_keep`` greedy steps take.
 
-    Of equal gains the lower index is taken; gains within 1e-5 of the best are equal. When no candidate is left, the other
-    real tokens follow in order, then padding. The score of a token is K if the first step takes it, 1 if the last one
-    does, and 0 if none does.
+    Of equal gains the lower index is taken. If no candidate is left, the other real tokens follow in order, then padding.
+    A token's score is K if the first step takes it, 1 if the last one does, and 0 if none does.
 
     Args:
         candidate_N: Tokens that a step may take.
-        real_N: Tokens that are no padding.
+        real_N: False at padding.
         num_keep: K.
         state: Float tensors of fixed shapes.
-        constants: What the steps read and do not change. They may close over no other tensor.
-        gain: From state and constants, the gain of every token, finite; read at free candidates only.
-        update: From state, constants, the index of the token taken (int64, [1]) and the number of the step (0-d) to
-            the next state: new tensors of the same shapes.
+        constants: Other tensors that the steps read. The functions must not capture tensors.
+        gain: Maps state and constants to the gain of every token, finite; read at free candidates only.
+        update: Maps state, constants, the index of the taken token (int64, [1]) and the step's number (0-d) to the next
+            state, new tensors of the same shapes.
     """
     index_N = torch.arange(candidate_N.shape[0], device=candidate_N.device).to(torch.float32)
 
@@ -71,7 +70,7 @@ def greedy_selection(
     first = (candidate_N.to(torch.float32), *state)
     picks_K1 = _repeat(step, first, (index_N, *constants), num_steps=num_keep)
     worth_K1 = torch.arange(num_keep, 0, -1, device=index_N.device).to(torch.float32)[:, None]
-    # Steps without a candidate take a token again: its first step counts.
+    # Steps without a candidate take a token a second time; its first step counts.
     place_N = torch.where(picks_K1 == index_N[None, :], worth_K1, 0.0).amax(0)
     place_N = torch.where(candidate_N, place_N, 0.0)
     return selection_of(place_N > 0, place_N, real_N, num_keep=num_keep)
@@ -90,10 +89,10 @@ def cover(
     gain_i = w_i Σ_j max(0, s_ij − max over taken t of s_tj), starting from a cover of 0.
 
     Args:
-        similarity_NN: s, of the taken token (row) and the covered one (column); columns to leave out are 0.
-        weight_N: w, at least 0.
+        similarity_NN: s of the taken token (row) and the covered one (column); 0 in columns of tokens not to cover.
+        weight_N: w >= 0.
         candidate_N: Tokens that may be taken.
-        real_N: Tokens that are no padding.
+        real_N: False at padding.
         num_keep: K.
     """
     return greedy_selection(
@@ -127,17 +126,17 @@ def _first_best(
     gain_N = torch.where(free_N, gain_N, torch.finfo(gain_N.dtype).min)
     best = gain_N.amax(0, keepdim=True)
     is_best_N = gain_N >= best - _TIE * best.abs()
-    # The last index, not N: a gain that is no number must not read beyond the end.
+    # The last index and not N: with a gain of NaN the result must still be a valid index.
     return torch.where(is_best_N, index_N, index_N[-1:]).amin(0, keepdim=True)
 
 
 def _repeat(
     step: Callable[..., tuple[Tensor, ...]], state: State, constants: State, *, num_steps: int
 ) -> Float[Tensor, "K 1"]:
-    """Run ``step`` on state, number from 0 on and constants; return what each step gave beside the next state."""
+    """Run ``step`` on state, step number and constants; return each step's result besides the next state."""
     numbers = torch.arange(num_steps, device=state[0].device).to(torch.float32)
     if torch.compiler.is_exporting():
-        # Not torch's public-looking scan(): that compiles the step, which type checks in tests cannot go through.
+        # Not torch's scan(), which compiles the step; the tests' type checks cannot be compiled.
         from torch._higher_order_ops.scan import scan_op
 
         traced_scan: Any = scan_op  # has no types

@@ -1,20 +1,23 @@
-"""HoloV: every part of the picture gets a share of the budget, after its attention and its variety.
+"""HoloV: gives every part of the image a share of the budget by its attention and variety.
 
 Source: arXiv 2510.02912.
 
 The tokens in reading order are cut into P contiguous chunks. With S the cosine inside a chunk, its diagonal 0:
 
     score_i = 1000 a_i + 0.09 λ var_j(S_ij),      λ = mean|1000 a| / mean|var| over the chunk
-    w_chunk = mean score of the chunk / sum of these means;      quota = ⌊w K⌋, what is left one each to the heaviest
+    w_chunk = mean score of the chunk / sum of these means;      quota = ⌊w K⌋, the rest one each to the largest w
 
 A chunk keeps its ``quota`` tokens of the largest attention a (class row, mean over heads). x are the tokens after the
 projector. Default: P = 16 (36 tokens each of 576; the original's port for Qwen takes ⌊1024 / 576 · N / K⌋).
 
-Where we differ: chunks are cut over the tokens that are there, token o of n to chunk ⌊o P / n⌋; a chunk with a quota above
-its size leaves a rest, which goes to the best scores of the whole picture (the original fills with zero vectors); the order
-is the picture's (the original's is the score's). Newlines take no part (the original drops them) and fill up only where the
-picture has fewer than K tokens. Weights and scores are compared in steps of 2⁻¹⁷ of the largest one, since ties are common
-and rounding would decide them. Quotas are masks over ranks: no shape depends on the data.
+Differences from the original:
+- Token o of the n real ones is in chunk ⌊o P / n⌋.
+- What a chunk smaller than its quota leaves goes to the best scores of the whole image; the original adds zero vectors.
+- Tokens stay in the image's order; the original sorts them by score.
+- Newlines are kept only if the image has fewer than K tokens; the original drops them.
+- Weights and scores are compared in steps of 2⁻¹⁷ of the largest one: ties are common, and rounding would decide them.
+
+Quotas are masks over ranks, so no shape depends on the data.
 Letters: N visual tokens (padded), K kept, P chunks, D hidden size.
 """
 
@@ -33,7 +36,14 @@ from trio_edge.trio.selectors.interface import (
     comes_before,
     ranks,
 )
-from trio_edge.trio.selectors.tokens.candidates import given, masked, picture_tokens, real_tokens, unit_rows
+from trio_edge.trio.selectors.tokens.candidates import (
+    exact_selection,
+    given,
+    masked,
+    real_tokens,
+    shown_tokens,
+    unit_rows,
+)
 
 _ATTENTION = 1000.0
 _VARIETY = 0.09
@@ -48,15 +58,7 @@ class HoloV(nn.Module):
     needs_previous = False
 
     def __init__(self, *, num_keep: int, num_chunks: int = 16) -> None:
-        """Fix the shape of the selection.
-
-        Args:
-            num_keep: K.
-            num_chunks: P.
-
-        Raises:
-            ScheduleError: If a value is out of range.
-        """
+        """Fix K and P; raise ScheduleError if one is below 1."""
         super().__init__()
         check_num_keep(num_keep)
         if num_chunks < 1:
@@ -65,9 +67,9 @@ class HoloV(nn.Module):
         self.num_chunks = num_chunks
 
     def forward(self, inputs: TokenInputs) -> Selection:
-        """Return the selection; scores are the tokens' attention and variety."""
+        """Return the selection; scores combine the tokens' attention and variety."""
         real_N = real_tokens(inputs, num_keep=self.num_keep)
-        shown_N = picture_tokens(inputs, num_keep=self.num_keep)
+        shown_N = shown_tokens(inputs, num_keep=self.num_keep)
         attention_N = masked(given(inputs.attention_N, "attention_N"), shown_N)
         unit_ND = unit_rows(inputs.tokens_ND, shown_N)
         attention_N = attention_N.to(unit_ND.dtype)
@@ -82,26 +84,23 @@ class HoloV(nn.Module):
         rank_N = (comes_before(attention_N, index_N) & same_NN).to(torch.float32).sum(0)
         count = shown_N.shape[0]
         group_N = count * torch.where(rank_N < quota_N, 0.0, 1.0)
-        # Newlines after the picture, padding after newlines.
-        behind_N = count * torch.where(real_N, 2.0, 3.0) + index_N.to(torch.float32)
-        order_N = torch.where(shown_N, group_N + ranks(_coarse(score_N), shown_N), behind_N)
-        return Selection(
-            kept_K=ascending(torch.topk(order_N, self.num_keep, largest=False).indices),
-            scores_N=torch.where(real_N, score_N.to(torch.float32), -1.0),
-            unsettled=torch.zeros(1, dtype=torch.int32, device=real_N.device),
-        )
+        # Newlines come after the image, padding after newlines.
+        after_N = count * torch.where(real_N, 2.0, 3.0) + index_N.to(torch.float32)
+        order_N = torch.where(shown_N, group_N + ranks(_coarse(score_N), shown_N), after_N)
+        kept_K = ascending(torch.topk(order_N, self.num_keep, largest=False).indices)
+        return exact_selection(kept_K, score_N, real_N)
 
 
 def _chunks(shown_N: Bool[Tensor, "N"], *, num_chunks: int) -> Float[Tensor, "N"]:
-    """Return the chunk of each token that is there; the values of others mean nothing."""
+    """Return the chunk of each shown token; values of others are undefined."""
     shown = shown_N.to(torch.float32)
     place_N = torch.cumsum(shown, dim=0) - shown
-    # Half a token more: the quotient is never a whole number, so an inexact division cannot fall below one.
+    # The added half keeps the quotient away from integers, so an inexact division cannot fall below one.
     return torch.floor((place_N * num_chunks + 0.5) / shown.sum(0, keepdim=True).clamp(min=1.0))
 
 
 def _variance(unit_ND: Float[Tensor, "N D"], same_NN: Bool[Tensor, "N N"]) -> Float[Tensor, "N"]:
-    """Return the variance of each token's cosines inside its chunk, that with itself set to 0."""
+    """Return the variance of each token's cosines inside its chunk, with 0 for the cosine with itself."""
     index_N = torch.arange(unit_ND.shape[0], device=unit_ND.device)
     used_NN = same_NN.to(unit_ND.dtype)
     cosine_NN = torch.where(same_NN & (index_N[:, None] != index_N[None, :]), unit_ND @ unit_ND.T, 0.0)
@@ -120,7 +119,7 @@ def _scores(
 
 
 def _coarse(values_X: Float[Tensor, "X"]) -> Float[Tensor, "X"]:
-    """Return the values in steps of 2⁻¹⁷ of the largest: with equal attention all chunks weigh the same, but for rounding."""
+    """Return the values in steps of 2⁻¹⁷ of the largest, so that weights which differ by rounding are equal."""
     largest = values_X.abs().amax(0)
     return torch.round(values_X / torch.where(largest > 0, largest, 1.0) * 2.0**17)
 
@@ -134,7 +133,7 @@ def _quotas(
     total = mean_P.sum(0)
     mean_P = torch.where(total > 0, mean_P, used_P.to(mean_P.dtype))
     weight_P = mean_P / mean_P.sum(0).clamp(min=torch.finfo(mean_P.dtype).tiny)
-    # Rounding must not make 3 of a share of 4.
+    # The addend keeps rounding from making 3 of a share of 4.
     quota_P = torch.floor(weight_P * num_keep + 1e-4)
     rest = num_keep - quota_P.sum(0)
     return quota_P + (used_P & (ranks(_coarse(weight_P), used_P) < rest)).to(quota_P.dtype)

@@ -4,13 +4,13 @@ Source: arXiv 2510.24214.
 
     gain_i = a_i^α Σ_j max(0, cos(x_i, x_j) − max over taken t of cos(x_t, x_j)),   α = 1
 
-x are the vision encoder's features before the projector, a the class row's attention (mean over heads; the sum of the
-original differs by a factor, which changes no order). The cover starts at 0. The weight sits on the candidate, the
-cosine is raw: that is the difference to EADP.
+x are the vision encoder's features before the projector, a is the class row's attention (mean over heads; the original's
+sum differs by a factor, which changes no order). The cover starts at 0. Unlike EADP, SCOPE weights the candidate and takes
+the cosine as it is.
 
-Where we differ: one pool for the whole picture, where the original gives every crop of LLaVA-NeXT the same share.
-Newlines neither cover nor are covered (the original drops them) and fill up only where the picture has fewer than K
-tokens. K steps of N² each.
+Differences from the original: the whole image is one pool; the original gives every crop of LLaVA-NeXT the same share.
+Newlines neither cover nor are covered, and are kept only if the image has fewer than K tokens; the original drops them.
+The K steps read N² numbers each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep
-from trio_edge.trio.selectors.tokens.candidates import given, masked, picture_tokens, real_tokens, unit_rows
+from trio_edge.trio.selectors.tokens.candidates import given, masked, real_tokens, shown_tokens, unit_rows
 from trio_edge.trio.selectors.tokens.greedy import cover
 
 
@@ -32,15 +32,7 @@ class Scope(nn.Module):
     needs_previous = False
 
     def __init__(self, *, num_keep: int, exponent: float = 1.0) -> None:
-        """Fix the shape of the selection.
-
-        Args:
-            num_keep: K.
-            exponent: α of the saliency; 0 covers without it.
-
-        Raises:
-            ScheduleError: If a value is out of range.
-        """
+        """Fix K and α (``exponent``; 0 ignores the attention); raise ScheduleError if one is out of range."""
         super().__init__()
         check_num_keep(num_keep)
         self.num_keep = num_keep
@@ -49,9 +41,9 @@ class Scope(nn.Module):
         self.exponent = exponent
 
     def forward(self, inputs: TokenInputs) -> Selection:
-        """Return the selection; scores tell the order of choice, K for the first."""
+        """Return the selection; scores give the order of choice, K for the first token."""
         real_N = real_tokens(inputs, num_keep=self.num_keep)
-        shown_N = picture_tokens(inputs, num_keep=self.num_keep)
+        shown_N = shown_tokens(inputs, num_keep=self.num_keep)
         unit_NF = unit_rows(given(inputs.features_NF, "features_NF"), shown_N)
         attention_N = masked(given(inputs.attention_N, "attention_N"), shown_N).clamp(min=0.0)
         weight_N = attention_N if self.exponent == 1.0 else attention_N**self.exponent

@@ -1,7 +1,6 @@
-"""Evenly spaced tokens: the floor that a real selector must beat.
+"""Evenly spaced tokens: the baseline that a selector must beat.
 
-Token k of K is the one in the middle of its equal share of the real tokens, ⌊(2k + 1) n / 2K⌋, newlines included. It looks
-at positions only.
+Token k of K is the middle of the k-th of K equal shares of the n real tokens, newlines included: ⌊(2k + 1) n / 2K⌋.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trio_edge.trio.selectors.interface import Selection, TokenInputs, check_num_keep
-from trio_edge.trio.selectors.tokens.candidates import real_tokens
+from trio_edge.trio.selectors.tokens.candidates import exact_selection, real_tokens
 
 
 class Uniform(nn.Module):
@@ -24,11 +23,7 @@ class Uniform(nn.Module):
     needs_previous = False
 
     def __init__(self, *, num_keep: int) -> None:
-        """Fix K.
-
-        Raises:
-            ScheduleError: If it is below 1.
-        """
+        """Fix K; raise ScheduleError if it is below 1."""
         super().__init__()
         check_num_keep(num_keep)
         self.num_keep = num_keep
@@ -37,15 +32,11 @@ class Uniform(nn.Module):
         """Return the selection; scores are 1 for the kept tokens and 0 for the others."""
         real_N = real_tokens(inputs, num_keep=self.num_keep)
         kept_K = evenly_spaced(inputs.num_visual, num_keep=self.num_keep)
-        return Selection(
-            kept_K=kept_K,
-            scores_N=torch.where(real_N, marks(kept_K, num_tokens=real_N.shape[0]), -1.0),
-            unsettled=torch.zeros(1, dtype=torch.int32, device=real_N.device),
-        )
+        return exact_selection(kept_K, marks(kept_K, num_tokens=real_N.shape[0]), real_N)
 
 
 def evenly_spaced(num_visual: Tensor, *, num_keep: int) -> Tensor:
-    """Return evenly spaced indices below ``num_visual`` [1], ascending, int64 [K]; the first K if there are no more."""
+    """Return evenly spaced indices below ``num_visual`` [1], ascending, int64 [K]; 0..K-1 if there are at most K tokens."""
     place_K = torch.arange(num_keep, device=num_visual.device)
     count = num_visual.reshape(1).to(torch.int64)
     spaced_K = torch.div((2 * place_K + 1) * count, 2 * num_keep, rounding_mode="trunc")
@@ -53,6 +44,6 @@ def evenly_spaced(num_visual: Tensor, *, num_keep: int) -> Tensor:
 
 
 def marks(index_K: Tensor, *, num_tokens: Any) -> Tensor:
-    """Return 1 at the tokens of ``index_K``, 0 elsewhere, float32 [N]; N may be symbolic."""
+    """Return 1 at the indices in ``index_K``, 0 elsewhere, float32 [N]; N may be symbolic."""
     index_N = torch.arange(num_tokens, device=index_K.device)
     return (index_K[:, None] == index_N[None, :]).to(torch.float32).amax(0)

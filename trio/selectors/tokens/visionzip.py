@@ -1,22 +1,22 @@
-"""VisionZip: the tokens that the encoder attends to most, and sums of the others for context.
+"""VisionZip: keeps the tokens with most of the encoder's attention, and sums of the others for context.
 
 Source: arXiv 2412.04467.
 
-    dominant    the D tokens of the largest attention of the class row (mean over heads: the order of the original's sum)
-    targets     of the R others in reading order those at places 0, t, 2t, … with t = max(1, ⌊R / C⌋), the first C
+    dominant    the D tokens of the largest attention of the class row (mean over heads, same order as the original's sum)
+    targets     the first C of the R others at places 0, t, 2t, … in reading order, with t = max(1, ⌊R / C⌋)
     contextual  x_target + mean of the x that are most similar to this target, by the cosine of the encoder's keys
 
-K = D + C. Default: C = ⌊10 K / 64⌋ (54 + 10, 108 + 20, 162 + 30). ``merge`` says how a target takes up its tokens: "sum" as
-in the original's code, whose result is longer than a token; "mean" over the target and its tokens.
+K = D + C. Default: C = ⌊10 K / 64⌋ (54 + 10, 108 + 20, 162 + 30). ``merge`` is "sum" as above and in the original's code,
+whose result is longer than a token, or "mean" over the target and its tokens.
 
-Where we differ: the original counts the class token's own state as one of the D. It is no visual token of the decoder here
-(the projector never sees it), so all D are tokens of the picture: same budget, one patch more. The original merges before
-the projector, here its outputs are summed. One pool for the whole picture (the original: a fifth of the budget for each of
-LLaVA-NeXT's crops). Newlines are dropped as in the original, unless the picture has fewer than K tokens. With no more
-than K tokens nothing is merged.
+Differences from the original:
+- It counts the class token's state as one of the D. Here all D are tokens of the image, since the class token never
+  reaches the projector: same budget, one patch more.
+- It merges before the projector; here the projector's outputs are summed.
+- The whole image is one pool; the original gives each crop of LLaVA-NeXT a fifth of the budget.
+- Newlines are dropped unless the image has fewer than K tokens. With at most K tokens nothing is merged.
 
-``weights_KN`` gives padding the weight 0, except in rows that are padding themselves; rows of padding must be finite when
-the product is taken with all N.
+``weights_KN`` is 0 at padding, except in rows that are padding themselves; padding must be finite in the product.
 Letters: N visual tokens (padded), K kept, D dominant, C contextual.
 """
 
@@ -35,7 +35,14 @@ from trio_edge.trio.selectors.interface import (
     indices_by_group,
     ranks,
 )
-from trio_edge.trio.selectors.tokens.candidates import given, masked, picture_tokens, real_tokens, unit_rows
+from trio_edge.trio.selectors.tokens.candidates import (
+    exact_selection,
+    given,
+    masked,
+    real_tokens,
+    shown_tokens,
+    unit_rows,
+)
 
 
 class VisionZip(nn.Module):
@@ -46,19 +53,13 @@ class VisionZip(nn.Module):
     needs_clip = False
     needs_previous = False
 
-    def __init__(
-        self,
-        *,
-        num_keep: int,
-        num_contextual: int | None = None,
-        merge: str = "sum",
-    ) -> None:
+    def __init__(self, *, num_keep: int, num_contextual: int | None = None, merge: str = "sum") -> None:
         """Fix the shape of the selection.
 
         Args:
             num_keep: K.
             num_contextual: C, at least 0 and below K; None for ⌊10 K / 64⌋.
-            merge: How a target takes up its tokens, "sum" or "mean".
+            merge: "sum" or "mean", see the module.
 
         Raises:
             ScheduleError: If a value is out of range.
@@ -78,7 +79,7 @@ class VisionZip(nn.Module):
     def forward(self, inputs: TokenInputs) -> Selection:
         """Return the selection; scores are the attention. Contextual tokens come last."""
         real_N = real_tokens(inputs, num_keep=self.num_keep)
-        shown_N = picture_tokens(inputs, num_keep=self.num_keep)
+        shown_N = shown_tokens(inputs, num_keep=self.num_keep)
         attention_N = masked(given(inputs.attention_N, "attention_N"), shown_N)
         D, C = self.num_keep - self.num_contextual, self.num_contextual
         dominant_N = shown_N & (ranks(attention_N, shown_N) < D)
@@ -89,7 +90,7 @@ class VisionZip(nn.Module):
         kept_K = torch.where(
             merging,
             torch.cat([_where(dominant_N, num=D), *([_where(target_N, num=C)] if C else [])]),
-            # Then all of the picture fits in: it comes first, newlines after it, padding last.
+            # The whole image fits: it comes first, newlines after it, padding last.
             ascending(
                 indices_by_group(
                     2.0 - shown_N.to(torch.float32) - real_N.to(torch.float32), num_keep=self.num_keep
@@ -101,12 +102,7 @@ class VisionZip(nn.Module):
             keys_NE = unit_rows(given(inputs.keys_NE, "keys_NE"), shown_N)
             merged_N = rest_N & ~target_N & merging
             weights_KN = self._weights(kept_K, keys_NE, merged_N)
-        return Selection(
-            kept_K=kept_K,
-            scores_N=torch.where(real_N, attention_N.to(torch.float32), -1.0),
-            unsettled=torch.zeros(1, dtype=torch.int32, device=real_N.device),
-            weights_KN=weights_KN,
-        )
+        return exact_selection(kept_K, attention_N, real_N, weights_KN)
 
     def _weights(
         self, kept_K: Int[Tensor, "K"], keys_NE: Float[Tensor, "N E"], merged_N: Bool[Tensor, "N"]
@@ -133,12 +129,12 @@ def _targets(rest_N: Bool[Tensor, "N"], num_rest: Float[Tensor, "1"], *, num: in
     """Return every t-th of the remaining tokens, t = max(1, ⌊R / num⌋), the first ``num`` of them."""
     rest = rest_N.to(torch.float32)
     place_N = torch.cumsum(rest, dim=0) - rest
-    # Half a token more: the quotient is never a whole number, so an inexact division cannot fall below one.
+    # The added half keeps the quotient away from integers, so an inexact division cannot fall below one.
     stride = torch.floor((num_rest + 0.5) / max(num, 1)).clamp(min=1.0)
     slot_N = torch.floor((place_N + 0.5) / stride)
     return rest_N & (slot_N * stride == place_N) & (slot_N < num)
 
 
 def _where(chosen_N: Bool[Tensor, "N"], *, num: int) -> Int[Tensor, "X"]:
-    """Return the indices of the ``num`` chosen ones, ascending."""
+    """Return the indices of the ``num`` chosen tokens, ascending."""
     return indices_by_group(torch.where(chosen_N, 0.0, 1.0), num_keep=num)
