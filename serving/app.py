@@ -1,6 +1,6 @@
 """The HTTP interface as an ASGI app: OpenAI's chat completions, models, health, metrics and the page.
 
-Starlette routes; pydantic, which FastAPI would bring, is not needed: msgspec reads the requests.
+Starlette routes the requests and msgspec reads them, so FastAPI and its pydantic are not needed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -19,10 +20,10 @@ from starlette.routing import Route
 from trio_edge.serving.answers.endpoint import ChatEndpoint
 from trio_edge.serving.answers.worker import Worker
 from trio_edge.serving.guard import Guard
-from trio_edge.serving.metrics import CONTENT_TYPE, Metrics
+from trio_edge.serving.metrics import Metrics
 from trio_edge.serving.page.response import page
 from trio_edge.serving.requests.body import BodyDrain
-from trio_edge.serving.requests.errors import RequestError, request_error_from
+from trio_edge.serving.requests.errors import RequestError, request_error_from, unknown_model
 from trio_edge.serving.requests.media import MediaReader
 from trio_edge.serving.settings import ServerSettings
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.pipeline import Pipeline
     from trio_edge.serving.answers.interface import ModelWorker
 
-_STOP_S = 5.0  # for the answer that runs when the others have been cut; a prefill cannot be
+_STOP_S = 5.0  # for the running prefill, which cannot be cut
 
 
 def make_app(
@@ -44,12 +45,12 @@ def make_app(
     *,
     media: MediaReader | None = None,
 ) -> Starlette:
-    """Return the app; its lifespan loads the pipelines, each in a thread of its own, and closes them.
+    """Return the app. Its lifespan loads each pipeline in a thread of its own, and closes it at the end.
 
     Args:
-        models: Names for clients, and functions that return the pipelines. An open pipeline is ``lambda: pipeline``.
+        models: Function that returns an open pipeline, by model name.
         settings: Limits and policy.
-        media: Reads images and videos; made of ``settings`` by default.
+        media: Reader for images and videos; by default one with the policy of ``settings``.
     """
     settings, metrics = settings or ServerSettings(), Metrics()
     workers = {name: Worker(name, load, settings=settings, metrics=metrics) for name, load in models.items()}
@@ -63,13 +64,13 @@ def app_of(
     metrics: Metrics,
     media: MediaReader | None = None,
 ) -> Starlette:
-    """Return the app around workers that have not been started; its lifespan starts and stops them.
+    """Return the app for workers that have not started. Its lifespan starts and stops them.
 
     Args:
-        workers: By the models' names.
+        workers: Worker by model name.
         settings: Limits and policy.
-        metrics: The workers'.
-        media: Reads images and videos; made of ``settings`` by default.
+        metrics: The metrics that the workers use.
+        media: Reader for images and videos; by default one with the policy of ``settings``.
     """
 
     @contextlib.asynccontextmanager
@@ -94,7 +95,7 @@ def app_of(
             Route("/", page),
         ],
         middleware=[Middleware(BodyDrain), Middleware(Guard, settings=settings)],
-        exception_handlers={RequestError: _refusal, HTTPException: _http_refusal, Exception: _failure},
+        exception_handlers={HTTPException: _http_error, RequestError: _error, Exception: _error},
         lifespan=lifespan,
     )
     app.state.workers, app.state.metrics, app.state.started = workers, metrics, int(time.time())
@@ -108,21 +109,24 @@ async def _models(request: Request) -> Response:
 
 async def _model(request: Request) -> Response:
     name = request.path_params["name"]
-    if name not in request.app.state.workers:
-        raise RequestError(
-            404, f"model: expected a served one, got {name[:80]!r}", code="model_not_found", param="model"
-        )
-    return JSONResponse(_described(request.app.state.workers[name], request))
+    workers = request.app.state.workers
+    if name not in workers:
+        raise unknown_model(name, workers)
+    return JSONResponse(_described(workers[name], request))
 
 
 def _described(worker: ModelWorker, request: Request) -> dict[str, Any]:
-    common = {"id": worker.name, "object": "model", "created": request.app.state.started}
-    trio = _facts(worker.manifest) if worker.is_ready else None
-    return {**common, "owned_by": "trio-edge", "trio": trio}
+    return {
+        "id": worker.name,
+        "object": "model",
+        "created": request.app.state.started,
+        "owned_by": "trio-edge",
+        "trio": _facts(worker.manifest) if worker.is_ready else None,
+    }
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:
-    """Return what a client may want to know of a bundle."""
+    """Return the bundle's properties for clients."""
     most = manifest.visual_sizes[-1]
     return {
         "model": manifest.model,
@@ -150,20 +154,15 @@ async def _ready(request: Request) -> Response:
 
 
 async def _metrics(request: Request) -> Response:
-    return Response(request.app.state.metrics.text(), headers={"content-type": CONTENT_TYPE})
+    return Response(request.app.state.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
-async def _refusal(_request: Request, error: Exception) -> Response:
-    told = request_error_from(error)
-    return JSONResponse(told.body, told.status, headers=told.headers)
+async def _error(_request: Request, error: Exception) -> Response:
+    response = request_error_from(error)
+    return JSONResponse(response.body, response.status, headers=response.headers)
 
 
-async def _http_refusal(request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    told = RequestError(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}")
-    return JSONResponse(told.body, told.status, headers=error.headers)
-
-
-async def _failure(_request: Request, error: Exception) -> Response:
-    told = request_error_from(error)
-    return JSONResponse(told.body, told.status)
+    response = RequestError(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}")
+    return JSONResponse(response.body, response.status, headers=error.headers)

@@ -1,4 +1,4 @@
-"""The door: requests without the key, or with a foreign host name where there is no key, go no further."""
+"""Access control: refuses requests without the API key or, on a server without one, with a foreign host name."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
     from trio_edge.serving.settings import ServerSettings
 
+# The page asks for the key itself. Probes of an orchestrator have none.
 _OPEN_PATHS = frozenset({"/", "/health", "/health/ready"})
-"""The page asks for the key itself; probes of an orchestrator have none."""
 
 
 @final
 class Guard:
-    """Middleware that checks the key and the host name."""
+    """Middleware that checks the API key or the host name."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app, self._settings = app, settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer 401 or 421."""
+        """Pass a request on, or answer with status 401 or 421."""
         if scope["type"] == "http" and (error := self._error(scope)) is not None:
-            refusal = JSONResponse(error.body, error.status, headers=error.headers)
-            await refusal(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+            response = JSONResponse(error.body, error.status, headers=error.headers)
+            await response(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
     def _error(self, scope: Scope) -> RequestError | None:
         headers, key = Headers(scope=scope), self._settings.api_key
@@ -41,7 +41,7 @@ class Guard:
         if scope["path"] in _OPEN_PATHS:
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        # Compared in constant time; as bytes, since compare_digest refuses other characters than ASCII.
+        # In constant time against timing attacks. As bytes, because compare_digest refuses text beyond ASCII.
         is_same = hmac.compare_digest(given.strip().encode(), key.encode())
         return None if scheme.lower() == "bearer" and is_same else _NO_KEY
 
@@ -52,5 +52,7 @@ class Guard:
 
 _NO_KEY = RequestError(401, "api key: expected this server's, got another or none", code="invalid_api_key")
 _FOREIGN_HOST = RequestError(
-    421, "host: expected this server's name, got another; start it with --api-key", code="invalid_host"
+    421,
+    "host: expected localhost, got another name; start trio-serve with --api-key to allow it",
+    code="invalid_host",
 )

@@ -19,7 +19,7 @@ from trio_edge.serving.cli import command, named_bundles
 from trio_edge.serving.fleet.cluster import FleetSettings, deployment_name, replicas, status
 from trio_edge.serving.fleet.worker import FleetWorker
 from trio_edge.serving.metrics import Metrics
-from trio_edge.serving.server import MOST_CONNECTIONS
+from trio_edge.serving.server import MAX_CONNECTIONS
 from trio_edge.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def build(options: dict[str, Any]) -> Application:
 
     front = serve.deployment(
         name="front",
-        max_ongoing_requests=MOST_CONNECTIONS,
+        max_ongoing_requests=MAX_CONNECTIONS,
         ray_actor_options={"num_cpus": 0},
         logging_config={"enable_access_log": False},
     )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from trio_edge.serving.answers.interface import ModelWorker
 
-MOST_CONNECTIONS = 512
+MAX_CONNECTIONS = 512
 _HEADER_S = 15.0  # for the first line and the headers of a request
 _KEEP_ALIVE_S = 20
 _GRACE_S = 2  # for errors to reach the clients of answers that were cut
@@ -39,7 +39,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server((str(address[0]), port), family=family, backlog=MOST_CONNECTIONS)
+        return socket.create_server((str(address[0]), port), family=family, backlog=MAX_CONNECTIONS)
     except (OSError, UnicodeError, OverflowError) as error:
         raise ShapeError(
             f"--host, --port: expected an address of this machine and a free port, got {host}:{port}"
@@ -112,7 +112,7 @@ class BundleServer(uvicorn.Server):
             access_log=access_log,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=MOST_CONNECTIONS,
+            limit_concurrency=MAX_CONNECTIONS,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(shutdown_s) + _GRACE_S,
         )

@@ -36,7 +36,7 @@ _BACKOFF_S = (
     0.02,
 )  # between looks for a free replica; Ray's own choice, up to 0.5 s, leaves replicas idle
 _REACH_S = 5.0
-_MOST_STARTS = 1  # of a replica at first; more would repeat the same error for a minute
+_MAX_STARTS = 1  # of a replica at first; more would repeat the same error for a minute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ def replicas(
         name=deployment_name(name),
         max_ongoing_requests=1,
         max_queued_requests=settings.max_queue,
-        max_constructor_retry_count=_MOST_STARTS,
+        max_constructor_retry_count=_MAX_STARTS,
         graceful_shutdown_timeout_s=settings.shutdown_s,
         health_check_period_s=_HEALTH_S,
         ray_actor_options={"num_cpus": loading["threads"] or 1, "num_gpus": fleet.gpus},
