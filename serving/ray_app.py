@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,8 +15,7 @@ from ray import serve
 from trio_edge.runtime.bundle.errors import TrioEdgeError
 from trio_edge.serving.app import app_of
 from trio_edge.serving.cli import command, named_bundles, settings_from_options
-from trio_edge.serving.fleet.cluster import FleetSettings, deployment_name, replicas, status
-from trio_edge.serving.fleet.worker import FleetWorker
+from trio_edge.serving.fleet.cluster import FleetSettings, deployment_name, fleet_worker, replicas
 from trio_edge.serving.metrics import Metrics
 from trio_edge.serving.server import MAX_CONNECTIONS
 
@@ -85,14 +83,9 @@ def _parsed(options: dict[str, Any]) -> dict[str, Any]:
 
 def _front(names: list[str], settings: ServerSettings) -> Starlette:
     app, metrics = serve.get_replica_context().app_name, Metrics()
+    handles = {name: serve.get_deployment_handle(deployment_name(name), app) for name in names}
     workers = {
-        name: FleetWorker(
-            name,
-            serve.get_deployment_handle(deployment_name(name), app),
-            partial(status, app, name),
-            settings=settings,
-            metrics=metrics,
-        )
-        for name in names
+        name: fleet_worker(name, handle, app, settings=settings, metrics=metrics)
+        for name, handle in handles.items()
     }
     return app_of(workers, settings, metrics=metrics)

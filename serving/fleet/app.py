@@ -1,4 +1,4 @@
-"""The app in front of a fleet."""
+"""The app whose answers come from replicas."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 def fleet_app(
     bundles: Mapping[str, Path], settings: ServerSettings, *, loading: dict[str, Any], fleet: FleetSettings
 ) -> Iterator[Starlette]:
-    """Yield an app whose answers come from replicas, which start now and end with the block.
+    """Yield an app whose answers come from replicas. They start now and end with the block.
 
     Args:
-        bundles: Folders by the models' names.
+        bundles: Bundle folder by model name.
         settings: Limits and policy.
         loading: Keyword arguments of ``Pipeline.from_bundle``.
-        fleet: How many replicas.
+        fleet: Number and needs of the replicas.
 
     Raises:
         BackendError: If Ray is not installed, or cannot be reached.
-        ShapeError: If there is no room for the replicas.
+        ShapeError: If the cluster is too small, or already runs a model of the same name.
     """
     loading = {**loading, "threads": cpu_threads(loading["threads"], fleet)}
     metrics = Metrics()
@@ -43,8 +43,5 @@ def fleet_app(
         for name, bundle in bundles.items()
     }
     cpus = len(bundles) * max(loading["threads"], 1)
-    with (
-        ray_running(fleet, cpus=cpus),
-        deployed(models, settings=settings, metrics=metrics) as workers,
-    ):
+    with ray_running(fleet, cpus=cpus), deployed(models, settings=settings, metrics=metrics) as workers:
         yield app_of(workers, settings, metrics=metrics)
