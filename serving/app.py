@@ -64,14 +64,7 @@ def app_of(
     metrics: Metrics,
     media: MediaReader | None = None,
 ) -> Starlette:
-    """Return the app for workers that have not started. Its lifespan starts and stops them.
-
-    Args:
-        workers: Worker by model name.
-        settings: Limits and policy.
-        metrics: The metrics that the workers use.
-        media: Reader for images and videos; by default one with the policy of ``settings``.
-    """
+    """Return the app for workers by model name. Its lifespan starts and stops them. ``metrics`` are the workers'."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:

@@ -6,6 +6,7 @@ import contextlib
 import re
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -163,12 +164,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_installed() -> None:
     try:
-        import prometheus_client  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
+        for name in ("prometheus_client", "starlette", "uvicorn"):
+            import_module(name)
     except ImportError as error:
         raise BackendError(
-            f'server: expected {error.name} to be installed, got none; run pip install "trio-edge[serve]"'
+            f'server: expected {error.name} to be installed, it is not; run pip install "trio-edge[serve]"'
         ) from None
 
 

@@ -29,11 +29,7 @@ _GRACE_S = 2  # for errors to reach the clients whose answers were cut
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket.
-
-    Args:
-        host: Name or address of this machine.
-        port: 0 for any free port.
+    """Return a listening socket; port 0 chooses any free one.
 
     Raises:
         ShapeError: If the host is not this machine, or the port is taken.
@@ -54,12 +50,7 @@ def is_loopback(listener: socket.socket) -> bool:
 
 
 def serve(server: BundleServer, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
-    """Serve until Ctrl-C or SIGTERM.
-
-    Args:
-        server: The server of the app.
-        listener: A listening socket.
-        on_ready: Called when all bundles are loaded.
+    """Serve until Ctrl-C or SIGTERM. ``on_ready`` is called when all bundles are loaded.
 
     Raises:
         TrioEdgeError: If a bundle cannot be loaded.
@@ -98,12 +89,9 @@ class BundleServer(uvicorn.Server):
     """A uvicorn server that stops at a signal within a time limit."""
 
     def __init__(self, app: Starlette, *, shutdown_s: float, access_log: bool = False) -> None:
-        """Configure uvicorn.
+        """Configure uvicorn for the app of ``make_app`` or ``app_of``.
 
-        Args:
-            app: The app of ``make_app`` or ``app_of``.
-            shutdown_s: Seconds that running answers get to finish; a second Ctrl-C ends them at once.
-            access_log: Whether to print a line for each request.
+        Running answers get ``shutdown_s`` seconds to finish. ``access_log`` prints a line for each request.
         """
         config = uvicorn.Config(
             app,

@@ -32,19 +32,11 @@ class ModelWorker(Protocol):
 
     @property
     def manifest(self) -> Manifest:
-        """The bundle's manifest.
-
-        Raises:
-            RequestError: If the model is not loaded.
-        """
+        """The bundle's manifest; raises ``RequestError`` if the model is not loaded."""
 
     @property
     def backend_name(self) -> str:
-        """The backend that runs the graphs.
-
-        Raises:
-            RequestError: If the model is not loaded.
-        """
+        """The backend that runs the graphs; raises ``RequestError`` if the model is not loaded."""
 
     def start(self) -> None:
         """Load the model and begin to answer. Called on the event loop."""

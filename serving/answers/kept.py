@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 def kept_report(answer: Generation, stages: Sequence[Stage]) -> dict[str, Any]:
     """Return the kept boxes of each image and stage in pixels, and the milliseconds of each graph.
 
-    Args:
-        answer: An answer that has its first token.
-        stages: The stages of the bundle's schedule.
+    The answer must have its first token.
     """
     images, first = [], 0
     for image, layout in zip(answer.images, answer.layouts):

@@ -87,18 +87,14 @@ class Constraints:
 
 @final
 class ChoiceConstraint:
-    """Restricts an answer to one of several token sequences."""
+    """Restricts an answer to one of several sequences of token ids, each followed by one of ``stop_ids``.
+
+    ``num_tokens`` is V, the size of the vocabulary.
+    """
 
     def __init__(
         self, sequences: Sequence[Sequence[int]], *, stop_ids: Sequence[int], num_tokens: int
     ) -> None:
-        """Store the sequences.
-
-        Args:
-            sequences: Token ids of each text, at least one.
-            stop_ids: Tokens that may follow a whole sequence.
-            num_tokens: V, the size of the vocabulary.
-        """
         self._sequences, self._stop_ids, self._num_tokens = sequences, list(stop_ids), num_tokens
         self._answer: list[int] = []
 
@@ -119,16 +115,9 @@ class ChoiceConstraint:
 
 @final
 class GrammarConstraint:
-    """Restricts an answer to a grammar of llguidance."""
+    """Restricts an answer to the grammar of llguidance's ``LLMatcher``. ``num_tokens`` is V."""
 
     def __init__(self, matcher: Any, *, stop_ids: Sequence[int], num_tokens: int) -> None:
-        """Store the grammar's state.
-
-        Args:
-            matcher: An ``LLMatcher``.
-            stop_ids: Tokens that end the answer.
-            num_tokens: V, the size of the vocabulary.
-        """
         self._matcher, self._stop_ids, self._num_tokens = matcher, list(stop_ids), num_tokens
         self._mask_V: NDArray[np.bool_] | None = None
 

@@ -41,14 +41,7 @@ class Worker:
     def __init__(
         self, name: str, load: Callable[[], Pipeline], *, settings: ServerSettings, metrics: Metrics
     ) -> None:
-        """Prepare the thread; ``start`` loads the bundle.
-
-        Args:
-            name: The model's name in requests.
-            load: Function that returns an open pipeline; called in the worker's thread.
-            settings: The server's limits.
-            metrics: The server's metrics.
-        """
+        """Prepare the thread. ``start`` calls ``load`` in it, which returns an open pipeline."""
         self.name = name
         self.loaded: Future[Pipeline] = Future()
         """The pipeline, or the exception that loading raised."""

@@ -26,11 +26,7 @@ def fleet_app(
 ) -> Iterator[Starlette]:
     """Yield an app whose answers come from replicas. They start now and end with the block.
 
-    Args:
-        bundles: Bundle folder by model name.
-        settings: Limits and policy.
-        loading: Keyword arguments of ``Pipeline.from_bundle``.
-        fleet: Number and needs of the replicas.
+    ``bundles`` has the folders by model name, and ``loading`` the keyword arguments of ``Pipeline.from_bundle``.
 
     Raises:
         BackendError: If Ray is not installed, or cannot be reached.

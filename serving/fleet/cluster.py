@@ -63,9 +63,7 @@ def cpu_threads(threads: int, fleet: FleetSettings) -> int:
 def ray_running(fleet: FleetSettings, *, cpus: float) -> Iterator[None]:
     """Join a cluster, or start one that only this machine can reach, until the block ends.
 
-    Args:
-        fleet: Number and needs of the replicas.
-        cpus: CPUs for one replica of every model together.
+    ``cpus`` is the number of CPUs that one replica of every model need together.
 
     Raises:
         BackendError: If Ray is not installed, or cannot be reached.
@@ -103,7 +101,7 @@ def _imported(*, is_local: bool) -> tuple[Any, Any]:
         from ray import serve
     except ImportError as error:
         raise BackendError(
-            f'--replicas: expected {error.name} to be installed, got none; run pip install "trio-edge[ray]"'
+            f'--replicas: expected {error.name} to be installed, it is not; run pip install "trio-edge[ray]"'
         ) from None
     return ray, serve
 
@@ -138,7 +136,7 @@ def check_room(room: Mapping[str, float], fleet: FleetSettings, *, cpus: float) 
     Args:
         room: The cluster's resources, "CPU" and "GPU".
         fleet: Number and needs of the replicas.
-        cpus: CPUs for one replica of every model together.
+        cpus: Number of CPUs for one replica of every model together.
 
     Raises:
         ShapeError: If the replicas do not fit.
@@ -154,14 +152,9 @@ def check_room(room: Mapping[str, float], fleet: FleetSettings, *, cpus: float) 
 def replicas(
     name: str, bundle: Path, *, loading: dict[str, Any], settings: ServerSettings, fleet: FleetSettings
 ) -> Application:
-    """Return the Ray Serve application with a model's replicas.
+    """Return the Ray Serve application with the replicas of the model ``name``.
 
-    Args:
-        name: The model's name.
-        bundle: The bundle's folder, which has the same path on every machine.
-        loading: Keyword arguments of ``Pipeline.from_bundle``.
-        settings: The server's limits.
-        fleet: Number and needs of the replicas.
+    The bundle's folder has the same path on every machine. ``loading`` has the keyword arguments of ``Pipeline.from_bundle``.
     """
     from ray import serve
     from ray.serve.config import RequestRouterConfig
@@ -230,15 +223,7 @@ def deployed(
 def fleet_worker(
     name: str, handle: DeploymentHandle, app: str, *, settings: ServerSettings, metrics: Metrics
 ) -> FleetWorker:
-    """Return the worker for a model's replicas.
-
-    Args:
-        name: The model's name.
-        handle: Ray Serve's handle of the replicas.
-        app: Name of the Ray Serve application that has the replicas.
-        settings: The server's limits.
-        metrics: The server's metrics.
-    """
+    """Return the worker for the replicas of the model ``name`` in the Ray Serve application ``app``."""
     from trio_edge.serving.fleet.worker import FleetWorker
 
     return FleetWorker(name, handle, partial(_status, app, name), settings=settings, metrics=metrics)

@@ -32,13 +32,7 @@ class Replica:
     """Answers requests that Ray Serve hands over."""
 
     def __init__(self, name: str, bundle: str, *, loading: dict[str, Any], settings: ServerSettings) -> None:
-        """Load the bundle. Ray Serve hands over requests after this.
-
-        Args:
-            name: The model's name, for messages.
-            bundle: The bundle's folder.
-            loading: Keyword arguments of ``Pipeline.from_bundle``.
-            settings: The server's limits.
+        """Load the bundle with the keyword arguments ``loading`` of ``Pipeline.from_bundle``.
 
         Raises:
             TrioEdgeError: If the bundle cannot be loaded.

@@ -47,15 +47,7 @@ class FleetWorker:
         settings: ServerSettings,
         metrics: Metrics,
     ) -> None:
-        """Prepare the worker; ``start`` waits for the first replica.
-
-        Args:
-            name: The model's name in requests.
-            replicas: Ray Serve's handle of the replicas.
-            status: Function that returns Ray Serve's status of the replicas; called in a thread.
-            settings: The server's limits.
-            metrics: The server's metrics.
-        """
+        """Prepare the worker. ``status``, which is called in a thread, returns Ray Serve's status of the replicas."""
         self.name = name
         self.loaded: Future[tuple[str, Manifest]] = Future()
         """The backend's name and the manifest, or the exception if no replica could start."""

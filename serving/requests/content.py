@@ -55,12 +55,7 @@ class Prompt:
 
 
 def read_prompt(chat: ChatRequest, media: MediaReader, *, max_pixels: int) -> Prompt:
-    """Return the messages of a request with their images and videos.
-
-    Args:
-        chat: The request.
-        media: Reader for images and videos.
-        max_pixels: Limit for all images together.
+    """Return the messages of a request with their images and videos. ``max_pixels`` bounds all images together.
 
     Raises:
         RequestError: If an image or a video is refused.

@@ -28,7 +28,10 @@ _RUNTIME_ERRORS: tuple[tuple[type[TrioEdgeError], int, str, str | None], ...] = 
 
 
 class RequestError(Exception):
-    """A refused request, or an answer that failed."""
+    """A refused request, or a failed answer: an HTTP status and one line for people.
+
+    ``code`` is one word for programs, and ``param`` the name of the wrong field.
+    """
 
     def __init__(
         self,
@@ -39,15 +42,6 @@ class RequestError(Exception):
         param: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        """Store the content of the error response.
-
-        Args:
-            status: HTTP status.
-            message: One line for people.
-            code: One word for programs.
-            param: Name of the wrong field.
-            retry_after_s: Seconds to wait before the next try.
-        """
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
         self.retry_after_s = retry_after_s

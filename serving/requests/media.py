@@ -28,12 +28,7 @@ class MediaReader:
     """Reads images and videos within the server's policy. It is thread-safe."""
 
     def __init__(self, settings: ServerSettings, *, remote: RemoteMedia | None = None) -> None:
-        """Store the policy.
-
-        Args:
-            settings: Limits, allowed hosts and allowed folder.
-            remote: Reader for other hosts; by default one with the policy of ``settings``.
-        """
+        """Store the policy. ``remote`` reads from other hosts, by default with the policy of ``settings``."""
         self._settings = settings
         self._remote = remote or RemoteMedia(
             settings.allowed_media_domains, seconds=settings.media_s, max_bytes=settings.max_body

@@ -66,11 +66,7 @@ class RemoteMedia:
         self._is_allowed = is_allowed or is_global
 
     def fetch(self, url: str, *, where: str) -> bytes:
-        """Return the file at ``url``.
-
-        Args:
-            url: An address.
-            where: The request's field, for messages.
+        """Return the file at ``url``. Messages name the request's field ``where``.
 
         Raises:
             RequestError: If the policy forbids the address, or the file cannot be fetched.
