@@ -125,14 +125,8 @@ def _chosen_worker(workers: Mapping[str, ModelWorker], chat: ChatRequest) -> Mod
     model = named.manifest.model
     if not chat.details:
         return named
-    same = [
-        worker
-        for worker in (
-            named,
-            *workers.values(),
-        )  # the named one first: min and max return the first of equals
-        if worker.is_ready and worker.manifest.model == model
-    ]
+    candidates = (named, *workers.values())  # the named one first: min and max return the first of equals
+    same = [worker for worker in candidates if worker.is_ready and worker.manifest.model == model]
     choose = min if chat.details == {"low"} else max
     return choose(same or [named], key=_kept_tokens)
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
+from itertools import chain
 from typing import TYPE_CHECKING, Any, final
 
 from trio_edge.runtime.bundle.errors import BackendError
@@ -70,11 +71,7 @@ class Worker:
 
     @property
     def pipeline(self) -> Pipeline:
-        """The loaded pipeline.
-
-        Raises:
-            RequestError: If it is not loaded.
-        """
+        """The open pipeline; raises ``RequestError`` if it is not loaded."""
         if not self._is_loaded:
             raise still_loading(self.name)
         return self.loaded.result()
@@ -99,10 +96,8 @@ class Worker:
             if self._is_stopping:
                 raise stopping()
             remaining_s, num_waiting = self._remaining_s(), len(self._waiting)
-            wait_s, is_full = (
-                remaining_s + self._service_s * num_waiting,
-                num_waiting >= self._settings.max_queue,
-            )
+            wait_s = remaining_s + self._service_s * num_waiting
+            is_full = num_waiting >= self._settings.max_queue
             if is_full or wait_s > self._settings.max_wait_s:
                 retry_after_s = remaining_s if is_full else wait_s - self._settings.max_wait_s
                 raise queue_full(self.name, num_waiting, wait_s, retry_after_s=retry_after_s)
@@ -200,27 +195,23 @@ class Worker:
         return failure
 
     def _answer(self, pipeline: Pipeline, constraints: Constraints, job: AnswerJob) -> None:
-        start = time.perf_counter()
-        queue_s = start - job.submitted
-        constraint = constraints.make(job.chat)
-        answer = pipeline.chat(
-            job.prompt.messages, constraint=constraint, **answer_settings(job.chat, pipeline.manifest)
-        )
+        constraint, settings = constraints.make(job.chat), answer_settings(job.chat, pipeline.manifest)
+        answer = pipeline.chat(job.prompt.messages, constraint=constraint, **settings)
         job.generation = answer
         if job.is_cancelled:  # before the job knew its generation
             answer.cancel()
         stops = StopTexts(job.chat.stops)
         self._stream(pipeline, answer, stops, job)
-        usage = usage_of(answer.statistics, queue_s=queue_s)
+        usage = usage_of(answer.statistics, queue_s=self._running_since - job.submitted)
         self._metrics.count_answer(self.name, usage, is_cancelled=job.is_cancelled)
         with self._changed:
-            self._service_s = smoothed(self._service_s, time.perf_counter() - start)
+            self._service_s = smoothed(self._service_s, time.perf_counter() - self._running_since)
         has_ended = stops.is_found or answer.token_ids[-1] in pipeline.manifest.text.stop_token_ids
         job.emit(Finished("stop" if has_ended else "length", usage))
 
     def _stream(self, pipeline: Pipeline, answer: Generation, stops: StopTexts, job: AnswerJob) -> None:
         needs_report = job.chat.trio.kept
-        for piece in answer:
+        for piece in chain(answer, [""]):  # the empty piece: an answer without text has a report, too
             if needs_report:
                 job.emit(Kept(kept_report(answer, pipeline.manifest.schedule.stages)))
                 needs_report = False
@@ -229,8 +220,6 @@ class Worker:
             if stops.is_found:
                 answer.cancel()
                 break
-        if needs_report:  # an answer without text
-            job.emit(Kept(kept_report(answer, pipeline.manifest.schedule.stages)))
         if text := stops.finish():
             job.emit(NewText(text))
 

@@ -38,6 +38,8 @@ def fleet_app(
         name: partial(replicas, name, bundle, loading=loading, settings=settings, fleet=fleet)
         for name, bundle in bundles.items()
     }
-    cpus = len(bundles) * max(loading["threads"], 1)
-    with ray_running(fleet, cpus=cpus), deployed(models, settings=settings, metrics=metrics) as workers:
+    with (
+        ray_running(fleet, threads=max(loading["threads"], 1), num_models=len(bundles)),
+        deployed(models, settings=settings, metrics=metrics) as workers,
+    ):
         yield app_of(workers, settings, metrics=metrics)

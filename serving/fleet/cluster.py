@@ -60,10 +60,13 @@ def cpu_threads(threads: int, fleet: FleetSettings) -> int:
 
 
 @contextlib.contextmanager
-def ray_running(fleet: FleetSettings, *, cpus: float) -> Iterator[None]:
+def ray_running(fleet: FleetSettings, *, threads: int, num_models: int) -> Iterator[None]:
     """Join a cluster, or start one that only this machine can reach, until the block ends.
 
-    ``cpus`` is the number of CPUs that one replica of every model need together.
+    Args:
+        fleet: Number and needs of the replicas of each model.
+        threads: CPU threads of each replica.
+        num_models: Number of models.
 
     Raises:
         BackendError: If Ray is not installed, or cannot be reached.
@@ -81,7 +84,7 @@ def ray_running(fleet: FleetSettings, *, cpus: float) -> Iterator[None]:
         raise BackendError(f"Ray: expected a cluster, got: {str(error)[:300]}; see: ray status") from None
     try:
         if fleet.ray_address is None:
-            check_room(ray.cluster_resources(), fleet, cpus=cpus)
+            check_room(ray.cluster_resources(), fleet, threads=threads, num_models=num_models)
         with _quiet():
             serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
         yield
@@ -130,22 +133,24 @@ def _silence_loggers() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def check_room(room: Mapping[str, float], fleet: FleetSettings, *, cpus: float) -> None:
+def check_room(room: Mapping[str, float], fleet: FleetSettings, *, threads: int, num_models: int) -> None:
     """Refuse more replicas than a cluster of fixed size can hold: Ray itself would wait for more machines.
 
     Args:
         room: The cluster's resources, "CPU" and "GPU".
-        fleet: Number and needs of the replicas.
-        cpus: Number of CPUs for one replica of every model together.
+        fleet: Number and needs of the replicas of each model.
+        threads: CPU threads of each replica.
+        num_models: Number of models.
 
     Raises:
         ShapeError: If the replicas do not fit.
     """
-    for name, each in (("CPU", cpus), ("GPU", fleet.gpus)):
-        if each * fleet.max_replicas > room.get(name, 0.0):
+    count = num_models * fleet.max_replicas
+    for name, each in (("CPU", threads), ("GPU", fleet.gpus)):
+        if each * count > room.get(name, 0.0):
             raise ShapeError(
-                f"--replicas: expected at most {room.get(name, 0.0):g} {name}s in all, got {fleet.max_replicas} replicas"
-                f" with {each:g} each; choose fewer, or join a cluster with --ray-address"
+                f"--replicas: expected at most {room.get(name, 0.0):g} {name}s in all, got {count} replicas with"
+                f" {each:g} each; choose fewer, or join a cluster with --ray-address"
             )
 
 
@@ -202,11 +207,13 @@ def deployed(
     from ray import serve
 
     apps = {name: f"trio-serve-{deployment_name(name)}" for name in models}
-    for name in apps.values():
-        if name in serve.status().applications:
+    taken = set(serve.status().applications)
+    for app in apps.values():
+        if app in taken:  # of another server, or of a model whose name differs in replaced characters only
             raise ShapeError(
-                f"Ray: expected no application {name}, got one; choose another NAME=BUNDLE, or run: serve delete {name}"
+                f"Ray: expected no application {app}, got one; choose another NAME=BUNDLE, or run: serve delete {app}"
             )
+        taken.add(app)
     targets = [serve.RunTarget(make(), name=apps[name], route_prefix=None) for name, make in models.items()]
     with _quiet():
         handles = dict(zip(models, serve.run_many(targets, wait_for_applications_running=False)))
