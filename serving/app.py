@@ -6,12 +6,14 @@ Starlette routes the requests and msgspec reads them, so FastAPI and its pydanti
 from __future__ import annotations
 
 import contextlib
+import hmac
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
@@ -19,7 +21,6 @@ from starlette.routing import Route
 
 from trio_edge.serving.answers.endpoint import ChatEndpoint
 from trio_edge.serving.answers.worker import Worker
-from trio_edge.serving.guard import Guard
 from trio_edge.serving.metrics import Metrics
 from trio_edge.serving.page.response import page
 from trio_edge.serving.requests.body import BodyDrain
@@ -31,12 +32,21 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
     from starlette.requests import Request
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.pipeline import Pipeline
     from trio_edge.serving.answers.interface import ModelWorker
 
 _STOP_S = 5.0  # for the running prefill, which cannot be cut
+# The page asks for the key itself. Probes of an orchestrator have none.
+_OPEN_PATHS = frozenset({"/", "/health", "/health/ready"})
+_NO_KEY = RequestError(401, "api key: expected this server's, got another or none", code="invalid_api_key")
+_FOREIGN_HOST = RequestError(
+    421,
+    "host: expected localhost, got another name; start trio-serve with --api-key to allow it",
+    code="invalid_host",
+)
 
 
 def make_app(
@@ -87,12 +97,43 @@ def app_of(
             Route("/metrics", _metrics),
             Route("/", page),
         ],
-        middleware=[Middleware(BodyDrain), Middleware(Guard, settings=settings)],
+        middleware=[Middleware(BodyDrain), Middleware(_Guard, settings=settings)],
         exception_handlers={HTTPException: _http_error, RequestError: _error, Exception: _error},
         lifespan=lifespan,
     )
     app.state.workers, app.state.metrics, app.state.started = workers, metrics, int(time.time())
     return app
+
+
+@final
+class _Guard:
+    """Middleware that checks the API key or the host name."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+        self._app, self._settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer with status 401 or 421."""
+        if scope["type"] == "http" and (error := self._error(scope)) is not None:
+            response = JSONResponse(error.body, error.status, headers=error.headers)
+            await response(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _error(self, scope: Scope) -> RequestError | None:
+        headers, key = Headers(scope=scope), self._settings.api_key
+        if key is None:
+            return None if self._is_allowed_host(headers.get("host", "")) else _FOREIGN_HOST
+        if scope["path"] in _OPEN_PATHS:
+            return None
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        # In constant time against timing attacks. As bytes, because compare_digest refuses text beyond ASCII.
+        is_same = hmac.compare_digest(given.strip().encode(), key.encode())
+        return None if scheme.lower() == "bearer" and is_same else _NO_KEY
+
+    def _is_allowed_host(self, host: str) -> bool:
+        name = host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+        return name.lower() in self._settings.allowed_hosts
 
 
 async def _models(request: Request) -> Response:

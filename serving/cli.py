@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import sys
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -16,11 +16,12 @@ import click
 from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.cli.backend_options import backend_options
 from trio_edge.runtime.cli.console import run
-from trio_edge.serving.fleet.cluster import FleetSettings
+from trio_edge.serving.fleet.cluster import FleetSettings, fleet_app
 from trio_edge.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
     from socket import socket
 
     from starlette.applications import Starlette
@@ -214,21 +215,16 @@ def _fleet(
     )
 
 
-@contextlib.contextmanager
 def _app(
     bundles: dict[str, Path], limits: ServerSettings, *, loading: dict[str, Any], fleet: FleetSettings | None
-) -> Iterator[Starlette]:
+) -> AbstractContextManager[Starlette]:
     if fleet is not None:
-        from trio_edge.serving.fleet.app import fleet_app
-
-        with fleet_app(bundles, limits, loading=loading, fleet=fleet) as app:
-            yield app
-        return
+        return fleet_app(bundles, limits, loading=loading, fleet=fleet)
     from trio_edge.runtime.pipeline import Pipeline
     from trio_edge.serving.app import make_app
 
     models = {name: partial(Pipeline.from_bundle, path, **loading) for name, path in bundles.items()}
-    yield make_app(models, limits)
+    return nullcontext(make_app(models, limits))
 
 
 def named_bundles(bundles: Sequence[str]) -> dict[str, Path]:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from ray.serve import Application
     from ray.serve.handle import DeploymentHandle
+    from starlette.applications import Starlette
 
     from trio_edge.serving.fleet.worker import FleetWorker
     from trio_edge.serving.metrics import Metrics
@@ -52,26 +53,40 @@ class FleetSettings:
     """Address of the cluster to join, or "auto" for this machine's; None starts one here."""
 
 
-def cpu_threads(threads: int, fleet: FleetSettings) -> int:
-    """Return the CPU threads of a replica. On a cluster of our own, 0 shares this machine's cores among the replicas."""
-    if threads == 0 and fleet.ray_address is None:
-        return max(1, (os.cpu_count() or 1) // fleet.max_replicas)
-    return threads
-
-
 @contextlib.contextmanager
-def ray_running(fleet: FleetSettings, *, threads: int, num_models: int) -> Iterator[None]:
-    """Join a cluster, or start one that only this machine can reach, until the block ends.
+def fleet_app(
+    bundles: Mapping[str, Path], settings: ServerSettings, *, loading: dict[str, Any], fleet: FleetSettings
+) -> Iterator[Starlette]:
+    """Yield an app whose answers come from replicas. They start now and end with the block.
 
     Args:
+        bundles: Bundle folder by model name.
+        settings: Limits and policy.
+        loading: Keyword arguments of ``Pipeline.from_bundle``.
         fleet: Number and needs of the replicas of each model.
-        threads: CPU threads of each replica.
-        num_models: Number of models.
 
     Raises:
         BackendError: If Ray is not installed, or cannot be reached.
-        ShapeError: If this machine is too small for the replicas.
+        ShapeError: If the cluster is too small, or already runs a model of the same name.
     """
+    from trio_edge.serving.app import app_of
+    from trio_edge.serving.metrics import Metrics
+
+    if loading["threads"] == 0 and fleet.ray_address is None:  # the replicas share this machine's cores
+        loading = {**loading, "threads": max(1, (os.cpu_count() or 1) // fleet.max_replicas)}
+    metrics = Metrics()
+    with _ray_running(fleet, threads=max(loading["threads"], 1), num_models=len(bundles)):
+        applications = {
+            name: replicas(name, bundle, loading=loading, settings=settings, fleet=fleet)
+            for name, bundle in bundles.items()
+        }
+        with _deployed(applications, settings=settings, metrics=metrics) as workers:
+            yield app_of(workers, settings, metrics=metrics)
+
+
+@contextlib.contextmanager
+def _ray_running(fleet: FleetSettings, *, threads: int, num_models: int) -> Iterator[None]:
+    """Join a cluster, or start one that only this machine can reach, until the block ends."""
     ray, serve = _imported(is_local=fleet.ray_address is None)
     if fleet.ray_address not in (None, "auto"):
         _check_reachable(fleet.ray_address)
@@ -196,17 +211,13 @@ def _scaling(fleet: FleetSettings) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def deployed(
-    models: Mapping[str, Callable[[], Application]], *, settings: ServerSettings, metrics: Metrics
+def _deployed(
+    applications: Mapping[str, Application], *, settings: ServerSettings, metrics: Metrics
 ) -> Iterator[dict[str, FleetWorker]]:
-    """Start each model's replicas as an application of its own, and remove them when the block ends.
-
-    Raises:
-        ShapeError: If the cluster already has an application of the same name.
-    """
+    """Start each model's replicas as an application of its own, and remove them when the block ends."""
     from ray import serve
 
-    apps = {name: f"trio-serve-{deployment_name(name)}" for name in models}
+    apps = {name: f"trio-serve-{deployment_name(name)}" for name in applications}
     taken = set(serve.status().applications)
     for app in apps.values():
         if app in taken:  # of another server, or of a model whose name differs in replaced characters only
@@ -214,9 +225,12 @@ def deployed(
                 f"Ray: expected no application {app}, got one; choose another NAME=BUNDLE, or run: serve delete {app}"
             )
         taken.add(app)
-    targets = [serve.RunTarget(make(), name=apps[name], route_prefix=None) for name, make in models.items()]
+    targets = [
+        serve.RunTarget(application, name=apps[name], route_prefix=None)
+        for name, application in applications.items()
+    ]
     with _quiet():
-        handles = dict(zip(models, serve.run_many(targets, wait_for_applications_running=False)))
+        handles = dict(zip(applications, serve.run_many(targets, wait_for_applications_running=False)))
     try:
         yield {
             name: fleet_worker(name, handle, apps[name], settings=settings, metrics=metrics)
