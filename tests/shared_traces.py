@@ -39,18 +39,23 @@ _IRRELEVANT = {
 
 @contextmanager
 def shared_traces() -> Iterator[None]:
-    """Trace only what no test run has traced yet: a module of equal structure and arguments gives the same graph."""
-
-    def trace_once(module: nn.Module, **settings: Any) -> ir.Model:
-        arguments = {**settings, "args": _shapes(settings["args"])}
-        wanted = f"{_structure(module, {})} {sorted(arguments.items())}"
-        name = f"trace-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.onnx"
-        return _read(kept_between_runs(name, lambda out: _write(trace(module, **settings), out)))
-
+    """Let an export trace only what no test run has traced yet."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trio_edge.export.tracing.trace", trace_once)
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_registry))
         yield
+
+
+def trace_once(module: nn.Module, **settings: Any) -> ir.Model:
+    """Return what ``trace`` does; a module of equal structure and arguments gives the same graph."""
+
+    def make(out: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_registry))
+            _write(trace(module, **settings), out)
+
+    arguments = {**settings, "args": _shapes(settings["args"])}
+    wanted = f"{_structure(module, {})} {sorted(arguments.items())}"
+    return _read(kept_between_runs(f"trace-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.onnx", make))
 
 
 @functools.cache

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 MAX_TOKENIZER_BYTES = 128 << 20
 """Largest tokenizer.json; released ones have up to 33 MB."""
-MAX_CHARACTERS = 64_000_000
-"""Characters that a text may have after the tokenizer's rules have changed it."""
+MAX_CHARACTERS = 8_000_000
+"""Characters that a text may have after the tokenizer's rules have changed it; each takes up to 80 bytes meanwhile."""
 _MOST_RULES = 64
 _MOST_DECODER_GROWTH = 1000
 _MOST_PATTERN_CHARACTERS = 4096
