@@ -183,11 +183,6 @@ def settings_from_options(options: dict[str, Any]) -> tuple[ServerSettings, dict
     limits = ServerSettings(
         **{name: value for name, value in options.items() if name in ServerSettings.__annotations__}
     )
-    _check_settings(limits)
-    return limits, loading
-
-
-def _check_settings(limits: ServerSettings) -> None:
     key = limits.api_key or ""
     if not key.isascii() or any(character <= " " for character in key):
         raise click.UsageError(
@@ -199,6 +194,7 @@ def _check_settings(limits: ServerSettings) -> None:
                 f"--allowed-media-domains: expected a host such as images.example, got {domain!r:.80};"
                 " remove the scheme and the path"
             )
+    return limits, loading
 
 
 def _fleet(

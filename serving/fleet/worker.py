@@ -119,8 +119,7 @@ class FleetWorker:
 
     def stop(self, *, timeout_s: float) -> None:
         """End all jobs."""
-        done = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
-        done.result(timeout_s)
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(timeout_s)
 
     async def _end(self) -> None:
         self.cut()
@@ -138,7 +137,7 @@ class FleetWorker:
 
     async def _first_description(self) -> tuple[str, Manifest]:
         """Return the backend's name and the manifest of the first replica."""
-        asking = asyncio.ensure_future(self._describe_one())
+        asking: asyncio.Future[tuple[str, bytes]] = asyncio.ensure_future(self._replicas.describe.remote())
         # A handle waits for ever for replicas whose deployment has failed (Ray 2.60).
         while not (await asyncio.wait({asking}, timeout=_WATCH_S))[0]:
             status = await run_in_threadpool(self._status)
@@ -148,10 +147,6 @@ class FleetWorker:
         backend_name, manifest = asking.result()
         await self._count_replicas()
         return backend_name, manifest_from_json(manifest, where=self.name)
-
-    async def _describe_one(self) -> tuple[str, bytes]:
-        described: tuple[str, bytes] = await self._replicas.describe.remote()
-        return described
 
     async def _count_replicas(self) -> None:
         states = (await run_in_threadpool(self._status)).replica_states
