@@ -1,12 +1,12 @@
-"""Worth of each of TRIO's choices on the packaged model: probe rows, threshold, stage layers, stages, shapes, positions.
+"""Effect of each of TRIO's settings on the packaged model: probe rows, threshold, stage layers, stages, shapes, positions.
 
     python benchmarks/ablation.py --count 1000 --workers 2 --out out/ablation
     python benchmarks/ablation.py --count 2000 --groups rows positions --budgets 33.3 22.2 11.1
 
-Every line differs from the default export in what it names and in nothing else. Bundles are exported once into the output
-folder, answers are kept there (a run given again goes on), and one Markdown table is printed per budget: accuracy with
-Wilson's interval, and the differences from keep-all and from the default by paired bootstrap over pictures, 95 %. A line that
-the budget has no room for (layers in front of the first stage see all tokens) is left out, and named at the end.
+Each line differs from the default export only in what it names. Bundles and answers are stored in the output folder, so the same
+command continues an interrupted run. One Markdown table is printed per budget: accuracy with Wilson's interval, and the
+differences from keep-all and from the default by paired bootstrap over images, 95 %. Lines that a budget cannot have, because
+the layers before the first stage already use it up, are named at the end.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ BUDGETS = {"33.3": 1 / 3, "22.2": 2 / 9, "11.1": 1 / 9}
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to select: a line of the table."""
+    """One selection: a line of the table."""
 
     name: str
     schedule: dict[str, Any] = field(default_factory=dict)
-    """``schedule_for_keep``'s settings, or ``shaped_schedule``'s where "shape" is among them."""
+    """Settings for ``schedule_for_keep``, or for ``shaped_schedule`` if they have a "shape"."""
 
     def folder(self, budget: str) -> str:
         """Name of the bundle, the same for variants that share one."""
@@ -83,7 +83,7 @@ def shaped_schedule(
 
 
 def bundle_for(variant: Variant | None, budget: str, arguments: argparse.Namespace) -> Path:
-    """Return the bundle of a variant, exporting it if it is not there yet; None is keep-all."""
+    """Return the bundle of a variant, or of keep-all for None; export it if needed."""
     path = Path(arguments.out) / "bundles" / ("all" if variant is None else variant.folder(budget))
     if path.exists():
         return path
@@ -101,7 +101,7 @@ def bundle_for(variant: Variant | None, budget: str, arguments: argparse.Namespa
 
 
 DEFAULT = Variant("default")
-"""Reference rows (4), threshold 0.8, three stages at the preset's depths in its proportions, compact positions."""
+"""Four reference rows, threshold 0.8, three stages at the preset's depths and proportions, compact positions."""
 GROUPS: dict[str, tuple[Variant, ...]] = {
     "rows": (
         Variant("answer rows", {"probe_rows": "answer"}),
@@ -141,7 +141,7 @@ GROUPS: dict[str, tuple[Variant, ...]] = {
 
 
 def fits(variant: Variant, budget: str, *, num_layers: int) -> bool:
-    """Return whether the layers in front of the first stage leave something of the budget."""
+    """Return whether the layers before the first stage leave something of the budget."""
     return bool(variant.schedule.get("layers", (1,))[0] < num_layers * BUDGETS[budget])
 
 
@@ -218,11 +218,7 @@ def main() -> None:
         for bundle, (_, name) in zip(bundles, names):  # one by one: two choices may give the same bundle
             runs += plan_runs([bundle], labels=[f"{name} {budget} %"])
         answers = answers_of(
-            runs,
-            count=arguments.count,
-            seed=arguments.seed,
-            out=arguments.out,
-            workers=arguments.workers,
+            runs, count=arguments.count, seed=arguments.seed, out=arguments.out, workers=arguments.workers
         )
         reports = against_default(answers)
         written[budget] = [msgspec.to_builtins(run) for run in reports[0]]

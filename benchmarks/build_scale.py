@@ -1,10 +1,10 @@
-"""Cost of building engines at full size: time, peak memory and size of each graph's engine, by tensorrt-rtx without a GPU.
+"""Time, peak memory and size of each graph's engine at full size, built by tensorrt-rtx without a GPU.
 
     python benchmarks/build_scale.py --family llava-next-7b --folder /tmp/scale
 
-The checkpoint is that of released_shapes.py: a released model's shapes and random weights. It is deleted when the bundle is
-there, so free space for two copies of the weights is needed. "Anonymous" memory is what a process cannot give back;
-"mapped" are the weight files, which the system reads again if it takes their pages away.
+The checkpoint has a released model's shapes and random weights (parts/released_shapes.py). It is deleted when the bundle is
+exported, so this needs disk space for two copies of the weights. "Anonymous" memory cannot be reclaimed; "mapped" memory is
+weight files, which the system can drop and read again.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ def report(bundle: Path, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = parser_for(__doc__)
     add_options(parser, family="llava-next-7b", folder="out/build-scale")
-    parser.add_argument("--compute-capability", default="86", help="as trio-build's")
-    parser.add_argument("--graphs", nargs="*", default=[], help="graphs to build (default: all)")
-    parser.add_argument("--split-lm-head", type=int, default=1, help="as trio-build's")
-    parser.add_argument("--export", nargs=argparse.REMAINDER, default=[], help="the rest goes to trio-export")
+    parser.add_argument("--compute-capability", default="86", help="trio-build's option")
+    parser.add_argument("--graphs", nargs="*", default=[], help="graphs to build [default: all]")
+    parser.add_argument("--split-lm-head", type=int, default=1, help="trio-build's option")
+    parser.add_argument("--export", nargs=argparse.REMAINDER, default=[], help="options of trio-export, last")
     options = parser.parse_args()
     bundle = options.folder / "bundle"
     if not bundle.exists():

@@ -1,11 +1,10 @@
-"""Processor time of every graph of several bundles, on one thread of ONNX Runtime: for machines that others use as well.
+"""Processor time of every graph of several bundles, on one thread of ONNX Runtime, for machines that run other programs too.
 
     trio-export tiny --out tiny-100 --keep 100% --dtype float32     # and so on for other keeps
     python benchmarks/bundle_times.py tiny-100 tiny-33.3 tiny-22.2 tiny-11.1
 
-``trio-profile`` measures answers by the wall clock, with all that is around the graphs; other work on the machine disturbs it.
-Here each graph runs alone on made-up inputs, whose values times do not depend on, at the largest picture and the smallest
-text bucket. Medians; a decode step reads its KV buffers at full capacity.
+``trio-profile`` measures whole answers by the wall clock, which other programs disturb. Here each graph runs alone on random
+inputs, at the largest image and the smallest text bucket. The figures are medians; a decode step reads full KV buffers.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def chosen_profile(graph: GraphSpec, phase: str) -> Profile | None:
-    """Return the profile for the largest picture and the smallest text, or the one of a decode step."""
+    """Return the profile for the largest image and the smallest text, or that of a decode step."""
     if phase == "decode":
         return next((entry for entry in graph.profiles if entry.name == "decode"), None)
     prefill = [entry for entry in graph.profiles if entry.name != "decode"]
@@ -54,12 +53,10 @@ def measured(folder: Path, manifest: Manifest, *, repeats: int) -> dict[tuple[st
 
 
 def _place(graph: GraphSpec) -> tuple[float, bool]:
-    """Return what sorts graphs in the order in which they run."""
+    """Return the sort key of graphs in the order in which they run."""
     ends = {"clip_text": -3.0, "vision": -2.0, "reduce": -1.0, "head": math.inf, "probe": math.inf}
-    return ends[graph.role] if graph.first_layer is None else graph.first_layer, graph.role not in (
-        "probe",
-        "select",
-    )
+    place = ends[graph.role] if graph.first_layer is None else graph.first_layer
+    return place, graph.role not in ("probe", "select")
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""Cost of a calibration at full size: trio-calibrate on a checkpoint with a released model's shapes and random weights.
+"""Time and memory of trio-calibrate at full size, on a checkpoint with a released model's shapes and random weights.
 
     python benchmarks/calibrate_scale.py --family llava-1.5-7b --folder /tmp/scale --calibrate --quantize int4 --keep 11.1%
 
-What is found means nothing, as the weights do; time, memory and the bundle's size do. The samples are synthetic pictures.
-Free space for the checkpoint and the bundle is needed; both are deleted at the end.
+The schedule means nothing with random weights; time, memory and the bundle's size do. The samples are synthetic images. This
+needs disk space for the checkpoint and the bundle, which are deleted at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     parser = parser_for(__doc__)
     add_options(parser, family="llava-1.5-7b", folder="out/calibrate-scale")
     parser.add_argument(
-        "--calibrate", nargs=argparse.REMAINDER, default=[], help="the rest goes to trio-calibrate"
+        "--calibrate", nargs=argparse.REMAINDER, default=[], help="options of trio-calibrate, last"
     )
     options = parser.parse_args()
     out = options.folder / "calibrated"

@@ -1,11 +1,10 @@
 """Growth of prefill, selection and KV cache with the visual tokens N, counted and measured, with fitted exponents.
 
     python benchmarks/cost_growth.py                  # counted for LLaVA-NeXT-7B, predicted for an AGX Orin
-    python benchmarks/cost_growth.py --hidden 1024    # one layer and one stage of that width too, measured here
+    python benchmarks/cost_growth.py --hidden 1024    # also measures one layer and one stage of that hidden size here
 
 An exponent is the slope of a straight line through the logarithms: 1 is proportional to N, 2 to its square. Text fills a bucket
-of 64 rows throughout, which makes slopes a little smaller. Measured times are processor times of one thread of ONNX Runtime,
-float32.
+of 64 rows, which makes slopes a little smaller. Measured times are processor times of one thread of ONNX Runtime, in float32.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from trio_edge.profiling.predict.answer import Setting, predict
 from trio_edge.profiling.predict.plan import plan_for
 from trio_edge.trio.budgets import schedule_for_keep
 from trio_edge.trio.cost.devices import DEVICES
+from trio_edge.trio.cost.flops import kv_row_bytes
 from trio_edge.trio.cost.memory import kv_cache_bytes
 
 SIZES = (576, 1152, 1728, 2304, 2880)
@@ -79,7 +79,8 @@ def counted(keep: float) -> dict[str, list[float]]:
 
 
 def _kv_bytes(setting: Setting) -> int:
-    return kv_cache_bytes(setting.ranges, other_rows=NUM_TEXT, row_bytes=setting.cache_row_bytes)
+    row_bytes = kv_row_bytes(setting.model.decoder, bytes_per_cached=setting.formats.bytes_per_cached)
+    return kv_cache_bytes(setting.ranges, other_rows=NUM_TEXT, row_bytes=row_bytes)
 
 
 def measured(hidden: int) -> dict[str, list[float]]:
@@ -112,9 +113,7 @@ def measured(hidden: int) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = parser_for(__doc__)
-    parser.add_argument(
-        "--hidden", type=int, nargs="*", default=[], help="hidden sizes to measure one layer of"
-    )
+    parser.add_argument("--hidden", type=int, nargs="*", default=[], help="hidden sizes of measured layers")
     options = parser.parse_args()
     print_table(f"{MODEL}, keep-all, {NUM_TEXT} text tokens, float16", counted(1.0), digits=2)
     print_table(f"{MODEL}, 11.1 %, {NUM_TEXT} text tokens, float16", counted(0.111), digits=2)

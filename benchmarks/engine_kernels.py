@@ -1,9 +1,9 @@
-"""The kernels that TensorRT makes of a bundle's patterns, read from the builder's own log, without a GPU.
+"""The kernels that TensorRT makes for a graph, read from the builder's log, without a GPU.
 
-python benchmarks/engine_kernels.py BUNDLE --graph prefix --compute-capability 86
+    python benchmarks/engine_kernels.py BUNDLE --graph prefix --compute-capability 86
 
-For each profile: kernels that hold the attention (from the product of queries and keys to that of probabilities and values),
-kernels of each RMS norm, and kernels of each product with a weight. One kernel for all of a pattern is the goal.
+Prints for each profile the kernels of the attention (from the product of queries and keys to that of probabilities and values),
+of each RMS norm, and of each product with a weight. One kernel per pattern is the goal.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PRODUCT = re.compile(r"node_linear(?:_\d+)?\.0")
 _SCORES = re.compile(r"node_(?:matmul(?:_\d+)?|softmax|transpose_3)\.0")
 _NORM = re.compile(r"node_(?:mean|rsqrt)(?:_\d+)?\.0")
 WAITING = ("signal", "wait")
-"""Layers that order streams: no kernels."""
+"""Layers that only order streams."""
 
 
 class Kernel(NamedTuple):
@@ -48,7 +48,7 @@ def kernels_of(
     kernels: dict[str, list[Kernel]] = defaultdict(list)
     profile_of: dict[
         str, int
-    ] = {}  # empty profiles, as those of a graph's other pieces, have no kernels and no group
+    ] = {}  # empty profiles, such as those of other pieces, have no kernels and no group
     for line in lines:
         found = re.match(r"Name: (.*?_(myl\d+)_\d+), LayerType: (\w+),", line)
         if found:
@@ -61,7 +61,7 @@ def kernels_of(
 
 
 def build_log(bundle: Bundle, graph: str, *, compute_capability: int, join: bool) -> list[str]:
-    """Return all that tensorrt-rtx says while it builds a graph as ``trio-build`` does, layers in detail."""
+    """Return the detailed log of tensorrt-rtx while it builds a graph as ``trio-build`` does."""
     tensorrt, spec, lines = load_tensorrt("tensorrt-rtx"), bundle.manifest.graph(graph), list[str]()
     trt = tensorrt.module
 
@@ -94,7 +94,7 @@ def build_log(bundle: Bundle, graph: str, *, compute_capability: int, join: bool
 
 
 def holding(kernels: list[Kernel], pattern: re.Pattern[str]) -> list[Kernel]:
-    """Return the kernels that compute a node whose name is ``pattern``."""
+    """Return the kernels that compute a node whose name matches ``pattern``."""
     return [kernel for kernel in kernels if any(pattern.fullmatch(node) for node in kernel.nodes)]
 
 
@@ -102,7 +102,7 @@ def summary(kernels: list[Kernel]) -> dict[str, str]:
     """Return one cell for each pattern of the graph's first decoder layer."""
     working = [kernel for kernel in kernels if kernel.kind not in WAITING]
     products = holding(working, _PRODUCT)
-    # A kernel without a node of the graph in front of a product unpacks its weights: they are read, written and read again.
+    # a kernel without a node before a product unpacks its weights, which are then read, written and read again
     unpacking = [kernel for kernel in working if re.match(r"__myl_CastMul(Cast)?_myl", kernel.name)]
     return {
         "attention": _count(holding(working, _SCORES)),
@@ -113,28 +113,22 @@ def summary(kernels: list[Kernel]) -> dict[str, str]:
 
 
 def _count(kernels: list[Kernel]) -> str:
-    kinds = ", ".join(
-        sorted(
-            {
-                re.sub(r"_myl\d+_\d+$", "", kernel.name)[:24] if "mha" in kernel.name else kernel.kind
-                for kernel in kernels
-            }
-        )
-    )
-    return f"{len(kernels)} ({kinds})"
+    kinds = {
+        re.sub(r"_myl\d+_\d+$", "", kernel.name)[:24] if "mha" in kernel.name else kernel.kind
+        for kernel in kernels
+    }
+    return f"{len(kernels)} ({', '.join(sorted(kinds))})"
 
 
 def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument(
-        "--graph", default="prefix", help="one with a single decoder layer is the easiest to read"
+        "--graph", default="prefix", help="graph to build; one with a single decoder layer is easiest to read"
     )
     parser.add_argument("--compute-capability", type=int, default=86)
     parser.add_argument("--list", action="store_true", help="also list every kernel with its nodes")
-    parser.add_argument(
-        "--as-exported", action="store_true", help="without joining attention, for comparison"
-    )
+    parser.add_argument("--as-exported", action="store_true", help="do not join attention, for comparison")
     options = parser.parse_args()
     with errors_in_one_line(parser):
         run(options)

@@ -1,12 +1,11 @@
-"""Cost of an export at full size: makes a checkpoint with a released model's shapes, exports it, runs its graphs.
+"""Time and memory of an export at full size, and of single graphs of the bundle.
 
     python benchmarks/export_scale.py --family llava-next-7b --folder /tmp/scale
 
-Weights are random and mean nothing; names, shapes, shards, index and the other files are those of the released
-checkpoint. They are written piece by piece, so 14 GB need no memory. Then, each in a process of its own: a plain copy of
-the weight files (what the export is compared with), ``trio-export`` itself, and single graphs of the bundle in ONNX
-Runtime. Before each of them the checkpoint leaves the page cache. Free space for three copies is needed for a moment;
-all is deleted at the end.
+Makes a checkpoint with the names, shapes, shards and files of a released one and random weights, written piece by piece. Then
+runs, each in its own process: a plain copy of the weight files for comparison, ``trio-export``, and single graphs of the bundle
+in ONNX Runtime. Before each of them the checkpoint is dropped from the page cache. This needs disk space for three copies of
+the weights; everything is deleted at the end.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ STEPS = ("reading", "tracing", "writing", "hashing")  # what trio-export prints 
 
 
 def time_copy(files: list[Path], folder: Path) -> Step:
-    """Return what one plain copy of ``files`` took; the copy is deleted again."""
+    """Return the time of one plain copy of ``files``, which is deleted again."""
     forget(files)
     folder.mkdir()
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -48,7 +47,7 @@ def time_copy(files: list[Path], folder: Path) -> Step:
 
 
 def time_graph(bundle: Path, name: str, *, mapped: bool, threads: int) -> str:
-    """Load and run one graph in a process of its own; return a row of the table."""
+    """Load and run one graph in its own process; return a row of the table."""
     forget(bundle.rglob("*.safetensors"))
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
@@ -111,8 +110,8 @@ def _usual_session(
 def _mapped_session(file: Path, threads: int) -> Callable[[dict[str, Any]], Iterable[Any]]:
     """Load a graph so that its weights stay in the file: nothing transposes, converts or packs them beforehand.
 
-    On x86, ONNX Runtime's CPU has no float16 products. Its extended optimizations turn all weights into float32 in memory when
-    it loads a graph; without them each is converted when it is used, and forgotten.
+    ONNX Runtime has no float16 products on x86. Its extended optimizations convert all weights to float32 in memory when it
+    loads a graph; without them each weight is converted when it is used.
     """
     import onnxruntime as ort
 
@@ -147,15 +146,15 @@ def export_table(steps: list[Step], copy: Step, peaks: Peaks) -> str:
 def main() -> None:
     parser = parser_for(__doc__)
     add_options(parser, family="llava-next-7b", folder="out/export-scale")
-    parser.add_argument("--export", nargs=argparse.REMAINDER, default=[], help="the rest goes to trio-export")
+    parser.add_argument("--export", nargs=argparse.REMAINDER, default=[], help="options of trio-export, last")
     parser.add_argument(
         "--graphs",
         nargs="*",
         default=["prefix", "select_1"],
-        help="graphs to run, at their smallest profile or at GRAPH:PROFILE",
+        help="graphs to run, at their smallest profile or as GRAPH:PROFILE",
     )
     parser.add_argument("--sessions", nargs="+", choices=["usual", "mapped"], default=["usual", "mapped"])
-    parser.add_argument("--threads", type=int, default=2, help="ONNX Runtime's")
+    parser.add_argument("--threads", type=int, default=2, help="threads of ONNX Runtime")
     options = parser.parse_args()
     bundle = options.folder / "bundle"
     with checkpoint_of(options, bundle) as checkpoint:
@@ -178,18 +177,8 @@ def report(checkpoint: Path, bundle: Path, options: argparse.Namespace) -> None:
             flush=True,
         )
     if options.graphs:
-        heads = (
-            "graph",
-            "session",
-            "rows",
-            "weights",
-            "load",
-            "first run",
-            "peak memory",
-            "anonymous",
-            "mapped",
-        )
-        print(*head(heads), sep="\n")
+        times, sizes = ("load", "first run"), ("peak memory", "anonymous", "mapped")
+        print(*head(("graph", "session", "rows", "weights", *times, *sizes)), sep="\n")
     for name in options.graphs:
         for session in options.sessions:
             print(time_graph(bundle, name, mapped=session == "mapped", threads=options.threads), flush=True)

@@ -1,11 +1,11 @@
-"""Waits in a queue with several replicas: the formula that docs/serving-fleet.md plans with, and a simulation that checks it.
+"""Waiting time with several replicas: the formula in docs/serving-fleet.md, and a simulation that checks it.
 
     python benchmarks/fleet_size.py --service-ms 400 --spread 0.5
     python benchmarks/fleet_size.py --times times.txt --per-second 6 --wait-ms 500
 
 Requests arrive at random (Poisson) and wait in one queue for the first free replica: M/G/c. The formula is Erlang's C for the
-share that waits, with Allen and Cunneen's correction for the spread of the service times; the wait of those that wait is taken
-as exponential. The simulation draws service times from a gamma distribution, or from measured ones.
+share of requests that wait, with Allen and Cunneen's correction for the spread of the service times, and an exponential wait for
+these requests. The simulation draws service times from a gamma distribution, or from measured ones.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def predicted_wait(replicas: int, offered: float, spread: float) -> tuple[float,
     Args:
         replicas: c.
         offered: Arrivals per mean service time.
-        spread: Standard deviation of the service time by its mean.
+        spread: Standard deviation of the service time divided by its mean.
     """
     share = erlang_c(replicas, offered)
     of_those_that_wait = (1 + spread**2) / 2 / (replicas - offered)
@@ -54,7 +54,7 @@ def predicted_wait(replicas: int, offered: float, spread: float) -> tuple[float,
 def simulated_waits(
     replicas: int, offered: float, services: NDArray[np.float64], random: np.random.Generator
 ) -> NDArray[np.float64]:
-    """Return the wait of each request, in mean service times, without the first tenth, which finds an empty queue."""
+    """Return the waits, in mean service times, without the first tenth of the requests, which find an empty queue."""
     arrivals = np.cumsum(random.exponential(1 / offered, len(services)))
     free_at, waits = [0.0] * replicas, np.empty(len(services))
     for place, (arrival, service) in enumerate(zip(arrivals.tolist(), services.tolist())):
@@ -108,12 +108,14 @@ def arguments() -> ArgumentParser:
     parser.add_argument(
         "--service-ms", type=float, default=400.0, help="mean time of an answer on a free replica"
     )
-    parser.add_argument("--spread", type=float, default=0.5, help="its standard deviation by its mean")
-    parser.add_argument("--times", type=Path, help="file with measured service times in ms, one a line")
-    parser.add_argument("--requests", type=positive, default=200_000, help="of each simulation")
-    parser.add_argument("--per-second", type=float, help="requests, to say how many replicas they need")
     parser.add_argument(
-        "--wait-ms", type=float, default=500.0, help="95 of 100 requests shall wait no longer"
+        "--spread", type=float, default=0.5, help="standard deviation of that time / its mean"
+    )
+    parser.add_argument("--times", type=Path, help="file of measured service times in ms, one per line")
+    parser.add_argument("--requests", type=positive, default=200_000, help="requests per simulation")
+    parser.add_argument("--per-second", type=float, help="requests per second, to find the replicas for them")
+    parser.add_argument(
+        "--wait-ms", type=float, default=500.0, help="longest wait of 95 %% of these requests"
     )
     return parser
 

@@ -1,17 +1,16 @@
-"""Times every graph on any NVIDIA GPU, beside the whole model and the paper's own code in torch, on the same weights.
+"""Times every graph on an NVIDIA GPU, next to the whole model and the paper's own code in torch, on the same weights.
 
-    python benchmarks/gpu.py --count                                  # what it must cost, by count; runs anywhere
+    python benchmarks/gpu.py --count                                  # only FLOPs and bytes by count; runs anywhere
     python benchmarks/gpu.py                                          # three 7B models, random weights made on the GPU
     python benchmarks/gpu.py --families llava-next-7b --json out/gpu.json --export out/gpu
     python benchmarks/gpu.py --device cpu --shapes small              # all of it on a CPU, at small sizes, in minutes
 
-Installs nothing. First the packaged model tells which backends run here and whether they are right (--no-parity leaves that
-out). Then ways are measured one after the other on one set of weights: the whole model in torch (fused attention, fixed KV
-buffers, each part a CUDA graph, layers compiled as well), TRIO as the paper's code does it, and the graphs of a bundle as
-torch modules. With --export FOLDER the weights are a checkpoint there, of which trio-export makes bundles, trio-build
-engines where TensorRT runs, and every backend of the runtime is measured too; that takes 50 GB of disk at full size.
-All times are the device's own, medians over several runs. A way that fails has a line that says why. Without a GPU: one
-line, exit code 2.
+Installs nothing. First the packaged model shows which backends run here and give the right answers (--no-parity skips this).
+Then the ways to run a model are measured one after the other on the same weights: the whole model in torch (fused attention,
+fixed KV buffers, each part a CUDA graph, also with compiled layers), TRIO as in the paper's code, and the graphs of a bundle as
+torch modules. With --export FOLDER the weights are stored there as a checkpoint, trio-export makes bundles, trio-build makes
+engines if TensorRT runs, and the runtime's backends are measured too; this takes 50 GB of disk at full size. All times are
+medians on the device's clock. A way that fails gives a line with the reason. Without a GPU: one line, exit code 2.
 """
 
 from __future__ import annotations
@@ -41,15 +40,7 @@ from gpu_parts.layers_in_torch import LayersInTorch
 from gpu_parts.measure import Measured, measure
 from gpu_parts.parity import REFERENCE, Compared, compare
 from gpu_parts.prompts import random_picture
-from gpu_parts.subjects import (
-    BUDGETS,
-    SHAPES,
-    Sizes,
-    Subject,
-    random_subject,
-    sizes_of,
-    subject_of,
-)
+from gpu_parts.subjects import BUDGETS, SHAPES, Sizes, Subject, random_subject, sizes_of, subject_of
 from gpu_parts.tables import Row, count_tables, measured_table, parity_table
 from parts.arguments import parser_for, positive
 
@@ -60,7 +51,7 @@ from trio_edge.runtime.bundle.schedule import Schedule
 
 EXIT_USER_ERROR = 2
 _MAX_SHAPES = 64
-"""Sizes that torch may compile one layer for: each range's prefill and decode."""
+"""Most sizes that torch compiles one layer for: each range's prefill and decode."""
 _PARITY_PICTURE = (96, 96)
 
 
@@ -124,7 +115,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         type=_percent,
         nargs="+",
         default=[100 * budget for budget in BUDGETS],
-        help="average keeps in %%",
+        help="average keeps, in %%",
     )
     parser.add_argument(
         "--dtype", choices=["float16", "float32"], help="[default: float16, float32 on a CPU]"
@@ -133,22 +124,18 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive, default=10, help="timed prefills; medians are printed")
     parser.add_argument("--tokens", type=positive, default=32, help="timed decode steps")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel from Python")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--no-parity", action="store_true", help="measure without comparing anything first")
+    parser.add_argument("--no-compile", action="store_true", help="do not use torch.compile")
+    parser.add_argument("--no-parity", action="store_true", help="do not compare the backends first")
     parser.add_argument(
         "--parity",
         type=Path,
         nargs=2,
         metavar=("CHECKPOINT", "BUNDLE"),
-        help="compare on these. [default: the packaged model]",
+        help="model for this comparison [default: the packaged model]",
     )
-    parser.add_argument(
-        "--export", type=Path, metavar="FOLDER", help="measure the runtime's backends as well"
-    )
-    parser.add_argument(
-        "--count", action="store_true", help="print FLOPs and bytes by count, measure nothing"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="also measure the runtime's backends")
+    parser.add_argument("--count", action="store_true", help="only print FLOPs and bytes by count")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results to this file")
     options = parser.parse_args(argv)
     if options.dtype is None:
         options.dtype = "float16" if options.device == "cuda" or options.count else "float32"
@@ -227,15 +214,13 @@ def _torch_rows(family: str, subject: Subject, options: argparse.Namespace) -> I
     for compiled in (False,) if options.no_compile else (False, True):
         for keep in options.keeps:
             for way in (LayersInTorch, GraphsInTorch):
-                if not (
-                    compiled and keep < 1.0 and way is LayersInTorch
-                ):  # autograd and a host loop gain nothing
-                    torch.compiler.reset()
-                    make = partial(
-                        _measured, way, subject, subject.sizes.schedule(keep), options, compiled=compiled
-                    )
-                    name = way.name_for(subject.sizes.schedule(keep), compiled=compiled)
-                    yield _row(family, keep, name, make, subject.sizes, options)
+                if compiled and keep < 1.0 and way is LayersInTorch:
+                    continue  # autograd and a host loop gain nothing
+                torch.compiler.reset()
+                schedule = subject.sizes.schedule(keep)
+                make = partial(_measured, way, subject, schedule, options, compiled=compiled)
+                name = way.name_for(schedule, compiled=compiled)
+                yield _row(family, keep, name, make, subject.sizes, options)
 
 
 def _measured(
@@ -295,19 +280,14 @@ def _bundle_rows(
 
 
 def _room(options: argparse.Namespace) -> int:
-    """Return the new tokens that caches have room for: the timed ones, and those that warm up."""
+    """Return the new tokens that the caches have room for: timed ones and warm-up."""
     return int(options.tokens) + 8
 
 
 def _row(
-    family: str,
-    keep: float,
-    way: str,
-    run: Callable[[], Measured],
-    sizes: Sizes,
-    options: argparse.Namespace,
+    family: str, keep: float, way: str, run: Callable[[], Measured], sizes: Sizes, options: argparse.Namespace
 ) -> Row:
-    """Return what ``run`` measured; the others go on if it fails, out of memory or for a kernel that this GPU lacks."""
+    """Return the result of ``run``, or why it failed: for instance memory, or a kernel that this GPU lacks."""
     measured, problem = None, ""
     try:
         measured = run()

@@ -1,11 +1,11 @@
-"""Models that fit each Jetson: memory to run and to build each model, estimated from its shapes; no weights, no GPU.
+"""Models that fit each Jetson: memory to run and to build each model, estimated from its shapes, without weights or a GPU.
 
     python benchmarks/gpu_memory.py
 
-"Run" is what ``trio-export --target`` checks: weights with those that select graphs repeat, KV caches at full capacity,
-activations. "Build" is what the largest graph's build must have at its peak, as ``trio-build --dry-run`` estimates it,
-without the mapped weight files, whose pages the system can take back. JetPack's TensorRT 10.3 (6.2) cannot write an engine
-in pieces, 10.16 (7.2) can. Rows with int4 assume 4-bit blocks for the decoder's products.
+"Run" is the estimate of ``trio-export --target``: weights with those that stages repeat, KV caches at full capacity, activations.
+"Build" is ``trio-build --dry-run``'s estimate of the largest graph's peak, without mapped weight files, which the system can drop.
+JetPack's TensorRT 10.3 (6.2) cannot write an engine in pieces, 10.16 (7.2) can. Rows with int4 assume 4-bit blocks for the
+decoder's products.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def fit_inputs(sizes: Sizes, schedule: Schedule, options: argparse.Namespace, *,
 
 
 def build_peak(sizes: Sizes, schedule: Schedule, *, int4: bool, streams_engines: bool) -> int:
-    """Return what building the graph with the most weights must have at its peak."""
+    """Return the peak memory to build the graph with the most weights."""
     starts = [0, *(stage.layer for stage in schedule.stages), sizes.decoder.num_layers]
     most = max(stop - start for start, stop in zip(starts, starts[1:]))
     share = INT4_SHARE if int4 else 1.0
@@ -57,7 +57,7 @@ def build_peak(sizes: Sizes, schedule: Schedule, *, int4: bool, streams_engines:
 
 
 def fits_on(run: Fit, peaks: tuple[int, int]) -> str:
-    """Return on which Jetsons it runs; a mark where building there needs more memory than there is."""
+    """Return the Jetsons on which the model runs, and whether building needs more memory than they have."""
     cells = []
     for target in DEVICES.values():
         if not target.name.startswith("jetson") or run.total_bytes > target.usable_bytes:

@@ -1,10 +1,10 @@
-"""Work of the host for each decoded token: all of the runtime's Python, with a CUDA that does nothing.
+"""The host's work per decoded token: the runtime's Python code, with a CUDA that does nothing.
 
     python benchmarks/host_overhead.py out/tiny
 
-The TensorRT backend runs a prefill and its first steps on the CPU (``tests/cuda_on_host.py``), where the steps are captured. Then
-every function of the CUDA runtime becomes one that returns at once, so what is left of a step is the runtime's own work:
-looking up the embedding, the decode step, choosing the token. What the calls cost on a GPU is not in it; they are counted.
+The TensorRT backend runs a prefill and its first steps on the CPU (``tests/cuda_on_host.py``) and captures them. After that every
+function of the CUDA runtime returns at once, so only the runtime's own work is left of a step: looking up the embedding, the
+decode step, choosing the token. The calls of the CUDA runtime are counted; their time on a GPU is not included.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FIRST_STEPS = 3
 
 
 class CudaThatCanRest(CudaOnHost):
-    """Real numbers first; later every call returns at once and is counted."""
+    """Computes at first; after ``rest`` every call returns at once and is counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def step_ms(folder: Path, cuda: CudaThatCanRest) -> list[float]:
-    """Return how long each token took with a resting CUDA: embedding, decode step, choice of the token."""
+    """Return the time of each token with a resting CUDA: embedding, decode step, choice of the token."""
     bundle = open_bundle(folder)
     with Pipeline(without_stop_tokens(bundle), make_backend("tensorrt", bundle=bundle)) as pipeline:
         picture = random_image(measured_sizes(pipeline)[0])

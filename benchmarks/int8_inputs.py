@@ -2,8 +2,8 @@
 
     python benchmarks/int8_inputs.py --model qwen2.5-vl-7b qwen3-vl-4b --image-size 1024x1024
 
-Nothing is measured: times are predicted (docs/results/prediction-error.md says how well). Each cell: vision + the rest to the first
-token, then each further token.
+Nothing is measured: times are predicted, with the errors of docs/results/prediction-error.md. Each cell: vision + the rest to the
+first token, then each further token.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ QUANTIZED: dict[str, Formats] = {
         layer="int8", head="int8", vision="int8", inputs=frozenset({"layer", "head", "vision"})
     ),
 }
-"""Formats of a prediction for each ``trio-calibrate --quantize``. INT4 has float16 inputs, INT8 has INT8 inputs."""
+"""Formats by ``trio-calibrate --quantize``. INT4 has float16 inputs, INT8 has INT8 inputs."""
 
 
 def cell(prediction: Prediction) -> str:

@@ -1,18 +1,19 @@
-"""Prints where a bundle's kept tokens lie when the answer is in one of several images or frames.
+"""Share of a bundle's kept tokens in the image that has the answer, for questions about several images or frames.
 
-`python benchmarks/kept_by_image.py BUNDLE --count 160` asks the set `shapes-several`. For each kind whose answer lies in one
-image it prints that image's share of all visual tokens, its share of the tokens that each stage kept, and how many questions kept
-none of it.
+    python benchmarks/kept_by_image.py BUNDLE --count 160
+
+Asks the set `shapes-several`. For each kind of question whose answer is in one image it prints that image's share of all visual
+tokens, its share of the tokens that each stage kept, and the number of questions that kept none of it.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from parts.arguments import parser_for, positive
 
 from trio_edge.calibration.shapes.several import held_out_several
 from trio_edge.runtime.pipeline import Pipeline
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def shares_of(pipeline: Pipeline, sample: ShapeSample) -> list[float]:
-    """Return the answer image's share of all visual tokens, then of those that each stage kept."""
+    """Return the answer image's share of all visual tokens, then of each stage's kept tokens."""
     generation = pipeline.generate(list(sample.images), sample.question, max_new_tokens=1)
     assert generation.text is not None
     lengths = [layout.num_visual for layout in generation.layouts]
@@ -34,10 +35,9 @@ def shares_of(pipeline: Pipeline, sample: ShapeSample) -> list[float]:
 
 
 def main() -> None:
-    """Parse the arguments, ask and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_for(__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--count", type=int, default=160)
+    parser.add_argument("--count", type=positive, default=160)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     shares: dict[str, list[list[float]]] = defaultdict(list)

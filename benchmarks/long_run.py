@@ -1,21 +1,22 @@
-"""Answer many questions in one process, and print whether time, memory and open files stay as they are.
+"""Time, memory and open files over many answers of one process.
 
-Time is the processor's, so that other programs do not show in it.
+    python benchmarks/long_run.py BUNDLE IMAGE… --answers 2000
 
-python benchmarks/long_run.py BUNDLE IMAGE… --answers 2000
+Time is processor time, which other programs hardly affect.
 """
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from load_cycles import memory
 from parts.arguments import errors_in_one_line, parser_for, positive
 from parts.tables import markdown
 
+from trio_edge.profiling.measure.measuring import resident_bytes
 from trio_edge.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -64,14 +65,9 @@ def _rows(options: argparse.Namespace) -> Sequence[Sequence[str]]:
 def _row(number: int, times: Sequence[float]) -> tuple[str, ...]:
     median, late = statistics.median(times), sorted(times)[int(0.95 * (len(times) - 1))]
     files, threads = _count("/proc/self/fd"), _count("/proc/self/task")
-    return (
-        str(number),
-        f"{median:.1f}",
-        f"{late:.1f}",
-        f"{memory()['host'] / 1e6:.1f}",
-        str(files),
-        str(threads),
-    )
+    gc.collect()
+    resident = (resident_bytes() or 0) / 1e6
+    return (str(number), f"{median:.1f}", f"{late:.1f}", f"{resident:.1f}", str(files), str(threads))
 
 
 def _count(folder: str) -> int:

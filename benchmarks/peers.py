@@ -1,15 +1,15 @@
-"""Our runtime and its neighbours on a CPU: time to load, time to the first token, time of a further token, peak memory.
+"""trio-edge and other runtimes on a CPU: time to load, to the first token and per further token, and peak memory.
 
     python benchmarks/peers.py --folder /tmp/peers --install /tmp/peers/environments --json peers.json
 
-All answer one question about one picture with one checkpoint: the widths of Qwen2.5-VL-3B, fewer layers, random weights.
-``--install`` puts OpenVINO GenAI and onnxruntime-genai into virtual environments of their own (gigabytes, once);
-``--openvino-python`` and ``--genai-python`` name interpreters that have them already. Models are made once and stay in
-``--folder``; delete a model's folder to make it again. A neighbour that is missing, or fails, is a row that says why.
+All answer one question about one image with one checkpoint: the widths of Qwen2.5-VL-3B, fewer layers, random weights.
+``--install`` installs OpenVINO GenAI and onnxruntime-genai into their own virtual environments (gigabytes, once);
+``--openvino-python`` and ``--genai-python`` name interpreters that have them. Models are made once and stay in ``--folder``;
+delete a model's folder to make it again. A runtime that is missing or fails gives a row with the reason.
 
-Every measurement is a process of its own, and rounds go through all rows in turn, so that other work on the machine meets
-all alike. Processor seconds are compared: the wall clock, in the second table, shows other work as well. "Load" begins
-before the first import and ends when a question can be asked; the weight files lie in the page cache as chance has it.
+Each measurement is its own process, and each round measures all rows once, so that other programs affect all alike. Processor
+seconds are compared; the wall clock, in the second table, includes the effect of other programs. "Load" starts before the first
+import and ends when a question can be asked; the page cache is as it is.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ EXPORT = (
     "import sys\nfrom trio_edge.export.cli import main as export\nfrom trio_edge.runtime.cli.build import main as build\n"
     "sys.exit(export() or build([sys.argv[-1], '--backend', 'onnxruntime', '--quiet']))"
 )
-"""A bundle, its graphs prepared for this CPU."""
-TOKEN_SIDE = 28  # a visual token of Qwen2.5-VL shows a square of so many pixels
+"""Exports a bundle and prepares its graphs for this CPU."""
+TOKEN_SIDE = 28  # a visual token of Qwen2.5-VL is a square of 28 pixels per side
 PACKAGES = {
     "openvino": (
         "optimum-intel==2.2.0",
@@ -55,19 +55,18 @@ PACKAGES = {
     ),
     "genai": ("onnxruntime-genai==0.18.0", "transformers==5.23.0", "onnx==1.23.2", "onnx-ir==1.1.0"),
 }
-TORCH = "torch==2.13.0"  # first, so that it is the one without CUDA where the index has such a one
-UNUSABLE = {
-    "openvino": ("torchvision",)
-}  # optimum-intel asks for it; next to a torch without CUDA it cannot be imported
+TORCH = "torch==2.13.0"  # installed first, so that pip takes the one without CUDA if the index has it
+# optimum-intel requires it, but with a torch without CUDA it cannot be imported
+UNUSABLE = {"openvino": ("torchvision",)}
 
 
 class MissingError(Exception):
-    """A row that cannot be measured; the text says why, in one line."""
+    """A row that cannot be measured; the text is the reason, in one line."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One answer in a process of its own. Times are (wall, processor) seconds, memory is in bytes."""
+    """One answer in its own process. Times are (wall, processor) seconds, memory is in bytes."""
 
     load: Sequence[float]
     first: Sequence[float]
@@ -80,7 +79,7 @@ class Measured:
 
 @dataclass
 class Row:
-    """One runtime with one model: how to make the model, how to answer with it, and what came of it."""
+    """One runtime with one model: the commands to make the model and to answer, and the results."""
 
     name: str
     script: str
@@ -88,15 +87,15 @@ class Row:
     python: Path | None
     model: Path
     make: list[str] = field(default_factory=list)
-    """Command that writes the model to the folder that is its last argument; none where the model is the checkpoint."""
+    """Command that writes the model to the folder in its last argument; empty if the model is the checkpoint."""
     request: dict[str, Any] = field(default_factory=dict)
     rounds: list[Measured] = field(default_factory=list)
     reason: str = ""
-    """Why there are no more rounds."""
+    """Reason why there are no more rounds."""
 
 
 def rows_of(options: argparse.Namespace) -> list[Row]:
-    """Return all rows that the options ask for, nothing of them measured."""
+    """Return all rows of the options, before any measurement."""
     folder, here = options.folder, Path(sys.executable)
     checkpoint, text = str(folder / "checkpoint"), str(folder / "text")
     export = [
@@ -134,7 +133,7 @@ def rows_of(options: argparse.Namespace) -> list[Row]:
 
 
 def install(environments: Path, name: str) -> Path | None:
-    """Return the interpreter of the virtual environment ``name``, made first if it is not there; None if that fails."""
+    """Return the interpreter of the virtual environment ``name``, made if needed; None if that fails."""
     folder = environments.absolute() / name
     if not folder.exists():
         print(f"installing {name}", file=sys.stderr, flush=True)
@@ -174,7 +173,7 @@ def make_model(row: Row) -> None:
 
 
 def environment(row: Row) -> dict[str, str]:
-    """Return the variables of the row's processes: nothing is fetched, and only ours sees our packages."""
+    """Return the environment of the row's processes: nothing is fetched, and only ours sees our packages."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     ours = {"PYTHONPATH": str(ROOT)} if row.python == Path(sys.executable) else {}
     return {**inherited, **ours, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -185,8 +184,8 @@ def measure(row: Row, request: dict[str, Any], *, seconds: int) -> Measured:
 
     Args:
         row: Names the script.
-        request: Its argument, but for what the row adds: picture, question, new_tokens, threads, prompt_tokens.
-        seconds: The process is ended after as many.
+        request: Its argument without the row's own part: picture, question, new_tokens, threads, prompt_tokens.
+        seconds: Time limit of the process.
 
     Raises:
         MissingError: If the process fails, takes too long, or stops before its last token.
@@ -214,7 +213,7 @@ def measure(row: Row, request: dict[str, Any], *, seconds: int) -> Measured:
 
 
 def last_line(text: str) -> str:
-    """Return the last line with something in it, shortened: of a traceback, the error."""
+    """Return the last line that is not empty, shortened: the error of a traceback."""
     return next((line.strip()[:200] for line in reversed(text.splitlines()) if line.strip()), "no message")
 
 
@@ -266,7 +265,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def conditions(options: argparse.Namespace, rows: Sequence[Row]) -> str:
-    """Return what the numbers depend on."""
+    """Return the conditions of the measurement in words."""
     versions = {name: text for row in rows for one in row.rounds[:1] for name, text in one.versions.items()}
     checkpoint = gigabytes(folder_bytes(options.folder / "checkpoint"))
     return (
@@ -282,35 +281,36 @@ def conditions(options: argparse.Namespace, rows: Sequence[Row]) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_for(__doc__)
     add = parser.add_argument
-    add("--folder", type=Path, default=Path("out/peers"), help="checkpoint and models; reused")
-    add("--layers", type=positive, default=12, help="decoder layers of the checkpoint, when it is made")
+    add("--folder", type=Path, default=Path("out/peers"), help="folder of checkpoint and models; reused")
+    add("--layers", type=positive, default=12, help="decoder layers of a new checkpoint")
     add(
-        "--vision-layers",
-        type=positive,
-        default=8,
-        help="its vision layers; every fourth sees the whole picture",
+        "--vision-layers", type=positive, default=8, help="its vision layers; every fourth has full attention"
     )
-    add("--side", type=positive, default=672, help="of the picture, in pixels: a multiple of 28")
-    add("--keep", default="11.1%", help="of our reduced row")
-    add("--prune", type=positive, default=89, help="percent that OpenVINO's CDPruner cuts")
-    add("--quantize", default="int4,head=int8,vision=int8", help="our export's")
-    add("--torch", action="store_true", help="also transformers' own model: 4 bytes a weight of memory")
-    add("--install", type=Path, help="folder of virtual environments, made where they are missing")
+    add("--side", type=positive, default=672, help="side of the image in pixels, a multiple of 28")
+    add("--keep", default="11.1%", help="average keep of our reduced row")
+    add("--prune", type=positive, default=89, help="percent that OpenVINO's CDPruner removes")
+    add("--quantize", default="int4,head=int8,vision=int8", help="--quantize of our export")
+    add(
+        "--torch",
+        action="store_true",
+        help="also measure transformers' model, with 4 bytes of memory per weight",
+    )
+    add("--install", type=Path, help="folder for virtual environments, made if missing")
     add("--openvino-python", type=Path, help="interpreter with openvino-genai and optimum-intel")
     add("--genai-python", type=Path, help="interpreter with onnxruntime-genai")
-    add("--only", nargs="+", default=[""], help="rows whose name has one of these texts")
+    add("--only", nargs="+", default=[""], help="only rows whose name contains one of these texts")
     add("--threads", type=positive, default=1)
     add("--rounds", type=positive, default=5)
     add("--new-tokens", type=positive, default=16)
-    add("--timeout", type=positive, default=1800, help="seconds of one answer")
-    add("--json", type=Path, help="write all measurements here")
+    add("--timeout", type=positive, default=1800, help="most seconds of one answer")
+    add("--json", type=Path, help="write all measurements to this file")
     options = parser.parse_args(arguments)
     options.folder = options.folder.absolute()
     return options
 
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
-    """Make what is missing of checkpoint, picture and environments; return what all scripts are asked."""
+    """Make missing checkpoint, image and environments; return the request for all scripts."""
     checkpoint, picture = options.folder / "checkpoint", options.folder / f"picture-{options.side}.png"
     if not checkpoint.exists():
         make_qwen(checkpoint, layers=options.layers, vision_layers=options.vision_layers)

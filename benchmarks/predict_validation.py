@@ -1,12 +1,11 @@
-"""Error of predictions against measured times: fits the efficiencies, and leaves figures out to see it.
+"""Errors of predictions: fits the efficiencies to measured times, with parts of them left out.
 
-    python benchmarks/predict_validation.py          # published figures, each with its error, and the fitted constants
-    python benchmarks/predict_validation.py --cpu    # the same for decoder layers that are measured here, ONNX Runtime
+    python benchmarks/predict_validation.py          # published figures with their errors, and the fitted constants
+    python benchmarks/predict_validation.py --cpu    # the same for decoder layers measured here in ONNX Runtime
 
-``published_figures.json`` has the figures with their sources and conditions. Efficiencies are fitted per kind of device to
-the logarithms of the times. The error of a figure is that of a fit which saw no figure of the same decoder; further
-columns leave out the device, or the runtime (one runtime can have several sources). ``--cpu`` leaves out a whole hidden
-size at a time.
+``published_figures.json`` has the figures with sources and conditions. Efficiencies are fitted to the logarithms of the times, for
+each kind of device. The error of a figure comes from a fit without any figure of its decoder; further columns leave out its device
+or its runtime, which may have several sources. ``--cpu`` leaves out one hidden size at a time.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ ASSUMED_RATES = {
     ("edge-llm-0.10", "jetson-orin-nano-8"): Rates(flops=10.2e12, bandwidth=68e9),
     ("pymllm", "jetson-orin-nx-16"): _NX_SUPER,
 }
-"""For pages that do not state the power mode, whose figures fit another one than the table's: the NX in Super mode
-(8 SMs at 1.173 GHz), the Nano without it (0.625 GHz, 68 GB/s). Assumed, not known."""
+"""Assumed rates for pages that do not state the power mode and whose figures fit another mode: the NX in Super mode (8 SMs at
+1.173 GHz), the Nano without it (0.625 GHz, 68 GB/s)."""
 RANGES = {
     "plateau": (0.6, 0.05, 1.2),
     "rows_for_half": (30.0, 0.1, 400.0),
@@ -54,11 +53,11 @@ RANGES = {
     "launch_s": (5e-6, 1e-7, 1e-3),
     "score_passes": (2.0, 0.1, 60.0),
 }
-"""Start of the search, least and most of each fitted value."""
+"""Start, least and largest value of each fitted constant."""
 GPU_VALUES = ("plateau", "rows_for_half", "attention", "bandwidth", "launch_s")
 CPU_VALUES = ("plateau", "rows_for_half", "attention", "bandwidth", "score_passes")
 CPU_RUNS = ((64, 0), (256, 0), (1024, 0), (1, 256), (1, 1024), (1, 2944))
-"""New rows and rows of the cache of the layers that are measured."""
+"""New rows and cached rows of the measured layers."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Figure:
 
 
 def read_figures() -> tuple[list[Figure], dict[str, Any]]:
-    """Return the figures, and what the file says beside them."""
+    """Return the figures, and the rest of the file."""
     values = json.loads(FIGURES.read_text(encoding="utf-8"))
     sources = values["sources"]
     figures = [
@@ -146,7 +145,7 @@ def efficiency_of(names: Sequence[str], values: Sequence[float]) -> Efficiency:
 def fit(
     entries: Sequence[Any], predicted: Callable[[Any, Efficiency], float], names: Sequence[str]
 ) -> Efficiency:
-    """Return the efficiencies with the least squares of log errors, large ones weighed less."""
+    """Return the efficiencies with the least squares of log errors; large errors have less weight."""
     from scipy.optimize import least_squares
 
     def residuals(values: Any) -> Any:
@@ -164,7 +163,7 @@ def errors_left_out(
     names: Sequence[str],
     same: Callable[[Any], Any],
 ) -> dict[Any, float]:
-    """Return for each entry the error of a fit without all that are the ``same``; nothing where none is left."""
+    """Return each entry's error in a fit without the entries of equal ``same(entry)``, if any others are left."""
     errors = {}
     for group in {same(entry) for entry in entries}:
         rest = [entry for entry in entries if same(entry) != group]
@@ -179,7 +178,7 @@ def errors_left_out(
 
 
 def spread(errors: Iterable[float]) -> str:
-    """Return the median and the ninth tenth of the errors' sizes."""
+    """Return the median and the 90 % quantile of the errors' sizes."""
     sizes = sorted(map(abs, errors))
     if not sizes:
         return "no figure"
@@ -271,7 +270,7 @@ def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--cpu", action="store_true", help="measure decoder layers here instead")
     parser.add_argument(
-        "--hidden", type=int, nargs="+", default=[1024, 2048, 3072, 4096], help="sizes for --cpu"
+        "--hidden", type=int, nargs="+", default=[1024, 2048, 3072, 4096], help="hidden sizes for --cpu"
     )
     options = parser.parse_args()
     if options.cpu:

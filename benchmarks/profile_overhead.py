@@ -1,10 +1,10 @@
-"""Cost of profiling, measured twice: answers with and without it in turns, and the hooks alone around launches that do nothing.
+"""Cost of profiling: answers with and without it in turns, and the hooks alone around launches that do nothing.
 
     python benchmarks/profile_overhead.py out/tiny --threads 1 --answers 600
 
-With: the time of every launch of every graph, a moment for every token, and all sensors of the machine read five times a
-second, as in ``trio-profile``. Without: the same graphs, loaded once more, with none of it. Answers of both kinds alternate,
-and so does which one comes first; the median over pairs is printed, because other programs disturb both answers of a pair alike.
+With profiling, every launch and every token is timed and all sensors are read five times a second, as in ``trio-profile``. Without
+it, the same graphs are loaded once more. Both kinds of answers alternate, and so does the first of each pair. The median over
+pairs is printed, because other programs disturb both answers of a pair alike.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BEYOND_CACHES = 4 << 20
 class Cost(NamedTuple):
     wall_ms: float
     cpu_ms: float
-    """Time of all threads; other programs on the machine do not count."""
+    """Processor time of all threads."""
 
 
 class _Gated:
@@ -84,7 +84,7 @@ def plain(pipeline: Pipeline, question: RunQuestion) -> Cost:
 
 
 def hooks_ms(num_launches: int) -> float:
-    """Return what recording that many launches and reading their times takes, with caches as cold as between graphs."""
+    """Return the time to record that many launches and read their times, with caches as cold as between graphs."""
     recording, much = Recording(), np.ones(BEYOND_CACHES)
     recording.attach(LoadedGraphs(device=HostDevice(), engines={}, memory={}))
     nothing = _Nothing()
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--answers", type=int, default=600, help="of each kind")
+    parser.add_argument("--answers", type=int, default=600, help="answers of each kind")
     parser.add_argument("--new-tokens", type=int, default=16)
     options = parser.parse_args()
     bundle = open_bundle(options.bundle)

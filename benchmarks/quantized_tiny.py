@@ -1,11 +1,10 @@
-"""Cost of quantizing the packaged model: size, accuracy, divergence from keep-all, and the tokens that each stage keeps.
+"""Effect of quantizing the packaged model on size, accuracy, divergence from keep-all, and the kept tokens.
 
     python benchmarks/quantized_tiny.py --count 500 --out out/quantized
 
-Exports each bundle once into the output folder (11.1 % of the visual tokens unless ``--keep`` says otherwise), lets `trio-eval`'s
-code ask all of them the same held-out questions (again runs go on where the last one stopped) and prints one Markdown
-table. Kept sets are compared with those of the float32 bundle of the same schedule: the share of its tokens that are kept
-too, by stage. The lines that quantize ``select`` alone show what the probe's own precision changes.
+Exports each bundle once into the output folder, asks all of them the same held-out questions through `trio-eval`'s code, and
+prints one Markdown table; the same command continues an interrupted run. "Kept too" is the share of the float32 bundle's kept
+tokens that a bundle keeps, by stage. The lines with only ``select`` quantized show the effect of the probe's precision.
 """
 
 from __future__ import annotations
@@ -48,10 +47,10 @@ class Variant:
 
     name: str
     plan: str | None = None
-    """As ``--quantize``."""
+    """Value of ``--quantize``."""
     dtype: FloatType = "float16"
     is_calibrated: bool = False
-    """Whether vision graph, decoder layers, head and KV caches get factors and ranges from samples."""
+    """Whether factors and ranges come from samples."""
 
 
 CALIBRATION_SAMPLES, CALIBRATION_SEED = 64, 1000
@@ -81,7 +80,7 @@ VARIANTS = (
 
 
 def is_wanted(variant: Variant, words: list[str] | None) -> bool:
-    """Return whether ``variant`` is a line of the table; the two that others are compared with always are."""
+    """Return whether ``variant`` is in the table; the two that others are compared with always are."""
     return words is None or variant in (BASE, WHOLE) or any(word in variant.name for word in words)
 
 
@@ -93,7 +92,7 @@ def schedule_of(inputs: ScheduleInputs, *, keep: str) -> Schedule:
 
 
 def bundle_for(variant: Variant, *, keep: str, out: Path) -> Path:
-    """Return the bundle of a variant, exporting it if it is not there yet."""
+    """Return the bundle of a variant; export it if needed."""
     path = out / f"{keep.rstrip('%')}-{variant.name.replace(' ', '-').replace(',', '')}"
     if not path.exists():
         options = ExportOptions(
@@ -110,14 +109,11 @@ def bundle_for(variant: Variant, *, keep: str, out: Path) -> Path:
 
 
 def calibrated_scales(variant: Variant, *, keep: str) -> CalibratedScales:
-    """Return what a calibration on other samples than those that are asked finds."""
+    """Return the scales from a calibration on other samples than the questions."""
     model = load_model("tiny")
     num_visual = max(sizes["N"] for sizes in model.images.any_image_sizes())
     inputs = ScheduleInputs(
-        num_layers=model.num_layers,
-        num_visual=num_visual,
-        image_tokens=num_visual,
-        positions=model.positions,
+        num_layers=model.num_layers, num_visual=num_visual, image_tokens=num_visual, positions=model.positions
     )
     found = calibrate_quantization(
         model,
@@ -141,7 +137,7 @@ def weight_bytes(bundle: Path) -> int:
 def kept_sets(
     bundle: Path, questions: list[Question], *, cpu_accuracy: CpuAccuracy = "auto"
 ) -> list[list[set[int]]]:
-    """Return what each stage keeps, for each question."""
+    """Return each stage's kept tokens for each question."""
     result = []
     with Pipeline.from_bundle(bundle, threads=1, cpu_accuracy=cpu_accuracy) as pipeline:
         for question in questions:
@@ -181,9 +177,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", default="11.1%")
     parser.add_argument(
-        "--rows", nargs="+", metavar="WORD", help="only rows with one of these, and the first two"
+        "--rows", nargs="+", metavar="WORD", help="only the first two rows and those with one of these words"
     )
-    parser.add_argument("--cpu-accuracy", choices=CPU_ACCURACIES, default="auto", help="as trio-run's")
+    parser.add_argument("--cpu-accuracy", choices=CPU_ACCURACIES, default="auto", help="trio-run's option")
     parser.add_argument("--out", type=Path, default=Path("out/quantized"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -205,15 +201,7 @@ def main() -> None:
         f"tiny, {arguments.keep} of the visual tokens, {arguments.count} held-out questions (seed {arguments.seed}),"
         f" ONNX Runtime CPU (1 thread, {accuracy}), {platform.machine()}; keep-all in float32: {per_cent(keep_all.accuracy)}\n"
     )
-    heads = (
-        "quantized",
-        "weights MB",
-        "accuracy %",
-        "minus keep-all",
-        "same answer %",
-        "KL, nats",
-        "kept too %",
-    )
+    figures = ("accuracy %", "minus keep-all", "same answer %", "KL, nats", "kept too %")
     rows = [
         cells_of(
             variant,
@@ -224,7 +212,7 @@ def main() -> None:
         )
         for variant, bundle, report in zip(variants, bundles, reports, strict=True)
     ]
-    print(markdown(heads, rows))
+    print(markdown(("quantized", "weights MB", *figures), rows))
 
 
 if __name__ == "__main__":

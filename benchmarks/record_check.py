@@ -1,8 +1,8 @@
-"""Store what ``trio-check`` expects: the answers of the packaged bundle, by ONNX Runtime on the CPU.
+"""Stores the answers that ``trio-check`` expects: those of the packaged bundle, by ONNX Runtime on the CPU.
 
-python benchmarks/record_check.py
+    python benchmarks/record_check.py
 
-Refuses where a float32 bundle keeps other tokens or answers otherwise: such a question would hang on rounding.
+Fails if a float32 bundle keeps other tokens or gives another answer, because rounding would decide such a question.
 """
 
 from __future__ import annotations

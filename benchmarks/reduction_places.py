@@ -1,10 +1,9 @@
-"""Compares three places to drop visual tokens at the same average keep: before the decoder, once inside it, or stage by stage.
+"""Three places to drop visual tokens, at the same average keep: before the decoder, once inside it, or in stages.
 
     python benchmarks/reduction_places.py --model qwen3-vl-4b --image-size 1024x1024
 
-Nothing is measured: FLOPs and KV bytes are counted, times predicted (docs/results/prediction-error.md says how
-well). "DART before the decoder" is what TensorRT Edge-LLM does: eight pivots among the embeddings, and as many tokens in every
-layer as the average keep says.
+Nothing is measured: FLOPs and KV bytes are counted, times predicted, with the errors of docs/results/prediction-error.md. "DART
+before the decoder" is the method of TensorRT Edge-LLM: eight pivots among the embeddings, and the same tokens in every layer.
 """
 
 from __future__ import annotations
@@ -20,23 +19,16 @@ from trio_edge.profiling.predict.sweep import parse_size
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.trio.budgets import method_schedule, parse_keep
 from trio_edge.trio.cost.devices import find_device
+from trio_edge.trio.cost.flops import kv_row_bytes
 from trio_edge.trio.cost.selections import NUM_DART_PIVOTS, TokenCost
 
 INSIDE = {"TRIO": "trio", "DART inside": "dart", "FastV": "fastv"}
-HEADS = (
-    "",
-    "stages",
-    "decoder TFLOP",
-    "KV rows, MB",
-    "decoder's prefill, ms",
-    "first token, ms",
-    "a token, ms",
-    "answer, s",
-)
+_TIMES = ("decoder's prefill, ms", "first token, ms", "a token, ms", "answer, s")
+HEADS = ("", "stages", "decoder TFLOP", "KV rows, MB", *_TIMES)
 
 
 def settings(whole: Setting, share: float) -> dict[str, Setting]:
-    """Return the settings to compare; methods that cannot keep so little are left out."""
+    """Return the settings to compare, without methods that cannot keep so little."""
     decoder, num_visual = whole.model.decoder, whole.sizes["N"]
     pivots = 2 * 2 * NUM_DART_PIVOTS * num_visual * decoder.hidden_size
     found = {
@@ -62,11 +54,12 @@ def row(name: str, setting: Setting, device: str) -> tuple[str, ...]:
     ]
     rows = sum(layers * (rows + setting.num_text) for layers, rows in setting.ranges)
     stages = ", ".join(f"{stage.layer}:{stage.keep}" for stage in setting.schedule.stages)
+    row_bytes = kv_row_bytes(setting.model.decoder, bytes_per_cached=setting.formats.bytes_per_cached)
     return (
         name,
         stages or str(setting.num_images * (setting.entering or setting.sizes["N"])),
         f"{sum(timed.run.work.flops for timed in prefill) / 1e12:.2f}",
-        f"{rows * setting.cache_row_bytes / 1e6:.1f}",
+        f"{rows * row_bytes / 1e6:.1f}",
         f"{1e3 * sum(timed.time.seconds for timed in prefill):.0f}",
         f"{1e3 * prediction.seconds('prefill'):.0f}",
         f"{1e3 * prediction.seconds('decode'):.1f}",
@@ -81,7 +74,9 @@ def main() -> None:
     parser.add_argument("--image-size", type=parse_size, default=(1024, 1024), metavar="WxH")
     parser.add_argument("--keep", nargs="+", default=["22.2%", "11.1%"], metavar="PERCENT")
     parser.add_argument("--device", nargs="+", default=["jetson-orin-nx-16"])
-    parser.add_argument("--dtype", choices=["float16", "int8", "int4"], default="int4", help="of the decoder")
+    parser.add_argument(
+        "--dtype", choices=["float16", "int8", "int4"], default="int4", help="format of the decoder"
+    )
     parser.add_argument("--new-tokens", type=int, default=32)
     options = parser.parse_args()
     with errors_in_one_line(parser):

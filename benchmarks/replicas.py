@@ -1,10 +1,10 @@
-"""Answers per second of trio-serve without Ray and with one, two, … replicas, each with its own server, in turns.
+"""Answers per second of trio-serve without Ray, and with one or more replicas, measured in turns.
 
     python benchmarks/replicas.py BUNDLE --replicas 0 1 2 --clients 4 --requests 40
 
-0 is the server without Ray. Every client asks about a new image of random pixels as soon as it has its answer. The time from a
-request's start on a replica to its end is its service time: first token and decode, as ``usage`` tells them. --times writes them,
-one a line, for benchmarks/fleet_size.py. One thread for each replica.
+0 is the server without Ray. Each client asks about a new image of random pixels as soon as it has its answer. A request's service
+time is its time on the replica: first token and decode, from ``usage``. --times writes the service times, one per line, for
+benchmarks/fleet_size.py. Each replica has one thread.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def parsed() -> tuple[ArgumentParser, Any]:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--replicas", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--clients", type=positive, default=4)
-    parser.add_argument("--requests", type=positive, default=40, help="of each round")
+    parser.add_argument("--requests", type=positive, default=40, help="requests per round")
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--tokens", type=positive, default=8)
     parser.add_argument("--image-size", type=parse_size, default=(640, 480), metavar="WxH")
@@ -130,17 +130,10 @@ def main() -> None:
     if options.times is not None:
         services = (service for _, service in times[options.replicas[-1]])
         options.times.write_text("".join(f"{service:.3f}\n" for service in services))
-    heads = (
-        "replicas",
-        "answers/s of each round",
-        "median",
-        "latency, ms",
-        "95 %",
-        "service time, ms",
-        "its spread",
-    )
+    figures = ("answers/s of each round", "median", "latency, ms", "95 %", "service time, ms", "its spread")
     print(f"load average {os.getloadavg()[1]:.1f} on {os.cpu_count()} cores\n")
-    print(markdown(heads, (row(count, rates[count], np.array(times[count])) for count in options.replicas)))
+    rows = [row(count, rates[count], np.array(times[count])) for count in options.replicas]
+    print(markdown(("replicas", *figures), rows))
 
 
 def row(replicas: int, rates: list[float], times: np.ndarray) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
-"""First token of a second question about an image whose visual tokens were kept, next to the first question's.
+"""Time to the first token of a first and of a second question about an image whose visual tokens were kept.
 
     python benchmarks/second_question.py BUNDLE --keep-images 1
 
-Each round asks two questions about a new image of random pixels, an array in memory. Milliseconds of the process, medians
-over the rounds, one thread of ONNX Runtime.
+Each round asks two questions about a new image of random pixels in memory. Times are processor milliseconds, medians over the
+rounds, on one thread of ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ QUESTIONS = ("What is in the image?", "Which colour is it?")
 
 
 def first_token_ms(pipeline: Pipeline, image: Image.Image, question: str) -> tuple[float, bool]:
-    """Return the processor time up to the first token, and whether the image had been kept."""
+    """Return the processor time to the first token, and whether the image's tokens had been kept."""
     start = time.process_time()
     answer = pipeline.generate(image, question, max_new_tokens=1)
     assert answer.text is not None

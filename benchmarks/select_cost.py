@@ -1,10 +1,10 @@
-"""One selection stage, the paper's way and ours: FLOPs and time side by side.
+"""FLOPs and time of one selection stage, by the paper's code and by ours.
 
     python benchmarks/select_cost.py --sizes 576 --hidden 1024 --repeats 3
 
-The reference runs autograd over all rows of one decoder layer and the whole head, then a greedy loop on the
-host. Ours is the closed form and the parallel NMS of ``trio_edge.trio``, in eager torch. Weights and hidden states
-are random: times do not depend on their values, except that of the host's loop, which depends on how many survive.
+The reference runs autograd over all rows of one decoder layer and the whole head, then a greedy loop on the host. Ours is the
+closed form and the parallel NMS of ``trio_edge.trio``, in eager torch. Weights and hidden states are random; only the time of the
+host's loop depends on their values.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def decoder_shape(hidden: int, *, grouped: bool) -> Dimensions:
 
 
 class Stage:
-    """A random layer with its norm and head, and a picture of clustered features."""
+    """A random layer with its norm and head, and an image of clustered features."""
 
     def __init__(self, shape: Dimensions, *, num_visual: int, device: str, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
@@ -62,19 +62,15 @@ class Stage:
             cos, sin = LlamaRotaryEmbedding(config)(self.hidden, torch.arange(len(rows))[None])
         for module in (self.layer, self.norm, self.lm_head):
             module.requires_grad_(False)
-        self.cos, self.sin, self.num_visual, self.num_keep = (
-            cos[0],
-            sin[0],
-            num_visual,
-            round(num_visual * 0.16),
-        )
+        self.cos, self.sin = cos[0], sin[0]
+        self.num_visual, self.num_keep = num_visual, round(num_visual * 0.16)
         self.visual_rows = torch.arange(START, START + num_visual, device=device)
         self.scalars = [torch.tensor([n], device=device) for n in (num_visual, num_visual + NUM_TEXT)]
         self.saliency = ProxySaliency(self.layer, self.norm, self.lm_head, max_visual=num_visual)
         self.nms = FeatureNms(num_keep=self.num_keep, threshold=THRESHOLD, rounds=ROUNDS)
 
     def reference_scores(self) -> Tensor:
-        """Autograd over the layer and the head on all rows, as the paper's code does it."""
+        """Return the scores by autograd over the layer and the head on all rows, as in the paper's code."""
         tables = (self.cos[None], self.sin[None])
 
         def logits(rows: Tensor) -> Tensor:
@@ -83,7 +79,7 @@ class Stage:
         return autograd_scores(logits, self.hidden)[START : START + self.num_visual]
 
     def reference_nms(self, scores: Tensor) -> list[int]:
-        """One kept token at a time, decided on the host."""
+        """Return the kept tokens, decided one by one on the host."""
         features = self.hidden[START : START + self.num_visual]
         return host_nms(features, scores, num_keep=self.num_keep, threshold=THRESHOLD)
 
@@ -95,7 +91,7 @@ class Stage:
 
 
 def reference_probe_flops(shape: Dimensions, *, num_rows: int) -> float:
-    """The layer and the whole head over all rows, forwards and backwards; frozen weights get no gradient."""
+    """Return the FLOPs of the layer and the whole head over all rows, forwards and backwards, with frozen weights."""
     (attention,) = range_work(shape, num_layers=1, rows=num_rows).attention
     head = 2 * num_rows * head_work(shape).flops
     return 4.0 * num_rows * layer_weights(shape) + 3.0 * attention.flops + head
@@ -138,7 +134,10 @@ def main() -> None:
     parser.add_argument("--attention", nargs="+", choices=["mha", "gqa"], default=["mha", "gqa"])
     parser.add_argument("--repeats", type=int, default=5, help="timed runs; the median is printed")
     parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CPU, and CUDA if there"
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto: the CPU, and CUDA if available",
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     options = parser.parse_args()

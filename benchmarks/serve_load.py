@@ -1,4 +1,4 @@
-"""Ask a server many questions from many clients at a time: is each answer the pipeline's own, how long, how much memory?
+"""Asks a server many questions from many clients, compares the answers with the pipeline's, and prints times and memory.
 
 python benchmarks/serve_load.py BUNDLE --requests 1000 --clients 16
 """
@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from parts.arguments import errors_in_one_line, parser_for, positive
+from parts.watched_command import memory_of
 
 from trio_edge.runtime.pipeline import Pipeline
 
@@ -40,7 +41,7 @@ QUESTIONS = (
 
 
 class Case(NamedTuple):
-    """A question about a picture, sampled with a seed of its own."""
+    """A question about an image, with its own seed."""
 
     picture: Path
     question: str
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--requests", type=positive, default=1000)
     parser.add_argument("--clients", type=positive, default=16)
-    parser.add_argument("--threads", type=positive, default=1, help="of the backend")
+    parser.add_argument("--threads", type=positive, default=1, help="threads of the backend")
     options = parser.parse_args()
     with errors_in_one_line(parser):
         run(options)
@@ -143,9 +144,9 @@ def server(options: argparse.Namespace) -> Iterator[tuple[subprocess.Popen[str],
 
 
 def resident(pid: int) -> int:
-    """Return the bytes of a process in memory."""
-    found = re.search(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    return 1024 * int(found[1]) if found else 0
+    """Return the resident memory of a process, in bytes."""
+    found = memory_of(pid)
+    return sum(found[1:]) if found else 0
 
 
 if __name__ == "__main__":

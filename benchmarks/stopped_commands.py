@@ -1,10 +1,10 @@
-"""Stop trio-export, trio-build, trio-eval and trio-calibrate at random moments, and print what was left behind.
+"""Stops trio-export, trio-build, trio-eval and trio-calibrate at random moments, and checks what they leave.
 
-python benchmarks/stopped_commands.py WORK_FOLDER --moments 200 --seconds 3600
+    python benchmarks/stopped_commands.py WORK_FOLDER --moments 200 --seconds 3600
 
-Each command runs over a good result of its own, with --force where it has one. It is stopped by SIGKILL, by SIGTERM or by a disk
-that is full (a limit on the size of files). After each stop the old result must still be whole, or the new one must be; after the
-next whole run nothing may be left over.
+Each command runs over a good result, with --force if it has that option. It is stopped by SIGKILL, by SIGTERM or by a full disk (a
+limit on the size of files). After each stop the old or the new result must be whole. After the next whole run nothing else may
+be left.
 """
 
 from __future__ import annotations
@@ -37,25 +37,24 @@ _BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True, slots=True)
 class _Command:
-    """A command, and whether what it leaves is whole."""
+    """A command, and the check of its result."""
 
     name: str
     arguments: Sequence[str]
     is_whole: Callable[[], bool]
     folder: Path
-    """Where it writes; nothing else may stay there."""
+    """The folder that it writes to."""
     expected: frozenset[str]
-    """Names in ``folder`` after a whole run."""
+    """All names in ``folder`` after a whole run."""
     share: int
+    """Relative number of its runs."""
 
 
 def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--moments", type=positive, default=200)
-    parser.add_argument(
-        "--seconds", type=positive, default=3600, help="stop after so many, with what was done"
-    )
+    parser.add_argument("--seconds", type=positive, default=3600, help="stop after this time")
     parser.add_argument("--seed", type=positive, default=1)
     options = parser.parse_args()
     with errors_in_one_line(parser):
@@ -64,11 +63,8 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
-    commands, rng, end = (
-        _commands(options.work),
-        random.Random(options.seed),
-        time.monotonic() + options.seconds,
-    )
+    commands, rng = _commands(options.work), random.Random(options.seed)
+    end = time.monotonic() + options.seconds
     seconds = {command.name: _whole_run(command) for command in commands}
     counts: Counter[tuple[str, str, str]] = Counter()
     for _ in range(options.moments):
@@ -82,9 +78,8 @@ def run(options: argparse.Namespace) -> None:
         if rng.random() < 0.1:
             _whole_run(command)
             names = {path.name for path in command.folder.iterdir()}
-            counts[
-                command.name, "then a whole run", "clean" if names == command.expected else "LEFTOVERS"
-            ] += 1
+            found = "clean" if names == command.expected else "LEFTOVERS"
+            counts[command.name, "then a whole run", found] += 1
     rows = [(*key, str(count)) for key, count in sorted(counts.items())]
     print(markdown(("command", "stopped by", "ended, and what is there", "times"), rows))
 
@@ -98,26 +93,10 @@ def _commands(work: Path) -> list[_Command]:
     _call("trio-export", [*tiny, "--out", str(bundle), "--force"])
     if not built.exists():
         shutil.copytree(bundle, built)
-    evaluate = [
-        str(built),
-        "--count",
-        "24",
-        "--work",
-        str(answered / "work"),
-        "--json",
-        str(answered / "report.json"),
-    ]
-    search = [
-        "tiny",
-        "--samples",
-        "shapes",
-        "--count",
-        "6",
-        "--target",
-        "jetson-orin-nano-8",
-        "--evaluations",
-        "2",
-    ]
+    evaluate = [str(built), "--count", "24", "--work", str(answered / "work")]
+    evaluate += ["--json", str(answered / "report.json")]
+    search = ["tiny", "--samples", "shapes", "--count", "6", "--target", "jetson-orin-nano-8"]
+    search += ["--evaluations", "2"]
     target = str(calibrated / "result")
     return [
         _Command("trio-export", [*tiny, "--out", str(bundle), "--force"], lambda: _answers(bundle), bundle.parent,

@@ -1,10 +1,9 @@
-"""The cost of a video: all tokens, EVS before the decoder, TRIO inside it, and both.
+"""Cost of a video with all tokens, with EVS before the decoder, with TRIO inside it, and with both.
 
     python benchmarks/video_cost.py --model qwen3-vl-4b --frame-size 448x256
 
-Nothing is measured: FLOPs and KV bytes are counted, times predicted (docs/results/prediction-error.md says how
-well). The two frames of a pair are seen together, so 16 frames are 8 runs of the vision graph. The text is that of the question;
-Qwen3-VL's timestamps are not counted.
+Nothing is measured: FLOPs and KV bytes are counted, times predicted, with the errors of docs/results/prediction-error.md. The
+vision graph runs once per pair of frames. The text is the question; Qwen3-VL's timestamps are not counted.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from trio_edge.trio.methods import token_method
 
 
 def settings(whole: Setting, *, share: float, evs_share: float) -> dict[str, Setting]:
-    """Return the settings to compare; the average keep of each reduction is a share of what enters it."""
+    """Return the settings to compare; each reduction's average keep is a share of its own input."""
     decoder, num_visual = whole.model.decoder, whole.sizes["N"]
     kept = max(1, int(evs_share * num_visual))
     sizes = TokenSizes(num_visual, kept, whole.num_text, {"visual_tokens": decoder.hidden_size})
@@ -43,10 +42,14 @@ def main() -> None:
     parser.add_argument("--model", default="qwen3-vl-4b", help="alias of a released model that takes videos")
     parser.add_argument("--frame-size", type=parse_size, default=(448, 256), metavar="WxH")
     parser.add_argument("--frames", nargs="+", type=int, default=[16, 64, 256])
-    parser.add_argument("--keep", default="11.1%", metavar="PERCENT", help="TRIO's average")
-    parser.add_argument("--evs-keep", default="25%", metavar="PERCENT", help="of each pair of frames")
+    parser.add_argument("--keep", default="11.1%", metavar="PERCENT", help="average keep of TRIO")
+    parser.add_argument(
+        "--evs-keep", default="25%", metavar="PERCENT", help="keep of EVS, per pair of frames"
+    )
     parser.add_argument("--device", default="jetson-orin-nx-16")
-    parser.add_argument("--dtype", choices=["float16", "int8", "int4"], default="int4", help="of the decoder")
+    parser.add_argument(
+        "--dtype", choices=["float16", "int8", "int4"], default="int4", help="format of the decoder"
+    )
     parser.add_argument("--new-tokens", type=int, default=32)
     options = parser.parse_args()
     with errors_in_one_line(parser):

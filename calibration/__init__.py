@@ -1,1 +1,1 @@
-"""Measures a bundle on samples: synthetic images, evaluation of accuracy."""
+"""Chooses schedules and scales on samples, and compares bundles."""

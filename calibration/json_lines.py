@@ -1,6 +1,6 @@
-"""JSON-lines files that keep the results of a long run, so that an interrupted run goes on where it stopped.
+"""JSON-lines files that keep the results of a long run, so that an interrupted run can be continued.
 
-The first line, the header, says what the results are about; each other line is one result.
+The first line is a header that identifies the run; each other line is one result.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ class ResultFile:
         """Write one line.
 
         Raises:
-            DataError: If it cannot be written, or not whole.
+            DataError: If not all of it can be written.
         """
         data, reason = _ENCODER.encode(line) + b"\n", "the disk is full"
         try:
-            # one call, unbuffered: a kill can cut no line but the last one
+            # one unbuffered call, so a kill can cut only the last line
             if self._file.write(data) == len(data):
                 return
         except OSError as error:
             reason = str(error.strerror)
         raise DataError(
-            f"{self._path}: expected room for a line, got none ({reason}); free some and run again"
+            f"{self._path}: expected space for one more line, got none ({reason}); free some and run again"
         )
 
 
 def read_header(path: Path, kind: type[Header], *, what: str) -> Header | None:
-    """Return the header; None if there is no file, or a kill cut its first line. ``what`` names the file in messages.
+    """Return the header; None if there is no file or its first line is incomplete. ``what`` names the file in messages.
 
     Raises:
-        DataError: If the file cannot be read, or its first line is no such header.
+        DataError: If the file cannot be read, or its first line is another kind of header.
     """
     try:
         with path.open("rb") as file:
@@ -65,10 +65,10 @@ def read_header(path: Path, kind: type[Header], *, what: str) -> Header | None:
 
 
 def read_results(path: Path, kind: type[Result], *, what: str) -> list[Result]:
-    """Return the results of a file, none if there is no file; a cut last line is left out. ``what`` names a result in messages.
+    """Return the results of a file, without an incomplete last line; an empty list if there is no file.
 
     Raises:
-        DataError: If the file cannot be read, or another line is broken; the message then starts with FILE:LINE.
+        DataError: If the file cannot be read, or a line is not ``what``; that message starts with FILE:LINE.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -77,7 +77,7 @@ def read_results(path: Path, kind: type[Result], *, what: str) -> list[Result]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); choose another folder") from None
     results = []
-    for number, line in enumerate(lines[1:-1], start=2):  # after the last line break: nothing, or a cut line
+    for number, line in enumerate(lines[1:-1], start=2):  # the last one is empty or incomplete
         try:
             results.append(msgspec.json.decode(line, type=kind))
         except (msgspec.DecodeError, UnicodeDecodeError):
@@ -89,10 +89,10 @@ def read_results(path: Path, kind: type[Result], *, what: str) -> list[Result]:
 def opened_results(
     path: Path, header: msgspec.Struct, kind: type[Result], *, what: str
 ) -> Iterator[tuple[ResultFile, list[Result]]]:
-    """Yield a file to append to, and its results. A new one gets the header first; a cut last line is removed.
+    """Yield a file to append to, and its results. A new file gets the header; an incomplete last line is removed.
 
     Raises:
-        DataError: As ``read_results``, and if it cannot be written.
+        DataError: As ``read_results``, and if the file cannot be written.
     """
     known = read_results(path, kind, what=what)
     try:
@@ -112,7 +112,7 @@ def opened_results(
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Create the folder if it is not there, and lock it against other runs.
+    """Create the folder if needed, and lock it against other runs.
 
     Raises:
         DataError: If it cannot be written, or another run has locked it.
@@ -133,6 +133,6 @@ def locked_folder(folder: Path) -> Iterator[None]:
             pass
         except OSError:
             raise DataError(
-                f"{folder}: expected one run at a time, another one writes to it; wait or choose another"
+                f"{folder}: expected one run at a time, got a second one; wait, or choose another folder"
             ) from None
         yield

@@ -1,14 +1,13 @@
-"""Metrics, which read and score answers: exact match, VQA accuracy, yes or no as in POPE, multiple choice.
+"""Metrics of answers: exact match, VQA accuracy, yes or no as in POPE, multiple choice.
 
-A metric reads an answer's text to what is compared (the same reading decides whether two bundles agree) and scores the
-reading between 0 and 1.
+A metric reduces an answer's text to a reading and scores the reading, 0 to 1. Two bundles agree where their readings do.
 
 | name | reading | score |
 |---|---|---|
 | exact | lower case, single blanks, no final period | 1 if it is one of the answers, read alike |
-| vqa | ``vqa_text.vqa_normal`` | mean over the ten annotators of min(1, agreeing others / 3) |
+| vqa | ``vqa_normal`` | mean over the ten annotators of min(1, agreeing others / 3) |
 | yes-no | "no" if the first sentence has the word no or not, else "yes" | 1 if it is the answer |
-| choice | the option's letter; "" if none can be made out | 1 if it is the answer's letter |
+| choice | the option's letter; "" if the answer names none or several | 1 if it is the answer's letter |
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ class Metric:
 
     name: str
     read: Callable[[str, Question], str]
-    """Returns the part of an answer's text that is compared."""
+    """Returns the reading of an answer's text."""
     score: Callable[[str, Question], float]
     """Returns the score of a reading, 0 to 1."""
     complaint: Callable[[Question], str | None]
-    """Why a question cannot be scored so, as "expected …, got …"; None if it can."""
+    """Returns the reason why a question cannot be scored, as "expected …, got …"; None if it can."""
 
 
 class YesNoRates(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +56,7 @@ class YesNoRates(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def yes_no_rates(readings: Sequence[str], expected: Sequence[str]) -> YesNoRates:
-    """Return the rates of readings "yes" and "no" against the expected ones; 0 where nothing can be counted."""
+    """Return the rates of readings "yes" and "no" against the expected ones; a rate of nothing is 0."""
     pairs = list(zip(readings, expected))
     true_positives, said_yes = pairs.count(("yes", "yes")), [one for one, _ in pairs].count("yes")
     is_yes = list(expected).count("yes")
@@ -76,7 +75,7 @@ def exact_normal(text: str) -> str:
 
 
 def metric_for(questions: Sequence[Question]) -> Metric:
-    """Return the metric that all questions' fields fit: choices, yes or no, ten answers, else exact match."""
+    """Return the metric for the questions' fields: choices, the answers yes and no, ten answers, else exact match."""
     for name in ("choice", "yes-no", "vqa"):
         if all(METRICS[name].complaint(question) is None for question in questions):
             return METRICS[name]
@@ -122,9 +121,8 @@ def _yes_no_complaint(question: Question) -> str | None:
 def read_choice(text: str, choices: Sequence[str]) -> str:
     """Return the letter of the option that ``text`` names, by its letter or its text; "" if it names none or several.
 
-    A letter counts alone ("b", "(B)"), before a mark ("B. a dog") or after "answer is".
+    A letter counts alone ("b", "(B)"), before a mark ("B. a dog") or after "answer is". So "A dog" does not name option A.
     """
-    # "A dog" must not be read as letter A: a letter counts with a mark or alone
     letters, normal = _LETTERS[: len(choices)], exact_normal(text)
     options = [exact_normal(choice) for choice in choices]
     if options.count(normal) == 1:
@@ -137,11 +135,8 @@ def read_choice(text: str, choices: Sequence[str]) -> str:
     if found:
         return found if found in letters else ""
     words = _spaced(normal)
-    named = [
-        letter
-        for letter, option in zip(letters, options)
-        if _spaced(option).strip() and _spaced(option) in words
-    ]
+    spaced = zip(letters, map(_spaced, options))
+    named = [letter for letter, option in spaced if option.strip() and option in words]
     return named[0] if len(named) == 1 else ""
 
 
@@ -182,10 +177,10 @@ def check_metric(questions: Sequence[Question], metric: Metric) -> None:
     """Raise DataError unless every question can be scored with ``metric``."""
     for question in questions:
         if complaint := metric.complaint(question):
-            raise DataError(f"{question.where}: {complaint}; mend the line or choose another --metric")
+            raise DataError(f"{question.where}: {complaint}; correct the line or choose another --metric")
 
 
-# The normalisation of answers that the VQA challenge defines, so that "The Dogs." and "dogs" are one answer.
+# The VQA challenge's normalisation of answers, by which "The Dogs." and "dogs" are one answer.
 #
 # Lower case; numbers as digits; no articles; apostrophes put back into contractions; every punctuation mark but the
 # apostrophe and the colon (times: "2:50") becomes a blank. A period stays as a decimal point, and a comma between

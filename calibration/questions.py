@@ -1,4 +1,4 @@
-"""Questions about images: from a JSON-lines file or a synthetic set, their digest and their shards."""
+"""Questions about images, from a JSON-lines file or a synthetic set; their digest and shards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SYNTHETIC = "shapes"
 SYNTHETIC_SEVERAL = "shapes-several"
 SYNTHETIC_SETS = (SYNTHETIC, SYNTHETIC_SEVERAL)
-_ID_LENGTH = 16  # 64 bits: two of a million images are alike by chance once in 10^7 data sets
+_ID_LENGTH = 16  # 64 bits: in one of 10^7 data sets of a million images two ids are equal by chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +34,20 @@ class Question:
     """One question about one image or several, with its place in the data."""
 
     index: int
-    """Place in the whole data set; pairs outcomes of different runs, and seeds random selections."""
+    """Place in the whole data set; it pairs the outcomes of different runs, and seeds random selections."""
     sample_id: str
     kind: str
     images: tuple[Image.Image | Path, ...]
-    """In the order in which the model reads them; at least one."""
+    """At least one, in the order of the prompt."""
     image_names: tuple[str, ...]
     image_id: str
     """Digest of the images' contents; questions about the same images share it."""
     question: str
-    """The prompt as asked, with the choices and the suffix."""
+    """The whole prompt, with choices and suffix."""
     answers: tuple[str, ...]
     choices: tuple[str, ...] = ()
     where: str = ""
-    """For messages: FILE:LINE."""
+    """FILE:LINE, for messages."""
 
 
 def questions_of(samples: Iterable[ShapeSample]) -> list[Question]:
@@ -84,18 +84,18 @@ def read_questions(
     count: int | None = None,
     need_answers: bool = True,
 ) -> list[Question]:
-    """Return the questions of a JSON-lines file, one object a line, ``count`` at most.
+    """Return at most ``count`` questions of a JSON-lines file with one object per line.
 
     Fields: ``image`` (a path relative to the file) or ``images`` (a list of them), ``question``, ``answers`` (a list) or
     ``answer``; optional ``id``, ``kind``, ``choices`` (a list, appended to the prompt with letters) and ``split``. Others
     are ignored. ``suffix`` is appended to every prompt, after a line break.
 
     Raises:
-        DataError: If the file cannot be read, has no question, or a line is not of that form or names an image that
-            is missing or not an image; the message starts with FILE:LINE.
+        DataError: If the file cannot be read or has no question, or a line has another form or names a missing or unreadable
+            image; that message starts with FILE:LINE.
     """
     try:
-        # some editors write a byte order mark; splitlines would also split at U+2028, which JSON texts may hold
+        # some editors write a byte order mark; splitlines would also split at U+2028, which JSON texts may contain
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected a JSON-lines file ({error}); check the name") from None
@@ -113,12 +113,7 @@ def read_questions(
         if not need_answers and "answer" not in entry:
             entry = {"answers": [], **entry}
         question = _question(
-            entry,
-            index=len(questions),
-            number=number,
-            path=path,
-            suffix=suffix,
-            need_answers=need_answers,
+            entry, index=len(questions), number=number, path=path, suffix=suffix, need_answers=need_answers
         )
         images = tuple(path.parent / name for name in question.image_names)
         for image in images:
@@ -133,9 +128,9 @@ def read_questions(
 
 
 def digest_of(questions: Sequence[Question], *, metric: str) -> str:
-    """Return the SHA-256 of what is asked and how it is scored.
+    """Return the SHA-256 of the questions and their metric.
 
-    Images count by name: their contents are compared outcome by outcome, so that mending one loses no other's work.
+    It has the images' names, not their contents: replacing one image invalidates only the outcomes of that image.
     """
     digest = hashlib.sha256(metric.encode())
     for question in questions:
@@ -145,7 +140,7 @@ def digest_of(questions: Sequence[Question], *, metric: str) -> str:
 
 
 def shard_of(questions: Sequence[Question], *, shard: int, num_shards: int) -> list[Question]:
-    """Return every ``num_shards``-th question; shards 1..num_shards share none and together are all."""
+    """Return every ``num_shards``-th question; shards 1..num_shards are disjoint and complete."""
     return list(questions[shard - 1 :: num_shards])
 
 
@@ -161,9 +156,9 @@ def _entry(line: str, *, where: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
     except (json.JSONDecodeError, RecursionError):
-        raise DataError(f"{where}: expected one JSON object, got {line[:60]!r}; mend the line") from None
+        raise DataError(f"{where}: expected one JSON object, got {line[:60]!r}; correct the line") from None
     if not isinstance(entry, dict):
-        raise DataError(f"{where}: expected one JSON object, got {line[:60]!r}; mend the line")
+        raise DataError(f"{where}: expected one JSON object, got {line[:60]!r}; correct the line")
     return entry
 
 
@@ -173,13 +168,17 @@ def _question(
     where = f"{path}:{number}"
     names = _image_names(entry, where=where)
     if not _is_text(entry.get("question")):
-        raise DataError(f"{where}: expected a text 'question', got {entry.get('question')!r}; mend the line")
+        raise DataError(
+            f"{where}: expected a text 'question', got {entry.get('question')!r}; correct the line"
+        )
     answers = _texts(entry["answers"] if "answers" in entry else [entry.get("answer")])
     if answers is None or (need_answers and not answers):
-        raise DataError(f"{where}: expected 'answer' or a list 'answers' of texts, got none; mend the line")
+        raise DataError(
+            f"{where}: expected 'answer' or a list 'answers' of texts, got none; correct the line"
+        )
     choices = _texts(entry.get("choices", []))
     if choices is None:
-        raise DataError(f"{where}: expected a list 'choices' of texts, got something else; mend the line")
+        raise DataError(f"{where}: expected a list 'choices' of texts, got something else; correct the line")
     options = [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices)]
     return Question(
         index=index,
@@ -200,7 +199,7 @@ def _image_names(entry: dict[str, Any], *, where: str) -> tuple[str, ...]:
     if "images" not in entry:
         if not _is_text(entry.get("image")):
             raise DataError(
-                f"{where}: expected a text 'image' or a list 'images' of them, got {entry.get('image')!r}; mend the line"
+                f"{where}: expected a text 'image' or a list 'images' of them, got {entry.get('image')!r}; correct the line"
             )
         return (entry["image"],)
     names = entry["images"]
@@ -208,7 +207,7 @@ def _image_names(entry: dict[str, Any], *, where: str) -> tuple[str, ...]:
         raise DataError(f"{where}: expected 'image' or 'images', got both; leave one out")
     if not isinstance(names, list) or not names or not all(_is_text(name) for name in names):
         raise DataError(
-            f"{where}: expected one text or more in the list 'images', got {str(names)[:60]!r}; mend the line"
+            f"{where}: expected one text or more in the list 'images', got {str(names)[:60]!r}; correct the line"
         )
     return tuple(names)
 
@@ -218,12 +217,12 @@ def _is_text(value: object) -> bool:
 
 
 def _joined_id(ids: Sequence[str]) -> str:
-    """Return the digest of several images; of one its own."""
+    """Return one digest for several images; a single one keeps its own."""
     return ids[0] if len(ids) == 1 else hashlib.sha256(" ".join(ids).encode()).hexdigest()[:_ID_LENGTH]
 
 
 def _texts(values: object) -> tuple[str, ...] | None:
-    """Return a list of texts and numbers as texts; None if it is something else."""
+    """Return a list of texts and numbers as texts; None for anything else."""
     if not isinstance(values, list) or not all(type(value) in (str, int, float) for value in values):
         return None
     return tuple(str(value) for value in values)
@@ -233,7 +232,7 @@ def image_id(path: Path, *, where: str) -> str:
     """Return the digest of an image's file.
 
     Raises:
-        DataError: If it cannot be read or is no image; damage after its header shows later.
+        DataError: If it cannot be read or is no image. Only its header is decoded.
     """
     try:
         data = path.read_bytes()
@@ -243,10 +242,10 @@ def image_id(path: Path, *, where: str) -> str:
             f"{where}: expected an image at {path}, got none ({reason}); check the name"
         ) from None
     try:
-        with Image.open(io.BytesIO(data)):  # its header; a damaged rest shows when it is asked about
+        with Image.open(io.BytesIO(data)):
             pass
     except Exception:  # Pillow's readers raise almost anything
         raise DataError(
-            f"{where}: expected an image at {path}, got {len(data)} bytes of no known format; mend it"
+            f"{where}: expected an image at {path}, got {len(data)} bytes of no known format; replace it"
         ) from None
     return hashlib.sha256(data).hexdigest()[:_ID_LENGTH]

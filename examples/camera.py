@@ -1,11 +1,11 @@
-"""Asks a question about a camera's newest frame, again and again.
+"""Asks a question about a camera's newest frame, repeatedly.
 
     python examples/camera.py /dev/video0 --bundle BUNDLE --prompt "Is the door open?"
     python examples/camera.py rtsp://camera/stream --bundle BUNDLE --prompt "How many people are there?"
     python examples/camera.py clip.mp4 --bundle BUNDLE --prompt "What happens?"
 
-A thread reads the stream and keeps one frame, the newest: an answer that takes longer than a frame skips the frames in
-between, and is always about the present. A file is read at its own speed, as if it were a camera. This needs the extra "video".
+A thread reads the stream and keeps only the newest frame, so an answer is always about the present: frames that arrive during an
+answer are skipped. A file is read at its own speed, like a camera. This needs the extra "video".
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SECONDS_TO_OPEN, SECONDS_TO_READ = 10.0, 10.0
-"""A stream that gives nothing for so long has ended."""
+"""A stream without data for this time has ended."""
 
 
 class Frame(NamedTuple):
-    """A frame of the stream, and when it came."""
+    """A frame of the stream."""
 
     number: int
     picture: Any
-    """PyAV's; made RGB only if somebody asks about it."""
+    """PyAV's frame, converted to RGB only if it is asked about."""
     arrived: float
-    """Seconds, by ``time.monotonic``."""
+    """``time.monotonic`` seconds."""
 
     def image(self) -> Image.Image:
         return self.picture.to_image()  # type: ignore[no-any-return]
 
     def age(self) -> float:
-        """Return the seconds since it came."""
+        """Return the seconds since the frame arrived."""
         return time.monotonic() - self.arrived
 
 
@@ -53,7 +53,7 @@ class NewestFrame:
         """Open the stream.
 
         Raises:
-            ImageError: If it cannot be opened, or has no pictures.
+            ImageError: If it cannot be opened, or has no video.
         """
         self._av = import_av()
         self._source, self._is_live = source, source.startswith("/dev/") or "://" in source
@@ -76,7 +76,9 @@ class NewestFrame:
             raise self._failed("a stream that can be opened", error) from error
         if not container.streams.video:
             container.close()
-            raise ImageError(f"camera {self._source!r}: expected a stream with pictures, got none")
+            raise ImageError(
+                f"camera {self._source!r}: expected a stream with video, got none; check the source"
+            )
         return container
 
     def _failed(self, expected: str, error: BaseException) -> ImageError:
@@ -93,7 +95,7 @@ class NewestFrame:
                     break
                 self._put(Frame(number, picture, time.monotonic()))
         except (self._av.error.FFmpegError, OSError) as error:
-            self._error = self._failed("a stream that goes on", error)
+            self._error = self._failed("a stream that does not break off", error)
         finally:
             with self._changed:
                 self._has_ended = True
@@ -121,11 +123,11 @@ class NewestFrame:
                     raise self._error
                 if self._has_ended:
                     return None
-                self._changed.wait(timeout=0.2)  # Ctrl-C comes through between two waits
+                self._changed.wait(timeout=0.2)  # so that Ctrl-C is noticed
             return self._slot
 
     def close(self) -> None:
-        """End the thread and close the stream; a thread that still waits for a frame ends with the program."""
+        """End the thread and close the stream. A thread that still waits for a frame ends with the program."""
         self._is_closed.set()
         self._thread.join(timeout=1.0)
         if not self._thread.is_alive():
@@ -141,7 +143,7 @@ class NewestFrame:
 def watch(
     camera: NewestFrame, pipeline: Pipeline, prompt: str, *, max_new_tokens: int, check: Callable[[], None]
 ) -> None:
-    """Print an answer about the newest frame until the stream ends."""
+    """Print answers about the newest frame until the stream ends."""
     number = -1
     while (frame := camera.after(number, check)) is not None:
         answer = pipeline.generate(frame.image(), prompt, max_new_tokens=max_new_tokens).text
@@ -151,18 +153,18 @@ def watch(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Asks about a camera's newest frame, again and again.")
-    parser.add_argument("source", help="V4L2 device (/dev/video0), RTSP url or video file")
-    parser.add_argument("--bundle", required=True, help="from trio-export")
-    parser.add_argument("--prompt", default="What is in the image?")
-    parser.add_argument("--max-new-tokens", type=int, default=16)
-    parser.add_argument("--backend", default="auto")
+    parser = argparse.ArgumentParser(description="Asks a question about a camera's newest frame, repeatedly.")
+    parser.add_argument("source", help="V4L2 device (/dev/video0), RTSP address or video file")
+    parser.add_argument("--bundle", required=True, help="bundle folder, from trio-export")
+    parser.add_argument("--prompt", default="What is in the image?", help="question about each frame")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="most new tokens of an answer")
+    parser.add_argument("--backend", default="auto", help="trio-run's option")
     arguments = parser.parse_args(argv)
     try:
         with (
             interruptible() as check,
             Pipeline.from_bundle(arguments.bundle, backend=arguments.backend) as pipeline,
-            NewestFrame(arguments.source) as camera,  # last: frames would be old before the bundle is loaded
+            NewestFrame(arguments.source) as camera,  # opened last, when the bundle is ready
         ):
             watch(camera, pipeline, arguments.prompt, max_new_tokens=arguments.max_new_tokens, check=check)
     except KeyboardInterrupt:

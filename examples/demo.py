@@ -1,6 +1,6 @@
-"""``make demo``: asks the packaged model about a real picture through an exported bundle, and draws the kept tokens.
+"""``make demo``: asks the packaged model about an image through an exported bundle, and draws the kept tokens.
 
-Everything after the export runs without torch: see ``trio_edge.runtime``.
+Everything after the export runs without torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--bundle", required=True, help="bundle of the packaged model, from trio-export tiny")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the drawing")
     parser.add_argument(
-        "--question", type=int, default=0, help="which question of examples/pictures/questions.json"
+        "--question", type=int, default=0, help="number of a question in examples/pictures/questions.json"
     )
     arguments = parser.parse_args()
     entry = json.loads((PICTURES / "questions.json").read_text(encoding="utf-8"))[arguments.question]
@@ -30,17 +30,8 @@ def main() -> int:
     print(f"question: {entry['question']}  (expected: {entry['answer']})")
     print(f"drawing:  {drawing} (the kept tokens of each stage)")
     print("answer:   ", end="", flush=True)
-    return trio_run(
-        [
-            arguments.bundle,
-            "--image",
-            str(picture),
-            "--prompt",
-            entry["question"],
-            "--show-kept",
-            str(drawing),
-        ]
-    )
+    question = ["--image", str(picture), "--prompt", entry["question"]]
+    return trio_run([arguments.bundle, *question, "--show-kept", str(drawing)])
 
 
 if __name__ == "__main__":

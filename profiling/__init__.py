@@ -1,1 +1,1 @@
-"""Cost of a bundle, measured on this machine or predicted for another one: ``trio-profile``."""
+"""``trio-profile`` and ``trio-check``: the cost of a bundle, measured here or predicted for another device."""

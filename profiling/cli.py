@@ -1,4 +1,4 @@
-"""``trio-profile BUNDLE``: where time, memory and energy go on this machine, as tables, JSON, a trace and a page."""
+"""``trio-profile BUNDLE``: time, memory and energy of a bundle on this machine, as tables, JSON, a trace and a page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 from rich.console import Console
 
 from trio_edge.profiling.measure.machine_info import find_governor, find_power_mode, load_average
-from trio_edge.profiling.measure.measuring import NEW_TOKENS, MeasureOptions, measure
+from trio_edge.profiling.measure.measuring import NEW_TOKENS, PROMPT, MeasureOptions, measure
 from trio_edge.profiling.page.figures import check_matplotlib
 from trio_edge.profiling.predict.options import (
     PREDICT_NAMES,
@@ -47,26 +47,26 @@ PATH = click.Path(path_type=Path)
     multiple=True,
     type=PATH,
     metavar="BUNDLE",
-    help="Another bundle that answers in turns with the first; repeatable.",
+    help="Another bundle to measure in turns with the first. Repeatable.",
 )
 @backend_options()
 @click.option("--image", type=PATH, help="Image to ask about. [default: random pixels]")
-@click.option("--prompt", help="The question. [default: one about the image]")
+@click.option("--prompt", help=f"Question to ask. [default: {PROMPT}]")
 @click.option(
-    "--new-tokens", type=click.IntRange(1), help="Tokens of each answer. [default: 16, or the bundles' room]"
+    "--new-tokens", type=click.IntRange(1), help="Tokens of each answer. [default: 16, or the bundles' limit]"
 )
 @click.option(
     "--runs", type=click.IntRange(1), help="Answers per bundle. [default: as many as stable medians need]"
 )
-@click.option("--warm-up", type=click.IntRange(0), default=3, help="Answers before the runs.")
+@click.option("--warm-up", type=click.IntRange(0), default=3, help="Answers before the measured ones.")
 @click.option(
     "--seconds", type=click.FloatRange(0, min_open=True), default=30.0,
-    help="No new run begins after these seconds, unless --runs is given."
+    help="Start no new run after this time, unless --runs is given."
 )  # fmt: skip
-@click.option("--layers/--no-layers", default=True, help="Also time each layer, in runs of its own.")
-@click.option("--json", "json_file", type=PATH, metavar="FILE", help="Write all values as JSON.")
+@click.option("--layers/--no-layers", default=True, help="Also time every layer, in separate runs.")
+@click.option("--json", "json_file", type=PATH, metavar="FILE", help="Write all values to this JSON file.")
 @click.option(
-    "--html", "html_file", type=PATH, metavar="FILE", help="Write one page with plots; needs matplotlib."
+    "--html", "html_file", type=PATH, metavar="FILE", help="Write a page with plots (needs matplotlib)."
 )
 @click.option("--trace", "trace_file", type=PATH, metavar="FILE",
               help="Write a trace for Perfetto or chrome://tracing.")  # fmt: skip
@@ -80,9 +80,9 @@ def command(
     trace_file: Path | None,
     **settings: Any,
 ) -> int:
-    """Measure BUNDLE on this machine: time per graph, memory, energy, and how near the machine's limits it is.
+    """Measure BUNDLE on this machine: time per graph, memory, energy, and the share of the machine's peak rates.
 
-    With --predict, say what another device would take instead.
+    With --predict, predict the times on another device instead.
     """
     wishes = PredictOptions(**{name: settings.pop(name) for name in PREDICT_NAMES})
     check_given(predicting=wishes.predict is not None)
@@ -113,7 +113,7 @@ class _Outputs(NamedTuple):
 
 
 def _check(outputs: _Outputs) -> None:
-    """Refuse before minutes of measuring what could not be written after them."""
+    """Raise before minutes of measuring if a file could not be written after them."""
     named = {"--json": outputs.json, "--html": outputs.html, "--trace": outputs.trace}
     check_outputs({option: path for option, path in named.items() if path is not None})
     if outputs.html is not None:
@@ -128,7 +128,7 @@ def _predict(wishes: PredictOptions, outputs: _Outputs, *, bundle: Path | None, 
         from trio_edge.profiling.predict.page import prediction_page
 
         write_output("--html", outputs.html, prediction_page(outcome.found, outcome.values))
-    print_predictions(outcome)  # last: where the output is closed early, the files are there
+    print_predictions(outcome)  # last, so that the files are there if the output is closed early
     if outcome.unmet is not None:
         raise TargetError(outcome.unmet)
 
@@ -136,7 +136,7 @@ def _predict(wishes: PredictOptions, outputs: _Outputs, *, bundle: Path | None, 
 def _profile(options: MeasureOptions, outputs: _Outputs) -> None:
     for folder in options.bundles:
         open_bundle(folder)
-    # Before the first run: afterwards the load is this program's own.
+    # before the first run, after which the load is this program's own
     busy, started = load_average(), datetime.datetime.now(datetime.timezone.utc)
     console = Console(stderr=True)
     with console.status("") as status:

@@ -1,12 +1,12 @@
 """Statistics of repeated measurements and of scored answers: percentiles, 95 % intervals, ratios of medians, lines.
 
-Times: the median's interval comes from order statistics, so it assumes nothing about how the times are distributed; tokens of
-one run are disturbed together, so runs are what counts. The interval of a ratio, and of a line's slope, comes from a bootstrap
-over rounds: in a round each bundle ran once, so what disturbs the machine disturbs both. Fewer than ``LEAST_FOR_INTERVAL``
-runs have no interval: even their whole range misses the median more often than one time in twenty.
+Times: the median's interval comes from order statistics, which assume no distribution. Tokens of one run are disturbed together,
+so runs count as the independent samples. Intervals of ratios and slopes come from a bootstrap over rounds: in a round each
+bundle runs once, under the same disturbances. Fewer than ``LEAST_FOR_INTERVAL`` runs have no interval, because even their whole
+range misses the median more often than one time in twenty.
 
-Scores: Wilson's interval for a proportion, else bootstraps over images. Questions about one image are not independent, so a
-bootstrap draws images with all their questions. All draws are seeded: the same data give the same interval.
+Scores: Wilson's interval for a proportion, else a bootstrap over images with all their questions, because questions about one
+image are not independent. All draws are seeded: the same data give the same interval.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ LEAST_FOR_INTERVAL = 6
 RESAMPLES = 10_000
 SEED = 0
 _ROUND_RESAMPLES = 5_000
-"""Draws of rounds: a median of them takes longer than a mean, and times vary more than its last digits."""
-_MAX_DRAWN = 4_000_000  # images at once: 32 MB of indices
+"""Draws of rounds: fewer, because medians take longer than means."""
+_MAX_DRAWN = 4_000_000  # images drawn at once: 32 MB of indices
 _PERCENTILES = (2.5, 97.5)
 _Z_95 = 1.959963984540054
 Interval = tuple[float, float]
@@ -49,7 +49,7 @@ class Distribution(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def range(self) -> Interval:
-        """The interval, or all values where there is none."""
+        """The interval, or the range of all values if there is none."""
         return self.interval_95 or (self.least, self.most)
 
     @property
@@ -78,18 +78,18 @@ class LineFit(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def words(self) -> str:
-        """As ``2.01 ms +0.12 ms per 1000 rows (0.10 – 0.14)``."""
+        """The line as ``2.01 ms +0.12 ms per 1000 rows (0.10 – 0.14)``."""
         text = f"{self.base_ms:.2f} ms {self.ms_per_1000_rows:+.2g} ms per 1000 rows"
         return text + in_brackets(self.interval_95, ".2g")
 
 
 def in_brackets(interval: Interval | None, digits: str) -> str:
-    """Return an interval as text that follows a number: `` (0.10 – 0.14)``; nothing without one."""
+    """Return an interval as text after a number: `` (0.10 – 0.14)``; an empty text without one."""
     return "" if interval is None else f" ({interval[0]:{digits}} – {interval[1]:{digits}})"
 
 
 def distribution(values: Sequence[float], *, per_run: int = 1) -> Distribution:
-    """Return the distribution of at least one value; they come run after run, ``per_run`` of each."""
+    """Return the distribution of at least one value; each run has ``per_run`` successive values."""
     data = np.sort(np.asarray(values, np.float64))
     p25, p50, p75, p95, p99 = (float(one) for one in np.percentile(data, (25, 50, 75, 95, 99)))
     return Distribution(
@@ -106,9 +106,9 @@ def distribution(values: Sequence[float], *, per_run: int = 1) -> Distribution:
 
 
 def distribution_of_runs(runs: Sequence[Sequence[float]]) -> Distribution:
-    """Return the distribution of what was timed several times in each run."""
+    """Return the distribution of a quantity with several times per run."""
     counts = {len(times) for times in runs}
-    # With runs of different lengths each time counts as a run of its own.
+    # in runs of different lengths each time counts as a run
     per_run = counts.pop() if len(counts) == 1 else 1
     return distribution([time for times in runs for time in times], per_run=per_run)
 
@@ -120,7 +120,7 @@ def median_interval(values: Sequence[float], *, per_run: int = 1) -> Interval | 
         return None
     data, num = np.sort(runs, axis=None), runs.size
     above = (runs > np.median(data)).mean(axis=1) + (runs == np.median(data)).mean(axis=1) / 2
-    # With one value a run the share above the median varies by 1/2; never less, as if values of a run were independent.
+    # the share above the median varies by 1/2 with one value per run, and by no less than with independent values
     spread = max(math.sqrt(float(((above - 0.5) ** 2).mean())), 0.5 / math.sqrt(per_run))
     half = _Z_95 * spread * num / math.sqrt(len(runs))
     low = max(0, math.floor(num / 2 - half))
@@ -129,7 +129,7 @@ def median_interval(values: Sequence[float], *, per_run: int = 1) -> Interval | 
 
 
 def median_ratio(values: Sequence[float], reference: Sequence[float]) -> Ratio:
-    """Return median(values) / median(reference) with its interval; both have one value for each of the same rounds, in order."""
+    """Return median(values) / median(reference) with its interval; both have one value per round, in the same order."""
     ours, theirs = np.asarray(values, np.float64), np.asarray(reference, np.float64)
     if len(ours) != len(theirs):
         raise ValueError(f"expected as many values as in the reference, got {len(ours)} and {len(theirs)}")
@@ -145,7 +145,7 @@ def median_ratio(values: Sequence[float], reference: Sequence[float]) -> Ratio:
 def line_fit(rows: Sequence[float], milliseconds: Sequence[Sequence[float]]) -> LineFit | None:
     """Return the line through the medians by least squares; None for fewer than two points.
 
-    ``milliseconds`` has for each point one value per round, the same rounds in the same order.
+    ``milliseconds`` has one value per round for each point, the rounds in the same order.
     """
     if len(rows) < 2:
         return None
@@ -161,7 +161,7 @@ def line_fit(rows: Sequence[float], milliseconds: Sequence[Sequence[float]]) -> 
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """Return Wilson's score interval of ``correct`` of ``total``; (0, 1) of nothing."""
+    """Return Wilson's score interval of ``correct`` of ``total``; (0, 1) if ``total`` is 0."""
     if not total:
         return 0.0, 1.0
     n, p, z = total, correct / total, _Z_95
@@ -180,7 +180,7 @@ def score_interval(scores: Sequence[float], images: Sequence[str]) -> tuple[floa
 def paired_interval(
     scores: Sequence[float], reference: Sequence[float], images: Sequence[str]
 ) -> tuple[float, float]:
-    """Return the interval of mean(scores) - mean(reference), both of the same questions in the same order."""
+    """Return the interval of mean(scores) - mean(reference); both have the same questions in the same order."""
     differences = [ours - theirs for ours, theirs in zip(scores, reference, strict=True)]
     return bootstrap_interval(differences, images)
 
@@ -188,7 +188,7 @@ def paired_interval(
 def bootstrap_interval(
     values: Sequence[float], images: Sequence[str], *, seed: int = SEED
 ) -> tuple[float, float]:
-    """Return the percentile interval of the mean of ``values``, drawing images with replacement; ``images`` has each value's."""
+    """Return the percentile interval of the mean of ``values``, drawing ``images``, one per value, with replacement."""
     sums, counts = _by_image(values, images)
     generator = np.random.default_rng(seed)
     at_once = max(1, _MAX_DRAWN // len(sums))
@@ -208,7 +208,7 @@ def _middle(drawn: NDArray[np.float64], *, rounds: int) -> Interval | None:
 def _by_image(
     values: Sequence[float], images: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return per image the sum of its questions' values and their number."""
+    """Return for each image the sum of its questions' values, and their number."""
     _, group = np.unique(np.asarray(images), return_inverse=True)
     sums: NDArray[np.float64] = np.bincount(group, weights=np.asarray(values, np.float64)).astype(np.float64)
     return sums, np.bincount(group).astype(np.float64)

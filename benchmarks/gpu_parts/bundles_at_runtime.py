@@ -1,4 +1,4 @@
-"""Bundles on the runtime's own backends: which of them run here, whether they are right, and how long they take."""
+"""Bundles on the runtime's backends: first answers and times."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ from trio_edge.runtime.bundle.graph_io import bucket_of
 from trio_edge.runtime.bundle.reader import Bundle, open_bundle
 from trio_edge.runtime.devices.interface import LoadedGraphs
 from trio_edge.runtime.engines.build import BuildOptions, build_engines, plan_build
+from trio_edge.runtime.engines.package import ENGINE_BACKENDS
 from trio_edge.runtime.images.interface import image_processing
 from trio_edge.runtime.model.decoder import Decoder, PrefillResult
 from trio_edge.runtime.model.decoder_prompt import DecoderPrompt
 from trio_edge.runtime.model.vision import Vision
 from trio_edge.runtime.prompts.positions import PromptPositions
 
-ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Loaded:
-    """A bundle's graphs on a device, and one picture with a prompt around it."""
+    """A bundle's graphs on a device, and a prompt with one image."""
 
     bundle: Bundle
     graphs: LoadedGraphs
@@ -47,7 +46,7 @@ class _Loaded:
     bucket: int
 
     def prefill(self) -> PrefillResult:
-        """Run vision and decoder, from arrays on the host to the first token there."""
+        """Run vision and decoder, from arrays on the host to the first token on the host."""
         outputs = self.vision.run_vision(self.inputs, self.profile)
         visual, *planes = (tensor.rows(0, self.num_visual) for tensor in outputs)
         prompt = DecoderPrompt(
@@ -79,13 +78,13 @@ def first_answer(
 def measure_bundle(
     bundle: Path, backend: str, *, picture: Image.Image, num_text: int, repeats: int, num_tokens: int
 ) -> Measured:
-    """Return what one backend takes for a bundle; the picture's copy to the device is in its TTFT.
+    """Return the times of a bundle on one backend; the TTFT includes the image's copy to the device.
 
     Args:
         bundle: Folder, with engines if the backend runs engines.
         backend: One of ``trio_edge.runtime.backends.registry.BACKENDS``.
         picture: RGB.
-        num_text: Text tokens of the prompt, random ones.
+        num_text: Random text tokens of the prompt.
         repeats: Timed prefills.
         num_tokens: Timed decode steps.
     """

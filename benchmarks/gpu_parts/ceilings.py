@@ -1,4 +1,4 @@
-"""Highest rates of this device, measured in the same run: a large product for FLOP/s, a large copy for bytes/s."""
+"""Peak rates of this device, measured in the same run: a large product for FLOP/s, a large copy for bytes/s."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def median_ms(function: Callable[[], Any], *, device: torch.device, runs: int = _RUNS) -> float:
-    """Return the median time of one call, after two that warm up."""
+    """Return the median time of one call, after two warm-up calls."""
     for _ in range(2):
         function()
     times = []

@@ -36,7 +36,7 @@ class _Moment:
 
 
 def mark(device: torch.device) -> Mark:
-    """Return the moment at which the device has done all that it was given so far."""
+    """Return the moment at which the device has finished all work so far."""
     return _Event() if device.type == "cuda" else _Moment()
 
 
@@ -47,6 +47,6 @@ def differences_ms(marks: Sequence[Mark], device: torch.device) -> list[float]:
 
 
 def wait(device: torch.device) -> None:
-    """Wait until the device has done everything."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

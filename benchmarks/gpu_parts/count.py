@@ -1,9 +1,8 @@
-"""Counts what each graph must at least compute and move, before anything is measured.
+"""The least FLOPs and bytes of each graph, by count.
 
-FLOPs are those of ``trio_edge.trio.cost``. Bytes are the least that must cross the memory bus: the graph's weights, the
-rows that enter and leave, new KV rows, and in decode all KV rows that are there. A probe's rows pass its layer and the
-head forwards and backwards, so these weights are read twice, but for those of queries and keys. Nothing between two
-operations of a graph counts.
+FLOPs are those of ``trio_edge.trio.cost``. Bytes are the graph's weights, the rows that enter and leave, new KV rows, and in decode
+all present KV rows. A probe's rows pass its layer and the head forwards and backwards, so these weights are read twice, except
+those of queries and keys. Results between two operations of a graph do not count.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Rates(Protocol):
 
 
 class CountedModel(Protocol):
-    """Sizes of a model and its picture, as ``gpu_parts.subjects.Sizes`` has them."""
+    """Sizes of a model and its image, as in ``gpu_parts.subjects.Sizes``."""
 
     @property
     def decoder(self) -> Dimensions:
@@ -69,7 +68,7 @@ class Work:
 
     flops: float
     causal_flops: float
-    """Without the half of the attention's products that the causal mask throws away."""
+    """Without the half of the attention's products that the causal mask discards."""
     num_bytes: float
 
     def seconds(self, rates: Rates) -> float:

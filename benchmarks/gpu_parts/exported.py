@@ -1,7 +1,7 @@
-"""Full-size bundles of a random checkpoint, made one at a time, measured on the runtime's backends, and deleted again.
+"""Full-size bundles of a random checkpoint, exported one at a time and deleted after use.
 
-The checkpoint lies on disk, so torch and the bundles have the same weights. Free space for two copies of the weights and
-the engines is needed for a moment.
+The checkpoint is on disk, so that torch and the bundles have the same weights. This needs disk space for two copies of the
+weights and for the engines.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def export_packaged_model(bundle: Path, *, dtype: str) -> None:
 
 
 def _export(arguments: list[str]) -> None:
-    """Run ``trio-export`` in a process of its own: it sets torch up in another way.
+    """Run ``trio-export`` in its own process, because it configures torch differently.
 
     Raises:
         RuntimeError: If it fails.

@@ -26,7 +26,7 @@ class GraphsInTorch:
     def __init__(
         self, subject: Subject, schedule: Schedule, *, max_new_tokens: int, compiled: bool = False
     ) -> None:
-        """Put the subject's modules into graphs; the weights are shared with all other ways."""
+        """Make graphs of the subject's modules; all ways share the weights."""
         self.name, self.subject = self.name_for(schedule, compiled=compiled), subject
         self.buffers = buffers = Buffers(subject, schedule, max_new_tokens=max_new_tokens)
         model, rotary = subject.model, rotary_tables(subject)
@@ -61,7 +61,7 @@ class GraphsInTorch:
         return "graphs in torch" + ", compiled" * compiled
 
     def decode(self) -> None:
-        """Run one token, as ``Way`` says."""
+        """See ``Way.decode``."""
         self._choose_attention()
         buffers, hidden = self.buffers, self.buffers.token
         for index, module in enumerate(self._ranges):
@@ -118,7 +118,7 @@ class GraphsInTorch:
 
 
 class _Layer(nn.Module):
-    """A decoder layer that always gets an empty list for its new rows: torch compiles anew for each length of a list."""
+    """A decoder layer that always gets an empty list for its new rows, because torch compiles again for each list length."""
 
     def __init__(self, layer: nn.Module, *, compiled: bool) -> None:
         super().__init__()

@@ -1,8 +1,7 @@
-"""Hugging Face's decoder layers as they are, with torch's fused attention: the whole model, or the paper's way to reduce it.
+"""Hugging Face's decoder layers with torch's fused attention: the whole model, or TRIO as in the paper's code.
 
-Without stages this is the model that everything is compared with: KV rows go into fixed buffers, so decode can be one
-CUDA graph. With stages it is TRIO as the paper's code does it: probes by autograd over all rows and the whole head, NMS on
-the host, rows gathered from there.
+Without stages this is the model that all ways are compared with; its KV rows are in fixed buffers, so decode can be one CUDA
+graph. With stages it is TRIO as in the paper's code: probes by autograd over all rows and the whole head, and NMS on the host.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ class _Rows:
     """A cache for one layer with the call that transformers' attention makes."""
 
     def __init__(self, pair: tuple[Tensor, ...], past_length: Tensor | None) -> None:
-        """Write behind ``past_length`` rows, or from the first row if it is None."""
+        """Write after ``past_length`` rows, or from the first row if it is None."""
         self._pair, self._past_length = pair, past_length
 
     def update(self, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
-        """Store the new rows; return what the new queries see: these rows in a prefill, the whole buffer in decode."""
+        """Store the new rows; return the rows for the new queries: these in a prefill, the whole buffer in decode."""
         for cache, rows in zip(self._pair, (key, value)):
             if self._past_length is None:
                 cache[:, :, : rows.shape[2]] = rows
@@ -67,7 +66,7 @@ class LayersInTorch:
         return (PAPERS_CODE if schedule.stages else WHOLE_MODEL) + ", compiled" * compiled
 
     def decode(self) -> None:
-        """Run one token, as ``Way`` says."""
+        """See ``Way.decode``."""
         self._choose_attention()
         buffers, hidden = self.buffers, self.buffers.token
         for index, layers in enumerate(buffers.layers):

@@ -1,4 +1,4 @@
-"""Runs a way and takes its times: warm-up, CUDA graphs where a part can be one, medians, peak memory."""
+"""Measures a way: warm-up, CUDA graphs of the parts that can be one, median times, peak memory."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Measured:
     parts_ms: dict[str, float]
     """In the order in which a prefill runs them."""
     ttft_ms: float
-    """All parts, one behind the other: from the picture's numbers on the device to the first token on it."""
+    """All parts, one after the other: from the image's pixels on the device to the first token on the device."""
     decode_ms: float
     """One token."""
     peak_bytes: int | None
-    """Most memory of this process on the device, weights included; None where it is not known."""
+    """Peak memory of this process on the device, with weights; None if unknown."""
     kv_bytes: int
-    """KV rows that a prefill leaves."""
+    """KV rows after a prefill."""
     cuda_graphs: tuple[str, ...] = ()
     """Parts that were one CUDA graph."""
     notes: tuple[str, ...] = ()
-    """Parts that did not run as asked, and why."""
+    """Parts that did not run as asked, with the reason."""
 
 
 def measure(way: Way, *, repeats: int, num_tokens: int, cuda_graphs: bool) -> Measured:
@@ -106,7 +106,7 @@ class _Captured:
         self._device, self._pool = device, None
 
     def wrap(self, part: Part) -> Callable[[], Any]:
-        """Return a function that launches the part as a CUDA graph; its own, where it cannot be one."""
+        """Return a function that launches the part as a CUDA graph; its own function if it cannot be one."""
         if not part.capturable:
             part.run()
             return part.run

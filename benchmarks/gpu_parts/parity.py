@@ -1,4 +1,4 @@
-"""Whether everything that runs here gives what ONNX Runtime gives on the CPU, on one small bundle."""
+"""Compares every backend that runs here with ONNX Runtime on the CPU, on one small bundle."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from trio_edge.runtime.bundle.reader import open_bundle
 
 REFERENCE = "onnxruntime"
 TOLERANCES = {"float16": 5e-2, "float32": 1e-3}
-"""Relative and absolute, of logits: those of tests/tolerances.py."""
+"""Relative and absolute tolerances of logits, those of tests/tolerances.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One backend beside the reference."""
+    """One backend compared with the reference."""
 
     way: str
     runs: bool
     reason: str = ""
-    """Why it does not run."""
+    """Reason why it does not run."""
     same_kept: bool = False
     largest_difference: float = 0.0
     """Largest difference of a logit."""
@@ -45,11 +45,11 @@ def compare(
     """Return how each backend and the graphs in torch compare with ONNX Runtime on the CPU.
 
     Args:
-        checkpoint: Whose weights the graphs in torch take.
-        bundle: Exported from it. Engines are built into it where TensorRT finds a GPU.
+        checkpoint: Weights of the graphs in torch.
+        bundle: Exported from it. Engines are built into it if TensorRT finds a GPU.
         picture: RGB.
         num_text: Text tokens.
-        device: Where torch runs.
+        device: Device of torch.
     """
     manifest = open_bundle(bundle).manifest
     settings = {"picture": picture, "num_text": num_text}
@@ -73,7 +73,7 @@ def compare(
             build_for(bundle, backend)
             answer = first_answer(bundle, backend, **settings)
             found.append(compared(backend, answer.logits, answer.kept))
-        except (TrioEdgeError, RuntimeError) as error:  # what is not installed, or fails on this GPU
+        except (TrioEdgeError, RuntimeError) as error:  # not installed, or fails on this GPU
             found.append(Compared(way=backend, runs=False, reason=str(error)))
     subject = subject_of(
         read_checkpoint(str(checkpoint)), picture=picture, num_text=num_text, device=device, dtype=manifest.dtype

@@ -1,4 +1,4 @@
-"""The same random picture and prompt for every way: token ids, where the picture stands, positions."""
+"""The random image and prompt that all ways share: token ids, the image's place, positions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from trio_edge.runtime.prompts.positions import (
 )
 
 _NUM_BEFORE = 35
-"""Text tokens before the picture, where there is room for them: LLaVA's system prompt."""
+"""Most text tokens before the image: those of LLaVA's system prompt."""
 
 
 def random_picture(size: tuple[int, int], *, seed: int = 0) -> Image.Image:
-    """Return a picture of random colours, ``size`` is its width and height."""
+    """Return an image of random colours; ``size`` is width and height."""
     values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(values)
 
@@ -30,7 +30,7 @@ def prompt_ids(vocab_size: int, *, num_text: int, seed: int) -> NDArray[np.int64
 
 
 def num_before(num_text: int) -> int:
-    """Return how many of a prompt's text tokens come before the picture."""
+    """Return the number of text tokens before the image."""
     return min(_NUM_BEFORE, num_text // 2)
 
 

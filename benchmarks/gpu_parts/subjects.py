@@ -1,7 +1,7 @@
-"""Models of released shapes with random weights made on the device, and one image for each: the subjects of the measurement.
+"""The models to measure, with released shapes, random weights made on the device, and one image each.
 
-Shapes are those of ``released_shapes``; "small" ones have the same parts and run on a CPU in seconds. The
-picture decides N, the visual tokens: 336x336 for LLaVA-1.5, 672x672 (five tiles) for LLaVA-NeXT, 1008x1008 for Qwen2.5-VL.
+Shapes are those of ``released_shapes``; "small" ones have the same parts and run on a CPU in seconds. The image decides N, the
+visual tokens: 336x336 for LLaVA-1.5, 672x672 (five tiles) for LLaVA-NeXT, 1008x1008 for Qwen2.5-VL.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model on the device, a picture for it and a prompt around the picture."""
+    """A model on the device, with an image and a prompt."""
 
     sizes: Sizes
     root: nn.Module
@@ -155,7 +155,7 @@ class Subject:
     position_ids: Tensor
     """[A, S] int32; no row is padding."""
     next_position: int
-    """Position of the first new token where original positions are kept."""
+    """Position of the first new token with preserved positions."""
 
 
 def describe(shapes: Shapes, folder: Path) -> Checkpoint:
@@ -168,7 +168,7 @@ def describe(shapes: Shapes, folder: Path) -> Checkpoint:
 
 
 def empty_model(checkpoint: Checkpoint, *, dtype: FloatType) -> tuple[FamilyModel, ImageProcessing]:
-    """Return a checkpoint's modules without memory, and what becomes of its pictures."""
+    """Return a checkpoint's modules without memory, and its image processing."""
     family = family_of(checkpoint)
     processing = family.image_processing(checkpoint, encoder_keep=None, max_visual=None)
     with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):  # constants become numpy arrays
@@ -239,10 +239,10 @@ def subject_of(
     Args:
         checkpoint: With or without tensors.
         picture: RGB.
-        num_text: Text tokens of the prompt, random ones.
-        device: Where everything lies.
-        dtype: Of weights and activations.
-        seed: Of all that is random.
+        num_text: Random text tokens of the prompt.
+        device: Device of weights and inputs.
+        dtype: Type of weights and activations.
+        seed: Seed of weights and tokens.
     """
     model, processing = empty_model(checkpoint, dtype=dtype)
     element = getattr(torch, dtype)
@@ -282,7 +282,7 @@ def _fill(
     dtype: torch.dtype,
     generator: torch.Generator,
 ) -> None:
-    """Give all parameters memory on the device and values: the checkpoint's, or random ones as models start with."""
+    """Give all parameters memory on the device, and the checkpoint's values or random ones."""
     vision: Any = model.vision.module
     made: dict[nn.Parameter, nn.Parameter] = {}  # tensors hash by identity
     real: set[nn.Parameter] = set()

@@ -1,4 +1,4 @@
-"""Markdown tables: of what is counted, and of what was measured beside it."""
+"""Markdown tables of counted and of measured figures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOTHING = "–"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One way with one schedule, or why it could not be measured."""
+    """One way with one schedule, or the reason why it could not be measured."""
 
     model: str
     keep: float
@@ -30,7 +30,7 @@ class Row:
 
 
 def count_tables(counted: Mapping[tuple[str, float], Counted]) -> str:
-    """Return what models cost at each keep, each of their graphs, and the least times on known devices."""
+    """Return the counted costs of models and of their graphs at each keep, and the least times on known devices."""
     summary, graphs = [], []
     for (model, keep), this in counted.items():
         full = counted[model, 1.0]
@@ -119,7 +119,7 @@ def _per_graph(graphs: Mapping[str, Work]) -> list[str]:
 
 
 def parity_table(compared: Sequence[Compared]) -> str:
-    """Return what runs here, and how it compares with ONNX Runtime on the CPU."""
+    """Return the comparison of all backends with ONNX Runtime on the CPU."""
     rows = []
     for this in compared:
         cells = (f"does not run: {this.reason}", "", "")
@@ -134,7 +134,7 @@ def parity_table(compared: Sequence[Compared]) -> str:
 
 
 def measured_table(rows: Sequence[Row], ceilings: Ceilings) -> str:
-    """Return all rows; ratios are against the fastest whole model in torch, measured in the same run."""
+    """Return all rows; ratios are to the fastest whole model in torch of the same run."""
     heads = (
         "model", "keep", "way", "vision", "prefix", "selects", "segments", "suffix", "head", "decoder ms", "TTFT ms",
         "decode ms/token", "peak GB", "KV MB", "decoder", "TTFT", "KV", "selection", "bound ms", "TFLOP/s", "GB/s in decode",

@@ -1,8 +1,7 @@
-"""The interface of a way to run a model, and what all ways in torch share: parts that meet in fixed buffers.
+"""The interface of a way to run a model, and the buffers that all ways in torch share.
 
-A way is a list of parts, run in order, and one step of decoding. Parts hand each other nothing: each reads and writes
-buffers whose addresses never change. So each part runs as it is, or is captured once as a CUDA graph and launched again,
-and the two kinds can be mixed.
+A way is a list of parts, run in order, and a decode step. Parts only read and write buffers whose addresses never change, so each
+part can run as it is or be captured as a CUDA graph, in any mixture.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ class Part:
     """One graph's work."""
 
     name: str
-    """As the bundle calls it: vision, prefix, select_1, segment_1, …, suffix, head."""
+    """The bundle's name: vision, prefix, select_1, segment_1, …, suffix, head."""
     run: Callable[[], Any]
     capturable: bool = True
-    """Whether it never waits for the device."""
+    """False if it waits for the device."""
 
 
 class Way(Protocol):
@@ -39,11 +38,11 @@ class Way(Protocol):
     """Parts of a prefill, in order."""
 
     def decode(self) -> None:
-        """Run one token through all layers and put the next one's embedding where the next call reads it."""
+        """Run one token through all layers, and store the next one's embedding for the next call."""
 
 
 class Buffers:
-    """Rows, positions, KV rows and lengths of every layer range, and the token that comes out."""
+    """Rows, positions, KV rows and lengths of every layer range, and the newest token."""
 
     def __init__(self, subject: Subject, schedule: Schedule, *, max_new_tokens: int) -> None:
         """Allocate everything on the subject's device; the prompt's text is in its place."""
@@ -96,7 +95,7 @@ class Buffers:
         self.rewind()
 
     def rewind(self) -> None:
-        """Set lengths and positions to those behind the prefill."""
+        """Set lengths and positions to those after the prefill."""
         for index, length in enumerate(self.lengths):
             self.past_lengths[index].fill_(length)
             self.token_positions[index].fill_(self._first_positions[index])
@@ -124,7 +123,7 @@ class Buffers:
 
 
 def set_attention(subject: Subject, *, decoder: str, vision: str) -> None:
-    """Choose the attention functions of transformers' layers, which read their configuration whenever they run."""
+    """Choose the attention functions of transformers' layers, which read their configuration at each run."""
     subject.model.text_config._attn_implementation = decoder
     config: Any = subject.root
     config.config.vision_config._attn_implementation = vision

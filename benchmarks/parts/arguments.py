@@ -1,4 +1,4 @@
-"""Command lines of the scripts here: their parser, numbers of at least 1, and one line for what the user can mend."""
+"""Command lines of the scripts here: parser, numbers of at least 1, and one line for a user's error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trio_edge.runtime.bundle.errors import TrioEdgeError
 
 
 def parser_for(docstring: str | None) -> argparse.ArgumentParser:
-    """Return a parser whose help is the script's docstring as it stands."""
+    """Return a parser whose help is the script's docstring, unchanged."""
     return argparse.ArgumentParser(
         description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -26,7 +26,7 @@ def positive(text: str) -> int:
 
 @contextmanager
 def errors_in_one_line(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """End the script with exit code 2 and one line at an error of the user's."""
+    """Turn a user's error into one line and exit code 2."""
     try:
         yield
     except TrioEdgeError as error:

@@ -1,4 +1,4 @@
-"""The same held-out questions for several bundles, through ``trio-eval``'s code; again runs go on where the last one stopped."""
+"""The same held-out questions for several bundles, through ``trio-eval``'s code; interrupted runs can be continued."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def answers_of(
     workers: int = 1,
     cpu_accuracy: CpuAccuracy = "auto",
 ) -> list[tuple[RunInfo, dict[int, Outcome]]]:
-    """Ask ``count`` synthetic questions; answers are kept below ``out``."""
+    """Ask ``count`` synthetic questions; outcomes are stored below ``out``."""
     questions = synthetic_questions(count, seed=seed)
     settings = Settings(metric=METRIC, workers=workers, answer_tokens=8, cpu_accuracy=cpu_accuracy)
     console = Console(stderr=True)

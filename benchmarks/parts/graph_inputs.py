@@ -1,4 +1,4 @@
-"""Made-up inputs for one graph of a bundle; times do not depend on their values."""
+"""Random inputs for one graph of a bundle; times do not depend on their values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNTS = {
 
 
 def inputs_for(graph: GraphSpec, profile: Profile) -> dict[str, Any]:
-    """Return inputs for one profile: every row real, visual tokens first, KV buffers full."""
+    """Return inputs for one profile: no padding, visual tokens first, KV buffers full."""
     sizes, random, values = {**fixed_sizes(graph), **profile.sizes}, np.random.default_rng(0), {}
     for tensor in graph.inputs:
         shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape]
@@ -29,7 +29,7 @@ def inputs_for(graph: GraphSpec, profile: Profile) -> dict[str, Any]:
             value: Any = np.array([sizes[COUNTS[tensor.name]]])
         elif tensor.name in ("token_index", "table_index", "last_row"):
             value = np.zeros(shape)
-        elif tensor.dtype == "int32":  # positions and rows: within whatever they index
+        elif tensor.dtype == "int32":  # positions and rows: within what they index
             value = np.broadcast_to(np.arange(shape[-1]) % max(shape[-1] - 1, 1), shape)
         else:
             value = random.standard_normal(shape, dtype=np.float32)

@@ -1,7 +1,7 @@
-"""One decoder layer and one selection stage as the exporter's own graphs, random, in ONNX Runtime; and what the CPU can do.
+"""One random decoder layer and one stage as the exporter's graphs in ONNX Runtime, and the CPU's peak rates.
 
-For ``cost_growth.py`` and ``predict_validation.py --cpu``. Times are of one thread and in processor time, so that other
-work on the machine counts little.
+For ``cost_growth.py`` and ``predict_validation.py --cpu``. Times are processor times of one thread, which other programs
+hardly affect.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class LayerGraphs:
         return self._session(DecoderRange([self.layer], self.rotary), args, shapes, names, "range")
 
     def select_session(self, *, num_visual: int, num_text: int) -> Any:
-        """Return TRIO's stage for N visual tokens, of which a sixth stays."""
+        """Return TRIO's stage for N visual tokens, of which it keeps a sixth."""
         torch.manual_seed(0)
         head = nn.Linear(self.dims.hidden_size, VOCABULARY, bias=False)
         saliency = ProxySaliency(
@@ -143,7 +143,7 @@ def single_thread_session(path: Path) -> Any:
 
 
 def median_seconds(function: Callable[[], Any], *, repeats: int = 5, enough: float = 6.0) -> float:
-    """Return the median processor time of a call, after one that does not count; fewer calls where they are long."""
+    """Return the median processor time of a call after a warm-up; slow functions are called less often."""
     function()
     times: list[float] = []
     while len(times) < repeats and (len(times) < 2 or sum(times) < enough):
@@ -154,7 +154,7 @@ def median_seconds(function: Callable[[], Any], *, repeats: int = 5, enough: flo
 
 
 def measured_rates() -> Rates:
-    """Return this CPU's rates on one thread: a large matrix product, and reading memory in one too large for caches."""
+    """Return this CPU's rates on one thread: of a large matrix product, and of one that reads more than the caches hold."""
     torch.set_num_threads(1)
     side = 1536
     square = torch.randn(side, side)

@@ -1,4 +1,4 @@
-"""Files that all runtimes in ``benchmarks/peers.py`` read: a random Qwen2.5-VL checkpoint as converters want it, and a picture."""
+"""Files for all runtimes in ``benchmarks/peers.py``: a random Qwen2.5-VL checkpoint that converters accept, and an image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MERGES = 160
 
 
 def make_qwen(folder: Path, *, layers: int, vision_layers: int) -> None:
-    """Write a random checkpoint with the widths of Qwen2.5-VL-3B, and with all files of the release that converters read."""
+    """Write a random checkpoint with the widths of Qwen2.5-VL-3B and all files of the release that converters read."""
     text = {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
     full = [index for index in range(vision_layers) if index % 4 == 3]
     vision = {"depth": vision_layers, "fullatt_block_indexes": full}
@@ -48,7 +48,7 @@ def make_text_only(folder: Path, checkpoint: Path) -> None:
 
 
 def make_picture(file: Path, side: int) -> None:
-    """Write a square picture of coloured blocks, which compresses like a photograph with few details."""
+    """Write a square image of coloured blocks, which compresses like a photograph with few details."""
     blocks = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     Image.fromarray(blocks).resize((side, side), Image.Resampling.BICUBIC).save(file)
 
@@ -81,10 +81,10 @@ def _write_config(folder: Path) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Replace the checkpoint's list of words, which converters refuse, by a byte-level tokenizer with the same special ids.
+    """Replace the checkpoint's word tokenizer, which converters refuse, by a byte-level one with the same special ids.
 
-    Ids between the trained vocabulary and the special tokens stand for words that no text gives, so that every answer of
-    the random model can be written as text.
+    Ids between the trained vocabulary and the special tokens get unused words, so that every answer of the random model has
+    a text.
     """
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

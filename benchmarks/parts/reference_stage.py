@@ -1,4 +1,4 @@
-"""One selection stage as the paper's code does it: autograd over one layer and the whole head, then a greedy loop on the host."""
+"""One selection stage as in the paper's code: autograd over one layer and the whole head, then a greedy loop on the host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def autograd_scores(logits_of: Callable[[Tensor], Tensor], hidden_SD: Tensor) ->
 
     Args:
         logits_of: The next layer, the final norm and the head: [S, D] to logits [S, V] of all rows.
-        hidden_SD: What enters that layer.
+        hidden_SD: Input of that layer.
     """
     with torch.enable_grad():
         hidden = hidden_SD.clone().requires_grad_(True)

@@ -1,6 +1,6 @@
-"""Released models' shapes, and checkpoints that have them: names, shapes, shards and files as released, weights random.
+"""Checkpoints with the names, shapes, shards and files of released models, and random weights.
 
-Weights mean nothing. They are written piece by piece, so 14 GB need no memory.
+Weights are written piece by piece, so 14 GB need little memory.
 """
 
 from __future__ import annotations
@@ -32,28 +32,26 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SAFETENSORS_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-PIECE = (
-    4 << 20
-) + 3  # random values that are repeated: writing is then bound by the disk, not by the generator
+PIECE = (4 << 20) + 3  # repeated random values: the disk limits writing, not the generator
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Everything of a released checkpoint besides its weights."""
+    """A released checkpoint without its weights."""
 
     config: Callable[[], Any]
     model: str
     """Class in transformers."""
     renames: tuple[tuple[str, str], ...]
-    """From a name in transformers' model to the name in released files."""
+    """Patterns that turn names in transformers' model into those in released files."""
     preprocessor: dict[str, Any]
     chat_template: str
     special_tokens: dict[int, str]
     end_token: int = 151645
     begin_token: int | None = None
-    """Before every prompt, unless the chat template writes it."""
+    """Token before every prompt, unless the chat template writes it."""
 
 
 def clip_large(**changes: Any) -> Any:
@@ -103,7 +101,7 @@ def tiny() -> Any:
 
 
 def llava_onevision(**text: Any) -> Any:
-    """Return LLaVA-OneVision's configuration with the decoder's sizes of one release; those of 0.5B are given where none are."""
+    """Return LLaVA-OneVision's configuration; ``text`` has the decoder's sizes, those of 0.5B by default."""
     sizes = {
         "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
         "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 152000, "max_position_embeddings": 32768,
@@ -124,7 +122,7 @@ def llava_onevision_7b() -> Any:
 
 
 def qwen2_5_vl(*, text: dict[str, Any], vision: dict[str, Any], tie: bool) -> Any:
-    """Return Qwen2.5-VL's configuration with the sizes of one release; those of 3B are given where none are."""
+    """Return Qwen2.5-VL's configuration; ``text`` and ``vision`` have the sizes, those of 3B by default."""
     text_sizes = {
         "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
         "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
@@ -176,21 +174,15 @@ def qwen3_vl(*, text: dict[str, Any], out_hidden_size: int) -> Any:
 
 def qwen3_vl_2b() -> Any:
     text = {
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-    }
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
+    }  # fmt: skip
     return qwen3_vl(text=text, out_hidden_size=2048)
 
 
 def qwen3_vl_4b() -> Any:
     text = {
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-    }
+        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+    }  # fmt: skip
     return qwen3_vl(text=text, out_hidden_size=2560)
 
 
@@ -511,18 +503,18 @@ def _write_processor(folder: Path, family: Family) -> None:
 def add_options(parser: argparse.ArgumentParser, *, family: str, folder: str) -> None:
     """Add the options that ``checkpoint_of`` reads."""
     parser.add_argument("--family", choices=list(FAMILIES), default=family)
-    parser.add_argument("--layers", type=int, help="decoder layers (default: the family's)")
+    parser.add_argument("--layers", type=int, help="decoder layers [default: the family's]")
     parser.add_argument(
-        "--dtype", choices=list(SAFETENSORS_DTYPES), default="float16", help="of the checkpoint"
+        "--dtype", choices=list(SAFETENSORS_DTYPES), default="float16", help="type of the checkpoint"
     )
-    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest weight file")
-    parser.add_argument("--folder", type=Path, default=Path(folder), help="new folder for everything")
-    parser.add_argument("--keep-files", action="store_true", help="keep all files, reuse them next time")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="size of a weight file, in GB")
+    parser.add_argument("--folder", type=Path, default=Path(folder), help="new folder for all files")
+    parser.add_argument("--keep-files", action="store_true", help="keep all files, and reuse them next time")
 
 
 @contextmanager
 def checkpoint_of(options: argparse.Namespace, *others: Path) -> Iterator[Path]:
-    """Yield a checkpoint in the options' folder; it and ``others`` are deleted afterwards unless the options keep files."""
+    """Yield a checkpoint in the options' folder. Without --keep-files it and ``others`` are deleted at the end."""
     checkpoint = options.folder / "checkpoint"
     if not checkpoint.exists():
         make_checkpoint(

@@ -1,4 +1,4 @@
-"""Commands that are watched while they run: what each of their steps takes, and their largest memory."""
+"""Time of each step of a running command, and its peak memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SAMPLE_SECONDS = 0.02
 
 @dataclass
 class Peaks:
-    """Largest memory of processes, in bytes, while they were watched."""
+    """Peak memory of watched processes, in bytes."""
 
     resident: int = 0
     anonymous: int = 0
@@ -39,7 +39,7 @@ class Peaks:
 
     @contextmanager
     def watching(self, pids: Callable[[], Iterable[int | None]]) -> Iterator[None]:
-        """Sample those processes that ``pids`` returns, again and again, in a thread."""
+        """Sample the processes of ``pids()`` in a thread, within the block."""
         done = threading.Event()
         thread = threading.Thread(target=self._sample, args=(pids, done), daemon=True)
         thread.start()
@@ -59,7 +59,7 @@ class Peaks:
 
 
 def memory_of(pid: int) -> tuple[int, int, int] | None:
-    """Return a process's largest resident memory so far, and its anonymous and mapped memory now; None once it has ended."""
+    """Return a process's peak resident memory, and its present anonymous and mapped memory; None if it has ended."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -81,7 +81,7 @@ def forget(files: Iterable[Path]) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a command: what it printed at its start, and what the step took."""
+    """A step of a command: the line that it printed at its start, and its time."""
 
     name: str
     seconds: float
@@ -91,12 +91,12 @@ class Step:
 def watch(
     module: str, arguments: Sequence[str], *, is_step: Callable[[str], bool]
 ) -> tuple[list[Step], Peaks]:
-    """Run the command line of ``module`` in a process and return its steps and its peak memory.
+    """Run ``main`` of ``module`` in a process, and return its steps and peak memory.
 
     Args:
-        module: With a ``main``.
-        arguments: The command's.
-        is_step: Whether a line on its standard error is the begin of a step.
+        module: Module with a ``main``.
+        arguments: The command's arguments.
+        is_step: Returns whether a line on standard error starts a step.
     """
     code = f"import sys; from {module} import main; sys.exit(main())"
     peaks, marks, last_line = Peaks(), [("starting", time.perf_counter(), 0.0)], ""
@@ -126,13 +126,9 @@ def watch(
 
 
 def step_table(groups: dict[str, list[Step]], peaks: Peaks) -> str:
-    """Return a table of steps under the name that each group of them has, and the line of the peak memory."""
+    """Return a table with one line for each group of steps, and a line with the peak memory."""
     rows = [
-        (
-            name,
-            f"{sum(step.seconds for step in group):.1f}",
-            f"{sum(step.cpu_seconds for step in group):.1f}",
-        )
+        (name, f"{sum(step.seconds for step in group):.1f}", f"{sum(step.cpu_seconds for step in group):.1f}")
         for name, group in groups.items()
     ]
     return (
@@ -155,7 +151,7 @@ def folder_bytes(folder: Path, pattern: str = "*") -> int:
 
 
 def machine() -> str:
-    """Return what all measurements of this kind depend on."""
+    """Return the machine and the versions, on which the figures depend."""
     return (
         f"{os.cpu_count()} CPUs ({find_machine().name}), Python {platform.python_version()}, torch"
         f" {version('torch')}, transformers {version('transformers')}"

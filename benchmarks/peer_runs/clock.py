@@ -1,4 +1,4 @@
-"""Clock of one answer, without any package: wall and processor seconds of loading, of the first token and of each further one."""
+"""Clock of one answer, which needs no package: wall and processor seconds of loading, the first token and each further token."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from importlib.metadata import version
 
 
 class Clock:
-    """Seconds of this process, by the wall and by its processors. Make it before any package is imported."""
+    """Wall and processor seconds of this process. It is made before any package is imported."""
 
     def __init__(self) -> None:
         self._marks = [(time.perf_counter(), time.process_time())]
 
     def mark(self) -> None:
-        """Note the time: once when the model is loaded, then after each token."""
+        """Note the time: when the model is loaded, then after each token."""
         self._marks.append((time.perf_counter(), time.process_time()))
 
     def report(self, *packages: str, prompt_tokens: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""One answer by onnxruntime-genai's text decoder, to as many tokens as the other runtimes' prompt has with its picture."""
+"""One answer by onnxruntime-genai's text decoder, to a prompt as long as the other runtimes' with their image."""
 
 import json
 import sys

@@ -1,7 +1,7 @@
-"""FLOPs of one answer's prefill, at the images' own tokens and the prompt's own length.
+"""FLOPs of one answer's prefill, at its own number of visual and text tokens.
 
-The decoder is counted layer by layer from the visual tokens that it really processed, selections by their methods'
-formulas. The vision tower's FLOPs are in the manifest for one image size, and scaled by visual tokens.
+Decoder layers are counted at the visual tokens that they processed, selections by their methods' formulas. The manifest has
+the vision tower's FLOPs for one image size; they are scaled by visual tokens.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 def processing_of(images: Sequence[Image.Image], processing: ImageProcessing) -> ImageProcessing:
-    """Return the processing of one of ``images``: where there are several, it may be another."""
+    """Return the processing of each of a prompt's ``images``; prompts with several images may have their own."""
     return processing if len(images) == 1 else processing.of_several()
 
 
 def image_tokens(processing: ImageProcessing, images: Sequence[Image.Image]) -> list[int]:
-    """Return the visual tokens of each of a prompt's images, before any selection that is a graph of its own."""
+    """Return the visual tokens of each of a prompt's images, before the ``reduce`` graph."""
     own = processing_of(images, processing)
     return [own.sizes(*image.size)["N"] for image in images]
 
 
 def tokens_per_layer(manifest: Manifest, *, image_tokens: Sequence[int], kept: Sequence[int]) -> list[int]:
-    """Return the visual tokens that each decoder layer processed; ``kept`` has for each stage what was left."""
+    """Return the visual tokens that each decoder layer processed; ``kept`` has those left after each stage."""
     return [
         count
         for graph, count in zip(manifest.ranges, (_entering(manifest, image_tokens), *kept), strict=True)
@@ -56,14 +56,20 @@ def prefill_flops(
     select: bool = True,
 ) -> float:
     """Return the FLOPs of one prefill: vision tower, selection before the decoder, decoder, head, stages if ``select``."""
-    num_visual = sum(image_tokens)
+    num_visual, stages = sum(image_tokens), 0.0
     rows = [count + num_text for count in tokens_per_layer(manifest, image_tokens=image_tokens, kept=kept)]
     decoder = decoder_flops(manifest.dimensions, rows)
-    vision = manifest.cost.reduced_flops["vision"] * num_visual / manifest.cost.num_visual
     if not num_visual:
         return decoder
-    entering = _entering(manifest, image_tokens)
-    stages = _select_flops(manifest, num_visual=entering, num_text=num_text) if select else 0.0
+    vision = manifest.cost.reduced_flops["vision"] * num_visual / manifest.cost.num_visual
+    if select:
+        stages = count_prefill(
+            manifest.dimensions,
+            manifest.schedule,
+            num_visual=_entering(manifest, image_tokens),
+            num_text=num_text,
+            one_size=len(manifest.visual_sizes) == 1,
+        ).select_flops
     before = sum(_before_decoder(manifest, num_visual=count, num_text=num_text) for count in image_tokens)
     return decoder + vision + stages + before
 
@@ -74,18 +80,8 @@ def _entering(manifest: Manifest, image_tokens: Sequence[int]) -> int:
     return sum(image_tokens if keep is None else (min(keep, count) for count in image_tokens))
 
 
-def _select_flops(manifest: Manifest, *, num_visual: int, num_text: int) -> float:
-    return count_prefill(
-        manifest.dimensions,
-        manifest.schedule,
-        num_visual=num_visual,
-        num_text=num_text,
-        one_size=len(manifest.visual_sizes) == 1,
-    ).select_flops
-
-
 def _before_decoder(manifest: Manifest, *, num_visual: int, num_text: int) -> float:
-    """Return the FLOPs of the selection before the decoder for one image, and of the text tower that it needs."""
+    """Return the FLOPs of one image's ``reduce`` graph, and of the text tower that it needs."""
     if manifest.token_method is None:
         return 0.0
     tower = 0.0

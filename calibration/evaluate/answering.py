@@ -1,4 +1,4 @@
-"""One bundle answers questions: each becomes an ``Outcome`` or, where the question itself is at fault, a ``Failure``."""
+"""One bundle answers questions. Each gives an ``Outcome``, or a ``Failure`` if the question cannot be asked."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     answers: tuple[str, ...]
     text: str
     reading: str
-    """The part of it that the metric compared."""
+    """The part of ``text`` that the metric compares."""
     score: float
     visual_tokens: int
     processed_tokens: float
@@ -60,7 +60,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kv_bytes: int
     repaired_stages: int = 0
     first_token_kl: float | None = None
-    """In nats, against keep-all; None without a reference."""
+    """KL to keep-all, in nats; None without a reference."""
     first_token: FirstToken | None = None
 
 
@@ -75,7 +75,7 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings for asking all bundles."""
+    """Settings that all runs share."""
 
     metric: str = "exact"
     answer_tokens: int = DEFAULT_ANSWER_TOKENS
@@ -87,24 +87,24 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """One bundle and how it is asked; plain values that travel to worker processes."""
+    """One bundle and its settings; plain values, which worker processes receive."""
 
     bundle: Path
     selection: str = OWN_SELECTION
     """``OWN_SELECTION`` or one of ``baselines.BASELINES`` at the bundle's schedule."""
     budget_of: Path | None = None
-    """With a smaller image the bundle whose average keep it has; ``bundle`` keeps all."""
+    """With ``smaller-image``, the bundle whose average keep the image gets; ``bundle`` keeps all."""
     is_reference: bool = False
-    """Whether first tokens are summed up for the others."""
+    """Whether outcomes keep their first token, for the others to compare with."""
     settings: Settings = Settings()
 
 
 @final
 class Answerer:
-    """An opened bundle that answers one question after the other, greedily."""
+    """An opened bundle that answers questions one by one, greedily."""
 
     def __init__(self, asking: Asking, pipeline: Pipeline | None = None) -> None:
-        """Open the bundle, unless ``pipeline`` has it opened already."""
+        """Open the bundle, unless a ``pipeline`` is given."""
         self._asking = asking
         self._metric = METRICS[asking.settings.metric]
         self._pipeline = pipeline or Pipeline.from_bundle(
@@ -116,7 +116,7 @@ class Answerer:
         self._budget = None if asking.budget_of is None else open_bundle(asking.budget_of).manifest
 
     def answer(self, question: Question, reference: FirstToken | None = None) -> Outcome | Failure:
-        """Ask one question; ``reference`` is keep-all's first token where there is one."""
+        """Ask one question; ``reference`` is keep-all's first token, if there is a reference."""
         try:
             return self._ask(question, reference)
         except (ImageError, ShapeError) as error:
@@ -138,7 +138,7 @@ class Answerer:
             self._shown(question),
             question.question,
             max_new_tokens=min(asking.settings.answer_tokens, manifest.max_new_tokens),
-            temperature=0.0,  # a drawn answer is another one each time
+            temperature=0.0,  # sampled answers would differ from run to run
             override=override,
         )
         text, statistics = generation.text, generation.statistics
@@ -173,22 +173,19 @@ class Answerer:
         )
 
     def _shown(self, question: Question) -> list[ImageSource]:
-        """Return the question's images, made smaller where that is the baseline."""
-        budget = self._budget
-        if budget is None:
+        """Return the question's images, smaller ones for ``smaller-image``."""
+        if self._budget is None:
             return list(question.images)
         images = [open_image(image) for image in question.images]
         counts = image_tokens(self._pipeline.images, images)
-        share = budget.average_keep_of(sum(counts), num_images=len(counts))
-        return [
-            smaller_image(image, processing_of(images, self._pipeline.images), share=share)
-            for image in images
-        ]
+        share = self._budget.average_keep_of(sum(counts), num_images=len(counts))
+        processing = processing_of(images, self._pipeline.images)
+        return [smaller_image(image, processing, share=share) for image in images]
 
     def _is_base(self, images: Sequence[Image.Image]) -> NDArray[np.bool_]:
-        """Return for each visual token of a prompt whether it is of a tile that shows a whole image."""
+        """Return for each visual token of a prompt whether its tile shows the whole image."""
         processing = self._pipeline.images
-        # LLaVA's first tile shows the whole image; InternVL's comes last, Qwen2.5-VL has none
+        # only LLaVA's first tile shows the whole image: InternVL's is its last, Qwen2.5-VL has none
         base = 0
         if isinstance(processing, LlavaImages):
             base = processing.encoder_keep or processing.patches_per_tile

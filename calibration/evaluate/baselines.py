@@ -1,7 +1,7 @@
-"""Baselines that a real method must beat: selections that look at nothing but positions, and a smaller image.
+"""Baselines that a real method must beat: selections that ignore the image's content, and a smaller image.
 
-A selection is a function for ``Pipeline.generate(override=…)``; its kept tokens are nested from stage to stage. A smaller image
-goes through a keep-all bundle: it is what a runtime without token reduction can do.
+A selection is a function for ``Pipeline.generate(override=…)``. A smaller image goes through a keep-all bundle, as in a runtime
+without token reduction.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ SMALLER_IMAGE = "smaller-image"
 SELECTIONS = ("random", "uniform", "base-tile-first")
 BASELINES = (*SELECTIONS, SMALLER_IMAGE)
 _SCALES = 128
-"""Sizes that a smaller image is chosen from, in equal steps."""
+"""Number of candidate sizes for a smaller image, in equal steps."""
 
 
 def baseline(name: str, *, seed: int, is_base: Callable[[], NDArray[np.bool_]]) -> SelectorOverride:
     """Return the baseline called ``name``, one of ``SELECTIONS``.
 
-    ``is_base`` says for each visual token of the prompt whether it is of a tile that shows a whole image. It is called while
-    the answer is streamed.
+    ``is_base`` returns for each visual token of the prompt whether its tile shows the whole image. It is called during the
+    answer, when the images are known.
     """
     if name == "random":
         return _random(seed)
@@ -40,7 +40,7 @@ def baseline(name: str, *, seed: int, is_base: Callable[[], NDArray[np.bool_]]) 
 
 
 def evenly_spaced(count: int, num_keep: int) -> NDArray[np.int32]:
-    """Return ``num_keep`` of ``count`` indices, each in the middle of its equal share, ascending."""
+    """Return ``num_keep`` of ``count`` indices, ascending: the middles of ``num_keep`` equal parts."""
     return np.floor((np.arange(num_keep) + 0.5) * count / max(num_keep, 1)).astype(np.int32)
 
 
@@ -61,10 +61,9 @@ def _base_first(is_base: NDArray[np.bool_], num_keep: int) -> NDArray[np.int32]:
 
 
 def smaller_image(image: Image.Image, processing: ImageProcessing, *, share: float) -> Image.Image:
-    """Return the image scaled down until it has at most ``share`` of its visual tokens.
+    """Return the image at the largest size that has at most ``share`` of its visual tokens.
 
-    It is as large as it can be. Tiles are not cut smaller: where no size has so few tokens, it is the largest of those with
-    the fewest.
+    Where no size has so few tokens, it is the largest with the fewest.
     """
     width, height = image.size
     sizes = [

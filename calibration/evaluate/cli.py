@@ -1,4 +1,4 @@
-"""``trio-eval BUNDLE …``: accuracy, cost and time of bundles on the same questions, next to a keep-all bundle."""
+"""``trio-eval BUNDLE …``: accuracy, cost and time of bundles on the same questions, compared with a keep-all bundle."""
 
 from __future__ import annotations
 
@@ -32,36 +32,36 @@ PATH = click.Path(path_type=Path)
 
 @click.command("trio-eval", context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=PATH)
-@click.option("--reference", type=PATH, help="A keep-all bundle that all are compared with.")
+@click.option("--reference", type=PATH, help="Keep-all bundle of the same model, to compare the others with.")
 @click.option(
     "--data",
     default=SYNTHETIC,
-    help=f"A JSON-lines file, or a synthetic held-out set: {', '.join(SYNTHETIC_SETS)}.",
+    help=f"JSON-lines file of questions, or a synthetic held-out set: {', '.join(SYNTHETIC_SETS)}.",
 )
 @click.option(
     "--metric",
     type=click.Choice(["auto", *METRICS]),
     default="auto",
-    help="auto: the one that the file's fields fit.",
+    help="Score of an answer; auto chooses by the file's fields.",
 )
 @click.option(
     "--count",
     type=click.IntRange(1, 1_000_000),
-    help=f"Questions at most; default all of a file, {DEFAULT_SYNTHETIC_COUNT} of a synthetic set.",
+    help=f"Most questions to ask. [default: all of a file, {DEFAULT_SYNTHETIC_COUNT} of a synthetic set]",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of a synthetic set.")
-@click.option("--split", help="Only the file's lines with this split.")
+@click.option("--split", help="Ask only the file's lines whose 'split' is this.")
 @click.option(
     "--suffix",
     default="",
     show_default=False,
-    help="Appended to every prompt, for instance 'Answer the question using a single word or phrase.'",
+    help="Text to append to every prompt, for instance 'Answer the question using a single word or phrase.'",
 )
 @click.option(
     "--answer-tokens",
     type=click.IntRange(1, 4096),
     default=DEFAULT_ANSWER_TOKENS,
-    help="New tokens at most, where the bundle has room for them.",
+    help="Most new tokens of an answer; fewer if a bundle has room for fewer.",
 )
 @click.option(
     "--selection",
@@ -69,25 +69,27 @@ PATH = click.Path(path_type=Path)
     multiple=True,
     type=click.Choice([OWN_SELECTION, *BASELINES]),
     default=(OWN_SELECTION,),
-    help="The bundle's own selection, or a baseline at the same budget; repeatable.",
+    help="The bundle's own selection, or a baseline with the same budget. Repeatable.",
 )
 @backend_options(threads=1, threads_help="CPU threads of each worker; 0 lets the backend choose.")
+@click.option("--workers", type=click.IntRange(1, 1024), default=1, help="Processes that answer in parallel.")
 @click.option(
-    "--workers", type=click.IntRange(1, 1024), default=1, help="Processes that answer at the same time."
+    "--shard", default="1/1", help="Part of the questions to ask, I/N: every N-th from the I-th on."
 )
-@click.option("--shard", default="1/1", help="I/N: only every N-th question, from the I-th.")
-@click.option("--work", "--resume", type=PATH, help="Folder of outcomes; an interrupted run goes on.")
 @click.option(
-    "--merge",
-    multiple=True,
+    "--work",
+    "--resume",
     type=PATH,
-    help="Take over the outcomes of another work folder; repeatable, with --work.",
+    help="Folder for results. The same command continues an interrupted run from it.",
 )
-@click.option("--json", "json_file", type=PATH, help="Write the report to this file.")
-@click.option("--plot", type=PATH, help="Draw accuracy against FLOPs into this .png or .svg file.")
-@click.option("--quiet", is_flag=True, help="No progress display.")
+@click.option(
+    "--merge", multiple=True, type=PATH, help="Work folder to copy results from. Repeatable; needs --work."
+)
+@click.option("--json", "json_file", type=PATH, help="Write the report to this JSON file.")
+@click.option("--plot", type=PATH, help="Plot accuracy against FLOPs in this .png or .svg file.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
 def command(json_file: Path | None, plot: Path | None, quiet: bool, **settings: Any) -> int:
-    """Measure BUNDLEs on the same questions: accuracy, agreement with keep-all, FLOPs and time."""
+    """Ask all BUNDLEs the same questions and print accuracy, agreement with keep-all, FLOPs and time."""
     if json_file is not None:
         check_outputs({"--json": json_file})
     if plot is not None:
@@ -113,7 +115,7 @@ def _fail(report: EvaluationReport) -> int:
     more = f" (and {others} more)" if others else ""
     click.echo(
         f"trio-eval: {first['where']}: {' '.join(first['reason'].split())}, in {first['run']}{more};"
-        " the other questions were answered, mend it and run again with the same --work",
+        " the other questions were answered; correct it and run again with the same --work",
         err=True,
     )
     return EXIT_USER_ERROR
@@ -121,7 +123,7 @@ def _fail(report: EvaluationReport) -> int:
 
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[], None]]]:
-    """Yield functions to call at the start of a run and after each answer."""
+    """Yield the callbacks for the start of a run and for each answer."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -1,7 +1,7 @@
 """Report of an evaluation: each run's accuracy, cost and time, and its comparison with keep-all.
 
-All runs are compared on the same questions: those that every one of them answered. The structs are the schema of
-``trio-eval --json``; ``docs/evaluation.md`` describes it.
+Only questions that every run answered count. The structs are the schema of ``trio-eval --json``, described in
+``docs/evaluation.md``.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ class AgainstReference(msgspec.Struct, frozen=True, kw_only=True):
     difference: Estimate
     """Accuracy minus keep-all's; paired bootstrap over images."""
     retained: float | None
-    """Accuracy over keep-all's; None if that is 0."""
+    """Accuracy divided by keep-all's; None if that is 0."""
     agreement: Estimate
+    """Share of questions with keep-all's reading."""
     first_token_kl: float | None
     """Mean, in nats."""
     flops_ratio: float
+    """Keep-all's mean FLOPs divided by this run's."""
     ttft_ratio: float
-    """Keep-all's median time to the first token over this run's."""
+    """Keep-all's median time to the first token divided by this run's."""
 
 
 class RunReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,18 +56,19 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     by_kind: dict[str, Estimate]
     yes_no: YesNoRates | None
     visual_tokens: float
-    """Mean over the images, before any selection that is a graph of its own."""
+    """Mean per question, before the ``reduce`` graph."""
     processed_tokens: float
-    """Mean over questions and decoder layers of the visual tokens processed."""
+    """Visual tokens per decoder layer, mean over layers and questions."""
     average_keep: float
-    """``processed_tokens`` over keep-all's ``visual_tokens``, or over its own without a reference."""
+    """``processed_tokens`` divided by keep-all's ``visual_tokens``; by its own without a reference."""
     flops: float
-    """Mean over prefills: vision tower, decoder, head, selection."""
+    """Mean per prefill: vision tower, decoder, head, selection."""
     ttft_ms: float
+    """Median."""
     tokens_per_second: float | None
-    """Rate of all tokens after the first; None if no answer had one."""
+    """Rate of the tokens after the first; None if no answer had any."""
     kv_bytes: float
-    """Mean in use at the end of an answer."""
+    """Mean at the end of an answer."""
     repaired_stages: int
     against_reference: AgainstReference | None
     outcomes: list[dict[str, Any]]
@@ -81,7 +84,7 @@ class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
     compared: int
     """Answered by every run."""
     shard: str
-    """I/N, the part that was asked here; 1/1 is all."""
+    """I/N, the part that this run asked; 1/1 is all."""
 
 
 class EvaluationConditions(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,7 +99,7 @@ class EvaluationConditions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EvaluationReport(msgspec.Struct, frozen=True, kw_only=True):
-    """All that ``--json`` writes."""
+    """The content of ``--json``."""
 
     schema_version: int
     data: EvaluationData
@@ -106,8 +109,8 @@ class EvaluationReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def compare(runs: Sequence[tuple[RunInfo, Mapping[int, Outcome]]], *, metric: str) -> list[RunReport]:
-    """Return each run's report over the questions that all of them answered; ``runs`` has the reference, if there is one, first."""
-    # a question that one run could not answer would move its mean, not theirs
+    """Return each run's report over the questions that all answered. The reference, if there is one, is the first of ``runs``."""
+    # a question that one run could not answer would move the others' means only
     common = sorted(set.intersection(*(set(outcomes) for _, outcomes in runs)))
     if not common:
         return []

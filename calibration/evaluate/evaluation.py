@@ -1,4 +1,4 @@
-"""A whole evaluation: what is asked, the answers of every bundle, and the report."""
+"""A whole evaluation: the questions, the answers of every bundle, and the report."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DEFAULT_SYNTHETIC_COUNT = 500
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """Everything that a user can choose, under the names of ``trio-eval``'s options."""
+    """The options of ``trio-eval``, under their names."""
 
     bundles: tuple[Path, ...]
     reference: Path | None
@@ -72,14 +72,14 @@ def evaluate(
     on_start: Callable[[str, int, int], None] = lambda _label, _done, _total: None,
     on_answer: Callable[[], None] = lambda: None,
 ) -> EvaluationReport:
-    """Ask all bundles the same questions and return what came of it.
+    """Ask all bundles the same questions and return the report.
 
-    ``on_start`` gets each run's label, how many answers it has already, and how many questions there are.
+    ``on_start`` gets each run's label, its number of answers so far, and the number of questions.
 
     Raises:
         DataError: If the questions cannot be read, or options contradict each other or a work folder.
         BundleError: If a bundle is broken.
-        BackendError: If the backend is not there, or a worker dies.
+        BackendError: If the backend is not installed, or a worker dies.
     """
     if options.merge and options.work is None:
         raise DataError("--merge: expected --work, the folder to merge into, got none; add --work FOLDER")
@@ -111,7 +111,7 @@ def evaluate(
 
 
 def _asked(options: EvaluationOptions) -> tuple[EvaluationData, list[Question]]:
-    """Return the data set, and the part of it that is asked here."""
+    """Return the data set, and the shard of it that this run asks."""
     shard, num_shards = parse_shard(options.shard)
     is_synthetic = options.data in SYNTHETIC_SETS
     if is_synthetic:
@@ -122,7 +122,7 @@ def _asked(options: EvaluationOptions) -> tuple[EvaluationData, list[Question]]:
     else:
         path = Path(options.data)
         questions = read_questions(path, split=options.split, suffix=options.suffix, count=options.count)
-    # the synthetic answers "yes" and "no" would make the set one of yes-or-no questions, were it small
+    # a small synthetic set may have no answers but "yes" and "no", and would be taken for yes-no questions
     automatic = METRICS["exact"] if is_synthetic else metric_for(questions)
     metric = automatic if options.metric == "auto" else METRICS[options.metric]
     check_metric(questions, metric)

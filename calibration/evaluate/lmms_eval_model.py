@@ -1,9 +1,9 @@
-"""The model ``trio_edge`` of lmms-eval: GQA, POPE, MME, TextVQA and its other tasks through an exported bundle.
+"""A bundle as the model ``trio_edge`` of lmms-eval, for its tasks such as GQA, POPE, MME and TextVQA.
 
     lmms-eval --model trio_edge --model_args pretrained=BUNDLE,threads=8 --tasks pope --batch_size 1
 
-lmms-eval finds it by this package's entry point in the group ``lmms_eval.models`` (0.7 and newer). Only lmms-eval
-imports this file.
+lmms-eval 0.7 and newer find it by this package's entry point in the group ``lmms_eval.models``. Only lmms-eval imports
+this file.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _DEFAULT_NEW_TOKENS = 128
 
 
 def manifest() -> ModelManifest:
-    """Return what lmms-eval's registry takes."""
+    """Return the entry for lmms-eval's registry."""
     return ModelManifest(model_id=NAME, simple_class_path=f"{__name__}.{TrioEdge.__name__}")
 
 
 @final
 class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
-    """A bundle that answers lmms-eval's requests one by one, in one process."""
+    """A bundle that answers lmms-eval's requests one by one."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
         batch_size: int | str = 1,
         **ignored: Any,
     ) -> None:
-        """Open the bundle ``pretrained``; ``ignored`` is what lmms-eval passes to every model: device and the like.
+        """Open the bundle ``pretrained``. lmms-eval passes other settings, such as the device, to every model: ``ignored``.
 
         Raises:
             ShapeError: If the batch size is not 1.
@@ -78,18 +78,16 @@ class TrioEdge(lmms):  # type: ignore[misc]  # lmms-eval has no types
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Raise DataError: it takes the logits of every row of an answer, a bundle returns those of its last row."""
+        """Raise DataError: it needs the logits of all rows of an answer, and a bundle returns only the last row's."""
         raise _other_task("loglikelihood")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Raise DataError: later rounds ask for all answers and images so far, a bundle answers one round."""
+        """Raise DataError: later rounds continue earlier ones, and a bundle answers one round."""
         raise _other_task("generate_until_multi_round")
 
 
 def _other_task(kind: str) -> DataError:
-    return DataError(
-        f"{NAME}: expected a task of type generate_until, got {kind}, which a bundle cannot answer; choose another task"
-    )
+    return DataError(f"{NAME}: expected a task of type generate_until, got {kind}; choose another task")
 
 
 def _images(images: Sequence[Any]) -> list[Image.Image]:

@@ -1,4 +1,4 @@
-"""An evaluation's report as tables for people, and as a plot of accuracy against FLOPs, one line per method."""
+"""An evaluation's report as tables, and as a plot of accuracy against FLOPs with one line per method."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def per_cent(estimate: Estimate, *, signed: bool = False) -> str:
 
 
 def flops_unit(largest: float) -> tuple[str, float]:
-    """Return a unit that fits FLOPs up to ``largest``, and its size."""
+    """Return the unit to print FLOPs up to ``largest`` in, and its size."""
     for unit, size in (("TFLOPs", 1e12), ("GFLOPs", 1e9)):
         if largest >= size:
             return unit, size

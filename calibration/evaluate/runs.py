@@ -1,7 +1,7 @@
-"""Runs several bundles over the same questions, into a work folder that lets an interrupted evaluation go on.
+"""Runs several bundles over the same questions and keeps the outcomes in a work folder, so that a run can be continued.
 
-The reference goes first: the others compare their first token with its. The folder has one file for each run: its header says
-what was run (``RunKey``), each of its results is an outcome. It belongs to one data set and its bundles.
+The reference goes first, because the others compare their first token with its. The folder has one file per run, with a
+``RunKey`` as its header and one outcome per line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trio_edge.calibration.json_lines import (
 from trio_edge.runtime.backends.registry import make_backend, with_accuracy
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.manifest import MANIFEST_NAME
-from trio_edge.runtime.bundle.reader import Bundle, open_bundle
+from trio_edge.runtime.bundle.reader import Bundle, open_bundle, sha256_of
 from trio_edge.trio.methods import stage_method
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     label: str
     method: str
-    """Runs that differ in budget only have the same method."""
+    """Name of the selection; runs that differ only in budget share it."""
     bundle: str
     bundle_sha256: str
     selection: str
@@ -60,7 +60,7 @@ class Run(NamedTuple):
     info: RunInfo
     bundle: Bundle
     keep_all: Bundle | None = None
-    """With a smaller image the bundle that is asked, at the budget of ``bundle``."""
+    """With ``smaller-image``, the bundle that answers, at the budget of ``bundle``."""
 
 
 class Answers(NamedTuple):
@@ -81,8 +81,8 @@ def plan_runs(
 
     Raises:
         BundleError: If a bundle is broken.
-        DataError: If the reference selects, or is of another model; if a run is asked for twice, or a selection for
-            a bundle without stages.
+        DataError: If the reference reduces tokens or has another model, a run is given twice, or a bundle without stages
+            is to run with a baseline.
     """
     opened = [open_bundle(folder) for folder in bundles]
     names = list(labels) if labels is not None else _names(bundles)
@@ -106,12 +106,12 @@ def plan_runs(
     wanted = [(run.info.bundle_sha256, run.info.selection) for run in runs]
     for index, run in enumerate(runs):
         if wanted.index(wanted[index]) != index:
-            raise DataError(f"{run.bundle.folder}: expected each bundle once, got it again; leave it out")
+            raise DataError(f"{run.bundle.folder}: expected each bundle once, got it twice; leave one out")
     return runs
 
 
 def keys_of(runs: Sequence[Run], settings: Settings, *, data_sha256: str) -> list[RunKey]:
-    """Return what each run's outcomes are filed under."""
+    """Return each run's key, under which its outcomes are stored."""
     reference = next((run.info.bundle_sha256 for run in runs if run.info.is_reference), None)
     return [
         RunKey(
@@ -141,9 +141,9 @@ def answer_runs(
     on_start: Callable[[Run, int], None] = lambda _run, _done: None,
     on_answer: Callable[[], None] = lambda: None,
 ) -> Answers:
-    """Answer what the work folder has no answer for yet, run after run; outcomes of the folders ``merge`` are taken over first.
+    """Answer all questions that have no outcome in the work folder yet, run by run. Outcomes in ``merge`` are copied first.
 
-    ``on_start`` gets each run and the number of answers it has already.
+    ``on_start`` gets each run and its number of outcomes so far.
 
     Raises:
         DataError: If a folder is of other data or bundles, or cannot be written.
@@ -158,7 +158,7 @@ def answer_runs(
     answers = Answers([], [])
     with locked_folder(folder):
         check_folder(folder, keys)
-        # the reference is the first run, so its first tokens are there when the others need them
+        # filled by the reference, which is the first run
         firsts: dict[int, Outcome] = {}
         for run, key in zip(runs, keys):
             with opened_results(folder / key.file_name, key, Outcome, what=_AN_OUTCOME) as (file, known):
@@ -175,7 +175,7 @@ def answer_runs(
                     for question in questions
                     if question.index not in done
                 ]
-                # closing ends the workers where an error or Ctrl-C leaves the loop
+                # closing ends the workers if an error or Ctrl-C leaves the loop
                 with closing(_answers(run, tasks, settings)) as results:
                     for result in results:
                         if isinstance(result, Outcome):
@@ -191,7 +191,7 @@ def answer_runs(
 
 
 def _still_valid(outcomes: list[Outcome], questions: Sequence[Question]) -> dict[int, Outcome]:
-    """Return by question the outcomes of those of ``questions`` whose image is still the same."""
+    """Return the outcomes of ``questions`` whose images have not changed, by question."""
     images = {question.index: question.image_id for question in questions}
     return {one.index: one for one in outcomes if images.get(one.index) == one.picture_id}
 
@@ -219,7 +219,7 @@ def _run(bundle: Bundle, label: str, selection: str, *, is_reference: bool) -> R
         label=label,
         method=method_of(manifest, selection),
         bundle=str(bundle.folder),
-        bundle_sha256=hashlib.sha256(bundle.path(MANIFEST_NAME).read_bytes()).hexdigest(),
+        bundle_sha256=sha256_of(bundle.folder / MANIFEST_NAME),
         selection=selection,
         dtype=manifest.dtype,
         is_reference=is_reference,
@@ -228,7 +228,7 @@ def _run(bundle: Bundle, label: str, selection: str, *, is_reference: bool) -> R
 
 
 def method_of(manifest: Manifest, selection: str) -> str:
-    """Return the name of what selects: runs that differ in budget only have the same one."""
+    """Return the name of a run's selection, without its budget."""
     schedule = manifest.schedule
     if selection == SMALLER_IMAGE:
         return selection
@@ -272,18 +272,18 @@ def _check_selection(bundle: Bundle, selection: str, *, has_reference: bool) -> 
     if selection == SMALLER_IMAGE:
         if not has_reference:
             raise DataError(
-                f"--selection {selection}: expected --reference, the keep-all bundle that is asked, got none; add it"
+                f"--selection {selection}: expected --reference, the keep-all bundle that answers, got none; add it"
             )
         return
     if selection != OWN_SELECTION and not bundle.manifest.schedule.stages:
         raise DataError(
             f"--selection {selection}: expected a bundle with stages, got {bundle.folder} without any;"
-            " leave it out or give it as --reference"
+            " leave it out, or give it as --reference"
         )
     if selection == "base-tile-first" and bundle.manifest.token_keep is not None:
         raise DataError(
-            f"--selection {selection}: expected a bundle whose decoder sees tile after tile, got {bundle.folder} with a"
-            " selection before it; leave it out"
+            f"--selection {selection}: expected a bundle that selects no tokens before the decoder, got {bundle.folder};"
+            " leave it out"
         )
 
 
@@ -291,15 +291,15 @@ SCHEMA_VERSION = 1
 
 
 class RunKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that decides an answer: outcomes of equal keys are interchangeable."""
+    """Everything that an outcome depends on; outcomes of equal keys are interchangeable."""
 
     schema_version: int
     data_sha256: str
     bundle_sha256: str
-    """The manifest's, which has the digests of all other files."""
+    """Digest of the manifest, which has the digests of all other files."""
     selection: str
     reference_sha256: str | None
-    """Bundle that ``first_token_kl`` compares with."""
+    """The bundle that ``first_token_kl`` compares with."""
     answer_tokens: int
     backend: str
 
@@ -311,7 +311,7 @@ class RunKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def check_folder(folder: Path, keys: Collection[RunKey]) -> None:
-    """Raise DataError unless the folder is empty, or holds outcomes of these data and of at least one of these bundles."""
+    """Raise DataError unless the folder is empty, or has outcomes of these questions and of at least one of these bundles."""
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder of outcomes, got none; check the name")
     paths = sorted(path for path in folder.iterdir() if path.name != LOCK_NAME)
@@ -320,17 +320,15 @@ def check_folder(folder: Path, keys: Collection[RunKey]) -> None:
         return
     if any(key.data_sha256 not in {own.data_sha256 for own in keys} for key in found):
         raise DataError(
-            f"{folder}: expected outcomes of these questions, got those of others"
+            f"{folder}: expected outcomes of these questions, got others"
             " (data, metric, --count, --seed, --split or --suffix differ); choose another folder"
         )
     if not {key.bundle_sha256 for key in found} & {own.bundle_sha256 for own in keys}:
-        raise DataError(
-            f"{folder}: expected outcomes of these bundles, got those of others; choose another folder"
-        )
+        raise DataError(f"{folder}: expected outcomes of these bundles, got others; choose another folder")
 
 
 def _key_of(path: Path) -> RunKey | None:
-    """Return the header of a run's file; None if a kill cut it."""
+    """Return the header of a run's file; None if the run was killed while writing it."""
     what = "a file of outcomes"
     if path.suffix != SUFFIX:
         raise DataError(f"{path}: expected {what}, got something else; choose an empty folder")

@@ -1,7 +1,6 @@
-"""Several processes on this machine answer questions, each with the bundle opened once.
+"""Worker processes that answer questions, each with its own opened bundle.
 
-An answer does not depend on which process gave it, nor on how many there are: each has its own pipeline with the
-same number of threads.
+Answers do not depend on the number of workers: all of them have the same number of threads.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
     from trio_edge.runtime.model.sampling import FirstToken
 
     Task = tuple[Question, FirstToken | None]
-    """A question, with keep-all's first token where there is one."""
+    """A question, with keep-all's first token if there is a reference."""
 
-_TASKS_PER_WORKER = 4  # in flight: enough that no worker waits, few enough that images do not pile up
+_TASKS_PER_WORKER = 4  # submitted ahead: no worker waits, and few images are in memory
 _answerer: Answerer | None = None
 _asking: Asking | None = None
 
@@ -46,7 +45,7 @@ def answer_in_processes(
     """Answer in ``workers`` processes, in any order.
 
     Raises:
-        BackendError: If a process dies, for instance of too little memory.
+        BackendError: If a process dies, for instance because memory is short.
     """
     context = multiprocessing.get_context("spawn")  # onnxruntime's threads do not survive a fork
     with ProcessPoolExecutor(workers, context, _prepare, (asking,)) as pool:
@@ -60,7 +59,7 @@ def answer_in_processes(
                     yield future.result()
         except BrokenProcessPool:
             raise BackendError(
-                f"workers: expected {workers} processes to live, one died; is there memory for {workers} bundles?"
+                f"--workers: expected {workers} running processes, one died; is there memory for {workers} bundles?"
                 " use fewer --workers"
             ) from None
         finally:
@@ -70,14 +69,13 @@ def answer_in_processes(
 def _prepare(asking: Asking) -> None:
     global _asking
     _asking = asking
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent ends its workers
+    # Ctrl-C reaches the whole process group; the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent was killed: nobody would give it work or an end."""
+    """End this process if its parent was killed, which can then not end it."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
@@ -85,7 +83,7 @@ def _end_with_parent() -> None:
 
 
 def _answer(question: Question, reference: FirstToken | None) -> Outcome | Failure:
-    """Open the bundle with the first task, where an error reaches the caller, and keep it for the next ones."""
+    """Answer one task. The first one opens the bundle: an error in ``_prepare`` would not reach the caller."""
     global _answerer
     if _answerer is None:
         assert _asking is not None

@@ -1,7 +1,7 @@
-"""Greedy answers of the torch model under a schedule, and keep-all's as the reference of a calibration.
+"""Greedy answers of the torch model under a schedule.
 
-Every layer keeps its own keys and values, as long as the sequence is in it; a new row's position follows the exported
-runtime's rule: the layer's own length ("compact") or the prompt's ("preserved").
+Each layer caches keys and values of the rows that entered it. The position of a new row is the layer's number of rows
+("compact") or follows the whole prompt ("preserved"), as in the runtime.
 """
 
 from __future__ import annotations
@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trio_edge.calibration.model.sequence import (
-    appended,
-    logits_of,
-    order_of,
-    run_layer,
-    saliency,
-    with_kept,
-)
+from trio_edge.calibration.model.sequence import appended, logits_of, order_of, run_layer, saliency, with_kept
 from trio_edge.export.quantize.numerics import rounded_activations
 
 if TYPE_CHECKING:
@@ -35,14 +28,15 @@ class Greedy:
     """One answer."""
 
     tokens: list[int]
-    """At most as many as asked for; a stop token is the last one."""
+    """A stop token ends them."""
     logits_TV: Tensor
-    """float32, that each token was chosen from."""
+    """float32, the logits of each token."""
     inputs: list[Sequence]
     """Hidden states before each layer: the prompt, and all answer tokens but the last."""
     kept: list[Tensor]
-    """Per stage the image's visual tokens that are left, ascending."""
+    """The image's visual tokens that are left after each stage, ascending."""
     rounds: list[int]
+    """NMS rounds of each stage."""
 
 
 def greedy_answer(
@@ -56,8 +50,7 @@ def greedy_answer(
 ) -> Greedy:
     """Return the answer's first ``max_tokens`` tokens.
 
-    ``given`` tokens, as many, are taken for the answer in place of the likeliest ones. ``caches`` has the largest values of each
-    layer's KV cache where it is in INT8.
+    The answer is ``given``, as many tokens, or the likeliest ones. ``caches`` has the ranges of INT8 KV caches, one per layer.
     """
     stages = {stage.layer: stage.keep for stage in schedule.stages}
     sequence = prompt
@@ -92,7 +85,7 @@ def greedy_answer(
 
 
 def _as_cached(rows: KeysAndValues, layer: int, caches: tuple[CacheRange, ...]) -> KeysAndValues:
-    """Return keys and values as later rows read them; a row sees itself in floating point."""
+    """Return keys and values as later rows read them; a row reads its own in floating point."""
     if not caches:
         return rows
     key, value = rows

@@ -1,4 +1,4 @@
-"""A sample as it enters decoder layer 0: text and visual tokens in one sequence, without any padding."""
+"""A sample as it enters decoder layer 0: text and visual tokens in one sequence, without padding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleShape:
-    """Sizes of a sample, which the fixed shapes of a bundle must have room for."""
+    """Sizes of a sample, which a bundle's fixed shapes must cover."""
 
     where: str
     """FILE or FILE:LINE of the sample."""
@@ -40,10 +40,10 @@ class SampleShape:
 
 
 def sample_shape(model: TorchModel, question: Question) -> SampleShape:
-    """Return the sizes of a sample; runs nothing.
+    """Return the sizes of a sample, without running a graph.
 
     Raises:
-        DataError: If its image cannot be read or its prompt cannot be asked; the message starts with its place.
+        DataError: If its image cannot be read or its prompt cannot be asked; the message starts with ``question.where``.
     """
     image, ids = _read(model, question)
     width, height = image.size
@@ -57,7 +57,7 @@ def sample_shape(model: TorchModel, question: Question) -> SampleShape:
 
 
 def make_prompt(model: TorchModel, question: Question) -> Sequence:
-    """Return the sequence of a sample, about to enter layer 0, after running the vision encoder.
+    """Run the vision encoder on a sample and return the sequence that enters layer 0.
 
     Raises:
         DataError: As ``sample_shape``.
@@ -69,7 +69,7 @@ def make_prompt(model: TorchModel, question: Question) -> Sequence:
     tensors = [torch.from_numpy(inputs[spec.name]).to(model.device) for spec in graph.inputs]
     pixels = [spec.name for spec in graph.inputs].index("pixel_values")
     tensors[pixels] = tensors[pixels].to(model.dtype)
-    with model.device:  # where the graph's own constants are made
+    with model.device:  # for constants that the graph makes
         outputs = graph.module(*tensors)
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
     visual_ND, *planes_ND = (rows[: sizes["N"]].to(model.dtype) for rows in outputs)
@@ -91,8 +91,8 @@ def make_prompt(model: TorchModel, question: Question) -> Sequence:
 def _read(model: TorchModel, question: Question) -> tuple[Image.Image, PromptIds]:
     if len(question.images) != 1:
         raise DataError(
-            f"{question.where}: expected one image to calibrate on, got {len(question.images)};"
-            " leave the sample out, trio-eval takes it"
+            f"{question.where}: expected one image, got {len(question.images)};"
+            " leave the sample out (only trio-eval takes several images)"
         )
     try:
         image = open_image(question.images[0])

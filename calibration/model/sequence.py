@@ -1,10 +1,10 @@
-"""One sequence on its way through the decoder: it advances by layers, and loses visual tokens in between.
+"""One sequence between decoder layers: it advances by layers, and stages remove visual tokens.
 
-The rows are those of the prompt, text and visual, then those of the answer. Answer tokens, given beforehand, go through every
-layer with the prompt. Under the causal mask they change nothing before them, and they are what decoding them one by one would
-give, so one pass shows a whole answer's logits. Selections look at the prompt alone: one order of the tokens, by saliency and
-NMS, gives the kept sets of every budget. The NMS runs until it has settled, which is exact and tells how many rounds a graph must
-have: a chain of t suppressions takes t rounds, and one more to see that nothing changes.
+The first rows are the prompt's, text and visual. Known answer tokens follow and go through every layer with the prompt: the
+causal mask makes this equal to decoding them one by one, so one pass gives a whole answer's logits. Selections look at the prompt
+only. Saliency and NMS give one order of the visual tokens, from which every budget takes the first ones. The NMS runs until it
+has settled. That is exact, and its number of rounds is what a graph needs: a chain of t suppressions takes t + 1 rounds, the
+last of which changes nothing.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Sequence:
     positions_AS: Tensor
     """int32."""
     visual_rows_N: Tensor
-    """int64, row of each visual token that is left, ascending."""
+    """int64, rows of the visual tokens that are left, ascending."""
     original_N: Tensor
-    """int64, which of the image's visual tokens are left."""
+    """int64, their indices in the image."""
     next_position: int
-    """Position of the first answer token where positions are preserved."""
+    """Position of the first answer token with "preserved" positions."""
     num_answer: int = 0
     planes_ND: tuple[Tensor, ...] = ()
-    """[N, D] each, DeepStack's: plane i is added to the visual rows after layer i."""
+    """DeepStack's features, [N, D] each: plane i is added to the visual rows after layer i."""
 
     @property
     def num_visual(self) -> int:
@@ -56,7 +56,7 @@ class Sequence:
         return len(self.hidden_SD) - self.num_answer
 
     def after(self, layer: int, hidden_SD: Tensor) -> Sequence:
-        """Return the sequence after ``layer``: ``hidden_SD``, its output, with DeepStack's plane added."""
+        """Return the sequence after ``layer`` with the output ``hidden_SD``, and DeepStack's plane added."""
         if layer < len(self.planes_ND):
             hidden_SD = hidden_SD.index_add(0, self.visual_rows_N, self.planes_ND[layer])
         return replace(self, hidden_SD=hidden_SD)
@@ -77,8 +77,9 @@ class Order(NamedTuple):
     """Visual tokens in the order in which a stage takes them."""
 
     tokens_N: Tensor
-    """int64, best first: survivors of the NMS, then suppressed ones."""
+    """int64, best first: those that the NMS left, then suppressed ones."""
     rounds: int
+    """NMS rounds until nothing changed."""
 
     def kept(self, num_keep: int) -> Tensor:
         """Return the best ``num_keep`` tokens (all, if there are fewer), ascending."""
@@ -101,9 +102,9 @@ def run_layer(
     *,
     past: KeysAndValues | None = None,
 ) -> tuple[Tensor, KeysAndValues]:
-    """Return the hidden states of new rows after one layer, as the exported layer ranges do, and their keys and values.
+    """Return the hidden states of new rows after one layer, and their keys and values.
 
-    Keys and values are [1, G, S, E]; ``past`` has those of the rows before.
+    Keys and values are [1, G, S, E]; ``past`` has those of earlier rows.
     """
     past = past or _no_past(model, hidden_SD)
     cos, sin = model.rotary(positions_AS)
@@ -120,7 +121,7 @@ def run_layer(
 
 
 def with_kept(sequence: Sequence, kept_K: Tensor, *, positions: Positions) -> Sequence:
-    """Return the sequence with the visual tokens ``kept_K`` (ascending, into those that are left) only."""
+    """Return the sequence with only the visual tokens ``kept_K``, ascending indices into those that are left."""
     all_S = torch.arange(len(sequence.hidden_SD), device=kept_K.device)
     stays_S = torch.ones_like(all_S, dtype=torch.bool)
     stays_S[sequence.visual_rows_N] = False
@@ -140,31 +141,30 @@ def with_kept(sequence: Sequence, kept_K: Tensor, *, positions: Positions) -> Se
 
 
 def answer_logits(model: TorchModel, sequence: Sequence) -> Tensor:
-    """Return float32 [1 + answer rows, V]: the logits of the prompt's last row and of each answer token's row."""
-    rows = sequence.hidden_SD[sequence.prompt_length - 1 :]
-    return logits_of(model, rows)
+    """Return the logits of the prompt's last row and of each answer row, float32 [1 + answer rows, V]."""
+    return logits_of(model, sequence.hidden_SD[sequence.prompt_length - 1 :])
 
 
 def logits_of(model: TorchModel, rows: Tensor) -> Tensor:
-    """Return final norm and head of ``rows``, float32."""
+    """Return the logits of ``rows`` after final norm and head, float32."""
     logits: Tensor = model.head(rows).to(torch.float32)
     return logits
 
 
 def _no_past(model: TorchModel, hidden_SD: Tensor) -> KeysAndValues:
-    """Return keys and values of no rows."""
+    """Return empty keys and values."""
     sizes = dimensions_of(model.parts)
     empty = hidden_SD.new_empty((1, sizes.num_kv_heads, 0, sizes.head_size))
     return empty, empty
 
 
 def appended(past: KeysAndValues, new: KeysAndValues) -> KeysAndValues:
-    """Return keys and values [1, G, S, E] of the rows before and of new ones."""
+    """Return keys and values [1, G, S, E] with the new rows at the end."""
     return torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2)
 
 
 def saliency(model: TorchModel, layer: int, schedule: Schedule, sequence: Sequence) -> Tensor:
-    """Return the score [N] of each visual token that is left, float32, as the probe in front of ``layer`` gives it."""
+    """Return the scores of the visual tokens that are left from the probe before ``layer``, float32 [N]."""
     length = sequence.prompt_length
     cos, sin = model.rotary(sequence.positions_AS[:, :length])
     scores: Tensor = model.probe(layer, schedule)(

@@ -1,8 +1,7 @@
-"""A checkpoint as the exporter's own torch modules, with values: what calibration runs candidates on.
+"""A checkpoint as the exporter's torch modules, with weights, to run candidate schedules on.
 
-The modules are the ones that the graphs are traced from, so a schedule found here does the same in the bundle. They are
-built without values; a weight that is stored in the wanted type is mapped from its file and read when it is used. So a
-model that does not fit into the memory runs too, slowly.
+Graphs are traced from the same modules, so a schedule does the same in the bundle. Weights that are stored in the compute type
+are mapped from their files and read when used. A model that does not fit into memory therefore runs too, slowly.
 """
 
 from __future__ import annotations
@@ -42,18 +41,18 @@ if TYPE_CHECKING:
 
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TINY_BYTES = 1 << 30
-"""Size of float32 weights that fit any memory."""
+"""Float32 weights up to this size are used whatever memory is free."""
 _MEMORY_SHARE = 0.5
 """Share of the free memory that float32 weights may take; larger ones stay in the checkpoint's type."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TorchModel:
-    """A family's modules with values, and what turns questions into their inputs."""
+    """A family's modules with weights, and what makes their inputs from questions."""
 
     parts: FamilyModel
     head: nn.Module
-    """Final norm and lm_head as the head graph runs them; probes have the two for themselves."""
+    """Final norm and lm_head, as in the head graph."""
     rotary: RotaryTables
     embedding_VD: Tensor
     images: ImageProcessing
@@ -61,16 +60,16 @@ class TorchModel:
     template: str
     text: TextSpec
     positions: tuple[Positions, ...]
-    """Rules that the family can follow, its default first."""
+    """Rules that the family supports, its default first."""
     checkpoint: Checkpoint
     dtype: torch.dtype
     device: torch.device
     most_visual: int = 576
-    """Largest N that enters a probe; every probe has the cheapest form for it."""
+    """Largest N that enters a probe; probes take the form that is cheapest for it."""
     _probes: dict[tuple[int, ProbeRows, int], ProxySaliency] = field(default_factory=dict)
 
     def probe(self, layer: int, schedule: Schedule) -> ProxySaliency:
-        """Return the probe in front of ``layer`` as the select graph of a bundle has it; each is made once."""
+        """Return the probe before ``layer``, as in a bundle; each is made once."""
         key = layer, schedule.probe_rows, schedule.num_probe_rows
         if key not in self._probes:
             self._probes[key] = ProxySaliency(
@@ -85,35 +84,33 @@ class TorchModel:
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """Number of decoder layers, L."""
         return len(self.parts.layers)
 
     def tensor_names(self) -> dict[nn.Parameter, str]:
-        """Return the canonical name in the checkpoint of every parameter; a tied head is the embedding."""
+        """Return the canonical checkpoint name of every parameter; a tied head has the embedding's."""
         return {value: canonical_name(name) for name, value in self.parts.root.named_parameters()}
 
 
 def load_model(
     model: str, *, revision: str | None = None, max_visual: int | None = None, device: str = "cpu"
 ) -> TorchModel:
-    """Return the checkpoint that ``model`` (alias, Hub id or folder) names, ready to run on torch's ``device``.
+    """Return the checkpoint ``model`` (alias, Hub id or folder), ready to run on torch's ``device``.
 
     Images are scaled down to ``max_visual`` visual tokens, in families that can.
 
     Raises:
         CheckpointError: If the checkpoint cannot be read or exported.
-        BackendError: If the device is not there.
+        BackendError: If torch cannot use the device.
     """
     place = _device(device)
     checkpoint = read_checkpoint(model, revision=revision, check_config=check_architecture)
     family = family_of(checkpoint)
     images = family.image_processing(checkpoint, encoder_keep=None, max_visual=max_visual)
     text = read_text_files(
-        checkpoint,
-        default_template=family.default_chat_template(checkpoint),
-        image_marks=family.image_marks,
+        checkpoint, default_template=family.default_chat_template(checkpoint), image_marks=family.image_marks
     )
-    # real initial values would need the memory of the whole model, and time
+    # real initial values would need the whole model's memory, and time
     with FakeTensorMode(allow_non_fake_inputs=True):
         parts = family.build(checkpoint, processing=images, dtype="float32", with_features=False)
     check_tensors(checkpoint, parts)
@@ -124,8 +121,7 @@ def load_model(
         parts=parts,
         head=nn.Sequential(parts.final_norm, parts.lm_head),
         rotary=RotaryTables(
-            torch.from_numpy(parts.inv_freq).to(place),
-            attention_scaling=parts.attention_scaling,
+            torch.from_numpy(parts.inv_freq).to(place), attention_scaling=parts.attention_scaling
         ),
         embedding_VD=values.of(EMBEDDING_NAME),
         images=images,
@@ -146,16 +142,16 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
         reason = " ".join(str(error).split())[:120]
         raise BackendError(
-            f"--device: expected one that torch has, got {name!r} ({reason}); use cpu"
+            f"--device: expected a device that torch can use, got {name!r} ({reason}); use cpu"
         ) from None
     return device
 
 
 def _compute_type(checkpoint: Checkpoint) -> torch.dtype:
-    """Return float32 if the model's weights fit the memory in it, else the type in which they are stored."""
+    """Return float32 if the weights fit into memory in float32, else the checkpoint's type."""
     num_bytes = sum(4 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     free = 0
-    if sys.platform == "linux":  # elsewhere a large model stays in its own type
+    if sys.platform == "linux":  # elsewhere a large model stays in the checkpoint's type
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if num_bytes <= max(_MEMORY_SHARE * free, _TINY_BYTES):
         return torch.float32
@@ -163,7 +159,7 @@ def _compute_type(checkpoint: Checkpoint) -> torch.dtype:
 
 
 class _Values:
-    """Tensors of a checkpoint by canonical name; one that several modules use is there once."""
+    """Tensors of a checkpoint by canonical name; modules share a tensor that they all use."""
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
         self._checkpoint = checkpoint
@@ -180,11 +176,11 @@ class _Values:
     def _mapped(self, source: SourceTensor) -> Tensor:
         if source.dtype not in _TYPES:
             raise CheckpointError(
-                f"{source.file}: expected floating point weights, got {source.dtype}; use the checkpoint that was"
-                " not quantized"
+                f"{source.file}: expected floating-point weights, got {source.dtype}; use the checkpoint before"
+                " quantization"
             )
         if source.file not in self._files:
-            with source.file.open("rb") as stream:  # private: torch wants memory that it could write to
+            with source.file.open("rb") as stream:  # a private copy: torch wants writable memory
                 self._files[source.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         values = torch.frombuffer(
             self._files[source.file],
@@ -196,12 +192,12 @@ class _Values:
 
 
 def _fill(parts: FamilyModel, values: _Values, checkpoint: Checkpoint) -> None:
-    """Put values in place of the fake parameters and buffers that the modules were built with."""
+    """Replace the modules' fake parameters and buffers by real ones."""
     real = {}
     for name, parameter in parts.root.named_parameters():
         known = canonical_name(name)
         if known.startswith("vision_tower.") and known not in checkpoint.tensors:
-            continue  # after the last layer that is used
+            continue  # of layers after the last one that is used
         real[id(parameter)] = nn.Parameter(values.of(known), requires_grad=False)
     for module in (*parts.root.modules(), *parts.vision.module.modules()):
         for leaf, fake in module._parameters.items():

@@ -1,1 +1,1 @@
-"""Scales of quantized weights from real images and prompts, collected with token reduction on."""
+"""Scales of quantized weights, from samples with token reduction."""

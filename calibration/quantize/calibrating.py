@@ -1,13 +1,13 @@
-"""Calibrates a quantization: group by group, the factors that lessen the error on collected inputs, and what error is left.
+"""Calibrates a quantization: finds for each group of linear layers the smoothing factors with the least error.
 
-Factors that do not lessen the error are not used. Groups do not depend on each other: dividing a row of a weight by a factor
-divides that row's scales too, so the integers stay.
+Factors that do not lower the error are not used. Groups are independent: dividing a row of a weight by a factor divides that
+row's scales too, so its integers stay.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.quantize.collecting import Inputs
+    from trio_edge.calibration.quantize.report import Method
     from trio_edge.calibration.quantize.sections import Section
     from trio_edge.calibration.questions import Question
     from trio_edge.export.graphs.linear_groups import LinearGroup
@@ -31,19 +32,18 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import FloatType
     from trio_edge.runtime.bundle.schedule import Schedule
 
-Method = Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant"]
 _METHODS: dict[frozenset[str], Method] = {
     frozenset(): "round-to-nearest",
     frozenset({"int4"}): "awq",
     frozenset({"int8"}): "smoothquant",
     frozenset({"int4", "int8"}): "awq+smoothquant",
 }
-"""By the formats that factors are searched for."""
+"""By the formats that need factors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """Factors and ranges that a calibration found, with its report."""
+    """Factors and ranges from a calibration, with its report."""
 
     scales: CalibratedScales
     report: QuantizationReport
@@ -60,14 +60,14 @@ def calibrate_quantization(
     on_step: Callable[[str, int], None] = lambda _text, _count: None,
     on_one: Callable[[], None] = lambda: None,
 ) -> Quantized | None:
-    """Return factors and ranges for what ``plan`` quantizes; None if it is nothing but selections or the table.
+    """Return factors and ranges for ``plan``; None if it quantizes only select graphs or the embedding table.
 
     Inputs are collected while ``questions`` are answered under ``schedule``, with at most ``num_tokens`` tokens each.
-    ``on_step`` gets what begins and how many samples or groups of linear layers it has; ``on_one`` is called after each.
+    ``on_step`` gets the name of each step and its number of samples or groups; ``on_one`` is called after each of these.
 
     Raises:
         DataError: If a sample cannot be asked.
-        CheckpointError: If factors are searched for, and Model Optimizer is not installed.
+        CheckpointError: If the plan needs factors, and Model Optimizer is not installed.
     """
     sections = quantized_sections(model, schedule, plan)
     if not sections and not plan.has_cache:
@@ -75,7 +75,7 @@ def calibrate_quantization(
     searched = frozenset(section.kind for section in sections) - {"fp8"}
     if searched:
         check_modelopt()
-    on_step("collecting what enters the layers", len(questions))
+    on_step("collecting the layers' inputs", len(questions))
     layers: tuple[Any, ...] = model.parts.layers
     with (
         listening_to_caches(layers if plan.has_cache else ()) as cached,
@@ -112,7 +112,7 @@ def calibrate_quantization(
 
 
 class _Search:
-    """Everything found so far."""
+    """Factors, ranges and errors found so far."""
 
     def __init__(
         self, names: Mapping[nn.Parameter, str], dtype: FloatType, on_group: Callable[[], None]
@@ -123,7 +123,7 @@ class _Search:
         self.errors: list[GroupError] = []
 
     def add(self, section: Section, inputs: list[Inputs]) -> None:
-        """Search all groups of a section; ``inputs`` are used up."""
+        """Search all groups of a section; empties ``inputs`` to free their memory."""
         found: list[tuple[LinearGroup, Tensor]] = []
         for group in section.groups:
             factors_I = self._group(section, group, inputs.pop(0))
@@ -156,16 +156,16 @@ class _Search:
 def smoothing_of(
     found: Iterable[tuple[LinearGroup, Tensor]], *, names: Mapping[nn.Parameter, str]
 ) -> dict[str, Smoothing]:
-    """Return what happens to the tensors of the groups and of what is before them, by canonical name.
+    """Return the smoothing of the groups' weights and of the layers before them, by canonical name.
 
-    ``found`` has groups that factors can be moved out of, and [I] what their weights' columns are multiplied by.
+    ``found`` has each group's factors [I], which multiply the columns of its weights.
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     for group, factors_I in found:
         assert group.before is not None, "factors can move"
         inputs |= {names[linear.get_parameter("weight")]: factors_I for linear in group.linears}
-        # other layers that are fused in front stay as they are
+        # the first outputs of a fused layer before the group belong to others
         outputs_O = torch.cat([torch.ones(group.start), factors_I])
         outputs |= {names[parameter]: outputs_O for parameter in group.before.parameters()}
     return {

@@ -1,7 +1,7 @@
-"""Inputs of linear layers, and rows of KV caches, collected while a model answers with token reduction on.
+"""Inputs of linear layers and KV cache rows, collected while a model answers with token reduction.
 
-After a stage the sequence has lost most of its visual tokens, as in the bundle; statistics of the model that keeps
-everything would be of other tokens. The head sees the rows whose logits are read. Probes are not listened to.
+After a stage most visual tokens are gone, as in the bundle; without reduction the statistics would be of other tokens. The
+head's inputs are the rows whose logits are read. Inputs of probes are not collected.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 NUM_ROWS = 512
-"""Rows of every input that are kept, of all samples together, at most a few more."""
+"""Rows to keep of every input, over all samples; rounding up per sample adds a few."""
 
 
 @dataclass(slots=True)
@@ -39,19 +39,19 @@ class Inputs:
     """Inputs of one group of linear layers."""
 
     rows: list[Tensor] = field(default_factory=list)
-    """[rows, I] each, some of every prompt and every answer token, in the compute type."""
+    """[rows, I] each, some of each prompt and answer token, in the compute type."""
     largest_I: Tensor | None = None
-    """float32, largest absolute value of each input over all rows that entered."""
+    """float32, largest absolute value of each input over all rows, kept or not."""
 
     def add(self, values_SI: Tensor, *, num_rows: int, generator: torch.Generator) -> None:
-        """Take ``num_rows`` of the rows, drawn, and the largest values of all."""
+        """Keep ``num_rows`` random rows, and the largest values of all."""
         largest_I = values_SI.abs().amax(0).to(torch.float32)
         self.largest_I = largest_I if self.largest_I is None else torch.maximum(self.largest_I, largest_I)
         drawn = torch.randperm(len(values_SI), generator=generator)[:num_rows]
         self.rows.append(values_SI[drawn.to(values_SI.device)].clone())
 
     def all_rows(self) -> Tensor:
-        """Return the rows [T, I], float32, and the largest values of all that entered as one more."""
+        """Return the kept rows and, as the last row, the largest values of all, float32 [T, I]."""
         assert self.largest_I is not None, "every layer runs in every answer"
         return torch.cat([*(rows.to(torch.float32) for rows in self.rows), self.largest_I[None]])
 
@@ -64,7 +64,7 @@ def answer_samples(
     num_tokens: int,
     on_sample: Callable[[], None],
 ) -> None:
-    """Answer ``questions``, for those who listen: with answer tokens, as decoding sees other rows than prompts."""
+    """Answer ``questions``, for listeners: decoding has other inputs than the prefill."""
     for question in questions:
         with torch.inference_mode():
             prompt = make_prompt(model, question)
@@ -74,7 +74,7 @@ def answer_samples(
 
 @contextmanager
 def listening_to_inputs(sections: Sequence[Section], *, num_samples: int) -> Iterator[list[list[Inputs]]]:
-    """Collect from ``sections``, while they run, what enters each of their groups; each sample gives its share of the rows."""
+    """Collect the inputs of each group of ``sections`` while they run; each sample gives an equal share of the rows."""
     found = [[Inputs() for _ in section.groups] for section in sections]
     generator = torch.Generator().manual_seed(0)  # the same samples give the same factors
     num_rows = -(-NUM_ROWS // num_samples)
@@ -98,21 +98,19 @@ def listening_to_inputs(sections: Sequence[Section], *, num_samples: int) -> Ite
 
 @dataclass(slots=True)
 class CachedRows:
-    """Largest values that one layer's KV cache has held."""
+    """Largest values of one layer's KV cache."""
 
     key_GE: Tensor | None = None
     """float32, largest absolute value of each element of the rotated keys over all rows."""
     value_GE: Tensor | None = None
 
     def add(self, key: Tensor, value: Tensor) -> None:
-        """Take the largest of rows [1, G, S, E]."""
+        """Add rows [1, G, S, E]."""
         self.key_GE, self.value_GE = _largest(self.key_GE, key), _largest(self.value_GE, value)
 
     def range_of(self, smoothing: Smoothing | None) -> CacheRange:
-        """Return the layer's range; its values are divided by the factors that ``smoothing`` moves into their weight."""
-        assert self.key_GE is not None and self.value_GE is not None, (
-            "every decoder layer runs in every answer"
-        )
+        """Return the layer's range, its values divided by the factors that ``smoothing`` moves into v_proj."""
+        assert self.key_GE is not None and self.value_GE is not None, "every layer runs in every answer"
         value_GE = self.value_GE
         if smoothing is not None and smoothing.outputs is not None:
             value_GE = value_GE / smoothing.outputs.to(value_GE.device).reshape(value_GE.shape)
@@ -126,7 +124,7 @@ def _largest(before_GE: Tensor | None, rows: Tensor) -> Tensor:
 
 @contextmanager
 def listening_to_caches(layers: Sequence[nn.Module]) -> Iterator[list[CachedRows]]:
-    """Collect from decoder layers, while they run, what they append to ``present``."""
+    """Collect the keys and values that decoder layers append to ``present`` while they run."""
     found = [CachedRows() for _ in layers]
 
     def listener(rows: CachedRows) -> Callable[..., None]:
@@ -143,10 +141,10 @@ def listening_to_caches(layers: Sequence[nn.Module]) -> Iterator[list[CachedRows
 
 
 class _Products(TorchFunctionMode):
-    """Calls ``inputs[weight]`` in place of what enters a product with a weight.
+    """Replaces the input x of each product with a weight by ``inputs[weight](x)``.
 
-    Forward hooks would miss products that are functions of a weight, not calls of a layer, and would hear probes, which call
-    layers of a module that does not run.
+    Forward hooks would miss products that are no calls of a layer, and would see probes, which call layers of a module that
+    does not run.
     """
 
     def __init__(self, inputs: Mapping[nn.Parameter, Callable[[Tensor], Tensor]]) -> None:
@@ -163,7 +161,7 @@ class _Products(TorchFunctionMode):
 def products_of(
     module: nn.Module, inputs: Mapping[nn.Parameter, Callable[[Tensor], Tensor]]
 ) -> Iterator[None]:
-    """Let products x Wᵀ compute with ``inputs[W](x)``, whenever ``module`` runs."""
+    """Let products x Wᵀ compute with ``inputs[W](x)`` whenever ``module`` runs."""
     mode: Any = _Products(inputs)
 
     def begin(*_: Any) -> None:

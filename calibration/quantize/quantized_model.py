@@ -1,4 +1,4 @@
-"""A torch model that computes, for a while, with the weights and inputs that a quantized bundle has."""
+"""A torch model that computes with the rounded weights and inputs of a quantized bundle, within a context."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.schedule import Schedule
 
     Values = Mapping[nn.Parameter, Callable[[], Tensor]]
-    """Functions that return another value of a parameter, each time anew."""
+    """Functions that compute a parameter's other value."""
 
 
 @contextmanager
 def quantized_model(
     model: TorchModel, schedule: Schedule, plan: QuantizePlan, scales: CalibratedScales, *, dtype: FloatType
 ) -> Iterator[None]:
-    """Let ``model`` compute as the bundle does; a byte for each of its quantized weights is in memory meanwhile.
+    """Let ``model`` compute as the bundle does; this takes one byte of memory for each quantized weight.
 
-    TRIO's probes read their layer and the head as those are. Other selections read their layer in the format of select graphs,
-    rounded to nearest where it is another one.
+    TRIO's probes share the weights of their layer and the head. Other selections have their layer's in the format of select
+    graphs, rounded to nearest where that differs.
     """
     names = model.tensor_names()
     shares = stage_method(schedule.method).has_probe
@@ -55,7 +55,7 @@ def quantized_model(
             section, probe = own.get(module), probes.get(module)
             inside = _rounded_parameters(section, scales.smoothing, names=names, dtype=dtype)
             outside: Values = {}
-            # a probe calls the layer's weights while the layer itself does not run
+            # a probe uses the layer's weights while the layer itself does not run
             if module in probed:
                 is_shared = (section and section.kind) == (probe and probe.kind)
                 outside = inside if is_shared else _rounded_parameters(probe, {}, names=names, dtype=dtype)
@@ -72,7 +72,7 @@ def _rounded_parameters(
     names: Mapping[nn.Parameter, str],
     dtype: FloatType,
 ) -> Values:
-    """Return what gives the values of those parameters of a section that differ in a graph which has ``smoothing`` in it."""
+    """Return the values of a section's parameters that quantization and ``smoothing`` change."""
     if section is None:
         return {}
     blocks = {
@@ -86,7 +86,7 @@ def _rounded_parameters(
         values = parameter.detach() if factors is None else factors.apply(parameter.detach())
         if parameter in blocks:
             rounded = quantize(values, kind=section.kind, dtype=dtype, block=blocks[parameter])
-            result[parameter] = partial(_written_out, rounded, parameter.dtype)
+            result[parameter] = partial(_dequantized, rounded, parameter.dtype)
         elif factors is not None:
             result[parameter] = partial(values.to, parameter.dtype)
     return result
@@ -95,7 +95,7 @@ def _rounded_parameters(
 def _rounded_inputs(
     section: Section, scales: CalibratedScales, *, names: Mapping[nn.Parameter, str]
 ) -> dict[nn.Parameter, Callable[[Tensor], Tensor]]:
-    """Return how what enters the products with a section's weights is rounded, where it is."""
+    """Return for the weights of a section whose inputs are rounded the function that rounds them."""
     return {
         parameter: partial(
             rounded_activations, largest=scales.activation_max[names[parameter]], kind=section.kind
@@ -105,13 +105,13 @@ def _rounded_inputs(
     }
 
 
-def _written_out(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+def _dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return weight.dequantized().to(dtype)
 
 
 @contextmanager
 def _exchanged(module: nn.Module, *, inside: Values, outside: Values) -> Iterator[None]:
-    """Give parameters other values: those of ``inside`` while ``module`` runs, else those of ``outside``."""
+    """Give parameters the values of ``inside`` while ``module`` runs, and those of ``outside`` otherwise."""
     own = {parameter: parameter.data for parameter in (*inside, *outside)}
 
     def take(values: Values) -> None:
@@ -141,23 +141,18 @@ def measure_quantized(
     num_tokens: int,
     on_sample: Callable[[], None],
 ) -> list[MeasuredSchedule]:
-    """Return for each question how the quantized model under ``schedule`` changes keep-all's answer."""
+    """Return for each question the divergence of the quantized model under ``schedule`` from keep-all."""
     with torch.inference_mode():
         wholes = []
         for question in questions:
             whole = keep_all(model, make_prompt(model, question), num_tokens=num_tokens)
-            wholes.append((whole.tokens, whole.log_probs_TV))  # without what entered every layer
+            wholes.append((whole.tokens, whole.log_probs_TV))  # not the large inputs of every layer
         results = []
         with quantized_model(model, schedule, plan, scales, dtype=dtype):
             for question, (tokens, log_probs_TV) in zip(questions, wholes):
-                prompt = make_prompt(model, question)  # its image is encoded by the quantized vision graph
+                prompt = make_prompt(model, question)  # again, with the quantized vision graph
                 answer = greedy_answer(
-                    model,
-                    prompt,
-                    schedule,
-                    max_tokens=len(tokens),
-                    given=tokens,
-                    caches=scales.cache_max,
+                    model, prompt, schedule, max_tokens=len(tokens), given=tokens, caches=scales.cache_max
                 )
                 rounds = max(answer.rounds, default=0)
                 results.append(divergence(log_probs_TV, tokens, answer.logits_TV, rounds=rounds))

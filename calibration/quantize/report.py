@@ -1,4 +1,4 @@
-"""Report of a quantization's calibration, as ``calibration.json`` holds it."""
+"""Report of a quantization's calibration, a part of ``calibration.json``."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ import msgspec
 
 from trio_edge.runtime.bundle.manifest import QuantizedFormat  # noqa: TC001 - msgspec reads the annotations
 
+Method = Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant"]
+SectionPart = Literal["vision", "decoder", "head"]
+
 
 class GroupError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Error of linear layers with one input against floating point, on collected inputs."""
+    """Error of a group of linear layers with one input, compared with floating point, on collected inputs."""
 
-    part: Literal["vision", "decoder", "head"]
+    part: SectionPart
     layer: int | None
     """Layer of the vision tower or the decoder; None for projector and head."""
     group: str
     """Name of the linear layers: "qkv", "o", "gate_up", "down", "fc1", "fc2", "projector_1", "projector_2" or "lm_head"."""
     format: QuantizedFormat
     rounded: float
-    """Sum of squared errors over the sum of squared outputs with weights rounded to nearest."""
+    """Sum of squared errors of the outputs over their sum of squares, with weights rounded to nearest."""
     calibrated: float
-    """The same as the bundle computes it, in INT8 and FP8 with its inputs in eight bits too."""
+    """The same as the bundle computes it: with factors, and in INT8 and FP8 with eight-bit inputs."""
     moved: bool
+    """Whether the bundle has factors for the group."""
 
 
 class CacheReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,17 +34,17 @@ class CacheReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     layer: int
     key_max: float
-    """Largest absolute key, after the rotation, that was collected: it becomes 127."""
+    """Largest absolute key after rotation; it becomes 127."""
     value_max: float
     """Largest absolute value, after smoothing."""
 
 
 class QuantizationReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Quantization of vision graph, decoder and head."""
+    """Quantization of vision graph, decoder, head and KV caches."""
 
-    method: Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant"]
+    method: Method
     samples: int
     errors: list[GroupError]
-    """Empty where the KV caches alone are quantized."""
+    """Empty if only the KV caches are quantized."""
     caches: list[CacheReport] = []
-    """One for every layer, where they are quantized."""
+    """One per layer, if the KV caches are quantized."""

@@ -1,6 +1,6 @@
-"""One group of linear layers: factors to try, and the error that rounding leaves on collected inputs.
+"""One group of linear layers: smoothing factors to try, and the error of rounding on collected inputs.
 
-Weights are rounded as the export is going to do it (``export/quantize/numerics``).
+Weights are rounded as in the export (``export/quantize/numerics``).
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 
 
 ALPHAS = (0.25, 0.5, 0.75)
-"""SmoothQuant's exponents; the best one is taken for every group."""
+"""SmoothQuant's exponents; each group takes the best one."""
 LARGEST_FACTOR = 1024.0
-"""Over and under the usual one; larger ones leave a norm in float16 too few bits, or overflow there."""
+"""Limit of a factor and of its inverse; larger ones cost a float16 norm too many bits, or overflow."""
 _NEGLIGIBLE = 1e-6
-"""Share of the largest value below which another does not matter."""
+"""Values below this share of the largest one do not matter."""
 MAX_OUTPUTS = 24_576
-"""Outputs of a group that are looked at, evenly spread: all of a 7B Llama layer (3 GB in a search), a part of a head."""
+"""Most outputs of a group to look at, evenly spread: all of a 7B Llama layer (3 GB in a search), a part of a head."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupRounding:
-    """A group as one linear layer with the outputs of all, its inputs, and how it is rounded."""
+    """A group as one linear layer with all outputs, its inputs, and its format."""
 
     weight_OI: Tensor
     rows_TI: Tensor
-    """The last row is the largest absolute value of each input over all rows that entered."""
+    """The last row has the largest absolute value of each input over all collected rows."""
     kind: Format
     dtype: FloatType
     block: int | None
@@ -61,10 +61,10 @@ class GroupRounding:
         )
 
     def candidates(self) -> list[Tensor]:
-        """Return factors to try, around 1, which costs nothing: only their ratios matter to the rounding.
+        """Return factors to try, with a geometric mean of 1: only their ratios matter to the rounding.
 
-        FP8 has none: its numbers are as exact when they are 28000 times smaller, so that large inputs cost the others nothing.
-        Inputs that are never far enough from 0 to matter, or that no output reads, have 1.
+        FP8 has none: it is as exact for values that are 28000 times smaller, so large inputs cost the others nothing. Inputs that
+        are almost 0, or that no output reads, have the factor 1.
         """
         alive_I = _matters(self.rows_TI[-1]) & _matters(self.weight_OI.abs().amax(0))
         if self.kind == "fp8" or alive_I.sum() < 2:
@@ -77,13 +77,13 @@ class GroupRounding:
         return [torch.ones(len(alive_I)).masked_scatter(alive_I, _around_one(factors)) for factors in found]
 
     def best(self, candidates: list[Tensor]) -> tuple[Tensor | None, float]:
-        """Return the factors with the least error, None for no factors, and that error."""
+        """Return the factors with the least error (None: no factors) and that error."""
         tried = [(factors, self.error(factors, with_activations=True)) for factors in (None, *candidates)]
-        # of equals the first one: no factors, which cost nothing
+        # of equal errors the first one: no factors, which cost nothing
         return min(tried, key=lambda one: one[1])
 
     def error(self, factors_I: Tensor | None, *, with_activations: bool) -> float:
-        """Return the sum of squared errors of the outputs over the sum of their squares."""
+        """Return the sum of squared errors of the outputs over their sum of squares."""
         inputs_TI = self.rows_TI[:-1]
         exact_TO = inputs_TI @ self.weight_OI.T
         weight_OI = self.weight_OI
@@ -122,7 +122,7 @@ def check_modelopt() -> None:
 
 
 def awq_factors(weight_OI: Tensor, rows_TI: Tensor, *, block: int) -> Tensor:
-    """Return what to multiply the columns of a float32 weight by before it is rounded to INT4 by ``block``, float32 [I]."""
+    """Return the factors of a float32 weight's columns before rounding to INT4 in blocks of ``block``, float32 [I]."""
     weights = {
         "quantizer_name": "*weight_quantizer",
         "cfg": {"num_bits": 4, "block_sizes": {-1: block, "type": "static"}},
@@ -135,9 +135,9 @@ def awq_factors(weight_OI: Tensor, rows_TI: Tensor, *, block: int) -> Tensor:
 
 
 def smoothquant_factors(weight_OI: Tensor, rows_TI: Tensor, *, alpha: float) -> Tensor:
-    """Return what to multiply the columns of a weight by, and divide its inputs by, before both are rounded to INT8.
+    """Return the factors of a weight's columns, by which its inputs are divided, before both are rounded to INT8.
 
-    ``rows_TI`` has the largest of each input among them; ``alpha`` of the inputs' spread goes into the weight, 0 to 1.
+    ``rows_TI`` has the largest of each input among them; the share ``alpha`` of the inputs' spread, 0 to 1, goes into the weight.
     """
     quantizers = [
         {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}},
@@ -151,14 +151,13 @@ def smoothquant_factors(weight_OI: Tensor, rows_TI: Tensor, *, alpha: float) -> 
 
 
 def _factors(weight_OI: Tensor, rows_TI: Tensor, config: dict[str, Any]) -> Tensor:
-    """Return what NVIDIA's Model Optimizer finds for a group of linear layers, given as one with the outputs of all.
+    """Return the factors of NVIDIA's Model Optimizer for a group of linear layers, given as one layer with all outputs.
 
-    So its search ends with factors that the group can share. The rows were collected before, so that one decoder layer at a
-    time is in memory.
+    As one layer they get shared factors. The rows were collected before, so only one decoder layer is in memory.
     """
     mtq = _modelopt()
     linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight_OI.clone(), requires_grad=False)  # it is changed in place
+    linear.weight = nn.Parameter(weight_OI.clone(), requires_grad=False)  # modelopt changes it in place
     module = nn.Sequential(linear)
     with torch.no_grad(), redirect_stdout(io.StringIO()):
         mtq.quantize(module, config, forward_loop=lambda layer: layer(rows_TI))
@@ -168,9 +167,8 @@ def _factors(weight_OI: Tensor, rows_TI: Tensor, config: dict[str, Any]) -> Tens
 
 def _modelopt() -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of releases of transformers that it was not tried with; none is used here
+        # it warns of untested releases of transformers, which is not used here
+        warnings.simplefilter("ignore")
         try:
             import modelopt.torch.quantization as mtq
         except ModuleNotFoundError as error:

@@ -1,9 +1,9 @@
-"""The parts of a model that a calibration of weights looks at: the vision graph, every decoder layer, the head."""
+"""The sections of a model that are calibrated one by one: the vision graph, each decoder layer, the head."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from trio_edge.export.graphs.linear_groups import LinearGroup, decoder_groups
 from trio_edge.export.quantize.assign import int4_block
@@ -12,27 +12,26 @@ if TYPE_CHECKING:
     from torch import nn
 
     from trio_edge.calibration.model.torch_model import TorchModel
+    from trio_edge.calibration.quantize.report import SectionPart
     from trio_edge.export.quantize.numerics import Format
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.runtime.bundle.manifest import QuantizedFormat
     from trio_edge.runtime.bundle.schedule import Schedule
 
-SectionPart = Literal["vision", "decoder", "head"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """A module that runs as a whole, and its linear layers."""
+    """A module and its groups of linear layers."""
 
     part: SectionPart
     module: nn.Module
     groups: tuple[LinearGroup, ...]
-    """Those that ``kind`` can express."""
+    """Those whose weights ``kind`` can store."""
     kind: QuantizedFormat
 
 
 def quantized_sections(model: TorchModel, schedule: Schedule, plan: QuantizePlan) -> list[Section]:
-    """Return what ``plan`` quantizes of the model, in the order in which it runs."""
+    """Return the sections that ``plan`` quantizes, in the order in which they run."""
     parts = model.parts
     decoder_formats = plan.of_layers(schedule, num_layers=model.num_layers)
     head = LinearGroup(name="lm_head", layer=None, linears=(parts.lm_head,), before=parts.final_norm)
@@ -57,6 +56,6 @@ def quantized_sections(model: TorchModel, schedule: Schedule, plan: QuantizePlan
 
 
 def block_of(group: LinearGroup) -> int | None:
-    """Return the inputs of the INT4 blocks of a group's weights; None if one of them cannot be INT4."""
+    """Return the block size of a group's INT4 weights, in inputs; None if one of them cannot be INT4."""
     blocks = [int4_block(linear.get_parameter("weight").shape) for linear in group.linears]
     return None if None in blocks else blocks[0]

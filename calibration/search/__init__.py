@@ -1,1 +1,1 @@
-"""Schedules found from samples: which layers drop which visual tokens, and what that costs."""
+"""``trio-calibrate``: schedules found from samples, with their cost and error."""

@@ -1,4 +1,4 @@
-"""Fixed shapes of the bundle to be, from the samples; their costs, and whether they fit the device's memory."""
+"""Fixed shapes of the calibrated bundle, from the samples; their cost, and whether they fit the device's memory."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.schedule import Schedule
 
 TEXT_MARGIN = 1.25
-"""Largest text bucket over the longest prompt of the samples."""
+"""Largest text bucket divided by the samples' longest prompt."""
 MAX_TEXT_BUCKETS = 3
 MAX_IMAGE_SIZES = 4
 WORTHWHILE = 0.02
-"""Share of all rows that another shape must save."""
+"""Share of all rows that each further shape must save."""
 _MULTIPLE = 8  # tensor cores take rows by eights
 _SMALLEST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleShape:
-    """The fixed shapes that the samples ask for."""
+    """The fixed shapes for the samples."""
 
     image_sizes: tuple[tuple[int, int], ...]
     """(width, height), the one with the most visual tokens first."""
@@ -48,7 +48,7 @@ class BundleShape:
 
     @property
     def num_visual(self) -> int:
-        """N of the largest image, which the schedule is made for."""
+        """Visual tokens of the largest image, N."""
         return max(sizes["N"] for sizes in self.profiles)
 
 
@@ -59,10 +59,10 @@ def bundle_shape(
     dtype: Literal["auto", "float16", "float32"],
     max_new_tokens: int,
 ) -> BundleShape:
-    """Return the shapes that fit the samples.
+    """Return the shapes for the samples.
 
     Raises:
-        ScheduleError: If the longest sequence does not fit the model.
+        ScheduleError: If the longest sequence exceeds the model's positions.
     """
     sizes = image_sizes(samples)
     profiles = tuple(model.images.sizes(*size) for size in sizes)
@@ -88,7 +88,7 @@ def bundle_shape(
 def prefill_cost(
     model: TorchModel, shape: BundleShape, samples: Sequence[SampleShape], *, target: str
 ) -> PrefillCost:
-    """Return what schedules cost on ``target`` for images and prompts like the samples'."""
+    """Return the cost model of schedules on ``target``, for the samples' images and prompts."""
     decoder = dimensions_of(model.parts)
     runs_at = Counter(_padded(shape, sample) for sample in samples)
     return PrefillCost(
@@ -105,7 +105,7 @@ def prefill_cost(
 def memory_warning(
     model: TorchModel, shape: BundleShape, schedule: Schedule, *, target: str, quantize: QuantizePlan
 ) -> str | None:
-    """Return one line that says why a bundle with ``schedule`` cannot fit the target's memory; None if it fits."""
+    """Return one line with the reason why a bundle with ``schedule`` cannot fit the target's memory; None if it fits."""
     layout = Layout(
         vision_sizes=shape.profiles,
         schedule=schedule,
@@ -121,10 +121,10 @@ def memory_warning(
 
 
 def text_buckets(shapes: Sequence[SampleShape], *, room: int) -> tuple[int, ...]:
-    """Return the sizes that prompts are padded to, ascending.
+    """Return the text buckets, ascending.
 
-    The last one is the longest prompt with a margin, as far as there is ``room``, in multiples of 8. Shorter ones are added, the
-    most useful first, while each takes ``WORTHWHILE`` off the mean number of rows, text and visual.
+    The largest is the longest prompt with a margin, at most ``room``, in multiples of 8. Smaller ones are added, the most useful
+    first, while each saves ``WORTHWHILE`` of the mean number of rows, text and visual.
     """
     lengths = [shape.num_text for shape in shapes]
     with_margin = min(_rounded(TEXT_MARGIN * max(lengths)), room - room % _MULTIPLE)
@@ -138,11 +138,10 @@ def text_buckets(shapes: Sequence[SampleShape], *, room: int) -> tuple[int, ...]
 
 
 def image_sizes(shapes: Sequence[SampleShape]) -> tuple[tuple[int, int], ...]:
-    """Return (width, height) of images whose numbers of visual tokens the bundle gets exact shapes for.
+    """Return the (width, height) of images whose numbers of visual tokens get exact shapes.
 
-    The first one has the most tokens of all samples, so every sample has room. Others are added, the most useful first, while
-    each takes ``WORTHWHILE`` off the mean number of visual rows. Of the images with one number of tokens the most common
-    size stands for all.
+    The first one has the most tokens of all samples. Others are added, the most useful first, while each saves ``WORTHWHILE`` of
+    the mean number of visual rows. Among images with one number of tokens the most common size is taken.
     """
     of_count: dict[int, Counter[tuple[int, int]]] = {}
     for shape in shapes:
@@ -153,19 +152,19 @@ def image_sizes(shapes: Sequence[SampleShape]) -> tuple[tuple[int, int], ...]:
 
     most = max(of_count)
     chosen = _worthwhile(most, set(of_count) - {most}, most=MAX_IMAGE_SIZES, rows=rows)
-    # of equally common sizes the smaller one: the order of the samples decides nothing
+    # of equally common sizes the smaller one, so that the order of the samples does not matter
     return tuple(max(sorted(of_count[count]), key=of_count[count].__getitem__) for count in chosen)
 
 
 def rounds_with_margin(largest: int) -> int:
-    """Return NMS rounds with a margin of a quarter, at least 2, over the largest number that a sample took."""
+    """Return the bundle's NMS rounds: the most of any sample, and a quarter more, at least 2."""
     return largest + max(2, math.ceil(largest / 4))
 
 
 def _worthwhile(
     largest: int, others: set[int], *, most: int, rows: Callable[[Sequence[int]], float]
 ) -> list[int]:
-    """Return ``largest`` and those ``others``, the most useful first, that each take ``WORTHWHILE`` off ``rows``."""
+    """Return ``largest``, then those of ``others`` that each save ``WORTHWHILE`` of ``rows``, the most useful first."""
     chosen = [largest]
     while others and len(chosen) < most:
         best = min(sorted(others), key=lambda size: rows([*chosen, size]))
@@ -185,7 +184,7 @@ def _rounded(length: float) -> int:
 
 
 def _padded(shape: BundleShape, sample: SampleShape) -> tuple[int, int]:
-    """Return which profile and which text bucket a sample runs at."""
+    """Return the index of the profile and the text bucket that a sample runs at."""
     room = [index for index, sizes in enumerate(shape.profiles) if sizes["N"] >= sample.sizes["N"]]
     profile = min(room, key=lambda index: shape.profiles[index]["N"])
     return profile, _covering(shape.text_buckets, sample.num_text)

@@ -1,4 +1,4 @@
-"""A whole calibration, from options to the content of ``calibration.json`` and the images for the page."""
+"""A whole calibration, from options to the content of ``calibration.json``."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ if TYPE_CHECKING:
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.quantize.report import QuantizationReport
     from trio_edge.calibration.questions import Question
-    from trio_edge.calibration.search.calibration_file import CalibrationOptions, Fidelity
+    from trio_edge.calibration.search.calibration_file import Fidelity
+    from trio_edge.calibration.search.options import CalibrationOptions
     from trio_edge.export.quantize.plan import QuantizePlan
 
 _PACKAGES = ("trio-edge", "torch", "transformers", "numpy", "pillow", "tokenizers")
@@ -67,7 +68,7 @@ _PACKAGES = ("trio-edge", "torch", "transformers", "numpy", "pillow", "tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """The result of a calibration."""
+    """The result of a calibration, with what the export needs."""
 
     calibration: Calibration
     scales: CalibratedScales = field(default_factory=CalibratedScales)
@@ -80,15 +81,15 @@ def calibrate(
     samples_sha256: str | None = None,
     progress: SearchProgress,
 ) -> Calibrated:
-    """Return the calibration that ``options`` describe; a warning tells of samples with another digest than ``samples_sha256``.
+    """Return the calibration that ``options`` describe. Samples with another digest than ``samples_sha256`` give a warning.
 
-    ``work`` is a folder of measurements, so that an interrupted calibration goes on.
+    ``work`` is a folder for measurements, from which an interrupted calibration continues.
 
     Raises:
-        TargetError: If the target is not known, or does not have a format of the plan.
+        TargetError: If the target is unknown, or lacks a format of the plan.
         DataError: If samples are missing, unreadable or do not fit the model.
         CheckpointError: If the checkpoint cannot be read or exported.
-        ScheduleError: If no schedule can do what is asked for; the message names the nearest that can.
+        ScheduleError: If no schedule can meet the options; the message names the nearest one.
     """
     setup = _set_up(options, samples_sha256, progress)
     split = setup.split
@@ -100,7 +101,7 @@ def calibrate(
         points = _points(setup, measurements, [*(one.schedule for one in found.front), schedule, *usual])
         rounds = measurements.most_rounds(schedule)
     held_out = points[schedule].held_out
-    _warn_above(setup.rule, held_out, progress, what="", way_out="give more samples, or a smaller bound")
+    _warn_above(setup.rule, held_out, progress, way_out="give more samples, or a smaller bound")
     progress.step("answering held-out samples", len(split.held_out))
     scores = accuracy(setup.model, split.held_out, schedule, on_sample=progress.sample)
     quantized = _quantize(setup, schedule)
@@ -112,9 +113,7 @@ def calibrate(
         rule=setup.rule.text(setup.kind),
         schedule=msgspec.structs.replace(schedule, nms_rounds=rounds_with_margin(rounds)),
         shapes=Shapes(
-            image_sizes=setup.shape.image_sizes,
-            text_buckets=setup.shape.text_buckets,
-            largest_rounds=rounds,
+            image_sizes=setup.shape.image_sizes, text_buckets=setup.shape.text_buckets, largest_rounds=rounds
         ),
         chosen=points[schedule],
         usual=points[usual[0]] if usual else None,
@@ -183,7 +182,7 @@ def _set_up(options: CalibrationOptions, samples_sha256: str | None, progress: S
 
 
 def _checked_plan(options: CalibrationOptions) -> QuantizePlan:
-    """Return the formats to quantize to, once the target has them and what searches for factors is installed."""
+    """Return the formats to quantize to, after checking the target and that Model Optimizer is installed if it is needed."""
     plan = parse_plan(options.quantize)
     refusal = find_device(options.target).refusal(plan.formats)
     if refusal is not None:
@@ -196,8 +195,8 @@ def _checked_plan(options: CalibrationOptions) -> QuantizePlan:
 def _warn_before_measuring(setup: Setup) -> None:
     if setup.kind == "flops" and setup.options.cost == "auto":
         setup.progress.warn(
-            f"no schedule is predicted to be faster than keep-all on {setup.cost.target.name}: what a selection"
-            " launches takes longer than the layers save; schedules are compared by FLOPs instead"
+            f"no schedule is predicted to be faster than keep-all on {setup.cost.target.name}: the selection takes"
+            " longer than the layers save; schedules are compared by FLOPs instead"
         )
     smallest = with_stages(Schedule(), [(setup.space.layers[0], setup.space.keeps[-1])])
     warning = memory_warning(
@@ -209,7 +208,7 @@ def _warn_before_measuring(setup: Setup) -> None:
 
 @contextmanager
 def _measurements(setup: Setup, work: Path | None) -> Iterator[Measurements]:
-    """Yield measurements that the work folder keeps, or a temporary one."""
+    """Yield the measurements, stored in ``work`` or a temporary folder."""
     key = RecordKey(
         model=setup.options.model,
         weights=_weights_digest(setup.model),
@@ -231,7 +230,7 @@ def _measurements(setup: Setup, work: Path | None) -> Iterator[Measurements]:
 
 
 def _usual(setup: Setup, schedule: Schedule) -> list[Schedule]:
-    """Return ``trio-export``'s schedule of the same average keep, if it makes one, with its own settings."""
+    """Return ``trio-export``'s default schedule of the same average keep, if there is one."""
     defaults = Schedule(positions=setup.model.positions[0])
     return usual_schedules(setup.space, defaults, [average_keep(stages_of(schedule), setup.space)])
 
@@ -239,7 +238,7 @@ def _usual(setup: Setup, schedule: Schedule) -> list[Schedule]:
 def _points(
     setup: Setup, measurements: Measurements, schedules: list[Schedule]
 ) -> dict[Schedule, FrontPoint]:
-    """Return the figures of schedules on both parts of the samples."""
+    """Return the figures of schedules on search and held-out samples."""
     split, schedules = setup.split, list(dict.fromkeys(schedules))
     setup.progress.step("measuring on held-out samples", len(split.held_out))
     held_out = measurements.of(schedules, split.held_out)
@@ -261,13 +260,13 @@ def _points(
 
 @dataclass(frozen=True, kw_only=True)
 class _Quantized:
-    """A calibrated quantization; all empty where nothing of the plan needs one."""
+    """A calibrated quantization; empty if the plan needs none."""
 
     report: QuantizationReport | None = None
     scales: CalibratedScales = field(default_factory=CalibratedScales)
     held_out: Fidelity | None = None
     rounds: int = 0
-    """Most that an NMS took on a held-out sample."""
+    """Most NMS rounds on a held-out sample."""
 
 
 def _quantize(setup: Setup, schedule: Schedule) -> _Quantized:
@@ -308,7 +307,7 @@ def _quantize(setup: Setup, schedule: Schedule) -> _Quantized:
 
 
 def rule_of(options: CalibrationOptions) -> SelectionRule:
-    """Return the rule that the options choose by."""
+    """Return the options' selection rule."""
     if options.target_ms is not None:
         return SelectionRule(bounded="target_ms", bound=options.target_ms)
     if options.keep is not None:
@@ -317,7 +316,7 @@ def rule_of(options: CalibrationOptions) -> SelectionRule:
 
 
 def _warn_above(
-    rule: SelectionRule, held_out: Fidelity, progress: SearchProgress, *, what: str, way_out: str
+    rule: SelectionRule, held_out: Fidelity, progress: SearchProgress, *, way_out: str, what: str = ""
 ) -> None:
     if rule.bounded == "max_kl" and held_out.kl.value > rule.bound:
         progress.warn(
@@ -329,14 +328,14 @@ def _looked_at(model: TorchModel, question: Question, progress: SearchProgress) 
     shape = sample_shape(model, question)
     if shape.sizes["N"] < 2:
         raise DataError(
-            f"{question.where}: expected an image of 2 or more visual tokens, got {shape.sizes['N']}; leave it out"
+            f"{question.where}: expected an image of at least 2 visual tokens, got {shape.sizes['N']}; leave it out"
         )
     progress.sample()
     return shape
 
 
 def _digest(questions: Sequence[Question]) -> str:
-    """Return the SHA-256 of all questions, their images and answers."""
+    """Return the SHA-256 of all questions, images and answers."""
     digest = hashlib.sha256()
     for question in questions:
         digest.update(json.dumps([question.image_id, question.question, question.answers]).encode())
@@ -344,10 +343,10 @@ def _digest(questions: Sequence[Question]) -> str:
 
 
 def _weights_digest(model: TorchModel) -> str:
-    """Return a digest that other weights of the same name would change."""
+    """Return a digest of the weight files' names, sizes and times."""
     digest = hashlib.sha256()
     for file in sorted({tensor.file for tensor in model.checkpoint.tensors.values()}):
-        state = file.stat()  # reading 14 GB of contents would take longer than a short calibration
+        state = file.stat()  # reading 14 GB would take longer than a short calibration
         digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns}".encode())
     return digest.hexdigest()
 

@@ -1,4 +1,4 @@
-"""``trio-calibrate MODEL --samples … --target … --out DIR``: a schedule found from samples, and a bundle with it."""
+"""``trio-calibrate MODEL --samples … --target … --out DIR``: finds a schedule from samples, and exports a bundle with it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from trio_edge.calibration.search.options import CalibrationOptions
+from trio_edge.calibration.search.samples import DEFAULT_SYNTHETIC_COUNT
+from trio_edge.calibration.search.schedules.selection_rule import DEFAULT_MAX_KL
 from trio_edge.runtime.bundle.errors import CheckpointError, DataError
 from trio_edge.runtime.bundle.files import atomic_folder, check_place
 from trio_edge.runtime.cli.console import run
@@ -20,16 +24,16 @@ from trio_edge.runtime.cli.interruption import ctrl_c_held, interruptible
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from trio_edge.calibration.search.calibration_file import CalibrationOptions
     from trio_edge.calibration.search.schedules.search import SearchProgress
 
 PATH = click.Path(path_type=Path)
 _REPORT_BYTES = 16 << 20
 _WAY_OUT = "choose another --out"
+_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(CalibrationOptions)}
 
 
 def _share(option: str, text: str) -> float:
-    """Return the share that a percentage such as 11.1% (or 0.111) is."""
+    """Return the share of a percentage such as 11.1%, or of 0.111."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip())
     if match is None:
         raise click.UsageError(f"{option}: expected a percentage, got {text!r}; for instance 11.1%")
@@ -50,7 +54,7 @@ def _numbers(kind: type[int | float]) -> Callable[..., tuple[float, ...] | None]
             return None if text is None else tuple(kind(part) for part in text.split(","))
         except ValueError:
             raise click.UsageError(
-                f"{option.opts[0]}: expected numbers with commas between, got {text!r}"
+                f"{option.opts[0]}: expected numbers separated by commas, got {text!r}"
             ) from None
 
     return parse
@@ -61,81 +65,114 @@ def _numbers(kind: type[int | float]) -> Callable[..., tuple[float, ...] | None]
 )
 @click.argument("model", required=False)
 @click.option(
-    "--samples", help="'shapes' (synthetic), a JSON-lines file, or a folder of images with --prompt."
+    "--samples", help="JSON-lines file, folder of images (with --prompt), or 'shapes' (a synthetic set)."
 )
 @click.option(
-    "--target", metavar="DEVICE", help="Device to predict times for: docs/targets.md has the names."
+    "--target", metavar="DEVICE", help="Device to predict times for; docs/targets.md has the names."
 )
 @click.option("--out", type=PATH, required=True, help="Folder to create.")
-@click.option("--config", type=PATH, help="Repeat a calibration.json; other options win.")
+@click.option("--config", type=PATH, help="Repeat this calibration.json; other options change it.")
 @click.option("--prompt", help="Question about every image of a folder.")
-@click.option("--count", type=click.IntRange(1, 1_000_000), help="Samples at most.")
-@click.option("--seed", type=int, help="Seed of the split and of the synthetic samples. [default: 0]")
+@click.option(
+    "--count",
+    type=click.IntRange(1, 1_000_000),
+    help=f"Most samples to use. [default: all, {DEFAULT_SYNTHETIC_COUNT} of a synthetic set]",
+)
+@click.option(
+    "--seed", type=int, help=f"Seed of the split and of a synthetic set. [default: {_DEFAULTS['seed']}]"
+)
 @click.option(
     "--held-out",
     metavar="PERCENT",
     callback=_one,
-    help="Images that only the report looks at. [default: 33.3%]",
+    help=f"Share of the images to hold out for the report. [default: {_DEFAULTS['held_out']:.1%}]",
 )
 @click.option(
     "--max-kl",
     type=float,
     metavar="NATS",
-    help="Choose the cheapest within this KL, with 95 % confidence. [default: 0.05]",
+    help=f"Choose the cheapest schedule with at most this KL to keep-all, with 95 % confidence. [default: {DEFAULT_MAX_KL:g}]",
 )
 @click.option(
-    "--target-ms", type=float, metavar="MS", help="Choose the lowest KL within this predicted time."
+    "--target-ms",
+    type=float,
+    metavar="MS",
+    help="Choose the lowest KL within this predicted time to the first token.",
 )
 @click.option(
-    "--keep", metavar="PERCENT", callback=_one, help="Choose the lowest KL within this average keep."
+    "--keep", metavar="PERCENT", callback=_one, help="Choose the lowest KL up to this average keep."
 )
-@click.option("--answer-tokens", type=int, help="Answer tokens compared with keep-all's. [default: 4]")
+@click.option(
+    "--answer-tokens",
+    type=int,
+    help=f"Answer tokens to compare with keep-all's. [default: {_DEFAULTS['answer_tokens']}]",
+)
 @click.option(
     "--layers",
     metavar="N,N,…",
     callback=_numbers(int),
-    help="Candidate stage layers. [default: evenly spread]",
+    help="Layers to try stages at. [default: evenly spread]",
 )
 @click.option(
     "--keeps",
     metavar="PERCENT,…",
     callback=_shares,
-    help="Candidate budgets of the largest image's visual tokens.",
+    help="Budgets to try, as shares of the largest image's visual tokens."
+    f" [default: {','.join(f'{keep:.0%}' for keep in _DEFAULTS['keeps'])}]",
 )
-@click.option("--max-stages", type=int, help="Stages at most. [default: 3]")
+@click.option(
+    "--max-stages", type=int, help=f"Most stages of a schedule. [default: {_DEFAULTS['max_stages']}]"
+)
 @click.option(
     "--nms-thresholds",
     metavar="τ,…",
     callback=_numbers(float),
-    help="Candidate similarity thresholds. [default: 0.7,0.8,0.9]",
+    help=f"NMS similarity thresholds to try. [default: {','.join(map(str, _DEFAULTS['nms_thresholds']))}]",
 )
-@click.option("--evaluations", type=int, help="Schedules of several stages measured, at most. [default: 120]")
+@click.option(
+    "--evaluations",
+    type=int,
+    help=f"Most schedules of several stages to measure. [default: {_DEFAULTS['evaluations']}]",
+)
 @click.option(
     "--cost",
     type=click.Choice(["auto", "time", "flops"]),
-    help="Trade this against error. [default: auto: time where a schedule is predicted to save some]",
+    help="Cost to compare schedules by. [default: auto, predicted time, or FLOPs if no schedule is faster than keep-all]",
 )
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float16", "float32"]), help="Element type of the bundle."
+    "--dtype",
+    type=click.Choice(["auto", "float16", "float32"]),
+    help=f"Element type of the bundle. [default: {_DEFAULTS['dtype']}]",
 )
 @click.option(
     "--quantize",
     metavar="FORMAT|PART=FORMAT,…",
-    help="Formats of the bundle's parts, which are calibrated: int4, int8, fp8 or by part (docs/quantization.md).",
+    help="Quantize the bundle to int4, int8 or fp8, also by part (docs/quantization.md), with calibrated scales.",
 )
 @click.option(
-    "--max-visual", type=int, help="Most visual tokens of an image, where the family can scale down."
+    "--max-visual", type=int, help="Most visual tokens of an image, in families that can scale images down."
 )
-@click.option("--max-new-tokens", type=int, help="Room for the answer. [default: 256]")
 @click.option(
-    "--only-image-sizes", is_flag=True, default=None, help="No shapes for images larger than the samples."
+    "--max-new-tokens",
+    type=int,
+    help=f"Most new tokens of an answer. [default: {_DEFAULTS['max_new_tokens']}]",
 )
-@click.option("--device", help="torch's device to run samples on. [default: cpu]")
-@click.option("--work", type=PATH, help="Folder of measurements; an interrupted run goes on.")
-@click.option("--no-export", is_flag=True, help="Write calibration.json and the page only, no bundle.")
+@click.option(
+    "--only-image-sizes",
+    is_flag=True,
+    default=None,
+    help="Make no shapes for images larger than the samples.",
+)
+@click.option("--device", help=f"torch device to run the samples on. [default: {_DEFAULTS['device']}]")
+@click.option(
+    "--work",
+    type=PATH,
+    help="Folder for measurements. The same command continues an interrupted run from it.",
+)
+@click.option("--no-export", is_flag=True, help="Write calibration.json and the page, but no bundle.")
 @click.option("--force", is_flag=True, help="Replace an existing calibration.")
-@click.option("--quiet", is_flag=True, help="No progress display.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
 def command(
     model: str | None,
     out: Path,
@@ -146,11 +183,14 @@ def command(
     quiet: bool,
     **settings: Any,
 ) -> int:
-    """Find a schedule for MODEL (an alias, a Hub id or a checkpoint folder) from your images and prompts."""
+    """Find the best schedule for your images and prompts, and export MODEL with it.
+
+    MODEL is an alias, a Hub id or a checkpoint folder.
+    """
     given = {name: value for name, value in settings.items() if value is not None}
     with interruptible() as check:
         try:
-            with ctrl_c_held():  # importing torch turns a Ctrl-C into errors of its own
+            with ctrl_c_held():  # importing torch turns Ctrl-C into other errors
                 from trio_edge.calibration.search.calibrate import calibrate
                 from trio_edge.calibration.search.calibration_file import CALIBRATION_NAME
                 from trio_edge.calibration.search.output import summary_of, write_calibration
@@ -192,23 +232,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read_given(
     model: str | None, config: Path | None, given: dict[str, Any]
 ) -> tuple[CalibrationOptions, str | None]:
-    """Return the options, and the digest of the samples that a config was made with if they are asked for again.
+    """Return the options, and the digest of the samples of ``config`` if they are used again.
 
-    Fields that were ``given`` win over those of ``config``, a ``calibration.json``.
+    ``given`` fields replace those of ``config``, a ``calibration.json``.
 
     Raises:
-        UsageError: If without a config something is missing.
-        DataError: If the config is not one.
+        UsageError: If something is missing and there is no config.
+        DataError: If the config is not a ``calibration.json``.
     """
-    import msgspec
-
-    from trio_edge.calibration.search.calibration_file import CalibrationOptions, read_options
+    from trio_edge.calibration.search.calibration_file import read_options
 
     if model is not None:
         given["model"] = model
     if config is not None:
         options, samples = read_options(config)
-        if {"max_kl", "target_ms", "keep"} & given.keys():  # another rule replaces the config's
+        if {"max_kl", "target_ms", "keep"} & given.keys():  # only one rule can hold
             given = {"max_kl": None, "target_ms": None, "keep": None, **given}
         same = not {"samples", "prompt", "count", "seed"} & given.keys()
         return msgspec.structs.replace(options, **given), samples if same else None
@@ -220,7 +258,7 @@ def read_given(
 
 @contextmanager
 def _progress(check: Callable[[], None], *, quiet: bool) -> Iterator[SearchProgress]:
-    """Yield callbacks that show a bar for each step; they notice a Ctrl-C that was lost."""
+    """Yield callbacks that show a bar for each step, and that call ``check`` for a Ctrl-C."""
     from trio_edge.calibration.search.schedules.search import SearchProgress
 
     console = Console(stderr=True, quiet=quiet)

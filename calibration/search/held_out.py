@@ -1,4 +1,4 @@
-"""Results on the samples that decided nothing: fidelity to keep-all, and accuracy where they have answers."""
+"""Results on held-out samples: agreement with keep-all, and accuracy where they have answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_ANSWER_TOKENS = 16
 
 
 def fidelity(results: Sequence[MeasuredSchedule], questions: Sequence[Question]) -> Fidelity:
-    """Return mean divergence and agreement with their intervals, drawn by image."""
+    """Return mean divergence and agreement with their intervals, by bootstrap over images."""
     images = [question.image_id for question in questions]
     kls = [result.kl for result in results]
     agreements = [float(result.agrees) for result in results]
@@ -37,13 +37,9 @@ def fidelity(results: Sequence[MeasuredSchedule], questions: Sequence[Question])
 
 
 def accuracy(
-    model: TorchModel,
-    questions: Sequence[Question],
-    schedule: Schedule,
-    *,
-    on_sample: Callable[[], None],
+    model: TorchModel, questions: Sequence[Question], schedule: Schedule, *, on_sample: Callable[[], None]
 ) -> Accuracy | None:
-    """Return exact matches of keep-all and of ``schedule``; None if no sample has an answer."""
+    """Return the exact matches of keep-all and of ``schedule``; None if no sample has an answer."""
     with_answers = [question for question in questions if question.answers]
     if not with_answers:
         return None

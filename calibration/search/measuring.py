@@ -1,10 +1,10 @@
-"""Divergence of a sample's answer under schedules from keep-all's; schedules that begin alike share their beginning.
+"""Divergence of a sample's answer under schedules from keep-all's. Schedules that begin alike share that part of the work.
 
-Keep-all runs once and leaves what entered every layer. All schedules then branch from there: one probe per layer, one order
-of tokens per threshold, one kept set per budget, and the layers between two stages once for all that go through them.
+Keep-all runs once and stores the inputs of every layer. All schedules branch from there: one probe per layer, one order of tokens
+per threshold, one kept set per budget, and shared layers run once.
 
-KL of a sample is the mean over its answer's tokens of KL(keep-all || schedule), in nats, where both see keep-all's own tokens
-before; it agrees if every one of these tokens is still the likeliest, which is when greedy decoding gives the same ones.
+A sample's KL is the mean over its answer's tokens of KL(keep-all || schedule), in nats, where both continue keep-all's tokens.
+A sample agrees if each of these tokens is the schedule's likeliest too, so that greedy decoding gives the same answer.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class KeepAll:
     """One sample without reduction."""
 
     inputs: list[Sequence]
-    """Rows before each layer, the answer's included."""
+    """Rows before each layer, prompt and answer."""
     tokens: list[int]
     log_probs_TV: Tensor
-    """float64, natural logarithms."""
+    """float64, in nats."""
 
     @property
     def num_bytes(self) -> int:
@@ -61,7 +61,7 @@ class MeasuredSchedule(NamedTuple):
 
 
 def keep_all(model: TorchModel, prompt: Sequence, *, num_tokens: int) -> KeepAll:
-    """Return the sample's own answer, up to ``num_tokens`` tokens, and what entered every layer."""
+    """Return keep-all's answer of at most ``num_tokens`` tokens, and the inputs of every layer."""
     answer = greedy_answer(model, prompt, Schedule(), max_tokens=num_tokens)
     return KeepAll(inputs=answer.inputs, tokens=answer.tokens, log_probs_TV=_log_probs(answer.logits_TV))
 
@@ -69,8 +69,8 @@ def keep_all(model: TorchModel, prompt: Sequence, *, num_tokens: int) -> KeepAll
 def measure(
     model: TorchModel, whole: KeepAll, schedules: Iterable[Schedule]
 ) -> Iterator[tuple[Schedule, MeasuredSchedule]]:
-    """Yield what each schedule does to the sample, in an order of its own; equal ones once."""
-    # sorted, schedules that begin alike are neighbours, which groupby needs
+    """Yield each distinct schedule with its divergence on the sample, in any order."""
+    # sorted, because groupby joins only neighbours
     distinct = sorted(set(schedules), key=lambda schedule: (_settings(schedule), stages_of(schedule)))
     branching = _Branching(model, whole)
     for _, group in groupby(distinct, key=_settings):
@@ -82,7 +82,7 @@ def _settings(schedule: Schedule) -> tuple[object, ...]:
 
 
 class _Branching:
-    """One sample's tree of schedules with the same settings."""
+    """The tree of one sample's schedules with equal settings."""
 
     def __init__(self, model: TorchModel, whole: KeepAll) -> None:
         self._model, self._whole = model, whole
@@ -90,7 +90,10 @@ class _Branching:
     def branches(
         self, schedules: list[Schedule], stage: int, at: Callable[[int], Sequence], *, rounds: int
     ) -> Iterator[tuple[Schedule, MeasuredSchedule]]:
-        """Yield the schedules, alike up to ``stage``, where ``at`` gives what enters a layer; asked in ascending order."""
+        """Yield the results of ``schedules``, which are equal before ``stage``.
+
+        ``at`` returns the sequence that enters a layer; layers must ascend from call to call.
+        """
         going_on = [schedule for schedule in schedules if len(schedule.stages) > stage]
         for layer, group in groupby(going_on, key=lambda schedule: schedule.stages[stage].layer):
             alike = list(group)
@@ -106,7 +109,7 @@ class _Branching:
                 yield schedule, self._compared(schedule, at, rounds)
 
     def _onward(self, sequence: Sequence, layer: int) -> Callable[[int], Sequence]:
-        """Return what gives the sequence at later and later layers."""
+        """Return a function that returns ``sequence``, at ``layer`` now, as it enters later layers in ascending order."""
 
         def at(wanted: int) -> Sequence:
             nonlocal sequence, layer
@@ -123,7 +126,7 @@ class _Branching:
 
 
 def divergence(log_p_TV: Tensor, tokens: list[int], logits_TV: Tensor, *, rounds: int) -> MeasuredSchedule:
-    """Return how logits differ from keep-all's distributions, given its ``tokens``."""
+    """Return the divergence of logits from keep-all's log probabilities ``log_p_TV``, and agreement with its ``tokens``."""
     log_q_TV = _log_probs(logits_TV)
     kl = float((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1).mean())
     chosen_T = torch.tensor(tokens, device=log_q_TV.device)
@@ -131,17 +134,17 @@ def divergence(log_p_TV: Tensor, tokens: list[int], logits_TV: Tensor, *, rounds
 
 
 def _log_probs(logits_TV: Tensor) -> Tensor:
-    # in float32 a KL of 1e-6 would be rounding
+    # in float32, rounding gives a KL of 1e-6
     return torch.log_softmax(logits_TV.to(torch.float64), dim=-1)
 
 
 RECORD_NAME = "measurements.jsonl"
 KEPT_BYTES = 1 << 30  # about six samples of LLaVA-1.5-7B in float16
-"""Keep-all runs that stay in memory between calls; those beyond it run again."""
+"""Memory for keep-all results between calls; others are computed again."""
 
 
 class RecordKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that decides a measurement: those of equal keys are interchangeable."""
+    """Everything that a measurement depends on; measurements of equal keys are interchangeable."""
 
     model: str
     weights: str
@@ -150,11 +153,11 @@ class RecordKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     answer_tokens: int
     dtype: str
     max_visual: int
-    """Largest N of all samples: the probes' form follows from it."""
+    """Largest N of all samples, which decides the probes' form."""
 
 
 class MeasuredLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One schedule on one sample."""
+    """One line of the record."""
 
     index: int
     schedule: Schedule
@@ -163,10 +166,10 @@ class MeasuredLine(msgspec.Struct, frozen=True, kw_only=True):
 
 @contextmanager
 def opened_record(folder: Path, key: RecordKey) -> Iterator[tuple[ResultFile, list[MeasuredLine]]]:
-    """Yield the folder's record, to append to, and what it holds already: an interrupted calibration goes on.
+    """Yield the folder's record, to append to, and its measurements so far.
 
     Raises:
-        DataError: If it cannot be read or written, is in use, is broken, or is about something else.
+        DataError: If it cannot be read or written, is in use, is broken, or has another key.
     """
     path = folder / RECORD_NAME
     with locked_folder(folder):
@@ -183,7 +186,7 @@ def opened_record(folder: Path, key: RecordKey) -> Iterator[tuple[ResultFile, li
 
 @final
 class Measurements:
-    """All that was measured of one model on one set of samples."""
+    """All measurements of one model on one set of samples."""
 
     def __init__(
         self,
@@ -194,7 +197,7 @@ class Measurements:
         known: Iterable[MeasuredLine],
         on_sample: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take over what the record holds already, ``known``; ``record`` receives what is measured."""
+        """Start with the ``known`` measurements; new ones are appended to ``record``."""
         self._model, self._num_tokens = model, num_tokens
         self._record, self._on_sample = record, on_sample
         self._measured: dict[tuple[int, Schedule], MeasuredSchedule] = {
@@ -206,7 +209,7 @@ class Measurements:
     def of(
         self, schedules: Collection[Schedule], questions: Collection[Question]
     ) -> dict[Schedule, list[MeasuredSchedule]]:
-        """Return what each schedule does to each of the questions, in their order."""
+        """Return each schedule's measurements on the questions, in their order; measures the missing ones."""
         for question in questions:
             missing = [item for item in schedules if (question.index, item) not in self._measured]
             if missing:
@@ -224,7 +227,7 @@ class Measurements:
         }
 
     def most_rounds(self, schedule: Schedule) -> int:
-        """Return the most rounds that an NMS of ``schedule`` took on any sample."""
+        """Return the most NMS rounds of ``schedule`` on any sample."""
         return max(result.rounds for (_, known), result in self._measured.items() if known == schedule)
 
     def _keep_all(self, question: Question) -> KeepAll:

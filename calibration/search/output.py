@@ -1,4 +1,4 @@
-"""Output of a calibration: its file, its page, the bundle, and a summary in words."""
+"""Output of a calibration: ``calibration.json``, the page, the bundle, and a printed summary."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def _export_options(calibration: Calibration, out: Path) -> ExportOptions:
 
 
 def _export_command(calibration: Calibration) -> str:
-    """Return the command that makes the same bundle; calibrated factors are in no command line of ``trio-export``."""
-    if calibration.quantization is not None:
+    """Return the command that makes the same bundle."""
+    if calibration.quantization is not None:  # trio-export has no option for calibrated factors
         return "trio-calibrate --config calibration.json --out AGAIN"
     options, schedule, shapes = calibration.options, calibration.schedule, calibration.shapes
     parts = ["trio-export", options.model]
@@ -77,7 +77,7 @@ def _export_command(calibration: Calibration) -> str:
 
 
 def summary_of(calibration: Calibration, out: Path, *, exported: bool) -> str:
-    """Return the lines that the command prints at its end."""
+    """Return the lines that ``trio-calibrate`` prints at its end."""
     chosen = calibration.chosen
     stages = ", ".join(f"layer {layer}: {keep}" for layer, keep in chosen.stages) or "none"
     kl, agreement = chosen.held_out.kl, chosen.held_out.agreement

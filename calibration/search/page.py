@@ -1,4 +1,4 @@
-"""``calibration.html``: one page that needs nothing else, with everything in it escaped by its template."""
+"""``calibration.html``: one self-contained page; its template escapes all values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 MAX_ROWS = 20
-"""Rows in the table of a front; calibration.json has all of them."""
+"""Most rows in the table of the front; calibration.json has all points."""
 
 
 def check_plots() -> None:
@@ -36,7 +36,7 @@ def check_plots() -> None:
 
 
 def page_of(calibration: Calibration, *, command: str) -> str:
-    """Return the page; ``command`` exports the same bundle without calibrating."""
+    """Return the page; ``command`` is the one that exports the same bundle again."""
     quantization = calibration.quantization
     page = render(
         "trio_edge.calibration.search:page.html.jinja",
@@ -68,13 +68,13 @@ def _stages(stages: Sequence[tuple[int, int]]) -> str:
 
 
 _LEAST_KL = 1e-5
-"""Nats; what is smaller is drawn here, where the logarithm ends."""
+"""Nats; smaller values are drawn here, at the end of the logarithmic axis."""
 _HELD_OUT, _CHOSEN, _USUAL, _SEARCH = colour(0), colour(1), colour(4), "other"
 _KL = "KL to keep-all, nats"
 
 
 def front_plots(calibration: Calibration) -> list[Plot]:
-    """Return divergence and agreement against cost, with 95 % intervals of the held-out samples."""
+    """Return the plots of divergence and of agreement against cost, with the held-out samples' 95 % intervals."""
     legend = [(_SEARCH, "search samples"), (_HELD_OUT, "held-out samples"), (_CHOSEN, "chosen")]
     if calibration.usual is not None:
         legend.append((_USUAL, "trio-export's own, same keep"))
@@ -101,7 +101,7 @@ def _agreement(calibration: Calibration, legend: Sequence[tuple[str, str]]) -> P
 
 
 def _draw_front(drawn: Drawing, calibration: Calibration, measure: str) -> None:
-    """Draw the held-out samples of all points, and mark the chosen one and what trio-export takes by itself."""
+    """Draw all points' figures on held-out samples, and mark the chosen schedule and trio-export's default."""
     points = [_held_out(calibration, one, measure) for one in calibration.front]
     draw_points(drawn, Curve("held-out samples", points), _HELD_OUT)
     marked = [(calibration.chosen, "*", _CHOSEN, "chosen")]
@@ -114,9 +114,9 @@ def _draw_front(drawn: Drawing, calibration: Calibration, measure: str) -> None:
 
 
 def layers_plot(calibration: Calibration) -> Plot:
-    """Return the divergence of each single stage by its layer, one line per budget."""
+    """Return the plot of single stages' divergence by layer, one line per budget."""
     title, keeps = "Error of one stage alone", sorted({stage.keep for stage in calibration.single_stages})
-    with canvas(title, x_label="layer in front of which it reduces", y_label=_KL) as drawn:
+    with canvas(title, x_label="layer of the stage", y_label=_KL) as drawn:
         drawn.axes.set_yscale("log")
         for index, keep in enumerate(keeps):
             stages = sorted(
@@ -129,7 +129,7 @@ def layers_plot(calibration: Calibration) -> Plot:
 
 
 def quantization_plots(report: QuantizationReport) -> list[Plot]:
-    """Return the error of every group of linear layers by layer, and what rounding to nearest would leave."""
+    """Return the plots of each group's error by layer, calibrated and rounded to nearest."""
     groups: dict[str, list[GroupError]] = {}
     for error in report.errors:
         if error.layer is not None:

@@ -1,7 +1,7 @@
-"""Samples to calibrate on: a JSON-lines file, a folder of images with one prompt, or the synthetic set; and their split.
+"""Samples to calibrate on: a JSON-lines file, a folder of images with one prompt, or a synthetic set; and their split.
 
-The split is by image: questions about one image are never on both sides. An image's side follows from its content
-and the seed alone, so adding samples moves no other one as long as the share holds.
+The split is by image: questions about one image are never in both parts. The order in which images are held out follows
+from their content and the seed, so that adding samples moves few others.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".t
 
 
 class Split(NamedTuple):
-    """The part that decides everything and the part that only the report looks at, each in the order of the data."""
+    """The samples to search with and those held out for the report, each in the order of the data."""
 
     search: list[Question]
     held_out: list[Question]
 
 
 def read_samples(source: str, *, prompt: str | None, count: int | None, seed: int) -> list[Question]:
-    """Return the samples, ``count`` at most.
+    """Return at most ``count`` samples.
 
-    ``source`` is one of ``SYNTHETIC_SETS``, a JSON-lines file as ``trio-eval`` reads it (answers may be missing), or a folder
-    with images, sub-folders included, each of which is asked ``prompt``.
+    ``source`` is one of ``SYNTHETIC_SETS``, a JSON-lines file as for ``trio-eval`` (answers may be missing), or a folder of
+    images, sub-folders included, with one ``prompt`` for all.
 
     Raises:
         DataError: If there are none, or one cannot be read.
@@ -65,12 +65,11 @@ def read_samples(source: str, *, prompt: str | None, count: int | None, seed: in
 
 
 def split_samples(questions: Sequence[Question], *, held_out: float, seed: int) -> Split:
-    """Return the samples in two parts that share no image and have at least one each, with a share ``held_out`` in the second.
+    """Return the samples in two non-empty parts that share no image; ``held_out`` is the second part's share of the images.
 
     Raises:
         DataError: If there are fewer than two images.
     """
-    # by digest, so that adding samples moves no other one
     images = sorted(
         {question.image_id for question in questions},
         key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest(),

@@ -1,7 +1,6 @@
-"""Asks questions about a scene: `ask` draws one unambiguous question of a kind with its one-word answer.
+"""Questions about a scene: ``ask`` draws one unambiguous question of a kind, with its one-word answer.
 
-Every reference ("the small red star") names exactly one object of the scene, and every answer is certain.
-`VOCABULARY` lists all words of questions and answers. Pure Python.
+Every reference ("the small red star") names exactly one object. ``VOCABULARY`` has all words of questions and answers.
 """
 
 from __future__ import annotations
@@ -23,31 +22,17 @@ _QUESTION_WORDS = (
     "digits", "object", "objects", "larger", "more", "than", "or", "and", "?", ".", ",", "look", "at", "this", "picture",
     "please", "answer", "question", "you", "see", "image", "short", "with", "one-word", "to", "it", "can", "do",
 )  # fmt: skip
-VOCABULARY: tuple[str, ...] = tuple(
-    dict.fromkeys(
-        (
-            "yes",
-            "no",
-            *COLOR_NAMES,
-            *SHAPES,
-            *PLURALS.values(),
-            *DIGITS,
-            *SIZES,
-            *PLACES,
-            *COUNT_WORDS,
-            *_QUESTION_WORDS,
-        )
-    )
-)
+_WORDS = ("yes", "no", *COLOR_NAMES, *SHAPES, *PLURALS.values(), *DIGITS, *SIZES, *PLACES, *COUNT_WORDS)
+VOCABULARY: tuple[str, ...] = tuple(dict.fromkeys((*_WORDS, *_QUESTION_WORDS)))
 
 
 def ask(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
-    """Returns one question of a kind and its answer, or None when the scene allows none."""
+    """Return one question of a kind and its answer, or None when the scene allows none."""
     return _ASKERS[kind](scene.things, rng)
 
 
 def _unique(items: list[tuple[str, Thing]]) -> list[tuple[str, Thing]]:
-    """Returns the (key, thing) pairs whose key occurs once."""
+    """Return the (key, thing) pairs whose key occurs once."""
     seen = Counter(key for key, _ in items)
     return [(key, thing) for key, thing in items if seen[key] == 1]
 
@@ -55,7 +40,7 @@ def _unique(items: list[tuple[str, Thing]]) -> list[tuple[str, Thing]]:
 def _about_one(
     found: list[tuple[str, Thing]], rng: random.Random, question: str, answer: str
 ) -> tuple[str, str] | None:
-    """Asks for the attribute `answer` of one of the named things, drawn; None if there is none."""
+    """Ask for the attribute ``answer`` of one of the named things, drawn; None if there is none."""
     if not found:
         return None
     key, thing = rng.choice(found)
@@ -63,17 +48,17 @@ def _about_one(
 
 
 def noun_of(thing: Thing) -> str:
-    """Returns `digit 7` or `star`."""
+    """Return ``digit 7`` or ``star``."""
     return f"digit {thing.name}" if thing.is_digit else thing.name
 
 
 def color_noun_of(thing: Thing) -> str:
-    """Returns `red digit` or `red star`."""
+    """Return ``red digit`` or ``red star``."""
     return f"{thing.color} {'digit' if thing.is_digit else thing.name}"
 
 
 def _ask_color(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str] | None:
-    """Asks for the colour of an object named by shape, by size and shape, or by place."""
+    """Ask for the colour of an object named by shape, by size and shape, or by place."""
     way = rng.random()
     if way < 0.55:
         found = _unique([(noun_of(t), t) for t in things])
@@ -85,7 +70,7 @@ def _ask_color(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str]
 
 
 def _ask_shape(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str] | None:
-    """Asks for the shape of an object named by colour, by size and colour, or by place."""
+    """Ask for the shape of an object named by colour, by size and colour, or by place."""
     way = rng.random()
     if way < 0.55:
         found = _unique([(f"{t.color} object", t) for t in things])
@@ -98,7 +83,7 @@ def _ask_shape(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str]
 
 
 def _ask_digit(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str] | None:
-    """Asks which digit has a colour, a size or a place."""
+    """Ask which digit has a colour, a size or a place."""
     way = rng.random()
     digits = [t for t in things if t.is_digit]
     if way < 0.6:
@@ -111,19 +96,19 @@ def _ask_digit(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str]
 
 
 def _ask_place(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str] | None:
-    """Asks where an object is."""
+    """Ask where an object is."""
     found = _unique([((color_noun_of if rng.random() < 0.6 else noun_of)(t), t) for t in things])
     found = [(key, thing) for key, thing in found if matches(things, key) == 1]
     return _about_one(found, rng, "where is the {} ?", "place")
 
 
 def matches(things: tuple[Thing, ...], key: str) -> int:
-    """Counts the objects that a noun phrase describes."""
+    """Count the objects that a noun phrase describes."""
     return sum(all(_word_fits(thing, word) for word in key.split()) for thing in things)
 
 
 def _word_fits(thing: Thing, word: str) -> bool:
-    """Whether one word is true of an object."""
+    """Return whether one word is true of an object."""
     if word in ("object", "objects"):
         return True
     if word in ("digit", "digits"):
@@ -132,7 +117,7 @@ def _word_fits(thing: Thing, word: str) -> bool:
 
 
 def group_of(things: tuple[Thing, ...], rng: random.Random) -> str:
-    """Returns a plural phrase, half of the time about something that is there."""
+    """Return a plural phrase, half of the time about something that is there."""
     thing = rng.choice(things) if rng.random() < 0.75 else None
     way = rng.random()
     if way < 0.5:
@@ -146,7 +131,7 @@ def group_of(things: tuple[Thing, ...], rng: random.Random) -> str:
 
 
 def _ask_count(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str] | None:
-    """Asks for a number of objects from zero to five, larger numbers preferred a little."""
+    """Ask for a number of objects from zero to five, larger numbers preferred a little."""
     if not things:
         return None
     drawn = [(matches(things, group), group) for group in (group_of(things, rng) for _ in range(2))]
@@ -157,7 +142,7 @@ def _ask_count(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str]
 
 
 def _ask_comparison(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str] | None:
-    """Asks which of two groups is more numerous, or whether one object is larger than another."""
+    """Ask which of two groups is more numerous, or whether one object is larger than another."""
     answer = rng.choice(("yes", "no"))
     if rng.random() < 0.4:
         return _ask_larger(things, rng, answer)
@@ -172,7 +157,7 @@ def _ask_comparison(things: tuple[Thing, ...], rng: random.Random) -> tuple[str,
 
 
 def _ask_larger(things: tuple[Thing, ...], rng: random.Random, answer: str) -> tuple[str, str] | None:
-    """Asks whether one object is larger than another of the other size."""
+    """Ask whether one object is larger than another of the other size."""
     found = _unique([(color_noun_of(t), t) for t in things])
     large = [key for key, thing in found if thing.size == "large"]
     small = [key for key, thing in found if thing.size == "small"]
@@ -184,7 +169,7 @@ def _ask_larger(things: tuple[Thing, ...], rng: random.Random, answer: str) -> t
 
 
 def _ask_existence(things: tuple[Thing, ...], rng: random.Random) -> tuple[str, str] | None:
-    """Asks whether an object exists; both answers are equally likely, and most absent ones nearly exist."""
+    """Ask whether an object exists; both answers are equally likely, and most absent ones nearly exist."""
     if not things:
         return None
     answer = rng.choice(("yes", "no"))

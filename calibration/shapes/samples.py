@@ -1,9 +1,7 @@
 """The demo task: images of coloured shapes and digits with questions that have one certain answer.
 
-`held_out` yields samples for measuring accuracy. It is the same on every run for the same arguments, and its images
-come from seeds from `HELD_OUT_OFFSET` on, which training never touches (training uses seeds below it).
-
-The image generator is in `scene`, the questions are in `questions`.
+``held_out`` yields samples for measuring accuracy, the same ones on every run. Its images have seeds from ``HELD_OUT_OFFSET`` on;
+training uses smaller ones. ``scene`` draws the images, ``questions`` asks the questions.
 """
 
 from __future__ import annotations
@@ -30,22 +28,22 @@ class ShapeSample:
     """One question about one image or several."""
 
     images: tuple[Image.Image, ...]
-    """RGB, in the order in which the model reads them; samples that share an image share the object."""
+    """RGB, in the order of the prompt; samples that share an image share the object."""
     question: str
-    """Words separated by blanks, ending in ` ?`."""
+    """Words separated by blanks, the last one ``?``."""
     answer: str
-    """One word of `VOCABULARY`."""
+    """One word of ``VOCABULARY``."""
     kind: str
     sample_id: str
-    """`<scene seed>-<kind>`, unique within a stream."""
+    """``<scene seed>-<kind>``, unique within a stream."""
     answer_image: int | None = None
-    """Index of the one of several images that holds the answer; None where all are needed or none holds it."""
+    """Index of the image that has the answer, if one of several has it."""
 
 
 def held_out(count: int, *, seed: int = 0) -> Iterator[ShapeSample]:
-    """Yields `count` samples, every kind equally often (up to one), about two questions per image.
+    """Yield ``count`` samples with about two questions per image; each kind occurs equally often, give or take one.
 
-    Two streams, by `seed`, share no image.
+    Streams of different seeds share no image.
     """
     given, scene_seed = 0, HELD_OUT_OFFSET + seed * SEEDS_PER_STREAM
     while given < count:
@@ -59,7 +57,7 @@ def held_out(count: int, *, seed: int = 0) -> Iterator[ShapeSample]:
 
 
 def samples_of(scene: Scene, kinds: list[str]) -> list[ShapeSample]:
-    """Returns one sample of each kind that the scene allows, in the order of `kinds`."""
+    """Return one sample of each kind that the scene allows, in the order of ``kinds``."""
     rng = random.Random(f"held out {scene.seed}")
     image = render(scene)
     samples = []

@@ -1,7 +1,7 @@
-"""Draws deterministic images of coloured shapes and digits: `make_scene` chooses the objects, `render` paints them.
+"""Deterministic images of coloured shapes and digits: ``make_scene`` chooses the objects, ``render`` paints them.
 
-A seed fixes everything. Objects keep clear of each other, of the borders between thirds of the image (so that
-every place word is certain) and of the lines at which LLaVA-NeXT cuts the image into tiles. numpy and Pillow only.
+The seed decides everything. Objects keep their distance from each other, from the borders between thirds of the image (so that
+every place word is certain) and from the lines at which LLaVA-NeXT cuts the image into tiles.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ SUPERSAMPLE = 4
 
 @dataclass(frozen=True)
 class SceneCanvas:
-    """One image size, in pixels, and the unit square it is laid out on.
+    """One image size, in pixels, and its layout.
 
-    `scale` is image pixels per layout pixel: after the tiling of LLaVA-NeXT with 48-pixel tiles an object has its
-    layout size again. `cuts_x` and `cuts_y` are the layout coordinates of the tile borders.
+    ``scale`` is image pixels per layout pixel: after LLaVA-NeXT's tiling with 48-pixel tiles an object has its layout size
+    again. ``cuts_x`` and ``cuts_y`` are the layout coordinates of the tile borders.
     """
 
     width: int
@@ -78,7 +78,7 @@ CANVASES: tuple[SceneCanvas, ...] = (
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: `name` is a shape or a digit; centre and half extents are in layout pixels."""
+    """One object: ``name`` is a shape or a digit; centre and half extents are in layout pixels."""
 
     name: str
     color: str
@@ -97,7 +97,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that is true about one image."""
+    """The objects of one image."""
 
     seed: int
     canvas: SceneCanvas
@@ -105,7 +105,7 @@ class Scene:
 
 
 def make_scene(seed: int, *, canvas: SceneCanvas | None = None) -> Scene:
-    """Returns the scene of a seed; `canvas` overrides the image size that the seed would choose."""
+    """Return the scene of a seed; ``canvas`` replaces the image size that the seed would choose."""
     rng = random.Random(f"scene {seed}")
     chosen = rng.choices(CANVASES, [c.weight for c in CANVASES])[0]
     canvas = canvas or chosen
@@ -123,7 +123,7 @@ def make_scene(seed: int, *, canvas: SceneCanvas | None = None) -> Scene:
 def place_thing(
     rng: random.Random, canvas: SceneCanvas, others: list[Thing], *, palette: list[str], names: list[str]
 ) -> Thing | None:
-    """Returns a new object clear of `others`, or None when no free spot was found."""
+    """Return a new object that overlaps none of ``others``, or None when no free spot was found."""
     name = rng.choice(DIGITS) if rng.random() < 0.42 else rng.choice(names)
     size = "small" if rng.random() < 0.6 else "large"
     side = rng.uniform(*(SMALL_PIXELS if size == "small" else LARGE_PIXELS))
@@ -135,7 +135,7 @@ def place_thing(
 
 
 def moved_thing(look: Thing, canvas: SceneCanvas, others: list[Thing], rng: random.Random) -> Thing | None:
-    """Returns an object that looks like `look` on a free spot clear of `others`, or None when none was found."""
+    """Return an object that looks like ``look`` on a spot free of ``others``, or None when none was found."""
     width, height = canvas.layout_width, canvas.layout_height
     half_width, half_height = look.half_width, look.half_height
     for _ in range(60):
@@ -153,7 +153,7 @@ def moved_thing(look: Thing, canvas: SceneCanvas, others: list[Thing], rng: rand
 
 
 def _third(center: float, half: float, length: float, cuts: tuple[float, ...]) -> int:
-    """Returns which third of an axis holds an object, -1 when it leaves the image or sits on a border."""
+    """Return the third of an axis that holds an object; -1 if it leaves the image or is on a border."""
     if center - half < 1 or center + half > length - 1:
         return -1
     if any(abs(center - cut) < half + 0.5 for cut in cuts):
@@ -164,7 +164,7 @@ def _third(center: float, half: float, length: float, cuts: tuple[float, ...]) -
 
 
 def render(scene: Scene) -> Image.Image:
-    """Returns the RGB image of a scene; the same scene gives the same bytes."""
+    """Return the RGB image of a scene; the same scene gives the same bytes."""
     rng = random.Random(f"paint {scene.seed}")
     image = _background(scene, rng)
     for thing in scene.things:
@@ -177,7 +177,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def _background(scene: Scene, rng: random.Random) -> Image.Image:
-    """Returns a dim, low-frequency texture with thin lines and specks."""
+    """Return a dim, low-frequency texture with thin lines and specks."""
     canvas = scene.canvas
     size = (canvas.width, canvas.height)
     base = rng.randint(24, 84)
@@ -198,13 +198,13 @@ def _background(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def _dim(rng: random.Random, base: int) -> tuple[int, int, int]:
-    """Returns a greyish colour near the background's brightness."""
+    """Return a greyish colour near the background's brightness."""
     red, green, blue = (min(130, max(0, base + rng.randint(-30, 42))) for _ in range(3))
     return red, green, blue
 
 
 def _paint(image: Image.Image, thing: Thing, scale: float, rng: random.Random) -> None:
-    """Paints one object onto the image, antialiased."""
+    """Paint one object onto the image, antialiased."""
     left, top = (thing.x - thing.half_width) * scale - 2, (thing.y - thing.half_height) * scale - 2
     corner = (math.floor(left), math.floor(top))
     width = math.ceil(2 * thing.half_width * scale) + 5
@@ -224,7 +224,7 @@ def _paint(image: Image.Image, thing: Thing, scale: float, rng: random.Random) -
 def _draw_shape(
     draw: ImageDraw.ImageDraw, name: str, center: tuple[float, float], radius: float, rng: random.Random
 ) -> None:
-    """Draws a filled shape of the given half extent."""
+    """Draw a filled shape of the given half extent."""
     x, y = center
     tilt = rng.uniform(-0.14, 0.14)
     if name == "circle":
@@ -241,7 +241,7 @@ def _draw_shape(
 
 
 def _outline(name: str) -> list[tuple[float, float]]:
-    """Returns the polar outline (angle, radius) of a polygonal shape in the unit circle."""
+    """Return the polar outline (angle, radius) of a polygonal shape in the unit circle."""
     if name == "square":
         return [(math.pi / 4 + k * math.pi / 2, 1.25) for k in range(4)]
     if name == "diamond":
@@ -252,13 +252,13 @@ def _outline(name: str) -> list[tuple[float, float]]:
 
 
 def _turn(x: float, y: float, dx: float, dy: float, angle: float) -> tuple[float, float]:
-    """Returns the point (x + dx, y + dy) turned about (x, y)."""
+    """Return the point (x + dx, y + dy) turned about (x, y)."""
     cosine, sine = math.cos(angle), math.sin(angle)
     return x + cosine * dx - sine * dy, y + sine * dx + cosine * dy
 
 
 def _ring(x: float, y: float, rx: float, ry: float) -> list[tuple[float, float]]:
-    """Returns a closed polyline along an ellipse."""
+    """Return a closed polyline along an ellipse."""
     angles = [2 * math.pi * k / 16 for k in range(17)]
     return [(x + rx * math.sin(a), y - ry * math.cos(a)) for a in angles]
 
@@ -287,7 +287,7 @@ def _draw_digit(
     half: tuple[float, float],
     rng: random.Random,
 ) -> None:
-    """Draws a digit as polyline strokes of varying thickness and slant."""
+    """Draw a digit as polyline strokes of varying thickness and slant."""
     thickness = rng.uniform(0.14, 0.2) * 2 * half[1]
     slant = rng.uniform(-0.12, 0.2)
     inner = (half[0] - thickness / 2, half[1] - thickness / 2)

@@ -1,9 +1,9 @@
 """Questions about several images: a pair of images, or the frames of a short video.
 
-`make_pair` draws two scenes that have nothing to do with each other. `make_video` draws 4 to 6 frames: one or two objects stay
-and move, two others are there in one frame only. `ask_several` asks a question whose answer lies in one image or one
-frame, or needs both images. `held_out_several` yields samples as `samples.held_out` does, from seeds that training never touches.
-All words are in `questions.VOCABULARY`, so that a model trained on single images can read them.
+``make_pair`` draws two independent scenes. ``make_video`` draws 4 to 6 frames: one or two objects move from frame to frame, two
+others are in one frame only. ``ask_several`` asks about one image or frame, or about both images. ``held_out_several`` yields
+samples as ``samples.held_out`` does, from seeds that training never uses. All words are in ``questions.VOCABULARY``, so that a
+model trained on single images can read them.
 """
 
 from __future__ import annotations
@@ -48,17 +48,18 @@ class Asked:
     key: str
     """The noun phrase asked about."""
     images: tuple[int, ...]
-    """Indices of the images in which it is looked for."""
+    """Indices of the images that the question is about."""
     answer_image: int | None = None
+    """Index of the image that has the answer, if only one has it."""
 
 
 def make_pair(seed: int) -> tuple[Scene, ...]:
-    """Returns the two scenes of a seed, of one size."""
+    """Return the two scenes of a seed, of one size."""
     return tuple(make_scene(2 * seed + number, canvas=PAIR_CANVAS) for number in range(2))
 
 
 def make_video(seed: int) -> tuple[Scene, ...]:
-    """Returns the frames of a seed: same background, 1 or 2 objects that move, 2 that are in one frame only."""
+    """Return the frames of a seed: one background, 1 or 2 objects that move, 2 that are in one frame only."""
     rng = random.Random(f"video {seed}")
     num_frames = rng.randint(*NUM_FRAMES)
     num_staying = rng.randint(1, 2)
@@ -81,17 +82,17 @@ def make_video(seed: int) -> tuple[Scene, ...]:
 
 
 def scenes_of(seed: int, kind: str) -> tuple[Scene, ...]:
-    """Returns the scenes of a seed that a kind of question is asked about."""
+    """Return the scenes of a seed for a kind of question."""
     return make_pair(seed) if kind in PAIR_KINDS else make_video(seed)
 
 
 def ask_several(scenes: tuple[Scene, ...], kind: str, rng: random.Random) -> Asked | None:
-    """Returns one question of a kind with its answer, or None when the scenes allow none."""
+    """Return one question of a kind with its answer, or None when the scenes allow none."""
     return _ASKERS[kind](tuple(scene.things for scene in scenes), rng)
 
 
 def held_out_several(count: int, *, seed: int = 0) -> Iterator[ShapeSample]:
-    """Yields `count` samples as `held_out` does, every kind equally often (up to one), one question per set of images."""
+    """Yield ``count`` samples with one question per set of images; each kind occurs equally often, give or take one."""
     given, scene_seed = 0, HELD_OUT_OFFSET + seed * SEEDS_PER_STREAM
     while given < count:
         sample = sample_of(scene_seed, SEVERAL_KINDS[given % len(SEVERAL_KINDS)])
@@ -102,7 +103,7 @@ def held_out_several(count: int, *, seed: int = 0) -> Iterator[ShapeSample]:
 
 
 def sample_of(seed: int, kind: str) -> ShapeSample | None:
-    """Returns the sample of a seed, or None when its scenes allow no question of that kind."""
+    """Return the sample of a seed, or None when its scenes allow no question of that kind."""
     scenes, rng = scenes_of(seed, kind), random.Random(f"held out {seed}")
     drawn = (ask_several(scenes, kind, rng) for _ in range(_ASKED_TIMES))
     asked = next((found for found in drawn if found), None)
@@ -122,17 +123,17 @@ _Images = tuple[tuple[Thing, ...], ...]
 
 
 def _name(index: int) -> str:
-    """Returns `image two`."""
+    """Return ``image two``."""
     return f"image {COUNT_WORDS[index + 1]}"
 
 
 def _with(images: _Images, key: str) -> list[int]:
-    """Returns the indices of the images that have an object of a noun phrase."""
+    """Return the indices of the images with an object that a noun phrase describes."""
     return [index for index, things in enumerate(images) if matches(things, key)]
 
 
 def _ask_which(images: _Images, rng: random.Random) -> Asked | None:
-    """Asks which image or frame an object is in; it is in one only."""
+    """Ask which image or frame an object is in; it is in one only."""
     every = tuple(range(len(images)))
     keys = [(color_noun_of(thing), index) for index in every for thing in images[index]]
     found = [(key, index) for key, index in keys if _with(images, key) == [index]]
@@ -143,7 +144,7 @@ def _ask_which(images: _Images, rng: random.Random) -> Asked | None:
 
 
 def _ask_color_in_one(images: _Images, rng: random.Random) -> Asked | None:
-    """Asks for the colour of an object of one image; the other has one of that shape in another colour."""
+    """Ask for the colour of an object in one image; the other image has the shape in another colour."""
     keys = {noun_of(thing) for things in images for thing in things}
     once = sorted(key for key in keys if all(matches(things, key) == 1 for things in images))
     colors = {
@@ -158,7 +159,7 @@ def _ask_color_in_one(images: _Images, rng: random.Random) -> Asked | None:
 
 
 def _ask_both(images: _Images, rng: random.Random) -> Asked | None:
-    """Asks whether both images have an object; at least one has it, and the same form of question allows yes and no."""
+    """Ask whether both images have an object; at least one has it, and both answers are possible."""
     phrases: list[Callable[[Thing], str]] = [color_noun_of, noun_of, lambda thing: f"{thing.color} object"]
     rng.shuffle(phrases)
     for phrase in phrases:
@@ -176,7 +177,7 @@ def _ask_both(images: _Images, rng: random.Random) -> Asked | None:
 
 
 def _ask_more(images: _Images, rng: random.Random) -> Asked | None:
-    """Asks whether the first image has more objects of a group than the second."""
+    """Ask whether the first image has more objects of a group than the second."""
     answer = rng.choice(("yes", "no"))
     for _ in range(12):
         key = group_of(images[0] + images[1], rng)
@@ -187,7 +188,7 @@ def _ask_more(images: _Images, rng: random.Random) -> Asked | None:
 
 
 def _ask_once(images: _Images, rng: random.Random) -> Asked | None:
-    """Asks whether an object exists: it is in one frame, or only its colour and its shape are somewhere."""
+    """Ask whether an object exists: it is in one frame, or only its colour and its shape occur."""
     every = tuple(range(len(images)))
     things = [thing for frame in images for thing in frame]
     if rng.random() < 0.5:
@@ -207,7 +208,7 @@ def _ask_once(images: _Images, rng: random.Random) -> Asked | None:
 
 
 def _ask_what(images: _Images, rng: random.Random) -> Asked | None:
-    """Asks for the colour of an object that is in one frame only."""
+    """Ask for the colour of an object that is in one frame only."""
     keys = [(noun_of(thing), thing.color, index) for index, things in enumerate(images) for thing in things]
     found = [one for one in keys if sum(matches(things, one[0]) for things in images) == 1]
     if not found:
@@ -217,7 +218,7 @@ def _ask_what(images: _Images, rng: random.Random) -> Asked | None:
 
 
 def _ask_where(images: _Images, rng: random.Random) -> Asked | None:
-    """Asks where an object that moves is in one frame."""
+    """Ask where an object that moves is in one frame."""
     index = rng.randrange(len(images))
     found = [thing for thing in images[index] if len(_with(images, color_noun_of(thing))) > 1]
     if not found:

@@ -1,7 +1,7 @@
-"""Measures a checkpoint folder the ordinary Hugging Face way: processor, chat template and `generate()`.
+"""Measures a checkpoint folder with Hugging Face's processor, chat template and `generate()`.
 
-`python examples/tiny_model/check.py export/tiny --count 700` prints exact match by kind. `--demo DIR` writes the demo
-pictures instead: for each size, questions of one held-out picture that the checkpoint answers rightly.
+`python examples/tiny_model/check.py export/tiny --count 700` prints exact match by kind. `--demo DIR` writes the demo images
+instead: for each size one held-out image, with questions that the checkpoint answers correctly.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Answerer:
 
 
 def measure(answerer: Answerer, count: int, seed: int) -> None:
-    """Prints exact match by kind and by picture size."""
+    """Prints exact match by kind and by image size."""
     right: Counter[str] = Counter()
     seen: Counter[str] = Counter()
     for sample in held_out(count, seed=seed):
@@ -56,20 +56,19 @@ def measure(answerer: Answerer, count: int, seed: int) -> None:
 
 
 def write_demo(answerer: Answerer, folder: Path) -> None:
-    """Writes one picture per demo size and `questions.json` with rightly answered questions."""
+    """Writes one image per demo size, and `questions.json` with correctly answered questions."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for number, size in enumerate(DEMO_SIZES):
         canvas = next(c for c in CANVASES if (c.width, c.height) == size)
-        for seed in range(
-            HELD_OUT_OFFSET + 90_000_000 + 1000 * number, HELD_OUT_OFFSET + 90_001_000 + 1000 * number
-        ):
+        first = HELD_OUT_OFFSET + 90_000_000 + 1000 * number
+        for seed in range(first, first + 1000):
             samples = samples_of(make_scene(seed, canvas=canvas), DEMO_KINDS)
             right = [s for s in samples if answerer.answer(s.images[0], s.question) == s.answer]
             if len(right) >= 5:
                 break
         name = f"shapes-{size[0]}x{size[1]}.png"
-        right[0].image.save(folder / name, optimize=True)
+        right[0].images[0].save(folder / name, optimize=True)
         entries += [{"file": name, "question": s.question, "answer": s.answer, "kind": s.kind} for s in right]
     (folder / "questions.json").write_text(json.dumps(entries, indent=1) + "\n")
 
@@ -80,7 +79,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="checkpoint folder")
     parser.add_argument("--count", type=int, default=350, help="held-out samples")
     parser.add_argument("--seed", type=int, default=0, help="held-out stream")
-    parser.add_argument("--demo", type=Path, help="write the demo pictures here instead")
+    parser.add_argument("--demo", type=Path, help="folder to write the demo images to, instead of measuring")
     args = parser.parse_args()
     answerer = Answerer(args.folder)
     if args.demo:

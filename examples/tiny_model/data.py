@@ -1,6 +1,6 @@
-"""Turns scenes into training arrays: tiles as LLaVA-NeXT cuts them, labels per patch, tokenised questions.
+"""Turns scenes into training arrays: LLaVA-NeXT's tiles, labels per patch, tokenised questions.
 
-Pictures of one layout (same tiling and same unpadding) form one group, because a batch needs one shape.
+Images of one layout (equal tiling and unpadding) form a group, because a batch needs one shape.
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ TILE, PATCH = 48, 8
 SIDE = TILE // PATCH
 PINPOINTS = [[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]]
 NAMES = (*SHAPES, *DIGITS)
-LABELS = ("name", "color", "size", "place", "center", "thing")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The processor's cuts of a picture: resized size, padded size, and the order of visual tokens.
+    """The processor's cuts of an image: resized size, padded size, and the order of visual tokens.
 
     `order[i]` is the index of visual token i in the flattened tiles (base tile first); -1 is a newline token.
     """
@@ -110,10 +109,8 @@ def labels_of(scene: Scene) -> np.ndarray:
     base = _grid_labels(
         scene, TILE / scene.canvas.layout_width, TILE / scene.canvas.layout_height, (0, 0), (SIDE, SIDE)
     )
-    x_scale, y_scale = (
-        layout.inner[0] / scene.canvas.layout_width,
-        layout.inner[1] / scene.canvas.layout_height,
-    )
+    x_scale = layout.inner[0] / scene.canvas.layout_width
+    y_scale = layout.inner[1] / scene.canvas.layout_height
     fine = _grid_labels(scene, x_scale, y_scale, (left, top), (high // PATCH, wide // PATCH))
     fine = (
         fine.reshape(high // TILE, SIDE, wide // TILE, SIDE, 6).swapaxes(1, 2).reshape(tiles * SIDE * SIDE, 6)

@@ -1,7 +1,7 @@
-"""The tiny model: its Hugging Face configuration, a fast packed decoder for training, and growing in depth.
+"""The tiny model: its Hugging Face configuration, a fast decoder for training, and growth in depth.
 
-All weights live in a plain `LlavaNextForConditionalGeneration`; `decode` computes the same decoder for many short
-questions that share one picture, and can drop visual tokens on the way as token reduction does at inference.
+All weights are in a plain `LlavaNextForConditionalGeneration`. `decode` computes the same decoder for many short questions
+about one image, and can drop visual tokens as token reduction does.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def make_config(num_layers: int) -> LlavaNextConfig:
 
 
 def make_model(num_layers: int) -> LlavaNextForConditionalGeneration:
-    """Returns a freshly initialised model; the head starts as a copy of the word embeddings."""
+    """Returns a newly initialised model; the head starts as a copy of the word embeddings."""
     model = LlavaNextForConditionalGeneration(make_config(num_layers))
     with torch.no_grad():
         nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.1)
@@ -147,9 +147,9 @@ def decode(
 
     Args:
         model: the model whose decoder layers are used.
-        prefix: embeddings `[B, P, D]` of the text before the picture and of the visual tokens.
-        question_ids: `[B, Q, T]` right-padded; each question sees the prefix and itself only.
-        drops: where prefix rows are dropped.
+        prefix: embeddings `[B, P, D]` of the text before the image and of the visual tokens.
+        question_ids: `[B, Q, T]`, right-padded; each question attends to the prefix and to itself.
+        drops: the dropped prefix rows.
         watch: collects the attention of some heads, for guidance.
     """
     B, Q, T = question_ids.shape

@@ -33,7 +33,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns the word tokenizer: lower-cased words, punctuation apart, no token added in front."""
+    """Returns the word tokenizer: lower-case words, separate punctuation, no token at the beginning."""
     core = Tokenizer(models.WordLevel(TOKEN_ID, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -60,7 +60,7 @@ def make_processor() -> LlavaNextProcessor:
 
 
 def package(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
-    """Writes the checkpoint folder of a model; weights are rounded to fp16, names are those of public checkpoints."""
+    """Writes the checkpoint folder of a model, with fp16 weights under the names of public checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
     half = clone(model).half()
     half.config.architectures = ["LlavaNextForConditionalGeneration"]

@@ -1,8 +1,8 @@
 """Teaches a trained checkpoint questions about several images: pairs and short videos, mixed with single images.
 
-`python examples/tiny_model/several.py --out DIR --minutes 20` starts from `export/tiny` and writes the checkpoint
-folder DIR. The vision tower stays as it is; the decoder sees the visual tokens of all images one after the other, as in a
-bundle exported with `--max-images`.
+`python examples/tiny_model/several.py --out DIR --minutes 20` starts from `export/tiny` and writes the checkpoint folder DIR.
+The vision tower does not change; the decoder gets the visual tokens of all images in a row, as in a bundle exported with
+`--max-images`.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ ALL_KINDS = (*KINDS, *SEVERAL_KINDS)
 
 
 class ImageReader(nn.Module):
-    """Training aid: asks every visual token, after the first layers, which image it is of."""
+    """Training aid: reads from each visual token, after the first layers, the number of its image."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
         self.image = nn.ModuleList(nn.Linear(width, 1 + NUM_FRAMES[1]) for _ in range(2))
 
     def loss(self, prefixes: list[Tensor], labels: Tensor, opening: int) -> Tensor:
-        """Returns the loss after layers 0 and 1, as long as no token was dropped; 0 for single images."""
+        """Returns the loss after layers 0 and 1, before tokens are dropped; 0 for single images."""
         total = torch.zeros((), device=labels.device)
         if labels.shape[-1] < 7:
             return total
@@ -63,7 +63,7 @@ class ImageReader(nn.Module):
 
 
 def joined_layout(layout: Layout, count: int) -> Layout:
-    """Returns the layout of `count` images of one layout, one after the other."""
+    """Returns the layout of `count` images of one layout in a row."""
     patches = 36 * (1 + (layout.outer[0] // 48) * (layout.outer[1] // 48))
     orders = [
         place if place < 0 else place + number * patches for number in range(count) for place in layout.order
@@ -72,7 +72,7 @@ def joined_layout(layout: Layout, count: int) -> Layout:
 
 
 def joined_labels(scenes: tuple[Scene, ...]) -> np.ndarray:
-    """Returns the labels of all images, their objects numbered through, with the image's number from 1 as a seventh."""
+    """Returns the labels of all images, with consecutive numbers of objects and the image's number from 1 as the seventh label."""
     labels, before = [], 0
     for number, scene in enumerate(scenes, start=1):
         one = labels_of(scene)
@@ -95,7 +95,7 @@ def bits_about(scenes: tuple[Scene, ...], asked: Asked) -> int:
 def questions_about(
     scenes: tuple[Scene, ...], kinds: tuple[str, ...], seed: int, count: int
 ) -> list[tuple[str, Asked]]:
-    """Returns `count` (kind, question) pairs of some images; few different ones are repeated."""
+    """Returns `count` (kind, question) pairs about some images; if there are fewer, they are repeated."""
     rng = random.Random(f"ask several {seed}")
     found: dict[str, tuple[str, Asked]] = {}
     for kind in rng.choices(kinds, k=4 * count):

@@ -1,8 +1,8 @@
 """Stage 2: the decoder learns to answer, 4 layers first, then 8, then 16, on visual tokens of the frozen tower.
 
-Many short questions share one picture per step. In most steps visual tokens are dropped early, object patches
-preferred, and positions close up again: cheaper, and the model gets used to token reduction. Two heads of three
-early layers are guided: they learn to look at the objects that a question is about.
+Many short questions share one image per step. In most steps visual tokens are dropped early, patches without objects first, and
+positions become compact: this is cheaper, and the model learns to work with token reduction. Two heads of three early layers
+are guided to attend to the objects that a question is about.
 """
 
 from __future__ import annotations
@@ -26,13 +26,9 @@ from trio_edge.calibration.shapes.scene import CANVASES, PLACES, Scene, make_sce
 
 MAX_QUESTION = 13
 OPENINGS = (
-    "",
-    "look at this picture .",
-    "answer the question .",
-    "please answer .",
-    "look .",
-    "you see this image .",
-)
+    "", "look at this picture .", "answer the question .", "please answer .", "look .", "you see this image .",
+)  # fmt: skip
+_NEUTRAL_WORDS = ("object", "objects", "in", "the", "more", "larger")
 
 
 @dataclass
@@ -61,29 +57,15 @@ def _about(scene: Scene, kind: str, question: str) -> int:
     """Returns the objects that a question asks about as bits."""
     words = question.split()
     parts = {
-        "color": [words[4:-1]],
-        "shape": [words[4:-1]],
-        "count": [words[2:-3]],
-        "digit": [["digit", words[-2]]],
-    }
-    parts |= {"place": [words[3:-1]], "existence": [words[3:-1]]}
+        "color": [words[4:-1]], "shape": [words[4:-1]], "count": [words[2:-3]], "digit": [["digit", words[-2]]],
+        "place": [words[3:-1]], "existence": [words[3:-1]],
+    }  # fmt: skip
     if kind == "comparison":
         than = words.index("than")
         parts[kind] = [words[2:than], words[than + 1 : -1]]
     bits = 0
     for number, thing in enumerate(scene.things):
-        facts = {
-            thing.name,
-            thing.color,
-            thing.size,
-            thing.place,
-            "object",
-            "objects",
-            "in",
-            "the",
-            "more",
-            "larger",
-        }
+        facts = {thing.name, thing.color, thing.size, thing.place, *_NEUTRAL_WORDS}
         facts |= {"digit", "digits"} if thing.is_digit else {PLURALS[thing.name]}
         if any(facts.issuperset(part) for part in parts[kind]):
             bits |= 1 << number
@@ -109,7 +91,7 @@ def _question_arrays(group: Group, count: int, weights: list[float] | None) -> t
 
 
 class ThreadTuner:
-    """Picks the faster number of CPU threads now and then: on a busy machine one thread can beat two."""
+    """Picks the faster number of CPU threads from time to time: on a busy machine one thread can be faster than two."""
 
     def __init__(self, *, every_seconds: float = 30, steps: int = 8) -> None:
         self.choices = sorted({1, torch.get_num_threads()})
@@ -330,7 +312,7 @@ GUIDED = (1, 2, 3)
 
 
 def guidance_loss(watch: Watch, drops: list[Drop], things: Tensor, about: Tensor, where: Tensor) -> Tensor:
-    """Returns how little the watched heads look at what is asked about, from the last two rows of a question.
+    """Returns a loss that is smaller the more the watched heads attend to the objects of a question, from its last two rows.
 
     Args:
         watch: collected attention.

@@ -1,7 +1,7 @@
-"""Stage 1: the vision tower and the projector learn to name what every patch shows.
+"""Stage 1: the vision tower and the projector learn to name the content of each patch.
 
-The labels of a patch are read off the projected patch by dot products with the decoder's own word embeddings, so
-the decoder starts with visual tokens written in its own words.
+A patch's labels are dot products of the projected patch with the decoder's word embeddings, so that the decoder starts with
+visual tokens in its own space.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _ids(words: tuple[str, ...]) -> list[int]:
 
 
 class PatchReader(nn.Module):
-    """Reads labels off hidden states: words by word embeddings, the rest by small linear heads."""
+    """Reads labels from hidden states: words by word embeddings, the rest by small linear heads."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class PatchReader(nn.Module):
     def losses(
         self, hidden: Tensor, labels: Tensor, embeddings: Tensor, *, is_base: Tensor | None
     ) -> dict[str, Tensor]:
-        """Returns one loss per label of patches `[M, D]`; places are asked of base-tile patches or, without, of all."""
+        """Returns one loss per label of patches `[M, D]`; that of places is for base-tile patches, or for all without `is_base`."""
         names = torch.cat(
             [self.scale * (hidden @ self.nothing)[:, None], self.word_logits(hidden, embeddings, NAMES)], 1
         )
@@ -62,9 +62,13 @@ class PatchReader(nn.Module):
 
 
 def train_vision(
-    model: LlavaNextForConditionalGeneration, groups: list[Group], *, seconds: float, batch: int = 16, rate: float = 2e-3,
-    save: str | None = None,
-) -> PatchReader:  # fmt: skip
+    model: LlavaNextForConditionalGeneration,
+    groups: list[Group],
+    *,
+    seconds: float,
+    batch: int = 16,
+    rate: float = 2e-3,
+) -> PatchReader:
     """Trains the vision tower, the projector and the word embeddings in place for a wall-clock time."""
     device = model.device
     reader = PatchReader().to(device)
@@ -101,10 +105,6 @@ def train_vision(
             speed = step * batch / (time.time() - start)
             print(f"vision {step} {time.time() - start:.0f}s {speed:.0f} img/s", {k: round(v, 3) for k, v in mean.items()},
                   flush=True)  # fmt: skip
-            if save and step % 1000 == 0:
-                torch.save({"model": model.state_dict(), "reader": reader.state_dict()}, save)
-    if save:
-        torch.save({"model": model.state_dict(), "reader": reader.state_dict()}, save)
     return reader
 
 

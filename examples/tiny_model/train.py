@@ -1,7 +1,7 @@
-"""Trains the tiny model from scratch and packages it: pictures, vision tower, decoder in three depths, checkpoint.
+"""Trains the tiny model from scratch and packages it: images, vision tower, decoder in three depths, checkpoint.
 
-`python examples/tiny_model/train.py --out DIR` runs all stages on a CPU or a GPU; a stage whose checkpoint already
-lies in DIR is not run again. `--smoke` runs every stage for a few seconds.
+`python examples/tiny_model/train.py --out DIR` runs all stages on a CPU or a GPU. A stage whose checkpoint is in DIR is not run
+again. `--smoke` runs each stage for a few seconds.
 """
 
 from __future__ import annotations

@@ -30,20 +30,17 @@ from trio_edge.export.quantize.plan import QuantizePlan, parse_plan
 from trio_edge.runtime.bundle.errors import ScheduleError
 from trio_edge.runtime.bundle.schedule import Schedule, Stage
 from trio_edge.trio.budgets import combined_schedule, parse_keep
-from trio_edge.trio.cost.flops import kv_row_bytes
 from trio_edge.trio.cost.memory import (
     Texts,
     Tiles,
     TokenSelection,
-    kv_cache_bytes,
-    largest_activations,
+    WeightBytes,
+    bundle_bytes,
     layers_and_rows,
-    repeated_weights,
     scratch_before,
     tiles_of,
 )
-from trio_edge.trio.cost.work import layer_weights
-from trio_edge.trio.methods import DEFAULT_METHOD, stage_method
+from trio_edge.trio.methods import DEFAULT_METHOD
 from trio_edge.trio.methods import token_method as method_row
 
 if TYPE_CHECKING:
@@ -144,27 +141,36 @@ class Remedy:
 
 def estimate(inputs: FitInputs, *, usable_bytes: int) -> Fit:
     """Return the bytes of every category against ``usable_bytes``; the formulas are this module's head."""
-    decoder, plan = inputs.decoder, inputs.quantize
-    layer, head = layer_weights(decoder), decoder.vocab_size * decoder.hidden_size
-    formats = plan.of_layers(inputs.schedule, num_layers=decoder.num_layers)
-    head_format, probed = plan.of_part("head"), formats[-1]
-    repeated = repeated_weights(
-        inputs.schedule, decoder, layers_quantized=probed != "none", head_quantized=head_format != "none"
+    plan, size, before = inputs.quantize, inputs.element_bytes, 0
+    per_weight: dict[Format, float] = {"none": size, "int4": 2 * INT4_SHARE, "int8": 1.0, "fp8": 1.0}
+    if inputs.token_selection is not None:
+        rows = inputs.picture.num_visual
+        before = scratch_before(inputs.token_selection, inputs.texts, num_visual=rows, element_bytes=size)
+    formats = plan.of_layers(inputs.schedule, num_layers=inputs.decoder.num_layers)
+    found = bundle_bytes(
+        inputs.decoder,
+        inputs.schedule,
+        WeightBytes(
+            layers=[per_weight[kind] for kind in formats],
+            head=per_weight[plan.of_part("head")],
+            vision=per_weight[plan.of_part("vision")],
+            select=per_weight[plan.of_part("select")],
+        ),
+        vision_params=inputs.vision_params,
+        ranges=inputs.layers_and_rows,
+        text_rows=inputs.max_text,
+        new_rows=inputs.max_new_tokens,
+        bytes_per_cached=1 if plan.has_cache else size,
+        tiles=inputs.picture.tiles,
+        before=before,
+        element_bytes=size,
     )
-    if not stage_method(inputs.schedule.method).has_probe:
-        probed = plan.of_part("select")
-    quantized = {"int4": 2 * INT4_SHARE, "int8": 1.0, "fp8": 1.0}
-
-    def weights(num_params: int, kind: Format) -> int:
-        return round(num_params * quantized.get(kind, inputs.element_bytes))
-
     parts = {
-        "decoder weights": sum(weights(layer, kind) for kind in formats),
-        "head and vision weights": weights(head, plan.of_part("head"))
-        + weights(inputs.vision_params, plan.of_part("vision")),
-        "repeated weights": weights(repeated.layers, probed) + weights(repeated.head, head_format),
-        "KV caches": _kv_bytes(inputs),
-        "activations": _activation_bytes(inputs),
+        "decoder weights": round(found.layers),
+        "head and vision weights": round(found.head_and_vision),
+        "repeated weights": round(found.repeated),
+        "KV caches": found.kv_caches,
+        "activations": found.activations,
     }
     return Fit(parts=parts, usable_bytes=usable_bytes)
 
@@ -218,31 +224,8 @@ def _advice(options: Sequence[Remedy]) -> str:
     return f"{text}; choose a smaller model"
 
 
-def _kv_row_bytes(inputs: FitInputs) -> int:
-    size = 1 if inputs.quantize.has_cache else inputs.element_bytes
-    return kv_row_bytes(inputs.decoder, bytes_per_cached=size)
-
-
-def _kv_bytes(inputs: FitInputs) -> int:
-    other_rows = inputs.max_text + inputs.max_new_tokens
-    return kv_cache_bytes(inputs.layers_and_rows, other_rows=other_rows, row_bytes=_kv_row_bytes(inputs))
-
-
-def _activation_bytes(inputs: FitInputs) -> int:
-    size, before = inputs.element_bytes, 0
-    if inputs.token_selection is not None:
-        rows = inputs.picture.num_visual
-        before = scratch_before(inputs.token_selection, inputs.texts, num_visual=rows, element_bytes=size)
-    return largest_activations(
-        inputs.decoder,
-        ranges=inputs.layers_and_rows,
-        text_rows=inputs.max_text,
-        probe_rows=inputs.schedule.num_probe_rows,
-        cache_row_bytes=_kv_row_bytes(inputs),
-        tiles=inputs.picture.tiles,
-        before=before,
-        element_bytes=size,
-    )
+def _cached_visual_rows(inputs: FitInputs) -> int:
+    return sum(layers * rows for layers, rows in inputs.layers_and_rows)
 
 
 def _with_float16(inputs: FitInputs) -> FitInputs | None:
@@ -267,7 +250,7 @@ def _with_keep(inputs: FitInputs) -> FitInputs | None:
     except ScheduleError:
         return None  # too few layers or tokens for it
     changed = dataclasses.replace(inputs, schedule=wished)
-    return changed if _kv_bytes(changed) < _kv_bytes(inputs) else None
+    return changed if _cached_visual_rows(changed) < _cached_visual_rows(inputs) else None
 
 
 def _with_small_picture(inputs: FitInputs) -> FitInputs | None:

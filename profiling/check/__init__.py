@@ -1,1 +1,1 @@
-"""``trio-check``: does every installed backend answer here as it should?"""
+"""``trio-check``: checks every installed backend's answers on this machine."""

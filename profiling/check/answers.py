@@ -1,4 +1,4 @@
-"""Questions about a drawn image, what a backend answered, and how two answers may differ."""
+"""Questions about a drawn image, a backend's answers, and the allowed difference of two answers."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from trio_edge.runtime.pipeline import Pipeline
 
 NEW_TOKENS = 8
-"""Of each answer: the second decode step is captured as a CUDA graph, later ones replay it."""
+"""Tokens per answer: the second decode step is captured as a CUDA graph, and later ones replay it."""
 LOGITS_RTOL = LOGITS_ATOL = 5e-2
-"""Float16 weights and activations; ``tests/tolerances.py`` has the reason."""
+"""For float16 weights and activations; ``tests/tolerances.py`` has the reason."""
 LEAST_KEPT = 0.95
-"""Share of kept tokens that two backends have in common for a bundle of the user's: some scores are equal but for rounding."""
+"""Share of kept tokens that two backends must have in common on a user's bundle: rounding decides between equal scores."""
 MOST_KL = 0.05
-"""Nats between the first tokens' distributions of two backends, for a bundle of the user's."""
+"""Most nats between the first tokens' distributions of two backends on a user's bundle."""
 
 
 class CheckQuestion(NamedTuple):
-    """A question about ``draw`` at some size."""
+    """A question about the image ``draw(width, height)``."""
 
     width: int
     height: int
@@ -38,23 +38,23 @@ QUESTIONS = (
     CheckQuestion(96, 96, "what color is the square ?"),
     CheckQuestion(200, 150, "how many squares are there ?"),
 )
-"""For the packaged model, which knows no other words than those of its pictures."""
+"""For the packaged model, whose vocabulary has only the words of its training images."""
 
 
 class AnswerRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer, greedy."""
+    """One greedy answer."""
 
     prompt: str
     text: str
     ids: list[int]
     kept: list[list[int]]
-    """For each stage the kept visual tokens."""
+    """Kept visual tokens of each stage."""
     logits: list[float]
-    """Of the first token, for the whole vocabulary."""
+    """The first token's, for the whole vocabulary."""
 
 
 def draw(width: int, height: int) -> Image.Image:
-    """Return a red circle and a blue square on a gradient: the same pixels everywhere, without a file."""
+    """Return an image of a red circle and a blue square, with the same pixels on every machine."""
     y, x = np.mgrid[:height, :width]
     pixels = np.stack([100 + 40 * x // width, 100 + 40 * y // height, 120 + 0 * x], axis=-1)
     side = min(width, height)
@@ -76,7 +76,7 @@ def answer(pipeline: Pipeline, questions: Sequence[CheckQuestion]) -> list[Answe
             min_new_tokens=count,
             temperature=0.0,
         )
-        text = generation.text  # runs it
+        text = generation.text  # runs the generation
         records.append(
             AnswerRecord(
                 prompt=question.prompt,
@@ -90,13 +90,13 @@ def answer(pipeline: Pipeline, questions: Sequence[CheckQuestion]) -> list[Answe
 
 
 def largest_difference(got: Sequence[AnswerRecord], expected: Sequence[AnswerRecord]) -> float:
-    """Return by how much any logit differs."""
+    """Return the largest absolute difference of two logits."""
     pairs = [(np.asarray(a.logits), np.asarray(b.logits)) for a, b in zip(got, expected)]
     return max(float(np.abs(a - b).max()) for a, b in pairs)
 
 
 def exact_difference(got: AnswerRecord, expected: AnswerRecord) -> str | None:
-    """Return the first difference of two answers that should be the same but for rounding; None without one."""
+    """Return the first difference of two answers that may differ only by rounding; None if there is none."""
     if (kept := _kept_difference(got, expected, least=1.0)) is not None:
         return kept
     found, wanted = np.asarray(got.logits), np.asarray(expected.logits)
@@ -110,7 +110,7 @@ def exact_difference(got: AnswerRecord, expected: AnswerRecord) -> str | None:
 
 
 def close_difference(got: AnswerRecord, expected: AnswerRecord) -> str | None:
-    """Return the first difference of two answers that is larger than two backends' rounding explains; None without one."""
+    """Return the first difference of two answers that two backends' rounding cannot explain; None if there is none."""
     if (kept := _kept_difference(got, expected, least=LEAST_KEPT)) is not None:
         return kept
     divergence = _divergence(got, expected)

@@ -1,4 +1,4 @@
-"""The checks of ``trio-check``: runs each backend in a process, compares its answers, and says one line about each."""
+"""The checks of ``trio-check``: each backend runs in its own process, and each of its checks gives one line."""
 
 from __future__ import annotations
 
@@ -31,16 +31,13 @@ if TYPE_CHECKING:
 
 CPU = "onnxruntime"
 ORDER = (CPU, *(name for name in BACKENDS if name != CPU))
-"""The CPU first: other backends are compared with it where no results are stored."""
+"""The CPU is first, because other backends are compared with it where no results are stored."""
 MOST_GROWN = 32_000_000
-"""Bytes that the process or the GPU's used memory may grow over all loads: less than the packaged model's weights, eight times."""
+"""Bytes that host or GPU memory may grow over all loads: less than eight times the packaged model's weights."""
 _LIMIT_SECONDS = 1800
-"""For one backend: a hang must end, and building engines on a small Jetson takes minutes."""
-
-_ENVIRONMENT = {
-    **os.environ,
-    "PYTHONSAFEPATH": "1",
-}  # or a file of the working directory could pass for a package
+"""Limit per backend, to end a hang; building engines on a small Jetson takes minutes."""
+# a file in the working directory must not pass for a package
+_ENVIRONMENT = {**os.environ, "PYTHONSAFEPATH": "1"}
 
 Status = Literal["pass", "fail", "not here"]
 Compare = Callable[[AnswerRecord, AnswerRecord], str | None]
@@ -53,19 +50,19 @@ class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
     check: str
     status: Status
     text: str
-    """What was found, or why not."""
+    """The result, or the reason why there is none."""
 
 
 class BackendOutcome(NamedTuple):
-    """What one backend's process reported."""
+    """The report of one backend's process."""
 
     steps: dict[str, WorkerStep]
     failure: str | None
-    """Why it ended before its last step."""
+    """Reason why it ended before its last step."""
 
 
 def absent_reason(backend: str) -> str | None:
-    """Return why a backend cannot run on this machine, so that nothing is to be checked; None if it can."""
+    """Return the reason why a backend cannot run on this machine; None if it can."""
     for engine_backend in ENGINE_BACKENDS:
         if backend == engine_backend and not is_installed(engine_backend):
             return "not installed"
@@ -80,16 +77,11 @@ def absent_reason(backend: str) -> str | None:
 
 
 def run_backend(job: WorkerJob, folder: Path) -> BackendOutcome:
-    """Run ``job`` in a process of its own and return its report.
-
-    Args:
-        job: For one backend.
-        folder: For the files that the two exchange.
-    """
+    """Run ``job`` in its own process, with its files in ``folder``, and return its report."""
     task, report, log = (folder / f"{job.backend}.{end}" for end in ("job", "report", "log"))
     task.write_bytes(msgspec.json.encode(job))
     command = [sys.executable, "-m", "trio_edge.profiling.check.worker", str(task), str(report)]
-    with log.open("wb") as output:  # TensorRT writes to both streams, past its logger
+    with log.open("wb") as output:  # TensorRT also writes to both streams directly
         try:
             code = subprocess.run(
                 command, stdout=output, stderr=output, timeout=_LIMIT_SECONDS, check=False, env=_ENVIRONMENT
@@ -116,13 +108,13 @@ def _failure(steps: dict[str, WorkerStep], code: int | None, log: Path) -> str |
 def judge(
     backend: str, outcome: BackendOutcome, *, expected: Sequence[AnswerRecord], expected_from: str
 ) -> list[CheckResult]:
-    """Return one result for each check of a backend that could run.
+    """Return the results of a backend's checks.
 
     Args:
         backend: Its name.
-        outcome: What its process reported.
-        expected: The answers to compare with; none if this backend is the first.
-        expected_from: Whose they are: "" for stored ones, which must be met exactly, else another backend.
+        outcome: Its process's report.
+        expected: Answers to compare with; empty for the first backend.
+        expected_from: The backend that gave them; "" for stored answers, from which only rounding may differ.
     """
     steps, failure = outcome
     if (absent := steps.get("absent")) is not None:
@@ -214,12 +206,12 @@ def check_backends(
     """Check every backend and return all results.
 
     Args:
-        bundle: The bundle; engines are built into it if results are stored.
+        bundle: The bundle; engines are built into it if there are ``stored`` answers.
         folder: For temporary files.
-        questions: What to ask; empty for one question that fits.
-        stored: Results to meet; empty where backends are compared with the first that answers.
-        starting: Told each backend that is going to run.
-        done: Told each result.
+        questions: Questions to ask; empty for one question that fits the bundle.
+        stored: Answers to compare with; empty to compare with the first backend that answers.
+        starting: Called with each backend before it runs.
+        done: Called with each result.
     """
     results: list[CheckResult] = []
     expected, expected_from = list(stored), ""

@@ -1,4 +1,4 @@
-"""``trio-check``: one command that tells whether this machine runs bundles as it should, backend by backend."""
+"""``trio-check``: checks whether this machine runs bundles correctly, backend by backend."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ SCHEMA_VERSION = 1
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path),
-    help="Check a bundle of yours: its backends are compared with one another. [default: the packaged model]",
+    help="Bundle to check, by comparing its backends with each other. [default: the packaged model]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output, for a report.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def command(bundle: Path | None, as_json: bool) -> int:
-    """Check that every installed backend answers as it should on this machine.
+    """Check that every installed backend gives the right answers on this machine.
 
-    The exit code is 0 if no check failed, 1 if one did, 2 if nothing could be checked.
+    The exit code is 0 if no check failed, 1 if one failed, and 2 if nothing could be checked.
     """
     facts = machine_facts()
     if not as_json:
@@ -51,7 +51,7 @@ def command(bundle: Path | None, as_json: bool) -> int:
     ):
 
         def starting(backend: str) -> None:
-            status.update(f"{backend}: building, answering, loading again")
+            status.update(f"{backend}: building, answering, reloading")
 
         def done(result: CheckResult) -> None:
             if not as_json:
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def machine_facts() -> dict[str, Any]:
-    """Return what a report says of this machine, as JSON types."""
+    """Return the facts about this machine for a report, as JSON types."""
     return {
         "versions": find_versions(),
         "machine": msgspec.to_builtins(find_machine()),
@@ -90,33 +90,31 @@ def machine_facts() -> dict[str, Any]:
 
 
 def facts_in_words(facts: dict[str, Any]) -> dict[str, str]:
-    """Return the facts as lines by name."""
-    machine, available = facts["machine"], facts["available_bytes"]
-    capability, free = (
-        machine["gpu_compute_capability"],
-        "" if available is None else f", {available / 1e9:.1f} GB free",
-    )
+    """Return the facts as one text for each name."""
+    machine, available, gpu = facts["machine"], facts["available_bytes"], "none"
+    free = "" if available is None else f", {available / 1e9:.1f} GB free"
     release = "" if facts["l4t"] is None else f", Jetson Linux {facts['l4t']}"
     memory = "unknown" if machine["memory_bytes"] is None else f"{machine['memory_bytes'] / 1e9:.1f} GB"
+    if machine["gpu"] is not None:
+        capability = machine["gpu_compute_capability"] / 10
+        gpu = f"{machine['gpu']}, compute capability {capability:.1f}, driver {machine['gpu_driver']}"
     return {
         "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         "machine": f"{machine['name']}, {machine['machine']}, {machine['system']}{release}, {machine['cores']} cores",
-        "GPU": "none"
-        if machine["gpu"] is None
-        else f"{machine['gpu']}, compute capability {capability / 10:.1f}, driver {machine['gpu_driver']}",
-        "power mode": facts["power_mode"] or "not known: no nvpmodel here",
+        "GPU": gpu,
+        "power mode": facts["power_mode"] or "unknown: no nvpmodel here",
         "memory": f"{memory}{free}",
     }
 
 
 def line_of(result: CheckResult) -> str:
-    """Return one check in one line."""
+    """Return the line for one check."""
     text = " ".join(result.text.split())
     return f"{result.status:10}{f'{result.backend}, {result.check}':34}{text}"
 
 
 def as_dict(facts: dict[str, Any], results: Sequence[CheckResult]) -> dict[str, Any]:
-    """Return what ``--json`` prints."""
+    """Return the content of ``--json``."""
     return {
         "schema_version": SCHEMA_VERSION,
         "passed": not any(result.status == "fail" for result in results),

@@ -1,7 +1,7 @@
-"""The packaged model as a bundle, put together without torch.
+"""The packaged model as a bundle, made without torch.
 
-The package holds the bundle's graphs and manifest next to this file. Its weights are the packaged checkpoint's file, byte
-for byte, which the package holds once.
+The package has the bundle's graphs and manifest next to this file. The bundle's weights file equals the packaged checkpoint's,
+so the package has it only once.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _WEIGHTS = "model.safetensors"
 def put_together(target: Path, *, graphs: Path | None = None) -> Path:
     """Write the packaged bundle to ``target``, a new folder, and return it.
 
-    A copy, as engines are built into it and the package's folder may belong to the administrator.
+    Engines are built into this copy; the package's own folder may not be writable.
 
     Args:
-        target: The folder to be.
-        graphs: Where graphs and manifest lie. [default: in the package]
+        target: The new folder.
+        graphs: Folder of graphs and manifest; None for the package's.
 
     Raises:
-        BundleError: If the package was made without it.
+        BundleError: If the package has no bundle.
     """
     source = GRAPHS if graphs is None else graphs
     if not (source / MANIFEST_NAME).is_file():
         raise BundleError(
-            f"{source}: expected the packaged bundle, which releases hold, got none; run make check in a clone, or"
+            f"{source}: expected the packaged bundle, which releases have, got none; run make check in a clone, or"
             " trio-export tiny --out tiny on a machine with torch and trio-check --bundle tiny"
         )
     shutil.copytree(source, target)
@@ -47,5 +47,5 @@ def put_together(target: Path, *, graphs: Path | None = None) -> Path:
 
 
 def stored_answers() -> list[AnswerRecord]:
-    """Return the results that ``benchmarks/record_check.py`` stored."""
+    """Return the answers that ``benchmarks/record_check.py`` stored."""
     return msgspec.json.decode(EXPECTED.read_bytes(), type=list[AnswerRecord])

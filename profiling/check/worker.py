@@ -1,14 +1,14 @@
-"""One backend's part of ``trio-check``, in a process of its own: a crash ends this backend's checks and no others.
+"""One backend's part of ``trio-check``, in its own process: a crash ends only this backend's checks.
 
-It writes one line of JSON for each step it has done, so that what is missing tells where it ended:
+The process writes one line of JSON after each step, so that the last line shows how far it came:
 
-    start     memory of the GPU that is free
-    engines   seconds, if they were built
-    answers   of the bundle
+    start     free memory of the GPU
+    engines   seconds to build them, if they were built
+    answers   the bundle's answers
     plain     the same answers without a CUDA graph, if the backend uses one
-    cycles    bytes by which the process and the GPU's used memory grew from load to load
-    absent    why nothing can run here
-    error     what failed, in one line
+    cycles    growth of host and GPU memory over repeated loads, in bytes
+    absent    reason why nothing can run here
+    error     the error, in one line
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.reader import Bundle
 
 WARM_UP = 2
-"""Loads before memory is compared: libraries allocate once."""
+"""Loads before memory is compared, because libraries allocate at the first ones."""
 CYCLES = 8
 
 
 class WorkerJob(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process is to do."""
+    """The task of one process."""
 
     bundle: str
     backend: str
     questions: list[CheckQuestion]
-    """Empty for one about an image that fits the bundle."""
+    """Empty for one question about an image that fits the bundle."""
     build: bool
-    """Build engines where the backend needs some; else those of the bundle are taken."""
+    """Whether to build engines if the backend needs them; otherwise the bundle must have them."""
     cycles: int = CYCLES
 
 
 class WorkerStep(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One line of what a process reports."""
+    """One line of a process's report."""
 
     step: str
     text: str = ""
@@ -69,7 +69,7 @@ class WorkerStep(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def run_worker(job: WorkerJob, report: Callable[[WorkerStep], None]) -> None:
-    """Check one backend and report each step."""
+    """Check one backend, and report each step."""
     try:
         bundle = open_bundle(Path(job.bundle))
         if not _prepare(bundle, job, report):
@@ -81,9 +81,9 @@ def run_worker(job: WorkerJob, report: Callable[[WorkerStep], None]) -> None:
 
 
 def memory_in_use() -> dict[str, int]:
-    """Return bytes of resident host memory, and of GPU memory in use by anybody where there is a GPU.
+    """Return the bytes of resident host memory and, if there is a GPU, minus the free bytes of GPU memory.
 
-    The GPU's are what is not free, less a constant: only differences mean something.
+    Only differences of the GPU's values have a meaning.
     """
     gc.collect()
     found = {"host": resident_bytes() or 0}
@@ -101,7 +101,7 @@ def _gpu_free_bytes() -> int | None:
 
 
 def _prepare(bundle: Bundle, job: WorkerJob, report: Callable[[WorkerStep], None]) -> bool:
-    """Build or find engines; return False if the backend cannot run here, once that is reported."""
+    """Build or find engines; if the backend cannot run here, report that and return False."""
     if job.backend != "onnxruntime":
         report(WorkerStep(step="start", gpu_free_bytes=_gpu_free_bytes()))
     for backend in ENGINE_BACKENDS:
@@ -143,7 +143,7 @@ def _fitting_question(pipeline: Pipeline) -> CheckQuestion:
 
 
 def _grown(bundle: Bundle, job: WorkerJob) -> dict[str, int]:
-    """Return by how many bytes memory grew over ``job.cycles`` loads."""
+    """Return the growth of memory over ``job.cycles`` loads, in bytes."""
     before: dict[str, int] = {}
     for cycle in range(WARM_UP + job.cycles):
         if cycle == WARM_UP:
@@ -156,7 +156,7 @@ def _grown(bundle: Bundle, job: WorkerJob) -> dict[str, int]:
 def main(argv: list[str]) -> int:
     """Run the job in the file ``argv[0]`` and write its report to the file ``argv[1]``."""
     job = msgspec.json.decode(Path(argv[0]).read_bytes(), type=WorkerJob)
-    with Path(argv[1]).open("ab", buffering=0) as file:  # unbuffered: a crash must not lose what was done
+    with Path(argv[1]).open("ab", buffering=0) as file:  # unbuffered: a crash must not lose finished steps
 
         def report(step: WorkerStep) -> None:
             file.write(msgspec.json.encode(step) + b"\n")

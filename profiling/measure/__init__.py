@@ -1,1 +1,1 @@
-"""Measures the milliseconds, the bytes and the watts of a bundle on this machine."""
+"""Measures time, memory and power of a bundle on this machine."""

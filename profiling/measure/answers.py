@@ -1,4 +1,4 @@
-"""One timed answer of a bundle: the moment of each token, and the launches on the device."""
+"""One timed answer of a bundle: the moment of each token, and the graphs' launches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Answer:
 
     @property
     def calls(self) -> tuple[GraphCall, ...]:
-        """Its launches."""
+        """The answer's launches."""
         return graph_calls(self.stamps)
 
     @property
@@ -55,12 +55,12 @@ class Answer:
 
     @property
     def answer_ms(self) -> float:
-        """From the question to the end of the answer."""
+        """Time from the question to the end of the answer."""
         return 1e3 * (self.end - self.start)
 
     @property
     def ttft_ms(self) -> float:
-        """From the question to the first token."""
+        """Time from the question to the first token."""
         return 1e3 * (self.token_moments[0] - self.start)
 
     @property
@@ -83,24 +83,24 @@ class Answer:
 
 @final
 class _StampedIds(list[int]):
-    """Token ids that note when each was appended."""
+    """Token ids with the moment at which each was appended."""
 
     def __init__(self) -> None:
         super().__init__()
         self.moments: list[float] = []
 
     def append(self, token: int) -> None:
-        # The pipeline appends a token when it is known, and yields text only where a word is complete.
+        # the pipeline appends a token when it is known, but yields text only at the end of a word
         self.moments.append(time.perf_counter())
         super().append(token)
 
 
 @final
 class LoadedBundle:
-    """A loaded bundle that answers the same number of tokens each time: no token stops it."""
+    """A loaded bundle whose answers all have the same number of tokens: no token stops them."""
 
     def __init__(self, folder: Path, backend: Backend, *, capture: bool = True) -> None:
-        """Open and load the bundle, and note how long that took; ``capture`` is ``RecordingBackend``'s."""
+        """Open and load the bundle, and time both; ``capture`` is ``RecordingBackend``'s."""
         start = time.perf_counter()
         self.bundle = open_bundle(folder)
         opened = time.perf_counter()
@@ -112,7 +112,7 @@ class LoadedBundle:
         self.graphs_ms = 1e3 * (time.perf_counter() - opened)
 
     def answer(self, question: RunQuestion) -> Answer:
-        """Ask, and return the timed answer."""
+        """Ask a question and return the timed answer."""
         self.recording.take()
         ids = _StampedIds()
         start = time.perf_counter()
@@ -139,6 +139,6 @@ class LoadedBundle:
 
 
 def without_stop_tokens(bundle: Bundle) -> Bundle:
-    """Return ``bundle`` without tokens that end an answer, so that every run does the same work."""
+    """Return ``bundle`` without stop tokens, so that every run does the same work."""
     text = msgspec.structs.replace(bundle.manifest.text, stop_token_ids=())
     return Bundle(folder=bundle.folder, manifest=msgspec.structs.replace(bundle.manifest, text=text))

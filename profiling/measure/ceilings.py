@@ -1,6 +1,6 @@
-"""The machine's ceilings, measured on the spot: a large product through the backend that runs the bundle, and a copy of memory.
+"""The machine's peak rates, measured with a large matrix product through the bundle's backend, and with a copy of memory.
 
-They are measured, not looked up, so a power mode, a governor or another program lowers them as it lowers the bundle.
+Because they are measured, a power mode, a governor or another program lowers them as it lowers the bundle's rates.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
 _HOST_BACKEND = "onnxruntime"
 _SECONDS = 0.4  # several products on a slow CPU, and too short to heat a module
 _SIZES = {True: 1024, False: 4096}
-"""Rows and columns of the product's matrices, on a CPU and on a GPU: large enough to hide the launch."""
+"""Rows and columns of the matrices on a CPU (True) and on a GPU: large enough to hide the launch."""
 _COPY_BYTES = 256 << 20  # more than any processor's caches
 
 
 class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
-    """Rates that the machine reached on the spot, through the same backend."""
+    """Measured peak rates of the machine."""
 
     flops_per_s: float
     matmul: str
@@ -58,9 +58,9 @@ class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure_ceilings(backend: Backend, manifest: Manifest, *, cores: int) -> Ceilings:
-    """Return the rate of ``backend`` with products in the dtype of ``manifest``, and that of copies of memory.
+    """Return the rates of products through ``backend``, in the dtype of ``manifest``, and of copies of memory.
 
-    On a CPU ``cores`` threads copy at once.
+    On a CPU ``cores`` threads copy in parallel.
 
     Raises:
         BackendError: If the backend cannot run the product.
@@ -89,7 +89,7 @@ def measure_ceilings(backend: Backend, manifest: Manifest, *, cores: int) -> Cei
 
 
 def _copy(device: Device, *, cores: int, on_host: bool) -> tuple[int, float]:
-    """Return bytes read and written by one copy, and its milliseconds."""
+    """Return the bytes that one copy reads and writes, and its milliseconds."""
     if on_host:
         return 2 * _COPY_BYTES, _copy_with_threads(cores)
     source, target = (
@@ -121,9 +121,9 @@ def _copy_with_threads(cores: int) -> float:
 
 
 def _least(milliseconds: Callable[[], float]) -> float:
-    """Return the least that ``milliseconds`` gives until the time is up."""
-    milliseconds()  # the first call allocates, and wakes the clocks up
-    # The least, not the median: other programs make a product slower and never faster.
+    """Return the least value of ``milliseconds()`` within the time limit."""
+    milliseconds()  # the first call allocates, and raises the clocks
+    # the least, not the median, because other programs can only make it slower
     least, end = float("inf"), time.perf_counter() + _SECONDS
     while time.perf_counter() < end:
         least = min(least, milliseconds())
@@ -135,9 +135,9 @@ _FILE, _WEIGHTS_FILE = "matmul.onnx", "weights.bin"
 _INPUT, _OUTPUT = "rows", "product"
 _ELEMENT_TYPES = {"float32": 1, "float16": 10}
 _SEED = 0
-# product [S, S] = rows [S, S] x weights of opset 18, as onnx serializes it; %c are rows and columns of the weights, in two bytes
-# each, and the element type. It is bytes because machines that bundles are profiled on have no onnx; a test compares them with
-# what onnx writes. The weights are constants in a file of their own, as a bundle's, so that backends can lay them out.
+# product [S, S] = rows [S, S] x weights, of opset 18, as onnx serializes it; %c are rows and columns of the weights, in two bytes
+# each, and the element type. These are bytes because a device need not have onnx; a test compares them with onnx's own. The
+# weights are constants in a file, as in a bundle, so that backends can choose their layout.
 _MODEL = (
     b'\x08\x08\x12\x00:\x8f\x01\n \n\x04rows\n\x07weights\x12\x07product"\x06MatMul\x12\x06matmul'
     b"*,\x08%c%c\x08%c%c\x10%cB\x07weightsj\x17\n\x08location\x12\x0bweights.binp\x01"
@@ -149,16 +149,16 @@ _MODEL = (
 def product_model(dtype: str, *, size: int) -> bytes:
     """Return the ONNX model of the product, whose weights [size, size] are in ``weights.bin`` next to it.
 
-    ``size`` is below 16384, as two bytes hold 14 bits of a number.
+    ``size`` is below 16384: two bytes have 14 bits of a number.
     """
     rows = (size & 0x7F | 0x80, size >> 7)
     return _MODEL % (*rows, *rows, *(_ELEMENT_TYPES[dtype],) * 3)
 
 
 def write_product_bundle(folder: Path, manifest: Manifest, *, size: int) -> Bundle:
-    """Write the product [size, size] x [size, size] and a manifest into ``folder``, and return the bundle.
+    """Write a bundle with the product [size, size] x [size, size] into ``folder`` and return it.
 
-    Any backend can load it, and trio-build can build it. The product has the dtype of ``manifest``, another bundle's.
+    Every backend can load it, and trio-build can build it. Its dtype is that of ``manifest``, another bundle's.
     """
     contents = {
         _FILE: product_model(manifest.dtype, size=size),
@@ -170,7 +170,7 @@ def write_product_bundle(folder: Path, manifest: Manifest, *, size: int) -> Bund
         FileEntry(path=name, num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
         for name, content in contents.items()
     ]
-    # A manifest must have vision, decoder and head; all of them are the product, and only the head is loaded.
+    # a manifest must have vision, decoder and head: all of them are the product, and only the head is loaded
     product = msgspec.structs.replace(
         manifest,
         schedule=Schedule(),
@@ -189,13 +189,13 @@ def write_product_bundle(folder: Path, manifest: Manifest, *, size: int) -> Bund
 
 
 def product_inputs(manifest: Manifest, *, size: int) -> dict[str, NDArray[Any]]:
-    """Return the input [size, size] of the product by its name."""
+    """Return the product's input [size, size] by name."""
     return {_INPUT: _random(manifest, size=size)}
 
 
 def _random(manifest: Manifest, *, size: int) -> NDArray[Any]:
-    """Return normal random numbers [size, size], the same each time."""
-    # A GPU multiplies equal numbers with less power than random ones, so at a higher clock.
+    """Return normal random numbers [size, size], the same ones each time."""
+    # a GPU needs less power for equal numbers than for random ones, and so has a higher clock
     values = np.random.default_rng(_SEED).standard_normal((size, size), np.float32)
     return values.astype(manifest.dtype)
 

@@ -1,6 +1,6 @@
-"""Times tokens at contexts of all lengths, from a question without an image to the end of the KV caches.
+"""Times decode steps at contexts from a question without an image to the end of the KV caches.
 
-Rows of the caches are skipped to reach a context: the graphs read whole buffers, so the contents of a row take no time.
+Rows of the caches are skipped to reach a context. Their contents do not matter, because graphs read whole buffers.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ POINTS = 6
 """Contexts after the question with its image."""
 _TOKENS = 4
 _SETTLING = 12
-"""Tokens after a prefill that are left out: the prefill's data fills the processor's caches, which makes them slower."""
+"""Tokens after a prefill that are not timed: its data fills the processor's caches, which makes them slower."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimedContext:
-    """A token at one length of context."""
+    """The decode step at one context length."""
 
     context: int
-    """Rows before it, visual tokens not reduced."""
+    """Rows before it, without token reduction."""
     cached_rows: float
     """Rows before it in the KV caches, mean over layers."""
     milliseconds: list[float] = field(default_factory=list)
-    """One for each round: the median of a few tokens."""
+    """One value per round: the median of a few tokens."""
 
 
 def time_contexts(
     bundles: Sequence[LoadedBundle], question: RunQuestion, *, seconds: float
 ) -> list[list[TimedContext]]:
-    """Return each bundle's times at ascending contexts after ``question``, all in turns.
+    """Return each bundle's times at ascending contexts of ``question``; bundles take turns.
 
-    No round begins after ``seconds``, except the first ``_LEAST_ROUNDS``.
+    After ``_LEAST_ROUNDS``, no round starts after ``seconds``.
     """
     found: list[dict[int, TimedContext]] = [{} for _ in bundles]
     end = time.perf_counter() + seconds
     for number in range(ROUNDS):
         if number >= _LEAST_ROUNDS and number % 2 == 0 and time.perf_counter() > end:
-            break  # only after an even number: as many rounds downwards as upwards
+            break  # only after an even number, so that as many rounds descend as ascend
         for loaded, contexts in zip(bundles, found):
             for image in (None, question.image):
                 asked = RunQuestion(image=image, prompt=question.prompt, new_tokens=1)
@@ -60,9 +60,9 @@ def time_contexts(
 def _time_round(
     loaded: LoadedBundle, question: RunQuestion, contexts: dict[int, TimedContext], *, is_downward: bool
 ) -> None:
-    """Time one token after the other at all ``contexts`` of a question; those right after a prefill are left out.
+    """Time tokens at all ``contexts`` of a question, without the first ones after the prefill.
 
-    The longest context comes first where it ``is_downward``, so that no drift looks like a slope.
+    With ``is_downward`` the longest context comes first, so that a drift does not look like a slope.
     """
     manifest, seen = loaded.bundle.manifest, loaded.answer(question).statistics
     prompt = seen.visual_tokens + seen.text_tokens
@@ -80,6 +80,6 @@ def _time_round(
 
 
 def _points(last: int, *, count: int) -> list[int]:
-    """Return numbers of rows after a prompt, evenly from 0 to ``last``, as many as there is room for."""
+    """Return at most ``count`` numbers of rows after a prompt, evenly spread from 0 to ``last``."""
     count = min(count, last + 1)
     return [0] if count < 2 else [index * last // (count - 1) for index in range(count)]

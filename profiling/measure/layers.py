@@ -1,4 +1,4 @@
-"""Time of each layer, from the backend's own profiler: read per run, summed per answer and by operator."""
+"""Time of each layer, from the backend's profiler, summed per answer and per operator."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 Phase = Literal["prefill", "decode"]
 SLOWEST = 10
-"""Layers that are kept of each graph in each phase."""
+"""Layers to report per graph and phase."""
 _RUN, _NODE_END = "model_run", "_kernel_time"
 
 
 class LayerTime(msgspec.Struct, frozen=True, kw_only=True):
-    """One layer or node of a graph, as the backend names it."""
+    """One layer or node of a graph, under the backend's name."""
 
     graph: str
     phase: Phase
     name: str
     kind: str
     answer_ms: float
-    """Median time of a run in a whole answer's runs, under the backend's own profiler."""
+    """Median time of a run, times the runs per answer, under the backend's profiler."""
     calls_per_answer: float
     shapes: str
 
@@ -49,15 +49,15 @@ class LayerCall(NamedTuple):
     kind: str
     milliseconds: float
     shapes: str
-    """Shapes of its inputs, as text."""
+    """Shapes of the inputs."""
 
 
 def layer_times(
     runs: Sequence[Sequence[LayerCall]], *, graph: str, profiles: Sequence[str], num_answers: int
 ) -> list[LayerTime]:
-    """Return every layer of one graph with its time in an answer, in the order in which they first ran.
+    """Return all layers of one graph with their time per answer, in the order of their first run.
 
-    ``runs`` has the layers of each run, for ``num_answers`` answers together, and ``profiles`` the profile of each.
+    ``runs`` has the layers of each run of ``num_answers`` answers, and ``profiles`` the profile of each run.
     """
     found: dict[tuple[Phase, str], list[LayerCall]] = {}
     for calls, profile in zip(runs, profiles, strict=True):
@@ -70,7 +70,7 @@ def layer_times(
             phase=phase,
             name=name,
             kind=calls[0].kind,
-            # The median: in a mean, one interruption would put any layer among the slowest.
+            # the median, because one interruption could put any layer among the slowest
             answer_ms=statistics.median(call.milliseconds for call in calls) * len(calls) / num_answers,
             calls_per_answer=len(calls) / num_answers,
             shapes=calls[0].shapes,
@@ -80,7 +80,7 @@ def layer_times(
 
 
 def operator_times(layers: Sequence[LayerTime]) -> tuple[OperatorTime, ...]:
-    """Return the sum of each kind of layer in each graph and phase, the slowest first."""
+    """Return the sums over layers of one kind, graph and phase, the slowest first."""
     found: dict[tuple[str, Phase, str], list[LayerTime]] = {}
     for layer in layers:
         found.setdefault((layer.graph, layer.phase, layer.kind), []).append(layer)
@@ -98,7 +98,7 @@ def operator_times(layers: Sequence[LayerTime]) -> tuple[OperatorTime, ...]:
 
 
 def slowest_layers(layers: Sequence[LayerTime]) -> tuple[LayerTime, ...]:
-    """Return the ``SLOWEST`` layers of each graph in each phase, the slowest first."""
+    """Return the ``SLOWEST`` layers of each graph and phase, the slowest first."""
     kept: list[LayerTime] = []
     counts: dict[tuple[str, Phase], int] = {}
     for layer in sorted(layers, key=lambda one: -one.answer_ms):
@@ -112,14 +112,14 @@ def slowest_layers(layers: Sequence[LayerTime]) -> tuple[LayerTime, ...]:
 def layer_runs(written: Any) -> list[list[LayerCall]]:
     """Return the layers of each run of one graph, in order.
 
-    ``written`` is the JSON of the backend's profiler: a list of trace events from ONNX Runtime, else what
-    ``trio_edge.runtime.engines.log`` writes of a TensorRT engine.
+    ``written`` is the JSON of the backend's profiler: ONNX Runtime's list of trace events, or the dictionary that
+    ``trio_edge.runtime.engines.log`` writes for a TensorRT engine.
     """
     return _runs_of_trace(written) if isinstance(written, list) else _runs_of_engine(written)
 
 
 def _runs_of_trace(events: Sequence[dict[str, Any]]) -> list[list[LayerCall]]:
-    """Read Chrome trace events: those called "model_run" are runs, those of category "Node" the kernels of nodes."""
+    """Read Chrome trace events: "model_run" is a run, an event of category "Node" a node's kernel."""
     starts = sorted(event["ts"] for event in events if event["name"] == _RUN)
     runs: list[list[LayerCall]] = [[] for _ in starts]
     for event in events:
@@ -131,13 +131,13 @@ def _runs_of_trace(events: Sequence[dict[str, Any]]) -> list[list[LayerCall]]:
                 milliseconds=event["dur"] / 1e3,
                 shapes=_input_shapes(details.get("input_type_shape", ())),
             )
-            # The trace has no link from a node to its run; a run's nodes begin within it.
+            # the trace has no link from a node to its run, but a run's nodes begin within it
             runs[bisect_right(starts, event["ts"]) - 1].append(call)
     return runs
 
 
 def _input_shapes(tensors: Sequence[dict[str, list[int]]]) -> str:
-    """Return inputs as text: ``float[1,224,128] int64[1]``."""
+    """Return inputs as ``float[1,224,128] int64[1]``."""
     return " ".join(
         f"{dtype}[{','.join(map(str, shape))}]" for tensor in tensors for dtype, shape in tensor.items()
     )
@@ -145,7 +145,7 @@ def _input_shapes(tensors: Sequence[dict[str, list[int]]]) -> str:
 
 def _runs_of_engine(written: dict[str, Any]) -> list[list[LayerCall]]:
     """Read {"runs": [[[name, milliseconds], …], …], "layers": the inspector's list}."""
-    # An engine built without trio-build --verbose-layers lists names only: kinds and shapes stay empty.
+    # an engine built without trio-build --verbose-layers lists only names; kinds and shapes stay empty
     details = {layer["Name"]: layer for layer in written["layers"] if isinstance(layer, dict)}
     return [
         [_engine_call(name, milliseconds, details.get(name, {})) for name, milliseconds in run]

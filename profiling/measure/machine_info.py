@@ -1,4 +1,4 @@
-"""The machine that is measured: processor, GPU, power mode, load, and versions of the packages that decide its speed."""
+"""The machine: processor, GPU, power mode, load, and the versions of packages that affect its speed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def find_machine() -> MachineReport:
 
 
 def find_versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages that decide how fast a bundle runs."""
+    """Return the versions of Python and of the installed packages that affect the speed of a bundle."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -68,7 +68,7 @@ def find_versions() -> dict[str, str]:
 
 
 def find_power_mode(command: str = NVPMODEL) -> str | None:
-    """Return the power mode of a Jetson in words; None elsewhere."""
+    """Return the name of a Jetson's power mode; None elsewhere."""
     if shutil.which(command) is None:
         return None
     try:
@@ -89,12 +89,12 @@ def parse_power_mode(text: str) -> str | None:
 
 
 def find_governor() -> str | None:
-    """Return how the kernel chooses the CPU's clock; None where it does not say."""
+    """Return the CPU frequency governor; None if the kernel shows none."""
     return _first_line(_GOVERNOR)
 
 
 def load_average() -> float | None:
-    """Return the mean number of running processes in the last minute; None where the system does not say."""
+    """Return the mean number of running processes in the last minute; None if the system does not tell."""
     try:
         return os.getloadavg()[0]
     except (OSError, AttributeError):

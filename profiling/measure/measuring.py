@@ -1,6 +1,6 @@
-"""Measures one or several bundles: loads them, warms them up, lets them answer in turns, and keeps what was seen.
+"""Measures one or several bundles: loads them, warms them up, and lets them answer in turns.
 
-Bundles take turns (A B A B), so whatever disturbs the machine disturbs all of them, and their runs can be paired.
+Bundles take turns (A B A B), so that disturbances affect all of them alike and their runs can be paired.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 
 NARROW = 0.02
-"""Width of the median's 95 % interval, as a share of the median, at which a time is known well enough."""
+"""Width of the median's 95 % interval, as a share of the median, at which measuring may stop."""
 NEW_TOKENS = 16
-LEAST_RUNS = 10  # of fewer, a narrow interval is luck
+LEAST_RUNS = 10  # with fewer, a narrow interval is luck
 MOST_RUNS = 500
 _SIZE_RUNS = LEAST_FOR_INTERVAL
 _MOST_SIZES = 5
@@ -62,21 +62,21 @@ class MeasureOptions:
     threads: int = 0
     cpu_accuracy: CpuAccuracy = "auto"
     image: Path | None = None
-    """None for random pixels that give as many visual tokens as the first bundle takes."""
+    """None for random pixels with the most visual tokens of the first bundle."""
     prompt: str | None = None
     new_tokens: int | None = None
-    """Tokens of each answer; None for ``NEW_TOKENS``, or fewer where a bundle has no room for as many."""
+    """Tokens per answer; None for ``NEW_TOKENS``, or fewer if a bundle has less room."""
     runs: int | None = None
-    """Answers of each bundle; None for as many as make the medians narrow."""
+    """Answers per bundle; None for as many as the medians need."""
     warm_up: int = 3
     seconds: float = 30.0
-    """No new round begins after these, unless ``runs`` is given."""
+    """No new round starts after this time, unless ``runs`` is given."""
     layers: bool = True
 
     def make_backend(
         self, bundle: Bundle, *, name: str | None = None, layer_times: Path | None = None
     ) -> Backend:
-        """Return the backend for ``bundle``: the options' own, or the one called ``name``."""
+        """Return the backend ``name`` for ``bundle``; without a name, that of the options."""
         return make_backend(
             name or self.backend,
             bundle=bundle,
@@ -97,18 +97,18 @@ class MeasuredBundle:
     sizes: list[tuple[MeasuredSize, list[Answer]]] = field(default_factory=list)
     contexts: list[TimedContext] = field(default_factory=list)
     steps: list[Answer] = field(default_factory=list)
-    """Runs without capture, where decode steps are captured otherwise."""
+    """Runs without capture, if decode steps are captured in ``answers``."""
     layers: list[LayerTime] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """Everything that was measured."""
+    """All results."""
 
     question: RunQuestion
     backend_name: str
     clock: str
-    """The clock that graphs were timed with, in words."""
+    """The clock that timed the graphs, in words."""
     measured: tuple[MeasuredBundle, ...]
     ceilings: Ceilings | None
     samples: list[SensorSample]
@@ -118,26 +118,26 @@ class Measurement:
 
 
 def measure(options: MeasureOptions, *, on_step: Callable[[str], None] = lambda _step: None) -> Measurement:
-    """Measure all bundles of ``options``; ``on_step`` is called with the next step in words.
+    """Measure all bundles of ``options``; ``on_step`` is called with the name of each step.
 
     Raises:
         TrioEdgeError: If a bundle cannot be opened, loaded or asked.
     """
     num_new = _num_new(options)
     if options.image is not None:
-        open_image(options.image)  # a damaged one is an error before minutes of measuring
+        open_image(options.image)  # a damaged image must raise before minutes of measuring
     sensors, missing = open_sensors()
     with ExitStack() as stack:
         sampling = stack.enter_context(SamplingThread(sensors))
-        on_step("measuring what the machine reaches")
-        # Before any bundle is loaded, so that the product has the memory and the caches for itself.
+        on_step("measuring the machine's peak rates")
+        # before any bundle takes memory and caches
         ceilings = _ceilings(options, missing)
         measured, question = _first_answers(options, stack, num_new=num_new, on_step=on_step)
         stopped = _rounds(measured, question, options, on_step)
         _further_rounds(measured, question, options, on_step)
-    # The bundles are closed now: what follows loads each of them again, and there may be room for one only.
+    # the bundles are closed now, because there may be memory for only one at a time
     for one in measured:
-        _runs_of_its_own(one, question, options, on_step)
+        _separate_runs(one, question, options, on_step)
     return Measurement(
         question=question,
         backend_name=measured[0].loaded.pipeline.backend_name,
@@ -177,7 +177,7 @@ def _ceilings(options: MeasureOptions, missing: list[str]) -> Ceilings | None:
 def _first_answers(
     options: MeasureOptions, stack: ExitStack, *, num_new: int, on_step: Callable[[str], None]
 ) -> tuple[list[MeasuredBundle], RunQuestion]:
-    """Load each bundle and let it answer before the next one is loaded, so that the memory they add is its own."""
+    """Load each bundle and let it answer before the next one is loaded, so that the added memory is its own."""
     measured: list[MeasuredBundle] = []
     question = None
     for folder in options.bundles:
@@ -209,11 +209,11 @@ def _question(options: MeasureOptions, loaded: LoadedBundle, *, num_new: int) ->
 def _warm_up(
     loaded: LoadedBundle, memory: MeasuredMemory, question: RunQuestion, options: MeasureOptions
 ) -> Answer:
-    """Ask for the first answers, note their memory, and return the first one."""
+    """Run the first answers, measure their memory, and return the first answer."""
     reset_peak()
     try:
         first = loaded.answer(question)
-    except ShapeError as error:  # several bundles are asked the same
+    except ShapeError as error:  # names the bundle, as several get the same question
         raise ShapeError(f"{loaded.bundle.folder}: {error}") from None
     for _ in range(options.warm_up):
         loaded.answer(question)
@@ -228,7 +228,7 @@ def _rounds(
     options: MeasureOptions,
     on_step: Callable[[str], None],
 ) -> str:
-    """Let all bundles answer in turns until their medians are known, and return why it ended."""
+    """Let all bundles answer in turns until their medians are known, and return the reason for stopping."""
     end = time.perf_counter() + options.seconds
     most = MOST_RUNS if options.runs is None else options.runs
     for number in range(most):
@@ -255,19 +255,19 @@ def _further_rounds(
     options: MeasureOptions,
     on_step: Callable[[str], None],
 ) -> None:
-    """Measure images of other sizes, and tokens at other contexts, all bundles in turns."""
+    """Measure images of other sizes, and decode steps at other contexts; bundles take turns."""
     if options.image is None:
         on_step("images of other sizes")
         _measure_sizes(measured, question)
     if question.new_tokens > 1:
-        on_step("tokens at contexts of all lengths")
+        on_step("tokens at other context lengths")
         timed = time_contexts([one.loaded for one in measured], question, seconds=options.seconds)
         for one, contexts in zip(measured, timed):
             one.contexts = contexts
 
 
 def _measure_sizes(measured: Sequence[MeasuredBundle], question: RunQuestion) -> None:
-    """Measure the time to the first token of smaller images too, where a bundle has shapes for them."""
+    """Measure the time to the first token at up to ``_MOST_SIZES`` image sizes of each bundle."""
     turns: list[tuple[LoadedBundle, RunQuestion, list[Answer]]] = []
     for one in measured:
         sizes = measured_sizes(one.loaded.pipeline)
@@ -283,10 +283,10 @@ def _measure_sizes(measured: Sequence[MeasuredBundle], question: RunQuestion) ->
             answers.append(loaded.answer(asked))
 
 
-def _runs_of_its_own(
+def _separate_runs(
     one: MeasuredBundle, question: RunQuestion, options: MeasureOptions, on_step: Callable[[str], None]
 ) -> None:
-    """Time layers, and captured decode steps, in runs that are slower than the others."""
+    """Time layers, and graphs of captured decode steps, in runs that are slower than the others."""
     folder = one.loaded.bundle.folder
     if options.layers:
         on_step(f"layers: {folder}")
@@ -310,12 +310,12 @@ def _measure_layers(loaded: LoadedBundle, question: RunQuestion, options: Measur
             calls = [call for _ in range(_LAYER_RUNS) for call in again.answer(question).calls]
         layers = []
         for spec in bundle.manifest.graphs:
-            # One file for each session: where a graph's pieces are sessions of their own, there is none of the graph.
+            # there is one file per session, and a graph's pieces may be sessions
             whole = (folder / f"{spec.name}.json").exists()
             for part in (spec,) if whole else spec.split():
                 names = {(spec.name, profile.name) for profile in part.profiles}
                 profiles = [call.profile for call in calls if (call.graph, call.profile) in names]
-                # The profiler cannot be switched on late: the runs of the first answer come first in its file.
+                # the profiler runs from the start, so the warm-up's runs come first in its file
                 skipped = sum((call.graph, call.profile) in names for call in warm_up)
                 if profiles:
                     runs = layer_runs(json.loads((folder / f"{part.name}.json").read_bytes()))
@@ -331,7 +331,7 @@ _SEED = 0
 
 
 class MeasuredSize(NamedTuple):
-    """Pixels of an image, and the visual tokens they become."""
+    """Size of an image in pixels, and its visual tokens."""
 
     width: int
     height: int
@@ -339,11 +339,11 @@ class MeasuredSize(NamedTuple):
 
 
 def measured_sizes(pipeline: Pipeline) -> list[MeasuredSize]:
-    """Return one size for each number of visual tokens that fits the bundle's shapes, most tokens first."""
+    """Return one image size for each number of visual tokens that the bundle has shapes for, most tokens first."""
     manifest = pipeline.manifest
     exact = [(size.width, size.height) for size in manifest.image_sizes]
     sides = [(width, height) for width in _SIDES for height in _SIDES]
-    # Exact shapes first, then small images: of those with as many tokens the first one is kept.
+    # exact shapes first, then small images: the first size of each number of tokens is taken
     candidates = [*exact, *sorted(sides, key=lambda size: size[0] * size[1])]
     profiles = [profile.sizes for profile in manifest.graph("vision").profiles]
     found: dict[int, MeasuredSize] = {}
@@ -358,41 +358,41 @@ def measured_sizes(pipeline: Pipeline) -> list[MeasuredSize]:
 
 
 def random_image(size: MeasuredSize) -> Image.Image:
-    """Return an image of random pixels, the same each time; no selection finds anything special in it."""
+    """Return an image of random pixels, the same ones each time."""
     pixels = np.random.default_rng(_SEED).integers(0, 256, (size.height, size.width, 3), np.uint8)
     return Image.fromarray(pixels)
 
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # of proc(5): the peak starts again at what is resident now
+_RESET_PEAK = "5"  # see proc(5): sets the peak to what is resident now
 
 
 @dataclass(slots=True, kw_only=True)
 class MeasuredMemory:
-    """Bytes; None where the system does not say."""
+    """Memory in bytes; None if the system does not tell."""
 
     planned: dict[str, int] = field(default_factory=dict)
-    """Bytes by purpose, as the backend says them."""
+    """The backend's own figures, by purpose."""
     before: int | None = None
     loaded: int | None = None
     peak: int | None = None
     device_free: int | None = None
-    """Free on the GPU after them; None on a CPU."""
+    """Free on the GPU after the first answers; None on a CPU."""
 
 
 def resident_bytes() -> int | None:
-    """Return what is resident now; None where the system does not say."""
+    """Return the resident memory of this process; None if the system does not tell."""
     return _kilobytes("VmRSS")
 
 
 def peak_bytes() -> int | None:
-    """Return the most that was resident since ``reset_peak``, or since the start where the system cannot reset it."""
+    """Return the peak of resident memory since ``reset_peak``, or since the start if the system cannot reset it."""
     return _kilobytes("VmHWM")
 
 
 def reset_peak() -> None:
-    """Let the peak start again, where the system can."""
+    """Reset the peak of resident memory, if the system can."""
     with contextlib.suppress(OSError):
         _CLEAR.write_text(_RESET_PEAK)
 

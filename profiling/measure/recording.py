@@ -1,11 +1,11 @@
-"""Times every launch of a backend's engines on the device's own clock. It wraps any backend, and the decoder does not know.
+"""Times every launch of a backend's engines on the device's clock. It wraps any backend; the decoder does not notice.
 
-On a GPU, events are recorded in the stream before and after a launch and read when the answer is done, so nothing waits. On the
-host a launch is done when its call returns: two looks at the clock are all. Launches that the decoder captures as one sequence
-cannot have events between them; they are timed in runs of their own, without capture.
+On a GPU, events in the stream before and after each launch are read when the answer is done, so nothing waits. On the host a
+launch is done when its call returns, so the clock is read before and after it. The decoder captures decode steps as one
+sequence, which cannot have events inside; these launches are timed in separate runs, without capture.
 
-A wrapped launch does little besides the launch, because between graphs it finds its code and data in no cache: everything that
-it needs is bound beforehand, and it leaves plain tuples, which become ``GraphCall``s when all is measured.
+A wrapped launch must do little, because its own code and data are not in the processor's caches: everything is bound beforehand,
+and it stores plain tuples, which become ``GraphCall``s at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.devices.interface import Device, DeviceTensor, Engine, Event, Launch, LoadedGraphs
 
 DECODE = "decode"
-"""Name of the profile that decodes one token."""
+"""Name of the profile of a decode step."""
 
 Stamp = tuple[tuple[str, str], float, float]
 """Graph and profile of a launch, and the seconds of ``time.perf_counter`` before and after it."""
@@ -37,7 +37,7 @@ class GraphCall(NamedTuple):
     graph: str
     profile: str
     start_ms: float
-    """Since the first launch of the answer."""
+    """Since the answer's first launch."""
     milliseconds: float
     """On the device's clock."""
 
@@ -57,9 +57,9 @@ class Recording:
 
     def __init__(self) -> None:
         self.memory: dict[str, int] = {}
-        """Bytes of the device's memory by what they are for, as the backend says."""
+        """Bytes of device memory by purpose, as the backend reports them."""
         self.captured = False
-        """Whether decode steps run as one captured sequence, so that their graphs are not timed."""
+        """Whether decode steps run as one captured sequence, whose graphs are not timed."""
         self._device: Device | None = None
         self._stamps: list[Stamp] = []
         self._events = _EventPairs()
@@ -71,18 +71,18 @@ class Recording:
         self.captured = False
 
     def free_bytes(self) -> int | None:
-        """Return how much memory is free on the device; None where it does not say."""
+        """Return the free memory of the device; None if it does not tell."""
         return None if self._device is None else self._device.free_bytes()
 
     def timed(self, launch: Launch, names: tuple[str, str], *, capture: bool) -> Launch:
-        """Return ``launch`` with its time taken; the decoder may ``capture`` it with others, then it cannot be timed."""
+        """Return a launch that also records its time; one that the decoder may ``capture`` is not timed when it does."""
         assert self._device is not None  # a launch belongs to a device
         if isinstance(self._device, HostDevice):
             return _ClockedLaunch(launch, names, self._stamps)
         return _EventedLaunch(launch, self, names, self._events, self._device, capture=capture)
 
     def take(self) -> list[Stamp]:
-        """Return the launches since the last ``take``, in order; the device must have done them."""
+        """Return the launches since the last ``take``, in order; the device must have finished them."""
         found = [*self._stamps, *self._events.take()]
         self._stamps.clear()
         return found
@@ -90,15 +90,15 @@ class Recording:
 
 @final
 class _EventPairs:
-    """Pairs of events around launches; made once, used again for every answer."""
+    """Pairs of events around launches, reused for every answer."""
 
     def __init__(self) -> None:
         self.first_launch = 0.0
-        """When the host enqueued the first, ``time.perf_counter`` seconds."""
+        """``time.perf_counter`` seconds when the host enqueued the first launch."""
         self.launched: list[tuple[str, str]] = []
         """Graph and profile of each launch since the last ``take``."""
         self.marks: list[tuple[Event, Event]] = []
-        """The events before and after each of them."""
+        """The events before and after each launch."""
 
     def take(self) -> list[Stamp]:
         found = []
@@ -107,18 +107,18 @@ class _EventPairs:
                 self.first_launch + mark.milliseconds_since(self.marks[0][0]) / 1e3 for mark in marks
             )
             found.append((names, start, end))
-        self.launched.clear()  # the events stay: making them takes longer than recording them
+        self.launched.clear()  # the events stay, because making them takes longer than recording them
         return found
 
 
 @final
 class RecordingBackend:
-    """A backend whose engines record their launches. Results are the backend's own."""
+    """A backend whose engines record their launches; results do not change."""
 
     def __init__(self, backend: Backend, recording: Recording, *, capture: bool = True) -> None:
-        """Wrap ``backend``; ``recording`` takes the launches of the graphs loaded last.
+        """Wrap ``backend``; ``recording`` gets the launches of the graphs loaded last.
 
-        Without ``capture``, decode steps are timed launch by launch where the decoder would capture them as one sequence.
+        Without ``capture``, the decoder captures no decode steps, so that their launches are timed.
         """
         self._backend, self._recording, self._capture = backend, recording, capture
 
@@ -150,7 +150,7 @@ class _RecordingEngine:
     def prepare(self, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> Launch:
         launch = self._engine.prepare(profile, tensors)
         names = (self._engine.spec.name, profile.name)
-        # The decoder captures nothing but decode steps.
+        # the decoder captures only decode steps
         return self._recording.timed(launch, names, capture=self._capture and profile.name == DECODE)
 
     def close(self) -> None:
@@ -159,7 +159,7 @@ class _RecordingEngine:
 
 @final
 class _ClockedLaunch:
-    """A launch on the host between two looks at its clock; nothing is captured there."""
+    """A launch on the host, timed with the host's clock; the host captures nothing."""
 
     __slots__ = ("enqueue",)
     capturable = False
@@ -210,7 +210,7 @@ class _EventedLaunch:
         index = len(pairs.launched)
         if index == len(pairs.marks):
             pairs.marks.append((self._device.event(), self._device.event()))
-        if index == 0:  # events have no common clock with the host; this moment ties them together
+        if index == 0:  # events and the host have no common clock; this moment relates the two
             pairs.first_launch = time.perf_counter()
         start, end = pairs.marks[index]
         pairs.launched.append(self._names)

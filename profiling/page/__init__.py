@@ -1,1 +1,1 @@
-"""The profile as one HTML page with plots."""
+"""A profile as one HTML page with plots."""

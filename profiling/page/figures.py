@@ -1,6 +1,6 @@
-"""Figures of a page: matplotlib draws them as SVG that stands in HTML and follows the reader's light or dark scheme.
+"""Figures for pages: matplotlib draws them as SVG inside HTML, in the reader's light or dark scheme.
 
-matplotlib is imported when something is drawn, and only here. Its wheels exist for every machine that the runtime runs on.
+Only this file imports matplotlib, when it draws. Its wheels exist for every machine of the runtime.
 """
 
 from __future__ import annotations
@@ -41,14 +41,11 @@ SCHEME = {
 }
 """Colours by the name of their CSS variable, in a light and in a dark scheme."""
 LIGHT = {name: light for name, (light, _) in SCHEME.items()}
-_WIDTH, _HEIGHT = (
-    440,
-    260,
-)  # on a phone 12 points of text become 8 pixels, which is the least that can be read
+_WIDTH, _HEIGHT = 440, 260  # on a phone 12 points of text become 8 pixels, the least that can be read
 _NUM_COLOURS = 12
 _MANY = 1e4
 """Above this an axis says "100 M", not "1e+08"."""
-_POINTS_PER_INCH = 72  # so that matplotlib's points are units of the SVG's view box
+_POINTS_PER_INCH = 72  # makes matplotlib's points the units of the SVG's view box
 _STYLE = {
     "font.size": 12,
     "text.color": LIGHT["text"],
@@ -66,10 +63,10 @@ _STYLE = {
     "ytick.color": LIGHT["soft"],
     "xtick.labelcolor": LIGHT["text"],
     "ytick.labelcolor": LIGHT["text"],
-    "text.parse_math": False,  # a folder's name may hold dollars
+    "text.parse_math": False,  # a folder's name may have dollars
     "lines.linewidth": 2,
     "lines.markersize": 8,
-    "svg.fonttype": "none",  # text stays text: it can be searched, copied and read aloud
+    "svg.fonttype": "none",  # text stays text, which can be searched, copied and read aloud
 }
 
 
@@ -80,9 +77,9 @@ class Plot:
     title: str
     note: str
     svg: str
-    """An ``svg`` element that can stand in a page with others."""
+    """An ``svg`` element without ids, so that several fit on a page."""
     legend: Sequence[tuple[str, str]] = ()
-    """Name of a colour and text. It stands below the figure as HTML, where long names wrap."""
+    """Names of colours with texts; HTML below the figure, where long names wrap."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,7 +89,7 @@ class Drawing:
     axes: Any
     tips: list[str] = field(default_factory=list)
     svg: str = ""
-    """Complete when the block of ``canvas`` has ended."""
+    """Set at the end of ``canvas``'s block."""
 
     def tip(self, text: str) -> str:
         """Return the ``gid`` of a mark that shows ``text`` while the pointer is over it."""
@@ -104,15 +101,15 @@ def check_matplotlib(option: str, *, extra: str) -> None:
     """Raise DataError, with the extra to install, unless ``option`` can draw figures."""
     if find_spec("matplotlib") is None:
         raise DataError(
-            f'{option}: expected matplotlib to be installed, it is not; run pip install "trio-edge[{extra}]"'
+            f'{option}: expected matplotlib to be installed, got none; run pip install "trio-edge[{extra}]"'
         )
 
 
 @contextmanager
 def canvas(title: str, *, height: float = _HEIGHT, x_label: str, y_label: str = "") -> Iterator[Drawing]:
-    """Give a figure of a page's width to draw on; its ``svg`` is written when the block ends.
+    """Yield a figure of a page's width to draw on; its ``svg`` is made at the end of the block.
 
-    No other figure of the page has this ``title``, a text for screen readers. ``height`` is in units of the view box.
+    ``title``, a text for screen readers, is unique on the page. ``height`` is in units of the view box.
     """
     with figure_style(title):
         figure = new_figure(_WIDTH / _POINTS_PER_INCH, height / _POINTS_PER_INCH)
@@ -130,7 +127,7 @@ def canvas(title: str, *, height: float = _HEIGHT, x_label: str, y_label: str = 
 
 @contextmanager
 def figure_style(salt: str) -> Iterator[None]:
-    """Let figures be drawn in a page's style; one ``salt`` gives the same values the same SVG each time."""
+    """Draw figures in the pages' style; with equal ``salt``, equal values give equal SVG."""
     import matplotlib
 
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
@@ -138,33 +135,35 @@ def figure_style(salt: str) -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Return an empty matplotlib figure of so many inches."""
-    from matplotlib.figure import Figure  # without pyplot: no window, no state
+    """Return an empty matplotlib figure; sizes are in inches."""
+    from matplotlib.figure import Figure  # pyplot would bring windows and state
 
     return Figure(figsize=(width, height), dpi=_POINTS_PER_INCH, layout="constrained")
 
 
 def _label_decades(axis: Any) -> None:
-    """Write ticks as plain text: matplotlib's own powers of ten need its math fonts."""
+    """Write ticks as plain text; matplotlib's powers of ten would need its math fonts."""
     from matplotlib.ticker import EngFormatter
 
     low, high = axis.get_view_interval()
     labels = EngFormatter() if high > _MANY else "{x:g}"
     axis.set_major_formatter(labels)
-    axis.set_minor_formatter(labels if high < 10 * low else "")  # with a whole decade, its ends say enough
+    axis.set_minor_formatter(
+        labels if high < 10 * low else ""
+    )  # a whole decade needs labels only at its ends
 
 
 def colour(index: int) -> str:
-    """Return the name of the colour of the series with this number."""
+    """Return the colour's name for series number ``index``."""
     return f"c{index % _NUM_COLOURS}"
 
 
 def _inline(svg: str, title: str, tips: Sequence[str]) -> str:
-    """Return ``svg`` in the page's font and colours, with the marks' texts, and without ids that other figures have too."""
+    """Return ``svg`` in the page's font and colours, with the marks' texts and without ids."""
     start = re.search(r'<svg[^>]*viewBox="([^"]+)"[^>]*>', svg)
     assert start is not None  # matplotlib writes one
     body = svg[start.end() :]
-    # matplotlib knows no CSS variables, so each colour of the light scheme stands for its variable.
+    # matplotlib cannot write CSS variables, so each colour of the light scheme stands for its variable
     for name, light in LIGHT.items():
         body = body.replace(light, f"var(--{name})")
     body = re.sub(r'font: ([\d.]+px)[^;"]*', r"font-size: \1", body)
@@ -199,20 +198,20 @@ class Point(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Values in ascending order of where they are."""
+    """Points in ascending order of ``at``."""
 
     name: str
     points: Sequence[Point]
 
 
 def stacked(bars: Sequence[Bar], *, title: str, unit: str, note: str) -> Plot:
-    """Return bars under each other; parts of one name have one colour, and ``OUTSIDE`` is grey."""
+    """Return stacked bars, one below the other; parts of one name have one colour, and ``OUTSIDE`` is grey."""
     names = list(dict.fromkeys(name for bar in bars for name, _ in bar.parts if name != OUTSIDE))
     styles = {name: colour(index) for index, name in enumerate(names)} | {OUTSIDE: "other"}
     with canvas(title, height=_ROW * len(bars) + _AXIS, x_label=unit) as drawn:
         for row, bar in enumerate(bars):
             _draw_bar(drawn, row, bar, styles, unit=unit)
-        # Downwards, so that the first bar is on top.
+        # downwards, so that the first bar is on top
         drawn.axes.set(ylim=(len(bars) - 0.5, -0.75), yticks=())
         drawn.axes.spines["left"].set_visible(False)
     shown = [name for name in styles if any(name in dict(bar.parts) for bar in bars)]
@@ -236,7 +235,7 @@ def _draw_bar(drawn: Drawing, row: int, bar: Bar, styles: Mapping[str, str], *, 
 
 
 def curves(series: Sequence[Curve], *, title: str, note: str, x_label: str) -> Plot:
-    """Return milliseconds over something, one curve for each of ``series``."""
+    """Return curves of milliseconds over ``x_label``."""
     with canvas(title, x_label=x_label, y_label="ms") as drawn:
         for index, one in enumerate(series):
             draw_curve(drawn, one, colour(index))
@@ -247,7 +246,7 @@ def curves(series: Sequence[Curve], *, title: str, note: str, x_label: str) -> P
 
 
 def draw_curve(drawn: Drawing, curve: Curve, style: str) -> None:
-    """Draw a line through the points of ``curve``, and what ``draw_points`` draws."""
+    """Draw the points of ``curve`` as ``draw_points`` does, with a line through them."""
     points = curve.points
     drawn.axes.plot([point.at for point in points], [point.value for point in points], color=LIGHT[style])
     draw_points(drawn, curve, style)
@@ -256,7 +255,7 @@ def draw_curve(drawn: Drawing, curve: Curve, style: str) -> None:
 def draw_points(
     drawn: Drawing, curve: Curve, style: str, *, marker: str = "o", size: float | None = None
 ) -> None:
-    """Draw the intervals of ``curve``, and marks that show their values; without a line between them."""
+    """Draw the points of ``curve`` with their intervals; pointing at one shows its value."""
     x, y, ink = drawn.axes.get_xlabel(), drawn.axes.get_ylabel(), LIGHT[style]
     for point in curve.points:
         tip = drawn.tip(f"{curve.name}: {short(point.value)} {y} at {short(point.at)} {x}")
@@ -266,7 +265,7 @@ def draw_points(
 
 
 def show_zero(drawn: Drawing) -> None:
-    """Let the vertical axis begin at 0, with room above the values."""
+    """Start the vertical axis at 0, with space above the values."""
     drawn.axes.set_ylim(0, 1.05 * drawn.axes.get_ylim()[1])
 
 

@@ -1,4 +1,4 @@
-"""A profile as one HTML page that needs nothing else: no script, no font, no network; the layout is that of predictions too."""
+"""A profile as one self-contained HTML page, without scripts, fonts or network; predictions use its layout too."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def page_html(report: ProfileReport) -> bytes:
 
 
 def render(template: str, **values: Any) -> bytes:
-    """Return the page that ``template`` (package and file, as ``trio_edge.profiling.page:page.html.j2``) makes."""
+    """Return the page from ``template``, a package and a file such as ``trio_edge.profiling.page:page.html.j2``."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_source),
         autoescape=True,
@@ -60,18 +60,18 @@ def _source(name: str) -> str:
 
 
 def _number(value: Any) -> str:
-    """Return a number as the JSON writes it."""
+    """Return a number as in JSON."""
     return msgspec.json.encode(value).decode()
 
 
 _MEGABYTE = 1e6
 _MARGIN = 1.6
-"""Factor by which the roofline goes on at either side."""
-_MEDIAN = "Median and its 95 % interval (of fewer than six runs, all of them)"
+"""Factor by which the roofline extends beyond the points."""
+_MEDIAN = "Median and its 95 % interval (with fewer than six runs, their range)"
 
 
 def plots_of(report: ProfileReport) -> list[Plot]:
-    """Return all figures that the report has values for."""
+    """Return all figures for the report's values."""
     bundles = report.bundles
     plots = [_stacked_time(bundles, "prefill", "Time to the first token by graph")]
     if any(graph.phase == "decode" for bundle in bundles for graph in bundle.graphs):
@@ -85,7 +85,7 @@ def plots_of(report: ProfileReport) -> list[Plot]:
 
 
 def _stacked_time(bundles: Sequence[BundleProfile], phase: Phase, title: str) -> Plot:
-    """Return one bar per bundle: medians of its graphs, and what is left of the whole."""
+    """Return one bar per bundle: the medians of its graphs, and the time outside of graphs."""
     bars = []
     for bundle in bundles:
         parts = [(graph.name, graph.call_ms.p50) for graph in bundle.graphs if graph.phase == phase]
@@ -111,7 +111,7 @@ def _memory(bundles: Sequence[BundleProfile]) -> Plot:
 
 
 def _first_token(bundles: Sequence[BundleProfile]) -> Plot:
-    """Return time to the first token against visual tokens, for each bundle at each size of image."""
+    """Return the time to the first token against visual tokens, for each bundle and image size."""
     series = []
     for bundle in bundles:
         points = [_point(size.visual_tokens, size.ttft_ms) for size in bundle.sizes]
@@ -122,13 +122,13 @@ def _first_token(bundles: Sequence[BundleProfile]) -> Plot:
     return curves(
         series,
         title="Time to the first token against visual tokens",
-        note=f"{_MEDIAN}, at each size of image that has shapes of its own.",
+        note=f"{_MEDIAN}, at each image size that has shapes of its own.",
         x_label="visual tokens of the image",
     )
 
 
 def _decode(bundles: Sequence[BundleProfile]) -> Plot:
-    """Return the time of a token against the rows before it, for each bundle."""
+    """Return the time per token against the context length, for each bundle."""
     return curves(
         [
             Curve(
@@ -138,7 +138,7 @@ def _decode(bundles: Sequence[BundleProfile]) -> Plot:
             for bundle in bundles
         ],
         title="Time of a token over context length",
-        note=f"{_MEDIAN}; visual tokens are not reduced in the context, but are in the rows of the fits.",
+        note=f"{_MEDIAN}. The context counts all visual tokens, the rows of the fits only those kept.",
         x_label="rows of context",
     )
 
@@ -164,7 +164,7 @@ def _roofline(bundles: Sequence[BundleProfile], ceilings: Ceilings) -> Plot:
         drawn.axes.plot(ends, roof, color=LIGHT["text"], zorder=1)
     return Plot(
         title=title,
-        note="FLOP/s against FLOPs per byte; the line is what the machine reached on the spot. Filled: prefill.",
+        note="FLOP/s against FLOPs per byte; the line shows the measured peak rates. Filled: prefill.",
         svg=drawn.svg,
         legend=[(colour(index), bundle.label) for index, bundle in enumerate(bundles)],
     )

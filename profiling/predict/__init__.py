@@ -1,1 +1,1 @@
-"""Times of a bundle's graphs on a device that is not at hand, from counted work and fitted efficiencies."""
+"""Predicts the times of a bundle's graphs on another device, from counted work and fitted efficiencies."""

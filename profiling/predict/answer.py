@@ -1,7 +1,7 @@
-"""Predicts one answer on a device that is not at hand: time of every graph, to the first token, per token, and memory.
+"""Predicts one answer on another device: time of every graph, to the first token and per token, and memory.
 
-A ``Setting`` is what a bundle would be exported with and asked; ``graph_runs`` lists the graphs that it runs and their
-counted work, ``predict`` times them. Rows are those that graphs run at: the text is padded to its bucket.
+A ``Setting`` describes the bundle and the question; ``graph_runs`` lists the graphs that it runs, with their counted work, and
+``predict`` times them. The text is padded to its bucket, as in graphs.
 """
 
 from __future__ import annotations
@@ -20,20 +20,13 @@ from trio_edge.profiling.predict.speed import (
 )
 from trio_edge.runtime.bundle.errors import TargetError
 from trio_edge.runtime.bundle.graph_io import CLIP_TEXT
-from trio_edge.trio.cost.flops import kv_row_bytes, stage_work
-from trio_edge.trio.cost.memory import (
-    kv_cache_bytes,
-    largest_activations,
-    layers_and_rows,
-    repeated_weights,
-    tiles_of,
-)
+from trio_edge.trio.cost.flops import stage_work
+from trio_edge.trio.cost.memory import WeightBytes, bundle_bytes, layers_and_rows, tiles_of
 from trio_edge.trio.cost.selections import StageSizes, TokenCost
 from trio_edge.trio.cost.work import (
     Work,
     counted_work,
     head_work,
-    layer_weights,
     range_work,
     sum_of,
     tower_weights,
@@ -49,12 +42,12 @@ if TYPE_CHECKING:
 
 Precision = Literal["float16", "int8", "fp8", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("float16", "int8", "fp8", "int4")
-"""The finest first."""
+"""The most exact one first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """A model, how it is exported, and what is asked of it."""
+    """A model, its export settings, and the question."""
 
     model: Model
     schedule: Schedule
@@ -65,37 +58,35 @@ class Setting:
     num_text: int
     """Text tokens of the prompt."""
     text_bucket: int
-    """Rows that they are padded to."""
+    """Text rows after padding."""
     num_new: int
     formats: Formats = field(default_factory=Formats)
     one_size: bool = True
-    """Whether the first stage's graph is made for one N."""
+    """Whether the first stage's graph has a fixed N."""
     entering: int | None = None
-    """Visual tokens of an image that enter the decoder where a selection before it leaves fewer than N."""
+    """Visual tokens of an image that enter the decoder; None for N."""
     vision_flops: float | None = None
-    """Counted elsewhere, where the model says nothing of its vision tower."""
+    """FLOPs of the vision graph, if the model does not describe its vision tower."""
     clip_text_flops: float | None = None
     clip_text_rows: int = 1
-    """Tokens of all its texts, padding too."""
+    """Tokens of all texts, with padding."""
     reduce_cost: TokenCost | None = None
     """Cost of the selection before the decoder."""
     other_weight_bytes: int = 0
-    """Weights of graphs whose sizes the model does not have, such as CLIP's text tower."""
+    """Weights of graphs that the model does not describe, such as CLIP's text tower."""
     scratch_before: int = 0
-    """Bytes of scratch memory of the graphs between vision and decoder, the larger of them."""
+    """Largest scratch memory of a graph between vision and decoder, in bytes."""
     largest_text: int | None = None
-    """Text rows of the largest prompt that there are shapes for; None for ``text_bucket``."""
+    """Text rows of the largest bucket; None for ``text_bucket``."""
     most_new: int | None = None
-    """New tokens that the KV buffers have room for; None for ``num_new``."""
+    """New tokens that fit the KV buffers; None for ``num_new``."""
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
         """Layers and visual rows of each layer range."""
         entering = self.sizes["N"] if self.entering is None else self.entering
         return layers_and_rows(
-            self.schedule,
-            num_layers=self.model.decoder.num_layers,
-            entering=self.num_images * entering,
+            self.schedule, num_layers=self.model.decoder.num_layers, entering=self.num_images * entering
         )
 
     @property
@@ -110,13 +101,8 @@ class Setting:
 
     @property
     def room(self) -> int:
-        """Rows of every KV buffer besides the visual ones."""
+        """Rows of every KV buffer without the visual ones."""
         return self.text_rows + max(self.num_new, self.most_new or 0)
-
-    @property
-    def cache_row_bytes(self) -> int:
-        """Bytes of one row of one layer's KV cache."""
-        return kv_row_bytes(self.model.decoder, bytes_per_cached=self.formats.bytes_per_cached)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,13 +124,13 @@ class TimedGraph:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryNeed:
-    """Bytes that must be there at once."""
+    """Bytes that must be in memory at once."""
 
     weights: int
     kv_caches: int
     activations: int
     usable: int
-    """Bytes that the device has for them."""
+    """Bytes that the device offers."""
 
     @property
     def total(self) -> int:
@@ -153,7 +139,7 @@ class MemoryNeed:
 
     @property
     def fits(self) -> bool:
-        """Whether the device has as much."""
+        """Whether the device has enough."""
         return self.total <= self.usable
 
 
@@ -165,7 +151,7 @@ class Prediction:
     setting: Setting
     runs: tuple[TimedGraph, ...]
     unfused_seconds: float
-    """Seconds that the prefill takes more if attention scores go through memory."""
+    """Extra seconds of the prefill if attention scores go through memory."""
     memory: MemoryNeed
 
     def seconds(self, phase: Literal["prefill", "decode"]) -> float:
@@ -174,15 +160,15 @@ class Prediction:
 
     @property
     def answer_seconds(self) -> float:
-        """Seconds of the whole answer, without the host's work on image and text."""
+        """Seconds of the whole answer, without the host's work."""
         return self.seconds("prefill") + (self.setting.num_new - 1) * self.seconds("decode")
 
 
 def predict(setting: Setting, device: DeviceSpec) -> Prediction:
-    """Return what ``device`` would take for ``setting``, by the fitted efficiencies of its kind.
+    """Return the prediction of ``setting`` on ``device``, by the fitted efficiencies of its kind.
 
     Raises:
-        TargetError: If it has not one of the setting's formats.
+        TargetError: If the device lacks one of the setting's formats.
     """
     numbers = setting.formats
     parts = {"decoder": numbers.layer, "head": numbers.head, "vision": numbers.vision}
@@ -193,7 +179,7 @@ def predict(setting: Setting, device: DeviceSpec) -> Prediction:
     unfused = dataclasses.replace(efficiency, score_passes=UNFUSED_SCORE_PASSES)
     runs, more = [], 0.0
     for run in graph_runs(setting):
-        inputs = frozenset() if run.name.startswith("select") else numbers.inputs  # probes round none
+        inputs = frozenset() if run.name.startswith("select") else numbers.inputs  # probes round no inputs
         formats = dataclasses.replace(numbers, inputs=inputs)
         time = graph_time(run.work, formats=formats, rates=rates, efficiency=efficiency)
         runs.append(TimedGraph(run=run, time=time))
@@ -216,7 +202,7 @@ def graph_runs(setting: Setting) -> list[CountedGraph]:
     if setting.clip_text_flops is not None:
         works.append((CLIP_TEXT, counted_work(setting.clip_text_flops, rows=setting.clip_text_rows)))
     if setting.reduce_cost is not None:
-        # The greedy loop is float32 whatever the other numbers are.
+        # the greedy loop is always in float32
         again = setting.reduce_cost.read_again * 4 / setting.formats.bytes_per_element
         work = counted_work(setting.reduce_cost.flops, rows=setting.sizes["N"], other=again)
         works.append(("reduce", sum_of([work] * setting.num_images)))
@@ -235,46 +221,34 @@ def graph_runs(setting: Setting) -> list[CountedGraph]:
 
 
 def range_name(index: int, count: int) -> str:
-    """Return the name of layer range ``index`` of ``count``, as the exporter gives it."""
+    """Return the exporter's name of layer range ``index`` of ``count``."""
     if index == 0:
         return "prefix"
     return "suffix" if index == count - 1 else f"segment_{index}"
 
 
 def memory_of(setting: Setting, *, usable: int) -> MemoryNeed:
-    """Return the memory of weights, of KV caches at full capacity and of the largest graph's activations.
+    """Return the memory of weights, KV caches at full capacity, and the largest graph's activations.
 
-    The formulas are those of ``trio-export --target``: weights that the stages repeat count, and attention scores are
-    taken to be in memory, in float32 and once more in float16.
+    ``trio-export --target`` uses the same formulas, ``bundle_bytes``.
     """
     decoder, tower, sizes = setting.model.decoder, setting.model.vision, setting.formats.bytes_per_weight()
-    head = decoder.vocab_size * decoder.hidden_size
-    vision = 0 if tower is None else tower_weights(tower)
-    repeated = repeated_weights(
-        setting.schedule,
+    found = bundle_bytes(
         decoder,
-        layers_quantized=setting.formats.layer != "float16",
-        head_quantized=setting.formats.head != "float16",
+        setting.schedule,
+        WeightBytes([sizes["layer"]] * decoder.num_layers, sizes["head"], sizes["vision"], sizes["layer"]),
+        vision_params=0 if tower is None else tower_weights(tower),
+        ranges=setting.ranges,
+        text_rows=setting.text_rows,
+        new_rows=setting.room - setting.text_rows,
+        bytes_per_cached=setting.formats.bytes_per_cached,
+        tiles=None if tower is None else tiles_of(tower, setting.sizes),
+        before=setting.scratch_before,
+        element_bytes=2,
     )
-    weights = (
-        (decoder.num_layers * layer_weights(decoder) + repeated.layers) * sizes["layer"]
-        + (head + repeated.head) * sizes["head"]
-        + vision * sizes["vision"]
-    )
+    weights = round(found.layers + found.head_and_vision + found.repeated) + setting.other_weight_bytes
     return MemoryNeed(
-        weights=round(weights) + setting.other_weight_bytes,
-        kv_caches=kv_cache_bytes(setting.ranges, other_rows=setting.room, row_bytes=setting.cache_row_bytes),
-        activations=largest_activations(
-            decoder,
-            ranges=setting.ranges,
-            text_rows=setting.text_rows,
-            probe_rows=setting.schedule.num_probe_rows,
-            cache_row_bytes=setting.cache_row_bytes,
-            tiles=None if tower is None else tiles_of(tower, setting.sizes),
-            before=setting.scratch_before,
-            element_bytes=2,
-        ),
-        usable=usable,
+        weights=weights, kv_caches=found.kv_caches, activations=found.activations, usable=usable
     )
 
 

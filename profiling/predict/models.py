@@ -1,4 +1,4 @@
-"""Released models and their shapes, so that times can be predicted without a bundle."""
+"""Released models and their sizes, for predictions without a bundle."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """A model that times can be predicted for."""
+    """The sizes of a model."""
 
     name: str
     decoder: Dimensions
     vision: VisionDimensions | None
-    """None where nothing is known of it, or none is wanted."""
+    """None if unknown or not wanted."""
     pictures: ImageProcessing
-    """Gives the number of visual tokens of an image."""
+    """Its image processing, which gives an image's number of visual tokens."""
 
 
 def model_of(manifest: Manifest) -> Model:
-    """Return the model that a bundle was made of; its vision tower where the manifest describes it."""
+    """Return a bundle's model, with its vision tower if the manifest describes it."""
     pictures = image_processing(manifest.image_processing, encoder_keep=manifest.encoder_keep)
     return Model(name=manifest.model, decoder=manifest.dimensions, vision=manifest.vision, pictures=pictures)
 
@@ -45,7 +45,7 @@ def find_model(name: str) -> Model:
     """Return the released model called ``name``.
 
     Raises:
-        TargetError: If there is none; the message has the nearest name and all others.
+        TargetError: If there is none; the message has all names, and the nearest one.
     """
     if name in MODELS:
         return MODELS[name]
@@ -63,7 +63,7 @@ def _decoder(*sizes: int, head_size: int = 128) -> Dimensions:
 
 
 def _tower(*sizes: Any, **more: int) -> VisionDimensions:
-    """Return the dimensions of a vision tower; those of its projector depend on the decoder."""
+    """Return the dimensions of a vision tower without its projector, which depends on the decoder."""
     return VisionDimensions(projector_weights=0, **dict(zip(_TOWER, sizes, strict=True)), **more)
 
 
@@ -73,7 +73,7 @@ def _family(
     projector_weights: Callable[[int], int],
     decoders: Mapping[str, Dimensions],
 ) -> list[Model]:
-    """Return models with one tower; ``projector_weights`` are a function of the decoder's hidden size."""
+    """Return models with one vision tower; ``projector_weights`` is a function of the decoder's hidden size."""
     return [
         Model(
             name=name,
@@ -112,7 +112,7 @@ def _clip(hidden: int) -> int:
 
 
 def _merger(width: int, count: int = 1) -> Callable[[int], int]:
-    """Return the weights of ``count`` mergers of four patches: DeepStack has three more, for its planes."""
+    """Return the weights of ``count`` mergers of four patches; DeepStack has one more for each of its planes."""
     return lambda hidden: count * 4 * width * (4 * width + hidden)
 
 
@@ -158,8 +158,7 @@ _ALL = (
         },
     ),
     *_family(
-        *_QWEN3_SMALL,
-        {"qwen3-vl-2b": _QWEN3_2B, "qwen3-vl-4b": _decoder(36, 2560, 32, 8, 9728, 151936)},
+        *_QWEN3_SMALL, {"qwen3-vl-2b": _QWEN3_2B, "qwen3-vl-4b": _decoder(36, 2560, 32, 8, 9728, 151936)}
     ),
     *_family(*_QWEN3_LARGE, {"qwen3-vl-8b": _QWEN3_8B}),
     *_family(*_QWEN3_SMALL, {"cosmos-reason2-2b": _QWEN3_2B}),
@@ -195,4 +194,4 @@ _ALL = (
     ),
 )
 MODELS: dict[str, Model] = {model.name: model for model in _ALL}
-"""Released models by the alias that ``trio-export`` knows them by."""
+"""Released models by ``trio-export``'s aliases."""

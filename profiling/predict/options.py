@@ -1,4 +1,4 @@
-"""``trio-profile --predict``: the options, and what they print; ``runtime.cli_profile`` attaches them."""
+"""``trio-profile --predict``: its options, and its output."""
 
 from __future__ import annotations
 
@@ -32,29 +32,39 @@ _OPTIONS = (
     click.option(
         "--predict",
         metavar="DEVICE",
-        help="Predict the times on a device that is not at hand, measure nothing; names with commas, or all.",
+        help="Predict the times on this device and measure nothing; several names separated by commas, or all.",
     ),
-    click.option("--model", metavar="NAME", help="With --predict: a released model instead of a bundle."),
-    click.option("--keep", metavar="PERCENT", help="With --predict: another average keep than the bundle's."),
     click.option(
-        "--image-size", metavar="WxH", help="With --predict: another picture than the bundle's largest."
+        "--model", metavar="NAME", help="With --predict: predict for a released model instead of BUNDLE."
+    ),
+    click.option(
+        "--keep", metavar="PERCENT", help="With --predict: average keep. [default: BUNDLE's schedule]"
+    ),
+    click.option(
+        "--image-size",
+        metavar="WxH",
+        help="With --predict: image size in pixels. [default: BUNDLE's largest]",
     ),
     click.option(
         "--images",
         type=click.IntRange(1),
-        help="With --predict: images of a prompt, or pairs of a video's frames. [default: as many as the bundle has room for]",
+        help="With --predict: images per prompt, or pairs of video frames. [default: as many as BUNDLE allows]",
     ),
-    click.option("--dtype", type=click.Choice(PRECISIONS), help="With --predict: of the decoder's weights."),
-    click.option("--text", type=click.IntRange(1), default=40, help="With --predict: text tokens."),
+    click.option(
+        "--dtype", type=click.Choice(PRECISIONS), help="With --predict: format of the decoder's weights."
+    ),
+    click.option(
+        "--text", type=click.IntRange(1), default=40, help="With --predict: text tokens of the prompt."
+    ),
     click.option(
         "--sweep",
         metavar="AXES",
-        help="With --predict: every combination of keep, image-size, dtype, as keep=33.3%/11.1%,dtype.",
+        help="With --predict: predict all combinations of keep, image-size and dtype, such as keep=33.3%/11.1%,dtype.",
     ),
     click.option(
         "--want",
         metavar="METRIC=NUMBER",
-        help="With --predict: what is needed for answers-per-second, tokens-per-second or ttft-ms.",
+        help="With --predict: find the setting that reaches answers-per-second, tokens-per-second or ttft-ms.",
     ),
 )
 
@@ -76,23 +86,23 @@ class PredictOptions:
 
 PREDICT_NAMES = frozenset(field.name for field in dataclasses.fields(PredictOptions))
 _SHARED = ("bundle", "new_tokens", "json_file", "html_file")
-"""Parameters of the command that measuring and predicting both have."""
+"""Parameters of both measuring and predicting."""
 
 
 def check_given(*, predicting: bool) -> None:
-    """Raise TargetError if the running command was given an option that goes with the other half only."""
+    """Raise TargetError if the command was given an option of measuring with --predict, or the other way round."""
     context = click.get_current_context()
     for parameter in context.command.params:
         name = parameter.name or ""
         if name in _SHARED or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             continue
         if (name in PREDICT_NAMES) != predicting:
-            text = (
-                "--predict DEVICE beside it, got none; add it"
-                if name in PREDICT_NAMES
-                else "no --predict beside it"
+            option = parameter.opts[0]
+            if predicting:
+                raise TargetError(f"{option}: expected no --predict with it, got both; leave one out")
+            raise TargetError(
+                f"{option}: expected --predict DEVICE with it, got none; add it, or leave out {option}"
             )
-            raise TargetError(f"{parameter.opts[0]}: expected {text}, or leave {parameter.opts[0]} away")
 
 
 def predict_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,28 +114,29 @@ def predict_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predictions:
-    """All that was predicted."""
+    """The result of ``trio-profile --predict``."""
 
     values: dict[str, Any]
+    """Content of the JSON."""
     found: list[tuple[Plan, Prediction]]
     is_sweep: bool
     choices: list[Choice]
-    """The choice of each device where there is a goal."""
+    """One choice per device, if there is a goal."""
 
     @property
     def unmet(self) -> str | None:
-        """The error's text if there was a goal that no device meets."""
+        """The error message if there is a goal that no device meets."""
         if not self.choices or any(choice.met for choice in self.choices):
             return None
         return unmet_text(self.choices)
 
 
 def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int) -> Predictions:
-    """Return what ``options`` ask for; ``bundle`` is a folder, unless a model is named.
+    """Return the predictions for ``options``; ``bundle`` is a folder, or None if the options name a model.
 
     Raises:
         TargetError: If a name, a sweep or a goal cannot be read.
-        TrioEdgeError: If the bundle cannot be read, or cannot be shaped as wished.
+        TrioEdgeError: If the bundle cannot be read, or cannot have the wished shapes.
     """
     if (bundle is None) == (options.model is None):
         got = "none" if bundle is None else "both"
@@ -156,7 +167,7 @@ def run_prediction(options: PredictOptions, *, bundle: Path | None, num_new: int
 
 
 def print_predictions(predictions: Predictions) -> None:
-    """Print it to standard output."""
+    """Print the predictions to standard output."""
     console = wide_console()
     if predictions.is_sweep:
         print_sweep(console, predictions.found)

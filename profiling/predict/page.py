@@ -1,4 +1,4 @@
-"""Predictions as one HTML page, in the layout of a profile's; it says that nothing was measured."""
+"""Predictions as one HTML page in the layout of a profile; it says that nothing was measured."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from trio_edge.profiling.predict.plan import Plan
 
 MOST_DRAWN = 8
-"""Settings in the figures and with a table of their graphs; the summary has all."""
+"""Most settings in the figures and with a table of graphs; the summary has all."""
 
 
 def prediction_page(found: Sequence[tuple[Plan, Prediction]], values: dict[str, Any]) -> bytes:
-    """Return the page of all predictions, at least one; ``values`` is what their JSON says."""
+    """Return the page of at least one prediction; ``values`` is the content of their JSON."""
     devices = {prediction.device.name: prediction.device for _, prediction in found}
     drawn, setting = found[:MOST_DRAWN], found[0][1].setting
     plots = [_first_token(drawn), _memory(drawn)]
@@ -49,7 +49,7 @@ def _row(plan: Plan, prediction: Prediction) -> dict[str, str]:
 
 
 def _labels(found: Sequence[tuple[Plan, Prediction]]) -> list[str]:
-    """Return what tells the settings apart: devices only where there are several."""
+    """Return the settings in words, with the device if there are several."""
     several = len({prediction.device.name for _, prediction in found}) > 1
     return [
         f"{prediction.device.name}, {plan.described()}" if several else plan.described()
@@ -62,7 +62,7 @@ def _first_token(found: Sequence[tuple[Plan, Prediction]]) -> Plot:
     for label, (_, prediction) in zip(_labels(found), found):
         times = [(one.run, one.time) for one in prediction.runs if one.run.phase == "prefill"]
         bars.append(Bar(label, [(run.name, 1e3 * time.seconds) for run, time in times]))
-    note = "Predicted, without the host's work on picture and text."
+    note = "Predicted, without the host's work on image and text."
     return stacked(bars, title="Time to the first token by graph", unit="ms", note=note)
 
 
@@ -73,4 +73,4 @@ def _memory(found: Sequence[tuple[Plan, Prediction]]) -> Plot:
         parts = {"weights": memory.weights, "KV caches": memory.kv_caches, "activations": memory.activations}
         text = label if memory.fits else f"{label} (does not fit {memory.usable / GIB:.1f})"
         bars.append(Bar(text, [(name, count / GIB) for name, count in parts.items()]))
-    return stacked(bars, title="Memory", unit="GiB", note="What must be in memory at once.")
+    return stacked(bars, title="Memory", unit="GiB", note="Bytes that must be in memory at once.")

@@ -1,7 +1,7 @@
-"""The question to a prediction: a bundle or a released model, how much is kept, the image, the precision.
+"""The input of a prediction: a bundle or a released model, the average keep, the image size, the precision.
 
-A bundle's own schedule and shapes are taken unless another keep, picture or precision is wished, which is then predicted
-"as if exported so": a wished picture has shapes of its own. A released model has the exporter's usual text buckets.
+Without another keep, image size or precision, a bundle has its own schedule and shapes. With one, the prediction is for a bundle
+exported with it, and the image size has exact shapes. A released model has the exporter's default text buckets.
 """
 
 from __future__ import annotations
@@ -14,13 +14,7 @@ from trio_edge.profiling.predict.answer import Precision, Setting
 from trio_edge.profiling.predict.models import find_model, model_of
 from trio_edge.profiling.predict.speed import Formats
 from trio_edge.runtime.bundle.errors import ScheduleError
-from trio_edge.runtime.bundle.graph_io import (
-    CLIP_TEXT,
-    MAX_TEXT,
-    bucket_of,
-    num_clip_texts,
-    text_buckets,
-)
+from trio_edge.runtime.bundle.graph_io import CLIP_TEXT, MAX_TEXT, bucket_of, num_clip_texts, text_buckets
 from trio_edge.runtime.bundle.limits import MOST_TOKENS
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.bundle_work import (
@@ -40,16 +34,16 @@ if TYPE_CHECKING:
 
 KEEP_ALL = "100%"
 WITHOUT_STAGES = "all"
-"""A keep that leaves all tokens which enter the decoder in it."""
+"""The keep without stages in the decoder."""
 _SETTINGS = ("probe_rows", "num_probe_rows", "nms_threshold", "nms_rounds", "positions", "budget")
-"""Fields of a bundle's schedule that another keep leaves as they are."""
+"""Fields of a bundle's schedule that another keep does not change."""
 USUAL_PICTURE = (672, 672)
-"""Width and height of a picture for a released model, where none is wished."""
+"""Default image width and height for a released model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """One combination of what can be wished."""
+    """One combination of inputs."""
 
     model: Model
     manifest: Manifest | None
@@ -66,24 +60,24 @@ class Plan:
 
     @property
     def kept_share(self) -> float:
-        """The wished average keep as a fraction; 1 where none is wished."""
+        """The average keep as a fraction; 1 without one."""
         from trio_edge.trio.budgets import parse_keep
 
         return 1.0 if self.keep in (None, WITHOUT_STAGES) else parse_keep(self.keep)
 
     def described(self) -> str:
-        """Return the wishes in words."""
+        """Return the plan in words."""
         keep = "the bundle's schedule" if self.keep is None else f"keep {self.keep}"
-        picture = "its largest picture" if self.picture is None else "{}x{}".format(*self.picture)
+        picture = "its largest image" if self.picture is None else "{}x{}".format(*self.picture)
         images = "" if self.num_images == 1 else f"{self.num_images} times "
         return f"{keep}, {images}{picture}, {self.precision}"
 
     def setting(self) -> Setting:
-        """Return the sizes that follow.
+        """Return the setting of this plan.
 
         Raises:
-            ScheduleError: If the model cannot keep so little, or the picture has fewer tokens than the bundle keeps.
-            ImageError: If the picture cannot be processed.
+            ScheduleError: If the model cannot keep so little, or the image has fewer tokens than the bundle keeps.
+            ImageError: If the model cannot process images of this size.
         """
         sizes = self._sizes()
         entering = None if self.manifest is None else self.manifest.token_keep
@@ -91,8 +85,7 @@ class Plan:
         schedule = self._schedule(sizes["N"], entering)
         buckets = text_buckets(MAX_TEXT) if self.manifest is None else self.manifest.text_buckets
         schedule.check_fits(
-            num_layers=self.model.decoder.num_layers,
-            max_visual=self.num_images * (entering or sizes["N"]),
+            num_layers=self.model.decoder.num_layers, max_visual=self.num_images * (entering or sizes["N"])
         )
         setting = Setting(
             model=self.model,
@@ -112,8 +105,8 @@ class Plan:
     def _check_entering(self, num_visual: int, token_keep: int | None) -> None:
         if token_keep is not None and self.picture is not None and num_visual <= token_keep:
             raise ScheduleError(
-                f"--image-size: expected a picture of more than {token_keep} visual tokens, which the bundle keeps before the"
-                f" decoder, got {num_visual}; choose a larger one"
+                f"--image-size: expected an image of more than {token_keep} visual tokens, as many as the bundle keeps before"
+                f" the decoder, got {num_visual}; choose a larger one"
             )
 
     def _sizes(self) -> dict[str, int]:
@@ -125,7 +118,7 @@ class Plan:
     def _schedule(self, num_visual: int, token_keep: int | None) -> Schedule:
         if self.keep is None:
             return Schedule() if self.manifest is None else self.manifest.schedule
-        # Arithmetic without torch, and the exporter's own: a prediction must not choose other stages than it would.
+        # the exporter's own arithmetic, which needs no torch: predictions must have its stages
         from trio_edge.trio.budgets import check_combined_keep, combined_schedule, parse_keep
 
         own = Schedule() if self.manifest is None else self.manifest.schedule
@@ -138,15 +131,11 @@ class Plan:
         }
         check_combined_keep(self.keep, **sizes)
         return combined_schedule(
-            own.method,
-            parse_keep(self.keep),
-            num_layers=self.model.decoder.num_layers,
-            **sizes,
-            **settings,
+            own.method, parse_keep(self.keep), num_layers=self.model.decoder.num_layers, **sizes, **settings
         )
 
     def _picture_tokens(self, num_visual: int) -> int:
-        """Return the visual tokens of the picture before the encoder removes any, which a keep is a share of."""
+        """Return the image's visual tokens before the encoder removes any; a keep is a share of these."""
         whole = None if self.manifest is None else self.manifest.cost.picture_tokens
         if self.manifest is None or whole is None:
             return num_visual
@@ -164,13 +153,13 @@ def plan_for(
     num_new: int = 16,
     num_images: int | None = None,
 ) -> Plan:
-    """Return the plan for a bundle's manifest or a model's name.
+    """Return the plan for a bundle's manifest, or for a released model by name.
 
-    Without ``keep`` it has the bundle's own schedule, or everything for a model; without ``precision`` the bundle's
-    own, or float16; without ``num_images`` the bundle's most, or one: images of a prompt, or pairs of a video's frames.
+    The defaults of ``keep``, ``precision`` and ``num_images`` are the bundle's schedule, precision and most images; for a
+    released model 100 %, float16 and one image.
 
     Raises:
-        TargetError: If no model is called so.
+        TargetError: If no released model has the name.
         ScheduleError: If a number of tokens is out of range.
     """
     for name, value in (("--text", num_text), ("--new-tokens", num_new)):
@@ -195,7 +184,7 @@ def plan_for(
 
 
 def _precision_of(manifest: Manifest | None) -> Precision:
-    """Return the precision of the first layers; float32, which no device here is rated for, counts as float16."""
+    """Return the precision of the first layers; float32 counts as float16, because devices have no rates for it."""
     formats = _formats(manifest)
     return formats.get("prefix") or formats.get("segments") or "float16"
 
@@ -208,7 +197,7 @@ def _formats(manifest: Manifest | None) -> dict[str, Precision]:
 
 
 def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
-    """Return formats, room, and what is counted apart."""
+    """Return the fields of ``setting`` that only a manifest tells: formats, shapes, graphs outside the decoder."""
     num_visual, formats = setting.sizes["N"], _formats(manifest)
     more: dict[str, Any] = {
         "one_size": len(manifest.visual_sizes) == 1,
@@ -231,7 +220,7 @@ def _from_manifest(manifest: Manifest, setting: Setting) -> dict[str, Any]:
 
 
 def _before_decoder(manifest: Manifest, setting: Setting, method: str, num_keep: int) -> dict[str, Any]:
-    """Return what the graphs between vision and decoder compute, and their scratch memory."""
+    """Return the cost and scratch memory of the graphs between vision and decoder."""
     graph, num_visual, num_text = manifest.graph("reduce"), setting.sizes["N"], setting.text_bucket
     widths, texts, more = input_widths(graph), None, dict[str, Any]()
     if manifest.clip_text is not None:
@@ -253,7 +242,7 @@ def _before_decoder(manifest: Manifest, setting: Setting, method: str, num_keep:
 
 
 def _rounded_inputs(manifest: Manifest, setting: Setting) -> frozenset[WeightKind]:
-    """Return the weights whose inputs are rounded too, as far as ``setting`` leaves them their format."""
+    """Return the kinds of weights whose inputs are rounded too, if ``setting`` has the bundle's format for them."""
     if manifest.quantization is None:
         return frozenset()
     quantization = manifest.quantization
@@ -269,7 +258,7 @@ def _rounded_inputs(manifest: Manifest, setting: Setting) -> frozenset[WeightKin
 
 
 def _other_weight_bytes(manifest: Manifest) -> int:
-    """Return the weights of graphs that ``Model`` does not describe, in half precision."""
+    """Return the bytes of graphs that ``Model`` does not describe, in half precision."""
     described = {"prefix", "segment", "suffix", "probe", "select", "head"}
     if manifest.vision is not None:
         described.add("vision")

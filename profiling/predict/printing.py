@@ -1,4 +1,4 @@
-"""Predictions as tables for people and as JSON types for programs; both say that nothing was measured."""
+"""Predictions as tables and as JSON types; both say that nothing was measured."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from trio_edge.trio.cost.devices import DeviceSpec
 
 MIB, GIB = 1 << 20, 1 << 30
-NOTE = "PREDICTED, nothing was measured: counted work, the device's rates and efficiencies of tuned runtimes"
+NOTE = "PREDICTED, nothing was measured: counted work, the device's rates, and efficiencies of tuned runtimes"
 
 
 def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
-    """Return a prediction as JSON types; milliseconds, bytes, and errors as fractions."""
+    """Return a prediction as JSON types: times in milliseconds, sizes in bytes, errors as fractions."""
     setting, fitted, memory = prediction.setting, fitted_for(prediction.device), prediction.memory
     return {
         "device": prediction.device.name,
@@ -64,7 +64,7 @@ def summary_of(plan: Plan, prediction: Prediction) -> dict[str, Any]:
 
 
 def goal_summary(choices: Sequence[Choice]) -> dict[str, Any]:
-    """Return what a goal came to on each device, as JSON types: the setting that meets it, or the nearest to it."""
+    """Return for each device the setting that meets a goal, or the nearest one, as JSON types."""
     goal = choices[0].goal
     return {
         "metric": goal.metric,
@@ -89,7 +89,7 @@ def goal_summary(choices: Sequence[Choice]) -> dict[str, Any]:
 
 
 def print_prediction(console: Console, plan: Plan, prediction: Prediction) -> None:
-    """Print the time of every graph, and what they come to."""
+    """Print the time of every graph, and a summary."""
     setting, device = prediction.setting, prediction.device
     table = whole_table(
         "graph", "phase", "GFLOP", "ms", "bound by", title=escape(f"{setting.model.name} on {device.name}")
@@ -127,7 +127,7 @@ def text_of(setting: Setting) -> str:
 
 
 def row_of(plan: Plan, prediction: Prediction) -> dict[str, str]:
-    """Return what a table says of a prediction, by the table's headers."""
+    """Return a table's row for a prediction, by header."""
     memory = prediction.memory
     return {
         "device": prediction.device.name,
@@ -141,7 +141,7 @@ def row_of(plan: Plan, prediction: Prediction) -> dict[str, str]:
 
 
 def print_sweep(console: Console, found: Sequence[tuple[Plan, Prediction]]) -> None:
-    """Print one line for every combination."""
+    """Print one line per prediction."""
     setting = found[0][1].setting
     rows = [row_of(*entry) for entry in found]
     title = escape(f"{setting.model.name}: {text_of(setting)}, {setting.num_new} new tokens")
@@ -164,14 +164,14 @@ def _size(count: int) -> str:
 
 
 def _print_note(console: Console, predictions: Sequence[Prediction]) -> None:
-    """Print the note and, once for each device, its own."""
+    """Print the note, and one for each device."""
     console.print(f"[bold]{NOTE}.[/]", highlight=False, soft_wrap=True)
     for device in {prediction.device.name: prediction.device for prediction in predictions}.values():
         console.print(device_note(device), highlight=False, soft_wrap=True)
 
 
 def device_note(device: DeviceSpec) -> str:
-    """Return the error of predictions for a device, and its rates that nobody verified."""
+    """Return the error of predictions for a device, and the names of its unverified rates."""
     text = f"{device.name}: {fitted_for(device).sentence(device.name)}"
     doubtful = [name for name in ("bandwidth_bytes_per_s", "fp16_flops") if not device.is_verified(name)]
     if doubtful:

@@ -1,13 +1,13 @@
-"""Seconds of a graph: each product and each attention takes what the slower of arithmetic and memory takes.
+"""Predicted time of a graph: each product and attention takes the longer time of arithmetic and memory.
 
     product      max(FLOPs / (peak e), bytes / (bandwidth b)),   e = plateau rows / (rows + rows_for_half);
-                 e = plateau below 16 rows, which other kernels than those for matrices multiply;
-                 peak is that of half precision, or of eight bits where weights and inputs have them
+                 e = plateau below 16 rows, for which libraries have other kernels;
+                 peak is that of half precision, or of eight bits if both weights and inputs have them
     attention    max(FLOPs / (peak a), bytes / (bandwidth b)) + scores · passes · 4 / (bandwidth b)
     the rest     bytes / (bandwidth b)
-    launches     each a constant
+    launches     a constant each
 
-``peak`` and ``bandwidth`` are a device's; the other values are an ``Efficiency``, fitted to measured times.
+``peak`` and ``bandwidth`` are the device's; the other values, an ``Efficiency``, are fitted to measured times.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 WeightFormat = Literal["float32", "float16", "int8", "fp8", "int4"]
-_VECTOR_ROWS = 16  # below it libraries take kernels for a matrix and a vector, which read each weight once
+_VECTOR_ROWS = 16  # below it, libraries use matrix-vector kernels, which read each weight once
 BYTES_PER_WEIGHT: dict[WeightFormat, float] = {
     "float32": 4.0,
     "float16": 2.0,
@@ -39,11 +39,11 @@ class Rates:
     """Peak rates of a device."""
 
     flops: float
-    """Per second, dense, in half precision."""
+    """Dense FLOPs per second in half precision."""
     bandwidth: float
     """Bytes per second."""
     low_flops: Mapping[WeightFormat, float] = field(default_factory=dict)
-    """As ``flops``, of formats that inputs can have too."""
+    """Dense FLOPs per second with weights and inputs in another format."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +51,7 @@ class Efficiency:
     """Shares of a device's rates that a runtime reaches."""
 
     plateau: float
-    """Share of the peak that a product with very many rows reaches, whatever the format of its weights."""
+    """Share of the peak that a product with very many rows reaches, in any weight format."""
     rows_for_half: float
     """Rows at which a product reaches half of its plateau."""
     attention: float
@@ -59,14 +59,14 @@ class Efficiency:
     bandwidth: float
     """Share of the bandwidth."""
     launch_s: float
-    """Seconds of one kernel that does nothing."""
+    """Seconds of an empty kernel."""
     score_passes: float = 0.0
-    """Passes of each attention score through memory in float32; 0 where attention is one kernel."""
+    """Passes of each attention score through memory in float32; 0 if attention is one kernel."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Formats:
-    """Storage formats of a bundle's numbers."""
+    """Formats of a bundle's weights, activations and KV caches."""
 
     layer: WeightFormat = "float16"
     """Linear weights of the decoder."""
@@ -77,7 +77,7 @@ class Formats:
     bytes_per_cached: int = 2
     """Bytes of an element of the KV caches."""
     inputs: frozenset[WeightKind] = frozenset()
-    """Kinds of weights whose products have their inputs in the same format."""
+    """Kinds of weights whose products have inputs in the same format."""
 
     def of(self, kind: WeightKind) -> WeightFormat:
         """Return the format of one kind of weights."""
@@ -95,14 +95,14 @@ class GraphTime:
 
     seconds: float
     compute_seconds: float
-    """If memory were infinitely fast."""
+    """Time with infinitely fast memory."""
     memory_seconds: float
-    """If arithmetic were."""
+    """Time with infinitely fast arithmetic."""
     launch_seconds: float
 
     @property
     def bound(self) -> Literal["compute", "memory", "launch"]:
-        """The part that takes longest."""
+        """The part that takes the longest."""
         parts: dict[Literal["compute", "memory", "launch"], float] = {
             "compute": self.compute_seconds,
             "memory": self.memory_seconds,
@@ -158,16 +158,16 @@ def _product_bytes(part: Product, formats: Formats) -> float:
 
 
 UNFUSED_SCORE_PASSES = 2.0
-"""Passes of attention that a builder leaves in parts: a score is written, normalized in place and read, in half precision."""
+"""Passes if attention is several kernels: a score is written, normalized in place and read, in half precision."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Errors:
-    """Sizes of errors as fractions."""
+    """Relative errors."""
 
     median: float
     nine_in_ten: float
-    """Nine of ten are smaller."""
+    """Nine of ten errors are smaller."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,21 +176,20 @@ class Fitted:
 
     efficiency: Efficiency
     num_figures: int
-    """Published times that they were fitted to."""
+    """Number of published times in the fit."""
     new_model: Errors
-    """Error of a figure when all figures of its model are left out of the fit."""
+    """Error of a figure without the figures of its model in the fit."""
     new_runtime: Errors
-    """Error of a figure when all figures of its runtime are left out, as ours is in none."""
+    """Error of a figure without the figures of its runtime in the fit, which has none of this runtime."""
     devices: tuple[str, ...]
-    """That figures are of; others of the kind are not validated."""
+    """Devices in the fit; predictions for others of the kind are not validated."""
 
     def sentence(self, device: str) -> str:
-        """Return what a reader of a prediction for ``device`` must know of its error."""
+        """Return the known error of predictions for ``device`` in words."""
         text = (
-            f"{self.num_figures} published times of other runtimes were predicted with a median error of"
-            f" {self.new_runtime.median:.0%}, nine in ten within {self.new_runtime.nine_in_ten:.0%}, when nothing of their"
-            f" runtime was known ({self.new_model.median:.0%} and {self.new_model.nine_in_ten:.0%} when only their model"
-            " was not)"
+            f"{self.num_figures} published times of other runtimes are predicted with a median error of"
+            f" {self.new_runtime.median:.0%}, nine in ten within {self.new_runtime.nine_in_ten:.0%}, without any time of"
+            f" their runtime ({self.new_model.median:.0%} and {self.new_model.nine_in_ten:.0%} without any of their model)"
         )
         if device not in self.devices:
             text += f"; none of them is of {device}"
@@ -217,8 +216,8 @@ FITTED: dict[str, Fitted] = {
         devices=("rtx-4090",),
     ),
 }
-"""By the first part of a device's name. ``benchmarks/predict_validation.py`` fits them and prints every figure's error; a test
-holds them to these figures."""
+"""By the first part of a device's name. ``benchmarks/predict_validation.py`` fits them and prints each figure's error; a test
+compares its result with these figures."""
 
 
 def fitted_for(device: DeviceSpec) -> Fitted:
@@ -227,7 +226,7 @@ def fitted_for(device: DeviceSpec) -> Fitted:
 
 
 def rates_of(device: DeviceSpec) -> Rates:
-    """Return the device's peaks."""
+    """Return the device's peak rates."""
     low: dict[WeightFormat, float] = {"int8": device.int8_ops}
     if device.fp8_flops is not None:
         low["fp8"] = device.fp8_flops

@@ -1,7 +1,7 @@
-"""Many predictions: every combination of wished values, and which of them reach a wished speed.
+"""Predictions of all combinations of values, and the first one that reaches a speed goal.
 
-A sweep is written ``keep,image-size,dtype``, with values of one's own behind a sign: ``keep=33.3%/11.1%``. A speed goal is
-written ``answers-per-second=10``. Settings that lose least come first: more tokens kept, a larger picture, finer weights.
+A sweep is written ``keep,image-size,dtype``, an axis with its own values ``keep=33.3%/11.1%``, and a speed goal
+``answers-per-second=10``. Settings are sorted by what they lose: more kept tokens, larger images and finer weights come first.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ AXES: dict[str, tuple[str, ...]] = {
     "image-size": ("1008x1008", "672x672", "336x336"),
     "dtype": PRECISIONS,
 }
-"""Axes of a sweep, and their values where none are given."""
+"""Axes of a sweep, and their default values."""
 _FIELDS = {"keep": "keep", "image-size": "picture", "dtype": "precision"}
-"""Fields of a plan that the axes set."""
+"""Field of a plan for each axis."""
 METRICS = {"answers-per-second": False, "tokens-per-second": False, "ttft-ms": True}
-"""Speeds that can be asked for, and whether less is better."""
+"""Speeds that a goal may have, and whether less is better."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeedGoal:
-    """A speed that is wanted."""
+    """A speed to reach."""
 
     metric: str
     value: float
 
     def met_by(self, prediction: Prediction) -> bool:
-        """Return whether ``prediction`` is as fast, and fits the device."""
+        """Return whether ``prediction`` is fast enough and fits the device's memory."""
         return prediction.memory.fits and self.shortfall(prediction) <= 1.0
 
     def shortfall(self, prediction: Prediction) -> float:
@@ -80,10 +80,10 @@ def parse_goal(text: str) -> SpeedGoal:
 
 
 def parse_sweep(text: str) -> dict[str, list[Any]]:
-    """Return the values of each field of a plan whose axis ``text`` names.
+    """Return for each axis in ``text`` the field of a plan and its values.
 
     Raises:
-        TargetError: If an axis is unknown, twice there, or has a value that cannot be read.
+        TargetError: If an axis is unknown, is given twice, or has a value that cannot be read.
     """
     fields: dict[str, list[Any]] = {}
     for part in text.split(","):
@@ -124,13 +124,13 @@ def parse_size(text: str) -> tuple[int, int]:
 def sweep(
     plan: Plan, fields: dict[str, list[Any]], devices: Sequence[DeviceSpec]
 ) -> list[tuple[Plan, Prediction]]:
-    """Return a prediction for every combination, for all devices; what is impossible and equal shapes are left out.
+    """Return the predictions of all combinations on all devices, without impossible ones and those of equal shapes.
 
-    On each device those that lose least come first, in whatever order they were wished.
+    On each device, those that lose least come first.
 
     Raises:
-        ScheduleError: If no combination is possible, as the model cannot keep so little.
-        TargetError: If none is possible on one of the devices, which has not the formats.
+        ScheduleError: If no combination is possible, for instance because the model cannot keep so little.
+        TargetError: If one of the devices lacks the formats of all combinations.
     """
     plans = [
         dataclasses.replace(plan, **dict(zip(fields, values)))
@@ -159,7 +159,7 @@ def _on_device(plans: Sequence[Plan], device: DeviceSpec) -> list[tuple[Plan, Pr
 
 
 def _lost(plan: Plan) -> tuple[float, int, int]:
-    """Return what sorts plans: those that keep more come first, then larger pictures, then finer weights."""
+    """Return the sort key of plans: more kept tokens first, then larger images, then finer weights."""
     width, height = plan.picture or (0, 0)
     return -plan.kept_share, -width * height, PRECISIONS.index(plan.precision)
 
@@ -172,11 +172,11 @@ class Choice:
     plan: Plan
     prediction: Prediction
     num_settings: int
-    """That it was chosen from."""
+    """Number of settings to choose from."""
 
     @property
     def met(self) -> bool:
-        """Whether this meets the goal; else it is the nearest to it."""
+        """Whether the setting meets the goal."""
         return self.goal.met_by(self.prediction)
 
     @property
@@ -186,14 +186,14 @@ class Choice:
 
     @property
     def text(self) -> str:
-        """The setting that meets the goal, or that none does and which is the nearest, in words."""
+        """The setting that meets the goal, or the nearest one, in words."""
         if self.met:
             return f"{self.plan.described()} ({metric_of(self.prediction, self.goal.metric):.3g})"
         return f"no setting; {self.nearest}"
 
     @property
     def nearest(self) -> str:
-        """The setting in words, and what it lacks."""
+        """The nearest setting and what it lacks, in words."""
         lacks = [] if self.prediction.memory.fits else ["does not fit the memory"]
         if self.shortfall > 1:
             lacks.append(f"{self.shortfall:.2g} times too slow")
@@ -204,7 +204,7 @@ class Choice:
 
 
 def choose(found: Sequence[tuple[Plan, Prediction]], goal: SpeedGoal) -> Choice:
-    """Return the first combination that meets ``goal``: the one that loses least; the nearest one if none does."""
+    """Return the first combination that meets ``goal``, or the nearest one if none does."""
     choices = [
         Choice(goal=goal, plan=plan, prediction=prediction, num_settings=len(found))
         for plan, prediction in found

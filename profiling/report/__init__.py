@@ -1,1 +1,1 @@
-"""Results of a profile: numbers, advice, tables and a trace."""
+"""Reports of a profile: numbers, advice, tables and a trace."""

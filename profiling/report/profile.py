@@ -1,6 +1,6 @@
-"""The schema of ``trio-profile --json``; docs/profile.md describes it.
+"""The schema of ``trio-profile --json``, described in docs/profile.md.
 
-Times are milliseconds, sizes bytes, rates per second. None: this machine or this backend does not tell.
+Times are in milliseconds, sizes in bytes, rates per second. None means that the machine or the backend does not tell.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class ProfileConditions(_Part, frozen=True):
     threads: int
     """0 is the backend's choice."""
     clock: str
-    """The clock that graphs were timed with: "the host", or "events of the GPU"."""
+    """The clock that timed the graphs: "the host", or "events of the GPU"."""
     power_mode: str | None
-    """As nvpmodel says it."""
+    """From nvpmodel."""
     cpu_governor: str | None
     load_average: float | None
-    """Mean of the last minute, before the first run."""
+    """Mean of the last minute before the first run."""
     picture: str
     prompt: str
     new_tokens: int
@@ -49,7 +49,7 @@ class ProfileConditions(_Part, frozen=True):
 
 
 class Load(_Part, frozen=True):
-    """Opening the bundle and loading its graphs, once; the system's file cache was as it was."""
+    """Times to open the bundle and load its graphs once, with the system's file cache as it was."""
 
     open_ms: float
     graphs_ms: float
@@ -67,29 +67,30 @@ class GraphProfile(_Part, frozen=True):
     calls_per_answer: float
     call_ms: Distribution
     answer_ms: float
-    """Median of its time in a whole answer."""
+    """Median of the graph's time per answer."""
     share: float
+    """``answer_ms`` divided by the median time of an answer."""
     flops: float | None
     moved_bytes: float | None
-    """Bytes of one call at least: weights, and what products, attention and element-wise kernels read and write, once each."""
+    """Least bytes of one call: weights, and inputs and results of products, attention and element-wise kernels, once each."""
     flops_per_s: float | None
     bytes_per_s: float | None
     intensity: float | None
     bound: Bound | None
     of_ceiling: float | None
-    """Share of the ceiling that bounds it."""
+    """Share of the peak rate that bounds the graph."""
     verdict: str | None
 
 
 class DecodeStep(_Part, frozen=True):
-    """The time of a token after so many rows of text and visual tokens."""
+    """The time of a token at one context length."""
 
     context: int
-    """Rows before it, visual tokens not reduced."""
+    """Rows before it, without token reduction."""
     cached_rows: float
-    """Rows before it in the KV caches, mean over the decoder's layers."""
+    """Rows before it in the KV caches, mean over layers."""
     ms: Distribution
-    """One value for each round: the median of a few forced tokens."""
+    """One value per round: the median of a few tokens."""
 
 
 class MemoryProfile(_Part, frozen=True):
@@ -100,22 +101,23 @@ class MemoryProfile(_Part, frozen=True):
     kv_used: int
     """At the end of an answer."""
     buffers: int
-    """Inputs, results, and what lies between the graphs."""
+    """Inputs and results of the graphs."""
     workspace: int
     """Activations inside a graph, as the backend reports or estimates them."""
     other: int | None
-    """The rest of the process at its peak: Python, libraries, tokenizer, second copies of weights. Where the graphs lie
-    on a GPU, all of the process."""
+    """The rest of the process at its peak: Python, libraries, tokenizer, second copies of weights. With graphs on a GPU,
+    the whole process."""
     peak_rss: int | None
-    """Peak of the process with this bundle alone, while it was loaded and answered its first questions."""
+    """Peak of the process with this bundle alone, during loading and the first answers."""
     loading_rss: int | None
+    """Growth of the process while loading."""
     answering_rss: int | None
-    """Growth of the process during the first answers, at their peak."""
+    """Growth of the process at the peak of the first answers."""
     device_free: int | None
 
 
 class SizePoint(_Part, frozen=True):
-    """Time to the first token at one size of image."""
+    """Time to the first token at one image size."""
 
     width: int
     height: int
@@ -133,19 +135,19 @@ class BundleProfile(_Part, frozen=True):
     model: str
     dtype: str
     formats: dict[str, str]
-    """Formats of the weights that have another one than ``dtype``, by part of the model."""
+    """Formats of quantized weights by part of the model."""
     selection: str
     visual_tokens: int
     processed_tokens: float
-    """Mean over the decoder's layers."""
+    """Visual tokens per decoder layer, mean over layers."""
     kept_tokens: tuple[int, ...]
     text_tokens: int
     load: Load
     ttft_ms: Distribution
-    """Image and prompt to first token: reading, preparing, vision, prefill, sampling."""
+    """Time from image and prompt to the first token: reading, preparing, vision, prefill, sampling."""
     prefill_ms: Distribution
     token_ms: Distribution | None
-    """Each token after the first; None if there was none."""
+    """Time of a token after the first; None if there was none."""
     tokens_per_s: float | None
     answer_ms: Distribution
     host_first_ms: Distribution
@@ -154,21 +156,21 @@ class BundleProfile(_Part, frozen=True):
     """Median time of a later token outside of graphs."""
     graphs: tuple[GraphProfile, ...]
     decode: tuple[DecodeStep, ...]
-    """Contexts from a question without an image to the end of the KV caches."""
+    """At contexts from a question without an image to the end of the KV caches."""
     decode_fit: LineFit | None
     sizes: tuple[SizePoint, ...]
     memory: MemoryProfile
     energy_j: dict[str, float]
-    """Energy of one answer, the idle share included, by the place where it was measured."""
+    """Energy of one answer with the idle power, by the place of its sensor."""
     sensors: dict[str, SensorRange]
     operators: tuple[OperatorTime, ...]
     layers: tuple[LayerTime, ...]
-    """The slowest of each graph in each phase."""
+    """The slowest ones of each graph and phase."""
     advice: tuple[str, ...] = ()
 
     @property
     def numbers(self) -> str:
-        """Formats of activations and weights in words: ``float16, int4 in prefix, suffix``."""
+        """Formats of activations and weights, as ``float16, int4 in prefix, suffix``."""
         parts: dict[str, list[str]] = {}
         for part, kind in self.formats.items():
             parts.setdefault(kind, []).append(part)
@@ -176,14 +178,14 @@ class BundleProfile(_Part, frozen=True):
 
 
 class Comparison(_Part, frozen=True):
-    """One bundle compared with the first one, run in turns."""
+    """One bundle compared with the first one."""
 
     label: str
     reference: str
     ratios: dict[str, Ratio]
-    """This bundle's median over the reference's, by quantity: above 1 is slower or larger."""
+    """This bundle's median divided by the reference's, by quantity; above 1 is slower."""
     sizes: dict[str, float]
-    """The same for what does not vary from run to run."""
+    """The same ratio for quantities that do not vary from run to run."""
 
 
 class ProfileReport(_Part, frozen=True):

@@ -1,4 +1,4 @@
-"""Turns a measurement into its report."""
+"""The report of a measurement: figures, comparisons, verdicts and advice."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def report_of(measurement: Measurement, conditions: ProfileConditions) -> Profil
 
 
 def _labels(measurement: Measurement) -> list[str]:
-    """Return the folders' names, numbered where two are alike."""
+    """Return the folders' names, numbered if two are equal."""
     names = [measured.loaded.bundle.folder.resolve().name for measured in measurement.measured]
     return [name if names.count(name) == 1 else f"{name} ({index + 1})" for index, name in enumerate(names)]
 
@@ -105,8 +105,7 @@ def _bundle_profile(measured: MeasuredBundle, measurement: Measurement, *, label
             for one in measured.contexts
         ),
         decode_fit=line_fit(
-            [one.cached_rows for one in measured.contexts],
-            [one.milliseconds for one in measured.contexts],
+            [one.cached_rows for one in measured.contexts], [one.milliseconds for one in measured.contexts]
         ),
         sizes=tuple(
             SizePoint(
@@ -127,7 +126,7 @@ def _bundle_profile(measured: MeasuredBundle, measurement: Measurement, *, label
 
 
 def _selection(manifest: Manifest) -> str:
-    """Return what is removed where, in words."""
+    """Return the bundle's token reduction in words."""
     parts = []
     if manifest.encoder_keep is not None:
         parts.append(f"vision graph keeps {manifest.encoder_keep}")
@@ -145,14 +144,14 @@ def _host_token_ms(measured: MeasuredBundle) -> float | None:
 
 
 def _memory(measured: MeasuredBundle, *, before_all: int | None) -> MemoryProfile:
-    """Return the memory of one bundle, as if no other were loaded; ``before_all`` was in the process before the first one was."""
+    """Return one bundle's memory without the other bundles'; ``before_all`` is the process before the first one was loaded."""
     seen, manifest = measured.memory, measured.loaded.bundle.manifest
     added = _growth(seen.before, seen.peak)
     peak = None if added is None or before_all is None else before_all + added
     weights = seen.planned.get("weights", sum(graph.weight_bytes for graph in manifest.graphs))
     buffers, workspace = (seen.planned.get(name, 0) for name in ("buffers", "workspace"))
     on_device = weights + manifest.kv_bytes + buffers + workspace
-    other = peak  # on a GPU nothing of the graphs lies in the process
+    other = peak  # on a GPU the graphs are not in the process's memory
     if peak is not None and seen.device_free is None:
         other = max(0, peak - on_device)
     return MemoryProfile(
@@ -207,11 +206,11 @@ def _comparison(
 
 
 NEAR = 0.15
-"""Share of a ceiling below which it does not bound a graph."""
+"""Share of a peak rate below which it does not bound a graph."""
 
 
 class Verdict(NamedTuple):
-    """The limit that bounds a graph, and how near it is."""
+    """The peak rate that bounds a graph, and the graph's share of it."""
 
     bound: Bound
     of_ceiling: float
@@ -219,7 +218,7 @@ class Verdict(NamedTuple):
 
 
 def graph_profiles(measured: MeasuredBundle, ceilings: Ceilings | None) -> tuple[GraphProfile, ...]:
-    """Return each graph in each profile that ran, in the order of the manifest, prefill first."""
+    """Return all graphs and profiles that ran, in the manifest's order, prefill first."""
     manifest = measured.loaded.bundle.manifest
     answer_ms = statistics.median(answer.answer_ms for answer in measured.answers)
     found = []
@@ -234,7 +233,7 @@ def graph_profiles(measured: MeasuredBundle, ceilings: Ceilings | None) -> tuple
 
 
 def _answers_with(measured: MeasuredBundle, graph: str, profile: str) -> list[list[float]]:
-    """Return per answer the times of a graph's calls; from the runs without capture where the others have none."""
+    """Return per answer the times of a graph's calls, from the runs without capture if the others have none."""
     for answers in (measured.answers, measured.steps):
         found = [
             [call.milliseconds for call in answer.calls if (call.graph, call.profile) == (graph, profile)]
@@ -283,8 +282,8 @@ def _graph_profile(
 def judge(*, flops: float, moved_bytes: float, milliseconds: float, ceilings: Ceilings) -> Verdict:
     """Return the verdict on one call; bytes and milliseconds are above 0.
 
-    A graph that makes fewer FLOPs for each byte than the machine can is bounded by memory, else by arithmetic. One that
-    reaches little of its bound waits for something else: launches, short loops, few rows.
+    A graph with fewer FLOPs per byte than the machine's peak rates is bound by memory, otherwise by arithmetic. If it reaches
+    little of that rate, something else takes the time: launches, short loops, few rows.
     """
     of_compute = 1e3 * flops / milliseconds / ceilings.flops_per_s
     of_memory = 1e3 * moved_bytes / milliseconds / ceilings.bytes_per_s
@@ -300,14 +299,14 @@ def judge(*, flops: float, moved_bytes: float, milliseconds: float, ceilings: Ce
 
 
 MUCH = {"vision": 0.4, "select": 0.15, "decoder": 0.5, "outside": 0.25, "kv": 0.2}
-"""Shares, of the first token and for ``kv`` of a token's bytes, from which a part is worth a change."""
+"""Shares from which a part is worth a change: of the time to the first token, and for ``kv`` of a token's bytes."""
 _LITTLE_USED = 0.5
-"""Share of the KV buffers that an answer fills, below which their room is worth a change."""
+"""Share of the KV buffers in use, below which their size is worth a change."""
 _RANGES = ("prefix", "segment", "suffix")
 
 
 def advise(bundle: BundleProfile) -> tuple[str, ...]:
-    """Return lines that would make ``bundle`` faster; none if no part stands out."""
+    """Return changes that would make ``bundle`` faster, one line each; none if no part stands out."""
     return (*_about_the_first_token(bundle), *_about_tokens(bundle))
 
 
@@ -319,20 +318,17 @@ def _about_the_first_token(bundle: BundleProfile) -> Iterator[str]:
             part = "decoder" if graph.role in _RANGES else graph.role
             shares[part] = shares.get(part, 0.0) + graph.call_ms.p50 * graph.calls_per_answer / whole
     if shares["vision"] >= MUCH["vision"]:
-        yield f"vision takes {shares['vision']:.0%} of the first token: a smaller --image-size makes it less"
+        yield f"vision takes {shares['vision']:.0%} of the first token: export a smaller --image-size"
     if shares["decoder"] >= MUCH["decoder"] and bundle.processed_tokens >= bundle.visual_tokens > 0:
         yield (
             f"the decoder takes {shares['decoder']:.0%} of the first token, with all {bundle.visual_tokens} visual tokens in every"
-            " layer: a --keep makes them fewer"
+            " layer: export with a smaller --keep"
         )
     if shares["select"] >= MUCH["select"]:
-        yield f"selections take {shares['select']:.0%} of the first token: fewer stages (--schedule) take less"
+        yield f"selections take {shares['select']:.0%} of the first token: export fewer stages (--schedule)"
     outside = bundle.host_first_ms.p50 / whole
     if outside >= MUCH["outside"]:
-        yield (
-            f"{outside:.0%} of the first token is outside of graphs: preparing a smaller image takes less, and so do"
-            " fewer graphs"
-        )
+        yield f"{outside:.0%} of the first token is outside of graphs: use a smaller image, or fewer stages"
 
 
 def _about_tokens(bundle: BundleProfile) -> Iterator[str]:
@@ -342,13 +338,15 @@ def _about_tokens(bundle: BundleProfile) -> Iterator[str]:
     moved, memory = sum(graph.moved_bytes or 0.0 for graph in steps), bundle.memory
     if memory.kv_allocated >= MUCH["kv"] * moved and memory.kv_used < _LITTLE_USED * memory.kv_allocated:
         yield (
-            f"a token reads {memory.kv_allocated / 1e6:.1f} MB of KV buffers whole, and an answer fills"
-            f" {memory.kv_used / 1e6:.1f} of them: export with less --max-new-tokens or --max-text"
+            f"a token reads all {memory.kv_allocated / 1e6:.1f} MB of KV buffers, and an answer fills"
+            f" {memory.kv_used / 1e6:.1f} MB: export with a smaller --max-new-tokens or --max-text"
         )
     slowest = max(steps, key=lambda graph: graph.answer_ms)
-    waits = slowest.bound == "memory" and (slowest.of_ceiling or 0.0) <= 1.0  # more comes from caches
+    waits = (
+        slowest.bound == "memory" and (slowest.of_ceiling or 0.0) <= 1.0
+    )  # above 1, data comes from caches
     if waits and slowest.role in _RANGES and not bundle.formats:
         yield (
-            f"tokens wait for memory ({slowest.name}: {slowest.verdict}): --quantize int4 makes the decoder's weights a"
-            " quarter of float16's"
+            f"tokens wait for memory ({slowest.name}: {slowest.verdict}): export with --quantize int4, a quarter of float16's"
+            " bytes"
         )

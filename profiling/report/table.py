@@ -49,14 +49,14 @@ def _heading(report: ProfileReport) -> list[str]:
         f" graphs timed by {conditions.clock}"
         + (f"; power mode {conditions.power_mode}" if conditions.power_mode else ""),
         (
-            f"{conditions.runs} runs in turns ({conditions.stopped}) after {conditions.warm_up} to warm up;"
+            f"{conditions.runs} runs in turns ({conditions.stopped}) after {conditions.warm_up} warm-up answers;"
             f" {conditions.picture}, {conditions.new_tokens} new tokens"
         ),
     ]
     if report.ceilings is not None:
         ceilings = report.ceilings
         lines.append(
-            f"reached on the spot: {ceilings.flops_per_s / 1e9:.1f} GFLOP/s ({ceilings.matmul}),"
+            f"measured peak rates: {ceilings.flops_per_s / 1e9:.1f} GFLOP/s ({ceilings.matmul}),"
             f" {ceilings.bytes_per_s / 1e9:.1f} GB/s (copy of {ceilings.copy})"
         )
     return lines
@@ -103,7 +103,7 @@ def _context_table(bundles: Sequence[BundleProfile]) -> Table:
 
 def _comparison_table(comparison: Comparison) -> Table:
     table = whole_table(
-        "quantity", "ratio", "95 %", title=escape(f"{comparison.label} over {comparison.reference}")
+        "quantity", "ratio", "95 %", title=escape(f"{comparison.label} divided by {comparison.reference}")
     )
     for name, ratio in comparison.ratios.items():
         table.add_row(name, f"{ratio.value:.3f}", in_brackets(ratio.interval_95, ".3f").strip(" ()"))

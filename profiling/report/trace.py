@@ -1,4 +1,4 @@
-"""A measurement as a Chrome trace: one process per bundle, answers above the graphs they ran, sensors as counters.
+"""A measurement as a Chrome trace: one process per bundle with its answers and graphs, and sensors as counters.
 
 chrome://tracing and ui.perfetto.dev open the file. Format: "Trace Event Format", events X (complete), C (counter), M (names).
 """
@@ -62,7 +62,7 @@ def _answer_events(answer: Answer, number: int, *, process: int, origin: float) 
 def _complete(
     name: str, process: int, thread: int, start: float, end: float, args: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return a slice in whole nanoseconds at both ends: slices that touch must not overlap, or Perfetto drops them."""
+    """Return a slice with both ends in whole nanoseconds: Perfetto drops slices that overlap by rounding."""
     begin = _nanoseconds(start)
     return {
         "ph": "X",

@@ -14,9 +14,10 @@ from trio_edge.calibration.json_lines import ResultFile
 from trio_edge.calibration.model.prompts import SampleShape
 from trio_edge.calibration.search.bundle_shape import image_sizes, rounds_with_margin, text_buckets
 from trio_edge.calibration.search.calibrate import SearchProgress, _warn_above
-from trio_edge.calibration.search.calibration_file import CalibrationOptions, Fidelity, Measure, read_options
+from trio_edge.calibration.search.calibration_file import Fidelity, Measure, read_options
 from trio_edge.calibration.search.held_out import accuracy
 from trio_edge.calibration.search.measuring import MeasuredLine, MeasuredSchedule
+from trio_edge.calibration.search.options import CalibrationOptions
 from trio_edge.calibration.search.samples import read_samples, split_samples
 from trio_edge.calibration.search.schedules.candidates import Candidate, first_fronts, pareto_front
 from trio_edge.calibration.search.schedules.prefill_cost import PrefillCost, ScheduleCost, Situation
@@ -232,7 +233,7 @@ def test_the_nearest_that_is_told_can_be_had() -> None:
     ("settings", "message"),
     [
         ({"target": "orin"}, "--target: expected one of"),
-        ({"max_kl": 0.1, "keep": 0.2}, "expected one of them, got --max-kl, --keep"),
+        ({"max_kl": 0.1, "keep": 0.2}, "expected one, got --max-kl, --keep"),
         ({"held_out": 1.0}, "--held-out: expected a share"),
         ({"nms_thresholds": (0.0,)}, "--nms-thresholds: expected values"),
         ({"answer_tokens": 0}, "--answer-tokens: expected 1..64, got 0"),
@@ -263,7 +264,9 @@ def test_options_alone_are_a_config(tmp_path: Path) -> None:
 def test_a_record_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with Path("/dev/full").open("ab", buffering=0) as full:
         record = ResultFile(full, tmp_path / "measurements.jsonl")
-        with pytest.raises(DataError, match=r"measurements\.jsonl: expected room for a line, got none"):
+        with pytest.raises(
+            DataError, match=r"measurements\.jsonl: expected space for one more line, got none"
+        ):
             record.append(MeasuredLine(index=0, schedule=Schedule(), result=MeasuredSchedule(0.0, True, 0)))
 
 

@@ -16,8 +16,9 @@ from tests.shared_traces import shared_traces
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.search import cli as cli_calibrate
 from trio_edge.calibration.search.calibrate import Calibrated, SearchProgress, calibrate
-from trio_edge.calibration.search.calibration_file import Calibration, CalibrationOptions, json_of
+from trio_edge.calibration.search.calibration_file import Calibration, json_of
 from trio_edge.calibration.search.measuring import RECORD_NAME, RecordKey, opened_record
+from trio_edge.calibration.search.options import CalibrationOptions
 from trio_edge.calibration.search.page import page_of
 from trio_edge.runtime.bundle.errors import DataError
 from trio_edge.runtime.bundle.schedule import Schedule
@@ -172,7 +173,7 @@ def test_a_work_folder_in_use_is_refused(tmp_path: Path) -> None:
     key = RecordKey(
         model="tiny", weights="w", samples_sha256="a", answer_tokens=4, dtype="float32", max_visual=9
     )
-    refused = pytest.raises(DataError, match="another one writes to it")
+    refused = pytest.raises(DataError, match="got a second one")
     with opened_record(tmp_path, key), refused, opened_record(tmp_path, key):
         pass
 
@@ -209,7 +210,7 @@ BAD_CASES: dict[str, tuple[list[str], str]] = {
     ),
     "several images": (
         ["--samples", "shapes-several", "--count", "4"],
-        "900000000-two-which: expected one image to calibrate on, got 2",
+        "900000000-two-which: expected one image, got 2",
     ),
     "a damaged image": (["--samples", "{damaged}", "--prompt", "w1"], "damaged.png"),
     "a special token in a prompt": (["--samples", "{pictures}", "--prompt", "<image>"], "special token"),
@@ -220,13 +221,13 @@ BAD_CASES: dict[str, tuple[list[str], str]] = {
     "an unknown layer": (["--layers", "7"], "--layers: expected layers in 1..2"),
     "no layer": (["--layers", "one"], "--layers: expected numbers"),
     "a whole budget": (["--keeps", "100%"], "--keeps: expected shares"),
-    "two wishes": (["--keep", "50%", "--max-kl", "0.1"], "expected one of them"),
+    "two wishes": (["--keep", "50%", "--max-kl", "0.1"], "keep: expected one, got"),
     "too long an answer": (["--max-new-tokens", "2000"], "jsonl:1, or lower --max-new-tokens"),
     "no place for the output": (
         ["--out", "{damaged}/damaged.png/out", "--samples", "none"],
         "expected {damaged}/damaged.png to be a folder",
     ),
-    "no device": (["--device", "cudo"], "--device: expected one that torch has"),
+    "no device": (["--device", "cudo"], "--device: expected a device that torch can use"),
     "an existing folder": (["--out", "{empty}"], "it exists"),
     "a folder of something else": (["--out", "{pictures}", "--force"], "expected a calibration to replace"),
 }

@@ -432,5 +432,5 @@ def test_a_quantized_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> 
     from tests.export.packed_checkpoints import write_packed
 
     write_packed(checkpoint, tmp_path / "packed", method="awq")
-    with pytest.raises(CheckpointError, match="expected floating point weights, got INT4"):
+    with pytest.raises(CheckpointError, match="expected floating-point weights, got INT4"):
         load_model(str(tmp_path / "packed"))

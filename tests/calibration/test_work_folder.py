@@ -234,4 +234,4 @@ def test_a_folder_in_use_is_refused(
     arguments, work = small
     with (work / ".lock").open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert "another one writes to it" in refusal(arguments, capsys)
+        assert "got a second one" in refusal(arguments, capsys)

@@ -63,7 +63,7 @@ def test_a_stream_that_falls_silent_is_one_line(tmp_path: Path, monkeypatch: pyt
             frame = camera.after(-1)
             assert frame is not None
             with pytest.raises(
-                ImageError, match=r"^camera [^\n]*: expected a stream that goes on, got [^\n]*$"
+                ImageError, match=r"^camera [^\n]*: expected a stream that does not break off, got [^\n]*$"
             ):
                 _drain(camera)
 

@@ -60,14 +60,17 @@ MEMORY = bundle_profile("bundle", 1.0).memory
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (with_graph(one("vision", 62.0)), "vision takes 62% of the first token: a smaller --image-size"),
+        (
+            with_graph(one("vision", 62.0)),
+            "vision takes 62% of the first token: export a smaller --image-size",
+        ),
         (
             with_graph(one("select", 15.0)),
-            "selections take 15% of the first token: fewer stages (--schedule)",
+            "selections take 15% of the first token: export fewer stages (--schedule)",
         ),
         (
             {**with_graph(one("prefix", 70.0)), "processed_tokens": 2880.0},
-            "the decoder takes 70% of the first token, with all 2880 visual tokens in every layer: a --keep",
+            "the decoder takes 70% of the first token, with all 2880 visual tokens in every layer: export with",
         ),
         ({"host_first_ms": distribution([30.0])}, "30% of the first token is outside of graphs"),
         (
@@ -75,11 +78,11 @@ MEMORY = bundle_profile("bundle", 1.0).memory
                 **with_graph(FULL_STEP),
                 "memory": msgspec.structs.replace(MEMORY, kv_used=50_000_000, kv_allocated=300_000_000),
             },
-            "a token reads 300.0 MB of KV buffers whole, and an answer fills 50.0 of them",
+            "a token reads all 300.0 MB of KV buffers, and an answer fills 50.0 MB",
         ),
         (
             {"formats": {}},
-            "tokens wait for memory (prefix: memory-bound, 72 % of bandwidth): --quantize int4",
+            "tokens wait for memory (prefix: memory-bound, 72 % of bandwidth): export with --quantize int4",
         ),
     ],
     ids=["vision", "selections", "decoder", "outside", "room", "weights"],

@@ -357,7 +357,7 @@ def test_a_page_without_matplotlib_is_refused_with_the_extra_to_install(
     assert main([*what, "--html", str(tmp_path / "page.html")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(
-        '--html: expected matplotlib to be installed, it is not; run pip install "trio-edge[profile]"'
+        '--html: expected matplotlib to be installed, got none; run pip install "trio-edge[profile]"'
     )
 
 

@@ -306,7 +306,7 @@ WRONG = {
     "no bundle at all": ([], "BUNDLE: expected a bundle folder, got none"),
     "option without --predict": (
         ["bundle", "--keep", "11.1%"],
-        "--keep: expected --predict DEVICE beside it",
+        "--keep: expected --predict DEVICE with it",
     ),
     "axis": ([*MODEL, "--sweep", "keep,colour"], "expected each of keep, image-size, dtype at most once"),
     "no axis": ([*MODEL, "--sweep", ""], "at most once, got '' in ''"),

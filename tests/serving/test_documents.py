@@ -1,4 +1,4 @@
-"""The examples of docs/serving.md give the answers that it promises."""
+"""The examples of docs/serving.md and docs/serving-operation.md give the answers that they promise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+PAGES = ("serving.md", "serving-operation.md")
+TEXT = "\n".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in PAGES)
 
 
 def blocks(language: str) -> list[str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from trio_edge.trio.cost.flops import kv_row_bytes
 from trio_edge.trio.cost.work import VISION_HEAD_SIZE, layer_matrices, layer_weights, tiles_and_patches
 from trio_edge.trio.methods import stage_method, token_method
 
@@ -62,6 +63,83 @@ class Texts(NamedTuple):
     length: int
     width: int
     """Z, of the space shared with images."""
+
+
+class WeightBytes(NamedTuple):
+    """Bytes of one weight, by part of a bundle."""
+
+    layers: Sequence[float]
+    """One value per decoder layer."""
+    head: float
+    vision: float
+    select: float
+    """Of select graphs that are no probes."""
+
+
+class BundleBytes(NamedTuple):
+    """Bytes that must be in memory at once, by purpose; those of weights are not rounded."""
+
+    layers: float
+    head_and_vision: float
+    repeated: float
+    kv_caches: int
+    activations: int
+
+
+def bundle_bytes(
+    decoder: Dimensions,
+    schedule: Schedule,
+    weights: WeightBytes,
+    *,
+    vision_params: int,
+    ranges: Sequence[tuple[int, int]],
+    text_rows: int,
+    new_rows: int,
+    bytes_per_cached: int,
+    tiles: Tiles | None,
+    before: int,
+    element_bytes: int,
+) -> BundleBytes:
+    """Return the memory of a bundle with KV caches at full capacity.
+
+    Args:
+        decoder: Its sizes.
+        schedule: Its stages; they repeat weights.
+        weights: Bytes per weight; fewer than ``element_bytes`` means quantized.
+        vision_params: Parameters of the vision tower and the projector.
+        ranges: Layers and visual rows of each layer range.
+        text_rows: Rows of the longest prompt besides the visual ones.
+        new_rows: Rows for new tokens.
+        bytes_per_cached: Bytes of an element of the KV caches.
+        tiles: Those of the largest image; None if the vision tower is unknown.
+        before: Bytes of ``scratch_before``; 0 if nothing is between vision and decoder.
+        element_bytes: b.
+    """
+    row_bytes = kv_row_bytes(decoder, bytes_per_cached=bytes_per_cached)
+    probed = weights.layers[-1] if stage_method(schedule.method).has_probe else weights.select
+    repeated = repeated_weights(
+        schedule,
+        decoder,
+        layers_quantized=weights.layers[-1] < element_bytes,
+        head_quantized=weights.head < element_bytes,
+    )
+    return BundleBytes(
+        layers=layer_weights(decoder) * sum(weights.layers),
+        head_and_vision=decoder.vocab_size * decoder.hidden_size * weights.head
+        + vision_params * weights.vision,
+        repeated=repeated.layers * probed + repeated.head * weights.head,
+        kv_caches=kv_cache_bytes(ranges, other_rows=text_rows + new_rows, row_bytes=row_bytes),
+        activations=largest_activations(
+            decoder,
+            ranges=ranges,
+            text_rows=text_rows,
+            probe_rows=schedule.num_probe_rows,
+            cache_row_bytes=row_bytes,
+            tiles=tiles,
+            before=before,
+            element_bytes=element_bytes,
+        ),
+    )
 
 
 class RepeatedWeights(NamedTuple):

@@ -1,1 +1,1 @@
-"""Candidate schedules: the space they come from, what each costs, and the search for those worth having."""
+"""Candidate schedules: their space, their cost, and the search for the best ones."""

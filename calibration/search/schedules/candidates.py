@@ -1,4 +1,4 @@
-"""Measured schedules, and everything that a search for them works with and leaves."""
+"""Measured and estimated schedules, their Pareto front, and the result of a search."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Tried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One value of a setting against the default, on the same schedules and samples."""
+    """One value of a setting compared with the default, on the same schedules and samples."""
 
     setting: str
     value: str
     kl: float
     minus_default: float
     interval_95: tuple[float, float]
-    """Interval of ``minus_default``; paired, by image."""
+    """Of ``minus_default``, paired by image."""
     chosen: bool
 
 
@@ -37,7 +37,7 @@ class Candidate:
     cost: ScheduleCost
     kind: CostKind
     results: list[MeasuredSchedule]
-    """One for each search sample."""
+    """One per search sample."""
     images: list[str]
 
     @property
@@ -59,7 +59,7 @@ class Candidate:
 
 
 class EstimatedSchedule(NamedTuple):
-    """A list of stages that was not measured."""
+    """A list of stages with its estimated divergence."""
 
     cost: ScheduleCost
     kl: float
@@ -71,11 +71,12 @@ class Found:
     """Result of a search."""
 
     settings: Schedule
-    """Without stages."""
+    """The chosen settings, without stages."""
     tried: list[Tried]
     single: dict[tuple[int, int], float]
+    """Divergence of each single stage (layer, keep)."""
     candidates: list[Candidate]
-    """All that were measured with the chosen settings, keep-all first."""
+    """All schedules measured with the chosen settings, keep-all first."""
 
     @property
     def front(self) -> list[Candidate]:
@@ -87,7 +88,7 @@ Point = TypeVar("Point")
 
 
 def pareto_front(points: Iterable[Point], *, key: Callable[[Point], tuple[float, float]]) -> list[Point]:
-    """Return the points that are better than every faster one, fastest first; of equal ones the first."""
+    """Return the points that are better than all cheaper ones, cheapest first; of equal ones the first."""
     front: list[Point] = []
     lowest = float("inf")
     for point in sorted(points, key=key):
@@ -100,7 +101,7 @@ def pareto_front(points: Iterable[Point], *, key: Callable[[Point], tuple[float,
 def first_fronts(
     points: Iterable[Point], *, key: Callable[[Point], tuple[float, float]], count: int
 ) -> list[Point]:
-    """Return at most ``count`` points: the front, then that of what is left, and so on."""
+    """Return at most ``count`` points: the front, then the front of the rest, and so on."""
     left, chosen = list(points), list[Point]()
     while left and len(chosen) < count:
         front = pareto_front(left, key=key)
@@ -111,7 +112,7 @@ def first_fronts(
 
 
 def spread(front: list[Point], count: int) -> list[Point]:
-    """Return ``count`` points of a front, evenly along it, its ends among them."""
+    """Return at most ``count`` points, evenly spread along a front, with both ends."""
     if len(front) <= count:
         return front
     if count == 1:

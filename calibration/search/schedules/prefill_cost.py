@@ -1,8 +1,7 @@
-"""Cost of a schedule's prefill on a device that is not at hand: predicted time to the first token, and FLOPs.
+"""Cost of a schedule's prefill: FLOPs, and the predicted time to the first token on a device that is not at hand.
 
-Works and times are ``profiling.predict``'s, part by part, in float16. Graphs have fixed shapes, so rows are those of the
-profile that a sample runs at, padding included; the cost is the mean over the samples. Layers of equal rows cost the same,
-so each is counted once, and any list of stages is a short sum.
+Times are ``profiling.predict``'s, in float16. Graphs have fixed shapes, so padding counts; the cost is the mean over the samples.
+Parts with equal rows cost the same and are computed once, so any list of stages is a short sum.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from trio_edge.calibration.search.schedules.space import stages_of
 from trio_edge.profiling.predict.speed import Formats, fitted_for, graph_time, rates_of
 from trio_edge.runtime.bundle.schedule import Schedule
 from trio_edge.trio.cost.flops import stage_work
@@ -35,16 +35,16 @@ class ScheduleCost(NamedTuple):
     flops: float
 
     def of(self, kind: CostKind) -> float:
-        """Return what schedules are compared by."""
+        """Return the cost that schedules are compared by."""
         return self.milliseconds if kind == "time" else self.flops
 
     def plus(self, other: ScheduleCost, times: float = 1.0) -> ScheduleCost:
-        """Return the sum with ``times`` the other one."""
+        """Return this cost plus ``times`` the other one."""
         return ScheduleCost(self.milliseconds + times * other.milliseconds, self.flops + times * other.flops)
 
 
 class Situation(NamedTuple):
-    """Sizes at which some of the samples run."""
+    """Shapes at which a share of the samples runs."""
 
     share: float
     sizes: Mapping[str, int]
@@ -66,10 +66,10 @@ class PrefillCost:
 
     def of(self, schedule: Schedule) -> ScheduleCost:
         """Return a schedule's cost."""
-        return self.of_stages([(stage.layer, stage.keep) for stage in schedule.stages], schedule)
+        return self.of_stages(stages_of(schedule), schedule)
 
     def of_stages(self, stages: Sequence[tuple[int, int]], settings: Schedule = _USUAL) -> ScheduleCost:
-        """Return the cost of (layer, keep) pairs; ``settings`` has the probe rows and the NMS rounds."""
+        """Return the cost of (layer, keep) pairs; ``settings`` has probe rows and NMS rounds."""
         starts = [0, *(layer for layer, _ in stages)]
         stops = [*starts[1:], self.decoder.num_layers]
         rows: list[int | None] = [None, *(keep for _, keep in stages)]
@@ -83,7 +83,7 @@ class PrefillCost:
         return total
 
     def _layer(self, keep: int | None) -> ScheduleCost:
-        """Return one decoder layer with ``keep`` visual rows, None for those of the image."""
+        """Return the cost of one decoder layer with ``keep`` visual rows; None for all of the image's."""
 
         def works(situation: Situation) -> list[Work]:
             rows = _visual_rows(situation, keep) + situation.num_text
@@ -94,7 +94,7 @@ class PrefillCost:
     def _select(self, entering: int | None, settings: Schedule) -> ScheduleCost:
         def works(situation: Situation) -> list[Work]:
             num_visual = _visual_rows(situation, entering)
-            # TRIO's work does not depend on how many tokens stay.
+            # TRIO's work does not depend on the number of kept tokens
             sizes = StageSizes(num_visual, 1, situation.num_text, situation.sizes["N"])
             return [stage_work(self.decoder, settings, sizes)]
 

@@ -1,18 +1,17 @@
-"""Finds the schedules worth having: the front of cost (predicted time, or FLOPs) against divergence from keep-all.
+"""Search for the best schedules: the front of cost (predicted time, or FLOPs) against divergence from keep-all.
 
-Four steps, each measured on the search samples only:
+Four steps, each on the search samples only:
 
-    settings   position rule, probe rows and τ, one after the other, on the schedules that ``trio-export`` would make; a value
-               replaces the default only where its divergence is lower with 95 % confidence
-    table      every single stage: each candidate layer with each budget
-    estimate   every list of stages; its divergence is taken to be the sum of its stages' own. The first fronts of cost
-               against that sum are measured, and those next to what the user asked for
-    refine     neighbours of the measured front (a stage one layer on, a budget a quarter up or down, one stage less or
-               more) until none is better or the allowance is used up
+    settings   compares position rules, probe rows and τ one after the other, on the schedules of ``trio-export``; a value
+               replaces the default only if its divergence is lower with 95 % confidence
+    table      measures every single stage: each candidate layer with each budget
+    estimate   takes the divergence of every list of stages as the sum of its single stages', and measures the first fronts
+               of cost against that sum, and those nearest to the selection rule
+    refine     measures neighbours of the front (a stage one layer on, a budget a quarter up or down, one stage less or more)
+               until none is better or the allowance is used up
 
-The space is small, discrete and ordered, and candidates that begin alike are cheap together, so all of it is ranked and
-hundreds are measured for the price of a few dozen. A general optimizer (Optuna was looked at: well kept, but its samplers
-ask for one point at a time and know nothing of shared beginnings) would measure fewer at a higher price each.
+The space is small, discrete and ordered, and schedules that begin alike share work. So all lists are ranked, and hundreds are
+measured for the price of a few dozen. A general optimizer such as Optuna asks for one point at a time and cannot use that.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ if TYPE_CHECKING:
     from trio_edge.calibration.model.prompts import SampleShape
     from trio_edge.calibration.model.torch_model import TorchModel
     from trio_edge.calibration.search.bundle_shape import BundleShape
-    from trio_edge.calibration.search.calibration_file import CalibrationOptions
     from trio_edge.calibration.search.measuring import Measurements
+    from trio_edge.calibration.search.options import CalibrationOptions
     from trio_edge.calibration.search.samples import Split
     from trio_edge.calibration.search.schedules.prefill_cost import CostKind, PrefillCost
     from trio_edge.calibration.search.schedules.selection_rule import SelectionRule
@@ -55,11 +54,11 @@ if TYPE_CHECKING:
     from trio_edge.export.quantize.plan import QuantizePlan
 
 USUAL_KEEPS = (0.06, 0.08, 0.111, 0.15, 0.222, 0.333, 0.5)
-"""Average keeps whose ``trio-export`` schedules are measured beside the others, where the space has them."""
-_FIRST_SHARE = 0.5  # the other half follows what was measured, which estimates are not
-"""Share of the allowance that the estimate's fronts may use."""
+"""Average keeps whose ``trio-export`` schedules are measured too, if the space has them."""
+_FIRST_SHARE = 0.5  # the other half refines the front by measurements, which are exact
+"""Share of the allowance for the estimate's fronts."""
 _NEAR_THE_RULE = 16
-"""Estimated schedules measured because they are next to what the user asked for."""
+"""Estimated schedules to measure because the selection rule may choose them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +66,16 @@ class SearchProgress:
     """Callbacks for a progress display."""
 
     step: Callable[[str, int], None] = lambda _text, _samples: None
-    """Called with what begins and how many samples it has."""
+    """Called with a step's name and number of samples when it begins."""
     sample: Callable[[], None] = lambda: None
+    """Called after each sample."""
     warn: Callable[[str], None] = lambda _text: None
-    """Called with one line that the user should read; the calibration goes on."""
+    """Called with one line for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Everything that is known before a schedule is measured."""
+    """Everything that is known before the search."""
 
     options: CalibrationOptions
     plan: QuantizePlan
@@ -91,12 +91,12 @@ class Setup:
     progress: SearchProgress
 
     def begin(self, text: str) -> None:
-        """Tell that a step begins which asks for all search samples once."""
+        """Report the start of a step over all search samples."""
         self.progress.step(text, len(self.split.search))
 
 
 def search(setup: Setup, measurements: Measurements) -> Found:
-    """Return what was found; the rule only directs where to look more closely."""
+    """Return all measured schedules; the rule only directs where to look more closely."""
     rule = setup.rule
     settings, tried = _settings(setup, measurements)
     setup.begin("single stages")
@@ -131,11 +131,11 @@ def _settings(setup: Setup, measurements: Measurements) -> tuple[Schedule, list[
     for values in setting_variants(setup.model.positions, setup.options.nms_thresholds):
         name = _differing(values)
         setup.begin(f"comparing {name.replace('_', ' ')}")
-        # each setting is compared with those found before it in force
+        # with the settings chosen so far
         options = [msgspec.structs.replace(settings, **{name: getattr(value, name)}) for value in values]
         kls = [_sample_kls(setup, measurements, option) for option in options]
         if not kls[0]:
-            continue  # so small a decoder that trio-export makes no schedule for it
+            continue  # the decoder is too small for any of trio-export's schedules
         images = [question.image_id for question in setup.split.search]
         intervals = [paired_interval(kl, kls[0], images) for kl in kls]
         surely_lower = [index for index, (_, high) in enumerate(intervals) if high < 0]
@@ -161,14 +161,14 @@ def _differing(values: Sequence[Schedule]) -> str:
 
 
 def _sample_kls(setup: Setup, measurements: Measurements, settings: Schedule) -> list[float]:
-    """Return for each sample the mean divergence of the schedules that settings are compared on."""
+    """Return each sample's mean divergence over the schedules on which settings are compared."""
     schedules = usual_schedules(setup.space, settings, SETTING_KEEPS)
     table = measurements.of(schedules, setup.split.search)
     return [sum(result.kl for result in results) / len(results) for results in zip(*table.values())]
 
 
 def _promising(setup: Setup, settings: Schedule, single: dict[tuple[int, int], float]) -> list[Schedule]:
-    """Return the lists of stages whose estimates are on the first fronts, or next to what the rule would choose."""
+    """Return the schedules whose estimates are on the first fronts, or nearest to the rule's choice."""
     space = setup.space
     estimates = list[EstimatedSchedule]()
     for stages in space.stage_lists():
@@ -190,7 +190,7 @@ def _promising(setup: Setup, settings: Schedule, single: dict[tuple[int, int], f
 
 
 def _neighbours(setup: Setup, candidates: dict[Schedule, Candidate]) -> list[Schedule]:
-    """Return what is next to the front and not measured yet, next to what would be chosen now first."""
+    """Return the neighbours of the front that are not measured yet, those of the rule's present choice first."""
     front = pareto_front(candidates.values(), key=lambda candidate: candidate.point)
     chosen = setup.rule.choice(list(candidates.values()), setup.space)
     around = [*([] if chosen is None else [chosen]), *front]
@@ -205,11 +205,7 @@ def _measured(
     images = [question.image_id for question in setup.split.search]
     return {
         schedule: Candidate(
-            schedule=schedule,
-            cost=setup.cost.of(schedule),
-            kind=setup.kind,
-            results=results,
-            images=images,
+            schedule=schedule, cost=setup.cost.of(schedule), kind=setup.kind, results=results, images=images
         )
         for schedule, results in table.items()
     }

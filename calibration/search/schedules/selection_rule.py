@@ -1,4 +1,4 @@
-"""The rule that a candidate is chosen by: a bound on the error, the time or the average keep."""
+"""The rule that chooses a candidate: a bound on the error, the time or the average keep."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from trio_edge.calibration.search.schedules.space import Space, Stages
 
 DEFAULT_MAX_KL = 0.05
-"""Nats, if nothing is asked for."""
+"""Nats, without any other rule."""
 _HOPEFUL = 1.5
-"""Estimated divergence over the allowed one up to which a schedule is measured: sums of stages overestimate."""
+"""A schedule is measured up to this multiple of the bound, because estimates are too high."""
 _ROUNDING = 0.0005
-"""Rounding of percentages with one decimal."""
+"""Rounding error of percentages with one decimal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class SelectionRule:
 
     @property
     def average_keeps(self) -> tuple[float, ...]:
-        """Average keeps whose usual schedule must be among the candidates."""
+        """Average keeps whose ``trio-export`` schedule must be among the candidates."""
         return (self.bound,) if self.bounded == "keep" else ()
 
     def text(self, kind: CostKind) -> str:
@@ -45,11 +45,11 @@ class SelectionRule:
         return f"the lowest KL with an average keep of at most {100 * self.bound:.1f} %"
 
     def kind(self, wanted: Literal["auto", "time", "flops"], space: Space, cost: PrefillCost) -> CostKind:
-        """Return what schedules are compared by.
+        """Return the kind of cost that schedules are compared by.
 
         Raises:
-            ScheduleError: If it shall be time, no schedule is predicted to be faster than keep-all, and nothing but
-                an error bounds the choice.
+            ScheduleError: If it must be time, no schedule is predicted to be faster than keep-all, and the rule bounds
+                only the error.
         """
         if wanted == "flops":
             return "flops"
@@ -67,7 +67,7 @@ class SelectionRule:
         return "time"
 
     def check(self, space: Space, cost: PrefillCost) -> None:
-        """Raise ScheduleError, naming the nearest that is possible, if no schedule of the space can do it."""
+        """Raise ScheduleError, which names the nearest possible bound, if no schedule of the space meets the rule."""
         if self.bounded == "target_ms":
             lists = [(), *space.stage_lists()]
             fastest = min(lists, key=lambda stages: cost.of_stages(stages).milliseconds)
@@ -75,7 +75,7 @@ class SelectionRule:
             if least > self.bound:
                 raise ScheduleError(
                     f"--target-ms: expected at least {_up(least)} (predicted for {cost.target.name}, {_written(fastest)}),"
-                    f" got {self.bound:g}; allow more time, a smaller image or another target"
+                    f" got {self.bound:g}; allow more time, or choose a smaller image or another target"
                 )
         if self.bounded == "keep":
             sparsest = min(space.stage_lists(), key=lambda stages: average_keep(stages, space))
@@ -89,7 +89,7 @@ class SelectionRule:
     def nearest(
         self, estimates: Sequence[EstimatedSchedule], space: Space, kind: CostKind, *, count: int
     ) -> list[Stages]:
-        """Return at most ``count`` lists of stages that are likely to be chosen."""
+        """Return at most ``count`` lists of stages that the rule is likely to choose."""
 
         def cost(estimate: EstimatedSchedule) -> float:
             return estimate.cost.of(kind)
@@ -107,7 +107,7 @@ class SelectionRule:
         return [estimate.stages for estimate in ranked[:count]]
 
     def choice(self, candidates: Sequence[Candidate], space: Space) -> Candidate | None:
-        """Return what the rule chooses; None if nothing fits."""
+        """Return the candidate that the rule chooses; None if none meets it."""
         if self.bounded == "max_kl":
             cheapest_first = sorted(candidates, key=lambda candidate: candidate.point)
             return next((one for one in cheapest_first if one.is_within(self.bound)), None)
@@ -129,6 +129,6 @@ def _written(stages: Stages) -> str:
 
 
 def _up(value: float) -> str:
-    """Return a number rounded up to three digits, so that what is asked for next can be had."""
+    """Return a number rounded up to three digits, so that it is a possible bound."""
     step = 10.0 ** (len(f"{value:.0f}") - 3) if value >= 1 else 10.0 ** (int(f"{value:e}"[-3:]) - 2)
     return f"{-(-value // step) * step:.6g}"

@@ -1,4 +1,4 @@
-"""The schedules that a search chooses from: stage layers, budgets, and the settings that stages share."""
+"""The space of schedules: stage layers, budgets, and the settings that stages share."""
 
 from __future__ import annotations
 
@@ -26,45 +26,45 @@ DEFAULT_THRESHOLDS = (0.7, 0.8, 0.9)
 SETTING_KEEPS = (0.08, 0.111, 0.18)
 """Average keeps at which settings are compared."""
 MAX_LAYERS = 16
-"""Candidate layers unless the user names some."""
+"""Most candidate layers unless the user names them."""
 _STEP = 1.25
-"""Between neighbouring budgets when a front is refined."""
+"""Ratio of neighbouring budgets when a front is refined."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """Stages that are possible."""
+    """The stages that a search may use."""
 
     num_layers: int
     num_visual: int
     layers: tuple[int, ...]
-    """Layers that stages can be at, ascending."""
+    """Candidate layers, ascending."""
     keeps: tuple[int, ...]
-    """Visual tokens that they can keep, descending."""
+    """Candidate numbers of kept visual tokens, descending."""
     max_stages: int
     only_these_layers: bool = False
-    """Whether the layers between ``layers`` are none: the user has named them."""
+    """Whether the user named ``layers``; otherwise refining may use the layers between them too."""
 
     def allows(self, schedule: Schedule) -> bool:
-        """Return whether number and layers of its stages are allowed."""
+        """Return whether the space allows the number and the layers of a schedule's stages."""
         layers = [stage.layer for stage in schedule.stages]
         return len(layers) <= self.max_stages and (
             not self.only_these_layers or set(layers) <= set(self.layers)
         )
 
-    def stage_lists(self) -> Iterator[tuple[tuple[int, int], ...]]:
-        """Yield every list of (layer, keep) pairs, from one stage to ``max_stages``."""
+    def stage_lists(self) -> Iterator[Stages]:
+        """Yield every list of one to ``max_stages`` stages."""
         for count in range(1, self.max_stages + 1):
             for layers in combinations(self.layers, count):
                 for keeps in combinations(self.keeps, count):
                     yield tuple(zip(layers, keeps))
 
     def neighbours(self, schedule: Schedule) -> list[Schedule]:
-        """Return the schedules with one stage moved a layer, one budget moved a step, or one stage less or more."""
+        """Return the schedules with one stage moved by a layer, one budget by a step, or one stage less or more."""
         stages = [(stage.layer, stage.keep) for stage in schedule.stages]
         lists = [[*stages[:index], *stages[index + 1 :]] for index in range(len(stages))]
         for index, (layer, keep) in enumerate(stages):
-            moved = [(other, keep) for other in self._beside(layer)]
+            moved = [(other, keep) for other in self._next_to(layer)]
             moved += [(layer, max(1, round(keep * factor))) for factor in (_STEP, 1 / _STEP)]
             lists += [[*stages[:index], stage, *stages[index + 1 :]] for stage in moved]
         if 0 < len(stages) < self.max_stages:
@@ -76,8 +76,7 @@ class Space:
         result = [with_stages(schedule, found) for found in lists if found and self._possible(found)]
         return list(dict.fromkeys(result))
 
-    def _beside(self, layer: int) -> list[int]:
-        """Return the layers next to ``layer``, also those between candidates where the user has named none."""
+    def _next_to(self, layer: int) -> list[int]:
         if self.only_these_layers:
             index = self.layers.index(layer)
             return [*self.layers[max(0, index - 1) : index], *self.layers[index + 1 : index + 2]]
@@ -90,26 +89,21 @@ class Space:
 
 
 def make_space(
-    *,
-    num_layers: int,
-    num_visual: int,
-    layers: Sequence[int],
-    keeps: Sequence[float],
-    max_stages: int,
+    *, num_layers: int, num_visual: int, layers: Sequence[int], keeps: Sequence[float], max_stages: int
 ) -> Space:
-    """Return the space for a decoder; without ``layers`` it has up to ``MAX_LAYERS`` evenly spread ones and those of the presets.
+    """Return the space for a decoder. Without ``layers`` it has ``MAX_LAYERS`` evenly spread ones and those of the presets.
 
     Raises:
         ScheduleError: If a layer or budget is impossible.
     """
     if num_layers < 2:
         raise ScheduleError(
-            f"schedule: expected a decoder of at least 2 layers, got {num_layers}; nothing can be left out of it"
+            f"schedule: expected a decoder of at least 2 layers, got {num_layers}; choose another model"
         )
     for layer in layers:
         if not 1 <= layer < num_layers:
             raise ScheduleError(
-                f"--layers: expected layers in 1..{num_layers - 1} ({num_layers} decoder layers), got {layer}"
+                f"--layers: expected layers in 1..{num_layers - 1} ({num_layers} decoder layers), got {layer}; leave it out"
             )
     for keep in keeps:
         if not 0.0 < keep < 1.0:
@@ -117,7 +111,9 @@ def make_space(
     counts = {min(max(1, round(keep * num_visual)), MAX_TOPK) for keep in keeps}
     counts = {count for count in counts if count < num_visual}
     if not counts:
-        raise ScheduleError(f"schedule: expected images of 2 or more visual tokens, got {num_visual}")
+        raise ScheduleError(
+            f"schedule: expected an image of at least 2 visual tokens, got {num_visual}; add a larger one"
+        )
     return Space(
         num_layers=num_layers,
         num_visual=num_visual,
@@ -129,7 +125,7 @@ def make_space(
 
 
 def setting_variants(positions: Sequence[Positions], thresholds: Sequence[float]) -> list[list[Schedule]]:
-    """Return for each setting its values to compare, the default first; schedules without stages."""
+    """Return for each setting the values to compare, the default first, as schedules without stages."""
     variants = [
         [Schedule(positions=rule) for rule in positions],
         [Schedule(probe_rows="reference"), Schedule(probe_rows="answer")],
@@ -152,14 +148,12 @@ def stages_of(schedule: Schedule) -> Stages:
 
 def average_keep(stages: Stages, space: Space) -> float:
     """Return the mean over layers of the visual tokens processed, as a share of the largest image's."""
-    bounds = [*(layer for layer, _ in stages), space.num_layers]
-    processed = bounds[0] * space.num_visual
-    processed += sum((stop - layer) * keep for (layer, keep), stop in zip(stages, bounds[1:]))
-    return processed / (space.num_layers * space.num_visual)
+    schedule = with_stages(Schedule(), stages)
+    return schedule.average_keep(num_layers=space.num_layers, num_visual=space.num_visual)
 
 
 def usual_schedules(space: Space, settings: Schedule, averages: Sequence[float]) -> list[Schedule]:
-    """Return the schedules that ``trio-export --keep`` would make; averages that it refuses are left out."""
+    """Return the schedules of ``trio-export --keep``, without those for averages that it refuses."""
     result = []
     for average in averages:
         try:

@@ -1,4 +1,4 @@
-"""The CPU's clock, energy counters and temperatures, from the files of Linux."""
+"""The CPU's clock, energy counters and temperatures, from Linux's files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _FileSensor:
 
 @final
 class CpuClock(_FileSensor):
-    """Mean clock of all cores: what cpufreq says, or /proc/cpuinfo where there is no cpufreq."""
+    """Mean clock of all cores, from cpufreq or else from /proc/cpuinfo."""
 
     name = "CPU clock"
 
@@ -38,14 +38,14 @@ class CpuClock(_FileSensor):
 
 @final
 class Rapl(_FileSensor):
-    """Energy counters of CPU packages (and their memory), in joules since the first reading."""
+    """Energy counters of CPU packages and their memory, in joules since the first reading."""
 
     name = "RAPL"
 
     def __init__(self, *, sys: Path = _SYS) -> None:
         self._counters: dict[str, _Counter] = {}
         for zone in sorted(sys.glob("class/powercap/*-rapl:*")):
-            # With two colons it is a part of a package, as its cores, which the package's counter includes.
+            # a name with two colons is part of a package, such as its cores, which the package's counter includes
             if zone.name.count(":") == 1 and _number(zone / "energy_uj") is not None:
                 self._counters[_text(zone / "name") or zone.name] = _Counter(zone)
 
@@ -56,7 +56,7 @@ class Rapl(_FileSensor):
 
 
 class _Counter:
-    """A counter in microjoules that starts again at its range."""
+    """A counter in microjoules that wraps around at its range."""
 
     def __init__(self, zone: Path) -> None:
         self._file = zone / "energy_uj"
@@ -75,7 +75,7 @@ class _Counter:
 
 @final
 class ThermalZones(_FileSensor):
-    """Temperatures that the kernel shows; of zones with one name the hottest."""
+    """Temperatures from the kernel; the hottest of all zones with one name."""
 
     name = "thermal zones"
 
@@ -96,7 +96,7 @@ class ThermalZones(_FileSensor):
 
 
 def _number(file: Path) -> int | None:
-    """Return the number that a file holds now; None if it cannot be read."""
+    """Return the number in a file; None if it cannot be read."""
     try:
         return int(_text(file))
     except ValueError:
@@ -104,7 +104,7 @@ def _number(file: Path) -> int | None:
 
 
 def _text(file: Path) -> str:
-    """Return what a file holds now; nothing if it cannot be read."""
+    """Return the text of a file; an empty one if it cannot be read."""
     try:
         return file.read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""The interface of a sensor, and which of them this machine has.
+"""The interface of a sensor, and the sensors of this machine.
 
 A reading is a quantity's name with its value. Names are ``<quantity>.<where>``:
 
@@ -23,21 +23,21 @@ POWER, ENERGY = "power_w", "energy_j"
 
 
 class Sensor(Protocol):
-    """Something that can be read while the machine works."""
+    """A source of readings during the measurement."""
 
     @property
     def name(self) -> str:
-        """For the report."""
+        """Name for the report."""
 
     def read(self) -> dict[str, float]:
-        """Return what it shows now; empty if nothing."""
+        """Return the present readings; empty if there are none."""
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release the sensor."""
 
 
-class SensorMissing(Exception):  # noqa: N818 - no error: the report says it in one line, and the rest works
-    """This machine has no such sensor; the text says why."""
+class SensorMissing(Exception):  # noqa: N818 - no error: it becomes one line of the report
+    """This machine lacks the sensor; the text gives the reason."""
 
 
 def open_sensors() -> tuple[list[Sensor], list[str]]:

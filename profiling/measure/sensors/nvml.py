@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class NvmlUnavailable(Exception):  # noqa: N818 - no error: a machine without it is profiled all the same
+class NvmlUnavailable(Exception):  # noqa: N818 - no error: machines without NVML are profiled too
     """The driver does not offer NVML."""
 
 
 @final
 class Nvml:
-    """One GPU. A quantity that it does not offer is left out."""
+    """One GPU, without the quantities that it does not offer."""
 
     name = "NVML"
 
@@ -32,7 +32,7 @@ class Nvml:
             self._device = nvml.nvmlDeviceGetHandleByIndex(0)
         except nvml.NVMLError as error:
             raise NvmlUnavailable(str(error)) from None
-        # Asked once: an old or a small GPU offers fewer, and each refusal costs time in every reading.
+        # checked once: old and small GPUs offer fewer quantities, and each refusal would cost time in every reading
         self._quantities = {
             name: read for name, read in self._all_quantities().items() if self._value(read) is not None
         }
@@ -61,5 +61,5 @@ class Nvml:
         return {name: value for name, value in values.items() if value is not None}
 
     def close(self) -> None:
-        """Let go of the driver."""
+        """Shut NVML down."""
         self._nvml.nvmlShutdown()

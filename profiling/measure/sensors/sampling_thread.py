@@ -1,4 +1,4 @@
-"""Reads sensors in a thread during the measurement, and turns the readings into ranges and joules."""
+"""Reads sensors in a thread during the measurement, and computes ranges and energy from the readings."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from trio_edge.profiling.measure.sensors.interface import Sensor
 
-INTERVAL_SECONDS = 0.2  # each reading takes 0.05 ms of the processor, which answers need too
+INTERVAL_SECONDS = 0.2  # each reading takes 0.05 ms of processor time
 _SLACK = 1.0
-"""Seconds of the runs, at either end, that need no reading."""
+"""Seconds at either end of the runs that need no reading."""
 
 
 class SensorSample(NamedTuple):
@@ -41,15 +41,15 @@ class SensorRange(msgspec.Struct, frozen=True, kw_only=True):
 
 @final
 class SamplingThread:
-    """Samples all sensors until its block ends, then closes them; ``samples`` can be read at any time.
+    """Samples all sensors within its block, then closes them; ``samples`` can be read at any time.
 
-    A sensor that fails ends neither the measurement nor the others: it is read no more, and ``lost`` says why.
+    A sensor that fails is not read again, and ``lost`` has the reason; the others continue.
     """
 
     def __init__(self, sensors: Sequence[Sensor], *, interval_seconds: float = INTERVAL_SECONDS) -> None:
         self.samples: list[SensorSample] = []
         self.lost: list[str] = []
-        """One line for each sensor that failed, or that never showed anything; complete when the block has ended."""
+        """One line for each sensor that failed or gave no reading; complete at the end of the block."""
         self._working = list(sensors)
         self._silent = list(sensors)
         self._sensors = sensors
@@ -68,10 +68,10 @@ class SamplingThread:
         self._stop.set()
         if self._sensors:
             self._thread.join()
-            self._sample()  # one more, so that counters are known at the end of the last run
+            self._sample()  # so that counters are known at the end of the last run
         self.lost += [f"{sensor.name}: gave no reading" for sensor in self._silent if sensor in self._working]
         for sensor in self._sensors:
-            with contextlib.suppress(Exception):  # all is measured, and nothing more is asked of it
+            with contextlib.suppress(Exception):  # the measurement is complete without it
                 sensor.close()
 
     def _run(self) -> None:
@@ -81,10 +81,10 @@ class SamplingThread:
 
     def _sample(self) -> None:
         readings: dict[str, float] = {}
-        for sensor in tuple(self._working):  # a copy, as a failing one leaves the list
+        for sensor in tuple(self._working):  # a copy, because failing ones are removed
             try:
                 found = sensor.read()
-            except Exception as error:  # a driver's library raises anything
+            except Exception as error:  # drivers' libraries raise anything
                 self._working.remove(sensor)
                 self.lost.append(f"{sensor.name}: failed after {len(self.samples)} readings ({error})")
                 continue
@@ -95,7 +95,7 @@ class SamplingThread:
 
 
 def sensor_ranges(samples: Sequence[SensorSample], *, start: float, end: float) -> dict[str, SensorRange]:
-    """Return the range of every quantity between two moments; counters have none."""
+    """Return the range of each quantity between two moments, without counters."""
     values: dict[str, list[float]] = {}
     for sample in samples:
         if start <= sample.seconds <= end:
@@ -109,10 +109,10 @@ def sensor_ranges(samples: Sequence[SensorSample], *, start: float, end: float) 
 
 
 def joules(samples: Sequence[SensorSample], windows: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Return the energy of all ``windows`` together (``time.perf_counter`` seconds), by where it was measured.
+    """Return the total energy of all ``windows`` (``time.perf_counter`` seconds), by the place of its sensor.
 
-    A counter is interpolated between its readings; without one, power is integrated. What was not read from the first window to
-    the last, as its sensor failed, is left out.
+    A counter is interpolated between its readings; without a counter, power is integrated. A place without readings from the
+    first window to the last is left out.
     """
     names = sorted({name for sample in samples for name in sample.readings})
     counted = {name.partition(".")[2] for name in names if name.startswith(f"{ENERGY}.")}

@@ -1,11 +1,11 @@
-"""A Jetson's sensors as ``tegrastats`` prints them, one line a moment.
+"""A Jetson's sensors, from the lines that ``tegrastats`` prints.
 
-A line, without what is not read (L4T 36, AGX Orin):
+A line (L4T 36, AGX Orin) without the parts that are not read:
 
     RAM 4001/62841MB (…) CPU [0%@729,3%@1190,off,…] EMC_FREQ 3%@2133 GR3D_FREQ 26%@[306,306] cpu@45.6C tj@45.6C
     VDD_GPU_SOC 2388mW/2388mW VDD_CPU_CV 397mW/397mW VIN_SYS_5V0 3824mW/3824mW
 
-Power is now/average. Newer releases add the largest value to temperatures and powers, older ones write powers without unit.
+Power is now/average. Newer releases add the largest value to temperatures and powers; older ones omit the unit of power.
 Source: "Tegrastats Utility" in NVIDIA's Jetson Linux developer guide, and lines printed by devices.
 """
 
@@ -24,7 +24,7 @@ TEGRASTATS = "tegrastats"
 _INTERVAL_MS = 100  # half of the sampling interval, so that every sample finds a new line
 _STOP_SECONDS = 5.0
 _STALE_SECONDS = 2.0  # twenty lines were missed
-_LONGEST_LINE = 1 << 16  # what prints no line ends must not fill the memory
+_LONGEST_LINE = 1 << 16  # output without line ends must not fill the memory
 _RAM = re.compile(r"\bRAM (\d+)/(\d+)MB")
 _CPU = re.compile(r"\bCPU \[([^\]]*)\]")
 _CORE_CLOCK = re.compile(r"\d+%@(\d+)")
@@ -32,14 +32,14 @@ _ENGINE = re.compile(r"\b(EMC|GR3D)_FREQ (\d+)%(?:@\[?(\d+))?")
 _TEMPERATURE = re.compile(r"\b([A-Za-z]\w*)@(-?\d+(?:\.\d+)?)C")
 _RAIL = re.compile(r"\b((?:VDD|VIN|POM|NC)\w*) (-?\d+)(?:mW)?/-?\d+(?:mW)?")
 _ENGINE_NAMES = {"GR3D": "gpu", "EMC": "memory"}
-_BOARD_RAILS = ("VDD_IN", "VIN", "POM_5V_IN")  # the input of the whole board, as modules call it
+_BOARD_RAILS = ("VDD_IN", "VIN", "POM_5V_IN")  # names of the whole board's input rail
 _COLDEST_C = -200.0  # a sensor that is switched off shows -256
 
 
 def parse_tegrastats(line: str) -> dict[str, float]:
-    """Return the readings in one line; what is not in it is left out.
+    """Return the readings in one line.
 
-    ``power_w.module`` is the board's input rail where the device measures it, else the sum of all rails.
+    ``power_w.module`` is the board's input rail if the device measures it, else the sum of all rails.
     """
     readings: dict[str, float] = {}
     if found := _RAM.search(line):
@@ -66,7 +66,7 @@ def _powers(line: str) -> dict[str, float]:
 
 @final
 class Tegrastats:
-    """A running ``tegrastats`` and the last line that it printed."""
+    """A running ``tegrastats`` and its last line."""
 
     name = TEGRASTATS
 
@@ -79,7 +79,7 @@ class Tegrastats:
             stderr=subprocess.DEVNULL,
             text=True,
             errors="replace",
-            start_new_session=True,  # Ctrl-C in the terminal is for this program; it stops tegrastats itself
+            start_new_session=True,  # Ctrl-C must reach only this program, which stops tegrastats itself
         )
         self._latest: dict[str, float] = {}
         self._seconds = 0.0
@@ -94,11 +94,11 @@ class Tegrastats:
                 self._latest, self._seconds = found, time.monotonic()
 
     def read(self) -> dict[str, float]:
-        """Return the readings of the last line; nothing once it is too old."""
+        """Return the readings of the last line; none if it is too old."""
         return self._latest if time.monotonic() - self._seconds < _STALE_SECONDS else {}
 
     def close(self) -> None:
-        """Stop it and what it started."""
+        """Stop it and its children."""
         self._signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_SECONDS)
@@ -109,6 +109,6 @@ class Tegrastats:
             self._process.stdout.close()
 
     def _signal(self, number: int) -> None:
-        """Send a signal to it and what it started, for instance where it is a script: that may hold the pipe open."""
+        # to the whole group: if the command is a script, its children may keep the pipe open
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)  # the session's leader gave the group its number
+            os.killpg(self._process.pid, number)  # the session's leader has the group's number
