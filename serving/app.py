@@ -1,16 +1,19 @@
 """The HTTP interface as an ASGI app: OpenAI's chat completions, models, health, metrics and the page.
 
-Starlette routes; pydantic, which FastAPI would bring, is not needed: msgspec reads the requests.
+Starlette routes the requests and msgspec reads them, so FastAPI and its pydantic are not needed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hmac
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
@@ -18,11 +21,10 @@ from starlette.routing import Route
 
 from trio_edge.serving.answers.endpoint import ChatEndpoint
 from trio_edge.serving.answers.worker import Worker
-from trio_edge.serving.guard import Guard
-from trio_edge.serving.metrics import CONTENT_TYPE, Metrics
+from trio_edge.serving.metrics import Metrics
 from trio_edge.serving.page.response import page
 from trio_edge.serving.requests.body import BodyDrain
-from trio_edge.serving.requests.errors import RequestError, request_error_from
+from trio_edge.serving.requests.errors import RequestError, request_error_from, unknown_model
 from trio_edge.serving.requests.media import MediaReader
 from trio_edge.serving.settings import ServerSettings
 
@@ -30,12 +32,21 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
     from starlette.requests import Request
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from trio_edge.runtime.bundle.manifest import Manifest
     from trio_edge.runtime.pipeline import Pipeline
     from trio_edge.serving.answers.interface import ModelWorker
 
-_STOP_S = 5.0  # for the answer that runs when the others have been cut; a prefill cannot be
+_STOP_S = 5.0  # for the running prefill, which cannot be cut
+# The page asks for the key itself. Probes of an orchestrator have none.
+_OPEN_PATHS = frozenset({"/", "/health", "/health/ready"})
+_NO_KEY = RequestError(401, "api key: expected this server's, got another or none", code="invalid_api_key")
+_FOREIGN_HOST = RequestError(
+    421,
+    "host: expected localhost, got another name; start trio-serve with --api-key to allow it",
+    code="invalid_host",
+)
 
 
 def make_app(
@@ -44,12 +55,12 @@ def make_app(
     *,
     media: MediaReader | None = None,
 ) -> Starlette:
-    """Return the app; its lifespan loads the pipelines, each in a thread of its own, and closes them.
+    """Return the app. Its lifespan loads each pipeline in a thread of its own, and closes it at the end.
 
     Args:
-        models: Names for clients, and functions that return the pipelines. An open pipeline is ``lambda: pipeline``.
+        models: Function that returns an open pipeline, by model name.
         settings: Limits and policy.
-        media: Reads images and videos; made of ``settings`` by default.
+        media: Reader for images and videos; by default one with the policy of ``settings``.
     """
     settings, metrics = settings or ServerSettings(), Metrics()
     workers = {name: Worker(name, load, settings=settings, metrics=metrics) for name, load in models.items()}
@@ -63,14 +74,7 @@ def app_of(
     metrics: Metrics,
     media: MediaReader | None = None,
 ) -> Starlette:
-    """Return the app around workers that have not been started; its lifespan starts and stops them.
-
-    Args:
-        workers: By the models' names.
-        settings: Limits and policy.
-        metrics: The workers'.
-        media: Reads images and videos; made of ``settings`` by default.
-    """
+    """Return the app for workers by model name. Its lifespan starts and stops them. ``metrics`` are the workers'."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -93,12 +97,43 @@ def app_of(
             Route("/metrics", _metrics),
             Route("/", page),
         ],
-        middleware=[Middleware(BodyDrain), Middleware(Guard, settings=settings)],
-        exception_handlers={RequestError: _refusal, HTTPException: _http_refusal, Exception: _failure},
+        middleware=[Middleware(BodyDrain), Middleware(_Guard, settings=settings)],
+        exception_handlers={HTTPException: _http_error, RequestError: _error, Exception: _error},
         lifespan=lifespan,
     )
     app.state.workers, app.state.metrics, app.state.started = workers, metrics, int(time.time())
     return app
+
+
+@final
+class _Guard:
+    """Middleware that checks the API key or the host name."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+        self._app, self._settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer with status 401 or 421."""
+        if scope["type"] == "http" and (error := self._error(scope)) is not None:
+            response = JSONResponse(error.body, error.status, headers=error.headers)
+            await response(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _error(self, scope: Scope) -> RequestError | None:
+        headers, key = Headers(scope=scope), self._settings.api_key
+        if key is None:
+            return None if self._is_allowed_host(headers.get("host", "")) else _FOREIGN_HOST
+        if scope["path"] in _OPEN_PATHS:
+            return None
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        # In constant time against timing attacks. As bytes, because compare_digest refuses text beyond ASCII.
+        is_same = hmac.compare_digest(given.strip().encode(), key.encode())
+        return None if scheme.lower() == "bearer" and is_same else _NO_KEY
+
+    def _is_allowed_host(self, host: str) -> bool:
+        name = host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+        return name.lower() in self._settings.allowed_hosts
 
 
 async def _models(request: Request) -> Response:
@@ -108,21 +143,24 @@ async def _models(request: Request) -> Response:
 
 async def _model(request: Request) -> Response:
     name = request.path_params["name"]
-    if name not in request.app.state.workers:
-        raise RequestError(
-            404, f"model: expected a served one, got {name[:80]!r}", code="model_not_found", param="model"
-        )
-    return JSONResponse(_described(request.app.state.workers[name], request))
+    workers = request.app.state.workers
+    if name not in workers:
+        raise unknown_model(name, workers)
+    return JSONResponse(_described(workers[name], request))
 
 
 def _described(worker: ModelWorker, request: Request) -> dict[str, Any]:
-    common = {"id": worker.name, "object": "model", "created": request.app.state.started}
-    trio = _facts(worker.manifest) if worker.is_ready else None
-    return {**common, "owned_by": "trio-edge", "trio": trio}
+    return {
+        "id": worker.name,
+        "object": "model",
+        "created": request.app.state.started,
+        "owned_by": "trio-edge",
+        "trio": _facts(worker.manifest) if worker.is_ready else None,
+    }
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:
-    """Return what a client may want to know of a bundle."""
+    """Return the bundle's properties for clients."""
     most = manifest.visual_sizes[-1]
     return {
         "model": manifest.model,
@@ -150,20 +188,15 @@ async def _ready(request: Request) -> Response:
 
 
 async def _metrics(request: Request) -> Response:
-    return Response(request.app.state.metrics.text(), headers={"content-type": CONTENT_TYPE})
+    return Response(request.app.state.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
-async def _refusal(_request: Request, error: Exception) -> Response:
-    told = request_error_from(error)
-    return JSONResponse(told.body, told.status, headers=told.headers)
+async def _error(_request: Request, error: Exception) -> Response:
+    response = request_error_from(error)
+    return JSONResponse(response.body, response.status, headers=response.headers)
 
 
-async def _http_refusal(request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    told = RequestError(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}")
-    return JSONResponse(told.body, told.status, headers=error.headers)
-
-
-async def _failure(_request: Request, error: Exception) -> Response:
-    told = request_error_from(error)
-    return JSONResponse(told.body, told.status)
+    response = RequestError(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}")
+    return JSONResponse(response.body, response.status, headers=error.headers)

@@ -1,67 +1,57 @@
-"""Numbers of a server for Prometheus, one registry for each app. prometheus-client is Prometheus' own library."""
+"""Prometheus metrics of a server, one registry for each app. prometheus-client is Prometheus' own library."""
 
 from __future__ import annotations
 
 from typing import Any, final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 @final
 class Metrics:
-    """Counts requests, tokens and times; any thread may use it."""
+    """Counts requests, tokens and times. It is thread-safe."""
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
-        by_model = ("model",)
-        self._requests = Counter(
-            "trio_requests", "Requests by HTTP status", ("model", "status"), registry=registry
-        )
-        self._cancelled = Counter(
-            "trio_cancelled_answers", "Answers whose client went away", by_model, registry=registry
-        )
-        self._prompt = Counter(
-            "trio_prompt_tokens", "Prompt tokens before reduction", by_model, registry=registry
-        )
-        self._visual = Counter(
-            "trio_visual_tokens", "Visual tokens before reduction", by_model, registry=registry
-        )
-        self._kept = Counter(
-            "trio_kept_tokens",
-            "Visual tokens that each stage kept",
-            ("model", "stage"),
-            registry=registry,
-        )
-        self._new = Counter("trio_completion_tokens", "Tokens of answers", by_model, registry=registry)
-        self._waiting = Gauge("trio_waiting_requests", "Requests that wait", by_model, registry=registry)
-        self._running = Gauge("trio_running_requests", "Answers that run", by_model, registry=registry)
-        self._replicas = Gauge("trio_replicas", "Replicas that run", by_model, registry=registry)
+        self._registry = CollectorRegistry()
+        self._requests = self._counter("trio_requests", "Requests by HTTP status", "status")
+        self._cancelled = self._counter("trio_cancelled_answers", "Answers whose client went away")
+        self._prompt = self._counter("trio_prompt_tokens", "Prompt tokens before reduction")
+        self._visual = self._counter("trio_visual_tokens", "Visual tokens before reduction")
+        self._kept = self._counter("trio_kept_tokens", "Visual tokens that each stage kept", "stage")
+        self._new = self._counter("trio_completion_tokens", "Tokens of answers")
+        self._waiting = self._gauge("trio_waiting_requests", "Requests that wait")
+        self._running = self._gauge("trio_running_requests", "Answers that run")
+        self._replicas = self._gauge("trio_replicas", "Replicas that run")
         self._queue = self._seconds("trio_queue_seconds", "Wait before an answer starts")
         self._ttft = self._seconds("trio_first_token_seconds", "From an answer's start to its first token")
         self._decode = self._seconds("trio_decode_seconds", "All tokens of an answer after the first")
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, ("model", *labels), registry=self._registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, ("model",), registry=self._registry)
 
     def _seconds(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, ("model",), buckets=_SECONDS, registry=self._registry)
 
     def count_request(self, model: str, status: int) -> None:
-        """Count a request that was answered or refused."""
+        """Count an answered or refused request by its HTTP status."""
         self._requests.labels(model, str(status)).inc()
 
     def set_load(self, model: str, *, waiting: int, running: int) -> None:
-        """Note the requests of a model at this moment."""
+        """Set the current numbers of waiting and running requests."""
         self._waiting.labels(model).set(waiting)
         self._running.labels(model).set(running)
 
     def set_replicas(self, model: str, count: int) -> None:
-        """Note how many replicas of a model run."""
+        """Set the current number of replicas."""
         self._replicas.labels(model).set(count)
 
     def count_answer(self, model: str, usage: dict[str, Any], *, is_cancelled: bool) -> None:
-        """Count an answer that ended, by its usage."""
+        """Count a finished or cancelled answer, whose ``usage`` has OpenAI's fields and our own."""
         self._queue.labels(model).observe(usage["queue_ms"] / 1e3)
         if is_cancelled:
             self._cancelled.labels(model).inc()
@@ -76,5 +66,5 @@ class Metrics:
         self._decode.labels(model).observe(usage["decode_ms"] / 1e3)
 
     def text(self) -> bytes:
-        """Return all numbers in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -2,12 +2,11 @@
 
     serve run trio_edge.serving.ray_app:build bundles=small=/models/small,all=/models/all replicas=1-4 threads=2
 
-``trio-serve --replicas`` needs no such command; its own HTTP server is also stricter with slow and large requests than Ray's.
+``trio-serve --replicas`` does not use it. Its own HTTP server is stricter with slow and large requests than Ray's.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,34 +14,32 @@ from ray import serve
 
 from trio_edge.runtime.bundle.errors import TrioEdgeError
 from trio_edge.serving.app import app_of
-from trio_edge.serving.cli import command, named_bundles
-from trio_edge.serving.fleet.cluster import FleetSettings, deployment_name, replicas, status
-from trio_edge.serving.fleet.worker import FleetWorker
+from trio_edge.serving.cli import command, named_bundles, settings_from_options
+from trio_edge.serving.fleet.cluster import FleetSettings, deployment_name, fleet_worker, replicas
 from trio_edge.serving.metrics import Metrics
-from trio_edge.serving.server import MOST_CONNECTIONS
-from trio_edge.serving.settings import ServerSettings
+from trio_edge.serving.server import MAX_CONNECTIONS
 
 if TYPE_CHECKING:
     from ray.serve import Application
     from starlette.applications import Starlette
 
-_LOADING = ("backend", "threads", "cpu_accuracy", "keep_images")
-_NOT_HERE = ("host", "port", "ray_address", "access_log")
+    from trio_edge.serving.settings import ServerSettings
+
+_OPTIONS_OF_RAY = ("host", "port", "ray_address", "access_log")
 
 
 def build(options: dict[str, Any]) -> Application:
     """Return the application: one process with the HTTP interface, and the replicas of each model.
 
     Args:
-        options: ``bundles``, separated by commas, and options of ``trio-serve`` by their names without dashes, such as
-            ``max_queue``. Where Ray listens is told to Ray.
+        options: ``bundles``, separated by commas, and options of ``trio-serve`` with underscores, such as ``max_queue``.
+            Ray's own settings choose the host and the port.
 
     Raises:
         ClickException: If an option is unknown or wrong, or a bundle is broken.
     """
     given = _parsed(options)
-    loading = {name: given[name] for name in _LOADING}
-    settings = ServerSettings(**{key: given[key] for key in ServerSettings.__annotations__ if key in given})
+    settings, loading = settings_from_options(given)
     least, most = given["replicas"] or (1, 1)
     fleet = FleetSettings(min_replicas=least, max_replicas=most, gpus=given["gpus"])
     try:
@@ -51,12 +48,12 @@ def build(options: dict[str, Any]) -> Application:
         raise click.ClickException(str(error)) from None
     names = list(bundles)
 
-    def make_front() -> Starlette:
+    def make_front() -> Starlette:  # Ray Serve accepts no partial here
         return _front(names, settings)
 
     front = serve.deployment(
         name="front",
-        max_ongoing_requests=MOST_CONNECTIONS,
+        max_ongoing_requests=MAX_CONNECTIONS,
         ray_actor_options={"num_cpus": 0},
         logging_config={"enable_access_log": False},
     )
@@ -69,31 +66,26 @@ def build(options: dict[str, Any]) -> Application:
 
 
 def _parsed(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options as ``trio-serve`` reads them."""
-    wrong = [name for name in _NOT_HERE if name in options]
-    if wrong:
-        raise click.UsageError(
-            f"{wrong[0]}: expected none in Ray Serve, got one; tell Ray, as with http_options"
-        )
+    """Return the options as ``trio-serve`` parses them."""
+    for name in _OPTIONS_OF_RAY:
+        if name in options:
+            raise click.UsageError(
+                f"{name}: expected none here, got one; set it in Ray, as with http_options"
+            )
     named = {name: str(value) for name, value in options.items() if name != "bundles"}
     words = [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", value)]
     bundles = str(options.get("bundles", "")).split(",")
     given = command.make_context("serve run", [*words, "--", *filter(None, bundles)]).params
     if given["max_queue"] < 1:
-        raise click.UsageError("max_queue: expected at least 1, got 0; Ray Serve needs it")
+        raise click.UsageError("max_queue: expected at least 1, got 0; choose more")
     return given
 
 
 def _front(names: list[str], settings: ServerSettings) -> Starlette:
     app, metrics = serve.get_replica_context().app_name, Metrics()
+    handles = {name: serve.get_deployment_handle(deployment_name(name), app) for name in names}
     workers = {
-        name: FleetWorker(
-            name,
-            serve.get_deployment_handle(deployment_name(name), app),
-            partial(status, app, name),
-            settings=settings,
-            metrics=metrics,
-        )
-        for name in names
+        name: fleet_worker(name, handle, app, settings=settings, metrics=metrics)
+        for name, handle in handles.items()
     }
     return app_of(workers, settings, metrics=metrics)

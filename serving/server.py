@@ -1,4 +1,4 @@
-"""Running the app with uvicorn: a listening socket, impatience with slow clients, and an end within a time limit."""
+"""Runs the app with uvicorn: a listening socket, a time limit for request headers, and one for the shutdown."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import ipaddress
 import socket
 from typing import TYPE_CHECKING, final
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -21,25 +22,21 @@ if TYPE_CHECKING:
 
     from trio_edge.serving.answers.interface import ModelWorker
 
-MOST_CONNECTIONS = 512
-_HEADER_S = 15.0  # for the first line and the headers of a request
+MAX_CONNECTIONS = 512
+_HEADER_S = 15.0  # for the headers of a request
 _KEEP_ALIVE_S = 20
-_GRACE_S = 2  # for errors to reach the clients of answers that were cut
+_GRACE_S = 2  # for errors to reach the clients whose answers were cut
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket.
-
-    Args:
-        host: Name or address.
-        port: 0 for any that is free.
+    """Return a listening socket; port 0 chooses any free one.
 
     Raises:
-        ShapeError: If the host is not of this machine or the port is taken.
+        ShapeError: If the host is not this machine, or the port is taken.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server((str(address[0]), port), family=family, backlog=MOST_CONNECTIONS)
+        return socket.create_server((str(address[0]), port), family=family, backlog=MAX_CONNECTIONS)
     except (OSError, UnicodeError, OverflowError) as error:
         raise ShapeError(
             f"--host, --port: expected an address of this machine and a free port, got {host}:{port}"
@@ -53,12 +50,7 @@ def is_loopback(listener: socket.socket) -> bool:
 
 
 def serve(server: BundleServer, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
-    """Serve until Ctrl-C or SIGTERM.
-
-    Args:
-        server: Around an app.
-        listener: From ``listen``.
-        on_ready: Called when all bundles are loaded.
+    """Serve until Ctrl-C or SIGTERM. ``on_ready`` is called when all bundles are loaded.
 
     Raises:
         TrioEdgeError: If a bundle cannot be loaded.
@@ -88,31 +80,29 @@ async def _loaded(workers: Sequence[ModelWorker]) -> None:
         try:
             await asyncio.shield(asyncio.wrap_future(worker.loaded))
         except MemoryError as error:
-            raise BackendError(f"model {worker.name}: expected enough memory, got too little") from error
+            message = f"model {worker.name}: expected enough memory, got too little; close other programs"
+            raise BackendError(message) from error
 
 
 @final
 class BundleServer(uvicorn.Server):
-    """Ends quietly at a signal, and cuts answers that take too long then."""
+    """A uvicorn server that stops at a signal within a time limit."""
 
     def __init__(self, app: Starlette, *, shutdown_s: float, access_log: bool = False) -> None:
-        """Take an app.
+        """Configure uvicorn for the app of ``make_app`` or ``app_of``.
 
-        Args:
-            app: From ``make_app``.
-            shutdown_s: Seconds that answers have to finish; a second Ctrl-C ends at once.
-            access_log: Print a line for each request.
+        Running answers get ``shutdown_s`` seconds to finish. ``access_log`` prints a line for each request.
         """
         config = uvicorn.Config(
             app,
-            http=_ImpatientProtocol,
+            http=_HeaderTimeoutProtocol,
             ws="none",
             lifespan="on",
             log_level="info" if access_log else "warning",
             access_log=access_log,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=MOST_CONNECTIONS,
+            limit_concurrency=MAX_CONNECTIONS,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(shutdown_s) + _GRACE_S,
         )
@@ -121,12 +111,12 @@ class BundleServer(uvicorn.Server):
         self._shutdown_s = shutdown_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop; at a second signal at once. uvicorn's own would raise the signal again afterwards."""
+        """Stop, and at a second signal at once. uvicorn's own method would raise the signal again afterwards."""
         self.force_exit = self.should_exit
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept nothing more, and wait for the answers."""
+        """Accept no more requests, and wait for the running answers until the time limit."""
         timer = asyncio.get_running_loop().call_later(self._shutdown_s, self._cut)
         try:
             await super().shutdown(sockets)
@@ -139,29 +129,31 @@ class BundleServer(uvicorn.Server):
 
 
 @final
-class _ImpatientProtocol(H11Protocol):
-    """Closes connections whose request headers do not come in time, which uvicorn lets stand (0.54)."""
+class _HeaderTimeoutProtocol(H11Protocol):
+    """Closes a connection whose request headers do not come in time; uvicorn 0.54 keeps it open."""
 
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait."""
+        """Start the timer."""
         super().connection_made(transport)
         self._timer = self.loop.call_later(_HEADER_S, transport.close)
 
     def data_received(self, data: bytes) -> None:
-        """Take some bytes of a request."""
+        """Parse some bytes of a request; stop the timer after the headers."""
         super().data_received(data)
-        is_waiting = self.conn.their_state.__name__ == "IDLE"  # for the rest of the headers
-        if not is_waiting and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        elif is_waiting and self._timer is None:
+        if self.conn.their_state is not h11.IDLE:  # the headers are complete
+            self._stop_timer()
+        elif self._timer is None:
             self._timer = self.loop.call_later(_HEADER_S, self.transport.close)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Stop waiting."""
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        with contextlib.suppress(AttributeError):  # lost before it was made
+            self._timer = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timer."""
+        self._stop_timer()
+        with contextlib.suppress(AttributeError):  # uvicorn's state is incomplete before connection_made
             super().connection_lost(exc)

@@ -11,31 +11,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """Limits that a server sets its clients. The defaults suit one device with one model."""
+    """Limits for requests and clients. The defaults suit one device with one model."""
 
     api_key: str | None = None
     """Key that every request must carry; None for no key."""
+    # A web page of another site can give its own host name the address 127.0.0.1.
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
-    """Names by which a server without a key may be called: a web page can give its own name the address 127.0.0.1."""
+    """Host names that a server without a key accepts."""
     max_queue: int = 16
-    """Requests of one model that may wait."""
+    """Maximum number of waiting requests for each model."""
     max_wait_s: float = 60.0
-    """Expected wait in seconds above which a request is refused."""
+    """Longest expected wait in seconds; a request that would wait longer is refused."""
     max_body: int = 20 * 2**20
-    """Bytes of a request's body, of a fetched file and of a local file."""
+    """Maximum bytes of a request's body, of a fetched file and of a local file."""
     max_bodies: int = 8
-    """All bodies in memory together may have this many times ``max_body``."""
+    """Maximum memory for all bodies together, as a multiple of ``max_body``."""
     max_pixels: int = 50_000_000
-    """Pixels of all images of a request together, checked before any is decoded."""
+    """Maximum pixels of all images of a request together, checked before any is decoded."""
     max_parts: int = 256
-    """Messages and content parts of a request."""
+    """Maximum number of messages and content parts of a request together."""
     body_s: float = 30.0
-    """Seconds that a client may take to send a body."""
+    """Seconds that a client may take to send a body, and to accept a part of the answer."""
     media_s: float = 10.0
     """Seconds that fetching one image may take, redirects included."""
     allowed_media_domains: tuple[str, ...] = ()
-    """Hosts, written exactly so, from which images are fetched."""
+    """Exact host names from which images may be fetched."""
     allowed_local_media_path: Path | None = None
     """Folder whose files ``file://`` addresses may name."""
     shutdown_s: float = 30.0
-    """Seconds that running answers have to finish when the server stops."""
+    """Seconds that running answers may take to finish when the server stops."""

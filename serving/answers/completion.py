@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form: one object, or chunks as server-sent events."""
+"""Answers in OpenAI's form: one JSON object, or chunks as server-sent events."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 
     from trio_edge.serving.answers.job import Event
 
-DONE = b"data: [DONE]\n\n"
+_CHUNK = "chat.completion.chunk"
 
 
 @final
 class Completion:
-    """The frame of one answer."""
+    """Writes one answer in OpenAI's form."""
 
     def __init__(self, model: str, *, include_usage: bool = False) -> None:
-        """Take the name of the model that answers, and whether a last chunk tells the usage."""
+        """Start an answer by ``model``; with ``include_usage`` the last chunk of a stream has the usage."""
         self._model, self._include_usage = model, include_usage
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         self._pieces: list[str] = []
         self._report: dict[str, Any] | None = None
 
     def add(self, event: Event) -> dict[str, Any] | None:
-        """Add an event; return the whole answer when it is the last one.
+        """Add an event; return the whole answer after the last one.
 
         Raises:
             RequestError: If the answer failed.
@@ -60,28 +60,22 @@ class Completion:
         if isinstance(event, NewText):
             yield self._chunk({"content": event.text})
         elif isinstance(event, Kept):
-            yield self._event(self._frame("chat.completion.chunk", choices=[], trio=event.report))
+            yield self._event(self._frame(_CHUNK, choices=[], trio=event.report))
         elif isinstance(event, Failed):
             yield self._event(event.error.body)
         else:
             yield self._chunk({}, reason=event.reason)
             if self._include_usage:
-                yield self._event(self._frame("chat.completion.chunk", choices=[], usage=event.usage))
-            yield DONE
+                yield self._event(self._frame(_CHUNK, choices=[], usage=event.usage))
+            yield b"data: [DONE]\n\n"
 
     def _chunk(self, delta: dict[str, Any], *, reason: str | None = None) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         usage = {"usage": None} if self._include_usage else {}
-        return self._event(self._frame("chat.completion.chunk", choices=[choice], **usage))
+        return self._event(self._frame(_CHUNK, choices=[choice], **usage))
 
     def _frame(self, kind: str, **fields: Any) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._model,
-            **fields,
-        }
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, **fields}
 
     @staticmethod
     def _event(value: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""``POST /v1/chat/completions``: from a body to an answer, whole or streamed, and an end for clients that went away."""
+"""``POST /v1/chat/completions``: reads a request, answers it whole or streamed, and stops when the client goes away."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from trio_edge.runtime.bundle.errors import TrioEdgeError
 from trio_edge.serving.answers.completion import Completion
 from trio_edge.serving.answers.job import AnswerJob, Failed
 from trio_edge.serving.answers.worker import answer_settings
-from trio_edge.serving.requests.body import Body, BodyMemory
+from trio_edge.serving.requests.body import BodyMemory, read_body
 from trio_edge.serving.requests.content import read_prompt
-from trio_edge.serving.requests.errors import RequestError, request_error_from
+from trio_edge.serving.requests.errors import RequestError, request_error_from, unknown_model
 from trio_edge.serving.requests.protocol import parse_chat
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from trio_edge.serving.settings import ServerSettings
 
 _T = TypeVar("_T")
-_CLOSED = 499  # nginx's status for a client that went away; nobody reads it
+_CLOSED = 499  # nginx's status for a client that went away; only the metrics show it
 
 
 @final
 class ChatEndpoint:
-    """An ASGI app that answers one request after the other of each client, many clients at a time."""
+    """An ASGI app that answers many requests at a time."""
 
     def __init__(
         self,
@@ -55,38 +55,38 @@ class ChatEndpoint:
         """Answer a request.
 
         Raises:
-            RequestError: If it is refused.
+            RequestError: If the request is refused, or the answer fails before its first byte.
         """
         request, name = Request(scope, receive), ""
         try:
-            async with Body(request, settings=self._settings, memory=self._memory) as body:
+            async with read_body(request, settings=self._settings, memory=self._memory) as body:
                 chat = await run_in_threadpool(parse_chat, body, max_parts=self._settings.max_parts)
-                worker = chosen_worker(self._workers, chat)
+                worker = _chosen_worker(self._workers, chat)
                 name = worker.name
-                job = await self._submitted(worker, chat)
+                job = await self._submit(worker, chat)
                 try:
                     response = await self._response(request, worker, job)
-                    await response(scope, receive, self._impatient(send))
+                    await response(scope, receive, self._with_time_limit(send))
                 finally:
                     worker.cancel(job)
             self._metrics.count_request(name, response.status_code)
         except (RequestError, TrioEdgeError) as error:
-            told = request_error_from(error)
-            self._metrics.count_request(name, told.status)
-            raise told from None
-        except asyncio.TimeoutError:  # the server closes the connection, as the answer has no end
+            refusal = request_error_from(error)
+            self._metrics.count_request(name, refusal.status)
+            raise refusal from None
+        except asyncio.TimeoutError:  # the server closes the connection, as the response is incomplete
             self._metrics.count_request(name, _CLOSED)
 
-    def _impatient(self, send: Send) -> Send:
-        """Return a ``send`` that gives up: a client that never reads would hold its body in memory for ever."""
+    def _with_time_limit(self, send: Send) -> Send:
+        """Return ``send`` with a time limit: a client that never reads would keep its body in memory for ever."""
 
         async def sending(message: Message) -> None:
             await asyncio.wait_for(send(message), self._settings.body_s)
 
         return sending
 
-    async def _submitted(self, worker: ModelWorker, chat: ChatRequest) -> AnswerJob:
-        answer_settings(chat, worker.manifest)  # what is wrong there need not wait
+    async def _submit(self, worker: ModelWorker, chat: ChatRequest) -> AnswerJob:
+        answer_settings(chat, worker.manifest)  # refuses a wrong setting before the images are read
         prompt = await run_in_threadpool(read_prompt, chat, self._media, max_pixels=self._settings.max_pixels)
         job = AnswerJob(chat, prompt)
         try:
@@ -103,7 +103,7 @@ class ChatEndpoint:
         if not job.chat.stream:
             answer = await _unless_gone(request, _whole(completion, events))
             return Response(msgspec.json.encode(answer), media_type="application/json")
-        # An error before the first piece still has a status of its own.
+        # An error before the first event can still set the HTTP status.
         first = await _unless_gone(request, _first(events))
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         return StreamingResponse(
@@ -111,32 +111,24 @@ class ChatEndpoint:
         )
 
 
-def chosen_worker(workers: Mapping[str, ModelWorker], chat: ChatRequest) -> ModelWorker:
-    """Return the worker that a request asks for, by its model and by its images' ``detail``.
+def _chosen_worker(workers: Mapping[str, ModelWorker], chat: ChatRequest) -> ModelWorker:
+    """Return the worker for a request, by its ``model`` and its images' ``detail``.
 
-    "low" is the bundle of the same model that keeps the fewest visual tokens, "high" that which keeps the most.
+    "low" chooses the bundle of the same model that keeps the fewest visual tokens, "high" the one that keeps the most.
 
     Raises:
-        RequestError: If there is no such model, or it is not loaded.
+        RequestError: If the model is not served or not loaded.
     """
-    asked = workers.get(chat.model)
-    if asked is None:
-        raise RequestError(
-            404,
-            f"model: expected one of {', '.join(workers)}, got {chat.model[:80]!r}",
-            code="model_not_found",
-            param="model",
-        )
-    model = asked.manifest.model
+    named = workers.get(chat.model)
+    if named is None:
+        raise unknown_model(chat.model, workers)
+    model = named.manifest.model
     if not chat.details:
-        return asked
-    same = [
-        worker
-        for worker in (asked, *workers.values())  # of equals the asked one
-        if worker.is_ready and worker.manifest.model == model
-    ]
+        return named
+    candidates = (named, *workers.values())  # the named one first: min and max return the first of equals
+    same = [worker for worker in candidates if worker.is_ready and worker.manifest.model == model]
     choose = min if chat.details == {"low"} else max
-    return choose(same or [asked], key=_kept_tokens)
+    return choose(same or [named], key=_kept_tokens)
 
 
 def _kept_tokens(worker: ModelWorker) -> float:
@@ -146,12 +138,12 @@ def _kept_tokens(worker: ModelWorker) -> float:
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """Return what ``work`` returns, unless the client goes away before."""
+    """Return the result of ``work``; raise ``RequestError`` if the client goes away before."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise RequestError(_CLOSED, "client: went away")
+            raise RequestError(_CLOSED, "client: closed the connection before the answer")
         return task.result()
     finally:
         task.cancel()

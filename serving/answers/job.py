@@ -1,4 +1,4 @@
-"""One request on its way through a worker: what it asks for, and what comes back while it runs."""
+"""A request in a worker, and the events of its answer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class NewText(msgspec.Struct, frozen=True, tag=True):
 
 
 class Kept(msgspec.Struct, frozen=True, tag=True):
-    """The report on the kept tokens."""
+    """The report of ``kept_report``."""
 
     report: dict[str, Any]
 
@@ -40,7 +40,7 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The end of an answer that went wrong."""
+    """The end of a failed answer."""
 
     error: RequestError
 
@@ -50,34 +50,34 @@ Event: TypeAlias = NewText | Kept | Finished | Failed
 
 @final
 class AnswerJob:
-    """A request for a worker. Events come from its thread and are read on the event loop."""
+    """A request in a worker. The worker's thread emits events, and the event loop reads them."""
 
     def __init__(self, chat: ChatRequest, prompt: Prompt) -> None:
-        """Take the request; called on the event loop."""
+        """Store the request. Called on the event loop."""
         self.chat, self.prompt = chat, prompt
         self.generation: Generation | None = None
-        """Set by the worker while the answer runs."""
+        """The running answer, set by the worker."""
         self.is_cancelled = False
         self.has_ended = False
-        """Whether the last event was handed over."""
+        """Whether the last event was emitted."""
         self.submitted = time.perf_counter()
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
 
     def emit(self, event: Event | None) -> None:
-        """Hand an event over; None if nothing more comes. Any thread may call it."""
+        """Emit an event, or None for the end. It is thread-safe."""
         self.has_ended = self.has_ended or event is None or isinstance(event, (Finished, Failed))
-        with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+        with suppress(RuntimeError):  # the event loop has closed, so nobody reads
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     def cancel(self) -> None:
-        """Let the answer end at the next token, or not begin."""
+        """End the answer at its next token, or before it begins."""
         self.is_cancelled = True
         if self.generation is not None:
             self.generation.cancel()
 
     async def events(self) -> AsyncIterator[Event]:
-        """Yield the events until the last one."""
+        """Yield the events to the last one."""
         while (event := await self._events.get()) is not None:
             yield event
             if isinstance(event, (Finished, Failed)):

@@ -1,4 +1,4 @@
-"""The kept tokens of an answer as boxes on its images: what a page draws."""
+"""The kept tokens of an answer as boxes on its images, for the page."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ if TYPE_CHECKING:
 
 
 def kept_report(answer: Generation, stages: Sequence[Stage]) -> dict[str, Any]:
-    """Return the boxes that each stage kept of each image, and the milliseconds of each graph up to the first token.
+    """Return the kept boxes of each image and stage in pixels, and the milliseconds of each graph.
 
-    Args:
-        answer: Its first piece has come.
-        stages: Of the bundle's schedule.
+    The answer must have its first token.
     """
     images, first = [], 0
     for image, layout in zip(answer.images, answer.layouts):
@@ -31,7 +29,8 @@ def kept_report(answer: Generation, stages: Sequence[Stage]) -> dict[str, Any]:
         kept = [{"layer": stage.layer, **_boxes(layout, chosen)} for stage, chosen in zip(stages, own)]
         images.append({"width": image.width, "height": image.height, "stages": [entered, *kept]})
         first = after
-    return {"images": images, "graph_ms": _rounded(answer.statistics.graph_ms)}
+    graph_ms = {name: round(ms, 3) for name, ms in answer.statistics.graph_ms.items()}
+    return {"images": images, "graph_ms": graph_ms}
 
 
 def _boxes(layout: ImageLayout, chosen: NDArray[np.integer]) -> dict[str, Any]:
@@ -44,10 +43,6 @@ def _boxes(layout: ImageLayout, chosen: NDArray[np.integer]) -> dict[str, Any]:
 
 
 def _drawable(boxes: NDArray[np.float32]) -> list[list[float]]:
-    """Return boxes with an area: newlines have none."""
+    """Return the boxes that have an area: newline tokens have none."""
     with_area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     return [[round(edge, 1) for edge in box] for box in boxes[with_area].tolist()]
-
-
-def _rounded(times: dict[str, float]) -> dict[str, float]:
-    return {name: round(ms, 3) for name, ms in times.items()}

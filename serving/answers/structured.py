@@ -1,7 +1,7 @@
-"""Answers of a given form: one of several texts, or JSON that fits a schema.
+"""Structured answers: one of several texts, or JSON that fits a schema.
 
-llguidance computes which tokens a schema allows; it is fast, reads Hugging Face's tokenizers and needs no torch. A choice
-needs no grammar: the answer follows the ids of one of the texts, which also works with tokenizers of whole words.
+llguidance computes the tokens that a schema allows; it is fast, reads Hugging Face's tokenizers and needs no torch. A choice
+needs no grammar: the answer follows the token ids of one of the texts, which also works with word-level tokenizers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import ShapeError
-from trio_edge.serving.requests.errors import RequestError
+from trio_edge.serving.requests.errors import invalid_value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.model.sampling import TokenConstraint
     from trio_edge.runtime.pipeline import Pipeline
+    from trio_edge.serving.requests.errors import RequestError
     from trio_edge.serving.requests.protocol import ChatRequest
 
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
@@ -28,19 +29,19 @@ _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 @final
 class Constraints:
-    """Makes the constraints of a bundle's answers."""
+    """Makes the token constraints of a bundle's answers."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         manifest = pipeline.manifest
         self._tokenizer, self._num_tokens = pipeline.tokenizer, manifest.token_embedding.shape[0]
         self._stop_ids = manifest.text.stop_token_ids
-        self._for_grammars: Any = None
+        self._grammar_tokenizer: Any = None
 
     def make(self, chat: ChatRequest) -> TokenConstraint | None:
-        """Return what ``chat`` asks for, or None if any text will do.
+        """Return the constraint that ``chat`` asks for, or None for free text.
 
         Raises:
-            RequestError: If the bundle's tokenizer cannot write it, or the schema is refused.
+            RequestError: If the bundle's tokenizer cannot write the form, or llguidance refuses the schema.
         """
         if chat.structured_outputs is not None:
             return self._choice(chat.structured_outputs.choice)
@@ -54,9 +55,8 @@ class Constraints:
         for text in texts:
             ids = self._tokenizer.plain_ids(text).tolist()
             if self._tokenizer.decode(ids) != text:
-                raise _refused(
-                    "structured_outputs", "texts that this model's tokenizer can write", f"{text[:80]!r}"
-                )
+                problem = f"expected texts that this model's tokenizer can write, got {text[:80]!r}"
+                raise invalid_value("structured_outputs", f"{problem}; choose others")
             sequences.append(ids)
         return ChoiceConstraint(sequences, stop_ids=self._stop_ids, num_tokens=self._num_tokens)
 
@@ -66,41 +66,35 @@ class Constraints:
         # Spaces between the fields would cost a decode step each.
         compact: Any = {"whitespace_flexible": False}
         grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=compact)
-        matcher = llguidance.LLMatcher(self._grammar_tokenizer(), grammar, log_level=0)
+        matcher = llguidance.LLMatcher(self._tokenizer_for_grammars(), grammar, log_level=0)
         if matcher.is_error():
-            raise _refused("response_format", "a schema that llguidance knows", matcher.get_error()[:200])
+            raise _refused("a schema that llguidance knows", matcher.get_error())
         return GrammarConstraint(matcher, stop_ids=self._stop_ids, num_tokens=self._num_tokens)
 
-    def _grammar_tokenizer(self) -> Any:
-        """Return llguidance's form of the tokenizer, made when it is first needed: that takes up to seconds."""
-        if self._for_grammars is None:
+    def _tokenizer_for_grammars(self) -> Any:
+        """Return llguidance's tokenizer. The first call takes up to seconds."""
+        if self._grammar_tokenizer is None:
             import llguidance
 
             try:
-                self._for_grammars = llguidance.LLTokenizer(
+                self._grammar_tokenizer = llguidance.LLTokenizer(
                     self._tokenizer.to_json(), n_vocab=self._num_tokens, eos_token=list(self._stop_ids)
                 )
             except ValueError as error:
-                raise _refused(
-                    "response_format", "a bundle whose tokenizer can spell JSON", str(error)[:200]
-                ) from None
-        return self._for_grammars
+                raise _refused("a bundle whose tokenizer can spell JSON", str(error)) from None
+        return self._grammar_tokenizer
 
 
 @final
 class ChoiceConstraint:
-    """Lets an answer be one of several sequences of tokens."""
+    """Restricts an answer to one of several sequences of token ids, each followed by one of ``stop_ids``.
+
+    ``num_tokens`` is V, the size of the vocabulary.
+    """
 
     def __init__(
         self, sequences: Sequence[Sequence[int]], *, stop_ids: Sequence[int], num_tokens: int
     ) -> None:
-        """Take the sequences.
-
-        Args:
-            sequences: Ids, at least one sequence.
-            stop_ids: Tokens that may follow a whole sequence.
-            num_tokens: V.
-        """
         self._sequences, self._stop_ids, self._num_tokens = sequences, list(stop_ids), num_tokens
         self._answer: list[int] = []
 
@@ -121,16 +115,9 @@ class ChoiceConstraint:
 
 @final
 class GrammarConstraint:
-    """Lets an answer be what a grammar of llguidance allows."""
+    """Restricts an answer to the grammar of llguidance's ``LLMatcher``. ``num_tokens`` is V."""
 
     def __init__(self, matcher: Any, *, stop_ids: Sequence[int], num_tokens: int) -> None:
-        """Take the grammar's state.
-
-        Args:
-            matcher: An ``LLMatcher``.
-            stop_ids: Tokens that end the answer.
-            num_tokens: V.
-        """
         self._matcher, self._stop_ids, self._num_tokens = matcher, list(stop_ids), num_tokens
         self._mask_V: NDArray[np.bool_] | None = None
 
@@ -138,14 +125,13 @@ class GrammarConstraint:
         """Return [V], whether each token may come next.
 
         Raises:
-            ShapeError: If the grammar became too complex.
+            ShapeError: If the schema is too complex for llguidance.
         """
         if self._mask_V is None:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             if self._matcher.is_error():
-                raise ShapeError(
-                    f"response_format: expected a simpler schema, got: {self._matcher.get_error()[:200]}"
-                )
+                reason = self._matcher.get_error()[:200]
+                raise ShapeError(f"response_format: expected a simpler schema, got: {reason}; shorten it")
             self._mask_V = np.unpackbits(bits, bitorder="little")[: self._num_tokens].astype(np.bool_)
         return self._mask_V
 
@@ -156,10 +142,5 @@ class GrammarConstraint:
             self._matcher.consume_token(token)
 
 
-def _refused(param: str, expected: str, got: str) -> RequestError:
-    return RequestError(
-        400,
-        f"{param}: expected {expected}, got {' '.join(got.split())}",
-        code="invalid_value",
-        param=param,
-    )
+def _refused(expected: str, reason: str) -> RequestError:
+    return invalid_value("response_format", f"expected {expected}, got: {' '.join(reason[:200].split())}")

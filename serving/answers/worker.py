@@ -1,6 +1,6 @@
-"""One thread for each bundle: it loads the pipeline, answers one request at a time and closes it.
+"""One thread for each bundle: loads the pipeline, answers one request at a time and closes the pipeline.
 
-Requests wait in a queue of bounded length, and of bounded expected time, by the measured time of earlier answers.
+Requests wait in a queue. Its length is bounded, and so is the expected wait, which follows from the time of earlier answers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
+from itertools import chain
 from typing import TYPE_CHECKING, Any, final
 
 from trio_edge.runtime.bundle.errors import BackendError
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from trio_edge.serving.settings import ServerSettings
 
 _logger = logging.getLogger("trio_serve")
-_MOST_FAILURES = 3  # in a row, after which the backend is taken for broken
+_MAX_FAILURES = 3  # in a row; after these the worker is not ready
 
 
 @final
@@ -41,17 +42,10 @@ class Worker:
     def __init__(
         self, name: str, load: Callable[[], Pipeline], *, settings: ServerSettings, metrics: Metrics
     ) -> None:
-        """Take what is needed; ``start`` loads the bundle.
-
-        Args:
-            name: Of the model, for clients.
-            load: Returns the pipeline; called in the worker's thread.
-            settings: The server's limits.
-            metrics: Counts what happens.
-        """
+        """Prepare the thread. ``start`` calls ``load`` in it, which returns an open pipeline."""
         self.name = name
         self.loaded: Future[Pipeline] = Future()
-        """The pipeline, or why it could not be loaded."""
+        """The pipeline, or the exception that loading raised."""
         self._load, self._settings, self._metrics = load, settings, metrics
         self._waiting: deque[AnswerJob] = deque()
         self._running: AnswerJob | None = None
@@ -63,23 +57,22 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name=f"trio-serve {name}", daemon=True)
 
     def start(self) -> None:
-        """Load the bundle and answer requests, in a thread."""
+        """Start the thread, which loads the bundle and answers requests."""
         self._thread.start()
 
     @property
     def is_ready(self) -> bool:
-        """Whether it is loaded, goes on, and its last answers did not all fail."""
-        is_loaded = self.loaded.done() and self.loaded.exception() is None
-        return is_loaded and not self._is_stopping and self._num_failures < _MOST_FAILURES
+        """Whether the bundle is loaded, the server runs on, and the last answers did not all fail."""
+        return self._is_loaded and not self._is_stopping and self._num_failures < _MAX_FAILURES
+
+    @property
+    def _is_loaded(self) -> bool:
+        return self.loaded.done() and self.loaded.exception() is None
 
     @property
     def pipeline(self) -> Pipeline:
-        """The loaded pipeline.
-
-        Raises:
-            RequestError: If it is not loaded.
-        """
-        if not self.loaded.done() or self.loaded.exception() is not None:
+        """The open pipeline; raises ``RequestError`` if it is not loaded."""
+        if not self._is_loaded:
             raise still_loading(self.name)
         return self.loaded.result()
 
@@ -94,36 +87,37 @@ class Worker:
         return self.pipeline.backend_name
 
     def submit(self, job: AnswerJob) -> None:
-        """Let a job wait for its turn.
+        """Put a job into the queue.
 
         Raises:
-            RequestError: If too many wait, or for too long, or the server stops.
+            RequestError: If the queue is full, the expected wait is too long, or the server stops.
         """
         with self._changed:
             if self._is_stopping:
                 raise stopping()
-            wait_s, is_full = self._left_s(), len(self._waiting) >= self._settings.max_queue
-            wait_s += self._service_s * len(self._waiting)
+            remaining_s, num_waiting = self._remaining_s(), len(self._waiting)
+            wait_s = remaining_s + self._service_s * num_waiting
+            is_full = num_waiting >= self._settings.max_queue
             if is_full or wait_s > self._settings.max_wait_s:
-                retry_after_s = self._left_s() if is_full else wait_s - self._settings.max_wait_s
-                raise queue_full(self.name, len(self._waiting), wait_s, retry_after_s=retry_after_s)
+                retry_after_s = remaining_s if is_full else wait_s - self._settings.max_wait_s
+                raise queue_full(self.name, num_waiting, wait_s, retry_after_s=retry_after_s)
             self._waiting.append(job)
-            self._note_load()
+            self._report_load()
             self._changed.notify()
 
     def cancel(self, job: AnswerJob) -> None:
-        """End a job at its next token; one that waits leaves the queue at once. A job that has ended is left alone."""
+        """End a job: a waiting one leaves the queue at once, a running one ends at its next token."""
         job.cancel()
         with self._changed:
             if job not in self._waiting:
                 return
             self._waiting.remove(job)
-            self._note_load()
+            self._report_load()
         job.prompt.close()
         job.emit(None)
 
     def cut(self) -> None:
-        """End all jobs, as the server's time is over."""
+        """End all jobs with an error, as the shutdown time is over."""
         with self._changed:
             waiting, running = list(self._waiting), self._running
             self._waiting.clear()
@@ -141,126 +135,107 @@ class Worker:
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
-    def _left_s(self) -> float:
-        """Return the time that the running answer still needs, by the mean of earlier ones."""
+    def _remaining_s(self) -> float:
+        """Return the seconds that the running answer still needs, by the mean of earlier answers."""
         if self._running is None:
             return 0.0
         return max(0.0, self._service_s - (time.perf_counter() - self._running_since))
 
-    def _note_load(self) -> None:
+    def _report_load(self) -> None:
         running = int(self._running is not None)
         self._metrics.set_load(self.name, waiting=len(self._waiting), running=running)
 
     def _run(self) -> None:
         try:
             pipeline = self._load()
-        except BaseException as error:  # told to whoever started the server
+        except BaseException as error:  # the server's start raises it
             self.loaded.set_exception(error)
             return
         with pipeline:
             constraints = Constraints(pipeline)
             self.loaded.set_result(pipeline)
-            while self._serve_next(pipeline, constraints):
-                pass
+            while self._take_next():
+                self._serve(pipeline, constraints)
 
-    def _next(self) -> AnswerJob | None:
-        """Return the next job, or None at the end."""
+    def _take_next(self) -> bool:
+        """Wait for a job and make it the running one; return False when the server stops."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_stopping)
             if not self._waiting:
-                return None
+                return False
             self._running, self._running_since = self._waiting.popleft(), time.perf_counter()
-            self._note_load()
-            return self._running
+            self._report_load()
+            return True
 
-    def _serve_next(self, pipeline: Pipeline, constraints: Constraints) -> bool:
-        """Answer one request; return whether there may be another. It holds no job, and no images, while it waits."""
-        job = self._next()
-        if job is None:
-            return False
-        self._serve(pipeline, constraints, job)
-        return True
-
-    def _serve(self, pipeline: Pipeline, constraints: Constraints, job: AnswerJob) -> None:
-        start = time.perf_counter()
+    def _serve(self, pipeline: Pipeline, constraints: Constraints) -> None:
+        """Answer the running job. Only this function holds it, so that no images stay in memory after it."""
+        job = self._running
+        assert job is not None
         try:
             if not job.is_cancelled:
-                self._answer(pipeline, constraints, job, queue_s=start - job.submitted)
+                self._answer(pipeline, constraints, job)
                 self._num_failures = 0
         except Exception as error:
-            job.emit(Failed(self._told(error, job)))
+            job.emit(Failed(self._client_error(error, job)))
         finally:
             job.generation = None  # it holds images
             job.prompt.close()
             with self._changed:
                 self._running = None
-                self._note_load()
+                self._report_load()
             job.emit(None)
 
-    def _told(self, error: Exception, job: AnswerJob) -> RequestError:
-        told = request_error_from(error)
-        told.message = job.prompt.without_paths(told.message)
-        if told.status >= 500:
-            is_ours = isinstance(error, BackendError)
+    def _client_error(self, error: Exception, job: AnswerJob) -> RequestError:
+        failure = request_error_from(error)
+        failure.message = job.prompt.without_paths(failure.message)
+        if failure.status >= 500:
+            is_ours = isinstance(error, BackendError)  # its message says enough without a traceback
             _logger.error("model %s: %s", self.name, error, exc_info=None if is_ours else error)
             self._num_failures += 1
-        return told
+        return failure
 
-    def _answer(
-        self, pipeline: Pipeline, constraints: Constraints, job: AnswerJob, *, queue_s: float
-    ) -> None:
-        start = time.perf_counter()
-        constraint = constraints.make(job.chat)
-        answer = pipeline.chat(
-            job.prompt.messages, constraint=constraint, **answer_settings(job.chat, pipeline.manifest)
-        )
+    def _answer(self, pipeline: Pipeline, constraints: Constraints, job: AnswerJob) -> None:
+        constraint, settings = constraints.make(job.chat), answer_settings(job.chat, pipeline.manifest)
+        answer = pipeline.chat(job.prompt.messages, constraint=constraint, **settings)
         job.generation = answer
-        if job.is_cancelled:
+        if job.is_cancelled:  # before the job knew its generation
             answer.cancel()
         stops = StopTexts(job.chat.stops)
         self._stream(pipeline, answer, stops, job)
-        usage = usage_of(answer.statistics, queue_s=queue_s)
+        usage = usage_of(answer.statistics, queue_s=self._running_since - job.submitted)
         self._metrics.count_answer(self.name, usage, is_cancelled=job.is_cancelled)
-        self._note_service(time.perf_counter() - start)
+        with self._changed:
+            self._service_s = smoothed(self._service_s, time.perf_counter() - self._running_since)
         has_ended = stops.is_found or answer.token_ids[-1] in pipeline.manifest.text.stop_token_ids
         job.emit(Finished("stop" if has_ended else "length", usage))
 
     def _stream(self, pipeline: Pipeline, answer: Generation, stops: StopTexts, job: AnswerJob) -> None:
-        wants_kept = job.chat.trio.kept
-        for piece in answer:
-            if wants_kept:
+        needs_report = job.chat.trio.kept
+        for piece in chain(answer, [""]):  # the empty piece: an answer without text has a report, too
+            if needs_report:
                 job.emit(Kept(kept_report(answer, pipeline.manifest.schedule.stages)))
-                wants_kept = False
+                needs_report = False
             if text := stops.push(piece):
                 job.emit(NewText(text))
             if stops.is_found:
                 answer.cancel()
                 break
-        if wants_kept:  # an answer without text
-            job.emit(Kept(kept_report(answer, pipeline.manifest.schedule.stages)))
         if text := stops.finish():
             job.emit(NewText(text))
-
-    def _note_service(self, seconds: float) -> None:
-        with self._changed:
-            self._service_s = smoothed(self._service_s, seconds)
 
 
 def answer_settings(chat: ChatRequest, manifest: Manifest) -> dict[str, Any]:
     """Return the keyword arguments of ``Pipeline.chat`` that a request asks for.
 
     Raises:
-        RequestError: If the answer may be longer than the bundle has room for.
+        RequestError: If the limit on new tokens exceeds the bundle's.
     """
     room, limit = manifest.max_new_tokens, chat.limit
     if limit is not None and limit > room:
-        raise RequestError(
-            400,
-            f"max_tokens: expected at most {room} (the bundle's room), got {limit}; ask for fewer, or export with a larger"
-            " --max-new-tokens",
-            code="context_length_exceeded",
-            param="max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens",
-        )
+        param = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
+        expected = f"{param}: expected at most {room}, the bundle's limit, got {limit}"
+        message = f"{expected}; ask for fewer, or export with a larger --max-new-tokens"
+        raise RequestError(400, message, code="context_length_exceeded", param=param)
     return {
         "max_new_tokens": limit,
         "temperature": chat.temperature,
@@ -273,7 +248,7 @@ def answer_settings(chat: ChatRequest, manifest: Manifest) -> dict[str, Any]:
 
 
 def usage_of(statistics: Statistics, *, queue_s: float) -> dict[str, Any]:
-    """Return OpenAI's ``usage`` of an answer, the prompt counted before reduction, and our own fields."""
+    """Return OpenAI's ``usage`` with our own fields. The prompt is counted before token reduction."""
     prompt = statistics.text_tokens + statistics.visual_tokens
     return {
         "prompt_tokens": prompt,

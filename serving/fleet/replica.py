@@ -1,4 +1,4 @@
-"""One replica: a process with one pipeline that answers one request at a time."""
+"""A replica: a process with one pipeline, which answers one request at a time."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from trio_edge.serving.answers.job import Event
     from trio_edge.serving.settings import ServerSettings
 
-TURN_HAS_COME = b""
-"""Comes before the events: the request has left the queue."""
+STARTED = b""
+"""The first item of an answer, before its events: the request has left the queue."""
 _STOP_S = 5.0
 
 
@@ -32,18 +32,12 @@ class Replica:
     """Answers requests that Ray Serve hands over."""
 
     def __init__(self, name: str, bundle: str, *, loading: dict[str, Any], settings: ServerSettings) -> None:
-        """Load a bundle; Ray Serve hands over requests when this is done.
-
-        Args:
-            name: Of the model, for messages.
-            bundle: The folder.
-            loading: Keyword arguments of ``Pipeline.from_bundle``.
-            settings: The server's limits.
+        """Load the bundle with the keyword arguments ``loading`` of ``Pipeline.from_bundle``.
 
         Raises:
             TrioEdgeError: If the bundle cannot be loaded.
         """
-        # The queue is Ray Serve's. A request may come while a cancelled one has not yet come to its next token.
+        # Ray Serve has the queue. One request may wait here while a cancelled one reaches its next token.
         settings = replace(settings, max_queue=2, max_wait_s=float("inf"))
         load = partial(Pipeline.from_bundle, bundle, **loading)
         self._worker = Worker(name, load, settings=settings, metrics=Metrics())
@@ -51,12 +45,12 @@ class Replica:
         self._worker.loaded.result()
 
     async def describe(self) -> tuple[str, bytes]:
-        """Return the backend's name, and the manifest as JSON."""
+        """Return the backend's name and the manifest as JSON."""
         return self._worker.backend_name, json_from_manifest(self._worker.manifest)
 
     async def answer(self, request: bytes) -> AsyncIterator[bytes]:
-        """Yield ``TURN_HAS_COME``, then the events of an answer; Ray Serve closes it when the client goes away."""
-        yield TURN_HAS_COME
+        """Yield ``STARTED``, then the events of an answer. Ray Serve closes it when the client goes away."""
+        yield STARTED
         try:
             chat, messages = unpacked_request(request)
             job = AnswerJob(chat, await asyncio.to_thread(Prompt, messages))
@@ -68,7 +62,7 @@ class Replica:
             events: list[Event] = []
             async for event in job.events():
                 events.append(event)
-                # A message costs about a millisecond: an answer that is not streamed needs one.
+                # A message costs about a millisecond, so an answer that is not streamed is one message.
                 if chat.stream or isinstance(event, (Finished, Failed)):
                     yield packed_events(events)
                     events.clear()
@@ -76,9 +70,9 @@ class Replica:
             self._worker.cancel(job)
 
     def check_health(self) -> None:
-        """Raise if the last answers all failed; Ray Serve replaces the replica then."""
+        """Raise if the last answers all failed. Ray Serve then replaces the replica."""
         assert self._worker.is_ready, "the last answers failed"
 
     def __del__(self) -> None:
-        """Release the pipeline; Ray Serve calls it when the replica is no longer needed."""
+        """Release the pipeline. Ray Serve calls this when it removes the replica."""
         self._worker.stop(timeout_s=_STOP_S)

@@ -1,4 +1,4 @@
-"""The server's side of a fleet: requests go to Ray Serve, which queues them and finds a free replica."""
+"""The server's side of a fleet: passes requests to Ray Serve, which queues them for a free replica."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trio_edge.runtime.bundle.errors import BackendError
 from trio_edge.runtime.bundle.manifest import Manifest, manifest_from_json
 from trio_edge.serving.answers.interface import cut_short, queue_full, smoothed, still_loading, stopping
 from trio_edge.serving.answers.job import AnswerJob, Failed, Finished
-from trio_edge.serving.fleet.replica import TURN_HAS_COME
+from trio_edge.serving.fleet.replica import STARTED
 from trio_edge.serving.fleet.wire import packed_request, unpacked_events
 from trio_edge.serving.requests.errors import RequestError
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from trio_edge.serving.metrics import Metrics
     from trio_edge.serving.settings import ServerSettings
 
-_WATCH_S = 2.0
+_WATCH_S = 2.0  # between two looks at the number of replicas
 
 
 @final
 class FleetWorker:
-    """Answers requests with the replicas of one model. All but ``loaded`` and ``stop`` is for the event loop."""
+    """Answers requests with the replicas of one model. Only ``loaded`` and ``stop`` are thread-safe."""
 
     def __init__(
         self,
@@ -47,18 +47,10 @@ class FleetWorker:
         settings: ServerSettings,
         metrics: Metrics,
     ) -> None:
-        """Take what is needed; ``start`` asks for the first replica.
-
-        Args:
-            name: Of the model, for clients.
-            replicas: Ray Serve's handle.
-            status: Returns what Ray Serve knows of the replicas; called in a thread.
-            settings: The server's limits.
-            metrics: Counts what happens.
-        """
+        """Prepare the worker. ``status``, which is called in a thread, returns Ray Serve's status of the replicas."""
         self.name = name
         self.loaded: Future[tuple[str, Manifest]] = Future()
-        """The backend's name and the manifest, or why no replica could be loaded."""
+        """The backend's name and the manifest, or the exception if no replica could start."""
         self._replicas, self._status = replicas, status
         self._settings, self._metrics = settings, metrics
         self._answering: dict[AnswerJob, asyncio.Task[None]] = {}
@@ -68,13 +60,13 @@ class FleetWorker:
         self._is_stopping = False
 
     def start(self) -> None:
-        """Wait for the first replica, and watch how many there are."""
+        """Wait for the first replica, then watch the number of replicas."""
         self._loop = asyncio.get_running_loop()
         self._watching = self._loop.create_task(self._watch())
 
     @property
     def is_ready(self) -> bool:
-        """Whether a replica runs and the server goes on."""
+        """Whether a replica runs and the server does not stop."""
         return self._is_loaded and not self._is_stopping and self._num_replicas > 0
 
     @property
@@ -97,10 +89,10 @@ class FleetWorker:
         return self.loaded.result()
 
     def submit(self, job: AnswerJob) -> None:
-        """Let a job wait for its turn.
+        """Pass a job to Ray Serve. If its queue is full, the job's event is an error.
 
         Raises:
-            RequestError: If it would wait for too long, or the server stops. A full queue is told by the job.
+            RequestError: If the expected wait is too long, or the server stops.
         """
         if self._is_stopping:
             raise stopping()
@@ -109,16 +101,16 @@ class FleetWorker:
             raise self._too_long(retry_after_s=wait_s - self._settings.max_wait_s)
         self._answering[job] = task = self._loop.create_task(self._answer(job))
         task.add_done_callback(partial(self._ended, job))
-        self._note_load()
+        self._report_load()
 
     def cancel(self, job: AnswerJob) -> None:
-        """End a job: Ray Serve takes it out of its queue, or tells the replica. One that has ended is left alone."""
+        """End a job: Ray Serve removes it from its queue, or ends it at the replica's next token."""
         task = self._answering.get(job)
         if task is not None and not job.has_ended:
             task.cancel()
 
     def cut(self) -> None:
-        """End all jobs, as the server's time is over."""
+        """End all jobs with an error, as the shutdown time is over."""
         self._is_stopping = True
         self._watching.cancel()
         for job in list(self._answering):
@@ -127,8 +119,7 @@ class FleetWorker:
 
     def stop(self, *, timeout_s: float) -> None:
         """End all jobs."""
-        done = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
-        done.result(timeout_s)
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(timeout_s)
 
     async def _end(self) -> None:
         self.cut()
@@ -136,7 +127,7 @@ class FleetWorker:
 
     async def _watch(self) -> None:
         try:
-            self.loaded.set_result(await self._described())
+            self.loaded.set_result(await self._first_description())
         except (BackendError, RayError, RayServeException) as error:
             self.loaded.set_exception(BackendError(f"model {self.name}: no replica could start: {error}"))
             return
@@ -144,10 +135,10 @@ class FleetWorker:
             await asyncio.sleep(_WATCH_S)
             await self._count_replicas()
 
-    async def _described(self) -> tuple[str, Manifest]:
-        """Return what the first replica says of itself."""
-        asking = asyncio.ensure_future(self._ask_one())
-        # A handle waits on for replicas whose deployment has failed (Ray 2.60).
+    async def _first_description(self) -> tuple[str, Manifest]:
+        """Return the backend's name and the manifest of the first replica."""
+        asking: asyncio.Future[tuple[str, bytes]] = asyncio.ensure_future(self._replicas.describe.remote())
+        # A handle waits for ever for replicas whose deployment has failed (Ray 2.60).
         while not (await asyncio.wait({asking}, timeout=_WATCH_S))[0]:
             status = await run_in_threadpool(self._status)
             if status.status == "DEPLOY_FAILED":
@@ -156,10 +147,6 @@ class FleetWorker:
         backend_name, manifest = asking.result()
         await self._count_replicas()
         return backend_name, manifest_from_json(manifest, where=self.name)
-
-    async def _ask_one(self) -> tuple[str, bytes]:
-        described: tuple[str, bytes] = await self._replicas.describe.remote()
-        return described
 
     async def _count_replicas(self) -> None:
         states = (await run_in_threadpool(self._status)).replica_states
@@ -173,30 +160,31 @@ class FleetWorker:
             self._answering.pop(job)  # it does not wait
             job.emit(Failed(self._too_long(retry_after_s=self._service_s / max(self._num_replicas, 1))))
         except (RayError, RayServeException) as error:
-            job.emit(Failed(self._told(error)))
+            job.emit(Failed(self._client_error(error)))
 
     async def _relay(self, job: AnswerJob) -> None:
         request = await run_in_threadpool(packed_request, job)
         answer = self._replicas.options(stream=True).answer.remote(request)
         try:
             async for data in answer:
-                if data == TURN_HAS_COME:
+                if data == STARTED:
                     self._started[job] = time.perf_counter()
-                    self._note_load()
+                    self._report_load()
                 else:
                     for event in unpacked_events(data):
-                        job.emit(self._noted(event, job))
+                        self._count(event, job)
+                        job.emit(event)
         except asyncio.CancelledError:
             answer.cancel()
             raise
 
-    def _noted(self, event: Event, job: AnswerJob) -> Event:
+    def _count(self, event: Event, job: AnswerJob) -> None:
+        """Count a finished answer, and write into its usage the wait in Ray Serve's queue."""
         if isinstance(event, Finished):
             start = self._started[job]
             event.usage["queue_ms"] = round(1e3 * (start - job.submitted), 3)
             self._metrics.count_answer(self.name, event.usage, is_cancelled=False)
             self._service_s = smoothed(self._service_s, time.perf_counter() - start)
-        return event
 
     def _ended(self, job: AnswerJob, task: asyncio.Task[None]) -> None:
         if task.cancelled():
@@ -206,12 +194,12 @@ class FleetWorker:
         self._answering.pop(job, None)
         self._started.pop(job, None)
         job.prompt.close()
-        self._note_load()
+        self._report_load()
         job.emit(None)
         if not task.cancelled() and (error := task.exception()) is not None:
-            raise error  # one of ours: the event loop writes its traceback
+            raise error  # our own bug: the event loop logs its traceback
 
-    def _told(self, error: Exception) -> RequestError:
+    def _client_error(self, error: Exception) -> RequestError:
         if isinstance(error, RayActorError):
             message = f"model {self.name}: the replica ended before the answer's end; ask again"
             return RequestError(503, message, code="replica_died", retry_after_s=1.0)
@@ -225,17 +213,17 @@ class FleetWorker:
         return len(self._answering) - len(self._started)
 
     def _expected_wait_s(self) -> float:
-        """Return the time after which a new job would start: an answer ends each ``service_s / replicas``."""
+        """Return the seconds until a new job would start: an answer ends every ``service_s / replicas``."""
         busy = max(self._num_replicas, 1)
         if len(self._answering) < busy:
             return 0.0
         return self._service_s * (len(self._answering) - busy + 1) / busy
 
-    def _note_load(self) -> None:
+    def _report_load(self) -> None:
         self._metrics.set_load(self.name, waiting=self._num_waiting, running=len(self._started))
 
 
 def _last_error(traceback: str) -> str:
-    """Return the message of the last error in what Ray Serve tells of a failed start."""
+    """Return the last error message in Ray Serve's traceback of a failed start."""
     found = re.findall(r"^\s*[\w.]*Error: (.+)$", traceback, re.MULTILINE)
     return found[-1] if found else " ".join(traceback.split())[-300:]

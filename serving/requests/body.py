@@ -1,4 +1,4 @@
-"""Reading a request's body: bounded in bytes, in time, and over all requests together."""
+"""Request bodies, bounded in bytes, in time, and in memory over all requests."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from starlette.requests import ClientDisconnect
 from trio_edge.serving.requests.errors import RequestError
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from collections.abc import AsyncIterator
 
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from trio_edge.serving.settings import ServerSettings
 
-_LINGER_S = 2.0  # for the rest of a body that nobody wants
+_LINGER_S = 2.0  # for the rest of a refused body
 
 
 @final
 class BodyDrain:
-    """Middleware that reads a refused body to its end, for a while, before the refusal is sent.
+    """Middleware that reads the rest of a refused body, for a limited time, before it sends the refusal.
 
-    A connection that is closed while the client still sends is reset, and the client never sees the refusal.
+    A connection that closes while the client still sends is reset, and the client never sees the refusal.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -33,7 +33,7 @@ class BodyDrain:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on."""
-        # A client that waits for "100 Continue" sends nothing before; reading would ask for it.
+        # A client that waits for "100 Continue" sends nothing before it. Reading would ask for the body.
         is_left = scope["type"] == "http" and (b"expect", b"100-continue") not in scope["headers"]
 
         async def receiving() -> Message:
@@ -57,92 +57,75 @@ class BodyDrain:
 
 @final
 class BodyMemory:
-    """Bytes of all bodies in memory together: many slow uploads must not fill the machine."""
+    """Counts the bytes of all bodies in memory, so that many slow uploads cannot fill the machine."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._used = limit, 0
 
     def take(self, count: int) -> None:
-        """Count more bytes.
+        """Add bytes.
 
         Raises:
-            RequestError: If all together are too many.
+            RequestError: If the sum exceeds the limit.
         """
         if self._used + count > self._limit:
             raise RequestError(
                 429,
-                "body: expected less in all requests together, got too much; try again later",
+                f"body: expected at most {self._limit} bytes in all requests together, got more; try again later",
                 code="server_busy",
                 retry_after_s=5.0,
             )
         self._used += count
 
     def give_back(self, count: int) -> None:
-        """Count fewer bytes."""
+        """Subtract bytes."""
         self._used -= count
 
 
-@final
-class Body:
-    """The body of one request, whose bytes count until the block ends."""
+@contextlib.asynccontextmanager
+async def read_body(
+    request: Request, *, settings: ServerSettings, memory: BodyMemory
+) -> AsyncIterator[bytearray]:
+    """Yield the body of a request. Its bytes count in ``memory`` until the block ends.
 
-    def __init__(self, request: Request, *, settings: ServerSettings, memory: BodyMemory) -> None:
-        self._request, self._settings, self._memory = request, settings, memory
-        self._taken = 0
-
-    async def __aenter__(self) -> bytes:
-        """Return all of it.
-
-        Raises:
-            RequestError: If it is no JSON by its type, too large, or takes too long.
-        """
-        self._check_headers()
+    Raises:
+        RequestError: If its type is not JSON, or it is too large or too slow.
+    """
+    _check_headers(request, settings.max_body)
+    body = bytearray()
+    try:
         try:
             # wait_for and not asyncio.timeout, which Python 3.10 lacks
-            return await asyncio.wait_for(self._read(), self._settings.body_s)
+            await asyncio.wait_for(_receive(request, body, settings.max_body, memory), settings.body_s)
         except asyncio.TimeoutError:
-            self._release()
             raise RequestError(
-                408, f"body: expected it within {self._settings.body_s:g} s, got a part; send it faster"
+                408, f"body: expected it within {settings.body_s:g} s, got a part; send it faster"
             ) from None
         except ClientDisconnect:
-            self._release()
             raise RequestError(499, "body: expected all of it, got a closed connection") from None
-        except BaseException:
-            self._release()
-            raise
+        yield body
+    finally:
+        memory.give_back(len(body))
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._release()
 
-    def _release(self) -> None:
-        self._memory.give_back(self._taken)
-        self._taken = 0
+def _check_headers(request: Request, max_body: int) -> None:
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        # A browser sends JSON of another site's page only after it has asked this server.
+        raise RequestError(415, f"content-type: expected application/json, got {kind[:60]!r}; set the header")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and len(length) < 20 and int(length) > max_body:
+        raise _too_large(max_body)
 
-    def _check_headers(self) -> None:
-        kind = self._request.headers.get("content-type", "").split(";")[0].strip().lower()
-        if kind != "application/json":
-            # Also what a web page of another site may not send without asking first.
-            raise RequestError(415, f"content-type: expected application/json, got {kind[:60]!r}")
-        length = self._request.headers.get("content-length", "")
-        if length.isdecimal() and len(length) < 20 and int(length) > self._settings.max_body:
-            raise self._too_large()
 
-    def _too_large(self) -> RequestError:
-        return RequestError(
-            413,
-            f"body: expected at most {self._settings.max_body} bytes, got more; send smaller images",
-            code="body_too_large",
-        )
+async def _receive(request: Request, body: bytearray, max_body: int, memory: BodyMemory) -> None:
+    async for chunk in request.stream():
+        memory.take(len(chunk))
+        body += chunk
+        if len(body) > max_body:
+            raise _too_large(max_body)
 
-    async def _read(self) -> bytes:
-        chunks: list[bytes] = []
-        async for chunk in self._request.stream():
-            self._memory.take(len(chunk))
-            self._taken += len(chunk)
-            if self._taken > self._settings.max_body:
-                raise self._too_large()
-            chunks.append(chunk)
-        return b"".join(chunks)
+
+def _too_large(max_body: int) -> RequestError:
+    message = f"body: expected at most {max_body} bytes, got more; send smaller images"
+    return RequestError(413, message, code="body_too_large")

@@ -1,4 +1,4 @@
-"""Content parts to messages for ``Pipeline.chat``: text, images as bytes, videos as files."""
+"""Content parts as messages for ``Pipeline.chat``: text, images as bytes, videos as files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @final
 class Prompt:
-    """The messages of a request, and the files that they need until they are read."""
+    """The messages of a request, and the video files that they name."""
 
     def __init__(self, messages: Iterable[Message]) -> None:
-        """Take messages whose videos are bytes, which become files until ``close``."""
+        """Write each video, given as bytes, to a file that exists until ``close``."""
         self._files = ExitStack()
         self._folders: list[str] = []
         try:
@@ -38,11 +38,11 @@ class Prompt:
         """Remove the files."""
         self._files.close()
 
-    def without_paths(self, message: str) -> str:
-        """Return a message without the names of the files, which are this machine's affair."""
+    def without_paths(self, text: str) -> str:
+        """Return an error message without the folders of the files: clients must not learn this machine's paths."""
         for folder in self._folders:
-            message = message.replace(f"{folder}/", "")
-        return message
+            text = text.replace(f"{folder}/", "")
+        return text
 
     def _with_file(self, part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] != "video":
@@ -55,12 +55,7 @@ class Prompt:
 
 
 def read_prompt(chat: ChatRequest, media: MediaReader, *, max_pixels: int) -> Prompt:
-    """Return the messages of a request with what they show.
-
-    Args:
-        chat: The request.
-        media: Reads files.
-        max_pixels: Of all images together.
+    """Return the messages of a request with their images and videos. ``max_pixels`` bounds all images together.
 
     Raises:
         RequestError: If an image or a video is refused.
@@ -92,5 +87,9 @@ class _PartReader:
             self._pixels_left -= self._media.check_image(data, where=where, pixels_left=self._pixels_left)
             return {"type": "image", "image": data}
         data = self._media.read(part.video_url.url, kind="video", where=where)
-        settings = {"fps": part.video_url.fps, "num_frames": part.video_url.num_frames}
-        return {"type": "video", "video": data, **settings}
+        return {
+            "type": "video",
+            "video": data,
+            "fps": part.video_url.fps,
+            "num_frames": part.video_url.num_frames,
+        }

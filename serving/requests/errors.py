@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trio_edge.runtime.bundle.errors import (
     BackendError,
     BundleError,
     ImageError,
     PromptTooLongError,
-    ShapeError,
     TrioEdgeError,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+# Status, code and param for each runtime error. The first class that fits counts.
+_RUNTIME_ERRORS: tuple[tuple[type[TrioEdgeError], int, str, str | None], ...] = (
+    (PromptTooLongError, 400, "context_length_exceeded", "messages"),
+    (ImageError, 400, "invalid_image", "messages"),
+    (BackendError, 500, "backend_error", None),
+    (BundleError, 500, "bundle_error", None),
+    (TrioEdgeError, 400, "invalid_value", None),
+)
 
 
 class RequestError(Exception):
-    """A request that is refused, or an answer that failed."""
+    """A refused request, or a failed answer: an HTTP status and one line for people.
+
+    ``code`` is one word for programs, and ``param`` the name of the wrong field.
+    """
 
     def __init__(
         self,
@@ -29,15 +42,6 @@ class RequestError(Exception):
         param: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        """Take what the client is told.
-
-        Args:
-            status: Of HTTP.
-            message: One line.
-            code: A word for programs.
-            param: The field that is wrong.
-            retry_after_s: Seconds after which another try may succeed.
-        """
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
         self.retry_after_s = retry_after_s
@@ -50,28 +54,35 @@ class RequestError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """HTTP headers that belong to it."""
+        """HTTP headers of the error response."""
         if self.retry_after_s is not None:
             return {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
         return {"www-authenticate": "Bearer"} if self.status == 401 else {}
 
 
+def invalid_value(param: str, problem: str) -> RequestError:
+    """Return the error for a field with a wrong value."""
+    return RequestError(400, f"{param}: {problem}", code="invalid_value", param=param)
+
+
+def unknown_model(name: str, served: Iterable[str]) -> RequestError:
+    """Return the error for a model that is not among the ``served`` ones."""
+    message = f"model: expected one of {', '.join(served)}, got {name[:80]!r}"
+    return RequestError(404, message, code="model_not_found", param="model")
+
+
+def refused_media(where: str, problem: str, *, code: str = "media_refused") -> RequestError:
+    """Return the error for an image or a video in the field ``where``."""
+    return RequestError(400, f"{where}: {problem}", code=code, param="messages")
+
+
 def request_error_from(error: Exception) -> RequestError:
-    """Return what a client is told of an error in a pipeline."""
+    """Return the error response for any exception."""
     if isinstance(error, RequestError):
         return error
-    if isinstance(error, PromptTooLongError):
-        return RequestError(400, str(error), code="context_length_exceeded", param="messages")
-    if isinstance(error, ImageError):
-        return RequestError(400, str(error), code="invalid_image", param="messages")
-    if isinstance(error, ShapeError):
-        return RequestError(400, str(error), code="invalid_value")
-    if isinstance(error, BackendError):
-        return RequestError(500, str(error), code="backend_error")
-    if isinstance(error, BundleError):
-        return RequestError(500, str(error), code="bundle_error")
-    if isinstance(error, TrioEdgeError):
-        return RequestError(400, str(error), code="invalid_value")
+    for kind, status, code, param in _RUNTIME_ERRORS:
+        if isinstance(error, kind):
+            return RequestError(status, str(error), code=code, param=param)
     return RequestError(
         500,
         f"server: expected an answer, got {type(error).__name__}; the server's log has more",

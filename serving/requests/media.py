@@ -1,4 +1,4 @@
-"""The bytes of an image or a video: from a data URL, an allowed folder of this machine, or an allowed host."""
+"""The bytes of an image or a video: from a data URL, an allowed local folder, or an allowed host."""
 
 from __future__ import annotations
 
@@ -12,28 +12,23 @@ from typing import TYPE_CHECKING, final
 from urllib.parse import unquote, urlsplit
 
 from trio_edge.runtime.images.reading import image_header
-from trio_edge.serving.requests.errors import RequestError
+from trio_edge.serving.requests.errors import refused_media
 from trio_edge.serving.requests.remote import RemoteMedia
 
 if TYPE_CHECKING:
     from trio_edge.serving.settings import ServerSettings
 
 _DATA = re.compile(r"data:(image|video)/[\w.+-]+(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII | re.IGNORECASE)
+# MPO is a JPEG with further images, as some phones write it.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP")
-"""MPO is a JPEG with further images, as some phones write it."""
 
 
 @final
 class MediaReader:
-    """Reads images and videos as the server's policy allows; any thread may use it."""
+    """Reads images and videos within the server's policy. It is thread-safe."""
 
     def __init__(self, settings: ServerSettings, *, remote: RemoteMedia | None = None) -> None:
-        """Take the policy.
-
-        Args:
-            settings: The server's.
-            remote: Fetches from other hosts; made of ``settings`` by default.
-        """
+        """Store the policy. ``remote`` reads from other hosts, by default with the policy of ``settings``."""
         self._settings = settings
         self._remote = remote or RemoteMedia(
             settings.allowed_media_domains, seconds=settings.media_s, max_bytes=settings.max_body
@@ -43,42 +38,40 @@ class MediaReader:
         """Return the bytes of a file.
 
         Args:
-            url: Its address.
+            url: A data URL, or a ``file://``, ``http://`` or ``https://`` address.
             kind: "image" or "video".
-            where: The field, for messages.
+            where: The request's field, for messages.
 
         Raises:
-            RequestError: If the policy forbids it, or it cannot be read.
+            RequestError: If the policy forbids the address, or the file cannot be read.
         """
         if found := _DATA.match(url):
-            if found[1].lower() != kind:
-                raise _refused(where, f"a data URL of the type {kind}/…", f"{found[1].lower()}/…")
+            if (given := found[1].lower()) != kind:
+                problem = f"expected a data URL of the type {kind}/…, got {given}/…; send it as {given}_url"
+                raise refused_media(where, problem)
             return _decoded(url[found.end() :], where=where)
         scheme = url[:8].partition(":")[0].lower()
         if scheme == "file" and self._settings.allowed_local_media_path is not None:
             return self._local(url, where=where)
         if scheme in ("http", "https") and self._settings.allowed_media_domains:
             return self._remote.fetch(url, where=where)
-        raise _refused(where, f"data:{kind}/…;base64,…", f"{url[:40]!r}")
+        raise refused_media(where, f"expected data:{kind}/…;base64,…, got {url[:40]!r}; send a data URL")
 
     def check_image(self, data: bytes, *, where: str, pixels_left: int) -> int:
-        """Return the pixels of an image from its header; nothing is decoded.
+        """Return the number of pixels in an image's header. It decodes nothing.
 
         Raises:
-            RequestError: If it has more than ``pixels_left`` or an unusual format.
-            ImageError: If it is no image.
+            RequestError: If the image has more than ``pixels_left`` or a format that is not allowed.
+            ImageError: If the data is not an image.
         """
         (width, height), kind = image_header(data, name=where)
         if kind not in _FORMATS:
-            raise _refused(where, "a PNG, JPEG, WebP, GIF or BMP image", str(kind)[:20])
+            problem = f"expected a PNG, JPEG, WebP, GIF or BMP image, got {str(kind)[:20]}; convert it"
+            raise refused_media(where, problem)
         if width * height > pixels_left:
-            raise RequestError(
-                400,
-                f"{where}: expected at most {self._settings.max_pixels} pixels in all images, got more with"
-                f" {width}x{height}; scale it down",
-                code="image_too_large",
-                param="messages",
-            )
+            limit = f"expected at most {self._settings.max_pixels} pixels in all images"
+            problem = f"{limit}, got more with {width}x{height}; scale it down"
+            raise refused_media(where, problem, code="image_too_large")
         return width * height
 
     def _local(self, url: str, *, where: str) -> bytes:
@@ -91,31 +84,28 @@ class MediaReader:
             if is_inside and not parts.query and not parts.fragment:
                 return self._file(path, where=where)
         except (OSError, ValueError, RuntimeError):
-            pass  # said the same as of a file outside, so that nobody learns which files exist
-        raise _refused(where, "a readable file of --allowed-local-media-path", "another")
+            pass  # the same message as for a file outside, so that nobody learns which files exist
+        problem = "expected a readable file of --allowed-local-media-path, got another; send a data URL"
+        raise refused_media(where, problem)
 
     def _file(self, path: Path, *, where: str) -> bytes:
-        # The path is resolved: a link in its place now was put there since, and a pipe would block.
+        # The path is resolved: a link found here now was put there since. Opening a pipe would block.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ValueError
             data = file.read(self._settings.max_body + 1)
         if len(data) > self._settings.max_body:
-            raise _refused(where, f"at most {self._settings.max_body} bytes", "more")
+            problem = f"expected at most {self._settings.max_body} bytes, got more; send a smaller file"
+            raise refused_media(where, problem)
         return data
 
 
 def _decoded(text: str, *, where: str) -> bytes:
     try:
         data = base64.b64decode(text.encode("ascii"), validate=True)
-    except (binascii.Error, UnicodeEncodeError) as error:
-        raise _refused(where, "base64 after the comma", f"{type(error).__name__}") from None
+    except (binascii.Error, UnicodeEncodeError):
+        problem = "expected base64 after the comma, got something else; encode the file again"
+        raise refused_media(where, problem) from None
     if not data:
-        raise _refused(where, "a file", "an empty one")
+        raise refused_media(where, "expected a file, got an empty one; send the file's bytes")
     return data
-
-
-def _refused(where: str, expected: str, got: str) -> RequestError:
-    return RequestError(
-        400, f"{where}: expected {expected}, got {got}", code="media_refused", param="messages"
-    )

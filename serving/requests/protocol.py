@@ -1,24 +1,26 @@
 """The body of ``POST /v1/chat/completions``: OpenAI's fields, some of vLLM's, and our own under ``trio``.
 
-Each field is followed or refused by its name; none is ignored. ``user`` and a message's ``name`` of None have no effect in
-OpenAI's interface either.
+Each field takes effect or is refused by name; none is ignored. ``user`` is accepted, as it has no effect at OpenAI either.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
-from trio_edge.serving.requests.errors import RequestError
+from trio_edge.serving.requests.errors import RequestError, invalid_value
 
-MOST_STOPS = 16
-MOST_STOP_CHARACTERS = 256
-MOST_CHOICES = 256
-DEEPEST_SCHEMA = 32
-"""Levels of a JSON schema: the grammar's compiler recurses."""
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
+_MAX_STOPS = 16
+_MAX_STOP_CHARACTERS = 256
+_MAX_CHOICES = 256
+_MAX_SCHEMA_LEVELS = 32  # the grammar's compiler recurses
+
+# Fields that are known but not supported, and the value that asks for nothing.
 _NEUTRAL = {
     "n": 1,
     "presence_penalty": 0,
@@ -32,13 +34,19 @@ _NEUTRAL = {
     "store": False,
     "metadata": {},
 }
-"""Fields that are understood but not supported, and the value that asks for nothing."""
-_NEUTRAL_IN_TURN: dict[str, Any] = {"tool_calls": [], "annotations": []}
+_NEUTRAL_IN_TURN: dict[str, Any] = {
+    "name": None,
+    "refusal": None,
+    "audio": None,
+    "function_call": None,
+    "tool_calls": [],
+    "annotations": [],
+}
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 _Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 _Text: TypeAlias = Annotated[str, msgspec.Meta(min_length=1)]
-_Stop: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=MOST_STOP_CHARACTERS)]
+_Stop: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=_MAX_STOP_CHARACTERS)]
 
 
 class _Spec(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
@@ -53,7 +61,7 @@ class ImageAddress(_Spec, kw_only=True, frozen=True):
 
 
 class VideoAddress(_Spec, kw_only=True, frozen=True):
-    """The address of a video, and the frames that are taken of it."""
+    """The address of a video, and the sampling of its frames."""
 
     url: str
     fps: float | None = None
@@ -86,7 +94,7 @@ class Turn(_Spec, kw_only=True, frozen=True):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
-    # What openai-python writes into an answer that is sent back; all must be empty.
+    # openai-python sends these with earlier answers. All must be empty.
     name: str | None = None
     refusal: str | None = None
     audio: Any = None
@@ -107,7 +115,7 @@ class StreamOptions(_Spec, kw_only=True, frozen=True):
 
 
 class JsonSchema(_Spec, kw_only=True, frozen=True):
-    """A schema that the answer must fit."""
+    """The JSON schema of the answer."""
 
     name: str = ""
     schema: dict[str, Any]
@@ -123,20 +131,20 @@ class ResponseFormat(_Spec, kw_only=True, frozen=True):
 
 
 class StructuredOutputs(_Spec, kw_only=True, frozen=True):
-    """vLLM's way to ask for one of several texts."""
+    """vLLM's field for an answer that is one of several texts."""
 
-    choice: Annotated[list[_Text], msgspec.Meta(min_length=1, max_length=MOST_CHOICES)]
+    choice: Annotated[list[_Text], msgspec.Meta(min_length=1, max_length=_MAX_CHOICES)]
 
 
 class TrioOptions(_Spec, kw_only=True, frozen=True):
     """Our own options."""
 
     kept: bool = False
-    """Whether the answer tells the boxes of the kept tokens and the times of the graphs."""
+    """Whether the answer has the boxes of the kept tokens and the times of the graphs."""
 
 
 class ChatRequest(_Spec, kw_only=True, frozen=True):
-    """A request for an answer."""
+    """A request for a chat completion."""
 
     model: str
     messages: Annotated[list[Turn], msgspec.Meta(min_length=1)]
@@ -147,7 +155,7 @@ class ChatRequest(_Spec, kw_only=True, frozen=True):
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     seed: _Count | None = None
-    stop: _Stop | Annotated[list[_Stop], msgspec.Meta(max_length=MOST_STOPS)] | None = None
+    stop: _Stop | Annotated[list[_Stop], msgspec.Meta(max_length=_MAX_STOPS)] | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None
     # Fields of vLLM.
@@ -157,7 +165,7 @@ class ChatRequest(_Spec, kw_only=True, frozen=True):
     ignore_eos: bool | None = False
     structured_outputs: StructuredOutputs | None = None
     trio: TrioOptions = TrioOptions()
-    # Understood, not supported: see ``_NEUTRAL``.
+    # Known but not supported: see ``_NEUTRAL``.
     n: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -177,12 +185,12 @@ class ChatRequest(_Spec, kw_only=True, frozen=True):
 
     @property
     def limit(self) -> int | None:
-        """Tokens of the answer, at most; None for the bundle's room."""
+        """Maximum number of new tokens; None for the bundle's limit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def details(self) -> frozenset[str]:
-        """The details that images ask for, apart from "auto"."""
+        """The ``detail`` values of all images, without "auto"."""
         parts = (part for turn in self.messages for part in turn.parts)
         return frozenset(part.image_url.detail for part in parts if isinstance(part, ImagePart)) - {"auto"}
 
@@ -190,15 +198,15 @@ class ChatRequest(_Spec, kw_only=True, frozen=True):
 _DECODER = msgspec.json.Decoder(ChatRequest)
 
 
-def parse_chat(body: bytes, *, max_parts: int) -> ChatRequest:
+def parse_chat(body: bytes | bytearray, *, max_parts: int) -> ChatRequest:
     """Return the request in ``body``.
 
     Args:
         body: JSON in UTF-8.
-        max_parts: Messages and content parts, at most.
+        max_parts: Maximum number of messages and content parts together.
 
     Raises:
-        RequestError: If it is no JSON, or a field is missing, unknown, wrong or not supported.
+        RequestError: If the body is not JSON, or a field is missing, unknown, wrong or not supported.
     """
     try:
         chat = _DECODER.decode(body)
@@ -207,9 +215,8 @@ def parse_chat(body: bytes, *, max_parts: int) -> ChatRequest:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RequestError(400, f"body: expected JSON in UTF-8, got: {error}", code="invalid_json") from None
     except RecursionError:
-        raise RequestError(
-            400, "body: expected JSON of some levels, got too many; send fewer", code="invalid_json"
-        ) from None
+        message = "body: expected fewer nested levels of JSON, got too many; send fewer"
+        raise RequestError(400, message, code="invalid_json") from None
     _check_neutral(chat)
     _check_sizes(chat, max_parts=max_parts)
     _check_together(chat)
@@ -217,7 +224,7 @@ def parse_chat(body: bytes, *, max_parts: int) -> ChatRequest:
 
 
 def _field_error(message: str) -> RequestError:
-    """Return msgspec's message with the field's name in front, as ``messages[0].role: …``."""
+    """Return msgspec's error with the field's name first, such as ``messages[0].role: …``."""
     reason, _, path = message.partition(" - at `$")
     path = path.rstrip("`").lstrip(".")
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL)
@@ -235,8 +242,8 @@ def _check_neutral(chat: ChatRequest) -> None:
     for name, neutral in _NEUTRAL.items():
         _check_empty(name, getattr(chat, name), neutral)
     for number, turn in enumerate(chat.messages):
-        for name in ("name", "refusal", "audio", "function_call", "tool_calls", "annotations"):
-            _check_empty(f"messages[{number}].{name}", getattr(turn, name), _NEUTRAL_IN_TURN.get(name))
+        for name, neutral in _NEUTRAL_IN_TURN.items():
+            _check_empty(f"messages[{number}].{name}", getattr(turn, name), neutral)
 
 
 def _check_empty(name: str, value: object, neutral: object) -> None:
@@ -244,7 +251,7 @@ def _check_empty(name: str, value: object, neutral: object) -> None:
         only = "no value" if neutral is None else f"only {neutral!r}"
         raise RequestError(
             400,
-            f"{name}: expected {only}, got {value!r:.80}; this server does not support it",
+            f"{name}: expected {only}, got {value!r:.80}; this server does not support it, remove it",
             code="unsupported_parameter",
             param=name.split("]")[-1].lstrip("."),
         )
@@ -253,12 +260,8 @@ def _check_empty(name: str, value: object, neutral: object) -> None:
 def _check_sizes(chat: ChatRequest, *, max_parts: int) -> None:
     num_parts = len(chat.messages) + sum(len(turn.parts) for turn in chat.messages)
     if num_parts > max_parts:
-        raise RequestError(
-            400,
-            f"messages: expected at most {max_parts} messages and parts, got {num_parts}; send fewer",
-            code="invalid_value",
-            param="messages",
-        )
+        problem = f"expected at most {max_parts} messages and parts, got {num_parts}; send fewer"
+        raise invalid_value("messages", problem)
     form = chat.response_format
     if form is not None and form.json_schema is not None:
         _check_depth(form.json_schema.schema)
@@ -266,39 +269,38 @@ def _check_sizes(chat: ChatRequest, *, max_parts: int) -> None:
 
 def _check_depth(schema: dict[str, Any]) -> None:
     level: list[Any] = [schema]
-    for _ in range(DEEPEST_SCHEMA):
-        level = [
-            item
-            for value in level
-            for item in (
-                value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-            )
-        ]
+    for _ in range(_MAX_SCHEMA_LEVELS):
+        level = [item for value in level for item in _items(value)]
         if not level:
             return
-    raise RequestError(
-        400,
-        f"response_format: expected a schema of at most {DEEPEST_SCHEMA} levels, got more; make it flatter",
-        code="invalid_value",
-        param="response_format",
-    )
+    problem = f"expected a schema of at most {_MAX_SCHEMA_LEVELS} levels, got more; make it flatter"
+    raise invalid_value("response_format", problem)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _check_together(chat: ChatRequest) -> None:
-    """Raise RequestError for fields that contradict each other."""
+    """Refuse fields that contradict each other."""
     form, problem = chat.response_format, None
     has_format = form is not None and form.type != "text"
     if chat.max_tokens and chat.max_completion_tokens and chat.max_tokens != chat.max_completion_tokens:
         problem = ("max_tokens", "expected one limit, got two; send max_completion_tokens alone")
     elif chat.stream_options is not None and not chat.stream:
-        problem = ("stream_options", 'expected it with "stream": true only; remove it')
+        problem = ("stream_options", 'expected it with "stream": true only, got it without; remove it')
     elif form is not None and (form.type == "json_schema") != (form.json_schema is not None):
-        problem = ("response_format", 'expected "json_schema" with the type "json_schema", and with no other')
+        problem = (
+            "response_format",
+            'expected "json_schema" with the type "json_schema" only, got another combination; correct one',
+        )
     elif has_format and chat.structured_outputs is not None:
-        problem = ("structured_outputs", "expected it or response_format, got both; send one")
+        problem = ("structured_outputs", "expected this or response_format, got both; send one")
     elif chat.ignore_eos and (has_format or chat.structured_outputs is not None):
-        problem = ("ignore_eos", "expected an answer that may end, as it has a form; remove it")
+        problem = ("ignore_eos", "expected an answer that may end, as its form is given, got true; remove it")
     elif len(chat.details) > 1:
         problem = ("messages", 'expected one detail for all images, got "low" and "high"; choose one')
     if problem is not None:
-        raise RequestError(400, f"{problem[0]}: {problem[1]}", code="invalid_value", param=problem[0])
+        raise invalid_value(*problem)

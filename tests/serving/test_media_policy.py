@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import ssl
+import subprocess
 import threading
 import time
 from contextlib import contextmanager
@@ -83,9 +86,11 @@ asked: list[tuple[str, str]] = []
 
 
 @contextmanager
-def web() -> Iterator[int]:
-    """Serve ``_Web`` on a port of loopback."""
+def web(context: ssl.SSLContext | None = None) -> Iterator[int]:
+    """Serve ``_Web`` on a port of loopback, over TLS with a context."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Web) as server:
+        if context is not None:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_address[1]
         server.shutdown()
@@ -166,6 +171,26 @@ def test_another_address_is_refused(port: int, case: str) -> None:
         reader(port).fetch(url.replace("{port}", str(port)), where="messages[0]")
     assert raised.value.status == 400
     assert time.monotonic() - start < 3.0
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl for a certificate; runs in CI")
+def test_a_file_that_drips_over_https_is_cut_at_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    named = ["-subj", "/CN=images.example", "-addext", "subjectAltName=DNS:images.example"]
+    subprocess.run([*new, *named, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with web(context) as port:
+        url = f"https://images.example:{port}"
+        assert reader(port).fetch(f"{url}/image", where="image") == png()
+        start = time.monotonic()
+        with pytest.raises(RequestError, match="an image from images"):
+            reader(port).fetch(f"{url}/drip", where="image")
+        assert time.monotonic() - start < 3.0
 
 
 def test_endless_redirects_end(port: int) -> None:

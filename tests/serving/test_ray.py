@@ -254,11 +254,32 @@ def listening(pid: int) -> set[int]:
 
 
 def test_more_replicas_than_the_machine_has_cores_are_refused() -> None:
-    check_room({"CPU": 4.0}, FleetSettings(min_replicas=2, max_replicas=2), cpus=2.0)
+    check_room({"CPU": 4.0}, FleetSettings(min_replicas=2, max_replicas=2), threads=2, num_models=1)
     with pytest.raises(ShapeError, match="at most 4 CPUs in all, got 3 replicas with 2 each"):
-        check_room({"CPU": 4.0}, FleetSettings(min_replicas=1, max_replicas=3), cpus=2.0)
+        check_room({"CPU": 4.0}, FleetSettings(min_replicas=1, max_replicas=3), threads=2, num_models=1)
     with pytest.raises(ShapeError, match="at most 0 GPUs"):
-        check_room({"CPU": 4.0}, FleetSettings(gpus=0.5), cpus=1.0)
+        check_room({"CPU": 4.0}, FleetSettings(gpus=0.5), threads=1, num_models=1)
+
+
+def test_the_replicas_of_all_models_share_the_cores_and_the_gpus() -> None:
+    room = {"CPU": 4.0, "GPU": 1.0}
+    check_room(room, FleetSettings(gpus=0.5), threads=2, num_models=2)
+    with pytest.raises(ShapeError, match="at most 1 GPUs in all, got 2 replicas with 1 each"):
+        check_room(room, FleetSettings(gpus=1.0), threads=1, num_models=2)
+    with pytest.raises(ShapeError, match="at most 4 CPUs in all, got 3 replicas with 2 each"):
+        check_room(room, FleetSettings(), threads=2, num_models=3)
+
+
+def test_two_models_with_one_name_in_ray_are_one_line(reduced_bundle: Path) -> None:
+    models = [f"a b={reduced_bundle}", f"a_b={reduced_bundle}"]
+    options = ["--port", "0", "--replicas", "1", "--threads", "1"]
+    result = subprocess.run(
+        [str(COMMAND), *models, *options], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.returncode == 2
+    assert re.fullmatch(
+        r"trio-serve: Ray: expected no application trio-serve-a_b, got one; .+\n", result.stderr
+    ), result.stderr
 
 
 @pytest.mark.parametrize(
