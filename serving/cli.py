@@ -6,7 +6,7 @@ import re
 import sys
 from contextlib import nullcontext
 from functools import partial
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -164,13 +164,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_installed() -> None:
-    try:
-        for name in ("prometheus_client", "starlette", "uvicorn"):
-            import_module(name)
-    except ImportError as error:
-        raise BackendError(
-            f'server: expected {error.name} to be installed, it is not; run pip install "trio-edge[serve]"'
-        ) from None
+    for name in ("llguidance", "prometheus_client", "starlette", "uvicorn"):
+        if find_spec(name) is None:
+            raise BackendError(
+                f'server: expected {name} to be installed, it is not; run pip install "trio-edge[serve]"'
+            )
 
 
 def settings_from_options(options: dict[str, Any]) -> tuple[ServerSettings, dict[str, Any]]:
