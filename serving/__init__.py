@@ -1,1 +1,1 @@
-"""A server for bundles with OpenAI's interface over HTTP. docs/serving.md describes it."""
+"""A server for bundles with OpenAI's API. docs/serving.md describes it."""

@@ -1,6 +1,6 @@
 """The HTTP interface as an ASGI app: OpenAI's chat completions, models, health, metrics and the page.
 
-Starlette routes; pydantic, which FastAPI would bring, is not needed: msgspec reads the requests.
+It uses Starlette and not FastAPI, because msgspec reads the requests and pydantic is not needed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from trio_edge.runtime.pipeline import Pipeline
     from trio_edge.serving.answers.interface import ModelWorker
 
-_STOP_S = 5.0  # for the answer that runs when the others have been cut; a prefill cannot be
+_STOP_S = 5.0  # for the running answer after all answers were cut, because a prefill cannot be interrupted
 
 
 def make_app(
@@ -44,12 +44,12 @@ def make_app(
     *,
     media: MediaReader | None = None,
 ) -> Starlette:
-    """Return the app; its lifespan loads the pipelines, each in a thread of its own, and closes them.
+    """Return the app; its lifespan loads the pipelines, each in its own thread, and closes them.
 
     Args:
-        models: Names for clients, and functions that return the pipelines. An open pipeline is ``lambda: pipeline``.
+        models: For each name, a function that returns the pipeline; for an open pipeline ``lambda: pipeline``.
         settings: Limits and policy.
-        media: Reads images and videos; made of ``settings`` by default.
+        media: Reads images and videos; by default as ``settings`` allow.
     """
     settings, metrics = settings or ServerSettings(), Metrics()
     workers = {name: Worker(name, load, settings=settings, metrics=metrics) for name, load in models.items()}
@@ -63,13 +63,9 @@ def app_of(
     metrics: Metrics,
     media: MediaReader | None = None,
 ) -> Starlette:
-    """Return the app around workers that have not been started; its lifespan starts and stops them.
+    """Return the app for ``workers``, by the models' names, and their ``metrics``; its lifespan starts and stops them.
 
-    Args:
-        workers: By the models' names.
-        settings: Limits and policy.
-        metrics: The workers'.
-        media: Reads images and videos; made of ``settings`` by default.
+    ``media`` reads images and videos, by default as ``settings`` allow.
     """
 
     @contextlib.asynccontextmanager
@@ -122,7 +118,7 @@ def _described(worker: ModelWorker, request: Request) -> dict[str, Any]:
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:
-    """Return what a client may want to know of a bundle."""
+    """Return the facts about a bundle that clients may need."""
     most = manifest.visual_sizes[-1]
     return {
         "model": manifest.model,

@@ -1,4 +1,4 @@
-"""``trio-serve BUNDLE…``: bundles behind OpenAI's interface."""
+"""``trio-serve BUNDLE…``: serves bundles with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -30,26 +30,35 @@ _DEFAULT = ServerSettings()
 def _replica_range(
     _context: click.Context, _option: click.Parameter, given: str | None
 ) -> tuple[int, int] | None:
-    """Return the least and the most replicas of ``3`` or ``1-4``."""
+    """Return the least and the most replicas from ``3`` or ``1-4``."""
     if given is None:
         return None
     found = re.fullmatch(r"([1-9]\d{0,3})(?:-([1-9]\d{0,3}))?", given, re.ASCII)
     if found is None or int(found[2] or found[1]) < int(found[1]):
-        raise click.BadParameter(f"expected a number, or two as 1-4, got {given[:40]!r}")
+        raise click.BadParameter(f"expected a number such as 3 or a range such as 1-4, got {given[:40]!r}")
     return int(found[1]), int(found[2] or found[1])
 
 
 @click.command("trio-serve", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundles", metavar="[NAME=]BUNDLE...", nargs=-1, required=True)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Others than loopback need --api-key.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; any address but loopback needs --api-key.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0 takes a free one.",
 )
 @click.option(
     "--api-key",
     envvar="TRIO_SERVE_API_KEY",
     show_envvar=True,
-    help="Key that clients must send; in the variable no other user of this machine sees it.",
+    help="Key that clients must send. Other users of this machine can see the option, but not the variable.",
 )
 @backend_options()
 @click.option(
@@ -57,14 +66,14 @@ def _replica_range(
     type=int,
     default=0,
     show_default=True,
-    help="Images whose visual tokens are kept for further questions.",
+    help="Number of recent images whose visual tokens are kept, to answer further questions about them faster.",
 )
 @click.option(
     "--max-queue",
     type=click.IntRange(0, 10_000),
     default=_DEFAULT.max_queue,
     show_default=True,
-    help="Requests that may wait for one bundle; more get status 429.",
+    help="Most requests that wait for one bundle; further ones get status 429.",
 )
 @click.option(
     "--max-wait",
@@ -72,32 +81,32 @@ def _replica_range(
     type=click.FloatRange(0),
     default=_DEFAULT.max_wait_s,
     show_default=True,
-    help="Seconds of expected wait above which a request gets status 429.",
+    help="Longest expected wait in seconds; a request that would wait longer gets status 429.",
 )
 @click.option(
     "--max-body",
     type=click.IntRange(1024),
     default=_DEFAULT.max_body,
     show_default=True,
-    help="Bytes of a request.",
+    help="Largest request in bytes.",
 )
 @click.option(
     "--max-pixels",
     type=click.IntRange(1),
     default=_DEFAULT.max_pixels,
     show_default=True,
-    help="Pixels of all images of a request, checked before they are decoded.",
+    help="Most pixels in all images of a request; more are refused before they are decoded.",
 )
 @click.option(
     "--allowed-media-domains",
     multiple=True,
     metavar="HOST",
-    help="Host that images may be fetched from, written exactly so; may be repeated. [default: none]",
+    help="Host to fetch images from; must match exactly. May be repeated. [default: none]",
 )
 @click.option(
     "--allowed-local-media-path",
     type=click.Path(path_type=Path, exists=True, file_okay=False, resolve_path=True),
-    help="Folder whose files file:// addresses may name. [default: none]",
+    help="Folder whose files clients may name with file:// URLs. [default: none]",
 )
 @click.option(
     "--shutdown-timeout",
@@ -105,27 +114,28 @@ def _replica_range(
     type=click.FloatRange(0, 3600),
     default=_DEFAULT.shutdown_s,
     show_default=True,
-    help="Seconds that answers have to finish at Ctrl-C or SIGTERM.",
+    help="Seconds for running answers to finish after Ctrl-C or SIGTERM.",
 )
 @click.option(
     "--replicas",
     metavar="N|MIN-MAX",
     callback=_replica_range,
-    help="Processes with a pipeline of their own for each BUNDLE, with Ray Serve; MIN-MAX for as many as the load asks for.",
+    help="Replicas of each BUNDLE, processes run by Ray Serve; MIN-MAX follows the load. [default: none, answer in"
+    " this process]",
 )
 @click.option(
     "--ray-address",
     metavar="HOST:PORT",
-    help="Ray cluster to use; auto: this machine's. [default: start one here]",
+    help="Ray cluster to join; auto joins this machine's. [default: start one here]",
 )
 @click.option(
     "--gpus",
     type=click.FloatRange(0),
     default=FleetSettings.gpus,
     show_default=True,
-    help="GPUs of a replica; may be a part of one.",
+    help="GPUs per replica; may be a fraction.",
 )
-@click.option("--access-log", is_flag=True, help="Print a line for each request.")
+@click.option("--access-log", is_flag=True, help="Print one line per request.")
 def command(
     bundles: tuple[str, ...],
     host: str,
@@ -140,9 +150,9 @@ def command(
     gpus: float,
     **settings: Any,
 ) -> int:
-    """Answer questions about images over HTTP with each BUNDLE, in OpenAI's form.
+    """Serve each BUNDLE over HTTP with OpenAI's API.
 
-    A bundle is a model by its folder's name, or by NAME.
+    Clients name a BUNDLE as their model: by NAME, or by the name of its folder.
     """
     _check_installed()
     from trio_edge.serving.server import BundleServer, is_loopback, listen, serve
@@ -151,15 +161,13 @@ def command(
     _check_settings(limits)
     fleet = _fleet(replicas, ray_address, gpus, limits)
     folders = named_bundles(bundles)
-    loading = {
-        "backend": backend,
-        "threads": threads,
-        "cpu_accuracy": cpu_accuracy,
-        "keep_images": keep_images,
-    }
+    loading: dict[str, Any] = {"backend": backend, "threads": threads, "cpu_accuracy": cpu_accuracy}
+    loading["keep_images"] = keep_images
     with listen(host, port) as listener:
         if not limits.api_key and not is_loopback(listener):
-            raise click.UsageError(f"--host: expected --api-key with {host}, got none; others could ask too")
+            raise click.UsageError(
+                f"--host: expected --api-key with {host}, got none; add a key, because other machines can connect"
+            )
         with _app(folders, limits, loading=loading, fleet=fleet) as app:
             server = BundleServer(app, shutdown_s=limits.shutdown_s, access_log=access_log)
             serve(server, listener, on_ready=partial(_announce, app, listener))
@@ -185,7 +193,7 @@ def _check_installed() -> None:
 def _check_settings(limits: ServerSettings) -> None:
     key = limits.api_key or ""
     if not key.isascii() or any(character <= " " for character in key):
-        raise click.UsageError("--api-key: expected ASCII without spaces, got another; headers carry no more")
+        raise click.UsageError("--api-key: expected ASCII without spaces, got another; choose another key")
     for domain in limits.allowed_media_domains:
         if urlsplit(f"//{domain}").netloc != domain or "@" in domain:
             raise click.UsageError(
@@ -198,10 +206,10 @@ def _fleet(
 ) -> FleetSettings | None:
     if replicas is None:
         if ray_address is not None or gpus:
-            raise click.UsageError("--ray-address, --gpus: expected --replicas with them, got none")
+            raise click.UsageError("--ray-address, --gpus: expected --replicas as well, got none; add it")
         return None
     if limits.max_queue < 1:
-        raise click.UsageError("--max-queue: expected at least 1 with --replicas, got 0; Ray Serve needs it")
+        raise click.UsageError("--max-queue: expected at least 1 with --replicas, got 0; choose 1 or more")
     return FleetSettings(
         min_replicas=replicas[0], max_replicas=replicas[1], gpus=gpus, ray_address=ray_address
     )

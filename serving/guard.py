@@ -1,4 +1,4 @@
-"""The door: requests without the key, or with a foreign host name where there is no key, go no further."""
+"""Refuses requests without the key or, on a server without a key, with a foreign host name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trio_edge.serving.settings import ServerSettings
 
 _OPEN_PATHS = frozenset({"/", "/health", "/health/ready"})
-"""The page asks for the key itself; probes of an orchestrator have none."""
+"""Paths without a key: the page asks for the key itself, and an orchestrator's probes have none."""
 
 
 @final
@@ -41,7 +41,7 @@ class Guard:
         if scope["path"] in _OPEN_PATHS:
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        # Compared in constant time; as bytes, since compare_digest refuses other characters than ASCII.
+        # Compared in constant time, as bytes, because compare_digest refuses non-ASCII text.
         is_same = hmac.compare_digest(given.strip().encode(), key.encode())
         return None if scheme.lower() == "bearer" and is_same else _NO_KEY
 

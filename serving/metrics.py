@@ -1,4 +1,4 @@
-"""Numbers of a server for Prometheus, one registry for each app. prometheus-client is Prometheus' own library."""
+"""A server's metrics for Prometheus, one registry per app. prometheus-client is Prometheus' own library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 
 @final
 class Metrics:
-    """Counts requests, tokens and times; any thread may use it."""
+    """Counts requests, tokens and times. Any thread may use it."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -52,16 +52,16 @@ class Metrics:
         self._requests.labels(model, str(status)).inc()
 
     def set_load(self, model: str, *, waiting: int, running: int) -> None:
-        """Note the requests of a model at this moment."""
+        """Set the current numbers of waiting and running requests of a model."""
         self._waiting.labels(model).set(waiting)
         self._running.labels(model).set(running)
 
     def set_replicas(self, model: str, count: int) -> None:
-        """Note how many replicas of a model run."""
+        """Set the current number of replicas of a model."""
         self._replicas.labels(model).set(count)
 
     def count_answer(self, model: str, usage: dict[str, Any], *, is_cancelled: bool) -> None:
-        """Count an answer that ended, by its usage."""
+        """Count a finished or cancelled answer by its usage."""
         self._queue.labels(model).observe(usage["queue_ms"] / 1e3)
         if is_cancelled:
             self._cancelled.labels(model).inc()
@@ -76,5 +76,5 @@ class Metrics:
         self._decode.labels(model).observe(usage["decode_ms"] / 1e3)
 
     def text(self) -> bytes:
-        """Return all numbers in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -2,7 +2,7 @@
 
     serve run trio_edge.serving.ray_app:build bundles=small=/models/small,all=/models/all replicas=1-4 threads=2
 
-``trio-serve --replicas`` needs no such command; its own HTTP server is also stricter with slow and large requests than Ray's.
+``trio-serve --replicas`` needs no such command, and its HTTP server is stricter with slow and large requests than Ray's.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def build(options: dict[str, Any]) -> Application:
     """Return the application: one process with the HTTP interface, and the replicas of each model.
 
     Args:
-        options: ``bundles``, separated by commas, and options of ``trio-serve`` by their names without dashes, such as
-            ``max_queue``. Where Ray listens is told to Ray.
+        options: ``bundles``, separated by commas, and options of ``trio-serve`` with underscores, such as ``max_queue``.
+            Options of the HTTP server are given to Ray instead.
 
     Raises:
         ClickException: If an option is unknown or wrong, or a bundle is broken.
@@ -73,14 +73,14 @@ def _parsed(options: dict[str, Any]) -> dict[str, Any]:
     wrong = [name for name in _NOT_HERE if name in options]
     if wrong:
         raise click.UsageError(
-            f"{wrong[0]}: expected none in Ray Serve, got one; tell Ray, as with http_options"
+            f"{wrong[0]}: expected none in Ray Serve, got one; configure Ray instead, for instance its http_options"
         )
     named = {name: str(value) for name, value in options.items() if name != "bundles"}
     words = [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", value)]
     bundles = str(options.get("bundles", "")).split(",")
     given = command.make_context("serve run", [*words, "--", *filter(None, bundles)]).params
     if given["max_queue"] < 1:
-        raise click.UsageError("max_queue: expected at least 1, got 0; Ray Serve needs it")
+        raise click.UsageError("max_queue: expected at least 1, got 0; choose 1 or more")
     return given
 
 

@@ -1,4 +1,4 @@
-"""Running the app with uvicorn: a listening socket, impatience with slow clients, and an end within a time limit."""
+"""Runs the app with uvicorn: a listening socket, time limits for slow clients, and a shutdown within a time limit."""
 
 from __future__ import annotations
 
@@ -28,14 +28,10 @@ _GRACE_S = 2  # for errors to reach the clients of answers that were cut
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket.
-
-    Args:
-        host: Name or address.
-        port: 0 for any that is free.
+    """Return a listening socket; port 0 takes a free one.
 
     Raises:
-        ShapeError: If the host is not of this machine or the port is taken.
+        ShapeError: If the host is not an address of this machine, or the port is taken.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -53,12 +49,7 @@ def is_loopback(listener: socket.socket) -> bool:
 
 
 def serve(server: BundleServer, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
-    """Serve until Ctrl-C or SIGTERM.
-
-    Args:
-        server: Around an app.
-        listener: From ``listen``.
-        on_ready: Called when all bundles are loaded.
+    """Serve until Ctrl-C or SIGTERM; ``on_ready`` is called when all bundles are loaded.
 
     Raises:
         TrioEdgeError: If a bundle cannot be loaded.
@@ -78,7 +69,7 @@ async def _serve(server: BundleServer, listener: socket.socket, on_ready: Callab
         server.should_exit = True
     await serving
     if loading.done():
-        loading.result()  # raises why a bundle could not be loaded
+        loading.result()  # raises the error of a bundle that could not be loaded
     else:
         loading.cancel()
 
@@ -88,21 +79,17 @@ async def _loaded(workers: Sequence[ModelWorker]) -> None:
         try:
             await asyncio.shield(asyncio.wrap_future(worker.loaded))
         except MemoryError as error:
-            raise BackendError(f"model {worker.name}: expected enough memory, got too little") from error
+            raise BackendError(
+                f"model {worker.name}: expected more memory, the system has none left; close other programs"
+            ) from error
 
 
 @final
 class BundleServer(uvicorn.Server):
-    """Ends quietly at a signal, and cuts answers that take too long then."""
+    """Ends quietly at a signal, and cuts answers that take too long to finish."""
 
     def __init__(self, app: Starlette, *, shutdown_s: float, access_log: bool = False) -> None:
-        """Take an app.
-
-        Args:
-            app: From ``make_app``.
-            shutdown_s: Seconds that answers have to finish; a second Ctrl-C ends at once.
-            access_log: Print a line for each request.
-        """
+        """Configure uvicorn for an app of ``make_app``; answers have ``shutdown_s`` seconds to finish."""
         config = uvicorn.Config(
             app,
             http=_ImpatientProtocol,
@@ -121,7 +108,7 @@ class BundleServer(uvicorn.Server):
         self._shutdown_s = shutdown_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop; at a second signal at once. uvicorn's own would raise the signal again afterwards."""
+        """Stop, at a second signal immediately. uvicorn's own method would raise the signal again afterwards."""
         self.force_exit = self.should_exit
         self.should_exit = True
 
@@ -140,17 +127,17 @@ class BundleServer(uvicorn.Server):
 
 @final
 class _ImpatientProtocol(H11Protocol):
-    """Closes connections whose request headers do not come in time, which uvicorn lets stand (0.54)."""
+    """Closes connections whose request headers do not arrive in time, which uvicorn 0.54 keeps open."""
 
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait."""
+        """Start the timer."""
         super().connection_made(transport)
         self._timer = self.loop.call_later(_HEADER_S, transport.close)
 
     def data_received(self, data: bytes) -> None:
-        """Take some bytes of a request."""
+        """Receive bytes of a request; stop the timer after the headers."""
         super().data_received(data)
         is_waiting = self.conn.their_state.__name__ == "IDLE"  # for the rest of the headers
         if not is_waiting and self._timer is not None:
@@ -160,7 +147,7 @@ class _ImpatientProtocol(H11Protocol):
             self._timer = self.loop.call_later(_HEADER_S, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop waiting."""
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
         with contextlib.suppress(AttributeError):  # lost before it was made

@@ -171,7 +171,9 @@ def test_a_place_is_refused_long_before_anything_is_written(tmp_path: Path) -> N
     options: Any = {"num_bytes": 1, "error": CheckpointError, "way_out": "choose another --out"}
     check_place(tmp_path / "new" / "bundle", **options)
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"expected .*file to be a writable folder.*; choose another --out$"):
+    with pytest.raises(
+        CheckpointError, match=r"expected .*file to be a writable folder.*; choose another --out$"
+    ):
         check_place(tmp_path / "file" / "bundle", **options)
     with pytest.raises(
         CheckpointError, match=r"GB of free space, got .*; free some space or choose another --out$"

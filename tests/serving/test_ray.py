@@ -264,9 +264,9 @@ def test_more_replicas_than_the_machine_has_cores_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--replicas", "0"], "expected a number, or two as 1-4, got '0'"),
-        (["--replicas", "3-2"], "expected a number, or two as 1-4, got '3-2'"),
-        (["--gpus", "1"], "expected --replicas with them"),
+        (["--replicas", "0"], "expected a number such as 3 or a range such as 1-4, got '0'"),
+        (["--replicas", "3-2"], "expected a number such as 3 or a range such as 1-4, got '3-2'"),
+        (["--gpus", "1"], "expected --replicas as well"),
         (["--replicas", "2", "--max-queue", "0"], "expected at least 1 with --replicas"),
     ],
     ids=["none", "backwards", "alone", "queue"],
