@@ -270,7 +270,7 @@ class Pipeline:
         limit = self.manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
         if not is_whole(limit) or not 1 <= limit <= self.manifest.max_new_tokens:
             raise ShapeError(
-                f"max_new_tokens: expected 1..{self.manifest.max_new_tokens} (the bundle's room), got {limit!r};"
+                f"max_new_tokens: expected 1..{self.manifest.max_new_tokens} (the bundle's limit), got {limit!r};"
                 " export with a larger --max-new-tokens"
             )
         if override is not None and not callable(override):

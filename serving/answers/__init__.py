@@ -1,1 +1,1 @@
-"""Answers to clients: one thread for each bundle, in OpenAI's form."""
+"""Answers to clients in OpenAI's form, computed by one thread per bundle."""

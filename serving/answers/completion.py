@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form: one object, or chunks as server-sent events."""
+"""Formats answers like OpenAI: as one object, or as chunks in server-sent events."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ DONE = b"data: [DONE]\n\n"
 
 @final
 class Completion:
-    """The frame of one answer."""
+    """Formats the events of one answer."""
 
     def __init__(self, model: str, *, include_usage: bool = False) -> None:
-        """Take the name of the model that answers, and whether a last chunk tells the usage."""
+        """Start an answer of ``model``; ``include_usage`` adds a last chunk with the usage."""
         self._model, self._include_usage = model, include_usage
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         self._pieces: list[str] = []
@@ -75,13 +75,7 @@ class Completion:
         return self._event(self._frame("chat.completion.chunk", choices=[choice], **usage))
 
     def _frame(self, kind: str, **fields: Any) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._model,
-            **fields,
-        }
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, **fields}
 
     @staticmethod
     def _event(value: dict[str, Any]) -> bytes:

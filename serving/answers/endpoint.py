@@ -1,4 +1,4 @@
-"""``POST /v1/chat/completions``: from a body to an answer, whole or streamed, and an end for clients that went away."""
+"""``POST /v1/chat/completions``: from a body to an answer, whole or streamed; ends answers of clients that went away."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from trio_edge.serving.settings import ServerSettings
 
 _T = TypeVar("_T")
-_CLOSED = 499  # nginx's status for a client that went away; nobody reads it
+_CLOSED = 499  # nginx's status for a client that went away
 
 
 @final
 class ChatEndpoint:
-    """An ASGI app that answers one request after the other of each client, many clients at a time."""
+    """An ASGI app that answers chat completions for many clients."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class ChatEndpoint:
             self._metrics.count_request(name, _CLOSED)
 
     def _impatient(self, send: Send) -> Send:
-        """Return a ``send`` that gives up: a client that never reads would hold its body in memory for ever."""
+        """Return a ``send`` with a time limit, because a client that never reads would keep its body in memory forever."""
 
         async def sending(message: Message) -> None:
             await asyncio.wait_for(send(message), self._settings.body_s)
@@ -86,7 +86,7 @@ class ChatEndpoint:
         return sending
 
     async def _submitted(self, worker: ModelWorker, chat: ChatRequest) -> AnswerJob:
-        answer_settings(chat, worker.manifest)  # what is wrong there need not wait
+        answer_settings(chat, worker.manifest)  # refuses wrong settings before the request waits
         prompt = await run_in_threadpool(read_prompt, chat, self._media, max_pixels=self._settings.max_pixels)
         job = AnswerJob(chat, prompt)
         try:
@@ -103,7 +103,7 @@ class ChatEndpoint:
         if not job.chat.stream:
             answer = await _unless_gone(request, _whole(completion, events))
             return Response(msgspec.json.encode(answer), media_type="application/json")
-        # An error before the first piece still has a status of its own.
+        # An error before the first piece can still set the HTTP status.
         first = await _unless_gone(request, _first(events))
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         return StreamingResponse(
@@ -112,9 +112,9 @@ class ChatEndpoint:
 
 
 def chosen_worker(workers: Mapping[str, ModelWorker], chat: ChatRequest) -> ModelWorker:
-    """Return the worker that a request asks for, by its model and by its images' ``detail``.
+    """Return the worker for a request, by its model and by its images' ``detail``.
 
-    "low" is the bundle of the same model that keeps the fewest visual tokens, "high" that which keeps the most.
+    "low" chooses the bundle of the same model that keeps the fewest visual tokens, "high" the one that keeps the most.
 
     Raises:
         RequestError: If there is no such model, or it is not loaded.
@@ -132,7 +132,7 @@ def chosen_worker(workers: Mapping[str, ModelWorker], chat: ChatRequest) -> Mode
         return asked
     same = [
         worker
-        for worker in (asked, *workers.values())  # of equals the asked one
+        for worker in (asked, *workers.values())  # of equal ones, the first: the one asked for
         if worker.is_ready and worker.manifest.model == model
     ]
     choose = min if chat.details == {"low"} else max
@@ -146,7 +146,7 @@ def _kept_tokens(worker: ModelWorker) -> float:
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """Return what ``work`` returns, unless the client goes away before."""
+    """Return the result of ``work``; raise RequestError if the client goes away first."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)

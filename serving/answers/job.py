@@ -1,4 +1,4 @@
-"""One request on its way through a worker: what it asks for, and what comes back while it runs."""
+"""One request on its way through a worker: the request and the events of its answer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The end of an answer that went wrong."""
+    """The error that ended an answer."""
 
     error: RequestError
 
@@ -50,7 +50,7 @@ Event: TypeAlias = NewText | Kept | Finished | Failed
 
 @final
 class AnswerJob:
-    """A request for a worker. Events come from its thread and are read on the event loop."""
+    """A request for a worker. The worker's thread emits events, which the event loop reads."""
 
     def __init__(self, chat: ChatRequest, prompt: Prompt) -> None:
         """Take the request; called on the event loop."""
@@ -59,19 +59,19 @@ class AnswerJob:
         """Set by the worker while the answer runs."""
         self.is_cancelled = False
         self.has_ended = False
-        """Whether the last event was handed over."""
+        """Whether the last event was emitted."""
         self.submitted = time.perf_counter()
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
 
     def emit(self, event: Event | None) -> None:
-        """Hand an event over; None if nothing more comes. Any thread may call it."""
+        """Emit an event, or None at the end. Any thread may call this."""
         self.has_ended = self.has_ended or event is None or isinstance(event, (Finished, Failed))
-        with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+        with suppress(RuntimeError):  # the event loop has ended
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     def cancel(self) -> None:
-        """Let the answer end at the next token, or not begin."""
+        """End the answer at the next token, or before it begins."""
         self.is_cancelled = True
         if self.generation is not None:
             self.generation.cancel()

@@ -1,4 +1,4 @@
-"""The kept tokens of an answer as boxes on its images: what a page draws."""
+"""Reports the kept tokens of an answer as boxes on its images, which the page draws."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ if TYPE_CHECKING:
 
 
 def kept_report(answer: Generation, stages: Sequence[Stage]) -> dict[str, Any]:
-    """Return the boxes that each stage kept of each image, and the milliseconds of each graph up to the first token.
+    """Return each image's boxes that each stage kept, and the milliseconds of each graph up to the first token.
 
-    Args:
-        answer: Its first piece has come.
-        stages: Of the bundle's schedule.
+    The first piece of ``answer`` must have come; ``stages`` are those of the bundle's schedule.
     """
     images, first = [], 0
     for image, layout in zip(answer.images, answer.layouts):
@@ -44,7 +42,7 @@ def _boxes(layout: ImageLayout, chosen: NDArray[np.integer]) -> dict[str, Any]:
 
 
 def _drawable(boxes: NDArray[np.float32]) -> list[list[float]]:
-    """Return boxes with an area: newlines have none."""
+    """Return the boxes with an area; newlines have none."""
     with_area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     return [[round(edge, 1) for edge in box] for box in boxes[with_area].tolist()]
 

@@ -1,4 +1,4 @@
-"""Texts that end an answer, found while it streams: what may be the start of one is held back."""
+"""Finds texts that end an answer while it streams; text that may be the start of one is held back."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 @final
 class StopTexts:
-    """Cuts a stream of text before the first of some texts."""
+    """Cuts a stream of text before the first of some stop texts."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts, self._held = tuple(texts), ""
         self.is_found = False
 
     def push(self, piece: str) -> str:
-        """Add a piece; return what may be sent: all before a text that ends the answer, and nothing that may start one."""
+        """Add a piece; return the text before a stop text, without an end that may start one."""
         text = self._held + piece
         found = [at for at in (text.find(stop) for stop in self._texts) if at >= 0]
         if found:
@@ -28,12 +28,12 @@ class StopTexts:
         return text[: len(text) - num_held]
 
     def finish(self) -> str:
-        """Return what was held back."""
+        """Return the text that was held back."""
         rest, self._held = self._held, ""
         return rest
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the characters at the end of ``text`` that start ``stop``."""
+    """Return the number of characters at the end of ``text`` that start ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next((count for count in range(longest, 0, -1) if text.endswith(stop[:count])), 0)

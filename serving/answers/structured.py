@@ -1,7 +1,7 @@
 """Answers of a given form: one of several texts, or JSON that fits a schema.
 
-llguidance computes which tokens a schema allows; it is fast, reads Hugging Face's tokenizers and needs no torch. A choice
-needs no grammar: the answer follows the ids of one of the texts, which also works with tokenizers of whole words.
+llguidance computes the tokens that a schema allows; it is fast, reads Hugging Face's tokenizers and needs no torch. A
+choice needs no grammar: the answer follows the ids of one of the texts, which also works with tokenizers of whole words.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Constraints:
         self._for_grammars: Any = None
 
     def make(self, chat: ChatRequest) -> TokenConstraint | None:
-        """Return what ``chat`` asks for, or None if any text will do.
+        """Return the constraint that ``chat`` asks for, or None if it allows any text.
 
         Raises:
-            RequestError: If the bundle's tokenizer cannot write it, or the schema is refused.
+            RequestError: If the bundle's tokenizer cannot write the texts, or the schema is not supported.
         """
         if chat.structured_outputs is not None:
             return self._choice(chat.structured_outputs.choice)
@@ -63,16 +63,16 @@ class Constraints:
     def _json(self, schema: dict[str, Any]) -> GrammarConstraint:
         import llguidance
 
-        # Spaces between the fields would cost a decode step each.
+        # Each space between fields would cost a decode step.
         compact: Any = {"whitespace_flexible": False}
         grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=compact)
         matcher = llguidance.LLMatcher(self._grammar_tokenizer(), grammar, log_level=0)
         if matcher.is_error():
-            raise _refused("response_format", "a schema that llguidance knows", matcher.get_error()[:200])
+            raise _refused("response_format", "a schema that llguidance supports", matcher.get_error()[:200])
         return GrammarConstraint(matcher, stop_ids=self._stop_ids, num_tokens=self._num_tokens)
 
     def _grammar_tokenizer(self) -> Any:
-        """Return llguidance's form of the tokenizer, made when it is first needed: that takes up to seconds."""
+        """Return llguidance's tokenizer. It is made at first use, which takes up to seconds."""
         if self._for_grammars is None:
             import llguidance
 
@@ -94,13 +94,7 @@ class ChoiceConstraint:
     def __init__(
         self, sequences: Sequence[Sequence[int]], *, stop_ids: Sequence[int], num_tokens: int
     ) -> None:
-        """Take the sequences.
-
-        Args:
-            sequences: Ids, at least one sequence.
-            stop_ids: Tokens that may follow a whole sequence.
-            num_tokens: V.
-        """
+        """Allow ``sequences`` of ids, each followed by one of ``stop_ids``; ``num_tokens`` is V."""
         self._sequences, self._stop_ids, self._num_tokens = sequences, list(stop_ids), num_tokens
         self._answer: list[int] = []
 
@@ -121,16 +115,10 @@ class ChoiceConstraint:
 
 @final
 class GrammarConstraint:
-    """Lets an answer be what a grammar of llguidance allows."""
+    """Lets an answer be any text that a grammar of llguidance allows."""
 
     def __init__(self, matcher: Any, *, stop_ids: Sequence[int], num_tokens: int) -> None:
-        """Take the grammar's state.
-
-        Args:
-            matcher: An ``LLMatcher``.
-            stop_ids: Tokens that end the answer.
-            num_tokens: V.
-        """
+        """Start with ``matcher``, an ``LLMatcher``; ``num_tokens`` is V."""
         self._matcher, self._stop_ids, self._num_tokens = matcher, list(stop_ids), num_tokens
         self._mask_V: NDArray[np.bool_] | None = None
 
@@ -138,7 +126,7 @@ class GrammarConstraint:
         """Return [V], whether each token may come next.
 
         Raises:
-            ShapeError: If the grammar became too complex.
+            ShapeError: If the grammar becomes too complex.
         """
         if self._mask_V is None:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
@@ -157,9 +145,5 @@ class GrammarConstraint:
 
 
 def _refused(param: str, expected: str, got: str) -> RequestError:
-    return RequestError(
-        400,
-        f"{param}: expected {expected}, got {' '.join(got.split())}",
-        code="invalid_value",
-        param=param,
-    )
+    message = f"{param}: expected {expected}, got {' '.join(got.split())}"
+    return RequestError(400, message, code="invalid_value", param=param)

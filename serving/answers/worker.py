@@ -1,6 +1,6 @@
-"""One thread for each bundle: it loads the pipeline, answers one request at a time and closes it.
+"""One thread per bundle, which loads the pipeline, answers one request at a time and closes the pipeline.
 
-Requests wait in a queue of bounded length, and of bounded expected time, by the measured time of earlier answers.
+Requests wait in a queue with a limited length and a limited expected wait, estimated from the times of earlier answers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from trio_edge.serving.settings import ServerSettings
 
 _logger = logging.getLogger("trio_serve")
-_MOST_FAILURES = 3  # in a row, after which the backend is taken for broken
+_MOST_FAILURES = 3  # in a row, after which the backend counts as broken
 
 
 @final
@@ -41,17 +41,10 @@ class Worker:
     def __init__(
         self, name: str, load: Callable[[], Pipeline], *, settings: ServerSettings, metrics: Metrics
     ) -> None:
-        """Take what is needed; ``start`` loads the bundle.
-
-        Args:
-            name: Of the model, for clients.
-            load: Returns the pipeline; called in the worker's thread.
-            settings: The server's limits.
-            metrics: Counts what happens.
-        """
+        """Prepare the worker for the model ``name``; ``start`` calls ``load`` in the worker's thread."""
         self.name = name
         self.loaded: Future[Pipeline] = Future()
-        """The pipeline, or why it could not be loaded."""
+        """The pipeline, or the error of loading it."""
         self._load, self._settings, self._metrics = load, settings, metrics
         self._waiting: deque[AnswerJob] = deque()
         self._running: AnswerJob | None = None
@@ -63,41 +56,37 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name=f"trio-serve {name}", daemon=True)
 
     def start(self) -> None:
-        """Load the bundle and answer requests, in a thread."""
+        """Load the bundle and answer requests in the thread."""
         self._thread.start()
 
     @property
     def is_ready(self) -> bool:
-        """Whether it is loaded, goes on, and its last answers did not all fail."""
+        """Whether the bundle is loaded, the server is not stopping, and the last answers did not all fail."""
         is_loaded = self.loaded.done() and self.loaded.exception() is None
         return is_loaded and not self._is_stopping and self._num_failures < _MOST_FAILURES
 
     @property
     def pipeline(self) -> Pipeline:
-        """The loaded pipeline.
-
-        Raises:
-            RequestError: If it is not loaded.
-        """
+        """The loaded pipeline; raises RequestError if it is not loaded."""
         if not self.loaded.done() or self.loaded.exception() is not None:
             raise still_loading(self.name)
         return self.loaded.result()
 
     @property
     def manifest(self) -> Manifest:
-        """The bundle's manifest; raises ``RequestError`` if it is not loaded."""
+        """The bundle's manifest; raises RequestError if the bundle is not loaded."""
         return self.pipeline.manifest
 
     @property
     def backend_name(self) -> str:
-        """The backend that runs the graphs; raises ``RequestError`` if it is not loaded."""
+        """The backend that runs the graphs; raises RequestError if the bundle is not loaded."""
         return self.pipeline.backend_name
 
     def submit(self, job: AnswerJob) -> None:
-        """Let a job wait for its turn.
+        """Put a job into the queue.
 
         Raises:
-            RequestError: If too many wait, or for too long, or the server stops.
+            RequestError: If the queue is full, the expected wait is too long, or the server stops.
         """
         with self._changed:
             if self._is_stopping:
@@ -112,7 +101,7 @@ class Worker:
             self._changed.notify()
 
     def cancel(self, job: AnswerJob) -> None:
-        """End a job at its next token; one that waits leaves the queue at once. A job that has ended is left alone."""
+        """End a running job at its next token, or remove a waiting job from the queue."""
         job.cancel()
         with self._changed:
             if job not in self._waiting:
@@ -123,7 +112,7 @@ class Worker:
         job.emit(None)
 
     def cut(self) -> None:
-        """End all jobs, as the server's time is over."""
+        """End all jobs, because the time for the shutdown is over."""
         with self._changed:
             waiting, running = list(self._waiting), self._running
             self._waiting.clear()
@@ -142,7 +131,7 @@ class Worker:
             self._thread.join(timeout_s)
 
     def _left_s(self) -> float:
-        """Return the time that the running answer still needs, by the mean of earlier ones."""
+        """Return the expected rest of the running answer in seconds, from the mean of earlier answers."""
         if self._running is None:
             return 0.0
         return max(0.0, self._service_s - (time.perf_counter() - self._running_since))
@@ -154,7 +143,7 @@ class Worker:
     def _run(self) -> None:
         try:
             pipeline = self._load()
-        except BaseException as error:  # told to whoever started the server
+        except BaseException as error:  # reported by the thread that waits for the bundle
             self.loaded.set_exception(error)
             return
         with pipeline:
@@ -174,7 +163,7 @@ class Worker:
             return self._running
 
     def _serve_next(self, pipeline: Pipeline, constraints: Constraints) -> bool:
-        """Answer one request; return whether there may be another. It holds no job, and no images, while it waits."""
+        """Answer one request; return False at the end. A separate call for each job, so that none keeps its images."""
         job = self._next()
         if job is None:
             return False
@@ -247,33 +236,30 @@ class Worker:
 
 
 def answer_settings(chat: ChatRequest, manifest: Manifest) -> dict[str, Any]:
-    """Return the keyword arguments of ``Pipeline.chat`` that a request asks for.
+    """Return the keyword arguments of ``Pipeline.chat`` for a request.
 
     Raises:
-        RequestError: If the answer may be longer than the bundle has room for.
+        RequestError: If the request allows a longer answer than the bundle.
     """
     room, limit = manifest.max_new_tokens, chat.limit
     if limit is not None and limit > room:
         raise RequestError(
             400,
-            f"max_tokens: expected at most {room} (the bundle's room), got {limit}; ask for fewer, or export with a larger"
+            f"max_tokens: expected at most {room} (the bundle's limit), got {limit}; ask for fewer, or export with a larger"
             " --max-new-tokens",
             code="context_length_exceeded",
             param="max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens",
         )
+    same = ("temperature", "top_p", "top_k", "seed", "repetition_penalty")
     return {
         "max_new_tokens": limit,
-        "temperature": chat.temperature,
-        "top_p": chat.top_p,
-        "top_k": chat.top_k,
-        "seed": chat.seed,
-        "repetition_penalty": chat.repetition_penalty,
         "min_new_tokens": (room if limit is None else limit) if chat.ignore_eos else chat.min_tokens,
+        **{name: getattr(chat, name) for name in same},
     }
 
 
 def usage_of(statistics: Statistics, *, queue_s: float) -> dict[str, Any]:
-    """Return OpenAI's ``usage`` of an answer, the prompt counted before reduction, and our own fields."""
+    """Return OpenAI's ``usage`` of an answer, with prompt tokens before reduction, and our own fields."""
     prompt = statistics.text_tokens + statistics.visual_tokens
     return {
         "prompt_tokens": prompt,

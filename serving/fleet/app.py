@@ -1,4 +1,4 @@
-"""The app in front of a fleet."""
+"""The app of a server whose answers come from a fleet of replicas."""
 
 from __future__ import annotations
 
@@ -26,15 +26,11 @@ def fleet_app(
 ) -> Iterator[Starlette]:
     """Yield an app whose answers come from replicas, which start now and end with the block.
 
-    Args:
-        bundles: Folders by the models' names.
-        settings: Limits and policy.
-        loading: Keyword arguments of ``Pipeline.from_bundle``.
-        fleet: How many replicas.
+    ``bundles`` are folders by the models' names, ``loading`` keyword arguments of ``Pipeline.from_bundle``.
 
     Raises:
-        BackendError: If Ray is not installed, or cannot be reached.
-        ShapeError: If there is no room for the replicas.
+        BackendError: If Ray is not installed or cannot be reached.
+        ShapeError: If the machine is too small for the replicas.
     """
     loading = {**loading, "threads": cpu_threads(loading["threads"], fleet)}
     metrics = Metrics()
@@ -43,8 +39,6 @@ def fleet_app(
         for name, bundle in bundles.items()
     }
     cpus = len(bundles) * max(loading["threads"], 1)
-    with (
-        ray_running(fleet, cpus=cpus),
-        deployed(models, settings=settings, metrics=metrics) as workers,
-    ):
+    running = ray_running(fleet, cpus=cpus)
+    with running, deployed(models, settings=settings, metrics=metrics) as workers:
         yield app_of(workers, settings, metrics=metrics)

@@ -1,6 +1,6 @@
-"""A Ray cluster, joined or started on this machine for as long as the server runs, and the replicas on it.
+"""A Ray cluster, which the server joins or starts on this machine, and the replicas on it.
 
-Ray Serve keeps replicas alive on one machine or many, queues requests and scales: own code would be a second scheduler.
+Ray Serve keeps replicas alive on one machine or several, queues requests and scales; own code would be a second scheduler.
 """
 
 from __future__ import annotations
@@ -27,48 +27,42 @@ if TYPE_CHECKING:
     from trio_edge.serving.settings import ServerSettings
 
 _OBJECT_STORE_BYTES = 512 * 2**20  # requests with their images; Ray's own choice is 30 % of the memory
-_TARGET_LOAD = (
-    0.7  # of a replica, which autoscaling aims at: docs/serving-fleet.md has the waits that belong to it
-)
+_TARGET_LOAD = 0.7  # of a replica, for autoscaling; docs/serving-fleet.md has the resulting waits
 _HEALTH_S = 2.0
 _BACKOFF_S = (
     0.005,
     0.02,
-)  # between looks for a free replica; Ray's own choice, up to 0.5 s, leaves replicas idle
+)  # between searches for a free replica; Ray's default of up to 0.5 s leaves replicas idle
 _REACH_S = 5.0
-_MOST_STARTS = 1  # of a replica at first; more would repeat the same error for a minute
+_MOST_STARTS = 1  # of a new replica; more would repeat the same error for a minute
 
 
 @dataclass(frozen=True, kw_only=True)
 class FleetSettings:
-    """How many replicas there are, and what each needs."""
+    """The number of replicas, their GPUs, and the cluster."""
 
     min_replicas: int = 1
     max_replicas: int = 1
-    """Above ``min_replicas``, Ray Serve adds replicas while requests wait and takes them away later."""
+    """Above ``min_replicas``, Ray Serve adds replicas while requests wait and removes them later."""
     gpus: float = 0.0
-    """GPUs of a replica; a part of one is allowed."""
+    """GPUs per replica; may be a fraction."""
     ray_address: str | None = None
-    """Of a cluster to join, "auto" for this machine's; None to start one here."""
+    """Address of a cluster to join; "auto" for this machine's cluster, None to start one here."""
 
 
 def cpu_threads(threads: int, fleet: FleetSettings) -> int:
-    """Return the CPU threads of a replica. 0 shares this machine, if Ray is started here, among all replicas."""
+    """Return the CPU threads per replica. 0 divides this machine's CPUs by the replicas, if Ray is started here."""
     is_ours = fleet.ray_address is None
     return max(1, (os.cpu_count() or 1) // fleet.max_replicas) if is_ours and threads == 0 else threads
 
 
 @contextlib.contextmanager
 def ray_running(fleet: FleetSettings, *, cpus: float) -> Iterator[None]:
-    """Join a cluster or start one, which only this machine can reach, until the block ends.
-
-    Args:
-        fleet: What will run on it.
-        cpus: Of a replica.
+    """Join a cluster, or start one that only this machine can reach, until the block ends.
 
     Raises:
-        BackendError: If Ray is not installed, or cannot be reached.
-        ShapeError: If this machine is too small for the replicas.
+        BackendError: If Ray is not installed or cannot be reached.
+        ShapeError: If this machine is too small for ``cpus`` CPUs for one replica of each model.
     """
     ray, serve = _imported(is_local=fleet.ray_address is None)
     if fleet.ray_address not in (None, "auto"):
@@ -87,15 +81,15 @@ def ray_running(fleet: FleetSettings, *, cpus: float) -> Iterator[None]:
             serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
         yield
     finally:
-        ray.shutdown()  # ends all of Ray if it was started here
+        ray.shutdown()  # stops Ray completely if it was started here
 
 
 def _imported(*, is_local: bool) -> tuple[Any, Any]:
-    # Ray reads these when it is imported. Nothing is reported to its makers unless the user wants it.
+    # Ray reads these variables at import. By default nothing is reported to Ray's makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if is_local:
-        # Off, all of Ray's own ports listen on 127.0.0.1, as it does by itself on the systems in the name (2.60).
+        # With 0, all of Ray's ports listen on 127.0.0.1, which is its default on Windows and macOS (2.60).
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
@@ -108,37 +102,31 @@ def _imported(*, is_local: bool) -> tuple[Any, Any]:
 
 
 def _check_reachable(address: str) -> None:
-    """Refuse an address where nothing listens: Ray would try again for minutes."""
+    """Raise BackendError for an address where nothing listens, because Ray would retry for minutes."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
     except (OSError, ValueError, OverflowError) as error:
         raise BackendError(
-            f"--ray-address: expected HOST:PORT of a cluster, got {address!r:.80} ({error}); see: ray status"
+            f"--ray-address: expected HOST:PORT of a cluster, got {address!r:.80} ({error}); check it with ray status"
         ) from None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Ray Serve's remarks off the terminal; its files have them."""
+    """Keep Ray Serve's messages off the terminal; its log files have them."""
     loggers = [logging.getLogger(name) for name in ("ray", "ray.serve")]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     yield
-    for logger in loggers:  # ray.init and serve.start set them
+    for logger in loggers:  # ray.init and serve.start have changed the levels
         logger.setLevel(logging.ERROR)
 
 
 def check_room(room: Mapping[str, float], fleet: FleetSettings, *, cpus: float) -> None:
-    """Refuse more replicas than a cluster of fixed size has room for: Ray would wait for more machines.
+    """Raise ShapeError for more replicas than a cluster of fixed size can hold: Ray would wait for more machines.
 
-    Args:
-        room: CPUs and GPUs of the cluster, by Ray's names.
-        fleet: What is to run there.
-        cpus: Of a replica of each model together.
-
-    Raises:
-        ShapeError: If they do not fit.
+    ``room`` has the cluster's CPUs and GPUs by Ray's names; one replica of each model together needs ``cpus`` CPUs.
     """
     for name, each in (("CPU", cpus), ("GPU", fleet.gpus)):
         if each * fleet.max_replicas > room.get(name, 0.0):
@@ -156,14 +144,10 @@ def replicas(
     settings: ServerSettings,
     fleet: FleetSettings,
 ) -> Application:
-    """Return Ray Serve's description of a model's replicas.
+    """Return Ray Serve's description of the replicas of the model ``name``.
 
-    Args:
-        name: Of the model.
-        bundle: The folder, at the same place on every machine.
-        loading: Keyword arguments of ``Pipeline.from_bundle``.
-        settings: The server's limits.
-        fleet: How many.
+    ``bundle`` is the folder, at the same place on every machine; ``loading`` are keyword arguments of
+    ``Pipeline.from_bundle``.
     """
     from ray import serve
     from ray.serve.config import RequestRouterConfig
@@ -207,10 +191,10 @@ def _numbers(fleet: FleetSettings) -> dict[str, Any]:
 def deployed(
     models: Mapping[str, Callable[[], Application]], *, settings: ServerSettings, metrics: Metrics
 ) -> Iterator[dict[str, FleetWorker]]:
-    """Let replicas start, each model's as an application of its own, and remove them when the block ends.
+    """Start replicas, with one Ray Serve application per model, and remove them when the block ends.
 
     Raises:
-        ShapeError: If the cluster has an application of the same name.
+        ShapeError: If the cluster already has an application of the same name.
     """
     from ray import serve
 
@@ -226,14 +210,9 @@ def deployed(
     with _quiet():
         handles = dict(zip(models, serve.run_many(targets, wait_for_applications_running=False)))
     try:
+        common: Any = {"settings": settings, "metrics": metrics}
         yield {
-            name: FleetWorker(
-                name,
-                handle,
-                partial(status, apps[name], name),
-                settings=settings,
-                metrics=metrics,
-            )
+            name: FleetWorker(name, handle, partial(status, apps[name], name), **common)
             for name, handle in handles.items()
         }
     finally:
@@ -242,7 +221,7 @@ def deployed(
 
 
 def status(app: str, model: str) -> Any:
-    """Return what Ray Serve knows of a model's replicas."""
+    """Return Ray Serve's status of a model's replicas."""
     from ray import serve
 
     return serve.status().applications[app].deployments[deployment_name(model)]

@@ -23,27 +23,23 @@ if TYPE_CHECKING:
     from trio_edge.serving.settings import ServerSettings
 
 TURN_HAS_COME = b""
-"""Comes before the events: the request has left the queue."""
+"""Marks that the request has left the queue; precedes the events."""
 _STOP_S = 5.0
 
 
 @final
 class Replica:
-    """Answers requests that Ray Serve hands over."""
+    """Answers requests from Ray Serve."""
 
     def __init__(self, name: str, bundle: str, *, loading: dict[str, Any], settings: ServerSettings) -> None:
-        """Load a bundle; Ray Serve hands over requests when this is done.
+        """Load the folder ``bundle``; Ray Serve sends requests afterwards.
 
-        Args:
-            name: Of the model, for messages.
-            bundle: The folder.
-            loading: Keyword arguments of ``Pipeline.from_bundle``.
-            settings: The server's limits.
+        ``loading`` are keyword arguments of ``Pipeline.from_bundle``.
 
         Raises:
             TrioEdgeError: If the bundle cannot be loaded.
         """
-        # The queue is Ray Serve's. A request may come while a cancelled one has not yet come to its next token.
+        # Ray Serve has the queue. A request may arrive while a cancelled one has not yet reached its next token.
         settings = replace(settings, max_queue=2, max_wait_s=float("inf"))
         load = partial(Pipeline.from_bundle, bundle, **loading)
         self._worker = Worker(name, load, settings=settings, metrics=Metrics())
@@ -51,7 +47,7 @@ class Replica:
         self._worker.loaded.result()
 
     async def describe(self) -> tuple[str, bytes]:
-        """Return the backend's name, and the manifest as JSON."""
+        """Return the name of the backend and the manifest as JSON."""
         return self._worker.backend_name, json_from_manifest(self._worker.manifest)
 
     async def answer(self, request: bytes) -> AsyncIterator[bytes]:
@@ -68,7 +64,7 @@ class Replica:
             events: list[Event] = []
             async for event in job.events():
                 events.append(event)
-                # A message costs about a millisecond: an answer that is not streamed needs one.
+                # A message costs about a millisecond, so an answer that is not streamed is one message.
                 if chat.stream or isinstance(event, (Finished, Failed)):
                     yield packed_events(events)
                     events.clear()
@@ -76,9 +72,9 @@ class Replica:
             self._worker.cancel(job)
 
     def check_health(self) -> None:
-        """Raise if the last answers all failed; Ray Serve replaces the replica then."""
+        """Raise if all the last answers failed; Ray Serve then replaces the replica."""
         assert self._worker.is_ready, "the last answers failed"
 
     def __del__(self) -> None:
-        """Release the pipeline; Ray Serve calls it when the replica is no longer needed."""
+        """Release the pipeline when Ray Serve no longer needs the replica."""
         self._worker.stop(timeout_s=_STOP_S)

@@ -1,4 +1,4 @@
-"""A request and its events as bytes between the server and a replica: MessagePack, read back into the same types."""
+"""Encodes a request and its events for transport between the server and a replica, as MessagePack."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _NO_MESSAGES = [Turn(role="user", content="")]
 
 
 def packed_request(job: AnswerJob) -> bytes:
-    """Return a request with the images and videos that the server has read: a replica fetches nothing."""
-    # The messages as the client sent them would carry every image a second time.
+    """Return a request with the images and videos that the server has read, because a replica fetches nothing."""
+    # The client's messages are left out, because they contain every image a second time.
     chat = msgspec.structs.replace(job.chat, messages=_NO_MESSAGES)
     return msgspec.msgpack.encode((chat, job.prompt.messages), enc_hook=_plain)
 
 
 def unpacked_request(data: bytes) -> tuple[ChatRequest, list[Message]]:
-    """Return the request without its messages, and the messages; a video is its file's bytes."""
+    """Return the request without its messages, and the messages; a video is the bytes of its file."""
     return msgspec.msgpack.decode(data, type=tuple[ChatRequest, list[dict[str, Any]]])
 
 
@@ -44,13 +44,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return value.read_bytes()
     assert isinstance(value, RequestError)
-    return {
-        "status": value.status,
-        "message": value.message,
-        "code": value.code,
-        "param": value.param,
-        "retry_after_s": value.retry_after_s,
-    }
+    return {name: getattr(value, name) for name in ("status", "message", "code", "param", "retry_after_s")}
 
 
 def _error(kind: type, value: Any) -> RequestError:

@@ -1,4 +1,4 @@
-"""The server's side of a fleet: requests go to Ray Serve, which queues them and finds a free replica."""
+"""The server's side of a fleet: sends requests to Ray Serve, which queues them and finds a free replica."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _WATCH_S = 2.0
 
 @final
 class FleetWorker:
-    """Answers requests with the replicas of one model. All but ``loaded`` and ``stop`` is for the event loop."""
+    """Answers requests with the replicas of one model. Only ``loaded`` and ``stop`` may be used off the event loop."""
 
     def __init__(
         self,
@@ -47,18 +47,10 @@ class FleetWorker:
         settings: ServerSettings,
         metrics: Metrics,
     ) -> None:
-        """Take what is needed; ``start`` asks for the first replica.
-
-        Args:
-            name: Of the model, for clients.
-            replicas: Ray Serve's handle.
-            status: Returns what Ray Serve knows of the replicas; called in a thread.
-            settings: The server's limits.
-            metrics: Counts what happens.
-        """
+        """Prepare the worker for the model ``name``; ``status`` is called in a thread and returns the replicas' status."""
         self.name = name
         self.loaded: Future[tuple[str, Manifest]] = Future()
-        """The backend's name and the manifest, or why no replica could be loaded."""
+        """The backend's name and the manifest, or the error of loading the first replica."""
         self._replicas, self._status = replicas, status
         self._settings, self._metrics = settings, metrics
         self._answering: dict[AnswerJob, asyncio.Task[None]] = {}
@@ -68,13 +60,13 @@ class FleetWorker:
         self._is_stopping = False
 
     def start(self) -> None:
-        """Wait for the first replica, and watch how many there are."""
+        """Wait for the first replica, then watch the number of replicas."""
         self._loop = asyncio.get_running_loop()
         self._watching = self._loop.create_task(self._watch())
 
     @property
     def is_ready(self) -> bool:
-        """Whether a replica runs and the server goes on."""
+        """Whether a replica runs and the server is not stopping."""
         return self._is_loaded and not self._is_stopping and self._num_replicas > 0
 
     @property
@@ -83,12 +75,12 @@ class FleetWorker:
 
     @property
     def manifest(self) -> Manifest:
-        """The bundle's manifest; raises ``RequestError`` if no replica has been loaded."""
+        """The bundle's manifest; raises RequestError if no replica has been loaded."""
         return self._description()[1]
 
     @property
     def backend_name(self) -> str:
-        """The backend that runs the graphs; raises ``RequestError`` if no replica has been loaded."""
+        """The backend that runs the graphs; raises RequestError if no replica has been loaded."""
         return self._description()[0]
 
     def _description(self) -> tuple[str, Manifest]:
@@ -97,10 +89,10 @@ class FleetWorker:
         return self.loaded.result()
 
     def submit(self, job: AnswerJob) -> None:
-        """Let a job wait for its turn.
+        """Send a job to Ray Serve's queue.
 
         Raises:
-            RequestError: If it would wait for too long, or the server stops. A full queue is told by the job.
+            RequestError: If the expected wait is too long, or the server stops. The job itself reports a full queue.
         """
         if self._is_stopping:
             raise stopping()
@@ -112,13 +104,13 @@ class FleetWorker:
         self._note_load()
 
     def cancel(self, job: AnswerJob) -> None:
-        """End a job: Ray Serve takes it out of its queue, or tells the replica. One that has ended is left alone."""
+        """End a job, unless it has ended: Ray Serve removes it from its queue, or tells the replica."""
         task = self._answering.get(job)
         if task is not None and not job.has_ended:
             task.cancel()
 
     def cut(self) -> None:
-        """End all jobs, as the server's time is over."""
+        """End all jobs, because the time for the shutdown is over."""
         self._is_stopping = True
         self._watching.cancel()
         for job in list(self._answering):
@@ -145,9 +137,9 @@ class FleetWorker:
             await self._count_replicas()
 
     async def _described(self) -> tuple[str, Manifest]:
-        """Return what the first replica says of itself."""
+        """Return the backend's name and the manifest of the first replica."""
         asking = asyncio.ensure_future(self._ask_one())
-        # A handle waits on for replicas whose deployment has failed (Ray 2.60).
+        # A handle waits forever for replicas whose deployment has failed (Ray 2.60).
         while not (await asyncio.wait({asking}, timeout=_WATCH_S))[0]:
             status = await run_in_threadpool(self._status)
             if status.status == "DEPLOY_FAILED":
@@ -170,7 +162,7 @@ class FleetWorker:
         try:
             await self._relay(job)
         except BackPressureError:
-            self._answering.pop(job)  # it does not wait
+            self._answering.pop(job)  # so that it does not count as waiting
             job.emit(Failed(self._too_long(retry_after_s=self._service_s / max(self._num_replicas, 1))))
         except (RayError, RayServeException) as error:
             job.emit(Failed(self._told(error)))
@@ -209,11 +201,11 @@ class FleetWorker:
         self._note_load()
         job.emit(None)
         if not task.cancelled() and (error := task.exception()) is not None:
-            raise error  # one of ours: the event loop writes its traceback
+            raise error  # a bug of ours: the event loop logs the traceback
 
     def _told(self, error: Exception) -> RequestError:
         if isinstance(error, RayActorError):
-            message = f"model {self.name}: the replica ended before the answer's end; ask again"
+            message = f"model {self.name}: the replica ended before the end of the answer; ask again"
             return RequestError(503, message, code="replica_died", retry_after_s=1.0)
         return RequestError(500, f"model {self.name}: {type(error).__name__} in Ray Serve; its log has more")
 
@@ -225,7 +217,7 @@ class FleetWorker:
         return len(self._answering) - len(self._started)
 
     def _expected_wait_s(self) -> float:
-        """Return the time after which a new job would start: an answer ends each ``service_s / replicas``."""
+        """Return the expected wait of a new job: one answer ends every ``service_s / replicas`` seconds."""
         busy = max(self._num_replicas, 1)
         if len(self._answering) < busy:
             return 0.0
@@ -236,6 +228,6 @@ class FleetWorker:
 
 
 def _last_error(traceback: str) -> str:
-    """Return the message of the last error in what Ray Serve tells of a failed start."""
+    """Return the message of the last error in Ray Serve's report of a failed start."""
     found = re.findall(r"^\s*[\w.]*Error: (.+)$", traceback, re.MULTILINE)
     return found[-1] if found else " ".join(traceback.split())[-300:]

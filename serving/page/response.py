@@ -1,4 +1,4 @@
-"""The page as an HTTP response whose Content-Security-Policy lets only its own script and style run."""
+"""The page as an HTTP response with a Content-Security-Policy that allows only its own script and style."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _page_text() -> str:
 
 
 def _digest(text: str, tag: str) -> str:
-    """Return the digest by which a policy allows the page's only element of the name ``tag``."""
+    """Return the digest with which a policy allows the page's only ``tag`` element."""
     found = re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
     assert found is not None
     return f"'sha256-{base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"

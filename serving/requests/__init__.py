@@ -1,1 +1,1 @@
-"""Requests of clients: bodies, fields, images and videos, each checked."""
+"""Clients' requests: reads and checks bodies, fields, images and videos."""

@@ -1,4 +1,4 @@
-"""Reading a request's body: bounded in bytes, in time, and over all requests together."""
+"""Reads a request's body, with limits on its bytes, its time, and the bytes of all requests together."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
     from trio_edge.serving.settings import ServerSettings
 
-_LINGER_S = 2.0  # for the rest of a body that nobody wants
+_LINGER_S = 2.0  # for the rest of a refused body
 
 
 @final
 class BodyDrain:
-    """Middleware that reads a refused body to its end, for a while, before the refusal is sent.
+    """Middleware that reads the rest of a refused body, for a limited time, before the refusal is sent.
 
-    A connection that is closed while the client still sends is reset, and the client never sees the refusal.
+    If the connection closed while the client is still sending, it would be reset and the client would not see the refusal.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -33,7 +33,7 @@ class BodyDrain:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on."""
-        # A client that waits for "100 Continue" sends nothing before; reading would ask for it.
+        # A client that expects "100 Continue" sends nothing yet, and reading would ask it to send.
         is_left = scope["type"] == "http" and (b"expect", b"100-continue") not in scope["headers"]
 
         async def receiving() -> Message:
@@ -57,48 +57,48 @@ class BodyDrain:
 
 @final
 class BodyMemory:
-    """Bytes of all bodies in memory together: many slow uploads must not fill the machine."""
+    """Counts the bytes of all bodies in memory, because many slow uploads must not fill the machine."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._used = limit, 0
 
     def take(self, count: int) -> None:
-        """Count more bytes.
+        """Add bytes.
 
         Raises:
-            RequestError: If all together are too many.
+            RequestError: If all bodies together are too large.
         """
         if self._used + count > self._limit:
             raise RequestError(
                 429,
-                "body: expected less in all requests together, got too much; try again later",
+                f"body: expected at most {self._limit} bytes in all requests together, got more; try again later",
                 code="server_busy",
                 retry_after_s=5.0,
             )
         self._used += count
 
     def give_back(self, count: int) -> None:
-        """Count fewer bytes."""
+        """Subtract bytes."""
         self._used -= count
 
 
 @final
 class Body:
-    """The body of one request, whose bytes count until the block ends."""
+    """The body of one request, whose bytes are counted until the block ends."""
 
     def __init__(self, request: Request, *, settings: ServerSettings, memory: BodyMemory) -> None:
         self._request, self._settings, self._memory = request, settings, memory
         self._taken = 0
 
     async def __aenter__(self) -> bytes:
-        """Return all of it.
+        """Return the whole body.
 
         Raises:
-            RequestError: If it is no JSON by its type, too large, or takes too long.
+            RequestError: If its content type is not JSON, it is too large, or it takes too long.
         """
         self._check_headers()
         try:
-            # wait_for and not asyncio.timeout, which Python 3.10 lacks
+            # Not asyncio.timeout, which Python 3.10 lacks.
             return await asyncio.wait_for(self._read(), self._settings.body_s)
         except asyncio.TimeoutError:
             self._release()
@@ -124,7 +124,7 @@ class Body:
     def _check_headers(self) -> None:
         kind = self._request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
-            # Also what a web page of another site may not send without asking first.
+            # Other sites' web pages cannot send this type without a preflight request, which is refused.
             raise RequestError(415, f"content-type: expected application/json, got {kind[:60]!r}")
         length = self._request.headers.get("content-length", "")
         if length.isdecimal() and len(length) < 20 and int(length) > self._settings.max_body:

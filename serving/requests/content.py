@@ -1,4 +1,4 @@
-"""Content parts to messages for ``Pipeline.chat``: text, images as bytes, videos as files."""
+"""Turns content parts into messages for ``Pipeline.chat``: text, images as bytes, videos as files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @final
 class Prompt:
-    """The messages of a request, and the files that they need until they are read."""
+    """The messages of a request, and their temporary video files."""
 
     def __init__(self, messages: Iterable[Message]) -> None:
-        """Take messages whose videos are bytes, which become files until ``close``."""
+        """Write the videos of ``messages``, which are bytes, to files that exist until ``close``."""
         self._files = ExitStack()
         self._folders: list[str] = []
         try:
@@ -39,7 +39,7 @@ class Prompt:
         self._files.close()
 
     def without_paths(self, message: str) -> str:
-        """Return a message without the names of the files, which are this machine's affair."""
+        """Return a message without the folders of the files, which clients must not see."""
         for folder in self._folders:
             message = message.replace(f"{folder}/", "")
         return message
@@ -55,12 +55,7 @@ class Prompt:
 
 
 def read_prompt(chat: ChatRequest, media: MediaReader, *, max_pixels: int) -> Prompt:
-    """Return the messages of a request with what they show.
-
-    Args:
-        chat: The request.
-        media: Reads files.
-        max_pixels: Of all images together.
+    """Return the messages of a request with their images and videos; all images together have at most ``max_pixels``.
 
     Raises:
         RequestError: If an image or a video is refused.

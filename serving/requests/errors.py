@@ -10,11 +10,18 @@ from trio_edge.runtime.bundle.errors import (
     BundleError,
     ImageError,
     PromptTooLongError,
-    ShapeError,
     TrioEdgeError,
 )
 
 _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+_OF_PIPELINE: tuple[tuple[type[TrioEdgeError], int, str, str | None], ...] = (
+    (PromptTooLongError, 400, "context_length_exceeded", "messages"),
+    (ImageError, 400, "invalid_image", "messages"),
+    (BackendError, 500, "backend_error", None),
+    (BundleError, 500, "bundle_error", None),
+    (TrioEdgeError, 400, "invalid_value", None),
+)
+"""Status, code and param of a pipeline's errors; the first class that fits counts."""
 
 
 class RequestError(Exception):
@@ -29,14 +36,9 @@ class RequestError(Exception):
         param: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        """Take what the client is told.
+        """Describe the error to the client: HTTP status, one line, a code for programs, and the wrong field.
 
-        Args:
-            status: Of HTTP.
-            message: One line.
-            code: A word for programs.
-            param: The field that is wrong.
-            retry_after_s: Seconds after which another try may succeed.
+        Another try may succeed after ``retry_after_s`` seconds.
         """
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
@@ -50,28 +52,19 @@ class RequestError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """HTTP headers that belong to it."""
+        """HTTP headers of the error."""
         if self.retry_after_s is not None:
             return {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
         return {"www-authenticate": "Bearer"} if self.status == 401 else {}
 
 
 def request_error_from(error: Exception) -> RequestError:
-    """Return what a client is told of an error in a pipeline."""
+    """Return the error that a client sees for an error in a pipeline."""
     if isinstance(error, RequestError):
         return error
-    if isinstance(error, PromptTooLongError):
-        return RequestError(400, str(error), code="context_length_exceeded", param="messages")
-    if isinstance(error, ImageError):
-        return RequestError(400, str(error), code="invalid_image", param="messages")
-    if isinstance(error, ShapeError):
-        return RequestError(400, str(error), code="invalid_value")
-    if isinstance(error, BackendError):
-        return RequestError(500, str(error), code="backend_error")
-    if isinstance(error, BundleError):
-        return RequestError(500, str(error), code="bundle_error")
-    if isinstance(error, TrioEdgeError):
-        return RequestError(400, str(error), code="invalid_value")
+    for kind, status, code, param in _OF_PIPELINE:
+        if isinstance(error, kind):
+            return RequestError(status, str(error), code=code, param=param)
     return RequestError(
         500,
         f"server: expected an answer, got {type(error).__name__}; the server's log has more",

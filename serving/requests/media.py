@@ -1,4 +1,4 @@
-"""The bytes of an image or a video: from a data URL, an allowed folder of this machine, or an allowed host."""
+"""Reads an image or a video from a data URL, an allowed folder of this machine, or an allowed host."""
 
 from __future__ import annotations
 
@@ -20,35 +20,25 @@ if TYPE_CHECKING:
 
 _DATA = re.compile(r"data:(image|video)/[\w.+-]+(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII | re.IGNORECASE)
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP")
-"""MPO is a JPEG with further images, as some phones write it."""
+"""Accepted formats; MPO is a JPEG with further images, which some phones write."""
 
 
 @final
 class MediaReader:
-    """Reads images and videos as the server's policy allows; any thread may use it."""
+    """Reads images and videos as the server's policy allows. Any thread may use it."""
 
     def __init__(self, settings: ServerSettings, *, remote: RemoteMedia | None = None) -> None:
-        """Take the policy.
-
-        Args:
-            settings: The server's.
-            remote: Fetches from other hosts; made of ``settings`` by default.
-        """
+        """Take the policy; ``remote`` fetches from other hosts, by default as ``settings`` allow."""
         self._settings = settings
         self._remote = remote or RemoteMedia(
             settings.allowed_media_domains, seconds=settings.media_s, max_bytes=settings.max_body
         )
 
     def read(self, url: str, *, kind: str, where: str) -> bytes:
-        """Return the bytes of a file.
-
-        Args:
-            url: Its address.
-            kind: "image" or "video".
-            where: The field, for messages.
+        """Return the bytes of the file at ``url``; ``kind`` is "image" or "video".
 
         Raises:
-            RequestError: If the policy forbids it, or it cannot be read.
+            RequestError: If the policy forbids it, or it cannot be read; the message begins with ``where``, the field.
         """
         if found := _DATA.match(url):
             if found[1].lower() != kind:
@@ -62,7 +52,7 @@ class MediaReader:
         raise _refused(where, f"data:{kind}/…;base64,…", f"{url[:40]!r}")
 
     def check_image(self, data: bytes, *, where: str, pixels_left: int) -> int:
-        """Return the pixels of an image from its header; nothing is decoded.
+        """Return the number of pixels of an image from its header, without decoding it.
 
         Raises:
             RequestError: If it has more than ``pixels_left`` or an unusual format.
@@ -91,11 +81,11 @@ class MediaReader:
             if is_inside and not parts.query and not parts.fragment:
                 return self._file(path, where=where)
         except (OSError, ValueError, RuntimeError):
-            pass  # said the same as of a file outside, so that nobody learns which files exist
+            pass  # the same message as for a file outside of the folder, so that nobody learns which files exist
         raise _refused(where, "a readable file of --allowed-local-media-path", "another")
 
     def _file(self, path: Path, *, where: str) -> bytes:
-        # The path is resolved: a link in its place now was put there since, and a pipe would block.
+        # The path is resolved, so a link must be new and is refused. A pipe would block.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ValueError

@@ -1,7 +1,6 @@
 """The body of ``POST /v1/chat/completions``: OpenAI's fields, some of vLLM's, and our own under ``trio``.
 
-Each field is followed or refused by its name; none is ignored. ``user`` and a message's ``name`` of None have no effect in
-OpenAI's interface either.
+Each field has an effect or is refused by name; none is ignored, except ``user``, which has no effect with OpenAI either.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ MOST_STOPS = 16
 MOST_STOP_CHARACTERS = 256
 MOST_CHOICES = 256
 DEEPEST_SCHEMA = 32
-"""Levels of a JSON schema: the grammar's compiler recurses."""
+"""Most levels of a JSON schema, because the grammar's compiler is recursive."""
 
 _NEUTRAL = {
     "n": 1,
@@ -32,7 +31,7 @@ _NEUTRAL = {
     "store": False,
     "metadata": {},
 }
-"""Fields that are understood but not supported, and the value that asks for nothing."""
+"""Known but unsupported fields, and the value at which they have no effect."""
 _NEUTRAL_IN_TURN: dict[str, Any] = {"tool_calls": [], "annotations": []}
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
@@ -53,7 +52,7 @@ class ImageAddress(_Spec, kw_only=True, frozen=True):
 
 
 class VideoAddress(_Spec, kw_only=True, frozen=True):
-    """The address of a video, and the frames that are taken of it."""
+    """The address of a video, and the frames to sample from it."""
 
     url: str
     fps: float | None = None
@@ -86,7 +85,7 @@ class Turn(_Spec, kw_only=True, frozen=True):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
-    # What openai-python writes into an answer that is sent back; all must be empty.
+    # openai-python adds these fields to an answer that is sent back; all must be empty.
     name: str | None = None
     refusal: str | None = None
     audio: Any = None
@@ -157,7 +156,7 @@ class ChatRequest(_Spec, kw_only=True, frozen=True):
     ignore_eos: bool | None = False
     structured_outputs: StructuredOutputs | None = None
     trio: TrioOptions = TrioOptions()
-    # Understood, not supported: see ``_NEUTRAL``.
+    # Known but not supported, see ``_NEUTRAL``.
     n: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -172,17 +171,17 @@ class ChatRequest(_Spec, kw_only=True, frozen=True):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts that end the answer."""
+        """Stop texts, which end the answer."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def limit(self) -> int | None:
-        """Tokens of the answer, at most; None for the bundle's room."""
+        """Longest answer in tokens; None for the bundle's limit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def details(self) -> frozenset[str]:
-        """The details that images ask for, apart from "auto"."""
+        """The images' values of ``detail``, except "auto"."""
         parts = (part for turn in self.messages for part in turn.parts)
         return frozenset(part.image_url.detail for part in parts if isinstance(part, ImagePart)) - {"auto"}
 
@@ -191,11 +190,7 @@ _DECODER = msgspec.json.Decoder(ChatRequest)
 
 
 def parse_chat(body: bytes, *, max_parts: int) -> ChatRequest:
-    """Return the request in ``body``.
-
-    Args:
-        body: JSON in UTF-8.
-        max_parts: Messages and content parts, at most.
+    """Return the request in ``body``, JSON in UTF-8 with at most ``max_parts`` messages and content parts.
 
     Raises:
         RequestError: If it is no JSON, or a field is missing, unknown, wrong or not supported.
@@ -208,7 +203,7 @@ def parse_chat(body: bytes, *, max_parts: int) -> ChatRequest:
         raise RequestError(400, f"body: expected JSON in UTF-8, got: {error}", code="invalid_json") from None
     except RecursionError:
         raise RequestError(
-            400, "body: expected JSON of some levels, got too many; send fewer", code="invalid_json"
+            400, "body: expected JSON with fewer levels, got too many; make it flatter", code="invalid_json"
         ) from None
     _check_neutral(chat)
     _check_sizes(chat, max_parts=max_parts)
@@ -217,7 +212,7 @@ def parse_chat(body: bytes, *, max_parts: int) -> ChatRequest:
 
 
 def _field_error(message: str) -> RequestError:
-    """Return msgspec's message with the field's name in front, as ``messages[0].role: …``."""
+    """Return msgspec's error with the field's name first, such as ``messages[0].role: …``."""
     reason, _, path = message.partition(" - at `$")
     path = path.rstrip("`").lstrip(".")
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", reason, re.DOTALL)
@@ -297,7 +292,10 @@ def _check_together(chat: ChatRequest) -> None:
     elif has_format and chat.structured_outputs is not None:
         problem = ("structured_outputs", "expected it or response_format, got both; send one")
     elif chat.ignore_eos and (has_format or chat.structured_outputs is not None):
-        problem = ("ignore_eos", "expected an answer that may end, as it has a form; remove it")
+        problem = (
+            "ignore_eos",
+            "expected no ignore_eos with a given form, whose answer must be able to end; remove it",
+        )
     elif len(chat.details) > 1:
         problem = ("messages", 'expected one detail for all images, got "low" and "high"; choose one')
     if problem is not None:

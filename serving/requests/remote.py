@@ -1,7 +1,7 @@
-"""Fetching an image over HTTP from hosts that the operator allowed, and from no address of the inside.
+"""Fetches an image over HTTP from hosts that the operator allowed, and never from an internal address.
 
-A name is resolved once, all its addresses must be global, and the connection goes to the very address that was checked. So a
-name that later resolves to something else gains nothing. Each redirect is checked like the first address.
+A name is resolved once, all its addresses must be global, and the connection goes to the checked address. So a name that
+later resolves to another address gains nothing. Each redirect is checked like the first URL.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class RemoteMedia:
         """Take the policy.
 
         Args:
-            domains: Hosts as ``images.example``, or with a port as ``images.example:8443``.
-            seconds: For one file, redirects included.
-            max_bytes: Of one file.
-            resolve: Host and port to addresses; the system's resolver by default.
-            is_allowed: Whether an address may be asked; ``is_global`` by default.
+            domains: Hosts such as ``images.example``, or with a port ``images.example:8443``.
+            seconds: Time limit for one file, including redirects.
+            max_bytes: Limit for one file.
+            resolve: Returns the addresses of a host and a port; by default the system's resolver.
+            is_allowed: Returns whether an address is allowed; by default ``is_global``.
         """
         self._domains = frozenset(domain.lower() for domain in domains)
         self._seconds, self._max_bytes = seconds, max_bytes
@@ -64,12 +64,8 @@ class RemoteMedia:
     def fetch(self, url: str, *, where: str) -> bytes:
         """Return the file at ``url``.
 
-        Args:
-            url: Its address.
-            where: The field, for messages.
-
         Raises:
-            RequestError: If the policy forbids it, or it cannot be had.
+            RequestError: If the policy forbids it, or it cannot be fetched; the message begins with ``where``, the field.
         """
         deadline = time.monotonic() + self._seconds
         for _ in range(MOST_REDIRECTS + 1):
@@ -78,7 +74,7 @@ class RemoteMedia:
                 with _response(place, self._address(place, where=where), deadline=deadline) as response:
                     if response.status not in _REDIRECTS:
                         data = self._read(response, where=where)
-                        if time.monotonic() >= deadline:  # what was cut may look whole
+                        if time.monotonic() >= deadline:  # a truncated file may look complete
                             raise TimeoutError
                         return data
                     url = urljoin(url, response.headers.get("location", ""))
@@ -126,7 +122,7 @@ class RemoteMedia:
 
 
 def is_global(address: str) -> bool:
-    """Return whether an IP address is one of the public internet, also inside of IPv6 forms of IPv4 addresses."""
+    """Return whether an IP address is public, including IPv4 addresses within IPv6 addresses."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
@@ -148,7 +144,7 @@ def _resolve(host: str, port: int) -> list[str]:
 
 @contextlib.contextmanager
 def _response(place: _Place, address: str, *, deadline: float) -> Iterator[http.client.HTTPResponse]:
-    """Yield the answer to a GET; the connection is cut at the deadline, however slowly bytes drip."""
+    """Yield the response to a GET; the connection is cut at the deadline, however slowly bytes arrive."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError
@@ -177,9 +173,5 @@ def _cut(raw: socket.socket) -> None:
 
 
 def _refused(where: str, expected: str, got: str, *, code: str = "media_refused") -> RequestError:
-    return RequestError(
-        400,
-        f"{where}: expected {expected}, got {got}; send the image as a data URL",
-        code=code,
-        param="messages",
-    )
+    message = f"{where}: expected {expected}, got {got}; send the image as a data URL"
+    return RequestError(400, message, code=code, param="messages")

@@ -71,7 +71,7 @@ def test_a_full_queue_says_when_to_come_back(reduced_bundle: Path) -> None:
             answers = [clients.submit(create, **fields) for _ in range(3)]
             worker = server.workers["reduced"]
             until(lambda: worker._running is not None and len(worker._waiting) == 2)
-            with pytest.raises(openai.RateLimitError, match="2 requests wait") as raised:
+            with pytest.raises(openai.RateLimitError, match="2 requests are waiting") as raised:
                 create(**fields)
             assert 1 <= int(raised.value.response.headers["retry-after"]) <= 2
             assert raised.value.code == "queue_full"
@@ -97,7 +97,7 @@ def test_a_wait_that_is_too_long_is_refused_though_the_queue_has_room(reduced_bu
         with ThreadPoolExecutor(1) as clients:
             answer = clients.submit(create)
             until(lambda: server.workers["reduced"]._running is not None)
-            with pytest.raises(openai.RateLimitError, match="0 requests wait, about 0"):
+            with pytest.raises(openai.RateLimitError, match="0 requests are waiting, for about 0"):
                 create()
             assert answer.result().usage is not None
 

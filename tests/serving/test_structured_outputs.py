@@ -130,15 +130,18 @@ def test_a_choice_that_starts_another_may_end_or_go_on() -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"response_format": schema({"type": "thing"})}, "a schema that llguidance knows"),
-        ({"response_format": schema({"type": "string", "pattern": "("})}, "a schema that llguidance knows"),
+        ({"response_format": schema({"type": "thing"})}, "a schema that llguidance supports"),
+        (
+            {"response_format": schema({"type": "string", "pattern": "("})},
+            "a schema that llguidance supports",
+        ),
         ({"response_format": {"type": "json_schema"}}, 'expected "json_schema" with the type'),
         ({"response_format": {"type": "xml"}}, "response_format.type: Invalid"),
         ({"extra_body": {"structured_outputs": {"choice": []}}}, "structured_outputs.choice: Expected"),
         ({"extra_body": {"structured_outputs": {"choice": ["ü"]}}}, "tokenizer can write, got 'ü'"),
         (
             {"extra_body": {"structured_outputs": {"choice": ["a"]}, "ignore_eos": True}},
-            "an answer that may end",
+            "expected no ignore_eos with a given form",
         ),
         (
             {
