@@ -39,19 +39,17 @@ def _replica_range(
     return int(found[1]), int(found[2] or found[1])
 
 
-@click.command("trio-serve", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("trio-serve", context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("bundles", metavar="[NAME=]BUNDLE...", nargs=-1, required=True)
 @click.option(
     "--host",
     default="127.0.0.1",
-    show_default=True,
     help="Address to listen on; any address but loopback needs --api-key.",
 )
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
     default=8000,
-    show_default=True,
     help="Port to listen on; 0 takes a free one.",
 )
 @click.option(
@@ -65,14 +63,12 @@ def _replica_range(
     "--keep-images",
     type=int,
     default=0,
-    show_default=True,
     help="Number of recent images whose visual tokens are kept, to answer further questions about them faster.",
 )
 @click.option(
     "--max-queue",
     type=click.IntRange(0, 10_000),
     default=_DEFAULT.max_queue,
-    show_default=True,
     help="Most requests that wait for one bundle; further ones get status 429.",
 )
 @click.option(
@@ -80,21 +76,18 @@ def _replica_range(
     "max_wait_s",
     type=click.FloatRange(0),
     default=_DEFAULT.max_wait_s,
-    show_default=True,
     help="Longest expected wait in seconds; a request that would wait longer gets status 429.",
 )
 @click.option(
     "--max-body",
     type=click.IntRange(1024),
     default=_DEFAULT.max_body,
-    show_default=True,
     help="Largest request in bytes.",
 )
 @click.option(
     "--max-pixels",
     type=click.IntRange(1),
     default=_DEFAULT.max_pixels,
-    show_default=True,
     help="Most pixels in all images of a request; more are refused before they are decoded.",
 )
 @click.option(
@@ -113,7 +106,6 @@ def _replica_range(
     "shutdown_s",
     type=click.FloatRange(0, 3600),
     default=_DEFAULT.shutdown_s,
-    show_default=True,
     help="Seconds for running answers to finish after Ctrl-C or SIGTERM.",
 )
 @click.option(
@@ -132,7 +124,6 @@ def _replica_range(
     "--gpus",
     type=click.FloatRange(0),
     default=FleetSettings.gpus,
-    show_default=True,
     help="GPUs per replica; may be a fraction.",
 )
 @click.option("--access-log", is_flag=True, help="Print one line per request.")

@@ -16,33 +16,25 @@ class Metrics:
     """Counts requests, tokens and times. Any thread may use it."""
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
-        by_model = ("model",)
-        self._requests = Counter(
-            "trio_requests", "Requests by HTTP status", ("model", "status"), registry=registry
-        )
-        self._cancelled = Counter(
-            "trio_cancelled_answers", "Answers whose client went away", by_model, registry=registry
-        )
-        self._prompt = Counter(
-            "trio_prompt_tokens", "Prompt tokens before reduction", by_model, registry=registry
-        )
-        self._visual = Counter(
-            "trio_visual_tokens", "Visual tokens before reduction", by_model, registry=registry
-        )
-        self._kept = Counter(
-            "trio_kept_tokens",
-            "Visual tokens that each stage kept",
-            ("model", "stage"),
-            registry=registry,
-        )
-        self._new = Counter("trio_completion_tokens", "Tokens of answers", by_model, registry=registry)
-        self._waiting = Gauge("trio_waiting_requests", "Requests that wait", by_model, registry=registry)
-        self._running = Gauge("trio_running_requests", "Answers that run", by_model, registry=registry)
-        self._replicas = Gauge("trio_replicas", "Replicas that run", by_model, registry=registry)
+        self._registry = CollectorRegistry()
+        self._requests = self._counter("trio_requests", "Requests by HTTP status", "status")
+        self._cancelled = self._counter("trio_cancelled_answers", "Answers whose client went away")
+        self._prompt = self._counter("trio_prompt_tokens", "Prompt tokens before reduction")
+        self._visual = self._counter("trio_visual_tokens", "Visual tokens before reduction")
+        self._kept = self._counter("trio_kept_tokens", "Visual tokens that each stage kept", "stage")
+        self._new = self._counter("trio_completion_tokens", "Tokens of answers")
+        self._waiting = self._gauge("trio_waiting_requests", "Requests that wait")
+        self._running = self._gauge("trio_running_requests", "Answers that run")
+        self._replicas = self._gauge("trio_replicas", "Replicas that run")
         self._queue = self._seconds("trio_queue_seconds", "Wait before an answer starts")
         self._ttft = self._seconds("trio_first_token_seconds", "From an answer's start to its first token")
         self._decode = self._seconds("trio_decode_seconds", "All tokens of an answer after the first")
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, ("model", *labels), registry=self._registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, ("model",), registry=self._registry)
 
     def _seconds(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, ("model",), buckets=_SECONDS, registry=self._registry)

@@ -50,18 +50,13 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     cost = manifest.cost
     full, reduced = sum(cost.full_flops.values()), sum(cost.reduced_flops.values())
     return {
-        "model": manifest.model,
-        "family": manifest.family,
-        "dtype": manifest.dtype,
-        "opset": manifest.opset,
-        "max_visual": manifest.max_visual,
-        "max_images": manifest.max_images,
+        **_values(manifest, "model", "family", "dtype", "opset", "max_visual", "max_images"),
         "takes_videos": manifest.video_processing is not None,
         "follow_ups": has_follow_ups(manifest),
         "visual_sizes": list(manifest.visual_sizes),
         "image_sizes": [
             {
-                **{name: getattr(size, name) for name in ("width", "height", "num_visual")},
+                **_values(size, "width", "height", "num_visual"),
                 "padding": size.rows - size.num_visual,
             }
             for size in manifest.image_sizes
@@ -96,11 +91,13 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def _values(source: object, *names: str) -> dict[str, Any]:
+    return {name: msgspec.to_builtins(getattr(source, name)) for name in names}
+
+
 def _graph_summary(graph: GraphSpec) -> dict[str, Any]:
     return {
-        "name": graph.name,
-        "role": graph.role,
-        "file": graph.file,
+        **_values(graph, "name", "role", "file"),
         "layers": _layers(graph),
         "weight_bytes": graph.weight_bytes,
         "inputs": msgspec.to_builtins(list(graph.inputs)),
@@ -114,11 +111,9 @@ def _engines(bundle: Path) -> list[dict[str, Any]]:
     return [
         {
             "target": target,
-            "backend": engines.backend,
-            "tensorrt_version": engines.tensorrt_version,
-            "compute_capabilities": list(engines.compute_capabilities),
-            "platform": engines.platform,
-            "num_bytes": engines.num_bytes,
+            **_values(
+                engines, "backend", "tensorrt_version", "compute_capabilities", "platform", "num_bytes"
+            ),
             "graphs": [entry.graph for entry in engines.engines],
         }
         for target, engines in engine_sets(bundle).items()

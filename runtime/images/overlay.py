@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from trio_edge.runtime.images.layout import ImageLayout
 
     Box = tuple[int, int, int, int]
-    Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 _PANEL_SIDE = 640  # three panels fit on a screen
 _MARGIN = 16

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from trio_edge.runtime.bundle.errors import ShapeError
-from trio_edge.serving.requests.errors import RequestError
+from trio_edge.serving.requests.errors import RequestError, field_error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -146,4 +146,4 @@ class GrammarConstraint:
 
 def _refused(param: str, expected: str, got: str) -> RequestError:
     message = f"{param}: expected {expected}, got {' '.join(got.split())}"
-    return RequestError(400, message, code="invalid_value", param=param)
+    return field_error(message, param=param)

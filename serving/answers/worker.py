@@ -18,7 +18,7 @@ from trio_edge.serving.answers.job import AnswerJob, Failed, Finished, Kept, New
 from trio_edge.serving.answers.kept import kept_report
 from trio_edge.serving.answers.stops import StopTexts
 from trio_edge.serving.answers.structured import Constraints
-from trio_edge.serving.requests.errors import RequestError, request_error_from
+from trio_edge.serving.requests.errors import RequestError, field_error, request_error_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -243,12 +243,11 @@ def answer_settings(chat: ChatRequest, manifest: Manifest) -> dict[str, Any]:
     """
     room, limit = manifest.max_new_tokens, chat.limit
     if limit is not None and limit > room:
-        raise RequestError(
-            400,
+        raise field_error(
             f"max_tokens: expected at most {room} (the bundle's limit), got {limit}; ask for fewer, or export with a larger"
             " --max-new-tokens",
-            code="context_length_exceeded",
             param="max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens",
+            code="context_length_exceeded",
         )
     same = ("temperature", "top_p", "top_k", "seed", "repetition_penalty")
     return {

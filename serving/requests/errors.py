@@ -58,6 +58,11 @@ class RequestError(Exception):
         return {"www-authenticate": "Bearer"} if self.status == 401 else {}
 
 
+def field_error(message: str, *, param: str | None, code: str = "invalid_value") -> RequestError:
+    """Return the error of a wrong field: status 400."""
+    return RequestError(400, message, code=code, param=param)
+
+
 def request_error_from(error: Exception) -> RequestError:
     """Return the error that a client sees for an error in a pipeline."""
     if isinstance(error, RequestError):

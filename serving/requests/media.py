@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, final
 from urllib.parse import unquote, urlsplit
 
 from trio_edge.runtime.images.reading import image_header
-from trio_edge.serving.requests.errors import RequestError
+from trio_edge.serving.requests.errors import RequestError, field_error
 from trio_edge.serving.requests.remote import RemoteMedia
 
 if TYPE_CHECKING:
@@ -62,12 +62,11 @@ class MediaReader:
         if kind not in _FORMATS:
             raise _refused(where, "a PNG, JPEG, WebP, GIF or BMP image", str(kind)[:20])
         if width * height > pixels_left:
-            raise RequestError(
-                400,
+            raise field_error(
                 f"{where}: expected at most {self._settings.max_pixels} pixels in all images, got more with"
                 f" {width}x{height}; scale it down",
-                code="image_too_large",
                 param="messages",
+                code="image_too_large",
             )
         return width * height
 
@@ -106,6 +105,4 @@ def _decoded(text: str, *, where: str) -> bytes:
 
 
 def _refused(where: str, expected: str, got: str) -> RequestError:
-    return RequestError(
-        400, f"{where}: expected {expected}, got {got}", code="media_refused", param="messages"
-    )
+    return field_error(f"{where}: expected {expected}, got {got}", param="messages", code="media_refused")

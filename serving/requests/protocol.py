@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
-from trio_edge.serving.requests.errors import RequestError
+from trio_edge.serving.requests.errors import RequestError, field_error
 
 MOST_STOPS = 16
 MOST_STOP_CHARACTERS = 256
@@ -221,9 +221,7 @@ def _field_error(message: str) -> RequestError:
         path = f"{path}.{' '.join(found[1].split())[:64]}".lstrip(".")
         reason = "not a field of this server; remove it" if unknown else "expected this field, got none"
     code = "unknown_parameter" if unknown else "missing_required_parameter" if missing else "invalid_value"
-    return RequestError(
-        400, f"{path or 'body'}: {' '.join(reason.split())[:300]}", code=code, param=path or None
-    )
+    return field_error(f"{path or 'body'}: {' '.join(reason.split())[:300]}", param=path or None, code=code)
 
 
 def _check_neutral(chat: ChatRequest) -> None:
@@ -237,21 +235,18 @@ def _check_neutral(chat: ChatRequest) -> None:
 def _check_empty(name: str, value: object, neutral: object) -> None:
     if value is not None and value != neutral:
         only = "no value" if neutral is None else f"only {neutral!r}"
-        raise RequestError(
-            400,
+        raise field_error(
             f"{name}: expected {only}, got {value!r:.80}; this server does not support it",
-            code="unsupported_parameter",
             param=name.split("]")[-1].lstrip("."),
+            code="unsupported_parameter",
         )
 
 
 def _check_sizes(chat: ChatRequest, *, max_parts: int) -> None:
     num_parts = len(chat.messages) + sum(len(turn.parts) for turn in chat.messages)
     if num_parts > max_parts:
-        raise RequestError(
-            400,
+        raise field_error(
             f"messages: expected at most {max_parts} messages and parts, got {num_parts}; send fewer",
-            code="invalid_value",
             param="messages",
         )
     form = chat.response_format
@@ -271,10 +266,8 @@ def _check_depth(schema: dict[str, Any]) -> None:
         ]
         if not level:
             return
-    raise RequestError(
-        400,
+    raise field_error(
         f"response_format: expected a schema of at most {DEEPEST_SCHEMA} levels, got more; make it flatter",
-        code="invalid_value",
         param="response_format",
     )
 
@@ -299,4 +292,4 @@ def _check_together(chat: ChatRequest) -> None:
     elif len(chat.details) > 1:
         problem = ("messages", 'expected one detail for all images, got "low" and "high"; choose one')
     if problem is not None:
-        raise RequestError(400, f"{problem[0]}: {problem[1]}", code="invalid_value", param=problem[0])
+        raise field_error(f"{problem[0]}: {problem[1]}", param=problem[0])

@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple, final
 from urllib.parse import urljoin, urlsplit
 
-from trio_edge.serving.requests.errors import RequestError
+from trio_edge.serving.requests.errors import RequestError, field_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -174,4 +174,4 @@ def _cut(raw: socket.socket) -> None:
 
 def _refused(where: str, expected: str, got: str, *, code: str = "media_refused") -> RequestError:
     message = f"{where}: expected {expected}, got {got}; send the image as a data URL"
-    return RequestError(400, message, code=code, param="messages")
+    return field_error(message, param="messages", code=code)
