@@ -220,7 +220,9 @@ class Pipeline:
         for turn in history if isinstance(history, (list, tuple)) else (history,):
             is_pair = isinstance(turn, (list, tuple)) and len(turn) == 2
             if not is_pair or not all(isinstance(text, str) for text in turn):
-                raise ShapeError(f"history: expected pairs of question and answer, got {turn!r:.80}")
+                raise ShapeError(
+                    f"history: expected pairs of question and answer, got {turn!r:.80}; pass pairs"
+                )
         sampling = {"fps": fps, "num_frames": num_frames, "source_fps": source_fps}
         videos = [] if video is None else [{"video": video, **sampling}]
         messages = build_messages(prompt, images=images, videos=videos, history=history, system=system)

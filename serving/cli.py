@@ -188,7 +188,7 @@ def _check_settings(limits: ServerSettings) -> None:
     for domain in limits.allowed_media_domains:
         if urlsplit(f"//{domain}").netloc != domain or "@" in domain:
             raise click.UsageError(
-                f"--allowed-media-domains: expected a host such as images.example, got {domain!r:.80}"
+                f"--allowed-media-domains: expected a host such as images.example, got {domain!r:.80}; correct it"
             )
 
 

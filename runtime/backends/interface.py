@@ -57,7 +57,9 @@ def check_tensors(spec: GraphSpec, profile: Profile, tensors: Mapping[str, Devic
     expected = {tensor.name: tensor for tensor in spec.tensors}
     if tensors.keys() != expected.keys():
         odd = sorted(tensors.keys() ^ expected.keys())
-        raise ShapeError(f"{spec.name}: expected the tensors {', '.join(list(expected)[:5])}…, odd are {odd}")
+        raise ShapeError(
+            f"{spec.name}: expected the tensors {', '.join(list(expected)[:5])}…, got others or too few: {odd}; bind exactly these"
+        )
     for name, tensor in expected.items():
         shape, got = shape_at(tensor.shape, profile), tensors[name]
         if got.dtype != tensor.dtype or got.shape != shape:

@@ -366,7 +366,7 @@ class Manifest(_Spec, frozen=True):
         ):
             raise ManifestError(
                 "token_embedding: expected float32 or float16 rows, or int8 rows with scales, got"
-                f" {table.dtype} {'without' if scales is None else 'with'} scales"
+                f" {table.dtype} {'without' if scales is None else 'with'} scales; export the bundle again"
             )
         shape = self.dimensions.vocab_size, self.dimensions.hidden_size
         self._check_stored("token_embedding", table, shape)
@@ -442,12 +442,13 @@ class Manifest(_Spec, frozen=True):
         for graph in self.ranges:
             if graph.first_layer != next_layer or graph.num_layers < 1:
                 raise ManifestError(
-                    f"graph {graph.name!r}: expected to start at layer {next_layer}, got {graph.first_layer}"
+                    f"graph {graph.name!r}: expected to start at layer {next_layer}, got {graph.first_layer};"
+                    " export the bundle again"
                 )
             next_layer += graph.num_layers
         if next_layer != self.dimensions.num_layers:
             raise ManifestError(
-                f"graphs: expected {self.dimensions.num_layers} decoder layers, got {next_layer}"
+                f"graphs: expected {self.dimensions.num_layers} decoder layers, got {next_layer}; export the bundle again"
             )
 
     def _check_graph_names(self) -> None:

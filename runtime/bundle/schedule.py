@@ -29,11 +29,11 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def __post_init__(self) -> None:
         if self.layer < 1:
             raise ScheduleError(
-                f"stage at layer {self.layer}: expected a layer >= 1, layer 0 always sees all tokens"
+                f"stage at layer {self.layer}: expected a layer >= 1, got {self.layer}; layer 0 always sees all tokens"
             )
         if not 1 <= self.keep <= MOST_TOKENS:
             raise ScheduleError(
-                f"stage at layer {self.layer}: expected to keep 1..{MOST_TOKENS} tokens, got {self.keep}"
+                f"stage at layer {self.layer}: expected to keep 1..{MOST_TOKENS} tokens, got {self.keep}; choose another number"
             )
 
 
@@ -71,7 +71,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 )
         # Only the exporter knows the selectors' names. A runtime also runs graphs of selectors newer than itself.
         if not re.fullmatch("[a-z][a-z0-9_-]*", self.method):
-            raise ScheduleError(f"method: expected a name in small letters, got {self.method!r}")
+            raise ScheduleError(f"method: expected a name in small letters, got {self.method!r}; correct it")
         for name, choices in (("probe_rows", ProbeRows), ("positions", Positions), ("budget", Budget)):
             first, second = get_args(choices)
             if (value := getattr(self, name)) not in (first, second):

@@ -169,9 +169,13 @@ def _statistics_line(answer: Generation) -> str:
 
 def _check_drawing_target(path: Path) -> None:
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise click.UsageError(f"--show-kept: expected a .png, .jpg or .webp file, got {path.name!r}")
+        raise click.UsageError(
+            f"--show-kept: expected a .png, .jpg or .webp file, got {path.name!r}; rename it"
+        )
     if not path.absolute().parent.is_dir() or path.is_dir():
-        raise click.UsageError(f"--show-kept: expected a file in an existing folder, got {path}")
+        raise click.UsageError(
+            f"--show-kept: expected a file in an existing folder, got {path}; create the folder"
+        )
 
 
 def _draw(pipeline: Pipeline, answer: Generation, target: Path) -> None:

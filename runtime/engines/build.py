@@ -343,11 +343,7 @@ def _build_graph(plan: BuildPlan, graph: PlannedGraph, folder: Path, progress: B
 
 
 def _run_process(job: Job, graph: PlannedGraph, progress: BuildProgress) -> dict[str, Any]:
-    """Run ``job`` in a separate process and return its last report.
-
-    Raises:
-        BackendError: If it failed or was killed.
-    """
+    """Run ``job`` in a separate process and return its last report; raises BackendError if it failed or was killed."""
     # Spawned, because CUDA's state does not survive a fork.
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)

@@ -66,7 +66,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Im
         return _decode_file(io.BytesIO(data), len(data), name="image", max_pixels=max_pixels)
     if isinstance(source, (str, Path)):
         return _decode_path(source, max_pixels=max_pixels)
-    raise ImageError(f"image: expected a path, bytes or a PIL image, got {type(source).__name__}")
+    raise ImageError(f"image: expected a path, bytes or a PIL image, got {type(source).__name__}; give one")
 
 
 def _decode_path(source: str | Path, *, max_pixels: int) -> Image.Image:
@@ -90,11 +90,11 @@ def file_of(source: str | Path, *, kind: str) -> Path:
     try:
         path = Path(source)
         if path.is_dir():
-            raise ImageError(f"{name}: expected {_A[kind]} file, got a directory")
+            raise ImageError(f"{name}: expected {_A[kind]} file, got a directory; name a file")
         if not path.exists():
             raise ImageError(f"{name}: expected an existing file, found none; check the path")
         if not path.is_file():
-            raise ImageError(f"{name}: expected a regular file, got a device or pipe")
+            raise ImageError(f"{name}: expected a regular file, got a device or pipe; copy it to a file")
     except (OSError, ValueError) as error:  # no permission; a name with a null byte or too long
         if isinstance(error, ImageError):
             raise
@@ -122,7 +122,7 @@ def _decode_file(file: IO[bytes], num_bytes: int, *, name: str, max_pixels: int)
 def _opened(file: IO[bytes], num_bytes: int, *, name: str, max_pixels: int) -> Image.Image:
     """Return the image in an open file; of a refused image, little more than the header is read."""
     if num_bytes == 0:
-        raise ImageError(f"{name}: expected an image, got an empty file")
+        raise ImageError(f"{name}: expected an image, got an empty file; choose another file")
     if num_bytes > (most := _HEADER_BYTES + _BYTES_PER_PIXEL * max_pixels):
         raise ImageError(
             f"{name}: expected at most {most} bytes for {max_pixels} pixels, got {num_bytes}; scale it down"
@@ -135,7 +135,7 @@ def _opened(file: IO[bytes], num_bytes: int, *, name: str, max_pixels: int) -> I
         raise ImageError(_too_many(name, max_pixels)) from error
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{name}: expected an image (PNG, JPEG, WebP, …), got {num_bytes} bytes of no known format"
+            f"{name}: expected an image (PNG, JPEG, WebP, …), got {num_bytes} bytes of no known format; convert it"
         ) from error
     except Exception as error:  # Pillow's readers raise almost anything on damaged headers
         raise ImageError(f"{name}: expected a readable image, got {one_line(error)}") from error

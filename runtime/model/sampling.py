@@ -237,7 +237,7 @@ def make_sampler(
     if not is_whole(top_k) or top_k < 0:
         raise ShapeError(f"top_k: expected a whole number >= 0, got {top_k!r}; use 0 to switch it off")
     if seed is not None and (not is_whole(seed) or seed < 0):
-        raise ShapeError(f"seed: expected a whole number >= 0 or None, got {seed!r}")
+        raise ShapeError(f"seed: expected a whole number >= 0 or None, got {seed!r}; choose one")
     return Sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
 
 

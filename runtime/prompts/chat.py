@@ -190,7 +190,9 @@ def render_chat(
             " more; export the checkpoint with another template"
         ) from error
     except Exception as error:  # a template can raise whatever Python code can
-        raise BundleError(f"chat template: expected it to render, got {_one_line(error)}") from error
+        raise BundleError(
+            f"chat template: expected it to render, got {_one_line(error)}; export with another template"
+        ) from error
 
 
 def _bounded(pieces: Iterable[str]) -> Iterator[str]:
@@ -214,7 +216,9 @@ def compile_template(template: str) -> jinja2.Template:
         with budget():  # constants are computed here
             return Sandbox().from_string(template)
     except Exception as error:  # syntax errors, and recursion or overflow in hostile templates
-        raise BundleError(f"chat template: expected valid Jinja text, got {_one_line(error)}") from error
+        raise BundleError(
+            f"chat template: expected valid Jinja text, got {_one_line(error)}; export with another template"
+        ) from error
 
 
 def _plain(value: Any) -> Any:

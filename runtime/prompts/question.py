@@ -100,7 +100,9 @@ def check_messages(messages: object) -> None:
         for part in () if isinstance(content, str) else content:
             _check_part(part, where=where)
     if messages[-1]["role"] != "user":
-        raise ShapeError(f"messages: expected the last turn to be the user's, got {messages[-1]['role']!r}")
+        raise ShapeError(
+            f"messages: expected the last turn to be the user's, got {messages[-1]['role']!r}; add a question"
+        )
 
 
 def _check_part(part: object, *, where: str) -> None:

@@ -102,9 +102,11 @@ def open_video(
     """
     for name, rate in (("fps", fps), ("source_fps", source_fps)):
         if rate is not None and not (is_number(rate) and 0 < rate < math.inf):
-            raise ImageError(f"{name}: expected frames per second above 0, got {rate!r:.80}")
+            raise ImageError(
+                f"{name}: expected frames per second above 0, got {rate!r:.80}; choose a larger rate"
+            )
     if num_frames is not None and not (is_whole(num_frames) and num_frames >= 1):
-        raise ImageError(f"num_frames: expected at least 1, got {num_frames!r:.80}")
+        raise ImageError(f"num_frames: expected at least 1, got {num_frames!r:.80}; choose more")
     if fps is not None and num_frames is not None:
         raise ImageError(f"video: expected fps or num_frames, got both ({fps} and {num_frames}); give one")
 
@@ -118,13 +120,15 @@ def open_video(
 
     if not isinstance(source, (str, Path)):
         if not isinstance(source, (list, tuple)):
-            raise ImageError(f"video: expected a path or a list of images, got {type(source).__name__}")
+            raise ImageError(
+                f"video: expected a path or a list of images, got {type(source).__name__}; give one"
+            )
         return _from_images(source, chosen, source_fps, name="video", max_pixels=max_pixels)
     if _is_folder(source):
         name = f"video {short_name(source)}"
         return _from_images(_images_in(Path(source)), chosen, source_fps, name=name, max_pixels=max_pixels)
     if source_fps is not None:
-        raise ImageError(f"source_fps: expected none with a video file, which has its own, got {source_fps}")
+        raise ImageError(f"source_fps: expected none with a video file, got {source_fps}; leave it out")
     return _from_file(source, chosen, max_pixels=max_pixels)
 
 
@@ -144,7 +148,7 @@ def _from_images(
     max_pixels: int,
 ) -> Video:
     if not images:
-        raise ImageError(f"{name}: expected at least one image, got none")
+        raise ImageError(f"{name}: expected at least one image, got none; add frames")
     indices = chosen(len(images), fps)
     frames: dict[int, Image.Image] = {}
     for index in indices:

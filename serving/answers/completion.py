@@ -30,11 +30,7 @@ class Completion:
         self._report: dict[str, Any] | None = None
 
     def add(self, event: Event) -> dict[str, Any] | None:
-        """Add an event; return the whole answer when it is the last one.
-
-        Raises:
-            RequestError: If the answer failed.
-        """
+        """Add an event; return the whole answer when it is the last one; raises RequestError if the answer failed."""
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, NewText):

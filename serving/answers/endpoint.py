@@ -52,11 +52,7 @@ class ChatEndpoint:
         self._memory = BodyMemory(settings.max_body * settings.max_bodies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request.
-
-        Raises:
-            RequestError: If it is refused.
-        """
+        """Answer a request; raises RequestError if it is refused."""
         request, name = Request(scope, receive), ""
         try:
             async with Body(request, settings=self._settings, memory=self._memory) as body:

@@ -123,11 +123,7 @@ class GrammarConstraint:
         self._mask_V: NDArray[np.bool_] | None = None
 
     def allowed(self) -> NDArray[np.bool_]:
-        """Return [V], whether each token may come next.
-
-        Raises:
-            ShapeError: If the grammar becomes too complex.
-        """
+        """Return [V], whether each token may come next; raises ShapeError if the grammar becomes too complex."""
         if self._mask_V is None:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             if self._matcher.is_error():

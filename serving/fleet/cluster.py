@@ -73,7 +73,9 @@ def ray_running(fleet: FleetSettings, *, cpus: float) -> Iterator[None]:
             options = own if fleet.ray_address is None else {"address": fleet.ray_address}
             ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="trio-serve", **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise BackendError(f"Ray: expected a cluster, got: {str(error)[:300]}") from None
+        raise BackendError(
+            f"Ray: expected a cluster, got: {str(error)[:300]}; check it with ray status"
+        ) from None
     try:
         if fleet.ray_address is None:
             check_room(ray.cluster_resources(), fleet, cpus=cpus)

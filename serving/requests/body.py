@@ -63,11 +63,7 @@ class BodyMemory:
         self._limit, self._used = limit, 0
 
     def take(self, count: int) -> None:
-        """Add bytes.
-
-        Raises:
-            RequestError: If all bodies together are too large.
-        """
+        """Add bytes; raises RequestError if all bodies together are too large."""
         if self._used + count > self._limit:
             raise RequestError(
                 429,
