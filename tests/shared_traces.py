@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import PreTrainedConfig
 
 from tests.shared_folder import kept_between_runs
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+_make_registry = ONNXRegistry.from_torchlib
 _OF_TORCH = set(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 # One layer is traced, whatever the number and kinds of its followers are; types are in the shapes of the weights.
 _IRRELEVANT = {
@@ -37,17 +39,29 @@ _IRRELEVANT = {
 
 @contextmanager
 def shared_traces() -> Iterator[None]:
-    """Trace only what no test run has traced yet: a module of equal structure and arguments gives the same graph."""
-
-    def trace_once(module: nn.Module, **settings: Any) -> ir.Model:
-        arguments = {**settings, "args": _shapes(settings["args"])}
-        wanted = f"{_structure(module, {})} {sorted(arguments.items())}"
-        name = f"trace-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.onnx"
-        return _read(kept_between_runs(name, lambda out: _write(trace(module, **settings), out)))
-
+    """Let an export trace only what no test run has traced yet."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trio_edge.export.tracing.trace", trace_once)
         yield
+
+
+def trace_once(module: nn.Module, **settings: Any) -> ir.Model:
+    """Return what ``trace`` does; a module of equal structure and arguments gives the same graph."""
+
+    def make(out: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_registry))
+            _write(trace(module, **settings), out)
+
+    arguments = {**settings, "args": _shapes(settings["args"])}
+    wanted = f"{_structure(module, {})} {sorted(arguments.items())}"
+    return _read(kept_between_runs(f"trace-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.onnx", make))
+
+
+@functools.cache
+def _registry(*, opset_version: int) -> ONNXRegistry:
+    """Return torch's table of operators; torch makes it anew for each trace, which takes half a second."""
+    return _make_registry(opset_version=opset_version)
 
 
 def _write(model: ir.Model, path: Path) -> None:
@@ -74,8 +88,6 @@ def _structure(value: Any, seen: dict[int, int]) -> Any:
     Args:
         value: The module, or a part of it.
         seen: Numbers of the tensors so far, by their ids: a shared tensor is another structure than two equal ones.
-
-    Raises:
     """
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
         return value

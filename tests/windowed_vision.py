@@ -12,12 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+from tests.shared_traces import trace_once
 from trio_edge.export.graphs.assembly.onnx_graph import (
     attach_weights,
     dynamic_axes,
     example_input,
     save,
-    trace,
 )
 from trio_edge.export.graphs.vision.windowed import INV_FREQ_NAME, inverse_frequencies
 from trio_edge.runtime.bundle.manifest import StoredTensor, TensorSpec
@@ -93,7 +93,7 @@ def export_vision(
     axes = dict.fromkeys(sizes, torch.export.Dim.DYNAMIC)
     with FakeTensorMode(), _default_dtype(dtype):
         fake = Qwen2_5_VisionTransformerPretrainedModel(visual.config)
-        model = trace(
+        model = trace_once(
             graph(fake, torch.empty(inv_freq.shape, dtype=torch.float32)),
             args=tuple(example_input(tensor, trace_sizes=sizes) for tensor in INPUTS),
             dynamic_shapes=tuple(dynamic_axes(tensor, dims=axes) for tensor in INPUTS),

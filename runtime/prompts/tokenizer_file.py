@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 MAX_TOKENIZER_BYTES = 128 << 20
 """Size of the largest tokenizer.json; released ones have up to 33 MB."""
-MAX_CHARACTERS = 64_000_000
-"""Longest text in characters after the tokenizer's rules."""
+MAX_CHARACTERS = 8_000_000
+"""Longest text in characters after the tokenizer's rules; while they run, each character takes up to 80 bytes."""
 _MOST_RULES = 64
 _MOST_DECODER_GROWTH = 1000
 _MOST_PATTERN_CHARACTERS = 4096

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.shared_traces import shared_traces
 from trio_edge.export import tracing
 from trio_edge.export.bundle import write_graph
 from trio_edge.export.checkpoints.checkpoint import Checkpoint, read_checkpoint
@@ -48,7 +49,7 @@ def traced_ends(checkpoint_folder: Path, picture_size: tuple[int, int]) -> Trace
         dtype="float32",
         opset=18,
     )
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), shared_traces():
         model = family.build(checkpoint, processing=pictures, dtype="float32", with_features=False)
         tracer = tracing._Tracer(model, checkpoint, layout=layout, dimensions=dimensions_of(model))
         return TracedEnds(checkpoint, [tracing._vision(tracer), tracing._head(tracer)])

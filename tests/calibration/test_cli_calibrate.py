@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from tests.calibration.question_files import questions_about, write_questions
+from tests.shared_traces import shared_traces
 from trio_edge.calibration.model.torch_model import load_model
 from trio_edge.calibration.search import cli as cli_calibrate
 from trio_edge.calibration.search.calibrate import Calibrated, SearchProgress, calibrate
@@ -38,7 +39,8 @@ def calibrated(checkpoint: Path, samples: Path, tmp_path_factory: pytest.TempPat
     """A calibration with its bundle. No test may change it."""
     out = tmp_path_factory.mktemp("calibrated") / "out"
     arguments = [str(checkpoint), "--samples", str(samples), "--target", "orin-nx-16", "--out", str(out)]
-    assert cli_calibrate.main([*arguments, "--keep", "50%", *SMALL_SEARCH, "--quiet"]) == 0
+    with shared_traces():
+        assert cli_calibrate.main([*arguments, "--keep", "50%", *SMALL_SEARCH, "--quiet"]) == 0
     return out
 
 

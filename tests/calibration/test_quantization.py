@@ -17,6 +17,7 @@ from tests.calibration.question_files import questions_about, write_questions
 from tests.calibration.smoothing import apply_smoothing
 from tests.checkpoints import save_checkpoint
 from tests.decode_logits import record_logits
+from tests.shared_traces import shared_traces
 from trio_edge.calibration.model.greedy import greedy_answer
 from trio_edge.calibration.model.prompts import make_prompt
 from trio_edge.calibration.model.sequence import run_layer
@@ -306,7 +307,8 @@ def calibrated(checkpoint: Path, samples: Path, tmp_path_factory: pytest.TempPat
         "0",
     ]
     arguments += ["--answer-tokens", "2", "--max-new-tokens", "4", "--nms-thresholds", "0.8", "--quiet"]
-    assert cli_calibrate.main([*arguments, "--quantize", PLAN]) == 0
+    with shared_traces():
+        assert cli_calibrate.main([*arguments, "--quantize", PLAN]) == 0
     return out
 
 

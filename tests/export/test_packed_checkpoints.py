@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.export.packed_checkpoints import CONFIGS, Integers, write_packed
+from tests.shared_traces import shared_traces
 from trio_edge.export.bundle import export_bundle
 from trio_edge.export.checkpoints.checkpoint import canonical_name, read_checkpoint
 from trio_edge.export.families import check_architecture
@@ -32,7 +33,8 @@ SCHEDULE = Schedule(stages=(Stage(layer=1, keep=6),))
 def export(checkpoint: Path, out: Path, *, plan: str | None = None) -> Path:
     quantize = QuantizePlan() if plan is None else parse_plan(plan)
     options = ExportOptions(model=str(checkpoint), out=out, max_text=16, max_new_tokens=4, quantize=quantize)
-    export_bundle(options, schedule_for=lambda _inputs: SCHEDULE)
+    with shared_traces():
+        export_bundle(options, schedule_for=lambda _inputs: SCHEDULE)
     return out
 
 

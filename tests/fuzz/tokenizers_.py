@@ -60,10 +60,15 @@ def _pattern(rng: random.Random) -> Any:
     return rng.choice(({"String": rng.choice(_TEXTS)}, {"Regex": rng.choice(_PATTERNS)}, hostile(rng)))
 
 
+def _repeats(rng: random.Random, depth: int) -> int:
+    """Return how often a rule comes in a sequence: nested sequences stay below the size of a file that is read at all."""
+    return rng.choice((1, 2, 10, 40, 100) if depth == 0 else (1, 2, 10))
+
+
 def _normalizer(rng: random.Random, depth: int) -> Any:
     if depth < 3 and rng.random() < 0.3:
         rule = _normalizer(rng, depth + 1)
-        return {"type": "Sequence", "normalizers": [rule] * rng.choice((1, 2, 10, 40, 100))}
+        return {"type": "Sequence", "normalizers": [rule] * _repeats(rng, depth)}
     return rng.choice((
         {"type": "Replace", "pattern": _pattern(rng), "content": rng.choice((*_TEXTS, "z" * 1000))},
         {"type": "Prepend", "prepend": rng.choice((*_TEXTS, "p" * 5000))},
@@ -85,7 +90,7 @@ def _charsmap(rng: random.Random) -> Any:
 def _pre_tokenizer(rng: random.Random, depth: int) -> Any:
     if depth < 3 and rng.random() < 0.3:
         rule = _pre_tokenizer(rng, depth + 1)
-        return {"type": "Sequence", "pretokenizers": [rule] * rng.choice((1, 2, 10, 40, 100))}
+        return {"type": "Sequence", "pretokenizers": [rule] * _repeats(rng, depth)}
     return rng.choice((
         {"type": "Split", "pattern": _pattern(rng), "behavior": rng.choice(("Isolated", "Removed", "MergedWithNext", "Contiguous")),
          "invert": rng.random() < 0.3},

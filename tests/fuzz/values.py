@@ -22,7 +22,7 @@ OTHERS: tuple[Any, ...] = (None, True, False, [], {}, [[]], [None], {"a": 1}, [1
 
 def hostile(rng: random.Random) -> Any:
     """Return any such value."""
-    return rng.choice(rng.choice((NUMBERS, TEXTS, OTHERS)))
+    return copy.deepcopy(rng.choice(rng.choice((NUMBERS, TEXTS, OTHERS))))
 
 
 def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
