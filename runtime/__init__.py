@@ -1,4 +1,4 @@
-"""The runtime: opens a bundle and answers questions about images. Needs no torch, transformers or onnx."""
+"""The runtime: opens a bundle and answers questions about images, without torch, transformers or onnx."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ __all__ = [
     "open_bundle",
 ]
 
-# A name is imported when it is first used: numpy, Pillow and Jinja take longer than all else that `trio-run --help` does.
+# Names are imported at first use: importing numpy, Pillow and Jinja takes longer than the rest of `trio-run --help`.
 _MODULES = {
     "Bundle": "bundle.reader",
     "Generation": "answer",

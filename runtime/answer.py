@@ -1,4 +1,4 @@
-"""One answer: what the caller streams, and what it cost."""
+"""One answer: its text as a stream, and its cost."""
 
 from __future__ import annotations
 
@@ -32,48 +32,44 @@ class Statistics:
     ttft_ms: float = 0.0
     """Work up to the first token: reading the images, vision, prefill, sampling."""
     prefill_ms: float = 0.0
-    """Decoder part of the first token."""
+    """The decoder's part of ``ttft_ms``."""
     decode_ms: float = 0.0
-    """All tokens after the first."""
+    """All tokens after the first, in total."""
     token_ms: list[float] = field(default_factory=list)
-    """Each of them."""
+    """Each token after the first."""
     graph_ms: dict[str, float] = field(default_factory=dict)
-    """Time that the device spent in each graph up to the first token."""
+    """Device time of each graph up to the first token."""
     kv_bytes: int = 0
-    """KV rows in use at the end."""
+    """KV cache in use at the end."""
     repaired_stages: int = 0
     """Stages whose parallel NMS was redone exactly on the host."""
     prefix_was_kept: bool = False
-    """Whether the first layer range ran only the question's rows, as those before them were kept (--follow-ups)."""
+    """Whether the first layer range ran only the question's rows and reused the rows before them (--follow-ups)."""
     image_was_kept: bool = False
-    """Whether no vision graph ran, as the visual tokens of all images were kept from an earlier question."""
+    """Whether the visual tokens of all images were reused from an earlier question, so that no vision graph ran."""
 
     @property
     def tokens_per_second(self) -> float:
         """Decode speed after the first token; 0 if there was no second one."""
-        return (
-            1e3 * (self.new_tokens - 1) / self.decode_ms
-            if self.new_tokens > 1 and self.decode_ms > 0
-            else 0.0
-        )
+        return 1e3 * (self.new_tokens - 1) / self.decode_ms if self.decode_ms > 0 else 0.0
 
 
 @final
 class Generation:
-    """One answer: iterate to stream its pieces; ``text`` is all of it. Runs once, lazily."""
+    """One answer. Iterate to stream its pieces; ``text`` is the whole answer. Runs once, lazily."""
 
     def __init__(self, steps: Callable[[Generation], Iterator[str]]) -> None:
         self.statistics = Statistics()
         self.token_ids: list[int] = []
-        """Ids of the answer, the stop token included if one came."""
+        """Token ids of the answer, including the stop token if one came."""
         self.first_logits: NDArray[np.float32] = np.empty(0, np.float32)
-        """[V], of the answer's first token; filled when the first piece is asked for."""
+        """[V], logits of the first token; available with the first piece."""
         self.kept: list[NDArray[np.int32]] = []
-        """Per stage the kept tokens as indices into the visual tokens of all images, ascending."""
+        """Kept tokens of each stage: ascending indices into the visual tokens of all images."""
         self.images: tuple[Image.Image, ...] = ()
-        """The images as they were read, upright, RGB; filled with the first piece, like ``layouts``."""
+        """The decoded images, upright and RGB; available with the first piece, like ``layouts``."""
         self.layouts: tuple[ImageLayout, ...] = ()
-        """For each image, the layout of its visual tokens that entered the decoder."""
+        """Layout of each image's visual tokens that entered the decoder."""
         self.is_cancelled = False
         self._pieces: list[str] = []
         self._steps = steps(self)
@@ -86,17 +82,17 @@ class Generation:
             yield piece
 
     def cancel(self) -> None:
-        """End the answer at the next token; any thread may call it."""
+        """End the answer at the next token. Any thread may call this."""
         self.is_cancelled = True
 
     @property
     def boxes(self) -> NDArray[np.float32]:
-        """[N, 4], box on its image in pixels of each visual token that entered the decoder; NaN for newline tokens."""
+        """[N, 4], box in image pixels of each visual token that entered the decoder; NaN for newline tokens."""
         return np.concatenate([np.empty((0, 4), np.float32), *(layout.boxes for layout in self.layouts)])
 
     @property
     def text(self) -> str:
-        """The whole answer; runs what has not been streamed yet."""
+        """The whole answer; generates the part that has not been streamed yet."""
         for _ in self:
             pass
         return "".join(self._pieces)

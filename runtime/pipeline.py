@@ -1,4 +1,4 @@
-"""Image and prompt in, streamed answer out: the runtime's front door.
+"""Answers questions about images: image and prompt in, streamed answer out.
 
 pipeline = Pipeline.from_bundle("tiny-bundle")
 answer = pipeline.generate("cat.jpg", "What is in the image?")
@@ -70,17 +70,17 @@ MOST_KEPT_IMAGES = 64
 
 
 class _Shown(NamedTuple):
-    """An image, or a video, of a prompt."""
+    """An image or a video of a prompt."""
 
     images: tuple[Image.Image, ...]
-    """As read; of a video the first of each pair of frames."""
+    """The decoded image; for a video, the first frame of each pair."""
     prepared: list[PreparedImage]
-    """As many."""
+    """One for each of ``images``."""
     is_video: bool
 
     @property
     def inset(self) -> Inset:
-        """The prompt's text in its place: that around all runs of visual tokens, one after the other."""
+        """The text that replaces its placeholder in the prompt, around all runs of visual tokens."""
         first, *rest = (image.layout.text for image in self.prepared)
         text = list(first)
         for start, *others in rest:
@@ -91,7 +91,7 @@ class _Shown(NamedTuple):
 
 @final
 class Pipeline:
-    """An opened bundle with all its graphs loaded. One answer at a time, from any thread of the process that loaded it."""
+    """An opened bundle with all its graphs loaded. Answers one question at a time, from any thread of its process."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class Pipeline:
         self._template = bundle.read_text(manifest.text.chat_template)
         self._embedding = EmbeddingTable(bundle)
         clip_texts = None if manifest.clip_text is None else ClipTexts(bundle)
-        # After all that can fail early: loading takes seconds, and the device's memory.
+        # Loaded after everything else that can fail, because loading takes seconds and device memory.
         self._graphs = backend.load(bundle)
         try:
             self._vision = Vision(
@@ -134,16 +134,16 @@ class Pipeline:
         except BaseException:
             self._graphs.close()
             raise
-        # So that the first answer takes no longer than the others. A template that is refused is refused when it is used.
+        # So that the first answer takes no longer than others. A broken template is reported when it is used.
         load_common_formats()
         with suppress(BundleError):
             compile_template(self._template)
         self._running: Generation | None = None
-        """The answer whose rows the KV caches hold."""
+        """The answer whose rows are in the KV caches."""
         self._is_open = True
         self._process = os.getpid()
         self._lock = threading.Lock()
-        """Held while the graphs run: all answers share their memory, and closing releases it."""
+        """Held while the graphs run, because all answers share the graphs' memory, which ``close`` releases."""
 
     @classmethod
     def from_bundle(
@@ -163,15 +163,15 @@ class Pipeline:
             backend: "auto" or a name from ``trio_edge.runtime.backends.registry.BACKENDS``.
             threads: CPU threads; 0 lets the backend choose.
             cpu_accuracy: "auto", "float32" or "int8"; see ``make_backend``.
-            keep_images: Images whose visual tokens are kept, 0 to ``MOST_KEPT_IMAGES``: a further question about one of the
-                last ones skips the vision graph and, in a bundle exported with --follow-ups, the first layer range's rows
-                before the question. Answers do not change.
+            keep_images: Number of recent images whose visual tokens are kept, 0 to ``MOST_KEPT_IMAGES``. A further question
+                about one of them skips the vision graph and, in a bundle exported with --follow-ups, the first layer
+                range's rows before the question. Answers do not change.
             max_pixels: Pixels above which an image or a frame is refused before it is decoded.
 
         Raises:
             BundleError: If the bundle is broken.
             ManifestError: If its manifest is broken or of another schema.
-            BackendError: If the backend is missing or cannot load a graph, or the device has not enough memory.
+            BackendError: If the backend is missing or cannot load a graph, or the device has too little memory.
             ShapeError: If ``keep_images`` or ``max_pixels`` is out of range.
         """
         bundle = open_bundle(path)
@@ -191,17 +191,17 @@ class Pipeline:
         system: str | None = None,
         **settings: Any,
     ) -> Generation:
-        """Return the answer to ``prompt`` about an image, several, or a video, to be streamed.
+        """Return the answer to ``prompt`` about images or a video, to be streamed.
 
         Args:
             image: A path, the bytes of a file or a PIL image; a list of them; or None for text only.
             prompt: The user's question.
-            video: A file, a folder of frames or a list of images; it stands after the images.
-            fps: Frames to take of the video per second; without it and ``num_frames``, as the checkpoint wants it.
-            num_frames: Frames to take of it in all.
-            source_fps: Frames per second of a folder or list.
-            history: Earlier (question, answer) turns; what is shown stands before the first question.
-            system: System prompt, where the chat template knows one.
+            video: A file, a folder of frames or a list of images; it comes after the images.
+            fps: Frames per second to sample from the video; by default the checkpoint's.
+            num_frames: Frames to sample from the whole video, instead of ``fps``.
+            source_fps: Frame rate of a folder or list, in frames per second.
+            history: Earlier (question, answer) turns; images and video come before the first question.
+            system: System prompt, if the chat template takes one.
             settings: The keyword arguments of ``chat``.
 
         Raises:
@@ -220,7 +220,9 @@ class Pipeline:
         for turn in history if isinstance(history, (list, tuple)) else (history,):
             is_pair = isinstance(turn, (list, tuple)) and len(turn) == 2
             if not is_pair or not all(isinstance(text, str) for text in turn):
-                raise ShapeError(f"history: expected pairs of question and answer, got {turn!r:.80}")
+                raise ShapeError(
+                    f"history: expected pairs of question and answer, got {turn!r:.80}; pass pairs"
+                )
         sampling = {"fps": fps, "num_frames": num_frames, "source_fps": source_fps}
         videos = [] if video is None else [{"video": video, **sampling}]
         messages = build_messages(prompt, images=images, videos=videos, history=history, system=system)
@@ -244,25 +246,25 @@ class Pipeline:
         """Return the answer to the last turn of a conversation, to be streamed.
 
         Args:
-            messages: Turns as ``{"role": "user", "content": …}``. A content is text, or a list of parts in the order in which
-                the model reads them: ``{"type": "text", "text": …}``, ``{"type": "image", "image": …}`` with a path, the
-                bytes of a file or a PIL image, and ``{"type": "video", "video": …}`` with a file, a folder of frames or a list
-                of images, and with "fps", "num_frames" and "source_fps" if wanted.
-            max_new_tokens: At most this many; None means all that the bundle has room for.
-            temperature: 0 is greedy; None, here and below, means what the checkpoint wants (``manifest.generation``).
-            top_p: Smallest set of tokens with this probability is sampled from.
-            top_k: Only the k most likely tokens are sampled from; 0 means all.
+            messages: Turns such as ``{"role": "user", "content": …}``. A content is text, or a list of parts in the model's
+                reading order: ``{"type": "text", "text": …}``, ``{"type": "image", "image": …}`` with a path, the bytes of
+                a file or a PIL image, and ``{"type": "video", "video": …}`` with a file, a folder of frames or a list of
+                images, and optionally with "fps", "num_frames" and "source_fps".
+            max_new_tokens: Longest answer in tokens; None means the bundle's limit.
+            temperature: 0 is greedy. None, here and below, means the checkpoint's setting (``manifest.generation``).
+            top_p: Sample from the most likely tokens whose probabilities sum to this.
+            top_k: Sample from the k most likely tokens; 0 means all.
             seed: Makes sampling repeatable.
-            repetition_penalty: What logits of tokens that are there already are divided by; 1 for none.
-            no_repeat_ngram_size: No group of so many tokens comes twice; 0 for no such rule.
-            min_new_tokens: Tokens before which the answer does not end.
-            constraint: Says which tokens may come next, as a grammar does; one for each answer.
-            override: Selects visual tokens on the host in place of the select graphs; for comparisons.
+            repetition_penalty: Divisor for logits of tokens that occurred before; 1 means none.
+            no_repeat_ngram_size: Length of token sequences that may not occur twice; 0 means no limit.
+            min_new_tokens: Shortest answer in tokens.
+            constraint: Decides which tokens may come next, for instance by a grammar; a new one for each answer.
+            override: Selects visual tokens on the host instead of the select graphs, for comparisons.
 
         Raises:
             ImageError: If an image cannot be read.
             PromptTooLongError: If the prompt has more tokens than the bundle has room for.
-            ShapeError: If messages or request do not fit the bundle in another way.
+            ShapeError: If the messages or an argument do not fit the bundle.
             BackendError: If the pipeline is closed; while streaming also if a graph fails.
         """
         self._check_open()
@@ -270,7 +272,7 @@ class Pipeline:
         limit = self.manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
         if not is_whole(limit) or not 1 <= limit <= self.manifest.max_new_tokens:
             raise ShapeError(
-                f"max_new_tokens: expected 1..{self.manifest.max_new_tokens} (the bundle's room), got {limit!r};"
+                f"max_new_tokens: expected 1..{self.manifest.max_new_tokens} (the bundle's limit), got {limit!r};"
                 " export with a larger --max-new-tokens"
             )
         if override is not None and not callable(override):
@@ -278,14 +280,9 @@ class Pipeline:
                 f"override: expected a function, got {type(override).__name__}; see SelectorOverride"
             )
         check_messages(messages)
-        rules = with_overrides(
-            self.manifest.generation,
-            {
-                "repetition_penalty": repetition_penalty,
-                "no_repeat_ngram_size": no_repeat_ngram_size,
-                "min_new_tokens": min_new_tokens,
-            },
-        )
+        overrides = {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
+        overrides["min_new_tokens"] = min_new_tokens
+        rules = with_overrides(self.manifest.generation, overrides)
         sampler = self._sampler(temperature, top_p, top_k, seed)
         shown = self._open(messages)
         ids = self._encode(messages, [part.inset for part in shown])
@@ -311,14 +308,13 @@ class Pipeline:
         return tuple(self._graphs.notes)
 
     def time_tokens(self, count: int, *, skip: int = 0) -> list[float]:
-        """Return the milliseconds of ``count`` more tokens after the last answer, whatever they are; they end that answer.
+        """Return the milliseconds of each of ``count`` further tokens after the last answer, which cannot go on afterwards.
 
-        Args:
-            count: At least 1.
-            skip: Rows of the KV caches to leave out before them, or below 0 to go back, so that a context is reached at once.
+        ``skip`` rows of the KV caches are left out before them, to reach a context length at once; a negative number goes
+        back.
 
         Raises:
-            ShapeError: If the KV caches have no room for as many.
+            ShapeError: If the KV caches have no room for the tokens.
             BackendError: If the pipeline is closed, or a graph fails.
         """
         with self._lock:
@@ -329,7 +325,7 @@ class Pipeline:
         self._running = None
         self._decoder.skip(skip)
         chooser, times = TokenChooser(make_sampler()), []
-        for token in range(count):  # any tokens will do: the work does not depend on them
+        for token in range(count):  # any tokens, because the time does not depend on them
             start = time.perf_counter()
             top = self._decoder.decode(np.asarray(self._embedding[token]))
             chooser.choose(top, self._decoder.logits)
@@ -337,7 +333,7 @@ class Pipeline:
         return times
 
     def close(self) -> None:
-        """Release all graphs and all memory of the device; a second time does nothing."""
+        """Release all graphs and device memory; closing again does nothing."""
         with self._lock:
             self._is_open = False
             self._graphs.close()
@@ -345,9 +341,8 @@ class Pipeline:
     def _check_open(self) -> None:
         if not self._is_open:
             raise BackendError("pipeline: expected an open one, got a closed one; load the bundle again")
-        if (
-            os.getpid() != self._process
-        ):  # the threads of its graphs stayed behind: it would wait for them without end
+        # A fork lacks the threads of the graphs and would wait for them forever.
+        if os.getpid() != self._process:
             raise BackendError(
                 "pipeline: expected the process that loaded it, got a fork of it; load the bundle in each process"
             )
@@ -369,7 +364,7 @@ class Pipeline:
         )
 
     def _open(self, messages: Sequence[Message]) -> list[_Shown]:
-        """Return the images and videos of a conversation, read and prepared."""
+        """Return the images and videos of a conversation, decoded and prepared."""
         parts, question = visual_parts(messages), last_question(messages)
         num_images = sum(part["type"] == "image" for part in parts)
         images = self.images if num_images == 1 else self.images.of_several()
@@ -397,7 +392,7 @@ class Pipeline:
     def _sampler(
         self, temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None
     ) -> Sampler:
-        """Return what chooses tokens: as the checkpoint wants it where an argument is None."""
+        """Return the sampler; None means the checkpoint's setting."""
         own = self.manifest.generation
         defaults = (own.temperature, own.top_p, own.top_k) if own.do_sample else (0.0, 1.0, 0)
         return make_sampler(
@@ -496,7 +491,7 @@ class Pipeline:
         result = self._decoder.prefill(prompt, override=override)
         token = chooser.choose(result.top, self._decoder.logits)
         now = time.perf_counter()
-        # the token was waited for, so what the graphs kept has come back too
+        # Choosing the token has waited for the device, so the kept indices are valid.
         generation.layouts, statistics.graph_ms = self._vision.layouts, self._vision.graph_ms
         generation.first_logits, generation.kept = result.logits, result.kept
         statistics.visual_tokens, statistics.text_tokens = visual.num_visual, ids.num_tokens
@@ -533,7 +528,7 @@ class Pipeline:
 
     def _next_token(self, generation: Generation, token: int, *, chooser: TokenChooser) -> int:
         with self._lock:
-            # The caller has run in between: it may have closed the pipeline, or asked something else.
+            # The caller may have closed the pipeline or asked another question in the meantime.
             self._check_open()
             if self._running is not generation:
                 raise ShapeError(
@@ -544,7 +539,7 @@ class Pipeline:
 
 
 def _prefix_key(ids: PromptIds, prompt: DecoderPrompt, images: Sequence[PreparedImage]) -> bytes:
-    """Return what is the same for prompts of the same shapes that are the same up to their last visual token."""
+    """Return a digest of the prompt's shapes and of its content up to the last visual token."""
     before = ids.text[: ids.text_before[-1]]
     shapes = prompt.max_visual, prompt.text_bucket, ids.text_before, prompt.visual_rows.tolist()
     digest = hashlib.blake2b(repr(shapes).encode(), digest_size=32)

@@ -1,6 +1,6 @@
 """The interface of a backend, and the checks that all backends share.
 
-A backend loads a bundle's graphs onto a device: see ``trio_edge.runtime.devices.interface`` for what it gives.
+A backend loads a bundle's graphs onto a device; ``trio_edge.runtime.devices.interface`` describes the result.
 """
 
 from __future__ import annotations
@@ -23,26 +23,22 @@ CpuAccuracy = Literal["auto", "float32", "int8"]
 
 
 class Backend(Protocol):
-    """Loads graphs."""
+    """Loads graphs onto a device."""
 
     @property
     def name(self) -> str:
         """Name for messages and statistics."""
 
     def load(self, bundle: Bundle, names: Sequence[str] | None = None) -> LoadedGraphs:
-        """Return graphs of a bundle on a device of their own.
-
-        Args:
-            bundle: An opened bundle.
-            names: Which graphs; None means all.
+        """Load the graphs called ``names`` onto a device of their own; None means all graphs.
 
         Raises:
-            BackendError: If a graph cannot be loaded or is not what the manifest says, or the device has not enough memory.
+            BackendError: If a graph cannot be loaded or differs from the manifest, or the device has too little memory.
         """
 
 
 def selected_graphs(bundle: Bundle, names: Sequence[str] | None) -> list[GraphSpec]:
-    """Return the entries of the graphs called ``names``, in the manifest's order; None means all.
+    """Return the manifest entries of the graphs called ``names``, in the manifest's order; None means all.
 
     Raises:
         BackendError: If the bundle has no such graph.
@@ -57,11 +53,13 @@ def selected_graphs(bundle: Bundle, names: Sequence[str] | None) -> list[GraphSp
 
 
 def check_tensors(spec: GraphSpec, profile: Profile, tensors: Mapping[str, DeviceTensor]) -> None:
-    """Raise ShapeError unless ``tensors`` are exactly the inputs and outputs of ``spec`` in name, dtype and shape."""
+    """Raise ShapeError unless ``tensors`` match the inputs and outputs of ``spec`` in name, dtype and shape."""
     expected = {tensor.name: tensor for tensor in spec.tensors}
     if tensors.keys() != expected.keys():
         odd = sorted(tensors.keys() ^ expected.keys())
-        raise ShapeError(f"{spec.name}: expected the tensors {', '.join(list(expected)[:5])}…, odd are {odd}")
+        raise ShapeError(
+            f"{spec.name}: expected the tensors {', '.join(list(expected)[:5])}…, got others or too few: {odd}; bind exactly these"
+        )
     for name, tensor in expected.items():
         shape, got = shape_at(tensor.shape, profile), tensors[name]
         if got.dtype != tensor.dtype or got.shape != shape:

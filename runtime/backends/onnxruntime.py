@@ -1,6 +1,6 @@
 """ONNX Runtime: on the CPU, or on a GPU through its CUDA and TensorRT execution providers.
 
-Every tensor is bound to an address of the device, so hidden states and KV caches stay where they are in all three.
+Every tensor is bound to a device address, so hidden states and KV caches stay where they are with all three providers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _ORT_FROM_DTYPE = {
 
 
 def has_provider(name: OnnxRuntimeName) -> bool:
-    """Whether the installed onnxruntime has the execution provider of a backend."""
+    """Return whether the installed onnxruntime has the execution provider of a backend."""
     return _PROVIDERS[name] in ort.get_available_providers()
 
 
@@ -70,22 +70,15 @@ class OnnxRuntimeBackend:
         layer_times: Path | None = None,
         notes: Sequence[str] = (),
     ) -> None:
-        """Check that the installed onnxruntime has what ``name`` needs; see ``make_backend``.
-
-        Args:
-            name: Which.
-            threads: See ``make_backend``.
-            cpu_accuracy: See ``make_backend``.
-            layer_times: See ``make_backend``.
-            notes: What the user should know about the choice; they become those of what is loaded.
+        """Check the installed onnxruntime. The arguments are those of ``make_backend``; ``notes`` go to the loaded graphs.
 
         Raises:
-            BackendError: If it has not.
+            BackendError: If the installed onnxruntime lacks the execution provider that ``name`` needs.
         """
         ort.set_default_logger_severity(_ONLY_FATAL)
         if not has_provider(name):
             raise BackendError(
-                f"backend: expected onnxruntime {ort.__version__} with {_PROVIDERS[name]}, it has"
+                f"backend: expected onnxruntime {ort.__version__} with {_PROVIDERS[name]}, got one with"
                 f" {', '.join(ort.get_available_providers())}; run pip install onnxruntime-gpu in place of onnxruntime"
             )
         self._name: OnnxRuntimeName = name
@@ -110,8 +103,8 @@ class OnnxRuntimeBackend:
             prepared = Prepared({}, ()) if stream else open_prepared(bundle, accuracy=self._cpu_accuracy)
             loaded.notes.extend(prepared.notes)
             for spec in specs:
-                # A GPU holds a graph's weights once; on the CPU all sessions map the same files, and a piece alone is faster.
-                # onnxruntime 1.23 cannot run a graph while its other pieces have no elements.
+                # On a GPU one session holds the weights once. On the CPU all sessions map the same files, and separate
+                # pieces are faster. onnxruntime 1.23 cannot run a graph whose other pieces have no elements.
                 parts = (spec,) if stream is not None and onnxruntime_version() >= (1, 24) else spec.split()
                 engines = [self._engine(bundle, part, prepared, stream) for part in parts]
                 if stream is None and spec in bundle.manifest.selects[-1:]:
@@ -129,11 +122,11 @@ class OnnxRuntimeBackend:
         session = self._session(bundle, spec, file, stream)
         _check_interface(spec.inputs, session.get_inputs(), where=f"{spec.file} inputs")
         _check_interface(spec.outputs, session.get_outputs(), where=f"{spec.file} outputs")
-        release_free_memory()  # loading needs as much again, and the C library would keep it
+        release_free_memory()  # loading takes twice the memory, and the C library would keep half of it
         return OnnxRuntimeEngine(session, spec, on_gpu=stream is not None, layer_times=self._layer_times)
 
     def _open_device(self) -> tuple[Device, int | None]:
-        """Return the device, and its stream if it is a GPU."""
+        """Return the device and, for a GPU, its stream."""
         if self._name == "onnxruntime":
             return HostDevice(), None
         device = CudaDevice(load_cuda())
@@ -144,9 +137,9 @@ class OnnxRuntimeBackend:
     ) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
-        options.log_severity_level = _ONLY_FATAL  # what fails is raised too, and said in our own words
-        # Each session has threads of its own; spinning while another session runs, they would take its cores
-        # (measured on 2 cores with 9 sessions: 107 ms instead of 26 ms for one answer of the packaged model).
+        options.log_severity_level = _ONLY_FATAL  # errors are raised as well, with our own message
+        # Each session has its own threads. If they spun while another session runs, they would take its cores
+        # (2 cores, 9 sessions: 107 ms instead of 26 ms for one answer of the packaged model).
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if stream is not None:
             options.add_session_config_entry(ACCURACY_KEY, ACCURACY_LEVELS["float32"])
@@ -182,7 +175,7 @@ class OnnxRuntimeBackend:
             "device_id": "0",
             "user_compute_stream": str(stream),
             "arena_extend_strategy": "kSameAsRequested",
-            "use_tf32": "0",  # so that float32 bundles keep the tokens that they keep elsewhere
+            "use_tf32": "0",  # otherwise a float32 bundle would keep other tokens than on other backends
         }
         found: list[Any] = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
         if self._name == "onnxruntime-tensorrt":
@@ -191,7 +184,7 @@ class OnnxRuntimeBackend:
 
 
 def _tensorrt_options(stream: int, folder: Path, spec: GraphSpec) -> dict[str, str]:
-    """Return the TensorRT provider's options: its engines have the manifest's profiles, and are kept next to the bundle's."""
+    """Return the TensorRT provider's options: engines for the manifest's profiles, cached next to the bundle's engines."""
     shapes = ",".join(
         f"{tensor.name}:{'x'.join(map(str, shape_at(tensor.shape, profile)))}"
         for profile in spec.profiles
@@ -203,7 +196,7 @@ def _tensorrt_options(stream: int, folder: Path, spec: GraphSpec) -> dict[str, s
     cache = folder / ENGINES_FOLDER / "onnxruntime-tensorrt"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a bundle that cannot be written to: engines are built at every start
+    except OSError:  # a read-only bundle: engines are built at every start
         return options
     return options | {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
 
@@ -229,7 +222,7 @@ class OnnxRuntimeEngine:
         self._device_type = "cuda" if on_gpu else "cpu"
         self._run_options = ort.RunOptions()
         self._run_options.log_severity_level = _ONLY_FATAL
-        if on_gpu:  # the stream is ours, and the next graph is enqueued on it
+        if on_gpu:  # the next graph is enqueued on the same stream, so there is no need to wait
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     @property
@@ -242,17 +235,14 @@ class OnnxRuntimeEngine:
         session = self._open_session()
         check_tensors(self._spec, profile, tensors)
         binding = session.io_binding()
-        for binds, specs in (
-            (binding.bind_input, self._spec.inputs),
-            (binding.bind_output, self._spec.outputs),
-        ):
-            for spec in specs:
-                tensor = tensors[spec.name]
-                binds(spec.name, self._device_type, 0, np.dtype(spec.dtype), tensor.shape, tensor.address)
+        for spec in self._spec.tensors:
+            bind = binding.bind_input if spec in self._spec.inputs else binding.bind_output
+            tensor = tensors[spec.name]
+            bind(spec.name, self._device_type, 0, np.dtype(spec.dtype), tensor.shape, tensor.address)
         return OnnxRuntimeLaunch(self, binding)
 
     def run(self, binding: ort.IOBinding) -> None:
-        """Run what ``prepare`` bound."""
+        """Run the session with a binding of ``prepare``."""
         try:
             self._open_session().run_with_iobinding(binding, self._run_options)
         except BackendError:
@@ -261,11 +251,11 @@ class OnnxRuntimeEngine:
             raise BackendError(f"{self._spec.name}: onnxruntime failed: {first_line(error)}") from None
 
     def shrink_after_runs(self) -> None:
-        """Give the memory that stages share back after each run: it is the last stage's."""
+        """Release the memory that all stages share after each run; for the last stage."""
         self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def close(self) -> None:
-        """Close the session, and write the layers' times if they were asked for."""
+        """Close the session; write the layer times if they were recorded."""
         if self._session is not None and self._layer_times is not None:
             Path(self._session.end_profiling()).replace(self._layer_times / f"{self._spec.name}.json")
         self._session = None
@@ -280,7 +270,7 @@ class OnnxRuntimeEngine:
 
 @final
 class PiecedEngine:
-    """A graph whose pieces are sessions of their own."""
+    """A graph with one session for each of its pieces."""
 
     def __init__(self, spec: GraphSpec, pieces: Sequence[OnnxRuntimeEngine]) -> None:
         self._spec, self._pieces = spec, pieces
@@ -307,7 +297,7 @@ class OnnxRuntimeLaunch:
     """One profile of a graph bound to addresses."""
 
     capturable = False
-    """A session may compute shapes on the host, which a captured sequence cannot hold."""
+    """A session may compute shapes on the host, which a CUDA graph cannot hold."""
 
     def __init__(self, engine: OnnxRuntimeEngine, binding: ort.IOBinding) -> None:
         self._engine, self._binding = engine, binding

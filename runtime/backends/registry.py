@@ -1,4 +1,4 @@
-"""The choice of a backend, by name or for this machine. A backend's package is imported only when it is chosen."""
+"""Chooses a backend by name or for this machine. Imports a backend's package only when it is chosen."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.reader import Bundle
 
 _ONNX_RUNTIMES: tuple[OnnxRuntimeName, ...] = ("onnxruntime-tensorrt", "onnxruntime-cuda", "onnxruntime")
-# Each graph has as many threads of its own; where the system gives no more, onnxruntime waits for them without end.
+# Each graph gets this many threads. If the system has no more threads to give, onnxruntime waits forever.
 _MOST_THREADS = 16
 BACKENDS = (*ENGINE_BACKENDS, *_ONNX_RUNTIMES)
 CPU_ACCURACIES: tuple[CpuAccuracy, ...] = ("auto", "float32", "int8")
 BACKENDS_HELP = (
-    "auto, or one of tensorrt, tensorrt-rtx (engines from trio-build), onnxruntime-tensorrt, onnxruntime-cuda,"
-    " onnxruntime (CPU)."
+    "Backend that runs the graphs: auto (the fastest here), tensorrt, tensorrt-rtx (both run engines from trio-build),"
+    " onnxruntime-tensorrt, onnxruntime-cuda or onnxruntime (CPU)."
 )
 
 
@@ -43,13 +43,13 @@ def make_backend(
 
     Args:
         name: "auto" or one of ``BACKENDS``.
-        bundle: What is to be run; without it "auto" takes no engines.
+        bundle: Bundle to run; without it "auto" takes no engines.
         threads: CPU threads for one graph; 0 lets the backend choose.
-        cpu_accuracy: What ONNX Runtime rounds the inputs of products with INT4 and INT8 weights to on the CPU. "int8" takes a
-            third of the time of "float32"; "auto" takes it for graphs so large that this shows.
-        cuda_graph: Whether engines of TensorRT are captured for decode; False to find out whether capturing is to blame.
-        layer_times: Folder into which each graph, when it is closed, writes what its layers took in every run, as the
-            backend's own profiler says it: ``<graph>.json``. It slows the graphs down.
+        cpu_accuracy: Type of the activations that ONNX Runtime multiplies with INT4 and INT8 weights on the CPU. "int8"
+            takes a third of the time of "float32"; "auto" takes it for large graphs, where the difference is noticeable.
+        cuda_graph: Capture decode with TensorRT as a CUDA graph; False helps to find out whether capturing causes an error.
+        layer_times: Folder for layer times. When a graph is closed, it writes the times of its layers in every run, as
+            the backend's profiler reports them, to ``<graph>.json``. Recording them slows the graphs down.
 
     Raises:
         BackendError: If there is no such backend, or something that it needs is missing.
@@ -74,7 +74,7 @@ def make_backend(
     most = max(_MOST_THREADS, os.cpu_count() or 1)
     if not is_whole(threads) or not 0 <= threads <= most:
         raise BackendError(
-            f"threads: expected 0..{most} (no more than processors help), got {threads!r:.80}; 0 lets the backend choose"
+            f"threads: expected 0..{most}, got {threads!r:.80}; choose at most one per processor, or 0 for the backend's choice"
         )
     if find_spec("onnxruntime") is None:
         raise BackendError(
@@ -88,12 +88,12 @@ def make_backend(
 
 
 def with_accuracy(backend: str, cpu_accuracy: CpuAccuracy) -> str:
-    """Return what to call a backend in a report, where it is told how exactly to compute."""
+    """Return the backend's name for a report, with the CPU accuracy if the user has chosen one."""
     return backend if cpu_accuracy == "auto" else f"{backend} ({cpu_accuracy})"
 
 
 def _fastest(bundle: Bundle | None) -> tuple[str, tuple[str, ...]]:
-    """Return a backend's name, and as a note why it is not that of the bundle's engines although there is a GPU."""
+    """Return a backend's name and, if there is a GPU but the bundle's engines are not used, a note that says why."""
     from trio_edge.runtime.devices.cuda import cuda_problem
 
     notes: tuple[str, ...] = ()
@@ -113,5 +113,5 @@ def _fastest(bundle: Bundle | None) -> tuple[str, tuple[str, ...]]:
             if has_provider("onnxruntime-cuda"):
                 return "onnxruntime-cuda", notes
     if bundle is not None and find_spec("onnxruntime") is None:
-        return installed_backend() or "onnxruntime", notes  # it says what keeps it from running
+        return installed_backend() or "onnxruntime", notes  # loading it reports what is missing
     return "onnxruntime", notes

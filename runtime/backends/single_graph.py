@@ -1,4 +1,4 @@
-"""One graph alone, at one profile, with inputs and outputs of its own: for comparisons and timing.
+"""One graph at one profile with its own inputs and outputs, for comparisons and timing.
 
 graphs = make_backend("onnxruntime").load(bundle, ["head"])
 head = SingleGraph(graphs, "head", profile="decode")
@@ -26,18 +26,13 @@ if TYPE_CHECKING:
 
 @final
 class SingleGraph:
-    """A graph bound to buffers of its own."""
+    """A graph bound to its own buffers."""
 
     def __init__(self, graphs: LoadedGraphs, name: str, *, profile: str) -> None:
-        """Allocate the buffers; they are released with ``graphs``.
-
-        Args:
-            graphs: Loaded graphs, ``name`` among them.
-            name: The graph's.
-            profile: Name of one of its profiles.
+        """Allocate the buffers of the graph ``name`` for one of its profiles; they are released with ``graphs``.
 
         Raises:
-            BackendError: If there is no such profile, or the device has not enough memory.
+            BackendError: If there is no such profile, or the device has too little memory.
         """
         self._device, self._engine = graphs.device, graphs.engines[name]
         whole = self._engine.spec
@@ -65,10 +60,7 @@ class SingleGraph:
         self._start, self._end = self._device.event(), self._device.event()
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Return all outputs by name.
-
-        Args:
-            inputs: All inputs by name, at the profile's shapes.
+        """Return all outputs by name for ``inputs``, all inputs by name, at the profile's shapes.
 
         Raises:
             ShapeError: If an input is missing, unknown, or of another dtype or shape.
@@ -96,11 +88,11 @@ class SingleGraph:
             self._blocks[tensor.name].upload(self._device)
         if unknown := sorted(inputs.keys() - set(self.spec.input_names)):
             raise ShapeError(
-                f"{self.spec.name}: expected inputs {', '.join(self.spec.input_names[:5])}…, got {unknown[0]!r} as well"
+                f"{self.spec.name}: expected inputs {', '.join(self.spec.input_names[:5])}…, got {unknown[0]!r}; remove it"
             )
 
     def milliseconds(self, count: int) -> float:
-        """Return the mean time of ``count`` runs enqueued one after the other, with the inputs that were sent last."""
+        """Return the mean time of ``count`` consecutive runs with the last inputs."""
         self._start.record()
         for _ in range(count):
             self._enqueue()
@@ -109,9 +101,9 @@ class SingleGraph:
         return self._end.milliseconds_since(self._start) / count
 
     def capture(self) -> None:
-        """Replay a captured sequence in ``milliseconds``, where the backend can; the graph must have run once.
+        """Let ``milliseconds`` replay a CUDA graph, where the backend can; the graph must have run once.
 
-        It is valid until another profile of this graph runs.
+        The CUDA graph is valid until another profile of this graph runs.
         """
         if self._launch.capturable:
             with suppress(BackendError):  # TensorRT cannot be asked before

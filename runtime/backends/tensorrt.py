@@ -1,8 +1,8 @@
-"""TensorRT engines that ``trio-build`` made, run by ``tensorrt`` or ``tensorrt-rtx``.
+"""Runs the TensorRT engines that ``trio-build`` made, with ``tensorrt`` or ``tensorrt-rtx``.
 
-Each engine is loaded once. Its decode profile has an execution context of its own, which never switches so that it can be
-captured; so has each piece of its graph, for all its profiles. All contexts of all engines share one workspace: they run one
-after the other on one stream.
+Each engine is loaded once. Its decode profile has its own execution context, which never switches profiles and can
+therefore be captured. Each piece of its graph has one context for all its other profiles. All contexts of all engines
+share one workspace, because they run one after the other on one stream.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _KERNELS_NAME = "kernels.cache"
 
 
 def engines_that_run(bundle: Bundle) -> tuple[EngineBackend | None, str | None]:
-    """Return the backend whose engines of ``bundle`` run on this machine; if none do, why those that were built do not."""
+    """Return the backend whose engines of ``bundle`` run here, or None and the reason why the existing engines do not."""
     built = {engines.backend for engines in engine_sets(bundle.folder).values()}
     reason = None
     for backend in ENGINE_BACKENDS:
@@ -60,7 +60,7 @@ class TensorRTBackend:
     def __init__(
         self, name: EngineBackend, *, cuda_graph: bool = True, layer_times: Path | None = None
     ) -> None:
-        """Import the package; see ``make_backend``.
+        """Import the package of the backend; the arguments are those of ``make_backend``.
 
         Raises:
             BackendError: If it is not installed.
@@ -85,7 +85,7 @@ class TensorRTBackend:
         loaded = LoadedGraphs(device=device, engines={}, memory=memory, notes=list(engines.notes))
         try:
             check_memory(device, memory)
-            # Contexts are made without memory of their own, and the workspace only when all engines have said their need.
+            # Contexts have no memory of their own. The workspace is allocated once all engines have said how much they need.
             workspace, errors = Workspace(device), engine_errors(tensorrt.module)
             runtime = _new_runtime(tensorrt, errors)
             kernels = CompiledKernels(engines.folder / _KERNELS_NAME) if tensorrt.compiles_on_device else None
@@ -110,7 +110,7 @@ class TensorRTBackend:
 def _new_runtime(tensorrt: TensorRT, errors: EngineErrors) -> Any:
     try:
         return tensorrt.module.Runtime(errors.logger)
-    except TypeError:  # what its bindings raise where it gives none
+    except TypeError:  # raised by the bindings when TensorRT returns no runtime
         raise BackendError(
             f"backend: expected {tensorrt.backend} {tensorrt.version} to start on this GPU, it did"
             f" not{errors.reason()}; install the release for this GPU and its driver"
@@ -118,7 +118,7 @@ def _new_runtime(tensorrt: TensorRT, errors: EngineErrors) -> Any:
 
 
 def _read_engine(runtime: Any, file: Path, device: CudaDevice, errors: EngineErrors) -> Any:
-    # Mapped, not read: the host never holds a second copy of the weights.
+    # The file is mapped, so the host never holds a second copy of the weights.
     engine = runtime.deserialize_cuda_engine(np.memmap(file, dtype=np.uint8, mode="r"))
     if engine is None:
         free = device.free_bytes() or 0
@@ -140,11 +140,11 @@ class Workspace:
         self.num_bytes = 0
 
     def reserve(self, num_bytes: int) -> None:
-        """Take note of what an engine needs; before ``allocate``."""
+        """Note the need of an engine; call this before ``allocate``."""
         self.num_bytes = max(self.num_bytes, num_bytes)
 
     def allocate(self) -> int:
-        """Allocate the largest size that was reserved, and return it.
+        """Allocate the largest reserved size and return it in bytes.
 
         Raises:
             BackendError: If there is not enough memory.
@@ -174,7 +174,7 @@ class TensorRTEngine:
         self._device, self._workspace, self._errors, self._layers = device, workspace, errors, layers
         self._kernels = kernels
         self._contexts: dict[str, _Context] = {}
-        """By what runs in it."""
+        """By "decode" or the name of a piece."""
         workspace.reserve(engine.device_memory_size_v2)  # of the largest profile
 
     @property
@@ -186,8 +186,8 @@ class TensorRTEngine:
         """Bind a profile to addresses."""
         check_tensors(self._spec, profile, tensors)
         index = self._spec.profiles.index(profile)
-        # A captured sequence holds its context's state, so decode shares its context with no other profile. Pieces take turns
-        # in every prefill, and to switch profiles takes time.
+        # A CUDA graph holds its context's state, so decode shares its context with no other profile. Pieces take turns in
+        # every prefill, and switching profiles takes time.
         key = _DECODE if profile.name == _DECODE else self._spec.part_at(profile).name
         if key not in self._contexts:
             self._contexts[key] = self._new_context()
@@ -213,8 +213,8 @@ class TensorRTEngine:
         )
 
     def close(self) -> None:
-        """Release contexts and engine, and keep the kernels that were compiled."""
-        # Contexts go before their engine, and both before the kernels.
+        """Release contexts and engine, and store the compiled kernels."""
+        # TensorRT wants contexts released before their engine, and both before the kernels.
         if self._engine is not None and self._kernels is not None:
             self._kernels.store()
         for context in self._contexts.values():
@@ -234,11 +234,11 @@ class TensorRTLaunch:
 
     @property
     def capturable(self) -> bool:
-        """Whether the engine can be captured; see ``_Context.is_capturable``."""
+        """Whether the engine can be captured."""
         return self._context.is_capturable()
 
     def enqueue(self) -> None:
-        """Run it; the context is bound again only if another launch used it in between."""
+        """Run the engine; bind the context again only if another launch has used it in between."""
         self._context.enqueue(self)
 
 
@@ -258,9 +258,11 @@ class _Context:
         cuda_graph: bool,
     ) -> None:
         self._context, self._spec, self._stream = context, spec, stream
-        self._settings = settings  # the context refers to them, and TensorRT's bindings do not keep them
+        self._settings = (
+            settings  # the context refers to them, and TensorRT's bindings do not keep them alive
+        )
         self._errors, self._layers = errors, layers
-        # a layer profiler waits after every run, which a captured sequence cannot
+        # A layer profiler waits after every run, which a CUDA graph cannot do.
         self._may_capture = cuda_graph and layers is None
         if layers is not None:
             layers.attach(context)
@@ -275,7 +277,7 @@ class _Context:
             self._layers.end_run()
 
     def is_capturable(self) -> bool:
-        """Ask tensorrt-rtx; TensorRT cannot be asked, and captures what has no control flow."""
+        """Return what tensorrt-rtx says; TensorRT has no such query and captures all engines without control flow."""
         if not self._may_capture:
             return False
         asked = getattr(self._context, "is_stream_capturable", None)
@@ -308,10 +310,10 @@ class _Context:
 
 
 def _context_settings(engine: Any, tensorrt: TensorRT, kernels: CompiledKernels | None) -> Any:
-    """Return what makes a context without memory of its own.
+    """Return the settings of a context without its own memory.
 
-    tensorrt-rtx compiles kernels for a shape in the background and changes them while it runs unless it is told to have them
-    at once; a captured sequence would keep the slow ones.
+    By default tensorrt-rtx compiles kernels for a shape in the background and replaces the slow ones later. A CUDA graph
+    would keep the slow ones, so all kernels are compiled at once.
     """
     module = tensorrt.module
     strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -328,24 +330,26 @@ def _context_settings(engine: Any, tensorrt: TensorRT, kernels: CompiledKernels 
 
 @final
 class CompiledKernels:
-    """Keeps the kernels that tensorrt-rtx compiles on a GPU, so that the next process need not compile them.
+    """Stores the kernels that tensorrt-rtx compiles on a GPU, so that the next process need not compile them again.
 
-    One runtime cache serves all engines of a bundle, and must live longer than their contexts. tensorrt-rtx itself refuses what
-    another GPU, driver or release has compiled.
+    One runtime cache serves all engines of a bundle and must live longer than their contexts. tensorrt-rtx itself rejects
+    kernels of another GPU, driver or release.
     """
 
     def __init__(self, file: Path) -> None:
-        """Take note of where it is kept; a file that is not there or cannot be read is an empty cache."""
+        """Read the stored kernels; a missing or unreadable file is an empty cache."""
         self._file = file
         self._stored: bytes | None = None
         self._cache: Any = None
-        self._is_final = file.is_symlink()  # it may lead out of the bundle: neither read nor written
+        self._is_final = (
+            file.is_symlink()
+        )  # a link may lead out of the bundle, so it is neither read nor written
         if not self._is_final:
             with suppress(OSError):
                 self._stored = file.read_bytes()
 
     def attach(self, settings: Any) -> None:
-        """Let the contexts that are made with ``settings``, an ``IRuntimeConfig``, compile into the cache."""
+        """Let contexts with ``settings``, an ``IRuntimeConfig``, compile into the cache."""
         if self._cache is None:
             self._cache = settings.create_runtime_cache()
             if self._stored is not None and not self._cache.deserialize(self._stored):
@@ -353,7 +357,7 @@ class CompiledKernels:
         settings.set_runtime_cache(self._cache)
 
     def store(self) -> None:
-        """Write what has been compiled, once, if it is new; where the bundle cannot be written, it is compiled again next time."""
+        """Write newly compiled kernels, once. In a read-only bundle they are compiled again next time."""
         if self._is_final or self._cache is None:
             return
         self._is_final = True

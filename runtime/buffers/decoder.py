@@ -1,7 +1,7 @@
-"""All device memory of the decoder but the weights, at addresses that never change, and what each graph binds to it.
+"""The decoder's device memory except the weights, at addresses that never change, and the tensors that each graph binds.
 
-Every stage writes its output where no other stage does, so that a stage can be repaired and the later ones run again.
-Only the new KV rows of a prefill share one place: they are copied away before the next range runs.
+Every stage has its own output memory, so a stage can be repaired and the later stages run again. Only the new KV rows of
+a prefill share one buffer: they are copied to the caches before the next range runs.
 """
 
 from __future__ import annotations
@@ -11,56 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, final
 
 import numpy as np
 
-from trio_edge.runtime.buffers.blocks import Block, allocate_tensor
+from trio_edge.runtime.buffers.blocks import Block, allocate_largest, allocate_tensor
 from trio_edge.runtime.buffers.kv_cache import KVCache, NewRows
-from trio_edge.runtime.bundle.graph_io import (
-    DEEPSTACK,
-    EMBEDS,
-    GRADIENT,
-    GRADIENT_ATTENTION,
-    GRADIENT_HIDDEN,
-    GRADIENT_KEYS,
-    GRADIENT_NUM_VISUAL,
-    GRADIENT_POSITIONS,
-    GRADIENT_STATE,
-    GRADIENT_VISUAL_ROWS,
-    HIDDEN,
-    HIDDEN_OUT,
-    KEPT_DEEPSTACK,
-    KEPT_HIDDEN,
-    KEPT_POSITIONS,
-    KEPT_VISUAL_IMAGES,
-    KEPT_VISUAL_ROWS,
-    LAST_ROW,
-    LENGTH,
-    LOGITS,
-    NUM_VISUAL,
-    OUTPUT_GRADIENT,
-    PAST_LENGTH,
-    POSITIONS,
-    PREVIOUS,
-    PROBE_ATTENTION,
-    PROBE_HIDDEN,
-    PROBE_KEYS,
-    PROBE_LENGTH,
-    PROBE_OUTPUT,
-    PROBE_POSITIONS,
-    PROBE_ROWS,
-    PROBE_STATE,
-    PROBE_VISUAL_ROWS,
-    PROMPT_EMBEDS,
-    PROMPT_IS_VISUAL,
-    PROMPT_LENGTH,
-    SALIENCY,
-    SALIENCY_SCORES,
-    SELECT_RESULTS,
-    TOP_IDS,
-    TOP_LOGITS,
-    VISUAL_IMAGES,
-    VISUAL_ROWS,
-    gradient_graph,
-    probe_graph,
-)
+from trio_edge.runtime.bundle import graph_io as io
 from trio_edge.runtime.devices.interface import find_profile, largest_shape, shape_at
 
 if TYPE_CHECKING:
@@ -71,23 +24,23 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import GraphSpec, Manifest, Profile, TensorSpec
     from trio_edge.runtime.devices.interface import Allocator, DeviceTensor
 
-_TOP = (TOP_LOGITS, TOP_IDS)
+_TOP = (io.TOP_LOGITS, io.TOP_IDS)
 _BETWEEN_HALVES = {
-    PROBE_OUTPUT: PROBE_OUTPUT,
-    OUTPUT_GRADIENT: GRADIENT,
-    PROBE_STATE: GRADIENT_STATE,
-    PROBE_ATTENTION: GRADIENT_ATTENTION,
-    PROBE_KEYS: GRADIENT_KEYS,
-    SALIENCY_SCORES: SALIENCY,
+    io.PROBE_OUTPUT: io.PROBE_OUTPUT,
+    io.OUTPUT_GRADIENT: io.GRADIENT,
+    io.PROBE_STATE: io.GRADIENT_STATE,
+    io.PROBE_ATTENTION: io.GRADIENT_ATTENTION,
+    io.PROBE_KEYS: io.GRADIENT_KEYS,
+    io.SALIENCY_SCORES: io.SALIENCY,
 }
-"""Outputs of a probe's pieces and the inputs of the later ones that read them."""
+"""Outputs of a probe's pieces, and the inputs of later pieces that read them."""
 _ONE = ("int32", (1,))
 _Fields: TypeAlias = "dict[str, tuple[str, tuple[int, ...]]]"
-"""Dtype and largest shape by name. Stages and ranges are numbered from 0, as in ``length.0``."""
+"""Dtype and largest shape of a block's fields by name. Stages and ranges are numbered from 0, as in ``length.0``."""
 
 
 class TopTokens(NamedTuple):
-    """The most likely tokens, descending; the order of equals is free."""
+    """The most likely tokens, descending; equal logits come in any order."""
 
     ids: NDArray[np.int32]
     """[T]."""
@@ -108,29 +61,31 @@ class StepInputs(NamedTuple):
 
 @final
 class DecoderBuffers:
-    """Inputs, results, KV caches and what lies between the graphs."""
+    """Inputs, results, KV caches and the tensors between the graphs."""
 
     def __init__(self, manifest: Manifest, allocator: Allocator) -> None:
         """Allocate everything for the largest profiles of ``manifest``'s graphs."""
         self._manifest = manifest
         self.ranges, self.selects, self.head = manifest.ranges, manifest.selects, manifest.graph("head")
         self.caches = [KVCache(allocator, spec) for spec in self.ranges]
-        (self.embeds,) = _largest(allocator, self.ranges[:1], EMBEDS)
+        (self.embeds,) = _largest(allocator, self.ranges[:1], io.EMBEDS)
         self.planes = [self._planes(allocator, index) for index in range(len(self.ranges))]
-        """DeepStack's planes that enter each range, by the layer whose output they are added to: its own, and later ones."""
+        """DeepStack planes that enter each range, by the layer whose output they are added to, in this or a later range."""
         row = (1, 1, manifest.dimensions.hidden_size)
-        self._no_plane = allocate_tensor(allocator, self.ranges[0].tensor(EMBEDS), row, graph="decode")
-        """One row that stays zero: a new token is text."""
-        self.hidden_out = _largest(allocator, self.ranges, HIDDEN_OUT)
-        self.previous = _largest(allocator, [spec for spec in self.ranges if _has_previous(spec)], PREVIOUS)
-        self.kept_hidden = _largest(allocator, self.selects, KEPT_HIDDEN)
-        self.kept_positions = _largest(allocator, self.selects, KEPT_POSITIONS)
-        self.kept_visual_rows = _largest(allocator, self.selects, KEPT_VISUAL_ROWS)
+        self._no_plane = allocate_tensor(allocator, self.ranges[0].tensor(io.EMBEDS), row, graph="decode")
+        """DeepStack plane of a new token: one row of zeros, because the token is text."""
+        self.hidden_out = _largest(allocator, self.ranges, io.HIDDEN_OUT)
+        self.previous = _largest(
+            allocator, [spec for spec in self.ranges if _has_previous(spec)], io.PREVIOUS
+        )
+        self.kept_hidden = _largest(allocator, self.selects, io.KEPT_HIDDEN)
+        self.kept_positions = _largest(allocator, self.selects, io.KEPT_POSITIONS)
+        self.kept_visual_rows = _largest(allocator, self.selects, io.KEPT_VISUAL_ROWS)
         self.kept_visual_images: list[DeviceTensor] = []
         if manifest.schedule.budget == "image":
-            self.kept_visual_images = _largest(allocator, self.selects, KEPT_VISUAL_IMAGES)
-        self.probes = [probe_graph(manifest, stage) for stage in range(len(self.selects))]
-        self.gradient = gradient_graph(manifest)
+            self.kept_visual_images = _largest(allocator, self.selects, io.KEPT_VISUAL_IMAGES)
+        self.probes = [io.probe_graph(manifest, stage) for stage in range(len(self.selects))]
+        self.gradient = io.gradient_graph(manifest)
         self._probe = self._probe_buffers(allocator)
         # Ranges of a prefill run one after the other, so their new KV rows share one place.
         rows = [max(profile.sizes.get("S", 0) for profile in spec.profiles) for spec in self.ranges]
@@ -142,35 +97,37 @@ class DecoderBuffers:
         self.inputs = Block(allocator, self._input_fields(), purpose="inputs of a prefill")
         self.results = Block(allocator, self._result_fields(), purpose="results of a prefill")
         self.step = Block(allocator, self._step_fields(), purpose="inputs of a decode step")
-        # A step's logits have a block of their own: most steps fetch only the most likely tokens.
+        # A step's logits have their own block: most steps download only the most likely tokens.
         self.step_top = Block(allocator, _fields(self.head, _TOP), purpose="results of a decode step")
-        self.step_logits = Block(allocator, _fields(self.head, (LOGITS,)), purpose="logits")
+        self.step_logits = Block(allocator, _fields(self.head, (io.LOGITS,)), purpose="logits")
 
     def _planes(self, allocator: Allocator, index: int) -> dict[int, DeviceTensor]:
-        """Return memory for the planes that enter range ``index``, with as many rows as its hidden states have."""
+        """Return memory for the planes that enter range ``index``, with as many rows as its hidden states."""
         spec = self.ranges[index]
-        hidden = spec.tensor(HIDDEN if index else EMBEDS)
+        hidden = spec.tensor(io.HIDDEN if index else io.EMBEDS)
         return {
-            layer: allocate_tensor(allocator, hidden, largest_shape(spec, hidden), graph=spec.name)
+            layer: allocate_largest(allocator, spec, hidden)
             for layer in range(spec.first_layer or 0, self._manifest.num_deepstack)
         }
 
     def _input_fields(self) -> _Fields:
-        fields: _Fields = _fields(self.ranges[0], (POSITIONS,))
-        # Prefill has no past; "zero" says so to every range.
-        fields |= dict.fromkeys(("zero", LAST_ROW, PROMPT_LENGTH), _ONE)
+        fields: _Fields = _fields(self.ranges[0], (io.POSITIONS,))
+        # "zero" is the past length of a prefill.
+        fields |= dict.fromkeys(("zero", io.LAST_ROW, io.PROMPT_LENGTH), _ONE)
         for stage, spec in enumerate(self.selects):
-            fields |= _fields(spec, (NUM_VISUAL, LENGTH), number=stage)
-            if stage == 0:  # the others read the rows that the stage before left
-                fields |= _fields(spec, (VISUAL_ROWS, *((VISUAL_IMAGES,) if self.kept_visual_images else ())))
-            if PROMPT_IS_VISUAL in spec.input_names:
-                fields |= _fields(spec, (PROMPT_IS_VISUAL,))
+            fields |= _fields(spec, (io.NUM_VISUAL, io.LENGTH), number=stage)
+            if stage == 0:  # later stages read the output of the stage before
+                fields |= _fields(
+                    spec, (io.VISUAL_ROWS, *((io.VISUAL_IMAGES,) if self.kept_visual_images else ()))
+                )
+            if io.PROMPT_IS_VISUAL in spec.input_names:
+                fields |= _fields(spec, (io.PROMPT_IS_VISUAL,))
             if (probe := self.probes[stage]) is not None:
-                fields |= _fields(probe, (PROBE_ROWS,), number=stage)
+                fields |= _fields(probe, (io.PROBE_ROWS,), number=stage)
         return fields
 
     def _probe_buffers(self, allocator: Allocator) -> dict[str, DeviceTensor]:
-        """Return memory for what goes from piece to piece of a probe; all stages use the same."""
+        """Return memory for the tensors between a probe's pieces; all stages share it."""
         largest: dict[str, tuple[GraphSpec, TensorSpec]] = {}
         for spec in (*filter(None, self.probes), *filter(None, (self.gradient,))):
             for tensor in spec.outputs:
@@ -178,99 +135,98 @@ class DecoderBuffers:
                     known = largest.get(tensor.name)
                     if known is None or _num_elements(spec, tensor) > _num_elements(*known):
                         largest[tensor.name] = spec, tensor
-        return {
-            name: allocate_tensor(allocator, tensor, largest_shape(spec, tensor), graph=spec.name)
-            for name, (spec, tensor) in largest.items()
-        }
+        return {name: allocate_largest(allocator, *found) for name, found in largest.items()}
 
     def _result_fields(self) -> _Fields:
-        fields = _fields(self.head, (LOGITS, *_TOP))
+        fields = _fields(self.head, (io.LOGITS, *_TOP))
         for stage, spec in enumerate(self.selects):
-            fields |= _fields(spec, SELECT_RESULTS, number=stage)
+            fields |= _fields(spec, io.SELECT_RESULTS, number=stage)
         return fields
 
     def _step_fields(self) -> _Fields:
         manifest = self._manifest
         fields: _Fields = {
             "embedding": (manifest.dtype, (1, 1, manifest.dimensions.hidden_size)),
-            LAST_ROW: _ONE,
+            io.LAST_ROW: _ONE,
         }
         for index in range(len(self.ranges)):
-            fields[f"{POSITIONS}.{index}"] = ("int32", (manifest.position_axes, 1))
-            fields[f"{PAST_LENGTH}.{index}"] = _ONE
+            fields[f"{io.POSITIONS}.{index}"] = ("int32", (manifest.position_axes, 1))
+            fields[f"{io.PAST_LENGTH}.{index}"] = _ONE
         return fields
 
-    # What each graph binds, by tensor name.
+    # The tensors of each graph, by name.
 
     def new_rows(self, index: int, rows: int) -> NewRows:
-        """Return where range ``index`` writes the KV rows of a prefill."""
+        """Return the buffer for the KV rows of range ``index`` in a prefill."""
         return NewRows(self._new_rows, self.ranges[index], rows=rows)
 
     def range_tensors(self, index: int, profile: Profile) -> dict[str, DeviceTensor]:
         """Return the tensors of layer range ``index`` in a prefill."""
         tensors = {
-            EMBEDS: self.embeds,
-            POSITIONS: self._positions(index),
-            PAST_LENGTH: self.inputs.tensor("zero"),
+            io.EMBEDS: self.embeds,
+            io.POSITIONS: self._positions(index),
+            io.PAST_LENGTH: self.inputs.tensor("zero"),
             **self.caches[index].no_rows(),
             **self.new_rows(index, profile.sizes["S"]).outputs(),
-            **_named(DEEPSTACK, self.planes[index]),
+            **_named(io.DEEPSTACK, self.planes[index]),
         }
         if index > 0:
-            tensors[HIDDEN] = self.kept_hidden[index - 1]
+            tensors[io.HIDDEN] = self.kept_hidden[index - 1]
         return self._with_outputs(index, tensors, profile)
 
     def step_tensors(self, index: int) -> tuple[Profile, dict[str, DeviceTensor]]:
-        """Return profile and tensors of layer range ``index`` in a decode step."""
+        """Return the profile and the tensors of layer range ``index`` in a decode step."""
         cache = self.caches[index]
         profile = find_profile(self.ranges[index], {"S": 1, "C": cache.capacity})
         tensors = {
-            EMBEDS: self.step.tensor("embedding"),
-            POSITIONS: self.step.tensor(f"{POSITIONS}.{index}"),
-            PAST_LENGTH: self.step.tensor(f"{PAST_LENGTH}.{index}"),
+            io.EMBEDS: self.step.tensor("embedding"),
+            io.POSITIONS: self.step.tensor(f"{io.POSITIONS}.{index}"),
+            io.PAST_LENGTH: self.step.tensor(f"{io.PAST_LENGTH}.{index}"),
             **cache.all_rows(),
             **self.new_row[index].outputs(),
-            **_named(DEEPSTACK, dict.fromkeys(self.planes[index], self._no_plane)),
+            **_named(io.DEEPSTACK, dict.fromkeys(self.planes[index], self._no_plane)),
         }
         if index > 0:
-            tensors[HIDDEN] = self.hidden_out[index - 1]
+            tensors[io.HIDDEN] = self.hidden_out[index - 1]
         return profile, self._with_outputs(index, tensors, profile)
 
     def _with_outputs(
         self, index: int, tensors: dict[str, DeviceTensor], profile: Profile
     ) -> dict[str, DeviceTensor]:
-        """Return the tensors of a range, its hidden states among them."""
+        """Return the tensors of a range, with its output hidden states added."""
         spec = self.ranges[index]
-        tensors[HIDDEN_OUT] = self.hidden_out[index]
+        tensors[io.HIDDEN_OUT] = self.hidden_out[index]
         if _has_previous(spec):
-            tensors[PREVIOUS] = self.previous[index]
+            tensors[io.PREVIOUS] = self.previous[index]
         return self.at_profile(spec, tensors, profile)
 
     def select_tensors(self, stage: int, profile: Profile) -> dict[str, DeviceTensor]:
         """Return the tensors of the select graph of ``stage``."""
         tensors = {
-            HIDDEN: self.hidden_out[stage],
-            POSITIONS: self._positions(stage),
-            VISUAL_ROWS: self._visual_rows(stage),
-            **{name: self.inputs.tensor(f"{name}.{stage}") for name in (NUM_VISUAL, LENGTH)},
-            PROMPT_EMBEDS: self.embeds,
-            PROMPT_LENGTH: self.inputs.tensor(PROMPT_LENGTH),
-            KEPT_HIDDEN: self.kept_hidden[stage],
-            KEPT_POSITIONS: self.kept_positions[stage],
-            KEPT_VISUAL_ROWS: self.kept_visual_rows[stage],
-            **{name: self.results.tensor(f"{name}.{stage}") for name in SELECT_RESULTS},
-            **_named(DEEPSTACK, self.planes[stage]),
-            **_named(KEPT_DEEPSTACK, self.planes[stage + 1]),
+            io.HIDDEN: self.hidden_out[stage],
+            io.POSITIONS: self._positions(stage),
+            io.VISUAL_ROWS: self._visual_rows(stage),
+            **{name: self.inputs.tensor(f"{name}.{stage}") for name in (io.NUM_VISUAL, io.LENGTH)},
+            io.PROMPT_EMBEDS: self.embeds,
+            io.PROMPT_LENGTH: self.inputs.tensor(io.PROMPT_LENGTH),
+            io.KEPT_HIDDEN: self.kept_hidden[stage],
+            io.KEPT_POSITIONS: self.kept_positions[stage],
+            io.KEPT_VISUAL_ROWS: self.kept_visual_rows[stage],
+            **{name: self.results.tensor(f"{name}.{stage}") for name in io.SELECT_RESULTS},
+            **_named(io.DEEPSTACK, self.planes[stage]),
+            **_named(io.KEPT_DEEPSTACK, self.planes[stage + 1]),
         }
         if self.previous:
-            tensors[PREVIOUS] = self.previous[stage]
+            tensors[io.PREVIOUS] = self.previous[stage]
         if self.kept_visual_images:
-            before = self.inputs.tensor(VISUAL_IMAGES) if stage == 0 else self.kept_visual_images[stage - 1]
-            tensors |= {VISUAL_IMAGES: before, KEPT_VISUAL_IMAGES: self.kept_visual_images[stage]}
-        if PROMPT_IS_VISUAL in self.selects[stage].input_names:
-            tensors[PROMPT_IS_VISUAL] = self.inputs.tensor(PROMPT_IS_VISUAL)
+            before = (
+                self.inputs.tensor(io.VISUAL_IMAGES) if stage == 0 else self.kept_visual_images[stage - 1]
+            )
+            tensors |= {io.VISUAL_IMAGES: before, io.KEPT_VISUAL_IMAGES: self.kept_visual_images[stage]}
+        if io.PROMPT_IS_VISUAL in self.selects[stage].input_names:
+            tensors[io.PROMPT_IS_VISUAL] = self.inputs.tensor(io.PROMPT_IS_VISUAL)
         if self._probe:
-            tensors[SALIENCY] = self._probe[SALIENCY_SCORES]
+            tensors[io.SALIENCY] = self._probe[io.SALIENCY_SCORES]
         return self.at_profile(self.selects[stage], tensors, profile)
 
     def probe_tensors(self, stage: int, profile: Profile) -> dict[str, DeviceTensor]:
@@ -278,19 +234,19 @@ class DecoderBuffers:
         spec = self.probes[stage]
         assert spec is not None, "a stage with a probe"
         rows = self._visual_rows(stage)
-        num_visual, length = (self.inputs.tensor(f"{name}.{stage}") for name in (NUM_VISUAL, LENGTH))
+        num_visual, length = (self.inputs.tensor(f"{name}.{stage}") for name in (io.NUM_VISUAL, io.LENGTH))
         hidden, positions = self.hidden_out[stage], self._positions(stage)
         tensors = {
             **self._probe_tensors(),
-            PROBE_HIDDEN: hidden,
-            PROBE_POSITIONS: positions,
-            PROBE_VISUAL_ROWS: rows,
-            PROBE_ROWS: self.inputs.tensor(f"{PROBE_ROWS}.{stage}"),
-            PROBE_LENGTH: length,
-            GRADIENT_HIDDEN: hidden,
-            GRADIENT_POSITIONS: positions,
-            GRADIENT_VISUAL_ROWS: rows,
-            GRADIENT_NUM_VISUAL: num_visual,
+            io.PROBE_HIDDEN: hidden,
+            io.PROBE_POSITIONS: positions,
+            io.PROBE_VISUAL_ROWS: rows,
+            io.PROBE_ROWS: self.inputs.tensor(f"{io.PROBE_ROWS}.{stage}"),
+            io.PROBE_LENGTH: length,
+            io.GRADIENT_HIDDEN: hidden,
+            io.GRADIENT_POSITIONS: positions,
+            io.GRADIENT_VISUAL_ROWS: rows,
+            io.GRADIENT_NUM_VISUAL: num_visual,
         }
         return self.at_profile(spec, tensors, profile)
 
@@ -307,8 +263,8 @@ class DecoderBuffers:
 
     def head_tensors(self, profile: Profile) -> dict[str, DeviceTensor]:
         """Return the tensors of the head in a prefill."""
-        tensors = {name: self.results.tensor(name) for name in (LOGITS, *_TOP)}
-        tensors |= {HIDDEN: self.hidden_out[-1], LAST_ROW: self.inputs.tensor(LAST_ROW)}
+        tensors = {name: self.results.tensor(name) for name in (io.LOGITS, *_TOP)}
+        tensors |= {io.HIDDEN: self.hidden_out[-1], io.LAST_ROW: self.inputs.tensor(io.LAST_ROW)}
         return self.at_profile(self.head, tensors, profile)
 
     def head_profile(self, rows: int) -> Profile:
@@ -316,26 +272,26 @@ class DecoderBuffers:
         return find_profile(self.head, {"S": rows, "L": 1} if self.head.pieces else {"S": rows})
 
     def step_head_tensors(self) -> tuple[Profile, dict[str, DeviceTensor]]:
-        """Return profile and tensors of the head in a decode step."""
+        """Return the profile and the tensors of the head in a decode step."""
         profile = self.head_profile(1)
         tensors = {name: self.step_top.tensor(name) for name in _TOP}
-        tensors |= {HIDDEN: self.hidden_out[-1], LAST_ROW: self.step.tensor(LAST_ROW)}
-        tensors[LOGITS] = self.step_logits.tensor(LOGITS)
+        tensors |= {io.HIDDEN: self.hidden_out[-1], io.LAST_ROW: self.step.tensor(io.LAST_ROW)}
+        tensors[io.LOGITS] = self.step_logits.tensor(io.LOGITS)
         return profile, self.at_profile(self.head, tensors, profile)
 
     def sent_by_step(self) -> StepInputs:
-        """Return what the host writes before each decode step: views, made once as a step takes microseconds."""
+        """Return views of the inputs that the host writes before each decode step, made once to save time in each step."""
         axes, count = self._manifest.position_axes, range(len(self.ranges))
         return StepInputs(
             embedding=self.step.host("embedding", (self._manifest.dimensions.hidden_size,)),
-            positions=[self.step.host(f"{POSITIONS}.{index}", (axes,)) for index in count],
-            past_lengths=[self.step.host(f"{PAST_LENGTH}.{index}") for index in count],
+            positions=[self.step.host(f"{io.POSITIONS}.{index}", (axes,)) for index in count],
+            past_lengths=[self.step.host(f"{io.PAST_LENGTH}.{index}") for index in count],
         )
 
     def at_profile(
         self, spec: GraphSpec, tensors: Mapping[str, DeviceTensor], profile: Profile
     ) -> dict[str, DeviceTensor]:
-        """Return the tensors that ``spec`` has, at their shapes in ``profile``; those of its other pieces have no elements."""
+        """Return the tensors of ``spec`` with their shapes in ``profile``; tensors of its other pieces have no elements."""
         nothing = self.inputs.tensor("zero")
         return {
             tensor.name: tensors.get(tensor.name, nothing)._replace(
@@ -345,15 +301,15 @@ class DecoderBuffers:
         }
 
     def _visual_rows(self, stage: int) -> DeviceTensor:
-        return self.inputs.tensor(VISUAL_ROWS) if stage == 0 else self.kept_visual_rows[stage - 1]
+        return self.inputs.tensor(io.VISUAL_ROWS) if stage == 0 else self.kept_visual_rows[stage - 1]
 
     def _positions(self, index: int) -> DeviceTensor:
-        return self.inputs.tensor(POSITIONS) if index == 0 else self.kept_positions[index - 1]
+        return self.inputs.tensor(io.POSITIONS) if index == 0 else self.kept_positions[index - 1]
 
 
 def top_tokens(block: Block) -> TopTokens:
-    """Return the most likely tokens in ``block``, the results of a prefill or a decode step: views."""
-    return TopTokens(ids=block.host(TOP_IDS).reshape(-1), logits=block.host(TOP_LOGITS).reshape(-1))
+    """Return views of the most likely tokens in ``block``, the results of a prefill or a decode step."""
+    return TopTokens(ids=block.host(io.TOP_IDS).reshape(-1), logits=block.host(io.TOP_LOGITS).reshape(-1))
 
 
 def _named(prefix: str, planes: Mapping[int, DeviceTensor]) -> dict[str, DeviceTensor]:
@@ -361,20 +317,16 @@ def _named(prefix: str, planes: Mapping[int, DeviceTensor]) -> dict[str, DeviceT
 
 
 def _has_previous(spec: GraphSpec) -> bool:
-    return any(tensor.name == PREVIOUS for tensor in spec.outputs)
+    return any(tensor.name == io.PREVIOUS for tensor in spec.outputs)
 
 
 def _largest(allocator: Allocator, specs: Sequence[GraphSpec], name: str) -> list[DeviceTensor]:
-    """Return memory for the tensor ``name`` of each graph, with room for every profile."""
-    tensors = [(spec, spec.tensor(name)) for spec in specs]
-    return [
-        allocate_tensor(allocator, tensor, largest_shape(spec, tensor), graph=spec.name)
-        for spec, tensor in tensors
-    ]
+    """Return memory for the tensor ``name`` of each graph, large enough for every profile."""
+    return [allocate_largest(allocator, spec, spec.tensor(name)) for spec in specs]
 
 
 def _fields(spec: GraphSpec, names: Sequence[str], *, number: int | None = None) -> _Fields:
-    """Return the fields of a block for tensors of ``spec``, numbered where several graphs have them."""
+    """Return the block fields for tensors of ``spec``; ``number`` is appended where several graphs have the same tensor."""
     tensors = [spec.tensor(name) for name in names]
     end = "" if number is None else f".{number}"
     return {f"{tensor.name}{end}": (tensor.dtype, largest_shape(spec, tensor)) for tensor in tensors}

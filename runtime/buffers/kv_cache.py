@@ -1,4 +1,4 @@
-"""KV caches of one decoder layer range: allocated once, written row by row on the device, read where they lie."""
+"""KV caches of one decoder layer range: allocated once, filled row by row on the device, read in place."""
 
 from __future__ import annotations
 
@@ -15,18 +15,13 @@ if TYPE_CHECKING:
 
 @final
 class KVCache:
-    """Keys and values of the layers of one range, [1, G, C, E] each, of which ``length`` rows are valid.
+    """Keys and values of the layers of one range, [1, G, C, E] each; the first ``length`` rows are valid.
 
-    A range's graph returns its new rows in a stack of their own (``NewRows``); ``append`` copies them to the end of the valid ones.
+    A range's graph writes new rows to a separate stack (``NewRows``); ``append`` copies them to the end of the valid rows.
     """
 
     def __init__(self, allocator: Allocator, spec: GraphSpec) -> None:
-        """Allocate the buffers.
-
-        Args:
-            allocator: Gives the memory.
-            spec: The range's graph; its inputs name the layers, its decode profile has the capacity C.
-        """
+        """Allocate the buffers for ``spec``, the range's graph; its decode profile has the capacity C."""
         # Inputs and outputs are in the same order, so one strided copy moves the new rows of all layers.
         past = [tensor for tensor in spec.inputs if tensor.name.startswith(PAST_PREFIX)]
         self.capacity = max(profile.sizes.get("C", 0) for profile in spec.profiles)
@@ -48,11 +43,11 @@ class KVCache:
         self.length = 0
 
     def no_rows(self) -> dict[str, DeviceTensor]:
-        """Return the graph inputs of a prefill: no past."""
+        """Return the graph inputs of a prefill: tensors without rows."""
         return {name: self._stack.empty(index) for index, name in enumerate(self._names)}
 
     def all_rows(self) -> dict[str, DeviceTensor]:
-        """Return the graph inputs of a decode step: the whole buffers."""
+        """Return the graph inputs of a decode step: tensors with all C rows."""
         return {name: self._stack.tensor(index) for index, name in enumerate(self._names)}
 
     def stack_like(self, allocator: Allocator, *, rows: int) -> Stack:
@@ -63,19 +58,19 @@ class KVCache:
         return Stack(address, count=len(self._names), shape=shape, dtype=self._dtype)
 
     def save(self, device: Device, target: Stack, *, num_rows: int) -> None:
-        """Enqueue the copy of the first ``num_rows`` rows to ``target``."""
+        """Enqueue a copy of the first ``num_rows`` rows to ``target``."""
         self._stack.copy_to(device, target, first_row=0, num_rows=num_rows)
 
     def restore(self, device: Device, source: Stack, *, num_rows: int) -> None:
-        """Enqueue the copy of ``num_rows`` rows back; they are the valid ones then."""
+        """Enqueue a copy of ``num_rows`` rows from ``source``; they become the valid rows."""
         source.copy_to(device, self._stack, first_row=0, num_rows=num_rows)
         self.length = num_rows
 
     def append(self, device: Device, new: NewRows, *, num_rows: int) -> None:
-        """Enqueue the copy of the first ``num_rows`` new rows to the end of the valid ones.
+        """Enqueue a copy of the first ``num_rows`` new rows to the end of the valid rows.
 
         Raises:
-            ShapeError: If they do not fit.
+            ShapeError: If the cache is too small.
         """
         end = self.length + num_rows
         if end > self.capacity:
@@ -88,10 +83,10 @@ class KVCache:
 
 @final
 class NewRows:
-    """Keys and values that a layer range writes for the rows it has just seen, [1, G, S, E] each."""
+    """New keys and values that a layer range writes, [1, G, S, E] each."""
 
     def __init__(self, address: int, spec: GraphSpec, *, rows: int) -> None:
-        """Lay the outputs of ``spec`` out from ``address`` on, for S = ``rows``."""
+        """Lay out the outputs of ``spec`` from ``address`` on, for S = ``rows``."""
         present = [tensor for tensor in spec.outputs if tensor.name.startswith(PRESENT_PREFIX)]
         shape = tuple(rows if axis == "S" else int(axis) for axis in present[0].shape)
         self.stack = Stack(address, count=len(present), shape=shape, dtype=present[0].dtype)

@@ -1,10 +1,10 @@
-"""The device memory that a bundle takes, counted before anything is loaded and compared with what is free.
+"""The device memory that a bundle needs, counted before anything is loaded and compared with the free memory.
 
-weights      of all loaded graphs; for TensorRT the sizes of the engine files, which hold them
-KV caches    at their full capacity
-buffers      inputs, results and what lies between the graphs: counted by laying out the real ones without memory
-workspace    the largest activations of a layer range: 3 S D b + max(S (H + 2 G) E b, 3 S I b), with b bytes an element;
-             attention is taken to be fused. TensorRT says the real number once its engines are loaded
+weights      of all loaded graphs; with TensorRT, the sizes of the engine files
+KV caches    at full capacity
+buffers      inputs, results and tensors between the graphs, counted by the real allocation code
+workspace    the largest activations of a layer range: 3 S D b + max(S (H + 2 G) E b, 3 S I b), with b bytes per element
+             and fused attention. TensorRT reports the real number once its engines are loaded
 """
 
 from __future__ import annotations
@@ -29,15 +29,9 @@ if TYPE_CHECKING:
 
 
 def estimate(manifest: Manifest, specs: Sequence[GraphSpec], *, weight_bytes: int) -> dict[str, int]:
-    """Return bytes by what they are for.
-
-    Args:
-        manifest: The bundle's.
-        specs: The graphs to be loaded; buffers and KV caches are counted only if these are all.
-        weight_bytes: Of these graphs.
-    """
+    """Return the bytes by purpose for loading ``specs``; buffers and KV caches only if these are all graphs."""
     memory = {"weights": weight_bytes, "workspace": _activation_bytes(manifest, specs)}
-    # Single graphs are loaded for comparisons, with buffers of their own.
+    # Single graphs are loaded for comparisons and bring their own buffers.
     if len(specs) == len(manifest.graphs):
         counting = _CountingAllocator()
         DecoderBuffers(manifest, counting)
@@ -47,10 +41,10 @@ def estimate(manifest: Manifest, specs: Sequence[GraphSpec], *, weight_bytes: in
 
 
 def check_memory(device: Device, memory: Mapping[str, int]) -> None:
-    """Raise BackendError if ``device`` says that it has less free than ``memory``, or the machine has less in all."""
-    # Without this, the system may end the whole process instead, as on a Jetson, whose GPU shares its memory.
+    """Raise BackendError if ``memory`` exceeds the free memory of ``device``, or on the CPU the machine's whole memory."""
+    # Otherwise the system may kill the process, as on a Jetson, whose GPU shares the host's memory.
     free, what = device.free_bytes(), "free"
-    if free is None:  # the CPU: weights are mapped files, which the system can take back
+    if free is None:  # the CPU: weights are mapped files, whose pages the system can take back
         memory = {name: count for name, count in memory.items() if name != "weights"}
         free, what = whole_memory_bytes(), "in all"
     needed = sum(memory.values())
@@ -71,7 +65,7 @@ def _activation_bytes(manifest: Manifest, specs: Sequence[GraphSpec]) -> int:
 
 @final
 class _CountingAllocator:
-    """Adds up what would be allocated on the device."""
+    """Adds up device allocations without making them."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
@@ -83,6 +77,7 @@ class _CountingAllocator:
     def allocate_pinned(self, num_bytes: int, *, purpose: str) -> NDArray[np.uint8]:
         if num_bytes > (whole_memory_bytes() or num_bytes):
             raise BackendError(
-                f"memory: expected {num_bytes / 1e9:.2f} GB for {purpose}, the machine has less; export the bundle again"
+                f"memory: expected {num_bytes / 1e9:.2f} GB for {purpose}, got less in the whole machine; export the bundle"
+                " with a smaller --max-text"
             )
-        return np.empty(num_bytes, np.uint8)  # the system gives pages only when they are written
+        return np.empty(num_bytes, np.uint8)  # costs nothing: the system provides pages when they are written

@@ -1,8 +1,8 @@
-"""The question's rows of the first layer range, run after the rows of the images and the text before them.
+"""Runs the question's rows of the first layer range separately, after the rows of the images and the text before them.
 
-Up to the last visual token a prompt does not depend on the question. A bundle that was exported with --follow-ups runs these
-rows first, and the question's rows after them with a profile of their own; so a further question about images that were kept
-starts at its own rows. Both are always run apart, kept or not: the answers are the same bit for bit.
+Up to its last visual token, a prompt does not depend on the question. A bundle exported with --follow-ups runs these rows
+first and the question's rows after them, with a separate profile. A further question about the same images reuses the
+first rows and runs only its own. Both parts always run separately, so answers are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class _Slot(NamedTuple):
-    """The first rows of one prompt: keys and values, and what the range gives for them."""
+    """The first rows of one prompt: their keys and values, and the range's outputs for them."""
 
     cache: Stack
     outputs: tuple[DeviceTensor, ...]
@@ -40,25 +40,20 @@ class _Slot(NamedTuple):
 
 @final
 class QuestionRows:
-    """Runs the question's rows, and keeps the rows before them of the last prompts."""
+    """Runs the question's rows, and keeps the first rows of recent prompts."""
 
     def __init__(
         self, manifest: Manifest, buffers: DecoderBuffers, engine: Engine, device: Device, *, count: int
     ) -> None:
-        """Allocate all memory.
-
-        Args:
-            manifest: Of a bundle whose first range has profiles for follow-ups.
-            buffers: The decoder's.
-            engine: The first range's.
-            device: Where it runs.
-            count: Prompts whose first rows are kept.
-        """
+        """Allocate memory to keep ``count`` prompts; ``engine`` is the first range's and has profiles for follow-ups."""
         self._buffers, self._engine, self._device = buffers, engine, device
         self._spec, self._cache = buffers.ranges[0], buffers.caches[0]
         most, width = manifest.text_buckets[-1], manifest.dimensions.hidden_size
         self._embeds, self._hidden, self._zeros = (self._rows(1, most, width) for _ in range(3))
-        whole, own = [buffers.hidden_out[0]], [self._hidden]  # of all rows of a prompt, and of the question's
+        whole, own = (
+            [buffers.hidden_out[0]],
+            [self._hidden],
+        )  # for all rows of a prompt; for the question's rows
         if buffers.previous:
             whole.append(buffers.previous[0])
             own.append(self._rows(1, most, width))
@@ -82,7 +77,7 @@ class QuestionRows:
         return _Slot(cache, tuple(self._rows(1, rows, width) for _ in self._outputs))
 
     def bring_back(self, key: bytes, *, num_rows: int) -> bool:
-        """Enqueue the copies of a kept prompt's first rows to where the range leaves them; False if they are not kept."""
+        """Enqueue copies of a kept prompt's first rows to the range's outputs; return False if they are not kept."""
         if key not in self._kept:
             return False
         self._kept.move_to_end(key)
@@ -93,7 +88,7 @@ class QuestionRows:
         return True
 
     def keep(self, key: bytes, *, num_rows: int) -> None:
-        """Enqueue the copies of the first rows that the range has just given; a prompt without a key is not kept."""
+        """Enqueue copies of the first rows from the range's outputs; a prompt without a key is not kept."""
         if not key or not (self._free or self._kept):
             return
         slot = self._free.pop() if self._free else self._kept.popitem(last=False)[1]
@@ -103,12 +98,12 @@ class QuestionRows:
         self._kept[key] = slot
 
     def prepare(self, positions: NDArray[np.int32], *, first: int, bucket: int) -> Launch:
-        """Enqueue what the question's rows are run with, and return the launch.
+        """Enqueue the inputs of the question's rows and return their launch.
 
         Args:
-            positions: [A, rows], theirs.
-            first: Row of the prompt at which they begin.
-            bucket: Rows that they are padded to.
+            positions: [A, rows], their position ids.
+            first: Index of their first row in the prompt.
+            bucket: Number of rows after padding.
         """
         axes, count = positions.shape
         ids = self._inputs.host(POSITIONS, (axes, bucket))
@@ -123,12 +118,9 @@ class QuestionRows:
         return self._launches[bucket]
 
     def finish(self, *, rows: range, bucket: int, num_rows: int) -> None:
-        """Enqueue the copies of the question's rows to after those before them.
+        """Enqueue copies of the question's rows, ``rows`` of the prompt, to their place after the first rows.
 
-        Args:
-            rows: Theirs in the prompt.
-            bucket: Rows that they were padded to.
-            num_rows: Rows of the prompt with its padding.
+        ``bucket`` is the number of the question's rows, and ``num_rows`` that of the prompt's rows, with padding.
         """
         new = NewRows(self._new_rows, self._spec, rows=bucket)
         self._cache.append(self._device, new, num_rows=len(rows))

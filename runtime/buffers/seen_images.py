@@ -1,4 +1,4 @@
-"""Outputs of the vision graph for the last images, so that a further question about one of them need not see it again."""
+"""Keeps the vision graph's outputs for recent images, so that a further question about one of them skips the graph."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @final
 class SeenImages:
-    """The ``count`` images that were asked about last, by their pixels; a new one takes the place of the oldest."""
+    """The ``count`` most recently used images, by their pixels; a new one replaces the least recently used one."""
 
     def __init__(self, spec: GraphSpec, allocator: Allocator, *, count: int) -> None:
         """Allocate memory for the outputs of ``spec``, the vision graph, of ``count`` images."""
@@ -35,10 +35,10 @@ class SeenImages:
         ]
         self._count = count
         self._seen: OrderedDict[bytes, dict[str, DeviceTensor]] = OrderedDict()
-        """By key the graph's outputs by name, with room for the largest profile."""
+        """The graph's outputs by key and name, with room for the largest profile."""
 
     def key_of(self, image: Image.Image, processing: object) -> bytes:
-        """Return what is the same for the same pixels and the same processing; nothing if no image is kept."""
+        """Return a digest of pixels and processing; empty if no images are kept."""
         if self._count == 0:
             return b""
         digest = hashlib.blake2b(repr((image.size, image.mode, processing)).encode(), digest_size=32)
@@ -46,7 +46,7 @@ class SeenImages:
         return digest.digest()
 
     def bring_back(self, key: bytes, device: Device, outputs: Mapping[str, DeviceTensor]) -> bool:
-        """Enqueue the copies of a kept image's outputs to where the graph writes them; False if it is not kept."""
+        """Enqueue copies of a kept image's outputs to ``outputs``; return False if the image is not kept."""
         if key not in self._seen:
             return False
         self._seen.move_to_end(key)
@@ -55,7 +55,7 @@ class SeenImages:
         return True
 
     def keep(self, key: bytes, device: Device, outputs: Mapping[str, DeviceTensor]) -> None:
-        """Enqueue the copies of what the graph has just written for an image; one without a key is not kept."""
+        """Enqueue copies of ``outputs``, the graph's for an image; an image without a key is not kept."""
         if not key:
             return
         slot = self._free.pop() if self._free else self._seen.popitem(last=False)[1]

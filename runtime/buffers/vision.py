@@ -1,10 +1,10 @@
-"""All device memory of the graphs before the decoder."""
+"""The device memory of the graphs before the decoder, except the weights."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, final
 
-from trio_edge.runtime.buffers.blocks import Block, allocate_tensor
+from trio_edge.runtime.buffers.blocks import Block, allocate_largest, allocate_tensor
 from trio_edge.runtime.bundle.graph_io import KEPT_PATCHES, KEPT_TOKENS, VISUAL_TOKENS
 from trio_edge.runtime.devices.interface import largest_shape, shape_at
 
@@ -26,12 +26,12 @@ class VisionBuffers:
     """Inputs and outputs of the graphs before the decoder, at addresses that never change."""
 
     def __init__(self, manifest: Manifest, allocator: Allocator) -> None:
-        """Allocate everything for the largest profiles."""
+        """Allocate all buffers for the largest profiles."""
         self.graphs = {spec.role: spec for spec in manifest.graphs if spec.role in _ROLES}
         self._blocks: dict[tuple[str, str], Block] = {}
-        """Tensors that the host writes or reads, by graph and name."""
+        """Tensors that the host reads or writes, by graph and name."""
         self._inner: dict[str, DeviceTensor] = {}
-        """Outputs that stay on the device, by name: a later graph finds its input of the same name here."""
+        """Outputs that stay on the device, by name; later graphs read them as their inputs of the same name."""
         for spec in self.graphs.values():
             for tensor in spec.tensors:
                 self._allocate(allocator, spec, tensor)
@@ -41,9 +41,9 @@ class VisionBuffers:
             self.several(allocator)
 
     def several(self, allocator: Allocator) -> list[DeviceTensor]:
-        """Return where the tokens of several images, and their planes, lie one after the other: [largest N, D] each.
+        """Return the memory for the tokens and planes of several images in a row: [largest N, D] each.
 
-        A bundle for one image has no such memory until it is asked about several small ones.
+        A bundle for one image allocates it at its first prompt with several small images.
         """
         manifest = self._manifest
         tokens = self.graphs["vision"].tensor(VISUAL_TOKENS)
@@ -55,7 +55,7 @@ class VisionBuffers:
     def _allocate(self, allocator: Allocator, spec: GraphSpec, tensor: TensorSpec) -> None:
         shape = largest_shape(spec, tensor)
         if tensor in spec.outputs and tensor.name not in _KEPT:
-            self._inner[tensor.name] = allocate_tensor(allocator, tensor, shape, graph=spec.name)
+            self._inner[tensor.name] = allocate_largest(allocator, spec, tensor)
         elif tensor.name not in self._inner:
             fields = {tensor.name: (tensor.dtype, shape)}
             purpose = f"{tensor.name} of {spec.name}"
@@ -78,7 +78,7 @@ class VisionBuffers:
             block.upload_field(device, name, array.shape)
 
     def fetch(self, device: Device, spec: GraphSpec, profile: Profile) -> NDArray[np.int32] | None:
-        """Enqueue the copy of what a graph kept, if it drops anything, and return where it will be."""
+        """Enqueue a copy of the indices that a graph kept and return their array on the host; None if it drops nothing."""
         for tensor in spec.outputs:
             if tensor.name in _KEPT:
                 shape, block = shape_at(tensor.shape, profile), self._blocks[spec.name, tensor.name]

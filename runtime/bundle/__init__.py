@@ -1,1 +1,1 @@
-"""The bundle on disk: manifest, schedule, graph tensors, embedding table, errors. Every package may import it."""
+"""The bundle on disk: manifest, schedule, graph tensors, embedding table, errors. Every package may import this one."""

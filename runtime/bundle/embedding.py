@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @final
 class EmbeddingTable:
-    """Rows by token id, read from the file when they are asked for."""
+    """Embeddings by token id, read from the mapped file on access."""
 
     def __init__(self, bundle: Bundle) -> None:
         manifest = bundle.manifest
@@ -26,10 +26,10 @@ class EmbeddingTable:
         self._scales = None if scales is None else bundle.map_tensor(scales)
 
     def __getitem__(self, token_ids: NDArray[Any] | int) -> NDArray[Any]:
-        """Return the rows of ``token_ids``, [..., D], in the type of the graphs.
+        """Return the rows of ``token_ids``, [..., D], in the graphs' dtype.
 
         Raises:
-            BundleError: If there is no such row: the tokenizer is another model's.
+            BundleError: If there is no such row, because the tokenizer belongs to another model.
         """
         largest = int(np.max(token_ids, initial=0))
         if largest >= len(self._rows) or np.min(token_ids, initial=0) < 0:

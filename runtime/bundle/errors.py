@@ -1,6 +1,6 @@
-"""The exceptions of trio-edge: everything a user can cause, one line each.
+"""The exceptions of trio-edge for everything that a user can cause; each message is one line.
 
-    TrioEdgeError              base class; command lines print it as one line and exit with code 2
+    TrioEdgeError              base class; commands print it as one line and exit with code 2
     ├── ManifestError          a bundle's description is broken or of another schema   (also a ValueError)
     ├── BundleError            a bundle's files are missing, changed or unfinished     (also a ValueError)
     ├── ShapeError             an array or a prompt does not fit the exported shapes   (also a ValueError)
@@ -8,7 +8,7 @@
     ├── ScheduleError          an impossible reduction schedule                        (also a ValueError)
     ├── CheckpointError        a checkpoint cannot be exported                         (also a ValueError)
     ├── ImageError             an image cannot be read                                (also a ValueError)
-    ├── TargetError            a device that nothing is known of                       (also a ValueError)
+    ├── TargetError            an unknown device                                       (also a ValueError)
     ├── DataError              a file of questions or of outcomes is broken            (also a ValueError)
     └── BackendError           a backend cannot load or run a graph                    (also a RuntimeError)
 
@@ -23,7 +23,7 @@ _MOST_CHARACTERS = 2000
 
 
 class TrioEdgeError(Exception):
-    """Base class of all errors that a user can mend."""
+    """Base class of all errors that a user can correct."""
 
     def __str__(self) -> str:
         """Return the message as ``message_line`` gives it."""
@@ -43,27 +43,27 @@ class ShapeError(TrioEdgeError, ValueError):
 
 
 class PromptTooLongError(ShapeError):
-    """A prompt with more text or visual tokens than the bundle has room for."""
+    """A prompt has more text or visual tokens than the bundle has room for."""
 
 
 class ScheduleError(TrioEdgeError, ValueError):
-    """A reduction schedule that the model cannot follow."""
+    """The model cannot follow the reduction schedule."""
 
 
 class CheckpointError(TrioEdgeError, ValueError):
-    """A checkpoint that cannot be read or exported."""
+    """A checkpoint cannot be read or exported."""
 
 
 class ImageError(TrioEdgeError, ValueError):
-    """An image that cannot be read or is out of bounds."""
+    """An image cannot be read or is too large."""
 
 
 class TargetError(TrioEdgeError, ValueError):
-    """A device that is not in the table of targets."""
+    """A device is not in the table of targets."""
 
 
 class DataError(TrioEdgeError, ValueError):
-    """A file of questions, or a folder of outcomes, that cannot be used."""
+    """A file of questions or a folder of outcomes cannot be used."""
 
 
 class BackendError(TrioEdgeError, RuntimeError):
@@ -71,17 +71,15 @@ class BackendError(TrioEdgeError, RuntimeError):
 
 
 def message_line(text: str) -> str:
-    """Return a message as one line that a terminal may show, without the middle where it is very long."""
+    """Return a message as one printable line; the middle of a very long one is cut."""
     line = printable(" ".join(text.split()))
     return line if len(line) <= _MOST_CHARACTERS else f"{line[:1000]}…{line[-600:]}"
 
 
 def printable(text: str, *, but: str = "") -> str:
-    """Return a text from a file with control characters, bidirectional marks and lone surrogates escaped.
+    """Return ``text`` with control characters, bidirectional marks and lone surrogates escaped, except those in ``but``.
 
-    Args:
-        text: The text. It may come from anybody: escape sequences can rename a terminal's window, and marks turn a name round.
-        but: Characters that stay, such as line breaks.
+    A text from a file may come from anybody: escape sequences can rename a terminal's window, and marks reverse a name.
     """
     if text.isprintable():  # the common case
         return text

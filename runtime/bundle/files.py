@@ -1,7 +1,7 @@
-"""Folders and files that appear complete or not at all: written next to their target and renamed at the end.
+"""Writes folders and files completely or not at all: next to their target, and renamed at the end.
 
-The folder next to the target is locked while its process lives, so the next writer of the same target can tell what a
-killed one left (and deletes it) from what another one is still writing.
+The temporary folder is locked while its process lives. So the next writer of the same target can tell the leftovers of a
+killed process, which it deletes, from a folder that another process is still writing.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ def atomic_folder(
     elsewhere: str = "",
     before_rename: Callable[[], None] = lambda: None,
 ) -> Iterator[Path]:
-    """Yield a new folder next to ``target`` that becomes ``target`` when the block ends well and vanishes when it does not.
+    """Yield a new folder that replaces ``target`` in one step when the block succeeds, and is deleted when it fails.
 
-    What earlier writers of ``target`` left when they were killed is deleted first.
+    Leftovers of killed writers of ``target`` are deleted first.
 
     Args:
-        target: The folder to be; an old one is replaced in one step.
-        num_bytes: What is going to be written, checked against the free space first.
-        error: Raised where the folder cannot be written or the disk is full.
-        what: The whole, for messages: "bundle".
-        way_out: What the user can do where nothing can be written there.
-        elsewhere: What else than freeing some space helps where it is too small: " or choose another --out".
-        before_rename: Called when all is written; if it raises, ``target`` stays as it was.
+        target: The final folder.
+        num_bytes: Expected size, compared with the free space first.
+        error: Class of the error if the folder cannot be written or the disk is full.
+        what: Name of the content for messages, such as "bundle".
+        way_out: Advice for a place that cannot be written to.
+        elsewhere: Advice for a full disk, apart from freeing space: " or choose another --out".
+        before_rename: Called when everything is written; if it raises, ``target`` stays as it was.
 
     Raises:
-        TrioEdgeError: ``error``, as it says.
+        TrioEdgeError: An ``error``, see above.
     """
     _check_name(target, error=error)
     try:
@@ -65,7 +65,7 @@ def atomic_folder(
     except OSError as reason:
         raise error(f"{target}: cannot be created ({reason.strerror}); {way_out}") from None
     try:
-        partial.chmod(0o755)  # mkdtemp makes it private; what is in it are ordinary files
+        partial.chmod(0o755)  # mkdtemp makes it private, but its content is ordinary files
         yield partial
         before_rename()
         _replace(partial, target)
@@ -74,7 +74,7 @@ def atomic_folder(
             raise
         raise error(
             f"{target}: expected room for the whole {what}, got '{reason.strerror}';"
-            f" nothing is left behind, free some space{elsewhere}"
+            f" nothing was kept, free some space{elsewhere}"
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -84,21 +84,13 @@ def atomic_folder(
 def check_place(target: Path, *, num_bytes: int, error: type[TrioEdgeError], way_out: str) -> None:
     """Raise ``error`` if ``atomic_folder`` could not create ``target`` now; changes nothing.
 
-    For what takes long before it is written.
-
-    Args:
-        target: The folder to be.
-        num_bytes: What is going to be written at least.
-        error: As for ``atomic_folder``.
-        way_out: Likewise.
+    It saves the user a long computation whose result cannot be written. Arguments are those of ``atomic_folder``.
     """
     _check_name(target, error=error)
     # Path.exists raises in a folder that may not be entered
     place = next(folder for folder in target.absolute().parents if os.path.exists(folder))  # noqa: PTH110
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise error(
-            f"{target}: expected {place} to be a folder that can be written to, got another; {way_out}"
-        )
+        raise error(f"{target}: expected {place} to be a writable folder, got none; {way_out}")
     _check_free(place, num_bytes=num_bytes, error=error, elsewhere=f" or {way_out}")
 
 
@@ -113,12 +105,12 @@ def _check_free(folder: Path, *, num_bytes: int, error: type[TrioEdgeError], els
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise error(
-            f"{folder}: expected {num_bytes / 1e9:.2f} GB of free space, got {free / 1e9:.2f} GB; free some{elsewhere}"
+            f"{folder}: expected {num_bytes / 1e9:.2f} GB of free space, got {free / 1e9:.2f} GB; free some space{elsewhere}"
         )
 
 
 def delete_leftovers(target: Path) -> None:
-    """Delete the folders next to ``target`` that killed writers left; one that a living process holds stays.
+    """Delete the temporary folders of killed writers of ``target``; a folder that a living process has locked stays.
 
     Raises:
         OSError: If the folder that holds ``target`` cannot be listed.
@@ -127,7 +119,7 @@ def delete_leftovers(target: Path) -> None:
     for folder in [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]:
         try:
             lock = _lock(folder)
-        except OSError:  # in use, not ours, or deleted by another writer in this moment
+        except OSError:  # in use, not ours, or just deleted by another writer
             continue
         if lock is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -140,7 +132,7 @@ def _new_folder(target: Path) -> tuple[Path, int | None]:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         try:
             lock = _lock(folder)
-        except (BlockingIOError, FileNotFoundError):  # another writer took it for a leftover
+        except (BlockingIOError, FileNotFoundError):  # another writer mistook it for a leftover
             continue
         if folder.exists():
             return folder, lock
@@ -148,11 +140,11 @@ def _new_folder(target: Path) -> tuple[Path, int | None]:
 
 
 def _lock(folder: Path) -> int | None:
-    """Return a descriptor that holds ``folder`` until it is closed, also by a kill; None where folders have no locks.
+    """Return a descriptor that locks ``folder`` until it is closed, also by a kill; None where folders have no locks.
 
     Raises:
-        BlockingIOError: If another process holds it.
-        OSError: If it is not there or not ours.
+        BlockingIOError: If another process has locked it.
+        OSError: If it does not exist or belongs to another user.
     """
     if sys.platform == "win32":
         return None
@@ -175,7 +167,7 @@ def _unlock(lock: int | None) -> None:
 
 
 def _replace(partial: Path, target: Path) -> None:
-    """Rename ``partial`` to ``target``; an old folder is there until the moment in which the new one is."""
+    """Rename ``partial`` to ``target``; an old folder stays until the new one replaces it."""
     if not target.exists():
         partial.rename(target)
     elif not _exchange(partial, target):
@@ -191,8 +183,8 @@ def _replace(partial: Path, target: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders' names in one step; return whether this system and file system can."""
-    # Python has no call for it; without it there is a moment in which no folder has the name.
+    """Swap the names of two folders in one step; return whether the system and the file system support it."""
+    # Python has no call for it. Without it, there is a moment when no folder has the name.
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
@@ -204,10 +196,10 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def read_regular(path: Path, *, max_bytes: int) -> bytes:
-    """Return the content of a regular file. A pipe or a device, which may have no end, is not waited for.
+    """Return the content of a regular file. Pipes and devices, which may be endless, are refused.
 
     Raises:
-        OSError: If it cannot be read, is no regular file, or is larger than ``max_bytes``.
+        OSError: If the file cannot be read, is not regular, or is larger than ``max_bytes``.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(descriptor, "rb") as file:  # noqa: PTH123  # a descriptor has no Path
@@ -220,10 +212,9 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
 
 
 def check_outputs(paths: Mapping[str, Path]) -> None:
-    """Raise DataError unless a file can be written at each path, and no two are one file; nothing stays there.
+    """Raise DataError unless every path can be written and all are different files; leaves nothing there.
 
-    Args:
-        paths: Files by the options that name them; those that exist will be replaced.
+    ``paths`` are files by the options that name them; existing files will be replaced later.
     """
     named: dict[Path, str] = {}
     for option, path in paths.items():
@@ -240,20 +231,15 @@ def _check_output(option: str, path: Path) -> None:
         raise DataError(f"{option}: expected a file in an existing folder, got {path}; create the folder")
     # Renaming onto a device would put a file in its place.
     if (path.exists() or path.is_symlink()) and not path.is_file():
-        raise DataError(f"{option}: expected a file, got {path}, which is none; choose another name")
+        raise DataError(f"{option}: expected a regular file, got {path}; choose another name")
     _new_partial_file(path).unlink()
 
 
 def write_output(option: str, path: Path, content: bytes) -> None:
-    """Write ``content`` next to ``path`` and rename it; where that is a link, what it leads to.
-
-    Args:
-        option: Its name on the command line.
-        path: The file.
-        content: All of it.
+    """Write ``content`` next to ``path`` and rename it; a link's target is replaced, not the link.
 
     Raises:
-        DataError: If it cannot be written; what was there stays.
+        DataError: If it cannot be written; the message names ``option``, and an existing file stays as it was.
     """
     with _data_errors(option, path):
         partial = _new_partial_file(path)
@@ -270,7 +256,11 @@ def _data_errors(option: str, path: Path) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:  # a link to itself; a null byte in the name
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # the last two: a link to itself, a null byte in the name
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{option} {path}: cannot be written ({reason}); choose another folder") from None
 

@@ -1,4 +1,4 @@
-"""FP8: which GPUs have it, and one line for those that have not."""
+"""FP8: the GPUs that support it, and the message for the others."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ FIRST_CAPABILITY = 89
 def fp8_refusal(
     formats: Mapping[Any, str | None], *, capability: int, where: str, device: str | None = None
 ) -> str | None:
-    """Return why a GPU cannot run what is in FP8; None if it can, or nothing is.
+    """Return why a GPU cannot run the parts in FP8; None if it can, or if there are none.
 
     Args:
-        formats: Of each part.
-        capability: The GPU's compute capability, as 89.
-        where: What named the GPU, for the message.
-        device: The GPU's name.
+        formats: Quantized format by part.
+        capability: The GPU's compute capability; 89 is 8.9.
+        where: Start of the message: the option or the GPU's name.
+        device: Name of the GPU, if ``where`` is an option.
     """
     parts = [part for part, kind in formats.items() if kind == "fp8"]
     if not parts or capability >= FIRST_CAPABILITY:

@@ -1,4 +1,4 @@
-"""How a checkpoint wants its answers to be made: the settings of its ``generation_config.json`` that a bundle carries."""
+"""The settings of a checkpoint's ``generation_config.json`` that a bundle carries."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ _Penalty: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-3, le=1e3)]
 _Share: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 SAMPLING_SETTINGS = ("temperature", "top_k", "top_p")
-"""Read only where tokens are drawn."""
+"""Settings that only sampling reads."""
 
 
 class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Hugging Face's settings, by its names and with its defaults. They apply where a user gives none."""
+    """Hugging Face's settings with its names and defaults. They apply where the user sets nothing else."""
 
     do_sample: bool = False
-    """Whether tokens are drawn; greedy otherwise, and ``SAMPLING_SETTINGS`` say nothing."""
+    """Sample tokens. Without it, decoding is greedy and ignores ``SAMPLING_SETTINGS``."""
     temperature: _Factor = 1.0
     top_k: _Count = 50
-    """0 means all."""
+    """0 means all tokens."""
     top_p: _Share = 1.0
     repetition_penalty: _Penalty = 1.0
-    """Positive logits of tokens that are in the prompt or the answer are divided by it, negative ones multiplied."""
+    """Divides positive logits of tokens in the prompt or the answer, and multiplies negative ones; 1 means none."""
     no_repeat_ngram_size: _Count = 0
-    """No group of so many tokens comes twice in prompt and answer; 0 for no such rule."""
+    """Length of token sequences that may not occur twice in prompt and answer; 0 means no limit."""
     min_length: _Count = 0
-    """Tokens of prompt and answer, visual ones too, before which no stop token comes."""
+    """Shortest prompt and answer together, visual tokens included; no stop token comes before."""
     min_new_tokens: _Count = 0
-    """Tokens of the answer before which no stop token comes; above 0 it counts in place of ``min_length``."""
+    """Shortest answer in tokens; above 0 it replaces ``min_length``."""
     suppress_tokens: tuple[_Count, ...] = ()
-    """Never chosen."""
+    """Tokens that are never chosen."""
     begin_suppress_tokens: tuple[_Count, ...] = ()
-    """Not chosen as the first token."""
+    """Tokens that are never chosen first."""
     forced_eos_token_id: tuple[_Count, ...] = ()
-    """What the last token is where the answer is cut at its limit."""
+    """Last token of an answer that reaches its limit."""
 
     @property
     def are_rules(self) -> bool:
-        """Whether any of them changes logits before a token is chosen."""
+        """Whether any setting changes logits before a token is chosen."""
         neutral = GenerationSettings()
         rules = set(self.__struct_fields__) - {"do_sample", *SAMPLING_SETTINGS}
         return any(getattr(self, name) != getattr(neutral, name) for name in rules)

@@ -1,4 +1,4 @@
-"""Inputs and outputs of the decoder's graphs: what the exporter makes, and what the runtime finds before it uses them."""
+"""Inputs and outputs of the graphs: the exporter makes them, and the runtime checks them before it binds."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 VISUAL_TOKENS = "visual_tokens"
 KEPT_PATCHES = "kept_patches"
 KEPT_TOKENS = "kept_tokens"
-"""Output of a graph that drops tokens: patches of each tile, or visual tokens of the image, that it kept."""
+"""Output of a graph that drops tokens: the kept patches of each tile, or the kept visual tokens of the image."""
 PREVIOUS_TOKENS = "previous_tokens"
-"""Input of a reduce graph that compares: what ``VISUAL_TOKENS`` were for the pair of frames before."""
+"""Input of a reduce graph that compares frames: ``VISUAL_TOKENS`` of the previous pair of frames."""
 HAS_PREVIOUS = "has_previous"
-"""[1], 0 for an image and for the first pair of frames; ``PREVIOUS_TOKENS`` mean nothing then."""
+"""[1], 0 for an image and for the first pair of frames, for which ``PREVIOUS_TOKENS`` mean nothing."""
 REDUCED_TOKENS = "reduced_tokens"
 DEEPSTACK_TOKENS = "deepstack_tokens."
 REDUCED_DEEPSTACK = "reduced_deepstack_tokens."
-"""The same of what ``VISUAL_TOKENS`` and ``REDUCED_TOKENS`` are, for the planes of DeepStack; each ends in a number."""
+"""Prefixes of the DeepStack planes that belong to ``VISUAL_TOKENS`` and ``REDUCED_TOKENS``; a number follows."""
 CLIP_TEXT: Literal["clip_text"] = "clip_text"
 """Name and role of the text tower's graph."""
 
 # Decoder layer ranges.
 EMBEDS = "inputs_embeds"
-"""Input of the range that starts at layer 0; the others read ``HIDDEN``."""
+"""Input of the range that starts at layer 0; the other ranges read ``HIDDEN``."""
 HIDDEN = "hidden_states"
 POSITIONS = "position_ids"
 PAST_LENGTH = "past_length"
@@ -42,11 +42,11 @@ PAST_PREFIX = "past_key_values."
 HIDDEN_OUT = "hidden_states_out"
 PRESENT_PREFIX = "present."
 DEEPSTACK = "deepstack_embeds."
-"""DeepStack's plane of layer i, ``deepstack_embeds.{i}``: rows that are added to the layer's output, 0 at text."""
+"""DeepStack plane of layer i, ``deepstack_embeds.{i}``: rows that are added to the layer's output, 0 at text."""
 PREVIOUS = "previous_hidden_states"
-"""Hidden states that entered the layer before a stage's: output of a layer range, input of the select graph after it."""
+"""Hidden states that entered the layer before a stage's layer: output of a range, input of the select graph after it."""
 
-# Probes: the forward half, which gives the output of a layer on the probe rows, and the backward half, which takes its gradient.
+# Probes: the forward half returns a layer's output on the probe rows, the backward half takes the gradient of that output.
 PROBE_HIDDEN = "probe_hidden_states"
 PROBE_POSITIONS = "probe_position_ids"
 PROBE_VISUAL_ROWS = "probe_visual_rows"
@@ -57,7 +57,7 @@ PROBE_STATE = "probe_state"
 PROBE_ATTENTION = "probe_attention"
 PROBE_KEYS = "probe_keys"
 PROBE_RESULTS = (PROBE_OUTPUT, PROBE_STATE, PROBE_ATTENTION, PROBE_KEYS)
-"""Outputs of the forward half; the keys only where the backward half wants them."""
+"""Outputs of the forward half; the keys only where the backward half reads them."""
 GRADIENT_HIDDEN = "gradient_hidden_states"
 GRADIENT_POSITIONS = "gradient_position_ids"
 GRADIENT_VISUAL_ROWS = "gradient_visual_rows"
@@ -68,11 +68,11 @@ GRADIENT_ATTENTION = "gradient_attention"
 GRADIENT_KEYS = "gradient_keys"
 SALIENCY_SCORES = "saliency_scores"
 OUTPUT_GRADIENT = "output_gradient"
-"""The gradient that the head gives for ``PROBE_OUTPUT``."""
+"""The head's gradient with respect to ``PROBE_OUTPUT``."""
 
 # Select graphs.
 SALIENCY = "saliency"
-"""Scores of a probe, where one has run."""
+"""Scores of a probe, if the stage has one."""
 VISUAL_ROWS = "visual_rows"
 NUM_VISUAL = "num_visual"
 LENGTH = "length"
@@ -84,16 +84,16 @@ KEPT_POSITIONS = "kept_position_ids"
 KEPT_VISUAL_ROWS = "kept_visual_rows"
 """Row of each kept token in the reduced sequence: ``VISUAL_ROWS`` of the next stage."""
 VISUAL_IMAGES = "visual_images"
-"""The image that each visual token belongs to, where each image has a share of what a stage keeps."""
+"""Image of each visual token, where each image has a share of the kept tokens."""
 KEPT_VISUAL_IMAGES = "kept_visual_images"
-"""The same of each kept token: ``VISUAL_IMAGES`` of the next stage."""
+"""Image of each kept token: ``VISUAL_IMAGES`` of the next stage."""
 KEPT_DEEPSTACK = "kept_deepstack_embeds."
-"""The planes of layers after the stage, without the dropped tokens."""
+"""DeepStack planes of layers after the stage, without the dropped tokens."""
 KEPT_INDICES = "kept_indices"
 SCORES = "scores"
 UNSETTLED = "unsettled"
 SELECT_RESULTS = (KEPT_INDICES, SCORES, UNSETTLED)
-"""Outputs that the host reads; the others stay on the device."""
+"""Outputs that the host reads; the other outputs stay on the device."""
 
 # Head.
 LAST_ROW = "last_row"
@@ -102,9 +102,9 @@ TOP_LOGITS = "top_logits"
 TOP_IDS = "top_ids"
 
 MAX_CANDIDATES = 64
-"""T where the vocabulary is larger: room for top-k sampling, and for the ties that float16 makes."""
+"""Largest T, the number of likeliest tokens: room for top-k sampling and for ties in float16."""
 WORD, END = 1, 2
-"""Marks of the tokens of CLIP's texts: a word, and the end, which stands for the whole text; 0 is the start, or padding."""
+"""Marks of the tokens in CLIP's texts: a word, and the end, which stands for the whole text; 0 is the start or padding."""
 
 
 class GraphTensors(NamedTuple):
@@ -124,9 +124,9 @@ def range_tensors(
     num_deepstack: int = 0,
     with_previous: bool = False,
 ) -> GraphTensors:
-    """Return the tensors of decoder layers; the range that starts at layer 0 reads embeddings.
+    """Return the tensors of a range of decoder layers; the range that starts at layer 0 reads embeddings.
 
-    DeepStack's planes, one for each of the first ``num_deepstack`` layers, come last.
+    DeepStack planes, one for each of the first ``num_deepstack`` layers, are the last inputs.
     """
     past_shape = (1, dimensions.num_kv_heads, "C", dimensions.head_size)
     new_shape = (1, dimensions.num_kv_heads, "S", dimensions.head_size)
@@ -163,7 +163,7 @@ def select_tensors(
 ) -> GraphTensors:
     """Return the tensors of a select graph that keeps ``num_keep`` visual tokens.
 
-    ``planes`` are the layers after the stage whose outputs DeepStack adds to.
+    ``planes`` are the layers after the stage to whose outputs DeepStack adds a plane.
     """
     width = dimensions.hidden_size
     inputs = [
@@ -205,7 +205,7 @@ def _planes(
 
 
 def token_planes(prefix: str, count: int, *, rows: int | str, width: int, dtype: DType) -> list[TensorSpec]:
-    """Return DeepStack's planes as a graph before the decoder gives them, [rows, D] each; 0 or more."""
+    """Return the ``count`` DeepStack planes of a graph before the decoder, [rows, D] each."""
     return _planes(prefix, range(count), (rows, width), dtype)
 
 
@@ -243,7 +243,7 @@ def saliency_tensors(
 def _probe_state(
     rows: str, visual: str, dimensions: Dimensions, names: Sequence[str], with_keys: bool
 ) -> list[TensorSpec]:
-    """Return the tensors that a probe's halves have in common: ``ProbeState`` of trio_edge.trio.saliency."""
+    """Return the tensors between a probe's halves: ``ProbeState`` of trio_edge.trio.saliency."""
     dims = dimensions
     width = (
         dims.hidden_size + 2 * dims.intermediate_size + dims.num_heads * (dims.head_size + dims.hidden_size)
@@ -260,7 +260,7 @@ def _probe_state(
 
 
 def head_tensors(*, dimensions: Dimensions, dtype: DType, is_shared: bool = False) -> GraphTensors:
-    """Return the tensors of the head; one that is shared with a probe has L rows, 1 or none."""
+    """Return the tensors of the head; a head that a probe shares has L rows, which is 1 or 0."""
     num_candidates = min(MAX_CANDIDATES, dimensions.vocab_size)
     rows, top = ("L", ("L", num_candidates)) if is_shared else (1, (num_candidates,))
     inputs = (
@@ -285,9 +285,9 @@ def gradient_tensors(*, dimensions: Dimensions) -> GraphTensors:
 
 
 def check_tensors(manifest: Manifest, *, where: str) -> None:
-    """Raise ManifestError unless every graph reads and writes what the runtime will bind.
+    """Raise ManifestError unless every graph has the inputs and outputs that the runtime will bind.
 
-    Graphs before the decoder differ by model family; of those only profiles and the decoder's tokens are looked at.
+    Graphs before the decoder differ by model family, so only their profiles and the decoder's tokens are checked.
     """
     dimensions, dtype, axes = manifest.dimensions, manifest.dtype, manifest.position_axes
     _check_tokens(manifest, where=where)
@@ -342,7 +342,7 @@ def check_tensors(manifest: Manifest, *, where: str) -> None:
 
 
 def _check_tokens(manifest: Manifest, *, where: str) -> None:
-    """Raise ManifestError unless the graphs before the decoder give it its tokens, and DeepStack's planes."""
+    """Raise ManifestError unless the graphs before the decoder output its tokens and DeepStack planes."""
     width, dtype, count = manifest.dimensions.hidden_size, manifest.dtype, manifest.num_deepstack
     for role, tokens, planes, rows in (
         ("vision", VISUAL_TOKENS, DEEPSTACK_TOKENS, "N"),
@@ -368,12 +368,12 @@ def joined(*parts: GraphTensors) -> GraphTensors:
 
 
 def is_probe(spec: GraphSpec) -> bool:
-    """Return whether a graph, or a piece of one, is part of a probe and nothing else."""
+    """Return whether a graph, or a piece of one, belongs to a probe alone."""
     return {tensor.name for tensor in spec.outputs} <= {*PROBE_RESULTS, OUTPUT_GRADIENT, SALIENCY_SCORES}
 
 
 def probe_graph(manifest: Manifest, stage: int) -> GraphSpec | None:
-    """Return the graph that holds the probe of ``stage``; None if its select graph looks at the layer by itself."""
+    """Return the graph that holds the probe of ``stage``; None if the stage needs no probe."""
     layer = manifest.schedule.stages[stage].layer
     return _graph_with(PROBE_OUTPUT, [spec for spec in manifest.graphs if spec.first_layer == layer])
 
@@ -384,7 +384,7 @@ def gradient_graph(manifest: Manifest) -> GraphSpec | None:
 
 
 def has_follow_ups(manifest: Manifest) -> bool:
-    """Return whether the first layer range has profiles for a question after kept rows (--follow-ups)."""
+    """Return whether the first layer range has profiles for a question that follows kept rows (--follow-ups)."""
     profiles = manifest.ranges[0].profiles
     return any(profile.sizes.get("S", 0) > 1 and profile.sizes.get("C", 0) for profile in profiles)
 
@@ -394,7 +394,7 @@ def _graph_with(output: str, specs: Sequence[GraphSpec]) -> GraphSpec | None:
 
 
 def _probe_tensors(spec: GraphSpec, manifest: Manifest) -> GraphTensors:
-    """Return the tensors of a graph that a probe has for itself."""
+    """Return the tensors of a graph that belongs to a probe alone."""
     if any(piece.name == "gradient" for piece in spec.pieces):
         return gradient_tensors(dimensions=manifest.dimensions)
     return _with_probe(GraphTensors((), ()), spec, manifest)
@@ -413,7 +413,7 @@ def _with_probe(tensors: GraphTensors, spec: GraphSpec, manifest: Manifest) -> G
 
 
 def _check_pieces(spec: GraphSpec, *, where: str) -> None:
-    """Raise ManifestError unless every input, output and profile belongs to one piece, if there are any."""
+    """Raise ManifestError unless every input, output and profile of a graph with pieces belongs to one piece."""
     if not spec.pieces:
         return
     for whole, parts in (
@@ -469,17 +469,14 @@ def _text(tensor: TensorSpec) -> str:
     return f"{tensor.name} {tensor.dtype} [{', '.join(map(str, tensor.shape))}]"
 
 
-# Text sizes that prompts are padded to
-
-
 MAX_TEXT = 256
-"""Largest prompt in text tokens, unless the user chooses another."""
-# Every bucket is one more profile of every engine; doublings waste less than half of a prompt's rows.
+"""Default limit of a prompt in text tokens."""
+# Every bucket adds a profile to every engine. Doubling sizes waste less than half of a prompt's rows.
 _SMALLEST_BUCKET = 32
 
 
 def text_buckets(max_text: int) -> tuple[int, ...]:
-    """Return the text sizes that prompts are padded to: doublings from 32, and ``max_text`` itself."""
+    """Return the text sizes that prompts are padded to: 32, 64, 128, … and ``max_text``."""
     sizes, size = [], _SMALLEST_BUCKET
     while size < max_text:
         sizes.append(size)
@@ -488,10 +485,10 @@ def text_buckets(max_text: int) -> tuple[int, ...]:
 
 
 def bucket_of(num_text: int, buckets: Sequence[int]) -> int:
-    """Return the first of the ascending ``buckets`` with room for ``num_text`` tokens; a longer prompt is one of its own."""
+    """Return the first of the ascending ``buckets`` with room for ``num_text`` tokens, or ``num_text`` if there is none."""
     return next((bucket for bucket in buckets if bucket >= num_text), num_text)
 
 
 def num_clip_texts(num_tokens: int, *, length: int) -> int:
-    """Return M, the texts of ``length`` tokens, start and end among them, that a question of ``num_tokens`` needs."""
+    """Return M, the number of texts of ``length`` tokens, including start and end, for a question of ``num_tokens``."""
     return max(1, -(-num_tokens // (length - 2)))

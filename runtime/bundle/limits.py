@@ -1,8 +1,7 @@
-"""Bounds of the numbers and texts in a bundle's JSON files, and of what users give.
+"""Bounds of numbers and texts in a bundle's JSON files and in the user's input.
 
-They lie far above any model's numbers, and far below what would fill a machine.
-
-A manifest may come from anybody. What breaks a bound is refused with the key's name before anything is allocated.
+A manifest may come from anybody. A value outside its bound is refused with the name of its key before anything is
+allocated. The bounds lie far above any model's numbers, and far below what would fill a machine.
 """
 
 from __future__ import annotations
@@ -12,18 +11,17 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
-# Far above any model's positions: a mistyped number fails here, not when memory is full.
 MOST_TOKENS = 1 << 20
-"""Largest prompt, and longest answer, that can be chosen."""
+"""Longest prompt or answer in tokens that can be chosen. A mistyped number fails here, not when memory is full."""
 MOST_TENSOR_BYTES = 1 << 44
-"""Largest tensor of a graph at any profile."""
+"""Bytes of the largest tensor of a graph at any profile."""
 MAX_JSON_BYTES = 64 << 20
-"""Largest JSON file that is read; a manifest of a large model has less than 1 MB."""
+"""Size of the largest JSON file that is read; a large model's manifest has less than 1 MB."""
 
 MAX_IMAGE_PIXELS = 1 << 26
 """Pixels above which an image is refused before decoding, unless the user allows more: 8192 x 8192."""
 MOST_IMAGE_PIXELS = 1 << 31
-"""Pixels that a user can allow."""
+"""Largest limit that a user can set."""
 
 Tokens: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=MOST_TOKENS)]
 Axis: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
@@ -35,7 +33,7 @@ Bytes: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
 Work: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 """FLOPs, or a product of sizes."""
 TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
-# No control characters and no marks that turn text round: commands print these names.
+# No control characters and no bidirectional marks, because commands print these names.
 Name: TypeAlias = Annotated[
     str,
     msgspec.Meta(
@@ -45,16 +43,16 @@ Name: TypeAlias = Annotated[
     ),
 ]
 Symbol: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Z]{1,8}\Z")]
-"""Axis that a profile gives a size."""
+"""Axis whose size depends on the profile."""
 Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 """SHA-256 in hexadecimal."""
 
 
 def is_number(value: object) -> bool:
-    """Return whether ``value`` is a number, which True is not."""
+    """Return whether ``value`` is a number; True is none."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_whole(value: object) -> bool:
-    """Return whether ``value`` is a whole number, which True and 2.0 are not."""
+    """Return whether ``value`` is a whole number; True and 2.0 are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)

@@ -1,9 +1,9 @@
-"""The manifest (``trio.json``): the only description of a bundle. Export writes it once, everything else reads it.
+"""The manifest (``trio.json``), the only description of a bundle. Export writes it once, everything else reads it.
 
-Symbols in shapes: N visual tokens (padded), S sequence rows of a graph (padded), C rows of its past KV cache, R rows
-of the sequence after a selection (padded); of a vision graph also B image tiles, or P patches and W windows; of CLIP's
-text tower M texts. A probe has symbols of its own: of its forward half PS rows, PR probe rows and PN visual tokens, of its
-backward half GS, GR and GN; L is the rows of a head that the probe shares. All other axes are numbers.
+Symbols in shapes: N visual tokens (padded), S sequence rows of a graph (padded), C rows of its KV cache, R rows of the
+sequence after a selection (padded). Vision graphs also have B image tiles, or P patches and W windows; CLIP's text tower
+has M texts. A probe has its own symbols: PS rows, PR probe rows and PN visual tokens in its forward half, GS, GR and GN in
+its backward half. L is the number of rows of a head that a probe shares. All other axes are numbers.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ SCHEMA_VERSION = 4
 MANIFEST_NAME = "trio.json"
 _NUMBER = re.compile(r"[0-9]{1,4}")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "int32": 4, "int64": 8, "int8": 1, "float8_e4m3fn": 1}
-"""Bytes of an element."""
+"""Bytes per element."""
 
 DType = Literal["float32", "float16", "int32", "int64", "int8"]
 FloatType = Literal["float32", "float16"]
 CacheType = Literal["float32", "float16", "int8"]
 StoredType = Literal["float32", "float16", "int32", "int64", "int8", "int4", "float8_e4m3fn"]
-"""Element types of arrays in weight files; INT4 has two elements in a byte, the first in its low half."""
+"""Element types of arrays in weight files; INT4 stores two elements per byte, the first one in the low half."""
 QuantizedFormat = Literal["int8", "fp8", "int4"]
 Part = Literal["vision", "prefix", "segments", "suffix", "select", "head", "embedding", "kv"]
-"""Parts of a bundle, each with a format of its own."""
+"""Parts of a bundle; each has its own quantization format."""
 Role = Literal["vision", "clip_text", "reduce", "prefix", "probe", "select", "segment", "suffix", "head"]
 PART_FROM_ROLE: dict[Role, Part] = {
     "vision": "vision",
@@ -75,23 +75,23 @@ class Profile(_Spec, frozen=True):
     """One set of fixed sizes that a graph runs at."""
 
     name: Name
-    """"prefill_2928+64" (visual rows and text bucket), "prefill_64" where only one visual size is left, "decode"."""
+    """"prefill_2928+64" (visual rows and text bucket), "prefill_64" where there is only one visual size, or "decode"."""
     sizes: dict[Symbol, Extent]
-    """Value of each symbol in the graph's shapes; 0 for those of other pieces, which are left out."""
+    """Value of each symbol in the graph's shapes; symbols of other pieces are left out and count as 0."""
 
 
 PieceName = Literal["layers", "logits", "probe", "gradient", "saliency"]
 
 
 class Piece(_Spec, frozen=True):
-    """One computation of a graph that holds several, because they read the same weights.
+    """One of several computations in a graph that read the same weights.
 
-    A profile belongs to one piece. At it, all sizes of the others are 0: they compute nothing.
+    A profile belongs to one piece. At this profile all sizes of the other pieces are 0, so they compute nothing.
     """
 
     name: PieceName
     file: Name
-    """The piece as an ONNX graph of its own, for backends that need not have weights in one graph to have them once."""
+    """The piece as a separate ONNX graph, for backends that share weights between graphs."""
     inputs: tuple[Name, ...]
     outputs: tuple[Name, ...]
     profiles: tuple[Name, ...]
@@ -110,20 +110,20 @@ class GraphSpec(_Spec, frozen=True):
     weight_bytes: Bytes
     """Bytes of weights that an engine of this graph holds."""
     first_layer: Layer | None = None
-    """First decoder layer of a prefix, segment or suffix; of a probe or select graph the layer that it looks at."""
+    """First decoder layer of a prefix, segment or suffix; for a probe or select graph, the layer whose input it scores."""
     num_layers: Layer = 0
     """Decoder layers that run in this graph and own a KV cache."""
     opset: Layer | None = None
-    """ONNX opset where it is another than the manifest's: quantized types came later."""
+    """ONNX opset if it differs from the manifest's: quantized types need a later one."""
     pieces: tuple[Piece, ...] = ()
-    """Computations in the graph; empty if it is one."""
+    """Computations in the graph; empty if there is only one."""
 
     def split(self) -> tuple[GraphSpec, ...]:
-        """Return each piece as a graph of its own, called ``graph.piece``; the graph itself if it has none."""
+        """Return each piece as a separate graph, called ``graph.piece``; the graph itself if it has no pieces."""
         return tuple(map(self._alone, self.pieces)) or (self,)
 
     def part_at(self, profile: Profile) -> GraphSpec:
-        """Return the one of ``split()`` that runs at ``profile``, which is one of this graph's."""
+        """Return the graph of ``split()`` that runs at ``profile``, one of this graph's profiles."""
         return next(part for part in self.split() if profile in part.profiles)
 
     def _alone(self, piece: Piece) -> GraphSpec:
@@ -154,7 +154,7 @@ class GraphSpec(_Spec, frozen=True):
 
 
 class StoredTensor(_Spec, frozen=True):
-    """An array inside one of the bundle's weight files."""
+    """An array in one of the bundle's weight files."""
 
     file: Name
     dtype: StoredType
@@ -175,17 +175,17 @@ class Quantization(_Spec, frozen=True):
     formats: dict[Name, QuantizedFormat]
     """By ``Part``."""
     method: Literal["round-to-nearest", "awq", "smoothquant", "awq+smoothquant", "checkpoint"]
-    """The search for scales; "checkpoint" where its own integers were taken over."""
+    """Method that found the scales; "checkpoint" if the checkpoint's own integers are used."""
     block_size: Tokens | None = None
-    """Inputs that share an INT4 scale, where their number is a multiple of it."""
+    """Inputs per INT4 scale, in layers whose number of inputs is a multiple of it."""
     num_samples: Extent = 0
-    """Samples that activations were collected from; the tokens that the bundle's stages drop were dropped."""
+    """Samples that activations were collected from, without the tokens that the bundle's stages drop."""
     inputs: tuple[Part, ...] = ()
-    """Parts in INT8 or FP8 whose linear layers have their inputs in that format too."""
+    """Parts in INT8 or FP8 whose linear layers also have their inputs in that format."""
 
 
 class FileEntry(_Spec, frozen=True):
-    """A file of the bundle and what it must contain."""
+    """A file of the bundle, with its size and hash."""
 
     path: Name
     """Relative to the bundle, forward slashes, no '..'."""
@@ -206,32 +206,32 @@ class Dimensions(_Spec, frozen=True):
 
 
 class VisionDimensions(_Spec, frozen=True):
-    """Sizes of the vision tower and its projector, as far as they decide what the vision graph computes."""
+    """Sizes of the vision tower and its projector that determine the cost of the vision graph."""
 
     num_layers: Layer
-    """Layers that run."""
+    """Layers that the vision graph runs."""
     hidden_size: Axis
     intermediate_size: Axis
     patches_per_tile: Tokens | None
-    """With the class token; None where the whole image of P patches is one tile."""
+    """Patches per tile, with the class token; None if the whole image of P patches is one tile."""
     projector_weights: Work
     """Weights that each visual token is multiplied with."""
     mlp_matrices: Layer = 2
-    """2, or 3 where the MLP has a gate."""
+    """Matrices of an MLP: 2, or 3 with a gate."""
     patches_per_window: Tokens | None = None
-    """Patches that a patch attends to in layers with windows; None if all layers attend to the whole tile."""
+    """Patches per attention window; None if all layers attend to the whole tile."""
     num_full_layers: Layer = 0
-    """Layers that attend to the whole tile, besides those with windows."""
+    """Layers that attend to the whole tile, in a tower with windows."""
     projected_per_tile: Tokens | None = None
-    """Tokens of each tile that the projector sees; None where it sees the decoder's, or P patches are one tile."""
+    """Tokens per tile that enter the projector; None if they are the decoder's tokens, or if P patches are one tile."""
     patches_per_token: Tokens | None = None
-    """Patches that are one token of the projector, where P patches are one tile."""
+    """Patches per token of the projector, if P patches are one tile."""
     merged_weights: Work = 0
-    """Weights that would cost what the encoder's own reduction does for each token of the projector."""
+    """Weights with the same cost per projector token as the encoder's own reduction."""
 
 
 class TextSpec(_Spec, frozen=True):
-    """Tokens with a meaning, and where the tokenizer's files are."""
+    """The tokenizer's files and special tokens."""
 
     tokenizer: Name
     chat_template: Name
@@ -241,53 +241,54 @@ class TextSpec(_Spec, frozen=True):
     eos_token: str
     stop_token_ids: tuple[TokenId, ...]
     video_token: Name | None = None
-    """Stands for a video in the chat template; None where the model takes none, as ``video_token_id``."""
+    """Placeholder of a video in the chat template; None, like ``video_token_id``, if the model takes no videos."""
     video_token_id: TokenId | None = None
 
 
 class ClipTextSpec(_Spec, frozen=True):
-    """Constants that make texts of a CLIP model from questions."""
+    """Constants for turning questions into CLIP's texts."""
 
     tokenizer: Name
     start_id: TokenId
     end_id: TokenId
-    """Also what a text is padded with."""
+    """End token, also used as padding."""
     length: Annotated[int, msgspec.Meta(ge=3, le=4096)]
-    """L, tokens of a text, start and end among them."""
+    """L, tokens per text, including start and end."""
 
 
 class ImageSize(_Spec, frozen=True):
     """An image size that the bundle has exact shapes for."""
 
     width: Axis
+    """In pixels."""
     height: Axis
     """In pixels."""
     num_visual: Tokens
-    """Visual tokens that such an image gives."""
+    """Visual tokens of such an image."""
     rows: Tokens
-    """N that it runs at; more than ``num_visual`` only where a stage keeps more than the image has."""
+    """N at which it runs; larger than ``num_visual`` only if a stage keeps more tokens than the image has."""
 
 
 class Cost(_Spec, frozen=True):
     """FLOPs and KV bytes of one answer's prefill, counted by ``trio_edge.trio.cost.flops``, at ``num_text`` text tokens."""
 
     num_visual: Extent
-    """Visual tokens that the vision graph gives for all images."""
+    """Visual tokens that the vision graph returns for all images."""
     num_text: Extent
     full_flops: dict[Name, Work]
-    """Per part ("vision", "decoder" with its head) without reduction."""
+    """By part ("vision", "decoder" with its head) without reduction."""
     reduced_flops: dict[Name, Work]
-    """Per part, with "select" for the stages and, where there are, "reduce" for the selection before the decoder and
+    """By part, with "select" for the stages and, if there are any, "reduce" for the selection before the decoder and
     "clip_text" for the text tower."""
     full_kv_bytes: Bytes
     reduced_kv_bytes: Bytes
     num_images: Tokens = 1
     picture_tokens: Extent | None = None
-    """Visual tokens of the same images without encoder reduction; None if they are ``num_visual``."""
+    """Visual tokens of the same images without encoder reduction; None if equal to ``num_visual``."""
 
 
 class Manifest(_Spec, frozen=True):
-    """Everything that a runtime must know about a bundle."""
+    """Everything that the runtime must know about a bundle."""
 
     schema_version: int
     family: Name
@@ -299,24 +300,24 @@ class Manifest(_Spec, frozen=True):
     dimensions: Dimensions
     schedule: Schedule
     visual_sizes: tuple[Tokens, ...]
-    """Every N, rows of the visual span in a prefill, ascending; images are padded to one of them."""
+    """Every N, the rows for visual tokens in a prefill, ascending; images are padded to one of them."""
     image_sizes: tuple[ImageSize, ...]
-    """Image sizes that were exported for; empty if any image is as good as another."""
+    """Image sizes with exact shapes; empty if there are none."""
     text_buckets: tuple[Tokens, ...]
-    """Text tokens (before and after the image together) are padded to one of these, ascending."""
+    """Text lengths, ascending; the text tokens of a prompt together are padded to one of them."""
     max_new_tokens: Tokens
     max_position: Axis
-    """Positions the model was made for."""
+    """Number of positions that the model supports."""
     position_axes: Literal[1, 3]
     """A, rows of position ids: 1, or 3 for M-RoPE (time, row, column)."""
     text: TextSpec
     image_processing: dict[str, Any]
     max_images: Tokens
-    """Images of a prompt, or pairs of a video's frames, of the largest size that was exported for."""
+    """Largest number of images, or pairs of video frames, of the largest size in a prompt."""
     encoder_keep: Tokens | None
-    """Patches per tile, or visual tokens of the image, that the vision graph keeps; None for all."""
+    """Patches per tile, or visual tokens per image, that the vision graph keeps; None for all."""
     token_method: Name | None
-    """Selector of the reduce graph between vision and prefix, by its name in ``trio_edge.trio.methods``; None without one."""
+    """Selector of the reduce graph between vision and prefix, by its name in ``trio_edge.trio.methods``; None for none."""
     token_keep: Tokens | None
     """K, visual tokens of each image that the reduce graph passes on."""
     token_embedding: StoredTensor
@@ -325,24 +326,24 @@ class Manifest(_Spec, frozen=True):
     files: tuple[FileEntry, ...]
     """Every file of the bundle except the manifest itself."""
     model_bytes: Bytes
-    """Bytes of the whole model's weights in ``dtype``, each tensor once."""
+    """Bytes of all the model's weights in ``dtype``, each tensor counted once."""
     cost: Cost
     tools: dict[Name, Name]
     """Versions of the packages that made the bundle."""
     vision: VisionDimensions | None = None
     """None in bundles of releases that did not write it."""
     token_embedding_scales: StoredTensor | None = None
-    """[V] of an INT8 table, one for each row."""
+    """[V], one scale for each row of an INT8 table."""
     quantization: Quantization | None = None
-    """None where all weights and the KV caches are in ``dtype``."""
+    """None if all weights and the KV caches are in ``dtype``."""
     clip_text: ClipTextSpec | None = None
-    """Set where the reduce graph compares the question in CLIP's space; its text tower is a graph then."""
+    """Set if the reduce graph compares the question with the image in CLIP's space; CLIP's text tower is a graph then."""
     generation: GenerationSettings = GenerationSettings()
-    """How the checkpoint wants answers to be made, where the user says nothing else."""
+    """The checkpoint's generation settings, which apply where the user sets nothing else."""
     video_processing: dict[str, Any] | None = None
-    """None where the bundle takes no videos."""
+    """None if the bundle takes no videos."""
     num_deepstack: Layer = 0
-    """Decoder layers, from the first on, whose outputs get features of inner vision layers added (DeepStack)."""
+    """Number of first decoder layers to whose outputs DeepStack adds features of inner vision layers."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -365,7 +366,7 @@ class Manifest(_Spec, frozen=True):
         ):
             raise ManifestError(
                 "token_embedding: expected float32 or float16 rows, or int8 rows with scales, got"
-                f" {table.dtype} {'without' if scales is None else 'with'} scales"
+                f" {table.dtype} {'without' if scales is None else 'with'} scales; export the bundle again"
             )
         shape = self.dimensions.vocab_size, self.dimensions.hidden_size
         self._check_stored("token_embedding", table, shape)
@@ -386,27 +387,20 @@ class Manifest(_Spec, frozen=True):
             )
 
     def _check_sizes(self) -> None:
-        """Raise ManifestError for sizes that no other check compares with anything."""
+        """Raise ManifestError for impossible sizes that no other check covers."""
         dims = self.dimensions
         try:
             self.schedule.check_fits(num_layers=dims.num_layers, max_visual=self.max_visual)
         except ScheduleError as error:
             raise ManifestError(f"schedule: {error}; export the bundle again") from None
-        if (
-            min(
-                dims.num_layers,
-                self.model_bytes,
-                self.cost.reduced_kv_bytes,
-                sum(self.cost.reduced_flops.values()),
-            )
-            < 1
-        ):
+        flops = sum(self.cost.reduced_flops.values())
+        if min(dims.num_layers, self.model_bytes, self.cost.reduced_kv_bytes, flops) < 1:
             raise ManifestError(
                 "dimensions, model_bytes, cost: expected numbers above 0, got 0; export the bundle again"
             )
         if (self.token_method is None) != (self.token_keep is None):
             raise ManifestError(
-                f"token_keep: expected a number with a token_method and nowhere else, got {self.token_keep} with"
+                f"token_keep: expected a number if there is a token_method, and none otherwise, got {self.token_keep} with"
                 f" {self.token_method!r}; export the bundle again"
             )
         if self.max_images > self.max_visual or dims.num_heads % dims.num_kv_heads:
@@ -443,21 +437,22 @@ class Manifest(_Spec, frozen=True):
         if roles != expected:
             raise ManifestError(f"graphs: expected roles {expected}, got {roles}; export the bundle again")
         self._check_graph_names()
-        # The decoder appends KV rows range by range: a gap or an overlap would give wrong answers without an error.
+        # The decoder appends KV rows range by range, so a gap or an overlap would silently give wrong answers.
         next_layer = 0
         for graph in self.ranges:
             if graph.first_layer != next_layer or graph.num_layers < 1:
                 raise ManifestError(
-                    f"graph {graph.name!r}: expected to start at layer {next_layer}, got {graph.first_layer}"
+                    f"graph {graph.name!r}: expected to start at layer {next_layer}, got {graph.first_layer};"
+                    " export the bundle again"
                 )
             next_layer += graph.num_layers
         if next_layer != self.dimensions.num_layers:
             raise ManifestError(
-                f"graphs: expected {self.dimensions.num_layers} decoder layers, got {next_layer}"
+                f"graphs: expected {self.dimensions.num_layers} decoder layers, got {next_layer}; export the bundle again"
             )
 
     def _check_graph_names(self) -> None:
-        """Raise ManifestError for names that graphs of a role do not have: files are called after them."""
+        """Raise ManifestError for a name that does not belong to the graph's role: files are named after graphs."""
         found: set[str] = set()
         for graph in self.graphs:
             name, role = graph.name, graph.role
@@ -467,7 +462,7 @@ class Manifest(_Spec, frozen=True):
             is_known = name == role or is_numbered or (role, name) == ("probe", "gradient")
             if not is_known or name in found:
                 raise ManifestError(
-                    f"graphs: expected a name of its own after the role {role}, got {name!r}; export the bundle again"
+                    f"graphs: expected a unique name that follows from the role {role}, got {name!r}; export the bundle again"
                 )
             found.add(name)
 
@@ -476,14 +471,14 @@ class Manifest(_Spec, frozen=True):
         return next(graph for graph in self.graphs if graph.name == name)
 
     def format_of(self, graph: GraphSpec) -> QuantizedFormat | None:
-        """Return what the linear layers of ``graph`` are quantized to; None in floating point."""
+        """Return the quantized format of the linear layers of ``graph``; None for floating point."""
         if graph.role == "probe":
             return self.format_of(self._owner(graph))
         part = PART_FROM_ROLE.get(graph.role)
         return None if part is None or self.quantization is None else self.quantization.formats.get(part)
 
     def _owner(self, probe: GraphSpec) -> GraphSpec:
-        """Return the graph that the weights of ``probe`` belong to: the range of its layer, or the head."""
+        """Return the graph whose weights ``probe`` shares: the range of its layer, or the head."""
         layer = probe.first_layer
         if layer is None:
             return self.graph("head")
@@ -531,12 +526,12 @@ class Manifest(_Spec, frozen=True):
 
     @property
     def device_weight_ratio(self) -> float:
-        """Weights in all graphs over the model's weights: what the repeated probe layers and heads cost."""
+        """Weights in all graphs divided by the model's weights; above 1, probe layers and heads are repeated."""
         return sum(graph.weight_bytes for graph in self.graphs) / self.model_bytes
 
     @property
     def average_keep(self) -> float:
-        """Mean over layers of the visual tokens processed, as a fraction of the image's before any reduction."""
+        """Mean over layers of the visual tokens processed, as a fraction of the tokens before any reduction."""
         whole = self.cost.picture_tokens or self.cost.num_visual
         share = self.average_keep_of(self.cost.num_visual, num_images=self.cost.num_images)
         return share * self.cost.num_visual / whole
@@ -559,7 +554,7 @@ def graph_files(manifest: Manifest) -> set[str]:
 
 
 def _check_relative(path: str) -> None:
-    # A downloaded bundle must not name files of the machine that it is opened on.
+    # A downloaded bundle must not name files outside of its folder.
     pure = PurePosixPath(path)
     is_odd = re.search(r"[\\:\x00-\x1f\x7f]", path) is not None or pure.as_posix() != path
     if pure.is_absolute() or ".." in pure.parts or is_odd or path in (".", MANIFEST_NAME):
@@ -569,11 +564,7 @@ def _check_relative(path: str) -> None:
 
 
 def manifest_from_json(text: bytes, *, where: str) -> Manifest:
-    """Return the manifest written in ``text``.
-
-    Args:
-        text: The bytes of ``trio.json``.
-        where: Name for error messages.
+    """Return the manifest in ``text``, the bytes of ``trio.json``; error messages begin with ``where``.
 
     Raises:
         ManifestError: If it is not JSON, has unknown or missing keys, wrong types or another schema version.

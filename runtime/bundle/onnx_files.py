@@ -1,7 +1,7 @@
-"""The places that a graph's file names for its weights, checked without the onnx package, which a target does not have.
+"""Checks where a graph's weights lie, without the onnx package, which a target does not have.
 
-An ONNX file is a protobuf message. Of it only ``ModelProto.graph.initializer`` is read: dims, data_type, name, external_data,
-data_location. Backends follow these entries; a wrong one would give other weights, or those of another file, without an error.
+An ONNX file is a protobuf message. Only ``ModelProto.graph.initializer`` is read: dims, data_type, name, external_data and
+data_location. Backends follow these entries, and a wrong one would silently give other weights, or those of another file.
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ _BITS |= dict.fromkeys((17, 18, 19, 20), 8) | {21: 4, 22: 4, 23: 4}
 
 
 def check_weight_places(path: Path, sizes: Mapping[str, int]) -> None:
-    """Raise BundleError unless all weights of a graph lie inside files of the bundle, as many bytes as their shape says.
+    """Raise BundleError unless all weights of the graph at ``path`` lie inside the bundle and have the bytes of their shape.
 
-    Args:
-        path: The ONNX file.
-        sizes: Bytes of each file of the bundle, by its name.
+    ``sizes`` are the bytes of each file of the bundle, by its name.
     """
     try:
         for tensor in _initializers(read_regular(path, max_bytes=_MOST_BYTES)):
@@ -73,11 +71,8 @@ def _check(tensor: bytes, sizes: Mapping[str, int], *, where: Path) -> None:
     if not is_external and not places:
         return
     wanted = -(-math.prod(dims) * _BITS.get(data_type, 0) // 8)
-    file, offset, length = (
-        places.get("location", ""),
-        int(places.get("offset", 0)),
-        int(places.get("length", -1)),
-    )
+    file = places.get("location", "")
+    offset, length = int(places.get("offset", 0)), int(places.get("length", -1))
     if length != wanted or offset < 0 or offset + length > sizes.get(file, -1):
         raise BundleError(
             f"{where}: expected {wanted} bytes of {name[:80]!r} inside a file of the bundle, got {length} from byte {offset} of"
@@ -86,10 +81,10 @@ def _check(tensor: bytes, sizes: Mapping[str, int], *, where: Path) -> None:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, _Value]]:
-    """Yield number and value of each field: whole numbers, and the bytes of everything else.
+    """Yield the number and the value of each field: an int, or the bytes of any other type.
 
     Raises:
-        ValueError: If it is no protobuf message.
+        ValueError: If ``message`` is no protobuf message.
         IndexError: If it is cut short.
     """
     place, end = 0, len(message)
@@ -105,7 +100,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, _Value]]:
         elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
             length = 8 if kind == _EIGHT_BYTES else 4
         else:
-            raise ValueError("a field of no known kind")
+            raise ValueError("a field of unknown type")
         if length > end - place:
             raise IndexError("a field that is cut short")
         yield tag >> 3, message[place : place + length]
@@ -124,7 +119,7 @@ def _varint(message: bytes, place: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, place
-    raise ValueError("a number of too many bytes")
+    raise ValueError("a number with too many bytes")
 
 
 def _varints(packed: bytes) -> list[int]:

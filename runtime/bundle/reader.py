@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 _HASH_CHUNK_BYTES = 4 << 20
 # Hashing the weights of a 7B model would take longer than loading them.
 LARGEST_HASHED_BYTES = 256 << 20
-"""Files above this are checked by size when a bundle is opened, and by hash only on request."""
+"""Larger files are hashed only on request; when a bundle is opened, their sizes are compared."""
 MAX_TEXT_BYTES = 1 << 20
-"""Largest chat template; released ones have less than 20 kB."""
+"""Size of the largest chat template; released templates have less than 20 kB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,7 @@ class Bundle:
 def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
     """Return the bundle in ``folder`` after checking its files.
 
-    Args:
-        folder: Where ``trio.json`` lies.
-        hash_all: Also hash files above ``LARGEST_HASHED_BYTES``; without it their sizes are compared.
+    ``hash_all`` also hashes files above ``LARGEST_HASHED_BYTES``; otherwise only their sizes are compared.
 
     Raises:
         BundleError: If the folder is no finished bundle, or a file is missing, changed or a link to elsewhere.
@@ -113,25 +111,21 @@ def open_bundle(folder: str | Path, *, hash_all: bool = False) -> Bundle:
 
 
 class WrittenFile(Protocol):
-    """A file as a bundle's JSON describes it."""
+    """Size and hash of a file, from a bundle's JSON."""
 
     @property
     def num_bytes(self) -> int:
-        """Its size."""
+        """Size of the file."""
 
     @property
     def sha256(self) -> str:
-        """In hexadecimal."""
+        """SHA-256 in hexadecimal."""
 
 
 def file_problem(file: Path, entry: WrittenFile, *, root: Path, hash_all: bool) -> str | None:
-    """Return how ``file`` differs from what was written; None if it does not.
+    """Return how ``file`` differs from its description ``entry``; None if it does not. ``hash_all`` as for ``open_bundle``.
 
-    Args:
-        file: Where it should be.
-        entry: What it should be.
-        root: Resolved folder that it must lie in: a link that leads out of a bundle is not followed.
-        hash_all: Also hash files above ``LARGEST_HASHED_BYTES``; without it their sizes are compared.
+    ``root`` is the resolved folder that the file must lie in: links that leave the bundle are not followed.
     """
     if (problem := _place_problem(file, root=root)) is not None:
         return problem
@@ -144,7 +138,7 @@ def file_problem(file: Path, entry: WrittenFile, *, root: Path, hash_all: bool) 
 
 
 def _place_problem(file: Path, *, root: Path) -> str | None:
-    """Return why ``file`` is not read: it lies elsewhere, is not there, or is a pipe or device, which may have no end."""
+    """Return why ``file`` may not be read: it is missing, lies outside of ``root``, or is a pipe or a device."""
     try:
         place = Path(os.path.realpath(file, strict=True))
         is_regular = stat.S_ISREG(place.stat().st_mode)
@@ -158,11 +152,7 @@ def _place_problem(file: Path, *, root: Path) -> str | None:
 
 
 def sha256_of(path: Path, *, on_bytes: Callable[[int], None] = lambda _count: None) -> str:
-    """Return the SHA-256 of a file in hexadecimal.
-
-    Args:
-        path: The file.
-        on_bytes: Called with the number of bytes just hashed, for progress.
+    """Return the SHA-256 of a file in hexadecimal; ``on_bytes`` gets the number of bytes just hashed, for progress.
 
     Raises:
         BundleError: If it cannot be read.

@@ -1,13 +1,12 @@
-"""The token-reduction schedule: which decoder layers get a selection stage in front, and how it selects.
+"""The token-reduction schedule: the decoder layers that a selection stage precedes, and its settings.
 
-A plain value, read from and written to the manifest. Building one from presets, percentages or text is
-``trio_edge.trio.budgets``'s work.
+A schedule is a plain value in the manifest. ``trio_edge.trio.budgets`` builds one from presets, percentages or text.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -20,31 +19,31 @@ Budget = Literal["prompt", "image"]
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One selection in front of decoder layer ``layer``."""
+    """One selection before decoder layer ``layer``."""
 
     layer: int
     """0-based decoder layer whose input is reduced; the probe runs this layer. At least 1."""
     keep: int
-    """K, visual tokens that stay. At least 1."""
+    """K, number of visual tokens to keep. At least 1."""
 
     def __post_init__(self) -> None:
         if self.layer < 1:
             raise ScheduleError(
-                f"stage at layer {self.layer}: expected a layer >= 1, layer 0 always sees all tokens"
+                f"stage at layer {self.layer}: expected a layer >= 1, got {self.layer}; layer 0 always sees all tokens"
             )
         if not 1 <= self.keep <= MOST_TOKENS:
             raise ScheduleError(
-                f"stage at layer {self.layer}: expected to keep 1..{MOST_TOKENS} tokens, got {self.keep}"
+                f"stage at layer {self.layer}: expected to keep 1..{MOST_TOKENS} tokens, got {self.keep}; choose another number"
             )
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All stages of a model, and the settings they share. No stage means keep-all."""
+    """All stages of a model and their common settings. A schedule without stages keeps all tokens."""
 
     stages: tuple[Stage, ...] = ()
     """In ascending order of layer, with strictly decreasing ``keep``."""
     method: str = "trio"
-    """Selector of every stage, by its name in ``trio_edge.trio.methods``; probe rows and NMS are TRIO's."""
+    """Selector of every stage, by its name in ``trio_edge.trio.methods``; only TRIO has probe rows and NMS."""
     probe_rows: ProbeRows = "reference"
     """Rows that carry the proxy loss: "reference" ends at S-2 (the paper's code), "answer" ends at S-1."""
     num_probe_rows: int = 4
@@ -52,12 +51,12 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     nms_threshold: float = 0.8
     """τ, cosine similarity at and above which the less salient of two tokens is suppressed."""
     nms_rounds: int = 16
-    """Unrolled rounds of the parallel NMS; chains up to this length are settled exactly."""
+    """Unrolled rounds of the parallel NMS; it is exact for suppression chains up to this length."""
     positions: Positions = "compact"
     """Position ids after a stage: "compact" re-indexes 0..S'-1, "preserved" keeps the original ids."""
 
     budget: Budget = "prompt"
-    """Whose tokens ``keep`` counts: "prompt" keeps the best of all images together, "image" an equal share of each at least."""
+    """"prompt": ``keep`` counts the best tokens of all images together. "image": each image keeps at least an equal share."""
 
     def __post_init__(self) -> None:
         for earlier, later in zip(self.stages, self.stages[1:]):
@@ -70,15 +69,13 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                     f"stage at layer {later.layer}: expected to keep < {earlier.keep} (the stage before it),"
                     f" got {later.keep}; keep fewer tokens in later stages"
                 )
-        # The exporter knows the names. A runtime runs the graphs, also those of selectors that are newer than itself.
+        # Only the exporter knows the selectors' names. A runtime also runs graphs of selectors newer than itself.
         if not re.fullmatch("[a-z][a-z0-9_-]*", self.method):
-            raise ScheduleError(f"method: expected a name in small letters, got {self.method!r}")
-        if self.probe_rows not in ("reference", "answer"):
-            raise ScheduleError(f"probe_rows: expected 'reference' or 'answer', got {self.probe_rows!r}")
-        if self.positions not in ("compact", "preserved"):
-            raise ScheduleError(f"positions: expected 'compact' or 'preserved', got {self.positions!r}")
-        if self.budget not in ("prompt", "image"):
-            raise ScheduleError(f"budget: expected 'prompt' or 'image', got {self.budget!r}")
+            raise ScheduleError(f"method: expected a name in small letters, got {self.method!r}; correct it")
+        for name, choices in (("probe_rows", ProbeRows), ("positions", Positions), ("budget", Budget)):
+            first, second = get_args(choices)
+            if (value := getattr(self, name)) not in (first, second):
+                raise ScheduleError(f"{name}: expected {first!r} or {second!r}, got {value!r}")
         if not 1 <= self.num_probe_rows <= 64:
             raise ScheduleError(f"num_probe_rows: expected 1..64, got {self.num_probe_rows}")
         if not 0.0 < self.nms_threshold <= 1.0:
@@ -92,7 +89,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return 2 if self.probe_rows == "reference" else 1
 
     def check_fits(self, *, num_layers: int, max_visual: int) -> None:
-        """Raise ScheduleError unless every stage lies inside the model and below ``max_visual`` tokens."""
+        """Raise ScheduleError unless every stage lies inside the model and keeps at most ``max_visual`` tokens."""
         for stage in self.stages:
             if stage.layer >= num_layers:
                 raise ScheduleError(
@@ -117,6 +114,5 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Return the mean over layers of the visual tokens processed, as a fraction of ``num_visual``."""
         if num_visual == 0:
             return 1.0
-        return sum(self.tokens_per_layer(num_layers=num_layers, num_visual=num_visual)) / (
-            num_layers * num_visual
-        )
+        counts = self.tokens_per_layer(num_layers=num_layers, num_visual=num_visual)
+        return sum(counts) / (num_layers * num_visual)

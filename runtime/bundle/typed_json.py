@@ -12,15 +12,11 @@ _LOCK = threading.Lock()
 
 
 def typed(value: object, kind: type[_T]) -> _T:
-    """Return a decoded JSON value as a ``kind``.
-
-    Args:
-        value: Of ``msgspec.json.decode``.
-        kind: A ``msgspec.Struct``.
+    """Return ``value``, decoded JSON, as an instance of ``kind``, a ``msgspec.Struct``.
 
     Raises:
         msgspec.ValidationError: If a key is unknown or missing, or a value does not fit.
     """
-    # msgspec 0.22 ends the process if two threads use a class for the first time at once: two pipelines being loaded did.
+    # msgspec 0.22 crashes if two threads use a class for the first time at once, as when two pipelines are loaded.
     with _LOCK:
         return msgspec.convert(value, kind, strict=True)

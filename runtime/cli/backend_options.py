@@ -1,4 +1,4 @@
-"""Options of all commands that run graphs: where, with how many threads, how exactly."""
+"""Options of all commands that run graphs: backend, CPU threads and CPU accuracy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def backend_options(
     *, threads: int = 0, threads_help: str = "CPU threads; 0 lets the backend choose."
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that adds ``--backend``, ``--threads`` and ``--cpu-accuracy``; the command gets them by these names."""
+    """Return a decorator that adds ``--backend``, ``--threads`` and ``--cpu-accuracy`` to a command."""
     options = (
         click.option("--backend", default="auto", show_default=True, help=BACKENDS_HELP),
         click.option("--threads", type=click.IntRange(0, 1024), default=threads, help=threads_help),
@@ -24,7 +24,7 @@ def backend_options(
             type=click.Choice(CPU_ACCURACIES),
             default="auto",
             show_default=True,
-            help="On the CPU, products with INT4 and INT8 weights round their inputs to this; auto: int8 in large graphs.",
+            help="Type of activations that the CPU multiplies with INT4 and INT8 weights; auto: int8 in large graphs.",
         ),
     )
 

@@ -1,4 +1,4 @@
-"""``trio-build BUNDLE``: the bundle's TensorRT engines, on the target or ahead of time; or its graphs prepared for this CPU."""
+"""``trio-build BUNDLE``: builds TensorRT engines, on the target or ahead of time, or prepares graphs for this CPU."""
 
 from __future__ import annotations
 
@@ -54,22 +54,25 @@ if TYPE_CHECKING:
     "--compute-capability",
     "capabilities",
     metavar="N,N,…",
-    help="GPUs to build for ahead of time, tensorrt-rtx only: 86,89,120. [default: this machine's]",
+    help="Compute capabilities to build for, such as 86,89; other GPUs than this machine's need tensorrt-rtx."
+    " [default: this machine's]",
 )
-@click.option("--graphs", multiple=True, metavar="NAME,…", help="Build only these graphs; may be repeated.")
+@click.option(
+    "--graphs", multiple=True, metavar="NAME,…", help="Graphs to build; may be repeated. [default: all]"
+)
 @click.option(
     "--split-lm-head",
     type=int,
     metavar="N",
-    help="Cut the lm_head's product into N blocks, for small Jetsons.",
+    help="Number of blocks that the lm_head is split into; small Jetsons need 4. [default: 1]",
 )
 @click.option(
     "--verbose-layers", is_flag=True, default=None, help="Keep layer names and shapes, for profiling."
 )
-@click.option("--dry-run", is_flag=True, help="Print what would be built and what it takes; build nothing.")
-@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON on standard output.")
+@click.option("--dry-run", is_flag=True, help="Print what would be built and what it needs; build nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report of --dry-run as JSON.")
 @click.option("--force", is_flag=True, default=None, help="Replace existing engines.")
-@click.option("--quiet", is_flag=True, help="No progress display.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
 def command(
     bundle: Path,
     capabilities: str | None,
@@ -82,8 +85,8 @@ def command(
 ) -> int:
     """Build the TensorRT engines of BUNDLE into BUNDLE/engines/TARGET.
 
-    With --backend onnxruntime, prepare its graphs for this machine's CPU: they load several times faster, and their weights stay
-    on disk until they are read.
+    With --backend onnxruntime, prepare the graphs for this machine's CPU instead. Prepared graphs load several times
+    faster, and their weights stay on disk until they are read.
     """
     chosen = {name: value for name, value in settings.items() if value is not None}
     if chosen.get("backend") == "onnxruntime":
@@ -105,10 +108,7 @@ def command(
     console = Console(stderr=True, quiet=quiet)
     for text in plan.warnings:
         _warn(text)
-    with (
-        interruptible() as check,
-        _bars(console, count=len(plan.graphs), check_interrupt=check) as progress,
-    ):
+    with interruptible() as check, _bars(console, count=len(plan.graphs), check_interrupt=check) as progress:
         engine_set = build_engines(plan, progress=progress)
     print(_summary(engine_set, plan.folder))
     return 0
@@ -117,7 +117,7 @@ def command(
 def _prepare_for_cpu(bundle: Path, given: dict[str, Any], *, force: bool, quiet: bool) -> int:
     if odd := next((name for name, value in given.items() if value), None):
         raise click.UsageError(
-            f"{odd}: expected a backend of TensorRT with it, got onnxruntime; leave it out"
+            f"{odd}: expected --backend tensorrt or tensorrt-rtx, got onnxruntime; remove the option"
         )
     if find_spec("onnxruntime") is None:
         raise BackendError(
@@ -151,11 +151,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _capabilities(text: str) -> tuple[int, ...]:
-    """Return compute capabilities written as 86,89 or 8.6,8.9."""
+    """Return the compute capabilities in "86,89" or "8.6,8.9"."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"\d{2,3}|\d{1,2}\.\d", part) for part in parts):
         raise click.UsageError(
-            f"--compute-capability: expected numbers with commas between, got {text!r}; for instance 86,89"
+            f"--compute-capability: expected numbers separated by commas, got {text!r}; write for instance 86,89"
         )
     return tuple(int(part.replace(".", "")) for part in parts)
 
@@ -201,8 +201,8 @@ def _lines(needs: BuildNeeds) -> dict[str, str]:
         "folder": "none" if plan is None else f"{plan.folder}{f' (keeps {kept})' if kept else ''}",
         "time": f"about {_duration(needs.seconds)}" + _time_note(plan),
         "disk": f"about {needs.disk_bytes / 1e9:.2f} GB; {needs.free_disk_bytes / 1e9:.2f} GB are free",
-        "memory": f"peak about {needs.peak.peak_bytes / 1e9:.2f} GB, of it {needs.peak.mapped_bytes / 1e9:.2f} GB that the system"
-        f" can take back{available}",
+        "memory": f"peak about {needs.peak.peak_bytes / 1e9:.2f} GB, including {needs.peak.mapped_bytes / 1e9:.2f} GB of mapped"
+        f" files{available}",
         "to run": f"about {sum(needs.run_bytes.values()) / 1e9:.2f} GB on the device ({in_words(needs.run_bytes)})",
         "verdict": _verdict(needs),
     }
@@ -217,7 +217,7 @@ def _verdict(needs: BuildNeeds) -> str:
 
 def _time_note(plan: BuildPlan | None) -> str:
     if plan is not None and plan.tensorrt.backend == "tensorrt":
-        return " and what trying tactics on the GPU takes, which is not known"
+        return " plus the timing of tactics on the GPU, which is not known"
     return " for one compute capability, on two CPUs"
 
 
@@ -239,14 +239,9 @@ def _print_graphs(graphs: tuple[PlannedGraph, ...]) -> None:
 
 @contextmanager
 def _bars(console: Console, *, count: int, check_interrupt: Callable[[], None]) -> Iterator[BuildProgress]:
-    """Yield functions that show a bar for the graphs and one for TensorRT's phase, and that notice a Ctrl-C."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+    """Yield callbacks that show one bar for the graphs and one for TensorRT's phase, and check for Ctrl-C."""
+    text = TextColumn("{task.description}")
+    columns = SpinnerColumn(), text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         graphs, phases = bars.add_task("", total=count), bars.add_task("", total=None)
 

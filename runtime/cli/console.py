@@ -19,21 +19,18 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's quota
-_NAMES = (
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
-)
+_NAMES = {
+    getattr(errno, name)
+    for name in ("ENAMETOOLONG", "ELOOP", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR")
+}
 
 
 def run(command: click.Command, argv: Sequence[str] | None) -> int:
-    """Run a click command and return its exit code; errors of our own and of usage print one line."""
+    """Run a click command and return its exit code. Errors that a user can correct print one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a terminal shows a question mark for a character that it lacks
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not all(map(_is_text, arguments)):
         return _fail(command, "arguments: expected text, got a null byte or half a character; remove it")
@@ -49,7 +46,7 @@ def run(command: click.Command, argv: Sequence[str] | None) -> int:
         return _fail(command, str(error))
     except MemoryError:
         return _fail(command, "expected more memory, the system has none left; close other programs")
-    except BrokenPipeError:  # the reader has gone
+    except BrokenPipeError:  # the reading program has ended
         _print_nowhere()
         return 1
     except OSError as error:
@@ -58,7 +55,7 @@ def run(command: click.Command, argv: Sequence[str] | None) -> int:
 
 
 def _is_text(argument: str) -> bool:
-    """Return whether a system call takes it; bytes that are no UTF-8 arrive as characters that it takes, too."""
+    """Return whether system calls accept ``argument``; they also accept what Python makes of bytes that are no UTF-8."""
     try:
         return b"\0" not in os.fsencode(argument)
     except UnicodeEncodeError:
@@ -68,16 +65,14 @@ def _is_text(argument: str) -> bool:
 def _fail_with_files(command: click.Command, error: OSError) -> int:
     if error.errno in _FULL and error.filename is None:
         _print_nowhere()
-        return _fail(
-            command, f"expected room for what is written, got: {error.strerror}; free some disk space"
-        )
+        return _fail(command, f"expected room for the output, got: {error.strerror}; free some disk space")
     if error.errno not in _NAMES or error.filename is None:
         raise error
     return _fail(command, f"{error.filename}: cannot be used ({error.strerror}); choose another name")
 
 
 def _print_nowhere() -> None:
-    """Send standard output, which failed, nowhere: at exit Python writes what is left of it, and would complain."""
+    """Discard the rest of standard output, which has failed: Python would report the failure again at exit."""
     with Path(os.devnull).open("wb") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 

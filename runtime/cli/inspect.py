@@ -1,4 +1,4 @@
-"""``trio-inspect BUNDLE``: what a bundle holds and what it costs, as a table or as JSON."""
+"""``trio-inspect BUNDLE``: prints the content and the cost of a bundle as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @click.command("trio-inspect", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
-@click.option("--io", "show_io", is_flag=True, help="Also list every input and output.")
-@click.option("--verify", is_flag=True, help="Hash every file, large weights too.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--io", "show_io", is_flag=True, help="Also list the inputs and outputs of every graph.")
+@click.option("--verify", is_flag=True, help="Check the SHA-256 of every file, large weight files included.")
 def command(bundle: Path, as_json: bool, show_io: bool, verify: bool) -> int:
-    """Show the graphs, sizes, schedule and cost of BUNDLE."""
+    """Print the graphs, sizes, schedule and cost of BUNDLE."""
     manifest = open_bundle(bundle, hash_all=verify).manifest
     if as_json:
         print(json.dumps({**summary(manifest), "engines": _engines(bundle)}, indent=1))
@@ -46,24 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:
-    """Return what ``--json`` prints. Sizes in bytes, ``average_keep`` as a fraction."""
+    """Return the facts that ``--json`` prints: sizes in bytes, ``average_keep`` as a fraction."""
     cost = manifest.cost
     full, reduced = sum(cost.full_flops.values()), sum(cost.reduced_flops.values())
     return {
-        "model": manifest.model,
-        "family": manifest.family,
-        "dtype": manifest.dtype,
-        "opset": manifest.opset,
-        "max_visual": manifest.max_visual,
-        "max_images": manifest.max_images,
+        **_values(manifest, "model", "family", "dtype", "opset", "max_visual", "max_images"),
         "takes_videos": manifest.video_processing is not None,
         "follow_ups": has_follow_ups(manifest),
         "visual_sizes": list(manifest.visual_sizes),
         "image_sizes": [
             {
-                "width": size.width,
-                "height": size.height,
-                "num_visual": size.num_visual,
+                **_values(size, "width", "height", "num_visual"),
                 "padding": size.rows - size.num_visual,
             }
             for size in manifest.image_sizes
@@ -71,13 +64,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "text_buckets": list(manifest.text_buckets),
         "max_new_tokens": manifest.max_new_tokens,
         "schedule": {
-            "stages": msgspec.to_builtins(list(manifest.schedule.stages)),
-            "probe_rows": manifest.schedule.probe_rows,
-            "num_probe_rows": manifest.schedule.num_probe_rows,
-            "nms_threshold": manifest.schedule.nms_threshold,
-            "nms_rounds": manifest.schedule.nms_rounds,
-            "positions": manifest.schedule.positions,
-            "budget": manifest.schedule.budget,
+            name: value for name, value in msgspec.to_builtins(manifest.schedule).items() if name != "method"
         },
         "average_keep": manifest.average_keep,
         "flops": {
@@ -104,11 +91,13 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def _values(source: object, *names: str) -> dict[str, Any]:
+    return {name: msgspec.to_builtins(getattr(source, name)) for name in names}
+
+
 def _graph_summary(graph: GraphSpec) -> dict[str, Any]:
     return {
-        "name": graph.name,
-        "role": graph.role,
-        "file": graph.file,
+        **_values(graph, "name", "role", "file"),
         "layers": _layers(graph),
         "weight_bytes": graph.weight_bytes,
         "inputs": msgspec.to_builtins(list(graph.inputs)),
@@ -118,15 +107,13 @@ def _graph_summary(graph: GraphSpec) -> dict[str, Any]:
 
 
 def _engines(bundle: Path) -> list[dict[str, Any]]:
-    """Return the engines that lie in the bundle, whether or not they run on this machine."""
+    """Return the bundle's engines, whether or not they run on this machine."""
     return [
         {
             "target": target,
-            "backend": engines.backend,
-            "tensorrt_version": engines.tensorrt_version,
-            "compute_capabilities": list(engines.compute_capabilities),
-            "platform": engines.platform,
-            "num_bytes": engines.num_bytes,
+            **_values(
+                engines, "backend", "tensorrt_version", "compute_capabilities", "platform", "num_bytes"
+            ),
             "graphs": [entry.graph for entry in engines.engines],
         }
         for target, engines in engine_sets(bundle).items()
@@ -142,7 +129,7 @@ def _layers(graph: GraphSpec) -> str:
 
 
 def _visual_sizes(manifest: Manifest) -> str:
-    """Return the counts that images are padded to, and what padding is left."""
+    """Return the number of visual tokens of each exported image size, and its padding."""
     parts = [
         f"{size.num_visual} for {size.width}x{size.height}"
         + (f" (+{size.rows - size.num_visual} padding)" if size.rows > size.num_visual else " (no padding)")

@@ -1,7 +1,7 @@
-"""Ctrl-C that is not lost. SIGHUP and SIGTERM count as one.
+"""Ctrl-C that is never lost. SIGHUP and SIGTERM count as Ctrl-C.
 
-Python drops an exception that is raised in a finalizer or a callback, and torch and transformers turn some into their own
-errors. So a Ctrl-C is remembered: work asks from time to time, and an error after it counts as the Ctrl-C.
+Python drops exceptions in finalizers and callbacks, and torch and transformers turn some into their own errors. So a
+Ctrl-C is remembered: long work checks for it from time to time, and an error after a Ctrl-C counts as the Ctrl-C.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ENDING = (signal.SIGTERM,) if sys.platform == "win32" else (signal.SIGTERM, sig
 def interruptible() -> Iterator[Callable[[], None]]:
     """Yield a function that raises KeyboardInterrupt if Ctrl-C was pressed since the block began.
 
-    SIGTERM and SIGHUP do the same, unless the process handles or ignores them already, as under nohup.
+    SIGTERM and SIGHUP do the same, unless the process already handles or ignores them, as under nohup.
 
     Raises:
         KeyboardInterrupt: At Ctrl-C, and instead of any error that follows one.
@@ -43,7 +43,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
         return
     ending = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
     handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, *ending)}
-    # Python prints what a finalizer raises; a Ctrl-C that it caught there would look like a crash.
+    # Python prints exceptions of finalizers; a Ctrl-C in one would look like a crash.
     hook = sys.unraisablehook
 
     def report(lost: sys.UnraisableHookArgs) -> None:
@@ -64,7 +64,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def ctrl_c_held() -> Iterator[None]:
-    """Hold Ctrl-C back until the block ends, in which torch is imported: its C++ aborts the process at an exception."""
+    """Delay Ctrl-C until the block ends. For importing torch, whose C++ code aborts the process at an exception."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -28,46 +28,64 @@ if TYPE_CHECKING:
     "images",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Image to ask about; may be repeated, none for text only.",
+    help="Image to ask about. May be repeated; leave it out for a question without an image.",
 )
 @click.option(
     "--video",
     type=click.Path(path_type=Path),
-    help="Video file, or folder of frames, to ask about (Qwen-VL).",
+    help="Video file, or folder of frames, to ask about (Qwen-VL only).",
 )
-@click.option("--fps", type=float, help="Frames to take of the video per second. [default: the checkpoint's]")
-@click.option("--num-frames", type=int, help="Frames to take of the video in all; instead of --fps.")
-@click.option("--source-fps", type=float, help="Frames per second of a folder of frames.")
+@click.option(
+    "--fps", type=float, help="Frames per second to sample from the video. [default: the checkpoint's]"
+)
+@click.option("--num-frames", type=int, help="Frames to sample from the whole video, instead of --fps.")
+@click.option("--source-fps", type=float, help="Frame rate of a folder of frames, in frames per second.")
 @click.option(
     "--max-pixels",
     type=click.IntRange(1, MOST_IMAGE_PIXELS),
     default=MAX_IMAGE_PIXELS,
     show_default=True,
-    help="Images with more pixels are refused before they are decoded.",
+    help="Largest image in pixels; a larger one is refused before it is decoded.",
 )
-@click.option("--prompt", required=True, help="The question.")
-@click.option("--system", help="System prompt.")
+@click.option("--prompt", required=True, help="Question to answer.")
+@click.option("--system", help="System prompt, where the chat template takes one.")
 @backend_options()
-@click.option("--max-new-tokens", type=int, help="At most this many tokens. [default: the bundle's room]")
-@click.option("--temperature", type=float, help="0 is greedy. [default, here and below: the checkpoint's]")
-@click.option("--top-p", type=float, help="Nucleus sampling.")
-@click.option("--top-k", type=int, help="0 means all tokens.")
-@click.option("--repetition-penalty", type=float, help="Above 1: words come again less often; 1 for none.")
+@click.option("--max-new-tokens", type=int, help="Longest answer in tokens. [default: the bundle's limit]")
 @click.option(
-    "--no-repeat-ngram-size", type=int, help="No group of so many tokens comes twice; 0 for no such rule."
+    "--temperature", type=float, help="Sampling temperature; 0 is greedy. [default: the checkpoint's]"
 )
-@click.option("--min-new-tokens", type=int, help="The answer does not end before.")
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option(
+    "--top-p",
+    type=float,
+    help="Sample only from the most likely tokens whose probabilities sum to this. [default: the checkpoint's]",
+)
+@click.option(
+    "--top-k",
+    type=int,
+    help="Sample only from this many most likely tokens; 0 means all. [default: the checkpoint's]",
+)
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    help="Divisor for logits of tokens that occurred before; 1 means none. [default: the checkpoint's]",
+)
+@click.option(
+    "--no-repeat-ngram-size",
+    type=int,
+    help="Length of token sequences that may not occur twice; 0 means no limit. [default: the checkpoint's]",
+)
+@click.option("--min-new-tokens", type=int, help="Shortest answer in tokens. [default: the checkpoint's]")
+@click.option("--seed", type=int, help="Random seed that makes sampling repeatable.")
 @click.option(
     "--show-kept",
     type=click.Path(path_type=Path),
-    help="Write the images with the kept tokens drawn, one below the other.",
+    help="Image file to write: the input images with the kept visual tokens marked, one below the other.",
 )
 @click.option(
     "--compare-full",
     type=click.Path(path_type=Path),
     metavar="BUNDLE",
-    help="Also run this keep-all bundle and compare.",
+    help="Keep-all bundle that answers as well; prints how its answer, times and memory differ.",
 )
 def command(
     bundle: Path,
@@ -81,7 +99,10 @@ def command(
     compare_full: Path | None,
     **settings: Any,
 ) -> int:
-    """Answer a question about images or a video with BUNDLE."""
+    """Answer a question about images or a video with BUNDLE.
+
+    Prints the answer while it is generated, then the number of visual tokens kept. Times go to standard error.
+    """
     from trio_edge.runtime.bundle.reader import open_bundle
     from trio_edge.runtime.pipeline import Pipeline  # slow to import, and --help needs none of it
 
@@ -121,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _shown(text: str) -> str:
-    """Return a piece of an answer as a terminal may show it; files and pipes get it as it is."""
+    """Return a piece of an answer, escaped for a terminal; files and pipes get it unchanged."""
     return printable(text, but="\n\t") if sys.stdout.isatty() else text
 
 
@@ -148,9 +169,13 @@ def _statistics_line(answer: Generation) -> str:
 
 def _check_drawing_target(path: Path) -> None:
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise click.UsageError(f"--show-kept: expected a .png, .jpg or .webp file, got {path.name!r}")
+        raise click.UsageError(
+            f"--show-kept: expected a .png, .jpg or .webp file, got {path.name!r}; rename it"
+        )
     if not path.absolute().parent.is_dir() or path.is_dir():
-        raise click.UsageError(f"--show-kept: expected a file in an existing folder, got {path}")
+        raise click.UsageError(
+            f"--show-kept: expected a file in an existing folder, got {path}; create the folder"
+        )
 
 
 def _draw(pipeline: Pipeline, answer: Generation, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tables on a console: as wide as the terminal, and wide enough for a table where the output is a file or a pipe."""
+"""Tables on a console: as wide as the terminal, or wide enough for the table in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -23,17 +23,12 @@ def wide_console() -> Console:
 
 
 def whole_table(*headers: str, title: str | None = None) -> Table:
-    """Return a table that folds what a narrow terminal has no room for, where rich would cut it off.
-
-    Args:
-        *headers: Of its columns.
-        title: Above it, as markup.
-    """
+    """Return a table whose cells are folded on a narrow terminal, where rich would cut them off."""
     return Table(*(Column(header, overflow="fold") for header in headers), title=title)
 
 
 def profile_list(graph: GraphSpec) -> str:
-    """Return the profiles of a graph with their sizes, as "decode(S=1 C=96)"."""
+    """Return the profiles of a graph with their sizes, such as "decode(S=1 C=96)"."""
     return ", ".join(
         f"{profile.name}({' '.join(f'{symbol}={size}' for symbol, size in profile.sizes.items())})"
         for profile in graph.profiles
@@ -48,14 +43,9 @@ def print_table(
     title: str | None = None,
     less: Collection[str] = (),
 ) -> None:
-    """Print a table, without its columns ``less`` if the console has no room for all of them.
+    """Print a table of cells in markup; if the console is too narrow, without the columns whose headers are in ``less``.
 
-    Args:
-        console: Where to.
-        headers: Of its columns.
-        rows: Cells as markup; those at a row's end may be missing.
-        title: Above it, as markup.
-        less: Headers of columns that matter less.
+    Cells at the end of a row may be missing.
     """
     entries, endless = list(rows), console.options.update(max_width=_ENDLESS)
     for left_out in ((), less):

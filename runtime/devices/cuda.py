@@ -1,6 +1,6 @@
-"""An NVIDIA GPU as a device, through cuda-python. The only file that imports it.
+"""An NVIDIA GPU as a device, through cuda-python. No other file imports cuda-python.
 
-It needs the GPU's driver and the package ``cuda-python``, nothing else: the package brings the CUDA runtime.
+It needs only the GPU's driver and the package ``cuda-python``, which brings the CUDA runtime.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LOWER_MEMORY = "close other programs, or export with fewer --image-size, --max-
 
 
 def cuda_problem() -> str | None:
-    """Return what keeps this process from using a GPU, or None."""
+    """Return why this process cannot use a GPU, or None if it can."""
     if find_gpu() is None:
         return "expected an NVIDIA GPU and its driver on this machine, got none; use --backend onnxruntime"
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
@@ -54,10 +54,7 @@ class CudaDevice:
     """The first GPU, with a stream of its own."""
 
     def __init__(self, cuda: Any) -> None:
-        """Open it.
-
-        Args:
-            cuda: ``cuda.bindings.runtime``.
+        """Open the GPU with ``cuda``, the module ``cuda.bindings.runtime``.
 
         Raises:
             BackendError: If the driver refuses.
@@ -69,13 +66,13 @@ class CudaDevice:
         self._events: list[_CudaEvent] = []
         self._graphs: list[Any] = []
         self._call("cudaSetDevice", 0)
-        # Non-blocking: work of other libraries on the default stream must not order itself with ours.
+        # Non-blocking, so that it does not wait for other libraries' work on the default stream.
         self._stream = self._call("cudaStreamCreateWithFlags", cuda.cudaStreamNonBlocking)
         self._open = True
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name for messages."""
         return "GPU"
 
     @property
@@ -85,7 +82,7 @@ class CudaDevice:
 
     def allocate(self, num_bytes: int, *, purpose: str) -> int:
         """Allocate zeroed device memory."""
-        # At least 1: no address is given for 0 bytes.
+        # At least 1 byte: cudaMalloc returns no address for 0 bytes.
         address = int(self._allocated("cudaMalloc", max(1, num_bytes), purpose))
         self._memory.append(address)
         self._call("cudaMemsetAsync", address, 0, num_bytes, self._stream)
@@ -125,15 +122,15 @@ class CudaDevice:
         return event
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """Capture a CUDA graph and return what launches it."""
-        # Thread-local: an allocation by another thread of the program must not break the capture.
+        """Capture a CUDA graph and return a function that launches it."""
+        # Thread-local, so that an allocation by another thread does not break the capture.
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self._stream, mode)
         captured = executable = None
         try:
             try:
                 enqueue()
-            finally:  # or every later call would fail
+            finally:  # otherwise every later call fails
                 status, captured = self._cuda.cudaStreamEndCapture(self._stream)
             self._check("cudaStreamEndCapture", status)
             executable = self._call("cudaGraphInstantiate", captured, 0)
@@ -141,7 +138,7 @@ class CudaDevice:
             if captured is not None:
                 self._cuda.cudaGraphDestroy(captured)
             if executable is None:
-                self._cuda.cudaGetLastError()  # or TensorRT would take it for an error of its own
+                self._cuda.cudaGetLastError()  # clears the error, which TensorRT would report as its own
         self._graphs.append(executable)
         return lambda: self._call("cudaGraphLaunch", executable, self._stream)
 
@@ -151,7 +148,7 @@ class CudaDevice:
             self._call("cudaStreamSynchronize", self._stream)
 
     def finish(self) -> None:
-        """Wait, and release captured graphs."""
+        """Wait for the stream, then release captured graphs."""
         try:
             self.synchronize()
         finally:
@@ -160,12 +157,12 @@ class CudaDevice:
             self._graphs.clear()
 
     def free_bytes(self) -> int | None:
-        """Return the free memory; on a Jetson with what the system can take back, which CUDA does not count."""
+        """Return the free memory in bytes; on a Jetson including memory that the system can take back."""
         free = int(self._call("cudaMemGetInfo")[0])
         return max(free, available_memory_bytes() or 0) if is_jetson() else free
 
     def close(self) -> None:
-        """Release everything. It goes on if the driver refuses, so that what can be released is."""
+        """Release everything; errors of the driver are ignored, so that as much as possible is released."""
         if not self._open:
             return
         self._open = False
@@ -184,7 +181,7 @@ class CudaDevice:
     def _allocated(self, function: str, num_bytes: int, purpose: str) -> Any:
         status, address = getattr(self._cuda, function)(num_bytes)
         if status == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
-            self._cuda.cudaGetLastError()  # or the next call would report it again
+            self._cuda.cudaGetLastError()  # clears the error, which the next call would report again
             _, free, total = self._cuda.cudaMemGetInfo()
             raise BackendError(
                 f"GPU memory: expected {num_bytes / 1e6:.1f} MB for {purpose}, got {free / 1e6:.1f} MB free of"
@@ -194,7 +191,7 @@ class CudaDevice:
         return address
 
     def _call(self, function: str, *arguments: Any) -> Any:
-        """Call a function of the CUDA runtime and return what it gives: nothing, one value or a tuple."""
+        """Call a function of the CUDA runtime and return its result: an empty tuple, one value or a tuple."""
         result = getattr(self._cuda, function)(*arguments)
         if result[0] != self._success:
             self._check(function, result[0])

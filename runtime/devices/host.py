@@ -1,4 +1,4 @@
-"""The CPU as a device: its memory is the host's, and everything is done when it is enqueued."""
+"""The CPU as a device: its memory is the host's, and work runs when it is enqueued."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def release_free_memory() -> None:
-    """Give memory that the C library keeps for later back to the system, where it can (glibc)."""
+    """Return memory that the C library keeps for later to the system; glibc only."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @final
 class HostDevice:
-    """Memory of this process."""
+    """The CPU, with the memory of this process."""
 
     name = "CPU"
 
@@ -35,17 +35,17 @@ class HostDevice:
 
     def allocate(self, num_bytes: int, *, purpose: str) -> int:
         """Allocate zeroed device memory."""
-        # numpy aligns to 16 bytes only; the same alignment as on a GPU keeps layouts, and tests of them, equal.
+        # numpy aligns to 16 bytes only. The alignment of a GPU keeps layouts, and their tests, equal.
         memory = self.allocate_pinned(num_bytes + ALIGNMENT, purpose=purpose)
         address = -(-memory.ctypes.data // ALIGNMENT) * ALIGNMENT
         self._memory[address] = memory
         return address
 
     def allocate_pinned(self, num_bytes: int, *, purpose: str) -> NDArray[np.uint8]:
-        """Allocate host memory; any will do."""
+        """Allocate ordinary host memory."""
         try:
             return np.zeros(num_bytes, np.uint8)
-        except (MemoryError, OverflowError, ValueError):  # the last two beyond what an address can say
+        except (MemoryError, OverflowError, ValueError):  # the last two for sizes beyond the address space
             raise BackendError(
                 f"memory: expected {num_bytes / 1e6:.1f} MB for {purpose}, got none; close other programs"
             ) from None
@@ -71,14 +71,14 @@ class HostDevice:
         return _HostEvent()
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """Return ``enqueue``: there is nothing to save."""
+        """Return ``enqueue``: capturing saves nothing on a CPU."""
         return enqueue
 
     def synchronize(self) -> None:
-        """Do nothing: everything is done already."""
+        """Do nothing: work runs when it is enqueued."""
 
     def finish(self) -> None:
-        """Do nothing: nothing was saved."""
+        """Do nothing: there are no captured graphs."""
 
     def free_bytes(self) -> int | None:
         """Return None: the system can take back the pages of mapped weight files."""

@@ -1,14 +1,14 @@
-"""The interface between the orchestration and a machine: memory at fixed addresses, one stream, and engines on it.
+"""The interface to a device: memory at fixed addresses, one stream, and engines on it.
 
     Allocator        memory on the device and pinned memory on the host
     Device           an allocator with one stream: copies, events, captured sequences
     Event            a point in the stream
     Engine           one loaded graph
     Launch           one profile of an engine, bound to addresses once and enqueued any number of times
-    LoadedGraphs     what a backend gives: a device and the engines on it
+    LoadedGraphs     a device and the engines on it, as a backend returns them
 
-Everything but ``Event.wait`` and ``Device.synchronize`` returns before the device has done it; work happens in the order in
-which it was enqueued. Nothing here is thread-safe.
+All calls except ``Event.wait`` and ``Device.synchronize`` only enqueue work, which the device does in this order. Nothing
+here is thread-safe.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from trio_edge.runtime.bundle.manifest import GraphSpec, Profile, TensorSpec
 
 ALIGNMENT = 256
-"""Bytes; TensorRT wants the address of every I/O tensor to be a multiple of it."""
+"""Bytes; TensorRT requires the address of every I/O tensor to be a multiple of it."""
 
 
 class DeviceTensor(NamedTuple):
-    """An array in device memory, contiguous."""
+    """A contiguous array in device memory."""
 
     address: int
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class DeviceTensor(NamedTuple):
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def rows(self, start: int, count: int) -> DeviceTensor:
-        """Return ``count`` rows [count, last axis] from row ``start`` on, all axes but the last taken as one."""
+        """Return ``count`` rows [count, last axis] from row ``start`` on, with all axes but the last flattened."""
         width = self.shape[-1]
         offset = start * width * np.dtype(self.dtype).itemsize
         return DeviceTensor(self.address + offset, (count, width), self.dtype)
@@ -73,24 +73,20 @@ class Event(Protocol):
 
 
 class Allocator(Protocol):
-    """Gives memory that stays where it is until the device is closed."""
+    """Allocates memory that stays valid until the device is closed."""
 
     def allocate(self, num_bytes: int, *, purpose: str) -> int:
-        """Return the address of new device memory, all zero, a multiple of ``ALIGNMENT``.
-
-        Args:
-            num_bytes: How much.
-            purpose: What it is for, for the message when there is none left.
+        """Return the address, a multiple of ``ALIGNMENT``, of new device memory filled with zeros.
 
         Raises:
-            BackendError: If there is not enough.
+            BackendError: If there is too little memory; the message names ``purpose``.
         """
 
     def allocate_pinned(self, num_bytes: int, *, purpose: str) -> NDArray[np.uint8]:
         """Return host memory that the device can copy from and to while the host goes on.
 
         Raises:
-            BackendError: If there is not enough.
+            BackendError: If there is too little memory.
         """
 
 
@@ -99,16 +95,16 @@ class Device(Allocator, Protocol):
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name for messages."""
 
     def upload(self, target: DeviceTensor, source: NDArray[Any]) -> None:
-        """Copy a contiguous host array to the device; it must not change before the device has done so."""
+        """Copy a contiguous host array to the device; it must not change until the copy is done."""
 
     def download(self, target: NDArray[Any], source: DeviceTensor) -> None:
-        """Copy to a contiguous host array, which has the values once the device has done so."""
+        """Copy to a contiguous host array, which is valid when the copy is done."""
 
     def copy_rows(self, target: PitchedRows, source: PitchedRows, *, row_bytes: int, num_rows: int) -> None:
-        """Copy ``num_rows`` rows of ``row_bytes`` within the device; they do not overlap."""
+        """Copy ``num_rows`` rows of ``row_bytes`` within the device; source and target do not overlap."""
 
     def clear(self, target: DeviceTensor) -> None:
         """Write zeros."""
@@ -117,10 +113,7 @@ class Device(Allocator, Protocol):
         """Return a new event, not recorded yet."""
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """Return a function that enqueues what ``enqueue`` does, as a whole.
-
-        Args:
-            enqueue: Enqueues launches and copies at fixed addresses; called once or each time.
+        """Return a function that enqueues the launches and copies of ``enqueue`` as one unit.
 
         Raises:
             BackendError: If the device cannot capture it.
@@ -130,13 +123,13 @@ class Device(Allocator, Protocol):
         """Return when everything enqueued is done."""
 
     def finish(self) -> None:
-        """Wait, and release captured sequences: before the engines that they run are closed."""
+        """Wait, then release captured sequences; call it before their engines are closed."""
 
     def free_bytes(self) -> int | None:
-        """Return how much memory is free on the device; None where it does not say."""
+        """Return the free memory of the device in bytes; None if it is not known."""
 
     def close(self) -> None:
-        """Wait, and release all memory and events."""
+        """Wait, then release all memory and events."""
 
 
 class Launch(Protocol):
@@ -182,13 +175,13 @@ class LoadedGraphs:
     engines: dict[str, Engine]
     """By graph name."""
     memory: dict[str, int]
-    """Bytes of device memory by what they are for, as ``buffers.memory.estimate`` names it."""
+    """Bytes of device memory by purpose, see ``buffers.memory.estimate``."""
     notes: list[str] = field(default_factory=list)
     """Harmless problems, one line each."""
 
     def close(self) -> None:
-        """Release everything, also where releasing some of it fails."""
-        # Last in, first out: captured sequences, then engines, then the memory that both use.
+        """Release everything, even if releasing a part fails."""
+        # In this order: captured sequences, engines, then the memory of both.
         with ExitStack() as closing:
             closing.callback(self.device.close)
             for engine in self.engines.values():
@@ -198,7 +191,7 @@ class LoadedGraphs:
 
 
 def find_profile(spec: GraphSpec, sizes: Mapping[str, int]) -> Profile:
-    """Return the profile of ``spec`` that has exactly ``sizes``.
+    """Return the profile of ``spec`` with exactly ``sizes``.
 
     Raises:
         BackendError: If there is none.
@@ -213,12 +206,12 @@ def find_profile(spec: GraphSpec, sizes: Mapping[str, int]) -> Profile:
 
 
 def shape_at(shape: tuple[int | str, ...], profile: Profile) -> tuple[int, ...]:
-    """Return a tensor's shape at a profile; tensors of other pieces than the profile's have no elements."""
+    """Return a tensor's shape at a profile; symbols of other pieces are 0."""
     return tuple(profile.sizes.get(size, 0) if isinstance(size, str) else size for size in shape)
 
 
 def largest_shape(spec: GraphSpec, tensor: TensorSpec) -> tuple[int, ...]:
-    """Return the shape that has room for a tensor of ``spec`` in every profile."""
+    """Return the largest shape of a tensor of ``spec`` over all profiles."""
     return max((shape_at(tensor.shape, profile) for profile in spec.profiles), key=math.prod)
 
 
@@ -230,7 +223,7 @@ def aligned(num_bytes: int) -> int:
 def array_at(
     address: int, *, shape: tuple[int, ...], strides: tuple[int, ...] | None = None
 ) -> NDArray[np.uint8]:
-    """Return the host's bytes at ``address`` as an array; whoever owns them must outlive it."""
+    """Return the host's bytes at ``address`` as an array; their owner must outlive it."""
     return np.asarray(_Memory(address, shape=shape, strides=strides))
 
 
@@ -238,10 +231,5 @@ class _Memory:
     """Bytes at an address, as numpy's array interface describes them."""
 
     def __init__(self, address: int, *, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> None:
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (address, False),
-            "typestr": "|u1",
-            "shape": shape,
-            "strides": strides,
-        }
+        memory = {"version": 3, "data": (address, False), "typestr": "|u1"}
+        self.__array_interface__ = {**memory, "shape": shape, "strides": strides}

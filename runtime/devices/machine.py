@@ -26,7 +26,7 @@ class Gpu:
     """Ten times the major number plus the minor one: 87 is 8.7."""
     memory_bytes: int
     driver: str
-    """Version of the kernel driver where it says so, and the CUDA that it supports."""
+    """Version of the kernel driver, if known, and the CUDA version that it supports."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,23 +41,23 @@ class Host:
 
     @property
     def platform(self) -> str:
-        """Machine and system in one word, for instance "aarch64-linux"."""
+        """Machine and system in one word, such as "aarch64-linux"."""
         return f"{self.machine}-{self.system}".lower()
 
 
 def find_host() -> Host:
-    """Return what this process runs on."""
+    """Return the machine that this process runs on."""
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     return Host(machine=machine, system=platform.system(), gpu=find_gpu())
 
 
 def is_jetson() -> bool:
-    """Whether this is a Jetson with JetPack."""
+    """Return whether this is a Jetson with JetPack."""
     return _TEGRA.exists()
 
 
 def l4t_release() -> str | None:
-    """Return the release of a Jetson's Linux, for instance "36.4.3" (JetPack 6.2); None elsewhere."""
+    """Return the release of Jetson Linux, such as "36.4.3" (JetPack 6.2); None on other machines."""
     try:
         found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", _TEGRA.read_text())
     except OSError:
@@ -66,18 +66,18 @@ def l4t_release() -> str | None:
 
 
 def available_memory_bytes() -> int | None:
-    """Return how much memory new processes can have without swapping; None where the system does not say."""
+    """Return the memory that new processes can have without swapping; None if it is not known."""
     return _meminfo().get("MemAvailable")
 
 
 def whole_memory_bytes() -> int | None:
-    """Return all memory of the machine, swap included; None where the system does not say."""
+    """Return all memory of the machine, including swap; None if it is not known."""
     info = _meminfo()
     return info["MemTotal"] + info.get("SwapTotal", 0) if "MemTotal" in info else None
 
 
 def _meminfo() -> dict[str, int]:
-    """Return the numbers of Linux's ``/proc/meminfo`` in bytes; none on other systems."""
+    """Return the numbers of Linux's ``/proc/meminfo`` in bytes; an empty dict on other systems."""
     try:
         text = Path("/proc/meminfo").read_text()
     except OSError:
@@ -86,18 +86,14 @@ def _meminfo() -> dict[str, int]:
 
 
 def find_gpu(library: str = _CUDA_LIBRARY) -> Gpu | None:
-    """Return the first GPU that the CUDA driver shows, or None without driver or GPU.
+    """Return the first GPU that the CUDA driver ``library`` shows, or None without driver or GPU.
 
-    Asks the driver itself, which every machine with a GPU has: no package is needed to know what to build for.
-
-    Args:
-        library: The driver's shared library.
+    Asks the driver through ctypes, because the driver is there before any package is installed.
     """
     try:
         cuda = ctypes.CDLL(library)
     except OSError:
         return None
-    # Through ctypes: the driver is there before any package is installed.
     device, major, minor, version = (ctypes.c_int() for _ in range(4))
     name, memory = ctypes.create_string_buffer(_NAME_BYTES), ctypes.c_size_t()
     calls: tuple[tuple[str, tuple[Any, ...]], ...] = (

@@ -1,4 +1,4 @@
-"""Time that the device spends in each graph. It is asked for afterwards: recording it waits for nothing."""
+"""The device's time in each graph. Recording it does not wait for the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 @final
 class Timeline:
-    """Pairs of events around launches, one for each name; the events are made once and used again."""
+    """One pair of events around launches for each name; the events are made once and reused."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -22,7 +22,7 @@ class Timeline:
         self._recorded.clear()
 
     def enqueue(self, name: str, *launches: Launch) -> None:
-        """Enqueue ``launches`` between two events; of several calls with one name the last one counts."""
+        """Enqueue ``launches`` between two events; a later call with the same name replaces the time."""
         if name not in self._events:
             self._events[name] = self._device.event(), self._device.event()
         start, end = self._events[name]

@@ -1,4 +1,4 @@
-"""Builds the engines of a bundle: plans what is built for what, runs one process per graph, writes ``engines.json`` last."""
+"""Builds the engines of a bundle: plans the build, runs one process per graph, and writes ``engines.json`` last."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _SPARE_BYTES = 64 << 20  # for kernels, the timing cache and engines.json
 _TWICE = 1.25
-"""An engine larger than its graph's weights by this factor, and its kernels, holds some of them twice."""
+"""An engine larger than its kernels and this many times its graph's weights holds some weights twice."""
 _LOG_NAME = "build.log"
 
 
@@ -51,20 +51,20 @@ class BuildOptions:
 
     backend: str = "auto"
     compute_capabilities: tuple[int, ...] = ()
-    """Empty for this machine's GPU."""
+    """GPUs to build for; empty for this machine's GPU."""
     graphs: tuple[str, ...] = ()
-    """Empty for all."""
+    """Names of the graphs to build; empty for all."""
     force: bool = False
     """Replace engines that exist."""
     split_lm_head: int = 1
-    """Blocks of the lm_head's product."""
+    """Number of blocks that the lm_head is split into."""
     detailed_layers: bool = False
     """Keep names and shapes of layers in the engines, for profiling."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedGraph:
-    """A graph whose engine is going to be built."""
+    """A graph to build an engine for."""
 
     spec: GraphSpec
     memory: BuildMemory
@@ -72,7 +72,7 @@ class PlannedGraph:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildPlan:
-    """The steps of a build; nothing has been written yet."""
+    """A planned build; nothing has been written yet."""
 
     bundle: Bundle
     tensorrt: TensorRT
@@ -87,7 +87,7 @@ class BuildPlan:
 
     @property
     def disk_bytes(self) -> int:
-        """About what is going to be written."""
+        """Estimated size of the files to write."""
         return sum(graph.memory.engine_bytes for graph in self.graphs) + _SPARE_BYTES
 
     @property
@@ -98,7 +98,7 @@ class BuildPlan:
         if available is None or needed <= available:
             return ()
         text = (
-            f"building may need {needed / 1e9:.1f} GB of memory that cannot be taken back,"
+            f"building may need {needed / 1e9:.1f} GB of memory apart from mapped files,"
             f" {available / 1e9:.1f} GB are available; close other programs or add swap"
         )
         return (text,)
@@ -106,12 +106,12 @@ class BuildPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildProgress:
-    """Functions that are told how far a build is; each may do nothing."""
+    """Callbacks that report the progress of a build; by default they do nothing."""
 
     graph: Callable[[PlannedGraph], None] = lambda _graph: None
     """Before each graph."""
     report: Callable[[dict[str, Any]], None] = lambda _report: None
-    """TensorRT's own progress, as ``engines.child`` describes it."""
+    """TensorRT's progress, see ``engines.child``."""
     done: Callable[[EngineEntry], None] = lambda _entry: None
     """After each graph."""
     warn: Callable[[str], None] = lambda _text: None
@@ -120,13 +120,9 @@ class BuildProgress:
 def planned_graphs(
     bundle: Bundle, names: Sequence[str], *, tensorrt: TensorRT | None = None, num_architectures: int = 1
 ) -> tuple[PlannedGraph, ...]:
-    """Return the graphs called ``names``, or all, in the bundle's order, with their estimates.
+    """Return the graphs called ``names``, or all if there are none, in the bundle's order, with estimates.
 
-    Args:
-        bundle: The bundle.
-        names: Graphs; empty for all.
-        tensorrt: What builds them. [default: something like tensorrt-rtx]
-        num_architectures: Compute capabilities that they are built for.
+    The estimates are for ``num_architectures`` compute capabilities and ``tensorrt``, by default tensorrt-rtx.
 
     Raises:
         BackendError: If there is no such graph.
@@ -147,16 +143,11 @@ def planned_graphs(
 
 
 def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = None) -> BuildPlan:
-    """Return what building with ``options`` would do.
-
-    Args:
-        bundle: An opened bundle.
-        options: The user's choices.
-        host: What to build on. [default: this machine]
+    """Return the plan of a build with ``options`` on ``host``, by default this machine.
 
     Raises:
-        BackendError: If an option is impossible, no TensorRT is installed, a GPU has not the weights' format, or engines
-            exist that may not be replaced.
+        BackendError: If an option is impossible, no TensorRT is installed, a GPU does not support the weights' format, or
+            engines exist that may not be replaced.
     """
     host = find_host() if host is None else host
     if options.split_lm_head < 1:
@@ -188,7 +179,7 @@ def plan_build(bundle: Bundle, options: BuildOptions, *, host: Host | None = Non
 
 
 def _check_formats(bundle: Bundle, graphs: Sequence[PlannedGraph], options: BuildOptions, host: Host) -> None:
-    """Raise BackendError if a GPU that is built for has not the formats of ``graphs``."""
+    """Raise BackendError if a GPU to build for does not support the formats of ``graphs``."""
     wanted = [(capability, "--compute-capability") for capability in options.compute_capabilities]
     own = [] if host.gpu is None else [(host.gpu.compute_capability, host.gpu.name)]
     formats = {graph.spec.name: bundle.manifest.format_of(graph.spec) for graph in graphs}
@@ -199,15 +190,10 @@ def _check_formats(bundle: Bundle, graphs: Sequence[PlannedGraph], options: Buil
 
 
 def resolve_capabilities(wanted: tuple[int, ...], *, tensorrt: TensorRT, host: Host) -> tuple[int, ...]:
-    """Return the compute capabilities to build for, ascending.
-
-    Args:
-        wanted: The user's; empty for this machine's GPU.
-        tensorrt: What builds.
-        host: This machine.
+    """Return the compute capabilities to build for, ascending: ``wanted``, or that of this machine's GPU.
 
     Raises:
-        BackendError: If ``tensorrt`` cannot build for them here.
+        BackendError: If ``tensorrt`` cannot build for them on ``host``.
     """
     possible = tensorrt.ahead_of_time
     own = () if host.gpu is None else (host.gpu.compute_capability,)
@@ -230,14 +216,11 @@ def resolve_capabilities(wanted: tuple[int, ...], *, tensorrt: TensorRT, host: H
             f" choose among {','.join(map(str, possible))}, for instance 86,89"
         )
     if impossible := [number for number in chosen if number not in possible]:
-        hint = (
-            "; a Jetson Orin is built for on the device, with --backend tensorrt"
-            if impossible[0] == 87
-            else ""
-        )
+        is_orin = impossible[0] == 87
+        hint = "build on the Jetson Orin itself, with --backend tensorrt" if is_orin else "choose among them"
         raise BackendError(
             f"--compute-capability: expected some of {','.join(map(str, possible))}, which {tensorrt.backend}"
-            f" {tensorrt.version} builds for, got {impossible[0]}{hint or '; choose among them'}"
+            f" {tensorrt.version} builds for, got {impossible[0]}; {hint}"
         )
     return chosen
 
@@ -245,10 +228,10 @@ def resolve_capabilities(wanted: tuple[int, ...], *, tensorrt: TensorRT, host: H
 def _kept_engines(
     folder: Path, bundle: Bundle, options: BuildOptions, *, tensorrt: TensorRT, host: Host
 ) -> tuple[EngineEntry, ...]:
-    """Return the engines in ``folder`` that a build of some graphs leaves there.
+    """Return the engines in ``folder`` that stay there when only some graphs are built.
 
     Raises:
-        BackendError: If ``folder`` has what may not be replaced.
+        BackendError: If ``folder`` holds something that may not be replaced.
     """
     if not folder.exists():
         return ()
@@ -276,28 +259,24 @@ def _is_there(file: Path, entry: EngineEntry) -> bool:
 
 
 def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress()) -> EngineSet:
-    """Build all engines of ``plan`` and return what ``engines.json`` says; on any failure nothing has changed.
-
-    Args:
-        plan: From ``plan_build``.
-        progress: Told how far it is.
+    """Build all engines of ``plan`` and return the content of ``engines.json``. A failed build changes nothing.
 
     Raises:
-        BackendError: If a graph cannot be built, the memory or the disk does not suffice, or it cannot be written.
+        BackendError: If a graph cannot be built, memory or disk space runs out, or the folder cannot be written.
     """
     gpu = plan.host.gpu
     manifest_digest = sha256_of(plan.bundle.folder / MANIFEST_NAME)
-    # Checked again at the end: another build may have written engines of other graphs meanwhile.
+    # The plan is checked again at the end, because another build may have written other engines in the meantime.
     writing = atomic_engines(
         plan.folder, num_bytes=plan.disk_bytes, before_rename=lambda: _check_unchanged(plan)
     )
     with writing as folder:
         for entry in plan.kept:
             _link(plan.folder / entry.file, folder / entry.file)
-        with suppress(OSError):  # none, or not readable: tactics are timed again
+        with suppress(OSError):  # without a readable cache, tactics are timed again
             shutil.copyfile(plan.folder / TIMING_CACHE_NAME, folder / TIMING_CACHE_NAME)
         built = [_build_graph(plan, graph, folder, progress) for graph in plan.graphs]
-        (folder / _LOG_NAME).unlink(missing_ok=True)  # a failed build's message has quoted it
+        (folder / _LOG_NAME).unlink(missing_ok=True)  # only needed for the message of a failed build
         order = [spec.name for spec in plan.bundle.manifest.graphs]
         engine_set = EngineSet(
             schema_version=ENGINES_SCHEMA_VERSION,
@@ -317,11 +296,11 @@ def build_engines(plan: BuildPlan, *, progress: BuildProgress = BuildProgress())
 
 
 def _check_unchanged(plan: BuildPlan) -> None:
-    """Raise BackendError if another build has written to the plan's folder since it was made: its engines would be lost."""
+    """Raise BackendError if another build has written to the plan's folder in the meantime: its engines would be lost."""
     kept = _kept_engines(plan.folder, plan.bundle, plan.options, tensorrt=plan.tensorrt, host=plan.host)
     if kept != plan.kept:
         raise BackendError(
-            f"{plan.folder}: expected the engines that were there at the start, another build changed them; run this one again"
+            f"{plan.folder}: expected the engines from the start of the build, got those of another build; run this one again"
         )
 
 
@@ -364,12 +343,8 @@ def _build_graph(plan: BuildPlan, graph: PlannedGraph, folder: Path, progress: B
 
 
 def _run_process(job: Job, graph: PlannedGraph, progress: BuildProgress) -> dict[str, Any]:
-    """Run ``job`` in a process of its own and return its last report.
-
-    Raises:
-        BackendError: If it failed or was killed.
-    """
-    # Spawn: a forked process would share the parent's CUDA state, which does not survive a fork.
+    """Run ``job`` in a separate process and return its last report; raises BackendError if it failed or was killed."""
+    # Spawned, because CUDA's state does not survive a fork.
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
     process = context.Process(target=run_job, args=(job, writer), daemon=True)
@@ -408,11 +383,8 @@ def _failure(job: Job, graph: PlannedGraph, *, error: str | None, exit_code: int
         )
     log = job.log_file.read_text(errors="replace") if job.log_file.exists() else ""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    reason = (
-        f"ended with code {exit_code}"
-        if exit_code is None or exit_code >= 0
-        else f"crashed with signal {-exit_code}"
-    )
+    has_crashed = exit_code is not None and exit_code < 0
+    reason = f"crashed with signal {-(exit_code or 0)}" if has_crashed else f"ended with code {exit_code}"
     return (
         f"{where}, its process {reason}: {(lines or ['it printed nothing'])[-1][:300]}; no engine was changed"
     )
@@ -420,7 +392,7 @@ def _failure(job: Job, graph: PlannedGraph, *, error: str | None, exit_code: int
 
 @contextmanager
 def _ctrl_c_later() -> Iterator[None]:
-    """Hold Ctrl-C back for the block, and in processes started in it for good: the parent alone answers it."""
+    """Delay Ctrl-C until the block ends. Processes started in the block never see it: the parent alone answers it."""
     if sys.platform == "win32":
         yield
         return

@@ -1,9 +1,9 @@
-"""Builds one graph's engine; runs in a process of its own, so that all its memory returns to the system.
+"""Builds one graph's engine in a separate process, so that all its memory returns to the system.
 
-The process reports to the one that started it: dictionaries over a pipe, each with a "kind".
+The process reports to its parent with dictionaries over a pipe, each with a "kind".
 
     phase, step, finish    TensorRT's progress: name, parent and number of steps; name and step; name
-    error                  text: the first thing that TensorRT, or the build, complained about
+    error                  text: the first error of TensorRT or of the build
     done                   num_bytes, sha256, seconds, peak_memory_bytes
 """
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from trio_edge.runtime.bundle.manifest import GraphSpec, Profile
 
-_STEP_SECONDS = 0.1  # steps are reported at most this often: TensorRT takes thousands
+_STEP_SECONDS = 0.1  # between reports of steps, of which TensorRT takes thousands
 _PIECE_BYTES = 16 << 20  # hashed and written at a time
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
@@ -41,7 +41,7 @@ _OOM_SCORE = Path("/proc/self/oom_score_adj")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """All that a process needs to build one engine; it is sent to it."""
+    """The description of one build, which is sent to the process."""
 
     backend: EngineBackend
     spec: GraphSpec
@@ -50,20 +50,20 @@ class Job:
     log_file: Path
     timing_cache: Path
     compute_capabilities: tuple[int, ...]
-    """GPUs to build for ahead of time; empty for this machine's."""
+    """GPUs to build for ahead of time; empty for this machine's GPU."""
     detailed_layers: bool
     dtype: str
-    """The bundle's."""
+    """The bundle's dtype."""
     split_lm_head: int
-    """Blocks of the lm_head; 1 leaves it whole."""
+    """Number of blocks of the lm_head; 1 leaves it whole."""
     vocab_size: int
     hidden_size: int
 
 
 def run_job(job: Job, reports: Connection) -> None:
-    """Build the engine of ``job`` and report; the entry point of the process."""
+    """Build the engine of ``job`` and report the result; the entry point of the process."""
     _follow_parent()
-    with job.log_file.open("wb") as log:  # TensorRT writes to both streams, past its logger
+    with job.log_file.open("wb") as log:  # TensorRT also writes to both streams directly
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     reporter = Reporter(reports)
@@ -79,14 +79,14 @@ def run_job(job: Job, reports: Connection) -> None:
 
 
 class Reporter:
-    """The child's end of the pipe. Of several errors the first is reported: later ones follow from it."""
+    """The child's end of the pipe. Only the first error is reported, because later ones follow from it."""
 
     def __init__(self, reports: Connection) -> None:
         self._reports = reports
         self._has_error = False
 
     def send(self, **report: Any) -> None:
-        """Send one report; if the parent is gone, there is nobody to build for."""
+        """Send one report; end the process if the parent has ended."""
         try:
             self._reports.send(report)
         except OSError:
@@ -118,7 +118,7 @@ def build_engine(job: Job, reporter: Reporter) -> None:
         raise BackendError(
             f"its parser does not take {job.graph_file.name}: {(errors or ['no reason given'])[0]}"
         )
-    network = Network(tensorrt, definition)  # keeps what the passes add alive while the engine is built
+    network = Network(tensorrt, definition)  # keeps the passes' constants alive while the engine is built
     _run_passes(job, network)
     config = _config(job, tensorrt, builder, reporter)
     num_bytes, digest = write_engine(tensorrt, builder, definition, config, job.engine_file)
@@ -150,7 +150,7 @@ def _run_passes(job: Job, network: Network) -> None:
 
 
 def _network_flags(trt: Any) -> int:
-    """Return the flags of a network whose types are the graph's own; releases without weak types need no flag."""
+    """Return the flags of a strongly typed network; newer releases have no other networks and need no flag."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
@@ -173,11 +173,10 @@ def _config(job: Job, tensorrt: TensorRT, builder: Any, reporter: Reporter) -> A
 
 
 def set_flags(config: Any, trt: Any, *, dtype: str) -> None:
-    """Keep float32 what it is elsewhere, and activations in the memory that the runtime gives.
+    """Switch off TF32 in float32 bundles, and allocations while an engine runs.
 
-    TensorRT rounds the inputs of float32 products to TF32 unless it is told not to; a float32 bundle is there for its digits. In
-    a float16 one the rounded inputs have as many as float16. tensorrt-rtx allocates while it runs, and then cannot
-    be captured, unless it is told not to.
+    By default TensorRT rounds the inputs of float32 products to TF32, which would cost a float32 bundle its accuracy; in a
+    float16 bundle TF32 loses nothing. By default tensorrt-rtx allocates while it runs, and then cannot be captured.
     """
     if dtype == "float32":
         config.clear_flag(trt.BuilderFlag.TF32)
@@ -195,7 +194,7 @@ def optimization_profile(builder: Any, spec: GraphSpec, profile: Profile) -> Any
 
 
 def read_timing_cache(config: Any, file: Path) -> None:
-    """Give ``config`` the timings kept in ``file``; those of another TensorRT or GPU are left out."""
+    """Give ``config`` the timings in ``file``, unless they belong to another TensorRT or GPU."""
     kept = file.read_bytes() if file.exists() else b""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -207,7 +206,7 @@ def read_timing_cache(config: Any, file: Path) -> None:
 
 
 def write_timing_cache(config: Any, file: Path) -> None:
-    """Keep the timings of ``config`` in ``file``."""
+    """Store the timings of ``config`` in ``file``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         file.write_bytes(memoryview(config.get_timing_cache().serialize()))
@@ -275,7 +274,7 @@ def _stream_writer(trt: Any, stream: Any, digest: Any) -> Any:
                 return 0
             try:
                 stream.write(data)
-            except OSError as error:  # an exception cannot pass through TensorRT
+            except OSError as error:  # exceptions cannot pass through TensorRT
                 self.failure = error
                 return 0
             digest.update(data)
@@ -285,7 +284,7 @@ def _stream_writer(trt: Any, stream: Any, digest: Any) -> Any:
 
 
 def _follow_parent() -> None:
-    """End when the parent ends, and leave Ctrl-C to it."""
+    """End this process when its parent ends, and leave Ctrl-C to the parent."""
     if sys.platform == "linux":
         import ctypes
 
@@ -295,8 +294,8 @@ def _follow_parent() -> None:
 
 
 def go_first_when_memory_runs_out() -> None:
-    """Let the system rather end this process than the desktop, if it may be told so."""
-    # A container may have a higher score already, which only the administrator lowers.
+    """Let the system kill this process rather than the desktop when memory runs out."""
+    # In a container the score may already be higher; only the administrator may lower it.
     with suppress(OSError):
         _OOM_SCORE.write_text("800")
 

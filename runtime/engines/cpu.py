@@ -1,8 +1,8 @@
 """Graphs on the CPU: ONNX Runtime's settings for each, and graphs prepared ahead of time.
 
-A session of ONNX Runtime changes its graph and brings the weights into the order that the processor's kernels want. Both take
-seconds, and the weights then need memory of their own. ``prepare_graphs`` (``trio-build --backend onnxruntime``) does it once and
-stores the result in ``engines/onnxruntime-cpu``, from where a session maps the weights as they lie.
+A session of ONNX Runtime optimizes its graph and packs the weights for the processor's kernels. Both take seconds, and
+packed weights need extra memory. ``prepare_graphs`` (``trio-build --backend onnxruntime``) does it once and stores the
+result in ``engines/onnxruntime-cpu``, from where a session maps the packed weights.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _FILE_NAME = "graphs.json"
 _SCHEMA_VERSION = 1
 ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
 ACCURACY_LEVELS = {"float32": "1", "int8": "4"}
-"""Accuracy levels of ONNX Runtime's MatMulNBits, by the type that it rounds inputs to."""
+"""Accuracy levels of ONNX Runtime's MatMulNBits, by the type that it rounds its inputs to."""
 _LARGE_GRAPH_BYTES = 32 << 20
-"""Weights from which rounded inputs save time that a user notices; a smaller graph takes a few milliseconds anyway."""
+"""Weights from which rounding inputs saves a noticeable time; smaller graphs take a few milliseconds anyway."""
 _PREFILL_ROLES = ("vision", "clip_text", "reduce", "select")
 _LEAST_STORED_BYTES = "1024"
-"""Tensors from this size on are stored next to the graph, smaller ones in it."""
+"""Smaller tensors are stored in the graph's file, others next to it."""
 
 
 class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,53 +65,53 @@ class PreparedGraphs(_Spec, frozen=True):
     schema_version: int
     onnxruntime_version: str
     processor: str
-    """``processor_key`` of the machine: kernels differ in the order of weights."""
+    """``processor_key`` of the machine: the packing of weights depends on it."""
     cpu_accuracy: str
     manifest_sha256: str
     graphs: dict[str, tuple[PreparedFile, ...]]
-    """By graph, its ONNX file first."""
+    """Files by graph, the ONNX file first."""
 
 
 class Prepared(NamedTuple):
-    """Graphs that a backend loads instead of the bundle's own."""
+    """Graphs that a backend loads instead of the bundle's graphs."""
 
     files: dict[str, Path]
     """ONNX file by graph."""
     notes: tuple[str, ...]
-    """Why prepared graphs that are there are not used."""
+    """Why existing prepared graphs are not used."""
 
 
 def set_cpu_options(
     options: ort.SessionOptions, bundle: Bundle, spec: GraphSpec, *, accuracy: CpuAccuracy
 ) -> None:
-    """Choose between memory, speed and accuracy of a graph on the CPU."""
-    # A session's own arena keeps the largest activations that it ever had, and a pattern takes all of a run's at once.
+    """Set the options that trade memory, speed and accuracy of a graph on the CPU."""
+    # An arena keeps the session's largest activations forever, and a memory pattern allocates all of a run's at once.
     options.enable_cpu_mem_arena = False
     is_in_prefill = spec.role in _PREFILL_ROLES or is_probe(spec)
     if is_in_prefill:
         options.enable_mem_pattern = False
-    # These write float32 copies of their weights in every run. New memory for them doubles the time, so all share some.
+    # These graphs write float32 copies of their weights in every run. Allocating each time doubles the time: they share memory.
     if (spec.role == "select" or is_probe(spec)) and _share_arena():
         options.add_session_config_entry("session.use_env_allocators", "1")
     if accuracy == "auto":
         accuracy = "int8" if spec.weight_bytes >= _LARGE_GRAPH_BYTES else "float32"
     options.add_session_config_entry(ACCURACY_KEY, ACCURACY_LEVELS[accuracy])
     if accuracy == "float32" and bundle.manifest.format_of(spec) == "int8":
-        # The kernel of onnxruntime 1.32 for INT8 weights and float32 inputs dequantizes all weights in every run, which is
-        # 2 s for the head of a 3B. Without it they are dequantized once.
+        # onnxruntime 1.32's kernel for INT8 weights and float32 inputs dequantizes all weights in every run, which takes
+        # 2 s for the head of a 3B. Without this kernel they are dequantized once.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     else:
-        # Weights are folded into transposed copies otherwise: the head of a 3B then needs 1.2 GB more while it is loaded.
+        # Otherwise weights are folded into transposed copies: the head of a 3B needs 1.2 GB more while it is loaded.
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "1000000")
-    # INT8 weights have one scale for an output; the kernel wants one for a block of inputs, and is fastest with long blocks.
+    # INT8 weights have one scale per output; the kernel needs one per block of inputs, and is fastest with long blocks.
     options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")
-    # Prepacking copies weights. That pays for a decode step, and the kernel for INT4 and INT8 weights needs it.
+    # Prepacking copies weights, which pays off only in decode. The kernel for INT4 and INT8 weights always needs it.
     if is_in_prefill and not _has_packed_weights(bundle, spec):
         options.add_session_config_entry("session.disable_prepacking", "1")
 
 
 def broken_optimizers(bundle: Bundle, spec: GraphSpec) -> list[str]:
-    """Return those that make graphs which onnxruntime itself cannot load or run; to be removed with a release that can."""
+    """Return the optimizers whose result onnxruntime cannot load or run; remove one when a release can."""
     format_, quantization = bundle.manifest.format_of(spec), bundle.manifest.quantization
     part = PART_FROM_ROLE.get(spec.role)
     broken = []
@@ -120,7 +120,7 @@ def broken_optimizers(bundle: Bundle, spec: GraphSpec) -> list[str]:
         broken.append("QDQPropagationTransformer")
     has_int8_inputs = quantization is not None and part in quantization.inputs
     if format_ == "fp8" or (has_int8_inputs and onnxruntime_version() < (1, 24)):
-        # It makes integer products of FP8 inputs and weights; 1.23 makes QGemm without the zero points that QGemm wants.
+        # It makes integer products of FP8 inputs and weights; 1.23 makes QGemm without the zero points that QGemm needs.
         broken.append("QDQSelectorActionTransformer")
     return broken
 
@@ -136,14 +136,10 @@ def prepare_graphs(
     accuracy: CpuAccuracy = "auto",
     started: Callable[[GraphSpec], None] = lambda _spec: None,
 ) -> Path:
-    """Prepare the graphs of ``bundle`` for this machine's CPU and return the folder that holds them.
+    """Prepare the graphs of ``bundle`` for this machine's CPU and return their folder; an older one is replaced.
 
-    Selections and most of a probe are left as they are: they read weights once for a prompt, right from the bundle.
-
-    Args:
-        bundle: An opened bundle; older prepared graphs are replaced.
-        accuracy: As ``make_backend``'s ``cpu_accuracy``.
-        started: Called before each graph.
+    Selections and most of a probe are not prepared: they read their weights once per prompt, directly from the bundle.
+    ``accuracy`` is ``make_backend``'s ``cpu_accuracy``; ``started`` is called before each graph.
 
     Raises:
         BackendError: If ONNX Runtime cannot read a graph, or nothing can be written.
@@ -218,25 +214,25 @@ def _sessions(bundle: Bundle) -> list[GraphSpec]:
 
 
 def _is_worth_preparing(bundle: Bundle, spec: GraphSpec) -> bool:
-    """Return whether a graph runs in every decode step, or has products that ONNX Runtime makes others of."""
+    """Return whether a graph runs in every decode step, or has weights that ONNX Runtime packs."""
     if is_probe(spec):
         return _has_packed_weights(bundle, spec)
     return spec.role != "select"
 
 
 def _has_packed_weights(bundle: Bundle, spec: GraphSpec) -> bool:
-    """Return whether ONNX Runtime brings the weights into another order; a probe's way back reads them as they lie."""
-    is_way_back = is_probe(spec) and PROBE_OUTPUT not in {tensor.name for tensor in spec.outputs}
-    return bundle.manifest.format_of(spec) is not None and not is_way_back
+    """Return whether ONNX Runtime packs the weights; a probe's backward half reads them unpacked."""
+    is_backward = is_probe(spec) and PROBE_OUTPUT not in {tensor.name for tensor in spec.outputs}
+    return bundle.manifest.format_of(spec) is not None and not is_backward
 
 
 def _file_names(graph: str) -> tuple[tuple[str, ...], ...]:
-    """Return the files that a prepared graph can have: with weights in a file of their own, and without."""
+    """Return the possible files of a prepared graph: with a separate file for weights, and without."""
     return (f"{graph}.onnx", f"{graph}.data"), (f"{graph}.onnx",)
 
 
 def processor_key() -> str:
-    """Return a name for the kernels that a library chooses on this processor: its machine and a digest of its features."""
+    """Return a key for the kernels that a library chooses here: the machine and a digest of the processor's features."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -251,20 +247,14 @@ def _prepare(bundle: Bundle, spec: GraphSpec, folder: Path, *, accuracy: CpuAccu
     options.log_severity_level = 4  # only what is fatal
     set_cpu_options(options, bundle, spec, accuracy=accuracy)
     options.optimized_model_filepath = str(folder / f"{spec.name}.onnx")
-    for name, value in (
-        ("session.optimized_model_external_initializers_file_name", f"{spec.name}.data"),
-        ("session.optimized_model_external_initializers_min_size_in_bytes", _LEAST_STORED_BYTES),
-        ("session.save_external_prepacked_constant_initializers", "1"),
-    ):
-        options.add_session_config_entry(name, value)
+    external = "session.optimized_model_external_initializers"
+    options.add_session_config_entry(f"{external}_file_name", f"{spec.name}.data")
+    options.add_session_config_entry(f"{external}_min_size_in_bytes", _LEAST_STORED_BYTES)
+    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     file = bundle.folder / spec.file
+    broken = broken_optimizers(bundle, spec)
     try:
-        ort.InferenceSession(
-            file,
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=broken_optimizers(bundle, spec),
-        )
+        ort.InferenceSession(file, options, providers=["CPUExecutionProvider"], disabled_optimizers=broken)
     except Exception as error:  # onnxruntime's exceptions have no common public base
         raise BackendError(
             f"{file}: expected a graph that onnxruntime {ort.__version__} prepares, got: {first_line(error)}"
@@ -276,17 +266,19 @@ def _described(file: Path) -> PreparedFile:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error of ONNX Runtime says, cut to a line."""
+    """Return the first line of an ONNX Runtime error, at most 300 characters."""
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
 @functools.cache
 def _share_arena() -> bool:
-    """Make the one arena of this process that sessions can share; return whether there is one."""
+    """Make the process's one arena that sessions can share; return whether it worked."""
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     same_as_requested = ort.OrtArenaCfg({"arena_extend_strategy": 1})
     try:
         ort.create_and_register_allocator(memory, same_as_requested)
-    except Exception:  # onnxruntime's exceptions have no common public base; the process has made its own
+    except (
+        Exception
+    ):  # onnxruntime's exceptions have no common public base; the program already has such an arena
         return False
     return True

@@ -1,19 +1,19 @@
-"""Estimates of the memory and time that building an engine takes, and of its size.
+"""Estimates the memory and time for building an engine, and its size.
 
-W are the graph's weights, in bytes:
+W are the graph's weights in bytes:
 
     engine   W + profiles * architectures * 3 MB of kernels
     peak     W                 the weight files, which the parser maps: the system can take these pages back
-           + W                 TensorRT's copy, out of which the engine is written piece by piece
-           + W                 where the release cannot do so, as 10.3: the serialized engine
-           + W                 with ``tensorrt``: the copy on the GPU on which tactics are timed; on a Jetson it is the same memory
-           + min(W, 0.6 GB)    what the optimizer works on
+           + W                 TensorRT's copy, from which the engine is written piece by piece
+           + W                 the serialized engine, in releases that cannot do so, such as 10.3
+           + W                 with ``tensorrt``: the copy on the GPU for timing tactics; a Jetson's GPU shares the memory
+           + min(W, 0.6 GB)    the optimizer's working memory
            + 0.4 GB            Python and TensorRT's libraries
     time     3 s + 15 s per GB of weights
 
-Fitted to tensorrt-rtx 1.7 on the graphs of LLaVA-NeXT-7B, with and without writing in pieces: docs/build.md compares it with
-measurements; times were between half and twice the estimate, on two CPUs. The line for ``tensorrt`` is not measured,
-nor is its time: it tries tactics on the GPU, which tensorrt-rtx leaves to the first run.
+Fitted to tensorrt-rtx 1.7 on the graphs of LLaVA-NeXT-7B, with and without writing in pieces; docs/build.md has the
+measurements. On two CPUs, times were between half and twice the estimate. Memory and time of ``tensorrt`` are not
+measured: it times tactics on the GPU, which tensorrt-rtx leaves to the first run.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _BASE_SECONDS, _SECONDS_PER_BYTE = 3.0, 15e-9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildMemory:
-    """Memory and disk that building one graph's engine takes, in bytes."""
+    """Memory and disk space for building one graph's engine."""
 
     engine_bytes: int
-    """Size of the file."""
+    """Size of the engine file."""
     mapped_bytes: int
-    """Part of the peak that the system can take back: the mapped weights."""
+    """Part of the peak in mapped weight files, whose pages the system can take back."""
     peak_bytes: int
     """Resident memory of the process that builds it."""
 
@@ -46,13 +46,9 @@ class BuildMemory:
 def estimate_memory(
     spec: GraphSpec, *, backend: EngineBackend, streams_engines: bool, num_architectures: int
 ) -> BuildMemory:
-    """Return what building the engine of ``spec`` is expected to take.
+    """Return the estimate for building the engine of ``spec`` for ``num_architectures`` compute capabilities.
 
-    Args:
-        spec: The graph.
-        backend: "tensorrt" keeps the weights on the GPU while it builds.
-        streams_engines: As ``TensorRT.streams_engines``.
-        num_architectures: Compute capabilities that the engine is for.
+    ``streams_engines`` is ``TensorRT.streams_engines``.
     """
     weights = spec.weight_bytes
     copies = 2 + (backend == "tensorrt") + (not streams_engines)
@@ -64,5 +60,5 @@ def estimate_memory(
 
 
 def estimate_seconds(spec: GraphSpec) -> float:
-    """Return about how long building the engine of ``spec`` takes, for one compute capability."""
+    """Return the estimated seconds for building the engine of ``spec`` for one compute capability."""
     return _BASE_SECONDS + _SECONDS_PER_BYTE * spec.weight_bytes

@@ -1,7 +1,7 @@
 """Engines of a bundle on disk: ``engines/<target>/engines.json`` and the files that it lists.
 
-An engine runs only with the TensorRT that built it, on the GPUs and the platform that it was built for, and belongs to
-one bundle. ``open_engines`` compares all of it before anything is loaded.
+An engine belongs to one bundle and runs only with the TensorRT that built it, on the GPUs and the platform that it was
+built for. ``open_engines`` compares all of this before anything is loaded.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class EngineEntry(_Spec, frozen=True):
     file: str
     """Relative to the folder of ``engines.json``."""
     profiles: tuple[Profile, ...]
-    """The index of a profile here is its index in the engine."""
+    """Profiles in the order of the engine's own profiles."""
     num_bytes: int
     sha256: str
     build_seconds: float
     peak_memory_bytes: int | None
-    """Resident memory of the process that built it, mapped weight files included."""
+    """Peak resident memory of the build process, including mapped weight files."""
 
 
 class EngineSet(_Spec, frozen=True):
-    """All engines of one target, and what they were built with and for."""
+    """All engines of one target, with their builder and the machines that they are for."""
 
     schema_version: int
     backend: Literal["tensorrt", "tensorrt-rtx"]
@@ -60,27 +60,23 @@ class EngineSet(_Spec, frozen=True):
     compute_capabilities: tuple[int, ...]
     """Ascending; 87 is 8.7."""
     platform: str
-    """Machine and system, for instance "aarch64-linux"."""
+    """Machine and system, such as "aarch64-linux"."""
     gpu: str | None
-    """The GPU of the machine that built them, if it had one."""
+    """The GPU of the machine that built them, if any."""
     driver: str | None
     manifest_sha256: str
     """SHA-256 of the bundle's ``trio.json``."""
     detailed_layers: bool
-    """Whether the engines hold names and shapes of their layers for profiling."""
+    """Whether the engines hold names and shapes of their layers, for profiling."""
     split_lm_head: int
-    """Blocks of the lm_head's product; 1 if it is whole."""
+    """Number of blocks of the lm_head; 1 if it is whole."""
     engines: tuple[EngineEntry, ...]
 
     def __post_init__(self) -> None:
         for entry in self.engines:
             pure = PurePosixPath(entry.file)
-            if (
-                len(pure.parts) != 1
-                or pure.name in ("..", ENGINES_NAME)
-                or "\\" in entry.file
-                or ":" in entry.file
-            ):
+            is_odd = pure.name in ("..", ENGINES_NAME) or "\\" in entry.file or ":" in entry.file
+            if is_odd or len(pure.parts) != 1:
                 raise ValueError(f"expected a file next to {ENGINES_NAME}, got {entry.file!r}")
 
     def entry(self, graph: str) -> EngineEntry | None:
@@ -110,7 +106,7 @@ class Engines:
 
 
 def target_name(backend: EngineBackend, *, version: str, compute_capabilities: tuple[int, ...]) -> str:
-    """Return the folder name of a target, for instance "tensorrt_rtx-1.7-sm86-sm89"."""
+    """Return the folder name of a target, such as "tensorrt_rtx-1.7-sm86-sm89"."""
     release = ".".join(version.split(".")[:2])
     return "-".join([backend.replace("-", "_"), release, *(f"sm{number}" for number in compute_capabilities)])
 
@@ -125,16 +121,16 @@ def engine_sets(bundle_folder: Path) -> dict[str, EngineSet]:
 
 
 def _target_folders(bundle_folder: Path) -> list[Path]:
-    """Return the folders of engines by name, without those that are still being written."""
+    """Return the folders of engines by name, except those that are still being written."""
     files = sorted((bundle_folder / ENGINES_FOLDER).glob(f"*/{ENGINES_NAME}"))
     return [file.parent for file in files if not file.parent.name.startswith(".")]
 
 
 def read_engine_set(folder: Path) -> EngineSet:
-    """Return what ``folder``'s ``engines.json`` says.
+    """Return the content of ``folder``'s ``engines.json``.
 
     Raises:
-        BackendError: If it is missing, no JSON, of another schema version, or has unknown keys or paths elsewhere.
+        BackendError: If it is missing, no JSON, of another schema version, or has unknown keys or paths outside of ``folder``.
     """
     file = folder / ENGINES_NAME
     try:
@@ -162,17 +158,12 @@ def write_engine_set(folder: Path, engine_set: EngineSet) -> None:
 def open_engines(
     bundle: Bundle, *, backend: EngineBackend, version: str, host: Host, hash_all: bool = False
 ) -> Engines:
-    """Return the engines of ``bundle`` that run here, after checking everything that they depend on.
+    """Return the engines of ``bundle`` that run on ``host``, after checking everything that they depend on.
 
-    Args:
-        bundle: An opened bundle.
-        backend: Which package runs them.
-        version: That package's version.
-        host: This machine; its GPU must be one that the engines were built for.
-        hash_all: Also hash files above ``LARGEST_HASHED_BYTES``; without it their sizes are compared.
+    ``version`` is that of the installed ``backend``. ``hash_all`` also hashes files above ``LARGEST_HASHED_BYTES``.
 
     Raises:
-        BackendError: If there are none, or none fits; the message is about the target that differs least.
+        BackendError: If there are no engines, or none fit; the message is about the target with the fewest differences.
     """
     folders = _target_folders(bundle.folder)
     if not folders:
@@ -189,7 +180,6 @@ def open_engines(
         if not problems:
             check_files(folder, engine_set, bundle=bundle, hash_all=hash_all)
             return Engines(folder=folder, engine_set=engine_set, notes=_notes(engine_set, host))
-        # The target with fewest differences is named.
         unfit.append((-len(problems), f"{folder}: {problems[0]}"))
     raise BackendError(max(unfit, key=lambda pair: pair[0])[1])
 
@@ -197,7 +187,7 @@ def open_engines(
 def _differences(
     engines: EngineSet, *, bundle: Bundle, backend: EngineBackend, version: str, host: Host
 ) -> list[str]:
-    """Return one text for each thing that keeps ``engines`` from running here."""
+    """Return one message for each reason why ``engines`` do not run here."""
     build = f"run trio-build {bundle.folder} --backend {backend}"
     capability = None if host.gpu is None else host.gpu.compute_capability
     wanted = ", ".join(f"{number // 10}.{number % 10}" for number in engines.compute_capabilities)
@@ -227,13 +217,9 @@ def _differences(
 
 
 def check_files(folder: Path, engine_set: EngineSet, *, bundle: Bundle, hash_all: bool) -> None:
-    """Raise BackendError unless every graph of the bundle has its engine, unchanged and with the bundle's profiles.
+    """Raise BackendError unless ``folder`` has an unchanged engine with the right profiles for every graph of ``bundle``.
 
-    Args:
-        folder: Where ``engines.json`` lies.
-        engine_set: What it says.
-        bundle: The bundle.
-        hash_all: Also hash files above ``LARGEST_HASHED_BYTES``.
+    ``engine_set`` is the content of ``engines.json``. ``hash_all`` also hashes files above ``LARGEST_HASHED_BYTES``.
     """
     root = folder.resolve()
     for spec in bundle.manifest.graphs:
@@ -275,19 +261,12 @@ def check_engines_place(target: Path) -> None:
 def atomic_engines(
     target: Path, *, num_bytes: int, before_rename: Callable[[], None] = lambda: None
 ) -> Iterator[Path]:
-    """Yield a new folder that becomes ``target`` when the block ends well and vanishes when it does not.
-
-    No empty folder of targets stays.
-
-    Args:
-        target: The folder of one target's engines; an old one is replaced in one step.
-        num_bytes: About what is going to be written, compared with the free space first.
-        before_rename: As ``atomic_folder``'s.
+    """Yield a new folder for the engines of ``target``, see ``atomic_folder``; leaves no empty ``engines`` folder.
 
     Raises:
-        BackendError: If nothing can be written there, or the disk is or becomes full.
+        BackendError: If the folder cannot be written, or the disk is or becomes full.
     """
-    # A bundle without engines has no folder of that name: its copies and hashes stay equal.
+    # A failed build must leave the bundle as it was, so that copies and hashes stay equal.
     made_parent = not target.parent.exists()
     try:
         with atomic_folder(
@@ -301,5 +280,5 @@ def atomic_engines(
             yield folder
     finally:
         if made_parent:
-            with suppress(OSError):  # it holds engines now, or could not be made
+            with suppress(OSError):  # it holds engines, or does not exist
                 target.parent.rmdir()

@@ -1,4 +1,4 @@
-"""TensorRT's log and its profiler: errors are kept for our own messages, times of layers for a report."""
+"""TensorRT's logger, whose errors go into our messages, and its profiler, whose layer times go into a report."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def make_logger(module: Any, on_error: Callable[[str], None]) -> Any:
-    """Return a logger for ``tensorrt`` or ``tensorrt_rtx`` that gives every error to ``on_error``."""
+    """Return a logger for ``module``, ``tensorrt`` or ``tensorrt_rtx``, that passes every error to ``on_error``."""
 
-    class Logger(module.ILogger):  # type: ignore[misc]  # the base is known when it is imported
+    class Logger(module.ILogger):  # type: ignore[misc]  # the base class is known only at run time
         def __init__(self) -> None:
             module.ILogger.__init__(self)
 
@@ -27,7 +27,7 @@ def make_logger(module: Any, on_error: Callable[[str], None]) -> Any:
 
 @final
 class EngineErrors:
-    """TensorRT's complaints while engines are loaded and run."""
+    """TensorRT's errors while engines are loaded and run."""
 
     def __init__(self, module: Any) -> None:
         self._texts: list[str] = []
@@ -35,7 +35,7 @@ class EngineErrors:
         """For ``Runtime``."""
 
     def reason(self) -> str:
-        """Return the first error since the last call in brackets, as later ones follow from it; nothing if there was none."""
+        """Return the first error since the last call in brackets, because later ones follow from it; "" if there was none."""
         first = f" ({self._texts[0]})" if self._texts else ""
         self._texts.clear()
         return first
@@ -43,29 +43,22 @@ class EngineErrors:
 
 @cache
 def engine_errors(module: Any) -> EngineErrors:
-    """Return the errors of ``tensorrt`` or ``tensorrt_rtx`` in this process.
+    """Return the one error log of ``tensorrt`` or ``tensorrt_rtx`` in this process.
 
-    TensorRT writes to the first logger that it was given as long as any of its objects lives, whatever others it is given: there is
-    one, and it stays.
+    TensorRT writes to the first logger that it gets as long as any of its objects lives, and ignores all later ones.
     """
     return EngineErrors(module)
 
 
 @final
 class EngineLayerTimes:
-    """The layers of one engine in all runs of its contexts: times from TensorRT's profiler, names and kinds from its inspector.
+    """The layers of one engine in all runs: times from TensorRT's profiler, names and kinds from its inspector.
 
-    With it every run waits for the device.
+    While times are recorded, every run waits for the device.
     """
 
     def __init__(self, module: Any, engine: Any, file: Path) -> None:
-        """Make a profiler.
-
-        Args:
-            module: ``tensorrt`` or ``tensorrt_rtx``.
-            engine: The engine.
-            file: Where ``write`` puts what was seen.
-        """
+        """Make a profiler for ``engine`` of ``module``, ``tensorrt`` or ``tensorrt_rtx``; ``write`` writes to ``file``."""
         self._file = file
         self._runs: list[list[tuple[str, float]]] = []
         self._run: list[tuple[str, float]] = []
@@ -73,7 +66,7 @@ class EngineLayerTimes:
 
         class Profiler(module.IProfiler):  # type: ignore[misc]
             def __init__(self) -> None:
-                module.IProfiler.__init__(self)  # what TensorRT's binding asks for in place of super()
+                module.IProfiler.__init__(self)  # TensorRT's bindings require this instead of super()
 
             def report_layer_time(self, layer_name: str, ms: float) -> None:
                 run.append((layer_name, ms))
@@ -87,7 +80,7 @@ class EngineLayerTimes:
         context.profiler = self._profiler
 
     def end_run(self) -> None:
-        """Take what was reported as one run."""
+        """Take the reported times as one run."""
         self._runs.append(self._run.copy())
         self._run.clear()
 

@@ -1,6 +1,6 @@
-"""The needs of a build, compared with what this machine has: the whole of ``trio-build --dry-run``.
+"""The needs of a build, compared with this machine: the report of ``trio-build --dry-run``.
 
-Nothing is written. What is missing is collected, not raised, so that one report names all of it.
+Nothing is written. Problems are collected, not raised, so that one report names all of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildNeeds:
-    """A report. Sizes in bytes; None where it is not known."""
+    """The report, with sizes in bytes; None means not known."""
 
     bundle: Bundle
     options: BuildOptions
@@ -48,22 +48,22 @@ class BuildNeeds:
 
     @property
     def disk_bytes(self) -> int:
-        """About what is going to be written."""
+        """Estimated size of the files to write."""
         return sum(graph.memory.engine_bytes for graph in self.graphs)
 
     @property
     def peak(self) -> BuildMemory:
-        """Memory of the largest build; they run one after the other."""
+        """Memory of the largest build; builds run one after the other."""
         return max((graph.memory for graph in self.graphs), key=lambda memory: memory.peak_bytes)
 
     @property
     def seconds(self) -> float:
-        """About how long the builds take."""
+        """Estimated seconds of all builds."""
         return sum(estimate_seconds(graph.spec) for graph in self.graphs)
 
     @property
     def run_bytes(self) -> dict[str, int]:
-        """Device memory that running the whole bundle takes, by what it is for."""
+        """Device memory for running the whole bundle, in bytes by purpose."""
         return _run_bytes(self.bundle)
 
     @property
@@ -124,12 +124,7 @@ class BuildNeeds:
 
 
 def build_needs(bundle: Bundle, options: BuildOptions, *, host: Host | None = None) -> BuildNeeds:
-    """Return what building with ``options`` needs.
-
-    Args:
-        bundle: An opened bundle.
-        options: The user's choices.
-        host: What to build on. [default: this machine]
+    """Return the needs of a build with ``options`` on ``host``, by default this machine.
 
     Raises:
         BackendError: If ``options`` name a graph that the bundle does not have.
@@ -151,7 +146,7 @@ def build_needs(bundle: Bundle, options: BuildOptions, *, host: Host | None = No
     if needed > free:
         problems.append(
             f"{bundle.folder}: expected {needed / 1e9:.2f} GB of free space, got {free / 1e9:.2f} GB;"
-            f" free {_gb_up(needed - free)} GB more, or move the bundle to another disk"
+            f" free {_gb_up(needed - free)} GB, or move the bundle to another disk"
         )
     warnings += _cannot_run(bundle, host, plan)
     return BuildNeeds(
@@ -169,7 +164,7 @@ def build_needs(bundle: Bundle, options: BuildOptions, *, host: Host | None = No
 
 
 def _installed(plan: BuildPlan | None) -> dict[str, str | None]:
-    """Return the versions of both packages; with a plan only its own is imported, as the two share libraries."""
+    """Return the packages' versions; with a plan only its own, because the packages share libraries."""
     versions: dict[str, str | None] = {}
     for backend in ENGINE_BACKENDS if plan is None else (plan.tensorrt.backend,):
         try:
@@ -180,7 +175,7 @@ def _installed(plan: BuildPlan | None) -> dict[str, str | None]:
 
 
 def _cannot_run(bundle: Bundle, host: Host, plan: BuildPlan | None) -> list[str]:
-    """Return a warning if this machine's GPU, which the engines are for, has too little memory to run them."""
+    """Return a warning if the engines are for this machine's GPU and it has too little memory to run them."""
     gpu = host.gpu
     if gpu is None or plan is None or gpu.compute_capability not in plan.compute_capabilities:
         return []
@@ -194,7 +189,7 @@ def _cannot_run(bundle: Bundle, host: Host, plan: BuildPlan | None) -> list[str]
 
 
 def in_words(parts: Mapping[str, int]) -> str:
-    """Return gigabytes by what they are for."""
+    """Return gigabytes by purpose, such as "weights 1.20, buffers 0.10"."""
     return ", ".join(f"{name} {count / 1e9:.2f}" for name, count in parts.items())
 
 
@@ -204,5 +199,5 @@ def _run_bytes(bundle: Bundle) -> dict[str, int]:
 
 
 def _gb_up(num_bytes: int) -> str:
-    """Return gigabytes with two digits, rounded up: freeing that much is enough."""
+    """Return gigabytes with two decimals, rounded up so that freeing as much suffices."""
     return f"{math.ceil(num_bytes / 1e7) / 100:.2f}"

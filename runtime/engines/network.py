@@ -1,7 +1,7 @@
-"""Reading a parsed TensorRT network: who makes a tensor, who uses it, which products have constant weights.
+"""Lookups in a parsed TensorRT network: the layer that makes a tensor, the layers that use it, products with weights.
 
-TensorRT's networks cannot be taken apart: a pass adds layers and connects users to them; layers without users are
-dropped when the engine is built.
+Layers cannot be removed from a TensorRT network. A pass adds layers and connects users to them; TensorRT drops layers
+without users when it builds the engine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class WeightProduct:
     weight: Any
     """The IConstantLayer of the weight, of rank 2."""
     transposed: bool
-    """Whether the product uses the stored weight transposed: [outputs, inputs], as checkpoints store it."""
+    """Whether the stored weight is transposed: [outputs, inputs], as in checkpoints."""
 
 
 @final
@@ -37,7 +37,7 @@ class Network:
         self.trt = tensorrt.module
         self.definition = definition
         self._arrays: list[NDArray[Any]] = []
-        # Looked up by name: each get_layer or get_input returns a new Python object.
+        # By name, because each get_layer or get_input returns a new Python object.
         self._makers: dict[str, Any] = {}
         self._users: dict[str, list[tuple[Any, int]]] = {}
         for layer in self.layers():
@@ -52,7 +52,7 @@ class Network:
         return [self.definition.get_layer(index) for index in range(self.definition.num_layers)]
 
     def maker(self, tensor: Any) -> Any | None:
-        """Return the layer that ``tensor`` comes from, as its own class; None for an input of the network."""
+        """Return the layer that makes ``tensor``, as the class of its type; None for an input of the network."""
         layer = self._makers.get(tensor.name)
         return None if layer is None else self._typed(layer)
 
@@ -61,7 +61,7 @@ class Network:
         return [layer for layer, _ in self._users.get(tensor.name, [])]
 
     def connect(self, old: Any, new: Any) -> None:
-        """Give ``new`` to every layer that used ``old`` when the network was parsed; it takes its place as an output too."""
+        """Replace ``old`` by ``new`` in every layer of the parsed network that uses it, and as an output."""
         for layer, index in self._users.get(old.name, []):
             layer.set_input(index, new)
         if old.is_network_output:
@@ -72,8 +72,8 @@ class Network:
             self.definition.mark_output(new)
 
     def constant(self, array: NDArray[Any]) -> Any:
-        """Return the tensor of a new constant. ``array`` may be a view: it is kept, not copied."""
-        self._arrays.append(array)  # TensorRT reads it when it builds
+        """Return the tensor of a new constant. ``array`` is kept, not copied, and may be a view."""
+        self._arrays.append(array)  # TensorRT reads it only when it builds the engine
         return self.definition.add_constant(array.shape, self.trt.Weights(array)).get_output(0)
 
     def weight_products(self) -> list[WeightProduct]:
@@ -83,18 +83,18 @@ class Network:
             if layer.type != self.trt.LayerType.MATRIX_MULTIPLY:
                 continue
             layer.__class__ = self.trt.IMatrixMultiplyLayer
-            weight, transposed = self._constant_behind(layer.get_input(1))
+            weight, transposed = self._source_constant(layer.get_input(1))
             if weight is not None:
                 flag = layer.op1 == self.trt.MatrixOperation.TRANSPOSE
                 found.append(WeightProduct(layer, weight, transposed != flag))
         return found
 
     def values(self, constant: Any) -> NDArray[Any]:
-        """Return a constant layer's values in its shape: a view, no copy."""
+        """Return a view of a constant layer's values in its shape."""
         return np.asarray(constant.weights).reshape(tuple(constant.shape))
 
-    def _constant_behind(self, tensor: Any) -> tuple[Any | None, bool]:
-        """Return the rank-2 constant that ``tensor`` is but for a transpose and leading axes of 1, and whether transposed."""
+    def _source_constant(self, tensor: Any) -> tuple[Any | None, bool]:
+        """Return the rank-2 constant that ``tensor`` reshapes to leading axes of 1 or transposes, and whether it transposes."""
         transposed = False
         while (layer := self.maker(tensor)) is not None and layer.type == self.trt.LayerType.SHUFFLE:
             source = layer.get_input(0)

@@ -1,7 +1,7 @@
-"""Finds TensorRT: ``tensorrt`` (JetPack's, or a pip package) or ``tensorrt-rtx``. The only file that imports them.
+"""Finds TensorRT: ``tensorrt`` (JetPack's, or a pip package) or ``tensorrt-rtx``. No other file imports them.
 
-Neither is a dependency: they are imported when an engine is built or run. What an installed release can do is asked from
-its module, never concluded from its version.
+Neither is a dependency: they are imported when an engine is built or run. The abilities of a release are read from its
+module, not from its version.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_BACKENDS: tuple[EngineBackend, ...] = ("tensorrt", "tensorrt-rtx")
 ENGINES_BACKENDS_HELP = (
-    "auto, tensorrt (JetPack) or tensorrt-rtx; or onnxruntime: graphs for this CPU. [default: the installed TensorRT that builds"
-    " for this]"
+    "Builder: tensorrt (JetPack), tensorrt-rtx, auto (the installed one that can build for the target), or onnxruntime"
+    " (prepares graphs for this CPU). [default: auto]"
 )
 _MODULES: dict[EngineBackend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
@@ -40,32 +40,32 @@ class TensorRT:
     backend: EngineBackend
     module: Any
     version: str
-    """As the package says it, for instance "10.3.0.30"."""
+    """The package's version, such as "10.3.0.30"."""
 
     @property
     def ahead_of_time(self) -> tuple[int, ...]:
-        """Compute capabilities that it builds for without having such a GPU, ascending; empty if it cannot."""
+        """Compute capabilities that it can build for without such a GPU, ascending."""
         names = dir(getattr(self.module, "ComputeCapability", None))
         return tuple(sorted(int(name[2:]) for name in names if name.startswith("SM") and name[2:].isdigit()))
 
     @property
     def streams_engines(self) -> bool:
-        """Whether an engine is written while it is made, so that it is not in memory as a whole."""
+        """Whether an engine is written piece by piece, so that it is never in memory as a whole."""
         return getattr(self.module.Builder, "build_serialized_network_to_stream", None) is not None
 
     @property
     def has_timing_cache(self) -> bool:
-        """Whether tactics are timed on a GPU while building; tensorrt-rtx chooses its kernels on the device later."""
+        """Whether a build times tactics on the GPU; tensorrt-rtx chooses its kernels later, on the device."""
         return self.backend == "tensorrt"
 
     @property
     def compiles_on_device(self) -> bool:
-        """Whether kernels are compiled on the device, in the background unless a context says otherwise."""
+        """Whether kernels are compiled on the device, by default in the background."""
         return getattr(self.module, "DynamicShapesKernelSpecializationStrategy", None) is not None
 
 
 def system_folders() -> tuple[Path, ...]:
-    """Return where a system's package manager puts Python packages: JetPack's TensorRT lies there."""
+    """Return the folders of the system's Python packages, where JetPack installs TensorRT."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     return (
         Path(f"/usr/lib/{version}/dist-packages"),
@@ -75,12 +75,9 @@ def system_folders() -> tuple[Path, ...]:
 
 
 def choose_backend(name: str, *, host: Host, ahead_of_time: bool) -> EngineBackend:
-    """Return the backend called ``name``; for "auto", the installed one that can build what is asked here.
+    """Return the backend called ``name``; for "auto", the installed one that can do this build.
 
-    Args:
-        name: "auto", "tensorrt" or "tensorrt-rtx".
-        host: This machine.
-        ahead_of_time: Whether engines are for other GPUs than this machine's.
+    ``ahead_of_time`` says whether the user names GPUs to build for.
 
     Raises:
         BackendError: If there is no such backend, or none is installed.
@@ -92,7 +89,7 @@ def choose_backend(name: str, *, host: Host, ahead_of_time: bool) -> EngineBacke
     for backend in ENGINE_BACKENDS:
         if name == backend:
             return backend
-    # On a GPU that is here, tensorrt times its tactics; tensorrt-rtx builds for GPUs that are elsewhere.
+    # tensorrt times its tactics on this machine's GPU; tensorrt-rtx also builds for other GPUs.
     if host.gpu is not None and not ahead_of_time and _spec("tensorrt", system_folders()) is not None:
         return "tensorrt"
     if _spec("tensorrt_rtx", ()) is not None:
@@ -103,22 +100,19 @@ def choose_backend(name: str, *, host: Host, ahead_of_time: bool) -> EngineBacke
 
 
 def installed_backend() -> EngineBackend | None:
-    """Return the first backend whose package is there; None without any."""
+    """Return the first backend whose package is installed; None without any."""
     return next((name for name in ENGINE_BACKENDS if is_installed(name)), None)
 
 
 def is_installed(backend: EngineBackend) -> bool:
-    """Whether a backend's package is there; it may still not be one that this Python imports."""
+    """Return whether a backend's package is installed; importing it may still fail."""
     return _spec(_MODULES[backend], system_folders()) is not None
 
 
 def load_tensorrt(backend: EngineBackend, *, folders: Sequence[Path] | None = None) -> TensorRT:
-    """Import a backend's package.
+    """Import a backend's package from the environment or else from ``folders``, by default ``system_folders()``.
 
-    Args:
-        backend: Which one.
-        folders: Where to look if the environment has none. [default: ``system_folders()``, as a virtual environment
-            on a Jetson does not see JetPack's packages]
+    A virtual environment on a Jetson does not see JetPack's packages.
 
     Raises:
         BackendError: If it is not installed or cannot be imported.
@@ -129,7 +123,7 @@ def load_tensorrt(backend: EngineBackend, *, folders: Sequence[Path] | None = No
         raise _missing(backend)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its bindings warn of their own deprecated names
+            warnings.simplefilter("ignore")  # the bindings warn about their own deprecated names
             module = _import(name, spec)
         version = module.__version__
     except (ImportError, OSError, AttributeError) as error:
@@ -153,7 +147,7 @@ def _import(name: str, spec: ModuleSpec) -> Any:
     if spec.loader is None:
         raise ImportError(f"no loader for {name}")
     module = module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: its own imports of itself must find it
+    sys.modules[name] = module  # before it runs, because it imports itself
     try:
         spec.loader.exec_module(module)
     except BaseException:

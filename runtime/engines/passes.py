@@ -1,7 +1,7 @@
 """Passes over a parsed network.
 
-``join_attention`` lets TensorRT make one kernel of attention, ``separate_products`` keeps weights once, ``split_lm_head`` cuts the
-lm_head into blocks.
+``join_attention`` lets TensorRT fuse attention into one kernel, ``separate_products`` avoids duplicate weights, and
+``split_lm_head`` splits the lm_head into blocks.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def join_attention(network: Network) -> int:
-    """Let each attention read past and new rows as one, and return how many were changed.
+    """Join past and new keys and values in each attention, and return the number of changed attentions.
 
-    The graphs multiply the query with the past keys and with the new ones, and join the scores: so ONNX Runtime copies no KV
-    cache. TensorRT fuses only one product of scores with one softmax and one product of values. It makes nine kernels of the two
-    halves in decode, of which one writes the past keys anew. With keys and values joined it makes one kernel, in prefill and in
-    decode, which reads both parts where they lie (tensorrt-rtx 1.7; docs/kernels.md). The sums are the same.
+    The graphs multiply the query with past and new keys separately and join the scores, so that ONNX Runtime need not copy
+    the KV cache. TensorRT only fuses one product of scores, one softmax and one product of values. In decode it makes nine
+    kernels of the two halves, one of which copies the past keys. With joined keys and values it makes one kernel in prefill
+    and in decode, which reads both parts in place (tensorrt-rtx 1.7; docs/kernels.md). The sums are the same.
     """
     joined = 0
     for layer in network.layers():
@@ -35,14 +35,14 @@ def join_attention(network: Network) -> int:
 
 
 class _AttentionParts(NamedTuple):
-    """Layers and tensors of one attention, as ``export/graphs/attention.py`` writes it."""
+    """Layers and tensors of one attention in the form of ``export/graphs/attention.py``."""
 
     past_scores: Any
     new_scores: Any
     scores: Any
     """The concatenation of both."""
     weights: Any
-    """Tensor of both parts' weights, of the values' type and rank."""
+    """Tensor of both parts' weights, with the type and rank of the values."""
     past_output: Any
     new_output: Any
     output: Any
@@ -50,7 +50,7 @@ class _AttentionParts(NamedTuple):
 
 
 def _attention_parts(network: Network, softmax: Any) -> _AttentionParts | None:
-    """Return the parts of the attention around a softmax; None if it is another softmax."""
+    """Return the parts of the attention around a softmax; None if the softmax is not part of one."""
     types = network.trt.LayerType
     masked = network.maker(softmax.get_input(0))
     if masked is None or masked.type != types.ELEMENTWISE:
@@ -70,13 +70,13 @@ def _attention_parts(network: Network, softmax: Any) -> _AttentionParts | None:
     sums = [user for part in outputs for user in network.users(part.get_output(0))]
     if not past or not new or len(outputs) != 2 or len(sums) != 2 or sums[0].name != sums[1].name:
         return None
-    # the graph adds the new rows' part to the past rows'
+    # The graph adds the output for the new rows to that for the past rows.
     past_output, new_output = (network.maker(sums[0].get_input(index)) for index in (0, 1))
     return _AttentionParts(past, new, scores, weights, past_output, new_output, sums[0])
 
 
 def _source(network: Network, tensor: Any, wanted: Any, *, through: tuple[Any, ...]) -> Any | None:
-    """Return the layer of type ``wanted`` that ``tensor`` comes from but for layers of the types ``through``."""
+    """Return the layer of type ``wanted`` that makes ``tensor``, possibly through layers of the types ``through``."""
     layer = network.maker(tensor)
     while layer is not None and layer.type in through:
         layer = network.maker(layer.get_input(0))
@@ -86,7 +86,7 @@ def _source(network: Network, tensor: Any, wanted: Any, *, through: tuple[Any, .
 def _join(network: Network, parts: _AttentionParts) -> None:
     definition, plain = network.definition, network.trt.MatrixOperation.NONE
     keys = definition.add_concatenation([parts.past_scores.get_input(1), parts.new_scores.get_input(1)])
-    keys.axis = 3  # [1, G, E, C + S]: the graph has transposed them
+    keys.axis = 3  # [1, G, E, C + S], transposed in the graph
     query = parts.past_scores.get_input(0)
     product = definition.add_matrix_multiply(query, plain, keys.get_output(0), plain).get_output(0)
     scores = definition.add_shuffle(product)
@@ -99,14 +99,14 @@ def _join(network: Network, parts: _AttentionParts) -> None:
 
 
 def separate_products(network: Network) -> int:
-    """Give products that share an input one each, and return how many inputs were added.
+    """Give products that share an input separate inputs, and return the number of added inputs.
 
-    TensorRT joins products with the same input (query, key and value; gate and up) into one with concatenated weights where the
-    input has one row, as in decode, and not where it has many: an engine with both kinds of profiles holds these weights twice.
-    Measured with tensorrt-rtx 1.7 on one 7B layer: 688 MB for 405 MB of weights with profiles of 2960 rows and of 1 row, 407 MB
-    with 2960 and 2 rows, and 407 MB after this pass. The numbers do not change.
+    TensorRT joins products with the same input (query, key and value; gate and up) into one with concatenated weights if the
+    input has one row, as in decode, but not if it has many. An engine with both kinds of profiles would hold these weights
+    twice. Measured with tensorrt-rtx 1.7 on one 7B layer with 405 MB of weights: 688 MB with profiles of 2960 rows and
+    1 row, 407 MB with 2960 and 2 rows, and 407 MB after this pass. Results do not change.
 
-    Inputs that are not the product of a constant vector and something else are left alone.
+    Only inputs that ``equal_tensor`` can repeat are separated.
     """
     users: dict[str, list[Any]] = {}
     for product in network.weight_products():
@@ -121,17 +121,13 @@ def separate_products(network: Network) -> int:
 
 
 def split_lm_head(network: Network, *, vocab_size: int, hidden_size: int, num_blocks: int) -> int:
-    """Replace each product with the lm_head's weight by ``num_blocks`` smaller ones and return how many were replaced.
+    """Replace each product with the lm_head's weight by ``num_blocks`` smaller ones, and return the number of products.
 
     On small Jetsons, TensorRT's product with the whole lm_head asks for about 1 GB of contiguous memory and fails
     (hokwangchoi/jetson-orin-nano-benchmarks). Logits are concatenated blocks; the probe's backward product is a sum over
     blocks, in float32.
 
-    Args:
-        network: Of the head, with or without a probe's gradient, or of the gradient alone.
-        vocab_size: V, rows of the weight.
-        hidden_size: D, its columns.
-        num_blocks: At least 2; block sizes are multiples of 8, so there may be fewer.
+    The weight is [``vocab_size``, ``hidden_size``]. Block sizes are multiples of 8, so there may be fewer blocks.
 
     Raises:
         BackendError: If no product has such a weight.
@@ -162,14 +158,14 @@ def block_sizes(total: int, num_blocks: int, *, multiple: int = 8) -> Sequence[i
 def _blocks(network: Network, product: WeightProduct, sizes: Sequence[int]) -> list[Any]:
     weight = network.values(product.weight)
     starts = np.cumsum([0, *sizes[:-1]])
-    # Views into the parsed weight: nothing is copied.
+    # Views of the parsed weight, no copies.
     return [network.constant(weight[start : start + size]) for start, size in zip(starts, sizes)]
 
 
 def _split_outputs(network: Network, layer: Any, blocks: list[Any]) -> Any:
     """Return logits: the products with the transposed blocks, concatenated.
 
-    Each has an input of its own: from a common one TensorRT would make one product of them again.
+    Each product has a separate input, because TensorRT would join products with a common one again.
     """
     operation, definition = network.trt.MatrixOperation, network.definition
     parts, source = [], layer.get_input(0)
@@ -191,16 +187,12 @@ def _split_inputs(network: Network, layer: Any, blocks: list[Any]) -> Any:
     for block in blocks:
         size = block.shape[0]
         columns = _columns(network, source, start=start, size=size)
-        part = definition.add_matrix_multiply(
-            columns, layer.op0, _of_rank(network, block, layer), trt.MatrixOperation.NONE
-        ).get_output(0)
-        wide = definition.add_cast(part, trt.float32).get_output(0)
-        total = (
-            wide
-            if total is None
-            else definition.add_elementwise(total, wide, trt.ElementWiseOperation.SUM).get_output(0)
-        )
-        start += size
+        weight = _of_rank(network, block, layer)
+        part = definition.add_matrix_multiply(columns, layer.op0, weight, trt.MatrixOperation.NONE)
+        wide = definition.add_cast(part.get_output(0), trt.float32).get_output(0)
+        if total is not None:
+            wide = definition.add_elementwise(total, wide, trt.ElementWiseOperation.SUM).get_output(0)
+        total, start = wide, start + size
     return definition.add_cast(total, layer.get_output(0).dtype).get_output(0)
 
 
@@ -228,9 +220,9 @@ def _of_rank(network: Network, block: Any, layer: Any) -> Any:
 
 
 def equal_tensor(network: Network, tensor: Any) -> Any | None:
-    """Return a new tensor with the values of ``tensor`` that TensorRT does not see to be the same.
+    """Return a new tensor with the values of ``tensor`` that TensorRT does not recognize as equal.
 
-    None unless ``tensor`` is a constant vector times something, as a norm's output, or that cast to another type.
+    None unless ``tensor`` is a product with a constant vector, such as a norm's output, or such a product cast to a type.
     """
     trt, maker = network.trt, network.maker(tensor)
     if maker is None:
@@ -246,10 +238,10 @@ def equal_tensor(network: Network, tensor: Any) -> Any | None:
         while constant is not None and constant.type in (trt.LayerType.SHUFFLE, trt.LayerType.CAST):
             constant = network.maker(constant.get_input(0))
         if constant is not None and constant.type == trt.LayerType.CONSTANT:
-            # A copy: with the same constant TensorRT would see that both tensors are equal.
+            # The constant is copied, because with the same one TensorRT would recognize that both tensors are equal.
             copy = network.values(constant).astype(trt.nptype(operand.dtype)).reshape(tuple(operand.shape))
-            factor = network.constant(copy)
-            return network.definition.add_elementwise(
-                factor, other, trt.ElementWiseOperation.PROD
-            ).get_output(0)
+            product = network.definition.add_elementwise(
+                network.constant(copy), other, trt.ElementWiseOperation.PROD
+            )
+            return product.get_output(0)
     return None

@@ -1,4 +1,4 @@
-"""Parts of image processing that all families share: the JSON, the pixel arithmetic, and the names in checkpoints' files."""
+"""The parts of image processing that all families share: JSON, pixel arithmetic, and keys of checkpoints' files."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from trio_edge.runtime.images.resizing import Resample
 
 Size: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
-"""In pixels along a side, or in all; more would be no image that this machine can hold."""
-# The bounds refuse infinite values and NaN, which JSON files of Python may hold; real ones lie far inside.
+"""Pixels along a side or in all; the bound lies far above any image that fits a machine."""
+# The bounds refuse infinity and NaN, which Python's JSON files may hold; real values lie far inside.
 Level: TypeAlias = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
 Factor: TypeAlias = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 Colour: TypeAlias = tuple[Level, Level, Level]
 """Red, green, blue."""
 Spread: TypeAlias = tuple[Factor, Factor, Factor]
 
-# Of CLIP's training images: what Hugging Face's classes take where a file names none.
+# CLIP's mean and deviation, which are the defaults of Hugging Face's classes.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -38,13 +38,13 @@ _Constants = TypeVar("_Constants", bound="ImageConstants")
 
 
 class ImageConstants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every family's image processing: constants that the manifest has as ``image_processing``, in this order."""
+    """Base of every family's image processing: the constants of the manifest's ``image_processing``, in this order."""
 
     encoder_keep: int | None = None
-    """Patches per tile, or visual tokens of the image, that the vision graph keeps; None for all. Not part of the JSON."""
+    """Patches per tile, or visual tokens per image, that the vision graph keeps; None for all. Not part of the JSON."""
 
     def of_several(self: _Constants) -> _Constants:
-        """Return the processing of an image in a prompt with several: the same, unless a family says otherwise."""
+        """Return the processing for a prompt with several images: by default the same."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class ImageConstants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """Return what ``to_dict`` wrote.
 
         Raises:
-            ManifestError: If it is of another kind, a key is unknown or missing, or a value breaks a rule.
+            ManifestError: If it is of another kind, a key is unknown or missing, or a value is out of range.
         """
         try:
             return typed({**values, "encoder_keep": encoder_keep}, cls)
@@ -69,7 +69,7 @@ class ImageConstants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class PixelConstants(Protocol):
-    """Constants that turn grey levels into numbers."""
+    """Constants that turn 8-bit levels into the vision encoder's numbers."""
 
     @property
     def do_rescale(self) -> bool:
@@ -85,22 +85,15 @@ class PixelConstants(Protocol):
 
     @property
     def image_mean(self) -> Colour:
-        """After rescaling."""
+        """Mean after rescaling."""
 
     @property
     def image_std(self) -> Colour:
-        """After rescaling."""
+        """Standard deviation after rescaling."""
 
 
 def normalized(levels: NDArray[np.uint8], constants: PixelConstants) -> NDArray[np.float32]:
-    """Return the vision encoder's numbers.
-
-    Args:
-        levels: [..., 3], channels last.
-        constants: The bundle's.
-
-    Returns:
-        float32 of the same shape.
+    """Return the vision encoder's numbers for ``levels`` [..., 3], channels last, as float32 of the same shape.
 
     Source: TorchvisionBackend.rescale_and_normalize of transformers 5.23.
     """
@@ -108,7 +101,7 @@ def normalized(levels: NDArray[np.uint8], constants: PixelConstants) -> NDArray[
     factor = constants.rescale_factor if constants.do_rescale else 1.0
     if not constants.do_normalize:
         return pixels * np.float32(factor)
-    # The rescaling is folded into mean and deviation, as torchvision does it: other orders round differently.
+    # The factor is folded into mean and deviation, as in torchvision, because other orders round differently.
     pixels -= np.asarray(constants.image_mean, np.float32) * np.float32(1.0 / factor)
     pixels /= np.asarray(constants.image_std, np.float32) * np.float32(1.0 / factor)
     return pixels
@@ -117,15 +110,15 @@ def normalized(levels: NDArray[np.uint8], constants: PixelConstants) -> NDArray[
 def processor_values(
     config: Mapping[str, Any], *, processors: tuple[str, ...], always: tuple[str, ...]
 ) -> tuple[str, dict[str, Any]]:
-    """Return a preprocessor file's class, without "Fast" and "Pil", and those of its values that are not null.
+    """Return the class of a ``preprocessor_config.json``, without "Fast" and "Pil", and its values except null.
 
     Args:
-        config: The content of ``preprocessor_config.json``.
-        processors: Hugging Face's classes that can be followed.
+        config: The content of the file.
+        processors: Supported classes of Hugging Face.
         always: Steps that the file may not switch off.
 
     Raises:
-        CheckpointError: If it is of another class, switches a step off, or asks for one that is not followed.
+        CheckpointError: If it has another class, switches a step off, or needs a step that is not supported.
     """
     name = str(config.get("image_processor_type", "")).removesuffix("Fast").removesuffix("Pil")
     if name not in processors:
@@ -148,10 +141,10 @@ def processor_values(
 
 
 def pixel_fields(values: Mapping[str, Any], *others: str) -> dict[str, Any]:
-    """Return the filter, the pixel constants and the fields ``others``, as far as a preprocessor file names them.
+    """Return the filter, the pixel constants and the fields ``others`` that a preprocessor file contains.
 
     Raises:
-        CheckpointError: If the filter is none of ours.
+        CheckpointError: If the filter is not supported.
     """
     fields = {key: values[key] for key in (*_PIXELS, *others) if key in values}
     number = values.get("resample", 3)
@@ -165,7 +158,7 @@ def pixel_fields(values: Mapping[str, Any], *others: str) -> dict[str, Any]:
 
 
 def square_side(size: Any) -> int | None:
-    """Return the side of {"height": 336, "width": 336}; None if that is no square.
+    """Return the side of {"height": 336, "width": 336}; None if the sizes are no square.
 
     Raises:
         TypeError: If ``size`` is no mapping.
@@ -178,7 +171,7 @@ def square_side(size: Any) -> int | None:
 
 @contextmanager
 def only_checkpoint_errors(file: str = "preprocessor_config") -> Iterator[None]:
-    """Make a CheckpointError of whatever the values of ``file`` cause."""
+    """Turn errors that the values of ``file`` cause into a CheckpointError."""
     try:
         yield
     except CheckpointError:

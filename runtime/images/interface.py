@@ -1,8 +1,8 @@
-"""From an image to the vision graph's inputs, whatever the family: sizes first, then arrays padded to a profile.
+"""The interface from an image to the vision graph's inputs: sizes first, then arrays padded to a profile.
 
-``ImageProcessing`` is all that the exporter and the pipeline know of images. Its kinds are tiles with newlines (LLaVA),
-patches in windows (Qwen2.5-VL) or as a whole (Qwen3-VL), a grid of tiles with a thumbnail (InternVL), and the same with text
-between the tiles (SmolVLM2).
+The exporter and the pipeline know only ``ImageProcessing``. Its kinds are tiles with newlines (LLaVA), patches in windows
+(Qwen2.5-VL) or without windows (Qwen3-VL), a grid of tiles with a thumbnail (InternVL), and such a grid with text between
+the tiles (SmolVLM2).
 """
 
 from __future__ import annotations
@@ -32,40 +32,36 @@ class ImageProcessing(Protocol):
 
     @property
     def encoder_keep(self) -> int | None:
-        """Patches per tile, or visual tokens of the image, that the vision graph keeps; None for all."""
+        """Patches per tile, or visual tokens per image, that the vision graph keeps; None for all."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the constants as JSON types, with "kind"."""
 
     def of_several(self) -> ImageProcessing:
-        """Return the processing of an image in a prompt with several, where it is another; else itself."""
+        """Return the processing for a prompt with several images, if it differs; else itself."""
 
     def sizes(self, width: int, height: int) -> dict[str, int]:
-        """Return the sizes of the vision graph's axes that an image needs, N (its visual tokens) among them.
+        """Return the sizes of the vision graph's axes for an image, including N, its visual tokens.
 
         Raises:
             ImageError: If the image is empty, or cannot be processed.
         """
 
     def any_image_sizes(self) -> tuple[dict[str, int], ...]:
-        """Return sizes that have room for every image, ascending."""
+        """Return sizes, ascending, that together have room for every image."""
 
     def layout(self, width: int, height: int) -> ImageLayout:
-        """Return the layout of an image of this size.
-
-        Raises:
-            ImageError: As ``sizes``.
-        """
+        """Return the layout of an image of this size; errors are those of ``sizes``."""
 
     def prepare(self, image: Image.Image, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[Any]]:
         """Return the vision graph's inputs by name.
 
         Args:
             image: An RGB image, as ``open_image`` returns it.
-            sizes: What the graph's axes have, which the inputs are padded to; the image's own for those that are missing.
+            sizes: Sizes of the graph's axes to pad to; missing axes get the image's own size.
 
         Raises:
-            ImageError: If the image is not RGB, cannot be processed, or needs more than ``sizes``.
+            ImageError: If the image is not RGB, cannot be processed, or is larger than ``sizes``.
         """
 
 
@@ -73,7 +69,7 @@ def image_processing(values: Mapping[str, Any], *, encoder_keep: int | None) -> 
     """Return the processing that ``ImageProcessing.to_dict`` wrote.
 
     Raises:
-        ManifestError: If it is of an unknown kind, or a value breaks a rule.
+        ManifestError: If it is of an unknown kind, or a value is out of range.
     """
     if values.get("kind") == PATCHES:
         return QwenImages.from_dict(values, encoder_keep=encoder_keep)

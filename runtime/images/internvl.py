@@ -1,8 +1,8 @@
-"""From an image to tiles of a grid and a thumbnail of the whole (InternVL).
+"""From an image to a grid of tiles and a thumbnail of the whole image (InternVL).
 
-The image is stretched to the grid whose aspect ratio is nearest to its own and cut into tiles, row by row; if there is
-more than one, the image stretched to a single tile follows them. Every tile has the same number of visual tokens, in
-raster order, so the vision graph's rows are the visual tokens already, and padding is all at their end.
+The image is stretched to the grid with the nearest aspect ratio and cut into tiles, row by row. If there are several
+tiles, the whole image, stretched to one tile, follows as a thumbnail. Every tile has the same number of visual tokens in
+raster order, so the vision graph's rows are the visual tokens, and all padding is at the end.
 
 Source: GotOcr2ImageProcessor of transformers 5.23, which InternVLProcessor always calls with ``crop_to_patches``.
 Letters: B tiles, N visual tokens, T side of a tile in pixels.
@@ -53,7 +53,7 @@ _PROCESSOR = "GotOcr2ImageProcessor"
 
 @final
 class InternVlImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind", tag=KIND):
-    """Image processing with tiles of a grid, row by row, and a thumbnail of the whole image last."""
+    """Image processing with a grid of tiles, row by row, and then a thumbnail of the whole image."""
 
     tile_size: Size
     """T, side of the vision encoder's square input in pixels."""
@@ -80,14 +80,12 @@ class InternVlImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind"
 
     @classmethod
     def from_preprocessor_config(cls, config: Mapping[str, Any], *, tokens_per_side: int) -> InternVlImages:
-        """Return the constants of a ``preprocessor_config.json``, or of ``image_processor.to_dict()``.
+        """Return the constants of a ``preprocessor_config.json``; missing keys have the defaults of Hugging Face's class.
 
-        Args:
-            config: Its content. Missing keys mean the defaults of Hugging Face's class.
-            tokens_per_side: The model's; the file does not hold it.
+        ``tokens_per_side`` comes from the model, because the file lacks it.
 
         Raises:
-            CheckpointError: If the processor is of another kind, or its values cannot be followed.
+            CheckpointError: If the processor is of another class, or a value is not supported.
         """
         always = ("do_convert_rgb", "do_resize")
         _, values = processor_values(config, processors=(_PROCESSOR,), always=always)
@@ -109,7 +107,7 @@ class InternVlImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind"
         return self.tokens_per_side**2
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return the rows and columns of tiles of an image of this size; 1, 1 has no thumbnail.
+        """Return the rows and columns of tiles for an image of this size; a single tile has no thumbnail.
 
         Raises:
             ImageError: If the image is empty.
@@ -118,7 +116,7 @@ class InternVlImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind"
         return _best_grid(width, height, self)
 
     def sizes(self, width: int, height: int) -> dict[str, int]:
-        """Return B, the number of tiles with the thumbnail, and N."""
+        """Return B, the number of tiles including the thumbnail, and N."""
         rows, columns = self.grid(width, height)
         tiles = _with_thumbnail(rows * columns)
         return {"B": tiles, "N": tiles * self.tokens_per_tile}
@@ -144,10 +142,9 @@ class InternVlImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind"
         return ImageLayout(width=width, height=height, sizes=sizes, boxes=boxes, overview=overview)
 
     def prepare(self, image: Image.Image, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[Any]]:
-        """Return the vision graph's inputs; arguments and errors are those of ``ImageProcessing.prepare``.
+        """Return ``pixel_values`` float32 [B, 3, T, T], padded with zeros, and ``token_index`` int32 [N], padded with 0.
 
-        Returns:
-            ``pixel_values`` float32 [B, 3, T, T], padded with tiles of zeros; ``token_index`` int32 [N], padded with 0.
+        Arguments and errors are those of ``ImageProcessing.prepare``.
         """
         check_rgb(image)
         own = self.sizes(*image.size)
@@ -159,7 +156,7 @@ class InternVlImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind"
 
 @lru_cache
 def _grids(images: InternVlImages) -> tuple[tuple[int, int], ...]:
-    """Return (columns, rows) of every grid, those of fewer tiles first. Source: get_all_supported_aspect_ratios."""
+    """Return (columns, rows) of every grid, by number of tiles. Source: get_all_supported_aspect_ratios."""
     least, most = images.min_tiles, images.max_tiles
     grids = [
         (columns, rows)
@@ -167,14 +164,14 @@ def _grids(images: InternVlImages) -> tuple[tuple[int, int], ...]:
         for rows in range(1, most + 1)
         if least <= columns * rows <= most
     ]
-    # The sort is stable, and the order of grids with as many tiles decides ties: it is the original's.
+    # The sort is stable: grids with equally many tiles keep the original's order, which decides ties.
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 
 def _best_grid(width: int, height: int, images: InternVlImages) -> tuple[int, int]:
     """Return (rows, columns) of the grid with the nearest aspect ratio. Source: get_optimal_tiled_canvas.
 
-    Of grids with the same ratio a larger one is taken if the image has more than half of its pixels.
+    Of grids with the same ratio, a larger one is chosen if the image has more than half of its pixels.
     """
     best, smallest = (1, 1), float("inf")
     for columns, rows in _grids(images):
@@ -190,7 +187,7 @@ def _with_thumbnail(tiles: int) -> int:
 
 
 def _tiles(image: Image.Image, images: InternVlImages) -> NDArray[np.uint8]:
-    """Return the levels of all tiles, [B, T, T, 3]."""
+    """Return the pixels of all tiles, [B, T, T, 3]."""
     side = images.tile_size
     rows, columns = images.grid(*image.size)
     levels = resize(image, (rows * side, columns * side), resample=images.resample)

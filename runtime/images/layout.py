@@ -1,4 +1,4 @@
-"""The layout of one image: how many visual tokens it has, where each of them looks, and what a graph must have room for."""
+"""The layout of one image: the number of its visual tokens, the box of each, and the sizes of the vision graph's axes."""
 
 from __future__ import annotations
 
@@ -21,51 +21,50 @@ _AXES = {"B": "tiles", "N": "visual tokens", "P": "patches", "W": "attention win
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ImageLayout:
-    """Facts that follow from an image's size alone; computed once for each image."""
+    """Facts that follow from an image's size, computed once for each image."""
 
     width: int
     """In pixels."""
     height: int
     sizes: Mapping[str, int]
-    """Sizes of the vision graph's axes that the image needs: N, its visual tokens, and B, or P and W."""
+    """Sizes of the vision graph's axes: N, the image's visual tokens, and B, or P and W."""
     boxes: NDArray[np.float32]
-    """[N, 4], (x0, y0, x1, y1) on the image in pixels; NaN where a token shows nothing of it, as newlines. Where the vision graph
-    drops tokens, these are the boxes of all that it chooses from, until ``kept``."""
+    """[N, 4], (x0, y0, x1, y1) in image pixels; NaN for tokens that show nothing of the image, such as newlines. If the
+    vision graph drops tokens, these are the boxes of all its candidates; ``kept`` gives those of the kept tokens."""
     positions: NDArray[np.int32] | None = None
-    """[3, N]: time, row and column of each token for M-RoPE, counted from 0; None where positions are plain."""
+    """[3, N]: time, row and column of each token for M-RoPE, from 0; None for plain positions."""
     position_span: int = 0
-    """Positions that the image takes with M-RoPE: its rows or columns, whichever are more."""
+    """Positions that the image takes with M-RoPE: the larger of its rows and columns."""
     overview: Sequence[int] = range(0)
-    """Visual tokens of a tile that shows the whole image besides finer ones, as indices into ``boxes``; for drawing."""
+    """Visual tokens of a tile that shows the whole image next to finer tiles: indices into ``boxes``, for drawing."""
     patches_per_tile: int = 0
-    """Patches of a tile, where the vision graph drops some of each."""
+    """Patches of a tile, if the vision graph drops some of each tile."""
     text: tuple[str, ...] = ("", "")
     """Text of the prompt before each run of visual tokens, and after the last run."""
     runs: tuple[int, ...] = ()
-    """Visual tokens of each run; empty where all of them are one."""
+    """Visual tokens of each run; empty if there is only one run."""
 
     @property
     def run_lengths(self) -> tuple[int, ...]:
-        """Visual tokens of each run, one run at least."""
+        """Visual tokens of each run; at least one run."""
         return self.runs or (len(self.boxes),)
 
     @property
     def num_visual(self) -> int:
-        """N, visual tokens that the vision graph gives."""
+        """N, visual tokens that the vision graph returns."""
         return self.sizes["N"]
 
     def kept(self, kept: NDArray[np.int32]) -> ImageLayout:
         """Return the layout of the tokens that the vision graph kept.
 
-        Args:
-            kept: Its second output, padding included: visual tokens [K] of the image, or patches [B, K] of each tile.
+        ``kept`` is the graph's second output with padding: visual tokens [K] of the image, or patches [B, K] of each tile.
         """
         if kept.ndim == 2:  # indices start again in each tile
             kept = (np.arange(len(kept))[:, None] * self.patches_per_tile + kept).ravel()
         return self.taken(kept[: self.num_visual])
 
     def taken(self, indices: NDArray[Any]) -> ImageLayout:
-        """Return the layout of the tokens at ``indices`` alone."""
+        """Return the layout of only the tokens at ``indices``."""
         positions = None if self.positions is None else self.positions[:, indices]
         ends = np.cumsum(self.run_lengths)
         runs = np.bincount(np.searchsorted(ends, indices, side="right"), minlength=len(ends))
@@ -94,15 +93,10 @@ def check_not_empty(width: int, height: int) -> None:
 def room_for(
     own: Mapping[str, int], sizes: Mapping[str, int] | None, *, image: Image.Image
 ) -> dict[str, int]:
-    """Return the sizes that a graph's inputs are padded to.
-
-    Args:
-        own: What the image needs on each axis (B, N, P or W).
-        sizes: What the graph has; the image's own for axes that are missing.
-        image: For the message.
+    """Return the sizes that the inputs are padded to: the graph's ``sizes``, or the image's ``own`` for missing axes.
 
     Raises:
-        ImageError: If the image needs more than the graph has.
+        ImageError: If the image is larger than the graph on an axis (B, N, P or W).
     """
     room = {axis: (sizes or own).get(axis, size) for axis, size in own.items()}
     for axis, needed in own.items():
@@ -115,19 +109,16 @@ def room_for(
 
 
 def padded_index(used: NDArray[Any], size: int) -> NDArray[np.int32]:
-    """Return ``used`` as int32 with ``size`` rows; the rest is 0, a row that every graph has."""
+    """Return ``used`` as int32, padded to ``size`` rows with 0, the index of a row that every graph has."""
     index = np.zeros((size, *used.shape[1:]), np.int32)
     index[: len(used)] = used
     return index
 
 
 def few_counts(counts: Sequence[int]) -> list[int]:
-    """Return a few of the numbers of tiles, the fewest and the most among them.
+    """Return a few of ``counts``, all possible numbers of tiles, ascending, including the smallest and the largest.
 
-    Each is about half of the next one: an engine has few profiles, and no image pays for much more than twice its tiles.
-
-    Args:
-        counts: All numbers of tiles that an image may have, ascending.
+    Each is about half of the next. So an engine has few profiles, and no image pays for much more than twice its tiles.
     """
     wanted, limit = {counts[0], counts[-1]}, counts[-1]
     while limit > counts[0]:

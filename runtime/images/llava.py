@@ -1,9 +1,9 @@
-"""From an image to the vision graph's inputs: pixel tiles, and the feature row of each visual token (the LLaVA families).
+"""From an image to the vision graph's inputs for the LLaVA families: pixel tiles, and the feature row of each visual token.
 
-The vision graph outputs flat features of ``B * P + 1`` rows: the P patches of each of the B tiles in raster
-order, tile after tile, then one row ``image_newline``. All of LLaVA-NeXT's tiling, unpadding and newlines is
-one gather of these rows by ``token_index``, which is computed here, on the host. LLaVA-OneVision also makes large grids
-smaller, bilinearly: there each token is a weighted sum of four rows.
+The vision graph has flat features of ``B * P + 1`` rows: the P patches of each of the B tiles in raster order, tile by
+tile, then one row ``image_newline``. LLaVA-NeXT's tiling, unpadding and newlines are one gather of these rows by
+``token_index``, which the host computes here. LLaVA-OneVision also shrinks large grids bilinearly: there each token is a
+weighted sum of four rows.
 
 Source: LlavaNextImageProcessor, LlavaOnevisionImageProcessor, LlavaImageProcessor, CLIPImageProcessor,
 LlavaNextModel.pack_image_features and LlavaOnevisionModel.pack_image_features of transformers 5.23.
@@ -57,12 +57,12 @@ _ONEVISION_SIDES = range(384, 2305, 384)
 ONEVISION_PINPOINTS = tuple((height, width) for height in _ONEVISION_SIDES for width in _ONEVISION_SIDES)
 """(height, width) of LLaVA-OneVision's grids of 1 x 1 to 6 x 6 tiles."""
 _MOST_EXCESS = 1.1
-"""Grids are made smaller whose sides are longer by more than this factor than the limit allows."""
+"""A grid is shrunk if its sides exceed the limit by more than this factor."""
 
 
 @final
 class LlavaImages(ImageConstants, frozen=True, kw_only=True):
-    """Image processing with square tiles, a token per patch, and newlines after the rows of a grid. Sizes are in pixels."""
+    """Image processing with square tiles, one token per patch, and a newline after each row of a grid. Sizes are in pixels."""
 
     kind: Literal["single", "anyres"]
     """"single": one crop (LLaVA-1.5). "anyres": a base tile and a grid of tiles (LLaVA-NeXT)."""
@@ -78,16 +78,16 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
     grid_pinpoints: tuple[tuple[Size, Size], ...] = ()
     """(height, width) of every grid of "anyres", in multiples of ``tile_size``; empty for "single"."""
     max_grid_tiles: Size | None = None
-    """Tiles' worth of tokens that a grid keeps; one with clearly more is made smaller, bilinearly (LLaVA-OneVision). None for
+    """Limit of a grid's tokens, in tiles; a grid with clearly more tokens is shrunk bilinearly (LLaVA-OneVision). None for
     no limit."""
     is_one_of_several: bool = False
-    """Leave out the grid: only the base tile and a newline. LLaVA-OneVision does so with several images in a prompt."""
+    """Use only the base tile and a newline, as LLaVA-OneVision does for several images in a prompt."""
     do_resize: bool = True
     do_center_crop: bool = True
     do_rescale: bool = True
     do_normalize: bool = True
     do_pad: bool = False
-    """Pad to a square of the mean colour before resizing: LlavaImageProcessor's; "single" only."""
+    """Pad to a square with the mean colour before resizing (LlavaImageProcessor); "single" only."""
     rescale_factor: Factor = 1 / 255
     image_mean: Colour = CLIP_MEAN
     image_std: Spread = CLIP_STD
@@ -112,7 +112,7 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
             )
         if self.kind == "anyres" and self.do_pad:
             raise ManifestError("do_pad: expected false for kind 'anyres', got true")
-        # Without a crop, only these give tiles of the encoder's size.
+        # Without a crop, only these settings give tiles of the encoder's size.
         squares = self.kind == "anyres" or (self.do_resize and (self.resize_mode == "stretch" or self.do_pad))
         if not self.do_center_crop and not (squares and self.resize_size == tile):
             raise ManifestError(
@@ -122,14 +122,12 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
 
     @classmethod
     def from_preprocessor_config(cls, config: Mapping[str, Any], *, patch_size: int) -> LlavaImages:
-        """Return the constants of a ``preprocessor_config.json``, or of ``image_processor.to_dict()``.
+        """Return the constants of a ``preprocessor_config.json``; missing keys have the defaults of Hugging Face's class.
 
-        Args:
-            config: Its content. Missing keys mean the defaults of Hugging Face's class.
-            patch_size: The vision encoder's; the file does not hold it.
+        ``patch_size`` comes from the vision encoder, because the file lacks it.
 
         Raises:
-            CheckpointError: If the processor is of another kind, or its values cannot be followed.
+            CheckpointError: If the processor is of another class, or a value is not supported.
         """
         name, values = processor_values(config, processors=_PROCESSORS, always=("do_convert_rgb",))
         is_anyres = name in ("LlavaNextImageProcessor", _ONEVISION)
@@ -145,7 +143,7 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
                 "resize_size": resize_size,
                 "resize_mode": resize_mode,
                 "grid_pinpoints": values.get("image_grid_pinpoints", _PINPOINTS) if is_anyres else (),
-                # CLIP's class pads nothing by default, and LLaVA-NeXT's do_pad is about batches
+                # CLIP's class does not pad by default, and LLaVA-NeXT's do_pad concerns batches.
                 "do_pad": name == "LlavaImageProcessor" and bool(values.get("do_pad", False)),
             }
             return cls.from_dict({**fields, **pixel_fields(values, "do_resize", "do_center_crop")})
@@ -161,7 +159,7 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         return self.patches_per_side**2
 
     def sizes(self, width: int, height: int) -> dict[str, int]:
-        """Return B, the number of tiles, and N, which counts newlines."""
+        """Return B, the number of tiles, and N, including newlines."""
         check_not_empty(width, height)
         tiles, tokens = 1, self.patches_per_tile
         if self.kind == "anyres":
@@ -171,15 +169,15 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         return {"B": tiles, "N": tokens if self.encoder_keep is None else tiles * self.encoder_keep}
 
     def of_several(self) -> LlavaImages:
-        """Return the processing of an image in a prompt with several."""
+        """Return the processing for a prompt with several images."""
         return self if self.max_grid_tiles is None else msgspec.structs.replace(self, is_one_of_several=True)
 
     def any_image_sizes(self) -> tuple[dict[str, int], ...]:
         """Return the largest N with every possible number of tiles.
 
-        A grid of R x C patches gives P + R(C + 1) tokens less what unpadding removes. An image of exactly the
-        grid's size selects that grid (no grid shows more of it, none wastes less) and loses nothing, so the
-        bound is reached. Where large grids are made smaller there are only a few numbers of tiles: LLaVA-OneVision has 18.
+        A grid of R x C patches has P + R(C + 1) tokens minus those that unpadding removes. An image of exactly the grid's
+        size selects this grid (no grid shows more of it or wastes less) and loses nothing, so the bound is reached. Where
+        large grids are shrunk, a few of the numbers of tiles are enough: LLaVA-OneVision has 18.
         """
         pinpoints = self.grid_pinpoints or ((self.tile_size, self.tile_size),)
         found = [self.sizes(width, height) for height, width in pinpoints]
@@ -195,13 +193,10 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         return tuple({"B": count, "N": most} for count in counts)
 
     def layout(self, width: int, height: int) -> ImageLayout:
-        """Return the layout of an image; the overview is the base tile.
-
-        A patch of nothing but padding has a box without area.
-        """
+        """Return the layout of an image. The overview is the base tile; a patch of padding has a box without area."""
         sizes, keep = self.sizes(width, height), self.encoder_keep
         boxes = _token_boxes(width, height, self)
-        if keep is not None:  # the encoder chooses among all patches of all tiles, those of padding too
+        if keep is not None:  # the encoder chooses among all patches of all tiles, including padding
             box_of_patch = np.full((sizes["B"] * self.patches_per_tile + 1, 4), np.nan, np.float32)
             box_of_patch[self.token_index(width, height)] = boxes
             boxes = box_of_patch[:-1]
@@ -215,12 +210,10 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
         )
 
     def prepare(self, image: Image.Image, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[Any]]:
-        """Return the vision graph's inputs; arguments and errors are those of ``ImageProcessing.prepare``.
+        """Return ``pixel_values`` float32 [B, 3, T, T] and ``token_index`` int32 [N], both padded with 0.
 
-        Returns:
-            ``pixel_values`` float32 [B, 3, T, T], for "anyres" the base tile first, padded with tiles of zeros;
-            ``token_index`` int32 [N], padded with 0. With ``max_grid_tiles``, ``token_index`` is [N, 4], and there are
-            ``token_weights`` float32 [N, 4], padded with 0.
+        With "anyres" the base tile is first. With ``max_grid_tiles``, ``token_index`` is [N, 4], and there are
+        ``token_weights`` float32 [N, 4]. Arguments and errors are those of ``ImageProcessing.prepare``.
         """
         check_rgb(image)
         own = self.sizes(*image.size)
@@ -238,22 +231,15 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
             }
         if self.encoder_keep is None:
             used = self.token_index(*image.size, num_tiles=room["B"])
-        else:  # the graph has rows of kept patches only, no newline
+        else:  # the graph's rows are only kept patches, without newlines
             used = np.arange(own["N"], dtype=np.int32)
         return {"pixel_values": pixels, "token_index": padded_index(used, room["N"])}
 
     def token_index(self, width: int, height: int, *, num_tiles: int | None = None) -> NDArray[np.int32]:
-        """Return, for each visual token of an image of this size, its row in the vision graph's flat features.
+        """Return the row of each visual token of an image in the vision graph's flat features, int32 [N].
 
-        Order of the result: the base tile's patches, then the grid's rows, each followed by a newline.
-
-        Args:
-            width: Of the image, in pixels.
-            height: Of the image, in pixels.
-            num_tiles: B of the graph, if larger than needed; the newline is row ``num_tiles * P``.
-
-        Returns:
-            int32 [N].
+        The order is: the base tile's patches, then the grid's rows, each with a newline at its end. ``num_tiles`` is the
+        graph's B if it is larger than needed; the newline is row ``num_tiles * P``.
         """
         num_patches = self.patches_per_tile
         base = np.arange(num_patches, dtype=np.int32)
@@ -268,13 +254,10 @@ class LlavaImages(ImageConstants, frozen=True, kw_only=True):
     def weighted_index(
         self, width: int, height: int, *, num_tiles: int | None = None
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Return, for each visual token of an image of this size, four rows of the vision graph's flat features and their weights.
+        """Return four rows of the flat features for each visual token, int32 [N, 4], and their weights, float32 [N, 4].
 
-        Tokens of a grid that is made smaller are sums of the four patches around their centre; of all others the first row
-        has all the weight. Arguments and order are those of ``token_index``; the kind must be "anyres".
-
-        Returns:
-            int32 [N, 4] and float32 [N, 4].
+        Tokens of a shrunk grid are sums of the four patches around their centre; for other tokens the first row has all the
+        weight. Arguments and order are those of ``token_index``; the kind must be "anyres".
 
         Source: torch's interpolate with mode "bilinear", which pack_image_features calls.
         """
@@ -307,23 +290,22 @@ class _Grid(NamedTuple):
     """Height of the grid in pixels."""
     width: int
     fitted_height: int
-    """Height of the image scaled into the grid; it lies in the middle."""
+    """Height of the image scaled into the middle of the grid."""
     fitted_width: int
     num_columns: int
     """Columns of tiles."""
     num_tiles: int
     rows: range
-    """Rows of the grid's patches that are left without padding. A very thin image can be left without any: then it has only the
-    base tile's tokens."""
+    """Rows of the grid's patches without padding. A very thin image may have none, and then only the base tile's tokens."""
     columns: range
     lines: int
-    """Lines of tokens: as many as rows unless the grid is made smaller."""
+    """Lines of tokens: as many as rows, unless the grid is shrunk."""
     line_tokens: int
-    """Tokens of a line without its newline."""
+    """Tokens per line, without the newline."""
 
 
 def _grid(width: int, height: int, images: LlavaImages) -> _Grid:
-    """Return the grid for an image of this size; without tiles, but with a newline, where only the base tile is used."""
+    """Return the grid for an image of this size; if only the base tile is used, an empty grid with one newline."""
     if images.is_one_of_several:
         return _Grid(0, 0, 1, 1, 0, 0, range(0), range(0), lines=1, line_tokens=0)
     pinpoint = _best_pinpoint(width, height, images)
@@ -351,7 +333,7 @@ def _grid(width: int, height: int, images: LlavaImages) -> _Grid:
 
 
 def _limited(rows: int, columns: int, images: LlavaImages) -> tuple[int, int]:
-    """Return the rows and columns that a grid of so many patches is made smaller to. Source: pack_image_features."""
+    """Return the rows and columns to which a grid of patches is shrunk. Source: pack_image_features."""
     if images.max_grid_tiles is None:
         return rows, columns
     excess = math.sqrt(rows * columns / (images.max_grid_tiles * images.patches_per_tile))
@@ -359,9 +341,9 @@ def _limited(rows: int, columns: int, images: LlavaImages) -> tuple[int, int]:
 
 
 def _unpadded_sizes(pinpoint: tuple[int, int], images: LlavaImages) -> Iterator[tuple[int, int]]:
-    """Yield the rows and columns of patches that images on the grid ``pinpoint`` can have.
+    """Yield the possible rows and columns of patches without padding on the grid ``pinpoint``.
 
-    An image leaves padding at two sides only. If it fitted into a smaller grid at the same scale, it would be on that one.
+    An image leaves padding at two opposite sides only. If it fitted a smaller grid at the same scale, that grid would be used.
     """
     tile, per_side = images.tile_size, images.patches_per_side
     height, width = pinpoint
@@ -373,7 +355,7 @@ def _unpadded_sizes(pinpoint: tuple[int, int], images: LlavaImages) -> Iterator[
 
 
 def _feature_rows(on_grid: _Grid, images: LlavaImages) -> NDArray[np.int64]:
-    """Return the row of the flat features of each of the grid's patches: [rows, columns]."""
+    """Return the row in the flat features of each patch of the grid: [rows, columns]."""
     per_side = images.patches_per_side
     rows, columns = np.array(on_grid.rows, np.int64), np.array(on_grid.columns, np.int64)
     tiles = 1 + (rows // per_side)[:, None] * on_grid.num_columns + (columns // per_side)[None, :]
@@ -382,10 +364,10 @@ def _feature_rows(on_grid: _Grid, images: LlavaImages) -> NDArray[np.int64]:
 
 
 def _between(size: int, wanted: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return the two of ``size`` points around each of ``wanted`` ones and their shares: [wanted, 2] each.
+    """Return the two of ``size`` points around each of ``wanted`` points, and their shares: [wanted, 2] each.
 
-    Source: aten/src/ATen/native/UpSample.h of torch 2.13. As on a GPU and on CPUs with AVX2, product and difference are rounded to
-    float32 once; other CPUs round twice.
+    Source: aten/src/ATen/native/UpSample.h of torch 2.13. Product and difference are rounded to float32 once, as on GPUs and
+    on CPUs with AVX2; other CPUs round twice.
     """
     scale = float(np.float32(size) / np.float32(max(wanted, 1)))
     places = np.maximum(scale * (np.arange(wanted) + 0.5) - 0.5, 0).astype(np.float32)
@@ -395,11 +377,11 @@ def _between(size: int, wanted: int) -> tuple[NDArray[np.int64], NDArray[np.floa
 
 
 def _best_pinpoint(width: int, height: int, images: LlavaImages) -> tuple[int, int]:
-    """Return the (height, width) that shows most of the image's pixels, and of these wastes least.
+    """Return the (height, width) of the grid that shows most of the image's pixels and then wastes least.
 
-    Source: select_best_resolution. An image so thin that no grid shows a pixel of it gets the smallest grid.
+    Source: select_best_resolution. An image so thin that no grid shows a pixel of it gets the first grid.
     """
-    # Strictly better only: of equal grids the first one wins, in the file's order.
+    # Of equal grids the first one in the file wins.
     best, best_effective, best_wasted = images.grid_pinpoints[0], -1, 0
     for pinpoint in images.grid_pinpoints:
         scale = min(pinpoint[1] / width, pinpoint[0] / height)
@@ -440,7 +422,7 @@ def _single_tile(image: Image.Image, images: LlavaImages) -> NDArray[np.uint8]:
     tile = images.tile_size
     if not images.do_center_crop or min(height, width) < tile:
         return _cropped(_resized(image, (height, width), images), images)
-    # Only the crop is computed: of a thin image the rest may be a thousand times larger.
+    # Only the crop is computed, because the rest of a thin image may be a thousand times larger.
     crop = ((height - tile) // 2, (width - tile) // 2, tile, tile)
     return resize(image, (height, width), resample=images.resample, crop=crop)
 
@@ -449,7 +431,7 @@ def _anyres_tiles(image: Image.Image, images: LlavaImages) -> list[NDArray[np.ui
     side, tile = images.resize_size, images.tile_size
     on_grid = _grid(image.width, image.height, images)
     fitted = _resized(image, (on_grid.fitted_height, on_grid.fitted_width), images)
-    # Padding is black before normalizing, as in Hugging Face: the encoder sees it, only its tokens are dropped.
+    # Padding is black before normalizing, as in Hugging Face. The encoder sees it; only its tokens are dropped.
     canvas = Image.new("RGB", (on_grid.width, on_grid.height))
     canvas.paste(fitted, ((on_grid.width - fitted.width) // 2, (on_grid.height - fitted.height) // 2))
     tiles = [_resized(image, (side, side), images)]
@@ -464,7 +446,7 @@ def _anyres_tiles(image: Image.Image, images: LlavaImages) -> list[NDArray[np.ui
 
 
 def _cropped(image: Image.Image, images: LlavaImages) -> NDArray[np.uint8]:
-    """Return the middle [T, T, 3], with black around it where the image is smaller."""
+    """Return the middle of the image, [T, T, 3]; a smaller image is padded with black."""
     tile = images.tile_size
     if not images.do_center_crop or image.size == (tile, tile):
         return np.asarray(image)
@@ -473,7 +455,7 @@ def _cropped(image: Image.Image, images: LlavaImages) -> NDArray[np.uint8]:
 
 
 def _crop_offset(size: int, tile: int) -> int:
-    """Return where the crop starts; negative where the image is smaller, as torchvision pads."""
+    """Return the start of the crop; negative if the image is smaller, as torchvision pads."""
     return (size - tile) // 2 if size >= tile else -((tile - size) // 2)
 
 
@@ -495,16 +477,14 @@ def _single_resized_size(width: int, height: int, images: LlavaImages) -> tuple[
 
 
 def _token_boxes(width: int, height: int, images: LlavaImages) -> NDArray[np.float32]:
-    """Return the part of the image that each visual token's patch covers.
+    """Return the box of each visual token's patch in image pixels, clipped to the image: float32 [N, 4], as ``token_index``.
 
-    Returns:
-        float32 [N, 4], (x0, y0, x1, y1) in the image's pixels, clipped to it, ordered as ``token_index``.
-        Newlines are NaN. A patch of nothing but padding has no area.
+    Newlines are NaN. A patch of padding has no area.
     """
     edges = np.arange(images.patches_per_side + 1) * images.patch_size
     if images.kind == "single":
         return _clipped(boxes_between(*_single_edges(edges, width, height, images)), width, height)
-    # base tile, and where tiles are resized again, the same part of each tile of the grid
+    # For the base tile, and for each tile of the grid if tiles are resized again.
     unit = _cropped_fraction(edges, images)
     base = boxes_between(unit * width, unit * height).reshape(-1, 4)
     if images.is_one_of_several:
@@ -523,7 +503,7 @@ def _token_boxes(width: int, height: int, images: LlavaImages) -> NDArray[np.flo
 def _single_edges(
     edges: NDArray[Any], width: int, height: int, images: LlavaImages
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the x and y of the patches' edges in the image's pixels, from those in the tile's."""
+    """Return the x and y of the patches' edges in image pixels, from ``edges`` in the tile's pixels."""
     side = max(width, height)
     padded_width, padded_height = (side, side) if images.do_pad else (width, height)
     resized_height, resized_width = padded_height, padded_width
@@ -535,13 +515,13 @@ def _single_edges(
 
 
 def _cropped_fraction(edges: NDArray[Any], images: LlavaImages) -> NDArray[Any]:
-    """Return tile pixels as a fraction of what was resized to ``resize_size`` and then cropped."""
+    """Return tile pixels as fractions of the image that was resized to ``resize_size`` and then cropped."""
     return (edges + _crop_offset(images.resize_size, images.tile_size)) / images.resize_size
 
 
 def _grid_edges(unit: NDArray[Any], patches: range, images: LlavaImages) -> NDArray[Any]:
     """Return [len(patches), 2]: start and end of each patch along one axis, in the grid's pixels."""
-    if not images.do_resize:  # the grid's tiles are not resized, only the base tile is
+    if not images.do_resize:  # only the base tile is resized, not the grid's tiles
         unit = np.arange(images.patches_per_side + 1) * images.patch_size / images.tile_size
     index = np.arange(patches.start, patches.stop)
     tiles, inside = index // images.patches_per_side, index % images.patches_per_side
@@ -558,7 +538,7 @@ def _shared_edges(edges: NDArray[Any], count: int) -> NDArray[Any]:
 
 
 def _clipped(boxes: NDArray[Any], width: int, height: int) -> NDArray[np.float32]:
-    """Return the boxes [..., 4] on a image of this size, as [N, 4]."""
+    """Return boxes [..., 4], clipped to an image of this size, as [N, 4]."""
     clipped: NDArray[np.float32] = np.clip(boxes.reshape(-1, 4), 0, [width, height, width, height])
     return clipped.astype(np.float32)
 
@@ -567,14 +547,14 @@ def _clipped(boxes: NDArray[Any], width: int, height: int) -> NDArray[np.float32
 
 
 def _with_onevision_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a LlavaOnevisionImageProcessor with its defaults; without a crop, tiles are as large as ``size``."""
+    """Return the values of a LlavaOnevisionImageProcessor with its defaults; without a crop, tiles have the size ``size``."""
     size = values.get("size", {"height": 384, "width": 384})
     defaults = {"crop_size": size, "do_center_crop": False, "image_grid_pinpoints": ONEVISION_PINPOINTS}
     return {**defaults, **values, "size": size}
 
 
 def _side(size: Any, *, name: str) -> tuple[int, ResizeMode]:
-    """Return the side and how to reach it, from {"shortest_edge": 336} or {"height": 336, "width": 336}."""
+    """Return the side and the resize mode from {"shortest_edge": 336} or {"height": 336, "width": 336}."""
     if isinstance(size, int):
         return size, "shortest_edge"
     sides = {key: value for key, value in dict(size).items() if value is not None}

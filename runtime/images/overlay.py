@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from trio_edge.runtime.images.layout import ImageLayout
 
     Box = tuple[int, int, int, int]
-    Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 _PANEL_SIDE = 640  # three panels fit on a screen
 _MARGIN = 16
@@ -36,16 +35,16 @@ def draw_all(
     *,
     captions: Sequence[str] = (),
 ) -> Image.Image:
-    """Return ``draw_kept`` of each image, one below the other.
+    """Return the drawings of ``draw_kept`` for all images, one below the other.
 
     Args:
-        images: RGB, at least one.
-        layouts: Theirs.
-        kept: For each stage the indices of its tokens among those of all images.
-        captions: For each stage a title.
+        images: At least one RGB image.
+        layouts: Layouts of the images.
+        kept: For each stage, indices of its kept tokens among the tokens of all images.
+        captions: For each stage, a title.
 
     Raises:
-        ShapeError: As ``draw_kept``.
+        ShapeError: If the arrays do not fit each other.
     """
     sheets, first = [], 0
     for image, layout in zip(images, layouts):
@@ -69,17 +68,17 @@ def draw_kept(
     captions: Sequence[str] = (),
     overview: Sequence[int] = (),
 ) -> Image.Image:
-    """Return the image once per stage, with the tokens that the stage kept.
+    """Return the RGB image once per stage, with the tokens that the stage kept.
 
-    Patches of the grid (or of the only tile) that were kept stay bright, the rest is dark and grey. Patches
-    of the tile that shows the whole image (LLaVA-NeXT's base tile, InternVL's thumbnail) that were kept are
-    orange outlines, because they lie over the same places. Newlines cannot be drawn, but count in the caption.
+    Kept patches of the grid, or of the only tile, stay bright; the rest is dark and grey. Kept patches of the tile that
+    shows the whole image (LLaVA-NeXT's base tile, InternVL's thumbnail) are orange outlines, because they cover the same
+    places. Newline tokens cannot be drawn, but count in the caption.
 
     Args:
-        image: RGB.
+        image: The image.
         boxes: [N, 4], from the image's layout.
-        kept: For each stage the indices of its tokens among the N original ones.
-        captions: For each stage a title such as "layer 5".
+        kept: For each stage, indices of its kept tokens among the N original tokens.
+        captions: For each stage, a title such as "layer 5".
         overview: Tokens of the tile that shows the whole image, from the image's layout.
 
     Raises:
@@ -124,7 +123,7 @@ def _panel(
     is_outlined = np.isin(indices, outlined)
     patches = _pixel_boxes(boxes, indices[~is_outlined], scale=scale)
     outlines = _pixel_boxes(boxes, indices[is_outlined], scale=scale)
-    # One mask for all patches: compositing once is faster than pasting hundreds of boxes.
+    # One mask for all patches, because compositing once is faster than pasting hundreds of boxes.
     mask = Image.new("L", size, 0)
     mask_draw = ImageDraw.Draw(mask)
     for box in patches:
@@ -143,7 +142,7 @@ def _darkened(image: Image.Image) -> Image.Image:
 
 
 def _pixel_boxes(boxes: NDArray[np.float32], indices: NDArray[np.integer], *, scale: float) -> list[Box]:
-    """Return inclusive pixel corners; without newlines and patches of padding, which have no area."""
+    """Return inclusive pixel corners, except for newlines and padding, which have no area."""
     chosen = boxes[indices]
     with_area = (chosen[:, 2] > chosen[:, 0]) & (chosen[:, 3] > chosen[:, 1])  # false for NaN
     corners = np.rint(chosen[with_area] * scale).astype(int)

@@ -1,6 +1,6 @@
-"""An image as patches at its own aspect ratio: what Qwen2.5-VL and Qwen3-VL have in common.
+"""An image as patches at its own aspect ratio: the common part of Qwen2.5-VL and Qwen3-VL, see ``qwen.py``.
 
-An image is scaled to a grid of patches; ``merge_size``² neighbouring ones are one visual token. ``qwen.py`` has the two families.
+An image is scaled to a grid of patches; ``merge_size``² neighbouring patches are one visual token.
 
 Source: Qwen2VLImageProcessor and get_vision_position_ids of transformers 5.23.
 Letters: P patches, N visual tokens.
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_ASPECT_RATIO = 200
-"""Hugging Face's processor refuses images that are thinner."""
-_SLACK = 1 + 1e-9  # the bounds must hold for what Hugging Face calculates in float64
+"""Hugging Face's processor refuses thinner images."""
+_SLACK = 1 + 1e-9  # the bounds must hold for Hugging Face's results in float64
 _PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")
 _Images = TypeVar("_Images", bound="PatchImages")
 
@@ -49,9 +49,9 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
     patch_size: Size
     """Side of a patch."""
     temporal_patch_size: Size = 2
-    """Frames of a patch; an image is repeated."""
+    """Frames per patch; an image is repeated."""
     merge_size: Size = 2
-    """A visual token is made of ``merge_size``² patches."""
+    """``merge_size``² patches are one visual token."""
     min_pixels: Size = 56 * 56
     """Smaller images are enlarged."""
     max_pixels: Size = 28 * 28 * 1280
@@ -71,14 +71,12 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
 
     @classmethod
     def from_preprocessor_config(cls: type[_Images], config: Mapping[str, Any], **tower: int) -> _Images:
-        """Return the constants of a ``preprocessor_config.json``, or of ``image_processor.to_dict()``.
+        """Return the constants of a ``preprocessor_config.json``; missing keys have the defaults of Hugging Face's class.
 
-        Args:
-            config: Its content. Missing keys mean the defaults of Hugging Face's class.
-            tower: Fields that only the vision encoder's configuration has.
+        ``tower`` are fields that only the vision encoder's configuration has.
 
         Raises:
-            CheckpointError: If the processor is of another kind, or its values cannot be followed.
+            CheckpointError: If the processor is of another class, or a value is not supported.
         """
         _, values = processor_values(config, processors=_PROCESSORS, always=("do_convert_rgb", "do_resize"))
         with only_checkpoint_errors():
@@ -93,7 +91,7 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
 
     @property
     def patch_values(self) -> int:
-        """Numbers of one patch: 3 colours of ``temporal_patch_size`` frames."""
+        """Values per patch: 3 colours of ``temporal_patch_size`` frames."""
         return 3 * self.temporal_patch_size * self.patch_size**2
 
     def token_grid(self, width: int, height: int) -> tuple[int, int]:
@@ -107,24 +105,24 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
         return scaled_grid(width, height, size=self.token_size, least=self.min_pixels, most=self.max_pixels)
 
     def sizes(self, width: int, height: int) -> dict[str, int]:
-        """Return P, the number of patches, N, and the family's own."""
+        """Return P, the number of patches, N, and the family's own axes."""
         return self._reduced(self.whole_sizes(*self.token_grid(width, height)))
 
     def any_image_sizes(self) -> tuple[dict[str, int], ...]:
         """Return one size that is enough for every image.
 
-        N is not just ``max_pixels`` in tokens: a small image is enlarged to at least ``min_pixels`` with both sides
-        rounded up, and a thin one that is reduced still has one row. Other axes can be largest for another image.
+        N can exceed ``max_pixels`` in tokens: a small image is enlarged to at least ``min_pixels`` with both sides rounded
+        up, and a thin image that is reduced keeps at least one row. Other axes can be largest for another image.
         """
         bounds = [self.whole_sizes(rows, columns) for rows, columns in _largest_grids(self)]
         return (self._reduced({axis: max(bound[axis] for bound in bounds) for axis in bounds[0]}),)
 
     def whole_sizes(self, rows: int, columns: int) -> dict[str, int]:
-        """Return the sizes of a grid of visual tokens of which the encoder drops none."""
+        """Return the sizes for a grid of visual tokens, without the encoder's reduction."""
         return {"P": rows * columns * self.merge_size**2, "N": rows * columns}
 
     def _reduced(self, sizes: dict[str, int]) -> dict[str, int]:
-        """Return the sizes with the encoder's reduction, whose selection needs room for all that it keeps."""
+        """Return the sizes with the encoder's reduction, which needs at least as many patches as it keeps."""
         keep = self.encoder_keep
         if keep is None:
             return sizes
@@ -135,7 +133,7 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
         return self.grid_layout(width, height, self.token_grid(width, height))
 
     def grid_layout(self, width: int, height: int, grid: tuple[int, int]) -> ImageLayout:
-        """Return the layout of an image, or of a pair of frames, that has ``grid`` rows and columns of visual tokens."""
+        """Return the layout of an image, or a pair of frames, with ``grid`` rows and columns of visual tokens."""
         rows, columns = grid
         x, y = np.linspace(0, width, columns + 1), np.linspace(0, height, rows + 1)
         row, column = np.indices((rows, columns), dtype=np.int32)
@@ -150,18 +148,12 @@ class PatchImages(ImageConstants, frozen=True, kw_only=True):
 
 
 def scaled_grid(width: int, height: int, *, size: int, least: int, most: int) -> tuple[int, int]:
-    """Return the rows and columns of visual tokens of an image.
+    """Return the rows and columns of visual tokens of an image of ``width`` x ``height`` pixels.
 
-    Args:
-        width: In pixels.
-        height: In pixels.
-        size: Side of a visual token in pixels of the scaled image.
-        least: Pixels that the scaled image has at least.
-        most: Pixels that it has at most.
-
+    The scaled image has ``least`` to ``most`` pixels; ``size`` is the side of a visual token in its pixels.
     Source: smart_resize.
     """
-    # Python's round takes halves to even numbers; so does the original.
+    # Like the original, Python's round takes halves to even numbers.
     rows, columns = round(height / size), round(width / size)
     if rows * columns * size**2 > most:
         shrink = math.sqrt((height * width) / most)
@@ -173,7 +165,7 @@ def scaled_grid(width: int, height: int, *, size: int, least: int, most: int) ->
 
 
 def check_aspect_ratio(width: int, height: int) -> None:
-    """Raise ImageError if an image, or a frame, is thinner than Hugging Face's processors accept."""
+    """Raise ImageError if an image or a frame is too thin for Hugging Face's processors."""
     if max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
         raise ImageError(
             f"image: expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {width}x{height} pixels; crop it"
@@ -181,13 +173,13 @@ def check_aspect_ratio(width: int, height: int) -> None:
 
 
 def _largest_grids(images: PatchImages) -> list[tuple[int, int]]:
-    """Return for each number of rows the largest number of columns that an image can have, rows <= columns.
+    """Return, for each number of rows, the largest possible number of columns with rows <= columns.
 
     With the areas a (``min_pixels``) and b (``max_pixels``) in tokens and the largest aspect ratio ρ:
 
     1. Sizes that are only rounded: r c <= b, and c - 1/2 <= ρ (r + 1/2).
-    2. Reduced images cover at most b before rounding down: r c <= b, and c <= sqrt(ρ b). One row can stand for
-       less than one, so there r c <= b says nothing.
+    2. Reduced images cover at most b before rounding down: r c <= b, and c <= sqrt(ρ b). A single row may have been
+       rounded up, so there r c <= b does not hold.
     3. Enlarged images cover a before rounding up: (r - 1)(c - 1) <= a, and c - 1 <= sqrt(ρ a).
 
     Transposed grids have the same counts.
@@ -204,7 +196,7 @@ def _largest_grids(images: PatchImages) -> list[tuple[int, int]]:
 
 
 def patch_positions(token_order: NDArray[np.int64], columns: int, images: PatchImages) -> NDArray[np.int32]:
-    """Return row and column of each patch, [P, 2], where the visual tokens come in ``token_order`` [N]."""
+    """Return the row and column of each patch, [P, 2], for visual tokens in the order ``token_order`` [N]."""
     token = np.stack([token_order // columns, token_order % columns], axis=-1) * images.merge_size
     inside = np.indices((images.merge_size, images.merge_size)).reshape(2, -1).T
     positions: NDArray[np.int32] = (token[:, None] + inside).reshape(-1, 2).astype(np.int32)
@@ -218,16 +210,16 @@ def patches(
     grid: tuple[int, int],
     token_order: NDArray[np.int64],
 ) -> NDArray[np.float32]:
-    """Return the patches of one image or of a pair of frames.
+    """Return the patches of an image or of up to ``temporal_patch_size`` frames, the last of which is repeated.
 
     Args:
-        frames: An image, or at most ``temporal_patch_size`` frames of one size; the last one is repeated.
+        frames: The image, or frames of one size.
         images: The constants.
         grid: Rows and columns of visual tokens.
         token_order: [N], order of the visual tokens.
 
     Returns:
-        float32 [P, ``patch_values``]: colour, frame, row and column of each pixel of a patch.
+        float32 [P, ``patch_values``], for each patch ordered by colour, frame, row and column.
     """
     merge, side, (rows, columns) = images.merge_size, images.patch_size, grid
     size = (rows * images.token_size, columns * images.token_size)
@@ -240,12 +232,12 @@ def patches(
 
 
 def padded_rows(rows: NDArray[Any], count: int) -> NDArray[Any]:
-    """Return ``count`` rows: those given, then the first one again and again."""
+    """Return ``rows``, padded to ``count`` with copies of the first row."""
     return np.concatenate([rows, np.repeat(rows[:1], count - len(rows), axis=0)])
 
 
 def _pixel_range(values: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the smallest and largest area; older files have ``min_pixels`` and ``max_pixels``, which win over ``size``."""
+    """Return the smallest and largest area. Older files have ``min_pixels`` and ``max_pixels``, which precede ``size``."""
     size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
     if "size" in values:
         size = {key: value for key, value in dict(values["size"]).items() if value is not None}

@@ -1,9 +1,8 @@
-"""From an image to the inputs of the vision graphs of Qwen2.5-VL (windows of patches) and Qwen3-VL (a table of positions).
+"""From an image to the vision graph's inputs for Qwen2.5-VL (windows of patches) and Qwen3-VL (a table of positions).
 
-Qwen2.5-VL's graph wants the patches of one attention window next to each other ("window order"): windows in raster order, in
-them tokens in raster order, in them patches in raster order. ``token_index`` brings the tokens back into the image's raster
-order. Qwen3-VL's has tokens in raster order from the start, and for each patch the four entries of the trained table of
-positions that lie around it.
+Qwen2.5-VL's graph reads patches in window order: windows in raster order, the tokens of each window in raster order, and
+the patches of each token in raster order. ``token_index`` restores the image's raster order. Qwen3-VL's graph reads tokens
+in raster order, and for each patch the four nearest entries of the trained table of positions.
 
 Source: Qwen2VLImageProcessor, get_vision_window_index and get_vision_interpolation_indices_and_weights of transformers 5.23.
 Letters: P patches, W windows, Q slots (patches of a full window), N visual tokens.
@@ -35,7 +34,7 @@ class QwenImages(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag=K
     """Image processing of Qwen2.5-VL, whose encoder has attention windows."""
 
     window_size: Size
-    """Side of an attention window; a part of it that holds no whole visual token is not used."""
+    """Side of an attention window, rounded down to whole visual tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,21 +54,20 @@ class QwenImages(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag=K
         return (self.tokens_per_window_side * self.merge_size) ** 2
 
     def whole_sizes(self, rows: int, columns: int) -> dict[str, int]:
-        """Return the sizes of a grid of visual tokens, W windows among them: thin grids have the most for their tokens."""
+        """Return the sizes for a grid of visual tokens, including W windows, of which thin grids have the most."""
         side = self.tokens_per_window_side
         return {**super().whole_sizes(rows, columns), "W": math.ceil(rows / side) * math.ceil(columns / side)}
 
     def prepare(self, image: Image.Image, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[Any]]:
         """Return the vision graph's inputs; arguments and errors are those of ``ImageProcessing.prepare``.
 
-        Padding is harmless and finite: patches from ``num_patches`` on repeat the first one, further windows are
-        empty, further tokens repeat the first one.
+        Padding is finite: patches from ``num_patches`` on and further tokens repeat the first one, further windows are empty.
 
         Returns:
             ``pixel_values`` float32 [P, ``patch_values``] in window order; ``patch_positions`` int32 [2, P], row and
-            column of each; ``window_slots`` int32 [W, Q], a patch or -1; ``patch_slot`` int32 [P], where each patch is
-            in the flattened ``window_slots``; ``num_patches`` int32 [1]; ``token_index`` int32 [N], in raster order the
-            visual token in window order.
+            column of each patch; ``window_slots`` int32 [W, Q], a patch or -1; ``patch_slot`` int32 [P], the place of
+            each patch in the flattened ``window_slots``; ``num_patches`` int32 [1]; ``token_index`` int32 [N], the index
+            in window order of each visual token in raster order.
         """
         return self.prepare_frames((image,), self.token_grid(*image.size), sizes)
 
@@ -115,9 +113,9 @@ class Qwen3Images(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag=
         Padding repeats the first patch and the first token.
 
         Returns:
-            ``pixel_values`` float32 [P, ``patch_values``]; ``patch_positions`` int32 [2, P], row and column of each;
-            ``table_index`` int32 [4, P] and ``table_weights`` float32 [4, P], the entries of the table around each patch and
-            their shares; ``num_patches`` int32 [1]; ``token_index`` int32 [N].
+            ``pixel_values`` float32 [P, ``patch_values``]; ``patch_positions`` int32 [2, P], row and column of each patch;
+            ``table_index`` int32 [4, P] and ``table_weights`` float32 [4, P], the nearest entries of the table and their
+            weights; ``num_patches`` int32 [1]; ``token_index`` int32 [N].
         """
         return self.prepare_frames((image,), self.token_grid(*image.size), sizes)
 
@@ -150,14 +148,10 @@ class Qwen3Images(PatchImages, frozen=True, kw_only=True, tag_field="kind", tag=
 def _around(
     positions: NDArray[np.int32], grid: tuple[int, int], side: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Return the four entries of a table [side * side] around each patch, and their shares (bilinear), [4, P] each.
+    """Return the four nearest entries of a table [side * side] for each patch and their bilinear weights, [4, P] each.
 
-    The corners of the image lie on those of the table.
-
-    Args:
-        positions: [P, 2], row and column of each patch.
-        grid: Rows and columns of patches.
-        side: Entries along each side of the table.
+    The image's corners lie on the table's corners. ``positions`` [P, 2] are row and column of each patch, ``grid`` has the
+    rows and columns of patches.
     """
     last = np.maximum(np.array(grid) - 1, 1).astype(np.float32)
     place = positions.astype(np.float32) * np.float32(side - 1) / last
@@ -173,7 +167,7 @@ def _around(
 
 
 def _window_order(rows: int, columns: int, *, side: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the visual tokens in window order, [N] raster indices, and the window of each of these, [N]."""
+    """Return the raster indices of the visual tokens in window order, [N], and the window of each, [N]."""
     windows = (np.arange(rows) // side)[:, None] * math.ceil(columns / side) + np.arange(columns) // side
     order = np.argsort(windows.ravel(), kind="stable")  # stable: raster order inside a window
     return order, windows.ravel()[order]
@@ -182,7 +176,7 @@ def _window_order(rows: int, columns: int, *, side: int) -> tuple[NDArray[np.int
 def _slots(
     window_of_token: NDArray[np.int64], images: QwenImages, *, num_windows: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Return the patch in each slot of each window, [W, Q], and each patch's slot, [P]; a window's first slots are used."""
+    """Return the patch in each slot of each window, [W, Q], or -1, and each patch's slot, [P]."""
     window_of_patch = np.repeat(window_of_token, images.merge_size**2)
     counts = np.bincount(window_of_patch, minlength=num_windows)
     starts = np.cumsum(counts) - counts

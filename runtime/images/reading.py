@@ -1,8 +1,8 @@
-"""Reading an image: from a file, bytes or a PIL image to upright 8-bit RGB, or one ImageError.
+"""Reads an image from a file, bytes or a PIL image as upright 8-bit RGB, or raises one ImageError.
 
-The result is what Hugging Face makes of the same argument, so that exported and original model see the same
-pixels. Of a path or bytes, like its ``load_image``: upright by the EXIF tag, then ``convert("RGB")``. Of a
-PIL image, upright too, then like its image processors' ``do_convert_rgb``.
+The pixels are the same as Hugging Face's, so that the exported and the original model see the same image. A path or bytes
+are read like its ``load_image``: upright by the EXIF tag, then ``convert("RGB")``. A PIL image is also turned upright, then
+converted like its image processors' ``do_convert_rgb``.
 
 | image                                | result                                                         |
 |----------------------------------------|----------------------------------------------------------------|
@@ -39,16 +39,13 @@ if TYPE_CHECKING:
 
     ImageSource: TypeAlias = str | Path | bytes | Image.Image
 
-_HEADER_BYTES, _BYTES_PER_PIXEL = (
-    16 << 20,
-    8,
-)  # no format needs more for what it holds besides pixels, and for one of them
+_HEADER_BYTES, _BYTES_PER_PIXEL = 16 << 20, 8  # no format needs more
 
 _A = {"image": "an image", "video": "a video"}
 _MAX_LEVEL = 255
-_FORMATS_NOT_READ = frozenset({"EPS"})  # Pillow hands EPS files to Ghostscript, which runs them as programs
+_FORMATS_NOT_READ = frozenset({"EPS"})  # Pillow passes EPS files to Ghostscript, which runs them as programs
 _logger = logging.getLogger(__name__)
-_pillows_settings = threading.Lock()  # they, and warnings.catch_warnings, are the whole process's
+_pillows_settings = threading.Lock()  # Pillow's settings and warnings.catch_warnings affect the whole process
 
 
 def open_image(source: ImageSource, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
@@ -69,7 +66,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Im
         return _decode_file(io.BytesIO(data), len(data), name="image", max_pixels=max_pixels)
     if isinstance(source, (str, Path)):
         return _decode_path(source, max_pixels=max_pixels)
-    raise ImageError(f"image: expected a path, bytes or a PIL image, got {type(source).__name__}")
+    raise ImageError(f"image: expected a path, bytes or a PIL image, got {type(source).__name__}; give one")
 
 
 def _decode_path(source: str | Path, *, max_pixels: int) -> Image.Image:
@@ -82,11 +79,7 @@ def _decode_path(source: str | Path, *, max_pixels: int) -> Image.Image:
 
 
 def file_of(source: str | Path, *, kind: str) -> Path:
-    """Return the path of a regular file.
-
-    Args:
-        source: Its name.
-        kind: "image" or "video", for messages.
+    """Return the path of a regular file; ``kind``, "image" or "video", is for messages.
 
     Raises:
         ImageError: If it is a URL, missing, or no regular file.
@@ -97,11 +90,11 @@ def file_of(source: str | Path, *, kind: str) -> Path:
     try:
         path = Path(source)
         if path.is_dir():
-            raise ImageError(f"{name}: expected {_A[kind]} file, got a directory")
+            raise ImageError(f"{name}: expected {_A[kind]} file, got a directory; name a file")
         if not path.exists():
             raise ImageError(f"{name}: expected an existing file, found none; check the path")
         if not path.is_file():
-            raise ImageError(f"{name}: expected a regular file, got a device or pipe")
+            raise ImageError(f"{name}: expected a regular file, got a device or pipe; copy it to a file")
     except (OSError, ValueError) as error:  # no permission; a name with a null byte or too long
         if isinstance(error, ImageError):
             raise
@@ -112,15 +105,10 @@ def file_of(source: str | Path, *, kind: str) -> Path:
 def image_header(
     data: bytes, *, name: str = "image", max_pixels: int = MAX_IMAGE_PIXELS
 ) -> tuple[tuple[int, int], str | None]:
-    """Return width and height in pixels, and Pillow's name of the format; nothing is decoded.
-
-    Args:
-        data: The bytes of a file.
-        name: For messages.
-        max_pixels: Pixels above which an image is refused.
+    """Return the width and height of an image file in pixels, and Pillow's name of its format, without decoding it.
 
     Raises:
-        ImageError: If it is no image, or has more than ``max_pixels``.
+        ImageError: If ``data`` is no image, or has more than ``max_pixels``; the message begins with ``name``.
     """
     with _opened(io.BytesIO(data), len(data), name=name, max_pixels=max_pixels) as image:
         return image.size, image.format
@@ -132,9 +120,9 @@ def _decode_file(file: IO[bytes], num_bytes: int, *, name: str, max_pixels: int)
 
 
 def _opened(file: IO[bytes], num_bytes: int, *, name: str, max_pixels: int) -> Image.Image:
-    """Return the image in a file that is open; of one that is refused, little more than the header is read."""
+    """Return the image in an open file; of a refused image, little more than the header is read."""
     if num_bytes == 0:
-        raise ImageError(f"{name}: expected an image, got an empty file")
+        raise ImageError(f"{name}: expected an image, got an empty file; choose another file")
     if num_bytes > (most := _HEADER_BYTES + _BYTES_PER_PIXEL * max_pixels):
         raise ImageError(
             f"{name}: expected at most {most} bytes for {max_pixels} pixels, got {num_bytes}; scale it down"
@@ -147,7 +135,7 @@ def _opened(file: IO[bytes], num_bytes: int, *, name: str, max_pixels: int) -> I
         raise ImageError(_too_many(name, max_pixels)) from error
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{name}: expected an image (PNG, JPEG, WebP, …), got {num_bytes} bytes of no known format"
+            f"{name}: expected an image (PNG, JPEG, WebP, …), got {num_bytes} bytes of no known format; convert it"
         ) from error
     except Exception as error:  # Pillow's readers raise almost anything on damaged headers
         raise ImageError(f"{name}: expected a readable image, got {one_line(error)}") from error
@@ -155,11 +143,11 @@ def _opened(file: IO[bytes], num_bytes: int, *, name: str, max_pixels: int) -> I
 
 @contextmanager
 def _pillows_limits(max_pixels: int) -> Iterator[None]:
-    """Let Pillow refuse what is too large, also inside of containers, and keep its warnings to itself."""
+    """Let Pillow refuse images that are too large, also inside of containers, without warnings."""
     with _pillows_settings, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on sizes, odd EXIF data, and palettes with transparency
+        warnings.simplefilter("ignore")  # about sizes, odd EXIF data, and palettes with transparency
         before = Image.MAX_IMAGE_PIXELS
-        Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses what has more than twice as many
+        Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses images with more than twice as many pixels
         try:
             yield
         finally:
@@ -171,12 +159,12 @@ def _too_many(name: str, max_pixels: int, got: str = "more") -> str:
 
 
 def load_common_formats() -> None:
-    """Import Pillow's readers of PNG, JPEG, GIF and BMP. All forty take longer than an answer of a small model."""
+    """Import Pillow's readers for PNG, JPEG, GIF and BMP. Importing all forty takes longer than a small model's answer."""
     Image.preinit()
 
 
 def _open(file: IO[bytes]) -> Image.Image:
-    """Return the image before its pixels are decoded; raise what Pillow raises."""
+    """Return the image before its pixels are decoded; raises Pillow's errors."""
     load_common_formats()
     try:
         return _open_as(set(Image.OPEN), file)
@@ -213,7 +201,7 @@ def _decode(image: Image.Image, *, name: str, drop_alpha: bool, max_pixels: int)
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # unreadable EXIF data: the pixels are still good
+    except Exception:  # unreadable EXIF data; the pixels are still good
         _logger.warning("image: its EXIF data cannot be read, so its orientation is not known")
         return image
 
@@ -222,35 +210,32 @@ def _rgb(image: Image.Image, *, name: str, drop_alpha: bool) -> Image.Image:
     has_alpha = "A" in image.getbands() or image.info.get("transparency") is not None
     if has_alpha and drop_alpha:
         image = image.convert("RGB")
-        # a single transparent colour is still one, and Hugging Face's image processors see it
+        # A single transparent colour stays transparent, and Hugging Face's image processors see it.
         has_alpha = image.info.get("transparency") is not None
     if has_alpha:
         over = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, (255, 255, 255, 255)), over).convert("RGB")
     if image.mode.startswith("I") or image.mode == "F":
         return _rgb_from_wide(image, name=name)
-    # copy: convert returns the very same pixels for an image that is RGB already
+    # A copy, so that the caller's image is never shared.
     return image.copy() if image.mode == "RGB" else image.convert("RGB")
 
 
 def _rgb_from_wide(image: Image.Image, *, name: str) -> Image.Image:
-    """Clip to 0..255 here: whether Pillow can convert the mode, and shifts or clips, differs by release."""
+    """Clip to 0..255 without Pillow, whose releases differ in the modes they convert, and clip or shift."""
     values = np.asarray(image)
     if values.max() > _MAX_LEVEL:
-        _logger.warning(
-            "%s: %s values above 255 become white, as in Hugging Face; convert it to 8 bits first",
-            name,
-            image.mode,
-        )
+        text = "%s: %s values above 255 become white, as in Hugging Face; convert it to 8 bits first"
+        _logger.warning(text, name, image.mode)
     return Image.fromarray(np.nan_to_num(values).clip(0, _MAX_LEVEL).astype(np.uint8)).convert("RGB")
 
 
 def short_name(source: object) -> str:
-    """Return a source for a message: quoted, and cut if it is long."""
+    """Return a source for a message: quoted, and shortened if it is long."""
     text = repr(str(source))
     return text if len(text) <= 200 else text[:120] + "…" + text[-60:]
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error of a library as one short line."""
+    """Return a library's error as one short line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,10 +1,9 @@
-"""Antialiased resizing that gives the same grey levels as Hugging Face's default image processors.
+"""Antialiased resizing with the same 8-bit levels as Hugging Face's default image processors.
 
-Those resize with torchvision, whose uint8 kernel works like this: first every row, then every column, each
-pass with 16-bit weights and a result rounded to 8 bits. Pillow has the same filters but weights of 22 bits,
-and may take columns first; on noise they differ by up to 26 levels. The passes below repeat torchvision's
-numbers exactly. Above ``MAX_EXACT_PIXELS`` Pillow is used, rows first: on noise it is one level off in 0.5 %
-of the values.
+These resize with torchvision, whose uint8 kernel first resizes every row, then every column, each with 16-bit weights and a
+result rounded to 8 bits. Pillow has the same filters but 22-bit weights, and may take columns first; on noise they differ
+by up to 26 levels. The passes below repeat torchvision's numbers exactly. Above ``MAX_EXACT_PIXELS`` Pillow is used, rows
+first: on noise it is one level off in 0.5 % of the values.
 
 Source: aten/src/ATen/native/cpu/UpSampleKernel.cpp of torch 2.13, written anew from what it computes.
 """
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# Very narrow images become gigabytes on their way to a square.
+# Very narrow images would need gigabytes on their way to a square.
 _MOST_LINES, _MOST_BETWEEN, _MOST_BETWEEN_LARGE = 1 << 21, 1 << 23, 1 << 26
 _MOST_SUMS = 1 << 24
 Resample = Literal["bilinear", "bicubic", "lanczos"]
@@ -39,7 +38,7 @@ def resize(
     resample: Resample,
     crop: tuple[int, int, int, int] | None = None,
 ) -> NDArray[np.uint8]:
-    """Return the RGB image at another size, or a part of that.
+    """Return an RGB image at another size, or a part of it: uint8 [height, width, 3].
 
     Args:
         image: Mode "RGB".
@@ -47,9 +46,6 @@ def resize(
         resample: The filter, widened when shrinking.
         crop: (top, left, height, width) in the resized image. Only this part is computed, so an image of
             1 x 4000 pixels can be scaled to a width of 336 without building 336 x 1344000 pixels.
-
-    Returns:
-        uint8 [height, width, 3].
 
     Raises:
         ImageError: If it is so narrow that resizing it would take gigabytes.
@@ -60,8 +56,8 @@ def resize(
     between = image.height * len(columns)  # pixels after the first pass
     if max(size) > _MOST_LINES or between > (_MOST_BETWEEN_LARGE if is_large else _MOST_BETWEEN):
         raise ImageError(
-            f"image: expected sides that resizing to {size[1]}x{size[0]} pixels has room for, got"
-            f" {image.width}x{image.height}; cut the image so that it is less narrow"
+            f"image: expected one that can be resized to {size[1]}x{size[0]} pixels in memory, got"
+            f" {image.width}x{image.height}; crop the image so that it is less narrow"
         )
     if is_large:
         return _resized_by_pillow(image, size, rows=rows, columns=columns, resample=resample)
@@ -90,7 +86,7 @@ def _resized_axis(
     starts, weights, num_bits = _integer_weights(len(pixels), size, wanted=wanted, resample=resample)
     flat = pixels.reshape(len(pixels), -1)
     resized = np.empty((len(wanted), flat.shape[1]), np.uint8)
-    # In parts: a very narrow image would need gigabytes for its sums.
+    # In parts, because a very narrow image would need gigabytes for its sums.
     step = max(1, _MOST_SUMS // max(len(pixels), len(wanted)))
     for first in range(0, flat.shape[1], step):
         part = slice(first, first + step)
@@ -101,7 +97,7 @@ def _resized_axis(
 def _weighted_sums(
     values: NDArray[np.uint8], starts: list[int], weights: list[NDArray[np.float64]], num_bits: int
 ) -> NDArray[np.float64]:
-    # float64 holds these sums of whole numbers exactly, and numpy hands them to BLAS
+    # float64 holds these integer sums exactly, and numpy computes them with BLAS.
     lines = np.ascontiguousarray(values).astype(np.float64)
     sums = np.empty((len(starts), lines.shape[1]))
     for line, (start, weight) in enumerate(zip(starts, weights)):
@@ -113,9 +109,9 @@ def _weighted_sums(
 def _integer_weights(
     size_from: int, size_to: int, *, wanted: range, resample: Resample
 ) -> tuple[list[int], list[NDArray[np.float64]], int]:
-    """Return for each wanted line its first input line and its integer weights, and the weights' bits.
+    """Return the first input line and the integer weights of each wanted line, and the number of fractional bits.
 
-    There are as many bits as the largest weight of any line, wanted or not, leaves room for in 16.
+    The number of bits follows from the largest weight of any line, wanted or not, which must fit into 16 bits.
     """
     kernel, radius = _FILTERS[resample]
     scale = size_from / size_to
@@ -127,7 +123,7 @@ def _integer_weights(
     weights = kernel(np.abs((taps + firsts[:, None] - centers[:, None] + 0.5) / stretch))
     weights[taps >= counts[:, None]] = 0.0
     weights /= weights.sum(axis=1, keepdims=True)
-    # As torchvision: the largest shift at which the largest weight still fits into 16 bits.
+    # As in torchvision: the largest shift for which the largest weight still fits into 16 bits.
     num_bits = 0
     while num_bits < 22 and int(0.5 + weights.max() * 2 ** (num_bits + 1)) < 2**15:
         num_bits += 1

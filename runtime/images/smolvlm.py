@@ -1,8 +1,8 @@
-"""From an image to tiles with text between them, and a tile of the whole image last (SmolVLM2).
+"""From an image to tiles with text between them, and a last tile with the whole image (SmolVLM2).
 
-The image is resized until its longer side has ``longest_edge`` pixels, then stretched until both sides are whole numbers of
-tiles, and cut row by row. If there is more than one tile, the stretched image as a single tile follows them. The prompt names
-each tile's row and column in text before its visual tokens, which are therefore several runs.
+The image is resized so that its longer side has ``longest_edge`` pixels, stretched to whole numbers of tiles, and cut row by
+row. If there are several tiles, the whole image as a single tile follows. The prompt names each tile's row and column before
+its visual tokens, so an image has several runs of visual tokens.
 
 Source: SmolVLMImageProcessor and SmolVLMProcessor of transformers 5.23.
 Letters: B tiles, N visual tokens, T side of a tile in pixels.
@@ -45,26 +45,26 @@ if TYPE_CHECKING:
 
 KIND = "named_tiles"
 _PROCESSOR = "SmolVLMImageProcessor"
-_LONGEST = 4096  # pixels; Hugging Face's processor makes no larger images, whatever a file says
+_LONGEST = 4096  # pixels; Hugging Face's processor never makes larger images
 _HALF = (0.5, 0.5, 0.5)
 
 
 @final
 class SmolVlmImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind", tag=KIND):
-    """Image processing with tiles that the prompt names one by one, and a tile of the whole image last."""
+    """Image processing with tiles that the prompt names one by one, and a last tile with the whole image."""
 
     tile_size: Size
     """T, side of the vision encoder's square input in pixels."""
     token_size: Size
-    """Side of what one visual token sees of a tile, in pixels; the rest of a tile, right and below, is not seen."""
+    """Side in pixels of one visual token's part of a tile; the rest of a tile, at the right and the bottom, is unused."""
     longest_edge: Size = 1456
     """Pixels that the longer side of every image is resized to."""
     do_image_splitting: bool = True
-    """Cut tiles; without it every image is one tile."""
+    """Cut images into tiles; otherwise every image is one tile."""
     image_mark: str = "<fake_token_around_image>"
-    """Text before each tile, and after the last one."""
+    """Text before each tile and after the last one."""
     overview_mark: str = "<global-img>"
-    """Text before the tile of the whole image."""
+    """Text before the tile with the whole image."""
     resample: Resample = "lanczos"
     do_rescale: bool = True
     do_normalize: bool = True
@@ -80,15 +80,13 @@ class SmolVlmImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind",
     def from_preprocessor_config(
         cls, config: Mapping[str, Any], *, token_size: int, **marks: str
     ) -> SmolVlmImages:
-        """Return the constants of a ``preprocessor_config.json``, or of ``image_processor.to_dict()``.
+        """Return the constants of a ``preprocessor_config.json``; missing keys have the defaults of Hugging Face's class.
 
-        Args:
-            config: Its content. Missing keys mean the defaults of Hugging Face's class.
-            token_size: The model's; the file does not hold it.
-            marks: ``image_mark`` and ``overview_mark``, as far as the tokenizer names them.
+        ``token_size`` comes from the model, because the file lacks it. ``marks`` are ``image_mark`` and ``overview_mark``,
+        if the tokenizer names them.
 
         Raises:
-            CheckpointError: If the processor is of another kind, or its values cannot be followed.
+            CheckpointError: If the processor is of another class, or a value is not supported.
         """
         always = ("do_convert_rgb", "do_resize")
         _, values = processor_values(config, processors=(_PROCESSOR,), always=always)
@@ -115,11 +113,11 @@ class SmolVlmImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind",
 
     @property
     def most_per_side(self) -> int:
-        """Tiles along the longer side of an image, without the rounding to even numbers, which may give one more."""
+        """Tiles along the longer side of an image; rounding to even sizes may add one."""
         return _whole_tiles(min(self.longest_edge, _LONGEST), self.tile_size)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return the rows and columns of tiles of an image of this size; with 1, 1 there is no other tile.
+        """Return the rows and columns of tiles for an image of this size; a single tile has no overview tile.
 
         Raises:
             ImageError: If the image is empty.
@@ -128,7 +126,7 @@ class SmolVlmImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind",
         return _grid(*_resized(width, height, self.longest_edge), self)
 
     def sizes(self, width: int, height: int) -> dict[str, int]:
-        """Return B, the number of tiles with that of the whole image, and N."""
+        """Return B, the number of tiles including the one with the whole image, and N."""
         tiles = _with_overview(*self.grid(width, height))
         return {"B": tiles, "N": tiles * self.tokens_per_tile}
 
@@ -139,7 +137,7 @@ class SmolVlmImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind",
         return tuple({"B": count, "N": most} for count in few_counts(counts))
 
     def layout(self, width: int, height: int) -> ImageLayout:
-        """Return the layout of an image: a run for each tile. The overview is the tile of the whole image."""
+        """Return the layout of an image, with one run per tile. The overview is the tile with the whole image."""
         rows, columns = self.grid(width, height)
         sizes = self.sizes(width, height)
         boxes = _boxes(self, rows, columns)
@@ -157,7 +155,7 @@ class SmolVlmImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind",
         )
 
     def text(self, rows: int, columns: int) -> tuple[str, ...]:
-        """Return the prompt's text before the visual tokens of each tile, and after the last. Source: get_image_prompt_string."""
+        """Return the prompt's text before each tile's visual tokens and after the last. Source: get_image_prompt_string."""
         mark, overview = self.image_mark, f"{self.image_mark}{self.overview_mark}"
         if (rows, columns) == (1, 1):
             return overview, mark
@@ -169,10 +167,9 @@ class SmolVlmImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind",
         return (*tiles, f"\n\n{overview}", mark)
 
     def prepare(self, image: Image.Image, sizes: Mapping[str, int] | None = None) -> dict[str, NDArray[Any]]:
-        """Return the vision graph's inputs; arguments and errors are those of ``ImageProcessing.prepare``.
+        """Return ``pixel_values`` float32 [B, 3, T, T], padded with zeros, and ``token_index`` int32 [N], padded with 0.
 
-        Returns:
-            ``pixel_values`` float32 [B, 3, T, T], padded with tiles of zeros; ``token_index`` int32 [N], padded with 0.
+        Arguments and errors are those of ``ImageProcessing.prepare``.
         """
         check_rgb(image)
         own = self.sizes(*image.size)
@@ -183,10 +180,10 @@ class SmolVlmImages(ImageConstants, frozen=True, kw_only=True, tag_field="kind",
 
 
 def _longest_edge(values: Mapping[str, Any], name: str, default: int) -> int:
-    """Return the number in {"longest_edge": 2048}, which a preprocessor file has as ``name``.
+    """Return the number in {"longest_edge": 2048}, the value of ``name`` in a preprocessor file.
 
     Raises:
-        CheckpointError: If there is no such number, or others.
+        CheckpointError: If there is no such number, or another key.
     """
     size = {key: value for key, value in dict(values.get(name, {"longest_edge": default})).items() if value}
     if set(size) != {"longest_edge"}:
@@ -197,7 +194,7 @@ def _longest_edge(values: Mapping[str, Any], name: str, default: int) -> int:
 
 
 def _resized(width: int, height: int, longest_edge: int) -> tuple[int, int]:
-    """Return the width and height before the stretching to whole tiles. Source: get_resize_output_image_size."""
+    """Return the width and height before stretching to whole tiles. Source: get_resize_output_image_size."""
     width, height = _scaled(width, height, longest_edge, to_even=True)
     return _scaled(width, height, _LONGEST) if max(width, height) > _LONGEST else (width, height)
 
@@ -205,8 +202,8 @@ def _resized(width: int, height: int, longest_edge: int) -> tuple[int, int]:
 def _scaled(width: int, height: int, longest: int, *, to_even: bool = False) -> tuple[int, int]:
     """Return the width and height of an image whose longer side becomes ``longest``.
 
-    Products and quotients are Hugging Face's, because others round to another pixel now and then. The shorter side may be
-    rounded up to an even number, which can make it the longer one.
+    The arithmetic is Hugging Face's, because other orders sometimes round differently. The shorter side may be rounded up
+    to an even number, which can make it the longer one.
     """
     ratio = width / height
     shorter = int(longest / ratio if width >= height else longest * ratio)
@@ -215,7 +212,7 @@ def _scaled(width: int, height: int, longest: int, *, to_even: bool = False) -> 
 
 
 def _grid(width: int, height: int, images: SmolVlmImages) -> tuple[int, int]:
-    """Return the rows and columns that an image, resized to this size, is stretched to. Source: resize_for_vision_encoder."""
+    """Return the rows and columns of tiles that a resized image is stretched to. Source: resize_for_vision_encoder."""
     if not images.do_image_splitting:
         return 1, 1
     side = images.tile_size
@@ -229,7 +226,7 @@ def _whole_tiles(pixels: int, side: int) -> int:
 
 @lru_cache
 def _counts(images: SmolVlmImages) -> list[int]:
-    """Return all numbers of tiles that an image may have, ascending."""
+    """Return all possible numbers of tiles of an image, ascending."""
     longest = min(images.longest_edge, _LONGEST)
     sides = range(1, longest + 1)
     grids = {images.grid(longest, side) for side in sides} | {images.grid(side, longest) for side in sides}
@@ -245,7 +242,7 @@ def _row_break(row: int, column: int) -> str:
 
 
 def _boxes(images: SmolVlmImages, rows: int, columns: int) -> NDArray[np.float64]:
-    """Return the boxes of a grid's tokens as shares of the image, tile by tile: [N, 4], (x0, y0, x1, y1)."""
+    """Return the boxes of a grid's tokens as fractions of the image, tile by tile: [N, 4], (x0, y0, x1, y1)."""
     starts = np.arange(images.tokens_per_side) * images.token_size
     x = (np.arange(columns)[:, None] * images.tile_size + starts) / (columns * images.tile_size)
     y = (np.arange(rows)[:, None] * images.tile_size + starts) / (rows * images.tile_size)
@@ -256,11 +253,11 @@ def _boxes(images: SmolVlmImages, rows: int, columns: int) -> NDArray[np.float64
 
 
 def _tiles(image: Image.Image, images: SmolVlmImages) -> NDArray[np.uint8]:
-    """Return the levels of all tiles, [B, T, T, 3]."""
+    """Return the pixels of all tiles, [B, T, T, 3]."""
     side = images.tile_size
     rows, columns = images.grid(*image.size)
     width, height = _resized(*image.size, images.longest_edge)
-    # rounded to levels after each step, as Hugging Face's processor does
+    # Each step rounds to 8-bit levels, as in Hugging Face's processor.
     levels = resize(image, (height, width), resample=images.resample)
     levels = resize(Image.fromarray(levels), (rows * side, columns * side), resample=images.resample)
     tiles = levels.reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4).reshape(-1, side, side, 3)

@@ -1,10 +1,10 @@
 """The reduced decoder: chains prefix, select, segments, suffix and head on one stream of a device.
 
-Nothing waits for the device before the first token: lengths and positions follow from the known K's and are sent ahead,
-hidden states and KV rows stay on the device, and what the host wants to know comes back in one copy. A decode step sends one
-block, runs one captured sequence of all ranges and the head, and waits once, for the most likely tokens.
+The host does not wait for the device before the first token: lengths and positions follow from the known K's and are sent
+ahead, hidden states and KV rows stay on the device, and all results come back in one copy. A decode step sends one block,
+runs all ranges and the head as one captured sequence, and waits once, for the most likely tokens.
 
-It knows embeddings and rows, nothing of images, prompts or sampling. docs/runtime.md describes it.
+The decoder knows embeddings and rows, but no images, prompts or sampling. docs/runtime.md describes it.
 """
 
 from __future__ import annotations
@@ -17,23 +17,8 @@ import numpy as np
 from trio_edge.runtime.buffers.blocks import copy_tensor
 from trio_edge.runtime.buffers.decoder import DecoderBuffers, TopTokens, top_tokens
 from trio_edge.runtime.buffers.question_rows import QuestionRows
+from trio_edge.runtime.bundle import graph_io as io
 from trio_edge.runtime.bundle.errors import BackendError, ShapeError
-from trio_edge.runtime.bundle.graph_io import (
-    KEPT_INDICES,
-    LAST_ROW,
-    LENGTH,
-    LOGITS,
-    NUM_VISUAL,
-    POSITIONS,
-    PROBE_ROWS,
-    PROMPT_IS_VISUAL,
-    PROMPT_LENGTH,
-    SCORES,
-    UNSETTLED,
-    VISUAL_IMAGES,
-    VISUAL_ROWS,
-    has_follow_ups,
-)
 from trio_edge.runtime.devices.interface import DeviceTensor, find_profile
 from trio_edge.runtime.devices.timeline import Timeline
 from trio_edge.runtime.model.decoder_prompt import Span
@@ -53,19 +38,19 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class PrefillResult:
-    """Result of a prefill, besides the filled KV caches."""
+    """Result of a prefill, apart from the filled KV caches."""
 
     logits: NDArray[np.float32]
-    """[V], of the prompt's last row."""
+    """[V], logits of the prompt's last row."""
     top: TopTokens
-    """The most likely of them."""
+    """The most likely of these tokens."""
     kept: list[NDArray[np.int32]]
-    """Per stage the kept tokens as indices into the image's original visual tokens: ascending, but for rows that merge
-    several, which come last."""
+    """Kept tokens of each stage: indices into the original visual tokens, ascending, except that rows which merge several
+    tokens come last."""
     scores: list[NDArray[np.float32]] = field(default_factory=list)
-    """Per stage the saliency of the tokens that entered it."""
+    """Saliency of the tokens that entered each stage."""
     num_repaired: int = 0
-    """Stages whose parallel NMS had not settled and were redone exactly on the host."""
+    """Stages that were redone exactly on the host, because their parallel NMS had not settled."""
 
 
 class _Chain(NamedTuple):
@@ -74,7 +59,7 @@ class _Chain(NamedTuple):
     ranges: list[Launch]
     new_rows: list[NewRows]
     selects: list[tuple[Launch, ...]]
-    """All that a selection runs: the pieces of its probe if it has one, then the select graph."""
+    """All launches of each selection: the pieces of its probe, if it has one, and the select graph."""
     head: Launch
 
 
@@ -83,22 +68,20 @@ class Decoder:
     """Runs prefill and decode of one sequence. Not thread-safe: it owns one set of KV caches."""
 
     def __init__(self, manifest: Manifest, graphs: LoadedGraphs, *, keep_images: int = 0) -> None:
-        """Allocate all buffers and bind decode's.
+        """Allocate all buffers and bind the decode step. The decoder does not close ``graphs``.
 
-        Args:
-            manifest: The bundle's.
-            graphs: The decoder's graphs, loaded; the decoder does not close them.
-            keep_images: Prompts whose rows up to the last visual token are kept, where the bundle has graphs for it.
+        ``keep_images`` is the number of prompts whose rows up to the last visual token are kept, in a bundle with
+        follow-ups.
 
         Raises:
-            BackendError: If the device has not enough memory.
+            BackendError: If the device has too little memory.
         """
         self._manifest, self._device, self._engines = manifest, graphs.device, graphs.engines
         self._notes = graphs.notes
         self._buffers = DecoderBuffers(manifest, graphs.device)
         self.caches = self._buffers.caches
         self._question: QuestionRows | None = None
-        if has_follow_ups(manifest):
+        if io.has_follow_ups(manifest):
             prefix = graphs.engines[self._buffers.ranges[0].name]
             self._question = QuestionRows(manifest, self._buffers, prefix, graphs.device, count=keep_images)
         self._host = HostSelection(manifest, graphs.device, self._buffers)
@@ -121,7 +104,7 @@ class Decoder:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of KV rows that are in use."""
+        """Bytes of the KV rows in use."""
         return sum(cache.used_bytes for cache in self.caches)
 
     @property
@@ -131,15 +114,13 @@ class Decoder:
 
     @property
     def graph_ms(self) -> dict[str, float]:
-        """Milliseconds that the device spent in each graph in the last prefill."""
+        """The device's milliseconds in each graph of the last prefill."""
         return self._timeline.milliseconds()
 
     def prefill(self, prompt: DecoderPrompt, *, override: SelectorOverride | None = None) -> PrefillResult:
         """Run the prompt through all stages and fill the KV caches.
 
-        Args:
-            prompt: The rows.
-            override: Selects on the host in place of the select graphs, which are not run; for comparisons.
+        ``override`` selects on the host instead of the select graphs, for comparisons.
 
         Raises:
             ShapeError: If the prompt does not fit its bucket.
@@ -167,10 +148,9 @@ class Decoder:
         return self._result(spans, kept_of, has_scores=True)
 
     def decode(self, embedding: NDArray[Any]) -> TopTokens:
-        """Run one new token through all layers and return the most likely next ones.
+        """Run one new token through all layers and return the most likely next tokens.
 
-        Args:
-            embedding: The token's, D numbers in any shape.
+        ``embedding`` is the token's, D numbers in any shape.
 
         Raises:
             ShapeError: If the KV caches are full.
@@ -190,7 +170,8 @@ class Decoder:
         self._enqueue_step()
         self._buffers.step_top.download(device)
         self._done.record()
-        # The device copies the new rows while the host samples. Their place changes with every token, so no captured sequence can.
+        # The device copies the new rows while the host samples. Their place changes with every token, so the copy cannot be
+        # captured.
         for cache, row in zip(self.caches, self._buffers.new_row):
             cache.append(device, row, num_rows=1)
         self._next_position += 1
@@ -199,7 +180,7 @@ class Decoder:
         return _copied(self._step_top)
 
     def skip(self, count: int) -> None:
-        """Go on as if ``count`` more tokens had been decoded, fewer if below 0: to time what follows, whatever their rows hold.
+        """Go on as if ``count`` more tokens had been decoded, or fewer if it is negative, to time later tokens.
 
         Raises:
             ShapeError: If the KV caches have no room for as many.
@@ -214,17 +195,17 @@ class Decoder:
         self._next_position += count
 
     def logits(self) -> NDArray[np.float32]:
-        """Return all logits [V] of the last prefill or decode step; after a decode step they are fetched now."""
+        """Return all logits [V] of the last prefill or decode step; those of a decode step are downloaded now."""
         if self._logits is None:
             self._buffers.step_logits.download(self._device)
             self._device.synchronize()
-            self._logits = self._buffers.step_logits.host(LOGITS)[0].copy()
+            self._logits = self._buffers.step_logits.host(io.LOGITS)[0].copy()
         return self._logits
 
     # Prefill
 
     def _spans(self, prompt: DecoderPrompt) -> list[Span]:
-        """Return what enters each layer range; it follows from the K's, so the device need not say."""
+        """Return the span that enters each layer range. It follows from the K's, without asking the device."""
         spans = [Span(prompt.num_visual, prompt.max_visual, prompt.length)]
         for stage in self._manifest.schedule.stages:
             last = spans[-1]
@@ -233,7 +214,7 @@ class Decoder:
         return spans
 
     def _chain(self, max_visual: int, text_bucket: int) -> _Chain:
-        """Return the launches of a bucket, bound when it is first used."""
+        """Return the launches of a bucket, which are bound at its first use."""
         key = (max_visual, text_bucket)
         if key in self._chains:
             return self._chains[key]
@@ -255,7 +236,7 @@ class Decoder:
         return self._chains[key]
 
     def _probe(self, stage: int, *, rows: int, num_visual: int) -> list[Launch]:
-        """Return the launches of the probe of ``stage``: forward to the head, its gradient, and back; none if it has none."""
+        """Return the launches of the probe of ``stage``: forward half, head's gradient, backward half; none without a probe."""
         buffers = self._buffers
         probe, gradient = buffers.probes[stage], buffers.gradient
         if probe is None or gradient is None:
@@ -273,35 +254,35 @@ class Decoder:
         ]
 
     def _send(self, prompt: DecoderPrompt, spans: list[Span]) -> None:
-        """Enqueue everything that the host knows: embeddings, positions, lengths."""
+        """Enqueue copies of all inputs: embeddings, positions and lengths."""
         inputs, device = self._buffers.inputs, self._device
         ids = prompt.positions.ids
-        inputs.host(POSITIONS, ids.shape)[...] = ids
-        values = {LAST_ROW: spans[-1].length - 1, PROMPT_LENGTH: prompt.length}
+        inputs.host(io.POSITIONS, ids.shape)[...] = ids
+        values = {io.LAST_ROW: spans[-1].length - 1, io.PROMPT_LENGTH: prompt.length}
         if len(spans) > 1:
-            rows = inputs.host(VISUAL_ROWS, (prompt.max_visual,))
-            rows[:] = prompt.num_text + np.arange(prompt.max_visual)  # those of padding
+            rows = inputs.host(io.VISUAL_ROWS, (prompt.max_visual,))
+            rows[:] = prompt.num_text + np.arange(prompt.max_visual)  # rows of padding tokens
             rows[: prompt.num_visual] = prompt.visual_rows
-        if VISUAL_IMAGES in inputs:
-            images = inputs.host(VISUAL_IMAGES, (prompt.max_visual,))
+        if io.VISUAL_IMAGES in inputs:
+            images = inputs.host(io.VISUAL_IMAGES, (prompt.max_visual,))
             images[:] = 0
             images[: prompt.num_visual] = 0 if prompt.images is None else prompt.images
-        if PROMPT_IS_VISUAL in inputs:
-            marks = inputs.host(PROMPT_IS_VISUAL, (ids.shape[1],))
+        if io.PROMPT_IS_VISUAL in inputs:
+            marks = inputs.host(io.PROMPT_IS_VISUAL, (ids.shape[1],))
             marks[:] = 0
             marks[prompt.visual_rows] = 1
         for stage, span in enumerate(spans[:-1]):
-            values |= {f"{NUM_VISUAL}.{stage}": span.num_visual, f"{LENGTH}.{stage}": span.length}
+            values |= {f"{io.NUM_VISUAL}.{stage}": span.num_visual, f"{io.LENGTH}.{stage}": span.length}
             if self._buffers.probes[stage] is not None:
                 rows = self._probe_rows(span.length, num_after=prompt.num_after)
-                inputs.host(f"{PROBE_ROWS}.{stage}")[:] = rows
+                inputs.host(f"{io.PROBE_ROWS}.{stage}")[:] = rows
         for name, value in values.items():
             inputs.host(name)[0] = value
         inputs.upload(device)
         self._send_text(prompt)
         self._place(prompt.visual, self._buffers.embeds, prompt.visual_runs)
         num_rows = prompt.max_visual + prompt.text_bucket
-        # Padding rows still hold an earlier prompt: masked rows must be finite, and every answer the same.
+        # Padding rows still hold an earlier prompt. Masked rows must be finite, and answers must not depend on history.
         device.clear(self._buffers.embeds.rows(prompt.length, num_rows - prompt.length))
         for layer, plane in self._buffers.planes[0].items():
             device.clear(plane.rows(0, num_rows))
@@ -309,7 +290,7 @@ class Decoder:
                 self._place(prompt.planes[layer], plane, prompt.visual_runs)
 
     def _send_text(self, prompt: DecoderPrompt) -> None:
-        """Enqueue the text's rows, which lie before, between and after the runs of visual tokens."""
+        """Enqueue copies of the text's rows, which lie before, between and after the runs of visual tokens."""
         text, row, sent = self._buffers.text, 0, 0
         text[: prompt.num_text] = prompt.text
         for run in (*prompt.visual_runs, range(prompt.length, prompt.length)):
@@ -319,9 +300,9 @@ class Decoder:
             row, sent = run.stop, sent + count
 
     def _probe_rows(self, length: int, *, num_after: int) -> NDArray[np.int32]:
-        """Return the rows whose loss a probe looks at; in place of those before the last image's end stands the first after it.
+        """Return the rows that carry the probe's loss. Rows up to the last image's end are replaced by the first row after it.
 
-        The graphs give a visual token no credit for its own way to the loss, which it has where it is a probe row.
+        The graphs would not count a visual token's direct contribution to the loss at its own row.
         """
         schedule = self._manifest.schedule
         last = length - schedule.last_probe_offset
@@ -331,7 +312,7 @@ class Decoder:
     def _place(
         self, visual: DeviceTensor | NDArray[Any], target: DeviceTensor, runs: Sequence[range]
     ) -> None:
-        """Enqueue the copies of ``visual``, all rows in order, to the ``runs`` of rows of ``target``."""
+        """Enqueue copies of the rows of ``visual`` in order to the ``runs`` of rows of ``target``."""
         first = 0
         for run in runs:
             place, count = target.rows(run.start, len(run)), len(run)
@@ -339,7 +320,7 @@ class Decoder:
                 copy_tensor(self._device, place, visual.rows(first, count))
             else:
                 self._device.upload(place, np.ascontiguousarray(visual[first : first + count]))
-                self._device.synchronize()  # the array is not pinned, and the caller's
+                self._device.synchronize()  # the array is not pinned, and belongs to the caller
             first += count
 
     def _run(self, chain: _Chain, spans: list[Span], *, first: int) -> None:
@@ -354,7 +335,7 @@ class Decoder:
         self._timeline.enqueue(self._buffers.selects[stage].name, *chain.selects[stage])
 
     def _run_prefix(self, chain: _Chain, spans: list[Span], prompt: DecoderPrompt) -> None:
-        """Enqueue the first range: at once, or the question's rows after those before them, which may have been kept."""
+        """Enqueue the first range: as a whole, or with follow-ups the first rows, which may be kept, then the question's."""
         first = 0 if prompt.num_visual == 0 else int(prompt.visual_rows[-1]) + 1
         question = self._question
         if question is None or not 0 < first < prompt.length:
@@ -373,7 +354,7 @@ class Decoder:
         self._enqueue_range(chain, index, num_rows=spans[index].length)
 
     def _enqueue_range(self, chain: _Chain, index: int, *, num_rows: int) -> None:
-        """Enqueue layer range ``index``, and the copy of its first ``num_rows`` KV rows."""
+        """Enqueue layer range ``index`` and a copy of its first ``num_rows`` KV rows to the cache."""
         self._timeline.enqueue(self._buffers.ranges[index].name, chain.ranges[index])
         cache = self.caches[index]
         cache.clear()
@@ -387,7 +368,7 @@ class Decoder:
     def _run_overridden(
         self, chain: _Chain, spans: list[Span], prompt: DecoderPrompt, override: SelectorOverride
     ) -> dict[int, NDArray[np.int32]]:
-        """Run the chain with every stage's selection on the host; return the kept indices of each stage."""
+        """Run the chain with all selections on the host and return the kept indices of each stage."""
         kept_of: dict[int, NDArray[np.int32]] = {}
         original, tokens = np.arange(prompt.num_visual, dtype=np.int32), prompt.visual_tokens
         for stage in range(len(chain.selects)):
@@ -405,45 +386,45 @@ class Decoder:
     def _repair(
         self, chain: _Chain, spans: list[Span], prompt: DecoderPrompt
     ) -> dict[int, NDArray[np.int32]]:
-        """Redo each stage whose parallel NMS had not settled, exactly and on the host; return their kept indices."""
+        """Redo each stage whose parallel NMS had not settled exactly on the host; return the kept indices of these stages."""
         kept_of: dict[int, NDArray[np.int32]] = {}
         results, tokens = self._buffers.results, prompt.visual_tokens
         for stage in range(len(chain.selects)):
-            if results.host(f"{UNSETTLED}.{stage}")[0] == 0:
-                kept = results.host(f"{KEPT_INDICES}.{stage}", (spans[stage + 1].num_visual,))
+            if results.host(f"{io.UNSETTLED}.{stage}")[0] == 0:
+                kept = results.host(f"{io.KEPT_INDICES}.{stage}", (spans[stage + 1].num_visual,))
                 tokens = tokens.kept(kept)
                 continue
             kept_of[stage] = self._host.exact(stage, tokens, spans[stage])
             self._host.replace(stage, kept_of[stage], tokens, spans[stage], prompt)
             self._run(chain, spans, first=stage + 1)
-            self._fetch()  # later stages saw other tokens, so their counters are new
+            self._fetch()  # later stages saw other tokens, so their counters have changed
             tokens = tokens.kept(kept_of[stage])
         return kept_of
 
     def _result(
         self, spans: list[Span], kept_of: dict[int, NDArray[np.int32]], *, has_scores: bool
     ) -> PrefillResult:
-        """Return what came back; ``kept_of`` has the stages that were selected on the host."""
+        """Return the downloaded results; ``kept_of`` has the kept indices of stages that were selected on the host."""
         results = self._buffers.results
-        self._logits = results.host(LOGITS)[0].copy()
+        self._logits = results.host(io.LOGITS)[0].copy()
         result = PrefillResult(logits=self._logits, top=_copied(top_tokens(results)), kept=[])
         result.num_repaired = len(kept_of) if has_scores else 0
         original = np.arange(spans[0].num_visual, dtype=np.int32)
         for stage in range(len(spans) - 1):
             indices = kept_of.get(stage)
             if indices is None:
-                indices = results.host(f"{KEPT_INDICES}.{stage}", (spans[stage + 1].num_visual,))
+                indices = results.host(f"{io.KEPT_INDICES}.{stage}", (spans[stage + 1].num_visual,))
             original = original[indices]
             result.kept.append(original)
             if has_scores:
-                result.scores.append(results.host(f"{SCORES}.{stage}", (spans[stage].num_visual,)).copy())
+                result.scores.append(results.host(f"{io.SCORES}.{stage}", (spans[stage].num_visual,)).copy())
         return result
 
     # Decode
 
     def _enqueue_step(self) -> None:
-        """Enqueue all ranges and the head: one by one the first time, then captured as a whole."""
-        # The first run warms the engines up: lazy work, as compiling kernels, may not be captured.
+        """Enqueue all ranges and the head: one by one the first time, later as one captured sequence."""
+        # The first run warms up the engines, because lazy work such as compiling kernels cannot be captured.
         self._num_steps += 1
         if self._num_steps == 1:
             self._launch_step()
@@ -458,7 +439,7 @@ class Decoder:
     def _capture_step(self) -> Callable[[], None]:
         try:
             return self._device.capture(self._launch_step)
-        except BackendError as error:  # TensorRT cannot be asked before
+        except BackendError as error:  # TensorRT does not say beforehand whether it can be captured
             self._notes.append(f"decode runs without a CUDA graph, which costs time: {error}")
             return self._launch_step
 
@@ -468,5 +449,5 @@ class Decoder:
 
 
 def _copied(top: TopTokens) -> TopTokens:
-    """Return what the next step does not overwrite."""
+    """Return a copy that the next step does not overwrite."""
     return TopTokens(ids=top.ids.copy(), logits=top.logits.copy())

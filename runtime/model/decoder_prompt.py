@@ -1,4 +1,4 @@
-"""The rows that enter the reduced decoder, and the visual tokens as the host follows them from stage to stage."""
+"""The rows that enter the reduced decoder, and the host's record of the visual tokens at each stage."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ if TYPE_CHECKING:
 
 
 class VisualTokens(NamedTuple):
-    """The visual tokens that enter a stage, as the host knows them."""
+    """The visual tokens that enter a stage."""
 
     rows: NDArray[np.int32]
-    """Ascending."""
+    """Row of each token, ascending."""
     images: NDArray[np.int32]
-    """The image of each."""
+    """Image of each token."""
 
     def kept(self, indices: NDArray[np.int32]) -> VisualTokens:
-        """Return the tokens at ``indices``, ascending, in the sequence without the others."""
+        """Return the tokens at ``indices``, ascending, with their rows in the sequence without the other tokens."""
         rows = (self.rows[indices] - indices + np.arange(len(indices))).astype(np.int32)
         return VisualTokens(rows, self.images[indices])
 
 
 class Span(NamedTuple):
-    """The rows that enter a layer range: how many visual tokens, and where the sequence ends."""
+    """The rows that enter a layer range."""
 
     num_visual: int
+    """Visual tokens."""
     rows: int
-    """Reserved for the visual tokens."""
+    """Rows reserved for visual tokens."""
     length: int
+    """Rows of the sequence without padding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ class DecoderPrompt:
     visual: DeviceTensor | NDArray[Any]
     """[M, D], visual tokens, on the device or on the host; M = 0 without an image."""
     visual_rows: NDArray[np.int32]
-    """[M], row of each visual token, ascending; text has the others of the T + M."""
+    """[M], row of each visual token, ascending; text has the other rows of the T + M."""
     max_visual: int
     """N, rows reserved for the visual tokens: one of the manifest's visual sizes, at least M."""
     text_bucket: int
@@ -60,11 +62,11 @@ class DecoderPrompt:
     positions: PromptPositions
     """Positions of all N + bucket rows."""
     images: NDArray[np.int32] | None = None
-    """[M], the image that each visual token belongs to; None where all belong to one."""
+    """[M], image of each visual token; None if all belong to one image."""
     planes: Sequence[DeviceTensor | NDArray[Any]] = ()
-    """[M, D] each, DeepStack's: plane i is added to the visual tokens after layer i; none without an image."""
+    """DeepStack planes, [M, D] each: plane i is added to the visual tokens after layer i; none without an image."""
     key: bytes = b""
-    """The same for prompts that are the same up to their last visual token; empty if nothing of them is kept."""
+    """Digest of the prompt up to its last visual token; empty if no rows are kept."""
 
     @property
     def num_visual(self) -> int:
@@ -78,17 +80,17 @@ class DecoderPrompt:
 
     @property
     def length(self) -> int:
-        """Rows that are no padding."""
+        """Rows without padding."""
         return self.num_text + self.num_visual
 
     @property
     def num_after(self) -> int:
-        """Text tokens after the last visual one; all, without an image."""
+        """Text tokens after the last visual token; all of them without an image."""
         return self.length - 1 - int(self.visual_rows[-1]) if self.num_visual else self.length
 
     @property
     def visual_runs(self) -> list[range]:
-        """The runs of consecutive rows that the visual tokens have."""
+        """The runs of consecutive rows of visual tokens."""
         starts = np.flatnonzero(np.diff(self.visual_rows, prepend=-2) > 1)
         counts = np.diff(starts, append=self.num_visual)
         return [range(int(row), int(row + count)) for row, count in zip(self.visual_rows[starts], counts)]
@@ -100,11 +102,7 @@ class DecoderPrompt:
         return VisualTokens(self.visual_rows, images)
 
     def check(self, manifest: Manifest) -> None:
-        """Refuse rows that do not fit one another or the bundle.
-
-        Raises:
-            ShapeError: Names what does not fit.
-        """
+        """Raise ShapeError if the rows do not fit each other or the bundle."""
         if not 1 <= self.num_text <= self.text_bucket:
             raise ShapeError(
                 f"prompt: expected 1..{self.text_bucket} text tokens (the bucket), got {self.num_text}; use a larger one"
@@ -121,8 +119,8 @@ class DecoderPrompt:
             )
         if self.num_after == 0 and gradient_graph(manifest) is not None:
             raise ShapeError(
-                "prompt: expected text after the image, whose answer the probes look at, got none; use a chat template that"
-                " asks for an answer"
+                "prompt: expected text after the image, as the probes need it, got none; use a chat template that ends with"
+                " the start of an answer"
             )
         shape = (manifest.position_axes, self.max_visual + self.text_bucket)
         if self.positions.ids.shape != shape:

@@ -1,4 +1,4 @@
-"""Selection on the host in place of a select graph: exact NMS where its rounds were too few, and a caller's own choice."""
+"""Selection on the host instead of a select graph: exact NMS if its rounds were too few, or the caller's own choice."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from trio_edge.runtime.model.decoder_prompt import DecoderPrompt, Span, VisualTokens
 
 SelectorOverride: TypeAlias = "Callable[[int, NDArray[np.int32], int], NDArray[np.int32]]"
-"""Selects on the host in place of a select graph. It is given the stage, the tokens that enter it (original indices) and K, and
-returns the kept ones as ascending indices into the entering tokens."""
+"""Selects on the host instead of a select graph. Gets the stage, the original indices of the tokens that enter it, and K;
+returns the kept tokens as ascending indices into the entering tokens."""
 
 
 @final
 class HostSelection:
-    """Does on the host what a select graph does, between two layer ranges of a prefill."""
+    """Does the work of a select graph on the host, between two layer ranges of a prefill."""
 
     def __init__(self, manifest: Manifest, device: Device, buffers: DecoderBuffers) -> None:
         self._manifest, self._device, self._buffers = manifest, device, buffers
 
     def exact(self, stage: int, tokens: VisualTokens, span: Span) -> NDArray[np.int32]:
-        """Return what exact NMS keeps of a stage: [K] ascending indices into ``tokens``, all that enter it."""
+        """Return the tokens that exact NMS keeps: [K] ascending indices into ``tokens``, all that enter the stage."""
         hidden = self._download(self._buffers.hidden_out[stage].rows(0, span.length))
         schedule, keep = self._manifest.schedule, self._keep(stage)
         return greedy_nms(
@@ -47,14 +47,9 @@ class HostSelection:
     def replace(
         self, stage: int, kept: NDArray[np.int32], tokens: VisualTokens, span: Span, prompt: DecoderPrompt
     ) -> None:
-        """Do what the select graph's gather does, and put it where the next range reads.
+        """Write the outputs of the select graph of ``stage``, which keeps ``kept``, where the next range reads them.
 
-        Args:
-            stage: The stage whose selection is replaced.
-            kept: [K], indices into its visual tokens, ascending.
-            tokens: All that enter it.
-            span: The rows that enter it.
-            prompt: For the positions that enter the first stage.
+        ``kept`` [K] are ascending indices into ``tokens``. ``tokens`` and ``span`` enter the stage.
         """
         buffers, num_rows = self._buffers, self._keep(stage) + prompt.text_bucket
         rows = np.delete(np.arange(span.length), np.delete(tokens.rows, kept))
@@ -71,7 +66,7 @@ class HostSelection:
     def _positions(
         self, stage: int, rows: NDArray[np.intp], span: Span, prompt: DecoderPrompt, *, num_rows: int
     ) -> NDArray[np.int32]:
-        """Return the positions of the rows that stay, counted anew or as they were."""
+        """Return the position ids of the kept rows: counted again ("compact") or unchanged ("preserved")."""
         axes = self._manifest.position_axes
         positions = np.broadcast_to(np.arange(num_rows, dtype=np.int32), (axes, num_rows)).copy()
         if self._manifest.schedule.positions == "preserved":
@@ -83,7 +78,7 @@ class HostSelection:
         return positions
 
     def _send_marks(self, stage: int, kept: VisualTokens, *, num_rows: int) -> None:
-        """Enqueue the rows and images of the visual tokens that stay; those of padding are the last rows."""
+        """Enqueue copies of the kept visual tokens' rows and images; padding gets the last rows."""
         buffers, keep = self._buffers, self._keep(stage)
         rows = num_rows - keep + np.arange(keep, dtype=np.int32)
         rows[: len(kept.rows)] = kept.rows
@@ -97,7 +92,7 @@ class HostSelection:
     def _gather(
         self, source: DeviceTensor, rows: NDArray[np.intp], target: DeviceTensor, *, num_rows: int
     ) -> None:
-        """Copy ``rows`` of one tensor to the first ones of another, and zeros to the rest of ``num_rows``."""
+        """Copy ``rows`` of ``source`` to the first rows of ``target``, and zeros to the rest of its ``num_rows`` rows."""
         entering = self._download(source.rows(0, int(rows[-1]) + 1))
         kept = np.zeros((num_rows, entering.shape[1]), entering.dtype)
         kept[: len(rows)] = entering[rows]
@@ -120,25 +115,25 @@ def greedy_nms(
     images: NDArray[np.int32] | None = None,
     image_share: int = 0,
 ) -> NDArray[np.int32]:
-    """Return the ``num_keep`` kept tokens in ascending order: the select graph's NMS, exactly, for chains that outgrow its rounds.
+    """Return the K kept tokens in ascending order: the select graph's NMS, but exact for suppression chains of any length.
 
-    Tokens are taken by descending score (ties: lower index first); each suppresses the later ones whose cosine
-    similarity is at least ``threshold``; suppressed ones fill up, in the same order, if too few survive.
+    Tokens are taken by descending score (ties: lower index first). Each suppresses the later tokens whose cosine similarity
+    is at least ``threshold``. If too few survive, suppressed tokens fill up in the same order.
 
     Args:
         features: [N, D].
         scores: [N].
         num_keep: K <= N.
         threshold: τ.
-        images: [N], where each image has a share: its first tokens in this order then come before all others.
-        image_share: How many of each image do.
+        images: [N], image of each token if each image has a share; the first tokens of each image then come first.
+        image_share: Number of first tokens of each image.
 
     Source:
         arXiv 2602.04657, the reference code's selection.
     """
     features = features.astype(np.float32)
     norms = np.linalg.norm(features, axis=1, keepdims=True)
-    # Rows of zeros, as padding has, stay zeros: they are like nothing.
+    # Rows of zeros, such as padding, stay zeros and are similar to no token.
     unit = features / np.maximum(norms, np.finfo(np.float32).tiny)
     order = np.argsort(-scores, kind="stable")  # ties: lower index first, as in the graph
     suppressed = np.zeros(len(scores), dtype=bool)

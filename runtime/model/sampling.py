@@ -1,6 +1,6 @@
-"""Choosing the next token from logits: greedy, or temperature, top-k and top-p, in Hugging Face's order.
+"""Chooses the next token from logits: greedy, or by temperature, top-k and top-p, in Hugging Face's order.
 
-The most likely tokens alone, which a device returns, suffice for greedy decoding and for a small top-k.
+The device returns the most likely tokens, which suffice for greedy decoding and for a small top-k.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NUM_SUMMED_UP = 256
 """Tokens of a ``FirstToken``."""
-_SMALLEST = 1e-30  # below it a share of the rest is rounding
+_SMALLEST = 1e-30  # smaller probabilities of all other tokens are rounding errors
 
 
 @final
@@ -37,33 +37,28 @@ class Sampler:
         self._generator = None if temperature == 0.0 else np.random.default_rng(seed)
 
     def __call__(self, logits_V: NDArray[np.float32]) -> int:
-        """Return the next token.
-
-        Args:
-            logits_V: Of all tokens.
+        """Return the next token, from the logits of all tokens.
 
         Raises:
-            BackendError: If they are NaN, +inf or all -inf: the graph overflowed.
+            BackendError: If the logits are NaN, +inf or all -inf, because the graph overflowed.
         """
         logits_V = _checked(logits_V)
         return int(np.argmax(logits_V)) if self._temperature == 0.0 else self._draw(logits_V)
 
     def from_top(self, top: TopTokens, *, floor: float | None = None) -> int | None:
-        """Return the token that all logits would give, or None if the most likely ones do not decide it.
+        """Return the token that all logits would give, or None if ``top``, the most likely tokens, does not decide it.
 
-        Args:
-            top: The most likely tokens, in any order.
-            floor: What no other token's logit is above; the smallest of theirs by default.
+        No other token has a logit above ``floor``, by default the smallest logit of ``top``.
 
         Raises:
-            BackendError: As with all logits.
+            BackendError: If the logits are NaN, +inf or all -inf.
         """
         logits_T = _checked(top.logits)
         needed = 1 if self._temperature == 0.0 else self._top_k
         above = int((logits_T > (logits_T.min() if floor is None else floor)).sum())
         if not 1 <= needed <= above:
-            return None  # equals of the last one needed may not be among them
-        # In the order of ids, as all logits are: equals, and the generator's draw, then come out the same.
+            return None  # tokens with the same logit as the last one needed may be missing
+        # Ordered by id, so that ties and the generator's draw have the same result as with all logits.
         order = np.argsort(top.ids)
         ids, logits_T = top.ids[order], logits_T[order]
         chosen = int(np.argmax(logits_T)) if self._temperature == 0.0 else self._draw(logits_T)
@@ -73,22 +68,20 @@ class Sampler:
         assert self._generator is not None  # the temperature is not 0
         # float64: the generator refuses probabilities whose float32 sum is not 1.
         scores = logits.astype(np.float64)
-        with np.errstate(
-            over="ignore"
-        ):  # at the smallest temperature all but the most likely token are at minus infinity
+        with np.errstate(over="ignore"):  # at a tiny temperature all scores but the largest become -inf
             scores = (scores - scores.max()) / self._temperature
         probabilities = _nucleus(_softmax(_most_likely(scores, self._top_k)), self._top_p)
         return int(self._generator.choice(len(probabilities), p=probabilities))
 
 
 class TokenConstraint(Protocol):
-    """Tokens that one answer may have, as a grammar says."""
+    """The tokens that an answer may have, for instance by a grammar."""
 
     def allowed(self) -> NDArray[np.bool_]:
-        """Return [V], whether each token may come next; a stop token may where the answer is complete.
+        """Return [V], whether each token may come next; stop tokens may when the answer is complete.
 
         Raises:
-            ShapeError: If the constraint cannot be followed any further.
+            ShapeError: If the constraint cannot be followed any longer.
         """
 
     def add(self, token: int) -> None:
@@ -97,7 +90,7 @@ class TokenConstraint(Protocol):
 
 @final
 class AnswerRules:
-    """What ``GenerationSettings`` forbid or discourage in one answer, in Hugging Face's order; see ``_get_logits_processor``."""
+    """Applies ``GenerationSettings`` to the logits of one answer, in the order of Hugging Face's ``_get_logits_processor``."""
 
     def __init__(
         self,
@@ -108,15 +101,7 @@ class AnswerRules:
         limit: int,
         constraint: TokenConstraint | None = None,
     ) -> None:
-        """Take the settings and the answer's frame.
-
-        Args:
-            settings: The rules.
-            prompt_ids: The prompt, with a token for each visual one.
-            stop_ids: Tokens that end the answer.
-            limit: Tokens of the answer, at most.
-            constraint: Says which tokens may come next.
-        """
+        """Start an answer of at most ``limit`` tokens; ``prompt_ids`` have a token for each visual token."""
         self._settings, self._stop_ids, self._limit = settings, list(stop_ids), limit
         self._constraint = constraint
         self._ids, self._num_prompt = list(prompt_ids), len(prompt_ids)
@@ -130,7 +115,7 @@ class AnswerRules:
             self._constraint.add(token)
 
     def apply(self, logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the logits of all tokens, changed.
+        """Return the changed logits of all tokens.
 
         Raises:
             ShapeError: If no token is allowed.
@@ -144,8 +129,8 @@ class AnswerRules:
         return changed_V
 
     def choose_from_top(self, top: TopTokens, sample: Sampler) -> int | None:
-        """Return the next token, or None if it takes all logits: the most likely ones fall, others may then be above."""
-        if self._settings.repetition_penalty < 1.0 or self._is_last:  # others may rise
+        """Return the next token, or None if all logits are needed, because others may exceed the lowered ones of ``top``."""
+        if self._settings.repetition_penalty < 1.0 or self._is_last:  # other logits may rise
             return None
         changed = self._changed(top.logits, top.ids)
         if not np.isfinite(changed.max()):
@@ -181,7 +166,7 @@ class AnswerRules:
         return changed_T
 
     def _after_same_words(self) -> set[int]:
-        """Return the tokens that would complete a group which is there already."""
+        """Return the tokens that would complete a sequence that has occurred before."""
         size, ids = self._settings.no_repeat_ngram_size, self._ids
         if size == 0 or len(ids) + 1 < size:
             return set()
@@ -197,11 +182,7 @@ class TokenChooser:
         self._sampler, self._rules = sampler, rules
 
     def choose(self, top: TopTokens, all_logits: Callable[[], NDArray[np.float32]]) -> int:
-        """Return the next token.
-
-        Args:
-            top: The most likely tokens.
-            all_logits: Fetches [V], which is done only if those do not decide it.
+        """Return the next token from the most likely ones or, if these do not decide it, from ``all_logits`` [V].
 
         Raises:
             BackendError: If logits are NaN or infinite.
@@ -219,7 +200,7 @@ class TokenChooser:
 
 
 def with_overrides(settings: GenerationSettings, overrides: Mapping[str, object]) -> GenerationSettings:
-    """Return ``settings`` with those of ``overrides`` that are not None.
+    """Return ``settings`` with the values of ``overrides`` that are not None.
 
     Raises:
         ShapeError: If one is out of range.
@@ -236,13 +217,13 @@ def with_overrides(settings: GenerationSettings, overrides: Mapping[str, object]
 def make_sampler(
     temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None
 ) -> Sampler:
-    """Return what chooses a token id from logits.
+    """Return a sampler that chooses a token id from logits.
 
     Args:
-        temperature: Divides the logits; 0 always takes the most likely token, of equals the lowest id.
+        temperature: Divides the logits; 0 always takes the most likely token, and the lowest id of equal ones.
         top_p: Sample from the smallest set of most likely tokens whose probabilities sum to this, in (0, 1].
-        top_k: Sample from the k most likely tokens and equals of the last one; 0 means all.
-        seed: Makes the sequence of choices repeatable; None takes one from the operating system.
+        top_k: Sample from the k most likely tokens and those equal to the last one; 0 means all.
+        seed: Makes the choices repeatable; None takes a seed from the operating system.
 
     Raises:
         ShapeError: If an argument is out of range.
@@ -256,7 +237,7 @@ def make_sampler(
     if not is_whole(top_k) or top_k < 0:
         raise ShapeError(f"top_k: expected a whole number >= 0, got {top_k!r}; use 0 to switch it off")
     if seed is not None and (not is_whole(seed) or seed < 0):
-        raise ShapeError(f"seed: expected a whole number >= 0 or None, got {seed!r}")
+        raise ShapeError(f"seed: expected a whole number >= 0 or None, got {seed!r}; choose one")
     return Sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
 
 
@@ -284,7 +265,7 @@ def _softmax(scores_V: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _nucleus(probabilities_V: NDArray[np.float64], top_p: float) -> NDArray[np.float64]:
-    """Return the probabilities with the tail beyond ``top_p`` removed; of equals the lower id stays."""
+    """Return the probabilities without the tail beyond ``top_p``; of equal tokens the lower id stays."""
     if top_p == 1.0:
         return probabilities_V
     order_V = np.argsort(-probabilities_V, kind="stable")
@@ -295,11 +276,11 @@ def _nucleus(probabilities_V: NDArray[np.float64], top_p: float) -> NDArray[np.f
     return normalized_V
 
 
-# Distributions of first tokens, which bundles are compared by.
+# Distributions of first tokens, by which bundles are compared.
 
 
 class FirstToken(msgspec.Struct, frozen=True, kw_only=True):
-    """The likeliest first tokens of an answer, in a form that fits into a line of text."""
+    """The most likely first tokens of an answer, in a form that fits into a line of text."""
 
     ids: bytes
     """int32, little-endian, ascending ids."""
@@ -308,7 +289,7 @@ class FirstToken(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def summary_of(logits: NDArray[np.float32], *, num_tokens: int = NUM_SUMMED_UP) -> FirstToken:
-    """Return the ``num_tokens`` likeliest tokens of ``logits`` [V]; with V of them the divergence is the full one."""
+    """Return the ``num_tokens`` most likely tokens of ``logits`` [V]; V of them give the exact divergence."""
     kept = np.sort(np.argsort(-logits, kind="stable")[:num_tokens])
     return FirstToken(
         ids=kept.astype("<i4").tobytes(),
@@ -319,8 +300,7 @@ def summary_of(logits: NDArray[np.float32], *, num_tokens: int = NUM_SUMMED_UP) 
 def first_token_kl(reference: FirstToken, logits: NDArray[np.float32]) -> float:
     """Return the KL divergence of ``logits`` [V] from the reference's distribution, in nats; at least 0.
 
-    All tokens that the summary lacks count as one. Joining events can only lower a KL divergence, so this is a lower
-    bound of the full one:
+    All tokens that the summary lacks count as one. Joining events can only lower a KL divergence, so this is a lower bound:
 
         KL = Σ_{i in summary} p_i ln(p_i / q_i) + r_p ln(r_p / r_q),    r = 1 - Σ in summary
     """

@@ -1,7 +1,7 @@
-"""From images to the visual tokens that enter the decoder: the vision graph, and the selection after it if there is one.
+"""From images to the visual tokens that enter the decoder: the vision graph and, if there is one, the reduce graph after it.
 
-Where that selection compares the question in CLIP's space, CLIP's text tower runs between them. Nothing waits for the device,
-except where the host must know what was kept before it can go on: see ``Vision.encode_images``.
+If the reduce graph compares the question with the image in CLIP's space, CLIP's text tower runs between them. The host
+waits for the device only if it needs to know which tokens were kept: see ``Vision.encode_images``.
 """
 
 from __future__ import annotations
@@ -42,45 +42,45 @@ if TYPE_CHECKING:
 
 
 class PreparedImage(NamedTuple):
-    """An image, or a pair of a video's frames, as the vision graph takes it, and its question for the selection after it."""
+    """An image, or a pair of video frames, prepared for the vision graph, and the question for the reduce graph."""
 
     layout: ImageLayout
     profile: Profile
-    """Profile of the vision graph that has room for it."""
+    """Profile of the vision graph with room for the image."""
     make_inputs: Callable[[Mapping[str, int]], dict[str, NDArray[Any]]]
     """Returns the inputs of the vision graph, padded to the sizes of a profile."""
     clip_texts: tuple[NDArray[np.int32], NDArray[np.int32]] | None
-    """Ids and marks of the question as CLIP's texts, where a selection reads them."""
+    """Ids and marks of the question as CLIP's texts, if the reduce graph needs them."""
     key: bytes = b""
-    """The same for the same pixels; empty where no image is kept."""
+    """Digest of the pixels; empty if no images are kept."""
     has_previous: bool = False
-    """Whether it is a pair of frames that comes after another of the same video."""
+    """Whether this is a pair of frames, and not the first of its video."""
 
     @property
     def inputs(self) -> dict[str, NDArray[Any]]:
-        """Inputs of the vision graph, padded to ``profile``; made when they are asked for."""
+        """Inputs of the vision graph, padded to ``profile`` and computed on access."""
         return self.make_inputs(self.profile.sizes)
 
 
 class VisualInput(NamedTuple):
-    """The decoder's share of a prompt's images. The device may still be at work on it."""
+    """The visual tokens of a prompt's images. The device may still be computing them."""
 
     tokens: DeviceTensor | NDArray[Any]
     """[M, D], visual tokens that enter the decoder, image by image."""
     num_visual: int
-    """Visual tokens of the images; M unless a selection before the decoder dropped some."""
+    """Visual tokens of the images; M unless the reduce graph dropped some."""
     rows: int
-    """N, rows reserved for them."""
+    """N, rows reserved for the visual tokens."""
     run_lengths: tuple[int, ...] = ()
-    """Tokens of each run; M in all."""
+    """Tokens of each run; M in total."""
     image_lengths: tuple[int, ...] = ()
-    """Tokens of each image; M in all."""
+    """Tokens of each image; M in total."""
     positions: tuple[tuple[NDArray[np.int32], int], ...] = ()
-    """With M-RoPE for each image: [3, M'] of its tokens from 0, and the positions that it takes."""
+    """With M-RoPE, for each image: positions [3, M'] of its tokens, from 0, and the number of positions that it takes."""
     planes: tuple[DeviceTensor, ...] = ()
-    """[M, D] each: DeepStack's, where the model has them."""
+    """DeepStack planes, [M, D] each, if the model has them."""
     was_kept: bool = False
-    """Whether no vision graph ran, as its outputs for all these images were kept."""
+    """Whether the outputs for all images were reused, so that no vision graph ran."""
 
 
 @final
@@ -96,17 +96,12 @@ class Vision:
         clip_texts: ClipTexts | None = None,
         keep_images: int = 0,
     ) -> None:
-        """Allocate all buffers.
+        """Allocate all buffers, including outputs for ``keep_images`` kept images.
 
-        Args:
-            manifest: The bundle's.
-            graphs: The graphs before the decoder, loaded.
-            images: The bundle's image processing.
-            clip_texts: Cuts questions into texts, where the bundle has CLIP's text tower.
-            keep_images: Images whose visual tokens are kept: a further question about one of them runs no vision graph.
+        ``clip_texts`` splits questions into CLIP's texts, in a bundle with CLIP's text tower.
 
         Raises:
-            BackendError: If the device has not enough memory.
+            BackendError: If the device has too little memory.
         """
         self._manifest, self._images, self._clip_texts = manifest, images, clip_texts
         self._device, self._engines = graphs.device, graphs.engines
@@ -114,20 +109,20 @@ class Vision:
         self._timeline = Timeline(graphs.device)
         self._launches: dict[tuple[str, str], Launch] = {}
         self._kept: dict[str, NDArray[np.int32]] = {}
-        """By role what a graph kept of the last image, once the device has been waited for."""
+        """Indices that each graph kept of the last image, by role; valid once the host has waited for the device."""
         self._layouts: list[tuple[ImageLayout, dict[str, NDArray[np.int32]]]] = []
-        """Of each image of the last prompt its layout before any selection, and ``_kept``."""
+        """Layout before any selection and ``_kept``, for each image of the last prompt."""
         self._seen = SeenImages(self._buffers.graphs["vision"], graphs.device, count=keep_images)
 
     @property
     def reads_question(self) -> bool:
-        """Whether a selection before the decoder compares the question, so that the tokens depend on it."""
+        """Whether the reduce graph reads the question, so that its tokens depend on the question."""
         reduce = self._buffers.graphs.get("reduce")
         return self._clip_texts is not None or (reduce is not None and "text_embeds" in reduce.input_names)
 
     @property
     def graph_ms(self) -> dict[str, float]:
-        """Milliseconds that the device spent in each graph for the images of the last prompt."""
+        """The device's milliseconds in each graph for the images of the last prompt."""
         times: dict[str, float] = {}
         for name, milliseconds in self._timeline.milliseconds().items():
             graph = name.partition(".")[0]
@@ -137,16 +132,13 @@ class Vision:
     def prepare(
         self, image: Image.Image, question: str, *, images: ImageProcessing | None = None
     ) -> PreparedImage:
-        """Return what the graphs before the decoder read of an image.
+        """Return an image of ``open_image`` prepared for the graphs before the decoder.
 
-        Args:
-            image: As ``open_image`` returns it.
-            question: For a selection that compares it with the image.
-            images: Processing of this image; None for that of an image alone.
+        ``images`` is the processing of this image; None means that of a single image.
 
         Raises:
             ImageError: If the image cannot be processed.
-            ShapeError: If no profile has room for the image, or the bundle has none for the question.
+            ShapeError: If no profile has room for the image, or for the question.
         """
         images = self._images if images is None else images
         layout = images.layout(*image.size)
@@ -159,13 +151,7 @@ class Vision:
         )
 
     def prepare_video(self, video: Video, question: str, *, videos: VideoProcessing) -> list[PreparedImage]:
-        """Return what the graphs before the decoder read of each pair of frames; errors are those of ``prepare``.
-
-        Args:
-            video: As ``open_video`` returns it.
-            question: For a selection that compares it with the frames.
-            videos: The bundle's video processing.
-        """
+        """Return each pair of frames of a video of ``open_video``, prepared as by ``prepare``, with the same errors."""
         texts = self._texts(question)
         return [
             PreparedImage(
@@ -182,7 +168,7 @@ class Vision:
         return None if self._clip_texts is None else self._clip_texts.arrays(question)
 
     def _profile_of(self, layout: ImageLayout) -> Profile:
-        """Return the first profile of the vision graph that has room for an image."""
+        """Return the first profile of the vision graph with room for an image."""
         for profile in self._buffers.graphs["vision"].profiles:
             if all(profile.sizes[name] >= size for name, size in layout.sizes.items()):
                 return profile
@@ -195,18 +181,18 @@ class Vision:
     def encode_images(
         self, images: Sequence[PreparedImage], *, after: NDArray[Any], text_bucket: int
     ) -> VisualInput:
-        """Enqueue the vision graph for each image, and the selection before the decoder if there is one.
+        """Enqueue the vision graph for each image and, if there is one, the reduce graph.
 
-        The host waits for the device only where it needs what the graphs kept: to number positions with M-RoPE, to tell the
-        reduce graph what shows nothing of the image, and to know how long an image's runs are; and before it sends another image.
+        The host waits for the device before it sends another image, and if it needs the indices that the graphs kept: for
+        M-RoPE's positions, for the reduce graph's newlines, and for the lengths of an image's runs.
 
         Args:
             images: From ``prepare``, in the prompt's order; none for text only.
-            after: [T2, D], embeddings of the text after the last image, for a selection that compares it.
+            after: [T2, D], embeddings of the text after the last image, for a reduce graph that reads them.
             text_bucket: Rows that the prompt's text is padded to.
 
         Raises:
-            ShapeError: If the graphs' inputs do not fit, or all images together have more tokens than were exported.
+            ShapeError: If the inputs do not fit, or all images together have more tokens than the exported shapes.
             BackendError: If a graph fails.
         """
         self._layouts = []
@@ -219,7 +205,7 @@ class Vision:
         were_kept, num_tokens = [], 0
         for prepared in images:
             outputs, was_kept = self._encode(prepared, after=after, text_bucket=text_bucket)
-            if len(images) > 1:  # the next image takes the graphs' outputs
+            if len(images) > 1:  # the next image overwrites the graphs' outputs
                 outputs = self._collected(outputs, first=num_tokens)
             num_tokens += outputs[0].shape[0]
             encoded.append(outputs)
@@ -237,11 +223,11 @@ class Vision:
         )
 
     def check_room(self, images: Sequence[PreparedImage]) -> None:
-        """Raise PromptTooLongError if all images together have more visual tokens than were exported."""
+        """Raise PromptTooLongError if all images together have more visual tokens than the exported shapes."""
         self._rows_of(images)
 
     def _rows_of(self, images: Sequence[PreparedImage]) -> int:
-        """Return N, the rows of the prefix that have room for all images."""
+        """Return the smallest N with room for all images."""
         keep, sizes = self._manifest.token_keep, self._manifest.visual_sizes
         counts = [prepared.layout.num_visual for prepared in images]
         total = sum(counts if keep is None else (min(count, keep) for count in counts))
@@ -256,7 +242,7 @@ class Vision:
     def _encode(
         self, prepared: PreparedImage, *, after: NDArray[Any], text_bucket: int
     ) -> tuple[list[DeviceTensor], bool]:
-        """Enqueue the graphs for one image; return its tokens and planes, and whether the vision graph did not run."""
+        """Enqueue the graphs for one image; return its tokens and planes, and whether the vision graph was skipped."""
         manifest, num_visual = self._manifest, prepared.layout.num_visual
         has_mrope, keep = manifest.position_axes == 3, manifest.token_keep
         must_know = has_mrope or len(prepared.layout.runs) > 1
@@ -278,7 +264,7 @@ class Vision:
         return outputs, was_kept
 
     def _keep_previous(self, prepared: PreparedImage) -> None:
-        """Enqueue the copy of the last frames' tokens to where a selection that compares them with the next ones reads them."""
+        """Enqueue a copy of the last frames' tokens to the input of a reduce graph that compares frames."""
         spec = self._buffers.graphs.get("reduce")
         if spec is not None and PREVIOUS_TOKENS in spec.input_names:
             profile = find_profile(spec, {"N": prepared.profile.sizes["N"]})
@@ -286,12 +272,12 @@ class Vision:
             copy_tensor(self._device, self._buffers.tensors(spec, profile)[PREVIOUS_TOKENS], tokens)
 
     def _collected(self, outputs: Sequence[DeviceTensor], *, first: int) -> list[DeviceTensor]:
-        """Enqueue the copies of an image's tokens and planes to where those of all images lie, from row ``first`` on."""
+        """Enqueue copies of an image's tokens and planes to the memory for all images, from row ``first`` on."""
         several = self._buffers.several(self._device)
         places = [whole.rows(first, tensor.shape[0]) for whole, tensor in zip(several, outputs)]
         for place, source in zip(places, outputs):
             copy_tensor(self._device, place, source)
-        # The next image takes the place of inputs and of what was kept on the host.
+        # The next image overwrites the inputs, and the kept indices on the host.
         self._device.synchronize()
         layout, kept = self._layouts[-1]
         self._layouts[-1] = layout, {role: indices.copy() for role, indices in kept.items()}
@@ -300,7 +286,7 @@ class Vision:
     def _run_lengths(
         self, images: Sequence[PreparedImage], encoded: Sequence[Sequence[DeviceTensor]]
     ) -> tuple[int, ...]:
-        """Return the tokens of each run of all images; only those of an image with several ask what graphs kept."""
+        """Return the tokens of each run of all images; only an image with several runs needs the kept indices."""
         lengths: list[int] = []
         for index, (prepared, outputs) in enumerate(zip(images, encoded)):
             is_one = len(prepared.layout.runs) < 2
@@ -308,7 +294,7 @@ class Vision:
         return tuple(lengths)
 
     def _bring_back(self, prepared: PreparedImage) -> bool:
-        """Enqueue copies of what the vision graph gave for a kept image; False if it must run."""
+        """Enqueue copies of the vision graph's outputs for a kept image; return False if the graph must run."""
         spec, profile = self._buffers.graphs["vision"], prepared.profile
         if not self._seen.bring_back(prepared.key, self._device, self._vision_outputs(profile)):
             return False
@@ -326,16 +312,16 @@ class Vision:
 
     @property
     def layouts(self) -> tuple[ImageLayout, ...]:
-        """Layouts of the last images' tokens that entered the decoder, once the device has been waited for."""
+        """Layouts of the last images' tokens that entered the decoder; valid once the host has waited for the device."""
         return tuple(self.entering(index) for index in range(len(self._layouts)))
 
     def entering(self, index: int) -> ImageLayout:
-        """Return the layout of the tokens of one of the last images that entered the decoder; as ``layouts``."""
+        """Return one of ``layouts``."""
         layout, kept = self._encoded(index), self._layouts[index][1].get("reduce")
         return layout if kept is None else layout.taken(kept[: layout.num_visual])
 
     def _encoded(self, index: int) -> ImageLayout:
-        """Return the layout of the tokens that the vision graph gave."""
+        """Return the layout of the tokens that the vision graph returned."""
         layout, kept = self._layouts[index]
         return layout.kept(kept["vision"]) if "vision" in kept else layout
 
@@ -362,7 +348,7 @@ class Vision:
     def _reduce_inputs(
         self, prepared: PreparedImage, after: NDArray[Any], text_bucket: int
     ) -> tuple[dict[str, NDArray[Any]], dict[str, int]]:
-        """Return what the reduce graph needs besides other graphs' outputs, and its sizes."""
+        """Return the reduce graph's inputs that no other graph provides, and its sizes."""
         num_visual, rows = prepared.layout.num_visual, prepared.profile.sizes["N"]
         is_newline = np.zeros(rows, np.int32)
         layout = prepared.layout.kept(self._kept["vision"]) if "vision" in self._kept else prepared.layout
@@ -377,20 +363,17 @@ class Vision:
             inputs |= {"text_embeds": text, "num_text": np.array([len(after)], np.int32)}
         if PREVIOUS_TOKENS in self._buffers.graphs["reduce"].input_names:
             inputs[HAS_PREVIOUS] = np.array([prepared.has_previous], np.int32)
-            if not prepared.has_previous:  # the graph reads them all the same
-                inputs[PREVIOUS_TOKENS] = np.zeros(
-                    (rows, self._manifest.dimensions.hidden_size), self._manifest.dtype
-                )
+            if not prepared.has_previous:  # the graph reads them in any case
+                shape = rows, self._manifest.dimensions.hidden_size
+                inputs[PREVIOUS_TOKENS] = np.zeros(shape, self._manifest.dtype)
         return inputs, {"N": rows, "T": text_bucket}
 
     # The graphs one by one
 
     def run_vision(self, inputs: Mapping[str, NDArray[Any]], profile: Profile) -> tuple[DeviceTensor, ...]:
-        """Enqueue the vision graph and return where its visual tokens, and DeepStack's planes, will be: [N, D] each.
+        """Enqueue the vision graph and return its visual tokens and DeepStack planes on the device, [N, D] each.
 
-        Args:
-            inputs: The graph's, padded to ``profile``.
-            profile: One of its profiles.
+        ``inputs`` are padded to ``profile``.
 
         Raises:
             ShapeError: If an input is missing, unknown or of another shape or dtype.
@@ -400,18 +383,16 @@ class Vision:
         return self._vision_tokens(profile)
 
     def encode_question(self, clip_ids: NDArray[np.int32]) -> None:
-        """Enqueue CLIP's text tower for texts [M, L]; the reduce graph finds them on the device."""
+        """Enqueue CLIP's text tower for texts [M, L]; the reduce graph reads its output on the device."""
         spec = self._buffers.graphs["clip_text"]
         self._run(spec, find_profile(spec, {"M": len(clip_ids)}), {"clip_ids": clip_ids})
 
     def reduce_tokens(
         self, inputs: Mapping[str, NDArray[Any]], *, sizes: Mapping[str, int]
     ) -> tuple[DeviceTensor, ...]:
-        """Enqueue the reduce graph after the vision graph and return where its tokens and planes, [K, D] each, will be.
+        """Enqueue the reduce graph and return its tokens and planes on the device, [K, D] each.
 
-        Args:
-            inputs: What no other graph gives it.
-            sizes: N, and T or M if it looks at the text.
+        ``inputs`` are those that no other graph provides. ``sizes`` are N, and T or M if the graph reads the question.
         """
         spec = self._buffers.graphs["reduce"]
         wanted = {name: sizes[name] for name in spec.profiles[0].sizes}

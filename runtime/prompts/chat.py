@@ -1,8 +1,8 @@
-"""Messages to prompt text: a checkpoint's own Jinja chat template, rendered in a sandbox.
+"""Renders messages as prompt text, with the checkpoint's Jinja chat template in a sandbox.
 
-Same environment and same template variables as Hugging Face's ``apply_chat_template``, so that the prompt is
-the same character for character. Templates come from downloaded files: they run sandboxed, see plain JSON
-values only, and what they may compute and build is bounded (``sandbox.py``).
+Environment and template variables are those of Hugging Face's ``apply_chat_template``, so the prompt is the same character
+for character. Templates come from downloaded files: they run in a sandbox (``sandbox.py``), which bounds their time and
+memory, and see plain JSON values only.
 
 Source: transformers 5.23, utils/chat_template_utils.py.
 """
@@ -49,11 +49,11 @@ VICUNA_TEMPLATE = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-"""``USER: <image>\\n… ASSISTANT:`` of LLaVA-1.5 and LLaVA-NeXT (Vicuna), where a checkpoint has none."""
+"""``USER: <image>\\n… ASSISTANT:`` of LLaVA-1.5 and LLaVA-NeXT (Vicuna), for checkpoints without a template."""
 
 
 def _chatml(image: str, *, video: str = "", first: str = "") -> str:
-    """Return a ChatML template that puts ``image`` and ``video`` where a message has one, and ``first`` before all messages."""
+    """Return a ChatML template with ``image`` and ``video`` as placeholders, and ``first`` before all messages."""
     return (
         "{% for message in messages %}"
         + first
@@ -82,18 +82,18 @@ QWEN2_5_VL_TEMPLATE = _chatml(
     first="{% if loop.first and message['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}",
 )
-"""ChatML with vision marks of Qwen2.5-VL, where a checkpoint has none."""
+"""ChatML with vision marks of Qwen2.5-VL, for checkpoints without a template."""
 
 QWEN3_VL_TEMPLATE = _chatml(
     _VISION_MARKS.format("<|image_pad|>"), video=_VISION_MARKS.format("<|video_pad|>")
 )
-"""The same of Qwen3-VL, which has no system message of its own."""
+"""ChatML of Qwen3-VL, which has no default system message."""
 
 INTERNVL_TEMPLATE = _chatml("<IMG_CONTEXT>\n")
-"""ChatML of InternVL3, where a checkpoint has none; the exporter adds the marks around the image."""
+"""ChatML of InternVL3, for checkpoints without a template; the exporter adds the marks around the image."""
 
 LLAVA_ONEVISION_TEMPLATE = _chatml("<image>\n")
-"""ChatML of LLaVA-OneVision, where a checkpoint has none."""
+"""ChatML of LLaVA-OneVision, for checkpoints without a template."""
 
 SMOLVLM_TEMPLATE = (
     "{{ '<|im_start|>' }}{% for message in messages %}"
@@ -108,7 +108,7 @@ SMOLVLM_TEMPLATE = (
     "{{ '<end_of_utterance>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-"""``<|im_start|>User:<image>…<end_of_utterance>\\nAssistant:`` of SmolVLM2, where a checkpoint has none."""
+"""``<|im_start|>User:<image>…<end_of_utterance>\\nAssistant:`` of SmolVLM2, for checkpoints without a template."""
 
 MISTRAL_TEMPLATE = (
     "{% for message in messages %}"
@@ -131,16 +131,9 @@ def build_messages(
     history: Sequence[tuple[str, str]] = (),
     system: str | None = None,
 ) -> list[Message]:
-    """Return the messages of one question: system, history, then the user's text.
+    """Return the messages of one question: system prompt, earlier (question, answer) turns, then the user's text.
 
-    Images and videos stand before the text of the conversation's first question.
-
-    Args:
-        prompt: The user's text.
-        images: Of any kind; they are passed on as they are.
-        videos: Each with "video", and with settings of its own.
-        history: Earlier (question, answer) turns.
-        system: System prompt, if any.
+    Images and videos come before the text of the first question. Each video has a "video" and its own settings.
     """
     messages = [] if system is None else [_message("system", system)]
     questions = [*(question for question, _ in history), prompt]
@@ -165,14 +158,14 @@ def render_chat(
     special_tokens: Mapping[str, str] | None = None,
     add_generation_prompt: bool = True,
 ) -> str:
-    """Return the prompt text that the template makes of the messages.
+    """Return the prompt text that the template renders for the messages.
 
     Args:
         messages: ``{"role", "content"}``, content a string or a list of ``{"type": "image"}`` and
             ``{"type": "text", "text": …}``.
         template: Jinja text.
         special_tokens: Variables such as ``bos_token`` and ``eos_token``.
-        add_generation_prompt: End where the assistant's answer starts.
+        add_generation_prompt: End with the start of the assistant's answer.
 
     Raises:
         BundleError: If the template is broken, or builds more than ``MAX_PROMPT_CHARACTERS``.
@@ -197,11 +190,13 @@ def render_chat(
             " more; export the checkpoint with another template"
         ) from error
     except Exception as error:  # a template can raise whatever Python code can
-        raise BundleError(f"chat template: expected it to render, got {_one_line(error)}") from error
+        raise BundleError(
+            f"chat template: expected it to render, got {_one_line(error)}; export with another template"
+        ) from error
 
 
 def _bounded(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield the pieces of a text until it is too long: an endless template is stopped there."""
+    """Yield the pieces of a text; raise TooMuchError when it becomes too long, as for an endless template."""
     num_characters = 0
     for piece in pieces:
         num_characters += len(piece)
@@ -221,11 +216,13 @@ def compile_template(template: str) -> jinja2.Template:
         with budget():  # constants are computed here
             return Sandbox().from_string(template)
     except Exception as error:  # syntax errors, and recursion or overflow in hostile templates
-        raise BundleError(f"chat template: expected valid Jinja text, got {_one_line(error)}") from error
+        raise BundleError(
+            f"chat template: expected valid Jinja text, got {_one_line(error)}; export with another template"
+        ) from error
 
 
 def _plain(value: Any) -> Any:
-    """Return JSON types only: images, arrays and other objects have methods that a template could call."""
+    """Return ``value`` as JSON types only, because a template could call methods of images, arrays and other objects."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     for plain_type in (str, int, float):

@@ -1,6 +1,6 @@
-"""A question as CLIP's texts, for selections before the decoder that compare it with the image in CLIP's space.
+"""Turns a question into CLIP's texts, for reduce graphs that compare it with the image in CLIP's space.
 
-CLIP reads texts of a fixed length, 77 tokens with a start and an end. A longer question becomes several whole texts.
+CLIP reads texts of a fixed length, 77 tokens including start and end. A longer question is split into several texts.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @final
 class ClipTexts:
-    """Cuts questions into the ``clip_text`` graph's inputs."""
+    """Turns questions into inputs of the ``clip_text`` graph."""
 
     def __init__(self, bundle: Bundle) -> None:
-        """Read CLIP's tokenizer of a bundle that has a text tower.
+        """Read the tokenizer of CLIP's text tower, which the bundle must have.
 
         Raises:
             BundleError: If the tokenizer is missing or broken.
@@ -37,12 +37,12 @@ class ClipTexts:
         self._counts = sorted(profile.sizes["M"] for profile in graph.profiles)
 
     def arrays(self, question: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Return the token ids and their marks, both [M, L], at the fewest texts that have room.
+        """Return the token ids and their marks, both [M, L], for the smallest exported M with enough room.
 
         Raises:
             ShapeError: If the question needs more texts than the bundle has room for.
         """
-        # Two tokens of each text are its start and its end.
+        # Two tokens of each text are start and end.
         words, room = self._tokenizer.plain_ids(question), self._spec.length - 2
         needed = num_clip_texts(len(words), length=self._spec.length)
         count = next((count for count in self._counts if count >= needed), None)

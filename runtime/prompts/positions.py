@@ -1,4 +1,4 @@
-"""Position ids of a prompt: plain counting, or M-RoPE's time, row and column for the tokens of images and videos."""
+"""Position ids of a prompt: plain counting, or with M-RoPE the time, row and column of visual tokens."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class PromptPositions(NamedTuple):
-    """Positions of all rows of a prefill, and where the answer goes on."""
+    """Positions of all rows of a prefill, and of the first new token."""
 
     ids: NDArray[np.int32]
-    """[A, S]; those of padding rows mean nothing."""
+    """[A, S]; padding rows have arbitrary positions."""
     next: int
     """Position of the first new token, on every axis."""
 
@@ -27,28 +27,23 @@ def plain_positions(*, num_rows: int, length: int) -> PromptPositions:
 
 
 class RunPositions(NamedTuple):
-    """M-RoPE positions of one run of visual tokens, counted from where the run starts."""
+    """M-RoPE positions of one run of visual tokens, counted from the start of the run."""
 
     ids: NDArray[np.int32]
     """[3, M]: time, row and column of each token."""
     span: int
-    """Positions from the run's start to what follows it, however many tokens it has."""
+    """Positions from the run's start to the next token, which need not be its number of tokens."""
     text_before: int
     """Text tokens of the prompt before the run."""
 
 
 def mrope_positions(runs: Sequence[RunPositions], *, num_text: int, num_rows: int) -> PromptPositions:
-    """Return M-RoPE positions [3, num_rows] of text and runs of visual tokens, in the prompt's order.
+    """Return the M-RoPE positions [3, num_rows] of ``num_text`` text tokens and the ``runs`` of visual tokens, with padding.
 
-    Text counts up on all axes alike. A run's tokens are offset by where it starts.
+    Text counts up equally on all axes. The positions of a run's tokens are offset by the start of the run.
     Source: Qwen2_5_VLModel.get_rope_index of transformers 5.23.
-
-    Args:
-        runs: In order; none without an image.
-        num_text: Text tokens of the prompt.
-        num_rows: S, with padding.
     """
-    ids = np.zeros((3, num_rows), np.int32)  # padding rows are masked: any position will do
+    ids = np.zeros((3, num_rows), np.int32)  # padding rows are masked, so any position will do
     row = text = position = 0
     for run in (*runs, RunPositions(np.empty((3, 0), np.int32), 0, num_text)):
         count = run.text_before - text

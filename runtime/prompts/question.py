@@ -1,4 +1,4 @@
-"""Messages to token ids: checked, put into the chat template, tokenized, without the places of images and videos."""
+"""Turns messages into token ids: checks them, renders the chat template and tokenizes the result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 _VISUAL = ("image", "video")
-# Of ordinary text a token has four characters; the longest that vocabularies have are 128 blanks.
+# A token of ordinary text has about four characters; the longest tokens of vocabularies are 128 blanks.
 _CHARACTERS_PER_TOKEN = 32
 _FEW_CHARACTERS = 16_384
 
@@ -32,15 +32,10 @@ def prompt_ids(
     insets: Sequence[Inset] | None = None,
     max_tokens: int = MOST_TOKENS,
 ) -> PromptIds:
-    """Return the ids of a conversation's text.
+    """Return the ids of a conversation's text; ``messages`` have the form of ``build_messages``.
 
-    Args:
-        messages: As ``build_messages`` makes them.
-        tokenizer: The model's.
-        template: Its chat template.
-        text: Its tokens with a meaning.
-        insets: The text in place of each image and video, in order; None means one run without text for each.
-        max_tokens: Tokens that the text may have. One that is far too long is not tokenized: that takes time.
+    ``insets`` are the texts that replace images and videos, in order; None means one run without text for each. A text
+    that is far longer than ``max_tokens`` is refused before it is tokenized, which would take long.
 
     Raises:
         ShapeError: If a text holds a special token or is far too long, or the template refuses the messages.
@@ -57,14 +52,14 @@ def prompt_ids(
         special_tokens={"bos_token": text.bos_token, "eos_token": text.eos_token},
     )
     _check_length(len(rendered), most=most, max_tokens=max_tokens)
+    if insets is None:
+        insets = [Inset(is_video=part["type"] == "video") for part in visual_parts(messages)]
     return tokenizer.encode_prompt(
         rendered,
         image_token=text.image_token,
         image_token_id=text.image_token_id,
         video=None if text.video_token is None else (text.video_token, text.video_token_id or 0),
-        insets=[Inset(is_video=part["type"] == "video") for part in visual_parts(messages)]
-        if insets is None
-        else insets,
+        insets=insets,
         bos_token=text.bos_token,
     )
 
@@ -105,7 +100,9 @@ def check_messages(messages: object) -> None:
         for part in () if isinstance(content, str) else content:
             _check_part(part, where=where)
     if messages[-1]["role"] != "user":
-        raise ShapeError(f"messages: expected the last turn to be the user's, got {messages[-1]['role']!r}")
+        raise ShapeError(
+            f"messages: expected the last turn to be the user's, got {messages[-1]['role']!r}; add a question"
+        )
 
 
 def _check_part(part: object, *, where: str) -> None:
@@ -119,7 +116,7 @@ def _check_part(part: object, *, where: str) -> None:
             f"{where}: expected text in a part of the type 'text', got {_described(part.get('text'))}"
         )
     if kind in _VISUAL and part.get(kind) is None:
-        raise ShapeError(f"{where}: expected something to see in a part of the type {kind!r}, got none")
+        raise ShapeError(f"{where}: expected {kind!r} in a part of the type {kind!r}, got none; add it")
 
 
 def _parts(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
@@ -132,7 +129,7 @@ def _parts(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
 
 
 def _places(content: Any) -> Any:
-    """Return the content with parts that only say where an image or a video stands."""
+    """Return the content with placeholders for images and videos."""
     if isinstance(content, str):
         return content
     return [{"type": part["type"]} if part["type"] in _VISUAL else part for part in content]

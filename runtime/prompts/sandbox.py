@@ -1,9 +1,9 @@
-"""Where chat templates run: Hugging Face's Jinja sandbox, with a bound on what a template may compute and build.
+"""The sandbox of chat templates: Hugging Face's Jinja sandbox, with a bound on a template's time and memory.
 
-Jinja's own sandbox keeps a template away from the interpreter, but nested loops run for hours and doubled strings fill the
-machine. Here everything that takes time or memory is paid from a budget: loops by their length, and operators, filters, tests,
-calls and literals by the sizes of what they read and return. What could outgrow its arguments is estimated before it runs. No
-clock is read, so the same template is refused everywhere or nowhere.
+Jinja's own sandbox keeps a template away from the interpreter, but nested loops can run for hours and doubled strings can
+fill the machine. Here everything that takes time or memory is paid from a budget: loops by their length, and operators,
+filters, tests, calls and literals by the sizes of their arguments and results. Results that can outgrow their arguments
+are estimated beforehand. No clock is read, so a template is refused on every machine or on none.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
     from jinja2.parser import Parser
 
 MAX_PROMPT_CHARACTERS = 4_000_000
-"""Longest text that a template may produce, and largest value that it may build: characters, or elements with theirs."""
-# The unit is about a nanosecond of a slow processor, but for characters, which take memory too.
+"""Longest text and largest value of a template, in characters and elements."""
+# The unit is about a nanosecond on a slow processor; characters cost more, because they take memory too.
 _BUDGET = 1_000_000_000
 _CHARACTER, _ELEMENT, _STEP, _CALL = 20, 100, 300, 5000
-"""Prices of a character or an element that is read or built, of a step of a loop, and of everything that is called."""
+"""Prices of reading or building a character or an element, of a step of a loop, and of a call."""
 _MOST_BITS = 100_000  # of a whole number
-# They match patterns or build numbers in time that grows faster than their input, and no chat needs them.
+# Filters whose time grows faster than their input, or that are random; no chat needs them.
 _LEFT_OUT = ("urlize", "striptags", "wordwrap", "xmlattr", "pprint", "random", "wordcount", "filesizeformat")
 _LONG_WIDTH = re.compile(r"\d{5,}|\*")
 _GROWING = frozenset({
     "replace", "join", "translate", "format", "format_map", "ljust", "rjust", "center", "zfill", "expandtabs", "indent",
     "tojson", "batch", "slice",
 })  # fmt: skip
-"""Methods of strings, and filters, whose result can be larger than all that they are given."""
+"""Methods of strings, and filters, whose result can be larger than their arguments."""
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -66,7 +66,7 @@ class TooMuchError(Exception):
 
 @final
 class _Budget:
-    """What a rendering may still read and build."""
+    """The rest of a rendering's budget."""
 
     def __init__(self) -> None:
         self._left = _BUDGET
@@ -82,7 +82,7 @@ class _Budget:
         return value
 
     def pay_for_call(self, args: Iterable[Any], *, can_grow: bool) -> None:
-        """Pay for the arguments. The result of what can grow has at most the product of the two largest."""
+        """Pay for the arguments. A result that can grow has at most the size of the product of the two largest arguments."""
         weights = [_weight(arg) for arg in args]
         self.pay(_CALL + sum(weight.price for weight in weights))
         if can_grow:
@@ -97,7 +97,7 @@ _budget: ContextVar[_Budget] = ContextVar("budget of the template that is render
 
 @contextmanager
 def budget() -> Iterator[None]:
-    """Give what compiles or renders a template in the block its budget."""
+    """Provide a budget for compiling or rendering a template in the block."""
     token = _budget.set(_Budget())
     try:
         yield
@@ -106,7 +106,7 @@ def budget() -> Iterator[None]:
 
 
 class _Weight(NamedTuple):
-    """Size of a value, its elements included, each as often as it is there."""
+    """Size of a value including its elements; repeated elements count each time."""
 
     characters: int
     elements: int
@@ -138,7 +138,7 @@ def _weight(value: Any) -> _Weight:
         elif isinstance(item, int) and item.bit_length() > _MOST_BITS:
             raise TooMuchError
         elif isinstance(item, _Namespace) and item is not value:
-            # Its values change later, and so would the size of everything that holds it.
+            # Its values can change later, and so would the size of the value that holds it.
             raise TypeError("expected a namespace by itself, got one inside another value")
         if characters + elements > MAX_PROMPT_CHARACTERS:
             raise TooMuchError
@@ -147,7 +147,7 @@ def _weight(value: Any) -> _Weight:
 
 @final
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of ``apply_chat_template``, in which everything is paid for."""
+    """The environment of ``apply_chat_template`` with a budget."""
 
     intercepted_binops = frozenset(_OPERATORS)
 
@@ -158,15 +158,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
             del self.filters[name]
         self.filters = {name: _paid(function, name=name) for name, function in self.filters.items()}
         self.tests = {name: _paid(cast("Any", test), name=name) for name, test in self.tests.items()}
-        self.filters |= {
-            "counted ": _counted,
-            "joined ": _joined,
-            "read ": _read,
-        }  # no template can name them
+        # Names with a blank, which no template can write.
+        self.filters |= {"counted ": _counted, "joined ": _joined, "read ": _read}
         del self.globals["lipsum"]
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
-        # Jinja's own two give templates a way to attributes of Python classes.
+        # Jinja's own versions give templates access to attributes of Python classes.
         self.globals["dict"] = _Dict()
         self.globals["namespace"] = _Namespace
 
@@ -177,7 +174,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return str(_read("".join(pieces)))
 
     def call_binop(self, context: jinja2.runtime.Context, operator_name: str, left: Any, right: Any) -> Any:
-        """Compute an operator; ``*``, ``**`` and ``%`` can give more than they are given."""
+        """Compute an operator; results of ``*``, ``**`` and ``%`` can be larger than the operands."""
         spent = _budget.get()
         is_power = operator_name == "**" and isinstance(left, int) and isinstance(right, int)
         if is_power and left.bit_length() * right > _MOST_BITS:
@@ -212,7 +209,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Payments(NodeTransformer):
-    """Puts filters that pay into a template: round what loops run over, what is compared, literals, slices and ``~``."""
+    """Adds paying filters to a template: around iterables of loops, compared values, literals, slices and ``~``."""
 
     def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:  # noqa: N802
         if node.recursive:
@@ -255,7 +252,7 @@ def _filtered(node: Any, name: str) -> jinja2.nodes.Filter:
 
 
 def _counted(values: Any) -> Any:
-    """Return what a loop runs over, paid for."""
+    """Return the iterable of a loop, whose steps are paid for."""
     spent = _budget.get()
     if hasattr(values, "__len__"):
         spent.pay(_STEP * (1 + len(values)))
@@ -290,7 +287,7 @@ def _paid(function: Callable[..., Any], *, name: str) -> Callable[..., Any]:
         if name == "format":
             _check_widths(given[0])
         if name in _GROWING and not hasattr(given[0], "__len__"):
-            given[0] = list(given[0])  # else nobody knows how much there will be
+            given[0] = list(given[0])  # otherwise its length is not known
             args = (*args[:num_own], given[0], *args[num_own + 1 :])
         _budget.get().pay_for_call(given, can_grow=name in _GROWING)
         return _read(function(*args, **kwargs))
@@ -299,7 +296,7 @@ def _paid(function: Callable[..., Any], *, name: str) -> Callable[..., Any]:
 
 
 def _check_widths(template: Any) -> None:
-    """Raise TooMuchError if a format asks for a number of thousands of digits, or for a width that it does not say."""
+    """Raise TooMuchError if a format has a width of five or more digits, or takes a width from its arguments."""
     if isinstance(template, str) and _LONG_WIDTH.search(template):
         raise TooMuchError
 
@@ -323,7 +320,7 @@ class _GenerationTag(Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace without underscore names, which reach into the interpreter."""
+    """Jinja's namespace without underscore names, which give access to the interpreter."""
 
     def __init__(*args: Any, **values: Any) -> None:  # jinja2's own signature: "self" may be a name
         self, *rest = args
@@ -360,7 +357,7 @@ def _tojson(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON; Jinja's own filter escapes for HTML."""
+    """Return plain JSON; Jinja's own filter escapes for HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

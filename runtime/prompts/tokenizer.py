@@ -1,4 +1,4 @@
-"""Prompt text to token ids around the image, and token ids to text that can be streamed."""
+"""Turns prompt text into token ids around runs of visual tokens, and token ids into streamed text."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _LARGEST_ID = (1 << 31) - 1
-_INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character, or not yet
+_INCOMPLETE = "\ufffd"  # decoders write it for bytes that are not, or not yet, a character
 
 
 class Inset(NamedTuple):
-    """The prompt's text in place of one image or video."""
+    """The text that replaces the placeholder of one image or video."""
 
     text: Sequence[str] = ("", "")
-    """Before each run of its visual tokens, and after the last."""
+    """Text before each run of visual tokens, and after the last run."""
     is_video: bool = False
 
 
@@ -43,11 +43,11 @@ class PromptIds:
     """A prompt's text tokens, and the places of its runs of visual tokens."""
 
     text: NDArray[np.int32]
-    """[T], all of them in order."""
+    """[T], all text tokens in order."""
     text_before: tuple[int, ...] = ()
-    """Text tokens before each run of visual tokens, ascending."""
+    """Number of text tokens before each run of visual tokens, ascending."""
     run_ids: tuple[int, ...] = ()
-    """Token that stands for each run's visual tokens: the image's, or the video's."""
+    """Placeholder id of each run's visual tokens: the image's or the video's."""
 
     @property
     def num_tokens(self) -> int:
@@ -56,12 +56,12 @@ class PromptIds:
 
     @property
     def before(self) -> NDArray[np.int32]:
-        """The text before the first run; all of it, if there is no image."""
+        """The text before the first run; all of it without an image."""
         return self.text[: self.text_before[0]] if self.text_before else self.text
 
     @property
     def after(self) -> NDArray[np.int32]:
-        """The text after the last run; none, if there is no image."""
+        """The text after the last run; none without an image."""
         return self.text[self.text_before[-1] if self.text_before else len(self.text) :]
 
     def visual_rows(self, run_lengths: Sequence[int]) -> NDArray[np.int32]:
@@ -70,7 +70,7 @@ class PromptIds:
         return (text_before + np.arange(len(text_before))).astype(np.int32)
 
     def all_ids(self, run_lengths: Sequence[int]) -> NDArray[np.int32]:
-        """Return the ids of the whole prompt, with an image's or video's token for each visual token."""
+        """Return the ids of the whole prompt, with a placeholder id for each visual token."""
         rows = self.visual_rows(run_lengths)
         ids = np.empty(len(self.text) + len(rows), np.int32)
         ids[rows] = np.repeat(np.array(self.run_ids, np.int32), run_lengths)
@@ -82,13 +82,11 @@ class Tokenizer:
     """A bundle's ``tokenizer.json``."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, *, growth: int = 1) -> None:
-        """Take over a tokenizer; truncation and padding are switched off, as in Hugging Face.
+        """Take over a tokenizer of the library; its rules can make a text up to ``growth`` times as long.
 
-        Args:
-            tokenizer: The library's.
-            growth: Times that its rules can make a text longer.
+        Truncation and padding are switched off, as in Hugging Face.
         """
-        # tokenizer.json keeps both as they were in training; a truncated prompt would lose its question.
+        # tokenizer.json stores the settings of training; a truncated prompt would lose its question.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer, self._growth = tokenizer, growth
@@ -122,7 +120,7 @@ class Tokenizer:
     def check_user_text(self, text: str) -> None:
         """Raise ShapeError if a user's text holds a special token, or is not valid Unicode."""
         _check_unicode(text)
-        # A user's text must not end the turn, or place an image, for the model.
+        # A user's text must not end the turn or contain a placeholder.
         for token in self._special_tokens:
             if token in text:
                 raise ShapeError(f"prompt: expected plain text, got the special token {token!r}; remove it")
@@ -137,17 +135,17 @@ class Tokenizer:
         insets: Sequence[Inset] = (),
         bos_token: str = "",
     ) -> PromptIds:
-        """Return the ids of a rendered chat without its image and video tokens.
+        """Return the ids of a rendered chat without its placeholders of images and videos.
 
-        Special tokens (a leading BOS) are added unless the text starts with ``bos_token``, which is Hugging
-        Face's rule in ``processor.apply_chat_template(tokenize=True)``.
+        Special tokens (a leading BOS) are added unless the text starts with ``bos_token``. This is the rule of Hugging
+        Face's ``processor.apply_chat_template(tokenize=True)``.
 
         Args:
-            text: The chat, with one token for each image and each video.
-            image_token: The text of an image's.
-            image_token_id: Its id.
-            video: Text and id of a video's, where the model takes videos.
-            insets: The text that comes in their places, in order.
+            text: The chat, with one placeholder for each image and each video.
+            image_token: Placeholder of an image.
+            image_token_id: Id of ``image_token``.
+            video: Placeholder of a video and its id, if the model takes videos.
+            insets: The texts that replace the placeholders, in order.
             bos_token: The text of the BOS token.
 
         Raises:
@@ -183,7 +181,7 @@ class Tokenizer:
         )
 
     def plain_ids(self, text: str) -> NDArray[np.int32]:
-        """Return the ids of a text alone, without the special tokens that a model wants around it.
+        """Return the ids of a text without special tokens around it.
 
         Raises:
             ShapeError: If the text is not valid Unicode.
@@ -209,7 +207,7 @@ class Tokenizer:
         """Return the text of the ids without special tokens.
 
         Raises:
-            BundleError: If the tokenizer cannot, or makes it longer than any answer.
+            BundleError: If the tokenizer fails, or the text is longer than any answer.
         """
         with only_bundle_errors("tokenizer"):
             text = self._tokenizer.decode([int(token_id) for token_id in token_ids], skip_special_tokens=True)
@@ -221,9 +219,9 @@ class Tokenizer:
         return text
 
     def ends_text(self, token_id: int) -> bool:
-        """Return whether no later token changes the text up to this one, apart from a character's missing bytes.
+        """Return whether the text up to this token is final, apart from a character's missing bytes.
 
-        Byte tokens wait for the rest of their run, which tokens that ``decode`` skips do not interrupt.
+        It is not after a byte token, whose run may go on, nor after a special token, which ``decode`` skips in a run.
         """
         token = self._tokenizer.id_to_token(token_id)
         if token is None or token in self._special_tokens:
@@ -234,8 +232,8 @@ class Tokenizer:
 class DetokenizeStream:
     """Text of token ids that come one at a time; all pieces together equal ``Tokenizer.decode`` of all ids.
 
-    A piece is held back until it cannot change any more: while a character's bytes are incomplete, and within
-    a run of byte tokens, which SentencePiece's decoder accepts or rejects as a whole.
+    Text is held back until it is final: while a character's bytes are incomplete, and within a run of byte tokens, which
+    SentencePiece's decoder accepts or rejects as a whole.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -244,14 +242,14 @@ class DetokenizeStream:
         self._sent = ""
 
     def push(self, token_id: int) -> str:
-        """Add a token and return the text that became complete, often nothing."""
+        """Add a token and return the text that has become final, often none."""
         self._token_ids.append(int(token_id))
         if not self._tokenizer.ends_text(int(token_id)):
             return ""
         return self._send(self._tokenizer.decode(self._token_ids).rstrip(_INCOMPLETE))
 
     def finish(self) -> str:
-        """Return what was held back; incomplete characters become U+FFFD."""
+        """Return the text that was held back; incomplete characters become U+FFFD."""
         return self._send(self._tokenizer.decode(self._token_ids))
 
     def _send(self, text: str) -> str:
@@ -263,7 +261,7 @@ class DetokenizeStream:
 
 
 def _with_insets(text: str, insets: Sequence[Inset], *, image_token: str, video_token: str | None) -> str:
-    """Return the chat with one image token for each run of visual tokens, and the text around the runs."""
+    """Return the chat with one image placeholder for each run of visual tokens, and the text around the runs."""
     places = re.compile("|".join(re.escape(token) for token in (image_token, video_token) if token))
     found = places.findall(text)
     for kind, token, wanted in (

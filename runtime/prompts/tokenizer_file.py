@@ -1,9 +1,9 @@
-"""Opens a ``tokenizer.json`` from anybody: what would hang or end the process is refused before the library reads it.
+"""Opens an untrusted ``tokenizer.json``: refuses files that could hang or abort the process before the library reads them.
 
-The library (tokenizers, in Rust) checks forms, not cost: rules that replace text can fill the machine, which aborts the process,
-and a regular expression can take exponential time. So what its rules can make of a text is bounded here, and expressions are
-limited to forms that need at most a number of steps that is the square of the text's length. The patterns of all released
-tokenizers that we know (GPT-2, Llama, Qwen, o200k, CLIP, …) have these forms.
+The library (tokenizers, in Rust) does not limit costs: rules that replace text can fill the machine, which aborts the
+process, and a regular expression can take exponential time. So the growth of texts is bounded here, and regular expressions
+are limited to forms that take at most quadratic time. The patterns of all released tokenizers that we know (GPT-2, Llama,
+Qwen, o200k, CLIP, …) have these forms.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MAX_TOKENIZER_BYTES = 128 << 20
-"""Largest tokenizer.json; released ones have up to 33 MB."""
+"""Size of the largest tokenizer.json; released ones have up to 33 MB."""
 MAX_CHARACTERS = 8_000_000
-"""Characters that a text may have after the tokenizer's rules have changed it; each takes up to 80 bytes meanwhile."""
+"""Longest text in characters after the tokenizer's rules; while they run, each character takes up to 80 bytes."""
 _MOST_RULES = 64
 _MOST_DECODER_GROWTH = 1000
 _MOST_PATTERN_CHARACTERS = 4096
@@ -37,7 +37,7 @@ _BYTES_GROWTH = 4  # of one character as the bytes of UTF-8
 
 
 class _File(msgspec.Struct):
-    """The parts of the file that are looked at; the others, its vocabulary among them, are skipped."""
+    """The parts of the file that are checked; others, such as the vocabulary, are skipped."""
 
     normalizer: dict[str, Any] | None = None
     pre_tokenizer: dict[str, Any] | None = None
@@ -46,14 +46,10 @@ class _File(msgspec.Struct):
 
 
 def tokenizer_from(content: bytes, *, where: str) -> tuple[tokenizers.Tokenizer, int]:
-    """Return the tokenizer of a ``tokenizer.json``, and how many times longer its rules can make a text.
-
-    Args:
-        content: Of the file.
-        where: Its name, for messages.
+    """Return the tokenizer of a ``tokenizer.json``, and the factor by which its rules can make a text longer.
 
     Raises:
-        BundleError: If it is broken, or has rules that a text cannot be given to.
+        BundleError: If the file is broken, or its rules could take too much time or memory; the message begins with ``where``.
     """
     try:
         file = msgspec.json.decode(content, type=_File)
@@ -73,7 +69,7 @@ def tokenizer_from(content: bytes, *, where: str) -> tuple[tokenizers.Tokenizer,
 
 @contextmanager
 def only_bundle_errors(where: str) -> Iterator[None]:
-    """Turn what the library raises in the block into a BundleError: plain Exception, and panics, which are none."""
+    """Turn the library's errors into a BundleError: plain Exceptions, and panics, which are not Exceptions."""
     try:
         yield
     except BundleError:
@@ -93,16 +89,16 @@ def _check_decoder(decoder: dict[str, Any] | None) -> None:
 
 
 def _check_added_tokens(tokens: list[dict[str, Any]], *, growth: int) -> None:
-    # the library normalizes them when it loads
+    # The library normalizes added tokens when it loads the file.
     if sum(1 + len(token["content"]) for token in tokens) * growth > MAX_CHARACTERS:
         raise ValueError(f"rules that make added tokens longer than {MAX_CHARACTERS} characters")
 
 
 def _growth(rule: dict[str, Any] | None) -> int:
-    """Return how many times longer a normalizer, pre-tokenizer or decoder can make a text.
+    """Return the factor by which a normalizer, pre-tokenizer or decoder can make a text longer.
 
     Raises:
-        ValueError: If there are too many rules, or a pattern has another form than is allowed.
+        ValueError: If there are too many rules, or a pattern has a form that is not allowed.
     """
     growth = 1
     for count, part in enumerate(_flat(rule)):
@@ -143,7 +139,7 @@ def _growth_of_one(rule: dict[str, Any]) -> int:
 
 
 def _longest_replacement(charsmap: str | None) -> int:
-    """Return the longest text in SentencePiece's compiled table: a trie with its size before it, then texts with zeros between."""
+    """Return the length of the longest text in SentencePiece's table: the size of a trie, the trie, zero-separated texts."""
     try:
         table = base64.b64decode(charsmap or "", validate=True)
     except binascii.Error:
@@ -156,33 +152,33 @@ def _longest_replacement(charsmap: str | None) -> int:
 
 
 class _Part(NamedTuple):
-    """What matters of a part of an expression."""
+    """Properties of a part of a regular expression that determine its cost."""
 
     is_long: bool = False
     """It can match a text of any length."""
     can_fail: bool = True
     has_choice: bool = False
-    """It can match one text in several ways: it has alternatives, or a repeat of no fixed number."""
+    """It can match a text in several ways, because of alternatives or a repeat without a fixed number."""
     num_retries: int = 0
-    """Long repeats in it that are tried again at each length, as something after them may fail."""
+    """Its long repeats that are retried at each length, because a later part may fail."""
     num_choices: int = 0
-    """Other choices in it that are tried again so."""
+    """Its other choices that are retried."""
 
 
 def check_pattern(pattern: str) -> None:
-    """Raise ValueError unless matching ``pattern`` takes at most a number of steps that is the square of the text's length."""
+    """Raise ValueError unless matching ``pattern`` takes at most quadratic time in the text's length."""
     if len(pattern) > _MOST_PATTERN_CHARACTERS:
         raise ValueError(f"a pattern of more than {_MOST_PATTERN_CHARACTERS} characters")
     scanner = _Scanner(pattern)
     part = scanner.alternatives()
     if scanner.rest:
-        raise ValueError(f"a pattern with a bracket too many: {pattern[:80]!r}")
+        raise ValueError(f"a pattern with too many closing brackets: {pattern[:80]!r}")
     if part.num_retries > 1 or part.num_choices > _MOST_CHOICES:
         raise ValueError(f"a pattern that can take very long: {pattern[:80]!r}")
 
 
 class _Scanner:
-    """Reads an expression of Oniguruma from left to right."""
+    """Reads a regular expression of Oniguruma from left to right."""
 
     _QUANTIFIER = re.compile(r"(?:[*+?]|\{(\d*)(,?)(\d*)\})([?+]?)")
     _ESCAPE = re.compile(r"\\(?:[pP]\{\^?[\w ]{1,40}\}|x\{[0-9A-Fa-f]{1,8}\}|[^0-9kgXK\\]|\\|0)", re.DOTALL)
@@ -261,7 +257,7 @@ class _Scanner:
         return part._replace(is_long=is_long, can_fail=part.can_fail and least > 0, has_choice=has_choice)
 
     def _skip_class(self) -> None:
-        """Skip a class of characters, which may hold others."""
+        """Skip a character class, which may contain other classes."""
         depth, place = 0, 0
         while place < len(self.rest):
             char = self.rest[place]
@@ -271,7 +267,7 @@ class _Scanner:
                 depth += 1
                 if self.rest[place + 1 : place + 2] == "^":
                     place += 1
-                if self.rest[place + 1 : place + 2] == "]":  # the first one is a character
+                if self.rest[place + 1 : place + 2] == "]":  # directly after the start it is a character
                     place += 1
             elif char == "]":
                 depth -= 1

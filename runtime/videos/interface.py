@@ -1,21 +1,21 @@
 """From a video to the vision graph's inputs: one run of the graph for each pair of frames.
 
-The vision encoders of Qwen2.5-VL and Qwen3-VL attend within a pair of frames only, so a video of T frames is T / 2 *units*
-(the last frame of an odd number stands for two). Each is one run of the same graph as an image, whose patches hold both frames:
+The vision encoders of Qwen2.5-VL and Qwen3-VL attend only within a pair of frames, so a video of T frames has T / 2 *units*
+(the last frame of an odd number is repeated). Each unit is one run of the images' graph, whose patches hold both frames:
 
     videos = video_processing(manifest.video_processing, images=images)
     video = open_video("clip.mp4", videos.sampling, fps=2)
     for unit, layout in enumerate(videos.layouts(video)):     # what the prompt says, positions, sizes
         inputs = videos.prepare(video, unit, profile.sizes)   # padded to a profile
 
-The layouts stand in the prompt, in order, in place of ONE video placeholder (``<|video_pad|>``). The marks of the chat template
-around it (``<|vision_start|>``, ``<|vision_end|>``) stay, with both families.
+The layouts in order replace ONE video placeholder (``<|video_pad|>``) in the prompt. With both families, the chat template's
+marks around it (``<|vision_start|>``, ``<|vision_end|>``) stay.
 
-- ``layout.text``: what stands before and after the unit's visual tokens.
-- ``layout.positions``: from the start of the video with Qwen2.5-VL, where all units but the last have ``position_span`` 0; the
-  last one's is the larger side of the grid, whatever the time. From the start of the unit with Qwen3-VL.
-- The answer's first token goes to the largest position of the whole prompt, plus 1. With Qwen2.5-VL that can be the time of
-  a long video, which reaches beyond the text after it.
+- ``layout.text``: the text before and after the unit's visual tokens.
+- ``layout.positions``: with Qwen2.5-VL, from the start of the video; all units have ``position_span`` 0 except the last,
+  which has the larger side of the grid, whatever the time. With Qwen3-VL, from the start of the unit.
+- The answer's first token has the largest position of the whole prompt plus 1. With Qwen2.5-VL, this can be the time of a
+  long video, which exceeds the positions of the text after it.
 
 Letters: N visual tokens of a unit.
 """
@@ -49,15 +49,15 @@ class VideoProcessing:
     """A bundle's video processing."""
 
     def __init__(self, sampling: Qwen25Videos | Qwen3Videos, images: QwenImages | Qwen3Images) -> None:
-        """Take the constants of videos, and the images' processing, which has the encoder's."""
+        """Combine the videos' constants with the encoder's constants in ``images``."""
         self.sampling: Qwen25Videos | Qwen3Videos = sampling
         self._frames = msgspec.structs.replace(images, **{key: getattr(sampling, key) for key in _PIXELS})
 
     def grid(self, video: Video) -> tuple[int, int]:
         """Return the rows and columns of visual tokens of each unit.
 
-        They are Hugging Face's, unless the vision graph has no room for so many (``max_pixels`` of images): then frames are
-        reduced as images are.
+        They are Hugging Face's, unless the vision graph is too small (``max_pixels`` of images). Then frames are reduced like
+        images.
 
         Raises:
             ImageError: If the frames are too thin, or too few.
@@ -65,7 +65,7 @@ class VideoProcessing:
         return self._grid(len(video.indices), *video.size)
 
     def sizes(self, num_frames: int, width: int, height: int) -> dict[str, int]:
-        """Return the sizes of the vision graph's axes that each unit of a video needs, N included.
+        """Return the sizes of the vision graph's axes for each unit of a video, including N.
 
         Raises:
             ImageError: If the frames are too thin, or too few.
@@ -90,9 +90,7 @@ class VideoProcessing:
         times = sampling.times(video.indices, video.total, video.fps)
         texts = sampling.texts(video.indices, video.fps)
         whole = self._frames.grid_layout(*video.size, grid)
-        is_one = isinstance(
-            sampling, Qwen25Videos
-        )  # one run of positions, where Qwen3-VL has one for each unit
+        is_one = isinstance(sampling, Qwen25Videos)  # one run of positions; Qwen3-VL has one per unit
         layouts = []
         for unit, (time, text) in enumerate(zip(times, texts)):
             assert whole.positions is not None
@@ -105,28 +103,21 @@ class VideoProcessing:
     def prepare(
         self, video: Video, unit: int, sizes: Mapping[str, int] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Return the vision graph's inputs of one unit, by name.
+        """Return the vision graph's inputs for unit ``unit``, from 0, by name.
 
-        Args:
-            video: As ``open_video`` returns it.
-            unit: From 0.
-            sizes: What the graph's axes have, which the inputs are padded to; the unit's own for those that are missing.
+        They are padded to ``sizes``, the sizes of the graph's axes; missing axes get the unit's own size.
 
         Raises:
-            ImageError: If the frames need more than ``sizes``, or are too thin or too few.
+            ImageError: If the frames exceed ``sizes``, or are too thin or too few.
         """
         return self._frames.prepare_frames(video.frames[2 * unit : 2 * unit + 2], self.grid(video), sizes)
 
 
 def video_processing(values: Mapping[str, Any], *, images: ImageProcessing) -> VideoProcessing:
-    """Return the processing whose constants ``to_dict`` of ``Qwen25Videos`` or ``Qwen3Videos`` wrote.
-
-    Args:
-        values: The manifest's ``video_processing``.
-        images: The bundle's image processing.
+    """Return the processing for ``values``, which ``Qwen25Videos.to_dict`` or ``Qwen3Videos.to_dict`` wrote.
 
     Raises:
-        ManifestError: If it is of an unknown kind or does not belong to ``images``, or a value breaks a rule.
+        ManifestError: If it is of an unknown kind or does not fit ``images``, or a value is out of range.
     """
     kind, frames = values.get("kind"), getattr(images, "temporal_patch_size", 2)
     if frames != 2:

@@ -1,4 +1,4 @@
-"""Frames, sizes and times of the videos of Qwen2.5-VL and Qwen3-VL, as their Hugging Face classes choose them.
+"""Frames, sizes and times of videos with Qwen2.5-VL and Qwen3-VL, the same as in their Hugging Face classes.
 
 |                               | Qwen2.5-VL            | Qwen3-VL                 |
 |-------------------------------|-----------------------|--------------------------|
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 KIND, TIMESTAMPS_KIND = "frames_at_positions", "frames_after_timestamps"
 UNKNOWN_FPS = 24.0
-"""Frames per second of a video that does not say."""
+"""Frames per second of a video with unknown rate."""
 
 _FILE = "video_preprocessor_config"
 _VALUES = ("min_frames", "max_frames", "do_sample_frames", "cap_pixels_per_frame", "max_video_tokens")
@@ -51,26 +51,26 @@ _Videos = TypeVar("_Videos", bound="QwenVideos")
 
 
 class QwenVideos(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Constants of both families, which the manifest has as ``video_processing``. Sizes are in pixels of scaled frames."""
+    """Constants of both families: the manifest's ``video_processing``. Sizes are in pixels of scaled frames."""
 
     processor: ClassVar[str]
     """Hugging Face's class."""
     old_sizes: ClassVar[bool]
-    """Whether that class reads ``min_pixels`` and ``max_pixels``, which win over ``size``."""
+    """Whether that class reads ``min_pixels`` and ``max_pixels``, which precede ``size``."""
 
     min_pixels: Size
     """Smaller videos are enlarged."""
     max_pixels: Size
     """Larger videos are reduced."""
     max_video_tokens: Size
-    """Visual tokens that ``cap_pixels_per_frame`` allows."""
+    """Limit of visual tokens with ``cap_pixels_per_frame``."""
     cap_pixels_per_frame: bool = False
     min_frames: Size = 4
-    """Fewest frames that sampling by ``fps`` takes, where there are as many."""
+    """Fewest frames that sampling by ``fps`` takes, if the video has as many."""
     max_frames: Size = 768
     """Most frames that sampling by ``fps`` takes."""
     do_sample_frames: bool = False
-    """Whether frames are sampled where nobody asks for it, by ``num_frames`` or ``fps``."""
+    """Whether frames are sampled by default, by ``num_frames`` or ``fps``."""
     fps: Factor | None = None
     num_frames: Size | None = None
     resample: Resample = "bicubic"
@@ -97,7 +97,7 @@ class QwenVideos(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """Return what ``to_dict`` wrote.
 
         Raises:
-            ManifestError: If it is of another kind, a key is unknown or missing, or a value breaks a rule.
+            ManifestError: If it is of another kind, a key is unknown or missing, or a value is out of range.
         """
         try:
             return typed(dict(values), cls)
@@ -108,16 +108,13 @@ class QwenVideos(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def from_preprocessor_config(
         cls: type[_Videos], config: Mapping[str, Any], *, images: PatchImages, **tower: float
     ) -> _Videos:
-        """Return the constants of a ``video_preprocessor_config.json``, or of ``video_processor.to_dict()``.
+        """Return the constants of a ``video_preprocessor_config.json``, or else of a ``preprocessor_config.json``.
 
-        Args:
-            config: Its content, or that of ``preprocessor_config.json`` where there is no file for videos. Missing keys mean
-                the defaults of Hugging Face's class.
-            images: The checkpoint's image processing, which has the vision encoder's patches.
-            tower: Fields that only the vision encoder's configuration has.
+        Missing keys have the defaults of Hugging Face's class. ``images`` is the checkpoint's image processing; ``tower``
+        are fields that only the vision encoder's configuration has.
 
         Raises:
-            CheckpointError: If the processor is of another kind, or its values cannot be followed.
+            CheckpointError: If the processor is of another class, or a value is not supported.
         """
         name = config.get("video_processor_type") or cls.processor
         if name != cls.processor:
@@ -133,12 +130,12 @@ class QwenVideos(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 )
         with only_checkpoint_errors(_FILE):
             fields = pixel_fields(values, *_VALUES) | _areas(values, old=cls.old_sizes) | tower
-            # null is no default here: it switches sampling by this number off
+            # null is different from the default: it switches off sampling by this number.
             fields |= {key: config[key] for key in _REQUESTS if key in config}
             return msgspec.convert({"kind": cls.__struct_config__.tag, **fields}, cls, strict=True)
 
     def request(self, fps: float | None, num_frames: int | None) -> tuple[float | None, int | None]:
-        """Return the frames per second or the number of frames that are sampled; None twice for what the class does then."""
+        """Return the frames per second or the number of frames to sample; two None for the default of the class."""
         if fps is not None or num_frames is not None or not self.do_sample_frames:
             return fps, num_frames
         return self.fps, self.num_frames
@@ -152,18 +149,18 @@ class Qwen25Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=
     old_sizes = True
 
     tokens_per_second: Factor
-    """Positions of a second."""
+    """Positions per second."""
     min_pixels: Size = 128 * 28 * 28
     max_pixels: Size = 768 * 28 * 28
     max_video_tokens: Size = 128_000
-    """Visual tokens of a video, of which ``cap_pixels_per_frame`` allows nine tenths."""
+    """Visual tokens per video; ``cap_pixels_per_frame`` allows nine tenths of them."""
 
     def indices(
         self, total: int, video_fps: float | None, *, fps: float | None, num_frames: int | None
     ) -> list[int]:
-        """Return the frames to take of ``total``, as ``Sampling`` says.
+        """Return the frames to take of ``total``, see ``Sampling``.
 
-        Hugging Face's class sometimes takes one frame too many, which the video does not have; here it is left out.
+        Hugging Face's class sometimes takes one frame more than the video has; this frame is left out.
         """
         fps, num_frames = self.request(fps, num_frames)
         if num_frames is not None:
@@ -173,15 +170,13 @@ class Qwen25Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=
         else:
             return list(range(total))
         if not 0 < count <= total:
-            raise ImageError(
-                f"video: expected {max(count, 2)} frames to take, got a video of {total}; take"
-                + (
-                    " 2 or more with num_frames"
-                    if count < 1 < total
-                    else " fewer, or ask about it as an image"
-                )
+            advice = (
+                "2 or more with num_frames" if count < 1 < total else "fewer, or ask about it as an image"
             )
-        # float32, as torch.arange: in float64 a product just below a whole number would lose it
+            raise ImageError(
+                f"video: expected {max(count, 2)} frames to take, got a video of {total}; take {advice}"
+            )
+        # float32, like torch.arange: in float64 a product just below a whole number would be rounded down
         places = (np.arange(count) * (total / count)).astype(np.float32)
         return [int(place) for place in places]
 
@@ -194,16 +189,12 @@ class Qwen25Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=
         return math.floor(min(max(total / video_fps * fps, self.min_frames), most) / 2) * 2
 
     def grid(self, num_frames: int, width: int, height: int, *, size: int) -> tuple[int, int]:
-        """Return the rows and columns of visual tokens of a pair of frames.
+        """Return the rows and columns of visual tokens of a pair of frames of ``width`` x ``height`` pixels.
 
-        Args:
-            num_frames: Sampled frames.
-            width: In pixels.
-            height: In pixels.
-            size: Side of a visual token in pixels of the scaled frame.
+        ``num_frames`` are sampled; ``size`` is the side of a visual token in pixels of the scaled frame.
 
         Raises:
-            ImageError: If it is too thin.
+            ImageError: If the frames are too thin.
         """
         check_aspect_ratio(width, height)
         most = self.max_pixels
@@ -213,9 +204,9 @@ class Qwen25Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=
         return scaled_grid(width, height, size=size, least=self.min_pixels, most=most)
 
     def times(self, indices: Sequence[int], total: int, video_fps: float | None) -> NDArray[np.int32]:
-        """Return the position of each pair of frames in time, [units], from 0."""
+        """Return the time position of each pair of frames, [units], from 0."""
         taken_fps = UNKNOWN_FPS if video_fps is None else len(indices) / total * video_fps
-        # float32, as tensors have it in the model
+        # float32, like the model's tensors
         interval = np.float32(self.tokens_per_second) * np.float32(2 / taken_fps)
         return (np.arange(-(-len(indices) // 2), dtype=np.float32) * interval).astype(np.int32)
 
@@ -226,17 +217,17 @@ class Qwen25Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=
 
 @final
 class Qwen3Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=TIMESTAMPS_KIND):
-    """Videos of Qwen3-VL: the prompt says the time before each pair of frames."""
+    """Videos of Qwen3-VL: the prompt has the time as text before each pair of frames."""
 
     processor = "Qwen3VLVideoProcessor"
     old_sizes = False
 
     min_pixels: Size = 128 * 32 * 32
-    """All frames together are enlarged to so many."""
+    """Fewest pixels of all frames together."""
     max_pixels: Size = 768 * 32 * 32
-    """All frames together are reduced to so many."""
+    """Most pixels of all frames together."""
     max_video_tokens: Size = 768
-    """Visual tokens of a frame that ``cap_pixels_per_frame`` allows."""
+    """Visual tokens per frame that ``cap_pixels_per_frame`` allows."""
     do_sample_frames: bool = True
     fps: Factor | None = 2.0
     image_mean: Colour = (0.5, 0.5, 0.5)
@@ -245,7 +236,7 @@ class Qwen3Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=T
     def indices(
         self, total: int, video_fps: float | None, *, fps: float | None, num_frames: int | None
     ) -> list[int]:
-        """Return the frames to take of ``total``, as ``Sampling`` says."""
+        """Return the frames to take of ``total``, see ``Sampling``."""
         asked = fps is not None or num_frames is not None
         if not asked and not self.do_sample_frames:
             return list(range(total))
@@ -260,7 +251,7 @@ class Qwen3Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=T
         """Return the rows and columns of visual tokens of a pair of frames; arguments as ``Qwen25Videos.grid``.
 
         Raises:
-            ImageError: If it is too thin, or there is one frame alone.
+            ImageError: If the frames are too thin, or there is only one.
         """
         if num_frames < 2:
             raise ImageError("video: expected at least 2 frames, got 1; ask about it as an image")
@@ -275,7 +266,7 @@ class Qwen3Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=T
         return _grid_in_time(width, height, num_frames, size=size, least=self.min_pixels, most=most)
 
     def times(self, indices: Sequence[int], total: int, video_fps: float | None) -> NDArray[np.int32]:
-        """Return the position of each pair of frames in time, [units]: 0, since text goes before each."""
+        """Return the time position of each pair of frames, [units]: 0, because text precedes each pair."""
         return np.zeros(-(-len(indices) // 2), np.int32)
 
     def texts(self, indices: Sequence[int], video_fps: float | None) -> list[tuple[str, str]]:
@@ -289,7 +280,7 @@ class Qwen3Videos(QwenVideos, frozen=True, kw_only=True, tag_field="kind", tag=T
 def _grid_in_time(
     width: int, height: int, num_frames: int, *, size: int, least: int, most: int
 ) -> tuple[int, int]:
-    """Return the rows and columns of visual tokens where the limits hold for all frames. Source: Qwen3-VL's smart_resize."""
+    """Return the rows and columns of visual tokens if the limits hold for all frames. Source: Qwen3-VL's smart_resize."""
     rows, columns = round(height / size), round(width / size)
     pixels = round(num_frames / 2) * 2 * rows * columns * size**2
     if pixels > most:
@@ -302,7 +293,7 @@ def _grid_in_time(
 
 
 def _areas(values: Mapping[str, Any], *, old: bool) -> dict[str, Any]:
-    """Return the smallest and largest area as far as a file names them; without ``size`` those of the class remain."""
+    """Return the smallest and largest area of a file; a file without ``size`` leaves the defaults of the class."""
     areas = {}
     if "size" in values:
         size = dict(values["size"])

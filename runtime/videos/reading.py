@@ -1,4 +1,4 @@
-"""Reading a video: a file, a folder of frames or frames in memory; only sampled frames are decoded to RGB and kept.
+"""Reads a video from a file, a folder of frames or a list of frames; only sampled frames become RGB images.
 
 | source                        | frames in all                          | frames per second                       |
 |-------------------------------|----------------------------------------|-----------------------------------------|
@@ -6,10 +6,10 @@
 | a folder of images            | images in it, in natural order         | ``source_fps``, else not known          |
 | a list of images              | its items                              | ``source_fps``, else not known          |
 
-Frames are counted from the packets, not from the header: Matroska has no count there, and a file that was cut short has a
-wrong one. Frames are upright: a phone's rotation is applied.
+Frames are counted from the packets, not from the header, which has no count in Matroska and a wrong one in a truncated
+file. Frames are upright: a phone's rotation is applied.
 
-Source: read_video_pyav of transformers 5.23, which has the same frames and rate where the header tells the count.
+Source: read_video_pyav of transformers 5.23, which has the same frames and rate if the header has the count.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 MAX_FRAMES = 4096
-"""Frames above which a sampling is refused: far more than a prompt has room for."""
+"""Most sampled frames: far more than a prompt has room for."""
 MAX_VIDEO_PIXELS = 2**29
-"""Pixels of all sampled frames together, above which a video is refused; they take 1.5 GiB."""
+"""Most pixels of all sampled frames together; they take 1.5 GiB."""
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"})
-# Demuxers for single images and for text, and those that open further files or addresses that a file names.
+# Demuxers for single images and text, and those that open other files or addresses.
 _NO_VIDEO = re.compile(r"(?:^|,)(?:\w+_pipe|image2|tty|concat|concatf|hls|dash|imf|webvtt|sdp|rtsp)(?:,|$)")
-_HAS_LENGTH = re.compile(r"matroska|mov|avi")  # demuxers whose files name it; for others it is a guess
+_HAS_LENGTH = re.compile(r"matroska|mov|avi")  # demuxers whose files contain the length; others guess it
 _MISSING_AT_END = 0.5
-"""Seconds that a file's content may be shorter than its header says: sound and pictures end at different times."""
+"""Seconds by which a file may be shorter than its header says, because sound and pictures end at different times."""
 
 
 class Sampling(Protocol):
@@ -51,10 +51,10 @@ class Sampling(Protocol):
     def indices(
         self, total: int, video_fps: float | None, *, fps: float | None, num_frames: int | None
     ) -> list[int]:
-        """Return the frames to take of ``total``, ascending; one may come twice.
+        """Return the frames to take of ``total``, ascending; a frame may come twice.
 
         Raises:
-            ImageError: If the video cannot be sampled like this.
+            ImageError: If the video cannot be sampled in this way.
         """
 
 
@@ -66,9 +66,9 @@ class Video:
     frames: tuple[Image.Image, ...]
     """RGB, all of one size."""
     indices: tuple[int, ...]
-    """Place of each frame in the video, from 0."""
+    """Index of each frame in the video, from 0."""
     total: int
-    """Frames of the video."""
+    """Number of frames of the video."""
     fps: float | None
     """Frames per second of the video; None if not known."""
 
@@ -91,20 +91,22 @@ def open_video(
 
     Args:
         source: A video file, a folder of images, or a list of images.
-        sampling: The bundle's.
-        fps: Frames to take per second; without it and ``num_frames``, as the checkpoint wants it.
-        num_frames: Frames to take in all.
-        source_fps: Frames per second of a folder or a list.
+        sampling: Chooses the frames; the bundle's.
+        fps: Frames per second to sample; by default the checkpoint's.
+        num_frames: Frames to sample from the whole video, instead of ``fps``.
+        source_fps: Frame rate of a folder or a list, in frames per second.
         max_pixels: Pixels above which a frame is refused.
 
     Raises:
-        ImageError: If it is no video, is damaged, cut short, too large, or cannot be sampled like this.
+        ImageError: If it is no video, is damaged, truncated or too large, or cannot be sampled in this way.
     """
     for name, rate in (("fps", fps), ("source_fps", source_fps)):
         if rate is not None and not (is_number(rate) and 0 < rate < math.inf):
-            raise ImageError(f"{name}: expected frames per second above 0, got {rate!r:.80}")
+            raise ImageError(
+                f"{name}: expected frames per second above 0, got {rate!r:.80}; choose a larger rate"
+            )
     if num_frames is not None and not (is_whole(num_frames) and num_frames >= 1):
-        raise ImageError(f"num_frames: expected at least 1, got {num_frames!r:.80}")
+        raise ImageError(f"num_frames: expected at least 1, got {num_frames!r:.80}; choose more")
     if fps is not None and num_frames is not None:
         raise ImageError(f"video: expected fps or num_frames, got both ({fps} and {num_frames}); give one")
 
@@ -118,20 +120,22 @@ def open_video(
 
     if not isinstance(source, (str, Path)):
         if not isinstance(source, (list, tuple)):
-            raise ImageError(f"video: expected a path or a list of images, got {type(source).__name__}")
+            raise ImageError(
+                f"video: expected a path or a list of images, got {type(source).__name__}; give one"
+            )
         return _from_images(source, chosen, source_fps, name="video", max_pixels=max_pixels)
     if _is_folder(source):
         name = f"video {short_name(source)}"
         return _from_images(_images_in(Path(source)), chosen, source_fps, name=name, max_pixels=max_pixels)
     if source_fps is not None:
-        raise ImageError(f"source_fps: expected none with a video file, which has its own, got {source_fps}")
+        raise ImageError(f"source_fps: expected none with a video file, got {source_fps}; leave it out")
     return _from_file(source, chosen, max_pixels=max_pixels)
 
 
 def _is_folder(source: str | Path) -> bool:
     try:
         return Path(source).is_dir()
-    except OSError:  # a name that is too long; reading it as a file says so
+    except OSError:  # a name that is too long, which reading it as a file reports
         return False
 
 
@@ -144,7 +148,7 @@ def _from_images(
     max_pixels: int,
 ) -> Video:
     if not images:
-        raise ImageError(f"{name}: expected at least one image, got none")
+        raise ImageError(f"{name}: expected at least one image, got none; add frames")
     indices = chosen(len(images), fps)
     frames: dict[int, Image.Image] = {}
     for index in indices:
@@ -188,7 +192,7 @@ def _from_file(
         total = _count(container, _stream(av, container, name=name).index, name=name)
     with _only_image_errors(name), _opened(av, path, name=name) as container:
         stream = _stream(av, container, name=name)
-        rate = stream.average_rate or stream.guessed_rate  # MPEG's transport streams have the second one only
+        rate = stream.average_rate or stream.guessed_rate  # MPEG transport streams only have the second
         fps = float(rate) if rate and rate > 0 else None
         indices = chosen(total, fps)
         size = (stream.width, stream.height)
@@ -197,7 +201,9 @@ def _from_file(
                 f"{name}: expected frames of at most {max_pixels} pixels, got {stream.width}x{stream.height}; scale it"
                 " down or raise --max-pixels"
             )
-        stream.codec_context.options = {"max_pixels": str(max_pixels)}  # a damaged stream can change its size
+        stream.codec_context.options = {
+            "max_pixels": str(max_pixels)
+        }  # the size can change within a damaged stream
         _check_size(size, size, num_frames=len(indices), name=name)
         stream.thread_type = "AUTO"
         frames = _decoded(container.decode(stream), indices, name=name)
@@ -228,16 +234,14 @@ def _only_image_errors(name: str) -> Iterator[None]:
         yield
     except ImageError:
         raise
-    except (
-        Exception
-    ) as error:  # besides its own errors PyAV raises IndexError, AttributeError, … on damaged data
+    except Exception as error:  # PyAV raises IndexError, AttributeError and others on damaged data
         raise ImageError(
             f"{name}: expected a readable video, got {one_line(error)}; the file is damaged"
         ) from error
 
 
 def _opened(av: ModuleType, path: Path, *, name: str) -> Any:
-    """Return the container. Only the file itself is read, whatever addresses it names."""
+    """Return the container. Other files or addresses that the file names are never opened."""
     container = av.open(
         f"file:{path.resolve()}", options={"protocol_whitelist": "file"}, metadata_errors="replace"
     )
@@ -250,7 +254,7 @@ def _opened(av: ModuleType, path: Path, *, name: str) -> Any:
 
 
 def _stream(av: ModuleType, container: Any, *, name: str) -> Any:
-    """Return the first stream of pictures that is no cover of a piece of music."""
+    """Return the first video stream that is not the cover image of a sound file."""
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:
             return stream
@@ -258,7 +262,7 @@ def _stream(av: ModuleType, container: Any, *, name: str) -> Any:
 
 
 def _count(container: Any, index: int, *, name: str) -> int:
-    """Return the frames of stream ``index`` without decoding them; raise ImageError if the file was cut short."""
+    """Return the number of frames of stream ``index`` without decoding them; raise ImageError for a truncated file."""
     count, end = 0, 0.0
     for packet in container.demux():
         if packet.size and packet.pts is not None and packet.time_base is not None:
@@ -269,14 +273,14 @@ def _count(container: Any, index: int, *, name: str) -> int:
     )
     if not count or end + _MISSING_AT_END < seconds:
         raise ImageError(
-            f"{name}: expected {seconds:.1f} seconds as its header says, got {end:.1f} with {count} frames; the file is"
-            " cut short or damaged"
+            f"{name}: expected {seconds:.1f} seconds (its header), got {end:.1f} with {count} frames; the file is"
+            " truncated or damaged"
         )
     return count
 
 
 def _decoded(decoder: Iterator[Any], indices: Sequence[int], *, name: str) -> dict[int, Image.Image]:
-    """Return the wanted frames by index; frames between them are decoded but not kept."""
+    """Return the frames at ``indices`` by index; frames between them are decoded but not kept."""
     wanted, frames = set(indices), {}
     for index, frame in enumerate(decoder):
         if index in wanted:

@@ -147,9 +147,7 @@ def test_an_old_bundle_stays_when_the_export_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG], ids=errno.errorcode.get)
 def test_a_full_disk_is_one_error_of_ours(number: int, tmp_path: Path) -> None:
     with (
-        pytest.raises(
-            CheckpointError, match=r"expected room for the whole bundle, got '.*nothing is left behind"
-        ),
+        pytest.raises(CheckpointError, match=r"expected room for the whole bundle, got '.*nothing was kept"),
         beside(tmp_path / "bundle") as folder,
     ):
         (folder / "file").write_text("half")
@@ -162,7 +160,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=2_000_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
-    expected = r"expected 2\.50 GB of free space, got 2\.00 GB; free some or choose another --out$"
+    expected = r"expected 2\.50 GB of free space, got 2\.00 GB; free some space or choose another --out$"
     room = {"num_bytes": 2_500_000_000, "elsewhere": " or choose another --out"}
     with pytest.raises(CheckpointError, match=expected), beside(tmp_path / "bundle", **room):
         raise AssertionError("no folder is made")
@@ -173,10 +171,12 @@ def test_a_place_is_refused_long_before_anything_is_written(tmp_path: Path) -> N
     options: Any = {"num_bytes": 1, "error": CheckpointError, "way_out": "choose another --out"}
     check_place(tmp_path / "new" / "bundle", **options)
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"expected .*file to be a folder.*; choose another --out$"):
+    with pytest.raises(
+        CheckpointError, match=r"expected .*file to be a writable folder.*; choose another --out$"
+    ):
         check_place(tmp_path / "file" / "bundle", **options)
     with pytest.raises(
-        CheckpointError, match=r"GB of free space, got .*; free some or choose another --out$"
+        CheckpointError, match=r"GB of free space, got .*; free some space or choose another --out$"
     ):
         check_place(tmp_path / "bundle", **{**options, "num_bytes": 1 << 60})
     assert names(tmp_path) == ["file"]

@@ -154,7 +154,7 @@ def test_engines_that_another_build_made_meanwhile_are_not_lost(copy: Path) -> N
         assert cli_build.main([str(copy), *AHEAD, "--graphs", "head"]) == 0
 
     plan = plan_build(open_bundle(copy), BuildOptions(compute_capabilities=(86,), graphs=("prefix",)))
-    with pytest.raises(BackendError, match=r"-sm86: expected the engines that were there at the start"):
+    with pytest.raises(BackendError, match=r"-sm86: expected the engines from the start of the build"):
         build_engines(plan, progress=BuildProgress(graph=build_another))
     assert [entry.graph for entry in read_engine_set(engine_folder(copy)).engines] == ["head"]
 
@@ -200,7 +200,7 @@ def test_a_layer_as_wide_as_a_7b_holds_its_weights_once_for_prefill_and_decode(t
 
 REQUESTS: dict[str, tuple[list[str], str]] = {
     "unknown_backend": (["--backend", "abacus"], "--backend: expected one of auto, tensorrt, tensorrt-rtx"),
-    "capability_87": (["--compute-capability", "87"], "a Jetson Orin is built for on the device"),
+    "capability_87": (["--compute-capability", "87"], "build on the Jetson Orin itself"),
     "capability_90": (["--compute-capability", "86,90"], "got 90; choose among them"),
     "capability_is_a_word": (["--compute-capability", "orin"], "for instance 86,89"),
     "capability_is_empty": (["--compute-capability", ""], "for instance 86,89"),

@@ -27,7 +27,7 @@ def test_a_full_disk_is_one_line(count: int) -> None:
         )  # fmt: skip
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert line.startswith("speak: expected room for what is written")
+    assert line.startswith("speak: expected room for the output")
 
 
 @COUNTS

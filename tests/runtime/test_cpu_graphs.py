@@ -201,7 +201,7 @@ def test_options_of_tensorrt_are_refused_for_the_cpu(
     option: list[str], reduced_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli_build.main([str(reduced_bundle), "--backend", "onnxruntime", *option]) == 2
-    assert f"{option[0]}: expected a backend of TensorRT" in capsys.readouterr().err
+    assert f"{option[0]}: expected --backend tensorrt or tensorrt-rtx" in capsys.readouterr().err
 
 
 def test_small_graphs_are_computed_in_float32_and_rounded_inputs_change_little(int4_bundle: Path) -> None:

@@ -58,7 +58,7 @@ def test_graphs_are_called_after_their_roles(name: str, reduced_bundle: Path) ->
     manifest = json.loads((reduced_bundle / "trio.json").read_bytes())
     (graph,) = (one for one in manifest["graphs"] if one["name"] == "suffix")
     graph["name"] = name
-    with pytest.raises(ManifestError, match="expected a name of its own after the role suffix"):
+    with pytest.raises(ManifestError, match="expected a unique name that follows from the role suffix"):
         manifest_from_json(json.dumps(manifest).encode(), where="trio.json")
 
 

@@ -263,7 +263,7 @@ def test_an_image_that_cannot_be_read_is_named_and_nothing_is_lost(subject: Subj
         ([{"role": "user"}], r"messages\[0\]: expected text or a list of parts as content, got NoneType"),
         ([{"content": "w1"}], r"messages\[0\]: expected a dict with 'role' and 'content'"),
         ([{"role": "user", "content": [{"type": "sound"}]}], "expected parts of the type 'text', 'image' or 'video', got 'sound'"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "expected something to see in a part of the type 'image', got none"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "expected 'image' in a part of the type 'image', got none"),
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "expected text in a part"),
         ([{"role": "assistant", "content": "w1"}], "expected the last turn to be the user's, got 'assistant'"),
     ],

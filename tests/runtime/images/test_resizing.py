@@ -68,7 +68,7 @@ def test_the_faster_way_for_large_pictures_is_within_one_level(crop, resample, m
 def test_an_image_so_narrow_that_it_would_take_gigabytes_is_refused(size):
     width, height = size
     scaled = (336 * height, 336) if height > width else (336, 336 * width)
-    with pytest.raises(ImageError, match=f"got {width}x{height}; cut the image so that it is less narrow"):
+    with pytest.raises(ImageError, match=f"got {width}x{height}; crop the image so that it is less narrow"):
         resize(Image.new("RGB", size), scaled, resample="bicubic", crop=(0, 0, 336, 336))
 
 
