@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from tests.shared_traces import shared_traces
 from trio_edge.export import tracing
 from trio_edge.export.bundle import write_graph
-from trio_edge.export.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from trio_edge.export.checkpoints.weights import store_weights
-from trio_edge.export.families import check_architecture, family_of
-from trio_edge.export.graphs.layout import Layout
-from trio_edge.export.plan import dimensions_of
+from trio_edge.export.options import ExportOptions
+from trio_edge.export.plan import build, read, resolve, without_values
 from trio_edge.export.quantize.assign import StoredForm, plain_tensors, quantize_graphs
 from trio_edge.export.quantize.store import store_quantized
 from trio_edge.runtime.bundle.schedule import Schedule
@@ -22,6 +18,7 @@ from trio_edge.runtime.bundle.schedule import Schedule
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from trio_edge.export.checkpoints.checkpoint import Checkpoint
     from trio_edge.export.quantize.plan import QuantizePlan
     from trio_edge.export.quantize.scales import CalibratedScales
     from trio_edge.runtime.bundle.manifest import GraphSpec
@@ -37,22 +34,23 @@ class TracedEnds:
 
 def traced_ends(checkpoint_folder: Path, picture_size: tuple[int, int]) -> TracedEnds:
     """Return the graphs for pictures of one size, without weights."""
-    checkpoint = read_checkpoint(str(checkpoint_folder), check_config=check_architecture)
-    family = family_of(checkpoint)
-    pictures = family.image_processing(checkpoint, encoder_keep=None, max_visual=None)
-    layout = Layout(
-        vision_sizes=(pictures.sizes(*picture_size),),
-        schedule=Schedule(),
-        token_keep=None,
-        text_buckets=(32,),
+    options = ExportOptions(
+        model=str(checkpoint_folder),
+        out=checkpoint_folder / "bundle",
+        image_sizes=(picture_size,),
+        only_image_sizes=True,
+        max_text=32,
         max_new_tokens=1,
         dtype="float32",
-        opset=18,
     )
-    with FakeTensorMode(allow_non_fake_inputs=True), shared_traces():
-        model = family.build(checkpoint, processing=pictures, dtype="float32", with_features=False)
-        tracer = tracing._Tracer(model, checkpoint, layout=layout, dimensions=dimensions_of(model))
-        return TracedEnds(checkpoint, [tracing._vision(tracer), tracing._head(tracer)])
+    source = read(options)
+    with without_values("float32"), shared_traces():
+        resolved = resolve(options, source)
+        plan = build(
+            options, source, resolved, schedule_for=lambda given: Schedule(positions=given.positions[0])
+        )
+        tracer = tracing._Tracer(plan)
+        return TracedEnds(source.checkpoint, [tracing._vision(tracer), tracing._head(tracer)])
 
 
 def write_quantized(

@@ -225,7 +225,7 @@ BAD_CASES: dict[str, tuple[list[str], str]] = {
     "too long an answer": (["--max-new-tokens", "2000"], "jsonl:1, or lower --max-new-tokens"),
     "no place for the output": (
         ["--out", "{damaged}/damaged.png/out", "--samples", "none"],
-        "expected {damaged}/damaged.png to be a folder",
+        "expected {damaged}/damaged.png to be a writable folder",
     ),
     "no device": (["--device", "cudo"], "--device: expected a device that torch can use"),
     "an existing folder": (["--out", "{empty}"], "it exists"),

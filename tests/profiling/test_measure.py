@@ -409,7 +409,7 @@ def test_an_output_that_is_no_file_is_refused_and_stays_what_it_is(tmp_path: Pat
     (link := tmp_path / "link").symlink_to(pipe)
     (loop := tmp_path / "loop").symlink_to(loop)
     for path in (pipe, link, loop):
-        with pytest.raises(DataError, match=r"--json: expected a file, got .*, which is none"):
+        with pytest.raises(DataError, match=r"--json: expected a regular file, got .*; choose another name"):
             check_outputs({"--json": path})
     assert pipe.is_fifo()
 

@@ -322,6 +322,6 @@ def test_a_method_without_shares_is_refused(tmp_path: Path) -> None:
         (Schedule(stages=STAGES, budget="image"), 12),
     ):
         with pytest.raises(
-            ScheduleError, match="--budget image: expected a method of trio, fastv, pyramiddrop"
+            ScheduleError, match="--budget image: expected --method trio or fastv or pyramiddrop"
         ):
             export(folder, schedule=schedule, max_images=images)
