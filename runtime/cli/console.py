@@ -66,6 +66,13 @@ def _fail_with_files(command: click.Command, error: OSError) -> int:
     if error.errno in _FULL and error.filename is None:
         _print_nowhere()
         return _fail(command, f"expected room for the output, got: {error.strerror}; free some disk space")
+    if (
+        error.errno == errno.ENOENT and error.filename is None
+    ):  # tempfile's, where no folder can be written to
+        return _fail(
+            command,
+            f"expected a temporary folder with room, got: {error.strerror}; free some disk space or set TMPDIR",
+        )
     if error.errno not in _NAMES or error.filename is None:
         raise error
     return _fail(command, f"{error.filename}: cannot be used ({error.strerror}); choose another name")

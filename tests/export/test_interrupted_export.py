@@ -7,6 +7,8 @@ while it writes takes over that one's traced graphs instead of tracing them once
 from __future__ import annotations
 
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -151,6 +153,26 @@ def test_a_full_disk_gives_one_line_and_leaves_nothing(exports: Exports, tmp_pat
     assert lines[-1].startswith("trio-export: ")
     assert "expected room for the whole bundle, got 'File too large'" in lines[-1]
     assert not any("Traceback" in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_any_room_gives_one_line(tmp_path: Path) -> None:
+    """torch asks for a temporary folder when it is imported."""
+    code = "import sys; from trio_edge.export.cli import main; sys.exit(main())"
+    command = [sys.executable, "-B", "-c", code, "tiny", "--out", str(tmp_path / "bundle")]
+
+    def without_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, preexec_fn=without_room
+    )
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert re.match(
+        r"trio-export: expected a temporary folder with room, got: .*; free some disk space or set TMPDIR$",
+        line,
+    )
     assert list(tmp_path.iterdir()) == []
 
 
